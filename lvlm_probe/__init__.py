@@ -1,0 +1,136 @@
+"""lvlm_probe: which image regions made a vision-language model say these words.
+
+    import lvlm_probe as probe
+
+    p = probe.attach(model, processor)
+    with p.record("runs/demo"):
+        out = model.generate(**inputs, max_new_tokens=64)
+    p.detach()
+
+    trace = probe.open_store("runs/demo")[-1]
+    replay = probe.replay(trace, model, processor)
+    heat = probe.explain(replay)
+    score = probe.evaluate(heat, replay)
+    probe.report([heat], scores=[score], out="report.html")
+
+Everything heavy is imported on first use, so that ``import lvlm_probe`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lvlm_probe import demo
+    from lvlm_probe.errors import (
+        AttachError,
+        ExplainError,
+        ImageError,
+        MaskError,
+        ModelMismatch,
+        OutOfMemory,
+        PluginError,
+        PointNotFound,
+        ProbeError,
+        ProbeWarning,
+        ProcessorRefused,
+        ReplayError,
+        ReportError,
+        SelectionError,
+        TraceError,
+    )
+    from lvlm_probe.explainers import explain
+    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.images import ImagePath
+    from lvlm_probe.loading import load
+    from lvlm_probe.metrics import Score, evaluate
+    from lvlm_probe.player import Replay, replay
+    from lvlm_probe.selection import TokenSelection, select_tokens
+    from lvlm_probe.session import Probe, Recording, attach
+    from lvlm_probe.trace import Trace, TraceStore, open_store, open_trace
+    from lvlm_probe.verification import Verification, verify
+
+__all__ = [
+    "AttachError",
+    "ExplainError",
+    "Heatmap",
+    "ImageError",
+    "ImagePath",
+    "MaskError",
+    "ModelMismatch",
+    "OutOfMemory",
+    "PluginError",
+    "PointNotFound",
+    "Probe",
+    "ProbeError",
+    "ProbeWarning",
+    "ProcessorRefused",
+    "Recording",
+    "Replay",
+    "ReplayError",
+    "ReportError",
+    "Score",
+    "SelectionError",
+    "TokenSelection",
+    "Trace",
+    "TraceError",
+    "TraceStore",
+    "Verification",
+    "attach",
+    "demo",
+    "evaluate",
+    "explain",
+    "load",
+    "open_store",
+    "open_trace",
+    "replay",
+    "report",
+    "select_tokens",
+    "verify",
+]
+
+_HOMES = {
+    "explain": "explainers",
+    "Heatmap": "heatmap",
+    "ImagePath": "images",
+    "load": "loading",
+    "Score": "metrics",
+    "evaluate": "metrics",
+    "Replay": "player",
+    "replay": "player",
+    "Verification": "verification",
+    "verify": "verification",
+    "TokenSelection": "selection",
+    "select_tokens": "selection",
+    "Probe": "session",
+    "Recording": "session",
+    "attach": "session",
+    "Trace": "trace",
+    "TraceStore": "trace",
+    "open_store": "trace",
+    "open_trace": "trace",
+}
+
+# At once, and before anything else imports the module: a submodule's name would otherwise hide the function's. It needs
+# the standard library only.
+from lvlm_probe.report import report  # noqa: E402
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "demo":
+        return importlib.import_module("lvlm_probe.demo")
+    if name in __all__:
+        value = getattr(importlib.import_module(f"lvlm_probe.{_HOMES.get(name, 'errors')}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'lvlm_probe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
