@@ -1,0 +1,246 @@
+"""A trace for a person's eyes: plain text for a terminal, HTML for a notebook.
+
+Everything shown may come from a stranger's file: control characters (which could drive a terminal) and characters that
+turn the direction of writing are shown as escapes, HTML is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import html
+import io
+import math
+import textwrap
+import unicodedata
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lvlm_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from lvlm_probe.trace.reader import Trace
+
+__all__ = ["describe", "to_html"]
+
+_WIDTH = 100
+_LABEL = 10
+_BAR = 24
+_ALPHA = 1.0
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def describe(trace: Trace) -> str:
+    """Returns the trace as text of at most 100 columns: question, answer, LLR of each word, what was recorded."""
+    lines = [f"Trace {trace.trace_id}", ""]
+    lines += _field("file", f"{trace.path}" + (f", row {trace.row} (of {trace.rows})" if trace.rows > 1 else ""))
+    lines += _field("recorded", " ".join(filter(None, [_time(trace.created), _seconds(trace)])))
+    lines += _field("status", _status(trace))
+    lines += _field("model", _model(trace))
+    for number, (size, mime) in enumerate(zip(trace.header.image_sizes, trace.header.image_mimes, strict=True)):
+        nbytes = _size(len(trace.image_record(number).data))
+        text = f"{size[0]} x {size[1]} {mime.removeprefix('image/')}, {nbytes}"
+        lines += _field("image" if number == 0 else "", text)
+    if not trace.header.image_sizes:
+        lines += _field("image", "none kept: masks live in the space of the pixel inputs")
+    lines += _field("prompt", _prompt(trace))
+    if trace.question is not None:
+        lines += _field("question", trace.question)
+    lines += _field("answer", trace.answer.strip() or "(empty)")
+    lines += ["", *_words(trace), ""]
+    lines += _recorded(trace)
+    for number, note in enumerate(trace.notes):
+        lines += _field("notes" if number == 0 else "", note)
+    if trace.meta:
+        lines += _field("meta", ", ".join(f"{key}={value}" for key, value in trace.meta.items()))
+    lines += _field("size", _bytes(trace))
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _field(label: str, text: str) -> list[str]:
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        lines += textwrap.wrap(_safe(paragraph), _WIDTH - _LABEL, break_on_hyphens=False) or [""]
+    return [f"{label if number == 0 else '':<{_LABEL}}{line}" for number, line in enumerate(lines)]
+
+
+def _safe(text: str) -> str:
+    """Shows what would act on a terminal instead of being seen."""
+    return "".join(char.encode("unicode_escape").decode("ascii") if _acts(char) else char for char in text)
+
+
+def _acts(char: str) -> bool:
+    return unicodedata.category(char) in ("Cc", "Cs") or char in _TURNING
+
+
+def _time(created: str) -> str:
+    try:
+        return f"{datetime.datetime.fromisoformat(created).astimezone(datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (ValueError, OverflowError):
+        return created[:64]
+
+
+def _seconds(trace: Trace) -> str:
+    known = {name: value for name, value in trace.seconds.items() if isinstance(value, int | float)}
+    return f"({', '.join(f'{name} {value:.2f} s' for name, value in known.items())})" if known else ""
+
+
+def _status(trace: Trace) -> str:
+    meaning = {
+        "complete": "complete",
+        "stopped": "stopped: generation was cut off",
+        "error": "error: recording failed on the way, the answer itself is untouched",
+    }
+    text = meaning[trace.status] + (f" ({trace.error})" if trace.error else "")
+    if trace.log_probs_source == "teacher_forced":
+        text += "; log-probabilities from a second, teacher-forced pass"
+    return text
+
+
+def _model(trace: Trace) -> str:
+    model = trace.model
+    versions = model.get("versions")
+    names = [model.get(key) for key in ("class", "model_id", "torch_dtype", "attn_implementation")]
+    if isinstance(versions, dict) and "transformers" in versions:
+        names.append(f"transformers {versions['transformers']}")
+    return ", ".join(str(name) for name in names if name)
+
+
+def _prompt(trace: Trace) -> str:
+    header = trace.header
+    return f"{header.prompt_tokens} tokens, {header.image_tokens} of them image tokens"
+
+
+def _words(trace: Trace) -> list[str]:
+    """One line per word: its text, log-probability, LLR, and a bar."""
+    if not trace.words:
+        return ["(no words)"]
+    llr = trace.llr
+    shown = [_fit(_safe(word.text), 28) for word in trace.words]
+    width = max(8, *(_columns(text) for text in shown))
+    log_probs = [float(trace.log_probs[word.start : word.stop].sum()) for word in trace.words]
+    if llr is None:
+        rows = [f"  {_pad(text, width)}  {value:8.2f}" for text, value in zip(shown, log_probs, strict=True)]
+        remark = "no LLR: the pass with the baseline picture was deferred"
+        return [f"  {_pad('word', width)}  {'log P':>8}", *rows, "", f"  {remark}"]
+    ratios = [float(llr[word.start : word.stop].sum()) for word in trace.words]
+    chosen = [bool((llr[word.start : word.stop] > _ALPHA).any()) for word in trace.words]
+    top = max([abs(ratio) for ratio in ratios if math.isfinite(ratio)] + [_ALPHA])
+    lines = [f"  {_pad('word', width)}  {'log P':>8}  {'LLR':>8}"]
+    for text, value, ratio, marked in zip(shown, log_probs, ratios, chosen, strict=True):
+        lines.append(f"{'*' if marked else ' '} {_pad(text, width)}  {value:8.2f}  {ratio:+8.2f}  {_bar(ratio, top)}")
+    kind = (trace.baseline or {}).get("kind", "baseline")
+    remark = f"LLR = log P(with the picture) - log P(with the baseline: {_safe(str(kind))[:32]})"
+    return [*lines, "", f"  {remark}; * has a token above {_ALPHA:g}"]
+
+
+def _bar(value: float, top: float) -> str:
+    if not math.isfinite(value):
+        return "?" if math.isnan(value) else ("█" if value > 0 else "░") * _BAR
+    return ("█" if value > 0 else "░") * round(_BAR * min(1.0, abs(value) / top))
+
+
+def _columns(text: str) -> int:
+    """Terminal columns: wide characters take two, combining marks none."""
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(unicodedata.category(char) in ("Mn", "Me", "Cf") for char in text)
+
+
+def _pad(text: str, width: int) -> str:
+    return text + " " * (width - _columns(text))
+
+
+def _fit(text: str, width: int) -> str:
+    if _columns(text) <= width:
+        return text
+    while _columns(text) > width - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def _recorded(trace: Trace) -> list[str]:
+    lines: list[str] = []
+    for number, point in enumerate(trace.header.points):
+        axes = ", ".join(f"{axis} {size}" for axis, size in zip(point.axes, point.shape, strict=True))
+        lines += _field("points" if number == 0 else "", f"{point.name} ({axes}) {point.dtype}, {_size(point.nbytes)}")
+    return lines or _field("points", "nothing inside the model")
+
+
+def _bytes(trace: Trace) -> str:
+    text = f"{_size(trace.nbytes)} of data"
+    if trace.header.steps:
+        text += f", {_size(round(trace.nbytes / trace.header.steps))} per token"
+        inside = sum(point.nbytes for point in trace.header.points)
+        if inside:
+            text += f" ({_size(round(inside / trace.header.steps))} of it from inside the model)"
+    return f"{text}; the file has {_size(trace.path.stat().st_size)}"
+
+
+def _size(nbytes: int) -> str:
+    value, unit = float(nbytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def to_html(trace: Trace) -> str:
+    """Returns a small self-contained card: the picture, the question, the answer coloured by LLR. Readable on dark."""
+    question = html.escape(_safe(trace.question if trace.question is not None else trace.prompt[:400]))
+    facts = [trace.status, _model(trace), f"{trace.header.steps} tokens", _size(trace.nbytes)]
+    details = " · ".join(html.escape(_safe(str(fact))) for fact in facts if fact)
+    remark = "colour: log-likelihood ratio of each word; underlined: above 1"
+    if trace.llr is None:
+        remark = "no log-likelihood ratios: the pass with the baseline picture was deferred"
+    return (
+        '<div style="display:flex;gap:1em;align-items:flex-start;font-family:system-ui,sans-serif;max-width:60em">'
+        f"{_thumbnail(trace)}<div>"
+        f'<div style="opacity:.7;white-space:pre-wrap">{question}</div>'
+        f'<div style="font-size:1.15em;line-height:1.7;margin:.3em 0">{_coloured_answer(trace)}</div>'
+        f'<div style="font-size:.8em;opacity:.6">{details}<br>{html.escape(remark)}<br>'
+        f"<code>{html.escape(_safe(trace.trace_id))}</code></div></div></div>"
+    )
+
+
+def _coloured_answer(trace: Trace) -> str:
+    llr = trace.llr
+    parts: list[str] = []
+    position = 0
+    for word in trace.words:
+        parts.append(_plain_pieces(trace, position, word.start))
+        text = "".join(trace.tokens[word.start : word.stop])
+        lead = text[: len(text) - len(text.lstrip())]
+        shown = html.escape(_safe(text.strip()))
+        position = word.stop
+        if llr is None:
+            parts.append(f"{lead}{shown}")
+            continue
+        ratio = float(np.nan_to_num(llr[word.start : word.stop].sum(), nan=0.0, posinf=9.0, neginf=-9.0))
+        marked = bool((llr[word.start : word.stop] > _ALPHA).any())
+        strength = min(0.75, abs(ratio) / 6.0)
+        colour = "230,110,20" if ratio > 0 else "60,120,220"
+        style = f"background:rgba({colour},{strength:.2f});border-radius:.25em;padding:0 .1em"
+        style += ";border-bottom:2px solid currentColor" if marked else ""
+        tail = text[len(text.rstrip()) :]
+        parts.append(f'{lead}<span style="{style}" title="LLR {ratio:+.2f}">{shown}</span>{tail}')
+    parts.append(_plain_pieces(trace, position, len(trace.tokens)))
+    return "".join(parts)
+
+
+def _plain_pieces(trace: Trace, start: int, stop: int) -> str:
+    shown = (trace.tokens[step] for step in range(start, stop) if not trace.special[step])
+    return html.escape("".join(shown)).replace("\n", "<br>")
+
+
+def _thumbnail(trace: Trace) -> str:
+    try:
+        image = trace.image.copy()
+    except ProbeError:
+        return ""
+    image.thumbnail((220, 220))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f'<img alt="" src="data:image/png;base64,{data}" style="border-radius:.4em;max-width:220px">'

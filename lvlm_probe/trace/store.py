@@ -1,0 +1,162 @@
+"""A directory of traces as a sequence, opened one file at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+from lvlm_probe.format.reading import open_sealed
+from lvlm_probe.format.schema import FORMAT, FORMAT_VERSION, validate
+from lvlm_probe.format.seal import PART_NAME, trace_error
+from lvlm_probe.trace.reader import Trace
+
+__all__ = ["TraceStore", "open_store"]
+
+_OWN_NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z-\d+-[0-9a-f]{8}\.b(?P<rows>[1-9]\d{0,5})\.h5")
+_DAY = 86_400.0
+
+
+def open_store(path: str | os.PathLike[str]) -> TraceStore:
+    """Opens a directory of traces (or a single trace file) without opening any file in it.
+
+    Raises ``TraceError`` when there is no such directory.
+    """
+    return TraceStore(path)
+
+
+@dataclasses.dataclass
+class _Entry:
+    path: Path
+    rows: int | None  # None: the name does not tell
+
+
+class TraceStore(Sequence[Trace]):
+    """The traces of a directory, oldest first: a snapshot of the moment it was opened.
+
+    The names of our files carry their number of traces, so ``len(store)``, ``store[-1]`` and slices of a directory of
+    thousands open no file but the one that is read. Other ``*.h5`` names are welcome, are sorted by name among ours,
+    and are opened to be counted when a count is needed. Unfinished ``.part`` files and sub-directories
+    (``explanations/``) are no traces.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._entries: list[_Entry] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Looks at the directory again."""
+        if self.path.is_file():
+            self._entries = [_entry(self.path)]
+            return
+        try:
+            with os.scandir(self.path) as listing:
+                names = sorted(item.name for item in listing if item.name.endswith(".h5") and not item.is_dir())
+        except FileNotFoundError:
+            way_out = "check the path, or record something there first"
+            raise trace_error(self.path, "", "there is no such directory", way_out) from None
+        except OSError as error:
+            raise trace_error(self.path, "", f"it cannot be listed ({error})", "check its permissions") from error
+        known = {entry.path.name: entry for entry in self._entries}
+        self._entries = [known.get(name) or _entry(self.path / name) for name in names if not name.startswith(".")]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The trace files, oldest first."""
+        return tuple(entry.path for entry in self._entries)
+
+    def __repr__(self) -> str:
+        count = len(self._entries)
+        return f"TraceStore({str(self.path)!r}, {count} file{'s' * (count != 1)})"
+
+    def __len__(self) -> int:
+        return sum(_count(entry) for entry in self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Trace: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Trace]: ...
+    def __getitem__(self, index: int | slice) -> Trace | list[Trace]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        # From the end for negative indices: only the files on the way are counted.
+        backwards = index < 0
+        left = -index - 1 if backwards else index
+        for entry in reversed(self._entries) if backwards else self._entries:
+            rows = _count(entry)
+            if left < rows:
+                return Trace(entry.path, rows - 1 - left if backwards else left)
+            left -= rows
+        if not self._entries:
+            raise IndexError(f"{self.path} holds no traces; record one there first")
+        raise IndexError(f"{self.path} holds {len(self)} traces; there is no trace {index}")
+
+    def __iter__(self) -> Iterator[Trace]:
+        for entry in self._entries:
+            for row in range(_count(entry)):
+                yield Trace(entry.path, row)
+
+    def __reversed__(self) -> Iterator[Trace]:
+        for entry in reversed(self._entries):
+            for row in reversed(range(_count(entry))):
+                yield Trace(entry.path, row)
+
+    def orphans(self, *, min_age: float = _DAY) -> list[Path]:
+        """Lists the ``.part`` files left by processes that were killed, also those in ``explanations/``.
+
+        A file counts when no process with the number in its name runs on this machine *and* nobody has written to it
+        for ``min_age`` seconds: on a shared disk the writer may be alive on another machine.
+        """
+        found: list[Path] = []
+        for folder in (self.path, self.path / "explanations"):
+            with contextlib.suppress(OSError):
+                found += [part for part in folder.iterdir() if _is_orphan(part, min_age)]
+        return sorted(found)
+
+    def clean(self, *, min_age: float = _DAY) -> list[Path]:
+        """Deletes ``orphans(min_age=min_age)`` and returns what it deleted."""
+        removed = []
+        for part in self.orphans(min_age=min_age):
+            with contextlib.suppress(FileNotFoundError):
+                part.unlink()
+                removed.append(part)
+        return removed
+
+
+def _entry(path: Path) -> _Entry:
+    own = _OWN_NAME.fullmatch(path.name)
+    return _Entry(path, int(own["rows"]) if own else None)
+
+
+def _count(entry: _Entry) -> int:
+    if entry.rows is None:
+        with open_sealed(entry.path, FORMAT, FORMAT_VERSION) as file:
+            entry.rows = validate(file)
+    return entry.rows
+
+
+def _is_orphan(part: Path, min_age: float) -> bool:
+    named = PART_NAME.search(part.name)
+    if named is None or ".h5." not in part.name:
+        return False
+    try:
+        age = time.time() - part.stat().st_mtime
+    except OSError:
+        return False
+    return age >= min_age and not _is_running(int(named["pid"]))
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it runs, and belongs to someone else
+        return True
+    return True

@@ -1,0 +1,177 @@
+"""Stores a capture: one file, written under another name and renamed when it is whole."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import secrets
+import threading
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from lvlm_probe.errors import TraceError
+from lvlm_probe.format.arrays import writer_name
+from lvlm_probe.format.encoding import ENCODING_VERSION, json_text, put_array, put_json, put_text
+from lvlm_probe.format.reading import SealedFile
+from lvlm_probe.format.records import Capture, ImageRecord, PointRecord, RowCapture
+from lvlm_probe.format.schema import (
+    FORMAT,
+    FORMAT_VERSION,
+    MODEL_JSON,
+    MODEL_TEXT,
+    ROW_ARRAYS,
+    row_key,
+    validate,
+    validate_row,
+)
+from lvlm_probe.format.seal import sealed_writer
+
+__all__ = ["write"]
+
+
+class _Clock:
+    """Time stamps that never repeat and never go back within a process, even when the system's clock does."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+        # A fork may happen while another thread holds the lock; the child would wait for ever.
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+
+    def stamp(self) -> str:
+        with self._lock:
+            now = datetime.datetime.now(datetime.UTC)
+            self._last = max(now, self._last + datetime.timedelta(microseconds=1))
+            return self._last.strftime("%Y%m%dT%H%M%S.%fZ")
+
+
+_CLOCK = _Clock()
+
+
+def write(capture: Capture, directory: str | os.PathLike[str], *, fsync: bool = False) -> Path:
+    """Writes one ``generate()`` call to a new file in ``directory`` (made when missing) and returns its path.
+
+    File names sort by creation time, are unique across threads, processes and machines, and end in the number of
+    traces inside: ``20261123T051141.123456Z-4711-9f86d081.b2.h5``. A process killed on the way leaves a ``.part`` file,
+    never a broken trace; ``fsync=True`` also survives a power cut. Raises ``TraceError`` when the capture does not keep
+    to the schema or the disk does not take it.
+    """
+    if not capture.rows:
+        raise TraceError(f"{os.fspath(directory)}: the capture has no rows, so there is nothing to write; record a row")
+    stem = f"{_CLOCK.stamp()}-{os.getpid()}-{secrets.token_hex(4)}"
+    path = Path(directory) / f"{stem}.b{len(capture.rows)}.h5"
+    try:
+        with sealed_writer(path, FORMAT, FORMAT_VERSION, fsync=fsync) as file:
+            _put_root(file, capture)
+            for index, row in enumerate(capture.rows):
+                _put_row(file.create_group(row_key(index)), row)
+            file.attrs.create("complete", np.uint8(1))
+            file.flush()
+            # What a reader would refuse is not written: the same check, before the file gets its name.
+            written = SealedFile(path, file, 2**62)
+            for index in range(validate(written)):
+                validate_row(written, index)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TraceError(f"{path}: the capture cannot be stored ({error}); fix the recorded value") from error
+    return path
+
+
+def _put_root(file: h5py.File, capture: Capture) -> None:
+    put_text(file, "format", FORMAT)
+    put_text(file, "format_version", FORMAT_VERSION)
+    put_text(file, "created", capture.created)
+    put_text(file, "writer", writer_name())
+    put_json(file, "seconds", capture.seconds)
+    model = file.create_group("model")
+    for name in MODEL_TEXT:
+        if capture.model.get(name) is not None:
+            put_text(model, name, str(capture.model[name]))
+    for name in MODEL_JSON:
+        if name in capture.model:
+            put_json(model, name, capture.model[name])
+    known = {*MODEL_TEXT, *MODEL_JSON}
+    if more := {name: value for name, value in capture.model.items() if name not in known}:
+        put_json(model, "more", more)
+    file.create_group("traces").attrs.create("rows", np.int64(len(capture.rows)))
+
+
+def _put_row(group: h5py.Group, row: RowCapture) -> None:
+    put_text(group, "encoding", "trace")
+    put_text(group, "encoding_version", ENCODING_VERSION)
+    put_text(group, "trace_id", row.trace_id)
+    put_text(group, "status", row.status)
+    group.attrs.create("batch_row", np.int64(row.batch_row))
+    values = {
+        "inputs/input_ids": row.input_ids,
+        "layout/image_positions": row.image_positions,
+        "layout/image_index": row.image_index,
+        "layout/patch_box": row.patch_box,
+        "output/token_ids": row.token_ids,
+        "output/special": row.special,
+        "output/log_probs": row.log_probs,
+        "output/baseline_log_probs": row.baseline_log_probs,
+    }
+    for key, spec in ROW_ARRAYS.items():
+        if values[key] is not None:
+            put_array(group, key, _exact(key, values[key], spec.dtype))
+    put_text(group["output/log_probs"], "source", row.log_probs_source)
+    if row.image_token_id is not None:
+        group["layout"].attrs.create("image_token_id", np.int64(row.image_token_id))
+    put_json(group, "inputs/prompt", row.prompt)
+    put_json(group, "output/pieces", list(row.pieces))
+    if len(row.pieces) != len(group["output/token_ids"]):
+        raise ValueError(f"{len(row.pieces)} pieces for {len(group['output/token_ids'])} tokens")
+    optional = {
+        "inputs/question": row.question,
+        "inputs/processor_call": row.processor_call,
+        "output/baseline": row.baseline,
+        "notes": row.notes or None,
+        "meta": row.meta or None,
+        "error": row.error,
+    }
+    for key, value in optional.items():
+        if value is not None:
+            put_json(group, key, value)
+    kwargs = group.create_group("inputs/model_kwargs")
+    for name, tensor in row.model_kwargs.items():
+        put_array(kwargs, name, tensor, encoding="tensor")
+    images = group.create_group("images")
+    for index, image in enumerate(row.images):
+        _put_image(images, f"{index:03d}", image)
+    points = group.create_group("points")
+    for name, point in row.points.items():
+        _put_point(points, name, point)
+
+
+def _exact(key: str, value: object, dtype: str) -> np.ndarray:
+    """Casts to the dtype on disk; a number that does not survive is an error, not a different number."""
+    array = np.asarray(value)
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which the next line reports for integers
+        cast = array.astype(dtype)
+    if dtype[0] in "iu" and not np.array_equal(cast, array):
+        raise ValueError(f"{key} has values that do not fit into {dtype}")
+    return cast
+
+
+def _put_image(group: h5py.Group, name: str, image: ImageRecord) -> None:
+    dataset = put_array(group, name, np.frombuffer(image.data, np.uint8), encoding="image-file")
+    put_text(dataset, "mime", image.mime)
+    put_text(dataset, "sha256", hashlib.sha256(image.data).hexdigest())
+    dataset.attrs.create("width", np.int64(image.width))
+    dataset.attrs.create("height", np.int64(image.height))
+
+
+def _put_point(group: h5py.Group, name: str, point: PointRecord) -> None:
+    by_step = bool(point.axes) and point.axes[0] == "step"
+    dataset = put_array(group, name, point.values, encoding="tensor", by_step=by_step)
+    put_text(dataset, "axes", ",".join(point.axes))
+    put_text(dataset, "module", point.module)
+    put_text(dataset, "reduce", point.reduce)
+    put_text(dataset, "attrs", json_text("attrs", dict(point.attrs), limit=2**15))
+    dataset.attrs.create("layers", np.asarray(point.layers, np.int32).reshape(-1))

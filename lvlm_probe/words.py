@@ -1,0 +1,130 @@
+"""Groups the tokens of an answer into the words a person sees.
+
+Tokens are pieces of words (``" cro"``, ``"issant"``), pieces of characters (bytes of an emoji), or whole words; what a
+person points at is a word. A token is never cut: a word is a span of tokens, so a token such as ``"red."`` keeps its
+full stop. The rules, on the characters of the joined answer:
+
+* letters, digits, marks and ``_`` stick together; so do ``don't``, ``well-known``, ``3.5``, ``1,000`` and ``12:30``;
+* a run of other signs (``.``, ``?!``, an emoji) is a word of its own, so that it can be coloured on its own;
+* each Chinese or Japanese character is a word of its own (those scripts put no spaces between words);
+* whitespace and special tokens belong to no word, and no word reaches across them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import unicodedata
+from collections.abc import Sequence
+
+__all__ = ["Word", "group_words"]
+
+_LETTER, _SIGN, _IDEOGRAPH, _SPACE = "letter", "sign", "ideograph", "space"
+_JOINS_LETTERS = frozenset("'’-‐‑")
+_JOINS_DIGITS = frozenset(".,:")
+# Scripts written without spaces whose single characters carry meaning: iteration marks, kana, Han and its extensions.
+_IDEOGRAPHS = (
+    (0x3005, 0x3007),
+    (0x3041, 0x30FF),
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0xFF66, 0xFF9D),
+    (0x20000, 0x323AF),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """A word of the answer: its text without surrounding whitespace, and its tokens ``[start, stop)``."""
+
+    text: str
+    start: int
+    stop: int
+
+
+def group_words(pieces: Sequence[str], special: Sequence[bool]) -> list[Word]:
+    """Returns the words of an answer, in order; they never overlap.
+
+    ``pieces`` are the display texts of the tokens, ``(step,)``, whose concatenation is the answer; an empty piece (a
+    byte of a character that a later token completes) goes with the piece that follows it. ``special``, ``(step,)``,
+    marks the special tokens. Raises ``ValueError`` when the two differ in length.
+    """
+    if len(pieces) != len(special):
+        raise ValueError(f"{len(pieces)} pieces but {len(special)} special flags; one flag per piece is needed")
+    # A special token reads as one space: whatever its text is, it separates and is never part of a word.
+    shown = [" " if flag else piece for piece, flag in zip(pieces, special, strict=True)]
+    unit_of = _units("".join(shown))
+    words: list[Word] = []
+    start: int | None = None
+    waiting: int | None = None  # first of the empty pieces that wait for the character they are part of
+    last_unit = -1
+    offset = 0
+
+    def close(stop: int) -> None:
+        nonlocal start
+        if start is not None:
+            words.append(Word("".join(shown[start:stop]).strip(), start, stop))
+        start = None
+
+    for index, piece in enumerate(shown):
+        if not piece:
+            waiting = index if waiting is None else waiting
+            continue
+        units = [unit for unit in unit_of[offset : offset + len(piece)] if unit >= 0]
+        offset += len(piece)
+        first = index if waiting is None else waiting
+        waiting = None
+        if not units:
+            close(first)
+            continue
+        if start is None or units[0] != last_unit:
+            close(first)
+            start = first
+        last_unit = units[-1]
+    # Empty pieces at the very end were cut off in the middle of a character: they stay with the word before them.
+    close(len(shown))
+    return words
+
+
+def _units(text: str) -> list[int]:
+    """Returns for each character the number of the unit it belongs to, -1 for whitespace."""
+    kinds = _kinds(text)
+    units: list[int] = []
+    unit = -1
+    previous = _SPACE
+    for kind in kinds:
+        if kind != _SPACE and (kind != previous or kind == _IDEOGRAPH):
+            unit += 1
+        units.append(-1 if kind == _SPACE else unit)
+        previous = kind
+    return units
+
+
+def _kinds(text: str) -> list[str]:
+    kinds: list[str] = []
+    for index, char in enumerate(text):
+        category = unicodedata.category(char)
+        if char.isspace():
+            kind = _SPACE
+        elif any(low <= ord(char) <= high for low, high in _IDEOGRAPHS):
+            kind = _IDEOGRAPH
+        elif category[0] == "M" or category == "Cf":
+            # Accents, variation selectors and joiners belong to the character before them.
+            kind = kinds[-1] if kinds and kinds[-1] != _SPACE else _LETTER
+        elif category[0] in "LN" or char == "_" or _is_inner(text, index):
+            kind = _LETTER
+        else:
+            kind = _SIGN
+        kinds.append(kind)
+    return kinds
+
+
+def _is_inner(text: str, index: int) -> bool:
+    """True for a sign inside a word: the apostrophe of ``don't``, the hyphen of ``well-known``, the point of 3.5."""
+    if not 0 < index < len(text) - 1:
+        return False
+    before, char, after = text[index - 1], text[index], text[index + 1]
+    if char in _JOINS_LETTERS:
+        return before.isalnum() and after.isalnum()
+    return char in _JOINS_DIGITS and before.isdigit() and after.isdigit()
