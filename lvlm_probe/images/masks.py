@@ -1,0 +1,47 @@
+"""Masks as users give them: checked, and brought to one shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lvlm_probe.errors import MaskError
+
+__all__ = ["expand_masks"]
+
+
+def expand_masks(mask: Tensor, n_images: int, image: int | None) -> Tensor:
+    """Check masks and bring them to ``(batch, image, row, col)``.
+
+    Raises:
+        MaskError: not a floating tensor of 3 or 4 axes in [0, 1], or it does not say which of several images it is for.
+    """
+    if not isinstance(mask, Tensor) or not mask.is_floating_point():
+        raise MaskError(f"a mask is a floating-point tensor; got {getattr(mask, 'dtype', type(mask).__name__)}.")
+    if mask.ndim not in (3, 4) or 0 in mask.shape:
+        raise MaskError(f"a mask is (batch, row, col) or (batch, image, row, col), not empty; got {tuple(mask.shape)}.")
+    low, high = (float(v) for v in mask.detach().aminmax())
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise MaskError(f"a mask lies in [0, 1] (1 keeps the pixel); got values from {low:.4g} to {high:.4g}.")
+    if image is not None:
+        if not 0 <= image < n_images:
+            raise MaskError(f"image={image}, but the prompt has {n_images} image(s), numbered from 0.")
+        if mask.ndim != 3:
+            raise MaskError(f"with image=, a mask is (batch, row, col); got {tuple(mask.shape)}.")
+        if n_images == 1:
+            return mask[:, None]
+        whole = torch.ones_like(mask)
+        return torch.stack([mask if k == image else whole for k in range(n_images)], dim=1)
+    if mask.ndim == 3:
+        if n_images > 1:
+            raise MaskError(
+                f"the prompt has {n_images} images: give masks (batch, {n_images}, row, col), or image=k to mask one "
+                "of them."
+            )
+        return mask[:, None]
+    if mask.shape[1] != n_images:
+        raise MaskError(
+            f"the prompt has {n_images} image(s), the mask is for {mask.shape[1]} ({tuple(mask.shape)}); give (batch, "
+            f"row, col) for one image, (batch, {n_images}, row, col) for all."
+        )
+    return mask
