@@ -1,0 +1,325 @@
+"""The tap: install it, arm it, let the model run, collect the rows."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import BoolTensor, LongTensor, Tensor, nn
+from transformers import AttentionInterface
+
+from lvlm_probe.attention.collection import Collection
+from lvlm_probe.attention.dispatch import AttentionCall, ConfigView, is_view, observed_attention, restore
+from lvlm_probe.attention.layers import TapLayer, discover, eager_of, registry_of
+from lvlm_probe.attention.rows import attention_rows, take_columns, take_rows
+from lvlm_probe.errors import AttachError, ProbeError
+
+__all__ = ["RowTap", "Rows"]
+
+logger = logging.getLogger("lvlm_probe")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a tap collected: attention of each step's query on the image keys."""
+
+    values: Tensor
+    """``(batch, step, layer, head|1, key)`` on the CPU; 0 where ``valid`` is False."""
+    text_mass: Tensor
+    """``(batch, step, layer, head|1)`` float32: attention on everything that is not one of the columns."""
+    layers: tuple[TapLayer, ...]
+    """What the layer axis holds."""
+    valid: Tensor
+    """``(batch, key)`` bool: which columns are real, which are filling."""
+    heads: Literal["mean", "all"]
+    missing: dict[str, str] = field(default_factory=dict)
+    """Layers (module paths) that were tapped and still gave no complete rows, with the reason."""
+
+
+class RowTap:
+    """Reads attention rows out of a running model: ``install`` → ``arm`` → the model's own forward → ``collect``.
+
+    The model's outputs are bit-equal with and without the tap, and no random number is drawn. A failure inside the tap
+    disarms it, calls ``on_error`` once and leaves the model's run alone. The tap holds the model weakly; ``remove``,
+    leaving the context and garbage collection of the tap all restore the modules.
+
+    Attributes:
+        layers: the decoder's self-attention layers that will be read, in order.
+        unsupported: module path → reason, for every decoder layer that cannot be read.
+        error: what disarmed the tap, or ``None``.
+    """
+
+    def __init__(self, model: nn.Module, *, on_error: Callable[[BaseException], None] | None = None) -> None:
+        found, self.unsupported = discover(model)
+        self.layers: tuple[TapLayer, ...] = tuple(layer for layer, _ in found)
+        self.error: BaseException | None = None
+        self._on_error = on_error
+        self._model_class = type(model).__name__
+        self._modules = [weakref.ref(module) for _, module in found]
+        self._number = {id(module): number for number, (_, module) in enumerate(found)}
+        self._armed: Collection | None = None
+        self._name = f"lvlm_probe_rows_{uuid.uuid4().hex}"
+        self._restore: weakref.finalize | None = None
+
+    # -- installing
+
+    @property
+    def installed(self) -> bool:
+        """Whether the decoder's attention modules are routed through the tap now."""
+        return self._restore is not None and self._restore.alive
+
+    def install(self) -> RowTap:
+        """Route the decoder's attention layers through the tap. Idempotent; raises AttachError on a tapped model."""
+        if self.installed:
+            return self
+        modules = [module for reference in self._modules if (module := reference()) is not None]
+        if any(is_view(module.__dict__.get("config")) for module in modules):
+            raise AttachError(
+                f"{self._model_class} has an attention tap installed already; remove that one (detach its probe) first"
+            )
+        changed: list[tuple[weakref.ref[nn.Module], ConfigView, Any]] = []
+        self._restore = weakref.finalize(self, restore, self._name, changed)
+        self._restore.atexit = False
+        AttentionInterface.register(self._name, observed_attention(weakref.ref(self)))
+        for module in modules:
+            config = module.__dict__["config"]
+            view = ConfigView(config, self._name, registry_of(module), eager_of(module))
+            changed.append((weakref.ref(module), view, config))
+            module.__dict__["config"] = view
+        return self
+
+    def remove(self) -> None:
+        """Put every module's own config back and forget the registered function. Idempotent; disarms."""
+        self.disarm()
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
+
+    def __enter__(self) -> RowTap:
+        return self.install()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    # -- collecting
+
+    def arm(
+        self,
+        columns: LongTensor | Tensor,
+        *,
+        valid: BoolTensor | Tensor | None = None,
+        queries: Literal["last"] | LongTensor | Tensor = "last",
+        heads: Literal["mean", "all"] = "mean",
+        dtype: torch.dtype = torch.float16,
+        past_length: int = 0,
+        prompt_length: int | None = None,
+        budget_bytes: int = 256 * 2**20,
+    ) -> None:
+        """Begin to collect; what was collected before and not fetched is dropped.
+
+        Args:
+            columns: image keys, ``(batch, key)``: absolute positions in the (padded) sequence, past included.
+            valid: ``(batch, key)``; False marks filling, where rows have different numbers of image tokens.
+            queries: ``"last"``: each forward pass gives one step, its last position (prefill: the query that predicts
+                the first answer token; then every decoding step). Or absolute positions ``(step,)`` or
+                ``(batch, step)``: those rows of the first forward pass, all of which it must contain.
+            heads: ``"mean"`` averages over heads, ``"all"`` keeps them.
+            dtype: of the collected values; the arithmetic is float32 throughout.
+            past_length: positions that the key/value cache already holds when the first pass starts.
+            prompt_length: with ``"last"``: passes that end before this position (chunks of a prefill) give no step.
+            budget_bytes: rows wait on the model's device; above this many bytes they are moved to the CPU.
+
+        Raises:
+            ValueError: shapes that do not go together.
+            AttachError: the tap is not installed, or the model has no layer that it can read.
+        """
+        if not self.installed:
+            raise AttachError("the attention tap is not installed: call install() first, or use it as a context")
+        if not self.layers:
+            reasons = "; ".join(sorted(set(self.unsupported.values())))
+            raise AttachError(f"no attention layer of {self._model_class} can be read: {reasons}")
+        columns = torch.as_tensor(columns, dtype=torch.long)
+        if columns.dim() != 2:
+            raise ValueError(f"columns must be (batch, key), not {tuple(columns.shape)}")
+        valid = torch.ones_like(columns, dtype=torch.bool) if valid is None else torch.as_tensor(valid).bool()
+        if valid.shape != columns.shape:
+            raise ValueError(f"valid is {tuple(valid.shape)}, columns are {tuple(columns.shape)}: they must agree")
+        picked: Tensor | None = None
+        if isinstance(queries, str):
+            if queries != "last":
+                raise ValueError(f"queries must be 'last' or positions, not {queries!r}")
+        else:
+            picked = torch.as_tensor(queries, dtype=torch.long)
+            if picked.dim() not in (1, 2) or not picked.numel():
+                raise ValueError(f"queries must be (step,) or (batch, step) and not empty, not {tuple(picked.shape)}")
+        if heads not in ("mean", "all"):
+            raise ValueError(f"heads must be 'mean' or 'all', not {heads!r}")
+        # Filling points outside every key axis: its weight is 0 by the same rule as a key that left the window.
+        columns = columns.cpu().masked_fill(~valid.cpu(), -(2**40))
+        self.error = None
+        self._armed = Collection(
+            columns=columns,
+            valid=valid.cpu(),
+            queries=picked,
+            heads=heads,
+            dtype=dtype,
+            prompt_length=prompt_length,
+            budget=budget_bytes,
+            end=past_length,
+            seen=dict.fromkeys(range(len(self.layers)), past_length),
+        )
+
+    @property
+    def armed(self) -> bool:
+        """Whether the next forward pass will be read."""
+        return self._armed is not None
+
+    def disarm(self) -> None:
+        """Stop collecting and drop what was collected."""
+        self._armed = None
+
+    @torch.autocast("cpu", enabled=False)  # it cannot join tensors of half precision
+    def collect(self) -> Rows | None:
+        """Hand over what was collected since ``arm`` and disarm; ``None`` if there is nothing (see ``error``).
+
+        A layer that gave fewer steps than the others is left out and named in ``missing``. The caller compares the
+        number of steps with the number of tokens: passes inside a compiled graph are not seen.
+
+        Raises:
+            ProbeError: ``heads="all"`` on a decoder whose layers differ in their number of heads.
+        """
+        armed, self._armed = self._armed, None
+        if armed is None:
+            return None
+        with torch.no_grad():
+            armed.flush()
+            full = {
+                number: (torch.cat([rows for rows, _ in parts], dim=1), torch.cat([mass for _, mass in parts], dim=1))
+                for number, parts in armed.flushed.items()
+            }
+        steps = max((mass.shape[1] for _, mass in full.values()), default=0)
+        if not steps:
+            return None
+        missing: dict[str, str] = {}
+        for number, layer in enumerate(self.layers):
+            got = full[number][1].shape[1] if number in full else 0
+            if got != steps:
+                missing[layer.module] = f"gave {got} of {steps} rows: its attention did not go through the interface"
+                full.pop(number, None)
+        heads = {mass.shape[2] for _, mass in full.values()}
+        if len(heads) > 1:
+            raise ProbeError(
+                f"the attention layers of {self._model_class} have {sorted(heads)} heads, which do not fit one array; "
+                'arm the tap with heads="mean"'
+            )
+        kept = sorted(full)
+        return Rows(
+            values=torch.stack([full[number][0] for number in kept], dim=2),
+            text_mass=torch.stack([full[number][1] for number in kept], dim=2),
+            layers=tuple(self.layers[number] for number in kept),
+            valid=armed.valid,
+            heads=armed.heads,
+            missing=missing,
+        )
+
+    # -- inside the model's forward pass
+
+    def observe(
+        self,
+        module: nn.Module,
+        implementation: str | None,
+        query: Tensor,
+        key: Tensor,
+        result: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Read one attention call of the model; never raises."""
+        armed, number = self._armed, self._number.get(id(module))
+        if armed is None or number is None:
+            return
+        try:
+            call = AttentionCall.of(args, kwargs)
+            with torch.no_grad():
+                rows = self._read(armed, number, module, implementation, query, key, result, call)
+                if rows is not None:
+                    armed.add(number, rows)
+        except Exception as error:
+            self._fail(error)
+
+    def _read(
+        self,
+        armed: Collection,
+        number: int,
+        module: nn.Module,
+        implementation: str | None,
+        query: Tensor,
+        key: Tensor,
+        result: Any,
+        call: AttentionCall,
+    ) -> Tensor | None:
+        """Rows of one call, ``(batch, head, step, key)`` float32, or None where it has none to give, or none yet."""
+        if implementation not in ("sdpa", "eager", None):
+            raise ProbeError(f"the model was switched to {implementation!r}, which gives no attention weights")
+        batch, _, queries, _ = query.shape
+        keys = key.shape[2]
+        # Layers that reuse another layer's keys may be handed fewer queries; all layers end at the same position.
+        armed.seen[number] += queries
+        armed.end = end = max(armed.end, armed.seen[number])
+        if armed.columns.shape[0] != batch:
+            raise ProbeError(f"the tap was armed for a batch of {armed.columns.shape[0]}, the model runs {batch}")
+        rows: Tensor | None = None
+        if armed.queries is not None:
+            if number in armed.steps or number in armed.flushed:
+                return None  # recomputed for a backward pass
+            rows = armed.to("queries", query.device) - (end - queries)
+            if armed.queries.min() < end - queries or armed.queries.max() >= end:
+                raise ProbeError(
+                    f"query positions {int(armed.queries.min())}…{int(armed.queries.max())} are not all in this pass, "
+                    f"which covers {end - queries}…{end - 1}"
+                )
+        elif armed.prompt_length is not None and end < armed.prompt_length:
+            return None
+        # A sliding-window cache keeps the newest keys only: its first key is not position 0.
+        columns = armed.to("columns", query.device) - max(0, end - keys)
+        weights = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+        if weights is not None and weights.dim() == 4 and not (call.dropout and module.training):
+            found = take_columns(take_rows(weights, rows, batch).float(), columns)
+        else:
+            sdpa = implementation == "sdpa"
+            is_causal = call.is_causal if call.is_causal is not None else getattr(module, "is_causal", True)
+            causal = bool(sdpa and queries > 1 and call.attention_mask is None and is_causal)
+            plain = call.attention_mask is None and call.softcap is None and call.position_bias is None
+            if sdpa and plain and armed.queries is None and keys == end and (queries == 1 or causal):
+                armed.wait(number, query, key, scaling=call.scaling)
+                return None
+            found = attention_rows(
+                query,
+                key,
+                columns=columns,
+                rows=rows,
+                scaling=call.scaling,
+                attention_mask=call.attention_mask,
+                causal=causal,
+                softcap=call.softcap,
+                position_bias=call.position_bias,
+                sinks=None if sdpa else call.sinks,
+            )
+        return found
+
+    def _fail(self, error: BaseException) -> None:
+        self._armed = None
+        self.error = error
+        logger.debug("attention tap disarmed", exc_info=error)
+        if self._on_error is not None:
+            with contextlib.suppress(Exception):
+                self._on_error(error)

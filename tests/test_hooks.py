@@ -1,0 +1,133 @@
+"""HookSet and Shadow: fenced, and gone without a trace."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+
+from lvlm_probe.hooks import HookSet, shadow_of
+
+
+class Greeter:
+    def greet(self, name: str) -> str:
+        return f"hello {name}"
+
+
+def loud(original, name):
+    return original(name).upper()
+
+
+def test_shadow_stands_in_front_and_leaves_nothing():
+    owner, other = Greeter(), Greeter()
+    hooks = HookSet()
+    hooks.shadow(owner, "greet", loud)
+    assert owner.greet("you") == "HELLO YOU"
+    assert other.greet("you") == "hello you"
+    hooks.remove()
+    hooks.remove()
+    assert owner.greet("you") == "hello you"
+    assert vars(owner) == {}
+
+
+def test_shadow_restores_the_users_own_override():
+    owner = Greeter()
+    owner.greet = lambda name: f"hi {name}"
+    mine = owner.greet
+    with HookSet() as hooks:
+        hooks.shadow(owner, "greet", loud)
+        assert owner.greet("you") == "HI YOU"
+    assert owner.greet is mine
+
+
+@pytest.mark.parametrize("first_to_go", [0, 1])
+def test_two_shadows_come_off_in_any_order(first_to_go):
+    owner = Greeter()
+    sets = [HookSet(), HookSet()]
+    sets[0].shadow(owner, "greet", loud)
+    sets[1].shadow(owner, "greet", lambda original, name: original(name) + "!")
+    assert owner.greet("you") == "HELLO YOU!"
+    sets[first_to_go].remove()
+    assert owner.greet("you") == ("hello you!" if first_to_go == 0 else "HELLO YOU")
+    sets[1 - first_to_go].remove()
+    assert owner.greet("you") == "hello you"
+    assert vars(owner) == {}
+
+
+def test_shadow_sees_later_changes_of_the_class():
+    class Own(Greeter):
+        pass
+
+    owner = Own()
+    hooks = HookSet()
+    shadow = hooks.shadow(owner, "greet", loud)
+    Own.greet = lambda self, name: f"bye {name}"
+    assert owner.greet("you") == "BYE YOU"
+    assert shadow_of(owner.greet) is shadow
+
+
+def test_shadow_does_not_keep_its_owner_alive():
+    owner = Greeter()
+    hooks = HookSet()
+    hooks.shadow(owner, "greet", loud)
+    seen = weakref.ref(owner)
+    del owner
+    gc.collect()
+    assert seen() is None
+    hooks.remove()
+
+
+def test_fenced_hooks_disarm_once_and_leave_the_output():
+    module = torch.nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    expected = module(x)
+    errors: list[tuple[str, str]] = []
+    calls = []
+
+    def broken(*args):
+        calls.append(1)
+        raise RuntimeError("boom")
+
+    hooks = HookSet(lambda name, error: errors.append((name, str(error))))
+    hooks.forward(module, broken, name="after")
+    hooks.forward_pre(module, broken, name="before")
+    assert torch.equal(module(x), expected)
+    assert torch.equal(module(x), expected)
+    assert sorted(errors) == [("after", "boom"), ("before", "boom")]
+    assert len(calls) == 2
+    hooks.remove()
+    assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_unfenced_hook_raises():
+    module = torch.nn.Linear(3, 2)
+
+    def broken(*args):
+        raise RuntimeError("boom")
+
+    with HookSet() as hooks:
+        hooks.forward_pre(module, broken, name="masked", fenced=False)
+        with pytest.raises(RuntimeError, match="boom"):
+            module(torch.zeros(1, 3))
+
+
+def test_other_peoples_handles_stay():
+    module = torch.nn.Linear(3, 2)
+    theirs = module.register_forward_hook(lambda *args: None)
+    with HookSet() as hooks:
+        hooks.forward(module, lambda *args: None, name="ours")
+        assert len(hooks) == 1
+    assert list(module._forward_hooks) == [theirs.id]
+
+
+def test_modules_pickle_and_copy_after_removal():
+    module = torch.nn.Linear(3, 2)
+    with HookSet() as hooks:
+        hooks.shadow(module, "extra_repr", lambda original: original())
+        hooks.forward(module, lambda *args: None, name="ours")
+    pickle.loads(pickle.dumps(module))
+    copy.deepcopy(module)
