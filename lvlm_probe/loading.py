@@ -1,0 +1,78 @@
+"""Loading a model and its processor from a directory or the hub, with and without torchvision."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+__all__ = ["load", "load_processor"]
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    attn: str | None = None,
+) -> tuple[Any, Any]:
+    """Load a vision-language model, in eval mode, and its processor.
+
+    A short cut for ``AutoModelForImageTextToText`` and ``AutoProcessor``; a probe attaches to what those give just as
+    well.
+
+    Args:
+        source: a model directory or a hub id.
+        device: where to put it.
+        dtype: of the weights; ``"auto"`` for that of the checkpoint.
+        attn: ``"sdpa"``, ``"eager"``, ...; by default transformers' choice.
+
+    Raises:
+        OSError, ValueError: transformers' own, when it cannot be loaded.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    options: dict[str, Any] = {"dtype": dtype}
+    if attn is not None:
+        options["attn_implementation"] = attn
+    model = AutoModelForImageTextToText.from_pretrained(source, **options).to(device).eval()
+    return model, load_processor(source)
+
+
+def load_processor(source: str | os.PathLike[str]) -> Any:
+    """``AutoProcessor.from_pretrained``, also for families that take videos where torchvision is not installed.
+
+    Their video processors need torchvision, and without it the whole processor fails to load; here its class is then
+    loaded without the video half. Images and text are processed by the same code either way.
+    """
+    from transformers import AutoProcessor
+    from transformers.utils import is_torchvision_available
+
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except (ImportError, OSError):  # OSError: saved without its video half
+        processor_class = None if is_torchvision_available() else _processor_class(source)
+        if processor_class is None or "video_processor" not in processor_class.get_attributes():
+            raise
+    return _without_video(processor_class).from_pretrained(source)
+
+
+def _processor_class(source: str | os.PathLike[str]) -> Any:
+    import transformers
+    from transformers import AutoConfig
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    try:
+        model_type = AutoConfig.from_pretrained(source).model_type
+    except (OSError, ValueError):
+        return None
+    name = PROCESSOR_MAPPING_NAMES.get(model_type)
+    return None if name is None else getattr(transformers, name, None)
+
+
+def _without_video(processor_class: Any) -> Any:
+    """The same class minus the video processor: ``ProcessorMixin`` asks ``get_attributes`` for its parts."""
+    parts = [part for part in processor_class.get_attributes() if part != "video_processor"]
+    namespace = {"get_attributes": classmethod(lambda _: list(parts)), "__module__": processor_class.__module__}
+    return type(processor_class.__name__, (processor_class,), namespace)

@@ -1,0 +1,96 @@
+"""Masked pictures in the user's own calls: what ``Probe.masked`` puts in place of the pixel inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lvlm_probe.anatomy import Anatomy
+from lvlm_probe.errors import ImageError, MaskError
+from lvlm_probe.images import ImagePath, PixelPath, make_baseline
+from lvlm_probe.recorded_path import image_processor_of
+from lvlm_probe.watch import ProcessorWatch, flatten_images
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Masking"]
+
+
+class Masking:
+    """The state of one ``Probe.masked`` block."""
+
+    def __init__(
+        self, processor: object | None, watch: ProcessorWatch, anatomy: Anatomy, mask: torch.Tensor, *, images: Any,
+        image: int | None,
+        baseline: str | Image.Image, mode: Literal["fast", "exact"],
+    ) -> None:  # fmt: skip
+        self.processor, self.watch, self.anatomy = processor, watch, anatomy
+        self.mask, self.images = mask, images
+        self.image, self.baseline, self.mode = image, baseline, mode
+        self._paths: list[tuple[torch.Tensor, Any]] = []
+
+    def replace(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The same model inputs with masked pixels."""
+        pixels = {
+            name: value
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor) and self.anatomy.is_pixel_name(name)
+        }
+        if not any(value.is_floating_point() for value in pixels.values()):
+            raise ImageError(
+                "masked(): this call has no pixel inputs; pass the processor's outputs on: model(**inputs)"
+            )
+        path = self._path(pixels)
+        made = path.apply(self._mask_for(path), image=self.image, mode=self.mode)
+        changed = dict(inputs)
+        for name in path.pixel_keys:
+            if name in changed:
+                changed[name] = made[name].to(device=changed[name].device, dtype=changed[name].dtype)
+        return changed
+
+    def _mask_for(self, path: Any) -> torch.Tensor:
+        mask = self.mask
+        if self.image is not None or path.n_images == 1:
+            if mask.ndim == 3 and mask.shape[0] == 1:
+                return mask
+            if mask.ndim == 2:
+                return mask[None]
+        elif mask.ndim == 2:
+            return mask.expand(path.n_images, *mask.shape)[None]
+        elif mask.ndim == 3 and mask.shape[0] == path.n_images:
+            return mask[None]
+        raise MaskError(
+            f"mask of shape {tuple(mask.shape)} for a call with {path.n_images} image(s): give (row, col) for all "
+            f"of them, ({path.n_images}, row, col) for one each, or image=k with (row, col)"
+        )
+
+    def _path(self, pixels: dict[str, torch.Tensor]) -> Any:
+        key = next(value for value in pixels.values() if value.is_floating_point())
+        for known, path in self._paths:
+            if known is key:
+                return path
+        path = self._make_path(pixels, key.dtype)
+        self._paths.append((key, path))
+        return path
+
+    def _make_path(self, pixels: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
+        image_processor = image_processor_of(self.processor)
+        call = self.watch.find(pixels)
+        pictures, groups = flatten_images(self.images) if self.images is not None else (None, None)
+        kwargs: dict[str, Any] = {}
+        if call is not None:
+            kwargs = call.kwargs
+            if pictures is None:
+                pictures, groups = call.images, call.groups
+        if image_processor is None or pictures is None:
+            if not isinstance(self.baseline, str):
+                raise ImageError("a picture as baseline needs the processor: attach(model, processor)")
+            return PixelPath(pixels, dtype=dtype).with_baseline_kind(self.baseline)
+        structure: Literal["flat", "nested"] = "flat" if groups is None else "nested"
+        path = ImagePath.from_processor(
+            image_processor, pictures, call_kwargs=kwargs, structure=structure, reference=pixels, dtype=dtype
+        )
+        return path.with_baseline([make_baseline(picture, self.baseline) for picture in path.images])

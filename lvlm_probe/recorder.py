@@ -1,0 +1,399 @@
+"""One ``generate()`` call seen from outside: what it was given, what it said, how sure it was.
+
+``GenerationRecorder.begin`` looks at the arguments and hangs up two things for the length of the call: a forward hook
+that reads log P(a_t) off the logits the model computes anyway, and the attention row tap. ``finish`` turns the returned
+sequences into one capture per batch row. Nothing here may raise into the user's generation: the session fences every
+call.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lvlm_probe.anatomy import Anatomy
+from lvlm_probe.attention import Rows, RowTap
+from lvlm_probe.decoding import answer_length, display_pieces, eos_token_ids, special_flags, tokenizer_of
+from lvlm_probe.errors import ProbeError
+from lvlm_probe.format import Capture, ImageRecord, PointRecord, RowCapture
+from lvlm_probe.hooks import HookSet
+from lvlm_probe.layout import image_spans, token_boxes
+from lvlm_probe.logprobs import StepLogProbs
+from lvlm_probe.pictures import encode_picture
+from lvlm_probe.player import Replay
+from lvlm_probe.points import PointTap
+from lvlm_probe.prompt_pictures import NotRecorded, PictureFinder, PromptPictures, RowPictures
+from lvlm_probe.recorded_path import LiveTrace
+from lvlm_probe.watch import ProcessorWatch
+
+__all__ = ["BoxCache", "GenerationRecorder", "RecordOptions"]
+
+BoxCache = dict[tuple[Any, ...], np.ndarray]
+"""Boxes of image tokens that are known already; tracing them runs the processor several times."""
+
+# Rebuilt from the tokens by every replay, or of no use to one.
+_NOT_REPLAYED = ("input_ids", "inputs", "attention_mask", "position_ids", "cache_position", "labels")
+_BOXES_KEPT = 64
+_ALPHA = 1.0  # LLR above which a token counts when the baseline is checked; the paper's default
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What ``Probe.record`` was asked for; see there."""
+
+    images: Any = None
+    llr: bool = True
+    attention: bool = True
+    boxes: bool = True
+    heads: Literal["mean", "all"] = "mean"
+    baseline: str | Image.Image = "blur"
+    points: tuple[str, ...] = ()
+    question: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class GenerationRecorder:
+    """Everything around one ``generate()`` call. Used once: ``begin`` → the call → ``finish`` or ``abort``."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        processor: object | None,
+        anatomy: Anatomy,
+        watch: ProcessorWatch,
+        options: RecordOptions,
+        on_error: Callable[[str, BaseException], None],
+        boxes: BoxCache,
+    ) -> None:
+        self.model, self.processor, self.anatomy = model, processor, anatomy
+        self.options = options
+        self.notes: list[str] = []
+        self._watch = watch
+        self._hooks = HookSet(on_error)
+        self._log_probs = StepLogProbs()
+        self._tap: RowTap | None = None
+        self._points: PointTap | None = None
+        self._on_error = on_error
+        self._boxes = boxes
+        self._inputs: dict[str, Any] = {}
+        self._images: dict[str, list[Image.Image]] = {}
+        self._started = time.perf_counter()
+
+    # ------------------------------------------------------------------ around the call
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look at the arguments of ``generate`` and hang up the hooks.
+
+        Raises:
+            NotRecorded: there is nothing to record, or it cannot be recorded without wrong numbers.
+        """
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            raise NotRecorded("generate() was called without input_ids of shape (batch, prompt); nothing is recorded")
+        self._inputs = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        self._inputs["input_ids"] = ids
+        pixels = [name for name in self._inputs if self.anatomy.is_pixel_name(name)]
+        if any("video" in name for name in pixels):
+            raise NotRecorded("the prompt holds a video, and videos are not recorded yet; nothing is recorded")
+        if not any(self._inputs[name].is_floating_point() for name in pixels):
+            raise NotRecorded(
+                "the prompt holds no image (no pixel inputs were given to generate()), so there is nothing to explain; "
+                "nothing is recorded. Put an image into the prompt and pass the processor's outputs on: "
+                "model.generate(**inputs)"
+            )
+        generation = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+
+        def setting(name: str, default: Any = None) -> Any:
+            value = kwargs.get(name)
+            if value is None:
+                value = getattr(generation, name, None)
+            if value is None:
+                value = getattr(getattr(self.model, "generation_config", None), name, None)
+            return default if value is None else value
+
+        self._eos = eos_token_ids(SimpleNamespace(eos_token_id=setting("eos_token_id")), self.model.config)
+        pad = setting("pad_token_id")
+        self._pad = next(iter(self._eos), None) if pad is None else int(pad)
+        self._custom_stop = bool(
+            kwargs.get("stop_strings") or kwargs.get("stopping_criteria") or setting("stop_strings")
+        )
+        beams = int(setting("num_beams", 1))
+        if beams > 1:
+            self.notes.append(
+                f"beam search ({beams} beams) reorders rows while it runs, so log-probabilities come from one "
+                f"teacher-forced pass over the returned answer, and attention rows are not recorded"
+            )
+            return
+        self._hooks.forward(self.model, self._log_probs, name="log_probs")
+        if self.options.points:
+            self._points = PointTap(self.model, self.anatomy, self.options.points, self._hooks)
+        if self.options.attention:
+            try:
+                self._arm_tap(ids, int(setting("num_return_sequences", 1)))
+            except Exception as error:  # the answer can be recorded all the same
+                self._on_error("attention", error)
+                if self._tap is not None:
+                    self._tap.remove()
+                    self._tap = None
+
+    def _arm_tap(self, ids: torch.Tensor, copies: int) -> None:
+        if self.anatomy.image_token_id is None:
+            self.notes.append(
+                f"attention rows are not recorded: {type(self.model).__name__} has no image tokens in the prompt"
+            )
+            return
+        tap = RowTap(self.model, on_error=lambda error: self._on_error("attention", error))
+        if not tap.layers:
+            reasons = "; ".join(sorted(set(map(str, tap.unsupported.values())))) or "no attention layer was found"
+            self.notes.append(f"attention rows are not recorded: {reasons}")
+            return
+        if tap.unsupported:
+            self.notes.append(f"{len(tap.unsupported)} layer(s) without attention rows: {tap.unsupported}")
+        places = [row.nonzero()[:, 0] for row in (ids == self.anatomy.image_token_id)]
+        width = max(len(place) for place in places)
+        if width == 0:
+            self.notes.append("attention rows are not recorded: the prompt holds no image tokens")
+            return
+        columns = torch.zeros(len(places), width, dtype=torch.long, device=ids.device)
+        valid = torch.zeros(len(places), width, dtype=torch.bool, device=ids.device)
+        for row, place in enumerate(places):
+            columns[row, : len(place)] = place
+            valid[row, : len(place)] = True
+        columns, valid = columns.repeat_interleave(copies, 0), valid.repeat_interleave(copies, 0)
+        tap.install()
+        self._tap = tap
+        tap.arm(columns, valid=valid, heads=self.options.heads, prompt_length=ids.shape[1])
+
+    def abort(self) -> None:
+        """The call failed or was interrupted: take everything down, keep nothing."""
+        self._hooks.remove()
+        if self._tap is not None:
+            self._tap.remove()
+
+    # ------------------------------------------------------------------ after the call
+
+    def finish(self, output: Any) -> Capture:
+        """Turn what ``generate`` returned into a capture (further passes are ``complete``'s).
+
+        Raises:
+            NotRecorded: the returned sequences do not continue the prompt.
+        """
+        generated_seconds = time.perf_counter() - self._started
+        tap, self._tap = self._tap, None
+        self._hooks.remove()
+        attention: Rows | None = None
+        if tap is not None:
+            try:
+                attention = tap.collect()
+            except Exception as error:
+                self._on_error("attention", error)
+            finally:
+                tap.remove()
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        ids = self._inputs["input_ids"]
+        copies, odd = divmod(len(sequences), len(ids))
+        prompts = ids.repeat_interleave(max(copies, 1), 0).to(sequences.device)
+        if odd or copies == 0 or not torch.equal(sequences[:, : ids.shape[1]], prompts):
+            raise NotRecorded(
+                f"{type(self.model).__name__}.generate() did not return prompt + answer for this prompt; nothing is "
+                "recorded"
+            )
+        generated = sequences[:, ids.shape[1] :]
+        values = self._log_probs.result(generated) if generated.shape[1] else None
+        if values is None and attention is not None:
+            # Assisted decoding, guidance: rows cannot be matched to tokens where passes and tokens are not one to one.
+            attention = None
+            self.notes.append("attention rows are not recorded: the model did not run one pass per answer token")
+        finder = PictureFinder(
+            self.processor,
+            self._watch,
+            self._inputs,
+            given=self.options.images,
+            image_token_id=self.anatomy.image_token_id,
+        )
+        pictures = finder.find(len(ids))
+        self.notes += finder.notes
+        tokenizer = tokenizer_of(self.processor)
+        rows = []
+        for row in range(len(sequences)):
+            if pictures.rows[row // copies].images == []:
+                self.notes.append(f"row {row} of the batch has no picture and is not recorded")
+                continue
+            length = answer_length(generated[row].tolist(), eos=self._eos, pad=self._pad, custom_stop=self._custom_stop)
+            if length == 0:
+                self.notes.append(f"row {row} of the batch generated nothing and is not recorded")
+                continue
+            capture = self._row(row, row // copies, generated[row, :length].cpu(), pictures, tokenizer)
+            if values is not None:
+                capture.log_probs = values[row, :length].numpy()
+            else:
+                capture.log_probs_source = "teacher_forced"
+            if attention is not None:
+                self._add_attention(capture, attention, row, length)
+            if self._points is not None and len(sequences) == 1:
+                capture.points = {**capture.points, **self._points.records()}
+            rows.append(capture)
+        if not rows:
+            raise NotRecorded("generate() returned no new token; nothing is recorded")
+        created = datetime.now(UTC).isoformat()
+        return Capture(rows=rows, model={}, created=created, seconds={"generate": generated_seconds})
+
+    def _row(
+        self, row: int, prompt_row: int, token_ids: torch.Tensor, pictures: PromptPictures, tokenizer: Any
+    ) -> RowCapture:
+        ids = self._inputs["input_ids"][prompt_row]
+        mask = self._inputs.get("attention_mask")
+        real = mask[prompt_row].bool() if mask is not None and mask.shape == self._inputs["input_ids"].shape else None
+        prompt_ids = (ids[real] if real is not None else ids).cpu()
+        mine = pictures.rows[prompt_row]
+        kwargs = self._row_inputs(prompt_row, real, mine)
+        positions = (
+            (prompt_ids == self.anatomy.image_token_id).nonzero()[:, 0]
+            if self.anatomy.image_token_id is not None
+            else torch.zeros(0, dtype=torch.long)
+        )
+        notes = [*self.notes, *pictures.notes]
+        if self._eos and int(token_ids[-1]) not in self._eos and not self._custom_stop:
+            notes.append(f"the answer was cut after {len(token_ids)} tokens (max_new_tokens)")
+        prompt = tokenizer.decode(prompt_ids.tolist()) if tokenizer is not None else ""
+        asked = (
+            tokenizer.decode(prompt_ids.tolist(), skip_special_tokens=True).strip() if tokenizer is not None else None
+        )
+        images = mine.images or []
+        trace_id = uuid.uuid4().hex[:16]
+        self._images[trace_id] = images
+        return RowCapture(
+            trace_id=trace_id,
+            batch_row=row,
+            input_ids=prompt_ids.numpy().astype(np.int64),
+            prompt=_folded(prompt),
+            question=self.options.question or asked,
+            model_kwargs=kwargs,
+            images=[ImageRecord(*encode_picture(image), *image.size) for image in images],
+            processor_call=mine.call,
+            image_token_id=self.anatomy.image_token_id,
+            image_positions=positions.numpy().astype(np.int64),
+            image_index=image_spans(positions.numpy(), max(1, len(images)), mine.tokens_per_image),
+            token_ids=token_ids.numpy().astype(np.int64),
+            pieces=display_pieces(tokenizer, token_ids.tolist()),
+            special=np.asarray(special_flags(tokenizer, token_ids.tolist(), self._eos), dtype=bool),
+            log_probs=np.full(len(token_ids), np.nan, np.float32),
+            notes=notes,
+            meta=dict(self.options.meta),
+        )
+
+    def _row_inputs(self, row: int, real: torch.Tensor | None, mine: RowPictures) -> dict[str, torch.Tensor]:
+        """What a replay of one batch row feeds besides the token ids."""
+        ids = self._inputs["input_ids"]
+        kept: dict[str, torch.Tensor] = {}
+        for name, value in self._inputs.items():
+            if name in _NOT_REPLAYED:
+                continue
+            if name in mine.inputs:
+                kept[name] = mine.inputs[name].to(value.dtype)
+            elif value.ndim >= 2 and value.shape[:2] == ids.shape and not self.anatomy.is_pixel_name(name):
+                kept[name] = (value[row][real] if real is not None else value[row])[None]
+            else:
+                kept[name] = _split(name, value, row, len(ids))
+        return {name: value.detach().cpu() for name, value in kept.items()}
+
+    def _add_attention(self, capture: RowCapture, attention: Rows, row: int, length: int) -> None:
+        values = attention.values[row]
+        if len(values) < length:
+            capture.notes.append("attention rows are not recorded: the model ran fewer passes than answer tokens")
+            return
+        if attention.missing:
+            capture.notes.append(f"layers without attention rows: {attention.missing}")
+        width = len(capture.image_positions)
+        layers = tuple(layer.index for layer in attention.layers)
+        reduce = "head_mean" if self.options.heads == "mean" else "none"
+        decoder = self.anatomy.decoder
+        capture.points = {
+            "decoder.attention": PointRecord(
+                values[:length, :, :, :width], ("step", "layer", "head", "image_token"), layers, reduce, decoder
+            ),
+            "decoder.attention_text_mass": PointRecord(
+                attention.text_mass[row][:length], ("step", "layer", "head"), layers, reduce, decoder
+            ),
+        }
+
+    # ------------------------------------------------------------------ teacher-forced passes
+
+    def complete(self, capture: Capture) -> None:
+        """What needs the processor or the model once more: log-likelihood ratios and the image tokens' boxes.
+
+        Baseline log-probabilities (paper, Eq. 6) take one pass per row; the baseline is blurred harder until the
+        selected tokens keep less than 5 % probability (paper, A.1). Log-probabilities themselves are computed where
+        the hook saw none.
+        """
+        start = time.perf_counter()
+        for row in capture.rows:
+            missing = bool(np.isnan(row.log_probs).any())
+            boxes = self.options.boxes and self.options.attention and bool(row.images) and len(row.image_positions) > 0
+            key = _box_key(row) if boxes else ()
+            if key in self._boxes:
+                row.patch_box, boxes = self._boxes[key], False
+            if not (missing or self.options.llr or boxes):
+                continue
+            player = Replay(LiveTrace(row, self._images[row.trace_id]), self.model, self.processor, check_pixels=False)
+            if missing:
+                row.log_probs = player.original_log_probs.numpy()
+            if boxes:
+                try:
+                    row.patch_box = token_boxes(player.path, row.image_index)
+                    if len(self._boxes) >= _BOXES_KEPT:
+                        self._boxes.clear()
+                    self._boxes[key] = row.patch_box
+                except ProbeError as error:
+                    row.notes.append(f"no boxes for the image tokens: {error}")
+            if not self.options.llr:
+                continue
+            if self.options.baseline != "blur":  # which is what a replay starts with
+                player.set_baseline(self.options.baseline)
+            llr = torch.as_tensor(row.log_probs) - player.baseline_log_probs
+            selected = ((llr > _ALPHA) & ~player.special).nonzero()[:, 0].tolist()
+            player.strengthen(selected)
+            row.baseline_log_probs = player.baseline_log_probs.numpy()
+            row.baseline = dict(player.baseline)
+        capture.seconds["teacher_forced"] = time.perf_counter() - start
+
+
+def _split(name: str, value: torch.Tensor, row: int, batch: int) -> torch.Tensor:
+    if batch == 1 or value.ndim == 0:
+        return value
+    share, odd = divmod(len(value), batch)
+    if odd or share == 0:
+        raise NotRecorded(
+            f"{name} of shape {tuple(value.shape)} cannot be divided among {batch} prompts; attach the processor, "
+            f"or record one prompt at a time. Nothing is recorded"
+        )
+    return value[row * share : (row + 1) * share]
+
+
+def _box_key(row: RowCapture) -> tuple[Any, ...]:
+    """All that the boxes of a row depend on: the processor is the probe's, the picture counts by its size alone."""
+    sizes = tuple((image.width, image.height) for image in row.images)
+    shapes = tuple(sorted((name, tuple(value.shape)) for name, value in row.model_kwargs.items()))
+    settings = json.dumps((row.processor_call or {}).get("kwargs"), sort_keys=True)
+    return sizes, shapes, settings, row.image_index.tobytes()
+
+
+def _folded(prompt: str) -> str:
+    """The prompt with runs of one repeated placeholder (hundreds of image tokens) shown once with their number."""
+
+    def fold(match: re.Match[str]) -> str:
+        count = len(match[0]) // len(match[1])
+        return f"{match[1]}×{count}"
+
+    return re.sub(r"(<[^<>\s]{1,40}>|\[[A-Z_]{2,40}\])\1{2,}", fold, prompt)

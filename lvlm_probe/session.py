@@ -1,0 +1,394 @@
+"""Attach to a live model: record what it generates, mask what it sees, detach without a trace.
+
+``attach`` puts a function in front of ``generate`` on this one instance, and one in front of the image processor's
+``preprocess``. ``generate`` is the place to stand because transformers encodes the picture *before* the first top-level
+forward pass, which therefore never sees it. All other hooks live only as long as one ``generate()`` call.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lvlm_probe.anatomy import Anatomy, examine
+from lvlm_probe.errors import AttachError, ImageError, MaskError, ProbeError
+from lvlm_probe.forcing import OWN_PASS
+from lvlm_probe.format import Capture
+from lvlm_probe.hooks import HookSet, caution, shadow_of
+from lvlm_probe.identity import describe_model
+from lvlm_probe.images.processor import OWN_CALL
+from lvlm_probe.masking import Masking
+from lvlm_probe.prompt_pictures import NotRecorded
+from lvlm_probe.recorded_path import image_processor_of
+from lvlm_probe.recorder import BoxCache, GenerationRecorder, RecordOptions
+from lvlm_probe.trace import Trace, open_trace, write
+from lvlm_probe.watch import ProcessorWatch, flatten_images
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Probe", "Recording", "attach"]
+
+_log = logging.getLogger("lvlm_probe")
+
+
+def attach(model: torch.nn.Module, processor: object | None = None) -> Probe:
+    """Attach a probe to a loaded Hugging Face vision-language model.
+
+    Args:
+        model: any model with image input and ``generate``; it is not changed.
+        processor: its processor, or its image processor alone. Without one, masks live in pixel-input space, and no
+            words can be shown, only token ids.
+
+    Raises:
+        AttachError: a probe is attached already, or the model cannot be probed; the message says why.
+    """
+    return Probe(model, processor)
+
+
+class Recording:
+    """What ``Probe.record`` gives: every ``generate()`` inside the ``with`` block becomes a trace file.
+
+    Attributes:
+        directory: where the files go.
+        paths: the files written so far, oldest first.
+        faults: what went wrong inside hooks, as sentences; the user's generation was not affected.
+    """
+
+    def __init__(self, attachment: _Attachment, directory: Path, options: RecordOptions) -> None:
+        self.directory = directory
+        self.paths: list[Path] = []
+        self.faults: list[str] = []
+        self._attachment = attachment
+        self._options = options
+        self._warned: set[str] = set()
+
+    @property
+    def traces(self) -> list[Trace]:
+        """The traces written so far, opened; one per batch row."""
+        found: list[Trace] = []
+        for path in self.paths:
+            first = open_trace(path)
+            found.append(first)
+            found.extend(open_trace(path, row=row) for row in range(1, first.rows))
+        return found
+
+    def __enter__(self) -> Recording:
+        if self._attachment.recording is not None:
+            raise AttachError("a recording is running on this probe already; leave its `with` block first")
+        if self._attachment.closed:
+            raise AttachError("the probe was detached; attach again to record")
+        self._attachment.recording = self
+        self._attachment.forget_description()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._attachment.recording is self:
+            self._attachment.recording = None
+
+    def run(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record one ``generate()`` call. Whatever goes wrong in here, the user gets what ``generate`` returns."""
+        owner = self._attachment
+        faults: list[str] = []
+
+        def fault(name: str, error: BaseException) -> None:
+            faults.append(f"{name}: {type(error).__name__}: {error}")
+            self._warn(
+                "fault",
+                f"recording went wrong in {name} ({type(error).__name__}: {error}); the generation is not affected, "
+                f"the trace is marked status='error'",
+            )
+
+        recorder = GenerationRecorder(
+            owner.model, owner.processor, owner.anatomy, owner.watch, self._options, fault, owner.boxes
+        )
+        ready = False
+        try:
+            recorder.begin(args, kwargs)
+            ready = True
+        except NotRecorded as reason:
+            recorder.abort()
+            self._warn(str(reason)[:40], str(reason))
+        except Exception as error:
+            recorder.abort()
+            _log.debug("recording could not begin", exc_info=True)
+            faults.append(f"begin: {type(error).__name__}: {error}")
+            self._warn("begin", f"this generation is not recorded: {type(error).__name__}: {error}")
+        try:
+            output = original(*args, **kwargs)
+        except BaseException:
+            recorder.abort()
+            raise
+        if not ready:
+            self.faults += faults
+            return output
+        try:
+            self._keep(recorder, output, faults, fault)
+        except NotRecorded as reason:
+            self._warn(str(reason)[:40], str(reason))
+        except Exception as error:
+            _log.debug("recording failed", exc_info=True)
+            fault("finish", error)
+        finally:
+            recorder.abort()
+            self.faults += faults
+        return output
+
+    def _keep(self, recorder: GenerationRecorder, output: Any, faults: list[str], fault: Any) -> None:
+        devices = [
+            device for device in {p.device for p in self._attachment.model.parameters()} if device.type == "cuda"
+        ]
+        interrupted: KeyboardInterrupt | None = None
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            capture = recorder.finish(output)
+            try:
+                recorder.complete(capture)
+            except KeyboardInterrupt as stop:
+                interrupted = stop  # the answer is complete: keep it, without the scores that were being computed
+                self._note(capture, "the baseline pass was interrupted; replay gives the log-likelihood ratios")
+            except Exception as error:
+                fault("teacher-forced pass", error)
+            capture.model = self._attachment.describe_model()
+        if faults:
+            for row in capture.rows:
+                row.status, row.error = "error", "; ".join(faults)
+        self.paths.append(write(capture, self.directory))
+        if interrupted is not None:
+            raise interrupted
+
+    @staticmethod
+    def _note(capture: Capture, sentence: str) -> None:
+        for row in capture.rows:
+            row.notes.append(sentence)
+
+    def _warn(self, kind: str, sentence: str) -> None:
+        """Say each kind of thing once per recording."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            caution(sentence, stacklevel=4)
+
+
+class _Attachment:
+    """Everything that hangs on the model. It knows nothing of the ``Probe``, so that dropping the probe detaches."""
+
+    def __init__(self, model: torch.nn.Module, processor: object | None, anatomy: Anatomy) -> None:
+        self.model, self.processor, self.anatomy = model, processor, anatomy
+        self.watch = ProcessorWatch()
+        self.boxes: BoxCache = {}
+        self.hooks = HookSet()
+        self.recording: Recording | None = None
+        self.masking: Masking | None = None
+        self.closed = False
+        self._inside = 0
+        self._description: dict[str, Any] | None = None
+
+    def open(self) -> None:
+        self.hooks.shadow(self.model, "generate", self._generate)
+        self.hooks.forward_pre(self.model, self._forward, name="masked", fenced=False)
+        image_processor = image_processor_of(self.processor)
+        if callable(getattr(image_processor, "preprocess", None)):
+            self.hooks.shadow(image_processor, "preprocess", self._preprocess)
+
+    def close(self) -> None:
+        self.closed = True
+        self.recording = self.masking = None
+        self.hooks.remove()
+        self.watch.clear()
+
+    def forget_description(self) -> None:
+        """A new recording starts: weights may have been trained since the last one."""
+        self._description = None
+
+    def describe_model(self) -> dict[str, Any]:
+        """The model's description and fingerprint, once per recording."""
+        if self._description is None:
+            self._description = describe_model(self.model)
+        return self._description
+
+    def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._inside:
+            return original(*args, **kwargs)
+        self._inside += 1
+        try:
+            if self.masking is not None:
+                if self.recording is not None:
+                    self.recording._warn("masked", "a masked generation is not recorded: its picture is not the user's")
+                return original(*args, **self.masking.replace(kwargs))
+            if self.recording is not None:
+                return self.recording.run(original, args, kwargs)
+            return original(*args, **kwargs)
+        finally:
+            self._inside -= 1
+
+    def _forward(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Not fenced: a mask the user asked for and did not get would be a silent lie.
+        if self.masking is None or self._inside or OWN_PASS.get():
+            return None
+        return args, self.masking.replace(kwargs)
+
+    def _preprocess(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if not self._inside and not OWN_CALL.get():
+            try:
+                images = args[0] if args else kwargs.get("images")
+                self.watch.add(images, {k: v for k, v in kwargs.items() if k != "images"}, result)
+            except Exception as error:
+                _log.debug("the processor call could not be kept", exc_info=True)
+                if self.recording is not None:
+                    self.recording.faults.append(f"processor watch: {error}")
+                    self.recording._warn("watch", f"the processor call could not be watched: {error}")
+        return result
+
+
+class Probe:
+    """A probe on one model; made by ``attach``. Usable as a context manager that detaches at the end.
+
+    Attributes:
+        model, processor: what was attached.
+        anatomy: where encoders, mergers, decoder and image tokens are.
+    """
+
+    def __init__(self, model: torch.nn.Module, processor: object | None = None) -> None:
+        if hasattr(model, "_orig_mod"):
+            raise AttachError(
+                "this is the wrapper that torch.compile(model) returns; attach the model itself before compiling "
+                "it, or use model.compile(), which compiles in place"
+            )
+        present = shadow_of(vars(model).get("generate")) if hasattr(model, "__dict__") else None
+        if present is not None and present.active:
+            raise AttachError(
+                f"a probe is attached to this {type(model).__name__} already; use that one, or call its detach() first"
+            )
+        self.model, self.processor = model, processor
+        self.anatomy = examine(model, processor)
+        self._attachment = _Attachment(model, processor, self.anatomy)
+        try:
+            self._attachment.open()
+        except BaseException:
+            self._attachment.close()
+            raise
+        self._finalizer = weakref.finalize(self, self._attachment.close)
+
+    def record(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        images: Any = None,
+        llr: bool = True,
+        attention: bool = True,
+        heads: Literal["mean", "all"] = "mean",
+        boxes: bool = True,
+        baseline: str | Image.Image = "blur",
+        points: tuple[str, ...] = (),
+        question: str | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> Recording:
+        """Record every ``generate()`` call inside the ``with`` block.
+
+        Args:
+            path: directory for the trace files, made if missing; existing traces stay.
+            images: the original pictures, where they cannot be taken from the processor call (a list; nested for
+                batches).
+            llr: also compute log-likelihood ratios: one more pass per row, on the baseline picture. ``False`` defers
+            it.
+            attention: record decoder attention from answer tokens to image tokens.
+            heads: ``"mean"`` over heads or ``"all"`` of them.
+            boxes: with attention, also keep which part of the picture each image token stands for. The processor is run
+                some eight times for that on the first picture of every size.
+            baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or a picture.
+            points: further module outputs to keep: ``"encoder"``, ``"merger"`` or module path patterns.
+            question: text to show as the question; by default the prompt without special tokens.
+            meta: JSON to keep with the traces.
+
+        Raises:
+            ProbeError: the directory cannot be written.
+        """
+        directory = Path(path)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ProbeError(f"traces cannot be written to {directory}: {error}; name a directory") from error
+        if not os.access(directory, os.W_OK):
+            raise ProbeError(f"traces cannot be written to {directory}: no permission; name another directory")
+        if images is not None:
+            self._check_images(images)
+        options = RecordOptions(
+            images, llr, attention, boxes, heads, baseline, tuple(points), question, dict(meta or {})
+        )
+        return Recording(self._attachment, directory, options)
+
+    @contextmanager
+    def masked(
+        self,
+        mask: torch.Tensor,
+        *,
+        images: Any = None,
+        image: int | None = None,
+        baseline: str | Image.Image = "blur",
+        mode: Literal["fast", "exact"] = "fast",
+    ) -> Iterator[None]:
+        """Inside the block, ``model(**inputs)`` and ``model.generate(**inputs)`` see the masked picture.
+
+        Args:
+            mask: ``(row, col)`` for every image of the call, or ``(image, row, col)``; 1 keeps, 0 is the baseline. Any
+            loss
+                on ``model(**inputs)`` is differentiable in it.
+            images: the original pictures, where they cannot be taken from the processor call.
+            image: mask this image only.
+            baseline: what stands where the mask is 0.
+            mode: ``"exact"`` runs the real processor on the real composite.
+
+        Raises:
+            MaskError, ImageError: the mask does not fit, or the call has no picture.
+        """
+        if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
+            raise MaskError("a mask is a floating-point tensor with values in [0, 1]")
+        if self._attachment.closed:
+            raise AttachError("the probe was detached; attach again")
+        before = self._attachment.masking
+        self._attachment.masking = Masking(
+            self.processor,
+            self._attachment.watch,
+            self.anatomy,
+            mask,
+            images=images,
+            image=image,
+            baseline=baseline,
+            mode=mode,
+        )
+        try:
+            yield
+        finally:
+            self._attachment.masking = before
+
+    def detach(self) -> None:
+        """Remove everything this probe hung on the model and its processor; calling it again does nothing."""
+        self._finalizer()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the probe is still attached."""
+        return not self._attachment.closed
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"<Probe {state}: {type(self.model).__name__}, decoder {self.anatomy.decoder!r}>"
+
+    @staticmethod
+    def _check_images(images: Any) -> None:
+        pictures, _ = flatten_images(images)
+        if pictures is None:
+            raise ImageError("images= takes PIL pictures or uint8 arrays (nested in one list per prompt for batches)")
