@@ -1,0 +1,65 @@
+"""Masks in micro-batches: differentiable beyond what fits at once, and noise that does not depend on the grouping."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from lvlm_probe.player import Replay
+
+__all__ = ["Chunked", "noise_like", "noise_seeds"]
+
+
+class Chunked(torch.autograd.Function):
+    """More masks than fit at once, differentiable: each micro-batch is run again in backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        masks: torch.Tensor,
+        player: Replay,
+        image: int | None,
+        noise: float,
+        seeds: torch.Tensor,
+        mode: Literal["fast", "exact"],
+        size: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(masks, seeds)
+        ctx.player, ctx.image, ctx.noise, ctx.mode, ctx.size = player, image, noise, mode, size
+        return player._in_chunks(
+            masks, size, lambda chunk, part: player._forward(chunk, image, noise, seeds[part], mode)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        masks, seeds = ctx.saved_tensors
+        player: Replay = ctx.player
+
+        def one(chunk: torch.Tensor, part: slice) -> torch.Tensor:
+            leaf = chunk.detach().requires_grad_(True)
+            with torch.enable_grad():
+                result = player._forward(leaf, ctx.image, ctx.noise, seeds[part], ctx.mode)
+            (gradient,) = torch.autograd.grad(result, leaf, upstream[part])
+            player.passes.backward += len(chunk)
+            return gradient
+
+        return (player._in_chunks(masks, ctx.size, one), *[None] * 6)
+
+
+def noise_seeds(count: int, noise: float, generator: torch.Generator | None) -> torch.Tensor:
+    """One noise seed per mask, so that results do not depend on how masks are grouped into micro-batches."""
+    if not noise:
+        return torch.zeros(count, dtype=torch.long)
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    return torch.randint(2**62, (count,), generator=generator, device=generator.device).cpu()
+
+
+def noise_like(pixels: torch.Tensor, deviation: float, seeds: torch.Tensor) -> torch.Tensor:
+    """Gaussian noise for the pixel inputs of ``len(seeds)`` masks, shaped like ``pixels``, from one seed per mask."""
+    rows = pixels.shape[0] // len(seeds)
+    shape = (rows, *pixels.shape[1:])
+    parts = [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    return (torch.cat(parts) * deviation).to(pixels)

@@ -1,0 +1,314 @@
+"""Which tokens of an answer to explain: the set K of the paper, Eq. 6.
+
+The picture's part in one token is its log-likelihood ratio between the image and a baseline image without visual
+information, under teacher forcing::
+
+    LLR_t = log P(a_t | a_<t; I, Q) − log P(a_t | a_<t; Ĩ, Q)            natural logarithm, "nats"
+    K     = {t : LLR_t > alpha}                                          alpha = 1 by default
+
+``rule="joint"`` takes every token of the answer instead, and a user may name words or a token span. Special tokens
+(``</s>``, ``<|im_end|>``) never join K. An answer from which nothing is selected is a result with a reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lvlm_probe.errors import SelectionError
+from lvlm_probe.words import group_words
+
+if TYPE_CHECKING:
+    from lvlm_probe.player import Replay
+    from lvlm_probe.trace import Trace
+    from lvlm_probe.words import Word
+
+__all__ = ["STOP_WORDS", "TokenSelection", "select_tokens", "word_llr"]
+
+_STOP_WORDS = (
+    "a an the this that these those it its there here is are was were be been being am do does did has have had and or "
+    "but nor so of in on at to from by with for as than then which who what where"
+)
+STOP_WORDS: frozenset[str] = frozenset(_STOP_WORDS.split())
+"""English function words that ``stop_words=True`` keeps out of K; compared by text, so any tokenizer will do."""
+
+Rule = Literal["llr", "joint", "words", "span"]
+
+
+@dataclass(frozen=True, repr=False)
+class TokenSelection:
+    """The tokens of an answer that an explanation is about. Iterates over, and has the length of, their indices.
+
+    Attributes:
+        indices: Positions in the answer, ascending, counted from 0.
+        tokens: Display strings of all tokens of the answer, ``(step,)``.
+        llr: Log-likelihood ratio of all tokens in nats, ``(step,)``; empty where a trace deferred it.
+        rule: ``"llr"``, ``"joint"``, ``"words"`` or ``"span"``.
+        params: What the rule was given (``alpha``, ``words``, ``span``, ``skip_first``, ``stop_words``).
+        skipped: Tokens the rule would have taken but an option or their nature keeps out: index → reason.
+        reason: Why nothing is selected, as a sentence; ``None`` when something is.
+    """
+
+    indices: tuple[int, ...]
+    tokens: tuple[str, ...]
+    llr: tuple[float, ...]
+    rule: Rule
+    params: Mapping[str, Any] = field(default_factory=dict)
+    skipped: Mapping[int, str] = field(default_factory=dict)
+    reason: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __bool__(self) -> bool:
+        return bool(self.indices)
+
+    def __repr__(self) -> str:
+        if not self.indices:
+            return f"<TokenSelection {self.rule}: none, {self.reason}>"
+        return f"<TokenSelection {self.rule}: {self.text!r}, {len(self.indices)} of {len(self.tokens)} tokens>"
+
+    @property
+    def decided(self) -> tuple[int, ...]:
+        """The selected tokens that the picture decides (LLR > 1), or all of them where it decides none.
+
+        The baseline check looks at these: the later pieces of a word follow from its first one, whatever the picture.
+        """
+        return tuple(index for index in self.indices if self.llr and self.llr[index] > 1.0) or self.indices
+
+    @property
+    def text(self) -> str:
+        """The words that the selected tokens belong to, as a person reads them; gaps are shown as ``…``."""
+        chosen = set(self.indices)
+        words = group_words(self.tokens, [False] * len(self.tokens))
+        runs: list[list[str]] = []
+        previous = None
+        for number, word in enumerate(words):
+            if chosen.isdisjoint(range(word.start, word.stop)):
+                continue
+            if previous is None or number != previous + 1:
+                runs.append([])
+            runs[-1].append("".join(self.tokens[word.start : word.stop]))
+            previous = number
+        return " … ".join("".join(run).strip() for run in runs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; ``TokenSelection.from_dict`` is the inverse."""
+        return {
+            "indices": list(self.indices),
+            "tokens": list(self.tokens),
+            "llr": [value if np.isfinite(value) else None for value in self.llr],
+            "rule": self.rule,
+            "params": dict(self.params),
+            "skipped": {str(index): reason for index, reason in self.skipped.items()},
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> TokenSelection:
+        """Rebuilds what ``to_dict`` wrote. Raises ``SelectionError`` for anything else."""
+        try:
+            tokens = tuple(str(token) for token in record["tokens"])
+            indices = tuple(int(index) for index in record["indices"])
+            if any(not 0 <= index < len(tokens) for index in indices):
+                raise ValueError(f"indices {indices} outside an answer of {len(tokens)} tokens")
+            return cls(
+                indices=indices,
+                tokens=tokens,
+                llr=tuple(float("nan") if value is None else float(value) for value in record["llr"]),
+                rule=record["rule"],
+                params=dict(record["params"]),
+                skipped={int(index): str(reason) for index, reason in record["skipped"].items()},
+                reason=record["reason"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SelectionError(f"not a stored token selection: {error!r}") from error
+
+
+def select_tokens(
+    replay: Replay | Trace,
+    *,
+    alpha: float = 1.0,
+    rule: Literal["llr", "joint"] = "llr",
+    words: str | Sequence[str] | None = None,
+    span: tuple[int, int] | None = None,
+    skip_first: bool = False,
+    stop_words: bool | Collection[str] | None = None,
+) -> TokenSelection:
+    """Selects the tokens of an answer to explain.
+
+    Args:
+        replay: A replay, or a trace that holds the log-likelihood ratios (no model needed then).
+        alpha: Threshold on the LLR in nats, exclusive (paper: 1). Used by ``rule="llr"`` only.
+        rule: ``"llr"`` (paper, Eq. 6) or ``"joint"``, every token of the answer.
+        words: A word or phrase of the answer, or several; every occurrence is taken, whatever its case.
+        span: ``(start, stop)``, a token span of the answer, stop exclusive.
+        skip_first: Keeps the answer's first token out, which often decides the sentence's structure, not its content.
+        stop_words: ``True`` keeps ``STOP_WORDS`` out, a collection its own words; compared by text, ignoring case.
+
+    Returns:
+        The selection; empty, with a ``reason``, when no token qualifies.
+
+    Raises:
+        SelectionError: The answer does not contain a word or span (the message lists the answer's words), both are
+            given, or the ratios are needed but were not recorded.
+    """
+    tokens = tuple(str(token) for token in replay.tokens)
+    special = np.asarray(replay.special, dtype=bool)
+    llr = _ratios(replay, len(tokens))
+    params: dict[str, Any] = {"skip_first": bool(skip_first)}
+    if words is not None and span is not None:
+        raise SelectionError(f"give words or a span, not both: words={words!r}, span={span!r}")
+
+    chosen: Rule
+    if words is not None:
+        chosen = "words"
+        wanted = [words] if isinstance(words, str) else list(words)
+        params["words"] = wanted
+        candidates = _find_words(wanted, tokens, special, replay.words)
+    elif span is not None:
+        chosen = "span"
+        candidates = _span_indices(span, tokens, replay.words)
+        params["span"] = [candidates[0], candidates[-1] + 1]
+    elif rule == "joint":
+        chosen = "joint"
+        candidates = list(range(len(tokens)))
+    elif rule == "llr":
+        chosen = "llr"
+        params["alpha"] = float(alpha)
+        if llr is None:
+            raise SelectionError(
+                "this trace was recorded with llr=False, so it holds no log-likelihood ratios: "
+                "select on a replay (probe.replay(trace, model, processor)), or use rule='joint', words= or span="
+            )
+        candidates = [index for index, value in enumerate(llr) if value > alpha]
+    else:
+        raise SelectionError(f"unknown rule {rule!r}: use 'llr' or 'joint', or give words= or span=")
+
+    stops = STOP_WORDS if stop_words is True else frozenset(word.casefold() for word in (stop_words or ()))
+    params["stop_words"] = sorted(stops) if stops and stop_words is not True else bool(stops)
+    by_option = _skipped_by_option(tokens, special, replay.words, skip_first=skip_first, stops=stops)
+    skipped = {index: by_option[index] for index in candidates if index in by_option}
+    indices = tuple(index for index in candidates if index not in skipped)
+    ratios = () if llr is None else tuple(float(value) for value in llr)
+    reason = None if indices else _why_empty(chosen, alpha, tokens, special, ratios, skipped)
+    return TokenSelection(indices, tokens, ratios, chosen, params, skipped, reason)
+
+
+def word_llr(words: Sequence[Word], llr: Sequence[float] | np.ndarray) -> list[float]:
+    """Log-likelihood ratio of whole words in nats: the sum over a word's tokens (paper, Eq. 6), one value per word."""
+    values = np.asarray(llr, dtype=np.float64)
+    return [float(values[word.start : word.stop].sum()) for word in words]
+
+
+def _ratios(replay: Replay | Trace, steps: int) -> np.ndarray | None:
+    llr: Any = replay.llr
+    if llr is None:
+        return None
+    if hasattr(llr, "detach"):
+        llr = llr.detach().float().cpu()
+    values = np.asarray(llr, dtype=np.float64)
+    if values.shape != (steps,):
+        raise SelectionError(f"{steps} tokens but log-likelihood ratios of shape {values.shape}")
+    return values
+
+
+def _skipped_by_option(
+    tokens: Sequence[str], special: np.ndarray, words: Sequence[Word], *, skip_first: bool, stops: Collection[str]
+) -> dict[int, str]:
+    skipped: dict[int, str] = {}
+    for word in words:
+        if word.text.strip().casefold() in stops:
+            skipped.update(dict.fromkeys(range(word.start, word.stop), f"stop word {word.text.strip()!r}"))
+    if skip_first and tokens:
+        skipped[0] = "first token of the answer"
+    skipped.update({index: f"special token {tokens[index]!r}" for index in np.flatnonzero(special).tolist()})
+    return skipped
+
+
+def _answer_words(words: Sequence[Word]) -> str:
+    distinct = dict.fromkeys(word.text.strip() for word in words)
+    return ", ".join(repr(word) for word in distinct if word) or "no words at all"
+
+
+def _find_words(wanted: Sequence[str], tokens: Sequence[str], special: np.ndarray, words: Sequence[Word]) -> list[int]:
+    pieces = ["" if is_special else piece for piece, is_special in zip(tokens, special, strict=True)]
+    starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(int)
+    answer = "".join(pieces)
+    found: set[int] = set()
+    for phrase in wanted:
+        matches = list(_phrase_pattern(phrase).finditer(answer)) if phrase.strip() else []
+        if not matches:
+            raise SelectionError(f"{phrase!r} is not in the answer; its words are {_answer_words(words)}")
+        for match in matches:
+            first, last = match.span()
+            found.update(
+                index
+                for index in range(len(pieces))
+                # An empty piece inside the match is part of a character split over several tokens.
+                if starts[index] < last and (starts[index + 1] > first or (not pieces[index] and starts[index] > first))
+            )
+    return sorted(index for index in found if not special[index])
+
+
+def _phrase_pattern(phrase: str) -> re.Pattern[str]:
+    """Matches the phrase as whole words, any run of white space between them; scripts without spaces match anywhere."""
+    body = r"\s+".join(re.escape(part) for part in phrase.split())
+    stripped = phrase.strip()
+    before = r"(?<!\w)" if _joins_words(stripped[0]) else ""
+    after = r"(?!\w)" if _joins_words(stripped[-1]) else ""
+    return re.compile(before + body + after, re.IGNORECASE)
+
+
+def _joins_words(character: str) -> bool:
+    unspaced = (
+        "\u0e00" <= character <= "\u0eff" or "\u2e80" <= character <= "\u9fff" or "\uf900" <= character <= "\ufaff"
+    )
+    return bool(re.match(r"\w", character)) and not unspaced
+
+
+def _span_indices(span: tuple[int, int], tokens: Sequence[str], words: Sequence[Word]) -> list[int]:
+    try:
+        start, stop = (int(edge) for edge in span)
+    except (TypeError, ValueError) as error:
+        raise SelectionError(f"a span is (start, stop), two token positions; got {span!r}") from error
+    if not 0 <= start < stop <= len(tokens):
+        spans = ", ".join(f"{word.text.strip()!r} ({word.start}, {word.stop})" for word in words) or "none"
+        raise SelectionError(
+            f"span ({start}, {stop}) is empty or outside the answer of {len(tokens)} tokens; "
+            f"the spans of its words: {spans}"
+        )
+    return list(range(start, stop))
+
+
+def _why_empty(
+    rule: Rule,
+    alpha: float,
+    tokens: Sequence[str],
+    special: np.ndarray,
+    llr: Sequence[float],
+    skipped: Mapping[int, str],
+) -> str:
+    ordinary = np.flatnonzero(~special)
+    if ordinary.size == 0:
+        return "the answer has no tokens besides special ones"
+    if skipped and not all(special[index] for index in skipped):
+        left_out = "; ".join(f"{tokens[index].strip()!r}: {why}" for index, why in skipped.items())
+        return f"every token that qualified is skipped ({left_out})"
+    if rule != "llr":
+        return "only special tokens are in the span"
+    values = np.asarray(llr)[ordinary]
+    if not np.isfinite(values).any():
+        return "the log-likelihood ratios are not finite: replay in float32"
+    top = ordinary[int(np.nanargmax(values))]
+    return (
+        f"no token gains more than {alpha:g} nats from the image; "
+        f"the largest is {tokens[top].strip()!r} with {llr[top]:.2g}"
+    )
