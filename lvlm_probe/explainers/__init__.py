@@ -1,0 +1,174 @@
+"""Explainers: one method, one file; ``explain`` runs one and wraps its values in a ``Heatmap`` with provenance."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lvlm_probe.errors import ExplainError, MaskError
+from lvlm_probe.explainers import igos as _igos  # noqa: F401  (registers "igos++")
+from lvlm_probe.explainers import registry
+from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, find, register
+from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.selection import TokenSelection, select_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lvlm_probe.player import Replay
+
+__all__ = ["Outcome", "Problem", "explain", "methods", "register"]
+
+_log = logging.getLogger("lvlm_probe")
+
+Tokens = str | tuple[int, int] | Sequence[str] | TokenSelection
+
+
+def explain(
+    replay: Replay,
+    *,
+    method: str = "igos++",
+    tokens: Tokens | None = None,
+    image: int = 0,
+    seed: int = 0,
+    strengthen: bool = True,
+    progress: Progress | None = None,
+    **params: Any,
+) -> Heatmap:
+    """Explains why a recorded answer says what it says: which regions of the picture made the selected tokens likely.
+
+    Args:
+        replay: The recorded answer on its model.
+        method: Name of a registered explainer.
+        tokens: What to explain: ``None`` for the tokens the picture is responsible for (paper, Eq. 6, alpha = 1), a
+            word or phrase of the answer, several of them, a token span ``(start, stop)``, or a selection.
+        image: Number of the picture, when the prompt has several.
+        seed: Of everything random in the explanation; the global random state is not touched.
+        strengthen: Blur the baseline harder while the selected tokens keep 5 % of probability on it (paper, A.1). The
+            replay keeps the stronger baseline, so that later scores refer to the same one.
+        progress: Called with (done, total).
+        params: Parameters of the method.
+
+    Returns:
+        The heatmap; without values, but with a reason, when nothing is selected or the picture has no say.
+
+    Raises:
+        ExplainError: Unknown method or parameter, or the method cannot run here.
+        SelectionError: The answer does not contain the words or span.
+    """
+    function = _resolve(method)
+    check_parameters(method, function, params)
+    if not 0 <= image < replay.n_images:
+        raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
+    selection = _selection(replay, tokens)
+    started = time.perf_counter()
+    before = (replay.passes.forward, replay.passes.backward)
+    if not selection:
+        outcome = Outcome(None, params, reason=f"nothing to explain: {selection.reason}")
+    else:
+        if strengthen:
+            replay.strengthen(selection.decided)
+        outcome = function(Problem(replay, selection, image, seed, progress), **params)
+    values = outcome.values
+    if values is not None and (values.ndim != 2 or not bool(((values >= 0) & (values <= 1)).all())):
+        raise ExplainError(
+            f"{method} returned values of shape {tuple(values.shape)} outside [0, 1]; a heatmap is (row, col) in [0, 1]"
+        )
+    provenance = {
+        "trace_id": replay.trace_id,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        "seed": seed,
+        "baseline": _json_ready(replay.baseline),
+        "passes": {
+            "forward": replay.passes.forward - before[0],
+            "backward": replay.passes.backward - before[1],
+        },
+        "seconds": round(time.perf_counter() - started, 4),
+        "device": str(replay.device),
+        "versions": _versions(),
+    }
+    return Heatmap(
+        values=None if values is None else values.detach().float().cpu().numpy(),
+        image_size=replay.image_sizes[image],
+        image_index=image,
+        seen=None if values is None else _seen(replay, image, (values.shape[0], values.shape[1])),
+        selection=selection,
+        method=method,
+        params=_json_ready(outcome.params),
+        provenance=provenance,
+        history=tuple(dict(record) for record in outcome.history),
+        reason=outcome.reason,
+        trace=getattr(replay, "trace", None),
+    )
+
+
+def methods() -> list[str]:
+    """Names of all explainers, those of installed plugins included."""
+    from lvlm_probe.plugins import load_plugins
+
+    load_plugins()
+    return registry.names()
+
+
+def _selection(replay: Replay, tokens: Tokens | None) -> TokenSelection:
+    if tokens is None:
+        return select_tokens(replay)
+    if isinstance(tokens, TokenSelection):
+        if tokens.tokens != tuple(replay.tokens):
+            raise ExplainError(
+                f"this selection was made on another answer ({''.join(tokens.tokens)[:60]!r}) than the one to explain "
+                f"({''.join(replay.tokens)[:60]!r}); call select_tokens on this replay"
+            )
+        return tokens
+    if isinstance(tokens, str):
+        return select_tokens(replay, words=tokens)
+    items: list[Any] = list(tokens) if isinstance(tokens, Sequence) else []
+    if len(items) == 2 and all(isinstance(item, int) for item in items):
+        return select_tokens(replay, span=(items[0], items[1]))
+    if items and all(isinstance(item, str) for item in items):
+        return select_tokens(replay, words=items)
+    raise ExplainError(f"tokens is a word, several words, a span (start, stop) or a selection; got {tokens!r}")
+
+
+def _resolve(method: str) -> Callable[..., Outcome]:
+    # Plugins are looked for only when a name is not our own: importing them may take long.
+    if method not in registry.names():
+        methods()
+    return find(method)
+
+
+def _seen(replay: Replay, image: int, shape: tuple[int, int]) -> Any:
+    try:
+        return replay.seen(image, shape).cpu().numpy()
+    except MaskError:
+        return torch.ones(shape, dtype=torch.bool).numpy()
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    versions = {"python": platform.python_version()}
+    for name in ("lvlm-probe", "torch", "transformers"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed as a package"
+    return versions
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_json_ready(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor) or hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)

@@ -1,0 +1,153 @@
+"""What an explainer is given, what it gives back, and how it gets its name.
+
+An explainer is one function::
+
+    @register("occlusion")
+    def occlusion(problem: Problem, *, size: int = 8) -> Outcome: ...
+
+Its keyword-only parameters are what ``explain(replay, method="occlusion", size=4)`` takes. It talks to the model
+through ``problem.replay`` only, so it runs on every model that can be replayed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+
+from lvlm_probe.errors import ExplainError
+
+if TYPE_CHECKING:
+    from lvlm_probe.player import Replay
+    from lvlm_probe.selection import TokenSelection
+
+__all__ = ["Explainer", "Outcome", "Problem", "check_parameters", "find", "names", "register"]
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) in the explainer's own unit."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be explained: the answer's tokens ``selection`` by picture ``image`` of ``replay``."""
+
+    replay: Replay
+    selection: TokenSelection
+    image: int = 0
+    seed: int = 0
+    progress: Progress | None = None
+
+    def score(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """Cumulative log-likelihood of the selected tokens, ``(batch, step)`` → ``(batch,)``, nats. Paper, Eq. 7."""
+        return log_probs[:, list(self.selection.indices)].sum(dim=1)
+
+    def generator(self, offset: int = 0) -> torch.Generator:
+        """Random numbers of this explanation alone: the same seed gives the same ones, whatever ran before."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + offset) % 2**63)
+
+    def grid(self, size: int | Sequence[int] | None, *, cells: int = 256) -> tuple[int, int]:
+        """Mask size ``(row, col)``: ``n`` is n × n, ``None`` about ``cells`` cells as square as the picture allows."""
+        if size is None:
+            width, height = self.replay.image_sizes[self.image]
+            rows = max(1, round((cells * height / width) ** 0.5))
+            return rows, max(1, round(cells / rows))
+        pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        if len(pair) != 2 or not all(isinstance(edge, int) and edge >= 1 for edge in pair):
+            raise ExplainError(f"size is a number of cells or (rows, columns), both at least 1; got {size!r}")
+        return pair[0], pair[1]
+
+    def seen(self, shape: tuple[int, int]) -> torch.Tensor:
+        """Which cells of a ``(row, col)`` grid on the picture the model sees, bool, on the CPU."""
+        return self.replay.seen(self.image, shape).cpu()
+
+    def advance(self, done: int, total: int) -> None:
+        """Tells the caller how far the work is."""
+        if self.progress is not None:
+            self.progress(done, total)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An explainer's answer.
+
+    Attributes:
+        values: Importance ``(row, col)`` over the original picture, in [0, 1], high = important, or ``None``.
+        params: The parameters as they were used, defaults included, JSON-ready.
+        history: One record per iteration, for methods that iterate.
+        reason: Why there are no values, as a sentence.
+    """
+
+    values: torch.Tensor | None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Mapping[str, float], ...] = ()
+    reason: str | None = None
+
+
+class Explainer(Protocol):
+    """The signature of a registered method; its parameters are keyword-only."""
+
+    def __call__(self, problem: Problem, /, **params: Any) -> Outcome: ...
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Outcome])
+_METHODS: dict[str, Callable[..., Outcome]] = {}
+
+
+def register(name: str) -> Callable[[_Function], _Function]:
+    """Registers a function ``(problem, *, …) -> Outcome`` as an explainer under a name.
+
+    Raises:
+        ExplainError: Another function holds the name.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        holder = _METHODS.get(name)
+        if holder is not None and (holder.__module__, holder.__qualname__) != (
+            function.__module__,
+            function.__qualname__,
+        ):
+            raise ExplainError(
+                f"the name {name!r} is taken by {holder.__module__}.{holder.__qualname__}; "
+                f"register {function.__module__}.{function.__qualname__} under another one"
+            )
+        _METHODS[name] = function
+        return function
+
+    return decorate
+
+
+def names() -> list[str]:
+    """Names registered so far, sorted."""
+    return sorted(_METHODS)
+
+
+def find(name: str) -> Callable[..., Outcome]:
+    """The explainer registered under a name. Raises ``ExplainError`` that lists all methods, closest first."""
+    try:
+        return _METHODS[name]
+    except KeyError:
+        raise ExplainError(f"no explainer {name!r}{_closest(name, _METHODS)}") from None
+
+
+def check_parameters(name: str, known: Sequence[str] | Callable[..., Outcome], params: Mapping[str, Any]) -> None:
+    """Raises ``ExplainError`` when a method does not take one of the parameters; names the closest it does take.
+
+    ``known`` is their names, or the method itself; one that takes any (``**settings``) checks for itself.
+    """
+    if callable(known):
+        signature = inspect.signature(known).parameters.values()
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature):
+            return
+        known = [parameter.name for parameter in signature if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    for parameter in params:
+        if parameter not in known:
+            raise ExplainError(f"{name} takes no parameter {parameter!r}{_closest(parameter, known)}")
+
+
+def _closest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    ordered = sorted(known, key=lambda other: (-difflib.SequenceMatcher(None, name, other).ratio(), other))
+    return f"; there are (closest first): {', '.join(map(repr, ordered))}" if ordered else ""

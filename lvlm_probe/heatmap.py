@@ -1,0 +1,355 @@
+"""Heatmap: which regions of a picture made the model say some words, with everything needed to say how it was made.
+
+Values live on a grid over the *original* picture, 0 to 1, high = important. Cells that no pixel input of the model
+sees are 0 and known as such (``seen``). A heatmap of nothing, when no token was selected, has ``values=None`` and a
+``reason``.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageFilter, PngImagePlugin
+
+from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
+from lvlm_probe.selection import TokenSelection
+
+if TYPE_CHECKING:
+    from lvlm_probe.trace import Trace
+
+__all__ = ["Heatmap", "resample"]
+
+KIND, VERSION = "heatmap", "1.0"
+PNG_KEY = "lvlm_probe"
+"""Text chunk of a saved PNG that holds the provenance as JSON."""
+
+# Dark ends of perceptually uniform maps vanish in shadows; opacity already says "little", so colour starts brighter.
+_COLOUR_FLOOR = 0.25
+_NOTEBOOK_SIDE = 640
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Heatmap:
+    """The result of one explanation.
+
+    Attributes:
+        values: ``(row, col)`` float32 in [0, 1] over the original picture, high = important, or ``None``.
+        image_size: ``(width, height)`` of the original picture, pixels.
+        image_index: Its number in the prompt, from 0.
+        seen: ``(row, col)`` bool, cells that reach the model; ``None`` without values.
+        selection: The tokens that are explained.
+        method, params: The explainer and its parameters as used.
+        provenance: Trace id, versions, seed, baseline, passes, seconds, device, time of making.
+        history: One record per iteration, for methods that iterate.
+        reason: Why there are no values.
+        trace: The trace explained, while one is at hand; never stored.
+    """
+
+    values: np.ndarray | None
+    image_size: tuple[int, int]
+    image_index: int = 0
+    seen: np.ndarray | None = None
+    selection: TokenSelection = field(default_factory=lambda: TokenSelection((), (), (), "joint"))
+    method: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Mapping[str, float], ...] = ()
+    reason: str | None = None
+    trace: Trace | None = None
+
+    def __post_init__(self) -> None:
+        if self.values is None:
+            if not self.reason:
+                raise ExplainError("a heatmap without values needs a reason")
+            return
+        values = np.array(self.values, dtype=np.float32)
+        if (
+            values.ndim != 2
+            or values.size == 0
+            or not (np.isfinite(values).all() and 0 <= values.min() <= values.max() <= 1)
+        ):
+            raise ExplainError(f"heatmap values are (row, col) within [0, 1]; got shape {values.shape}")
+        seen = np.ones(values.shape, dtype=bool) if self.seen is None else np.array(self.seen, dtype=bool)
+        if seen.shape != values.shape:
+            raise ExplainError(f"values are {values.shape}, but seen is {seen.shape}")
+        values[~seen] = 0.0
+        for array in (values, seen):
+            array.flags.writeable = False
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "seen", seen)
+
+    def __bool__(self) -> bool:
+        return self.values is not None
+
+    def __repr__(self) -> str:
+        if self.values is None:
+            return f"<Heatmap {self.method}: none, {self.reason}>"
+        rows, cols = self.shape
+        width, height = self.image_size
+        return f"<Heatmap {self.method} of {self.selection.text!r}: {rows}×{cols} cells over {width}×{height} pixels>"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Grid ``(row, col)``. Raises ``ExplainError`` when there are no values."""
+        rows, cols = self._values().shape
+        return rows, cols
+
+    def upsampled(self) -> np.ndarray:
+        """Values brought bilinearly to the picture's pixels, ``(height, width)`` float32, as masks are."""
+        width, height = self.image_size
+        return resample(self._values(), (height, width))
+
+    def picture(self) -> Image.Image:
+        """The original picture, RGB. Raises ``ImageError`` when no trace is at hand."""
+        if self.trace is None:
+            raise ImageError(
+                "this heatmap has no picture at hand: its trace was not found beside it; "
+                "give one (Heatmap.read(path, trace=...), or overlay(image=...))"
+            )
+        images = self.trace.images
+        if self.image_index >= len(images):
+            raise ImageError(
+                f"trace {self.provenance.get('trace_id', '')} holds no original picture, as its processor call was not "
+                f"watched: attach the processor before it prepares the inputs, record with images=[...], or draw on a "
+                f"picture of your own with overlay(image=...)"
+            )
+        picture = images[self.image_index].convert("RGB")
+        if picture.size != tuple(self.image_size):
+            raise ImageError(f"the heatmap is of a picture of {self.image_size} pixels, the trace's has {picture.size}")
+        return picture
+
+    def overlay(
+        self,
+        alpha: float = 0.8,
+        colormap: str = "inferno",
+        *,
+        image: Image.Image | None = None,
+        normalise: bool = True,
+        contour: bool = True,
+    ) -> Image.Image:
+        """The heatmap over the original picture, at the picture's own size.
+
+        Opacity grows with importance, so the picture stays visible where little matters; regions the model never saw
+        are greyed and hatched.
+
+        Args:
+            alpha: Opacity of the most important region, 0 to 1.
+            colormap: Name of a matplotlib colour map.
+            image: Picture to draw on instead of the trace's.
+            normalise: Stretch the values so that the highest is 1.
+            contour: Outline the region above half of the highest value, which reads on pictures of any colour.
+
+        Raises:
+            ExplainError: There are no values, or no such colour map.
+            ImageError: No picture at hand, or one of another size.
+        """
+        if not 0 <= alpha <= 1:
+            raise ExplainError(f"alpha is between 0 and 1; got {alpha!r}")
+        values = self.upsampled()
+        picture = self.picture() if image is None else image.convert("RGB")
+        if picture.size != tuple(self.image_size):
+            raise ImageError(f"the heatmap is of a picture of {self.image_size} pixels; got one of {picture.size}")
+        if normalise and values.max() > 0:
+            values = values / values.max()
+        opacity = (alpha * values**0.75)[..., None]
+        blended = _over(np.asarray(picture, dtype=np.float32), _coloured(values, colormap), opacity)
+        if contour and values.max() > 0 and alpha > 0:
+            blended = _outlined(blended, values >= 0.5 * values.max())
+        drawn = self._hatched(blended)
+        return Image.fromarray(np.clip(np.rint(drawn), 0, 255).astype(np.uint8), "RGB")
+
+    def save(self, path: str | os.PathLike[str], *, alpha: float = 0.8, colormap: str = "inferno") -> Path:
+        """Writes the overlay as a PNG whose text chunk ``lvlm_probe`` says how it was made; returns the path.
+
+        Raises:
+            ExplainError: There are no values: there is nothing to draw, and the message says why.
+        """
+        target = Path(path)
+        if target.suffix.lower() != ".png":
+            raise ExplainError(f"a heatmap is saved as PNG, which can carry its provenance; got {target.name!r}")
+        target.write_bytes(self._png(self.overlay(alpha, colormap)))
+        return target
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the values: what ``save`` and ``write`` keep. JSON-ready."""
+        return {
+            "method": self.method,
+            "params": dict(self.params),
+            "selection": self.selection.to_dict(),
+            "image_size": list(self.image_size),
+            "image_index": self.image_index,
+            "provenance": dict(self.provenance),
+            "history": [dict(record) for record in self.history],
+            "reason": self.reason,
+        }
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Writes values, provenance and history to an HDF5 file (complete or not at all); returns the path."""
+        from lvlm_probe.format import write_arrays
+
+        target = Path(path)
+        arrays = {} if self.values is None else {"values": self.values, "seen": self._seen()}
+        attrs = self.describe()
+        trace_path = getattr(self.trace, "path", None)
+        if trace_path is not None:
+            # Relative, so that a directory of traces and explanations can be moved, and no private path is stored.
+            attrs["trace_path"] = os.path.relpath(trace_path, target.resolve().parent)
+            attrs["trace_row"] = int(getattr(self.trace, "row", 0))
+        written: Path = write_arrays(target, KIND, VERSION, arrays, attrs)
+        return written
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], *, trace: Trace | None = None) -> Heatmap:
+        """Reads what ``write`` wrote; finds its trace beside it, where it is still there.
+
+        Raises:
+            TraceError: The file is missing, damaged, or no heatmap.
+        """
+        from lvlm_probe.format import read_arrays
+
+        source = Path(path)
+        arrays, attrs = read_arrays(source, KIND, version=VERSION)
+        try:
+            record: Any = attrs
+            width, height = record["image_size"]
+            heat = cls(
+                values=arrays.get("values"),
+                image_size=(int(width), int(height)),
+                image_index=int(record["image_index"]),
+                seen=arrays.get("seen"),
+                selection=TokenSelection.from_dict(record["selection"]),
+                method=str(record["method"]),
+                params=dict(record["params"]),
+                provenance=dict(record["provenance"]),
+                history=tuple(dict(item) for item in record["history"]),
+                reason=record["reason"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, ProbeError) as error:
+            raise TraceError(f"{source}: not a complete heatmap ({error!r}); explain the trace again") from error
+        found = trace if trace is not None else _trace_beside(source, attrs, heat.provenance)
+        return dataclasses.replace(heat, trace=found)
+
+    def _repr_png_(self) -> bytes | None:
+        if self.values is None:
+            return None
+        try:
+            picture = self.overlay()
+        except ImageError:
+            picture = self.overlay(image=Image.new("RGB", self.image_size, (128, 128, 128)))
+        picture.thumbnail((_NOTEBOOK_SIDE, _NOTEBOOK_SIDE))
+        return self._png(picture)
+
+    def _repr_html_(self) -> str:
+        title = f"{html.escape(self.method)}: {html.escape(self.selection.text or 'nothing selected')}"
+        png = self._repr_png_()
+        if png is None:
+            return f"<p><b>{title}</b><br>{html.escape(self.reason or '')}</p>"
+        data = base64.b64encode(png).decode("ascii")
+        passes = self.provenance.get("passes") or {}
+        detail = f"trace {self.provenance.get('trace_id', '')} · grid {self.shape[0]} × {self.shape[1]}"
+        if passes:
+            detail += f" · {passes.get('forward', 0)} forward, {passes.get('backward', 0)} backward passes"
+        return (
+            f'<figure style="margin:0"><img alt="{title}" src="data:image/png;base64,{data}" style="max-width:100%">'
+            f"<figcaption><b>{title}</b><br><small>{html.escape(detail)}</small></figcaption></figure>"
+        )
+
+    def _values(self) -> np.ndarray:
+        if self.values is None:
+            raise ExplainError(f"this heatmap has no values: {self.reason}")
+        return self.values
+
+    def _seen(self) -> np.ndarray:
+        assert self.seen is not None  # set with the values, in __post_init__
+        return self.seen
+
+    def _png(self, picture: Image.Image) -> bytes:
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt(PNG_KEY, json.dumps(self.describe(), ensure_ascii=False, allow_nan=False))
+        chunks.add_text("Software", "lvlm_probe")
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG", pnginfo=chunks)
+        return buffer.getvalue()
+
+    def _hatched(self, drawn: np.ndarray) -> np.ndarray:
+        if self._seen().all():
+            return drawn
+        cells = Image.fromarray(np.where(self._seen(), 0, 255).astype(np.uint8))
+        unseen = cells.resize(self.image_size, Image.Resampling.NEAREST)
+        hidden = np.asarray(unseen) > 0
+        width, height = self.image_size
+        grey = 0.35 * drawn.mean(axis=2, keepdims=True) + 0.65 * 150
+        period = max(8, round(max(width, height) / 48))
+        rows, cols = np.mgrid[:height, :width]
+        stripe = ((rows + cols) % period) < max(1, period // 6)
+        shaded = np.where(stripe[..., None], 0.55 * grey, grey)
+        # A thin edge, so that a grey picture still shows where the model's view ends.
+        edge = np.asarray(unseen.filter(ImageFilter.FIND_EDGES)) > 0
+        result = np.where(hidden[..., None], shaded, drawn)
+        result[edge & hidden] = 40
+        return result
+
+
+def resample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Brings a grid to ``(row, col)`` = ``size`` as masks are brought to pixels: bilinear, cell centres, float32.
+
+    Going down, cells are averaged over their area instead.
+    """
+    import torch
+    from torch.nn import functional
+
+    grid = torch.from_numpy(np.array(values, dtype=np.float32))[None, None]
+    if size[0] <= grid.shape[2] and size[1] <= grid.shape[3]:
+        return functional.adaptive_avg_pool2d(grid, size)[0, 0].numpy()
+    return functional.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0].clamp(0, 1).numpy()
+
+
+def _coloured(values: np.ndarray, colormap: str) -> np.ndarray:
+    from matplotlib import colormaps
+
+    try:
+        colours = colormaps[colormap]
+    except KeyError as error:
+        raise ExplainError(f"matplotlib has no colour map {colormap!r}; try 'inferno', 'turbo' or 'viridis'") from error
+    rgb: np.ndarray = 255.0 * colours(_COLOUR_FLOOR + (1 - _COLOUR_FLOOR) * values)[..., :3]
+    return rgb
+
+
+def _outlined(drawn: np.ndarray, region: np.ndarray) -> np.ndarray:
+    """A white line inside the region's border and a dark one outside, so that one of them shows on any colour."""
+    width = max(1, round(max(region.shape) / 400))
+    kernel = 2 * width + 1
+    mask = Image.fromarray(region.astype(np.uint8) * 255)
+    inner = np.asarray(mask.filter(ImageFilter.MinFilter(kernel))) > 0
+    outer = np.asarray(mask.filter(ImageFilter.MaxFilter(kernel))) > 0
+    result = drawn.copy()
+    for line, level in ((region & ~inner, 255.0), (outer & ~region, 20.0)):
+        result[line] = 0.25 * drawn[line] + 0.75 * level
+    return result
+
+
+def _over(below: np.ndarray, above: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+    return below * (1 - opacity) + above * opacity
+
+
+def _trace_beside(source: Path, attrs: Mapping[str, Any], provenance: Mapping[str, Any]) -> Trace | None:
+    relative = attrs.get("trace_path")
+    if not isinstance(relative, str):
+        return None
+    from lvlm_probe.trace import open_trace
+
+    try:
+        trace = open_trace((source.resolve().parent / relative).resolve(), row=int(attrs.get("trace_row", 0)))
+    except (ProbeError, OSError, ValueError, TypeError, IndexError):
+        return None
+    return trace if trace.trace_id == provenance.get("trace_id") else None

@@ -1,0 +1,135 @@
+"""Whether to believe a heatmap: plain sentences, from numbers that a score already holds.
+
+The thresholds are constants below, each with its reason. A verdict never changes a number; it says which not to trust.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Verdict", "judge"]
+
+BASELINE_PROBABILITY = 0.05
+"""The paper's own demand on the baseline picture (A.1): selected tokens keep less than 5 % of probability on it."""
+
+MIN_CONTRAST = 0.05
+"""Original and baseline probability closer than this: normalised curves divide by next to nothing (paper, A.7)."""
+
+MIN_GAIN = 0.35
+"""Insertion − deletion: random heatmaps have 0 in the mean, but single ones scatter widely where an answer hangs on one
+small object; on 100 held-out scenes of the embedded model 95 % of them stay below 0.32 (``bench_explain.py``).
+``evaluate(chance=n)`` measures it for the answer at hand, and then the heatmap has to beat them all as well."""
+
+MIN_ORIGINAL = 0.05
+"""Mean probability of the tokens with the whole picture in sight: below it the model itself hardly holds the answer."""
+
+MAX_TIES = 0.5
+"""Share of cells whose value another cell has too: above it the curves are drawn mostly by how ties are broken."""
+
+MAX_REPLAY_DIFFERENCE = 0.05
+"""Nats between recorded and replayed log-probabilities of the selected tokens: 5 % in probability, far above rounding
+in float32 (1e-4)."""
+
+MAX_PARITY_ERROR = 1.5
+"""Mean grey levels (of 255) between the fast path of masks to pixels and the processor, whose own rounding is 0.6."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a heatmap may be trusted; ``reasons`` are the sentences against it, empty when it may."""
+
+    trusted: bool
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if self.trusted:
+            return "no objection: the scores give no reason to distrust this heatmap"
+        return "do not trust: " + "; ".join(self.reasons)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; ``Verdict.from_dict`` is the inverse."""
+        return {"trusted": self.trusted, "reasons": list(self.reasons)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Verdict:
+        """Rebuilds what ``to_dict`` wrote."""
+        return cls(bool(record["trusted"]), tuple(str(reason) for reason in record["reasons"]))
+
+
+def judge(
+    *,
+    empty: str | None = None,
+    deletion: float = math.nan,
+    insertion: float = math.nan,
+    original_probability: float = math.nan,
+    baseline_probability: float = math.nan,
+    tie_share: float = 0.0,
+    random_gains: tuple[float, ...] = (),
+    replay_difference: float | None = None,
+    parity_error: float | None = None,
+    parity_mode: str = "fast",
+    deterministic: bool = True,
+) -> Verdict:
+    """The verdict on one heatmap.
+
+    Args:
+        empty: Why there is no heatmap; nothing else is looked at then.
+        deletion, insertion: Normalised areas.
+        original_probability, baseline_probability: Mean probability of the selected tokens on the picture and on the
+            baseline.
+        tie_share: Share of seen cells that have the value of another.
+        random_gains: Insertion − deletion of random heatmaps, when they were asked for.
+        replay_difference: Largest difference to the recorded log-probabilities, nats; ``None`` when unknown.
+        parity_error: Mean grey levels between the fast path and the processor; ``None`` when unknown.
+        parity_mode: ``"exact"`` scores went through the real processor, so parity does not matter.
+        deterministic: Whether the processor makes the same inputs twice.
+    """
+    if empty is not None:
+        return Verdict(False, (f"there is no heatmap, because {empty}",))
+    reasons: list[str] = []
+    contrast = original_probability - baseline_probability
+    if not original_probability >= MIN_ORIGINAL:
+        reasons.append(
+            f"the model gives these tokens a probability of only {original_probability:.2g} with the whole picture "
+            f"in sight"
+        )
+    if not contrast >= MIN_CONTRAST:
+        reasons.append(
+            f"taking the picture away changes the probability of these tokens hardly at all "
+            f"({original_probability:.2g} to {baseline_probability:.2g}), so there is no region to find"
+        )
+    elif not baseline_probability < BASELINE_PROBABILITY:
+        reasons.append(
+            f"the baseline picture still leaves these tokens a probability of {baseline_probability:.2g} "
+            f"(it should be below {BASELINE_PROBABILITY:g}): try another baseline, such as replay.set_baseline('mean')"
+        )
+    gain = insertion - deletion
+    if not math.isfinite(gain):
+        reasons.append("deletion and insertion are undefined")
+    elif gain < MIN_GAIN:
+        reasons.append(
+            f"insertion − deletion is {gain:.2f}, not clearly above the 0 of a random heatmap (threshold {MIN_GAIN:g})"
+        )
+    elif random_gains and gain <= max(random_gains):
+        reasons.append(
+            f"insertion − deletion is {gain:.2f}, and one of {len(random_gains)} random heatmaps reached "
+            f"{max(random_gains):.2f}"
+        )
+    if tie_share > MAX_TIES:
+        reasons.append(f"{tie_share:.0%} of the cells are tied with others, so their order is not the heatmap's")
+    if replay_difference is not None and not replay_difference <= MAX_REPLAY_DIFFERENCE:
+        reasons.append(
+            f"the replay differs from the recording by {replay_difference:.2g} nats on these tokens: check that model, "
+            f"dtype and processor are the recorded ones"
+        )
+    if not deterministic:
+        reasons.append("the image processor does not make the same inputs twice")
+    if parity_mode == "fast" and parity_error is not None and not parity_error <= MAX_PARITY_ERROR:
+        reasons.append(
+            f"masked pictures differ from what the processor would make by {parity_error:.1f} grey levels in the mean: "
+            f"evaluate with mode='exact'"
+        )
+    return Verdict(not reasons, tuple(reasons))
