@@ -1,0 +1,39 @@
+"""The embedded default: a tiny vision-language model that is really trained, its processor, and its scenes.
+
+    model, processor = demo.load()
+    scene = demo.scenes(1)[0]
+    inputs = processor.apply_chat_template(
+        scene.messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    answer = processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)
+
+The checkpoint is an ordinary one (`path`), so everything that takes a model directory takes this one. ``README.md``
+beside this file is its model card. Importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvlm_probe.demo.scene import KINDS, Scene, scenes
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+__all__ = ["KINDS", "Scene", "load", "path", "scenes"]
+
+
+def path() -> Path:
+    """The checkpoint's folder, as ``from_pretrained`` takes it."""
+    return Path(str(resources.files(__name__))) / "checkpoint"
+
+
+def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The demo model, float32 in eval mode on the CPU, and its processor."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(path(), dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(path())
