@@ -1,0 +1,88 @@
+"""The command line: ``lvlm-probe demo | record | explain | evaluate | report | verify | inspect``.
+
+Results go to standard output (``--json``: nothing but JSON), progress and notes to standard error. Exit codes:
+
+    0    done
+    1    the answer is no: ``verify`` found a difference beyond the tolerance, or another model
+    2    it cannot be done as asked: a wrong path, option, image, trace or model; the sentence says which
+    3    something unexpected; ``--debug`` shows the traceback
+    130  stopped with Ctrl-C; what was finished is kept
+
+torch and transformers are imported inside the commands that need them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from lvlm_probe.cli.demonstration import demo
+from lvlm_probe.cli.explaining import explain
+from lvlm_probe.cli.inspection import inspect, verify
+from lvlm_probe.cli.recording import record
+from lvlm_probe.cli.scoring import evaluate, report
+from lvlm_probe.cli.terminal import note
+from lvlm_probe.errors import ProbeError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="lvlm-probe",
+    help="Which image regions made a vision-language model say these words?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Start with:  lvlm-probe demo",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from lvlm_probe import __version__
+
+        typer.echo(f"lvlm-probe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere on the line.")] = False,
+) -> None:
+    """Which image regions made a vision-language model say these words?"""
+
+
+for _command in (demo, record, explain, evaluate, report, verify, inspect):
+    app.command(no_args_is_help=_command is not demo)(_command)
+
+
+def main() -> None:
+    """Entry point of the ``lvlm-probe`` script: runs a command and ends every failure in a sentence."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if debug and not arguments:
+        arguments = ["--help"]
+    try:
+        app(args=arguments, prog_name="lvlm-probe")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader (head, less) has gone; without this, Python complains once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except ProbeError as error:
+        if debug:
+            raise
+        note(str(error), kind="error")
+        raise SystemExit(2) from None
+    except Exception as error:
+        if debug:
+            raise
+        name = type(error).__name__
+        note(f"something unexpected happened, {name}: {error}. `--debug` shows where.", kind="error")
+        raise SystemExit(3) from None

@@ -1,0 +1,317 @@
+"""Maps on disk: where a heatmap, its picture and its score are kept, how they are found again, and how work is resumed.
+
+For one trace, all of this stands in ``explanations/`` beside the trace file::
+
+    <trace>.<method>.<words>.<digest>.h5            the heatmap
+    <trace>.<method>.<words>.<digest>.png           the overlay, to look at
+    <trace>.<method>.<words>.<digest>.score.json    deletion, insertion, verdict
+
+The digest is over everything that decides the values, so a file that exists *is* the result, and an interrupted run
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm_probe.cli.terminal import bar
+from lvlm_probe.errors import ProbeError, TraceError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.metrics import Score
+    from lvlm_probe.player import Replay
+    from lvlm_probe.selection import TokenSelection
+
+__all__ = [
+    "FOLDER",
+    "Baseline",
+    "MapFile",
+    "Settings",
+    "baseline_from",
+    "explain_one",
+    "find_maps",
+    "score_one",
+    "word_selections",
+]
+
+FOLDER = "explanations"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How maps are made: what ``explain`` and ``evaluate`` of the library are given besides the tokens."""
+
+    method: str
+    params: Mapping[str, Any]
+    image: int = 0
+    seed: int = 0
+    scored: bool = True
+    mode: str = "fast"
+
+
+@dataclass(frozen=True)
+class MapFile:
+    """One stored heatmap."""
+
+    path: Path
+
+    @property
+    def picture(self) -> Path:
+        """The overlay."""
+        return self.path.with_suffix(".png")
+
+    @property
+    def score_path(self) -> Path:
+        """The score as JSON."""
+        return self.path.with_suffix(".score.json")
+
+    def read(self) -> Heatmap:
+        """The heatmap, with its trace where that is still beside it. Raises ``TraceError``."""
+        from lvlm_probe.heatmap import Heatmap
+
+        return Heatmap.read(self.path)
+
+    def score(self) -> Score | None:
+        """The stored score; ``None`` when the map was not scored. Raises ``ProbeError`` for a damaged file."""
+        from lvlm_probe.metrics import Score
+
+        if not self.score_path.is_file():
+            return None
+        try:
+            return Score.from_dict(json.loads(self.score_path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, ProbeError) as error:
+            raise ProbeError(
+                f"{self.score_path} is not a score that can be read ({error}); delete it and run evaluate again"
+            ) from error
+
+    def write_score(self, score: Score) -> None:
+        """Writes the score, complete or not at all."""
+        part = self.score_path.with_name(f"{self.score_path.name}.{os.getpid()}.part")
+        try:
+            part.write_text(
+                json.dumps(score.to_dict(), ensure_ascii=False, indent=1, allow_nan=False), encoding="utf-8"
+            )
+            os.replace(part, self.score_path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+class Baseline:
+    """The baseline that every map of a replay starts from.
+
+    Explaining one set of words may strengthen the blur, and the replay keeps that. Each map starts from the recorded
+    baseline all the same, so that it does not depend on which maps were made before it in the same run.
+    """
+
+    def __init__(self, replay: Replay) -> None:
+        self._replay = replay
+        self._start = dict(replay.baseline)
+        own = self._start.get("kind") == "image"
+        self._pictures: list[Any] = [replay.baseline_image(k) for k in range(replay.n_images)] if own else []
+
+    @property
+    def identity(self) -> str:
+        """What tells this baseline from others, for file names; the pixels, when it is the user's picture."""
+        facts = {key: self._start.get(key) for key in ("kind", "strength", "seed", "limit")}
+        pixels = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in self._pictures]
+        return json.dumps([facts, pixels], sort_keys=True)
+
+    def restore(self) -> None:
+        """Back to the start."""
+        self.use(self._start)
+
+    def use(self, wanted: Mapping[str, Any]) -> None:
+        """The baseline that a heatmap or trace describes.
+
+        Raises:
+            ProbeError: it was a picture of the user's own, which is not stored with the map.
+        """
+        replay, kind = self._replay, wanted.get("kind", "blur")
+        if all(replay.baseline.get(key) == wanted.get(key) for key in ("kind", "strength", "seed", "limit")):
+            return
+        if kind == "image":
+            if not self._pictures:
+                raise ProbeError(
+                    "this map was made with a baseline picture of your own: give it again, --baseline FILE"
+                )
+            replay.set_baseline(self._pictures)
+        elif kind == "blur":
+            strength = wanted.get("strength")
+            if strength is not None or wanted.get("limit"):
+                replay.set_baseline("blur", strength=math.inf if strength is None else float(strength))
+            else:
+                replay.set_baseline("blur")
+        elif kind == "noise" and wanted.get("seed") is not None:
+            replay.set_baseline("noise", seed=int(wanted["seed"]))
+        else:
+            replay.set_baseline(str(kind))
+
+
+def word_selections(replay: Replay, selection: TokenSelection) -> list[tuple[str, TokenSelection]]:
+    """The selection word by word: ``(word, its selected tokens)``, in order.
+
+    A word keeps its unselected tokens out: the "low" of "yellow" follows from the "yel" whatever the picture shows.
+    """
+    parts: list[tuple[str, TokenSelection]] = []
+    for word in replay.words:
+        indices = tuple(index for index in selection.indices if word.start <= index < word.stop)
+        if indices:
+            parts.append((word.text, dataclasses.replace(selection, indices=indices)))
+    return parts
+
+
+def explain_one(
+    replay: Replay, baseline: Baseline, selection: TokenSelection, label: str, settings: Settings, directory: Path
+) -> tuple[MapFile, bool]:
+    """Makes, draws and scores one map, or finds it finished.
+
+    Args:
+        label: the words, for the file name and the progress line.
+        directory: where it goes; made if missing.
+
+    Returns:
+        The file, and whether it was there already.
+    """
+    from lvlm_probe import explain
+
+    directory.mkdir(parents=True, exist_ok=True)
+    found = MapFile(directory / _file_name(replay, baseline, selection, label, settings))
+    finished = _is_readable(found)
+    if not finished:
+        baseline.restore()
+        with bar(f"explaining {label}") as progress:
+            heat = explain(
+                replay,
+                method=settings.method,
+                tokens=selection,
+                image=settings.image,
+                seed=settings.seed,
+                progress=progress,
+                **settings.params,
+            )
+        heat.write(found.path)
+    if settings.scored and (not finished or _lacks_score(found)):
+        score_one(replay, baseline, found, mode=settings.mode)
+    if not found.picture.is_file():
+        heat = found.read()
+        if heat.values is not None:
+            heat.save(found.picture)
+    return found, finished
+
+
+def score_one(replay: Replay, baseline: Baseline, found: MapFile, **options: Any) -> Score:
+    """Scores a stored map against the baseline it was made with, and stores the score beside it."""
+    from lvlm_probe import evaluate
+
+    heat = found.read()
+    if heat.values is not None:
+        baseline.use(heat.provenance.get("baseline") or {})
+    with bar("scoring") as progress:
+        score = evaluate(heat, replay, progress=progress, **options)
+    found.write_score(score)
+    return score
+
+
+def find_maps(paths: Sequence[Path]) -> list[MapFile]:
+    """The stored maps behind paths: a map, a trace (its maps), or a directory (all maps).
+
+    Raises:
+        ProbeError: a path is missing, or there are no maps behind it; the message says how to make some.
+    """
+    found: list[MapFile] = []
+    for path in paths:
+        if not path.exists():
+            raise TraceError(f"there is no file or directory {path}")
+        here = list(_maps_behind(path))
+        if not here:
+            raise ProbeError(f"no explanations of {path} yet; make some: lvlm-probe explain {path}")
+        found += [item for item in here if item not in found]
+    return found
+
+
+def _maps_behind(path: Path) -> Iterator[MapFile]:
+    if path.is_dir():
+        folder = path / FOLDER if (path / FOLDER).is_dir() else path
+        yield from (MapFile(file) for file in _by_age(folder.glob("*.h5")) if folder.name == FOLDER or _is_map(file))
+        return
+    if _is_map(path):
+        yield MapFile(path)
+        return
+    from lvlm_probe.trace import open_trace
+
+    with open_trace(path) as trace:
+        folder = trace.explanations_dir
+    yield from (MapFile(file) for file in _by_age(folder.glob(f"{glob.escape(path.stem)}.*.h5")))
+
+
+def _by_age(files: Iterable[Path]) -> list[Path]:
+    """Oldest first, so that the whole answer's map comes before those of its words."""
+    return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
+
+
+def _is_map(path: Path) -> bool:
+    from lvlm_probe.heatmap import Heatmap
+
+    try:
+        Heatmap.read(path)
+    except TraceError:
+        return False
+    return True
+
+
+def _is_readable(found: MapFile) -> bool:
+    return found.path.is_file() and _is_map(found.path)
+
+
+def _lacks_score(found: MapFile) -> bool:
+    try:
+        return found.score() is None
+    except ProbeError:
+        return True
+
+
+def _file_name(replay: Replay, baseline: Baseline, selection: TokenSelection, label: str, settings: Settings) -> str:
+    decisive = [
+        replay.trace_id,
+        settings.method,
+        dict(settings.params),
+        settings.image,
+        settings.seed,
+        list(selection.indices),
+        baseline.identity,
+    ]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    trace: Any = replay.trace
+    row = f".r{trace.row}" if getattr(trace, "rows", 1) > 1 else ""
+    method, words = _plain(settings.method), _plain(label) or "nothing"
+    return f"{trace.path.stem}{row}.{method}.{words}.{digest}.h5"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w+-]+", "-", text).strip("-")[:40]
+
+
+def baseline_from(value: str | None) -> str | Image.Image | None:
+    """``--baseline``: a kind, or a picture's path."""
+    from lvlm_probe.images.baselines import KINDS
+
+    if value is None or value in KINDS:
+        return value
+    if Path(value).suffix or os.sep in value:
+        from lvlm_probe.pictures import open_picture
+
+        return open_picture(Path(value))
+    raise ProbeError(f"--baseline {value!r}: choose one of {', '.join(KINDS)}, or give a picture's path")

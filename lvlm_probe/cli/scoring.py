@@ -1,0 +1,118 @@
+"""``lvlm-probe evaluate`` and ``lvlm-probe report``: how good are the stored maps, and the page that shows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lvlm_probe.cli.explaining import map_summary, open_replay, show_map
+from lvlm_probe.cli.inputs import model_of
+from lvlm_probe.cli.maps import Baseline, MapFile, baseline_from, find_maps, score_one
+from lvlm_probe.cli.models import load_model
+from lvlm_probe.cli.options import Attn, BaselineOption, Device, Dtype, Json, OptionalModel
+from lvlm_probe.cli.terminal import print_json, say, stage, stop, stored_path
+from lvlm_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from lvlm_probe.trace import Trace
+
+__all__ = ["evaluate", "report", "write_report"]
+
+Maps = Annotated[
+    list[Path], typer.Argument(metavar="PATH...", help="Maps, traces (their maps), or directories (all maps in them).")
+]
+
+
+def evaluate(
+    paths: Maps,
+    model: OptionalModel = None,
+    score: Annotated[
+        str, typer.Option("--score", help="prob: mean probability of the words; log: log-likelihood.")
+    ] = "prob",
+    auc: Annotated[
+        str, typer.Option("--auc", help="trapezoid, or release: to compare with the paper's release.")
+    ] = "trapezoid",
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Points on each curve. Default: 50.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="The real processor on real composites; slower.")] = False,
+    chance: Annotated[
+        int, typer.Option("--chance", min=0, help="Also score this many random maps; the verdict must beat them.")
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of tie-breaking and random maps.")] = 0,
+    baseline: BaselineOption = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attn: Attn = None,
+    as_json: Json = False,
+) -> None:
+    """Score stored maps by deletion and insertion, and say which not to trust. Stored scores are replaced.
+
+    Example:  lvlm-probe evaluate runs/demo --exact --json
+    """
+    found = find_maps(paths)
+    by_trace: dict[tuple[Path, int], tuple[Trace, list[MapFile]]] = {}
+    for item in found:
+        trace = item.read().trace
+        if trace is None:
+            raise ProbeError(f"{item.path}: its trace is not beside it any more; put the trace file back")
+        by_trace.setdefault((trace.path, trace.row), (trace, []))[1].append(item)
+    own_baseline = baseline_from(baseline)
+    options: dict[str, Any] = {"score": score, "auc": auc, "steps": steps, "chance": chance, "seed": seed}
+    options["mode"] = "exact" if exact else "fast"
+    done: list[MapFile] = []
+    loaded: dict[str, tuple[Any, Any]] = {}
+    try:
+        for trace, items in by_trace.values():
+            name = model_of(trace, model)
+            if name not in loaded:
+                # One model at a time in memory.
+                loaded = {name: load_model(name, device=device, dtype=dtype, attn=attn)}
+            replay = open_replay(trace, *loaded[name])
+            if own_baseline is not None:
+                replay.set_baseline(own_baseline)
+            start = Baseline(replay)
+            for item in items:
+                score_one(replay, start, item, **options)
+                done.append(item)
+                if not as_json:
+                    show_map(item)
+    except KeyboardInterrupt:
+        raise stop(f"stopped; the scores of {len(done)} of {len(found)} maps are stored beside them") from None
+    if as_json:
+        print_json([{**map_summary(item), "score": _score_dict(item)} for item in done])
+
+
+def _score_dict(item: MapFile) -> dict[str, Any] | None:
+    score = item.score()
+    return None if score is None else score.to_dict()
+
+
+def report(
+    paths: Maps,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option("--title", help="Headline of the page.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write stored maps and their scores as one HTML page that needs no network. No model is loaded.
+
+    Example:  lvlm-probe report runs/demo --out report.html
+    """
+    if out.is_file() and not overwrite:
+        raise ProbeError(f"{out} exists; add --overwrite, or name another file with --out")
+    found = find_maps(paths)
+    page = write_report(found, out, title=title, overwrite=overwrite)
+    if as_json:
+        print_json({"report": str(page), "maps": [str(item.path) for item in found]})
+    else:
+        say("report: ", (stored_path(page), "bold"), f"  ({len(found)} map{'' if len(found) == 1 else 's'})")
+
+
+def write_report(found: list[MapFile], out: Path, *, title: str | None = None, overwrite: bool = False) -> Path:
+    """The page of stored maps."""
+    from lvlm_probe.report import report as write
+
+    with stage("writing the report"):
+        heats = [item.read() for item in found]
+        return write(heats, scores=[item.score() for item in found], out=out, title=title, overwrite=overwrite)

@@ -1,0 +1,186 @@
+"""The plugin loader, on real distributions written to a temporary folder of ``sys.path``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lvlm_probe import plugins
+from lvlm_probe.errors import ProbeWarning
+from lvlm_probe.explainers import registry
+
+TEMPLATE = Path(__file__).parents[1] / "integrations" / "template"
+
+PIP_INSTALL = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation")
+
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """``install(distribution, plugin_name, target, source=…)``: what pip would leave in site-packages."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    before = set(sys.modules)
+
+    def write(distribution: str, name: str, target: str, *, source: str | None = None) -> None:
+        info = site / f"{distribution.replace('-', '_')}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
+        (info / "entry_points.txt").write_text(f"[{plugins.GROUP}]\n{name} = {target}\n")
+        if source is not None:
+            (site / f"{target.partition(':')[0]}.py").write_text(source)
+        importlib.invalidate_caches()
+
+    plugins._cache.clear()
+    yield write
+    plugins._cache.clear()
+    for module in set(sys.modules) - before:
+        if getattr(sys.modules[module], "__file__", None) and str(site) in str(sys.modules[module].__file__):
+            del sys.modules[module]
+
+
+REGISTERS = """
+from lvlm_probe.explainers import Outcome, register
+calls = []
+def register_all():
+    calls.append(1)
+    @register("from_plugin")
+    def from_plugin(problem, *, size=3):
+        return Outcome(None, reason="only a test")
+"""
+
+
+def test_importing_the_package_loads_no_plugin(install: Install) -> None:
+    install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
+    path = os.pathsep.join(sys.path)
+    code = "import sys, lvlm_probe, lvlm_probe.plugins, lvlm_probe.explainers; print('good_plugin' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
+
+
+def test_a_plugin_is_loaded_once_and_registers(install: Install) -> None:
+    install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
+    assert "from_plugin" not in registry._METHODS
+    loaded = plugins.load_plugins()
+    assert loaded["good"] == plugins.Plugin("good", "good_plugin:register_all", "dist-good 1.2")
+    assert loaded["good"].loaded
+    assert "from_plugin" in registry._METHODS
+    plugins.load_plugins()
+    assert sys.modules["good_plugin"].calls == [1]
+
+
+def test_a_module_can_be_the_plugin(install: Install) -> None:
+    source = "from lvlm_probe.explainers import register\n@register('by_import')\ndef by_import(problem): ...\n"
+    install("dist-module", "bare", "bare_plugin", source=source)
+    assert plugins.load_plugins()["bare"].loaded
+    assert "by_import" in registry._METHODS
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("import no_such_module_anywhere\n", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
+        ("def register_all():\n    raise RuntimeError('out of luck')\n", "RuntimeError: out of luck"),
+        ("def something_else(): ...\n", "AttributeError"),
+        ("register_all = 7\n", "has to be a module or a callable"),
+        ("raise SystemExit(3)\n", "SystemExit: 3"),
+        ("def register_all(:\n", "SyntaxError"),
+        (
+            "from lvlm_probe.explainers import register\n"
+            "def register_all():\n    register('igos++')(lambda problem: None)\n",
+            "the name 'igos++' is taken",
+        ),
+    ],
+)
+def test_a_broken_plugin_warns_and_the_others_load(install: Install, source: str, said: str) -> None:
+    install("dist-broken", "broken", "broken_plugin:register_all", source=source)
+    install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
+    with pytest.warns(ProbeWarning, match="plugin 'broken' of dist-broken 1.2 is skipped") as caught:
+        loaded = plugins.load_plugins()
+    assert len(caught) == 1
+    assert said in str(caught[0].message)
+    assert not loaded["broken"].loaded
+    assert said in str(loaded["broken"].error)
+    assert loaded["good"].loaded
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plugins.load_plugins()
+
+
+def test_two_plugins_of_one_name_warn_and_the_first_by_distribution_is_kept(install: Install) -> None:
+    install("dist-b", "twice", "second_plugin:register_all", source="def register_all(): raise AssertionError\n")
+    install("dist-a", "twice", "first_plugin:register_all", source=REGISTERS)
+    with pytest.warns(
+        ProbeWarning, match=r"2 plugins are called 'twice': dist-a 1.2 .* and dist-b 1.2 .*dist-a 1.2 is used"
+    ):
+        loaded = plugins.load_plugins()
+    assert loaded["twice"].distribution == "dist-a 1.2"
+    assert "second_plugin" not in sys.modules
+
+
+def test_a_plugin_that_looks_into_the_registry_while_loading_does_not_recurse(install: Install) -> None:
+    source = "from lvlm_probe.plugins import load_plugins\ndef go(): go.saw = dict(load_plugins())\n"
+    install("dist-a", "a_curious", "curious_plugin:go", source=source)
+    assert plugins.load_plugins()["a_curious"].loaded
+    assert sys.modules["curious_plugin"].go.saw == {}
+
+
+def test_explain_finds_a_plugin_method_by_itself(install: Install) -> None:
+    install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
+    from lvlm_probe.explainers import _resolve
+
+    assert _resolve("from_plugin").__module__ == "good_plugin"
+
+
+def test_the_template_plugin_really_installs_and_explains(tmp_path: Path) -> None:
+    """pip-installed to a folder of its own, and used in a fresh process through ``explain(method="occlusion")``."""
+    site = tmp_path / "site"
+    source = shutil.copytree(TEMPLATE, tmp_path / "source", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    subprocess.run(
+        [*PIP_INSTALL, "--target", str(site), str(source)],
+        check=True,
+        timeout=120,
+    )
+    code = """
+import lvlm_probe as probe, sys, torch
+torch.set_num_threads(1)
+model, processor = probe.demo.load()
+scene = probe.demo.scenes(1)[0]
+inputs = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+with probe.attach(model, processor) as p, p.record(sys.argv[1]) as recording:
+    model.generate(**processor.apply_chat_template(scene.messages, **inputs), max_new_tokens=32)
+replay = probe.replay(recording.traces[-1], model, processor)
+heat = probe.explain(replay, method="occlusion", size=7, patch=2)
+assert heat.method == "occlusion" and heat.shape == (7, 7), heat
+assert heat.values.max() == 1.0 and heat.provenance["passes"]["forward"] >= 64
+import numpy as np
+rows, cols = np.nonzero(scene.mask)
+height, width = scene.mask.shape
+row, col = np.unravel_index(heat.values.argmax(), heat.shape)
+near = ((rows / height * 7 - row - .5) ** 2 + (cols / width * 7 - col - .5) ** 2).min()
+print("distance", near ** .5)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "runs")],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr
+    # The strongest cell lies on, or next to, the object that decides the answer.
+    assert float(result.stdout.split("distance")[1]) < 1.5
