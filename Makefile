@@ -1,0 +1,54 @@
+# Two commands:  make demo   and   make test.   Both make the environment they need, in .venv.
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+JOBS ?= 2
+OUT ?= runs/demo
+
+BIN := .venv/bin
+INSTALL := -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint figures clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/.installed  ## explain an answer of the embedded model; writes $(OUT)/report.html
+	$(BIN)/lvlm-probe demo --out $(OUT) --overwrite
+
+test: .venv/.installed-dev .venv-tv/.installed  ## lint, types, all tests in both environments, examples
+	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/checks
+
+lint: .venv/.installed-dev  ## ruff and mypy alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+figures: .venv/.installed-dev  ## the README's figures, from the scripts that make them (takes a while)
+	@for script in tests/benchmarks/bench_*.py tests/benchmarks/crash_trace.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove environments and everything generated
+	rm -rf .venv .venv-tv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torchvision stays out of .venv: the package has to work without it, and `make demo` shows that it does.
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one:  make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "installing into .venv"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python $(INSTALL) -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	@echo "installing the development tools into .venv"
+	@$(BIN)/python $(INSTALL) -e '.[dev]'
+	@touch $@
+
+# The second environment is for the processors that need torchvision.
+.venv-tv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one:  make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "installing into .venv-tv"
+	@test -x .venv-tv/bin/python || $(PYTHON) -m venv .venv-tv
+	@.venv-tv/bin/python $(INSTALL) -e '.[torchvision]' pytest pytest-timeout
+	@touch $@
