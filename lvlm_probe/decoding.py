@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["answer_length", "display_pieces", "eos_token_ids", "special_flags", "tokenizer_of"]
+__all__ = ["answer_length", "display_pieces", "eos_token_ids", "folded", "special_flags", "tokenizer_of"]
 
 _REPLACEMENT = "�"
 
@@ -80,3 +81,13 @@ def answer_length(token_ids: Sequence[int], *, eos: frozenset[int], pad: int | N
         while length and ids[length - 1] == pad:
             length -= 1
     return length
+
+
+def folded(prompt: str) -> str:
+    """The prompt with runs of one repeated placeholder (hundreds of image tokens) shown once with their number."""
+
+    def fold(match: re.Match[str]) -> str:
+        count = len(match[0]) // len(match[1])
+        return f"{match[1]}×{count}"
+
+    return re.sub(r"(<[^<>\s]{1,40}>|\[[A-Z_]{2,40}\])\1{2,}", fold, prompt)

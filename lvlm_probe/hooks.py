@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lvlm_probe.errors import ProbeWarning
 
-__all__ = ["HookSet", "Shadow", "caution", "shadow_of"]
+__all__ = ["HookSet", "Shadow", "caution", "on_gradient", "shadow_of"]
 
 _log = logging.getLogger("lvlm_probe")
 
@@ -164,3 +164,8 @@ class HookSet:
                 return None
 
         return fenced
+
+
+def on_gradient(tensor: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> None:
+    """Call ``hook(gradient)`` when a backward pass reaches ``tensor``; it is gone with the tensor's graph."""
+    tensor.register_hook(hook)

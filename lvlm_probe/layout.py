@@ -10,7 +10,7 @@ import numpy as np
 
 from lvlm_probe.errors import ImageError
 
-__all__ = ["image_spans", "token_boxes"]
+__all__ = ["image_spans", "source_span", "token_boxes"]
 
 
 def image_spans(positions: np.ndarray, n_images: int, tokens_per_image: Sequence[int] | None = None) -> np.ndarray:
@@ -105,12 +105,12 @@ def _grid_groups(mine: np.ndarray, tokens: int) -> list[Any]:
 
 
 def _box(x: np.ndarray, y: np.ndarray, width: int, height: int) -> tuple[float, float, float, float]:
-    x0, x1 = _span(x, width)
-    y0, y1 = _span(y, height)
+    x0, x1 = source_span(x, width)
+    y0, y1 = source_span(y, height)
     return x0, y0, x1, y1
 
 
-def _span(values: np.ndarray, size: int) -> tuple[float, float]:
+def source_span(values: np.ndarray, size: int) -> tuple[float, float]:
     """From the first to the last source position, and half a step beyond: elements have an extent of their own."""
     distinct = np.unique(values.round(3))
     low, high = float(distinct[0]), float(distinct[-1])

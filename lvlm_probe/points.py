@@ -11,7 +11,7 @@ from lvlm_probe.anatomy import Anatomy, find_modules
 from lvlm_probe.format import PointRecord
 from lvlm_probe.hooks import HookSet
 
-__all__ = ["PointTap"]
+__all__ = ["PointTap", "first_tensor"]
 
 
 class PointTap:
@@ -37,7 +37,7 @@ class PointTap:
     def _keep(self, name: str) -> Any:
         def hook(_module: torch.nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
             if name not in self._kept:
-                self._kept[name] = _first_tensor(output).detach().clone()
+                self._kept[name] = first_tensor(output).detach().clone()
 
         return hook
 
@@ -50,7 +50,8 @@ class PointTap:
         return records
 
 
-def _first_tensor(output: Any) -> torch.Tensor:
+def first_tensor(output: Any) -> torch.Tensor:
+    """What a module's output is about: itself, or the first tensor in it."""
     if isinstance(output, torch.Tensor):
         return output
     values = output.values() if hasattr(output, "values") else output

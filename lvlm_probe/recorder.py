@@ -9,7 +9,6 @@ call.
 from __future__ import annotations
 
 import json
-import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -24,9 +23,10 @@ from PIL import Image
 
 from lvlm_probe.anatomy import Anatomy
 from lvlm_probe.attention import Rows, RowTap
-from lvlm_probe.decoding import answer_length, display_pieces, eos_token_ids, special_flags, tokenizer_of
+from lvlm_probe.decoding import answer_length, display_pieces, eos_token_ids, folded, special_flags, tokenizer_of
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.format import Capture, ImageRecord, PointRecord, RowCapture
+from lvlm_probe.hidden import point_records
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.layout import image_spans, token_boxes
 from lvlm_probe.logprobs import StepLogProbs
@@ -136,8 +136,9 @@ class GenerationRecorder:
             )
             return
         self._hooks.forward(self.model, self._log_probs, name="log_probs")
-        if self.options.points:
-            self._points = PointTap(self.model, self.anatomy, self.options.points, self._hooks)
+        points = [point for point in self.options.points if point != "hidden"]
+        if points:
+            self._points = PointTap(self.model, self.anatomy, points, self._hooks)
         if self.options.attention:
             try:
                 self._arm_tap(ids, int(setting("num_return_sequences", 1)))
@@ -277,7 +278,7 @@ class GenerationRecorder:
             trace_id=trace_id,
             batch_row=row,
             input_ids=prompt_ids.numpy().astype(np.int64),
-            prompt=_folded(prompt),
+            prompt=folded(prompt),
             question=self.options.question or asked,
             model_kwargs=kwargs,
             images=[ImageRecord(*encode_picture(image), *image.size) for image in images],
@@ -331,7 +332,7 @@ class GenerationRecorder:
     # ------------------------------------------------------------------ teacher-forced passes
 
     def complete(self, capture: Capture) -> None:
-        """What needs the processor or the model once more: log-likelihood ratios and the image tokens' boxes.
+        """What needs the processor or the model once more: log-likelihood ratios, boxes of image tokens, hidden states.
 
         Baseline log-probabilities (paper, Eq. 6) take one pass per row; the baseline is blurred harder until the
         selected tokens keep less than 5 % probability (paper, A.1). Log-probabilities themselves are computed where
@@ -340,11 +341,13 @@ class GenerationRecorder:
         start = time.perf_counter()
         for row in capture.rows:
             missing = bool(np.isnan(row.log_probs).any())
-            boxes = self.options.boxes and self.options.attention and bool(row.images) and len(row.image_positions) > 0
+            hidden = "hidden" in self.options.points
+            inside = self.options.attention or hidden
+            boxes = self.options.boxes and inside and bool(row.images) and len(row.image_positions) > 0
             key = _box_key(row) if boxes else ()
             if key in self._boxes:
                 row.patch_box, boxes = self._boxes[key], False
-            if not (missing or self.options.llr or boxes):
+            if not (missing or self.options.llr or boxes or hidden):
                 continue
             player = Replay(LiveTrace(row, self._images[row.trace_id]), self.model, self.processor, check_pixels=False)
             if missing:
@@ -357,6 +360,12 @@ class GenerationRecorder:
                     self._boxes[key] = row.patch_box
                 except ProbeError as error:
                     row.notes.append(f"no boxes for the image tokens: {error}")
+            if hidden:
+                try:
+                    found = point_records(player, row.input_ids, row.image_positions, row.token_ids)
+                    row.points = {**row.points, **found}
+                except ProbeError as error:
+                    row.notes.append(f"no hidden states: {error}")
             if not self.options.llr:
                 continue
             if self.options.baseline != "blur":  # which is what a replay starts with
@@ -387,13 +396,3 @@ def _box_key(row: RowCapture) -> tuple[Any, ...]:
     shapes = tuple(sorted((name, tuple(value.shape)) for name, value in row.model_kwargs.items()))
     settings = json.dumps((row.processor_call or {}).get("kwargs"), sort_keys=True)
     return sizes, shapes, settings, row.image_index.tobytes()
-
-
-def _folded(prompt: str) -> str:
-    """The prompt with runs of one repeated placeholder (hundreds of image tokens) shown once with their number."""
-
-    def fold(match: re.Match[str]) -> str:
-        count = len(match[0]) // len(match[1])
-        return f"{match[1]}×{count}"
-
-    return re.sub(r"(<[^<>\s]{1,40}>|\[[A-Z_]{2,40}\])\1{2,}", fold, prompt)

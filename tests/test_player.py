@@ -11,6 +11,7 @@ from PIL import Image
 import lvlm_probe as probe
 from lvlm_probe import memory, player
 from lvlm_probe.forcing import TeacherForcing, checkpointed, frozen
+from lvlm_probe.images import BLUR_LADDER
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (90, 60)) -> Image.Image:
@@ -314,17 +315,17 @@ def test_blur_is_strengthened_until_the_words_are_gone(llava, monkeypatch):
         @property
         def baseline_log_probs(self):
             strength = 1e9 if self.baseline.get("limit") else self.baseline["strength"]
-            rung = sum(strength > other for other in player.BLUR_LADDER)
+            rung = sum(strength > other for other in BLUR_LADDER)
             tried.append(rung)
             return torch.full((len(self.token_ids),), probabilities[rung]).log()
 
     replay.__class__ = Faked
-    replay.set_baseline("blur", strength=player.BLUR_LADDER[0])
+    replay.set_baseline("blur", strength=BLUR_LADDER[0])
     found = replay.strengthen([0, 1])
     assert found["verified"] and found["mean_probability"] == pytest.approx(0.01)
     assert max(tried) == 2  # no harder than needed
     probabilities.update({0: 0.5, 1: 0.2, 2: 0.3})
-    replay.set_baseline("blur", strength=player.BLUR_LADDER[0])
+    replay.set_baseline("blur", strength=BLUR_LADDER[0])
     found = replay.strengthen([0, 1])
     assert not found["verified"] and found["mean_probability"] == pytest.approx(0.2)  # the best of all, not the last
 

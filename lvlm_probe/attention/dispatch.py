@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-__all__ = ["AttentionCall", "ConfigView", "Observer", "is_view", "observed_attention", "restore"]
+from lvlm_probe.attention.layers import eager_of, registry_of
+from lvlm_probe.errors import AttachError
+
+__all__ = ["AttentionCall", "ConfigView", "Observer", "is_view", "lead"]
 
 
 class ImplementationName(str):
@@ -111,9 +115,14 @@ class AttentionCall:
             sinks=given.get("s_aux"),
         )
 
+    def is_causal_for(self, module: nn.Module, implementation: str | None, queries: int) -> bool:
+        """Whether sdpa itself hides later keys from these queries: no mask was built, and the module is causal."""
+        causal = self.is_causal if self.is_causal is not None else getattr(module, "is_causal", True)
+        return bool(implementation == "sdpa" and queries > 1 and self.attention_mask is None and causal)
+
 
 class Observer(Protocol):
-    """What sees each attention call after the fact; ``observe`` must not raise."""
+    """What sees each attention call after the fact and says what the layer gets: ``result``, unless it intervenes."""
 
     @property
     def armed(self) -> bool: ...
@@ -124,13 +133,41 @@ class Observer(Protocol):
         implementation: str | None,
         query: Tensor,
         key: Tensor,
+        value: Tensor,
         result: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> None: ...
+    ) -> Any: ...
 
 
-def observed_attention(reference: Callable[[], Observer | None]) -> Callable[..., Any]:
+def lead(modules: Iterable[nn.Module], observer: Observer, *, model_class: str) -> weakref.finalize:
+    """Lead attention modules to a function that shows their calls to ``observer``.
+
+    Returns:
+        What undoes it: called, or when the observer is collected. The modules and the observer are held weakly.
+
+    Raises:
+        AttachError: one of the modules is led somewhere already.
+    """
+    found = list(modules)
+    if any(is_view(module.__dict__.get("config")) for module in found):
+        raise AttachError(
+            f"{model_class} has an attention tap installed already; remove that one (detach its probe) first"
+        )
+    name = f"lvlm_probe_{uuid.uuid4().hex}"
+    changed: list[tuple[weakref.ref[nn.Module], ConfigView, Any]] = []
+    undo = weakref.finalize(observer, _restore, name, changed)
+    undo.atexit = False
+    AttentionInterface.register(name, _observed_attention(weakref.ref(observer)))
+    for module in found:
+        config = module.__dict__["config"]
+        view = ConfigView(config, name, registry_of(module), eager_of(module))
+        changed.append((weakref.ref(module), view, config))
+        module.__dict__["config"] = view
+    return undo
+
+
+def _observed_attention(reference: Callable[[], Observer | None]) -> Callable[..., Any]:
     """The function to register: the layer's own attention, its result shown to the observer while that is armed.
 
     ``reference`` is weak: the registry must not keep the observer alive. Inside a compiled graph nothing is observed.
@@ -146,13 +183,13 @@ def observed_attention(reference: Callable[[], Observer | None]) -> Callable[...
         if not torch.compiler.is_compiling():
             observer = reference()
             if observer is not None and observer.armed:
-                observer.observe(module, implementation, query, key, result, args, kwargs)
+                return observer.observe(module, implementation, query, key, value, result, args, kwargs)
         return result
 
     return tapped_attention
 
 
-def restore(name: str, changed: list[tuple[weakref.ref[nn.Module], ConfigView, Any]]) -> None:
+def _restore(name: str, changed: list[tuple[weakref.ref[nn.Module], ConfigView, Any]]) -> None:
     """Put the modules' own configs back and forget ``name``. Also a finaliser: it must not refer to the tap."""
     for reference, view, config in changed:
         module = reference()

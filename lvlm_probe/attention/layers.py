@@ -73,9 +73,16 @@ def _decoder(model: nn.Module) -> nn.Module:
     return module
 
 
-def discover(model: nn.Module) -> tuple[list[tuple[TapLayer, nn.Module]], dict[str, str]]:
-    """Attention layers of the decoder that the tap can read, and for all others the reason why it cannot."""
-    decoder = _decoder(model)
+def discover(
+    model: nn.Module, root: nn.Module | None = None
+) -> tuple[list[tuple[TapLayer, nn.Module]], dict[str, str]]:
+    """Attention layers that can be read, and for all others the reason why not.
+
+    Args:
+        model: the whole model, which paths are relative to.
+        root: the part of it to look at, an encoder for example; by default its decoder.
+    """
+    decoder = _decoder(model) if root is None else root
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
     text_class = type(getattr(decoder, "config", None))
     layers: list[tuple[TapLayer, nn.Module]] = []

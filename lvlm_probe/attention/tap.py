@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import uuid
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,11 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import BoolTensor, LongTensor, Tensor, nn
-from transformers import AttentionInterface
 
 from lvlm_probe.attention.collection import Collection
-from lvlm_probe.attention.dispatch import AttentionCall, ConfigView, is_view, observed_attention, restore
-from lvlm_probe.attention.layers import TapLayer, discover, eager_of, registry_of
+from lvlm_probe.attention.dispatch import AttentionCall, lead
+from lvlm_probe.attention.layers import TapLayer, discover
 from lvlm_probe.attention.rows import attention_rows, take_columns, take_rows
 from lvlm_probe.errors import AttachError, ProbeError
 
@@ -65,7 +63,6 @@ class RowTap:
         self._modules = [weakref.ref(module) for _, module in found]
         self._number = {id(module): number for number, (_, module) in enumerate(found)}
         self._armed: Collection | None = None
-        self._name = f"lvlm_probe_rows_{uuid.uuid4().hex}"
         self._restore: weakref.finalize | None = None
 
     # -- installing
@@ -80,19 +77,7 @@ class RowTap:
         if self.installed:
             return self
         modules = [module for reference in self._modules if (module := reference()) is not None]
-        if any(is_view(module.__dict__.get("config")) for module in modules):
-            raise AttachError(
-                f"{self._model_class} has an attention tap installed already; remove that one (detach its probe) first"
-            )
-        changed: list[tuple[weakref.ref[nn.Module], ConfigView, Any]] = []
-        self._restore = weakref.finalize(self, restore, self._name, changed)
-        self._restore.atexit = False
-        AttentionInterface.register(self._name, observed_attention(weakref.ref(self)))
-        for module in modules:
-            config = module.__dict__["config"]
-            view = ConfigView(config, self._name, registry_of(module), eager_of(module))
-            changed.append((weakref.ref(module), view, config))
-            module.__dict__["config"] = view
+        self._restore = lead(modules, self, model_class=self._model_class)
         return self
 
     def remove(self) -> None:
@@ -239,14 +224,15 @@ class RowTap:
         implementation: str | None,
         query: Tensor,
         key: Tensor,
+        value: Tensor,
         result: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> None:
-        """Read one attention call of the model; never raises."""
+    ) -> Any:
+        """Read one attention call of the model and hand its result back as it is; never raises."""
         armed, number = self._armed, self._number.get(id(module))
         if armed is None or number is None:
-            return
+            return result
         try:
             call = AttentionCall.of(args, kwargs)
             with torch.no_grad():
@@ -255,6 +241,7 @@ class RowTap:
                     armed.add(number, rows)
         except Exception as error:
             self._fail(error)
+        return result
 
     def _read(
         self,
@@ -296,8 +283,7 @@ class RowTap:
             found = take_columns(take_rows(weights, rows, batch).float(), columns)
         else:
             sdpa = implementation == "sdpa"
-            is_causal = call.is_causal if call.is_causal is not None else getattr(module, "is_causal", True)
-            causal = bool(sdpa and queries > 1 and call.attention_mask is None and is_causal)
+            causal = call.is_causal_for(module, implementation, queries)
             plain = call.attention_mask is None and call.softcap is None and call.position_bias is None
             if sdpa and plain and armed.queries is None and keys == end and (queries == 1 or causal):
                 armed.wait(number, query, key, scaling=call.scaling)

@@ -1,37 +1,37 @@
-"""Replay: log P(answer | masked picture), the one differentiable function everything else is written on.
-
-A mask says how much of the picture the model may see: 1 keeps a pixel, 0 puts the baseline picture there
-(``Φ(I, Ĩ, M) = I ⊙ M + Ĩ ⊙ (1 − M)``, paper, Eq. 3). ``Replay.log_probs(mask)`` carries it through the processor's
-geometry and the unmodified model to the log-probabilities of the recorded answer.
-"""
+"""A recorded answer on a live model, as a function of a mask."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lvlm_probe.anatomy import examine
+from lvlm_probe.capture import Captured, capture
 from lvlm_probe.chunks import Chunked, noise_like, noise_seeds
-from lvlm_probe.errors import ImageError, ModelMismatch, OutOfMemory, ReplayError
+from lvlm_probe.errors import OutOfMemory, ReplayError
 from lvlm_probe.forcing import TeacherForcing
-from lvlm_probe.identity import fingerprint
-from lvlm_probe.images import BLUR_LADDER, PixelPath, make_baseline
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.memory import masks_that_fit, saved_bytes
+from lvlm_probe.player.baselines import WithBaseline
 from lvlm_probe.recorded_path import LiveTrace, recorded_path
+from lvlm_probe.rewording import reword
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from lvlm_probe.attention import TapLayer
+    from lvlm_probe.capture import AttentionLayer
     from lvlm_probe.trace import Trace
 
-__all__ = ["PassCounter", "Replay", "replay"]
+__all__ = ["PassCounter", "Replay"]
 
 _log = logging.getLogger("lvlm_probe")
 
@@ -47,48 +47,12 @@ class PassCounter:
     backward: int = 0
 
 
-def replay(
-    trace: Trace,
-    model: torch.nn.Module,
-    processor: object | None = None,
-    *,
-    strict: bool = True,
-    gradient_checkpointing: bool = False,
-    micro_batch: int | None = None,
-) -> Replay:
-    """Get ready to replay a recorded answer under masked pictures.
-
-    Args:
-        trace: what ``open_trace`` or a store gives.
-        model: the model that was recorded, loaded again in any process.
-        processor: its processor, or its image processor; without it masks live in pixel-input space.
-        strict: refuse another model. ``False`` replays the answer on it all the same, e.g. to compare two models.
-        gradient_checkpointing: trade time for memory in gradient passes.
-        micro_batch: masks per forward pass; by default as many as fit.
-
-    Raises:
-        ModelMismatch: the fingerprint differs from the recorded one, or the processor makes other inputs.
-        ImageError: the trace holds no picture a mask could cover.
-        ProcessorRefused: masks cannot be carried through this processor.
-    """
-    recorded = str(trace.model.get("fingerprint", ""))
-    if strict and recorded:
-        present = fingerprint(model)
-        if present != recorded:
-            raise ModelMismatch(
-                f"{trace.path.name} was recorded with {trace.model.get('class')} "
-                f"{trace.model.get('model_id') or '(no name)'} (fingerprint {recorded[:12]}…), but this "
-                f"{type(model).__name__} has fingerprint {present[:12]}…; load the recorded model, or pass "
-                f"strict=False to replay the answer on another one"
-            )
-    return Replay(trace, model, processor, gradient_checkpointing=gradient_checkpointing, micro_batch=micro_batch)
-
-
-class Replay:
+class Replay(WithBaseline):
     """One recorded answer on one live model. Made by ``lvlm_probe.replay``.
 
     Attributes:
         trace, trace_id: what is replayed.
+        model, processor: what it is replayed on.
         tokens, token_ids, special, words: the recorded answer, ``(T,)`` each but ``words``.
         path: how a mask reaches the model's pixel inputs.
         baseline: what the baseline picture is: ``kind``, its parameters, and, once checked, ``mean_probability``.
@@ -108,6 +72,7 @@ class Replay:
         self.trace = trace
         self.trace_id: str = trace.trace_id
         self.model = model
+        self.processor = processor
         self.tokens: list[str] = list(trace.tokens)
         self.token_ids = torch.tensor(trace.token_ids).long()
         self.special = torch.tensor(trace.special).bool()
@@ -134,22 +99,14 @@ class Replay:
         }
         self._fed = frozenset(recorded) - frozenset(sequence)
         others = {name: recorded[name] for name in self._fed if name not in self.path.inputs}
+        self._settings: dict[str, Any] = {"other_inputs": others, "answer_token_type": anatomy.answer_token_type}
+        self._prompt, self._sequence = prompt, sequence
         self._forcing = TeacherForcing(
-            model,
-            input_ids=prompt,
-            token_ids=self.token_ids,
-            sequence_inputs=sequence,
-            other_inputs=others,
-            answer_token_type=anatomy.answer_token_type,
+            model, input_ids=prompt, token_ids=self.token_ids, sequence_inputs=sequence, **self._settings
         )
         self.device = self._forcing.device
 
     # ------------------------------------------------------------------ the picture
-
-    @property
-    def n_images(self) -> int:
-        """Number of pictures in the prompt."""
-        return self.path.n_images
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
@@ -160,64 +117,43 @@ class Replay:
         """Picture ``k`` as the user gave it, RGB."""
         return self.trace.images[k]
 
-    def baseline_image(self, k: int = 0) -> Image.Image | None:
-        """Baseline of picture ``k``; ``None`` when masks live in pixel-input space."""
-        images = self.path.baseline_images
-        return images[k] if images else None
-
     def seen(self, k: int = 0, shape: tuple[int, int] | None = None) -> torch.Tensor:
         """Which pixels (or cells of a grid of ``shape``) of picture ``k`` reach the model, bool ``(row, col)``."""
         return self.path.seen(k, shape)
 
-    def set_baseline(self, kind: str | Image.Image | Sequence[Image.Image] = "blur", **params: Any) -> dict[str, Any]:
-        """Choose the baseline picture Ĩ.
+    def reworded(self, text: str, *, question: str | None = None) -> Replay:
+        """The same answer after another question on the same pictures, e.g. a general one to compare with.
 
         Args:
-            kind: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or the user's own picture (one per image).
-            params: ``strength`` (blur: sigma as a share of the long side), ``seed`` (noise).
+            text: what is asked instead.
+            question: the question as it stands in the prompt; by default what was recorded as such.
 
         Returns:
-            the description that provenance keeps; also in ``replay.baseline``.
+            a replay that shares model, pictures, baseline and pass counter with this one.
+
+        Raises:
+            ReplayError: there is no tokenizer, or the prompt does not hold the question.
         """
-        kinds = list(kind) if isinstance(kind, Sequence) and not isinstance(kind, str) else [kind] * self.n_images
-        if len(kinds) != self.n_images:
-            raise ImageError(
-                f"{len(kinds)} baseline pictures for a prompt with {self.n_images} images; give one per image"
+        wanted = question or getattr(self.trace, "question", None) or ""
+        start, stop, ids = reword(self._prompt, self.processor, wanted, text)
+        other = copy.copy(self)
+        other._prompt = torch.cat([self._prompt[:start], ids, self._prompt[stop:]])
+        other._sequence = {
+            name: torch.cat(
+                [value[:, :start], value[:, start : start + 1].expand(-1, len(ids), *value.shape[2:]), value[:, stop:]],
+                dim=1,
             )
-        if isinstance(self.path, PixelPath):
-            self.path = self.path.with_baseline_kind(str(kinds[0]), **params)
-            self.baseline = {"kind": str(kinds[0]), **params}
-        else:
-            made = [make_baseline(picture, k, **params) for picture, k in zip(self.path.images, kinds, strict=True)]
-            self.path = self.path.with_baseline([item.image for item in made])
-            self.baseline = {"kind": made[0].kind, **made[0].params}
-        self._baseline_log_probs = None
-        return self.baseline
-
-    def strengthen(self, steps: Sequence[int], *, below: float = 0.05) -> dict[str, Any]:
-        """Blur harder until the mean probability of the answer tokens ``steps`` is under ``below`` (paper, A.1).
-
-        Only a blurred baseline is changed; of several that do not reach ``below`` the best is kept. The result says
-        ``mean_probability`` and whether it is ``verified``.
-        """
-        index = torch.as_tensor(list(steps), dtype=torch.long)
-        if index.numel() == 0:
-            return self.baseline
-        best: tuple[float, dict[str, Any], Any, torch.Tensor] | None = None
-        current = math.inf if self.baseline.get("limit") else float(self.baseline.get("strength") or 0.0)
-        harder = [rung for rung in BLUR_LADDER if rung > current] if self.baseline.get("kind") == "blur" else []
-        for rung in [None, *harder]:
-            if rung is not None:
-                self.set_baseline("blur", strength=rung)
-            probability = float(self.baseline_log_probs[index].exp().mean())
-            if best is None or probability < best[0]:
-                best = (probability, dict(self.baseline), self.path, self.baseline_log_probs)
-            if probability < below:
-                break
-        assert best is not None
-        probability, description, self.path, self._baseline_log_probs = best
-        self.baseline = {**description, "mean_probability": probability, "verified": probability < below}
-        return self.baseline
+            for name, value in self._sequence.items()
+        }
+        other._forcing = TeacherForcing(
+            self.model,
+            input_ids=other._prompt,
+            token_ids=self.token_ids,
+            sequence_inputs=other._sequence,
+            **self._settings,
+        )
+        other._original = other._baseline_log_probs = other._bytes_per_mask = None
+        return other
 
     # ------------------------------------------------------------------ the function
 
@@ -227,14 +163,6 @@ class Replay:
         if self._original is None:
             self._original = self.log_probs(None)[0].cpu()
         return self._original
-
-    @property
-    def baseline_log_probs(self) -> torch.Tensor:
-        """Replayed log P̃(a_t) on the baseline picture, ``(step,)`` float32 on the CPU."""
-        if self._baseline_log_probs is None:
-            with torch.no_grad():
-                self._baseline_log_probs = self._run(self.path.baseline_inputs, 1)[0].cpu()
-        return self._baseline_log_probs
 
     @property
     def llr(self) -> torch.Tensor:
@@ -291,20 +219,21 @@ class Replay:
         image: int | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
+        micro_batch: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score every mask and differentiate, one micro-batch at a time: memory of one, no recomputation.
 
         Args:
             mask: as for ``log_probs``; need not require a gradient.
             score: log-probabilities ``(batch, step)`` to scores ``(batch,)``; row i may depend on row i only.
-            image, noise, generator: as for ``log_probs``.
+            image, noise, generator, micro_batch: as for ``log_probs``.
 
         Returns:
             scores ``(batch,)`` and the gradient of each mask's own score to that mask, shaped like ``mask``.
         """
         masks = self._batch_of(mask, image).detach()
         seeds = noise_seeds(len(masks), noise, generator)
-        size = self._micro_batch or self._fit(masks, image)
+        size = micro_batch or self._fit(masks, image)
 
         def one(chunk: torch.Tensor, part: slice) -> torch.Tensor:
             leaf = chunk.detach().requires_grad_(True)
@@ -321,6 +250,58 @@ class Replay:
 
         packed = self._in_chunks(masks, size, one)
         return packed[:, 0], packed[:, 1:].reshape(mask.shape if mask.ndim > 2 else masks.shape).to(mask.dtype)
+
+    # ------------------------------------------------------------------ inside the model
+
+    @property
+    def prompt_length(self) -> int:
+        """P, prompt tokens: answer token t is predicted at position P + t − 1 of the teacher-forced sequence."""
+        return self._forcing.length - self._forcing.steps + 1
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """Token ids of the prompt, ``(P,)`` int64."""
+        return self._prompt
+
+    @property
+    def length(self) -> int:
+        """Positions of the teacher-forced sequence: prompt and all answer tokens but the last."""
+        return self._forcing.length
+
+    def run_inputs(self, pixel_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """log P(a_t) for one picture given as the model's own pixel inputs (``replay.path.inputs``, or tensors of their
+        shapes), ``(1, step)``; differentiable in them when gradients are enabled."""
+        return self._run(dict(pixel_inputs), 1)
+
+    def capture(
+        self,
+        *,
+        modules: Sequence[str] = (),
+        attention: Sequence[Literal["decoder", "encoder"]] = (),
+        visit: Callable[[AttentionLayer], None] | None = None,
+        edit: Callable[[TapLayer, torch.Tensor], torch.Tensor] | None = None,
+    ) -> AbstractContextManager[Captured]:
+        """Look inside the passes that run in the block: outputs of modules, attention, and the score's gradients.
+
+        ::
+
+            with replay.capture(modules=["model.multi_modal_projector"], attention=["decoder"], visit=see) as seen:
+                scores, _ = replay.score_and_grad(mask, score)
+
+        Args:
+            modules: paths or fnmatch patterns of modules whose outputs are kept, in ``seen.outputs``, and their
+                gradients in ``seen.gradients``.
+            attention: whose attention layers to read.
+            visit: called during each backward pass, once per layer, last layer first, with the layer's weights and the
+                score's gradient to them at hand. Without it the layers of the last pass are kept in ``seen.layers``;
+                their weights can be asked for, one block of rows at a time.
+            edit: may replace each layer's output ``(batch, query, head, channel)`` by another one.
+
+        Raises:
+            PointNotFound: no module matches.
+            ExplainError: no attention layer can be read (the message says why), or the replay recomputes its layers.
+        """
+        return capture(self, modules=modules, attention=attention, visit=visit, edit=edit)
 
     # ------------------------------------------------------------------ inside
 

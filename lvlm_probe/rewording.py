@@ -1,0 +1,69 @@
+"""Another question in a recorded prompt: which tokens were the question, and what takes their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lvlm_probe.errors import ReplayError
+
+__all__ = ["reword"]
+
+
+def reword(prompt: torch.Tensor, processor: object | None, question: str, text: str) -> tuple[int, int, torch.Tensor]:
+    """Where the question is in a prompt, and the tokens of another text.
+
+    Args:
+        prompt: ``(P,)`` token ids.
+        processor: the processor, or its tokenizer.
+        question: the question as it stands in the prompt.
+        text: what is asked instead.
+
+    Returns:
+        start and stop of the question's tokens, and the ids of ``text``, ``(token,)`` int64.
+
+    Raises:
+        ReplayError: there is no tokenizer, or no run of tokens reads as the question.
+    """
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "decode"):
+        raise ReplayError("another question needs a tokenizer: replay with the processor")
+    start, stop = _span(prompt.tolist(), tokenizer, question.strip())
+    first = tokenizer.decode([int(prompt[start])])
+    # The space in front of the question may be part of its first token.
+    lead = first[: len(first) - len(first.lstrip())]
+    ids = tokenizer(lead + text.strip(), add_special_tokens=False)["input_ids"] if text.strip() else []
+    if not ids:
+        raise ReplayError(f"the tokenizer makes no token of {text!r}")
+    return start, stop, torch.tensor(ids, dtype=torch.long)
+
+
+def _span(ids: list[int], tokenizer: Any, question: str) -> tuple[int, int]:
+    """The last and shortest run of tokens that reads as ``question``; white space does not count."""
+    wanted = _squeezed(question)
+    pieces = {token: _squeezed(tokenizer.decode([token])) for token in set(ids)}
+    for start in range(len(ids) - 1, -1, -1):
+        if not wanted or not _opens(wanted, pieces[ids[start]]):
+            continue
+        # No token stands for less than one byte, but there may be blank ones in between.
+        for stop in range(start + 1, min(len(ids), start + 2 * len(question.encode())) + 1):
+            text = _squeezed(tokenizer.decode(ids[start:stop]))
+            if text == wanted:
+                return start, stop
+            if not _opens(wanted, text):
+                break
+    raise ReplayError(
+        f"the prompt holds no run of tokens that reads as {question!r}; give the question as it stands in the prompt: "
+        f"question=..."
+    )
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _opens(wanted: str, text: str) -> bool:
+    """Whether ``wanted`` may go on from ``text``, whose last character may be cut between tokens."""
+    whole = text.rstrip("\ufffd")
+    return bool(text) and wanted.startswith(whole)
