@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from toy_replay import ToyReplay, box_weights
 
-from lvlm_probe.errors import ExplainError
+from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.metrics.deletion_insertion import (
@@ -267,6 +268,104 @@ def test_score_knows_whether_the_baseline_is_the_explanations_own() -> None:
     replay.baseline = {"kind": "mean"}
     assert evaluate(heat, replay, steps=2).baseline_check["same_as_explained"] is False
     assert evaluate(heat_of(replay, BOX.numpy()), replay, steps=2).baseline_check["same_as_explained"] is None
+
+
+class TwoBaselines(ToyReplay):
+    """A toy whose answer keeps more probability on one baseline than on the other."""
+
+    KEPT = {"blur": 0.01, "mean": 0.31, "blank": 0.02}
+
+    def set_baseline(self, kind="blur", **params):
+        if kind not in self.KEPT:
+            raise ImageError(f"no baseline {kind!r}")
+        if set(params) - {"strength"}:
+            raise TypeError(f"unexpected {sorted(params)}")
+        self.base_probability = torch.full_like(self.base_probability, self.KEPT[kind])
+        self.baseline = {"kind": kind, **params}
+        return self.baseline
+
+
+def test_a_held_out_baseline_judges_and_the_replay_keeps_its_own() -> None:
+    replay = TwoBaselines(BOX)
+    heat = dataclasses.replace(heat_of(replay, BOX.numpy()), provenance={"baseline": dict(replay.baseline)})
+    description, before = dict(replay.baseline), replay.baseline_log_probs.clone()
+    own, held_out = evaluate(heat, replay, steps=256), evaluate(heat, replay, steps=256, baseline="mean")
+    assert own.baseline_check["kind"] == "blur"
+    assert own.params["held_out"] is False
+    assert held_out.baseline_check["kind"] == "mean"
+    assert held_out.baseline_check["same_as_explained"] is False
+    assert held_out.baseline_check["mean_probability"] == pytest.approx(0.31)
+    assert held_out.params["held_out"] is True
+    assert held_out.baseline == pytest.approx(0.31)
+    assert any("still leaves these tokens a probability of 0.31" in reason for reason in held_out.verdict.reasons)
+    # The toy is linear, so normalised curves are the same over any baseline.
+    assert held_out.deletion == pytest.approx(own.deletion, abs=1e-5)
+    assert replay.baseline == description
+    assert torch.equal(replay.baseline_log_probs, before)
+    parameters = evaluate(heat, replay, steps=2, baseline=("blur", {"strength": 0.6}))
+    assert parameters.baseline_check["same_as_explained"] is False
+    assert evaluate(heat, replay, steps=2, baseline=("blur", {"strength": 0.1})).baseline_check["same_as_explained"]
+
+
+def test_the_baseline_survives_errors() -> None:
+    replay = TwoBaselines(BOX)
+    heat, description = heat_of(replay, BOX.numpy()), dict(replay.baseline)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(heat, replay, baseline="mean", progress=stop)
+    with pytest.raises(ImageError):
+        evaluate(heat, replay, baseline="stripes")
+    with pytest.raises(ExplainError, match="a kind with its parameters"):
+        evaluate(heat, replay, baseline=("blur", {"sigma": 3}))
+    assert replay.baseline == description
+    assert float(replay.baseline_log_probs.exp()[0]) == pytest.approx(0.01)
+
+
+def test_the_limit_of_the_blur_is_the_mean_colour_by_another_name() -> None:
+    replay = TwoBaselines(BOX)
+    limit = {"kind": "blur", "strength": None, "limit": "mean colour"}
+    heat = dataclasses.replace(heat_of(replay, BOX.numpy()), provenance={"baseline": limit})
+    assert evaluate(heat, replay, steps=2, baseline="mean").baseline_check["same_as_explained"] is True
+    assert evaluate(heat, replay, steps=2, baseline="blank").baseline_check["same_as_explained"] is False
+    own = dataclasses.replace(heat, provenance={"baseline": {"kind": "image"}})
+    replay.baseline = {"kind": "image"}
+    assert evaluate(own, replay, steps=2).baseline_check["same_as_explained"] is None
+
+
+def test_a_held_out_baseline_on_a_real_replay(demo, tmp_path) -> None:
+    import lvlm_probe as probe
+
+    model, processor = demo
+    (scene,) = probe.demo.scenes(1, split="tune", seed=4, kinds=["colour"])
+    with probe.attach(model, processor) as p, p.record(tmp_path) as recording:
+        inputs = processor.apply_chat_template(
+            scene.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        model.generate(**inputs)
+    replay = probe.replay(recording.traces[0], model, processor)
+    heat = probe.explain(replay, iterations=2, ig_steps=2)
+    path, description, log_probs = replay.path, dict(replay.baseline), replay.baseline_log_probs
+    picture = Image.new("RGB", replay.image_sizes[0], (10, 200, 10))
+    for choice, kind in [("mean", "mean"), ("noise", "noise"), ([picture], "image")]:
+        score = evaluate(heat, replay, steps=4, baseline=choice)
+        assert score.baseline_check["kind"] == kind
+        assert score.baseline_check["same_as_explained"] is False
+        # The same by hand, on a replay of its own.
+        other = probe.replay(recording.traces[0], model, processor)
+        other.set_baseline(choice)
+        assert score.deletion == evaluate(heat, other, steps=4).deletion
+        expected = other.baseline_log_probs[list(heat.selection.decided)].exp().mean()
+        assert score.baseline_check["mean_probability"] == pytest.approx(float(expected), rel=1e-4)
+    passes = replay.passes.forward
+    evaluate(heat, replay, steps=4, baseline="mean")
+    assert replay.passes.forward > passes
+    assert replay.path is path
+    assert replay.baseline == description
+    assert replay.baseline_log_probs is log_probs
+    assert evaluate(heat, replay, steps=4).baseline_check["same_as_explained"] is True
 
 
 def test_random_heatmaps_on_request() -> None:

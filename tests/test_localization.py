@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import Heatmap, resample
-from lvlm_probe.metrics.localization import energy_in_region, iou, pointing_game
+from lvlm_probe.metrics.localization import (
+    average_precision,
+    boxes_to_mask,
+    energy_in_region,
+    iou,
+    pointing_game,
+    soft_iou,
+)
 
 REGION = np.zeros((4, 4), dtype=bool)
 REGION[1:3, 1:3] = True
@@ -98,3 +105,100 @@ def test_resample_is_bilinear_up_and_area_down() -> None:
     assert resample(np.arange(16.0).reshape(4, 4) / 16, (2, 2)).ravel().tolist() == pytest.approx(
         [2.5 / 16, 4.5 / 16, 10.5 / 16, 12.5 / 16]
     )
+
+
+# ---------------------------------------------------------------- boxes
+
+
+def test_boxes_become_masks() -> None:
+    mask = boxes_to_mask([(1, 0, 3, 2), (2, 1, 4, 3)], (5, 4))
+    assert mask.astype(int).tolist() == [[0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 0]]
+    # Every pixel that is touched; the rest is cut off at the picture's border.
+    assert boxes_to_mask([(1.2, 0.9, 1.3, 1.1)], (3, 3)).astype(int).tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 0]]
+    assert boxes_to_mask([(-5, -5, 1, 1)], (3, 2)).sum() == 1
+    assert not boxes_to_mask([], (3, 2)).any()
+
+
+@pytest.mark.parametrize("metric", [pointing_game, energy_in_region, iou, soft_iou, average_precision])
+def test_boxes_work_wherever_a_mask_does(metric) -> None:
+    heat = Heatmap(np.random.default_rng(0).random((6, 8)), (40, 30))
+    boxes = [(4, 3, 20, 21), [10, 10, 39, 30]]
+    assert metric(heat, boxes) == metric(heat, boxes_to_mask(boxes, (40, 30)))
+    assert metric(heat, boxes[0]) == metric(heat, boxes_to_mask(boxes[:1], (40, 30)))
+
+
+def test_boxes_that_are_none() -> None:
+    heat = Heatmap(np.eye(4), (40, 30))
+    for boxes, message in [
+        ([(3, 0, 3, 2)], "left < right"),
+        ([(0, 5, 3, 2)], "left < right"),
+        ([(0, 0, float("nan"), 2)], "left < right"),
+        ([(0, 0, float("inf"), 2)], "left < right"),
+        ([(0, 0, 3)], r"a box is \(left, top, right, bottom\)"),
+        ([(50, 0, 60, 2)], "outside the picture of 40 × 30"),
+    ]:
+        with pytest.raises(ExplainError, match=message):
+            iou(heat, boxes)
+    with pytest.raises(ExplainError, match=r"boxes_to_mask\(boxes, \(width, height\)\)"):
+        iou(np.eye(4), [(0, 0, 2, 2)])
+    with pytest.raises(ExplainError, match=r"boxes\.tolist\(\)"):
+        iou(heat, np.array([[0, 0, 20, 20]]))
+
+
+# ---------------------------------------------------------------- soft IoU, average precision
+
+
+def test_soft_iou_by_hand() -> None:
+    values, region = np.array([[0.4, 0.1], [0.2, 0.0]]), np.array([[True, False], [True, False]])
+    # Scaled: 1, ¼, ½, 0: Σ min = 1 + ½, Σ max = 1 + ¼ + 1.
+    assert soft_iou(values, region) == pytest.approx(1.5 / 2.25)
+    assert soft_iou(values / 4, region) == pytest.approx(1.5 / 2.25)
+    assert soft_iou(region * 0.3, region) == pytest.approx(1.0)
+    assert soft_iou(~region * 1.0, region) == 0.0
+    assert np.isnan(soft_iou(values, np.zeros((2, 2), dtype=bool)))
+    assert np.isnan(soft_iou(values * 0, region))
+
+
+@given(st.integers(0, 2**31 - 1))
+def test_soft_iou_of_binary_maps_is_iou(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    first, second = generator.random((5, 5)) < 0.5, generator.random((5, 5)) < 0.5
+    first[0, 0] = second[0, 0] = True
+    assert soft_iou(first.astype(float), second) == pytest.approx((first & second).sum() / (first | second).sum())
+
+
+def test_average_precision_by_hand() -> None:
+    # The example of scikit-learn's documentation: truth 0 0 1 1, scores 0.1 0.4 0.35 0.8 give 0.8333.
+    values = np.array([[0.1, 0.4], [0.35, 0.8]])
+    region = np.array([[False, False], [True, True]])
+    assert average_precision(values, region) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert average_precision(region * 0.7, region) == 1.0
+    assert average_precision(np.full((4, 4), 0.5), REGION) == pytest.approx(0.25)
+    # A tie of one inside and one outside enters as a whole: precision ½ for both.
+    tied = np.array([[0.9, 0.9], [0.1, 0.2]])
+    assert average_precision(tied, np.array([[True, False], [True, False]])) == pytest.approx(0.5 * 0.5 + 0.5 * 2 / 4)
+    assert np.isnan(average_precision(values, np.zeros((2, 2), dtype=bool)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.integers(2, 9))
+def test_average_precision_is_its_definition(seed: int, levels: int) -> None:
+    generator = np.random.default_rng(seed)
+    values = generator.integers(0, levels, (5, 6)) / levels
+    region = generator.random((5, 6)) < 0.3
+    region[0, 0] = True
+    expected, recall_before = 0.0, 0.0
+    for threshold in sorted(set(values.ravel().tolist()), reverse=True):
+        taken = values >= threshold
+        recall = (taken & region).sum() / region.sum()
+        expected += (recall - recall_before) * (taken & region).sum() / taken.sum()
+        recall_before = recall
+    assert average_precision(values, region) == pytest.approx(expected)
+
+
+def test_average_precision_of_chance_is_the_regions_share() -> None:
+    generator = np.random.default_rng(0)
+    region = np.zeros((60, 60), dtype=bool)
+    region[10:30, 20:50] = True
+    values = [average_precision(generator.random((60, 60)), region) for _ in range(20)]
+    assert np.mean(values) == pytest.approx(region.mean(), abs=0.01)

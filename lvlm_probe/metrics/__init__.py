@@ -1,296 +1,89 @@
-"""Metrics: ``evaluate`` scores a heatmap by deletion and insertion and says in words whether to believe it."""
+"""Metrics: judges of heatmaps, and the statistics that figures are reported with.
+
+* ``evaluate``: deletion and insertion, with a verdict in words.
+* ``pointing_game``, ``energy_in_region``, ``iou``, ``soft_iou``, ``average_precision``: against a known region.
+* ``human_agreement``, ``rank_correlation``, ``auc_judd``, ``nss``: against where people looked.
+* ``weight_randomisation``, ``answer_randomisation``: does the heatmap depend on the model and on the answer at all?
+* ``stability``, ``over_seeds``, ``over_prompts``, ``completeness``, ``tie_share``: do repeats agree, do sums add up?
+* ``bootstrap_ci``, ``paired_difference``, ``permutation_test``, ``mixed_effects``, ``mean_and_error``: over samples.
+
+scipy and statsmodels (``pip install 'lvlm-probe[stats]'``) are imported by the functions that need them, when called.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
-
-from lvlm_probe.errors import ExplainError
-from lvlm_probe.heatmap import Heatmap, resample
-from lvlm_probe.metrics.deletion_insertion import (
-    ScoreKind,
-    area,
-    curves,
-    normalise,
-    release_area,
-    release_counts,
+from lvlm_probe.metrics.human import HumanAgreement, auc_judd, human_agreement, nss, rank_correlation
+from lvlm_probe.metrics.localization import (
+    average_precision,
+    boxes_to_mask,
+    energy_in_region,
+    iou,
+    pointing_game,
+    soft_iou,
 )
-from lvlm_probe.metrics.localization import energy_in_region, iou, pointing_game
-from lvlm_probe.metrics.statistics import Interval, bootstrap_ci, paired_difference
-from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, Verdict, judge
-
-if TYPE_CHECKING:
-    from lvlm_probe.player import Replay
+from lvlm_probe.metrics.randomisation import randomised, weight_blocks
+from lvlm_probe.metrics.sanity import SanityReport, SanityStep, answer_randomisation, weight_randomisation
+from lvlm_probe.metrics.scoring import Score, evaluate
+from lvlm_probe.metrics.similarity import Similarity, compare_maps
+from lvlm_probe.metrics.stability import (
+    Completeness,
+    Stability,
+    completeness,
+    over_prompts,
+    over_seeds,
+    stability,
+    tie_share,
+)
+from lvlm_probe.metrics.statistics import (
+    Interval,
+    MeanAndError,
+    MixedEffects,
+    PermutationTest,
+    bootstrap_ci,
+    mean_and_error,
+    mixed_effects,
+    paired_difference,
+    permutation_test,
+)
+from lvlm_probe.metrics.verdict import Verdict
 
 __all__ = [
+    "Completeness",
+    "HumanAgreement",
     "Interval",
+    "MeanAndError",
+    "MixedEffects",
+    "PermutationTest",
+    "SanityReport",
+    "SanityStep",
     "Score",
+    "Similarity",
+    "Stability",
     "Verdict",
+    "answer_randomisation",
+    "auc_judd",
+    "average_precision",
     "bootstrap_ci",
+    "boxes_to_mask",
+    "compare_maps",
+    "completeness",
     "energy_in_region",
     "evaluate",
+    "human_agreement",
     "iou",
+    "mean_and_error",
+    "mixed_effects",
+    "nss",
+    "over_prompts",
+    "over_seeds",
     "paired_difference",
+    "permutation_test",
     "pointing_game",
+    "randomised",
+    "rank_correlation",
+    "soft_iou",
+    "stability",
+    "tie_share",
+    "weight_blocks",
+    "weight_randomisation",
 ]
-
-AreaRule = Literal["trapezoid", "release"]
-
-
-@dataclass(frozen=True, repr=False)
-class Score:
-    """Deletion and insertion of one heatmap, with their curves and a verdict.
-
-    Attributes:
-        deletion, insertion: Areas under the normalised curves; NaN when there is nothing to score.
-        fractions: Share of cells replaced at each point, ``(point,)``.
-        deletion_curve, insertion_curve: Normalised: 1 the whole picture, 0 the baseline.
-        deletion_raw, insertion_raw: Before normalisation: mean probability, or mean log-likelihood in nats.
-        tie_share: Share of seen cells whose value another has too.
-        original, baseline: Raw score of the whole picture and of the baseline picture.
-        baseline_check: Kind of baseline, mean probability the tokens keep on it, the limit, whether it passed, and
-            whether the explanation was made against this very baseline.
-        verdict: Whether to trust the heatmap, with reasons.
-        random_gains: Insertion − deletion of random heatmaps, when ``chance`` asked for them.
-        params: How it was scored (score, auc, steps, grid, mode, seed, tie_orders).
-        provenance: Trace id, method and tokens of the heatmap.
-    """
-
-    deletion: float
-    insertion: float
-    fractions: tuple[float, ...]
-    deletion_curve: tuple[float, ...]
-    insertion_curve: tuple[float, ...]
-    deletion_raw: tuple[float, ...]
-    insertion_raw: tuple[float, ...]
-    tie_share: float
-    original: float
-    baseline: float
-    baseline_check: Mapping[str, Any]
-    verdict: Verdict
-    random_gains: tuple[float, ...] = ()
-    params: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        return f"<Score deletion {self.deletion:.3f}, insertion {self.insertion:.3f}: {self.verdict}>"
-
-    @property
-    def gain(self) -> float:
-        """Insertion − deletion: 0 for a random heatmap, at best close to 1."""
-        return self.insertion - self.deletion
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, NaN as ``None``; ``Score.from_dict`` is the inverse."""
-        record = {item.name: _json_ready(getattr(self, item.name)) for item in dataclasses.fields(self)}
-        return {**record, "verdict": self.verdict.to_dict()}
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Score:
-        """Rebuilds what ``to_dict`` wrote. Raises ``ExplainError`` for anything else."""
-        try:
-            known = {item.name: record[item.name] for item in dataclasses.fields(cls)}
-            for name in ("deletion", "insertion", "tie_share", "original", "baseline"):
-                known[name] = _number(known[name])
-            for name in _CURVES:
-                known[name] = tuple(_number(value) for value in known[name])
-            known["verdict"] = Verdict.from_dict(known["verdict"])
-            return cls(**known)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ExplainError(f"not a stored score: {error!r}") from error
-
-
-_CURVES = ("fractions", "deletion_curve", "insertion_curve", "deletion_raw", "insertion_raw", "random_gains")
-
-
-def evaluate(
-    heat: Heatmap,
-    replay: Replay,
-    *,
-    steps: int | None = None,
-    score: ScoreKind = "prob",
-    auc: AreaRule = "trapezoid",
-    mode: Literal["fast", "exact"] = "fast",
-    grid: int | Sequence[int] | None = None,
-    chance: int = 0,
-    tie_orders: int | None = None,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Score:
-    """Scores a heatmap by deletion and insertion on the tokens it explains, as ``deletion_insertion`` defines them.
-
-    Args:
-        heat: The heatmap. One without values gives a score of NaN whose verdict says why.
-        replay: The same answer on its model.
-        steps: Points on each curve besides the origin, 50 by default; ``auc="release"`` has its own.
-        score: ``"prob"``, mean probability of the tokens (as the paper's numbers), or ``"log"``, mean log-likelihood.
-        auc: ``"trapezoid"``, or ``"release"`` for comparison with numbers published with the paper.
-        mode: ``"exact"`` sends real composites through the real processor.
-        grid: Rank cells of this grid, ``n`` or ``(rows, columns)``, instead of the heatmap's own; use one grid when
-            methods of different resolution are compared.
-        chance: Also score this many random heatmaps on the same grid; the verdict then demands to beat them.
-        tie_orders: Random orders of tied cells to average; by default 3 where more than 5 % of cells are tied.
-        seed: Of tie-breaking and random heatmaps.
-        progress: Called with (done, total) pictures of the heatmap's own curves.
-
-    Raises:
-        ExplainError: The heatmap is of another answer or picture, or a parameter is out of range.
-    """
-    if auc == "release" and steps is not None:
-        raise ExplainError("auc='release' has its own steps (chunks of a fiftieth of the cells): leave steps out")
-    for value, name, known in ((score, "score", ("prob", "log")), (auc, "auc", ("trapezoid", "release"))):
-        if value not in known:
-            raise ExplainError(f"{name} is {' or '.join(map(repr, known))}; got {value!r}")
-    if steps is not None and steps < 1:
-        raise ExplainError(f"steps is at least 1; got {steps}")
-    if heat.selection.tokens != tuple(replay.tokens) or heat.image_index >= replay.n_images:
-        raise ExplainError(
-            f"this heatmap explains another answer ({''.join(heat.selection.tokens)[:60]!r}) than the replay's "
-            f"({''.join(replay.tokens)[:60]!r})"
-        )
-    provenance = {
-        "trace_id": replay.trace_id,
-        "method": heat.method,
-        "tokens": list(heat.selection.indices),
-        "text": heat.selection.text,
-    }
-    if heat.values is None:
-        return _nothing(heat, provenance)
-    values, seen = _on_grid(heat, replay, grid)
-    counts = release_counts(values.size) if auc == "release" else None
-
-    def run(cells: np.ndarray, orders: int | None, tell: Callable[[int, int], None] | None) -> Any:
-        return curves(
-            cells,
-            seen,
-            replay,
-            heat.selection.indices,
-            decided=heat.selection.decided,
-            image=heat.image_index,
-            score=score,
-            steps=steps or 50,
-            counts=counts,
-            mode=mode,
-            seed=seed,
-            tie_orders=orders,
-            progress=tell,
-        )
-
-    raw = run(values, tie_orders, progress)
-    deletion, insertion, deletion_curve, insertion_curve = _areas(raw, auc)
-    generator = np.random.default_rng([seed, 1])
-    random_gains = []
-    for _ in range(chance):
-        low, high, _, _ = _areas(run(generator.random(values.shape, dtype=np.float32), 1, None), auc)
-        random_gains.append(high - low)
-    report = getattr(getattr(replay, "path", None), "report", None)
-    verdict = judge(
-        deletion=deletion,
-        insertion=insertion,
-        original_probability=raw.original_probability,
-        baseline_probability=raw.baseline_probability,
-        tie_share=raw.tie_share,
-        random_gains=tuple(random_gains),
-        replay_difference=_replay_difference(replay, heat.selection.indices),
-        parity_error=getattr(report, "mean_error", None),
-        parity_mode=mode,
-        deterministic=bool(getattr(report, "deterministic", True)),
-    )
-    return Score(
-        deletion=deletion,
-        insertion=insertion,
-        fractions=tuple(raw.fractions.tolist()),
-        deletion_curve=tuple(deletion_curve.tolist()),
-        insertion_curve=tuple(insertion_curve.tolist()),
-        deletion_raw=tuple(raw.deletion.tolist()),
-        insertion_raw=tuple(raw.insertion.tolist()),
-        tie_share=raw.tie_share,
-        original=float(raw.deletion[0]),
-        baseline=float(raw.deletion[-1]),
-        baseline_check={
-            "kind": str(replay.baseline.get("kind")),
-            "mean_probability": raw.baseline_probability,
-            "original_probability": raw.original_probability,
-            "limit": BASELINE_PROBABILITY,
-            "passed": bool(raw.baseline_probability < BASELINE_PROBABILITY),
-            "same_as_explained": _same_baseline(heat.provenance.get("baseline"), replay.baseline),
-        },
-        verdict=verdict,
-        random_gains=tuple(random_gains),
-        params={
-            "score": score,
-            "auc": auc,
-            "steps": len(raw.fractions) - 1,
-            "grid": list(values.shape),
-            "mode": mode,
-            "seed": seed,
-            "tie_orders": raw.tie_orders,
-        },
-        provenance=provenance,
-    )
-
-
-def _areas(raw: Any, auc: AreaRule) -> tuple[float, float, np.ndarray, np.ndarray]:
-    original, baseline = float(raw.deletion[0]), float(raw.deletion[-1])
-    deletion_curve = normalise(raw.deletion, original=original, baseline=baseline)
-    insertion_curve = normalise(raw.insertion, original=original, baseline=baseline)
-    if auc == "release":
-        return (
-            release_area(raw.counts, deletion_curve, insert=False),
-            release_area(raw.counts, insertion_curve, insert=True),
-            deletion_curve,
-            insertion_curve,
-        )
-    return area(raw.fractions, deletion_curve), area(raw.fractions, insertion_curve), deletion_curve, insertion_curve
-
-
-def _on_grid(heat: Heatmap, replay: Replay, grid: int | Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
-    assert heat.values is not None
-    assert heat.seen is not None
-    if grid is None:
-        return heat.values, heat.seen
-    pair = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ExplainError(f"grid is a number of cells or (rows, columns), both at least 1; got {grid!r}")
-    seen = replay.seen(heat.image_index, (pair[0], pair[1])).cpu().numpy()
-    return resample(heat.values, (pair[0], pair[1])), seen
-
-
-def _same_baseline(explained: Mapping[str, Any] | None, scored: Mapping[str, Any]) -> bool | None:
-    """Whether two descriptions name the same baseline picture; ``None`` when the heatmap does not say."""
-    if not explained:
-        return None
-    return all(explained.get(name) == scored.get(name) for name in ("kind", "strength", "seed"))
-
-
-def _replay_difference(replay: Replay, indices: Sequence[int]) -> float | None:
-    recorded = getattr(replay.trace, "log_probs", None)
-    if recorded is None:
-        return None
-    replayed = replay.original_log_probs.detach().float().cpu().numpy()
-    return float(np.abs(np.asarray(recorded, dtype=np.float32) - replayed)[list(indices)].max())
-
-
-def _nothing(heat: Heatmap, provenance: Mapping[str, Any]) -> Score:
-    missing = math.nan
-    verdict = judge(empty=heat.reason)
-    return Score(missing, missing, (), (), (), (), (), missing, missing, missing, {}, verdict, (), {}, provenance)
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _json_ready(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_json_ready(item) for item in value]
-    return value
