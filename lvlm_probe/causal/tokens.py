@@ -1,0 +1,131 @@
+"""Which image tokens lie under the hot area of a heatmap, and which positions of the answer look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from lvlm_probe.errors import ExplainError, ImageError
+from lvlm_probe.images import PixelPath
+from lvlm_probe.layout import token_boxes
+
+if TYPE_CHECKING:
+    from lvlm_probe.player import Replay
+    from lvlm_probe.selection import TokenSelection
+
+__all__ = ["ImageTokens", "Queries", "image_tokens", "query_positions", "token_heat"]
+
+Queries = Literal["tokens", "answer", "text"]
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The image tokens of one picture that stand for a part of it.
+
+    Attributes:
+        positions: ``(image_token,)`` in the prompt.
+        rows: ``(image_token,)`` their numbers among the image tokens of all pictures, in prompt order.
+        boxes: ``(image_token, 4)`` ``x0, y0, x1, y1`` in pixels of the original picture.
+    """
+
+    positions: np.ndarray
+    rows: np.ndarray
+    boxes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+def image_tokens(replay: Replay, image: int) -> ImageTokens:
+    """The image tokens of picture ``image``; tokens that stand for padding alone are left out.
+
+    Raises:
+        ExplainError: the prompt holds no image tokens, or nobody knows where they belong in the picture.
+    """
+    layout = replay.trace.layout  # type: ignore[union-attr]
+    if not 0 <= image < replay.n_images:
+        raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
+    if len(layout.image_positions) == 0:
+        raise ExplainError(
+            f"the prompt of {type(replay.model).__name__} holds no image tokens (the picture comes in another way, by "
+            f"cross-attention for example), so there is nothing to cut or to patch"
+        )
+    if isinstance(replay.path, PixelPath):
+        raise ExplainError(
+            "without the processor a heatmap lies over the model's pixel inputs, and image tokens over the picture: "
+            "replay(trace, model, processor), with the processor attached when it prepared the inputs"
+        )
+    boxes = layout.patch_box
+    if boxes is None:
+        try:
+            boxes = token_boxes(replay.path, layout.image_index)
+        except ImageError as error:
+            raise ExplainError(
+                f"where the image tokens of {type(replay.model).__name__} belong is not known ({error}): "
+                f"the heatmap cannot be laid over them; deletion and insertion (evaluate) need no such boxes"
+            ) from error
+    placed = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & (layout.image_index == image)
+    rows = np.flatnonzero(placed)
+    if len(rows) == 0:
+        raise ExplainError(f"no image token stands for a part of picture {image}")
+    return ImageTokens(layout.image_positions[rows], rows, boxes[rows].astype(np.float64))
+
+
+def token_heat(values: np.ndarray, boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Mean heat of each token's box, cells weighted by the area they share with it.
+
+    Args:
+        values: ``(row, col)`` over the whole picture.
+        boxes: ``(image_token, 4)`` ``x0, y0, x1, y1`` in pixels, each of some area.
+        image_size: ``(width, height)`` of the picture, pixels.
+
+    Returns:
+        ``(image_token,)`` float64.
+    """
+    rows, cols = values.shape
+    width, height = image_size
+    across = _shared(boxes[:, 0], boxes[:, 2], width, cols)
+    down = _shared(boxes[:, 1], boxes[:, 3], height, rows)
+    heat: np.ndarray = np.einsum("tr,rc,tc->t", down, np.asarray(values, dtype=np.float64), across)
+    return heat
+
+
+def _shared(low: np.ndarray, high: np.ndarray, size: int, cells: int) -> np.ndarray:
+    """Share of each interval that falls into each of ``cells`` equal parts of ``[0, size]``, ``(interval, cell)``."""
+    edges = np.linspace(0, size, cells + 1)
+    overlap = np.minimum(high[:, None], edges[None, 1:]) - np.maximum(low[:, None], edges[None, :-1])
+    overlap = overlap.clip(min=0)
+    shares: np.ndarray = overlap / overlap.sum(axis=1, keepdims=True)
+    return shares
+
+
+def query_positions(replay: Replay, selection: TokenSelection, queries: Queries | Sequence[int]) -> np.ndarray:
+    """Positions in the teacher-forced sequence that a knockout makes blind, ascending.
+
+    Args:
+        queries: ``"tokens"``: those that predict the explained tokens; ``"answer"``: those that predict any token of
+            the answer up to the last explained one; ``"text"``: all text after the first image token up to there, the
+            question included; or positions.
+
+    Raises:
+        ExplainError: a position is outside the sequence, or an image token's.
+    """
+    # The position that predicts answer token t; what comes after the last explained token cannot matter to it.
+    predict = replay.prompt_length - 1 + np.asarray(sorted(selection.indices))
+    images = replay.trace.layout.image_positions  # type: ignore[union-attr]
+    if queries == "tokens":
+        return predict
+    if queries == "answer":
+        return np.arange(replay.prompt_length - 1, predict[-1] + 1)
+    if queries == "text":
+        return np.setdiff1d(np.arange(images.min() + 1, predict[-1] + 1), images)
+    if isinstance(queries, str):
+        raise ExplainError(f"queries is 'tokens', 'answer', 'text' or a sequence of positions; got {queries!r}")
+    chosen = np.unique(np.asarray(queries, dtype=np.int64))
+    last = replay.prompt_length + len(replay.tokens) - 2
+    if chosen.size == 0 or chosen[0] < 0 or chosen[-1] > last or np.isin(chosen, images).any():
+        raise ExplainError(f"query positions are text positions from 0 to {last}; got {list(queries)[:8]}")
+    return chosen
