@@ -147,7 +147,7 @@ def test_explain_finds_a_plugin_method_by_itself(install: Install) -> None:
 
 
 def test_the_template_plugin_really_installs_and_explains(tmp_path: Path) -> None:
-    """pip-installed to a folder of its own, and used in a fresh process through ``explain(method="occlusion")``."""
+    """pip-installed to a folder of its own, and used in a fresh process through ``explain(method="quadrants")``."""
     site = tmp_path / "site"
     source = shutil.copytree(TEMPLATE, tmp_path / "source", ignore=shutil.ignore_patterns("build", "*.egg-info"))
     subprocess.run(
@@ -164,14 +164,14 @@ inputs = dict(add_generation_prompt=True, tokenize=True, return_dict=True, retur
 with probe.attach(model, processor) as p, p.record(sys.argv[1]) as recording:
     model.generate(**processor.apply_chat_template(scene.messages, **inputs), max_new_tokens=32)
 replay = probe.replay(recording.traces[-1], model, processor)
-heat = probe.explain(replay, method="occlusion", size=7, patch=2)
-assert heat.method == "occlusion" and heat.shape == (7, 7), heat
-assert heat.values.max() == 1.0 and heat.provenance["passes"]["forward"] >= 64
+heat = probe.explain(replay, method="quadrants", levels=3)
+assert heat.method == "quadrants" and heat.shape == (8, 8), heat
+assert heat.values.max() > 0.9 and heat.provenance["passes"]["forward"] >= 1 + 4 + 2 * 16
 import numpy as np
 rows, cols = np.nonzero(scene.mask)
 height, width = scene.mask.shape
 row, col = np.unravel_index(heat.values.argmax(), heat.shape)
-near = ((rows / height * 7 - row - .5) ** 2 + (cols / width * 7 - col - .5) ** 2).min()
+near = ((rows / height * 8 - row - .5) ** 2 + (cols / width * 8 - col - .5) ** 2).min()
 print("distance", near ** .5)
 """
     result = subprocess.run(

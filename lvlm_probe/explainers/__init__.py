@@ -7,31 +7,66 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from lvlm_probe.errors import ExplainError, MaskError
-from lvlm_probe.explainers import igos as _igos  # noqa: F401  (registers "igos++")
-from lvlm_probe.explainers import registry
-from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, find, register
+from lvlm_probe.explainers import (
+    attention,
+    floors,
+    gradcam,
+    greedy,
+    igos,
+    iia,
+    input_gradient,
+    integrated_gradients,
+    occlusion,
+    registry,
+    rise,
+    rollout,
+    tam,
+    tmm,
+)
+from lvlm_probe.explainers.recorded import RecordedAnswer
+from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, find, needs_of, register
 from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.player import Replay
 from lvlm_probe.selection import TokenSelection, select_tokens
+from lvlm_probe.trace import Trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from lvlm_probe.player import Replay
-
-__all__ = ["Outcome", "Problem", "explain", "methods", "register"]
+__all__ = ["Outcome", "Problem", "explain", "methods", "needs_of", "register", "register_explainer"]
 
 _log = logging.getLogger("lvlm_probe")
+
+register_explainer = register
+"""What ``lvlm_probe.register_explainer`` is."""
+
+# Importing a method's module registers it.
+_BUILT_IN = (
+    attention,
+    floors,
+    gradcam,
+    greedy,
+    igos,
+    iia,
+    input_gradient,
+    integrated_gradients,
+    occlusion,
+    rise,
+    rollout,
+    tam,
+    tmm,
+)
 
 Tokens = str | tuple[int, int] | Sequence[str] | TokenSelection
 
 
 def explain(
-    replay: Replay,
+    replay: Replay | Trace,
     *,
     method: str = "igos++",
     tokens: Tokens | None = None,
@@ -44,7 +79,8 @@ def explain(
     """Explains why a recorded answer says what it says: which regions of the picture made the selected tokens likely.
 
     Args:
-        replay: The recorded answer on its model.
+        replay: The recorded answer on its model. The trace alone will do for methods that run no pass, where it holds
+            what they need (``needs_of(method)``).
         method: Name of a registered explainer.
         tokens: What to explain: ``None`` for the tokens the picture is responsible for (paper, Eq. 6, alpha = 1), a
             word or phrase of the answer, several of them, a token span ``(start, stop)``, or a selection.
@@ -64,6 +100,16 @@ def explain(
     """
     function = _resolve(method)
     check_parameters(method, function, params)
+    live = not isinstance(replay, Trace)
+    if isinstance(replay, Trace):
+        model_work = sorted({"passes", "gradients"} & registry.needs_of(method))
+        if model_work:
+            raise ExplainError(
+                f"{method} needs {' and '.join(model_work)} of the model, and a trace has none: explain "
+                f"probe.replay(trace, model, processor), or use a method that runs on a trace alone: "
+                f"{', '.join(name for name in methods() if not {'passes', 'gradients'} & registry.needs_of(name))}"
+            )
+        replay = cast(Replay, RecordedAnswer(replay))
     if not 0 <= image < replay.n_images:
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
     selection = _selection(replay, tokens)
@@ -72,9 +118,9 @@ def explain(
     if not selection:
         outcome = Outcome(None, params, reason=f"nothing to explain: {selection.reason}")
     else:
-        if strengthen:
+        if strengthen and live:
             replay.strengthen(selection.decided)
-        outcome = function(Problem(replay, selection, image, seed, progress), **params)
+        outcome = function(Problem(replay, selection, image, seed, progress, live), **params)
     values = outcome.values
     if values is not None and (values.ndim != 2 or not bool(((values >= 0) & (values <= 1)).all())):
         raise ExplainError(
@@ -93,6 +139,8 @@ def explain(
         "device": str(replay.device),
         "versions": _versions(),
     }
+    if outcome.diagnostics:
+        provenance["diagnostics"] = _json_ready(outcome.diagnostics)
     return Heatmap(
         values=None if values is None else values.detach().float().cpu().numpy(),
         image_size=replay.image_sizes[image],

@@ -6,7 +6,15 @@ An explainer is one function::
     def occlusion(problem: Problem, *, size: int = 8) -> Outcome: ...
 
 Its keyword-only parameters are what ``explain(replay, method="occlusion", size=4)`` takes. It talks to the model
-through ``problem.replay`` only, so it runs on every model that can be replayed.
+through ``problem.replay`` only, so it runs on every model that can be replayed. ``needs`` says what it takes to run it:
+
+* ``"passes"``: forward passes of the model under masks; the default.
+* ``"gradients"``: backward passes too.
+* ``"attention"``: the decoder's (or the encoder's) attention weights.
+* ``"activations"``: outputs of modules inside the model.
+
+A method that needs neither passes nor gradients can be run on a trace alone, without its model (``problem.live`` is
+False then), where the trace holds what it needs.
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 
@@ -24,8 +32,11 @@ from lvlm_probe.errors import ExplainError
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
     from lvlm_probe.selection import TokenSelection
+    from lvlm_probe.trace import Trace
 
-__all__ = ["Explainer", "Outcome", "Problem", "check_parameters", "find", "names", "register"]
+__all__ = ["Explainer", "Need", "Outcome", "Problem", "check_parameters", "find", "names", "needs_of", "register"]
+
+Need = Literal["passes", "gradients", "attention", "activations"]
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) in the explainer's own unit."""
@@ -33,13 +44,30 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be explained: the answer's tokens ``selection`` by picture ``image`` of ``replay``."""
+    """What is to be explained: the answer's tokens ``selection`` by picture ``image`` of ``replay``.
+
+    ``live`` is False where a trace alone is explained; ``replay`` then is that trace and runs no pass.
+    """
 
     replay: Replay
     selection: TokenSelection
     image: int = 0
     seed: int = 0
     progress: Progress | None = None
+    live: bool = True
+
+    @property
+    def trace(self) -> Trace:
+        """The recording, where what was recorded is read."""
+        return self.replay.trace  # type: ignore[return-value]
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """Positions of the teacher-forced sequence at which the selected tokens are predicted, ``(token,)`` int64.
+
+        Token t of the answer is predicted at P + t − 1, P being the number of prompt tokens.
+        """
+        return torch.tensor(self.selection.indices) + (len(self.trace.input_ids) - 1)
 
     def score(self, log_probs: torch.Tensor) -> torch.Tensor:
         """Cumulative log-likelihood of the selected tokens, ``(batch, step)`` → ``(batch,)``, nats. Paper, Eq. 7."""
@@ -78,6 +106,8 @@ class Outcome:
         values: Importance ``(row, col)`` over the original picture, in [0, 1], high = important, or ``None``.
         params: The parameters as they were used, defaults included, JSON-ready.
         history: One record per iteration, for methods that iterate.
+        diagnostics: What tells how far to trust the values: an error bar, a completeness error; JSON-ready. It is kept
+            in the heatmap's provenance.
         reason: Why there are no values, as a sentence.
     """
 
@@ -85,6 +115,7 @@ class Outcome:
     params: Mapping[str, Any] = field(default_factory=dict)
     history: tuple[Mapping[str, float], ...] = ()
     reason: str | None = None
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Explainer(Protocol):
@@ -95,14 +126,22 @@ class Explainer(Protocol):
 
 _Function = TypeVar("_Function", bound=Callable[..., Outcome])
 _METHODS: dict[str, Callable[..., Outcome]] = {}
+_NEEDS: dict[str, frozenset[Need]] = {}
 
 
-def register(name: str) -> Callable[[_Function], _Function]:
+def register(name: str, *, needs: Sequence[Need] = ("passes",)) -> Callable[[_Function], _Function]:
     """Registers a function ``(problem, *, …) -> Outcome`` as an explainer under a name.
 
+    Args:
+        name: What ``explain(..., method=name)`` is given.
+        needs: What it takes to run it, see the module.
+
     Raises:
-        ExplainError: Another function holds the name.
+        ExplainError: Another function holds the name, or ``needs`` has an unknown word.
     """
+    unknown = sorted(set(needs) - set(get_args(Need)))
+    if unknown:
+        raise ExplainError(f"needs of {name!r}: {unknown[0]!r} is not one of {', '.join(map(repr, get_args(Need)))}")
 
     def decorate(function: _Function) -> _Function:
         holder = _METHODS.get(name)
@@ -114,7 +153,7 @@ def register(name: str) -> Callable[[_Function], _Function]:
                 f"the name {name!r} is taken by {holder.__module__}.{holder.__qualname__}; "
                 f"register {function.__module__}.{function.__qualname__} under another one"
             )
-        _METHODS[name] = function
+        _METHODS[name], _NEEDS[name] = function, frozenset(needs)
         return function
 
     return decorate
@@ -123,6 +162,12 @@ def register(name: str) -> Callable[[_Function], _Function]:
 def names() -> list[str]:
     """Names registered so far, sorted."""
     return sorted(_METHODS)
+
+
+def needs_of(name: str) -> frozenset[Need]:
+    """What it takes to run a registered method. Raises ``ExplainError`` for an unknown one."""
+    find(name)
+    return _NEEDS[name]
 
 
 def find(name: str) -> Callable[..., Outcome]:

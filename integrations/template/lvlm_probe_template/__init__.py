@@ -7,4 +7,4 @@ __all__ = ["register"]
 
 def register() -> None:
     """What the entry point calls: importing the module registers the explainer in it."""
-    from lvlm_probe_template import occlusion  # noqa: F401
+    from lvlm_probe_template import quadrants  # noqa: F401

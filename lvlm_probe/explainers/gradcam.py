@@ -1,0 +1,129 @@
+"""Grad-CAM (Selvaraju et al., 2017) at the vision encoder's layer that the language model reads.
+
+A are the outputs of that layer and y the log-likelihood of the selected tokens; w_c = mean over patches of ∂y/∂A_c, and
+the map is ReLU(Σ_c w_c A_c). The layer is found, not assumed: the last block of the encoder whose output still has a
+gradient (LLaVA-1.5 reads the last but one, so its last block has none). Class tokens take no part, and each view (tile,
+crop) has weights of its own; all are pasted back where the processor cut them from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lvlm_probe.encoder_tokens import blocks_of, encoder_tokens, encoders_of, feature_map_boxes
+from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.regions import finish, paint, pitch
+from lvlm_probe.explainers.registry import Outcome, Problem, register
+
+__all__ = ["gradcam", "weighted_activations"]
+
+
+def weighted_activations(activations: Tensor, gradients: Tensor, live: Tensor) -> Tensor:
+    """ReLU(Σ_c w_c A_c) with w_c the mean gradient over the live tokens of a view.
+
+    Args:
+        activations, gradients: ``(view, token, channel)``.
+        live: ``(view, token)`` bool; the others are left out of the mean and get 0.
+
+    Returns:
+        ``(view, token)`` float64. Selvaraju et al. (2017), Eq. 1 and 2.
+    """
+    kept = live.to(activations.device)[:, :, None]
+    count = kept.sum(dim=1, keepdim=True).clamp(min=1)
+    weights = (gradients.double() * kept).sum(dim=1, keepdim=True) / count
+    return ((weights * activations.double()).sum(dim=-1).clamp(min=0) * kept[:, :, 0]).cpu()
+
+
+@register("gradcam", needs=("passes", "gradients", "activations"))
+def gradcam(
+    problem: Problem,
+    *,
+    layer: str | None = None,
+    encoder: int | None = None,
+    size: int | tuple[int, int] | None = None,
+) -> Outcome:
+    """Explains by Grad-CAM. One forward and one backward pass, and one for the places of the encoder's tokens.
+
+    Args:
+        layer: Path of the module to look at, in the encoder; by default the last block that the model reads.
+        encoder: Number of the encoder where there are several; by default each has a map, scaled to 0..1, and the
+            result is their mean.
+        size: Grid of the heatmap, by default the tokens' own (of the finest encoder).
+
+    Raises:
+        ExplainError: The model has no encoder, no gradient reaches it, or the places of its tokens are not known.
+    """
+    replay = problem.replay
+    encoders = encoders_of(replay)
+    if encoder is not None:
+        if not 0 <= encoder < len(encoders):
+            raise ExplainError(f"encoder={encoder}, but there are {len(encoders)}, counted from 0")
+        encoders = (encoders[encoder],)
+    candidates = {path: (layer,) if layer else blocks_of(replay.model, path) for path in encoders}
+    if layer:
+        within = tuple(path for path in encoders if f"{layer}.".startswith(f"{path}."))
+        if not within:
+            raise ExplainError(f"layer={layer!r} is not in an encoder; those are {', '.join(encoders)}")
+        encoders = within
+    modules = [module for path in encoders for module in candidates[path]]
+    with replay.capture(modules=modules) as seen:
+        replay.score_and_grad(torch.ones(1, 1, 1), problem.score, image=problem.image)
+    problem.advance(1, 1)
+    size_of = replay.image_sizes[problem.image]
+    maps: list[tuple[Tensor, np.ndarray]] = []
+    used: list[str] = []
+    for path in encoders:
+        reached = [module for module in candidates[path] if module in seen.gradients]
+        if not reached:
+            if len(encoders) == 1:
+                raise ExplainError(
+                    f"no gradient of the score reaches {layer or path}: the model does not read it for this answer"
+                )
+            continue
+        module = reached[-1]
+        maps.append(_map(problem, path, module, seen.outputs[module], seen.gradients[module]))
+        used.append(module)
+    if not maps:
+        raise ExplainError("no gradient of the score reaches any encoder")
+    shape = _finest([boxes for _, boxes in maps], size_of) if size is None else problem.grid(size)
+    painted = [paint(values, boxes, size_of, shape) for values, boxes in maps]
+    params = {"layer": used if len(used) > 1 else used[0], "encoder": encoder, "size": list(shape)}
+    if len(painted) == 1:
+        return finish(*painted[0], params)
+    scaled = [finish(grid, met, params).values for grid, met in painted]
+    known = [value.double() for value in scaled if value is not None]
+    if not known:
+        return Outcome(None, params, reason="the method gives every region of the picture the same value")
+    met = torch.stack([met for _, met in painted]).any(dim=0)
+    return finish(torch.stack(known).mean(dim=0), met, params)
+
+
+def _map(
+    problem: Problem, encoder: str, module: str, activations: Tensor, gradients: Tensor
+) -> tuple[Tensor, np.ndarray]:
+    """CAM of one encoder's layer: values and boxes of its live tokens."""
+    if activations.ndim == 4:  # a convolutional stage, (view, channel, row, col)
+        boxes = feature_map_boxes(problem.replay, module, activations, problem.image)
+        activations, gradients = (part.flatten(2).transpose(1, 2) for part in (activations, gradients))
+    else:
+        boxes = encoder_tokens(problem.replay, encoder, problem.image).boxes
+        activations, gradients = (part.reshape(-1, *part.shape[-2:]) for part in (activations, gradients))
+    if activations.shape[0] * activations.shape[1] != len(boxes):
+        raise ExplainError(
+            f"{module} has {activations.shape[0]} × {activations.shape[1]} tokens where the encoder's first block has "
+            f"{len(boxes)}: their places are not known; name another layer of {encoder}"
+        )
+    live = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    values = weighted_activations(
+        activations, gradients, torch.from_numpy(live).reshape(activations.shape[0], activations.shape[1])
+    )
+    return values.reshape(-1)[torch.from_numpy(live)], boxes[live]
+
+
+def _finest(boxes: Sequence[np.ndarray], size: tuple[int, int]) -> tuple[int, int]:
+    grids = [pitch(each, size) for each in boxes]
+    return max(grids, key=lambda grid: grid[0] * grid[1])

@@ -1,0 +1,163 @@
+"""RISE (Petsiuk et al., 2018): how well the words do on pictures of which random parts are kept.
+
+Masks m are random bits, 1 with probability p, on knots 1/s of the picture apart, shifted at random by less than that
+and interpolated bilinearly. Importance of a place is the mean score of the pictures that show it::
+
+    S = (1 / N p) Σ_n f(m_n) · m_n
+
+A score that does not depend on the picture adds to S nothing but the same for all cells in expectation, yet with N
+masks it is most of the noise. With ``centred`` the mean score is taken off first, with the one degree of freedom that
+this costs paid for: S = (1 / (N − 1) p) Σ_n (f(m_n) − f̄) · m_n. Its expectation is that of the sum above minus E f for
+every cell, exactly, and its variance is far smaller. Both are shown relative to the mean score: a cell is important if
+pictures that show it do better than pictures in general.
+
+The standard error of S, per cell, is in the diagnostics, in units of the highest value. Expectations of probabilities
+suit this average; those of log-likelihoods are ruled by the few masks under which the words are all but impossible.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.scaling import (
+    NO_SIGHT,
+    ScoreKind,
+    check_rules,
+    require_finite,
+    scaled,
+    score_of,
+    score_rule,
+    whole_rule,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["estimate", "random_masks", "rise"]
+
+
+@register("rise")
+@torch.no_grad()
+def rise(
+    problem: Problem,
+    *,
+    masks: int = 1000,
+    cells: int | tuple[int, int] = 8,
+    p: float = 0.5,
+    size: int | tuple[int, int] | None = None,
+    score: ScoreKind = "geometric",
+    centred: bool = True,
+    batch: int = 64,
+) -> Outcome:
+    """RISE by ``masks`` forward passes; the module's docstring has the method.
+
+    Args:
+        problem: The answer's tokens and the picture.
+        masks: N, random masks.
+        cells: s, knots of a mask along the picture, ``n`` or ``(row, col)``.
+        p: Share of the picture that a mask keeps.
+        size: Cells of masks and heatmap, ``None`` for about 1024 as square as the picture allows.
+        score: ``"geometric"`` mean of the tokens' probabilities, ``"prob"`` for the arithmetic one, ``"log"``.
+        centred: Take the mean score off; ``False`` is the published sum.
+        batch: Masks per call of the replay, between two reports of progress.
+
+    Raises:
+        ExplainError: A parameter out of range, or scores that are not finite.
+    """
+    check_rules(
+        "rise",
+        masks=whole_rule(masks, 2),
+        p=(p, 0 < p < 1, "between 0 and 1, both excluded"),
+        score=score_rule(score),
+        batch=whole_rule(batch),
+    )
+    knots = problem.grid(cells)
+    shape = problem.grid(size, cells=1024)
+    params = {"masks": masks, "cells": list(knots), "p": p, "size": list(shape), "score": score, "centred": centred}
+    params["batch"] = batch
+    seen = problem.seen(shape)
+    if not seen.any():
+        return Outcome(None, params, reason=NO_SIGHT)
+    drawn = _Drawn(masks, knots, p, problem.generator())
+    parts = [slice(start, min(start + batch, masks)) for start in range(0, masks, batch)]
+    scores = []
+    problem.advance(0, masks)
+    for part in parts:
+        pictures = drawn.masks(part, shape).to(problem.replay.device)
+        log_probs = problem.replay.log_probs(pictures, image=problem.image)
+        scores.append(score_of(problem, log_probs, score).double().cpu())
+        problem.advance(part.stop, masks)
+    f = torch.cat(scores)
+    require_finite("rise", problem, f)
+    # Masks are drawn again where they are needed again: at the size of a photo a thousand of them fill the memory.
+    value, error = estimate(f, lambda part: drawn.masks(part, shape), parts, p, centred=centred)
+    relative = value if centred else value - f.mean()
+    heat = scaled(relative, seen)
+    if heat is None:
+        return Outcome(None, params, reason="the words do no better on pictures that show any one place than on others")
+    unit = float(relative[seen].max())
+    diagnostics = {
+        "mean_score": float(f.mean()),
+        "unit": unit,
+        "standard_error_mean": float(error[seen].mean()) / unit,
+        "standard_error_max": float(error[seen].max()) / unit,
+    }
+    return Outcome(heat, params, diagnostics=diagnostics)
+
+
+def random_masks(
+    number: int, knots: tuple[int, int], shape: tuple[int, int], p: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Random masks ``(number, row, col)`` of a grid of ``shape``, see the module; the mean of every cell is p."""
+    return _Drawn(number, knots, p, generator).masks(slice(0, number), shape)
+
+
+def estimate(
+    scores: torch.Tensor, masks: Callable[[slice], torch.Tensor], parts: Sequence[slice], p: float, *, centred: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """S and its standard error, ``(row, col)`` float64 each, in the unit of the scores.
+
+    Args:
+        scores: f of every mask, ``(N,)`` float64.
+        masks: Gives the masks ``(batch, row, col)`` of one of ``parts``, which cover 0 … N − 1.
+        p: Share of the picture that a mask keeps.
+        centred: Whether the mean score is taken off.
+    """
+    number = len(scores)
+    used = scores - scores.mean() if centred else scores
+    average = torch.stack([masks(part).double().sum(dim=0) for part in parts]).sum(dim=0) / number
+    first, second = torch.zeros_like(average), torch.zeros_like(average)
+    for part in parts:
+        weight = used[part, None, None]
+        # Σ (f − f̄) m is Σ (f − f̄)(m − m̄): the latter is what varies from mask to mask.
+        product = weight * (masks(part).double() - (average if centred else 0.0)) / p
+        first += product.sum(dim=0)
+        second += product.square().sum(dim=0)
+    variance = (second / number - (first / number).square()).clamp(min=0.0) * number / (number - 1)
+    return first / (number - 1 if centred else number), (variance / number).sqrt()
+
+
+class _Drawn:
+    """The random numbers of all masks; the masks themselves are made when asked for."""
+
+    def __init__(self, number: int, knots: tuple[int, int], p: float, generator: torch.Generator) -> None:
+        self.knots = knots
+        # Two more knots than fit: one for the far end, one for the shift. So every cell has the same distribution.
+        self.bits = (torch.rand(number, knots[0] + 2, knots[1] + 2, generator=generator) < p).float()
+        self.shift = torch.rand(number, 2, generator=generator)
+
+    def masks(self, part: slice, shape: tuple[int, int]) -> torch.Tensor:
+        """The masks of ``part`` on a grid of ``shape``, ``(batch, row, col)`` float32 in [0, 1]."""
+        rows, cols = (
+            _tents(self.shift[part, axis], self.knots[axis], shape[axis]) for axis in range(2)
+        )  # (batch, cell, knot)
+        return (rows @ self.bits[part] @ cols.transpose(1, 2)).clamp(0.0, 1.0)
+
+
+def _tents(shift: torch.Tensor, knots: int, cells: int) -> torch.Tensor:
+    """Weight of every knot at every cell centre, linear interpolation, ``(batch, cell, knots + 2)``."""
+    position = (torch.arange(cells) + 0.5) / cells * knots + shift[:, None]
+    return (1 - (position[..., None] - torch.arange(knots + 2)).abs()).clamp(min=0.0)
