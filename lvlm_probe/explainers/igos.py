@@ -94,11 +94,11 @@ class IgosSettings:
     line_search: bool = False
     init: float = 1.0
     tie_break: float = 1e-3
-    refine: int = 5
+    refine: int = 8
     refine_scale: int = 2
     levels: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16, 0.3)
-    softness: float = 0.1
-    refine_lr: float = 0.1
+    softness: float = 0.05
+    refine_lr: float = 0.3
 
     def __post_init__(self) -> None:
         rules = (
