@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lvlm_probe import demo
+    from lvlm_probe import causal, demo
     from lvlm_probe.errors import (
         AttachError,
         ExplainError,
@@ -43,12 +43,13 @@ if TYPE_CHECKING:
         SelectionError,
         TraceError,
     )
-    from lvlm_probe.explainers import explain
+    from lvlm_probe.explainers import explain, register_explainer
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.images import ImagePath
     from lvlm_probe.loading import load
     from lvlm_probe.metrics import Score, evaluate
     from lvlm_probe.player import Replay, replay
+    from lvlm_probe.report.comparison import compare
     from lvlm_probe.selection import TokenSelection, select_tokens
     from lvlm_probe.session import Probe, Recording, attach
     from lvlm_probe.trace import Trace, TraceStore, open_store, open_trace
@@ -81,12 +82,15 @@ __all__ = [
     "TraceStore",
     "Verification",
     "attach",
+    "causal",
+    "compare",
     "demo",
     "evaluate",
     "explain",
     "load",
     "open_store",
     "open_trace",
+    "register_explainer",
     "replay",
     "report",
     "select_tokens",
@@ -95,6 +99,8 @@ __all__ = [
 
 _HOMES = {
     "explain": "explainers",
+    "register_explainer": "explainers",
+    "compare": "report.comparison",
     "Heatmap": "heatmap",
     "ImagePath": "images",
     "load": "loading",
@@ -123,8 +129,8 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
-    if name == "demo":
-        return importlib.import_module("lvlm_probe.demo")
+    if name in ("causal", "demo"):
+        return importlib.import_module(f"lvlm_probe.{name}")
     if name in __all__:
         value = getattr(importlib.import_module(f"lvlm_probe.{_HOMES.get(name, 'errors')}"), name)
         globals()[name] = value

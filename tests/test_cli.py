@@ -26,8 +26,8 @@ from lvlm_probe.cli.inputs import chat_inputs, parameters
 from lvlm_probe.cli.maps import Baseline, MapFile, word_selections
 from lvlm_probe.errors import ImageError, ProbeError
 
-QUICK = ("--param", "iterations=2", "--param", "ig_steps=3", "--param", "size=8")
-COMMANDS = ("demo", "record", "explain", "evaluate", "report", "verify", "inspect")
+QUICK = tuple(f"--param={pair}" for pair in ("iterations=2", "ig_steps=3", "size=8", "refine=0"))
+COMMANDS = ("demo", "record", "explain", "evaluate", "report", "methods", "verify", "inspect")
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ def test_explain_with_a_picture_as_baseline(picture: Path, trace: Path, tmp_path
     ("arguments", "said"),
     [
         (("--words", "zebra"), "zebra"),
-        (("--method", "igoss"), "closest first): 'igos++'"),
+        (("--method", "igoss"), "closest first): 'igos+', 'igos++'"),
         (("--param", "iteration=3"), "'iterations'"),
         (("--param", "iterations"), "NAME=VALUE"),
         (("--image-number", "4"), "image=4"),
@@ -409,6 +409,151 @@ def test_inspect_lists_the_last_traces_and_names_damaged_ones(trace: Path) -> No
     assert trace.name in result.out
     assert damaged.name in result.err
     assert "the last 1 of 2 files" in succeed("inspect", trace.parent, "--last", "1").out
+
+
+# ------------------------------------------------------------------------------------------- several methods, compared
+
+
+SWIFT = "input_gradient,attention,random"
+
+
+@pytest.fixture
+def two_traces(recorded: Path, tmp_path: Path) -> Path:
+    """A run directory with two answers."""
+    directory = tmp_path / "runs"
+    shutil.copytree(recorded.parent, directory, ignore=shutil.ignore_patterns("explanations"))
+    (other,) = probe.demo.scenes(1, kinds=["colour"])
+    other.image.save(tmp_path / "other.png")
+    succeed(
+        *("record", "--model", "demo", "--image", tmp_path / "other.png"),
+        *("--question", other.question, "--out", directory),
+    )
+    return directory
+
+
+def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = two_traces / "comparison.html"
+    real, made = probe.explain, []
+
+    def explain(replay: Any, **options: Any) -> Any:
+        if len(made) == 4:
+            raise KeyboardInterrupt
+        made.append(options["method"])
+        return real(replay, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "explain", explain)
+        stopped = run("evaluate", two_traces, "--methods", SWIFT, "--steps", "8")
+    assert stopped.code == 130
+    assert "4 finished maps are kept" in stopped.err
+    assert not page.exists()
+    kept = {file: file.stat().st_mtime_ns for file in (two_traces / "explanations").glob("*.h5")}
+    assert len(kept) == 4
+
+    result = succeed("evaluate", two_traces, "--methods", SWIFT, "--steps", "8")
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert len(list((two_traces / "explanations").glob("*.score.json"))) == 6
+    lines = result.out.splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("method"))
+    rows = {line.split()[0]: line for line in lines[head + 1 : head + 4]}
+    assert set(rows) == set(SWIFT.split(","))
+    assert all("2 of 2" in row and row.count("[") == 3 for row in rows.values())
+    text = page.read_text("utf-8")
+    assert "3 methods on 2 answers" in text and "one grid of 32 × 32 cells" in text
+
+    stored = json.loads(page.with_suffix(".json").read_text("utf-8"))
+    for number, entry in enumerate(stored["methods"]):
+        gains = []
+        for answer in stored["traces"]:
+            (score,) = [item["score"] for item in answer["maps"] if item["method"] == entry["method"]]
+            assert (score["params"]["grid"], score["params"]["steps"]) == ([32, 32], 8)
+            gains.append(score["insertion"] - score["deletion"])
+        assert entry["gain"]["mean"] == pytest.approx(sum(gains) / 2)
+        shown = rows[entry["method"]].split()[1]
+        assert float(shown) == pytest.approx(entry["gain"]["mean"], abs=0.0051)
+        assert lines[head + 1 + number].startswith(entry["method"])  # highest gain first
+
+    refused = run("evaluate", two_traces, "--methods", SWIFT)
+    assert refused.code == 2
+    assert "exists; add --overwrite" in refused.err
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, "explain", lambda *_, **__: pytest.fail("a finished map was made again"))
+        patch.setattr(probe, "evaluate", lambda *_, **__: pytest.fail("a finished map was scored again"))
+        again = succeed("evaluate", two_traces, "--methods", SWIFT, "--steps", "8", "--overwrite", "--json").json
+    assert again["methods"] == stored["methods"]
+    # Judged in another way, it is judged anew.
+    other = succeed(
+        "evaluate", two_traces, "--methods", "random", "--steps", "9", "--grid", "16", "--overwrite", "--json"
+    )
+    assert other.json["traces"][0]["maps"][0]["score"]["params"]["grid"] == [16, 16]
+
+
+def test_maps_of_explain_are_used_by_evaluate(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    succeed("explain", trace, "--method", "random")
+    monkeypatch.setattr(probe, "explain", lambda *_, **__: pytest.fail("a finished map was made again"))
+    out = trace.parent / "new" / "page.html"
+    made = succeed("evaluate", trace, "--methods", "random", "--out", out, "--json").json
+    assert made["methods"][0]["maps"] == 1
+    assert out.is_file()
+
+
+def test_a_method_that_cannot_run_leaves_the_others_alone(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = probe.explain
+
+    def explain(replay: Any, **options: Any) -> Any:
+        if options["method"] == "center":
+            raise RuntimeError("no centre to be found")
+        return real(replay, **options)
+
+    monkeypatch.setattr(probe, "explain", explain)
+    result = succeed("evaluate", trace, "--methods", "center,random", "--words", "is", "--steps", "4")
+    assert "center made no map everywhere: something unexpected happened, RuntimeError: no centre" in result.err
+    page = (trace.parent / "comparison.html").read_text("utf-8")
+    assert "no centre to be found" in page
+    assert '<span class="k">is</span>' in page
+    assert "random" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--methods", "randon"), "no explainer 'randon'; there are (closest first): 'random'"),
+        (("--methods", " , "), "--methods names none; write all, or some of: attention"),
+        (("--methods", "random", "--words", "zebra"), "'zebra' is not in the answer"),
+        (("--words", "red"), "go with --methods"),
+        (("--out", "page.html"), "go with --methods"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(arguments: tuple[str, ...], said: str, trace: Path) -> None:
+    result = run("evaluate", trace, *arguments)
+    assert result.code == 2
+    assert said in result.err
+    assert "Traceback" not in result.err
+    assert not list(trace.parent.glob("comparison.*"))
+
+
+def test_evaluate_methods_without_traces(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "holds no traces; record one" in run("evaluate", tmp_path / "empty", "--methods", "random").err
+    assert "there is no" in run("evaluate", tmp_path / "none", "--methods", "random").err
+
+
+def test_methods_lists_what_there_is_and_what_it_needs() -> None:
+    from lvlm_probe.explainers import methods, needs_of
+
+    rows = {row["method"]: row for row in succeed("methods", "--json").json}
+    assert list(rows) == methods()
+    assert all(set(row["needs"]) == needs_of(name) for name, row in rows.items())
+    assert rows["attention"]["trace_alone"] and not rows["tmm"]["trace_alone"]
+    assert "masks" in rows["rise"]["parameters"]
+    assert all(row["summary"].endswith((".", "?")) and len(row["summary"]) < 200 for row in rows.values())
+    assert len({row["summary"] for row in rows.values()}) == len(rows)
+    listed = succeed("methods").out.splitlines()
+    at = next(number for number, line in enumerate(listed) if line.startswith("tmm "))
+    assert "needs passes, gradients, attention" in listed[at]
+    assert listed[at + 1].strip() == rows["tmm"]["summary"]
+    at = next(number for number, line in enumerate(listed) if line.startswith("random "))
+    assert "needs nothing" in listed[at] and "trace alone" in listed[at]
 
 
 # -------------------------------------------------------------------------------------------------------------- verify

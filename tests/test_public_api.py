@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 SURFACE = {
     "attach", "demo", "evaluate", "explain", "load", "open_store", "open_trace", "replay", "report", "select_tokens",
     "Heatmap", "ImagePath", "Probe", "Recording", "Replay", "Score", "TokenSelection", "Trace", "TraceStore",
-    "Verification", "verify",
+    "Verification", "verify", "causal", "compare", "register_explainer",
 }  # fmt: skip
 
 
@@ -111,12 +111,15 @@ LEVELS = [
     {"errors", "words", "hooks"},
     {"format", "geometry", "memory", "plugins"},
     {"images", "trace", "anatomy", "pictures", "identity", "decoding", "attention"},
-    {"player", "forcing", "layout", "points", "watch", "loading", "chunks", "recorded_path"},
+    {
+        "player", "forcing", "layout", "points", "watch", "loading", "chunks", "recorded_path", "capture", "rewording",
+        "encoder_tokens", "hidden",
+    },
     {"selection", "heatmap"},
-    {"explainers", "metrics", "verification"},
+    {"explainers", "metrics", "verification", "causal", "_nnsight"},
     {"recorder", "session", "report", "demo", "logprobs", "masking", "prompt_pictures"},
     {"cli"},
-]
+]  # fmt: skip
 """The road, bottom first; a module may import from its own level and below. """
 
 

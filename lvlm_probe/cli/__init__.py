@@ -1,4 +1,4 @@
-"""The command line: ``lvlm-probe demo | record | explain | evaluate | report | verify | inspect``.
+"""The command line: ``lvlm-probe demo | record | explain | evaluate | report | methods | verify | inspect``.
 
 Results go to standard output (``--json``: nothing but JSON), progress and notes to standard error. Exit codes:
 
@@ -22,6 +22,7 @@ import typer
 from lvlm_probe.cli.demonstration import demo
 from lvlm_probe.cli.explaining import explain
 from lvlm_probe.cli.inspection import inspect, verify
+from lvlm_probe.cli.listing import methods
 from lvlm_probe.cli.recording import record
 from lvlm_probe.cli.scoring import evaluate, report
 from lvlm_probe.cli.terminal import note
@@ -57,8 +58,8 @@ def _options(
     """Which image regions made a vision-language model say these words?"""
 
 
-for _command in (demo, record, explain, evaluate, report, verify, inspect):
-    app.command(no_args_is_help=_command is not demo)(_command)
+for _command in (demo, record, explain, evaluate, report, methods, verify, inspect):
+    app.command(no_args_is_help=_command not in (demo, methods))(_command)
 
 
 def main() -> None:

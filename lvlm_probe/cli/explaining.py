@@ -38,6 +38,7 @@ __all__ = [
     "Explained",
     "explain",
     "explain_replay",
+    "label_of",
     "map_summary",
     "open_replay",
     "show_explained",
@@ -173,7 +174,7 @@ def explain_replay(
 ) -> Any:
     """Makes the map of the selection and, if wanted, one per word; yields each as it is finished."""
     start = Baseline(replay)
-    jobs = [(_label(selection), selection)]
+    jobs = [(label_of(selection), selection)]
     if word_maps and selection:
         jobs += [job for job in word_selections(replay, selection) if job[1].indices != selection.indices]
     for label, chosen in jobs:
@@ -251,7 +252,8 @@ def _select(replay: Replay, *, words: list[str] | None, alpha: float, joint: boo
     return select_tokens(replay, alpha=alpha, rule="joint" if joint else "llr")
 
 
-def _label(selection: TokenSelection) -> str:
+def label_of(selection: TokenSelection) -> str:
+    """What a map's file name calls its words."""
     return selection.text if selection.rule in ("words", "span") else "answer"
 
 

@@ -192,7 +192,7 @@ def explain_one(
     finished = _is_readable(found)
     if not finished:
         baseline.restore()
-        with bar(f"explaining {label}") as progress:
+        with bar(f"explaining {label}, {settings.method}") as progress:
             heat = explain(
                 replay,
                 method=settings.method,

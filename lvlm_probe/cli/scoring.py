@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lvlm_probe.cli.comparing import compare_methods
 from lvlm_probe.cli.explaining import map_summary, open_replay, show_map
 from lvlm_probe.cli.inputs import model_of
 from lvlm_probe.cli.maps import Baseline, MapFile, baseline_from, find_maps, score_one
@@ -36,10 +37,37 @@ def evaluate(
     ] = "trapezoid",
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Points on each curve. Default: 50.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="The real processor on real composites; slower.")] = False,
+    grid: Annotated[
+        int | None,
+        typer.Option("--grid", min=1, help="Rank N × N cells instead of each map's own. With --methods: 32."),
+    ] = None,
     chance: Annotated[
         int, typer.Option("--chance", min=0, help="Also score this many random maps; the verdict must beat them.")
     ] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Of tie-breaking and random maps.")] = 0,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            metavar="NAMES",
+            help="Explain the traces by these methods first (commas between, or all), and compare them on one page.",
+        ),
+    ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Option("--words", metavar="TEXT", help="With --methods: explain this word of every answer; repeatable."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="With --methods: the page; scores as JSON beside it. Default: comparison.html beside the traces.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --methods: replace the page if it exists.")
+    ] = False,
     baseline: BaselineOption = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -48,8 +76,31 @@ def evaluate(
 ) -> None:
     """Score stored maps by deletion and insertion, and say which not to trust. Stored scores are replaced.
 
+    With --methods, explain every trace by several methods, score all on one grid, print means with 95 % intervals, and
+    write the page that compares them. What is finished is kept: the same command again makes only what is missing.
+
     Example:  lvlm-probe evaluate runs/demo --exact --json
+    Example:  lvlm-probe evaluate runs/demo --methods igos++,gradcam,tmm --out compare.html
     """
+    options: dict[str, Any] = {"score": score, "auc": auc, "steps": steps, "chance": chance, "seed": seed, "grid": grid}
+    options["mode"] = "exact" if exact else "fast"
+    if methods is not None:
+        loading = {"device": device, "dtype": dtype, "attn": attn}
+        compare_methods(
+            paths,
+            methods,
+            model=model,
+            words=words,
+            baseline=baseline,
+            out=out,
+            overwrite=overwrite,
+            as_json=as_json,
+            loading=loading,
+            options=options,
+        )
+        return
+    if words or out is not None or overwrite:
+        raise ProbeError("--words, --out and --overwrite go with --methods: add it, e.g. --methods igos++,gradcam")
     found = find_maps(paths)
     by_trace: dict[tuple[Path, int], tuple[Trace, list[MapFile]]] = {}
     for item in found:
@@ -58,8 +109,6 @@ def evaluate(
             raise ProbeError(f"{item.path}: its trace is not beside it any more; put the trace file back")
         by_trace.setdefault((trace.path, trace.row), (trace, []))[1].append(item)
     own_baseline = baseline_from(baseline)
-    options: dict[str, Any] = {"score": score, "auc": auc, "steps": steps, "chance": chance, "seed": seed}
-    options["mode"] = "exact" if exact else "fast"
     done: list[MapFile] = []
     loaded: dict[str, tuple[Any, Any]] = {}
     try:

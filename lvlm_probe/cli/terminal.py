@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
     from lvlm_probe.words import Word
 
-__all__ = ["answer_text", "bar", "note", "print_json", "quiet_libraries", "say", "stage", "stop", "stored_path"]
+__all__ = [
+    "answer_text",
+    "bar",
+    "finite",
+    "note",
+    "print_json",
+    "quiet_libraries",
+    "say",
+    "stage",
+    "stop",
+    "stored_path",
+]
 
 _SLOW = 2.0
 """Seconds after which a finished stage is worth a line of its own where no live display is possible."""
@@ -48,14 +59,15 @@ def say(*parts: str | Text | tuple[str, str]) -> None:
 
 def print_json(value: Any) -> None:
     """A result for programs. NaN and infinity have no place in JSON and become null."""
-    typer.echo(json.dumps(_finite(value), ensure_ascii=False, indent=2, allow_nan=False, default=str))
+    typer.echo(json.dumps(finite(value), ensure_ascii=False, indent=2, allow_nan=False, default=str))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value as JSON can hold it: NaN and infinity become ``None``."""
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value

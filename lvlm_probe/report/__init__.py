@@ -1,9 +1,10 @@
 """The report: one HTML file that shows which part of a picture made a model say each word, and whether to trust that.
 
 `report` gathers what the page needs as plain JSON (``samples.py``), encodes the pictures (``pictures.py``) and fills
-the template ``page.html`` with it, with ``page.css`` and four scripts. The page is complete in itself: it carries a
-content security policy that forbids every connection and every script but its own, and it puts each string of the data
-on the page as text, so an answer may contain any HTML it likes.
+the template ``page.html`` with it, with ``page.css`` and five scripts. ``comparison.py`` writes the page of several
+methods side by side. A page is complete in itself: it carries a content security policy that forbids every connection
+and every script but its own, and it puts each string of the data on the page as text, so an answer may contain any HTML
+it likes.
 
 Importing this package costs nothing (no NumPy, no Pillow): ``lvlm_probe`` imports it at once, because a function and a
 module of the same name would otherwise take each other's place.
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["report"]
 
-SCRIPTS = ("draw.js", "answer.js", "trial.js", "page.js")
+SCRIPTS = ("draw.js", "answer.js", "trial.js", "theme.js", "page.js")
 DEFAULT_TITLE = "Where the answer came from"
 
 
@@ -116,12 +117,20 @@ def _write(path: Path, text: str, *, overwrite: bool) -> None:
 
 
 def _fill(samples: list[dict[str, Any]], title: str) -> str:
+    script = "\n".join(_asset(name) for name in SCRIPTS)
+    data = _json_for_script({"samples": samples})
+    return _page("page.html", title, _asset("page.css"), script, summary=_summary(samples), data=data)
+
+
+def _page(template: str, title: str, style: str, script: str, **parts: str) -> str:
+    """A template with its style and script, which the page's policy allows by their digests, and nothing else.
+
+    ``parts`` are put in as they are: markup, whose text has been escaped. ``title`` is escaped here.
+    """
     from datetime import UTC, datetime
 
     from lvlm_probe import __version__
 
-    style, script = _asset("page.css"), "\n".join(_asset(name) for name in SCRIPTS)
-    data = _json_for_script({"samples": samples})
     policy = "; ".join(
         [
             "default-src 'none'",
@@ -132,18 +141,16 @@ def _fill(samples: list[dict[str, Any]], title: str) -> str:
             "form-action 'none'",
         ]
     )
-    parts = {
+    parts |= {
         "policy": policy,
         "title": html.escape(title),
         "writer": html.escape(f"lvlm_probe {__version__}"),
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "summary": _summary(samples),
         "style": style,
-        "data": data,
         "script": script,
     }
     # One pass, so that a "{{...}}" inside a title or an answer stays what it is.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset(template))
 
 
 def _asset(name: str) -> str:

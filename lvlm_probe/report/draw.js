@@ -1,6 +1,6 @@
 "use strict";
-// Heat, pictures and the small things that everything else uses. First of the four
-// scripts that are joined into the page's one: draw, answer, trial, page.
+// Heat, pictures and the small things that everything else uses. First of the
+// scripts that are joined into the page's one: draw, answer, trial, theme, page.
 
 // ---------------------------------------------------------------- small things
 

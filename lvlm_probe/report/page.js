@@ -1,4 +1,4 @@
-// The page: what is chosen (sample, map, way of looking) and what follows from it. The last of the four scripts.
+// The page: what is chosen (sample, map, way of looking) and what follows from it. The last of the scripts.
 
 const report = JSON.parse(document.getElementById("data").textContent);
 for (const entry of report.samples)
@@ -253,25 +253,6 @@ function drawSamples() {
 
 // ---------------------------------------------------------------- start
 
-const remembered = (() => {
-  try {
-    return localStorage.getItem("lvlm_probe.theme");
-  } catch {
-    return null;
-  }
-})();
-if (remembered === "light" || remembered === "dark") document.documentElement.dataset.theme = remembered;
-document.getElementById("theme").addEventListener("click", () => {
-  const dark = document.documentElement.dataset.theme
-    ? document.documentElement.dataset.theme === "dark"
-    : matchMedia("(prefers-color-scheme: dark)").matches;
-  document.documentElement.dataset.theme = dark ? "light" : "dark";
-  try {
-    localStorage.setItem("lvlm_probe.theme", dark ? "light" : "dark");
-  } catch {
-    /* a page opened from disk may not remember */
-  }
-});
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
   hideTip();

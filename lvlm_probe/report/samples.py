@@ -60,17 +60,17 @@ def _sample(trace_id: str, group: Sequence[tuple[Heatmap, Score | None]]) -> dic
             "This page was written without the trace, so the picture, the question and the probabilities are missing. "
             "Write it again with the trace file at hand."
         )
-    answer = _answer(trace, heats[0], notes)
+    answer = answer_of(trace, heats[0], notes)
     baselines: dict[str, str | None] = {}
     maps = [_map(heat, score, trace, heats[0], baselines) for heat, score in group]
     for entry in maps:
         entry["label"] = _label(entry, maps, answer["words"])
-    if trace is not None and _read(trace, "status", notes) == "error":
-        notes.append(f"The recording is marked as faulty: {_read(trace, 'error', notes) or 'no reason given'}")
+    if trace is not None and read(trace, "status", notes) == "error":
+        notes.append(f"The recording is marked as faulty: {read(trace, 'error', notes) or 'no reason given'}")
     images = {str(index): _image(trace, index, heats, notes) for index in sorted({heat.image_index for heat in heats})}
     return {
         "id": trace_id,
-        "question": str(_read(trace, "question", notes) or _read(trace, "prompt", notes) or ""),
+        "question": str(read(trace, "question", notes) or read(trace, "prompt", notes) or ""),
         **answer,
         "images": images,
         "baselines": baselines,
@@ -80,7 +80,7 @@ def _sample(trace_id: str, group: Sequence[tuple[Heatmap, Score | None]]) -> dic
     }
 
 
-def _read(trace: Trace | None, name: str, notes: list[str]) -> Any:
+def read(trace: Trace | None, name: str, notes: list[str]) -> Any:
     """An attribute of the trace; None, and a note, when the file does not give it any more."""
     if trace is None:
         return None
@@ -91,14 +91,14 @@ def _read(trace: Trace | None, name: str, notes: list[str]) -> Any:
         return None
 
 
-def _answer(trace: Trace | None, heat: Heatmap, notes: list[str]) -> dict[str, Any]:
+def answer_of(trace: Trace | None, heat: Heatmap, notes: list[str]) -> dict[str, Any]:
     """The answer's tokens and words with their numbers, and which of them the first heatmap is about."""
     selection = heat.selection
-    pieces = [str(piece) for piece in (_read(trace, "tokens", notes) or selection.tokens)]
+    pieces = [str(piece) for piece in (read(trace, "tokens", notes) or selection.tokens)]
     steps = len(pieces)
-    special = _flags(_read(trace, "special", notes), pieces, selection.skipped)
-    with_picture = _column(_read(trace, "log_probs", notes), steps)
-    recorded = _column(_read(trace, "baseline_log_probs", notes), steps)
+    special = _flags(read(trace, "special", notes), pieces, selection.skipped)
+    with_picture = _column(read(trace, "log_probs", notes), steps)
+    recorded = _column(read(trace, "baseline_log_probs", notes), steps)
     # The selection's ratios are the replayed ones, on the baseline that was really used: they go first.
     ratios = _column(selection.llr, steps)
     if not np.isfinite(ratios).any():
@@ -171,7 +171,7 @@ def _map(
         "baseline": _baseline(heat, score, trace, baselines),
         "score": None if score is None or empty else _score(score),
         "scoring": None if score is None else _without_curves(score),
-        "verdict": _verdict(heat, score),
+        "verdict": verdict_of(heat, score),
         "provenance": {
             "method": str(heat.method),
             "parameters": plain(dict(heat.params)),
@@ -223,7 +223,7 @@ def _without_curves(score: Score) -> dict[str, Any]:
     }
 
 
-def _verdict(heat: Heatmap, score: Score | None) -> dict[str, Any]:
+def verdict_of(heat: Heatmap, score: Score | None) -> dict[str, Any]:
     if heat.values is None:
         reason = str(heat.reason or "nothing was selected")
         return {"state": "empty", "title": "No map to show.", "reasons": [_sentence(reason)]}
@@ -277,7 +277,7 @@ def _baseline_picture(trace: Trace | None, index: int, kind: str, settings: Mapp
     """The baseline, made again from its description; None where that is not possible (a user's own picture)."""
     from lvlm_probe.images import make_baseline
 
-    pictures = _read(trace, "images", [])
+    pictures = read(trace, "images", [])
     if kind not in ("blur", "blank", "noise", "mean") or not pictures or index >= len(pictures):
         return None
     return data_uri(shrink(make_baseline(pictures[index], kind, **settings).image, _BASELINE_SIDE), quality=78)
@@ -285,7 +285,7 @@ def _baseline_picture(trace: Trace | None, index: int, kind: str, settings: Mapp
 
 def _image(trace: Trace | None, index: int, heats: Sequence[Heatmap], notes: list[str]) -> dict[str, Any]:
     heat = next(heat for heat in heats if heat.image_index == index)
-    pictures = _read(trace, "images", notes) if trace is not None else None
+    pictures = read(trace, "images", notes) if trace is not None else None
     width, height = heat.image_size
     entry: dict[str, Any] = {"src": None, "thumb": None, "w": int(width), "h": int(height), "seen": None}
     if heat.seen is not None:
@@ -302,18 +302,18 @@ def _recording(trace: Trace | None, trace_id: str, notes: list[str]) -> dict[str
     facts: dict[str, Any] = {"trace_id": trace_id}
     if trace is None:
         return facts
-    path = _read(trace, "path", notes)
+    path = read(trace, "path", notes)
     if path:
         facts["file"] = PurePath(str(path)).name
     for name in ("row", "status", "created", "meta"):
-        value = _read(trace, name, notes)
+        value = read(trace, name, notes)
         if value not in (None, "", {}):
             facts[name] = plain(value)
-    model = _read(trace, "model", notes) or {}
+    model = read(trace, "model", notes) or {}
     for name in _MODEL_FACTS:
         if model.get(name) not in (None, "", {}):
             facts[name] = plain(model[name])
-    recorded = _read(trace, "notes", notes)
+    recorded = read(trace, "notes", notes)
     if recorded:
         facts["not_recorded"] = plain(list(recorded))
     return facts
