@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALL := -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint figures clean
+.PHONY: help demo test lint figures tournament clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,13 @@ lint: .venv/.installed-dev  ## ruff and mypy alone
 
 figures: .venv/.installed-dev  ## the README's figures, from the scripts that make them (takes a while)
 	@for script in tests/benchmarks/bench_*.py tests/benchmarks/crash_trace.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# Two processes, each with its half of the scenes; a second call goes on where the first was stopped.
+tournament: .venv/.installed-dev  ## all methods, and the paper's ablations, on 200 scenes (about an hour)
+	@$(BIN)/python tests/benchmarks/tournament.py --shard 1/2 & $(BIN)/python tests/benchmarks/tournament.py --shard 0/2 && wait
+	@$(BIN)/python tests/benchmarks/ablations.py --shard 1/2 & $(BIN)/python tests/benchmarks/ablations.py --shard 0/2 && wait
+	$(BIN)/python tests/benchmarks/tournament.py --table
+	$(BIN)/python tests/benchmarks/ablations.py --table
 
 clean:  ## remove environments and everything generated
 	rm -rf .venv .venv-tv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,310 @@
+"""Every method on the same scenes, judged in the same way: the README's comparison of explainers.
+
+    python tests/benchmarks/tournament.py
+    python tests/benchmarks/tournament.py --hard --model runs/hard/model
+    python tests/benchmarks/tournament.py --shard 0/2 &  python tests/benchmarks/tournament.py --shard 1/2
+
+Every method explains the same tokens against the same verified baseline and is ranked on the same grid. It is judged by
+
+* deletion, insertion and gain (insertion − deletion) against the baseline that all were made with;
+* the same against held-out baselines, which no method was made with: mean colour, uniform noise;
+* pointing game (15 pixels of tolerance, and none), energy, average precision against the objects the answer needs;
+* causal agreement: is attention to the image tokens it marks what the answer hangs on (``probe.causal.agreement``);
+* passes, seconds, and, on a few scenes, peak memory of tensors.
+
+Methods that may take any number of passes are given somewhat more work than iGOS++: RISE 600 masks, the greedy search
+32 superpixels, some 650 forward passes each, a backward pass counting as two. Everything else runs with its defaults.
+
+One JSON line per scene and method: it can be stopped and goes on where it was. ``summary.json`` and ``table.md`` are
+written at the end, and by ``--table`` at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from held_out import POINTING_TOLERANCE, Case, cases
+from judging import (
+    HELD_OUT,
+    PROTOCOL,
+    Line,
+    Lines,
+    comparison,
+    digest,
+    figure,
+    holm,
+    judged,
+    peak_memory,
+    scene_arguments,
+    scenes_sentence,
+    scenes_summary,
+    scenes_to_do,
+    settle,
+    shown,
+    values_of,
+    weights_digest,
+    write,
+)
+from tqdm import tqdm
+
+import lvlm_probe as probe
+from lvlm_probe.explainers import methods
+
+GROUND_TRUTH = "ground-truth mask"
+FLOORS = ("random", "center")
+JUDGES = ("deletion", "insertion", "gain", "held_out", *(f"gain_{kind}" for kind in HELD_OUT))
+PLACES = ("pointing", "pointing_strict", "energy", "average_precision", "iou", "causal")
+MEMORY_SCENES = 3
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method with its settings; without a method, the mask of the objects that the answer needs."""
+
+    method: str | None
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+    def explain(self, case: Case) -> probe.Heatmap:
+        if self.method is None:
+            # Dilution over cells ranks its border; inside, all cells are tied.
+            mask = torch.from_numpy(case.scene.mask)[None].float()
+            values = torch.nn.functional.adaptive_avg_pool2d(mask, PROTOCOL["grid"])[0].numpy()
+            size = case.replay.image_sizes[0]
+            return probe.Heatmap(values, size, selection=case.selection, method=GROUND_TRUTH, trace=case.replay.trace)
+        return probe.explain(
+            case.replay,
+            method=self.method,
+            tokens=case.selection,
+            seed=case.scene.index,
+            strengthen=False,
+            **self.params,
+        )
+
+
+SETTINGS: dict[str, dict[str, Any]] = {"rise": {"masks": 600}, "greedy": {"regions": 32}}
+
+VARIANTS: dict[str, Entry] = {
+    "igos++ (release)": Entry("igos++", {"preset": "release"}),
+    "iia (authors')": Entry("iia", {"variant": "iia2"}),
+    GROUND_TRUTH: Entry(None),
+}
+
+
+def entries() -> dict[str, Entry]:
+    """All that can take part, by name: every registered method and some variants."""
+    return {name: Entry(name, SETTINGS.get(name, {})) for name in methods()} | VARIANTS
+
+
+def measure(case: Case, entry: Entry, *, causal: bool) -> Line:
+    """One method on one scene. What it cannot do, and why, is a result too."""
+    before = case.replay.passes.forward, case.replay.passes.backward
+    started = time.perf_counter()
+    try:
+        heat = entry.explain(case)
+    except probe.ProbeError as error:
+        return {"reason": f"{type(error).__name__}: {error}"}
+    cost = {
+        "seconds": time.perf_counter() - started,
+        "forward": case.replay.passes.forward - before[0],
+        "backward": case.replay.passes.backward - before[1],
+        "params": dict(heat.params),
+    }
+    if heat.values is None:
+        return {**cost, "reason": heat.reason}
+    return {**cost, "shape": list(heat.shape), **judged(case, heat, causal=causal)}
+
+
+def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Entry]) -> None:
+    """Makes the lines that are missing."""
+    scenes = weights_digest(arguments.model), arguments.split, arguments.hard
+    keys = {
+        name: digest(entry.method, dict(entry.params), PROTOCOL, arguments.causal, *scenes)
+        for name, entry in chosen.items()
+    }
+    for place in [place for place in lines.latest if place[1] in arguments.again]:
+        del lines.latest[place]
+    shard, shards = arguments.shard
+    total = len(range(shard, arguments.scenes, shards)) * len(chosen)
+    done = sum(
+        lines.has(line["scene"], line["name"], keys.get(line["name"], ""))
+        for line in lines.latest.values()
+        if line["number"] < arguments.scenes and line["number"] % shards == shard
+    )
+    with tqdm(total=total, initial=done, unit="map", smoothing=0, mininterval=5) as bar:
+        for facts, case in scenes_to_do(arguments, lines, keys):
+            for name, entry in chosen.items():
+                if not lines.has(facts["scene"], name, keys[name]):
+                    bar.set_postfix_str(f"scene {facts['number']}, {name}", refresh=False)
+                    lines.add(
+                        {**facts, "name": name, "key": keys[name], **measure(case, entry, causal=arguments.causal)}
+                    )
+                    bar.update()
+
+
+def weigh(arguments: argparse.Namespace, chosen: Mapping[str, Entry]) -> None:
+    """Peak memory of the methods on a few scenes of their own run, one file for all."""
+    path = arguments.out / "memory.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    missing = [
+        name for name, entry in chosen.items() if entry.method and (name not in known or name in arguments.again)
+    ]
+    if not missing or arguments.memory < 1:
+        return
+    folder = arguments.out / "traces-memory"
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[int]] = {name: [] for name in missing}
+    scenes = cases(
+        arguments.split, arguments.memory, folder, skipped=Counter(), hard=arguments.hard, model=arguments.model
+    )
+    for case in tqdm(scenes, total=arguments.memory, unit="scene", desc="memory"):
+        for name in missing:
+            try:
+                chosen[name].explain(case)  # once before, so that what stays in caches is not counted
+                found[name].append(peak_memory(partial(chosen[name].explain, case)))
+            except probe.ProbeError:
+                continue
+    write(path, json.dumps(known | found, indent=2) + "\n")
+
+
+def summarise(arguments: argparse.Namespace, lines: Lines) -> dict[str, Any]:
+    """Means with intervals, and every method against one of them, paired by scene."""
+    path = arguments.out / "memory.json"
+    memory = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    names = [name for name in lines.names() if arguments.methods == "all" or name in arguments.methods.split(",")]
+    rows: dict[str, Any] = {}
+    for name in names:
+        mine = lines.of(name)
+        made = [line for line in mine if line.get("gain") is not None]
+        rows[name] = {
+            "scenes": len(mine),
+            "maps": len(made),
+            "reasons": sorted({line["reason"] for line in mine if line.get("reason")})[:3],
+            **{column: figure(values_of(made, column).values()) for column in (*JUDGES, *PLACES)},
+            "trusted": float(np.mean([line["trusted"] for line in made])) if made else None,
+            "by_kind": {
+                kind: figure(line["gain"] for line in made if line["kind"] == kind)
+                for kind in dict.fromkeys(line["kind"] for line in made)
+            },
+            "params": made[-1].get("params", {}) if made else {},
+            **{cost: _mean(made, cost) for cost in ("forward", "backward")},
+            "seconds": float(np.median([line["seconds"] for line in made])) if made else None,
+            "peak_mib": float(np.mean(memory[name])) / 2**20 if memory.get(name) else None,
+        }
+    leader = arguments.against
+    for column in ("gain", "held_out", "pointing", "causal"):
+        tests = {
+            name: comparison(values_of(lines.of(leader), column), values_of(lines.of(name), column))
+            for name in names
+            if name != leader
+        }
+        rivals = {name: test["p"] for name, test in tests.items() if test and name != GROUND_TRUTH}
+        adjusted = holm(rivals)
+        for name, test in tests.items():
+            rows[name].setdefault("behind", {})[column] = test and {**test, "p_holm": adjusted.get(name)}
+    return {**scenes_summary(arguments, lines), "against": leader, "methods": rows}
+
+
+def _mean(lines: list[Line], column: str) -> float | None:
+    return float(np.mean([line[column] for line in lines])) if lines else None
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as Markdown, best gain first; floors and the reference last."""
+    rows, leader = summary["methods"], summary["against"]
+    last = (*FLOORS, GROUND_TRUTH)
+    order = sorted(rows, key=lambda name: (name in last, -(rows[name]["gain"] or {"mean": -9})["mean"]))
+    text = [
+        "| heatmap | deletion ↓ | insertion ↑ | gain ↑ | gain, held-out baselines ↑ "
+        f"| {leader} − it: gain | p | held out | p |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in order:
+        row = rows[name]
+        cells = [shown(row[column]) for column in ("deletion", "insertion", "gain", "held_out")]
+        for column in ("gain", "held_out"):
+            test = row.get("behind", {}).get(column)
+            cells += [shown(test, signed=True), _p(test)] if test else ["–", "–"]
+        text.append(f"| {name} | {' | '.join(cells)} |")
+    text += [
+        "",
+        "| heatmap | pointing ↑ | without tolerance ↑ | energy ↑ | average precision ↑ | causal agreement ↑ "
+        "| passes: forward + backward | seconds | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in order:
+        row = rows[name]
+        cells = [
+            shown(row[column]) for column in ("pointing", "pointing_strict", "energy", "average_precision", "causal")
+        ]
+        passes = f"{row['forward']:.0f} + {row['backward']:.0f}" if row["forward"] else "none"
+        seconds = "–" if row["seconds"] is None or name == GROUND_TRUTH else f"{row['seconds']:.2f}"
+        memory = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
+        text.append(f"| {name} | {' | '.join(cells)} | {passes} | {seconds} | {memory} |")
+    protocol = summary["protocol"]
+    text += [
+        "",
+        f"{scenes_sentence(summary)} Gain: insertion − deletion, {protocol['steps']} points, against the baseline that "
+        f"the heatmaps were made with; held out: mean over {', '.join(protocol['held_out'])} "
+        f"({protocol['held_out_steps']} points). p: two-sided sign-flip permutation test of the paired differences, "
+        f"adjusted by Holm for all methods of the column. Pointing: within {POINTING_TOLERANCE} pixels. Seconds: "
+        f"median. Peak: tensors alive at once, from torch's profiler, mean of a few scenes. {summary['machine']}.",
+    ]
+    missing = [f"{name} {row['maps']} of {row['scenes']}" for name, row in rows.items() if row["maps"] < row["scenes"]]
+    uneven = [f"{name} on {row['scenes']}" for name, row in rows.items() if row["scenes"] < summary["scenes"]]
+    if missing:
+        text.append(f"\nScenes without a map are left out: {'; '.join(missing)}.")
+    if uneven:
+        text.append(f"\nNOT FINISHED, scenes judged so far: {'; '.join(uneven)}.")
+    return "\n".join(text) + "\n"
+
+
+def _p(test: Mapping[str, Any]) -> str:
+    p = test["p"] if test["p_holm"] is None else test["p_holm"]
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    scene_arguments(parser, "runs/tournament")
+    parser.add_argument("--methods", default="all", help="names with commas, or all; --methods list shows them")
+    parser.add_argument("--against", default="igos++", help="the method that all others are compared with")
+    parser.add_argument("--no-causal", dest="causal", action="store_false", help="leave causal agreement out")
+    parser.add_argument(
+        "--memory", type=int, default=MEMORY_SCENES, help="scenes to measure peak memory on; 0 for none"
+    )
+    arguments = parser.parse_args()
+    settle(arguments)
+    known = entries()
+    if arguments.methods == "list":
+        print("\n".join(known))
+        return
+    names = list(known) if arguments.methods == "all" else arguments.methods.split(",")
+    unknown = [name for name in (*names, *arguments.again) if name not in known]
+    if unknown:
+        raise SystemExit(f"no method {unknown[0]!r}; there are {', '.join(known)}")
+    chosen = {name: known[name] for name in names}
+    lines = Lines(arguments.out, arguments.shard)
+    if not arguments.table:
+        play(arguments, lines, chosen)
+        if arguments.shard[0] == 0:
+            weigh(arguments, chosen)
+        lines = Lines(arguments.out, arguments.shard)  # with what other shards have written meanwhile
+    if not lines.latest:
+        raise SystemExit(f"no lines in {arguments.out}; run without --table first")
+    summary = summarise(arguments, lines)
+    write(arguments.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write(arguments.out / "table.md", table(summary))
+    print(table(summary))
+
+
+if __name__ == "__main__":
+    main()
