@@ -52,10 +52,10 @@ clean:  ## remove environments and everything generated
 	@$(BIN)/python $(INSTALL) -e '.[dev]'
 	@touch $@
 
-# The second environment is for the processors that need torchvision.
+# The second environment is for the processors that need torchvision, and for pytorch-grad-cam, which needs it too.
 .venv-tv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one:  make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "installing into .venv-tv"
 	@test -x .venv-tv/bin/python || $(PYTHON) -m venv .venv-tv
-	@.venv-tv/bin/python $(INSTALL) -e '.[torchvision]' pytest pytest-timeout
+	@.venv-tv/bin/python $(INSTALL) -e '.[torchvision]' pytest pytest-timeout grad-cam
 	@touch $@

@@ -1,6 +1,7 @@
 """Evaluates the demo model on held-out scenes: what it knows, and how its words depend on the picture.
 
     python examples/evaluate_demo_model.py [--json]
+    python examples/evaluate_demo_model.py --model runs/hard/model --hard
 
 Every answer is generated greedily through the real processor and ``generate()``. Printed are, per kind of question, the
 share of answers that equal the true sentence, with a 95 % Wilson interval; and on other scenes, with every generated
@@ -115,11 +116,11 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def exact_match(model: Any, processor: Any, *, n: int, seed: int) -> dict[str, dict[str, Any]]:
+def exact_match(model: Any, processor: Any, *, n: int, seed: int, hard: bool) -> dict[str, dict[str, Any]]:
     """Per kind: exact matches among `n` held-out scenes, the interval, and some wrong answers."""
     table: dict[str, dict[str, Any]] = {}
-    for kind in demo.KINDS:
-        scenes = demo.scenes(n, seed=seed, split="eval", kinds=[kind])
+    for kind in demo.HARD_KINDS if hard else demo.KINDS:
+        scenes = demo.scenes(n, seed=seed, split="eval", kinds=[kind], hard=hard)
         said = processor.batch_decode(generate(model, processor, scenes), skip_special_tokens=True)
         wrong = [(s.question, s.answer, a.strip()) for s, a in zip(scenes, said, strict=True) if s.answer != a.strip()]
         right = n - len(wrong)
@@ -127,9 +128,9 @@ def exact_match(model: Any, processor: Any, *, n: int, seed: int) -> dict[str, d
     return table
 
 
-def llr_figures(model: Any, processor: Any, *, n: int, seed: int, sigma: float) -> dict[str, Any]:
+def llr_figures(model: Any, processor: Any, *, n: int, seed: int, sigma: float, hard: bool) -> dict[str, Any]:
     """LLR of visual and other words over `n` held-out scenes of all kinds, every generated answer kept."""
-    scenes = demo.scenes(n, seed=seed, split="eval")
+    scenes = demo.scenes(n, seed=seed, split="eval", hard=hard)
     answers = generate(model, processor, scenes)
     by_scene = [words_of(model, processor, s, a, sigma=sigma) for s, a in zip(scenes, answers, strict=True)]
 
@@ -139,6 +140,9 @@ def llr_figures(model: Any, processor: Any, *, n: int, seed: int, sigma: float) 
 
     rng = np.random.default_rng(0)
     draws = [separation([by_scene[i] for i in rng.integers(0, n, n)]) for _ in range(1000)]
+    said = processor.batch_decode(answers, skip_special_tokens=True)
+    right = [words for words, s, a in zip(by_scene, scenes, said, strict=True) if s.answer == a.strip()]
+    true = [w for part in right for w in part if w.visual]
     visual = [w for part in by_scene for w in part if w.visual]
     other = [w for part in by_scene for w in part if not w.visual]
     return {
@@ -154,12 +158,16 @@ def llr_figures(model: Any, processor: Any, *, n: int, seed: int, sigma: float) 
         "other_probability_blurred": float(np.mean([math.exp(w.baseline_log_prob) for w in other])),
         "visual_llr_above_1": float(np.mean([w.llr > 1 for w in visual])),
         "other_llr_above_1": float(np.mean([w.llr > 1 for w in other])),
+        "right_answers": len(right),
+        "true_probability_blurred": float(np.mean([math.exp(w.baseline_log_prob) for w in true])) if true else math.nan,
+        "true_llr_above_1": float(np.mean([w.llr > 1 for w in true])) if true else math.nan,
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=demo.path(), help="checkpoint folder")
+    parser.add_argument("--hard", action="store_true", help="ask about hard scenes")
     parser.add_argument("--n", type=int, default=1000, help="scenes per kind of question")
     parser.add_argument("--llr-scenes", type=int, default=200)
     parser.add_argument("--sigma", type=float, default=0.4, help="width of the blur, as a fraction of the shorter side")
@@ -171,8 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.time()
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(options.model)
-    kinds = exact_match(model, processor, n=options.n, seed=options.seed)
-    llr = llr_figures(model, processor, n=options.llr_scenes, seed=options.seed + 1, sigma=options.sigma)
+    kinds = exact_match(model, processor, n=options.n, seed=options.seed, hard=options.hard)
+    llr = llr_figures(
+        model, processor, n=options.llr_scenes, seed=options.seed + 1, sigma=options.sigma, hard=options.hard
+    )
     figures = {"exact_match": kinds, "llr": llr, "seconds": time.time() - started}
     if options.json:
         print(json.dumps(figures, indent=2))
@@ -188,7 +198,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "mean probability      picture  blurred\n"
         f"  visual words         {llr['visual_probability']:.4f}   {llr['visual_probability_blurred']:.4f}\n"
         f"  other words          {llr['other_probability']:.4f}   {llr['other_probability_blurred']:.4f}\n"
-        f"LLR > 1: {llr['visual_llr_above_1']:.1%} of visual words, {llr['other_llr_above_1']:.1%} of the others"
+        f"LLR > 1: {llr['visual_llr_above_1']:.1%} of visual words, {llr['other_llr_above_1']:.1%} of the others\n"
+        f"In the {llr['right_answers']} right answers, visual words: probability blurred "
+        f"{llr['true_probability_blurred']:.4f}, LLR > 1 in {llr['true_llr_above_1']:.1%}"
     )
     return 0
 

@@ -225,20 +225,27 @@ class Pool:
 
 
 def _draw_part(job: tuple[str, tuple[int, int], float, range]) -> tuple[np.ndarray, np.ndarray, list[sc.Layout]]:
-    from PIL import Image
-
     split, objects, grouped, indices = job
     pixels, labels, layouts = [], [], []
-    middle = SCENE_SIDE // IMAGE_SIDE // 2
     for index in indices:
         rng = sc.scene_rng(split, 0, index)
         group = int(rng.choice((2, 3, 4), p=(0.2, 0.4, 0.4))) if objects[1] > 3 and rng.random() < grouped else None
         layout = sc.draw_layout(rng, objects=objects, group=group)
-        image, label = sc.render(layout, (SCENE_SIDE, SCENE_SIDE))
-        pixels.append(np.asarray(image.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC)))
-        labels.append(label[middle :: SCENE_SIDE // IMAGE_SIDE, middle :: SCENE_SIDE // IMAGE_SIDE])
+        picture, label = draw_small(layout)
+        pixels.append(picture)
+        labels.append(label)
         layouts.append(layout)
     return np.stack(pixels), np.stack(labels), layouts
+
+
+def draw_small(layout: sc.Layout) -> tuple[np.ndarray, np.ndarray]:
+    """The layout's picture and label map at the model's size, by way of the size at which scenes are drawn."""
+    from PIL import Image
+
+    image, label = sc.render(layout, (SCENE_SIDE, SCENE_SIDE))
+    ratio = SCENE_SIDE // IMAGE_SIDE
+    picture = np.asarray(image.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC))
+    return picture, label[ratio // 2 :: ratio, ratio // 2 :: ratio]
 
 
 @dataclass
@@ -310,6 +317,8 @@ class Writer:
 class Asker:
     """Draws questions about a layout of which only some objects can be seen."""
 
+    queries = staticmethod(sc.queries)
+
     def __init__(self, rng: np.random.Generator, *, absent: float, weights: dict[str, float]) -> None:
         self.rng = rng
         self.absent = absent
@@ -320,7 +329,7 @@ class Asker:
     def ask(self, layout: sc.Layout, visibility: np.ndarray) -> Iterator[Example]:
         """Examples without end, or none when nothing can be asked. `visibility` is ``(objects,)`` in 0..1."""
         by_kind: dict[str, list[sc.Query]] = {kind: [] for kind in self.kinds}
-        for query in sc.queries(layout):
+        for query in self.queries(layout):
             by_kind[query.kind].append(query)
         for kind in itertools.islice(self._draw_kinds(), 60):
             if self.rng.random() < self.absent:
@@ -533,6 +542,8 @@ class Batch:
 class Loader:
     """Makes batches out of a pool."""
 
+    asker: type[Asker] = Asker
+
     def __init__(
         self, pool: Pool, writer: Writer, image_processor: Any, *, seed: int, weights: dict[str, float]
     ) -> None:
@@ -575,7 +586,7 @@ class Loader:
 
     def batch(self, size: int, *, room: int = 0, veiled: float = 0.0, absent: float = 0.0, swap: bool = False) -> Batch:
         """Draws `size` pictures with as many questions as fit in `room` tokens each (0: no text)."""
-        asker = Asker(self.rng, absent=absent, weights=self.weights)
+        asker = self.asker(self.rng, absent=absent, weights=self.weights)
         pictures: list[np.ndarray] = []
         shapes: list[np.ndarray] = []
         colours: list[np.ndarray] = []
@@ -677,10 +688,12 @@ class Net(nn.Module):
         patches = self.patches(batch.pixels)
         return patches, self.states(patches, batch.ids, batch.attention(), batch.position)
 
-    def answer_logits(self, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits ``(k, vocabulary)`` and targets ``(k,)`` of all answer positions."""
+    def answer_loss(self, states: Tensor, batch: Batch) -> Tensor:
+        """Cross entropy over all answer positions, those that open a slot's word counting four times."""
         wanted = batch.targets >= 0
-        return self.llava.lm_head(states[wanted]), batch.targets[wanted]
+        each = F.cross_entropy(self.llava.lm_head(states[wanted]), batch.targets[wanted], reduction="none")
+        weight = torch.where(batch.opens[wanted], 1.0, 0.25)
+        return (each * weight).sum() / weight.sum()
 
 
 @torch.no_grad()
@@ -768,10 +781,7 @@ def train(options: argparse.Namespace) -> None:
 
     def step_loss(batch: Batch, aux: float) -> tuple[Tensor, float]:
         seen = patches(batch.pixels)
-        logits, targets = net.answer_logits(states(seen, batch.ids, batch.attention(), batch.position), batch)
-        each = F.cross_entropy(logits, targets, reduction="none")
-        weight = torch.where(batch.opens[batch.targets >= 0], 1.0, 0.25)
-        loss = (each * weight).sum() / weight.sum()
+        loss = net.answer_loss(states(seen, batch.ids, batch.attention(), batch.position), batch)
         return (loss + aux * net.patch_loss(seen, batch)[0] if aux > 0 else loss), float(loss.detach())
 
     def run(

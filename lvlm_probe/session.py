@@ -303,9 +303,9 @@ class Probe:
             boxes: with attention, also keep which part of the picture each image token stands for. The processor is run
                 some eight times for that on the first picture of every size.
             baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or a picture.
-            points: further module outputs to keep: ``"encoder"``, ``"merger"`` or module path patterns; and ``"hidden"``,
-                the decoder's final hidden states with the LM head's rows of the prompt's and the answer's words (one
-                more pass), from which ``explain(trace, method="tam")`` needs no model.
+            points: further module outputs to keep: ``"encoder"``, ``"merger"`` or module path patterns; and
+                ``"hidden"``, the decoder's final hidden states with the LM head's rows of the prompt's and the answer's
+                words (one more pass), from which ``explain(trace, method="tam")`` needs no model.
             question: text to show as the question; by default the prompt without special tokens.
             meta: JSON to keep with the traces.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import hashlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -118,6 +119,34 @@ def test_scenes_are_deterministic_and_do_not_depend_on_how_many() -> None:
     assert np.array_equal(np.asarray(later.image), np.asarray(many[6].image))
     assert later.answer == many[6].answer
     assert demo.scenes(1, seed=8)[0].layout != few[0].layout
+
+
+PINNED = {
+    "train": "a60e608e0747c32e 60635c63d231f10f 2942e9c8e51d694c 95bd0ff4ca281971 8cc761ad2478c2f6 022d89fb0295669b",
+    "tune": "de79ae5d25468193 9d0ad22af27a5c78 82280672394db3a9 917f222d676c43bf a41e5a1d01b893e9 d607a7a822400be2",
+    "eval": "e88ad81e5f2ab854 600c954030c06df5 54b534f42e0fc71e 6ffd07a7040b655a 6859b8b5b8ab6cd7 f1a70cde36e1ba3f",
+}
+"""Digests of the first scenes of seed 1 of each split, from before there were hard scenes (`digest`)."""
+
+
+def digest(scene: demo.Scene) -> str:
+    sha = hashlib.sha256(np.asarray(scene.image).tobytes())
+    for mask in (scene.mask, *scene.word_masks):
+        sha.update(np.packbits(mask).tobytes())
+    sha.update(f"{scene.question}|{scene.answer}|{scene.visual_spans}|{scene.kind}".encode())
+    return sha.hexdigest()[:16]
+
+
+@pytest.mark.parametrize("split", list(PINNED))
+def test_plain_scenes_stay_as_the_model_was_trained_and_measured_on(split: str) -> None:
+    assert " ".join(digest(scene) for scene in demo.scenes(6, split=split, seed=1)) == PINNED[split]
+
+
+def test_plain_scenes_of_other_sizes_and_the_weights_stay_too() -> None:
+    scenes = demo.scenes(3, seed=40, size=(500, 360), start=100)
+    assert [digest(scene) for scene in scenes] == ["c8a5e8fea1fbc465", "1a72ad61c4b67db6", "f993bf777452439d"]
+    weights = hashlib.sha256((demo.path() / "model.safetensors").read_bytes()).hexdigest()
+    assert weights == "5f7c68cdd2a6994e1f005d3ef518dbaf841665f13afc78d90e0b29a47abf7109"
 
 
 def test_splits_share_no_scene() -> None:

@@ -17,12 +17,12 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvlm_probe.demo.scene import KINDS, Scene, scenes
+from lvlm_probe.demo.scene import HARD_KINDS, KINDS, Scene, scenes
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-__all__ = ["KINDS", "Scene", "load", "path", "scenes"]
+__all__ = ["HARD_KINDS", "KINDS", "Scene", "load", "path", "scenes"]
 
 
 def path() -> Path:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from lvlm_probe.demo.scene import Item, Layout
 
-__all__ = ["REACH", "render", "shade"]
+__all__ = ["REACH", "footprints", "render", "shade"]
 
 REACH = 1.12
 """The farthest any outline gets from its centre, in radii."""
@@ -49,15 +49,42 @@ def render(layout: Layout, size: tuple[int, int] = (336, 336)) -> tuple[Image.Im
     side = min(size)
     left, top = (width - side) / 2, (height - side) / 2
     canvas = _background(layout.texture, size)
+    if layout.pattern:
+        canvas += layout.pattern * _weave(layout.texture, size)
+    ground = _ground(np.random.default_rng(layout.texture)).astype(np.float32)
     labels = np.full((height, width), -1, dtype=np.int8)
     for index, item in enumerate(layout.items):
         x, y, radius = left + item.x * side, top + item.y * side, item.radius * side
-        _draw_item(canvas, labels, index, item, x, y, radius)
+        _draw_item(canvas, labels, index, item, x, y, radius, ground)
     return Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8)), labels
 
 
+def footprints(layout: Layout, side: int) -> np.ndarray:
+    """What each object would cover if it stood alone, ``(objects, side, side)`` bool on the central square."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    found = np.zeros((len(layout.items), side, side), dtype=bool)
+    for index, item in enumerate(layout.items):
+        stencil = Image.new("1", (side, side))
+        outline = [
+            ((item.x + px * item.radius) * side - 0.5, (item.y + py * item.radius) * side - 0.5)
+            for px, py in _outline(item.shape, item.angle)
+        ]
+        ImageDraw.Draw(stencil).polygon(outline, fill=1)
+        found[index] = np.asarray(stencil)
+    return found
+
+
 def _draw_item(
-    canvas: np.ndarray, labels: np.ndarray, index: int, item: Item, x: float, y: float, radius: float
+    canvas: np.ndarray,
+    labels: np.ndarray,
+    index: int,
+    item: Item,
+    x: float,
+    y: float,
+    radius: float,
+    ground: np.ndarray,
 ) -> None:
     import numpy as np
     from PIL import Image, ImageDraw, ImageFilter
@@ -86,8 +113,10 @@ def _draw_item(
     xs = np.arange(columns.start, columns.stop, dtype=np.float32)[None, :]
     light = 1.0 - 0.10 * ((ys - y) + 0.5 * (xs - x)) / radius
     fill = np.asarray(item.rgb, dtype=np.float32) * 255 * light[:, :, None]
+    if item.contrast < 1.0:
+        fill = ground + item.contrast * (fill - ground)
     patch = canvas[rows, columns]
-    patch *= 1.0 - 0.38 * (shadow * (1 - cover))[:, :, None]
+    patch *= 1.0 - 0.38 * item.contrast * (shadow * (1 - cover))[:, :, None]
     patch += cover[:, :, None] * (np.minimum(fill, 255) - patch)
     labels[rows, columns][cover >= 0.5] = index
 
@@ -133,9 +162,7 @@ def _background(texture: int, size: tuple[int, int]) -> np.ndarray:
 
     rng = np.random.default_rng(texture)
     width, height = size
-    hue, saturation = rng.random(), rng.uniform(0.02, 0.15)
-    value = rng.uniform(0.26, 0.92)
-    base = np.asarray(colorsys.hsv_to_rgb(hue, saturation, value)) * 255
+    base = _ground(rng)
 
     def mottle(cells: int, amplitude: float, channels: int) -> np.ndarray:
         coarse = np.clip(128 + amplitude * rng.standard_normal((cells, cells, channels)), 0, 255).astype(np.uint8)
@@ -146,3 +173,32 @@ def _background(texture: int, size: tuple[int, int]) -> np.ndarray:
     picture = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     grain = np.frombuffer(rng.bytes(width * height), dtype=np.uint8).reshape(height, width, 1)
     return np.asarray(picture, dtype=np.float32) + (grain.astype(np.float32) - 127.5) * 0.055
+
+
+def _ground(rng: np.random.Generator) -> np.ndarray:
+    """The mean colour of the ground, ``(3,)`` in 0..255."""
+    import numpy as np
+
+    hue, saturation = rng.random(), rng.uniform(0.02, 0.15)
+    value = rng.uniform(0.26, 0.92)
+    return np.asarray(colorsys.hsv_to_rgb(hue, saturation, value)) * 255
+
+
+def _weave(texture: int, size: tuple[int, int]) -> np.ndarray:
+    """Stripes, checks or ripples in a random direction, ``(H, W, 1)`` float32 in -1..1."""
+    import numpy as np
+
+    rng = np.random.default_rng([texture, 1])  # apart from the ground's own generator, which stays as it was
+    width, height = size
+    side = min(size)
+    ys = ((np.arange(height, dtype=np.float32) + 0.5 - height / 2) / side)[:, None]
+    xs = ((np.arange(width, dtype=np.float32) + 0.5 - width / 2) / side)[None, :]
+    way, angle, period = int(rng.integers(3)), rng.uniform(0, math.pi), rng.uniform(0.07, 0.16)
+    phase, bend = rng.uniform(0, math.tau, 2)
+    along, across = xs * math.cos(angle) + ys * math.sin(angle), ys * math.cos(angle) - xs * math.sin(angle)
+    if way == 2:
+        along = along + 0.35 * period * np.sin(math.tau * across / (2.5 * period) + bend)
+    wave = np.sin(math.tau * along / period + phase)
+    if way == 1:
+        wave = wave * np.sin(math.tau * across / period + bend)
+    return wave.astype(np.float32)[:, :, None]

@@ -10,111 +10,62 @@ Three rules make the scenes useful for explanation:
 * Everything is drawn in the central square of the picture, which is what a resize-and-centre-crop processor keeps.
 
 Scene ``index`` of ``(split, seed)`` is drawn from ``SeedSequence([split number, seed, index])``: it is deterministic,
-does not depend on how many scenes are asked for, and no two splits share a scene.
+does not depend on how many scenes are asked for, and no two splits share a scene. Hard scenes have split numbers of
+their own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.demo.drawing import REACH, render, shade
+from lvlm_probe.demo.questions import (
+    COLOURS,
+    COLUMNS,
+    DOMAINS,
+    NUMBERS,
+    ROWS,
+    SHAPES,
+    Item,
+    Layout,
+    Query,
+    cell_query,
+    colour_query,
+    count_query,
+    may_be_in,
+    pair_query,
+    plural,
+    queries,
+    shape_query,
+    where_query,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+__all__ = [
+    "COLOURS", "COLUMNS", "DOMAINS", "HARD_KINDS", "KINDS", "NUMBERS", "RADIUS", "ROWS", "SHAPES", "SPLITS", "Item",
+    "Layout", "Query", "Scene", "cell_query", "colour_query", "count_query", "draw_layout", "may_be_in", "pair_query",
+    "plural", "queries", "render", "scene_rng", "scenes", "shape_query", "where_query",
+]  # fmt: skip
+
 KINDS: tuple[str, ...] = ("colour", "shape", "count", "where", "pair", "cell")
 """Every kind of question, in the order in which `scenes` deals them."""
 
+HARD_KINDS: tuple[str, ...] = (*KINDS, "which")
+"""The same for hard scenes."""
+
 SPLITS: dict[str, int] = {"train": 0, "tune": 1, "eval": 2}
 """Split name to the number that starts its seed sequence."""
-
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "heart")
-COLOURS: tuple[str, ...] = ("red", "yellow", "green", "cyan", "blue", "purple")
-NUMBERS: tuple[str, ...] = ("no", "one", "two", "three", "four", "five")
-ROWS: tuple[str, ...] = ("top", "bottom")
-COLUMNS: tuple[str, ...] = ("left", "right")
-
-DOMAINS: dict[str, tuple[str, ...]] = {
-    "colour": COLOURS,
-    "shape": SHAPES,
-    "number": NUMBERS[1:],
-    "row": ROWS,
-    "column": COLUMNS,
-}
-"""The words that a slot of each domain can hold."""
 
 RADIUS: tuple[float, float] = (0.088, 0.150)
 """Smallest and largest object radius, as a fraction of the picture's shorter side."""
 
 _GAP = 0.022  # smallest distance between two outlines, as a fraction of the shorter side
-_AXIS_MARGIN = 0.07  # an object nearer than this to a centre line has no well-defined quadrant
-
-
-@dataclass(frozen=True)
-class Item:
-    """One object. `x`, `y` and `radius` are fractions of the central square's side, y downwards; `angle` in radians."""
-
-    shape: str
-    colour: str
-    x: float
-    y: float
-    radius: float
-    angle: float
-    rgb: tuple[float, float, float]
-
-    @property
-    def row(self) -> str | None:
-        """``"top"`` or ``"bottom"``; None near the horizontal centre line."""
-        return None if abs(self.y - 0.5) < _AXIS_MARGIN else ROWS[int(self.y > 0.5)]
-
-    @property
-    def column(self) -> str | None:
-        """``"left"`` or ``"right"``; None near the vertical centre line."""
-        return None if abs(self.x - 0.5) < _AXIS_MARGIN else COLUMNS[int(self.x > 0.5)]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Objects without their pixels. `texture` seeds the background."""
-
-    items: tuple[Item, ...]
-    texture: int
-
-    def mirrored(self) -> Layout:
-        """The layout as a left-right flip of its picture shows it."""
-        return replace(self, items=tuple(replace(i, x=1.0 - i.x, angle=-i.angle) for i in self.items))
-
-
-@dataclass(frozen=True)
-class Query:
-    """One question about a layout.
-
-    `template` is the answer with a ``{}`` for every slot, `words` are the slots' true values, `domains` name the lists
-    they come from (keys of `DOMAINS`), and `targets` are, per slot, the indices of the objects that decide it.
-    `hidden_words` is what each slot holds when those objects cannot be seen, `hidden_template` the whole answer then.
-    """
-
-    kind: str
-    question: str
-    template: str
-    words: tuple[str, ...]
-    domains: tuple[str, ...]
-    targets: tuple[tuple[int, ...], ...]
-    hidden_words: tuple[str, ...]
-    hidden_template: str
-
-    @property
-    def answer(self) -> str:
-        return self.template.format(*self.words)
-
-    @property
-    def slots(self) -> tuple[int, ...]:
-        """Position of each slot in ``answer.split()``."""
-        return tuple(i for i, word in enumerate(self.template.split()) if "{}" in word)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,39 +109,37 @@ def scenes(
     kinds: Sequence[str] | None = None,
     size: tuple[int, int] = (336, 336),
     start: int = 0,
+    hard: bool = False,
 ) -> list[Scene]:
     """Draws `n` scenes; scene ``index`` asks a question of kind ``kinds[index % len(kinds)]``.
 
     `split` is ``"train"`` (whose seed 0 the demo model was trained on), ``"tune"`` or ``"eval"``; they share no scene.
     `kinds` defaults to `KINDS`. `size` is ``(width, height)`` in pixels; the objects stay in the central square, scaled
-    by the shorter side. `start` is the index of the first scene.
+    by the shorter side. `start` is the index of the first scene. `hard` draws the scenes of `lvlm_probe.demo.hard`
+    instead, which the demo model was not trained on, with one kind more (`HARD_KINDS`).
 
     Raises:
         ValueError: an unknown split or kind, a negative number of scenes, or a picture under 32 pixels.
     """
-    kinds = KINDS if kinds is None else tuple(kinds)
+    known = HARD_KINDS if hard else KINDS
+    kinds = known if kinds is None else tuple(kinds)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
-    if unknown := [kind for kind in kinds if kind not in KINDS] or not kinds:
-        raise ValueError(f"unknown kinds {unknown!r}; there are {', '.join(KINDS)}")
+    if unknown := [kind for kind in kinds if kind not in known] or not kinds:
+        raise ValueError(f"unknown kinds {unknown!r}; there are {', '.join(known)}")
     if n < 0 or start < 0:
         raise ValueError(f"cannot draw {n} scenes from index {start}")
     if min(size) < 32:
         raise ValueError(f"a scene of {size[0]}x{size[1]} pixels is too small to read; the shorter side must be >= 32")
-    return [_scene(split, seed, index, kinds[index % len(kinds)], size) for index in range(start, start + n)]
+    return [_scene(split, seed, index, kinds[index % len(kinds)], size, hard) for index in range(start, start + n)]
 
 
-def _scene(split: str, seed: int, index: int, kind: str, size: tuple[int, int]) -> Scene:
-    rng = scene_rng(split, seed, index)
-    while True:
-        group = int(rng.integers(1, 5)) if kind == "count" else None
-        layout = draw_layout(rng, group=group)
-        options = [q for q in queries(layout) if q.kind == kind]
-        if group is not None:
-            options = [q for q in options if q.words[0] == NUMBERS[group]]
-        if options:
-            break
-    query = options[int(rng.integers(len(options)))]
+def _scene(split: str, seed: int, index: int, kind: str, size: tuple[int, int], hard: bool) -> Scene:
+    if hard:
+        from lvlm_probe.demo.hard import draw_question  # which builds on this module
+    else:
+        draw_question = _draw_question
+    layout, query = draw_question(scene_rng(split, seed, index, hard=hard), kind)
     image, labels = render(layout, size)
     word_masks = tuple(_mask_of(labels, targets) for targets in query.targets)
     mask = _mask_of(labels, tuple(t for targets in query.targets for t in targets))
@@ -209,6 +158,17 @@ def _scene(split: str, seed: int, index: int, kind: str, size: tuple[int, int]) 
     )
 
 
+def _draw_question(rng: np.random.Generator, kind: str) -> tuple[Layout, Query]:
+    while True:
+        group = int(rng.integers(1, 5)) if kind == "count" else None
+        layout = draw_layout(rng, group=group)
+        options = [q for q in queries(layout) if q.kind == kind]
+        if group is not None:
+            options = [q for q in options if q.words[0] == NUMBERS[group]]
+        if options:
+            return layout, options[int(rng.integers(len(options)))]
+
+
 def _mask_of(labels: np.ndarray, targets: tuple[int, ...]) -> np.ndarray:
     import numpy as np
 
@@ -223,11 +183,12 @@ def _spans(query: Query) -> Iterator[tuple[int, int]]:
         position += len(word)
 
 
-def scene_rng(split: str, seed: int, index: int) -> np.random.Generator:
+def scene_rng(split: str, seed: int, index: int, *, hard: bool = False) -> np.random.Generator:
     """The generator that a scene is drawn from."""
     import numpy as np
 
-    return np.random.default_rng(np.random.SeedSequence([SPLITS[split], seed, index]))
+    number = SPLITS[split] + (len(SPLITS) if hard else 0)
+    return np.random.default_rng(np.random.SeedSequence([number, seed, index]))
 
 
 def draw_layout(rng: np.random.Generator, *, objects: tuple[int, int] = (3, 5), group: int | None = None) -> Layout:
@@ -267,126 +228,3 @@ def _places(rng: np.random.Generator, n: int) -> list[tuple[float, float, float]
                 found.append((x, y, radius))
             if len(found) == n:
                 return found
-
-
-def plural(shape: str) -> str:
-    """``"circle"`` to ``"circles"``, ``"cross"`` to ``"crosses"``."""
-    return shape + ("es" if shape.endswith("s") else "s")
-
-
-def colour_query(shape: str, colour: str, targets: tuple[int, ...]) -> Query:
-    """ "What color is the star?" """
-    return Query(
-        kind="colour",
-        question=f"What color is the {shape}?",
-        template=f"The {shape} is {{}}.",
-        words=(colour,),
-        domains=("colour",),
-        targets=(targets,),
-        hidden_words=("hidden",),
-        hidden_template=f"The {shape} is hidden.",
-    )
-
-
-def shape_query(colour: str, shape: str, targets: tuple[int, ...]) -> Query:
-    """ "What shape is the red object?" """
-    return Query(
-        kind="shape",
-        question=f"What shape is the {colour} object?",
-        template=f"The {colour} object is a {{}}.",
-        words=(shape,),
-        domains=("shape",),
-        targets=(targets,),
-        hidden_words=("hidden",),
-        hidden_template=f"The {colour} object is a hidden object.",
-    )
-
-
-def count_query(noun: tuple[str, str], number: int, targets: tuple[int, ...]) -> Query:
-    """ "How many circles are there?"; `noun` is singular and plural."""
-    return Query(
-        kind="count",
-        question=f"How many {noun[1]} are there?",
-        template=f"I count {{}} {noun[0] if number == 1 else noun[1]}.",
-        words=(NUMBERS[number],),
-        domains=("number",),
-        targets=(targets,),
-        hidden_words=("no",),
-        hidden_template=f"I count no {noun[1]}.",
-    )
-
-
-def where_query(colour: str, shape: str, row: str, column: str, targets: tuple[int, ...]) -> Query:
-    """ "Where is the red square?" """
-    return Query(
-        kind="where",
-        question=f"Where is the {colour} {shape}?",
-        template=f"The {colour} {shape} is in the {{}} {{}}.",
-        words=(row, column),
-        domains=("row", "column"),
-        targets=(targets, targets),
-        hidden_words=("hidden", "hidden"),
-        hidden_template=f"The {colour} {shape} is in the hidden part.",
-    )
-
-
-def pair_query(shapes: tuple[str, str], colours: tuple[str, str], targets: tuple[tuple[int, ...], ...]) -> Query:
-    """ "What color are the star and the circle?" """
-    first, second = shapes
-    return Query(
-        kind="pair",
-        question=f"What color are the {first} and the {second}?",
-        template=f"The {first} is {{}} and the {second} is {{}}.",
-        words=colours,
-        domains=("colour", "colour"),
-        targets=targets,
-        hidden_words=("hidden", "hidden"),
-        hidden_template=f"The {first} is hidden and the {second} is hidden.",
-    )
-
-
-def cell_query(row: str, column: str, colour: str, shape: str, targets: tuple[int, ...]) -> Query:
-    """ "What is in the top left?" """
-    return Query(
-        kind="cell",
-        question=f"What is in the {row} {column}?",
-        template=f"In the {row} {column} is a {{}} {{}}.",
-        words=(colour, shape),
-        domains=("colour", "shape"),
-        targets=(targets, targets),
-        hidden_words=("hidden", "object"),
-        hidden_template=f"In the {row} {column} is a hidden object.",
-    )
-
-
-def queries(layout: Layout) -> list[Query]:
-    """Every question that `layout` answers without ambiguity, in a fixed order."""
-    items = layout.items
-    by_shape = {s: tuple(i for i, item in enumerate(items) if item.shape == s) for s in SHAPES}
-    by_colour = {c: tuple(i for i, item in enumerate(items) if item.colour == c) for c in COLOURS}
-    found: list[Query] = []
-    single = {s: of[0] for s, of in by_shape.items() if len(of) == 1}
-    found += [colour_query(s, items[i].colour, (i,)) for s, i in single.items()]
-    found += [shape_query(c, items[of[0]].shape, of) for c, of in by_colour.items() if len(of) == 1]
-    found += [count_query((s, plural(s)), len(of), of) for s, of in by_shape.items() if of]
-    found += [count_query((f"{c} object", f"{c} objects"), len(of), of) for c, of in by_colour.items() if of]
-    for i, item in enumerate(items):
-        alone = sum((other.shape, other.colour) == (item.shape, item.colour) for other in items) == 1
-        if alone and item.row and item.column:
-            found.append(where_query(item.colour, item.shape, item.row, item.column, (i,)))
-    for first, i in single.items():
-        for second, j in single.items():
-            if first != second:
-                found.append(pair_query((first, second), (items[i].colour, items[j].colour), ((i,), (j,))))
-    for row in ROWS:
-        for column in COLUMNS:
-            inside = [i for i, item in enumerate(items) if _may_be_in(item, row, column)]
-            if len(inside) == 1 and items[inside[0]].row and items[inside[0]].column:
-                item = items[inside[0]]
-                found.append(cell_query(row, column, item.colour, item.shape, (inside[0],)))
-    return found
-
-
-def _may_be_in(item: Item, row: str, column: str) -> bool:
-    """True unless the object's centre is clearly outside the quadrant."""
-    return item.row in (row, None) and item.column in (column, None)

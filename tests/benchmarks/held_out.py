@@ -31,31 +31,43 @@ class Case:
     selection: TokenSelection
 
 
-def cases(split: str, wanted: int, directory: Path, *, skipped: Counter[str], after: int = -1) -> Iterator[Case]:
+def cases(
+    split: str,
+    wanted: int,
+    directory: Path,
+    *,
+    skipped: Counter[str],
+    after: int = -1,
+    hard: bool = False,
+    model: Path | None = None,
+) -> Iterator[Case]:
     """Yields ``wanted`` cases of a split in order, from scene ``after + 1`` on.
+
+    With ``hard`` they are hard scenes. ``model`` is the folder of the checkpoint that answers them, by default the demo
+    model; for hard scenes, one that ``examples/train_hard_model.py`` has written.
 
     Scenes answered wrongly, or without a token whose LLR exceeds 1, are passed over and counted in ``skipped``: the
     ground-truth mask is that of the right answer, and nothing can be localised where the picture has no say.
     """
-    model, processor = probe.demo.load()
+    llava, processor = probe.demo.load() if model is None else _load(model)
     index, found = after + 1, 0
     while found < wanted:
-        (scene,) = probe.demo.scenes(1, split=split, start=index)
+        (scene,) = probe.demo.scenes(1, split=split, start=index, hard=hard)
         index += 1
-        attached = probe.attach(model, processor)
+        attached = probe.attach(llava, processor)
         try:
             inputs = processor.apply_chat_template(
                 scene.messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )
             with attached.record(directory, images=[scene.image]):
-                model.generate(**inputs, max_new_tokens=32, do_sample=False)
+                llava.generate(**inputs, max_new_tokens=32, do_sample=False)
         finally:
             attached.detach()
         trace = probe.open_store(directory)[-1]
         if trace.answer.strip() != scene.answer:
             skipped["answered wrongly"] += 1
             continue
-        replay = probe.replay(trace, model, processor)
+        replay = probe.replay(trace, llava, processor)
         selection = probe.select_tokens(replay)
         if not selection:
             skipped["no token with LLR > 1"] += 1
@@ -63,6 +75,13 @@ def cases(split: str, wanted: int, directory: Path, *, skipped: Counter[str], af
         replay.strengthen(selection.indices)
         found += 1
         yield Case(scene, replay, selection)
+
+
+def _load(directory: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(directory)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
