@@ -1,7 +1,7 @@
 """Evaluates the demo model on held-out scenes: what it knows, and how its words depend on the picture.
 
     python examples/evaluate_demo_model.py [--json]
-    python examples/evaluate_demo_model.py --model runs/hard/model --hard
+    python examples/evaluate_demo_model.py --model examples/hard_model --hard
 
 Every answer is generated greedily through the real processor and ``generate()``. Printed are, per kind of question, the
 share of answers that equal the true sentence, with a 95 % Wilson interval; and on other scenes, with every generated

@@ -1,7 +1,7 @@
 """The paper's ablations of iGOS++ (Tables 3, 5, 6 and 7) on scenes whose visual words are known.
 
     python tests/benchmarks/ablations.py
-    python tests/benchmarks/ablations.py --hard --model runs/hard/model --shard 0/2
+    python tests/benchmarks/ablations.py --hard --model examples/hard_model --shard 0/2
 
 Whatever tokens a heatmap was made for, it is judged on the words that only the picture can tell
 (``Scene.visual_spans``): a selection that takes the wrong words is scored on the right ones. Heatmaps are those of the

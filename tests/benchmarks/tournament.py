@@ -1,7 +1,7 @@
 """Every method on the same scenes, judged in the same way: the README's comparison of explainers.
 
     python tests/benchmarks/tournament.py
-    python tests/benchmarks/tournament.py --hard --model runs/hard/model
+    python tests/benchmarks/tournament.py --hard --model examples/hard_model
     python tests/benchmarks/tournament.py --shard 0/2 &  python tests/benchmarks/tournament.py --shard 1/2
 
 Every method explains the same tokens against the same verified baseline and is ranked on the same grid. It is judged by
