@@ -29,11 +29,11 @@ figures: .venv/.installed-dev  ## the README's figures, from the scripts that ma
 	@for script in tests/benchmarks/bench_*.py tests/benchmarks/crash_trace.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 # Two processes, each with its half of the scenes; a second call goes on where the first was stopped.
-tournament: .venv/.installed-dev  ## all methods, and the paper's ablations, on 200 scenes (about an hour)
-	@$(BIN)/python tests/benchmarks/tournament.py --shard 1/2 & $(BIN)/python tests/benchmarks/tournament.py --shard 0/2 && wait
-	@$(BIN)/python tests/benchmarks/ablations.py --shard 1/2 & $(BIN)/python tests/benchmarks/ablations.py --shard 0/2 && wait
-	$(BIN)/python tests/benchmarks/tournament.py --table
-	$(BIN)/python tests/benchmarks/ablations.py --table
+tournament: .venv/.installed-dev  ## all methods and the ablations, on 200 easy and 200 hard scenes (hours; resumes)
+	@for scenes in "" "--hard --model examples/hard_model"; do for script in tournament ablations; do \
+		$(BIN)/python tests/benchmarks/$$script.py $$scenes --shard 1/2 & \
+		$(BIN)/python tests/benchmarks/$$script.py $$scenes --shard 0/2 && wait && \
+		$(BIN)/python tests/benchmarks/$$script.py $$scenes --table || exit 1; done; done
 
 clean:  ## remove environments and everything generated
 	rm -rf .venv .venv-tv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
