@@ -175,7 +175,30 @@ def test_tables_say_what_the_lines_say(tmp_path: Path, capsys: pytest.CaptureFix
     assert behind["mean"] == pytest.approx(float((gains["igos++"] - gains["tmm"])[kept].mean()))
     assert behind["low"] > 0 and behind["n"] == 11
     assert behind["p_holm"] == pytest.approx(2 * min(behind["p"], 1.0), rel=0.5)
-    text = tournament.table(summary)
+    text = tournament.table({**summary, "begun": 2})
+    assert "Scenes begun and not judged under every method yet are left out: 2." in text
+    short = tournament.short_table(summary).splitlines()
+    assert short[2].startswith("| igos++ |") and short[3].startswith("| tmm |")
+    assert f"{behind['mean']:+.3f}" in short[3]
     order = [row.split("|")[1].strip() for row in text.splitlines()[2:5]]
     assert order == ["igos++", "tmm", "random"]
     assert "Scenes without a map are left out: tmm 11 of 12." in text
+
+
+def test_only_scenes_that_every_method_has_judged_are_compared(tmp_path: Path) -> None:
+    lines = judging.Lines(tmp_path)
+    for scene, name in ((0, "a"), (0, "b"), (1, "a"), (2, "b"), (3, "a"), (3, "b")):
+        lines.add(line(scene, name))
+    assert lines.keep_complete(["a", "b"]) == 2
+    assert sorted(lines.latest) == [(0, "a"), (0, "b"), (3, "a"), (3, "b")]
+    assert judging.Lines(tmp_path).keep_complete(["a"]) == 1  # the file keeps them all
+
+
+def test_filling_a_place_leaves_the_rest(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- easy -->\nold\n<!-- /easy -->\nbelow\n", encoding="utf-8")
+    for text in ("| new |", "| newer |"):
+        judging.fill(page, "easy", text)
+    assert page.read_text("utf-8") == "above\n<!-- easy -->\n| newer |\n<!-- /easy -->\nbelow\n"
+    with pytest.raises(SystemExit, match="has no place <!-- hard -->"):
+        judging.fill(page, "hard", "")

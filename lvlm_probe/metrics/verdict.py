@@ -20,8 +20,8 @@ MIN_CONTRAST = 0.05
 
 MIN_GAIN = 0.35
 """Insertion − deletion: random heatmaps have 0 in the mean, but single ones scatter widely where an answer hangs on one
-small object; on 100 held-out scenes of the embedded model 95 % of them stay below 0.32 (``bench_explain.py``).
-``evaluate(chance=n)`` measures it for the answer at hand, and then the heatmap has to beat them all as well."""
+small object; on 100 held-out scenes of the embedded model 95 % of them stay below 0.32. ``evaluate(chance=n)``
+measures it for the answer at hand, and then the heatmap has to beat them all as well."""
 
 MIN_ORIGINAL = 0.05
 """Mean probability of the tokens with the whole picture in sight: below it the model itself hardly holds the answer."""

@@ -97,6 +97,15 @@ class Lines:
         key = max(mine, key=lambda line: line["time"])["key"] if mine else ""
         return sorted((line for line in mine if line["key"] == key), key=lambda line: line["scene"])
 
+    def keep_complete(self, names: Sequence[str]) -> int:
+        """Forgets scenes that not every entry has judged yet, and says how many those were: all are compared on one
+        set of scenes."""
+        done = [{line["scene"] for line in self.of(name)} for name in names]
+        complete = set.intersection(*done) if done else set()
+        begun = {scene for scene, _ in self.latest} - complete
+        self.latest = {place: line for place, line in self.latest.items() if place[0] in complete}
+        return len(begun)
+
     def names(self) -> list[str]:
         """Entries that have lines, in order of first appearance."""
         return list(dict.fromkeys(line["name"] for line in sorted(self.latest.values(), key=lambda line: line["time"])))
@@ -337,6 +346,20 @@ def write(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def fill(path: Path, mark: str, text: str) -> None:
+    """Puts a text between ``<!-- mark -->`` and ``<!-- /mark -->`` in a Markdown file.
+
+    Raises:
+        SystemExit: The file has no such place.
+    """
+    page = path.read_text(encoding="utf-8")
+    before, opened, rest = page.partition(f"<!-- {mark} -->")
+    _, closed, after = rest.partition(f"<!-- /{mark} -->")
+    if not (opened and closed):
+        raise SystemExit(f"{path} has no place <!-- {mark} --> … <!-- /{mark} -->")
+    write(path, f"{before}{opened}\n{text.strip()}\n{closed}{after}")
 
 
 def _finite(value: Any) -> Any:

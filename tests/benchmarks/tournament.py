@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from judging import (
     comparison,
     digest,
     figure,
+    fill,
     holm,
     judged,
     peak_memory,
@@ -64,6 +66,7 @@ FLOORS = ("random", "center")
 JUDGES = ("deletion", "insertion", "gain", "held_out", *(f"gain_{kind}" for kind in HELD_OUT))
 PLACES = ("pointing", "pointing_strict", "energy", "average_precision", "iou", "causal")
 MEMORY_SCENES = 3
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -259,12 +262,34 @@ def table(summary: dict[str, Any]) -> str:
         f"median. Peak: tensors alive at once, from torch's profiler, mean of a few scenes. {summary['machine']}.",
     ]
     missing = [f"{name} {row['maps']} of {row['scenes']}" for name, row in rows.items() if row["maps"] < row["scenes"]]
-    uneven = [f"{name} on {row['scenes']}" for name, row in rows.items() if row["scenes"] < summary["scenes"]]
     if missing:
         text.append(f"\nScenes without a map are left out: {'; '.join(missing)}.")
-    if uneven:
-        text.append(f"\nNOT FINISHED, scenes judged so far: {'; '.join(uneven)}.")
+    if summary["begun"]:
+        text.append(f"\nScenes begun and not judged under every method yet are left out: {summary['begun']}.")
     return "\n".join(text) + "\n"
+
+
+def short_table(summary: dict[str, Any]) -> str:
+    """The columns that a README has room for, best gain first; floors and the reference last."""
+    rows, leader = summary["methods"], summary["against"]
+    last = (*FLOORS, GROUND_TRUTH)
+    order = sorted(rows, key=lambda name: (name in last, -(rows[name]["gain"] or {"mean": -9})["mean"]))
+    text = [
+        f"| heatmap | gain ↑ | {leader} − it | p | gain, held-out baselines ↑ | pointing ↑ | average precision ↑ "
+        "| causal agreement ↑ | passes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in order:
+        row = rows[name]
+        test = row.get("behind", {}).get("gain")
+        passes = f"{row['forward']:.0f} + {row['backward']:.0f}" if row["forward"] else "none"
+        means = [
+            "–" if row[column] is None else f"{row[column]['mean']:.3f}"
+            for column in ("held_out", "pointing", "average_precision", "causal")
+        ]
+        against = [shown(test, signed=True), _p(test)] if test else ["–", "–"]
+        text.append(f"| {name} | {' | '.join([shown(row['gain']), *against, *means, passes])} |")
+    return "\n".join([*text, "", scenes_sentence(summary)])
 
 
 def _p(test: Mapping[str, Any]) -> str:
@@ -281,6 +306,7 @@ def main() -> None:
     parser.add_argument(
         "--memory", type=int, default=MEMORY_SCENES, help="scenes to measure peak memory on; 0 for none"
     )
+    parser.add_argument("--fill", action="store_true", help="also put the tables into README.md and docs/tournament.md")
     arguments = parser.parse_args()
     settle(arguments)
     known = entries()
@@ -300,9 +326,17 @@ def main() -> None:
         lines = Lines(arguments.out, arguments.shard)  # with what other shards have written meanwhile
     if not lines.latest:
         raise SystemExit(f"no lines in {arguments.out}; run without --table first")
-    summary = summarise(arguments, lines)
+    names = [name for name in lines.names() if name in chosen]
+    begun = lines.keep_complete(names)
+    if not lines.latest:
+        raise SystemExit(f"no scene in {arguments.out} has been judged under every method yet; let it go on")
+    summary = {**summarise(arguments, lines), "begun": begun}
     write(arguments.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     write(arguments.out / "table.md", table(summary))
+    if arguments.fill:
+        mark = "hard" if arguments.hard else "easy"
+        fill(ROOT / "README.md", f"tournament {mark}", short_table(summary))
+        fill(ROOT / "docs" / "tournament.md", mark, table(summary))
     print(table(summary))
 
 
