@@ -30,6 +30,7 @@ figures: .venv/.installed-dev  ## the README's figures, from the scripts that ma
 
 # Two processes, each with its half of the scenes; a second call goes on where the first was stopped.
 tournament: .venv/.installed-dev  ## all methods and the ablations, on 200 easy and 200 hard scenes (hours; resumes)
+	@mkdir -p runs/tournament && cp -rn tests/benchmarks/results/. runs/tournament/
 	@for scenes in "" "--hard --model examples/hard_model"; do for script in tournament ablations; do \
 		$(BIN)/python tests/benchmarks/$$script.py $$scenes --shard 1/2 & \
 		$(BIN)/python tests/benchmarks/$$script.py $$scenes --shard 0/2 && wait && \

@@ -58,6 +58,7 @@ class Walk:
     last_factor: Literal["identity", "bare"] = "identity"
     encoder: int = 0
     visited: list[str] = field(default_factory=list)
+    _lowest: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.scope not in ("decoder", "encoder", "both"):
@@ -138,8 +139,6 @@ class Walk:
             total += torch.einsum("vr,vrk->vk", share, bar)
         vector[:, layer.start : stop] = total
         self.visited.append(layer.layer.module)
-
-    _lowest: str = ""
 
     def _encoder_start(self) -> Tensor:
         tokens = self.encoder_tokens
