@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lvlm_probe.anatomy import examine, find_modules
+from lvlm_probe.anatomy import find_modules
 from lvlm_probe.attention.dispatch import AttentionCall, lead
 from lvlm_probe.attention.layers import TapLayer, discover
 from lvlm_probe.attention.rows import attention_rows, take_rows
@@ -225,14 +225,13 @@ def capture(
             "capture does not go together with gradient checkpointing, which runs every layer twice: "
             "replay without gradient_checkpointing"
         )
-    anatomy = examine(model)
     seen = Captured(visit=visit, edit=edit)
     tapped: list[nn.Module] = []
     for part in attention:
         if part == "decoder":
             tapped += seen.tap(model, part, None)
         elif part == "encoder":
-            for path in anatomy.encoders:
+            for path in replay.anatomy.encoders:
                 tapped += seen.tap(model, path, model.get_submodule(path))
         else:
             raise ExplainError(f"attention of {part!r}: there are 'decoder' and 'encoder'")

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from lvlm_probe.anatomy import examine
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.layout import source_span
@@ -171,7 +170,7 @@ def _spans(source: np.ndarray, token: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def encoders_of(replay: Replay) -> tuple[str, ...]:
     """Paths of the model's vision encoders. Raises ``ExplainError`` when it has none."""
-    found = examine(replay.model).encoders
+    found = replay.anatomy.encoders
     if not found:
         raise ExplainError(f"{type(replay.model).__name__} has no vision encoder of its own to look into")
     return found

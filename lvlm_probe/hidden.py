@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lvlm_probe.anatomy import examine
 from lvlm_probe.errors import ExplainError, ReplayError
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def hidden_states(replay: Replay) -> Tensor:
     Raises:
         ExplainError: The model does not run its decoder over these positions.
     """
-    path = examine(replay.model).decoder
+    path = replay.anatomy.decoder
     if not path:
         raise ExplainError(f"{type(replay.model).__name__} has no decoder of its own to look at")
     with replay.capture(modules=[path]) as seen, torch.no_grad():
@@ -79,7 +78,7 @@ def point_records(
         hidden, rows = narrowed(hidden_states(replay)), narrowed(head_rows(replay.model, ids))
     except ExplainError as error:
         raise ReplayError(str(error)) from error
-    decoder = examine(replay.model).decoder
+    decoder = replay.anatomy.decoder
     return {
         HIDDEN: PointRecord(hidden, ("position", "channel"), (), "none", decoder),
         ROWS: PointRecord(rows, ("text_token", "channel"), (), "none", "lm_head"),

@@ -10,7 +10,7 @@ import numpy as np
 
 from lvlm_probe.errors import ImageError
 
-__all__ = ["image_spans", "source_span", "token_boxes"]
+__all__ = ["image_spans", "shared_with_cells", "source_span", "token_boxes"]
 
 
 def image_spans(positions: np.ndarray, n_images: int, tokens_per_image: Sequence[int] | None = None) -> np.ndarray:
@@ -116,3 +116,10 @@ def source_span(values: np.ndarray, size: int) -> tuple[float, float]:
     low, high = float(distinct[0]), float(distinct[-1])
     half = (high - low) / max(1, len(distinct) - 1) / 2 if len(distinct) > 1 else 0.5
     return max(0.0, low - half), min(float(size), high + half)
+
+
+def shared_with_cells(low: np.ndarray, high: np.ndarray, size: int, cells: int) -> np.ndarray:
+    """Length that each interval shares with each of ``cells`` equal parts of ``[0, size]``, ``(interval, cell)``."""
+    edges = np.linspace(0, size, cells + 1)
+    shared: np.ndarray = np.minimum(high[:, None], edges[1:]) - np.maximum(low[:, None], edges[:-1])
+    return shared.clip(min=0)

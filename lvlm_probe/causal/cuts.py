@@ -146,7 +146,7 @@ def cut_attention(replay: Replay, layers: Layers, queries: np.ndarray, keys: np.
     Raises:
         ExplainError: a layer did not run in the block, or is given a mask that cannot be cut.
     """
-    cut = AttentionCut(queries, keys, replay.prompt_length + len(replay.tokens) - 1)
+    cut = AttentionCut(queries, keys, replay.length)
     if not cut:
         yield
         return
@@ -181,7 +181,7 @@ def cut_through_nnsight(
     """
     from lvlm_probe import _nnsight
 
-    cut = AttentionCut(queries, keys, replay.prompt_length + len(replay.tokens) - 1)
+    cut = AttentionCut(queries, keys, replay.length)
 
     def worker(module: nn.Module) -> Callable[[], None]:
         return lambda: _nnsight.edit_inputs(envoys[id(module)], lambda args, kwargs: cut(module, args, kwargs))

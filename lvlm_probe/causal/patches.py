@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lvlm_probe.anatomy import examine
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.images import PixelPath
@@ -74,7 +73,7 @@ def patched(replay: Replay, features: Features, rows: np.ndarray) -> Iterator[No
 @contextmanager
 def _at_decoder(replay: Replay, edit: Callable[[Features], None]) -> Iterator[None]:
     """Show the image tokens' features to ``edit``, which may change them in place, before the decoder sees them."""
-    path = examine(replay.model).decoder
+    path = replay.anatomy.decoder
     decoder = replay.model.get_submodule(path)
     positions = torch.tensor(replay.trace.layout.image_positions)  # type: ignore[union-attr]
     thread, calls = threading.get_ident(), 0
@@ -84,7 +83,7 @@ def _at_decoder(replay: Replay, edit: Callable[[Features], None]) -> Iterator[No
         if threading.get_ident() != thread:
             return None
         embeddings = kwargs.get("inputs_embeds")
-        if embeddings is None or embeddings.shape[1] != replay.prompt_length + len(replay.tokens) - 1:
+        if embeddings is None or embeddings.shape[1] != replay.length:
             return None
         calls += 1
         place = positions.to(embeddings.device)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.images import PixelPath
-from lvlm_probe.layout import token_boxes
+from lvlm_probe.layout import shared_with_cells, token_boxes
 
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
@@ -95,9 +95,7 @@ def token_heat(values: np.ndarray, boxes: np.ndarray, image_size: tuple[int, int
 
 def _shared(low: np.ndarray, high: np.ndarray, size: int, cells: int) -> np.ndarray:
     """Share of each interval that falls into each of ``cells`` equal parts of ``[0, size]``, ``(interval, cell)``."""
-    edges = np.linspace(0, size, cells + 1)
-    overlap = np.minimum(high[:, None], edges[None, 1:]) - np.maximum(low[:, None], edges[None, :-1])
-    overlap = overlap.clip(min=0)
+    overlap = shared_with_cells(low, high, size, cells)
     shares: np.ndarray = overlap / overlap.sum(axis=1, keepdims=True)
     return shares
 
@@ -125,7 +123,7 @@ def query_positions(replay: Replay, selection: TokenSelection, queries: Queries 
     if isinstance(queries, str):
         raise ExplainError(f"queries is 'tokens', 'answer', 'text' or a sequence of positions; got {queries!r}")
     chosen = np.unique(np.asarray(queries, dtype=np.int64))
-    last = replay.prompt_length + len(replay.tokens) - 2
+    last = replay.length - 1
     if chosen.size == 0 or chosen[0] < 0 or chosen[-1] > last or np.isin(chosen, images).any():
         raise ExplainError(f"query positions are text positions from 0 to {last}; got {list(queries)[:8]}")
     return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import logging
 import platform
 import time
@@ -12,22 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from lvlm_probe.errors import ExplainError, MaskError
-from lvlm_probe.explainers import (
-    attention,
-    floors,
-    gradcam,
-    greedy,
-    igos,
-    iia,
-    input_gradient,
-    integrated_gradients,
-    occlusion,
-    registry,
-    rise,
-    rollout,
-    tam,
-    tmm,
-)
+from lvlm_probe.explainers import registry
 from lvlm_probe.explainers.recorded import RecordedAnswer
 from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, find, needs_of, register
 from lvlm_probe.heatmap import Heatmap
@@ -46,21 +32,11 @@ register_explainer = register
 """What ``lvlm_probe.register_explainer`` is."""
 
 # Importing a method's module registers it.
-_BUILT_IN = (
-    attention,
-    floors,
-    gradcam,
-    greedy,
-    igos,
-    iia,
-    input_gradient,
-    integrated_gradients,
-    occlusion,
-    rise,
-    rollout,
-    tam,
-    tmm,
-)
+for _module in (
+    "attention", "floors", "gradcam", "greedy", "igos", "iia", "input_gradient", "integrated_gradients", "occlusion",
+    "rise", "rollout", "tam", "tmm",
+):  # fmt: skip
+    importlib.import_module(f"{__name__}.{_module}")
 
 Tokens = str | tuple[int, int] | Sequence[str] | TokenSelection
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lvlm_probe.explainers.registry import Problem
+from lvlm_probe.explainers.scaling import score_of
 
 __all__ = ["level_sets", "refine_order"]
 
@@ -63,7 +64,6 @@ def refine_order(
     Returns:
         the heatmap ``(row, col)``, and one record per step: mean probability over the level sets, taken away and shown.
     """
-    chosen = list(problem.selection.indices)
     values = heat[seen]
     # Halfway between value and rank: many cells of a mask have one value, and no level set could end among them.
     rank = values.argsort().argsort().to(values) / max(len(values) - 1, 1)
@@ -79,7 +79,7 @@ def refine_order(
             masks = torch.cat([1 - shown, shown])
             scores, slopes = problem.replay.score_and_grad(
                 masks.detach().to(problem.replay.device),
-                lambda log_probs: log_probs[:, chosen].exp().mean(dim=1),
+                lambda log_probs: score_of(problem, log_probs, "prob"),
                 image=problem.image,
             )
             pull = (sign[:, None, None] * slopes.to(masks) * masks).sum() / len(levels)

@@ -16,7 +16,7 @@ import torch
 
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.images import PixelPath
-from lvlm_probe.layout import token_boxes
+from lvlm_probe.layout import shared_with_cells, token_boxes
 
 if TYPE_CHECKING:
     from lvlm_probe.explainers.registry import Outcome, Problem
@@ -100,14 +100,9 @@ def paint(
         the grid ``(row, col)`` float64, each cell the mean of the tokens it meets, weighted by the area they share, and
         which cells meet any, bool.
     """
-    box = torch.from_numpy(np.asarray(boxes, dtype=np.float64))
-
-    def shared(low: torch.Tensor, high: torch.Tensor, length: int, cells: int) -> torch.Tensor:
-        edges = torch.linspace(0, length, cells + 1, dtype=torch.float64)
-        return (torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])).clamp(min=0)
-
-    across = shared(box[:, 0], box[:, 2], size[0], shape[1])
-    down = shared(box[:, 1], box[:, 3], size[1], shape[0])
+    box = np.asarray(boxes, dtype=np.float64)
+    across = torch.from_numpy(shared_with_cells(box[:, 0], box[:, 2], size[0], shape[1]))
+    down = torch.from_numpy(shared_with_cells(box[:, 1], box[:, 3], size[1], shape[0]))
     area = torch.einsum("nr,nc->rc", down, across)
     total = torch.einsum("n,nr,nc->rc", values.detach().double().cpu(), down, across)
     met = area > 1e-9 * max(size)

@@ -52,7 +52,7 @@ class Replay(WithBaseline):
 
     Attributes:
         trace, trace_id: what is replayed.
-        model, processor: what it is replayed on.
+        model, processor, anatomy: what it is replayed on, and where the model's parts are.
         tokens, token_ids, special, words: the recorded answer, ``(T,)`` each but ``words``.
         path: how a mask reaches the model's pixel inputs.
         baseline: what the baseline picture is: ``kind``, its parameters, and, once checked, ``mean_probability``.
@@ -87,7 +87,7 @@ class Replay(WithBaseline):
         prompt = torch.tensor(trace.input_ids).long()
         recorded = {name: value for name, value in trace.model_kwargs.items() if isinstance(value, torch.Tensor)}
         self.path, self.baseline = recorded_path(trace, recorded, processor, model, check=check_pixels)
-        anatomy = examine(model, processor)
+        anatomy = self.anatomy = examine(model, processor)
         # One entry per prompt position, and not the picture's: such inputs are extended over the answer.
         sequence = {
             name: value

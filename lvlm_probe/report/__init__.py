@@ -122,8 +122,9 @@ def _fill(samples: list[dict[str, Any]], title: str) -> str:
     return _page("page.html", title, _asset("page.css"), script, summary=_summary(samples), data=data)
 
 
-def _page(template: str, title: str, style: str, script: str, **parts: str) -> str:
-    """A template with its style and script, which the page's policy allows by their digests, and nothing else.
+def _page(template: str, title: str, style: str, script: str, *, body: str = "<body>", **parts: str) -> str:
+    """A template under the head of all pages, with its style and script, which the page's policy allows by their
+    digests, and nothing else.
 
     ``parts`` are put in as they are: markup, whose text has been escaped. ``title`` is escaped here.
     """
@@ -143,6 +144,7 @@ def _page(template: str, title: str, style: str, script: str, **parts: str) -> s
     )
     parts |= {
         "policy": policy,
+        "body": body,
         "title": html.escape(title),
         "writer": html.escape(f"lvlm_probe {__version__}"),
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -150,7 +152,7 @@ def _page(template: str, title: str, style: str, script: str, **parts: str) -> s
         "script": script,
     }
     # One pass, so that a "{{...}}" inside a title or an answer stays what it is.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset(template))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("head.html") + _asset(template))
 
 
 def _asset(name: str) -> str:

@@ -45,6 +45,7 @@ def filled(columns: Sequence[str], rows: Sequence[Row], standings: Sequence[Stan
         title,
         _asset("page.css") + _asset("comparison.css"),
         _asset("theme.js") + 'document.documentElement.dataset.ready = "true";\n',
+        body='<body class="comparison">',
         terms=_terms(columns, rows),
         scenes=table,
         standings=_standings(standings, len(rows)) if len(rows) > 1 else "",
