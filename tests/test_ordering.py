@@ -64,6 +64,17 @@ def test_a_step_goes_down_the_gradient_of_the_objective() -> None:
     assert found.flatten().argsort().tolist() == step.flatten().argsort().tolist()
 
 
+def test_the_level_sets_are_scored_by_the_mean_probability_of_the_words() -> None:
+    replay = ToyReplay(torch.stack([WEIGHTS, WEIGHTS.flip(0)]), original=(0.9, 0.5), base=(0.01, 0.2))
+    heat = torch.rand(4, 4, generator=torch.Generator().manual_seed(5))
+    rank = heat.flatten().argsort().argsort().reshape(4, 4) / 15
+    shown = level_sets((heat / heat.max() + rank) / 2, torch.ones(4, 4, dtype=torch.bool), LEVELS, softness=0.1)
+    taken, given = (float(replay.log_probs(masks).exp().mean()) for masks in (1 - shown, shown))
+    _, records = refined(replay, heat, iterations=1)
+    assert records[0]["probability_taken"] == pytest.approx(taken, abs=1e-6)
+    assert records[0]["probability_shown"] == pytest.approx(given, abs=1e-6)
+
+
 def test_the_values_stay_and_their_order_improves() -> None:
     replay = ToyReplay(WEIGHTS, base=(0.001,))
     heat = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))  # knows nothing
