@@ -126,7 +126,7 @@ def softcapped() -> tuple[Any, Any]:
         hidden_size=48,
     )
     capped = transformers.PaliGemmaForConditionalGeneration(config).float().eval()
-    tiny_models._redraw(capped, 0)
+    tiny_models.redraw(capped, 0)
     capped.set_attn_implementation("eager")
     return capped, processor
 

@@ -27,7 +27,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast
 from transformers.utils import is_torchvision_available
 
-__all__ = ["NAMES", "build", "build_model", "build_processor", "inputs", "load_processor", "picture", "save"]
+__all__ = [
+    "FAMILIES",
+    "NAMES",
+    "build",
+    "build_model",
+    "build_processor",
+    "inputs",
+    "load_processor",
+    "picture",
+    "save",
+]
 
 _TEXT = (
     "What Where How many is in on of to the a there are picture image colour shape square circle triangle red blue "
@@ -48,7 +58,7 @@ class _Family:
     named: dict[str, str]
 
 
-def _tokenizer(family: _Family) -> PreTrainedTokenizerFast:
+def make_tokenizer(family: _Family) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of some 450 entries: any text tokenises, and common words are one piece.
 
     Vocabulary and merges are written out, not trained: training breaks ties differently in every process.
@@ -77,7 +87,7 @@ def _tokenizer(family: _Family) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _chat_template(slot: str) -> str:
+def make_chat_template(slot: str) -> str:
     return (
         "<bos>{% for message in messages %}{{ message['role'] | upper }}: "
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -86,7 +96,7 @@ def _chat_template(slot: str) -> str:
     )
 
 
-def _text(ids: dict[str, int], **overrides: Any) -> dict[str, Any]:
+def text_config(ids: dict[str, int], **overrides: Any) -> dict[str, Any]:
     """A text sub-config: 3 layers, 4 query heads over 2 key heads (grouped-query attention), 48 hidden units."""
     return {
         "vocab_size": 640,
@@ -103,7 +113,7 @@ def _text(ids: dict[str, int], **overrides: Any) -> dict[str, Any]:
     }
 
 
-def _clip(**overrides: Any) -> dict[str, Any]:
+def clip_config(**overrides: Any) -> dict[str, Any]:
     return {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -116,11 +126,11 @@ def _clip(**overrides: Any) -> dict[str, Any]:
     }
 
 
-def _image_processor(class_name: str, **kwargs: Any) -> Any:
+def pil_image_processor(class_name: str, **kwargs: Any) -> Any:
     return getattr(transformers, class_name)(**kwargs)
 
 
-def _without_video(processor_class: Any) -> Any:
+def without_video(processor_class: Any) -> Any:
     """The same processor class with no video half, which needs torchvision.
 
     ``ProcessorMixin`` derives its parts from ``get_attributes``: leaving the video processor out there is enough for
@@ -131,16 +141,16 @@ def _without_video(processor_class: Any) -> Any:
     return type(processor_class.__name__, (processor_class,), namespace)
 
 
-def _video_family(
+def video_family(
     class_name: str, video_class_name: str, image_processor: Any, tokenizer: PreTrainedTokenizerFast, **kwargs: Any
 ) -> Any:
     processor_class = getattr(transformers, class_name)
     if not is_torchvision_available():
-        return _without_video(processor_class)(image_processor, tokenizer, **kwargs)
+        return without_video(processor_class)(image_processor, tokenizer, **kwargs)
     return processor_class(image_processor, tokenizer, getattr(transformers, video_class_name)(), **kwargs)
 
 
-def _square(side: int = _TOWER) -> dict[str, int]:
+def square(side: int = _TOWER) -> dict[str, int]:
     return {"height": side, "width": side}
 
 
@@ -150,8 +160,8 @@ _PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 def _llava(ids: dict[str, int]) -> Any:
     # One more multi-head variant: the language model of LLaVA-1.5 has as many key heads as query heads.
     config = transformers.LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **_clip()},
-        text_config={"model_type": "llama", **_text(ids, num_key_value_heads=4)},
+        vision_config={"model_type": "clip_vision_model", **clip_config()},
+        text_config={"model_type": "llama", **text_config(ids, num_key_value_heads=4)},
         image_token_index=ids["<image>"],
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
@@ -161,7 +171,7 @@ def _llava(ids: dict[str, int]) -> Any:
 
 def _llava_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
     return transformers.LlavaProcessor(
-        _image_processor("CLIPImageProcessorPil", size={"shortest_edge": _TOWER}, crop_size=_square()),
+        pil_image_processor("CLIPImageProcessorPil", size={"shortest_edge": _TOWER}, crop_size=square()),
         tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",
@@ -171,8 +181,8 @@ def _llava_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
 
 def _llava_next(ids: dict[str, int]) -> Any:
     config = transformers.LlavaNextConfig(
-        vision_config={"model_type": "clip_vision_model", **_clip()},
-        text_config={"model_type": "mistral", **_text(ids, sliding_window=None)},
+        vision_config={"model_type": "clip_vision_model", **clip_config()},
+        text_config={"model_type": "mistral", **text_config(ids, sliding_window=None)},
         image_token_index=ids["<image>"],
         image_grid_pinpoints=_PINPOINTS,
     )
@@ -181,10 +191,10 @@ def _llava_next(ids: dict[str, int]) -> Any:
 
 def _llava_next_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
     return transformers.LlavaNextProcessor(
-        _image_processor(
+        pil_image_processor(
             "LlavaNextImageProcessorPil",
             size={"shortest_edge": _TOWER},
-            crop_size=_square(),
+            crop_size=square(),
             image_grid_pinpoints=_PINPOINTS,
         ),
         tokenizer,
@@ -195,11 +205,11 @@ def _llava_next_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
 
 
 def _llava_onevision(ids: dict[str, int]) -> Any:
-    tower = {**_clip(), "model_type": "siglip_vision_model", "vision_use_head": False}
+    tower = {**clip_config(), "model_type": "siglip_vision_model", "vision_use_head": False}
     tower.pop("projection_dim")
     config = transformers.LlavaOnevisionConfig(
         vision_config=tower,
-        text_config={"model_type": "qwen2", **_text(ids)},
+        text_config={"model_type": "qwen2", **text_config(ids)},
         image_token_index=ids["<image>"],
         video_token_index=ids["<video>"],
         image_grid_pinpoints=_PINPOINTS,
@@ -210,10 +220,10 @@ def _llava_onevision(ids: dict[str, int]) -> Any:
 
 
 def _llava_onevision_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
-    return _video_family(
+    return video_family(
         "LlavaOnevisionProcessor",
         "LlavaOnevisionVideoProcessor",
-        _image_processor("LlavaOnevisionImageProcessorPil", size=_square(), image_grid_pinpoints=_PINPOINTS),
+        pil_image_processor("LlavaOnevisionImageProcessorPil", size=square(), image_grid_pinpoints=_PINPOINTS),
         tokenizer,
         num_image_tokens=16,
         vision_feature_select_strategy="full",
@@ -222,7 +232,7 @@ def _llava_onevision_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
 
 def _qwen_text(ids: dict[str, int], **overrides: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
-    return _text(ids, hidden_size=64, head_dim=16, rope_parameters=rope, **overrides)
+    return text_config(ids, hidden_size=64, head_dim=16, rope_parameters=rope, **overrides)
 
 
 def _qwen_ids(ids: dict[str, int]) -> dict[str, int]:
@@ -279,14 +289,14 @@ def _qwen_processor(
 ) -> Callable[[PreTrainedTokenizerFast], Any]:
     def make(tokenizer: PreTrainedTokenizerFast) -> Any:
         pixels = {"shortest_edge": 56 * 56, "longest_edge": 140 * 140}
-        image_processor = _image_processor("Qwen2VLImageProcessorPil", size=pixels, patch_size=patch_size)
-        return _video_family(class_name, video_class_name, image_processor, tokenizer)
+        image_processor = pil_image_processor("Qwen2VLImageProcessorPil", size=pixels, patch_size=patch_size)
+        return video_family(class_name, video_class_name, image_processor, tokenizer)
 
     return make
 
 
 def _gemma3(ids: dict[str, int]) -> Any:
-    text = _text(
+    text = text_config(
         ids,
         hidden_size=48,
         head_dim=12,
@@ -318,7 +328,7 @@ def _gemma3(ids: dict[str, int]) -> Any:
 
 
 def _gemma3_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
-    image_processor = _image_processor("Gemma3ImageProcessorPil", size=_square(), image_seq_length=4)
+    image_processor = pil_image_processor("Gemma3ImageProcessorPil", size=square(), image_seq_length=4)
     return transformers.Gemma3Processor(image_processor, tokenizer, image_seq_length=4)
 
 
@@ -333,7 +343,7 @@ def _internvl(ids: dict[str, int]) -> Any:
     }
     config = transformers.InternVLConfig(
         vision_config=vision,
-        text_config={"model_type": "qwen2", **_text(ids)},
+        text_config={"model_type": "qwen2", **text_config(ids)},
         image_token_id=ids["<IMG_CONTEXT>"],
         image_seq_length=4,
         downsample_ratio=0.5,
@@ -342,8 +352,8 @@ def _internvl(ids: dict[str, int]) -> Any:
 
 
 def _internvl_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
-    image_processor = _image_processor("GotOcr2ImageProcessorPil", size=_square(), max_patches=4)
-    return _video_family("InternVLProcessor", "InternVLVideoProcessor", image_processor, tokenizer, image_seq_length=4)
+    image_processor = pil_image_processor("GotOcr2ImageProcessorPil", size=square(), max_patches=4)
+    return video_family("InternVLProcessor", "InternVLVideoProcessor", image_processor, tokenizer, image_seq_length=4)
 
 
 def _idefics3(ids: dict[str, int]) -> Any:
@@ -357,7 +367,7 @@ def _idefics3(ids: dict[str, int]) -> Any:
     }
     config = transformers.Idefics3Config(
         vision_config=vision,
-        text_config={"model_type": "llama", **_text(ids)},
+        text_config={"model_type": "llama", **text_config(ids)},
         image_token_id=ids["<image>"],
         scale_factor=2,
         pad_token_id=ids["<pad>"],
@@ -366,7 +376,7 @@ def _idefics3(ids: dict[str, int]) -> Any:
 
 
 def _idefics3_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
-    image_processor = _image_processor(
+    image_processor = pil_image_processor(
         "Idefics3ImageProcessorPil", size={"longest_edge": 2 * _TOWER}, max_image_size={"longest_edge": _TOWER}
     )
     return transformers.Idefics3Processor(image_processor, tokenizer, image_seq_len=4)
@@ -386,13 +396,13 @@ def _mllama(ids: dict[str, int]) -> Any:
         "intermediate_layers_indices": [1],
         "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
     }
-    text = _text(ids, cross_attention_layers=[1], rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    text = text_config(ids, cross_attention_layers=[1], rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=ids["<|image|>"])
     return transformers.MllamaForConditionalGeneration(config)
 
 
 def _mllama_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
-    image_processor = _image_processor("MllamaImageProcessorPil", size=_square(), max_image_tiles=4)
+    image_processor = pil_image_processor("MllamaImageProcessorPil", size=square(), max_image_tiles=4)
     return transformers.MllamaProcessor(image_processor, tokenizer)
 
 
@@ -409,7 +419,7 @@ def _paligemma(ids: dict[str, int]) -> Any:
         "model_type": "siglip_vision_model",
     }
     # The processor adds 1,152 location and segmentation tokens of its own after the vocabulary.
-    text = {"model_type": "gemma", **_text(ids, head_dim=12, vocab_size=1800)}
+    text = {"model_type": "gemma", **text_config(ids, head_dim=12, vocab_size=1800)}
     config = transformers.PaliGemmaConfig(
         vision_config=vision,
         text_config=text,
@@ -421,7 +431,7 @@ def _paligemma(ids: dict[str, int]) -> Any:
 
 
 def _paligemma_processor(tokenizer: PreTrainedTokenizerFast) -> Any:
-    image_processor = _image_processor("SiglipImageProcessorPil", size=_square(), image_seq_length=16)
+    image_processor = pil_image_processor("SiglipImageProcessorPil", size=square(), image_seq_length=16)
     return transformers.PaliGemmaProcessor(image_processor, tokenizer)
 
 
@@ -442,7 +452,7 @@ _IDEFICS_TOKENS = (
     *(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)),
 )
 
-_FAMILIES: dict[str, _Family] = {
+FAMILIES: dict[str, _Family] = {
     "llava": _Family(("<image>",), "<image>\n", _llava, _llava_processor, {"image_token": "<image>"}),
     "llava_next": _Family(("<image>",), "<image>\n", _llava_next, _llava_next_processor, {"image_token": "<image>"}),
     "llava_onevision": _Family(
@@ -466,11 +476,11 @@ _FAMILIES: dict[str, _Family] = {
     "paligemma": _Family(("<image>",), "<image>", _paligemma, _paligemma_processor, {"image_token": "<image>"}),
 }
 
-NAMES: tuple[str, ...] = tuple(_FAMILIES)
+NAMES: tuple[str, ...] = tuple(FAMILIES)
 
 
 @torch.no_grad()
-def _redraw(model: torch.nn.Module, seed: int) -> None:
+def redraw(model: torch.nn.Module, seed: int) -> None:
     """Draw every matrix from N(0, 1/fan_in), open the gates, jitter norms and biases: all paths carry signal."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -487,10 +497,10 @@ def _redraw(model: torch.nn.Module, seed: int) -> None:
 
 def build_processor(name: str) -> Any:
     """The family's own processor, PIL backend, with tokenizer and chat template."""
-    family = _FAMILIES[name]
-    tokenizer = _tokenizer(family)
+    family = FAMILIES[name]
+    tokenizer = make_tokenizer(family)
     processor = family.processor(tokenizer)
-    processor.chat_template = _chat_template(family.slot)
+    processor.chat_template = make_chat_template(family.slot)
     return processor
 
 
@@ -501,7 +511,7 @@ def build_model(name: str, *, seed: int = 0, attn_implementation: str | None = N
 
 def build(name: str, *, seed: int = 0, attn_implementation: str | None = None) -> tuple[Any, Any]:
     """Build ``(model, processor)`` of one family of ``NAMES``; a fresh pair per call, the same weights per seed."""
-    family = _FAMILIES[name]
+    family = FAMILIES[name]
     processor = build_processor(name)
     state = torch.random.get_rng_state()
     torch.random.default_generator.manual_seed(seed)  # some vectors (CLIP's class token) are drawn at construction
@@ -509,7 +519,7 @@ def build(name: str, *, seed: int = 0, attn_implementation: str | None = None) -
         model = family.model(processor.tokenizer.get_vocab())
     finally:
         torch.random.set_rng_state(state)
-    _redraw(model, seed)
+    redraw(model, seed)
     model = model.float().eval()
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
@@ -538,7 +548,7 @@ def load_processor(directory: str | Path) -> Any:
         if is_torchvision_available():
             raise
     settings = json.loads((Path(directory) / "processor_config.json").read_text())
-    return _without_video(getattr(transformers, settings["processor_class"])).from_pretrained(directory)
+    return without_video(getattr(transformers, settings["processor_class"])).from_pretrained(directory)
 
 
 @cache

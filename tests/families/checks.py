@@ -1,0 +1,316 @@
+"""What every family is held to: six checks, each of which says a figure and whether it is good enough.
+
+Each compares the product with something it did not compute itself: generation without a probe, the logits generate()
+returned, finite differences, attention maps under eager, pictures that differ in one place.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from zoo import Built, build
+
+import lvlm_probe as probe
+
+__all__ = ["CHECKS", "Verdict", "run_checks"]
+
+LOG_PROBS = 1e-4
+GRADIENT = 1e-2
+ROWS = 1e-4
+LEVELS = 2.0
+_TOKENS = 4
+_MASK = 6  # cells a side of the mask that is differentiated
+_MOVED = 1e-3  # of the largest move, in features that should not move at all
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One check of one family.
+
+    Attributes:
+        check: its name.
+        passed: whether the figure is good enough; ``None`` where the check does not apply, and ``note`` says why.
+        figure: what was measured.
+        note: the reason, or the error.
+    """
+
+    check: str
+    passed: bool | None
+    figure: float | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Case:
+    """One family, its answer without a probe, and the trace of the same answer with one."""
+
+    def __init__(self, built: Built, directory: Path, *, tiled: bool) -> None:
+        self.built, self.model, self.processor = built, built.model, built.processor
+        self.picture = built.picture(tiled=tiled)
+        self.plain = built.generate(built.inputs([self.picture]))
+        # After one call: transformers itself hangs hooks on a model whose hidden states are asked for, and leaves them.
+        self.before = _hooks(self.model)
+        self.probe = probe.attach(self.model, self.processor)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with self.probe.record(directory) as recording:
+                self.seen = built.generate(built.inputs([self.picture]))
+        self.faults = [*recording.faults, *(str(w.message) for w in caught if "lvlm" in str(w.category).lower())]
+        self.traces = recording.traces
+        self._replay: Any = None
+
+    @property
+    def trace(self) -> Any:
+        if not self.traces:
+            raise AssertionError(f"nothing was recorded: {'; '.join(self.faults) or 'no reason given'}")
+        return self.traces[0]
+
+    @property
+    def replay(self) -> Any:
+        if self._replay is None:
+            self._replay = probe.replay(self.trace, self.model, self.processor)
+        return self._replay
+
+
+def _hooks(model: torch.nn.Module) -> dict[str, Any]:
+    """Everything that a probe could leave on a model: hooks, instance attributes, configs, attention registry."""
+    from transformers import AttentionInterface
+
+    return {
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+        "attributes": {path: frozenset(vars(m)) for path, m in model.named_modules()},
+        "configs": {path: type(vars(m).get("config")).__name__ for path, m in model.named_modules()},
+        "flags": {path: (m.training,) for path, m in model.named_modules()},
+        "requires": [p.requires_grad for p in model.parameters()],
+        "registry": frozenset(AttentionInterface._global_mapping),
+    }
+
+
+def generation(case: _Case) -> Verdict:
+    """Tokens and logits of generate() are the same to the last bit with a probe that records everything."""
+    same = torch.equal(case.plain.sequences, case.seen.sequences)
+    logits = list(zip(case.plain.logits, case.seen.logits, strict=True))
+    largest = max(float((a.float() - b.float()).abs().nan_to_num(0).max()) for a, b in logits)
+    equal = same and all(torch.equal(a, b) for a, b in logits) and not case.faults
+    return Verdict("generation", equal and bool(case.traces), largest, "; ".join(case.faults))
+
+
+def replay(case: _Case) -> Verdict:
+    """Recorded and replayed log-probabilities are those of the logits that the unprobed generate() returned."""
+    scores = torch.cat(list(case.plain.logits)).float().log_softmax(-1)
+    ids = case.plain.sequences[0, -len(scores) :]
+    truth = scores.gather(-1, ids[:, None])[:, 0].cpu()
+    recorded = float((torch.as_tensor(case.trace.log_probs) - truth).abs().max())
+    again = float((case.replay.original_log_probs - truth).abs().max())
+    exact = float((case.replay.log_probs(torch.ones(1, _MASK, _MASK), mode="exact")[0].cpu() - truth).abs().max())
+    figure = max(recorded, again, exact)
+    return Verdict("replay", figure <= LOG_PROBS, figure, f"recorded {recorded:.1e}, exact {exact:.1e}")
+
+
+def pixels(case: _Case) -> Verdict:
+    """A random mask through the traced geometry is what the real processor makes of the composite (grey levels)."""
+    case.replay.log_probs(torch.full((1, _MASK, _MASK), 0.5))
+    report = case.replay.path.report
+    return Verdict("pixels", report.mean_error <= LEVELS, report.mean_error, f"seen {min(report.coverage):.0%}")
+
+
+def gradient(case: _Case) -> Verdict:
+    """The gradient to the mask is not zero and equals a central finite difference in a random direction."""
+    member = case.built.member
+    player = case.replay
+    if member.double:
+        case.model.double()
+        player = probe.replay(case.trace, case.model, case.processor, check_pixels=False)
+    try:
+        dtype = torch.float64 if member.double else torch.float32
+        generator = torch.Generator().manual_seed(1)
+        mask = (0.3 + 0.5 * torch.rand(1, _MASK, _MASK, generator=generator)).to(dtype)
+        way = torch.randn(1, _MASK, _MASK, generator=generator).to(dtype)
+        leaf = mask.clone().requires_grad_(True)
+        (grad,) = torch.autograd.grad(player.log_probs(leaf).sum(), leaf)
+        slope = float((grad * way).sum())
+        ends = torch.cat([mask + member.step * way, mask - member.step * way]).clamp(0, 1)
+        high, low = player.log_probs(ends).sum(1).double().tolist()
+        measured = (high - low) / (2 * member.step)
+        error = abs(slope - measured) / max(abs(measured), 1e-12)
+        size = float(grad.abs().max())
+        return Verdict("gradient", size > 1e-6 and error <= GRADIENT, error, f"largest {size:.1e}")
+    finally:
+        if member.double:
+            case.model.float()
+
+
+def attention(case: _Case) -> Verdict:
+    """Recorded rows are those that the same model returns under eager attention."""
+    if case.built.member.attention:
+        rows = case.trace.attention
+        if rows is not None:
+            return Verdict("attention", False, None, "rows were recorded where none were expected")
+        return Verdict("attention", None, None, case.built.member.attention)
+    rows = case.trace.attention
+    if rows is None:
+        return Verdict("attention", False, None, "; ".join(case.trace.notes))
+    twin = build(case.built.member.name, case.built.backend)
+    twin.model.set_attn_implementation("eager")
+    eager = twin.generate(twin.inputs([case.picture]), output_attentions=True)
+    steps, columns = len(case.trace.tokens), torch.as_tensor(case.trace.layout.image_positions.copy())
+    maps = _attention_maps(eager, rows)
+    largest = 0.0
+    for place, index in enumerate(rows.layers):
+        for step in range(steps):
+            weights = maps(step, place, index)  # (batch, head, query, key)
+            truth = weights[0, :, -1].float().mean(0)
+            truth = truth[columns] if len(columns) and truth.numel() > columns.max() else truth
+            mine = torch.as_tensor(rows.values[step, place]).float().mean(0)
+            largest = max(largest, float((mine - truth).abs().max()))
+    return Verdict("attention", largest <= ROWS, largest, f"{len(rows.layers)} layers")
+
+
+def _attention_maps(eager: Any, rows: Any) -> Callable[[int, int, int], torch.Tensor]:
+    """(step, place among the recorded layers, layer) → the map that generate() returned under eager attention."""
+    per_step = eager.attentions if getattr(eager, "attentions", None) is not None else eager.decoder_attentions
+
+    def find(step: int, place: int, index: int) -> torch.Tensor:
+        layers = per_step[step]
+        real = [layer for layer in layers if layer is not None]
+        return real[place] if len(real) == len(rows.layers) else layers[index]
+
+    return find
+
+
+def geometry(case: _Case) -> Verdict:
+    """Light one region: of all image tokens, exactly those whose box covers it move (attention across patches cut)."""
+    layout = case.trace.layout
+    if layout.patch_box is None:
+        return Verdict("geometry", False, None, "; ".join(n for n in case.trace.notes if "box" in n) or "no boxes")
+    boxes = np.asarray(layout.patch_box)
+    live = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    if not live.any():
+        return Verdict("geometry", False, None, "no image token has a box")
+    grey = Image.new("RGB", case.picture.size, (128, 128, 128))
+    chosen = np.flatnonzero(live)
+    chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, 9).round().astype(int))]
+    wrong, asked = 0, 0
+    with _features(case) as features:
+        base = features(grey)
+        for token in chosen:
+            x0, y0, x1, y1 = boxes[token]
+            inset = (x1 - x0) / 4, (y1 - y0) / 4
+            spot = (round(x0 + inset[0]), round(y0 + inset[1]), round(x1 - inset[0]), round(y1 - inset[1]))
+            if spot[2] <= spot[0] or spot[3] <= spot[1]:
+                continue
+            lit = grey.copy()
+            lit.paste((250, 30, 60), spot)
+            moved = np.asarray((features(lit) - base).norm(dim=-1))
+            covers = _overlap(boxes, spot)
+            # A resize kernel reaches a few pixels over the edge, so a box that only touches the surroundings may move.
+            margin = max(x1 - x0, y1 - y0) * 0.75
+            near = _overlap(boxes, (spot[0] - margin, spot[1] - margin, spot[2] + margin, spot[3] + margin))
+            asked += 1
+            if case.built.member.local:
+                inside, outside = moved[covers & live], moved[~near]
+                still = outside.max(initial=0.0) <= _MOVED * moved.max()
+                wrong += not (inside.min(initial=math.inf) > _MOVED * moved.max() > 0 and still)
+            else:
+                wrong += not near[int(moved.argmax())]
+    return Verdict("geometry", asked > 0 and wrong == 0, wrong / max(asked, 1), f"{asked} regions")
+
+
+def _overlap(boxes: np.ndarray, spot: tuple[float, ...]) -> np.ndarray:
+    wide = np.minimum(boxes[:, 2], spot[2]) - np.maximum(boxes[:, 0], spot[0])
+    high = np.minimum(boxes[:, 3], spot[3]) - np.maximum(boxes[:, 1], spot[1])
+    return (wide > 0) & (high > 0)
+
+
+class _features:
+    """Inside the block: picture → what the decoder reads at the image tokens, attention of the encoders silenced."""
+
+    def __init__(self, case: _Case) -> None:
+        self._case = case
+        self._handles: list[Any] = []
+        self._kept: list[torch.Tensor] = []
+
+    def __enter__(self) -> Callable[[Image.Image], torch.Tensor]:
+        case, anatomy = self._case, self._case.probe.anatomy
+        modules = dict(case.model.named_modules())
+        positions = torch.as_tensor(case.trace.layout.image_positions.copy())
+
+        def keep(_module: Any, args: Any, kwargs: Any) -> None:
+            given = kwargs.get("inputs_embeds", args[0] if args else None)
+            if given is not None and given.dim() == 3:
+                self._kept.append(given[0, positions].detach())
+
+        self._handles.append(modules[anatomy.decoder].register_forward_pre_hook(keep, with_kwargs=True))
+        for encoder in anatomy.encoders:
+            for path, module in modules[encoder].named_modules():
+                last = path.rpartition(".")[2]
+                if last in ("self_attn", "attn", "attention", "self_attention"):
+                    self._handles.append(module.register_forward_hook(_silent))
+
+        def features(picture: Image.Image) -> torch.Tensor:
+            self._kept.clear()
+            with torch.no_grad():
+                case.model(**case.built.inputs([picture]))
+            return self._kept[0].float()
+
+        return features
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _silent(_module: Any, _args: Any, output: Any) -> Any:
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+
+def detach(case: _Case) -> Verdict:
+    """After detach() nothing of the probe is left on model and processor, and another probe can be attached."""
+    case.probe.detach()
+    after = _hooks(case.model)
+    left = [name for name, value in case.before.items() if after[name] != value]
+    inner = getattr(case.processor, "image_processor", case.processor)
+    if "preprocess" in vars(inner):
+        left.append("preprocess")
+    probe.attach(case.model, case.processor).detach()
+    return Verdict("detach", not left, None, ", ".join(left))
+
+
+CHECKS: tuple[Callable[[_Case], Verdict], ...] = (generation, replay, pixels, gradient, attention, geometry, detach)
+
+
+def run_checks(built: Built, *, tiled: bool = False, only: tuple[str, ...] = ()) -> list[Verdict]:
+    """All checks of one family on one backend; an exception is a failure with its message."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            case = _Case(built, Path(directory), tiled=tiled)
+        except Exception as error:
+            note = f"{type(error).__name__}: {error} [{_where(error)}]"
+            return [Verdict(check.__name__, False, None, note) for check in CHECKS]
+        verdicts = []
+        for check in CHECKS:
+            if only and check.__name__ not in only:
+                continue
+            try:
+                verdicts.append(check(case))
+            except Exception as error:
+                note = f"{type(error).__name__}: {error} [{_where(error)}]"
+                verdicts.append(Verdict(check.__name__, False, None, note))
+        return verdicts
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))

@@ -1,0 +1,1 @@
+"""The members of the zoo, one module per kind of architecture."""

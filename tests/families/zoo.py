@@ -1,0 +1,163 @@
+"""The zoo: a tiny model with random weights, and the real processor, of every family that takes images and answers.
+
+A member is a class of transformers, unmodified, built from a config of a few hundred thousand weights, and the family's
+own ``ProcessorMixin`` around a byte-level tokenizer, with the image processor of either backend. Members stand in
+``members/``, one module per kind of architecture; each registers with :func:`member`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import transformers
+from PIL import Image
+from tiny_models import make_chat_template, make_tokenizer, picture, redraw
+
+__all__ = ["MEMBERS", "Backend", "Built", "Member", "build", "image_processor", "load_members", "member"]
+
+Backend = Literal["pil", "torchvision"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One family of the zoo.
+
+    Attributes:
+        name: its entry in transformers' image-text-to-text mapping.
+        kind: its preprocessing, A to K (docs/families.md).
+        model: token ids by token → the model, on the CPU.
+        processor: tokenizer, backend → the processor.
+        tokens: special tokens besides padding, start and end.
+        slot: what the chat template writes for an image.
+        named: names that the tokenizer gives to some tokens (``image_token``).
+        backends: those its image processor has.
+        size: a picture, ``(width, height)``.
+        tiled: a picture that triggers tiles or local crops, where the family has them.
+        nested: the processor takes one list of pictures per prompt.
+        prepare: makes the model inputs where chat template and ``processor(images=, text=)`` do not.
+        step: step of the finite difference in the mask.
+        double: differentiate in float64 (sparse experts make the log-likelihood only piecewise smooth).
+        attention: why no attention rows can be compared with eager ones; empty where they can.
+        local: without attention, a token of the encoder sees its own box alone (no convolutions across patches).
+        answer: further arguments of ``generate()``.
+        seed: of the weights.
+    """
+
+    name: str
+    kind: str
+    model: Callable[[dict[str, int]], Any]
+    processor: Callable[[Any, Backend], Any]
+    tokens: tuple[str, ...] = ()
+    slot: str = "<image>\n"
+    named: Mapping[str, str] = field(default_factory=dict)
+    backends: tuple[Backend, ...] = ("pil", "torchvision")
+    size: tuple[int, int] = (90, 60)
+    tiled: tuple[int, int] | None = None
+    nested: bool = False
+    prepare: Callable[[Any, Any, Sequence[Image.Image], str], Mapping[str, Any]] | None = None
+    step: float = 1e-2
+    double: bool = False
+    attention: str = ""
+    local: bool = True
+    answer: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+MEMBERS: dict[str, Member] = {}
+
+
+def member(**settings: Any) -> Member:
+    """Register a member of the zoo."""
+    made = Member(**settings)
+    if made.name in MEMBERS:
+        raise ValueError(f"{made.name} is in the zoo already")
+    MEMBERS[made.name] = made
+    return made
+
+
+def load_members() -> dict[str, Member]:
+    """All members, by name."""
+    package = importlib.import_module("members")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"members.{module.name}")
+    return MEMBERS
+
+
+def image_processor(name: str, backend: Backend, **settings: Any) -> Any:
+    """``transformers.<name>`` of one backend: the PIL class carries the suffix ``Pil`` or, where it has no twin, none.
+
+    ``name`` is that of the torchvision class, e.g. ``CLIPImageProcessor``.
+    """
+    if backend == "pil" and hasattr(transformers, f"{name}Pil"):
+        name = f"{name}Pil"
+    return getattr(transformers, name)(**settings)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A member that has been built."""
+
+    member: Member
+    model: Any
+    processor: Any
+    backend: Backend
+
+    def inputs(self, images: Sequence[Image.Image], question: str = "What colour is the circle?") -> dict[str, Any]:
+        """Model inputs for one prompt, by the real ``ProcessorMixin.__call__``."""
+        if self.member.prepare is not None:
+            made = self.member.prepare(self.model, self.processor, images, question)
+        else:
+            content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+            text = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True
+            )
+            given: Any = [list(images)] if self.member.nested else list(images)
+            made = self.processor(images=given, text=[text], return_tensors="pt")
+        return dict(made)
+
+    def picture(self, *, tiled: bool = False, seed: int = 0) -> Image.Image:
+        """A smooth random picture of the member's size."""
+        width, height = self.member.tiled if tiled and self.member.tiled else self.member.size
+        return picture(width, height, seed=seed)
+
+    def generate(self, inputs: Mapping[str, Any], tokens: int = 4, **settings: Any) -> Any:
+        """Exactly ``tokens`` greedy tokens, with their logits."""
+        with torch.no_grad():
+            return self.model.generate(
+                **inputs,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+                **{**self.member.answer, **settings},
+            )
+
+
+def build(name: str, backend: Backend = "torchvision") -> Built:
+    """Model and processor of one member: float32, eval mode, weights fixed by the member's seed, all paths open."""
+    found = MEMBERS[name]
+    tokenizer = make_tokenizer(found)
+    processor = found.processor(tokenizer, backend)
+    processor.chat_template = make_chat_template(found.slot)
+    state = torch.random.get_rng_state()
+    torch.random.default_generator.manual_seed(found.seed)
+    try:
+        model = found.model(tokenizer.get_vocab())
+    finally:
+        torch.random.set_rng_state(state)
+    redraw(model, found.seed)
+    model = model.float().eval()
+    generation = model.generation_config
+    generation.bos_token_id, generation.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    generation.pad_token_id, generation.do_sample = tokenizer.pad_token_id, False
+    return Built(found, model, processor, backend)
