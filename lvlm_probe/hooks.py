@@ -1,20 +1,25 @@
 """Hooks that never harm: install, fence, remove.
 
 Everything this package hangs on a user's model or processor goes through one ``HookSet``: forward hooks, forward
-pre-hooks, and *shadows* (a function put on an instance under the name of one of its methods, so that ``del`` brings the
-method back and the class is never touched). Two rules hold for all of them:
+pre-hooks, and *shadows* (a callable put on an instance under the name of one of its methods, so that ``del`` brings the
+method back and the class is never touched). Three rules hold for all of them:
 
 * **Fenced.** An exception inside a fenced hook is caught; the hook is disarmed, ``on_error`` hears of it, and the call
   it hangs on goes on as if the hook were not there.
 * **Removed.** ``remove()`` takes away our handles and nothing else, in any order with other probes, any number of
   times.
+* **Not inherited.** A deep copy or a pickle of what they hang on is a working object without them; the pickle does not
+  even need this package to be loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import inspect
 import logging
+import operator
 import warnings
 import weakref
 from collections.abc import Callable
@@ -40,45 +45,73 @@ def caution(sentence: str, *, stacklevel: int = 2) -> None:
         _log.warning(sentence)
 
 
+class _Standing:
+    """What stands in the instance's ``__dict__``: calls go to the shadow, copies and pickles to the method below it."""
+
+    def __init__(self, shadow: Shadow, original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        # Callers look at signatures (generate() does at its own parts); the bound method itself would keep owner alive.
+        self.__signature__ = inspect.signature(original)
+        del self.__wrapped__  # type: ignore[attr-defined]
+        self.__lvlm_probe_shadow__ = shadow
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__lvlm_probe_shadow__.run(args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        shadow = self.__lvlm_probe_shadow__
+        if shadow.had_own:
+            return copy.deepcopy(shadow.previous, memo)
+        # While the owner is copied its copy stands in memo already; alone, a method is copied with its object.
+        owner = copy.deepcopy(shadow.owner, memo)
+        return shadow.method_of(owner)
+
+    def __reduce__(self) -> Any:
+        shadow = self.__lvlm_probe_shadow__
+        if shadow.had_own:
+            return operator.getitem, ((shadow.previous,), 0)
+        return getattr, (shadow.owner, shadow.name)  # which is how Python pickles a bound method
+
+
 class Shadow:
-    """A function that stands on an instance in front of one of its methods.
+    """A callable that stands on an instance in front of one of its methods.
 
     ``replacement(original, *args, **kwargs)`` is called with the method it stands in front of. After ``remove()`` the
-    shadow only passes calls through, so a copy of it that somebody kept stays harmless.
+    shadow only passes calls through, so a reference to it that somebody kept stays harmless.
     """
 
     def __init__(self, owner: object, name: str, replacement: Callable[..., Any]) -> None:
         self.name = name
         self.active = True
+        self.had_own = name in vars(owner)
+        self.previous = vars(owner).get(name)
         self._owner = weakref.ref(owner)
-        self._had_own = name in vars(owner)
-        self._previous = vars(owner).get(name)
-        original = getattr(owner, name)
-
-        @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            target = self._below()
-            if not self.active:
-                return target(*args, **kwargs)
-            return replacement(target, *args, **kwargs)
-
-        # Callers look at signatures (generate() does at its own parts); the bound method itself would keep owner alive.
-        call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-        del call.__wrapped__  # type: ignore[attr-defined]
-        call.__lvlm_probe_shadow__ = self  # type: ignore[attr-defined]
-        self._call = call
+        self._replacement = replacement
+        self._call = _Standing(self, getattr(owner, name))
         # Through __dict__: torch.nn.Module.__setattr__ is for parameters and modules, and some classes forbid
         # assignment.
-        vars(owner)[name] = call
+        vars(owner)[name] = self._call
 
-    def _below(self) -> Callable[..., Any]:
-        """The callable this shadow stands in front of, looked up late so that class-level changes are seen."""
-        if self._had_own:
-            return self._previous  # type: ignore[return-value]
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call of the shadowed method does."""
+        target = self._below()
+        return self._replacement(target, *args, **kwargs) if self.active else target(*args, **kwargs)
+
+    @property
+    def owner(self) -> Any:
+        """The instance."""
         owner = self._owner()
         if owner is None:
             raise ReferenceError(f"the object whose {self.name} was shadowed is gone")
+        return owner
+
+    def method_of(self, owner: object) -> Callable[..., Any]:
+        """The class's own method, bound to ``owner``."""
         return getattr(type(owner), self.name).__get__(owner)
+
+    def _below(self) -> Callable[..., Any]:
+        """The callable this shadow stands in front of, looked up late so that class-level changes are seen."""
+        return self.previous if self.had_own else self.method_of(self.owner)  # type: ignore[return-value]
 
     def remove(self) -> None:
         """Take the shadow away; with another shadow on top of it, become a pass-through that the other one drops."""
@@ -86,9 +119,9 @@ class Shadow:
         owner = self._owner()
         if owner is None or vars(owner).get(self.name) is not self._call:
             return
-        had_own, previous = self._had_own, self._previous
+        had_own, previous = self.had_own, self.previous
         while (lower := shadow_of(previous)) is not None and not lower.active:
-            had_own, previous = lower._had_own, lower._previous
+            had_own, previous = lower.had_own, lower.previous
         if had_own:
             vars(owner)[self.name] = previous
         else:
@@ -98,6 +131,23 @@ class Shadow:
 def shadow_of(function: object) -> Shadow | None:
     """The ``Shadow`` behind an instance attribute, or ``None`` when it is something else."""
     return getattr(function, "__lvlm_probe_shadow__", None)
+
+
+class _Hanging:
+    """A hook as it is registered. In a deep copy or a pickle of its module it is a hook that does nothing."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hook(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # Takes any arguments, returns None, and is found by pickle where this package is not installed.
+        return contextlib.nullcontext().__exit__
+
+    def __reduce__(self) -> Any:
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class HookSet:
@@ -117,12 +167,12 @@ class HookSet:
         result.
         """
         call = self._fence(hook, name) if fenced else hook
-        self._handles.append(module.register_forward_pre_hook(call, with_kwargs=True))
+        self._handles.append(module.register_forward_pre_hook(_Hanging(call), with_kwargs=True))
 
     def forward(self, module: torch.nn.Module, hook: Callable[..., Any], *, name: str, fenced: bool = True) -> None:
         """Register ``hook(module, args, kwargs, output)`` after ``module``'s forward."""
         call = self._fence(hook, name) if fenced else hook
-        self._handles.append(module.register_forward_hook(call, with_kwargs=True))
+        self._handles.append(module.register_forward_hook(_Hanging(call), with_kwargs=True))
 
     def shadow(self, owner: object, name: str, replacement: Callable[..., Any]) -> Shadow:
         """Put ``replacement(original, *args, **kwargs)`` in front of the method ``name`` of this one instance."""

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lvlm_probe.wrappers import computing_parameters, generating_model, stored_value
+
 __all__ = ["describe_model", "fingerprint", "library_versions"]
 
 _SAMPLES = 64
@@ -22,7 +24,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     """SHA-256 over parameter names, shapes and up to 64 evenly spaced values of each.
 
     Values are rounded to bfloat16 first, so that the same checkpoint loaded in float32 and in bfloat16 has one
-    fingerprint. Parameters without data (meta device, offloaded) count by name and shape.
+    fingerprint. Weights that accelerate has offloaded are read where they are kept; parameters without data anywhere
+    count by name and shape. Adapters count as far as they compute: disabled, the model is its base model.
 
     Args:
         model: any module; not changed.
@@ -31,11 +34,13 @@ def fingerprint(model: torch.nn.Module) -> str:
         64 hex digits.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
+    found = computing_parameters(generating_model(model))
+    for name, module, own, parameter in sorted(found, key=lambda item: item[0]):
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
-        if parameter.device.type == "meta" or parameter.numel() == 0:
+        value = stored_value(module, own) if parameter.device.type == "meta" else parameter
+        if value is None or value.numel() == 0:
             continue
-        flat = parameter.detach().reshape(-1)
+        flat = value.detach().reshape(-1)
         index = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).round().long()
         values = flat[index.to(flat.device)].to("cpu")
         if values.is_floating_point():

@@ -18,6 +18,14 @@ class Greeter:
         return f"hello {name}"
 
 
+class Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def say(self) -> str:
+        return f"I am {self.name}"
+
+
 def loud(original, name):
     return original(name).upper()
 
@@ -131,3 +139,57 @@ def test_modules_pickle_and_copy_after_removal():
         hooks.forward(module, lambda *args: None, name="ours")
     pickle.loads(pickle.dumps(module))
     copy.deepcopy(module)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda owner: pickle.loads(pickle.dumps(owner))])
+@pytest.mark.parametrize("shadows", [1, 2])
+def test_a_copy_of_a_shadowed_object_calls_its_own_method(copied, shadows):
+    owner = Named("first")
+    with HookSet() as hooks:
+        for _ in range(shadows):
+            hooks.shadow(owner, "say", lambda original: original().upper())
+        other = copied(owner)
+        assert owner.say() == "I AM FIRST"
+        other.name = "second"
+        assert other.say() == "I am second"
+        assert shadow_of(other.say) is None
+        # A copy is as good as any other object: it can be shadowed, copied and pickled itself.
+        with HookSet() as more:
+            more.shadow(other, "say", lambda original: original() + "!")
+            assert other.say() == "I am second!"
+        third = copied(other)
+        third.name = "third"
+        assert (third.say(), other.say()) == ("I am third", "I am second")
+    assert vars(owner) == {"name": "first"}
+
+
+def test_a_copy_keeps_the_users_own_override():
+    owner = Named("first")
+    owner.say = len  # something that pickles
+    with HookSet() as hooks:
+        hooks.shadow(owner, "say", lambda original, value: -original(value))
+        assert owner.say("abc") == -3
+        assert copy.deepcopy(owner).say is len
+        assert pickle.loads(pickle.dumps(owner)).say is len
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_hooks_do_not_act_in_a_copy(copied):
+    module = torch.nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    expected = module(x)
+    with HookSet() as hooks:
+        hooks.forward_pre(module, lambda _module, args, kwargs: ((args[0] + 1,), kwargs), name="before", fenced=False)
+        hooks.forward(module, lambda _module, args, kwargs, output: output * 2, name="after")
+        other = copied(module)
+        assert not torch.equal(module(x), expected)
+        assert torch.equal(other(x), expected)
+    assert torch.equal(module(x), expected)
+
+
+def test_a_pickle_needs_nothing_of_this_package():
+    module = torch.nn.Linear(3, 2)
+    with HookSet() as hooks:
+        hooks.forward(module, lambda *args: None, name="ours")
+        hooks.shadow(module, "extra_repr", lambda original: original())
+        assert b"lvlm_probe" not in pickle.dumps(module)

@@ -1,0 +1,159 @@
+"""What users wrap around a model (LoRA adapters, compiled modules), and the model inside that generates."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from lvlm_probe.errors import AttachError
+
+__all__ = [
+    "adapters_of_this_call",
+    "compiled_parts",
+    "computing_parameters",
+    "execution_device",
+    "generating_model",
+    "is_compiled",
+    "is_peft",
+    "stored_value",
+    "uncompiled",
+]
+
+
+def is_compiled(model: object) -> bool:
+    """Whether this is the wrapper that ``torch.compile(model)`` returns."""
+    return isinstance(model, torch.nn.Module) and "_orig_mod" in model._modules
+
+
+def is_peft(model: object) -> bool:
+    """Whether this is a ``peft.PeftModel``; peft need not be installed to ask."""
+    return isinstance(model, torch.nn.Module) and hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def compiled_parts(model: torch.nn.Module, around: str = "") -> bool:
+    """Whether modules of the model run as compiled graphs, inside which hooks and attention may not be seen.
+
+    Args:
+        model: the whole model.
+        around: path of the part that matters; what is neither in it nor around it does not count.
+    """
+    return "torch._dynamo" in sys.modules and any(
+        is_compiled(module)
+        or module._compiled_call_impl is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for path, module in model.named_modules()
+        if f"{path}.".startswith(f"{around}." if around else "") or not path or around.startswith(f"{path}.")
+    )
+
+
+def uncompiled(model: torch.nn.Module) -> AbstractContextManager[Any]:
+    """Inside the block compiled modules run their own Python: a pass of ours needs to be seen, and shapes vary."""
+    stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
+    return stance("force_eager") if stance is not None and compiled_parts(model) else nullcontext()
+
+
+def generating_model(model: Any) -> Any:
+    """The model whose ``generate`` runs in the end: what is inside a ``PeftModel`` or a compiled wrapper.
+
+    A ``PeftModel`` hands ``generate`` and its own calls on to the model inside, whose layers carry the adapters; every
+    hook therefore belongs on the model inside.
+
+    Raises:
+        AttachError: the adapter adds tokens to the prompt, which no trace could tell from the user's.
+    """
+    while is_compiled(model) or is_peft(model):
+        if is_compiled(model):
+            model = model._orig_mod
+            continue
+        config = model.active_peft_config
+        if getattr(config, "is_prompt_learning", False):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise AttachError(
+                f"{type(model).__name__} cannot be probed with a {kind} adapter: it puts virtual tokens in front of "
+                f"the prompt, so that positions in prompt and model differ; LoRA and other adapters inside the layers "
+                f"can be probed"
+            )
+        model = model.get_base_model()
+    return model
+
+
+def computing_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.Tensor]]:
+    """The parameters that the next forward pass computes with: ``(name, module, name in it, parameter)``.
+
+    Names are those of the model without adapters, and adapters that are merged, disabled or not active are left out:
+    a model with its adapter disabled is the base model, one with the adapter merged is the merged model.
+    """
+    yield from _walk(model, "")
+
+
+def _walk(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Module, str, torch.Tensor]]:
+    children = dict(module._modules)
+    adapted = {"base_layer", "original_module"} & set(children)
+    layer: Any = module
+    if adapted and hasattr(layer, "disable_adapters"):
+        base = getattr(layer, adapted.pop())
+        active = () if layer.disable_adapters or getattr(layer, "merged", False) else tuple(layer.active_adapters)
+        copies: Any = children.get("modules_to_save")
+        chosen = [copies[name] for name in active if name in copies] if copies is not None else []
+        yield from _walk(chosen[0] if chosen else base, path)
+        scaling = getattr(module, "scaling", None)
+        for name in active:
+            if isinstance(scaling, dict) and isinstance(scaling.get(name), int | float):
+                yield f"{path}scaling.{name}", module, "", torch.tensor(float(scaling[name]))
+            for kind in getattr(module, "adapter_layer_names", ()):
+                container: Any = module
+                for step in kind.split("."):
+                    container = getattr(container, step, None)
+                if container is None or container is copies:
+                    continue
+                if name in container._modules:
+                    yield from _walk(container._modules[name], f"{path}{kind}.{name}.")
+                elif name in container._parameters:
+                    yield f"{path}{kind}.{name}", container, name, container._parameters[name]
+        return
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield f"{path}{name}", module, name, parameter
+    for name, child in children.items():
+        if child is not None:
+            yield from _walk(child, path if name == "_orig_mod" else f"{path}{name}.")
+
+
+def adapters_of_this_call(model: torch.nn.Module) -> str:
+    """Why this one call cannot be replayed, where peft has hung its own hooks on the layers for it; else empty."""
+    names = {
+        getattr(getattr(hook, "func", hook), "__name__", "")
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+    }
+    if not any("adapter_names" in name or "alora_offsets" in name for name in names):
+        return ""
+    return (
+        "this call of generate() chooses adapters by batch row or by position (adapter_names=, aLoRA), which a replay "
+        "cannot repeat; nothing is recorded. Choose one adapter with set_adapter()"
+    )
+
+
+def stored_value(module: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """The value of a parameter that accelerate keeps elsewhere between passes (on the CPU or on disk), if it does."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in (hook, *getattr(hook, "hooks", ())):
+        weights = getattr(one, "weights_map", None)
+        if weights is not None:
+            try:
+                return weights[name]
+            except KeyError:
+                continue
+    return None
+
+
+def execution_device(module: object) -> torch.device:
+    """Where accelerate runs a module whose weights it has offloaded."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return torch.device("cpu")
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
