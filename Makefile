@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALL := -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint figures tournament clean
+.PHONY: help demo test families lint figures tournament clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,9 @@ demo: .venv/.installed  ## explain an answer of the embedded model; writes $(OUT
 
 test: .venv/.installed-dev .venv-tv/.installed  ## lint, types, all tests in both environments, examples
 	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/checks
+
+families: .venv-tv/.installed  ## all model families; writes lvlm_probe/families.json and docs/families.md
+	.venv-tv/bin/python tests/families/sweep.py --write
 
 lint: .venv/.installed-dev  ## ruff and mypy alone
 	$(BIN)/ruff check .
@@ -53,10 +56,10 @@ clean:  ## remove environments and everything generated
 	@$(BIN)/python $(INSTALL) -e '.[dev]'
 	@touch $@
 
-# The second environment is for the processors that need torchvision, and for pytorch-grad-cam, which needs it too.
+# The second environment is for what needs torchvision: processors, timm's towers, pytorch-grad-cam. The zoo lives here.
 .venv-tv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one:  make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "installing into .venv-tv"
 	@test -x .venv-tv/bin/python || $(PYTHON) -m venv .venv-tv
-	@.venv-tv/bin/python $(INSTALL) -e '.[torchvision]' pytest pytest-timeout grad-cam
+	@.venv-tv/bin/python $(INSTALL) -e '.[torchvision]' pytest pytest-timeout pytest-xdist grad-cam timm num2words
 	@touch $@

@@ -19,13 +19,15 @@ import torch
 
 from lvlm_probe.errors import AttachError, PointNotFound
 
-__all__ = ["Anatomy", "examine", "find_modules"]
+__all__ = ["Anatomy", "examine", "find_modules", "text_stack"]
 
 # Sub-strings under which model authors file the module between encoder and decoder, most specific first.
 _MERGER_NAMES = (
     "multi_modal_projector", "multimodal_projector", "mm_projector", "vision_projection", "visual_projection",
     "image_to_text_projection", "embed_vision", "connector", "aligner", "projector", "merger", "resampler",
 )  # fmt: skip
+# What pixel inputs are called in models that their authors publish beside the weights.
+_PICTURES = frozenset({"image", "images", "picture", "pictures", "img", "imgs", "vision_x"})
 _ENCODER_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "image_encoder")
 
 
@@ -40,6 +42,7 @@ class Anatomy:
         image_token_id: id of the placeholder token that image features replace, ``None`` where the prompt holds none.
         pixel_names: names of the ``generate`` arguments that carry the picture, as far as the model's signatures tell.
         answer_token_type: token type of answer tokens in a teacher-forced pass.
+        encoder_decoder: the prompt and its pictures go into an encoder, and the answer is the decoder's sequence.
     """
 
     encoders: tuple[str, ...]
@@ -48,10 +51,14 @@ class Anatomy:
     image_token_id: int | None
     pixel_names: frozenset[str]
     answer_token_type: int = 0
+    encoder_decoder: bool = False
 
     def is_pixel_name(self, name: str) -> bool:
         """Whether a ``generate`` argument carries the picture (pixels, grids, sizes, pixel masks)."""
-        return name in self.pixel_names or name.startswith(("pixel_", "image_", "high_res_pixel", "flattened_patches"))
+        if name in self.pixel_names:
+            return True
+        # A mask of images has an entry per token of the prompt: which picture it sees, or is a part of.
+        return not _of_tokens(name) and name.startswith(("pixel_", "image_", "high_res_pixel", "flattened_patches"))
 
 
 @functools.cache
@@ -70,17 +77,13 @@ def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:
     """
     name = type(model).__name__
     config = getattr(model, "config", None)
+    family = _families().get(str(getattr(config, "model_type", "")), {})
+    if "unsupported" in family:
+        raise AttachError(f"{name} cannot be probed: {family['unsupported']}")
     if config is None or not callable(getattr(model, "generate", None)):
         raise AttachError(
             f"{name} is not a Hugging Face generative model (no `config` or no `generate`); attach the object that "
             f"AutoModelForImageTextToText.from_pretrained(...) returns"
-        )
-    family = _families().get(str(getattr(config, "model_type", "")), {})
-    if "unsupported" in family:
-        raise AttachError(f"{name} cannot be probed: {family['unsupported']}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise AttachError(
-            f"{name} cannot be probed: it is an encoder-decoder model, whose answers are not replayed yet"
         )
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
     encoders = _given(model, family, "encoders") or _encoders(model, paths)
@@ -95,7 +98,10 @@ def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:
     if decoder is None:
         hub: Any = model
         found = hub.get_decoder() if hasattr(hub, "get_decoder") else model
-        decoder = paths.get(id(found), "")
+        decoder = paths.get(id(text_stack(found)), "")
+    if not encoders and pixel_names:
+        encoders, between = _beside(model, decoder)
+        mergers = mergers or between
     image_token_id = None if family.get("image_token") == "none" else _image_token_id(model, processor)
     return Anatomy(
         encoders=encoders,
@@ -104,7 +110,23 @@ def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:
         image_token_id=image_token_id,
         pixel_names=pixel_names,
         answer_token_type=int(family.get("answer_token_type", 0)),
+        encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
     )
+
+
+def text_stack(decoder: torch.nn.Module) -> torch.nn.Module:
+    """The stack of text layers inside what ``get_decoder()`` answered.
+
+    That is the model itself where the library knows no name of its parts: then it is the first part with layers of its
+    own that embeds words.
+    """
+    if any(isinstance(child, torch.nn.ModuleList | torch.nn.Embedding) for child in decoder.children()):
+        return decoder
+    for module in decoder.modules():
+        layers = any(isinstance(child, torch.nn.ModuleList) for child in module.children())
+        if layers and any(isinstance(child, torch.nn.Embedding) for child in module.children()):
+            return module
+    return decoder
 
 
 def find_modules(model: torch.nn.Module, pattern: str) -> list[tuple[str, torch.nn.Module]]:
@@ -151,12 +173,40 @@ def _mergers(model: torch.nn.Module, encoders: Sequence[str]) -> tuple[str, ...]
     return ()
 
 
+def _beside(model: torch.nn.Module, decoder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What stands beside the decoder in a model whose names say nothing: parts with a stack of layers are encoders,
+    parts with other weights lead from them to the decoder.
+    """
+    hub: Any = model
+    head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
+    steps = decoder.split(".") if decoder else []
+    for depth, step in enumerate(steps):
+        above = ".".join(steps[:depth])
+        parts = {
+            f"{above}.{name}".lstrip("."): part
+            for name, part in model.get_submodule(above).named_children()
+            if name != step and part is not head and next(part.parameters(), None) is not None
+        }
+        encoders = tuple(
+            path
+            for path, part in parts.items()
+            if any(isinstance(inner, torch.nn.ModuleList) for inner in part.modules())
+        )
+        if encoders:
+            return encoders, tuple(path for path in parts if path not in encoders)
+    return (), ()
+
+
 def _outermost(paths: Sequence[str]) -> tuple[str, ...]:
     kept: list[str] = []
     for path in paths:
         if not any(path.startswith(other + ".") for other in kept):
             kept.append(path)
     return tuple(kept)
+
+
+def _of_tokens(name: str) -> bool:
+    return name.startswith("image_") and name.endswith("_mask")
 
 
 def _pixel_names(model: torch.nn.Module) -> frozenset[str]:
@@ -166,7 +216,9 @@ def _pixel_names(model: torch.nn.Module) -> frozenset[str]:
         if function is not None:
             names |= set(inspect.signature(function).parameters)
     names |= {
-        name for name in inspect.signature(model.forward).parameters if "pixel" in name or name.startswith("image_")
+        name
+        for name in inspect.signature(model.forward).parameters
+        if "pixel" in name or (name.startswith("image_") and not _of_tokens(name)) or name in _PICTURES
     }
     return frozenset(
         names - {"self", "kwargs", "return_dict", "vision_feature_layer", "vision_feature_select_strategy"}

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["answer_length", "display_pieces", "eos_token_ids", "folded", "special_flags", "tokenizer_of"]
+__all__ = [
+    "answer_length",
+    "decoder_prompt",
+    "display_pieces",
+    "eos_token_ids",
+    "folded",
+    "positional",
+    "settings_of",
+    "special_flags",
+    "tokenizer_of",
+]
 
 _REPLACEMENT = "�"
 
@@ -91,3 +102,39 @@ def folded(prompt: str) -> str:
         return f"{match[1]}×{count}"
 
     return re.sub(r"(<[^<>\s]{1,40}>|\[[A-Z_]{2,40}\])\1{2,}", fold, prompt)
+
+
+def positional(model: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Positional arguments of ``model.generate()`` by their names."""
+    names = [name for name in inspect.signature(type(model).generate).parameters if name != "self"]
+    return dict(zip(names, args, strict=False))
+
+
+def settings_of(model: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
+    """``(name, default=None)`` → a setting of one ``generate()`` call: its argument, else what its generation config
+    says, else the one of the model, or of the language model inside that a ``generate`` of its own hands over to.
+    """
+    inner = [module.generation_config for module in model.modules() if hasattr(module, "generation_config")]
+    places = [kwargs.get("generation_config"), *inner]
+
+    def setting(name: str, default: Any = None) -> Any:
+        for value in (kwargs.get(name), *(getattr(place, name, None) for place in places)):
+            if value is not None:
+                return value
+        return default
+
+    return setting
+
+
+def decoder_prompt(given: torch.Tensor | None, start: Any, ids: torch.Tensor) -> torch.Tensor:
+    """What the decoder's sequence of an encoder-decoder model begins with, ``(batch, position)``: what the user gave,
+    behind the start token, which ``generate()`` puts in front unless it is there."""
+    if isinstance(start, Sequence):
+        start = start[0]
+    if start is None:
+        raise ValueError("the model has no decoder_start_token_id, so its answer has no known beginning")
+    first = torch.full((len(ids), 1), int(start), dtype=torch.long, device=ids.device)
+    if given is None:
+        return first
+    given = given.to(ids.device)
+    return given if bool((given[:, 0] == int(start)).all()) else torch.cat([first, given], dim=1)

@@ -22,6 +22,7 @@ from torch import nn
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.layout import source_span
+from lvlm_probe.token_places import extents
 
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
@@ -148,24 +149,13 @@ def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
                 )
             token |= (ratio < 0).astype(np.int64) << digit
         for axis, (source, size) in enumerate(zip((x, y), path.image_sizes[image], strict=True)):
-            found, low, high = _spans(source[clear], token)
+            found, low, high = extents(source[clear], token)
             boxes[found, axis], boxes[found, axis + 2] = low.clip(0, size), high.clip(0, size)
     return EncoderTokens(encoder, blocks, shape, boxes)
 
 
 def _numbers(gradient: torch.Tensor) -> np.ndarray:
     return gradient.detach().double().cpu().numpy()
-
-
-def _spans(source: np.ndarray, token: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which tokens there are, and the extent of each along one axis: half a step beyond its outermost elements."""
-    # Token and position, in thousandths of a pixel, in one integer: sorting pairs takes many times as long.
-    thousandths = np.rint(source.astype(np.float64) * 1000).astype(np.int64) + 2**31
-    distinct = np.unique((token << 32) + thousandths)
-    found, first, count = np.unique(distinct >> 32, return_index=True, return_counts=True)
-    low, high = (((distinct[at] & (2**32 - 1)) - 2**31) / 1000 for at in (first, first + count - 1))
-    half = np.where(count > 1, (high - low) / np.maximum(count - 1, 1), 1.0) / 2
-    return found, low - half, high + half
 
 
 def encoders_of(replay: Replay) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ The answer's token t is predicted by the logits at position ``P + t - 1`` of the
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.wrappers import execution_device, uncompiled
 
-__all__ = ["OWN_PASS", "TeacherForcing", "checkpointed", "frozen", "input_device"]
+__all__ = ["OWN_PASS", "TeacherForcing", "apart", "checkpointed", "frozen", "input_device"]
 
 OWN_PASS: ContextVar[bool] = ContextVar("lvlm_probe_own_pass", default=False)
 """True while a teacher-forced pass of ours runs, so that a mask on the user's own calls leaves it alone."""
@@ -60,55 +62,65 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def checkpointed(model: torch.nn.Module, *, enabled: bool = True) -> Iterator[int]:
-    """Gradient checkpointing that fires in eval mode, on exactly the layers that support it.
+    """Gradient checkpointing in eval mode, on exactly the layers that support it.
 
-    transformers checkpoints a layer only while ``layer.training`` is set, so in eval mode its switch does nothing. Here
-    the flag is set on the layer containers alone; their children (dropout among them) stay in eval mode, and the
-    gradient is the same to the last bit.
+    transformers checkpoints a layer only in training mode, which would switch on its dropout. Here each layer's
+    ``forward`` is run by ``torch.utils.checkpoint`` as it is, so that the gradient stays the same to the last bit.
 
     Yields:
         the number of layers that will be recomputed.
 
     Raises:
-        ReplayError: a layer applies dropout by its own ``training`` flag, which would change the gradient.
+        ReplayError: no layer supports it.
     """
     if not enabled:
         yield 0
         return
-    from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers:
-        rates = [value for name, value in vars(layer).items() if "drop" in name and isinstance(value, float)]
-        if any(rate > 0 for rate in rates):
-            raise ReplayError(
-                f"gradient checkpointing would change the gradient of {type(model).__name__}: {type(layer).__name__} "
-                f"applies dropout by its own training flag; replay without gradient_checkpointing"
-            )
-
-    def recompute(function: Any, *args: Any) -> Any:
-        # A partial of the layer's class function, or, before transformers 5.23, of its bound method.
-        layer = function.args[0] if function.args else function.func.__self__
-
-        # Frozen in the recomputation too: it runs in backward(), when the model's own flags are back in place.
-        def forward(*inputs: Any) -> Any:
-            with frozen(layer):
-                return function(*inputs)
-
-        return checkpoint(forward, *args, use_reentrant=False)
-
-    names = ("gradient_checkpointing", "training", "_gradient_checkpointing_func")
-    saved = [(layer, {name: vars(layer)[name] for name in names if name in vars(layer)}) for layer in layers]
+    if not layers:
+        raise ReplayError(
+            f"gradient checkpointing is not supported by any layer of {type(model).__name__}; replay without "
+            f"gradient_checkpointing"
+        )
+    saved = [(layer, vars(layer).get("forward")) for layer in layers]
     try:
         for layer in layers:
-            vars(layer).update(gradient_checkpointing=True, training=True, _gradient_checkpointing_func=recompute)
+            # Through __dict__, where accelerate may have put a forward of its own, which then is what runs again.
+            vars(layer)["forward"] = _recomputing(layer, layer.forward)
         yield len(layers)
     finally:
-        for layer, before in saved:
-            for name in names:
-                vars(layer).pop(name, None)
-            vars(layer).update(before)
+        for layer, own in saved:
+            if own is None:
+                vars(layer).pop("forward", None)
+            else:
+                vars(layer)["forward"] = own
+
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def _recomputing(layer: torch.nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, run once more in backward instead of keeping what it computed on the way."""
+    from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+    # Stopped half-way, accelerate would never put away again the weights it has brought for the recomputation.
+    whole = any(weight.is_meta for weight in layer.parameters())
+
+    # Frozen in the recomputation too: it runs in backward(), when the model's own flags are back in place.
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with frozen(layer), uncompiled(layer):
+            return original(*args, **kwargs)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not getattr(layer, "_can_checkpoint_with_cache", False):  # else its keys would enter a cache twice
+            kwargs.update({name: None for name in _CACHES if kwargs.get(name) is not None})
+        with set_checkpoint_early_stop(not whole):
+            return checkpoint(again, *args, use_reentrant=False, **kwargs)
+
+    return forward
 
 
 @contextmanager
@@ -142,6 +154,8 @@ class TeacherForcing:
         sequence_inputs: Mapping[str, torch.Tensor] | None = None,
         other_inputs: Mapping[str, Any] | None = None,
         answer_token_type: int = 0,
+        apart_inputs: Mapping[str, torch.Tensor] | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
     ) -> None:
         if token_ids.numel() == 0:
             raise ReplayError("the answer has no tokens, so there is nothing to replay")
@@ -149,15 +163,23 @@ class TeacherForcing:
         self.device = input_device(model)
         self.steps = int(token_ids.numel())
         self._targets = token_ids.to(self.device).long()
-        ids = torch.cat([input_ids.long().cpu(), token_ids.long().cpu()[:-1]])
+        # What the answer continues: the prompt or, in an encoder-decoder model, the decoder's own beginning.
+        start = input_ids if decoder_input_ids is None else decoder_input_ids.flatten()
+        ids = torch.cat([start.long().cpu(), token_ids.long().cpu()[:-1]])
         self.length = int(ids.numel())
+        asked = ids if decoder_input_ids is None else input_ids.long().cpu()
+        width = int(asked.numel())
         self._sequence: dict[str, torch.Tensor] = {
-            "input_ids": ids[None].to(self.device),
-            "attention_mask": torch.ones(1, self.length, dtype=torch.long, device=self.device),
+            "input_ids": asked[None].to(self.device),
+            "attention_mask": torch.ones(1, width, dtype=torch.long, device=self.device),
         }
+        if decoder_input_ids is not None:
+            self._sequence["decoder_input_ids"] = ids[None].to(self.device)
         for name, value in (sequence_inputs or {}).items():
             if name not in self._sequence:
-                self._sequence[name] = _extend(name, value, self.length, answer_token_type).to(self.device)
+                self._sequence[name] = _extend(name, value, width, answer_token_type).to(self.device)
+        for name, value in (apart_inputs or {}).items():
+            self._sequence.setdefault(name, value.to(self.device))
         self._other = dict(other_inputs or {})
         parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
@@ -185,6 +207,7 @@ class TeacherForcing:
             inputs["use_cache"] = False
         with (
             _own_pass(),
+            uncompiled(self.model),
             frozen(self.model),
             checkpointed(self.model, enabled=checkpoint),
             self._last_positions_only() as extra,
@@ -218,6 +241,14 @@ class TeacherForcing:
             yield {}
 
 
+def apart(name: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether an input goes with another sequence of tokens than the prompt: one of a text that is read elsewhere
+    (``qformer_attention_mask`` beside ``qformer_input_ids``), or of the decoder.
+    """
+    streams = [other.removesuffix("input_ids") for other in inputs if other.endswith("_input_ids")]
+    return name.startswith(tuple(streams)) if streams else False
+
+
 def _extend(name: str, value: torch.Tensor, length: int, answer_token_type: int) -> torch.Tensor:
     missing = length - value.shape[1]
     if missing <= 0:
@@ -225,16 +256,21 @@ def _extend(name: str, value: torch.Tensor, length: int, answer_token_type: int)
     tail = value[:, -1:].expand(-1, missing, *value.shape[2:])
     if "type_ids" in name:
         tail = torch.full_like(tail, answer_token_type)
+    elif name.endswith("position_mask"):  # which positions are the picture's: none of the answer's
+        tail = torch.zeros_like(tail)
     return torch.cat([value, tail], dim=1)
 
 
 def input_device(model: torch.nn.Module) -> torch.device:
-    """The device that token ids and pixels go to: that of the input embeddings."""
+    """The device that token ids and pixels go to: that of the input embeddings, or, offloaded, that they run on."""
     hub: Any = model
-    embeddings = hub.get_input_embeddings() if hasattr(hub, "get_input_embeddings") else None
+    try:
+        embeddings = hub.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # remote code need not answer
+        embeddings = None
     weight = getattr(embeddings, "weight", None)
     device = weight.device if weight is not None else next(model.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
+    return execution_device(embeddings) if device.type == "meta" else device
 
 
 def _to(value: Any, device: torch.device) -> Any:

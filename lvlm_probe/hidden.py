@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_probe.errors import ExplainError, ReplayError
+from lvlm_probe.forcing import frozen, input_device
 
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
@@ -48,8 +49,15 @@ def head_rows(model: nn.Module, ids: Tensor) -> Tensor:
     hub: Any = model
     head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
     weight = getattr(head, "weight", None)
-    if weight is None or weight.ndim != 2:
+    if head is None or weight is None or weight.ndim != 2:
         raise ExplainError(f"{type(model).__name__} has no linear LM head whose rows could be read")
+    if weight.is_meta or {"base_layer", "original_module"} & set(head._modules):
+        # Offloaded, or adapted: the rows that it computes with are the gradients of its own outputs.
+        with frozen(head), torch.enable_grad():
+            states = torch.zeros(len(ids), weight.shape[1], dtype=weight.dtype, device=input_device(model))
+            states.requires_grad_(True)
+            picked = head(states).gather(-1, ids.to(states.device)[:, None]).sum()
+            return torch.autograd.grad(picked, states)[0].cpu()
     return weight.detach()[ids.to(weight.device)].cpu()
 
 

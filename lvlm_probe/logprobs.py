@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-__all__ = ["StepLogProbs"]
+__all__ = ["StepLogProbs", "answer_in", "generators"]
 
 
 class StepLogProbs:
@@ -24,7 +25,9 @@ class StepLogProbs:
     def __call__(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook."""
         logits = output.logits
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get("decoder_input_ids")
+        if ids is None:
+            ids = kwargs.get("input_ids", args[0] if args else None)
         if self._pending is not None and ids is not None:
             self._take(ids[:, -1])
         last = logits[:, -1]
@@ -50,3 +53,45 @@ class StepLogProbs:
         if chosen.shape != generated.shape or not torch.equal(chosen, generated.to(chosen.device)):
             return None
         return torch.stack(self._values[:steps], dim=1).cpu()
+
+
+def generators(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules whose logits ``model.generate()`` may read, outermost first: the model itself, or, where its class
+    has a ``generate`` of its own that hands over to a language model inside, that one.
+    """
+    inner = (m for m in model.modules() if m is not model and hasattr(m, "prepare_inputs_for_generation"))
+    return [model, *inner]
+
+
+def _seen_by(readers: Sequence[StepLogProbs], generated: torch.Tensor) -> torch.Tensor | None:
+    """log P of ``generated`` from the first of ``readers`` that saw every step with its token; ``None`` if none did."""
+    found = None
+    for reader in readers:
+        values = reader.result(generated) if generated.shape[1] else None
+        found = values if found is None else found
+    return found
+
+
+def answer_in(
+    sequences: torch.Tensor, start: torch.Tensor, readers: Sequence[StepLogProbs], *, alone: bool
+) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """The answers ``(batch, step)`` in what ``generate()`` returned, and their log P where every step was seen.
+
+    Args:
+        sequences: what it returned.
+        start: what the answers continue, ``(prompt, position)``: one row for one or more of ``sequences``.
+        readers: what watched the logits.
+        alone: the answer may have been returned without its prompt. A model whose own ``generate()`` begins with
+            embeddings does that; that all of its tokens were seen being chosen tells it from a prompt that was edited.
+
+    Returns:
+        ``None`` where the sequences do not continue ``start``.
+    """
+    copies, odd = divmod(len(sequences), len(start))
+    if odd or copies == 0:
+        return None
+    if torch.equal(sequences[:, : start.shape[1]], start.repeat_interleave(copies, 0).to(sequences.device)):
+        generated = sequences[:, start.shape[1] :]
+        return generated, _seen_by(readers, generated)
+    values = _seen_by(readers, sequences) if alone else None
+    return None if values is None else (sequences, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,6 +32,8 @@ class Masking:
         self.mask, self.images = mask, images
         self.image, self.baseline, self.mode = image, baseline, mode
         self._paths: list[tuple[torch.Tensor, Any]] = []
+        if "torch._dynamo" in sys.modules:  # a compiled model must not take the processor into its graph
+            self.replace = torch.compiler.disable(self.replace)  # type: ignore[method-assign]
 
     def replace(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The same model inputs with masked pixels."""

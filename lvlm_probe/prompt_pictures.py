@@ -74,8 +74,7 @@ class PictureFinder:
         if self._given is not None:
             images, groups = flatten_images(self._given)
             call = ProcessorCall(images, groups, call.kwargs if call else {}, call.outputs if call else {})
-            if call.images and image_processor is not None and not self._shows(call, image_processor):
-                why = "the pictures given as images= are not the ones the pixel inputs were made from"
+            if call.images and image_processor is not None and (why := self._doubt(call, image_processor)):
                 caution(f"{why}; recording without them")
                 return PromptPictures(
                     [RowPictures() for _ in range(batch)], [f"{why}: masks live in pixel-input space"]
@@ -97,10 +96,16 @@ class PictureFinder:
             start += count
         return PromptPictures(rows, [])
 
-    def _shows(self, call: ProcessorCall, image_processor: Any) -> bool:
-        """Whether these pictures make the pixel inputs of this call, up to the difference of two backends."""
+    def _doubt(self, call: ProcessorCall, image_processor: Any) -> str:
+        """Why these pictures are not used: they do not make the pixel inputs, up to the difference of two backends."""
         given = _nested(call.images or [], call.groups)
-        made = image_processor(images=given, return_tensors="pt", **call.kwargs)
+        try:
+            made = image_processor(images=given, return_tensors="pt", **call.kwargs)
+        except Exception as error:
+            return (
+                f"{type(image_processor).__name__} makes no pixel inputs of the pictures given as images= alone "
+                f"({type(error).__name__}: {error})"
+            )
         for name, value in made.items():
             fed = self._inputs.get(name)
             if (
@@ -110,8 +115,8 @@ class PictureFinder:
             ):
                 continue
             if value.shape != fed.shape or float((value - fed.cpu().to(value.dtype)).abs().mean()) > _BACKENDS_DIFFER:
-                return False
-        return True
+                return "the pictures given as images= are not the ones the pixel inputs were made from"
+        return ""
 
     def _groups(self, call: ProcessorCall, batch: int, image_processor: Any) -> tuple[int, ...]:
         """How many pictures each row of the batch has."""
@@ -124,7 +129,7 @@ class PictureFinder:
         counts = (self._inputs["input_ids"] == token).sum(1).tolist() if token is not None else []
         if len(call.images) == batch and all(counts):
             return (1,) * batch
-        per_image = self._tokens_per_image(call.images)
+        per_image = self._tokens_per_image(call.images, call.kwargs)
         if counts and per_image is not None:
             groups, start = [], 0
             for count in counts:
@@ -143,7 +148,12 @@ class PictureFinder:
             "Nothing is recorded"
         )
 
-    def _tokens_per_image(self, images: Sequence[Image.Image]) -> list[int] | None:
+    def _tokens_per_image(self, images: Sequence[Image.Image], kwargs: Mapping[str, Any]) -> list[int] | None:
+        """Image tokens of each picture: what the processor makes of it alone, else what it says it would make."""
+        if self._image_token_id is not None:
+            counts = [self._placeholders(image, kwargs) for image in images]
+            if all(counts):
+                return counts
         count = getattr(self._processor, "_get_num_multimodal_tokens", None)
         if count is None:
             return None
@@ -152,6 +162,22 @@ class PictureFinder:
         except Exception:
             return None
         return None if found.num_image_tokens is None else [int(number) for number in found.num_image_tokens]
+
+    def _placeholders(self, image: Image.Image, kwargs: Mapping[str, Any]) -> int:
+        """How many image tokens the processor writes for a prompt of nothing but this picture; 0 where it cannot."""
+        hub: Any = self._processor
+        for name in ("image_token", "boi_token"):
+            slot = getattr(hub, name, None)
+            for given in ([image], [[image]]):
+                if not isinstance(slot, str) or not callable(hub):
+                    break
+                try:
+                    ids = hub(images=given, text=[slot], return_tensors="pt", **kwargs)["input_ids"]
+                except Exception:  # families differ in what they take; the caller has other ways
+                    continue
+                if found := int((ids == self._image_token_id).sum()):
+                    return found
+        return 0
 
     def _row_pictures(
         self, call: ProcessorCall, images: Sequence[Image.Image], image_processor: Any, *, single: bool
@@ -175,7 +201,7 @@ class PictureFinder:
             given = _nested(images, (len(images),) if call.structure == "nested" else None)
             made = image_processor(images=given, return_tensors="pt", **call.kwargs)
             inputs = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
-        tokens = self._tokens_per_image(images) if len(images) > 1 else None
+        tokens = self._tokens_per_image(images, call.kwargs) if len(images) > 1 else None
         return RowPictures(list(images), description, dict(call.kwargs), inputs, tokens)
 
 

@@ -8,7 +8,6 @@ call.
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,27 +22,38 @@ from PIL import Image
 
 from lvlm_probe.anatomy import Anatomy
 from lvlm_probe.attention import Rows, RowTap
-from lvlm_probe.decoding import answer_length, display_pieces, eos_token_ids, folded, special_flags, tokenizer_of
+from lvlm_probe.decoding import (
+    answer_length,
+    decoder_prompt,
+    display_pieces,
+    eos_token_ids,
+    folded,
+    positional,
+    settings_of,
+    special_flags,
+    tokenizer_of,
+)
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.format import Capture, ImageRecord, PointRecord, RowCapture
 from lvlm_probe.hidden import point_records
 from lvlm_probe.hooks import HookSet
-from lvlm_probe.layout import image_spans, token_boxes
-from lvlm_probe.logprobs import StepLogProbs
+from lvlm_probe.layout import image_spans
+from lvlm_probe.logprobs import StepLogProbs, answer_in, generators
 from lvlm_probe.pictures import encode_picture
 from lvlm_probe.player import Replay
 from lvlm_probe.points import PointTap
-from lvlm_probe.prompt_pictures import NotRecorded, PictureFinder, PromptPictures, RowPictures
+from lvlm_probe.prompt_pictures import NotRecorded, PictureFinder, PromptPictures
 from lvlm_probe.recorded_path import LiveTrace
+from lvlm_probe.row_inputs import columns_of, image_places, row_inputs
+from lvlm_probe.token_places import Places, box_key, place, token_places
 from lvlm_probe.watch import ProcessorWatch
+from lvlm_probe.wrappers import adapters_of_this_call, compiled_parts
 
 __all__ = ["BoxCache", "GenerationRecorder", "RecordOptions"]
 
-BoxCache = dict[tuple[Any, ...], np.ndarray]
-"""Boxes of image tokens that are known already; tracing them runs the processor several times."""
+BoxCache = dict[tuple[Any, ...], Places]
+"""Places of image tokens that are known already; finding them runs the processor and the model's encoder."""
 
-# Rebuilt from the tokens by every replay, or of no use to one.
-_NOT_REPLAYED = ("input_ids", "inputs", "attention_mask", "position_ids", "cache_position", "labels")
 _BOXES_KEPT = 64
 _ALPHA = 1.0  # LLR above which a token counts when the baseline is checked; the paper's default
 
@@ -81,7 +91,8 @@ class GenerationRecorder:
         self.notes: list[str] = []
         self._watch = watch
         self._hooks = HookSet(on_error)
-        self._log_probs = StepLogProbs()
+        self._log_probs: list[StepLogProbs] = []
+        self._decoder_ids: torch.Tensor | None = None
         self._tap: RowTap | None = None
         self._points: PointTap | None = None
         self._on_error = on_error
@@ -98,12 +109,15 @@ class GenerationRecorder:
         Raises:
             NotRecorded: there is nothing to record, or it cannot be recorded without wrong numbers.
         """
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        kwargs = {**positional(self.model, args), **kwargs}
+        ids = kwargs.get("input_ids", kwargs.get("inputs"))
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             raise NotRecorded("generate() was called without input_ids of shape (batch, prompt); nothing is recorded")
         self._inputs = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
         self._inputs["input_ids"] = ids
         pixels = [name for name in self._inputs if self.anatomy.is_pixel_name(name)]
+        if reason := adapters_of_this_call(self.model):
+            raise NotRecorded(reason)
         if any("video" in name for name in pixels):
             raise NotRecorded("the prompt holds a video, and videos are not recorded yet; nothing is recorded")
         if not any(self._inputs[name].is_floating_point() for name in pixels):
@@ -112,22 +126,18 @@ class GenerationRecorder:
                 "nothing is recorded. Put an image into the prompt and pass the processor's outputs on: "
                 "model.generate(**inputs)"
             )
-        generation = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
-
-        def setting(name: str, default: Any = None) -> Any:
-            value = kwargs.get(name)
-            if value is None:
-                value = getattr(generation, name, None)
-            if value is None:
-                value = getattr(getattr(self.model, "generation_config", None), name, None)
-            return default if value is None else value
-
+        setting = settings_of(self.model, kwargs)
         self._eos = eos_token_ids(SimpleNamespace(eos_token_id=setting("eos_token_id")), self.model.config)
         pad = setting("pad_token_id")
         self._pad = next(iter(self._eos), None) if pad is None else int(pad)
         self._custom_stop = bool(
             kwargs.get("stop_strings") or kwargs.get("stopping_criteria") or setting("stop_strings")
         )
+        if self.anatomy.encoder_decoder:
+            self._decoder_ids = decoder_prompt(
+                kwargs.get("decoder_input_ids"), setting("decoder_start_token_id", setting("bos_token_id")), ids
+            )
+            self._inputs["decoder_input_ids"] = self._decoder_ids
         beams = int(setting("num_beams", 1))
         if beams > 1:
             self.notes.append(
@@ -135,7 +145,9 @@ class GenerationRecorder:
                 f"teacher-forced pass over the returned answer, and attention rows are not recorded"
             )
             return
-        self._hooks.forward(self.model, self._log_probs, name="log_probs")
+        for number, module in enumerate(generators(self.model)):
+            self._log_probs.append(StepLogProbs())
+            self._hooks.forward(module, self._log_probs[number], name="log_probs")
         points = [point for point in self.options.points if point != "hidden"]
         if points:
             self._points = PointTap(self.model, self.anatomy, points, self._hooks)
@@ -149,9 +161,22 @@ class GenerationRecorder:
                     self._tap = None
 
     def _arm_tap(self, ids: torch.Tensor, copies: int) -> None:
-        if self.anatomy.image_token_id is None:
+        if self.anatomy.encoder_decoder:
+            self.notes.append(
+                f"attention rows are not recorded: the decoder of {type(self.model).__name__} reads its encoder by "
+                "cross-attention, which is not recorded yet"
+            )
+            return
+        found = image_places(self._inputs, self.anatomy.image_token_id)
+        if found is None:
             self.notes.append(
                 f"attention rows are not recorded: {type(self.model).__name__} has no image tokens in the prompt"
+            )
+            return
+        if compiled_parts(self.model, self.anatomy.decoder):
+            self.notes.append(
+                "attention rows are not recorded: the model is compiled, and a compiled graph does not show its "
+                "attention; record with the model before torch.compile"
             )
             return
         tap = RowTap(self.model, on_error=lambda error: self._on_error("attention", error))
@@ -161,17 +186,10 @@ class GenerationRecorder:
             return
         if tap.unsupported:
             self.notes.append(f"{len(tap.unsupported)} layer(s) without attention rows: {tap.unsupported}")
-        places = [row.nonzero()[:, 0] for row in (ids == self.anatomy.image_token_id)]
-        width = max(len(place) for place in places)
-        if width == 0:
+        if not found.any():
             self.notes.append("attention rows are not recorded: the prompt holds no image tokens")
             return
-        columns = torch.zeros(len(places), width, dtype=torch.long, device=ids.device)
-        valid = torch.zeros(len(places), width, dtype=torch.bool, device=ids.device)
-        for row, place in enumerate(places):
-            columns[row, : len(place)] = place
-            valid[row, : len(place)] = True
-        columns, valid = columns.repeat_interleave(copies, 0), valid.repeat_interleave(copies, 0)
+        columns, valid = (part.repeat_interleave(copies, 0) for part in columns_of(found))
         tap.install()
         self._tap = tap
         tap.arm(columns, valid=valid, heads=self.options.heads, prompt_length=ids.shape[1])
@@ -203,15 +221,15 @@ class GenerationRecorder:
                 tap.remove()
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         ids = self._inputs["input_ids"]
-        copies, odd = divmod(len(sequences), len(ids))
-        prompts = ids.repeat_interleave(max(copies, 1), 0).to(sequences.device)
-        if odd or copies == 0 or not torch.equal(sequences[:, : ids.shape[1]], prompts):
+        # An encoder-decoder model returns the decoder's sequence, which has a beginning of its own.
+        start = ids if self._decoder_ids is None else self._decoder_ids
+        found = answer_in(sequences, start, self._log_probs, alone=self._decoder_ids is None)
+        if found is None:
             raise NotRecorded(
-                f"{type(self.model).__name__}.generate() did not return prompt + answer for this prompt; nothing is "
-                "recorded"
+                f"{type(self.model).__name__}.generate() did not return prompt + answer for this prompt: it drops or "
+                "edits tokens of the prompt. Nothing is recorded"
             )
-        generated = sequences[:, ids.shape[1] :]
-        values = self._log_probs.result(generated) if generated.shape[1] else None
+        (generated, values), copies = found, len(sequences) // len(ids)
         if values is None and attention is not None:
             # Assisted decoding, guidance: rows cannot be matched to tokens where passes and tokens are not one to one.
             attention = None
@@ -236,7 +254,7 @@ class GenerationRecorder:
                 self.notes.append(f"row {row} of the batch generated nothing and is not recorded")
                 continue
             capture = self._row(row, row // copies, generated[row, :length].cpu(), pictures, tokenizer)
-            if values is not None:
+            if values is not None and capture.log_probs_source == "generation":
                 capture.log_probs = values[row, :length].numpy()
             else:
                 capture.log_probs_source = "teacher_forced"
@@ -258,13 +276,16 @@ class GenerationRecorder:
         real = mask[prompt_row].bool() if mask is not None and mask.shape == self._inputs["input_ids"].shape else None
         prompt_ids = (ids[real] if real is not None else ids).cpu()
         mine = pictures.rows[prompt_row]
-        kwargs = self._row_inputs(prompt_row, real, mine)
-        positions = (
-            (prompt_ids == self.anatomy.image_token_id).nonzero()[:, 0]
-            if self.anatomy.image_token_id is not None
-            else torch.zeros(0, dtype=torch.long)
-        )
+        kwargs, padded = row_inputs(self._inputs, prompt_row, real, mine.inputs, self.anatomy.is_pixel_name)
+        places = image_places(self._inputs, self.anatomy.image_token_id)
+        taken = ids < 0 if places is None else places[prompt_row]
+        positions = (taken if real is None else taken[real]).nonzero()[:, 0].cpu()
         notes = [*self.notes, *pictures.notes]
+        if padded:
+            notes.append(
+                "in its batch this row ran beside pictures that only fill it up, which this model sees; its "
+                "log-probabilities come from one teacher-forced pass without them"
+            )
         if self._eos and int(token_ids[-1]) not in self._eos and not self._custom_stop:
             notes.append(f"the answer was cut after {len(token_ids)} tokens (max_new_tokens)")
         prompt = tokenizer.decode(prompt_ids.tolist()) if tokenizer is not None else ""
@@ -290,24 +311,10 @@ class GenerationRecorder:
             pieces=display_pieces(tokenizer, token_ids.tolist()),
             special=np.asarray(special_flags(tokenizer, token_ids.tolist(), self._eos), dtype=bool),
             log_probs=np.full(len(token_ids), np.nan, np.float32),
+            log_probs_source="teacher_forced" if padded else "generation",
             notes=notes,
             meta=dict(self.options.meta),
         )
-
-    def _row_inputs(self, row: int, real: torch.Tensor | None, mine: RowPictures) -> dict[str, torch.Tensor]:
-        """What a replay of one batch row feeds besides the token ids."""
-        ids = self._inputs["input_ids"]
-        kept: dict[str, torch.Tensor] = {}
-        for name, value in self._inputs.items():
-            if name in _NOT_REPLAYED:
-                continue
-            if name in mine.inputs:
-                kept[name] = mine.inputs[name].to(value.dtype)
-            elif value.ndim >= 2 and value.shape[:2] == ids.shape and not self.anatomy.is_pixel_name(name):
-                kept[name] = (value[row][real] if real is not None else value[row])[None]
-            else:
-                kept[name] = _split(name, value, row, len(ids))
-        return {name: value.detach().cpu() for name, value in kept.items()}
 
     def _add_attention(self, capture: RowCapture, attention: Rows, row: int, length: int) -> None:
         values = attention.values[row]
@@ -344,9 +351,10 @@ class GenerationRecorder:
             hidden = "hidden" in self.options.points
             inside = self.options.attention or hidden
             boxes = self.options.boxes and inside and bool(row.images) and len(row.image_positions) > 0
-            key = _box_key(row) if boxes else ()
+            key = box_key(row) if boxes else ()
             if key in self._boxes:
-                row.patch_box, boxes = self._boxes[key], False
+                place(row, self._boxes[key])
+                boxes = False
             if not (missing or self.options.llr or boxes or hidden):
                 continue
             player = Replay(LiveTrace(row, self._images[row.trace_id]), self.model, self.processor, check_pixels=False)
@@ -354,10 +362,11 @@ class GenerationRecorder:
                 row.log_probs = player.original_log_probs.numpy()
             if boxes:
                 try:
-                    row.patch_box = token_boxes(player.path, row.image_index)
+                    places = token_places(player, row.image_positions)
                     if len(self._boxes) >= _BOXES_KEPT:
                         self._boxes.clear()
-                    self._boxes[key] = row.patch_box
+                    self._boxes[key] = places
+                    place(row, places)
                 except ProbeError as error:
                     row.notes.append(f"no boxes for the image tokens: {error}")
             if hidden:
@@ -376,23 +385,3 @@ class GenerationRecorder:
             row.baseline_log_probs = player.baseline_log_probs.numpy()
             row.baseline = dict(player.baseline)
         capture.seconds["teacher_forced"] = time.perf_counter() - start
-
-
-def _split(name: str, value: torch.Tensor, row: int, batch: int) -> torch.Tensor:
-    if batch == 1 or value.ndim == 0:
-        return value
-    share, odd = divmod(len(value), batch)
-    if odd or share == 0:
-        raise NotRecorded(
-            f"{name} of shape {tuple(value.shape)} cannot be divided among {batch} prompts; attach the processor, "
-            f"or record one prompt at a time. Nothing is recorded"
-        )
-    return value[row * share : (row + 1) * share]
-
-
-def _box_key(row: RowCapture) -> tuple[Any, ...]:
-    """All that the boxes of a row depend on: the processor is the probe's, the picture counts by its size alone."""
-    sizes = tuple((image.width, image.height) for image in row.images)
-    shapes = tuple(sorted((name, tuple(value.shape)) for name, value in row.model_kwargs.items()))
-    settings = json.dumps((row.processor_call or {}).get("kwargs"), sort_keys=True)
-    return sizes, shapes, settings, row.image_index.tobytes()

@@ -23,13 +23,14 @@ from lvlm_probe.forcing import OWN_PASS
 from lvlm_probe.format import Capture
 from lvlm_probe.hooks import HookSet, caution, shadow_of
 from lvlm_probe.identity import describe_model
-from lvlm_probe.images.processor import OWN_CALL
+from lvlm_probe.images.processor import OWN_CALL, named_outputs
 from lvlm_probe.masking import Masking
 from lvlm_probe.prompt_pictures import NotRecorded
 from lvlm_probe.recorded_path import image_processor_of
 from lvlm_probe.recorder import BoxCache, GenerationRecorder, RecordOptions
 from lvlm_probe.trace import Trace, open_trace, write
 from lvlm_probe.watch import ProcessorWatch, flatten_images
+from lvlm_probe.wrappers import generating_model, is_compiled
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -238,7 +239,8 @@ class _Attachment:
         if not self._inside and not OWN_CALL.get():
             try:
                 images = args[0] if args else kwargs.get("images")
-                self.watch.add(images, {k: v for k, v in kwargs.items() if k != "images"}, result)
+                made = named_outputs(image_processor_of(self.processor), result)
+                self.watch.add(images, {k: v for k, v in kwargs.items() if k != "images"}, made)
             except Exception as error:
                 _log.debug("the processor call could not be kept", exc_info=True)
                 if self.recording is not None:
@@ -252,23 +254,24 @@ class Probe:
 
     Attributes:
         model, processor: what was attached.
-        anatomy: where encoders, mergers, decoder and image tokens are.
+        anatomy: where encoders, mergers, decoder and image tokens are; inside a ``PeftModel``, in its base model.
     """
 
     def __init__(self, model: torch.nn.Module, processor: object | None = None) -> None:
-        if hasattr(model, "_orig_mod"):
+        if is_compiled(model):
             raise AttachError(
                 "this is the wrapper that torch.compile(model) returns; attach the model itself before compiling "
                 "it, or use model.compile(), which compiles in place"
             )
-        present = shadow_of(vars(model).get("generate")) if hasattr(model, "__dict__") else None
+        inner = generating_model(model)
+        present = shadow_of(vars(inner).get("generate")) if hasattr(inner, "__dict__") else None
         if present is not None and present.active:
             raise AttachError(
                 f"a probe is attached to this {type(model).__name__} already; use that one, or call its detach() first"
             )
         self.model, self.processor = model, processor
-        self.anatomy = examine(model, processor)
-        self._attachment = _Attachment(model, processor, self.anatomy)
+        self.anatomy = examine(inner, processor)
+        self._attachment = _Attachment(inner, processor, self.anatomy)
         try:
             self._attachment.open()
         except BaseException:

@@ -482,10 +482,13 @@ def test_bad_heatmaps_are_refused(llava, everything):
 
 
 def test_models_whose_tokens_or_attention_are_out_of_reach_are_refused(tmp_path, heat):
-    tiled = record("llava_next", tmp_path / "tiled")
-    selection = probe.select_tokens(tiled, rule="joint")
-    with pytest.raises(probe.ExplainError, match=r"is not known \(one image is spread over"):
-        causal.knockout(tiled, heat, tokens=selection)
+    lost = record("llava_next", tmp_path / "lost", boxes=False)
+    path, selection = lost.path, probe.select_tokens(lost, rule="joint")
+    lost.path = SimpleNamespace(
+        inputs=path.inputs, pixel_keys=path.pixel_keys, image_sizes=path.image_sizes, n_images=1
+    )
+    with pytest.raises(probe.ExplainError, match=r"is not known \(there is no processor to trace"):
+        causal.knockout(lost, heat, tokens=selection)
     crossed = record("mllama", tmp_path / "crossed")
     for check in (causal.knockout, causal.patch):
         with pytest.raises(probe.ExplainError, match="no image tokens"):

@@ -27,7 +27,7 @@ from lvlm_probe.cli.maps import Baseline, MapFile, word_selections
 from lvlm_probe.errors import ImageError, ProbeError
 
 QUICK = tuple(f"--param={pair}" for pair in ("iterations=2", "ig_steps=3", "size=8", "refine=0"))
-COMMANDS = ("demo", "record", "explain", "evaluate", "report", "methods", "verify", "inspect")
+COMMANDS = ("demo", "record", "explain", "evaluate", "report", "methods", "families", "verify", "inspect")
 
 
 @dataclass(frozen=True)

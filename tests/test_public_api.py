@@ -108,16 +108,16 @@ def test_typed_package() -> None:
 # ------------------------------------------------------------------------------------------------------- one direction
 
 LEVELS = [
-    {"errors", "words", "hooks"},
+    {"errors", "words", "hooks", "family_table", "wrappers"},
     {"format", "geometry", "memory", "plugins"},
     {"images", "trace", "anatomy", "pictures", "identity", "decoding", "attention"},
     {
         "player", "forcing", "layout", "points", "watch", "loading", "chunks", "recorded_path", "capture", "rewording",
-        "encoder_tokens", "hidden",
+        "token_places", "encoder_tokens", "hidden",
     },
     {"selection", "heatmap"},
     {"explainers", "metrics", "verification", "causal", "_nnsight"},
-    {"recorder", "session", "report", "demo", "logprobs", "masking", "prompt_pictures"},
+    {"recorder", "session", "report", "demo", "logprobs", "masking", "prompt_pictures", "row_inputs"},
     {"cli"},
 ]  # fmt: skip
 """The road, bottom first; a module may import from its own level and below. """

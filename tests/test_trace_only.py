@@ -22,7 +22,6 @@ INSIDE = {
     "iia": [{"points": 3}, {"variant": "iia2", "points": 2}, {"scope": "encoder", "points": 2}],
     "rollout": [{}, {"scope": "encoder"}, {"scope": "both"}],
 }
-TILED = {"llava_next", "llava_onevision", "internvl", "idefics3"}  # no boxes for their image tokens yet
 RUNS = [(method, params) for method, variants in INSIDE.items() for params in variants]
 
 
@@ -39,7 +38,7 @@ def test_every_method_gives_a_map_or_says_why_not(name):
     ]
     for method, params in RUNS:
         in_encoder = method == "gradcam" or params.get("scope") == "encoder"
-        expected = in_encoder or name not in TILED | {"mllama"}
+        expected = in_encoder or name != "mllama"
         if method == "iia" and in_encoder and "qwen" in name:
             expected = False  # its encoder joins the points of the path
         if not expected:
@@ -153,4 +152,4 @@ def test_a_trace_without_what_is_needed():
     with pytest.raises(ExplainError, match="holds no image tokens"):
         explain(model_free, "tam")
     with pytest.raises(ExplainError, match="no boxes of its image tokens"):
-        explain(inside.trace("llava_next"), "attention")
+        explain(bare, "attention")

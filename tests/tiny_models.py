@@ -491,7 +491,8 @@ def redraw(model: torch.nn.Module, seed: int) -> None:
             parameter.add_(0.1 * noise)
         else:
             embedding = parameter.dim() == 2 and "embed" in name
-            fan_in = parameter.shape[1] if embedding else parameter[0].numel()
+            experts = parameter.dim() == 3 and "experts" in name  # a stack of matrices, not a kernel
+            fan_in = parameter.shape[1] if embedding else parameter.shape[-1] if experts else parameter[0].numel()
             parameter.copy_(noise / math.sqrt(fan_in))
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lvlm_probe.anatomy import text_stack
+
 __all__ = ["TapLayer", "discover", "eager_of", "registry_of"]
 
 _CROSS = re.compile(r"cross|encoder_attn", re.IGNORECASE)
@@ -70,7 +72,7 @@ def _decoder(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module) or inner is module:
             break
         module = inner
-    return module
+    return text_stack(module)
 
 
 def discover(

@@ -10,7 +10,8 @@ import numpy as np
 
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.images import PixelPath
-from lvlm_probe.layout import shared_with_cells, token_boxes
+from lvlm_probe.layout import shared_with_cells
+from lvlm_probe.token_places import token_places
 
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
@@ -61,7 +62,7 @@ def image_tokens(replay: Replay, image: int) -> ImageTokens:
     boxes = layout.patch_box
     if boxes is None:
         try:
-            boxes = token_boxes(replay.path, layout.image_index)
+            boxes = token_places(replay, layout.image_positions).boxes
         except ImageError as error:
             raise ExplainError(
                 f"where the image tokens of {type(replay.model).__name__} belong is not known ({error}): "

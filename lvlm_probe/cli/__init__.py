@@ -1,4 +1,5 @@
-"""The command line: ``lvlm-probe demo | record | explain | evaluate | report | methods | verify | inspect``.
+"""The command line: ``lvlm-probe demo | record | explain | evaluate | report | methods | families | verify |
+inspect``.
 
 Results go to standard output (``--json``: nothing but JSON), progress and notes to standard error. Exit codes:
 
@@ -25,6 +26,7 @@ from lvlm_probe.cli.inspection import inspect, verify
 from lvlm_probe.cli.listing import methods
 from lvlm_probe.cli.recording import record
 from lvlm_probe.cli.scoring import evaluate, report
+from lvlm_probe.cli.supported import families
 from lvlm_probe.cli.terminal import note
 from lvlm_probe.errors import ProbeError
 
@@ -58,8 +60,8 @@ def _options(
     """Which image regions made a vision-language model say these words?"""
 
 
-for _command in (demo, record, explain, evaluate, report, methods, verify, inspect):
-    app.command(no_args_is_help=_command not in (demo, methods))(_command)
+for _command in (demo, record, explain, evaluate, report, methods, families, verify, inspect):
+    app.command(no_args_is_help=_command not in (demo, methods, families))(_command)
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ import torch
 
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.images import PixelPath
-from lvlm_probe.layout import shared_with_cells, token_boxes
+from lvlm_probe.layout import shared_with_cells
+from lvlm_probe.token_places import token_places
 
 if TYPE_CHECKING:
     from lvlm_probe.explainers.registry import Outcome, Problem
@@ -57,7 +58,7 @@ def image_tokens(problem: Problem) -> ImageTokens:
         boxes = None  # without a processor the replay's picture is its pixel inputs, not the one that boxes refer to
     if boxes is None and problem.live:
         try:
-            boxes = token_boxes(problem.replay.path, layout.image_index)
+            boxes = token_places(problem.replay, layout.image_positions).boxes
         except ImageError as error:
             raise ExplainError(
                 f"which part of the picture each image token stands for is not known ({error}); use a method that "
@@ -98,7 +99,8 @@ def paint(
 
     Returns:
         the grid ``(row, col)`` float64, each cell the mean of the tokens it meets, weighted by the area they share, and
-        which cells meet any, bool.
+        which cells meet any, bool. Where views overlap (tiles, an overview) that is the mean over the views that cover
+        a cell, each of the same weight: a view's tokens share the whole cell between them.
     """
     box = np.asarray(boxes, dtype=np.float64)
     across = torch.from_numpy(shared_with_cells(box[:, 0], box[:, 2], size[0], shape[1]))

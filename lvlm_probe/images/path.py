@@ -56,6 +56,7 @@ class ImagePath:
         self.inputs = self._place(inputs)
         self.baseline_inputs = self._place(self._raw_baseline)
         self._ends: dict[str, tuple[Tensor, Tensor]] = {}
+        self._joints: dict[str, Joint] | None = None
 
     @classmethod
     def from_processor(
@@ -220,6 +221,20 @@ class ImagePath:
             else:
                 out[key] = value.repeat(batch, *[1] * (value.ndim - 1)) if value.ndim else value
         return out
+
+    def joined(self, inputs: Mapping[str, Tensor], copies: int) -> dict[str, Tensor]:
+        """What :meth:`apply` returned for ``copies`` masks, joined as the processor joins several prompts.
+
+        The first call with more than one copy runs the processor once.
+        """
+        if copies == 1:
+            return dict(inputs)
+        if self._joints is None:
+            try:
+                self._joints = joints_of(self._raw, self._processor(self.images, prompts=2))
+            except ImageError:  # it takes one prompt at a time
+                self._joints = {}
+        return {key: self._joints.get(key, Joint()).join(value, copies) for key, value in inputs.items()}
 
     def seen(self, image: int = 0, shape: tuple[int, int] | None = None) -> Tensor:
         """Where the model looks at all: bool ``(height, width)`` of the image, or of a grid of ``shape``.

@@ -38,13 +38,14 @@ class PixelPath:
         baseline: str = "blur",
         strength: float = BLUR_LADDER[0],
         seed: int = 0,
-        key: str = "pixel_values",
+        key: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """
         Args:
             inputs: what the model was fed; tensors other than ``key`` pass through unchanged.
+            key: name of the pictures; by default that of the only input of four axes, or ``pixel_values``.
             baseline, strength, seed: see the class.
 
         Raises:
@@ -53,6 +54,9 @@ class PixelPath:
             ImageError: no such baseline.
         """
         self._raw = dict(inputs)
+        if key is None:  # models that their authors publish beside the weights call it as they like
+            found = [name for name, value in self._raw.items() if value.is_floating_point() and value.ndim == 4]
+            key = found[0] if len(found) == 1 else "pixel_values"
         pixels = self._raw.get(key)
         if pixels is None or pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or not pixels.is_floating_point():
             shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self._raw.items()) or "none"

@@ -18,7 +18,7 @@ from torch import Tensor
 from lvlm_probe.errors import ImageError, ProcessorRefused
 from lvlm_probe.geometry import Geometry, trace_geometry
 
-__all__ = ["OWN_CALL", "BlackBox", "as_rgb", "compare_reference"]
+__all__ = ["OWN_CALL", "BlackBox", "as_rgb", "compare_reference", "named_outputs", "whole_numbers"]
 
 OWN_CALL: ContextVar[bool] = ContextVar("lvlm_probe_own_call", default=False)
 """True while this package itself runs the user's image processor, so that a watcher on it can look away."""
@@ -42,8 +42,9 @@ class BlackBox:
         self._kwargs = {key: value for key, value in call_kwargs.items() if key not in ("images", "return_tensors")}
         self._nested = structure == "nested"
 
-    def __call__(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        given = [list(images)] if self._nested else list(images)
+    def __call__(self, images: Sequence[Image.Image], *, prompts: int = 1) -> dict[str, Tensor]:
+        """The outputs for one prompt's images, or for ``prompts`` prompts with the same ones each."""
+        given: list[Any] = [list(images)] * prompts if self._nested else list(images) * prompts
         ours = OWN_CALL.set(True)
         try:
             out = self.call(images=given, return_tensors="pt", **self._kwargs)
@@ -55,7 +56,11 @@ class BlackBox:
             ) from error
         finally:
             OWN_CALL.reset(ours)
-        return {key: tensor for key, value in dict(out).items() if (tensor := self._tensor(key, value)) is not None}
+        return {
+            key: tensor
+            for key, value in named_outputs(self.call, out).items()
+            if (tensor := self._tensor(key, value)) is not None
+        }
 
     def _tensor(self, key: str, value: Any) -> Tensor | None:
         if isinstance(value, Tensor):
@@ -70,7 +75,7 @@ class BlackBox:
                     "masks along. Ask the processor to pad, or record one image per prompt."
                 )
             return torch.stack(parts).cpu()
-        return None  # counts and names: not something a mask or a model's tensor input could be made of
+        return whole_numbers(value)  # anything else, names among them, is no input of a model
 
     def geometry(self, sizes: Sequence[tuple[int, int]], reference: Mapping[str, Tensor]) -> tuple[Geometry, bool]:
         """The geometry for images of these sizes, and whether it had to be traced now."""
@@ -94,6 +99,25 @@ class BlackBox:
         shapes = {key: list(value.shape) for key, value in reference.items()}
         state = [settings, self._kwargs, self._nested, [list(size) for size in sizes], shapes]
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def whole_numbers(value: Any) -> Tensor | None:
+    """A list of whole numbers, nested or not, as a tensor; ``None`` for anything else."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    try:
+        made = torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError):  # names, or rows of unequal length
+        return None
+    return None if made.is_floating_point() or made.is_complex() or made.dtype == torch.bool else made
+
+
+def named_outputs(image_processor: Any, out: Any) -> dict[str, Any]:
+    """What an image processor returned, by name; one that returns the pixels alone (Idefics) says what they are."""
+    if not isinstance(out, Tensor):
+        return dict(out) if isinstance(out, Mapping) or hasattr(out, "keys") else {}
+    names = getattr(image_processor, "model_input_names", None) or ["pixel_values"]
+    return {str(names[0]): out}
 
 
 def as_rgb(
@@ -143,6 +167,8 @@ def compare_reference(inputs: Mapping[str, Tensor], reference: Mapping[str, Tens
         if key not in reference:
             continue
         fed = torch.as_tensor(reference[key]).detach().cpu()
+        if fed.shape == (1, *value.shape):  # the processor around it has put an axis of prompts in front
+            fed = fed[0]
         if fed.shape != value.shape:
             raise ImageError(
                 f"{name}: for these images {key!r} has shape {tuple(value.shape)}, but the model was run on "

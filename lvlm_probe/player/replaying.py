@@ -15,14 +15,16 @@ import torch
 from lvlm_probe.anatomy import examine
 from lvlm_probe.capture import Captured, capture
 from lvlm_probe.chunks import Chunked, noise_like, noise_seeds
-from lvlm_probe.errors import OutOfMemory, ReplayError
-from lvlm_probe.forcing import TeacherForcing
+from lvlm_probe.errors import ExplainError, OutOfMemory, ReplayError
+from lvlm_probe.forcing import TeacherForcing, apart
+from lvlm_probe.images import PixelPath
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.memory import masks_that_fit, saved_bytes
 from lvlm_probe.player.baselines import WithBaseline
 from lvlm_probe.recorded_path import LiveTrace, recorded_path
 from lvlm_probe.rewording import reword
 from lvlm_probe.words import Word, group_words
+from lvlm_probe.wrappers import generating_model
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,7 +73,7 @@ class Replay(WithBaseline):
     ) -> None:
         self.trace = trace
         self.trace_id: str = trace.trace_id
-        self.model = model
+        self.model = model = generating_model(model)
         self.processor = processor
         self.tokens: list[str] = list(trace.tokens)
         self.token_ids = torch.tensor(trace.token_ids).long()
@@ -86,20 +88,30 @@ class Replay(WithBaseline):
 
         prompt = torch.tensor(trace.input_ids).long()
         recorded = {name: value for name, value in trace.model_kwargs.items() if isinstance(value, torch.Tensor)}
-        self.path, self.baseline = recorded_path(trace, recorded, processor, model, check=check_pixels)
         anatomy = self.anatomy = examine(model, processor)
+        beginning = recorded.pop("decoder_input_ids", None) if anatomy.encoder_decoder else None
+        self._shapes = {name: value.shape[1:] for name, value in recorded.items() if value.ndim and len(value) == 1}
+        self.path, self.baseline = recorded_path(trace, recorded, processor, model, check=check_pixels)
+        # Texts that another part of the model reads beside the prompt (InstructBLIP's Q-Former) stay as they are.
+        beside = {name: value for name, value in recorded.items() if apart(name, recorded)}
         # One entry per prompt position, and not the picture's: such inputs are extended over the answer.
         sequence = {
             name: value
             for name, value in recorded.items()
             if value.ndim >= 2
             and value.shape[1] == prompt.numel()
-            and name not in self.path.inputs
+            and (name not in self.path.inputs or isinstance(self.path, PixelPath))
             and not anatomy.is_pixel_name(name)
+            and name not in beside
         }
-        self._fed = frozenset(recorded) - frozenset(sequence)
+        self._fed = frozenset(recorded) - frozenset(sequence) - frozenset(beside)
         others = {name: recorded[name] for name in self._fed if name not in self.path.inputs}
-        self._settings: dict[str, Any] = {"other_inputs": others, "answer_token_type": anatomy.answer_token_type}
+        self._settings: dict[str, Any] = {
+            "other_inputs": others,
+            "answer_token_type": anatomy.answer_token_type,
+            "apart_inputs": beside,
+            "decoder_input_ids": beginning,
+        }
         self._prompt, self._sequence = prompt, sequence
         self._forcing = TeacherForcing(
             model, input_ids=prompt, token_ids=self.token_ids, sequence_inputs=sequence, **self._settings
@@ -134,6 +146,11 @@ class Replay(WithBaseline):
         Raises:
             ReplayError: there is no tokenizer, or the prompt does not hold the question.
         """
+        if self._settings["apart_inputs"]:
+            raise ReplayError(
+                f"{type(self.model).__name__} reads the question twice: {', '.join(self._settings['apart_inputs'])} "
+                "would stay the old one; record another generate() call with the other question instead"
+            )
         wanted = question or getattr(self.trace, "question", None) or ""
         start, stop, ids = reword(self._prompt, self.processor, wanted, text)
         other = copy.copy(self)
@@ -301,15 +318,27 @@ class Replay(WithBaseline):
             PointNotFound: no module matches.
             ExplainError: no attention layer can be read (the message says why), or the replay recomputes its layers.
         """
+        if self.anatomy.encoder_decoder and "decoder" in attention:
+            raise ExplainError(
+                f"the decoder of {type(self.model).__name__} reads the picture through its encoder: its attention "
+                "layers have no columns of image tokens; use a method that works by masking the picture"
+            )
         return capture(self, modules=modules, attention=attention, visit=visit, edit=edit)
 
     # ------------------------------------------------------------------ inside
 
     def _run(self, pixel_inputs: dict[str, torch.Tensor], batch: int) -> torch.Tensor:
-        fed = {name: value for name, value in pixel_inputs.items() if name in self._fed}
+        fed = {name: self._placed(name, value, batch) for name, value in pixel_inputs.items() if name in self._fed}
         checkpoint = self.gradient_checkpointing and torch.is_grad_enabled()
         self.passes.forward += batch
         return self._forcing.log_probs(fed, batch=batch, checkpoint=checkpoint)
+
+    def _placed(self, name: str, value: torch.Tensor, batch: int) -> torch.Tensor:
+        """With an axis of prompts in front, where the processor has put one there and its image processor has not."""
+        shape = self._shapes.get(name)
+        if shape and value.ndim == len(shape) and value.shape[1:] == shape[1:] and len(value) == batch * shape[0]:
+            return value.reshape(batch, *shape)
+        return value
 
     def _forward(
         self, masks: torch.Tensor, image: int | None, noise: float, seeds: torch.Tensor, mode: Mode

@@ -1,4 +1,4 @@
-"""What every family is held to: six checks, each of which says a figure and whether it is good enough.
+"""What every family is held to: checks, each of which says a figure and whether it is good enough.
 
 Each compares the product with something it did not compute itself: generation without a probe, the logits generate()
 returned, finite differences, attention maps under eager, pictures that differ in one place.
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,12 +21,15 @@ from PIL import Image
 from zoo import Built, build
 
 import lvlm_probe as probe
+from lvlm_probe.anatomy import text_stack
+from lvlm_probe.token_places import token_places
 
 __all__ = ["CHECKS", "Verdict", "run_checks"]
 
 LOG_PROBS = 1e-4
 GRADIENT = 1e-2
 ROWS = 1e-4
+RECOMPUTED = 1e-6
 LEVELS = 2.0
 _TOKENS = 4
 _MASK = 6  # cells a side of the mask that is differentiated
@@ -132,7 +135,7 @@ def gradient(case: _Case) -> Verdict:
     player = case.replay
     if member.double:
         case.model.double()
-        player = probe.replay(case.trace, case.model, case.processor, check_pixels=False)
+        player = probe.replay(case.trace, case.model, case.processor)
     try:
         dtype = torch.float64 if member.double else torch.float32
         generator = torch.Generator().manual_seed(1)
@@ -172,6 +175,10 @@ def attention(case: _Case) -> Verdict:
         for step in range(steps):
             weights = maps(step, place, index)  # (batch, head, query, key)
             truth = weights[0, :, -1].float().mean(0)
+            # A cache that slides keeps the newest keys only; the first pass, a prompt long, still has them all.
+            gone = maps(0, place, index).shape[-1] + step - truth.numel()
+            if truth.numel() < maps(0, place, index).shape[-1]:
+                truth = torch.nn.functional.pad(truth, (gone, 0))
             truth = truth[columns] if len(columns) and truth.numel() > columns.max() else truth
             mine = torch.as_tensor(rows.values[step, place]).float().mean(0)
             largest = max(largest, float((mine - truth).abs().max()))
@@ -193,9 +200,15 @@ def _attention_maps(eager: Any, rows: Any) -> Callable[[int, int, int], torch.Te
 def geometry(case: _Case) -> Verdict:
     """Light one region: of all image tokens, exactly those whose box covers it move (attention across patches cut)."""
     layout = case.trace.layout
-    if layout.patch_box is None:
-        return Verdict("geometry", False, None, "; ".join(n for n in case.trace.notes if "box" in n) or "no boxes")
-    boxes = np.asarray(layout.patch_box)
+    found = layout.patch_box
+    if found is None and len(layout.image_positions) == 0:  # cross-attention: the places of its keys
+        found = token_places(case.replay, layout.image_positions).boxes
+    if found is None:
+        reason = "; ".join(n for n in case.trace.notes if "box" in n) or "no boxes"
+        if "through attention alone" in reason:
+            return _resampled(case, reason)
+        return Verdict("geometry", False, None, reason)
+    boxes = np.asarray(found)
     live = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     if not live.any():
         return Verdict("geometry", False, None, "no image token has a box")
@@ -228,6 +241,27 @@ def geometry(case: _Case) -> Verdict:
     return Verdict("geometry", asked > 0 and wrong == 0, wrong / max(asked, 1), f"{asked} regions")
 
 
+def _resampled(case: _Case, reason: str) -> Verdict:
+    """Image tokens that are said to have no place: with all attention but the decoder's cut none of them depends on the
+    picture, and with all of it whole most of them look at both of two distant corners."""
+    width, height = case.picture.size
+    grey = Image.new("RGB", case.picture.size, (128, 128, 128))
+    corners = []
+    for at in ((0, 0), (width - width // 3, height - height // 3)):
+        lit = grey.copy()
+        lit.paste((250, 30, 60), (*at, at[0] + width // 3, at[1] + height // 3))
+        corners.append(lit)
+    moved = []
+    for cut in ("none", "everywhere"):
+        with _features(case, cut=cut) as features:
+            base = features(grey)
+            moved.append(np.stack([(features(lit) - base).norm(dim=-1).numpy() for lit in corners]))
+    whole, without = moved
+    both = (whole > _MOVED * whole.max()).all(axis=0).mean()
+    passed = whole.max() > 0 and without.max() <= 1e-6 * whole.max() and both > 0.5
+    return Verdict("geometry", None if passed else False, None, f"{reason} ({both:.0%} of them look at both corners)")
+
+
 def _overlap(boxes: np.ndarray, spot: tuple[float, ...]) -> np.ndarray:
     wide = np.minimum(boxes[:, 2], spot[2]) - np.maximum(boxes[:, 0], spot[0])
     high = np.minimum(boxes[:, 3], spot[3]) - np.maximum(boxes[:, 1], spot[1])
@@ -235,10 +269,15 @@ def _overlap(boxes: np.ndarray, spot: tuple[float, ...]) -> np.ndarray:
 
 
 class _features:
-    """Inside the block: picture → what the decoder reads at the image tokens, attention of the encoders silenced."""
+    """Inside the block: picture → what the decoder reads at the image tokens, attention of the encoders silenced (or
+    of nothing, or of everything that is not the decoder's).
 
-    def __init__(self, case: _Case) -> None:
-        self._case = case
+    That is what enters the decoder or, in models that add the picture further on, the first of its layers at which two
+    pictures differ.
+    """
+
+    def __init__(self, case: _Case, *, cut: Literal["encoders", "none", "everywhere"] = "encoders") -> None:
+        self._case, self._cut = case, cut
         self._handles: list[Any] = []
         self._kept: list[torch.Tensor] = []
 
@@ -248,24 +287,42 @@ class _features:
         positions = torch.as_tensor(case.trace.layout.image_positions.copy())
 
         def keep(_module: Any, args: Any, kwargs: Any) -> None:
-            given = kwargs.get("inputs_embeds", args[0] if args else None)
-            if given is not None and given.dim() == 3:
-                self._kept.append(given[0, positions].detach())
+            if len(positions) == 0:
+                states = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() == 3]
+                keys = [v for v in states if v.is_floating_point() and v.shape[1] != len(case.trace.input_ids)]
+                self._kept.extend(v.detach().flatten(0, -2) for v in keys)
+                return
+            given = kwargs.get("inputs_embeds", kwargs.get("hidden_states", args[0] if args else None))
+            if given is not None and given.dim() >= 3:
+                self._kept.append(given.detach().flatten(0, -3)[:, positions].transpose(0, 1).flatten(1))
 
-        self._handles.append(modules[anatomy.decoder].register_forward_pre_hook(keep, with_kwargs=True))
-        for encoder in anatomy.encoders:
-            for path, module in modules[encoder].named_modules():
-                last = path.rpartition(".")[2]
-                if last in ("self_attn", "attn", "attention", "self_attention"):
+        # An encoder-decoder model reads the picture where it reads the prompt.
+        decoder = text_stack(case.model.get_encoder()) if anatomy.encoder_decoder else modules[anatomy.decoder]
+        lists = [child for child in decoder.children() if isinstance(child, torch.nn.ModuleList)]
+        if len(positions):
+            lists = [max(lists, key=len, default=torch.nn.ModuleList())]
+        for module in (decoder, *(layer for layers in lists for layer in layers)):
+            self._handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+        roots = {"encoders": anatomy.encoders, "none": (), "everywhere": ("",)}[self._cut]
+        for root in roots:
+            for path, module in modules[root].named_modules(prefix=root):
+                if not root and path.startswith(anatomy.decoder + "."):
+                    continue
+                last = path.rpartition(".")[2].lower()
+                wide = not root and ("attn" in last or last.endswith("attention"))
+                if wide or last in ("self_attn", "attn", "attention", "self_attention"):
                     self._handles.append(module.register_forward_hook(_silent))
 
-        def features(picture: Image.Image) -> torch.Tensor:
+        def all_levels(picture: Image.Image) -> list[torch.Tensor]:
             self._kept.clear()
             with torch.no_grad():
-                case.model(**case.built.inputs([picture]))
-            return self._kept[0].float()
+                start = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)} if anatomy.encoder_decoder else {}
+                case.model(**case.built.inputs([picture]), **start)
+            return [level.float() for level in self._kept]
 
-        return features
+        plain, other = all_levels(Image.new("RGB", case.picture.size, (128, 128, 128))), all_levels(case.picture)
+        level = next((k for k, (a, b) in enumerate(zip(plain, other, strict=True)) if not torch.equal(a, b)), 0)
+        return lambda picture: all_levels(picture)[level]
 
     def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
@@ -274,6 +331,32 @@ class _features:
 
 def _silent(_module: Any, _args: Any, output: Any) -> Any:
     return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+
+def checkpointing(case: _Case) -> Verdict:
+    """The gradient with gradient checkpointing is the one without, and layers really are run twice for it."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    mask = 0.3 + 0.5 * torch.rand(1, _MASK, _MASK, generator=torch.Generator().manual_seed(2))
+    layers = [module for module in case.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    leaves = {part for layer in layers for part in layer.modules() if not part._modules}
+    gradients, runs, calls = [], [], []
+    for saving in (False, True):
+        player = probe.replay(case.trace, case.model, case.processor, gradient_checkpointing=saving)
+        calls.clear()
+        handles = [part.register_forward_pre_hook(lambda *_: calls.append(1)) for part in leaves]
+        try:
+            leaf = mask.clone().requires_grad_(True)
+            gradients.append(torch.autograd.grad(player.log_probs(leaf).sum(), leaf)[0])
+        except probe.ReplayError as refusal:
+            return Verdict("checkpointing", None, None, str(refusal))
+        finally:
+            for handle in handles:
+                handle.remove()
+        runs.append(len(calls))
+    error = float((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max().clamp_min(1e-12))
+    twice = runs[1] >= 1.5 * runs[0] > 0
+    return Verdict("checkpointing", error <= RECOMPUTED and twice, error, f"{len(layers)} layers, calls {runs}")
 
 
 def detach(case: _Case) -> Verdict:
@@ -288,7 +371,16 @@ def detach(case: _Case) -> Verdict:
     return Verdict("detach", not left, None, ", ".join(left))
 
 
-CHECKS: tuple[Callable[[_Case], Verdict], ...] = (generation, replay, pixels, gradient, attention, geometry, detach)
+CHECKS: tuple[Callable[[_Case], Verdict], ...] = (
+    generation,
+    replay,
+    pixels,
+    gradient,
+    attention,
+    geometry,
+    checkpointing,
+    detach,
+)
 
 
 def run_checks(built: Built, *, tiled: bool = False, only: tuple[str, ...] = ()) -> list[Verdict]:

@@ -1,0 +1,204 @@
+"""Which model families this version was checked on, and what each check measured.
+
+``families.json`` is written by the sweep over tiny models with random weights of every family
+(``tests/families/sweep.py --write``), never by hand; docs/families.md is drawn from it by :func:`markdown`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from lvlm_probe.errors import ProbeError
+
+__all__ = ["CHECKS", "Family", "FamilyTable", "family_table", "markdown"]
+
+CHECKS: Mapping[str, str] = {
+    "generation": "tokens and logits of generate() with a recording probe equal those without, to the last bit",
+    "replay": "recorded and replayed log-probabilities equal those of generate()'s own logits (≤ 1e-4)",
+    "pixels": "a random mask through the traced geometry equals the real processor on the masked picture (≤ 2 levels "
+    "of 255 in the mean)",
+    "gradient": "the gradient to the mask is not zero and equals finite differences (≤ 1 %)",
+    "attention": "recorded attention rows equal those of the same model under eager attention (≤ 1e-4)",
+    "geometry": "light one region of the picture: the image tokens that move are those whose box covers it",
+    "checkpointing": "the gradient with gradient checkpointing equals the one without, or it is refused",
+    "detach": "after detach() nothing is left on model or processor",
+}
+"""What is checked, in the order of the table."""
+
+KINDS: Mapping[str, str] = {
+    "A": "resize and centre crop",
+    "B": "resize to a square",
+    "C": "resize with padding",
+    "D": "tiles of a chosen canvas and a base view",
+    "E": "native size, flattened patches",
+    "F": "square tiles and a thumbnail",
+    "G": "splitting by the longest edge, and a global view",
+    "H": "tile canvas with aspect-ratio ids",
+    "I": "native aspect, padded batch",
+    "J": "patches within a token budget",
+    "K": "global view and local crops",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One entry of transformers' image-text-to-text mapping.
+
+    Attributes:
+        name: its name there.
+        model_class: the model class.
+        kind: preprocessing, a letter of ``KINDS``; empty where it is not an LVLM.
+        outside: why it is not counted as one, empty where it is.
+        runs: one per backend and picture: ``{"backend", "tiled", "checks": {name: {"passed", "figure", "note"}}}``.
+    """
+
+    name: str
+    model_class: str
+    kind: str
+    outside: str
+    runs: tuple[Mapping[str, Any], ...]
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Backends it was checked on."""
+        return tuple(dict.fromkeys(run["backend"] for run in self.runs))
+
+    def verdict(self, check: str, backend: str | None = None) -> bool | None:
+        """Whether a check passed in every run (of one backend); ``None`` where it applies to none."""
+        found = [
+            run["checks"][check]["passed"]
+            for run in self.runs
+            if check in run["checks"] and backend in (None, run["backend"])
+        ]
+        asked = [passed for passed in found if passed is not None]
+        return all(asked) if asked else None
+
+    def worst(self, check: str) -> float | None:
+        """The largest figure a check measured."""
+        figures = [run["checks"].get(check, {}).get("figure") for run in self.runs]
+        return max((figure for figure in figures if figure is not None), default=None)
+
+    def reasons(self, check: str) -> tuple[str, ...]:
+        """Why a check failed or does not apply, each reason once."""
+        entries = (run["checks"].get(check, {}) for run in self.runs)
+        notes = (entry.get("note", "") for entry in entries if entry.get("passed") is not True)
+        return tuple(dict.fromkeys(note for note in notes if note))
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check that applies passed in every run."""
+        return bool(self.runs) and all(self.verdict(check) is not False for check in CHECKS)
+
+
+@dataclass(frozen=True)
+class FamilyTable:
+    """All families, the day of the sweep, and the versions it ran with."""
+
+    date: str
+    versions: Mapping[str, str]
+    families: tuple[Family, ...]
+
+    @property
+    def lvlms(self) -> tuple[Family, ...]:
+        """The families that are counted."""
+        return tuple(family for family in self.families if not family.outside)
+
+    def __getitem__(self, name: str) -> Family:
+        for family in self.families:
+            if family.name == name:
+                return family
+        raise ProbeError(
+            f"{name!r} is not among the {len(self.families)} families of transformers {self.versions['transformers']}; "
+            f"lvlm-probe families lists them. A model of another family can be attached all the same"
+        )
+
+    def count(self, check: str, backend: str | None = None) -> tuple[int, int]:
+        """How many families pass a check, and of how many it was asked (those it applies to)."""
+        verdicts = [family.verdict(check, backend) for family in self.lvlms]
+        return sum(v is True for v in verdicts), sum(v is not None for v in verdicts)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> FamilyTable:
+        """The table that ``families.json`` holds."""
+        families = tuple(
+            Family(name, entry["class"], entry.get("kind", ""), entry.get("outside", ""), tuple(entry.get("runs", ())))
+            for name, entry in value["families"].items()
+        )
+        return cls(value["date"], value["versions"], families)
+
+
+@functools.cache
+def family_table() -> FamilyTable:
+    """The table that ships with this version."""
+    text = resources.files("lvlm_probe").joinpath("families.json").read_text(encoding="utf-8")
+    return FamilyTable.from_json(json.loads(text))
+
+
+def summary(table: FamilyTable) -> Iterator[tuple[str, list[str]]]:
+    """Check → "passed / asked" over all runs, on the PIL backend, on the torchvision backend."""
+    for check in CHECKS:
+        yield check, ["{} / {}".format(*table.count(check, backend)) for backend in (None, "pil", "torchvision")]
+
+
+def markdown(table: FamilyTable) -> str:
+    """docs/families.md."""
+    lvlms = table.lvlms
+    full = sum(family.passed for family in lvlms)
+    versions = ", ".join(f"{name} {version}" for name, version in table.versions.items())
+    lines = [
+        "# Model families",
+        "",
+        "Made by `python tests/families/sweep.py --write` from what the checks measured; do not edit.",
+        f"{table.date}; {versions}; CPU, float32.",
+        "",
+        f"**{full} of {len(lvlms)}** families pass every check that applies to them. They are those of transformers'",
+        f"image-text-to-text mapping ({len(table.families)} entries) that answer questions about a picture; the others",
+        "stand at the end, with the reason. Each was built tiny, with random weights, and with its real processor:",
+        "this says that the hooks, the replay, the gradient and the geometry are right, not how well a trained model",
+        "of the family is explained. A family that is not in the table may work as well: parts are found, not listed.",
+        "",
+        "| check | what | all runs | PIL | torchvision |",
+        "|---|---|---|---|---|",
+        *(f"| {check} | {CHECKS[check]} | {' | '.join(counts)} |" for check, counts in summary(table)),
+        "",
+        "## Family by family",
+        "",
+        "A figure is the largest over backends and pictures (a second one where a family cuts it into tiles); – means",
+        "that the check does not apply, **no** that it failed; the reasons are below.",
+        "",
+        f"| family | preprocessing | backends | {' | '.join(CHECKS)} |",
+        "|---|---|---|" + "---|" * len(CHECKS),
+    ]
+    for family in lvlms:
+        cells = [_cell(family, check) for check in CHECKS]
+        lines.append(
+            f"| {family.name} | {KINDS.get(family.kind, family.kind)} | {', '.join(family.backends)} | "
+            f"{' | '.join(cells)} |"
+        )
+    notes = [
+        f"- **{family.name}**, {check}: {' / '.join(family.reasons(check))}"
+        for family in lvlms
+        for check in CHECKS
+        if family.verdict(check) is not True and family.reasons(check)
+    ]
+    if notes:
+        lines += ["", "## Reasons", "", *notes]
+    lines += ["", "## Not counted", "", "| entry | class | why |", "|---|---|---|"]
+    lines += [
+        f"| {family.name} | {family.model_class} | {family.outside} |" for family in table.families if family.outside
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(family: Family, check: str) -> str:
+    verdict, worst = family.verdict(check), family.worst(check)
+    if verdict is None:
+        return "–"
+    if not verdict:
+        return "**no**"
+    return "yes" if worst is None or check in ("generation", "geometry", "detach") else f"{worst:.0e}"
