@@ -41,7 +41,7 @@ class AttentionLayer:
 
     Attributes:
         layer: index and path.
-        part: ``"decoder"`` or the path of the encoder it belongs to.
+        part: ``"decoder"``, ``"cross"`` or the path of the encoder it belongs to.
         start: position of its first query in the sequence, for layers that attend in windows, one call each.
         gradient: dO, the score's gradient to the layer's output, ``(batch, head, query, channel)``; only inside
             ``visit``.
@@ -166,9 +166,9 @@ class Captured:
     def armed(self) -> bool:
         return bool(self._taps)
 
-    def tap(self, model: nn.Module, part: str, root: nn.Module | None) -> list[nn.Module]:
+    def tap(self, model: nn.Module, part: str, root: nn.Module | None, *, cross: bool = False) -> list[nn.Module]:
         """The attention modules of one part, known to ``observe`` from now on."""
-        found, unreadable = discover(model, root)
+        found, unreadable = discover(model, root, cross=cross)
         self.unreadable.update(unreadable)
         for layer, module in found:
             self._taps[id(module)] = (layer, part)
@@ -230,11 +230,13 @@ def capture(
     for part in attention:
         if part == "decoder":
             tapped += seen.tap(model, part, None)
+        elif part == "cross":
+            tapped += seen.tap(model, part, None, cross=True)
         elif part == "encoder":
             for path in replay.anatomy.encoders:
                 tapped += seen.tap(model, path, model.get_submodule(path))
         else:
-            raise ExplainError(f"attention of {part!r}: there are 'decoder' and 'encoder'")
+            raise ExplainError(f"attention of {part!r}: there are 'decoder', 'cross' and 'encoder'")
     if attention and not tapped:
         reasons = "; ".join(sorted(set(seen.unreadable.values()))) or "it has no attention layer"
         raise ExplainError(

@@ -22,7 +22,7 @@ from torch import nn
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.layout import source_span
-from lvlm_probe.token_places import extents
+from lvlm_probe.places import extents
 
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay

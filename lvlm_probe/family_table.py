@@ -54,7 +54,7 @@ class Family:
         model_class: the model class.
         kind: preprocessing, a letter of ``KINDS``; empty where it is not an LVLM.
         outside: why it is not counted as one, empty where it is.
-        runs: one per backend and picture: ``{"backend", "tiled", "checks": {name: {"passed", "figure", "note"}}}``.
+        runs: one per backend and picture: ``{"backend", "larger", "checks": {name: {"passed", "figure", "note"}}}``.
     """
 
     name: str
@@ -168,8 +168,8 @@ def markdown(table: FamilyTable) -> str:
         "",
         "## Family by family",
         "",
-        "A figure is the largest over backends and pictures (a second one where a family cuts it into tiles); – means",
-        "that the check does not apply, **no** that it failed; the reasons are below.",
+        "A figure is the largest over backends and pictures (mostly a small and a larger one, cut into tiles where a",
+        "family does that); – means that the check does not apply, **no** that it failed; the reasons are below.",
         "",
         f"| family | preprocessing | backends | {' | '.join(CHECKS)} |",
         "|---|---|---|" + "---|" * len(CHECKS),

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import torch
 
@@ -19,7 +19,7 @@ from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.wrappers import execution_device, uncompiled
 
-__all__ = ["OWN_PASS", "TeacherForcing", "apart", "checkpointed", "frozen", "input_device"]
+__all__ = ["OWN_PASS", "TeacherForcing", "apart", "checkpointed", "frozen", "input_device", "list_inputs"]
 
 OWN_PASS: ContextVar[bool] = ContextVar("lvlm_probe_own_pass", default=False)
 """True while a teacher-forced pass of ours runs, so that a mask on the user's own calls leaves it alone."""
@@ -132,6 +132,32 @@ def _own_pass() -> Iterator[None]:
         OWN_PASS.reset(before)
 
 
+@contextmanager
+def _even_gradients(model: torch.nn.Module) -> Iterator[None]:
+    """Batch norms are handed contiguous gradients.
+
+    torch 2.13 differentiates them wrongly on the CPU where one picture's gradient arrives permuted, as it does in a
+    tower whose feature map is flattened into tokens (tests/test_forcing_layouts.py).
+    """
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    with HookSet() as hooks:
+        for module in norms if torch.is_grad_enabled() else ():
+            hooks.forward(module, lambda _m, _a, _k, output: _Even.apply(output), name="batch norm", fenced=False)
+        yield
+
+
+class _Even(torch.autograd.Function):
+    """The same tensor; its gradient contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient.contiguous()
+
+
 class TeacherForcing:
     """The teacher-forced pass over one prompt and one answer, for any number of pictures at once.
 
@@ -143,6 +169,8 @@ class TeacherForcing:
             answer (token types by ``answer_token_type``, anything else by its last entry).
         other_inputs: inputs of any other shape, handed on as they are.
         answer_token_type: token type of the answer's tokens; text is 0 nearly everywhere.
+        image_token_id: the placeholder that image features replace. generate() reads one that the model has said as a
+            word; in one pass over prompt and answer the model would look for a picture to it.
     """
 
     def __init__(
@@ -156,6 +184,7 @@ class TeacherForcing:
         answer_token_type: int = 0,
         apart_inputs: Mapping[str, torch.Tensor] | None = None,
         decoder_input_ids: torch.Tensor | None = None,
+        image_token_id: int | None = None,
     ) -> None:
         if token_ids.numel() == 0:
             raise ReplayError("the answer has no tokens, so there is nothing to replay")
@@ -163,6 +192,7 @@ class TeacherForcing:
         self.device = input_device(model)
         self.steps = int(token_ids.numel())
         self._targets = token_ids.to(self.device).long()
+        self._said_image = decoder_input_ids is None and image_token_id in token_ids[:-1].tolist()
         # What the answer continues: the prompt or, in an encoder-decoder model, the decoder's own beginning.
         start = input_ids if decoder_input_ids is None else decoder_input_ids.flatten()
         ids = torch.cat([start.long().cpu(), token_ids.long().cpu()[:-1]])
@@ -181,6 +211,7 @@ class TeacherForcing:
         for name, value in (apart_inputs or {}).items():
             self._sequence.setdefault(name, value.to(self.device))
         self._other = dict(other_inputs or {})
+        self._lists = list_inputs(model)
         parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_use_cache = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -203,6 +234,7 @@ class TeacherForcing:
         inputs: dict[str, Any] = {name: value.expand(batch, *value.shape[1:]) for name, value in self._sequence.items()}
         inputs.update(self._other)
         inputs.update({name: _to(value, self.device) for name, value in pixel_inputs.items()})
+        inputs.update({name: inputs[name].tolist() for name in self._lists & inputs.keys()})
         if self._takes_use_cache:
             inputs["use_cache"] = False
         with (
@@ -210,9 +242,18 @@ class TeacherForcing:
             uncompiled(self.model),
             frozen(self.model),
             checkpointed(self.model, enabled=checkpoint),
+            _even_gradients(self.model),
             self._last_positions_only() as extra,
         ):
-            logits = self.model(**inputs, **extra, return_dict=True).logits
+            try:
+                logits = self.model(**inputs, **extra, return_dict=True).logits
+            except (ValueError, RuntimeError, IndexError) as error:
+                if not self._said_image or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise ReplayError(
+                    f"the answer holds the image token itself, to which {type(self.model).__name__} looks for another "
+                    f"picture, so this answer cannot be replayed ({error})"
+                ) from error
         logits = logits[:, -self.steps :]
         if logits.dtype != torch.float64:
             logits = logits.float()
@@ -239,6 +280,23 @@ class TeacherForcing:
         with HookSet() as hooks:
             hooks.forward_pre(head, trim, name="last positions", fenced=False)
             yield {}
+
+
+def list_inputs(model: torch.nn.Module) -> frozenset[str]:
+    """Inputs that the model takes as lists, and as nothing else (``num_local_patches: list[int] | None``): traces and
+    replays keep them as tensors."""
+
+    def only_lists(annotation: Any) -> bool:
+        kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
+        if get_origin(annotation) is list:
+            kinds = [annotation]
+        return bool(kinds) and all(get_origin(kind) is list for kind in kinds)
+
+    try:
+        parameters = inspect.signature(model.forward, eval_str=True).parameters
+    except Exception:  # annotations name what is not there to be looked up
+        parameters = inspect.signature(model.forward).parameters
+    return frozenset(name for name, parameter in parameters.items() if only_lists(parameter.annotation))
 
 
 def apart(name: str, inputs: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lvlm_probe.hooks import caution
-from lvlm_probe.images.processor import BlackBox, as_rgb
+from lvlm_probe.images.processor import BlackBox, as_rgb, named_outputs, whole_numbers
 from lvlm_probe.recorded_path import image_processor_of
 from lvlm_probe.watch import ProcessorCall, ProcessorWatch, describe_call, flatten_images
 
@@ -32,6 +32,8 @@ class RowPictures:
     call: dict[str, Any] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
+    """What the batch was fed and a row of these pictures alone would not be: local crops of another row's."""
     tokens_per_image: list[int] | None = None
 
 
@@ -196,13 +198,18 @@ class PictureFinder:
             images, _, notes = as_rgb(BlackBox(image_processor, dict(call.kwargs), call.structure), images)
             self.notes += notes
         inputs: dict[str, torch.Tensor] = {}
+        absent: frozenset[str] = frozenset()
         if not single:
             # Rows of one batch share padding; what one row alone would have been given comes from the processor again.
             given = _nested(images, (len(images),) if call.structure == "nested" else None)
-            made = image_processor(images=given, return_tensors="pt", **call.kwargs)
-            inputs = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
+            made = named_outputs(image_processor, image_processor(images=given, return_tensors="pt", **call.kwargs))
+            whole = {
+                name: value if isinstance(value, torch.Tensor) else whole_numbers(value) for name, value in made.items()
+            }
+            inputs = {name: value for name, value in whole.items() if value is not None}
+            absent = frozenset(call.outputs) - frozenset(made)
         tokens = self._tokens_per_image(images, call.kwargs) if len(images) > 1 else None
-        return RowPictures(list(images), description, dict(call.kwargs), inputs, tokens)
+        return RowPictures(list(images), description, dict(call.kwargs), inputs, absent, tokens)
 
 
 def _nested(images: Sequence[Image.Image], groups: Sequence[int] | None) -> list[Any]:

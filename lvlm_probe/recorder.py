@@ -22,6 +22,7 @@ from PIL import Image
 
 from lvlm_probe.anatomy import Anatomy
 from lvlm_probe.attention import Rows, RowTap
+from lvlm_probe.attention.recording import CROSS, attention_points
 from lvlm_probe.decoding import (
     answer_length,
     decoder_prompt,
@@ -34,18 +35,21 @@ from lvlm_probe.decoding import (
     tokenizer_of,
 )
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.format import Capture, ImageRecord, PointRecord, RowCapture
+from lvlm_probe.forcing import list_inputs
+from lvlm_probe.format import Capture, ImageRecord, RowCapture
 from lvlm_probe.hidden import point_records
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.images.processor import whole_numbers
 from lvlm_probe.layout import image_spans
 from lvlm_probe.logprobs import StepLogProbs, answer_in, generators
 from lvlm_probe.pictures import encode_picture
+from lvlm_probe.places import Places
 from lvlm_probe.player import Replay
 from lvlm_probe.points import PointTap
 from lvlm_probe.prompt_pictures import NotRecorded, PictureFinder, PromptPictures
 from lvlm_probe.recorded_path import LiveTrace
 from lvlm_probe.row_inputs import columns_of, image_places, row_inputs
-from lvlm_probe.token_places import Places, box_key, place, token_places
+from lvlm_probe.token_places import box_key, place, token_places
 from lvlm_probe.watch import ProcessorWatch
 from lvlm_probe.wrappers import adapters_of_this_call, compiled_parts
 
@@ -114,6 +118,9 @@ class GenerationRecorder:
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             raise NotRecorded("generate() was called without input_ids of shape (batch, prompt); nothing is recorded")
         self._inputs = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        for name in list_inputs(self.model) & kwargs.keys():
+            if (numbers := whole_numbers(kwargs[name])) is not None:
+                self._inputs[name] = numbers
         self._inputs["input_ids"] = ids
         pixels = [name for name in self._inputs if self.anatomy.is_pixel_name(name)]
         if reason := adapters_of_this_call(self.model):
@@ -161,38 +168,35 @@ class GenerationRecorder:
                     self._tap = None
 
     def _arm_tap(self, ids: torch.Tensor, copies: int) -> None:
-        if self.anatomy.encoder_decoder:
-            self.notes.append(
-                f"attention rows are not recorded: the decoder of {type(self.model).__name__} reads its encoder by "
-                "cross-attention, which is not recorded yet"
-            )
-            return
         found = image_places(self._inputs, self.anatomy.image_token_id)
-        if found is None:
-            self.notes.append(
-                f"attention rows are not recorded: {type(self.model).__name__} has no image tokens in the prompt"
-            )
-            return
         if compiled_parts(self.model, self.anatomy.decoder):
             self.notes.append(
                 "attention rows are not recorded: the model is compiled, and a compiled graph does not show its "
                 "attention; record with the model before torch.compile"
             )
             return
-        tap = RowTap(self.model, on_error=lambda error: self._on_error("attention", error))
+        # Without image tokens in what the decoder reads, the picture reaches it by cross-attention.
+        cross = found is None or self.anatomy.encoder_decoder
+        tap = RowTap(self.model, cross=cross, on_error=lambda error: self._on_error("attention", error))
         if not tap.layers:
             reasons = "; ".join(sorted(set(map(str, tap.unsupported.values())))) or "no attention layer was found"
+            reasons = f"there are no image tokens in the prompt, and {reasons}" if found is None else reasons
             self.notes.append(f"attention rows are not recorded: {reasons}")
             return
         if tap.unsupported:
             self.notes.append(f"{len(tap.unsupported)} layer(s) without attention rows: {tap.unsupported}")
-        if not found.any():
+        if found is not None and not found.any():
             self.notes.append("attention rows are not recorded: the prompt holds no image tokens")
             return
-        columns, valid = (part.repeat_interleave(copies, 0) for part in columns_of(found))
+        columns, valid = (
+            (None, None) if found is None else (part.repeat_interleave(copies, 0) for part in columns_of(found))
+        )
+        length = ids.shape[1]
+        start = length if self._decoder_ids is None else self._decoder_ids.shape[1]
+        keys = length if self.anatomy.encoder_decoder else None
         tap.install()
         self._tap = tap
-        tap.arm(columns, valid=valid, heads=self.options.heads, prompt_length=ids.shape[1])
+        tap.arm(columns, valid=valid, heads=self.options.heads, prompt_length=start, cross_keys=keys)
 
     def abort(self) -> None:
         """The call failed or was interrupted: take everything down, keep nothing."""
@@ -276,7 +280,9 @@ class GenerationRecorder:
         real = mask[prompt_row].bool() if mask is not None and mask.shape == self._inputs["input_ids"].shape else None
         prompt_ids = (ids[real] if real is not None else ids).cpu()
         mine = pictures.rows[prompt_row]
-        kwargs, padded = row_inputs(self._inputs, prompt_row, real, mine.inputs, self.anatomy.is_pixel_name)
+        kwargs, padded = row_inputs(
+            self._inputs, prompt_row, real, mine.inputs, self.anatomy.is_pixel_name, mine.absent
+        )
         places = image_places(self._inputs, self.anatomy.image_token_id)
         taken = ids < 0 if places is None else places[prompt_row]
         positions = (taken if real is None else taken[real]).nonzero()[:, 0].cpu()
@@ -317,24 +323,15 @@ class GenerationRecorder:
         )
 
     def _add_attention(self, capture: RowCapture, attention: Rows, row: int, length: int) -> None:
-        values = attention.values[row]
-        if len(values) < length:
+        if attention.values.shape[1] < length:
             capture.notes.append("attention rows are not recorded: the model ran fewer passes than answer tokens")
             return
         if attention.missing:
             capture.notes.append(f"layers without attention rows: {attention.missing}")
-        width = len(capture.image_positions)
-        layers = tuple(layer.index for layer in attention.layers)
-        reduce = "head_mean" if self.options.heads == "mean" else "none"
-        decoder = self.anatomy.decoder
-        capture.points = {
-            "decoder.attention": PointRecord(
-                values[:length, :, :, :width], ("step", "layer", "head", "image_token"), layers, reduce, decoder
-            ),
-            "decoder.attention_text_mass": PointRecord(
-                attention.text_mass[row][:length], ("step", "layer", "head"), layers, reduce, decoder
-            ),
-        }
+        tokens = len(capture.image_positions)
+        capture.points = attention_points(
+            attention, row, steps=length, image_tokens=tokens, heads=self.options.heads, decoder=self.anatomy.decoder
+        )
 
     # ------------------------------------------------------------------ teacher-forced passes
 
@@ -350,7 +347,8 @@ class GenerationRecorder:
             missing = bool(np.isnan(row.log_probs).any())
             hidden = "hidden" in self.options.points
             inside = self.options.attention or hidden
-            boxes = self.options.boxes and inside and bool(row.images) and len(row.image_positions) > 0
+            boxes = self.options.boxes and inside and bool(row.images)
+            boxes = boxes and (len(row.image_positions) > 0 or CROSS in row.points)
             key = box_key(row) if boxes else ()
             if key in self._boxes:
                 place(row, self._boxes[key])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ def row_inputs(
     real: torch.Tensor | None,
     alone: Mapping[str, torch.Tensor],
     is_pixel_name: Callable[[str], bool],
+    absent: Collection[str] = (),
 ) -> tuple[dict[str, torch.Tensor], bool]:
     """The inputs of one row as it would have been asked alone.
 
@@ -49,6 +50,7 @@ def row_inputs(
         real: ``(P,)`` bool, which of its prompt positions are not padding; ``None`` for all.
         alone: what the image processor makes of the row's own pictures; empty where that is not known, or needless.
         is_pixel_name: whether an input carries the picture.
+        absent: inputs that the row alone would not have been given.
 
     Returns:
         the inputs on the CPU, and whether pictures were left out that only fill the row up to the batch's longest.
@@ -60,7 +62,7 @@ def row_inputs(
     kept: dict[str, torch.Tensor] = {}
     padded = False
     for name, value in inputs.items():
-        if name in _NOT_REPLAYED:
+        if name in _NOT_REPLAYED or name in absent:
             continue
         if name in alone:
             made = alone[name].to(value.dtype)

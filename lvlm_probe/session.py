@@ -26,7 +26,7 @@ from lvlm_probe.identity import describe_model
 from lvlm_probe.images.processor import OWN_CALL, named_outputs
 from lvlm_probe.masking import Masking
 from lvlm_probe.prompt_pictures import NotRecorded
-from lvlm_probe.recorded_path import image_processor_of
+from lvlm_probe.recorded_path import image_processor_of, watched_method
 from lvlm_probe.recorder import BoxCache, GenerationRecorder, RecordOptions
 from lvlm_probe.trace import Trace, open_trace, write
 from lvlm_probe.watch import ProcessorWatch, flatten_images
@@ -193,9 +193,8 @@ class _Attachment:
     def open(self) -> None:
         self.hooks.shadow(self.model, "generate", self._generate)
         self.hooks.forward_pre(self.model, self._forward, name="masked", fenced=False)
-        image_processor = image_processor_of(self.processor)
-        if callable(getattr(image_processor, "preprocess", None)):
-            self.hooks.shadow(image_processor, "preprocess", self._preprocess)
+        if (watched := watched_method(self.processor)) is not None:
+            self.hooks.shadow(*watched, self._preprocess)
 
     def close(self) -> None:
         self.closed = True
@@ -303,8 +302,8 @@ class Probe:
             it.
             attention: record decoder attention from answer tokens to image tokens.
             heads: ``"mean"`` over heads or ``"all"`` of them.
-            boxes: with attention, also keep which part of the picture each image token stands for. The processor is run
-                some eight times for that on the first picture of every size.
+            boxes: with attention, also keep which part of the picture each image token stands for. On the first picture
+                of every size the processor is run some eight times for that, the encoder once and back ten times.
             baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or a picture.
             points: further module outputs to keep: ``"encoder"``, ``"merger"`` or module path patterns; and
                 ``"hidden"``, the decoder's final hidden states with the LM head's rows of the prompt's and the answer's

@@ -14,40 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from lvlm_probe.attention.recording import place_keys
 from lvlm_probe.errors import ImageError
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.places import Places, places_of
 
 if TYPE_CHECKING:
     from lvlm_probe.format import RowCapture
     from lvlm_probe.player import Replay
 
-__all__ = ["Places", "box_key", "extents", "in_order", "place", "places_of", "token_places"]
-
-_SHARE = 1e-3  # of the elements that may be read by several tokens before the code is given up
-_SAMPLE = 8  # tokens that are compared to see whether all look at the same places
-_ALIKE = 0.4  # mean cosine of what they look at
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where tokens are.
-
-    Attributes:
-        boxes: ``(token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the original picture; all 0 for a token without
-            pixels (a newline, padding).
-        images: ``(token,)`` int64, the picture of each; -1 for a token without pixels.
-    """
-
-    boxes: np.ndarray
-    images: np.ndarray
+__all__ = ["box_key", "in_order", "place", "token_places"]
 
 
 def token_places(replay: Replay, positions: np.ndarray) -> Places:
@@ -74,7 +57,7 @@ def token_places(replay: Replay, positions: np.ndarray) -> Places:
     with _entry(replay, positions, ()) as (_, hidden):
         if not hidden.requires_grad:
             raise ImageError(f"no gradient reaches the image tokens of {name} from the pixels")
-    readers = [place for place in outside if place not in inner] or outside
+    readers = [place for place in outside if place not in inner] or outside[-1:]
     raise ImageError(
         f"the image tokens of {name} read the picture through attention alone"
         + (f" ({_owner_of(readers[0])})" if readers else "")
@@ -98,7 +81,10 @@ def in_order(images: np.ndarray, fallback: np.ndarray) -> np.ndarray:
 
 
 def place(row: RowCapture, places: Places) -> None:
-    """Enter places into what is recorded of one batch row."""
+    """Enter places into what is recorded of one batch row: of its image tokens, or else of cross-attention's keys."""
+    if len(row.image_positions) == 0:
+        place_keys(row, places.boxes, places.images)
+        return
     row.patch_box, row.image_index = places.boxes, in_order(places.images, row.image_index)
 
 
@@ -162,7 +148,7 @@ def _entry(
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
         given = [v for v in given if v.ndim >= 3]
-        if not given or given[0].shape[-2] not in lengths:
+        if not given or _axis(given[0], lengths) is None:
             return
         # Some models add the picture in front of a later layer only; up to there nothing depends on the pixels.
         found = given[:1] if len(positions) else [v.flatten(0, -2) for v in given[1:] if v.requires_grad]
@@ -183,10 +169,16 @@ def _entry(
             )
         hidden = entered[0]
         if len(positions):
-            # Leading axes other than the batch are versions of the same token (gemma3n keeps several).
+            axis = _axis(hidden, lengths) or 0
             at = torch.as_tensor(np.asarray(positions).copy(), device=hidden.device)
-            hidden = hidden.index_select(-2, at).movedim(-2, 0).flatten(1)
+            hidden = hidden.index_select(axis, at).movedim(axis, 0).flatten(1)
         yield leaves, hidden
+
+
+def _axis(hidden: torch.Tensor, lengths: set[int]) -> int | None:
+    """The axis of the sequence: mostly the last but one. Further axes hold versions of the same token (gemma3n keeps
+    several, hyper-connections too)."""
+    return next((axis for axis in range(hidden.ndim - 2, 0, -1) if hidden.shape[axis] in lengths), None)
 
 
 def _blocks(replay: Replay) -> list[nn.Module]:
@@ -208,151 +200,3 @@ def _silent(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
     if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
         return (torch.zeros_like(output[0]), *output[1:])
     return None
-
-
-# ---------------------------------------------------------------------------------------------- from tokens to pixels
-
-
-def places_of(
-    hidden: torch.Tensor, leaves: Mapping[str, torch.Tensor], path: Any, *, alike: bool = False
-) -> Places | None:
-    """Places of tokens that depend on few elements of the pixel inputs each.
-
-    With one random direction g and weights w_j the gradient of ``Σ_j w_j ⟨g, h_j⟩`` to an element that token j alone
-    reads is w_j times something that does not depend on w. With w_j = 1 or −1 by one binary digit of j, the ratio to
-    the gradient for w_j = 1 is that digit, whatever precision the model runs in, and all digits name the token. Where
-    ratios are not ±1 several tokens read an element, and every token is asked for itself.
-
-    Args:
-        hidden: ``(token, channel)``.
-        leaves: the pixel inputs it was computed from.
-        path: says where their elements come from, ``coordinates(name)``, and ``image_sizes``.
-        alike: tokens may turn out to read the whole picture, all of them in the same way; then there is no place.
-
-    Returns:
-        ``None``: no token reads any pixel, or all of them read all of it.
-    """
-    count = len(hidden)
-    generator = torch.Generator().manual_seed(0)
-    along = hidden @ torch.randn(hidden.shape[1], generator=generator).to(hidden)
-    wanted = list(leaves.values())
-
-    def gradients(weights: torch.Tensor) -> list[np.ndarray]:
-        found = torch.autograd.grad(
-            (along * weights).sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return [gradient.detach().double().cpu().numpy() for gradient in found]
-
-    numbers = torch.arange(count, device=along.device)
-    plain = gradients(torch.ones_like(along))
-    sources = [tuple(part.numpy() for part in path.coordinates(name)) for name in leaves]
-    clear = [(g != 0) & alive for g, (_, _, _, alive) in zip(plain, sources, strict=True)]
-    if not any(part.any() for part in clear):
-        return None
-    signed = [gradients((1 - 2 * (numbers >> digit & 1)).to(along)) for digit in range((count - 1).bit_length())]
-    boxes, images = np.zeros((count, 4), np.float32), np.full(count, -1, np.int64)
-    most = np.zeros(count, np.int64)
-    for place, (x, y, owner, _) in enumerate(sources):
-        base, asked = plain[place], clear[place]
-        token = np.zeros(int(asked.sum()), np.int64)
-        shared = np.zeros(len(token), bool)
-        for digit, found in enumerate(signed):
-            ratio = found[place][asked] / base[asked]
-            shared |= np.abs(np.abs(ratio) - 1) > 0.05
-            token |= (ratio < 0).astype(np.int64) << digit
-        if shared.sum() > _SHARE * len(shared):
-            return _one_by_one(gradients, count, along, sources, path.image_sizes, alike)
-        # Turning a sign is exact in floating point, so elements that a norm has all but muted may be asked too.
-        for image, size in enumerate(path.image_sizes):
-            mine = ~shared & (owner[asked] == image)
-            per_token = np.bincount(token[mine], minlength=count)
-            better = per_token > most
-            most[better], images[better] = per_token[better], image
-            for axis, source in enumerate((x, y)):
-                which, low, high = extents(source[asked][mine], token[mine])
-                keep = better[which]
-                boxes[which[keep], axis] = low[keep].clip(0, size[axis])
-                boxes[which[keep], axis + 2] = high[keep].clip(0, size[axis])
-    return Places(boxes, images)
-
-
-def extents(source: np.ndarray, token: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which tokens there are, and the extent of each along one axis: half a step beyond its outermost elements."""
-    # Token and position, in thousandths of a pixel, in one integer: sorting pairs takes many times as long.
-    thousandths = np.rint(source.astype(np.float64) * 1000).astype(np.int64) + 2**31
-    distinct = np.unique((token << 32) + thousandths)
-    found, first, count = np.unique(distinct >> 32, return_index=True, return_counts=True)
-    low, high = (((distinct[at] & (2**32 - 1)) - 2**31) / 1000 for at in (first, first + count - 1))
-    half = np.where(count > 1, (high - low) / np.maximum(count - 1, 1), 1.0) / 2
-    return found, low - half, high + half
-
-
-def _one_by_one(
-    gradients: Any,
-    count: int,
-    along: torch.Tensor,
-    sources: Sequence[tuple[np.ndarray, ...]],
-    sizes: Sequence[tuple[int, int]],
-    alike: bool,
-) -> Places | None:
-    """Places of tokens that share elements (overlapping convolutions, pooling, resized features): between the 10 % and
-    90 % quantiles of a token's squared gradient along each axis, stretched by 1/0.8, which is the whole extent of a
-    token that reads evenly and leaves out the thin end of a wide receptive field."""
-    flat = [np.concatenate([part.reshape(-1) for part in parts]) for parts in zip(*sources, strict=True)]
-    x, y, owner, alive = flat
-    orders = [np.argsort(axis, kind="stable") for axis in (x, y)]
-
-    def energy(token: int) -> np.ndarray:
-        weights = torch.zeros_like(along)
-        weights[token] = 1
-        parts = [gradient.reshape(-1) ** 2 for gradient in gradients(weights)]
-        result: np.ndarray = np.where(alive, np.concatenate(parts), 0.0)
-        return result
-
-    if alike:
-        wide = np.asarray(sizes, dtype=float)[owner.clip(min=0)]
-        cell = (
-            owner * 64 + (y / wide[:, 1] * 8).clip(0, 7).astype(int) * 8 + (x / wide[:, 0] * 8).clip(0, 7).astype(int)
-        )
-        sample = np.unique(np.linspace(0, count - 1, _SAMPLE).astype(int))
-        if _look_alike([np.bincount(cell[alive], energy(token)[alive], len(sizes) * 64) for token in sample]):
-            return None
-    boxes, images = np.zeros((count, 4), np.float32), np.full(count, -1, np.int64)
-    for token in range(count):
-        weights = energy(token)
-        if not weights.any():
-            continue
-        image = int(np.bincount(owner[weights > 0], weights[weights > 0]).argmax())
-        images[token] = image
-        weights[owner != image] = 0
-        for axis, (source, order) in enumerate(zip((x, y), orders, strict=True)):
-            low, high = _spread(source[order], weights[order])
-            boxes[token, axis], boxes[token, axis + 2] = max(0.0, low), min(float(sizes[image][axis]), high)
-    return Places(boxes, images)
-
-
-def _spread(source: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """Extent of sorted positions by their weights."""
-    read = weights > 0
-    distinct, first = np.unique(source[read].round(3), return_index=True)
-    if len(distinct) == 1:
-        return float(distinct[0]) - 0.5, float(distinct[0]) + 0.5
-    totals = np.add.reduceat(weights[read], first)
-    steps = np.diff(distinct)
-    edges = np.concatenate([
-        [distinct[0] - steps[0] / 2], distinct[:-1] + steps / 2, [distinct[-1] + steps[-1] / 2]
-    ])  # fmt: skip
-    below = np.concatenate([[0.0], np.cumsum(totals)]) / totals.sum()
-    low, high = np.interp([0.1, 0.9], below, edges)
-    middle, half = (low + high) / 2, (high - low) / 2 / 0.8
-    return max(float(edges[0]), middle - half), min(float(edges[-1]), middle + half)
-
-
-def _look_alike(energies: Sequence[np.ndarray]) -> bool:
-    """Whether tokens read the same parts of the pictures, each about as much as the others do."""
-    stacked = np.stack([energy for energy in energies if energy.any()] or [np.ones(1)])
-    if len(stacked) < 2:
-        return False
-    unit = stacked / np.linalg.norm(stacked, axis=1, keepdims=True)
-    cosines = unit @ unit.T
-    return bool(cosines[~np.eye(len(unit), dtype=bool)].mean() > _ALIKE)

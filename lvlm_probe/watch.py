@@ -99,8 +99,10 @@ def _tensor(value: Any) -> torch.Tensor | None:
     if isinstance(value, torch.Tensor):
         return value
     try:
+        if isinstance(value, list | tuple) and value and all(isinstance(part, torch.Tensor) for part in value):
+            return torch.stack(list(value))  # not by way of NumPy, which has no bfloat16
         array = np.asarray(value)
-    except ValueError:
+    except (RuntimeError, TypeError, ValueError):  # of unequal shapes
         return None
     return torch.as_tensor(array) if array.dtype.kind in "iufb" else None
 
@@ -142,7 +144,7 @@ def describe_call(image_processor: Any, kwargs: Mapping[str, Any], structure: st
         except (TypeError, ValueError):
             lost.append(name)
     to_dict = getattr(image_processor, "to_dict", None)
-    name = type(image_processor).__name__
+    name = getattr(image_processor, "processor_name", None) or type(image_processor).__name__
     description = {
         "class": name,
         "kwargs": kept,

@@ -503,6 +503,25 @@ def test_cross_attention_and_linear_layers_are_named_with_a_reason() -> None:
     }
 
 
+def test_a_linear_layer_is_named_after_what_mixes_its_tokens_not_after_an_embedding_beside_it() -> None:
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+    experts = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 2}
+    beside = {"ple_layer_ids": [1], "ple_embed_dim": 16, "heads_per_ngram": 2, "ngram_vocab_size_base": 64}
+    indexer = {"n_heads": 2, "kv_heads": 1, "head_dim": 8, "budget": 8, "compress_ratio": 2}
+    model = text_model(
+        "Qwen4ExpTextConfig",
+        "Qwen4ExpForCausalLM",
+        layer_types=["linear_attention", "linear_attention", "linear_attention", "indexed_attention"],
+        num_experts_per_tok=1,
+        linear_num_value_heads=2,
+        **{**linear, **experts, **beside, **{f"indexer_{name}": value for name, value in indexer.items()}},
+    )
+    assert any(name.endswith("ple_embedding") for name, _ in model.named_modules())
+    reasons = RowTap(model).unsupported
+    assert set(reasons.values()) == {"no attention map: Qwen4ExpTextGatedDeltaNet has no softmax attention"}
+    assert len(reasons) == 3
+
+
 def test_mllama_self_attention_is_bit_equal_and_right() -> None:
     model, processor = tiny_models.build("mllama")
     inputs = dict(tiny_models.inputs("mllama", model, processor, [tiny_models.picture()], "Where?"))

@@ -277,7 +277,7 @@ def test_edit_replaces_a_layers_output():
 
 def test_refusals():
     replay = inside.replay("llava")
-    with pytest.raises(ExplainError, match="'decoder' and 'encoder'"), replay.capture(attention=["merger"]):
+    with pytest.raises(ExplainError, match="'decoder', 'cross' and 'encoder'"), replay.capture(attention=["merger"]):
         pass
     with pytest.raises(PointNotFound, match="no module matches 'nothing'"), replay.capture(modules=["nothing"]):
         pass

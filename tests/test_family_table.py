@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
 def _run(backend: str, passed: bool | None, figure: float | None = None, note: str = "") -> dict:
     entry = {"passed": passed, "figure": figure, "note": note}
-    return {"backend": backend, "tiled": False, "checks": dict.fromkeys(CHECKS, entry)}
+    return {"backend": backend, "larger": False, "checks": dict.fromkeys(CHECKS, entry)}
 
 
 TABLE = FamilyTable.from_json(

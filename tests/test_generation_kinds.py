@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parent / "families"), str(Path(__file__).parent)]
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from zoo import build, load_members  # noqa: E402
@@ -71,7 +72,10 @@ def test_an_encoder_decoder_answer_is_forced_through_the_decoder(name, tmp_path)
     replay = probe.replay(trace, built.model, built.processor)
     assert torch.allclose(replay.original_log_probs, truth, atol=1e-4)
     assert replay.input_ids.tolist() == built.inputs([picture])["input_ids"][0].tolist()
-    assert any("cross-attention" in note for note in trace.notes)
+    rows = trace.attention  # of the decoder on the encoder's states at the image tokens
+    assert rows.values.shape[-1] == len(trace.layout.image_positions) > 0
+    assert np.allclose(rows.values.sum(-1) + rows.text_mass, 1, atol=5e-3)
+    assert 0 < rows.values.sum(-1).mean() < 1
     with pytest.raises(probe.ExplainError, match="through its encoder"):
         replay.capture(attention=["decoder"])
 

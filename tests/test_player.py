@@ -205,6 +205,29 @@ def test_checkpointing_leaves_nothing_and_is_refused_where_no_layer_supports_it(
         pass
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "internvl"])
+def test_an_answer_with_the_image_token_in_it_is_refused_and_at_its_end_replayed(name, tmp_path):
+    model, processor = tiny_models.build(name)
+    with probe.attach(model, processor) as p:
+        token, start = p.anatomy.image_token_id, []
+
+        def force(ids, scores):
+            start.append(ids.shape[1])
+            return scores + 100 * (torch.arange(scores.shape[1]) == token) * (ids.shape[1] - start[0] in (1, 3))
+
+        with p.record(tmp_path, llr=False, boxes=False) as recording:
+            inputs = tiny_models.inputs(name, model, processor, [picture()], "What is this?")
+            kinds = {"max_new_tokens": 2, "do_sample": False, "logits_processor": [force]}
+            model.generate(**inputs, **kinds)
+            start.clear()
+            model.generate(**inputs, **{**kinds, "max_new_tokens": 4, "min_new_tokens": 4})
+    last, within = recording.traces
+    assert last.token_ids[-1] == token and within.token_ids[1] == token
+    assert len(probe.replay(last, model, processor).original_log_probs) == 2
+    with pytest.raises(probe.ReplayError, match="the answer holds the image token itself"):
+        _ = probe.replay(within, model, processor).original_log_probs
+
+
 def test_frozen_restores_after_an_exception(llava):
     llava.model.train()
     with pytest.raises(RuntimeError), frozen(llava.model):

@@ -113,7 +113,7 @@ LEVELS = [
     {"images", "trace", "anatomy", "pictures", "identity", "decoding", "attention"},
     {
         "player", "forcing", "layout", "points", "watch", "loading", "chunks", "recorded_path", "capture", "rewording",
-        "token_places", "encoder_tokens", "hidden",
+        "places", "token_places", "encoder_tokens", "hidden",
     },
     {"selection", "heatmap"},
     {"explainers", "metrics", "verification", "causal", "_nnsight"},

@@ -35,14 +35,15 @@ class _Waiting:
 class Collection:
     """The state of one collection: ``arm``'s arguments, and rows by layer."""
 
-    columns: Tensor
-    valid: Tensor
+    columns: Tensor | None
+    valid: Tensor | None
     queries: Tensor | None
     heads: Literal["mean", "all"]
     dtype: torch.dtype
     prompt_length: int | None
     budget: int
     end: int
+    cross_keys: int | None = None
     seen: dict[int, int] = field(default_factory=dict)
     steps: dict[int, list[Tensor]] = field(default_factory=dict)
     flushed: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)

@@ -27,7 +27,8 @@ class TapLayer:
     """Position in the decoder's stack of layers."""
     module: str
     """Path of the attention module in the model, as in ``model.named_modules()``."""
-    kind: Literal["self", "cross"] = "self"
+    kind: Literal["self", "cross", "merged"] = "self"
+    """What its keys are: positions of the sequence; states from elsewhere (an encoder's); or both, in this order."""
 
 
 def own_forward(module: nn.Module) -> tuple[CodeType, dict[str, Any]] | None:
@@ -76,13 +77,15 @@ def _decoder(model: nn.Module) -> nn.Module:
 
 
 def discover(
-    model: nn.Module, root: nn.Module | None = None
+    model: nn.Module, root: nn.Module | None = None, *, cross: bool = False
 ) -> tuple[list[tuple[TapLayer, nn.Module]], dict[str, str]]:
     """Attention layers that can be read, and for all others the reason why not.
 
     Args:
         model: the whole model, which paths are relative to.
         root: the part of it to look at, an encoder for example; by default its decoder.
+        cross: look for layers that read states from elsewhere instead of those that read the sequence; the others are
+            then passed over without a word.
     """
     decoder = _decoder(model) if root is None else root
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
@@ -108,31 +111,44 @@ def discover(
         if text_class is not type(None) and not isinstance(config, text_class):
             continue  # another encoder that lives inside the decoder
         index = module.layer_idx if isinstance(getattr(module, "layer_idx", None), int) else int(place[2])
-        cross = bool(
-            getattr(module, "is_cross_attention", False)
-            or _CROSS.search(relative.rsplit(".", 1)[-1])
-            or _CROSS.search(type(module).__name__)
-        )
+        kind = _kind(module, relative)
         stacks.setdefault(f"{prefix}.{place[1] or ''}".strip("."), set()).add(int(place[2]))
-        reason = _refusal(module, dispatching=dispatching, cross=cross)
+        if cross and kind == "self":
+            continue
+        reason = _refusal(module, dispatching=dispatching, cross=kind == "cross" and not cross)
         if reason is None:
-            layers.append((TapLayer(int(index), name, "self"), module))
+            layers.append((TapLayer(int(index), name, kind), module))
         else:
             unsupported[name] = reason
-    for stack, having in stacks.items():
+    for stack, having in stacks.items() if not cross else ():
         blocks = model.get_submodule(stack)
         for index, module in enumerate(blocks if isinstance(blocks, nn.ModuleList) else ()):
             if index not in having:
-                mixers = [type(m).__name__ for m in module.modules() if isinstance(getattr(m, "layer_idx", None), int)]
-                what = mixers[-1] if mixers else type(module).__name__
+                # What stands where attention would: the first part of the layer that knows the layer's number.
+                mixers = (m for path, m in module.named_modules() if path and hasattr(m, "layer_idx"))
+                what = type(next(mixers, module)).__name__
                 unsupported[f"{stack}.{index}"] = f"no attention map: {what} has no softmax attention"
     if not stacks:
         unsupported[prefix] = (
             f"no attention map: {type(decoder).__name__} has no attention layer that looks its function up in "
             "transformers' attention interface"
         )
+    if cross and stacks and not layers and not unsupported:
+        unsupported[prefix] = f"{type(decoder).__name__} has no cross-attention layer"
     layers.sort(key=lambda pair: pair[0].index)
     return layers, unsupported
+
+
+def _kind(module: nn.Module, relative: str) -> Literal["self", "cross", "merged"]:
+    if (
+        getattr(module, "is_cross_attention", False)
+        or _CROSS.search(relative.rsplit(".", 1)[-1])
+        or _CROSS.search(type(module).__name__)
+    ):
+        return "cross"
+    # A layer that cannot run without the encoder's states and is no cross-attention has them behind its own keys.
+    given = inspect.signature(type(module).forward).parameters.get("encoder_hidden_states")
+    return "merged" if given is not None and given.default is inspect.Parameter.empty else "self"
 
 
 def _refusal(module: nn.Module, *, dispatching: bool, cross: bool) -> str | None:

@@ -34,8 +34,8 @@ class Rows:
     """``(batch, step, layer, head|1)`` float32: attention on everything that is not one of the columns."""
     layers: tuple[TapLayer, ...]
     """What the layer axis holds."""
-    valid: Tensor
-    """``(batch, key)`` bool: which columns are real, which are filling."""
+    valid: Tensor | None
+    """``(batch, key)`` bool: which columns are real, which are filling; ``None`` where all keys were asked for."""
     heads: Literal["mean", "all"]
     missing: dict[str, str] = field(default_factory=dict)
     """Layers (module paths) that were tapped and still gave no complete rows, with the reason."""
@@ -48,14 +48,20 @@ class RowTap:
     disarms it, calls ``on_error`` once and leaves the model's run alone. The tap holds the model weakly; ``remove``,
     leaving the context and garbage collection of the tap all restore the modules.
 
+    Args:
+        cross: read the layers whose keys are not the sequence's own, but an encoder's states; by default the
+            decoder's self-attention.
+
     Attributes:
-        layers: the decoder's self-attention layers that will be read, in order.
+        layers: the decoder's attention layers that will be read, in order.
         unsupported: module path → reason, for every decoder layer that cannot be read.
         error: what disarmed the tap, or ``None``.
     """
 
-    def __init__(self, model: nn.Module, *, on_error: Callable[[BaseException], None] | None = None) -> None:
-        found, self.unsupported = discover(model)
+    def __init__(
+        self, model: nn.Module, *, cross: bool = False, on_error: Callable[[BaseException], None] | None = None
+    ) -> None:
+        found, self.unsupported = discover(model, cross=cross)
         self.layers: tuple[TapLayer, ...] = tuple(layer for layer, _ in found)
         self.error: BaseException | None = None
         self._on_error = on_error
@@ -99,7 +105,7 @@ class RowTap:
 
     def arm(
         self,
-        columns: LongTensor | Tensor,
+        columns: LongTensor | Tensor | None,
         *,
         valid: BoolTensor | Tensor | None = None,
         queries: Literal["last"] | LongTensor | Tensor = "last",
@@ -107,12 +113,14 @@ class RowTap:
         dtype: torch.dtype = torch.float16,
         past_length: int = 0,
         prompt_length: int | None = None,
+        cross_keys: int | None = None,
         budget_bytes: int = 256 * 2**20,
     ) -> None:
         """Begin to collect; what was collected before and not fetched is dropped.
 
         Args:
-            columns: image keys, ``(batch, key)``: absolute positions in the (padded) sequence, past included.
+            columns: image keys, ``(batch, key)``: absolute positions in the (padded) sequence, past included; of
+                cross-attention, numbers of its keys, and ``None`` for all of them.
             valid: ``(batch, key)``; False marks filling, where rows have different numbers of image tokens.
             queries: ``"last"``: each forward pass gives one step, its last position (prefill: the query that predicts
                 the first answer token; then every decoding step). Or absolute positions ``(step,)`` or
@@ -121,6 +129,7 @@ class RowTap:
             dtype: of the collected values; the arithmetic is float32 throughout.
             past_length: positions that the key/value cache already holds when the first pass starts.
             prompt_length: with ``"last"``: passes that end before this position (chunks of a prefill) give no step.
+            cross_keys: how many keys cross-attention has to have, where that is known.
             budget_bytes: rows wait on the model's device; above this many bytes they are moved to the CPU.
 
         Raises:
@@ -132,12 +141,13 @@ class RowTap:
         if not self.layers:
             reasons = "; ".join(sorted(set(self.unsupported.values())))
             raise AttachError(f"no attention layer of {self._model_class} can be read: {reasons}")
-        columns = torch.as_tensor(columns, dtype=torch.long)
-        if columns.dim() != 2:
-            raise ValueError(f"columns must be (batch, key), not {tuple(columns.shape)}")
-        valid = torch.ones_like(columns, dtype=torch.bool) if valid is None else torch.as_tensor(valid).bool()
-        if valid.shape != columns.shape:
-            raise ValueError(f"valid is {tuple(valid.shape)}, columns are {tuple(columns.shape)}: they must agree")
+        kinds = {layer.kind for layer in self.layers}
+        if columns is None and kinds != {"cross"}:
+            raise ValueError("columns can be left out only where all layers read are cross-attention")
+        if "merged" in kinds and cross_keys is None:
+            raise ValueError("cross_keys must be given: these layers have keys of their own in front of the encoder's")
+        if columns is not None:
+            columns, valid = _columns(columns, valid)
         picked: Tensor | None = None
         if isinstance(queries, str):
             if queries != "last":
@@ -148,18 +158,17 @@ class RowTap:
                 raise ValueError(f"queries must be (step,) or (batch, step) and not empty, not {tuple(picked.shape)}")
         if heads not in ("mean", "all"):
             raise ValueError(f"heads must be 'mean' or 'all', not {heads!r}")
-        # Filling points outside every key axis: its weight is 0 by the same rule as a key that left the window.
-        columns = columns.cpu().masked_fill(~valid.cpu(), -(2**40))
         self.error = None
         self._armed = Collection(
             columns=columns,
-            valid=valid.cpu(),
+            valid=None if valid is None else torch.as_tensor(valid),
             queries=picked,
             heads=heads,
             dtype=dtype,
             prompt_length=prompt_length,
             budget=budget_bytes,
             end=past_length,
+            cross_keys=cross_keys,
             seen=dict.fromkeys(range(len(self.layers)), past_length),
         )
 
@@ -180,7 +189,8 @@ class RowTap:
         number of steps with the number of tokens: passes inside a compiled graph are not seen.
 
         Raises:
-            ProbeError: ``heads="all"`` on a decoder whose layers differ in their number of heads.
+            ProbeError: ``heads="all"`` on a decoder whose layers differ in their number of heads, or all keys of
+                cross-attention layers that differ in their number of keys.
         """
         armed, self._armed = self._armed, None
         if armed is None:
@@ -205,6 +215,12 @@ class RowTap:
             raise ProbeError(
                 f"the attention layers of {self._model_class} have {sorted(heads)} heads, which do not fit one array; "
                 'arm the tap with heads="mean"'
+            )
+        keys = {rows.shape[-1] for rows, _ in full.values()}
+        if len(keys) > 1:
+            raise ProbeError(
+                f"the cross-attention layers of {self._model_class} have {sorted(keys)} keys, which do not fit one "
+                "array"
             )
         kept = sorted(full)
         return Rows(
@@ -258,11 +274,13 @@ class RowTap:
         if implementation not in ("sdpa", "eager", None):
             raise ProbeError(f"the model was switched to {implementation!r}, which gives no attention weights")
         batch, _, queries, _ = query.shape
-        keys = key.shape[2]
+        keys, kind = key.shape[2], self.layers[number].kind
         # Layers that reuse another layer's keys may be handed fewer queries; all layers end at the same position.
         armed.seen[number] += queries
         armed.end = end = max(armed.end, armed.seen[number])
-        if armed.columns.shape[0] != batch:
+        if kind == "cross" and armed.cross_keys not in (None, keys):
+            raise ProbeError(f"cross-attention has {keys} keys where the encoder was given {armed.cross_keys} tokens")
+        if armed.columns is not None and armed.columns.shape[0] != batch:
             raise ProbeError(f"the tap was armed for a batch of {armed.columns.shape[0]}, the model runs {batch}")
         rows: Tensor | None = None
         if armed.queries is not None:
@@ -276,8 +294,14 @@ class RowTap:
                 )
         elif armed.prompt_length is not None and end < armed.prompt_length:
             return None
-        # A sliding-window cache keeps the newest keys only: its first key is not position 0.
-        columns = armed.to("columns", query.device) - max(0, end - keys)
+        if armed.columns is None:
+            columns = torch.arange(keys, device=query.device).expand(batch, -1)
+        else:
+            columns = armed.to("columns", query.device)
+        if kind == "self":  # a sliding-window cache keeps the newest keys only: its first key is not position 0
+            columns = columns - max(0, end - keys)
+        elif kind == "merged":
+            columns = columns + keys - (armed.cross_keys or 0)
         weights = result[1] if isinstance(result, tuple) and len(result) > 1 else None
         if weights is not None and weights.dim() == 4 and not (call.dropout and module.training):
             found = take_columns(take_rows(weights, rows, batch).float(), columns)
@@ -285,6 +309,7 @@ class RowTap:
             sdpa = implementation == "sdpa"
             causal = call.is_causal_for(module, implementation, queries)
             plain = call.attention_mask is None and call.softcap is None and call.position_bias is None
+            plain = plain and kind == "self"
             if sdpa and plain and armed.queries is None and keys == end and (queries == 1 or causal):
                 armed.wait(number, query, key, scaling=call.scaling)
                 return None
@@ -309,3 +334,15 @@ class RowTap:
         if self._on_error is not None:
             with contextlib.suppress(Exception):
                 self._on_error(error)
+
+
+def _columns(columns: Any, valid: Any) -> tuple[Tensor, Tensor]:
+    """Checked columns and validity on the CPU."""
+    columns = torch.as_tensor(columns, dtype=torch.long).cpu()
+    if columns.dim() != 2:
+        raise ValueError(f"columns must be (batch, key), not {tuple(columns.shape)}")
+    valid = torch.ones_like(columns, dtype=torch.bool) if valid is None else torch.as_tensor(valid).bool().cpu()
+    if valid.shape != columns.shape:
+        raise ValueError(f"valid is {tuple(valid.shape)}, columns are {tuple(columns.shape)}: they must agree")
+    # Filling points outside every key axis: its weight is 0 by the same rule as a key that left the window.
+    return columns.masked_fill(~valid, -(2**40)), valid

@@ -68,7 +68,7 @@ def _show(family: Any) -> None:
     say(("preprocessing  ", "dim"), KINDS.get(family.kind, family.kind))
     for run in family.runs:
         say("")
-        say((f"{run['backend']}{', cut into tiles' if run['tiled'] else ''}", "bold"))
+        say((f"{run['backend']}{', a larger picture' if run['larger'] else ''}", "bold"))
         for check in CHECKS:
             found = run["checks"].get(check)
             if found is None:

@@ -73,7 +73,7 @@ def attention(
     Raises:
         ExplainError: No attention was recorded and no model is at hand, or a layer or head does not exist.
     """
-    tokens = image_tokens(problem)
+    tokens = image_tokens(problem, cross=True)
     rows = _rows(problem, tokens, source, heads)
     chosen = _chosen(rows, problem.selection.indices, layers, heads)
     values, dropped = chosen, 0
@@ -112,13 +112,14 @@ def relative_attention(
         ExplainError: As ``attention``; the question is not found in the prompt; or neither a model nor a reference is
             at hand.
     """
-    tokens = image_tokens(problem)
+    tokens = image_tokens(problem, cross=True)
     rows = _rows(problem, tokens, "auto", heads)
     above = _chosen(rows, problem.selection.indices, layers, heads)
     params: dict[str, Any] = {"layers": layers, "heads": heads}
+    cross = len(problem.trace.layout.image_positions) == 0
     if reference is not None:
         trace: Any = reference if isinstance(reference, Trace) else reference.trace
-        recorded = _recorded_rows(trace, problem.image, heads)
+        recorded = _recorded_rows(trace, tokens, problem.image, heads)
         if recorded is not None:
             general_rows = recorded
         elif isinstance(reference, Trace):
@@ -128,14 +129,16 @@ def relative_attention(
             )
         else:
             mine = trace.layout.image_positions[trace.layout.image_index == problem.image]
-            general_rows = _replayed_rows(reference, torch.from_numpy(mine.astype(np.int64)), [0])
+            at = tokens.positions if cross else torch.from_numpy(mine.astype(np.int64))
+            general_rows = _replayed_rows(reference, at, [0], cross=cross)
         params["reference"] = trace.trace_id
     elif problem.live:
         try:
             asked = problem.replay.reworded(general, question=question)
         except ReplayError as error:
             raise ExplainError(str(error)) from error
-        general_rows = _replayed_rows(asked, _positions(asked, problem), [0])
+        at = tokens.positions if cross else _positions(asked, problem)
+        general_rows = _replayed_rows(asked, at, [0], cross=cross)
         params["general"] = general
     else:
         raise ExplainError(
@@ -167,7 +170,7 @@ def _painted(
 def _rows(problem: Problem, tokens: ImageTokens, source: Source, heads: Heads) -> _Rows:
     if source not in ("auto", "recorded", "replay"):
         raise ExplainError(f"source is 'auto', 'recorded' or 'replay'; got {source!r}")
-    recorded = _recorded_rows(problem.trace, problem.image, heads) if source != "replay" else None
+    recorded = _recorded_rows(problem.trace, tokens, problem.image, heads) if source != "replay" else None
     if recorded is not None:
         return recorded
     if not problem.live or source == "recorded":
@@ -175,7 +178,8 @@ def _rows(problem: Problem, tokens: ImageTokens, source: Source, heads: Heads) -
             f"the trace holds no attention rows{_of_heads(heads)}; or explain a replay, which computes them"
         )
     steps = list(range(len(problem.selection.tokens)))
-    found = _replayed_rows(problem.replay, tokens.positions, steps)
+    cross = len(problem.trace.layout.image_positions) == 0
+    found = _replayed_rows(problem.replay, tokens.positions, steps, cross=cross)
     problem.advance(1, 1)
     return found
 
@@ -186,18 +190,22 @@ def _of_heads(heads: Heads) -> str:
     return " of single heads: record with attention=True, heads='all'"
 
 
-def _recorded_rows(trace: Trace, image: int, heads: Heads) -> _Rows | None:
+def _recorded_rows(trace: Trace, tokens: ImageTokens, image: int, heads: Heads) -> _Rows | None:
     rows = getattr(trace, "attention", None)
     if rows is None or (heads != "all" and rows.reduce != "none"):
         return None
-    mine = np.flatnonzero(trace.layout.image_index == image)
+    cross = len(trace.layout.image_positions) == 0
+    mine = tokens.positions.numpy() if cross else np.flatnonzero(trace.layout.image_index == image)
+    if cross and mine.max(initial=-1) >= rows.values.shape[-1]:
+        raise ExplainError("the keys of cross-attention are not those that were recorded: explain with source='replay'")
     return _Rows(torch.from_numpy(rows.values[..., mine]).double(), tuple(rows.layers), "recorded")
 
 
-def _replayed_rows(replay: Replay, positions: Tensor, steps: Sequence[int]) -> _Rows:
+def _replayed_rows(replay: Replay, positions: Tensor, steps: Sequence[int], *, cross: bool) -> _Rows:
+    """``positions`` are places in the prompt, or among the keys of cross-attention."""
     at = torch.tensor([replay.prompt_length - 1 + step for step in steps])
     found: list[Tensor] = []
-    with replay.capture(attention=["decoder"]) as seen:
+    with replay.capture(attention=["cross" if cross else "decoder"]) as seen:
         with torch.no_grad():
             replay.log_probs(torch.ones(1, 1, 1) if replay.n_images == 1 else torch.ones(1, replay.n_images, 1, 1))
         for layer in seen.layers:

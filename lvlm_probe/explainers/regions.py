@@ -30,7 +30,7 @@ class ImageTokens:
     """The tokens of one picture in the prompt.
 
     Attributes:
-        positions: ``(token,)`` int64, places in the prompt.
+        positions: ``(token,)`` int64, places in the prompt; of cross-attention, places among its keys.
         boxes: ``(token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the original picture; an empty box (all 0) for a
             token that stands for no pixel.
         size: ``(width, height)`` of the picture.
@@ -41,13 +41,18 @@ class ImageTokens:
     size: tuple[int, int]
 
 
-def image_tokens(problem: Problem) -> ImageTokens:
+def image_tokens(problem: Problem, *, cross: bool = False) -> ImageTokens:
     """The image tokens of the problem's picture, as recorded or, failing that, traced now.
+
+    Args:
+        cross: where the prompt holds none, the keys of cross-attention will do.
 
     Raises:
         ExplainError: The prompt has no image tokens, or which part of the picture each stands for is not known.
     """
     layout = problem.trace.layout
+    if len(layout.image_positions) == 0 and cross:
+        return _cross_keys(problem)
     if len(layout.image_positions) == 0:
         raise ExplainError(
             "the prompt holds no image tokens (the picture reaches this model another way, by cross-attention for "
@@ -74,6 +79,29 @@ def image_tokens(problem: Problem) -> ImageTokens:
         torch.from_numpy(np.asarray(layout.image_positions)[mine].astype(np.int64)),
         np.asarray(boxes, dtype=np.float32)[mine],
         problem.replay.image_sizes[problem.image],
+    )
+
+
+def _cross_keys(problem: Problem) -> ImageTokens:
+    rows = getattr(problem.trace, "attention", None)
+    boxes, images = (None, None) if rows is None else (rows.key_box, rows.key_image)
+    if problem.live and (boxes is None or isinstance(problem.replay.path, PixelPath)):
+        try:
+            places = token_places(problem.replay, problem.trace.layout.image_positions)
+        except ImageError as error:
+            raise ExplainError(
+                f"the prompt holds no image tokens, and which part of the picture each key of cross-attention stands "
+                f"for is not known ({error}); use a method that works through masks, like 'igos++'"
+            ) from error
+        boxes, images = places.boxes, places.images
+    if boxes is None or images is None:
+        raise ExplainError(
+            "the prompt holds no image tokens, and this trace holds no boxes of cross-attention's keys; explain a "
+            "replay instead of the trace: probe.replay(trace, model, processor)"
+        )
+    mine = np.flatnonzero(images == problem.image)
+    return ImageTokens(
+        torch.from_numpy(mine), np.asarray(boxes, dtype=np.float32)[mine], problem.replay.image_sizes[problem.image]
     )
 
 

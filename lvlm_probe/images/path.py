@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lvlm_probe.errors import ImageError, MaskError, ProbeWarning, ProcessorRefused
 from lvlm_probe.geometry import Geometry, check_same_layout, composite
 from lvlm_probe.images.baselines import BLUR_LADDER, Baseline, make_baseline
+from lvlm_probe.images.joining import Joint, joints_of
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.images.parity import REFUSE_LEVELS, WARN_LEVELS, ParityReport, backend_of, level_errors, versions
 from lvlm_probe.images.processor import BlackBox, as_rgb, compare_reference

@@ -138,6 +138,11 @@ class PixelPath:
         out[self._key] = blend.to(self.inputs[self._key].dtype)
         return out
 
+    def joined(self, inputs: Mapping[str, Tensor], copies: int) -> dict[str, Tensor]:
+        """As :meth:`ImagePath.joined <lvlm_probe.images.ImagePath.joined>`, with no processor to learn from: inputs are
+        joined along the first axis."""
+        return dict(inputs)
+
     def seen(self, image: int = 0, shape: tuple[int, int] | None = None) -> Tensor:
         """True everywhere: the model sees all of its own inputs."""
         width, height = self.image_sizes[image]

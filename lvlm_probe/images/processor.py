@@ -36,7 +36,7 @@ class BlackBox:
     def __init__(self, image_processor: Callable[..., Any], call_kwargs: dict[str, Any], structure: str) -> None:
         call = getattr(image_processor, "image_processor", None) or image_processor
         self.call: Callable[..., Any] = call
-        self.name = type(call).__name__
+        self.name: str = getattr(call, "processor_name", None) or type(call).__name__
         if structure not in ("flat", "nested"):
             raise ImageError(f"structure must be 'flat' or 'nested'; got {structure!r}.")
         self._kwargs = {key: value for key, value in call_kwargs.items() if key not in ("images", "return_tensors")}
@@ -113,7 +113,10 @@ def whole_numbers(value: Any) -> Tensor | None:
 
 
 def named_outputs(image_processor: Any, out: Any) -> dict[str, Any]:
-    """What an image processor returned, by name; one that returns the pixels alone (Idefics) says what they are."""
+    """What an image processor returned, by name; one that returns the pixels alone (Idefics) says what they are.
+    A processor's own image step returns the texts that stand for the pictures beside it."""
+    if isinstance(out, tuple):
+        out = out[0]
     if not isinstance(out, Tensor):
         return dict(out) if isinstance(out, Mapping) or hasattr(out, "keys") else {}
     names = getattr(image_processor, "model_input_names", None) or ["pixel_values"]

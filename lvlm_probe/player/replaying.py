@@ -111,6 +111,7 @@ class Replay(WithBaseline):
             "answer_token_type": anatomy.answer_token_type,
             "apart_inputs": beside,
             "decoder_input_ids": beginning,
+            "image_token_id": anatomy.image_token_id,
         }
         self._prompt, self._sequence = prompt, sequence
         self._forcing = TeacherForcing(
@@ -294,7 +295,7 @@ class Replay(WithBaseline):
         self,
         *,
         modules: Sequence[str] = (),
-        attention: Sequence[Literal["decoder", "encoder"]] = (),
+        attention: Sequence[Literal["decoder", "cross", "encoder"]] = (),
         visit: Callable[[AttentionLayer], None] | None = None,
         edit: Callable[[TapLayer, torch.Tensor], torch.Tensor] | None = None,
     ) -> AbstractContextManager[Captured]:
@@ -308,7 +309,8 @@ class Replay(WithBaseline):
         Args:
             modules: paths or fnmatch patterns of modules whose outputs are kept, in ``seen.outputs``, and their
                 gradients in ``seen.gradients``.
-            attention: whose attention layers to read.
+            attention: whose attention layers to read: the decoder's on its own sequence, the decoder's on states from
+                elsewhere, the encoders'.
             visit: called during each backward pass, once per layer, last layer first, with the layer's weights and the
                 score's gradient to them at hand. Without it the layers of the last pass are kept in ``seen.layers``;
                 their weights can be asked for, one block of rows at a time.
@@ -318,7 +320,7 @@ class Replay(WithBaseline):
             PointNotFound: no module matches.
             ExplainError: no attention layer can be read (the message says why), or the replay recomputes its layers.
         """
-        if self.anatomy.encoder_decoder and "decoder" in attention:
+        if self.anatomy.encoder_decoder and {"decoder", "cross"} & set(attention):
             raise ExplainError(
                 f"the decoder of {type(self.model).__name__} reads the picture through its encoder: its attention "
                 "layers have no columns of image tokens; use a method that works by masking the picture"
@@ -328,7 +330,8 @@ class Replay(WithBaseline):
     # ------------------------------------------------------------------ inside
 
     def _run(self, pixel_inputs: dict[str, torch.Tensor], batch: int) -> torch.Tensor:
-        fed = {name: self._placed(name, value, batch) for name, value in pixel_inputs.items() if name in self._fed}
+        joined = self.path.joined({name: value for name, value in pixel_inputs.items() if name in self._fed}, batch)
+        fed = {name: self._placed(name, value, batch) for name, value in joined.items()}
         checkpoint = self.gradient_checkpointing and torch.is_grad_enabled()
         self.passes.forward += batch
         return self._forcing.log_probs(fed, batch=batch, checkpoint=checkpoint)

@@ -34,6 +34,7 @@ PIXEL_LIMIT = 178_956_970
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "MPO", "JPEG2000")
 _ATTENTION = "decoder.attention"
 _TEXT_MASS = "decoder.attention_text_mass"
+_CROSS = "decoder.cross_attention"
 _WAY_OUT = "the file is damaged or hostile: record it again"
 
 
@@ -52,20 +53,27 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionRows:
-    """Attention of the answer's tokens to the image tokens, inside the language model."""
+    """Attention of the answer's tokens to the image tokens, inside the language model; or to the picture's states,
+    where they reach it by cross-attention and the prompt holds no image tokens."""
 
     values: np.ndarray
-    """``(step, layer, head, image_token)`` float32; one head when heads were averaged (see ``reduce``)."""
+    """``(step, layer, head, image_token)`` float32, the last axis the keys of cross-attention where there are no image
+    tokens; one head when heads were averaged (see ``reduce``)."""
     layers: tuple[int, ...]
     text_mass: np.ndarray | None
     """``(step, layer, head)`` float32: what went to all other tokens."""
     reduce: str
+    key_box: np.ndarray | None = None
+    """``(key, 4)`` float32, of cross-attention: as ``Layout.patch_box``."""
+    key_image: np.ndarray | None = None
+    """``(key,)`` int64, of cross-attention: the image each key belongs to, -1 for one that stands for no pixel."""
 
 
 def read_attention(file: SealedFile, row: str, header: RowHeader) -> AttentionRows | None:
     """Reads the attention rows of the batch row under the key ``row``, if there are any. Raises ``TraceError``."""
     known = {point.name: point for point in header.points}
-    if _ATTENTION not in known:
+    name, last = (_ATTENTION, "image_token") if _ATTENTION in known else (_CROSS, "key")
+    if name not in known:
         return None
 
     def values(name: str, axes: tuple[str, ...]) -> np.ndarray:
@@ -77,10 +85,21 @@ def read_attention(file: SealedFile, row: str, header: RowHeader) -> AttentionRo
             return file.tensor(key).float().numpy()
         return file.array(key).astype(np.float32)
 
-    weights = values(_ATTENTION, ("step", "layer", "head", "image_token"))
+    weights = values(name, ("step", "layer", "head", last))
     mass = values(_TEXT_MASS, ("step", "layer", "head")) if _TEXT_MASS in known else None
-    reduce = file.text(f"{row}/points/{_ATTENTION}", "reduce", "none")
-    return AttentionRows(weights, known[_ATTENTION].layers, mass, reduce)
+    reduce = file.text(f"{row}/points/{name}", "reduce", "none")
+    box, image = f"{_CROSS}_key_box", f"{_CROSS}_key_image"
+    if name != _CROSS or box not in known or image not in known:
+        return AttentionRows(weights, known[name].layers, mass, reduce)
+    boxes, images = values(box, ("key", "channel")), values(image, ("key",)).astype(np.int64)
+    count = weights.shape[-1]
+    if boxes.shape != (count, 4) or images.shape != (count,):
+        what = f"shapes {boxes.shape} and {images.shape} for {count} keys"
+        raise trace_error(file.path, f"{row}/points/{box}", what, "record it again")
+    if images.size and not (images.min() >= -1 and images.max() < len(header.image_sizes)):
+        what = f"it names images {images.min()} to {images.max()} of {len(header.image_sizes)}"
+        raise trace_error(file.path, f"{row}/points/{image}", what, "record it again")
+    return AttentionRows(weights, known[name].layers, mass, reduce, boxes, images)
 
 
 def read_image(file: SealedFile, key: str) -> ImageRecord:

@@ -22,7 +22,6 @@ from zoo import Built, build
 
 import lvlm_probe as probe
 from lvlm_probe.anatomy import text_stack
-from lvlm_probe.token_places import token_places
 
 __all__ = ["CHECKS", "Verdict", "run_checks"]
 
@@ -59,9 +58,9 @@ class Verdict:
 class _Case:
     """One family, its answer without a probe, and the trace of the same answer with one."""
 
-    def __init__(self, built: Built, directory: Path, *, tiled: bool) -> None:
+    def __init__(self, built: Built, directory: Path, *, larger: bool) -> None:
         self.built, self.model, self.processor = built, built.model, built.processor
-        self.picture = built.picture(tiled=tiled)
+        self.picture = built.picture(larger=larger)
         self.plain = built.generate(built.inputs([self.picture]))
         # After one call: transformers itself hangs hooks on a model whose hidden states are asked for, and leaves them.
         self.before = _hooks(self.model)
@@ -167,9 +166,16 @@ def attention(case: _Case) -> Verdict:
         return Verdict("attention", False, None, "; ".join(case.trace.notes))
     twin = build(case.built.member.name, case.built.backend)
     twin.model.set_attn_implementation("eager")
-    eager = twin.generate(twin.inputs([case.picture]), output_attentions=True)
     steps, columns = len(case.trace.tokens), torch.as_tensor(case.trace.layout.image_positions.copy())
-    maps = _attention_maps(eager, rows)
+    crossed: list[list[torch.Tensor]] = []
+    handles = _cross_maps(twin.model, crossed) if len(columns) == 0 else []
+    eager = twin.generate(twin.inputs([case.picture]), output_attentions=True)
+    for handle in handles:
+        handle.remove()
+    if len(columns) == 0 and len(crossed) != len(rows.layers):
+        return Verdict("attention", False, None, f"{len(rows.layers)} of {len(crossed)} cross-attention layers")
+    maps = _attention_maps(eager, rows) if not crossed else lambda step, place, _: crossed[place][step]
+    across = bool(crossed) or getattr(eager, "cross_attentions", None) is not None  # all keys are there from the start
     largest = 0.0
     for place, index in enumerate(rows.layers):
         for step in range(steps):
@@ -177,17 +183,20 @@ def attention(case: _Case) -> Verdict:
             truth = weights[0, :, -1].float().mean(0)
             # A cache that slides keeps the newest keys only; the first pass, a prompt long, still has them all.
             gone = maps(0, place, index).shape[-1] + step - truth.numel()
-            if truth.numel() < maps(0, place, index).shape[-1]:
+            if not across and truth.numel() < maps(0, place, index).shape[-1]:
                 truth = torch.nn.functional.pad(truth, (gone, 0))
             truth = truth[columns] if len(columns) and truth.numel() > columns.max() else truth
             mine = torch.as_tensor(rows.values[step, place]).float().mean(0)
+            if mine.shape != truth.shape:
+                return Verdict("attention", False, None, f"{len(mine)} columns recorded, {len(truth)} under eager")
             largest = max(largest, float((mine - truth).abs().max()))
     return Verdict("attention", largest <= ROWS, largest, f"{len(rows.layers)} layers")
 
 
 def _attention_maps(eager: Any, rows: Any) -> Callable[[int, int, int], torch.Tensor]:
     """(step, place among the recorded layers, layer) → the map that generate() returned under eager attention."""
-    per_step = eager.attentions if getattr(eager, "attentions", None) is not None else eager.decoder_attentions
+    kinds = ("cross_attentions", "attentions")  # of a decoder that reads its encoder, the keys that hold the picture
+    per_step = next(found for kind in kinds if (found := getattr(eager, kind, None)) is not None)
 
     def find(step: int, place: int, index: int) -> torch.Tensor:
         layers = per_step[step]
@@ -197,16 +206,26 @@ def _attention_maps(eager: Any, rows: Any) -> Callable[[int, int, int], torch.Te
     return find
 
 
+def _cross_maps(model: torch.nn.Module, kept: list[list[torch.Tensor]]) -> list[Any]:
+    """Hooks that keep what every cross-attention module of a model under eager returns beside its output: its map."""
+    handles = []
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] in ("cross_attn", "encoder_attn"):
+            kept.append([])
+            handles.append(module.register_forward_hook(lambda _m, _a, out, mine=kept[-1]: mine.append(out[1])))
+    return handles
+
+
 def geometry(case: _Case) -> Verdict:
     """Light one region: of all image tokens, exactly those whose box covers it move (attention across patches cut)."""
     layout = case.trace.layout
     found = layout.patch_box
     if found is None and len(layout.image_positions) == 0:  # cross-attention: the places of its keys
-        found = token_places(case.replay, layout.image_positions).boxes
+        found = case.trace.point("decoder.cross_attention_key_box").values
     if found is None:
         reason = "; ".join(n for n in case.trace.notes if "box" in n) or "no boxes"
-        if "through attention alone" in reason:
-            return _resampled(case, reason)
+        if "through attention alone" in reason or "receptive fields" in reason:
+            return _resampled(case, reason, convolved="receptive fields" in reason)
         return Verdict("geometry", False, None, reason)
     boxes = np.asarray(found)
     live = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
@@ -215,7 +234,7 @@ def geometry(case: _Case) -> Verdict:
     grey = Image.new("RGB", case.picture.size, (128, 128, 128))
     chosen = np.flatnonzero(live)
     chosen = chosen[np.unique(np.linspace(0, len(chosen) - 1, 9).round().astype(int))]
-    wrong, asked = 0, 0
+    wrong, asked, telling = 0, 0, int(live.sum() == 1)
     with _features(case) as features:
         base = features(grey)
         for token in chosen:
@@ -232,34 +251,53 @@ def geometry(case: _Case) -> Verdict:
             margin = max(x1 - x0, y1 - y0) * 0.75
             near = _overlap(boxes, (spot[0] - margin, spot[1] - margin, spot[2] + margin, spot[3] + margin))
             asked += 1
+            telling += not covers[live].all()
             if case.built.member.local:
                 inside, outside = moved[covers & live], moved[~near]
                 still = outside.max(initial=0.0) <= _MOVED * moved.max()
                 wrong += not (inside.min(initial=math.inf) > _MOVED * moved.max() > 0 and still)
             else:
                 wrong += not near[int(moved.argmax())]
-    return Verdict("geometry", asked > 0 and wrong == 0, wrong / max(asked, 1), f"{asked} regions")
+    passed = asked > 0 and wrong == 0 and telling > asked / 2  # boxes that all cover everything tell nothing
+    return Verdict("geometry", passed, wrong / max(asked, 1), f"{asked} regions, {telling} of them not in every box")
 
 
-def _resampled(case: _Case, reason: str) -> Verdict:
+def _resampled(case: _Case, reason: str, *, convolved: bool) -> Verdict:
     """Image tokens that are said to have no place: with all attention but the decoder's cut none of them depends on the
-    picture, and with all of it whole most of them look at both of two distant corners."""
-    width, height = case.picture.size
+    picture (where convolutions are the reason all still do), and with all of it whole most of them look at both of two
+    distant corners: of the picture or, where local crops are cut out of it, of one crop."""
     grey = Image.new("RGB", case.picture.size, (128, 128, 128))
+    views = _views(case)
     corners = []
-    for at in ((0, 0), (width - width // 3, height - height // 3)):
-        lit = grey.copy()
-        lit.paste((250, 30, 60), (*at, at[0] + width // 3, at[1] + height // 3))
-        corners.append(lit)
+    for x0, y0, x1, y1 in views:
+        width, height = (x1 - x0) // 3, (y1 - y0) // 3
+        for at in ((x0, y0), (x1 - width, y1 - height)):
+            lit = grey.copy()
+            lit.paste((250, 30, 60), (*at, at[0] + width, at[1] + height))
+            corners.append(lit)
     moved = []
     for cut in ("none", "everywhere"):
         with _features(case, cut=cut) as features:
             base = features(grey)
             moved.append(np.stack([(features(lit) - base).norm(dim=-1).numpy() for lit in corners]))
     whole, without = moved
-    both = (whole > _MOVED * whole.max()).all(axis=0).mean()
-    passed = whole.max() > 0 and without.max() <= 1e-6 * whole.max() and both > 0.5
+    looks = (without if convolved else whole) > _MOVED * whole.max()
+    both = looks.reshape(len(views), 2, -1).all(axis=1).any(axis=0).mean()
+    passed = whole.max() > 0 and both > 0.5 and (convolved or without.max() <= 1e-6 * whole.max())
     return Verdict("geometry", None if passed else False, None, f"{reason} ({both:.0%} of them look at both corners)")
+
+
+def _views(case: _Case) -> list[tuple[int, int, int, int]]:
+    """The whole picture, and the part of it that every local crop shows (``pixel_values_local``)."""
+    views = [(0, 0, *case.picture.size)]
+    for key in case.replay.path.pixel_keys:
+        if not key.endswith("_local"):
+            continue
+        x, y, _, live = case.replay.path.coordinates(key)
+        for column, row, shown in zip(x, y, live, strict=True):
+            ends = (float(t[shown].aminmax()[k]) for k in (0, 1) for t in (column, row))
+            views.append(tuple(round(end) for end in ends))  # type: ignore[arg-type]
+    return views
 
 
 def _overlap(boxes: np.ndarray, spot: tuple[float, ...]) -> np.ndarray:
@@ -294,7 +332,9 @@ class _features:
                 return
             given = kwargs.get("inputs_embeds", kwargs.get("hidden_states", args[0] if args else None))
             if given is not None and given.dim() >= 3:
-                self._kept.append(given.detach().flatten(0, -3)[:, positions].transpose(0, 1).flatten(1))
+                axis = next((k for k in range(given.dim() - 2, 0, -1) if given.shape[k] > positions.max()), None)
+                if axis is not None:
+                    self._kept.append(given.detach().index_select(axis, positions).movedim(axis, 0).flatten(1))
 
         # An encoder-decoder model reads the picture where it reads the prompt.
         decoder = text_stack(case.model.get_encoder()) if anatomy.encoder_decoder else modules[anatomy.decoder]
@@ -367,6 +407,8 @@ def detach(case: _Case) -> Verdict:
     inner = getattr(case.processor, "image_processor", case.processor)
     if "preprocess" in vars(inner):
         left.append("preprocess")
+    if "_process_images" in vars(case.processor):
+        left.append("_process_images")
     probe.attach(case.model, case.processor).detach()
     return Verdict("detach", not left, None, ", ".join(left))
 
@@ -383,11 +425,11 @@ CHECKS: tuple[Callable[[_Case], Verdict], ...] = (
 )
 
 
-def run_checks(built: Built, *, tiled: bool = False, only: tuple[str, ...] = ()) -> list[Verdict]:
+def run_checks(built: Built, *, larger: bool = False, only: tuple[str, ...] = ()) -> list[Verdict]:
     """All checks of one family on one backend; an exception is a failure with its message."""
     with tempfile.TemporaryDirectory() as directory:
         try:
-            case = _Case(built, Path(directory), tiled=tiled)
+            case = _Case(built, Path(directory), larger=larger)
         except Exception as error:
             note = f"{type(error).__name__}: {error} [{_where(error)}]"
             return [Verdict(check.__name__, False, None, note) for check in CHECKS]

@@ -3,7 +3,7 @@
     python tests/families/sweep.py                        every family, on every backend it has
     python tests/families/sweep.py --write                the same; writes the table and what is drawn from it
     python tests/families/sweep.py llava qwen2_vl -v      some of them
-    python tests/families/sweep.py llava --backend pil --tiled --only gradient
+    python tests/families/sweep.py llava --backend pil --larger --only gradient
 
 It runs in the environment that has torchvision (.venv-tv), where both backends of the image processors are at hand.
 """
@@ -41,7 +41,7 @@ def runs_of(member: Member) -> Iterator[tuple[Backend, bool]]:
     """Backends, and whether the picture is one that is cut into tiles."""
     for backend in member.backends:
         yield backend, False
-        if member.tiled:
+        if member.larger:
             yield backend, True
 
 
@@ -103,34 +103,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="by default all")
     parser.add_argument("--backend", choices=("pil", "torchvision"), help="by default every one that a family has")
-    parser.add_argument("--tiled", action="store_true", help="only the picture that triggers tiles")
+    parser.add_argument("--larger", action="store_true", help="only the larger picture")
     parser.add_argument("--only", nargs="*", default=(), choices=[check.__name__ for check in CHECKS])
     parser.add_argument("--write", action="store_true", help="write the table; takes no other option")
     parser.add_argument("-v", "--verbose", action="store_true", help="notes of passed checks too")
     arguments = parser.parse_args()
-    if arguments.write and (arguments.families or arguments.backend or arguments.tiled or arguments.only):
+    if arguments.write and (arguments.families or arguments.backend or arguments.larger or arguments.only):
         parser.error("--write takes all families and all checks")
     load_members()
     failed = 0
     results: dict[str, list[dict[str, Any]]] = {}
     for name in arguments.families or sorted(MEMBERS):
-        for backend, tiled in runs_of(MEMBERS[name]):
-            if (arguments.backend and backend != arguments.backend) or (arguments.tiled and not tiled):
+        for backend, larger in runs_of(MEMBERS[name]):
+            if (arguments.backend and backend != arguments.backend) or (arguments.larger and not larger):
                 continue
             started = time.perf_counter()
             try:
-                verdicts = run_checks(build(name, backend), tiled=tiled, only=tuple(arguments.only))
+                verdicts = run_checks(build(name, backend), larger=larger, only=tuple(arguments.only))
             except Exception as error:
                 note = f"cannot be built: {type(error).__name__}: {error}"
                 verdicts = [Verdict(check.__name__, False, None, note) for check in CHECKS]
             found = {verdict.check: rounded(verdict) for verdict in verdicts}
-            results.setdefault(name, []).append({"backend": backend, "tiled": tiled, "checks": found})
+            results.setdefault(name, []).append({"backend": backend, "larger": larger, "checks": found})
             marks = " ".join(
                 f"{v.check} {'–' if v.passed is None else 'ok' if v.passed else 'FAILED'}"
                 + (f" {v.figure:.1e}" if v.figure is not None else "")
                 for v in verdicts
             )
-            print(f"{name} {backend}{' tiled' if tiled else ''} ({time.perf_counter() - started:.1f} s): {marks}")
+            print(f"{name} {backend}{' larger' if larger else ''} ({time.perf_counter() - started:.1f} s): {marks}")
             for verdict in verdicts:
                 if verdict.note and (arguments.verbose or verdict.passed is False):
                     print(f"    {verdict.check}: {verdict.note[:1500]}")

@@ -19,12 +19,12 @@ RUNS = [(name, *run) for name, member in sorted(load_members().items()) for run 
 HOW = "run  .venv-tv/bin/python tests/families/sweep.py --write  and look at what changed"
 
 
-@pytest.mark.parametrize(("name", "backend", "tiled"), RUNS)
-def test_a_family_passes_what_the_table_says(name: str, backend: str, tiled: bool) -> None:
+@pytest.mark.parametrize(("name", "backend", "larger"), RUNS)
+def test_a_family_passes_what_the_table_says(name: str, backend: str, larger: bool) -> None:
     written = next(
-        run["checks"] for run in family_table()[name].runs if (run["backend"], run["tiled"]) == (backend, tiled)
+        run["checks"] for run in family_table()[name].runs if (run["backend"], run["larger"]) == (backend, larger)
     )
-    for verdict in run_checks(build(name, backend), tiled=tiled):
+    for verdict in run_checks(build(name, backend), larger=larger):
         expected = written[verdict.check]["passed"]
         assert verdict.passed is expected, f"{verdict.check}: {verdict.figure} {verdict.note}; {HOW}"
 

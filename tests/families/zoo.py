@@ -41,7 +41,7 @@ class Member:
         named: names that the tokenizer gives to some tokens (``image_token``).
         backends: those its image processor has.
         size: a picture, ``(width, height)``.
-        tiled: a picture that triggers tiles or local crops, where the family has them.
+        larger: another picture; one that is cut into tiles or local crops where the family does that.
         nested: the processor takes one list of pictures per prompt.
         prepare: makes the model inputs where chat template and ``processor(images=, text=)`` do not.
         step: step of the finite difference in the mask.
@@ -61,7 +61,7 @@ class Member:
     named: Mapping[str, str] = field(default_factory=dict)
     backends: tuple[Backend, ...] = ("pil", "torchvision")
     size: tuple[int, int] = (90, 60)
-    tiled: tuple[int, int] | None = None
+    larger: tuple[int, int] | None = None
     nested: bool = False
     prepare: Callable[[Any, Any, Sequence[Image.Image], str], Mapping[str, Any]] | None = None
     step: float = 1e-2
@@ -124,9 +124,9 @@ class Built:
             made = self.processor(images=given, text=[text], return_tensors="pt")
         return dict(made)
 
-    def picture(self, *, tiled: bool = False, seed: int = 0) -> Image.Image:
+    def picture(self, *, larger: bool = False, seed: int = 0) -> Image.Image:
         """A smooth random picture of the member's size."""
-        width, height = self.member.tiled if tiled and self.member.tiled else self.member.size
+        width, height = self.member.larger if larger and self.member.larger else self.member.size
         return picture(width, height, seed=seed)
 
     def generate(self, inputs: Mapping[str, Any], tokens: int = 4, **settings: Any) -> Any:

@@ -21,7 +21,7 @@ _KINDS = {
     "mllama": "H",
     "paligemma": "B",
 }
-_TILED = {
+_LARGER = {
     "llava_next": (150, 100),
     "llava_onevision": (150, 100),
     "internvl": (150, 80),
@@ -49,6 +49,6 @@ for _name, _kind in _KINDS.items():
         tokens=_family.tokens,
         slot=_family.slot,
         named=_family.named,
-        tiled=_TILED.get(_name),
+        larger=_LARGER.get(_name),
         nested=_name in ("gemma3", "idefics3", "mllama", "paligemma"),
     )

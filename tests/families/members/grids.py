@@ -147,7 +147,7 @@ member(
     tokens=_OMNI_TOKENS,
     slot=QWEN_SLOT,
     named=_OMNI_NAMED,
-    tiled=(140, 100),
+    larger=(140, 100),
 )
 member(
     name="qwen3_omni_moe_thinker",
@@ -157,7 +157,7 @@ member(
     tokens=_OMNI_TOKENS,
     slot=QWEN_SLOT,
     named=_OMNI_NAMED,
-    tiled=(140, 100),
+    larger=(140, 100),
     # Sparse experts: 3e-4 from the mask a token changes its expert and the log-likelihood jumps by 0.05; closer by,
     # float32 is too coarse for a difference.
     step=1e-4,
@@ -179,7 +179,7 @@ member(
     processor=grid_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor", patch_size=16),
     tokens=QWEN_TOKENS,
     slot=QWEN_SLOT,
-    tiled=(140, 100),
+    larger=(140, 100),
 )
 
 _COMPASS_TOKENS = ("<|VISION_START|>", "<|VISION_END|>", "<|IMAGE_PAD|>", "<|VIDEO_PAD|>")
@@ -216,7 +216,7 @@ member(
     ),
     tokens=_COMPASS_TOKENS,
     slot="<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
-    tiled=(140, 100),
+    larger=(140, 100),
 )
 
 
@@ -255,7 +255,7 @@ member(
     tokens=QWEN_TOKENS,
     slot=QWEN_SLOT,
     prepare=_with_kinds,
-    tiled=(140, 100),
+    larger=(140, 100),
 )
 
 
@@ -276,7 +276,7 @@ member(
     processor=grid_processor("Qwen3VLProcessor", "Qwen3VLVideoProcessor", patch_size=16),
     tokens=QWEN_TOKENS,
     slot=QWEN_SLOT,
-    tiled=(140, 100),
+    larger=(140, 100),
 )
 
 
@@ -302,7 +302,7 @@ member(
     processor=grid_processor("Exaone4_5_Processor", "Qwen2VLVideoProcessor"),
     tokens=QWEN_TOKENS,
     slot=QWEN_SLOT,
-    tiled=(140, 100),
+    larger=(140, 100),
 )
 
 
@@ -323,5 +323,5 @@ member(
     processor=grid_processor("HyperCLOVAXVisionV2Processor", "Qwen2VLVideoProcessor"),
     tokens=QWEN_TOKENS,
     slot=QWEN_SLOT,
-    tiled=(140, 100),
+    larger=(140, 100),
 )

@@ -29,7 +29,7 @@ member(
     processor=grid_processor("VideoLlama3Processor", "VideoLlama3VideoProcessor", "VideoLlama3ImageProcessor"),
     tokens=QWEN_TOKENS,
     slot=QWEN_SLOT,
-    tiled=(140, 100),
+    larger=(140, 100),
 )
 
 _ERNIE_NAMED = {
@@ -76,7 +76,7 @@ member(
     tokens=tuple(_ERNIE_NAMED.values()),
     slot="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
     named=_ERNIE_NAMED,
-    tiled=(140, 100),
+    larger=(140, 100),
 )
 
 
@@ -103,7 +103,7 @@ member(
     tokens=QWEN_TOKENS,
     slot=QWEN_SLOT,
     named={"image_token": "<|image_pad|>"},
-    tiled=(140, 100),
+    larger=(140, 100),
     step=3e-3,  # nearly level in the direction asked for: the error falls with the square of the step, 4e-2 at 1e-2
 )
 
@@ -188,7 +188,7 @@ member(
     tokens=_MUSE_TOKENS,
     slot="<|patch|>",
     backends=("torchvision",),
-    tiled=(140, 100),
+    larger=(140, 100),
     step=1e-3,  # attention is sharp: the error falls with the square of the step, 1e-1 at 1e-2, 1e-2 at 3e-3
 )
 member(
@@ -199,7 +199,7 @@ member(
     tokens=_MUSE_TOKENS,
     slot="<|patch|>",
     backends=("torchvision",),
-    tiled=(140, 100),
+    larger=(140, 100),
     # Sparse experts: 1e-3 from the mask a token changes its expert, and the log-likelihood jumps.
     step=3e-4,
 )
@@ -251,7 +251,7 @@ member(
     tokens=_KIMI_TOKENS,
     slot="<|media_begin|><|media_pad|><|media_end|>",
     backends=("torchvision",),
-    tiled=(140, 100),
+    larger=(140, 100),
 )
 
 _HUNYUAN_NAMED = {"image_token": "<|image|>", "image_start_token": "<|im_start|>", "image_end_token": "<|im_end|>"}
@@ -297,5 +297,5 @@ member(
     tokens=tuple(_HUNYUAN_NAMED.values()),
     slot="<|im_start|><|image|><|im_end|>",
     named=_HUNYUAN_NAMED,
-    tiled=(140, 100),
+    larger=(140, 100),
 )

@@ -58,7 +58,7 @@ member(
     tokens=("<image>", "<video>"),
     named={"image_token": "<image>", "video_token": "<video>"},
     size=(110, 48),
-    tiled=(150, 100),
+    larger=(150, 100),
 )
 
 
@@ -98,7 +98,7 @@ member(
     tokens=("<image>",),
     named={"image_token": "<image>"},
     size=(110, 48),
-    tiled=(150, 100),
+    larger=(150, 100),
 )
 
 
@@ -136,7 +136,7 @@ member(
     ),
     slot="<image>",
     size=_ONE_TILE,
-    tiled=(150, 80),
+    larger=(150, 80),
 )
 
 _COHERE2 = {
@@ -173,7 +173,7 @@ member(
     named=_COHERE2,
     backends=("torchvision",),
     size=_ONE_TILE,
-    tiled=(150, 80),
+    larger=(150, 80),
 )
 
 _INTERNVL = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
@@ -202,7 +202,7 @@ member(
     tokens=("<image>", *_INTERNVL.values()),
     named=_INTERNVL,
     size=_ONE_TILE,
-    tiled=(150, 80),
+    larger=(150, 80),
 )
 
 _GOT_TOKENS = 4  # 64 pixels: 8 x 8 patches, halved twice along each side
@@ -255,7 +255,7 @@ member(
     tokens=("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"),
     slot="<img><imgpad></img>\n",
     size=_ONE_TILE,
-    tiled=(150, 80),
+    larger=(150, 80),
     prepare=_got_ocr2_inputs,
     local=False,  # the neck of its tower and its projector convolve across patches
     # The log-likelihood is curved here: the error falls with the square of the step (8.5e-2 at 0.03, 1.0e-2 at 0.01,

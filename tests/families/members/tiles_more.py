@@ -48,7 +48,7 @@ member(
     processor=_ovis2_processor,
     tokens=("<image>", "<IMG_ATOM>", *_INDICATORS),
     size=_ONE_TILE,
-    tiled=(150, 80),
+    larger=(150, 80),
     # Visual words are a softmax, so the log-likelihood is curved: the error falls with the square of the step (0.6 at
     # 0.03, 4.6e-2 at 0.01, 1.5e-3 at this one). The direction is nearly orthogonal to the gradient of the tiled picture
     # (cosine 0.006), and float32 cannot tell so small a difference.
@@ -103,7 +103,7 @@ member(
     named={"image_token": "<|image|>", "video_token": "<|video|>"},
     backends=("torchvision",),
     size=_ONE_TILE,
-    tiled=(180, 50),
+    larger=(180, 50),
 )
 
 
@@ -132,7 +132,7 @@ member(
     slot="<image>",
     named={"image_token": "<image>"},
     size=_ONE_TILE,
-    tiled=(150, 80),
+    larger=(150, 80),
     nested=True,
     # Its multipliers leave so small a gradient (3e-3) that rounding in float32 is a percent of the finite difference.
     double=True,
@@ -166,7 +166,7 @@ member(
     tokens=(*_SPLIT, "<video>"),
     slot="<image>",
     size=(110, 50),
-    tiled=(150, 100),
+    larger=(150, 100),
     nested=True,
 )
 
@@ -221,6 +221,6 @@ member(
     slot="<|image|>",
     backends=("torchvision",),
     size=_ONE_TILE,
-    tiled=(150, 80),
+    larger=(150, 80),
     prepare=_llama4_inputs,
 )
