@@ -201,4 +201,6 @@ def _cell(family: Family, check: str) -> str:
         return "–"
     if not verdict:
         return "**no**"
-    return "yes" if worst is None or check in ("generation", "geometry", "detach") else f"{worst:.0e}"
+    if worst is None or check in ("generation", "geometry", "detach"):
+        return "yes"
+    return "exact" if worst == 0 else f"{worst:.0e}"

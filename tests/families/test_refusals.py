@@ -1,0 +1,45 @@
+"""Entries of the mapping that are no LVLM are refused by one sentence, by their real classes on the meta device."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torchvision_shim  # noqa: E402, F401  (before anything imports torchvision)
+import transformers  # noqa: E402
+import yaml  # noqa: E402
+from sweep import ROOT, mapping  # noqa: E402
+
+import lvlm_probe as probe  # noqa: E402
+
+ENTRIES = yaml.safe_load((ROOT / "lvlm_probe" / "families.yaml").read_text(encoding="utf-8"))
+REFUSED = {name: entry["unsupported"] for name, entry in ENTRIES.items() if "unsupported" in entry}
+CLASSES = {"shieldgemma2": "ShieldGemma2ForImageClassification"}  # the mapping names its text-generating parent
+SETTINGS = {
+    "chameleon": {"vocabulary_map": {"<image>": 1, "IMGIMGAAZ": 2}},
+    "emu3": {"vocabulary_map": {"<image>": 1, "<|visual token 000000|>": 2}},
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(REFUSED) - {"diffusion_gemma"}))
+def test_attach_refuses_it_and_says_why(name: str) -> None:
+    config = transformers.CONFIG_MAPPING[name](**SETTINGS.get(name, {}))
+    with torch.device("meta"):
+        model = getattr(transformers, CLASSES.get(name, mapping()[name]))(config)
+    before = frozenset(vars(model))
+    with pytest.raises(probe.AttachError) as refusal:
+        probe.attach(model)
+    assert str(refusal.value) == f"{type(model).__name__} cannot be probed: {REFUSED[name]}"
+    assert frozenset(vars(model)) == before
+
+
+def test_block_diffusion_is_refused() -> None:
+    # Its default config builds no model; the refusal goes by the config.
+    model = torch.nn.Linear(1, 1)
+    model.config = transformers.CONFIG_MAPPING["diffusion_gemma"]()
+    with pytest.raises(probe.AttachError, match="block diffusion"):
+        probe.attach(model)
