@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import inside
@@ -43,8 +44,9 @@ def scaled(values: np.ndarray) -> np.ndarray:
 def test_recorded_rows_are_those_of_a_replay(name):
     """What generation left behind in half precision, against one teacher-forced pass."""
     trace, replay = inside.trace(name), inside.replay(name)
-    recorded = _recorded_rows(trace, 0, "all")
-    replayed = _replayed_rows(replay, torch.tensor(trace.layout.image_positions), range(len(trace.tokens)))
+    positions = torch.tensor(trace.layout.image_positions)
+    recorded = _recorded_rows(trace, SimpleNamespace(positions=positions), 0, "all")
+    replayed = _replayed_rows(replay, positions, range(len(trace.tokens)), cross=False)
     assert recorded.values.shape == replayed.values.shape and recorded.layers == replayed.layers
     assert float(recorded.values.sum()) > 0.1
     assert float((recorded.values - replayed.values).abs().max()) <= 1e-3

@@ -610,6 +610,7 @@ from lvlm_probe import cli
 from lvlm_probe.cli import maps
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts jobs in the background ignores it
 real_bar, begun = maps.bar, []
 
 @contextlib.contextmanager
