@@ -1,4 +1,4 @@
-"""Gradients through a batch norm whose output's gradient arrives permuted: torch alone gets them wrong on the CPU."""
+"""What a teacher-forced pass is given and gives back: batch norms, lists, position masks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_gradient_through_a_batch_norm_equals_finite_differences() -> None:
     with torch.no_grad():
         high, low = (forcing.log_probs({"pixel_values": pixels + h * way}, batch=1).sum() for h in (1e-5, -1e-5))
     assert torch.isclose((gradient * way).sum(), (high - low) / 2e-5, rtol=1e-5)
-    assert not model.norm._forward_hooks
+    assert not model.norm._forward_hooks  # torch alone gets it wrong on the CPU where the gradient arrives permuted
 
 
 def test_what_a_model_takes_as_a_list_is_handed_on_as_one() -> None:
@@ -58,3 +58,27 @@ def test_what_a_model_takes_as_a_list_is_handed_on_as_one() -> None:
     forcing = TeacherForcing(model, input_ids=torch.tensor([1]), token_ids=torch.tensor([3]))
     inputs = {"pixel_values": torch.zeros(1, 3, 2, 2), "shapes": torch.tensor([[2, 2]])}
     assert forcing.log_probs(inputs, batch=1).shape == (1, 1)
+
+
+def test_no_position_of_the_answer_is_the_pictures() -> None:
+    seen = {}
+
+    class Listening(_Tower):
+        def forward(self, image_embeds_position_mask, token_type_ids, use_cache, **inputs):
+            seen.update(mask=image_embeds_position_mask, kinds=token_type_ids)
+            return super().forward(**inputs)
+
+    ends_in_a_picture = {
+        "image_embeds_position_mask": torch.tensor([[0, 1]]),
+        "token_type_ids": torch.tensor([[0, 1]]),
+    }
+    forcing = TeacherForcing(
+        Listening(),
+        input_ids=torch.tensor([1, 2]),
+        token_ids=torch.tensor([3, 4, 5]),
+        sequence_inputs=ends_in_a_picture,
+        answer_token_type=7,
+    )
+    forcing.log_probs({"pixel_values": torch.zeros(1, 3, 2, 2)}, batch=1)
+    assert seen["mask"].tolist() == [[0, 1, 0, 0]]
+    assert seen["kinds"].tolist() == [[0, 1, 7, 7]]

@@ -43,6 +43,22 @@ def test_replay_says_what_was_recorded(name, tmp_path):
     assert torch.equal(replay.log_probs(torch.zeros(1, 4, 4))[0], replay.baseline_log_probs)
 
 
+@pytest.mark.parametrize("name", ["llava", "gemma3", "paligemma"])
+def test_without_a_processor_a_replay_says_what_was_recorded(name, tmp_path):
+    """Inputs with an entry per token of the prompt are the text's there too, and go on over the answer."""
+    model, processor = tiny_models.build(name)
+    inputs = tiny_models.inputs(name, model, processor, [picture()], "What is this?")
+    with probe.attach(model) as p, p.record(tmp_path) as recording:
+        model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    replay = probe.replay(recording.traces[0], model)
+    seen = {}
+    hook = model.register_forward_pre_hook(lambda _module, _args, given: seen.update(given), with_kwargs=True)
+    np.testing.assert_allclose(replay.original_log_probs, recording.traces[0].log_probs, atol=1e-4)
+    hook.remove()
+    per_token = {key for key, value in inputs.items() if value.shape == inputs["input_ids"].shape} - {"labels"}
+    assert {tuple(seen[key].shape) for key in per_token} == {(1, replay.length)}
+
+
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl", "gemma3", "mllama"])
 def test_gradient_to_the_mask_equals_central_differences(name, tmp_path):
     """On float64 models, in a random direction."""
