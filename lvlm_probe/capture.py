@@ -228,10 +228,8 @@ def capture(
     seen = Captured(visit=visit, edit=edit)
     tapped: list[nn.Module] = []
     for part in attention:
-        if part == "decoder":
-            tapped += seen.tap(model, part, None)
-        elif part == "cross":
-            tapped += seen.tap(model, part, None, cross=True)
+        if part in ("decoder", "cross"):
+            tapped += seen.tap(model, part, None, cross=part == "cross")
         elif part == "encoder":
             for path in replay.anatomy.encoders:
                 tapped += seen.tap(model, path, model.get_submodule(path))

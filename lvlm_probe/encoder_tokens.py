@@ -1,11 +1,8 @@
 """Which part of the picture each token inside a vision encoder stands for, found with a few short backward passes.
 
 Tokens of an encoder come in any order (windows, merge groups, tiles as batch entries, a class token in front). In front
-of its first block every token still depends on its own patch alone, so with one random direction g and weights w_j the
-gradient of ``Σ_j w_j ⟨g, h_j⟩`` to a pixel is w_j times something that does not depend on w, j being the pixel's token.
-With w_j = 1 or −1 by one binary digit of j, the ratio to the gradient for w_j = 1 is that digit, whatever precision the
-model runs in; all digits name the token of every element of the pixel inputs, and the traced geometry of the processor
-says where that element comes from.
+of its first block every token still depends on its own patch alone, so that a ``SignCode`` names the token of every
+element of the pixel inputs, and the traced geometry of the processor says where that element comes from.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from torch import nn
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.layout import source_span
-from lvlm_probe.places import extents
+from lvlm_probe.places import SignCode, extents
 
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
@@ -121,41 +118,23 @@ def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
         raise ExplainError(f"no gradient reaches {encoder} from the pixels: the model runs it without autograd")
     shape = tuple(hidden.shape[:-1])
     count = int(np.prod(shape))
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(hidden.shape[-1], generator=generator).to(hidden)
-    along = hidden.reshape(count, -1) @ direction
-    wanted = list(leaves.values())
-    plain = torch.autograd.grad(along.sum(), wanted, retain_graph=True, allow_unused=True)
-    digits = [torch.arange(count, device=along.device) >> place & 1 for place in range((count - 1).bit_length())]
-    signed = [
-        torch.autograd.grad((along * (1 - 2 * digit)).sum(), wanted, retain_graph=True, allow_unused=True)
-        for digit in digits
-    ]
+    code = SignCode(hidden.reshape(count, -1), leaves.values())
     boxes = np.zeros((count, 4), np.float32)
     for place, name in enumerate(leaves):
-        if plain[place] is None:
+        if not code.plain[place].any():
             continue
         x, y, owner, alive = (part.numpy() for part in path.coordinates(name))
-        base = _numbers(plain[place])
-        # Turning a sign is exact in floating point, so elements that a norm has all but muted may be asked too.
-        clear = (base != 0) & alive & (owner == image)
-        token = np.zeros(int(clear.sum()), np.int64)
-        for digit, gradients in enumerate(signed):
-            ratio = _numbers(gradients[place])[clear] / base[clear]
-            if (np.abs(np.abs(ratio) - 1) > 0.05).any():
-                raise ExplainError(
-                    f"tokens of {encoder} do not stand for one patch each in front of its first block (overlapping "
-                    f"convolutions, or mixing before it), so their places in the picture cannot be told"
-                )
-            token |= (ratio < 0).astype(np.int64) << digit
+        clear = (code.plain[place] != 0) & alive & (owner == image)
+        token, shared = code.read(place, clear)
+        if shared.any():
+            raise ExplainError(
+                f"tokens of {encoder} do not stand for one patch each in front of its first block (overlapping "
+                f"convolutions, or mixing before it), so their places in the picture cannot be told"
+            )
         for axis, (source, size) in enumerate(zip((x, y), path.image_sizes[image], strict=True)):
             found, low, high = extents(source[clear], token)
             boxes[found, axis], boxes[found, axis + 2] = low.clip(0, size), high.clip(0, size)
     return EncoderTokens(encoder, blocks, shape, boxes)
-
-
-def _numbers(gradient: torch.Tensor) -> np.ndarray:
-    return gradient.detach().double().cpu().numpy()
 
 
 def encoders_of(replay: Replay) -> tuple[str, ...]:

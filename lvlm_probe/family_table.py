@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -15,7 +16,7 @@ from typing import Any
 
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["CHECKS", "Family", "FamilyTable", "family_table", "markdown"]
+__all__ = ["CHECKS", "Family", "FamilyTable", "family_table", "markdown", "summary"]
 
 CHECKS: Mapping[str, str] = {
     "generation": "tokens and logits of generate() with a recording probe equal those without, to the last bit",
@@ -117,6 +118,11 @@ class FamilyTable:
             f"lvlm-probe families lists them. A model of another family can be attached all the same"
         )
 
+    @property
+    def passed(self) -> int:
+        """How many of the counted families pass every check that applies to them."""
+        return sum(family.passed for family in self.lvlms)
+
     def count(self, check: str, backend: str | None = None) -> tuple[int, int]:
         """How many families pass a check, and of how many it was asked (those it applies to)."""
         verdicts = [family.verdict(check, backend) for family in self.lvlms]
@@ -140,27 +146,30 @@ def family_table() -> FamilyTable:
 
 
 def summary(table: FamilyTable) -> Iterator[tuple[str, list[str]]]:
-    """Check → "passed / asked" over all runs, on the PIL backend, on the torchvision backend."""
+    """Check → "passed of asked" over all runs, on the PIL backend, on the torchvision backend."""
     for check in CHECKS:
-        yield check, ["{} / {}".format(*table.count(check, backend)) for backend in (None, "pil", "torchvision")]
+        yield check, ["{} of {}".format(*table.count(check, backend)) for backend in (None, "pil", "torchvision")]
 
 
 def markdown(table: FamilyTable) -> str:
     """docs/families.md."""
     lvlms = table.lvlms
-    full = sum(family.passed for family in lvlms)
     versions = ", ".join(f"{name} {version}" for name, version in table.versions.items())
+    about = (
+        f"**{table.passed} of {len(lvlms)}** families pass every check that applies to them. They are those of "
+        f"transformers' image-text-to-text mapping ({len(table.families)} entries) that answer questions about a "
+        "picture; the others stand at the end, with the reason. Each was built tiny, with random weights, and with its "
+        "real processor: this says that the hooks, the replay, the gradient and the geometry are right, not how well a "
+        "trained model of the family is explained. A family that is not in the table may work as well: parts are "
+        "found, not listed."
+    )
     lines = [
         "# Model families",
         "",
         "Made by `python tests/families/sweep.py --write` from what the checks measured; do not edit.",
         f"{table.date}; {versions}; CPU, float32.",
         "",
-        f"**{full} of {len(lvlms)}** families pass every check that applies to them. They are those of transformers'",
-        f"image-text-to-text mapping ({len(table.families)} entries) that answer questions about a picture; the others",
-        "stand at the end, with the reason. Each was built tiny, with random weights, and with its real processor:",
-        "this says that the hooks, the replay, the gradient and the geometry are right, not how well a trained model",
-        "of the family is explained. A family that is not in the table may work as well: parts are found, not listed.",
+        *textwrap.wrap(about, 118),
         "",
         "| check | what | all runs | PIL | torchvision |",
         "|---|---|---|---|---|",

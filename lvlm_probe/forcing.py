@@ -139,10 +139,10 @@ def _even_gradients(model: torch.nn.Module) -> Iterator[None]:
     torch 2.13 differentiates them wrongly on the CPU where one picture's gradient arrives permuted, as it does in a
     tower whose feature map is flattened into tokens (tests/test_forcing_layouts.py).
     """
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     with HookSet() as hooks:
-        for module in norms if torch.is_grad_enabled() else ():
-            hooks.forward(module, lambda _m, _a, _k, output: _Even.apply(output), name="batch norm", fenced=False)
+        for module in model.modules() if torch.is_grad_enabled() else ():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                hooks.forward(module, lambda _m, _a, _k, output: _Even.apply(output), name="batch norm", fenced=False)
         yield
 
 

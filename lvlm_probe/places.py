@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 
 from lvlm_probe.errors import ImageError
 
-__all__ = ["Places", "extents", "places_of"]
+__all__ = ["Places", "SignCode", "extents", "places_of"]
 
+_ROUNDING = 0.05  # of a ratio that is a sign, whatever precision the model runs in
 _SHARE = 1e-3  # of the elements that may be read by several tokens before the code is given up
-_SAMPLE = 8  # tokens that are asked whether they read the whole picture
+_SAMPLE = 8  # tokens that are asked whether they read the whole picture,
+_WHOLE = 0.9  # which is this much of its cells
 _FINE = 96  # cells a side of the picture that tokens which share elements are told apart by
 _HEAPED = 0.6  # mean share of the smaller of two boxes that lies in the other
-_WHOLE = 0.9  # of its cells
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,63 @@ class Places:
     images: np.ndarray
 
 
-def places_of(
-    hidden: torch.Tensor, leaves: Mapping[str, torch.Tensor], path: Any, *, alike: bool = False
-) -> Places | None:
-    """Places of tokens that depend on few elements of the pixel inputs each.
+class SignCode:
+    """Which token reads each element of the pixel inputs.
 
     With one random direction g and weights w_j the gradient of ``Σ_j w_j ⟨g, h_j⟩`` to an element that token j alone
     reads is w_j times something that does not depend on w. With w_j = 1 or −1 by one binary digit of j, the ratio to
     the gradient for w_j = 1 is that digit, whatever precision the model runs in, and all digits name the token. Where
-    ratios are not ±1 several tokens read an element, and every token is asked for itself.
+    ratios are not ±1 several tokens read an element.
+
+    Args:
+        hidden: ``(token, channel)``, the h_j.
+        leaves: the pixel inputs it was computed from.
+
+    Attributes:
+        plain: the gradient to each of ``leaves`` for w = 1; 0 where no token reads an element.
+    """
+
+    def __init__(self, hidden: torch.Tensor, leaves: Iterable[torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._along = hidden @ torch.randn(hidden.shape[1], generator=generator).to(hidden)
+        self._numbers = torch.arange(len(hidden), device=hidden.device)
+        self._leaves = list(leaves)
+        self.plain = self._gradients(torch.ones_like(self._along))
+
+    def _gradients(self, weights: torch.Tensor) -> list[np.ndarray]:
+        found = torch.autograd.grad(
+            (self._along * weights).sum(), self._leaves, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return [gradient.detach().double().cpu().numpy() for gradient in found]
+
+    @functools.cached_property
+    def _signed(self) -> list[list[np.ndarray]]:
+        digits = (self._numbers >> digit & 1 for digit in range((len(self._numbers) - 1).bit_length()))
+        return [self._gradients((1 - 2 * digit).to(self._along)) for digit in digits]
+
+    def of(self, token: int) -> list[np.ndarray]:
+        """The gradient of one token's own feature to each of the pixel inputs."""
+        return self._gradients((self._numbers == token).to(self._along))
+
+    def read(self, place: int, asked: np.ndarray, tolerance: float = _ROUNDING) -> tuple[np.ndarray, np.ndarray]:
+        """The token of each element of the ``place``-th pixel input that is ``asked``, and whether it has several.
+
+        Turning a sign is exact in floating point, so elements that a norm has all but muted may be asked too.
+        """
+        base = self.plain[place][asked]
+        token, shared = np.zeros(len(base), np.int64), np.zeros(len(base), bool)
+        for digit, found in enumerate(self._signed):
+            ratio = found[place][asked] / base
+            shared |= np.abs(np.abs(ratio) - 1) > tolerance
+            token |= (ratio < 0).astype(np.int64) << digit
+        return token, shared
+
+
+def places_of(
+    hidden: torch.Tensor, leaves: Mapping[str, torch.Tensor], path: Any, *, alike: bool = False
+) -> Places | None:
+    """Places of tokens that depend on few elements of the pixel inputs each, by their sign code; where several tokens
+    read an element, every token is asked for itself.
 
     Args:
         hidden: ``(token, channel)``.
@@ -55,45 +105,27 @@ def places_of(
         ``None``: no token reads any pixel, or all of them read all of it.
     """
     count = len(hidden)
-    generator = torch.Generator().manual_seed(0)
-    along = hidden @ torch.randn(hidden.shape[1], generator=generator).to(hidden)
-    wanted = list(leaves.values())
-
-    def gradients(weights: torch.Tensor) -> list[np.ndarray]:
-        found = torch.autograd.grad(
-            (along * weights).sum(), wanted, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return [gradient.detach().double().cpu().numpy() for gradient in found]
-
-    numbers = torch.arange(count, device=along.device)
-    plain = gradients(torch.ones_like(along))
+    code = SignCode(hidden, leaves.values())
     sources = [tuple(part.numpy() for part in path.coordinates(name)) for name in leaves]
-    clear = [(g != 0) & alive for g, (_, _, _, alive) in zip(plain, sources, strict=True)]
+    clear = [(g != 0) & alive for g, (_, _, _, alive) in zip(code.plain, sources, strict=True)]
     if not any(part.any() for part in clear):
         return None
     flat = [np.concatenate([part.reshape(-1) for part in parts]) for parts in zip(*sources, strict=True)]
 
     def energy(token: int) -> np.ndarray:
-        found = gradients((numbers == token).to(along))
-        result: np.ndarray = np.where(flat[3], np.concatenate([part.reshape(-1) for part in found]) ** 2, 0.0)
+        own = np.concatenate([part.reshape(-1) for part in code.of(token)])
+        result: np.ndarray = np.where(flat[3], own**2, 0.0)
         return result
 
     if alike and _all_read_all(energy, count, flat, path.image_sizes):
         return None
-    signed = [gradients((1 - 2 * (numbers >> digit & 1)).to(along)) for digit in range((count - 1).bit_length())]
     boxes, images = np.zeros((count, 4), np.float32), np.full(count, -1, np.int64)
     most = np.zeros(count, np.int64)
     for place, (x, y, owner, _) in enumerate(sources):
-        base, asked = plain[place], clear[place]
-        token = np.zeros(int(asked.sum()), np.int64)
-        shared = np.zeros(len(token), bool)
-        for digit, found in enumerate(signed):
-            ratio = found[place][asked] / base[asked]
-            shared |= np.abs(np.abs(ratio) - 1) > (1e-6 if alike else 0.05)
-            token |= (ratio < 0).astype(np.int64) << digit
+        asked = clear[place]
+        token, shared = code.read(place, asked, 1e-6 if alike else _ROUNDING)
         if shared.sum() > _SHARE * len(shared):
             return _one_by_one(energy, count, flat, path.image_sizes, alike)
-        # Turning a sign is exact in floating point, so elements that a norm has all but muted may be asked too.
         for image, size in enumerate(path.image_sizes):
             mine = ~shared & (owner[asked] == image)
             per_token = np.bincount(token[mine], minlength=count)

@@ -66,9 +66,8 @@ def row_inputs(
             continue
         if name in alone:
             made = alone[name].to(value.dtype)
-            kept[name] = (
-                made[None] if value.ndim == made.ndim + 1 else made
-            )  # an axis of prompts of the processor's own
+            # The processor around an image processor may put an axis of prompts in front (Idefics).
+            kept[name] = made[None] if value.ndim == made.ndim + 1 else made
         elif value.ndim >= 2 and value.shape[:2] == ids.shape and not is_pixel_name(name) and not apart(name, inputs):
             own = (value[row][real] if real is not None else value[row])[None]
             kept[name] = _unpadded(own, inputs, alone)

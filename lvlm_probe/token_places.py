@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,16 +33,26 @@ if TYPE_CHECKING:
 
 __all__ = ["box_key", "in_order", "place", "token_places"]
 
+_KNOWN: weakref.WeakKeyDictionary[Any, dict[bytes, Places]] = weakref.WeakKeyDictionary()
+
 
 def token_places(replay: Replay, positions: np.ndarray) -> Places:
     """Places of the tokens at ``positions`` of the prompt: one pass up to the decoder, and back from there once per
     binary digit of their number (once per token where tokens share patches).
 
-    Without positions, of the states that the decoder's cross-attention reads instead, in the order of its keys.
+    Without positions, of the states that the decoder's cross-attention reads instead, in the order of its keys. Found
+    once per replay.
 
     Raises:
         ImageError: There is no processor to trace, or the tokens have no place in the picture; the message says why.
     """
+    known, key = _KNOWN.setdefault(replay, {}), positions.tobytes()
+    if key not in known:
+        known[key] = _find(replay, positions)
+    return known[key]
+
+
+def _find(replay: Replay, positions: np.ndarray) -> Places:
     path: Any = replay.path
     if not hasattr(path, "coordinates"):
         raise ImageError("there is no processor to trace")

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lvlm_probe.images.processor import one_prompt_more
+
 __all__ = ["ProcessorCall", "ProcessorWatch", "describe_call", "flatten_images"]
 
 # Enough for a few prompts prepared ahead; each entry keeps its pictures and tensors alive.
@@ -58,13 +60,6 @@ def _same(made: torch.Tensor, given: torch.Tensor) -> bool:
     if not one_prompt_more(made, given) and made.shape != given.shape:
         return False
     return torch.equal(made.to(given.dtype).to(given.device).view(given.shape), given)
-
-
-def one_prompt_more(made: torch.Tensor, given: torch.Tensor) -> bool:
-    """Whether the processor around an image processor has put a first axis in front, the prompts, of which there is
-    one (Idefics).
-    """
-    return given.ndim == made.ndim + 1 and given.shape == (1, *made.shape)
 
 
 class ProcessorWatch:

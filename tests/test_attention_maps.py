@@ -45,7 +45,7 @@ def test_recorded_rows_are_those_of_a_replay(name):
     """What generation left behind in half precision, against one teacher-forced pass."""
     trace, replay = inside.trace(name), inside.replay(name)
     positions = torch.tensor(trace.layout.image_positions)
-    recorded = _recorded_rows(trace, SimpleNamespace(positions=positions), 0, "all")
+    recorded = _recorded_rows(trace, SimpleNamespace(positions=positions, cross=False), 0, "all")
     replayed = _replayed_rows(replay, positions, range(len(trace.tokens)), cross=False)
     assert recorded.values.shape == replayed.values.shape and recorded.layers == replayed.layers
     assert float(recorded.values.sum()) > 0.1

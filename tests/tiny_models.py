@@ -113,17 +113,13 @@ def text_config(ids: dict[str, int], **overrides: Any) -> dict[str, Any]:
     }
 
 
+LAYERS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+"""The blocks of a tower, in the names that most families share."""
+SQUARE_TOWER = {**LAYERS, "image_size": _TOWER, "patch_size": 14}
+
+
 def clip_config(**overrides: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "projection_dim": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": _TOWER,
-        "patch_size": 14,
-        **overrides,
-    }
+    return {**SQUARE_TOWER, "projection_dim": 32, **overrides}
 
 
 def pil_image_processor(class_name: str, **kwargs: Any) -> Any:

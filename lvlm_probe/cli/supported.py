@@ -11,6 +11,7 @@ from lvlm_probe.cli.terminal import print_json, say
 
 __all__ = ["families"]
 
+_VERDICTS = {True: ("yes", "green"), False: ("no", "bold red"), None: ("–", "dim")}
 _Name = Annotated[str | None, typer.Argument(metavar="[FAMILY]", help="Show what was measured on this one.")]
 
 
@@ -45,7 +46,7 @@ def families(name: _Name = None, as_json: Json = False) -> None:
     for family in table.lvlms:
         cells: list[tuple[str, str]] = []
         for check in CHECKS:
-            word, style = {True: ("yes", "green"), False: ("no", "bold red"), None: ("–", "dim")}[family.verdict(check)]
+            word, style = _VERDICTS[family.verdict(check)]
             cells.append((word.ljust(len(check) + 2), style))
         say((family.name.ljust(width), "bold"), *cells)
     say("")
@@ -53,8 +54,11 @@ def families(name: _Name = None, as_json: Json = False) -> None:
         if family.outside:
             say((family.name.ljust(width), "dim"), (family.outside, "dim"))
     say("")
-    passed = sum(family.passed for family in table.lvlms)
-    say((f"{passed} of {len(table.lvlms)}", "bold"), " families pass every check that applies to them ", _when(table))
+    say(
+        (f"{table.passed} of {len(table.lvlms)}", "bold"),
+        " families pass every check that applies to them ",
+        _when(table),
+    )
     say(("What was measured on one:  lvlm-probe families NAME", "dim"))
 
 
@@ -73,7 +77,7 @@ def _show(family: Any) -> None:
             found = run["checks"].get(check)
             if found is None:
                 continue
-            word, style = {True: ("yes", "green"), False: ("no", "bold red"), None: ("–", "dim")}[found["passed"]]
+            word, style = _VERDICTS[found["passed"]]
             figure = "" if found["figure"] is None else f"{found['figure']:.1e}"
             say("  ", (check.ljust(15), ""), (word.ljust(5), style), figure.ljust(9), (found["note"], "dim"))
 

@@ -116,7 +116,6 @@ def relative_attention(
     rows = _rows(problem, tokens, "auto", heads)
     above = _chosen(rows, problem.selection.indices, layers, heads)
     params: dict[str, Any] = {"layers": layers, "heads": heads}
-    cross = len(problem.trace.layout.image_positions) == 0
     if reference is not None:
         trace: Any = reference if isinstance(reference, Trace) else reference.trace
         recorded = _recorded_rows(trace, tokens, problem.image, heads)
@@ -129,16 +128,16 @@ def relative_attention(
             )
         else:
             mine = trace.layout.image_positions[trace.layout.image_index == problem.image]
-            at = tokens.positions if cross else torch.from_numpy(mine.astype(np.int64))
-            general_rows = _replayed_rows(reference, at, [0], cross=cross)
+            at = tokens.positions if tokens.cross else torch.from_numpy(mine.astype(np.int64))
+            general_rows = _replayed_rows(reference, at, [0], cross=tokens.cross)
         params["reference"] = trace.trace_id
     elif problem.live:
         try:
             asked = problem.replay.reworded(general, question=question)
         except ReplayError as error:
             raise ExplainError(str(error)) from error
-        at = tokens.positions if cross else _positions(asked, problem)
-        general_rows = _replayed_rows(asked, at, [0], cross=cross)
+        at = tokens.positions if tokens.cross else _positions(asked, problem)
+        general_rows = _replayed_rows(asked, at, [0], cross=tokens.cross)
         params["general"] = general
     else:
         raise ExplainError(
@@ -178,8 +177,7 @@ def _rows(problem: Problem, tokens: ImageTokens, source: Source, heads: Heads) -
             f"the trace holds no attention rows{_of_heads(heads)}; or explain a replay, which computes them"
         )
     steps = list(range(len(problem.selection.tokens)))
-    cross = len(problem.trace.layout.image_positions) == 0
-    found = _replayed_rows(problem.replay, tokens.positions, steps, cross=cross)
+    found = _replayed_rows(problem.replay, tokens.positions, steps, cross=tokens.cross)
     problem.advance(1, 1)
     return found
 
@@ -194,9 +192,8 @@ def _recorded_rows(trace: Trace, tokens: ImageTokens, image: int, heads: Heads) 
     rows = getattr(trace, "attention", None)
     if rows is None or (heads != "all" and rows.reduce != "none"):
         return None
-    cross = len(trace.layout.image_positions) == 0
-    mine = tokens.positions.numpy() if cross else np.flatnonzero(trace.layout.image_index == image)
-    if cross and mine.max(initial=-1) >= rows.values.shape[-1]:
+    mine = tokens.positions.numpy() if tokens.cross else np.flatnonzero(trace.layout.image_index == image)
+    if tokens.cross and mine.max(initial=-1) >= rows.values.shape[-1]:
         raise ExplainError("the keys of cross-attention are not those that were recorded: explain with source='replay'")
     return _Rows(torch.from_numpy(rows.values[..., mine]).double(), tuple(rows.layers), "recorded")
 

@@ -34,11 +34,13 @@ class ImageTokens:
         boxes: ``(token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the original picture; an empty box (all 0) for a
             token that stands for no pixel.
         size: ``(width, height)`` of the picture.
+        cross: they are the keys of cross-attention.
     """
 
     positions: torch.Tensor
     boxes: np.ndarray
     size: tuple[int, int]
+    cross: bool = False
 
 
 def image_tokens(problem: Problem, *, cross: bool = False) -> ImageTokens:
@@ -51,9 +53,9 @@ def image_tokens(problem: Problem, *, cross: bool = False) -> ImageTokens:
         ExplainError: The prompt has no image tokens, or which part of the picture each stands for is not known.
     """
     layout = problem.trace.layout
-    if len(layout.image_positions) == 0 and cross:
-        return _cross_keys(problem)
     if len(layout.image_positions) == 0:
+        if cross:
+            return _cross_keys(problem)
         raise ExplainError(
             "the prompt holds no image tokens (the picture reaches this model another way, by cross-attention for "
             "instance), so nothing can be drawn per token; use a method that works through masks, like 'igos++'"
@@ -100,9 +102,8 @@ def _cross_keys(problem: Problem) -> ImageTokens:
             "replay instead of the trace: probe.replay(trace, model, processor)"
         )
     mine = np.flatnonzero(images == problem.image)
-    return ImageTokens(
-        torch.from_numpy(mine), np.asarray(boxes, dtype=np.float32)[mine], problem.replay.image_sizes[problem.image]
-    )
+    size = problem.replay.image_sizes[problem.image]
+    return ImageTokens(torch.from_numpy(mine), np.asarray(boxes, dtype=np.float32)[mine], size, cross=True)
 
 
 def pitch(boxes: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lvlm_probe.errors import ImageError, ProcessorRefused
 from lvlm_probe.geometry import Geometry, trace_geometry
 
-__all__ = ["OWN_CALL", "BlackBox", "as_rgb", "compare_reference", "named_outputs", "whole_numbers"]
+__all__ = ["OWN_CALL", "BlackBox", "as_rgb", "compare_reference", "named_outputs", "one_prompt_more", "whole_numbers"]
 
 OWN_CALL: ContextVar[bool] = ContextVar("lvlm_probe_own_call", default=False)
 """True while this package itself runs the user's image processor, so that a watcher on it can look away."""
@@ -123,6 +123,12 @@ def named_outputs(image_processor: Any, out: Any) -> dict[str, Any]:
     return {str(names[0]): out}
 
 
+def one_prompt_more(made: Tensor, given: Tensor) -> bool:
+    """Whether the processor around an image processor has put a first axis in front, the prompts, of which there is
+    one (Idefics)."""
+    return given.shape == (1, *made.shape)
+
+
 def as_rgb(
     processor: BlackBox, images: Sequence[Image.Image]
 ) -> tuple[list[Image.Image], dict[str, Tensor], tuple[str, ...]]:
@@ -170,7 +176,7 @@ def compare_reference(inputs: Mapping[str, Tensor], reference: Mapping[str, Tens
         if key not in reference:
             continue
         fed = torch.as_tensor(reference[key]).detach().cpu()
-        if fed.shape == (1, *value.shape):  # the processor around it has put an axis of prompts in front
+        if one_prompt_more(value, fed):
             fed = fed[0]
         if fed.shape != value.shape:
             raise ImageError(

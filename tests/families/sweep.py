@@ -27,8 +27,7 @@ import yaml  # noqa: E402
 from checks import CHECKS, Verdict, run_checks  # noqa: E402
 from zoo import MEMBERS, Backend, Member, build, load_members  # noqa: E402
 
-from lvlm_probe.family_table import CHECKS as WHAT  # noqa: E402
-from lvlm_probe.family_table import FamilyTable, markdown  # noqa: E402
+from lvlm_probe.family_table import FamilyTable, markdown, summary  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "lvlm_probe" / "families.json"
@@ -84,12 +83,13 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
 def short(table: FamilyTable) -> str:
     """The README's table: how many families pass each check, on either backend."""
     lines = ["| check | families | PIL | torchvision |", "|---|---|---|---|"]
-    for check in WHAT:
-        counts = ["{} of {}".format(*table.count(check, backend)) for backend in (None, "pil", "torchvision")]
-        lines.append(f"| {check} | {' | '.join(counts)} |")
-    passed, counted = sum(family.passed for family in table.lvlms), len(table.lvlms)
+    lines += [f"| {check} | {' | '.join(counts)} |" for check, counts in summary(table)]
     versions = f"transformers {table.versions['transformers']}, torch {table.versions['torch']}"
-    lines += ["", f"**{passed} of {counted}** pass every check that applies to them ({table.date}; {versions}; CPU)."]
+    lines += [
+        "",
+        f"**{table.passed} of {len(table.lvlms)}** pass every check that applies to them ({table.date}; {versions}; "
+        "CPU).",
+    ]
     return "\n".join(lines) + "\n"
 
 

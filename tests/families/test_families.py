@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import pytest
+from checks import run_checks
+from sweep import mapping, outside, runs_of
+from zoo import MEMBERS, build, load_members
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-import pytest  # noqa: E402
-import torchvision_shim  # noqa: E402, F401  (before anything imports torchvision)
-from checks import run_checks  # noqa: E402
-from sweep import mapping, outside, runs_of  # noqa: E402
-from zoo import MEMBERS, build, load_members  # noqa: E402
-
-from lvlm_probe.family_table import family_table  # noqa: E402
+from lvlm_probe.family_table import family_table
 
 RUNS = [(name, *run) for name, member in sorted(load_members().items()) for run in runs_of(member)]
 HOW = "run  .venv-tv/bin/python tests/families/sweep.py --write  and look at what changed"

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import pytest
+import torch
+import transformers
+import yaml
+from sweep import ROOT, mapping
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import torchvision_shim  # noqa: E402, F401  (before anything imports torchvision)
-import transformers  # noqa: E402
-import yaml  # noqa: E402
-from sweep import ROOT, mapping  # noqa: E402
-
-import lvlm_probe as probe  # noqa: E402
+import lvlm_probe as probe
 
 ENTRIES = yaml.safe_load((ROOT / "lvlm_probe" / "families.yaml").read_text(encoding="utf-8"))
 REFUSED = {name: entry["unsupported"] for name, entry in ENTRIES.items() if "unsupported" in entry}

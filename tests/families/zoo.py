@@ -22,7 +22,7 @@ import transformers
 from PIL import Image
 from tiny_models import make_chat_template, make_tokenizer, picture, redraw
 
-__all__ = ["MEMBERS", "Backend", "Built", "Member", "build", "image_processor", "load_members", "member"]
+__all__ = ["MEMBERS", "Backend", "Built", "Member", "ask", "build", "image_processor", "load_members", "member"]
 
 Backend = Literal["pil", "torchvision"]
 
@@ -43,7 +43,9 @@ class Member:
         size: a picture, ``(width, height)``.
         larger: another picture; one that is cut into tiles or local crops where the family does that.
         nested: the processor takes one list of pictures per prompt.
-        prepare: makes the model inputs where chat template and ``processor(images=, text=)`` do not.
+        templated: there is a chat template; without one the processor itself puts the picture in front of the question.
+        call: further arguments of the processor's call.
+        prepare: makes the model inputs where ``ask`` does not.
         step: step of the finite difference in the mask.
         double: differentiate in float64 (sparse experts make the log-likelihood only piecewise smooth).
         attention: why no attention rows can be compared with eager ones; empty where they can.
@@ -63,6 +65,8 @@ class Member:
     size: tuple[int, int] = (90, 60)
     larger: tuple[int, int] | None = None
     nested: bool = False
+    templated: bool = True
+    call: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Any, Any, Sequence[Image.Image], str], Mapping[str, Any]] | None = None
     step: float = 1e-2
     double: bool = False
@@ -102,6 +106,24 @@ def image_processor(name: str, backend: Backend, **settings: Any) -> Any:
     return getattr(transformers, name)(**settings)
 
 
+def ask(
+    processor: Any,
+    images: Sequence[Image.Image],
+    question: str,
+    *,
+    nested: bool = False,
+    templated: bool = True,
+    **call: Any,
+) -> Any:
+    """Model inputs for one prompt, by the real ``ProcessorMixin.__call__``; see ``Member`` for the arguments."""
+    text = question
+    if templated:
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    given: Any = [list(images)] if nested else list(images)
+    return processor(images=given, text=[text], return_tensors="pt", **call)
+
+
 @dataclass(frozen=True)
 class Built:
     """A member that has been built."""
@@ -113,15 +135,11 @@ class Built:
 
     def inputs(self, images: Sequence[Image.Image], question: str = "What colour is the circle?") -> dict[str, Any]:
         """Model inputs for one prompt, by the real ``ProcessorMixin.__call__``."""
-        if self.member.prepare is not None:
-            made = self.member.prepare(self.model, self.processor, images, question)
+        mine = self.member
+        if mine.prepare is not None:
+            made = mine.prepare(self.model, self.processor, images, question)
         else:
-            content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-            text = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
-            given: Any = [list(images)] if self.member.nested else list(images)
-            made = self.processor(images=given, text=[text], return_tensors="pt")
+            made = ask(self.processor, images, question, nested=mine.nested, templated=mine.templated, **mine.call)
         return dict(made)
 
     def picture(self, *, larger: bool = False, seed: int = 0) -> Image.Image:

@@ -6,11 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from tiny_models import text_config
+from tiny_models import LAYERS, text_config
 from zoo import Backend, image_processor, member
 
 _SIDE = 56
-_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 # ---------------------------------------------------------------------------------------------------- Gemma 4
 
@@ -51,7 +50,7 @@ def _gemma4_ids(ids: dict[str, int]) -> dict[str, int]:
 
 
 def _gemma4(ids: dict[str, int]) -> Any:
-    vision = {**_TOWER, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 64}
+    vision = {**LAYERS, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 64}
     config = transformers.Gemma4Config(
         text_config=_gemma4_text(ids, vocab_size_per_layer_input=640, hidden_size_per_layer_input=8),
         vision_config=vision,
@@ -220,7 +219,7 @@ def _inkling_processor(tokenizer: Any, backend: Backend) -> Any:
 def _inkling2(ids: dict[str, int]) -> Any:
     text = _inkling_text(ids, n_layers_per_attn_res_block=2)
     text.pop("intermediate_size")  # another name of the experts' own
-    vision = {**_TOWER, "posemb_grid_size": 4, "projection_hidden_dim": 48, "text_hidden_size": 48}
+    vision = {**LAYERS, "posemb_grid_size": 4, "projection_hidden_dim": 48, "text_hidden_size": 48}
     config = transformers.Inkling2Config(
         text_config=text, vision_config=vision, image_token_id=ids["<|unused_200054|>"]
     )
@@ -269,7 +268,7 @@ def _nemotron(ids: dict[str, int]) -> Any:
         n_routed_experts=4,
     )
     text.pop("num_hidden_layers")
-    vision = {**_TOWER, "model_type": "radio", "patch_size": 16, "video_temporal_patch_size": 2}
+    vision = {**LAYERS, "model_type": "radio", "patch_size": 16, "video_temporal_patch_size": 2}
     config = transformers.NemotronH_Omni_Reasoning_V3_Config(
         text_config=text,
         vision_config=vision,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
-from PIL import Image
 from tiny_models import clip_config, square, text_config
 from tokenizers import AddedToken, Regex, normalizers
 from zoo import Backend, image_processor, member
@@ -251,11 +249,6 @@ def _fuyu_processor(tokenizer: Any, backend: Backend) -> Any:
     return transformers.FuyuProcessor(images, tokenizer)
 
 
-def _fuyu_inputs(_model: Any, processor: Any, images: Sequence[Image.Image], question: str) -> Mapping[str, Any]:
-    """No chat template: the processor itself puts the picture in front of the question."""
-    return processor(images=list(images), text=[question], return_tensors="pt")
-
-
 member(
     name="fuyu",
     kind="C",
@@ -263,5 +256,5 @@ member(
     processor=_fuyu_processor,
     tokens=("<s>", "<0x04>"),
     backends=("torchvision",),  # its processor calls what the PIL one returns, arrays, as if they were tensors
-    prepare=_fuyu_inputs,
+    templated=False,
 )

@@ -8,20 +8,14 @@ from typing import Any
 
 import transformers
 from PIL import Image
-from tiny_models import square, text_config
+from tiny_models import LAYERS, square, text_config
 from zoo import Backend, image_processor, member
 
 _SIDE = 56
-_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def _special(ids: dict[str, int]) -> dict[str, int]:
     return {"bos_token_id": ids["<bos>"], "eos_token_id": ids["<eos>"], "pad_token_id": ids["<pad>"]}
-
-
-def _as_asked(_model: Any, processor: Any, images: Sequence[Image.Image], question: str) -> Mapping[str, Any]:
-    """No chat template: the processor itself puts the image in front of the question."""
-    return processor(images=list(images), text=[question], return_tensors="pt")
 
 
 def _florence2(ids: dict[str, int]) -> Any:
@@ -77,7 +71,7 @@ member(
     processor=_florence2_processor,
     tokens=("<image>",),
     named={"image_token": "<image>"},
-    prepare=_as_asked,
+    templated=False,
     local=False,  # patches overlap, and its tower convolves across them between attention layers
 )
 
@@ -90,7 +84,7 @@ def _t5gemma2(ids: dict[str, int]) -> Any:
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         query_pre_attn_scalar=12,
     )
-    vision = {**_TOWER, "model_type": "siglip_vision_model", "image_size": _SIDE, "patch_size": 14}
+    vision = {**LAYERS, "model_type": "siglip_vision_model", "image_size": _SIDE, "patch_size": 14}
     encoder = {
         "text_config": dict(text),
         "vision_config": {**vision, "vision_use_head": False},
@@ -129,8 +123,8 @@ _QUERIES = 4
 
 def _blip(ids: dict[str, int], name: str) -> Any:
     config = getattr(transformers, f"{name}Config")(
-        vision_config={**_TOWER, "image_size": _SIDE, "patch_size": 14},
-        qformer_config={**_TOWER, "vocab_size": 640, "encoder_hidden_size": 32, "cross_attention_frequency": 1},
+        vision_config={**LAYERS, "image_size": _SIDE, "patch_size": 14},
+        qformer_config={**LAYERS, "vocab_size": 640, "encoder_hidden_size": 32, "cross_attention_frequency": 1},
         text_config={
             "model_type": "opt",
             "vocab_size": 640,
@@ -185,7 +179,7 @@ for _name, _build, _class in (
         model=_build,
         processor=_blip_processor(_class),
         tokens=("<image>",),
-        prepare=_as_asked,
+        templated=False,
         # The log-likelihood has a kink wherever one of OPT's ReLUs switches: only within a small step is it smooth, and
         # float32 cannot tell so small a step (float64 agrees to 1e-6 at this one).
         step=1e-4,
@@ -197,7 +191,7 @@ _KOSMOS_IMAGE = ("<image>", "</image>", "<unk>", *(f"<slot_{index}>" for index i
 
 def _kosmos2(ids: dict[str, int]) -> Any:
     config = transformers.Kosmos2Config(
-        vision_config={**_TOWER, "image_size": _SIDE, "patch_size": 14},
+        vision_config={**LAYERS, "image_size": _SIDE, "patch_size": 14},
         text_config={
             "vocab_size": 2000,
             "embed_dim": 48,
@@ -218,17 +212,14 @@ def _kosmos2_processor(tokenizer: Any, backend: Backend) -> Any:
     return transformers.Kosmos2Processor(images, tokenizer, num_patch_index_tokens=16)
 
 
-def _kosmos2_inputs(_model: Any, processor: Any, images: Sequence[Image.Image], question: str) -> Mapping[str, Any]:
-    return processor(images=list(images), text=[question], num_image_tokens=_QUERIES, return_tensors="pt")
-
-
 member(
     name="kosmos-2",
     kind="A",
     model=_kosmos2,
     processor=_kosmos2_processor,
     tokens=_KOSMOS_IMAGE,
-    prepare=_kosmos2_inputs,
+    templated=False,
+    call={"num_image_tokens": _QUERIES},
 )
 
 

@@ -5,11 +5,10 @@ Most are descendants of Qwen-VL; ``grids_more`` has those that are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import transformers
-from PIL import Image
 from tiny_models import text_config
 from zoo import Backend, image_processor, member
 
@@ -238,13 +237,6 @@ def _cosmos3_edge(ids: dict[str, int]) -> Any:
     return transformers.Cosmos3EdgeForConditionalGeneration(config)
 
 
-def _with_kinds(_model: Any, processor: Any, images: Sequence[Image.Image], question: str) -> Mapping[str, Any]:
-    """The model demands the kind of each token, which its processor returns only where it is asked to."""
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=list(images), text=[text], return_tensors="pt", return_mm_token_type_ids=True)
-
-
 member(
     name="cosmos3_edge",
     kind="E",
@@ -254,7 +246,8 @@ member(
     ),
     tokens=QWEN_TOKENS,
     slot=QWEN_SLOT,
-    prepare=_with_kinds,
+    # The model demands the kind of each token, which its processor returns only where it is asked to.
+    call={"return_mm_token_type_ids": True},
     larger=(140, 100),
 )
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from tiny_models import text_config
+from tiny_models import LAYERS, text_config
 from zoo import Backend, image_processor, member
 
-from .grids import PIXELS, QWEN_SLOT, QWEN_TOKENS, grid_processor, rope_text, vision_ids
-
-_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+from members.grids import PIXELS, QWEN_SLOT, QWEN_TOKENS, grid_processor, rope_text, vision_ids
 
 
 def _video_llama_3(ids: dict[str, int]) -> Any:
     config = transformers.VideoLlama3Config(
-        vision_config={**_TOWER, "patch_size": 14},
+        vision_config={**LAYERS, "patch_size": 14},
         text_config={"model_type": "qwen2", **text_config(ids, hidden_size=64)},
         **vision_ids(ids, "image", "video"),
     )
@@ -82,7 +80,7 @@ member(
 
 def _paddleocr_vl(ids: dict[str, int]) -> Any:
     config = transformers.PaddleOCRVLConfig(
-        vision_config={**_TOWER, "image_size": 56, "patch_size": 14},
+        vision_config={**LAYERS, "image_size": 56, "patch_size": 14},
         text_config=rope_text(ids, interleaved=False),
         tie_word_embeddings=False,
         **vision_ids(ids),
@@ -124,7 +122,7 @@ _MUSE_TOKENS = (
 def _muse_config(ids: dict[str, int], **text: Any) -> dict[str, Any]:
     return {
         "vision_config": {
-            **_TOWER,
+            **LAYERS,
             "patch_size": 14,
             "pos_emb_height": 8,
             "pos_emb_width": 8,
@@ -226,7 +224,7 @@ def _kimi_k25(ids: dict[str, int]) -> Any:
     )
     start, end, image, video = (ids[token] for token in _KIMI_TOKENS)
     config = transformers.Kimi_K25Config(
-        vision_config={**_TOWER, "patch_size": 14, "pos_emb_height": 8, "pos_emb_width": 8},
+        vision_config={**LAYERS, "patch_size": 14, "pos_emb_height": 8, "pos_emb_width": 8},
         text_config={"model_type": "deepseek_v3", **text},
         projection_hidden_size=32,
         image_token_id=image,
@@ -267,7 +265,7 @@ def _hunyuan_vl(ids: dict[str, int]) -> Any:
     }
     config = transformers.HunYuanVLConfig(
         vision_config={
-            **_TOWER,
+            **LAYERS,
             "patch_size": 16,
             "out_hidden_size": 64,
             "text_hidden_size": 64,

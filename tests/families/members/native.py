@@ -8,7 +8,7 @@ from typing import Any
 import transformers
 from PIL import Image
 from tiny_models import text_config
-from zoo import Backend, image_processor, member
+from zoo import Backend, ask, image_processor, member
 
 
 def _pixtral_tower() -> dict[str, Any]:
@@ -150,9 +150,7 @@ def _idefics2_inputs(_model: Any, processor: Any, images: Sequence[Image.Image],
     """Four parts and the whole for a picture larger than the tower's: a setting, nothing the processor sees by itself,
     and one that the count of image tokens follows as an attribute of the image processor alone."""
     processor.image_processor.do_image_splitting = max(images[0].size) > 112
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=[list(images)], text=[text], return_tensors="pt")
+    return ask(processor, images, question, nested=True)
 
 
 member(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
-from PIL import Image
 from tiny_models import clip_config, square, text_config
 from zoo import image_processor, member
 
@@ -131,13 +129,6 @@ def _aria(ids: dict[str, int]) -> Any:
     return transformers.AriaForConditionalGeneration(config)
 
 
-def _aria_inputs(_model: Any, processor: Any, images: Sequence[Image.Image], question: str) -> Mapping[str, Any]:
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    # 980 pixels unless the call says 490, as here: four times less to compute, and an argument to be found again.
-    return processor(images=list(images), text=[text], max_image_size=490, return_tensors="pt")
-
-
 member(
     name="aria",
     kind="C",
@@ -145,7 +136,8 @@ member(
     processor=lambda tokenizer, backend: transformers.AriaProcessor(
         image_processor("AriaImageProcessor", backend), tokenizer, size_conversion={490: 8}
     ),
-    prepare=_aria_inputs,
+    # 980 pixels unless the call says 490, as here: four times less to compute, and an argument to be found again.
+    call={"max_image_size": 490},
     tokens=("<image>",),
     named={"image_token": "<image>"},
 )

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
-from PIL import Image
-from tiny_models import clip_config, square, text_config
+from tiny_models import LAYERS, SQUARE_TOWER, clip_config, square, text_config
 from zoo import Backend, image_processor, member
 
 _SIDE = 56  # of a tile: 4 x 4 patches of 14 pixels
-_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-_SQUARE_TOWER = {**_TOWER, "image_size": _SIDE, "patch_size": 14}
-_SIGLIP = {**_SQUARE_TOWER, "model_type": "siglip_vision_model", "vision_use_head": False}
+_SIGLIP = {**SQUARE_TOWER, "model_type": "siglip_vision_model", "vision_use_head": False}
 _PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 _ONE_TILE = (54, 42)
 
@@ -181,7 +177,7 @@ _INTERNVL = {"start_image_token": "<img>", "end_image_token": "</img>", "context
 
 def _qianfan_ocr(ids: dict[str, int]) -> Any:
     config = transformers.QianfanOCRConfig(
-        vision_config={**_TOWER, "image_size": [_SIDE, _SIDE], "patch_size": [14, 14]},
+        vision_config={**LAYERS, "image_size": [_SIDE, _SIDE], "patch_size": [14, 14]},
         text_config={"model_type": "qwen3", **text_config(ids, head_dim=12)},
         image_token_id=ids["<IMG_CONTEXT>"],
         image_seq_length=4,
@@ -233,20 +229,6 @@ def _got_ocr2_processor(tokenizer: Any, backend: Backend) -> Any:
     return transformers.GotOcr2Processor(image_processor("GotOcr2ImageProcessor", backend, size=square(64)), tokenizer)
 
 
-def _got_ocr2_inputs(_model: Any, processor: Any, images: Sequence[Image.Image], question: str) -> Mapping[str, Any]:
-    """Tiles are asked for in the call: the processor's own default is none, whatever its image processor says."""
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(
-        images=list(images),
-        text=[text],
-        num_image_tokens=_GOT_TOKENS,
-        crop_to_patches=True,
-        max_patches=4,
-        return_tensors="pt",
-    )
-
-
 member(
     name="got_ocr2",
     kind="F",
@@ -256,7 +238,8 @@ member(
     slot="<img><imgpad></img>\n",
     size=_ONE_TILE,
     larger=(150, 80),
-    prepare=_got_ocr2_inputs,
+    # Tiles are asked for in the call: the processor's own default is none, whatever its image processor says.
+    call={"num_image_tokens": _GOT_TOKENS, "crop_to_patches": True, "max_patches": 4},
     local=False,  # the neck of its tower and its projector convolve across patches
     # The log-likelihood is curved here: the error falls with the square of the step (8.5e-2 at 0.03, 1.0e-2 at 0.01,
     # 8e-4 at this one in float64).

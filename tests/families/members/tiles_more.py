@@ -7,12 +7,10 @@ from typing import Any
 
 import transformers
 from PIL import Image
-from tiny_models import square, text_config
-from zoo import Backend, image_processor, member
+from tiny_models import SQUARE_TOWER, square, text_config
+from zoo import Backend, ask, image_processor, member
 
 _SIDE = 56  # of a tile: 4 x 4 patches of 14 pixels
-_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-_SQUARE_TOWER = {**_TOWER, "image_size": _SIDE, "patch_size": 14}
 _ONE_TILE = (54, 42)
 _SPLIT = (
     "<image>",
@@ -26,7 +24,7 @@ _INDICATORS = ("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>
 
 def _ovis2(ids: dict[str, int]) -> Any:
     config = transformers.Ovis2Config(
-        vision_config={**_SQUARE_TOWER, "vocab_size": 64, "hidden_stride": 2},
+        vision_config={**SQUARE_TOWER, "vocab_size": 64, "hidden_stride": 2},
         text_config={"model_type": "qwen2", **text_config(ids)},
         image_token_id=ids["<IMG_ATOM>"],
         visual_indicator_token_ids=[ids[token] for token in _INDICATORS],
@@ -108,7 +106,7 @@ member(
 
 
 def _granite_docling(ids: dict[str, int]) -> Any:
-    vision = {**_SQUARE_TOWER, "out_hidden_size": 48, "scale_factor": 2, "deepstack_visual_indexes": [0]}
+    vision = {**SQUARE_TOWER, "out_hidden_size": 48, "scale_factor": 2, "deepstack_visual_indexes": [0]}
     config = transformers.GraniteDoclingConfig(
         vision_config=vision,
         text_config=text_config(ids, attention_multiplier=0.3),
@@ -141,7 +139,7 @@ member(
 
 def _smolvlm(ids: dict[str, int]) -> Any:
     config = transformers.SmolVLMConfig(
-        vision_config=_SQUARE_TOWER,
+        vision_config=SQUARE_TOWER,
         text_config={"model_type": "llama", **text_config(ids)},
         image_token_id=ids["<image>"],
         scale_factor=2,
@@ -175,7 +173,7 @@ _LLAMA4 = ("<|image|>", "<|image_start|>", "<|image_end|>", "<|patch|>", "<|tile
 
 def _llama4(ids: dict[str, int]) -> Any:
     vision = {
-        **_SQUARE_TOWER,
+        **SQUARE_TOWER,
         "intermediate_size": 128,  # pixel shuffle puts four patches side by side
         "projector_input_dim": 48,
         "projector_output_dim": 48,
@@ -207,9 +205,7 @@ def _llama4_processor(tokenizer: Any, backend: Backend) -> Any:
 
 def _llama4_inputs(model: Any, processor: Any, images: Sequence[Image.Image], question: str) -> Mapping[str, Any]:
     """The processor answers in bfloat16 whatever the model's type, so whoever loads it in another one casts."""
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=list(images), text=[text], return_tensors="pt").to(model.dtype)
+    return ask(processor, images, question).to(model.dtype)
 
 
 member(
