@@ -55,8 +55,9 @@ from lvlm_probe.wrappers import adapters_of_this_call, compiled_parts
 
 __all__ = ["BoxCache", "GenerationRecorder", "RecordOptions"]
 
-BoxCache = dict[tuple[Any, ...], Places]
-"""Places of image tokens that are known already; finding them runs the processor and the model's encoder."""
+BoxCache = dict[tuple[Any, ...], Places | str]
+"""Places of image tokens that are known already, or why they have none; finding out runs the processor and the model's
+encoder."""
 
 _BOXES_KEPT = 64
 _ALPHA = 1.0  # LLR above which a token counts when the baseline is checked; the paper's default
@@ -359,14 +360,13 @@ class GenerationRecorder:
             if missing:
                 row.log_probs = player.original_log_probs.numpy()
             if boxes:
+                if len(self._boxes) >= _BOXES_KEPT:
+                    self._boxes.clear()
                 try:
-                    places = token_places(player, row.image_positions)
-                    if len(self._boxes) >= _BOXES_KEPT:
-                        self._boxes.clear()
-                    self._boxes[key] = places
-                    place(row, places)
+                    self._boxes[key] = token_places(player, row.image_positions)
                 except ProbeError as error:
-                    row.notes.append(f"no boxes for the image tokens: {error}")
+                    self._boxes[key] = str(error)
+                place(row, self._boxes[key])
             if hidden:
                 try:
                     found = point_records(player, row.input_ids, row.image_positions, row.token_ids)

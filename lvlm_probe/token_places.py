@@ -91,8 +91,13 @@ def in_order(images: np.ndarray, fallback: np.ndarray) -> np.ndarray:
     return result
 
 
-def place(row: RowCapture, places: Places) -> None:
-    """Enter places into what is recorded of one batch row: of its image tokens, or else of cross-attention's keys."""
+def place(row: RowCapture, places: Places | str) -> None:
+    """Enter places into what is recorded of one batch row: of its image tokens, or else of cross-attention's keys; or
+    the reason why there are none.
+    """
+    if isinstance(places, str):
+        row.notes.append(f"no boxes for the image tokens: {places}")
+        return
     if len(row.image_positions) == 0:
         place_keys(row, places.boxes, places.images)
         return

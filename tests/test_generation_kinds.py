@@ -168,3 +168,21 @@ def test_columns_and_streams():
     assert columns[0].tolist() == [1, 2] and columns[1, 0] == 2 and valid.tolist() == [[True, True], [True, False]]
     names = {"input_ids": 0, "attention_mask": 0, "qformer_input_ids": 0, "qformer_attention_mask": 0}
     assert [apart(name, names) for name in names] == [False, False, True, True]
+
+
+def test_why_tokens_have_no_place_is_found_out_once(tmp_path):
+    """Behind a Q-Former no token has a place; the encoder is not run again at every answer to find that."""
+    built = build("blip-2", "pil")
+    inputs = built.inputs([built.picture()])
+    calls: list[int] = []
+    hook = built.model.vision_model.register_forward_hook(lambda *_: calls.append(1))
+    with probe.attach(built.model, built.processor) as p, p.record(tmp_path) as recording:
+        runs = []
+        for _ in range(2):
+            calls.clear()
+            built.generate(inputs)
+            runs.append(len(calls))
+    hook.remove()
+    reasons = [[note for note in trace.notes if "no boxes" in note] for trace in recording.traces]
+    assert reasons[0] == reasons[1] and "through attention alone" in reasons[0][0]
+    assert runs[1] < runs[0]
