@@ -173,12 +173,12 @@ def test_columns_and_streams():
 def test_why_tokens_have_no_place_is_found_out_once(tmp_path):
     """Behind a Q-Former no token has a place; the encoder is not run again at every answer to find that."""
     built = build("blip-2", "pil")
-    inputs = built.inputs([built.picture()])
     calls: list[int] = []
     hook = built.model.vision_model.register_forward_hook(lambda *_: calls.append(1))
     with probe.attach(built.model, built.processor) as p, p.record(tmp_path) as recording:
         runs = []
         for _ in range(2):
+            inputs = built.inputs([built.picture()])
             calls.clear()
             built.generate(inputs)
             runs.append(len(calls))
