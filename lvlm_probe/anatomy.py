@@ -1,7 +1,8 @@
 """Where things are in a vision-language model: encoders, mergers, decoder, image tokens, pixel inputs.
 
 Found, not listed: the library's own accessors first (``get_encoder``, ``get_decoder``, ``get_image_features``), the
-module graph next. ``families.yaml`` says only what neither can tell.
+module graph next. ``families.yaml``, and for families outside transformers their plugin (``adapters``), say only what
+neither can tell.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 
+from lvlm_probe.adapters import Family, TokenBoxes, family_of
 from lvlm_probe.errors import AttachError, PointNotFound
+from lvlm_probe.originals import Driver
 
 __all__ = ["Anatomy", "examine", "find_modules", "text_stack"]
 
@@ -43,6 +46,7 @@ class Anatomy:
         pixel_names: names of the ``generate`` arguments that carry the picture, as far as the model's signatures tell.
         answer_token_type: token type of answer tokens in a teacher-forced pass.
         encoder_decoder: the prompt and its pictures go into an encoder, and the answer is the decoder's sequence.
+        token_boxes: where image tokens lie, as the family's plugin says; ``None``: the model is asked.
     """
 
     encoders: tuple[str, ...]
@@ -52,6 +56,7 @@ class Anatomy:
     pixel_names: frozenset[str]
     answer_token_type: int = 0
     encoder_decoder: bool = False
+    token_boxes: TokenBoxes | None = None
 
     def is_pixel_name(self, name: str) -> bool:
         """Whether a ``generate`` argument carries the picture (pixels, grids, sizes, pixel masks)."""
@@ -62,39 +67,53 @@ class Anatomy:
 
 
 @functools.cache
-def _families() -> Mapping[str, Mapping[str, Any]]:
+def _families() -> Mapping[str, Family]:
     import yaml
 
     text = resources.files("lvlm_probe").joinpath("families.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text) or {}
+    entries: Mapping[str, Mapping[str, Any]] = yaml.safe_load(text) or {}
+    # "outside" is for the table of families alone.
+    return {
+        name: Family(**{key: value for key, value in entry.items() if key != "outside"})
+        for name, entry in entries.items()
+    }
+
+
+def _declared(model: torch.nn.Module) -> Family:
+    """What is declared of the model's family, here or by its plugin."""
+    if isinstance(model, Driver):
+        return model.family
+    model_type = str(getattr(getattr(model, "config", None), "model_type", "") or "")
+    return _families().get(model_type) or family_of(model_type) or Family()
 
 
 def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:
     """Find the parts of ``model``.
 
     Raises:
-        AttachError: the model cannot generate from images, or ``families.yaml`` says why it cannot be probed.
+        AttachError: the model cannot generate from images, or its family is declared as one that cannot be probed.
+        PointNotFound: a part that its plugin declares is not there.
     """
     name = type(model).__name__
     config = getattr(model, "config", None)
-    family = _families().get(str(getattr(config, "model_type", "")), {})
-    if "unsupported" in family:
-        raise AttachError(f"{name} cannot be probed: {family['unsupported']}")
+    family = _declared(model)
+    if family.unsupported is not None:
+        raise AttachError(f"{name} cannot be probed: {family.unsupported}")
     if config is None or not callable(getattr(model, "generate", None)):
         raise AttachError(
             f"{name} is not a Hugging Face generative model (no `config` or no `generate`); attach the object that "
             f"AutoModelForImageTextToText.from_pretrained(...) returns"
         )
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
-    encoders = _given(model, family, "encoders") or _encoders(model, paths)
-    mergers = _given(model, family, "mergers") or _mergers(model, encoders)
-    pixel_names = _pixel_names(model)
+    encoders = _given(model, family.encoders) or _encoders(model, paths)
+    mergers = _given(model, family.mergers) or _mergers(model, encoders)
+    pixel_names = _pixel_names(model) | family.pixel_names
     if not encoders and not mergers and not pixel_names:
         raise AttachError(
             f"{name} has no vision encoder that can be found and takes no pixels: it looks like a text-only model; "
             f"attach a vision-language model (AutoModelForImageTextToText)"
         )
-    decoder = family.get("decoder")
+    decoder = _given(model, (family.decoder,))[0] if family.decoder else family.decoder
     if decoder is None:
         hub: Any = model
         found = hub.get_decoder() if hasattr(hub, "get_decoder") else model
@@ -102,15 +121,18 @@ def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:
     if not encoders and pixel_names:
         encoders, between = _beside(model, decoder)
         mergers = mergers or between
-    image_token_id = None if family.get("image_token") == "none" else _image_token_id(model, processor)
+    image_token_id = family.image_token if isinstance(family.image_token, int) else None
+    if family.image_token is None:
+        image_token_id = _image_token_id(model, processor)
     return Anatomy(
         encoders=encoders,
         mergers=mergers,
         decoder=decoder,
         image_token_id=image_token_id,
         pixel_names=pixel_names,
-        answer_token_type=int(family.get("answer_token_type", 0)),
+        answer_token_type=family.answer_token_type,
         encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
+        token_boxes=family.token_boxes,
     )
 
 
@@ -144,8 +166,10 @@ def find_modules(model: torch.nn.Module, pattern: str) -> list[tuple[str, torch.
     return found
 
 
-def _given(model: torch.nn.Module, family: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    return tuple(path for pattern in family.get(key, ()) for path, _ in find_modules(model, pattern))
+def _given(model: torch.nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Declared parts. A pattern's ``*`` runs over dots too, so that what lies inside a match is no part of its own."""
+    found = [path for pattern in patterns for path, _ in find_modules(model, pattern)]
+    return _outermost(list(dict.fromkeys(found)))
 
 
 def _encoders(model: torch.nn.Module, paths: Mapping[int, str]) -> tuple[str, ...]:

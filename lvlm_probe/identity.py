@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lvlm_probe.wrappers import computing_parameters, generating_model, stored_value
+from lvlm_probe.originals import called_model, probed_model
+from lvlm_probe.wrappers import computing_parameters, stored_value
 
 __all__ = ["describe_model", "fingerprint", "library_versions"]
 
@@ -34,7 +35,7 @@ def fingerprint(model: torch.nn.Module) -> str:
         64 hex digits.
     """
     digest = hashlib.sha256()
-    found = computing_parameters(generating_model(model))
+    found = computing_parameters(probed_model(model))
     for name, module, own, parameter in sorted(found, key=lambda item: item[0]):
         digest.update(f"{name}:{tuple(parameter.shape)};".encode())
         value = stored_value(module, own) if parameter.device.type == "meta" else parameter
@@ -72,7 +73,7 @@ def describe_model(model: torch.nn.Module) -> dict[str, Any]:
     return {
         "model_id": str(getattr(config, "_name_or_path", "") or ""),
         "revision": str(getattr(config, "_commit_hash", "") or ""),
-        "class": type(model).__name__,
+        "class": type(called_model(model)).__name__,
         "adapter": ",".join(adapter),
         "attn_implementation": str(getattr(config, "_attn_implementation", "") or ""),
         "torch_dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),

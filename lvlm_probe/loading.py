@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from lvlm_probe.plugins import load_plugins
+
 __all__ = ["load", "load_processor"]
 
 
@@ -16,6 +18,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = torch.float32,
     attn: str | None = None,
+    device_map: str | None = None,
 ) -> tuple[Any, Any]:
     """Load a vision-language model, in eval mode, and its processor.
 
@@ -27,17 +30,24 @@ def load(
         device: where to put it.
         dtype: of the weights; ``"auto"`` for that of the checkpoint.
         attn: ``"sdpa"``, ``"eager"``, ...; by default transformers' choice.
+        device_map: ``"auto"`` spreads a model over all devices by accelerate; ``device`` is then not used.
+
+    Plugins are loaded where transformers does not know the model's type, so that a family which an installed plugin
+    brings opens without an import by the user.
 
     Raises:
         OSError, ValueError: transformers' own, when it cannot be loaded.
     """
     from transformers import AutoModelForImageTextToText
 
+    _register_family(source)
     options: dict[str, Any] = {"dtype": dtype}
     if attn is not None:
         options["attn_implementation"] = attn
-    model = AutoModelForImageTextToText.from_pretrained(source, **options).to(device).eval()
-    return model, load_processor(source)
+    if device_map is not None:
+        options["device_map"] = device_map
+    model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
+    return model if device_map is not None else model.to(device), load_processor(source)
 
 
 def load_processor(source: str | os.PathLike[str]) -> Any:
@@ -49,6 +59,8 @@ def load_processor(source: str | os.PathLike[str]) -> Any:
     from transformers import AutoProcessor
     from transformers.utils import is_torchvision_available
 
+    _register_family(source)
+
     try:
         return AutoProcessor.from_pretrained(source)
     except (ImportError, OSError):  # OSError: saved without its video half
@@ -56,6 +68,18 @@ def load_processor(source: str | os.PathLike[str]) -> Any:
         if processor_class is None or "video_processor" not in processor_class.get_attributes():
             raise
     return _without_video(processor_class).from_pretrained(source)
+
+
+def _register_family(source: str | os.PathLike[str]) -> None:
+    """Loads plugins if the model's type is not known to transformers; one of them may register it."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(source)
+    except (OSError, ValueError):
+        return  # loading will say what is wrong with it
+    if settings.get("model_type") and settings["model_type"] not in CONFIG_MAPPING:
+        load_plugins()
 
 
 def _processor_class(source: str | os.PathLike[str]) -> Any:

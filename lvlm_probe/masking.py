@@ -11,6 +11,7 @@ import torch
 from lvlm_probe.anatomy import Anatomy
 from lvlm_probe.errors import ImageError, MaskError
 from lvlm_probe.images import ImagePath, PixelPath, make_baseline
+from lvlm_probe.originals import Driver
 from lvlm_probe.recorded_path import image_processor_of
 from lvlm_probe.watch import ProcessorWatch, flatten_images
 
@@ -34,6 +35,23 @@ class Masking:
         self._paths: list[tuple[torch.Tensor, Any]] = []
         if "torch._dynamo" in sys.modules:  # a compiled model must not take the processor into its graph
             self.replace = torch.compiler.disable(self.replace)  # type: ignore[method-assign]
+
+    def of_generate(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A ``generate`` call with masked pixels."""
+        if isinstance(model, Driver):
+            return model.with_pixels(args, kwargs, self.replace(model.arguments(args, kwargs)))
+        return args, self.replace(kwargs)
+
+    def of_forward(self, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A forward call with masked pixels."""
+        if isinstance(model, Driver):
+            raise MaskError(
+                f"masked(): the forward of {type(model.original).__name__} takes its pictures in a way of its own; "
+                f"call generate() in the block, or use replay.log_probs(mask), which is differentiable"
+            )
+        return self.replace(kwargs)
 
     def replace(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The same model inputs with masked pixels."""

@@ -1,4 +1,4 @@
-"""Loads plugins: other distributions that add explainers (and whatever else has a registry) to this one.
+"""Loads plugins: other distributions that add explainers, model families and drivers to this one.
 
 A plugin names itself in the entry-point group ``lvlm_probe.plugins``::
 
@@ -6,9 +6,10 @@ A plugin names itself in the entry-point group ``lvlm_probe.plugins``::
     template = "lvlm_probe_template:register"
 
 The value is a callable without arguments that registers what the plugin brings, or a module whose import does so.
-Nothing is read at ``import lvlm_probe``. The first look into a registry loads every plugin, once per process. A plugin
-must not be able to break somebody else's run, so one that fails is skipped with a warning that names it, and of two
-distributions with the same plugin name the first is kept and the other named in a warning.
+Nothing is read at ``import lvlm_probe``. The first look into a registry for what is not built in (a method, a model's
+``model_type``) loads every plugin, once per process. A plugin must not be able to break somebody else's run, so one
+that fails is skipped with a warning that names it, and of two distributions with the same plugin name the first is kept
+and the other named in a warning.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from lvlm_probe.hooks import HookSet
 from lvlm_probe.images.processor import whole_numbers
 from lvlm_probe.layout import image_spans
 from lvlm_probe.logprobs import StepLogProbs, answer_in, generators
+from lvlm_probe.originals import Driver
 from lvlm_probe.pictures import encode_picture
 from lvlm_probe.places import Places
 from lvlm_probe.player import Replay
@@ -114,7 +115,10 @@ class GenerationRecorder:
         Raises:
             NotRecorded: there is nothing to record, or it cannot be recorded without wrong numbers.
         """
-        kwargs = {**positional(self.model, args), **kwargs}
+        if isinstance(self.model, Driver):
+            kwargs = self.model.arguments(args, kwargs)
+        else:
+            kwargs = {**positional(self.model, args), **kwargs}
         ids = kwargs.get("input_ids", kwargs.get("inputs"))
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             raise NotRecorded("generate() was called without input_ids of shape (batch, prompt); nothing is recorded")
@@ -226,6 +230,8 @@ class GenerationRecorder:
                 tap.remove()
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         ids = self._inputs["input_ids"]
+        if isinstance(self.model, Driver):
+            sequences = self.model.sequences(ids, sequences)
         # An encoder-decoder model returns the decoder's sequence, which has a beginning of its own.
         start = ids if self._decoder_ids is None else self._decoder_ids
         found = answer_in(sequences, start, self._log_probs, alone=self._decoder_ids is None)

@@ -25,6 +25,7 @@ from lvlm_probe.hooks import HookSet, caution, shadow_of
 from lvlm_probe.identity import describe_model
 from lvlm_probe.images.processor import OWN_CALL, named_outputs
 from lvlm_probe.masking import Masking
+from lvlm_probe.originals import called_model, probed_model
 from lvlm_probe.prompt_pictures import NotRecorded
 from lvlm_probe.recorded_path import image_processor_of, watched_method
 from lvlm_probe.recorder import BoxCache, GenerationRecorder, RecordOptions
@@ -191,8 +192,8 @@ class _Attachment:
         self._description: dict[str, Any] | None = None
 
     def open(self) -> None:
-        self.hooks.shadow(self.model, "generate", self._generate)
-        self.hooks.forward_pre(self.model, self._forward, name="masked", fenced=False)
+        self.hooks.shadow(called_model(self.model), "generate", self._generate)
+        self.hooks.forward_pre(called_model(self.model), self._forward, name="masked", fenced=False)
         if (watched := watched_method(self.processor)) is not None:
             self.hooks.shadow(*watched, self._preprocess)
 
@@ -220,8 +221,8 @@ class _Attachment:
             if self.masking is not None:
                 if self.recording is not None:
                     self.recording._warn("masked", "a masked generation is not recorded: its picture is not the user's")
-                return original(*args, **self.masking.replace(kwargs))
-            if self.recording is not None:
+                args, kwargs = self.masking.of_generate(self.model, args, kwargs)
+            elif self.recording is not None:
                 return self.recording.run(original, args, kwargs)
             return original(*args, **kwargs)
         finally:
@@ -231,7 +232,7 @@ class _Attachment:
         # Not fenced: a mask the user asked for and did not get would be a silent lie.
         if self.masking is None or self._inside or OWN_PASS.get():
             return None
-        return args, self.masking.replace(kwargs)
+        return args, self.masking.of_forward(self.model, kwargs)
 
     def _preprocess(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
@@ -269,6 +270,7 @@ class Probe:
                 f"a probe is attached to this {type(model).__name__} already; use that one, or call its detach() first"
             )
         self.model, self.processor = model, processor
+        inner = probed_model(inner, processor)
         self.anatomy = examine(inner, processor)
         self._attachment = _Attachment(inner, processor, self.anatomy)
         try:

@@ -25,6 +25,7 @@ from torch import nn
 from lvlm_probe.attention.recording import place_keys
 from lvlm_probe.errors import ImageError
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.images import ImagePath
 from lvlm_probe.places import Places, places_of
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ def token_places(replay: Replay, positions: np.ndarray) -> Places:
 
 
 def _find(replay: Replay, positions: np.ndarray) -> Places:
+    declared = replay.anatomy.token_boxes
+    # A declaration speaks of pixels of the pictures; without a processor positions are those in the pixel inputs.
+    if declared is not None and len(positions) and isinstance(replay.path, ImagePath):
+        places = declared(replay, positions)
+        if places is not None:
+            return _checked(places, len(positions), type(replay.model).__name__)
     path: Any = replay.path
     if not hasattr(path, "coordinates"):
         raise ImageError("there is no processor to trace")
@@ -74,6 +81,18 @@ def _find(replay: Replay, positions: np.ndarray) -> Places:
         + (f" ({_owner_of(readers[0])})" if readers else "")
         + ", so that none of them stands for a part of it"
     )
+
+
+def _checked(places: Places, count: int, name: str) -> Places:
+    """What a plugin says, in the shapes that everything after it counts on."""
+    boxes = np.asarray(places.boxes, np.float32)
+    images = np.asarray(places.images, np.int64)
+    if boxes.shape != (count, 4) or images.shape != (count,):
+        raise ImageError(
+            f"the plugin for {name} gave boxes of shape {boxes.shape} and images of shape {images.shape} for {count} "
+            f"image tokens; (token, 4) and (token,) are wanted. Update the plugin"
+        )
+    return Places(boxes, images)
 
 
 def in_order(images: np.ndarray, fallback: np.ndarray) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 A are the outputs of that layer and y the log-likelihood of the selected tokens; w_c = mean over patches of ∂y/∂A_c, and
 the map is ReLU(Σ_c w_c A_c). The layer is found, not assumed: the last block of the encoder whose output still has a
-gradient (LLaVA-1.5 reads the last but one, so its last block has none). Class tokens take no part, and each view (tile,
-crop) has weights of its own; all are pasted back where the processor cut them from.
+gradient (LLaVA-1.5 reads the last but one, so its last block has none), of a convolutional encoder its last stage.
+Class tokens take no part, and each view (tile, crop) has weights of its own; all are pasted back where the processor
+cut them from. Of several encoders each has a map, and the result is their mean.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvlm_probe.encoder_tokens import blocks_of, encoder_tokens, encoders_of, feature_map_boxes
+from lvlm_probe.encoder_tokens import blocks_of, chosen_encoder, encoder_tokens, encoders_of, feature_map_boxes
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.regions import finish, paint, pitch
 from lvlm_probe.explainers.registry import Outcome, Problem, register
@@ -43,15 +44,15 @@ def gradcam(
     problem: Problem,
     *,
     layer: str | None = None,
-    encoder: int | None = None,
+    encoder: int | str | None = None,
     size: int | tuple[int, int] | None = None,
 ) -> Outcome:
     """Explains by Grad-CAM. One forward and one backward pass, and one for the places of the encoder's tokens.
 
     Args:
         layer: Path of the module to look at, in the encoder; by default the last block that the model reads.
-        encoder: Number of the encoder where there are several; by default each has a map, scaled to 0..1, and the
-            result is their mean.
+        encoder: Number or name of the encoder where there are several (``chosen_encoder``); by default each has a map,
+            scaled to 0..1, and the result is their mean; the maps themselves are in the diagnostics.
         size: Grid of the heatmap, by default the tokens' own (of the finest encoder).
 
     Raises:
@@ -60,9 +61,7 @@ def gradcam(
     replay = problem.replay
     encoders = encoders_of(replay)
     if encoder is not None:
-        if not 0 <= encoder < len(encoders):
-            raise ExplainError(f"encoder={encoder}, but there are {len(encoders)}, counted from 0")
-        encoders = (encoders[encoder],)
+        encoders = (chosen_encoder(replay, encoder, encoders),)
     candidates = {path: (layer,) if layer else blocks_of(replay.model, path) for path in encoders}
     if layer:
         within = tuple(path for path in encoders if f"{layer}.".startswith(f"{path}."))
@@ -75,7 +74,7 @@ def gradcam(
     problem.advance(1, 1)
     size_of = replay.image_sizes[problem.image]
     maps: list[tuple[Tensor, np.ndarray]] = []
-    used: list[str] = []
+    used: list[tuple[str, str]] = []
     for path in encoders:
         reached = [module for module in candidates[path] if module in seen.gradients]
         if not reached:
@@ -86,12 +85,13 @@ def gradcam(
             continue
         module = reached[-1]
         maps.append(_map(problem, path, module, seen.outputs[module], seen.gradients[module]))
-        used.append(module)
+        used.append((path, module))
     if not maps:
         raise ExplainError("no gradient of the score reaches any encoder")
     shape = _finest([boxes for _, boxes in maps], size_of) if size is None else problem.grid(size)
     painted = [paint(values, boxes, size_of, shape) for values, boxes in maps]
-    params = {"layer": used if len(used) > 1 else used[0], "encoder": encoder, "size": list(shape)}
+    layers = [module for _, module in used]
+    params = {"layer": layers if len(layers) > 1 else layers[0], "encoder": encoder, "size": list(shape)}
     if len(painted) == 1:
         return finish(*painted[0], params)
     scaled = [finish(grid, met, params).values for grid, met in painted]
@@ -99,7 +99,11 @@ def gradcam(
     if not known:
         return Outcome(None, params, reason="the method gives every region of the picture the same value")
     met = torch.stack([met for _, met in painted]).any(dim=0)
-    return finish(torch.stack(known).mean(dim=0), met, params)
+    each = {
+        path: None if value is None else np.round(value.numpy(), 4)
+        for (path, _), value in zip(used, scaled, strict=True)
+    }
+    return finish(torch.stack(known).mean(dim=0), met, params, diagnostics={"encoders": each})
 
 
 def _map(

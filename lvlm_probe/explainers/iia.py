@@ -36,7 +36,7 @@ def iia(
     points: int | None = None,
     scope: Scope = "decoder",
     last_factor: Literal["identity", "bare"] = "identity",
-    encoder: int = 0,
+    encoder: int | str = 0,
     size: int | tuple[int, int] | None = None,
 ) -> Outcome:
     """Explains by IIA. ``points`` passes forward and backward (their square with ``"iia2"``), in one batch; one more

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lvlm_probe.capture import AttentionLayer
-from lvlm_probe.encoder_tokens import EncoderTokens, encoder_tokens, encoders_of
+from lvlm_probe.encoder_tokens import EncoderTokens, chosen_encoder, encoder_tokens
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.regions import ImageTokens, image_tokens, paint, pitch
 from lvlm_probe.explainers.registry import Problem
@@ -48,7 +48,7 @@ class Walk:
         normalised: ``v ← v (Ā + I) / rowsum`` (rollout) instead of ``v + vᵀĀ``.
         last_factor: ``"identity"``: the lowest layer is I + Ā_1 as all others; ``"bare"``: Ā_1 alone, the paper's
             wording.
-        encoder: Number of the encoder, where a model has several.
+        encoder: Number or name of the encoder, where a model has several (``chosen_encoder``).
     """
 
     problem: Problem
@@ -56,7 +56,7 @@ class Walk:
     bar: Bar
     normalised: bool = False
     last_factor: Literal["identity", "bare"] = "identity"
-    encoder: int = 0
+    encoder: int | str = 0
     visited: list[str] = field(default_factory=list)
     _lowest: str = field(default="", init=False, repr=False)
 
@@ -76,12 +76,10 @@ class Walk:
             start[0].index_add_(0, self.problem.queries, torch.ones(len(self.problem.queries), dtype=torch.float64))
             self._vectors["decoder"] = start
         if self.scope != "decoder":
-            encoders = encoders_of(replay)
-            if not 0 <= self.encoder < len(encoders):
-                raise ExplainError(f"encoder={self.encoder}, but there are {len(encoders)}, counted from 0")
-            self.encoder_tokens = encoder_tokens(replay, encoders[self.encoder], self.problem.image)
+            chosen = chosen_encoder(replay, self.encoder)
+            self.encoder_tokens = encoder_tokens(replay, chosen, self.problem.image)
             if not self.encoder_tokens.live.any():
-                raise ExplainError(f"no token of {encoders[self.encoder]} stands for a part of the picture")
+                raise ExplainError(f"no token of {chosen} stands for a part of the picture")
 
     @property
     def parts(self) -> tuple[Literal["decoder", "encoder"], ...]:

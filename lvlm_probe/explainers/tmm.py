@@ -24,7 +24,7 @@ def tmm(
     *,
     scope: Scope = "decoder",
     last_factor: Literal["identity", "bare"] = "identity",
-    encoder: int = 0,
+    encoder: int | str = 0,
     size: int | tuple[int, int] | None = None,
 ) -> Outcome:
     """Explains by T-MM. One forward and one backward pass.
@@ -33,7 +33,7 @@ def tmm(
         scope: Layers to go through: the language model's (``"decoder"``), the vision encoder's (``"encoder"``, from all
             of its tokens alike), or ``"both"``, one after the other. The paper does not say which it used.
         last_factor: ``"bare"`` is the paper's wording, whose product ends in Ā_1 instead of I + Ā_1.
-        encoder: Which vision encoder, where there are several.
+        encoder: Number or name of the vision encoder, where there are several.
         size: Grid of the heatmap, by default the tokens' own.
 
     Raises:
