@@ -13,6 +13,7 @@
      ├── SelectionError       words or spans that the answer does not contain    (also ValueError)
      ├── ExplainError         an explainer that cannot run here
      ├── ReportError          a report that cannot be written
+     ├── StudyError           a study or a data set that cannot be read
      └── PluginError          a plugin that does not load or clashes
 
     ProbeWarning              the one warning category                          (UserWarning)
@@ -37,6 +38,7 @@ __all__ = [
     "ReplayError",
     "ReportError",
     "SelectionError",
+    "StudyError",
     "TraceError",
 ]
 
@@ -91,6 +93,10 @@ class ExplainError(ProbeError):
 
 class ReportError(ProbeError):
     """A report cannot be written."""
+
+
+class StudyError(ProbeError):
+    """A study or a data set cannot be read; the message names the file and the line, column or image."""
 
 
 class PluginError(ProbeError):

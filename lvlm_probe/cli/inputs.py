@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cli.models import DEMO, first_line
-from lvlm_probe.cli.terminal import note
 from lvlm_probe.errors import ImageError, ProbeError, TraceError
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace import Trace
 
-__all__ = ["chat_inputs", "find_trace", "model_of", "open_images", "output_directory", "parameters"]
+__all__ = ["find_trace", "model_of", "open_images", "output_directory", "parameters"]
 
 
 def open_images(paths: Sequence[Path]) -> list[Image.Image]:
@@ -25,32 +24,6 @@ def open_images(paths: Sequence[Path]) -> list[Image.Image]:
     if not paths:
         raise ImageError("there is no picture to explain anything with: add --image FILE")
     return [open_picture(path) for path in paths]
-
-
-def chat_inputs(processor: Any, images: Sequence[Image.Image], question: str) -> Any:
-    """The model's inputs for pictures and a question, by the processor's own chat template.
-
-    A processor without a template gets its image tokens and the question, and a note says so.
-    """
-    if getattr(processor, "chat_template", None):
-        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
-        content.append({"type": "text", "text": question})
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    token = getattr(processor, "image_token", None)
-    if not isinstance(token, str):
-        raise ProbeError(
-            f"{type(processor).__name__} has neither a chat template nor an image token, so it cannot be prompted; "
-            f"set processor.chat_template and save it, or record in Python with probe.attach"
-        )
-    prompt = f"{token}\n" * len(images) + question
-    note(f"{type(processor).__name__} has no chat template; the prompt is {prompt!r}")
-    return processor(images=list(images), text=prompt, return_tensors="pt")
 
 
 def output_directory(path: Path) -> Path:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.inputs import chat_inputs, open_images, output_directory
+from lvlm_probe.cli.inputs import open_images, output_directory
 from lvlm_probe.cli.maps import baseline_from
 from lvlm_probe.cli.models import load_model
 from lvlm_probe.cli.options import Attn, BaselineOption, Device, Dtype, Images, Json, MaxNewTokens, Model, Question
-from lvlm_probe.cli.terminal import answer_text, print_json, say, stage, stop, stored_path
+from lvlm_probe.cli.terminal import answer_text, note, print_json, say, stage, stop, stored_path
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.prompting import chat_inputs, placed
 
 if TYPE_CHECKING:
     import torch
@@ -97,11 +98,7 @@ def ask(
             with probe.record(
                 directory, images=list(images), attention=attention, baseline=baseline, question=question
             ) as recording:
-                inputs = chat_inputs(processor, images, question).to(model.device)
-                floating = getattr(model, "dtype", None)
-                for name, value in inputs.items():
-                    if value.is_floating_point() and floating is not None:
-                        inputs[name] = value.to(floating)
+                inputs = placed(chat_inputs(processor, images, question, note=note), model)
                 model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
             if not recording.paths:
                 raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no picture"))

@@ -1,0 +1,185 @@
+"""``lvlm-probe study``: whole studies, models × data sets × methods, that stop and resume, and their tables."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lvlm_probe.cli.options import Json
+from lvlm_probe.cli.terminal import bar, print_json, quiet_libraries, say, stop, stored_path
+from lvlm_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from lvlm_probe.study.results import Results
+    from lvlm_probe.study.spec import Study
+
+__all__ = ["study_app"]
+
+study_app = typer.Typer(
+    help="Whole studies: models × data sets × methods from one YAML file, and the paper's tables of them.",
+    no_args_is_help=True,
+)
+
+File = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study: models, data sets, methods, settings.")]
+
+
+@study_app.command(no_args_is_help=True)
+def run(
+    file: File,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Samples per data set, at most.")] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="I/N", help="Do every N-th sample, from the I-th (from 0) on.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="local, or what a plugin brings (ray).")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", help="Of the cluster, for an engine that has one (ray: auto, or host:port)."),
+    ] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do units again that have failed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Do what is not finished of a study. Stop it at any time; the same command goes on where it was.
+
+    Example:  lvlm-probe study run study.yaml --limit 20
+    """
+    quiet_libraries()
+    import dataclasses
+
+    from lvlm_probe.study.engines import engine_named
+    from lvlm_probe.study.results import collect
+
+    study = _read(file)
+    if address is not None:
+        study = dataclasses.replace(study, engine_options={**study.engine_options, "address": address})
+    work = engine_named(engine or study.engine)
+    try:
+        with bar(f"study {study.name}") as advance:
+            counts = work(
+                study,
+                limit=limit,
+                shard=_shard(shard),
+                retry_failed=retry_failed,
+                tell=lambda told: advance(told.done, told.total),
+            )
+    except KeyboardInterrupt:
+        raise stop(f"stopped; what is finished is in {stored_path(study.out)}, and the same command goes on") from None
+    if as_json:
+        print_json({"made": dict(counts), **_state(collect(study))})
+        return
+    say(f"made: {counts['answers']} answers, {counts['maps']} maps ({counts['finished']} answers were there)")
+    _show(collect(study))
+
+
+study_app.command(name="resume", no_args_is_help=True, help="The same as run: goes on where a study was stopped.")(run)
+
+
+@study_app.command(no_args_is_help=True)
+def status(file: File, as_json: Json = False) -> None:
+    """How far a study is, what the filter keeps, and what failed.
+
+    Example:  lvlm-probe study status study.yaml
+    """
+    from lvlm_probe.study.results import collect
+
+    results = collect(_read(file))
+    if as_json:
+        print_json(_state(results))
+    else:
+        _show(results)
+
+
+@study_app.command(no_args_is_help=True)
+def table(
+    file: File,
+    number: Annotated[
+        str, typer.Option("--table", metavar="NAME", help="1 to 9, figure5, ledger, or all that can be made.")
+    ] = "all",
+    form: Annotated[
+        str, typer.Option("--format", help="What to print: markdown, csv or latex. Files are written in all forms.")
+    ] = "markdown",
+    annotations: Annotated[
+        Path | None,
+        typer.Option("--annotations", metavar="CSV", help="For figure5: dataset, sample, model, plausible (0 or 1)."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the files go. Default: tables/ of the study.")
+    ] = None,
+) -> None:
+    """Make the paper's tables of what is finished: print them, and write them as Markdown, CSV, LaTeX and figure.
+
+    Example:  lvlm-probe study table study.yaml --table 2
+    """
+    from lvlm_probe.study.ledger import ledger
+    from lvlm_probe.study.paper_tables import TABLES, make_table
+    from lvlm_probe.study.results import collect
+
+    if form not in ("markdown", "csv", "latex"):
+        raise ProbeError(f"--format is markdown, csv or latex; not {form!r}")
+    study = _read(file)
+    results = collect(study)
+    directory = out or study.out / "tables"
+    names = [*TABLES, "figure5", "ledger"] if number == "all" else [number]
+    for name in names:
+        try:
+            made = ledger(results) if name == "ledger" else make_table(results, name, annotations=annotations)
+        except ProbeError as error:
+            if number != "all":
+                raise
+            say((f"{name}: {error}", "dim"))
+            continue
+        made.write(directory)
+        typer.echo(getattr(made, form)())
+    say("tables: ", (stored_path(directory), "bold"))
+
+
+@study_app.command(no_args_is_help=True)
+def export(
+    file: File,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory to write.")] = Path("study-export"),
+) -> None:
+    """Write answers and maps as flat csv, the sample ids that were kept, and the study itself, to hand on.
+
+    Example:  lvlm-probe study export study.yaml --out shared/
+    """
+    from lvlm_probe.study.exporting import export as write
+    from lvlm_probe.study.results import collect
+
+    for path in write(collect(_read(file)), out):
+        say(stored_path(path))
+
+
+def _read(file: Path) -> Study:
+    from lvlm_probe.study.spec import read_study
+
+    return read_study(file)
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    if text is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise ProbeError(f"--shard is I/N with I from 0 to N − 1, e.g. 0/4; not {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _state(results: Results) -> dict[str, Any]:
+    from lvlm_probe.study.exporting import state
+
+    return state(results)
+
+
+def _show(results: Results) -> None:
+    found = _state(results)
+    for dataset, kept in found["kept"].items():
+        say((dataset, "bold"), f": {kept} samples kept, {found['dropped'][dataset]} dropped or not answered by all")
+    for line in found["answers"]:
+        say(f"  {line['model']} on {line['dataset']}: {line['done']} answers, {line['failed']} failed")
+    for line in found["maps"]:
+        say(f"  {line['row']}: {line['done']} maps, {line['empty']} without values, {line['failed']} failed, "
+            f"{line['missing']} to do")  # fmt: skip
+    for reason, count in found["reasons"].items():
+        say((f"  {count} × {reason}", "dim"))

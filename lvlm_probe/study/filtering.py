@@ -1,0 +1,58 @@
+"""Which samples maps are made for, and whether an answer is right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lvlm_probe.study.spec import Study
+
+__all__ = ["is_correct", "verdict"]
+
+
+def verdict(study: Study, records: Mapping[str, Mapping[str, Any] | None]) -> str | None:
+    """Why a sample gets no maps, ``None`` when it gets them: every model must have answered, and the answer's
+    probability must fall by the filter's ``minimum_drop`` under every one (paper, §4.3).
+
+    Args:
+        records: model → the record of its answer.
+    """
+    rule = study.filter
+    which = "drop_normalised" if rule.normalised else "drop"
+    for model, record in records.items():
+        if record is None:
+            return f"{model} has not answered yet"
+        if record["status"] != "done":
+            return f"{model} failed: {record['reason']}"
+        if not record[which] >= rule.minimum_drop:
+            return f"{model} hardly needs the picture (drop {record[which]:.2f} < {rule.minimum_drop:g})"
+    return None
+
+
+def is_correct(answer: str, truth: str | Sequence[str] | None, choices: Sequence[str] = ()) -> bool | None:
+    """Whether a free-form answer holds the true one, by rule; ``None`` where no rule can tell.
+
+    Case, punctuation, articles and white space do not count. With choices: the answer must hold the true choice's text
+    and none of the others', texts that are part of the true one left aside. Without: it must be the true answer, or
+    hold it as whole words, whatever stands around it. Several true answers (VQA): one of them.
+    """
+    if truth is None or (isinstance(truth, str) and not truth.strip()):
+        return None
+    said = _plain(answer)
+    truths = [_plain(item) for item in ([truth] if isinstance(truth, str) else truth)]
+    right = any(_holds(said, item) for item in truths if item)
+    if not right or not choices:
+        return right
+    others = [_plain(choice) for choice in choices]
+    return not any(_holds(said, item) for item in others if item and not any(_holds(true, item) for true in truths))
+
+
+def _plain(text: str) -> str:
+    words = re.sub(r"[^\w\s%.]|\.(?!\d)", " ", text.casefold()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+
+def _holds(text: str, part: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None

@@ -1,0 +1,135 @@
+"""The finished units of a study, as flat records: what every table, page and export is made from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lvlm_probe.study.filtering import is_correct, verdict
+from lvlm_probe.study.spec import Study
+from lvlm_probe.study.units import Records, method_content, model_content
+
+__all__ = ["Results", "collect"]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is finished of a study, as its specification stands now.
+
+    Attributes:
+        study: the specification.
+        answers: One record per (dataset, sample, model): what ``answer_unit`` returned, with ``model``, ``dataset``,
+            ``sample``, ``question``, ``true_answer``, ``group``, ``status``, ``correct`` (``None``: no rule can tell).
+        maps: One record per (dataset, sample, model, row): what ``map_unit`` returned, with these four names,
+            ``status``, and ``correct`` of its answer. A row is a name under ``methods``.
+        kept: dataset → ids of the samples that pass the filter, in order of id.
+        dropped: dataset → sample id → why the filter drops it.
+    """
+
+    study: Study
+    answers: tuple[Mapping[str, Any], ...]
+    maps: tuple[Mapping[str, Any], ...]
+    kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dropped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def chosen(self, *, model: str | None = None, dataset: str | None = None, row: str | None = None) -> Iterator[Any]:
+        """Finished maps of one model, data set, row; ``None`` is any. Maps without values are not among them."""
+        for record in self.maps:
+            if (
+                record["status"] == "done"
+                and record["map"] is not None
+                and model in (None, record["model"])
+                and dataset in (None, record["dataset"])
+                and row in (None, record["row"])
+            ):
+                yield record
+
+    def skips(self, *, model: str | None = None, dataset: str | None = None, row: str | None = None) -> Counter[str]:
+        """Why maps are missing or empty, and how often: failures by error, empty maps by reason."""
+        found: Counter[str] = Counter()
+        for record in self.maps:
+            if (
+                model in (None, record["model"])
+                and dataset in (None, record["dataset"])
+                and row in (None, record["row"])
+            ):
+                if record["status"] == "failed":
+                    found[f"{record['error']}: {record['reason']}"] += 1
+                elif record["map"] is None:
+                    found[str(record["reason"])] += 1
+        return found
+
+
+def collect(study: Study) -> Results:
+    """Reads the finished units that belong to the study as it stands: those of other settings are left aside.
+
+    Raises:
+        StudyError: a record is damaged.
+    """
+    fingerprints = {
+        (str(record["model"]), str(record["source"])): str(record["fingerprint"])
+        for _, record in Records(study.out / "models")
+    }
+    wanted = {
+        name: model_content(study, spec, fingerprints[name, spec.source])
+        for name, spec in study.models.items()
+        if (name, spec.source) in fingerprints
+    }
+    answers: dict[str, dict[str, Any]] = {}
+    for key, record in Records(study.out / "answers"):
+        expected = wanted.get(str(record.get("model")))
+        if expected is None or record.get("dataset") not in study.datasets or not _holds(record, expected):
+            continue
+        correct = None
+        if record["status"] == "done":
+            correct = is_correct(record["answer"], record["true_answer"], record["choices"])
+        answers[key] = {**record, "key": key, "correct": correct}
+    rows = {name: method_content(study, spec) for name, spec in study.methods.items()}
+    maps = []
+    for key, record in Records(study.out / "maps"):
+        answer = answers.get(str(record.get("answer")))
+        if answer is None:
+            continue
+        for name, expected in rows.items():
+            if _holds(record, expected):
+                about = {field: answer[field] for field in ("model", "dataset", "sample", "group", "correct")}
+                maps.append({**record, **about, "key": key, "row": name})
+    kept, dropped = _filtered(study, answers.values())
+    order = [sample for samples in kept.values() for sample in samples]
+    place = {sample: number for number, sample in enumerate(order)}
+    kept_maps = [record for record in maps if record["sample"] in kept.get(record["dataset"], ())]
+    kept_maps.sort(key=lambda record: (record["dataset"], place[record["sample"]], record["model"], record["row"]))
+    ordered = sorted(
+        answers.values(), key=lambda record: (record["dataset"], _natural(record["sample"]), record["model"])
+    )
+    return Results(study, tuple(ordered), tuple(kept_maps), kept, dropped)
+
+
+def _filtered(study: Study, answers: Any) -> tuple[dict[str, tuple[str, ...]], dict[str, dict[str, str]]]:
+    by_sample: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in study.datasets}
+    for record in answers:
+        by_sample[record["dataset"]].setdefault(record["sample"], {})[record["model"]] = record
+    kept: dict[str, tuple[str, ...]] = {}
+    dropped: dict[str, dict[str, str]] = {}
+    for dataset, samples in by_sample.items():
+        reasons = {
+            sample: verdict(study, {name: found.get(name) for name in study.models})
+            for sample, found in sorted(samples.items(), key=lambda item: _natural(item[0]))
+        }
+        kept[dataset] = tuple(sample for sample, reason in reasons.items() if reason is None)
+        dropped[dataset] = {sample: reason for sample, reason in reasons.items() if reason is not None}
+    return kept, dropped
+
+
+def _holds(record: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
+    return all(name in record and record[name] == value for name, value in expected.items())
+
+
+def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Order in which sample 2 comes before sample 10."""
+    import re
+
+    parts = re.split(r"(\d+)", name)
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)

@@ -1,0 +1,40 @@
+"""The demo scenes as a data set: drawn, not stored; the region that decides every answer is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lvlm_probe.demo.scene import Scene, scenes
+from lvlm_probe.study.datasets import Sample, register_dataset
+
+__all__ = ["demo_scenes"]
+
+
+@register_dataset("demo", layout="nothing: source is the split of the scenes (train, tune or eval)")
+def demo_scenes(
+    source: str, *, split: str | None = None, hard: bool = False, start: int = 0, seed: int = 0
+) -> Iterator[Sample]:
+    """Demo scenes without end; give the data set a limit.
+
+    Args:
+        source: Split of the scenes, unless ``split`` names it.
+        hard: The hard kind.
+        start: Number of the first one.
+        seed: Of the scenes.
+    """
+    index = start
+    while True:
+        (scene,) = scenes(1, seed=seed, split=split or source, start=index, hard=hard)
+        yield _sample(scene, index)
+        index += 1
+
+
+def _sample(scene: Scene, index: int) -> Sample:
+    return Sample(
+        id=str(index),
+        question=scene.question,
+        load=lambda: scene.image,
+        answer=scene.answer,
+        group=scene.kind,
+        annotations={"region": scene.mask},
+    )

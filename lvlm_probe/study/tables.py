@@ -1,0 +1,157 @@
+"""A table of results, and its forms: Markdown, CSV, LaTeX, and a figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lvlm_probe.errors import StudyError
+from lvlm_probe.metrics import Interval
+
+__all__ = ["FORMS", "Cell", "Table"]
+
+Cell = str | int | float | Interval | None
+FORMS = ("markdown", "csv", "latex", "figure")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        name: For file names, ``table2``.
+        title: What it shows.
+        columns: Headings.
+        rows: Cells, as many per row as there are headings. An interval is a mean with its 95 % bounds; ``None`` is a
+            cell that could not be computed.
+        labels: How many of the first columns name the row.
+        notes: Sentences under the table: what was left out and why, how it was computed.
+    """
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    labels: int = 1
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise StudyError(f"{self.name}: a row has {len(row)} cells for {len(self.columns)} columns")
+
+    def markdown(self) -> str:
+        """A pipe table under its title, notes below it."""
+        head = "| " + " | ".join(self.columns) + " |\n|" + "---|" * len(self.columns)
+        body = "\n".join("| " + " | ".join(_text(cell) for cell in row) + " |" for row in self.rows)
+        notes = "".join(f"\n\n{note}" for note in self.notes)
+        return f"**{self.title}**\n\n{head}\n{body}{notes}\n"
+
+    def csv(self) -> str:
+        """Comma-separated, with the bounds of every interval in columns of their own."""
+        spread = [any(isinstance(row[place], Interval) for row in self.rows) for place in range(len(self.columns))]
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        names: list[str] = []
+        for name, wide in zip(self.columns, spread, strict=True):
+            names += [name, f"{name} low", f"{name} high"] if wide else [name]
+        writer.writerow(names)
+        for row in self.rows:
+            cells: list[Any] = []
+            for cell, wide in zip(row, spread, strict=True):
+                if isinstance(cell, Interval):
+                    cells += [cell.estimate, cell.low, cell.high]
+                else:
+                    cells += ["" if cell is None else cell] + (["", ""] if wide else [])
+            writer.writerow(cells)
+        return out.getvalue()
+
+    def latex(self) -> str:
+        """A ``tabular`` in the style of booktabs."""
+        columns = "l" * self.labels + "r" * (len(self.columns) - self.labels)
+        lines = [" & ".join(_tex(name) for name in self.columns) + r" \\", r"\midrule"]
+        lines += [" & ".join(_tex(_text(cell)) for cell in row) + r" \\" for row in self.rows]
+        body = "\n".join(lines)
+        notes = "".join(f"\n% {note}" for note in self.notes)
+        head = f"% {self.title}{notes}\n\\begin{{tabular}}{{{columns}}}"
+        return f"{head}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
+
+    def figure(self, path: Path) -> Path:
+        """A picture: one panel per column of intervals, one line per row.
+
+        Raises:
+            StudyError: no column holds intervals.
+        """
+        import matplotlib
+
+        matplotlib.use("Agg", force=False)
+        from matplotlib.figure import Figure
+
+        places = [
+            place for place in range(len(self.columns)) if any(isinstance(row[place], Interval) for row in self.rows)
+        ]
+        if not places:
+            raise StudyError(f"{self.name} holds no means with intervals to draw")
+        height = 1.1 + 0.28 * len(self.rows)
+        drawing = Figure(figsize=(2.2 + 2.6 * len(places), height), layout="constrained")
+        names = [" · ".join(_text(cell) for cell in row[: self.labels]) for row in self.rows]
+        for number, place in enumerate(places):
+            axes = drawing.add_subplot(1, len(places), number + 1)
+            for line, row in enumerate(self.rows):
+                cell = row[place]
+                if isinstance(cell, Interval):
+                    axes.plot([cell.low, cell.high], [line, line], color="#7f8ea3", linewidth=2, solid_capstyle="round")
+                    axes.plot(cell.estimate, line, "o", color="#1f4e9c", markersize=5)
+            axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_title(self.columns[place], fontsize=10)
+            axes.grid(axis="x", color="#e3e6ea")
+            axes.set_axisbelow(True)
+            for side in ("top", "right", "left"):
+                axes.spines[side].set_visible(False)
+            axes.tick_params(left=False, labelsize=9)
+        drawing.suptitle(self.title, fontsize=11)
+        drawing.savefig(path, dpi=160)
+        return path
+
+    def write(self, directory: Path, forms: Sequence[str] = FORMS) -> list[Path]:
+        """Writes the table in some forms; returns the files. A table without intervals has no figure."""
+        directory.mkdir(parents=True, exist_ok=True)
+        made = []
+        for form in forms:
+            if form == "figure":
+                if any(isinstance(cell, Interval) for row in self.rows for cell in row):
+                    made.append(self.figure(directory / f"{self.name}.png"))
+                continue
+            suffix = {"markdown": "md", "csv": "csv", "latex": "tex"}.get(form)
+            if suffix is None:
+                raise StudyError(f"a table has the forms {', '.join(FORMS)}; not {form!r}")
+            path = directory / f"{self.name}.{suffix}"
+            path.write_text(getattr(self, form)(), encoding="utf-8")
+            made.append(path)
+        return made
+
+
+def _text(cell: Cell) -> str:
+    if cell is None:
+        return "–"
+    if isinstance(cell, Interval):
+        return f"{cell.estimate:.3f} [{cell.low:.3f}, {cell.high:.3f}]"
+    if isinstance(cell, float):
+        return f"{cell:.3g}" if abs(cell) < 1e-3 or abs(cell) >= 1e4 else f"{cell:.3f}"
+    return str(cell).replace("|", "\\|").replace("\n", " ")
+
+
+_TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "−": "$-$",
+    "×": r"$\times$", "ρ": r"$\rho$", "λ": r"$\lambda$", "α": r"$\alpha$", "<": "$<$", ">": "$>$", "–": "--",
+}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(character, character) for character in text)

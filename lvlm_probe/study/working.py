@@ -1,0 +1,188 @@
+"""What one unit does: a model answers a question; a method explains an answer, and the judges score the map.
+
+A unit returns a record, JSON-ready. What varies from run to run (seconds, memory) stands under ``measured``; all else
+is the same however often, on however many machines and in whatever order the units are done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lvlm_probe.errors import ExplainError, ProbeError
+from lvlm_probe.explainers import explain
+from lvlm_probe.metrics import (
+    average_precision,
+    energy_in_region,
+    evaluate,
+    human_agreement,
+    iou,
+    pointing_game,
+)
+from lvlm_probe.player import Replay, replay
+from lvlm_probe.prompting import chat_inputs, placed
+from lvlm_probe.session import attach
+from lvlm_probe.study.tokens import tokens_by
+from lvlm_probe.trace import Trace, open_trace
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.study.spec import MethodSpec, Study
+
+__all__ = ["POINTING_TOLERANCE", "answer_unit", "drops", "map_unit"]
+
+POINTING_TOLERANCE = 15
+"""Pixels by which the highest point may miss the region: the margin of the pointing game (Zhang et al., 2018)."""
+
+
+def answer_unit(
+    study: Study, model: torch.nn.Module, processor: Any, picture: Image.Image, question: str, trace_file: Path
+) -> dict[str, Any]:
+    """A model's greedy answer, recorded as a trace, and how much of its probability the picture is worth.
+
+    Args:
+        trace_file: where the trace goes; appears there whole or not at all.
+
+    Raises:
+        ProbeError: nothing was recorded, or the recording is faulty.
+    """
+    started = time.perf_counter()
+    directory = trace_file.with_name(f"{trace_file.stem}.{os.getpid()}.part")
+    probe = attach(model, processor)
+    try:
+        with probe.record(
+            directory, images=[picture], baseline=study.settings.baseline, question=question
+        ) as recording:
+            inputs = placed(chat_inputs(processor, [picture], question), model)
+            model.generate(  # type: ignore[operator]
+                **inputs, max_new_tokens=study.settings.max_new_tokens, do_sample=False
+            )
+        if not recording.paths:
+            raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no picture"))
+        os.replace(recording.paths[-1], trace_file)
+    finally:
+        probe.detach()
+        shutil.rmtree(directory, ignore_errors=True)
+    trace = open_trace(trace_file)
+    if trace.status == "error":
+        raise ProbeError(f"the recording is faulty: {trace.error}")
+    return {
+        "answer": trace.answer,
+        "tokens": len(trace.token_ids),
+        **drops(trace),
+        "measured": {"seconds": round(time.perf_counter() - started, 3)},
+    }
+
+
+def drops(trace: Trace) -> dict[str, float]:
+    """How far the probability of an answer falls on the baseline picture, as a share of what it was (paper, §4.2).
+
+    Returns:
+        ``log_prob``, ``baseline_log_prob``: of the answer, nats, summed over its tokens but special ones.
+        ``drop``: 1 − P̃/P with P the joint probability.
+        ``drop_normalised``: the same with P the geometric mean over tokens, which does not depend on the length.
+
+    Raises:
+        ExplainError: the trace holds no baseline pass, or no token but special ones.
+    """
+    if trace.llr is None:
+        raise ExplainError("the trace holds no log-likelihood ratios, so nothing says what the picture is worth")
+    ordinary = ~np.asarray(trace.special, dtype=bool)
+    if not ordinary.any():
+        raise ExplainError("the answer has no tokens besides special ones")
+    log_prob = float(np.asarray(trace.log_probs, dtype=np.float64)[ordinary].sum())
+    ratio = float(np.asarray(trace.llr, dtype=np.float64)[ordinary].sum())
+    return {
+        "log_prob": log_prob,
+        "baseline_log_prob": log_prob - ratio,
+        "drop": 1 - math.exp(-ratio),
+        "drop_normalised": 1 - math.exp(-ratio / int(ordinary.sum())),
+    }
+
+
+def map_unit(
+    study: Study, player: Replay, method: MethodSpec, annotations: Mapping[str, Any], map_file: Path
+) -> dict[str, Any]:
+    """A method's map of one answer, stored, with its scores.
+
+    Deletion and insertion are taken against the baseline that the map was made with, on the tokens that it explains, as
+    in the paper. Where a row explains other tokens, or uses another baseline, than the study does, ``common`` holds the
+    scores on the study's own, which rows can be compared by.
+
+    Args:
+        player: the answer on its model; its baseline is back in place afterwards.
+        annotations: of the sample: ``region`` (mask or boxes that the answer needs), ``human`` (human attention).
+        map_file: where the heatmap goes.
+    """
+    settings = study.settings
+    alpha = settings.alpha if method.alpha is None else method.alpha
+    own = tokens_by(method.tokens, player, alpha=alpha)
+    usual = tokens_by("llr", player, alpha=settings.alpha)
+    with player.on_baseline(method.baseline or settings.baseline):
+        heat = explain(player, method=method.method, tokens=own, seed=settings.seed, **method.params)
+        heat.write(map_file)
+        if not heat:
+            return {"map": None, "reason": heat.reason, "text": heat.selection.text}
+        record: dict[str, Any] = {
+            "map": map_file.name,
+            "text": heat.selection.text,
+            "selected": len(heat.selection.indices),
+            "passes": dict(heat.provenance["passes"]),
+            **_scores(study, heat, player),
+            "measured": {"seconds": heat.provenance["seconds"], **_memory(heat)},
+        }
+    if usual and (usual.indices != heat.selection.indices or method.baseline not in (None, settings.baseline)):
+        with player.on_baseline(settings.baseline):
+            player.strengthen(usual.decided)
+            record["common"] = _scores(study, dataclasses.replace(heat, selection=usual), player)
+    return {**record, **_places(heat, annotations)}
+
+
+def open_replay(trace_file: Path, model: torch.nn.Module, processor: Any) -> Replay:
+    """The answer of a trace on its model."""
+    return replay(open_trace(trace_file), model, processor)
+
+
+def _scores(study: Study, heat: Heatmap, player: Replay) -> dict[str, Any]:
+    settings = study.settings
+    score = evaluate(heat, player, steps=settings.steps, grid=settings.grid, seed=settings.seed)
+    return {
+        "deletion": score.deletion,
+        "insertion": score.insertion,
+        "tie_share": score.tie_share,
+        "baseline_check": dict(score.baseline_check),
+        "trusted": score.verdict.trusted,
+        "verdict": str(score.verdict),
+    }
+
+
+def _memory(heat: Heatmap) -> dict[str, Any]:
+    memory = heat.provenance.get("memory")
+    return {"memory": dict(memory)} if isinstance(memory, Mapping) else {}
+
+
+def _places(heat: Heatmap, annotations: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores against what the sample is annotated with."""
+    found: dict[str, Any] = {}
+    region = annotations.get("region")
+    if region is not None:
+        found["pointing"] = pointing_game(heat, region, tolerance=POINTING_TOLERANCE)
+        found["energy"] = energy_in_region(heat, region)
+        found["average_precision"] = average_precision(heat, region)
+        found["iou"] = iou(heat, region)
+    humans = annotations.get("human")
+    if humans is not None:
+        maps = [np.asarray(item) for item in (humans if isinstance(humans, list | tuple) else [humans])]
+        found["human"] = [human_agreement(heat, item).to_dict() for item in maps]
+    return found

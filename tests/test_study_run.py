@@ -1,0 +1,191 @@
+"""Whole studies on the demo model: what is done, what is kept when it is killed, and that resuming changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lvlm_probe as probe
+from lvlm_probe.errors import StudyError
+from lvlm_probe.study.exporting import export, state
+from lvlm_probe.study.paper_tables import make_table
+from lvlm_probe.study.results import collect
+from lvlm_probe.study.running import run_study
+from lvlm_probe.study.spec import Study, read_study
+from lvlm_probe.study.units import Records
+
+YAML = """\
+models:
+  demo: demo
+datasets:
+  scenes: {reader: demo, source: eval, limit: 4}
+methods:
+  input_gradient: {}
+  occlusion: {params: {size: 4}}
+  joint: {method: input_gradient, tokens: joint, tables: [2, 3]}
+settings: {grid: 16, steps: 10, max_new_tokens: 24}
+"""
+
+
+def study_in(directory: Path, text: str = YAML) -> Study:
+    directory.mkdir(exist_ok=True)
+    path = directory / "study.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_study(path)
+
+
+def unmeasured(study: Study) -> dict[str, Any]:
+    """Everything a study has found, without what varies from run to run."""
+    found: dict[str, Any] = {}
+    for kind in ("answers", "maps"):
+        for key, record in Records(study.out / kind):
+            found[f"{kind}/{key}"] = {name: value for name, value in record.items() if name != "measured"}
+    for path in sorted((study.out / "maps").glob("*.heat.h5")):
+        heat = probe.Heatmap.read(path)
+        found[path.name] = None if heat.values is None else heat.values.tobytes().hex()
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    study = study_in(tmp_path_factory.mktemp("finished"))
+    counts = run_study(study)
+    assert counts == {"answers": 4, "maps": 12}
+    return study
+
+
+def test_a_second_run_does_nothing(finished: Study) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")}
+    counts = run_study(finished)
+    assert counts["answers"] == counts["maps"] == 0
+    assert counts["finished"] == 4
+    assert {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")} == before
+
+
+def test_what_is_found(finished: Study) -> None:
+    results = collect(finished)
+    assert len(results.answers) == 4
+    assert len(results.maps) == 3 * len(results.kept["scenes"]) == 12
+    for record in results.answers:
+        assert record["correct"] is True
+        assert record["drop"] == pytest.approx(1 - np.exp(record["baseline_log_prob"] - record["log_prob"]))
+    record = next(results.chosen(row="input_gradient"))
+    key = record["answer"]
+    trace = probe.open_trace(finished.out / "answers" / f"{key}.h5")
+    heat = probe.Heatmap.read(finished.out / "maps" / record["map"], trace=trace)
+    replay = probe.replay(trace, *probe.demo.load())
+    again = probe.explain(replay, method="input_gradient")
+    np.testing.assert_array_equal(heat.values, again.values)
+    score = probe.evaluate(again, replay, grid=16, steps=10)
+    assert (record["deletion"], record["insertion"]) == pytest.approx((score.deletion, score.insertion))
+    joint = [record for record in results.chosen(row="joint") if "common" in record]
+    assert joint, "a row that explains other tokens is judged by the study's tokens too"
+    table = make_table(results, "2")
+    assert [row[3] for row in table.rows] == [4, 4, 4]
+
+
+def test_one_method_more_does_only_what_is_new(finished: Study, tmp_path: Path) -> None:
+    more = study_in(tmp_path, YAML.replace("methods:\n", "methods:\n  center: {}\n"))
+    more = dataclasses.replace(more, out=finished.out)
+    counts = run_study(more, limit=2)
+    assert (counts["answers"], counts["maps"]) == (0, 2)
+    assert len(list(collect(finished).chosen())) == 12
+    assert len(list(collect(more).chosen(row="center"))) == 2
+
+
+def test_shards_add_up(finished: Study, tmp_path: Path) -> None:
+    parts = study_in(tmp_path)
+    assert run_study(parts, shard=(1, 2))["answers"] == 2
+    assert run_study(parts, shard=(0, 2))["answers"] == 2
+    assert len(list(collect(parts).chosen())) == 12
+    assert unmeasured(parts) == {name: unmeasured(finished)[name] for name in unmeasured(parts)}
+    with pytest.raises(StudyError, match="shard"):
+        run_study(parts, shard=(2, 2))
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_and_resumed_it_is_the_same(finished: Study, tmp_path: Path) -> None:
+    study = study_in(tmp_path)
+    code = "from lvlm_probe.cli import main; main()"
+    command = [sys.executable, "-c", code, "study", "run", str(tmp_path / "study.yaml")]
+    generator = random.Random(0)
+    kills = 0
+    for _ in range(20):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path)
+        # Long enough for the libraries to be there, so that most kills hit a unit.
+        deadline = time.monotonic() + generator.uniform(4.0, 9.0)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if process.poll() is not None:
+            assert process.returncode == 0, process.stderr.read().decode() if process.stderr else ""
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills >= 1
+    run_study(study)
+    ours = unmeasured(finished)
+    assert unmeasured(study) == {name: ours[name] for name in unmeasured(study)}
+    assert len(list(collect(study).chosen())) == 12
+
+
+def test_a_unit_that_fails_is_kept_with_its_reason(tmp_path: Path) -> None:
+    for name, colour in (("a", 0), ("b", 255)):
+        Image.new("RGB", (112, 112), (colour, 40, 40)).save(tmp_path / f"{name}.png")
+    (tmp_path / "c.png").write_bytes(b"no picture")
+    rows = [{"id": name, "image": f"{name}.png", "question": "What color is the circle?"} for name in "abc"]
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    study = study_in(
+        tmp_path,
+        "models: {demo: demo}\n"
+        f"datasets: {{mine: {{reader: table, source: {tmp_path / 'mine.jsonl'}}}}}\n"
+        "methods: {input_gradient: {}, gradcam: {params: {encoder: nowhere}}}\n"
+        "settings: {grid: 8, steps: 4}\n"
+        "filter: {minimum_drop: 0}\n",
+    )
+    run_study(study)
+    results = collect(study)
+    failed = {record["sample"]: record["reason"] for record in results.answers if record["status"] == "failed"}
+    assert set(failed) == {"c"}
+    assert "the picture cannot be read" in failed["c"]
+    found = state(results)
+    assert found["answers"] == [{"model": "demo", "dataset": "mine", "done": 2, "failed": 1}]
+    assert any(reason.startswith("demo: StudyError") for reason in found["reasons"])
+    assert any(reason.startswith("gradcam: ") for reason in found["reasons"])
+    assert "skipped: " in " ".join(make_table(results, "2").notes)
+    before = unmeasured(study)
+    run_study(study)
+    assert unmeasured(study) == before
+    Image.new("RGB", (112, 112)).save(tmp_path / "c.png")
+    run_study(study, retry_failed=True)
+    assert {record["status"] for record in collect(study).answers if record["picture"] != "unreadable"} == {"done"}
+
+
+def test_export_and_state(finished: Study, tmp_path: Path) -> None:
+    results = collect(finished)
+    made = export(results, tmp_path / "out")
+    assert [path.name for path in made] == ["answers.csv", "maps.csv", "samples.json", "study.json"]
+    assert len(made[0].read_text().splitlines()) == 1 + 4
+    assert len(made[1].read_text().splitlines()) == 1 + 12
+    assert json.loads(made[2].read_text())["kept"]["scenes"] == list(results.kept["scenes"])
+    assert str(finished.out.parent) not in "".join(path.read_text() for path in made)
+    found = state(results)
+    assert [line["missing"] for line in found["maps"]] == [0, 0, 0]
+
+
+def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    study = study_in(tmp_path, YAML.replace("demo: demo", "other: {source: no/such/model/here}"))
+    with pytest.raises(StudyError, match=r"model other \(no/such/model/here\) cannot be loaded"):
+        run_study(study)
