@@ -16,7 +16,7 @@ def test_is_the_one_mask_objective_without_the_graduated_term_in_the_masks_own_o
     heat = explain(ToyReplay(BOX), method="igos+")
     assert (heat.params["masks"], heat.params["l2"]) == (1, 0.0)
     assert all(record["l2"] == 0.0 for record in heat.history)
-    assert np.array_equal(heat.values, explain(ToyReplay(BOX), method="igos++", masks=1, l2=0.0, refine=0).values)
+    assert np.array_equal(heat.values, explain(ToyReplay(BOX), method="igos++", preset="paper", masks=1, l2=0.0).values)
     inside = BOX.numpy() > 0
     assert heat.values[inside].min() > heat.values[~inside].max()
     graduated = explain(ToyReplay(BOX), method="igos+", l2=0.5, iterations=2)

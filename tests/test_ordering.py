@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from toy_replay import ToyReplay
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import Problem, explain
-from lvlm_probe.explainers.ordering import level_sets, refine_order
+from lvlm_probe.explainers.ordering import draw_levels, level_sets, refine_order
 from lvlm_probe.metrics import evaluate
 from lvlm_probe.selection import select_tokens
 
@@ -19,14 +21,14 @@ WEIGHTS = SLOPE / SLOPE.sum()
 
 
 def refined(
-    replay: ToyReplay, heat: torch.Tensor, *, seen: torch.Tensor | None = None, iterations: int = 4, **changes: float
+    replay: ToyReplay, heat: torch.Tensor, *, seen: torch.Tensor | None = None, iterations: int = 4, **changes: Any
 ) -> tuple[torch.Tensor, list[dict[str, float]]]:
-    settings = {"levels": LEVELS, "softness": 0.1, "rate": 0.3, "momentum": 5.0} | changes
+    settings = {"softness": 0.1, "rate": 0.3, "momentum": 5.0} | changes
+    settings.setdefault("plan", [LEVELS] * iterations)
     return refine_order(
         Problem(replay, select_tokens(replay, rule="joint")),
         heat,
         torch.ones(heat.shape, dtype=torch.bool) if seen is None else seen,
-        iterations=iterations,
         progress=lambda done: None,
         **settings,
     )
@@ -107,11 +109,43 @@ def test_a_score_that_no_level_set_changes_leaves_the_order() -> None:
     assert not records
 
 
+def test_levels_are_dealt_out_evenly() -> None:
+    levels = (0.01, 0.02, 0.04, 0.08, 0.16, 0.3)
+    plan = draw_levels(levels, steps=9, per_step=2, generator=torch.Generator().manual_seed(0))
+    assert [len(set(hand)) for hand in plan] == [2] * 9
+    drawn = [level for hand in plan for level in hand]
+    assert {drawn.count(level) for level in levels} == {3}
+    assert plan == draw_levels(levels, steps=9, per_step=2, generator=torch.Generator().manual_seed(0))
+    for hand in draw_levels(levels, steps=5, per_step=4, generator=torch.Generator().manual_seed(1)):
+        assert len(set(hand)) == 4
+    assert draw_levels(levels, steps=1, per_step=6, generator=torch.Generator()) == [levels]
+
+
+def test_each_step_of_its_own_pace_moves_by_the_rate_and_decays() -> None:
+    """One step on one level changes the highest cell of H by exactly the rate, and the second by half of it."""
+    heat = torch.rand(4, 4, generator=torch.Generator().manual_seed(3))
+    heights: list[torch.Tensor] = []
+
+    class Watching(ToyReplay):
+        def score_and_grad(self, masks: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            shown = masks[len(masks) // 2 :]
+            heights.append(0.1 * torch.logit(shown[0].clamp(1e-7, 1 - 1e-7)))
+            return super().score_and_grad(masks, *args, **kwargs)
+
+    plan = [(0.25,), (0.25,), (0.25,)]
+    refined(Watching(WEIGHTS), heat, plan=plan, momentum=1e9, every_step=True, decay=True)
+    for before, after, expected in ((0, 1, 0.3), (1, 2, 0.2)):
+        change = heights[after] - heights[before]
+        # The limit of the level set moves along with H; differences between cells do not know of it.
+        spread = float(change.max() - change.min())
+        assert expected * 0.9 <= spread <= 2 * expected + 1e-3
+
+
 def test_igos_refines_on_a_finer_grid_and_counts_its_passes() -> None:
     replay = ToyReplay(WEIGHTS)
     told: list[tuple[int, int]] = []
     heat = explain(
-        replay, size=4, iterations=2, ig_steps=3, refine=3, levels=(0.1, 0.3), refine_scale=2,
+        replay, preset="thorough", size=4, iterations=2, ig_steps=3, refine=3, levels=(0.1, 0.3), refine_scale=2,
         progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert heat.shape == (8, 8)
@@ -124,7 +158,7 @@ def test_refining_raises_insertion_over_deletion() -> None:
     gains = []
     for refine in (0, 5):
         replay = ToyReplay(WEIGHTS, base=(0.001,))
-        heat = explain(replay, size=4, iterations=1, ig_steps=2, lr=0.05, refine=refine)
+        heat = explain(replay, preset="thorough", size=4, iterations=1, ig_steps=2, lr=0.05, refine=refine)
         gains.append(evaluate(heat, replay, grid=8).gain)
     assert gains[1] >= gains[0]
 
@@ -138,6 +172,10 @@ def test_refining_raises_insertion_over_deletion() -> None:
         ({"levels": ()}, "levels are shares between 0 and 1"),
         ({"softness": 0.0}, "softness is positive"),
         ({"refine_lr": 0.0}, "refine_lr is positive"),
+        ({"path": "line"}, "path is 'grid' or 'stratified'"),
+        ({"refine_levels": 7}, "refine_levels is 1 to the number of levels"),
+        ({"refine_levels": 0}, "refine_levels is 1 to the number of levels"),
+        ({"refine_pace": "second"}, "refine_pace is 'first' or 'each'"),
     ],
 )
 def test_refusals(settings: dict[str, object], message: str) -> None:

@@ -14,7 +14,9 @@ f is the log-likelihood of the selected tokens (Eq. 7), Φ(I, Ĩ, M) = I ⊙ M +
 **Integrated gradient.** Every f above is the mean of n scores along the path between mask 0 and the mask:
 ``(1/n) Σ_r f(Φ(I, Ĩ, r · M))`` for deletion and ``(1/n) Σ_r f(Φ(I, Ĩ, 1 − r · M))`` for insertion, r = 1/n … 1, each
 with fresh Gaussian noise on the model's normalised pixels. The gradient is that mean's own (chain rule: weighted by r).
-All 2n masks of an iteration (4n with two masks) go through the model in one call.
+All 2n masks of an iteration (4n with two masks) go through the model in one call. With ``path="stratified"`` r is
+drawn from each n-th part of the path instead, r = (k − u) / n with u uniform, anew for every term and iteration: an
+unbiased estimate of the mean over the whole path, from as few masks as one likes.
 
 **Step.** Nesterov's accelerated gradient: with c_i = M_i − η·∇ and e = i / (i + momentum),
 ``M_{i+1} = clamp(c_i + e · (c_i − c_{i−1}), 0, 1)``. With ``step="scale_free"`` η = lr / max|∇_0|, so the first
@@ -24,122 +26,29 @@ iteration moves the strongest cell by exactly lr whatever the scale of the score
 **Order.** The objective does not see in which order a heatmap covers the picture; ``refine`` iterations put the
 cells into a better one, on a grid ``refine_scale`` times as fine (``ordering``).
 
-**Tie-break.** Cells that end at the same value, above all those clamped at 0 or never moved, are ordered by the
-gradient summed over the iterations: heat = (1 − ε)(1 − M) + ε·G with G that sum scaled to [0, 1] and ε = 0.001.
+**Passes.** ``preset="default"`` takes 24 forward and backward passes: one iteration over eight masks, then four steps
+on the order with two levels each. ``"thorough"`` takes 196, ``"paper"`` (Eq. 8 alone) 100; ``docs/pareto.md`` says what
+more passes buy.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from lvlm_probe.errors import ExplainError, ImageError
-from lvlm_probe.explainers.ordering import refine_order
+from lvlm_probe.explainers.igos_settings import PRESETS, IgosSettings
+from lvlm_probe.explainers.ordering import draw_levels, refine_order
 from lvlm_probe.explainers.registry import Outcome, Problem, check_parameters, register
-from lvlm_probe.explainers.regularization import BilateralForm, L2Form, bilateral_weights, btv, gnc, guide, l1
+from lvlm_probe.explainers.regularization import bilateral_weights, btv, gnc, guide, l1
 
 __all__ = ["PRESETS", "IgosSettings", "igos", "igos_plus", "nesterov", "path_masks"]
 
 _ARMIJO = 1e-4
 _LINE_SEARCH_TRIES = 10
-
-
-@dataclass(frozen=True)
-class IgosSettings:
-    """Parameters of iGOS++; all may be given to ``explain(..., method="igos++")`` by name.
-
-    Attributes:
-        masks: 1 for Eq. 8, 2 for Eq. 4.
-        size: Mask size: ``n``, ``(rows, columns)``, or ``None`` for about 256 cells as square as the picture allows.
-        iterations: Gradient steps.
-        ig_steps: n of the integrated gradient.
-        noise: Standard deviation of the noise on normalised pixels.
-        lr, step: Step length and what it is relative to.
-        momentum: Of Nesterov's e = i / (i + momentum).
-        l1, l2, l3: λ1, λ2 (``None``: 0.1 with one mask; 0 with two, as Eq. 4 has no such term) and λ3. The paper's λ3
-            is 10, chosen on 32 × 32 masks; 100 is chosen on 16 × 16 ones, where it costs nothing in deletion and
-            insertion and puts the maximum inside the object more often (``tests/benchmarks/tune_igos.py``).
-        l2_form, gamma: Graduated non-convexity, see ``regularization.gnc``.
-        btv_form, beta, sigma: Bilateral total variation, see ``regularization.btv``.
-        line_search: Armijo's rule.
-        init: Value the mask starts with.
-        tie_break: ε above; 0 switches it off.
-        refine: Iterations on the order; 0 leaves it as the mask has it.
-        refine_scale: Cells of the refined heatmap per cell of the mask, along each edge.
-        levels: Shares q of the picture whose level sets are scored.
-        softness: T of the level sets.
-        refine_lr: Length of the first step on H, relative to its range of 1.
-    """
-
-    masks: Literal[1, 2] = 1
-    size: int | tuple[int, int] | None = None
-    iterations: int = 5
-    ig_steps: int = 10
-    noise: float = 0.2
-    lr: float = 0.3
-    step: Literal["scale_free", "absolute"] = "scale_free"
-    momentum: float = 5.0
-    l1: float = 1.0
-    l2: float | None = None
-    l3: float = 100.0
-    l2_form: L2Form = "sum_sq"
-    gamma: float = 1.0
-    btv_form: BilateralForm = "symmetric"
-    beta: float = 2.0
-    sigma: float = 0.01
-    line_search: bool = False
-    init: float = 1.0
-    tie_break: float = 1e-3
-    refine: int = 8
-    refine_scale: int = 2
-    levels: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16, 0.3)
-    softness: float = 0.05
-    refine_lr: float = 0.3
-
-    def __post_init__(self) -> None:
-        rules = (
-            (self.masks in (1, 2), "masks is 1 (Eq. 8) or 2 (Eq. 4)"),
-            (self.iterations >= 1, "iterations is at least 1"),
-            (self.ig_steps >= 1, "ig_steps is at least 1"),
-            (self.noise >= 0, "noise is not negative"),
-            (self.lr > 0, "lr is positive"),
-            (self.step in ("scale_free", "absolute"), "step is 'scale_free' or 'absolute'"),
-            (self.momentum > 0, "momentum is positive"),
-            (min(self.l1, self.l2 or 0.0, self.l3) >= 0, "l1, l2 and l3 are not negative"),
-            (self.l2_form in ("sum_sq", "norm"), "l2_form is 'sum_sq' or 'norm'"),
-            (self.btv_form in ("symmetric", "igos_release"), "btv_form is 'symmetric' or 'igos_release'"),
-            (self.beta >= 1, "beta is at least 1"),
-            (self.sigma > 0, "sigma is positive"),
-            (0 < self.init <= 1, "init is in (0, 1]"),
-            (0 <= self.tie_break <= 0.5, "tie_break is in [0, 0.5]"),
-            (self.refine >= 0, "refine is not negative"),
-            (self.refine_scale >= 1, "refine_scale is at least 1"),
-            (len(self.levels) > 0 and all(0 < q < 1 for q in self.levels), "levels are shares between 0 and 1"),
-            (self.softness > 0, "softness is positive"),
-            (self.refine_lr > 0, "refine_lr is positive"),
-        )
-        for holds, rule in rules:
-            if not holds:
-                name = rule.split()[0].rstrip(",")
-                raise ExplainError(f"igos++: {rule}; got {name}={getattr(self, name)!r}")
-
-    @property
-    def gnc_weight(self) -> float:
-        """λ2 as used."""
-        return self.l2 if self.l2 is not None else (0.1 if self.masks == 1 else 0.0)
-
-
-PRESETS: dict[str, IgosSettings] = {
-    "default": IgosSettings(),
-    # The arithmetic of the recipe published with the paper, for comparison with its numbers.
-    "release": IgosSettings(
-        size=32, lr=10.0, step="absolute", l2=0.1, l3=10.0, btv_form="igos_release", tie_break=0.0, refine=0
-    ),
-}
 
 
 @register("igos++", needs=("passes", "gradients"))
@@ -158,7 +67,7 @@ def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outco
 
 
 @register("igos+", needs=("passes", "gradients"))
-def igos_plus(problem: Problem, *, preset: str = "default", **settings: Any) -> Outcome:
+def igos_plus(problem: Problem, *, preset: str = "paper", **settings: Any) -> Outcome:
     """iGOS+ (Khorram et al., 2021): one mask for deletion and insertion, without graduated non-convexity.
 
     Eq. 8 with λ2 = 0, unless ``l2`` is given: what the paper adds its term to; and the mask's own order, unless
@@ -172,22 +81,28 @@ def igos_plus(problem: Problem, *, preset: str = "default", **settings: Any) -> 
     return igos(problem, preset=preset, **{"l2": 0.0, "refine": 0, **settings, "masks": 1})
 
 
-def path_masks(state: torch.Tensor, ig_steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def path_masks(
+    state: torch.Tensor, ig_steps: int, offsets: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The masks whose scores the objective averages.
 
     Args:
         state: The masks being optimised, ``(1, row, col)`` for Eq. 8 or ``(2, row, col)`` (Mx, My) for Eq. 4.
         ig_steps: n, masks per term.
+        offsets: u of every mask, ``(term, n)`` in [0, 1), for r = (k − u) / n; the two or four terms are Mx, M, My, M.
+            By default 0.
 
     Returns:
         Masks ``(2n or 4n, row, col)``, differentiable in ``state``, and the sign of each in the objective, +1 for
         deletion (r · M) and −1 for insertion (1 − r · M).
     """
-    scales = torch.arange(1, ig_steps + 1, device=state.device, dtype=state.dtype).div(ig_steps)[:, None, None]
     both = state.prod(dim=0)
     deletion = [both] if len(state) == 1 else [state[0], both]
     insertion = [both] if len(state) == 1 else [state[1], both]
-    masks = torch.cat([scales * mask for mask in deletion] + [1 - scales * mask for mask in insertion])
+    steps = torch.arange(1, ig_steps + 1, device=state.device, dtype=state.dtype).expand(2 * len(deletion), -1)
+    scales = (steps if offsets is None else steps - offsets.to(steps)).div(ig_steps)[:, :, None, None]
+    given = [scale * mask for scale, mask in zip(scales, [*deletion, *insertion], strict=True)]
+    masks = torch.cat([*given[: len(deletion)], *(1 - mask for mask in given[len(deletion) :])])
     signs = torch.ones(len(masks), device=state.device, dtype=state.dtype)
     signs[len(deletion) * ig_steps :] = -1
     return masks, signs
@@ -258,12 +173,13 @@ class _Optimisation:
                 self.problem,
                 heat.masked_fill(~seen, 0.0),
                 seen,
-                iterations=settings.refine,
-                levels=settings.levels,
+                plan=self.plan(),
                 softness=settings.softness,
                 rate=settings.refine_lr,
                 momentum=settings.momentum,
                 progress=lambda done: self.problem.advance(settings.iterations + done, total),
+                every_step=settings.refine_pace == "each",
+                decay=settings.refine_decay,
             )
             history += records
         return Outcome(heat, params, tuple(history))
@@ -272,7 +188,7 @@ class _Optimisation:
         """Terms of the objective, and its gradient to the masks from the scores and from the regularisers."""
         leaf = state.detach().requires_grad_(True)
         with torch.enable_grad():
-            masks, signs = path_masks(leaf, self.settings.ig_steps)
+            masks, signs = path_masks(leaf, self.settings.ig_steps, self.offsets(iteration))
             scores, slopes = self.problem.replay.score_and_grad(
                 masks.detach(),
                 self.problem.score,
@@ -306,6 +222,25 @@ class _Optimisation:
         record["objective"] = record["deletion"] - record["insertion"] + float(penalty.detach())
         return record, from_scores, from_mask
 
+    def plan(self) -> list[tuple[float, ...]]:
+        """Levels of every step on the order."""
+        settings = self.settings
+        if settings.refine_levels is None:
+            return [tuple(settings.levels)] * settings.refine
+        return draw_levels(
+            settings.levels,
+            steps=settings.refine,
+            per_step=settings.refine_levels,
+            generator=self.problem.generator(2_000),
+        )
+
+    def offsets(self, iteration: int) -> torch.Tensor | None:
+        """u of every mask of an iteration, the same whenever they are asked for."""
+        if self.settings.path == "grid":
+            return None
+        generator = self.problem.generator(1_000 + iteration)
+        return torch.rand(2 * self.settings.masks, self.settings.ig_steps, generator=generator)
+
     def terms(self, state: torch.Tensor, iteration: int) -> dict[str, torch.Tensor]:
         """The regularisers with their weights, on the final mask (Mx ⊙ My with two)."""
         mask, settings = state.prod(dim=0), self.settings
@@ -318,7 +253,7 @@ class _Optimisation:
     def objective(self, state: torch.Tensor, iteration: int) -> float:
         """Eq. 8 or Eq. 4 at a state, under the very noise that ``gradient`` met in this iteration."""
         with torch.no_grad():
-            masks, signs = path_masks(state, self.settings.ig_steps)
+            masks, signs = path_masks(state, self.settings.ig_steps, self.offsets(iteration))
             log_probs = self.problem.replay.log_probs(
                 masks,
                 image=self.problem.image,

@@ -21,7 +21,7 @@ import torch
 from lvlm_probe.explainers.registry import Problem
 from lvlm_probe.explainers.scaling import score_of
 
-__all__ = ["level_sets", "refine_order"]
+__all__ = ["draw_levels", "level_sets", "refine_order"]
 
 
 def level_sets(height: torch.Tensor, seen: torch.Tensor, levels: Sequence[float], softness: float) -> torch.Tensor:
@@ -37,17 +37,39 @@ def level_sets(height: torch.Tensor, seen: torch.Tensor, levels: Sequence[float]
     return torch.sigmoid((height[None] - limits[:, None, None]) / softness)
 
 
+def draw_levels(
+    levels: Sequence[float], *, steps: int, per_step: int, generator: torch.Generator
+) -> list[tuple[float, ...]]:
+    """Levels of each of some steps, ``per_step`` different ones, drawn so that each comes up as often as any other: the
+    levels are shuffled, dealt out, and shuffled again when they run out.
+    """
+    plan: list[tuple[float, ...]] = []
+    deck: list[int] = []
+    for _ in range(steps):
+        hand: list[int] = []
+        while len(hand) < per_step:
+            if not deck:
+                deck = [
+                    place for place in torch.randperm(len(levels), generator=generator).tolist() if place not in hand
+                ]
+                deck = deck or torch.randperm(len(levels), generator=generator).tolist()
+            hand.append(deck.pop())
+        plan.append(tuple(levels[place] for place in sorted(hand)))
+    return plan
+
+
 def refine_order(
     problem: Problem,
     heat: torch.Tensor,
     seen: torch.Tensor,
     *,
-    iterations: int,
-    levels: Sequence[float],
+    plan: Sequence[Sequence[float]],
     softness: float,
     rate: float,
     momentum: float,
     progress: Callable[[int], None],
+    every_step: bool = False,
+    decay: bool = False,
 ) -> tuple[torch.Tensor, list[dict[str, float]]]:
     """A heatmap's own values, handed out in an order refined on its level sets.
 
@@ -55,11 +77,14 @@ def refine_order(
         problem: What is explained.
         heat: ``(row, col)`` in [0, 1], on the CPU.
         seen: Cells that the model sees; the others stay as they are.
-        iterations: Gradient steps, each ``2 · len(levels)`` forward and backward passes.
-        levels, softness: Of the level sets.
+        plan: Levels q of each gradient step, which takes two forward and backward passes per level.
+        softness: T.
         rate: Length of the first step's largest change of H, whose range is 1 at first.
         momentum: Of Nesterov's e = i / (i + momentum).
         progress: Called with the number of steps done.
+        every_step: The largest change is ``rate`` at every step, for steps that see few levels each: gradients of
+            different levels differ in size, and the first would set the pace of all.
+        decay: Steps shorten linearly, step i of n to 1 − i / n: what single levels pull back and forth averages out.
 
     Returns:
         the heatmap ``(row, col)``, and one record per step: mean probability over the level sets, taken away and shown.
@@ -71,8 +96,8 @@ def refine_order(
     height[seen] = (values / values.max().clamp(min=1e-12) + rank) / 2
     previous, step = height, 0.0
     records: list[dict[str, float]] = []
-    sign = torch.cat([torch.ones(len(levels)), -torch.ones(len(levels))])
-    for iteration in range(iterations):
+    for iteration, levels in enumerate(plan):
+        sign = torch.cat([torch.ones(len(levels)), -torch.ones(len(levels))])
         leaf = height.clone().requires_grad_(True)
         with torch.enable_grad():
             shown = level_sets(leaf, seen, levels, softness)
@@ -84,12 +109,12 @@ def refine_order(
             )
             pull = (sign[:, None, None] * slopes.to(masks) * masks).sum() / len(levels)
             (gradient,) = torch.autograd.grad(pull, leaf)
-        if iteration == 0:
+        if step == 0 or every_step:
             largest = float(gradient[seen].abs().max())
-            if largest == 0:
+            if largest == 0 and not every_step:
                 break
-            step = rate / largest
-        point = height - step * gradient
+            step = rate / largest if largest > 0 else 0.0
+        point = height - step * (1 - iteration / len(plan) if decay else 1.0) * gradient
         height = torch.where(seen, point + iteration / (iteration + momentum) * (point - previous), height)
         previous = point
         taken, given = scores.double().cpu().reshape(2, -1).mean(dim=1).tolist()

@@ -54,7 +54,7 @@ import lvlm_probe as probe
 from lvlm_probe.selection import TokenSelection
 
 BLUR = "blur"
-EQUATION_8 = {"masks": 1, "refine": 0}
+EQUATION_8 = {"preset": "paper", "masks": 1}
 COLUMNS = ("deletion", "insertion", "gain", "pointing", "average_precision")
 
 

@@ -96,6 +96,7 @@ class Entry:
 SETTINGS: dict[str, dict[str, Any]] = {"rise": {"masks": 600}, "greedy": {"regions": 32}}
 
 VARIANTS: dict[str, Entry] = {
+    "igos++ (thorough)": Entry("igos++", {"preset": "thorough"}),
     "igos++ (release)": Entry("igos++", {"preset": "release"}),
     "iia (authors')": Entry("iia", {"variant": "iia2"}),
     GROUND_TRUTH: Entry(None),
