@@ -545,7 +545,14 @@ class Loader:
     asker: type[Asker] = Asker
 
     def __init__(
-        self, pool: Pool, writer: Writer, image_processor: Any, *, seed: int, weights: dict[str, float]
+        self,
+        pool: Pool,
+        writer: Writer,
+        image_processor: Any,
+        *,
+        seed: int,
+        weights: dict[str, float],
+        tokens: int = IMAGE_TOKENS,
     ) -> None:
         self.pool = pool
         self.writer = writer
@@ -556,7 +563,7 @@ class Loader:
         self.order: list[int] = []
         tokenizer = writer.tokenizer
         user, image = (tokenizer.convert_tokens_to_ids(token) for token in ("<user>", "<image>"))
-        self.prefix = [tokenizer.bos_token_id, user] + [image] * IMAGE_TOKENS
+        self.prefix = [tokenizer.bos_token_id, user] + [image] * tokens
 
     def _next(self) -> int:
         if not self.order:
@@ -591,15 +598,16 @@ class Loader:
         shapes: list[np.ndarray] = []
         colours: list[np.ndarray] = []
         kinds: list[list[tuple[str, bool]]] = []
-        length = PREFIX + room
+        start = len(self.prefix)
+        length = start + room
         ids = np.zeros((size, length), dtype=np.int64)
         targets = np.full((size, length), -100, dtype=np.int64)
         opens = np.zeros((size, length), dtype=bool)
         block = np.full((size, length), -1, dtype=np.int64)
         position = np.zeros((size, length), dtype=np.int64)
-        ids[:, :PREFIX] = self.prefix
-        block[:, :PREFIX] = 0
-        position[:, :PREFIX] = np.arange(PREFIX)
+        ids[:, :start] = self.prefix
+        block[:, :start] = 0
+        position[:, :start] = np.arange(start)
         for row in range(size):
             pixels, layout, visibility, labels = self.picture(veiled)
             pictures.append((pixels - self.mean) / self.std)
@@ -608,7 +616,7 @@ class Loader:
             colours.append(colour)
             kinds.append([])
             asked: set[str] = set()
-            at, number = PREFIX, 0
+            at, number = start, 0
             for example in asker.ask(layout, visibility) if room else ():
                 if example.query.question in asked:
                     continue
@@ -621,7 +629,7 @@ class Loader:
                 number += 1
                 ids[row, at:stop], targets[row, at:stop], opens[row, at:stop] = piece_ids, piece_targets, piece_opens
                 block[row, at:stop] = number
-                position[row, at:stop] = np.arange(PREFIX, PREFIX + len(piece_ids))
+                position[row, at:stop] = np.arange(start, start + len(piece_ids))
                 kinds[row].append((example.query.kind, all(example.seen)))
                 at = stop
         return Batch(
@@ -661,6 +669,10 @@ class Net(nn.Module):
         self.llava = model
         self.head = nn.Linear(HIDDEN, 2 + len(sc.SHAPES) + len(sc.COLOURS))
 
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.llava.lm_head
+
     def patches(self, pixels: Tensor) -> Tensor:
         """Output of the vision tower for the patches, ``(b, 64, 128)``."""
         return self.llava.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
@@ -697,14 +709,14 @@ class Net(nn.Module):
 
 
 @torch.no_grad()
-def held_out(net: Net, loader: Loader, *, batches: int, veiled: float, absent: float) -> dict[str, float]:
+def held_out(net: Any, loader: Loader, *, batches: int, veiled: float, absent: float) -> dict[str, float]:
     """Share of answers whose every token is the most probable one, per kind; ``!kind`` for what cannot be seen."""
     net.eval()
     right: dict[str, list[bool]] = {}
     for _ in range(batches):
         batch = loader.batch(32, room=150, veiled=veiled, absent=absent)
         _, states = net(batch)
-        predicted = net.llava.lm_head(states).argmax(-1)
+        predicted = net.lm_head(states).argmax(-1)
         wrong = (predicted != batch.targets) & (batch.targets >= 0)
         for row, kinds in enumerate(batch.kinds):
             for number, (kind, seen) in enumerate(kinds, start=1):
@@ -873,7 +885,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--count-only", action="store_true", help="do stage 4 alone, on the checkpoint that is in --out"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the two towers (needs a C++ compiler)")
-    train(parser.parse_args(arguments))
+    parser.add_argument(
+        "--family", choices=("llava", "cambrian"), default="llava", help="cambrian: see train_cambrian_model.py"
+    )
+    parser.add_argument(
+        "--cambrian-steps", type=int, nargs=3, default=(900, 600, 900), help="steps of the stages of --family cambrian"
+    )
+    options = parser.parse_args(arguments)
+    if options.family == "cambrian":
+        import train_cambrian_model
+
+        train_cambrian_model.train(options)
+    else:
+        train(options)
     return 0
 
 

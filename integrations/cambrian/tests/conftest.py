@@ -1,0 +1,13 @@
+"""Makes the package importable where it is not installed, and registers it as its entry point does."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import lvlm_probe_cambrian
+
+lvlm_probe_cambrian.register()
