@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import lvlm_probe as probe
 from lvlm_probe import demo
 
 
@@ -177,8 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     started = time.time()
-    model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(options.model)
+    model, processor = probe.load(options.model)
     kinds = exact_match(model, processor, n=options.n, seed=options.seed, hard=options.hard)
     llr = llr_figures(
         model, processor, n=options.llr_scenes, seed=options.seed + 1, sigma=options.sigma, hard=options.hard

@@ -104,7 +104,8 @@ def build_model(tokenizer: Any) -> Any:
         table = base.sincos_table()
         towers[0].embeddings.position_embedding.weight.copy_(table)
         towers[2].embeddings.position_embeddings.copy_(torch.cat([torch.zeros(1, HIDDEN), table])[None])
-        for layer in model.model.language_model.layers:
+        decoder: Any = model.model.language_model
+        for layer in decoder.layers:
             if getattr(layer, "sampler", None) is not None:
                 for inner in layer.sampler.layers:
                     inner.proj_out.linear_2.weight.zero_()

@@ -78,10 +78,7 @@ def cases(
 
 
 def _load(directory: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
-    return model.eval(), AutoProcessor.from_pretrained(directory)
+    return probe.load(directory)  # which finds families that plugins bring
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
