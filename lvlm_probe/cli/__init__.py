@@ -1,5 +1,5 @@
 """The command line: ``lvlm-probe demo | record | explain | evaluate | report | methods | families | verify |
-inspect``.
+inspect | plan | import | meter | study``.
 
 Results go to standard output (``--json``: nothing but JSON), progress and notes to standard error. Exit codes:
 
@@ -22,10 +22,15 @@ import typer
 
 from lvlm_probe.cli.demonstration import demo
 from lvlm_probe.cli.explaining import explain
+from lvlm_probe.cli.importing import import_
 from lvlm_probe.cli.inspection import inspect, verify
 from lvlm_probe.cli.listing import methods
+from lvlm_probe.cli.metering import meter
+from lvlm_probe.cli.planning import plan
+from lvlm_probe.cli.readers import datasets, peek
 from lvlm_probe.cli.recording import record
 from lvlm_probe.cli.scoring import evaluate, report
+from lvlm_probe.cli.studying import study_app
 from lvlm_probe.cli.supported import families
 from lvlm_probe.cli.terminal import note
 from lvlm_probe.errors import ProbeError
@@ -60,8 +65,13 @@ def _options(
     """Which image regions made a vision-language model say these words?"""
 
 
-for _command in (demo, record, explain, evaluate, report, methods, families, verify, inspect):
+for _command in (demo, record, explain, evaluate, report, methods, families, verify, inspect, plan):
     app.command(no_args_is_help=_command not in (demo, methods, families))(_command)
+app.command(name="import", no_args_is_help=True)(import_)
+app.command(no_args_is_help=True)(meter)
+app.add_typer(study_app, name="study")
+study_app.command()(datasets)
+study_app.command(no_args_is_help=True)(peek)
 
 
 def main() -> None:

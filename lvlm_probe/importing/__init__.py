@@ -1,0 +1,238 @@
+"""Answers recorded elsewhere (a serving engine, an API) as traces: replayed with teacher forcing on a local model.
+
+::
+
+    result = import_answers("answers.jsonl", model, processor, "runs/imported")
+    result.imported[0].largest_difference     # to the log-probabilities that the engine gave, nats
+
+The traces are those of a recording, so everything that works on one works on them; they say that the answer was not
+generated here. Rows that cannot be taken over are listed in ``rejected.jsonl``, with the reason, and do not stop the
+others. Called again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lvlm_probe.errors import ProbeError, TraceError
+from lvlm_probe.format import RowCapture
+from lvlm_probe.importing.recorder import forced, said_by
+from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, read_rows
+from lvlm_probe.recorder import RecordOptions
+from lvlm_probe.session import Probe, attach
+from lvlm_probe.trace import open_store, write
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["FIELDS", "REJECTED", "Imported", "ImportedAnswer", "import_answers", "said_by"]
+
+REJECTED = "rejected.jsonl"
+"""Beside the traces: ``line``, ``id`` and ``reason`` of every row that was not taken over."""
+
+_MORE_THAN_ROUNDING = 0.1
+"""Mean difference, nats per token, beyond which two engines do not run the same thing in another precision."""
+
+_log = logging.getLogger("lvlm_probe")
+
+
+@dataclass(frozen=True)
+class ImportedAnswer:
+    """One row that has become a trace.
+
+    Attributes:
+        line: of the row in its file.
+        path: of the trace.
+        largest_difference, mean_difference: of the given log-probabilities to those of the replay, over the tokens,
+            absolute, nats; ``None`` where none were given.
+    """
+
+    line: int
+    path: Path
+    largest_difference: float | None
+    mean_difference: float | None
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import has done.
+
+    Attributes:
+        directory: where the traces are.
+        imported: rows that became traces, in the order of the file.
+        present: lines of rows that an earlier call has imported.
+        rejected: line → reason.
+    """
+
+    directory: Path
+    imported: tuple[ImportedAnswer, ...]
+    present: tuple[int, ...]
+    rejected: Mapping[int, str]
+
+
+def import_answers(
+    source: str | os.PathLike[str],
+    model: torch.nn.Module,
+    processor: object,
+    out: str | os.PathLike[str],
+    *,
+    images: str | os.PathLike[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    llr: bool = True,
+    attention: bool = True,
+    baseline: str | Image.Image = "blur",
+    limit: int | None = None,
+    tell: Callable[[int, int], None] | None = None,
+) -> Imported:
+    """Make traces of answers that another engine has given, one per row.
+
+    The answer's tokens are appended to the prompt that this processor makes, and go through this model in one
+    teacher-forced pass (paper, Eq. 1). Of an answer that is given as text, the likeliest of its tokenisations is taken.
+
+    Args:
+        source: a file of JSON lines; ``FIELDS`` has the names that are understood.
+        model: the model that answered, or the one to replay the answers on.
+        processor: its processor.
+        out: directory for the traces; existing ones stay, and rows that are there already are passed over.
+        images: directory that the pictures' paths are relative to; by default the file's own.
+        columns: field → name, for fields of other names.
+        llr: also compute log-likelihood ratios (one more pass per row); ``False`` leaves them for later.
+        attention: record decoder attention from answer tokens to image tokens.
+        baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or a picture.
+        limit: rows to look at, at most.
+        tell: called with (rows done, rows in all).
+
+    Raises:
+        ProbeError: the file cannot be read, the directory cannot be written, or the model cannot be attached to.
+        TraceError: the disk does not take a trace.
+    """
+    source, directory = Path(source), Path(out)
+    rows = list(read_rows(source, columns=columns))[:limit]
+    places = [Path(images)] if images is not None else []
+    places.append(source.parent)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        rejects = (directory / REJECTED).open("w", encoding="utf-8")
+    except OSError as error:
+        raise ProbeError(f"traces cannot be written to {directory}: {error}; name a directory") from error
+    imported: list[ImportedAnswer] = []
+    present: list[int] = []
+    rejected: dict[int, str] = {}
+    with rejects, contextlib.closing(_Importer(model, processor, directory, source.name)) as importer:
+        for number, (line, row) in enumerate(rows, start=1):
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                options = RecordOptions(
+                    llr=llr, attention=attention, boxes=attention, baseline=baseline, question=row.question
+                )
+                made = importer.take(row, places, options)
+                if made is None:
+                    present.append(line)
+                else:
+                    imported.append(made)
+            except TraceError:
+                raise  # the disk takes no more, and would not take the next one either
+            except Exception as error:
+                _log.debug("line %d of %s is not imported", line, source, exc_info=True)
+                reason = str(error) if isinstance(error, BadRow | ProbeError) else f"{type(error).__name__}: {error}"
+                rejected[line] = reason
+                named = row.id if isinstance(row, AnswerRow) else None
+                rejects.write(json.dumps({"line": line, "id": named, "reason": reason}, ensure_ascii=False) + "\n")
+                rejects.flush()
+            if tell is not None:
+                tell(number, len(rows))
+    return Imported(directory, tuple(imported), tuple(present), rejected)
+
+
+class _Importer:
+    """Takes rows over, one by one, on one model."""
+
+    def __init__(self, model: torch.nn.Module, processor: object, directory: Path, name: str) -> None:
+        self._probe: Probe = attach(model, processor)
+        self._directory, self._name = directory, name
+        self._known = dict(_taken(directory))
+        self._seen: dict[str, int] = {}
+
+    def close(self) -> None:
+        self._probe.detach()
+
+    def take(self, row: AnswerRow, places: list[Path], options: RecordOptions) -> ImportedAnswer | None:
+        """The trace of a row, written; ``None`` for one that is there. Raises ``BadRow``, or what stopped it."""
+        description = self._probe._attachment.describe_model()
+        key = _key(row, str(description["fingerprint"]))
+        self._seen[key] = copies = self._seen.get(key, 0) + 1
+        if self._known.get(key, 0) >= copies:
+            return None
+        capture = forced(self._probe, row, row.open_images(places), options)
+        capture.model = description
+        (made,) = capture.rows
+        largest, mean, sentence = _difference(made, row)
+        engine = f", said by {row.engine}" if row.engine else ""
+        made.notes.insert(
+            0,
+            f"the answer was not generated here, but imported from {self._name}, line {row.line}{engine}; its "
+            "log-probabilities come from teacher forcing on this model",
+        )
+        if sentence:
+            made.notes.insert(1, sentence)
+        made.meta["imported"] = {
+            "file": self._name,
+            "line": row.line,
+            "key": key,
+            "id": row.id,
+            "engine": row.engine,
+            "largest_difference": largest,
+            "mean_difference": mean,
+        }
+        return ImportedAnswer(row.line, write(capture, self._directory), largest, mean)
+
+
+def _taken(directory: Path) -> Iterator[tuple[str, int]]:
+    """Key of every row that has a trace in the directory, with how many it has."""
+    counts: dict[str, int] = {}
+    for trace in open_store(directory):
+        with contextlib.suppress(ProbeError):  # a damaged file does not count: its row is imported again
+            found = said_by(trace)
+            if found is not None:
+                counts[str(found.get("key"))] = counts.get(str(found.get("key")), 0) + 1
+    yield from counts.items()
+
+
+def _key(row: AnswerRow, fingerprint: str) -> str:
+    """What tells that a row has been taken over: its content, wherever it stands in the file, and the model."""
+    text = json.dumps(row.content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(f"{fingerprint}:{text}".encode()).hexdigest()[:32]
+
+
+def _difference(made: RowCapture, row: AnswerRow) -> tuple[float | None, float | None, str]:
+    """Largest and mean absolute difference to the given log-probabilities, nats, and a sentence on it."""
+    if row.log_probs is None:
+        return None, None, ""
+    given = np.asarray(row.log_probs, dtype=np.float64)
+    differences = np.abs(given - made.log_probs.astype(np.float64))
+    known = np.flatnonzero(np.isfinite(differences))
+    if not known.size:
+        return None, None, "none of the given log-probabilities is a number that can be compared"
+    step = int(known[differences[known].argmax()])
+    largest, mean = float(differences[step]), float(differences[known].mean())
+    sentence = (
+        f"the given log-probabilities differ from this model's by {largest:.3g} nats at most (token {step}, "
+        f"{made.pieces[step]!r}: {given[step]:.3f} given, {made.log_probs[step]:.3f} here), {mean:.3g} on average"
+    )
+    if known.size < len(given):
+        sentence += f"; {len(given) - known.size} of {len(given)} are not given"
+    if mean > _MORE_THAN_ROUNDING:
+        sentence += "; that is more than rounding: check that model, prompt and picture are the engine's"
+    return largest, mean, sentence

@@ -1,0 +1,231 @@
+"""Answers that were recorded elsewhere, as lines of JSON: what a line holds, and what is wrong with it.
+
+Fields, with the names that serving engines and evaluation scripts use for them:
+
+* ``image`` (``images``, ``image_path``, ``image_file``): a path, a ``data:`` URI, or a list of them;
+* ``question``, or ``prompt``: the text as it was sent, chat template and image placeholders included. A prompt with
+  neither is taken for a question;
+* ``answer`` (``response``, ``output``, ``generated_text``, ``completion``, ``text``): the answer's text;
+* ``token_ids`` (``output_token_ids``, ``answer_token_ids``): the answer's tokens, which then need not be guessed;
+* ``logprobs`` (``log_probs``, ``output_token_logprobs``): natural logarithms, one per token. Plain numbers, or as the
+  engines write them: vLLM's ``[{"4321": {"logprob": -0.1, …}}, …]``, SGLang's ``[[-0.1, 4321, "cat"], …]``, OpenAI's
+  ``{"content": [{"token": "cat", "logprob": -0.1}, …]}``;
+* ``id``, ``engine``: kept with the trace.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm_probe.errors import ProbeError, StudyError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["FIELDS", "AnswerRow", "BadRow", "read_rows"]
+
+FIELDS: dict[str, tuple[str, ...]] = {
+    "image": ("image", "images", "image_path", "image_file"),
+    "question": ("question",),
+    "prompt": ("prompt",),
+    "answer": ("answer", "response", "output", "generated_text", "completion", "text"),
+    "token_ids": ("token_ids", "output_token_ids", "answer_token_ids"),
+    "logprobs": ("logprobs", "log_probs", "output_token_logprobs"),
+    "id": ("id", "question_id", "request_id"),
+    "engine": ("engine", "model_id"),
+}
+"""Field → the names it is looked for under, in this order."""
+
+
+class BadRow(Exception):
+    """A row that cannot be taken over; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """One answer that was recorded elsewhere.
+
+    Attributes:
+        line: its number in the file, from 1.
+        content: the whole object.
+        images: paths or ``data:`` URIs, as they are written there.
+        question: what was asked; ``None`` where there is a prompt.
+        prompt: the text as it was sent.
+        answer: its text; ``None`` where there are token ids alone.
+        token_ids: its tokens; ``None`` where there is text alone.
+        log_probs: natural logarithms, one per token, NaN where one is not given; ``None`` without any.
+        id, engine: what the row says of itself.
+    """
+
+    line: int
+    content: Mapping[str, Any] = field(repr=False)
+    images: tuple[str, ...]
+    question: str | None
+    prompt: str | None
+    answer: str | None
+    token_ids: tuple[int, ...] | None
+    log_probs: tuple[float, ...] | None
+    id: str | None = None
+    engine: str | None = None
+
+    def open_images(self, directories: Sequence[Path]) -> list[Image.Image]:
+        """The pictures, RGB; paths are looked for in ``directories``. Raises ``BadRow``."""
+        return [_open(text, directories) for text in self.images]
+
+
+def read_rows(
+    path: str | Path, *, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[int, AnswerRow | BadRow]]:
+    """The rows of a file of JSON lines, lazily; a line that is none comes as the reason why not.
+
+    Args:
+        path: the file.
+        columns: field → name, for fields of other names than ``FIELDS`` has.
+
+    Raises:
+        StudyError: the file cannot be read, or ``columns`` names no field.
+    """
+    for name in columns or {}:
+        if name not in FIELDS:
+            raise StudyError(f"columns: there is no field {name!r}; the fields are {', '.join(FIELDS)}")
+    names = {**FIELDS, **{name: (column,) for name, column in (columns or {}).items()}}
+    try:
+        with Path(path).open(encoding="utf-8-sig") as lines:
+            for line, text in enumerate(lines, start=1):
+                if text.strip():
+                    yield line, _row(line, text, names)
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} cannot be read: {error}; give a file of JSON lines") from error
+
+
+def _row(line: int, text: str, names: Mapping[str, Sequence[str]]) -> AnswerRow | BadRow:
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise BadRow(f"a row is an object, not {type(content).__name__}")
+        found = {
+            key: next((content[name] for name in known if content.get(name) is not None), None)
+            for key, known in names.items()
+        }
+        return _parsed(line, content, found)
+    except ValueError as error:
+        return BadRow(f"not JSON: {error}")
+    except BadRow as reason:
+        return reason
+
+
+def _parsed(line: int, content: dict[str, Any], found: dict[str, Any]) -> AnswerRow:
+    images = found["image"] if isinstance(found["image"], list) else [found["image"]]
+    if not all(isinstance(item, str) and item for item in images):
+        raise BadRow(
+            f"there is no image: a path, a data: URI or a list of them is needed; the row has {_keys(content)}"
+        )
+    for name in ("question", "prompt", "answer"):
+        if found[name] is not None and not isinstance(found[name], str):
+            raise BadRow(f"the {name} is a text, not {type(found[name]).__name__}")
+    if not (found["question"] or found["prompt"]):
+        raise BadRow(f"there is neither question nor prompt; the row has {_keys(content)}")
+    ids = found["token_ids"]
+    if ids is not None and not (isinstance(ids, list) and ids and all(_is_id(item) for item in ids)):
+        raise BadRow("token_ids is a list of whole numbers, and not an empty one")
+    values, named = _log_probs(found["logprobs"], ids)
+    if ids is not None and named is not None and named != list(ids):
+        raise BadRow("token_ids and the tokens of the log-probabilities differ")
+    ids = named if ids is None else ids
+    if ids is None and not (found["answer"] or "").strip():
+        raise BadRow(f"there is neither an answer nor token_ids; the row has {_keys(content)}")
+    if ids is not None and values is not None and len(values) != len(ids):
+        raise BadRow(f"{len(values)} log-probabilities for {len(ids)} tokens")
+    return AnswerRow(
+        line=line,
+        content=content,
+        images=tuple(images),
+        question=found["question"],
+        prompt=found["prompt"],
+        answer=found["answer"],
+        token_ids=None if ids is None else tuple(ids),
+        log_probs=None if values is None else tuple(values),
+        id=None if found["id"] is None else str(found["id"]),
+        engine=None if found["engine"] is None else str(found["engine"]),
+    )
+
+
+def _log_probs(given: Any, ids: list[int] | None) -> tuple[list[float] | None, list[int] | None]:
+    """Numbers, and token ids where the format has them (SGLang's)."""
+    if isinstance(given, Mapping):  # OpenAI: chat completions, then completions
+        given = given.get("content", given.get("token_logprobs"))
+    if given is None:
+        return None, None
+    if not isinstance(given, list):
+        raise BadRow(f"log-probabilities are a list, not {type(given).__name__}")
+    values: list[float] = []
+    named: list[int] = []
+    for step, entry in enumerate(given):
+        if isinstance(entry, list) and len(entry) >= 2 and _is_id(entry[1]):
+            named.append(entry[1])
+            entry = entry[0]
+        elif isinstance(entry, Mapping):
+            entry = _of_token(entry, step, ids)
+        if entry is not None and (isinstance(entry, bool) or not isinstance(entry, int | float)):
+            raise BadRow(f"log-probability {step} is no number: {str(entry)[:60]}")
+        if entry is not None and entry > 1e-3:
+            raise BadRow(f"log-probability {step} is {entry}, above 0: natural logarithms of probabilities are needed")
+        values.append(math.nan if entry is None else float(entry))
+    return values, named if named and len(named) == len(values) else None
+
+
+def _of_token(entry: Mapping[str, Any], step: int, ids: list[int] | None) -> Any:
+    """The number in one entry of OpenAI's list, or of vLLM's, which has those of the likeliest tokens beside it."""
+    if "logprob" in entry:
+        return entry["logprob"]
+    if ids is None and len(entry) > 1:
+        raise BadRow(f"log-probability {step} is given for {len(entry)} tokens; token_ids must say which was chosen")
+    key = next(iter(entry), None) if ids is None else str(ids[step]) if step < len(ids) else None
+    value = entry.get(str(key))
+    if value is None:
+        raise BadRow(f"log-probability {step} is not given for the token of the answer ({key})")
+    return value["logprob"] if isinstance(value, Mapping) and "logprob" in value else value
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _keys(content: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, content)) or "nothing"
+
+
+def _open(text: str, directories: Sequence[Path]) -> Image.Image:
+    from lvlm_probe.pictures import open_picture
+
+    if text.startswith("data:"):
+        return _from_uri(text)
+    path = Path(text).expanduser()
+    places = [path] if path.is_absolute() else [directory / path for directory in (*directories, Path())]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise BadRow(f"the picture {text} is missing (looked in {', '.join(str(place.parent) for place in places)})")
+    try:
+        return open_picture(found)
+    except ProbeError as error:
+        raise BadRow(str(error)) from error
+
+
+def _from_uri(text: str) -> Image.Image:
+    import base64
+    import io
+
+    from PIL import Image
+
+    head, _, data = text.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError("it is not base64")
+        return Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("RGB")
+    except (ValueError, OSError, Image.DecompressionBombError) as error:
+        raise BadRow(f"the picture in the data: URI cannot be read: {error}") from error

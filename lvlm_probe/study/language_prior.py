@@ -1,0 +1,357 @@
+"""The language-prior meter: which answers came from the picture, and which from habit; no heatmaps.
+
+One extra pass per answer, on the baseline picture, tells: what the model would have said anyway keeps its probability.
+With LLR_t the log-likelihood ratio of token t (paper, Eq. 6) and sums over the T tokens that are not special:
+
+* ``drop`` = 1 − P̃(a)/P(a) = 1 − exp(−Σ LLR_t), P the joint probability of the answer;
+* ``drop_normalised`` = 1 − exp(−Σ LLR_t / T), the same with P the geometric mean over tokens, which does not depend on
+  the answer's length (paper, Table 1, which leaves open which of the two it means);
+* ``share``: of the words, those with LLR > alpha; a word's LLR is the sum over its tokens. Words are what holds a
+  letter or a digit: punctuation does not count;
+* ``mean_llr``: of the same words, nats.
+
+The ``band`` is the paper's division of ``drop`` in Table 1: below 30 % the answer hardly needed the picture
+(``"habit"``), above 70 % it came from it (``"picture"``), between them it is ``"mixed"``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lvlm_probe.errors import ExplainError, ProbeError, StudyError
+from lvlm_probe.importing import said_by
+from lvlm_probe.importing.rows import BadRow, read_rows
+from lvlm_probe.selection import word_llr
+from lvlm_probe.words import Word, group_words
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from lvlm_probe.trace import Trace
+
+__all__ = ["BANDS", "Reading", "Unread", "band_of", "measure", "ranked", "read_answer", "write_csv"]
+
+BANDS = (0.3, 0.7)
+"""Edges of the bands of ``drop``: those of the paper's Table 1."""
+
+THUMBNAIL = 88
+"""Longest side of the picture that a reading keeps, pixels."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the meter says of one answer; the module's docstring defines the numbers.
+
+    Attributes:
+        source: file and line, or file and row, of the answer.
+        id: its name, where it has one.
+        question, answer: as text.
+        pieces: display text of the tokens, special ones empty.
+        words: of the answer, with their tokens.
+        llr: per word, nats.
+        counts: per word, whether it holds a letter or a digit.
+        log_prob, baseline_log_prob: of the whole answer, nats.
+        share, mean_llr, drop, drop_normalised: NaN where nothing can be said.
+        baseline: what the picture was replaced by.
+        elsewhere: the answer was given by another engine than the model that was measured.
+        picture: small, for showing.
+    """
+
+    source: str
+    id: str | None
+    question: str
+    answer: str
+    pieces: tuple[str, ...] = field(repr=False)
+    words: tuple[Word, ...] = field(repr=False)
+    llr: tuple[float, ...] = field(repr=False)
+    counts: tuple[bool, ...] = field(repr=False)
+    alpha: float
+    log_prob: float
+    baseline_log_prob: float
+    share: float
+    mean_llr: float
+    drop: float
+    drop_normalised: float
+    baseline: str = ""
+    elsewhere: bool = False
+    picture: Image.Image | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def band(self) -> Literal["habit", "mixed", "picture", "unknown"]:
+        """Which of the paper's three classes the joint drop falls into."""
+        return band_of(self.drop)
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """The words with LLR > alpha, in order."""
+        chosen = zip(self.words, self.llr, self.counts, strict=True)
+        return tuple(word.text for word, llr, counts in chosen if counts and llr > self.alpha)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """An answer that could not be measured, and why."""
+
+    source: str
+    reason: str
+
+
+def band_of(drop: float) -> Literal["habit", "mixed", "picture", "unknown"]:
+    """The band of a drop; ``"unknown"`` for NaN."""
+    if math.isnan(drop):
+        return "unknown"
+    return "habit" if drop < BANDS[0] else "mixed" if drop <= BANDS[1] else "picture"
+
+
+def read_answer(
+    pieces: Sequence[str],
+    special: Sequence[bool],
+    log_probs: Sequence[float] | np.ndarray,
+    llr: Sequence[float] | np.ndarray,
+    *,
+    alpha: float = 1.0,
+    **facts: Any,
+) -> Reading:
+    """A reading from the numbers of one answer.
+
+    Args:
+        pieces: display text of the tokens, ``(step,)``.
+        special: which are special tokens, ``(step,)``.
+        log_probs: log P(a_t) with the picture, ``(step,)``, nats.
+        llr: log-likelihood ratios, ``(step,)``, nats.
+        alpha: LLR above which a word came from the picture.
+        facts: the further fields of the reading.
+
+    Raises:
+        ExplainError: there is no token but special ones.
+    """
+    ordinary = ~np.asarray(special, dtype=bool)
+    if not ordinary.any():
+        raise ExplainError("the answer has no tokens besides special ones")
+    words = group_words(list(pieces), list(special))
+    ratios = word_llr(words, llr)
+    counts = [any(sign.isalnum() for sign in word.text) for word in words]
+    counted = [ratio for ratio, counts_ in zip(ratios, counts, strict=True) if counts_]
+    total = float(np.asarray(llr, dtype=np.float64)[ordinary].sum())
+    log_prob = float(np.asarray(log_probs, dtype=np.float64)[ordinary].sum())
+    shown = tuple("" if flag else piece for piece, flag in zip(pieces, special, strict=True))
+    return Reading(
+        answer="".join(shown).strip(),
+        pieces=shown,
+        words=tuple(words),
+        llr=tuple(ratios),
+        counts=tuple(counts),
+        alpha=alpha,
+        log_prob=log_prob,
+        baseline_log_prob=log_prob - total,
+        share=float(np.mean([ratio > alpha for ratio in counted])) if counted else math.nan,
+        mean_llr=float(np.mean(counted)) if counted else math.nan,
+        drop=_fall(total),
+        drop_normalised=_fall(total / int(ordinary.sum())),
+        **facts,
+    )
+
+
+def _fall(ratio: float) -> float:
+    """1 − exp(−ratio); −inf where the answer is beyond all numbers likelier without the picture."""
+    try:
+        return -math.expm1(-ratio)
+    except OverflowError:
+        return -math.inf
+
+
+def ranked(readings: Sequence[Reading]) -> list[Reading]:
+    """Habit first: in ascending order of the joint drop; those it is not known of come last."""
+
+    def key(reading: Reading) -> float:
+        ratio = reading.log_prob - reading.baseline_log_prob  # the drop itself rounds to 1 soon
+        return math.inf if math.isnan(ratio) else ratio
+
+    return sorted(readings, key=key)
+
+
+def measure(
+    source: str | os.PathLike[str],
+    model: torch.nn.Module | None = None,
+    processor: object | None = None,
+    *,
+    alpha: float = 1.0,
+    baseline: str | Image.Image | None = None,
+    images: str | os.PathLike[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = None,
+) -> Iterator[Reading | Unread]:
+    """Reads the meter on every answer of a file of JSON lines, or of a directory of traces, lazily.
+
+    A line of JSON costs a pass with the picture and one with the baseline; a trace costs none if it holds its
+    log-likelihood ratios, else the one with the baseline.
+
+    Args:
+        source: a file as ``import_answers`` takes it, or a directory or file of traces.
+        model: the model; of traces that hold their ratios none is needed.
+        processor: its processor.
+        alpha: LLR above which a word came from the picture.
+        baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or a picture. Given for traces, it is measured
+            again; ``None`` takes what a trace was recorded with, else a full blur. It is not strengthened.
+        images, columns: as for ``import_answers``.
+        limit: answers to look at, at most.
+
+    Raises:
+        StudyError: a file of answers without a model; the file cannot be read.
+        TraceError: there is no such directory.
+    """
+    path = Path(source)
+    if path.is_dir() or path.suffix == ".h5":
+        return _of_traces(path, model, processor, alpha=alpha, baseline=baseline, limit=limit)
+    if model is None or processor is None:
+        raise StudyError(f"{path} holds answers, which have to go through a model: give the model and its processor")
+    places = [Path(images)] if images is not None else []
+    return _of_rows(
+        path, model, processor, alpha=alpha, baseline=baseline or "blur", places=[*places, path.parent],
+        columns=columns, limit=limit,
+    )  # fmt: skip
+
+
+def _of_rows(
+    path: Path, model: torch.nn.Module, processor: object, *, alpha: float, baseline: str | Image.Image,
+    places: Sequence[Path], columns: Mapping[str, str] | None, limit: int | None,
+) -> Iterator[Reading | Unread]:  # fmt: skip
+    from lvlm_probe.importing.recorder import forced
+    from lvlm_probe.player import Replay
+    from lvlm_probe.recorded_path import LiveTrace
+    from lvlm_probe.recorder import RecordOptions
+    from lvlm_probe.session import attach
+
+    with attach(model, processor) as probe:
+        for number, (line, row) in enumerate(read_rows(path, columns=columns)):
+            if limit is not None and number >= limit:
+                return
+            where = f"{path.name}, line {line}"
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                pictures = row.open_images(places)
+                options = RecordOptions(llr=False, attention=False, boxes=False, question=row.question or row.prompt)
+                (made,) = forced(probe, row, pictures, options).rows
+                player = Replay(LiveTrace(made, pictures), model, processor, check_pixels=False)
+                if baseline != "blur":  # which is what a replay starts with
+                    player.set_baseline(baseline)
+                ratios = made.log_probs - player.baseline_log_probs.numpy()
+                yield read_answer(
+                    made.pieces, made.special.tolist(), made.log_probs, ratios, alpha=alpha, source=where, id=row.id,
+                    question=made.question or "", baseline=_named(player.baseline), elsewhere=True,
+                    picture=_small(pictures[0]),
+                )  # fmt: skip
+            except Exception as error:
+                yield Unread(where, _reason(error))
+
+
+def _of_traces(
+    path: Path, model: torch.nn.Module | None, processor: object | None, *, alpha: float,
+    baseline: str | Image.Image | None, limit: int | None,
+) -> Iterator[Reading | Unread]:  # fmt: skip
+    from lvlm_probe.trace import open_store
+
+    for number, trace in enumerate(open_store(path)):
+        if limit is not None and number >= limit:
+            return
+        where = trace.path.name
+        try:
+            where += f", row {trace.row}" if trace.rows > 1 else ""
+            ratios, used = _ratios(trace, model, processor, baseline)
+            imported = said_by(trace)
+            yield read_answer(
+                trace.tokens, trace.special.tolist(), trace.log_probs, ratios, alpha=alpha, source=where,
+                id=None if imported is None else imported.get("id"), question=trace.question or "", baseline=used,
+                elsewhere=imported is not None, picture=_picture(trace),
+            )  # fmt: skip
+        except Exception as error:
+            yield Unread(where, _reason(error))
+
+
+def _ratios(
+    trace: Trace, model: torch.nn.Module | None, processor: object | None, baseline: str | Image.Image | None
+) -> tuple[np.ndarray, str]:
+    """LLR per token, and what the baseline was."""
+    from lvlm_probe.player import replay
+
+    if baseline is None and trace.llr is not None:
+        return trace.llr, _named(trace.baseline or {})
+    if model is None:
+        what = "another baseline than it was recorded with" if trace.llr is not None else "its log-likelihood ratios"
+        raise StudyError(f"{what} cost one more pass: give the model")
+    player = replay(trace, model, processor)
+    if baseline is not None:
+        player.set_baseline(baseline)
+    return trace.log_probs - player.baseline_log_probs.numpy(), _named(player.baseline)
+
+
+def _named(baseline: Mapping[str, Any]) -> str:
+    kind = str(baseline.get("kind") or "unknown")
+    if baseline.get("limit"):
+        return f"{kind}, down to the {baseline['limit']}"
+    strength = baseline.get("strength")
+    return f"{kind} {strength:g}" if isinstance(strength, int | float) else kind
+
+
+def _picture(trace: Trace) -> Image.Image | None:
+    with contextlib.suppress(ProbeError, OSError):
+        return _small(trace.image)
+    return None
+
+
+def _small(image: Image.Image) -> Image.Image:
+    small = image.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return small
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ProbeError | BadRow) else f"{type(error).__name__}: {error}"
+
+
+COLUMNS = (
+    "rank", "source", "id", "question", "answer", "band", "drop", "drop_normalised", "share", "mean_llr", "words",
+    "words_from_picture", "log_prob", "baseline_log_prob", "baseline", "elsewhere", "reason",
+)  # fmt: skip
+"""Columns of the csv: fields of ``Reading``; ``words`` is their number, ``reason`` why an answer is not measured."""
+
+
+def write_csv(readings: Sequence[Reading], path: str | os.PathLike[str], *, unread: Sequence[Unread] = ()) -> Path:
+    """Writes readings, in the order given, and below them what could not be measured, as csv.
+
+    Raises:
+        StudyError: the file cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, restval="")
+            writer.writeheader()
+            for rank, reading in enumerate(readings, start=1):
+                record = {name: getattr(reading, name) for name in COLUMNS if hasattr(reading, name)}
+                numbers = {key: f"{value:.6g}" for key, value in record.items() if isinstance(value, float)}
+                seen = "; ".join(reading.seen)
+                words = {"rank": rank, "words": sum(reading.counts), "words_from_picture": seen}
+                writer.writerow({**record, **numbers, **words, "elsewhere": int(reading.elsewhere)})
+            for one in unread:
+                writer.writerow({"source": one.source, "reason": one.reason})
+        os.replace(part, path)
+    except OSError as error:
+        raise StudyError(f"{path} cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
+    return path
