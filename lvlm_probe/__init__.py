@@ -41,13 +41,16 @@ if TYPE_CHECKING:
         ReplayError,
         ReportError,
         SelectionError,
+        StudyError,
         TraceError,
     )
     from lvlm_probe.explainers import explain, register_explainer
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.images import ImagePath
+    from lvlm_probe.importing import import_answers
     from lvlm_probe.loading import load
     from lvlm_probe.metrics import Score, evaluate
+    from lvlm_probe.planning import Plan, plan
     from lvlm_probe.player import Replay, replay
     from lvlm_probe.report.comparison import compare
     from lvlm_probe.selection import TokenSelection, select_tokens
@@ -64,6 +67,7 @@ __all__ = [
     "MaskError",
     "ModelMismatch",
     "OutOfMemory",
+    "Plan",
     "PluginError",
     "PointNotFound",
     "Probe",
@@ -76,6 +80,7 @@ __all__ = [
     "ReportError",
     "Score",
     "SelectionError",
+    "StudyError",
     "TokenSelection",
     "Trace",
     "TraceError",
@@ -87,9 +92,11 @@ __all__ = [
     "demo",
     "evaluate",
     "explain",
+    "import_answers",
     "load",
     "open_store",
     "open_trace",
+    "plan",
     "register_explainer",
     "replay",
     "report",
@@ -103,9 +110,12 @@ _HOMES = {
     "compare": "report.comparison",
     "Heatmap": "heatmap",
     "ImagePath": "images",
+    "import_answers": "importing",
     "load": "loading",
     "Score": "metrics",
     "evaluate": "metrics",
+    "Plan": "planning",
+    "plan": "planning",
     "Replay": "player",
     "replay": "player",
     "Verification": "verification",

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["AttentionLayer", "Captured", "capture"]
 
 _BLOCK_NUMBERS = 2**24
-"""Numbers of one block of attention weights (64 MiB in float32)."""
+"""Numbers of one block of attention weights, at most (64 MiB in float32)."""
+_BLOCK_ROWS = 128
+"""Rows of one block, at most: with a fixed number of them a block grows with the sequence, not with its square."""
 
 
 class AttentionLayer:
@@ -80,7 +82,7 @@ class AttentionLayer:
 
     def blocks(self) -> Iterator[Tensor]:
         """Row indices ``(row,)`` in blocks whose weights fit comfortably into memory, in order."""
-        rows = max(1, _BLOCK_NUMBERS // max(1, self.batch * self.heads * self.keys))
+        rows = max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // max(1, self.batch * self.heads * self.keys)))
         yield from torch.arange(self.queries, device=self._query.device).split(rows)
 
     def weights(self, rows: Tensor) -> Tensor:
@@ -241,6 +243,7 @@ def capture(
             f"no attention of the {' or '.join(attention)} of {type(model).__name__} can be read: {reasons}"
         )
     undo: weakref.finalize | None = None
+    recompute, replay._recompute = replay._recompute, None
     with HookSet() as hooks:
         try:
             hooks.forward_pre(model, seen.begin, name="capture", fenced=False)
@@ -251,5 +254,6 @@ def capture(
                 undo = lead(tapped, seen, model_class=type(model).__name__)
             yield seen
         finally:
+            replay._recompute = recompute
             if undo is not None:
                 undo()

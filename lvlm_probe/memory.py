@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-__all__ = ["masks_that_fit", "saved_bytes"]
+__all__ = ["available", "masks_that_fit", "saved_bytes"]
 
 # Beyond this many pictures per pass nothing gets faster; on CPUs large activations fall out of the caches and it gets
 # slower.
@@ -48,11 +48,12 @@ def masks_that_fit(bytes_per_mask: int, device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         budget = free // 2
     else:
-        budget = min(int(0.3 * _available()), _CPU_BYTES)
+        budget = min(int(0.3 * available()), _CPU_BYTES)
     return max(1, min(_MOST, budget // max(1, bytes_per_mask)))
 
 
-def _available() -> int:
+def available() -> int:
+    """Bytes of main memory that can be had without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:

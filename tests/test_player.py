@@ -10,8 +10,9 @@ from PIL import Image
 
 import lvlm_probe as probe
 from lvlm_probe import memory, player
-from lvlm_probe.forcing import TeacherForcing, checkpointed, frozen
+from lvlm_probe.forcing import TeacherForcing
 from lvlm_probe.images import BLUR_LADDER
+from lvlm_probe.isolation import checkpointed, frozen
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (90, 60)) -> Image.Image:
@@ -260,11 +261,11 @@ def test_out_of_memory_halves_and_goes_on(llava, monkeypatch):
     original = TeacherForcing.log_probs
     tried = []
 
-    def narrow(self, pixel_inputs, *, batch, checkpoint=False):
+    def narrow(self, pixel_inputs, *, batch, **settings):
         tried.append(batch)
         if batch > limit:
             raise torch.OutOfMemoryError("injected")
-        return original(self, pixel_inputs, batch=batch, checkpoint=checkpoint)
+        return original(self, pixel_inputs, batch=batch, **settings)
 
     monkeypatch.setattr(TeacherForcing, "log_probs", narrow)
     limit = 3
@@ -273,7 +274,7 @@ def test_out_of_memory_halves_and_goes_on(llava, monkeypatch):
         assert torch.allclose(replay.log_probs(masks), expected, atol=1e-5)
     assert tried == [6, 3, 3]
     limit = 0
-    with pytest.raises(probe.OutOfMemory, match="gradient_checkpointing"):
+    with pytest.raises(probe.OutOfMemory, match="even with gradient checkpointing"):
         replay.log_probs(masks[:1])
 
 

@@ -141,9 +141,9 @@ def test_a_plugin_that_looks_into_the_registry_while_loading_does_not_recurse(in
 
 def test_explain_finds_a_plugin_method_by_itself(install: Install) -> None:
     install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
-    from lvlm_probe.explainers import _resolve
+    from lvlm_probe.explainers import resolve
 
-    assert _resolve("from_plugin").__module__ == "good_plugin"
+    assert resolve("from_plugin").__module__ == "good_plugin"
 
 
 def test_the_template_plugin_really_installs_and_explains(tmp_path: Path) -> None:

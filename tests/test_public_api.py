@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 SURFACE = {
     "attach", "demo", "evaluate", "explain", "load", "open_store", "open_trace", "replay", "report", "select_tokens",
     "Heatmap", "ImagePath", "Probe", "Recording", "Replay", "Score", "TokenSelection", "Trace", "TraceStore",
-    "Verification", "verify", "causal", "compare", "register_explainer",
+    "Verification", "verify", "causal", "compare", "register_explainer", "plan", "Plan", "import_answers",
 }  # fmt: skip
 
 
@@ -109,15 +109,19 @@ def test_typed_package() -> None:
 
 LEVELS = [
     {"errors", "words", "hooks", "family_table", "wrappers"},
-    {"format", "geometry", "memory", "plugins"},
+    {"format", "geometry", "memory", "exhaustion", "plugins", "adapters", "originals", "isolation"},
     {"images", "trace", "anatomy", "pictures", "identity", "decoding", "attention"},
     {
         "player", "forcing", "layout", "points", "watch", "loading", "chunks", "recorded_path", "capture", "rewording",
         "places", "token_places", "encoder_tokens", "hidden",
     },
-    {"selection", "heatmap"},
+    {"selection", "heatmap", "planning"},
     {"explainers", "metrics", "verification", "causal", "_nnsight"},
-    {"recorder", "session", "report", "demo", "logprobs", "masking", "prompt_pictures", "row_inputs"},
+    {
+        "recorder", "session", "report", "demo", "logprobs", "masking", "prompt_pictures", "row_inputs", "prompting",
+        "importing",
+    },
+    {"study"},
     {"cli"},
 ]  # fmt: skip
 """The road, bottom first; a module may import from its own level and below. """

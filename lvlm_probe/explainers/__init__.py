@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from lvlm_probe import planning
 from lvlm_probe.errors import ExplainError, MaskError
 from lvlm_probe.explainers import registry
+from lvlm_probe.explainers.costs import cost_of
 from lvlm_probe.explainers.recorded import RecordedAnswer
 from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, find, needs_of, register
 from lvlm_probe.heatmap import Heatmap
@@ -50,6 +52,8 @@ def explain(
     seed: int = 0,
     strengthen: bool = True,
     progress: Progress | None = None,
+    memory: int | str | None = None,
+    measure_memory: bool = False,
     **params: Any,
 ) -> Heatmap:
     """Explains why a recorded answer says what it says: which regions of the picture made the selected tokens likely.
@@ -65,6 +69,11 @@ def explain(
         strengthen: Blur the baseline harder while the selected tokens keep 5 % of probability on it (paper, A.1). The
             replay keeps the stronger baseline, so that later scores refer to the same one.
         progress: Called with (done, total).
+        memory: What may be used, weights included: bytes or a size such as ``"24GB"``. By default what the device has
+            free. How many masks go through at once, and whether layers are checkpointed, is planned with it
+            (``lvlm_probe.plan``) before any work, and again whenever memory runs out.
+        measure_memory: Note the peak that was reached beside the one that was planned, in
+            ``provenance["memory"]``. On CUDA it is noted anyway; on the CPU it takes time on small models.
         params: Parameters of the method.
 
     Returns:
@@ -72,9 +81,10 @@ def explain(
 
     Raises:
         ExplainError: Unknown method or parameter, or the method cannot run here.
+        OutOfMemory: Not even one mask fits; the message says what it would take.
         SelectionError: The answer does not contain the words or span.
     """
-    function = _resolve(method)
+    function = resolve(method)
     check_parameters(method, function, params)
     live = not isinstance(replay, Trace)
     if isinstance(replay, Trace):
@@ -91,12 +101,17 @@ def explain(
     selection = _selection(replay, tokens)
     started = time.perf_counter()
     before = (replay.passes.forward, replay.passes.backward)
+    used: dict[str, Any] = {}
     if not selection:
         outcome = Outcome(None, params, reason=f"nothing to explain: {selection.reason}")
     else:
         if strengthen and live:
             replay.strengthen(selection.decided)
-        outcome = function(Problem(replay, selection, image, seed, progress, live), **params)
+        problem = Problem(replay, selection, image, seed, progress, live)
+        planned = _planned(problem, method, params, memory, measure_memory)
+        with planning.applied(replay, planned, method=method, measure=measure_memory) as watch:
+            outcome = function(problem, **params)
+        used = watch.record() if live else {}
     values = outcome.values
     if values is not None and (values.ndim != 2 or not bool(((values >= 0) & (values <= 1)).all())):
         raise ExplainError(
@@ -115,6 +130,8 @@ def explain(
         "device": str(replay.device),
         "versions": _versions(),
     }
+    if used:
+        provenance["memory"] = used
     if outcome.diagnostics:
         provenance["diagnostics"] = _json_ready(outcome.diagnostics)
     return Heatmap(
@@ -130,6 +147,27 @@ def explain(
         reason=outcome.reason,
         trace=getattr(replay, "trace", None),
     )
+
+
+def _planned(
+    problem: Problem, method: str, params: dict[str, Any], memory: int | str | None, measure: bool
+) -> planning.Plan | None:
+    """How to run a method. Unasked, only those that send several masks at once: there is nothing to choose for others,
+    and the probe would take as long as they do."""
+    replay = problem.replay
+    if not isinstance(replay, Replay):
+        return None
+    asked = memory is not None or measure
+    cost = cost_of(method, problem, params)
+    if not asked and (replay._micro_batch is not None or not cost.splits or max(cost.groups, default=1) < 2):
+        return None
+    try:
+        return planning.plan_for(replay, method, params, memory=memory, image=problem.image)
+    except Exception as error:
+        if memory is not None:
+            raise
+        _log.debug("no plan for %s: %s", method, error)  # it runs without one, and says what is wrong itself
+        return None
 
 
 def methods() -> list[str]:
@@ -160,7 +198,8 @@ def _selection(replay: Replay, tokens: Tokens | None) -> TokenSelection:
     raise ExplainError(f"tokens is a word, several words, a span (start, stop) or a selection; got {tokens!r}")
 
 
-def _resolve(method: str) -> Callable[..., Outcome]:
+def resolve(method: str) -> Callable[..., Outcome]:
+    """The explainer of a name, those of installed plugins included. Raises ``ExplainError`` for an unknown one."""
     # Plugins are looked for only when a name is not our own: importing them may take long.
     if method not in registry.names():
         methods()

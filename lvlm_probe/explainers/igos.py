@@ -195,6 +195,7 @@ class _Optimisation:
                 image=self.problem.image,
                 noise=self.settings.noise,
                 generator=self.problem.generator(iteration),
+                steps=self.problem.selection.indices,
             )
             scores, slopes = scores.to(signs), slopes.to(masks)
             if not (scores.isfinite().all() and slopes.isfinite().all()):
@@ -259,6 +260,7 @@ class _Optimisation:
                 image=self.problem.image,
                 noise=self.settings.noise,
                 generator=self.problem.generator(iteration),
+                steps=self.problem.selection.indices,
             )
             scores = (signs * self.problem.score(log_probs).to(signs)).sum() / self.settings.ig_steps
             return float(scores + torch.stack(list(self.terms(state, iteration).values())).sum())

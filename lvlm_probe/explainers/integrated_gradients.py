@@ -73,7 +73,8 @@ def integrated_gradients(
     attribution = mean_slope(problem, shape, *nodes(steps, rule), batch=batch, method="integrated_gradients")
     with torch.no_grad():
         ends = torch.stack([torch.ones(shape), torch.zeros(shape)]).to(problem.replay.device)
-        whole, nothing = problem.score(problem.replay.log_probs(ends, image=problem.image)).double().tolist()
+        log_probs = problem.replay.log_probs(ends, image=problem.image, steps=problem.selection.indices)
+        whole, nothing = problem.score(log_probs).double().tolist()
     total, change = float(attribution.sum()), whole - nothing
     diagnostics = {
         "change": change,
@@ -105,7 +106,9 @@ def mean_slope(
         part = slice(start, start + batch)
         alpha = torch.tensor(points[part], device=problem.replay.device, dtype=torch.float32)
         masks = alpha[:, None, None].expand(-1, *shape).contiguous()
-        scores, slopes = problem.replay.score_and_grad(masks, problem.score, image=problem.image)
+        scores, slopes = problem.replay.score_and_grad(
+            masks, problem.score, image=problem.image, steps=problem.selection.indices
+        )
         require_finite(method, problem, scores, slopes)
         share = torch.tensor(weights[part], dtype=torch.float64)
         total += torch.einsum("b,brc->rc", share, slopes.double().cpu())

@@ -81,7 +81,7 @@ def occlusion(
     problem.advance(0, len(masks))
     for start in range(0, len(masks), batch):
         part = masks[start : start + batch].to(problem.replay.device)
-        log_probs = problem.replay.log_probs(part, image=problem.image)
+        log_probs = problem.replay.log_probs(part, image=problem.image, steps=problem.selection.indices)
         scores.append(score_of(problem, log_probs, score).double().cpu())
         problem.advance(start + len(part), len(masks))
     f = torch.cat(scores)

@@ -106,6 +106,7 @@ def refine_order(
                 masks.detach().to(problem.replay.device),
                 lambda log_probs: score_of(problem, log_probs, "prob"),
                 image=problem.image,
+                steps=problem.selection.indices,
             )
             pull = (sign[:, None, None] * slopes.to(masks) * masks).sum() / len(levels)
             (gradient,) = torch.autograd.grad(pull, leaf)

@@ -87,7 +87,7 @@ def rise(
     problem.advance(0, masks)
     for part in parts:
         pictures = drawn.masks(part, shape).to(problem.replay.device)
-        log_probs = problem.replay.log_probs(pictures, image=problem.image)
+        log_probs = problem.replay.log_probs(pictures, image=problem.image, steps=problem.selection.indices)
         scores.append(score_of(problem, log_probs, score).double().cpu())
         problem.advance(part.stop, masks)
     f = torch.cat(scores)

@@ -1,0 +1,192 @@
+"""How much memory a piece of work takes: the most bytes of tensors alive at once, above those alive before it.
+
+On CUDA the allocator keeps that count itself. On the CPU torch's profiler reports every allocation and release in
+order, in-operator scratch included, and their running sum is the count; what numpy and other libraries allocate is not
+in it. That costs some microseconds per operator, so on the CPU it is done for short probes, and on request.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lvlm_probe.errors import ProbeError
+
+__all__ = ["Meter", "Reading", "Span", "parse_bytes", "show_bytes", "weight_bytes"]
+
+_SPAN = "lvlm_probe.span"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A marked part of the work: bytes alive when it began, and the most alive during it."""
+
+    before: int
+    peak: int
+
+
+@dataclass
+class Reading:
+    """What a piece of work took, bytes above what was alive before.
+
+    Attributes:
+        peak: Most bytes alive at once, of the whole work.
+        outside: The same, without its marked spans.
+        spans: The marked spans in order.
+        seconds: Time it took, the metering included.
+    """
+
+    peak: int = 0
+    outside: int = 0
+    spans: list[Span] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Meter:
+    """Meters tensors on one device::
+
+        meter = Meter(device)
+        with meter.running():
+            first()
+            with meter.span():
+                second()
+        meter.reading.peak, meter.reading.spans[0].peak
+
+    One meter runs once, and one at a time; on the CPU not inside another profiler.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reading = Reading()
+        self._before = 0
+
+    @contextmanager
+    def running(self) -> Iterator[Meter]:
+        """Meters what runs in the block; the reading is complete when it ends, also by an error."""
+        started = time.perf_counter()
+        try:
+            with self._on_cuda() if self.device.type == "cuda" else self._on_cpu():
+                yield self
+        finally:
+            self.reading.seconds = time.perf_counter() - started
+
+    @contextmanager
+    def span(self) -> Iterator[None]:
+        """Marks a part of the work."""
+        if self.device.type == "cuda":
+            self._flush()
+            before = torch.cuda.memory_allocated(self.device) - self._before
+            try:
+                yield
+            finally:
+                peak = torch.cuda.max_memory_allocated(self.device) - self._before
+                self.reading.spans.append(Span(before, peak))
+                self.reading.peak = max(self.reading.peak, peak)
+                torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with torch.profiler.record_function(_SPAN):
+                yield
+
+    @contextmanager
+    def _on_cuda(self) -> Iterator[None]:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._before = torch.cuda.memory_allocated(self.device)
+        try:
+            yield
+        finally:
+            torch.cuda.synchronize(self.device)
+            self._flush()
+
+    def _flush(self) -> None:
+        """The peak since the last span ended belongs to what is outside of spans."""
+        peak = torch.cuda.max_memory_allocated(self.device) - self._before
+        self.reading.outside = max(self.reading.outside, peak)
+        self.reading.peak = max(self.reading.peak, peak)
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    @contextmanager
+    def _on_cpu(self) -> Iterator[None]:
+        # The recorder that gives plain events in order; the newer one writes to standard error.
+        from torch._C import _profiler
+        from torch.autograd import _disable_profiler_legacy, _enable_profiler_legacy
+
+        settings = _profiler.ProfilerConfig(
+            _profiler.ProfilerState.CPU, False, True, False, False, False, _profiler._ExperimentalConfig()
+        )
+        _enable_profiler_legacy(settings)
+        try:
+            yield
+        finally:
+            threads = _disable_profiler_legacy()
+            self.reading = _replayed(threads)
+
+
+def _replayed(threads: list[list[Any]]) -> Reading:
+    """Peaks from the events of every thread; threads besides the first add to what its spans do not cover."""
+    reading = Reading()
+    for events in threads:
+        current = peak = outside = 0
+        depth = marked = 0
+        before = inside = 0
+        for event in events:
+            kind = event.kind()
+            if kind == "push":
+                depth += 1
+                if event.name() == _SPAN and not marked:
+                    marked, before, inside = depth, current, current
+            elif kind == "pop":
+                if marked == depth:
+                    reading.spans.append(Span(before, inside))
+                    marked = 0
+                depth -= 1
+            elif kind == "memory_alloc":
+                current += event.cpu_memory_usage()
+                peak = max(peak, current)
+                if marked:
+                    inside = max(inside, current)
+                else:
+                    outside = max(outside, current)
+        reading.peak += peak
+        reading.outside += outside
+    return reading
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers, each storage once; those that are offloaded included."""
+    counted: dict[Any, int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        size = tensor.numel() * tensor.element_size()
+        if tensor.device.type == "meta":
+            counted[id(tensor)] = size
+        else:
+            counted[tensor.untyped_storage().data_ptr()] = max(tensor.untyped_storage().nbytes(), 0)
+    return sum(counted.values())
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of ``"24GB"`` (10⁹), ``"24GiB"`` (2³⁰), ``"512M"``, or a number. Raises ``ProbeError`` for all else."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if found is None or float(found[1]) <= 0:
+        raise ProbeError(f"memory is a number of bytes or a size such as '24GB' or '512MiB'; got {size!r}")
+    unit = found[2].upper()
+    factor = 1024 ** "KMGT".index(unit) * 1024 if found[3] and unit else _UNITS[unit]
+    return int(float(found[1]) * factor)
+
+
+def show_bytes(count: float) -> str:
+    """Bytes for people: ``"1.53 GB"``."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= 0.9995 * factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count:.0f} B"
