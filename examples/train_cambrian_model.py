@@ -47,6 +47,15 @@ CLIP_TOWER = 1
 TOWERS = 4
 LEFT_OUT = 0.25
 """How often the features of a tower are left out."""
+TRAINED = (
+    f"model.model.vision_towers.{CLIP_TOWER}.",
+    "model.model.language_model.embed_tokens.",
+    "model.model.language_model.layers.",
+    "model.model.language_model.norm.",
+    "model.lm_head.",
+)
+PACE = 0.2
+"""What has been trained before learns at this share of the rate: at the full rate it would forget."""
 
 
 def build_model(tokenizer: Any) -> Any:
@@ -150,13 +159,13 @@ class Net(nn.Module):
 
     def token_loss(self, batch: base.Batch, teacher: Callable[[Tensor], Tensor]) -> Tensor:
         """Mean squared distance of image tokens, newlines left aside, to a teacher's of the same pictures, in units of
-        the teacher's variance."""
+        what varies in those from picture to picture."""
         named = {f"pixel_values_{tower}": part for tower, part in enumerate(self.pixels(batch))}
         sizes = torch.full((len(batch.pixels), 2), sc_side())
         tokens = torch.stack(self.model.model.get_image_features(**named, image_sizes=sizes).tokens)
         tokens = tokens.unflatten(1, (GRID, GRID + 1))[:, :, :-1].flatten(1, 2)
         wanted = teacher(batch.pixels)
-        return F.mse_loss(tokens, wanted) / wanted.var()
+        return F.mse_loss(tokens, wanted) / (wanted - wanted.mean(dim=0)).var()
 
     @property
     def lm_head(self) -> nn.Module:
@@ -247,12 +256,12 @@ def train(options: argparse.Namespace) -> None:
         return tokens
 
     def patches(step: int, steps: int) -> tuple[Tensor, dict[str, Any]]:
-        loss, right = net.patch_loss(source.batch(32), (0, 2, 3))
+        loss, right = net.patch_loss(source.batch(16), (0, 2, 3))
         return loss, {"patch_accuracy": [round(value, 3) for value in right]}
 
     def tokens(step: int, steps: int) -> tuple[Tensor, dict[str, Any]]:
         with net.thinned():
-            return net.token_loss(source.batch(32, veiled=0.3), teacher), {}
+            return net.token_loss(source.batch(16, veiled=0.3), teacher), {}
 
     def answers(step: int, steps: int) -> tuple[Tensor, dict[str, Any]]:
         share = 0.20 + 0.25 * min(1.0, step / (0.5 * steps))
@@ -262,10 +271,17 @@ def train(options: argparse.Namespace) -> None:
 
     def run(stage: int, steps: int, peak: float, trained: list[tuple[str, nn.Parameter]], draw: Any) -> None:
         optimise = base.optimiser(trained)
+        for group in list(optimise.param_groups):
+            ids = {id(p) for n, p in trained if trained_before(n)}
+            slow = [p for p in group["params"] if id(p) in ids]
+            group["params"] = [p for p in group["params"] if id(p) not in ids]
+            group["pace"] = 1.0
+            if slow:
+                optimise.add_param_group({**group, "params": slow, "pace": PACE})
         total = 0.0
         for step in range(steps):
             for group in optimise.param_groups:
-                group["lr"] = base.schedule(step, steps, peak, floor=0.02)
+                group["lr"] = group["pace"] * base.schedule(step, steps, peak, floor=0.02)
             loss, found = draw(step, steps)
             optimise.zero_grad(set_to_none=True)
             loss.backward()
@@ -285,13 +301,17 @@ def train(options: argparse.Namespace) -> None:
 
     named = list(net.named_parameters())
     fresh = tuple(f"model.model.vision_towers.{tower}." for tower in (0, 2, 3))
-    decoder = ("model.model.language_model.", "model.lm_head.", "heads.")
     n1, n2, n3 = (max(2, int(n * options.scale)) for n in options.cambrian_steps)
     run(1, n1, 2e-3, [(n, p) for n, p in named if n.startswith((*fresh, "heads."))], patches)
-    run(2, n2, 2e-3, [(n, p) for n, p in named if not n.startswith(decoder)], tokens)
-    run(3, n3, 8e-4, [(n, p) for n, p in named if not n.startswith("heads.")], answers)
+    run(2, n2, 2e-3, [(n, p) for n, p in named if not (trained_before(n) or n.startswith("heads."))], tokens)
+    run(3, n3, 1e-3, [(n, p) for n, p in named if not n.startswith("heads.")], answers)
     save(model, processor, options.out)
     base.log(stage="done", out=str(options.out), **clock.read())
+
+
+def trained_before(name: str) -> bool:
+    """Whether a parameter is the demo model's; the aggregator inside the decoder's layers is not."""
+    return name.startswith(TRAINED) and ".sampler." not in name
 
 
 def parts_of(trained: list[tuple[str, nn.Parameter]]) -> list[list[nn.Parameter]]:
