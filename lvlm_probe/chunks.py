@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,40 +13,33 @@ if TYPE_CHECKING:
 __all__ = ["Chunked", "noise_like", "noise_seeds"]
 
 
+Run = Callable[[torch.Tensor, slice], torch.Tensor]
+"""Log-probabilities of a micro-batch of masks, given it and its place among all."""
+
+
 class Chunked(torch.autograd.Function):
     """More masks than fit at once, differentiable: each micro-batch is run again in backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        masks: torch.Tensor,
-        player: Replay,
-        image: int | None,
-        noise: float,
-        seeds: torch.Tensor,
-        mode: Literal["fast", "exact"],
-        size: int,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(masks, seeds)
-        ctx.player, ctx.image, ctx.noise, ctx.mode, ctx.size = player, image, noise, mode, size
-        return player._in_chunks(
-            masks, size, lambda chunk, part: player._forward(chunk, image, noise, seeds[part], mode)
-        )
+    def forward(ctx: Any, masks: torch.Tensor, player: Replay, run: Run, size: int) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(masks)
+        ctx.player, ctx.run, ctx.size = player, run, size
+        return player._in_chunks(masks, size, run)
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        masks, seeds = ctx.saved_tensors
+        (masks,) = ctx.saved_tensors
         player: Replay = ctx.player
 
         def one(chunk: torch.Tensor, part: slice) -> torch.Tensor:
             leaf = chunk.detach().requires_grad_(True)
             with torch.enable_grad():
-                result = player._forward(leaf, ctx.image, ctx.noise, seeds[part], ctx.mode)
+                result = ctx.run(leaf, part)
             (gradient,) = torch.autograd.grad(result, leaf, upstream[part])
             player.passes.backward += len(chunk)
             return gradient
 
-        return (player._in_chunks(masks, ctx.size, one), *[None] * 6)
+        return (player._in_chunks(masks, ctx.size, one), None, None, None)
 
 
 def noise_seeds(count: int, noise: float, generator: torch.Generator | None) -> torch.Tensor:

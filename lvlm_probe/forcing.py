@@ -2,160 +2,50 @@
 
 The answer's token t is predicted by the logits at position ``P + t - 1`` of the sequence ``prompt + answer[:-1]``
 (P prompt tokens, t from 0), so one forward pass serves all steps and only those T positions go through the LM head.
+
+A caller that wants only some of the answer's tokens says so by a ``Shortcut``; then the tokens after the last of them
+are left out, only their positions go through the LM head, and what comes before the picture may be read from a cache.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 import torch
 
 from lvlm_probe.errors import ReplayError
+from lvlm_probe.exhaustion import ran_out
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.isolation import checkpointed, even_gradients, frozen, own_pass
 from lvlm_probe.wrappers import execution_device, uncompiled
 
-__all__ = ["OWN_PASS", "TeacherForcing", "apart", "checkpointed", "frozen", "input_device", "list_inputs"]
-
-OWN_PASS: ContextVar[bool] = ContextVar("lvlm_probe_own_pass", default=False)
-"""True while a teacher-forced pass of ours runs, so that a mask on the user's own calls leaves it alone."""
-
-# State that generate() leaves on a module for its own next call (M-RoPE offsets); a pass of ours must not disturb it.
-_GENERATION_STATE = ("rope_deltas",)
+__all__ = ["Shortcut", "TeacherForcing", "apart", "input_device", "list_inputs"]
 
 
-@contextmanager
-def frozen(model: torch.nn.Module) -> Iterator[None]:
-    """Run ``model`` without side effects: eval mode, weights without gradients, generation state kept.
+@dataclass(frozen=True)
+class Shortcut:
+    """What a pass leaves out because it cannot change the log-probabilities that are wanted.
 
-    Everything is put back on exit, also after an exception. Weights without ``requires_grad`` matter for memory too:
-    autograd then saves nothing that only a weight gradient would need.
+    Attributes:
+        steps: The answer's tokens that are wanted, ascending.
+        start: How many positions at the beginning of the prompt are not fed but read from ``past``.
+        past: The model's own cache of them, one row; it is copied for every pass.
+        position_ids: Of all positions of the whole sequence, ``(..., 1, position)``, where the model cannot number what
+            follows ``past`` by itself.
+        narrow: Path of a module after the last mixing of positions (the last layer's MLP), which is run at the wanted
+            positions only.
     """
-    training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    state = [
-        (module, name, vars(module)[name])
-        for module in model.modules()
-        for name in _GENERATION_STATE
-        if name in vars(module)
-    ]
-    try:
-        for module in training:
-            module.training = False
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        for module, name, _ in state:
-            setattr(module, name, None)
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module, name, value in state:
-            setattr(module, name, value)
 
-
-@contextmanager
-def checkpointed(model: torch.nn.Module, *, enabled: bool = True) -> Iterator[int]:
-    """Gradient checkpointing in eval mode, on exactly the layers that support it.
-
-    transformers checkpoints a layer only in training mode, which would switch on its dropout. Here each layer's
-    ``forward`` is run by ``torch.utils.checkpoint`` as it is, so that the gradient stays the same to the last bit.
-
-    Yields:
-        the number of layers that will be recomputed.
-
-    Raises:
-        ReplayError: no layer supports it.
-    """
-    if not enabled:
-        yield 0
-        return
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ReplayError(
-            f"gradient checkpointing is not supported by any layer of {type(model).__name__}; replay without "
-            f"gradient_checkpointing"
-        )
-    saved = [(layer, vars(layer).get("forward")) for layer in layers]
-    try:
-        for layer in layers:
-            # Through __dict__, where accelerate may have put a forward of its own, which then is what runs again.
-            vars(layer)["forward"] = _recomputing(layer, layer.forward)
-        yield len(layers)
-    finally:
-        for layer, own in saved:
-            if own is None:
-                vars(layer).pop("forward", None)
-            else:
-                vars(layer)["forward"] = own
-
-
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
-
-
-def _recomputing(layer: torch.nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-    """``original``, run once more in backward instead of keeping what it computed on the way."""
-    from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-
-    # Stopped half-way, accelerate would never put away again the weights it has brought for the recomputation.
-    whole = any(weight.is_meta for weight in layer.parameters())
-
-    # Frozen in the recomputation too: it runs in backward(), when the model's own flags are back in place.
-    def again(*args: Any, **kwargs: Any) -> Any:
-        with frozen(layer), uncompiled(layer):
-            return original(*args, **kwargs)
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not getattr(layer, "_can_checkpoint_with_cache", False):  # else its keys would enter a cache twice
-            kwargs.update({name: None for name in _CACHES if kwargs.get(name) is not None})
-        with set_checkpoint_early_stop(not whole):
-            return checkpoint(again, *args, use_reentrant=False, **kwargs)
-
-    return forward
-
-
-@contextmanager
-def _own_pass() -> Iterator[None]:
-    before = OWN_PASS.set(True)
-    try:
-        yield
-    finally:
-        OWN_PASS.reset(before)
-
-
-@contextmanager
-def _even_gradients(model: torch.nn.Module) -> Iterator[None]:
-    """Batch norms are handed contiguous gradients.
-
-    torch 2.13 differentiates them wrongly on the CPU where one picture's gradient arrives permuted, as it does in a
-    tower whose feature map is flattened into tokens (tests/test_forcing_layouts.py).
-    """
-    with HookSet() as hooks:
-        for module in model.modules() if torch.is_grad_enabled() else ():
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                hooks.forward(module, lambda _m, _a, _k, output: _Even.apply(output), name="batch norm", fenced=False)
-        yield
-
-
-class _Even(torch.autograd.Function):
-    """The same tensor; its gradient contiguous."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return gradient.contiguous()
+    steps: tuple[int, ...]
+    start: int = 0
+    past: Any = None
+    position_ids: torch.Tensor | None = None
+    narrow: str | None = None
 
 
 class TeacherForcing:
@@ -208,6 +98,8 @@ class TeacherForcing:
         for name, value in (sequence_inputs or {}).items():
             if name not in self._sequence:
                 self._sequence[name] = _extend(name, value, width, answer_token_type).to(self.device)
+        # Those that go on over the answer, and end where it is cut.
+        self._answering = frozenset(self._sequence) if decoder_input_ids is None else frozenset({"decoder_input_ids"})
         for name, value in (apart_inputs or {}).items():
             self._sequence.setdefault(name, value.to(self.device))
         self._other = dict(other_inputs or {})
@@ -217,7 +109,12 @@ class TeacherForcing:
         self._takes_use_cache = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def log_probs(
-        self, pixel_inputs: Mapping[str, torch.Tensor], *, batch: int, checkpoint: bool = False
+        self,
+        pixel_inputs: Mapping[str, torch.Tensor],
+        *,
+        batch: int,
+        checkpoint: bool = False,
+        shortcut: Shortcut | None = None,
     ) -> torch.Tensor:
         """Log-probabilities of the answer's tokens for ``batch`` pictures.
 
@@ -225,61 +122,122 @@ class TeacherForcing:
             pixel_inputs: the image inputs of ``batch`` copies of the prompt, concatenated along their first axis.
             batch: number of copies.
             checkpoint: recompute layers in backward instead of keeping their activations.
+            shortcut: only its ``steps`` are wanted; ``None`` is all of them, by the plain pass.
 
         Returns:
             ``(batch, step)`` float32 (float64 on a float64 model), natural log; differentiable in ``pixel_inputs`` when
-            gradients are enabled.
+            gradients are enabled. With a ``shortcut`` the steps are those of ``shortcut.steps``.
             Paper, Eq. 1.
         """
-        inputs: dict[str, Any] = {name: value.expand(batch, *value.shape[1:]) for name, value in self._sequence.items()}
+        steps = shortcut.steps if shortcut is not None else tuple(range(self.steps))
+        inputs: dict[str, Any] = {
+            name: value.expand(batch, *value.shape[1:]) for name, value in self._text(shortcut).items()
+        }
         inputs.update(self._other)
         inputs.update({name: _to(value, self.device) for name, value in pixel_inputs.items()})
         inputs.update({name: inputs[name].tolist() for name in self._lists & inputs.keys()})
         if self._takes_use_cache:
             inputs["use_cache"] = False
+        if shortcut is not None and shortcut.start:
+            past = copy.deepcopy(shortcut.past)
+            past.batch_repeat_interleave(batch)
+            inputs |= {"past_key_values": past, "use_cache": True}
+            if (places := shortcut.position_ids) is not None:
+                fed = places[..., shortcut.start : self.stop(steps)]
+                inputs["position_ids"] = fed.expand(*fed.shape[:-2], batch, fed.shape[-1])
         with (
-            _own_pass(),
+            own_pass(),
             uncompiled(self.model),
             frozen(self.model),
             checkpointed(self.model, enabled=checkpoint),
-            _even_gradients(self.model),
-            self._last_positions_only() as extra,
+            even_gradients(self.model),
+            self._wanted_positions_only(steps, shortcut) as extra,
         ):
             try:
                 logits = self.model(**inputs, **extra, return_dict=True).logits
             except (ValueError, RuntimeError, IndexError) as error:
-                if not self._said_image or isinstance(error, torch.OutOfMemoryError):
+                if not self._said_image or ran_out(error):
                     raise
                 raise ReplayError(
                     f"the answer holds the image token itself, to which {type(self.model).__name__} looks for another "
                     f"picture, so this answer cannot be replayed ({error})"
                 ) from error
-        logits = logits[:, -self.steps :]
+        span = steps[-1] - steps[0] + 1
+        if logits.shape[1] != len(steps):  # else the head was given no other positions
+            logits = logits[:, -span:]
+            if logits.shape[1] == span != len(steps):
+                logits = logits[:, [step - steps[0] for step in steps]]
         if logits.dtype != torch.float64:
             logits = logits.float()
-        if logits.shape[0] != batch or logits.shape[1] != self.steps:
+        if logits.shape[0] != batch or logits.shape[1] != len(steps):
             raise ReplayError(
                 f"{type(self.model).__name__} returned logits of shape {tuple(logits.shape)} for {batch} pictures and "
-                f"{self.steps} answer tokens; its forward edits the sequence, so this answer cannot be replayed"
+                f"{len(steps)} answer tokens; its forward edits the sequence, so this answer cannot be replayed"
             )
-        picked = logits.gather(-1, self._targets.to(logits.device)[None, :, None].expand(batch, -1, 1)).squeeze(-1)
+        targets = self._targets[list(steps)].to(logits.device)
+        picked = logits.gather(-1, targets[None, :, None].expand(batch, -1, 1)).squeeze(-1)
         return picked - logits.logsumexp(dim=-1)
 
+    def stop(self, steps: Sequence[int]) -> int:
+        """How many positions of the sequence it takes to predict ``steps``."""
+        return self.length - self.steps + steps[-1] + 1
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the inputs beside pixels."""
+        return frozenset(self._sequence) | frozenset(self._other)
+
+    def past(self, length: int, *, position_ids: torch.Tensor | None = None) -> Any:
+        """The model's own cache of the first ``length`` positions, which hold no picture; without gradients.
+
+        Raises:
+            Exception: whatever the model says where it cannot be asked that.
+        """
+        inputs: dict[str, Any] = {name: value[:, :length] for name, value in self._sequence.items()}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids[..., :length]
+        with torch.no_grad(), own_pass(), uncompiled(self.model), frozen(self.model):
+            keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+            return self.model(**inputs, **keep, use_cache=True, return_dict=True).past_key_values
+
+    def _text(self, shortcut: Shortcut | None) -> dict[str, torch.Tensor]:
+        """Inputs beside the picture, one row, up to the last position that is wanted."""
+        if shortcut is None:
+            return self._sequence
+        stop, start = self.stop(shortcut.steps), shortcut.start
+        return {
+            # The mask tells of what is in the cache too.
+            name: value[:, 0 if name == "attention_mask" else start : stop] if name in self._answering else value
+            for name, value in self._sequence.items()
+        }
+
     @contextmanager
-    def _last_positions_only(self) -> Iterator[dict[str, int]]:
-        """Only answer positions through the LM head: by ``logits_to_keep``, or by trimming what the head is given."""
+    def _wanted_positions_only(self, steps: Sequence[int], shortcut: Shortcut | None) -> Iterator[dict[str, int]]:
+        """Only wanted positions through the LM head: by ``logits_to_keep``, and by trimming what the head is given."""
         hub: Any = self.model
         head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
-        if self._keeps_logits or head is None:
-            yield {"logits_to_keep": self.steps} if self._keeps_logits else {}
-            return
+        span = steps[-1] - steps[0] + 1
+        extra = {"logits_to_keep": span} if self._keeps_logits else {}
+        back = torch.tensor([step - steps[-1] - 1 for step in steps])  # counted from the end, which all of them share
 
-        def trim(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-            return (args[0][:, -self.steps :], *args[1:]), kwargs
+        def trim(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            states = args[0]
+            if len(steps) == span:
+                return (states[:, -span:], *args[1:]), kwargs
+            return (states.index_select(1, back.to(states.device) + states.shape[1]), *args[1:]), kwargs
+
+        def narrowed(original: Callable[..., Any], states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            rows = back.to(states.device) + states.shape[1]
+            some = original(states.index_select(1, rows), *args, **kwargs)
+            whole = some.new_zeros(*states.shape[:2], *some.shape[2:])
+            return whole.index_copy(1, rows, some)
 
         with HookSet() as hooks:
-            hooks.forward_pre(head, trim, name="last positions", fenced=False)
-            yield {}
+            if head is not None and not (self._keeps_logits and len(steps) == span):
+                hooks.forward_pre(head, trim, name="wanted positions", fenced=False)
+            if shortcut is not None and shortcut.narrow:
+                hooks.shadow(self.model.get_submodule(shortcut.narrow), "forward", narrowed)
+            yield extra
 
 
 def list_inputs(model: torch.nn.Module) -> frozenset[str]:

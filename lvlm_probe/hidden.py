@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_probe.errors import ExplainError, ReplayError
-from lvlm_probe.forcing import frozen, input_device
+from lvlm_probe.forcing import input_device
+from lvlm_probe.isolation import frozen
 
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay

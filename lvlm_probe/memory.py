@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-__all__ = ["available", "masks_that_fit", "saved_bytes"]
+__all__ = ["CPU_BYTES", "available", "masks_that_fit", "saved_bytes"]
 
-# Beyond this many pictures per pass nothing gets faster; on CPUs large activations fall out of the caches and it gets
-# slower.
+# Beyond this many pictures per pass nothing gets faster.
 _MOST = 64
-_CPU_BYTES = 3 << 30
+
+CPU_BYTES = 1 << 30
+"""Bytes that one micro-batch may keep for its backward pass on a CPU: larger ones are no faster (matrix products are as
+fast from some hundred rows on, and activations fall out of the caches)."""
 
 
 def saved_bytes(run: Callable[[], object], *, besides: Iterable[torch.Tensor] = ()) -> int:
@@ -42,13 +44,13 @@ def masks_that_fit(bytes_per_mask: int, device: torch.device) -> int:
     """How many masks to send through at once, at least 1.
 
     Half of the free memory of an accelerator is used (its allocator fragments); on the CPU 30 % of what is available,
-    3 GiB at most.
+    1 GiB at most.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         budget = free // 2
     else:
-        budget = min(int(0.3 * available()), _CPU_BYTES)
+        budget = min(int(0.3 * available()), CPU_BYTES)
     return max(1, min(_MOST, budget // max(1, bytes_per_mask)))
 
 
@@ -64,4 +66,4 @@ def available() -> int:
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
-        return _CPU_BYTES
+        return CPU_BYTES

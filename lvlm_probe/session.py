@@ -19,11 +19,11 @@ import torch
 
 from lvlm_probe.anatomy import Anatomy, examine
 from lvlm_probe.errors import AttachError, ImageError, MaskError, ProbeError
-from lvlm_probe.forcing import OWN_PASS
 from lvlm_probe.format import Capture
 from lvlm_probe.hooks import HookSet, caution, shadow_of
 from lvlm_probe.identity import describe_model
 from lvlm_probe.images.processor import OWN_CALL, named_outputs
+from lvlm_probe.isolation import OWN_PASS
 from lvlm_probe.masking import Masking
 from lvlm_probe.originals import called_model, probed_model
 from lvlm_probe.prompt_pictures import NotRecorded

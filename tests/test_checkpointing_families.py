@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import lvlm_probe as probe
-from lvlm_probe.forcing import checkpointed, frozen
+from lvlm_probe.isolation import checkpointed, frozen
 
 
 def opt() -> Any:

@@ -6,14 +6,16 @@ import csv
 import io
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_cli import run, succeed
 
-from lvlm_probe.errors import StudyError
+from lvlm_probe.errors import ProbeError, StudyError
 from lvlm_probe.study.datasets import Sample, open_dataset, readers
 from lvlm_probe.study.relaxing import (
     inline_choices,
@@ -22,6 +24,7 @@ from lvlm_probe.study.relaxing import (
     strip_instructions,
     true_choice,
 )
+from lvlm_probe.study.spec import read_study
 
 
 def picture(colour: tuple[int, int, int] = (200, 10, 10), size: tuple[int, int] = (12, 8)) -> Image.Image:
@@ -310,3 +313,51 @@ def test_stripping() -> None:
         "Closed", "Closed", "Closed", "Open", "Closed",
     ]  # fmt: skip
     assert true_choice("A cat", choices) == "A cat"
+
+
+def test_only_whole_sentences_are_instructions() -> None:
+    for question in (
+        "What did he choose as his word of the day?",
+        "Whom should the boy answer directly?",
+        "Is the reply one of joy?",
+    ):
+        assert strip_instructions(question) == question
+    hint = "Hint: Please answer with one of the following letters.\nQuestion: Which is it?"
+    assert strip_instructions(hint) == "Question: Which is it?"
+
+
+def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ProbeError, match=r"pip install 'lvlm-probe\[study\]'"):
+        list(open_dataset("mmstar", str(tmp_path)))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"question": "q", "image": "x.png"}))
+    assert next(open_dataset("table", str(tmp_path / "b.jsonl"))).question == "q"  # needs no library
+
+
+def test_a_data_set_in_a_study_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"ask": "Which?", "file": "a.png"}))
+    text = (
+        "models: {m: demo}\nmethods: {center: {}}\n"
+        f"datasets:\n  mine: {{reader: table, source: {tmp_path / 'mine.jsonl'}, options: "
+        "{columns: {question: ask, image: file}}}\n"
+    )
+    (tmp_path / "study.yaml").write_text(text)
+    spec = read_study(tmp_path / "study.yaml").datasets["mine"]
+    (sample,) = open_dataset(spec.reader, spec.source, **spec.options)
+    assert sample.question == "Which?"
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    listed = succeed("study", "datasets").out
+    assert "mmvp" in listed and "Questions.csv" in listed
+    assert set(succeed("study", "datasets", "--json").json) >= {"cv-bench", "hallusion-bench"}
+    row = {"index": 7, "question": "Which?\nOptions: A: x, B: y", "image": "none.png", "answer": "B", "category": "c"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    result = succeed("study", "peek", "mmstar", tmp_path / "a.jsonl", "--open-ended")
+    assert "Options" not in result.out and "x, y" in result.out and "none.png is missing" in result.out
+    (first, second) = succeed("study", "peek", "demo", "eval", "--limit", "2", "--param", "start=4", "--json").json
+    assert (first["id"], second["id"], first["image"]) == ("4", "5", "336 x 336")
+    assert first["annotations"] == ["region (336 x 336)"]
+    wrong = run("study", "peek", "mmvp", tmp_path)
+    assert wrong.code == 2 and "Traceback" not in wrong.err

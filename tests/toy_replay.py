@@ -90,6 +90,7 @@ class ToyReplay:
         generator: torch.Generator | None = None,
         mode: str = "fast",
         micro_batch: int | None = None,
+        steps: Sequence[int] | None = None,
     ) -> torch.Tensor:
         if mask is None:
             mask = torch.ones(1, *self.weights.shape[1:])
@@ -103,7 +104,12 @@ class ToyReplay:
             jitter = torch.randn(len(mask), 1, generator=generator, dtype=torch.float64)
             share = share + 0.01 * noise * jitter * (share - share.detach() + 1)
         probability = self.base_probability + (self.probability - self.base_probability) * share
-        return (self.gain * probability.clamp(min=1e-12).log()).float()
+        log_probs = (self.gain * probability.clamp(min=1e-12).log()).float()
+        if steps is None:
+            return log_probs
+        wanted = torch.zeros(len(self.weights), dtype=torch.bool)
+        wanted[list(steps)] = True
+        return log_probs.where(wanted, torch.nan)  # as a replay does: who reads what was not asked for will see
 
     def score_and_grad(
         self,
@@ -113,10 +119,11 @@ class ToyReplay:
         image: int | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
+        steps: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = mask.detach().requires_grad_(True)
         with torch.enable_grad():
-            scores = score(self.log_probs(leaf, image=image, noise=noise, generator=generator))
+            scores = score(self.log_probs(leaf, image=image, noise=noise, generator=generator, steps=steps))
             (gradient,) = torch.autograd.grad(scores.sum(), leaf)
         self.passes.backward += len(mask)
         return scores.detach(), gradient

@@ -15,6 +15,13 @@ change the score; counted in, they would make both areas look better the more a 
 numbers published with the paper, its rule with its two flaws: right end points only, so that a perfectly linear curve
 gives 0.494 for deletion and 0.510 for insertion on 32 × 32 cells, and deletion counts the last chunk of cells as if it
 scored 1. Its x-axis is the share of *all* cells.
+
+**Sampling.** ``"full"`` scores every point, which is the protocol. ``"adaptive"`` starts with a few and halves the
+intervals in which the area may still change, until at most ``tolerance`` of either (normalised) area is open. Where
+a curve is monotone between the points that were scored, what is left out lies between its neighbours' values, and the
+full curve's area is within ``error_bound``: half of width times difference, summed over the intervals (the width less
+its outer cell, a trapezoid either way). No sample excludes a rise and fall between two points: for curves that turn the
+figure is an estimate, and ``turns`` says how far the scored points did. Points left out are interpolated.
 """
 
 from __future__ import annotations
@@ -35,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Curves",
+    "MaskScores",
+    "Sampling",
     "area",
     "curve_masks",
     "curves",
@@ -46,10 +55,13 @@ __all__ = [
 ]
 
 ScoreKind = Literal["prob", "log"]
+Sampling = Literal["full", "adaptive"]
 
 TIES_THAT_MATTER = 0.05
 TIE_ORDERS = 3
 _MASK_NUMBERS_AT_ONCE = 2**24
+_FIRST_INTERVALS = 8
+"""Intervals an adaptive curve starts with: even, so that a turn of some width is met."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,11 @@ class Curves:
         tie_share: Share of seen cells that have the value of another seen cell.
         tie_orders: How many random orders of tied cells were averaged.
         original_probability, baseline_probability: Mean probability of the decided tokens at the two ends.
+        pictures: How many different pictures were scored.
+        error_bound: How far the areas under the normalised deletion and insertion curve may be from the full curves';
+            0 where every point was scored. A bound for curves that are monotone between scored points.
+        turns: How far the normalised curves go the wrong way, up in deletion and down in insertion, summed over the
+            scored points; 0 for monotone ones.
     """
 
     fractions: np.ndarray
@@ -73,6 +90,40 @@ class Curves:
     tie_orders: int
     original_probability: float
     baseline_probability: float
+    pictures: int = 0
+    error_bound: tuple[float, float] = (0.0, 0.0)
+    turns: tuple[float, float] = (0.0, 0.0)
+
+
+class MaskScores:
+    """Log-probabilities of the tokens ``indices`` under masks of zeros and ones; each different mask is scored once.
+
+    Args:
+        replay, indices, image, mode: As for ``curves``.
+    """
+
+    def __init__(self, replay: Replay, indices: Sequence[int], *, image: int, mode: Literal["fast", "exact"]) -> None:
+        self._replay, self._indices, self._image, self._mode = replay, list(indices), image, mode
+        self._known: dict[bytes, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        """Different masks scored so far."""
+        return len(self._known)
+
+    def __call__(self, masks: torch.Tensor) -> torch.Tensor:
+        """``(batch, row, col)`` → ``(batch, token)`` float64 on the CPU, nats."""
+        keys = [np.packbits(mask.numpy() > 0.5).tobytes() for mask in masks]
+        new = {key: place for place, key in reversed(list(enumerate(keys))) if key not in self._known}
+        if new:
+            places = sorted(new.values())
+            with torch.no_grad():
+                log_probs = self._replay.log_probs(
+                    masks[places].to(self._replay.device), image=self._image, mode=self._mode, steps=self._indices
+                )
+            self._known.update(
+                zip((keys[place] for place in places), log_probs[:, self._indices].double().cpu(), strict=True)
+            )
+        return torch.stack([self._known[key] for key in keys])
 
 
 def rank(values: np.ndarray, seen: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -123,6 +174,9 @@ def curves(
     mode: Literal["fast", "exact"] = "fast",
     seed: int = 0,
     tie_orders: int | None = None,
+    sampling: Sampling = "full",
+    tolerance: float = 0.01,
+    scores: MaskScores | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Curves:
     """Scores the tokens ``indices`` along the deletion and the insertion curve of ``values``.
@@ -134,7 +188,9 @@ def curves(
         steps: Points besides the origin.
         counts: Cells at each point instead of ``steps``, over all cells.
         tie_orders: Random orders of tied cells to average; by default 3 where more than 5 % of cells are tied, else 1.
-        progress: Called with (done, total) pictures.
+        sampling, tolerance: See the module.
+        scores: Masks scored already, on the same replay, tokens, picture and mode.
+        progress: Called with (done, total) pictures; with adaptive sampling the total is what may still be needed.
     """
     shape = (values.shape[0], values.shape[1])
     ranked = int(seen.sum())
@@ -146,39 +202,110 @@ def curves(
     orders = tie_orders if tie_orders is not None else (TIE_ORDERS if shared > TIES_THAT_MATTER else 1)
     generator = np.random.default_rng(seed)
     chosen = list(indices)
-
-    def run(masks: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return replay.log_probs(masks.to(replay.device), image=image, mode=mode)[:, chosen].double().cpu()
-
-    ends = run(torch.stack([torch.ones(shape), torch.zeros(shape)]))
+    known = scores if scores is not None else MaskScores(replay, chosen, image=image, mode=mode)
+    before = len(known)
+    ends = known(torch.stack([torch.ones(shape), torch.zeros(shape)]))
     total, done = 2 + orders * 2 * (len(points) - 2), 2
     at_once = max(1, _MASK_NUMBERS_AT_ONCE // values.size)
-    inner = points[1:-1]
-    sums = np.zeros((2, len(points)))
-    # Rows are deletion and insertion: one starts from the whole picture and ends at the baseline, the other back.
-    sums[:, 0], sums[:, -1] = orders * _score(ends, score), orders * _score(ends.flip(0), score)
-    for _ in range(orders):
-        order = rank(values, seen, generator)
-        for row, insert in enumerate((False, True)):
-            for start in range(0, len(inner), at_once):
-                part = slice(start, start + at_once)
-                masks = curve_masks(order, inner[part], shape, insert=insert)
-                sums[row, 1:-1][part] += _score(run(masks), score)
-                done += len(masks)
-                if progress is not None:
-                    progress(done, total)
+    both = _score(ends, score)
+    # Rows are deletion and insertion, one pair per order: from the whole picture to the baseline, and back.
+    drawn = [
+        _Curve(rank(values, seen, generator), points, insert=insert, ends=both[::-1] if insert else both)
+        for _ in range(orders)
+        for insert in (False, True)
+    ]
+    adaptive = sampling == "adaptive"
+    fractions = points / (values.size if over_all else ranked)
+    span = abs(float(both[0] - both[1]))
+    while True:
+        wanted = [
+            (curve, point)
+            for curve in drawn
+            for point in (curve.next_points(fractions, tolerance * span) if adaptive else curve.missing())
+        ]
+        if not wanted or (adaptive and span < 1e-9):
+            break
+        for start in range(0, len(wanted), at_once):
+            part = wanted[start : start + at_once]
+            masks = torch.cat([
+                curve_masks(curve.order, points[[point]], shape, insert=curve.insert) for curve, point in part
+            ])  # fmt: skip
+            for (curve, point), value in zip(part, _score(known(masks), score), strict=True):
+                curve.values[point] = value
+            done += len(part)
+            if progress is not None:
+                progress(done, total)
     probability = ends[:, [chosen.index(step) for step in (decided or chosen)]].exp().mean(dim=1)
+    rows = [[curve for curve in drawn if curve.insert is insert] for insert in (False, True)]
+    deletion, insertion = (np.mean([curve.filled(fractions) for curve in row], axis=0) for row in rows)
+    bounds = [float(np.mean([curve.open(fractions).sum() for curve in row])) for row in rows]
+    sign = 1.0 if both[0] >= both[1] else -1.0
+    turns = [float(np.mean([curve.turns(sign if curve.insert else -sign) for curve in row])) for row in rows]
     return Curves(
-        fractions=points / (values.size if over_all else ranked),
-        deletion=sums[0] / orders,
-        insertion=sums[1] / orders,
+        fractions=fractions,
+        deletion=deletion,
+        insertion=insertion,
         counts=points,
         tie_share=shared,
         tie_orders=orders,
         original_probability=float(probability[0]),
         baseline_probability=float(probability[1]),
+        pictures=len(known) - before,
+        error_bound=(bounds[0] / span, bounds[1] / span) if span >= 1e-9 else (0.0, 0.0),
+        turns=(turns[0] / span, turns[1] / span) if span >= 1e-9 else (0.0, 0.0),
     )
+
+
+class _Curve:
+    """One curve along one order of the cells, as far as it is scored; NaN where it is not."""
+
+    def __init__(self, order: np.ndarray, points: np.ndarray, *, insert: bool, ends: np.ndarray) -> None:
+        self.order, self.insert = order, insert
+        self.values = np.full(len(points), np.nan)
+        self.values[0], self.values[-1] = ends
+
+    def missing(self) -> list[int]:
+        return np.flatnonzero(np.isnan(self.values)).tolist()
+
+    def filled(self, fractions: np.ndarray) -> np.ndarray:
+        """All values, those between scored points interpolated."""
+        known = ~np.isnan(self.values)
+        return np.asarray(np.interp(fractions, fractions[known], self.values[known]))
+
+    def open(self, fractions: np.ndarray) -> np.ndarray:
+        """What each interval between scored points may change the area by, if the curve is monotone in it.
+
+        The points left out all lie at one end's value at worst; the outermost cell next to the other end is a trapezoid
+        either way, so it does not count.
+        """
+        known = np.flatnonzero(~np.isnan(self.values))
+        left, right = known[:-1], known[1:]
+        outer = np.minimum(fractions[left + 1] - fractions[left], fractions[right] - fractions[right - 1])
+        width = np.where(right - left > 1, fractions[right] - fractions[left] - outer, 0.0)
+        return np.asarray(width * np.abs(self.values[right] - self.values[left]) / 2)
+
+    def next_points(self, fractions: np.ndarray, tolerance: float) -> list[int]:
+        """Points that halve the intervals which are open by most, until what the others leave open is half of
+        ``tolerance``; none when all together leave no more than that open."""
+        known = np.flatnonzero(~np.isnan(self.values))
+        if len(known) == 2:
+            even = np.rint(np.linspace(0, len(self.values) - 1, _FIRST_INTERVALS + 1)).astype(int)
+            return [point for point in np.unique(even).tolist() if np.isnan(self.values[point])]
+        left_open = self.open(fractions)
+        if left_open.sum() <= tolerance:
+            return []
+        rest, halves = float(left_open.sum()), []
+        for interval in np.argsort(-left_open, kind="stable"):
+            if rest <= tolerance / 2 or left_open[interval] == 0:
+                break
+            rest -= float(left_open[interval])
+            halves.append(int(known[interval] + known[interval + 1]) // 2)
+        return halves
+
+    def turns(self, sign: float) -> float:
+        """How far the scored points go against the direction ``sign`` (1 is up), in all."""
+        steps = sign * np.diff(self.values[~np.isnan(self.values)])
+        return float(-steps[steps < 0].sum())
 
 
 def normalise(curve: np.ndarray, *, original: float, baseline: float) -> np.ndarray:

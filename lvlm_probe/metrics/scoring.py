@@ -20,6 +20,9 @@ from PIL import Image
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import Heatmap, resample
 from lvlm_probe.metrics.deletion_insertion import (
+    Curves,
+    MaskScores,
+    Sampling,
     ScoreKind,
     area,
     curves,
@@ -53,7 +56,9 @@ class Score:
             passed, and whether the explanation was made against this very baseline (``None``: nobody can tell).
         verdict: Whether to trust the heatmap, with reasons.
         random_gains: Insertion − deletion of random heatmaps, when ``chance`` asked for them.
-        params: How it was scored (score, auc, steps, grid, mode, seed, tie_orders, held_out).
+        params: How it was scored (score, auc, steps, grid, mode, seed, tie_orders, held_out); with adaptive sampling
+            also the pictures it took, the error bound of both areas and how far their curves turn (see
+            ``deletion_insertion``).
         provenance: Trace id, method and tokens of the heatmap.
     """
 
@@ -117,6 +122,8 @@ def evaluate(
     chance: int = 0,
     tie_orders: int | None = None,
     seed: int = 0,
+    sampling: Sampling = "full",
+    tolerance: float = 0.01,
     progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Scores a heatmap by deletion and insertion on the tokens it explains, as ``deletion_insertion`` defines them.
@@ -136,6 +143,9 @@ def evaluate(
         chance: Also score this many random heatmaps on the same grid; the verdict then demands to beat them.
         tie_orders: Random orders of tied cells to average; by default 3 where more than 5 % of cells are tied.
         seed: Of tie-breaking and random heatmaps.
+        sampling: ``"full"`` scores every point of the curves; ``"adaptive"`` as few as keep each area within
+            ``tolerance`` of the full curve's, for curves that do not turn; ``params`` then has the error bound.
+        tolerance: Largest error bound of an area under adaptive sampling.
         progress: Called with (done, total) pictures of the heatmap's own curves.
 
     Raises:
@@ -144,7 +154,15 @@ def evaluate(
     """
     if auc == "release" and steps is not None:
         raise ExplainError("auc='release' has its own steps (chunks of a fiftieth of the cells): leave steps out")
-    for value, name, known in ((score, "score", ("prob", "log")), (auc, "auc", ("trapezoid", "release"))):
+    if auc == "release" and sampling != "full":
+        raise ExplainError("auc='release' is defined on all of its points: leave sampling='full'")
+    if not tolerance > 0:
+        raise ExplainError(f"tolerance is a positive share of the area; got {tolerance!r}")
+    for value, name, known in (
+        (score, "score", ("prob", "log")),
+        (auc, "auc", ("trapezoid", "release")),
+        (sampling, "sampling", ("full", "adaptive")),
+    ):
         if value not in known:
             raise ExplainError(f"{name} is {' or '.join(map(repr, known))}; got {value!r}")
     if steps is not None and steps < 1:
@@ -166,6 +184,7 @@ def evaluate(
         replay = _over(replay, baseline)
     values, seen = _on_grid(heat, replay, grid)
     counts = release_counts(values.size) if auc == "release" else None
+    scores = MaskScores(replay, heat.selection.indices, image=heat.image_index, mode=mode)
 
     def run(cells: np.ndarray, orders: int | None, tell: Callable[[int, int], None] | None) -> Any:
         return curves(
@@ -181,6 +200,9 @@ def evaluate(
             mode=mode,
             seed=seed,
             tie_orders=orders,
+            sampling=sampling,
+            tolerance=tolerance,
+            scores=scores,
             progress=tell,
         )
 
@@ -234,9 +256,21 @@ def evaluate(
             "seed": seed,
             "tie_orders": raw.tie_orders,
             "held_out": baseline is not None,
+            **({} if sampling == "full" else _sampled(raw, tolerance)),
         },
         provenance=provenance,
     )
+
+
+def _sampled(raw: Curves, tolerance: float) -> dict[str, Any]:
+    names = ("deletion", "insertion")
+    return {
+        "sampling": "adaptive",
+        "tolerance": tolerance,
+        "pictures": raw.pictures,
+        "error_bound": dict(zip(names, raw.error_bound, strict=True)),
+        "turns": dict(zip(names, raw.turns, strict=True)),
+    }
 
 
 def _areas(raw: Any, auc: AreaRule) -> tuple[float, float, np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import torch
 
 from lvlm_probe.errors import ExplainError, OutOfMemory, ReplayError
 from lvlm_probe.exhaustion import ran_out
-from lvlm_probe.memory import available
+from lvlm_probe.memory import CPU_BYTES, available
 from lvlm_probe.planning.meter import show_bytes, weight_bytes
 from lvlm_probe.planning.probes import Law, law
 
@@ -24,7 +24,6 @@ __all__ = ["Budget", "Plan", "choose", "default_budget", "table"]
 
 MOST = 64
 """Beyond this many masks at once nothing gets faster."""
-_CPU_BYTES = 3 << 30
 _INSIDE = ("relevance", "rollout", "rows", "activations", "hidden")
 """Kinds that look inside the pass, which must not run its layers twice."""
 
@@ -140,7 +139,7 @@ def default_budget(replay: Replay, memory: int | None) -> Budget:
     """What there is: ``memory`` bytes for weights and all else, or what the model's device has free now.
 
     By default half of an accelerator's free memory is filled (its allocator fragments), and on the CPU 30 % of what is
-    available, 3 GiB at most: larger activations fall out of its caches and get slower.
+    available, 1 GiB at most (``memory.CPU_BYTES``).
     """
     if memory is not None:
         left = memory - weight_bytes(replay.model)
@@ -150,7 +149,7 @@ def default_budget(replay: Replay, memory: int | None) -> Budget:
         free += torch.cuda.memory_reserved(replay.device) - torch.cuda.memory_allocated(replay.device)
         return Budget(int(0.95 * free), free // 2)
     free = available()
-    return Budget(free, min(int(0.3 * free), _CPU_BYTES))
+    return Budget(free, min(int(0.3 * free), CPU_BYTES))
 
 
 def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: int = 0) -> Plan:

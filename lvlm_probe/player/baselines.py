@@ -1,4 +1,4 @@
-"""The baseline picture of a replay: what is shown where a mask takes the picture away."""
+"""The pictures of a replay, and the baseline that is shown where a mask takes a picture away."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ from lvlm_probe.images import BLUR_LADDER, ImagePath, PixelPath, make_baseline
 if TYPE_CHECKING:
     from PIL import Image
 
+    from lvlm_probe.forcing import Shortcut
+    from lvlm_probe.recorded_path import LiveTrace
+    from lvlm_probe.trace import Trace
+
 __all__ = ["WithBaseline"]
 
 
 class WithBaseline:
-    """The part of ``Replay`` that chooses the baseline and strengthens it.
+    """The part of ``Replay`` that knows the pictures, chooses the baseline and strengthens it.
 
     Attributes:
         path: how a mask reaches the model's pixel inputs, over the present baseline.
         baseline: what the baseline picture is.
     """
 
+    trace: Trace | LiveTrace
     path: ImagePath | PixelPath
     baseline: dict[str, Any]
     _baseline_log_probs: torch.Tensor | None
@@ -35,7 +40,20 @@ class WithBaseline:
         """Number of pictures in the prompt."""
         return self.path.n_images
 
-    def _run(self, pixel_inputs: dict[str, torch.Tensor], batch: int) -> torch.Tensor:
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """``(width, height)`` of each picture, pixels."""
+        return list(self.path.image_sizes)
+
+    def image(self, k: int = 0) -> Image.Image:
+        """Picture ``k`` as the user gave it, RGB."""
+        return self.trace.images[k]
+
+    def seen(self, k: int = 0, shape: tuple[int, int] | None = None) -> torch.Tensor:
+        """Which pixels (or cells of a grid of ``shape``) of picture ``k`` reach the model, bool ``(row, col)``."""
+        return self.path.seen(k, shape)
+
+    def _run(self, pixel_inputs: dict[str, torch.Tensor], batch: int, shortcut: Shortcut | None = None) -> torch.Tensor:
         raise NotImplementedError
 
     def baseline_image(self, k: int = 0) -> Image.Image | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,27 +13,26 @@ import torch
 from lvlm_probe.anatomy import examine
 from lvlm_probe.capture import Captured, capture
 from lvlm_probe.chunks import Chunked, noise_like, noise_seeds
-from lvlm_probe.errors import ExplainError, OutOfMemory, ReplayError
-from lvlm_probe.forcing import TeacherForcing, apart
+from lvlm_probe.errors import ExplainError, ReplayError
+from lvlm_probe.exhaustion import in_micro_batches
+from lvlm_probe.forcing import Shortcut, TeacherForcing, apart
 from lvlm_probe.images import PixelPath
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.memory import masks_that_fit, saved_bytes
+from lvlm_probe.originals import probed_model
 from lvlm_probe.player.baselines import WithBaseline
+from lvlm_probe.player.shortcuts import Shortcuts
 from lvlm_probe.recorded_path import LiveTrace, recorded_path
 from lvlm_probe.rewording import reword
 from lvlm_probe.words import Word, group_words
-from lvlm_probe.wrappers import generating_model
 
 if TYPE_CHECKING:
-    from PIL import Image
 
     from lvlm_probe.attention import TapLayer
     from lvlm_probe.capture import AttentionLayer
     from lvlm_probe.trace import Trace
 
 __all__ = ["PassCounter", "Replay"]
-
-_log = logging.getLogger("lvlm_probe")
 
 Mode = Literal["fast", "exact"]
 Score = Callable[[torch.Tensor], torch.Tensor]
@@ -59,6 +56,8 @@ class Replay(WithBaseline):
         path: how a mask reaches the model's pixel inputs.
         baseline: what the baseline picture is: ``kind``, its parameters, and, once checked, ``mean_probability``.
         passes: pictures sent through the model so far.
+        recovered: what was changed when memory ran out, in order.
+        shortcuts: what passes leave out when only some ``steps`` are asked for; ``str()`` of it says so.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Replay(WithBaseline):
     ) -> None:
         self.trace = trace
         self.trace_id: str = trace.trace_id
-        self.model = model = generating_model(model)
+        self.model = model = probed_model(model, processor)
         self.processor = processor
         self.tokens: list[str] = list(trace.tokens)
         self.token_ids = torch.tensor(trace.token_ids).long()
@@ -81,6 +80,8 @@ class Replay(WithBaseline):
         self.words: list[Word] = group_words(self.tokens, self.special.tolist())
         self.gradient_checkpointing = gradient_checkpointing
         self.passes = PassCounter()
+        self.recovered: list[str] = []
+        self._recompute: bool | None = False  # layers run again in backward; None: not while somebody looks inside
         self._micro_batch = micro_batch
         self._bytes_per_mask: int | None = None
         self._original: torch.Tensor | None = None
@@ -118,21 +119,7 @@ class Replay(WithBaseline):
             model, input_ids=prompt, token_ids=self.token_ids, sequence_inputs=sequence, **self._settings
         )
         self.device = self._forcing.device
-
-    # ------------------------------------------------------------------ the picture
-
-    @property
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """``(width, height)`` of each picture, pixels."""
-        return list(self.path.image_sizes)
-
-    def image(self, k: int = 0) -> Image.Image:
-        """Picture ``k`` as the user gave it, RGB."""
-        return self.trace.images[k]
-
-    def seen(self, k: int = 0, shape: tuple[int, int] | None = None) -> torch.Tensor:
-        """Which pixels (or cells of a grid of ``shape``) of picture ``k`` reach the model, bool ``(row, col)``."""
-        return self.path.seen(k, shape)
+        self.shortcuts = Shortcuts(self)
 
     def reworded(self, text: str, *, question: str | None = None) -> Replay:
         """The same answer after another question on the same pictures, e.g. a general one to compare with.
@@ -170,6 +157,7 @@ class Replay(WithBaseline):
             sequence_inputs=other._sequence,
             **self._settings,
         )
+        other.shortcuts = Shortcuts(other)
         other._original = other._baseline_log_probs = other._bytes_per_mask = None
         return other
 
@@ -196,6 +184,7 @@ class Replay(WithBaseline):
         generator: torch.Generator | None = None,
         mode: Mode = "fast",
         micro_batch: int | None = None,
+        steps: Sequence[int] | None = None,
     ) -> torch.Tensor:
         """log P(a_t) under masked pictures.
 
@@ -207,12 +196,15 @@ class Replay(WithBaseline):
             generator: source of the noise; the global random state is never touched.
             mode: ``"exact"`` runs the real processor on the real composite (gradient from the traced geometry).
             micro_batch: masks per forward pass, by default as many as fit.
+            steps: the tokens that are wanted, by default all. Passes for some leave out what these do not depend on
+                (``shortcuts``); the columns of all others are NaN.
 
         Returns:
             ``(batch, step)`` float32, natural log, with gradient to ``mask`` when it is enabled. Paper, Eq. 1 and 3.
 
         Raises:
             MaskError: wrong shape, type or range.
+            ReplayError: there is no such step.
             OutOfMemory: not even one mask fits.
         """
         if mask is None:
@@ -220,14 +212,17 @@ class Replay(WithBaseline):
                 return self._run(self.path.inputs, 1)
         masks = self._batch_of(mask, image)
         seeds = noise_seeds(len(masks), noise, generator)
-        size = micro_batch or self._fit(masks, image)
+        shortcut = self._shortcut(steps)
+        size = micro_batch or self._fit(masks, image, shortcut)
+
+        def run(chunk: torch.Tensor, part: slice) -> torch.Tensor:
+            return self._forward(chunk, image, noise, seeds[part], mode, shortcut)
+
         differentiable = torch.is_grad_enabled() and masks.requires_grad
         if differentiable and len(masks) > size:
-            return Chunked.apply(masks, self, image, noise, seeds, mode, size)
+            return Chunked.apply(masks, self, run, size)
         with torch.set_grad_enabled(differentiable):
-            return self._in_chunks(
-                masks, size, lambda chunk, part: self._forward(chunk, image, noise, seeds[part], mode)
-            )
+            return self._in_chunks(masks, size, run)
 
     def score_and_grad(
         self,
@@ -238,25 +233,28 @@ class Replay(WithBaseline):
         noise: float = 0.0,
         generator: torch.Generator | None = None,
         micro_batch: int | None = None,
+        steps: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Score every mask and differentiate, one micro-batch at a time: memory of one, no recomputation.
 
         Args:
             mask: as for ``log_probs``; need not require a gradient.
             score: log-probabilities ``(batch, step)`` to scores ``(batch,)``; row i may depend on row i only.
-            image, noise, generator, micro_batch: as for ``log_probs``.
+            image, noise, generator, micro_batch, steps: as for ``log_probs``; ``score`` may read the columns ``steps``
+                of what it is given, and no others.
 
         Returns:
             scores ``(batch,)`` and the gradient of each mask's own score to that mask, shaped like ``mask``.
         """
         masks = self._batch_of(mask, image).detach()
         seeds = noise_seeds(len(masks), noise, generator)
-        size = micro_batch or self._fit(masks, image)
+        shortcut = self._shortcut(steps)
+        size = micro_batch or self._fit(masks, image, shortcut)
 
         def one(chunk: torch.Tensor, part: slice) -> torch.Tensor:
             leaf = chunk.detach().requires_grad_(True)
             with torch.enable_grad():
-                scores = score(self._forward(leaf, image, noise, seeds[part], "fast"))
+                scores = score(self._forward(leaf, image, noise, seeds[part], "fast", shortcut))
             if scores.shape != (len(chunk),):
                 raise ReplayError(
                     f"score() must return one number per mask, ({len(chunk)},), not {tuple(scores.shape)}"
@@ -329,12 +327,25 @@ class Replay(WithBaseline):
 
     # ------------------------------------------------------------------ inside
 
-    def _run(self, pixel_inputs: dict[str, torch.Tensor], batch: int) -> torch.Tensor:
+    def _shortcut(self, steps: Sequence[int] | None) -> Shortcut | None:
+        """What a call for ``steps`` leaves out. Nothing while somebody looks inside: they count positions."""
+        if steps is None:
+            return None
+        wanted = tuple(sorted({int(step) for step in steps}))
+        if not wanted or wanted[0] < 0 or wanted[-1] >= len(self.token_ids):
+            raise ReplayError(f"steps are tokens 0 to {len(self.token_ids) - 1} of the answer; got {list(steps)}")
+        return None if self._recompute is None else self.shortcuts.take(self, wanted)
+
+    def _run(self, pixel_inputs: dict[str, torch.Tensor], batch: int, shortcut: Shortcut | None = None) -> torch.Tensor:
         joined = self.path.joined({name: value for name, value in pixel_inputs.items() if name in self._fed}, batch)
         fed = {name: self._placed(name, value, batch) for name, value in joined.items()}
-        checkpoint = self.gradient_checkpointing and torch.is_grad_enabled()
+        checkpoint = (self.gradient_checkpointing or bool(self._recompute)) and torch.is_grad_enabled()
         self.passes.forward += batch
-        return self._forcing.log_probs(fed, batch=batch, checkpoint=checkpoint)
+        log_probs = self._forcing.log_probs(fed, batch=batch, checkpoint=checkpoint, shortcut=shortcut)
+        if shortcut is None:
+            return log_probs
+        every = log_probs.new_full((batch, len(self.token_ids)), torch.nan)
+        return every.index_copy(1, torch.tensor(shortcut.steps, device=every.device), log_probs)
 
     def _placed(self, name: str, value: torch.Tensor, batch: int) -> torch.Tensor:
         """With an axis of prompts in front, where the processor has put one there and its image processor has not."""
@@ -344,40 +355,25 @@ class Replay(WithBaseline):
         return value
 
     def _forward(
-        self, masks: torch.Tensor, image: int | None, noise: float, seeds: torch.Tensor, mode: Mode
+        self,
+        masks: torch.Tensor,
+        image: int | None,
+        noise: float,
+        seeds: torch.Tensor,
+        mode: Mode,
+        shortcut: Shortcut | None = None,
     ) -> torch.Tensor:
         inputs = self.path.apply(masks, image=image, mode=mode)
         if noise:
             for name in self.path.pixel_keys:
                 inputs[name] = inputs[name] + noise_like(inputs[name], noise, seeds)
-        return self._run(inputs, len(masks))
+        return self._run(inputs, len(masks), shortcut)
 
     def _in_chunks(
         self, masks: torch.Tensor, size: int, run: Callable[[torch.Tensor, slice], torch.Tensor]
     ) -> torch.Tensor:
-        """``run`` over micro-batches of equal size; halves the size and goes on when memory runs out."""
-        results: list[torch.Tensor] = []
-        start = 0
-        while start < len(masks):
-            rest = len(masks) - start
-            count = math.ceil(rest / math.ceil(rest / size))
-            part = slice(start, start + count)
-            try:
-                results.append(run(masks[part], part))
-            except (torch.OutOfMemoryError, MemoryError) as error:
-                if count == 1:
-                    raise OutOfMemory(
-                        f"one mask on {self.trace_id} does not fit into memory of {self.device} ({error}); replay with "
-                        f"gradient_checkpointing=True, load the model in bfloat16, or use a smaller image"
-                    ) from error
-                size = count // 2
-                _log.warning("out of memory with %d masks at once; going on with %d", count, size)
-                self._micro_batch = size
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                continue
-            start += count
-        return results[0] if len(results) == 1 else torch.cat(results)
+        """``run`` over micro-batches; goes on in smaller ones when memory runs out (``exhaustion``)."""
+        return in_micro_batches(self, masks, size, run)
 
     def _batch_of(self, mask: torch.Tensor, image: int | None) -> torch.Tensor:
         """The mask as a batch, checked before anything is computed."""
@@ -385,7 +381,7 @@ class Replay(WithBaseline):
         expand_masks(masks, self.n_images, image)
         return masks
 
-    def _fit(self, masks: torch.Tensor, image: int | None) -> int:
+    def _fit(self, masks: torch.Tensor, image: int | None, shortcut: Shortcut | None) -> int:
         if self._micro_batch is not None:
             return self._micro_batch
         if len(masks) == 1:
@@ -394,7 +390,7 @@ class Replay(WithBaseline):
             with torch.enable_grad():
                 probe = masks[:1].detach().requires_grad_(True)
                 self._bytes_per_mask = saved_bytes(
-                    lambda: self._forward(probe, image, 0.0, noise_seeds(1, 0.0, None), "fast"),
+                    lambda: self._forward(probe, image, 0.0, noise_seeds(1, 0.0, None), "fast", shortcut),
                     besides=self.model.parameters(),
                 )
         return masks_that_fit(self._bytes_per_mask, self.device)

@@ -1,0 +1,306 @@
+"""What the engine saves against a plain loop that does what the recipe published with the paper does.
+
+    python tests/benchmarks/bench_engine.py                 # the demo model and a mid-size one
+    python tests/benchmarks/bench_engine.py --models demo
+
+Both sides run side by side in one process, on the same model, words, picture, baseline and number of passes:
+
+* **iteration**: one iteration of iGOS+, 2n masks forward and backward, with fresh noise. The plain loop takes one
+  picture at a time, computes the logits of every position, and keeps the graphs of an objective's n pictures alive
+  until one backward pass.
+* **curves**: deletion and insertion on 32 × 32 cells. The plain loop takes one picture at a time.
+* **explanation**: ``explain`` at its defaults, against the recipe's five iterations with n = 10, which is that many
+  times its own iteration.
+
+Seconds are those of the CPU in one thread, which other jobs on the machine disturb least; A and B alternate, and
+medians are reported. Peak memory is the highest resident set of a process that runs one side only, beyond what it had with the
+loaded model after a first pass. Both sides are first compared: the same scores but for rounding and the processor's way
+of resizing a mask. Writes ``results/engine.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_model import MID_SIZE, random_llava, write_results
+from torch.nn import functional
+
+import lvlm_probe as probe
+from lvlm_probe.metrics import evaluate
+
+NOISE = 0.2
+RECIPE_ITERATIONS, RECIPE_N = 5, 10
+GOALS = {
+    "demo": {"iteration": 0.25, "curves": 0.5, "explanation": 0.15, "peak": 0.4},
+    "mid": {"iteration": 0.65, "curves": 0.5, "explanation": 0.15, "peak": 0.4},
+}
+SYSTEM = "Describe this picture: on the left is a square, to the right of it a blue circle and two triangles."
+
+
+class Recipe:
+    """The plain loop. Masks are resized to the model's pixels, as the recipe does for one square view."""
+
+    def __init__(self, replay: probe.Replay, steps: list[int]) -> None:
+        self.model, self.steps = replay.model, steps
+        self.model.requires_grad_(False)
+        (self.key,) = replay.path.pixel_keys
+        self.whole, self.blurred = replay.path.inputs[self.key], replay.path.baseline_inputs[self.key]
+        prompt = replay.input_ids
+        self.ids = torch.cat([prompt, replay.token_ids])[None]
+        self.rows = torch.tensor(steps) + len(prompt) - 1
+        self.targets = replay.token_ids[steps]
+
+    def log_probs(self, mask: torch.Tensor, noise: float) -> torch.Tensor:
+        size = self.whole.shape[-2:]
+        fine = functional.interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)
+        pixels = self.whole * fine + self.blurred * (1 - fine)
+        if noise:
+            pixels = pixels + noise * torch.randn_like(pixels)
+        logits = self.model(
+            input_ids=self.ids, attention_mask=torch.ones_like(self.ids), **{self.key: pixels}, use_cache=False
+        ).logits
+        return logits.log_softmax(-1)[0, self.rows, self.targets]
+
+    def iteration(self, mask: torch.Tensor, n: int) -> torch.Tensor:
+        leaf = mask.clone().requires_grad_(True)
+        gradient = torch.zeros_like(mask)
+        for sign in (1, -1):
+            terms = [
+                self.log_probs(r / n * leaf if sign > 0 else 1 - r / n * leaf, NOISE).sum() for r in range(1, n + 1)
+            ]
+            gradient += torch.autograd.grad(sign * torch.stack(terms).mean(), leaf)[0]
+        return gradient
+
+    def curves(self, heat: torch.Tensor, points: int) -> list[list[float]]:
+        order = heat.flatten().argsort(descending=True)
+        counts = torch.linspace(0, len(order), points).round().long()
+        result = []
+        for insert in (False, True):
+            scores = []
+            for count in counts:
+                mask = torch.full_like(heat, 0.0 if insert else 1.0).flatten()
+                mask[order[:count]] = 1.0 if insert else 0.0
+                with torch.no_grad():
+                    scores.append(float(self.log_probs(mask.reshape(heat.shape), 0.0).exp().mean()))
+            result.append(scores)
+        return result
+
+
+class Engine:
+    """The same, by the package."""
+
+    def __init__(self, replay: probe.Replay, steps: list[int]) -> None:
+        self.replay, self.steps = replay, steps
+
+    def iteration(self, mask: torch.Tensor, n: int) -> torch.Tensor:
+        scales = torch.arange(1, n + 1)[:, None, None] / n
+        masks = torch.cat([scales * mask, 1 - scales * mask])
+        _, slopes = self.replay.score_and_grad(
+            masks, lambda log_probs: log_probs[:, self.steps].sum(1), noise=NOISE, steps=self.steps
+        )
+        signs = torch.cat([scales, scales])  # chain rule: d(r M)/dM is r, and deletion and insertion point one way
+        return (signs * slopes).sum(0) / n
+
+
+def demo(directory: str) -> tuple[probe.Replay, list[int]]:
+    model, processor = probe.demo.load()
+    (scene,) = probe.demo.scenes(1, split="tune", start=3)
+    with probe.attach(model, processor) as attached, attached.record(directory, images=[scene.image]) as recording:
+        inputs = processor.apply_chat_template(
+            scene.messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    replay = probe.replay(recording.traces[-1], model, processor)
+    selection = probe.select_tokens(replay)
+    replay.strengthen(selection.decided)
+    return replay, list(selection.indices)
+
+
+def mid(directory: str) -> tuple[probe.Replay, list[int]]:
+    """ViT-B/16 at 224 pixels, 12 layers of 768, 32,000 words; most of the prompt's text before the picture, as in
+    LLaVA-1.5's own template; three words of 20 selected."""
+    from tiny_models import picture
+
+    model, processor = random_llava(14, patch=16, tower=MID_SIZE, decoder={**MID_SIZE, "vocab_size": 32000})
+    said = [{"type": "text", "text": SYSTEM}, {"type": "image", "image": picture(224, 224)}]
+    chat = [{"role": "user", "content": [*said, {"type": "text", "text": "What is in the picture?"}]}]
+    with probe.attach(model, processor) as attached, attached.record(directory, llr=False) as recording:
+        inputs = processor.apply_chat_template(
+            chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        model.generate(**inputs, min_new_tokens=20, max_new_tokens=20, do_sample=False)
+    return probe.replay(recording.traces[-1], model, processor), [4, 9, 13]
+
+
+MODELS: dict[str, Callable[[str], tuple[probe.Replay, list[int]]]] = {"demo": demo, "mid": mid}
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    started = time.process_time()
+    run()
+    return time.process_time() - started
+
+
+def alternating(rounds: int, **sides: Callable[[], Any]) -> dict[str, float]:
+    """Median CPU seconds of each side, run in turn; the first round warms up where there are several."""
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            taken[name].append(seconds(run))
+    return {name: statistics.median(values[1:] if len(values) > 2 else values) for name, values in taken.items()}
+
+
+def compare(recipe: Recipe, engine: Engine) -> dict[str, float]:
+    """Largest difference of log-probabilities, nats, and the cosine of the gradients, on one mask without noise."""
+    mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(1))
+    leaf = mask.clone().requires_grad_(True)
+    plain = recipe.log_probs(leaf, 0.0)
+    (slope,) = torch.autograd.grad(plain.sum(), leaf)
+    score = lambda log_probs: log_probs[:, engine.steps].sum(1)  # noqa: E731
+    _, mine = engine.replay.score_and_grad(mask[None], score, steps=engine.steps)
+    with torch.no_grad():
+        log_probs = engine.replay.log_probs(mask, steps=engine.steps)[0, engine.steps]
+    cosine = functional.cosine_similarity(mine.flatten(), slope.flatten(), dim=0)
+    return {"log_probs": float((log_probs - plain).abs().max()), "gradient_cosine": float(cosine)}
+
+
+def measure(name: str, directory: str, *, rounds: int, n: int) -> dict[str, Any]:
+    replay, steps = MODELS[name](directory)
+    recipe, engine = Recipe(replay, steps), Engine(replay, steps)
+    same = compare(recipe, engine)
+    mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(0))
+    line: dict[str, Any] = {
+        "prompt": replay.prompt_length, "answer": len(replay.token_ids), "selected": steps, "n": n, **same,
+        "shortcuts": str(replay.shortcuts),
+    }  # fmt: skip
+    iteration = alternating(rounds, recipe=lambda: recipe.iteration(mask, n), engine=lambda: engine.iteration(mask, n))
+    span = probe.select_tokens(replay, span=(steps[0], steps[0] + 1))
+    selection = span if name == "mid" else probe.select_tokens(replay)
+    started, before = time.process_time(), (replay.passes.forward, replay.passes.backward)
+    heat = probe.explain(replay, tokens=selection, strengthen=False)
+    explained = time.process_time() - started
+    line["default_passes"] = [replay.passes.forward - before[0], replay.passes.backward - before[1]]
+    fine = functional.interpolate(torch.as_tensor(heat.values)[None, None], size=(32, 32), mode="bilinear")[0, 0]
+    points = 51 if name == "demo" else 13
+    marked = probe.Heatmap(fine.numpy(), heat.image_size, selection=heat.selection, method=heat.method)
+    scores: dict[str, Any] = {}
+
+    def scored(sampling: str) -> None:
+        scores[sampling] = evaluate(marked, replay, steps=points - 1, tie_orders=1, sampling=sampling)
+
+    recipe_curves = Recipe(replay, list(selection.indices))
+    curves = alternating(
+        max(1, rounds - 1),
+        recipe=lambda: recipe_curves.curves(fine, points),
+        engine=lambda: scored("full"),
+        adaptive=lambda: scored("adaptive"),
+    )
+    full, adaptive = scores["full"], scores["adaptive"]
+    line |= {
+        "iteration": iteration,
+        "curves": curves,
+        "points": points,
+        "adaptive": {
+            "pictures": adaptive.params["pictures"],
+            "error_bound": adaptive.params["error_bound"],
+            "turns": adaptive.params["turns"],
+            "differences": [adaptive.deletion - full.deletion, adaptive.insertion - full.insertion],
+        },
+        "explanation": {
+            "recipe": iteration["recipe"] * RECIPE_ITERATIONS * RECIPE_N / n,
+            "engine": explained,
+        },
+    }
+    return line
+
+
+def child(name: str, side: str, n: int, directory: str) -> None:
+    """Prints bytes: peak resident set of one iteration beyond the loaded model's."""
+    replay, steps = MODELS[name](directory)
+    runner: Any = Recipe(replay, steps) if side == "recipe" else Engine(replay, steps)
+    mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        replay.log_probs(mask)
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak of loading
+    runner.iteration(mask, n)
+    print(_status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def peaks(name: str, n: int) -> dict[str, int]:
+    found = {}
+    for side in ("recipe", "engine"):
+        command = [sys.executable, __file__, "--child", name, side, "--n", str(n)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[side] = int(done.stdout.split()[-1])
+    return found
+
+
+def ratios(line: dict[str, Any]) -> dict[str, float]:
+    """Ours to the recipe's."""
+    found = {what: line[what]["engine"] / line[what]["recipe"] for what in ("iteration", "curves", "explanation")}
+    found["adaptive curves"] = line["curves"]["adaptive"] / line["curves"]["recipe"]
+    if "peak" in line:
+        found["peak"] = line["peak"]["engine"] / line["peak"]["recipe"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=4, help="of A and B; the first only warms up")
+    parser.add_argument("--n", type=int, default=RECIPE_N, help="of the integrated gradient")
+    parser.add_argument("--timed-n", type=int, help="another n for the timing, to keep it short")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--child", nargs=2, metavar=("MODEL", "SIDE"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=probe.ProbeWarning)
+    if options.child:
+        with tempfile.TemporaryDirectory() as directory:
+            child(*options.child, options.n, directory)
+        return
+    results: dict[str, Any] = {}
+    if options.out.exists():  # of the models that are not measured now
+        results = json.loads(options.out.read_text(encoding="utf-8"))["models"]
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as directory:
+            line = measure(name, directory, rounds=options.rounds, n=options.timed_n or options.n)
+        if not options.no_memory:
+            line["peak"] = peaks(name, options.n)
+        line["ratios"] = ratios(line)
+        results[name] = line
+        print(f"\n{name}: {line['shortcuts']}")
+        print(f"  off by {line['log_probs']:.1e} nats, cosine of the gradients {line['gradient_cosine']:.4f}")
+        for what, ratio in line["ratios"].items():
+            goal = GOALS[name].get(what)
+            sides = line.get("curves" if what == "adaptive curves" else what, {})
+            ours = sides["adaptive" if what == "adaptive curves" else "engine"]
+            unit = f"{sides['recipe'] / 2**20:9.0f} {ours / 2**20:9.0f} MiB" if what == "peak" else (
+                f"{sides['recipe']:9.2f} {ours:9.2f} s  "
+            )  # fmt: skip
+            print(f"  {what:16s} {unit}  {ratio:5.2f}" + (f"  (goal {goal})" if goal else ""))
+        write_results(options.out, {"models": results})
+
+
+if __name__ == "__main__":
+    main()
