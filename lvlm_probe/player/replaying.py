@@ -27,7 +27,6 @@ from lvlm_probe.rewording import reword
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
-
     from lvlm_probe.attention import TapLayer
     from lvlm_probe.capture import AttentionLayer
     from lvlm_probe.trace import Trace

@@ -14,8 +14,8 @@ Both sides run side by side in one process, on the same model, words, picture, b
 
 Seconds are those of the CPU in one thread, which other jobs on the machine disturb least; A and B alternate, and
 medians are reported. Peak memory is the highest resident set of a process that runs one side only, beyond what it had
-with the loaded model after a first pass. Both sides are first compared: the same scores but for rounding and the processor's way
-of resizing a mask. Writes ``results/engine.json``.
+with the loaded model after a first pass. Both sides are first compared: the same scores but for rounding and the
+processor's way of resizing a mask. Writes ``results/engine.json``.
 """
 
 from __future__ import annotations
