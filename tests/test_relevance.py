@@ -379,10 +379,10 @@ def test_iia_refuses_points_that_do_not_stay_in_one_batch(monkeypatch):
     replay = inside.replay("llava")
     run = type(replay)._run
 
-    def small(self, pixel_inputs, batch):
+    def small(self, pixel_inputs, batch, shortcut=None):
         if batch > 3:
             raise torch.OutOfMemoryError("no room")
-        return run(self, pixel_inputs, batch)
+        return run(self, pixel_inputs, batch, shortcut)
 
     monkeypatch.setattr(type(replay), "_run", small)
     with pytest.raises(ExplainError, match=r"did not stay in one batch.*fewer points"):
