@@ -111,7 +111,7 @@ class IgosSettings:
 
 
 PRESETS: dict[str, IgosSettings] = {
-    # Chosen on tuning scenes among settings of 25 passes (tests/benchmarks/tune_igos.py).
+    # Chosen on some twenty tuning scenes among settings of about 25 passes (tests/benchmarks/tune_igos.py).
     "default": IgosSettings(
         iterations=1,
         ig_steps=4,

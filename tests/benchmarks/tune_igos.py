@@ -22,8 +22,23 @@ from tqdm import tqdm
 import lvlm_probe as probe
 from lvlm_probe.metrics import bootstrap_ci, energy_in_region, paired_difference, pointing_game
 
-SETTINGS: dict[str, dict[str, Any]] = {
+_FEW = {"path": "stratified", "refine_pace": "each", "refine_decay": True, "refine_lr": 0.4, "refine_levels": 2}
+
+# About 25 passes: what the default was chosen from.
+FEW_PASSES: dict[str, dict[str, Any]] = {
     "default": {},
+    "24: 1 x 2, order 5 x 2": {"iterations": 1, "ig_steps": 2, "refine": 5, **_FEW},
+    "24: 1 x 4, order 4 x 2": {"iterations": 1, "ig_steps": 4, "refine": 4, **_FEW},
+    "24: 1 x 6, order 3 x 2": {"iterations": 1, "ig_steps": 6, "refine": 3, **_FEW},
+    "24: 2 x 2, order 4 x 2": {"iterations": 2, "ig_steps": 2, "refine": 4, **_FEW},
+    "24: 2 x 3, order 3 x 2": {"iterations": 2, "ig_steps": 3, "refine": 3, **_FEW},
+    "24: 3 x 2, order 3 x 2": {"iterations": 3, "ig_steps": 2, "refine": 3, **_FEW},
+    "24: 6 x 2, no order": {"iterations": 6, "ig_steps": 2, "path": "stratified", "refine": 0},
+}
+
+# Variations of the thorough preset.
+THOROUGH: dict[str, dict[str, Any]] = {
+    "thorough": {},
     "5 it, lr .15": {"lr": 0.15},
     "5 it, lr .5": {"lr": 0.5},
     "10 it, lr .15": {"iterations": 10, "lr": 0.15},
@@ -40,6 +55,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no tie-break": {"tie_break": 0.0},
     "release": {"preset": "release"},
     "release + tie-break": {"preset": "release", "tie_break": 1e-3},
+}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    **FEW_PASSES,
+    **{name: {"preset": "thorough", **settings} for name, settings in THOROUGH.items()},
 }
 
 
