@@ -1,10 +1,10 @@
 """The small Cambrian that ``train_demo_model.py --family cambrian`` trains: four vision towers and one decoder.
 
-It begins where the published models do, with parts that have been trained: the CLIP tower and the decoder are those of
-the demo model. Three stages follow:
+It begins where the published models do, with parts that have been trained: the CLIP tower, the projector and the
+decoder are those of the demo model. Three stages follow:
 
 1. the other towers (SigLIP, DINOv2, ConvNeXt), each alone, on the shape and colour of the object under every patch;
-2. towers and connector, so that image tokens become those that the decoder knows, the demo model's of the same picture;
+2. towers and connector, so that the projector gets what it knows, the demo model's patch features of the same picture;
 3. everything, on packed questions about pictures, part of them blended with pictures of nothing, as in stage 3 of the
    demo model. The aggregator's layers inside the decoder begin here: before, their output is zero.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,16 @@ CLIP_TOWER = 1
 TOWERS = 4
 LEFT_OUT = 0.25
 """How often the features of a tower are left out."""
+CONNECTOR = ("model.model.tower_projectors.", "model.model.connectors.", "model.model.vision_query")
 TRAINED = (
     f"model.model.vision_towers.{CLIP_TOWER}.",
+    "model.model.mm_projector.",
     "model.model.language_model.embed_tokens.",
     "model.model.language_model.layers.",
     "model.model.language_model.norm.",
     "model.lm_head.",
 )
-PACE = 0.2
+PACE = 0.3
 """What has been trained before learns at this share of the rate: at the full rate it would forget."""
 
 
@@ -110,6 +112,7 @@ def build_model(tokenizer: Any) -> Any:
         # The decoder's layers hold the aggregator's as well, which the demo model does not have.
         model.model.language_model.load_state_dict(llava.model.language_model.state_dict(), strict=False)
         model.lm_head.load_state_dict(llava.lm_head.state_dict())
+        model.model.image_newline.zero_()
         table = base.sincos_table()
         towers[0].embeddings.position_embedding.weight.copy_(table)
         towers[2].embeddings.position_embeddings.copy_(torch.cat([torch.zeros(1, HIDDEN), table])[None])
@@ -123,6 +126,50 @@ def build_model(tokenizer: Any) -> Any:
                 if name.endswith(("q_proj.weight", "k_proj.weight", "query.weight", "key.weight")):
                     parameter.mul_(2)
     return model
+
+
+class Teacher:
+    """What the connector learns in stage 2: the demo model's patch features, without correlation and of variance one.
+
+    As they are, one direction holds most of their variance, and of that of the image tokens nearly all: a squared
+    distance would see nothing else. The projector's first layer is made to undo the change, so that image tokens are
+    the demo model's once the connector is exact.
+
+    Args:
+        llava: the demo model.
+        pixels: ``(image, 3, S, S)``, pictures to measure the features' covariance on.
+    """
+
+    FLOOR = 0.3
+    """A direction of this variance counts half as much as one of great variance; those far below are noise."""
+
+    @torch.no_grad()
+    def __init__(self, llava: Any, pixels: Tensor) -> None:
+        self.llava = llava
+        features = self._features(pixels).flatten(0, 1)
+        self.mean = features.mean(dim=0)
+        variance, directions = torch.linalg.eigh(torch.cov(features.T))
+        self.whiten, self.colour = directions / variance.sqrt(), directions * variance.sqrt()
+        weights = variance / (variance + self.FLOOR)
+        self.weights = weights / weights.mean()
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        patches: Tensor = self.llava.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
+        return patches
+
+    @torch.no_grad()
+    def fit(self, projector: Any) -> None:
+        """Gives ``projector`` the demo model's weights, for features as the connector learns them."""
+        known = self.llava.model.multi_modal_projector
+        projector[0].weight.copy_(known.linear_1.weight @ self.colour)
+        projector[0].bias.copy_(known.linear_1.bias + known.linear_1.weight @ self.mean)
+        projector[2].load_state_dict(known.linear_2.state_dict())
+
+    def distance(self, given: Tensor, pixels: Tensor) -> Tensor:
+        """Weighted mean squared distance of ``(image, patch, d)`` from the features of ``pixels``."""
+        with torch.no_grad():
+            wanted = (self._features(pixels) - self.mean) @ self.whiten
+        return ((given - wanted).square() * self.weights).mean()
 
 
 class Net(nn.Module):
@@ -157,15 +204,16 @@ class Net(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def token_loss(self, batch: base.Batch, teacher: Callable[[Tensor], Tensor]) -> Tensor:
-        """Mean squared distance of image tokens, newlines left aside, to a teacher's of the same pictures, in units of
-        what varies in those from picture to picture."""
+    def feature_loss(self, batch: base.Batch, teacher: Teacher) -> Tensor:
+        """Distance of what the connector gives to the projector from what the teacher has for these pictures."""
+        given: list[Tensor] = []
+        watch = self.model.model.mm_projector.register_forward_pre_hook(lambda _m, args: given.append(args[0]))
         named = {f"pixel_values_{tower}": part for tower, part in enumerate(self.pixels(batch))}
-        sizes = torch.full((len(batch.pixels), 2), sc_side())
-        tokens = torch.stack(self.model.model.get_image_features(**named, image_sizes=sizes).tokens)
-        tokens = tokens.unflatten(1, (GRID, GRID + 1))[:, :, :-1].flatten(1, 2)
-        wanted = teacher(batch.pixels)
-        return F.mse_loss(tokens, wanted) / (wanted - wanted.mean(dim=0)).var()
+        try:
+            self.model.model.get_image_features(**named, image_sizes=torch.full((len(batch.pixels), 2), sc_side()))
+        finally:
+            watch.remove()
+        return teacher.distance(given[0].flatten(1, 2), batch.pixels)
 
     @property
     def lm_head(self) -> nn.Module:
@@ -249,19 +297,17 @@ def train(options: argparse.Namespace) -> None:
     base.log(parameters=sum(p.numel() for p in model.parameters()), threads=options.threads, seed=options.seed)
     llava, _ = demo.load()
 
-    @torch.no_grad()
-    def teacher(pixels: Tensor) -> Tensor:
-        patches = llava.model.vision_tower(pixel_values=pixels).last_hidden_state[:, 1:]
-        tokens: Tensor = llava.model.multi_modal_projector(patches)
-        return tokens
+    seen = torch.cat([source.batch(32, veiled=0.3).pixels for _ in range(8)])
+    teacher = Teacher(llava, seen)
+    teacher.fit(model.model.mm_projector)
 
     def patches(step: int, steps: int) -> tuple[Tensor, dict[str, Any]]:
         loss, right = net.patch_loss(source.batch(16), (0, 2, 3))
         return loss, {"patch_accuracy": [round(value, 3) for value in right]}
 
-    def tokens(step: int, steps: int) -> tuple[Tensor, dict[str, Any]]:
+    def features(step: int, steps: int) -> tuple[Tensor, dict[str, Any]]:
         with net.thinned():
-            return net.token_loss(source.batch(16, veiled=0.3), teacher), {}
+            return net.feature_loss(source.batch(16, veiled=0.3), teacher), {}
 
     def answers(step: int, steps: int) -> tuple[Tensor, dict[str, Any]]:
         share = 0.20 + 0.25 * min(1.0, step / (0.5 * steps))
@@ -303,7 +349,7 @@ def train(options: argparse.Namespace) -> None:
     fresh = tuple(f"model.model.vision_towers.{tower}." for tower in (0, 2, 3))
     n1, n2, n3 = (max(2, int(n * options.scale)) for n in options.cambrian_steps)
     run(1, n1, 2e-3, [(n, p) for n, p in named if n.startswith((*fresh, "heads."))], patches)
-    run(2, n2, 2e-3, [(n, p) for n, p in named if not (trained_before(n) or n.startswith("heads."))], tokens)
+    run(2, n2, 2e-3, [(n, p) for n, p in named if n.startswith((*fresh, *CONNECTOR))], features)
     run(3, n3, 1e-3, [(n, p) for n, p in named if not n.startswith("heads.")], answers)
     save(model, processor, options.out)
     base.log(stage="done", out=str(options.out), **clock.read())

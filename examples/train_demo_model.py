@@ -889,7 +889,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--family", choices=("llava", "cambrian"), default="llava", help="cambrian: see train_cambrian_model.py"
     )
     parser.add_argument(
-        "--cambrian-steps", type=int, nargs=3, default=(400, 600, 400), help="steps of the stages of --family cambrian"
+        "--cambrian-steps", type=int, nargs=3, default=(250, 400, 700), help="steps of the stages of --family cambrian"
     )
     options = parser.parse_args(arguments)
     if options.family == "cambrian":

@@ -118,14 +118,14 @@ def _draw(rows: list[dict[str, Any]], path: Path, scenes: int) -> None:
     # Labels that would lie over each other stand apart: (points right, points up).
     apart = {
         "integrated_gradients": (-44, -17),
-        "igos++": (-14, 10),
-        "igos++ (thorough)": (0, 9),
-        "igos++, 12 passes": (-30, 11),
-        "igos++, 48 passes": (-10, 10),
+        "igos++": (-26, 9),
+        "igos++ (thorough)": (-48, 9),
+        "igos++, 12 passes": (-32, -19),
+        "igos++, 48 passes": (-38, 13),
         "igos+": (9, -4),
         "input_gradient": (9, -3),
         "rise": (-26, -4),
-        "greedy": (-14, 9),
+        "greedy": (-2, 9),
         "occlusion": (-12, -15),
     }
     for row in rows:
