@@ -87,13 +87,12 @@ class AttentionLayer:
 
     def weights(self, rows: Tensor) -> Tensor:
         """Attention weights A of some query rows on all keys, ``(batch, head, row, key)`` float32."""
-        every = torch.arange(self.keys, device=self._key.device).expand(self.batch, -1)
         call = self._call
         with torch.no_grad():
             return attention_rows(
                 self._query,
                 self._key,
-                columns=every,
+                columns=None,
                 rows=rows,
                 scaling=call.scaling,
                 attention_mask=call.attention_mask,

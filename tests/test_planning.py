@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 
 import lvlm_probe as probe
@@ -85,6 +86,11 @@ def test_weights_are_counted_once() -> None:
         ("integrated_gradients", {"steps": 16}),
         ("gradcam", {}),
         ("tmm", {}),
+        ("iia", {"points": 4}),
+        ("iia", {"variant": "iia2", "points": 3}),
+        ("attention", {"source": "replay"}),
+        ("relative_attention", {}),
+        ("rollout", {}),
         ("rise", {"masks": 32}),
     ],
 )
@@ -95,6 +101,41 @@ def test_a_prediction_comes_true_within_15_per_cent(replay: probe.Replay, method
     assert used["predicted_peak"] == planned.peak
     assert abs(used["predicted_peak"] / used["measured_peak"] - 1) < 0.15
     assert heat.provenance["passes"] == {"forward": planned.forward, "backward": planned.backward}
+
+
+def test_recorded_attention_is_planned_for_all_words_of_the_answer(replay: probe.Replay) -> None:
+    planned = probe.plan(replay, method="attention", seconds=False)
+    assert planned.attention == "recorded" and (planned.forward, planned.backward) == (0, 0)
+    measured = {}
+    for count in (1, len(replay.tokens)):
+        heat = probe.explain(replay, method="attention", tokens=(0, count), strengthen=False, measure_memory=True)
+        measured[count] = heat.provenance["memory"]["measured_peak"]
+    assert abs(planned.peak / measured[len(replay.tokens)] - 1) < 0.15
+    assert measured[1] < planned.peak
+
+
+@pytest.mark.parametrize(
+    ("method", "params"), [("integrated_gradients", {"steps": 4}), ("rise", {"masks": 16}), ("tmm", {})]
+)
+def test_a_long_text_before_the_picture_is_read_from_a_cache_and_so_planned(
+    tmp_path: Path, method: str, params: dict[str, Any]
+) -> None:
+    model, processor = tiny_models.build("llava")
+    words = "What Where How many is in on of to the a there are picture image colour shape square circle " * 15
+    content = [{"type": "text", "text": words}, {"type": "image"}, {"type": "text", "text": "Describe this"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    with probe.attach(model, processor) as attached, attached.record(tmp_path, llr=False) as recording:
+        inputs = processor(images=[tiny_models.picture()], text=[text], return_tensors="pt")
+        model.generate(**inputs, min_new_tokens=6, max_new_tokens=6, do_sample=False)
+    replay = probe.replay(recording.traces[-1], model, processor)
+    assert replay.shortcuts.start > replay.length / 2
+    planned = probe.plan(replay, method=method, seconds=False, **params)
+    heat = probe.explain(
+        replay, method=method, tokens=(0, 6), strengthen=False, measure_memory=True, **params
+    )  # fmt: skip
+    used = heat.provenance["memory"]
+    assert used["predicted_peak"] == planned.peak
+    assert abs(used["predicted_peak"] / used["measured_peak"] - 1) < 0.15
 
 
 def test_more_masks_at_once_take_more(replay: probe.Replay) -> None:

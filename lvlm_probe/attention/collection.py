@@ -1,9 +1,10 @@
 """What a tap has seen and not handed over yet.
 
 Reading a row takes some twenty small tensor operations, and doing that in every layer of every decoding step would slow
-generation down. So a step of ordinary decoding (no mask, every earlier key still in the cache) only *keeps its query*;
-the keys of the last step contain those of all steps before it, and one set of operations per layer gives all rows at
-the end, each normalised over the keys that its own step saw.
+generation down. So a step of ordinary decoding (every earlier key still in the cache) only *keeps its query*, and its
+mask where there is one; the keys of the last step contain those of all steps before it, and one set of operations per
+layer gives all rows at the end, each normalised over the keys that its own step saw. Nothing in a step waits for the
+device: rows are copied to the CPU once, or whenever a budget is full, and the host does not wait for the copy.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lvlm_probe.attention.rows import attention_rows
+from lvlm_probe.attention.transfer import Transfers
 
 __all__ = ["Collection"]
 
@@ -27,8 +29,14 @@ class _Waiting:
 
     queries: list[Tensor]
     lengths: list[int]
+    masks: list[Tensor]
+    """``(batch|1, head|1, 1, keys)`` of each step, boolean or additive; empty where steps have none."""
     key: Tensor
     scaling: float | None
+
+    @property
+    def masked_by(self) -> torch.dtype | None:
+        return self.masks[0].dtype if self.masks else None
 
 
 @dataclass
@@ -46,10 +54,13 @@ class Collection:
     cross_keys: int | None = None
     seen: dict[int, int] = field(default_factory=dict)
     steps: dict[int, list[Tensor]] = field(default_factory=dict)
-    flushed: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    flushed: dict[int, list[tuple[list[Tensor], list[Tensor]]]] = field(default_factory=dict)
+    """Values and mass outside the columns, each as the place of a copy that ``transfers`` may still be making."""
+    transfers: Transfers = field(default_factory=Transfers)
     held: int = 0
     on_device: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     waiting: dict[int, _Waiting] = field(default_factory=dict)
+    _joined: tuple[list[Tensor], Tensor] | None = None
 
     def to(self, name: str, device: torch.device) -> Tensor:
         """``columns`` or ``queries`` on a device, moved once."""
@@ -57,17 +68,24 @@ class Collection:
             self.on_device[name, device] = getattr(self, name).to(device)
         return self.on_device[name, device]
 
-    def wait(self, layer: int, query: Tensor, key: Tensor, *, scaling: float | None) -> None:
-        """Keep the last query of a step that sees all of ``key``; its row is computed later, with others."""
-        last = query[:, :, -1:]
+    def wait(self, layer: int, query: Tensor, key: Tensor, *, mask: Tensor | None, scaling: float | None) -> None:
+        """Keep the last query of a step that sees ``key``, or what ``mask`` leaves; its row is computed later."""
         # A view would keep the queries of the whole prompt alive.
-        last = (last.clone() if query.shape[2] > 1 else last).detach()
+        last = (query[:, :, -1:].clone() if query.shape[2] > 1 else query).detach()
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, -1:].clone()
         known = self.waiting.get(layer)
+        if known is not None and known.masked_by != (None if mask is None else mask.dtype):
+            self.settle(layer)
+            known = None
         if known is None:
-            self.waiting[layer] = _Waiting([last], [key.shape[2]], key.detach(), scaling)
+            masks = [] if mask is None else [mask]
+            self.waiting[layer] = _Waiting([last], [key.shape[2]], masks, key.detach(), scaling)
             return
         known.queries.append(last)
         known.lengths.append(key.shape[2])
+        if mask is not None:
+            known.masks.append(mask)
         known.key = key.detach()
         if len(known.queries) >= _MOST_WAITING:
             self.settle(layer)
@@ -77,18 +95,37 @@ class Collection:
         known = self.waiting.pop(layer, None)
         if known is None:
             return
-        device = known.key.device
-        lengths = torch.tensor(known.lengths, device=device)
-        visible = torch.arange(known.key.shape[2], device=device) < lengths[:, None]
+        device, keys = known.key.device, known.key.shape[2]
+        if known.masks:
+            mask = self._join(known.masks, known.lengths, keys)
+        else:
+            lengths = torch.tensor(known.lengths, device=device)
+            mask = (torch.arange(keys, device=device) < lengths[:, None])[None, None]
         rows = attention_rows(
             torch.cat(known.queries, dim=2),
             known.key,
             columns=self.to("columns", device),
-            rows=torch.arange(len(lengths), device=device),
+            rows=torch.arange(len(known.lengths), device=device),
             scaling=known.scaling,
-            attention_mask=visible[None, None],
+            attention_mask=mask,
         )
         self.add(layer, rows)
+
+    def _join(self, masks: list[Tensor], lengths: list[int], keys: int) -> Tensor:
+        """The masks of several steps, ``(batch|1, head|1, step, keys)``: later keys are hidden from earlier steps.
+
+        The layers of a decoder share their masks, so the last result is kept for the next layer.
+        """
+        known = self._joined
+        if known is not None and known[1].shape[-1] == keys and _same(known[0], masks):
+            return known[1]
+        hidden = False if masks[0].dtype == torch.bool else float("-inf")
+        batch, heads = (max(mask.shape[axis] for mask in masks) for axis in (0, 1))
+        joined = masks[0].new_full((batch, heads, len(masks), keys), hidden)
+        for step, (mask, length) in enumerate(zip(masks, lengths, strict=True)):
+            joined[:, :, step : step + 1, :length] = mask[..., :length]
+        self._joined = masks, joined
+        return joined
 
     def add(self, layer: int, rows: Tensor) -> None:
         """Take rows ``(batch, head, step, key)`` float32 of one layer; means over heads are taken here."""
@@ -101,12 +138,28 @@ class Collection:
             self.flush()
 
     def flush(self) -> None:
-        """Move everything to the CPU, one copy per layer: the values, and the mass outside the columns."""
+        """Send everything to the CPU, one copy per layer: the values, and the mass outside the columns."""
         for layer in list(self.waiting):
             self.settle(layer)
+        self._joined = None
+        self.transfers.settle()  # the copies of the flush before, which are long there
         for layer, parts in self.steps.items():
             rows = torch.cat(parts, dim=1)
-            moved = rows.to(self.dtype).cpu(), (1.0 - rows.sum(dim=-1)).cpu()
-            self.flushed.setdefault(layer, []).append(moved)
+            copies = self.transfers.copy(rows.to(self.dtype)), self.transfers.copy(1.0 - rows.sum(dim=-1))
+            self.flushed.setdefault(layer, []).append(copies)
         self.steps.clear()
         self.held = 0
+
+    def finish(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Layer → values ``(batch, step, head, key)`` and mass outside the columns ``(batch, step, head)``, on the
+        CPU."""
+        self.flush()
+        self.transfers.settle()
+        return {
+            layer: (torch.cat([rows[0] for rows, _ in parts], dim=1), torch.cat([mass[0] for _, mass in parts], dim=1))
+            for layer, parts in self.flushed.items()
+        }
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))

@@ -6,8 +6,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +88,8 @@ def is_view(config: Any) -> bool:
     return type(config) is ConfigView
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """The arguments of an attention call that change its weights."""
+class AttentionCall(NamedTuple):
+    """The arguments of an attention call that change its weights. Made for every layer of every step: cheap to make."""
 
     attention_mask: Tensor | None = None
     scaling: float | None = None
@@ -104,16 +102,12 @@ class AttentionCall:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
         names = ("attention_mask", "dropout", "scaling")  # the order that attention functions share
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = {**dict(zip(names, args, strict=False)), **kwargs} if len(args) > 1 else kwargs
+        get = given.get
         return cls(
-            attention_mask=given.get("attention_mask"),
-            scaling=given.get("scaling"),
-            is_causal=given.get("is_causal"),
-            dropout=given.get("dropout") or 0.0,
-            softcap=given.get("softcap"),
-            position_bias=given.get("position_bias"),
-            sinks=given.get("s_aux"),
-        )
+            args[0] if len(args) == 1 else get("attention_mask"), get("scaling"), get("is_causal"),
+            get("dropout") or 0.0, get("softcap"), get("position_bias"), get("s_aux"),
+        )  # fmt: skip
 
     def is_causal_for(self, module: nn.Module, implementation: str | None, queries: int) -> bool:
         """Whether sdpa itself hides later keys from these queries: no mask was built, and the module is causal."""

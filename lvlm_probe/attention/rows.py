@@ -12,7 +12,7 @@ def attention_rows(
     query: Tensor,
     key: Tensor,
     *,
-    columns: Tensor,
+    columns: Tensor | None,
     rows: Tensor | None = None,
     scaling: float | None = None,
     attention_mask: Tensor | None = None,
@@ -26,7 +26,7 @@ def attention_rows(
     Args:
         query: ``(batch, head, query, channel)``.
         key: ``(batch, key_head, key, channel)``; ``head`` is a multiple of ``key_head`` (grouped-query attention).
-        columns: wanted keys, ``(batch, column)``, indices into the key axis; outside it the weight is 0.
+        columns: wanted keys, ``(batch, column)``, indices into the key axis; outside it the weight is 0. ``None``: all.
         rows: wanted queries, ``(row,)`` or ``(batch, row)``, indices into the query axis; ``None``: the last one.
         scaling: factor on q·kᵀ; ``None``: ``channel ** -0.5``.
         attention_mask: ``(batch|1, head|1, query|1, ≥ key)``, boolean (True = may be seen) or additive.
@@ -69,9 +69,10 @@ def attention_rows(
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().reshape(1, heads, 1, 1).expand(batch, -1, count, 1)], dim=-1)
     weights = scores.softmax(dim=-1)
+    del scores  # of the same size; two of them side by side are what this takes
     if blocked is not None:
         weights = weights.nan_to_num(0.0)  # a row of -inf only: a padding query
-    return take_columns(weights[..., :keys], columns)
+    return weights[..., :keys] if columns is None else take_columns(weights[..., :keys], columns)
 
 
 def take_rows(tensor: Tensor, rows: Tensor | None, batch: int) -> Tensor:

@@ -196,11 +196,7 @@ class RowTap:
         if armed is None:
             return None
         with torch.no_grad():
-            armed.flush()
-            full = {
-                number: (torch.cat([rows for rows, _ in parts], dim=1), torch.cat([mass for _, mass in parts], dim=1))
-                for number, parts in armed.flushed.items()
-            }
+            full = armed.finish()
         steps = max((mass.shape[1] for _, mass in full.values()), default=0)
         if not steps:
             return None
@@ -294,6 +290,17 @@ class RowTap:
                 )
         elif armed.prompt_length is not None and end < armed.prompt_length:
             return None
+        sdpa = implementation == "sdpa"
+        weights = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+        if weights is not None and (weights.dim() != 4 or (call.dropout and module.training)):
+            weights = None
+        if sdpa and weights is None and armed.queries is None and kind == "self" and keys == end:
+            mask = call.attention_mask
+            plain = call.softcap is None and call.position_bias is None
+            shown = queries == 1 or mask is not None or call.is_causal_for(module, implementation, queries)
+            if plain and shown and (mask is None or (mask.dim() == 4 and mask.shape[-1] >= keys)):
+                armed.wait(number, query, key, mask=mask, scaling=call.scaling)
+                return None
         if armed.columns is None:
             columns = torch.arange(keys, device=query.device).expand(batch, -1)
         else:
@@ -302,30 +309,20 @@ class RowTap:
             columns = columns - max(0, end - keys)
         elif kind == "merged":
             columns = columns + keys - (armed.cross_keys or 0)
-        weights = result[1] if isinstance(result, tuple) and len(result) > 1 else None
-        if weights is not None and weights.dim() == 4 and not (call.dropout and module.training):
-            found = take_columns(take_rows(weights, rows, batch).float(), columns)
-        else:
-            sdpa = implementation == "sdpa"
-            causal = call.is_causal_for(module, implementation, queries)
-            plain = call.attention_mask is None and call.softcap is None and call.position_bias is None
-            plain = plain and kind == "self"
-            if sdpa and plain and armed.queries is None and keys == end and (queries == 1 or causal):
-                armed.wait(number, query, key, scaling=call.scaling)
-                return None
-            found = attention_rows(
-                query,
-                key,
-                columns=columns,
-                rows=rows,
-                scaling=call.scaling,
-                attention_mask=call.attention_mask,
-                causal=causal,
-                softcap=call.softcap,
-                position_bias=call.position_bias,
-                sinks=None if sdpa else call.sinks,
-            )
-        return found
+        if weights is not None:
+            return take_columns(take_rows(weights, rows, batch).float(), columns)
+        return attention_rows(
+            query,
+            key,
+            columns=columns,
+            rows=rows,
+            scaling=call.scaling,
+            attention_mask=call.attention_mask,
+            causal=call.is_causal_for(module, implementation, queries),
+            softcap=call.softcap,
+            position_bias=call.position_bias,
+            sinks=None if sdpa else call.sinks,
+        )
 
     def _fail(self, error: BaseException) -> None:
         self._armed = None

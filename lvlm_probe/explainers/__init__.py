@@ -102,6 +102,8 @@ def explain(
     started = time.perf_counter()
     before = (replay.passes.forward, replay.passes.backward)
     used: dict[str, Any] = {}
+    shortcuts = getattr(replay, "shortcuts", None) if live else None
+    asked = shortcuts.asked if shortcuts is not None else 0
     if not selection:
         outcome = Outcome(None, params, reason=f"nothing to explain: {selection.reason}")
     else:
@@ -130,6 +132,8 @@ def explain(
         "device": str(replay.device),
         "versions": _versions(),
     }
+    if shortcuts is not None and shortcuts.asked > asked:
+        provenance["shortcuts"] = str(shortcuts)  # what passes left out, or that none could leave out anything
     if used:
         provenance["memory"] = used
     if outcome.diagnostics:

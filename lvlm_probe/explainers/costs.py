@@ -35,6 +35,8 @@ class Cost:
         about: The passes depend on the picture; the figures are an estimate.
         parts: Whose attention it reads.
         grids: Sizes ``(row, col)`` of the masks it sends.
+        queries: Of how many of the answer's positions it reads attention rows; by default of all.
+        joined: Of attention and its gradients it multiplies means over the masks, not those of every mask.
         general: Another question that it asks, and the question in whose place; ``None`` where it asks none.
     """
 
@@ -48,6 +50,8 @@ class Cost:
     about: bool = False
     parts: tuple[Any, ...] = ("decoder",)
     grids: tuple[tuple[int, int], ...] = ((1, 1),)
+    queries: int | None = None
+    joined: bool = False
     general: tuple[str, str | None] | None = None
 
 
@@ -145,7 +149,9 @@ def _iia(_problem: Problem, params: Mapping[str, Any]) -> Cost:
     points = params["points"] or (11 if paper else 6)
     batch = points if paper else points * points
     extra = int(not paper and params["scope"] == "encoder")
-    return Cost("relevance", batch + extra, batch + extra, (batch,), splits=False, parts=_parts(params))
+    return Cost(
+        "relevance", batch + extra, batch + extra, (batch,), splits=False, parts=_parts(params), joined=paper
+    )  # fmt: skip
 
 
 @declare("rollout")
@@ -165,8 +171,8 @@ def _attention(problem: Problem, params: Mapping[str, Any]) -> Cost:
     rows = getattr(problem.trace, "attention", None)
     wanted = params.get("heads", "all")
     if params.get("source", "auto") != "replay" and rows is not None and (wanted == "all" or rows.reduce == "none"):
-        # Recorded rows, in double precision, and the copies that are averaged.
-        return Cost(None, 0, 0, (), numbers=3 * rows.values.size)
+        # Recorded rows, and copies of the steps and of the layers that are averaged, all in double precision.
+        return Cost(None, 0, 0, (), numbers=3 * 2 * rows.values.size)
     return Cost("rows", 1, 0, parts=(_of_image(problem),))
 
 
@@ -175,7 +181,13 @@ def _relative(problem: Problem, params: Mapping[str, Any]) -> Cost:
     own = _attention(problem, {"heads": params.get("heads", "all")})
     more = int(params.get("reference") is None)
     general = (params["general"], params.get("question")) if more else None
-    return Cost("rows", (own.forward or 0) + more, 0, parts=(_of_image(problem),), general=general)
+    # Where the answer's own rows were recorded, those of the general prompt's last position are all that is read. The
+    # recorded ones are averaged by then.
+    queries = 1 if more and not own.forward else None
+    return Cost(
+        "rows", (own.forward or 0) + more, 0, numbers=own.numbers // 3, parts=(_of_image(problem),), general=general,
+        queries=queries,
+    )  # fmt: skip
 
 
 def _of_image(problem: Problem) -> str:

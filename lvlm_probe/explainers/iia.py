@@ -77,12 +77,13 @@ def iia(
         return value.reshape(batch, layer.batch // batch, *value.shape[1:])
 
     def bar(layer: AttentionLayer, rows: Tensor) -> Tensor:
-        weights, gradient = per_point(layer, layer.weights(rows)), per_point(layer, layer.weight_gradient(rows))
         if scale is None:
-            return (gradient.mean(dim=0) * weights[-1]).clamp(min=0).double().mean(dim=1)
+            gradient = per_point(layer, layer.weight_gradient(rows)).mean(dim=0)
+            return (gradient * per_point(layer, layer.weights(rows))[-1]).clamp_(min=0).double().mean(dim=1)
+        product = per_point(layer, layer.weights(rows)) * per_point(layer, layer.weight_gradient(rows))
         if layer.layer.module in scaled:
-            weights = weights * scale.to(weights)[:, None, None, None, None]
-        return (gradient * weights).clamp(min=0).double().mean(dim=(0, 2))
+            product *= scale.to(product)[:, None, None, None, None]
+        return product.clamp_(min=0).double().mean(dim=(0, 2))
 
     def scale_last(layer: TapLayer, output: Tensor) -> Tensor:
         if scale is None or layer.module not in scaled:

@@ -32,7 +32,7 @@ Bar = Callable[[AttentionLayer, Tensor], Tensor]
 
 def relu_product(layer: AttentionLayer, rows: Tensor) -> Tensor:
     """Ā = mean over heads of ReLU(dA ⊙ A), ``(view, row, key)`` float64. Chefer et al. (2021), Eq. 5."""
-    return (layer.weight_gradient(rows) * layer.weights(rows)).clamp(min=0).double().mean(dim=1)
+    return (layer.weights(rows) * layer.weight_gradient(rows)).clamp_(min=0).double().mean(dim=1)
 
 
 @dataclass
@@ -135,6 +135,7 @@ class Walk:
             if not bare:
                 total[:, rows] += share
             total += torch.einsum("vr,vrk->vk", share, bar)
+            del bar  # before the next one is made
         vector[:, layer.start : stop] = total
         self.visited.append(layer.layer.module)
 

@@ -226,16 +226,21 @@ class SealedFile:
     def _attribute(self, key: str, name: str) -> np.ndarray | None:
         where = f"{key}@{name}"
         with self.reading(where):
-            owner = self._find(key)
-            if name not in owner.attrs:
+            # Below h5py's own mapping of attributes, which opens each of them three times on the way.
+            owner, raw = self._find(key).id, name.encode("utf-8")
+            if not h5py.h5a.exists(owner, raw):
                 return None
-            identifier = owner.attrs.get_id(name)
+            identifier = h5py.h5a.open(owner, raw)
             kind = identifier.get_type()
             if not _is_plain_type(kind):
                 raise self.error(where, "its type is not a number or a fixed string", _NOT_OURS)
+            if identifier.get_space().get_simple_extent_type() == h5py.h5s.NULL:
+                raise self.error(where, "it has no value", _NOT_OURS)
             if math.prod(identifier.shape) * kind.get_size() > _TEXT_LIMIT:
                 raise self.error(where, f"it has more than {_TEXT_LIMIT} bytes", _NOT_OURS)
-            return np.asarray(owner.attrs[name])
+            value = np.empty(identifier.shape, dtype=identifier.dtype)
+            identifier.read(value)
+            return value
 
 
 def _is_plain_type(kind: h5py.h5t.TypeID) -> bool:

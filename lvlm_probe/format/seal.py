@@ -76,8 +76,10 @@ def parse_version(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def check_seal(path: Path, kind: str, version: str, *, full: bool = False) -> Seal:
+def check_seal(path: Path, kind: str, version: str, *, full: bool = False, hashed: bool = True) -> Seal:
     """Checks a file's head, length, and (up to ``CHECKSUM_LIMIT`` bytes, or ``full``) its hash; returns the seal.
+
+    Without ``hashed`` only head and length are checked, whatever the size.
 
     ``kind`` is what the caller wants to read (``"lvlm_probe.trace"``) and ``version`` the newest version it knows: a
     newer major version is refused, a newer minor one is not. Raises ``TraceError``.
@@ -99,7 +101,7 @@ def check_seal(path: Path, kind: str, version: str, *, full: bool = False) -> Se
             if seal.nbytes != status.st_size:
                 what = f"it should have {seal.nbytes} bytes and has {status.st_size}: it was cut short or changed"
                 raise trace_error(path, "", what, "copy it again from where it was recorded, or record it again")
-            if full or seal.nbytes <= CHECKSUM_LIMIT:
+            if full or (hashed and seal.nbytes <= CHECKSUM_LIMIT):
                 file.seek(BLOCK_BYTES)
                 if hashlib.file_digest(file, "sha256").hexdigest() != seal.sha256:
                     what = "its content does not match its SHA-256: it was damaged or edited after it was written"

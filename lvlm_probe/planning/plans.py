@@ -181,7 +181,7 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
         try:
             found = law(
                 replay, cost.kind, image=image, checkpoint=checkpoint, noise=cost.noise, parts=cost.parts,
-                grids=cost.grids, several=most > 1,
+                grids=cost.grids, several=most > 1, joined=cost.joined, queries=cost.queries,
             )  # fmt: skip
         except ExplainError as error:
             return dataclasses.replace(base, notes=(str(error),))
@@ -262,7 +262,7 @@ def _elsewhere(
     offloaded = base.weights - kept
     found = law(
         replay, cost.kind or "forward", image=image, checkpoint=checkpoint, noise=cost.noise, parts=cost.parts,
-        grids=cost.grids, several=max(cost.groups, default=1) > 1,
+        grids=cost.grids, several=max(cost.groups, default=1) > 1, joined=cost.joined, queries=cost.queries,
     )  # fmt: skip
     there = 0 if replay.device.type != "cuda" else replay.device.index or 0
     load_with = {"device_map": "auto", "max_memory": {there: kept, "cpu": offloaded + largest}}

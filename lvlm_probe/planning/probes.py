@@ -64,6 +64,8 @@ def law(
     parts: Sequence[Literal["decoder", "cross", "encoder"]] = ("decoder",),
     grids: Sequence[tuple[int, int]] = ((1, 1),),
     several: bool = True,
+    joined: bool = False,
+    queries: int | None = None,
 ) -> Law:
     """Rehearses a kind of pass.
 
@@ -77,6 +79,8 @@ def law(
         grids: Sizes ``(row, col)`` of the masks that the method sends. How a mask of each is brought to the pixels is
             worked out here and kept by the replay, so that it is no part of the method's own peak.
         several: Whether the method sends more than one mask at once; if not, all is counted as one mask's.
+        joined: Whether attention and its gradients are multiplied as means over the masks.
+        queries: Of how many of the answer's positions attention rows are read; by default of all.
 
     Raises:
         ExplainError: What the method reads cannot be read on this model.
@@ -88,14 +92,14 @@ def law(
     known = _KNOWN.setdefault(replay.model, {})
     shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
     key = (
-        kind, image, checkpoint, bool(noise), tuple(parts), tuple(grids[-1]), several, replay.length,
-        replay.prompt_length, shapes, str(replay.device), next(replay.model.parameters()).dtype,
+        kind, image, checkpoint, bool(noise), tuple(parts), tuple(grids[-1]), several, joined, queries,
+        replay.length, replay.prompt_length, shapes, str(replay.device), next(replay.model.parameters()).dtype,
     )  # fmt: skip
     if key not in known:
-        rehearse = _Rehearsal(replay, image, noise, parts, grids[-1])
+        rehearse = _Rehearsal(replay, image, noise, parts, grids[-1], joined=joined, queries=queries)
         with quiet(replay, checkpoint=checkpoint):
             with torch.no_grad():  # what is made at first use and kept is not the pass's own
-                replay.log_probs(rehearse.masks(1), image=image, micro_batch=1)
+                replay.log_probs(rehearse.masks(1), image=image, micro_batch=1, steps=rehearse.steps)
             known[key] = _several(rehearse, kind) if several else Law(0, rehearse.peak(kind, 1))
     return known[key]
 
@@ -138,10 +142,12 @@ def timed(
     for count in (1, 1, masks) if masks > 1 else (1, 1):  # the first warms up
         started = time.perf_counter()
         if gradient:
-            replay.score_and_grad(rehearse.masks(count), _total, image=image, micro_batch=count)
+            replay.score_and_grad(
+                rehearse.masks(count), _total, image=image, micro_batch=count, steps=rehearse.steps
+            )  # fmt: skip
         else:
             with torch.no_grad():
-                replay.log_probs(rehearse.masks(count), image=image, micro_batch=count)
+                replay.log_probs(rehearse.masks(count), image=image, micro_batch=count, steps=rehearse.steps)
         if replay.device.type == "cuda":
             torch.cuda.synchronize(replay.device)
         taken.append(time.perf_counter() - started)
@@ -154,10 +160,19 @@ def _total(log_probs: torch.Tensor) -> torch.Tensor:
 
 
 class _Rehearsal:
-    """Passes over some masks, each metered."""
+    """Passes over some masks, each metered.
 
-    def __init__(self, replay: Replay, image: int, noise: float, parts: Sequence[Any], grid: tuple[int, int]) -> None:
+    They are for all of the answer's tokens. Those for some of them (``Replay.log_probs``, ``steps``) leave out the same
+    beginning of the prompt, and what follows the last of them besides.
+    """
+
+    def __init__(
+        self, replay: Replay, image: int, noise: float, parts: Sequence[Any], grid: tuple[int, int], *,
+        joined: bool = False, queries: int | None = None,
+    ) -> None:  # fmt: skip
         self.replay, self.image, self.noise, self.parts, self.grid = replay, image, noise, parts, grid
+        self.joined, self.queries = joined, queries
+        self.steps = range(len(replay.token_ids))
         self.cut = False
 
     def masks(self, count: int) -> torch.Tensor:
@@ -174,10 +189,12 @@ class _Rehearsal:
     def _pass(self, count: int, *, gradient: bool) -> None:
         masks, replay = self.masks(count), self.replay
         if gradient:
-            replay.score_and_grad(masks, _total, image=self.image, noise=self.noise, micro_batch=count)
+            replay.score_and_grad(
+                masks, _total, image=self.image, noise=self.noise, micro_batch=count, steps=self.steps
+            )  # fmt: skip
         else:
             with torch.no_grad():
-                replay.log_probs(masks, image=self.image, noise=self.noise, micro_batch=count)
+                replay.log_probs(masks, image=self.image, noise=self.noise, micro_batch=count, steps=self.steps)
 
     def _forward(self, meter: Meter, count: int) -> int:
         with meter.running():
@@ -199,8 +216,12 @@ class _Rehearsal:
                     worked[layer.part] = len(visited)
                     # As relevance is made, Ā = mean over heads of ReLU(dA ⊙ A), for the widest block of rows.
                     rows = next(layer.blocks())
-                    product = (layer.weight_gradient(rows) * layer.weights(rows)).clamp(min=0)
-                    product.double().mean(dim=1).cpu()
+                    if self.joined:
+                        gradient = layer.weight_gradient(rows).mean(dim=0, keepdim=True)
+                        product = gradient * layer.weights(rows)[-1:]
+                    else:
+                        product = layer.weights(rows) * layer.weight_gradient(rows)
+                    product.clamp_(min=0).double().mean(dim=1).cpu()
             visited.append(layer.part)
 
         with meter.running(), self.replay.capture(attention=self.parts, visit=visit):
@@ -221,7 +242,7 @@ class _Rehearsal:
     def _rows(self, meter: Meter, count: int) -> int:
         replay, trace = self.replay, cast(Any, self.replay.trace)
         layout = trace.layout
-        steps = torch.arange(replay.prompt_length - 1, replay.length)
+        steps = torch.arange(replay.prompt_length - 1, replay.length)[: self.queries]
         tokens = torch.tensor(layout.image_positions)[torch.tensor(layout.image_index) == self.image]
         with meter.running(), replay.capture(attention=self.parts) as seen:
             self._pass(count, gradient=False)
@@ -229,9 +250,10 @@ class _Rehearsal:
                 layer = seen.layers[-1]
                 weights = layer.weights(steps.to(layer.device))[0].double().cpu()
                 kept = weights[..., tokens] if len(tokens) else weights
-        # The rows of all layers wait until they are joined, which copies them once.
-        every = 2 * len(seen.layers) * kept.numel() * kept.element_size()
-        return max(meter.reading.peak, meter.reading.spans[0].peak + every)
+        # The last layer's rows are made while those of the others wait, and joining them copies all once.
+        whole, each, span = weights.nbytes, kept.nbytes, meter.reading.spans[0]
+        making = span.peak + whole + (len(seen.layers) - 1) * each
+        return max(meter.reading.peak, making, span.before + whole + 2 * len(seen.layers) * each)
 
     def _activations(self, meter: Meter, count: int) -> int:
         replay = self.replay

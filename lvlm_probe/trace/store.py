@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
+from lvlm_probe.errors import TraceError
 from lvlm_probe.format.reading import open_sealed
 from lvlm_probe.format.schema import FORMAT, FORMAT_VERSION, validate
 from lvlm_probe.format.seal import PART_NAME, trace_error
+from lvlm_probe.trace.index import Index, TraceSummary
 from lvlm_probe.trace.reader import Trace
 
 __all__ = ["TraceStore", "open_store"]
@@ -107,6 +110,69 @@ class TraceStore(Sequence[Trace]):
             for row in reversed(range(_count(entry))):
                 yield Trace(entry.path, row)
 
+    def find(
+        self,
+        *,
+        status: str | None = None,
+        model: str | None = None,
+        text: str | None = None,
+        since: str | datetime.datetime | None = None,
+        until: str | datetime.datetime | None = None,
+        where: Callable[[TraceSummary], bool] | None = None,
+        on_error: Callable[[TraceError], None] | None = None,
+    ) -> list[TraceSummary]:
+        """Lists the traces that fit, oldest first, as summaries that open no file again that was listed before.
+
+        Summaries are kept in ``.index.jsonl`` in the directory (nothing is kept where it cannot be written).
+
+        Args:
+            status: ``"complete"``, ``"stopped"`` or ``"error"``.
+            model: part of the model's id or class, in any case.
+            text: part of the question or the answer, in any case.
+            since, until: first moment, and the first one that does not count any more; ISO-8601, UTC where no zone is
+                named.
+            where: any other condition.
+            on_error: hears of files that cannot be read, and the list goes on without them.
+
+        Raises:
+            TraceError: a file cannot be read, and there is no ``on_error``.
+            ValueError: a time is not ISO-8601.
+        """
+        first, end = _moment(since), _moment(until)
+        wanted_model, wanted_text = (model or "").casefold(), (text or "").casefold()
+        index = Index(self.path if self.path.is_dir() else self.path.parent)
+        found: list[TraceSummary] = []
+        for entry in self._entries:
+            try:
+                rows = index.summaries(entry.path)
+            except TraceError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+                continue
+            entry.rows = len(rows)
+            found += rows
+        if self.path.is_dir():
+            index.save()
+
+        def fits(summary: TraceSummary) -> bool:
+            if status is not None and summary.status != status:
+                return False
+            if wanted_model and wanted_model not in summary.model.casefold():
+                return False
+            if wanted_text and wanted_text not in f"{summary.question}\n{summary.answer}".casefold():
+                return False
+            if first is not None or end is not None:
+                try:
+                    created = _moment(summary.created)
+                except ValueError:
+                    return False
+                if created is None or (first and created < first) or (end and created >= end):
+                    return False
+            return where is None or where(summary)
+
+        return [summary for summary in found if fits(summary)]
+
     def orphans(self, *, min_age: float = _DAY) -> list[Path]:
         """Lists the ``.part`` files left by processes that were killed, also those in ``explanations/``.
 
@@ -127,6 +193,13 @@ class TraceStore(Sequence[Trace]):
                 part.unlink()
                 removed.append(part)
         return removed
+
+
+def _moment(time: str | datetime.datetime | None) -> datetime.datetime | None:
+    if time is None:
+        return None
+    moment = datetime.datetime.fromisoformat(time) if isinstance(time, str) else time
+    return moment.replace(tzinfo=datetime.UTC) if moment.tzinfo is None else moment
 
 
 def _entry(path: Path) -> _Entry:

@@ -1,7 +1,8 @@
 """What the engine saves against a plain loop that does what the recipe published with the paper does.
 
-    python tests/benchmarks/bench_engine.py                 # the demo model and a mid-size one
+    python tests/benchmarks/bench_engine.py                 # the demo model and a mid-size one, some 15 minutes
     python tests/benchmarks/bench_engine.py --models demo
+    python tests/benchmarks/bench_engine.py --timed-n 4     # shorter: iterations with n = 4 are timed
 
 Both sides run side by side in one process, on the same model, words, picture, baseline and number of passes:
 
@@ -10,12 +11,16 @@ Both sides run side by side in one process, on the same model, words, picture, b
   until one backward pass.
 * **curves**: deletion and insertion on 32 × 32 cells. The plain loop takes one picture at a time.
 * **explanation**: ``explain`` at its defaults, against the recipe's five iterations with n = 10, which is that many
-  times its own iteration.
+  times its own iteration. The **first explanation** on a model also plans its memory and finds out what passes may
+  leave out.
+* **arithmetic**: floating-point operations of an iteration, which do not depend on the machine or who else is on it.
+* **frugal**: the iteration and its peak with four masks at once. By default as many go through as pays: time is bought
+  with memory where a model is so small that there is plenty.
 
 Seconds are those of the CPU in one thread, which other jobs on the machine disturb least; A and B alternate, and
-medians are reported. Peak memory is the highest resident set of a process that runs one side only, beyond what it had
-with the loaded model after a first pass. Both sides are first compared: the same scores but for rounding and the
-processor's way of resizing a mask. Writes ``results/engine.json``.
+medians are reported. All sides are in float32. Peak memory is the highest resident set of a process that runs one side
+only, beyond what it had with the loaded model after a first pass. Both sides are first compared: the same scores but
+for rounding and the processor's way of resizing a mask. Writes ``results/engine.json``.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,12 +42,14 @@ from typing import Any
 import torch
 from random_model import MID_SIZE, random_llava, write_results
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 import lvlm_probe as probe
 from lvlm_probe.metrics import evaluate
 
 NOISE = 0.2
 RECIPE_ITERATIONS, RECIPE_N = 5, 10
+FRUGAL = 4
 GOALS = {
     "demo": {"iteration": 0.25, "curves": 0.5, "explanation": 0.15, "peak": 0.4},
     "mid": {"iteration": 0.65, "curves": 0.5, "explanation": 0.15, "peak": 0.4},
@@ -101,15 +109,16 @@ class Recipe:
 class Engine:
     """The same, by the package."""
 
-    def __init__(self, replay: probe.Replay, steps: list[int]) -> None:
-        self.replay, self.steps = replay, steps
+    def __init__(self, replay: probe.Replay, steps: list[int], *, micro_batch: int | None = None) -> None:
+        self.replay, self.steps, self.micro_batch = replay, steps, micro_batch
 
     def iteration(self, mask: torch.Tensor, n: int) -> torch.Tensor:
         scales = torch.arange(1, n + 1)[:, None, None] / n
         masks = torch.cat([scales * mask, 1 - scales * mask])
         _, slopes = self.replay.score_and_grad(
-            masks, lambda log_probs: log_probs[:, self.steps].sum(1), noise=NOISE, steps=self.steps
-        )
+            masks, lambda log_probs: log_probs[:, self.steps].sum(1), noise=NOISE, steps=self.steps,
+            micro_batch=self.micro_batch,
+        )  # fmt: skip
         signs = torch.cat([scales, scales])  # chain rule: d(r M)/dM is r, and deletion and insertion point one way
         return (signs * slopes).sum(0) / n
 
@@ -144,6 +153,19 @@ def mid(directory: str) -> tuple[probe.Replay, list[int]]:
     return probe.replay(recording.traces[-1], model, processor), [4, 9, 13]
 
 
+VARIANTS = (
+    ("iteration", "iteration", "engine"),
+    ("curves", "curves", "engine"),
+    ("explanation", "explanation", "engine"),
+    ("peak", "peak", "engine"),
+    ("arithmetic", "flop", "engine"),
+    ("adaptive curves", "curves", "adaptive"),
+    ("first explanation", "explanation", "first"),
+    ("frugal iteration", "iteration", "frugal"),
+    ("frugal peak", "peak", "frugal"),
+)
+"""What is compared with the recipe's: a name, and where it stands in the results."""
+
 MODELS: dict[str, Callable[[str], tuple[probe.Replay, list[int]]]] = {"demo": demo, "mid": mid}
 
 
@@ -173,7 +195,21 @@ def compare(recipe: Recipe, engine: Engine) -> dict[str, float]:
     with torch.no_grad():
         log_probs = engine.replay.log_probs(mask, steps=engine.steps)[0, engine.steps]
     cosine = functional.cosine_similarity(mine.flatten(), slope.flatten(), dim=0)
-    return {"log_probs": float((log_probs - plain).abs().max()), "gradient_cosine": float(cosine)}
+    return {"log_probs": float((log_probs - plain.detach()).abs().max()), "gradient_cosine": float(cosine)}
+
+
+def arithmetic(recipe: Recipe, engine: Engine) -> dict[str, int]:
+    """Floating-point operations of matrix products and convolutions in an iteration with n = 1. They do not
+    depend on the machine: what is left of them is what an iteration can at best be left of where they are all that
+    takes time."""
+    mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(1))
+    counted = {}
+    alone = Engine(engine.replay, engine.steps, micro_batch=1)  # which needs no pass to find out how many fit
+    for side, run in (("recipe", recipe.iteration), ("engine", alone.iteration)):
+        with FlopCounterMode(display=False) as counter:
+            run(mask, 1)
+        counted[side] = counter.get_total_flops()
+    return counted
 
 
 def measure(name: str, directory: str, *, rounds: int, n: int) -> dict[str, Any]:
@@ -183,16 +219,21 @@ def measure(name: str, directory: str, *, rounds: int, n: int) -> dict[str, Any]
     mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(0))
     line: dict[str, Any] = {
         "prompt": replay.prompt_length, "answer": len(replay.token_ids), "selected": steps, "n": n, **same,
-        "shortcuts": str(replay.shortcuts),
+        "shortcuts": str(replay.shortcuts), "flop": arithmetic(recipe, engine),
     }  # fmt: skip
-    iteration = alternating(rounds, recipe=lambda: recipe.iteration(mask, n), engine=lambda: engine.iteration(mask, n))
+    frugal = Engine(replay, steps, micro_batch=FRUGAL)
+    sides = {"recipe": lambda: recipe.iteration(mask, n), "engine": lambda: engine.iteration(mask, n)}
+    if name == "demo":  # a larger model has no more at once anyway
+        sides["frugal"] = lambda: frugal.iteration(mask, n)
+    iteration = alternating(rounds, **sides)
     span = probe.select_tokens(replay, span=(steps[0], steps[0] + 1))
     selection = span if name == "mid" else probe.select_tokens(replay)
-    started, before = time.process_time(), (replay.passes.forward, replay.passes.backward)
+    first = seconds(lambda: probe.explain(replay, tokens=selection, strengthen=False))
+    started = time.process_time()
     heat = probe.explain(replay, tokens=selection, strengthen=False)
     explained = time.process_time() - started
-    line["default_passes"] = [replay.passes.forward - before[0], replay.passes.backward - before[1]]
-    fine = functional.interpolate(torch.as_tensor(heat.values)[None, None], size=(32, 32), mode="bilinear")[0, 0]
+    line["default_passes"] = heat.provenance["passes"]
+    fine = functional.interpolate(torch.tensor(heat.values)[None, None], size=(32, 32), mode="bilinear")[0, 0]
     points = 51 if name == "demo" else 13
     marked = probe.Heatmap(fine.numpy(), heat.image_size, selection=heat.selection, method=heat.method)
     scores: dict[str, Any] = {}
@@ -221,6 +262,7 @@ def measure(name: str, directory: str, *, rounds: int, n: int) -> dict[str, Any]
         "explanation": {
             "recipe": iteration["recipe"] * RECIPE_ITERATIONS * RECIPE_N / n,
             "engine": explained,
+            "first": first,
         },
     }
     return line
@@ -229,7 +271,9 @@ def measure(name: str, directory: str, *, rounds: int, n: int) -> dict[str, Any]
 def child(name: str, side: str, n: int, directory: str) -> None:
     """Prints bytes: peak resident set of one iteration beyond the loaded model's."""
     replay, steps = MODELS[name](directory)
-    runner: Any = Recipe(replay, steps) if side == "recipe" else Engine(replay, steps)
+    runner: Any = Recipe(replay, steps)
+    if side != "recipe":
+        runner = Engine(replay, steps, micro_batch=FRUGAL if side == "frugal" else None)
     mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         replay.log_probs(mask)
@@ -247,7 +291,7 @@ def _status(field: str) -> int:
 
 def peaks(name: str, n: int) -> dict[str, int]:
     found = {}
-    for side in ("recipe", "engine"):
+    for side in ("recipe", "engine", "frugal") if name == "demo" else ("recipe", "engine"):
         command = [sys.executable, __file__, "--child", name, side, "--n", str(n)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found[side] = int(done.stdout.split()[-1])
@@ -256,10 +300,10 @@ def peaks(name: str, n: int) -> dict[str, int]:
 
 def ratios(line: dict[str, Any]) -> dict[str, float]:
     """Ours to the recipe's."""
-    found = {what: line[what]["engine"] / line[what]["recipe"] for what in ("iteration", "curves", "explanation")}
-    found["adaptive curves"] = line["curves"]["adaptive"] / line["curves"]["recipe"]
-    if "peak" in line:
-        found["peak"] = line["peak"]["engine"] / line["peak"]["recipe"]
+    found: dict[str, float] = {}
+    for what, of, side in VARIANTS:
+        if side in line.get(of, {}):
+            found[what] = line[of][side] / line[of]["recipe"]
     return found
 
 
@@ -291,15 +335,19 @@ def main() -> None:
         results[name] = line
         print(f"\n{name}: {line['shortcuts']}")
         print(f"  off by {line['log_probs']:.1e} nats, cosine of the gradients {line['gradient_cosine']:.4f}")
-        for what, ratio in line["ratios"].items():
-            goal = GOALS[name].get(what)
-            sides = line.get("curves" if what == "adaptive curves" else what, {})
-            ours = sides["adaptive" if what == "adaptive curves" else "engine"]
-            unit = f"{sides['recipe'] / 2**20:9.0f} {ours / 2**20:9.0f} MiB" if what == "peak" else (
-                f"{sides['recipe']:9.2f} {ours:9.2f} s  "
-            )  # fmt: skip
-            print(f"  {what:16s} {unit}  {ratio:5.2f}" + (f"  (goal {goal})" if goal else ""))
-        write_results(options.out, {"models": results})
+        for what, of, side in VARIANTS:
+            if what not in line["ratios"]:
+                continue
+            goal, theirs, ours = GOALS[name].get(what), line[of]["recipe"], line[of][side]
+            scale, unit = {"peak": (2**20, "MiB"), "flop": (10**9, "GFLOP")}.get(of, (1, "s"))
+            print(
+                f"  {what:18s} {theirs / scale:9.2f} {ours / scale:9.2f} {unit:5s}  {line['ratios'][what]:5.2f}"
+                + (f"  (goal {goal}{'' if line['ratios'][what] <= goal else ', missed'})" if goal else "")
+            )
+        line["goals"] = GOALS[name]
+        line["load"] = os.getloadavg()[1]
+        line["command"] = " ".join(["python tests/benchmarks/bench_engine.py", *sys.argv[1:]])
+        write_results(options.out, {"command": "python tests/benchmarks/bench_engine.py", "models": results})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,394 @@
+"""All benchmarks on one page, ``docs/benchmarks.md``: every goal beside the figure, met or missed.
+
+    python tests/benchmarks/publish.py
+
+Reads what the scripts beside this one have written to ``results/``; what is not there is "not measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["SECTIONS", "Goal", "Section", "page"]
+
+ROOT = Path(__file__).resolve().parents[2]
+Found = Mapping[str, Any]
+NOT_MEASURED = "not measured"
+UNDECIDED = "not decided"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One figure and the bound it should keep to.
+
+    ``figure`` is ``None`` where it was not measured; ``bound`` is ``None`` where there is no goal. Where repeats spread
+    so widely that their quartiles lie on both sides of the bound, the run does not decide.
+    """
+
+    what: str
+    figure: float | None
+    bound: float | None
+    shown: Callable[[float], str]
+    at_least: bool = False
+    quartiles: tuple[float, float] | None = None
+
+    @property
+    def verdict(self) -> str:
+        if self.figure is None:
+            return NOT_MEASURED
+        if self.bound is None:
+            return "–"
+        if self.quartiles is not None and self.quartiles[0] < self.bound < self.quartiles[1]:
+            low, high = (self.shown(value) for value in self.quartiles)
+            return f"{UNDECIDED}: quartiles {low} to {high}"
+        return "met" if (self.figure >= self.bound if self.at_least else self.figure <= self.bound) else "**missed**"
+
+    def row(self) -> str:
+        bound = "–" if self.bound is None else f"{'≥' if self.at_least else '≤'} {self.shown(self.bound)}"
+        figure = NOT_MEASURED if self.figure is None else self.shown(self.figure)
+        return f"| {self.what} | {bound} | {figure} | {self.verdict} |"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One benchmark: its result file, the command, what it measures, its goals, and what else to show."""
+
+    title: str
+    file: str
+    command: str
+    about: str
+    goals: Callable[[Found], list[Goal]]
+    more: Callable[[Found], list[str]] = field(default=lambda _: [])
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:,.0f} ms" if value >= 10 else f"{value:.1f} ms"
+
+
+def kilobytes(value: float) -> str:
+    return f"{value / 1e3:,.0f} kB"
+
+
+def at(found: Any, *path: str) -> Any:
+    """What lies at a path of names; ``None`` where there is nothing."""
+    for name in path:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- the sections
+
+
+ENGINE = {
+    "demo": {"iteration": 0.25, "curves": 0.5, "explanation": 0.15, "peak": 0.4},
+    "mid": {"iteration": 0.65, "curves": 0.5, "explanation": 0.15, "peak": 0.4},
+}
+_MODELS = {"demo": "the embedded model", "mid": "ViT-B/16 + 12 × 768"}
+_PARTS = {
+    "iteration": "time of one iteration of iGOS+",
+    "curves": "time of deletion and insertion",
+    "explanation": "time of one explanation at the defaults",
+    "peak": "peak memory",
+}
+
+
+def engine(found: Found) -> list[Goal]:
+    return [
+        Goal(f"{_PARTS[part]}, {_MODELS[model]}", at(found, "models", model, "ratios", part), bound, ratio)
+        for model, bounds in ENGINE.items()
+        for part, bound in bounds.items()
+    ]
+
+
+RECORDING = {"without attention": 0.02, "with attention": 0.05, "with attention and LLR": None}
+
+
+def recording(found: Found) -> list[Goal]:
+    goals: list[Goal] = []
+    for kind, bound in RECORDING.items():
+        line = at(found, "overheads", kind, "cpu")
+        quartiles = None if line is None else (line["quartiles"][0], line["quartiles"][1])
+        name = f"time added to generate(), {kind}"
+        goals.append(Goal(name, at(line, "overhead"), bound, percent, quartiles=quartiles))
+    return goals
+
+
+def recording_more(found: Found) -> list[str]:
+    if not found:
+        return []
+    lines = [
+        f"{found['weights'] / 1e6:.0f} million weights, {found['image_tokens']} image tokens, {found['text_tokens']} "
+        f"others, {found['tokens']} answer tokens; {found['plain_cpu_seconds']:.1f} s without a probe; medians of "
+        f"{found['rounds']} rounds, processor seconds in one thread; load of the machine "
+        f"{' to '.join(f'{load:.1f}' for load in found['load_average'])}.",
+        "",
+        "| recorded | quartiles | by the clock | per answer token | file | attention per token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, line in found["overheads"].items():
+        low, high = line["cpu"]["quartiles"]
+        size = found["size"][kind]
+        lines.append(
+            f"| {kind} | {percent(low)} to {percent(high)} | {percent(line['clock']['overhead'])} "
+            f"| {line['cpu']['added_us_per_token']:,.0f} µs | {kilobytes(size['file_bytes'])} "
+            f"| {size['attention_bytes_per_token'] / 1e3:.1f} kB |"
+        )
+    if inside := found.get("inside"):
+        lines += [
+            "",
+            "Processor time inside the probe's own code, with attention, as a share of the plain call. Unlike the "
+            "difference of two calls it is hardly disturbed by what else the machine does:",
+            "",
+            "| part | share | |",
+            "|---|---|---|",
+        ]
+        for part, seconds in inside["seconds"].items():
+            note = f"{1e6 * seconds / found['tokens']:,.0f} µs per token" if part in inside["per_token"] else "once"
+            lines.append(f"| {part} | {percent(seconds / found['plain_cpu_seconds'])} | {note} |")
+    once = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in found["once"].items())
+    return [*lines, "", f"Paid once per recording, or per picture size, and not in the figures above: {once}."]
+
+
+GROWTH_BOUND = 1.1
+
+
+def growth(found: Found) -> list[Goal]:
+    layer = at(found, "slopes", "image_tokens", "tmm", "layer")
+    worst = max(layer.values()) if layer else None
+    return [Goal("T-MM: exponent of memory beyond the model's own", worst, GROWTH_BOUND, ratio)]
+
+
+def growth_more(found: Found) -> list[str]:
+    slopes = at(found, "slopes", "image_tokens")
+    if not slopes:
+        return []
+    lines = [
+        "| exponent over image tokens (over answer tokens) | time | peak memory |", "|---|---|---|",
+    ]  # fmt: skip
+    for name, kinds in slopes.items():
+        other = at(found, "slopes", "answer_tokens", name) or {}
+        cells = [
+            f"{at(kinds, kind, 'all'):.2f}"
+            + ("" if at(other, kind, "all") is None else f" ({at(other, kind, 'all'):.2f})")
+            if at(kinds, kind, "all") is not None
+            else "–"
+            for kind in ("seconds", "peak")
+        ]
+        lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
+    return [*lines, "", "![Time and memory against image tokens](growth.png)", "", "More in [planner.md](planner.md)."]
+
+
+def store(found: Found) -> list[Goal]:
+    costs = found.get("costs") or {}
+    names = list(costs) or list(STORE)
+    goals: list[Goal] = []
+    for name in names:
+        goals += [
+            Goal(name, at(costs, name, "ms"), None, milliseconds),
+            Goal(f"{name}: bytes read", at(costs, name, "bytes"), None, kilobytes),
+        ]
+    return goals
+
+
+STORE = ("open the store and read the last answer", "list with filters, again", "read one attention map")
+
+
+def store_more(found: Found) -> list[str]:
+    if not found:
+        return []
+    return [
+        f"{found['traces']:,} traces of {kilobytes(found['file_bytes'])}, {found['total_bytes'] / 1e9:.2f} GB in "
+        f"all; an attention map is {kilobytes(found['attention_map_bytes'])}. The first list opens every file once and "
+        "keeps what their headers say. A trace that is opened has its hash checked, so its file is read whole, once."
+    ]
+
+
+PLANNER_BOUND = 0.15
+
+
+def planner(found: Found) -> list[Goal]:
+    worst = [abs(line["ratio"] - 1) for line in found.get("lines", [])]
+    count = f", worst of {len(worst)} predictions" if worst else ""
+    return [Goal(f"error of predicted peak memory{count}", max(worst, default=None), PLANNER_BOUND, percent)]
+
+
+def planner_more(found: Found) -> list[str]:
+    by_model: dict[str, list[float]] = {}
+    for line in found.get("lines", []):
+        by_model.setdefault(line["model"], []).append(line["ratio"])
+    if not by_model:
+        return []
+    lines = ["| model | predictions | predicted / measured, lowest to highest |", "|---|---|---|"]
+    return lines + [
+        f"| {model} | {len(ratios)} | {min(ratios):.2f} to {max(ratios):.2f} |" for model, ratios in by_model.items()
+    ]
+
+
+RAY_BOUND = 1.8
+
+
+def ray(found: Found) -> list[Goal]:
+    return [Goal("speed-up of two workers over one", found.get("speedup"), RAY_BOUND, ratio, at_least=True)]
+
+
+GPU_MODELS = ("LLaVA-1.5-7B", "LLaVA-OneVision-7B", "Qwen2.5-VL-7B")
+GPU_PAPER = {
+    "igos++ (paper)": ("iGOS++", 31, 7.0),
+    "gradcam": ("Grad-CAM", 20, 1.0),
+    "tmm": ("T-MM", 36, 2.7),
+    "iia": ("IIA", 22, 4.7),
+}
+
+
+def gpu(found: Found) -> list[Goal]:
+    goals: list[Goal] = []
+    for model in GPU_MODELS:
+        for step, (name, gigabytes, seconds) in GPU_PAPER.items():
+            line = at(found, "models", model, "steps", step)
+            goals += [
+                Goal(f"{model}, {step}: seconds ({name} in Table 9)", at(line, "seconds"), seconds, "{:.1f} s".format),
+                Goal(f"{model}, {step}: GB ({name} in Table 9)", at(line, "peak_gb"), gigabytes, "{:.0f} GB".format),
+            ]
+    return goals
+
+
+def gpu_more(found: Found) -> list[str]:
+    lines: list[str] = []
+    for model, result in (found.get("models") or {}).items():
+        lines += [
+            f"{model}: {result.get('weights', 0) / 1e9:.1f} billion weights, {result.get('image_tokens', '?')} image "
+            f"tokens, {result.get('answer_tokens', '?')} answer tokens; {found['device']}.",
+            "",
+            "| step | passes | seconds | peak GB | share of the chip's peak |",
+            "|---|---|---|---|---|",
+        ]
+        for step, line in result["steps"].items():
+            if "seconds" not in line:
+                lines.append(f"| {step} | – | {line.get('error', NOT_MEASURED)[:80]} | – | – |")
+                continue
+            passes = " + ".join(map(str, line["passes"])) if "passes" in line else "–"
+            memory = "–" if line.get("peak_gb") is None else f"{line['peak_gb']:.1f}"
+            share = "–" if line.get("share_of_peak") is None else percent(line["share_of_peak"])
+            lines.append(f"| {step} | {passes} | {line['seconds']:.2f} | {memory} | {share} |")
+        lines.append("")
+    return lines
+
+
+SECTIONS: tuple[Section, ...] = (
+    Section(
+        "Explaining", "engine.json", "python tests/benchmarks/bench_engine.py",
+        "The engine against a plain loop that does what the recipe published with the paper does, on the same model, "
+        "words and passes; ours relative to it.", engine,
+    ),
+    Section(
+        "Recording", "recording.json", "python tests/benchmarks/bench_recording.py",
+        "generate() with a recording probe relative to generate() without, call by call in turn.",
+        recording, recording_more,
+    ),
+    Section(
+        "Growth", "growth.json", "python tests/benchmarks/bench_growth.py",
+        "How time and memory grow with the picture's and the answer's length.", growth, growth_more,
+    ),
+    Section(
+        "Store", "store.json", "python tests/benchmarks/bench_store.py",
+        "What a directory of many traces costs.", store, store_more,
+    ),
+    Section(
+        "GPU", "gpu.json", "python tests/benchmarks/bench_gpu.py",
+        "Models of 7 billion weights with their true geometry and random weights in bfloat16, against the paper's "
+        "Table 9 (which names neither the model nor the chip).", gpu, gpu_more,
+    ),
+    Section(
+        "Planner", "planner.json", "python tests/benchmarks/bench_planner.py",
+        "Predicted against measured peak memory of every method.", planner, planner_more,
+    ),
+    Section(
+        "Many machines", "ray.json", "python tests/benchmarks/bench_ray.py",
+        "A study through Ray with two workers of one core against one.", ray,
+    ),
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def read(path: Path) -> Found:
+    """A result file, empty where there is none."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise SystemExit(f"{path} holds no result; run the benchmark again")
+    return found
+
+
+def page(results: Path) -> str:
+    """The page as Markdown, from the JSON files of a directory."""
+    parts: list[str] = []
+    met = missed = undecided = open_goals = 0
+    for section in SECTIONS:
+        found = read(results / section.file)
+        goals = section.goals(found)
+        verdicts = [goal.verdict for goal in goals if goal.bound is not None]
+        met += verdicts.count("met")
+        missed += verdicts.count("**missed**")
+        open_goals += verdicts.count(NOT_MEASURED)
+        undecided += sum(verdict.startswith(UNDECIDED) for verdict in verdicts)
+        parts += [f"## {section.title}", "", section.about, "", "| | goal | measured | |", "|---|---|---|---|"]
+        parts += [goal.row() for goal in goals]
+        if more := section.more(found):
+            parts += ["", *more]
+        parts += ["", _origin(section, found), ""]
+    summary = f"{met} goals met, {missed} missed, {undecided} not decided, {open_goals} not measured."
+    head = [
+        "# Benchmarks",
+        "",
+        "Written by `python tests/benchmarks/publish.py` from `tests/benchmarks/results/*.json`; do not edit. Every "
+        f"figure comes from the command under its table. {summary}",
+        "",
+    ]
+    text = "\n".join([*head, *parts])
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.rstrip() + "\n"
+
+
+def _origin(section: Section, found: Found) -> str:
+    command = found.get("command", section.command)
+    if not found:
+        return f"`{command}`: {NOT_MEASURED}."
+    software = ", ".join(
+        f"{name} {found[key]}" for name, key in (("Python", "python"), ("lvlm_probe", "lvlm_probe")) if key in found
+    )
+    small = (
+        " With tiny models, only to see that everything runs: these figures mean nothing." if found.get("small") else ""
+    )
+    return f"`{command}`: {found.get('machine', 'machine unknown')}; {software}; {found.get('date', 'undated')}.{small}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    options = parser.parse_args(arguments)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(page(options.results), encoding="utf-8")
+    print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
