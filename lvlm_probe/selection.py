@@ -12,6 +12,7 @@ information, under teacher forcing::
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
     from lvlm_probe.words import Word
 
-__all__ = ["STOP_WORDS", "TokenSelection", "select_tokens", "word_llr"]
+__all__ = ["STOP_WORDS", "TokenSelection", "select_tokens", "word_llr", "word_selections"]
 
 _STOP_WORDS = (
     "a an the this that these those it its there here is are was were be been being am do does did has have had and or "
@@ -206,6 +207,19 @@ def word_llr(words: Sequence[Word], llr: Sequence[float] | np.ndarray) -> list[f
     """Log-likelihood ratio of whole words in nats: the sum over a word's tokens (paper, Eq. 6), one value per word."""
     values = np.asarray(llr, dtype=np.float64)
     return [float(values[word.start : word.stop].sum()) for word in words]
+
+
+def word_selections(replay: Replay, selection: TokenSelection) -> list[tuple[str, TokenSelection]]:
+    """The selection word by word: ``(word, its selected tokens)``, in order.
+
+    A word keeps its unselected tokens out: the "low" of "yellow" follows from the "yel" whatever the picture shows.
+    """
+    parts: list[tuple[str, TokenSelection]] = []
+    for word in replay.words:
+        indices = tuple(index for index in selection.indices if word.start <= index < word.stop)
+        if indices:
+            parts.append((word.text, dataclasses.replace(selection, indices=indices)))
+    return parts
 
 
 def _ratios(replay: Replay | Trace, steps: int) -> np.ndarray | None:

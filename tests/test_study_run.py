@@ -164,7 +164,7 @@ def test_a_unit_that_fails_is_kept_with_its_reason(tmp_path: Path) -> None:
     assert found["answers"] == [{"model": "demo", "dataset": "mine", "done": 2, "failed": 1}]
     assert any(reason.startswith("demo: StudyError") for reason in found["reasons"])
     assert any(reason.startswith("gradcam: ") for reason in found["reasons"])
-    assert "skipped: " in " ".join(make_table(results, "2").notes)
+    assert "Skipped: " in " ".join(make_table(results, "2").notes)
     before = unmeasured(study)
     run_study(study)
     assert unmeasured(study) == before

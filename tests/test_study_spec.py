@@ -73,6 +73,20 @@ def test_errors_name_the_line(tmp_path: Path, change: tuple[str, str], line: int
     assert sentence in str(caught.value)
 
 
+def test_sources_are_found_beside_the_file_and_nothing_of_its_place_is_handed_on(tmp_path: Path) -> None:
+    (tmp_path / "dir" / "model").mkdir(parents=True)
+    study = read_study(written(tmp_path, WHOLE.replace("name: demo\n", "name: demo\nabout: Two\n  lines.\n")))
+    assert study.about == "Two lines."
+    assert study.located("dir/model") == str(tmp_path / "dir" / "model")
+    assert study.located("owner/on-the-hub") == "owner/on-the-hub"
+    (tmp_path / "demo").mkdir()
+    assert study.located("demo") == "demo", "the embedded model, whatever lies beside the file"
+    assert study.models["other"].source == "dir/model"
+    record = study.to_dict()
+    assert "base" not in record
+    assert str(tmp_path) not in str({name: value for name, value in record.items() if name != "out"})
+
+
 def test_a_file_that_is_no_study(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="cannot be read"):
         read_study(tmp_path / "none.yaml")

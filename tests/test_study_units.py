@@ -57,7 +57,7 @@ def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else() -
 
     assert a_map() == a_map(name="another row of the same", tables=(3,)) == a_map(alpha=1.0) == a_map(baseline="blur")
     changed = [a_map(answer="b"), a_map(method="rise"), a_map(params={"size": 8}), a_map(tokens="joint")]
-    changed += [a_map(alpha=2.0), a_map(baseline="noise")]
+    changed += [a_map(alpha=2.0), a_map(baseline="noise"), a_map(behaviour="release")]
     changed += [a_map(study(settings=Settings(**{name: 9}))) for name in ("grid", "steps", "seed")]
     assert len({a_map(), *changed}) == 1 + len(changed)
 
@@ -117,6 +117,13 @@ def test_the_filter_keeps_what_all_models_need_the_picture_for(
     else:
         assert found is not None
         assert pytest.importorskip("re").search(expected, found)
+
+
+def test_a_probability_that_is_no_number_drops_its_sample() -> None:
+    done = {"status": "done", "drop": 0.9, "drop_normalised": 0.9}
+    assert verdict(study(), {"m": done, "n": {**done, "drop": None}}) == (
+        "n gives the answer a probability that is no number"
+    )
 
 
 def test_the_filter_needs_every_models_answer() -> None:

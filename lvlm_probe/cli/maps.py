@@ -12,7 +12,6 @@ goes on where it stopped.
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import hashlib
 import json
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cli.terminal import bar
 from lvlm_probe.errors import ProbeError, TraceError
+from lvlm_probe.selection import word_selections
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -158,19 +158,6 @@ class Baseline:
             replay.set_baseline("noise", seed=int(wanted["seed"]))
         else:
             replay.set_baseline(str(kind))
-
-
-def word_selections(replay: Replay, selection: TokenSelection) -> list[tuple[str, TokenSelection]]:
-    """The selection word by word: ``(word, its selected tokens)``, in order.
-
-    A word keeps its unselected tokens out: the "low" of "yellow" follows from the "yel" whatever the picture shows.
-    """
-    parts: list[tuple[str, TokenSelection]] = []
-    for word in replay.words:
-        indices = tuple(index for index in selection.indices if word.start <= index < word.stop)
-        if indices:
-            parts.append((word.text, dataclasses.replace(selection, indices=indices)))
-    return parts
 
 
 def explain_one(

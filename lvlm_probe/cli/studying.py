@@ -73,6 +73,35 @@ def run(
     _show(collect(study))
 
 
+@study_app.command(no_args_is_help=True)
+def plan(
+    file: File,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the models and measure one sample of each data set on each.")
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="What there is, weights included: 24GB. Default: what is free."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Samples per data set, at most.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a study will take: its units and passes, and with --measure the memory and hours of every row.
+
+    Example:  lvlm-probe study plan study.yaml --measure --memory 24GB
+    """
+    quiet_libraries()
+    from lvlm_probe.study.forecast import forecast
+
+    found = forecast(_read(file), measure=measure, memory=memory, limit=limit)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    typer.echo(found.table().pipes())
+    for sentence in found.sentences():
+        say(sentence)
+
+
 study_app.command(name="resume", no_args_is_help=True, help="The same as run: goes on where a study was stopped.")(run)
 
 
@@ -107,6 +136,10 @@ def table(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where the files go. Default: tables/ of the study.")
     ] = None,
+    document: Annotated[
+        Path | None,
+        typer.Option("--document", metavar="FILE.md", help="All tables as one document instead, with what was run."),
+    ] = None,
 ) -> None:
     """Make the paper's tables of what is finished: print them, and write them as Markdown, CSV, LaTeX and figure.
 
@@ -120,6 +153,9 @@ def table(
         raise ProbeError(f"--format is markdown, csv or latex; not {form!r}")
     study = _read(file)
     results = collect(study)
+    if document is not None:
+        _write_document(results, file, document, annotations)
+        return
     directory = out or study.out / "tables"
     names = [*TABLES, "figure5", "ledger"] if number == "all" else [number]
     for name in names:
@@ -149,6 +185,48 @@ def export(
 
     for path in write(collect(_read(file)), out):
         say(stored_path(path))
+
+
+@study_app.command(no_args_is_help=True)
+def page(
+    file: File,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE|DIR",
+            help="A file .html with everything in it, or a folder. Default: page.html of the study, and the folder "
+            "page for more than 300 samples.",
+        ),
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option("--by", help="What stands side by side at first: models, methods or groups (sets of samples)."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write a page of what is finished: every sample with its answers, maps and scores, to sort, filter and compare.
+
+    Example:  lvlm-probe study page study.yaml --by groups
+    """
+    from lvlm_probe.study.pages import write_page
+    from lvlm_probe.study.results import collect
+
+    results = collect(_read(file))
+    with bar("page") as advance:
+        # The study's own page is made again as often as one likes, as its tables are.
+        made = write_page(results, out, by=by, overwrite=overwrite or out is None, tell=advance)
+    say("page: ", (stored_path(made), "bold"))
+
+
+def _write_document(results: Results, file: Path, target: Path, annotations: Path | None) -> None:
+    from lvlm_probe.study.document import document
+
+    command = f"lvlm-probe study table {file.as_posix()} --document {target.as_posix()}"
+    command += "" if annotations is None else f" --annotations {annotations.as_posix()}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(document(results, command=command, annotations=annotations), encoding="utf-8")
+    say("document: ", (stored_path(target), "bold"))
 
 
 def _read(file: Path) -> Study:

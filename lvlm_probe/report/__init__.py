@@ -122,9 +122,11 @@ def _fill(samples: list[dict[str, Any]], title: str) -> str:
     return _page("page.html", title, _asset("page.css"), script, summary=_summary(samples), data=data)
 
 
-def _page(template: str, title: str, style: str, script: str, *, body: str = "<body>", **parts: str) -> str:
+def _page(
+    template: str, title: str, style: str, script: str, *, body: str = "<body>", beside: bool = False, **parts: str
+) -> str:
     """A template under the head of all pages, with its style and script, which the page's policy allows by their
-    digests, and nothing else.
+    digests, and nothing else; with ``beside``, scripts that lie beside the page too.
 
     ``parts`` are put in as they are: markup, whose text has been escaped. ``title`` is escaped here.
     """
@@ -137,7 +139,8 @@ def _page(template: str, title: str, style: str, script: str, *, body: str = "<b
             "default-src 'none'",
             "img-src data:",
             f"style-src '{_digest(style)}'",
-            f"script-src '{_digest(script)}'",
+            # A page opened from disk has no origin of its own to allow, only the scheme.
+            f"script-src '{_digest(script)}'" + (" 'self' file:" if beside else ""),
             "base-uri 'none'",
             "form-action 'none'",
         ]

@@ -60,6 +60,6 @@ def engine_named(name: str) -> Engine:
         StudyError: there is none.
     """
     if name not in _ENGINES and name not in engines():
-        hint = "; for ray, install lvlm-probe-ray (integrations/ray)" if name == "ray" else ""
+        hint = "; for ray: pip install lvlm-probe-ray (integrations/ray)" if name == "ray" else ""
         raise StudyError(f"there is no engine {name!r}; there are {', '.join(_ENGINES)}{hint}")
     return _ENGINES[name]

@@ -69,6 +69,8 @@ def export(results: Results, directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     study = results.study.to_dict()
     study["out"] = results.study.out.name
+    for spec in (*study["models"].values(), *study["datasets"].values()):
+        spec["source"] = Path(spec["source"]).name if Path(spec["source"]).is_absolute() else spec["source"]
     samples = {
         "filter": study["filter"],
         "kept": {dataset: list(kept) for dataset, kept in results.kept.items()},

@@ -1,17 +1,12 @@
 """The language-prior meter: which answers came from the picture, and which from habit; no heatmaps.
 
 One extra pass per answer, on the baseline picture, tells: what the model would have said anyway keeps its probability.
-With LLR_t the log-likelihood ratio of token t (paper, Eq. 6) and sums over the T tokens that are not special:
+Beside the ``drop`` of the answer's probability and its ``band`` (``drops``) there are, with LLR_t the log-likelihood
+ratio of token t (paper, Eq. 6):
 
-* ``drop`` = 1 − P̃(a)/P(a) = 1 − exp(−Σ LLR_t), P the joint probability of the answer;
-* ``drop_normalised`` = 1 − exp(−Σ LLR_t / T), the same with P the geometric mean over tokens, which does not depend on
-  the answer's length (paper, Table 1, which leaves open which of the two it means);
 * ``share``: of the words, those with LLR > alpha; a word's LLR is the sum over its tokens. Words are what holds a
   letter or a digit: punctuation does not count;
 * ``mean_llr``: of the same words, nats.
-
-The ``band`` is the paper's division of ``drop`` in Table 1: below 30 % the answer hardly needed the picture
-(``"habit"``), above 70 % it came from it (``"picture"``), between them it is ``"mixed"``.
 """
 
 from __future__ import annotations
@@ -23,14 +18,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lvlm_probe.errors import ExplainError, ProbeError, StudyError
+from lvlm_probe.errors import ProbeError, StudyError
 from lvlm_probe.importing import said_by
 from lvlm_probe.importing.rows import BadRow, read_rows
 from lvlm_probe.selection import word_llr
+from lvlm_probe.study.drops import BANDS, Band, band_of, drop_of
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
@@ -40,9 +36,6 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
 __all__ = ["BANDS", "Reading", "Unread", "band_of", "measure", "ranked", "read_answer", "write_csv"]
-
-BANDS = (0.3, 0.7)
-"""Edges of the bands of ``drop``: those of the paper's Table 1."""
 
 THUMBNAIL = 88
 """Longest side of the picture that a reading keeps, pixels."""
@@ -87,7 +80,7 @@ class Reading:
     picture: Image.Image | None = field(default=None, repr=False, compare=False)
 
     @property
-    def band(self) -> Literal["habit", "mixed", "picture", "unknown"]:
+    def band(self) -> Band:
         """Which of the paper's three classes the joint drop falls into."""
         return band_of(self.drop)
 
@@ -104,13 +97,6 @@ class Unread:
 
     source: str
     reason: str
-
-
-def band_of(drop: float) -> Literal["habit", "mixed", "picture", "unknown"]:
-    """The band of a drop; ``"unknown"`` for NaN."""
-    if math.isnan(drop):
-        return "unknown"
-    return "habit" if drop < BANDS[0] else "mixed" if drop <= BANDS[1] else "picture"
 
 
 def read_answer(
@@ -135,15 +121,11 @@ def read_answer(
     Raises:
         ExplainError: there is no token but special ones.
     """
-    ordinary = ~np.asarray(special, dtype=bool)
-    if not ordinary.any():
-        raise ExplainError("the answer has no tokens besides special ones")
+    fallen = drop_of(log_probs, llr, special)
     words = group_words(list(pieces), list(special))
     ratios = word_llr(words, llr)
     counts = [any(sign.isalnum() for sign in word.text) for word in words]
     counted = [ratio for ratio, counts_ in zip(ratios, counts, strict=True) if counts_]
-    total = float(np.asarray(llr, dtype=np.float64)[ordinary].sum())
-    log_prob = float(np.asarray(log_probs, dtype=np.float64)[ordinary].sum())
     shown = tuple("" if flag else piece for piece, flag in zip(pieces, special, strict=True))
     return Reading(
         answer="".join(shown).strip(),
@@ -152,22 +134,14 @@ def read_answer(
         llr=tuple(ratios),
         counts=tuple(counts),
         alpha=alpha,
-        log_prob=log_prob,
-        baseline_log_prob=log_prob - total,
+        log_prob=fallen.log_prob,
+        baseline_log_prob=fallen.baseline_log_prob,
         share=float(np.mean([ratio > alpha for ratio in counted])) if counted else math.nan,
         mean_llr=float(np.mean(counted)) if counted else math.nan,
-        drop=_fall(total),
-        drop_normalised=_fall(total / int(ordinary.sum())),
+        drop=fallen.drop,
+        drop_normalised=fallen.drop_normalised,
         **facts,
     )
-
-
-def _fall(ratio: float) -> float:
-    """1 − exp(−ratio); −inf where the answer is beyond all numbers likelier without the picture."""
-    try:
-        return -math.expm1(-ratio)
-    except OverflowError:
-        return -math.inf
 
 
 def ranked(readings: Sequence[Reading]) -> list[Reading]:

@@ -13,6 +13,8 @@ from lvlm_probe.study.tables import Cell, Table
 
 __all__ = ["figure5"]
 
+_ALL = "all categories"
+
 
 def figure5(results: Results, annotations: Path | None = None) -> Table:
     """Correct or not × focus plausible or not, by category of question.
@@ -46,8 +48,12 @@ def figure5(results: Results, annotations: Path | None = None) -> Table:
             "no map could be judged: give a csv with dataset, sample, model, plausible (0 or 1), or use data whose "
             "deciding region is known"
         )
+    for model in sorted({model for model, _ in counts}):
+        theirs = [found for (name, _), found in counts.items() if name == model]
+        if len(theirs) > 1:
+            counts[model, _ALL] = sum(theirs, Counter())
     rows: list[tuple[Cell, ...]] = []
-    for (model, category), found in sorted(counts.items()):
+    for (model, category), found in sorted(counts.items(), key=lambda item: (item[0][0], item[0][1] == _ALL, item[0])):
         total = sum(found.values())
         shares = [100 * found[pair] / total for pair in ((True, True), (True, False), (False, True), (False, False))]
         rows.append((model, category, total, *(f"{share:.0f} %" for share in shares)))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lvlm_probe.study.filtering import is_correct, verdict
-from lvlm_probe.study.spec import Study
-from lvlm_probe.study.units import Records, method_content, model_content
+from lvlm_probe.study.spec import ModelSpec, Study
+from lvlm_probe.study.units import Records, method_content, model_content, model_stamp
 
 __all__ = ["Results", "collect"]
 
@@ -68,14 +68,11 @@ def collect(study: Study) -> Results:
     Raises:
         StudyError: a record is damaged.
     """
-    fingerprints = {
-        (str(record["model"]), str(record["source"])): str(record["fingerprint"])
-        for _, record in Records(study.out / "models")
-    }
+    fingerprints = {name: _fingerprint(study, spec) for name, spec in study.models.items()}
     wanted = {
-        name: model_content(study, spec, fingerprints[name, spec.source])
+        name: model_content(study, spec, known)
         for name, spec in study.models.items()
-        if (name, spec.source) in fingerprints
+        if (known := fingerprints[name]) is not None
     }
     answers: dict[str, dict[str, Any]] = {}
     for key, record in Records(study.out / "answers"):
@@ -105,6 +102,21 @@ def collect(study: Study) -> Results:
         answers.values(), key=lambda record: (record["dataset"], _natural(record["sample"]), record["model"])
     )
     return Results(study, tuple(ordered), tuple(kept_maps), kept, dropped)
+
+
+def _fingerprint(study: Study, model: ModelSpec) -> str | None:
+    """Of a model's weights as a run has seen them: those of the files that are there now, and where these are not the
+    ones of any run (a study copied to another machine), those seen last."""
+    records = Records(study.out / "models")
+    present = records.read(model_stamp(study, model))
+    if present is not None:
+        return str(present["fingerprint"])
+    seen = [
+        (records.path(key).stat().st_mtime_ns, str(record["fingerprint"]))
+        for key, record in records
+        if record["model"] == model.name and record["source"] == model.source
+    ]
+    return max(seen)[1] if seen else None
 
 
 def _filtered(study: Study, answers: Any) -> tuple[dict[str, tuple[str, ...]], dict[str, dict[str, str]]]:

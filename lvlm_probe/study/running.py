@@ -9,21 +9,22 @@ from __future__ import annotations
 import gc
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lvlm_probe.errors import StudyError
+from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.identity import fingerprint
 from lvlm_probe.loading import load
 from lvlm_probe.player import Replay
 from lvlm_probe.study.datasets import Sample, open_dataset
 from lvlm_probe.study.filtering import verdict
 from lvlm_probe.study.spec import ModelSpec, Study
-from lvlm_probe.study.units import Records, answer_content, digest, map_content, picture_digest
+from lvlm_probe.study.units import Records, answer_content, digest, map_content, model_stamp, picture_digest
+from lvlm_probe.study.word_maps import add_words
 from lvlm_probe.study.working import answer_unit, map_unit, open_replay
 
 __all__ = ["Told", "Worker", "run_study", "samples_of"]
@@ -61,6 +62,8 @@ class Worker:
         self._models = Records(study.out / "models")
         self._held: tuple[str, Any, Any] | None = None
         self._prints: dict[str, str] = {}
+        # By identity; the sample is held beside its digest, so that no other one can take its place in memory.
+        self._pictures: dict[int, tuple[Sample, str]] = {}
 
     # ------------------------------------------------------------------ models
 
@@ -70,23 +73,32 @@ class Worker:
         Raises:
             StudyError: it cannot be loaded.
         """
-        if name not in self._prints:
-            spec = self.study.models[name]
-            stamp = digest({"source": spec.source, "dtype": spec.dtype, "files": _files(spec.source)})
-            known = self._models.read(stamp)
-            if known is None:
-                model, _ = self.model(name)
-                known = {"model": name, "source": spec.source, "fingerprint": fingerprint(model)}
-                self._models.write(stamp, known)
-            self._prints[name] = str(known["fingerprint"])
+        if not self.knows(name):
+            model, _ = self.model(name)
+            self.keep_fingerprint(name, fingerprint(model))
         return self._prints[name]
+
+    def knows(self, name: str) -> bool:
+        """Whether a model's fingerprint can be told without loading it."""
+        if name not in self._prints:
+            known = self._models.read(model_stamp(self.study, self.study.models[name]))
+            if known is not None:
+                self._prints[name] = str(known["fingerprint"])
+        return name in self._prints
+
+    def keep_fingerprint(self, name: str, value: str) -> None:
+        """Take a model's fingerprint, as somebody found who has loaded it, for this run and later ones."""
+        spec = self.study.models[name]
+        record = {"model": name, "source": spec.source, "fingerprint": value}
+        self._models.write(model_stamp(self.study, spec), record)
+        self._prints[name] = value
 
     def model(self, name: str) -> tuple[Any, Any]:
         """A model and its processor; the one held before is let go first."""
         if self._held is None or self._held[0] != name:
             self.release()
             try:
-                self._held = (name, *_load(self.study.models[name]))
+                self._held = (name, *_load(self.study, self.study.models[name]))
             except (OSError, ValueError, ImportError, RuntimeError) as error:
                 raise _NoModel(f"model {name} ({self.study.models[name].source}) cannot be loaded: {error}") from error
         return self._held[1], self._held[2]
@@ -104,20 +116,27 @@ class Worker:
     def answer_key(self, name: str, dataset: str, sample: Sample) -> tuple[str, dict[str, Any]]:
         """Key and content of an answer. A picture that cannot be opened has a key too, so that its failure is kept."""
         spec = self.study.models[name]
-        try:
-            picture = picture_digest(sample.image)
-        except Exception:
-            picture = "unreadable"
         content = answer_content(
             self.study,
             dataset,
             sample.id,
             spec,
             self.fingerprint(name),
-            picture=picture,
+            picture=self._picture(sample),
             question=sample.question,
         )
         return digest(content), content
+
+    def _picture(self, sample: Sample) -> str:
+        """Digest of a sample's picture. Every key of every model holds it, and it is taken once."""
+        known = self._pictures.get(id(sample))
+        if known is None or known[0] is not sample:
+            try:
+                found = picture_digest(sample.image)
+            except Exception:
+                found = "unreadable"
+            known = self._pictures[id(sample)] = (sample, found)
+        return known[1]
 
     def answer(self, name: str, dataset: str, sample: Sample) -> bool:
         """One answer; ``False`` when it was finished before."""
@@ -125,6 +144,7 @@ class Worker:
         if self._finished(self.answers, key):
             return False
         about = {"true_answer": sample.answer, "choices": list(sample.choices), "group": sample.group}
+        about |= {name: sample.annotations[name] for name in ("set", "role") if name in sample.annotations}
 
         def work() -> dict[str, Any]:
             model, processor = self.model(name)
@@ -135,15 +155,33 @@ class Worker:
         return True
 
     def missing_maps(self, name: str, dataset: str, sample: Sample) -> list[str]:
-        """Rows of the tables whose map of this model's answer is still to be made; none where the filter drops it."""
+        """Rows of the tables whose map of this model's answer is still to be made; none where the filter drops it.
+
+        Of rows that ask for the same map there is the first one.
+        """
         key, _ = self.answer_key(name, dataset, sample)
         if self.kept(dataset, sample) is not None:
             return []
+        return self.missing_rows(key)
+
+    def missing_rows(self, key: str) -> list[str]:
+        """Rows whose map of an answer, given by its key, is still to be made, whatever the filter says."""
+        units: dict[str, str] = {}
+        for row, spec in self.study.methods.items():
+            units.setdefault(digest(map_content(self.study, key, spec)), row)
         return [
-            method
-            for method, spec in self.study.methods.items()
-            if not self._finished(self.maps, digest(map_content(self.study, key, spec)))
+            row
+            for unit, row in units.items()
+            if not self._finished(self.maps, unit) or self._lacks_words(unit) is not None
         ]
+
+    def _lacks_words(self, unit: str) -> dict[str, Any] | None:
+        """The record of a finished map that a study which now asks for word maps made without them, else ``None``."""
+        record = self.maps.read(unit) if self.study.settings.words else None
+        if record is None or record["status"] != "done" or record["map"] is None:
+            return None
+        again = "words" not in record or (self.retry_failed and "words_failed" in record)
+        return {name: value for name, value in record.items() if name != "words_failed"} if again else None
 
     def map(self, name: str, dataset: str, sample: Sample) -> int:
         """All maps of one answer that are missing; returns their number."""
@@ -151,20 +189,29 @@ class Worker:
         if not missing:
             return 0
         key, _ = self.answer_key(name, dataset, sample)
+        self.make_maps(name, key, missing, sample)
+        return len(missing)
+
+    def make_maps(self, name: str, key: str, rows: Sequence[str], sample: Sample) -> None:
+        """Maps of one answer, given by its key, for some rows of the tables; the answer is opened once for all."""
         player: Replay | None = None
-        for row in missing:
+        for row in rows:
             spec = self.study.methods[row]
             content = map_content(self.study, key, spec)
             unit = digest(content)
 
-            def work(spec: Any = spec, unit: str = unit) -> dict[str, Any]:
+            finished = self._lacks_words(unit)
+
+            def work(spec: Any = spec, unit: str = unit, finished: Any = finished) -> dict[str, Any]:
                 nonlocal player
                 if player is None:
                     player = open_replay(self.answers.path(key, ".h5"), *self.model(name))
-                return map_unit(self.study, player, spec, sample.annotations, self.maps.path(unit, ".heat.h5"))
+                file = self.maps.path(unit, ".heat.h5")
+                if finished is not None:
+                    return {**finished, "words": add_words(self.study, player, spec, Heatmap.read(file), file)}
+                return map_unit(self.study, player, spec, sample.annotations, file)
 
-            self._keep(self.maps, unit, content, work)
-        return len(missing)
+            self._keep(self.maps, unit, content, work, finished)
 
     def kept(self, dataset: str, sample: Sample) -> str | None:
         """Why the filter drops a sample, ``None`` when it does not. All models must have answered."""
@@ -179,8 +226,15 @@ class Worker:
         return record is not None and not (self.retry_failed and record["status"] == "failed")
 
     @staticmethod
-    def _keep(records: Records, key: str, content: dict[str, Any], work: Callable[[], dict[str, Any]]) -> None:
-        """Do a unit and keep what came of it. A failure is a result; only the user's own stop is not."""
+    def _keep(
+        records: Records,
+        key: str,
+        content: dict[str, Any],
+        work: Callable[[], dict[str, Any]],
+        finished: dict[str, Any] | None = None,
+    ) -> None:
+        """Do a unit and keep what came of it. A failure is a result; only the user's own stop is not. Where word maps
+        were to be added to a ``finished`` record, what it says stays."""
         try:
             made = {"status": "done", **work()}
         except _NoModel:
@@ -188,6 +242,8 @@ class Worker:
         except Exception as error:
             _log.debug("unit %s failed", key, exc_info=True)
             made = {"status": "failed", "error": type(error).__name__, "reason": _first_line(error)}
+            if finished is not None:
+                made = {**finished, "words": [], "words_failed": f"{made['error']}: {made['reason']}"}
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -202,10 +258,16 @@ def samples_of(
     Args:
         limit: Stop after so many, whatever the study says.
         shard: ``(i, n)``: samples number i, i + n, i + 2n, …
+
+    Raises:
+        StudyError: the data set cannot be opened, or has no end.
     """
     spec = study.datasets[dataset]
     limits = [value for value in (spec.limit, limit) if value is not None]
-    found = open_dataset(spec.reader, spec.source, split=spec.split, open_ended=spec.open_ended, **spec.options)
+    if spec.reader == "demo" and not limits:
+        raise StudyError(f"data set {dataset} of demo scenes has no end: give it a limit")
+    source = spec.source if spec.reader == "demo" else study.located(spec.source)  # a demo source is no path
+    found = open_dataset(spec.reader, source, split=spec.split, open_ended=spec.open_ended, **spec.options)
     for number, sample in enumerate(found):
         if limits and number >= min(limits):
             return
@@ -269,7 +331,7 @@ def _light(study: Study, dataset: str, limit: int | None, shard: tuple[int, int]
     yield from samples_of(study, dataset, limit=limit, shard=shard)
 
 
-def _load(spec: ModelSpec) -> tuple[Any, Any]:
+def _load(study: Study, spec: ModelSpec) -> tuple[Any, Any]:
     if spec.source == "demo":
         from lvlm_probe import demo
 
@@ -279,15 +341,7 @@ def _load(spec: ModelSpec) -> tuple[Any, Any]:
         options["device_map"] = spec.device_map
     else:
         options["device"] = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load(spec.source, **options)
-
-
-def _files(source: str) -> list[list[Any]]:
-    """Names, sizes and times of a local checkpoint's files; a hub id has none, it names its own version."""
-    directory = Path(source).expanduser()
-    if not directory.is_dir():
-        return []
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(directory.iterdir())]
+    return load(study.located(spec.source), **options)
 
 
 def _first_line(error: BaseException) -> str:

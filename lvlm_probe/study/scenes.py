@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lvlm_probe.demo.scene import Scene, scenes
+from lvlm_probe.errors import StudyError
 from lvlm_probe.study.datasets import Sample, register_dataset
 
 __all__ = ["demo_scenes"]
@@ -12,7 +13,13 @@ __all__ = ["demo_scenes"]
 
 @register_dataset("demo", layout="nothing: source is the split of the scenes (train, tune or eval)")
 def demo_scenes(
-    source: str, *, split: str | None = None, hard: bool = False, start: int = 0, seed: int = 0
+    source: str,
+    *,
+    split: str | None = None,
+    hard: bool = False,
+    start: int = 0,
+    seed: int = 0,
+    human: str | None = None,
 ) -> Iterator[Sample]:
     """Demo scenes without end; give the data set a limit.
 
@@ -21,20 +28,30 @@ def demo_scenes(
         hard: The hard kind.
         start: Number of the first one.
         seed: Of the scenes.
+        human: ``"region"`` lets the region that decides the answer stand where a data set of people's attention has
+            their maps: nobody has looked at these pictures.
+
+    Raises:
+        StudyError: ``human`` is something else.
     """
+    if human not in (None, "region"):
+        raise StudyError(f"demo scenes: human is region, or left out, not {human!r}")
     index = start
     while True:
         (scene,) = scenes(1, seed=seed, split=split or source, start=index, hard=hard)
-        yield _sample(scene, index)
+        yield _sample(scene, index, human)
         index += 1
 
 
-def _sample(scene: Scene, index: int) -> Sample:
+def _sample(scene: Scene, index: int, human: str | None) -> Sample:
+    annotations = {"region": scene.mask}
+    if human == "region":
+        annotations["human"] = scene.mask.astype("float32")
     return Sample(
         id=str(index),
         question=scene.question,
         load=lambda: scene.image,
         answer=scene.answer,
         group=scene.kind,
-        annotations={"region": scene.mask},
+        annotations=annotations,
     )

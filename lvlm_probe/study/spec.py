@@ -3,6 +3,7 @@
 ::
 
     name: demo
+    about: What is studied, and why.  # stands at the top of the tables
     out: runs/study-demo              # beside the YAML file, unless absolute
     models:
       demo: {source: demo}
@@ -16,7 +17,8 @@
     settings: {alpha: 1.0, baseline: blur, grid: 32, steps: 50, seed: 0}
     filter: {minimum_drop: 0.3, normalised: false}
 
-Everything that changes a result is part of the specification, and of the keys of its units.
+Everything that changes a result is part of the specification, and of the keys of its units. A ``source`` that lies
+beside the YAML file is found there, wherever the study is started from.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ __all__ = ["DatasetSpec", "FilterSpec", "MethodSpec", "ModelSpec", "Settings", "
 
 TOKEN_RULES = ("llr", "joint", "keywords")
 BEHAVIOURS = ("corrected", "release")
+_PARTS = ("name", "about", "out", "models", "datasets", "methods", "settings", "filter", "engine", "engine_options")
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ class Settings:
         steps: Points on a deletion or insertion curve, less one.
         max_new_tokens: Length of answers.
         seed: Of everything random.
+        words: Also make one map per selected word, to look at; as many maps more as words are selected.
     """
 
     alpha: float = 1.0
@@ -135,6 +139,7 @@ class Settings:
     steps: int = 50
     max_new_tokens: int = 64
     seed: int = 0
+    words: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,16 @@ class FilterSpec:
 
 @dataclass(frozen=True)
 class Study:
-    """A whole study. Read it with :func:`read_study`."""
+    """A whole study. Read it with :func:`read_study`.
+
+    Attributes:
+        name, about: What it is called, and a paragraph on it.
+        out: Directory of its units.
+        models, datasets, methods: By name.
+        settings, filter: What all maps share; which samples get maps.
+        engine, engine_options: Who does the units.
+        base: Directory of the YAML file, where sources are looked for first; no part of what is handed on.
+    """
 
     name: str
     out: Path
@@ -167,11 +181,19 @@ class Study:
     filter: FilterSpec = FilterSpec()
     engine: str = "local"
     engine_options: Mapping[str, Any] = field(default_factory=dict)
+    about: str = ""
+    base: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         record = dataclasses.asdict(self)
+        del record["base"]
         return {**record, "out": str(self.out)}
+
+    def located(self, source: str) -> str:
+        """A source as it can be opened: the path beside the YAML file where there is one, else as it is."""
+        beside = None if self.base is None else self.base / Path(source).expanduser()
+        return str(beside) if beside is not None and source != "demo" and beside.exists() else source
 
 
 def read_study(path: str | Path) -> Study:
@@ -225,9 +247,8 @@ class _Reader:
             loader.dispose()  # type: ignore[no-untyped-call]
 
     def study(self, node: yaml.Node) -> Study:
-        known = ("name", "out", "models", "datasets", "methods", "settings", "filter", "engine", "engine_options")
         found = self.entries(node, "a study")
-        self.check_names(found, known, "a study")
+        self.check_names(found, _PARTS, "a study")
         for name in ("models", "datasets", "methods"):
             if name not in found:
                 raise self.wrong(node, f"there are no {name}; a study names models, datasets and methods")
@@ -252,6 +273,8 @@ class _Reader:
             filter=self.filter(found["filter"][1]) if "filter" in found else FilterSpec(),
             engine=engine,
             engine_options=options,
+            about=" ".join(str(self.plain(found["about"][1])).split()) if "about" in found else "",
+            base=self.path.parent.absolute(),
         )
 
     def check_names(self, found: Mapping[str, tuple[yaml.Node, yaml.Node]], known: tuple[str, ...], what: str) -> None:

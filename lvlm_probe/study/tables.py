@@ -30,6 +30,7 @@ class Table:
             cell that could not be computed.
         labels: How many of the first columns name the row.
         notes: Sentences under the table: what was left out and why, how it was computed.
+        decimals: Of intervals.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     labels: int = 1
     notes: tuple[str, ...] = field(default=())
+    decimals: int = 3
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -46,10 +48,15 @@ class Table:
 
     def markdown(self) -> str:
         """A pipe table under its title, notes below it."""
-        head = "| " + " | ".join(self.columns) + " |\n|" + "---|" * len(self.columns)
-        body = "\n".join("| " + " | ".join(_text(cell) for cell in row) + " |" for row in self.rows)
         notes = "".join(f"\n\n{note}" for note in self.notes)
-        return f"**{self.title}**\n\n{head}\n{body}{notes}\n"
+        return f"**{self.title}**\n\n{self.pipes()}{notes}\n"
+
+    def pipes(self) -> str:
+        """The pipe table alone."""
+        head = "| " + " | ".join(map(_piped, self.columns)) + " |\n|" + "---|" * len(self.columns)
+        return "\n".join(
+            [head, *("| " + " | ".join(_piped(_text(cell, self.decimals)) for cell in row) + " |" for row in self.rows)]
+        )
 
     def csv(self) -> str:
         """Comma-separated, with the bounds of every interval in columns of their own."""
@@ -74,7 +81,7 @@ class Table:
         """A ``tabular`` in the style of booktabs."""
         columns = "l" * self.labels + "r" * (len(self.columns) - self.labels)
         lines = [" & ".join(_tex(name) for name in self.columns) + r" \\", r"\midrule"]
-        lines += [" & ".join(_tex(_text(cell)) for cell in row) + r" \\" for row in self.rows]
+        lines += [" & ".join(_tex(_text(cell, self.decimals)) for cell in row) + r" \\" for row in self.rows]
         body = "\n".join(lines)
         notes = "".join(f"\n% {note}" for note in self.notes)
         head = f"% {self.title}{notes}\n\\begin{{tabular}}{{{columns}}}"
@@ -98,7 +105,7 @@ class Table:
             raise StudyError(f"{self.name} holds no means with intervals to draw")
         height = 1.1 + 0.28 * len(self.rows)
         drawing = Figure(figsize=(2.2 + 2.6 * len(places), height), layout="constrained")
-        names = [" · ".join(_text(cell) for cell in row[: self.labels]) for row in self.rows]
+        names = [" · ".join(_text(cell, self.decimals) for cell in row[: self.labels]) for row in self.rows]
         for number, place in enumerate(places):
             axes = drawing.add_subplot(1, len(places), number + 1)
             for line, row in enumerate(self.rows):
@@ -136,14 +143,18 @@ class Table:
         return made
 
 
-def _text(cell: Cell) -> str:
+def _text(cell: Cell, decimals: int) -> str:
     if cell is None:
         return "–"
     if isinstance(cell, Interval):
-        return f"{cell.estimate:.3f} [{cell.low:.3f}, {cell.high:.3f}]"
+        return f"{cell.estimate:.{decimals}f} [{cell.low:.{decimals}f}, {cell.high:.{decimals}f}]"
     if isinstance(cell, float):
         return f"{cell:.3g}" if abs(cell) < 1e-3 or abs(cell) >= 1e4 else f"{cell:.3f}"
-    return str(cell).replace("|", "\\|").replace("\n", " ")
+    return str(cell).replace("\n", " ")
+
+
+def _piped(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 _TEX = {

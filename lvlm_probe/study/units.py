@@ -31,6 +31,7 @@ __all__ = [
     "map_content",
     "method_content",
     "model_content",
+    "model_stamp",
     "picture_digest",
 ]
 
@@ -92,6 +93,7 @@ def method_content(study: Study, method: MethodSpec) -> dict[str, Any]:
     settings = study.settings
     return {
         "method": method.method,
+        "behaviour": method.behaviour,
         "params": dict(method.params),
         "tokens": method.tokens,
         "alpha": settings.alpha if method.alpha is None else method.alpha,
@@ -100,6 +102,16 @@ def method_content(study: Study, method: MethodSpec) -> dict[str, Any]:
         "steps": settings.steps,
         "seed": settings.seed,
     }
+
+
+def model_stamp(study: Study, model: ModelSpec) -> str:
+    """Key under which the fingerprint of a model is kept: changes with the files of a local checkpoint. A hub id has
+    none; it names its own version."""
+    directory = Path(study.located(model.source)).expanduser()
+    files: list[list[Any]] = []
+    if directory.is_dir():
+        files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(directory.iterdir())]
+    return digest({"source": model.source, "dtype": model.dtype, "files": files})
 
 
 class Records:

@@ -7,10 +7,10 @@ is the same however often, on however many machines and in whatever order the un
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
+import secrets
 import shutil
-import time
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,11 @@ from lvlm_probe.metrics import (
 from lvlm_probe.player import Replay, replay
 from lvlm_probe.prompting import chat_inputs, placed
 from lvlm_probe.session import attach
+from lvlm_probe.study.drops import drop_of
+from lvlm_probe.study.measuring import Stopwatch, map_memory
 from lvlm_probe.study.tokens import tokens_by
+from lvlm_probe.study.units import method_content
+from lvlm_probe.study.word_maps import add_words
 from lvlm_probe.trace import Trace, open_trace
 
 if TYPE_CHECKING:
@@ -57,8 +61,9 @@ def answer_unit(
     Raises:
         ProbeError: nothing was recorded, or the recording is faulty.
     """
-    started = time.perf_counter()
-    directory = trace_file.with_name(f"{trace_file.stem}.{os.getpid()}.part")
+    watch = Stopwatch()
+    # Not the process id alone: machines that share the directory may both do a unit that one seemed to have lost.
+    directory = trace_file.with_name(f"{trace_file.stem}.{os.getpid()}-{secrets.token_hex(4)}.part")
     probe = attach(model, processor)
     try:
         with probe.record(
@@ -81,7 +86,7 @@ def answer_unit(
         "answer": trace.answer,
         "tokens": len(trace.token_ids),
         **drops(trace),
-        "measured": {"seconds": round(time.perf_counter() - started, 3)},
+        "measured": {"seconds": watch.seconds(), **watch.taken(next(model.parameters()).device)},
     }
 
 
@@ -89,26 +94,15 @@ def drops(trace: Trace) -> dict[str, float]:
     """How far the probability of an answer falls on the baseline picture, as a share of what it was (paper, §4.2).
 
     Returns:
-        ``log_prob``, ``baseline_log_prob``: of the answer, nats, summed over its tokens but special ones.
-        ``drop``: 1 − P̃/P with P the joint probability.
-        ``drop_normalised``: the same with P the geometric mean over tokens, which does not depend on the length.
+        the fields of ``drops.Drop``, no infinity among them: a record holds none.
 
     Raises:
         ExplainError: the trace holds no baseline pass, or no token but special ones.
     """
     if trace.llr is None:
         raise ExplainError("the trace holds no log-likelihood ratios, so nothing says what the picture is worth")
-    ordinary = ~np.asarray(trace.special, dtype=bool)
-    if not ordinary.any():
-        raise ExplainError("the answer has no tokens besides special ones")
-    log_prob = float(np.asarray(trace.log_probs, dtype=np.float64)[ordinary].sum())
-    ratio = float(np.asarray(trace.llr, dtype=np.float64)[ordinary].sum())
-    return {
-        "log_prob": log_prob,
-        "baseline_log_prob": log_prob - ratio,
-        "drop": 1 - math.exp(-ratio),
-        "drop_normalised": 1 - math.exp(-ratio / int(ordinary.sum())),
-    }
+    found = dataclasses.asdict(drop_of(trace.log_probs, trace.llr, trace.special))
+    return {name: max(value, -sys.float_info.max) for name, value in found.items()}
 
 
 def map_unit(
@@ -118,14 +112,15 @@ def map_unit(
 
     Deletion and insertion are taken against the baseline that the map was made with, on the tokens that it explains, as
     in the paper. Where a row explains other tokens, or uses another baseline, than the study does, ``common`` holds the
-    scores on the study's own, which rows can be compared by.
+    scores on the study's own, which rows can be compared by; ``None`` where the study's own rule selects nothing.
+    Rows that do as the published code does also get ``release``: the areas by that code's rule, for the ledger.
 
     Args:
         player: the answer on its model; its baseline is back in place afterwards.
         annotations: of the sample: ``region`` (mask or boxes that the answer needs), ``human`` (human attention).
         map_file: where the heatmap goes.
     """
-    settings = study.settings
+    settings, watch = study.settings, Stopwatch()
     alpha = settings.alpha if method.alpha is None else method.alpha
     own = tokens_by(method.tokens, player, alpha=alpha)
     usual = tokens_by("llr", player, alpha=settings.alpha)
@@ -133,20 +128,35 @@ def map_unit(
         heat = explain(player, method=method.method, tokens=own, seed=settings.seed, **method.params)
         heat.write(map_file)
         if not heat:
-            return {"map": None, "reason": heat.reason, "text": heat.selection.text}
+            empty = {"map": None, "reason": heat.reason, "text": heat.selection.text}
+            return {**empty, "measured": {"seconds": heat.provenance["seconds"], **watch.taken(player.device)}}
+        judged = Stopwatch()
+        scores = _scores(study, heat, player)
+        measured = {"seconds": heat.provenance["seconds"], "judged_seconds": judged.seconds()}
+        same = method_content(study, method)  # rows that ask for one map share it
+        costed = any(9 in row.tables for row in study.methods.values() if method_content(study, row) == same)
+        memory = map_memory(player, method, heat, own, seed=settings.seed, measure=costed)
+        if method.behaviour == "release":
+            own_rule = evaluate(heat, player, auc="release", grid=settings.grid, seed=settings.seed)
+            scores["release"] = {"deletion": own_rule.deletion, "insertion": own_rule.insertion}
         record: dict[str, Any] = {
             "map": map_file.name,
             "text": heat.selection.text,
             "selected": len(heat.selection.indices),
             "passes": dict(heat.provenance["passes"]),
-            **_scores(study, heat, player),
-            "measured": {"seconds": heat.provenance["seconds"], **_memory(heat)},
+            **scores,
         }
     if usual and (usual.indices != heat.selection.indices or method.baseline not in (None, settings.baseline)):
         with player.on_baseline(settings.baseline):
             player.strengthen(usual.decided)
             record["common"] = _scores(study, dataclasses.replace(heat, selection=usual), player)
-    return {**record, **_places(heat, annotations)}
+    elif not usual:
+        record["common"] = {"deletion": None, "insertion": None}
+    record |= _places(heat, annotations)
+    if settings.words:
+        record["words"] = add_words(study, player, method, heat, map_file)
+    record["measured"] = {**measured, "memory": memory, **watch.taken(player.device)}
+    return record
 
 
 def open_replay(trace_file: Path, model: torch.nn.Module, processor: Any) -> Replay:
@@ -167,11 +177,6 @@ def _scores(study: Study, heat: Heatmap, player: Replay) -> dict[str, Any]:
     }
 
 
-def _memory(heat: Heatmap) -> dict[str, Any]:
-    memory = heat.provenance.get("memory")
-    return {"memory": dict(memory)} if isinstance(memory, Mapping) else {}
-
-
 def _places(heat: Heatmap, annotations: Mapping[str, Any]) -> dict[str, Any]:
     """Scores against what the sample is annotated with."""
     found: dict[str, Any] = {}
@@ -184,5 +189,8 @@ def _places(heat: Heatmap, annotations: Mapping[str, Any]) -> dict[str, Any]:
     humans = annotations.get("human")
     if humans is not None:
         maps = [np.asarray(item) for item in (humans if isinstance(humans, list | tuple) else [humans])]
-        found["human"] = [human_agreement(heat, item).to_dict() for item in maps]
+        try:
+            found["human"] = [human_agreement(heat, item).to_dict() for item in maps]
+        except ProbeError as error:  # scipy is missing, or an annotation is faulty: the map and its scores are not
+            found["human_failed"] = str(error)
     return found
