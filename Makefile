@@ -29,7 +29,10 @@ lint: .venv/.installed-dev  ## ruff and mypy alone
 	$(BIN)/mypy
 
 figures: .venv/.installed-dev  ## the README's figures, from the scripts that make them (takes a while)
-	@for script in tests/benchmarks/bench_*.py tests/benchmarks/crash_trace.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out %/bench_gpu.py,$(wildcard tests/benchmarks/bench_*.py)) tests/benchmarks/crash_trace.py; do \
+		echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BIN)/python tests/benchmarks/bench_gpu.py
+	$(BIN)/python tests/benchmarks/publish.py
 
 # Two processes, each with its half of the scenes; a second call goes on where the first was stopped.
 tournament: .venv/.installed-dev  ## all methods and the ablations, on 200 easy and 200 hard scenes (hours; resumes)
@@ -53,7 +56,7 @@ clean:  ## remove environments and everything generated
 
 .venv/.installed-dev: .venv/.installed
 	@echo "installing the development tools into .venv"
-	@$(BIN)/python $(INSTALL) -e '.[dev]'
+	@$(BIN)/python $(INSTALL) -e '.[dev]' 'ray>=2.60,<3'
 	@touch $@
 
 # The second environment is for what needs torchvision: processors, timm's towers, pytorch-grad-cam. The zoo lives here.
