@@ -54,6 +54,7 @@ def noise_seeds(count: int, noise: float, generator: torch.Generator | None) -> 
 def noise_like(pixels: torch.Tensor, deviation: float, seeds: torch.Tensor) -> torch.Tensor:
     """Gaussian noise for the pixel inputs of ``len(seeds)`` masks, shaped like ``pixels``, from one seed per mask."""
     rows = pixels.shape[0] // len(seeds)
-    shape = (rows, *pixels.shape[1:])
-    parts = [torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
-    return (torch.cat(parts) * deviation).to(pixels)
+    noise = torch.empty(len(seeds), rows, *pixels.shape[1:])
+    for part, seed in zip(noise, seeds, strict=True):
+        part.normal_(std=deviation, generator=torch.Generator().manual_seed(int(seed)))
+    return noise.flatten(0, 1).to(pixels)

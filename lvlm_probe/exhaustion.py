@@ -18,7 +18,7 @@ from lvlm_probe.errors import OutOfMemory
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
 
-__all__ = ["in_micro_batches", "ran_out"]
+__all__ = ["in_micro_batches", "ran_out", "whole_pass"]
 
 _log = logging.getLogger("lvlm_probe")
 
@@ -61,7 +61,7 @@ def in_micro_batches(
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            failure = str(error).strip().split("\n")[0]
+            failure = _first_line(error)
             if count == 1 and not _can_recompute(player):
                 if switched:
                     player._recompute = False
@@ -82,6 +82,29 @@ def in_micro_batches(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def whole_pass(player: Replay, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """One pass over one picture without a gradient: nothing about it can be made smaller here.
+
+    Raises:
+        OutOfMemory: it does not fit; the message says what would.
+    """
+    try:
+        return run()
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        raise OutOfMemory(
+            f"one pass over the {player.prompt_length} prompt and {len(player.token_ids)} answer tokens of "
+            f"{player.trace_id} does not fit into memory of {player.device}, even without a mask or gradients "
+            f"({_first_line(error)}); load the model in bfloat16 or with device_map='auto', or record the answer "
+            "with a smaller image"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _can_recompute(player: Replay) -> bool:

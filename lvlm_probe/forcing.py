@@ -22,6 +22,7 @@ from lvlm_probe.errors import ReplayError
 from lvlm_probe.exhaustion import ran_out
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.isolation import checkpointed, even_gradients, frozen, own_pass
+from lvlm_probe.patch_gradient import patch_gradients
 from lvlm_probe.wrappers import execution_device, uncompiled
 
 __all__ = ["Shortcut", "TeacherForcing", "apart", "input_device", "list_inputs"]
@@ -151,6 +152,7 @@ class TeacherForcing:
             frozen(self.model),
             checkpointed(self.model, enabled=checkpoint),
             even_gradients(self.model),
+            patch_gradients(self.model),
             self._wanted_positions_only(steps, shortcut) as extra,
         ):
             try:

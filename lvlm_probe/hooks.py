@@ -50,10 +50,14 @@ class _Standing:
 
     def __init__(self, shadow: Shadow, original: Callable[..., Any]) -> None:
         functools.update_wrapper(self, original)
-        # Callers look at signatures (generate() does at its own parts); the bound method itself would keep owner alive.
-        self.__signature__ = inspect.signature(original)
-        del self.__wrapped__  # type: ignore[attr-defined]
+        del self.__wrapped__  # type: ignore[attr-defined]  # the bound method would keep its owner alive
         self.__lvlm_probe_shadow__ = shadow
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Callers look at signatures (generate() does at its own parts). Found when asked for: it takes longer than to
+        put a shadow up, and some stand for one pass only."""
+        return inspect.signature(self.__lvlm_probe_shadow__._below())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__lvlm_probe_shadow__.run(args, kwargs)

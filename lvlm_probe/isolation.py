@@ -12,7 +12,7 @@ import torch
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet
-from lvlm_probe.wrappers import uncompiled
+from lvlm_probe.wrappers import every_module, uncompiled
 
 __all__ = ["OWN_PASS", "checkpointed", "even_gradients", "frozen", "own_pass"]
 
@@ -30,13 +30,12 @@ def frozen(model: torch.nn.Module) -> Iterator[None]:
     Everything is put back on exit, also after an exception. Weights without ``requires_grad`` matter for memory too:
     autograd then saves nothing that only a weight gradient would need.
     """
-    training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modules = every_module(model)
+    training = [module for module in modules if module.training]
+    own = (parameter for module in modules for parameter in module._parameters.values())
+    trainable = [parameter for parameter in own if parameter is not None and parameter.requires_grad]
     state = [
-        (module, name, vars(module)[name])
-        for module in model.modules()
-        for name in _GENERATION_STATE
-        if name in vars(module)
+        (module, name, vars(module)[name]) for module in modules for name in _GENERATION_STATE if name in vars(module)
     ]
     try:
         for module in training:
@@ -136,7 +135,7 @@ def even_gradients(model: torch.nn.Module) -> Iterator[None]:
     tower whose feature map is flattened into tokens (tests/test_forcing_layouts.py).
     """
     with HookSet() as hooks:
-        for module in model.modules() if torch.is_grad_enabled() else ():
+        for module in every_module(model) if torch.is_grad_enabled() else ():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
                 hooks.forward(module, lambda _m, _a, _k, output: _Even.apply(output), name="batch norm", fenced=False)
         yield

@@ -15,6 +15,7 @@ __all__ = [
     "adapters_of_this_call",
     "compiled_parts",
     "computing_parameters",
+    "every_module",
     "execution_device",
     "generating_model",
     "is_compiled",
@@ -41,13 +42,36 @@ def compiled_parts(model: torch.nn.Module, around: str = "") -> bool:
         model: the whole model.
         around: path of the part that matters; what is neither in it nor around it does not count.
     """
-    return "torch._dynamo" in sys.modules and any(
+    if "torch._dynamo" not in sys.modules:
+        return False
+    parts = (
+        (
+            module
+            for path, module in model.named_modules()
+            if f"{path}.".startswith(f"{around}.") or not path or around.startswith(f"{path}.")
+        )
+        if around
+        else every_module(model)
+    )
+    return any(
         is_compiled(module)
         or module._compiled_call_impl is not None
         or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-        for path, module in model.named_modules()
-        if f"{path}.".startswith(f"{around}." if around else "") or not path or around.startswith(f"{path}.")
+        for module in parts
     )
+
+
+def every_module(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """``model`` and all modules inside it, each once, the model first. ``model.modules()`` goes through a generator per
+    level for every one of them, which a pass over a small model feels."""
+    found: dict[torch.nn.Module, None] = {}
+    waiting: list[torch.nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            waiting += reversed(module._modules.values())
+    return list(found)
 
 
 def uncompiled(model: torch.nn.Module) -> AbstractContextManager[Any]:

@@ -278,6 +278,25 @@ def test_out_of_memory_halves_and_goes_on(llava, monkeypatch):
         replay.log_probs(masks[:1])
 
 
+@pytest.mark.parametrize("what", ["original_log_probs", "baseline_log_probs"])
+def test_a_whole_picture_that_does_not_fit_says_what_would(llava, monkeypatch, what):
+    def nothing_fits(self, pixel_inputs, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of torch's advice")
+
+    replay = probe.replay(llava.trace, llava.model, tiny_models.build_processor("llava"))
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherForcing, "log_probs", nothing_fits)
+        with pytest.raises(
+            probe.OutOfMemory, match=r"\(CUDA out of memory. Tried to allocate 2 GiB.\); load the model"
+        ):
+            getattr(replay, what)
+        patch.setattr(TeacherForcing, "log_probs", lambda *_, **__: torch.zeros(()) @ torch.zeros(()))
+        with pytest.raises(RuntimeError) as other:
+            getattr(replay, what)
+        assert not isinstance(other.value, probe.ProbeError), "an error of another kind stays what it is"
+    assert torch.equal(getattr(replay, what), getattr(llava, what)), "and afterwards the replay works"
+
+
 def test_masks_that_do_not_fit_say_what_would(llava):
     for mask, words in (
         (torch.ones(4, 4, dtype=torch.long), "floating-point"),

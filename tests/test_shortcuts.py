@@ -155,6 +155,29 @@ def test_a_model_whose_beginning_sees_everything_keeps_its_plain_pass(llava):
     assert str(replay.shortcuts) == "plain passes"
 
 
+def test_it_is_measured_where_there_is_something_to_cut(llava):
+    """The first call wants the last token, for which nothing can be cut. That says nothing about the next call."""
+    model = copy.deepcopy(llava.model)
+
+    def mix(_module, args, kwargs):
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states + 0.1 * states.mean(dim=1, keepdim=True), *args[1:]), kwargs
+
+    model.model.language_model.layers[1].register_forward_pre_hook(mix, with_kwargs=True)
+    replay = probe.replay(llava.trace, model, tiny_models.build_processor("llava"), strict=False)
+    with torch.no_grad():
+        replay.log_probs(masks(), steps=range(5))
+        assert torch.allclose(replay.log_probs(masks(), steps=[1])[:, 1], replay.log_probs(masks())[:, 1], atol=1e-5)
+    assert str(replay.shortcuts) == "plain passes"
+
+
+def test_an_answer_of_one_token(tmp_path):
+    replay = probe.replay(*record("llava", tmp_path, tokens=1))
+    with torch.no_grad():
+        assert torch.allclose(replay.log_probs(masks(), steps=[0]), replay.log_probs(masks()), atol=1e-5)
+    assert "beginning read from a cache" in str(replay.shortcuts)
+
+
 def test_hooks_hung_later_are_found_out_too(llava):
     model = copy.deepcopy(llava.model)
     replay = probe.replay(llava.trace, model, tiny_models.build_processor("llava"))

@@ -37,8 +37,8 @@ class Joint:
 
     def join(self, stacked: Tensor, copies: int) -> Tensor:
         """What the model is fed, from ``copies`` copies that were put together along the first axis."""
-        if copies == 1 or stacked.ndim == 0:
-            return stacked
+        if copies == 1 or stacked.ndim == 0 or self.plain:
+            return stacked  # split and joined again it would be the same, and backward costs a full copy per part
         parts = stacked.tensor_split(copies)
         if self.offset:
             parts = tuple(torch.where(part >= 0, part + k * self.offset, part) for k, part in enumerate(parts))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm_probe.errors import ImageError
+from lvlm_probe.exhaustion import whole_pass
 from lvlm_probe.images import BLUR_LADDER, ImagePath, PixelPath, make_baseline
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class WithBaseline:
         """Replayed log P̃(a_t) on the baseline picture, ``(step,)`` float32 on the CPU."""
         if self._baseline_log_probs is None:
             with torch.no_grad():
-                self._baseline_log_probs = self._run(self.path.baseline_inputs, 1)[0].cpu()
+                passed = whole_pass(self, lambda: self._run(self.path.baseline_inputs, 1))  # type: ignore[arg-type]
+                self._baseline_log_probs = passed[0].cpu()
         return self._baseline_log_probs
 
     def set_baseline(self, kind: str | Image.Image | Sequence[Image.Image] = "blur", **params: Any) -> dict[str, Any]:

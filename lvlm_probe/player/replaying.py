@@ -14,7 +14,7 @@ from lvlm_probe.anatomy import examine
 from lvlm_probe.capture import Captured, capture
 from lvlm_probe.chunks import Chunked, noise_like, noise_seeds
 from lvlm_probe.errors import ExplainError, ReplayError
-from lvlm_probe.exhaustion import in_micro_batches
+from lvlm_probe.exhaustion import in_micro_batches, whole_pass
 from lvlm_probe.forcing import Shortcut, TeacherForcing, apart
 from lvlm_probe.images import PixelPath
 from lvlm_probe.images.masks import expand_masks
@@ -204,11 +204,11 @@ class Replay(WithBaseline):
         Raises:
             MaskError: wrong shape, type or range.
             ReplayError: there is no such step.
-            OutOfMemory: not even one mask fits.
+            OutOfMemory: not even one mask fits, or the whole picture without one.
         """
         if mask is None:
             with torch.no_grad():
-                return self._run(self.path.inputs, 1)
+                return whole_pass(self, lambda: self._run(self.path.inputs, 1))
         masks = self._batch_of(mask, image)
         seeds = noise_seeds(len(masks), noise, generator)
         shortcut = self._shortcut(steps)

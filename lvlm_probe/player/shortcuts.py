@@ -12,7 +12,9 @@ computes:
 None of this holds for every architecture (a beginning that attends both ways, positions that are numbered by what is
 fed, state that no cache hands on, layers in parallel), and names of families do not tell. So the first use on a model
 runs one picture both ways, plainly and shortened, and compares the log-probabilities and their gradient to the mask.
-What differs is not used; the plain pass always remains. These passes are not counted as the caller's.
+What differs is not used; the plain pass always remains. These passes are not counted as the caller's. They ask for
+every other token of the answer's first half, whatever the caller wants first: with the last one there would be no later
+tokens to cut, and nothing to see of what cutting them does.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from lvlm_probe.anatomy import text_stack
 from lvlm_probe.exhaustion import ran_out
 from lvlm_probe.forcing import Shortcut
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.wrappers import every_module
 
 if TYPE_CHECKING:
     from lvlm_probe.player.replaying import Replay
@@ -83,6 +86,7 @@ class Shortcuts:
 
     Attributes:
         start: Positions before the first image token; 0 where a cache of them would not pay.
+        asked: How many calls have asked for some tokens only.
         way: What is left out; ``None`` before the first use, and where the plain pass is all that works.
         log_probs, gradient: How far that is from the plain pass, as measured on this model: largest difference, nats;
             length of the gradients' difference as a share of the gradient's.
@@ -93,6 +97,7 @@ class Shortcuts:
         places = [] if token is None or replay.anatomy.encoder_decoder else (prompt == token).nonzero()[:, 0].tolist()
         pays = bool(places) and places[0] * _PAYS >= replay.length and not replay._settings["apart_inputs"]
         self.start: int = places[0] if pays else 0
+        self.asked = 0
         self.way: _Way | None = None
         self.log_probs = self.gradient = 0.0
         self._circumstances: Any = None
@@ -106,10 +111,11 @@ class Shortcuts:
 
         Layers that run again in backward can neither read a cache nor be narrowed.
         """
+        self.asked += 1
         circumstances = _circumstances(replay)
         if circumstances != self._circumstances:
             try:
-                self._find(replay, steps, circumstances)
+                self._find(replay, circumstances)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
@@ -128,9 +134,11 @@ class Shortcuts:
         past = replay._forcing.past(self.start, position_ids=places)
         return Shortcut(steps, start=self.start, past=past, position_ids=places, narrow=way.narrow)
 
-    def _find(self, replay: Replay, steps: tuple[int, ...], circumstances: Any) -> None:
+    def _find(self, replay: Replay, circumstances: Any) -> None:
         known = _KNOWN.setdefault(replay.model, {})
-        key = (*circumstances, self.start > 0)
+        answer = len(replay.token_ids)
+        steps = tuple(range(0, max(1, answer // 2), 2))
+        key = (*circumstances, self.start > 0, answer > 1)
         passes = replay.passes.forward, replay.passes.backward
         try:
             found = known.get(key)
@@ -228,7 +236,7 @@ def _tolerance(replay: Replay) -> tuple[float, float]:
 def _circumstances(replay: Replay) -> tuple[Any, ...]:
     """What a way that was found may depend on besides the weights, which it does not."""
     config = getattr(replay.model, "config", None)
-    hung = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in replay.model.modules())
+    hung = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in every_module(replay.model))
     return (
         getattr(config, "_attn_implementation", None),
         getattr(replay.model, "dtype", None),
