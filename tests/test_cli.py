@@ -23,9 +23,10 @@ from PIL import Image
 import lvlm_probe as probe
 from lvlm_probe import cli
 from lvlm_probe.cli.inputs import parameters
-from lvlm_probe.cli.maps import Baseline, MapFile, word_selections
+from lvlm_probe.cli.maps import Baseline, MapFile
 from lvlm_probe.errors import ImageError, ProbeError
 from lvlm_probe.prompting import chat_inputs
+from lvlm_probe.selection import word_selections
 
 QUICK = tuple(f"--param={pair}" for pair in ("iterations=2", "ig_steps=3", "size=8", "refine=0"))
 COMMANDS = ("demo", "record", "explain", "evaluate", "report", "methods", "families", "verify", "inspect")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvlm_probe.cli.inputs import find_trace, model_of, open_images, output_directory, parameters
-from lvlm_probe.cli.maps import FOLDER, Baseline, MapFile, Settings, baseline_from, explain_one, word_selections
+from lvlm_probe.cli.maps import FOLDER, Baseline, MapFile, Settings, baseline_from, explain_one
 from lvlm_probe.cli.models import load_model
 from lvlm_probe.cli.options import (
     Attn,
@@ -176,6 +176,8 @@ def explain_replay(
     start = Baseline(replay)
     jobs = [(label_of(selection), selection)]
     if word_maps and selection:
+        from lvlm_probe.selection import word_selections
+
         jobs += [job for job in word_selections(replay, selection) if job[1].indices != selection.indices]
     for label, chosen in jobs:
         found, _ = explain_one(replay, start, chosen, label, settings, folder)

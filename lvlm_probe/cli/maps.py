@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cli.terminal import bar
 from lvlm_probe.errors import ProbeError, TraceError
-from lvlm_probe.selection import word_selections
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,7 +43,6 @@ __all__ = [
     "explain_one",
     "find_maps",
     "score_one",
-    "word_selections",
 ]
 
 FOLDER = "explanations"
