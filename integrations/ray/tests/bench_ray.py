@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -44,10 +45,10 @@ filter: {{minimum_drop: 0}}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--size", type=int, default=4, help="of occlusion, in cells")
     parser.add_argument("--steps", type=int, default=50, help="of the curves")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each; the medians are compared")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turns; the medians are compared")
     parser.add_argument("--out", type=Path, help="JSON to write")
     given = parser.parse_args()
 
@@ -76,16 +77,24 @@ def main() -> None:
                 found.append([{k: v for k, v in record.items() if k != "measured"} for record in collect(study).maps])
         if any(maps != found[0] for maps in found):
             raise SystemExit("the runs differ in what they found")
-    middle = {workers: sorted(runs, key=lambda run: run["all"])[len(runs) // 2] for workers, runs in times.items()}
+    middle = {
+        workers: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        for workers, runs in times.items()
+    }
+    one, two = middle[1], middle[2]
     result = {
-        "seconds": {f"{workers} worker{'s' if workers > 1 else ''}": taken for workers, taken in middle.items()},
-        "speedup": {name: round(middle[1][name] / middle[2][name], 3) for name in ("all", "answers", "maps")},
+        "seconds": {"1 worker": one, "2 workers": two},
+        "speedup": {name: round(one[name] / two[name], 3) for name in ("all", "answers", "maps")},
+        # What the engine loses: the share of the time in which a worker has a unit in work.
+        "busy": round(two["work"] / (2 * two["all"]), 3),
+        # What the machine loses: how much longer the same units take when the other core works too.
+        "units_slower": round(two["work"] / one["work"], 3),
         "units": {"answers": given.samples, "maps": len(found[0])},
         "runs": {str(workers): runs for workers, runs in times.items()},
         "settings": {key: value for key, value in vars(given).items() if key != "out"},
         **environment(load),
     }
-    print(json.dumps(result["speedup"]))
+    print(json.dumps({name: result[name] for name in ("speedup", "busy", "units_slower")}))
     if given.out is not None:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
