@@ -17,7 +17,8 @@ help:  ## this list
 demo: .venv/.installed  ## explain an answer of the embedded model; writes $(OUT)/report.html
 	$(BIN)/lvlm-probe demo --out $(OUT) --overwrite
 
-test: .venv/.installed-dev .venv-tv/.installed  ## lint, types, all tests in both environments, examples
+test:  ## lint, types, all tests in both environments, examples
+	@$(MAKE) --no-print-directory -j2 .venv/.installed-dev .venv-tv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/checks
 
 families: .venv-tv/.installed  ## all model families; writes lvlm_probe/families.json and docs/families.md

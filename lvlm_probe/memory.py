@@ -12,7 +12,7 @@ __all__ = ["CPU_BYTES", "available", "masks_that_fit", "saved_bytes"]
 # Beyond this many pictures per pass nothing gets faster.
 _MOST = 64
 
-CPU_BYTES = 1 << 30
+CPU_BYTES = 768 << 20
 """Bytes that one micro-batch may keep for its backward pass on a CPU: larger ones are no faster (matrix products are as
 fast from some hundred rows on, and activations fall out of the caches)."""
 
@@ -44,7 +44,7 @@ def masks_that_fit(bytes_per_mask: int, device: torch.device) -> int:
     """How many masks to send through at once, at least 1.
 
     Half of the free memory of an accelerator is used (its allocator fragments); on the CPU 30 % of what is available,
-    1 GiB at most.
+    768 MiB at most.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

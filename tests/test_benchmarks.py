@@ -39,6 +39,7 @@ def test_recording(tmp_path: Path) -> None:
     found = load(tmp_path / "recording.json")
     assert found["image_tokens"] == 16
     assert {len(rounds) for rounds in found["seconds"].values()} == {2}
+    assert all(min(one["plain"] + one["recorded"]) > 0 for rounds in found["seconds"].values() for one in rounds)
     # Rows of 16 tokens in 3 layers in half precision, and the rest in single.
     assert found["size"]["with attention"]["attention_bytes_per_token"] == 3 * (16 * 2 + 4)
     assert all(seconds >= 0 for seconds in found["inside"]["seconds"].values())
@@ -48,14 +49,30 @@ def test_recording(tmp_path: Path) -> None:
 
 
 def test_overheads_are_of_the_same_round() -> None:
-    seconds = {
-        "plain": [(1.0, 10.0), (2.0, 10.0), (4.0, 10.0)],
-        "kind": [(1.1, 10.0), (2.2, 12.0), (6.0, 11.0)],
-    }
+    plain = [(1.0, 10.0), (2.0, 10.0), (4.0, 10.0)]
+    recorded = [(1.1, 10.0), (2.2, 12.0), (6.0, 11.0)]
+    seconds = {"kind": [{"plain": a, "recorded": b} for a, b in zip(plain, recorded, strict=True)]}
     found = bench_recording.overheads(seconds, tokens=100)["kind"]
     assert found["cpu"]["overhead"] == pytest.approx(0.1)
     assert found["clock"]["overhead"] == pytest.approx(0.1)
     assert found["cpu"]["added_us_per_token"] == pytest.approx(2000.0)
+
+
+def test_two_sides_take_turns() -> None:
+    worked: list[str] = []
+
+    def side(name: str, steps: int) -> Any:
+        def generate(stopping_criteria: list[Any]) -> None:
+            for _ in range(steps):
+                worked.append(name)
+                (hand_over,) = stopping_criteria
+                assert not hand_over(torch.zeros(1, 1), None).any()
+
+        return lambda timed: timed(generate)
+
+    times = bench_recording.in_turn(side("a", 2), side("b", 4))
+    assert worked == ["a", "b", "a", "b", "b", "b"]
+    assert all(clock > 0 for _, clock in times)
 
 
 def test_store(tmp_path: Path) -> None:

@@ -1,40 +1,47 @@
-"""What recording costs: generate() with and without a probe, in one run, call by call in turn.
+"""What recording costs: generate() with and without a probe, in one run, token by token in turn.
 
-    python tests/benchmarks/bench_recording.py                    # some 8 minutes in one thread
+    python tests/benchmarks/bench_recording.py                    # some 9 minutes in one thread
     python tests/benchmarks/bench_recording.py --small            # a tiny model: that everything runs
 
 A random LLaVA (ViT-B/16 at 224 pixels, a decoder of 12 × 768, 32,000 words, 196 image tokens; float32) answers the same
-prompt of some thirty words with 100 tokens again and again: plainly, and under each kind of recording, in turn.
-The overhead of a kind is the median over rounds of its time relative to the plain call of the same round, everything
-included: hooks, attention rows, the file on disk. Kept apart, because they are not paid for every answer:
+prompt of some thirty words with 100 tokens again and again: two copies of it side by side, one plainly and one under a
+kind of recording, on the same core, a token of the one and a token of the other. Whole calls one after the other would
+differ by five per cent either way, as the speed of a machine drifts over seconds; over a token it does not. From round
+to round the copies change places.
+
+The overhead of a kind is the median over rounds of its time relative to that of its plain partner, everything included:
+hooks, attention rows, the file on disk. Kept apart, because they are not paid for every answer:
 
 * the baseline pass behind the log-likelihood ratios (``llr=True``), which ``llr=False`` leaves for later;
 * the fingerprint of the weights, once per recording;
 * the places of image tokens, once per picture size.
 
-Seconds are those of the CPU in one thread, which other jobs on the machine disturb least; those of the clock stand
-beside them. As even they differ by some per cent from call to call on a busy machine, the time inside the probe's own
-code is taken as well, part by part. Writes ``results/recording.json``.
+Seconds are those of the processor, one thread each; those of the clock, while it is a copy's turn, stand beside them.
+The time inside the probe's own code is taken as well, part by part. Writes ``results/recording.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import shlex
 import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+import transformers
 from random_model import MID_SIZE, SMALL, random_llava, write_results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -64,11 +71,94 @@ def build(small: bool) -> tuple[Any, Any, int]:
     return *random_llava(14, patch=16, tower=MID_SIZE, decoder={**MID_SIZE, "vocab_size": 32000}), 224
 
 
-def timed(run: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of ``run()``: of the CPU, of the clock."""
-    clock, cpu = time.perf_counter(), time.process_time()
-    run()
-    return time.process_time() - cpu, time.perf_counter() - clock
+@contextmanager
+def one_core() -> Iterator[None]:
+    """All threads on the same core, where the system can do that."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+class Turns:
+    """Two threads, one at a time: each works until it hands over."""
+
+    def __init__(self) -> None:
+        self._ready = threading.Barrier(2)
+        self._mine = threading.Semaphore(1), threading.Semaphore(0)
+        self._gone = [False, False]
+        self._since = 0.0
+        self.clock = [0.0, 0.0]
+        """Seconds that each has had the turn."""
+
+    def start(self, who: int) -> None:
+        """Waits until both are here, and for the first turn."""
+        self._ready.wait(timeout=600)
+        self._take(who)
+
+    def over(self, who: int) -> None:
+        """The other one's turn, if it has not left."""
+        if not self._gone[1 - who]:
+            self._give(who)
+            self._take(who)
+
+    def leave(self, who: int) -> None:
+        """All turns are the other one's from here on."""
+        self._gone[who] = True
+        self._give(who)
+
+    def _take(self, who: int) -> None:
+        self._mine[who].acquire()
+        self._since = time.perf_counter()
+
+    def _give(self, who: int) -> None:
+        self.clock[who] += time.perf_counter() - self._since
+        self._mine[1 - who].release()
+
+
+class AfterEachToken(transformers.StoppingCriteria):
+    """Hands over after each token, and never stops."""
+
+    def __init__(self, turns: Turns, who: int) -> None:
+        self.turns, self.who = turns, who
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.turns.over(self.who)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def in_turn(*sides: Callable[[Callable[[Callable[..., Any]], None]], None]) -> list[tuple[float, float]]:
+    """Seconds ``(cpu, clock)`` of what each of two sides times, a token each in turn.
+
+    A side is given a function, which it calls once, when all is prepared, with a function of generate()'s further
+    arguments.
+    """
+    turns = Turns()
+    cpu = [0.0, 0.0]
+
+    def run(who: int) -> None:
+        torch.set_num_threads(1)  # holds for the thread that says it
+
+        def timed(generate: Callable[..., Any]) -> None:
+            turns.start(who)
+            started = time.thread_time()
+            try:
+                generate(stopping_criteria=[AfterEachToken(turns, who)])
+            finally:
+                cpu[who] = time.thread_time() - started
+                turns.leave(who)
+
+        sides[who](timed)
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(run, who) for who in range(2)]:
+            future.result()
+    return list(zip(cpu, turns.clock, strict=True))
 
 
 PARTS: tuple[tuple[str, Any, str], ...] = (
@@ -88,11 +178,11 @@ def watched(seconds: dict[str, float]) -> Iterator[None]:
 
     def timing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed_call(*args: Any, **kwargs: Any) -> Any:
-            started = time.process_time()
+            started = time.thread_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds[name] = seconds.get(name, 0.0) + time.process_time() - started
+                seconds[name] = seconds.get(name, 0.0) + time.thread_time() - started
 
         return timed_call
 
@@ -105,46 +195,64 @@ def watched(seconds: dict[str, float]) -> Iterator[None]:
 
 
 def measure(model: Any, processor: Any, edge: int, *, rounds: int, tokens: int, directory: Path) -> dict[str, Any]:
-    """Seconds ``[cpu, clock]`` per call for every kind, in rounds; what is paid once; and the sizes of the files."""
+    """Seconds ``[cpu, clock]`` of every kind and its plain partner, in rounds; what is paid once; file sizes."""
     picture = tiny_models.picture(edge, edge)
     kinds = list(KINDS)
+    copies = model, copy.deepcopy(model)
     places: dict[Any, Any] = {}
     once: dict[str, float] = {}
 
-    def inputs() -> Any:
-        return tiny_models.inputs("llava", model, processor, [picture], QUESTION)
+    def inputs(of: Any) -> Any:
+        return tiny_models.inputs("llava", of, processor, [picture], QUESTION)
 
-    def generate(given: Any) -> None:
-        model.generate(**given, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+    def generate(of: Any, given: Any, **more: Any) -> None:
+        of.generate(**given, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False, **more)
 
-    def recorded(kind: str) -> tuple[float, float]:
-        with probe.attach(model, processor) as attached:
+    def recorded(kind: str, of: Any, timed: Callable[[Callable[..., Any]], None]) -> None:
+        with probe.attach(of, processor) as attached:
             attachment = attached._attachment
-            given = inputs()
+            given = inputs(of)
             with attached.record(directory / kind.replace(" ", "-"), **KINDS[kind]):
-                described = timed(attachment.describe_model)
-                once.setdefault("fingerprint", described[0])
+                started = time.thread_time()
+                attachment.describe_model()
+                once.setdefault("fingerprint", time.thread_time() - started)
                 attachment.boxes.update(places)
-                taken = timed(lambda: generate(given))
+                timed(lambda **more: generate(of, given, **more))
                 places.update(attachment.boxes)
-                return taken
 
-    bare = inputs()
-    generate(bare)
-    first = {kind: recorded(kind) for kind in kinds}  # also finds the places of image tokens
-    again = recorded("with attention")
-    once["places of image tokens"] = max(0.0, first["with attention"][0] - again[0])
-    seconds: dict[str, list[tuple[float, float]]] = {PLAIN: [], **{kind: [] for kind in kinds}}
+    def alone(kind: str) -> float:
+        taken = 0.0
+
+        def timed(run: Callable[..., Any]) -> None:
+            nonlocal taken
+            started = time.thread_time()
+            run()
+            taken = time.thread_time() - started
+
+        recorded(kind, model, timed)
+        return taken
+
+    bare = [inputs(each) for each in copies]
+    for each, given in zip(copies, bare, strict=True):
+        generate(each, given)
+    first = alone("with attention")  # also finds the places of image tokens
+    once["places of image tokens"] = max(0.0, first - alone("with attention"))
+    seconds: dict[str, list[dict[str, tuple[float, float]]]] = {kind: [] for kind in kinds}
     for number in range(rounds):
         for kind in seconds:
-            seconds[kind].append(timed(lambda: generate(bare)) if kind == PLAIN else recorded(kind))
+            plain = number % 2  # this copy answers plainly, and the first token is always the first one's
+            sides: list[Any] = [None, None]
+            sides[plain] = lambda timed, who=plain: timed(lambda **more: generate(copies[who], bare[who], **more))
+            sides[1 - plain] = lambda timed, who=1 - plain, kind=kind: recorded(kind, copies[who], timed)
+            taken = in_turn(*sides)
+            seconds[kind].append({PLAIN: taken[plain], "recorded": taken[1 - plain]})
         print(f"\rround {number + 1}/{rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     samples: list[dict[str, float]] = []
     for _ in range(max(1, rounds // 3)):
         samples.append({})
         with watched(samples[-1]):
-            recorded("with attention")
+            alone("with attention")
     inside = {name: statistics.median(sample[name] for sample in samples) for name, _, _ in PARTS}
     size: dict[str, dict[str, float]] = {}
     for kind in kinds:
@@ -167,14 +275,13 @@ def _attention_bytes(trace: probe.Trace) -> int:
     return attention.values.size * 2 + attention.text_mass.size * 4  # rows in half precision, the rest in single
 
 
-def overheads(seconds: dict[str, list[tuple[float, float]]], tokens: int) -> dict[str, dict[str, Any]]:
-    """Of every kind: time relative to the plain call of the same round, median and quartiles; added µs per token."""
-    plain = seconds[PLAIN]
+def overheads(seconds: dict[str, list[dict[str, tuple[float, float]]]], tokens: int) -> dict[str, dict[str, Any]]:
+    """Of every kind: time relative to that of the plain partner, median and quartiles; added µs per token."""
     found: dict[str, dict[str, Any]] = {}
-    for kind in (kind for kind in seconds if kind != PLAIN):
+    for kind, rounds in seconds.items():
         line: dict[str, Any] = {}
         for number, clock in enumerate(("cpu", "clock")):
-            pairs = [(mine[number], base[number]) for mine, base in zip(seconds[kind], plain, strict=True)]
+            pairs = [(one["recorded"][number], one[PLAIN][number]) for one in rounds]
             ratios = [mine / base - 1 for mine, base in pairs]
             quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
             added = statistics.median(mine - base for mine, base in pairs)
@@ -201,12 +308,13 @@ def main(arguments: list[str] | None = None) -> None:
     before = os.getloadavg()[0]
     directory = Path(tempfile.mkdtemp())
     try:
-        found = measure(model, processor, edge, rounds=options.rounds, tokens=options.tokens, directory=directory)
+        with one_core():
+            found = measure(model, processor, edge, rounds=options.rounds, tokens=options.tokens, directory=directory)
     finally:
         shutil.rmtree(directory)
     lines = overheads(found["seconds"], options.tokens)
     weights = sum(parameter.numel() for parameter in model.parameters())
-    base = statistics.median(cpu for cpu, _ in found["seconds"][PLAIN])
+    base = statistics.median(one[PLAIN][0] for rounds in found["seconds"].values() for one in rounds)
     write_results(options.out, {
         "command": shlex.join(["python", "tests/benchmarks/bench_recording.py", *given]),
         "small": options.small, "weights": weights, "tokens": options.tokens, "rounds": options.rounds,
