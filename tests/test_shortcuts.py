@@ -110,6 +110,27 @@ def test_only_what_depends_on_the_mask_is_fed(llava, fed):
     assert fed == [(3, prompt + len(llava.token_ids) - 1)]
 
 
+def test_an_explanation_and_its_curves_compute_the_beginning_once_each(llava, monkeypatch):
+    made: list[int] = []
+    original = TeacherForcing.past
+
+    def counted(self, length, **options):
+        made.append(length)
+        return original(self, length, **options)
+
+    span = probe.select_tokens(llava, span=(1, 3))
+    probe.explain(llava, method="igos++", tokens=span, strengthen=False)
+    monkeypatch.setattr(TeacherForcing, "past", counted)
+    heat = probe.explain(llava, method="igos++", tokens=span, strengthen=False)
+    assert len(made) == 1
+    probe.evaluate(heat, llava, steps=4)
+    assert len(made) == 2
+    with torch.no_grad():  # the model may be another one by now
+        llava.log_probs(masks(), steps=[1])
+        llava.log_probs(masks(), steps=[1])
+    assert len(made) == 4
+
+
 def test_differentiable_beyond_a_micro_batch(llava):
     several = masks(5)
     gradients = []

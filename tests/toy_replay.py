@@ -6,6 +6,7 @@ P(a_t | M) = p_base + (p_orig − p_base) · Σ_cells w_t · m, m the mask avera
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,7 @@ class ToyReplay:
         assert len(self.tokens) == steps == len(self.probability) == len(self.base_probability)
         self.special = torch.tensor(list(special) if special is not None else [False] * steps)
         self.token_ids = torch.arange(steps)
+        self.shortcuts = SimpleNamespace(asked=0, held=nullcontext)  # it takes none
         self.words = group_words(self.tokens, self.special.tolist())
         self.trace_id = "toy"
         self.image_sizes = [size]

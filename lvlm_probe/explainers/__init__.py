@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import logging
@@ -111,7 +112,10 @@ def explain(
             replay.strengthen(selection.decided)
         problem = Problem(replay, selection, image, seed, progress, live)
         planned = _planned(problem, method, params, memory, measure_memory)
-        with planning.applied(replay, planned, method=method, measure=measure_memory) as watch:
+        with (
+            planning.applied(replay, planned, method=method, measure=measure_memory) as watch,
+            contextlib.nullcontext() if shortcuts is None else shortcuts.held(),
+        ):
             outcome = function(problem, **params)
         used = watch.record() if live else {}
     values = outcome.values

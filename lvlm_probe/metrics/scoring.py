@@ -187,24 +187,25 @@ def evaluate(
     scores = MaskScores(replay, heat.selection.indices, image=heat.image_index, mode=mode)
 
     def run(cells: np.ndarray, orders: int | None, tell: Callable[[int, int], None] | None) -> Any:
-        return curves(
-            cells,
-            seen,
-            replay,
-            heat.selection.indices,
-            decided=heat.selection.decided,
-            image=heat.image_index,
-            score=score,
-            steps=steps or 50,
-            counts=counts,
-            mode=mode,
-            seed=seed,
-            tie_orders=orders,
-            sampling=sampling,
-            tolerance=tolerance,
-            scores=scores,
-            progress=tell,
-        )
+        with replay.shortcuts.held():
+            return curves(
+                cells,
+                seen,
+                replay,
+                heat.selection.indices,
+                decided=heat.selection.decided,
+                image=heat.image_index,
+                score=score,
+                steps=steps or 50,
+                counts=counts,
+                mode=mode,
+                seed=seed,
+                tie_orders=orders,
+                sampling=sampling,
+                tolerance=tolerance,
+                scores=scores,
+                progress=tell,
+            )
 
     raw = run(values, tie_orders, progress)
     deletion, insertion, deletion_curve, insertion_curve = _areas(raw, auc)

@@ -6,8 +6,8 @@ computes:
 * tokens after the last wanted one are in its future: they are cut off;
 * logits are wanted at the wanted tokens' positions only, and so is what stands after the last mixing of positions, the
   last layer's MLP;
-* tokens before the first image token do not see the picture: their keys and values are computed once per call and read
-  from the model's own cache.
+* tokens before the first image token do not see the picture: their keys and values are computed once per call, or once
+  while the shortcuts are ``held``, and read from the model's own cache.
 
 None of this holds for every architecture (a beginning that attends both ways, positions that are numbered by what is
 fed, state that no cache hands on, layers in parallel), and names of families do not tell. So the first use on a model
@@ -102,9 +102,22 @@ class Shortcuts:
         self.log_probs = self.gradient = 0.0
         self._circumstances: Any = None
         self._position_ids: torch.Tensor | None = None
+        self._pasts: dict[bool, Any] | None = None
 
     def __str__(self) -> str:
         return str(self.way) if self.way is not None else "plain passes"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """In the block the model does not change, and what is before the picture is computed once."""
+        outermost = self._pasts is None
+        if outermost:
+            self._pasts = {}
+        try:
+            yield
+        finally:
+            if outermost:
+                self._pasts = None
 
     def take(self, replay: Replay, steps: tuple[int, ...]) -> Shortcut | None:
         """What passes for the tokens ``steps`` leave out; ``None``: nothing.
@@ -131,10 +144,16 @@ class Shortcuts:
         if not way.prefix:
             return Shortcut(steps, narrow=way.narrow)
         places = self._position_ids if way.numbered else None
-        past = replay._forcing.past(self.start, position_ids=places)
+        past = None if self._pasts is None else self._pasts.get(way.numbered)
+        if past is None:
+            past = replay._forcing.past(self.start, position_ids=places)
+            if self._pasts is not None:
+                self._pasts[way.numbered] = past
         return Shortcut(steps, start=self.start, past=past, position_ids=places, narrow=way.narrow)
 
     def _find(self, replay: Replay, circumstances: Any) -> None:
+        if self._pasts:
+            self._pasts.clear()
         known = _KNOWN.setdefault(replay.model, {})
         answer = len(replay.token_ids)
         steps = tuple(range(0, max(1, answer // 2), 2))
