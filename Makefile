@@ -9,7 +9,7 @@ BIN := .venv/bin
 INSTALL := -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families lint figures tournament clean
+.PHONY: help demo test families lint figures tournament study clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,11 @@ tournament: .venv/.installed-dev  ## all methods and the ablations, on 200 easy 
 		$(BIN)/python tests/benchmarks/$$script.py $$scenes --shard 1/2 & \
 		$(BIN)/python tests/benchmarks/$$script.py $$scenes --shard 0/2 && wait && \
 		$(BIN)/python tests/benchmarks/$$script.py $$scenes --table || exit 1; done; done
+
+study: .venv/.installed-dev  ## the paper's tables for two small models, docs/study-demo.md (ten minutes; resumes)
+	@export OMP_NUM_THREADS=1; run="$(BIN)/lvlm-probe study run examples/study_demo.yaml"; \
+		$$run --shard 0/2 & first=$$!; $$run --shard 1/2 && wait $$first
+	$(BIN)/lvlm-probe study table examples/study_demo.yaml --document docs/study-demo.md
 
 clean:  ## remove environments and everything generated
 	rm -rf .venv .venv-tv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
