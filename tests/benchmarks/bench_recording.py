@@ -1,16 +1,17 @@
 """What recording costs: generate() with and without a probe, in one run, token by token in turn.
 
-    python tests/benchmarks/bench_recording.py                    # some 9 minutes in one thread
+    python tests/benchmarks/bench_recording.py                    # some 12 minutes in one thread
     python tests/benchmarks/bench_recording.py --small            # a tiny model: that everything runs
 
 A random LLaVA (ViT-B/16 at 224 pixels, a decoder of 12 × 768, 32,000 words, 196 image tokens; float32) answers the same
 prompt of some thirty words with 100 tokens again and again: two copies of it side by side, one plainly and one under a
 kind of recording, on the same core, a token of the one and a token of the other. Whole calls one after the other would
-differ by five per cent either way, as the speed of a machine drifts over seconds; over a token it does not. From round
-to round the copies change places.
+differ by five per cent either way, as the speed of a machine drifts over seconds; over a token it does not. The copies
+differ as well, by where they lie in memory: they change places from round to round, and two rounds make one figure, the
+geometric mean of their ratios. What is left of the noise shows where both copies answer plainly.
 
-The overhead of a kind is the median over rounds of its time relative to that of its plain partner, everything included:
-hooks, attention rows, the file on disk. Kept apart, because they are not paid for every answer:
+The overhead of a kind is the median of those figures, everything included: hooks, attention rows, the file on disk.
+Kept apart, because they are not paid for every answer:
 
 * the baseline pass behind the log-likelihood ratios (``llr=True``), which ``llr=False`` leaves for later;
 * the fingerprint of the weights, once per recording;
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import os
 import shlex
 import shutil
@@ -53,7 +55,8 @@ from lvlm_probe.attention import RowTap
 from lvlm_probe.logprobs import StepLogProbs
 from lvlm_probe.recorder import GenerationRecorder
 
-PLAIN = "plain"
+PLAIN, RECORDED = "plain", "recorded"
+NOTHING = "nothing"
 KINDS: dict[str, dict[str, Any]] = {
     "without attention": {"llr": False, "attention": False},
     "with attention": {"llr": False, "attention": True},
@@ -237,15 +240,17 @@ def measure(model: Any, processor: Any, edge: int, *, rounds: int, tokens: int, 
         generate(each, given)
     first = alone("with attention")  # also finds the places of image tokens
     once["places of image tokens"] = max(0.0, first - alone("with attention"))
-    seconds: dict[str, list[dict[str, tuple[float, float]]]] = {kind: [] for kind in kinds}
+    seconds: dict[str, list[dict[str, tuple[float, float]]]] = {kind: [] for kind in (NOTHING, *kinds)}
     for number in range(rounds):
         for kind in seconds:
             plain = number % 2  # this copy answers plainly, and the first token is always the first one's
-            sides: list[Any] = [None, None]
-            sides[plain] = lambda timed, who=plain: timed(lambda **more: generate(copies[who], bare[who], **more))
-            sides[1 - plain] = lambda timed, who=1 - plain, kind=kind: recorded(kind, copies[who], timed)
+            sides: list[Any] = [
+                lambda timed, who=who: timed(lambda **more: generate(copies[who], bare[who], **more)) for who in (0, 1)
+            ]
+            if kind != NOTHING:
+                sides[1 - plain] = lambda timed, who=1 - plain, kind=kind: recorded(kind, copies[who], timed)
             taken = in_turn(*sides)
-            seconds[kind].append({PLAIN: taken[plain], "recorded": taken[1 - plain]})
+            seconds[kind].append({PLAIN: taken[plain], RECORDED: taken[1 - plain]})
         print(f"\rround {number + 1}/{rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     samples: list[dict[str, float]] = []
@@ -276,18 +281,19 @@ def _attention_bytes(trace: probe.Trace) -> int:
 
 
 def overheads(seconds: dict[str, list[dict[str, tuple[float, float]]]], tokens: int) -> dict[str, dict[str, Any]]:
-    """Of every kind: time relative to that of the plain partner, median and quartiles; added µs per token."""
+    """Of every kind: time relative to that of the plain partner, median and quartiles over pairs of rounds in which the
+    copies have changed places; added µs per token."""
     found: dict[str, dict[str, Any]] = {}
     for kind, rounds in seconds.items():
         line: dict[str, Any] = {}
         for number, clock in enumerate(("cpu", "clock")):
-            pairs = [(one["recorded"][number], one[PLAIN][number]) for one in rounds]
-            ratios = [mine / base - 1 for mine, base in pairs]
-            quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
-            added = statistics.median(mine - base for mine, base in pairs)
+            ratios = [one[RECORDED][number] / one[PLAIN][number] for one in rounds]
+            pairs = [math.sqrt(a * b) - 1 for a, b in zip(ratios[::2], ratios[1::2], strict=True)]
+            quartiles = statistics.quantiles(pairs, n=4) if len(pairs) > 1 else [pairs[0]] * 3
+            base = statistics.median(one[PLAIN][number] for one in rounds)
             line[clock] = {
-                "overhead": statistics.median(ratios), "quartiles": [quartiles[0], quartiles[2]],
-                "added_us_per_token": 1e6 * added / tokens,
+                "overhead": statistics.median(pairs), "quartiles": [quartiles[0], quartiles[2]],
+                "added_us_per_token": 1e6 * base * statistics.median(pairs) / tokens,
             }  # fmt: skip
         found[kind] = line
     return found
@@ -297,11 +303,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=10, help="an even number")
     parser.add_argument("--small", action="store_true", help="a tiny model: figures mean nothing, but everything runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "recording.json")
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
+    if options.rounds % 2 or options.rounds < 2:
+        parser.error("--rounds is an even number: the copies change places in every other one")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=probe.ProbeWarning)
     model, processor, edge = build(options.small)
@@ -326,13 +334,16 @@ def main(arguments: list[str] | None = None) -> None:
         f"{options.tokens} answer tokens, {options.rounds} rounds; plain generate(): {base:.2f} s"
     )
     for kind, line in lines.items():
-        cpu, clock, size = line["cpu"], line["clock"], found["size"][kind]
+        cpu, clock = line["cpu"], line["clock"]
         low, high = cpu["quartiles"]
         goal = f"  goal {GOALS[kind]:.0%}" if kind in GOALS else ""
+        written = ""
+        if size := found["size"].get(kind):
+            written = f"  file {size['file_bytes'] / 1024:.0f} KiB, attention "
+            written += f"{size['attention_bytes_per_token'] / 1024:.1f} KiB per token"
         print(
             f"{kind:24s} {cpu['overhead']:+6.1%}  (quartiles {low:+.1%} to {high:+.1%}; clock {clock['overhead']:+.1%})"
-            f"  {cpu['added_us_per_token']:6.0f} us per token  file {size['file_bytes'] / 1024:.0f} KiB, attention "
-            f"{size['attention_bytes_per_token'] / 1024:.1f} KiB per token{goal}"
+            f"  {cpu['added_us_per_token']:6.0f} us per token{written}{goal}"
         )
     for part, taken in found["inside"]["seconds"].items():
         print(f"inside: {part:30s} {taken / base:6.2%}  {1e6 * taken / options.tokens:6.0f} us per token")

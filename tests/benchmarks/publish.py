@@ -114,7 +114,7 @@ def engine(found: Found) -> list[Goal]:
     ]
 
 
-RECORDING = {"without attention": 0.02, "with attention": 0.05, "with attention and LLR": None}
+RECORDING = {"nothing": None, "without attention": 0.02, "with attention": 0.05, "with attention and LLR": None}
 
 
 def engine_more(found: Found) -> list[str]:
@@ -146,6 +146,8 @@ def recording(found: Found) -> list[Goal]:
         line = at(found, "overheads", kind, "cpu")
         quartiles = None if line is None else (line["quartiles"][0], line["quartiles"][1])
         name = f"time added to generate(), {kind}"
+        if kind == "nothing":
+            name = "two plain calls: the noise of what follows"
         goals.append(Goal(name, at(line, "overhead"), bound, percent, quartiles=quartiles))
     return goals
 
@@ -156,7 +158,7 @@ def recording_more(found: Found) -> list[str]:
     lines = [
         f"{found['weights'] / 1e6:.0f} million weights, {found['image_tokens']} image tokens, {found['text_tokens']} "
         f"others, {found['tokens']} answer tokens; {found['plain_cpu_seconds']:.1f} s without a probe; medians of "
-        f"{found['rounds']} rounds, processor seconds in one thread; load of the machine "
+        f"{found['rounds'] // 2} pairs of rounds, processor seconds in one thread; load of the machine "
         f"{' to '.join(f'{load:.1f}' for load in found['load_average'])}.",
         "",
         "| recorded | quartiles | by the clock | per answer token | file | attention per token |",
@@ -164,7 +166,9 @@ def recording_more(found: Found) -> list[str]:
     ]
     for kind, line in found["overheads"].items():
         low, high = line["cpu"]["quartiles"]
-        size = found["size"][kind]
+        size = found["size"].get(kind)
+        if size is None:
+            continue
         lines.append(
             f"| {kind} | {percent(low)} to {percent(high)} | {percent(line['clock']['overhead'])} "
             f"| {line['cpu']['added_us_per_token']:,.0f} µs | {kilobytes(size['file_bytes'])} "
@@ -332,7 +336,7 @@ SECTIONS: tuple[Section, ...] = (
     ),
     Section(
         "Recording", "recording.json", "python tests/benchmarks/bench_recording.py",
-        "generate() with a recording probe relative to generate() without, call by call in turn.",
+        "generate() with a recording probe relative to generate() without, token by token in turn.",
         recording, recording_more,
     ),
     Section(
