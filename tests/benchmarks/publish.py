@@ -294,8 +294,20 @@ GPU_PAPER = {
 }
 
 
+GPU_OURS: dict[str, tuple[float, float | None]] = {
+    "igos++ (default)": (1.0, 18), "gradcam": (0.1, None), "tmm": (0.5, 20), "iia": (1.0, None),
+}  # fmt: skip
+"""Our own goals on an H200, for LLaVA-1.5-7B: seconds, and GB with the 14 GB of weights."""
+
+
 def gpu(found: Found) -> list[Goal]:
     goals: list[Goal] = []
+    for step, (seconds, gigabytes) in GPU_OURS.items():
+        line = at(found, "models", GPU_MODELS[0], "steps", step)
+        what = f"{GPU_MODELS[0]}, {step}: %s (our goal on an H200)"
+        goals.append(Goal(what % "seconds", at(line, "seconds"), seconds, "{:.1f} s".format))
+        if gigabytes is not None:
+            goals.append(Goal(what % "GB", at(line, "peak_gb"), gigabytes, "{:.0f} GB".format))
     for model in GPU_MODELS:
         for step, (name, gigabytes, seconds) in GPU_PAPER.items():
             line = at(found, "models", model, "steps", step)
