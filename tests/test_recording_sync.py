@@ -21,6 +21,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lvlm_probe as probe
 from lvlm_probe.attention import RowTap
+from lvlm_probe.attention.dispatch import AttentionCall
 from lvlm_probe.attention.transfer import Transfers
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.logprobs import StepLogProbs
@@ -121,6 +122,25 @@ def test_no_value_leaves_the_device_in_a_step(padded: bool) -> None:
             step(model, cache, 1, 11, padded)
     assert len(reader._values) == 4
     assert not waits.seen
+
+
+def test_a_further_step_is_only_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking into a call's arguments takes as long as a small layer; the first of its kind is looked into."""
+    looked: list[int] = []
+    look = AttentionCall.of
+    monkeypatch.setattr(AttentionCall, "of", lambda args, kwargs: (looked.append(1), look(args, kwargs))[1])
+    model = decoder_without_values()
+    with RowTap(model) as tap:
+        tap.arm(torch.arange(4)[None].repeat(2, 1))
+        cache = DynamicCache(config=model.config)
+        step(model, cache, 7, 7, False)
+        assert len(looked) == 2  # layers
+        for total in (8, 9, 10):
+            step(model, cache, 1, total, False)
+        assert len(looked) == 2
+        assert tap.error is None
+        assert tap._armed is not None
+        assert [len(waiting.lengths) for waiting in tap._armed.waiting.values()] == [4, 4]
 
 
 def decoder_without_values() -> Any:

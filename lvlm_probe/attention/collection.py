@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lvlm_probe.attention.rows import attention_rows
+from lvlm_probe.attention.rows import attention_rows, take_columns
 from lvlm_probe.attention.transfer import Transfers
 
 __all__ = ["Collection"]
@@ -90,6 +90,21 @@ class Collection:
         if len(known.queries) >= _MOST_WAITING:
             self.settle(layer)
 
+    def wait_again(self, layer: int, query: Tensor, key: Tensor, scaling: float | None) -> bool:
+        """``wait`` for one more step without a mask after others, and all that is to be noted of it: most of the steps
+        there are, so it does as little as it can. False: it is another kind of step, and nothing was done."""
+        known = self.waiting.get(layer)
+        if known is None or known.masks or known.scaling != scaling or len(known.queries) + 1 >= _MOST_WAITING:
+            return False
+        keys = self.seen[layer] + 1
+        if keys < self.end or key.shape[2] != keys or query.shape[2] != 1 or len(query) != len(known.key):
+            return False
+        self.seen[layer] = self.end = keys
+        known.queries.append(query.detach() if query.requires_grad else query)
+        known.lengths.append(keys)
+        known.key = key.detach() if key.requires_grad else key
+        return True
+
     def settle(self, layer: int) -> None:
         """Compute the rows that wait in one layer."""
         known = self.waiting.pop(layer, None)
@@ -100,15 +115,19 @@ class Collection:
             mask = self._join(known.masks, known.lengths, keys)
         else:
             lengths = torch.tensor(known.lengths, device=device)
-            mask = (torch.arange(keys, device=device) < lengths[:, None])[None, None]
-        rows = attention_rows(
+            later = torch.arange(keys, device=device) >= lengths[:, None]
+            mask = torch.zeros(later.shape, device=device).masked_fill_(later, float("-inf"))[None, None]
+        weights = attention_rows(
             torch.cat(known.queries, dim=2),
             known.key,
-            columns=self.to("columns", device),
+            columns=None,
             rows=torch.arange(len(known.lengths), device=device),
             scaling=known.scaling,
             attention_mask=mask,
         )
+        if self.heads == "mean":  # before columns are taken: of one row instead of as many as there are heads
+            weights = weights.mean(dim=1, keepdim=True)
+        rows = take_columns(weights, self.to("columns", device))
         self.add(layer, rows)
 
     def _join(self, masks: list[Tensor], lengths: list[int], keys: int) -> Tensor:
