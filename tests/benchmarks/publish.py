@@ -122,13 +122,11 @@ def engine_more(found: Found) -> list[str]:
     loads = [load for line in models.values() for load in line.get("load_average", [])]
     if not loads:
         return []
-    lines = [
-        "| ours relative to the recipe's | " + " | ".join(_MODELS[model] for model in _MODELS) + " | one thread | |",
-        "|---|---|---|---|---|",
-    ]
-    names = [*_MODELS, *(model + _ONE_THREAD for model in _MODELS)]
-    parts = dict.fromkeys(part for name in names for part in at(models, name, "ratios") or ())
-    for part in parts:
+    shown = {**_MODELS, **{model + _ONE_THREAD: name + _ONE_THREAD for model, name in _MODELS.items()}}
+    names = [name for name in shown if name in models]
+    lines = ["| ours relative to the recipe's | " + " | ".join(shown[name] for name in names) + " |"]
+    lines.append("|---" * (1 + len(names)) + "|")
+    for part in dict.fromkeys(part for name in names for part in models[name]["ratios"]):
         cells = [at(models, name, "ratios", part) for name in names]
         lines.append(f"| {part} | " + " | ".join("–" if cell is None else ratio(cell) for cell in cells) + " |")
     return [
