@@ -187,7 +187,17 @@ def test_without_results_nothing_is_measured(tmp_path: Path) -> None:
 
 def test_goals_met_and_missed_are_said_plainly(tmp_path: Path) -> None:
     put(tmp_path, "engine.json", models={"demo": {"ratios": {"iteration": 0.25, "curves": 0.51}}})
-    put(tmp_path, "ray.json", speedup=1.79, command="python somewhere/else.py")
+    put(
+        tmp_path,
+        "ray.json",
+        speedup={"all": 1.79},
+        units={"answers": 3, "maps": 4},
+        seconds={"1 worker": {"all": 17.9}, "2 workers": {"all": 10.0}},
+        runs={"1": [{}, {}, {}]},
+        busy=0.95,
+        units_slower=1.1,
+        command="python somewhere/else.py",
+    )
     put(tmp_path, "planner.json", lines=[{"model": "m", "ratio": 0.9}, {"model": "m", "ratio": 1.16}])
     put(
         tmp_path,
@@ -210,6 +220,7 @@ def test_goals_met_and_missed_are_said_plainly(tmp_path: Path) -> None:
     assert "| time of deletion and insertion, the embedded model | ≤ 0.50 | 0.51 | **missed** |" in text
     assert "| peak memory, the embedded model | ≤ 0.40 | not measured | not measured |" in text
     assert "| speed-up of two workers over one | ≥ 1.80 | 1.79 | **missed** |" in text
+    assert "3 answers and 4 maps: 18 s with one worker, 10 s with two" in text
     assert "| error of predicted peak memory, worst of 2 predictions | ≤ 15.0 % | 16.0 % | **missed** |" in text
     assert "| m | 2 | 0.90 to 1.16 |" in text
     assert "| T-MM: exponent of memory beyond the model's own | ≤ 1.10 | 1.10 | met |" in text
