@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 __all__ = ["StepLogProbs", "answer_in", "generators"]
 
@@ -38,8 +37,8 @@ class StepLogProbs:
     def _take(self, chosen: torch.Tensor) -> None:
         assert self._pending is not None
         chosen = chosen.to(self._pending.device)
-        # One operation: in every step of generate() each one costs more than its arithmetic.
-        self._values.append(-functional.cross_entropy(self._pending.float(), chosen, reduction="none"))
+        scores = self._pending.float()
+        self._values.append(scores.gather(-1, chosen[:, None])[:, 0] - scores.logsumexp(-1))
         self._chosen.append(chosen)
 
     def result(self, generated: torch.Tensor) -> torch.Tensor | None:
