@@ -44,7 +44,7 @@ def masks_that_fit(bytes_per_mask: int, device: torch.device) -> int:
     """How many masks to send through at once, at least 1.
 
     Half of the free memory of an accelerator is used (its allocator fragments); on the CPU 30 % of what is available,
-    768 MiB at most.
+    ``CPU_BYTES`` at most.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

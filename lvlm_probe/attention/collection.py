@@ -34,6 +34,12 @@ class _Waiting:
     key: Tensor
     scaling: float | None
 
+    def note(self, query: Tensor, key: Tensor) -> None:
+        """One more step: its query, and the keys it saw."""
+        self.queries.append(query)
+        self.lengths.append(key.shape[2])
+        self.key = key.detach() if key.requires_grad else key
+
     @property
     def masked_by(self) -> torch.dtype | None:
         return self.masks[0].dtype if self.masks else None
@@ -82,11 +88,9 @@ class Collection:
             masks = [] if mask is None else [mask]
             self.waiting[layer] = _Waiting([last], [key.shape[2]], masks, key.detach(), scaling)
             return
-        known.queries.append(last)
-        known.lengths.append(key.shape[2])
+        known.note(last, key)
         if mask is not None:
             known.masks.append(mask)
-        known.key = key.detach()
         if len(known.queries) >= _MOST_WAITING:
             self.settle(layer)
 
@@ -100,9 +104,7 @@ class Collection:
         if keys < self.end or key.shape[2] != keys or query.shape[2] != 1 or len(query) != len(known.key):
             return False
         self.seen[layer] = self.end = keys
-        known.queries.append(query.detach() if query.requires_grad else query)
-        known.lengths.append(keys)
-        known.key = key.detach() if key.requires_grad else key
+        known.note(query.detach() if query.requires_grad else query, key)
         return True
 
     def settle(self, layer: int) -> None:

@@ -139,7 +139,7 @@ def default_budget(replay: Replay, memory: int | None) -> Budget:
     """What there is: ``memory`` bytes for weights and all else, or what the model's device has free now.
 
     By default half of an accelerator's free memory is filled (its allocator fragments), and on the CPU 30 % of what is
-    available, 768 MiB at most (``memory.CPU_BYTES``).
+    available, ``memory.CPU_BYTES`` at most.
     """
     if memory is not None:
         left = memory - weight_bytes(replay.model)

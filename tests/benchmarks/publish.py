@@ -129,10 +129,11 @@ def engine_more(found: Found) -> list[str]:
     for part in dict.fromkeys(part for name in names for part in models[name]["ratios"]):
         cells = [at(models, name, "ratios", part) for name in names]
         lines.append(f"| {part} | " + " | ".join("–" if cell is None else ratio(cell) for cell in cells) + " |")
+    threads = max(line["threads"] for line in models.values())
+    alone = " Where it says one thread they are those of the processor." if len(names) > len(_MODELS) else ""
     return [
-        "Seconds of the clock in two threads with nothing else running (load of the machine "
-        f"{min(loads):.1f} to {max(loads):.1f}); processor seconds where it says one thread. *arithmetic* are "
-        "floating-point operations; *frugal* sends four masks at once.",
+        f"Seconds of the clock in {threads} threads, load of the machine {min(loads):.1f} to {max(loads):.1f}.{alone} "
+        "*arithmetic* are floating-point operations; *frugal* sends four masks at once.",
         "",
         *lines,
     ]
