@@ -6,7 +6,8 @@ of its modules for good, after which ``torch.compile(fullgraph=True)`` fails. An
 inside another, break each other. So here:
 
 * ``wrapped`` wraps a model for one block and unwraps it after: every module's ``__dict__`` is as it was before.
-* One lock: several threads take turns, and nested use is refused. Hooks, by contrast, need no lock.
+* What is wrapped is a replay's replica, never the user's model.
+* One lock: several threads take turns, and nested use is refused.
 * ``run`` holds the project's only trace. What is done inside are ordinary functions, *workers*, each in a worker of its
   own, so they may ask for their values in any order and need no readable source code.
 """
@@ -50,7 +51,7 @@ def _load() -> Any:
 
 @contextmanager
 def wrapped(model: torch.nn.Module) -> Iterator[dict[int, Any]]:
-    """Wrap ``model`` for the block; other threads must not run it meanwhile.
+    """Wrap ``model``, a replica in use, for the block.
 
     Yields:
         ``id(module)`` → its envoy, for all modules of the model; the model's own is the root.

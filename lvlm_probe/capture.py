@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_probe.anatomy import find_modules
-from lvlm_probe.attention.dispatch import AttentionCall, lead
+from lvlm_probe.attention.dispatch import AttentionCall, lead, observing, unobserved
 from lvlm_probe.attention.layers import TapLayer, discover
 from lvlm_probe.attention.rows import attention_rows, take_rows
 from lvlm_probe.errors import ExplainError
@@ -219,14 +219,20 @@ def capture(
     visit: Visit | None = None,
     edit: Edit | None = None,
 ) -> Iterator[Captured]:
-    """Look inside the passes that ``replay`` runs in the block; see ``Replay.capture``."""
-    model = replay.model
+    """Look inside the passes that ``replay`` runs in the block; see ``Replay.capture``. Other threads that use the same
+    replay wait until the block is left."""
     if replay.gradient_checkpointing:
         raise ExplainError(
             "capture does not go together with gradient checkpointing, which runs every layer twice: "
             "replay without gradient_checkpointing"
         )
-    seen = Captured(visit=visit, edit=edit)
+    with replay.replica.use() as model:
+        yield from _captured(replay, model, Captured(visit=visit, edit=edit), modules, attention)
+
+
+def _captured(
+    replay: Replay, model: nn.Module, seen: Captured, modules: Sequence[str], attention: Sequence[str]
+) -> Iterator[Captured]:
     tapped: list[nn.Module] = []
     for part in attention:
         if part in ("decoder", "cross"):
@@ -250,9 +256,11 @@ def capture(
                 for path, module in find_modules(model, pattern):
                     hooks.forward(module, seen.watch(path), name=f"capture {path}", fenced=False)
             if tapped:
-                undo = lead(tapped, seen, model_class=type(model).__name__)
+                undo = lead(tapped, seen)
+                observing(seen)
             yield seen
         finally:
             replay._recompute = recompute
             if undo is not None:
+                unobserved(seen)
                 undo()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lvlm_probe.replica import duplicated
+
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
 
@@ -18,12 +20,14 @@ Run = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 class Chunked(torch.autograd.Function):
-    """More masks than fit at once, differentiable: each micro-batch is run again in backward."""
+    """More masks than fit at once, differentiable: each micro-batch is run again in backward, with the hooks of now."""
 
     @staticmethod
     def forward(ctx: Any, masks: torch.Tensor, player: Replay, run: Run, size: int) -> torch.Tensor:  # type: ignore[override]
         ctx.save_for_backward(masks)
         ctx.player, ctx.run, ctx.size = player, run, size
+        with player.replica.use() as model:
+            ctx.model = duplicated(model, bare=False)
         return player._in_chunks(masks, size, run)
 
     @staticmethod
@@ -39,7 +43,8 @@ class Chunked(torch.autograd.Function):
             player.passes.backward += len(chunk)
             return gradient
 
-        return (player._in_chunks(masks, ctx.size, one), None, None, None)
+        with player.replica.instead(ctx.model):
+            return (player._in_chunks(masks, ctx.size, one), None, None, None)
 
 
 def noise_seeds(count: int, noise: float, generator: torch.Generator | None) -> torch.Tensor:

@@ -167,8 +167,8 @@ def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
         entered.append(given)
         raise _Stop
 
-    with HookSet() as hooks, torch.enable_grad():
-        hooks.forward_pre(replay.model.get_submodule(blocks[0]), enter, name="first block", fenced=False)
+    with replay.replica.use() as model, HookSet() as hooks, torch.enable_grad():
+        hooks.forward_pre(model.get_submodule(blocks[0]), enter, name="first block", fenced=False)
         with contextlib.suppress(_Stop):
             replay.run_inputs({**inputs, **leaves})
     if not entered:
@@ -269,8 +269,8 @@ def _read_by(replay: Replay, module: str) -> list[str]:
         given.append(output if isinstance(output, torch.Tensor) else output[0])
         raise _Stop
 
-    with HookSet() as hooks, torch.enable_grad():
-        hooks.forward(replay.model.get_submodule(module), leave, name="sources", fenced=False)
+    with replay.replica.use() as model, HookSet() as hooks, torch.enable_grad():
+        hooks.forward(model.get_submodule(module), leave, name="sources", fenced=False)
         with contextlib.suppress(_Stop):
             replay.run_inputs({**inputs, **leaves})
     if not given or not given[0].requires_grad:

@@ -21,9 +21,10 @@ import torch
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.exhaustion import ran_out
 from lvlm_probe.hooks import HookSet
-from lvlm_probe.isolation import checkpointed, even_gradients, frozen, own_pass
+from lvlm_probe.isolation import checkpointed, even_gradients
 from lvlm_probe.patch_gradient import patch_gradients
-from lvlm_probe.wrappers import execution_device, uncompiled
+from lvlm_probe.replica import Replica
+from lvlm_probe.wrappers import execution_device
 
 __all__ = ["Shortcut", "TeacherForcing", "apart", "input_device", "list_inputs"]
 
@@ -53,7 +54,7 @@ class TeacherForcing:
     """The teacher-forced pass over one prompt and one answer, for any number of pictures at once.
 
     Args:
-        model: the generating model; its mode, flags and state are left as they were.
+        model: the generating model, or the replica of one; passes run on a replica.
         input_ids: ``(P,)`` prompt token ids without padding.
         token_ids: ``(T,)`` answer token ids, T >= 1.
         sequence_inputs: further inputs with one entry per prompt position, ``(1, P, ...)``; they are extended over the
@@ -66,7 +67,7 @@ class TeacherForcing:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: torch.nn.Module | Replica,
         *,
         input_ids: torch.Tensor,
         token_ids: torch.Tensor,
@@ -79,8 +80,11 @@ class TeacherForcing:
     ) -> None:
         if token_ids.numel() == 0:
             raise ReplayError("the answer has no tokens, so there is nothing to replay")
-        self.model = model
-        self.device = input_device(model)
+        self.replica = model if isinstance(model, Replica) else Replica(model)
+        with self.replica.use() as model:
+            self.device = input_device(model)
+            self._lists = list_inputs(model)
+            parameters = inspect.signature(model.forward).parameters
         self.steps = int(token_ids.numel())
         self._targets = token_ids.to(self.device).long()
         self._said_image = decoder_input_ids is None and image_token_id in token_ids[:-1].tolist()
@@ -104,8 +108,6 @@ class TeacherForcing:
         for name, value in (apart_inputs or {}).items():
             self._sequence.setdefault(name, value.to(self.device))
         self._other = dict(other_inputs or {})
-        self._lists = list_inputs(model)
-        parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_use_cache = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -147,21 +149,19 @@ class TeacherForcing:
                 fed = places[..., shortcut.start : self.stop(steps)]
                 inputs["position_ids"] = fed.expand(*fed.shape[:-2], batch, fed.shape[-1])
         with (
-            own_pass(),
-            uncompiled(self.model),
-            frozen(self.model),
-            checkpointed(self.model, enabled=checkpoint),
-            even_gradients(self.model),
-            patch_gradients(self.model),
-            self._wanted_positions_only(steps, shortcut) as extra,
+            self.replica.use() as replica,
+            checkpointed(replica, enabled=checkpoint) as model,
+            even_gradients(model),
+            patch_gradients(model),
+            self._wanted_positions_only(model, steps, shortcut) as extra,
         ):
             try:
-                logits = self.model(**inputs, **extra, return_dict=True).logits
+                logits = model(**inputs, **extra, return_dict=True).logits
             except (ValueError, RuntimeError, IndexError) as error:
                 if not self._said_image or ran_out(error):
                     raise
                 raise ReplayError(
-                    f"the answer holds the image token itself, to which {type(self.model).__name__} looks for another "
+                    f"the answer holds the image token itself, to which {type(model).__name__} looks for another "
                     f"picture, so this answer cannot be replayed ({error})"
                 ) from error
         span = steps[-1] - steps[0] + 1
@@ -173,7 +173,7 @@ class TeacherForcing:
             logits = logits.float()
         if logits.shape[0] != batch or logits.shape[1] != len(steps):
             raise ReplayError(
-                f"{type(self.model).__name__} returned logits of shape {tuple(logits.shape)} for {batch} pictures and "
+                f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for {batch} pictures and "
                 f"{len(steps)} answer tokens; its forward edits the sequence, so this answer cannot be replayed"
             )
         targets = self._targets[list(steps)].to(logits.device)
@@ -198,9 +198,9 @@ class TeacherForcing:
         inputs: dict[str, Any] = {name: value[:, :length] for name, value in self._sequence.items()}
         if position_ids is not None:
             inputs["position_ids"] = position_ids[..., :length]
-        with torch.no_grad(), own_pass(), uncompiled(self.model), frozen(self.model):
+        with torch.no_grad(), self.replica.use() as model:
             keep = {"logits_to_keep": 1} if self._keeps_logits else {}
-            return self.model(**inputs, **keep, use_cache=True, return_dict=True).past_key_values
+            return model(**inputs, **keep, use_cache=True, return_dict=True).past_key_values
 
     def _text(self, shortcut: Shortcut | None) -> dict[str, torch.Tensor]:
         """Inputs beside the picture, one row, up to the last position that is wanted."""
@@ -214,9 +214,11 @@ class TeacherForcing:
         }
 
     @contextmanager
-    def _wanted_positions_only(self, steps: Sequence[int], shortcut: Shortcut | None) -> Iterator[dict[str, int]]:
+    def _wanted_positions_only(
+        self, model: torch.nn.Module, steps: Sequence[int], shortcut: Shortcut | None
+    ) -> Iterator[dict[str, int]]:
         """Only wanted positions through the LM head: by ``logits_to_keep``, and by trimming what the head is given."""
-        hub: Any = self.model
+        hub: Any = model
         head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
         span = steps[-1] - steps[0] + 1
         extra = {"logits_to_keep": span} if self._keeps_logits else {}
@@ -238,7 +240,7 @@ class TeacherForcing:
             if head is not None and not (self._keeps_logits and len(steps) == span):
                 hooks.forward_pre(head, trim, name="wanted positions", fenced=False)
             if shortcut is not None and shortcut.narrow:
-                hooks.shadow(self.model.get_submodule(shortcut.narrow), "forward", narrowed)
+                hooks.shadow(model.get_submodule(shortcut.narrow), "forward", narrowed)
             yield extra
 
 

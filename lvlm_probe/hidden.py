@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lvlm_probe.errors import ExplainError, ReplayError
 from lvlm_probe.forcing import input_device
-from lvlm_probe.isolation import frozen
 
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
@@ -45,8 +44,13 @@ def hidden_states(replay: Replay) -> Tensor:
     return found[0].cpu()
 
 
-def head_rows(model: nn.Module, ids: Tensor) -> Tensor:
+def head_rows(replay: Replay, ids: Tensor) -> Tensor:
     """Rows of the LM head for some token ids, ``(token, channel)`` on the CPU. Raises ``ExplainError`` without one."""
+    with replay.replica.use() as model:
+        return _head_rows(model, ids)
+
+
+def _head_rows(model: nn.Module, ids: Tensor) -> Tensor:
     hub: Any = model
     head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
     weight = getattr(head, "weight", None)
@@ -54,7 +58,7 @@ def head_rows(model: nn.Module, ids: Tensor) -> Tensor:
         raise ExplainError(f"{type(model).__name__} has no linear LM head whose rows could be read")
     if weight.is_meta or {"base_layer", "original_module"} & set(head._modules):
         # Offloaded, or adapted: the rows that it computes with are the gradients of its own outputs.
-        with frozen(head), torch.enable_grad():
+        with torch.enable_grad():
             states = torch.zeros(len(ids), weight.shape[1], dtype=weight.dtype, device=input_device(model))
             states.requires_grad_(True)
             picked = head(states).gather(-1, ids.to(states.device)[:, None]).sum()
@@ -84,7 +88,7 @@ def point_records(
 
     _, ids = text_tokens(prompt, image_positions, answer)
     try:
-        hidden, rows = narrowed(hidden_states(replay)), narrowed(head_rows(replay.model, ids))
+        hidden, rows = narrowed(hidden_states(replay)), narrowed(head_rows(replay, ids))
     except ExplainError as error:
         raise ReplayError(str(error)) from error
     decoder = replay.anatomy.decoder

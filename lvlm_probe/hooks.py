@@ -1,15 +1,17 @@
-"""Hooks that never harm: install, fence, remove.
+"""Hooks that never harm: install, fence, bind, remove.
 
 Everything this package hangs on a user's model or processor goes through one ``HookSet``: forward hooks, forward
 pre-hooks, and *shadows* (a callable put on an instance under the name of one of its methods, so that ``del`` brings the
-method back and the class is never touched). Three rules hold for all of them:
+method back and the class is never touched). Four rules hold for all of them:
 
 * **Fenced.** An exception inside a fenced hook is caught; the hook is disarmed, ``on_error`` hears of it, and the call
   it hangs on goes on as if the hook were not there.
-* **Removed.** ``remove()`` takes away our handles and nothing else, in any order with other probes, any number of
-  times.
+* **Bound.** A model is shared by threads. Hooks of a set with a ``scope`` act in the calls that were entered for that
+  scope (``Call``), by the thread and in the context that entered them; to all other callers they are not there.
+* **Removed.** ``remove()`` takes away what this set has hung up and nothing else, in any order with other probes, any
+  number of times, from any thread, also when hanging up was interrupted half-way.
 * **Not inherited.** A deep copy or a pickle of what they hang on is a working object without them; the pickle does not
-  even need this package to be loaded.
+  even need this package to be loaded. Neither are they by the replica that our own passes run on (``beneath``).
 """
 
 from __future__ import annotations
@@ -20,21 +22,70 @@ import functools
 import inspect
 import logging
 import operator
+import os
+import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from lvlm_probe.errors import ProbeWarning
 
-__all__ = ["HookSet", "Shadow", "caution", "on_gradient", "shadow_of"]
+__all__ = ["NOTHING", "Call", "HookSet", "Shadow", "beneath", "caution", "on_gradient", "shadow_of", "within"]
 
 _log = logging.getLogger("lvlm_probe")
 
 OnError = Callable[[str, BaseException], None]
+
+_LOCK = threading.RLock()  # torch numbers its hooks without one
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_LOCK._at_fork_reinit)  # type: ignore[attr-defined]
+
+_CALLS: ContextVar[tuple[Call, ...]] = ContextVar("lvlm_probe_calls", default=())
+
+NOTHING = object()
+"""What is beneath a hook of ours."""
+
+
+class Call:
+    """A call that is entered for an owner, as a context; ``within(owner)`` is true inside it.
+
+    Only by the thread that entered, and in its context: tasks take copies of a context along that live longer than the
+    call, and go on in other threads.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+        self.thread: int | None = None
+        self._before: Token[tuple[Call, ...]] | None = None
+
+    def __enter__(self) -> Call:
+        self._before = _CALLS.set((*_CALLS.get(), self))
+        self.thread = threading.get_ident()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.thread = None
+        if self._before is not None:
+            _CALLS.reset(self._before)
+
+
+def within(owner: object) -> bool:
+    """Whether this thread is inside a call entered for ``owner`` in this context."""
+    calls = _CALLS.get()
+    if not calls:
+        return False
+    thread = threading.get_ident()
+    return any(call.owner is owner and call.thread == thread for call in calls)
+
+
+def beneath(value: Any) -> Any:
+    """What something of ours stands in front of, ``NOTHING`` if there is nothing; any other value is itself."""
+    find = getattr(type(value), "__beneath_lvlm_probe__", None)
+    return value if find is None else find(value)
 
 
 def caution(sentence: str, *, stacklevel: int = 2) -> None:
@@ -62,6 +113,10 @@ class _Standing:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__lvlm_probe_shadow__.run(args, kwargs)
 
+    def __beneath_lvlm_probe__(self) -> Any:
+        shadow = self.__lvlm_probe_shadow__
+        return shadow.previous if shadow.had_own else NOTHING
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         shadow = self.__lvlm_probe_shadow__
         if shadow.had_own:
@@ -78,28 +133,36 @@ class _Standing:
 
 
 class Shadow:
-    """A callable that stands on an instance in front of one of its methods.
+    """A callable that stands, from ``put_up`` to ``remove``, on an instance in front of one of its methods.
 
     ``replacement(original, *args, **kwargs)`` is called with the method it stands in front of. After ``remove()`` the
-    shadow only passes calls through, so a reference to it that somebody kept stays harmless.
+    shadow only passes calls through, so a reference to it that somebody kept stays harmless; so it does outside
+    ``scope``, if it has one.
     """
 
-    def __init__(self, owner: object, name: str, replacement: Callable[..., Any]) -> None:
+    def __init__(self, owner: object, name: str, replacement: Callable[..., Any], scope: object = None) -> None:
         self.name = name
-        self.active = True
+        self.active = False
+        self._scope = scope
         self.had_own = name in vars(owner)
         self.previous = vars(owner).get(name)
         self._owner = weakref.ref(owner)
         self._replacement = replacement
         self._call = _Standing(self, getattr(owner, name))
+
+    def put_up(self) -> None:
+        """Stand in front of the method from now on."""
+        self.active = True
         # Through __dict__: torch.nn.Module.__setattr__ is for parameters and modules, and some classes forbid
         # assignment.
-        vars(owner)[name] = self._call
+        vars(self.owner)[self.name] = self._call
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a call of the shadowed method does."""
         target = self._below()
-        return self._replacement(target, *args, **kwargs) if self.active else target(*args, **kwargs)
+        if self.active and (self._scope is None or within(self._scope)):
+            return self._replacement(target, *args, **kwargs)
+        return target(*args, **kwargs)
 
     @property
     def owner(self) -> Any:
@@ -138,13 +201,28 @@ def shadow_of(function: object) -> Shadow | None:
 
 
 class _Hanging:
-    """A hook as it is registered. In a deep copy or a pickle of its module it is a hook that does nothing."""
+    """A hook as it is registered. In a deep copy or a pickle of its module it is a hook that does nothing.
 
-    def __init__(self, hook: Callable[..., Any]) -> None:
-        self._hook = hook
+    Args:
+        hook: called with all of ``arguments``. torch registers and removes a hook in two steps, between which other
+            threads call it without keyword arguments: then it is not there yet, or no more.
+        mark: whose it is.
+        scope: where it acts; ``None`` is everywhere.
+    """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._hook(*args, **kwargs)
+    __slots__ = ("_arguments", "_hook", "_scope", "mark")
+
+    def __init__(self, hook: Callable[..., Any], arguments: int, mark: object, scope: object) -> None:
+        self._hook, self._arguments, self._scope = hook, arguments, scope
+        self.mark = mark
+
+    def __call__(self, *args: Any) -> Any:
+        if len(args) != self._arguments or (self._scope is not None and not within(self._scope)):
+            return None
+        return self._hook(*args)
+
+    def __beneath_lvlm_probe__(self) -> Any:
+        return NOTHING
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # Takes any arguments, returns None, and is found by pickle where this package is not installed.
@@ -159,11 +237,14 @@ class HookSet:
 
     Args:
         on_error: called once per failing hook with the hook's name and the exception.
+        scope: the owner of the calls (``Call``) that these hooks and shadows act in; by default they act whoever calls.
     """
 
-    def __init__(self, on_error: OnError | None = None) -> None:
+    def __init__(self, on_error: OnError | None = None, *, scope: object = None) -> None:
         self._on_error = on_error
-        self._handles: list[RemovableHandle] = []
+        self._scope = scope
+        self._mark = object()
+        self._modules: list[torch.nn.Module] = []
         self._shadows: list[Shadow] = []
 
     def forward_pre(self, module: torch.nn.Module, hook: Callable[..., Any], *, name: str, fenced: bool = True) -> None:
@@ -171,28 +252,46 @@ class HookSet:
         result.
         """
         call = self._fence(hook, name) if fenced else hook
-        self._handles.append(module.register_forward_pre_hook(_Hanging(call), with_kwargs=True))
+        with _LOCK:
+            self._modules.append(module)
+            hanging: Any = _Hanging(call, 3, self._mark, self._scope)
+            module.register_forward_pre_hook(hanging, with_kwargs=True)
 
     def forward(self, module: torch.nn.Module, hook: Callable[..., Any], *, name: str, fenced: bool = True) -> None:
         """Register ``hook(module, args, kwargs, output)`` after ``module``'s forward."""
         call = self._fence(hook, name) if fenced else hook
-        self._handles.append(module.register_forward_hook(_Hanging(call), with_kwargs=True))
+        with _LOCK:
+            self._modules.append(module)
+            module.register_forward_hook(_Hanging(call, 4, self._mark, self._scope), with_kwargs=True)
 
     def shadow(self, owner: object, name: str, replacement: Callable[..., Any]) -> Shadow:
         """Put ``replacement(original, *args, **kwargs)`` in front of the method ``name`` of this one instance."""
-        shadow = Shadow(owner, name, replacement)
-        self._shadows.append(shadow)
+        with _LOCK:
+            shadow = Shadow(owner, name, replacement, self._scope)
+            self._shadows.append(shadow)
+            shadow.put_up()
         return shadow
 
     def remove(self) -> None:
-        """Remove every handle and shadow of this set; calling it again does nothing."""
-        while self._handles:
-            self._handles.pop().remove()
-        while self._shadows:
-            self._shadows.pop().remove()
+        """Remove every hook and shadow of this set; calling it again does nothing."""
+        with _LOCK:
+            while self._modules:  # by mark, not by handle: an interrupt may have come before there was one
+                module = self._modules[-1]
+                for hooks, flags in (
+                    (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+                    (module._forward_hooks, module._forward_hooks_with_kwargs),
+                ):
+                    for key, hook in hooks.copy().items():
+                        if type(hook) is _Hanging and hook.mark is self._mark:
+                            hooks.pop(key, None)
+                            flags.pop(key, None)
+                self._modules.pop()
+            while self._shadows:
+                self._shadows[-1].remove()
+                self._shadows.pop()
 
     def __len__(self) -> int:
-        return len(self._handles) + len(self._shadows)
+        return len(self._modules) + len(self._shadows)
 
     def __enter__(self) -> HookSet:
         return self

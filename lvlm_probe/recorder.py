@@ -1,7 +1,8 @@
 """One ``generate()`` call seen from outside: what it was given, what it said, how sure it was.
 
 ``GenerationRecorder.begin`` looks at the arguments and hangs up two things for the length of the call: a forward hook
-that reads log P(a_t) off the logits the model computes anyway, and the attention row tap. ``finish`` turns the returned
+that reads log P(a_t) off the logits the model computes anyway, and the attention row tap. They act in this one call
+(``hooks.Call``), whoever else runs the model meanwhile. ``finish`` turns the returned
 sequences into one capture per batch row. Nothing here may raise into the user's generation: the session fences every
 call.
 """
@@ -96,7 +97,7 @@ class GenerationRecorder:
         self.options = options
         self.notes: list[str] = []
         self._watch = watch
-        self._hooks = HookSet(on_error)
+        self._hooks = HookSet(on_error, scope=self)
         self._log_probs: list[StepLogProbs] = []
         self._decoder_ids: torch.Tensor | None = None
         self._tap: RowTap | None = None
@@ -199,8 +200,8 @@ class GenerationRecorder:
         length = ids.shape[1]
         start = length if self._decoder_ids is None else self._decoder_ids.shape[1]
         keys = length if self.anatomy.encoder_decoder else None
-        tap.install()
         self._tap = tap
+        tap.install()
         tap.arm(columns, valid=valid, heads=self.options.heads, prompt_length=start, cross_keys=keys)
 
     def abort(self) -> None:
@@ -357,8 +358,8 @@ class GenerationRecorder:
             boxes = self.options.boxes and inside and bool(row.images)
             boxes = boxes and (len(row.image_positions) > 0 or CROSS in row.points)
             key = box_key(row) if boxes else ()
-            if key in self._boxes:
-                place(row, self._boxes[key])
+            if (known := self._boxes.get(key)) is not None:
+                place(row, known)
                 boxes = False
             if not (missing or self.options.llr or boxes or hidden):
                 continue
@@ -369,10 +370,11 @@ class GenerationRecorder:
                 if len(self._boxes) >= _BOXES_KEPT:
                     self._boxes.clear()
                 try:
-                    self._boxes[key] = token_places(player, row.image_positions)
+                    known = token_places(player, row.image_positions)
                 except ProbeError as error:
-                    self._boxes[key] = str(error)
-                place(row, self._boxes[key])
+                    known = str(error)
+                self._boxes[key] = known
+                place(row, known)
             if hidden:
                 try:
                     found = point_records(player, row.input_ids, row.image_positions, row.token_ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +21,9 @@ import torch
 from lvlm_probe.anatomy import Anatomy, examine
 from lvlm_probe.errors import AttachError, ImageError, MaskError, ProbeError
 from lvlm_probe.format import Capture
-from lvlm_probe.hooks import HookSet, caution, shadow_of
+from lvlm_probe.hooks import Call, HookSet, caution, shadow_of, within
 from lvlm_probe.identity import describe_model
 from lvlm_probe.images.processor import OWN_CALL, named_outputs
-from lvlm_probe.isolation import OWN_PASS
 from lvlm_probe.masking import Masking
 from lvlm_probe.originals import called_model, probed_model
 from lvlm_probe.prompt_pictures import NotRecorded
@@ -83,20 +83,25 @@ class Recording:
         return found
 
     def __enter__(self) -> Recording:
-        if self._attachment.recording is not None:
-            raise AttachError("a recording is running on this probe already; leave its `with` block first")
-        if self._attachment.closed:
-            raise AttachError("the probe was detached; attach again to record")
-        self._attachment.recording = self
-        self._attachment.forget_description()
+        with self._attachment.lock:
+            if self._attachment.recording is not None:
+                raise AttachError("a recording is running on this probe already; leave its `with` block first")
+            if self._attachment.closed:
+                raise AttachError("the probe was detached; attach again to record")
+            self._attachment.recording = self
+            self._attachment.forget_description()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._attachment.recording is self:
-            self._attachment.recording = None
+        with self._attachment.lock:
+            if self._attachment.recording is self:
+                self._attachment.recording = None
 
     def run(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record one ``generate()`` call. Whatever goes wrong in here, the user gets what ``generate`` returns."""
+        """Record one ``generate()`` call. Whatever goes wrong in here, the user gets what ``generate`` returns.
+
+        Calls of several threads are recorded side by side: everything here but ``self`` belongs to this one.
+        """
         owner = self._attachment
         faults: list[str] = []
 
@@ -123,8 +128,12 @@ class Recording:
             _log.debug("recording could not begin", exc_info=True)
             faults.append(f"begin: {type(error).__name__}: {error}")
             self._warn("begin", f"this generation is not recorded: {type(error).__name__}: {error}")
+        except BaseException:  # Ctrl-C while hooks were being hung up
+            recorder.abort()
+            raise
         try:
-            output = original(*args, **kwargs)
+            with Call(recorder):
+                output = original(*args, **kwargs)
         except BaseException:
             recorder.abort()
             raise
@@ -144,11 +153,10 @@ class Recording:
         return output
 
     def _keep(self, recorder: GenerationRecorder, output: Any, faults: list[str], fault: Any) -> None:
-        devices = [
-            device for device in {p.device for p in self._attachment.model.parameters()} if device.type == "cuda"
-        ]
         interrupted: KeyboardInterrupt | None = None
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        # Nothing here draws from the global random state, which is all threads' own: passes run in eval mode, noise has
+        # generators of ours.
+        with torch.no_grad():
             capture = recorder.finish(output)
             try:
                 recorder.complete(capture)
@@ -172,13 +180,19 @@ class Recording:
 
     def _warn(self, kind: str, sentence: str) -> None:
         """Say each kind of thing once per recording."""
-        if kind not in self._warned:
+        with self._attachment.lock:
+            new = kind not in self._warned
             self._warned.add(kind)
+        if new:
             caution(sentence, stacklevel=4)
 
 
 class _Attachment:
-    """Everything that hangs on the model. It knows nothing of the ``Probe``, so that dropping the probe detaches."""
+    """Everything that hangs on the model. It knows nothing of the ``Probe``, so that dropping the probe detaches.
+
+    ``recording`` and ``masking`` are for every caller of the model, in whatever thread or task; what a ``generate()``
+    calls in its turn, in its own thread and context, is a part of it (``Call``).
+    """
 
     def __init__(self, model: torch.nn.Module, processor: object | None, anatomy: Anatomy) -> None:
         self.model, self.processor, self.anatomy = model, processor, anatomy
@@ -188,7 +202,7 @@ class _Attachment:
         self.recording: Recording | None = None
         self.masking: Masking | None = None
         self.closed = False
-        self._inside = 0
+        self.lock = threading.RLock()
         self._description: dict[str, Any] | None = None
 
     def open(self) -> None:
@@ -198,8 +212,9 @@ class _Attachment:
             self.hooks.shadow(*watched, self._preprocess)
 
     def close(self) -> None:
-        self.closed = True
-        self.recording = self.masking = None
+        with self.lock:
+            self.closed = True
+            self.recording = self.masking = None
         self.hooks.remove()
         self.watch.clear()
 
@@ -214,38 +229,38 @@ class _Attachment:
         return self._description
 
     def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._inside:
+        if within(self):
             return original(*args, **kwargs)
-        self._inside += 1
-        try:
-            if self.masking is not None:
-                if self.recording is not None:
-                    self.recording._warn("masked", "a masked generation is not recorded: its picture is not the user's")
-                args, kwargs = self.masking.of_generate(self.model, args, kwargs)
-            elif self.recording is not None:
-                return self.recording.run(original, args, kwargs)
+        # Looked up once: other threads come and go.
+        masking, recording = self.masking, self.recording
+        with Call(self):
+            if masking is not None:
+                if recording is not None:
+                    recording._warn("masked", "a masked generation is not recorded: its picture is not the user's")
+                args, kwargs = masking.of_generate(self.model, args, kwargs)
+            elif recording is not None:
+                return recording.run(original, args, kwargs)
             return original(*args, **kwargs)
-        finally:
-            self._inside -= 1
 
     def _forward(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Not fenced: a mask the user asked for and did not get would be a silent lie.
-        if self.masking is None or self._inside or OWN_PASS.get():
+        masking = self.masking
+        if masking is None or within(self):
             return None
-        return args, self.masking.of_forward(self.model, kwargs)
+        return args, masking.of_forward(self.model, kwargs)
 
     def _preprocess(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        if not self._inside and not OWN_CALL.get():
+        if not within(self) and not OWN_CALL.get():
             try:
                 images = args[0] if args else kwargs.get("images")
                 made = named_outputs(image_processor_of(self.processor), result)
                 self.watch.add(images, {k: v for k, v in kwargs.items() if k != "images"}, made)
             except Exception as error:
                 _log.debug("the processor call could not be kept", exc_info=True)
-                if self.recording is not None:
-                    self.recording.faults.append(f"processor watch: {error}")
-                    self.recording._warn("watch", f"the processor call could not be watched: {error}")
+                if (recording := self.recording) is not None:
+                    recording.faults.append(f"processor watch: {error}")
+                    recording._warn("watch", f"the processor call could not be watched: {error}")
         return result
 
 

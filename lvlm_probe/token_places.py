@@ -191,10 +191,10 @@ def _entry(
         if found and found[0].requires_grad:
             raise _Stop
 
-    with HookSet() as hooks, torch.enable_grad():
+    with replay.replica.use() as model, HookSet() as hooks, torch.enable_grad():
         for place in silenced:
-            hooks.forward(replay.model.get_submodule(place), _silent, name="silent attention", fenced=False)
-        for block in _blocks(replay):
+            hooks.forward(model.get_submodule(place), _silent, name="silent attention", fenced=False)
+        for block in _blocks(replay, model):
             hooks.forward_pre(block, enter, name="decoder entry", fenced=False)
         with contextlib.suppress(_Stop):
             replay.run_inputs({**inputs, **leaves})
@@ -216,11 +216,11 @@ def _axis(hidden: torch.Tensor, lengths: set[int]) -> int | None:
     return next((axis for axis in range(hidden.ndim - 2, 0, -1) if hidden.shape[axis] in lengths), None)
 
 
-def _blocks(replay: Replay) -> list[nn.Module]:
+def _blocks(replay: Replay, model: nn.Module) -> list[nn.Module]:
     """Modules of every outermost list that is no encoder's: the decoder's layers are among them."""
     lists: list[str] = []
     found: list[nn.Module] = []
-    for path, module in replay.model.named_modules():
+    for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or _within(path, replay.anatomy.encoders):
             continue
         if not (lists and _within(path, lists[-1:])):

@@ -79,7 +79,7 @@ class ProcessorWatch:
 
     def find(self, inputs: Mapping[str, Any]) -> ProcessorCall | None:
         """The latest call that made these model inputs."""
-        return next((call for call in reversed(self._calls) if call.made(inputs)), None)
+        return next((call for call in reversed(list(self._calls)) if call.made(inputs)), None)
 
     def clear(self) -> None:
         """Let go of all pictures and tensors."""

@@ -126,7 +126,7 @@ def dense(
     """
     given = dict(replay.path.inputs if inputs is None else inputs)
     given.update({name: given[name].detach().clone().requires_grad_(True) for name in replay.path.pixel_keys})
-    with _seen(replay.model, scale or {}) as calls, torch.enable_grad():
+    with replay.replica.use() as model, _seen(model, scale or {}) as calls, torch.enable_grad():
         score = replay.run_inputs(given)[0, list(indices)].sum()
         score.backward()
     found = Scored(score=score.item())

@@ -70,7 +70,7 @@ def assert_same_bits(replay, keys):
         layers = attention_layers(replay.model, wanted)
         with cut_attention(replay, layers, queries, keys):
             ours = replay.log_probs(None)[0]
-        with _nnsight.wrapped(replay.model) as envoys:
+        with replay.replica.use() as model, _nnsight.wrapped(model) as envoys:
             theirs = cut_through_nnsight(replay, envoys, layers, queries, keys)
         assert torch.equal(ours, theirs)
         assert not torch.allclose(ours, replay.log_probs(None)[0], atol=1e-4)

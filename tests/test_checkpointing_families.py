@@ -12,7 +12,8 @@ import torch
 import transformers
 
 import lvlm_probe as probe
-from lvlm_probe.isolation import checkpointed, frozen
+from lvlm_probe.isolation import checkpointed
+from lvlm_probe.replica import Replica
 
 
 def opt() -> Any:
@@ -127,10 +128,10 @@ def run(model: Any, inputs: dict[str, Any], *, checkpoint: bool) -> tuple[torch.
     leaves = {part for layer in layers for part in layer.modules() if not part._modules}
     handles = [leaf.register_forward_pre_hook(lambda *_: calls.append(1)) for leaf in leaves]
     given = next(value for value in inputs.values() if value.requires_grad)
-    with frozen(model), checkpointed(model, enabled=checkpoint):
-        values = model(**inputs, use_cache=False).logits.log_softmax(-1)
+    with Replica(model).use() as replica, checkpointed(replica, enabled=checkpoint) as passing:
+        values = passing(**inputs, use_cache=False).logits.log_softmax(-1)
     weight = torch.randn(values.shape, generator=torch.Generator().manual_seed(1))
-    (gradient,) = torch.autograd.grad((values * weight).sum(), given)  # the model is in training mode again here
+    (gradient,) = torch.autograd.grad((values * weight).sum(), given)
     for handle in handles:
         handle.remove()
     return values.detach(), gradient, len(calls)

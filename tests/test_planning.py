@@ -13,7 +13,6 @@ import torch
 import lvlm_probe as probe
 from lvlm_probe.errors import ExplainError, OutOfMemory, ProbeError
 from lvlm_probe.exhaustion import ran_out
-from lvlm_probe.hooks import HookSet
 from lvlm_probe.planning import Plan, parse_bytes, show_bytes, table, weight_bytes
 from lvlm_probe.planning.meter import Meter
 
@@ -214,9 +213,11 @@ def test_explaining_goes_on_when_memory_runs_out(replay: probe.Replay) -> None:
         if batch > 3:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
-    with HookSet() as hooks:
-        hooks.forward_pre(replay.model, small, name="small", fenced=False)
+    handle = replay.model.register_forward_pre_hook(small, with_kwargs=True)
+    try:
         found = probe.explain(replay, method="integrated_gradients", steps=12)
+    finally:
+        handle.remove()
     assert max(sizes) > 3
     assert any("at once instead of" in step for step in found.provenance["memory"]["recovered"])
     np.testing.assert_allclose(found.values, expected.values, atol=2e-4)
@@ -227,10 +228,12 @@ def test_nothing_fits(replay: probe.Replay) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     words = probe.select_tokens(replay)
-    with HookSet() as hooks:
-        hooks.forward_pre(replay.model, none, name="none", fenced=False)
+    handle = replay.model.register_forward_pre_hook(none, with_kwargs=True)
+    try:
         with pytest.raises(OutOfMemory, match=r"load the model in bfloat16"):
             probe.explain(replay, method="integrated_gradients", tokens=words, strengthen=False)
+    finally:
+        handle.remove()
 
 
 def test_plan_from_model_trace_and_processor(recorded: tuple[Any, Any, Any], tmp_path: Path) -> None:

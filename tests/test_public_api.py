@@ -109,7 +109,10 @@ def test_typed_package() -> None:
 
 LEVELS = [
     {"errors", "words", "hooks", "family_table", "wrappers"},
-    {"format", "geometry", "memory", "exhaustion", "plugins", "adapters", "originals", "isolation", "patch_gradient"},
+    {
+        "format", "geometry", "memory", "exhaustion", "plugins", "adapters", "originals", "replica", "isolation",
+        "patch_gradient",
+    },
     {"images", "trace", "anatomy", "pictures", "identity", "decoding", "attention"},
     {
         "player", "forcing", "layout", "points", "watch", "loading", "chunks", "recorded_path", "capture", "rewording",

@@ -1,10 +1,17 @@
-"""How one decoder's attention layers are led to an observed function, and back, with no config written."""
+"""How attention layers are led to an observed function, and back, with no config written.
+
+The function is registered once for the process and stays: a layer that has just read its name still finds it when the
+last observer has gone. A layer may be led by several observers at once; the last one out gives it its config back. Who
+hears of a call is told by the caller's context (``observing``): layers of a shared model run for many callers.
+"""
 
 from __future__ import annotations
 
-import uuid
+import os
+import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from contextvars import ContextVar
 from copy import deepcopy
 from typing import Any, NamedTuple, Protocol
 
@@ -13,9 +20,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lvlm_probe.attention.layers import eager_of, registry_of
-from lvlm_probe.errors import AttachError
 
-__all__ = ["AttentionCall", "ConfigView", "Observer", "is_view", "lead"]
+__all__ = ["NAME", "AttentionCall", "ConfigView", "Observer", "is_view", "lead", "observing", "unobserved"]
+
+NAME = "lvlm_probe"
+"""Of the one function in transformers' registry of attention functions."""
+
+_LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_LOCK._at_fork_reinit)  # type: ignore[attr-defined]
+
+_OBSERVERS: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("lvlm_probe_observers", default=())
 
 
 class ImplementationName(str):
@@ -26,34 +41,31 @@ class ImplementationName(str):
     the registry to the tap's entry, and equality with the tap's own name confirms it.
     """
 
-    __slots__ = ("_key",)
-    _key: str
-
-    def __new__(cls, name: str, key: str) -> ImplementationName:
-        made = super().__new__(cls, name)
-        made._key = key
-        return made
+    __slots__ = ()
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(NAME)
 
     def __eq__(self, other: object) -> bool:
-        return str.__eq__(self, other) is True or self._key == other
+        return str.__eq__(self, other) is True or other == NAME
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
 
 class ConfigView:
-    """A config seen with another ``_attn_implementation``; everything else reads and writes the config itself."""
+    """A config seen with another ``_attn_implementation``; everything else reads and writes the config itself.
 
-    __slots__ = ("__weakref__", "_tap_eager", "_tap_name", "_tap_registry", "_tapped")
+    It counts who leads its module, and knows the module: a duplicate of the module has the same view.
+    """
 
-    def __init__(self, config: Any, name: str, registry: Any, eager: Callable[..., Any] | None) -> None:
-        object.__setattr__(self, "_tapped", config)
-        object.__setattr__(self, "_tap_name", name)
-        object.__setattr__(self, "_tap_registry", registry)
-        object.__setattr__(self, "_tap_eager", eager)
+    __slots__ = ("__weakref__", "_tap_attend", "_tap_count", "_tap_module", "_tapped")
+
+    def __init__(self, module: nn.Module) -> None:
+        object.__setattr__(self, "_tapped", module.__dict__["config"])
+        object.__setattr__(self, "_tap_module", weakref.ref(module))
+        object.__setattr__(self, "_tap_attend", (registry_of(module), eager_of(module)))
+        object.__setattr__(self, "_tap_count", 0)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # isinstance() must answer as for the config
@@ -61,13 +73,16 @@ class ConfigView:
 
     @property
     def _attn_implementation(self) -> str:
-        return ImplementationName(self._tapped._attn_implementation or "eager", self._tap_name)
+        return ImplementationName(self._tapped._attn_implementation or "eager")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tapped, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._tapped, name, value)
+
+    def __beneath_lvlm_probe__(self) -> Any:
+        return self._tapped
 
     # Copies and pickles of a tapped model are untapped: the registered name means nothing elsewhere.
     def __copy__(self) -> Any:
@@ -134,59 +149,69 @@ class Observer(Protocol):
     ) -> Any: ...
 
 
-def lead(modules: Iterable[nn.Module], observer: Observer, *, model_class: str) -> weakref.finalize:
-    """Lead attention modules to a function that shows their calls to ``observer``.
+def lead(modules: Iterable[nn.Module], observer: Observer) -> weakref.finalize:
+    """Lead attention modules to the function that shows their calls to who is ``observing``.
 
     Returns:
         What undoes it: called, or when the observer is collected. The modules and the observer are held weakly.
-
-    Raises:
-        AttachError: one of the modules is led somewhere already.
     """
-    found = list(modules)
-    if any(is_view(module.__dict__.get("config")) for module in found):
-        raise AttachError(
-            f"{model_class} has an attention tap installed already; remove that one (detach its probe) first"
-        )
-    name = f"lvlm_probe_{uuid.uuid4().hex}"
-    changed: list[tuple[weakref.ref[nn.Module], ConfigView, Any]] = []
-    undo = weakref.finalize(observer, _restore, name, changed)
+    led: list[ConfigView] = []
+    undo = weakref.finalize(observer, _release, led)
     undo.atexit = False
-    AttentionInterface.register(name, _observed_attention(weakref.ref(observer)))
-    for module in found:
-        config = module.__dict__["config"]
-        view = ConfigView(config, name, registry_of(module), eager_of(module))
-        changed.append((weakref.ref(module), view, config))
-        module.__dict__["config"] = view
+    try:
+        with _LOCK:
+            if NAME not in AttentionInterface._global_mapping:
+                AttentionInterface.register(NAME, _attention)
+            for module in modules:
+                view = module.__dict__["config"]
+                if not is_view(view):
+                    view = ConfigView(module)
+                led.append(view)
+                object.__setattr__(view, "_tap_count", view._tap_count + 1)
+                module.__dict__["config"] = view
+    except BaseException:
+        undo()
+        raise
     return undo
 
 
-def _observed_attention(reference: Callable[[], Observer | None]) -> Callable[..., Any]:
-    """The function to register: the layer's own attention, its result shown to the observer while that is armed.
+def observing(observer: Observer) -> None:
+    """From now on ``observer`` hears of attention calls in this context; held weakly."""
+    unobserved(observer)
+    _OBSERVERS.set((*_OBSERVERS.get(), weakref.ref(observer)))
 
-    ``reference`` is weak: the registry must not keep the observer alive. Inside a compiled graph nothing is observed.
+
+def unobserved(observer: Observer) -> None:
+    """``observer`` hears no more of calls in this context."""
+    _OBSERVERS.set(tuple(one for one in _OBSERVERS.get() if one() not in (None, observer)))
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """What is registered: the layer's own attention, its result shown to observers that are armed.
+
+    Inside a compiled graph nothing is observed. The view may be gone since the layer has read its name.
     """
-
-    def tapped_attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        view: Any = module.config
-        implementation = view._tapped._attn_implementation
-        attend = view._tap_registry.get_interface(implementation, view._tap_eager)
-        result = attend(module, query, key, value, *args, **kwargs)
-        if not torch.compiler.is_compiling():
+    view: Any = module.__dict__.get("config")
+    led = is_view(view)
+    implementation = (view._tapped if led else view)._attn_implementation
+    registry, eager = view._tap_attend if led else (registry_of(module), eager_of(module))
+    result = registry.get_interface(implementation, eager)(module, query, key, value, *args, **kwargs)
+    if led and not torch.compiler.is_compiling():
+        for reference in _OBSERVERS.get():
             observer = reference()
             if observer is not None and observer.armed:
-                return observer.observe(module, implementation, query, key, value, result, args, kwargs)
-        return result
+                led_module = view._tap_module() or module
+                result = observer.observe(led_module, implementation, query, key, value, result, args, kwargs)
+    return result
 
-    return tapped_attention
 
-
-def _restore(name: str, changed: list[tuple[weakref.ref[nn.Module], ConfigView, Any]]) -> None:
-    """Put the modules' own configs back and forget ``name``. Also a finaliser: it must not refer to the tap."""
-    for reference, view, config in changed:
-        module = reference()
-        if module is not None and module.__dict__.get("config") is view:
-            module.__dict__["config"] = config
-    AttentionInterface._global_mapping.pop(name, None)
+def _release(led: list[ConfigView]) -> None:
+    """Give the modules' own configs back where nobody else leads them. Also a finaliser: it must not refer to the
+    observer."""
+    with _LOCK:
+        while led:
+            view = led.pop()
+            object.__setattr__(view, "_tap_count", view._tap_count - 1)
+            module = view._tap_module()
+            if view._tap_count < 1 and module is not None and module.__dict__.get("config") is view:
+                module.__dict__["config"] = view._tapped

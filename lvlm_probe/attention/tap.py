@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 from torch import BoolTensor, LongTensor, Tensor, nn
 
 from lvlm_probe.attention.collection import Collection
-from lvlm_probe.attention.dispatch import AttentionCall, lead
+from lvlm_probe.attention.dispatch import AttentionCall, lead, observing, unobserved
 from lvlm_probe.attention.layers import TapLayer, discover
 from lvlm_probe.attention.rows import attention_rows, take_columns, take_rows
 from lvlm_probe.errors import AttachError, ProbeError
@@ -44,7 +45,8 @@ class Rows:
 class RowTap:
     """Reads attention rows out of a running model: ``install`` → ``arm`` → the model's own forward → ``collect``.
 
-    The model's outputs are bit-equal with and without the tap, and no random number is drawn. A failure inside the tap
+    Read is what the thread that armed it runs, in its context. The model's outputs are bit-equal with and without the
+    tap, and no random number is drawn. A failure inside the tap
     disarms it, calls ``on_error`` once and leaves the model's run alone. The tap holds the model weakly; ``remove``,
     leaving the context and garbage collection of the tap all restore the modules.
 
@@ -69,6 +71,7 @@ class RowTap:
         self._modules = [weakref.ref(module) for _, module in found]
         self._number = {id(module): number for number, (_, module) in enumerate(found)}
         self._armed: Collection | None = None
+        self._thread = 0
         self._restore: weakref.finalize | None = None
 
     # -- installing
@@ -79,15 +82,15 @@ class RowTap:
         return self._restore is not None and self._restore.alive
 
     def install(self) -> RowTap:
-        """Route the decoder's attention layers through the tap. Idempotent; raises AttachError on a tapped model."""
+        """Route the decoder's attention layers through the tap, beside others that may be there. Idempotent."""
         if self.installed:
             return self
         modules = [module for reference in self._modules if (module := reference()) is not None]
-        self._restore = lead(modules, self, model_class=self._model_class)
+        self._restore = lead(modules, self)
         return self
 
     def remove(self) -> None:
-        """Put every module's own config back and forget the registered function. Idempotent; disarms."""
+        """Put every module's own config back, if no other tap is left. Idempotent; disarms."""
         self.disarm()
         if self._restore is not None:
             self._restore()
@@ -159,6 +162,8 @@ class RowTap:
         if heads not in ("mean", "all"):
             raise ValueError(f"heads must be 'mean' or 'all', not {heads!r}")
         self.error = None
+        self._thread = threading.get_ident()
+        observing(self)
         self._armed = Collection(
             columns=columns,
             valid=None if valid is None else torch.as_tensor(valid),
@@ -174,12 +179,13 @@ class RowTap:
 
     @property
     def armed(self) -> bool:
-        """Whether the next forward pass will be read."""
-        return self._armed is not None
+        """Whether this thread's next forward pass will be read."""
+        return self._armed is not None and self._thread == threading.get_ident()
 
     def disarm(self) -> None:
         """Stop collecting and drop what was collected."""
         self._armed = None
+        unobserved(self)
 
     @torch.autocast("cpu", enabled=False)  # it cannot join tensors of half precision
     def collect(self) -> Rows | None:
@@ -193,6 +199,7 @@ class RowTap:
                 cross-attention layers that differ in their number of keys.
         """
         armed, self._armed = self._armed, None
+        unobserved(self)
         if armed is None:
             return None
         with torch.no_grad():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from lvlm_probe.causal.cuts import attention_layers, cut_attention, cut_through_nnsight
 from lvlm_probe.causal.effects import CausalEffect, Effect
@@ -18,6 +19,7 @@ from lvlm_probe.causal.patches import donor_features, patched
 from lvlm_probe.causal.tokens import ImageTokens, Queries, image_tokens, query_positions, token_heat
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.isolation import taking_turns
 from lvlm_probe.selection import TokenSelection, select_tokens
 
 if TYPE_CHECKING:
@@ -80,10 +82,9 @@ def knockout(
     """
     if backend not in ("hooks", "nnsight"):
         raise ExplainError(f"backend is 'hooks' or 'nnsight'; got {backend!r}")
-    # Taken before the first pass: no other thread may run a model that a trace is running.
-    with _knife(replay, backend) as envoys:
+    with replay.replica.use() as model, _knife(model, backend) as envoys:
         target = _target(replay, heat, tokens, image)
-        found = attention_layers(replay.model, layers)
+        found = attention_layers(model, layers)
         positions = query_positions(replay, target.selection, queries)
 
         def take(rows: np.ndarray, within: Sequence[int]) -> torch.Tensor:
@@ -101,6 +102,7 @@ def knockout(
         )  # fmt: skip
 
 
+@taking_turns
 def patch(
     replay: Replay,
     heat: Heatmap | np.ndarray,
@@ -216,14 +218,14 @@ def _target(replay: Replay, heat: Heatmap | np.ndarray, tokens: TokenSelection |
 
 
 @contextmanager
-def _knife(replay: Replay, backend: Backend) -> Iterator[dict[int, Any] | None]:
+def _knife(model: nn.Module, backend: Backend) -> Iterator[dict[int, Any] | None]:
     """The wrapped model's envoys for nnsight, nothing for hooks."""
     if backend == "hooks":
         yield None
         return
     from lvlm_probe import _nnsight
 
-    with _nnsight.wrapped(replay.model) as envoys:
+    with _nnsight.wrapped(model) as envoys:
         yield envoys
 
 

@@ -8,7 +8,6 @@ others of the row share what is left in their old proportions: A' = A / (1 âˆ’ Î
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -137,8 +136,6 @@ class AttentionCut:
 def cut_attention(replay: Replay, layers: Layers, queries: np.ndarray, keys: np.ndarray) -> Iterator[None]:
     """Cut attention in the passes that ``replay`` runs in the block, by hooks; nothing at all for an empty cut.
 
-    Other threads that run the model meanwhile are not cut.
-
     Args:
         layers: what ``attention_layers`` gives.
         queries, keys: positions in the teacher-forced sequence, ``(query,)`` and ``(key,)``.
@@ -150,21 +147,20 @@ def cut_attention(replay: Replay, layers: Layers, queries: np.ndarray, keys: np.
     if not cut:
         yield
         return
-    thread = threading.get_ident()
     done: set[str] = set()
 
     def hook_of(path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if threading.get_ident() != thread:
-                return None
             done.add(path)
             return cut(module, args, kwargs)
 
         return hook
 
-    with HookSet() as hooks:
-        for layer, module in layers:
-            hooks.forward_pre(module, hook_of(layer.module), name=f"cut {layer.module}", fenced=False)
+    with replay.replica.use() as model, HookSet() as hooks:
+        for layer, _ in layers:
+            hooks.forward_pre(
+                model.get_submodule(layer.module), hook_of(layer.module), name=f"cut {layer.module}", fenced=False
+            )
         yield
     missed = [layer.module for layer, _ in layers if layer.module not in done]
     if missed:
@@ -177,7 +173,7 @@ def cut_through_nnsight(
     """log P of the answer's tokens under the same cut made through nnsight, ``(step,)``.
 
     Args:
-        envoys: of ``_nnsight.wrapped``.
+        envoys: of ``_nnsight.wrapped`` on the replay's replica.
     """
     from lvlm_probe import _nnsight
 
@@ -186,5 +182,6 @@ def cut_through_nnsight(
     def worker(module: nn.Module) -> Callable[[], None]:
         return lambda: _nnsight.edit_inputs(envoys[id(module)], lambda args, kwargs: cut(module, args, kwargs))
 
-    workers = {layer.module: worker(module) for layer, module in layers} if cut else {}
-    return _nnsight.run(envoys[id(replay.model)], lambda: replay.log_probs(None)[0], workers)
+    with replay.replica.use() as model:
+        workers = {layer.module: worker(model.get_submodule(layer.module)) for layer, _ in layers} if cut else {}
+        return _nnsight.run(envoys[id(model)], lambda: replay.log_probs(None)[0], workers)

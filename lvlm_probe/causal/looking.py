@@ -45,11 +45,6 @@ def points(replay: Replay, wanted: Sequence[str], *, mask: torch.Tensor | None =
         raise ExplainError(f"points are given as a list: [{wanted!r}]")
     if mask is not None and (mask.ndim != 2 or replay.n_images != 1):
         raise ExplainError(f"mask is (row, col) over the one picture of the prompt; got {tuple(mask.shape)}")
-    plan: dict[str, tuple[torch.nn.Module, list[str]]] = {}
-    for point in wanted:
-        pattern, *operations = point.split("::")
-        for path, module in find_modules(replay.model, pattern):
-            plan["::".join([path, *operations])] = module, operations
     values: dict[str, Any] = {}
 
     def worker(name: str, envoy: Any, operations: list[str]) -> Callable[[], None]:
@@ -60,13 +55,31 @@ def points(replay: Replay, wanted: Sequence[str], *, mask: torch.Tensor | None =
         with torch.no_grad():
             replay.log_probs(mask)
 
-    with _nnsight.wrapped(replay.model) as envoys:
-        for name, (module, operations) in plan.items():
-            if operations:  # unknown names are found before anything runs
-                _nnsight.resolve(envoys[id(module)], operations[0], path=name.split("::")[0])
-        workers = {name: worker(name, envoys[id(module)], operations) for name, (module, operations) in plan.items()}
-        _nnsight.run(envoys[id(replay.model)], forward, workers)
+    plan: dict[str, tuple[torch.nn.Module, list[str]]] = {}
+    with replay.replica.use() as model:
+        for point in wanted:
+            pattern, *operations = point.split("::")
+            for path, module in find_modules(model, pattern):
+                plan["::".join([path, *operations])] = module, operations
+        with _nnsight.wrapped(model) as envoys:
+            _look(model, envoys, plan, worker, forward)
     return {name: values[name] for name in plan}
+
+
+def _look(
+    model: torch.nn.Module,
+    envoys: dict[int, Any],
+    plan: dict[str, tuple[torch.nn.Module, list[str]]],
+    worker: Callable[[str, Any, list[str]], Callable[[], None]],
+    forward: Callable[[], None],
+) -> None:
+    from lvlm_probe import _nnsight
+
+    for name, (module, operations) in plan.items():
+        if operations:  # unknown names are found before anything runs
+            _nnsight.resolve(envoys[id(module)], operations[0], path=name.split("::")[0])
+    workers = {name: worker(name, envoys[id(module)], operations) for name, (module, operations) in plan.items()}
+    _nnsight.run(envoys[id(model)], forward, workers)
 
 
 def _kept(value: Any) -> Any:

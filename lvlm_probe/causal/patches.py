@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -74,14 +73,11 @@ def patched(replay: Replay, features: Features, rows: np.ndarray) -> Iterator[No
 def _at_decoder(replay: Replay, edit: Callable[[Features], None]) -> Iterator[None]:
     """Show the image tokens' features to ``edit``, which may change them in place, before the decoder sees them."""
     path = replay.anatomy.decoder
-    decoder = replay.model.get_submodule(path)
     positions = torch.tensor(replay.trace.layout.image_positions)  # type: ignore[union-attr]
-    thread, calls = threading.get_ident(), 0
+    calls = 0
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal calls
-        if threading.get_ident() != thread:
-            return None
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is None or embeddings.shape[1] != replay.length:
             return None
@@ -97,8 +93,8 @@ def _at_decoder(replay: Replay, edit: Callable[[Features], None]) -> Iterator[No
         changed[0, place] = features.pop("inputs_embeds")[0]
         return args, {**kwargs, **features, "inputs_embeds": changed}
 
-    with HookSet() as hooks:
-        hooks.forward_pre(decoder, hook, name=f"patch {path}", fenced=False)
+    with replay.replica.use() as model, HookSet() as hooks:
+        hooks.forward_pre(model.get_submodule(path), hook, name=f"patch {path}", fenced=False)
         yield
     if not calls:
         raise ExplainError(

@@ -20,6 +20,7 @@ from lvlm_probe.explainers.costs import cost_of
 from lvlm_probe.explainers.recorded import RecordedAnswer
 from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, find, needs_of, register
 from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.isolation import taking_turns
 from lvlm_probe.player import Replay
 from lvlm_probe.selection import TokenSelection, select_tokens
 from lvlm_probe.trace import Trace
@@ -44,6 +45,7 @@ for _module in (
 Tokens = str | tuple[int, int] | Sequence[str] | TokenSelection
 
 
+@taking_turns
 def explain(
     replay: Replay | Trace,
     *,

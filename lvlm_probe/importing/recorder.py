@@ -7,6 +7,7 @@ is attention (paper, Eq. 1 and 5).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -77,32 +78,35 @@ class ForcedRecorder(GenerationRecorder):
     def _force(self, row: RowCapture) -> None:
         """Log-probabilities and attention rows, in one pass."""
         player = self.player(row)
-        tap: RowTap | None = None
         faults: list[str] = []
-        try:
-            tap = self._armed(player, row, faults)
-            row.log_probs = player.original_log_probs.numpy()
-            rows = None if tap is None else tap.collect()
-            if rows is not None:
-                self._add_attention(row, rows, 0, len(row.token_ids))
-        finally:
-            if tap is not None:
-                tap.remove()
+        with player.replica.use() as model:
+            tap = self._tap_for(model, row, faults)
+            with contextlib.nullcontext() if tap is None else tap:
+                if tap is not None:
+                    self._armed(tap, player, row)
+                row.log_probs = player.original_log_probs.numpy()
+                rows = None if tap is None else tap.collect()
+                if rows is not None:
+                    self._add_attention(row, rows, 0, len(row.token_ids))
         row.notes += [f"attention rows are not recorded: {fault}" for fault in faults]
 
-    def _armed(self, player: Replay, row: RowCapture, faults: list[str]) -> RowTap | None:
-        """A tap on the queries that predict the answer's tokens; ``None``, and why, where there is nothing to read."""
+    def _tap_for(self, model: torch.nn.Module, row: RowCapture, faults: list[str]) -> RowTap | None:
+        """A tap on the model that the pass runs on; ``None``, and why, where there is nothing to read."""
         found = image_places({"input_ids": torch.as_tensor(row.input_ids)[None]}, self.anatomy.image_token_id)
         cross = found is None or self.anatomy.encoder_decoder
-        tap = RowTap(self.model, cross=cross, on_error=lambda error: faults.append(str(error)))
+        tap = RowTap(model, cross=cross, on_error=lambda error: faults.append(str(error)))
         if not tap.layers:
             faults.append("; ".join(sorted(set(map(str, tap.unsupported.values())))) or "there is no attention layer")
             return None
         if found is not None and not found.any():
             faults.append("the prompt holds no image tokens")
             return None
+        return tap
+
+    def _armed(self, tap: RowTap, player: Replay, row: RowCapture) -> None:
+        """The tap reads the queries that predict the answer's tokens."""
+        found = image_places({"input_ids": torch.as_tensor(row.input_ids)[None]}, self.anatomy.image_token_id)
         columns, valid = (None, None) if found is None else columns_of(found)
-        tap.install()
         tap.arm(
             columns,
             valid=valid,
@@ -110,7 +114,6 @@ class ForcedRecorder(GenerationRecorder):
             heads=self.options.heads,
             cross_keys=len(row.input_ids) if self.anatomy.encoder_decoder else None,
         )
-        return tap
 
 
 def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options: RecordOptions) -> Capture:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import Heatmap, resample
+from lvlm_probe.isolation import taking_turns
 from lvlm_probe.metrics.deletion_insertion import (
     Curves,
     MaskScores,
@@ -109,6 +110,7 @@ class Score:
 _CURVES = ("fractions", "deletion_curve", "insertion_curve", "deletion_raw", "insertion_raw", "random_gains")
 
 
+@taking_turns
 def evaluate(
     heat: Heatmap,
     replay: Replay,

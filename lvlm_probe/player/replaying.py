@@ -18,11 +18,13 @@ from lvlm_probe.exhaustion import in_micro_batches, whole_pass
 from lvlm_probe.forcing import Shortcut, TeacherForcing, apart
 from lvlm_probe.images import PixelPath
 from lvlm_probe.images.masks import expand_masks
+from lvlm_probe.isolation import taking_turns
 from lvlm_probe.memory import masks_that_fit, saved_bytes
-from lvlm_probe.originals import probed_model
+from lvlm_probe.originals import Driver, probed_model
 from lvlm_probe.player.baselines import WithBaseline
 from lvlm_probe.player.shortcuts import Shortcuts
 from lvlm_probe.recorded_path import LiveTrace, recorded_path
+from lvlm_probe.replica import Replica
 from lvlm_probe.rewording import reword
 from lvlm_probe.words import Word, group_words
 
@@ -51,6 +53,7 @@ class Replay(WithBaseline):
     Attributes:
         trace, trace_id: what is replayed.
         model, processor, anatomy: what it is replayed on, and where the model's parts are.
+        replica: the model as passes run it, in ``replica.use()``; the user's own is never touched.
         tokens, token_ids, special, words: the recorded answer, ``(T,)`` each but ``words``.
         path: how a mask reaches the model's pixel inputs.
         baseline: what the baseline picture is: ``kind``, its parameters, and, once checked, ``mean_probability``.
@@ -72,6 +75,7 @@ class Replay(WithBaseline):
         self.trace = trace
         self.trace_id: str = trace.trace_id
         self.model = model = probed_model(model, processor)
+        self.replica = Replica(model, own_configs=isinstance(model, Driver))
         self.processor = processor
         self.tokens: list[str] = list(trace.tokens)
         self.token_ids = torch.tensor(trace.token_ids).long()
@@ -115,7 +119,7 @@ class Replay(WithBaseline):
         }
         self._prompt, self._sequence = prompt, sequence
         self._forcing = TeacherForcing(
-            model, input_ids=prompt, token_ids=self.token_ids, sequence_inputs=sequence, **self._settings
+            self.replica, input_ids=prompt, token_ids=self.token_ids, sequence_inputs=sequence, **self._settings
         )
         self.device = self._forcing.device
         self.shortcuts = Shortcuts(self)
@@ -150,7 +154,7 @@ class Replay(WithBaseline):
             for name, value in self._sequence.items()
         }
         other._forcing = TeacherForcing(
-            self.model,
+            self.replica,
             input_ids=other._prompt,
             token_ids=self.token_ids,
             sequence_inputs=other._sequence,
@@ -174,6 +178,7 @@ class Replay(WithBaseline):
         """Log-likelihood ratio per token, ``(step,)`` nats. Paper, Eq. 6."""
         return self.original_log_probs - self.baseline_log_probs
 
+    @taking_turns
     def log_probs(
         self,
         mask: torch.Tensor | None = None,
@@ -223,6 +228,7 @@ class Replay(WithBaseline):
         with torch.set_grad_enabled(differentiable):
             return self._in_chunks(masks, size, run)
 
+    @taking_turns
     def score_and_grad(
         self,
         mask: torch.Tensor,

@@ -20,7 +20,7 @@ tokens to cut, and nothing to see of what cutting them does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -255,7 +255,8 @@ def _tolerance(replay: Replay) -> tuple[float, float]:
 def _circumstances(replay: Replay) -> tuple[Any, ...]:
     """What a way that was found may depend on besides the weights, which it does not."""
     config = getattr(replay.model, "config", None)
-    hung = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in every_module(replay.model))
+    with replay.replica.use() as model:
+        hung = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in every_module(model))
     return (
         getattr(config, "_attn_implementation", None),
         getattr(replay.model, "dtype", None),
@@ -270,10 +271,7 @@ def _circumstances(replay: Replay) -> tuple[Any, ...]:
 def _listening(replay: Replay, heard: dict[str, Any]) -> Iterator[None]:
     """Hears, in a plain pass, how positions are numbered, and which part of the last layer takes one position at a time
     for all that can be seen: one tensor in, one of the same length out, nothing beside it."""
-    model, length = replay.model, replay.length
-    decoder = model.get_submodule(replay.anatomy.decoder) if replay.anatomy.decoder else model
-    stack = text_stack(decoder)
-    paths = {id(module): path for path, module in model.named_modules()}
+    length = replay.length
 
     def numbers(_module: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         places = kwargs.get("position_ids")
@@ -282,16 +280,22 @@ def _listening(replay: Replay, heard: dict[str, Any]) -> Iterator[None]:
 
     sizes: dict[str, int] = {}
 
-    def part(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        given = args[0] if len(args) == 1 and not kwargs else None
-        if all(isinstance(item, torch.Tensor) and item.shape[:2] == (1, length) for item in (given, output)):
-            sizes[paths[id(module)]] = sum(weight.numel() for weight in module.parameters())
+    def part(path: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            given = args[0] if len(args) == 1 and not kwargs else None
+            if all(isinstance(item, torch.Tensor) and item.shape[:2] == (1, length) for item in (given, output)):
+                sizes[path] = sum(weight.numel() for weight in module.parameters())
 
-    layers = [child for child in stack.children() if isinstance(child, torch.nn.ModuleList) and len(child)]
-    with HookSet() as hooks:
+        return hook
+
+    with replay.replica.use() as model, HookSet() as hooks:
+        stack = text_stack(model.get_submodule(replay.anatomy.decoder) if replay.anatomy.decoder else model)
+        layers = [child for child in stack.children() if isinstance(child, torch.nn.ModuleList) and len(child)]
+        last = list(layers[-1][-1].children()) if layers else []
         hooks.forward_pre(stack, numbers, name="positions")
-        for child in layers[-1][-1].children() if layers else ():
-            hooks.forward(child, part, name="last layer")
+        for path, child in model.named_modules():
+            if any(child is one for one in last):
+                hooks.forward(child, part(path), name="last layer")
         yield
     if sizes:
         heard["narrow"] = max(sizes, key=lambda path: sizes[path])

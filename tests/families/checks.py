@@ -22,6 +22,7 @@ from zoo import Built, build
 
 import lvlm_probe as probe
 from lvlm_probe.anatomy import text_stack
+from lvlm_probe.attention.dispatch import NAME
 
 __all__ = ["CHECKS", "Verdict", "run_checks"]
 
@@ -96,7 +97,7 @@ def _hooks(model: torch.nn.Module) -> dict[str, Any]:
         "configs": {path: type(vars(m).get("config")).__name__ for path, m in model.named_modules()},
         "flags": {path: (m.training,) for path, m in model.named_modules()},
         "requires": [p.requires_grad for p in model.parameters()],
-        "registry": frozenset(AttentionInterface._global_mapping),
+        "registry": frozenset(AttentionInterface._global_mapping) - {NAME},
     }
 
 
