@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageFilter, PngImagePlugin
 
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
+from lvlm_probe.files import write_whole
 from lvlm_probe.selection import TokenSelection
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Heatmap:
         target = Path(path)
         if target.suffix.lower() != ".png":
             raise ExplainError(f"a heatmap is saved as PNG, which can carry its provenance; got {target.name!r}")
-        target.write_bytes(self._png(self.overlay(alpha, colormap)))
+        write_whole(target, self._png(self.overlay(alpha, colormap)))
         return target
 
     def describe(self) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def test_typed_package() -> None:
 # ------------------------------------------------------------------------------------------------------- one direction
 
 LEVELS = [
-    {"errors", "words", "hooks", "family_table", "wrappers"},
+    {"errors", "files", "words", "hooks", "family_table", "wrappers"},
     {
         "format", "geometry", "memory", "exhaustion", "plugins", "adapters", "originals", "replica", "isolation",
         "patch_gradient",

@@ -17,6 +17,7 @@ from lvlm_probe.cli.maps import FOLDER, Baseline, MapFile, Settings, baseline_fr
 from lvlm_probe.cli.models import load_model
 from lvlm_probe.cli.terminal import finite, note, print_json, say, stage, stop, stored_path
 from lvlm_probe.errors import ProbeError, TraceError
+from lvlm_probe.files import write_whole
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
@@ -98,10 +99,8 @@ def compare_methods(
 
     with stage("writing the page"):
         made = compare(heats, scores=scores, out=page, overwrite=overwrite)
-        results.write_text(
-            json.dumps(finite(_record(made, traces, judging)), ensure_ascii=False, indent=1, allow_nan=False),
-            encoding="utf-8",
-        )
+        record = finite(_record(made, traces, judging))
+        write_whole(results, json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False))
     if as_json:
         print_json(_record(made, traces, judging))
         return

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cli.terminal import bar
 from lvlm_probe.errors import ProbeError, TraceError
+from lvlm_probe.files import write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,14 +98,7 @@ class MapFile:
 
     def write_score(self, score: Score) -> None:
         """Writes the score, complete or not at all."""
-        part = self.score_path.with_name(f"{self.score_path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(
-                json.dumps(score.to_dict(), ensure_ascii=False, indent=1, allow_nan=False), encoding="utf-8"
-            )
-            os.replace(part, self.score_path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(self.score_path, json.dumps(score.to_dict(), ensure_ascii=False, indent=1, allow_nan=False))
 
 
 class Baseline:

@@ -11,6 +11,7 @@ import typer
 from lvlm_probe.cli.options import Json
 from lvlm_probe.cli.terminal import bar, print_json, quiet_libraries, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.files import write_whole
 
 if TYPE_CHECKING:
     from lvlm_probe.study.results import Results
@@ -225,7 +226,7 @@ def _write_document(results: Results, file: Path, target: Path, annotations: Pat
     command = f"lvlm-probe study table {file.as_posix()} --document {target.as_posix()}"
     command += "" if annotations is None else f" --annotations {annotations.as_posix()}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(document(results, command=command, annotations=annotations), encoding="utf-8")
+    write_whole(target, document(results, command=command, annotations=annotations))
     say("document: ", (stored_path(target), "bold"))
 
 

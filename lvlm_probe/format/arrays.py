@@ -50,7 +50,8 @@ def write_arrays(
         if re.fullmatch(NAME, name) is None:
             raise trace_error(path, "", f"{name!r} cannot name an array", "use letters, digits, '_', '-' and '.'")
     try:
-        with sealed_writer(path, f"lvlm_probe.{kind}", version, fsync=fsync) as file:
+        nbytes = sum(int(getattr(value, "nbytes", 0)) for value in arrays.values())
+        with sealed_writer(path, f"lvlm_probe.{kind}", version, nbytes=nbytes, fsync=fsync) as file:
             put_text(file, "format", f"lvlm_probe.{kind}")
             put_text(file, "format_version", version)
             put_text(file, "writer", writer_name())
@@ -78,6 +79,8 @@ def read_arrays(
             raise file.error("attrs", f"settings by name are expected, this is a {type(attrs).__name__}")
         arrays: dict[str, np.ndarray] = {}
         for name in file.names("arrays"):
+            if re.fullmatch(NAME, name) is None:
+                raise file.error("arrays", f"{name[:64]!r} is not a name (letters, digits, '_', '-', '.')")
             key = f"arrays/{name}"
             arrays[name] = file.array(key)
             if file.text(key, "dtype", "") == "bool":

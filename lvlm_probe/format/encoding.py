@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 __all__ = [
     "CHUNK_BYTES",
     "ENCODING_VERSION",
+    "JSON_DEPTH",
     "JSON_LIMIT",
     "NAME",
+    "NUMBER_DIGITS",
     "as_array",
     "json_text",
+    "parse_json",
     "put_array",
     "put_json",
     "put_text",
@@ -37,6 +40,10 @@ __all__ = [
 ENCODING_VERSION = "1.0"
 JSON_LIMIT = 4 * 2**20
 """Bytes of one JSON value: parsing takes up to about 25 times as much memory."""
+JSON_DEPTH = 64
+"""Lists and objects inside each other: what walks over a value calls itself once for each."""
+NUMBER_DIGITS = 300
+"""Digits of an integer in JSON: more than 308 would not fit into a float."""
 CHUNK_BYTES = 2**20
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}"
 """Names of members that come from outside: no slash, no leading dot."""
@@ -130,8 +137,10 @@ def put_text(owner: h5py.HLObject, name: str, text: str) -> None:
 
 
 def json_text(name: str, value: JSON, *, limit: int = JSON_LIMIT) -> str:
-    """Returns a value as JSON (RFC 8259); raises ``ValueError`` above ``limit`` bytes."""
+    """Returns a value as JSON (RFC 8259); ``ValueError`` above ``limit`` bytes or ``JSON_DEPTH`` levels."""
     plain = _plain(value)
+    if (depth := _depth(plain)) > JSON_DEPTH:
+        raise ValueError(f"{name!r} has {depth} levels of lists and objects; at most {JSON_DEPTH} can be stored")
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     try:
         size = len(text.encode("utf-8"))
@@ -141,6 +150,61 @@ def json_text(name: str, value: JSON, *, limit: int = JSON_LIMIT) -> str:
     if size > limit:
         raise ValueError(f"{name!r} takes {size} bytes as JSON; at most {limit} can be stored")
     return text
+
+
+def parse_json(data: bytes) -> JSON:
+    """Parses JSON that nobody vouches for, as RFC 8259 has it and no further.
+
+    Raises ``ValueError`` for NaN and infinity (also as ``1e999``), integers of more than ``NUMBER_DIGITS`` digits, a
+    name that an object has twice, more than ``JSON_DEPTH`` levels, and text that is no UTF-8 or no JSON.
+    """
+    text = data.decode("utf-8")
+    try:
+        value = json.loads(
+            text,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_short,
+            object_pairs_hook=_unique,
+        )
+        deep = text.count("[") + text.count("{") > JSON_DEPTH and _depth(value) > JSON_DEPTH
+    except RecursionError as error:
+        raise ValueError("RecursionError: it has too many levels of lists and objects") from error
+    if deep:
+        raise ValueError(f"it has more than {JSON_DEPTH} levels of lists and objects")
+    return value
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:32]} is larger than a float can be")
+    return value
+
+
+def _short(text: str) -> int:
+    if len(text) > NUMBER_DIGITS:
+        raise ValueError(f"an integer has {len(text)} digits, more than {NUMBER_DIGITS}")
+    return int(text)
+
+
+def _unique(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has the same name twice")
+    return found
+
+
+def _depth(value: JSON) -> int:
+    """Levels of lists and objects, 0 for a plain value; level by level, so that no depth is too deep for it."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, list | dict)]:
+        depth += 1
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+    return depth
 
 
 def put_json(group: h5py.Group, name: str, value: JSON) -> h5py.Dataset:
@@ -161,7 +225,7 @@ def _plain(value: Any) -> JSON:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
-        return int(value)
+        return int(value) if abs(value) < 10 ** (NUMBER_DIGITS - 1) else hex(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, Mapping):

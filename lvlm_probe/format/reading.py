@@ -1,16 +1,21 @@
 """Reads a sealed file, trusting nothing it says.
 
-A file may come from anyone, and a valid seal proves nothing about who wrote it. So every member is reached link by link
-(hard links only: a soft or external link would make us read something else), and its declared type, shape and storage
-are checked against each other and against the size of the file *before* anything is allocated: an array of a terabyte
-in a file of a kilobyte is refused by arithmetic. Virtual datasets, external storage, filters (a deflated chunk may grow
-a thousandfold), and compound, reference and variable-length types are refused; the format uses none of them.
+A file may come from anyone, and a valid seal proves nothing about who wrote it. So a file is opened once, as a regular
+file, and HDF5 reads through that one descriptor, whatever is put in its place meanwhile. Every member is reached link
+by link (hard links only: a soft or external link would make us read something else). What is stored elsewhere (virtual
+datasets, external storage) is told from the creation properties, before anything is asked that makes HDF5 open it. The
+declared type, shape and storage are checked against each other and against the size of the file *before* anything is
+allocated: an array of a terabyte in a file of a kilobyte is refused by arithmetic.
+
+Small files must not become large either: a member that is linked twice, or that is reached under two names, is refused,
+and the bytes of all members that were asked for may not exceed the file. Filters (a deflated chunk may grow a
+thousandfold), and compound, reference and variable-length types are refused; the format uses none of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -20,15 +25,21 @@ import h5py
 import numpy as np
 
 from lvlm_probe.errors import TraceError
-from lvlm_probe.format.encoding import ENCODING_VERSION, JSON_LIMIT, restore_tensor
+from lvlm_probe.files import State, causes, state_of
+from lvlm_probe.format.encoding import ENCODING_VERSION, JSON_LIMIT, parse_json, restore_tensor
 from lvlm_probe.format.records import JSON
-from lvlm_probe.format.seal import Seal, check_seal, parse_version, trace_error
+from lvlm_probe.format.seal import Seal, check_open, open_file, parse_version, trace_error
 
-__all__ = ["SealedFile", "open_sealed"]
+__all__ = ["MEMBER_LIMIT", "RANK_LIMIT", "TEXT_LIMIT", "SealedFile", "open_sealed"]
 
-_RANK_LIMIT = 8
-_TEXT_LIMIT = 2**16
-_MEMBER_LIMIT = 100_000
+RANK_LIMIT = 8
+"""Axes of an array."""
+TEXT_LIMIT = 2**16
+"""Bytes of an attribute."""
+MEMBER_LIMIT = 4096
+"""Members of a group."""
+_CHUNK_OVERHEAD = 24
+"""Bytes that a chunk takes in the index of its dataset, at least."""
 _NUMBERS = frozenset("u1 u2 u4 u8 i1 i2 i4 i8 f2 f4 f8".split())  # noqa: SIM905
 _RECORD_AGAIN = "the file is damaged or was not written by lvlm_probe: record it again"
 _NOT_OURS = "lvlm_probe never writes this: do not trust the file"
@@ -39,9 +50,19 @@ class SealedFile:
 
     def __init__(self, path: Path, file: h5py.File, nbytes: int) -> None:
         self.path = path
+        self.seal: Seal | None = None
+        self.state: State | None = None
         self._file = file
         self._nbytes = nbytes
         self._found: dict[str, h5py.HLObject] = {}
+        self._keys: dict[int, str] = {}  # address of an object -> the one key it may be reached by
+        self._counted: set[str] = set()
+        self._declared = 0  # bytes of the datasets in _counted
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return self._nbytes
 
     def error(self, key: str, what: str, way_out: str = _RECORD_AGAIN) -> TraceError:
         """Returns the error that names this file and ``key``."""
@@ -54,10 +75,17 @@ class SealedFile:
             yield
         except TraceError:
             raise
+        except MemoryError as error:
+            raise self.error(key, *causes(error)) from error
         # HDF5 reports damage through a dozen exception types (OSError, KeyError, RuntimeError, ValueError, ...), and
         # numpy and json add theirs: what is not ours is damage.
         except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's, not HDF5's
+                what, way_out = causes(error)
+                raise self.error(key, f"it cannot be read: {what}", way_out) from error
             first_line = (str(error).splitlines() or [""])[0][:200]
+            if "memory" in first_line and "alloc" in first_line:
+                raise self.error(key, *causes(MemoryError())) from error
             raise self.error(key, f"it cannot be read ({type(error).__name__}: {first_line})") from error
 
     def _find(self, key: str) -> h5py.HLObject:
@@ -75,7 +103,11 @@ class SealedFile:
                 raise self.error(key, "it is missing")
             if not isinstance(link, h5py.HardLink):
                 raise self.error(key, f"it is a {type(link).__name__}, which could point anywhere", _NOT_OURS)
-            self._found[key] = group[name]
+            found = group[name]
+            about = h5py.h5o.get_info(found.id)
+            if about.rc > 1 or self._keys.setdefault(about.addr, key) != key:
+                raise self.error(key, "it is linked more than once", _NOT_OURS)
+            self._found[key] = found
         return self._found[key]
 
     def has(self, key: str) -> bool:
@@ -93,15 +125,21 @@ class SealedFile:
                 raise self.error(key, f"a group is expected, this is a {type(found).__name__.lower()}")
             return found
 
-    def names(self, key: str, *, limit: int = _MEMBER_LIMIT) -> list[str]:
+    def names(self, key: str, *, limit: int = MEMBER_LIMIT) -> list[str]:
         """Returns the names in a group, sorted; an absent group has none."""
         if not self.has(key):
             return []
         with self.reading(key):
-            group = self.group(key)
-            if len(group) > limit:
-                raise self.error(key, f"it claims {len(group)} members, more than {limit}", _NOT_OURS)
-            return sorted(group)
+            raw: list[bytes] = []
+
+            def collect(name: bytes) -> bool | None:
+                raw.append(name)
+                return True if len(raw) > limit else None  # True: no further
+
+            self.group(key).id.links.iterate(collect)
+            if len(raw) > limit:
+                raise self.error(key, f"it has more than {limit} members", _NOT_OURS)
+            return sorted(name.decode("utf-8") for name in raw)
 
     def dataset(self, key: str) -> h5py.Dataset:
         """Returns a dataset whose declared type, shape and storage are plausible: reading it is safe."""
@@ -109,39 +147,50 @@ class SealedFile:
             found = self._find(key)
             if not isinstance(found, h5py.Dataset):
                 raise self.error(key, f"an array is expected, this is a {type(found).__name__.lower()}")
-            if found.shape is None or len(found.shape) > _RANK_LIMIT:
+            # First of all: the shape of a virtual dataset is asked of the files it names.
+            settings = found.id.get_create_plist()
+            layout = settings.get_layout()
+            if layout == h5py.h5d.VIRTUAL or settings.get_external_count() > 0:
+                raise self.error(key, "its data lie in another file", _NOT_OURS)
+            if layout not in (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED):
+                raise self.error(key, f"its storage layout {layout} is unknown", _NOT_OURS)
+            if settings.get_nfilters():
+                raise self.error(key, "it is compressed or filtered, which format 1 does not allow", _NOT_OURS)
+            if found.shape is None or len(found.shape) > RANK_LIMIT:
                 raise self.error(key, "it has no shape or too many axes", _NOT_OURS)
             if not _is_plain_type(found.id.get_type()):
                 raise self.error(key, f"its type {_type_name(found)} is not a number or a fixed string", _NOT_OURS)
             if found.dtype.kind not in "iufS":  # h5py raises here on a damaged type, and nowhere later
                 raise self.error(key, f"its type {found.dtype} is not a number or a fixed string", _NOT_OURS)
-            self._check_storage(key, found)
+            self._check_bytes(key, found, chunked=layout == h5py.h5d.CHUNKED)
             encoding = self.text(key, "encoding_version", ENCODING_VERSION)
             if parse_version(encoding)[0] > parse_version(ENCODING_VERSION)[0]:
                 what = f"its encoding version is {encoding}, and this version of lvlm_probe reads {ENCODING_VERSION}"
                 raise self.error(key, what, "upgrade lvlm_probe")
             return found
 
-    def _check_storage(self, key: str, dataset: h5py.Dataset) -> None:
-        settings = dataset.id.get_create_plist()
-        layout = settings.get_layout()
-        if layout == h5py.h5d.VIRTUAL or settings.get_external_count() > 0:
-            raise self.error(key, "its data lie in another file", _NOT_OURS)
-        if layout not in (h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED):
-            raise self.error(key, f"its storage layout {layout} is unknown", _NOT_OURS)
-        if settings.get_nfilters():
-            raise self.error(key, "it is compressed or filtered, which format 1 does not allow", _NOT_OURS)
-        declared = math.prod(dataset.shape) * dataset.id.get_type().get_size()
+    def _check_bytes(self, key: str, dataset: h5py.Dataset, *, chunked: bool) -> None:
+        itemsize = dataset.id.get_type().get_size()
+        declared = math.prod(dataset.shape) * itemsize
         if declared > self._nbytes:
             what = f"it declares shape {dataset.shape}, {declared} bytes, in a file of {self._nbytes} bytes"
             raise self.error(key, what)
-        if layout == h5py.h5d.CHUNKED:
-            chunk = math.prod(dataset.chunks) * dataset.id.get_type().get_size()
+        if chunked:
+            chunk = math.prod(dataset.chunks) * itemsize
             if chunk > self._nbytes:
                 raise self.error(key, f"it declares chunks of {chunk} bytes in a file of {self._nbytes} bytes")
+            count = math.prod(-(-size // side) for size, side in zip(dataset.shape, dataset.chunks, strict=True))
+            if count * _CHUNK_OVERHEAD > self._nbytes:
+                raise self.error(key, f"it declares {count} chunks in a file of {self._nbytes} bytes")
         stored = dataset.id.get_storage_size()
         if not declared <= stored <= self._nbytes:
             raise self.error(key, f"it declares {declared} bytes and {stored} are stored")
+        if key not in self._counted:
+            self._counted.add(key)
+            self._declared += declared
+        if self._declared > self._nbytes:
+            what = f"with it, the members declare {self._declared} bytes together in a file of {self._nbytes} bytes"
+            raise self.error(key, what, _NOT_OURS)
 
     def array(
         self, key: str, *, dtype: str | None = None, shape: Sequence[int | None] | None = None, limit: int | None = None
@@ -182,7 +231,7 @@ class SealedFile:
                 raise self.error(key, f"JSON text is expected, this is {dataset.dtype} {dataset.shape}")
             if dataset.dtype.itemsize > JSON_LIMIT:
                 raise self.error(key, f"its JSON has {dataset.dtype.itemsize} bytes, more than {JSON_LIMIT}", _NOT_OURS)
-            return json.loads(bytes(dataset[()]).decode("utf-8"))
+            return parse_json(bytes(dataset[()]))
 
     def text(self, key: str, name: str, default: str | None = None) -> str:
         """Reads a text attribute; ``default`` stands for an absent one, without it the absence is an error."""
@@ -200,7 +249,7 @@ class SealedFile:
         """Reads settings kept as JSON in an attribute; an absent one is empty."""
         text = self.text(key, name, "{}")
         with self.reading(f"{key}@{name}"):
-            value = json.loads(text)
+            value = parse_json(text.encode("utf-8"))
             if not isinstance(value, dict):
                 raise self.error(f"{key}@{name}", f"settings by name are expected, this is a {type(value).__name__}")
             return value
@@ -236,8 +285,8 @@ class SealedFile:
                 raise self.error(where, "its type is not a number or a fixed string", _NOT_OURS)
             if identifier.get_space().get_simple_extent_type() == h5py.h5s.NULL:
                 raise self.error(where, "it has no value", _NOT_OURS)
-            if math.prod(identifier.shape) * kind.get_size() > _TEXT_LIMIT:
-                raise self.error(where, f"it has more than {_TEXT_LIMIT} bytes", _NOT_OURS)
+            if math.prod(identifier.shape) * kind.get_size() > TEXT_LIMIT:
+                raise self.error(where, f"it has more than {TEXT_LIMIT} bytes", _NOT_OURS)
             value = np.empty(identifier.shape, dtype=identifier.dtype)
             identifier.read(value)
             return value
@@ -261,42 +310,61 @@ def _fits(shape: tuple[int, ...], wanted: Sequence[int | None]) -> bool:
 
 @contextlib.contextmanager
 def open_sealed(
-    path: str | os.PathLike[str], kind: str, version: str, *, seal: Seal | None = None, full: bool = False
+    path: str | os.PathLike[str],
+    kind: str,
+    version: str,
+    *,
+    known: tuple[Seal, State] | None = None,
+    full: bool = False,
+    hashed: bool = True,
 ) -> Iterator[SealedFile]:
-    """Opens a file of one kind for reading, after checking its seal (skipped when an earlier ``seal`` is given).
+    """Opens a file of one kind for reading, after checking its seal.
 
-    Raises ``TraceError`` for anything but a finished, undamaged file of that kind in a version that can be read.
+    Args:
+        path: of the file.
+        kind: what the seal has to say (``"lvlm_probe.trace"``).
+        version: the newest version that the caller understands.
+        known: ``seal`` and ``state`` of an earlier opening: the seal is not checked again, and a file that has changed
+            since is refused.
+        full: hash the file however large it is.
+        hashed: False to check only head and length.
+
+    Raises:
+        TraceError: anything but a finished, undamaged file of that kind in a version that can be read.
     """
     path = Path(path)
-    seal = seal or check_seal(path, kind, version, full=full)
-    with _open(path) as file:
-        sealed = SealedFile(path, file, seal.nbytes)
-        if sealed.text("/", "format") != kind:
-            raise sealed.error("/@format", f"it is {sealed.text('/', 'format')[:64]!r}, {kind!r} is expected")
-        found = sealed.text("/", "format_version")
-        with sealed.reading("/@format_version"):
-            parse_version(found)
-        if found != seal.version:
-            raise sealed.error("/@format_version", f"it is {found!r}, and the head of the file says {seal.version!r}")
-        if sealed.integer("/", "complete") != 1:
-            raise sealed.error("/@complete", "it was not finished: the process that wrote it died")
-        yield sealed
+    with open_file(path, before=known is not None) as raw:
+        state = state_of(os.fstat(raw.fileno()))
+        if known is not None and known[1] != state:
+            what = "it changed since this trace was opened"
+            raise trace_error(path, "", what, "trace files are never changed: open it again if you trust it")
+        seal = known[0] if known is not None else check_open(path, raw, kind, version, full=full, hashed=hashed)
+        with _open(path, raw) as file:
+            sealed = SealedFile(path, file, seal.nbytes)
+            sealed.seal, sealed.state = seal, state
+            if sealed.text("/", "format") != kind:
+                raise sealed.error("/@format", f"it is {sealed.text('/', 'format')[:64]!r}, {kind!r} is expected")
+            found = sealed.text("/", "format_version")
+            with sealed.reading("/@format_version"):
+                parse_version(found)
+            if found != seal.version:
+                what = f"it is {found!r}, and the head of the file says {seal.version!r}"
+                raise sealed.error("/@format_version", what)
+            if sealed.integer("/", "complete") != 1:
+                raise sealed.error("/@complete", "it was not finished: the process that wrote it died")
+            yield sealed
+            if state_of(os.fstat(raw.fileno())) != state:
+                raise trace_error(path, "", "it was changed while it was read", "read it again when it is at rest")
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[h5py.File]:
-    failure: OSError | None = None
-    # Finished files have no writer, so locks protect nothing and fail on some network disks. HDF5 wants the same
-    # choice from everyone who has the file open in this process, hence the other two.
-    for locking in ("best-effort", False, True):
-        try:
-            file = h5py.File(path, "r", locking=locking)
-        except OSError as error:
-            failure = failure or error
-            if "locking flag" not in str(error) and "disabled locks" not in str(error):
-                break
-        else:
-            with file:
-                yield file
-            return
-    raise trace_error(path, "", f"HDF5 cannot open it ({failure})", _RECORD_AGAIN) from failure
+def _open(path: Path, raw: io.FileIO) -> Iterator[h5py.File]:
+    try:
+        file = h5py.File(raw, "r")
+    except Exception as error:  # HDF5 reports damage through many types
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            what, way_out = causes(error)
+            raise trace_error(path, "", f"it cannot be read: {what}", way_out) from error
+        raise trace_error(path, "", f"HDF5 cannot open it ({error})", _RECORD_AGAIN) from error
+    with file:
+        yield file

@@ -14,15 +14,20 @@ from lvlm_probe.format.reading import SealedFile
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
+    "IMAGE_LIMIT",
     "MODEL_JSON",
     "MODEL_TEXT",
     "ROW_ARRAYS",
+    "ROW_BYTES",
     "ROW_JSON",
     "ROW_LIMIT",
+    "STATUSES",
     "TRACE_ID",
     "ArraySpec",
     "PointHeader",
     "RowHeader",
+    "named_members",
+    "row_count",
     "row_key",
     "validate",
     "validate_row",
@@ -30,7 +35,12 @@ __all__ = [
 
 FORMAT = "lvlm_probe.trace"
 FORMAT_VERSION = "1.0"
-ROW_LIMIT = 100_000
+ROW_LIMIT = 10_000
+"""Traces of one file."""
+ROW_BYTES = 1024
+"""What a trace takes in its file at least; the headers alone of its members are more."""
+IMAGE_LIMIT = 1000
+"""Images of one trace."""
 TRACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 """A trace id names files beside the trace (``explanations/<trace_id>.<method>.h5``): no slash, no leading dot."""
 
@@ -98,6 +108,8 @@ class RowHeader:
     image_sizes: tuple[tuple[int, int], ...]
     """``(width, height)`` of each image, as declared."""
     image_mimes: tuple[str, ...]
+    image_nbytes: int
+    """Bytes of the encoded images together."""
     model_kwargs: tuple[str, ...]
     points: tuple[PointHeader, ...]
     nbytes: int
@@ -112,10 +124,17 @@ def validate(file: SealedFile) -> int:
     """Checks the top of a trace file and returns how many traces it holds. Raises ``TraceError``."""
     for name in MODEL_TEXT:
         file.text("model", name, "")
+    return row_count(file)
+
+
+def row_count(file: SealedFile) -> int:
+    """Returns how many traces the file holds, as far as its size allows. Raises ``TraceError``."""
     file.group("traces")
     rows = file.integer("traces", "rows", low=1, high=ROW_LIMIT)
     if rows is None:
         raise file.error("traces@rows", "it is missing")
+    if rows * ROW_BYTES > file.nbytes:
+        raise file.error("traces@rows", f"it is {rows}, more than a file of {file.nbytes} bytes can hold")
     return rows
 
 
@@ -139,8 +158,8 @@ def validate_row(file: SealedFile, row: int) -> RowHeader:
     trace_id = file.text(base, "trace_id")
     if TRACE_ID.fullmatch(trace_id) is None:
         raise file.error(f"{base}@trace_id", f"{trace_id[:64]!r} is not a trace id (letters, digits, '_', '-', '.')")
-    kwargs = _named(file, f"{base}/inputs/model_kwargs")
-    points = tuple(_point(file, base, name, sizes) for name in _named(file, f"{base}/points"))
+    kwargs = named_members(file, f"{base}/inputs/model_kwargs")
+    points = tuple(_point(file, base, name, sizes) for name in named_members(file, f"{base}/points"))
     image_sizes, mimes, image_bytes = _images(file, base)
     nbytes += image_bytes + sum(point.nbytes for point in points)
     nbytes += sum(file.checked(f"{base}/inputs/model_kwargs/{name}").nbytes for name in kwargs)
@@ -154,6 +173,7 @@ def validate_row(file: SealedFile, row: int) -> RowHeader:
         image_tokens=sizes["N"],
         image_sizes=image_sizes,
         image_mimes=mimes,
+        image_nbytes=image_bytes,
         model_kwargs=kwargs,
         points=points,
         nbytes=nbytes,
@@ -167,7 +187,8 @@ def _one_of(file: SealedFile, key: str, name: str, allowed: tuple[str, ...]) -> 
     return value
 
 
-def _named(file: SealedFile, key: str) -> tuple[str, ...]:
+def named_members(file: SealedFile, key: str) -> tuple[str, ...]:
+    """Returns the names in a group, sorted; each may be part of a path. Raises ``TraceError``."""
     names = file.names(key)
     for name in names:
         if re.fullmatch(NAME, name) is None:
@@ -177,7 +198,7 @@ def _named(file: SealedFile, key: str) -> tuple[str, ...]:
 
 def _images(file: SealedFile, base: str) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...], int]:
     image_sizes, mimes, nbytes = [], [], 0
-    names = file.names(f"{base}/images", limit=1000)
+    names = file.names(f"{base}/images", limit=IMAGE_LIMIT)
     if names != [f"{index:03d}" for index in range(len(names))]:
         raise file.error(f"{base}/images", f"images are numbered 000, 001, ...; these are {names[:4]}")
     for name in names:

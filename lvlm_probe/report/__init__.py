@@ -13,7 +13,6 @@ module of the same name would otherwise take each other's place.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import html
 import json
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError
+from lvlm_probe.files import write_whole
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
@@ -103,17 +103,12 @@ def _refuse(path: Path, *, overwrite: bool) -> None:
 
 
 def _write(path: Path, text: str, *, overwrite: bool) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8", newline="\n")
         _refuse(path, overwrite=overwrite)
-        os.replace(part, path)
+        write_whole(path, text)
     except OSError as error:
         raise ReportError(f"cannot write the report to {path}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def _fill(samples: list[dict[str, Any]], title: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lvlm_probe.files import write_whole
 from lvlm_probe.study.results import Results
 
 __all__ = ["export", "state"]
@@ -85,14 +87,15 @@ def export(results: Results, directory: Path) -> list[Path]:
 
 
 def _table(path: Path, names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(names)
-        for record in records:
-            writer.writerow(["" if record.get(name) is None else record[name] for name in names])
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(names)
+    for record in records:
+        writer.writerow(["" if record.get(name) is None else record[name] for name in names])
+    write_whole(path, file.getvalue())
     return path
 
 
 def _json(path: Path, content: Any) -> Path:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
     return path

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_probe.errors import ProbeError, StudyError
+from lvlm_probe.files import write_whole
 from lvlm_probe.importing import said_by
 from lvlm_probe.importing.rows import BadRow, read_rows
 from lvlm_probe.selection import word_llr
@@ -308,24 +310,20 @@ def write_csv(readings: Sequence[Reading], path: str | os.PathLike[str], *, unre
         StudyError: the file cannot be written.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    file = io.StringIO()
+    writer = csv.DictWriter(file, COLUMNS, restval="")
+    writer.writeheader()
+    for rank, reading in enumerate(readings, start=1):
+        record = {name: getattr(reading, name) for name in COLUMNS if hasattr(reading, name)}
+        numbers = {key: f"{value:.6g}" for key, value in record.items() if isinstance(value, float)}
+        seen = "; ".join(reading.seen)
+        words = {"rank": rank, "words": sum(reading.counts), "words_from_picture": seen}
+        writer.writerow({**record, **numbers, **words, "elsewhere": int(reading.elsewhere)})
+    for one in unread:
+        writer.writerow({"source": one.source, "reason": one.reason})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
-            writer.writeheader()
-            for rank, reading in enumerate(readings, start=1):
-                record = {name: getattr(reading, name) for name in COLUMNS if hasattr(reading, name)}
-                numbers = {key: f"{value:.6g}" for key, value in record.items() if isinstance(value, float)}
-                seen = "; ".join(reading.seen)
-                words = {"rank": rank, "words": sum(reading.counts), "words_from_picture": seen}
-                writer.writerow({**record, **numbers, **words, "elsewhere": int(reading.elsewhere)})
-            for one in unread:
-                writer.writerow({"source": one.source, "reason": one.reason})
-        os.replace(part, path)
+        write_whole(path, file.getvalue())
     except OSError as error:
         raise StudyError(f"{path} cannot be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
     return path

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_probe.errors import StudyError
+from lvlm_probe.files import write_whole
 from lvlm_probe.metrics import Interval
 
 __all__ = ["FORMS", "Cell", "Table"]
@@ -138,7 +139,7 @@ class Table:
             if suffix is None:
                 raise StudyError(f"a table has the forms {', '.join(FORMS)}; not {form!r}")
             path = directory / f"{self.name}.{suffix}"
-            path.write_text(getattr(self, form)(), encoding="utf-8")
+            write_whole(path, getattr(self, form)())
             made.append(path)
         return made
 

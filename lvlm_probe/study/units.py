@@ -11,13 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import StudyError
+from lvlm_probe.files import remove_orphans, write_whole
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -124,6 +123,7 @@ class Records:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
+        remove_orphans([directory])  # of runs that were killed
 
     def path(self, key: str, suffix: str = ".json") -> Path:
         return self.directory / f"{key}{suffix}"
@@ -154,12 +154,9 @@ class Records:
         """Keep a finished unit. NaN and infinity become ``null``."""
         path = self.path(key)
         text = json.dumps(_finite(record), sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-        part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
         try:
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
+            write_whole(path, text)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise StudyError(f"{path} cannot be written: {error}; free some space and resume") from error
         return path
 

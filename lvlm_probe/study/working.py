@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import torch
 
 from lvlm_probe.errors import ExplainError, ProbeError
 from lvlm_probe.explainers import explain
+from lvlm_probe.files import part_beside
 from lvlm_probe.metrics import (
     average_precision,
     energy_in_region,
@@ -62,8 +62,8 @@ def answer_unit(
         ProbeError: nothing was recorded, or the recording is faulty.
     """
     watch = Stopwatch()
-    # Not the process id alone: machines that share the directory may both do a unit that one seemed to have lost.
-    directory = trace_file.with_name(f"{trace_file.stem}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    # A name of its own: machines that share the directory may both do a unit that one seemed to have lost.
+    directory = part_beside(trace_file)
     probe = attach(model, processor)
     try:
         with probe.record(

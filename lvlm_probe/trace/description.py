@@ -1,7 +1,8 @@
 """A trace for a person's eyes: plain text for a terminal, HTML for a notebook.
 
 Everything shown may come from a stranger's file: control characters (which could drive a terminal) and characters that
-turn the direction of writing are shown as escapes, HTML is escaped.
+turn the direction of writing are shown as escapes, HTML is escaped. A person reads some pages and no more, so texts,
+lists of words and notes end there with the number of what follows: a file of megabytes is described in a moment.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.format.schema import row_key
+from lvlm_probe.trace.parts import thumbnail
 
 if TYPE_CHECKING:
     from lvlm_probe.trace.reader import Trace
@@ -27,6 +30,15 @@ __all__ = ["describe", "to_html"]
 _WIDTH = 100
 _LABEL = 10
 _BAR = 24
+_TEXT_SHOWN = 20_000
+"""Characters of one text."""
+_WORDS_SHOWN = 2000
+_WORD_SHOWN = 200
+"""Characters of a word that are looked at; combining marks take no column, so they are more than fit."""
+_LINES_SHOWN = 100
+"""Entries of a list: notes, images, recorded points."""
+_CARD_TEXT_SHOWN = 4000
+_THUMBNAIL = 220
 _ALPHA = 1.0
 _TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -38,10 +50,12 @@ def describe(trace: Trace) -> str:
     lines += _field("recorded", " ".join(filter(None, [_time(trace.created), _seconds(trace)])))
     lines += _field("status", _status(trace))
     lines += _field("model", _model(trace))
-    for number, (size, mime) in enumerate(zip(trace.header.image_sizes, trace.header.image_mimes, strict=True)):
+    sizes = list(zip(trace.header.image_sizes, trace.header.image_mimes, strict=True))
+    for number, (size, mime) in enumerate(sizes[:_LINES_SHOWN]):
         nbytes = _size(len(trace.image_record(number).data))
         text = f"{size[0]} x {size[1]} {mime.removeprefix('image/')}, {nbytes}"
         lines += _field("image" if number == 0 else "", text)
+    lines += _more(len(sizes) - _LINES_SHOWN, "images")
     if not trace.header.image_sizes:
         lines += _field("image", "none kept: masks live in the space of the pixel inputs")
     lines += _field("prompt", _prompt(trace))
@@ -50,17 +64,26 @@ def describe(trace: Trace) -> str:
     lines += _field("answer", trace.answer.strip() or "(empty)")
     lines += ["", *_words(trace), ""]
     lines += _recorded(trace)
-    for number, note in enumerate(trace.notes):
+    for number, note in enumerate(trace.notes[:_LINES_SHOWN]):
         lines += _field("notes" if number == 0 else "", note)
+    lines += _more(len(trace.notes) - _LINES_SHOWN, "notes")
     if trace.meta:
         lines += _field("meta", ", ".join(f"{key}={value}" for key, value in trace.meta.items()))
     lines += _field("size", _bytes(trace))
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
+def _more(count: int, of: str) -> list[str]:
+    return _field("", f"(and {count} more {of})") if count > 0 else []
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}… ({len(text) - length} more characters)"
+
+
 def _field(label: str, text: str) -> list[str]:
     lines: list[str] = []
-    for paragraph in text.split("\n"):
+    for paragraph in _cut(text, _TEXT_SHOWN).split("\n"):
         lines += textwrap.wrap(_safe(paragraph), _WIDTH - _LABEL, break_on_hyphens=False) or [""]
     return [f"{label if number == 0 else '':<{_LABEL}}{line}" for number, line in enumerate(lines)]
 
@@ -68,6 +91,10 @@ def _field(label: str, text: str) -> list[str]:
 def _safe(text: str) -> str:
     """Shows what would act on a terminal instead of being seen."""
     return "".join(char.encode("unicode_escape").decode("ascii") if _acts(char) else char for char in text)
+
+
+def _safe_lines(text: str) -> str:
+    return "\n".join(_safe(line) for line in text.split("\n"))
 
 
 def _acts(char: str) -> bool:
@@ -82,8 +109,9 @@ def _time(created: str) -> str:
 
 
 def _seconds(trace: Trace) -> str:
-    known = {name: value for name, value in trace.seconds.items() if isinstance(value, int | float)}
-    return f"({', '.join(f'{name} {value:.2f} s' for name, value in known.items())})" if known else ""
+    known = {name: float(value) for name, value in trace.seconds.items() if type(value) in (int, float)}
+    shown = (f"{name} {value:.2f} s" if abs(value) < 1e9 else f"{name} {value:.3g} s" for name, value in known.items())
+    return f"({', '.join(shown)})" if known else ""
 
 
 def _status(trace: Trace) -> str:
@@ -117,22 +145,25 @@ def _words(trace: Trace) -> list[str]:
     if not trace.words:
         return ["(no words)"]
     llr = trace.llr
-    shown = [_fit(_safe(word.text), 28) for word in trace.words]
+    words = trace.words[:_WORDS_SHOWN]
+    more = [f"  (and {len(trace.words) - len(words)} more words)"] if len(trace.words) > len(words) else []
+    # No more than what could fit is looked at: a model that repeats one sign makes a word of thousands.
+    shown = [_fit(_safe(word.text[:_WORD_SHOWN]), 28, cut=len(word.text) > _WORD_SHOWN) for word in words]
     width = max(8, *(_columns(text) for text in shown))
-    log_probs = [float(trace.log_probs[word.start : word.stop].sum()) for word in trace.words]
+    log_probs = [float(trace.log_probs[word.start : word.stop].sum()) for word in words]
     if llr is None:
         rows = [f"  {_pad(text, width)}  {value:8.2f}" for text, value in zip(shown, log_probs, strict=True)]
         remark = "no LLR: the pass with the baseline picture was deferred"
-        return [f"  {_pad('word', width)}  {'log P':>8}", *rows, "", f"  {remark}"]
-    ratios = [float(llr[word.start : word.stop].sum()) for word in trace.words]
-    chosen = [bool((llr[word.start : word.stop] > _ALPHA).any()) for word in trace.words]
+        return [f"  {_pad('word', width)}  {'log P':>8}", *rows, *more, "", f"  {remark}"]
+    ratios = [float(llr[word.start : word.stop].sum()) for word in words]
+    chosen = [bool((llr[word.start : word.stop] > _ALPHA).any()) for word in words]
     top = max([abs(ratio) for ratio in ratios if math.isfinite(ratio)] + [_ALPHA])
     lines = [f"  {_pad('word', width)}  {'log P':>8}  {'LLR':>8}"]
     for text, value, ratio, marked in zip(shown, log_probs, ratios, chosen, strict=True):
         lines.append(f"{'*' if marked else ' '} {_pad(text, width)}  {value:8.2f}  {ratio:+8.2f}  {_bar(ratio, top)}")
     kind = (trace.baseline or {}).get("kind", "baseline")
-    remark = f"LLR = log P(with the picture) - log P(with the baseline: {_safe(str(kind))[:32]})"
-    return [*lines, "", f"  {remark}; * has a token above {_ALPHA:g}"]
+    remark = f"LLR = log P(with the picture) - log P(with the baseline: {_safe(str(kind)[:32])})"
+    return [*lines, *more, "", f"  {remark}; * has a token above {_ALPHA:g}"]
 
 
 def _bar(value: float, top: float) -> str:
@@ -151,19 +182,24 @@ def _pad(text: str, width: int) -> str:
     return text + " " * (width - _columns(text))
 
 
-def _fit(text: str, width: int) -> str:
-    if _columns(text) <= width:
+def _fit(text: str, width: int, *, cut: bool = False) -> str:
+    """The text, or as much of its beginning as fits into ``width`` columns with a dot for the rest."""
+    if not cut and _columns(text) <= width:
         return text
-    while _columns(text) > width - 1:
-        text = text[:-1]
+    columns = 0
+    for length, char in enumerate(text):
+        columns += _columns(char)
+        if columns > width - 1:
+            return text[:length] + "…"
     return text + "…"
 
 
 def _recorded(trace: Trace) -> list[str]:
     lines: list[str] = []
-    for number, point in enumerate(trace.header.points):
+    for number, point in enumerate(trace.header.points[:_LINES_SHOWN]):
         axes = ", ".join(f"{axis} {size}" for axis, size in zip(point.axes, point.shape, strict=True))
         lines += _field("points" if number == 0 else "", f"{point.name} ({axes}) {point.dtype}, {_size(point.nbytes)}")
+    lines += _more(len(trace.header.points) - _LINES_SHOWN, "points")
     return lines or _field("points", "nothing inside the model")
 
 
@@ -188,9 +224,10 @@ def _size(nbytes: int) -> str:
 
 def to_html(trace: Trace) -> str:
     """Returns a small self-contained card: the picture, the question, the answer coloured by LLR. Readable on dark."""
-    question = html.escape(_safe(trace.question if trace.question is not None else trace.prompt[:400]))
+    asked = _cut(trace.question, _CARD_TEXT_SHOWN) if trace.question is not None else trace.prompt[:400]
+    question = html.escape(_safe(asked))
     facts = [trace.status, _model(trace), f"{trace.header.steps} tokens", _size(trace.nbytes)]
-    details = " · ".join(html.escape(_safe(str(fact))) for fact in facts if fact)
+    details = " · ".join(html.escape(_safe(_cut(str(fact), 400))) for fact in facts if fact)
     remark = "colour: log-likelihood ratio of each word; underlined: above 1"
     if trace.llr is None:
         remark = "no log-likelihood ratios: the pass with the baseline picture was deferred"
@@ -208,9 +245,10 @@ def _coloured_answer(trace: Trace) -> str:
     llr = trace.llr
     parts: list[str] = []
     position = 0
-    for word in trace.words:
+    words = trace.words[:_WORDS_SHOWN]
+    for word in words:
         parts.append(_plain_pieces(trace, position, word.start))
-        text = "".join(trace.tokens[word.start : word.stop])
+        text = _cut("".join(trace.tokens[word.start : word.stop]), _CARD_TEXT_SHOWN)
         lead = text[: len(text) - len(text.lstrip())]
         shown = html.escape(_safe(text.strip()))
         position = word.stop
@@ -225,21 +263,25 @@ def _coloured_answer(trace: Trace) -> str:
         style += ";border-bottom:2px solid currentColor" if marked else ""
         tail = text[len(text.rstrip()) :]
         parts.append(f'{lead}<span style="{style}" title="LLR {ratio:+.2f}">{shown}</span>{tail}')
-    parts.append(_plain_pieces(trace, position, len(trace.tokens)))
-    return "".join(parts)
+    if len(trace.words) > len(words):
+        return "".join([*parts, f" … ({len(trace.words) - len(words)} more words)"])
+    return "".join([*parts, _plain_pieces(trace, position, len(trace.tokens))])
 
 
 def _plain_pieces(trace: Trace, start: int, stop: int) -> str:
     shown = (trace.tokens[step] for step in range(start, stop) if not trace.special[step])
-    return html.escape("".join(shown)).replace("\n", "<br>")
+    return html.escape(_safe_lines(_cut("".join(shown), _CARD_TEXT_SHOWN))).replace("\n", "<br>")
 
 
 def _thumbnail(trace: Trace) -> str:
     try:
-        image = trace.image.copy()
+        key = f"{row_key(trace.row)}/images/000"
+        image = thumbnail(trace.image_record(0), trace.path, key, side=_THUMBNAIL)
     except ProbeError:
         return ""
-    image.thumbnail((220, 220))
+    if image is None:
+        width, height = trace.header.image_sizes[0]
+        return f'<div style="opacity:.6">(image of {width} × {height} pixels)</div>'
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode("ascii")

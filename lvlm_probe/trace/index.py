@@ -2,23 +2,39 @@
 
 A summary is read from a file's header: a few kilobytes, whatever the file holds. Summaries are kept beside the traces
 in ``.index.jsonl``, one line a file, so that the next list opens only files that are new. The index is a cache and
-nothing else: an entry counts only while the file has the size and the time of change that the entry was made from, a
+nothing else: an entry counts only while the file has the size and the times of change that the entry was made from, a
 damaged or missing index is made anew, and a folder that cannot be written goes without. Reading a trace never uses it.
+
+A folder may come from a stranger, and an index could say anything of the traces beside it. So the first line holds a
+message authentication code over the rest, under a key that each user has in their own cache folder and that goes into
+no file of traces: an index that somebody else wrote is made anew, and what is parsed is what ``Index.save`` wrote.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hmac
 import json
 import os
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lvlm_probe.errors import TraceError
+from lvlm_probe.files import causes, read_small, write_whole
 from lvlm_probe.format.reading import SealedFile, open_sealed
-from lvlm_probe.format.schema import FORMAT, FORMAT_VERSION, ROW_LIMIT, TRACE_ID, row_key
-from lvlm_probe.format.seal import check_seal
+from lvlm_probe.format.schema import (
+    FORMAT,
+    FORMAT_VERSION,
+    STATUSES,
+    TRACE_ID,
+    named_members,
+    row_count,
+    row_key,
+)
+from lvlm_probe.format.seal import trace_error
 
 if TYPE_CHECKING:
     from lvlm_probe.trace.reader import Trace
@@ -28,7 +44,8 @@ __all__ = ["INDEX_NAME", "Index", "TraceSummary", "read_summaries"]
 INDEX_NAME = ".index.jsonl"
 _TEXT = 2000
 """Characters of a question or an answer that are kept."""
-_MOST_BYTES = 2**28
+_MOST_BYTES = 2**27
+_KEY_BYTES = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +81,15 @@ def read_summaries(path: Path) -> list[TraceSummary]:
     Kind, version and length of the file are checked, its hash is not, as that takes reading all of it; opening the
     trace checks that too.
     """
-    seal = check_seal(path, FORMAT, FORMAT_VERSION, hashed=False)
-    with open_sealed(path, FORMAT, FORMAT_VERSION, seal=seal) as file:
+    with open_sealed(path, FORMAT, FORMAT_VERSION, hashed=False) as file:
         created = file.text("/", "created", "")
         model = file.text("model", "model_id", "") or file.text("model", "class", "")
-        rows = file.integer("traces", "rows", low=1, high=ROW_LIMIT)
-        if rows is None:
-            raise file.error("traces@rows", "it is missing")
-        return [_summary(path, file, row, created, model) for row in range(rows)]
+        return [_summary(path, file, row, created, model) for row in range(row_count(file))]
 
 
 def _summary(path: Path, file: SealedFile, row: int, created: str, model: str) -> TraceSummary:
     base = row_key(row)
+    file.group(base)
     trace_id = file.text(base, "trace_id")
     if TRACE_ID.fullmatch(trace_id) is None:
         raise file.error(f"{base}@trace_id", f"{trace_id[:64]!r} is not a trace id")
@@ -84,20 +98,23 @@ def _summary(path: Path, file: SealedFile, row: int, created: str, model: str) -
     special = file.array(f"{base}/output/special", dtype="u1", shape=[None])
     if not isinstance(pieces, list) or len(pieces) != len(special):
         raise file.error(f"{base}/output/pieces", "it does not fit the tokens of the answer")
+    status = file.text(base, "status")
+    if status not in STATUSES:
+        raise file.error(f"{base}@status", f"it is {status[:32]!r}, one of {', '.join(STATUSES)} is expected")
     answer = "".join(str(piece) for piece, skipped in zip(pieces, special, strict=True) if not skipped)
     return TraceSummary(
         path=path,
         row=row,
         trace_id=trace_id,
-        created=created,
-        status=file.text(base, "status"),
-        model=model,
+        created=created[:64],
+        status=status,
+        model=model[:_TEXT],
         question=str(question or "")[:_TEXT],
         answer=answer[:_TEXT],
         steps=len(special),
         image_tokens=len(file.checked(f"{base}/layout/image_positions", dtype="i4", shape=[None])),
         has_llr=file.has(f"{base}/output/baseline_log_probs"),
-        points=tuple(file.names(f"{base}/points")),
+        points=named_members(file, f"{base}/points"),
     )
 
 
@@ -106,16 +123,32 @@ class Index:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._entries: dict[str, tuple[tuple[int, int], list[TraceSummary]]] = {}
+        self._entries: dict[str, tuple[_State, list[TraceSummary]]] = {}
         self._stored = _load(directory / INDEX_NAME)
         self._changed = False
 
     def summaries(self, path: Path) -> list[TraceSummary]:
-        """The summaries of a file of the directory; it is opened only when it is new. Raises ``TraceError``."""
+        """The summaries of a file of the directory; it is opened only when it is new.
+
+        Raises ``TraceError``, whatever is wrong with the file: one file must not spoil a list.
+        """
         state = _state(path)
-        rows = _restored(path, state, self._stored.get(path.name))
-        if rows is None:
-            rows = read_summaries(path)
+        stored = self._stored.get(path.name)
+        if stored is not None and [*stored[1:3], stored[4]] == list(state):
+            rows = [
+                TraceSummary(path, **{**dict(zip(_FIELDS, row, strict=True)), "points": tuple(row[-1])})
+                for row in stored[3]
+            ]
+        else:
+            try:
+                rows = read_summaries(path)
+            except TraceError:
+                raise
+            except MemoryError as error:
+                raise trace_error(path, "", *causes(error)) from error
+            except Exception as error:
+                what = f"it cannot be listed ({type(error).__name__}: {str(error)[:200]})"
+                raise trace_error(path, "", what, "the file is damaged or hostile: do not trust it") from error
             self._changed = True
         self._entries[path.name] = state, rows
         return rows
@@ -124,66 +157,64 @@ class Index:
         """Keep what was asked for, and nothing else, for the next time; without a word where it cannot be kept."""
         if not self._changed and len(self._entries) == len(self._stored):
             return
-        lines = [json.dumps(_HEAD)]
+        lines = []
         for name, (state, rows) in self._entries.items():
             values = [[getattr(row, field) for field in _FIELDS] for row in rows]
-            lines.append(json.dumps([name, *state, values], ensure_ascii=False))
-        part = self.directory / f"{INDEX_NAME}.{os.getpid()}-{secrets.token_hex(4)}.part"
+            size, changed, set_at = state
+            lines.append(json.dumps([name, size, changed, values, set_at], ensure_ascii=False) + "\n")
         # A lone half of a surrogate pair has no UTF-8.
-        text = ("\n".join(lines) + "\n").encode("utf-8", "replace")
+        text = "".join(lines).encode("utf-8", "replace")
         with contextlib.suppress(OSError):
-            try:
-                part.write_bytes(text)
-                os.replace(part, self.directory / INDEX_NAME)
-            finally:
-                part.unlink(missing_ok=True)
+            write_whole(self.directory / INDEX_NAME, _head(text) + text)
 
 
-_KINDS = {"int": int, "str": str, "bool": bool, "tuple[str, ...]": list}
+_State = tuple[int, int, int]
 _FIELDS = tuple(field.name for field in dataclasses.fields(TraceSummary) if field.name != "path")
-_TYPES = tuple(_KINDS[str(field.type)] for field in dataclasses.fields(TraceSummary) if field.name != "path")
 _HEAD = {"kind": "lvlm_probe.index", "version": 1, "fields": list(_FIELDS)}
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """File name → what an index holds about it, unchecked; nothing where there is no index that can be read."""
+def _load(path: Path) -> dict[str, list[Any]]:
+    """File name → what an index holds about it; nothing where there is no index, or none of this user's making."""
     try:
-        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        data = read_small(path, limit=_MOST_BYTES)
+        start = data.find(b"\n", 0, 1000) + 1
+        text = memoryview(data)[start:]
+        if not hmac.compare_digest(data[:start], _head(text)):
             return {}
-        head, *lines = path.read_bytes().rstrip(b"\n").split(b"\n")
-        if json.loads(head) != _HEAD:
-            return {}
-    except (OSError, ValueError, RecursionError):
+        entries = json.loads(b"[" + bytes(text).rstrip(b"\n").replace(b"\n", b",") + b"]")
+    except (OSError, ValueError, MemoryError):
         return {}
+    return {entry[0]: entry for entry in entries}
+
+
+def _head(text: bytes | memoryview) -> bytes:
+    code = hmac.digest(_key(), text, "sha256").hex()
+    return json.dumps({**_HEAD, "code": code}).encode("ascii") + b"\n"
+
+
+@functools.cache
+def _key() -> bytes:
+    """This user's key; one for this process alone where none can be kept, and lists are then read anew by each."""
+    new = secrets.token_bytes(_KEY_BYTES)
     try:
-        entries = json.loads(b"[" + b",".join(lines) + b"]")
-    except (ValueError, RecursionError):  # damaged: what can be understood is kept
-        entries = []
-        for line in lines:
-            with contextlib.suppress(ValueError, RecursionError):
-                entries.append(json.loads(line))
-    return {entry[0]: entry for entry in entries if type(entry) is list and entry and type(entry[0]) is str}
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvlm_probe"
+        path = folder / "index.key"
+        with contextlib.suppress(FileNotFoundError):
+            return kept if len(kept := read_small(path, limit=_KEY_BYTES)) == _KEY_BYTES else new
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_whole(path, new, mode=0o600)
+        return read_small(path, limit=_KEY_BYTES)  # of two processes at once, the one that came last
+    except (OSError, RuntimeError):  # no home, or none that can be written
+        return new
 
 
-def _restored(path: Path, state: tuple[int, int], entry: Any) -> list[TraceSummary] | None:
-    """The summaries in an entry; ``None`` if it is not this file's, or is nothing that ``save`` has written."""
-    if entry is None or len(entry) != 4 or entry[1:3] != list(state) or type(entry[3]) is not list or not entry[3]:
-        return None
-    found: list[TraceSummary] = []
-    for number, row in enumerate(entry[3]):
-        if type(row) is not list or tuple(map(type, row)) != _TYPES or row[0] != number:
-            return None
-        if TRACE_ID.fullmatch(row[1]) is None or not all(type(name) is str for name in row[-1]):
-            return None
-        values: tuple[Any, ...] = (path, *row[:-1], tuple(row[-1]))
-        found.append(TraceSummary(*values))
-    return found
+def _state(path: Path) -> _State:
+    """Size and times of change; of a file that is gone, nothing, so that reading it says so.
 
-
-def _state(path: Path) -> tuple[int, int]:
-    """Size and time of change; of a file that is gone, nothing, so that reading it says so."""
+    The last one is set by the system whenever a file is written, moved or unpacked, and by nobody else.
+    """
     try:
         status = os.stat(path)
-    except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+    except (OSError, ValueError):
+        return -1, -1, -1
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns

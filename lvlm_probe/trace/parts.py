@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from lvlm_probe.errors import TraceError
+from lvlm_probe.files import causes
 from lvlm_probe.format.reading import SealedFile
 from lvlm_probe.format.records import ImageRecord
 from lvlm_probe.format.schema import RowHeader
 from lvlm_probe.format.seal import trace_error
 
 __all__ = [
+    "FREE_PIXELS",
+    "FREE_PIXELS_TOGETHER",
     "IMAGE_FORMATS",
+    "PIXELS_PER_BYTE",
     "PIXEL_LIMIT",
     "AttentionRows",
     "Layout",
+    "check_pixels",
     "decode",
-    "file_state",
     "read_attention",
     "read_image",
+    "thumbnail",
 ]
 
 PIXEL_LIMIT = 178_956_970
-"""Pixels of one image (Pillow's own limit for a decompression bomb): about 500 MB as RGB."""
+"""Pixels of one image (Pillow's own limit for a decompression bomb): about 700 MB as RGB."""
+FREE_PIXELS = 40_000_000
+"""Pixels that an encoded image may have however short it is: a page of A4 at 600 dpi, 160 MB as RGB."""
+FREE_PIXELS_TOGETHER = 100_000_000
+"""The same for all images of a trace, where all are asked for at once."""
+PIXELS_PER_BYTE = 64
+"""Above those an image has at most as many pixels for each byte of its encoded file. Photographs have 2 to 10."""
+THUMBNAIL_PIXELS = 2**24
+"""Pixels of the largest image that is decoded only to be shown small."""
 # Formats that Pillow decodes itself. Not EPS or PDF: those start other programs.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "MPO", "JPEG2000")
 _ATTENTION = "decoder.attention"
 _TEXT_MASS = "decoder.attention_text_mass"
 _CROSS = "decoder.cross_attention"
 _WAY_OUT = "the file is damaged or hostile: record it again"
+_TOO_LARGE = "it is hostile, or an image too large for this program: record it with a smaller image"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,31 +127,65 @@ def read_image(file: SealedFile, key: str) -> ImageRecord:
     return ImageRecord(data, file.text(key, "mime"), width, height)
 
 
+def check_pixels(
+    path: Path, key: str, sizes: Sequence[tuple[int, int]], nbytes: int, *, free: int = FREE_PIXELS_TOGETHER
+) -> None:
+    """Refuses images that become large from little: above ``free``, encoded bytes bound their pixels.
+
+    Args:
+        path: of the file, for the message.
+        key: of the member, for the message.
+        sizes: ``(width, height)`` of each image, pixels.
+        nbytes: bytes of their encoded files together.
+        free: pixels that are allowed whatever they are encoded in.
+
+    Raises:
+        TraceError: there are more.
+    """
+    pixels, most = sum(width * height for width, height in sizes), max(free, PIXELS_PER_BYTE * nbytes)
+    if pixels > most:
+        what = f"{pixels} pixels, more than {most}, in {len(sizes)} image{'s' * (len(sizes) != 1)} of {nbytes} bytes"
+        raise trace_error(path, key, what, _TOO_LARGE)
+
+
 def decode(record: ImageRecord, path: Path, key: str) -> Image.Image:
     """Decodes an image to RGB; its header must agree with what the trace declares. Raises ``TraceError``."""
+    with _decoding(record, path, key) as image:
+        return image.convert("RGB")
+
+
+def thumbnail(record: ImageRecord, path: Path, key: str, *, side: int) -> Image.Image | None:
+    """Decodes an image to RGB for a picture of at most ``side`` pixels; None where that takes much memory.
+
+    Raises ``TraceError`` where ``decode`` would.
+    """
+    with _decoding(record, path, key) as image:
+        image.draft("RGB", (side, side))  # a JPEG is decoded small
+        if image.size[0] * image.size[1] > THUMBNAIL_PIXELS:
+            return None
+        image.thumbnail((side, side))
+        return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _decoding(record: ImageRecord, path: Path, key: str) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is an error
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below are errors
             image = Image.open(io.BytesIO(record.data), formats=IMAGE_FORMATS)
         if image.size != (record.width, record.height):
             what = f"the image is {image.size[0]}x{image.size[1]}, declared {record.width}x{record.height}"
             raise trace_error(path, key, what, _WAY_OUT)
         if image.size[0] * image.size[1] > PIXEL_LIMIT:
             what = f"the image has {image.size[0] * image.size[1]} pixels, more than {PIXEL_LIMIT}"
-            raise trace_error(path, key, what, _WAY_OUT)
-        return image.convert("RGB")
+            raise trace_error(path, key, what, _TOO_LARGE)
+        check_pixels(path, key, [image.size], len(record.data), free=FREE_PIXELS)
+        yield image
     except TraceError:
         raise
+    except MemoryError as error:
+        raise trace_error(path, key, *causes(error)) from error
     # Decoders raise nearly anything on damaged data (OSError, SyntaxError, struct.error, zlib.error, ...).
     except Exception as error:
         what = f"the image cannot be decoded ({type(error).__name__}: {error})"
         raise trace_error(path, key, what, _WAY_OUT) from error
-
-
-def file_state(path: Path) -> tuple[int, ...]:
-    """What changes when somebody puts another file in this one's place. Raises ``TraceError`` when it is gone."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise trace_error(path, "", f"it cannot be read any more ({error})", "it was moved or deleted") from error
-    return status.st_ino, status.st_size, status.st_mtime_ns

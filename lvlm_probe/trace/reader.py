@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from lvlm_probe.errors import ImageError, PointNotFound
+from lvlm_probe.files import State
 from lvlm_probe.format.reading import SealedFile, open_sealed
 from lvlm_probe.format.records import JSON, ImageRecord, PointRecord
 from lvlm_probe.format.schema import (
@@ -25,8 +26,8 @@ from lvlm_probe.format.schema import (
     validate,
     validate_row,
 )
-from lvlm_probe.format.seal import Seal, check_seal, trace_error
-from lvlm_probe.trace.parts import AttentionRows, Layout, decode, file_state, read_attention, read_image
+from lvlm_probe.format.seal import Seal, trace_error
+from lvlm_probe.trace.parts import AttentionRows, Layout, check_pixels, decode, read_attention, read_image
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ class Trace:
     def __init__(self, path: str | os.PathLike[str], row: int = 0) -> None:
         self.path = Path(path)
         self._asked_row = row
-        self._seal: Seal | None = None
-        self._fingerprint: tuple[int, ...] = ()
+        self._known: tuple[Seal, State] | None = None
         self._closed = False
 
     def __enter__(self) -> Trace:
@@ -91,13 +91,11 @@ class Trace:
     def _open(self, *, full: bool = False) -> Iterator[SealedFile]:
         if self._closed:
             raise trace_error(self.path, "", "this trace is closed", "open it again with open_trace()")
-        if self._seal is None or full:
-            self._seal = check_seal(self.path, FORMAT, FORMAT_VERSION, full=full)
-            self._fingerprint = file_state(self.path)
-        elif file_state(self.path) != self._fingerprint:
-            what = "it changed since this trace was opened"
-            raise trace_error(self.path, "", what, "trace files are never changed: open it again if you trust it")
-        with open_sealed(self.path, FORMAT, FORMAT_VERSION, seal=self._seal) as file:
+        known = None if full else self._known
+        with open_sealed(self.path, FORMAT, FORMAT_VERSION, known=known, full=full) as file:
+            assert file.seal is not None
+            assert file.state is not None
+            self._known = file.seal, file.state
             yield file
 
     @functools.cached_property
@@ -362,16 +360,21 @@ class Trace:
     @functools.cached_property
     def images(self) -> tuple[Image.Image, ...]:
         """The original images, RGB."""
-        base = f"{row_key(self.row)}/images"
-        records = [self.image_record(index) for index in range(len(self.header.image_sizes))]
-        return tuple(decode(record, self.path, f"{base}/{index:03d}") for index, record in enumerate(records))
+        check_pixels(self.path, f"{row_key(self.row)}/images", self.header.image_sizes, self.header.image_nbytes)
+        return tuple(self._image(index) for index in range(len(self.header.image_sizes)))
+
+    def _image(self, index: int) -> Image.Image:
+        return decode(self.image_record(index), self.path, f"{row_key(self.row)}/images/{index:03d}")
 
     @property
     def image(self) -> Image.Image:
         """The first original image, RGB. Raises ``ImageError`` when the trace holds none."""
-        if not self.header.image_sizes:
-            self.image_record(0)
-        return self.images[0]
+        known = self.__dict__.get("images")
+        return known[0] if known else self._first_image
+
+    @functools.cached_property
+    def _first_image(self) -> Image.Image:
+        return self._image(0)
 
     def verify(self) -> None:
         """Hashes the whole file, however large, and reads every member; ``TraceError`` at the first fault."""
@@ -379,6 +382,9 @@ class Trace:
             pass
         for name in _READ_BY_VERIFY:
             getattr(self, name)
+        check_pixels(self.path, f"{row_key(self.row)}/images", self.header.image_sizes, self.header.image_nbytes)
+        for index in range(len(self.header.image_sizes)):  # one at a time: together they may be large
+            self._image(index)
         for name in self.points:
             self.point(name)
 
@@ -396,5 +402,5 @@ class Trace:
 
 _READ_BY_VERIFY = (
     *("created", "writer", "seconds", "model", "error", "prompt", "question", "input_ids", "model_kwargs", "notes"),
-    *("processor_call", "images", "layout", "token_ids", "words", "log_probs", "llr", "baseline", "attention", "meta"),
+    *("processor_call", "layout", "token_ids", "words", "log_probs", "llr", "baseline", "attention", "meta"),
 )

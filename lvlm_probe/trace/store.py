@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
 from lvlm_probe.errors import TraceError
+from lvlm_probe.files import causes, orphans, remove_orphans
 from lvlm_probe.format.reading import open_sealed
-from lvlm_probe.format.schema import FORMAT, FORMAT_VERSION, validate
-from lvlm_probe.format.seal import PART_NAME, trace_error
+from lvlm_probe.format.schema import FORMAT, FORMAT_VERSION, ROW_LIMIT, validate
+from lvlm_probe.format.seal import trace_error
 from lvlm_probe.trace.index import Index, TraceSummary
 from lvlm_probe.trace.reader import Trace
 
@@ -64,8 +63,9 @@ class TraceStore(Sequence[Trace]):
         except FileNotFoundError:
             way_out = "check the path, or record something there first"
             raise trace_error(self.path, "", "there is no such directory", way_out) from None
-        except OSError as error:
-            raise trace_error(self.path, "", f"it cannot be listed ({error})", "check its permissions") from error
+        except (OSError, ValueError, MemoryError) as error:
+            what, way_out = causes(error)
+            raise trace_error(self.path, "", f"it cannot be listed: {what}", way_out) from error
         known = {entry.path.name: entry for entry in self._entries}
         self._entries = [known.get(name) or _entry(self.path / name) for name in names if not name.startswith(".")]
 
@@ -165,7 +165,7 @@ class TraceStore(Sequence[Trace]):
             if first is not None or end is not None:
                 try:
                     created = _moment(summary.created)
-                except ValueError:
+                except (ValueError, OverflowError):
                     return False
                 if created is None or (first and created < first) or (end and created >= end):
                     return False
@@ -179,20 +179,15 @@ class TraceStore(Sequence[Trace]):
         A file counts when no process with the number in its name runs on this machine *and* nobody has written to it
         for ``min_age`` seconds: on a shared disk the writer may be alive on another machine.
         """
-        found: list[Path] = []
-        for folder in (self.path, self.path / "explanations"):
-            with contextlib.suppress(OSError):
-                found += [part for part in folder.iterdir() if _is_orphan(part, min_age)]
-        return sorted(found)
+        return orphans(self._folders, min_age=min_age)
 
     def clean(self, *, min_age: float = _DAY) -> list[Path]:
         """Deletes ``orphans(min_age=min_age)`` and returns what it deleted."""
-        removed = []
-        for part in self.orphans(min_age=min_age):
-            with contextlib.suppress(FileNotFoundError):
-                part.unlink()
-                removed.append(part)
-        return removed
+        return remove_orphans(self._folders, min_age=min_age)
+
+    @property
+    def _folders(self) -> tuple[Path, Path]:
+        return self.path, self.path / "explanations"
 
 
 def _moment(time: str | datetime.datetime | None) -> datetime.datetime | None:
@@ -204,7 +199,8 @@ def _moment(time: str | datetime.datetime | None) -> datetime.datetime | None:
 
 def _entry(path: Path) -> _Entry:
     own = _OWN_NAME.fullmatch(path.name)
-    return _Entry(path, int(own["rows"]) if own else None)
+    rows = int(own["rows"]) if own else None
+    return _Entry(path, rows if rows is None or rows <= ROW_LIMIT else None)
 
 
 def _count(entry: _Entry) -> int:
@@ -212,24 +208,3 @@ def _count(entry: _Entry) -> int:
         with open_sealed(entry.path, FORMAT, FORMAT_VERSION) as file:
             entry.rows = validate(file)
     return entry.rows
-
-
-def _is_orphan(part: Path, min_age: float) -> bool:
-    named = PART_NAME.search(part.name)
-    if named is None or ".h5." not in part.name:
-        return False
-    try:
-        age = time.time() - part.stat().st_mtime
-    except OSError:
-        return False
-    return age >= min_age and not _is_running(int(named["pid"]))
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # it runs, and belongs to someone else
-        return True
-    return True

@@ -67,19 +67,29 @@ def write(capture: Capture, directory: str | os.PathLike[str], *, fsync: bool = 
     stem = f"{_CLOCK.stamp()}-{os.getpid()}-{secrets.token_hex(4)}"
     path = Path(directory) / f"{stem}.b{len(capture.rows)}.h5"
     try:
-        with sealed_writer(path, FORMAT, FORMAT_VERSION, fsync=fsync) as file:
+        with sealed_writer(path, FORMAT, FORMAT_VERSION, nbytes=_nbytes(capture), fsync=fsync) as file:
             _put_root(file, capture)
             for index, row in enumerate(capture.rows):
                 _put_row(file.create_group(row_key(index)), row)
             file.attrs.create("complete", np.uint8(1))
             file.flush()
             # What a reader would refuse is not written: the same check, before the file gets its name.
-            written = SealedFile(path, file, 2**62)
+            written = SealedFile(path, file, file.id.get_filesize())
             for index in range(validate(written)):
                 validate_row(written, index)
     except (TypeError, ValueError, RecursionError) as error:
         raise TraceError(f"{path}: the capture cannot be stored ({error}); fix the recorded value") from error
     return path
+
+
+def _nbytes(capture: Capture) -> int:
+    """About what the arrays of a capture take, bytes."""
+    total = 0
+    for row in capture.rows:
+        arrays = [*row.model_kwargs.values(), *(point.values for point in row.points.values())]
+        total += sum(int(getattr(array, "nbytes", 0)) for array in arrays)
+        total += sum(len(image.data) for image in row.images)
+    return total
 
 
 def _put_root(file: h5py.File, capture: Capture) -> None:

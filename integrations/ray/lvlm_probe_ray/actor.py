@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import secrets
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_probe.errors import ProbeError, StudyError
+from lvlm_probe.files import write_whole
 from lvlm_probe.identity import fingerprint, library_versions
 from lvlm_probe.study.datasets import Sample
 from lvlm_probe.study.running import Worker
@@ -159,14 +159,10 @@ def keep_files(directory: Path, files: Any, *, unless_there: Iterable[str] = ())
         path = directory / name
         if name in spared and path.is_file():
             continue
-        part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(files[name])
-            os.replace(part, path)
+            write_whole(path, files[name])
         except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink()
             raise StudyError(f"{path} cannot be written: {error}; free some space and resume") from error
 
 

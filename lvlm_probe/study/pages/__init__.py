@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError, StudyError
+from lvlm_probe.files import part_beside
 from lvlm_probe.report import _asset, _json_for_script, _page, _refuse, _write
 from lvlm_probe.study.pages.changes import TOLERANCE
 from lvlm_probe.study.pages.gathering import Tell, gather
@@ -94,9 +95,11 @@ def _folder(results: Results, out: Path, view: str, *, overwrite: bool, tell: Te
         if found and not (overwrite and all(_OURS.fullmatch(name) for name in found)):
             why = "exists; pass overwrite" if all(_OURS.fullmatch(name) for name in found) else "holds other things"
             raise ReportError(f"cannot write the page: {out} {why}, or name another folder")
-    part = out.with_name(f"{out.name}.{os.getpid()}.part")
+    part = part_beside(out)
     try:
-        (part / "data").mkdir(parents=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()  # never into one that stands there
+        (part / "data").mkdir()
         indices: list[dict[str, Any]] = []
         for number, batch in enumerate(_batches(gather(results, tell=tell), PART)):
             indices += [index for index, _ in batch]

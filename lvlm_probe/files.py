@@ -1,0 +1,255 @@
+"""Files on disk: written whole or not at all, opened only where they are regular, and told of in true words.
+
+A file is written beside its place under a name of its own, which ends in ``.part`` and is made with ``O_EXCL``, so that
+neither another process, nor another machine on a shared disk, nor a link that somebody planted can stand there. When it
+is whole it takes the name it is meant for, in one step of the file system. A process killed on the way leaves a
+``.part`` and never half a file; ``orphans`` finds those again, whoever wrote them.
+
+Files of strangers may be pipes and devices, on which a plain ``open`` waits for ever. ``open_regular`` opens regular
+files and refuses the rest, and what is read afterwards is read from the file it has checked, whatever is put in its
+place meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = [
+    "NotRegularFile",
+    "State",
+    "causes",
+    "open_regular",
+    "orphans",
+    "part_beside",
+    "read_small",
+    "remove_orphans",
+    "state_of",
+    "write_whole",
+]
+
+State = tuple[int, int, int]
+"""Inode, bytes, and time of change in ns: what differs when another file was put in a file's place."""
+
+_PART = re.compile(r"\.(?P<pid>\d{1,10})-(?:[0-9a-f]{16}|[0-9a-f]{8})\.part$")
+_NAME_BYTES = 255
+"""Longest name of the usual file systems."""
+_DAY = 86_400.0
+_TRIES = 16
+
+
+class NotRegularFile(OSError):
+    """A directory, pipe, device or socket where a file is wanted."""
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def part_beside(path: Path) -> Path:
+    """Returns a name beside ``path`` for what becomes it: ``NAME.PROCESS-RANDOM.part``, NAME cut where it is long."""
+    tail = f".{os.getpid()}-{secrets.token_hex(8)}.part"
+    room = _NAME_BYTES - len(tail)
+    name = os.fsdecode(os.fsencode(path.name)[:room]) if len(os.fsencode(path.name)) > room else path.name
+    return path.with_name(name + tail)
+
+
+def write_whole(
+    path: str | os.PathLike[str], data: str | bytes | memoryview, *, fsync: bool = False, mode: int = 0o666
+) -> None:
+    """Writes a file whole or not at all, in the place of the one that has its name.
+
+    When it fails nothing remains, and what was there is as it was. A link at ``path`` is replaced, not followed.
+
+    Args:
+        path: in a folder that exists; no pipe, device or folder.
+        data: the content; text as UTF-8, line ends as they are.
+        fsync: waits until the disk has the file and its name, so that a power cut does not take them.
+        mode: permissions, less the umask.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    target = Path(path)
+    view = memoryview(data.encode("utf-8") if isinstance(data, str) else data)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        _refuse_irregular(os.stat(target), target)
+    part, descriptor = _create(target, mode)
+    try:
+        with io.FileIO(descriptor, "w") as file:
+            while view:  # a disk that fills up takes a part first, and refuses the rest
+                view = view[file.write(view) :]
+            if fsync:
+                os.fsync(descriptor)
+        os.replace(part, target)
+        if fsync:
+            _fsync_folder(target.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def _create(target: Path, mode: int) -> tuple[Path, int]:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    for left in reversed(range(_TRIES)):
+        part = part_beside(target)
+        try:
+            return part, os.open(part, flags | getattr(os, "O_CLOEXEC", 0), mode)
+        except FileExistsError:
+            if not left:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- what was left behind ---------------------------------------------------------------------------------------------
+
+
+def orphans(folders: Iterable[Path], *, min_age: float = _DAY) -> list[Path]:
+    """Lists the unfinished files and folders that killed processes left in ``folders``, sorted.
+
+    One counts when no process with the number in its name runs on this machine *and* nobody has written to it for
+    ``min_age`` seconds: on a shared disk its writer may be alive on another machine.
+    """
+    found: set[Path] = set()
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            found.update(part for part in folder.iterdir() if _is_orphan(part, min_age))
+    return sorted(found)
+
+
+def remove_orphans(folders: Iterable[Path], *, min_age: float = _DAY) -> list[Path]:
+    """Deletes ``orphans(folders)`` and returns what it deleted."""
+    removed = []
+    for part in orphans(folders, min_age=min_age):
+        with contextlib.suppress(OSError):
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part)
+            else:
+                part.unlink()
+            removed.append(part)
+    return removed
+
+
+def _is_orphan(part: Path, min_age: float) -> bool:
+    named = _PART.search(part.name)
+    if named is None:
+        return False
+    try:
+        age = time.time() - part.lstat().st_mtime
+    except OSError:
+        return False
+    return age >= min_age and not _is_running(int(named["pid"]))
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it runs, and belongs to someone else
+        return True
+    return True
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
+    """Opens a regular file for reading, without ever waiting for what is none.
+
+    Raises ``NotRegularFile`` for directories, pipes, devices and sockets, and ``OSError``.
+    """
+    # Before opening: to open a device may already do something. Without waiting: it may have become a pipe since.
+    _refuse_irregular(os.stat(path), path)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags | getattr(os, "O_NOCTTY", 0))
+    try:
+        _refuse_irregular(os.fstat(descriptor), path)
+        return io.FileIO(descriptor, "r")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_small(path: str | os.PathLike[str], *, limit: int) -> bytes:
+    """Reads a regular file of at most ``limit`` bytes. Raises ``OSError``, with ``EFBIG`` for a larger one."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, more than {limit}", os.fspath(path))
+        data = io.BufferedReader(file).read(limit + 1)
+    if len(data) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", os.fspath(path))
+    return data
+
+
+def state_of(status: os.stat_result) -> State:
+    """Returns what changes when another file is put in a file's place."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _refuse_irregular(status: os.stat_result, path: str | os.PathLike[str]) -> None:
+    if stat.S_ISREG(status.st_mode):
+        return
+    if stat.S_ISDIR(status.st_mode):
+        raise NotRegularFile(errno.EISDIR, "it is a directory", os.fspath(path))
+    raise NotRegularFile(errno.EINVAL, "it is not a regular file", os.fspath(path))
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+_WORDS: dict[int, tuple[str, str]] = {
+    errno.ENOENT: ("there is no such file", "check the path"),
+    errno.ENOTDIR: ("a part of its path is not a directory", "check the path"),
+    errno.ENAMETOOLONG: ("its name is too long for this disk", "choose a shorter name"),
+    errno.ELOOP: ("its links lead in a circle", "check the path"),
+    errno.EACCES: ("permission is denied", "ask its owner for the right to it, or change its mode"),
+    errno.EPERM: ("permission is denied", "ask its owner for the right to it, or change its mode"),
+    errno.EROFS: ("the disk is read-only", "choose another folder"),
+    errno.EMFILE: (
+        "this process has too many files open",
+        "close some or raise the limit (ulimit -n), and try again: the file itself is untouched",
+    ),
+    errno.ENFILE: ("the system has too many files open", "try again later: the file itself is untouched"),
+    errno.ENOMEM: ("there is not enough memory", "free some and try again: the file itself is untouched"),
+    errno.EIO: (
+        "the disk reports an input/output error",
+        "try again, and check the disk: the file may be whole, so keep it",
+    ),
+    errno.ENOSPC: ("the disk is full", "free some space, or choose a folder on another disk"),
+    errno.EDQUOT: ("your quota on this disk is used up", "free some space, or choose a folder on another disk"),
+    errno.EFBIG: ("it is larger than this system or the limit of this process allows", "raise the limit (ulimit -f)"),
+    errno.ESTALE: ("the network disk has lost it", "try again, or mount the disk again"),
+    errno.ETIMEDOUT: ("the network disk does not answer", "try again later"),
+}
+
+
+def causes(error: BaseException) -> tuple[str, str]:
+    """Returns what happened and the way out, in words, for an ``OSError`` or ``MemoryError``."""
+    if isinstance(error, MemoryError):
+        return _WORDS[errno.ENOMEM]
+    number = getattr(error, "errno", None)
+    said = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0][:200]
+    if isinstance(error, NotRegularFile):
+        return said, "name a file"
+    if number in _WORDS:
+        what, way_out = _WORDS[number]
+        return f"{what} ({said})", way_out
+    return said, "check the path and the disk"
