@@ -13,7 +13,11 @@ from lvlm_probe.player import replay
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
-__all__ = ["Verification", "verify"]
+__all__ = ["FLOOR", "Verification", "verify"]
+
+
+FLOOR = 1e-4
+"""Nats that are the same in any number format: 0.01 % in probability, far below what any figure here shows."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,43 @@ class Verification:
         step: the step where it occurs.
         source: ``"generation"`` or ``"teacher_forced"``, what the recorded values come from.
         steps: number of answer tokens compared.
+        differences: of each step, nats, NaN where one of the two is.
+        rounding: what each may come to by rounding (``Replay.rounding``), nats: in bfloat16 tenths for unlikely tokens,
+            and next to nothing for certain ones.
     """
 
     largest_difference: float
     step: int
     source: str
     steps: int
+    differences: tuple[float, ...] = ()
+    rounding: tuple[float, ...] = ()
 
-    def within(self, tolerance: float) -> bool:
-        """Whether the largest difference is at most ``tolerance`` nats; never true for NaN."""
-        return self.largest_difference <= tolerance
+    def within(self, tolerance: float | None = None) -> bool:
+        """Whether every difference is at most ``tolerance`` nats, by default its rounding, or 1e-4 where that is more;
+        never true for NaN."""
+        if tolerance is not None:
+            return self.largest_difference <= tolerance
+        return self.excess <= 1
+
+    @property
+    def worst(self) -> int:
+        """The step that exceeds its rounding by most, or is NaN."""
+        ratios = self._ratios()
+        return max(range(len(ratios)), key=lambda step: math.inf if math.isnan(ratios[step]) else ratios[step])
+
+    @property
+    def excess(self) -> float:
+        """How many times its rounding (1e-4 where that is more) the difference of the worst step is; NaN stays NaN."""
+        return self._ratios()[self.worst]
+
+    def allowed(self, step: int) -> float:
+        """What a step may differ by, nats."""
+        return max(FLOOR, self.rounding[step]) if self.rounding else FLOOR
+
+    def _ratios(self) -> list[float]:
+        differences = self.differences or (self.largest_difference,)
+        return [difference / self.allowed(step) for step, difference in enumerate(differences)]
 
 
 def verify(trace: Trace, model: torch.nn.Module, processor: object | None = None) -> Verification:
@@ -47,6 +78,7 @@ def verify(trace: Trace, model: torch.nn.Module, processor: object | None = None
     replayed = player.original_log_probs
     recorded = torch.tensor(trace.log_probs, dtype=torch.float32)
     difference = (recorded - replayed).abs()
+    details = trace.log_probs_source, len(recorded), tuple(difference.tolist()), tuple(player.rounding.tolist())
     if difference.isnan().any():
-        return Verification(math.nan, int(difference.isnan().nonzero()[0]), trace.log_probs_source, len(recorded))
-    return Verification(float(difference.max()), int(difference.argmax()), trace.log_probs_source, len(recorded))
+        return Verification(math.nan, int(difference.isnan().nonzero()[0]), *details)
+    return Verification(float(difference.max()), int(difference.argmax()), *details)

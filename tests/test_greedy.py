@@ -164,7 +164,7 @@ def test_regions_out_of_sight_are_left_alone() -> None:
 
 def test_no_rise_is_a_reason() -> None:
     flat = explain(
-        ToyReplay(torch.ones(1, 1), original=[0.5], base=[0.5]), method="greedy", segments="grid", tokens=(0, 1)
+        ToyReplay(torch.ones(1, 1), original=[0.4], base=[0.5]), method="greedy", segments="grid", tokens=(0, 1)
     )
     assert flat.values is None
     assert "no set of regions" in str(flat.reason)

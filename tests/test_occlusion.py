@@ -110,7 +110,7 @@ def test_refusals(wrong: dict[str, object], message: str) -> None:
 
 def test_no_effect_is_a_reason_and_not_a_picture() -> None:
     box = box_weights(4, slice(0, 1), slice(0, 1))
-    flat = explain(ToyReplay(box, original=[0.5], base=[0.5]), method="occlusion", tokens=(0, 1))
+    flat = explain(ToyReplay(box, original=[0.4], base=[0.5]), method="occlusion", tokens=(0, 1))
     assert flat.values is None
     assert "no less likely" in str(flat.reason)
     blind = explain(ToyReplay(box, seen=torch.zeros(64, 64, dtype=torch.bool)), method="occlusion")

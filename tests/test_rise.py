@@ -139,7 +139,7 @@ def test_refusals(wrong: dict[str, object], message: str) -> None:
 
 def test_nothing_to_show_is_a_reason() -> None:
     box = box_weights(4, slice(0, 1), slice(0, 1))
-    flat = explain(ToyReplay(box, original=[0.5], base=[0.5]), method="rise", tokens=(0, 1), masks=10)
+    flat = explain(ToyReplay(torch.zeros(4, 4)), method="rise", tokens=(0, 1), masks=10)
     assert "do no better" in str(flat.reason)
     blind = explain(ToyReplay(box, seen=torch.zeros(64, 64, dtype=torch.bool)), method="rise", masks=10)
     assert "sees no part" in str(blind.reason)

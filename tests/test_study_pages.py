@@ -108,7 +108,11 @@ def test_word_maps_are_those_of_the_words(with_words: Study) -> None:
         with replay.on_baseline(with_words.settings.baseline):
             part = dataclasses.replace(heat.selection, indices=tuple(entry["tokens"]))
             alone = probe.explain(replay, method="input_gradient", tokens=part)
-        np.testing.assert_array_equal(entry["values"], alone.values)
+        if alone.values is None:  # words such as "the", in which the picture has no part
+            assert entry["reason"] == alone.reason and "values" not in entry
+        else:
+            np.testing.assert_array_equal(entry["values"], alone.values)
+    assert any("values" in entry for entry in entries)
 
 
 def test_every_sample_answer_and_score_is_on_the_page(with_words: Study, tmp_path: Path) -> None:
@@ -144,8 +148,8 @@ def test_every_sample_answer_and_score_is_on_the_page(with_words: Study, tmp_pat
         assert heat.values is not None
         if max(heat.shape) <= MAP_SIDE:
             np.testing.assert_allclose(decoded(drawn["values"]), heat.values / heat.values.max(), atol=0.5 / 255 + 1e-6)
-        made = [entry for entry in record["words"] if "map" in entry]
-        assert len(drawn["words"]) == len(made) >= 1
+        assert len(drawn["words"]) == len(record["words"])
+        assert any("map" in entry for entry in record["words"])
         seen += 1
     assert seen == 8
     assert str(with_words.out.parent) not in page.read_text(encoding="utf-8")

@@ -201,7 +201,7 @@ def _show(made: Comparison) -> None:
     for one in made.standings():
         cells = [_interval(value) for value in (one.gain, one.deletion, one.insertion)]
         cells += [
-            f"{one.trusted} of {one.gain.n}" if one.gain else "–",
+            f"{one.trusted} of {one.judged}" if one.judged else "–",
             f"{one.maps} of {len(made.rows)}",
             "–" if one.forward is None else f"{one.forward:.0f} + {one.backward:.0f}",
             "–" if one.seconds is None else f"{one.seconds:.2f}",
@@ -209,6 +209,9 @@ def _show(made: Comparison) -> None:
         table.add_row(one.method, *cells[: len(columns)])
     say("")
     console.print(table, markup=False, soft_wrap=True, width=max(width, 80))
+    for one in made.standings():
+        for reason, count in one.left_out.items():
+            note(f"{one.method}: {count} of {one.judged} scores enter no mean: {reason}")
     if len(made.rows) > 1:
         say(("Means over the traces with 95 % bootstrap intervals; gain is insertion − deletion.", "dim"))
     else:
@@ -234,7 +237,9 @@ def _record(made: Comparison, traces: Sequence[Trace], judging: Mapping[str, Any
                 "method": one.method,
                 **{name: _bounds(getattr(one, name)) for name in ("gain", "deletion", "insertion")},
                 "maps": one.maps,
+                "judged": one.judged,
                 "trusted": one.trusted,
+                "left_out": dict(one.left_out),
                 "forward": one.forward,
                 "backward": one.backward,
                 "seconds": one.seconds,
@@ -266,5 +271,8 @@ def _record(made: Comparison, traces: Sequence[Trace], judging: Mapping[str, Any
     }
 
 
-def _bounds(interval: Interval | None) -> dict[str, float] | None:
-    return None if interval is None else {"mean": interval.estimate, "low": interval.low, "high": interval.high}
+def _bounds(interval: Interval | None) -> dict[str, Any] | None:
+    if interval is None:
+        return None
+    bounds = {"mean": interval.estimate, "low": interval.low, "high": interval.high}
+    return {**bounds, "n": interval.n, "left_out": interval.missing}

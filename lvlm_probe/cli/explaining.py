@@ -200,6 +200,7 @@ def map_summary(found: MapFile) -> dict[str, Any]:
         "baseline": heat.provenance.get("baseline"),
         "deletion": None if score is None else score.deletion,
         "insertion": None if score is None else score.insertion,
+        "undefined": None if score is None else score.reason,
         "trusted": None if score is None else score.verdict.trusted,
         "reasons": None if score is None else list(score.verdict.reasons),
     }
@@ -236,11 +237,8 @@ def show_map(found: MapFile) -> None:
         say(("  · ", "dim"), (title, "bold"), "  not scored")
     else:
         mark, style = ("✓", "green") if score.verdict.trusted else ("✗", "red")
-        say(
-            (f"  {mark} ", style),
-            (title, "bold"),
-            f"  deletion {score.deletion:.3f} (low is good)  insertion {score.insertion:.3f} (high is good)",
-        )
+        said = f"  deletion {score.deletion:.3f} (low is good)  insertion {score.insertion:.3f} (high is good)"
+        say((f"  {mark} ", style), (title, "bold"), "  no score" if score.reason else said)
         if not score.verdict.trusted:
             say(("    ", ""), (str(score.verdict), "red"))
     say(("    ", ""), (stored_path(found.picture if found.picture.is_file() else found.path), "dim"))

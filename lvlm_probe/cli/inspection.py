@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["inspect", "verify"]
 
-TOLERANCE = {"float32": 1e-4, "float64": 1e-4}
-"""Largest difference in nats that counts as the same, by the model's dtype; half precision is rounder."""
-
-HALF_TOLERANCE = 0.05
-
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A trace, a stored map, or a directory of traces.")],
@@ -64,7 +59,9 @@ def verify(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            "--tolerance", min=0.0, help="Largest difference in nats. Default: 1e-4 in float32, 0.05 in half."
+            "--tolerance",
+            min=0.0,
+            help="Largest difference in nats. Default: what rounding may come to (dtype, size of logits), at least 1e-4.",
         ),
     ] = None,
     row: Row = None,
@@ -105,20 +102,23 @@ def _verify_one(trace: Trace, model: Any, processor: Any, tolerance: float | Non
     from lvlm_probe import verify as check
 
     dtype = str(model.dtype).removeprefix("torch.")
-    limit = TOLERANCE.get(dtype, HALF_TOLERANCE) if tolerance is None else tolerance
-    result: dict[str, Any] = {"trace": str(trace.path), "row": trace.row, "tolerance": limit, "difference": None}
+    result: dict[str, Any] = {"trace": str(trace.path), "row": trace.row, "tolerance": tolerance, "difference": None}
     trace.verify()
     try:
         with stage("replaying"):
             found = check(trace, model, processor)
     except ModelMismatch as error:
         return {**result, "ok": False, "sentence": f"another model: {error}"}
-    largest = found.largest_difference
-    ok = found.within(limit)
-    said = "not a number" if math.isnan(largest) else f"{largest:.2e} nats"
-    where = f"at token {found.step} ({trace.tokens[found.step]!r})" if found.steps else ""
-    sentence = f"largest difference {said} {where}, {found.steps} tokens, tolerance {limit:g}, {dtype}"
-    return {**result, "ok": ok, "difference": largest, "step": found.step, "sentence": sentence}
+    ok = found.within(tolerance)
+    # By default each token has its own limit, and the one to name is that which is furthest beyond it.
+    step = found.step if ok or tolerance is not None else found.worst
+    limit = found.allowed(step) if tolerance is None else tolerance
+    difference = found.differences[step] if found.steps else found.largest_difference
+    said = "not a number" if math.isnan(difference) else f"{difference:.2e} nats"
+    where = f"at token {step} ({trace.tokens[step]!r})" if found.steps else ""
+    largest = "largest difference" if step == found.step else "difference"
+    sentence = f"{largest} {said} {where}, {found.steps} tokens, tolerance {limit:.2g}, {dtype}"
+    return {**result, "ok": ok, "tolerance": limit, "difference": difference, "step": step, "sentence": sentence}
 
 
 def _rows(path: Path, row: int | None) -> list[Trace]:

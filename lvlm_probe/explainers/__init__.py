@@ -19,6 +19,7 @@ from lvlm_probe.explainers import registry
 from lvlm_probe.explainers.costs import cost_of
 from lvlm_probe.explainers.recorded import RecordedAnswer
 from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, find, needs_of, register
+from lvlm_probe.explainers.scaling import no_effect
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.isolation import taking_turns
 from lvlm_probe.player import Replay
@@ -80,7 +81,8 @@ def explain(
         params: Parameters of the method.
 
     Returns:
-        The heatmap; without values, but with a reason, when nothing is selected or the picture has no say.
+        The heatmap; without values, but with a reason, when nothing is selected or the picture plays no part: the
+        selected tokens' log-probabilities move by no more than rounding when it alone is replaced by its baseline.
 
     Raises:
         ExplainError: Unknown method or parameter, or the method cannot run here.
@@ -113,13 +115,16 @@ def explain(
         if strengthen and live:
             replay.strengthen(selection.decided)
         problem = Problem(replay, selection, image, seed, progress, live)
-        planned = _planned(problem, method, params, memory, measure_memory)
-        with (
-            planning.applied(replay, planned, method=method, measure=measure_memory) as watch,
-            contextlib.nullcontext() if shortcuts is None else shortcuts.held(),
-        ):
-            outcome = function(problem, **params)
-        used = watch.record() if live else {}
+        if (reason := no_effect(problem)) is not None:
+            outcome = Outcome(None, params, reason=reason)
+        else:
+            planned = _planned(problem, method, params, memory, measure_memory)
+            with (
+                planning.applied(replay, planned, method=method, measure=measure_memory) as watch,
+                contextlib.nullcontext() if shortcuts is None else shortcuts.held(),
+            ):
+                outcome = function(problem, **params)
+            used = watch.record() if live else {}
     values = outcome.values
     if values is not None and (values.ndim != 2 or not bool(((values >= 0) & (values <= 1)).all())):
         raise ExplainError(

@@ -157,7 +157,11 @@ class _Optimisation:
                 largest = float(gradient[:, self.seen].abs().max())
                 if largest == 0:
                     return Outcome(
-                        None, params, tuple(history), "the score of these tokens does not change with the picture"
+                        None,
+                        params,
+                        tuple(history),
+                        "no gradient of these tokens' score reaches the picture, though the score changes with it: use "
+                        "a method that works by masking alone, such as occlusion or rise",
                     )
                 rate = settings.lr / largest
             summed += from_scores

@@ -9,6 +9,7 @@ import torch
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.regions import paint
+from lvlm_probe.forcing import epsilon_of, rounding_of
 from lvlm_probe.player import PassCounter
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class RecordedAnswer:
         self.trace_id = trace.trace_id
         self.tokens, self.words, self.llr = list(trace.tokens), trace.words, trace.llr
         self.special = torch.tensor(trace.special)
+        # A trace does not hold its logits: they are taken for 1, smaller than they are, so that only rounding passes.
+        said = torch.tensor(trace.log_probs).float()
+        self.rounding = rounding_of(said, torch.ones_like(said), epsilon_of(trace.model.get("torch_dtype")))
         self.baseline = dict(trace.baseline or {})
         self.image_sizes = [picture.size for picture in trace.images]
         self.n_images = len(self.image_sizes)

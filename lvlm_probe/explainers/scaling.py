@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import torch
 
-from lvlm_probe.errors import ExplainError
+from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProcessorRefused
 from lvlm_probe.explainers.registry import Problem
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "ScoreKind",
     "Sign",
     "check_rules",
+    "no_effect",
     "require_finite",
     "scaled",
     "score_of",
@@ -35,6 +36,56 @@ ScoreKind = Literal["log", "prob", "geometric"]
 Sign = Literal["positive", "absolute"]
 
 NO_SIGHT = "the model sees no part of this picture"
+
+
+def no_effect(problem: Problem) -> str | None:
+    """Why this picture has no heatmap, as a sentence, where it plays no part in the selected tokens; ``None`` where it
+    does, or nobody can tell.
+
+    It plays no part when replacing it, and no other picture of the prompt, by its baseline moves the log-probability of
+    every selected token by no more than rounding (``Replay.rounding``). With one picture the passes on the whole
+    picture and on the baseline say so, which a replay keeps; with several it takes one pass more. On a trace alone the
+    recorded ratios say so, which are those of all pictures together.
+    """
+    replay, steps = problem.replay, list(problem.selection.indices)
+    several = replay.n_images > 1
+    try:
+        if several and problem.live:
+            with torch.no_grad():
+                without = replay.log_probs(torch.zeros(1, 1, 1, device=replay.device), image=problem.image)[0]
+            moved = replay.original_log_probs - without.to(replay.original_log_probs)
+        elif (ratios := replay.llr) is None:
+            return None
+        else:
+            moved = ratios if isinstance(ratios, torch.Tensor) else torch.tensor(ratios)
+    except (ImageError, MaskError, ProcessorRefused):
+        return None  # no mask reaches the pixels: methods that need none still work
+    moved = moved.detach().double().cpu()[steps].abs()
+    rounding: torch.Tensor | None = getattr(replay, "rounding", None)
+    allowed = torch.zeros_like(moved) if rounding is None else rounding.detach().double().cpu()[steps]
+    if not bool((moved <= allowed).all()):  # NaN has an effect: methods say what is wrong with it
+        return None
+    name = f"picture {problem.image + 1} of {replay.n_images}" if several else "the picture"
+    kind = str(replay.baseline.get("kind") or "baseline")
+    what = "with all pictures" if several and not problem.live else "with it"
+    return (
+        f"{name} plays no part: the score of these tokens does not change with the picture ({what} replaced by the "
+        f"{kind} baseline their log-probabilities move by at most {float(moved.max()):.2g} nats, and rounding by "
+        f"{float(allowed.max()):.2g}){_same_picture(problem)}"
+    )
+
+
+def _same_picture(problem: Problem) -> str:
+    """A way out where the baseline cannot hide anything: it is the picture itself."""
+    baseline = getattr(problem.replay, "baseline_image", None)
+    if not problem.live or baseline is None:
+        return ""
+    picture, other = problem.replay.image(problem.image), baseline(problem.image)
+    if other is None or picture.size != other.size:
+        return ""
+    if picture.convert("RGB").tobytes() != other.convert("RGB").tobytes():
+        return ""
+    return "; its baseline is the picture itself: choose another, such as replay.set_baseline('blank')"
 
 
 def score_of(problem: Problem, log_probs: torch.Tensor, kind: ScoreKind) -> torch.Tensor:

@@ -6,6 +6,8 @@ normalised by their end points (Jiang et al., 2024b; the paper, 4.3): 1 is the w
 
     s(x) = (score(x) − score(baseline)) / (score(original) − score(baseline))          not clamped
 
+Where the picture as a whole decides next to nothing (``too_narrow``) that divides by noise, and the scores are NaN.
+
 The score is the area under the curve: low is good for deletion, high for insertion, ½ for both is chance.
 
 **The x-axis** is the share of the cells that the model *sees*. Cells out of its sight (margins of a centre crop) cannot
@@ -26,6 +28,7 @@ figure is an estimate, and ``turns`` says how far the scored points did. Points 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -52,10 +55,16 @@ __all__ = [
     "release_area",
     "release_counts",
     "sample_counts",
+    "too_narrow",
 ]
 
 ScoreKind = Literal["prob", "log"]
 Sampling = Literal["full", "adaptive"]
+
+LEAST_SHARE = 0.05
+"""Share of the original score that has to go with the whole picture before parts of it can be measured by it. Scores
+of masked pictures wander by some per cent for any mask, as no training picture was ever masked; divided by less than
+that, the wandering alone runs over the whole scale. It is also the paper's limit of what a baseline may leave (A.1)."""
 
 TIES_THAT_MATTER = 0.05
 TIE_ORDERS = 3
@@ -80,6 +89,8 @@ class Curves:
             0 where every point was scored. A bound for curves that are monotone between scored points.
         turns: How far the normalised curves go the wrong way, up in deletion and down in insertion, summed over the
             scored points; 0 for monotone ones.
+        undefined: Why they cannot be normalised (``too_narrow``). Bound and turns are 0 then, there being no areas, and
+            adaptive sampling leaves all points but the ends NaN.
     """
 
     fractions: np.ndarray
@@ -93,6 +104,7 @@ class Curves:
     pictures: int = 0
     error_bound: tuple[float, float] = (0.0, 0.0)
     turns: tuple[float, float] = (0.0, 0.0)
+    undefined: str | None = None
 
 
 class MaskScores:
@@ -217,13 +229,14 @@ def curves(
     adaptive = sampling == "adaptive"
     fractions = points / (values.size if over_all else ranked)
     span = abs(float(both[0] - both[1]))
+    undefined = too_narrow(float(both[0]), float(both[1]), score=score)
     while True:
         wanted = [
             (curve, point)
             for curve in drawn
             for point in (curve.next_points(fractions, tolerance * span) if adaptive else curve.missing())
         ]
-        if not wanted or (adaptive and span < 1e-9):
+        if not wanted or (adaptive and undefined):
             break
         for start in range(0, len(wanted), at_once):
             part = wanted[start : start + at_once]
@@ -237,7 +250,13 @@ def curves(
                 progress(done, total)
     probability = ends[:, [chosen.index(step) for step in (decided or chosen)]].exp().mean(dim=1)
     rows = [[curve for curve in drawn if curve.insert is insert] for insert in (False, True)]
-    deletion, insertion = (np.mean([curve.filled(fractions) for curve in row], axis=0) for row in rows)
+    # What adaptive sampling left out is not drawn through where there is no curve to stay close to.
+    drawn_through = not (adaptive and undefined)
+    deletion, insertion = (
+        np.mean([curve.filled(fractions) if drawn_through else curve.values for curve in row], axis=0) for row in rows
+    )
+    if undefined is None:
+        undefined = too_narrow(float(both[0]), float(both[1]), score=score, met=np.concatenate([deletion, insertion]))
     bounds = [float(np.mean([curve.open(fractions).sum() for curve in row])) for row in rows]
     sign = 1.0 if both[0] >= both[1] else -1.0
     turns = [float(np.mean([curve.turns(sign if curve.insert else -sign) for curve in row])) for row in rows]
@@ -251,8 +270,9 @@ def curves(
         original_probability=float(probability[0]),
         baseline_probability=float(probability[1]),
         pictures=len(known) - before,
-        error_bound=(bounds[0] / span, bounds[1] / span) if span >= 1e-9 else (0.0, 0.0),
-        turns=(turns[0] / span, turns[1] / span) if span >= 1e-9 else (0.0, 0.0),
+        error_bound=(0.0, 0.0) if undefined else (bounds[0] / span, bounds[1] / span),
+        turns=(0.0, 0.0) if undefined else (turns[0] / span, turns[1] / span),
+        undefined=undefined,
     )
 
 
@@ -308,12 +328,48 @@ class _Curve:
         return float(-steps[steps < 0].sum())
 
 
-def normalise(curve: np.ndarray, *, original: float, baseline: float) -> np.ndarray:
-    """(curve − baseline) / (original − baseline); NaN where the ends are equal: there is nothing to divide by."""
-    span = original - baseline
-    if not np.isfinite(span) or abs(span) < 1e-9:
+def too_narrow(
+    original: float, baseline: float, *, score: ScoreKind = "prob", met: np.ndarray | None = None
+) -> str | None:
+    """Why scores cannot be normalised by their two ends, as a sentence; ``None`` where they can.
+
+    The ends lie closer than ``LEAST_SHARE`` of the original: of the mean probability, or, in nats, of the geometric
+    mean probability, 1 − e^(−|original − baseline|). Or closer than ``LEAST_SHARE`` of the range of what was met between
+    them, against which they are a mark in the noise.
+
+    Args:
+        original, baseline: Score of the whole picture and of the baseline picture.
+        score: ``"prob"`` or ``"log"``.
+        met: Scores along the curves; NaN is left out.
+    """
+    span = abs(original - baseline)
+    if not math.isfinite(span):
+        return f"the score is not a number with the whole picture ({original:g}) or on the baseline ({baseline:g})"
+    lost = span if score == "prob" else -math.expm1(-span)
+    if not lost > 0 or lost < LEAST_SHARE * (abs(original) if score == "prob" else 1.0):
+        share = lost / abs(original) if score == "prob" and original else lost
+        return (
+            f"the whole picture decides {share:.2g} of the score ({original:.3g} with it, {baseline:.3g} on the "
+            f"baseline), and parts of it are measured by that (at least {LEAST_SHARE:g} is needed)"
+        )
+    if met is None:
+        return None
+    there = met[~np.isnan(met)]
+    if not np.isfinite(there).all() or len(there) < len(met):
+        return "scores of masked pictures are not numbers"
+    if span < LEAST_SHARE * (there.max() - there.min()):
+        return (
+            f"scores of masked pictures run from {there.min():.3g} to {there.max():.3g}, and the whole picture decides "
+            f"only {span:.2g} of that ({original:.3g} with it, {baseline:.3g} on the baseline)"
+        )
+    return None
+
+
+def normalise(curve: np.ndarray, *, original: float, baseline: float, score: ScoreKind = "prob") -> np.ndarray:
+    """(curve − baseline) / (original − baseline); NaN where that divides by next to nothing (``too_narrow``)."""
+    if too_narrow(original, baseline, score=score):
         return np.full(np.shape(curve), np.nan)
-    return (np.asarray(curve, dtype=np.float64) - baseline) / span
+    return (np.asarray(curve, dtype=np.float64) - baseline) / (original - baseline)
 
 
 def area(fractions: np.ndarray, curve: np.ndarray) -> float:

@@ -31,7 +31,7 @@ from lvlm_probe.metrics.deletion_insertion import (
     release_area,
     release_counts,
 )
-from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, Verdict, judge
+from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFERENCE, Verdict, judge
 
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
@@ -80,12 +80,21 @@ class Score:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
+        if not math.isfinite(self.gain):
+            return f"<Score undefined: {self.verdict}>"
         return f"<Score deletion {self.deletion:.3f}, insertion {self.insertion:.3f}: {self.verdict}>"
 
     @property
     def gain(self) -> float:
         """Insertion − deletion: 0 for a random heatmap, at best close to 1."""
         return self.insertion - self.deletion
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no score, where deletion and insertion are NaN."""
+        if math.isfinite(self.gain):
+            return None
+        return str(self.params.get("undefined") or "; ".join(self.verdict.reasons) or "the score is not a number")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``; ``Score.from_dict`` is the inverse."""
@@ -188,7 +197,7 @@ def evaluate(
     counts = release_counts(values.size) if auc == "release" else None
     scores = MaskScores(replay, heat.selection.indices, image=heat.image_index, mode=mode)
 
-    def run(cells: np.ndarray, orders: int | None, tell: Callable[[int, int], None] | None) -> Any:
+    def run(cells: np.ndarray, orders: int | None, tell: Callable[[int, int], None] | None) -> Curves:
         with replay.shortcuts.held():
             return curves(
                 cells,
@@ -210,13 +219,14 @@ def evaluate(
             )
 
     raw = run(values, tie_orders, progress)
-    deletion, insertion, deletion_curve, insertion_curve = _areas(raw, auc)
+    deletion, insertion, deletion_curve, insertion_curve = _areas(raw, auc, score)
     generator = np.random.default_rng([seed, 1])
     random_gains = []
     for _ in range(chance):
-        low, high, _, _ = _areas(run(generator.random(values.shape, dtype=np.float32), 1, None), auc)
+        low, high, _, _ = _areas(run(generator.random(values.shape, dtype=np.float32), 1, None), auc, score)
         random_gains.append(high - low)
     report = getattr(getattr(replay, "path", None), "report", None)
+    difference, tolerated = _replay_difference(replay, heat.selection.indices)
     verdict = judge(
         deletion=deletion,
         insertion=insertion,
@@ -224,7 +234,9 @@ def evaluate(
         baseline_probability=raw.baseline_probability,
         tie_share=raw.tie_share,
         random_gains=tuple(random_gains),
-        replay_difference=_replay_difference(replay, heat.selection.indices),
+        undefined=raw.undefined,
+        replay_difference=difference,
+        replay_tolerance=tolerated,
         parity_error=getattr(report, "mean_error", None),
         parity_mode=mode,
         deterministic=bool(getattr(report, "deterministic", True)),
@@ -260,6 +272,7 @@ def evaluate(
             "tie_orders": raw.tie_orders,
             "held_out": baseline is not None,
             **({} if sampling == "full" else _sampled(raw, tolerance)),
+            **({} if raw.undefined is None else {"undefined": raw.undefined}),
         },
         provenance=provenance,
     )
@@ -276,10 +289,13 @@ def _sampled(raw: Curves, tolerance: float) -> dict[str, Any]:
     }
 
 
-def _areas(raw: Any, auc: AreaRule) -> tuple[float, float, np.ndarray, np.ndarray]:
+def _areas(raw: Curves, auc: AreaRule, score: ScoreKind) -> tuple[float, float, np.ndarray, np.ndarray]:
+    if raw.undefined is not None:
+        nothing = np.full(len(raw.fractions), np.nan)
+        return math.nan, math.nan, nothing, nothing
     original, baseline = float(raw.deletion[0]), float(raw.deletion[-1])
-    deletion_curve = normalise(raw.deletion, original=original, baseline=baseline)
-    insertion_curve = normalise(raw.insertion, original=original, baseline=baseline)
+    deletion_curve = normalise(raw.deletion, original=original, baseline=baseline, score=score)
+    insertion_curve = normalise(raw.insertion, original=original, baseline=baseline, score=score)
     if auc == "release":
         return (
             release_area(raw.counts, deletion_curve, insert=False),
@@ -345,12 +361,20 @@ def _identity(baseline: Mapping[str, Any]) -> tuple[Any, ...]:
     return (kind, baseline.get("strength") if kind == "blur" else None, baseline.get("seed"))
 
 
-def _replay_difference(replay: Replay, indices: Sequence[int]) -> float | None:
+def _replay_difference(replay: Replay, indices: Sequence[int]) -> tuple[float | None, float]:
+    """By how much the replay misses the recording at its worst token, nats, and how much may be rounding there."""
     recorded = getattr(replay.trace, "log_probs", None)
     if recorded is None:
-        return None
-    replayed = replay.original_log_probs.detach().float().cpu().numpy()
-    return float(np.abs(np.asarray(recorded, dtype=np.float32) - replayed)[list(indices)].max())
+        return None, MAX_REPLAY_DIFFERENCE
+    chosen = list(indices)
+    replayed = replay.original_log_probs.detach().float().cpu().numpy()[chosen]
+    missed = np.abs(np.asarray(recorded, dtype=np.float32)[chosen] - replayed)
+    rounding = getattr(replay, "rounding", None)
+    allowed = np.full(len(chosen), MAX_REPLAY_DIFFERENCE)
+    if rounding is not None:
+        allowed = np.maximum(allowed, rounding.detach().float().cpu().numpy()[chosen])
+    worst = int(np.argmax(np.where(np.isnan(missed), np.inf, missed / allowed)))
+    return float(missed[worst]), float(allowed[worst])
 
 
 def _nothing(heat: Heatmap, provenance: Mapping[str, Any]) -> Score:

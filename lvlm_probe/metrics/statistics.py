@@ -37,15 +37,23 @@ _NUMBERS_AT_ONCE = 2**22
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its confidence interval, over ``n`` samples."""
+    """An estimate with its confidence interval, over ``n`` samples; ``missing`` further samples were left out."""
 
     estimate: float
     low: float
     high: float
     level: float
     n: int
+    missing: int = 0
+
+    @property
+    def is_point(self) -> bool:
+        """Whether there is no interval to speak of: one sample says nothing about others."""
+        return self.n == 1 and self.low == self.high
 
     def __str__(self) -> str:
+        if self.is_point:
+            return f"{self.estimate:.3f} (n = 1)"
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
@@ -59,7 +67,7 @@ class MeanAndError:
     missing: int = 0
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.standard_error:.3f}"
+        return f"{self.mean:.3f} ± {self.standard_error:.3f}" if self.n > 1 else f"{self.mean:.3f} (n = 1)"
 
 
 @dataclass(frozen=True)
@@ -114,15 +122,16 @@ class MixedEffects:
 
 
 def mean_and_error(values: Sequence[float] | np.ndarray) -> MeanAndError:
-    """Mean over samples and its standard error s/√n (s with n − 1), NaN left out and counted.
+    """Mean over samples and its standard error s/√n (s with n − 1; NaN for one sample), values that are not finite left
+    out and counted.
 
     Raises:
         ValueError: No value at all.
     """
     data = np.asarray(values, dtype=np.float64).reshape(-1)
-    there = data[~np.isnan(data)]
+    there = data[np.isfinite(data)]
     if there.size == 0:
-        raise ValueError(f"a mean needs values that are numbers; got {data.size} values, all NaN")
+        raise ValueError(f"a mean needs values that are numbers; got {data.size} values, all NaN or infinite")
     error = float(there.std(ddof=1) / math.sqrt(there.size)) if there.size > 1 else math.nan
     return MeanAndError(float(there.mean()), error, int(there.size), int(data.size - there.size))
 
@@ -139,7 +148,7 @@ def bootstrap_ci(
     """Bootstrap confidence interval of a statistic of independent samples (Efron & Tibshirani, 1993).
 
     Args:
-        values: ``(sample,)``. NaN is refused: leave samples without a value out before, and say how many.
+        values: ``(sample,)``. Not finite is refused: leave samples without a value out before, and say how many.
         statistic: Maps ``(…, sample)`` to ``(…,)``; the mean by default.
         level: Coverage.
         resamples: Number of bootstrap samples.
@@ -150,9 +159,10 @@ def bootstrap_ci(
         ValueError: No values, NaN among them, or an unknown method.
     """
     data = np.asarray(values, dtype=np.float64).reshape(-1)
-    if data.size == 0 or np.isnan(data).any():
+    if data.size == 0 or not np.isfinite(data).all():
         raise ValueError(
-            f"a bootstrap needs values that are numbers; got {data.size} values, {np.isnan(data).sum()} of them NaN"
+            f"a bootstrap needs values that are numbers; got {data.size} values, {np.isnan(data).sum()} of them NaN, "
+            f"{np.isinf(data).sum()} infinite"
         )
     if method not in ("percentile", "bca"):
         raise ValueError(f"method is 'percentile' or 'bca'; got {method!r}")
@@ -218,7 +228,7 @@ def permutation_test(
     left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if left.shape != right.shape or left.ndim != 1:
         raise ValueError(f"paired samples come in equal numbers; got {left.shape} and {right.shape}")
-    if left.size == 0 or np.isnan(left).any() or np.isnan(right).any():
+    if left.size == 0 or not np.isfinite(left).all() or not np.isfinite(right).all():
         raise ValueError(f"a permutation test needs pairs of numbers; got {left.size} pairs, NaN among them or none")
     stats = require("scipy.stats", extra="stats", purpose="a permutation test")
     exact = 2.0**left.size <= resamples

@@ -6,6 +6,7 @@ The thresholds are constants below, each with its reason. A verdict never change
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,32 +32,61 @@ MAX_TIES = 0.5
 
 MAX_REPLAY_DIFFERENCE = 0.05
 """Nats between recorded and replayed log-probabilities of the selected tokens: 5 % in probability, far above rounding
-in float32 (1e-4)."""
+in float32 (1e-4). In half precision rounding alone may come to more, and then it is the limit (``Replay.rounding``)."""
 
 MAX_PARITY_ERROR = 1.5
 """Mean grey levels (of 255) between the fast path of masks to pixels and the processor, whose own rounding is 0.6."""
 
 
+_NO_OBJECTION, _OBJECTIONS = "no objection", "do not trust: "
+_OF_THE_MAP = re.compile(r"^insertion − deletion is |of the cells are tied with others")
+"""Objections to a heatmap, in the words of ``judge``; all others are to how it was measured."""
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a heatmap may be trusted; ``reasons`` are the sentences against it, empty when it may."""
+    """Whether a heatmap may be trusted; ``reasons`` are the sentences against it, empty when it may.
+
+    Attributes:
+        trusted: No objection.
+        reasons: The objections.
+        measured: Whether the scores are a measurement at all, which may be that of a bad heatmap: all that is said
+            against it is said about the heatmap (no better than chance, tied), not about how it was judged. What is not
+            measured enters no mean; what is measured does, trusted or not, since a mean over a method's good maps would
+            flatter those that make few. By default as ``trusted``.
+    """
 
     trusted: bool
     reasons: tuple[str, ...] = ()
+    measured: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.measured is None:
+            of_the_map = bool(self.reasons) and all(_OF_THE_MAP.search(reason) for reason in self.reasons)
+            object.__setattr__(self, "measured", self.trusted or of_the_map)
 
     def __str__(self) -> str:
         if self.trusted:
-            return "no objection: the scores give no reason to distrust this heatmap"
-        return "do not trust: " + "; ".join(self.reasons)
+            return f"{_NO_OBJECTION}: the scores give no reason to distrust this heatmap"
+        return _OBJECTIONS + "; ".join(self.reasons)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``Verdict.from_dict`` is the inverse."""
-        return {"trusted": self.trusted, "reasons": list(self.reasons)}
+        return {"trusted": self.trusted, "reasons": list(self.reasons), "measured": bool(self.measured)}
+
+    @classmethod
+    def from_text(cls, text: str) -> Verdict:
+        """Reads what ``str()`` wrote."""
+        if text.startswith(_NO_OBJECTION):
+            return cls(True)
+        return cls(False, tuple(part for part in text.removeprefix(_OBJECTIONS).split("; ") if part))
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Verdict:
         """Rebuilds what ``to_dict`` wrote."""
-        return cls(bool(record["trusted"]), tuple(str(reason) for reason in record["reasons"]))
+        measured = record.get("measured")
+        reasons = tuple(str(reason) for reason in record["reasons"])
+        return cls(bool(record["trusted"]), reasons, None if measured is None else bool(measured))
 
 
 def judge(
@@ -68,7 +98,9 @@ def judge(
     baseline_probability: float = math.nan,
     tie_share: float = 0.0,
     random_gains: tuple[float, ...] = (),
+    undefined: str | None = None,
     replay_difference: float | None = None,
+    replay_tolerance: float = MAX_REPLAY_DIFFERENCE,
     parity_error: float | None = None,
     parity_mode: str = "fast",
     deterministic: bool = True,
@@ -81,8 +113,10 @@ def judge(
         original_probability, baseline_probability: Mean probability of the selected tokens on the picture and on the
             baseline.
         tie_share: Share of seen cells that have the value of another.
-        random_gains: Insertion − deletion of random heatmaps, when they were asked for.
+        random_gains: Insertion − deletion of random heatmaps, when they were asked for; NaN among them does not count.
+        undefined: Why deletion and insertion are NaN, where they are.
         replay_difference: Largest difference to the recorded log-probabilities, nats; ``None`` when unknown.
+        replay_tolerance: How large it may be: rounding where that is more than ``MAX_REPLAY_DIFFERENCE``.
         parity_error: Mean grey levels between the fast path and the processor; ``None`` when unknown.
         parity_mode: ``"exact"`` scores went through the real processor, so parity does not matter.
         deterministic: Whether the processor makes the same inputs twice.
@@ -107,23 +141,24 @@ def judge(
             f"(it should be below {BASELINE_PROBABILITY:g}): try another baseline, such as replay.set_baseline('mean')"
         )
     gain = insertion - deletion
+    by_chance = [one for one in random_gains if math.isfinite(one)]
     if not math.isfinite(gain):
-        reasons.append("deletion and insertion are undefined")
+        reasons.append("deletion and insertion are undefined" + (f": {undefined}" if undefined else ""))
     elif gain < MIN_GAIN:
         reasons.append(
             f"insertion − deletion is {gain:.2f}, not clearly above the 0 of a random heatmap (threshold {MIN_GAIN:g})"
         )
-    elif random_gains and gain <= max(random_gains):
+    elif by_chance and gain <= max(by_chance):
         reasons.append(
-            f"insertion − deletion is {gain:.2f}, and one of {len(random_gains)} random heatmaps reached "
-            f"{max(random_gains):.2f}"
+            f"insertion − deletion is {gain:.2f}, and one of {len(by_chance)} random heatmaps reached "
+            f"{max(by_chance):.2f}"
         )
     if tie_share > MAX_TIES:
         reasons.append(f"{tie_share:.0%} of the cells are tied with others, so their order is not the heatmap's")
-    if replay_difference is not None and not replay_difference <= MAX_REPLAY_DIFFERENCE:
+    if replay_difference is not None and not replay_difference <= replay_tolerance:
         reasons.append(
-            f"the replay differs from the recording by {replay_difference:.2g} nats on these tokens: check that model, "
-            f"dtype and processor are the recorded ones"
+            f"the replay differs from the recording by {replay_difference:.2g} nats on these tokens (rounding explains "
+            f"{replay_tolerance:.2g}): check that model, dtype and processor are the recorded ones"
         )
     if not deterministic:
         reasons.append("the image processor does not make the same inputs twice")

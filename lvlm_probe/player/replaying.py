@@ -15,7 +15,7 @@ from lvlm_probe.capture import Captured, capture
 from lvlm_probe.chunks import Chunked, noise_like, noise_seeds
 from lvlm_probe.errors import ExplainError, ReplayError
 from lvlm_probe.exhaustion import in_micro_batches, whole_pass
-from lvlm_probe.forcing import Shortcut, TeacherForcing, apart
+from lvlm_probe.forcing import Shortcut, TeacherForcing, apart, epsilon_of, rounding_of
 from lvlm_probe.images import PixelPath
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.isolation import taking_turns
@@ -88,6 +88,7 @@ class Replay(WithBaseline):
         self._micro_batch = micro_batch
         self._bytes_per_mask: int | None = None
         self._original: torch.Tensor | None = None
+        self._rounding: torch.Tensor | None = None
         self._baseline_log_probs: torch.Tensor | None = None
 
         prompt = torch.tensor(trace.input_ids).long()
@@ -171,7 +172,17 @@ class Replay(WithBaseline):
         """Replayed log P(a_t) on the whole picture, ``(step,)`` float32 on the CPU. Paper, Eq. 1."""
         if self._original is None:
             self._original = self.log_probs(None)[0].cpu()
+            if (largest := self._forcing.largest_logits) is not None:
+                epsilon = max(self._forcing.epsilon, epsilon_of(self.trace.model.get("torch_dtype")))
+                self._rounding = rounding_of(self._original, largest.to(self._original), epsilon)
         return self._original
+
+    @property
+    def rounding(self) -> torch.Tensor:
+        """How far ``original_log_probs`` may lie from a run that rounds otherwise, ``(step,)`` nats, by the number
+        format (the model's or the recording's, whichever is the rounder) and the size of the logits."""
+        original = self.original_log_probs
+        return torch.zeros_like(original) if self._rounding is None else self._rounding
 
     @property
     def llr(self) -> torch.Tensor:

@@ -83,12 +83,9 @@ def _terms(columns: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def _row(columns: Sequence[str], row: Row) -> str:
-    gains = [
-        round(score.gain, 2)
-        for heat, score in zip(row.heats, row.scores, strict=True)
-        if heat and score is not None and math.isfinite(score.gain)
-    ]
-    best = max(gains, default=None) if len(gains) > 1 else None
+    judged = [score for heat, score in zip(row.heats, row.scores, strict=True) if heat and score is not None]
+    gains = [round(score.gain, 2) for score in judged if score.verdict.trusted and math.isfinite(score.gain)]
+    best = max(gains, default=None) if len(judged) > 1 else None
     cells = "\n".join(
         _cell(name, heat, score, best) for name, heat, score in zip(columns, row.heats, row.scores, strict=True)
     )
@@ -158,13 +155,16 @@ def _cell(name: str, heat: Heatmap | None, score: Score | None, best: float | No
 
 
 def _scores(heat: Heatmap, score: Score | None, best: float | None) -> Iterator[str]:
-    if score is None or not math.isfinite(score.gain):
-        why = heat.provenance.get("not_judged") or (
-            "its scores are undefined" if score is not None else "judging needs the model"
-        )
+    if score is None:
+        why = heat.provenance.get("not_judged") or "judging needs the model"
         yield f'<p class="facts">Not judged: {_told(str(why), capital=False)}</p>'
+    elif (reason := score.reason) is not None:
+        yield '<p class="gain"><b>–</b> gain</p>'
+        yield f'<p class="facts">No score: {_told(reason, capital=False)}</p>'
+        yield from _doubts(score)
     else:
-        mark = '<em class="best">best</em>' if best is not None and round(score.gain, 2) == best else ""
+        first = best is not None and score.verdict.trusted and round(score.gain, 2) == best
+        mark = '<em class="best">best</em>' if first else ""
         yield f'<p class="gain"><b>{_number(score.gain)}</b> gain{mark}</p>'
         low, high = sorted(100 * min(1.0, max(0.0, edge)) for edge in (score.deletion, score.insertion))
         kind = "reach" if score.insertion >= score.deletion else "back"
@@ -177,17 +177,20 @@ def _scores(heat: Heatmap, score: Score | None, best: float | None) -> Iterator[
         if score.verdict.trusted:
             yield '<p class="stands"><i class="dot trusted"></i>holds up</p>'
         else:
-            reasons = "".join(f"<li>{_told(reason)}</li>" for reason in score.verdict.reasons)
-            yield (
-                '<details><summary class="doubt"><i class="dot doubted"></i>do not trust</summary>'
-                f"<ul>{reasons}</ul></details>"
-            )
+            yield from _doubts(score)
     cost, seconds = cost_of(heat), heat.provenance.get("seconds")
     facts = [] if cost is None else [f"{cost[0]} + {cost[1]} passes" if any(cost) else "no pass"]
     facts += [] if seconds is None else [f"{float(seconds):.2f} s"]
     rows, cols = heat.shape
     facts.append(f"{rows} × {cols}")
     yield f'<p class="facts">{_text(" · ".join(fact.replace(" ", _FIXED_SPACE) for fact in facts))}</p>'
+
+
+def _doubts(score: Score) -> Iterator[str]:
+    reasons = "".join(f"<li>{_told(reason)}</li>" for reason in score.verdict.reasons)
+    yield (
+        f'<details><summary class="doubt"><i class="dot doubted"></i>do not trust</summary><ul>{reasons}</ul></details>'
+    )
 
 
 def _standings(found: Sequence[Standing], answers: int) -> str:
@@ -200,13 +203,11 @@ def _standings(found: Sequence[Standing], answers: int) -> str:
         ]
         passes = "–" if one.forward is None or one.backward is None else f"{one.forward:.0f} + {one.backward:.0f}"
         seconds = "–" if one.seconds is None else f"{one.seconds:.2f}"
-        judged = 0 if one.gain is None else one.gain.n
-        cells += [
-            f'<td class="number">{value}</td>'
-            for value in (f"{one.trusted} of {judged}", f"{one.maps} of {answers}", passes, seconds)
-        ]
+        entering = 0 if one.gain is None else one.gain.n
+        counts = (f"{entering} of {one.judged}", f"{one.trusted} of {one.judged}", f"{one.maps} of {answers}")
+        cells += [f'<td class="number">{value}</td>' for value in (*counts, passes, seconds)]
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    heads = ("gain ↑", "deletion ↓", "insertion ↑", "trusted", "heatmaps", "passes", "seconds")
+    heads = ("gain ↑", "deletion ↓", "insertion ↑", "in means", "trusted", "heatmaps", "passes", "seconds")
     head = '<th scope="col">method</th>' + "".join(f'<th scope="col" class="number">{name}</th>' for name in heads)
     return (
         f'<section class="standings"><h2>All {answers} answers together</h2>'
@@ -214,7 +215,22 @@ def _standings(found: Sequence[Standing], answers: int) -> str:
         "heatmap. Intervals of two methods may overlap although one is better on nearly every answer: compare them "
         "paired, <code>metrics.paired_difference</code>.</p>"
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-        "</section>"
+        f"{_left_out(found)}</section>"
+    )
+
+
+def _left_out(found: Sequence[Standing]) -> str:
+    """Which scores enter no mean, and why."""
+    items = [
+        f"<li>{_text(one.method)}: {count} × {_told(reason)}</li>"
+        for one in found
+        for reason, count in one.left_out.items()
+    ]
+    if not items:
+        return ""
+    return (
+        '<details class="left-out"><summary>Scores that enter no mean, as they measure nothing</summary>'
+        f"<ul>{''.join(items)}</ul></details>"
     )
 
 

@@ -68,13 +68,15 @@
     return all.length ? all.reduce((sum, value) => sum + value, 0) / all.length : null;
   };
   const scoreOf = (cell) => cell.sample.maps[cell.model][cell.method];
+  /** Scores that measure something: the others have no place among the sorted. */
+  const countedOf = (cell) => (scoreOf(cell)?.counts === false ? null : scoreOf(cell));
   const answerOf = (cell) => cell.sample.answers[cell.model];
   const over = (read) => (item) => mean(chosen(item).map(read));
   const SORTS = {
     place: ["order of the data set", (item) => item.place],
-    gain: ["gain", over((cell) => (scoreOf(cell) && known(scoreOf(cell).deletion) && known(scoreOf(cell).insertion) ? scoreOf(cell).insertion - scoreOf(cell).deletion : null))],
-    deletion: ["deletion", over((cell) => scoreOf(cell)?.deletion)],
-    insertion: ["insertion", over((cell) => scoreOf(cell)?.insertion)],
+    gain: ["gain", over((cell) => (countedOf(cell) && known(countedOf(cell).deletion) && known(countedOf(cell).insertion) ? countedOf(cell).insertion - countedOf(cell).deletion : null))],
+    deletion: ["deletion", over((cell) => countedOf(cell)?.deletion)],
+    insertion: ["insertion", over((cell) => countedOf(cell)?.insertion)],
     agreement: [
       "agreement of columns",
       ({ members: [sample] }) => (state.by === "models" ? sample.agree.models[state.method] : sample.agree.methods[state.model]),

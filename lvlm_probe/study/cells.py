@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from statistics import NormalDist
 from typing import Any
 
-from lvlm_probe.metrics import Interval, bootstrap_ci
+from lvlm_probe.metrics import Interval, Verdict, bootstrap_ci
 from lvlm_probe.study.results import Results
 
-__all__ = ["LEAST_SPAN", "filter_notes", "gain", "mean", "number", "scored", "share", "skipped", "spans"]
+__all__ = ["LEAST_SPAN", "filter_notes", "gain", "mean", "number", "objection", "scored", "share", "skipped", "spans"]
 
 LEAST_SPAN = 0.05
 """Probability that the explained tokens have to lose on the baseline for a normalised score to mean anything: what is
@@ -19,9 +20,11 @@ divided by less is noise. It is the paper's own limit for what a baseline may le
 
 
 def mean(values: Iterable[float | None]) -> Interval | None:
-    """Mean with its 95 % bootstrap interval over the values there are; ``None`` where there are none."""
-    there = [value for value in values if value is not None and not math.isnan(value)]
-    return bootstrap_ci(there) if there else None
+    """Mean with its 95 % bootstrap interval over the values that are numbers, the others counted as ``missing``;
+    ``None`` where there are none."""
+    given = list(values)
+    there = [value for value in given if value is not None and math.isfinite(value)]
+    return dataclasses.replace(bootstrap_ci(there), missing=len(given) - len(there)) if there else None
 
 
 def share(flags: Iterable[bool]) -> Interval | None:
@@ -42,7 +45,7 @@ def share(flags: Iterable[bool]) -> Interval | None:
 def number(record: Mapping[str, Any], key: str) -> float | None:
     """A score of a finished map; ``None`` where it could not be computed."""
     value = record.get(key)
-    return None if value is None else float(value)
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def gain(record: Mapping[str, Any]) -> float | None:
@@ -71,6 +74,20 @@ def spans(record: Mapping[str, Any]) -> bool:
     check = record.get("baseline_check") or {}
     whole, baseline = check.get("original_probability"), check.get("mean_probability")
     return whole is None or baseline is None or float(whole) - float(baseline) >= LEAST_SPAN
+
+
+def objection(record: Mapping[str, Any]) -> str | None:
+    """Why the scores of a map enter no mean; ``None`` where they do.
+
+    It is what the verdict says against them as a measurement; what it says against the map alone (no better than
+    chance, tied) is no reason, as a mean over good maps would flatter the method (``Verdict.measured``).
+    """
+    if not spans(record):
+        return f"its tokens lose less than {LEAST_SPAN:g} of probability on the baseline"
+    if record.get("trusted") is not False:
+        return None
+    verdict = Verdict.from_text(str(record.get("verdict") or ""))
+    return None if verdict.measured else "; ".join(verdict.reasons) or "its verdict gives no reason"
 
 
 def skipped(found: Counter[str]) -> str:

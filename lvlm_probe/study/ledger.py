@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from lvlm_probe.metrics import bootstrap_ci
-from lvlm_probe.study.cells import share, spans
+from lvlm_probe.study.cells import objection, share
 from lvlm_probe.study.drops import band_of
 from lvlm_probe.study.results import Results
 from lvlm_probe.study.side_tables import peak_memory
@@ -153,7 +153,7 @@ def _pair(number: int, record: Mapping[str, Any]) -> tuple[float | None, float |
     if number == 9:
         memory = peak_memory(record)
         return (None if memory is None else sum(memory) / 1e9), float(record["measured"]["seconds"])
-    if not spans(record):
+    if objection(record) is not None:
         return None, None
     own_rule = record.get("release") or record
     return own_rule["deletion"], own_rule["insertion"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.metrics import mixed_effects
-from lvlm_probe.study.cells import filter_notes, gain, mean, number, scored, skipped, spans
+from lvlm_probe.study.cells import filter_notes, gain, mean, number, objection, scored, skipped
 from lvlm_probe.study.results import Results
 from lvlm_probe.study.tables import Cell, Table
 
@@ -25,7 +25,12 @@ def table4(results: Results) -> Table:
     rows: list[tuple[Cell, ...]] = []
     skips = results.skips(row=name)
     for model, spec in study.models.items():
-        found = [record for record in scored(results.chosen(model=model, row=name), skips) if spans(record)]
+        found = []
+        for record in scored(results.chosen(model=model, row=name), skips):
+            if (why := objection(record)) is None:
+                found.append(record)
+            else:
+                skips[f"no measurement: {why}"] += 1
         rows.append(
             (
                 model,
@@ -61,7 +66,7 @@ def _tests(results: Results, row: str) -> list[str]:
             "vision": models[record["model"]].vision,
         }
         for record in results.chosen(row=row)
-        if spans(record) and (score := gain(record)) is not None
+        if objection(record) is None and (score := gain(record)) is not None
     ]
     said = []
     sized = [record for record in records if record["size"] and record["group"]]

@@ -8,7 +8,18 @@ from pathlib import Path
 
 from lvlm_probe.errors import StudyError
 from lvlm_probe.metrics import paired_difference
-from lvlm_probe.study.cells import LEAST_SPAN, filter_notes, gain, mean, number, scored, share, skipped, spans
+from lvlm_probe.study.cells import (
+    LEAST_SPAN,
+    filter_notes,
+    gain,
+    mean,
+    number,
+    objection,
+    scored,
+    share,
+    skipped,
+    spans,
+)
 from lvlm_probe.study.drops import band_of
 from lvlm_probe.study.model_table import table4
 from lvlm_probe.study.quadrants import figure5
@@ -96,6 +107,7 @@ def _score_table(results: Results, which: int, title: str, *, against_first: boo
     rows: list[tuple[Cell, ...]] = []
     skips: Counter[str] = Counter()
     narrow: Counter[str] = Counter()
+    doubted: Counter[str] = Counter()
     for model in results.study.models:
         for dataset in results.study.datasets:
             alike: dict[str, dict[str, float]] = {}
@@ -103,8 +115,11 @@ def _score_table(results: Results, which: int, title: str, *, against_first: boo
                 found = scored(results.chosen(model=model, dataset=dataset, row=name), skips)
                 skips += results.skips(model=model, dataset=dataset, row=name)
                 cells: list[Cell] = [model, dataset, name, len(found)]
-                own = [record for record in found if spans(record)]
-                narrow[name] += len(found) - len(own)
+                own = [record for record in found if objection(record) is None]
+                narrow[name] += sum(not spans(record) for record in found)
+                doubted.update(
+                    f"{name}: {why}" for record in found if spans(record) and (why := objection(record)) is not None
+                )
                 cells += [mean(number(record, key) for record in own) for key in ("deletion", "insertion")]
                 cells.append(mean(gain(record) for record in own))
                 if against_first:
@@ -112,6 +127,7 @@ def _score_table(results: Results, which: int, title: str, *, against_first: boo
                         record["sample"]: value
                         for record in found
                         if (value := gain(record.get("common") or record)) is not None
+                        and objection(record.get("common") or record) is None
                     }
                     cells.append(mean(alike[name].values()))
                     shared = sorted(alike[names[0]].keys() & alike[name].keys())
@@ -131,6 +147,9 @@ def _score_table(results: Results, which: int, title: str, *, against_first: boo
         notes.append(
             "Scores are not clamped: above 1, a part of the picture gives the answer more probability than the whole."
         )
+    if doubted:
+        said = "; ".join(f"{why} ({count} ×)" for why, count in doubted.most_common())
+        notes.append(f"Left out of the deletion and insertion columns, as the scores are no measurement: {said}.")
     if narrow.total():
         rows_left_out = "; ".join(f"{name}: {count}" for name, count in narrow.items() if count)
         notes.append(

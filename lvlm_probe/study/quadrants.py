@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_probe.errors import StudyError
+from lvlm_probe.study.cells import objection
 from lvlm_probe.study.results import Results
 from lvlm_probe.study.tables import Cell, Table
 
@@ -35,7 +36,8 @@ def figure5(results: Results, annotations: Path | None = None) -> Table:
     for record in results.chosen(row=row):
         own = judged.get((record["dataset"], record["sample"], record["model"]), {})
         plausible = own.get("plausible")
-        if plausible is None and annotations is None and record.get("pointing") is not None:
+        known = annotations is None and record.get("pointing") is not None and objection(record) is None
+        if plausible is None and known:
             plausible = float(record["pointing"]) >= 0.5
         correct = own.get("correct", record["correct"])
         if plausible is None or correct is None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lvlm_probe.errors import StudyError
 from lvlm_probe.metrics import Interval, mean_and_error
-from lvlm_probe.study.cells import filter_notes, mean, skipped
+from lvlm_probe.study.cells import filter_notes, mean, objection, skipped
 from lvlm_probe.study.results import Results
 from lvlm_probe.study.tables import Cell, Table
 
@@ -20,19 +23,23 @@ def table8(results: Results) -> Table:
     """Agreement with human attention, of the rows that name Table 8, or of all rows where none does."""
     rows: list[tuple[Cell, ...]] = []
     methods = _naming(results, 8)
+    doubted: Counter[str] = Counter()
     for model in results.study.models:
         for dataset in results.study.datasets:
             for name in methods:
-                found = [
-                    record for record in results.chosen(model=model, dataset=dataset, row=name) if record.get("human")
-                ]
+                found = []
+                for record in results.chosen(model=model, dataset=dataset, row=name):
+                    if record.get("human") and (why := objection(record)) is None:
+                        found.append(record)
+                    elif record.get("human"):
+                        doubted[f"no measurement: {why}"] += 1
                 if not found:
                     continue
                 over_people = {
                     key: [_over_people(record["human"], key) for record in found]
                     for key in ("soft_iou", "rank_correlation", "auc_judd", "nss")
                 }
-                ranks = mean_and_error(over_people["rank_correlation"])
+                ranks = over_people["rank_correlation"]
                 rows.append(
                     (
                         model,
@@ -40,8 +47,8 @@ def table8(results: Results) -> Table:
                         name,
                         len(found),
                         mean(over_people["soft_iou"]),
-                        f"{ranks.mean:+.3f} ± {ranks.standard_error:.3f}",
-                        f"{-ranks.mean:+.3f} ± {ranks.standard_error:.3f}",
+                        _with_error(ranks),
+                        _with_error([-rank for rank in ranks]),
                         mean(over_people["auc_judd"]),
                         mean(over_people["nss"]),
                     )
@@ -71,9 +78,17 @@ def table8(results: Results) -> Table:
             "mask whose low values are important, read the wrong way round, has the sign turned.",
             *_stand_ins(results),
             *filter_notes(results),
-            skipped(failed),
+            skipped(failed + doubted),
         ),
     )
+
+
+def _with_error(values: Sequence[float]) -> str | None:
+    """Mean ± standard error, with its sign; the mean alone of one sample, nothing where there is none."""
+    if not np.isfinite(values).any():
+        return None
+    found = mean_and_error(values)
+    return f"{found.mean:+.3f}" + (f" ± {found.standard_error:.3f}" if found.n > 1 else "")
 
 
 def _naming(results: Results, number: int) -> list[str]:
@@ -156,7 +171,9 @@ def peak_memory(record: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _divided(cell: Cell, factor: float) -> Cell:
     if isinstance(cell, Interval):
-        return Interval(cell.estimate / factor, cell.low / factor, cell.high / factor, cell.level, cell.n)
+        return dataclasses.replace(
+            cell, estimate=cell.estimate / factor, low=cell.low / factor, high=cell.high / factor
+        )
     return cell / factor if isinstance(cell, float) else cell
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,8 @@ class Table:
         name: For file names, ``table2``.
         title: What it shows.
         columns: Headings.
-        rows: Cells, as many per row as there are headings. An interval is a mean with its 95 % bounds; ``None`` is a
-            cell that could not be computed.
+        rows: Cells, as many per row as there are headings. An interval is a mean with its 95 % bounds; ``None``, or a
+            number that is not finite, is a cell that could not be computed.
         labels: How many of the first columns name the row.
         notes: Sentences under the table: what was left out and why, how it was computed.
         decimals: Of intervals.
@@ -71,10 +72,10 @@ class Table:
         for row in self.rows:
             cells: list[Any] = []
             for cell, wide in zip(row, spread, strict=True):
-                if isinstance(cell, Interval):
+                if isinstance(cell, Interval) and not _is_nothing(cell):
                     cells += [cell.estimate, cell.low, cell.high]
                 else:
-                    cells += ["" if cell is None else cell] + (["", ""] if wide else [])
+                    cells += ["" if _is_nothing(cell) else cell] + (["", ""] if wide else [])
             writer.writerow(cells)
         return out.getvalue()
 
@@ -111,7 +112,7 @@ class Table:
             axes = drawing.add_subplot(1, len(places), number + 1)
             for line, row in enumerate(self.rows):
                 cell = row[place]
-                if isinstance(cell, Interval):
+                if isinstance(cell, Interval) and not _is_nothing(cell):
                     axes.plot([cell.low, cell.high], [line, line], color="#7f8ea3", linewidth=2, solid_capstyle="round")
                     axes.plot(cell.estimate, line, "o", color="#1f4e9c", markersize=5)
             axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
@@ -145,13 +146,21 @@ class Table:
 
 
 def _text(cell: Cell, decimals: int) -> str:
-    if cell is None:
+    if _is_nothing(cell):
         return "–"
+    if isinstance(cell, Interval) and cell.is_point:
+        return f"{cell.estimate:.{decimals}f}"
     if isinstance(cell, Interval):
         return f"{cell.estimate:.{decimals}f} [{cell.low:.{decimals}f}, {cell.high:.{decimals}f}]"
     if isinstance(cell, float):
         return f"{cell:.3g}" if abs(cell) < 1e-3 or abs(cell) >= 1e4 else f"{cell:.3f}"
     return str(cell).replace("\n", " ")
+
+
+def _is_nothing(cell: Cell) -> bool:
+    """Whether a cell could not be computed; a number that is not finite is none."""
+    number = cell.estimate if isinstance(cell, Interval) else cell
+    return number is None or (isinstance(number, float) and not math.isfinite(number))
 
 
 def _piped(text: str) -> str:

@@ -19,6 +19,7 @@ from lvlm_probe.heatmap import Heatmap, resample
 from lvlm_probe.metrics.similarity import on_grid, spearman
 from lvlm_probe.report.pictures import data_uri, encode_seen, shrink
 from lvlm_probe.report.plain import nats, without_folders
+from lvlm_probe.study.cells import objection
 from lvlm_probe.study.pages.changes import Region, changed_region, looking, order_of, question_diff, references, stance
 from lvlm_probe.study.pages.loading import Key, Opened, Stored, selected_words, words_of
 
@@ -155,6 +156,7 @@ def _scores(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "deletion": _rounded(record.get("deletion"), 4),
         "insertion": _rounded(record.get("insertion"), 4),
         "trusted": record.get("trusted"),
+        **({} if objection(record) is None else {"counts": False}),
         **({} if record.get("pointing") is None else {"pointing": _rounded(record["pointing"], 3)}),
     }
 
