@@ -182,12 +182,3 @@ def test_hooks_are_registered_in_one_module_only() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr.startswith("register_") and node.attr.endswith("_hook"):
                 pytest.fail(f"{path.relative_to(PACKAGE)}:{node.lineno} calls {node.attr}; only hooks.py does")
-
-
-def test_modules_have_a_readable_size() -> None:
-    long = {
-        str(path.relative_to(PACKAGE)): count
-        for path in source_files()
-        if (count := len(path.read_text(encoding="utf-8").splitlines())) > 400
-    }
-    assert not long, f"over 400 lines: {long}; a module that outgrows becomes a package of its name"
