@@ -182,7 +182,7 @@ class TeacherForcing:
             logits = logits[:, -span:]
             if logits.shape[1] == span != len(steps):
                 logits = logits[:, [step - steps[0] for step in steps]]
-        epsilon = max(epsilon_of(logits.dtype), epsilon_of(getattr(self.model, "dtype", None)))
+        epsilon = max(epsilon_of(logits.dtype), epsilon_of(getattr(model, "dtype", None)))
         if logits.dtype != torch.float64:
             logits = logits.float()
         if logits.shape[0] != batch or logits.shape[1] != len(steps):
