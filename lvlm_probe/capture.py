@@ -248,7 +248,7 @@ def _captured(
             f"no attention of the {' or '.join(attention)} of {type(model).__name__} can be read: {reasons}"
         )
     undo: weakref.finalize | None = None
-    recompute, replay._recompute = replay._recompute, None
+    before, replay.inside = replay.inside, True
     with HookSet() as hooks:
         try:
             hooks.forward_pre(model, seen.begin, name="capture", fenced=False)
@@ -260,7 +260,7 @@ def _captured(
                 observing(seen)
             yield seen
         finally:
-            replay._recompute = recompute
+            replay.inside = before
             if undo is not None:
                 unobserved(seen)
                 undo()

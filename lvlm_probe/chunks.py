@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lvlm_probe.exhaustion import in_micro_batches
 from lvlm_probe.replica import duplicated
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Chunked(torch.autograd.Function):
         ctx.player, ctx.run, ctx.size = player, run, size
         with player.replica.use() as model:
             ctx.model = duplicated(model, bare=False)
-        return player._in_chunks(masks, size, run)
+        return torch.cat(in_micro_batches(player, masks, size, run))
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -40,11 +41,11 @@ class Chunked(torch.autograd.Function):
             with torch.enable_grad():
                 result = ctx.run(leaf, part)
             (gradient,) = torch.autograd.grad(result, leaf, upstream[part])
-            player.passes.backward += len(chunk)
+            player.passes.add(backward=len(chunk))
             return gradient
 
         with player.replica.instead(ctx.model):
-            return (player._in_chunks(masks, ctx.size, one), None, None, None)
+            return (torch.cat(in_micro_batches(player, masks, ctx.size, one)), None, None, None)
 
 
 def noise_seeds(count: int, noise: float, generator: torch.Generator | None) -> torch.Tensor:
@@ -59,7 +60,7 @@ def noise_seeds(count: int, noise: float, generator: torch.Generator | None) -> 
 def noise_like(pixels: torch.Tensor, deviation: float, seeds: torch.Tensor) -> torch.Tensor:
     """Gaussian noise for the pixel inputs of ``len(seeds)`` masks, shaped like ``pixels``, from one seed per mask."""
     rows = pixels.shape[0] // len(seeds)
-    noise = torch.empty(len(seeds), rows, *pixels.shape[1:])
+    noise = torch.empty(len(seeds), rows, *pixels.shape[1:], dtype=torch.float32)
     for part, seed in zip(noise, seeds, strict=True):
         part.normal_(std=deviation, generator=torch.Generator().manual_seed(int(seed)))
     return noise.flatten(0, 1).to(pixels)

@@ -8,7 +8,6 @@ element of the pixel inputs, and the traced geometry of the processor says where
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,8 +35,6 @@ __all__ = [
 ]
 
 _SHARED = 0.3  # of the elements a token reads, which its neighbours may read too (a picture resized inside the model)
-
-_KNOWN: weakref.WeakKeyDictionary[Any, dict[tuple[str, int], EncoderTokens]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -139,10 +136,12 @@ def encoder_tokens(replay: Replay, encoder: str, image: int = 0) -> EncoderToken
     Raises:
         ExplainError: There is no processor to trace, or a token of the encoder does not stand for one patch.
     """
-    known = _KNOWN.setdefault(replay, {})
-    if (encoder, image) not in known:
-        known[encoder, image] = _find(replay, encoder, image)
-    return known[encoder, image]
+    known, key = replay.kept.facts, ("encoder tokens", encoder, image)
+    if key not in known:
+        with torch.enable_grad():
+            known[key] = _find(replay, encoder, image)
+    found: EncoderTokens = known[key]
+    return found
 
 
 def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
@@ -167,7 +166,7 @@ def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
         entered.append(given)
         raise _Stop
 
-    with replay.replica.use() as model, HookSet() as hooks, torch.enable_grad():
+    with replay.replica.use() as model, HookSet() as hooks:
         hooks.forward_pre(model.get_submodule(blocks[0]), enter, name="first block", fenced=False)
         with contextlib.suppress(_Stop):
             replay.run_inputs({**inputs, **leaves})

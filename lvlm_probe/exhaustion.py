@@ -1,6 +1,9 @@
-"""Going on when memory runs out: fewer masks at once, then layers run again in backward, then an error that helps.
+"""How many masks go through the model at once, and how to go on when memory runs out: fewer at once, then layers run
+again in backward, then an error that helps.
 
-What is finished is kept: only the micro-batch that failed is done again.
+The number follows one rule from what does not change between calls (the model's layers, the length of the sequence,
+the size of the device), so that the same call groups its masks in the same way, and rounds in the same way, whatever
+ran before it. What is finished when memory runs out is kept: only the micro-batch that failed is done again.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ import gc
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,40 +22,83 @@ from lvlm_probe.errors import OutOfMemory
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
 
-__all__ = ["in_micro_batches", "ran_out", "whole_pass"]
+__all__ = ["CPU_BYTES", "Limits", "in_micro_batches", "masks_at_once", "ran_out", "whole_pass"]
 
 _log = logging.getLogger("lvlm_probe")
 
+CPU_BYTES = 768 << 20
+"""Bytes that one micro-batch may keep for its backward pass on a CPU: larger ones are no faster (matrix products are as
+fast from some hundred rows on, and activations fall out of the caches)."""
+_MOST = 64  # more masks at once are no faster anywhere
+_PATCH = 3 * 14 * 14  # numbers of pixel input that become one position of an encoder, at the usual patch size
+
+
+@dataclass
+class Limits:
+    """How passes are run; shared by the views of a replay, and narrowed for all of them when memory runs out.
+
+    Attributes:
+        micro_batch: Masks per pass; ``None`` is ``masks_at_once``.
+        gradient_checkpointing: Layers are run again in backward, as the user wants it.
+        recompute: The same, because memory ran out.
+        recovered: What was changed when memory ran out, in order.
+    """
+
+    micro_batch: int | None = None
+    gradient_checkpointing: bool = False
+    recovered: list[str] = field(default_factory=list)
+    recompute: bool = False
+
+
+def masks_at_once(replay: Replay) -> int:
+    """The rule: as many masks as keep about ``CPU_BYTES`` of activations on a CPU, or half of what an accelerator has
+    beside the weights; 1 to 64. Every linear layer is taken to keep its input and its output, twice over for what
+    stands between them, at every position of its sequence."""
+    decoder = encoder = 0
+    for path, module in replay.model.named_modules():
+        inside, outside = (getattr(module, name, None) for name in ("in_features", "out_features"))
+        parts = path.split(".")
+        idle = "experts" in parts[:-1] and parts[parts.index("experts") + 1] not in ("0", "1")  # of a mixture, two work
+        if not (isinstance(inside, int) and isinstance(outside, int)) or idle or parts[-1] == "lm_head":
+            continue
+        if any(path.startswith(f"{tower}.") for tower in replay.anatomy.encoders):
+            encoder += inside + outside
+        else:
+            decoder += inside + outside
+    pixels = sum(value.numel() for value in replay.path.inputs.values() if value.is_floating_point())
+    width = next((weight.element_size() for weight in replay.model.parameters() if weight.is_floating_point()), 4)
+    each = 2 * max(width, 2) * (decoder * replay.length + encoder * math.ceil(pixels / _PATCH))
+    room = CPU_BYTES
+    if replay.device.type == "cuda":
+        weights = sum(w.numel() * w.element_size() for w in replay.model.parameters() if w.device == replay.device)
+        room = max(0, torch.cuda.mem_get_info(replay.device)[1] - weights) // 2
+    return max(1, min(_MOST, room // max(1, each)))
+
+
+_RAN_OUT = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED", "valid cuDNN algorit")
+
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory ran out. torch has a class for accelerators; on the CPU it is a plain
-    ``RuntimeError`` of the allocator."""
+    """Whether an error says that memory ran out. torch has a class for accelerators; on the CPU, and in the libraries
+    of accelerators, it is a plain ``RuntimeError``."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error) or "out of memory" in str(error)
-    )
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _RAN_OUT)
 
 
 def in_micro_batches(
-    player: Replay, masks: torch.Tensor, size: int, run: Callable[[torch.Tensor, slice], torch.Tensor]
-) -> torch.Tensor:
-    """``run`` over micro-batches of equal size, joined; goes on in smaller ones when memory runs out.
+    replay: Replay, masks: torch.Tensor, size: int, run: Callable[[torch.Tensor, slice], Any]
+) -> list[Any]:
+    """``run`` over micro-batches of equal size, at most ``size``; goes on in smaller ones when memory runs out.
 
     Where one mask alone does not fit, the layers of the model are checkpointed from there on, unless somebody is
-    looking inside the pass. The replay remembers both.
-
-    Args:
-        player: the replay; its ``_micro_batch``, ``_recompute`` and ``recovered`` are set.
-        masks: all masks, along the first axis.
-        size: how many to try at once.
-        run: computes one micro-batch, given its masks and its place among all.
+    looking inside the pass. ``replay.limits`` remembers both. ``run`` is given the masks and their place among all.
 
     Raises:
         OutOfMemory: one mask does not fit, whatever is tried.
     """
-    results: list[torch.Tensor] = []
-    start, switched = 0, False
+    results: list[Any] = []
+    start, switched, limits = 0, False, replay.limits
     while start < len(masks):
         rest = len(masks) - start
         count = math.ceil(rest / math.ceil(rest / size))
@@ -61,30 +108,35 @@ def in_micro_batches(
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            failure = _first_line(error)
-            if count == 1 and not _can_recompute(player):
+            if count == 1 and not _can_recompute(replay):
                 if switched:
-                    player._recompute = False
-                raise OutOfMemory(_advice(player, failure, tried=switched)) from error
+                    limits.recompute = False
+                inside = ", or use a method that does not look inside the pass (needs_of(method))" * replay.inside
+                state = " even with gradient checkpointing" * (switched or limits.gradient_checkpointing)
+                raise OutOfMemory(
+                    f"one mask on {replay.trace_id} does not fit into memory of {replay.device}{state} "
+                    f"({_first_line(error)}); load the model in bfloat16 or with device_map='auto', or use a smaller "
+                    f"image{inside}"
+                ) from error
         else:
             start += count
             continue
         # Out of the handler, where the failed pass is still held by its traceback.
         if count > 1:
-            size = player._micro_batch = count // 2
+            size = limits.micro_batch = count // 2
             step = f"{size} at once instead of {count}"
         else:
-            player._recompute = switched = True
+            limits.recompute = switched = True
             step = "gradient checkpointing"
-        player.recovered.append(step)
+        limits.recovered.append(step)
         _log.warning("out of memory with %d masks at once; going on with %s", count, step)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    return results[0] if len(results) == 1 else torch.cat(results)
+    return results
 
 
-def whole_pass(player: Replay, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+def whole_pass(replay: Replay, run: Callable[[], torch.Tensor]) -> torch.Tensor:
     """One pass over one picture without a gradient: nothing about it can be made smaller here.
 
     Raises:
@@ -96,8 +148,8 @@ def whole_pass(player: Replay, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         if not ran_out(error):
             raise
         raise OutOfMemory(
-            f"one pass over the {player.prompt_length} prompt and {len(player.token_ids)} answer tokens of "
-            f"{player.trace_id} does not fit into memory of {player.device}, even without a mask or gradients "
+            f"one pass over the {replay.prompt_length} prompt and {len(replay.token_ids)} answer tokens of "
+            f"{replay.trace_id} does not fit into memory of {replay.device}, even without a mask or gradients "
             f"({_first_line(error)}); load the model in bfloat16 or with device_map='auto', or record the answer "
             "with a smaller image"
         ) from error
@@ -107,24 +159,10 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _can_recompute(player: Replay) -> bool:
+def _can_recompute(replay: Replay) -> bool:
     """Whether layers could be checkpointed and are not."""
-    if player._recompute is not False or player.gradient_checkpointing:
+    if replay.inside or replay.recomputes:
         return False
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return any(isinstance(module, GradientCheckpointingLayer) for module in player.model.modules())
-
-
-def _advice(player: Replay, failure: str, *, tried: bool) -> str:
-    inside = player._recompute is None
-    state = " even with gradient checkpointing" if tried or player.gradient_checkpointing else ""
-    other = (
-        ", or use a method that does not look inside the pass (needs_of(method)), whose layers can be checkpointed"
-        if inside
-        else ""
-    )
-    return (
-        f"one mask on {player.trace_id} does not fit into memory of {player.device}{state} ({failure}); load "
-        f"the model in bfloat16 or with device_map='auto', or use a smaller image{other}"
-    )
+    return any(isinstance(module, GradientCheckpointingLayer) for module in replay.model.modules())

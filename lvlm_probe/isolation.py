@@ -17,7 +17,7 @@ from lvlm_probe.hooks import HookSet
 from lvlm_probe.replica import duplicated
 from lvlm_probe.wrappers import every_module
 
-__all__ = ["checkpointed", "even_gradients", "taking_turns"]
+__all__ = ["checkpointed", "even_gradients", "outside_inference_mode", "taking_turns"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,6 +37,22 @@ def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return turn
+
+
+def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs outside of ``torch.inference_mode``, where a caller of it is inside, with gradients off.
+
+    Tensors made inside cannot be differentiated ever after, so nothing that is kept may be made there.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside
 
 
 @contextmanager

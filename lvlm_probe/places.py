@@ -54,7 +54,7 @@ class SignCode:
 
     def __init__(self, hidden: torch.Tensor, leaves: Iterable[torch.Tensor]) -> None:
         generator = torch.Generator().manual_seed(0)
-        self._along = hidden @ torch.randn(hidden.shape[1], generator=generator).to(hidden)
+        self._along = hidden @ torch.randn(hidden.shape[1], generator=generator, dtype=torch.float32).to(hidden)
         self._numbers = torch.arange(len(hidden), device=hidden.device)
         self._leaves = list(leaves)
         self.plain = self._gradients(torch.ones_like(self._along))

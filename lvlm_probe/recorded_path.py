@@ -86,7 +86,8 @@ def recorded_path(
     image_processor = image_processor_of(processor)
     call = trace.processor_call
     if image_processor is None or call is None or not trace.images:
-        return PixelPath(pixels, baseline=kind, **params, **placed), {**recorded, "kind": kind, **params}
+        inputs = PixelPath(pixels, baseline=kind, **params, **placed)
+        return inputs, {**recorded, **inputs.description}
     made = [make_baseline(picture, kind, **params) for picture in trace.images]
     try:
         path = ImagePath.from_processor(

@@ -383,11 +383,10 @@ class GenerationRecorder:
                     row.notes.append(f"no hidden states: {error}")
             if not self.options.llr:
                 continue
-            if self.options.baseline != "blur":  # which is what a replay starts with
-                player.set_baseline(self.options.baseline)
+            player = player.over(self.options.baseline)
             llr = torch.as_tensor(row.log_probs) - player.baseline_log_probs
             selected = ((llr > _ALPHA) & ~player.special).nonzero()[:, 0].tolist()
-            player.strengthen(selected)
+            player = player.strengthened(selected)
             row.baseline_log_probs = player.baseline_log_probs.numpy()
             row.baseline = dict(player.baseline)
         capture.seconds["teacher_forced"] = time.perf_counter() - start

@@ -243,8 +243,7 @@ def test_all_tokens_patched_is_the_donors_own_run(name, tmp_path, heat):
     donor = tiny_models.picture(seed=5)
     effect = causal.patch(replay, heat, donor=donor, tokens=selection, top=0.5)
     assert effect.original == pytest.approx(float(replay.original_log_probs.sum()), abs=1e-5)
-    replay.set_baseline(donor)
-    assert effect.everything == pytest.approx(float(replay.baseline_log_probs.sum()), abs=1e-4)
+    assert effect.everything == pytest.approx(float(replay.over(donor).baseline_log_probs.sum()), abs=1e-4)
     assert abs(effect.everything - effect.original) > 0.1
     assert effect.effects[0].score not in (effect.original, effect.everything)
 
@@ -265,7 +264,7 @@ def test_one_of_two_pictures_is_patched(tmp_path, heat):
     replay = record("llava", tmp_path, images=2)
     selection = probe.select_tokens(replay, rule="joint")
     effect = causal.patch(replay, heat, donor=tiny_models.picture(seed=5), tokens=selection, image=1)
-    replay.set_baseline([replay.image(0), tiny_models.picture(seed=5)])
+    replay = replay.over([replay.image(0), tiny_models.picture(seed=5)])
     assert effect.everything == pytest.approx(float(replay.baseline_log_probs.sum()), abs=1e-4)
 
 

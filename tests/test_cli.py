@@ -23,7 +23,7 @@ from PIL import Image
 import lvlm_probe as probe
 from lvlm_probe import cli
 from lvlm_probe.cli.inputs import parameters
-from lvlm_probe.cli.maps import Baseline, MapFile
+from lvlm_probe.cli.maps import MapFile
 from lvlm_probe.errors import ImageError, ProbeError
 from lvlm_probe.prompting import chat_inputs
 from lvlm_probe.selection import word_selections
@@ -691,21 +691,6 @@ def test_a_processor_without_chat_template_still_gets_its_picture(scene: Any) ->
 def replayed(demo: Any, recorded: Path) -> probe.Replay:
     model, processor = demo
     return probe.replay(probe.open_trace(recorded), model, processor)
-
-
-def test_every_map_starts_from_the_recorded_baseline(replayed: probe.Replay) -> None:
-    start = Baseline(replayed)
-    before, values = dict(replayed.baseline), replayed.baseline_log_probs.clone()
-    for kind, settings in (("blur", {"strength": 0.4}), ("blur", {"strength": float("inf")}), ("noise", {"seed": 3})):
-        replayed.set_baseline(kind, **settings)
-        strong = dict(replayed.baseline)
-        changed = replayed.baseline_log_probs.clone()
-        start.restore()
-        assert replayed.baseline["kind"] == before["kind"]
-        assert torch.allclose(replayed.baseline_log_probs, values, atol=1e-5)
-        start.use(strong)
-        assert torch.allclose(replayed.baseline_log_probs, changed, atol=1e-5)
-        start.restore()
 
 
 def test_word_selections_part_the_selection(replayed: probe.Replay) -> None:

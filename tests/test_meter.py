@@ -131,8 +131,7 @@ def test_a_file_costs_one_extra_pass_per_answer(demo: Any, asked: Path) -> None:
     for one, trace in zip((first, second), store, strict=True):
         assert isinstance(one, Reading)
         assert one.elsewhere and one.answer == trace.answer and one.picture is not None
-        replay = probe.replay(trace, model, processor)
-        replay.set_baseline("blur")
+        replay = probe.replay(trace, model, processor).over("blur")
         ratios = (torch.tensor(trace.log_probs) - replay.baseline_log_probs)[~replay.special]
         assert one.drop == pytest.approx(1 - math.exp(-float(ratios.sum())), abs=1e-4)
     assert isinstance(second, Reading) and second.band == "picture" and len(second.seen) == 1

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import lvlm_probe as probe
-from lvlm_probe import memory, player
+from lvlm_probe import player
 from lvlm_probe.forcing import TeacherForcing
 from lvlm_probe.images import BLUR_LADDER
 from lvlm_probe.isolation import checkpointed
@@ -188,6 +188,20 @@ def test_weights_get_no_gradients_and_flags_come_back(llava):
     assert torch.allclose(result[0], llava.log_probs(mask.detach())[0], atol=1e-5)  # dropout stayed off
 
 
+def kept_for_backward(replay):
+    """Bytes that autograd keeps for one backward pass, weights included, each storage once."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # what saves its own output would keep itself alive
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        replay.log_probs(torch.full((1, 4, 4), 0.5, requires_grad=True))
+    weights = {weight.untyped_storage().data_ptr() for weight in replay.model.parameters()}
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 def test_checkpointing_fires_in_eval_mode_and_gives_the_same_gradient(tmp_path, trainable):
     trace, model, processor = record("llava", tmp_path)
@@ -208,8 +222,7 @@ def test_checkpointing_fires_in_eval_mode_and_gives_the_same_gradient(tmp_path, 
     assert torch.equal(gradients[0][0], gradients[1][0])
     assert (gradients[0][1], gradients[1][1]) == (1, 2)
     assert not model.training and not any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
-    few = memory.saved_bytes(lambda: saving.log_probs(torch.full((1, 4, 4), 0.5, requires_grad=True)))
-    many = memory.saved_bytes(lambda: plain.log_probs(torch.full((1, 4, 4), 0.5, requires_grad=True)))
+    few, many = (kept_for_backward(replay) for replay in (saving, plain))
     assert few < 0.6 * many
 
 
@@ -347,11 +360,11 @@ def test_baselines(llava):
     replay = probe.replay(llava.trace, llava.model, tiny_models.build_processor("llava"))
     seen = set()
     for kind in ("blur", "blank", "noise", "mean", Image.new("RGB", (90, 60), (200, 10, 10))):
-        description = replay.set_baseline(kind)
-        seen.add((description["kind"], round(float(replay.baseline_log_probs.sum()), 4)))
+        view = replay.over(kind)
+        seen.add((view.baseline["kind"], round(float(view.baseline_log_probs.sum()), 4)))
     assert len({kind for kind, _ in seen}) == 5 and len({value for _, value in seen}) == 5
     with pytest.raises(probe.ImageError):
-        replay.set_baseline("sepia")
+        replay.over("sepia")
 
 
 def test_blur_is_strengthened_until_the_words_are_gone(llava, monkeypatch):
@@ -368,13 +381,11 @@ def test_blur_is_strengthened_until_the_words_are_gone(llava, monkeypatch):
             return torch.full((len(self.token_ids),), probabilities[rung]).log()
 
     replay.__class__ = Faked
-    replay.set_baseline("blur", strength=BLUR_LADDER[0])
-    found = replay.strengthen([0, 1])
+    found = replay.over("blur", strength=BLUR_LADDER[0]).strengthened([0, 1]).baseline
     assert found["verified"] and found["mean_probability"] == pytest.approx(0.01)
     assert max(tried) == 2  # no harder than needed
     probabilities.update({0: 0.5, 1: 0.2, 2: 0.3})
-    replay.set_baseline("blur", strength=BLUR_LADDER[0])
-    found = replay.strengthen([0, 1])
+    found = replay.over("blur", strength=BLUR_LADDER[0]).strengthened([0, 1]).baseline
     assert not found["verified"] and found["mean_probability"] == pytest.approx(0.2)  # the best of all, not the last
 
 
@@ -384,16 +395,8 @@ def test_counts_passes(tmp_path):
     with torch.no_grad():
         replay.log_probs(torch.rand(6, 4, 4))
     replay.score_and_grad(torch.rand(3, 4, 4), lambda log_probs: log_probs.sum(1))
-    assert (replay.passes.forward, replay.passes.backward) == (9, 3)
-
-
-def test_saved_bytes_and_fit():
-    weight = torch.nn.Parameter(torch.randn(256, 256))
-    x = torch.randn(8, 256, requires_grad=True)
-    saved = memory.saved_bytes(lambda: (x @ weight).tanh().sum(), besides=[weight])
-    assert saved == 8 * 256 * 4 * 2  # x for the weight's gradient, tanh's own output; not the weight
-    assert memory.masks_that_fit(1, torch.device("cpu")) == 64
-    assert memory.masks_that_fit(1 << 50, torch.device("cpu")) == 1
+    # Three pictures forward and one back are the check of gradients, once per replay.
+    assert (replay.passes.forward, replay.passes.backward) == (9 + 3, 3 + 1)
 
 
 def test_captum_explains_a_replay_as_any_function(demo, tmp_path):

@@ -352,12 +352,12 @@ def test_iia_as_its_authors_run_it(scope):
     scaled = part[-1] if scope == "decoder" else part[-2]
     points = [0.0, 0.5, 1.0]
     runs = []
-    with eager.on_baseline("blank"):
-        assert float(eager.path.baseline_inputs["pixel_values"].std(dim=(2, 3)).max()) < 1e-6
-        for outer in points:
-            for inner in points:
-                run = inside.dense(eager, inputs=between(eager, outer), scale={scaled: inner})
-                runs.append([c for c in run.calls if c.module in part and c.gradient is not None])
+    black = eager.over("blank")
+    assert float(black.path.baseline_inputs["pixel_values"].std(dim=(2, 3)).max()) < 1e-6
+    for outer in points:
+        for inner in points:
+            run = inside.dense(black, inputs=between(black, outer), scale={scaled: inner})
+            runs.append([c for c in run.calls if c.module in part and c.gradient is not None])
     products = [
         inside.Dense(
             calls[0].module, 0, torch.stack([(c.weights * c.gradient).clamp(min=0) for c in calls]).mean(dim=0)

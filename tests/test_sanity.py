@@ -249,8 +249,7 @@ def test_the_same_tokens_and_the_same_baseline_are_explained_throughout(recorded
     step, block = report.steps[1], list(grouped(weight_blocks(model), 2).values())[1]
     assert step.weights == sum(weight.numel() for weight in block.values())
     with randomised(block):
-        replay = probe.replay(trace, model, processor, strict=False)
-        replay.set_baseline("blur", strength=0.6)
+        replay = probe.replay(trace, model, processor, strict=False).over("blur", strength=0.6)
         by_hand = probe.explain(replay, method="test gradient", tokens=report.heatmap.selection, strengthen=False)
     np.testing.assert_array_equal(by_hand.values, report.heatmaps[1].values)
     assert step.similarity == compare_maps(report.heatmap, by_hand)

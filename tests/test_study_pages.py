@@ -105,9 +105,8 @@ def test_word_maps_are_those_of_the_words(with_words: Study) -> None:
     entries = read_words(record, file)
     assert sorted(token for entry in entries for token in entry["tokens"]) == sorted(heat.selection.indices)
     for entry in entries:
-        with replay.on_baseline(with_words.settings.baseline):
-            part = dataclasses.replace(heat.selection, indices=tuple(entry["tokens"]))
-            alone = probe.explain(replay, method="input_gradient", tokens=part)
+        part = dataclasses.replace(heat.selection, indices=tuple(entry["tokens"]))
+        alone = probe.explain(replay.over(with_words.settings.baseline), method="input_gradient", tokens=part)
         if alone.values is None:  # words such as "the", in which the picture has no part
             assert entry["reason"] == alone.reason and "values" not in entry
         else:

@@ -5,6 +5,7 @@ P(a_t | M) = p_base + (p_orig − p_base) · Σ_cells w_t · m, m the mask avera
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from lvlm_probe.player import PassCounter
 from lvlm_probe.words import group_words
 
 
@@ -48,7 +50,7 @@ class ToyReplay:
         self.n_images = 1
         self.device = torch.device("cpu")
         self.baseline: dict[str, Any] = {"kind": "blur", "strength": 0.1}
-        self.passes = SimpleNamespace(forward=0, backward=0)
+        self.passes = PassCounter()
         self.trace: Any = SimpleNamespace(
             trace_id="toy", images=[self.image()], path=None, log_probs=self.probability.log().mul(gain).float().numpy()
         )
@@ -66,10 +68,26 @@ class ToyReplay:
             return torch.ones(shape, dtype=torch.bool)
         return torch.nn.functional.adaptive_max_pool2d(self._seen[None].float(), shape)[0] > 0
 
-    def strengthen(self, steps: Sequence[int], *, below: float = 0.05) -> dict[str, Any]:
+    masks_at_once, recomputes = 64, False
+    limits = SimpleNamespace(recovered=[])
+
+    def counted(self) -> ToyReplay:
+        other = copy.copy(self)
+        other.passes = PassCounter(within=self.passes)
+        return other
+
+    def over(self, baseline: Any) -> ToyReplay:
+        assert baseline["kind"] == self.baseline["kind"]
+        return self
+
+    def strengthened(self, steps: Sequence[int], *, below: float = 0.05) -> ToyReplay:
         mean = float(self.baseline_log_probs[list(steps)].exp().mean())
-        self.baseline = {**self.baseline, "mean_probability": mean, "verified": mean < below}
-        return self.baseline
+        other = copy.copy(self)
+        other.baseline = {**self.baseline, "mean_probability": mean, "verified": mean < below}
+        return other
+
+    def require_gradients(self) -> None:
+        """They are whole."""
 
     @property
     def original_log_probs(self) -> torch.Tensor:
@@ -99,7 +117,7 @@ class ToyReplay:
         assert mask.ndim == 3
         assert float(mask.detach().min()) >= 0
         assert float(mask.detach().max()) <= 1
-        self.passes.forward += len(mask)
+        self.passes.add(forward=len(mask))
         cells = torch.nn.functional.adaptive_avg_pool2d(mask.double(), self.weights.shape[1:])
         share = torch.einsum("brc,trc->bt", cells, self.weights)
         if noise:
@@ -127,7 +145,7 @@ class ToyReplay:
         with torch.enable_grad():
             scores = score(self.log_probs(leaf, image=image, noise=noise, generator=generator, steps=steps))
             (gradient,) = torch.autograd.grad(scores.sum(), leaf)
-        self.passes.backward += len(mask)
+        self.passes.add(backward=len(mask))
         return scores.detach(), gradient
 
 

@@ -125,13 +125,15 @@ def patch(
     Args:
         replay: The recorded answer on its model, with its processor.
         heat, top, control, draws, tokens, image, seed, progress: As for ``knockout``.
-        donor: A picture of the same size; by default the replay's baseline picture.
+        donor: A picture of the same size; by default the baseline picture that the heatmap names, else the replay's.
 
     Raises:
         ExplainError: As for ``knockout``, or the model gives its decoder no embeddings.
         ImageError: The donor has another size.
     """
     target = _target(replay, heat, tokens, image)
+    if donor is None and isinstance(heat, Heatmap):
+        replay = replay.over(heat.provenance.get("baseline") or replay.baseline)
     features = donor_features(replay, donor, target.image)
 
     def take(rows: np.ndarray, _layers: Sequence[int]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cli.explaining import label_of, open_replay
 from lvlm_probe.cli.inputs import model_of
-from lvlm_probe.cli.maps import FOLDER, Baseline, MapFile, Settings, baseline_from, explain_one, score_one
+from lvlm_probe.cli.maps import FOLDER, MapFile, Settings, baseline_from, explain_one, score_one
 from lvlm_probe.cli.models import load_model
 from lvlm_probe.cli.terminal import finite, note, print_json, say, stage, stop, stored_path
 from lvlm_probe.errors import ProbeError, TraceError
@@ -79,13 +79,12 @@ def compare_methods(
                 loaded = {name: load_model(name, **loading)}  # one model at a time in memory
             replay = open_replay(trace, *loaded[name])
             if own_baseline is not None:
-                replay.set_baseline(own_baseline)
+                replay = replay.over(own_baseline)
             if not as_json:
                 say((f"trace {number} of {len(traces)}  ", "dim"), trace.answer.strip())
             selection = _selection(replay, words)
-            start = Baseline(replay)
             for method in methods:
-                heat, score = _one(replay, start, selection, method, trace, judging)
+                heat, score = _one(replay, selection, method, trace, judging)
                 heats.append(heat)
                 scores.append(score)
                 if heat.values is None:
@@ -149,7 +148,6 @@ def _selection(replay: Replay, words: list[str] | None) -> TokenSelection:
 
 def _one(
     replay: Replay,
-    start: Baseline,
     selection: TokenSelection,
     method: str,
     trace: Trace,
@@ -160,13 +158,13 @@ def _one(
 
     settings = Settings(method, {}, seed=int(judging.get("seed") or 0), scored=False)
     try:
-        found, _ = explain_one(replay, start, selection, label_of(selection), settings, trace.path.parent / FOLDER)
+        found, _ = explain_one(replay, selection, label_of(selection), settings, trace.path.parent / FOLDER)
         heat = found.read()
     except Exception as error:  # whatever is wrong with a method, the others go on
         return not_made(replay, method, selection, error), None
     if heat.values is None:
         return heat, None
-    return heat, _stored_score(found, judging) or score_one(replay, start, found, **judging)
+    return heat, _stored_score(found, judging) or score_one(replay, found, **judging)
 
 
 def _stored_score(found: MapFile, judging: Mapping[str, Any]) -> Score | None:

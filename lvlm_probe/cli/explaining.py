@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvlm_probe.cli.inputs import find_trace, model_of, open_images, output_directory, parameters
-from lvlm_probe.cli.maps import FOLDER, Baseline, MapFile, Settings, baseline_from, explain_one
+from lvlm_probe.cli.maps import FOLDER, MapFile, Settings, baseline_from, explain_one
 from lvlm_probe.cli.models import load_model
 from lvlm_probe.cli.options import (
     Attn,
@@ -129,7 +129,7 @@ def explain(
         loaded, processor = load_model(model_of(recorded, model), device=device, dtype=dtype, attn=attn)
     replay = open_replay(recorded, loaded, processor)
     if own_baseline is not None:
-        replay.set_baseline(own_baseline)
+        replay = replay.over(own_baseline)
     selection = _select(replay, words=words, alpha=alpha, joint=joint)
     folder = directory / FOLDER
     explained = Explained(recorded, [])
@@ -173,14 +173,13 @@ def explain_replay(
     replay: Replay, selection: TokenSelection, settings: Settings, folder: Path, *, word_maps: bool, into: Explained
 ) -> Any:
     """Makes the map of the selection and, if wanted, one per word; yields each as it is finished."""
-    start = Baseline(replay)
     jobs = [(label_of(selection), selection)]
     if word_maps and selection:
         from lvlm_probe.selection import word_selections
 
         jobs += [job for job in word_selections(replay, selection) if job[1].indices != selection.indices]
     for label, chosen in jobs:
-        found, _ = explain_one(replay, start, chosen, label, settings, folder)
+        found, _ = explain_one(replay, chosen, label, settings, folder)
         into.maps.append(found)
         yield found
 

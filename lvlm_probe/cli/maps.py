@@ -15,7 +15,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FOLDER",
-    "Baseline",
     "MapFile",
     "Settings",
     "baseline_from",
@@ -101,59 +99,8 @@ class MapFile:
         write_whole(self.score_path, json.dumps(score.to_dict(), ensure_ascii=False, indent=1, allow_nan=False))
 
 
-class Baseline:
-    """The baseline that every map of a replay starts from.
-
-    Explaining one set of words may strengthen the blur, and the replay keeps that. Each map starts from the recorded
-    baseline all the same, so that it does not depend on which maps were made before it in the same run.
-    """
-
-    def __init__(self, replay: Replay) -> None:
-        self._replay = replay
-        self._start = dict(replay.baseline)
-        own = self._start.get("kind") == "image"
-        self._pictures: list[Any] = [replay.baseline_image(k) for k in range(replay.n_images)] if own else []
-
-    @property
-    def identity(self) -> str:
-        """What tells this baseline from others, for file names; the pixels, when it is the user's picture."""
-        facts = {key: self._start.get(key) for key in ("kind", "strength", "seed", "limit")}
-        pixels = [hashlib.sha256(picture.tobytes()).hexdigest() for picture in self._pictures]
-        return json.dumps([facts, pixels], sort_keys=True)
-
-    def restore(self) -> None:
-        """Back to the start."""
-        self.use(self._start)
-
-    def use(self, wanted: Mapping[str, Any]) -> None:
-        """The baseline that a heatmap or trace describes.
-
-        Raises:
-            ProbeError: it was a picture of the user's own, which is not stored with the map.
-        """
-        replay, kind = self._replay, wanted.get("kind", "blur")
-        if all(replay.baseline.get(key) == wanted.get(key) for key in ("kind", "strength", "seed", "limit")):
-            return
-        if kind == "image":
-            if not self._pictures:
-                raise ProbeError(
-                    "this map was made with a baseline picture of your own: give it again, --baseline FILE"
-                )
-            replay.set_baseline(self._pictures)
-        elif kind == "blur":
-            strength = wanted.get("strength")
-            if strength is not None or wanted.get("limit"):
-                replay.set_baseline("blur", strength=math.inf if strength is None else float(strength))
-            else:
-                replay.set_baseline("blur")
-        elif kind == "noise" and wanted.get("seed") is not None:
-            replay.set_baseline("noise", seed=int(wanted["seed"]))
-        else:
-            replay.set_baseline(str(kind))
-
-
 def explain_one(
-    replay: Replay, baseline: Baseline, selection: TokenSelection, label: str, settings: Settings, directory: Path
+    replay: Replay, selection: TokenSelection, label: str, settings: Settings, directory: Path
 ) -> tuple[MapFile, bool]:
     """Makes, draws and scores one map, or finds it finished.
 
@@ -167,10 +114,9 @@ def explain_one(
     from lvlm_probe import explain
 
     directory.mkdir(parents=True, exist_ok=True)
-    found = MapFile(directory / _file_name(replay, baseline, selection, label, settings))
+    found = MapFile(directory / _file_name(replay, selection, label, settings))
     finished = _is_readable(found)
     if not finished:
-        baseline.restore()
         with bar(f"explaining {label}, {settings.method}") as progress:
             heat = explain(
                 replay,
@@ -183,7 +129,7 @@ def explain_one(
             )
         heat.write(found.path)
     if settings.scored and (not finished or _lacks_score(found)):
-        score_one(replay, baseline, found, mode=settings.mode)
+        score_one(replay, found, mode=settings.mode)
     if not found.picture.is_file():
         heat = found.read()
         if heat.values is not None:
@@ -191,13 +137,11 @@ def explain_one(
     return found, finished
 
 
-def score_one(replay: Replay, baseline: Baseline, found: MapFile, **options: Any) -> Score:
+def score_one(replay: Replay, found: MapFile, **options: Any) -> Score:
     """Scores a stored map against the baseline it was made with, and stores the score beside it."""
     from lvlm_probe import evaluate
 
     heat = found.read()
-    if heat.values is not None:
-        baseline.use(heat.provenance.get("baseline") or {})
     with bar("scoring") as progress:
         score = evaluate(heat, replay, progress=progress, **options)
     found.write_score(score)
@@ -262,7 +206,7 @@ def _lacks_score(found: MapFile) -> bool:
         return True
 
 
-def _file_name(replay: Replay, baseline: Baseline, selection: TokenSelection, label: str, settings: Settings) -> str:
+def _file_name(replay: Replay, selection: TokenSelection, label: str, settings: Settings) -> str:
     decisive = [
         replay.trace_id,
         settings.method,
@@ -270,7 +214,8 @@ def _file_name(replay: Replay, baseline: Baseline, selection: TokenSelection, la
         settings.image,
         settings.seed,
         list(selection.indices),
-        baseline.identity,
+        # What tells this baseline from others: parameters, or the pixels, when it is the user's picture.
+        {key: replay.baseline.get(key) for key in ("kind", "strength", "seed", "limit", "sha256")},
     ]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
     trace: Any = replay.trace

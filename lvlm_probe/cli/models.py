@@ -24,7 +24,8 @@ def load_model(
 
     Args:
         spec: a directory, a hub id, or ``"demo"``.
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; by default the first accelerator, else the CPU.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; by default CUDA where there is one, else the CPU.
+            Apple's ``mps`` has no float64, which most methods compute with: it is taken only when asked for.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"`` (the checkpoint's). Default: float32 on the
             CPU, else auto.
         attn: attention implementation, ``"sdpa"`` or ``"eager"``.
@@ -86,9 +87,7 @@ def _device(name: str | None) -> torch.device:
     import torch
 
     if name is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(name)
     except RuntimeError:

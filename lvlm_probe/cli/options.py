@@ -32,7 +32,7 @@ Images = Annotated[
 ]
 Question = Annotated[str | None, typer.Option("--question", metavar="TEXT", help="What to ask about the picture.")]
 Device = Annotated[
-    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps. Default: an accelerator if any.")
+    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps. Default: cuda if any.")
 ]
 Dtype = Annotated[
     str | None,

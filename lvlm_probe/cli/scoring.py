@@ -10,7 +10,7 @@ import typer
 from lvlm_probe.cli.comparing import compare_methods
 from lvlm_probe.cli.explaining import map_summary, open_replay, show_map
 from lvlm_probe.cli.inputs import model_of
-from lvlm_probe.cli.maps import Baseline, MapFile, baseline_from, find_maps, score_one
+from lvlm_probe.cli.maps import MapFile, baseline_from, find_maps, score_one
 from lvlm_probe.cli.models import load_model
 from lvlm_probe.cli.options import Attn, BaselineOption, Device, Dtype, Json, OptionalModel
 from lvlm_probe.cli.terminal import print_json, say, stage, stop, stored_path
@@ -119,10 +119,9 @@ def evaluate(
                 loaded = {name: load_model(name, device=device, dtype=dtype, attn=attn)}
             replay = open_replay(trace, *loaded[name])
             if own_baseline is not None:
-                replay.set_baseline(own_baseline)
-            start = Baseline(replay)
+                replay = replay.over(own_baseline)
             for item in items:
-                score_one(replay, start, item, **options)
+                score_one(replay, item, **options)
                 done.append(item)
                 if not as_json:
                     show_map(item)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import importlib
-import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -13,15 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from lvlm_probe import planning
-from lvlm_probe.errors import ExplainError, MaskError
+from lvlm_probe.errors import ExplainError, OutOfMemory
+from lvlm_probe.exhaustion import ran_out
 from lvlm_probe.explainers import registry
-from lvlm_probe.explainers.costs import cost_of
 from lvlm_probe.explainers.recorded import RecordedAnswer
 from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, find, needs_of, register
 from lvlm_probe.explainers.scaling import no_effect
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.isolation import taking_turns
+from lvlm_probe.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.player import Replay
 from lvlm_probe.selection import TokenSelection, select_tokens
 from lvlm_probe.trace import Trace
@@ -29,9 +26,9 @@ from lvlm_probe.trace import Trace
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Outcome", "Problem", "explain", "methods", "needs_of", "register", "register_explainer"]
+    from lvlm_probe.planning import Plan
 
-_log = logging.getLogger("lvlm_probe")
+__all__ = ["Outcome", "Problem", "explain", "methods", "needs_of", "register", "register_explainer", "selected"]
 
 register_explainer = register
 """What ``lvlm_probe.register_explainer`` is."""
@@ -46,6 +43,7 @@ for _module in (
 Tokens = str | tuple[int, int] | Sequence[str] | TokenSelection
 
 
+@outside_inference_mode
 @taking_turns
 def explain(
     replay: Replay | Trace,
@@ -56,38 +54,39 @@ def explain(
     seed: int = 0,
     strengthen: bool = True,
     progress: Progress | None = None,
-    memory: int | str | None = None,
-    measure_memory: bool = False,
+    plan: Plan | None = None,
     **params: Any,
 ) -> Heatmap:
-    """Explains why a recorded answer says what it says: which regions of the picture made the selected tokens likely.
+    """Explain why a recorded answer says what it says: which regions of the picture made the selected tokens likely.
+
+    The result is the same whatever ran before it, and the replay stays as it is.
 
     Args:
-        replay: The recorded answer on its model. The trace alone will do for methods that run no pass, where it holds
+        replay: the recorded answer on its model. The trace alone will do for methods that run no pass, where it holds
             what they need (``needs_of(method)``).
-        method: Name of a registered explainer.
-        tokens: What to explain: ``None`` for the tokens the picture is responsible for (paper, Eq. 6, alpha = 1), a
+        method: name of a registered explainer.
+        tokens: what to explain: ``None`` for the tokens the picture is responsible for (paper, Eq. 6, alpha = 1), a
             word or phrase of the answer, several of them, a token span ``(start, stop)``, or a selection.
-        image: Number of the picture, when the prompt has several.
-        seed: Of everything random in the explanation; the global random state is not touched.
-        strengthen: Blur the baseline harder while the selected tokens keep 5 % of probability on it (paper, A.1). The
-            replay keeps the stronger baseline, so that later scores refer to the same one.
-        progress: Called with (done, total).
-        memory: What may be used, weights included: bytes or a size such as ``"24GB"``. By default what the device has
-            free. How many masks go through at once, and whether layers are checkpointed, is planned with it
-            (``lvlm_probe.plan``) before any work, and again whenever memory runs out.
-        measure_memory: Note the peak that was reached beside the one that was planned, in
-            ``provenance["memory"]``. On CUDA it is noted anyway; on the CPU it takes time on small models.
-        params: Parameters of the method.
+        image: number of the picture, when the prompt has several.
+        seed: of everything random in the explanation; the global random state is not touched.
+        strengthen: blur the replay's baseline harder while the selected tokens keep 5 % of probability on it (paper,
+            A.1); ``provenance["baseline"]`` names the baseline that was used, and ``evaluate`` judges over it.
+        progress: called with (done, total).
+        plan: how to run it, from ``lvlm_probe.plan``: masks at once, and whether layers are run again in backward. By
+            default the replay's ``micro_batch``, or a rule; when memory runs out, half as many at once.
+        params: parameters of the method.
 
     Returns:
         The heatmap; without values, but with a reason, when nothing is selected or the picture plays no part: the
         selected tokens' log-probabilities move by no more than rounding when it alone is replaced by its baseline.
+        ``provenance["passes"]`` counts every picture that went through the model for it: selecting tokens,
+        strengthening the baseline and measuring included, as far as nothing before has found the same out.
 
     Raises:
-        ExplainError: Unknown method or parameter, or the method cannot run here.
-        OutOfMemory: Not even one mask fits; the message says what it would take.
-        SelectionError: The answer does not contain the words or span.
+        ExplainError: unknown method or parameter, the method cannot run here, or it needs gradients and the model's
+            are not whole.
+        OutOfMemory: not even one mask fits; the message says what it would take.
+        SelectionError: the answer does not contain the words or span.
     """
     function = resolve(method)
     check_parameters(method, function, params)
@@ -103,28 +102,29 @@ def explain(
         replay = cast(Replay, RecordedAnswer(replay))
     if not 0 <= image < replay.n_images:
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
-    selection = _selection(replay, tokens)
+    if plan is not None and plan.method != method:
+        raise ExplainError(f"this plan is of {plan.method!r}, not of {method!r}: plan(replay, method={method!r})")
     started = time.perf_counter()
-    before = (replay.passes.forward, replay.passes.backward)
-    used: dict[str, Any] = {}
-    shortcuts = getattr(replay, "shortcuts", None) if live else None
-    asked = shortcuts.asked if shortcuts is not None else 0
+    if live:
+        replay = replay.counted()
+        if plan is not None:
+            replay = replay.with_settings(
+                micro_batch=plan.micro_batch, gradient_checkpointing=plan.gradient_checkpointing
+            )
+    selection = selected(replay, tokens)
+    shortcuts = replay.shortcuts if live else None
+    asked, recovered = (shortcuts.asked, len(replay.limits.recovered)) if shortcuts is not None else (0, 0)
     if not selection:
         outcome = Outcome(None, params, reason=f"nothing to explain: {selection.reason}")
-    else:
-        if strengthen and live:
-            replay.strengthen(selection.decided)
+    elif not live:
         problem = Problem(replay, selection, image, seed, progress, live)
-        if (reason := no_effect(problem)) is not None:
-            outcome = Outcome(None, params, reason=reason)
-        else:
-            planned = _planned(problem, method, params, memory, measure_memory)
-            with (
-                planning.applied(replay, planned, method=method, measure=measure_memory) as watch,
-                contextlib.nullcontext() if shortcuts is None else shortcuts.held(),
-            ):
-                outcome = function(problem, **params)
-            used = watch.record() if live else {}
+        reason = no_effect(problem)
+        outcome = function(problem, **params) if reason is None else Outcome(None, params, reason=reason)
+    else:
+        if strengthen:
+            replay = replay.strengthened(selection.decided)
+        problem = Problem(replay, selection, image, seed, progress, live)
+        outcome = _run(function, problem, method, params)
     values = outcome.values
     if values is not None and (values.ndim != 2 or not bool(((values >= 0) & (values <= 1)).all())):
         raise ExplainError(
@@ -135,25 +135,22 @@ def explain(
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "seed": seed,
         "baseline": _json_ready(replay.baseline),
-        "passes": {
-            "forward": replay.passes.forward - before[0],
-            "backward": replay.passes.backward - before[1],
-        },
+        "passes": {"forward": replay.passes.forward, "backward": replay.passes.backward},
         "seconds": round(time.perf_counter() - started, 4),
         "device": str(replay.device),
         "versions": _versions(),
     }
     if shortcuts is not None and shortcuts.asked > asked:
         provenance["shortcuts"] = str(shortcuts)  # what passes left out, or that none could leave out anything
-    if used:
-        provenance["memory"] = used
+    if live:
+        provenance["memory"] = _memory(replay, plan, recovered)
     if outcome.diagnostics:
         provenance["diagnostics"] = _json_ready(outcome.diagnostics)
     return Heatmap(
         values=None if values is None else values.detach().float().cpu().numpy(),
         image_size=replay.image_sizes[image],
         image_index=image,
-        seen=None if values is None else _seen(replay, image, (values.shape[0], values.shape[1])),
+        seen=None if values is None else replay.seen(image, (values.shape[0], values.shape[1])).cpu().numpy(),
         selection=selection,
         method=method,
         params=_json_ready(outcome.params),
@@ -164,25 +161,33 @@ def explain(
     )
 
 
-def _planned(
-    problem: Problem, method: str, params: dict[str, Any], memory: int | str | None, measure: bool
-) -> planning.Plan | None:
-    """How to run a method. Unasked, only those that send several masks at once: there is nothing to choose for others,
-    and the probe would take as long as they do."""
+def _run(function: Callable[..., Outcome], problem: Problem, method: str, params: dict[str, Any]) -> Outcome:
+    """A method on a live replay whose picture plays a part."""
+    if (reason := no_effect(problem)) is not None:
+        return Outcome(None, params, reason=reason)
     replay = problem.replay
-    if not isinstance(replay, Replay):
-        return None
-    asked = memory is not None or measure
-    cost = cost_of(method, problem, params)
-    if not asked and (replay._micro_batch is not None or not cost.splits or max(cost.groups, default=1) < 2):
-        return None
-    try:
-        return planning.plan_for(replay, method, params, memory=memory, image=problem.image)
-    except Exception as error:
-        if memory is not None:
-            raise
-        _log.debug("no plan for %s: %s", method, error)  # it runs without one, and says what is wrong itself
-        return None
+    with replay.shortcuts.held():
+        if "gradients" in registry.needs_of(method):
+            replay.require_gradients()
+        try:
+            return function(problem, **params)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            raise OutOfMemory(
+                f"{method} on {replay.trace_id} ran out of memory of {replay.device}: give replay() a micro_batch=…, "
+                f"a smaller size=… of the heatmap, or load the model in bfloat16; plan(replay, method={method!r}) "
+                f"says what it takes"
+            ) from error
+
+
+def _memory(replay: Replay, plan: Plan | None, before: int) -> dict[str, Any]:
+    """For provenance: how passes were run, and what was changed when memory ran out."""
+    limits = replay.limits
+    record: dict[str, Any] = {"micro_batch": replay.masks_at_once, "gradient_checkpointing": replay.recomputes}
+    if plan is not None:
+        record |= {"predicted_peak": plan.peak, "weights": plan.weights}
+    return record | ({"recovered": limits.recovered[before:]} if len(limits.recovered) > before else {})
 
 
 def methods() -> list[str]:
@@ -193,7 +198,8 @@ def methods() -> list[str]:
     return registry.names()
 
 
-def _selection(replay: Replay, tokens: Tokens | None) -> TokenSelection:
+def selected(replay: Replay, tokens: Tokens | None) -> TokenSelection:
+    """The selection that ``explain(replay, tokens=…)`` explains. Raises as ``explain`` does."""
     if tokens is None:
         return select_tokens(replay)
     if isinstance(tokens, TokenSelection):
@@ -219,13 +225,6 @@ def resolve(method: str) -> Callable[..., Outcome]:
     if method not in registry.names():
         methods()
     return find(method)
-
-
-def _seen(replay: Replay, image: int, shape: tuple[int, int]) -> Any:
-    try:
-        return replay.seen(image, shape).cpu().numpy()
-    except MaskError:
-        return torch.ones(shape, dtype=torch.bool).numpy()
 
 
 def _versions() -> dict[str, str]:

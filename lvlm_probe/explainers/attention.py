@@ -204,7 +204,7 @@ def _replayed_rows(replay: Replay, positions: Tensor, steps: Sequence[int], *, c
     found: list[Tensor] = []
     with replay.capture(attention=["cross" if cross else "decoder"]) as seen:
         with torch.no_grad():
-            replay.log_probs(torch.ones(1, 1, 1) if replay.n_images == 1 else torch.ones(1, replay.n_images, 1, 1))
+            replay.log_probs(torch.ones(1, replay.n_images, 1, 1, dtype=torch.float32))
         for layer in seen.layers:
             weights = layer.weights(at.to(layer.device))[0].double().cpu()  # (head, step, key)
             found.append(weights[:, :, positions].transpose(0, 1))

@@ -22,7 +22,7 @@ def random(problem: Problem, *, size: int | tuple[int, int] | None = None) -> Ou
     """
     shape = problem.grid(size)
     problem.advance(0, 1)
-    values = torch.rand(shape, generator=problem.generator())
+    values = torch.rand(shape, generator=problem.generator(), dtype=torch.float32)
     problem.advance(1, 1)
     return Outcome(values, {"size": list(shape)})
 
@@ -42,7 +42,7 @@ def center(problem: Problem, *, size: int | tuple[int, int] | None = None, sigma
     check_rules("center", sigma=(sigma, sigma > 0, "positive"))
     shape = problem.grid(size)
     problem.advance(0, 1)
-    row, col = ((torch.arange(cells) + 0.5) / cells - 0.5 for cells in shape)
+    row, col = ((torch.arange(cells, dtype=torch.float32) + 0.5) / cells - 0.5 for cells in shape)
     values = torch.exp(-(row[:, None].square() + col.square()) / (2 * sigma**2))
     problem.advance(1, 1)
     return Outcome(values / values.max(), {"size": list(shape), "sigma": sigma})

@@ -70,7 +70,7 @@ def gradcam(
         encoders = within
     modules = [module for path in encoders for module in candidates[path]]
     with replay.capture(modules=modules) as seen:
-        replay.score_and_grad(torch.ones(1, 1, 1), problem.score, image=problem.image)
+        replay.score_and_grad(torch.ones(1, 1, 1, dtype=torch.float32), problem.score, image=problem.image)
     problem.advance(1, 1)
     size_of = replay.image_sizes[problem.image]
     maps: list[tuple[Tensor, np.ndarray]] = []

@@ -121,7 +121,7 @@ def greedy(
         reason = "no set of regions makes the selected words more likely than none"
         return Outcome(None, params, history, reason, diagnostics)
     missing = 1 - (highest[:-1] - track[0]) / rise
-    rank = 1 - torch.arange(len(order)) / len(order)
+    rank = 1 - torch.arange(len(order), dtype=torch.float32) / len(order)
     value = torch.empty(len(order), dtype=torch.float64)
     value[order] = (1 - _RANK_SHARE) * missing + _RANK_SHARE * rank
     heat = torch.einsum("mrc,m->rc", inside.double(), value)
@@ -181,7 +181,7 @@ class _Worth:
         new = [key for key in dict.fromkeys(keys) if key not in self.known]
         for start in range(0, len(new), self.batch // 2):
             part = new[start : start + self.batch // 2]
-            chosen = torch.zeros(len(part), self.regions)
+            chosen = torch.zeros(len(part), self.regions, dtype=torch.float32)
             for row, key in enumerate(part):
                 chosen[row, list(key)] = 1.0
             shown = (chosen @ self.inside).reshape(-1, *self.shape)

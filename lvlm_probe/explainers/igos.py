@@ -143,7 +143,7 @@ class _Optimisation:
         params |= {"l2": settings.gnc_weight, "guided": self.weights is not None}
         if not self.seen.any():
             return Outcome(None, params, reason="the model sees no part of this picture")
-        state = torch.full((settings.masks, *self.shape), settings.init, device=self.device)
+        state = torch.full((settings.masks, *self.shape), settings.init, dtype=torch.float32, device=self.device)
         previous = state
         summed = torch.zeros_like(state)
         rate = settings.lr
@@ -244,7 +244,7 @@ class _Optimisation:
         if self.settings.path == "grid":
             return None
         generator = self.problem.generator(1_000 + iteration)
-        return torch.rand(2 * self.settings.masks, self.settings.ig_steps, generator=generator)
+        return torch.rand(2 * self.settings.masks, self.settings.ig_steps, generator=generator, dtype=torch.float32)
 
     def terms(self, state: torch.Tensor, iteration: int) -> dict[str, torch.Tensor]:
         """The regularisers with their weights, on the final mask (Mx ⊙ My with two)."""

@@ -12,7 +12,6 @@ carried to the next.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -59,7 +58,7 @@ def iia(
         raise ExplainError(f"points is at least 2, both ends of the path; got {count}")
     if variant == "iia2" and last_factor != "identity":
         raise ExplainError("last_factor belongs to variant='paper'; 'iia2' joins its layers by rollout")
-    path = torch.linspace(0, 1, count)
+    path = torch.linspace(0, 1, count, dtype=torch.float32)
     if variant == "paper":
         blend, scale = path, None
     else:
@@ -97,13 +96,10 @@ def iia(
             f"{walk.encoder_tokens.encoder} joins all pictures of a batch to one sequence, so the points of the path "
             f"cannot be told apart in it; give scope='decoder', or use 'tmm', which goes through this encoder"
         )
-    replay: Any = problem.replay
+    replay = problem.replay.over("blank") if variant == "iia2" else problem.replay
     if variant == "iia2" and scope == "encoder":
         scaled += _last_read(problem, walk.lowest_part)
-    with (
-        replay.on_baseline("blank") if variant == "iia2" else nullcontext(),
-        replay.capture(attention=walk.parts, visit=walk, edit=scale_last if scale is not None else None) as seen,
-    ):
+    with replay.capture(attention=walk.parts, visit=walk, edit=scale_last if scale is not None else None) as seen:
         walk.starts_at(next(iter(seen.tapped.get(walk.lowest_part, [])), ""))
         if scope != "encoder":
             scaled += seen.tapped.get("decoder", [])[-1:]
@@ -129,5 +125,5 @@ def _last_read(problem: Problem, encoder: str) -> list[str]:
             arrived.append(layer.layer.module)
 
     with problem.replay.capture(attention=["encoder"], visit=arrive):
-        problem.replay.score_and_grad(torch.ones(1, 1, 1), problem.score, image=problem.image)
+        problem.replay.score_and_grad(torch.ones(1, 1, 1, dtype=torch.float32), problem.score, image=problem.image)
     return arrived[:1]

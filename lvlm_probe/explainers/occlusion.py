@@ -76,7 +76,7 @@ def occlusion(
         return Outcome(None, params, reason=NO_SIGHT)
     down, right = covers(rows, patch, stride, soft), covers(cols, patch, stride, soft)
     cover = (down[:, None, :, None] * right[None, :, None, :]).reshape(-1, rows, cols)
-    masks = torch.cat([torch.ones(1, rows, cols), 1 - cover])
+    masks = torch.cat([torch.ones(1, rows, cols, dtype=torch.float32), 1 - cover])
     scores = []
     problem.advance(0, len(masks))
     for start in range(0, len(masks), batch):
@@ -103,8 +103,8 @@ def covers(cells: int, patch: int, stride: int = 1, soft: float = 0.0) -> torch.
     number = math.ceil((cells + patch - 1) / stride)
     reach = (number - 1) * stride + patch  # from the first patch's start to the last one's end
     first = (cells - reach) // 2
-    centre = first + torch.arange(number) * stride + patch / 2
-    inside = patch / 2 - (torch.arange(cells) + 0.5 - centre[:, None]).abs()  # depth of a cell's centre in the patch
+    centre = first + torch.arange(number, dtype=torch.float32) * stride + patch / 2
+    inside = patch / 2 - (torch.arange(cells, dtype=torch.float32) + 0.5 - centre[:, None]).abs()  # depth of a cell's centre in the patch
     if soft == 0:
         return (inside > 0).float()
     return (inside / soft + 0.5).clamp(0.0, 1.0)

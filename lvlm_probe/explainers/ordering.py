@@ -33,7 +33,7 @@ def level_sets(height: torch.Tensor, seen: torch.Tensor, levels: Sequence[float]
         levels: Shares q of them.
         softness: T.
     """
-    limits = torch.quantile(height.detach()[seen], 1 - torch.tensor(list(levels)))
+    limits = torch.quantile(height.detach()[seen], 1 - torch.tensor(list(levels), dtype=torch.float32))
     return torch.sigmoid((height[None] - limits[:, None, None]) / softness)
 
 
@@ -97,7 +97,7 @@ def refine_order(
     previous, step = height, 0.0
     records: list[dict[str, float]] = []
     for iteration, levels in enumerate(plan):
-        sign = torch.cat([torch.ones(len(levels)), -torch.ones(len(levels))])
+        sign = torch.tensor([1.0, -1.0], dtype=torch.float32).repeat_interleave(len(levels))
         leaf = height.clone().requires_grad_(True)
         with torch.enable_grad():
             shown = level_sets(leaf, seen, levels, softness)

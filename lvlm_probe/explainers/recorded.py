@@ -49,7 +49,7 @@ class RecordedAnswer:
         if layout.patch_box is None:
             return torch.ones(shape, dtype=torch.bool)
         boxes = layout.patch_box[layout.image_index == k]
-        return paint(torch.zeros(len(boxes)), boxes, self.image_sizes[k], shape)[1]
+        return paint(torch.zeros(len(boxes), dtype=torch.float32), boxes, self.image_sizes[k], shape)[1]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

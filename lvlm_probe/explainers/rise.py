@@ -146,8 +146,8 @@ class _Drawn:
     def __init__(self, number: int, knots: tuple[int, int], p: float, generator: torch.Generator) -> None:
         self.knots = knots
         # Two more knots than fit: one for the far end, one for the shift. So every cell has the same distribution.
-        self.bits = (torch.rand(number, knots[0] + 2, knots[1] + 2, generator=generator) < p).float()
-        self.shift = torch.rand(number, 2, generator=generator)
+        self.bits = (torch.rand(number, knots[0] + 2, knots[1] + 2, generator=generator, dtype=torch.float32) < p).float()
+        self.shift = torch.rand(number, 2, generator=generator, dtype=torch.float32)
 
     def masks(self, part: slice, shape: tuple[int, int]) -> torch.Tensor:
         """The masks of ``part`` on a grid of ``shape``, ``(batch, row, col)`` float32 in [0, 1]."""
@@ -159,5 +159,5 @@ class _Drawn:
 
 def _tents(shift: torch.Tensor, knots: int, cells: int) -> torch.Tensor:
     """Weight of every knot at every cell centre, linear interpolation, ``(batch, cell, knots + 2)``."""
-    position = (torch.arange(cells) + 0.5) / cells * knots + shift[:, None]
+    position = (torch.arange(cells, dtype=torch.float32) + 0.5) / cells * knots + shift[:, None]
     return (1 - (position[..., None] - torch.arange(knots + 2)).abs()).clamp(min=0.0)

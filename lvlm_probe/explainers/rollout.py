@@ -38,12 +38,12 @@ def rollout(
     if scope == "decoder":
         with replay.capture(attention=walk.parts) as seen:
             with torch.no_grad():
-                replay.log_probs(torch.ones(1, 1, 1), image=problem.image)
+                replay.log_probs(torch.ones(1, 1, 1, dtype=torch.float32), image=problem.image)
             for layer in reversed(seen.layers):
                 walk(layer)
     else:
         with replay.capture(attention=walk.parts, visit=walk) as seen:
-            replay.score_and_grad(torch.ones(1, 1, 1), problem.score, image=problem.image)
+            replay.score_and_grad(torch.ones(1, 1, 1, dtype=torch.float32), problem.score, image=problem.image)
     problem.advance(1, 1)
     grid, met = walk.painted(size)
     params = {"scope": scope, "encoder": encoder, "size": list(grid.shape)}

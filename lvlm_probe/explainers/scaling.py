@@ -85,7 +85,7 @@ def _same_picture(problem: Problem) -> str:
         return ""
     if picture.convert("RGB").tobytes() != other.convert("RGB").tobytes():
         return ""
-    return "; its baseline is the picture itself: choose another, such as replay.set_baseline('blank')"
+    return "; its baseline is the picture itself: choose another, such as explain(replay.over('blank'))"
 
 
 def score_of(problem: Problem, log_probs: torch.Tensor, kind: ScoreKind) -> torch.Tensor:

@@ -43,7 +43,7 @@ def tmm(
     replay = problem.replay
     with replay.capture(attention=walk.parts, visit=walk) as seen:
         walk.starts_at(next(iter(seen.tapped.get(walk.lowest_part, [])), ""))
-        replay.score_and_grad(torch.ones(1, 1, 1), problem.score, image=problem.image)
+        replay.score_and_grad(torch.ones(1, 1, 1, dtype=torch.float32), problem.score, image=problem.image)
     problem.advance(1, 1)
     grid, met = walk.painted(size)
     params = {"scope": scope, "last_factor": last_factor, "encoder": encoder, "size": list(grid.shape)}

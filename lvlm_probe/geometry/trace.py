@@ -142,7 +142,7 @@ def _pattern(size: tuple[int, int], axis: int, kind: str) -> np.ndarray:
         values = _RAMP_START + _RAMP_SPAN * centre / extent
     else:
         wave = np.cos if kind == "cos" else np.sin
-        values = 128 + _WAVE * wave(2 * math.pi * centre / float(_period(torch.tensor(extent))))
+        values = 128 + _WAVE * wave(2 * math.pi * centre / float(_period(torch.tensor(extent, dtype=torch.float32))))
     values = np.rint(values).astype(np.uint8)
     shaped = values[None, :] if axis == 0 else values[:, None]
     return np.ascontiguousarray(np.broadcast_to(shaped, (size[1], size[0])))

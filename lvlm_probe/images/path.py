@@ -311,7 +311,7 @@ class ImagePath:
                 "pixel-input space)."
             )
         generator = torch.Generator().manual_seed(0)
-        mask = torch.rand(1, self.n_images, 9, 9, generator=generator)
+        mask = torch.rand(1, self.n_images, 9, 9, generator=generator, dtype=torch.float32)
         real = self._processor(self._composites(mask[0]))
         check_same_layout(self._raw, real, name=name)
         fast = {

@@ -70,6 +70,7 @@ class PixelPath:
         self._dtype = dtype
         self._original = pixels.detach().to(self._device, torch.float32 if dtype != torch.float64 else dtype)
         self._blurred = _baseline(self._original, baseline, strength, seed)
+        self.description = _description(baseline, strength, seed)
         self.inputs = self._place(self._original)
         self.baseline_inputs = self._place(self._blurred)
         self.images = [_picture(image) for image in self._original]
@@ -153,14 +154,25 @@ class PixelPath:
         if key != self._key:
             raise ImageError(f"{key!r} is no pixel input; that is {self._key}.")
         count, _, height, width = shape = self._original.shape
-        x = (torch.arange(width) + 0.5).expand(shape)
-        y = (torch.arange(height) + 0.5)[:, None].expand(shape)
+        x = (torch.arange(width, dtype=torch.float32) + 0.5).expand(shape)
+        y = (torch.arange(height, dtype=torch.float32) + 0.5)[:, None].expand(shape)
         index = torch.arange(count, dtype=torch.int16)[:, None, None, None].expand(shape)
         return x, y, index, torch.ones(shape, dtype=torch.bool)
 
     def _place(self, pixels: Tensor) -> dict[str, Tensor]:
         placed: dict[str, Any] = {**self._raw, self._key: pixels.to(self._raw[self._key].dtype)}
         return {k: v.to(self._device, self._dtype if v.is_floating_point() else None) for k, v in placed.items()}
+
+
+def _description(kind: str, strength: float, seed: int) -> dict[str, Any]:
+    """The baseline in words, plain JSON, as ``make_baseline`` describes one on a picture."""
+    if kind == "noise":
+        return {"kind": kind, "seed": int(seed)}
+    if kind != "blur":
+        return {"kind": kind}
+    if math.isinf(strength):
+        return {"kind": kind, "strength": None, "limit": "mean per channel"}
+    return {"kind": kind, "strength": float(strength)}
 
 
 def _baseline(pixels: Tensor, kind: str, strength: float, seed: int) -> Tensor:
@@ -180,7 +192,7 @@ def _baseline(pixels: Tensor, kind: str, strength: float, seed: int) -> Tensor:
         return low.expand_as(pixels).contiguous()
     if kind == "noise":
         generator = torch.Generator().manual_seed(seed)
-        return low + (high - low) * torch.rand(pixels.shape, generator=generator).to(pixels)
+        return low + (high - low) * torch.rand(pixels.shape, generator=generator, dtype=torch.float32).to(pixels)
     raise ImageError(f"no baseline {kind!r} in pixel-input space; choose one of {', '.join(KINDS)}.")
 
 

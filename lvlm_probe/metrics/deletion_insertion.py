@@ -216,7 +216,7 @@ def curves(
     chosen = list(indices)
     known = scores if scores is not None else MaskScores(replay, chosen, image=image, mode=mode)
     before = len(known)
-    ends = known(torch.stack([torch.ones(shape), torch.zeros(shape)]))
+    ends = known(torch.tensor([1.0, 0.0], dtype=torch.float32)[:, None, None].expand(-1, *shape))
     total, done = 2 + orders * 2 * (len(points) - 2), 2
     at_once = max(1, _MASK_NUMBERS_AT_ONCE // values.size)
     both = _score(ends, score)

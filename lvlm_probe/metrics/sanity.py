@@ -30,7 +30,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics.extras import require
 from lvlm_probe.metrics.randomisation import How, grouped, randomised, weight_blocks
-from lvlm_probe.metrics.scoring import BaselineChoice, choose_baseline
+from lvlm_probe.metrics.scoring import BaselineChoice, over_baseline
 from lvlm_probe.metrics.similarity import Similarity, compare_maps
 from lvlm_probe.selection import TokenSelection
 
@@ -204,7 +204,7 @@ def weight_randomisation(
         # A replay remembers log-probabilities, which are another model's now; and that one has another fingerprint.
         bare: Any = _Unrecorded(trace)
         fresh = make_replay(bare, model, processor, strict=False)
-        return _again(fresh, subject, original, original.selection, explain_seed, params)
+        return _again(fresh, original, original.selection, baseline, explain_seed, params)
 
     total = len(groups) + 1
     steps, heatmaps = [], []
@@ -277,7 +277,7 @@ def answer_randomisation(
         other: Any = _other_answer(trace, original.selection, ids, generator, processor)
         selection = dataclasses.replace(original.selection, tokens=tuple(other.tokens), llr=())
         fresh = make_replay(other, model, processor)
-        heat = _again(fresh, subject, original, selection, explain_seed, params)
+        heat = _again(fresh, original, selection, baseline, explain_seed, params)
         heatmaps.append(heat)
         steps.append(_step(selection.text, original, heat))
         if progress is not None:
@@ -300,8 +300,7 @@ def _original(
     from lvlm_probe.explainers import explain
 
     require("scipy.stats", extra="stats", purpose="a sanity check")  # now, not after the first explanation
-    if baseline is not None:
-        choose_baseline(subject, baseline)
+    subject = subject if baseline is None else over_baseline(subject, baseline)
     heat = explain(subject, method=method, tokens=tokens, image=image, seed=seed, **params)
     if heat.values is None:
         raise ExplainError(f"there is no heatmap to check: {heat.reason}")
@@ -310,16 +309,17 @@ def _original(
 
 def _again(
     fresh: Replay,
-    subject: Replay,
     original: Heatmap,
     selection: TokenSelection,
+    baseline: BaselineChoice | None,
     seed: int,
     params: Mapping[str, Any],
 ) -> Heatmap:
     from lvlm_probe.explainers import explain
 
     # The very baseline of the original, a strengthened blur or the user's picture too; it does not hang on the weights.
-    fresh.path, fresh.baseline = subject.path, dict(subject.baseline)
+    fresh = fresh if baseline is None else over_baseline(fresh, baseline)
+    fresh = fresh.over(original.provenance["baseline"])
     try:
         heat = explain(
             fresh,

@@ -2,12 +2,11 @@
 
 **Held-out baseline.** A heatmap that was optimised against a baseline picture and is scored against the same one is
 scored on what it was trained on. ``evaluate(..., baseline="mean")`` judges it against another picture than the
-explanation saw; the replay keeps its own.
+explanation saw. Unless told otherwise, a heatmap is judged over the baseline that its provenance names.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import Heatmap, resample
-from lvlm_probe.isolation import taking_turns
+from lvlm_probe.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.metrics.deletion_insertion import (
     Curves,
     MaskScores,
@@ -32,14 +30,15 @@ from lvlm_probe.metrics.deletion_insertion import (
     release_counts,
 )
 from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFERENCE, Verdict, judge
+from lvlm_probe.player.baselines import BaselineLike, baseline_identity
 
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
 
-__all__ = ["BaselineChoice", "Score", "choose_baseline", "evaluate"]
+__all__ = ["BaselineChoice", "Score", "evaluate", "over_baseline"]
 
 AreaRule = Literal["trapezoid", "release"]
-BaselineChoice = str | Image.Image | Sequence[Image.Image] | tuple[str, Mapping[str, Any]]
+BaselineChoice = BaselineLike | tuple[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,6 +118,7 @@ class Score:
 _CURVES = ("fractions", "deletion_curve", "insertion_curve", "deletion_raw", "insertion_raw", "random_gains")
 
 
+@outside_inference_mode
 @taking_turns
 def evaluate(
     heat: Heatmap,
@@ -142,9 +142,10 @@ def evaluate(
     Args:
         heat: The heatmap. One without values gives a score of NaN whose verdict says why.
         replay: The same answer on its model.
-        baseline: What masked-out pixels are replaced by, instead of the replay's own baseline: ``"blur"``, ``"blank"``,
-            ``"noise"``, ``"mean"``, a picture (one per image), or a kind with its parameters,
-            ``("blur", {"strength": 0.6})``. The replay's baseline stays what it is.
+        baseline: What masked-out pixels are replaced by, instead of the baseline that the heatmap was made over, as its
+            provenance names it (the replay's own, where it names none): ``"blur"``, ``"blank"``, ``"noise"``,
+            ``"mean"``, a picture (one per image), a kind with its parameters, ``("blur", {"strength": 0.6})``, or a
+            description such as ``replay.baseline``.
         steps: Points on each curve besides the origin, 50 by default; ``auc="release"`` has its own.
         score: ``"prob"``, mean probability of the tokens (as the paper's numbers), or ``"log"``, mean log-likelihood.
         auc: ``"trapezoid"``, or ``"release"`` for comparison with numbers published with the paper.
@@ -161,7 +162,8 @@ def evaluate(
 
     Raises:
         ExplainError: The heatmap is of another answer or picture, or a parameter is out of range.
-        ImageError: There is no such baseline.
+        ImageError: There is no such baseline; or the heatmap was made over a picture of the user's, which it does not
+            hold, and the replay has another one: give it as ``baseline``, or evaluate on ``replay.over(picture)``.
     """
     if auc == "release" and steps is not None:
         raise ExplainError("auc='release' has its own steps (chunks of a fiftieth of the cells): leave steps out")
@@ -191,8 +193,8 @@ def evaluate(
     }
     if heat.values is None:
         return _nothing(heat, provenance)
-    if baseline is not None:
-        replay = _over(replay, baseline)
+    explained = heat.provenance.get("baseline")
+    replay = over_baseline(replay, (explained or replay.baseline) if baseline is None else baseline)
     values, seen = _on_grid(heat, replay, grid)
     counts = release_counts(values.size) if auc == "release" else None
     scores = MaskScores(replay, heat.selection.indices, image=heat.image_index, mode=mode)
@@ -258,7 +260,7 @@ def evaluate(
             "original_probability": raw.original_probability,
             "limit": BASELINE_PROBABILITY,
             "passed": bool(raw.baseline_probability < BASELINE_PROBABILITY),
-            "same_as_explained": _same_baseline(heat.provenance.get("baseline"), replay.baseline),
+            "same_as_explained": _same_baseline(explained, replay.baseline),
         },
         verdict=verdict,
         random_gains=tuple(random_gains),
@@ -318,8 +320,8 @@ def _on_grid(heat: Heatmap, replay: Replay, grid: int | Sequence[int] | None) ->
     return resample(heat.values, (pair[0], pair[1])), seen
 
 
-def choose_baseline(replay: Replay, baseline: BaselineChoice) -> None:
-    """Sets a replay's baseline from a kind, a picture, one picture per image, or a kind with its parameters.
+def over_baseline(replay: Replay, baseline: BaselineChoice) -> Replay:
+    """A replay over a baseline given as for ``evaluate``.
 
     Raises:
         ExplainError: A kind does not take its parameters.
@@ -330,7 +332,7 @@ def choose_baseline(replay: Replay, baseline: BaselineChoice) -> None:
     if isinstance(baseline, tuple) and len(baseline) == 2 and isinstance(baseline[1], Mapping):
         kind, params = baseline[0], dict(baseline[1])
     try:
-        replay.set_baseline(kind, **params)
+        return replay.over(kind, **params)
     except TypeError as error:
         raise ExplainError(
             f"baseline is a kind, a picture, one picture per image, or a kind with its parameters such as "
@@ -338,27 +340,13 @@ def choose_baseline(replay: Replay, baseline: BaselineChoice) -> None:
         ) from error
 
 
-def _over(replay: Replay, baseline: BaselineChoice) -> Replay:
-    """The same replay over another baseline: a shallow copy, as choosing a baseline replaces attributes and changes
-    none. The user's replay is never touched, not even for a moment, and its passes go on being counted."""
-    other = copy.copy(replay)
-    choose_baseline(other, baseline)
-    return other
-
-
 def _same_baseline(explained: Mapping[str, Any] | None, scored: Mapping[str, Any]) -> bool | None:
     """Whether two descriptions name the same baseline picture; ``None`` when they do not say."""
     if not explained:
         return None
-    first, second = _identity(explained), _identity(scored)
-    # A description does not tell one picture of the user's from another.
-    return None if first == second and first[0] == "image" else first == second
-
-
-def _identity(baseline: Mapping[str, Any]) -> tuple[Any, ...]:
-    # The limit of an ever stronger blur is the mean colour: by another name, the same picture.
-    kind = "mean" if baseline.get("limit") else baseline.get("kind")
-    return (kind, baseline.get("strength") if kind == "blur" else None, baseline.get("seed"))
+    first, second = baseline_identity(explained), baseline_identity(scored)
+    # A description of an older file does not tell one picture of the user's from another.
+    return None if first == second == ("image", None) else first == second
 
 
 def _replay_difference(replay: Replay, indices: Sequence[int]) -> tuple[float | None, float]:

@@ -178,7 +178,7 @@ def completeness(
         indices: The explained tokens; f is the sum of their log-probabilities (paper, Eq. 7).
         image: The picture that is taken away; others stay.
     """
-    ends = torch.stack([torch.ones(1, 1), torch.zeros(1, 1)]).to(replay.device)
+    ends = torch.tensor([1.0, 0.0], dtype=torch.float32, device=replay.device)[:, None, None]
     with torch.no_grad():
         scores = replay.log_probs(ends, image=image)[:, list(indices)].double().sum(dim=1).cpu()
     total = float(torch.as_tensor(attributions).detach().double().sum())

@@ -138,7 +138,7 @@ def judge(
     elif not baseline_probability < BASELINE_PROBABILITY:
         reasons.append(
             f"the baseline picture still leaves these tokens a probability of {baseline_probability:.2g} "
-            f"(it should be below {BASELINE_PROBABILITY:g}): try another baseline, such as replay.set_baseline('mean')"
+            f"(it should be below {BASELINE_PROBABILITY:g}): try another baseline, such as explain(replay.over('mean'))"
         )
     gain = insertion - deletion
     by_chance = [one for one in random_gains if math.isfinite(one)]

@@ -7,6 +7,7 @@ in it. That costs some microseconds per operator, so on the CPU it is done for s
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import torch
 
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["Meter", "Reading", "Span", "parse_bytes", "show_bytes", "weight_bytes"]
+__all__ = ["Meter", "Reading", "Span", "available", "parse_bytes", "show_bytes", "weight_bytes"]
 
 _SPAN = "lvlm_probe.span"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -160,15 +161,32 @@ def _replayed(threads: list[list[Any]]) -> Reading:
     return reading
 
 
+def available() -> int:
+    """Bytes of main memory that can be had without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 1 << 30  # not known; little enough for any machine
+
+
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage once; those that are offloaded included."""
     counted: dict[Any, int] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         size = tensor.numel() * tensor.element_size()
-        if tensor.device.type == "meta":
-            counted[id(tensor)] = size
-        else:
-            counted[tensor.untyped_storage().data_ptr()] = max(tensor.untyped_storage().nbytes(), 0)
+        try:
+            storage = tensor.untyped_storage()
+            place = storage.data_ptr() if tensor.device.type != "meta" else 0
+        except (RuntimeError, NotImplementedError):  # a subclass that keeps its numbers in tensors of its own
+            place = 0
+        counted[place or id(tensor)] = storage.nbytes() if place else size
     return sum(counted.values())
 
 

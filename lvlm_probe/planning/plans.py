@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm_probe.errors import ExplainError, OutOfMemory, ReplayError
-from lvlm_probe.exhaustion import ran_out
-from lvlm_probe.memory import CPU_BYTES, available
-from lvlm_probe.planning.meter import show_bytes, weight_bytes
+from lvlm_probe.exhaustion import CPU_BYTES, ran_out
+from lvlm_probe.planning.meter import available, show_bytes, weight_bytes
 from lvlm_probe.planning.probes import Law, law
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ def default_budget(replay: Replay, memory: int | None) -> Budget:
     """What there is: ``memory`` bytes for weights and all else, or what the model's device has free now.
 
     By default half of an accelerator's free memory is filled (its allocator fragments), and on the CPU 30 % of what is
-    available, ``memory.CPU_BYTES`` at most.
+    available, ``exhaustion.CPU_BYTES`` at most.
     """
     if memory is not None:
         left = memory - weight_bytes(replay.model)
@@ -173,7 +172,7 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
     replay = _asked(replay, cost)
     failure: BaseException | None = None
     smallest: list[tuple[int, bool]] = []
-    given = replay._micro_batch
+    given = replay.limits.micro_batch
     checkpointings = [replay.gradient_checkpointing]
     if cost.kind == "gradient" and not replay.gradient_checkpointing:
         checkpointings.append(True)

@@ -13,7 +13,8 @@ import torch
 
 from lvlm_probe.errors import ModelMismatch
 from lvlm_probe.identity import fingerprint
-from lvlm_probe.player.replaying import PassCounter, Replay
+from lvlm_probe.player.replaying import Replay
+from lvlm_probe.player.views import PassCounter
 
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace

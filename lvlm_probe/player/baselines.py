@@ -1,133 +1,146 @@
-"""The pictures of a replay, and the baseline that is shown where a mask takes a picture away."""
+"""The baseline of a replay: the picture that is shown where a mask takes the image away.
+
+A baseline is a value. A replay has one for good; ``Replay.over`` and ``Replay.strengthened`` give views of the same
+answer over another one.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from lvlm_probe.errors import ImageError
 from lvlm_probe.exhaustion import whole_pass
 from lvlm_probe.images import BLUR_LADDER, ImagePath, PixelPath, make_baseline
+from lvlm_probe.images.baselines import KINDS
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from lvlm_probe.player.replaying import Replay
 
-    from lvlm_probe.forcing import Shortcut
-    from lvlm_probe.recorded_path import LiveTrace
-    from lvlm_probe.trace import Trace
+__all__ = ["BaselineLike", "baseline_identity", "baseline_log_probs", "over", "strengthened"]
 
-__all__ = ["WithBaseline"]
+BaselineLike = str | Image.Image | Sequence[str | Image.Image] | Mapping[str, Any]
+"""A kind, a picture of the user's (one per image), or the description of a baseline (``replay.baseline``)."""
+
+_PATHS_KEPT = 6
+"""Baselines whose pixel inputs stay at hand: the ladder of blurs, and one or two besides."""
 
 
-class WithBaseline:
-    """The part of ``Replay`` that knows the pictures, chooses the baseline and strengthens it.
+def baseline_identity(baseline: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells the baseline of a description from all others; of a picture that the description does not tell from
+    others, ``("image", None)``."""
+    kind = baseline.get("kind", "blur")
+    if kind == "image":
+        return ("image", baseline.get("sha256"))
+    if kind == "blur":
+        strength = baseline.get("strength")
+        # The limit of an ever stronger blur is the mean colour: by another name, the same picture.
+        if baseline.get("limit") or (strength is not None and math.isinf(strength)):
+            return ("mean", None)
+        return ("blur", float(BLUR_LADDER[0] if strength is None else strength))
+    return (kind, int(baseline.get("seed") or 0) if kind == "noise" else None)
 
-    Attributes:
-        path: how a mask reaches the model's pixel inputs, over the present baseline.
-        baseline: what the baseline picture is.
-    """
 
-    trace: Trace | LiveTrace
-    path: ImagePath | PixelPath
-    baseline: dict[str, Any]
-    _baseline_log_probs: torch.Tensor | None
-
-    @property
-    def n_images(self) -> int:
-        """Number of pictures in the prompt."""
-        return self.path.n_images
-
-    @property
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """``(width, height)`` of each picture, pixels."""
-        return list(self.path.image_sizes)
-
-    def image(self, k: int = 0) -> Image.Image:
-        """Picture ``k`` as the user gave it, RGB."""
-        return self.trace.images[k]
-
-    def seen(self, k: int = 0, shape: tuple[int, int] | None = None) -> torch.Tensor:
-        """Which pixels (or cells of a grid of ``shape``) of picture ``k`` reach the model, bool ``(row, col)``."""
-        return self.path.seen(k, shape)
-
-    def _run(self, pixel_inputs: dict[str, torch.Tensor], batch: int, shortcut: Shortcut | None = None) -> torch.Tensor:
-        raise NotImplementedError
-
-    def baseline_image(self, k: int = 0) -> Image.Image | None:
-        """Baseline of picture ``k``; ``None`` when masks live in pixel-input space."""
-        images = self.path.baseline_images
-        return images[k] if images else None
-
-    @property
-    def baseline_log_probs(self) -> torch.Tensor:
-        """Replayed log P̃(a_t) on the baseline picture, ``(step,)`` float32 on the CPU."""
-        if self._baseline_log_probs is None:
-            with torch.no_grad():
-                passed = whole_pass(self, lambda: self._run(self.path.baseline_inputs, 1))  # type: ignore[arg-type]
-                self._baseline_log_probs = passed[0].cpu()
-        return self._baseline_log_probs
-
-    def set_baseline(self, kind: str | Image.Image | Sequence[Image.Image] = "blur", **params: Any) -> dict[str, Any]:
-        """Choose the baseline picture Ĩ.
-
-        Args:
-            kind: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or the user's own picture (one per image).
-            params: ``strength`` (blur: sigma as a share of the long side), ``seed`` (noise).
-
-        Returns:
-            the description that provenance keeps; also in ``replay.baseline``.
-        """
-        kinds = list(kind) if isinstance(kind, Sequence) and not isinstance(kind, str) else [kind] * self.n_images
-        if len(kinds) != self.n_images:
+def over(replay: Replay, baseline: Any, strength: float | None, seed: int | None) -> Replay:
+    """``Replay.over``."""
+    if isinstance(baseline, Mapping):
+        if _same(baseline, replay.baseline):
+            return replay
+        kind = baseline.get("kind", "blur")
+        if kind not in KINDS:
             raise ImageError(
-                f"{len(kinds)} baseline pictures for a prompt with {self.n_images} images; give one per image"
+                "this baseline was a picture of your own, which a description does not hold, and it is not the one "
+                "that this replay has: give the picture again, as baseline=… or by replay.over(picture) (on the "
+                "command line --baseline FILE)"
             )
-        if isinstance(self.path, PixelPath):
-            self.path = self.path.with_baseline_kind(str(kinds[0]), **params)
-            self.baseline = {"kind": str(kinds[0]), **params}
-        else:
-            made = [make_baseline(picture, k, **params) for picture, k in zip(self.path.images, kinds, strict=True)]
-            self.path = self.path.with_baseline([item.image for item in made])
-            self.baseline = {"kind": made[0].kind, **made[0].params}
-        self._baseline_log_probs = None
-        return self.baseline
+        limit = baseline.get("limit")
+        return over(replay, kind, math.inf if limit else baseline.get("strength"), baseline.get("seed"))
+    params = {name: value for name, value in (("strength", strength), ("seed", seed)) if value is not None}
+    kinds = list(baseline) if isinstance(baseline, Sequence) and not isinstance(baseline, str) else [baseline]
+    if len(kinds) == 1:
+        kinds *= replay.n_images
+    if len(kinds) != replay.n_images:
+        raise ImageError(
+            f"{len(kinds)} baseline pictures for a prompt with {replay.n_images} images; give one per image"
+        )
+    plain = isinstance(kinds[0], str) and all(kind == kinds[0] for kind in kinds)
+    if plain and kinds[0] in KINDS and _same({"kind": kinds[0], **params}, replay.baseline):
+        return replay
+    path, description = (_pixels if isinstance(replay.path, PixelPath) else _images)(replay, kinds, plain, params)
+    return replay.viewed(path=path, baseline=description)
 
-    @contextmanager
-    def on_baseline(
-        self, kind: str | Image.Image | Sequence[Image.Image] = "blur", **params: Any
-    ) -> Iterator[dict[str, Any]]:
-        """Another baseline (see ``set_baseline``) for the block; afterwards the present one is back."""
-        kept = self.path, self.baseline, self._baseline_log_probs
-        try:
-            yield self.set_baseline(kind, **params)
-        finally:
-            self.path, self.baseline, self._baseline_log_probs = kept
 
-    def strengthen(self, steps: Sequence[int], *, below: float = 0.05) -> dict[str, Any]:
-        """Blur harder until the mean probability of the answer tokens ``steps`` is under ``below`` (paper, A.1).
+def strengthened(replay: Replay, steps: Sequence[int], below: float) -> Replay:
+    """``Replay.strengthened``."""
+    index = torch.as_tensor(list(steps), dtype=torch.long)
+    if index.numel() == 0:
+        return replay
+    own = replay.baseline
+    current = math.inf if own.get("limit") else float(own.get("strength") or 0.0)
+    harder = [rung for rung in BLUR_LADDER if rung > current] if own.get("kind") == "blur" else []
+    best: tuple[float, Replay] | None = None
+    for rung in [None, *harder]:
+        view = replay if rung is None else over(replay, "blur", rung, None)
+        probability = float(view.baseline_log_probs[index].exp().mean())
+        if best is None or probability < best[0]:
+            best = probability, view
+        if probability < below:
+            break
+    assert best is not None
+    probability, view = best
+    checked = {"mean_probability": probability, "verified": probability < below}
+    return view.viewed(baseline={**view.baseline, **checked})
 
-        Only a blurred baseline is changed; of several that do not reach ``below`` the best is kept. The result says
-        ``mean_probability`` and whether it is ``verified``.
-        """
-        index = torch.as_tensor(list(steps), dtype=torch.long)
-        if index.numel() == 0:
-            return self.baseline
-        best: tuple[float, dict[str, Any], Any, torch.Tensor] | None = None
-        current = math.inf if self.baseline.get("limit") else float(self.baseline.get("strength") or 0.0)
-        harder = [rung for rung in BLUR_LADDER if rung > current] if self.baseline.get("kind") == "blur" else []
-        for rung in [None, *harder]:
-            if rung is not None:
-                self.set_baseline("blur", strength=rung)
-            probability = float(self.baseline_log_probs[index].exp().mean())
-            if best is None or probability < best[0]:
-                best = (probability, dict(self.baseline), self.path, self.baseline_log_probs)
-            if probability < below:
-                break
-        assert best is not None
-        probability, description, self.path, self._baseline_log_probs = best
-        self.baseline = {**description, "mean_probability": probability, "verified": probability < below}
-        return self.baseline
+
+def baseline_log_probs(replay: Replay) -> torch.Tensor:
+    """log P̃(a_t) on the baseline picture, ``(step,)``, computed once for all views over it."""
+    known, identity = replay.kept.baseline_log_probs, baseline_identity(replay.baseline)
+    if identity not in known or identity == ("image", None):
+        with torch.no_grad():
+            known[identity] = whole_pass(replay, lambda: replay.run_inputs(replay.path.baseline_inputs))[0].cpu()
+    return known[identity].clone()
+
+
+def _same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    identity = baseline_identity(first)
+    return identity == baseline_identity(second) and identity != ("image", None)
+
+
+def _images(replay: Replay, kinds: list[Any], plain: bool, params: dict[str, Any]) -> tuple[ImagePath, dict[str, Any]]:
+    path = replay.path
+    assert isinstance(path, ImagePath)
+    made = [make_baseline(picture, kind, **params) for picture, kind in zip(path.images, kinds, strict=True)]
+    description: dict[str, Any] = {"kind": made[0].kind, **made[0].params}
+    if not plain:
+        digest = hashlib.sha256()
+        for item in made:
+            digest.update(repr((item.image.mode, item.image.size)).encode() + item.image.tobytes())
+        description = {**description, "kind": "image", "sha256": digest.hexdigest()}
+    return _cached(replay, description, lambda: path.with_baseline([item.image for item in made])), description
+
+
+def _pixels(replay: Replay, kinds: list[Any], plain: bool, params: dict[str, Any]) -> tuple[PixelPath, dict[str, Any]]:
+    path = replay.path
+    assert isinstance(path, PixelPath)
+    if not plain:
+        raise ImageError(
+            "masks live in pixel-input space here, where a picture of your own cannot be brought to without the image "
+            f"processor: give the processor, or choose one of {', '.join(KINDS)}"
+        )
+    kind = str(kinds[0])
+    made = _cached(replay, {"kind": kind, **params}, lambda: path.with_baseline_kind(kind, **params))
+    return made, made.description
+
+
+def _cached(replay: Replay, description: Mapping[str, Any], make: Any) -> Any:
+    paths, identity = replay.kept.paths, baseline_identity(description)
+    if identity not in paths:
+        while len(paths) >= _PATHS_KEPT:
+            paths.pop(next(iter(paths)))
+        paths[identity] = make()
+    return paths[identity]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,15 +13,16 @@ from lvlm_probe.anatomy import examine
 from lvlm_probe.capture import Captured, capture
 from lvlm_probe.chunks import Chunked, noise_like, noise_seeds
 from lvlm_probe.errors import ExplainError, ReplayError
-from lvlm_probe.exhaustion import in_micro_batches, whole_pass
+from lvlm_probe.exhaustion import Limits, in_micro_batches, masks_at_once, whole_pass
 from lvlm_probe.forcing import Shortcut, TeacherForcing, apart, epsilon_of, rounding_of
 from lvlm_probe.images import PixelPath
 from lvlm_probe.images.masks import expand_masks
-from lvlm_probe.isolation import taking_turns
-from lvlm_probe.memory import masks_that_fit, saved_bytes
+from lvlm_probe.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.originals import Driver, probed_model
-from lvlm_probe.player.baselines import WithBaseline
+from lvlm_probe.player import baselines
+from lvlm_probe.player.gradient_flow import require_gradients
 from lvlm_probe.player.shortcuts import Shortcuts
+from lvlm_probe.player.views import Kept, PassCounter, Views
 from lvlm_probe.recorded_path import LiveTrace, recorded_path
 from lvlm_probe.replica import Replica
 from lvlm_probe.rewording import reword
@@ -33,22 +33,17 @@ if TYPE_CHECKING:
     from lvlm_probe.capture import AttentionLayer
     from lvlm_probe.trace import Trace
 
-__all__ = ["PassCounter", "Replay"]
+__all__ = ["Replay"]
 
 Mode = Literal["fast", "exact"]
 Score = Callable[[torch.Tensor], torch.Tensor]
 
 
-@dataclass
-class PassCounter:
-    """How many pictures went through the model, forward and backward."""
-
-    forward: int = 0
-    backward: int = 0
-
-
-class Replay(WithBaseline):
+class Replay(Views):
     """One recorded answer on one live model. Made by ``lvlm_probe.replay``.
+
+    No call changes it. ``over``, ``strengthened``, ``with_settings``, ``counted`` and ``reworded`` give views: other
+    objects on the same model that share what has been computed.
 
     Attributes:
         trace, trace_id: what is replayed.
@@ -56,12 +51,14 @@ class Replay(WithBaseline):
         replica: the model as passes run it, in ``replica.use()``; the user's own is never touched.
         tokens, token_ids, special, words: the recorded answer, ``(T,)`` each but ``words``.
         path: how a mask reaches the model's pixel inputs.
-        baseline: what the baseline picture is: ``kind``, its parameters, and, once checked, ``mean_probability``.
         passes: pictures sent through the model so far.
-        recovered: what was changed when memory ran out, in order.
+        limits: how passes are run, and what was changed when memory ran out.
+        inside: whether somebody looks inside the passes (``capture``).
+        kept: what all views share.
         shortcuts: what passes leave out when only some ``steps`` are asked for; ``str()`` of it says so.
     """
 
+    @outside_inference_mode
     def __init__(
         self,
         trace: Trace | LiveTrace,
@@ -81,22 +78,20 @@ class Replay(WithBaseline):
         self.token_ids = torch.tensor(trace.token_ids).long()
         self.special = torch.tensor(trace.special).bool()
         self.words: list[Word] = group_words(self.tokens, self.special.tolist())
-        self.gradient_checkpointing = gradient_checkpointing
-        self.passes = PassCounter()
-        self.recovered: list[str] = []
-        self._recompute: bool | None = False  # layers run again in backward; None: not while somebody looks inside
-        self._micro_batch = micro_batch
-        self._bytes_per_mask: int | None = None
-        self._original: torch.Tensor | None = None
-        self._rounding: torch.Tensor | None = None
-        self._baseline_log_probs: torch.Tensor | None = None
+        self.passes, self.kept = PassCounter(), Kept()
+        self.limits = Limits(micro_batch, gradient_checkpointing)
+        self.inside = False
 
         prompt = torch.tensor(trace.input_ids).long()
-        recorded = {name: value for name, value in trace.model_kwargs.items() if isinstance(value, torch.Tensor)}
+        recorded = {
+            name: value.clone() if value.is_inference() else value  # a trace read in inference mode
+            for name, value in trace.model_kwargs.items()
+            if isinstance(value, torch.Tensor)
+        }
         anatomy = self.anatomy = examine(model, processor)
         beginning = recorded.pop("decoder_input_ids", None) if anatomy.encoder_decoder else None
         self._shapes = {name: value.shape[1:] for name, value in recorded.items() if value.ndim and len(value) == 1}
-        self.path, self.baseline = recorded_path(trace, recorded, processor, model, check=check_pixels)
+        self.path, self._baseline = recorded_path(trace, recorded, processor, model, check=check_pixels)
         # Texts that another part of the model reads beside the prompt (InstructBLIP's Q-Former) stay as they are.
         beside = {name: value for name, value in recorded.items() if apart(name, recorded)}
         # One entry per prompt position, and not the picture's: such inputs are extended over the answer.
@@ -161,34 +156,45 @@ class Replay(WithBaseline):
             sequence_inputs=other._sequence,
             **self._settings,
         )
+        other.kept = Kept(paths=self.kept.paths)
         other.shortcuts = Shortcuts(other)
-        other._original = other._baseline_log_probs = other._bytes_per_mask = None
         return other
 
     # ------------------------------------------------------------------ the function
 
     @property
+    @outside_inference_mode
+    @taking_turns
     def original_log_probs(self) -> torch.Tensor:
         """Replayed log P(a_t) on the whole picture, ``(step,)`` float32 on the CPU. Paper, Eq. 1."""
-        if self._original is None:
-            self._original = self.log_probs(None)[0].cpu()
+        if self.kept.original is None:
+            original = self.log_probs(None)[0].cpu()
             if (largest := self._forcing.largest_logits) is not None:
                 epsilon = max(self._forcing.epsilon, epsilon_of(self.trace.model.get("torch_dtype")))
-                self._rounding = rounding_of(self._original, largest.to(self._original), epsilon)
-        return self._original
+                self.kept.rounding = rounding_of(original, largest.to(original), epsilon)
+            self.kept.original = original
+        return self.kept.original.clone()
+
+    @property
+    @outside_inference_mode
+    @taking_turns
+    def baseline_log_probs(self) -> torch.Tensor:
+        """Replayed log P̃(a_t) on the baseline picture, ``(step,)`` float32 on the CPU."""
+        return baselines.baseline_log_probs(self)
 
     @property
     def rounding(self) -> torch.Tensor:
         """How far ``original_log_probs`` may lie from a run that rounds otherwise, ``(step,)`` nats, by the number
         format (the model's or the recording's, whichever is the rounder) and the size of the logits."""
         original = self.original_log_probs
-        return torch.zeros_like(original) if self._rounding is None else self._rounding
+        return torch.zeros_like(original) if self.kept.rounding is None else self.kept.rounding.clone()
 
     @property
     def llr(self) -> torch.Tensor:
         """Log-likelihood ratio per token, ``(step,)`` nats. Paper, Eq. 6."""
         return self.original_log_probs - self.baseline_log_probs
 
+    @outside_inference_mode
     @taking_turns
     def log_probs(
         self,
@@ -228,7 +234,7 @@ class Replay(WithBaseline):
         masks = self._batch_of(mask, image)
         seeds = noise_seeds(len(masks), noise, generator)
         shortcut = self._shortcut(steps)
-        size = micro_batch or self._fit(masks, image, shortcut)
+        size = micro_batch or self.masks_at_once
 
         def run(chunk: torch.Tensor, part: slice) -> torch.Tensor:
             return self._forward(chunk, image, noise, seeds[part], mode, shortcut)
@@ -237,8 +243,9 @@ class Replay(WithBaseline):
         if differentiable and len(masks) > size:
             return Chunked.apply(masks, self, run, size)
         with torch.set_grad_enabled(differentiable):
-            return self._in_chunks(masks, size, run)
+            return torch.cat(in_micro_batches(self, masks, size, run))
 
+    @outside_inference_mode
     @taking_turns
     def score_and_grad(
         self,
@@ -263,25 +270,39 @@ class Replay(WithBaseline):
             scores ``(batch,)`` and the gradient of each mask's own score to that mask, shaped like ``mask``.
         """
         masks = self._batch_of(mask, image).detach()
+        if not self.inside:  # hooks that stand would take the passes of a check for the caller's
+            require_gradients(self)
         seeds = noise_seeds(len(masks), noise, generator)
         shortcut = self._shortcut(steps)
-        size = micro_batch or self._fit(masks, image, shortcut)
+        size = micro_batch or self.masks_at_once
 
-        def one(chunk: torch.Tensor, part: slice) -> torch.Tensor:
+        def one(chunk: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
             leaf = chunk.detach().requires_grad_(True)
             with torch.enable_grad():
                 scores = score(self._forward(leaf, image, noise, seeds[part], "fast", shortcut))
-            if scores.shape != (len(chunk),):
-                raise ReplayError(
-                    f"score() must return one number per mask, ({len(chunk)},), not {tuple(scores.shape)}"
-                )
-            (gradient,) = torch.autograd.grad(scores.sum(), leaf)
-            self.passes.backward += len(chunk)
-            packed = torch.cat([scores.detach().to(gradient)[:, None], gradient.flatten(1)], dim=1)
-            return packed
+                if scores.shape != (len(chunk),):
+                    raise ReplayError(
+                        f"score() must return one number per mask, ({len(chunk)},), not {tuple(scores.shape)}"
+                    )
+                gradient = self._differentiated(scores.sum(), leaf)
+            return scores.detach().to(torch.promote_types(scores.dtype, leaf.dtype)), gradient
 
-        packed = self._in_chunks(masks, size, one)
-        return packed[:, 0], packed[:, 1:].reshape(mask.shape if mask.ndim > 2 else masks.shape).to(mask.dtype)
+        scores, gradients = (torch.cat(parts) for parts in zip(*in_micro_batches(self, masks, size, one), strict=True))
+        return scores, gradients.reshape(mask.shape if mask.ndim > 2 else masks.shape).to(mask.dtype)
+
+    def _differentiated(self, total: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+        """Gradient of ``total`` to ``leaf``.
+
+        In half precision small gradients would be rounded to nothing on their way: the score is multiplied by a power
+        of two, smaller ones where it is too much. Not while somebody reads the gradients inside.
+        """
+        scales = (2.0**12, 2.0**6, 1.0) if self._half and not self.inside else (1.0,)
+        for scale in scales:
+            (gradient,) = torch.autograd.grad(total * scale, leaf, retain_graph=scale != scales[-1])
+            self.passes.add(backward=len(leaf))
+            if scale == 1.0 or bool(gradient.isfinite().all()):
+                break
+        return gradient / scale
 
     # ------------------------------------------------------------------ inside the model
 
@@ -300,6 +321,7 @@ class Replay(WithBaseline):
         """Positions of the teacher-forced sequence: prompt and all answer tokens but the last."""
         return self._forcing.length
 
+    @outside_inference_mode
     def run_inputs(self, pixel_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """log P(a_t) for one picture given as the model's own pixel inputs (``replay.path.inputs``, or tensors of their
         shapes), ``(1, step)``; differentiable in them when gradients are enabled."""
@@ -350,13 +372,13 @@ class Replay(WithBaseline):
         wanted = tuple(sorted({int(step) for step in steps}))
         if not wanted or wanted[0] < 0 or wanted[-1] >= len(self.token_ids):
             raise ReplayError(f"steps are tokens 0 to {len(self.token_ids) - 1} of the answer; got {list(steps)}")
-        return None if self._recompute is None else self.shortcuts.take(self, wanted)
+        return None if self.inside else self.shortcuts.take(self, wanted)
 
     def _run(self, pixel_inputs: dict[str, torch.Tensor], batch: int, shortcut: Shortcut | None = None) -> torch.Tensor:
         joined = self.path.joined({name: value for name, value in pixel_inputs.items() if name in self._fed}, batch)
         fed = {name: self._placed(name, value, batch) for name, value in joined.items()}
-        checkpoint = (self.gradient_checkpointing or bool(self._recompute)) and torch.is_grad_enabled()
-        self.passes.forward += batch
+        checkpoint = self.recomputes and torch.is_grad_enabled()
+        self.passes.add(forward=batch)
         log_probs = self._forcing.log_probs(fed, batch=batch, checkpoint=checkpoint, shortcut=shortcut)
         if shortcut is None:
             return log_probs
@@ -385,28 +407,28 @@ class Replay(WithBaseline):
                 inputs[name] = inputs[name] + noise_like(inputs[name], noise, seeds)
         return self._run(inputs, len(masks), shortcut)
 
-    def _in_chunks(
-        self, masks: torch.Tensor, size: int, run: Callable[[torch.Tensor, slice], torch.Tensor]
-    ) -> torch.Tensor:
-        """``run`` over micro-batches; goes on in smaller ones when memory runs out (``exhaustion``)."""
-        return in_micro_batches(self, masks, size, run)
-
     def _batch_of(self, mask: torch.Tensor, image: int | None) -> torch.Tensor:
-        """The mask as a batch, checked before anything is computed."""
+        """The mask as a batch in single precision or more, checked before anything is computed."""
         masks = mask[None] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else mask
         expand_masks(masks, self.n_images, image)
-        return masks
+        masks = masks.clone() if masks.is_inference() else masks
+        return masks if masks.dtype == torch.float64 else masks.float()
 
-    def _fit(self, masks: torch.Tensor, image: int | None, shortcut: Shortcut | None) -> int:
-        if self._micro_batch is not None:
-            return self._micro_batch
-        if len(masks) == 1:
-            return 1
-        if self._bytes_per_mask is None:
-            with torch.enable_grad():
-                probe = masks[:1].detach().requires_grad_(True)
-                self._bytes_per_mask = saved_bytes(
-                    lambda: self._forward(probe, image, 0.0, noise_seeds(1, 0.0, None), "fast", shortcut),
-                    besides=self.model.parameters(),
-                )
-        return masks_that_fit(self._bytes_per_mask, self.device)
+    @property
+    def masks_at_once(self) -> int:
+        """Masks per pass: as many as the user wants, as have proved to fit where memory ran out, or by the rule."""
+        if self.limits.micro_batch is not None:
+            return self.limits.micro_batch
+        if self.kept.masks_at_once is None:
+            self.kept.masks_at_once = masks_at_once(self)
+        return self.kept.masks_at_once
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are run again in backward: wanted so, or as memory ran out; not while somebody looks inside,
+        who would see them twice."""
+        return self.limits.gradient_checkpointing or (self.limits.recompute and not self.inside)
+
+    @property
+    def _half(self) -> bool:
+        return any(weight.dtype == torch.float16 for weight in self.model.parameters())

@@ -12,7 +12,7 @@ computes:
 None of this holds for every architecture (a beginning that attends both ways, positions that are numbered by what is
 fed, state that no cache hands on, layers in parallel), and names of families do not tell. So the first use on a model
 runs one picture both ways, plainly and shortened, and compares the log-probabilities and their gradient to the mask.
-What differs is not used; the plain pass always remains. These passes are not counted as the caller's. They ask for
+What differs is not used; the plain pass always remains. These passes are counted as the caller's. They ask for
 every other token of the answer's first half, whatever the caller wants first: with the last one there would be no later
 tokens to cut, and nothing to see of what cutting them does.
 """
@@ -136,8 +136,7 @@ class Shortcuts:
                 return None
         if self.way is None:
             return None
-        recomputed = replay.gradient_checkpointing or bool(replay._recompute)
-        way = replace(self.way, prefix=False, narrow=None) if recomputed else self.way
+        way = replace(self.way, prefix=False, narrow=None) if replay.recomputes else self.way
         return self._shortcut(replay, way, steps)
 
     def _shortcut(self, replay: Replay, way: _Way, steps: tuple[int, ...]) -> Shortcut:
@@ -158,14 +157,10 @@ class Shortcuts:
         answer = len(replay.token_ids)
         steps = tuple(range(0, max(1, answer // 2), 2))
         key = (*circumstances, self.start > 0, answer > 1)
-        passes = replay.passes.forward, replay.passes.backward
-        try:
-            found = known.get(key)
-            # Another prompt than the one that was measured may pass a limit of the model's (a window, a long context).
-            if found is None or not self._holds(replay, found, steps):
-                found = known[key] = self._measured(replay, steps)
-        finally:
-            replay.passes.forward, replay.passes.backward = passes
+        found = known.get(key)
+        # Another prompt than the one that was measured may pass a limit of the model's (a window, a long context).
+        if found is None or not self._holds(replay, found, steps):
+            found = known[key] = self._measured(replay, steps)
         self.way, self.log_probs, self.gradient = found.way, found.log_probs, found.gradient
         self._circumstances = circumstances
         _log.debug("%s: %s, off by %.1e nats", replay.trace_id, self, self.log_probs)
@@ -234,7 +229,7 @@ def _patterned(replay: Replay, shortcut: Shortcut | None, mask: torch.Tensor | N
 
 def _pattern(replay: Replay) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(1, replay.n_images, 5, 6, generator=generator).to(replay.device)
+    return torch.rand(1, replay.n_images, 5, 6, generator=generator, dtype=torch.float32).to(replay.device)
 
 
 def _differentiated(
@@ -245,6 +240,7 @@ def _differentiated(
     with torch.enable_grad():
         log_probs = _patterned(replay, shortcut, mask)[:, list(steps)]
         (gradient,) = torch.autograd.grad(log_probs.sum(), mask, allow_unused=True)
+        replay.passes.add(backward=1)
     return log_probs.detach(), torch.zeros_like(mask) if gradient is None else gradient
 
 

@@ -166,12 +166,12 @@ def _made(
     progress: Progress | None,
 ) -> tuple[list[str], list[Row]]:
     """Every method on every replay or trace."""
-    from lvlm_probe.explainers import _selection
+    from lvlm_probe.explainers import selected
     from lvlm_probe.explainers.recorded import RecordedAnswer
     from lvlm_probe.trace import Trace
 
     for item in items:
-        if not (isinstance(item, Trace) or (hasattr(item, "log_probs") and hasattr(item, "strengthen"))):
+        if not (isinstance(item, Trace) or (hasattr(item, "log_probs") and hasattr(item, "strengthened"))):
             raise ReportError(
                 f"compare() takes replays (probe.replay(trace, model, processor)), traces or heatmaps; got a "
                 f"{type(item).__name__}"
@@ -182,13 +182,13 @@ def _made(
     for answer in answers:
         if not 0 <= image < answer.n_images:
             raise ReportError(f"image={image}, but {answer.trace_id} has {answer.n_images} image(s), counted from 0")
-    selections = [_selection(answer, tokens) for answer in answers]
+    selections = [selected(answer, tokens) for answer in answers]
     rows = []
     with _bar(progress, len(items) * len(chosen)) as advance:
         for item, selection in zip(items, selections, strict=True):
             live = not isinstance(item, Trace)
             if live and selection:
-                item.strengthen(selection.decided)  # once, so that all methods explain against one baseline
+                item = item.strengthened(selection.decided)  # once: all methods explain against one baseline
             heats: list[Heatmap | None] = []
             scores: list[Score | None] = []
             for name, (method, params) in chosen.items():

@@ -16,7 +16,7 @@ from lvlm_probe import planning
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.explainers.costs import cost_of
 from lvlm_probe.explainers.registry import Problem
-from lvlm_probe.planning.probes import quiet, timed
+from lvlm_probe.planning.probes import timed
 from lvlm_probe.player import Replay
 from lvlm_probe.study.datasets import Sample
 from lvlm_probe.study.filtering import verdict
@@ -250,8 +250,7 @@ def _measured(
         if record is None or record["status"] != "done":
             return stuck(f"sample {sample.id} has no answer: {None if record is None else record['reason']}")
         player = open_replay(worker.answers.path(key, ".h5"), *worker.model(model))
-        with quiet(player):
-            call, each = timed(player, gradient=False)
+        call, each = timed(player, gradient=False)
     except (ProbeError, OSError) as error:
         return stuck(str(error))
     return [_planned(worker.study, player, line, call + each, memory) for line in lines], record["measured"]["seconds"]

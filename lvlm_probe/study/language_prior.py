@@ -220,8 +220,7 @@ def _of_rows(
                 options = RecordOptions(llr=False, attention=False, boxes=False, question=row.question or row.prompt)
                 (made,) = forced(probe, row, pictures, options).rows
                 player = Replay(LiveTrace(made, pictures), model, processor, check_pixels=False)
-                if baseline != "blur":  # which is what a replay starts with
-                    player.set_baseline(baseline)
+                player = player.over(baseline)
                 ratios = made.log_probs - player.baseline_log_probs.numpy()
                 yield read_answer(
                     made.pieces, made.special.tolist(), made.log_probs, ratios, alpha=alpha, source=where, id=row.id,
@@ -268,7 +267,7 @@ def _ratios(
         raise StudyError(f"{what} cost one more pass: give the model")
     player = replay(trace, model, processor)
     if baseline is not None:
-        player.set_baseline(baseline)
+        player = player.over(baseline)
     return trace.log_probs - player.baseline_log_probs.numpy(), _named(player.baseline)
 
 

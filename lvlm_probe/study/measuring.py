@@ -8,13 +8,12 @@ from __future__ import annotations
 import functools
 import platform
 import time
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lvlm_probe.explainers import explain
-from lvlm_probe.planning import weight_bytes
+from lvlm_probe.explainers import Problem, resolve
+from lvlm_probe.planning import Meter, weight_bytes
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
@@ -49,19 +48,16 @@ def map_memory(
 ) -> dict[str, Any]:
     """Bytes that a map took, as its provenance has them, and ``weights``, those of the model.
 
-    An accelerator's peak is known from the run itself. On the CPU a meter has to watch every tensor, which slows small
-    models down; it is done where ``measure`` asks for it (rows of Table 9), in a second run that is not in the first
-    one's seconds.
+    A meter has to watch every tensor, which slows small models down; it is done where ``measure`` asks for it (rows of
+    Table 9), in a second run that is not in the first one's seconds: ``measured_peak``.
     """
     found = dict(heat.provenance.get("memory") or {})
-    if found.get("measured_peak") is None and measure and player.device.type == "cpu":
-        again = explain(
-            player, method=method.method, tokens=tokens, seed=seed, strengthen=False, measure_memory=True,
-            **method.params,
-        )  # fmt: skip
-        memory = again.provenance.get("memory")
-        if isinstance(memory, Mapping):
-            found = dict(memory)
+    if measure:
+        over, meter = player.over(heat.provenance["baseline"]), Meter(player.device)
+        problem = Problem(over, tokens, seed=seed)
+        with over.shortcuts.held(), meter.running():
+            resolve(method.method)(problem, **method.params)
+        found["measured_peak"] = meter.reading.peak
     return {**found, "weights": weight_bytes(player.model)}
 
 

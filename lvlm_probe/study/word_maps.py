@@ -48,8 +48,8 @@ def add_words(study: Study, player: Replay, method: MethodSpec, heat: Heatmap, m
             entry["map"] = "values"
             continue
         try:
-            with player.on_baseline(method.baseline or study.settings.baseline):
-                word = explain(player, method=method.method, tokens=part, seed=study.settings.seed, **method.params)
+            over = player.over(method.baseline or study.settings.baseline)
+            word = explain(over, method=method.method, tokens=part, seed=study.settings.seed, **method.params)
         except (ProbeError, RuntimeError, ValueError) as error:
             entry["reason"] = str(error).strip().partition("\n")[0] or type(error).__name__
             continue

@@ -116,7 +116,7 @@ def map_unit(
     Rows that do as the published code does also get ``release``: the areas by that code's rule, for the ledger.
 
     Args:
-        player: the answer on its model; its baseline is back in place afterwards.
+        player: the answer on its model.
         annotations: of the sample: ``region`` (mask or boxes that the answer needs), ``human`` (human attention).
         map_file: where the heatmap goes.
     """
@@ -124,32 +124,31 @@ def map_unit(
     alpha = settings.alpha if method.alpha is None else method.alpha
     own = tokens_by(method.tokens, player, alpha=alpha)
     usual = tokens_by("llr", player, alpha=settings.alpha)
-    with player.on_baseline(method.baseline or settings.baseline):
-        heat = explain(player, method=method.method, tokens=own, seed=settings.seed, **method.params)
-        heat.write(map_file)
-        if not heat:
-            empty = {"map": None, "reason": heat.reason, "text": heat.selection.text}
-            return {**empty, "measured": {"seconds": heat.provenance["seconds"], **watch.taken(player.device)}}
-        judged = Stopwatch()
-        scores = _scores(study, heat, player)
-        measured = {"seconds": heat.provenance["seconds"], "judged_seconds": judged.seconds()}
-        same = method_content(study, method)  # rows that ask for one map share it
-        costed = any(9 in row.tables for row in study.methods.values() if method_content(study, row) == same)
-        memory = map_memory(player, method, heat, own, seed=settings.seed, measure=costed)
-        if method.behaviour == "release":
-            own_rule = evaluate(heat, player, auc="release", grid=settings.grid, seed=settings.seed)
-            scores["release"] = {"deletion": own_rule.deletion, "insertion": own_rule.insertion}
-        record: dict[str, Any] = {
-            "map": map_file.name,
-            "text": heat.selection.text,
-            "selected": len(heat.selection.indices),
-            "passes": dict(heat.provenance["passes"]),
-            **scores,
-        }
+    over = player.over(method.baseline or settings.baseline)
+    heat = explain(over, method=method.method, tokens=own, seed=settings.seed, **method.params)
+    heat.write(map_file)
+    if not heat:
+        empty = {"map": None, "reason": heat.reason, "text": heat.selection.text}
+        return {**empty, "measured": {"seconds": heat.provenance["seconds"], **watch.taken(player.device)}}
+    judged = Stopwatch()
+    scores = _scores(study, heat, over)
+    measured = {"seconds": heat.provenance["seconds"], "judged_seconds": judged.seconds()}
+    same = method_content(study, method)  # rows that ask for one map share it
+    costed = any(9 in row.tables for row in study.methods.values() if method_content(study, row) == same)
+    memory = map_memory(over, method, heat, own, seed=settings.seed, measure=costed)
+    if method.behaviour == "release":
+        own_rule = evaluate(heat, over, auc="release", grid=settings.grid, seed=settings.seed)
+        scores["release"] = {"deletion": own_rule.deletion, "insertion": own_rule.insertion}
+    record: dict[str, Any] = {
+        "map": map_file.name,
+        "text": heat.selection.text,
+        "selected": len(heat.selection.indices),
+        "passes": dict(heat.provenance["passes"]),
+        **scores,
+    }
     if usual and (usual.indices != heat.selection.indices or method.baseline not in (None, settings.baseline)):
-        with player.on_baseline(settings.baseline):
-            player.strengthen(usual.decided)
-            record["common"] = _scores(study, dataclasses.replace(heat, selection=usual), player)
+        common = player.over(settings.baseline).strengthened(usual.decided)
+        record["common"] = _scores(study, dataclasses.replace(heat, selection=usual), common, own_baseline=True)
     elif not usual:
         record["common"] = {"deletion": None, "insertion": None}
     record |= _places(heat, annotations)
@@ -164,9 +163,10 @@ def open_replay(trace_file: Path, model: torch.nn.Module, processor: Any) -> Rep
     return replay(open_trace(trace_file), model, processor)
 
 
-def _scores(study: Study, heat: Heatmap, player: Replay) -> dict[str, Any]:
+def _scores(study: Study, heat: Heatmap, player: Replay, *, own_baseline: bool = False) -> dict[str, Any]:
     settings = study.settings
-    score = evaluate(heat, player, steps=settings.steps, grid=settings.grid, seed=settings.seed)
+    baseline = player.baseline if own_baseline else None
+    score = evaluate(heat, player, baseline=baseline, steps=settings.steps, grid=settings.grid, seed=settings.seed)
     return {
         "deletion": score.deletion,
         "insertion": score.insertion,

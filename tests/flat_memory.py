@@ -1,0 +1,82 @@
+"""What stays alive after an answer was asked everything: for tests, and for a campaign over many answers."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lvlm_probe as probe
+from lvlm_probe import causal
+from lvlm_probe.metrics import over_seeds, weight_randomisation
+
+METHODS: dict[str, dict[str, Any]] = {
+    "igos++": {},
+    "gradcam": {},
+    "tmm": {},
+    "iia": {"points": 2},
+    "input_gradient": {},
+    "rise": {"masks": 8},
+    "rollout": {},
+    "attention": {},
+    "tam": {},
+}
+
+
+def alive() -> tuple[int, int]:
+    """Tensors that Python knows of, and bytes of their storages, each counted once."""
+    gc.collect()
+    found = (item for item in gc.get_objects() if issubclass(type(item), torch.Tensor))
+    tensors = [item for item in found if item.layout == torch.strided]
+    storages = {item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for item in tensors}
+    return len(tensors), sum(storages.values())
+
+
+def ask(trace: Any, model: torch.nn.Module, processor: Any, folder: Path) -> list[weakref.ref[Any]]:
+    """Every public verb once, on one answer. References to what should not outlive it."""
+    held: list[weakref.ref[Any]] = []
+    noted = model.register_forward_hook(lambda _m, _a, output: held.append(weakref.ref(output.logits)))
+    replay = probe.replay(trace, model, processor)
+    heats = [probe.explain(replay, method=method, **params) for method, params in METHODS.items()]
+    scores = [probe.evaluate(heat, replay, steps=3) for heat in heats[:3]]
+    probe.report(heats[:3], scores=scores, out=folder / "report.html", overwrite=True)
+    probe.compare([replay], methods=["center"], out=folder / "compare.html", overwrite=True, steps=3)
+    probe.plan(replay, method="rise", seconds=False)
+    probe.verify(trace, model, processor)
+    replay.log_probs(torch.full((2, 3, 3), 0.5, requires_grad=True)).sum().backward()
+    replay.score_and_grad(torch.full((2, 3, 3), 0.5), lambda log_probs: log_probs.sum(dim=1))
+    causal.knockout(replay, heats[0], top=0.2, draws=1)
+    causal.patch(replay, heats[0], top=0.2, draws=1)
+    over_seeds(replay, seeds=2, method="rise", masks=4)
+    weight_randomisation(trace, model, processor, stages=1, method="gradcam")
+    noted.remove()
+    return [*held, weakref.ref(replay)]
+
+
+def cycles(trace: Any, model: torch.nn.Module, processor: Any, folder: Path, *, count: int) -> list[tuple[int, int]]:
+    """``alive()`` after each of some rounds of ``ask``, each on a replay of its own.
+
+    Raises:
+        AssertionError: something of a round outlives it: a pass's logits, and so its graph, or the replay.
+    """
+    found = []
+    for number in range(count):
+        left = ask(trace, model, processor, folder)
+        found.append(alive())
+        kept = [reference() for reference in left if reference() is not None]
+        assert not kept, f"round {number}: {len(kept)} of {len(left)} objects are still alive"
+    return found
+
+
+def collected(trace: Any, load: Callable[[], torch.nn.Module], processor: Any, folder: Path) -> bool:
+    """Whether a model is gone after it was asked everything and dropped."""
+    model = load()
+    ask(trace, model, processor, folder)
+    weight, whole = weakref.ref(next(model.parameters())), weakref.ref(model)
+    del model
+    gc.collect()
+    return weight() is None and whole() is None
