@@ -150,7 +150,7 @@ def test_a_baseline_picture_of_the_users_is_known_by_its_pixels(replay: probe.Re
     assert expected.baseline_check["same_as_explained"] is True
     assert probe.evaluate(heat, replay, steps=4, baseline=mine.copy()).deletion == expected.deletion
     for wrong in (replay, replay.over(other)):
-        with pytest.raises(probe.ImageError, match="a picture of your own.*give the picture again"):
+        with pytest.raises(probe.ImageError, match=r"a picture of your own.*give the picture again"):
             probe.evaluate(heat, wrong, steps=4)
     assert probe.evaluate(heat, replay, steps=4, baseline=other).baseline_check["same_as_explained"] is False
 
@@ -267,8 +267,10 @@ def test_a_replay_opened_in_inference_mode_serves_outside_and_the_other_way_roun
     outside.over("mean").log_probs(torch.full((1, 4, 4), 0.5))
     with torch.inference_mode():
         first = told(probe.explain(outside, method="input_gradient"))
-    assert first == told(probe.explain(inside, method="input_gradient")) == told(
-        probe.explain(outside, method="input_gradient")
+    assert (
+        first
+        == told(probe.explain(inside, method="input_gradient"))
+        == told(probe.explain(outside, method="input_gradient"))
     )
     inside.score_and_grad(mask, lambda log_probs: log_probs.sum(dim=1))  # a mask that was made there
 

@@ -118,7 +118,9 @@ class Collection:
         else:
             lengths = torch.tensor(known.lengths, device=device)
             later = torch.arange(keys, device=device) >= lengths[:, None]
-            mask = torch.zeros(later.shape, dtype=torch.float32, device=device).masked_fill_(later, float("-inf"))[None, None]
+            mask = torch.zeros(later.shape, dtype=torch.float32, device=device).masked_fill_(later, float("-inf"))[
+                None, None
+            ]
         weights = attention_rows(
             torch.cat(known.queries, dim=2),
             known.key,

@@ -72,7 +72,9 @@ def integrated_gradients(
         return Outcome(None, params, reason=NO_SIGHT)
     attribution = mean_slope(problem, shape, *nodes(steps, rule), batch=batch, method="integrated_gradients")
     with torch.no_grad():
-        ends = torch.tensor([1.0, 0.0], dtype=torch.float32, device=problem.replay.device)[:, None, None].expand(-1, *shape)
+        ends = torch.tensor([1.0, 0.0], dtype=torch.float32, device=problem.replay.device)[:, None, None].expand(
+            -1, *shape
+        )
         log_probs = problem.replay.log_probs(ends, image=problem.image, steps=problem.selection.indices)
         whole, nothing = problem.score(log_probs).double().tolist()
     total, change = float(attribution.sum()), whole - nothing

@@ -104,7 +104,9 @@ def covers(cells: int, patch: int, stride: int = 1, soft: float = 0.0) -> torch.
     reach = (number - 1) * stride + patch  # from the first patch's start to the last one's end
     first = (cells - reach) // 2
     centre = first + torch.arange(number, dtype=torch.float32) * stride + patch / 2
-    inside = patch / 2 - (torch.arange(cells, dtype=torch.float32) + 0.5 - centre[:, None]).abs()  # depth of a cell's centre in the patch
+    inside = (
+        patch / 2 - (torch.arange(cells, dtype=torch.float32) + 0.5 - centre[:, None]).abs()
+    )  # depth of a cell's centre in the patch
     if soft == 0:
         return (inside > 0).float()
     return (inside / soft + 0.5).clamp(0.0, 1.0)

@@ -99,7 +99,9 @@ def guide(picture: Image.Image, *, size: int = GUIDE_SIZE) -> torch.Tensor:
     resized = picture.convert("RGB").resize((size, size), PILImage.Resampling.BICUBIC)
     values = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).reshape(size, size, 3)
     scaled = values.permute(2, 0, 1).float() / 255
-    return (scaled - torch.tensor(_MEAN, dtype=torch.float32)[:, None, None]) / torch.tensor(_DEVIATION, dtype=torch.float32)[:, None, None]
+    return (scaled - torch.tensor(_MEAN, dtype=torch.float32)[:, None, None]) / torch.tensor(
+        _DEVIATION, dtype=torch.float32
+    )[:, None, None]
 
 
 def _vertical(values: torch.Tensor) -> torch.Tensor:

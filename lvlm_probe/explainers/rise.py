@@ -146,7 +146,9 @@ class _Drawn:
     def __init__(self, number: int, knots: tuple[int, int], p: float, generator: torch.Generator) -> None:
         self.knots = knots
         # Two more knots than fit: one for the far end, one for the shift. So every cell has the same distribution.
-        self.bits = (torch.rand(number, knots[0] + 2, knots[1] + 2, generator=generator, dtype=torch.float32) < p).float()
+        self.bits = (
+            torch.rand(number, knots[0] + 2, knots[1] + 2, generator=generator, dtype=torch.float32) < p
+        ).float()
         self.shift = torch.rand(number, 2, generator=generator, dtype=torch.float32)
 
     def masks(self, part: slice, shape: tuple[int, int]) -> torch.Tensor:

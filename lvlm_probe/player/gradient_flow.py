@@ -112,8 +112,8 @@ def _sentence(replay: Replay, layer: str, detail: str) -> str:
     name = type(replay.model).__name__
     where = f"stop at {layer}, which computes without autograd" if layer else "are not those of its output"
     return (
-        f"the gradients of {name} {where}, so a map made of them would be wrong{detail}; load the model with layers that "
-        f"can be differentiated, or use a method that needs no gradients: occlusion, rise, greedy, or attention, "
+        f"the gradients of {name} {where}, so a map made of them would be wrong{detail}; load the model with layers "
+        f"that can be differentiated, or use a method that needs no gradients: occlusion, rise, greedy, or attention, "
         f"rollout, tam"
     )
 

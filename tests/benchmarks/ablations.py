@@ -23,7 +23,6 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,23 +152,23 @@ def measure(case: Case, setting: Setting, made: dict[str, probe.Heatmap]) -> Lin
         return {**line, "reason": selection.reason}
     # The case's own baseline is a blur of the strength that it takes.
     other = setting.baseline != BLUR
-    with case.replay.on_baseline(setting.baseline) if other else nullcontext():
-        same = digest(selection.indices, dict(setting.params), setting.baseline)
-        if same not in made:
-            made[same] = probe.explain(
-                case.replay,
-                method="igos++",
-                tokens=selection,
-                seed=case.scene.index,
-                strengthen=False,
-                **EQUATION_8,
-                **setting.params,
-            )
-        heat = made[same]
-        if heat.values is None:
-            return {**line, "reason": heat.reason}
-        heat = dataclasses.replace(heat, selection=truth)
-        line |= judged(case, heat, held_out=(), causal=False)
+    over = case.replay.over(setting.baseline) if other else case.replay
+    same = digest(selection.indices, dict(setting.params), setting.baseline)
+    if same not in made:
+        made[same] = probe.explain(
+            over,
+            method="igos++",
+            tokens=selection,
+            seed=case.scene.index,
+            strengthen=False,
+            **EQUATION_8,
+            **setting.params,
+        )
+    heat = made[same]
+    if heat.values is None:
+        return {**line, "reason": heat.reason}
+    heat = dataclasses.replace(heat, selection=truth)
+    line |= judged(dataclasses.replace(case, replay=over), heat, held_out=(), causal=False)
     if setting.table == 7:
         by_blur = judged(case, heat, held_out=(), causal=False) if other else line
         line |= {f"{column}_{BLUR}": by_blur[column] for column in ("deletion", "insertion", "gain")}

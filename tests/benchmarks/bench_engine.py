@@ -136,8 +136,7 @@ def demo(directory: str) -> tuple[probe.Replay, list[int]]:
         model.generate(**inputs, max_new_tokens=32, do_sample=False)
     replay = probe.replay(recording.traces[-1], model, processor)
     selection = probe.select_tokens(replay)
-    replay.strengthen(selection.decided)
-    return replay, list(selection.indices)
+    return replay.strengthened(selection.decided), list(selection.indices)
 
 
 def mid(directory: str) -> tuple[probe.Replay, list[int]]:

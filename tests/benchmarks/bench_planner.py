@@ -24,6 +24,8 @@ from judging import fill
 from random_model import MID_SIZE, PATCH, QUESTION, SMALL, random_llava, random_qwen, recorded, write_results
 
 import lvlm_probe as probe
+from lvlm_probe.explainers import Problem, resolve
+from lvlm_probe.planning import Meter
 
 METHODS: dict[str, dict[str, Any]] = {
     "igos++": {"iterations": 1, "refine": 1},
@@ -65,12 +67,13 @@ def compare(name: str, replay: Any, methods: dict[str, dict[str, Any]]) -> list[
     for name_of, params in methods.items():
         method = name_of.split(",")[0]
         planned = probe.plan(replay, method=method, seconds=False, **params)
-        heat = probe.explain(
-            replay, method=method, tokens=selection, strengthen=False, measure_memory=True, **params
-        )  # fmt: skip
-        used = heat.provenance["memory"]
-        predicted, measured = used["predicted_peak"], used["measured_peak"]
-        assert predicted == planned.peak, "the plan changed under way"
+        view = replay.counted().with_settings(
+            micro_batch=planned.micro_batch, gradient_checkpointing=planned.gradient_checkpointing
+        )
+        meter = Meter(replay.device)
+        with view.shortcuts.held(), meter.running():
+            resolve(method)(Problem(view, selection), **params)
+        predicted, measured = planned.peak, meter.reading.peak
         lines.append({
             "model": name,
             "method": name_of,
@@ -80,7 +83,7 @@ def compare(name: str, replay: Any, methods: dict[str, dict[str, Any]]) -> list[
             "measured_bytes": measured,
             "ratio": round(predicted / measured, 4),
             "passes_predicted": [planned.forward, planned.backward],
-            "passes": [heat.provenance["passes"][way] for way in ("forward", "backward")],
+            "passes": [view.passes.forward, view.passes.backward],
         })  # fmt: skip
         print(
             f"{name:28} {name_of:22} {predicted / 1e6:10.2f} MB predicted {measured / 1e6:10.2f} MB measured "

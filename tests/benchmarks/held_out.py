@@ -72,9 +72,8 @@ def cases(
         if not selection:
             skipped["no token with LLR > 1"] += 1
             continue
-        replay.strengthen(selection.indices)
         found += 1
-        yield Case(scene, replay, selection)
+        yield Case(scene, replay.strengthened(selection.indices), selection)
 
 
 def _load(directory: Path) -> tuple[Any, Any]:

@@ -214,7 +214,9 @@ def judged(case: Case, heat: probe.Heatmap, *, held_out: Sequence[str] = HELD_OU
     ``held_out`` is the mean gain over those held-out baselines that take the words away and are not, by another name,
     the one that the heatmap was made with.
     """
-    score = probe.evaluate(heat, case.replay, grid=GRID, steps=STEPS, tie_orders=TIE_ORDERS)
+    score = probe.evaluate(
+        heat, case.replay, baseline=case.replay.baseline, grid=GRID, steps=STEPS, tie_orders=TIE_ORDERS
+    )
     line: Line = {
         "deletion": score.deletion,
         "insertion": score.insertion,
