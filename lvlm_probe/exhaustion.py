@@ -1,9 +1,8 @@
 """How many masks go through the model at once, and how to go on when memory runs out: fewer at once, then layers run
-again in backward, then an error that helps.
+again in backward, then an error that helps. Only the micro-batch that failed is done again.
 
-The number follows one rule from what does not change between calls (the model's layers, the length of the sequence,
-the size of the device), so that the same call groups its masks in the same way, and rounds in the same way, whatever
-ran before it. What is finished when memory runs out is kept: only the micro-batch that failed is done again.
+The number follows one rule from what does not change between calls (layers, length of the sequence, size of the
+device): the same call groups its masks in the same way, and so rounds in the same way, whatever ran before it.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ __all__ = ["CPU_BYTES", "Limits", "in_micro_batches", "masks_at_once", "ran_out"
 _log = logging.getLogger("lvlm_probe")
 
 CPU_BYTES = 768 << 20
-"""Bytes that one micro-batch may keep for its backward pass on a CPU: larger ones are no faster (matrix products are as
-fast from some hundred rows on, and activations fall out of the caches)."""
+"""Bytes that one micro-batch may keep for its backward pass on a CPU: larger ones fall out of the caches."""
 _MOST = 64  # more masks at once are no faster anywhere
 _PATCH = 3 * 14 * 14  # numbers of pixel input that become one position of an encoder, at the usual patch size
 
@@ -51,9 +49,8 @@ class Limits:
 
 
 def masks_at_once(replay: Replay) -> int:
-    """The rule: as many masks as keep about ``CPU_BYTES`` of activations on a CPU, or half of what an accelerator has
-    beside the weights; 1 to 64. Every linear layer is taken to keep its input and its output, twice over for what
-    stands between them, at every position of its sequence."""
+    """The rule: as many masks as keep ``CPU_BYTES`` on a CPU, or half of what an accelerator has beside the weights; 1
+    to 64. Every linear layer is taken to keep its input and output, at every position."""
     decoder = encoder = 0
     for path, module in replay.model.named_modules():
         inside, outside = (getattr(module, name, None) for name in ("in_features", "out_features"))
@@ -67,7 +64,7 @@ def masks_at_once(replay: Replay) -> int:
             decoder += inside + outside
     pixels = sum(value.numel() for value in replay.path.inputs.values() if value.is_floating_point())
     width = next((weight.element_size() for weight in replay.model.parameters() if weight.is_floating_point()), 4)
-    each = 2 * max(width, 2) * (decoder * replay.length + encoder * math.ceil(pixels / _PATCH))
+    each = max(width, 2) * (decoder * replay.length + encoder * math.ceil(pixels / _PATCH))
     room = CPU_BYTES
     if replay.device.type == "cuda":
         weights = sum(w.numel() * w.element_size() for w in replay.model.parameters() if w.device == replay.device)
@@ -79,11 +76,9 @@ _RAN_OUT = ("can't allocate memory", "not enough memory", "out of memory", "STAT
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory ran out. torch has a class for accelerators; on the CPU, and in the libraries
-    of accelerators, it is a plain ``RuntimeError``."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _RAN_OUT)
+    """Whether an error says that memory ran out; on the CPU and in libraries of accelerators a plain RuntimeError does."""
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _RAN_OUT)
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def in_micro_batches(
@@ -91,8 +86,8 @@ def in_micro_batches(
 ) -> list[Any]:
     """``run`` over micro-batches of equal size, at most ``size``; goes on in smaller ones when memory runs out.
 
-    Where one mask alone does not fit, the layers of the model are checkpointed from there on, unless somebody is
-    looking inside the pass. ``replay.limits`` remembers both. ``run`` is given the masks and their place among all.
+    Where one mask does not fit, layers are run again in backward from there on, unless somebody looks inside the pass.
+    ``replay.limits`` remembers both. ``run`` is given the masks and their place among all.
 
     Raises:
         OutOfMemory: one mask does not fit, whatever is tried.
@@ -108,6 +103,7 @@ def in_micro_batches(
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
+            reason = str(error).strip().split("\n")[0]
             if count == 1 and not _can_recompute(replay):
                 if switched:
                     limits.recompute = False
@@ -115,19 +111,18 @@ def in_micro_batches(
                 state = " even with gradient checkpointing" * (switched or limits.gradient_checkpointing)
                 raise OutOfMemory(
                     f"one mask on {replay.trace_id} does not fit into memory of {replay.device}{state} "
-                    f"({_first_line(error)}); load the model in bfloat16 or with device_map='auto', or use a smaller "
+                    f"({reason}); load the model in bfloat16 or with device_map='auto', or use a smaller "
                     f"image{inside}"
                 ) from error
         else:
             start += count
             continue
         # Out of the handler, where the failed pass is still held by its traceback.
+        step = f"{count // 2} at once instead of {count}" if count > 1 else "gradient checkpointing"
         if count > 1:
             size = limits.micro_batch = count // 2
-            step = f"{size} at once instead of {count}"
         else:
             limits.recompute = switched = True
-            step = "gradient checkpointing"
         limits.recovered.append(step)
         _log.warning("out of memory with %d masks at once; going on with %s", count, step)
         gc.collect()
@@ -137,32 +132,24 @@ def in_micro_batches(
 
 
 def whole_pass(replay: Replay, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """One pass over one picture without a gradient: nothing about it can be made smaller here.
-
-    Raises:
-        OutOfMemory: it does not fit; the message says what would.
-    """
+    """One pass over one picture without a gradient. Raises ``OutOfMemory``, with the way out, where it does not fit."""
     try:
         return run()
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
+        reason = str(error).strip().split("\n")[0]
         raise OutOfMemory(
             f"one pass over the {replay.prompt_length} prompt and {len(replay.token_ids)} answer tokens of "
             f"{replay.trace_id} does not fit into memory of {replay.device}, even without a mask or gradients "
-            f"({_first_line(error)}); load the model in bfloat16 or with device_map='auto', or record the answer "
+            f"({reason}); load the model in bfloat16 or with device_map='auto', or record the answer "
             "with a smaller image"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
-
-
 def _can_recompute(replay: Replay) -> bool:
     """Whether layers could be checkpointed and are not."""
-    if replay.inside or replay.recomputes:
-        return False
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return any(isinstance(module, GradientCheckpointingLayer) for module in replay.model.modules())
+    possible = any(isinstance(module, GradientCheckpointingLayer) for module in replay.model.modules())
+    return possible and not (replay.inside or replay.recomputes)
