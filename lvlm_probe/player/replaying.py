@@ -172,9 +172,9 @@ class Replay(WithBaseline):
         """Replayed log P(a_t) on the whole picture, ``(step,)`` float32 on the CPU. Paper, Eq. 1."""
         if self._original is None:
             self._original = self.log_probs(None)[0].cpu()
-            if (largest := self._forcing.largest_logits) is not None:
+            if (largest := self._forcing.largest_logit) is not None:
                 epsilon = max(self._forcing.epsilon, epsilon_of(self.trace.model.get("torch_dtype")))
-                self._rounding = rounding_of(self._original, largest.to(self._original), epsilon)
+                self._rounding = rounding_of(self._original, float(largest), epsilon)
         return self._original
 
     @property
