@@ -149,7 +149,7 @@ def test_tokens_that_move_against_each_other_are_moved() -> None:
     assert probe.explain(still, method="random", tokens=(0, 2), strengthen=False).values is None
 
 
-# ------------------------------------------------------------------------------------------- dividing by next to nothing
+# ------------------------------------------------------------------------------------- dividing by next to nothing
 
 
 def test_a_picture_with_a_very_small_part_has_a_heatmap_and_no_score(slight: Any, tmp_path: Path) -> None:

@@ -105,8 +105,8 @@ class CausalEffect:
             return None
         if lost >= MINIMUM_DROP:
             return (
-                "the answer is lost as soon as it can be with any image tokens, so that no order of them is better than "
-                "another, or only the share 1 was taken away"
+                "the answer is lost as soon as it can be with any image tokens, so that no order of them is better "
+                "than another, or only the share 1 was taken away"
             )
         return (
             f"taking away all image tokens costs the explained words only {lost:.3f} of mean probability: at these "
