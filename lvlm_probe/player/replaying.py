@@ -173,14 +173,13 @@ class Replay(WithBaseline):
         if self._original is None:
             self._original = self.log_probs(None)[0].cpu()
             if (largest := self._forcing.largest_logit) is not None:
-                epsilon = max(self._forcing.epsilon, epsilon_of(self.trace.model.get("torch_dtype")))
-                self._rounding = rounding_of(self._original, float(largest), epsilon)
+                rounder = max(self._forcing.epsilon, epsilon_of(self.trace.model.get("torch_dtype")))
+                self._rounding = rounding_of(self._original, float(largest), rounder)
         return self._original
 
     @property
     def rounding(self) -> torch.Tensor:
-        """How far ``original_log_probs`` may lie from a run that rounds otherwise, ``(step,)`` nats, by the number
-        format (the model's or the recording's, whichever is the rounder) and the size of the logits."""
+        """How far ``original_log_probs`` may lie from a run that rounds otherwise, ``(step,)`` nats (``rounding_of``)."""
         original = self.original_log_probs
         return torch.zeros_like(original) if self._rounding is None else self._rounding
 
