@@ -309,10 +309,12 @@ def resample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     import torch
     from torch.nn import functional
 
-    grid = torch.from_numpy(np.array(values, dtype=np.float32))[None, None]
+    # In float64, so that cells of one value stay of one value: rounding would put tied pixels in an order.
+    grid = torch.from_numpy(np.array(values, dtype=np.float32))[None, None].double()
     if size[0] <= grid.shape[2] and size[1] <= grid.shape[3]:
-        return functional.adaptive_avg_pool2d(grid, size)[0, 0].numpy()
-    return functional.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0, 0].clamp(0, 1).numpy()
+        return functional.adaptive_avg_pool2d(grid, size)[0, 0].float().numpy()
+    fine = functional.interpolate(grid, size=size, mode="bilinear", align_corners=False)
+    return fine[0, 0].clamp(0, 1).float().numpy()
 
 
 def _coloured(values: np.ndarray, colormap: str) -> np.ndarray:

@@ -16,6 +16,10 @@ __all__ = ["CausalEffect", "Effect", "agreement_score"]
 
 ScoreKind = Literal["prob", "log"]
 
+MINIMUM_ROOM = 0.05
+"""Of the area between 0 and 1: how much earlier than the controls' loss the answer could be lost at all. An agreement
+is a share of that; below it, the scatter of five draws is more."""
+
 MINIMUM_DROP = 0.05
 """Mean probability that taking away all image tokens must cost before a share of it means anything."""
 
@@ -66,10 +70,11 @@ class CausalEffect:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        first = self.effects[0]
+        first, agreement = self.effects[0], self.agreement
+        shown = "undefined" if math.isnan(agreement) else f"{agreement:.3f}"
         return (
             f"<CausalEffect {self.kind} of {first.tokens} image tokens ({first.top:.0%}): f {-self.drop:+.3f} nats, "
-            f"control {-self.control_drop:+.3f}; agreement {self.agreement:.3f}>"
+            f"control {-self.control_drop:+.3f}; agreement {shown}>"
         )
 
     @property
@@ -96,8 +101,13 @@ class CausalEffect:
     def reason(self) -> str | None:
         """Why there is no agreement score, as a sentence; ``None`` when there is one."""
         lost = self.original_probability - self.everything_probability
-        if lost >= MINIMUM_DROP:
+        if lost >= MINIMUM_DROP and not math.isnan(self._agreement("prob")):
             return None
+        if lost >= MINIMUM_DROP:
+            return (
+                "the answer is lost as soon as it can be with any image tokens, so that no order of them is better "
+                "than another, or only the share 1 was taken away"
+            )
         return (
             f"taking away all image tokens costs the explained words only {lost:.3f} of mean probability: at these "
             f"queries and layers the answer does not depend on them"
@@ -112,8 +122,10 @@ class CausalEffect:
         """The agreement score of mean probabilities (``"prob"``) or of f in nats (``"log"``)."""
         if score not in ("prob", "log"):
             raise ExplainError(f"score is 'prob' or 'log'; got {score!r}")
-        if self.reason is not None:
-            return math.nan
+        lost = self.original_probability - self.everything_probability
+        return self._agreement(score) if lost >= MINIMUM_DROP else math.nan
+
+    def _agreement(self, score: ScoreKind) -> float:
         log = score == "log"
         return agreement_score(
             [effect.top for effect in self.effects],
@@ -155,9 +167,13 @@ def agreement_score(
         tops: shares, ascending, in (0, 1].
         heat, control: scores at these shares.
         original, everything: scores at shares 0 and 1.
+
+    Returns:
+        the agreement; NaN where there is nothing to compare: no share below 1, equal ends, or less than
+        ``MINIMUM_ROOM`` between the control's area and the best.
     """
     inner = [index for index, top in enumerate(tops) if top < 1]
-    if not inner or original == everything:
+    if not inner or original == everything or not math.isfinite(original - everything):
         return math.nan
 
     def area(scores: Sequence[float]) -> float:
@@ -167,4 +183,5 @@ def agreement_score(
         return float((np.diff(shares) * (curve[1:] + curve[:-1]) / 2).sum())
 
     best, chance = area([everything] * len(tops)), area(control)
-    return (area(heat) - chance) / (best - chance) if best - chance > 1e-9 else math.nan
+    # Where any few tokens cost as much as all of them, no order of tokens is better than another.
+    return (area(heat) - chance) / (best - chance) if best - chance >= MINIMUM_ROOM else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,10 +91,11 @@ def meter(
         return
     counts = _counts(readings)
     say((f"{len(readings)} answers: ", "bold"), f"{counts['habit']} from habit (drop below 30 %), {counts['mixed']} "
-        f"mixed, {counts['picture']} from the picture (above 70 %)")  # fmt: skip
+        f"mixed, {counts['picture']} from the picture (above 70 %)"
+        + (f", {counts['unknown']} whose probability is no number" if counts["unknown"] else ""))  # fmt: skip
     for reading in readings[:_SHOWN]:
         say(
-            (f"  {max(0.0, 100 * reading.drop):5.1f} %  ", "dim"),
+            ("      –    " if math.isnan(reading.drop) else f"  {max(0.0, 100 * reading.drop):5.1f} %  ", "dim"),
             f"{_line(reading.question)}  →  {_line(reading.answer)}",
         )
     say("page: ", (stored_path(out), "bold"))

@@ -26,6 +26,7 @@ import torch
 
 from lvlm_probe.explainers.registry import Outcome, Problem, register
 from lvlm_probe.explainers.scaling import NO_SIGHT, Sign, check_rules, require_finite, scaled, sign_rule, whole_rule
+from lvlm_probe.metrics.deletion_insertion import too_narrow
 
 __all__ = ["Rule", "integrated_gradients", "mean_slope", "nodes"]
 
@@ -81,7 +82,7 @@ def integrated_gradients(
     diagnostics = {
         "change": change,
         "attributed": total,
-        "completeness_error": abs(total - change) / abs(change) if change else None,
+        "completeness_error": None if too_narrow(whole, nothing, score="log") else abs(total - change) / abs(change),
         "unit": float(attribution.abs().max() if sign == "absolute" else attribution.max()),
     }
     heat = scaled(attribution, seen, sign=sign)

@@ -33,7 +33,7 @@ class RecordedAnswer:
         self.special = torch.tensor(trace.special)
         # A trace does not hold its logits: they are taken for 1, smaller than they are, so that only rounding passes.
         said = torch.tensor(trace.log_probs).float()
-        self.rounding = rounding_of(said, torch.ones_like(said), epsilon_of(trace.model.get("torch_dtype")))
+        self.rounding = rounding_of(said, 1.0, epsilon_of(trace.model.get("torch_dtype")))
         self.baseline = dict(trace.baseline or {})
         self.image_sizes = [picture.size for picture in trace.images]
         self.n_images = len(self.image_sizes)

@@ -77,13 +77,11 @@ def no_effect(problem: Problem) -> str | None:
 
 def _same_picture(problem: Problem) -> str:
     """A way out where the baseline cannot hide anything: it is the picture itself."""
-    baseline = getattr(problem.replay, "baseline_image", None)
-    if not problem.live or baseline is None:
+    path = getattr(problem.replay, "path", None) if problem.live else None
+    if path is None or len(path.baseline_images) <= problem.image:
         return ""
-    picture, other = problem.replay.image(problem.image), baseline(problem.image)
-    if other is None or picture.size != other.size:
-        return ""
-    if picture.convert("RGB").tobytes() != other.convert("RGB").tobytes():
+    picture, other = path.images[problem.image], path.baseline_images[problem.image]
+    if picture.size != other.size or picture.convert("RGB").tobytes() != other.convert("RGB").tobytes():
         return ""
     return "; its baseline is the picture itself: choose another, such as explain(replay.over('blank'))"
 

@@ -244,7 +244,7 @@ def curves(
                 curve_masks(curve.order, points[[point]], shape, insert=curve.insert) for curve, point in part
             ])  # fmt: skip
             for (curve, point), value in zip(part, _score(known(masks), score), strict=True):
-                curve.values[point] = value
+                curve.put(point, value)
             done += len(part)
             if progress is not None:
                 progress(done, total)
@@ -256,7 +256,8 @@ def curves(
         np.mean([curve.filled(fractions) if drawn_through else curve.values for curve in row], axis=0) for row in rows
     )
     if undefined is None:
-        undefined = too_narrow(float(both[0]), float(both[1]), score=score, met=np.concatenate([deletion, insertion]))
+        met = np.concatenate([curve.values[curve.scored] for curve in drawn])
+        undefined = too_narrow(float(both[0]), float(both[1]), score=score, met=met)
     bounds = [float(np.mean([curve.open(fractions).sum() for curve in row])) for row in rows]
     sign = 1.0 if both[0] >= both[1] else -1.0
     turns = [float(np.mean([curve.turns(sign if curve.insert else -sign) for curve in row])) for row in rows]
@@ -277,20 +278,24 @@ def curves(
 
 
 class _Curve:
-    """One curve along one order of the cells, as far as it is scored; NaN where it is not."""
+    """One curve along one order of the cells, as far as it is ``scored``; NaN where it is not."""
 
     def __init__(self, order: np.ndarray, points: np.ndarray, *, insert: bool, ends: np.ndarray) -> None:
         self.order, self.insert = order, insert
         self.values = np.full(len(points), np.nan)
-        self.values[0], self.values[-1] = ends
+        self.scored = np.zeros(len(points), dtype=bool)
+        self.put(0, ends[0])
+        self.put(-1, ends[1])
+
+    def put(self, point: int, value: float) -> None:
+        self.values[point], self.scored[point] = value, True
 
     def missing(self) -> list[int]:
-        return np.flatnonzero(np.isnan(self.values)).tolist()
+        return np.flatnonzero(~self.scored).tolist()
 
     def filled(self, fractions: np.ndarray) -> np.ndarray:
         """All values, those between scored points interpolated."""
-        known = ~np.isnan(self.values)
-        return np.asarray(np.interp(fractions, fractions[known], self.values[known]))
+        return np.asarray(np.interp(fractions, fractions[self.scored], self.values[self.scored]))
 
     def open(self, fractions: np.ndarray) -> np.ndarray:
         """What each interval between scored points may change the area by, if the curve is monotone in it.
@@ -298,7 +303,7 @@ class _Curve:
         The points left out all lie at one end's value at worst; the outermost cell next to the other end is a trapezoid
         either way, so it does not count.
         """
-        known = np.flatnonzero(~np.isnan(self.values))
+        known = np.flatnonzero(self.scored)
         left, right = known[:-1], known[1:]
         outer = np.minimum(fractions[left + 1] - fractions[left], fractions[right] - fractions[right - 1])
         width = np.where(right - left > 1, fractions[right] - fractions[left] - outer, 0.0)
@@ -307,12 +312,12 @@ class _Curve:
     def next_points(self, fractions: np.ndarray, tolerance: float) -> list[int]:
         """Points that halve the intervals which are open by most, until what the others leave open is half of
         ``tolerance``; none when all together leave no more than that open."""
-        known = np.flatnonzero(~np.isnan(self.values))
+        known = np.flatnonzero(self.scored)
         if len(known) == 2:
             even = np.rint(np.linspace(0, len(self.values) - 1, _FIRST_INTERVALS + 1)).astype(int)
-            return [point for point in np.unique(even).tolist() if np.isnan(self.values[point])]
+            return [point for point in np.unique(even).tolist() if not self.scored[point]]
         left_open = self.open(fractions)
-        if left_open.sum() <= tolerance:
+        if not left_open.sum() > tolerance:  # also where a score is no number, and there will be no area
             return []
         rest, halves = float(left_open.sum()), []
         for interval in np.argsort(-left_open, kind="stable"):
@@ -324,7 +329,7 @@ class _Curve:
 
     def turns(self, sign: float) -> float:
         """How far the scored points go against the direction ``sign`` (1 is up), in all."""
-        steps = sign * np.diff(self.values[~np.isnan(self.values)])
+        steps = sign * np.diff(self.values[self.scored])
         return float(-steps[steps < 0].sum())
 
 
@@ -334,8 +339,8 @@ def too_narrow(
     """Why scores cannot be normalised by their two ends, as a sentence; ``None`` where they can.
 
     The ends lie closer than ``LEAST_SHARE`` of the original: of the mean probability, or, in nats, of the geometric
-    mean probability, 1 − e^(−|original − baseline|). Or closer than ``LEAST_SHARE`` of the range of what was met between
-    them, against which they are a mark in the noise.
+    mean probability, 1 − e^(−|original − baseline|). Or closer than ``LEAST_SHARE`` of the range of what was met
+    between them, against which they are lost.
 
     Args:
         original, baseline: Score of the whole picture and of the baseline picture.

@@ -63,6 +63,14 @@ class SanityStep:
     similarity: Similarity | None = None
     reason: str | None = None
 
+    @property
+    def shown(self) -> str:
+        """The rank correlation as text, or why there is none."""
+        if self.similarity is None:
+            return "no heatmap"
+        rho = self.similarity.rank_correlation
+        return "a constant heatmap" if math.isnan(rho) else f"{rho:.2f}"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
@@ -102,10 +110,7 @@ class SanityReport:
         return f"<SanityReport {self.method}, {self}>"
 
     def __str__(self) -> str:
-        shown = "; ".join(
-            f"{step.name}: {'no heatmap' if step.similarity is None else f'{step.similarity.rank_correlation:.2f}'}"
-            for step in self.steps
-        )
+        shown = "; ".join(f"{step.name}: {step.shown}" for step in self.steps)
         return f"{self.kind} randomisation, rank correlation with the original: {shown}"
 
     @property

@@ -18,6 +18,7 @@ import torch
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics.deletion_insertion import tie_share as _tie_share
+from lvlm_probe.metrics.deletion_insertion import too_narrow
 from lvlm_probe.metrics.similarity import compare_maps, on_grid
 
 if TYPE_CHECKING:
@@ -48,10 +49,10 @@ class Stability:
     heatmaps: tuple[Heatmap, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:
-        return (
-            f"<Stability of {self.n} heatmaps: rank correlation {self.rank_correlation:.3f} "
-            f"(lowest {self.lowest_rank_correlation:.3f}), top overlap {self.top_iou:.3f}>"
-        )
+        ranks = "rank correlation undefined, as a map is constant"
+        if math.isfinite(self.rank_correlation):
+            ranks = f"rank correlation {self.rank_correlation:.3f} (lowest {self.lowest_rank_correlation:.3f})"
+        return f"<Stability of {self.n} heatmaps: {ranks}, top overlap {self.top_iou:.3f}>"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``."""
@@ -152,8 +153,13 @@ class Completeness:
 
     @property
     def error(self) -> float:
-        """|total − difference| / |difference|; 0 is complete. NaN when picture and baseline score alike."""
-        return abs(self.total - self.difference) / abs(self.difference) if self.difference else math.nan
+        """|total − difference| / |difference|; 0 is complete. NaN where ``reason`` says why."""
+        return abs(self.total - self.difference) / abs(self.difference) if self.reason is None else math.nan
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no error: picture and baseline score alike, so it would divide by next to nothing."""
+        return too_narrow(self.difference, 0.0, score="log")
 
     def to_dict(self) -> dict[str, float | None]:
         """JSON-ready, NaN as ``None``."""

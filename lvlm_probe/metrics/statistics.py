@@ -46,13 +46,8 @@ class Interval:
     n: int
     missing: int = 0
 
-    @property
-    def is_point(self) -> bool:
-        """Whether there is no interval to speak of: one sample says nothing about others."""
-        return self.n == 1 and self.low == self.high
-
     def __str__(self) -> str:
-        if self.is_point:
+        if self.n == 1:  # one sample says nothing about others
             return f"{self.estimate:.3f} (n = 1)"
         return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
 

@@ -169,9 +169,9 @@ class Replay(Views):
         """Replayed log P(a_t) on the whole picture, ``(step,)`` float32 on the CPU. Paper, Eq. 1."""
         if self.kept.original is None:
             original = self.log_probs(None)[0].cpu()
-            if (largest := self._forcing.largest_logits) is not None:
-                epsilon = max(self._forcing.epsilon, epsilon_of(self.trace.model.get("torch_dtype")))
-                self.kept.rounding = rounding_of(original, largest.to(original), epsilon)
+            if (largest := self._forcing.largest_logit) is not None:
+                rounder = max(self._forcing.epsilon, epsilon_of(self.trace.model.get("torch_dtype")))
+                self.kept.rounding = rounding_of(original, float(largest), rounder)
             self.kept.original = original
         return self.kept.original.clone()
 
@@ -184,8 +184,7 @@ class Replay(Views):
 
     @property
     def rounding(self) -> torch.Tensor:
-        """How far ``original_log_probs`` may lie from a run that rounds otherwise, ``(step,)`` nats, by the number
-        format (the model's or the recording's, whichever is the rounder) and the size of the logits."""
+        """How far ``original_log_probs`` may lie from a run that rounds otherwise, ``(step,)`` nats (``rounding_of``)."""
         original = self.original_log_probs
         return torch.zeros_like(original) if self.kept.rounding is None else self.kept.rounding.clone()
 

@@ -169,7 +169,7 @@ def _map(
         "values": None if empty else encode_values(np.asarray(heat.values)),
         "reason": str(heat.reason or "") if empty else "",
         "baseline": _baseline(heat, score, trace, baselines),
-        "score": None if score is None or empty else _score(score),
+        "score": None if score is None or empty or score.reason is not None else _score(score),
         "scoring": None if score is None else _without_curves(score),
         "verdict": verdict_of(heat, score),
         "provenance": {

@@ -139,6 +139,9 @@ function scores(score, verdict) {
       ),
       make("p", { className: "pair", textContent: `del ${decimal(score.deletion)} · ins ${decimal(score.insertion)}` }),
     );
+  } else if (score.trusted === false) {
+    found.append(make("p", { className: "gain" }, make("b", { textContent: "–" }), "gain"));
+    found.append(make("p", { className: "facts", textContent: "No score." }));
   } else found.append(make("p", { className: "facts", textContent: "Not judged." }));
   if (score.trusted === true)
     found.append(make("p", { className: "stands" }, make("i", { className: "dot trusted" }), "holds up"));

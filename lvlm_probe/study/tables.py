@@ -148,7 +148,7 @@ class Table:
 def _text(cell: Cell, decimals: int) -> str:
     if _is_nothing(cell):
         return "–"
-    if isinstance(cell, Interval) and cell.is_point:
+    if isinstance(cell, Interval) and cell.n == 1 and cell.low == cell.high:
         return f"{cell.estimate:.{decimals}f}"
     if isinstance(cell, Interval):
         return f"{cell.estimate:.{decimals}f} [{cell.low:.{decimals}f}, {cell.high:.{decimals}f}]"
