@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvlm_probe.cli.options import Json
-from lvlm_probe.cli.terminal import bar, print_json, quiet_libraries, say, stop, stored_path
+from lvlm_probe.cli.terminal import bar, one_line, print_json, quiet_libraries, say, show, stop, stored_path
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.files import write_whole
 
@@ -98,7 +98,7 @@ def plan(
     if as_json:
         print_json(found.to_dict())
         return
-    typer.echo(found.table().pipes())
+    show(found.table().pipes())
     for sentence in found.sentences():
         say(sentence)
 
@@ -168,7 +168,7 @@ def table(
             say((f"{name}: {error}", "dim"))
             continue
         made.write(directory)
-        typer.echo(getattr(made, form)())
+        show(getattr(made, form)())
     say("tables: ", (stored_path(directory), "bold"))
 
 
@@ -254,11 +254,13 @@ def _state(results: Results) -> dict[str, Any]:
 def _show(results: Results) -> None:
     found = _state(results)
     for dataset, kept in found["kept"].items():
-        say((dataset, "bold"), f": {kept} samples kept, {found['dropped'][dataset]} dropped or not answered by all")
+        dropped = found["dropped"][dataset]
+        say((one_line(dataset), "bold"), f": {kept} samples kept, {dropped} dropped or not answered by all")
     for line in found["answers"]:
-        say(f"  {line['model']} on {line['dataset']}: {line['done']} answers, {line['failed']} failed")
+        where = f"{one_line(line['model'])} on {one_line(line['dataset'])}"
+        say(f"  {where}: {line['done']} answers, {line['failed']} failed")
     for line in found["maps"]:
-        say(f"  {line['row']}: {line['done']} maps, {line['empty']} without values, {line['failed']} failed, "
+        say(f"  {one_line(line['row'])}: {line['done']} maps, {line['empty']} without values, {line['failed']} failed, "
             f"{line['missing']} to do")  # fmt: skip
     for reason, count in found["reasons"].items():
-        say((f"  {count} × {reason}", "dim"))
+        say((f"  {count} × {one_line(reason, 500)}", "dim"))
