@@ -108,13 +108,18 @@ def compare_methods(
 
 
 def _traces(paths: Sequence[Path]) -> list[Trace]:
-    from lvlm_probe.trace import open_store
+    from lvlm_probe.study.language_prior import traces_in
 
     found: list[Trace] = []
     for path in paths:
         if not path.exists():
             raise TraceError(f"there is no file or directory {path}")
-        here = list(open_store(path))
+        here: list[Trace] = []
+        for _, trace in traces_in(path):
+            if isinstance(trace, ProbeError):
+                note(trace, kind="warning")
+            else:
+                here.append(trace)
         if not here:
             raise TraceError(f"{path} holds no traces; record one: lvlm-probe record --out {path} …")
         known = {(trace.path, trace.row) for trace in found}

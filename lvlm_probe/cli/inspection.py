@@ -79,19 +79,24 @@ def verify(
 
     Example:  lvlm-probe verify runs/demo --model demo
     """
-    from lvlm_probe.trace import open_store
+    from lvlm_probe.study.language_prior import traces_in
 
-    traces = list(open_store(path)) if path.is_dir() else _rows(path, row)
+    traces: list[Trace | ProbeError]
+    traces = [trace for _, trace in traces_in(path)] if path.is_dir() else [*_rows(path, row)]
     if not traces:
         raise TraceError(f"{path} holds no traces")
     results: list[dict[str, Any]] = []
     models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     for trace in traces:
-        result = _verify_one(trace, *models.of(trace), tolerance)
+        if isinstance(trace, ProbeError):
+            result = {"trace": None, "ok": False, "difference": None, "sentence": str(trace)}
+        else:
+            result = _verify_one(trace, *models.of(trace), tolerance)
         results.append(result)
         if not as_json:
             mark, style = ("✓", "green") if result["ok"] else ("✗", "red")
-            say((f"{mark} ", style), (one_line(trace.path.name), "bold"), f"  {result['sentence']}")
+            name = "" if isinstance(trace, ProbeError) else one_line(trace.path.name)
+            say((f"{mark} ", style), (name, "bold"), f"  {one_line(result['sentence'])}")
     if as_json:
         print_json(results)
     if not all(result["ok"] for result in results):

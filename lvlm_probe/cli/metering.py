@@ -77,7 +77,7 @@ def meter(
                 limit=limit,
             ):  # fmt: skip
                 found.append(one)
-                advance(len(found), total)
+                advance(len(found), max(total, len(found)))
     except KeyboardInterrupt:
         note(f"stopped after {len(found)} of {total}; the page shows these")
     readings = ranked([one for one in found if isinstance(one, Reading)])
@@ -110,7 +110,7 @@ def _size(source: Path) -> int:
     if source.is_dir() or source.suffix == ".h5":
         from lvlm_probe.trace import open_store
 
-        return len(open_store(source))
+        return len(open_store(source).files)  # of one trace each, as a rule
     with source.open("rb") as lines:
         return sum(1 for line in lines if line.strip())
 
