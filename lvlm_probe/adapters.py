@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import PluginError
-from lvlm_probe.plugins import load_plugins
+from lvlm_probe.plugins import check_registration, load_plugins
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,6 +76,7 @@ def register_family(model_type: str, family: Family) -> None:
     Raises:
         PluginError: transformers has a family of that name, or another declaration of it exists already.
     """
+    check_registration("a family", model_type, register_family, PluginError)
     if not isinstance(family, Family):
         raise PluginError(f"register_family({model_type!r}, …) takes a Family, not {type(family).__name__}")
     if built_in(model_type):

@@ -76,7 +76,7 @@ _RAN_OUT = ("can't allocate memory", "not enough memory", "out of memory", "STAT
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; on the CPU and in libraries of accelerators a plain RuntimeError does."""
+    """Whether an error says that memory ran out; on the CPU and in accelerators' libraries a RuntimeError does."""
     told = isinstance(error, RuntimeError) and any(words in str(error) for words in _RAN_OUT)
     return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 

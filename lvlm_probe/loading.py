@@ -19,6 +19,7 @@ def load(
     dtype: torch.dtype | str = torch.float32,
     attn: str | None = None,
     device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """Load a vision-language model, in eval mode, and its processor.
 
@@ -31,6 +32,8 @@ def load(
         dtype: of the weights; ``"auto"`` for that of the checkpoint.
         attn: ``"sdpa"``, ``"eager"``, ...; by default transformers' choice.
         device_map: ``"auto"`` spreads a model over all devices by accelerate; ``device`` is then not used.
+        trust_remote_code: run the code that comes with the model, for one that transformers does not know. Without it
+            such a model is refused, and nobody is asked.
 
     Plugins are loaded where transformers does not know the model's type, so that a family which an installed plugin
     brings opens without an import by the user.
@@ -41,16 +44,17 @@ def load(
     from transformers import AutoModelForImageTextToText
 
     _register_family(source)
-    options: dict[str, Any] = {"dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn is not None:
         options["attn_implementation"] = attn
     if device_map is not None:
         options["device_map"] = device_map
     model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
-    return model if device_map is not None else model.to(device), load_processor(source)
+    processor = load_processor(source, trust_remote_code=trust_remote_code)
+    return model if device_map is not None else model.to(device), processor
 
 
-def load_processor(source: str | os.PathLike[str]) -> Any:
+def load_processor(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
     """``AutoProcessor.from_pretrained``, also for families that take videos where torchvision is not installed.
 
     Their video processors need torchvision, and without it the whole processor fails to load; here its class is then
@@ -62,12 +66,12 @@ def load_processor(source: str | os.PathLike[str]) -> Any:
     _register_family(source)
 
     try:
-        return AutoProcessor.from_pretrained(source)
+        return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (ImportError, OSError):  # OSError: saved without its video half
-        processor_class = None if is_torchvision_available() else _processor_class(source)
+        processor_class = None if is_torchvision_available() else _processor_class(source, trust_remote_code)
         if processor_class is None or "video_processor" not in processor_class.get_attributes():
             raise
-    return _without_video(processor_class).from_pretrained(source)
+    return _without_video(processor_class).from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def _register_family(source: str | os.PathLike[str]) -> None:
@@ -82,13 +86,13 @@ def _register_family(source: str | os.PathLike[str]) -> None:
         load_plugins()
 
 
-def _processor_class(source: str | os.PathLike[str]) -> Any:
+def _processor_class(source: str | os.PathLike[str], trust_remote_code: bool) -> Any:
     import transformers
     from transformers import AutoConfig
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     try:
-        model_type = AutoConfig.from_pretrained(source).model_type
+        model_type = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).model_type
     except (OSError, ValueError):
         return None
     name = PROCESSOR_MAPPING_NAMES.get(model_type)

@@ -22,7 +22,7 @@ import torch
 from lvlm_probe.adapters import Family, built_in
 from lvlm_probe.errors import PluginError
 from lvlm_probe.hooks import HookSet
-from lvlm_probe.plugins import load_plugins
+from lvlm_probe.plugins import check_registration, load_plugins
 from lvlm_probe.wrappers import generating_model
 
 __all__ = [
@@ -165,8 +165,10 @@ def register_original(
         adapt: ``(model, processor)`` to its driver. Raises ``AttachError`` where this instance cannot be driven.
 
     Raises:
-        PluginError: Another driver has this name.
+        PluginError: Another driver has this name, or an argument is not what it has to be.
     """
+    check_registration("what matches the models of", name, matches, PluginError)
+    check_registration("what adapts the models of", name, adapt, PluginError)
     made = Original(matches, adapt)
     if _ORIGINALS.setdefault(name, made) != made:
         raise PluginError(f"the name {name!r} is taken by another driver; uninstall one of the two plugins")

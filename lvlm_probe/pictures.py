@@ -11,7 +11,7 @@ from PIL import Image
 from lvlm_probe.errors import ImageError
 from lvlm_probe.trace.parts import IMAGE_FORMATS
 
-__all__ = ["encode_picture", "open_picture"]
+__all__ = ["decode_picture", "encode_picture", "open_picture"]
 
 # Modes that PNG stores without loss; anything else is kept as the RGB that a processor would make of it.
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -46,11 +46,32 @@ def open_picture(path: str | Path) -> Image.Image:
         ImageError: there is no such file, or it is not an image.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ImageError(f"no image at {path}: {'it is a directory' if path.is_dir() else 'there is no such file'}")
     try:
-        with Image.open(path) as image:
+        there, folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError):  # a name that is too long, or has a NUL in it
+        there = folder = False
+    if not there:
+        raise ImageError(f"no image at {path}: {'it is a directory' if folder else 'there is no such file'}")
+    return _rgb(path, str(path))
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """The image in the bytes of a file, loaded and RGB. Raises ``ImageError``."""
+    return _rgb(io.BytesIO(data), f"a file of {len(data)} bytes")
+
+
+def _rgb(source: Path | io.BytesIO, what: str) -> Image.Image:
+    """Only formats that are pixels: Pillow would also hand a PostScript file to an interpreter."""
+    try:
+        # Broken files raise nearly anything: struct.error, SyntaxError, KeyError, EOFError, MemoryError.
+        with Image.open(source, formats=_formats()) as image:
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} is not an image that can be read ({error}); give a PNG, JPEG or WebP file") from error
+    except Exception as error:
+        raise ImageError(f"{what} is not an image that can be read ({error}); give a PNG, JPEG or WebP file") from error
+
+
+def _formats() -> list[str]:
+    """Of ``IMAGE_FORMATS``, what this Pillow was built with."""
+    Image.init()
+    return [name for name in IMAGE_FORMATS if name in Image.OPEN]

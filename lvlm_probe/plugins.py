@@ -10,6 +10,10 @@ Nothing is read at ``import lvlm_probe``. The first look into a registry for wha
 ``model_type``) loads every plugin, once per process. A plugin must not be able to break somebody else's run, so one
 that fails is skipped with a warning that names it, and of two distributions with the same plugin name the first is kept
 and the other named in a warning.
+
+What cannot be contained is said here: a plugin is code of this process. One that never comes back from its import has
+to be stopped with Ctrl-C, which then names it; one that ends the process itself (``os._exit``, a crash in C) takes it
+along; one that changes other packages has changed them. Uninstall such a one.
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ from importlib import metadata
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from lvlm_probe.errors import PluginError, ProbeWarning
+from lvlm_probe.errors import PluginError, ProbeError, ProbeWarning
 
-__all__ = ["GROUP", "Plugin", "installed_plugins", "load_plugins"]
+__all__ = ["GROUP", "Plugin", "check_registration", "installed_plugins", "load_plugins"]
 
 GROUP = "lvlm_probe.plugins"
 """The entry-point group that plugins stand in."""
@@ -77,7 +81,16 @@ def installed_plugins() -> tuple[metadata.EntryPoint, ...]:
     names wins, so that the winner does not depend on the order of ``sys.path``.
     """
     by_name: dict[str, list[metadata.EntryPoint]] = {}
-    for point in metadata.entry_points(group=GROUP):
+    try:
+        points_found = list(metadata.entry_points(group=GROUP))
+    except Exception as error:  # of any installed distribution, not of plugins alone
+        warnings.warn(
+            f"no plugin is loaded: the entry points of an installed distribution cannot be read ({_reason(error)})",
+            ProbeWarning,
+            stacklevel=2,
+        )
+        return ()
+    for point in points_found:
         # One distribution can be found twice (editable install and its build folder); that is no clash.
         others = by_name.setdefault(point.name, [])
         if all((point.value, _distribution(point)) != (other.value, _distribution(other)) for other in others):
@@ -111,8 +124,12 @@ def load_plugins() -> Mapping[str, Plugin]:
         if _cache.plugins is None:
             loading: dict[str, Plugin] = {}
             _cache.plugins = loading
-            for point in installed_plugins():
-                loading[point.name] = _load(point)
+            try:
+                for point in installed_plugins():
+                    loading[point.name] = _load(point)
+            except BaseException:
+                _cache.plugins = None  # stopped half-way: the next look loads the rest
+                raise
         return MappingProxyType(_cache.plugins)
 
 
@@ -120,9 +137,16 @@ def _load(point: metadata.EntryPoint) -> Plugin:
     distribution = _distribution(point)
     try:
         _activate(point.load())
-    # SystemExit too: a script that was registered by mistake must not end the user's process.
-    except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    except KeyboardInterrupt:  # of the person, who is told what did not come back
+        warnings.warn(
+            f"stopped while loading plugin {point.name!r} of {distribution} ({point.value}); uninstall it if it hangs",
+            ProbeWarning,
+            stacklevel=3,
+        )
+        raise
+    # SystemExit, CancelledError and the like too: a script registered by mistake must not end the user's process.
+    except BaseException as error:
+        reason = _reason(error)
         warnings.warn(
             f"plugin {point.name!r} of {distribution} is skipped: loading {point.value} raised {reason}. "
             f"Update it or uninstall it; everything else works without it.",
@@ -142,6 +166,25 @@ def _activate(loaded: Any) -> None:
             f"the entry point is {type(loaded).__name__}; it has to be a module or a callable without arguments"
         )
     loaded()
+
+
+def check_registration(what: str, name: object, function: object, error: type[ProbeError]) -> None:
+    """Raises ``error`` when a name cannot be typed, or what is registered under it cannot be called.
+
+    Checked at registration, where the plugin at fault is named, not at the first look of somebody else.
+    """
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise error(f"{what} has a name that can be typed, not {repr(name)[:60]}")
+    if not callable(function):
+        raise error(f"{what} {name!r} is a function, not {type(function).__name__}")
+
+
+def _reason(error: BaseException) -> str:
+    try:
+        text = str(error)
+    except Exception:  # an exception of the plugin's own making
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _distribution(point: metadata.EntryPoint) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import functools
 import importlib
 import os
 import shutil
@@ -12,9 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from test_cli import succeed
 
-from lvlm_probe import plugins
-from lvlm_probe.errors import ProbeWarning
+from lvlm_probe import explainers, plugins
+from lvlm_probe.errors import ExplainError, ProbeWarning
 from lvlm_probe.explainers import registry
 
 TEMPLATE = Path(__file__).parents[1] / "integrations" / "template"
@@ -184,3 +187,82 @@ print("distance", near ** .5)
     assert result.returncode == 0, result.stderr
     # The strongest cell lies on, or next to, the object that decides the answer.
     assert float(result.stdout.split("distance")[1]) < 1.5
+
+
+# ---------------------------------------------------------------------------------------------- plugins that mean harm
+
+
+EXPLAINER = "from lvlm_probe.explainers import register\n"
+DATASET = "from lvlm_probe.study.datasets import register_dataset\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("class Rude(BaseException): pass\nraise Rude('away')\n", "Rude: away"),
+        ("class Mute(Exception):\n    def __str__(self): raise ValueError\nraise Mute\n", "Mute"),
+        (f"{EXPLAINER}register(5)(7)\n", "has a name that can be typed, not 5"),
+        (f"{EXPLAINER}register('x')(7)\n", "an explainer 'x' is a function, not int"),
+        (f"{EXPLAINER}register('a\\x1b[2J')(lambda problem: None)\n", "can be typed"),
+        (f"{EXPLAINER}register('x')(lambda: None)\n", "takes no problem"),
+        (f"{EXPLAINER}register('x', needs=5)(lambda problem: None)\n", "list of words"),
+        (f"{EXPLAINER}register('x', needs=[[1]])(lambda problem: None)\n", "list of words"),
+        (f"{DATASET}register_dataset(5, layout='')(7)\n", "can be typed"),
+        (f"{DATASET}register_dataset('x', layout='')(7)\n", "is a function"),
+        ("from lvlm_probe.study.engines import register_engine as add\nadd('x', 7)\n", "is a function, not int"),
+        ("from lvlm_probe.adapters import register_family as add\nadd(5, 7)\n", "can be typed"),
+        ("from lvlm_probe.originals import register_original as add\nadd('x', matches=1, adapt=2)\n", "is a function"),
+    ],
+)
+def test_a_plugin_at_fault_is_named_and_leaves_nothing_behind(install: Install, source: str, said: str) -> None:
+    install("dist-bad", "bad", "bad_plugin", source=source)
+    install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
+    before = set(registry._METHODS)
+    with pytest.warns(ProbeWarning, match="plugin 'bad' of dist-bad 1.2 is skipped") as caught:
+        loaded = plugins.load_plugins()
+    assert said in str(caught[0].message)
+    assert loaded["good"].loaded
+    assert set(registry._METHODS) == before | {"from_plugin"}
+    assert all(isinstance(name, str) for name in explainers.methods())
+    assert "from_plugin" in succeed("methods").out
+
+
+def test_ctrl_c_while_a_plugin_loads_names_it_and_the_rest_loads_later(install: Install) -> None:
+    source = "import builtins as b\nif not hasattr(b, 'came_back'):\n    b.came_back = 1\n    raise KeyboardInterrupt\n"
+    install("dist-hangs", "hangs", "hanging_plugin", source=source)
+    install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
+    try:
+        with pytest.warns(ProbeWarning, match="stopped while loading plugin 'hangs' of dist-hangs 1.2"):
+            with pytest.raises(KeyboardInterrupt):
+                plugins.load_plugins()
+        assert set(plugins.load_plugins()) >= {"hangs", "good"}
+    finally:
+        del builtins.came_back  # type: ignore[attr-defined]
+
+
+def test_a_distribution_whose_entry_points_cannot_be_read(install: Install, tmp_path: Path) -> None:
+    install("dist-torn", "torn", "torn_plugin")
+    (tmp_path / "site" / "dist_torn-1.2.dist-info" / "entry_points.txt").write_bytes(b"[x]\n\xff\xfe = a:b\n")
+    importlib.invalidate_caches()
+    with pytest.warns(ProbeWarning, match="no plugin is loaded: the entry points"):
+        assert not plugins.load_plugins()
+
+
+def test_what_is_registered_need_not_be_a_plain_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_NEEDS", dict(registry._NEEDS))
+
+    class Method:
+        """Explains. And more."""
+
+        def __call__(self, problem: object, *, size: int = 3) -> None: ...
+
+    def function(problem: object, *, size: int, other: int) -> None: ...
+
+    registry.register("object")(Method())  # type: ignore[arg-type]
+    registry.register("partial")(functools.partial(function, other=1))  # type: ignore[arg-type]
+    with pytest.raises(ExplainError, match=r"the name 'object' is taken by .*Method"):
+        registry.register("object")(function)  # type: ignore[arg-type]
+    shown = {row["method"]: row for row in succeed("methods", "--json").json}
+    assert shown["object"]["parameters"] == ["size"]
+    assert "partial" in succeed("methods").out

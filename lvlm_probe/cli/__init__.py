@@ -14,9 +14,10 @@ torch and transformers are imported inside the commands that need them, so that 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,7 +33,7 @@ from lvlm_probe.cli.recording import record
 from lvlm_probe.cli.scoring import evaluate, report
 from lvlm_probe.cli.studying import study_app
 from lvlm_probe.cli.supported import families
-from lvlm_probe.cli.terminal import note
+from lvlm_probe.cli.terminal import guard_streams, note, safe
 from lvlm_probe.errors import ProbeError
 
 __all__ = ["app", "main"]
@@ -76,26 +77,61 @@ study_app.command(no_args_is_help=True)(peek)
 
 def main() -> None:
     """Entry point of the ``lvlm-probe`` script: runs a command and ends every failure in a sentence."""
+    guard_streams()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if debug and not arguments:
         arguments = ["--help"]
     try:
-        app(args=arguments, prog_name="lvlm-probe")
+        code = _run(arguments)
+        sys.stdout.flush()
+        raise SystemExit(code)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # The reader (head, less) has gone; without this, Python complains once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         raise SystemExit(1) from None
     except ProbeError as error:
         if debug:
             raise
-        note(str(error), kind="error")
-        raise SystemExit(2) from None
+        _end(str(error), 2)
     except Exception as error:
         if debug:
             raise
-        name = type(error).__name__
-        note(f"something unexpected happened, {name}: {error}. `--debug` shows where.", kind="error")
-        raise SystemExit(3) from None
+        _end(f"something unexpected happened, {type(error).__name__}: {error}. `--debug` shows where.", 3)
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit code of a command; an error on the command line is shown with what stands there made safe."""
+    try:
+        return int(app(args=arguments, prog_name="lvlm-probe", standalone_mode=False) or 0)
+    except typer.Abort:
+        return 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own errors, which typer may bring a copy of
+            raise
+        _show_usage(error)
+        return int(error.exit_code)  # type: ignore[attr-defined]
+
+
+def _show_usage(error: Any) -> None:
+    from typer.rich_utils import rich_format_error
+
+    error.message = safe(error.message)
+    for name in ("option_name", "param_hint"):
+        if isinstance(getattr(error, name, None), str):
+            setattr(error, name, safe(getattr(error, name)))
+    rich_format_error(error)
+
+
+def _end(sentence: str, code: int) -> None:
+    with contextlib.suppress(OSError):  # standard error is closed: there is nobody to tell
+        note(sentence, kind="error")
+    raise SystemExit(code) from None
+
+
+def _forget_output() -> None:
+    """The reader (head, less) has gone; without this, Python complains once more when it flushes at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream of a test has no descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

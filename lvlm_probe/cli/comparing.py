@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cli.explaining import label_of, open_replay
-from lvlm_probe.cli.inputs import model_of
+from lvlm_probe.cli.inputs import ReplayModels
 from lvlm_probe.cli.maps import FOLDER, MapFile, Settings, baseline_from, explain_one, score_one
-from lvlm_probe.cli.models import load_model
-from lvlm_probe.cli.terminal import finite, note, print_json, say, stage, stop, stored_path
+from lvlm_probe.cli.terminal import finite, note, one_line, print_json, say, stage, stop, stored_path
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.files import write_whole
 
@@ -52,7 +51,7 @@ def compare_methods(
 
     Args:
         names: methods with commas between, or ``"all"``.
-        loading: device, dtype and attn of ``load_model``.
+        loading: device, dtype, attn and trust_remote_code of ``load_model``.
         options: of ``evaluate``; the grid is 32 where it leaves it open.
 
     Raises:
@@ -71,17 +70,14 @@ def compare_methods(
     heats: list[Heatmap] = []
     scores: list[Score | None] = []
     failed: dict[str, str] = {}
-    loaded: dict[str, tuple[Any, Any]] = {}
+    models = ReplayModels(model, **loading)
     try:
         for number, trace in enumerate(traces, start=1):
-            name = model_of(trace, model)
-            if name not in loaded:
-                loaded = {name: load_model(name, **loading)}  # one model at a time in memory
-            replay = open_replay(trace, *loaded[name])
+            replay = open_replay(trace, *models.of(trace))
             if own_baseline is not None:
                 replay = replay.over(own_baseline)
             if not as_json:
-                say((f"trace {number} of {len(traces)}  ", "dim"), trace.answer.strip())
+                say((f"trace {number} of {len(traces)}  ", "dim"), one_line(trace.answer, 300))
             selection = _selection(replay, words)
             for method in methods:
                 heat, score = _one(replay, selection, method, trace, judging)
@@ -111,13 +107,18 @@ def compare_methods(
 
 
 def _traces(paths: Sequence[Path]) -> list[Trace]:
-    from lvlm_probe.trace import open_store
+    from lvlm_probe.study.language_prior import traces_in
 
     found: list[Trace] = []
     for path in paths:
         if not path.exists():
             raise TraceError(f"there is no file or directory {path}")
-        here = list(open_store(path))
+        here: list[Trace] = []
+        for _, trace in traces_in(path):
+            if isinstance(trace, ProbeError):
+                note(trace, kind="warning")
+            else:
+                here.append(trace)
         if not here:
             raise TraceError(f"{path} holds no traces; record one: lvlm-probe record --out {path} …")
         known = {(trace.path, trace.row) for trace in found}
@@ -204,7 +205,7 @@ def _show(made: Comparison) -> None:
             "–" if one.forward is None else f"{one.forward:.0f} + {one.backward:.0f}",
             "–" if one.seconds is None else f"{one.seconds:.2f}",
         ]
-        table.add_row(one.method, *cells[: len(columns)])
+        table.add_row(one_line(one.method), *cells[: len(columns)])
     say("")
     console.print(table, markup=False, soft_wrap=True, width=max(width, 80))
     for one in made.standings():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.inputs import find_trace, model_of, open_images, output_directory, parameters
+from lvlm_probe.cli.inputs import ReplayModels, find_trace, open_images, output_directory, parameters
 from lvlm_probe.cli.maps import FOLDER, MapFile, Settings, baseline_from, explain_one
 from lvlm_probe.cli.models import load_model
 from lvlm_probe.cli.options import (
@@ -23,9 +23,10 @@ from lvlm_probe.cli.options import (
     OptionalModel,
     Question,
     Row,
+    TrustRemoteCode,
 )
 from lvlm_probe.cli.recording import ask, required_question
-from lvlm_probe.cli.terminal import answer_text, print_json, say, stage, stop, stored_path
+from lvlm_probe.cli.terminal import answer_text, one_line, print_json, quoted_path, say, stage, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def explain(
     device: Device = None,
     dtype: Dtype = None,
     attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Show which regions of the picture made the model say its words: a recorded run, or a new one.
@@ -105,13 +107,14 @@ def explain(
     """
     params = parameters(param or [])
     own_baseline = baseline_from(baseline)
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
     settings = Settings(method, params, image_number, seed, scores, "exact" if exact else "fast")
     if trace is None:
         if model is None:
             raise ProbeError("give a trace file, or a new run: --model DIR_OR_ID --image FILE --question TEXT")
         pictures, asked = open_images(image or []), required_question(question)
         directory = output_directory(out or Path("runs"))
-        loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn)
+        loaded, processor = load_model(model, **loading)
         recorded = ask(
             loaded,
             processor,
@@ -126,7 +129,7 @@ def explain(
             raise ProbeError("a trace has its own picture and question: give either TRACE, or --image and --question")
         recorded = find_trace(trace, row)
         directory = output_directory(out) if out is not None else recorded.path.parent
-        loaded, processor = load_model(model_of(recorded, model), device=device, dtype=dtype, attn=attn)
+        loaded, processor = ReplayModels(model, **loading).of(recorded)
     replay = open_replay(recorded, loaded, processor)
     if own_baseline is not None:
         replay = replay.over(own_baseline)
@@ -150,7 +153,7 @@ def explain(
         )
         return
     show_explained(explained, replay)
-    say("next:  ", f"lvlm-probe report {stored_path(folder)} --out report.html")
+    say("next:  ", f"lvlm-probe report {quoted_path(folder)} --out report.html")
 
 
 @dataclass
@@ -228,7 +231,7 @@ def show_explained(explained: Explained, replay: Replay) -> None:
 def show_map(found: MapFile) -> None:
     """A map in two lines: what it explains and how well, and where it is."""
     heat, score = found.read(), found.score()
-    title = words_of(heat) or "nothing selected"
+    title = one_line(words_of(heat), 300) or "nothing selected"
     if heat.values is None:
         say(("  – ", "yellow"), (title, "bold"), f": no map, {heat.reason}")
         return

@@ -10,7 +10,7 @@ import typer
 from lvlm_probe.cli.inputs import output_directory
 from lvlm_probe.cli.maps import baseline_from
 from lvlm_probe.cli.models import load_model
-from lvlm_probe.cli.options import Attn, BaselineOption, Device, Dtype, Json, Model
+from lvlm_probe.cli.options import Attn, BaselineOption, Device, Dtype, Json, Model, TrustRemoteCode
 from lvlm_probe.cli.terminal import bar, note, print_json, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -43,6 +43,7 @@ def import_(
     device: Device = None,
     dtype: Dtype = None,
     attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Make traces of answers that were recorded elsewhere, by replaying them with teacher forcing on a local model.
@@ -58,7 +59,7 @@ def import_(
         raise ProbeError(f"there is no file {file}; give a file of JSON lines")
     directory, own_baseline = output_directory(out), baseline_from(baseline) or "blur"
     columns = columns_from(column)
-    loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn)
+    loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     from lvlm_probe.importing import REJECTED, import_answers
 
     try:

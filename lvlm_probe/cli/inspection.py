@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvlm_probe.cli.explaining import map_summary, show_map
-from lvlm_probe.cli.inputs import model_of
+from lvlm_probe.cli.inputs import ReplayModels
 from lvlm_probe.cli.maps import MapFile, find_maps
-from lvlm_probe.cli.models import load_model
-from lvlm_probe.cli.options import Attn, Device, Dtype, Json, OptionalModel, Row
+from lvlm_probe.cli.options import Attn, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
 from lvlm_probe.cli.recording import trace_summary
-from lvlm_probe.cli.terminal import note, print_json, say, stage, stored_path
+from lvlm_probe.cli.terminal import note, one_line, print_json, say, stage, stored_path
 from lvlm_probe.errors import ModelMismatch, ProbeError, TraceError
 
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
 __all__ = ["inspect", "verify"]
+
+_LISTED = 300
+"""Characters of a question or an answer in a list; ``inspect FILE`` and ``--json`` have them whole."""
 
 
 def inspect(
@@ -68,6 +70,7 @@ def verify(
     device: Device = None,
     dtype: Dtype = None,
     attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Replay a trace and state the largest difference to the recorded log-probabilities.
@@ -76,22 +79,24 @@ def verify(
 
     Example:  lvlm-probe verify runs/demo --model demo
     """
-    from lvlm_probe.trace import open_store
+    from lvlm_probe.study.language_prior import traces_in
 
-    traces = list(open_store(path)) if path.is_dir() else _rows(path, row)
+    traces: list[Trace | ProbeError]
+    traces = [trace for _, trace in traces_in(path)] if path.is_dir() else [*_rows(path, row)]
     if not traces:
         raise TraceError(f"{path} holds no traces")
     results: list[dict[str, Any]] = []
-    loaded: dict[str, tuple[Any, Any]] = {}
+    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     for trace in traces:
-        name = model_of(trace, model)
-        if name not in loaded:
-            loaded = {name: load_model(name, device=device, dtype=dtype, attn=attn)}
-        result = _verify_one(trace, *loaded[name], tolerance)
+        if isinstance(trace, ProbeError):
+            result = {"trace": None, "ok": False, "difference": None, "sentence": str(trace)}
+        else:
+            result = _verify_one(trace, *models.of(trace), tolerance)
         results.append(result)
         if not as_json:
             mark, style = ("✓", "green") if result["ok"] else ("✗", "red")
-            say((f"{mark} ", style), (trace.path.name, "bold"), f"  {result['sentence']}")
+            name = "" if isinstance(trace, ProbeError) else one_line(trace.path.name)
+            say((f"{mark} ", style), (name, "bold"), f"  {one_line(result['sentence'])}")
     if as_json:
         print_json(results)
     if not all(result["ok"] for result in results):
@@ -157,9 +162,9 @@ def _list_directory(path: Path, last: int, as_json: bool) -> None:
     for trace in shown:
         row = f" row {trace.row}" if trace.rows > 1 else ""
         state = "" if trace.status == "complete" else f"  [{trace.status}]"
-        say((trace.path.name, "bold"), row, (state, "red"))
-        say(("  Q  ", "dim"), trace.question or trace.prompt)
-        say(("  A  ", "dim"), trace.answer)
+        say((one_line(trace.path.name), "bold"), row, (state, "red"))
+        say(("  Q  ", "dim"), one_line(trace.question or trace.prompt, _LISTED))
+        say(("  A  ", "dim"), one_line(trace.answer, _LISTED))
     if len(store.files) > last:
         say((f"the last {last} of {len(store.files)} files; --last N shows more", "dim"))
     for sentence in broken:

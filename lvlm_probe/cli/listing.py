@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lvlm_probe.cli.options import Json
-from lvlm_probe.cli.terminal import print_json, quiet_libraries, say
+from lvlm_probe.cli.terminal import one_line, print_json, quiet_libraries, say
 
 __all__ = ["methods"]
 
@@ -35,7 +35,7 @@ def methods(as_json: Json = False) -> None:
     for row in rows:
         needs = ", ".join(row["needs"]) or "nothing"
         alone = ("  trace alone", "green") if row["trace_alone"] else ""
-        say((row["method"].ljust(width), "bold"), ("needs ", "dim"), needs, alone)
+        say((one_line(row["method"]).ljust(width), "bold"), ("needs ", "dim"), needs, alone)
         say(" " * width, (row["summary"], "dim"))
     say("")
     say(("With the parameters of each:  lvlm-probe methods --json", "dim"))
@@ -46,7 +46,10 @@ def _describe(name: str) -> dict[str, Any]:
     from lvlm_probe.explainers.registry import find
 
     function, needs = find(name), needs_of(name)
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # a plugin's, in C
+        parameters = []
     return {
         "method": name,
         "needs": sorted(needs, key=_ORDER.index),
@@ -65,9 +68,10 @@ def _summary(function: Callable[..., Any]) -> str:
     from lvlm_probe.explainers import registry
 
     own = inspect.getdoc(function) or ""
-    module = sys.modules[function.__module__]
-    alone = sum(registry.find(name).__module__ == module.__name__ for name in registry.names()) == 1
-    ours = module.__name__.startswith("lvlm_probe.")
+    home = str(getattr(function, "__module__", ""))
+    module = sys.modules.get(home)
+    alone = sum(getattr(registry.find(name), "__module__", "") == home for name in registry.names()) == 1
+    ours = home.startswith("lvlm_probe.")
     if ours and (alone or "module's docstring" in own.split("\n\n")[0]):
         own = inspect.getdoc(module) or own
     paragraph = own.split("\n\n")[0].replace("\n", " ").replace("``", "").strip()

@@ -11,8 +11,8 @@ import typer
 from lvlm_probe.cli.importing import Columns, ImagesDirectory, columns_from
 from lvlm_probe.cli.maps import baseline_from
 from lvlm_probe.cli.models import load_model
-from lvlm_probe.cli.options import Attn, BaselineOption, Device, Dtype, Json
-from lvlm_probe.cli.terminal import bar, note, print_json, say, stored_path
+from lvlm_probe.cli.options import Attn, BaselineOption, Device, Dtype, Json, TrustRemoteCode
+from lvlm_probe.cli.terminal import bar, note, one_line, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def meter(
     device: Device = None,
     dtype: Dtype = None,
     attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Tell which answers came from the picture and which from habit: one extra pass per answer, no heatmaps.
@@ -53,14 +54,18 @@ def meter(
 
     Example:  lvlm-probe meter answers.jsonl --model llava-hf/llava-1.5-7b-hf --out meter.html
     """
-    if not source.exists():
+    if not (source.is_file() or source.is_dir()):  # neither a pipe nor a device
         raise ProbeError(f"there is no {source}; give a file of JSON lines or a directory of traces")
     table = out.with_suffix(".csv")
     for path in (out, table):
         if path.exists() and not overwrite:
             raise ProbeError(f"{path} exists; name another page with --out, or add --overwrite")
     columns, own_baseline = columns_from(column), baseline_from(baseline)
-    loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn) if model else (None, None)
+    loaded, processor = (
+        load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+        if model
+        else (None, None)
+    )
     from lvlm_probe.report.prior_page import write_page
     from lvlm_probe.study.language_prior import Reading, Unread, measure, ranked, write_csv
 
@@ -73,7 +78,7 @@ def meter(
                 limit=limit,
             ):  # fmt: skip
                 found.append(one)
-                advance(len(found), total)
+                advance(len(found), max(total, len(found)))
     except KeyboardInterrupt:
         note(f"stopped after {len(found)} of {total}; the page shows these")
     readings = ranked([one for one in found if isinstance(one, Reading)])
@@ -96,7 +101,7 @@ def meter(
     for reading in readings[:_SHOWN]:
         say(
             ("      –    " if math.isnan(reading.drop) else f"  {max(0.0, 100 * reading.drop):5.1f} %  ", "dim"),
-            f"{_line(reading.question)}  →  {_line(reading.answer)}",
+            f"{one_line(reading.question, 70)}  →  {one_line(reading.answer, 70)}",
         )
     say("page: ", (stored_path(out), "bold"))
     say("csv:  ", (stored_path(table), "bold"))
@@ -107,7 +112,7 @@ def _size(source: Path) -> int:
     if source.is_dir() or source.suffix == ".h5":
         from lvlm_probe.trace import open_store
 
-        return len(open_store(source))
+        return len(open_store(source).files)  # of one trace each, as a rule
     with source.open("rb") as lines:
         return sum(1 for line in lines if line.strip())
 
@@ -126,8 +131,3 @@ def _summary(readings: list[Reading], unread: list[Unread], out: Path, table: Pa
         "answers": [{name: getattr(reading, name) for name in names} for reading in readings],
         "not_measured": [vars(one) for one in unread],
     }
-
-
-def _line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 70 else text[:69] + "…"

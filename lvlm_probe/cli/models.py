@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,12 @@ DEMO = "demo"
 
 
 def load_model(
-    spec: str, *, device: str | None = None, dtype: str | None = None, attn: str | None = None
+    spec: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    attn: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[torch.nn.Module, Any]:
     """Loads a model and its processor.
 
@@ -29,6 +35,7 @@ def load_model(
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"`` (the checkpoint's). Default: float32 on the
             CPU, else auto.
         attn: attention implementation, ``"sdpa"`` or ``"eager"``.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         ProbeError: there is no such model, it is no vision-language model, or it cannot be loaded so.
@@ -46,7 +53,7 @@ def load_model(
             raise ProbeError(f"no dtype {precision!r}; use float32, bfloat16, float16 or auto")
         weights = precision if precision == "auto" else getattr(torch, precision)
         try:
-            model, processor = load(source, device="cpu", dtype=weights, attn=attn)
+            model, processor = load(source, device="cpu", dtype=weights, attn=attn, trust_remote_code=trust_remote_code)
         except Exception as error:
             raise ProbeError(_why_not_loaded(spec, error)) from error
         if getattr(processor, "image_processor", None) is None:
@@ -66,7 +73,9 @@ def _model_source(spec: str) -> str:
         from lvlm_probe import demo
 
         return str(demo.path())
-    path = Path(spec).expanduser()
+    if "\0" in spec:
+        raise ProbeError("--model takes a model directory, a hub id, or 'demo'; this name has a NUL in it")
+    path = Path(os.path.expanduser(spec))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ProbeError(
@@ -104,7 +113,12 @@ def _why_not_loaded(spec: str, error: Exception) -> str:
             f"{spec} is not a vision-language model that transformers can load "
             f"(AutoModelForImageTextToText does not know its configuration)"
         )
-    if not Path(spec).expanduser().is_dir() and spec != DEMO:
+    if "trust_remote_code" in message:
+        return (
+            f"{spec} brings code of its own, which is not run unasked; read it, and add --trust-remote-code if you "
+            "trust it"
+        )
+    if not Path(os.path.expanduser(spec)).is_dir() and spec != DEMO:
         return (
             f"{spec} is no directory here, and as a hub id it could not be loaded: {first_line(error)} "
             f"Check the spelling and the network, or give a model directory"

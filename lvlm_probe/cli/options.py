@@ -18,6 +18,7 @@ __all__ = [
     "OptionalModel",
     "Question",
     "Row",
+    "TrustRemoteCode",
 ]
 
 _MODEL_HELP = "Model directory, hub id, or 'demo' for the embedded one."
@@ -25,7 +26,7 @@ _MODEL_HELP = "Model directory, hub id, or 'demo' for the embedded one."
 Model = Annotated[str, typer.Option("--model", metavar="DIR_OR_ID", help=_MODEL_HELP)]
 OptionalModel = Annotated[
     str | None,
-    typer.Option("--model", metavar="DIR_OR_ID", help=f"{_MODEL_HELP} Left out: the one that the trace names."),
+    typer.Option("--model", metavar="DIR_OR_ID", help=f"{_MODEL_HELP} Left out: the trace's own, if you agree."),
 ]
 Images = Annotated[
     list[Path] | None, typer.Option("--image", metavar="FILE", help="The picture; repeat it for a prompt with several.")
@@ -43,6 +44,9 @@ Dtype = Annotated[
 Attn = Annotated[
     str | None,
     typer.Option("--attn", metavar="NAME", help="Attention implementation: sdpa or eager. Default: the model's."),
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model: only for one you trust.")
 ]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of the answer, tokens.")]
 BaselineOption = Annotated[

@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from lvlm_probe.cli.explaining import open_replay
-from lvlm_probe.cli.inputs import find_trace, model_of, parameters
-from lvlm_probe.cli.models import load_model
-from lvlm_probe.cli.options import Attn, Device, Dtype, Json, OptionalModel, Row
-from lvlm_probe.cli.terminal import note, print_json
+from lvlm_probe.cli.inputs import ReplayModels, find_trace, parameters
+from lvlm_probe.cli.options import Attn, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
+from lvlm_probe.cli.terminal import note, print_json, show
 from lvlm_probe.errors import ProbeError
 
 __all__ = ["plan"]
@@ -36,6 +35,7 @@ def plan(
     device: Device = None,
     dtype: Dtype = None,
     attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Predict peak memory, passes and time of methods on a recorded answer, measured on a few small passes.
@@ -49,7 +49,8 @@ def plan(
     if given and len(names) > 1:
         raise ProbeError("--param goes with one method: name it with --methods")
     trace = find_trace(path, row)
-    replay = open_replay(trace, *load_model(model_of(trace, model), device=device, dtype=dtype, attn=attn))
+    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    replay = open_replay(trace, *models.of(trace))
     plans, refused = [], {}
     for name in names:
         try:
@@ -62,6 +63,6 @@ def plan(
         print_json({"plans": [found.to_dict() for found in plans], "refused": refused})
         return
     if plans:
-        typer.echo(planning.table(plans))
+        show(planning.table(plans))
     for name, reason in refused.items():
         note(f"{name}: {reason}")

@@ -9,7 +9,7 @@ import typer
 
 from lvlm_probe.cli.inputs import parameters
 from lvlm_probe.cli.options import Json
-from lvlm_probe.cli.terminal import print_json, quiet_libraries, say
+from lvlm_probe.cli.terminal import one_line, print_json, quiet_libraries, say
 from lvlm_probe.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def peek(
         print_json(shown)
         return
     for facts in shown:
-        say((str(facts["id"]), "bold"), f"  {facts['group'] or ''}")
+        say((one_line(facts["id"]), "bold"), f"  {one_line(facts['group'] or '')}")
         for label in ("question", "choices", "answer", "image", "annotations"):
             if facts[label]:
                 text = ", ".join(facts[label]) if isinstance(facts[label], list) else str(facts[label])

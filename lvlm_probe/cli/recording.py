@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,9 +11,20 @@ import typer
 
 from lvlm_probe.cli.inputs import open_images, output_directory
 from lvlm_probe.cli.maps import baseline_from
-from lvlm_probe.cli.models import load_model
-from lvlm_probe.cli.options import Attn, BaselineOption, Device, Dtype, Images, Json, MaxNewTokens, Model, Question
-from lvlm_probe.cli.terminal import answer_text, note, print_json, say, stage, stop, stored_path
+from lvlm_probe.cli.models import DEMO, load_model
+from lvlm_probe.cli.options import (
+    Attn,
+    BaselineOption,
+    Device,
+    Dtype,
+    Images,
+    Json,
+    MaxNewTokens,
+    Model,
+    Question,
+    TrustRemoteCode,
+)
+from lvlm_probe.cli.terminal import answer_text, note, print_json, quoted_path, say, stage, stop, stored_path
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.prompting import chat_inputs, placed
 
@@ -38,6 +50,7 @@ def record(
     device: Device = None,
     dtype: Dtype = None,
     attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Ask a model about a picture and keep the run as a trace file, which can be explained at any time.
@@ -48,7 +61,7 @@ def record(
     asked = required_question(question)
     directory = output_directory(out)
     own_baseline = baseline_from(baseline) or "blur"
-    loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn)
+    loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     trace = ask(
         loaded,
         processor,
@@ -64,7 +77,8 @@ def record(
         return
     show_answer(trace)
     say("trace: ", (stored_path(trace.path), "bold"))
-    say("next:  ", f"lvlm-probe explain {stored_path(trace.path)}")
+    named = "" if model == DEMO else f" --model {shlex.quote(model)}"
+    say("next:  ", f"lvlm-probe explain {quoted_path(trace.path)}{named}")
 
 
 def required_question(question: str | None) -> str:

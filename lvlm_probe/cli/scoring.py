@@ -9,10 +9,9 @@ import typer
 
 from lvlm_probe.cli.comparing import compare_methods
 from lvlm_probe.cli.explaining import map_summary, open_replay, show_map
-from lvlm_probe.cli.inputs import model_of
+from lvlm_probe.cli.inputs import ReplayModels
 from lvlm_probe.cli.maps import MapFile, baseline_from, find_maps, score_one
-from lvlm_probe.cli.models import load_model
-from lvlm_probe.cli.options import Attn, BaselineOption, Device, Dtype, Json, OptionalModel
+from lvlm_probe.cli.options import Attn, BaselineOption, Device, Dtype, Json, OptionalModel, TrustRemoteCode
 from lvlm_probe.cli.terminal import print_json, say, stage, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -72,6 +71,7 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = None,
     attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Score stored maps by deletion and insertion, and say which not to trust. Stored scores are replaced.
@@ -84,8 +84,8 @@ def evaluate(
     """
     options: dict[str, Any] = {"score": score, "auc": auc, "steps": steps, "chance": chance, "seed": seed, "grid": grid}
     options["mode"] = "exact" if exact else "fast"
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
     if methods is not None:
-        loading = {"device": device, "dtype": dtype, "attn": attn}
         compare_methods(
             paths,
             methods,
@@ -110,14 +110,10 @@ def evaluate(
         by_trace.setdefault((trace.path, trace.row), (trace, []))[1].append(item)
     own_baseline = baseline_from(baseline)
     done: list[MapFile] = []
-    loaded: dict[str, tuple[Any, Any]] = {}
+    models = ReplayModels(model, **loading)
     try:
         for trace, items in by_trace.values():
-            name = model_of(trace, model)
-            if name not in loaded:
-                # One model at a time in memory.
-                loaded = {name: load_model(name, device=device, dtype=dtype, attn=attn)}
-            replay = open_replay(trace, *loaded[name])
+            replay = open_replay(trace, *models.of(trace))
             if own_baseline is not None:
                 replay = replay.over(own_baseline)
             for item in items:

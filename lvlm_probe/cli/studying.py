@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.options import Json
-from lvlm_probe.cli.terminal import bar, print_json, quiet_libraries, say, stop, stored_path
+from lvlm_probe.cli.options import Json, TrustRemoteCode
+from lvlm_probe.cli.terminal import bar, one_line, print_json, quiet_libraries, say, show, stop, stored_path
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.files import write_whole
 
@@ -40,6 +41,7 @@ def run(
         typer.Option("--address", help="Of the cluster, for an engine that has one (ray: auto, or host:port)."),
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do units again that have failed.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Do what is not finished of a study. Stop it at any time; the same command goes on where it was.
@@ -47,12 +49,10 @@ def run(
     Example:  lvlm-probe study run study.yaml --limit 20
     """
     quiet_libraries()
-    import dataclasses
-
     from lvlm_probe.study.engines import engine_named
     from lvlm_probe.study.results import collect
 
-    study = _read(file)
+    study = dataclasses.replace(_read(file), trust_remote_code=trust_remote_code)
     if address is not None:
         study = dataclasses.replace(study, engine_options={**study.engine_options, "address": address})
     work = engine_named(engine or study.engine)
@@ -85,6 +85,7 @@ def plan(
         typer.Option("--memory", metavar="SIZE", help="What there is, weights included: 24GB. Default: what is free."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Samples per data set, at most.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Say what a study will take: its units and passes, and with --measure the memory and hours of every row.
@@ -94,11 +95,12 @@ def plan(
     quiet_libraries()
     from lvlm_probe.study.forecast import forecast
 
-    found = forecast(_read(file), measure=measure, memory=memory, limit=limit)
+    study = dataclasses.replace(_read(file), trust_remote_code=trust_remote_code)
+    found = forecast(study, measure=measure, memory=memory, limit=limit)
     if as_json:
         print_json(found.to_dict())
         return
-    typer.echo(found.table().pipes())
+    show(found.table().pipes())
     for sentence in found.sentences():
         say(sentence)
 
@@ -168,7 +170,7 @@ def table(
             say((f"{name}: {error}", "dim"))
             continue
         made.write(directory)
-        typer.echo(getattr(made, form)())
+        show(getattr(made, form)())
     say("tables: ", (stored_path(directory), "bold"))
 
 
@@ -254,11 +256,13 @@ def _state(results: Results) -> dict[str, Any]:
 def _show(results: Results) -> None:
     found = _state(results)
     for dataset, kept in found["kept"].items():
-        say((dataset, "bold"), f": {kept} samples kept, {found['dropped'][dataset]} dropped or not answered by all")
+        dropped = found["dropped"][dataset]
+        say((one_line(dataset), "bold"), f": {kept} samples kept, {dropped} dropped or not answered by all")
     for line in found["answers"]:
-        say(f"  {line['model']} on {line['dataset']}: {line['done']} answers, {line['failed']} failed")
+        where = f"{one_line(line['model'])} on {one_line(line['dataset'])}"
+        say(f"  {where}: {line['done']} answers, {line['failed']} failed")
     for line in found["maps"]:
-        say(f"  {line['row']}: {line['done']} maps, {line['empty']} without values, {line['failed']} failed, "
+        say(f"  {one_line(line['row'])}: {line['done']} maps, {line['empty']} without values, {line['failed']} failed, "
             f"{line['missing']} to do")  # fmt: skip
     for reason, count in found["reasons"].items():
-        say((f"  {count} × {reason}", "dim"))
+        say((f"  {count} × {one_line(reason, 500)}", "dim"))

@@ -35,5 +35,5 @@ def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(path(), dtype=torch.float32)
-    return model.eval(), AutoProcessor.from_pretrained(path())
+    model = AutoModelForImageTextToText.from_pretrained(path(), dtype=torch.float32, trust_remote_code=False)
+    return model.eval(), AutoProcessor.from_pretrained(path(), trust_remote_code=False)

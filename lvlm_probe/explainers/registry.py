@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
 import torch
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.plugins import check_registration
 
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
@@ -137,26 +138,42 @@ def register(name: str, *, needs: Sequence[Need] = ("passes",)) -> Callable[[_Fu
         needs: What it takes to run it, see the module.
 
     Raises:
-        ExplainError: Another function holds the name, or ``needs`` has an unknown word.
+        ExplainError: Another function holds the name, ``needs`` has an unknown word, or what is registered is no
+            function of a problem under a name.
     """
-    unknown = sorted(set(needs) - set(get_args(Need)))
+    check_registration("an explainer", name, register, ExplainError)
+    try:
+        unknown = sorted(map(str, set(needs) - set(get_args(Need))))
+    except TypeError:
+        raise ExplainError(f"needs of {name!r} is a list of words, not {needs!r}") from None
     if unknown:
         raise ExplainError(f"needs of {name!r}: {unknown[0]!r} is not one of {', '.join(map(repr, get_args(Need)))}")
 
     def decorate(function: _Function) -> _Function:
-        holder = _METHODS.get(name)
-        if holder is not None and (holder.__module__, holder.__qualname__) != (
-            function.__module__,
-            function.__qualname__,
-        ):
+        check_registration("an explainer", name, function, ExplainError)
+        try:
+            inspect.signature(function).bind_partial(None)
+        except TypeError:
             raise ExplainError(
-                f"the name {name!r} is taken by {holder.__module__}.{holder.__qualname__}; "
-                f"register {function.__module__}.{function.__qualname__} under another one"
+                f"{_home(function)} is no explainer: it takes no problem as its first argument"
+            ) from None
+        except ValueError:
+            pass  # written in C, and does not say
+        holder = _METHODS.get(name)
+        if holder is not None and _home(holder) != _home(function):
+            raise ExplainError(
+                f"the name {name!r} is taken by {_home(holder)}; register {_home(function)} under another one"
             )
         _METHODS[name], _NEEDS[name] = function, frozenset(needs)
         return function
 
     return decorate
+
+
+def _home(function: Callable[..., Any]) -> str:
+    """Where a function is from; an object that can be called has no name of its own, but its class has."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def names() -> list[str]:
@@ -184,7 +201,10 @@ def check_parameters(name: str, known: Sequence[str] | Callable[..., Outcome], p
     ``known`` is their names, or the method itself; one that takes any (``**settings``) checks for itself.
     """
     if callable(known):
-        signature = inspect.signature(known).parameters.values()
+        try:
+            signature = inspect.signature(known).parameters.values()
+        except (TypeError, ValueError):  # written in C: it checks for itself
+            return
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature):
             return
         known = [parameter.name for parameter in signature if parameter.kind is inspect.Parameter.KEYWORD_ONLY]

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 import torch
@@ -28,10 +30,10 @@ import torch
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.format import RowCapture
 from lvlm_probe.importing.recorder import forced, said_by
-from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, read_rows
+from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, count_rows, read_rows, reason_of, writable
 from lvlm_probe.recorder import RecordOptions
 from lvlm_probe.session import Probe, attach
-from lvlm_probe.trace import open_store, write
+from lvlm_probe.trace import open_store, open_trace, write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -105,7 +107,8 @@ def import_answers(
         model: the model that answered, or the one to replay the answers on.
         processor: its processor.
         out: directory for the traces; existing ones stay, and rows that are there already are passed over.
-        images: directory that the pictures' paths are relative to; by default the file's own.
+        images: directory that the pictures' paths are relative to, beside the file's own. A path that leads out of
+            both, by itself or by a link, is refused: name the directory here if it is meant.
         columns: field → name, for fields of other names.
         llr: also compute log-likelihood ratios (one more pass per row); ``False`` leaves them for later.
         attention: record decoder attention from answer tokens to image tokens.
@@ -118,19 +121,22 @@ def import_answers(
         TraceError: the disk does not take a trace.
     """
     source, directory = Path(source), Path(out)
-    rows = list(read_rows(source, columns=columns))[:limit]
+    rows = itertools.islice(read_rows(source, columns=columns), limit)
+    first = list(itertools.islice(rows, 1))  # a file that cannot be read is said before anything is written
+    total = count_rows(source)
+    total = total if limit is None else min(total, limit)
     places = [Path(images)] if images is not None else []
     places.append(source.parent)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        rejects = (directory / REJECTED).open("w", encoding="utf-8")
+        rejects = _opened_anew(directory / REJECTED)
     except OSError as error:
         raise ProbeError(f"traces cannot be written to {directory}: {error}; name a directory") from error
     imported: list[ImportedAnswer] = []
     present: list[int] = []
     rejected: dict[int, str] = {}
     with rejects, contextlib.closing(_Importer(model, processor, directory, source.name)) as importer:
-        for number, (line, row) in enumerate(rows, start=1):
+        for number, (line, row) in enumerate(itertools.chain(first, rows), start=1):
             try:
                 if isinstance(row, BadRow):
                     raise row
@@ -146,13 +152,12 @@ def import_answers(
                 raise  # the disk takes no more, and would not take the next one either
             except Exception as error:
                 _log.debug("line %d of %s is not imported", line, source, exc_info=True)
-                reason = str(error) if isinstance(error, BadRow | ProbeError) else f"{type(error).__name__}: {error}"
-                rejected[line] = reason
+                rejected[line] = reason = reason_of(error)
                 named = row.id if isinstance(row, AnswerRow) else None
                 rejects.write(json.dumps({"line": line, "id": named, "reason": reason}, ensure_ascii=False) + "\n")
                 rejects.flush()
             if tell is not None:
-                tell(number, len(rows))
+                tell(number, max(number, total))
     return Imported(directory, tuple(imported), tuple(present), rejected)
 
 
@@ -162,18 +167,27 @@ class _Importer:
     def __init__(self, model: torch.nn.Module, processor: object, directory: Path, name: str) -> None:
         self._probe: Probe = attach(model, processor)
         self._directory, self._name = directory, name
-        self._known = dict(_taken(directory))
+        self._known: Counter[str] = Counter()
+        self._read: set[Path] = set()
         self._seen: dict[str, int] = {}
 
     def close(self) -> None:
         self._probe.detach()
 
     def take(self, row: AnswerRow, places: list[Path], options: RecordOptions) -> ImportedAnswer | None:
-        """The trace of a row, written; ``None`` for one that is there. Raises ``BadRow``, or what stopped it."""
+        """The trace of a row, written; ``None`` for one that is there. Raises ``BadRow``, or what stopped it.
+
+        Row by row, the directory is ours alone: of two imports into it at once, each row is taken by one.
+        """
+        with _alone(self._directory):
+            return self._take(row, places, options)
+
+    def _take(self, row: AnswerRow, places: list[Path], options: RecordOptions) -> ImportedAnswer | None:
         description = self._probe._attachment.describe_model()
         key = _key(row, str(description["fingerprint"]))
         self._seen[key] = copies = self._seen.get(key, 0) + 1
-        if self._known.get(key, 0) >= copies:
+        self._look()
+        if self._known[key] >= copies:
             return None
         capture = forced(self._probe, row, row.open_images(places), options)
         capture.model = description
@@ -196,24 +210,52 @@ class _Importer:
             "largest_difference": largest,
             "mean_difference": mean,
         }
-        return ImportedAnswer(row.line, write(capture, self._directory), largest, mean)
+        path = write(capture, self._directory)
+        self._read.add(path)
+        self._known[key] += 1
+        return ImportedAnswer(row.line, path, largest, mean)
+
+    def _look(self) -> None:
+        """Counts the rows that have a trace in the directory, by key; files are read once."""
+        for path in open_store(self._directory).files:
+            if path in self._read:
+                continue
+            self._read.add(path)
+            with contextlib.suppress(ProbeError):  # a damaged file does not count: its row is imported again
+                trace = open_trace(path)
+                for number in range(trace.rows):
+                    found = said_by(trace if number == 0 else open_trace(path, row=number))
+                    if found is not None:
+                        self._known[str(found.get("key"))] += 1
 
 
-def _taken(directory: Path) -> Iterator[tuple[str, int]]:
-    """Key of every row that has a trace in the directory, with how many it has."""
-    counts: dict[str, int] = {}
-    for trace in open_store(directory):
-        with contextlib.suppress(ProbeError):  # a damaged file does not count: its row is imported again
-            found = said_by(trace)
-            if found is not None:
-                counts[str(found.get("key"))] = counts.get(str(found.get("key")), 0) + 1
-    yield from counts.items()
+def _opened_anew(path: Path) -> TextIO:
+    """A file to append whole lines to, empty; a link that somebody has planted is not followed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    return open(os.open(path, flags, 0o666), "w", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Holds the directory against other imports; the system lets go of it when the process ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _key(row: AnswerRow, fingerprint: str) -> str:
     """What tells that a row has been taken over: its content, wherever it stands in the file, and the model."""
     text = json.dumps(row.content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(f"{fingerprint}:{text}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{fingerprint}:{writable(text)}".encode()).hexdigest()[:32]
 
 
 def _difference(made: RowCapture, row: AnswerRow) -> tuple[float | None, float | None, str]:

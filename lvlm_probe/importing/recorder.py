@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -138,11 +139,17 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
         owner.model, owner.processor, owner.anatomy, owner.watch, options,
         lambda name, error: faults.append(f"{name}: {error}"), owner.boxes,
     )  # fmt: skip
+    limit = _positions(owner.model)
     try:
+        _check_length(len(images), limit, "pictures, of a token each at least")
         inputs = placed(_inputs(probe.processor, row, images), owner.model)
         # These two are looked at alone: what is searched or sampled elsewhere has been found already.
         recorder.begin((), {**inputs, "num_beams": 1, "num_return_sequences": 1})
-        candidates, notes = _candidates(owner, recorder, row)
+        start = recorder.beginning.shape[1]
+        _check_length(start, limit, "tokens of the prompt")
+        candidates, notes = _candidates(owner, recorder, row, limit)
+        _check_length(start + min(map(len, candidates)), limit, "tokens of prompt and answer")
+        candidates = [ids for ids in candidates if start + len(ids) <= limit]
         with torch.no_grad():
             capture = _likeliest(recorder, candidates)
             recorder.complete(capture)
@@ -155,6 +162,20 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
     if faults:
         made.status, made.error = "error", "; ".join(faults)
     return capture
+
+
+def _positions(model: Any) -> int:
+    """How many tokens the decoder was made for; no bound where its configuration does not say."""
+    config = getattr(model, "config", None)
+    with contextlib.suppress(AttributeError, TypeError, ValueError):  # another package's, or with several decoders
+        config = config.get_text_config(decoder=True)  # type: ignore[union-attr]
+    found = getattr(config, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else sys.maxsize
+
+
+def _check_length(count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise BadRow(f"{count} {what}, and the model was made for {limit} positions")
 
 
 def said_by(trace: Trace) -> Mapping[str, Any] | None:
@@ -214,13 +235,17 @@ def _is_rendered(processor: Any, prompt: str) -> bool:
     return False
 
 
-def _candidates(owner: Any, recorder: ForcedRecorder, row: AnswerRow) -> tuple[list[list[int]], list[str]]:
+def _candidates(owner: Any, recorder: ForcedRecorder, row: AnswerRow, limit: int) -> tuple[list[list[int]], list[str]]:
     """Token ids of the answer, the tokenisations that can be meant, and sentences on what was decided."""
     tokenizer = tokenizer_of(owner.processor)
     if row.token_ids is not None:
+        _check_length(len(row.token_ids), limit, "tokens of the answer")
         width = owner.model.get_input_embeddings().weight.shape[0]
         return [checked_ids(tokenizer, row.token_ids, row.answer, width)], []
     assert row.answer is not None
+    if tokenizer is not None and len(row.answer) > limit:  # a text of megabytes need not be tokenised to be too long
+        longest = max(map(len, tokenizer.get_vocab()))
+        _check_length(-(-len(row.answer) // longest), limit, "tokens of the answer at least")
     found = answer_tokens(tokenizer, recorder.beginning[0].tolist(), row.answer)
     if row.log_probs is None:
         return found, []

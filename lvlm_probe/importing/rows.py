@@ -11,23 +11,32 @@ Fields, with the names that serving engines and evaluation scripts use for them:
   engines write them: vLLM's ``[{"4321": {"logprob": -0.1, …}}, …]``, SGLang's ``[[-0.1, 4321, "cat"], …]``, OpenAI's
   ``{"content": [{"token": "cat", "logprob": -0.1}, …]}``;
 * ``id``, ``engine``: kept with the trace.
+
+A line may come from anybody. One that is no row, whatever it is, comes as the reason why, and the next line is read. A
+path is followed only into the directories that the pictures are said to lie in, links resolved: else a line could have
+any picture of this machine put into a trace that is handed on.
 """
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lvlm_probe.errors import ProbeError, StudyError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["FIELDS", "AnswerRow", "BadRow", "read_rows"]
+__all__ = ["FIELDS", "AnswerRow", "BadRow", "count_rows", "read_rows", "reason_of", "writable"]
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "image": ("image", "images", "image_path", "image_file"),
@@ -41,9 +50,23 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Field → the names it is looked for under, in this order."""
 
+LONGEST_LINE = 2**28
+"""Bytes of a line; pictures of ordinary size in ``data:`` URIs, a dozen of them, fit."""
+
+_LARGEST_PICTURES = 2**29
+"""Pixels of a row's pictures together: 1.5 GB as RGB."""
+
+_SHOWN = 400
+"""Characters of a reason: what stands in a line may be megabytes."""
+
+_HALVES = re.compile("[\ud800-\udfff]")
+
 
 class BadRow(Exception):
-    """A row that cannot be taken over; the message is the reason."""
+    """A row that cannot be taken over; the message is the reason, in characters that can be written to a file."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason_of(reason))
 
 
 @dataclass(frozen=True)
@@ -74,8 +97,15 @@ class AnswerRow:
     engine: str | None = None
 
     def open_images(self, directories: Sequence[Path]) -> list[Image.Image]:
-        """The pictures, RGB; paths are looked for in ``directories``. Raises ``BadRow``."""
-        return [_open(text, directories) for text in self.images]
+        """The pictures, RGB, of ``data:`` URIs or from files in ``directories``. Raises ``BadRow``."""
+        opened: list[Image.Image] = []
+        pixels = 0
+        for text in self.images:
+            opened.append(_open(text, directories))
+            pixels += opened[-1].width * opened[-1].height
+            if pixels > _LARGEST_PICTURES:
+                raise BadRow(f"the {len(self.images)} pictures have more than {_LARGEST_PICTURES} pixels together")
+        return opened
 
 
 def read_rows(
@@ -94,18 +124,56 @@ def read_rows(
         if name not in FIELDS:
             raise StudyError(f"columns: there is no field {name!r}; the fields are {', '.join(FIELDS)}")
     names = {**FIELDS, **{name: (column,) for name, column in (columns or {}).items()}}
+    if not Path(path).is_file():  # a pipe or a device would be waited for
+        raise StudyError(f"{path} cannot be read: there is no such file; give a file of JSON lines")
     try:
-        with Path(path).open(encoding="utf-8-sig") as lines:
-            for line, text in enumerate(lines, start=1):
-                if text.strip():
-                    yield line, _row(line, text, names)
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(path).open("rb") as lines:
+            if lines.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise StudyError(f"{path} is UTF-16; save it as UTF-8")
+            for line, data in enumerate(_lines(lines), start=1):
+                if data is None:
+                    yield line, BadRow(f"the line is longer than {LONGEST_LINE} bytes")
+                elif data.strip():
+                    yield line, _row(line, data, names)
+    except OSError as error:
         raise StudyError(f"{path} cannot be read: {error}; give a file of JSON lines") from error
 
 
-def _row(line: int, text: str, names: Mapping[str, Sequence[str]]) -> AnswerRow | BadRow:
+def reason_of(error: object) -> str:
+    """Why a row is not taken over, as a text of bounded length that can be encoded."""
+    text = str(error) if isinstance(error, str | BadRow | ProbeError) else f"{type(error).__name__}: {error}"
+    text = writable(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
+    return text
+
+
+def writable(text: str) -> str:
+    """A text that can be encoded: halves of characters are written as their escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def count_rows(path: str | os.PathLike[str]) -> int:
+    """How many lines of a file are not empty, for telling how far the work is."""
     try:
-        content = json.loads(text)
+        with Path(path).open("rb") as lines:
+            return sum(1 for data in _lines(lines) if data is None or data.strip())
+    except OSError:
+        return 0  # reading will say what is wrong
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """Lines as bytes; ``None`` for one that is too long to be held."""
+    while data := file.readline(LONGEST_LINE + 1):
+        if len(data) <= LONGEST_LINE:
+            yield data
+            continue
+        while not data.endswith(b"\n") and (data := file.readline(2**20)):
+            pass
+        yield None
+
+
+def _row(line: int, data: bytes, names: Mapping[str, Sequence[str]]) -> AnswerRow | BadRow:
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
         if not isinstance(content, dict):
             raise BadRow(f"a row is an object, not {type(content).__name__}")
         found = {
@@ -113,10 +181,16 @@ def _row(line: int, text: str, names: Mapping[str, Sequence[str]]) -> AnswerRow 
             for key, known in names.items()
         }
         return _parsed(line, content, found)
-    except ValueError as error:
-        return BadRow(f"not JSON: {error}")
     except BadRow as reason:
         return reason
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8: byte {data[error.start]:#04x} at {error.start}")
+    except RecursionError:
+        return BadRow("not JSON that can be read: lists or objects in one another, too deep")
+    except ValueError as error:
+        return BadRow(f"not JSON: {error}")
+    except Exception as error:  # whatever a line is, the next one is read
+        return BadRow(f"it cannot be read, {reason_of(error)}")
 
 
 def _parsed(line: int, content: dict[str, Any], found: dict[str, Any]) -> AnswerRow:
@@ -126,8 +200,12 @@ def _parsed(line: int, content: dict[str, Any], found: dict[str, Any]) -> Answer
             f"there is no image: a path, a data: URI or a list of them is needed; the row has {_keys(content)}"
         )
     for name in ("question", "prompt", "answer"):
-        if found[name] is not None and not isinstance(found[name], str):
+        if found[name] is None:
+            continue
+        if not isinstance(found[name], str):
             raise BadRow(f"the {name} is a text, not {type(found[name]).__name__}")
+        if half := _HALVES.search(found[name]):
+            raise BadRow(f"the {name} holds half of a character (U+{ord(half[0]):04X}), which no tokenizer takes")
     if not (found["question"] or found["prompt"]):
         raise BadRow(f"there is neither question nor prompt; the row has {_keys(content)}")
     ids = found["token_ids"]
@@ -150,8 +228,8 @@ def _parsed(line: int, content: dict[str, Any], found: dict[str, Any]) -> Answer
         answer=found["answer"],
         token_ids=None if ids is None else tuple(ids),
         log_probs=None if values is None else tuple(values),
-        id=None if found["id"] is None else str(found["id"]),
-        engine=None if found["engine"] is None else str(found["engine"]),
+        id=_name(found["id"]),
+        engine=_name(found["engine"]),
     )
 
 
@@ -175,7 +253,10 @@ def _log_probs(given: Any, ids: list[int] | None) -> tuple[list[float] | None, l
             raise BadRow(f"log-probability {step} is no number: {str(entry)[:60]}")
         if entry is not None and entry > 1e-3:
             raise BadRow(f"log-probability {step} is {entry}, above 0: natural logarithms of probabilities are needed")
-        values.append(math.nan if entry is None else float(entry))
+        try:
+            values.append(math.nan if entry is None else float(entry))
+        except OverflowError:
+            raise BadRow(f"log-probability {step} is too large a number") from None
     return values, named if named and len(named) == len(values) else None
 
 
@@ -192,12 +273,18 @@ def _of_token(entry: Mapping[str, Any], step: int, ids: list[int] | None) -> Any
     return value["logprob"] if isinstance(value, Mapping) and "logprob" in value else value
 
 
+def _name(value: Any) -> str | None:
+    """What a row says of itself, of bounded length."""
+    return None if value is None else reason_of(str(value))
+
+
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _keys(content: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, content)) or "nothing"
+    keys = [repr(key[:40]) for key in itertools.islice(content, 12)]
+    return ", ".join(keys + ["…"] * (len(content) > len(keys))) or "nothing"
 
 
 def _open(text: str, directories: Sequence[Path]) -> Image.Image:
@@ -205,11 +292,22 @@ def _open(text: str, directories: Sequence[Path]) -> Image.Image:
 
     if text.startswith("data:"):
         return _from_uri(text)
-    path = Path(text).expanduser()
-    places = [path] if path.is_absolute() else [directory / path for directory in (*directories, Path())]
-    found = next((place for place in places if place.is_file()), None)
+    text = os.path.expanduser(text)
+    found, outside = None, False
+    for place in (*(directory / text for directory in directories), Path(text)):
+        with suppress(OSError, ValueError):  # a name that is too long, or has a NUL in it
+            real = place.resolve(strict=True)
+            if not real.is_file():  # neither a directory, a pipe, nor a device
+                continue
+            if any(real.is_relative_to(directory.resolve()) for directory in directories):
+                found = real
+                break
+            outside = True
+    looked = ", ".join(map(str, directories))
+    if found is None and outside:
+        raise BadRow(f"the picture {text[:200]} lies outside of {looked}; name its directory: images=, --images DIR")
     if found is None:
-        raise BadRow(f"the picture {text} is missing (looked in {', '.join(str(place.parent) for place in places)})")
+        raise BadRow(f"the picture {text[:200]} is missing (looked in {looked})")
     try:
         return open_picture(found)
     except ProbeError as error:
@@ -218,14 +316,13 @@ def _open(text: str, directories: Sequence[Path]) -> Image.Image:
 
 def _from_uri(text: str) -> Image.Image:
     import base64
-    import io
 
-    from PIL import Image
+    from lvlm_probe.pictures import decode_picture
 
     head, _, data = text.partition(",")
     try:
         if not head.endswith(";base64"):
             raise ValueError("it is not base64")
-        return Image.open(io.BytesIO(base64.b64decode(data, validate=True))).convert("RGB")
-    except (ValueError, OSError, Image.DecompressionBombError) as error:
+        return decode_picture(base64.b64decode(data, validate=True))
+    except (ValueError, ProbeError) as error:
         raise BadRow(f"the picture in the data: URI cannot be read: {error}") from error

@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lvlm_probe.errors import StudyError
+from lvlm_probe.errors import ProbeError, StudyError
+from lvlm_probe.plugins import check_registration
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -83,14 +84,16 @@ def register_dataset(
         relax: Makes an open-ended question of a sample (paper, §4.3); a pure function.
 
     Raises:
-        StudyError: the name is taken.
+        StudyError: the name is taken, or what is registered is no function under a name.
     """
 
     def decorate(function: _Function) -> _Function:
+        check_registration("a data set", name, function, StudyError)
+        check_registration("the relax of data set", name, relax, StudyError)
         known = _READERS.get(name)
-        if known is not None and getattr(known.read, "__qualname__", "") != function.__qualname__:
+        if known is not None and getattr(known.read, "__qualname__", "") != getattr(function, "__qualname__", ""):
             raise StudyError(f"there is a data set {name!r} already; register yours under another name")
-        _READERS[name] = _Entry(function, layout, relax)  # type: ignore[arg-type]
+        _READERS[name] = _Entry(function, str(layout), relax)  # type: ignore[arg-type]
         return function
 
     return decorate
@@ -133,7 +136,18 @@ def open_dataset(
         found = entry.read(str(source), split=split, **options)
     except TypeError as error:
         raise StudyError(f"data set {name}: {error}") from error
-    return (entry.relax(sample) for sample in found) if open_ended else found
+    return _guarded(name, found, entry.relax if open_ended else None)
+
+
+def _guarded(name: str, found: Iterator[Sample], relax: Callable[[Sample], Sample] | None) -> Iterator[Sample]:
+    """The samples of a reader; what it did not expect in an option or a file ends in a sentence too."""
+    try:
+        for sample in found:
+            yield sample if relax is None else relax(sample)
+    except ProbeError:
+        raise
+    except Exception as error:
+        raise StudyError(f"data set {name} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def replaced(sample: Sample, question: str, choices: Sequence[str] = ()) -> Sample:

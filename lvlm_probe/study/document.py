@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from lvlm_probe.study.exporting import state
 from lvlm_probe.study.ledger import ledger
 from lvlm_probe.study.paper_tables import TABLES, make_table
 from lvlm_probe.study.results import Results
-from lvlm_probe.study.tables import Cell, Table
+from lvlm_probe.study.tables import Cell, Table, markdown_text
 from lvlm_probe.study.units import digest, method_content
 
 __all__ = ["document"]
@@ -34,30 +35,36 @@ def document(results: Results, *, command: str, annotations: Path | None = None)
     """
     study = results.study
     parts = [
-        f"# {study.name[:1].upper()}{study.name[1:]}",
-        f"Made by `{command}` on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, with {_versions()}.",
+        f"# {markdown_text(study.name[:1].upper() + study.name[1:])}",
+        f"Made by {_code(command)} on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, with {_versions()}.",
     ]
     if study.about:
-        parts.append(study.about)
+        parts.append(markdown_text(study.about))
     parts += [_run(results), *_specification(results)]
     for name in [*TABLES, "figure5"]:
         title = f"Table {name}" if name in TABLES else "Figure 5"
         try:
             parts.append(_section(results, make_table(results, name, annotations=annotations)))
         except ProbeError as error:
-            parts.append(f"## {title}\n\nNot made: {error}.")
+            parts.append(f"## {title}\n\nNot made: {markdown_text(str(error))}.")
     made = ledger(results)
     parts.append(
-        f"## {made.title}\n\nEvery number of the paper, beside what this study found as the published code does and as "
-        f"the paper's formulas say. {made.notes[0]}\n\n<details><summary>{len(made.rows)} numbers</summary>\n\n"
-        f"{made.pipes()}\n\n</details>"
+        f"## {markdown_text(made.title)}\n\nEvery number of the paper, beside what this study found as the published "
+        f"code does and as the paper's formulas say. {markdown_text(made.notes[0])}\n\n<details><summary>"
+        f"{len(made.rows)} numbers</summary>\n\n{made.pipes()}\n\n</details>"
     )
     return "\n\n".join(parts) + "\n"
 
 
 def _section(results: Results, made: Table) -> str:
     said = set(filter_notes(results))  # once, at the top
-    return "\n\n".join([f"## {made.title}", made.pipes(), *(note for note in made.notes if note not in said)])
+    return "\n\n".join(
+        [
+            f"## {markdown_text(made.title)}",
+            made.pipes(),
+            *(markdown_text(note) for note in made.notes if note not in said),
+        ]
+    )
 
 
 def _run(results: Results) -> str:
@@ -79,12 +86,12 @@ def _run(results: Results) -> str:
     lines = [
         f"**Run.** {answered.count('done')} answers ({answered.count('failed')} failed) and {len(maps) - empty} maps "
         f"({empty} without values, {len(unique) - len(maps)} failed, {_wanted(results) - len(unique)} to do), "
-        f"on {'; '.join(name for name, _ in machines.most_common()) or 'a machine that was not noted'}. The "
-        f"units took: {took}."
+        f"on {markdown_text('; '.join(name for name, _ in machines.most_common())) or 'a machine that was not noted'}. "
+        f"The units took: {took}."
     ]
     if found["reasons"]:
         reasons = "; ".join(f"{count} × {reason}" for reason, count in found["reasons"].items())
-        lines.append(f"What failed or is empty, over all rows: {reasons}.")
+        lines.append(f"What failed or is empty, over all rows: {markdown_text(reasons)}.")
     return "\n\n".join(lines)
 
 
@@ -113,10 +120,15 @@ def _specification(results: Results) -> list[str]:
         Table("models", "", ("model", "source", "weights", "decoder, billions", "vision"), tuple(models)).pipes(),
         Table("datasets", "", ("data set", "reader", "source", "samples", "kept"), tuple(datasets)).pipes(),
         f"Greedy answers of at most {settings.max_new_tokens} tokens; maps of the tokens with a log-likelihood ratio "
-        f"over {settings.alpha:g} against the {settings.baseline} baseline, where a row does not say otherwise; seed "
-        f"{settings.seed}.",
-        "\n".join(f"* {note}" for note in filter_notes(results)),
+        f"over {settings.alpha:g} against the {markdown_text(settings.baseline)} baseline, where a row does not say "
+        f"otherwise; seed {settings.seed}.",
+        "\n".join(f"* {markdown_text(note)}" for note in filter_notes(results)),
     ]
+
+
+def _code(text: str) -> str:
+    """A text as code where it can be, as text where it would end the code before its time or hold a tag."""
+    return markdown_text(text) if re.search(r"[`<>&\n\r]", text) else f"`{text}`"
 
 
 def _versions() -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from lvlm_probe.errors import PluginError, StudyError
-from lvlm_probe.plugins import load_plugins
+from lvlm_probe.plugins import check_registration, load_plugins
 from lvlm_probe.study.running import Told, run_study
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ def register_engine(name: str, engine: Engine) -> None:
     """Adds an engine.
 
     Raises:
-        PluginError: another one has the name.
+        PluginError: another one has the name, or what is registered is no function under a name.
     """
+    check_registration("an engine", name, engine, PluginError)
     known = _ENGINES.setdefault(name, engine)
     if known is not engine:
         raise PluginError(f"there is an engine {name!r} already; uninstall one of the two plugins, or rename yours")

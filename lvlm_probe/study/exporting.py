@@ -12,6 +12,7 @@ from typing import Any
 
 from lvlm_probe.files import write_whole
 from lvlm_probe.study.results import Results
+from lvlm_probe.study.tables import csv_cell
 
 __all__ = ["export", "state"]
 
@@ -91,7 +92,7 @@ def _table(path: Path, names: Sequence[str], records: Sequence[Mapping[str, Any]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(names)
     for record in records:
-        writer.writerow(["" if record.get(name) is None else record[name] for name in names])
+        writer.writerow(["" if record.get(name) is None else csv_cell(record[name]) for name in names])
     write_whole(path, file.getvalue())
     return path
 

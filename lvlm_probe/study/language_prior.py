@@ -26,9 +26,10 @@ import numpy as np
 from lvlm_probe.errors import ProbeError, StudyError
 from lvlm_probe.files import write_whole
 from lvlm_probe.importing import said_by
-from lvlm_probe.importing.rows import BadRow, read_rows
+from lvlm_probe.importing.rows import BadRow, read_rows, reason_of
 from lvlm_probe.selection import word_llr
 from lvlm_probe.study.drops import BANDS, Band, band_of, drop_of
+from lvlm_probe.study.tables import csv_cell
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace import Trace
 
-__all__ = ["BANDS", "Reading", "Unread", "band_of", "measure", "ranked", "read_answer", "write_csv"]
+__all__ = ["BANDS", "Reading", "Unread", "band_of", "measure", "ranked", "read_answer", "traces_in", "write_csv"]
 
 THUMBNAIL = 88
 """Longest side of the picture that a reading keeps, pixels."""
@@ -235,13 +236,13 @@ def _of_traces(
     path: Path, model: torch.nn.Module | None, processor: object | None, *, alpha: float,
     baseline: str | Image.Image | None, limit: int | None,
 ) -> Iterator[Reading | Unread]:  # fmt: skip
-    from lvlm_probe.trace import open_store
-
-    for number, trace in enumerate(open_store(path)):
+    for number, (file, trace) in enumerate(traces_in(path)):
         if limit is not None and number >= limit:
             return
-        where = trace.path.name
+        where = file.name
         try:
+            if isinstance(trace, ProbeError):
+                raise trace
             where += f", row {trace.row}" if trace.rows > 1 else ""
             ratios, used = _ratios(trace, model, processor, baseline)
             imported = said_by(trace)
@@ -252,6 +253,20 @@ def _of_traces(
             )  # fmt: skip
         except Exception as error:
             yield Unread(where, _reason(error))
+
+
+def traces_in(path: Path) -> Iterator[tuple[Path, Trace | ProbeError]]:
+    """Every trace of a file or a directory; what cannot be read comes as the reason why, and does not end the rest."""
+    from lvlm_probe.trace import open_store, open_trace
+
+    for file in open_store(path).files:
+        try:
+            first = open_trace(file)
+            yield file, first
+            for row in range(1, first.rows):
+                yield file, open_trace(file, row=row)
+        except ProbeError as error:
+            yield file, error
 
 
 def _ratios(
@@ -292,7 +307,7 @@ def _small(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, ProbeError | BadRow) else f"{type(error).__name__}: {error}"
+    return reason_of(error)
 
 
 COLUMNS = (
@@ -304,6 +319,8 @@ COLUMNS = (
 
 def write_csv(readings: Sequence[Reading], path: str | os.PathLike[str], *, unread: Sequence[Unread] = ()) -> Path:
     """Writes readings, in the order given, and below them what could not be measured, as csv.
+
+    A question or an answer that a spreadsheet would compute (``=…``) has an apostrophe before it: see ``csv_cell``.
 
     Raises:
         StudyError: the file cannot be written.
@@ -317,9 +334,10 @@ def write_csv(readings: Sequence[Reading], path: str | os.PathLike[str], *, unre
         numbers = {key: f"{value:.6g}" for key, value in record.items() if isinstance(value, float)}
         seen = "; ".join(reading.seen)
         words = {"rank": rank, "words": sum(reading.counts), "words_from_picture": seen}
-        writer.writerow({**record, **numbers, **words, "elsewhere": int(reading.elsewhere)})
+        cells = {**record, **numbers, **words, "elsewhere": int(reading.elsewhere)}
+        writer.writerow({name: csv_cell(cell) for name, cell in cells.items()})
     for one in unread:
-        writer.writerow({"source": one.source, "reason": one.reason})
+        writer.writerow({"source": csv_cell(one.source), "reason": csv_cell(one.reason)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, file.getvalue())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -38,16 +41,19 @@ def table(
             parquet), ``answer``, ``choices`` (a list, or text "(a) … (b) …"), ``group``, ``boxes`` (``[[x0, y0, x1,
             y1], …]`` in pixels) and ``mask`` (path of a picture, white = the region that decides the answer).
         question: Asked of every row, where there is no such column.
-        images: Directory that paths are relative to; by default the file's own.
+        images: Directory that paths are relative to, beside the file's own. A path that leads out of both, by itself
+            or by a link, is refused.
 
     Raises:
         StudyError: a field is not known, or a column missing.
     """
+    if columns is not None and not all(isinstance(item, str) for pair in dict(columns).items() for item in pair):
+        raise StudyError("columns is a mapping of fields to names of columns")
     names = {name: name for name in FIELDS} | dict(columns or {})
     unknown = sorted(set(names) - set(FIELDS))
     if unknown:
         raise StudyError(f"columns: there is no field {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     base = path if path.is_dir() else path.parent
     beside = (base / images, base) if images else (base,)
     where = f"table {source}"
@@ -92,7 +98,7 @@ def images(source: str, *, split: str | None = None, question: str = "Describe t
         yield Sample(
             id=name.as_posix(),
             question=question,
-            load=partial(open_image, file, where=f"images, {name}"),
+            load=partial(open_image, file.absolute(), where=f"images, {name}", beside=(path,)),
             group=name.parent.as_posix() if len(name.parts) > 1 else None,
         )
 
@@ -109,16 +115,15 @@ def _choices(value: Any, where: str) -> dict[str, str]:
 
 
 def _boxes(value: Any, where: str) -> list[tuple[float, ...]]:
-    import json
-
     try:
         given = json.loads(value) if isinstance(value, str) else value
         given = [given] if len(given) == 4 and not hasattr(given[0], "__len__") else given
         found = [tuple(float(edge) for edge in box) for box in given]
-        if not found or any(len(box) != 4 for box in found):
+        if not found or any(len(box) != 4 or not all(map(math.isfinite, box)) for box in found):
             raise ValueError("not four numbers each")
-    except (TypeError, ValueError, KeyError) as error:
-        raise StudyError(f"{where}: boxes are [[x0, y0, x1, y1], …] in pixels; got {value!r} ({error})") from error
+    except (TypeError, ValueError, LookupError, OverflowError, RecursionError) as error:
+        shown = repr(value) if len(repr(value)) <= 200 else repr(value)[:199] + "…"
+        raise StudyError(f"{where}: boxes are [[x0, y0, x1, y1], …] in pixels; got {shown} ({error})") from error
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +20,7 @@ from lvlm_probe.study.relaxing import (
     strip_instructions,
     true_choice,
 )
-from lvlm_probe.study.tabular import column, find_file, folder, is_local, open_image, rows
+from lvlm_probe.study.tabular import column, find_file, folder, is_local, open_image, read_json, rows
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,7 +52,7 @@ def _picture(value: Any, where: str, *beside: Path) -> Callable[[], Image.Image]
 )
 def mmvp(source: str, *, split: str | None = None) -> Iterator[Sample]:
     """MMVP (Tong et al., 2024): 150 pairs of pictures that CLIP takes for alike; two choices each."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     here = is_local(source) and path.is_dir()
     table = next(iter(sorted(path.rglob("Questions.csv"))), None) if here else None
     folders = sorted({file.parent for file in path.rglob("1.jpg")}) if here else []
@@ -92,7 +93,7 @@ def cv_bench(source: str, *, split: str | None = None, task: str | None = None) 
     Args:
         task: Only this one (``Count``, ``Relation``, ``Depth``, ``Distance``).
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     beside = (path if path.is_dir() else path.parent,)
     where = f"CV-Bench, {source}"
     for number, row in enumerate(rows(source, split=split), start=1):
@@ -123,7 +124,7 @@ def cv_bench(source: str, *, split: str | None = None, task: str | None = None) 
 )
 def mmstar(source: str, *, split: str | None = None, category: str | None = None) -> Iterator[Sample]:
     """MMStar (Chen et al., 2024): 1,500 questions that cannot be answered without the picture, four choices each."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     beside = (path if path.is_dir() else path.parent,)
     where = f"MMStar, {source}"
     for number, row in enumerate(rows(source, split=split or (None if is_local(source) else "val")), start=1):
@@ -178,13 +179,11 @@ def vqa_hat(
     Args:
         questions, maps, images: Of the parts, relative to the source, where they are not found by their names.
     """
-    import json
-
     path = folder(source, "VQA-HAT")
     file = path / questions if questions else _one(path, "*questions*.json", split, "VQA-HAT")
     try:
-        listed = json.loads(file.read_text(encoding="utf-8"))["questions"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        listed = read_json(file)["questions"]
+    except (KeyError, TypeError) as error:
         raise StudyError(f"{file} is no question file of VQA v1 (an object with questions): {error!r}") from error
     answers = _vqa_answers(path, split)
     humans: dict[str, list[Path]] = {}
@@ -203,23 +202,21 @@ def vqa_hat(
         yield Sample(
             id=index,
             question=str(entry["question"]),
-            load=_picture(photos.get(image, f"*_{image}.jpg"), where),
+            load=_picture(photos.get(image, f"*_{image}.jpg"), where, path / images if images else path),
             answer=answers.get(index),
-            annotations={"human": [_grey(file, where) for file in humans[index]]},
+            annotations={"human": [_grey(file, where, path / maps if maps else path) for file in humans[index]]},
         )
 
 
 def _vqa_answers(path: Path, split: str | None) -> dict[str, tuple[str, ...]]:
-    import json
-
     files = [file for file in sorted(path.rglob("*annotations*.json")) if split is None or split in file.name]
     found: dict[str, tuple[str, ...]] = {}
     for file in files:
         try:
-            for entry in json.loads(file.read_text(encoding="utf-8"))["annotations"]:
+            for entry in read_json(file)["annotations"]:
                 given = [str(answer["answer"]) for answer in entry.get("answers", ())]
                 found[str(entry["question_id"])] = tuple(dict.fromkeys([str(entry["multiple_choice_answer"]), *given]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise StudyError(f"{file} is no annotation file of VQA v1: {error!r}") from error
     return found
 
@@ -232,8 +229,8 @@ def _one(path: Path, pattern: str, split: str | None, what: str) -> Path:
     return found[0]
 
 
-def _grey(file: Path, where: str) -> np.ndarray:
-    return np.asarray(open_image(file, where=where).convert("L"), dtype=np.float32) / 255
+def _grey(file: Path, where: str, folder: Path) -> np.ndarray:
+    return np.asarray(open_image(file, where=where, beside=(folder,)).convert("L"), dtype=np.float32) / 255
 
 
 @register_dataset(
@@ -248,7 +245,7 @@ def hallusion_bench(source: str, *, split: str | None = None) -> Iterator[Sample
     Samples of one set are told apart by their ``role``: ``original``, ``counterfactual question`` (the same picture,
     another question), ``counterfactual image`` (an edited picture).
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     file: str | Path = source
     beside: tuple[Path, ...] = ()
     if is_local(source):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lvlm_probe.errors import StudyError
 from lvlm_probe.study.cells import objection
 from lvlm_probe.study.results import Results
-from lvlm_probe.study.tables import Cell, Table
+from lvlm_probe.study.tables import Cell, Table, csv_cell
 
 __all__ = ["figure5"]
 
@@ -34,7 +35,7 @@ def figure5(results: Results, annotations: Path | None = None) -> Table:
     counts: dict[tuple[str, str], Counter[tuple[bool, bool]]] = {}
     unjudged = 0
     for record in results.chosen(row=row):
-        own = judged.get((record["dataset"], record["sample"], record["model"]), {})
+        own = judged.get(_key(record), {})
         plausible = own.get("plausible")
         known = annotations is None and record.get("pointing") is not None and objection(record) is None
         if plausible is None and known:
@@ -72,6 +73,12 @@ def figure5(results: Results, annotations: Path | None = None) -> Table:
     )
 
 
+def _key(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What a line of judgements and a map have in common, as an exported csv has it."""
+    dataset, sample, model = (csv_cell(str(record[name])) for name in ("dataset", "sample", "model"))
+    return dataset, sample, model
+
+
 def _read_annotations(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -88,7 +95,7 @@ def _read_annotations(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
                         raise StudyError(f"{path}, line {line}: {name} is 1 or 0, not {value!r}")
                     if value:
                         judged[name] = value == "1"
-                found[row["dataset"], row["sample"], row["model"]] = judged
+                found[_key(row)] = judged
             return found
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise StudyError(f"{path} cannot be read: {error}") from error

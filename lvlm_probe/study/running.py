@@ -336,7 +336,7 @@ def _load(study: Study, spec: ModelSpec) -> tuple[Any, Any]:
         from lvlm_probe import demo
 
         return demo.load()
-    options: dict[str, Any] = {"dtype": spec.dtype, "attn": spec.attn}
+    options: dict[str, Any] = {"dtype": spec.dtype, "attn": spec.attn, "trust_remote_code": study.trust_remote_code}
     if spec.device_map is not None:
         options["device_map"] = spec.device_map
     else:

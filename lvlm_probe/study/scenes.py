@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lvlm_probe.demo.scene import Scene, scenes
+from lvlm_probe.demo.scene import SPLITS, Scene, scenes
 from lvlm_probe.errors import StudyError
 from lvlm_probe.study.datasets import Sample, register_dataset
 
@@ -32,13 +32,16 @@ def demo_scenes(
             their maps: nobody has looked at these pictures.
 
     Raises:
-        StudyError: ``human`` is something else.
+        StudyError: there is no such split, or ``human`` is something else.
     """
+    wanted = split or source
+    if wanted not in SPLITS:
+        raise StudyError(f"demo scenes: there is no split {wanted!r}; source is one of {', '.join(SPLITS)}")
     if human not in (None, "region"):
         raise StudyError(f"demo scenes: human is region, or left out, not {human!r}")
     index = start
     while True:
-        (scene,) = scenes(1, seed=seed, split=split or source, start=index, hard=hard)
+        (scene,) = scenes(1, seed=seed, split=wanted, start=index, hard=hard)
         yield _sample(scene, index, human)
         index += 1
 

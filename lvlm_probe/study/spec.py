@@ -9,7 +9,7 @@
       demo: {source: demo}
       other: {source: path/to/model, dtype: bfloat16, device_map: auto, group: llava, size: 7}
     datasets:
-      scenes: {reader: demo, source: test, limit: 20}
+      scenes: {reader: demo, source: eval, limit: 20}
     methods:
       igos++: {}
       paper: {method: igos++, params: {preset: paper}}
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +33,14 @@ from typing import Any
 
 import yaml
 
-from lvlm_probe.errors import StudyError
+from lvlm_probe.errors import ExplainError, StudyError
+from lvlm_probe.study.bounded_yaml import WrongYaml, compose, plain
 
 __all__ = ["DatasetSpec", "FilterSpec", "MethodSpec", "ModelSpec", "Settings", "Study", "read_study"]
 
 TOKEN_RULES = ("llr", "joint", "keywords")
 BEHAVIOURS = ("corrected", "release")
+_RANGES = {"grid": (1, 1024), "steps": (1, 100_000), "max_new_tokens": (1, 1_000_000), "seed": (0, 2**63 - 1)}
 _PARTS = ("name", "about", "out", "models", "datasets", "methods", "settings", "filter", "engine", "engine_options")
 
 
@@ -170,6 +173,7 @@ class Study:
         settings, filter: What all maps share; which samples get maps.
         engine, engine_options: Who does the units.
         base: Directory of the YAML file, where sources are looked for first; no part of what is handed on.
+        trust_remote_code: Run the code that comes with a model. No file says so, the caller does; not handed on.
     """
 
     name: str
@@ -183,16 +187,17 @@ class Study:
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     about: str = ""
     base: Path | None = None
+    trust_remote_code: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         record = dataclasses.asdict(self)
-        del record["base"]
+        del record["base"], record["trust_remote_code"]
         return {**record, "out": str(self.out)}
 
     def located(self, source: str) -> str:
         """A source as it can be opened: the path beside the YAML file where there is one, else as it is."""
-        beside = None if self.base is None else self.base / Path(source).expanduser()
+        beside = None if self.base is None else self.base / os.path.expanduser(source)
         return str(beside) if beside is not None and source != "demo" and beside.exists() else source
 
 
@@ -203,16 +208,7 @@ def read_study(path: str | Path) -> Study:
         StudyError: the file cannot be read, or something in it is wrong; the message names the line.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} cannot be read: {error}") from error
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark is not None else ""
-        raise StudyError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    node = compose(path)
     if node is None:
         raise StudyError(f"{path} is empty; a study names models, datasets and methods")
     return _Reader(path).study(node)
@@ -232,19 +228,27 @@ class _Reader:
             raise self.wrong(node, f"{what} is a mapping (name: …)")
         found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise self.wrong(key, f"{what}: a name is a text")
             name = str(self.plain(key))
             if name in found:
                 raise self.wrong(key, f"{what} has {name!r} twice")
             found[name] = (key, value)
         return found
 
-    @staticmethod
-    def plain(node: yaml.Node) -> Any:
-        loader = yaml.SafeLoader("")
+    def plain(self, node: yaml.Node) -> Any:
         try:
-            return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
-        finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            return plain(node)
+        except WrongYaml as error:
+            raise StudyError(f"{self.path}, line {error.line}: {error}") from error
+
+    def text(self, found: Mapping[str, tuple[yaml.Node, yaml.Node]], name: str, default: str) -> str:
+        if name not in found:
+            return default
+        given = self.plain(found[name][1])
+        if isinstance(given, bool) or not isinstance(given, str | int | float):
+            raise self.wrong(found[name][1], f"{name} is a text, not {_short(given)}")
+        return str(given)
 
     def study(self, node: yaml.Node) -> Study:
         found = self.entries(node, "a study")
@@ -254,13 +258,13 @@ class _Reader:
                 raise self.wrong(node, f"there are no {name}; a study names models, datasets and methods")
             if not self.entries(found[name][1], name):
                 raise self.wrong(found[name][0], f"{name} is empty")
-        out = Path(str(self.plain(found["out"][1])) if "out" in found else f"runs/{self.path.stem}").expanduser()
-        engine = str(self.plain(found["engine"][1])) if "engine" in found else "local"
+        out = Path(os.path.expanduser(self.text(found, "out", f"runs/{self.path.stem}")))
+        engine = self.text(found, "engine", "local")
         options = self.plain(found["engine_options"][1]) if "engine_options" in found else {}
         if not isinstance(options, dict):
             raise self.wrong(found["engine_options"][1], "engine_options is a mapping")
         return Study(
-            name=str(self.plain(found["name"][1])) if "name" in found else self.path.stem,
+            name=self.text(found, "name", self.path.stem),
             out=out if out.is_absolute() else self.path.parent / out,
             models={name: self.model(name, *pair) for name, pair in self.entries(found["models"][1], "models").items()},
             datasets={
@@ -273,7 +277,7 @@ class _Reader:
             filter=self.filter(found["filter"][1]) if "filter" in found else FilterSpec(),
             engine=engine,
             engine_options=options,
-            about=" ".join(str(self.plain(found["about"][1])).split()) if "about" in found else "",
+            about=" ".join(self.text(found, "about", "").split()),
             base=self.path.parent.absolute(),
         )
 
@@ -297,33 +301,37 @@ class _Reader:
             if given is None and "None" in wanted:
                 read[name] = None
             elif wanted.startswith("Mapping"):
-                if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+                if not isinstance(given, dict):
                     raise self.wrong(value, f"{what}: {name} is a mapping (name: value)")
                 read[name] = given
             elif wanted.startswith("tuple[int"):
                 items = given if isinstance(given, list) else [given]
                 if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-                    raise self.wrong(value, f"{what}: {name} is a list of whole numbers, not {given!r}")
+                    raise self.wrong(value, f"{what}: {name} is a list of whole numbers, not {_short(given)}")
                 read[name] = tuple(items)
             elif wanted.startswith("bool"):
                 if not isinstance(given, bool):
-                    raise self.wrong(value, f"{what}: {name} is true or false, not {given!r}")
+                    raise self.wrong(value, f"{what}: {name} is true or false, not {_short(given)}")
                 read[name] = given
             elif wanted.startswith(("int", "float")):
                 whole = wanted.startswith("int")
                 if isinstance(given, bool) or not isinstance(given, int if whole else int | float):
-                    raise self.wrong(value, f"{what}: {name} is a {'whole ' if whole else ''}number, not {given!r}")
+                    raise self.wrong(
+                        value, f"{what}: {name} is a {'whole ' if whole else ''}number, not {_short(given)}"
+                    )
                 read[name] = given if whole else float(given)
             elif isinstance(given, str | int | float) and not isinstance(given, bool):
                 read[name] = str(given)
             else:
-                raise self.wrong(value, f"{what}: {name} is a text, not {given!r}")
+                raise self.wrong(value, f"{what}: {name} is a text, not {_short(given)}")
         return read
 
     def model(self, name: str, key: yaml.Node, node: yaml.Node) -> ModelSpec:
         values = {"source": self.plain(node)} if _is_text(node) else self.values(node, ModelSpec, f"model {name}")
         if "source" not in values:
             raise self.wrong(key, f"model {name} has no source: a directory, a hub id, or demo")
+        if values.get("size") is not None and values["size"] <= 0:
+            raise self.wrong(node, f"model {name}: size is above 0, in billions of parameters")
         return ModelSpec(name, **values)
 
     def dataset(self, name: str, key: yaml.Node, node: yaml.Node) -> DatasetSpec:
@@ -343,18 +351,25 @@ class _Reader:
         if spec.behaviour not in BEHAVIOURS:
             raise self.wrong(key, f"method {name}: behaviour is {' or '.join(BEHAVIOURS)}, not {spec.behaviour!r}")
         from lvlm_probe.explainers import methods
+        from lvlm_probe.explainers.registry import check_parameters, find
 
-        if spec.method not in methods():
+        if spec.method not in methods():  # of plugins too
             close = difflib.get_close_matches(spec.method, methods(), n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(methods())}"
             raise self.wrong(key, f"method {name}: there is no explainer {spec.method!r}; {hint}")
+        try:
+            check_parameters(spec.method, find(spec.method), spec.params)
+        except ExplainError as error:
+            raise self.wrong(node, f"method {name}: {error}") from error
         return spec
 
     def settings(self, node: yaml.Node) -> Settings:
         values = Settings(**self.values(node, Settings, "settings"))
-        for name in ("grid", "steps", "max_new_tokens"):
-            if getattr(values, name) < 1:
-                raise self.wrong(node, f"settings: {name} is at least 1")
+        for name, (least, most) in _RANGES.items():
+            if getattr(values, name) < least:
+                raise self.wrong(node, f"settings: {name} is at least {least}")
+            if getattr(values, name) > most:
+                raise self.wrong(node, f"settings: {name} is at most {most}")
         return values
 
     def filter(self, node: yaml.Node) -> FilterSpec:
@@ -362,6 +377,11 @@ class _Reader:
         if not 0 <= values.minimum_drop <= 1:
             raise self.wrong(node, f"filter: minimum_drop is between 0 and 1, not {values.minimum_drop:g}")
         return values
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def _is_text(node: yaml.Node) -> bool:

@@ -1,11 +1,18 @@
-"""A table of results, and its forms: Markdown, CSV, LaTeX, and a figure."""
+"""A table of results, and its forms: Markdown, CSV, LaTeX, and a figure.
+
+Names of models, data sets and methods come from the study's file, questions and answers from anybody. Each form has
+one function that makes a text harmless in it (``markdown_text``, ``csv_cell``, ``tex_text``), and whatever writes such
+a form goes through it.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Sequence
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +21,7 @@ from lvlm_probe.errors import StudyError
 from lvlm_probe.files import write_whole
 from lvlm_probe.metrics import Interval
 
-__all__ = ["FORMS", "Cell", "Table"]
+__all__ = ["FORMS", "Cell", "Table", "csv_cell", "markdown_text", "tex_text"]
 
 Cell = str | int | float | Interval | None
 FORMS = ("markdown", "csv", "latex", "figure")
@@ -50,15 +57,17 @@ class Table:
 
     def markdown(self) -> str:
         """A pipe table under its title, notes below it."""
-        notes = "".join(f"\n\n{note}" for note in self.notes)
-        return f"**{self.title}**\n\n{self.pipes()}{notes}\n"
+        notes = "".join(f"\n\n{markdown_text(note)}" for note in self.notes)
+        return f"**{markdown_text(self.title)}**\n\n{self.pipes()}{notes}\n"
 
     def pipes(self) -> str:
         """The pipe table alone."""
-        head = "| " + " | ".join(map(_piped, self.columns)) + " |\n|" + "---|" * len(self.columns)
-        return "\n".join(
-            [head, *("| " + " | ".join(_piped(_text(cell, self.decimals)) for cell in row) + " |" for row in self.rows)]
-        )
+        head = "| " + " | ".join(map(markdown_text, self.columns)) + " |\n|" + "---|" * len(self.columns)
+        lines = [
+            [markdown_text(cell) if isinstance(cell, str) else _text(cell, self.decimals) for cell in row]
+            for row in self.rows
+        ]
+        return "\n".join([head, *("| " + " | ".join(line) + " |" for line in lines)])
 
     def csv(self) -> str:
         """Comma-separated, with the bounds of every interval in columns of their own."""
@@ -68,7 +77,7 @@ class Table:
         names: list[str] = []
         for name, wide in zip(self.columns, spread, strict=True):
             names += [name, f"{name} low", f"{name} high"] if wide else [name]
-        writer.writerow(names)
+        writer.writerow(map(csv_cell, names))
         for row in self.rows:
             cells: list[Any] = []
             for cell, wide in zip(row, spread, strict=True):
@@ -76,17 +85,17 @@ class Table:
                     cells += [cell.estimate, cell.low, cell.high]
                 else:
                     cells += ["" if _is_nothing(cell) else cell] + (["", ""] if wide else [])
-            writer.writerow(cells)
+            writer.writerow(map(csv_cell, cells))
         return out.getvalue()
 
     def latex(self) -> str:
         """A ``tabular`` in the style of booktabs."""
         columns = "l" * self.labels + "r" * (len(self.columns) - self.labels)
-        lines = [" & ".join(_tex(name) for name in self.columns) + r" \\", r"\midrule"]
-        lines += [" & ".join(_tex(_text(cell, self.decimals)) for cell in row) + r" \\" for row in self.rows]
+        lines = [_tex_row(self.columns), r"\midrule"]
+        lines += [_tex_row(_text(cell, self.decimals) for cell in row) for row in self.rows]
         body = "\n".join(lines)
-        notes = "".join(f"\n% {note}" for note in self.notes)
-        head = f"% {self.title}{notes}\n\\begin{{tabular}}{{{columns}}}"
+        notes = "".join(f"\n% {_flat(note)}" for note in self.notes)
+        head = f"% {_flat(self.title)}{notes}\n\\begin{{tabular}}{{{columns}}}"
         return f"{head}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
 
     def figure(self, path: Path) -> Path:
@@ -107,7 +116,8 @@ class Table:
             raise StudyError(f"{self.name} holds no means with intervals to draw")
         height = 1.1 + 0.28 * len(self.rows)
         drawing = Figure(figsize=(2.2 + 2.6 * len(places), height), layout="constrained")
-        names = [" · ".join(_text(cell, self.decimals) for cell in row[: self.labels]) for row in self.rows]
+        # Names are shown as they are: a dollar sign in one begins no formula.
+        names = [_flat(" · ".join(_text(cell, self.decimals) for cell in row[: self.labels])) for row in self.rows]
         for number, place in enumerate(places):
             axes = drawing.add_subplot(1, len(places), number + 1)
             for line, row in enumerate(self.rows):
@@ -115,15 +125,15 @@ class Table:
                 if isinstance(cell, Interval) and not _is_nothing(cell):
                     axes.plot([cell.low, cell.high], [line, line], color="#7f8ea3", linewidth=2, solid_capstyle="round")
                     axes.plot(cell.estimate, line, "o", color="#1f4e9c", markersize=5)
-            axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
+            axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names), parse_math=False)
             axes.set_ylim(len(names) - 0.5, -0.5)
-            axes.set_title(self.columns[place], fontsize=10)
+            axes.set_title(_flat(self.columns[place]), fontsize=10, parse_math=False)
             axes.grid(axis="x", color="#e3e6ea")
             axes.set_axisbelow(True)
             for side in ("top", "right", "left"):
                 axes.spines[side].set_visible(False)
             axes.tick_params(left=False, labelsize=9)
-        drawing.suptitle(self.title, fontsize=11)
+        drawing.suptitle(_flat(self.title), fontsize=11, parse_math=False)
         drawing.savefig(path, dpi=160)
         return path
 
@@ -145,6 +155,55 @@ class Table:
         return made
 
 
+_NUMBER = re.compile(r"[-+−]?(inf|\d[\d,]*\.?\d*|\.\d+)([eE][-+]?\d+)?( ?%| ± \d[\d.]*)?")
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t")
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell of a csv file that a spreadsheet shows and does not compute.
+
+    A text that begins as a formula does (``= + - @``, a tab, a carriage return) gets an apostrophe before it, the mark
+    of a text in spreadsheets. Numbers, and texts that are one, stay as they are. A carriage return becomes a newline:
+    by itself it ends a row for a spreadsheet, and is not quoted by Python.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.encode("utf-8", "backslashreplace").decode("utf-8")  # halves of characters cannot be written
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    begins = value.startswith("\r") or text.lstrip(" \n\u00a0\u200b\ufeff").startswith(_FORMULA)
+    return f"'{text}" if begins and _NUMBER.fullmatch(text) is None else text
+
+
+def _flat(text: str) -> str:
+    """On one line, without characters that act instead of being seen."""
+    return "".join(sign for sign in " ".join(text.split()) if unicodedata.category(sign) not in ("Cc", "Cs"))
+
+
+def markdown_text(text: str) -> str:
+    """A text that Markdown shows as it is: no tag, no link, no cell or block begins or ends in it."""
+    shown = re.sub(r"[\\`\[\]|]", r"\\\g<0>", _flat(text))
+    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return f"\\{shown}" if shown.startswith(("#", "-", "+", "*", "=", "~")) and not _NUMBER.fullmatch(text) else shown
+
+
+_TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "−": "$-$",
+    "×": r"$\times$", "ρ": r"$\rho$", "λ": r"$\lambda$", "α": r"$\alpha$", "<": "$<$", ">": "$>$", "–": "--",
+}  # fmt: skip
+
+
+def tex_text(text: str) -> str:
+    """A text that LaTeX sets as it is, on one line."""
+    return "".join(_TEX.get(character, character) for character in _flat(text))
+
+
+def _tex_row(cells: Iterable[str]) -> str:
+    line = " & ".join(map(tex_text, cells))
+    # After the line end before it, LaTeX would take these for that command's star or argument.
+    return ("{}" if line.startswith(("[", "*", "(")) else "") + line + r" \\"
+
+
 def _text(cell: Cell, decimals: int) -> str:
     if _is_nothing(cell):
         return "–"
@@ -161,18 +220,3 @@ def _is_nothing(cell: Cell) -> bool:
     """Whether a cell could not be computed; a number that is not finite is none."""
     number = cell.estimate if isinstance(cell, Interval) else cell
     return number is None or (isinstance(number, float) and not math.isfinite(number))
-
-
-def _piped(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-_TEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "−": "$-$",
-    "×": r"$\times$", "ρ": r"$\rho$", "λ": r"$\lambda$", "α": r"$\alpha$", "<": "$<$", ">": "$>$", "–": "--",
-}  # fmt: skip
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(character, character) for character in text)

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import io
+import inspect
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_probe.errors import StudyError
+from lvlm_probe.errors import ImageError, StudyError
 from lvlm_probe.metrics.extras import require
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["column", "find_file", "folder", "is_local", "open_image", "rows"]
+__all__ = ["column", "find_file", "folder", "is_local", "open_image", "read_json", "rows"]
 
 _KINDS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def is_local(source: str) -> bool:
     """Whether a source is a path that exists; otherwise it can only be a hub id."""
-    return Path(source).expanduser().exists()
+    return os.path.exists(os.path.expanduser(source))
 
 
 def folder(source: str, what: str) -> Path:
     """A directory that has to be there. Raises ``StudyError``."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.is_dir():
         raise StudyError(f"{what}: there is no directory {source}; give the directory of a local copy")
     return path
@@ -49,7 +51,7 @@ def rows(source: str | Path, *, split: str | None = None, config: str | None = N
     Raises:
         StudyError: there is no such file or data set, or it cannot be read.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     files = _files(path, split)
     if not files:
         if path.exists():
@@ -80,29 +82,56 @@ def column(row: Mapping[str, Any], *names: str, where: str, number: int) -> Any:
 
 
 def open_image(value: Any, *, where: str, beside: Sequence[Path] = ()) -> Image.Image:
-    """A picture, RGB: from bytes, from a path (looked for in ``beside``), or one that is open already.
+    """A picture, RGB: from bytes, from a path, or one that is open already.
+
+    Args:
+        beside: directories that a path is looked for in. It is not followed out of them, links resolved: what a data
+            set names may be any picture of this machine, and ends up in what is handed on.
 
     Raises:
-        StudyError: it is missing, or no picture.
+        StudyError: it is missing, outside, or no picture.
     """
     from PIL import Image
 
+    from lvlm_probe.pictures import decode_picture, open_picture
+
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
     try:
         if isinstance(value, Image.Image):
             return value.convert("RGB")
-        if isinstance(value, Mapping):
-            value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes | bytearray):
-            return Image.open(io.BytesIO(value)).convert("RGB")
+            return decode_picture(bytes(value))
         if isinstance(value, str | Path) and str(value):
-            for directory in (*beside, Path()):
-                if (directory / value).is_file():
-                    return Image.open(directory / value).convert("RGB")
-            looked = ", ".join(str(directory) for directory in beside) or "the working directory"
-            raise StudyError(f"{where}: the picture {value} is missing (looked in {looked})")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+            return open_picture(_found(value, where, beside or (Path(),)))
+    except (ImageError, OSError, ValueError) as error:
         raise StudyError(f"{where}: the picture cannot be read: {error}") from error
     raise StudyError(f"{where}: there is no picture in this row ({type(value).__name__})")
+
+
+def _found(value: str | Path, where: str, directories: Sequence[Path]) -> Path:
+    outside = False
+    for place in (*(directory / value for directory in directories), Path(value)):
+        with contextlib.suppress(OSError, ValueError):  # a name that is too long, or has a NUL in it
+            real = place.resolve(strict=True)
+            if not real.is_file():  # neither a directory, a pipe, nor a device
+                continue
+            if any(real.is_relative_to(directory.resolve()) for directory in directories):
+                return real
+            outside = True
+    named = str(value)[:200]
+    looked = ", ".join(str(directory.absolute()) for directory in directories)
+    if outside:
+        raise StudyError(f"{where}: the picture {named} lies outside of {looked}; put it there, or name its directory")
+    raise StudyError(f"{where}: the picture {named} is missing (looked in {looked})")
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds. Raises ``StudyError``."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise StudyError(f"{file} cannot be read: {error}") from error
 
 
 def _files(path: Path, split: str | None) -> list[Path]:
@@ -140,7 +169,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise StudyError(f"{file}, line {number}: not JSON: {error}") from error
                 if not isinstance(row, dict):
                     raise StudyError(f"{file}, line {number}: a row is an object, not {type(row).__name__}")
@@ -150,18 +179,18 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _json(file: Path) -> Iterator[dict[str, Any]]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StudyError(f"{file} cannot be read: {error}") from error
+    content = read_json(file)
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise StudyError(f"{file} is a list of objects, one per question; this is something else")
     yield from content
 
 
 def _is_lines(file: Path) -> bool:
-    with file.open(encoding="utf-8") as lines:
-        return lines.read(1) == "{"
+    try:
+        with file.open("rb") as lines:
+            return lines.read(1) == b"{"
+    except OSError as error:
+        raise StudyError(f"{file} cannot be read: {error}") from error
 
 
 def _parquet(file: Path) -> Iterator[dict[str, Any]]:
@@ -180,12 +209,18 @@ def _hub(source: str, split: str | None, config: str | None) -> Iterator[dict[st
         raise StudyError(f"{source} is neither here nor a hub id (owner/name)")
     library = require("datasets", extra="study", purpose="reading a data set of the hub")
     try:
-        found = library.load_dataset(source, config, split=split or "test", streaming=True)
+        found = library.load_dataset(source, config, split=split or "test", streaming=True, **_no_code(library))
         yield from _undecoded(library, found)
     except Exception as error:  # every loader script has errors of its own
         if isinstance(error, StudyError):
             raise
         raise StudyError(f"{source} (split {split or 'test'}) cannot be read from the hub: {error}") from error
+
+
+def _no_code(library: Any) -> dict[str, bool]:
+    """Said to the releases of ``datasets`` that still ran a data set's own script."""
+    known = inspect.signature(library.load_dataset).parameters
+    return {"trust_remote_code": False} if "trust_remote_code" in known else {}
 
 
 def _undecoded(library: Any, found: Any) -> Iterator[dict[str, Any]]:

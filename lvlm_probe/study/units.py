@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,7 @@ def method_content(study: Study, method: MethodSpec) -> dict[str, Any]:
 def model_stamp(study: Study, model: ModelSpec) -> str:
     """Key under which the fingerprint of a model is kept: changes with the files of a local checkpoint. A hub id has
     none; it names its own version."""
-    directory = Path(study.located(model.source)).expanduser()
+    directory = Path(os.path.expanduser(study.located(model.source)))
     files: list[list[Any]] = []
     if directory.is_dir():
         files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(directory.iterdir())]
@@ -142,7 +143,7 @@ class Records:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise StudyError(
                 f"{path} is damaged ({error}); delete it and resume, and the unit is done again"
             ) from error
