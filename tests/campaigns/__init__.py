@@ -12,6 +12,6 @@ __all__ = ["CAMPAIGNS"]
 
 # In the order in which they are run: those whose figures are published first.
 CAMPAIGNS: dict[str, Campaign] = {}
-for _module in ("kills", "threads"):
+for _module in ("kills", "hostile", "threads", "faults", "sequences", "texts", "families"):
     for _campaign in importlib.import_module(f"campaigns.{_module}").CAMPAIGNS:
         CAMPAIGNS[_campaign.name] = _campaign

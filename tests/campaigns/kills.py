@@ -1,9 +1,9 @@
 """Writers that are killed with SIGKILL, at every system call in turn and at random instants, and what they leave.
 
-The parent imports and writes everything once, so that a fork is ready to write at once. Half of the victims are traced
-(``ptrace``) and killed as they enter or leave a system call chosen by the seed, so that no step of a write is missed; the
-other half at a random instant, which also falls into the middle of a call. Every finished file is then read and compared
-with what was written; everything else has to be a ``.part`` file that the store knows as an orphan.
+The parent imports and writes everything once, so that a fork is ready to write at once. Half of the victims are
+traced (``ptrace``) and killed as they enter or leave a system call chosen by the seed, so that no step of a write is
+missed; the other half at a random instant, which also falls into the middle of a call. Every finished file is then
+read and compared with what was written; everything else has to be a ``.part`` file that the store knows as an orphan.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BATCH = 100
 _TRACEME, _SYSCALL, _SETOPTIONS, _KILL = 0, 24, 0x4200, 8
 _EXITKILL_AND_SYSGOOD = 0x100001
 
-# ------------------------------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------------------------ what is written
 
 
 def heatmap(seed: int) -> Heatmap:
@@ -92,7 +92,7 @@ WORK: dict[str, Callable[[Path, int], None]] = {
     "picture": write_picture,
 }
 
-# ------------------------------------------------------------------------------------------------------------ the killing
+# ---------------------------------------------------------------------------------------------------------- the killing
 
 
 def _do(folder: Path, seeds: list[int]) -> None:
@@ -176,7 +176,7 @@ def can_trace() -> bool:
         return kill_at_call(Path(folder), [], None)[1] == 0
 
 
-# ----------------------------------------------------------------------------------------------------------- the inspection
+# ------------------------------------------------------------------------------------------------------- the inspection
 
 
 def inspect(folder: Path, tally: Tally) -> None:
@@ -256,7 +256,7 @@ def trace_fault(path: Path) -> str | None:
     return None
 
 
-# -------------------------------------------------------------------------------------------------------------- the campaign
+# --------------------------------------------------------------------------------------------------------- the campaign
 
 
 def kills(first: int, count: int, seed: int) -> Tally:

@@ -5,8 +5,8 @@
     python tests/campaigns/run.py --scale 0.01          # a rehearsal
     python tests/campaigns/run.py --list
 
-Every chunk runs in a process of its own, and is one line in ``runs/campaign/`` when it is done: stopped with Ctrl-C, the
-same command goes on where it was, as long as the code is the same. The sum of all chunks goes to
+Every chunk runs in a process of its own, and is one line in ``runs/campaign/`` when it is done: stopped with Ctrl-C,
+the same command goes on where it was, as long as the code is the same. The sum of all chunks goes to
 ``tests/benchmarks/results/campaign.json`` (rehearsals: ``runs/campaign/``), and from there to ``docs/promises.md``
 (``python tests/benchmarks/publish.py``). Exits with 1 when a promise was broken.
 """
@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -35,8 +36,10 @@ for folder in (ROOT / "tests", ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from campaigns import CAMPAIGNS
-from campaigns.tally import Campaign, Tally, total
+import torchvision_shim  # noqa: E402, F401  (before anything imports torchvision, in the environment that has it)
+
+from campaigns import CAMPAIGNS  # noqa: E402
+from campaigns.tally import Campaign, Tally, total  # noqa: E402
 
 RESULTS = ROOT / "tests" / "benchmarks" / "results" / "campaign.json"
 RUNS = ROOT / "runs" / "campaign"
@@ -77,7 +80,9 @@ def work(chunk: Chunk) -> dict[str, Any]:
     """Do a chunk, in this process."""
     started = time.perf_counter()
     tally = chunk.campaign.run(chunk.first, chunk.count, chunk.seed)
-    return {**tally.record(), "seconds": round(time.perf_counter() - started, 2)}
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    processor = sum(one.ru_utime + one.ru_stime for one in used)
+    return {**tally.record(), "seconds": round(time.perf_counter() - started, 2), "processor": round(processor, 2)}
 
 
 class Child:
@@ -85,15 +90,13 @@ class Child:
 
     def __init__(self, chunk: Chunk) -> None:
         self.chunk = chunk
-        self.out = tempfile.TemporaryFile()
-        self.result = tempfile.NamedTemporaryFile(prefix="lvlm_probe_campaign_", suffix=".json")
+        # Closed, and so deleted, with this object.
+        self.out = tempfile.TemporaryFile()  # noqa: SIM115
+        self.result = tempfile.NamedTemporaryFile(prefix="lvlm_probe_campaign_", suffix=".json")  # noqa: SIM115
         self.started = time.monotonic()
-        python = sys.executable
-        if (
-            chunk.campaign.environment != ".venv"
-            and (other := ROOT / chunk.campaign.environment / "bin/python").exists()
-        ):
-            python = str(other)
+        # The environment of that name beside the one this runs in.
+        other = Path(sys.prefix).with_name(chunk.campaign.environment) / "bin" / "python"
+        python = str(other) if other.exists() else sys.executable
         environment = {
             "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **os.environ,
         }  # fmt: skip
@@ -187,6 +190,7 @@ def summary(campaign: Campaign, records: Sequence[dict[str, Any]]) -> dict[str, 
     found = total(records).record()
     found["promise"], found["unit"] = campaign.promise, campaign.unit
     found["seconds"] = round(sum(record["seconds"] for record in records))
+    found["processor seconds"] = round(sum(record.get("processor", 0) for record in records))
     found["processes"] = len(records)
     if found["equal"]:
         found["counts"]["results that are equal in all processes"] = len(found["equal"])
@@ -230,10 +234,13 @@ def heading(code: str, scale: float, seed: int) -> dict[str, Any]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """What stands on the terminal at the end."""
-    lines = [f"{'campaign':<12} {'tried':>9}  {'broken':>7}  {'seconds':>7}  worst"]
+    lines = [f"{'campaign':<12} {'tried':>9}  {'broken':>7}  {'seconds':>7}  {'on a core':>9}  worst"]
     for name, one in found.items():
         worst = ", ".join(f"{what} {value:g}" for what, value in one["worst"].items())
-        lines.append(f"{name:<12} {one['tried']:>9,}  {sum(one['broken'].values()):>7}  {one['seconds']:>7}  {worst}")
+        lines.append(
+            f"{name:<12} {one['tried']:>9,}  {sum(one['broken'].values()):>7}  {one['seconds']:>7}  "
+            f"{one['processor seconds']:>9}  {worst}"
+        )
         lines += [f"    {count} × {kind}" for kind, count in one["broken"].items()]
         lines += [f"        {example}" for example in one["examples"]]
     return "\n".join(lines)

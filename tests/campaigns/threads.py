@@ -1,9 +1,9 @@
 """Many callers of one model at once: every call gives what it gives when it is alone, and every one is recorded.
 
 Eight threads draw their calls from the seed. Five kinds of round, one after the other: *beside* (generate() beside
-explain(), evaluate() and verify(), nothing attached), *recorded* (the same inside ``p.record()``), *tasks* (the same with
-``asyncio.to_thread``), *masked* (inside ``p.masked()``: every generate() masked, no explanation touched) and *detached*
-(``detach()`` while they run). Outputs are compared bit for bit with those of the quiet model.
+explain(), evaluate() and verify(), nothing attached), *recorded* (the same inside ``p.record()``), *tasks* (the same
+with ``asyncio.to_thread``), *masked* (inside ``p.masked()``: every generate() masked, no explanation touched) and
+*detached* (``detach()`` while they run). Outputs are compared bit for bit with those of the quiet model.
 
 A model that keeps state of a running generate() on itself (Qwen2-VL's ``rope_deltas``) cannot run two at once without
 us either; its callers take turns, as its server would, and all else runs beside them.
