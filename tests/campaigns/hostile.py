@@ -301,7 +301,7 @@ def files(first: int, count: int, seed: int) -> Tally:
 CAMPAIGNS = (
     Campaign(
         "files",
-        "A stranger's file is read or refused in words: no crash, no hang, no memory on its word, no other file opened.",
+        "A stranger's file is read or refused: no crash, no hang, no memory on its word, no other file opened.",
         "files",
         100_000,
         5_000,
