@@ -143,7 +143,7 @@ def test_kills_at_system_calls_and_what_they_leave(tmp_path: Path) -> None:
 
 
 def test_hostile_files_and_texts_in_forks() -> None:
-    for campaign, count in ((hostile.files, 12), (CAMPAIGNS["rows"].run, 12), (CAMPAIGNS["yaml"].run, 12)):
+    for campaign, count in ((hostile.damaged, 12), (CAMPAIGNS["rows"].run, 12), (CAMPAIGNS["yaml"].run, 12)):
         tally = campaign(0, count, 3)
         assert tally.tried == count
         assert not tally.broken, tally.examples

@@ -486,9 +486,9 @@ def _campaigns(found: Found, campaigns: Mapping[str, Found]) -> str:
     head = "" if found["scale"] >= 1 else REHEARSAL.format(share=f"{found['scale']:g}")
     lines += [
         "",
-        f"{head}{machine['cpu']}, {machine['cores']} cores; {software}; {found['date']}, seed {found['seed']}.",
+        f"{head}{machine['cpu']}, {machine['cores']} cores; {software}; {found['date']}, seed {found['seed']}. Minutes "
+        "are of one core.",
     ]
-    lines[-1] += " Minutes are of one core."
     if notes:
         lines += ["", "Broken:", "", *notes]
     return "\n".join(lines) + "\n"
@@ -499,7 +499,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md")
-    parser.add_argument("--promises", type=Path, help="page whose marks are filled; by default that of the own results")
+    parser.add_argument("--promises", type=Path, help="page to fill; by default the own results' own")
     options = parser.parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(page(options.results), encoding="utf-8")

@@ -34,7 +34,7 @@ from lvlm_probe.format.seal import write_seal
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.trace import Trace, open_store, open_trace, write
 
-__all__ = ["CAMPAIGNS", "files", "odd_json"]
+__all__ = ["CAMPAIGNS", "damaged", "files", "odd_json"]
 
 ODD_NAME = "odd.h5"
 
@@ -272,8 +272,35 @@ def read_all(path: Path, kind: str, rng: random.Random | None) -> str:
     return outcome
 
 
+CHUNK = 5_000
+
+
 def files(first: int, count: int, seed: int) -> Tally:
-    """Read damaged files number ``first`` to ``first + count``."""
+    """Read damaged files number ``first`` to ``first + count``.
+
+    Every second chunk is of ``tests/file_campaign.py``, which forges what is known to be dangerous, where this module
+    damages at random.
+    """
+    return forgeries(first, count, seed) if first // CHUNK % 2 else damaged(first, count, seed)
+
+
+def forgeries(first: int, count: int, seed: int) -> Tally:
+    """Files number ``first`` to ``first + count`` of ``file_campaign``, whose own seeds are numbers of files."""
+    import file_campaign
+
+    found = file_campaign.run(count, seed=seed * 10_000_000 + first)
+    tally = Tally(tried=found.files, counts=found.kinds)
+    for outcome, number in found.outcomes.items():
+        if outcome in ("read", "refused"):
+            tally.counts[outcome] += number
+        else:
+            tally.broken[outcome] += number
+    tally.keep(f"file_campaign: {fault}" for fault in found.faults)
+    return tally
+
+
+def damaged(first: int, count: int, seed: int) -> Tally:
+    """Files number ``first`` to ``first + count`` of this module."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     tally = Tally()
@@ -304,7 +331,7 @@ CAMPAIGNS = (
         "A stranger's file is read or refused: no crash, no hang, no memory on its word, no other file opened.",
         "files",
         100_000,
-        5_000,
+        CHUNK,
         files,
         seconds=2400,
     ),

@@ -191,8 +191,33 @@ def one_round(on: Stage, kind: str, calls: list[Any], tally: Tally, label: str, 
         shutil.rmtree(folder, ignore_errors=True)
 
 
+CHUNK = 800
+
+
 def threads(first: int, count: int, seed: int) -> Tally:
-    """Make calls number ``first`` to ``first + count``, in rounds."""
+    """Make calls number ``first`` to ``first + count``.
+
+    Every second chunk is of ``tests/thread_campaign.py``, whose threads enter every round together, where those of this
+    module take their calls as they come.
+    """
+    return together(first, count, seed) if first // CHUNK % 2 else in_turn(first, count, seed)
+
+
+def together(first: int, count: int, seed: int) -> Tally:
+    """About ``count`` calls by ``thread_campaign``."""
+    import thread_campaign
+
+    found = thread_campaign.run(count, THREADS, seed * 1_000_000 + first)
+    tally = Tally(tried=found.calls)
+    for kind in ("changed", "lost", "mixed"):
+        if number := getattr(found, kind):
+            tally.broken[f"{kind} (of threads that enter together)"] += number
+    tally.keep(f"thread_campaign: {number} × {words}" for words, number in found.words.items())
+    return tally
+
+
+def in_turn(first: int, count: int, seed: int) -> Tally:
+    """Calls number ``first`` to ``first + count`` of this module, in rounds."""
     tally = Tally()
     for on in map(stage, MODELS):
         on.log_probs = [on.replay(k).original_log_probs for k in range(len(on.pictures))]
@@ -219,7 +244,7 @@ CAMPAIGNS = (
         "Calls of many threads on one model, probed or not, give what each gives alone; each is recorded, as itself.",
         "calls",
         10_400,
-        800,
+        CHUNK,
         threads,
         seconds=1800,
     ),
