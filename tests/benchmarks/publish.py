@@ -468,7 +468,7 @@ def _campaigns(found: Found, campaigns: Mapping[str, Found]) -> str:
     if not campaigns:
         return f"{NOT_MEASURED}\n"
     lines = [
-        "| campaign | tried | broken | also counted, and the worst met | minutes | commit |",
+        "| campaign | tried | broken | also counted; the worst met | minutes | commit |",
         "|---|---|---|---|---|---|",
     ]
     notes: list[str] = []
