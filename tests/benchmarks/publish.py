@@ -439,7 +439,7 @@ def _origin(section: Section, found: Found) -> str:
     return f"`{command}`: {machine}; {software}; {found.get('date', 'undated')}.{small}"
 
 
-# ---------------------------------------------------------------------------------------------------------- the promises
+# --------------------------------------------------------------------------------------------------------- the promises
 
 FIGURE = re.compile(r"(<!-- figure (\w+) -->).*?(<!-- /figure -->)", re.DOTALL)
 TABLE = re.compile(r"(<!-- campaigns -->\n).*?(<!-- /campaigns -->)", re.DOTALL)
