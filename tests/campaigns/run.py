@@ -272,6 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     code = code_digest()
     found: dict[str, dict[str, Any]] = {}
     head = heading(code, options.scale, options.seed)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # its children are groups of their own, and end with it
     try:
         for name in options.only or CAMPAIGNS:
             campaign = CAMPAIGNS[name]
