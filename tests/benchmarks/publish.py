@@ -454,7 +454,8 @@ def promises(text: str, results: Path) -> str:
     def figure(mark: re.Match[str]) -> str:
         return f"{mark[1]}{_tried(campaigns.get(mark[2]))}{mark[3]}"
 
-    return TABLE.sub(lambda mark: mark[1] + _campaigns(found, campaigns) + mark[2], FIGURE.sub(figure, text))
+    before = read(results / "campaign-before.json")
+    return TABLE.sub(lambda mark: mark[1] + _campaigns(found, campaigns, before) + mark[2], FIGURE.sub(figure, text))
 
 
 def _tried(one: Found | None) -> str:
@@ -464,13 +465,11 @@ def _tried(one: Found | None) -> str:
     return f"{one['tried']:,} {one['unit']}, {f'**{broken:,} broken**' if broken else '0 broken'}"
 
 
-def _campaigns(found: Found, campaigns: Mapping[str, Found]) -> str:
+def _campaigns(found: Found, campaigns: Mapping[str, Found], before: Found) -> str:
     if not campaigns:
         return f"{NOT_MEASURED}\n"
-    lines = [
-        "| campaign | tried | broken | also counted; the worst met | minutes | commit |",
-        "|---|---|---|---|---|---|",
-    ]
+    titles = ("campaign", "tried", "broken", "broken before", "also counted; the worst met", "minutes", "commit")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     notes: list[str] = []
     for name, one in campaigns.items():
         more = [f"{count:,} {what}" for what, count in one["counts"].items()]
@@ -478,6 +477,7 @@ def _campaigns(found: Found, campaigns: Mapping[str, Found]) -> str:
         broken = sum(one["broken"].values())
         lines.append(
             f"| {name}: {one['promise']} | {one['tried']:,} {one['unit']} | {f'**{broken:,}**' if broken else 0} "
+            f"| {at(before, 'campaigns', name) or '–'} "
             f"| {'; '.join(more)} | {one['processor seconds'] / 60:.0f} | {one['commit']} |"
         )
         notes += [f"* {name}: {count:,} × {kind}" for kind, count in one["broken"].items()]
@@ -487,7 +487,7 @@ def _campaigns(found: Found, campaigns: Mapping[str, Found]) -> str:
     lines += [
         "",
         f"{head}{machine['cpu']}, {machine['cores']} cores; {software}; {found['date']}, seed {found['seed']}. Minutes "
-        "are of one core.",
+        "are of one core." + (f" Before: commit {before['commit']}, at small scale." if before else ""),
     ]
     if notes:
         lines += ["", "Broken:", "", *notes]
