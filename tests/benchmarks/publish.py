@@ -2,19 +2,21 @@
 
     python tests/benchmarks/publish.py
 
-Reads what the scripts beside this one have written to ``results/``; what is not there is "not measured".
+Reads what the scripts beside this one have written to ``results/``; what is not there is "not measured". The figures of
+the campaigns (``campaign.json``) go between the marks of ``docs/promises.md``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SECTIONS", "Goal", "Section", "page"]
+__all__ = ["SECTIONS", "Goal", "Section", "page", "promises"]
 
 ROOT = Path(__file__).resolve().parents[2]
 Found = Mapping[str, Any]
@@ -437,15 +439,75 @@ def _origin(section: Section, found: Found) -> str:
     return f"`{command}`: {machine}; {software}; {found.get('date', 'undated')}.{small}"
 
 
+# --------------------------------------------------------------------------------------------------------- the promises
+
+FIGURE = re.compile(r"(<!-- figure (\w+) -->).*?(<!-- /figure -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- campaigns -->\n).*?(<!-- /campaigns -->)", re.DOTALL)
+REHEARSAL = "**a rehearsal, of {share} of the cases**; "
+
+
+def promises(text: str, results: Path) -> str:
+    """``docs/promises.md`` with the figures of ``campaign.json`` between its marks."""
+    found = read(results / "campaign.json")
+    campaigns: Mapping[str, Found] = found.get("campaigns", {})
+
+    def figure(mark: re.Match[str]) -> str:
+        return f"{mark[1]}{_tried(campaigns.get(mark[2]))}{mark[3]}"
+
+    before = read(results / "campaign-before.json")
+    return TABLE.sub(lambda mark: mark[1] + _campaigns(found, campaigns, before) + mark[2], FIGURE.sub(figure, text))
+
+
+def _tried(one: Found | None) -> str:
+    if one is None:
+        return NOT_MEASURED
+    broken = sum(one["broken"].values())
+    return f"{one['tried']:,} {one['unit']}, {f'**{broken:,} broken**' if broken else '0 broken'}"
+
+
+def _campaigns(found: Found, campaigns: Mapping[str, Found], before: Found) -> str:
+    if not campaigns:
+        return f"{NOT_MEASURED}\n"
+    titles = ("campaign", "tried", "broken", "broken before", "also counted; the worst met", "minutes", "commit")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    notes: list[str] = []
+    for name, one in campaigns.items():
+        more = [f"{count:,} {what}" for what, count in one["counts"].items()]
+        more += [f"{what}: {value:,.6g}" for what, value in one["worst"].items()]
+        broken = sum(one["broken"].values())
+        lines.append(
+            f"| {name}: {one['promise']} | {one['tried']:,} {one['unit']} | {f'**{broken:,}**' if broken else 0} "
+            f"| {at(before, 'campaigns', name) or '–'} "
+            f"| {'; '.join(more)} | {one['processor seconds'] / 60:.0f} | {one['commit']} |"
+        )
+        notes += [f"* {name}: {count:,} × {kind}" for kind, count in one["broken"].items()]
+    machine, versions = found["machine"], found["versions"]
+    software = ", ".join([f"Python {found['python']}", *(f"{name} {version}" for name, version in versions.items())])
+    head = "" if found["scale"] >= 1 else REHEARSAL.format(share=f"{found['scale']:g}")
+    lines += [
+        "",
+        f"{head}{machine['cpu']}, {machine['cores']} cores; {software}; {found['date']}, seed {found['seed']}. Minutes "
+        "are of one core." + (f" Before: commit {before['commit']}, at small scale." if before else ""),
+    ]
+    if notes:
+        lines += ["", "Broken:", "", *notes]
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Write the page."""
+    """Write the page, and the figures of the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md")
+    parser.add_argument("--promises", type=Path, help="page to fill; by default the own results' own")
     options = parser.parse_args(arguments)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(page(options.results), encoding="utf-8")
     print(f"written to {options.out}")
+    own = ROOT / "docs" / "promises.md" if options.results == parser.get_default("results") else None
+    if (page_of := options.promises or own) is not None:
+        page_of.write_text(promises(page_of.read_text(encoding="utf-8"), options.results), encoding="utf-8")
+        print(f"written to {page_of}")
 
 
 if __name__ == "__main__":
