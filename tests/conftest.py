@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+with contextlib.suppress(ImportError):  # the environment with torchvision goes without
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes is the machine's affair: nothing may fail on a busy one.
+    settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("anywhere")
 
 
 @pytest.fixture(autouse=True, scope="session")

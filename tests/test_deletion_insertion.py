@@ -168,7 +168,7 @@ def test_score_is_the_mean_probability_of_the_selected_tokens_only() -> None:
     assert evaluate(both, replay, steps=8).original == pytest.approx(0.8)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31 - 1))
 def test_only_the_order_of_values_matters(seed: int) -> None:
     replay = ToyReplay(BOX)

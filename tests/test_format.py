@@ -69,7 +69,7 @@ def test_bfloat16_beyond_float16_survives() -> None:
 @given(
     hnp.arrays(hnp.integer_dtypes() | hnp.floating_dtypes(sizes=(16, 32, 64)), hnp.array_shapes(min_dims=0, min_side=0))
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_numeric_array_comes_back(array: np.ndarray) -> None:
     import tempfile
 

@@ -38,7 +38,7 @@ def test_auc_judd_by_hand() -> None:
     assert np.isnan(auc_judd(values, np.ones((2, 2), dtype=bool)))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**31 - 1), st.integers(2, 12))
 def test_auc_judd_is_its_definition(seed: int, levels: int) -> None:
     generator = np.random.default_rng(seed)

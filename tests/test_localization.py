@@ -61,7 +61,7 @@ def test_iou_at_the_regions_own_area() -> None:
     assert np.isnan(iou(values, np.zeros((4, 4), dtype=bool)))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 10_000))
 def test_ties_count_by_expected_intersection(seed: int) -> None:
     generator = np.random.default_rng(seed)
@@ -180,7 +180,7 @@ def test_average_precision_by_hand() -> None:
     assert np.isnan(average_precision(values, np.zeros((2, 2), dtype=bool)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31 - 1), st.integers(2, 9))
 def test_average_precision_is_its_definition(seed: int, levels: int) -> None:
     generator = np.random.default_rng(seed)

@@ -150,7 +150,7 @@ class TestDamage:
             assert "SHA-256" in refusal(path)
 
     @given(st.data())
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     def test_any_damage_at_random(
         self, tmp_path_factory: pytest.TempPathFactory, whole: bytes, data: st.DataObject
     ) -> None:

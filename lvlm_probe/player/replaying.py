@@ -184,7 +184,7 @@ class Replay(Views):
 
     @property
     def rounding(self) -> torch.Tensor:
-        """Most that ``original_log_probs`` differ from a run that rounds otherwise, ``(step,)`` nats (``rounding_of``)."""
+        """Most that ``original_log_probs`` may differ by rounding, ``(step,)`` nats; see ``rounding_of``."""
         original = self.original_log_probs
         return torch.zeros_like(original) if self.kept.rounding is None else self.kept.rounding.clone()
 
