@@ -22,6 +22,8 @@ __all__ = [
 ]
 
 _REPLACEMENT = "�"
+_WAITING = 3
+"""Tokens that may wait for the end of their character: UTF-8 has at most four bytes, and a token has one or more."""
 
 
 def tokenizer_of(processor: object | None) -> Any:
@@ -48,6 +50,9 @@ def display_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
         now = _decode(tokenizer, ids[start:end])
         if now.endswith(_REPLACEMENT) and end < len(ids):
             pieces.append("")
+            if (settled := end - _WAITING) > shown:  # no character that began there is completed any more
+                pieces[settled - 1] = _decode(tokenizer, ids[start:settled])[len(before) :]
+                start, shown = shown, settled
             continue
         pieces.append(now[len(before) :])
         start, shown = shown, end

@@ -7,6 +7,7 @@ checksums must be renewed.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 
@@ -103,3 +104,11 @@ def _word(key: bytes, position: int, value: int) -> int:
 
 def _rotate(value: int, bits: int) -> int:
     return ((value << bits) | (value >> (32 - bits))) & _MASK
+
+
+def resealed(data: bytes) -> bytes:
+    """The same content with a seal that fits its length and hash; kind and version as they were."""
+    first = data[:BLOCK_BYTES].split(b"\n")[0]
+    digest = hashlib.sha256(data[BLOCK_BYTES:]).hexdigest()
+    head = first + f"\nbytes {len(data)}\nsha256 {digest}\n".encode("ascii")
+    return head.ljust(BLOCK_BYTES - 1, b" ") + b"\n" + data[BLOCK_BYTES:]

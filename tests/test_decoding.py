@@ -24,6 +24,24 @@ def test_a_character_of_several_tokens_is_shown_by_the_last():
     assert "�" not in "".join(pieces) and "" in pieces
 
 
+def test_lone_bytes_are_shown_where_they_are_and_cost_no_more_than_their_number():
+    tokenizer = tiny_models.build_processor("llava").tokenizer
+    lone = tokenizer("漢", add_special_tokens=False)["input_ids"][:1]
+    word = tokenizer("漢 red", add_special_tokens=False)["input_ids"]
+    decoded = 0
+
+    class Counting:
+        def decode(self, ids, **settings):
+            nonlocal decoded
+            decoded += len(ids)
+            return tokenizer.decode(ids, **settings)
+
+    pieces = display_pieces(Counting(), lone * 500 + word)
+    assert "".join(pieces) == tokenizer.decode(lone * 500 + word)
+    assert decoded < 20 * len(pieces)
+    assert pieces[100] and pieces[-1].endswith("red"), "each shows itself, not all of them with the next word"
+
+
 def test_without_a_tokenizer_ids_are_shown():
     assert display_pieces(None, [5, 7]) == ["<5>", "<7>"]
     assert tokenizer_of(object()) is None
