@@ -24,6 +24,7 @@ from PIL import Image, ImageFilter, PngImagePlugin
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
 from lvlm_probe.files import write_whole
 from lvlm_probe.selection import TokenSelection
+from lvlm_probe.trace.parts import PIXEL_LIMIT
 
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
@@ -37,6 +38,8 @@ PNG_KEY = "lvlm_probe"
 # Dark ends of perceptually uniform maps vanish in shadows; opacity already says "little", so colour starts brighter.
 _COLOUR_FLOOR = 0.25
 _NOTEBOOK_SIDE = 640
+_LINE = 25
+"""Widest outline, pixels: the filters that draw it cost its square."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -222,43 +225,45 @@ class Heatmap:
         arrays, attrs = read_arrays(source, KIND, version=VERSION)
         try:
             record: Any = attrs
-            width, height = record["image_size"]
             heat = cls(
                 values=arrays.get("values"),
-                image_size=(int(width), int(height)),
-                image_index=int(record["image_index"]),
+                image_size=_stored_size(record["image_size"]),
+                image_index=_natural(record["image_index"]),
                 seen=arrays.get("seen"),
                 selection=TokenSelection.from_dict(record["selection"]),
                 method=str(record["method"]),
                 params=dict(record["params"]),
                 provenance=dict(record["provenance"]),
                 history=tuple(dict(item) for item in record["history"]),
-                reason=record["reason"],
+                reason=None if record["reason"] is None else str(record["reason"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, ProbeError) as error:
-            raise TraceError(f"{source}: not a complete heatmap ({error!r}); explain the trace again") from error
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ProbeError) as error:
+            said = f"{type(error).__name__}: {str(error)[:200]}"
+            raise TraceError(f"{source}: not a complete heatmap ({said}); explain the trace again") from error
         found = trace if trace is not None else _trace_beside(source, attrs, heat.provenance)
         return dataclasses.replace(heat, trace=found)
 
     def _repr_png_(self) -> bytes | None:
         if self.values is None:
             return None
+        # Drawn small: at the size of a large picture it takes gigabytes, to be shown small all the same.
+        scale = min(1.0, _NOTEBOOK_SIDE / max(self.image_size))
+        width, height = (max(1, round(side * scale)) for side in self.image_size)
         try:
-            picture = self.overlay()
-        except ImageError:
-            picture = self.overlay(image=Image.new("RGB", self.image_size, (128, 128, 128)))
-        picture.thumbnail((_NOTEBOOK_SIDE, _NOTEBOOK_SIDE))
-        return self._png(picture)
+            picture = self.picture().resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        except ProbeError:  # none at hand, or one that cannot be read
+            picture = Image.new("RGB", (width, height), (128, 128, 128))
+        return self._png(dataclasses.replace(self, image_size=(width, height)).overlay(image=picture))
 
     def _repr_html_(self) -> str:
-        title = f"{html.escape(self.method)}: {html.escape(self.selection.text or 'nothing selected')}"
+        title = f"{html.escape(self.method[:100])}: {html.escape((self.selection.text or 'nothing selected')[:400])}"
         png = self._repr_png_()
         if png is None:
-            return f"<p><b>{title}</b><br>{html.escape(self.reason or '')}</p>"
+            return f"<p><b>{title}</b><br>{html.escape((self.reason or '')[:1000])}</p>"
         data = base64.b64encode(png).decode("ascii")
-        passes = self.provenance.get("passes") or {}
-        detail = f"trace {self.provenance.get('trace_id', '')} · grid {self.shape[0]} × {self.shape[1]}"
-        if passes:
+        passes = self.provenance.get("passes")
+        detail = f"trace {str(self.provenance.get('trace_id', ''))[:128]} · grid {self.shape[0]} × {self.shape[1]}"
+        if isinstance(passes, Mapping):
             detail += f" · {passes.get('forward', 0)} forward, {passes.get('backward', 0)} backward passes"
         return (
             f'<figure style="margin:0"><img alt="{title}" src="data:image/png;base64,{data}" style="max-width:100%">'
@@ -301,6 +306,19 @@ class Heatmap:
         return result
 
 
+def _stored_size(value: Any) -> tuple[int, int]:
+    width, height = (_natural(side) for side in value)
+    if not 0 < width * height <= PIXEL_LIMIT:
+        raise ValueError(f"a picture of {width} × {height} pixels")
+    return width, height
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{str(value)[:32]!r} is no number of pixels or of a picture")
+    return value
+
+
 def resample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Brings a grid to ``(row, col)`` = ``size`` as masks are brought to pixels: bilinear, cell centres, float32.
 
@@ -330,7 +348,7 @@ def _coloured(values: np.ndarray, colormap: str) -> np.ndarray:
 
 def _outlined(drawn: np.ndarray, region: np.ndarray) -> np.ndarray:
     """A white line inside the region's border and a dark one outside, so that one of them shows on any colour."""
-    width = max(1, round(max(region.shape) / 400))
+    width = min(_LINE, max(1, round(max(region.shape) / 400)))
     kernel = 2 * width + 1
     mask = Image.fromarray(region.astype(np.uint8) * 255)
     inner = np.asarray(mask.filter(ImageFilter.MinFilter(kernel))) > 0
@@ -346,13 +364,14 @@ def _over(below: np.ndarray, above: np.ndarray, opacity: np.ndarray) -> np.ndarr
 
 
 def _trace_beside(source: Path, attrs: Mapping[str, Any], provenance: Mapping[str, Any]) -> Trace | None:
-    relative = attrs.get("trace_path")
-    if not isinstance(relative, str):
+    relative, row = attrs.get("trace_path"), attrs.get("trace_row", 0)
+    # Kept relative when written; an absolute one is no path of ours.
+    if not isinstance(relative, str) or os.path.isabs(relative) or type(row) is not int:
         return None
     from lvlm_probe.trace import open_trace
 
     try:
-        trace = open_trace((source.resolve().parent / relative).resolve(), row=int(attrs.get("trace_row", 0)))
-    except (ProbeError, OSError, ValueError, TypeError, IndexError):
+        trace = open_trace((source.resolve().parent / relative).resolve(), row=row)
+    except (ProbeError, OSError, ValueError, RuntimeError):
         return None
     return trace if trace.trace_id == provenance.get("trace_id") else None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lvlm_probe.player import replay
+from lvlm_probe.recorded_inputs import refused_in_words
 
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
@@ -73,9 +74,11 @@ def verify(trace: Trace, model: torch.nn.Module, processor: object | None = None
 
     Raises:
         ModelMismatch: it is another model, or the processor makes other inputs.
+        ReplayError: the trace holds inputs that the model cannot be run on.
     """
     player = replay(trace, model, processor)
-    replayed = player.original_log_probs
+    with refused_in_words(trace):
+        replayed = player.original_log_probs
     recorded = torch.tensor(trace.log_probs, dtype=torch.float32)
     difference = (recorded - replayed).abs()
     details = trace.log_probs_source, len(recorded), tuple(difference.tolist()), tuple(player.rounding.tolist())

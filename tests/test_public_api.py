@@ -115,7 +115,7 @@ LEVELS = [
     },
     {"images", "trace", "anatomy", "pictures", "identity", "decoding", "attention"},
     {
-        "player", "forcing", "layout", "points", "watch", "loading", "chunks", "recorded_path", "capture", "rewording",
+        "player", "forcing", "layout", "points", "watch", "loading", "chunks", "recorded_path", "recorded_inputs", "capture", "rewording",
         "places", "token_places", "encoder_tokens", "hidden",
     },
     {"selection", "heatmap", "planning"},

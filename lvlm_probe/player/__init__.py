@@ -15,6 +15,7 @@ from lvlm_probe.errors import ModelMismatch
 from lvlm_probe.identity import fingerprint
 from lvlm_probe.player.replaying import Replay
 from lvlm_probe.player.views import PassCounter
+from lvlm_probe.recorded_inputs import check_inputs, refused_in_words
 
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
@@ -45,6 +46,7 @@ def replay(
         ModelMismatch: the fingerprint differs from the recorded one, or the processor makes other inputs.
         ImageError: the trace holds no picture a mask could cover.
         ProcessorRefused: masks cannot be carried through this processor.
+        ReplayError: the trace holds inputs that the model cannot be run on.
     """
     recorded = str(trace.model.get("fingerprint", ""))
     if strict and recorded:
@@ -56,4 +58,6 @@ def replay(
                 f"{type(model).__name__} has fingerprint {present[:12]}…; load the recorded model, or pass "
                 f"strict=False to replay the answer on another one"
             )
-    return Replay(trace, model, processor, gradient_checkpointing=gradient_checkpointing, micro_batch=micro_batch)
+    check_inputs(trace, model, processor)
+    with refused_in_words(trace):
+        return Replay(trace, model, processor, gradient_checkpointing=gradient_checkpointing, micro_batch=micro_batch)
