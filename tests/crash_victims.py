@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import random
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from trace_samples import sample_capture
@@ -41,7 +44,7 @@ def expected_heatmap(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random((64, 64), np.float32)
 
 
-def _record_for_ever(directory: Path, first_seed: int, ready: int) -> None:
+def _record_for_ever(directory: Path, first_seed: int) -> None:
     seed = first_seed
     while True:
         write(expected_capture(seed), directory)
@@ -52,52 +55,106 @@ def _record_for_ever(directory: Path, first_seed: int, ready: int) -> None:
             {"values": expected_heatmap(seed)},
             {"seed": seed},
         )
-        if seed == first_seed:
-            os.write(ready, b"!")
         seed += 1
 
 
-def kill_recorders(directory: Path, *, kills: int, seed: int, writes: float = 3) -> Toll:
-    """Forks ``kills`` recorders one after the other, and kills each with SIGKILL at a random time within about
-    ``writes`` writes after its first; compares every finished file with what was recorded."""
+_STEPS = ("open", "fsync", "replace", "unlink", "stat", "mkdir")
+"""What a write asks of the system, by its name in ``os``."""
+
+
+def _die_at(step: int, *, after: bool) -> None:
+    """Kills this process with SIGKILL at its ``step``-th request to the file system, before or after it is served.
+
+    The bytes themselves are written piece by piece, so that a kill also falls between two pieces.
+    """
+    left = step
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **settings: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0 and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*args, **settings)
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    class Piecewise(io.FileIO):
+        def write(self, data: Any) -> int:
+            return counted(super().write)(memoryview(data)[:8192])
+
+    for name in _STEPS:
+        setattr(os, name, counted(getattr(os, name)))
+    io.FileIO = Piecewise  # type: ignore[misc]
+
+
+def kill_recorders(directory: Path, *, kills: int, seed: int, steps: int = 30) -> Toll:
+    """Forks ``kills`` recorders one after the other, each of which is killed with SIGKILL at a moment that the seed
+    chooses: at one of its first ``steps`` requests to the file system, or, every fourth, from outside while it runs.
+    Compares every finished file with what was recorded.
+
+    Imports and whatever else is set up at a first write are done before the forks, so that victims die writing, and a
+    kill costs little more than the writes before it.
+    """
     rng = random.Random(seed)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as warm:
-        # Whatever is imported or set up at the first write is done before the forks, so that victims die writing.
         write(expected_capture(0), warm)
-        begun = time.perf_counter()
-        for warm_seed in range(3):
-            write(expected_capture(warm_seed), warm)
-        longest = min(0.3, writes * (time.perf_counter() - begun) / 3)
     for kill in range(kills):
-        ready, signal_ready = os.pipe()
+        moment, after, outside = rng.randint(1, steps), rng.random() < 0.5, kill % 4 == 3
+        reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             try:
-                _record_for_ever(directory, kill * 10_000, signal_ready)
+                if outside:
+                    _tell_at(moment, writing)
+                else:
+                    _die_at(moment, after=after)
+                _record_for_ever(directory, (seed * 1_000_003 + kill) * 1000)
             finally:
                 os._exit(1)
-        os.read(ready, 1)
-        time.sleep(rng.uniform(0, longest))
-        os.kill(child, signal.SIGKILL)
+        if outside:
+            os.read(reading, 1)  # it writes, and goes on writing: what it is at now depends on the two processes
+            os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
-        os.close(ready)
-        os.close(signal_ready)
+        os.close(reading)
+        os.close(writing)
         if not os.WIFSIGNALED(status):
             raise RuntimeError(f"victim {kill} ended by itself (status {status}) before it was killed")
     store = open_store(directory)
     damaged = [f"{path.name}: {fault}" for path in store.files if (fault := _fault(path))]
     explanations = sorted((directory / "explanations").glob("*.h5"))
     damaged += [f"{path.name}: {fault}" for path in explanations if (fault := _heatmap_fault(path))]
+    known = set(store.orphans(min_age=0))
+    others = [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".h5"]
+    damaged += [f"{path.name}: no file of ours and no orphan" for path in others if path not in known]
     return Toll(
         kills=kills,
         files=len(store.files),
         traces=len(store),
         explanations=len(explanations),
-        parts=len(store.orphans(min_age=0)),
+        parts=len(known),
         damaged=tuple(damaged),
         seconds=time.perf_counter() - started,
     )
+
+
+def _tell_at(step: int, writing: int) -> None:
+    """Tells the parent at the ``step``-th request to the file system, and goes on."""
+    left = step
+    real = os.open
+
+    def call(*args: Any, **settings: Any) -> int:
+        nonlocal left
+        left -= 6
+        if -6 < left <= 0:
+            os.write(writing, b"!")
+        return real(*args, **settings)
+
+    os.open = call  # type: ignore[assignment]
 
 
 def _fault(path: Path) -> str | None:

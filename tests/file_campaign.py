@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -68,8 +69,8 @@ class Campaign:
 def run(count: int, seed: int = 0, seconds: float | None = None) -> Campaign:
     """Makes and reads ``count`` files, of the seeds from ``seed`` on, or as many as ``seconds`` allow."""
     started, result = time.monotonic(), Campaign()
+    seeds = _seeds()
     with tempfile.TemporaryDirectory() as folder:
-        seeds = Seeds(Path(folder))
         following, end = seed, seed + count
         while following < end and (seconds is None or time.monotonic() - started < seconds):
             following = _batch(seeds, Path(folder), range(following, min(following + BATCH, end)), result)
@@ -150,9 +151,9 @@ def _memory(*, reset: bool = False) -> int:
 
 
 FIELDS = (
-    "words llr attention images image model meta baseline notes seconds processor_call layout input_ids model_kwargs "
-    "created error question tokens prompt answer"
-).split()
+    *("words", "llr", "attention", "images", "image", "model", "meta", "baseline", "notes", "seconds", "layout"),
+    *("processor_call", "input_ids", "model_kwargs", "created", "error", "question", "tokens", "prompt", "answer"),
+)
 
 
 def _outcome(path: Path, kind: str, rng: random.Random) -> tuple[str, str]:
@@ -242,6 +243,12 @@ class Seeds:
                 except (KeyError, ValueError, TypeError, OSError, RuntimeError, AttributeError):
                     continue  # what an earlier change left cannot be changed like that
         return resealed(image.getvalue())
+
+
+@functools.cache
+def _seeds() -> Seeds:
+    with tempfile.TemporaryDirectory() as folder:
+        return Seeds(Path(folder))
 
 
 Change = Callable[[Seeds, h5py.File, random.Random], None]
@@ -417,8 +424,9 @@ def change_elsewhere(seeds: Seeds, file: h5py.File, rng: random.Random) -> None:
 
 
 def change_image(seeds: Seeds, file: h5py.File, rng: random.Random) -> None:
-    small, large = seeds.images[:-4], seeds.images[-4:]
-    data = bytearray(rng.choice(large if rng.random() < 0.03 else small))
+    data = bytearray(rng.choice(seeds.images))
+    if rng.random() < 0.03:
+        data = bytearray(_large_image(*rng.choice([("1", 6000), ("1", 13_370), ("L", 6300), ("RGB", 6300)])))
     for _ in range(rng.choice([0, 1, 2, 8, 30])):
         data[rng.randrange(len(data))] = rng.choice([0, 255, rng.randrange(256)])
     if rng.random() < 0.1:
@@ -510,11 +518,15 @@ def _images() -> list[bytes]:
             except (OSError, KeyError, ValueError):
                 continue
             found.append(buffer.getvalue())
-    for mode, side in (("1", 6000), ("1", 13_370), ("L", 6300), ("RGB", 6300)):
-        buffer = io.BytesIO()
-        Image.new(mode, (side, side)).save(buffer, "PNG")
-        found.append(buffer.getvalue())
     return found
+
+
+@functools.cache
+def _large_image(mode: str, side: int) -> bytes:
+    """A picture of one colour: many pixels in few bytes."""
+    buffer = io.BytesIO()
+    Image.new(mode, (side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def main() -> int:

@@ -115,8 +115,8 @@ LEVELS = [
     },
     {"images", "trace", "anatomy", "pictures", "identity", "decoding", "attention"},
     {
-        "player", "forcing", "layout", "points", "watch", "loading", "chunks", "recorded_path", "recorded_inputs", "capture", "rewording",
-        "places", "token_places", "encoder_tokens", "hidden",
+        "player", "forcing", "layout", "points", "watch", "loading", "chunks", "recorded_path", "capture", "rewording",
+        "recorded_inputs", "places", "token_places", "encoder_tokens", "hidden",
     },
     {"selection", "heatmap", "planning"},
     {"explainers", "metrics", "verification", "causal", "_nnsight"},

@@ -64,7 +64,7 @@ CASES: dict[str, tuple[Callable[[h5py.File], object], str]] = {
     "answer below zero": (edited("output/token_ids", 0, -1), "vocabulary"),
     "pixels that are NaN": (edited("inputs/model_kwargs/pixel_values", 5, np.nan), "NaN"),
     "pixels that are infinite": (edited("inputs/model_kwargs/pixel_values", 5, np.inf), "infinite"),
-    "pixels that are integers": (put("inputs/model_kwargs/pixel_values", np.zeros((1, 3, 56, 56), "i8"), "int64"), "no pix"),
+    "integers for pixels": (put("inputs/model_kwargs/pixel_values", np.zeros((1, 3, 8, 8), "i8"), "int64"), "no pix"),
     "pixels of another rank": (put("inputs/model_kwargs/pixel_values", np.zeros(7, "f4"), "float32"), ""),
     "pixels of another size": (put("inputs/model_kwargs/pixel_values", np.zeros((1, 3, 9, 9), "f4"), "float32"), ""),
     "a mask of another length": (put("inputs/model_kwargs/attention_mask", np.ones((1, 3), "i8"), "int64"), "3"),
