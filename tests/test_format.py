@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from lvlm_probe.errors import TraceError
 from lvlm_probe.format import read_arrays, write_arrays
-from lvlm_probe.format.encoding import JSON_LIMIT, as_array, json_text, put_array, restore_tensor
+from lvlm_probe.format.encoding import JSON_LIMIT, as_array, json_text, parse_json, put_array, restore_tensor
 from lvlm_probe.format.seal import BLOCK_BYTES, check_seal, parse_version
 
 KIND = "heatmap"
@@ -182,6 +182,39 @@ def test_a_file_may_be_open_elsewhere_with_any_locking(tmp_path: Path) -> None:
     for locking in (None, True, False, "best-effort"):
         with h5py.File(path, "r", locking=locking):
             assert read_arrays(path, KIND)[0]["a"].tolist() == [0, 1, 2]
+
+
+def test_the_specification_names_the_limits_of_the_code() -> None:
+    from lvlm_probe.format import encoding, reading, schema
+    from lvlm_probe.trace import parts
+
+    text = " ".join(Path(schema.__file__).parents[1].joinpath("SPEC.md").read_text("utf-8").split())
+    limits = {
+        f"JSON ({encoding.JSON_LIMIT // 2**20} MiB, {encoding.JSON_DEPTH} levels)": "JSON",
+        f"at most {encoding.JSON_LIMIT // 2**20} MiB, with at most {encoding.JSON_DEPTH} levels": "JSON, for writers",
+        f"integers of at most {encoding.NUMBER_DIGITS} digits": "integers, for writers",
+        f"integers of more than {encoding.NUMBER_DIGITS} digits": "integers",
+        f"attributes ({reading.TEXT_LIMIT // 2**10} KiB)": "attributes",
+        f"rank of arrays ({reading.RANK_LIMIT})": "rank",
+        f"members of a group ({reading.MEMBER_LIMIT:,})": "members",
+        f"traces of a file ({schema.ROW_LIMIT:,}, and one for each {schema.ROW_BYTES:,} bytes of it)": "traces",
+        f"images of a trace ({schema.IMAGE_LIMIT:,})": "images",
+        f"{parts.PIXEL_LIMIT:,} for one image, and above {parts.FREE_PIXELS:,} no more than "
+        f"{parts.PIXELS_PER_BYTE} for each byte": "pixels of an image",
+        f"above {parts.FREE_PIXELS_TOGETHER:,}, no more than {parts.PIXELS_PER_BYTE} for each byte": "pixels of all",
+    }
+    for sentence, what in limits.items():
+        assert sentence in text, what
+
+
+def test_what_json_lacks_is_written_as_what_a_reader_takes() -> None:
+    for value in (float("nan"), float("inf"), 10**299, -(10**400), {"a": 10**5000}, "\ud800"):
+        parse_json(json_text("x", value).encode("utf-8"))
+    deep: list = []
+    for _ in range(64):
+        deep = [deep]
+    with pytest.raises(ValueError, match="65 levels"):
+        json_text("x", deep)
 
 
 def test_large_files_are_hashed_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

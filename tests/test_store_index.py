@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,62 @@ def test_the_index_is_no_trace_and_is_not_needed(tmp_path: Path, opened: list[st
         assert open_store(tmp_path).find() == first, case
         assert opened, case
         assert index.read_bytes() == text, case  # mended
+
+
+def test_an_index_of_somebody_elses_making_is_not_believed(
+    tmp_path: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever packs a folder may write an index that fits the files in everything but the truth."""
+    paths = filled(tmp_path, count=2)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another user's"))
+    index_module._key.cache_clear()
+    first = open_store(tmp_path).find()
+    index = tmp_path / INDEX_NAME
+    text = index.read_bytes()
+    assert b"maker/Small-1B" in text
+    index.write_bytes(text.replace(b"maker/Small-1B", b"maker/Liar-99B"))
+    opened.clear()
+    assert open_store(tmp_path).find() == first
+    assert sorted(opened) == sorted(path.name for path in paths)
+    opened.clear()
+    assert open_store(tmp_path).find() == first
+    assert opened == []
+    key = tmp_path / "another user's" / "lvlm_probe" / "index.key"
+    assert key.stat().st_mode & 0o077 == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a third one's"))
+    index_module._key.cache_clear()
+    assert open_store(tmp_path).find() == first
+    assert sorted(opened) == sorted(path.name for path in paths)
+    index_module._key.cache_clear()
+
+
+def test_a_file_put_in_the_place_of_another_of_its_size_and_time_is_read(tmp_path: Path, opened: list[str]) -> None:
+    first, second = filled(tmp_path, count=2)[0], sample_capture(seed=0)
+    open_store(tmp_path).find()
+    times, size = first.stat().st_mtime_ns, first.stat().st_size
+    second.created, second.model = "2026-03-01T12:00:00+00:00", {"model_id": "maker/Smart-1B", "class": "Llava"}
+    os.replace(write(second, tmp_path), first)
+    os.utime(first, ns=(times, times))
+    assert first.stat().st_size == size
+    opened.clear()
+    assert open_store(tmp_path).find()[0].model == "maker/Smart-1B"
+    assert opened == [first.name]
+
+
+def test_an_index_of_hundreds_of_megabytes_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled(tmp_path, count=1)
+    first = open_store(tmp_path).find()
+    monkeypatch.setattr(index_module, "_MOST_BYTES", 10_000)
+    (tmp_path / INDEX_NAME).write_bytes(b"[]," * 10_000)
+    tracemalloc.start()
+    try:
+        index_module.Index(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 20_000
+    finally:
+        tracemalloc.stop()
+    (tmp_path / INDEX_NAME).unlink()
+    os.mkfifo(tmp_path / INDEX_NAME)  # nor waited for
+    assert open_store(tmp_path).find() == first
 
 
 def test_an_entry_does_not_outlive_its_file_or_name_another(tmp_path: Path) -> None:
