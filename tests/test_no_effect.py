@@ -42,6 +42,7 @@ from lvlm_probe.metrics.verdict import Verdict, judge
 from lvlm_probe.prompting import chat_inputs
 from lvlm_probe.report.standings import standings
 from lvlm_probe.study.cells import mean, objection
+from lvlm_probe.study.pages.gathering import gather
 from lvlm_probe.study.paper_tables import make_table
 from lvlm_probe.study.tables import Table
 
@@ -285,6 +286,15 @@ def test_study_tables_leave_out_what_measures_nothing(tmp_path: Path) -> None:
             assert "734" not in text
     centre = make_table(results, "2").rows[1]
     assert isinstance(centre[-1], Interval) and centre[-1].estimate == pytest.approx(0.1)
+
+
+def test_a_study_page_sorts_by_what_measures_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study_samples.open_without_files(monkeypatch)
+    results = study_samples.results(tmp_path, 2, models=("m",), methods=("igos++",))
+    doubted = {"insertion": 734.1, "trusted": False, "verdict": f"do not trust: {ABOUT_THE_MEASURE}"}
+    maps = [{**record, **doubted} if record["sample"] == "0" else record for record in results.maps]
+    first, second = (index["maps"][0][0] for index, _ in gather(dataclasses.replace(results, maps=tuple(maps))))
+    assert first["counts"] is False and "counts" not in second
 
 
 def test_cells_that_could_not_be_computed_are_dashes_in_every_form() -> None:
