@@ -337,32 +337,31 @@ def with_settings(image_processor: Any, recorded: Mapping[str, Any] | None) -> t
     Raises:
         ImageError: it cannot be had with those settings; the message names them.
     """
-    recorded = {name: value for name, value in (recorded or {}).items() if name not in _NAMES}
-    changed = _changed(processor_settings(image_processor), recorded)
-    if not changed:
+    now, then = processor_settings(image_processor), dict(recorded or {})
+    if then.get("image_processor_type") != now.get("image_processor_type"):
+        # Another class (of another backend) has settings of its own beside those that both have.
+        then = {**now, **{name: value for name, value in then.items() if name in now}}
+    then = {name: value for name, value in then.items() if name not in _NAMES}
+    if not (changed := _changed(now, then)):
         return image_processor, {}
-    told = ", ".join(f"{name}={value!r}" for name, value in sorted(changed.items()))
-    key = json.dumps(recorded, sort_keys=True)
+    key = json.dumps(then, sort_keys=True)
     try:
-        known = _set_back.setdefault(image_processor, {})
-        if key not in known:
-            known.clear()
-            known[key] = type(image_processor).from_dict(json.loads(key))
-        made = known[key]
+        made = _set_back.get(image_processor, {}).get(key)
+        if made is None:
+            made = type(image_processor).from_dict(json.loads(key))
+            _set_back[image_processor] = {key: made}
     except Exception as error:
+        told = ", ".join(f"{name}={value!r}" for name, value in sorted(changed.items()))
         raise ImageError(
             f"the processor's settings were {told} at that call and are others now, and "
             f"{type(image_processor).__name__} cannot be made with them; set them back on the image processor"
         ) from error
-    if left := _changed(processor_settings(made), recorded):
+    if left := _changed(processor_settings(made), then):
         raise ImageError(f"{type(image_processor).__name__} does not take the recorded settings: {', '.join(left)}")
-    return (made, changed) if _changed(processor_settings(image_processor), processor_settings(made)) else (
-        image_processor, {}
-    )  # fmt: skip
+    # A newer class may only spell out what was the default.
+    return (made, changed) if _changed(now, processor_settings(made)) else (image_processor, {})
 
 
-def _changed(present: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    if not recorded:
-        return {}
-    names = (present.keys() | recorded.keys()) - set(_NAMES)
-    return {name: recorded.get(name) for name in names if present.get(name) != recorded.get(name)}
+def _changed(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    names = (now.keys() | then.keys()) - set(_NAMES)
+    return {name: then.get(name) for name in names if now.get(name) != then.get(name)}
