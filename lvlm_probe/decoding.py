@@ -5,19 +5,20 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 __all__ = [
-    "answer_length",
+    "Stops",
     "decoder_prompt",
     "display_pieces",
-    "eos_token_ids",
     "folded",
     "positional",
     "settings_of",
     "special_flags",
+    "stops_of",
     "tokenizer_of",
 ]
 
@@ -71,32 +72,107 @@ def special_flags(tokenizer: Any, token_ids: Sequence[int], also: Iterable[int] 
     return [int(token) in special for token in token_ids]
 
 
-def eos_token_ids(*configs: Any) -> frozenset[int]:
-    """End-of-sequence ids that generation stops at; the first config (most specific) that names any wins."""
-    for config in configs:
-        value = getattr(config, "eos_token_id", None)
-        if isinstance(value, torch.Tensor):
-            value = value.tolist()
-        if value is not None:
-            return frozenset([int(value)] if isinstance(value, int) else [int(item) for item in value])
-    return frozenset()
+@dataclass(frozen=True)
+class Stops:
+    """What can end the answers of one ``generate()`` call.
 
-
-def answer_length(token_ids: Sequence[int], *, eos: frozenset[int], pad: int | None, custom_stop: bool) -> int:
-    """How many of a row's generated tokens are the answer, its end-of-sequence token included.
-
-    Rows of a batch that finish early are filled up with padding. With a custom stop rule (stop strings) a row can end
-    without an end-of-sequence token; if padding uses that very id, the two cannot be told apart and it is left out.
+    Attributes:
+        eos: end-of-sequence ids; empty where there are none, or where they were switched off.
+        pad: what fills up rows that end early.
+        strings: stop strings.
+        criteria: whether stopping criteria of the user's were given.
+        limit: most new tokens, and ``limit_name``, the setting that says so.
+        max_time: most seconds.
     """
-    ids = [int(token) for token in token_ids]
-    length = len(ids)
-    for index, token in enumerate(ids):
-        if token in eos and not (custom_stop and token == pad):
-            return index + 1
-    if pad is not None and (pad not in eos or custom_stop):
-        while length and ids[length - 1] == pad:
-            length -= 1
-    return length
+
+    eos: frozenset[int]
+    pad: int | None
+    strings: tuple[str, ...] = ()
+    criteria: bool = False
+    limit: int | None = None
+    limit_name: str = ""
+    max_time: float | None = None
+
+    @property
+    def custom(self) -> bool:
+        """Whether a row can end without an end-of-sequence token and be filled up."""
+        return bool(self.strings) or self.criteria
+
+    def answer_length(self, token_ids: Sequence[int]) -> int:
+        """How many of a row's generated tokens are the answer, its end-of-sequence token included.
+
+        Rows of a batch that finish early are filled up with padding. With a custom stop rule (stop strings) a row can
+        end without an end-of-sequence token; if padding uses that very id, the two cannot be told apart and it is left
+        out.
+        """
+        ids = [int(token) for token in token_ids]
+        length = len(ids)
+        for index, token in enumerate(ids):
+            if token in self.eos and not (self.custom and token == self.pad):
+                return index + 1
+        if self.pad is not None and self.eos and (self.pad not in self.eos or self.custom):
+            while length and ids[length - 1] == self.pad:
+                length -= 1
+        return length
+
+    def told(self, token_ids: Sequence[int], text: str) -> str | None:
+        """How an answer ended that has no end-of-sequence token, as a sentence; ``None`` where it has one.
+
+        Args:
+            token_ids: the row's answer.
+            text: the same, decoded; empty without a tokenizer.
+        """
+        count = len(token_ids)
+        if count and int(token_ids[-1]) in self.eos:
+            return None
+        # The last token may go on behind the string that it completes.
+        if found := [string for string in self.strings if string in text[-len(string) - 32 :]]:
+            return f"the answer ended after {count} tokens at the stop string {found[0]!r}"
+        if count == self.limit:
+            return f"the answer was cut after {count} tokens ({self.limit_name})"
+        others = [f"max_time={self.max_time:g}"] if self.max_time is not None else []
+        others += ["a stopping criterion given to generate()"] if self.criteria else []
+        others += ["a stop string"] if self.strings else []
+        if not others:
+            return f"the answer ended after {count} tokens without an end token, for a reason that is not known"
+        return f"the answer was stopped after {count} tokens by {' or '.join(others)}"
+
+
+def stops_of(model: Any, kwargs: Mapping[str, Any], prompt_length: int) -> Stops:
+    """What can end the answers of ``model.generate(**kwargs)``.
+
+    Args:
+        model: the generating model.
+        kwargs: the arguments of the call by name.
+        prompt_length: positions that count in ``max_length``: of the prompt, or of the decoder's beginning.
+    """
+    setting = settings_of(model, kwargs)
+    named = setting("eos_token_id")
+    off = named is None and "eos_token_id" in kwargs
+    ends = [] if off else _ids(named if named is not None else getattr(model.config, "eos_token_id", None))
+    pad = setting("pad_token_id")
+    strings = setting("stop_strings") or ()
+    limit, name = setting("max_new_tokens"), "max_new_tokens"
+    if limit is None:
+        whole = setting("max_length")
+        limit, name = (20, "20 by default") if whole is None else (int(whole) - prompt_length, "max_length")
+    return Stops(
+        eos=frozenset(ends),
+        pad=int(pad) if pad is not None else (ends[0] if ends else None),
+        strings=(strings,) if isinstance(strings, str) else tuple(map(str, strings)),
+        criteria=bool(kwargs.get("stopping_criteria")),
+        limit=int(limit),
+        limit_name=name,
+        max_time=setting("max_time"),
+    )
+
+
+def _ids(value: Any) -> list[int]:
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if value is None:
+        return []
+    return [int(value)] if isinstance(value, int) else [int(item) for item in value]
 
 
 def folded(prompt: str) -> str:
@@ -117,13 +193,16 @@ def positional(model: Any, args: tuple[Any, ...]) -> dict[str, Any]:
 
 def settings_of(model: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     """``(name, default=None)`` → a setting of one ``generate()`` call: its argument, else what its generation config
-    says, else the one of the model, or of the language model inside that a ``generate`` of its own hands over to.
+    says, else the one of the model, or of the language model inside that a ``generate`` of its own hands over to. An
+    argument that is given as ``None`` means none, as it does to ``generate()``.
     """
     inner = [module.generation_config for module in model.modules() if hasattr(module, "generation_config")]
     places = [kwargs.get("generation_config"), *inner]
 
     def setting(name: str, default: Any = None) -> Any:
-        for value in (kwargs.get(name), *(getattr(place, name, None) for place in places)):
+        if name in kwargs:
+            return default if kwargs[name] is None else kwargs[name]
+        for value in (getattr(place, name, None) for place in places):
             if value is not None:
                 return value
         return default

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from lvlm_probe.hooks import HookSet
 
 __all__ = ["StepLogProbs", "answer_in", "generators"]
 
@@ -22,17 +24,50 @@ class StepLogProbs:
         self._chosen: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
 
+    def hang(
+        self, module: torch.nn.Module, hooks: HookSet, *, compiled: bool, on_error: Callable[[str, BaseException], None]
+    ) -> None:
+        """Put the reader onto ``module``.
+
+        Where a call of it runs as a compiled graph, a hook would be traced into the graph, compiled anew at every step,
+        and refused where the graph must be whole; so the reader stands in front of the two methods between which
+        ``generate()`` makes the call.
+        """
+        if not compiled:
+            hooks.forward(module, self, name="log_probs")
+            return
+
+        def fed(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            try:
+                self._feed(args[0] if args else kwargs.get("input_ids"))
+            except Exception as error:
+                on_error("log_probs", error)
+            return original(*args, **kwargs)
+
+        def made(original: Callable[..., Any], outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                self._pending = outputs.logits[:, -1].clone()
+            except Exception as error:
+                on_error("log_probs", error)
+            return original(outputs, *args, **kwargs)
+
+        hooks.shadow(module, "prepare_inputs_for_generation", fed)
+        hooks.shadow(module, "_update_model_kwargs_for_generation", made)
+
     def __call__(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook."""
         logits = output.logits
         ids = kwargs.get("decoder_input_ids")
         if ids is None:
             ids = kwargs.get("input_ids", args[0] if args else None)
+        self._feed(ids)
+        # Not a view: it would keep the logits of the whole prompt alive, and a model that runs as a CUDA graph, or with
+        # buffers of its own, writes the next step's logits where this step's are.
+        self._pending = logits[:, -1].clone()
+
+    def _feed(self, ids: torch.Tensor | None) -> None:
         if self._pending is not None and ids is not None:
             self._take(ids[:, -1])
-        last = logits[:, -1]
-        # A view would keep the logits of the whole prompt alive where the model computes them.
-        self._pending = last.clone() if logits.shape[1] > 1 else last
 
     def _take(self, chosen: torch.Tensor) -> None:
         assert self._pending is not None

@@ -10,10 +10,12 @@ import torch
 
 from lvlm_probe.anatomy import Anatomy
 from lvlm_probe.errors import ImageError, MaskError
+from lvlm_probe.handed import Handed, hand_over
 from lvlm_probe.images import ImagePath, PixelPath, make_baseline
+from lvlm_probe.images.processor import with_settings
 from lvlm_probe.originals import Driver
 from lvlm_probe.recorded_path import image_processor_of
-from lvlm_probe.watch import ProcessorWatch, flatten_images
+from lvlm_probe.watch import ProcessorWatch
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,12 +29,13 @@ class Masking:
     def __init__(
         self, processor: object | None, watch: ProcessorWatch, anatomy: Anatomy, mask: torch.Tensor, *, images: Any,
         image: int | None,
-        baseline: str | Image.Image, mode: Literal["fast", "exact"],
+        baseline: str | Image.Image, mode: Literal["fast", "exact"], space: Literal["picture", "pixels"] = "picture",
     ) -> None:  # fmt: skip
         self.processor, self.watch, self.anatomy = processor, watch, anatomy
-        self.mask, self.images = mask, images
+        self.mask, self.space = mask, space
+        self._given = hand_over(images) if images is not None else None
         self.image, self.baseline, self.mode = image, baseline, mode
-        self._paths: list[tuple[torch.Tensor, Any]] = []
+        self._paths: list[tuple[dict[str, torch.Tensor], Any]] = []
         if "torch._dynamo" in sys.modules:  # a compiled model must not take the processor into its graph
             self.replace = torch.compiler.disable(self.replace)  # type: ignore[method-assign]
 
@@ -89,29 +92,58 @@ class Masking:
         )
 
     def _path(self, pixels: dict[str, torch.Tensor]) -> Any:
-        key = next(value for value in pixels.values() if value.is_floating_point())
         for known, path in self._paths:
-            if known is key:
+            if known.keys() == pixels.keys() and all(_alike(known[name], value) for name, value in pixels.items()):
                 return path
-        path = self._make_path(pixels, key.dtype)
-        self._paths.append((key, path))
+        dtype = next(value.dtype for value in pixels.values() if value.is_floating_point())
+        path = self._make_path(pixels, dtype)
+        # Copies: the same tensor with other values in it is another picture.
+        self._paths.append(({name: value.detach().clone() for name, value in pixels.items()}, path))
         return path
 
     def _make_path(self, pixels: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
-        image_processor = image_processor_of(self.processor)
-        call = self.watch.find(pixels)
-        pictures, groups = flatten_images(self.images) if self.images is not None else (None, None)
-        kwargs: dict[str, Any] = {}
-        if call is not None:
-            kwargs = call.kwargs
-            if pictures is None:
-                pictures, groups = call.images, call.groups
-        if image_processor is None or pictures is None:
+        if self.space == "pixels":
             if not isinstance(self.baseline, str):
-                raise ImageError("a picture as baseline needs the processor: attach(model, processor)")
+                raise ImageError("masked(space='pixels') has no picture to lay another one over; name a kind")
             return PixelPath(pixels, dtype=dtype).with_baseline_kind(self.baseline)
-        structure: Literal["flat", "nested"] = "flat" if groups is None else "nested"
+        image_processor = image_processor_of(self.processor)
+        if image_processor is None:
+            raise self._unknown("no processor was attached: attach(model, processor)")
+        call = self.watch.find(pixels)
+        known = self._given
+        if known is None:
+            if call is None:
+                raise self._unknown(self.watch.why(pixels)[1])
+            known = Handed(call.images, call.groups, call.why)
+        if known.images is None:
+            raise self._unknown(f"the picture was given as {known.why}, which cannot be brought back to a picture")
+        image_processor, _ = with_settings(image_processor, None if call is None else call.config)
         path = ImagePath.from_processor(
-            image_processor, pictures, call_kwargs=kwargs, structure=structure, reference=pixels, dtype=dtype
+            image_processor,
+            known.images,
+            call_kwargs={} if call is None else call.kwargs,
+            structure="flat" if known.groups is None else "nested",
+            reference=pixels,
+            because=" (another backend or dtype)",
+            dtype=dtype,
         )
+        floating = {name for name, value in pixels.items() if value.is_floating_point() and value.ndim >= 3}
+        if beside := sorted(floating - path.inputs.keys()):
+            raise ImageError(
+                f"masked(): the model is also fed {', '.join(beside)}, which the attached processor does not return, "
+                f"so that the mask would not reach it; attach the whole processor that made the inputs"
+            )
         return path.with_baseline([make_baseline(picture, self.baseline) for picture in path.images])
+
+    @staticmethod
+    def _unknown(why: str) -> ImageError:
+        return ImageError(
+            f"masked(): the picture of this call is not known, so that a mask cannot be laid on it: {why}. Give it, "
+            f"masked(mask, images=[picture]), or mask what the processor made of it instead, masked(mask, "
+            f"space='pixels')"
+        )
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return same and torch.equal(one, other)

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from PIL import Image
 
-from lvlm_probe.hooks import caution
-from lvlm_probe.images.processor import BlackBox, as_rgb, named_outputs, whole_numbers
+from lvlm_probe.errors import ImageError
+from lvlm_probe.format import ImageRecord
+from lvlm_probe.handed import hand_over
+from lvlm_probe.images.processor import (
+    OWN_CALL,
+    BlackBox,
+    as_rgb,
+    compare_reference,
+    named_outputs,
+    whole_numbers,
+    with_settings,
+)
+from lvlm_probe.pictures import encode_picture
 from lvlm_probe.recorded_path import image_processor_of
-from lvlm_probe.watch import ProcessorCall, ProcessorWatch, describe_call, flatten_images
+from lvlm_probe.watch import ProcessorCall, ProcessorWatch, describe_call
 
-__all__ = ["NotRecorded", "PictureFinder", "PromptPictures", "RowPictures"]
+__all__ = ["NotRecorded", "PictureFinder", "PromptPictures", "RowPictures", "encoded"]
 
-# Mean difference of normalised pixel inputs: two backends stay below 0.03, two pictures are far above.
-_BACKENDS_DIFFER = 0.1
 _ORIENTATION = 0x0112  # EXIF
 
 
@@ -35,6 +44,18 @@ class RowPictures:
     absent: frozenset[str] = frozenset()
     """What the batch was fed and a row of these pictures alone would not be: local crops of another row's."""
     tokens_per_image: list[int] | None = None
+    records: list[ImageRecord] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+
+
+def encoded(row: RowPictures, on_error: Callable[[str, BaseException], None]) -> RowPictures:
+    """The row with its pictures as files; without any where one cannot be made into a file: the answer is known all the
+    same."""
+    try:
+        return replace(row, records=[ImageRecord(*encode_picture(image), *image.size) for image in row.images or []])
+    except Exception as error:
+        on_error("pictures", error)
+        return RowPictures(notes=(f"no picture is kept, for it cannot be encoded: {type(error).__name__}: {error}",))
 
 
 @dataclass(frozen=True)
@@ -52,43 +73,62 @@ class PictureFinder:
         inputs: the tensors given to ``generate()``.
         given: the user's ``images=``.
         image_token_id: for dividing a flat list of pictures among the prompts of a batch.
+        is_pixel_name: whether an input carries the picture, so that a mask has to reach it.
 
     Attributes:
         notes: sentences for the trace.
+        cautions: what the user is warned of, ``(kind, sentence)``.
     """
 
     def __init__(
         self, processor: object | None, watch: ProcessorWatch, inputs: Mapping[str, Any], *, given: Any,
-        image_token_id: int | None,
+        image_token_id: int | None, is_pixel_name: Callable[[str], bool] = lambda name: False,
     ) -> None:  # fmt: skip
         self._processor, self._watch, self._inputs = processor, watch, inputs
+        self._is_pixel_name = is_pixel_name
         self._given, self._image_token_id = given, image_token_id
         self.notes: list[str] = []
+        self.cautions: list[tuple[str, str]] = []
 
-    def find(self, batch: int) -> PromptPictures:
-        """The pictures of each of ``batch`` prompts.
+    def find(self, batch: int, on_error: Callable[[str, BaseException], None]) -> PromptPictures:
+        """The pictures of each of ``batch`` prompts; none where the search fails, which ``on_error`` is told.
 
         Raises:
             NotRecorded: which picture belongs to which prompt cannot be told.
         """
+        ours = OWN_CALL.set(True)  # the processor is asked again, and that is no call of the user's
+        try:
+            return self._find(batch)
+        except NotRecorded:
+            raise
+        except Exception as error:
+            on_error("pictures", error)
+            return self._without(batch, "pictures", f"no picture is kept: {type(error).__name__}: {error}", warn=False)
+        finally:
+            OWN_CALL.reset(ours)
+
+    def _find(self, batch: int) -> PromptPictures:
         image_processor = image_processor_of(self._processor)
         call = self._watch.find(self._inputs)
         if self._given is not None:
-            images, groups = flatten_images(self._given)
-            call = ProcessorCall(images, groups, call.kwargs if call else {}, call.outputs if call else {})
-            if call.images and image_processor is not None and (why := self._doubt(call, image_processor)):
-                caution(f"{why}; recording without them")
-                return PromptPictures(
-                    [RowPictures() for _ in range(batch)], [f"{why}: masks live in pixel-input space"]
-                )
+            handed = hand_over(self._given)
+            own = ProcessorCall(handed.images, handed.groups, {}, why=handed.why)
+            call = own if call is None else replace(call, images=own.images, groups=own.groups, why=own.why, shares=())
         if call is None or call.images is None:
-            why = (
-                "no processor was attached and no images= were given"
-                if image_processor is None
-                else "the pixel inputs come from no call of the attached processor (prepare them after attach(), or "
-                "pass images= to record())"
-            )
-            return PromptPictures([RowPictures() for _ in range(batch)], [f"{why}: masks live in pixel-input space"])
+            return self._unknown(batch, image_processor, call)
+        if image_processor is not None:
+            try:
+                image_processor, _ = with_settings(image_processor, call.config)
+                if self._given is not None:
+                    self.notes += self._compared(call, image_processor)
+                elif beside := self._beside(call):
+                    raise ImageError(
+                        f"the model was also fed {', '.join(beside)}, which the attached processor does not return, so "
+                        f"that a mask would not reach it; attach the whole processor that made the inputs"
+                    )
+            except ImageError as error:
+                told = "the pictures given as images= are not the ones the pixel inputs were made from: "
+                return self._without(batch, "images", f"{told if self._given is not None else ''}{error}")
         groups = self._groups(call, batch, image_processor)
         rows, start = [], 0
         for count in groups:
@@ -98,27 +138,46 @@ class PictureFinder:
             start += count
         return PromptPictures(rows, [])
 
-    def _doubt(self, call: ProcessorCall, image_processor: Any) -> str:
-        """Why these pictures are not used: they do not make the pixel inputs, up to the difference of two backends."""
-        given = _nested(call.images or [], call.groups)
-        try:
-            made = image_processor(images=given, return_tensors="pt", **call.kwargs)
-        except Exception as error:
-            return (
-                f"{type(image_processor).__name__} makes no pixel inputs of the pictures given as images= alone "
-                f"({type(error).__name__}: {error})"
+    def _unknown(self, batch: int, image_processor: Any, call: ProcessorCall | None) -> PromptPictures:
+        if image_processor is None:
+            note = "no processor was attached and no images= were given: masks live in pixel-input space"
+            return PromptPictures([RowPictures() for _ in range(batch)], [note])
+        if call is not None:
+            why = (
+                f"the picture was given to the processor as {call.why}, which cannot be brought back to a picture; "
+                f"give it PIL pictures or uint8 arrays, or pass images="
             )
-        for name, value in made.items():
-            fed = self._inputs.get(name)
-            if (
-                not isinstance(value, torch.Tensor)
-                or not isinstance(fed, torch.Tensor)
-                or not value.is_floating_point()
-            ):
-                continue
-            if value.shape != fed.shape or float((value - fed.cpu().to(value.dtype)).abs().mean()) > _BACKENDS_DIFFER:
-                return "the pictures given as images= are not the ones the pixel inputs were made from"
-        return ""
+            return self._without(batch, "unreadable", why)
+        return self._without(batch, *self._watch.why(self._inputs))
+
+    def _without(self, batch: int, kind: str, why: str, *, warn: bool = True) -> PromptPictures:
+        why = why.rstrip(".")
+        if warn:
+            self.cautions.append((kind, f"a trace without its picture: {why}"))
+        return PromptPictures([RowPictures() for _ in range(batch)], [f"{why}: masks live in pixel-input space"])
+
+    def _beside(self, call: ProcessorCall) -> list[str]:
+        """Pictures that the model was fed and this call did not make."""
+        fed = (name for name, value in self._inputs.items() if value.is_floating_point() and value.ndim >= 3)
+        return sorted(name for name in fed if self._is_pixel_name(name) and name not in call.names)
+
+    def _compared(self, call: ProcessorCall, image_processor: Any) -> list[str]:
+        """Notes on how the pixel inputs differ from what the processor makes of the pictures given as ``images=``.
+
+        Raises:
+            ImageError: by more than another backend explains, or it makes none of them.
+        """
+        name = getattr(image_processor, "processor_name", None) or type(image_processor).__name__
+
+        def run(images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+            return _outputs(image_processor, _nested(images, call.groups), call.kwargs)
+
+        images = call.images or []
+        try:
+            made = run(images)
+        except Exception as error:
+            raise ImageError(f"{name} makes no pixel inputs of them alone ({type(error).__name__}: {error})") from error
+        return compare_reference(run, images, made, self._inputs, name, because=" (another backend or dtype)")
 
     def _groups(self, call: ProcessorCall, batch: int, image_processor: Any) -> tuple[int, ...]:
         """How many pictures each row of the batch has."""
@@ -127,6 +186,8 @@ class PictureFinder:
             return call.groups
         if batch == 1:
             return (len(call.images),)
+        if len(call.shares) == batch:
+            return call.shares
         token = self._image_token_id
         counts = (self._inputs["input_ids"] == token).sum(1).tolist() if token is not None else []
         if len(call.images) == batch and all(counts):
@@ -188,7 +249,7 @@ class PictureFinder:
             return RowPictures(images=[image.convert("RGB") for image in images])
         if not images:
             return RowPictures(images=[])
-        description, lost = describe_call(image_processor, call.kwargs, call.structure)
+        description, lost = describe_call(image_processor, call)
         if lost:
             self.notes.append(
                 f"processor arguments that cannot be stored and are left out on replay: {', '.join(lost)}"
@@ -202,14 +263,16 @@ class PictureFinder:
         if not single:
             # Rows of one batch share padding; what one row alone would have been given comes from the processor again.
             given = _nested(images, (len(images),) if call.structure == "nested" else None)
-            made = named_outputs(image_processor, image_processor(images=given, return_tensors="pt", **call.kwargs))
-            whole = {
-                name: value if isinstance(value, torch.Tensor) else whole_numbers(value) for name, value in made.items()
-            }
-            inputs = {name: value for name, value in whole.items() if value is not None}
-            absent = frozenset(call.outputs) - frozenset(made)
+            inputs = _outputs(image_processor, given, call.kwargs)
+            absent = call.names - inputs.keys()
         tokens = self._tokens_per_image(images, call.kwargs) if len(images) > 1 else None
         return RowPictures(list(images), description, dict(call.kwargs), inputs, absent, tokens)
+
+
+def _outputs(image_processor: Any, images: Any, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    made = named_outputs(image_processor, image_processor(images=images, return_tensors="pt", **kwargs))
+    whole = {name: value if isinstance(value, torch.Tensor) else whole_numbers(value) for name, value in made.items()}
+    return {name: value for name, value in whole.items() if value is not None}
 
 
 def _nested(images: Sequence[Image.Image], groups: Sequence[int] | None) -> list[Any]:

@@ -14,6 +14,8 @@ from lvlm_probe.errors import ImageError, ModelMismatch
 from lvlm_probe.forcing import input_device
 from lvlm_probe.images import ImagePath, PixelPath, make_baseline
 from lvlm_probe.images.baselines import KINDS
+from lvlm_probe.images.parity import versions
+from lvlm_probe.images.processor import with_settings
 from lvlm_probe.images.step import METHOD, PictureStep, picture_step
 
 if TYPE_CHECKING:
@@ -90,18 +92,37 @@ def recorded_path(
         return inputs, {**recorded, **inputs.description}
     made = [make_baseline(picture, kind, **params) for picture in trace.images]
     try:
+        present, changed = with_settings(image_processor, call.get("config") or None)
         path = ImagePath.from_processor(
-            image_processor,
+            present,
             trace.images,
             call_kwargs=dict(call.get("kwargs") or {}),
             structure="nested" if call.get("structure") == "nested" else "flat",
             baseline=[item.image for item in made],
             reference=pixels if check else None,
+            because=_since(trace, present),
+            notes=[f"the settings it was recorded with are used, not its present ones: {_told(changed)}"]
+            if changed else (),
             **placed,
-        )
+        )  # fmt: skip
     except ImageError as error:
         raise ModelMismatch(
             f"this processor ({type(image_processor).__name__}) does not make the inputs that {trace.path.name} was "
             f"recorded with ({call.get('class')}): {error}"
         ) from error
     return path, {**recorded, "kind": made[0].kind, **made[0].params}
+
+
+def _told(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
+
+
+def _since(trace: Trace | LiveTrace, image_processor: Any) -> str:
+    """What of all that decides a pixel's value is another than at the recording, in brackets; empty where nothing is
+    known to be."""
+    call, recorded = trace.processor_call or {}, trace.model.get("versions") or {}
+    name = getattr(image_processor, "processor_name", None) or type(image_processor).__name__
+    then = [str(call["class"])] if call.get("class") not in (None, name) else []
+    if isinstance(recorded, dict):
+        then += [f"{lib} {recorded[lib]}" for lib, now in versions().items() if recorded.get(lib) not in (None, now)]
+    return f" (recorded with {', '.join(then)})" if then else ""

@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,42 +23,44 @@ from PIL import Image
 from lvlm_probe.anatomy import Anatomy
 from lvlm_probe.attention import Rows, RowTap
 from lvlm_probe.attention.recording import CROSS, attention_points
+from lvlm_probe.conditions import (
+    compiles_itself,
+    forced_because,
+    inferred_mask,
+    other_conditions,
+    padded_behind,
+    without_picture,
+)
 from lvlm_probe.decoding import (
-    answer_length,
+    Stops,
     decoder_prompt,
     display_pieces,
-    eos_token_ids,
     folded,
     positional,
     settings_of,
     special_flags,
+    stops_of,
     tokenizer_of,
 )
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.forcing import list_inputs
-from lvlm_probe.format import Capture, ImageRecord, RowCapture
+from lvlm_probe.format import Capture, RowCapture
 from lvlm_probe.hidden import point_records
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.images.processor import whole_numbers
 from lvlm_probe.layout import image_spans
 from lvlm_probe.logprobs import StepLogProbs, answer_in, generators
 from lvlm_probe.originals import Driver
-from lvlm_probe.pictures import encode_picture
-from lvlm_probe.places import Places
 from lvlm_probe.player import Replay
 from lvlm_probe.points import PointTap
-from lvlm_probe.prompt_pictures import NotRecorded, PictureFinder, PromptPictures
+from lvlm_probe.prompt_pictures import NotRecorded, PictureFinder, PromptPictures, encoded
 from lvlm_probe.recorded_path import LiveTrace
 from lvlm_probe.row_inputs import columns_of, image_places, row_inputs
-from lvlm_probe.token_places import box_key, place, token_places
+from lvlm_probe.token_places import BoxCache, box_key, place, token_places
 from lvlm_probe.watch import ProcessorWatch
 from lvlm_probe.wrappers import adapters_of_this_call, compiled_parts
 
 __all__ = ["BoxCache", "GenerationRecorder", "RecordOptions"]
-
-BoxCache = dict[tuple[Any, ...], Places | str]
-"""Places of image tokens that are known already, or why they have none; finding out runs the processor and the model's
-encoder."""
 
 _BOXES_KEPT = 64
 _ALPHA = 1.0  # LLR above which a token counts when the baseline is checked; the paper's default
@@ -100,12 +101,16 @@ class GenerationRecorder:
         self._hooks = HookSet(on_error, scope=self)
         self._log_probs: list[StepLogProbs] = []
         self._decoder_ids: torch.Tensor | None = None
+        self._stops = Stops(frozenset(), None)
         self._tap: RowTap | None = None
         self._points: PointTap | None = None
         self._on_error = on_error
         self._boxes = boxes
         self._inputs: dict[str, Any] = {}
         self._images: dict[str, list[Image.Image]] = {}
+        self._other_conditions: list[str] = []
+        self._compiling = False
+        self.cautions: list[tuple[str, str]] = []
         self._started = time.perf_counter()
 
     # ------------------------------------------------------------------ around the call
@@ -123,34 +128,31 @@ class GenerationRecorder:
         ids = kwargs.get("input_ids", kwargs.get("inputs"))
         if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
             raise NotRecorded("generate() was called without input_ids of shape (batch, prompt); nothing is recorded")
-        self._inputs = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        # As they are now: a streamer gives control back to the user while the answer is generated.
+        self._inputs = {n: value.detach().clone() for n, value in kwargs.items() if isinstance(value, torch.Tensor)}
         for name in list_inputs(self.model) & kwargs.keys():
             if (numbers := whole_numbers(kwargs[name])) is not None:
                 self._inputs[name] = numbers
-        self._inputs["input_ids"] = ids
+        self._inputs["input_ids"] = ids = ids.detach().clone()
         pixels = [name for name in self._inputs if self.anatomy.is_pixel_name(name)]
         if reason := adapters_of_this_call(self.model):
             raise NotRecorded(reason)
         if any("video" in name for name in pixels):
             raise NotRecorded("the prompt holds a video, and videos are not recorded yet; nothing is recorded")
         if not any(self._inputs[name].is_floating_point() for name in pixels):
-            raise NotRecorded(
-                "the prompt holds no image (no pixel inputs were given to generate()), so there is nothing to explain; "
-                "nothing is recorded. Put an image into the prompt and pass the processor's outputs on: "
-                "model.generate(**inputs)"
-            )
+            raise NotRecorded(without_picture(ids, self.anatomy.image_token_id, kwargs))
         setting = settings_of(self.model, kwargs)
-        self._eos = eos_token_ids(SimpleNamespace(eos_token_id=setting("eos_token_id")), self.model.config)
-        pad = setting("pad_token_id")
-        self._pad = next(iter(self._eos), None) if pad is None else int(pad)
-        self._custom_stop = bool(
-            kwargs.get("stop_strings") or kwargs.get("stopping_criteria") or setting("stop_strings")
-        )
         if self.anatomy.encoder_decoder:
             self._decoder_ids = decoder_prompt(
                 kwargs.get("decoder_input_ids"), setting("decoder_start_token_id", setting("bos_token_id")), ids
             )
             self._inputs["decoder_input_ids"] = self._decoder_ids
+        start = ids if self._decoder_ids is None else self._decoder_ids
+        self._stops = stops_of(self.model, kwargs, start.shape[1])
+        if (mask := inferred_mask(self.model, self._inputs, self._stops)) is not None:
+            self._inputs["attention_mask"] = mask
+        self._other_conditions = other_conditions(self.model, self._inputs, kwargs)
+        self._compiling = compiles_itself(self.model, setting, kwargs)
         beams = int(setting("num_beams", 1))
         if beams > 1:
             self.notes.append(
@@ -158,9 +160,10 @@ class GenerationRecorder:
                 f"teacher-forced pass over the returned answer, and attention rows are not recorded"
             )
             return
-        for number, module in enumerate(generators(self.model)):
+        for module in generators(self.model):
             self._log_probs.append(StepLogProbs())
-            self._hooks.forward(module, self._log_probs[number], name="log_probs")
+            graph = self._compiling or module._compiled_call_impl is not None
+            self._log_probs[-1].hang(module, self._hooks, compiled=graph, on_error=self._on_error)
         points = [point for point in self.options.points if point != "hidden"]
         if points:
             self._points = PointTap(self.model, self.anatomy, points, self._hooks)
@@ -175,10 +178,11 @@ class GenerationRecorder:
 
     def _arm_tap(self, ids: torch.Tensor, copies: int) -> None:
         found = image_places(self._inputs, self.anatomy.image_token_id)
-        if compiled_parts(self.model, self.anatomy.decoder):
+        if self._compiling or compiled_parts(self.model, self.anatomy.decoder):
             self.notes.append(
-                "attention rows are not recorded: the model is compiled, and a compiled graph does not show its "
-                "attention; record with the model before torch.compile"
+                "attention rows are not recorded: the model is compiled"
+                f"{' by generate() for its static cache' if self._compiling else ''}, and a compiled graph does not "
+                "show its attention; record with the model before torch.compile, or with disable_compile=True"
             )
             return
         # Without image tokens in what the decoder reads, the picture reaches it by cross-attention.
@@ -252,16 +256,18 @@ class GenerationRecorder:
             self._inputs,
             given=self.options.images,
             image_token_id=self.anatomy.image_token_id,
+            is_pixel_name=self.anatomy.is_pixel_name,
         )
-        pictures = finder.find(len(ids))
+        pictures = finder.find(len(ids), on_error=self._on_error)
         self.notes += finder.notes
+        self.cautions += finder.cautions
         tokenizer = tokenizer_of(self.processor)
         rows = []
         for row in range(len(sequences)):
             if pictures.rows[row // copies].images == []:
                 self.notes.append(f"row {row} of the batch has no picture and is not recorded")
                 continue
-            length = answer_length(generated[row].tolist(), eos=self._eos, pad=self._pad, custom_stop=self._custom_stop)
+            length = self._stops.answer_length(generated[row].tolist())
             if length == 0:
                 self.notes.append(f"row {row} of the batch generated nothing and is not recorded")
                 continue
@@ -287,25 +293,26 @@ class GenerationRecorder:
         mask = self._inputs.get("attention_mask")
         real = mask[prompt_row].bool() if mask is not None and mask.shape == self._inputs["input_ids"].shape else None
         prompt_ids = (ids[real] if real is not None else ids).cpu()
-        mine = pictures.rows[prompt_row]
+        mine = encoded(pictures.rows[prompt_row], self._on_error)
         kwargs, padded = row_inputs(
             self._inputs, prompt_row, real, mine.inputs, self.anatomy.is_pixel_name, mine.absent
         )
         places = image_places(self._inputs, self.anatomy.image_token_id)
         taken = ids < 0 if places is None else places[prompt_row]
         positions = (taken if real is None else taken[real]).nonzero()[:, 0].cpu()
-        notes = [*self.notes, *pictures.notes]
+        notes = [*self.notes, *pictures.notes, *mine.notes]
         if padded:
             notes.append(
                 "in its batch this row ran beside pictures that only fill it up, which this model sees; its "
                 "log-probabilities come from one teacher-forced pass without them"
             )
-        if self._eos and int(token_ids[-1]) not in self._eos and not self._custom_stop:
-            notes.append(f"the answer was cut after {len(token_ids)} tokens (max_new_tokens)")
-        prompt = tokenizer.decode(prompt_ids.tolist()) if tokenizer is not None else ""
-        asked = (
-            tokenizer.decode(prompt_ids.tolist(), skip_special_tokens=True).strip() if tokenizer is not None else None
-        )
+        pieces = display_pieces(tokenizer, token_ids.tolist())
+        ended = self._ending(token_ids, "" if tokenizer is None else "".join(pieces))
+        unlike = [*self._other_conditions, *padded_behind(real)]
+        notes += [*([ended] if ended else []), *forced_because(unlike)]
+        read = prompt_ids.tolist()
+        prompt = tokenizer.decode(read) if tokenizer is not None else ""
+        asked = tokenizer.decode(read, skip_special_tokens=True).strip() if tokenizer is not None else None
         images = mine.images or []
         trace_id = uuid.uuid4().hex[:16]
         self._images[trace_id] = images
@@ -316,19 +323,22 @@ class GenerationRecorder:
             prompt=folded(prompt),
             question=self.options.question or asked,
             model_kwargs=kwargs,
-            images=[ImageRecord(*encode_picture(image), *image.size) for image in images],
+            images=mine.records,
             processor_call=mine.call,
             image_token_id=self.anatomy.image_token_id,
             image_positions=positions.numpy().astype(np.int64),
             image_index=image_spans(positions.numpy(), max(1, len(images)), mine.tokens_per_image),
             token_ids=token_ids.numpy().astype(np.int64),
-            pieces=display_pieces(tokenizer, token_ids.tolist()),
-            special=np.asarray(special_flags(tokenizer, token_ids.tolist(), self._eos), dtype=bool),
+            pieces=pieces,
+            special=np.asarray(special_flags(tokenizer, token_ids.tolist(), self._stops.eos), dtype=bool),
             log_probs=np.full(len(token_ids), np.nan, np.float32),
-            log_probs_source="teacher_forced" if padded else "generation",
+            log_probs_source="teacher_forced" if padded or unlike else "generation",
             notes=notes,
             meta=dict(self.options.meta),
         )
+
+    def _ending(self, token_ids: torch.Tensor, text: str) -> str | None:
+        return self._stops.told(token_ids.tolist(), text)
 
     def _add_attention(self, capture: RowCapture, attention: Rows, row: int, length: int) -> None:
         if attention.values.shape[1] < length:

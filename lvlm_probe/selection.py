@@ -37,7 +37,7 @@ _STOP_WORDS = (
 STOP_WORDS: frozenset[str] = frozenset(_STOP_WORDS.split())
 """English function words that ``stop_words=True`` keeps out of K; compared by text, so any tokenizer will do."""
 
-Rule = Literal["llr", "joint", "words", "span"]
+Rule = Literal["llr", "joint", "words", "span", "indices"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,10 +48,11 @@ class TokenSelection:
         indices: Positions in the answer, ascending, counted from 0.
         tokens: Display strings of all tokens of the answer, ``(step,)``.
         llr: Log-likelihood ratio of all tokens in nats, ``(step,)``; empty where a trace deferred it.
-        rule: ``"llr"``, ``"joint"``, ``"words"`` or ``"span"``.
-        params: What the rule was given (``alpha``, ``words``, ``span``, ``skip_first``, ``stop_words``).
+        rule: ``"llr"``, ``"joint"``, ``"words"``, ``"span"`` or ``"indices"``.
+        params: What the rule was given (``alpha``, ``words``, ``span``, ``indices``, ``skip_first``, ``stop_words``).
         skipped: Tokens the rule would have taken but an option or their nature keeps out: index → reason.
         reason: Why nothing is selected, as a sentence; ``None`` when something is.
+        special: Indices of special tokens, which are never selected and never shown; empty where that is not known.
     """
 
     indices: tuple[int, ...]
@@ -61,6 +62,7 @@ class TokenSelection:
     params: Mapping[str, Any] = field(default_factory=dict)
     skipped: Mapping[int, str] = field(default_factory=dict)
     reason: str | None = None
+    special: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -86,9 +88,10 @@ class TokenSelection:
 
     @property
     def text(self) -> str:
-        """The words that the selected tokens belong to, as a person reads them; gaps are shown as ``…``."""
+        """The words that the selected tokens belong to, as a person reads them; gaps are shown as ``…``, special tokens
+        not at all."""
         chosen = set(self.indices)
-        words = group_words(self.tokens, [False] * len(self.tokens))
+        words = group_words(self.tokens, [index in self.special for index in range(len(self.tokens))])
         runs: list[list[str]] = []
         previous = None
         for number, word in enumerate(words):
@@ -110,6 +113,7 @@ class TokenSelection:
             "params": dict(self.params),
             "skipped": {str(index): reason for index, reason in self.skipped.items()},
             "reason": self.reason,
+            "special": list(self.special),
         }
 
     @classmethod
@@ -128,6 +132,7 @@ class TokenSelection:
                 params=dict(record["params"]),
                 skipped={int(index): str(reason) for index, reason in record["skipped"].items()},
                 reason=record["reason"],
+                special=tuple(int(index) for index in record.get("special", ())),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SelectionError(f"not a stored token selection: {error!r}") from error
@@ -140,6 +145,7 @@ def select_tokens(
     rule: Literal["llr", "joint"] = "llr",
     words: str | Sequence[str] | None = None,
     span: tuple[int, int] | None = None,
+    indices: Sequence[int] | None = None,
     skip_first: bool = False,
     stop_words: bool | Collection[str] | None = None,
 ) -> TokenSelection:
@@ -151,6 +157,7 @@ def select_tokens(
         rule: ``"llr"`` (paper, Eq. 6) or ``"joint"``, every token of the answer.
         words: A word or phrase of the answer, or several; every occurrence is taken, whatever its case.
         span: ``(start, stop)``, a token span of the answer, stop exclusive.
+        indices: Token numbers of the answer, counted from 0, in any order.
         skip_first: Keeps the answer's first token out, which often decides the sentence's structure, not its content.
         stop_words: ``True`` keeps ``STOP_WORDS`` out, a collection its own words; compared by text, ignoring case.
 
@@ -158,15 +165,17 @@ def select_tokens(
         The selection; empty, with a ``reason``, when no token qualifies.
 
     Raises:
-        SelectionError: The answer does not contain a word or span (the message lists the answer's words), both are
-            given, or the ratios are needed but were not recorded.
+        SelectionError: The answer does not contain a word, span or token (the message lists the answer's words), more
+            than one of them are given, or the ratios are needed but were not recorded.
     """
     tokens = tuple(str(token) for token in replay.tokens)
     special = np.asarray(replay.special, dtype=bool)
     llr = _ratios(replay, len(tokens))
     params: dict[str, Any] = {"skip_first": bool(skip_first)}
-    if words is not None and span is not None:
-        raise SelectionError(f"give words or a span, not both: words={words!r}, span={span!r}")
+    if sum(given is not None for given in (words, span, indices)) > 1:
+        raise SelectionError(
+            f"give words, a span or token numbers, not both: words={words!r}, span={span!r}, indices={indices!r}"
+        )
 
     chosen: Rule
     if words is not None:
@@ -178,6 +187,10 @@ def select_tokens(
         chosen = "span"
         candidates = _span_indices(span, tokens, replay.words)
         params["span"] = [candidates[0], candidates[-1] + 1]
+    elif indices is not None:
+        chosen = "indices"
+        candidates = _numbers(indices, tokens, replay.words)
+        params["indices"] = candidates
     elif rule == "joint":
         chosen = "joint"
         candidates = list(range(len(tokens)))
@@ -197,10 +210,11 @@ def select_tokens(
     params["stop_words"] = sorted(stops) if stops and stop_words is not True else bool(stops)
     by_option = _skipped_by_option(tokens, special, replay.words, skip_first=skip_first, stops=stops)
     skipped = {index: by_option[index] for index in candidates if index in by_option}
-    indices = tuple(index for index in candidates if index not in skipped)
+    taken = tuple(index for index in candidates if index not in skipped)
     ratios = () if llr is None else tuple(float(value) for value in llr)
-    reason = None if indices else _why_empty(chosen, alpha, tokens, special, ratios, skipped)
-    return TokenSelection(indices, tokens, ratios, chosen, params, skipped, reason)
+    reason = None if taken else _why_empty(chosen, alpha, tokens, special, ratios, skipped)
+    names = tuple(np.flatnonzero(special).tolist())
+    return TokenSelection(taken, tokens, ratios, chosen, params, skipped, reason, names)
 
 
 def word_llr(words: Sequence[Word], llr: Sequence[float] | np.ndarray) -> list[float]:
@@ -302,6 +316,17 @@ def _span_indices(span: tuple[int, int], tokens: Sequence[str], words: Sequence[
     return list(range(start, stop))
 
 
+def _numbers(indices: Sequence[int], tokens: Sequence[str], words: Sequence[Word]) -> list[int]:
+    found = sorted({int(index) for index in indices})
+    if not found or found[0] < 0 or found[-1] >= len(tokens):
+        spans = ", ".join(f"{word.text.strip()!r} ({word.start}, {word.stop})" for word in words) or "none"
+        raise SelectionError(
+            f"token numbers are 0 to {len(tokens) - 1} for this answer; got {list(indices)}; the spans of its words: "
+            f"{spans}"
+        )
+    return found
+
+
 def _why_empty(
     rule: Rule,
     alpha: float,
@@ -317,7 +342,7 @@ def _why_empty(
         left_out = "; ".join(f"{tokens[index].strip()!r}: {why}" for index, why in skipped.items())
         return f"every token that qualified is skipped ({left_out})"
     if rule != "llr":
-        return "only special tokens are in the span"
+        return "only special tokens are in the span" if rule == "span" else "only special tokens are asked for"
     values = np.asarray(llr)[ordinary]
     if not np.isfinite(values).any():
         return "the log-likelihood ratios are not finite: replay in float32"

@@ -19,18 +19,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lvlm_probe.anatomy import Anatomy, examine
+from lvlm_probe.conditions import without_autocast
 from lvlm_probe.errors import AttachError, ImageError, MaskError, ProbeError
 from lvlm_probe.format import Capture
+from lvlm_probe.handed import flatten_images
 from lvlm_probe.hooks import Call, HookSet, caution, shadow_of, within
-from lvlm_probe.identity import describe_model
-from lvlm_probe.images.processor import OWN_CALL, named_outputs
+from lvlm_probe.identity import describe_model, undescribed
+from lvlm_probe.images.processor import OWN_CALL
 from lvlm_probe.masking import Masking
 from lvlm_probe.originals import called_model, probed_model
 from lvlm_probe.prompt_pictures import NotRecorded
 from lvlm_probe.recorded_path import image_processor_of, watched_method
 from lvlm_probe.recorder import BoxCache, GenerationRecorder, RecordOptions
 from lvlm_probe.trace import Trace, open_trace, write
-from lvlm_probe.watch import ProcessorWatch, flatten_images
+from lvlm_probe.watch import ProcessorWatch
 from lvlm_probe.wrappers import generating_model, is_compiled
 
 if TYPE_CHECKING:
@@ -46,8 +48,8 @@ def attach(model: torch.nn.Module, processor: object | None = None) -> Probe:
 
     Args:
         model: any model with image input and ``generate``; it is not changed.
-        processor: its processor, or its image processor alone. Without one, masks live in pixel-input space, and no
-            words can be shown, only token ids.
+        processor: its processor, or its image processor alone. Without one, masks live in pixel-input space
+            (``masked(mask, space="pixels")``), and no words can be shown, only token ids.
 
     Raises:
         AttachError: a probe is attached already, or the model cannot be probed; the message says why.
@@ -64,11 +66,12 @@ class Recording:
         faults: what went wrong inside hooks, as sentences; the user's generation was not affected.
     """
 
-    def __init__(self, attachment: _Attachment, directory: Path, options: RecordOptions) -> None:
+    def __init__(self, attachment: _Attachment, directory: Path, options: RecordOptions, probe: Probe) -> None:
         self.directory = directory
         self.paths: list[Path] = []
         self.faults: list[str] = []
         self._attachment = attachment
+        self._probe: Probe | None = probe  # dropping the last reference to it detaches, which is not yet
         self._options = options
         self._warned: set[str] = set()
 
@@ -89,13 +92,13 @@ class Recording:
             if self._attachment.closed:
                 raise AttachError("the probe was detached; attach again to record")
             self._attachment.recording = self
-            self._attachment.forget_description()
         return self
 
     def __exit__(self, *exc: object) -> None:
         with self._attachment.lock:
             if self._attachment.recording is self:
                 self._attachment.recording = None
+        self._probe = None
 
     def run(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record one ``generate()`` call. Whatever goes wrong in here, the user gets what ``generate`` returns.
@@ -105,13 +108,10 @@ class Recording:
         owner = self._attachment
         faults: list[str] = []
 
-        def fault(name: str, error: BaseException) -> None:
+        def fault(name: str, error: BaseException, kept: str = "the trace is marked status='error'") -> None:
             faults.append(f"{name}: {type(error).__name__}: {error}")
-            self._warn(
-                "fault",
-                f"recording went wrong in {name} ({type(error).__name__}: {error}); the generation is not affected, "
-                f"the trace is marked status='error'",
-            )
+            told = f"recording went wrong in {name} ({type(error).__name__}: {error}); the generation is not affected, "
+            self._warn(kept, told + kept)
 
         recorder = GenerationRecorder(
             owner.model, owner.processor, owner.anatomy, owner.watch, self._options, fault, owner.boxes
@@ -146,7 +146,7 @@ class Recording:
             self._warn(str(reason)[:40], str(reason))
         except Exception as error:
             _log.debug("recording failed", exc_info=True)
-            fault("finish", error)
+            fault("finish", error, "but there is no trace of it")
         finally:
             recorder.abort()
             self.faults += faults
@@ -156,8 +156,10 @@ class Recording:
         interrupted: KeyboardInterrupt | None = None
         # Nothing here draws from the global random state, which is all threads' own: passes run in eval mode, noise has
         # generators of ours.
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self._attachment.model):
             capture = recorder.finish(output)
+            for caution_ in recorder.cautions:
+                self._warn(*caution_)
             try:
                 recorder.complete(capture)
             except KeyboardInterrupt as stop:
@@ -165,7 +167,13 @@ class Recording:
                 self._note(capture, "the baseline pass was interrupted; replay gives the log-likelihood ratios")
             except Exception as error:
                 fault("teacher-forced pass", error)
-            capture.model = self._attachment.describe_model()
+            try:
+                capture.model = self._attachment.describe_model()
+            except Exception as error:  # it costs the description, not the answer
+                capture.model, told = undescribed(self._attachment.model, error)
+                self._note(capture, told)
+                self.faults.append(told)
+                self._warn("describe", told)
         if faults:
             for row in capture.rows:
                 row.status, row.error = "error", "; ".join(faults)
@@ -203,7 +211,6 @@ class _Attachment:
         self.masking: Masking | None = None
         self.closed = False
         self.lock = threading.RLock()
-        self._description: dict[str, Any] | None = None
 
     def open(self) -> None:
         self.hooks.shadow(called_model(self.model), "generate", self._generate)
@@ -218,15 +225,9 @@ class _Attachment:
         self.hooks.remove()
         self.watch.clear()
 
-    def forget_description(self) -> None:
-        """A new recording starts: weights may have been trained since the last one."""
-        self._description = None
-
     def describe_model(self) -> dict[str, Any]:
-        """The model's description and fingerprint, once per recording."""
-        if self._description is None:
-            self._description = describe_model(self.model)
-        return self._description
+        """The model's description and fingerprint as it is now: between two calls weights are trained or switched."""
+        return describe_model(self.model)
 
     def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         if within(self):
@@ -250,18 +251,14 @@ class _Attachment:
         return args, masking.of_forward(self.model, kwargs)
 
     def _preprocess(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if not within(self) and not OWN_CALL.get():
-            try:
-                images = args[0] if args else kwargs.get("images")
-                made = named_outputs(image_processor_of(self.processor), result)
-                self.watch.add(images, {k: v for k, v in kwargs.items() if k != "images"}, made)
-            except Exception as error:
-                _log.debug("the processor call could not be kept", exc_info=True)
-                if (recording := self.recording) is not None:
-                    recording.faults.append(f"processor watch: {error}")
-                    recording._warn("watch", f"the processor call could not be watched: {error}")
-        return result
+        if within(self) or OWN_CALL.get():
+            return original(*args, **kwargs)
+        return self.watch.observe(image_processor_of(self.processor), original, args, kwargs, self._unwatched)
+
+    def _unwatched(self, error: Exception) -> None:
+        if (recording := self.recording) is not None:
+            recording.faults.append(f"processor watch: {error}")
+            recording._warn("watch", f"the processor call could not be watched: {error}")
 
 
 class Probe:
@@ -343,7 +340,7 @@ class Probe:
         options = RecordOptions(
             images, llr, attention, boxes, heads, baseline, tuple(points), question, dict(meta or {})
         )
-        return Recording(self._attachment, directory, options)
+        return Recording(self._attachment, directory, options, self)
 
     @contextmanager
     def masked(
@@ -354,23 +351,27 @@ class Probe:
         image: int | None = None,
         baseline: str | Image.Image = "blur",
         mode: Literal["fast", "exact"] = "fast",
+        space: Literal["picture", "pixels"] = "picture",
     ) -> Iterator[None]:
         """Inside the block, ``model(**inputs)`` and ``model.generate(**inputs)`` see the masked picture.
 
         Args:
             mask: ``(row, col)`` for every image of the call, or ``(image, row, col)``; 1 keeps, 0 is the baseline. Any
-            loss
-                on ``model(**inputs)`` is differentiable in it.
+                loss on ``model(**inputs)`` is differentiable in it.
             images: the original pictures, where they cannot be taken from the processor call.
             image: mask this image only.
             baseline: what stands where the mask is 0.
             mode: ``"exact"`` runs the real processor on the real composite.
+            space: ``"picture"`` refuses a call whose original picture is not known; ``"pixels"`` lays the mask on what
+                the processor made of it, without what was cropped away.
 
         Raises:
-            MaskError, ImageError: the mask does not fit, or the call has no picture.
+            MaskError, ImageError: the mask does not fit, the call has no picture, or it is not known which.
         """
         if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
             raise MaskError("a mask is a floating-point tensor with values in [0, 1]")
+        if space not in ("picture", "pixels"):
+            raise MaskError(f"space is 'picture' or 'pixels'; got {space!r}")
         if self._attachment.closed:
             raise AttachError("the probe was detached; attach again")
         before = self._attachment.masking
@@ -383,6 +384,7 @@ class Probe:
             image=image,
             baseline=baseline,
             mode=mode,
+            space=space,
         )
         try:
             yield

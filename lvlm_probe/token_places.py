@@ -27,12 +27,17 @@ from lvlm_probe.errors import ImageError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.images import ImagePath
 from lvlm_probe.places import Places, places_of
+from lvlm_probe.wrappers import computes
 
 if TYPE_CHECKING:
     from lvlm_probe.format import RowCapture
     from lvlm_probe.player import Replay
 
-__all__ = ["box_key", "in_order", "place", "token_places"]
+__all__ = ["BoxCache", "box_key", "in_order", "place", "token_places"]
+
+BoxCache = dict[tuple[Any, ...], Places | str]
+"""Places of image tokens that are known already, or why they have none; finding out runs the processor and the model's
+encoder."""
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[bytes, Places]] = weakref.WeakKeyDictionary()
 
@@ -124,10 +129,11 @@ def place(row: RowCapture, places: Places | str) -> None:
 
 
 def box_key(row: RowCapture) -> tuple[Any, ...]:
-    """All that the boxes of a row depend on: the processor is the probe's, the picture counts by its size alone."""
+    """All that the boxes of a row depend on: the processor with its settings, and the picture by its size alone."""
     sizes = tuple((image.width, image.height) for image in row.images)
     shapes = tuple(sorted((name, tuple(value.shape)) for name, value in row.model_kwargs.items()))
-    settings = json.dumps((row.processor_call or {}).get("kwargs"), sort_keys=True)
+    call = row.processor_call or {}
+    settings = json.dumps([call.get(name) for name in ("class", "structure", "kwargs", "config")], sort_keys=True)
     return sizes, shapes, settings, row.image_index.tobytes()
 
 
@@ -146,7 +152,7 @@ def _attention_modules(replay: Replay) -> list[str]:
     found: list[str] = []
     for path, module in replay.model.named_modules():
         kind = type(module).__name__.lower()
-        if not path or not ("attention" in kind or "attn" in kind) or next(module.parameters(), None) is None:
+        if not path or not ("attention" in kind or "attn" in kind) or not computes(module):
             continue
         if _within(path, (decoder,)) and not _within(path, parts):
             continue

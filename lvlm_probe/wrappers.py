@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,14 +12,18 @@ import torch
 from lvlm_probe.errors import AttachError
 
 __all__ = [
+    "active_adapters",
     "adapters_of_this_call",
     "compiled_parts",
+    "computes",
+    "computing_buffers",
     "computing_parameters",
     "every_module",
     "execution_device",
     "generating_model",
     "is_compiled",
     "is_peft",
+    "plain_value",
     "stored_value",
     "uncompiled",
 ]
@@ -105,16 +109,55 @@ def generating_model(model: Any) -> Any:
     return model
 
 
-def computing_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, torch.Tensor]]:
+Found = Iterator[tuple[str, torch.nn.Module, str, torch.Tensor]]
+
+
+def computing_parameters(model: torch.nn.Module) -> Found:
     """The parameters that the next forward pass computes with: ``(name, module, name in it, parameter)``.
 
     Names are those of the model without adapters, and adapters that are merged, disabled or not active are left out:
     a model with its adapter disabled is the base model, one with the adapter merged is the merged model.
     """
-    yield from _walk(model, "")
+    yield from _walk(model, "", _parameters)
 
 
-def _walk(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Module, str, torch.Tensor]]:
+def computing_buffers(model: torch.nn.Module) -> Found:
+    """The buffers that the next forward pass computes with and a checkpoint stores, as ``computing_parameters``.
+
+    Quantised layers (GPTQ, AWQ) keep their weights in such; buffers that are not stored are recomputed from the
+    configuration.
+    """
+    yield from _walk(model, "", _stored_buffers)
+
+
+def computes(module: torch.nn.Module) -> bool:
+    """Whether a module or one inside it has weights: parameters, or buffers that a checkpoint stores."""
+    inside = every_module(module)
+    return any(value is not None for m in inside for value in (*m._parameters.values(), *_stored_buffers(m).values()))
+
+
+def active_adapters(model: torch.nn.Module) -> list[str]:
+    """Names of the adapters that the next forward pass computes with, merged ones included, sorted."""
+    found: set[str] = set()
+    for module in every_module(model):
+        layer: Any = module
+        if hasattr(module, "disable_adapters") and {"base_layer", "original_module"} & module._modules.keys():
+            found |= set(getattr(layer, "merged_adapters", ()))
+            found |= set() if layer.disable_adapters else set(layer.active_adapters)
+    return sorted(found)
+
+
+def _parameters(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    return dict(module._parameters)
+
+
+def _stored_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    return {n: value for n, value in module._buffers.items() if n not in module._non_persistent_buffers_set}
+
+
+def _walk(
+    module: torch.nn.Module, path: str, held: Callable[[torch.nn.Module], dict[str, torch.Tensor | None]]
+) -> Found:
     children = dict(module._modules)
     adapted = {"base_layer", "original_module"} & set(children)
     layer: Any = module
@@ -123,10 +166,10 @@ def _walk(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Mo
         active = () if layer.disable_adapters or getattr(layer, "merged", False) else tuple(layer.active_adapters)
         copies: Any = children.get("modules_to_save")
         chosen = [copies[name] for name in active if name in copies] if copies is not None else []
-        yield from _walk(chosen[0] if chosen else base, path)
+        yield from _walk(chosen[0] if chosen else base, path, held)
         scaling = getattr(module, "scaling", None)
         for name in active:
-            if isinstance(scaling, dict) and isinstance(scaling.get(name), int | float):
+            if held is _parameters and isinstance(scaling, dict) and isinstance(scaling.get(name), int | float):
                 yield f"{path}scaling.{name}", module, "", torch.tensor(float(scaling[name]))
             for kind in getattr(module, "adapter_layer_names", ()):
                 container: Any = module
@@ -134,17 +177,31 @@ def _walk(module: torch.nn.Module, path: str) -> Iterator[tuple[str, torch.nn.Mo
                     container = getattr(container, step, None)
                 if container is None or container is copies:
                     continue
+                own = held(container).get(name)
                 if name in container._modules:
-                    yield from _walk(container._modules[name], f"{path}{kind}.{name}.")
-                elif name in container._parameters:
-                    yield f"{path}{kind}.{name}", container, name, container._parameters[name]
+                    yield from _walk(container._modules[name], f"{path}{kind}.{name}.", held)
+                elif own is not None:
+                    yield f"{path}{kind}.{name}", container, name, own
         return
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield f"{path}{name}", module, name, parameter
+    for name, value in held(module).items():
+        if value is not None:
+            yield f"{path}{name}", module, name, value
     for name, child in children.items():
         if child is not None:
-            yield from _walk(child, path if name == "_orig_mod" else f"{path}{name}.")
+            yield from _walk(child, path if name == "_orig_mod" else f"{path}{name}.", held)
+
+
+def plain_value(tensor: torch.Tensor) -> torch.Tensor | None:
+    """What a tensor of a class of its own stands for, as an ordinary one: what it dequantises to, or all of a
+    distributed one that lies here; ``None`` where that is not to be had on this process alone."""
+    for way in ("dequantize", "to_local"):
+        try:
+            value = getattr(tensor, way)()
+        except Exception:
+            continue
+        if isinstance(value, torch.Tensor) and value.shape == tensor.shape:
+            return value
+    return None
 
 
 def adapters_of_this_call(model: torch.nn.Module) -> str:

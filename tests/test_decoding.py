@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import tiny_models
 import torch
+from transformers import GenerationConfig
 
-from lvlm_probe.decoding import answer_length, display_pieces, eos_token_ids, special_flags, tokenizer_of
+from lvlm_probe.decoding import Stops, display_pieces, special_flags, stops_of, tokenizer_of
 
 
 def test_pieces_join_to_the_decoded_text(demo):
@@ -53,25 +56,47 @@ def test_special_flags():
     assert special_flags(None, [3, 4], also={4}) == [False, True]
 
 
-def test_eos_ids_from_the_first_that_names_any():
-    class Config:
-        def __init__(self, value):
-            self.eos_token_id = value
+class Model(torch.nn.Module):
+    """The two configurations that generate() looks at."""
 
-    assert eos_token_ids(Config(None), Config(2)) == {2}
-    assert eos_token_ids(Config([2, 3]), Config(4)) == {2, 3}
-    assert eos_token_ids(Config(torch.tensor([7])), Config(4)) == {7}
-    assert eos_token_ids(Config(None)) == frozenset()
+    def __init__(self, eos=None, **settings):
+        super().__init__()
+        self.config = SimpleNamespace(eos_token_id=eos)
+        self.generation_config = GenerationConfig(**settings)
+
+
+def test_what_ends_an_answer_is_read_as_generate_reads_it():
+    assert stops_of(Model(eos=2), {}, 5).eos == {2}
+    assert stops_of(Model(eos=4, eos_token_id=[2, 3]), {}, 5).eos == {2, 3}
+    assert stops_of(Model(eos=4), {"eos_token_id": torch.tensor([7])}, 5).eos == {7}
+    assert stops_of(Model(), {}, 5).eos == frozenset()
+    off = stops_of(Model(eos=2, eos_token_id=2), {"eos_token_id": None}, 5)  # given as None: there is none
+    assert off.eos == frozenset() and off.pad is None
+    assert stops_of(Model(eos_token_id=[9, 2]), {}, 5).pad == 9  # the first of them, as in generate()
+    assert stops_of(Model(), {"max_new_tokens": 4}, 5).limit == 4
+    assert stops_of(Model(), {"max_length": 9}, 5).limit == 4
+    given = GenerationConfig(max_new_tokens=3, stop_strings="x")
+    assert stops_of(Model(), {"generation_config": given}, 5).limit == 3
+    assert stops_of(Model(), {"generation_config": given}, 5).strings == ("x",)
 
 
 def test_where_an_answer_ends():
-    eos = frozenset({2})
-    assert answer_length([5, 6, 2, 0, 0], eos=eos, pad=0, custom_stop=False) == 3
-    assert answer_length([5, 6, 7], eos=eos, pad=0, custom_stop=False) == 3
-    assert answer_length([5, 6, 2, 2], eos=eos, pad=2, custom_stop=False) == 3
-    assert (
-        answer_length([5, 6, 0, 0], eos=eos, pad=0, custom_stop=True) == 2
-    )  # stopped by a string, filled with padding
-    assert answer_length([5, 6, 2, 2], eos=eos, pad=2, custom_stop=True) == 2  # which 2 was said cannot be told
-    assert answer_length([2], eos=eos, pad=0, custom_stop=False) == 1
-    assert answer_length([], eos=eos, pad=0, custom_stop=False) == 0
+    stops = Stops(frozenset({2}), 0)
+    assert stops.answer_length([5, 6, 2, 0, 0]) == 3
+    assert stops.answer_length([5, 6, 7]) == 3
+    assert stops.answer_length([2]) == 1
+    assert stops.answer_length([]) == 0
+    assert Stops(frozenset({2}), 2).answer_length([5, 6, 2, 2]) == 3
+    assert Stops(frozenset({2}), 0, ("x",)).answer_length([5, 6, 0, 0]) == 2  # stopped by a string, then filled
+    assert Stops(frozenset({2}), 2, ("x",)).answer_length([5, 6, 2, 2]) == 2  # which 2 was said cannot be told
+    assert Stops(frozenset(), 0).answer_length([5, 0, 0]) == 3  # without an end no row ends early, so 0 is a word
+
+
+def test_every_stop_is_told_as_it_was():
+    stops = Stops(frozenset({2}), 0, (".",), True, 4, "max_new_tokens", 1.5)
+    assert stops.told([5, 2], "a</s>") is None
+    assert "the stop string '.'" in stops.told([5, 6], "a.")
+    assert "4 tokens (max_new_tokens)" in stops.told([5, 6, 7, 8], "a")
+    told = stops.told([5], "a")
+    assert "max_time=1.5" in told and "stopping criterion" in told and "max_new_tokens" not in told
+    assert "not known" in Stops(frozenset({2}), 0).told([5], "a")

@@ -115,14 +115,14 @@ LEVELS = [
     },
     {"images", "trace", "anatomy", "pictures", "identity", "decoding", "attention"},
     {
-        "player", "forcing", "layout", "points", "watch", "loading", "chunks", "recorded_path", "capture", "rewording",
-        "recorded_inputs", "places", "token_places", "encoder_tokens", "hidden",
+        "player", "forcing", "layout", "points", "watch", "handed", "recognition", "loading", "chunks", "recorded_path",
+        "capture", "rewording", "recorded_inputs", "places", "token_places", "encoder_tokens", "hidden",
     },
     {"selection", "heatmap", "planning"},
     {"explainers", "metrics", "verification", "causal", "_nnsight"},
     {
-        "recorder", "session", "report", "demo", "logprobs", "masking", "prompt_pictures", "row_inputs", "prompting",
-        "importing",
+        "conditions", "recorder", "session", "report", "demo", "logprobs", "masking", "prompt_pictures", "row_inputs",
+        "prompting", "importing",
     },
     {"study"},
     {"cli"},

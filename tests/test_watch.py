@@ -7,7 +7,8 @@ import tiny_models
 import torch
 from PIL import Image
 
-from lvlm_probe.watch import ProcessorWatch, describe_call, flatten_images
+from lvlm_probe.handed import flatten_images
+from lvlm_probe.watch import ProcessorCall, ProcessorWatch, describe_call
 
 
 def test_a_call_is_recognised_by_its_result_only():
@@ -51,6 +52,6 @@ def test_pictures_in_every_shape_they_are_given():
 def test_a_call_is_described_in_json():
     processor = tiny_models.build_processor("llava").image_processor
     kwargs = {"resample": Image.Resampling.BICUBIC, "size": {"height": 3}, "strange": object()}
-    description, lost = describe_call(processor, kwargs, "flat")
+    description, lost = describe_call(processor, ProcessorCall(None, None, kwargs))
     assert description["kwargs"] == {"resample": 3, "size": {"height": 3}} and lost == ["strange"]
     assert description["backend"] == "pil" and description["config"]["do_resize"] is True

@@ -256,7 +256,7 @@ def _select(replay: Replay, *, words: list[str] | None, alpha: float, joint: boo
 
 def label_of(selection: TokenSelection) -> str:
     """What a map's file name calls its words."""
-    return selection.text if selection.rule in ("words", "span") else "answer"
+    return selection.text if selection.rule in ("words", "span", "indices") else "answer"
 
 
 def _same_command(context: typer.Context, trace: Path) -> str:

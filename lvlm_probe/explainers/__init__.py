@@ -40,7 +40,7 @@ for _module in (
 ):  # fmt: skip
     importlib.import_module(f"{__name__}.{_module}")
 
-Tokens = str | tuple[int, int] | Sequence[str] | TokenSelection
+Tokens = str | tuple[int, int] | list[int] | Sequence[str] | TokenSelection
 
 
 @outside_inference_mode
@@ -66,7 +66,8 @@ def explain(
             what they need (``needs_of(method)``).
         method: name of a registered explainer.
         tokens: what to explain: ``None`` for the tokens the picture is responsible for (paper, Eq. 6, alpha = 1), a
-            word or phrase of the answer, several of them, a token span ``(start, stop)``, or a selection.
+            word or phrase of the answer, several of them, a token span as a tuple ``(start, stop)``, token numbers as a
+            list ``[0, 3]``, or a selection.
         image: number of the picture, when the prompt has several.
         seed: of everything random in the explanation; the global random state is not touched.
         strengthen: blur the replay's baseline harder while the selected tokens keep 5 % of probability on it (paper,
@@ -212,11 +213,16 @@ def selected(replay: Replay, tokens: Tokens | None) -> TokenSelection:
     if isinstance(tokens, str):
         return select_tokens(replay, words=tokens)
     items: list[Any] = list(tokens) if isinstance(tokens, Sequence) else []
-    if len(items) == 2 and all(isinstance(item, int) for item in items):
-        return select_tokens(replay, span=(items[0], items[1]))
+    if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        # A tuple of two is a span, as in select_tokens; a list is a list of token numbers, however long.
+        if isinstance(tokens, tuple) and len(items) == 2:
+            return select_tokens(replay, span=(items[0], items[1]))
+        return select_tokens(replay, indices=items)
     if items and all(isinstance(item, str) for item in items):
         return select_tokens(replay, words=items)
-    raise ExplainError(f"tokens is a word, several words, a span (start, stop) or a selection; got {tokens!r}")
+    raise ExplainError(
+        f"tokens is a word, several words, a span (start, stop), a list of token numbers or a selection; got {tokens!r}"
+    )
 
 
 def resolve(method: str) -> Callable[..., Outcome]:

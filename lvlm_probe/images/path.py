@@ -69,6 +69,8 @@ class ImagePath:
         structure: Literal["flat", "nested"] = "flat",
         baseline: Sequence[Image.Image] | None = None,
         reference: Mapping[str, Tensor] | None = None,
+        because: str = "",
+        notes: Sequence[str] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> ImagePath:
@@ -82,12 +84,16 @@ class ImagePath:
             call_kwargs: what the user's own call passed to the image processor.
             structure: ``"nested"`` calls it with ``[[image, ...]]``, as families with several prompts a batch want.
             baseline: one image per image, of the same size; default: blurred (:func:`make_baseline`).
-            reference: the inputs that the user's own run fed to the model. Another shape is an error, another value a
-                note in the report and a warning.
+            reference: the inputs that the user's own run fed to the model. Another shape is an error, and so are
+                values that another implementation of the processor would not give; a smaller difference is a note in
+                the report and a warning.
+            because: what is known to differ from that run, for the note.
+            notes: further sentences for the report.
             device, dtype: where the model's inputs live; floating tensors are cast at the very end.
 
         Raises:
-            ImageError: no image, not PIL images, a baseline of another size, or ``reference`` of another shape.
+            ImageError: no image, not PIL images, a baseline of another size, or ``reference`` is not what the processor
+                makes of these images.
             ProcessorRefused: two runs on images of one size give differently shaped outputs.
         """
         processor = BlackBox(image_processor, dict(call_kwargs or {}), structure)
@@ -99,10 +105,10 @@ class ImagePath:
                     f"{processor.name}: masks are laid over PIL images; got {type(image).__name__}. Use "
                     "PIL.Image.open or PIL.Image.fromarray."
                 )
-        rgb, inputs, notes = as_rgb(processor, images)
-        path_notes = list(notes)
+        rgb, inputs, converted = as_rgb(processor, images)
+        path_notes = [*notes, *converted]
         if reference is not None:
-            path_notes += compare_reference(inputs, reference, processor.name)
+            path_notes += compare_reference(processor, rgb, inputs, reference, processor.name, because=because)
         baselines = tuple(
             [make_baseline(image) for image in rgb]
             if baseline is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -14,11 +15,27 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from lvlm_probe.errors import ImageError, ProcessorRefused
 from lvlm_probe.geometry import Geometry, trace_geometry
 
-__all__ = ["OWN_CALL", "BlackBox", "as_rgb", "compare_reference", "named_outputs", "one_prompt_more", "whole_numbers"]
+__all__ = [
+    "NOT_KEPT",
+    "OWN_CALL",
+    "BlackBox",
+    "as_rgb",
+    "compare_reference",
+    "named_outputs",
+    "one_prompt_more",
+    "processor_settings",
+    "resampling_bounds",
+    "whole_numbers",
+    "with_settings",
+]
+
+NOT_KEPT = ("images", "return_tensors", "device")
+"""Arguments of a processor call that are of the moment: what it was given, and where its outputs were wanted."""
 
 OWN_CALL: ContextVar[bool] = ContextVar("lvlm_probe_own_call", default=False)
 """True while this package itself runs the user's image processor, so that a watcher on it can look away."""
@@ -39,7 +56,7 @@ class BlackBox:
         self.name: str = getattr(call, "processor_name", None) or type(call).__name__
         if structure not in ("flat", "nested"):
             raise ImageError(f"structure must be 'flat' or 'nested'; got {structure!r}.")
-        self._kwargs = {key: value for key, value in call_kwargs.items() if key not in ("images", "return_tensors")}
+        self._kwargs = {key: value for key, value in call_kwargs.items() if key not in NOT_KEPT}
         self._nested = structure == "nested"
 
     def __call__(self, images: Sequence[Image.Image], *, prompts: int = 1) -> dict[str, Tensor]:
@@ -170,23 +187,181 @@ def _over_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
 
 
-def compare_reference(inputs: Mapping[str, Tensor], reference: Mapping[str, Tensor], name: str) -> list[str]:
+def compare_reference(
+    run: Callable[[list[Image.Image]], Mapping[str, Tensor]],
+    images: Sequence[Image.Image],
+    inputs: Mapping[str, Tensor],
+    reference: Mapping[str, Any],
+    name: str,
+    *,
+    because: str = "",
+) -> list[str]:
+    """Hold what a processor makes of some images against what the model was run on.
+
+    Args:
+        run: the processor, from images to named outputs.
+        images: the images.
+        inputs: its outputs for them.
+        reference: what the model was fed.
+        name: of the processor.
+        because: what is known to differ from that run, for the notes.
+
+    Returns:
+        notes on differences that another backend's resampling or the rounding of a dtype explains.
+
+    Raises:
+        ImageError: none of its pixel outputs is what the model was fed, or one differs by more than that.
+    """
+    fed = {key: value.detach().cpu() for key, value in reference.items() if isinstance(value, Tensor)}
+    if not any(value.is_floating_point() and key in fed for key, value in inputs.items()):
+        made = ", ".join(sorted(key for key, value in inputs.items() if value.is_floating_point())) or "no pixels"
+        raise ImageError(
+            f"{name} returns {made}, and the model was fed {', '.join(sorted(fed))}: a mask would reach nothing of it. "
+            "Give the whole processor that made the inputs."
+        )
     notes = []
+    bounds: Mapping[str, Tensor] | None = None
     for key, value in inputs.items():
-        if key not in reference:
+        if key not in fed:
             continue
-        fed = torch.as_tensor(reference[key]).detach().cpu()
-        if one_prompt_more(value, fed):
-            fed = fed[0]
-        if fed.shape != value.shape:
+        given = fed[key]
+        if one_prompt_more(value, given):
+            given = given[0]
+        if given.shape != value.shape:
             raise ImageError(
                 f"{name}: for these images {key!r} has shape {tuple(value.shape)}, but the model was run on "
-                f"{tuple(fed.shape)}. These are not the images (or not the processor settings) of that run."
+                f"{tuple(given.shape)}. These are not the images (or not the processor settings) of that run."
             )
-        made = value.to(fed.dtype)
-        if not torch.equal(made, fed):
-            apart = float((made.double() - fed.double()).abs().max())
-            notes.append(
-                f"{key!r} differs by up to {apart:.3g} from what the model was run on (another backend or version?)"
+        if torch.equal(value.to(given.dtype), given):
+            continue
+        apart = (value.double() - given.double()).abs()
+        bounds = resampling_bounds(run, images, inputs) if bounds is None else bounds
+        within = bounds[key].double() if key in bounds else torch.zeros(())
+        if value.is_floating_point():
+            within = within + torch.finfo(given.dtype).eps * value.double().abs()
+        if not bool((apart <= within).all()):
+            raise ImageError(
+                f"{name}: {key!r} of these images differs by up to {float(apart.max()):.3g} from what the model was "
+                f"run on, more than another backend would. These are not the images (or not the processor settings) "
+                f"of that run."
             )
+        notes.append(f"{key!r} differs by up to {float(apart.max()):.3g} from what the model was run on{because}")
     return notes
+
+
+_LEVELS = 2  # grey levels: 8-bit rounding in both passes of a resize
+_SHARE = 0.25
+_REACH = 2.0  # pixels of the output to each side, where kernels have nearly all their weight
+
+
+def resampling_bounds(
+    run: Callable[[list[Image.Image]], Mapping[str, Tensor]],
+    images: Sequence[Image.Image],
+    inputs: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """How far two implementations of one image processor may be apart at each element of its outputs.
+
+    Two resize kernels that each sum to 1 differ, at one element, by at most half the L1 distance of the kernels times
+    the range of the pixels they reach: bicubic and Lanczos are some 0.2 apart in two dimensions, and a quarter is
+    allowed. The range is had without knowing the layout of the outputs: the processor is run on the local maximum and
+    on the local minimum of the images. To that come 2 grey levels for rounding, whose size is read off two grey images.
+    Where the image is even nothing else is allowed, however small the part that differs.
+    """
+    reaches = [_reach(image, inputs, len(images)) for image in images]
+    pairs = list(zip(images, reaches, strict=True))
+    high, low = (run([_extreme(image, sign, reach) for image, reach in pairs]) for sign in (1, -1))
+    light, dark = (run([Image.new("RGB", image.size, (grey,) * 3) for image in images]) for grey in (132, 124))
+    bounds = {}
+    for key, value in inputs.items():
+        ends = [made.get(key) for made in (high, low, light, dark)]
+        if value.is_floating_point() and all(end is not None and end.shape == value.shape for end in ends):
+            above, below, one, other = (end.float() for end in ends if end is not None)
+            # Margins that are filled up, where neither shows, are rounded too.
+            level = (one - other).abs().max() / 8
+            bounds[key] = _SHARE * (above - below).abs() + _LEVELS * level
+    return bounds
+
+
+def _reach(image: Image.Image, inputs: Mapping[str, Tensor], images: int) -> int:
+    """``_REACH`` output pixels in pixels of the image, at the coarsest view of it that the outputs hold."""
+    views = [
+        (value[0] if value.ndim == 4 else value[0, 0]).numel() if value.ndim >= 4 else value.numel() / images
+        for value in inputs.values()
+        if value.is_floating_point() and value.numel()
+    ]
+    scale = math.sqrt(image.width * image.height * 3 / min(views)) if views else 1.0
+    return max(1, math.ceil(_REACH * min(scale, 64.0)))
+
+
+def _extreme(image: Image.Image, sign: int, reach: int) -> Image.Image:
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() * sign
+    width = 2 * reach + 1
+    tall = F.max_pool2d(pixels, (width, 1), 1, (reach, 0))
+    found = F.max_pool2d(tall, (1, width), 1, (0, reach)) * sign
+    return Image.fromarray(found[0].permute(1, 2, 0).byte().numpy())
+
+
+def processor_settings(image_processor: Any) -> dict[str, Any]:
+    """The settings of an image processor as JSON."""
+    to_dict = getattr(image_processor, "to_dict", None)
+    # What can be called is no setting, but a watcher that hangs on the instance.
+    found = {name: value for name, value in to_dict().items() if not callable(value)} if callable(to_dict) else {}
+    made: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return made
+
+
+# What names a class or a file and changes no pixel; and a watcher, which older traces took for a setting.
+_NAMES = (
+    "preprocess",
+    "image_processor_type",
+    "processor_class",
+    "feature_extractor_type",
+    "auto_map",
+    "name_or_path",
+    "device",
+)
+_set_back: MutableMapping[object, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def with_settings(image_processor: Any, recorded: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """An image processor with the settings it had at a call.
+
+    Args:
+        image_processor: as it is now; it is not changed.
+        recorded: what ``processor_settings`` said then; ``None`` or empty where that is not known.
+
+    Returns:
+        the same image processor where nothing differs, else a new one of its class; and what differs, by name, as it
+        was recorded.
+
+    Raises:
+        ImageError: it cannot be had with those settings; the message names them.
+    """
+    now, then = processor_settings(image_processor), dict(recorded or {})
+    if then.get("image_processor_type") != now.get("image_processor_type"):
+        # Another class (of another backend) has settings of its own beside those that both have.
+        then = {**now, **{name: value for name, value in then.items() if name in now}}
+    then = {name: value for name, value in then.items() if name not in _NAMES}
+    if not (changed := _changed(now, then)):
+        return image_processor, {}
+    key = json.dumps(then, sort_keys=True)
+    try:
+        made = _set_back.get(image_processor, {}).get(key)
+        if made is None:
+            made = type(image_processor).from_dict(json.loads(key))
+            _set_back[image_processor] = {key: made}
+    except Exception as error:
+        told = ", ".join(f"{name}={value!r}" for name, value in sorted(changed.items()))
+        raise ImageError(
+            f"the processor's settings were {told} at that call and are others now, and "
+            f"{type(image_processor).__name__} cannot be made with them; set them back on the image processor"
+        ) from error
+    if left := _changed(processor_settings(made), then):
+        raise ImageError(f"{type(image_processor).__name__} does not take the recorded settings: {', '.join(left)}")
+    # A newer class may only spell out what was the default.
+    return (made, changed) if _changed(now, processor_settings(made)) else (image_processor, {})
+
+
+def _changed(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    names = (now.keys() | then.keys()) - set(_NAMES)
+    return {name: then.get(name) for name in names if now.get(name) != then.get(name)}

@@ -45,9 +45,8 @@ class ForcedRecorder(GenerationRecorder):
     def _arm_tap(self, ids: torch.Tensor, copies: int) -> None:
         """Nothing decodes, so there is nothing to read yet; ``complete`` reads the rows of its one pass."""
 
-    def _row(self, *args: Any, **kwargs: Any) -> RowCapture:
-        self._custom_stop = True  # the length was decided elsewhere: no sentence about max_new_tokens
-        return super()._row(*args, **kwargs)
+    def _ending(self, token_ids: torch.Tensor, text: str) -> str | None:
+        return None  # it was decided elsewhere
 
     @property
     def beginning(self) -> torch.Tensor:
@@ -57,7 +56,7 @@ class ForcedRecorder(GenerationRecorder):
     @property
     def eos(self) -> frozenset[int]:
         """The ids that end an answer."""
-        return self._eos
+        return self._stops.eos
 
     def player(self, row: RowCapture) -> Replay:
         """The row on the live model."""

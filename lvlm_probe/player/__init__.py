@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lvlm_probe.errors import ModelMismatch
-from lvlm_probe.identity import fingerprint
+from lvlm_probe.identity import same_fingerprint
 from lvlm_probe.player.replaying import Replay
 from lvlm_probe.player.views import PassCounter
 from lvlm_probe.recorded_inputs import check_inputs, refused_in_words
@@ -48,10 +48,10 @@ def replay(
         ProcessorRefused: masks cannot be carried through this processor.
         ReplayError: the trace holds inputs that the model cannot be run on.
     """
-    recorded = str(trace.model.get("fingerprint", ""))
+    recorded = str(trace.model.get("fingerprint") or "")
     if strict and recorded:
-        present = fingerprint(model)
-        if present != recorded:
+        same, present = same_fingerprint(model, recorded)
+        if not same:
             raise ModelMismatch(
                 f"{trace.path.name} was recorded with {trace.model.get('class')} "
                 f"{trace.model.get('model_id') or '(no name)'} (fingerprint {recorded[:12]}…), but this "

@@ -165,7 +165,7 @@ def _map(
         "tokens": [int(index) for index in selection.indices],
         "whole": heat is first
         or (selection.rule == first.selection.rule and selection.indices == first.selection.indices),
-        "asked": selection.rule in ("words", "span") or selection.indices != first.selection.indices,
+        "asked": selection.rule in ("words", "span", "indices") or selection.indices != first.selection.indices,
         "values": None if empty else encode_values(np.asarray(heat.values)),
         "reason": str(heat.reason or "") if empty else "",
         "baseline": _baseline(heat, score, trace, baselines),

@@ -1,0 +1,123 @@
+"""The pictures of a processor call as they were when it was made.
+
+A picture is the user's object: it may be drawn on, shrunk in place, turned to the next page of its file, closed, or
+share its memory with a camera's buffer. What is handed over is copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+__all__ = ["Handed", "flatten_images", "hand_over", "look_of", "picture_bytes", "same_picture"]
+
+_ORIENTATION = 0x0112  # EXIF
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What a processor was given as pictures, as it was at that moment.
+
+    Attributes:
+        images: copies, in order, flattened; ``None`` where one cannot be brought back to a picture.
+        groups: number of pictures per prompt when they were nested (``[[a, b], [c]]``), else ``None``.
+        why: what could not be brought back to a picture.
+    """
+
+    images: list[Image.Image] | None
+    groups: tuple[int, ...] | None
+    why: str = ""
+
+
+def hand_over(images: Any) -> Handed:
+    """The pictures of a call as they are now: copies that nothing the user does afterwards can reach."""
+    pictures, groups, why = _flattened(images)
+    return Handed(None if pictures is None else [_kept_copy(picture) for picture in pictures], groups, why)
+
+
+def flatten_images(images: Any) -> tuple[list[Image.Image] | None, tuple[int, ...] | None]:
+    """Pictures in order, and their number per prompt when nested; pictures are ``None`` if one cannot be recovered."""
+    pictures, groups, _ = _flattened(images)
+    return pictures, groups
+
+
+def _flattened(images: Any) -> tuple[list[Image.Image] | None, tuple[int, ...] | None, str]:
+    groups: tuple[int, ...] | None = None
+    if not isinstance(images, list | tuple):
+        flat: list[Any] = _unstacked(images)
+    elif images and all(isinstance(item, list | tuple) for item in images):
+        groups = tuple(len(item) for item in images)
+        flat = [picture for item in images for picture in item]
+    else:
+        flat = list(images)
+    pictures = [_picture(item) for item in flat]
+    lost = [item for item, picture in zip(flat, pictures, strict=True) if picture is None]
+    if lost:
+        return None, groups, _told(lost[0])
+    return [picture for picture in pictures if picture is not None], groups, ""
+
+
+def _unstacked(images: Any) -> list[Any]:
+    """A batch of pictures in one array as its pictures."""
+    return list(images) if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4 else [images]
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return f"an array of {str(value.dtype).removeprefix('torch.')} and shape {tuple(value.shape)}"
+    return f"an object of type {type(value).__name__}"
+
+
+def _picture(value: Any) -> Image.Image | None:
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().numpy() if value.dtype == torch.uint8 else None
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
+        if value.ndim == 3 and value.shape[0] in (3, 4) and value.shape[2] not in (3, 4):
+            value = value.transpose(1, 2, 0)
+        if value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (3, 4)):
+            return Image.fromarray(np.ascontiguousarray(value))
+    return None
+
+
+def _kept_copy(image: Image.Image) -> Image.Image:
+    """A copy of its own pixels, which still knows its file and which way up it is."""
+    turned = _turned(image)
+    made = image.copy()
+    made.format = image.format
+    made.filename = getattr(image, "filename", "")  # type: ignore[attr-defined]
+    if _turned(made) != turned:
+        made.getexif()[_ORIENTATION] = turned
+    return made
+
+
+def same_picture(one: Image.Image, other: Image.Image) -> bool:
+    """Whether two pictures are equal in pixels, palette, transparency and which way up they are."""
+    if _turned(one) != _turned(other) or one.info.get("transparency") != other.info.get("transparency"):
+        return False
+    return one.getpalette() == other.getpalette() and one.tobytes() == other.tobytes()
+
+
+def _turned(image: Image.Image) -> int:
+    """Which way up it is; what cannot be read as EXIF turns nothing."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
+def picture_bytes(image: Image.Image) -> int:
+    """Memory that a decoded picture takes."""
+    deep = {"1": 1, "L": 1, "P": 1, "LA": 4, "I;16": 2}
+    return image.width * image.height * deep.get(image.mode, 4)
+
+
+def look_of(image: Image.Image) -> tuple[Any, ...]:
+    """What equal pictures have in common and few others do; cheap to have."""
+    middle = image.height // 2
+    return image.mode, image.size, image.crop((0, middle, image.width, middle + 1)).tobytes()
