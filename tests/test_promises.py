@@ -17,7 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import publish
-from campaigns import CAMPAIGNS, faults, forked, hostile, kills, run, texts
+from campaigns import CAMPAIGNS, faults, forked, hostile, kills, run, texts, threads
 from campaigns.tally import Campaign, Tally, total
 
 ROOT = Path(__file__).parents[1]
@@ -142,6 +142,16 @@ def test_kills_at_system_calls_and_what_they_leave(tmp_path: Path) -> None:
     )
 
 
+def test_callers_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "MODELS", ("qwen2_vl",))
+    monkeypatch.setattr(threads, "METHODS", {name: threads.METHODS[name] for name in ("tmm", "input_gradient")})
+    monkeypatch.setattr(threads, "KINDS", ("beside", "recorded", "masked"))
+    monkeypatch.setattr(threads, "ROUND", 16)
+    tally = threads.in_turn(0, 3 * 16, 0)
+    assert tally.tried == 3 * 16 and tally.counts["traces"] > 3
+    assert not tally.broken, tally.examples
+
+
 def test_hostile_files_and_texts_in_forks() -> None:
     for campaign, count in ((hostile.damaged, 12), (CAMPAIGNS["rows"].run, 12), (CAMPAIGNS["yaml"].run, 12)):
         tally = campaign(0, count, 3)
@@ -156,7 +166,7 @@ def test_crashes_hangs_and_foreign_exceptions_are_counted(tmp_path: Path) -> Non
 
     def trial(number: int, folder: Path) -> tuple[str, Any]:
         kinds = {
-            1: lambda: os.kill(os.getpid(), signal.SIGSEGV),
+            1: lambda: os.kill(os.getpid(), signal.SIGKILL),
             2: lambda: {}["no such key"],
             3: lambda: (secret / "key").read_text() + "read",
             4: lambda: os.kill(os.getpid(), signal.SIGPROF),

@@ -222,11 +222,13 @@ def inspect(folder: Path, tally: Tally) -> None:
         tally.breaks("damaged index", str(error))
     parts = {path for path in folder.rglob("*") if ".part" in path.name}
     tally.counts["unfinished .part files"] += len(parts)
-    known = {Path(path) for path in store.orphans(min_age=0)}
+    folders = [folder, *(path for path in folder.rglob("*") if path.is_dir())]
+    known = {Path(path) for at in folders for path in open_store(at).orphans(min_age=0)}
     for path in sorted(parts - known):
         tally.counts[f"unknown to orphans(): in {path.parent.name or '.'}/"] += 1
         tally.breaks("a .part file that orphans() does not know", f"{path.relative_to(folder)}")
-    store.clean(min_age=0)
+    for at in folders:
+        open_store(at).clean(min_age=0)
     for path in sorted(path for path in known if path.exists()):
         tally.breaks("a .part file that clean() leaves", path.name)
 

@@ -175,6 +175,14 @@ def everything(on: Stage, number: int, folder: Path) -> None:
     Path(trace.path).unlink()
 
 
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """The memory of a tensor, which others may share; ``None`` where it has none of its own."""
+    try:
+        return tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
 def holdings(on: Stage) -> dict[str, float]:
     """What a process holds."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -184,7 +192,7 @@ def holdings(on: Stage) -> dict[str, float]:
     pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
     return {
         "live tensors": len(tensors),
-        "bytes of live tensors": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "bytes of live tensors": sum({s.data_ptr(): s.nbytes() for s in map(_storage, tensors) if s}.values()),
         "hooks": state_of(on.model)["hooks"],
         "registered attention functions": len(ALL_ATTENTION_FUNCTIONS.valid_keys()),
         "open files": len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0,
@@ -196,7 +204,7 @@ def holdings(on: Stage) -> dict[str, float]:
 def soak(first: int, count: int, seed: int) -> Tally:
     """Take ``count`` answers through every verb."""
     tally = Tally()
-    on = stage("demo")
+    on = stage("qwen2_vl")
     folder = scratch("soak")
     before = state_of(on.model, on.processor)
     measured: list[tuple[int, dict[str, float]]] = []

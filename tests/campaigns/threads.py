@@ -191,7 +191,7 @@ def one_round(on: Stage, kind: str, calls: list[Any], tally: Tally, label: str, 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-CHUNK = 800
+CHUNK = 1_300
 
 
 def threads(first: int, count: int, seed: int) -> Tally:
