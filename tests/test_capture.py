@@ -37,8 +37,10 @@ def score(log_probs):
 def visited(
     replay, parts=("decoder", "encoder"), arithmetic=contextlib.nullcontext
 ) -> dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]]:
-    """(module, start) → A and dA, as ``visit`` sees them, in the order of the visits; ``arithmetic`` is entered in each,
-    since autograd leaves modes of torch behind where it calls back."""
+    """(module, start) → A and dA, as ``visit`` sees them, in the order of the visits.
+
+    ``arithmetic`` is entered in each: autograd leaves modes of torch behind where it calls back.
+    """
     seen: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def visit(layer):
@@ -53,7 +55,7 @@ def visited(
 
 
 def agree(seen, truth) -> None:
-    """Same layers, same weights, same gradients, both of float64: what is left is no rounding that a processor chose."""
+    """Same layers, same weights, same gradients, both of float64: a processor's own rounding is far below ``EXACT``."""
     wanted = {(call.module, call.start): call for call in truth.calls if call.gradient is not None}
     assert seen.keys() == wanted.keys()
     for key, (weights, gradient) in seen.items():
