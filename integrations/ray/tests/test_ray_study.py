@@ -196,7 +196,6 @@ def test_a_model_that_no_worker_can_load(cluster: Any, tmp_path: Path) -> None:
         engine_named("ray")(study)
 
 
-# Last: the machine is gone from the cluster afterwards.
 def test_a_machine_that_goes_away(cluster: Any, tmp_path: Path) -> None:
     """It is gone for good with a unit in work, and no room is left for its worker: the other one does everything."""
     (victim,) = cluster.worker_nodes
@@ -219,6 +218,7 @@ def test_a_machine_that_goes_away(cluster: Any, tmp_path: Path) -> None:
     with pytest.warns(ProbeWarning, match="was lost"):
         counts = engine_named("ray")(study)
     thread.join()
+    cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)  # for the tests after this one
     assert counts == {"answers": 4, "maps": 4}
     results = collect(study)
     assert [record["sample"] for record in results.maps] == [str(number) for number in range(4)]
