@@ -1,4 +1,5 @@
 # Two commands:  make demo   and   make test.   Both make the environment they need, in .venv.
+# For every commit: make quick.   For a release: make campaign.
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -9,7 +10,7 @@ BIN := .venv/bin
 INSTALL := -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families lint figures tournament study clean
+.PHONY: help demo test quick campaign families lint figures tournament study clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,13 +22,19 @@ test:  ## lint, types, all tests in both environments, examples
 	@$(MAKE) --no-print-directory -j2 .venv/.installed-dev .venv-tv/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/checks
 
+quick: .venv/.installed-dev  ## lint, types, one core idea of every module (a minute); for every commit
+	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/checks lint types quick
+
+campaign: .venv/.installed-dev .venv-tv/.installed  ## what is too long for `make test`: kills, forgeries, threads, all families (hours)
+	$(BIN)/python -m pytest -q -m campaign -n $(JOBS) --dist loadfile tests --ignore=tests/tv --ignore=tests/families
+	.venv-tv/bin/python -m pytest -q -n $(JOBS) tests/families tests/tv
+	$(BIN)/python tests/campaigns/run.py
+
 families: .venv-tv/.installed  ## all model families; writes lvlm_probe/families.json and docs/families.md
 	.venv-tv/bin/python tests/families/sweep.py --write
 
 lint: .venv/.installed-dev  ## ruff and mypy alone
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/checks lint types
 
 figures: .venv/.installed-dev  ## the README's figures, from the scripts that make them (takes a while)
 	@for script in $(filter-out %/bench_gpu.py,$(wildcard tests/benchmarks/bench_*.py)) tests/benchmarks/crash_trace.py; do \

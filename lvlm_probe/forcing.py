@@ -257,7 +257,15 @@ class TeacherForcing:
             whole = some.new_zeros(*states.shape[:2], *some.shape[2:])
             return whole.index_copy(1, rows, some)
 
+        def of_one_prompt(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            # HunYuanVL counts pictures over all rows of a batch, and places them by that; here every row is one prompt.
+            positions, *rest = original(*args, **kwargs)
+            return positions[..., :1, :].expand_as(positions), *rest
+
         with HookSet() as hooks:
+            for part in model.modules():
+                if hasattr(part, "get_rope_index"):
+                    hooks.shadow(part, "get_rope_index", of_one_prompt)
             if head is not None and not (self._keeps_logits and len(steps) == span):
                 hooks.forward_pre(head, trim, name="wanted positions", fenced=False)
             if shortcut is not None and shortcut.narrow:

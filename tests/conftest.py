@@ -1,9 +1,14 @@
-"""Fixtures shared by the tests: one thread per process, the demo model, tiny random models, a picture."""
+"""Fixtures shared by the tests, the order of the files, and what `make quick` holds the package to."""
 
 from __future__ import annotations
 
-import contextlib
+import ast
+import importlib.util
 import os
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,12 +18,71 @@ import pytest
 import torch
 from PIL import Image
 
-with contextlib.suppress(ImportError):  # the environment with torchvision goes without
+PACKAGE = Path(__file__).parents[1] / "lvlm_probe"
+LONGEST = (
+    "test_attached", "test_images", "test_cli", "test_study_document", "test_deletion_insertion", "test_study_pages",
+    "test_hard_scenes", "test_shortcuts_explainers", "test_study_run", "test_session", "test_plugins", "test_nnsight",
+)  # fmt: skip
+"""Files that take ten seconds and more, which are begun first, so that no process is left with one at the end."""
+
+if importlib.util.find_spec("hypothesis") is not None:  # the second environment is without
     from hypothesis import HealthCheck, settings
 
-    # How long an example takes is the machine's affair: nothing may fail on a busy one.
-    settings.register_profile("anywhere", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    settings.load_profile("anywhere")
+    # The same examples on every machine; and how long one takes is the machine's affair.
+    settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("tests")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-module", action="store_true", help="fail when a module of the package has not run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--every-module"):
+        config.pluginmanager.register(EveryModule())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+class EveryModule:
+    """Fails a run in which no function of some module of the package has been called by a test."""
+
+    def __init__(self) -> None:
+        self._run: set[str] = set()
+        self._known: set[Any] = set()
+
+    def _called(self, frame: FrameType, _event: str, _argument: Any) -> None:
+        code = frame.f_code
+        if code not in self._known:
+            self._known.add(code)
+            if code.co_name != "<module>":
+                self._run.add(code.co_filename)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Any:
+        before = sys.gettrace()
+        sys.settrace(self._called)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(before)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        self.missing = [
+            path.relative_to(PACKAGE).as_posix()
+            for path in sorted(PACKAGE.rglob("*.py"))
+            if str(path) not in self._run
+            and any(isinstance(node, ast.FunctionDef) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        ]
+        if self.missing and exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if self.missing:
+            terminalreporter.write_line(f"no quick test of {', '.join(self.missing)}: mark one of its tests `quick`")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -44,7 +44,7 @@ def normalised_areas(found: Curves, span: float) -> np.ndarray:
     return np.array([area(found.fractions, curve) for curve in (found.deletion, found.insertion)]) / span
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(
     st.lists(st.floats(0, 1), min_size=256, max_size=256),
     st.integers(1, 12),

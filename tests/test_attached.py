@@ -54,12 +54,17 @@ def recorded(name: str, model: Any, processor: Any, directory: Path, **record: A
 
 
 def slope(replay: Any, *, step: float = 1e-2) -> tuple[float, float]:
-    """The derivative of log P(answer) along a random direction of the mask, and its finite difference."""
+    """The derivative of log P(answer) along a direction of the mask, and its finite difference.
+
+    The direction is a random one that the gradient has a part in: where the function is level, a difference of float32
+    numbers says nothing.
+    """
     generator = torch.Generator().manual_seed(1)
     mask = 0.3 + 0.5 * torch.rand(1, 6, 6, generator=generator)
     way = torch.randn(1, 6, 6, generator=generator)
     leaf = mask.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(replay.log_probs(leaf).sum(), leaf)
+    way = way + way.norm() * gradient / gradient.norm()
     with torch.no_grad():
         high, low = replay.log_probs(torch.cat([mask + step * way, mask - step * way])).double().sum(1).tolist()
     return float((gradient * way).sum()), (high - low) / (2 * step)

@@ -133,7 +133,7 @@ def test_help_shows_an_example(command: str) -> None:
 def test_help_lists_every_command_and_imports_no_torch() -> None:
     code = "import sys; sys.argv = ['lvlm-probe', '--help']\nfrom lvlm_probe.cli import main\ntry: main()\nfinally: "
     code += "print('HEAVY', sorted({'torch', 'transformers', 'h5py', 'matplotlib', 'numpy'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert all(f" {command} " in result.stdout for command in COMMANDS)
     assert result.stdout.rstrip().endswith("HEAVY []")
@@ -639,7 +639,6 @@ def test_ctrl_c_keeps_finished_maps_and_says_how_to_go_on(scene: Any, picture: P
         [sys.executable, "-c", INTERRUPTED, "explain", "--model", "demo", *map(str, options)],
         capture_output=True,
         text=True,
-        timeout=240,
     )
     err = process.stderr
     assert process.returncode == 130, err

@@ -54,7 +54,7 @@ def shown(browser: Any) -> list[str]:
 def wait_for(browser: Any, condition: str) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(browser, 20).until(lambda _: browser.execute_script(f"return {condition}"))
+    WebDriverWait(browser, 300).until(lambda _: browser.execute_script(f"return {condition}"))
 
 
 def test_rows_come_as_they_are_scrolled_to(page: Path, answers: list[Reading], show: Any) -> None:  # noqa: F811

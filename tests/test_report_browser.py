@@ -52,7 +52,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options, service=Service(DRIVER))
-    browser.set_page_load_timeout(60)
+    browser.set_page_load_timeout(300)
     yield browser
     browser.quit()
 
@@ -84,7 +84,7 @@ def requests(driver: Any) -> list[str]:
 
 def settle(driver: Any) -> None:
     """Waits until the page has drawn what it was last told to draw."""
-    driver.set_script_timeout(30)
+    driver.set_script_timeout(300)
     driver.execute_async_script(
         """
         const done = arguments[0];

@@ -54,7 +54,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def wait_for(browser: Any, condition: str) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(browser, 30).until(lambda _: browser.execute_script(f"return {condition}"))
+    WebDriverWait(browser, 300).until(lambda _: browser.execute_script(f"return {condition}"))
 
 
 def drawn(browser: Any) -> None:

@@ -46,8 +46,7 @@ class Member:
         templated: there is a chat template; without one the processor itself puts the picture in front of the question.
         call: further arguments of the processor's call.
         prepare: makes the model inputs where ``ask`` does not.
-        step: step of the finite difference in the mask.
-        double: differentiate in float64 (sparse experts make the log-likelihood only piecewise smooth).
+        cached: generate() is compared with a cache; ``False`` where transformers' own answer depends on that.
         attention: why no attention rows can be compared with eager ones; empty where they can.
         local: without attention, a token of the encoder sees its own box alone (no convolutions across patches).
         answer: further arguments of ``generate()``.
@@ -68,8 +67,7 @@ class Member:
     templated: bool = True
     call: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Any, Any, Sequence[Image.Image], str], Mapping[str, Any]] | None = None
-    step: float = 1e-2
-    double: bool = False
+    cached: bool = True
     attention: str = ""
     local: bool = True
     answer: Mapping[str, Any] = field(default_factory=dict)

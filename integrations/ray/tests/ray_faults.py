@@ -1,10 +1,10 @@
-"""Explainers that take their process down: registered in the tests' process and, as a plugin, in the workers."""
+"""Explainers that take their process down, or wait: for the tests and, as a plugin, for the workers."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
+import threading
 from pathlib import Path
 
 from lvlm_probe.explainers import Outcome, Problem
@@ -18,7 +18,7 @@ def register() -> None:
     if "dies_once" not in methods():
         register_method("dies_once")(dies_once)
         register_method("dies_always")(dies_always)
-        register_method("sleeps")(sleeps)
+        register_method("waits")(waits)
 
 
 def dies_once(problem: Problem, *, flag: str) -> Outcome:
@@ -39,9 +39,17 @@ def dies_always(problem: Problem, *, log: str) -> Outcome:
     raise AssertionError("killed processes go no further")
 
 
-def sleeps(problem: Problem, *, seconds: float = 1.0) -> Outcome:
-    """A map that takes its time."""
-    time.sleep(seconds)
+def waits(problem: Problem, *, told: str, node: str = "", done: str = "") -> Outcome:
+    """Waits for good, on the machine ``node`` or on all, unless there is a file ``done``; elsewhere it makes a map.
+
+    ``told`` is a FIFO: a byte says that the wait has begun, and its end that the process is gone.
+    """
+    import ray
+
+    if (not node or ray.get_runtime_context().get_node_id() == node) and not (done and Path(done).exists()):
+        with open(told, "wb", buffering=0) as pipe:
+            pipe.write(b".")
+            threading.Event().wait()
     return _map(problem)
 
 

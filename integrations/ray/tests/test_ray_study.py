@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -146,29 +147,40 @@ def test_workers_that_die_in_a_unit(cluster: Any, tmp_path: Path) -> None:
 
 def test_stopped_by_the_person_and_resumed(cluster: Any, tmp_path: Path) -> None:
     """Ctrl-C: a line that says how to go on, no worker left behind, and the next run does only what is missing."""
-    text = "datasets: {scenes: {reader: demo, source: eval, limit: 3}}\nmethods: {input_gradient: {}}\n"
-    study = study_in(tmp_path / "s", text)
+    pipe, done = tmp_path / "told", tmp_path / "done"
+    os.mkfifo(pipe)
+    path = plugin_path(tmp_path / "plugin")
+    text = (
+        "datasets: {scenes: {reader: demo, source: eval, limit: 2}}\n"
+        f"methods: {{held: {{method: waits, params: {{told: {pipe}, done: {done}}}}}}}\n"
+        f"engine_options: {{runtime_env: {{env_vars: {{PYTHONPATH: '{path}'}}}}}}\n"
+    )
+    (tmp_path / "study.yaml").write_text(HEAD + text, encoding="utf-8")
+    study = read_study(tmp_path / "study.yaml")
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import lvlm_probe_ray; "
-        "lvlm_probe_ray.register(); from lvlm_probe.cli import main; main()"
+        f"import signal, sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"
+        "import lvlm_probe_ray; lvlm_probe_ray.register(); from lvlm_probe.cli import main; main()"
     )
-    command = [sys.executable, "-c", code, "study", "run", str(tmp_path / "s" / "study.yaml")]
-    process = subprocess.Popen(
-        [*command, "--address", cluster.address], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path
-    )
-    while process.poll() is None and not list((study.out / "answers").glob("*.json")):
-        time.sleep(0.1)
+    command = [sys.executable, "-c", code, "study", "run", str(tmp_path / "study.yaml"), "--address", cluster.address]
+    error = tmp_path / "error"
+    with error.open("wb") as file:
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=file, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
+        )
+    waiting = os.open(pipe, os.O_RDONLY)  # returns when a worker has begun to wait in a unit
+    assert os.read(waiting, 1)
     process.send_signal(signal.SIGINT)
-    error = process.communicate()[1].decode()
-    assert process.returncode == 130, error
-    assert "the same command goes on" in error
-    done = len(list((study.out / "answers").glob("*.json")))
-    assert done >= 1
+    assert process.wait() == 130, error.read_text()
+    assert "the same command goes on" in error.read_text()
+    while os.read(waiting, 16):  # ends when no worker is left
+        pass
+    os.close(waiting)
     assert left_over(study) == []
-    counts = engine_named("ray")(study)
-    assert counts["finished"] >= done
-    assert counts["answers"] + counts["finished"] == 3
-    assert len(list(collect(study).chosen())) == 3
+    assert len(list((study.out / "answers").glob("*.json"))) == 2
+    done.touch()
+    assert engine_named("ray")(study) == {"finished": 2, "maps": 2}
+    assert len(list(collect(study).chosen())) == 2
 
 
 def test_no_machine_is_large_enough(cluster: Any, tmp_path: Path) -> None:
@@ -184,25 +196,29 @@ def test_a_model_that_no_worker_can_load(cluster: Any, tmp_path: Path) -> None:
         engine_named("ray")(study)
 
 
-# Last: the machine is gone from the cluster afterwards.
 def test_a_machine_that_goes_away(cluster: Any, tmp_path: Path) -> None:
     """It is gone for good with a unit in work, and no room is left for its worker: the other one does everything."""
+    (victim,) = cluster.worker_nodes
+    pipe = tmp_path / "told"
+    os.mkfifo(pipe)
     text = (
         "datasets: {scenes: {reader: demo, source: eval, limit: 4}}\n"
-        "methods: {slow: {method: sleeps, params: {seconds: 1.5}}}\n"
+        f"methods: {{there: {{method: waits, params: {{told: {pipe}, node: {victim.node_id}}}}}}}\n"
     )
     path = plugin_path(tmp_path / "plugin")
     study = study_in(tmp_path / "s", text, min_workers=2, runtime_env={"env_vars": {"PYTHONPATH": path}})
-    gone: list[str] = []
 
-    def tell(told: Told) -> None:
-        if told.what.startswith("maps") and not gone:
-            (victim,) = cluster.worker_nodes
-            gone.append(victim.node_id)
-            cluster.remove_node(victim, allow_graceful=False)
+    def take_away() -> None:
+        with open(pipe, "rb", buffering=0) as waiting:  # until it has a unit in work
+            waiting.read(1)
+        cluster.remove_node(victim, allow_graceful=False)
 
+    thread = threading.Thread(target=take_away, daemon=True)
+    thread.start()
     with pytest.warns(ProbeWarning, match="was lost"):
-        counts = engine_named("ray")(study, tell=tell)
+        counts = engine_named("ray")(study)
+    thread.join()
+    cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)  # for the tests after this one
     assert counts == {"answers": 4, "maps": 4}
     results = collect(study)
     assert [record["sample"] for record in results.maps] == [str(number) for number in range(4)]
@@ -210,7 +226,7 @@ def test_a_machine_that_goes_away(cluster: Any, tmp_path: Path) -> None:
     lines = [line for line in log(study) if line["job"] == "maps"]
     assert sorted(line["sample"] for line in lines) == [str(number) for number in range(4)], "each exactly once"
     assert max(line["attempt"] for line in lines) == 2
-    assert gone[0] in {line["node"] for line in log(study)}
+    assert victim.node_id in {line["node"] for line in log(study)}
     local = study_in(tmp_path / "local", text)
     run_study(local, limit=1)
     found = unmeasured(study)

@@ -180,10 +180,6 @@ for _name, _build, _class in (
         processor=_blip_processor(_class),
         tokens=("<image>",),
         templated=False,
-        # The log-likelihood has a kink wherever one of OPT's ReLUs switches: only within a small step is it smooth, and
-        # float32 cannot tell so small a step (float64 agrees to 1e-6 at this one).
-        step=1e-4,
-        double=True,
     )
 
 _KOSMOS_IMAGE = ("<image>", "</image>", "<unk>", *(f"<slot_{index}>" for index in range(_QUERIES)))

@@ -102,7 +102,6 @@ member(
     slot=QWEN_SLOT,
     named={"image_token": "<|image_pad|>"},
     larger=(140, 100),
-    step=3e-3,  # nearly level in the direction asked for: the error falls with the square of the step, 4e-2 at 1e-2
 )
 
 _MUSE_TOKENS = (
@@ -187,7 +186,6 @@ member(
     slot="<|patch|>",
     backends=("torchvision",),
     larger=(140, 100),
-    step=1e-3,  # attention is sharp: the error falls with the square of the step, 1e-1 at 1e-2, 1e-2 at 3e-3
 )
 member(
     name="muse_spark",
@@ -198,8 +196,6 @@ member(
     slot="<|patch|>",
     backends=("torchvision",),
     larger=(140, 100),
-    # Sparse experts: 1e-3 from the mask a token changes its expert, and the log-likelihood jumps.
-    step=3e-4,
 )
 
 _KIMI_TOKENS = ("<|media_begin|>", "<|media_end|>", "<|media_pad|>", "<|kimi_k25_video_placeholder|>")

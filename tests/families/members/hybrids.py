@@ -72,12 +72,6 @@ _INDEXED = {
 }
 
 
-def _qwen4_exp(ids: dict[str, int]) -> Any:
-    model = _qwen("Qwen4Exp", **_EXPERTS, **_INDEXED)(ids)
-    model.set_experts_implementation("eager")  # the grouped one knows no float64
-    return model
-
-
 # None has a processor class; their checkpoints name that of Qwen3-VL.
 _SHARED: dict[str, Any] = {
     "kind": "E",
@@ -86,19 +80,13 @@ _SHARED: dict[str, Any] = {
     "slot": QWEN_SLOT,
     "larger": (140, 100),
 }
-# In float64 too the difference is off by 3.5e-2 at a step of 1e-2 (the larger picture; with experts 1.1e-2, the smaller
-# one) and by 1e-3 at 3e-3: it falls with the square of the step, so it is the curvature and not the gradient.
-member(name="qwen3_5", model=_qwen("Qwen3_5"), step=3e-3, **_SHARED)
-member(name="qwen3_5_moe", model=_qwen("Qwen3_5Moe", **_EXPERTS), step=3e-3, **_SHARED)
+member(name="qwen3_5", model=_qwen("Qwen3_5"), **_SHARED)
+member(name="qwen3_5_moe", model=_qwen("Qwen3_5Moe", **_EXPERTS), **_SHARED)
 # With the weights of seed 0 it answers with an image token, which no pass over prompt and answer at once can hold.
-# Experts and the keys that the indexer chooses change close to the mask: in float64 the difference is off by 90 at a
-# step of 1e-2 and by 2e-5 at 1e-3, where float32 is too coarse (2e-2).
 member(
     name="qwen4_exp",
-    model=_qwen4_exp,
+    model=_qwen("Qwen4Exp", **_EXPERTS, **_INDEXED),
     seed=1,
-    step=1e-3,
-    double=True,
     **_SHARED,
 )
 
@@ -153,8 +141,6 @@ member(
     named={"image_token": "<image>"},
     backends=("torchvision",),  # its image processor has no PIL twin
     larger=(150, 100),
-    # In float64 too: 1.2e-2 at a step of 1e-2, 1.9e-4 at 3e-3 (tiles): the curvature.
-    step=3e-3,
 )
 
 
@@ -180,7 +166,6 @@ def _lfm3_vl(ids: dict[str, int]) -> Any:
 member(
     name="lfm3_vl",
     model=_lfm3_vl,
-    step=3e-3,  # in float64 too: 1.1e-2 at a step of 1e-2, 1e-3 at 3e-3: the curvature
     **{**_SHARED, "processor": grid_processor("Lfm3VlProcessor", "Qwen3VLVideoProcessor", patch_size=16)},
 )
 
@@ -260,9 +245,6 @@ member(
     tokens=_NOTE_TOKENS,
     slot="<|img|><|imgpad|><|endofimg|>",
     larger=(140, 100),
-    # Experts and the keys that the indexer chooses change between 3e-3 and 1e-2 from the mask: there the difference is
-    # off by 1.0 in float64 too, at 3e-3 by 6e-4.
-    step=3e-3,
 )
 
 _M3_TOKENS = ("]<]image[>[", "]<]video[>[", "]<]start of image[>[", "]<]end of image[>[")
@@ -323,7 +305,4 @@ member(
     slot="]<]image[>[",
     backends=("torchvision",),  # its image processor has no PIL twin
     larger=(140, 100),
-    # Experts and the keys that the indexer chooses change between 3e-3 and 1e-2 from the mask: there the difference is
-    # off by 1.4 in float64 too, at 3e-3 by 2.4e-3.
-    step=3e-3,
 )

@@ -241,7 +241,4 @@ member(
     # Tiles are asked for in the call: the processor's own default is none, whatever its image processor says.
     call={"num_image_tokens": _GOT_TOKENS, "crop_to_patches": True, "max_patches": 4},
     local=False,  # the neck of its tower and its projector convolve across patches
-    # The log-likelihood is curved here: the error falls with the square of the step (8.5e-2 at 0.03, 1.0e-2 at 0.01,
-    # 8e-4 at this one in float64).
-    step=3e-3,
 )

@@ -47,11 +47,6 @@ member(
     tokens=("<image>", "<IMG_ATOM>", *_INDICATORS),
     size=_ONE_TILE,
     larger=(150, 80),
-    # Visual words are a softmax, so the log-likelihood is curved: the error falls with the square of the step (0.6 at
-    # 0.03, 4.6e-2 at 0.01, 1.5e-3 at this one). The direction is nearly orthogonal to the gradient of the tiled picture
-    # (cosine 0.006), and float32 cannot tell so small a difference.
-    step=1e-3,
-    double=True,
 )
 
 
@@ -132,8 +127,6 @@ member(
     size=_ONE_TILE,
     larger=(150, 80),
     nested=True,
-    # Its multipliers leave so small a gradient (3e-3) that rounding in float32 is a percent of the finite difference.
-    double=True,
 )
 
 
