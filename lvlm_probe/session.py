@@ -216,7 +216,7 @@ class _Attachment:
             self.closed = True
             self.recording = self.masking = None
         self.hooks.remove()
-        self.watch.clear()
+        self.watch = ProcessorWatch()  # calls that are being recorded still have theirs
 
     def forget_description(self) -> None:
         """A new recording starts: weights may have been trained since the last one."""

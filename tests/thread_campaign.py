@@ -28,9 +28,10 @@ from lvlm_probe.attention.dispatch import is_view
 __all__ = ["METHODS", "Counts", "Subject", "left_behind", "run", "subjects"]
 
 METHODS: dict[str, dict[str, Any]] = {
-    "attention": {}, "center": {}, "gradcam": {}, "igos+": {"iterations": 2}, "igos++": {"iterations": 2}, "iia": {},
-    "greedy": {"segments": "grid", "regions": 6}, "input_gradient": {}, "integrated_gradients": {"steps": 2}, "occlusion": {"size": (4, 5)},
-    "random": {}, "relative_attention": {}, "rise": {"masks": 8}, "rollout": {}, "tam": {}, "tmm": {},
+    "attention": {}, "center": {}, "gradcam": {}, "greedy": {"segments": "grid", "regions": 6},
+    "igos+": {"iterations": 2}, "igos++": {"iterations": 2}, "iia": {}, "input_gradient": {},
+    "integrated_gradients": {"steps": 2}, "occlusion": {"size": (4, 5)}, "random": {}, "relative_attention": {},
+    "rise": {"masks": 8}, "rollout": {}, "tam": {}, "tmm": {},
 }  # fmt: skip
 """Every method, with parameters that make it short."""
 
@@ -85,15 +86,25 @@ class Subject:
 
     def evaluate(self, index: int, replay: Any = None) -> tuple[float, float]:
         given = self.replay(index) if replay is None else replay
-        score = probe.evaluate(self.maps[index, "gradcam"], given, steps=3, tie_orders=1, chance=0)
+        score = probe.evaluate(self.quiet_map(index, "gradcam"), given, steps=3, tie_orders=1, chance=0)
         return score.deletion, score.insertion
 
     def replay(self, index: int) -> Any:
         # How many masks fit is otherwise asked of the machine, which rounds another way for each number.
         return probe.replay(self.traces[index], self.model, self.processor, micro_batch=4)
 
+    def quiet_map(self, index: int, method: str) -> Any:
+        if (index, method) not in self.maps:
+            self.maps[index, method] = self.explain(index, method)
+        return self.maps[index, method]
+
+    def quiet_score(self, index: int) -> tuple[float, float]:
+        if index not in self.scores:
+            self.scores[index] = self.evaluate(index)
+        return self.scores[index]
+
     def quieten(self, folder: Path) -> None:
-        """Find out all that other calls are compared with."""
+        """Find out what calls are compared with; maps and scores as they are asked for."""
         self.answers = [self.generate(index) for index in range(len(self.prompts))]
         with probe.attach(self.model, self.processor) as attached:
             with attached.record(folder) as recording:
@@ -102,10 +113,6 @@ class Subject:
             self.traces = recording.traces
             with attached.masked(self.mask):
                 self.masked = [self.generate(index) for index in range(len(self.prompts))]
-        for index in range(len(self.prompts)):
-            for method in METHODS:
-                self.maps[index, method] = self.explain(index, method)
-            self.scores[index] = self.evaluate(index)
         self.replays = [self.replay(index) for index in range(len(self.prompts))]
 
 
@@ -172,45 +179,69 @@ def run(calls: int, threads: int, seed: int, *, made: list[Subject] | None = Non
         shutil.rmtree(folder)
 
 
+@dataclass(frozen=True)
+class _Call:
+    subject: int
+    prompt: int
+    kind: str
+    method: str
+    shared: bool
+    """On the replay that other threads use too."""
+
+
+def _calls(found: list[Subject], rounds: int, words: str) -> list[_Call]:
+    choice = random.Random(words)
+    return [
+        _Call(
+            number := choice.randrange(len(found)),
+            choice.randrange(len(found[number].prompts)),
+            choice.choice(["generate", "generate", "explain", "explain", "evaluate"]),
+            choice.choice(list(METHODS)),
+            choice.random() < 0.5,
+        )
+        for _ in range(rounds)
+    ]
+
+
 def _phase(
     phase: str, found: list[Subject], folder: Path, counts: Counts, *, rounds: int, threads: int, seed: int
 ) -> None:
     lock = threading.Lock()
     asked: list[collections.Counter[int]] = [collections.Counter() for _ in found]
     gate = threading.Barrier(threads)
+    plans = [_calls(found, rounds, f"{seed} {phase} {own}") for own in range(threads)]
+    for call in (call for plan in plans for call in plan):
+        if call.kind == "explain":
+            found[call.subject].quiet_map(call.prompt, call.method)
+        elif call.kind == "evaluate":
+            found[call.subject].quiet_score(call.prompt)
 
     def wrong(kind: str, words: str) -> None:
         with lock:
             setattr(counts, kind, getattr(counts, kind) + 1)
             counts.words[f"{phase}: {words}"] += 1
 
-    def one(choice: random.Random) -> None:
-        number = choice.randrange(len(found))
-        subject = found[number]
-        index = choice.randrange(len(subject.prompts))
-        kind = choice.choice(["generate", "generate", "explain", "explain", "evaluate"])
-        shared = subject.replays[index] if choice.random() < 0.5 else None
-        if kind == "generate":
-            answer = subject.generate(index)
+    def one(call: _Call) -> None:
+        subject, index = found[call.subject], call.prompt
+        shared = subject.replays[index] if call.shared else None
+        if call.kind == "generate":
             with lock:
-                asked[number][index] += 1
+                asked[call.subject][index] += 1
+            answer = subject.generate(index)
             if not _same(answer, (subject.masked if phase == "masked" else subject.answers)[index]):
                 wrong("changed", "generate()")
-        elif kind == "explain":
-            method = choice.choice(list(METHODS))
-            heat = subject.explain(index, method, shared)
-            quiet = subject.maps[index, method]
+        elif call.kind == "explain":
+            heat, quiet = subject.explain(index, call.method, shared), subject.maps[index, call.method]
             if not np.array_equal(heat.values, quiet.values) or heat.provenance["passes"] != quiet.provenance["passes"]:
-                wrong("changed", f"explain({method})")
+                wrong("changed", f"explain({call.method})")
         elif subject.evaluate(index, shared) != subject.scores[index]:
             wrong("changed", "evaluate()")
 
-    def work(own: int) -> None:
-        choice = random.Random(f"{seed} {phase} {own}")
-        for _ in range(rounds):
+    def work(plan: list[_Call]) -> None:
+        for call in plan:
             gate.wait()
             try:
-                one(choice)
+                one(call)
             except Exception as error:
                 wrong("lost", f"{type(error).__name__}: {error}")
 
@@ -224,7 +255,7 @@ def _phase(
                 recordings.append(stack.enter_context(attached.record(folder / f"loud{number}-{seed}")))
             elif phase == "masked":
                 stack.enter_context(attached.masked(subject.mask))
-        workers = [threading.Thread(target=work, args=(own,)) for own in range(threads)]
+        workers = [threading.Thread(target=work, args=(plan,)) for plan in plans]
         for worker in workers:
             worker.start()
         for worker in workers:

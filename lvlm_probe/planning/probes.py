@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lvlm_probe.capture import AttentionLayer
     from lvlm_probe.player import Replay
 
-__all__ = ["Kind", "Law", "law", "quiet", "timed"]
+__all__ = ["Kind", "Law", "law", "timed"]
 
 Kind = Literal["forward", "gradient", "relevance", "rollout", "rows", "activations", "hidden"]
 """What a method does with a pass: nothing more; a backward pass; attention with its gradients, layer by layer, or
@@ -88,7 +88,7 @@ def law(
     """
     with torch.no_grad():
         for grid in grids:
-            replay.path.apply(torch.full((1, *grid), 0.5, device=replay.device), image=image)
+            replay.path.apply(torch.full((1, *grid), 0.5, dtype=torch.float32, device=replay.device), image=image)
     known = _KNOWN.setdefault(replay.model, {})
     shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
     key = (
@@ -96,11 +96,13 @@ def law(
         replay.length, replay.prompt_length, shapes, str(replay.device), next(replay.model.parameters()).dtype,
     )  # fmt: skip
     if key not in known:
+        replay = replay.with_settings(gradient_checkpointing=checkpoint)
         rehearse = _Rehearsal(replay, image, noise, parts, grids[-1], joined=joined, queries=queries)
-        with quiet(replay, checkpoint=checkpoint):
-            with torch.no_grad():  # what is made at first use and kept is not the pass's own
-                replay.log_probs(rehearse.masks(1), image=image, micro_batch=1, steps=rehearse.steps)
-            known[key] = _several(rehearse, kind) if several else Law(0, rehearse.peak(kind, 1))
+        if kind in ("gradient", "relevance", "activations"):
+            replay.require_gradients()
+        with torch.no_grad():  # what is made at first use and kept is not the pass's own
+            replay.log_probs(rehearse.masks(1), image=image, micro_batch=1, steps=rehearse.steps)
+        known[key] = _several(rehearse, kind) if several else Law(0, rehearse.peak(kind, 1))
     return known[key]
 
 
@@ -117,19 +119,6 @@ def _several(rehearse: _Rehearsal, kind: Kind) -> Law:
         if not (ran_out(error) or isinstance(error, OutOfMemory)):
             raise
     return Law(0, rehearse.peak(kind, 1))
-
-
-@contextmanager
-def quiet(replay: Replay, *, checkpoint: bool = False) -> Iterator[None]:
-    """Passes in the block are not counted, and leave the replay's settings as they were."""
-    passes = replay.passes.forward, replay.passes.backward
-    kept = replay._micro_batch, replay.gradient_checkpointing, replay._recompute
-    try:
-        replay.gradient_checkpointing, replay._recompute = checkpoint, False
-        yield
-    finally:
-        replay.passes.forward, replay.passes.backward = passes
-        replay._micro_batch, replay.gradient_checkpointing, replay._recompute = kept
 
 
 def timed(
@@ -176,14 +165,14 @@ class _Rehearsal:
         self.cut = False
 
     def masks(self, count: int) -> torch.Tensor:
-        return torch.full((count, *self.grid), 0.5, device=self.replay.device)
+        return torch.full((count, *self.grid), 0.5, dtype=torch.float32, device=self.replay.device)
 
     def peak(self, kind: Kind, count: int) -> int:
         """Bytes. ``cut`` says afterwards that memory ran out on the way, and the masks went through in parts."""
-        recovered = len(self.replay.recovered)
+        recovered = len(self.replay.limits.recovered)
         meter = Meter(self.replay.device)
         peak: int = getattr(self, f"_{kind}")(meter, count)
-        self.cut = len(self.replay.recovered) > recovered
+        self.cut = len(self.replay.limits.recovered) > recovered
         return peak
 
     def _pass(self, count: int, *, gradient: bool) -> None:
