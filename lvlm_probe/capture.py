@@ -11,7 +11,6 @@ anyway; A is recomputed from them for a block of rows at a time, and dO arrives 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_probe.anatomy import find_modules
-from lvlm_probe.attention.dispatch import AttentionCall, lead, observing, unobserved
+from lvlm_probe.attention.dispatch import AttentionCall, ConfigView, lead, observing, release, unobserved
 from lvlm_probe.attention.layers import TapLayer, discover
 from lvlm_probe.attention.rows import attention_rows, take_rows
 from lvlm_probe.errors import ExplainError
@@ -247,7 +246,7 @@ def _captured(
         raise ExplainError(
             f"no attention of the {' or '.join(attention)} of {type(model).__name__} can be read: {reasons}"
         )
-    undo: weakref.finalize | None = None
+    led: list[ConfigView] = []
     before, replay.inside = replay.inside, True
     with HookSet() as hooks:
         try:
@@ -256,11 +255,10 @@ def _captured(
                 for path, module in find_modules(model, pattern):
                     hooks.forward(module, seen.watch(path), name=f"capture {path}", fenced=False)
             if tapped:
-                undo = lead(tapped, seen)
+                lead(tapped, led)
                 observing(seen)
             yield seen
         finally:
             replay.inside = before
-            if undo is not None:
-                unobserved(seen)
-                undo()
+            unobserved(seen)
+            release(led)

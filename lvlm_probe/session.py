@@ -223,7 +223,7 @@ class _Attachment:
             self.closed = True
             self.recording = self.masking = None
         self.hooks.remove()
-        self.watch.clear()
+        self.watch = ProcessorWatch()  # calls that are being recorded still have theirs
 
     def describe_model(self) -> dict[str, Any]:
         """The model's description and fingerprint as it is now: between two calls weights are trained or switched."""

@@ -210,14 +210,17 @@ def test_nothing_is_left_behind_when_a_pass_fails(llava, heat, everything, monke
 def test_other_threads_are_not_cut(llava, everything):
     whole = llava.log_probs(None)
     images = llava.trace.layout.image_positions
+    other = probe.replay(llava.trace, llava.model, llava.processor)
     results = []
-    layers = attention_layers(llava.model, "all")
-    with cut_attention(llava, layers, query_positions(llava, everything, "text"), images):
-        thread = threading.Thread(target=lambda: results.append(llava.log_probs(None)))
+    with cut_attention(llava, attention_layers(llava.model, "all"), query_positions(llava, everything, "text"), images):
+        thread = threading.Thread(target=lambda: results.append(other.log_probs(None)))
         thread.start()
         thread.join()
+        waiting = threading.Thread(target=lambda: results.append(llava.log_probs(None)))
+        waiting.start()  # the same replay: it waits for the end of the block
         blind = llava.log_probs(None)
-    assert torch.equal(results[0], whole)
+    waiting.join()
+    assert torch.equal(results[0], whole) and torch.equal(results[1], whole)
     assert not torch.allclose(blind, whole, atol=1e-3)
 
 

@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from lvlm_probe.attention.layers import eager_of, registry_of
 
-__all__ = ["NAME", "AttentionCall", "ConfigView", "Observer", "is_view", "lead", "observing", "unobserved"]
+__all__ = ["NAME", "AttentionCall", "ConfigView", "Observer", "is_view", "lead", "observing", "release", "unobserved"]
 
 NAME = "lvlm_probe"
 """Of the one function in transformers' registry of attention functions."""
@@ -149,30 +149,33 @@ class Observer(Protocol):
     ) -> Any: ...
 
 
-def lead(modules: Iterable[nn.Module], observer: Observer) -> weakref.finalize:
+def lead(modules: Iterable[nn.Module], led: list[ConfigView]) -> None:
     """Lead attention modules to the function that shows their calls to who is ``observing``.
 
-    Returns:
-        What undoes it: called, or when the observer is collected. The modules and the observer are held weakly.
+    Args:
+        led: gets an entry for each module as it is led, for ``release``; also when this is interrupted half-way.
     """
-    led: list[ConfigView] = []
-    undo = weakref.finalize(observer, _release, led)
-    undo.atexit = False
-    try:
-        with _LOCK:
-            if NAME not in AttentionInterface._global_mapping:
-                AttentionInterface.register(NAME, _attention)
-            for module in modules:
-                view = module.__dict__["config"]
-                if not is_view(view):
-                    view = ConfigView(module)
-                led.append(view)
-                object.__setattr__(view, "_tap_count", view._tap_count + 1)
-                module.__dict__["config"] = view
-    except BaseException:
-        undo()
-        raise
-    return undo
+    with _LOCK:
+        if NAME not in AttentionInterface._global_mapping:
+            AttentionInterface.register(NAME, _attention)
+        for module in modules:
+            view = module.__dict__["config"]
+            if not is_view(view):
+                view = ConfigView(module)
+            led.append(view)
+            object.__setattr__(view, "_tap_count", view._tap_count + 1)
+            module.__dict__["config"] = view
+
+
+def release(led: list[ConfigView]) -> None:
+    """Give the modules' own configs back where nobody else leads them; calling it again does nothing."""
+    with _LOCK:
+        while led:
+            view = led.pop()
+            object.__setattr__(view, "_tap_count", view._tap_count - 1)
+            module = view._tap_module()
+            if view._tap_count < 1 and module is not None and module.__dict__.get("config") is view:
+                module.__dict__["config"] = view._tapped
 
 
 def observing(observer: Observer) -> None:
@@ -203,15 +206,3 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *ar
                 led_module = view._tap_module() or module
                 result = observer.observe(led_module, implementation, query, key, value, result, args, kwargs)
     return result
-
-
-def _release(led: list[ConfigView]) -> None:
-    """Give the modules' own configs back where nobody else leads them. Also a finaliser: it must not refer to the
-    observer."""
-    with _LOCK:
-        while led:
-            view = led.pop()
-            object.__setattr__(view, "_tap_count", view._tap_count - 1)
-            module = view._tap_module()
-            if view._tap_count < 1 and module is not None and module.__dict__.get("config") is view:
-                module.__dict__["config"] = view._tapped

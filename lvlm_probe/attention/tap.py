@@ -15,7 +15,7 @@ import torch
 from torch import BoolTensor, LongTensor, Tensor, nn
 
 from lvlm_probe.attention.collection import Collection
-from lvlm_probe.attention.dispatch import AttentionCall, lead, observing, unobserved
+from lvlm_probe.attention.dispatch import AttentionCall, ConfigView, lead, observing, release, unobserved
 from lvlm_probe.attention.layers import TapLayer, discover
 from lvlm_probe.attention.rows import attention_rows, take_columns, take_rows
 from lvlm_probe.errors import AttachError, ProbeError
@@ -72,29 +72,28 @@ class RowTap:
         self._number = {id(module): number for number, (_, module) in enumerate(found)}
         self._armed: Collection | None = None
         self._thread = 0
-        self._restore: weakref.finalize | None = None
+        self._led: list[ConfigView] = []
+        weakref.finalize(self, release, self._led).atexit = False
 
     # -- installing
 
     @property
     def installed(self) -> bool:
         """Whether the decoder's attention modules are routed through the tap now."""
-        return self._restore is not None and self._restore.alive
+        return bool(self._led)
 
     def install(self) -> RowTap:
         """Route the decoder's attention layers through the tap, beside others that may be there. Idempotent."""
         if self.installed:
             return self
         modules = [module for reference in self._modules if (module := reference()) is not None]
-        self._restore = lead(modules, self)
+        lead(modules, self._led)
         return self
 
     def remove(self) -> None:
         """Put every module's own config back, if no other tap is left. Idempotent; disarms."""
         self.disarm()
-        if self._restore is not None:
-            self._restore()
-            self._restore = None
+        release(self._led)
 
     def __enter__(self) -> RowTap:
         return self.install()

@@ -32,6 +32,7 @@ from lvlm_probe.metrics.extras import require
 from lvlm_probe.metrics.randomisation import How, grouped, randomised, weight_blocks
 from lvlm_probe.metrics.scoring import BaselineChoice, over_baseline
 from lvlm_probe.metrics.similarity import Similarity, compare_maps
+from lvlm_probe.replica import duplicated
 from lvlm_probe.selection import TokenSelection
 
 if TYPE_CHECKING:
@@ -172,8 +173,9 @@ def weight_randomisation(
 ) -> SanityReport:
     """Explains an answer again on the model with randomised weights, and compares the heatmaps.
 
-    The weights are put back bit for bit, whatever happens. Costs one explanation per stage and one for the original;
-    needs scipy, and memory (on the CPU) for a copy of what is randomised.
+    Random are weights of a duplicate of the model's modules; the model's own are not touched, so that it may go on
+    answering meanwhile. Costs one explanation per stage and one for the original;
+    needs scipy, and memory for what is randomised: once more on its device, and once on the CPU.
 
     Args:
         trace, model, processor: As for ``lvlm_probe.replay``; the model is the recorded one.
@@ -201,14 +203,15 @@ def weight_randomisation(
         raise ExplainError(f"how is 'normal' or 'permute'; got {how!r}")
     from lvlm_probe.player import replay as make_replay
 
-    groups = grouped(weight_blocks(model, blocks), stages)
     subject = make_replay(trace, model, processor)
+    random_model = duplicated(model)
+    groups = grouped(weight_blocks(random_model, blocks), stages)
     original = _original(subject, method, tokens, image, baseline, explain_seed, params)
 
     def explained() -> Heatmap:
         # A replay remembers log-probabilities, which are another model's now; and that one has another fingerprint.
         bare: Any = _Unrecorded(trace)
-        fresh = make_replay(bare, model, processor, strict=False)
+        fresh = make_replay(bare, random_model, processor, strict=False)
         return _again(fresh, original, original.selection, baseline, explain_seed, params)
 
     total = len(groups) + 1
@@ -222,7 +225,8 @@ def weight_randomisation(
             if kind == "independent":
                 random.close()
                 modules, numbers = (), 0
-            random.enter_context(randomised(weights, how=how, seed=seed))
+            own = _owned(random_model, weights)
+            random.enter_context(randomised(own, how=how, seed=seed))
             modules = (*modules, *dict.fromkeys(path.rpartition(".")[0] for path in weights))
             numbers += sum(weight.numel() for weight in weights.values())
             heat = explained()
@@ -233,6 +237,19 @@ def weight_randomisation(
     return SanityReport(
         kind, tuple(steps), method, original.params, seed, how, subject.trace_id, original, tuple(heatmaps)
     )
+
+
+def _owned(model: torch.nn.Module, weights: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
+    """These weights of a duplicate, from now on its own; a weight that modules share stays one."""
+    own = {
+        id(weight): torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        for weight in weights.values()
+    }
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if id(weight) in own:
+                module._parameters[name] = own[id(weight)]
+    return {path: own[id(weight)] for path, weight in weights.items()}
 
 
 def answer_randomisation(
