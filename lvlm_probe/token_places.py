@@ -26,6 +26,7 @@ from lvlm_probe.attention.recording import place_keys
 from lvlm_probe.errors import ImageError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.images import ImagePath
+from lvlm_probe.isolation import outside_inference_mode
 from lvlm_probe.places import Places, places_of
 from lvlm_probe.wrappers import computes
 
@@ -42,6 +43,7 @@ encoder."""
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[bytes, Places]] = weakref.WeakKeyDictionary()
 
 
+@outside_inference_mode
 def token_places(replay: Replay, positions: np.ndarray) -> Places:
     """Places of the tokens at ``positions`` of the prompt: one pass up to the decoder, and back from there once per
     binary digit of their number (once per token where tokens share patches).

@@ -144,3 +144,11 @@ def chefer(maps: list[Tensor]) -> Tensor:
     for bar in maps:
         result = result + bar @ result
     return result
+
+
+def own_passes(replay: Any, method: str, **params: Any) -> dict[str, int]:
+    """Passes of a method itself, on a replay that it has explained before: words are chosen by then, gradients are
+    checked, and all that is found out once is known."""
+    heat = probe.explain(replay, method=method, tokens=SPAN, strengthen=False, **params)
+    passes: dict[str, int] = heat.provenance["passes"]
+    return passes

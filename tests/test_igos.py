@@ -528,7 +528,7 @@ def test_marks_the_object_that_decides_a_word(demo: tuple[object, object], tmp_p
     assert pointing_game(heat, scene.mask) == 1.0
     assert score.gain > 0.6
     assert score.verdict.trusted, score.verdict
-    assert heat.provenance["passes"]["backward"] == 24
+    assert probe.explain(replay).provenance["passes"] == {"forward": 24, "backward": 24}
     assert heat.save(tmp_path / "heat.png").stat().st_size > 1000
     again = probe.Heatmap.read(heat.write(tmp_path / "explanations.h5"))
     assert again.trace.trace_id == heat.trace.trace_id  # found beside the file

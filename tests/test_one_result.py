@@ -275,6 +275,19 @@ def test_a_replay_opened_in_inference_mode_serves_outside_and_the_other_way_roun
     inside.score_and_grad(mask, lambda log_probs: log_probs.sum(dim=1))  # a mask that was made there
 
 
+def test_answers_recorded_in_inference_mode_lack_nothing(demo: Any, tmp_path: Path) -> None:
+    model, processor = demo
+    scene = probe.demo.scenes(1)[0]
+    with torch.inference_mode(), probe.attach(model, processor) as p, p.record(tmp_path) as recording:
+        inputs = processor.apply_chat_template(
+            scene.messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    (trace,) = recording.traces
+    assert trace.llr is not None and trace.layout.patch_box is not None and not trace.notes
+    assert probe.explain(probe.replay(trace, model, processor), method="gradcam")
+
+
 # ------------------------------------------------------------------------------------------------- memory
 
 

@@ -142,10 +142,17 @@ def test_differentiable_beyond_a_micro_batch(llava):
     assert torch.allclose(gradients[0], gradients[2], atol=1e-6)
 
 
-def test_the_check_is_not_counted_and_the_passes_are(llava):
-    replay = probe.replay(llava.trace, copy.deepcopy(llava.model), tiny_models.build_processor("llava"))
-    replay.score_and_grad(masks(3), lambda log_probs: log_probs[:, 1], steps=[1], micro_batch=3)
-    assert (replay.passes.forward, replay.passes.backward) == (3, 3)
+def test_what_measuring_takes_is_counted(llava):
+    model = copy.deepcopy(llava.model)
+    counted = []
+    for _ in range(2):
+        replay = probe.replay(llava.trace, model, tiny_models.build_processor("llava"))
+        replay.require_gradients()
+        before = replay.counted()
+        before.score_and_grad(masks(3), lambda log_probs: log_probs[:, 1], steps=[1], micro_batch=3)
+        counted.append((before.passes.forward, before.passes.backward))
+    # Plainly and shortened, there and back; on a further answer only there.
+    assert counted == [(3 + 2, 3 + 2), (3 + 2, 3)]
 
 
 def test_weights_that_change_are_seen(llava):

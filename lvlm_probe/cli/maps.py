@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 FOLDER = "explanations"
+_FACTS = ("kind", "strength", "seed", "limit")
 
 
 @dataclass(frozen=True)
@@ -207,6 +208,8 @@ def _lacks_score(found: MapFile) -> bool:
 
 
 def _file_name(replay: Replay, selection: TokenSelection, label: str, settings: Settings) -> str:
+    # What tells this baseline from others: parameters, and the pixels, when it is the user's picture.
+    facts, pixels = {key: replay.baseline.get(key) for key in _FACTS}, replay.baseline.get("sha256")
     decisive = [
         replay.trace_id,
         settings.method,
@@ -214,8 +217,7 @@ def _file_name(replay: Replay, selection: TokenSelection, label: str, settings: 
         settings.image,
         settings.seed,
         list(selection.indices),
-        # What tells this baseline from others: parameters, or the pixels, when it is the user's picture.
-        {key: replay.baseline.get(key) for key in ("kind", "strength", "seed", "limit", "sha256")},
+        json.dumps([facts, [pixels] if pixels else []], sort_keys=True),
     ]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
     trace: Any = replay.trace
