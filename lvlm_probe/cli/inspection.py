@@ -63,7 +63,7 @@ def verify(
         typer.Option(
             "--tolerance",
             min=0.0,
-            help="Largest difference in nats. Default: what rounding may come to (dtype, size of logits), from 1e-4 on.",
+            help="Largest difference in nats. Default: what rounding may come to (dtype, size of logits), from 1e-4.",
         ),
     ] = None,
     row: Row = None,
