@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -44,7 +44,8 @@ def check_inputs(trace: Trace, model: torch.nn.Module, processor: object | None 
     prompt, answer = torch.tensor(trace.input_ids), torch.tensor(trace.token_ids)
     if not len(prompt) or not len(answer):
         raise _refusal(trace, f"the prompt has {len(prompt)} tokens and the answer {len(answer)}")
-    embedding = getattr(model.get_input_embeddings(), "weight", None) if _embeds(model) else None
+    hub: Any = model
+    embedding = getattr(hub.get_input_embeddings(), "weight", None) if _embeds(model) else None
     if embedding is not None:
         # A placeholder of images may be any number: the model replaces it before it looks it up.
         known = anatomy.image_token_id
