@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -44,8 +44,7 @@ def check_inputs(trace: Trace, model: torch.nn.Module, processor: object | None 
     prompt, answer = torch.tensor(trace.input_ids), torch.tensor(trace.token_ids)
     if not len(prompt) or not len(answer):
         raise _refusal(trace, f"the prompt has {len(prompt)} tokens and the answer {len(answer)}")
-    hub: Any = model
-    embedding = getattr(hub.get_input_embeddings(), "weight", None) if _embeds(model) else None
+    embedding = _embedding(model)
     if embedding is not None:
         # A placeholder of images may be any number: the model replaces it before it looks it up.
         known = anatomy.image_token_id
@@ -100,11 +99,13 @@ def refused_in_words(trace: Trace) -> Iterator[None]:
         raise _refusal(trace, f"the model does not take it ({type(error).__name__}: {first_line})") from error
 
 
-def _embeds(model: torch.nn.Module) -> bool:
+def _embedding(model: torch.nn.Module) -> torch.Tensor | None:
+    """Rows of the vocabulary, ``(id, channel)``; None where the model does not say."""
     try:
-        return model.get_input_embeddings() is not None  # type: ignore[operator]
+        weight = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
-        return False
+        return None
+    return weight if isinstance(weight, torch.Tensor) else None
 
 
 def _refusal(trace: Trace, what: str) -> ReplayError:

@@ -78,10 +78,10 @@ def verify(trace: Trace, model: torch.nn.Module, processor: object | None = None
     """
     player = replay(trace, model, processor)
     with refused_in_words(trace):
-        replayed = player.original_log_probs
+        replayed, rounding = player.original_log_probs, player.rounding
     recorded = torch.tensor(trace.log_probs, dtype=torch.float32)
     difference = (recorded - replayed).abs()
-    details = trace.log_probs_source, len(recorded), tuple(difference.tolist()), tuple(player.rounding.tolist())
+    details = trace.log_probs_source, len(recorded), tuple(difference.tolist()), tuple(rounding.tolist())
     if difference.isnan().any():
         return Verification(math.nan, int(difference.isnan().nonzero()[0]), *details)
     return Verification(float(difference.max()), int(difference.argmax()), *details)

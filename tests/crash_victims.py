@@ -45,8 +45,7 @@ def expected_heatmap(seed: int) -> np.ndarray:
 
 
 def _record_for_ever(directory: Path, first_seed: int) -> None:
-    seed = first_seed
-    while True:
+    for seed in range(first_seed, first_seed + 1000):  # it is killed long before
         write(expected_capture(seed), directory)
         write_arrays(
             directory / "explanations" / f"{seed}.h5",
@@ -55,7 +54,6 @@ def _record_for_ever(directory: Path, first_seed: int) -> None:
             {"values": expected_heatmap(seed)},
             {"seed": seed},
         )
-        seed += 1
 
 
 _STEPS = ("open", "fsync", "replace", "unlink", "stat", "mkdir")
@@ -73,12 +71,13 @@ def _die_at(step: int, *, after: bool) -> None:
         def call(*args: Any, **settings: Any) -> Any:
             nonlocal left
             left -= 1
-            if left == 0 and not after:
+            if left <= 0 and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*args, **settings)
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return real(*args, **settings)
+            finally:  # a folder that is there already is answered with an exception
+                if left <= 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return call
 
