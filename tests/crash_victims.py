@@ -90,7 +90,7 @@ def _die_at(step: int, *, after: bool) -> None:
     io.FileIO = Piecewise  # type: ignore[misc]
 
 
-def kill_recorders(directory: Path, *, kills: int, seed: int, steps: int = 30) -> Toll:
+def kill_recorders(directory: Path, *, kills: int, seed: int, steps: int = 45) -> Toll:
     """Forks ``kills`` recorders one after the other, each of which is killed with SIGKILL at a moment that the seed
     chooses: at one of its first ``steps`` requests to the file system, or, every fourth, from outside while it runs.
     Compares every finished file with what was recorded.
