@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import faulthandler
 import functools
 import hashlib
 import io
@@ -122,6 +123,7 @@ def _count(result: Campaign, number: int, kind: str, outcome: str, detail: str) 
 def _child(seeds: Seeds, folder: Path, numbers: range, writing: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # decoders write there what they think of a picture
     warnings.simplefilter("ignore")
+    faulthandler.disable()  # a crash is the parent's to tell
     own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (own + 4 * 2**30,) * 2)
     for number in numbers:
