@@ -50,7 +50,7 @@ def other_conditions(model: Any, inputs: Mapping[str, torch.Tensor], kwargs: Map
         kwargs: all arguments by name.
     """
     found = []
-    if any(module.training for module in every_module(model)):
+    if model.training or any(module.training and _differs(module) for module in every_module(model)):
         found.append("the model was in training mode")
     device = input_device(model).type
     if torch.is_autocast_enabled(device):
@@ -79,6 +79,15 @@ def forced_because(conditions: Sequence[str]) -> list[str]:
         f"{' and '.join(conditions)}, unlike in a replay; log-probabilities come from one teacher-forced pass as a "
         f"replay runs it, so that both sides of the log-likelihood ratio are computed alike"
     ]
+
+
+def _differs(module: torch.nn.Module) -> bool:
+    """Whether a module inside a model in eval mode computes otherwise in training mode."""
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) or getattr(module, "gradient_checkpointing", False):
+        return True
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
 
 
 def compiles_itself(model: Any, setting: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from lvlm_probe.images.processor import (
     with_settings,
 )
 from lvlm_probe.pictures import encode_picture
-from lvlm_probe.recorded_path import image_processor_of
+from lvlm_probe.recorded_path import image_processor_of, watched_method
 from lvlm_probe.watch import ProcessorCall, ProcessorWatch, describe_call
 
 __all__ = ["NotRecorded", "PictureFinder", "PromptPictures", "RowPictures", "encoded"]
@@ -141,6 +141,12 @@ class PictureFinder:
     def _unknown(self, batch: int, image_processor: Any, call: ProcessorCall | None) -> PromptPictures:
         if image_processor is None:
             note = "no processor was attached and no images= were given: masks live in pixel-input space"
+            return PromptPictures([RowPictures() for _ in range(batch)], [note])
+        if watched_method(self._processor) is None:
+            note = (
+                f"{type(self._processor).__name__} has no preprocess() that could be watched, and no images= were "
+                f"given: masks live in pixel-input space"
+            )
             return PromptPictures([RowPictures() for _ in range(batch)], [note])
         if call is not None:
             why = (

@@ -40,7 +40,9 @@ def generate(model: Any, inputs: dict[str, Any], **settings: Any) -> Any:
         )
 
 
-def recorded(name: str, model: Any, processor: Any, directory: Path, **record: Any) -> Any:
+def recorded(
+    name: str, model: Any, processor: Any, directory: Path, *, source: str = "generation", **record: Any
+) -> Any:
     """The only trace of one answer; generation with the probe is the same to the last bit."""
     plain = generate(model, ask(name, model, processor))
     with probe.attach(model, processor) as p, p.record(directory, **record) as recording:
@@ -49,7 +51,7 @@ def recorded(name: str, model: Any, processor: Any, directory: Path, **record: A
     assert torch.equal(plain.sequences, seen.sequences)
     assert all(torch.equal(a, b) for a, b in zip(plain.logits, seen.logits, strict=True))
     (trace,) = recording.traces
-    assert trace.log_probs_source == "generation" and trace.attention is not None
+    assert trace.log_probs_source == source and trace.attention is not None
     return trace
 
 
@@ -474,10 +476,11 @@ def test_half_precision(name, dtype, tmp_path):
 
 
 def test_generation_under_autocast(tmp_path):
-    """A float32 model that runs in bfloat16 inside autocast: what it said is kept, and the probe changes nothing."""
+    """A float32 model that runs in bfloat16 inside autocast: what it said is kept, and the probe changes nothing. Both
+    sides of the log-likelihood ratio are computed without."""
     model, processor = tiny_models.build("llava")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        trace = recorded("llava", model, processor, tmp_path)
+        trace = recorded("llava", model, processor, tmp_path, source="teacher_forced")
         assert probe.verify(trace, model, processor).within(0.05)
         gradient = mask_gradient(probe.replay(trace, model, processor))
     assert gradient.dtype == torch.float32 and bool(gradient.isfinite().all()) and gradient.abs().max() > 0

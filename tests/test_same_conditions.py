@@ -437,6 +437,16 @@ def test_other_conditions_than_a_replays_are_told_and_left_out(llava, tmp_path, 
     assert np.allclose(trace.llr, probe.replay(trace, *llava).llr.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_part_that_is_left_in_training_mode_counts_if_it_computes_otherwise(llava, tmp_path, dropout):
+    model, _ = llava
+    for module in model.model.vision_tower.train().modules():
+        if hasattr(module, "dropout"):
+            module.dropout = dropout
+    (trace,) = record(llava, tmp_path)
+    assert trace.log_probs_source == ("teacher_forced" if dropout else "generation")
+
+
 def test_gradient_checkpointing_in_training(llava, tmp_path):
     model, _ = llava
     model.gradient_checkpointing_enable()
