@@ -46,8 +46,8 @@ REMOVAL = ("remove", "abort", "close", "detach", "disarm", "restore", "__exit__"
 
 FENCE = ("_Standing.__call__", "Shadow.run", "Shadow._below", "_Hanging.__call__")
 """What stands between torch or the user and every function of ours; and what these call is called by others as well."""
-FENCED = "HookSet._fence.<locals>.fenced"
-"""What catches; its own first line is outside of what it catches."""
+CATCHING = ("HookSet._fence.<locals>.fenced", "Recording.run", "within")
+"""What catches, and what decides whether there is anything to catch: its own first line is outside of that."""
 
 Place = tuple[str, str]
 """File within the package, and qualified name of a function."""
@@ -63,7 +63,7 @@ def place_of(frame: FrameType) -> Place | None:
         above = above.f_back
     if above is None or not above.f_code.co_filename.startswith(PACKAGE) or above.f_code.co_qualname in FENCE:
         return None
-    if frame.f_code.co_qualname in (*FENCE, FENCED):
+    if frame.f_code.co_qualname in (*FENCE, *CATCHING):
         return None
     return name[len(PACKAGE) + 1 :], frame.f_code.co_qualname
 
