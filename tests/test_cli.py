@@ -154,6 +154,7 @@ def test_usage_errors_end_with_code_2(wrong: tuple[str, ...]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- demo
 
 
+@pytest.mark.quick
 def test_demo_goes_from_a_picture_to_a_page(tmp_path: Path) -> None:
     result = succeed("demo", "--out", tmp_path / "demo", "--json").json
     page = Path(result["report"])
