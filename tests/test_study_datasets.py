@@ -350,6 +350,7 @@ def test_a_data_set_in_a_study_file(tmp_path: Path) -> None:
     assert sample.question == "Which?"
 
 
+@pytest.mark.quick
 def test_the_commands(tmp_path: Path) -> None:
     listed = succeed("study", "datasets").out
     assert "mmvp" in listed and "Questions.csv" in listed
