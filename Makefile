@@ -26,7 +26,6 @@ quick: .venv/.installed-dev  ## lint, types, one core idea of every module (a mi
 	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/checks lint types quick
 
 campaign: .venv/.installed-dev .venv-tv/.installed  ## what is too long for `make test`: kills, forgeries, threads, all families (hours)
-	$(BIN)/python -m pytest -q -m campaign -n $(JOBS) --dist loadfile tests --ignore=tests/tv --ignore=tests/families
 	.venv-tv/bin/python -m pytest -q -n $(JOBS) tests/families tests/tv
 	$(BIN)/python tests/campaigns/run.py
 

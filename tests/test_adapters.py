@@ -79,6 +79,7 @@ def test_a_directory_of_a_plugins_family_opens_without_an_import(checkpoint: Pat
     assert anatomy.decoder == "model.language_model"
 
 
+@pytest.mark.quick
 def test_declared_places_are_recorded_and_drawn(checkpoint: Path, tmp_path: Path) -> None:
     model, processor = probe.load(checkpoint)
     picture = tiny_models.picture()

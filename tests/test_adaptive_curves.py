@@ -78,6 +78,7 @@ def test_the_bound_of_one_interval_is_attained() -> None:
     assert found.pictures == 2 + 2 * 7
 
 
+@pytest.mark.quick
 def test_a_heatmap_that_is_right_at_once_takes_few_pictures() -> None:
     replay = ToyReplay(BOX)
     heat = Heatmap(BOX.numpy() + 1e-3 * VALUES, (64, 64), selection=select_tokens(replay), method="test")

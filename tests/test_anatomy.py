@@ -28,6 +28,7 @@ def test_parts_are_found(name):
     assert anatomy.is_pixel_name("pixel_values") and not anatomy.is_pixel_name("input_ids")
 
 
+@pytest.mark.quick
 def test_a_family_that_cannot_be_probed_says_why():
     model, _ = tiny_models.build("llava")
     model.config.__class__ = type("Chameleon", (type(model.config),), {"model_type": "chameleon"})

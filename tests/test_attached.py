@@ -205,6 +205,7 @@ def test_transformers_own_adapters(tmp_path):
     assert measured != 0 and abs(mine - measured) <= 1e-2 * abs(measured)
 
 
+@pytest.mark.quick
 def test_an_adapter_around_the_language_model_alone(tmp_path):
     model, processor = tiny_models.build("llava")
     inner = peft.get_peft_model(model.model.language_model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
@@ -239,13 +240,14 @@ def test_other_adapters(settings, tmp_path):
     assert probe.identity.fingerprint(model) != before
 
 
+@pytest.mark.quick
 def test_words_of_an_adapted_head_are_those_it_computes_with(tmp_path):
     """TAM reads rows of the LM head; with LoRA on it they are weight + delta."""
     from lvlm_probe.hidden import head_rows
 
-    model, _ = adapted("llava")
+    model, processor = adapted("llava")
     ids = torch.tensor([3, 9, 3])
-    found = head_rows(model.get_base_model(), ids)
+    found = head_rows(probe.replay(recorded("llava", model, processor, tmp_path), model, processor), ids)
     merged = model.merge_and_unload()
     torch.testing.assert_close(found, merged.lm_head.weight.detach()[ids], atol=1e-5, rtol=0)
 

@@ -558,6 +558,7 @@ def test_own_forward_attention_is_reported() -> None:
     assert any("attention" in reason for reason in tap.unsupported.values())
 
 
+@pytest.mark.quick
 def test_a_layer_that_goes_past_the_interface_is_missing_with_a_reason() -> None:
     model, processor = tiny_models.build("llava")
     inputs, columns, valid = batch_of("llava", model, processor)

@@ -203,6 +203,7 @@ def test_questions_in_any_script_and_with_a_space_in_front():
             assert new == around.format("Describe the picture")
 
 
+@pytest.mark.quick
 def test_rewording_that_cannot_be_done_says_why():
     replay = inside.replay("llava")
     with pytest.raises(ReplayError, match=r"no run of tokens that reads as 'Who is it\?'.*question="):

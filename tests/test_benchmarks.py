@@ -153,6 +153,7 @@ def test_operations_are_those_of_the_products() -> None:
     assert bench_gpu.operations_of(run) == 3 * 2 * 3 * 5 * 7  # the product, and one for each gradient
 
 
+@pytest.mark.quick
 def test_a_clone_is_a_whole_trace_of_its_own(tmp_path: Path) -> None:
     import lvlm_probe as probe
 

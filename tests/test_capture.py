@@ -191,6 +191,7 @@ def test_without_visit_the_layers_of_the_last_pass_are_kept():
             layer.weight_gradient(torch.tensor([0]))
 
 
+@pytest.mark.quick
 def test_outputs_and_gradients_of_modules():
     replay = inside.replay("llava")
     path = "model.multi_modal_projector"

@@ -194,6 +194,7 @@ def test_an_empty_cut_changes_no_bit_and_nothing_is_left_behind(implementation, 
     assert all("forward" not in vars(module) for module in replay.model.modules())
 
 
+@pytest.mark.quick
 def test_nothing_is_left_behind_when_a_pass_fails(llava, heat, everything, monkeypatch):
     hooks = hooks_of(llava.model)
 
@@ -551,6 +552,7 @@ def test_masks_that_are_built():
     assert not additive[:3].any()
 
 
+@pytest.mark.quick
 def test_without_nnsight_the_way_out_is_named(llava, heat, everything, monkeypatch):
     monkeypatch.setitem(sys.modules, "nnsight", None)
     for call in (

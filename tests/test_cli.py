@@ -154,6 +154,7 @@ def test_usage_errors_end_with_code_2(wrong: tuple[str, ...]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- demo
 
 
+@pytest.mark.quick
 def test_demo_goes_from_a_picture_to_a_page(tmp_path: Path) -> None:
     result = succeed("demo", "--out", tmp_path / "demo", "--json").json
     page = Path(result["report"])
@@ -379,6 +380,7 @@ def test_explain_says_what_is_wrong(arguments: tuple[str, ...], said: str | None
         assert "Traceback" not in result.err
 
 
+@pytest.mark.quick
 def test_explain_without_anything_to_explain(tmp_path: Path) -> None:
     assert "give a trace file, or a new run" in run("explain", "--method", "igos++").err
     (tmp_path / "empty").mkdir()
@@ -393,6 +395,7 @@ def test_commands_on_maps_say_how_to_make_some(trace: Path, tmp_path: Path) -> N
         assert f"lvlm-probe explain {trace}" in result.err
 
 
+@pytest.mark.quick
 def test_inspect_shows_answer_words_and_model(scene: Any, trace: Path) -> None:
     shown = succeed("inspect", trace).out
     assert scene.question in shown
@@ -534,12 +537,14 @@ def test_evaluate_says_what_is_wrong(arguments: tuple[str, ...], said: str, trac
     assert not list(trace.parent.glob("comparison.*"))
 
 
+@pytest.mark.quick
 def test_evaluate_methods_without_traces(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "holds no traces; record one" in run("evaluate", tmp_path / "empty", "--methods", "random").err
     assert "there is no" in run("evaluate", tmp_path / "none", "--methods", "random").err
 
 
+@pytest.mark.quick
 def test_methods_lists_what_there_is_and_what_it_needs() -> None:
     from lvlm_probe.explainers import methods, needs_of
 

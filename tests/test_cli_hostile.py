@@ -91,6 +91,7 @@ def clean(result: Result) -> str:
         ("families", f"family{TEXT}"),
     ],
 )
+@pytest.mark.quick
 def test_nothing_acts_on_the_terminal(evil: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     files = sorted(evil.iterdir())
     (tmp_path / "study.yaml").write_text(f"models: {{{json.dumps('m' + TEXT.replace(chr(0x7F), ''))}: demo}}\n")

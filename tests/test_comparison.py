@@ -153,6 +153,7 @@ def test_the_best_gain_of_a_row_is_marked_and_a_reversed_one_is_red(tmp_path: Pa
     ]
 
 
+@pytest.mark.quick
 def test_what_a_method_cannot_do_stands_in_its_place(bad_methods: None, tmp_path: Path) -> None:
     made = compare([toy()], ["says why", "random", "buggy"], out=tmp_path / "page.html")
     ((_, why, fine, bug),) = Page(made.path).rows

@@ -159,6 +159,7 @@ def test_keys_have_places_and_those_without_pixels_have_none(asked: Any) -> None
     assert rows.key_box[:, 2].max() <= picture.width and rows.key_box[:, 3].max() <= picture.height
 
 
+@pytest.mark.quick
 def test_the_attention_explainer_draws_recorded_and_replayed_rows_alike(asked: Any) -> None:
     model, processor, _, _, trace = asked
     alone = probe.explain(trace, method="attention", tokens=(0, 2))

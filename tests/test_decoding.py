@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import tiny_models
 import torch
 from transformers import GenerationConfig
@@ -11,6 +12,7 @@ from transformers import GenerationConfig
 from lvlm_probe.decoding import Stops, display_pieces, special_flags, stops_of, tokenizer_of
 
 
+@pytest.mark.quick
 def test_pieces_join_to_the_decoded_text(demo):
     for tokenizer in (tiny_models.build_processor("llava").tokenizer, demo[1].tokenizer):
         text = "The red star is in the top left."

@@ -180,6 +180,7 @@ def test_only_the_order_of_values_matters(seed: int) -> None:
     assert plain.params["tie_orders"] == 1
 
 
+@pytest.mark.quick
 def test_mirroring_scorer_and_heatmap_together_changes_nothing() -> None:
     values = np.random.default_rng(4).permutation(256).reshape(16, 16) / 256
     straight = evaluate(heat_of(ToyReplay(BOX), values), ToyReplay(BOX))

@@ -142,6 +142,7 @@ def test_plain_scenes_stay_as_the_model_was_trained_and_measured_on(split: str) 
     assert " ".join(digest(scene) for scene in demo.scenes(6, split=split, seed=1)) == PINNED[split]
 
 
+@pytest.mark.quick
 def test_plain_scenes_of_other_sizes_and_the_weights_stay_too() -> None:
     scenes = demo.scenes(3, seed=40, size=(500, 360), start=100)
     assert [digest(scene) for scene in scenes] == ["c8a5e8fea1fbc465", "1a72ad61c4b67db6", "f993bf777452439d"]

@@ -58,6 +58,7 @@ def test_the_page_says_what_failed_and_why() -> None:
     assert "| text | D | it takes no picture |" in text
 
 
+@pytest.mark.quick
 def test_an_unknown_family_is_an_error_that_says_that_it_may_work() -> None:
     with pytest.raises(probe.ProbeError, match="can be attached all the same"):
         TABLE["unheard of"]

@@ -28,6 +28,7 @@ def test_random_is_uniform_seeded_and_leaves_the_global_state() -> None:
     assert not np.array_equal(first.values, explain(ToyReplay(BOX), method="random", size=40, seed=4).values)
 
 
+@pytest.mark.quick
 def test_center_is_a_gaussian_around_the_middle() -> None:
     heat = explain(ToyReplay(BOX, size=(400, 100)), method="center", size=(5, 9), sigma=0.2)
     row, col = (np.arange(5) + 0.5) / 5, (np.arange(9) + 0.5) / 9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from lvlm_probe.forcing import TeacherForcing, list_inputs
@@ -52,6 +53,7 @@ def test_gradient_through_a_batch_norm_equals_finite_differences() -> None:
     assert not model.norm._forward_hooks  # torch alone gets it wrong on the CPU where the gradient arrives permuted
 
 
+@pytest.mark.quick
 def test_what_a_model_takes_as_a_list_is_handed_on_as_one() -> None:
     model = _Tower()
     assert list_inputs(model) == {"shapes"}  # sizes may be a tensor too

@@ -140,6 +140,7 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         write_arrays(tmp_path / "file" / "x.h5", KIND, "1.0", {}, {})
 
 
+@pytest.mark.quick
 def test_rewriting_replaces_whole_files(tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     write_arrays(path, KIND, "1.0", {"a": np.zeros(3)}, {}, fsync=True)

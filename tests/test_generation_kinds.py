@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 sys.path[:0] = [str(Path(__file__).parent / "families"), str(Path(__file__).parent)]
 
 import numpy as np  # noqa: E402
-import pytest  # noqa: E402
 import torch  # noqa: E402
 from zoo import build, load_members  # noqa: E402
 
@@ -80,6 +81,7 @@ def test_an_encoder_decoder_answer_is_forced_through_the_decoder(name, tmp_path)
         replay.capture(attention=["decoder"])
 
 
+@pytest.mark.quick
 def test_a_beginning_of_the_answer_that_the_user_gave_is_no_part_of_it(tmp_path):
     built = build("florence2", "pil")
     inputs = built.inputs([built.picture()])

@@ -132,6 +132,7 @@ def test_sampling_is_bilinear_interpolation(shape) -> None:
     assert torch.allclose(sampled.reshape(2, 48, 192), expected.reshape(2, 48, 192), atol=2e-6)
 
 
+@pytest.mark.quick
 def test_the_composite_is_the_formula_and_its_gradient_the_finite_difference() -> None:
     geometry = trace(Odd(), [(50, 30), (20, 40)])
     generator = torch.Generator().manual_seed(0)

@@ -239,6 +239,7 @@ def test_wrong_parameters_are_refused(params, error, message):
         explain(inside.replay("llava"), **params)
 
 
+@pytest.mark.quick
 def test_a_layer_that_is_not_read_is_named():
     replay = inside.replay("llava")
     last = blocks_of(replay.model, "model.vision_tower")[-1]

@@ -189,6 +189,7 @@ def test_refusals(wrong: dict[str, object], message: str) -> None:
         explain(ToyReplay(torch.ones(2, 2) / 4), method="greedy", **wrong)
 
 
+@pytest.mark.quick
 def test_what_superpixels_need_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pictureless(ToyReplay):
         def image(self, k: int = 0):  # type: ignore[no-untyped-def]

@@ -77,6 +77,7 @@ def test_tmm_grows_with_the_sequence_and_not_with_its_square() -> None:
     assert taken[-1] < one_map / 4
 
 
+@pytest.mark.quick
 def test_and_it_is_the_dense_product_all_the_same() -> None:
     positions = 300  # more than two blocks of rows, the last one short
     walk = walk_over(positions)

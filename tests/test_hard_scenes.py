@@ -156,6 +156,7 @@ def truth(query: scenery.Query, items: tuple[scenery.Item, ...]) -> list[str]:
     return [i.colour for i in found if i.shape == words[4]]
 
 
+@pytest.mark.quick
 def test_every_question_has_the_one_answer_that_brute_force_finds(scenes: list[demo.Scene]) -> None:
     kinds: Counter[str] = Counter()
     for scene in scenes:

@@ -194,6 +194,7 @@ def test_round_trip_through_a_file(heat: Heatmap, tmp_path: Path) -> None:
     assert Heatmap.read(path, trace=TRACE).overlay().size == (90, 60)
 
 
+@pytest.mark.quick
 def test_round_trip_without_values(tmp_path: Path) -> None:
     empty = Heatmap(None, (9, 6), selection=SELECTION, reason="nothing", method="igos++")
     again = Heatmap.read(empty.write(tmp_path / "empty.h5"))

@@ -30,6 +30,7 @@ def loud(original, name):
     return original(name).upper()
 
 
+@pytest.mark.quick
 def test_shadow_stands_in_front_and_leaves_nothing():
     owner, other = Greeter(), Greeter()
     hooks = HookSet()

@@ -135,6 +135,7 @@ def test_soft_iou_of_two_graded_maps_by_hand() -> None:
     assert np.isnan(human_agreement(np.zeros((2, 2)), human, grid=2).soft_iou)
 
 
+@pytest.mark.quick
 def test_fixations_of_a_graded_map() -> None:
     heat = np.random.default_rng(3).random((10, 10))
     sparse = np.zeros((10, 10))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import tiny_models
 import torch
 
@@ -20,6 +21,7 @@ def test_fingerprint_follows_the_weights_and_not_the_dtype(tmp_path):
     assert fingerprint(model) != before
 
 
+@pytest.mark.quick
 def test_fingerprint_of_weights_that_are_not_there():
     with torch.device("meta"):
         layers = [torch.nn.Linear(2, 3), torch.nn.Linear(2, 4)]

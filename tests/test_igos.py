@@ -328,6 +328,7 @@ def test_presets_and_their_passes() -> None:
     assert dataclasses.replace(PRESETS["thorough"], refine=0) == PRESETS["paper"]
 
 
+@pytest.mark.quick
 def test_the_default_is_the_same_for_the_same_seed_and_another_for_another() -> None:
     first, second, other = (explain(ToyReplay(BOX), preset="default", seed=seed) for seed in (3, 3, 4))
     assert np.array_equal(first.values, second.values)

@@ -12,6 +12,7 @@ from lvlm_probe.explainers import explain
 BOX = box_weights(16, slice(3, 6), slice(9, 13))
 
 
+@pytest.mark.quick
 def test_is_the_one_mask_objective_without_the_graduated_term_in_the_masks_own_order() -> None:
     heat = explain(ToyReplay(BOX), method="igos+")
     assert (heat.params["masks"], heat.params["l2"]) == (1, 0.0)

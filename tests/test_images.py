@@ -429,6 +429,7 @@ def test_pixel_path_blends_the_inputs_themselves(kind) -> None:
     assert float(mask.grad.abs().min()) > 0
 
 
+@pytest.mark.quick
 def test_pixel_path_baselines_and_interface() -> None:
     path = PixelPath(pixels(1))
     values = path.inputs["pixel_values"]

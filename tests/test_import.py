@@ -138,6 +138,7 @@ def test_families(name: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(ours.float().numpy(), theirs.float().numpy(), atol=2e-3)
 
 
+@pytest.mark.quick
 def test_bad_rows_are_listed_and_do_not_stop_the_rest(demo: Any, served: Any, tmp_path: Path) -> None:
     directory, traces, rows = served
     good = {name: rows[1][name] for name in ("image", "question", "answer")}

@@ -149,6 +149,7 @@ def test_scaling_by_hand() -> None:
     assert scaled(raw, torch.zeros_like(seen)) is None
 
 
+@pytest.mark.quick
 def test_progress_interrupt_and_refusals() -> None:
     replay = ToyReplay(box_weights(8, slice(0, 2), slice(0, 3)))
     told: list[tuple[int, int]] = []

@@ -37,6 +37,7 @@ class _Packing:
         }
 
 
+@pytest.mark.quick
 def test_copies_are_joined_as_the_processor_joins_pictures() -> None:
     processor = _Packing()
     path = ImagePath.from_processor(processor, [_noise(0)])

@@ -155,6 +155,7 @@ def test_keywords_are_as_many_as_the_recipe_takes() -> None:
     assert len(ablations.keywords(long)) == len(long.split()) // 4
 
 
+@pytest.mark.quick
 def test_tables_say_what_the_lines_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rng = np.random.default_rng(0)
     lines = judging.Lines(tmp_path)

@@ -168,6 +168,7 @@ def count_hooks(model) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+@pytest.mark.quick
 def test_cross_attention_keys_have_places_too(tmp_path):
     """Blur one tile's worth of the picture: of all keys, exactly those whose box meets it change in the encoder."""
     model, processor = tiny_models.build("mllama")

@@ -23,6 +23,7 @@ def test_load_gives_the_model_and_a_processor_that_serves_it(name, tmp_path):
         assert torch.equal(model(**inputs).logits, original(**expected).logits)
 
 
+@pytest.mark.quick
 def test_what_is_no_model_stays_an_error(tmp_path):
     with pytest.raises((OSError, ValueError)):
         probe.load(tmp_path)

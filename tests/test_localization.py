@@ -78,6 +78,7 @@ def test_ties_count_by_expected_intersection(seed: int) -> None:
     assert iou(values, region) == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.quick
 def test_a_coarse_heatmap_is_brought_to_the_regions_pixels() -> None:
     heat = Heatmap(np.array([[0.0, 0.0], [0.0, 1.0]]), (40, 40))
     region = np.zeros((40, 40), dtype=bool)

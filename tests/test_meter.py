@@ -191,6 +191,7 @@ def data_of(path: Path) -> Any:
     return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)[1])  # type: ignore[index]
 
 
+@pytest.mark.quick
 def test_page(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     picture = Image.new("RGB", (8, 8), (200, 0, 0))
@@ -242,6 +243,7 @@ def test_the_command(asked: Path, tmp_path: Path) -> None:
     assert "Example:" in succeed("meter", "--help").out
 
 
+@pytest.mark.quick
 def test_the_command_refuses_in_a_sentence(asked: Path, tmp_path: Path) -> None:
     result = run("meter", tmp_path / "none")
     assert result.code == 2 and "there is no" in result.err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from lvlm_probe.explainers import needs_of, registry
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
@@ -22,6 +24,7 @@ def rows() -> dict[str, tuple[list[str], str]]:
     return found
 
 
+@pytest.mark.quick
 def test_the_page_lists_exactly_the_methods_of_the_package() -> None:
     built_in = {name for name in registry.names() if registry.find(name).__module__.startswith("lvlm_probe.explainers")}
     assert set(rows()) == built_in

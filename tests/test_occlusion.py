@@ -62,6 +62,7 @@ def test_log_score_by_hand() -> None:
     assert heat.provenance["diagnostics"]["unit"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.quick
 def test_what_speaks_against_the_words_comes_last() -> None:
     weights = torch.tensor([[-0.3, 1.1, 0.0, 0.2]], dtype=torch.float64)
     heat = explain(ToyReplay(weights), method="occlusion", size=(1, 4), patch=1, score="prob")

@@ -154,6 +154,7 @@ def test_igos_refines_on_a_finer_grid_and_counts_its_passes() -> None:
     assert [record.get("refinement") for record in heat.history] == [None, None, 0.0, 1.0, 2.0]
 
 
+@pytest.mark.quick
 def test_refining_raises_insertion_over_deletion() -> None:
     gains = []
     for refine in (0, 5):

@@ -115,6 +115,7 @@ def build() -> Foreign:
     return model
 
 
+@pytest.mark.quick
 def test_a_foreign_model_is_recorded_and_replayed(tmp_path: Any) -> None:
     register_original("foreign", matches=has_eyes, adapt=ForeignDriver)
     model, processor = build(), Pictures()

@@ -62,6 +62,7 @@ def test_other_convolutions_are_left_alone(module):
         assert "forward" not in vars(module)
 
 
+@pytest.mark.quick
 def test_weights_that_learn_keep_their_gradient():
     module = torch.nn.Conv2d(3, 4, 2, stride=2)
     with patch_gradients(module):

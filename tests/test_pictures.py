@@ -13,6 +13,7 @@ import lvlm_probe as probe
 from lvlm_probe.pictures import encode_picture, open_picture
 
 
+@pytest.mark.quick
 def test_the_users_own_file_is_kept(tmp_path):
     path = tmp_path / "photo.jpg"
     tiny_models.picture().save(path, quality=80)

@@ -81,6 +81,7 @@ def test_each_pixel_tensor_has_the_gradient_of_its_finite_difference(case: str) 
         assert float((grad * way).sum()) == pytest.approx(slope, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.quick
 def test_a_crop_shows_its_own_part_of_the_picture() -> None:
     path = ImagePath.from_processor(_crops(), [tiny_models.picture(120, 60)])  # two crops, side by side
     x, _, _, live = path.coordinates("pixel_values_local")

@@ -239,6 +239,7 @@ def test_nothing_fits(replay: probe.Replay) -> None:
         handle.remove()
 
 
+@pytest.mark.quick
 def test_plan_from_model_trace_and_processor(recorded: tuple[Any, Any, Any], tmp_path: Path) -> None:
     trace, model, processor = recorded
     found = probe.plan(model, trace, processor, method="gradcam", seconds=False)

@@ -317,6 +317,7 @@ def test_masks_that_do_not_fit_say_what_would(llava):
         llava.log_probs(torch.ones(1, 4, 4), image=1)
 
 
+@pytest.mark.quick
 def test_several_images_are_masked_apart(tmp_path):
     trace, model, processor = record("llava", tmp_path, images=2)
     replay = probe.replay(trace, model, processor)

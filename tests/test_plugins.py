@@ -142,6 +142,7 @@ def test_a_plugin_that_looks_into_the_registry_while_loading_does_not_recurse(in
     assert sys.modules["curious_plugin"].go.saw == {}
 
 
+@pytest.mark.quick
 def test_explain_finds_a_plugin_method_by_itself(install: Install) -> None:
     install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
     from lvlm_probe.explainers import resolve

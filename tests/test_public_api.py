@@ -49,6 +49,7 @@ def test_every_public_name_resolves_and_is_documented(name: str) -> None:
     assert getattr(probe, name) is value
 
 
+@pytest.mark.quick
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'no_such_name'"):
         probe.no_such_name  # noqa: B018

@@ -124,6 +124,7 @@ def test_no_value_leaves_the_device_in_a_step(padded: bool) -> None:
     assert not waits.seen
 
 
+@pytest.mark.quick
 def test_a_further_step_is_only_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking into a call's arguments takes as long as a small layer; the first of its kind is looked into."""
     looked: list[int] = []

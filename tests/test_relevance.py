@@ -414,6 +414,7 @@ def test_iia_says_where_points_cannot_be_told_apart():
         ("tmm", {"depth": 3}, "takes no parameter 'depth'"),
     ],
 )
+@pytest.mark.quick
 def test_wrong_parameters_are_refused(method, params, message):
     replay = inside.replay("llava")
     with pytest.raises(ExplainError, match=message):

@@ -68,6 +68,7 @@ def check(model: Any, processor: Any, directory: Path) -> Any:
     return trace
 
 
+@pytest.mark.quick
 def test_an_unusual_layout_works(tmp_path):
     model, processor = peeper()
     trace = check(model, processor, tmp_path)

@@ -197,6 +197,7 @@ def test_a_part_of_the_selection_is_named_by_its_words(tmp_path: Path) -> None:
     assert [m["whole"] for m in maps] == [True, False]
 
 
+@pytest.mark.quick
 def test_a_real_trace_file(tmp_path: Path) -> None:
     path = write(sample_capture(), tmp_path)
     with open_trace(path) as recording:

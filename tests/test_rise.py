@@ -137,6 +137,7 @@ def test_refusals(wrong: dict[str, object], message: str) -> None:
         explain(ToyReplay(box_weights(4, slice(0, 1), slice(0, 1))), method="rise", **wrong)
 
 
+@pytest.mark.quick
 def test_nothing_to_show_is_a_reason() -> None:
     box = box_weights(4, slice(0, 1), slice(0, 1))
     flat = explain(ToyReplay(torch.zeros(4, 4)), method="rise", tokens=(0, 1), masks=10)

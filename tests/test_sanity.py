@@ -255,6 +255,7 @@ def test_the_same_tokens_and_the_same_baseline_are_explained_throughout(recorded
     assert step.similarity == compare_maps(report.heatmap, by_hand)
 
 
+@pytest.mark.quick
 def test_an_error_in_the_explainer_leaves_the_model_whole(recorded, monkeypatch) -> None:
     trace, model, processor = recorded
     before = bits(model)

@@ -24,6 +24,7 @@ def replay() -> ToyReplay:
     return ToyReplay(weights, original=ORIGINAL, base=BASE, tokens=TOKENS, special=SPECIAL)
 
 
+@pytest.mark.quick
 def test_llr_is_the_difference_of_log_probabilities(replay: ToyReplay) -> None:
     selection = select_tokens(replay)
     by_hand = [math.log(p) - math.log(q) for p, q in zip(ORIGINAL, BASE, strict=True)]

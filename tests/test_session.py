@@ -650,6 +650,7 @@ def test_masked_generate_sees_what_a_composite_picture_shows(llava):
     assert torch.equal(masked, generate(model, ask(model, processor, [by_hand])))
 
 
+@pytest.mark.quick
 def test_a_replay_inside_masked_is_not_masked(llava, tmp_path):
     model, processor = llava
     with probe.attach(model, processor) as p:

@@ -99,6 +99,7 @@ def test_the_convolutional_map_is_the_formula_on_plain_hooks() -> None:
     assert np.allclose(heat.values, wanted.numpy(), atol=0.03)
 
 
+@pytest.mark.quick
 def test_methods_over_attention_say_where_they_are_not_applicable() -> None:
     replay = replayed()
     for method in ("tmm", "iia"):

@@ -94,6 +94,7 @@ def test_all_cuts_together_equal_the_plain_pass(name, tmp_path):
         assert ("positions handed over" in taken) == (name in EXPECTED)
 
 
+@pytest.mark.quick
 def test_only_what_depends_on_the_mask_is_fed(llava, fed):
     start, prompt = llava.shortcuts.start, llava.prompt_length
     assert llava.input_ids[start] == llava.anatomy.image_token_id

@@ -121,6 +121,7 @@ def test_tie_share_of_a_heatmap() -> None:
         tie_share(Heatmap(None, (8, 8), reason="empty"))
 
 
+@pytest.mark.quick
 def test_refusals_and_missing_heatmaps() -> None:
     one = heat(np.eye(4))
     empty = Heatmap(None, (64, 64), reason="nothing selected")

@@ -90,6 +90,7 @@ def test_refusals() -> None:
 # ---------------------------------------------------------------- permutation test
 
 
+@pytest.mark.quick
 def test_permutation_test_counts_all_flips_of_few_pairs() -> None:
     first, second = np.array([0.5, 0.9, 0.4, 0.8, 0.7]), np.array([0.4, 0.7, 0.5, 0.3, 0.6])
     differences = first - second

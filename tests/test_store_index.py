@@ -226,6 +226,7 @@ def test_one_file_can_be_listed(tmp_path: Path) -> None:
     assert not (tmp_path / INDEX_NAME).exists()
 
 
+@pytest.mark.quick
 def test_a_header_costs_a_few_kilobytes_whatever_the_file_holds(tmp_path: Path) -> None:
     """By the count that the system keeps of what this process reads."""
     capture = sample_capture()

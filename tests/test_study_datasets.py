@@ -204,6 +204,7 @@ def test_hallusion_bench(tmp_path: Path) -> None:
     assert all(sample.image.size == (12, 8) for sample in found)
 
 
+@pytest.mark.quick
 def test_a_table_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     picture().save(tmp_path / "photos" / "a.png")
@@ -244,6 +245,7 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
         list(open_dataset("images", str(tmp_path / "empty")))
 
 
+@pytest.mark.quick
 def test_demo_scenes_are_a_data_set() -> None:
     found = list(itertools.islice(open_dataset("demo", "eval", start=5), 3))
     assert [sample.id for sample in found] == ["5", "6", "7"]
@@ -348,6 +350,7 @@ def test_a_data_set_in_a_study_file(tmp_path: Path) -> None:
     assert sample.question == "Which?"
 
 
+@pytest.mark.quick
 def test_the_commands(tmp_path: Path) -> None:
     listed = succeed("study", "datasets").out
     assert "mmvp" in listed and "Questions.csv" in listed

@@ -131,13 +131,15 @@ def test_a_table_that_cannot_be_made_is_there_with_the_reason(results: Results) 
     assert "## Table 5\n\nNot made: no method of this study belongs to table 5" in text
 
 
+@pytest.mark.quick
 def test_the_command(tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(
         "name: small\nmodels: {demo: demo}\ndatasets: {s: {reader: demo, source: eval, limit: 1}}\n"
-        "methods: {random: {}}\nsettings: {grid: 4, steps: 2, max_new_tokens: 24}\n"
+        "methods: {random: {}, input_gradient: {}}\nsettings: {grid: 4, steps: 2, max_new_tokens: 24, words: true}\n"
     )
     succeed("study", "run", path)
+    assert all("words" in record for record in collect(read_study(path)).chosen())
     succeed("study", "table", path, "--document", tmp_path / "out" / "small.md")
     text = (tmp_path / "out" / "small.md").read_text(encoding="utf-8")
     assert text.startswith(f"# Small\n\nMade by `lvlm-probe study table {path.as_posix()} --document ")

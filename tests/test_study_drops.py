@@ -44,6 +44,7 @@ def test_beyond_all_numbers() -> None:
     assert band_of(math.nan) == "unknown"
 
 
+@pytest.mark.quick
 def test_the_meter_and_a_study_say_the_same() -> None:
     log_probs, llr, special = np.array([-0.1, -0.2, -3.0]), np.array([1.5, -0.25, 9.0]), np.array([False, False, True])
     trace: Any = SimpleNamespace(log_probs=log_probs, llr=llr, special=special)

@@ -240,6 +240,7 @@ def test_references() -> None:
     assert changes.references([]) == {}
 
 
+@pytest.mark.quick
 def test_question_diff() -> None:
     assert changes.question_diff("Is the cup red?", "Is the cup blue?") == [
         ("Is the cup ", "same"), ("red", "gone"), ("blue", "new"), ("?", "same"),
@@ -412,6 +413,7 @@ def test_a_sample_takes_bounded_space(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sizes[4] < 4 * (6 * cells + 40_000) + 150_000
 
 
+@pytest.mark.quick
 def test_thousands_make_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study_samples.open_without_files(monkeypatch)
     out = tmp_path / "out"

@@ -59,6 +59,7 @@ def test_without_a_model_units_and_passes_are_counted(study: Study) -> None:
     assert forecast(study, limit=1).maps == 2 * 1 * 4
 
 
+@pytest.mark.quick
 def test_measured_it_says_memory_and_hours_and_keeps_the_answers(study: Study) -> None:
     study = dataclasses.replace(
         study, models={"demo": study.models["demo"]}, datasets={"scenes": study.datasets["scenes"]}
@@ -103,6 +104,7 @@ def test_a_model_that_cannot_be_loaded_costs_its_own_lines(study: Study) -> None
     assert all("no/such/model" in (line.problem or "") for line in found.lines)
 
 
+@pytest.mark.quick
 def test_the_command(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(YAML, encoding="utf-8")

@@ -31,6 +31,7 @@ def written(tmp_path: Path, text: str) -> Path:
     return path
 
 
+@pytest.mark.quick
 def test_a_whole_study(tmp_path: Path) -> None:
     study = read_study(written(tmp_path, WHOLE))
     assert study.name == "demo"

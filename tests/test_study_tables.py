@@ -121,6 +121,7 @@ def test_table_3_pairs_samples(results: Results) -> None:
         make_table(results, "5")
 
 
+@pytest.mark.quick
 def test_table_4_tests_scale_and_architecture(results: Results) -> None:
     table = make_table(results, "4")
     assert estimates(table, "insertion − deletion") == pytest.approx([0.8, 0.7])
@@ -243,6 +244,7 @@ def test_table_9_has_the_rows_that_name_it_and_small_models_in_megabytes(results
     assert estimates(table, "highest, weights included, MB") == [3.0, 3.0]
 
 
+@pytest.mark.quick
 def test_figure_5_computed_and_annotated(results: Results, tmp_path: Path) -> None:
     table = make_table(results, "figure5")
     assert [row[:3] for row in table.rows] == [("large", "colour", 3), ("small", "colour", 3)]
@@ -264,6 +266,7 @@ def test_figure_5_computed_and_annotated(results: Results, tmp_path: Path) -> No
         make_table(results, "figure5", annotations=judged)
 
 
+@pytest.mark.quick
 def test_the_ledger_says_what_was_not_run(results: Results) -> None:
     table = ledger(results)
     assert len(table.rows) == sum(2 for _ in _printed_cells())

@@ -119,6 +119,7 @@ def test_the_filter_keeps_what_all_models_need_the_picture_for(
         assert pytest.importorskip("re").search(expected, found)
 
 
+@pytest.mark.quick
 def test_a_probability_that_is_no_number_drops_its_sample() -> None:
     done = {"status": "done", "drop": 0.9, "drop_normalised": 0.9}
     assert verdict(study(), {"m": done, "n": {**done, "drop": None}}) == (
