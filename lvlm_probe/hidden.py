@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lvlm_probe.errors import ExplainError, ReplayError
 from lvlm_probe.forcing import input_device
+from lvlm_probe.replica import Replica
 
 if TYPE_CHECKING:
     from lvlm_probe.player import Replay
@@ -44,13 +45,8 @@ def hidden_states(replay: Replay) -> Tensor:
     return found[0].cpu()
 
 
-def head_rows(replay: Replay, ids: Tensor) -> Tensor:
+def head_rows(model: nn.Module, ids: Tensor) -> Tensor:
     """Rows of the LM head for some token ids, ``(token, channel)`` on the CPU. Raises ``ExplainError`` without one."""
-    with replay.replica.use() as model:
-        return _head_rows(model, ids)
-
-
-def _head_rows(model: nn.Module, ids: Tensor) -> Tensor:
     hub: Any = model
     head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
     weight = getattr(head, "weight", None)
@@ -58,10 +54,10 @@ def _head_rows(model: nn.Module, ids: Tensor) -> Tensor:
         raise ExplainError(f"{type(model).__name__} has no linear LM head whose rows could be read")
     if weight.is_meta or {"base_layer", "original_module"} & set(head._modules):
         # Offloaded, or adapted: the rows that it computes with are the gradients of its own outputs.
-        with torch.enable_grad():
+        with Replica(head).use() as own, torch.enable_grad():
             states = torch.zeros(len(ids), weight.shape[1], dtype=weight.dtype, device=input_device(model))
             states.requires_grad_(True)
-            picked = head(states).gather(-1, ids.to(states.device)[:, None]).sum()
+            picked = own(states).gather(-1, ids.to(states.device)[:, None]).sum()
             return torch.autograd.grad(picked, states)[0].cpu()
     return weight.detach()[ids.to(weight.device)].cpu()
 
@@ -88,7 +84,7 @@ def point_records(
 
     _, ids = text_tokens(prompt, image_positions, answer)
     try:
-        hidden, rows = narrowed(hidden_states(replay)), narrowed(head_rows(replay, ids))
+        hidden, rows = narrowed(hidden_states(replay)), narrowed(head_rows(replay.model, ids))
     except ExplainError as error:
         raise ReplayError(str(error)) from error
     decoder = replay.anatomy.decoder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ __all__ = [
     "is_peft",
     "plain_value",
     "stored_value",
-    "uncompiled",
 ]
 
 
@@ -76,12 +74,6 @@ def every_module(model: torch.nn.Module) -> list[torch.nn.Module]:
             found[module] = None
             waiting += reversed(module._modules.values())
     return list(found)
-
-
-def uncompiled(model: torch.nn.Module) -> AbstractContextManager[Any]:
-    """Inside the block compiled modules run their own Python: a pass of ours needs to be seen, and shapes vary."""
-    stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
-    return stance("force_eager") if stance is not None and compiled_parts(model) else nullcontext()
 
 
 def generating_model(model: Any) -> Any:

@@ -92,7 +92,7 @@ def _states(problem: Problem) -> _States:
             "this trace holds no hidden states: record with points=['hidden'], or explain a replay, which computes them"
         )
     hidden = hidden_states(problem.replay).double()
-    rows = head_rows(problem.replay, ids).double()
+    rows = head_rows(problem.replay.model, ids).double()
     problem.advance(1, 1)
     return _States(hidden, rows, positions, ids, prompt, "replay")
 

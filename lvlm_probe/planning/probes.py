@@ -265,6 +265,6 @@ class _Rehearsal:
         _, ids = text_tokens(replay.trace.input_ids, replay.trace.layout.image_positions, replay.trace.token_ids)
         with meter.running():
             states = hidden_states(replay).double()
-            rows = head_rows(replay, ids).double()
+            rows = head_rows(replay.model, ids).double()
             states[positions] @ rows.clone().T
         return meter.reading.peak
