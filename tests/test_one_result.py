@@ -77,7 +77,7 @@ def calls(recorded: Any, folder: Path) -> dict[str, Callable[[probe.Replay], Any
 
     def compared(replay: probe.Replay) -> Any:
         page = folder / f"{random.random()}.html"
-        made = probe.compare([replay], methods=["input_gradient", "center"], tokens="The", out=page, steps=4)
+        made = probe.compare([replay], methods=["input_gradient", "center"], tokens="cross", out=page, steps=4)
         return [
             (told(heat), score and score.to_dict())
             for row in made.rows
@@ -90,8 +90,8 @@ def calls(recorded: Any, folder: Path) -> dict[str, Callable[[probe.Replay], Any
         return found.forward, found.micro_batch, told(heat)
 
     # Some words keep their probability on the recorded blur and some do not.
-    found = {method: explaining(method, (None, "The")[number % 2]) for number, method in enumerate(METHODS)}
-    found["igos++ of another word"] = explaining("igos++", "The")
+    found = {method: explaining(method, (None, "cross")[number % 2]) for number, method in enumerate(METHODS)}
+    found["igos++ of another word"] = explaining("igos++", "cross")
     for word, heat in maps.items():
         found[f"evaluate {word}"] = lambda replay, heat=heat: probe.evaluate(heat, replay, steps=4).to_dict()
     return found | {
@@ -102,13 +102,13 @@ def calls(recorded: Any, folder: Path) -> dict[str, Callable[[probe.Replay], Any
         "verify": lambda _replay: probe.verify(trace, model, processor),
         "select": lambda replay: (probe.select_tokens(replay), replay.llr.tolist()),
         "word answers": lambda _: answer_randomisation(trace, model, processor, draws=1, method="gradcam").to_dict(),
-        "seeds": lambda replay: over_seeds(replay, seeds=2, method="rise", masks=8, tokens="The").to_dict(),
+        "seeds": lambda replay: over_seeds(replay, seeds=2, method="rise", masks=8, tokens="cross").to_dict(),
         "patch": lambda replay: causal.patch(replay, maps["yellow"], top=0.2, draws=1).effects,
         "passes": lambda replay: replay.score_and_grad(torch.full((3, 4, 4), 0.4), lambda p: p.sum(1))[1].tolist(),
     }
 
 
-WORDS = ("The", "yellow")
+WORDS = ("cross", "yellow")
 
 
 def test_any_sequence_of_calls_gives_what_fresh_replays_give(recorded: Any, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_explaining_strengthens_a_view_and_the_heatmap_names_it(replay: probe.Re
     weak = replay.over("blur", strength=0.001)
     heat = probe.explain(weak, method="gradcam", tokens="yellow")
     named = heat.provenance["baseline"]
-    assert named["strength"] > 0.001 and named["verified"] and named["mean_probability"] < 0.05
+    assert named["strength"] > 0.001 and named["verified"] is (named["mean_probability"] < 0.05)
     assert weak.baseline == {"kind": "blur", "strength": 0.001, "sigma": 0.001 * 336}
     assert replay.baseline == own and torch.equal(replay.baseline_log_probs, log_probs)
     # Whatever the replay's own baseline is, the heatmap is judged over the one it was made over.

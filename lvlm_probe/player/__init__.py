@@ -40,7 +40,7 @@ def replay(
         processor: its processor, or its image processor; without it masks live in pixel-input space.
         strict: refuse another model. ``False`` replays the answer on it all the same, e.g. to compare two models.
         gradient_checkpointing: trade time for memory in gradient passes.
-        micro_batch: masks per forward pass; by default as many as fit.
+        micro_batch: masks per forward pass; by default as many as one rule says (``exhaustion``).
 
     Raises:
         ModelMismatch: the fingerprint differs from the recorded one, or the processor makes other inputs.

@@ -215,7 +215,7 @@ class Replay(Views):
             noise: standard deviation of Gaussian noise added to the normalised pixel inputs, fresh for every mask.
             generator: source of the noise; the global random state is never touched.
             mode: ``"exact"`` runs the real processor on the real composite (gradient from the traced geometry).
-            micro_batch: masks per forward pass, by default as many as fit.
+            micro_batch: masks per forward pass, by default the replay's.
             steps: the tokens that are wanted, by default all. Passes for some leave out what these do not depend on
                 (``shortcuts``); the columns of all others are NaN.
 

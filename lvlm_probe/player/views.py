@@ -11,7 +11,7 @@ import torch
 
 from lvlm_probe.exhaustion import Limits
 from lvlm_probe.images import ImagePath, PixelPath
-from lvlm_probe.isolation import outside_inference_mode
+from lvlm_probe.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.player import baselines
 from lvlm_probe.player.gradient_flow import require_gradients
 
@@ -110,6 +110,7 @@ class Views:
         return images[k] if images else None
 
     @outside_inference_mode
+    @taking_turns
     def over(
         self, baseline: baselines.BaselineLike = "blur", *, strength: float | None = None, seed: int | None = None
     ) -> Self:
@@ -128,6 +129,7 @@ class Views:
         return cast(Self, baselines.over(cast(Any, self), baseline, strength, seed))
 
     @outside_inference_mode
+    @taking_turns
     def strengthened(self, steps: Sequence[int], *, below: float = 0.05) -> Self:
         """A view over a blur so strong that the mean probability of the answer tokens ``steps`` is under ``below``
         (paper, A.1).
@@ -138,6 +140,7 @@ class Views:
         return cast(Self, baselines.strengthened(cast(Any, self), steps, below))
 
     @outside_inference_mode
+    @taking_turns
     def require_gradients(self) -> None:
         """Check, once for all views, that the score's gradient arrives at the picture whole.
 
