@@ -24,8 +24,10 @@ from test_cli import Result, run
 
 from lvlm_probe import cli
 from lvlm_probe.cli import inputs, models, terminal
+from lvlm_probe.cli.maps import MapFile
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.format import Capture
+from lvlm_probe.metrics import Score
 from lvlm_probe.trace import write
 
 BAD = [b"\x1b]", b"\x1b[2J", b"\x9b", "\x9b".encode(), "\u202e".encode(), "\u2066".encode(), b"\x08", b"\x7f"]
@@ -373,3 +375,17 @@ def test_command_lines_to_copy_are_quoted(tmp_path: Path) -> None:
     assert terminal.quoted_path(path) == f"'{path}'"
     assert not ACTING.search(terminal.quoted_path(tmp_path / TEXT))
     assert dataclasses.is_dataclass(Result)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, "[]", "5", '{"verdict": 5}', '{"deletion": 1' + "0" * 400 + "}", "\x1b[2J", '{"a": "\\ud800"}'],
+)
+def test_a_score_that_is_none_is_named(content: str, tmp_path: Path) -> None:
+    found = MapFile(tmp_path / "map.h5")
+    whole = {item.name: 0.5 for item in dataclasses.fields(Score)} | {"verdict": {"trusted": True, "reasons": []}}
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        content = json.dumps(whole | json.loads(content))
+    found.score_path.write_text(content)
+    with pytest.raises(ProbeError, match="is not a score that can be read"):
+        found.score()

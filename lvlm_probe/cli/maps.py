@@ -89,7 +89,7 @@ class MapFile:
             return None
         try:
             return Score.from_dict(json.loads(self.score_path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, RecursionError, ProbeError) as error:
+        except (OSError, ValueError, ArithmeticError, AttributeError, RecursionError, ProbeError) as error:
             raise ProbeError(
                 f"{self.score_path} is not a score that can be read ({error}); delete it and run evaluate again"
             ) from error
