@@ -71,7 +71,7 @@ def write_whole(
 
     Args:
         path: in a folder that exists; no pipe, device or folder.
-        data: the content; text as UTF-8, line ends as they are.
+        data: the content; text as UTF-8, line ends as they are, halves of surrogate pairs as their escapes.
         fsync: waits until the disk has the file and its name, so that a power cut does not take them.
         mode: permissions, less the umask.
 
@@ -79,7 +79,7 @@ def write_whole(
         OSError: the disk does not take it.
     """
     target = Path(path)
-    view = memoryview(data.encode("utf-8") if isinstance(data, str) else data)
+    view = memoryview(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         _refuse_irregular(os.stat(target), target)
     part, descriptor = _create(target, mode)

@@ -110,6 +110,16 @@ def test_json_reads_as_what_the_file_says(evil: Path) -> None:
     assert run("inspect", first, "--json").json["question"] == f"Q{TEXT}"
 
 
+def test_half_a_character_in_a_trace_costs_no_page(tmp_path: Path) -> None:
+    path = write(evil_capture(question="\ud800 What?"), tmp_path)
+    for arguments in (("inspect", path), ("inspect", tmp_path), ("meter", tmp_path, "--out", tmp_path / "m.html")):
+        result = run(*arguments)
+        assert result.code == 0, result.err
+        assert "\\ud800 What?" in clean(result)
+    assert "\\ud800 What?" in (tmp_path / "m.html").read_text(encoding="utf-8")
+    assert "\\ud800 What?" in (tmp_path / "m.csv").read_text(encoding="utf-8")
+
+
 def test_a_listing_is_short_whatever_the_texts(tmp_path: Path) -> None:
     write(evil_capture(question="word " * 800_000), tmp_path)
     result = run("inspect", tmp_path)
