@@ -55,7 +55,7 @@ def recorded(
     return trace
 
 
-def slope(replay: Any, *, step: float = 1e-2) -> tuple[float, float]:
+def slope(replay: Any, *, step: float = 2e-3) -> tuple[float, float]:
     """The derivative of log P(answer) along a direction of the mask, and its finite difference.
 
     The direction is a random one that the gradient has a part in: where the function is level, a difference of float32

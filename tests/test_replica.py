@@ -290,4 +290,4 @@ def test_random_weights_are_not_the_users(demo: tuple[Any, Any], tmp_path: Path)
     )
     handle.remove()
     assert all(seen) and len(report.steps) == 1
-    assert not torch.equal(torch.from_numpy(report.heatmaps[0].values), torch.from_numpy(report.original.values))
+    assert not torch.equal(torch.from_numpy(report.heatmaps[0].values), torch.from_numpy(report.heatmap.values))
