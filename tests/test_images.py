@@ -288,9 +288,11 @@ def test_wrong_images_and_references() -> None:
     own = ImagePath.from_processor(Odd(), [image]).inputs["pixels"]
     same = ImagePath.from_processor(Odd(), [image], reference={"pixels": own.bfloat16()})
     assert same.report.notes == ()
-    other = ImagePath.from_processor(Odd(), [image], reference={"pixels": own + 0.25})
-    with pytest.warns(ProbeWarning, match=r"differs by up to 0\.25"):
-        assert "0.25" in other.report.notes[0]
+    with pytest.raises(ImageError, match=r"differs by up to 0\.25.*more than another backend would"):
+        ImagePath.from_processor(Odd(), [image], reference={"pixels": own + 0.25})
+    other = ImagePath.from_processor(Odd(), [image], reference={"pixels": own + 0.004})  # less than a grey level
+    with pytest.warns(ProbeWarning, match=r"differs by up to 0\.004"):
+        assert "0.004" in other.report.notes[0]
 
 
 # -- modes of pictures -------------------------------------------------------------------------------------------------

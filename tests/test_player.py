@@ -342,12 +342,14 @@ def test_another_model_is_refused(llava):
     assert difference.abs().max() > 0.01
 
 
-def test_another_processor_is_refused(llava):
+def test_other_settings_give_way_to_the_recorded_ones_and_another_processor_is_refused(llava):
     processor = tiny_models.build_processor("llava")
     processor.image_processor.size = {"shortest_edge": 84}
     processor.image_processor.crop_size = {"height": 84, "width": 84}
+    replay = probe.replay(llava.trace, llava.model, processor)
+    assert torch.equal(replay.original_log_probs, llava.original_log_probs)
     with pytest.raises(probe.ModelMismatch, match="does not make the inputs"):
-        probe.replay(llava.trace, llava.model, processor)
+        probe.replay(llava.trace, llava.model, tiny_models.build_processor("qwen2_vl"))
 
 
 def test_same_weights_in_bfloat16_are_the_same_model(llava):
