@@ -53,12 +53,16 @@ def pictures(directory: Path, count: int) -> str:
     return f"datasets: {{mine: {{reader: table, source: {directory / 'mine.jsonl'}}}}}\n"
 
 
+VARYING = ("measured", "passes")
+"""Measured; and passes count what a process tries once for a model (shortcuts, whether gradients flow) where it was."""
+
+
 def unmeasured(study: Study) -> dict[str, Any]:
     """Everything a study has found, without what varies from run to run."""
     found: dict[str, Any] = {}
     for kind in ("answers", "maps"):
         for key, record in Records(study.out / kind):
-            found[f"{kind}/{key}"] = {name: value for name, value in record.items() if name != "measured"}
+            found[f"{kind}/{key}"] = {name: value for name, value in record.items() if name not in VARYING}
     for path in sorted((study.out / "maps").glob("*.heat.h5")):
         heat = probe.Heatmap.read(path)
         found[path.name] = None if heat.values is None else heat.values.tobytes().hex()
