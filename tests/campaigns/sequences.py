@@ -147,6 +147,9 @@ WARM = 0.2
 GROWTH = 20_000.0
 """Bytes of memory per answer that are taken for the allocator's own unrest: 20 MB in a thousand answers."""
 
+LONG = 200
+"""Answers below which the allocator's unrest hides any slope."""
+
 
 def everything(on: Stage, number: int, folder: Path) -> None:
     """One answer through every public verb."""
@@ -221,7 +224,7 @@ def soak(first: int, count: int, seed: int) -> Tally:
             slope = float(np.polyfit([n for n, _ in measured], [held[name] for _, held in measured], 1)[0])
             tally.reaches("bytes of memory per answer", slope)
             tally.reaches("resident MB at the end", end[name] / 1e6)
-            if slope > GROWTH and len(measured) > 8:
+            if slope > GROWTH and count >= LONG:
                 tally.breaks("memory grows", f"{slope:.0f} bytes per answer, {start[name]:.0f} to {end[name]:.0f}")
             continue
         tally.reaches(f"{name} more at the end", end[name] - start[name])
