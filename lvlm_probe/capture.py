@@ -175,6 +175,10 @@ class Captured:
             self.tapped.setdefault(part, []).append(layer.module)
         return [module for _, module in found]
 
+    def fail(self, error: Exception) -> None:
+        """Raise it: the pass is ours, and so is what goes wrong in it."""
+        raise error
+
     def observe(
         self, module: nn.Module, implementation: str | None, query: Tensor, key: Tensor, value: Tensor, result: Any,
         args: tuple[Any, ...], kwargs: dict[str, Any],

@@ -7,11 +7,12 @@ forward pass, which therefore never sees it. All other hooks live only as long a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -181,6 +182,13 @@ class Recording:
         if interrupted is not None:
             raise interrupted
 
+    def give_up(self, error: Exception) -> None:
+        """Say that a ``generate()`` call is not recorded because of an error that nothing else has caught."""
+        told = f"this generation is not recorded: {type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):
+            self.faults.append(told)
+            self._warn("given up", told)
+
     @staticmethod
     def _note(capture: Capture, sentence: str) -> None:
         for row in capture.rows:
@@ -193,6 +201,24 @@ class Recording:
             self._warned.add(kind)
         if new:
             caution(sentence, stacklevel=4)
+
+
+class _Once:
+    """The user's ``generate``, and what came of it: of all that happens around it, only that is the user's."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self._original = original
+        self.returned, self.output = False, None
+        self.error: Exception | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            self.output = self._original(*args, **kwargs)
+        except Exception as error:
+            self.error = error
+            raise
+        self.returned = True
+        return self.output
 
 
 class _Attachment:
@@ -230,18 +256,27 @@ class _Attachment:
         return describe_model(self.model)
 
     def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        if within(self):
-            return original(*args, **kwargs)
         # Looked up once: other threads come and go.
         masking, recording = self.masking, self.recording
-        with Call(self):
-            if masking is not None:
+        if masking is not None and not within(self):
+            # Not fenced: a mask the user asked for and did not get would be a silent lie.
+            with Call(self):
                 if recording is not None:
                     recording._warn("masked", "a masked generation is not recorded: its picture is not the user's")
                 args, kwargs = masking.of_generate(self.model, args, kwargs)
-            elif recording is not None:
-                return recording.run(original, args, kwargs)
-            return original(*args, **kwargs)
+                return original(*args, **kwargs)
+        once = _Once(original)
+        try:
+            if within(self):
+                return once(*args, **kwargs)
+            with Call(self):
+                return once(*args, **kwargs) if recording is None else recording.run(once, args, kwargs)
+        except Exception as error:
+            if once.error is not None:
+                raise once.error from None
+            if recording is not None:
+                recording.give_up(error)
+            return once.output if once.returned else original(*args, **kwargs)
 
     def _forward(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Not fenced: a mask the user asked for and did not get would be a silent lie.

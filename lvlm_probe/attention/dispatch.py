@@ -136,6 +136,9 @@ class Observer(Protocol):
     @property
     def armed(self) -> bool: ...
 
+    def fail(self, error: Exception) -> None:
+        """Something went wrong in ``armed`` or ``observe``: raise it, or keep it from the layer that is observed."""
+
     def observe(
         self,
         module: nn.Module,
@@ -201,8 +204,13 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *ar
     result = registry.get_interface(implementation, eager)(module, query, key, value, *args, **kwargs)
     if led and not torch.compiler.is_compiling():
         for reference in _OBSERVERS.get():
-            observer = reference()
-            if observer is not None and observer.armed:
-                led_module = view._tap_module() or module
-                result = observer.observe(led_module, implementation, query, key, value, result, args, kwargs)
+            observer: Observer | None = reference()
+            if observer is None:
+                continue
+            try:
+                if observer.armed:
+                    led_module = view._tap_module() or module
+                    result = observer.observe(led_module, implementation, query, key, value, result, args, kwargs)
+            except Exception as error:
+                observer.fail(error)
     return result

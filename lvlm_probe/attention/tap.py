@@ -268,7 +268,7 @@ class RowTap:
                 if rows is not None:
                     armed.add(number, rows)
         except Exception as error:
-            self._fail(error)
+            self.fail(error)
         return result
 
     def _read(
@@ -340,7 +340,8 @@ class RowTap:
             sinks=None if sdpa else call.sinks,
         )
 
-    def _fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> None:
+        """Disarm, and say why: the model's run is the user's."""
         self._armed = None
         self.error = error
         logger.debug("attention tap disarmed", exc_info=error)

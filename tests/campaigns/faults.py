@@ -44,9 +44,11 @@ THROUGH = ("contextlib.py", "functools.py")
 REMOVAL = ("remove", "abort", "close", "detach", "disarm", "restore", "__exit__", "release")
 """Functions that take things off the model again. Where one of them itself fails, things may stay on it."""
 
-FENCE = ("_Standing.__call__", "Shadow.run", "Shadow._below", "_Hanging.__call__")
+FENCE = (
+    "_Standing.__call__", "Shadow.run", "Shadow._below", "_Hanging.__call__", "ImplementationName.__eq__",
+)  # fmt: skip
 """What stands between torch or the user and every function of ours; and what these call is called by others as well."""
-CATCHING = ("HookSet._fence.<locals>.fenced", "Recording.run", "within")
+CATCHING = ("HookSet._fence.<locals>.fenced", "_Once.__init__")
 """What catches, and what decides whether there is anything to catch: its own first line is outside of that."""
 
 Place = tuple[str, str]
