@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -22,10 +23,19 @@ def sparse_pair(columns: Tensor, weights: Tensor, width: int, device: torch.devi
 
 
 def _sparse(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
+    _hear_of_csr()
+    matrix = torch.sparse_csr_tensor(starts.int(), columns.int(), values, shape, check_invariants=False)
+    if device.type != "cuda" and not (device.type == "cpu" and torch.backends.mkl.is_available()):
+        # Without MKL only the slower coordinate layout can be multiplied.
+        matrix = matrix.to_sparse_coo()
+    return matrix.to(device)
+
+
+@functools.cache
+def _hear_of_csr() -> None:
+    """Have torch say once, and unheard, that the layout is in beta. Filters of warnings are the whole process's: they
+    are not to be touched whenever a thread of ours needs a matrix."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(CSR|invariant).*")
-        matrix = torch.sparse_csr_tensor(starts.int(), columns.int(), values, shape, check_invariants=False)
-        if device.type != "cuda" and not (device.type == "cpu" and torch.backends.mkl.is_available()):
-            # Without MKL only the slower coordinate layout can be multiplied.
-            matrix = matrix.to_sparse_coo()
-    return matrix.to(device)
+        empty = torch.zeros(2, dtype=torch.int32)
+        torch.sparse_csr_tensor(empty, empty[:0], torch.zeros(0), (1, 1), check_invariants=False)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -170,9 +169,7 @@ def thumbnail(record: ImageRecord, path: Path, key: str, *, side: int) -> Image.
 @contextlib.contextmanager
 def _decoding(record: ImageRecord, path: Path, key: str) -> Iterator[Image.Image]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below are errors
-            image = Image.open(io.BytesIO(record.data), formats=IMAGE_FORMATS)
+        image = Image.open(io.BytesIO(record.data), formats=IMAGE_FORMATS)
         if image.size != (record.width, record.height):
             what = f"the image is {image.size[0]}x{image.size[1]}, declared {record.width}x{record.height}"
             raise trace_error(path, key, what, _WAY_OUT)
