@@ -90,8 +90,7 @@ class Subject:
         return score.deletion, score.insertion
 
     def replay(self, index: int) -> Any:
-        # How many masks fit is otherwise asked of the machine, which rounds another way for each number.
-        return probe.replay(self.traces[index], self.model, self.processor, micro_batch=4)
+        return probe.replay(self.traces[index], self.model, self.processor)
 
     def quiet_map(self, index: int, method: str) -> Any:
         if (index, method) not in self.maps:
@@ -232,7 +231,9 @@ def _phase(
                 wrong("changed", "generate()")
         elif call.kind == "explain":
             heat, quiet = subject.explain(index, call.method, shared), subject.maps[index, call.method]
-            if not np.array_equal(heat.values, quiet.values) or heat.provenance["passes"] != quiet.provenance["passes"]:
+            # A replay that others use too has measured already what a fresh one measures, and counts that no more.
+            ran, most = heat.provenance["passes"], quiet.provenance["passes"]
+            if not np.array_equal(heat.values, quiet.values) or any(ran[name] > most[name] for name in ran):
                 wrong("changed", f"explain({call.method})")
         elif subject.evaluate(index, shared) != subject.scores[index]:
             wrong("changed", "evaluate()")
