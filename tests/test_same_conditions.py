@@ -87,6 +87,35 @@ def test_another_resampling_and_another_dtype_are_admitted(llava, tmp_path, resa
     assert np.array_equal(np.asarray(trace.image), np.asarray(picture))
 
 
+class Plain:
+    """An image processor of somebody's own, with settings but without a name of its kind among them."""
+
+    model_input_names = ("pixel_values",)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def preprocess(self, images, return_tensors=None, **kwargs):
+        return {"pixel_values": self.inner(images=images, return_tensors=return_tensors, **kwargs)["pixel_values"]}
+
+    def __call__(self, images, **kwargs):
+        return self.preprocess(images, **kwargs)
+
+    def to_dict(self):
+        return {"mean": list(self.inner.image_mean)}
+
+
+def test_pictures_for_an_image_processor_of_ones_own_that_was_called_before(llava, tmp_path):
+    model, processor = llava
+    own, picture = Plain(processor.image_processor), tiny_models.picture(90, 60)
+    inputs = ask(llava, [picture])
+    with probe.attach(model, own) as p, p.record(tmp_path, images=[picture]) as recording:
+        model.generate(**inputs, max_new_tokens=2)
+    (trace,) = recording.traces
+    assert np.array_equal(np.asarray(trace.image), np.asarray(picture))
+    assert probe.replay(trace, model, own).image_sizes == [(90, 60)]
+
+
 class Unfinished:
     """An image processor whose outputs the processor around it works on before the model is fed them, as Fuyu's."""
 

@@ -337,7 +337,9 @@ def with_settings(image_processor: Any, recorded: Mapping[str, Any] | None) -> t
     Raises:
         ImageError: it cannot be had with those settings; the message names them.
     """
-    now, then = processor_settings(image_processor), dict(recorded or {})
+    if not recorded:
+        return image_processor, {}
+    now, then = processor_settings(image_processor), dict(recorded)
     if then.get("image_processor_type") != now.get("image_processor_type"):
         # Another class (of another backend) has settings of its own beside those that both have.
         then = {**now, **{name: value for name, value in then.items() if name in now}}
