@@ -11,7 +11,8 @@ method back and the class is never touched). Four rules hold for all of them:
 * **Removed.** ``remove()`` takes away what this set has hung up and nothing else, in any order with other probes, any
   number of times, from any thread, also when hanging up was interrupted half-way.
 * **Not inherited.** A deep copy or a pickle of what they hang on is a working object without them; the pickle does not
-  even need this package to be loaded. Neither are they by the replica that our own passes run on (``beneath``).
+  even need this package to be loaded. Neither are they by the replica that our own passes run on (``beneath``), but
+  for ``inherited`` shadows: those without which a model does not run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import logging
 import operator
 import os
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -115,6 +117,8 @@ class _Standing:
 
     def __beneath_lvlm_probe__(self) -> Any:
         shadow = self.__lvlm_probe_shadow__
+        if shadow.inherited:  # as a method, which a replica binds to its own module
+            return types.MethodType(functools.partial(_inherited, shadow, *shadow.parts), shadow.owner)
         return shadow.previous if shadow.had_own else NOTHING
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -137,12 +141,15 @@ class Shadow:
 
     ``replacement(original, *args, **kwargs)`` is called with the method it stands in front of. After ``remove()`` the
     shadow only passes calls through, so a reference to it that somebody kept stays harmless; so it does outside
-    ``scope``, if it has one.
+    ``scope``, if it has one. Where ``inherited`` it stands in replicas of the instance too.
     """
 
-    def __init__(self, owner: object, name: str, replacement: Callable[..., Any], scope: object = None) -> None:
+    def __init__(
+        self, owner: object, name: str, replacement: Callable[..., Any], scope: object = None, inherited: bool = False
+    ) -> None:
         self.name = name
         self.active = False
+        self.inherited = inherited
         self._scope = scope
         self.had_own = name in vars(owner)
         self.previous = vars(owner).get(name)
@@ -163,6 +170,11 @@ class Shadow:
         if self.active and (self._scope is None or within(self._scope)):
             return self._replacement(target, *args, **kwargs)
         return target(*args, **kwargs)
+
+    @property
+    def parts(self) -> tuple[Callable[..., Any], Any]:
+        """The replacement, and what the instance had of its own, ``NOTHING`` if nothing."""
+        return self._replacement, self.previous if self.had_own else NOTHING
 
     @property
     def owner(self) -> Any:
@@ -193,6 +205,14 @@ class Shadow:
             vars(owner)[self.name] = previous
         else:
             del vars(owner)[self.name]
+
+
+def _inherited(
+    shadow: Shadow, replacement: Callable[..., Any], previous: Any, owner: object, *args: Any, **kwargs: Any
+) -> Any:
+    """What a call of the shadowed method does on a replica of its owner."""
+    target = shadow.method_of(owner) if previous is NOTHING else previous
+    return replacement(target, *args, **kwargs) if shadow.active else target(*args, **kwargs)
 
 
 def shadow_of(function: object) -> Shadow | None:
@@ -264,10 +284,11 @@ class HookSet:
             self._modules.append(module)
             module.register_forward_hook(_Hanging(call, 4, self._mark, self._scope), with_kwargs=True)
 
-    def shadow(self, owner: object, name: str, replacement: Callable[..., Any]) -> Shadow:
-        """Put ``replacement(original, *args, **kwargs)`` in front of the method ``name`` of this one instance."""
+    def shadow(self, owner: object, name: str, replacement: Callable[..., Any], *, inherited: bool = False) -> Shadow:
+        """Put ``replacement(original, *args, **kwargs)`` in front of the method ``name`` of this one instance; where
+        ``inherited``, of its replicas too, whose method ``original`` is there."""
         with _LOCK:
-            shadow = Shadow(owner, name, replacement, self._scope)
+            shadow = Shadow(owner, name, replacement, self._scope, inherited)
             self._shadows.append(shadow)
             shadow.put_up()
         return shadow

@@ -67,7 +67,7 @@ class _Copier:
         """Module → what its copy was made from, for ``_standing``."""
         self.reached: dict[nn.Module, dict[nn.Module, None]] = {}
         """Module → the modules that its attributes hold."""
-        self._bare, self._own_configs = bare, configs
+        self._bare, self.own_configs = bare, configs
         self._containers: dict[nn.Module, list[Any]] = {}
         self._waiting: list[nn.Module] = []
         self._reached: dict[nn.Module, None] = {}
@@ -123,7 +123,10 @@ class _Copier:
         if is_compiled(module):
             inside = made["_modules"]["_orig_mod"]
             made |= {name: inside.__call__ for name in ("forward", "_forward") if name in made}
-        own = vars(self.copies[module])
+        mine = self.copies[module]
+        if type(mine) is not type(module):  # parametrizations and sharding swap the class
+            mine.__class__ = type(module)
+        own = vars(mine)
         own.clear()
         own.update(made)
         for container in self._held:
@@ -138,7 +141,8 @@ class _Copier:
                 now += [*entries, *entries.values()]
         for container in self._containers[module]:
             now += _items(container)
-        return len(now) != len(known) or not all(map(operator.is_, now, known))
+        same = len(now) == len(known) and all(map(operator.is_, now, known))
+        return not same or type(module) is not type(self.copies[module])
 
     def forget_unreachable(self, root: nn.Module) -> None:
         """Let go of modules that the model no longer holds."""
@@ -162,7 +166,7 @@ class _Copier:
             return self._renewed(below, name)
         if isinstance(value, nn.Module):
             return self._copy(value)
-        if name == "config" and self._own_configs and hasattr(value, "__dict__"):
+        if name == "config" and self.own_configs and hasattr(value, "__dict__"):
             return self.configs.setdefault(id(value), (value, copy.copy(value)))[1]
         if id(value) in self._pending:
             return value
@@ -277,8 +281,14 @@ def _copyable(module: nn.Module) -> bool:
     kind = type(module)
     return not (
         isinstance(module, torch.jit.ScriptModule)
-        or any("__deepcopy__" in vars(base) or vars(base).get("__slots__") for base in kind.__mro__)
+        or any(_copies_itself(base) or vars(base).get("__slots__") for base in kind.__mro__)
     )
+
+
+def _copies_itself(kind: type) -> bool:
+    own = vars(kind).get("__deepcopy__")
+    # That of parametrized modules copies the __dict__.
+    return own is not None and getattr(own, "__module__", "") != "torch.nn.utils.parametrize"
 
 
 def duplicated(model: nn.Module, *, bare: bool = True) -> nn.Module:
@@ -351,6 +361,10 @@ class Replica:
 
     def _follow(self) -> None:
         copier = self._copier
+        swapped = [module for module, mine in copier.copies.items() if type(mine) is not type(module)]
+        if not all(map(_copyable, swapped)):  # one that was copied is to be shared now
+            copier = self._copier = _Copier(bare=True, configs=copier.own_configs)
+            copier.copied(self._live)
         changed = [module for module, mine in copier.copies.items() if mine is not module and copier.changed(module)]
         for module in changed:
             copier.fill(module)

@@ -14,6 +14,7 @@ import inside
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 import lvlm_probe as probe
 from lvlm_probe.causal.cuts import attention_layers, cut_attention
@@ -35,6 +36,16 @@ class Pair(nn.Module):
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         self.rope_deltas = 5
         return self.outside[0](self.second(self.first(value))) + self.shift
+
+
+class Doubling(nn.Linear):
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        return super().forward(value) * 2
+
+
+class Stubborn(Doubling):
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError("not to be copied")
 
 
 ONES = torch.ones(1, 3)
@@ -68,6 +79,9 @@ CHANGES: dict[str, Any] = {
     "a hook": lambda pair: pair.second.register_forward_hook(lambda _m, _a, output: output * 2),
     "a hook with keywords": lambda pair: pair.register_forward_hook(lambda *given: given[-1] * 2, with_kwargs=True),
     "another forward": lambda pair: setattr(pair.first, "forward", lambda value: value + 1),
+    "another class": lambda pair: setattr(pair.first, "__class__", Doubling),
+    "a class that copies itself": lambda pair: setattr(pair.outside[0], "__class__", Stubborn),
+    "a parametrization": lambda pair: register_parametrization(pair.first, "weight", nn.Tanh()),
     "another precision": lambda pair: (pair.to(torch.float64), pair.outside[0].to(torch.float64)),
 }
 
@@ -92,6 +106,41 @@ def test_a_hook_that_is_gone_is_gone(pair: Pair) -> None:
     handle.remove()
     with replica.use() as own:
         assert torch.equal(own(ONES), pair(ONES)) and not torch.equal(own(ONES), loud)
+
+
+def test_a_parametrized_layer_is_copied_like_others(pair: Pair) -> None:
+    register_parametrization(pair.first, "weight", nn.Tanh())
+    replica = Replica(pair)
+    with replica.use() as own:
+        assert own.first is not pair.first and not own(ONES).requires_grad
+        assert torch.equal(own(ONES), pair(ONES))
+    remove_parametrizations(pair.first, "weight", leave_parametrized=False)
+    with replica.use() as own:
+        assert type(own.first) is nn.Linear and torch.equal(own(ONES), pair(ONES))
+
+
+def test_shadows_that_a_model_needs_run_the_replicas_own_method(pair: Pair) -> None:
+    def doubled(original: Any, value: torch.Tensor) -> torch.Tensor:
+        return original(value) * 2
+
+    def shifted(original: Any, value: torch.Tensor) -> torch.Tensor:
+        return original(value) + 1
+
+    replica = Replica(pair)
+    plain = pair(ONES)
+    seen: list[nn.Module] = []
+    with HookSet() as ours, HookSet() as theirs:
+        ours.shadow(pair, "forward", shifted)
+        theirs.shadow(pair, "forward", doubled, inherited=True)
+        ours.shadow(pair, "forward", shifted)
+        with replica.use() as own, HookSet() as hooks:
+            hooks.forward(own.first, lambda module, *_: seen.append(module), name="hook")
+            assert torch.equal(own(ONES), plain * 2) and seen == [own.first]
+        theirs.remove()
+        with replica.use() as own:
+            assert torch.equal(own(ONES), plain)
+    with replica.use() as own:
+        assert torch.equal(own(ONES), plain) and "forward" not in vars(own)
 
 
 def bound(pair: Pair) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lvlm_probe.errors import AttachError
-from lvlm_probe.hooks import HookSet
+from lvlm_probe.hooks import Call, HookSet
 
 __all__ = ["on_transformers_5"]
 
@@ -52,7 +52,8 @@ def on_transformers_5(model: Any) -> HookSet:
         features, masks, sizes, context = (given.pop(name, None) for name in _OWN)
         given = {name: value for name, value in given.items() if value is not None}
         entering = given.get("inputs_embeds", given.get("input_ids"))
-        with HookSet() as hooks:
+        call = object()
+        with Call(call), HookSet(scope=call) as hooks:  # other threads have other pictures
             # A decoding step holds no picture.
             if features is not None and entering is not None and entering.shape[1] > 1:
                 for number, sampler in enumerate(decoder.vision_sampler_layers):
@@ -64,7 +65,7 @@ def on_transformers_5(model: Any) -> HookSet:
             return base.forward(decoder, **given)
 
     made = HookSet()
-    made.shadow(body, "forward", forward)
+    made.shadow(body, "forward", forward, inherited=True)
     return made
 
 

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import cambrian_lookalike as lookalike
@@ -437,6 +438,47 @@ def test_a_decoder_whose_own_forward_is_gone_runs_all_the_same(
     for name in lookalike.STATE:  # generate()'s own doing
         before[id(model), "", name] = getattr(model, name)
     assert same(before, state(model))
+
+
+def test_two_threads_update_the_image_tokens_of_their_own_pass_only() -> None:
+    """A pass of another thread, from inside of this one's last layer."""
+    model, _ = make()
+    body = model.get_model()
+    generator = torch.Generator().manual_seed(0)
+
+    def given() -> dict[str, Any]:
+        def rand(*shape: int) -> torch.Tensor:
+            return torch.rand(shape, generator=generator)
+
+        return {
+            "inputs_embeds": rand(1, 16, 32),
+            "vision_tower_aux_feature_list": [rand(2, size, lookalike.CHANNELS) for size in (1, 1, 4)],
+            "vision_tower_aux_attention_masks_list": [torch.ones(2, size, dtype=torch.bool) for size in (1, 1, 4)],
+            "final_vision_feature_size": [(1, 2)],
+            "global_context_feature": rand(2, 1, lookalike.CHANNELS),
+            "use_cache": False,
+        }
+
+    one, other = given(), given()
+    found: list[torch.Tensor] = []
+
+    def in_between(*_: Any) -> None:
+        if not found:
+            found.append(torch.empty(0))
+            thread = Thread(target=lambda: found.append(run(other)))
+            thread.start()
+            thread.join()
+
+    @torch.no_grad()
+    def run(inputs: dict[str, Any]) -> torch.Tensor:
+        value: torch.Tensor = body(**inputs)[0]
+        return value
+
+    with on_transformers_5(model):
+        alone = run(one), run(other)
+        handle = body.layers[3].register_forward_hook(in_between)
+        assert torch.equal(run(one), alone[0]) and torch.equal(found[1], alone[1])
+        handle.remove()
 
 
 # ------------------------------------------------------------------------------------------------------ preprocessing
