@@ -81,8 +81,8 @@ def encoder_shares(replay: Replay, *, image: int = 0) -> list[LayerShares]:
             )
         )
 
-    with HookSet() as hooks, torch.no_grad():
-        for path, module in model.named_modules():
+    with replay.replica.use() as own, HookSet() as hooks, torch.no_grad():
+        for path, module in own.named_modules():
             if isinstance(module, CrossAttention):
                 hooks.forward_pre(
                     module,
