@@ -17,6 +17,7 @@ from transformers import ConvNextConfig, ConvNextModel
 import lvlm_probe as probe
 from lvlm_probe.encoder_tokens import _read_by, blocks_of, chosen_encoder, encoder_tokens, is_convolutional
 from lvlm_probe.explainers.regions import paint
+from lvlm_probe.replica import Replica
 
 CLIP, CONVNEXT = "model.vision_tower", "model.second"
 
@@ -137,7 +138,14 @@ def test_cells_lie_in_the_pixel_input_that_the_encoder_reads() -> None:
     net = Net()
     inputs = {"a": torch.rand(1, 1, 4, 4), "b": torch.rand(1, 1, 4, 4)}
     path = SimpleNamespace(inputs=inputs, pixel_keys=("a", "b"))
-    replay = SimpleNamespace(model=net, path=path, run_inputs=lambda given: net(**given))
+    replica = Replica(net)
+
+    def run(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        with replica.use() as own:
+            found: torch.Tensor = own(**given)
+        return found
+
+    replay = SimpleNamespace(model=net, replica=replica, path=path, run_inputs=run)
     assert _read_by(replay, "first") == ["a"] and _read_by(replay, "second") == ["b"]
     assert not net.second._forward_hooks
 
