@@ -28,7 +28,7 @@ class Interacting(ToyReplay):
 
     def log_probs(self, mask=None, **_):  # type: ignore[no-untyped-def]
         mask = torch.ones(1, 2, 3) if mask is None else mask
-        self.passes.forward += len(mask)
+        self.passes.add(forward=len(mask))
         cells = mask.double().flatten(1)
         logit = cells @ self.single.T + torch.einsum("bi,tij,bj->bt", cells, self.pair, cells) - 1.5
         return torch.nn.functional.logsigmoid(logit).float()

@@ -72,6 +72,7 @@ class RowTap:
         self._number = {id(module): number for number, (_, module) in enumerate(found)}
         self._armed: Collection | None = None
         self._thread = 0
+        self._installed = False
         self._led: list[ConfigView] = []
         weakref.finalize(self, release, self._led).atexit = False
 
@@ -80,19 +81,19 @@ class RowTap:
     @property
     def installed(self) -> bool:
         """Whether the decoder's attention modules are routed through the tap now."""
-        return bool(self._led)
+        return self._installed
 
     def install(self) -> RowTap:
         """Route the decoder's attention layers through the tap, beside others that may be there. Idempotent."""
-        if self.installed:
-            return self
-        modules = [module for reference in self._modules if (module := reference()) is not None]
-        lead(modules, self._led)
+        if not self._installed:
+            self._installed = True
+            lead([module for reference in self._modules if (module := reference()) is not None], self._led)
         return self
 
     def remove(self) -> None:
         """Put every module's own config back, if no other tap is left. Idempotent; disarms."""
         self.disarm()
+        self._installed = False
         release(self._led)
 
     def __enter__(self) -> RowTap:
