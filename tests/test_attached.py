@@ -245,7 +245,7 @@ def test_words_of_an_adapted_head_are_those_it_computes_with():
     """TAM reads rows of the LM head; with LoRA on it they are weight + delta."""
     from lvlm_probe.hidden import head_rows
 
-    model, processor = adapted("llava")
+    model, _ = adapted("llava")
     ids = torch.tensor([3, 9, 3])
     found = head_rows(model, ids)
     merged = model.merge_and_unload()
