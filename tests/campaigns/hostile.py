@@ -278,10 +278,10 @@ CHUNK = 5_000
 def files(first: int, count: int, seed: int) -> Tally:
     """Read damaged files number ``first`` to ``first + count``.
 
-    Every second chunk is of ``tests/file_campaign.py``, which forges what is known to be dangerous, where this module
+    Every tenth chunk is of ``tests/file_campaign.py``, which forges what is known to be dangerous, where this module
     damages at random.
     """
-    return forgeries(first, count, seed) if first // CHUNK % 2 else damaged(first, count, seed)
+    return forgeries(first, count, seed) if first // CHUNK % 10 == 9 else damaged(first, count, seed)
 
 
 def forgeries(first: int, count: int, seed: int) -> Tally:
