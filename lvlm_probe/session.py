@@ -61,6 +61,9 @@ def attach(model: torch.nn.Module, processor: object | None = None) -> Probe:
 class Recording:
     """What ``Probe.record`` gives: every ``generate()`` inside the ``with`` block becomes a trace file.
 
+    The file is there when ``generate()`` returns. A streamer that is read in another thread ends before that: join the
+    thread that generates, then look at the traces.
+
     Attributes:
         directory: where the files go.
         paths: the files written so far, oldest first.
