@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,14 @@ def killed(study: Study, at: int) -> bool:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
+        # transformers reads weights in threads, in which torch's thread pool does not outlive a fork.
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         status = 1
         try:
             run_study(study)
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
