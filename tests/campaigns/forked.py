@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,8 @@ def _batch(folder: Path, numbers: range, trial: Trial, limits: Limits, tally: Ta
             os.close(lines)
             _carry_out(at, numbers, trial, limits, tell)
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(tell)

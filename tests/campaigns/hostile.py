@@ -316,6 +316,7 @@ def damaged(first: int, count: int, seed: int) -> Tally:
 
         def trial(number: int, at: Path) -> tuple[str, Callable[[], str]]:
             rng = random.Random(f"{seed}/{number}")
+            (at / ODD_NAME).unlink(missing_ok=True)  # HDF5 takes a file that it still has open for the same one
             made = forge(at / ODD_NAME, sources, rng)
             return made, lambda: read_all(at / ODD_NAME, made.split()[1], rng)
 
