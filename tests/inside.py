@@ -43,9 +43,7 @@ def record(
 @functools.cache
 def _recorded(name: str, images: int, attention: str) -> tuple[Any, Any, Any]:
     model, processor = tiny_models.build(name, attn_implementation=attention)
-    if (
-        attention == "eager"
-    ):  # the same answer, whatever it would say itself
+    if attention == "eager":  # the same answer, whatever it would say itself
         return _recorded(name, images, "sdpa")[0], model, processor
     return record(name, model, processor, images=images), model, processor
 
