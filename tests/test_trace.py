@@ -437,11 +437,11 @@ class TestForAPerson:
     def test_long_words_wide_characters_and_escapes_keep_the_columns(self, tmp_path: Path) -> None:
         capture = sample_capture(tokens=5)
         row = capture.rows[0]
-        row.pieces = ["图", " " + "x" * 300, " \x1b[2J\u202eevil", " ok", "</s>"]
+        row.pieces = ["图", " " + "x" * 300, " \x1b[2J\u202eevil\u200f\u2028", " ok", "</s>"]
         row.prompt = row.question = "clear \x1b]0;title\x07"
         text = open_trace(write(capture, tmp_path)).describe()
         assert not any(ord(char) < 32 and char != "\n" for char in text)
-        assert "\u202e" not in text
+        assert not {"\u202e", "\u200f", "\u2028"} & set(text)
         assert "\\x1b" in text
         assert max(len(line) for line in text.splitlines()) <= 100
 

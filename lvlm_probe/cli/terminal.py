@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import select
 import shlex
 import sys
@@ -22,6 +21,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
+
+from lvlm_probe.words import ACTING, escaped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,19 +59,13 @@ _STYLES = {"note": "yellow", "error": "bold red", "warning": "yellow"}
 _PATIENCE = 30.0
 """Seconds that a question waits for its answer; then it is no."""
 
-# C0 but tab and newline, DEL and C1; marks that turn or hide text; separators of lines; halves of characters.
-_ACTING = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\U000e0000-\U000e007f\ud800-\udfff]"
-)
-
 
 def safe(text: object) -> str:
     """A text in which nothing acts on a terminal: control characters, and those that turn text, as their escapes.
 
     Tabs and newlines stay; a Windows line end becomes a newline.
     """
-    return _ACTING.sub(_escape, str(text).replace("\r\n", "\n"))
+    return escaped(str(text).replace("\r\n", "\n"))
 
 
 def one_line(text: object, width: int | None = None) -> str:
@@ -80,10 +75,6 @@ def one_line(text: object, width: int | None = None) -> str:
         given = given[: 8 * width] + "…"  # no need to look at megabytes for a line
     given = safe(" ".join(given.split()))
     return given if width is None or len(given) <= width else given[: width - 1] + "…"
-
-
-def _escape(match: re.Match[str]) -> str:
-    return match[0].encode("unicode_escape").decode("ascii")
 
 
 def note(sentence: object, *, kind: Literal["note", "warning", "error"] = "note") -> None:
@@ -109,7 +100,7 @@ def say(*parts: str | Text | tuple[str, str]) -> None:
         elif isinstance(part, tuple):
             safe_parts.append((safe(part[0]), part[1]))
         else:
-            safe_parts.append(Text(safe(part.plain)) if _ACTING.search(part.plain) else part)
+            safe_parts.append(Text(safe(part.plain)) if ACTING.search(part.plain) else part)
     console = Console(highlight=False)
     console.print(Text.assemble(*safe_parts), soft_wrap=True)
 
@@ -125,7 +116,7 @@ def print_json(value: Any) -> None:
     Characters that act on a terminal are written as JSON's own escapes: what is read is the same.
     """
     text = json.dumps(finite(value), ensure_ascii=False, indent=2, allow_nan=False, default=str)
-    typer.echo(_ACTING.sub(lambda match: json.dumps(match[0])[1:-1], text))
+    typer.echo(ACTING.sub(lambda match: json.dumps(match[0])[1:-1], text))
 
 
 def agrees(question: str) -> bool | None:

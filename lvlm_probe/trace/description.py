@@ -21,6 +21,7 @@ import numpy as np
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.format.schema import row_key
 from lvlm_probe.trace.parts import thumbnail
+from lvlm_probe.words import escaped
 
 if TYPE_CHECKING:
     from lvlm_probe.trace.reader import Trace
@@ -40,7 +41,6 @@ _LINES_SHOWN = 100
 _CARD_TEXT_SHOWN = 4000
 _THUMBNAIL = 220
 _ALPHA = 1.0
-_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def describe(trace: Trace) -> str:
@@ -90,15 +90,11 @@ def _field(label: str, text: str) -> list[str]:
 
 def _safe(text: str) -> str:
     """Shows what would act on a terminal instead of being seen."""
-    return "".join(char.encode("unicode_escape").decode("ascii") if _acts(char) else char for char in text)
+    return escaped(text).replace("\t", r"\t").replace("\n", r"\n")
 
 
 def _safe_lines(text: str) -> str:
     return "\n".join(_safe(line) for line in text.split("\n"))
-
-
-def _acts(char: str) -> bool:
-    return unicodedata.category(char) in ("Cc", "Cs") or char in _TURNING
 
 
 def _time(created: str) -> str:
