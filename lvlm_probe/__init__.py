@@ -22,7 +22,8 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from lvlm_probe import _moved
+from lvlm_probe._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lvlm_probe import causal, demo
@@ -48,15 +49,16 @@ if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.images import ImagePath
     from lvlm_probe.importing import import_answers
-    from lvlm_probe.loading import load
     from lvlm_probe.metrics import Score, evaluate
+    from lvlm_probe.models.loading import load
+    from lvlm_probe.pages import report
+    from lvlm_probe.pages.comparison import compare
     from lvlm_probe.planning import Plan, plan
-    from lvlm_probe.player import Replay, replay
-    from lvlm_probe.report.comparison import compare
+    from lvlm_probe.recording.probe import Probe, Recording, attach
+    from lvlm_probe.replaying import Replay, replay
+    from lvlm_probe.replaying.verification import Verification, verify
     from lvlm_probe.selection import TokenSelection, select_tokens
-    from lvlm_probe.session import Probe, Recording, attach
     from lvlm_probe.trace import Trace, TraceStore, open_store, open_trace
-    from lvlm_probe.verification import Verification, verify
 
 __all__ = [
     "AttachError",
@@ -107,35 +109,33 @@ __all__ = [
 _HOMES = {
     "explain": "explainers",
     "register_explainer": "explainers",
-    "compare": "report.comparison",
+    "compare": "pages.comparison",
     "Heatmap": "heatmap",
     "ImagePath": "images",
     "import_answers": "importing",
-    "load": "loading",
+    "load": "models.loading",
     "Score": "metrics",
     "evaluate": "metrics",
     "Plan": "planning",
     "plan": "planning",
-    "Replay": "player",
-    "replay": "player",
-    "Verification": "verification",
-    "verify": "verification",
+    "report": "pages",
+    "Replay": "replaying",
+    "replay": "replaying",
+    "Verification": "replaying.verification",
+    "verify": "replaying.verification",
     "TokenSelection": "selection",
     "select_tokens": "selection",
-    "Probe": "session",
-    "Recording": "session",
-    "attach": "session",
+    "Probe": "recording",
+    "Recording": "recording",
+    "attach": "recording",
     "Trace": "trace",
     "TraceStore": "trace",
     "open_store": "trace",
     "open_trace": "trace",
 }
 
-# At once, and before anything else imports the module: a submodule's name would otherwise hide the function's. It needs
-# the standard library only.
-from lvlm_probe.report import report  # noqa: E402
-
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -199,7 +199,7 @@ class Heatmap:
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Writes values, provenance and history to an HDF5 file (complete or not at all); returns the path."""
-        from lvlm_probe.format import write_arrays
+        from lvlm_probe.storage import write_arrays
 
         target = Path(path)
         arrays = {} if self.values is None else {"values": self.values, "seen": self._seen()}
@@ -219,7 +219,7 @@ class Heatmap:
         Raises:
             TraceError: The file is missing, damaged, or no heatmap.
         """
-        from lvlm_probe.format import read_arrays
+        from lvlm_probe.storage import read_arrays
 
         source = Path(path)
         arrays, attrs = read_arrays(source, KIND, version=VERSION)

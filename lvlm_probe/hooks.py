@@ -36,7 +36,18 @@ import torch
 
 from lvlm_probe.errors import ProbeWarning
 
-__all__ = ["NOTHING", "Call", "HookSet", "Shadow", "beneath", "caution", "on_gradient", "shadow_of", "within"]
+__all__ = [
+    "NOTHING",
+    "Call",
+    "HookSet",
+    "Shadow",
+    "beneath",
+    "caution",
+    "first_tensor",
+    "on_gradient",
+    "shadow_of",
+    "within",
+]
 
 _log = logging.getLogger("lvlm_probe")
 
@@ -343,3 +354,14 @@ class HookSet:
 def on_gradient(tensor: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> None:
     """Call ``hook(gradient)`` when a backward pass reaches ``tensor``; it is gone with the tensor's graph."""
     tensor.register_hook(hook)
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """What a module's output is about: itself, or the first tensor in it."""
+    if isinstance(output, torch.Tensor):
+        return output
+    values = output.values() if hasattr(output, "values") else output
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value
+    raise TypeError(f"{type(output).__name__} holds no tensor")

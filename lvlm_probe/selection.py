@@ -24,7 +24,7 @@ from lvlm_probe.errors import SelectionError
 from lvlm_probe.words import group_words
 
 if TYPE_CHECKING:
-    from lvlm_probe.player import Replay
+    from lvlm_probe.replaying import Replay
     from lvlm_probe.trace import Trace
     from lvlm_probe.words import Word
 

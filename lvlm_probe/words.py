@@ -13,18 +13,10 @@ full stop. The rules, on the characters of the joined answer:
 from __future__ import annotations
 
 import dataclasses
-import re
 import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["ACTING", "Word", "escaped", "group_words"]
-
-ACTING = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
-    "\U000e0000-\U000e007f\ud800-\udfff]"
-)
-"""What acts on a terminal or turns text instead of being seen: C0 but tab and newline, DEL and C1; marks that turn or
-hide text; separators of lines; halves of characters."""
+__all__ = ["Word", "group_words"]
 
 _LETTER, _SIGN, _IDEOGRAPH, _SPACE = "letter", "sign", "ideograph", "space"
 _JOINS_LETTERS = frozenset("'’-‐‑")
@@ -136,8 +128,3 @@ def _is_inner(text: str, index: int) -> bool:
     if char in _JOINS_LETTERS:
         return before.isalnum() and after.isalnum()
     return char in _JOINS_DIGITS and before.isdigit() and after.isdigit()
-
-
-def escaped(text: str) -> str:
-    """Show what would act on a terminal (``ACTING``) as its escape."""
-    return ACTING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)

@@ -16,12 +16,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+from browser import driver, show  # noqa: F401  (fixtures)
 from PIL import Image
+from plugin_site import install  # noqa: F401  (a fixture)
 
 PACKAGE = Path(__file__).parents[1] / "lvlm_probe"
 LONGEST = (
-    "test_attached", "test_images", "test_cli", "test_study_document", "test_deletion_insertion", "test_study_pages",
-    "test_hard_scenes", "test_shortcuts_explainers", "test_study_run", "test_session", "test_plugins", "test_nnsight",
+    "test_wrappers", "test_image_path", "test_cli", "test_study_document", "test_deletion_insertion",
+    "test_study_pages", "test_hard_scenes", "test_shortcuts_explainers", "test_study_run", "test_probe", "test_plugins",
+    "test_nnsight",
 )  # fmt: skip
 """Files that take ten seconds and more, which are begun first, so that no process is left with one at the end."""
 

@@ -17,8 +17,9 @@ import numpy as np
 from trace_samples import sample_capture
 
 from lvlm_probe.errors import TraceError
-from lvlm_probe.format import Capture, read_arrays, write_arrays
+from lvlm_probe.storage import read_arrays, write_arrays
 from lvlm_probe.trace import TraceStore, open_store, write
+from lvlm_probe.trace.records import Capture
 
 
 @dataclasses.dataclass(frozen=True)

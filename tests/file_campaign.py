@@ -39,11 +39,11 @@ from forgery import metadata_blocks, mutate, mutate_metadata, resealed
 from trace_samples import sample_capture
 
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.format.schema import MODEL_JSON, ROW_ARRAYS, ROW_JSON
-from lvlm_probe.format.seal import BLOCK_BYTES
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.selection import TokenSelection
+from lvlm_probe.storage.seal import BLOCK_BYTES
 from lvlm_probe.trace import Trace, open_store, open_trace, write
+from lvlm_probe.trace.schema import MODEL_JSON, ROW_ARRAYS, ROW_JSON
 
 ROW = "traces/000000"
 SECONDS, MEGABYTES = 5.0, 500.0

@@ -12,7 +12,7 @@ import torch
 
 import lvlm_probe as probe
 from lvlm_probe import causal
-from lvlm_probe.metrics import over_seeds, weight_randomisation
+from lvlm_probe.sanity import over_seeds, weight_randomisation
 
 METHODS: dict[str, dict[str, Any]] = {
     "igos++": {},

@@ -11,7 +11,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 
-from lvlm_probe.format.seal import BLOCK_BYTES
+from lvlm_probe.storage.seal import BLOCK_BYTES
 
 _MASK = 0xFFFFFFFF
 # A block of metadata: where it starts, where what may be changed starts, and where its checksum is.

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lvlm_probe.cli import terminal
+from lvlm_probe.cli.shared import terminal
 from lvlm_probe.errors import StudyError
 from lvlm_probe.importing.rows import AnswerRow, BadRow, read_rows
 from lvlm_probe.study.spec import read_study

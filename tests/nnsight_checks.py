@@ -13,8 +13,9 @@ import tiny_models
 import torch
 
 import lvlm_probe as probe
-from lvlm_probe import _nnsight, causal
-from lvlm_probe.causal.cuts import attention_layers, cut_attention, cut_through_nnsight
+from lvlm_probe import causal
+from lvlm_probe.causal import _nnsight
+from lvlm_probe.causal.knockout import attention_layers, cut_attention, cut_through_nnsight
 from lvlm_probe.causal.tokens import image_tokens, query_positions
 
 IMPORTED_WITH_THE_PACKAGE = "nnsight" in sys.modules  # before anything here has used it

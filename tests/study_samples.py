@@ -12,7 +12,7 @@ from PIL import Image
 
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.selection import TokenSelection
-from lvlm_probe.study.pages import loading
+from lvlm_probe.study.pages import stored as loading
 from lvlm_probe.study.results import Results
 from lvlm_probe.study.spec import DatasetSpec, MethodSpec, ModelSpec, Study
 

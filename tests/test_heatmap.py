@@ -204,7 +204,7 @@ def test_round_trip_without_values(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_heatmap_is_a_trace_error(heat: Heatmap, tmp_path: Path) -> None:
-    from lvlm_probe.format import write_arrays
+    from lvlm_probe.storage import write_arrays
 
     (tmp_path / "text.h5").write_text("hello")
     with pytest.raises(TraceError):

@@ -10,11 +10,11 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_cli import succeed
+from command_line import succeed
+from plugin_site import Install
 
 from lvlm_probe import explainers, plugins
 from lvlm_probe.errors import ExplainError, ProbeWarning
@@ -23,35 +23,6 @@ from lvlm_probe.explainers import registry
 TEMPLATE = Path(__file__).parents[1] / "integrations" / "template"
 
 PIP_INSTALL = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation")
-
-
-Install = Callable[..., None]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
-    """``install(distribution, plugin_name, target, source=…)``: what pip would leave in site-packages."""
-    site = tmp_path / "site"
-    site.mkdir()
-    monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    before = set(sys.modules)
-
-    def write(distribution: str, name: str, target: str, *, source: str | None = None) -> None:
-        info = site / f"{distribution.replace('-', '_')}-1.2.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")
-        (info / "entry_points.txt").write_text(f"[{plugins.GROUP}]\n{name} = {target}\n")
-        if source is not None:
-            (site / f"{target.partition(':')[0]}.py").write_text(source)
-        importlib.invalidate_caches()
-
-    plugins._cache.clear()
-    yield write
-    plugins._cache.clear()
-    for module in set(sys.modules) - before:
-        if getattr(sys.modules[module], "__file__", None) and str(site) in str(sys.modules[module].__file__):
-            del sys.modules[module]
 
 
 REGISTERS = """
@@ -192,7 +163,7 @@ print("distance", near ** .5)
 
 
 EXPLAINER = "from lvlm_probe.explainers import register\n"
-DATASET = "from lvlm_probe.study.datasets import register_dataset\n"
+DATASET = "from lvlm_probe.study.datasets.registry import register_dataset\n"
 
 
 @pytest.mark.parametrize(
@@ -208,9 +179,12 @@ DATASET = "from lvlm_probe.study.datasets import register_dataset\n"
         (f"{EXPLAINER}register('x', needs=[[1]])(lambda problem: None)\n", "list of words"),
         (f"{DATASET}register_dataset(5, layout='')(7)\n", "can be typed"),
         (f"{DATASET}register_dataset('x', layout='')(7)\n", "is a function"),
-        ("from lvlm_probe.study.engines import register_engine as add\nadd('x', 7)\n", "is a function, not int"),
-        ("from lvlm_probe.adapters import register_family as add\nadd(5, 7)\n", "can be typed"),
-        ("from lvlm_probe.originals import register_original as add\nadd('x', matches=1, adapt=2)\n", "is a function"),
+        ("from lvlm_probe.study.run.engines import register_engine as add\nadd('x', 7)\n", "is a function, not int"),
+        ("from lvlm_probe.models.families import register_family as add\nadd(5, 7)\n", "can be typed"),
+        (
+            "from lvlm_probe.models.drivers import register_original as add\nadd('x', matches=1, adapt=2)\n",
+            "is a function",
+        ),
     ],
 )
 def test_a_plugin_at_fault_is_named_and_leaves_nothing_behind(install: Install, source: str, said: str) -> None:

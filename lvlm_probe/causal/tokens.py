@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lvlm_probe.boxes.image_tokens import token_places
+from lvlm_probe.boxes.painting import shared_with_cells
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.images import PixelPath
-from lvlm_probe.layout import shared_with_cells
-from lvlm_probe.token_places import token_places
 
 if TYPE_CHECKING:
-    from lvlm_probe.player import Replay
+    from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
 
 __all__ = ["ImageTokens", "Queries", "image_tokens", "query_positions", "token_heat"]

@@ -21,19 +21,19 @@ from typing import Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.demonstration import demo
-from lvlm_probe.cli.explaining import explain
-from lvlm_probe.cli.importing import import_
-from lvlm_probe.cli.inspection import inspect, verify
-from lvlm_probe.cli.listing import methods
-from lvlm_probe.cli.metering import meter
-from lvlm_probe.cli.planning import plan
-from lvlm_probe.cli.readers import datasets, peek
-from lvlm_probe.cli.recording import record
-from lvlm_probe.cli.scoring import evaluate, report
-from lvlm_probe.cli.studying import study_app
-from lvlm_probe.cli.supported import families
-from lvlm_probe.cli.terminal import guard_streams, note, safe
+from lvlm_probe.cli.demo import demo
+from lvlm_probe.cli.evaluate import evaluate, report
+from lvlm_probe.cli.explain import explain
+from lvlm_probe.cli.families import families
+from lvlm_probe.cli.import_ import import_
+from lvlm_probe.cli.inspect import inspect, verify
+from lvlm_probe.cli.meter import meter
+from lvlm_probe.cli.methods import methods
+from lvlm_probe.cli.plan import plan
+from lvlm_probe.cli.record import record
+from lvlm_probe.cli.shared.terminal import guard_streams, note, safe
+from lvlm_probe.cli.study import study_app
+from lvlm_probe.cli.study_datasets import datasets, peek
 from lvlm_probe.errors import ProbeError
 
 __all__ = ["app", "main"]
@@ -50,7 +50,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from lvlm_probe import __version__
+        from lvlm_probe._version import __version__
 
         typer.echo(f"lvlm-probe {__version__}")
         raise typer.Exit

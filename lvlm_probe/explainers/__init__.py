@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from lvlm_probe.errors import ExplainError, OutOfMemory
-from lvlm_probe.exhaustion import ran_out
 from lvlm_probe.explainers import registry
-from lvlm_probe.explainers.recorded import RecordedAnswer
 from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, find, needs_of, register
-from lvlm_probe.explainers.scaling import no_effect
+from lvlm_probe.explainers.scores import no_effect
+from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.isolation import outside_inference_mode, taking_turns
-from lvlm_probe.player import Replay
+from lvlm_probe.replaying import Replay
+from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.replaying.micro_batches import ran_out
 from lvlm_probe.selection import TokenSelection, select_tokens
 from lvlm_probe.trace import Trace
 
@@ -35,8 +35,8 @@ register_explainer = register
 
 # Importing a method's module registers it.
 for _module in (
-    "attention", "floors", "gradcam", "greedy", "igos", "iia", "input_gradient", "integrated_gradients", "occlusion",
-    "rise", "rollout", "tam", "tmm",
+    "attention_maps", "controls", "gradcam", "greedy", "igos", "iia", "input_gradient", "integrated_gradients",
+    "occlusion", "rise", "rollout", "tam", "tmm",
 ):  # fmt: skip
     importlib.import_module(f"{__name__}.{_module}")
 

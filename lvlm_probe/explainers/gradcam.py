@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvlm_probe.encoder_tokens import blocks_of, chosen_encoder, encoder_tokens, encoders_of, feature_map_boxes
+from lvlm_probe.boxes.encoder_tokens import blocks_of, chosen_encoder, encoder_tokens, encoders_of, feature_map_boxes
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.regions import finish, paint, pitch
 from lvlm_probe.explainers.registry import Outcome, Problem, register

@@ -29,7 +29,7 @@ import torch
 
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.explainers.registry import Outcome, Problem, register
-from lvlm_probe.explainers.scaling import NO_SIGHT, check_rules, require_finite, score_of, whole_rule
+from lvlm_probe.explainers.scores import NO_SIGHT, check_rules, require_finite, score_of, whole_rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from lvlm_probe.attention import TapLayer
-from lvlm_probe.capture import AttentionLayer
 from lvlm_probe.errors import ExplainError, OutOfMemory
+from lvlm_probe.explainers.attention_relevance import Scope, Walk
 from lvlm_probe.explainers.regions import finish
 from lvlm_probe.explainers.registry import Outcome, Problem, register
-from lvlm_probe.explainers.relevance import Scope, Walk
+from lvlm_probe.replaying.capture import AttentionLayer
 
 __all__ = ["iia"]
 

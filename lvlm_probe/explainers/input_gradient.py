@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from lvlm_probe.explainers.integrated_gradients import mean_slope
 from lvlm_probe.explainers.registry import Outcome, Problem, register
-from lvlm_probe.explainers.scaling import NO_SIGHT, Sign, check_rules, scaled, sign_rule
+from lvlm_probe.explainers.scores import NO_SIGHT, Sign, check_rules, scaled, sign_rule
 
 __all__ = ["input_gradient"]
 

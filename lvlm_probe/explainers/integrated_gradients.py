@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from lvlm_probe.explainers.registry import Outcome, Problem, register
-from lvlm_probe.explainers.scaling import NO_SIGHT, Sign, check_rules, require_finite, scaled, sign_rule, whole_rule
+from lvlm_probe.explainers.scores import NO_SIGHT, Sign, check_rules, require_finite, scaled, sign_rule, whole_rule
 from lvlm_probe.metrics.deletion_insertion import too_narrow
 
 __all__ = ["Rule", "integrated_gradients", "mean_slope", "nodes"]

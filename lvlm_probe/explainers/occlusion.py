@@ -20,7 +20,7 @@ import math
 import torch
 
 from lvlm_probe.explainers.registry import Outcome, Problem, register
-from lvlm_probe.explainers.scaling import (
+from lvlm_probe.explainers.scores import (
     NO_SIGHT,
     ScoreKind,
     check_rules,

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lvlm_probe.boxes.image_tokens import token_places
+from lvlm_probe.boxes.painting import shared_with_cells
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.images import PixelPath
-from lvlm_probe.layout import shared_with_cells
-from lvlm_probe.token_places import token_places
 
 if TYPE_CHECKING:
     from lvlm_probe.explainers.registry import Outcome, Problem

@@ -31,7 +31,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.plugins import check_registration
 
 if TYPE_CHECKING:
-    from lvlm_probe.player import Replay
+    from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
     from lvlm_probe.trace import Trace
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lvlm_probe.explainers.registry import Outcome, Problem, register
-from lvlm_probe.explainers.scaling import (
+from lvlm_probe.explainers.scores import (
     NO_SIGHT,
     ScoreKind,
     check_rules,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from lvlm_probe.capture import AttentionLayer
+from lvlm_probe.explainers.attention_relevance import Scope, Walk
 from lvlm_probe.explainers.regions import finish
 from lvlm_probe.explainers.registry import Outcome, Problem, register
-from lvlm_probe.explainers.relevance import Scope, Walk
+from lvlm_probe.replaying.capture import AttentionLayer
 
 __all__ = ["rollout"]
 

@@ -26,7 +26,7 @@ from torch.nn import functional
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.regions import finish, image_tokens, paint, pitch
 from lvlm_probe.explainers.registry import Outcome, Problem, register
-from lvlm_probe.hidden import HIDDEN, ROWS, head_rows, hidden_states, text_tokens
+from lvlm_probe.replaying.hidden_states import HIDDEN, ROWS, head_rows, hidden_states, text_tokens
 
 __all__ = ["interference_scale", "rank_gaussian", "tam"]
 

@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
+from lvlm_probe.explainers.attention_relevance import Scope, Walk, relu_product
 from lvlm_probe.explainers.regions import finish
 from lvlm_probe.explainers.registry import Outcome, Problem, register
-from lvlm_probe.explainers.relevance import Scope, Walk, relu_product
 
 __all__ = ["tmm"]
 

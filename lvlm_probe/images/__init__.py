@@ -6,8 +6,8 @@ for the pixels that a mask takes away.
 """
 
 from lvlm_probe.images.baselines import BLUR_LADDER, Baseline, make_baseline
+from lvlm_probe.images.image_path import ImagePath
 from lvlm_probe.images.parity import ParityReport
-from lvlm_probe.images.path import ImagePath
-from lvlm_probe.images.pixels import PixelPath
+from lvlm_probe.images.pixel_path import PixelPath
 
 __all__ = ["BLUR_LADDER", "Baseline", "ImagePath", "ParityReport", "PixelPath", "make_baseline"]

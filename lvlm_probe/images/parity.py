@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvlm_probe.geometry import Geometry
+from lvlm_probe.images.positions import Geometry
 
 __all__ = ["ParityReport", "backend_of", "level_errors", "versions"]
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lvlm_probe.errors import ImageError, ProcessorRefused
-from lvlm_probe.geometry import Geometry, trace_geometry
+from lvlm_probe.images.positions import Geometry
+from lvlm_probe.images.tracing import trace_geometry
 
 __all__ = [
     "NOT_KEPT",

@@ -28,12 +28,12 @@ import numpy as np
 import torch
 
 from lvlm_probe.errors import ProbeError, TraceError
-from lvlm_probe.format import RowCapture
-from lvlm_probe.importing.recorder import forced, said_by
+from lvlm_probe.importing.forced_recorder import forced, said_by
 from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, count_rows, read_rows, reason_of, writable
-from lvlm_probe.recorder import RecordOptions
-from lvlm_probe.session import Probe, attach
+from lvlm_probe.recording.probe import Probe, attach
+from lvlm_probe.recording.recorder import RecordOptions
 from lvlm_probe.trace import open_store, open_trace, write
+from lvlm_probe.trace.records import RowCapture
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -288,7 +288,7 @@ def _keys(content: Mapping[str, Any]) -> str:
 
 
 def _open(text: str, directories: Sequence[Path]) -> Image.Image:
-    from lvlm_probe.pictures import open_picture
+    from lvlm_probe.trace.image_files import open_picture
 
     if text.startswith("data:"):
         return _from_uri(text)
@@ -317,7 +317,7 @@ def _open(text: str, directories: Sequence[Path]) -> Image.Image:
 def _from_uri(text: str) -> Image.Image:
     import base64
 
-    from lvlm_probe.pictures import decode_picture
+    from lvlm_probe.trace.image_files import decode_picture
 
     head, _, data = text.partition(",")
     try:

@@ -3,8 +3,6 @@
 * ``evaluate``: deletion and insertion, with a verdict in words.
 * ``pointing_game``, ``energy_in_region``, ``iou``, ``soft_iou``, ``average_precision``: against a known region.
 * ``human_agreement``, ``rank_correlation``, ``auc_judd``, ``nss``: against where people looked.
-* ``weight_randomisation``, ``answer_randomisation``: does the heatmap depend on the model and on the answer at all?
-* ``stability``, ``over_seeds``, ``over_prompts``, ``completeness``, ``tie_share``: do repeats agree, do sums add up?
 * ``bootstrap_ci``, ``paired_difference``, ``permutation_test``, ``mixed_effects``, ``mean_and_error``: over samples.
 
 scipy and statsmodels (``pip install 'lvlm-probe[stats]'``) are imported by the functions that need them, when called.
@@ -12,6 +10,7 @@ scipy and statsmodels (``pip install 'lvlm-probe[stats]'``) are imported by the 
 
 from __future__ import annotations
 
+from lvlm_probe._moved import names_of
 from lvlm_probe.metrics.human import HumanAgreement, auc_judd, human_agreement, nss, rank_correlation
 from lvlm_probe.metrics.localization import (
     average_precision,
@@ -21,19 +20,8 @@ from lvlm_probe.metrics.localization import (
     pointing_game,
     soft_iou,
 )
-from lvlm_probe.metrics.randomisation import randomised, weight_blocks
-from lvlm_probe.metrics.sanity import SanityReport, SanityStep, answer_randomisation, weight_randomisation
 from lvlm_probe.metrics.scoring import Score, evaluate
 from lvlm_probe.metrics.similarity import Similarity, compare_maps
-from lvlm_probe.metrics.stability import (
-    Completeness,
-    Stability,
-    completeness,
-    over_prompts,
-    over_seeds,
-    stability,
-    tie_share,
-)
 from lvlm_probe.metrics.statistics import (
     Interval,
     MeanAndError,
@@ -48,25 +36,19 @@ from lvlm_probe.metrics.statistics import (
 from lvlm_probe.metrics.verdict import Verdict
 
 __all__ = [
-    "Completeness",
     "HumanAgreement",
     "Interval",
     "MeanAndError",
     "MixedEffects",
     "PermutationTest",
-    "SanityReport",
-    "SanityStep",
     "Score",
     "Similarity",
-    "Stability",
     "Verdict",
-    "answer_randomisation",
     "auc_judd",
     "average_precision",
     "bootstrap_ci",
     "boxes_to_mask",
     "compare_maps",
-    "completeness",
     "energy_in_region",
     "evaluate",
     "human_agreement",
@@ -74,16 +56,11 @@ __all__ = [
     "mean_and_error",
     "mixed_effects",
     "nss",
-    "over_prompts",
-    "over_seeds",
     "paired_difference",
     "permutation_test",
     "pointing_game",
-    "randomised",
     "rank_correlation",
     "soft_iou",
-    "stability",
-    "tie_share",
-    "weight_blocks",
-    "weight_randomisation",
 ]
+
+__getattr__ = names_of(__name__)

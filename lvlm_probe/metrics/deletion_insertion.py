@@ -41,7 +41,7 @@ from lvlm_probe.errors import ExplainError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lvlm_probe.player import Replay
+    from lvlm_probe.replaying import Replay
 
 __all__ = [
     "Curves",

@@ -17,7 +17,6 @@ import numpy as np
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import Heatmap, resample
-from lvlm_probe.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.metrics.deletion_insertion import (
     Curves,
     MaskScores,
@@ -30,10 +29,11 @@ from lvlm_probe.metrics.deletion_insertion import (
     release_counts,
 )
 from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFERENCE, Verdict, judge
-from lvlm_probe.player.baselines import BaselineLike, baseline_identity
+from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
+from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 
 if TYPE_CHECKING:
-    from lvlm_probe.player import Replay
+    from lvlm_probe.replaying import Replay
 
 __all__ = ["BaselineChoice", "Score", "evaluate", "over_baseline"]
 

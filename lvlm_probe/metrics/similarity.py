@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.extras import require
 from lvlm_probe.heatmap import Heatmap, resample
-from lvlm_probe.metrics.extras import require
 
 __all__ = ["Similarity", "compare_maps", "on_grid", "spearman"]
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lvlm_probe.metrics.extras import require
+from lvlm_probe.extras import require
 
 __all__ = [
     "Interval",

@@ -15,8 +15,8 @@ import torch
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.planning.meter import Meter, parse_bytes, show_bytes, weight_bytes
 from lvlm_probe.planning.plans import Plan, choose, default_budget, table
-from lvlm_probe.planning.probes import timed
-from lvlm_probe.player import Replay
+from lvlm_probe.planning.rehearsal import timed
+from lvlm_probe.replaying import Replay
 
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
@@ -64,7 +64,7 @@ def plan(
     elif trace is None:
         raise ExplainError("plan(model, trace, processor) needs the recorded answer; or give a replay: plan(replay)")
     else:
-        from lvlm_probe.player import replay as open_replay
+        from lvlm_probe.replaying import replay as open_replay
 
         replay = open_replay(trace, model, processor)
     found = plan_for(replay, method, params, memory=memory, image=image)
@@ -76,8 +76,8 @@ def plan_for(
 ) -> Plan:
     """``plan`` of a replay, without timing."""
     from lvlm_probe import explainers
-    from lvlm_probe.explainers.costs import cost_of
     from lvlm_probe.explainers.registry import Problem, check_parameters
+    from lvlm_probe.planning.costs import cost_of
 
     size = None if memory is None else parse_bytes(memory)
     if not 0 <= image < replay.n_images:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm_probe.errors import ExplainError, OutOfMemory, ReplayError
-from lvlm_probe.exhaustion import CPU_BYTES, ran_out
 from lvlm_probe.planning.meter import available, show_bytes, weight_bytes
-from lvlm_probe.planning.probes import Law, law
+from lvlm_probe.planning.rehearsal import Law, law
+from lvlm_probe.replaying.micro_batches import CPU_BYTES, ran_out
 
 if TYPE_CHECKING:
-    from lvlm_probe.explainers.costs import Cost
-    from lvlm_probe.player import Replay
+    from lvlm_probe.planning.costs import Cost
+    from lvlm_probe.replaying import Replay
 
 __all__ = ["Budget", "Plan", "choose", "default_budget", "table"]
 

@@ -12,6 +12,6 @@ Importing this package imports neither torch nor the ``datasets`` library.
 
 from __future__ import annotations
 
-from lvlm_probe.study.datasets import Sample, open_dataset, readers, register_dataset
+from lvlm_probe.study.datasets.registry import Sample, open_dataset, readers, register_dataset
 
 __all__ = ["Sample", "open_dataset", "readers", "register_dataset"]

@@ -14,18 +14,18 @@ from typing import Any
 
 from lvlm_probe import planning
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.explainers.costs import cost_of
 from lvlm_probe.explainers.registry import Problem
-from lvlm_probe.planning.probes import timed
-from lvlm_probe.player import Replay
-from lvlm_probe.study.datasets import Sample
-from lvlm_probe.study.filtering import verdict
+from lvlm_probe.planning.costs import cost_of
+from lvlm_probe.planning.rehearsal import timed
+from lvlm_probe.replaying import Replay
+from lvlm_probe.study.datasets.registry import Sample
 from lvlm_probe.study.results import collect
-from lvlm_probe.study.running import Worker, samples_of
+from lvlm_probe.study.run.runner import Worker, samples_of
+from lvlm_probe.study.run.sample_filter import verdict
+from lvlm_probe.study.run.unit_work import open_replay
+from lvlm_probe.study.run.units import digest, method_content
 from lvlm_probe.study.spec import MethodSpec, Study
-from lvlm_probe.study.tables import Cell, Table
-from lvlm_probe.study.units import digest, method_content
-from lvlm_probe.study.working import open_replay
+from lvlm_probe.study.tables.table import Cell, Table
 
 __all__ = ["Forecast", "Line", "forecast"]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lvlm_probe.study.filtering import is_correct, verdict
+from lvlm_probe.study.run.sample_filter import is_correct, verdict
+from lvlm_probe.study.run.units import Records, method_content, model_content, model_stamp
 from lvlm_probe.study.spec import ModelSpec, Study
-from lvlm_probe.study.units import Records, method_content, model_content, model_stamp
 
 __all__ = ["Results", "collect"]
 

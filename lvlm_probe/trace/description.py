@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.format.schema import row_key
+from lvlm_probe.escaping import escaped
 from lvlm_probe.trace.parts import thumbnail
-from lvlm_probe.words import escaped
+from lvlm_probe.trace.schema import row_key
 
 if TYPE_CHECKING:
     from lvlm_probe.trace.reader import Trace

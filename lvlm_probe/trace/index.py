@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import TraceError
 from lvlm_probe.files import causes, read_small, write_whole
-from lvlm_probe.format.reading import SealedFile, open_sealed
-from lvlm_probe.format.schema import (
+from lvlm_probe.storage.reading import SealedFile, open_sealed
+from lvlm_probe.storage.seal import trace_error
+from lvlm_probe.trace.schema import (
     FORMAT,
     FORMAT_VERSION,
     STATUSES,
@@ -34,7 +35,6 @@ from lvlm_probe.format.schema import (
     row_count,
     row_key,
 )
-from lvlm_probe.format.seal import trace_error
 
 if TYPE_CHECKING:
     from lvlm_probe.trace.reader import Trace

@@ -14,10 +14,10 @@ from PIL import Image
 
 from lvlm_probe.errors import TraceError
 from lvlm_probe.files import causes
-from lvlm_probe.format.reading import SealedFile
-from lvlm_probe.format.records import ImageRecord
-from lvlm_probe.format.schema import RowHeader
-from lvlm_probe.format.seal import trace_error
+from lvlm_probe.storage.reading import SealedFile
+from lvlm_probe.storage.seal import trace_error
+from lvlm_probe.trace.records import ImageRecord
+from lvlm_probe.trace.schema import RowHeader
 
 __all__ = [
     "FREE_PIXELS",

@@ -14,9 +14,11 @@ from PIL import Image
 
 from lvlm_probe.errors import ImageError, PointNotFound
 from lvlm_probe.files import State
-from lvlm_probe.format.reading import SealedFile, open_sealed
-from lvlm_probe.format.records import JSON, ImageRecord, PointRecord
-from lvlm_probe.format.schema import (
+from lvlm_probe.storage.reading import SealedFile, open_sealed
+from lvlm_probe.storage.seal import Seal, trace_error
+from lvlm_probe.trace.parts import AttentionRows, Layout, check_pixels, decode, read_attention, read_image
+from lvlm_probe.trace.records import JSON, ImageRecord, PointRecord
+from lvlm_probe.trace.schema import (
     FORMAT,
     FORMAT_VERSION,
     MODEL_JSON,
@@ -26,8 +28,6 @@ from lvlm_probe.format.schema import (
     validate,
     validate_row,
 )
-from lvlm_probe.format.seal import Seal, trace_error
-from lvlm_probe.trace.parts import AttentionRows, Layout, check_pixels, decode, read_attention, read_image
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:

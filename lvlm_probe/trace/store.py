@@ -12,11 +12,11 @@ from typing import overload
 
 from lvlm_probe.errors import TraceError
 from lvlm_probe.files import causes, orphans, remove_orphans
-from lvlm_probe.format.reading import open_sealed
-from lvlm_probe.format.schema import FORMAT, FORMAT_VERSION, ROW_LIMIT, validate
-from lvlm_probe.format.seal import trace_error
+from lvlm_probe.storage.reading import open_sealed
+from lvlm_probe.storage.seal import trace_error
 from lvlm_probe.trace.index import Index, TraceSummary
 from lvlm_probe.trace.reader import Trace
+from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, ROW_LIMIT, validate
 
 __all__ = ["TraceStore", "open_store"]
 

@@ -13,11 +13,12 @@ import h5py
 import numpy as np
 
 from lvlm_probe.errors import TraceError
-from lvlm_probe.format.arrays import writer_name
-from lvlm_probe.format.encoding import ENCODING_VERSION, json_text, put_array, put_json, put_text
-from lvlm_probe.format.reading import SealedFile
-from lvlm_probe.format.records import Capture, ImageRecord, PointRecord, RowCapture
-from lvlm_probe.format.schema import (
+from lvlm_probe.storage.arrays import writer_name
+from lvlm_probe.storage.encoding import ENCODING_VERSION, json_text, put_array, put_json, put_text
+from lvlm_probe.storage.reading import SealedFile
+from lvlm_probe.storage.seal import sealed_writer
+from lvlm_probe.trace.records import Capture, ImageRecord, PointRecord, RowCapture
+from lvlm_probe.trace.schema import (
     FORMAT,
     FORMAT_VERSION,
     MODEL_JSON,
@@ -27,7 +28,6 @@ from lvlm_probe.format.schema import (
     validate,
     validate_row,
 )
-from lvlm_probe.format.seal import sealed_writer
 
 __all__ = ["write"]
 

@@ -45,7 +45,7 @@ from judging import fill, peak_memory
 from random_model import PATCH, asked, random_qwen, recorded, write_results
 
 import lvlm_probe as probe
-from lvlm_probe.explainers.relevance import Walk
+from lvlm_probe.explainers.attention_relevance import Walk
 
 ROOT = Path(__file__).resolve().parents[2]
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -50,10 +50,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny_models
 
 import lvlm_probe as probe
-from lvlm_probe import session
 from lvlm_probe.attention import RowTap
-from lvlm_probe.logprobs import StepLogProbs
-from lvlm_probe.recorder import GenerationRecorder
+from lvlm_probe.recording import probe as session
+from lvlm_probe.recording.log_probs import StepLogProbs
+from lvlm_probe.recording.recorder import GenerationRecorder
 
 PLAIN, RECORDED = "plain", "recorded"
 NOTHING = "nothing"

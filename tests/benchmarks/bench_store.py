@@ -33,9 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny_models
 
 import lvlm_probe as probe
-from lvlm_probe.format import FORMAT, FORMAT_VERSION
-from lvlm_probe.format.schema import row_key
-from lvlm_probe.format.seal import write_seal
+from lvlm_probe.storage.seal import write_seal
+from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, row_key
 
 TRACES = 10_000
 DISK_LIMIT = 2_000_000_000

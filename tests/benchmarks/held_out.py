@@ -14,7 +14,7 @@ import torch
 
 import lvlm_probe as probe
 from lvlm_probe.demo import Scene
-from lvlm_probe.player import Replay
+from lvlm_probe.replaying import Replay
 from lvlm_probe.selection import TokenSelection
 
 POINTING_TOLERANCE = 15

@@ -30,8 +30,8 @@ import lvlm_probe as probe
 from campaigns.forked import Limits, in_forks
 from campaigns.tally import Campaign, Tally
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.format.seal import write_seal
 from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.storage.seal import write_seal
 from lvlm_probe.trace import Trace, open_store, open_trace, write
 
 __all__ = ["CAMPAIGNS", "damaged", "files", "odd_json"]

@@ -33,7 +33,7 @@ import lvlm_probe as probe
 from campaigns.tally import Campaign, Tally
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.study.units import Records
+from lvlm_probe.study.run.units import Records
 from lvlm_probe.trace import TraceStore, open_store, write
 
 __all__ = ["CAMPAIGNS", "kills"]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import lvlm_probe as probe
-from lvlm_probe.prompting import chat_inputs, placed
+from lvlm_probe.models.prompts import chat_inputs, placed
 
 __all__ = ["METHODS", "Stage", "differences", "same_output", "stage", "state_of"]
 

@@ -22,8 +22,8 @@ from PIL import Image
 from zoo import Built, build
 
 import lvlm_probe as probe
-from lvlm_probe.anatomy import text_stack
 from lvlm_probe.attention.dispatch import NAME
+from lvlm_probe.models.anatomy import text_stack
 
 __all__ = ["CHECKS", "Verdict", "run_checks"]
 

@@ -27,7 +27,7 @@ import yaml  # noqa: E402
 from checks import CHECKS, Verdict, run_checks  # noqa: E402
 from zoo import MEMBERS, Backend, Member, build, load_members  # noqa: E402
 
-from lvlm_probe.family_table import FamilyTable, markdown, summary  # noqa: E402
+from lvlm_probe.models.support import FamilyTable, markdown, summary  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "lvlm_probe" / "families.json"

@@ -11,7 +11,7 @@ from checks import run_checks
 from sweep import mapping, outside, runs_of
 from zoo import MEMBERS, build, load_members
 
-from lvlm_probe.family_table import family_table
+from lvlm_probe.models.support import family_table
 
 RUNS = [(name, *run) for name, member in sorted(load_members().items()) for run in runs_of(member)]
 

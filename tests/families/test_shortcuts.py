@@ -12,7 +12,7 @@ import torch
 from zoo import MEMBERS, build, load_members
 
 import lvlm_probe as probe
-from lvlm_probe.player import shortcuts
+from lvlm_probe.replaying import shortcuts
 
 load_members()
 

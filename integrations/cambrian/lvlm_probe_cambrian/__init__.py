@@ -39,8 +39,8 @@ def register() -> None:
     """What the entry point calls: tells transformers and ``lvlm_probe`` of the family. Again does nothing."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
-    from lvlm_probe.adapters import Family, register_family
-    from lvlm_probe.originals import register_original
+    from lvlm_probe.models.drivers import register_original
+    from lvlm_probe.models.families import Family, register_family
     from lvlm_probe_cambrian.configuration import CambrianConfig
     from lvlm_probe_cambrian.image_processing import CambrianImageProcessor
     from lvlm_probe_cambrian.modeling import CambrianForConditionalGeneration

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lvlm_probe.adapters import Family
-from lvlm_probe.decoding import positional, settings_of
 from lvlm_probe.errors import AttachError, ReplayError
-from lvlm_probe.originals import Driver, attributes, collapsed, expanded, open_gates
-from lvlm_probe.prompt_pictures import NotRecorded
+from lvlm_probe.models.drivers import Driver, attributes, collapsed, expanded, open_gates
+from lvlm_probe.models.families import Family
+from lvlm_probe.models.tokenizers import positional, settings_of
+from lvlm_probe.recording.prompt_images import NotRecorded
 from lvlm_probe_cambrian.padding import content_box, image_token_count
 
 if TYPE_CHECKING:
-    from lvlm_probe.places import Places
+    from lvlm_probe.models.families import Places
 
 __all__ = ["IMAGE_MARK", "CambrianDriver", "OriginalImageProcessor", "OriginalProcessor", "matches"]
 
@@ -208,7 +208,7 @@ class CambrianDriver(Driver):
 
 def token_boxes(replay: Any, positions: np.ndarray) -> Places | None:
     """Cells of the grid over the padded square that the picture fills, row by row, each with a newline behind it."""
-    from lvlm_probe.places import Places
+    from lvlm_probe.models.families import Places
 
     side = replay.model.side
     (width, height), *others = replay.image_sizes

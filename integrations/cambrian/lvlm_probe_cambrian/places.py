@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lvlm_probe.places import Places
+from lvlm_probe.models.families import Places
 from lvlm_probe_cambrian.padding import content_box
 
 __all__ = ["grid_places", "token_boxes"]
@@ -41,6 +41,6 @@ def grid_places(grid: int, sizes: Sequence[tuple[int, int]]) -> Places:
 
 
 def token_boxes(replay: Any, positions: np.ndarray) -> Places | None:
-    """As ``lvlm_probe.adapters.TokenBoxes``. ``None`` where the prompt has another number of image tokens."""
+    """As ``lvlm_probe.models.families.TokenBoxes``. ``None`` where the prompt has another number of image tokens."""
     places = grid_places(replay.model.config.image_grid, replay.image_sizes)
     return places if len(places.images) == len(positions) else None

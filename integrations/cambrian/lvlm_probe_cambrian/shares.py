@@ -16,7 +16,7 @@ from lvlm_probe_cambrian.padding import content_box
 from lvlm_probe_cambrian.sampler import CrossAttention
 
 if TYPE_CHECKING:
-    from lvlm_probe.player import Replay
+    from lvlm_probe.replaying import Replay
 
 __all__ = ["LayerShares", "encoder_shares"]
 

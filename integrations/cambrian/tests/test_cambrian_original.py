@@ -18,7 +18,7 @@ from lvlm_probe_cambrian.transformers5 import on_transformers_5
 from PIL import Image
 
 import lvlm_probe as probe
-from lvlm_probe.originals import probed_model, register_original
+from lvlm_probe.models.drivers import probed_model, register_original
 
 PROMPT = "Hello <image>\nWhat?"
 SETTINGS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -383,7 +383,7 @@ def test_a_picture_elsewhere_in_the_prompt_is_refused(tmp_path: Path) -> None:
 def test_calls_that_are_not_recorded_say_why(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     model, processor = make()
     driver = probed_model(model, processor)
-    from lvlm_probe.prompt_pictures import NotRecorded
+    from lvlm_probe.recording.prompt_images import NotRecorded
 
     with pytest.raises(NotRecorded, match=message):
         driver.arguments((), {**processor(PROMPT, lookalike.picture()), **change})

@@ -39,8 +39,8 @@ def register() -> None:
     """What the entry point calls: makes the Auto classes and ``lvlm_probe`` know the family. May be called again."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-    from lvlm_probe.adapters import Family, register_family
-    from lvlm_probe.originals import register_original
+    from lvlm_probe.models.drivers import register_original
+    from lvlm_probe.models.families import Family, register_family
     from lvlm_probe_mini_gemini.configuration import MiniGeminiConfig
     from lvlm_probe_mini_gemini.modeling import MiniGeminiForConditionalGeneration, MiniGeminiModel
     from lvlm_probe_mini_gemini.original import MiniGeminiDriver, matches

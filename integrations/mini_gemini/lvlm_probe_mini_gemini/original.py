@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lvlm_probe.adapters import Family
-from lvlm_probe.decoding import positional
 from lvlm_probe.errors import AttachError, ReplayError
-from lvlm_probe.originals import Driver, attributes, collapsed, expanded, open_gates
-from lvlm_probe.prompt_pictures import NotRecorded
+from lvlm_probe.models.drivers import Driver, attributes, collapsed, expanded, open_gates
+from lvlm_probe.models.families import Family
+from lvlm_probe.models.tokenizers import positional
+from lvlm_probe.recording.prompt_images import NotRecorded
 from lvlm_probe_mini_gemini.mining import low_resolution_views
 from lvlm_probe_mini_gemini.places import square_boxes
 
 if TYPE_CHECKING:
-    from lvlm_probe.places import Places
+    from lvlm_probe.models.families import Places
 
 __all__ = [
     "IMAGE_MARK",
@@ -247,7 +247,7 @@ class MiniGeminiDriver(Driver):
 
 def token_boxes(replay: Any, positions: np.ndarray) -> Places | None:
     """Where image tokens lie: the whole padded square's grid, then those of its crops; what is padding has no place."""
-    from lvlm_probe.places import Places
+    from lvlm_probe.models.families import Places
 
     model = replay.model
     (width, height), *others = replay.image_sizes

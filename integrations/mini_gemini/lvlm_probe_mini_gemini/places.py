@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from lvlm_probe.places import Places
-    from lvlm_probe.player import Replay
+    from lvlm_probe.models.families import Places
+    from lvlm_probe.replaying import Replay
 
 __all__ = ["square_boxes", "token_boxes"]
 
@@ -31,12 +31,12 @@ def square_boxes(side: int, grid: int, whole: bool) -> np.ndarray:
 
 
 def token_boxes(replay: Replay, positions: np.ndarray) -> Places | None:
-    """Places of the image tokens at ``positions`` of the prompt, see ``lvlm_probe.adapters.TokenBoxes``.
+    """Places of the image tokens at ``positions`` of the prompt, see ``lvlm_probe.models.families.TokenBoxes``.
 
     The padded square is laid back over the picture; a token in its padding has no place. Whether the answer was given
     with all views or with one (``aux``) shows in the number of tokens. ``None``: it fits neither.
     """
-    from lvlm_probe.places import Places
+    from lvlm_probe.models.families import Places
 
     config: Any = replay.model.config
     sizes = replay.image_sizes

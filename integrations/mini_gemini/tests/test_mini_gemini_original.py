@@ -17,8 +17,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 import lvlm_probe as probe
-from lvlm_probe.originals import probed_model, register_original
-from lvlm_probe.prompt_pictures import NotRecorded
+from lvlm_probe.models.drivers import probed_model, register_original
+from lvlm_probe.recording.prompt_images import NotRecorded
 
 PROMPT = "Hello <image>\nWhat?"
 SETTINGS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}

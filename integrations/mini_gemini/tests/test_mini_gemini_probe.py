@@ -15,9 +15,9 @@ from mini_gemini_tiny import KINDS, build, chat, picture
 from torch import nn
 
 import lvlm_probe as probe
-from lvlm_probe.anatomy import examine
-from lvlm_probe.encoder_tokens import encoder_tokens
+from lvlm_probe.boxes.encoder_tokens import encoder_tokens
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.models.anatomy import examine
 
 STEPS = 5
 SPAN = (0, 3)

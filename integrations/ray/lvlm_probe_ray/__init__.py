@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lvlm_probe.study.running import Told
+    from lvlm_probe.study.run.runner import Told
     from lvlm_probe.study.spec import Study
 
 __all__ = ["register", "run_study_on_ray"]
@@ -19,7 +19,7 @@ __all__ = ["register", "run_study_on_ray"]
 
 def register() -> None:
     """What the entry point calls: tells ``lvlm_probe`` of the engine. Again does nothing."""
-    from lvlm_probe.study.engines import register_engine
+    from lvlm_probe.study.run.engines import register_engine
 
     register_engine("ray", run_study_on_ray)
 
@@ -32,7 +32,7 @@ def run_study_on_ray(
     retry_failed: bool = False,
     tell: Callable[[Told], None] | None = None,
 ) -> Counter[str]:
-    """Do all units of a study that are not finished, as ``lvlm_probe.study.running.run_study`` does, on a Ray cluster.
+    """Do all units of a study that are not finished on a Ray cluster, as ``lvlm_probe.study.run.runner`` does.
 
     What the cluster is and what a worker gets of it stands under the study's ``engine_options`` (``Options``).
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from lvlm_probe.errors import ProbeError, StudyError
 from lvlm_probe.files import write_whole
-from lvlm_probe.identity import fingerprint, library_versions
-from lvlm_probe.study.datasets import Sample
-from lvlm_probe.study.running import Worker
+from lvlm_probe.models.fingerprint import fingerprint, library_versions
+from lvlm_probe.study.datasets.registry import Sample
+from lvlm_probe.study.run.runner import Worker
+from lvlm_probe.study.run.units import digest, map_content
 from lvlm_probe.study.spec import Study
-from lvlm_probe.study.units import digest, map_content
 from lvlm_probe_ray.jobs import About, Job, Outcome, Task
 
 __all__ = ["Beacon", "UnitWorker", "keep_files", "loaded_sample", "map_units", "read_files", "without_picture"]

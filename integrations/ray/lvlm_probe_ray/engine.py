@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ProbeWarning, StudyError
-from lvlm_probe.identity import library_versions
-from lvlm_probe.study.datasets import Sample
-from lvlm_probe.study.running import Told, Worker, samples_of
+from lvlm_probe.models.fingerprint import library_versions
+from lvlm_probe.study.datasets.registry import Sample
+from lvlm_probe.study.run.runner import Told, Worker, samples_of
 from lvlm_probe.study.spec import Study
 from lvlm_probe_ray.actor import Beacon, UnitWorker, keep_files, loaded_sample, map_units, read_files, without_picture
 from lvlm_probe_ray.cluster import connected, has_gpus, room_for

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lvlm_probe.study.datasets import Sample
+from lvlm_probe.study.datasets.registry import Sample
 
 __all__ = ["About", "Job", "Lost", "Outcome", "Task"]
 

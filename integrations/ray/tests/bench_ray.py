@@ -138,7 +138,7 @@ def two_machines() -> Iterator[None]:
 def environment(load: float) -> dict[str, Any]:
     from importlib.metadata import version
 
-    from lvlm_probe.identity import library_versions
+    from lvlm_probe.models.fingerprint import library_versions
 
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lvlm_probe.errors import StudyError
 from lvlm_probe.study import Sample
-from lvlm_probe.study.engines import engine_named
+from lvlm_probe.study.run.engines import engine_named
 from lvlm_probe.study.spec import read_study
 
 

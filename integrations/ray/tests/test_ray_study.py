@@ -19,11 +19,11 @@ from ray_faults import plugin_path
 
 import lvlm_probe as probe
 from lvlm_probe.errors import ProbeWarning, StudyError
-from lvlm_probe.study.engines import engine_named
 from lvlm_probe.study.results import collect
-from lvlm_probe.study.running import Told, run_study
+from lvlm_probe.study.run.engines import engine_named
+from lvlm_probe.study.run.runner import Told, run_study
+from lvlm_probe.study.run.units import Records
 from lvlm_probe.study.spec import ModelSpec, Study, read_study
-from lvlm_probe.study.units import Records
 
 HEAD = """\
 models: {demo: demo}

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError, StudyError
 from lvlm_probe.files import part_beside
-from lvlm_probe.report import _asset, _json_for_script, _page, _refuse, _write
+from lvlm_probe.pages import _asset, _json_for_script, _page, _refuse, _write
 from lvlm_probe.study.pages.changes import TOLERANCE
-from lvlm_probe.study.pages.gathering import Tell, gather
-from lvlm_probe.study.pages.loading import with_sets
+from lvlm_probe.study.pages.samples import Tell, gather
+from lvlm_probe.study.pages.stored import with_sets
 
 if TYPE_CHECKING:
     from lvlm_probe.study.results import Results

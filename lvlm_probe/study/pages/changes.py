@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics import compare_maps, energy_in_region
-from lvlm_probe.study.filtering import is_correct
+from lvlm_probe.study.run.sample_filter import is_correct
 
 __all__ = ["ORIGINAL", "Region", "changed_region", "looking", "order_of", "question_diff", "references", "stance"]
 

@@ -1,0 +1,232 @@
+"""Old module names, which go on working for one release: importing one warns and gives the names of its new place.
+
+A finder at the end of ``sys.meta_path`` answers for the names of the table, and for no others. The module that it makes
+looks every name up where the table says when it is asked for, so a class is the same class by its old and new path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import sys
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+__all__ = ["MOVED", "NAMES", "install", "names_of"]
+
+MOVED = {
+    "_nnsight": "causal._nnsight",
+    "adapters": "models.families",
+    "anatomy": "models.anatomy",
+    "attention.recording": "recording.attention_points",
+    "capture": "replaying.capture",
+    "causal.checks": "causal.interventions",
+    "causal.cuts": "causal.knockout",
+    "causal.looking": "causal.points",
+    "causal.patches": "causal.patching",
+    "chunks": "replaying.chunks",
+    "cli.comparing": "cli.evaluate_methods",
+    "cli.demonstration": "cli.demo",
+    "cli.explaining": "cli.explain",
+    "cli.importing": "cli.import_",
+    "cli.inputs": "cli.shared.inputs",
+    "cli.inspection": "cli.inspect",
+    "cli.listing": "cli.methods",
+    "cli.maps": "cli.shared.maps",
+    "cli.metering": "cli.meter",
+    "cli.models": "cli.shared.models",
+    "cli.options": "cli.shared.options",
+    "cli.planning": "cli.plan",
+    "cli.readers": "cli.study_datasets",
+    "cli.recording": "cli.record",
+    "cli.scoring": "cli.evaluate",
+    "cli.studying": "cli.study",
+    "cli.supported": "cli.families",
+    "cli.terminal": "cli.shared.terminal",
+    "conditions": "recording.conditions",
+    "decoding": "models.tokenizers",
+    "encoder_tokens": "boxes.encoder_tokens",
+    "exhaustion": "replaying.micro_batches",
+    "explainers.attention": "explainers.attention_maps",
+    "explainers.costs": "planning.costs",
+    "explainers.floors": "explainers.controls",
+    "explainers.igos_settings": "explainers.igos.settings",
+    "explainers.ordering": "explainers.igos.order",
+    "explainers.recorded": "explainers.trace_only",
+    "explainers.regularization": "explainers.igos.regularizers",
+    "explainers.relevance": "explainers.attention_relevance",
+    "explainers.scaling": "explainers.scores",
+    "family_table": "models.support",
+    "forcing": "replaying.teacher_forcing",
+    "format": "storage trace.records trace.schema",
+    "format.arrays": "storage.arrays",
+    "format.encoding": "storage.encoding",
+    "format.reading": "storage.reading",
+    "format.records": "trace.records storage.encoding",
+    "format.schema": "trace.schema",
+    "format.seal": "storage.seal",
+    "geometry": "images.tracing images.positions images.composite",
+    "geometry.blend": "images.composite",
+    "geometry.positions": "images.positions",
+    "geometry.sampling": "images.sampling",
+    "geometry.trace": "images.tracing",
+    "handed": "recording.handed_images",
+    "hidden": "replaying.hidden_states",
+    "identity": "models.fingerprint",
+    "images.joining": "images.batching",
+    "images.path": "images.image_path",
+    "images.pixels": "images.pixel_path",
+    "images.step": "images.processor_step",
+    "importing.recorder": "importing.forced_recorder",
+    "importing.tokens": "importing.retokenize",
+    "isolation": "replaying.isolation",
+    "layout": "boxes.painting",
+    "loading": "models.loading",
+    "logprobs": "recording.log_probs",
+    "masking": "recording.masked_calls",
+    "metrics.extras": "extras",
+    "metrics.randomisation": "sanity.random_weights",
+    "metrics.sanity": "sanity.randomisation",
+    "metrics.stability": "sanity.repeats",
+    "originals": "models.drivers",
+    "patch_gradient": "replaying.patch_gradient",
+    "pictures": "trace.image_files",
+    "places": "boxes.sign_code models.families",
+    "planning.probes": "planning.rehearsal",
+    "player": "replaying",
+    "player.baselines": "replaying.baselines",
+    "player.gradient_flow": "replaying.gradient_flow",
+    "player.replaying": "replaying.replays",
+    "player.shortcuts": "replaying.shortcuts",
+    "player.views": "replaying.views",
+    "points": "recording.module_outputs",
+    "prompt_pictures": "recording.prompt_images",
+    "prompting": "models.prompts",
+    "recognition": "recording.recognition",
+    "recorded_inputs": "replaying.recorded_inputs",
+    "recorded_path": "replaying.answer_source",
+    "recorder": "recording.recorder recording.token_boxes",
+    "replica": "models.replica",
+    "report": "pages",
+    "report.comparison": "pages.comparison",
+    "report.comparison_page": "pages.comparison_page",
+    "report.pictures": "pages.data_uris",
+    "report.plain": "pages.plain",
+    "report.prior_page": "pages.prior",
+    "report.samples": "pages.samples",
+    "report.standings": "pages.standings",
+    "rewording": "replaying.rewording",
+    "row_inputs": "recording.row_inputs",
+    "session": "recording.probe",
+    "study.cells": "study.tables.cells",
+    "study.document": "study.tables.document",
+    "study.drops": "importing.drops",
+    "study.engines": "study.run.engines",
+    "study.exporting": "study.tables.export",
+    "study.filtering": "study.run.sample_filter",
+    "study.language_prior": "importing.meter",
+    "study.ledger": "study.tables.ledger",
+    "study.measuring": "study.run.cost_record",
+    "study.model_table": "study.tables.table4",
+    "study.own_data": "study.datasets.own_data",
+    "study.pages.gathering": "study.pages.samples",
+    "study.pages.loading": "study.pages.stored",
+    "study.paper_tables": "study.tables.paper",
+    "study.published": "study.datasets.published",
+    "study.quadrants": "study.tables.figure5",
+    "study.relaxing": "study.datasets.open_ended",
+    "study.running": "study.run.runner",
+    "study.scenes": "study.datasets.demo_scenes",
+    "study.side_tables": "study.tables.tables8_9",
+    "study.tabular": "study.datasets.files",
+    "study.tokens": "study.run.token_rules",
+    "study.units": "study.run.units",
+    "study.word_maps": "study.run.word_maps",
+    "study.working": "study.run.unit_work",
+    "token_places": "boxes.image_tokens recording.token_boxes",
+    "verification": "replaying.verification",
+    "watch": "recording.processor_watch",
+    "wrappers": "models.wrappers",
+}
+"""Old module: the modules, below the package, that hold what was in it; the first that has a name gives it."""
+
+NAMES = {
+    "metrics.Completeness": "sanity.repeats",
+    "metrics.SanityReport": "sanity.randomisation",
+    "metrics.SanityStep": "sanity.randomisation",
+    "metrics.Stability": "sanity.repeats",
+    "metrics.answer_randomisation": "sanity.randomisation",
+    "metrics.completeness": "sanity.repeats",
+    "metrics.over_prompts": "sanity.repeats",
+    "metrics.over_seeds": "sanity.repeats",
+    "metrics.randomised": "sanity.random_weights",
+    "metrics.stability": "sanity.repeats",
+    "metrics.tie_share": "sanity.repeats",
+    "metrics.weight_blocks": "sanity.random_weights",
+    "metrics.weight_randomisation": "sanity.randomisation",
+}
+"""Old names of modules that are still there, and the module that has them now."""
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+class _MovedModule(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        for home in MOVED[self.__name__.partition(".")[2]].split():
+            module = importlib.import_module(f"{_PACKAGE}.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has moved and has no attribute {name!r}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Python sets a submodule as an attribute of its package, so importing lvlm_probe.report hides probe.report.
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
+class _Finder:
+    """Meta path finder and loader of moved modules."""
+
+    def find_spec(self, name: str, _path: Sequence[str] | None = None, _target: Any = None) -> Any:
+        package, _, below = name.partition(".")
+        if package != _PACKAGE or below not in MOVED:
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _MovedModule(spec.name, f"Moved to {MOVED[spec.name.partition('.')[2]]}.")
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        homes = MOVED[module.__name__.partition(".")[2]].split()
+        there = " and ".join(f"{_PACKAGE}.{home}" for home in homes)
+        warnings.warn(
+            f"{module.__name__} has moved to {there}; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+
+
+def install() -> None:
+    """Put the finder at the end of ``sys.meta_path``, once."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())  # type: ignore[arg-type]
+
+
+def names_of(module: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a module of which names have moved (``NAMES``)."""
+
+    def lookup(name: str) -> Any:
+        home = NAMES.get(f"{module.partition('.')[2]}.{name}")
+        if home is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} has moved to {_PACKAGE}.{home}; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(f"{_PACKAGE}.{home}"), name)
+
+    return lookup

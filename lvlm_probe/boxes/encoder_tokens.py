@@ -1,0 +1,278 @@
+"""Which part of the picture each token inside a vision encoder stands for, found with a few short backward passes.
+
+Tokens of an encoder come in any order (windows, merge groups, tiles as batch entries, a class token in front). In front
+of its first block every token still depends on its own patch alone, so that a ``SignCode`` names the token of every
+element of the pixel inputs, and the traced geometry of the processor says where that element comes from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lvlm_probe.boxes.painting import source_span
+from lvlm_probe.boxes.sign_code import SignCode, extents
+from lvlm_probe.errors import ExplainError
+from lvlm_probe.hooks import HookSet
+
+if TYPE_CHECKING:
+    from lvlm_probe.replaying import Replay
+
+__all__ = [
+    "EncoderTokens",
+    "blocks_of",
+    "chosen_encoder",
+    "encoder_tokens",
+    "encoders_of",
+    "feature_map_boxes",
+    "is_convolutional",
+]
+
+_SHARED = 0.3  # of the elements a token reads, which its neighbours may read too (a picture resized inside the model)
+
+
+@dataclass(frozen=True)
+class EncoderTokens:
+    """The tokens that one encoder's blocks work on, for one picture of the prompt.
+
+    Attributes:
+        encoder: path of the encoder.
+        blocks: paths of its blocks, in order.
+        shape: leading shape of a block's input without the channels: ``(token,)`` or ``(view, token)``.
+        boxes: ``(view * token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the picture; all 0 for a token without
+            pixels (a class token, padding, another picture).
+    """
+
+    encoder: str
+    blocks: tuple[str, ...]
+    shape: tuple[int, ...]
+    boxes: np.ndarray
+
+    @property
+    def live(self) -> np.ndarray:
+        """Which tokens stand for a part of the picture, ``(view * token,)`` bool."""
+        return (self.boxes[:, 2] > self.boxes[:, 0]) & (self.boxes[:, 3] > self.boxes[:, 1])
+
+
+def blocks_of(model: nn.Module, encoder: str) -> tuple[str, ...]:
+    """Paths of an encoder's blocks: the longest list of like modules in it, the first of several that are as long. Of a
+    convolutional encoder its stages, the outermost such list: each has a resolution of its own.
+
+    Raises:
+        ExplainError: It has none.
+    """
+    root = model.get_submodule(encoder)
+    best: tuple[str, ...] = ()
+    stages = is_convolutional(model, encoder)
+    for path, module in root.named_modules(prefix=encoder):
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or len({type(m) for m in module}) != 1:
+            continue
+        if isinstance(module, nn.Sequential) and not (stages or _attends(module[0])):
+            continue  # a small part, as an MLP is
+        if len(module) > max(len(best), 1 if stages else 0):
+            best = tuple(f"{path}.{index}" for index in range(len(module)))
+            if stages:
+                break
+    if not best:
+        raise ExplainError(f"the encoder {encoder} ({type(root).__name__}) has no list of blocks to look at")
+    return best
+
+
+def is_convolutional(model: nn.Module, encoder: str) -> bool:
+    """Whether an encoder has convolutions beyond the one that cuts patches, and no attention."""
+    root = model.get_submodule(encoder)
+    return not _attends(root) and sum(isinstance(module, nn.Conv2d) for module in root.modules()) > 1
+
+
+def _attends(module: nn.Module) -> bool:
+    names = (type(part).__name__.lower() for part in module.modules())
+    return any("attention" in name or "attn" in name for name in names)
+
+
+def chosen_encoder(replay: Replay, encoder: int | str, among: Sequence[str] | None = None) -> str:
+    """The path of one of the model's encoders.
+
+    Args:
+        encoder: Its number, counted from 0; its path; or a part of its path or of the name of a class in it that no
+            other encoder has, in any case (``"siglip"``).
+        among: The encoders to choose from; by default all of the model.
+
+    Raises:
+        ExplainError: There is none such, or several.
+    """
+    encoders = tuple(encoders_of(replay) if among is None else among)
+    if isinstance(encoder, int):
+        if not 0 <= encoder < len(encoders):
+            raise ExplainError(f"encoder={encoder}, but there are {len(encoders)}, counted from 0")
+        return encoders[encoder]
+    if encoder in encoders:
+        return encoder
+    wanted = encoder.lower()
+    kinds = {
+        path: (path, *(type(module).__name__ for module in replay.model.get_submodule(path).modules()))
+        for path in encoders
+    }
+    found = [path for path, names in kinds.items() if any(wanted in name.lower() for name in names)]
+    if len(found) != 1:
+        listed = ", ".join(f"{path} ({type(replay.model.get_submodule(path)).__name__})" for path in encoders)
+        raise ExplainError(f"encoder={encoder!r} fits {len(found) or 'none'} of the encoders; those are {listed}")
+    return found[0]
+
+
+class _Stop(Exception):
+    """Leaves the model's forward once the module that is looked for has been reached."""
+
+
+def encoder_tokens(replay: Replay, encoder: str, image: int = 0) -> EncoderTokens:
+    """Boxes of the tokens of one encoder, once per replay: one forward pass up to its first block, and back from there
+    once per binary digit of their number.
+
+    Raises:
+        ExplainError: There is no processor to trace, or a token of the encoder does not stand for one patch.
+    """
+    known, key = replay.kept.facts, ("encoder tokens", encoder, image)
+    if key not in known:
+        with torch.enable_grad():
+            known[key] = _find(replay, encoder, image)
+    found: EncoderTokens = known[key]
+    return found
+
+
+def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
+    path: Any = replay.path
+    if not hasattr(path, "coordinates"):
+        raise ExplainError(
+            f"where the tokens of {encoder} are in the picture is read off the processor: replay with one "
+            f"(probe.replay(trace, model, processor))"
+        )
+    blocks = blocks_of(replay.model, encoder)
+    if is_convolutional(replay.model, encoder):
+        raise ExplainError(
+            f"not applicable: {encoder} is a convolutional encoder, without tokens or attention; name another one of "
+            f"{', '.join(replay.anatomy.encoders)}, or use a method that masks the picture"
+        )
+    inputs = dict(path.inputs)
+    leaves = {name: inputs[name].detach().clone().requires_grad_(True) for name in path.pixel_keys}
+    entered: list[torch.Tensor] = []
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
+        entered.append(given)
+        raise _Stop
+
+    with replay.replica.use() as model, HookSet() as hooks:
+        hooks.forward_pre(model.get_submodule(blocks[0]), enter, name="first block", fenced=False)
+        with contextlib.suppress(_Stop):
+            replay.run_inputs({**inputs, **leaves})
+    if not entered:
+        raise ExplainError(f"the pass did not reach {blocks[0]}: its encoder takes no part in this answer")
+    (hidden,) = entered
+    if hidden.ndim not in (2, 3):
+        raise ExplainError(
+            f"not applicable: {blocks[0]} works on {tuple(hidden.shape)}, not on a sequence of tokens, which methods "
+            f"over tokens and attention read; use a method that masks the picture"
+        )
+    if not hidden.requires_grad:
+        raise ExplainError(f"no gradient reaches {encoder} from the pixels: the model runs it without autograd")
+    shape = tuple(hidden.shape[:-1])
+    count = int(np.prod(shape))
+    boxes = _boxes(hidden.reshape(count, -1), leaves, path, image)
+    if boxes is None and hidden.ndim == 3 and len(hidden) > 1:
+        # A model that cuts views itself may show a part of the picture in several, as a whole and as a crop.
+        parts = [_boxes(view, leaves, path, image) for view in hidden]
+        known = [part for part in parts if part is not None]
+        boxes = np.concatenate(known) if len(known) == len(parts) else None
+    if boxes is None:
+        raise ExplainError(
+            f"tokens of {encoder} do not stand for one patch each in front of its first block (overlapping "
+            f"convolutions, or mixing before it), so their places in the picture cannot be told"
+        )
+    return EncoderTokens(encoder, blocks, shape, boxes)
+
+
+def _boxes(hidden: torch.Tensor, leaves: Mapping[str, torch.Tensor], path: Any, image: int) -> np.ndarray | None:
+    """``(token, 4)`` of the tokens of ``hidden``, ``(token, channel)``; ``None``: several read the same elements."""
+    count = len(hidden)
+    code = SignCode(hidden, leaves.values())
+    boxes = np.zeros((count, 4), np.float32)
+    for place, name in enumerate(leaves):
+        if not code.plain[place].any():
+            continue
+        x, y, owner, alive = (part.numpy() for part in path.coordinates(name))
+        clear = (code.plain[place] != 0) & alive & (owner == image)
+        token, shared = code.read(place, clear)
+        if shared.sum() > _SHARED * len(shared):
+            return None
+        for axis, (source, size) in enumerate(zip((x, y), path.image_sizes[image], strict=True)):
+            found, low, high = extents(source[clear][~shared], token[~shared])
+            boxes[found, axis], boxes[found, axis + 2] = low.clip(0, size), high.clip(0, size)
+    return boxes
+
+
+def encoders_of(replay: Replay) -> tuple[str, ...]:
+    """Paths of the model's vision encoders. Raises ``ExplainError`` when it has none."""
+    found = replay.anatomy.encoders
+    if not found:
+        raise ExplainError(f"{type(replay.model).__name__} has no vision encoder of its own to look into")
+    return found
+
+
+def feature_map_boxes(replay: Replay, module: str, output: torch.Tensor, image: int) -> np.ndarray:
+    """Boxes of the cells of a convolutional feature map, ``(view * row * col, 4)`` float32, in pixels of the picture.
+
+    A cell stands for its even share of the pixel input that gave the map: a receptive field's centre, not its reach.
+
+    Args:
+        output: ``(view, channel, row, col)``, what ``module`` gave.
+
+    Raises:
+        ExplainError: No pixel input that the module reads has as many views.
+    """
+    path: Any = replay.path
+    views, _, rows, cols = output.shape
+    if not hasattr(path, "coordinates"):
+        raise ExplainError(f"where the cells of {module} are in the picture is read off the processor: replay with one")
+    for name in path.pixel_keys if len(path.pixel_keys) == 1 else _read_by(replay, module):
+        x, y, owner, alive = (part.numpy() for part in path.coordinates(name))
+        if x.ndim < 4 or int(np.prod(x.shape[:-3])) != views:
+            continue
+        x, y, mine = (part.reshape(views, *part.shape[-3:]) for part in (x, y, alive & (owner == image)))
+        width, height = path.image_sizes[image]
+        tops = np.linspace(0, x.shape[-2], rows + 1).round().astype(int)
+        lefts = np.linspace(0, x.shape[-1], cols + 1).round().astype(int)
+        boxes = np.zeros((views, rows, cols, 4), np.float32)
+        for view, row, col in np.ndindex(views, rows, cols):
+            part = np.s_[view, :, tops[row] : tops[row + 1], lefts[col] : lefts[col + 1]]
+            keep = mine[part]
+            if keep.any():
+                across, down = source_span(x[part][keep], width), source_span(y[part][keep], height)
+                boxes[view, row, col] = across[0], down[0], across[1], down[1]
+        return boxes.reshape(-1, 4)
+    raise ExplainError(f"no pixel input has the {views} views of {module}, so its cells cannot be placed")
+
+
+def _read_by(replay: Replay, module: str) -> list[str]:
+    """The pixel inputs that a module's output depends on, where a model has one for each of its encoders."""
+    path: Any = replay.path
+    inputs = dict(path.inputs)
+    leaves = {name: inputs[name].detach().clone().requires_grad_(True) for name in path.pixel_keys}
+    given: list[torch.Tensor] = []
+
+    def leave(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        given.append(output if isinstance(output, torch.Tensor) else output[0])
+        raise _Stop
+
+    with replay.replica.use() as model, HookSet() as hooks, torch.enable_grad():
+        hooks.forward(model.get_submodule(module), leave, name="sources", fenced=False)
+        with contextlib.suppress(_Stop):
+            replay.run_inputs({**inputs, **leaves})
+    if not given or not given[0].requires_grad:
+        return []
+    found = torch.autograd.grad(given[0].float().square().sum(), list(leaves.values()), allow_unused=True)
+    return [name for name, gradient in zip(leaves, found, strict=True) if gradient is not None and gradient.any()]

@@ -1,0 +1,311 @@
+"""``knockout``, ``patch`` and ``agreement``: interventions on the image tokens under a heatmap, against a control."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from lvlm_probe.causal.effects import CausalEffect, Effect
+from lvlm_probe.causal.knockout import attention_layers, cut_attention, cut_through_nnsight
+from lvlm_probe.causal.patching import donor_features, patched
+from lvlm_probe.causal.tokens import ImageTokens, Queries, image_tokens, query_positions, token_heat
+from lvlm_probe.errors import ExplainError
+from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.replaying.isolation import taking_turns
+from lvlm_probe.selection import TokenSelection, select_tokens
+
+if TYPE_CHECKING:
+    from lvlm_probe.replaying import Replay
+
+__all__ = ["SHARES", "agreement", "knockout", "patch"]
+
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+"""Shares of the image tokens at which ``agreement`` samples its curves."""
+
+_TOP = 0.1
+
+Control = Literal["random", "bottom"]
+Backend = Literal["hooks", "nnsight"]
+Progress = Callable[[int, int], None]
+Take = Callable[[np.ndarray, Sequence[int]], torch.Tensor]
+"""Image tokens (numbers among ``ImageTokens``) and layers → log P of the answer's tokens without them, ``(step,)``."""
+
+
+def knockout(
+    replay: Replay,
+    heat: Heatmap | np.ndarray,
+    *,
+    top: float | Sequence[float] | None = None,
+    layers: int | Sequence[int] | Literal["all"] | None = None,
+    sweep: int = 4,
+    queries: Queries | Sequence[int] = "text",
+    control: Control = "random",
+    draws: int = 5,
+    tokens: TokenSelection | None = None,
+    image: int = 0,
+    seed: int = 0,
+    backend: Backend = "hooks",
+    progress: Progress | None = None,
+) -> CausalEffect:
+    """Cut attention to the image tokens under a heatmap's top area, and see what the answer loses.
+
+    Args:
+        replay: The recorded answer on its model, under sdpa or eager attention.
+        heat: The heatmap; or ``(row, col)`` values or a boolean region over the picture, with ``tokens`` and ``image``.
+        top: Share of the image tokens to cut, or several: the ones with the highest mean heat, ties in random order. By
+            default 0.1; for a boolean region all tokens that it touches.
+        layers: Indices of the layers to cut in; by default all.
+        sweep: Into how many ranges of layers to split them, each cut on its own as well (with the smallest share); 0
+            for none.
+        queries: Who no longer sees them: ``"text"``, all text after the first image token, the question included
+            (through which much of the picture reaches the answer); ``"answer"``, the positions that predict the answer
+            up to the last explained token; ``"tokens"``, only those that predict the explained tokens; or positions.
+        control: ``"random"``: as many image tokens drawn at random from all; ``"bottom"``: those with the least heat.
+        draws: Random draws to average.
+        tokens: The explained tokens, when ``heat`` is an array; by default those with LLR > 1.
+        image: Number of the picture, when ``heat`` is an array.
+        seed: Of draws and ties; the global random state is not touched.
+        backend: ``"hooks"``, or ``"nnsight"``, which makes the same cut to the same bits.
+        progress: Called with (done, total) passes.
+
+    Raises:
+        ExplainError: The heatmap is of another answer or has no values, where the image tokens belong is unknown, or
+            attention of this model cannot be cut.
+    """
+    if backend not in ("hooks", "nnsight"):
+        raise ExplainError(f"backend is 'hooks' or 'nnsight'; got {backend!r}")
+    with replay.replica.use() as model, _knife(model, backend) as envoys:
+        target = _target(replay, heat, tokens, image)
+        found = attention_layers(model, layers)
+        positions = query_positions(replay, target.selection, queries)
+
+        def take(rows: np.ndarray, within: Sequence[int]) -> torch.Tensor:
+            chosen = [pair for pair in found if pair[0].index in set(within)]
+            keys = target.tokens.positions[rows]
+            if envoys is not None:
+                return cut_through_nnsight(replay, envoys, chosen, positions, keys)
+            with cut_attention(replay, chosen, positions, keys):
+                return replay.log_probs(None)[0]
+
+        return _measure(
+            "knockout", replay, target, take, top=top, layers=[layer.index for layer, _ in found], sweep=sweep,
+            control=control, draws=draws, seed=seed, progress=progress,
+            params={"queries": queries if isinstance(queries, str) else positions.tolist(), "backend": backend},
+        )  # fmt: skip
+
+
+@taking_turns
+def patch(
+    replay: Replay,
+    heat: Heatmap | np.ndarray,
+    *,
+    donor: Image.Image | None = None,
+    top: float | Sequence[float] | None = None,
+    control: Control = "random",
+    draws: int = 5,
+    tokens: TokenSelection | None = None,
+    image: int = 0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CausalEffect:
+    """Replace the features of the image tokens under a heatmap's top area by a donor picture's, and see what the answer
+    loses.
+
+    The features are those that the decoder is given: the projector's output, with features that enter at later layers.
+    Tokens of the donor picture were made by the vision encoder from the whole donor.
+
+    Args:
+        replay: The recorded answer on its model, with its processor.
+        heat, top, control, draws, tokens, image, seed, progress: As for ``knockout``.
+        donor: A picture of the same size; by default the baseline picture that the heatmap names, else the replay's.
+
+    Raises:
+        ExplainError: As for ``knockout``, or the model gives its decoder no embeddings.
+        ImageError: The donor has another size.
+    """
+    target = _target(replay, heat, tokens, image)
+    if donor is None and isinstance(heat, Heatmap):
+        replay = replay.over(heat.provenance.get("baseline") or replay.baseline)
+    features = donor_features(replay, donor, target.image)
+
+    def take(rows: np.ndarray, _layers: Sequence[int]) -> torch.Tensor:
+        with patched(replay, features, target.tokens.rows[rows]):
+            return replay.log_probs(None)[0]
+
+    params = {"donor": "baseline" if donor is None else "picture", "where": "projector output"}
+    return _measure(
+        "patch", replay, target, take, top=top, layers=(), sweep=0, control=control, draws=draws, seed=seed,
+        progress=progress, params=params,
+    )  # fmt: skip
+
+
+def agreement(
+    replay: Replay,
+    heat: Heatmap | np.ndarray,
+    *,
+    kind: Literal["knockout", "patch"] = "knockout",
+    score: Literal["prob", "log"] = "prob",
+    seed: int = 0,
+    **settings: Any,
+) -> float:
+    """One number per heatmap: how much earlier the answer is lost when image tokens go in the heatmap's order.
+
+    It is ``agreement_score`` over ``SHARES``, by default of attention knockout in all layers, against the mean of five
+    random draws: 0 as good as chance, 1 at best, below 0 worse than chance. Costs 38 passes.
+
+    Args:
+        replay, heat: As for ``knockout``; a heatmap without values has no score (NaN).
+        kind: Which intervention.
+        score: Mean probability of the explained tokens, or f in nats.
+        seed: Of draws and ties.
+        settings: Anything else ``knockout`` or ``patch`` takes.
+
+    Returns:
+        the score; NaN when taking away all image tokens costs less than 0.05 of mean probability.
+    """
+    if kind not in ("knockout", "patch"):
+        raise ExplainError(f"kind is 'knockout' or 'patch'; got {kind!r}")
+    if isinstance(heat, Heatmap) and heat.values is None:
+        return float("nan")
+    given = {"top": SHARES, "seed": seed, **settings}
+    if kind == "knockout":
+        return knockout(replay, heat, **{"sweep": 0, **given}).agreement_of(score)
+    return patch(replay, heat, **given).agreement_of(score)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What is taken away, and from which words: the heat of each image token, ``(image_token,)``."""
+
+    tokens: ImageTokens
+    heat: np.ndarray
+    selection: TokenSelection
+    image: int
+    region: bool
+    method: str
+
+
+def _target(replay: Replay, heat: Heatmap | np.ndarray, tokens: TokenSelection | None, image: int) -> _Target:
+    region, method = False, "array"
+    if isinstance(heat, Heatmap):
+        if heat.values is None:
+            raise ExplainError(f"this heatmap has no values: {heat.reason}")
+        values, method, image = heat.values, heat.method, heat.image_index
+        tokens = heat.selection if tokens is None else tokens
+    else:
+        values = np.asarray(heat)
+        region = values.dtype == bool
+        if values.ndim != 2 or values.size == 0 or not np.isfinite(values.astype(np.float64)).all():
+            raise ExplainError(
+                f"heat is a heatmap, or finite values or a boolean region (row, col); got {values.shape}"
+            )
+    selection = select_tokens(replay) if tokens is None else tokens
+    if selection.tokens != tuple(replay.tokens):
+        raise ExplainError(
+            f"this explains another answer ({''.join(selection.tokens)[:60]!r}) than the replay's "
+            f"({''.join(replay.tokens)[:60]!r})"
+        )
+    if not selection:
+        raise ExplainError(f"there are no explained tokens: {selection.reason}")
+    found = image_tokens(replay, image)
+    return _Target(found, token_heat(values, found.boxes, replay.image_sizes[image]), selection, image, region, method)
+
+
+@contextmanager
+def _knife(model: nn.Module, backend: Backend) -> Iterator[dict[int, Any] | None]:
+    """The wrapped model's envoys for nnsight, nothing for hooks."""
+    if backend == "hooks":
+        yield None
+        return
+    from lvlm_probe.causal import _nnsight
+
+    with _nnsight.wrapped(model) as envoys:
+        yield envoys
+
+
+def _counts(top: float | Sequence[float] | None, target: _Target) -> list[int]:
+    """Numbers of image tokens to take away, ascending."""
+    total = len(target.tokens)
+    if top is None:
+        count = int((target.heat > 0).sum()) if target.region else round(_TOP * total)
+        if count == 0:
+            raise ExplainError("the region is empty, or lies where no image token looks")
+        return [count]
+    shares = [top] if isinstance(top, (int, float)) else list(top)
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise ExplainError(f"top is a share of the image tokens, over 0 and at most 1, or several; got {top!r}")
+    return sorted({max(1, round(share * total)) for share in shares})
+
+
+def _measure(
+    kind: Literal["knockout", "patch"], replay: Replay, target: _Target, take: Take, *,
+    top: float | Sequence[float] | None, layers: Sequence[int], sweep: int, control: Control, draws: int, seed: int,
+    progress: Progress | None, params: dict[str, Any],
+) -> CausalEffect:  # fmt: skip
+    counts = _counts(top, target)
+    if control not in ("random", "bottom"):
+        raise ExplainError(f"control is 'random' or 'bottom'; got {control!r}")
+    if draws < 1 or sweep < 0:
+        raise ExplainError(f"draws is at least 1 and sweep at least 0; got {draws} and {sweep}")
+    total = len(target.tokens)
+    generator = np.random.default_rng([seed, 0])
+    order = np.lexsort((generator.random(total), -target.heat))
+    # Nested draws: one random order each, of which every share takes the first tokens.
+    others = [order[::-1]] if control == "bottom" else [generator.permutation(total) for _ in range(draws)]
+    ranges = [part.tolist() for part in np.array_split(np.asarray(layers), min(sweep, len(layers)))] if sweep else []
+    steps = list(target.selection.indices)
+    started, before, done = time.perf_counter(), replay.passes.forward, 0
+    passes = 2 + (len(counts) + len(ranges)) * (1 + len(others))
+
+    def scores(rows: np.ndarray, within: Sequence[int]) -> tuple[float, float]:
+        nonlocal done
+        log_probs = take(rows, within)[steps].cpu().double()
+        done += 1
+        if progress is not None:
+            progress(done, passes)
+        return float(log_probs.sum()), float(log_probs.exp().mean())
+
+    def effect(count: int, within: Sequence[int]) -> Effect:
+        score, probability = scores(order[:count], within)
+        controls = [scores(other[:count], within) for other in others]
+        return Effect(
+            top=count / total,
+            tokens=count,
+            layers=tuple(int(index) for index in within),
+            score=score,
+            probability=probability,
+            control=tuple(pair[0] for pair in controls),
+            control_probability=tuple(pair[1] for pair in controls),
+        )
+
+    original = scores(order[:0], layers)
+    everything = scores(order, layers)
+    effects = tuple(effect(count, layers) for count in counts)
+    windows = tuple(effect(counts[0], within) for within in ranges)
+    return CausalEffect(
+        kind=kind,
+        original=original[0],
+        original_probability=original[1],
+        everything=everything[0],
+        everything_probability=everything[1],
+        effects=effects,
+        windows=windows,
+        params={**params, "control": control, "draws": len(others), "seed": seed, "image_tokens": total},
+        provenance={
+            "trace_id": replay.trace_id,
+            "method": target.method,
+            "tokens": steps,
+            "text": target.selection.text,
+            "image": target.image,
+            "passes": replay.passes.forward - before,
+            "seconds": round(time.perf_counter() - started, 4),
+        },
+    )

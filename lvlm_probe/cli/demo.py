@@ -1,0 +1,92 @@
+"""``lvlm-probe demo``: the whole road on the embedded model, from a picture to the page."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import lvlm_probe as probe
+from lvlm_probe.cli.evaluate import write_report
+from lvlm_probe.cli.explain import Explained, explain_replay, map_summary, open_replay, show_explained
+from lvlm_probe.cli.record import ask, trace_summary
+from lvlm_probe.cli.shared.inputs import output_directory
+from lvlm_probe.cli.shared.maps import FOLDER, MapFile, Settings
+from lvlm_probe.cli.shared.models import DEMO, load_model
+from lvlm_probe.cli.shared.options import Json
+from lvlm_probe.cli.shared.terminal import print_json, say, stop, stored_path
+from lvlm_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from lvlm_probe.demo import Scene
+
+__all__ = ["demo"]
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Directory for all files; an existing one is added to.")
+    ] = Path("runs/demo"),
+    scenes: Annotated[int, typer.Option("--scenes", min=1, max=50, help="How many held-out scenes to explain.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Which scenes.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR/report.html if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask the embedded model about a picture, explain its answer word by word, score it, and write the page.
+
+    Example:  lvlm-probe demo --out runs/demo
+    """
+    directory = output_directory(out)
+    page = directory / "report.html"
+    if page.exists() and not overwrite:
+        raise ProbeError(f"{page} exists; add --overwrite, or name another directory with --out")
+    started = time.perf_counter()
+    drawn = _scenes(scenes, seed)
+    model, processor = load_model(DEMO)
+    settings = Settings(method="igos++", params={})
+    results: list[Explained] = []
+    maps: list[MapFile] = []
+    try:
+        for number, scene in enumerate(drawn, start=1):
+            if scenes > 1 and not as_json:
+                say((f"scene {number} of {scenes}", "dim"))
+            trace = ask(model, processor, [scene.image], scene.question, directory)
+            replay = open_replay(trace, model, processor)
+            result = Explained(trace, [])
+            results.append(result)
+            for found in explain_replay(
+                replay, probe.select_tokens(replay), settings, directory / FOLDER, word_maps=True, into=result
+            ):
+                maps.append(found)
+            if not as_json:
+                show_explained(result, replay)
+    except KeyboardInterrupt:
+        raise stop(f"stopped; {len(maps)} finished maps are kept in {stored_path(directory / FOLDER)}") from None
+    write_report(maps, page, overwrite=overwrite)
+    if as_json:
+        print_json(
+            {
+                "report": str(page),
+                "seconds": round(time.perf_counter() - started, 2),
+                "scenes": [
+                    {
+                        **trace_summary(result.trace),
+                        "expected": scene.answer,
+                        "maps": [map_summary(found) for found in result.maps],
+                    }
+                    for result, scene in zip(results, drawn, strict=True)
+                ],
+            }
+        )
+        return
+    say("")
+    say("report: ", (stored_path(page), "bold"), f"  (open it in a browser; {time.perf_counter() - started:.0f} s)")
+    say("traces: ", stored_path(directory), "  (lvlm-probe inspect shows them)")
+
+
+def _scenes(count: int, seed: int) -> list[Scene]:
+    """Held-out scenes of every kind; first those whose words point to the most different places."""
+    drawn = probe.demo.scenes(max(count, len(probe.demo.KINDS)), seed=seed)
+    return sorted(drawn, key=lambda scene: -len({mask.tobytes() for mask in scene.word_masks}))[:count]

@@ -1,0 +1,277 @@
+"""``lvlm-probe evaluate --methods``: every trace by several methods, scored on one grid, in a table and on a page.
+
+Maps and scores are stored as ``explain`` and ``evaluate`` store them, one file each, so an interrupted run goes on with
+what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm_probe.cli.explain import label_of, open_replay
+from lvlm_probe.cli.shared.inputs import ReplayModels
+from lvlm_probe.cli.shared.maps import FOLDER, MapFile, Settings, baseline_from, explain_one, score_one
+from lvlm_probe.cli.shared.terminal import finite, note, one_line, print_json, say, stage, stop, stored_path
+from lvlm_probe.errors import ProbeError, TraceError
+from lvlm_probe.files import write_whole
+
+if TYPE_CHECKING:
+    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.metrics import Interval, Score
+    from lvlm_probe.pages.comparison import Comparison
+    from lvlm_probe.replaying import Replay
+    from lvlm_probe.selection import TokenSelection
+    from lvlm_probe.trace import Trace
+
+__all__ = ["compare_methods"]
+
+_GRID = 32
+_PAGE = "comparison.html"
+_WIDE = 112
+"""Columns of a terminal that hold the whole table."""
+
+
+def compare_methods(
+    paths: Sequence[Path],
+    names: str,
+    *,
+    model: str | None,
+    words: list[str] | None,
+    baseline: str | None,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    loading: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> None:
+    """Explains and scores the traces behind ``paths`` by every method of ``names``; prints means, writes the page.
+
+    Args:
+        names: methods with commas between, or ``"all"``.
+        loading: device, dtype, attn and trust_remote_code of ``load_model``.
+        options: of ``evaluate``; the grid is 32 where it leaves it open.
+
+    Raises:
+        ProbeError: no traces there, an unknown method, or a page that exists. A method that cannot run on a trace is no
+            error: its reason stands in its place.
+    """
+    traces = _traces(paths)
+    page = out or (paths[0] if paths[0].is_dir() else paths[0].parent) / _PAGE
+    results = page.with_suffix(".json")
+    for file in (page, results):
+        if file.exists() and not overwrite:
+            raise ProbeError(f"{file} exists; add --overwrite, or name another page with --out")
+    methods = _methods(names)
+    own_baseline = baseline_from(baseline)
+    judging = {**options, "grid": options.get("grid") or _GRID}
+    heats: list[Heatmap] = []
+    scores: list[Score | None] = []
+    failed: dict[str, str] = {}
+    models = ReplayModels(model, **loading)
+    try:
+        for number, trace in enumerate(traces, start=1):
+            replay = open_replay(trace, *models.of(trace))
+            if own_baseline is not None:
+                replay = replay.over(own_baseline)
+            if not as_json:
+                say((f"trace {number} of {len(traces)}  ", "dim"), one_line(trace.answer, 300))
+            selection = _selection(replay, words)
+            for method in methods:
+                heat, score = _one(replay, selection, method, trace, judging)
+                heats.append(heat)
+                scores.append(score)
+                if heat.values is None:
+                    failed.setdefault(method, str(heat.reason))
+    except KeyboardInterrupt:
+        done = sum(heat.values is not None for heat in heats)
+        raise stop(
+            f"stopped; {done} finished maps are kept beside their traces, and the same command goes on"
+        ) from None
+    from lvlm_probe import compare
+
+    with stage("writing the page"):
+        made = compare(heats, scores=scores, out=page, overwrite=overwrite)
+        record = finite(_record(made, traces, judging))
+        write_whole(results, json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False))
+    if as_json:
+        print_json(_record(made, traces, judging))
+        return
+    _show(made)
+    for method, reason in failed.items():
+        note(f"{method} made no map everywhere: {reason}")
+    say("page:    ", (stored_path(page), "bold"))
+    say("scores:  ", stored_path(results))
+
+
+def _traces(paths: Sequence[Path]) -> list[Trace]:
+    from lvlm_probe.importing.meter import traces_in
+
+    found: list[Trace] = []
+    for path in paths:
+        if not path.exists():
+            raise TraceError(f"there is no file or directory {path}")
+        here: list[Trace] = []
+        for _, trace in traces_in(path):
+            if isinstance(trace, ProbeError):
+                note(trace, kind="warning")
+            else:
+                here.append(trace)
+        if not here:
+            raise TraceError(f"{path} holds no traces; record one: lvlm-probe record --out {path} …")
+        known = {(trace.path, trace.row) for trace in found}
+        found += [trace for trace in here if (trace.path, trace.row) not in known]
+    return found
+
+
+def _methods(names: str) -> list[str]:
+    from lvlm_probe.explainers import methods as known
+    from lvlm_probe.explainers import needs_of
+
+    everything = known()
+    if names.strip() == "all":
+        return everything
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not chosen:
+        raise ProbeError(f"--methods names none; write all, or some of: {', '.join(everything)}")
+    for name in chosen:
+        needs_of(name)  # an error that names the closest, before any work
+    return chosen
+
+
+def _selection(replay: Replay, words: list[str] | None) -> TokenSelection:
+    from lvlm_probe.selection import select_tokens
+
+    return select_tokens(replay, words=words) if words else select_tokens(replay)
+
+
+def _one(
+    replay: Replay,
+    selection: TokenSelection,
+    method: str,
+    trace: Trace,
+    judging: Mapping[str, Any],
+) -> tuple[Heatmap, Score | None]:
+    """One method on one trace, stored; or a heatmap that says why there is none."""
+    from lvlm_probe.pages.comparison import not_made
+
+    settings = Settings(method, {}, seed=int(judging.get("seed") or 0), scored=False)
+    try:
+        found, _ = explain_one(replay, selection, label_of(selection), settings, trace.path.parent / FOLDER)
+        heat = found.read()
+    except Exception as error:  # whatever is wrong with a method, the others go on
+        return not_made(replay, method, selection, error), None
+    if heat.values is None:
+        return heat, None
+    return heat, _stored_score(found, judging) or score_one(replay, found, **judging)
+
+
+def _stored_score(found: MapFile, judging: Mapping[str, Any]) -> Score | None:
+    """The score stored beside a map, if it was taken in this very way."""
+    try:
+        score = found.score()
+    except ProbeError:
+        return None
+    if score is None:
+        return None
+    side = judging["grid"]
+    wanted = {key: judging[key] for key in ("score", "auc", "mode", "seed")} | {"grid": [side, side], "held_out": False}
+    if judging["auc"] == "trapezoid":
+        wanted["steps"] = min(judging["steps"] or 50, side * side)
+    same = all(score.params.get(key) == value for key, value in wanted.items())
+    return score if same and len(score.random_gains) == judging["chance"] else None
+
+
+def _show(made: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    # A pipe has no width of its own; a narrow terminal is told what matters, the rest is on the page.
+    width = console.width if console.is_terminal else _WIDE
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("method", style="bold", no_wrap=True)
+    columns = ["gain ↑", "deletion ↓", "insertion ↑"]
+    columns += ["trusted", "maps", "passes", "seconds"] if width >= _WIDE else []
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in made.standings():
+        cells = [_interval(value) for value in (one.gain, one.deletion, one.insertion)]
+        cells += [
+            f"{one.trusted} of {one.judged}" if one.judged else "–",
+            f"{one.maps} of {len(made.rows)}",
+            "–" if one.forward is None else f"{one.forward:.0f} + {one.backward:.0f}",
+            "–" if one.seconds is None else f"{one.seconds:.2f}",
+        ]
+        table.add_row(one_line(one.method), *cells[: len(columns)])
+    say("")
+    console.print(table, markup=False, soft_wrap=True, width=max(width, 80))
+    for one in made.standings():
+        for reason, count in one.left_out.items():
+            note(f"{one.method}: {count} of {one.judged} scores enter no mean: {reason}")
+    if len(made.rows) > 1:
+        say(("Means over the traces with 95 % bootstrap intervals; gain is insertion − deletion.", "dim"))
+    else:
+        say(("Gain is insertion − deletion: 0 for a random map, at best close to 1.", "dim"))
+
+
+def _interval(interval: Interval | None) -> str:
+    if interval is None:
+        return "–"
+    if interval.n == 1:
+        return f"{interval.estimate:.3f}"
+    return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def _record(made: Comparison, traces: Sequence[Trace], judging: Mapping[str, Any]) -> dict[str, Any]:
+    """The comparison for programs."""
+    return {
+        "page": str(made.path),
+        "grid": judging["grid"],
+        "judged": dict(judging),
+        "methods": [
+            {
+                "method": one.method,
+                **{name: _bounds(getattr(one, name)) for name in ("gain", "deletion", "insertion")},
+                "maps": one.maps,
+                "judged": one.judged,
+                "trusted": one.trusted,
+                "left_out": dict(one.left_out),
+                "forward": one.forward,
+                "backward": one.backward,
+                "seconds": one.seconds,
+                "reasons": list(one.reasons),
+            }
+            for one in made.standings()
+        ],
+        "traces": [
+            {
+                "trace": trace.path.name,
+                "row": trace.row,
+                "trace_id": trace.trace_id,
+                "answer": trace.answer.strip(),
+                "maps": [
+                    {
+                        "method": method,
+                        "tokens": list(heat.selection.indices),
+                        "reason": heat.reason,
+                        "passes": heat.provenance.get("passes"),
+                        "seconds": heat.provenance.get("seconds"),
+                        "score": None if score is None else score.to_dict(),
+                    }
+                    for method, heat, score in zip(made.methods, row.heats, row.scores, strict=True)
+                    if heat is not None
+                ],
+            }
+            for trace, row in zip(traces, made.rows, strict=True)
+        ],
+    }
+
+
+def _bounds(interval: Interval | None) -> dict[str, Any] | None:
+    if interval is None:
+        return None
+    bounds = {"mean": interval.estimate, "low": interval.low, "high": interval.high}
+    return {**bounds, "n": interval.n, "left_out": interval.missing}

@@ -1,0 +1,96 @@
+"""``lvlm-probe families``: which model families this version was checked on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from lvlm_probe.cli.shared.options import Json
+from lvlm_probe.cli.shared.terminal import print_json, say
+
+__all__ = ["families"]
+
+_VERDICTS = {True: ("yes", "green"), False: ("no", "bold red"), None: ("–", "dim")}
+_Name = Annotated[str | None, typer.Argument(metavar="[FAMILY]", help="Show what was measured on this one.")]
+
+
+def families(name: _Name = None, as_json: Json = False) -> None:
+    """List the model families that were checked, and what each check found.
+
+    Tiny models with random weights and real processors, of every family in transformers' image-text-to-text mapping.
+
+    Example:  lvlm-probe families qwen2_5_vl
+    """
+    from lvlm_probe.models.support import CHECKS, family_table
+
+    table = family_table()
+    if name is not None:
+        family = table[name]
+        if as_json:
+            print_json(_plain(family))
+            return
+        _show(family)
+        return
+    if as_json:
+        print_json(
+            {
+                "date": table.date,
+                "versions": dict(table.versions),
+                "families": {family.name: _plain(family) for family in table.families},
+            }
+        )
+        return
+    width = max(len(family.name) for family in table.families) + 2
+    say(" " * width, (" ".join(check.ljust(len(check) + 1) for check in CHECKS), "dim"))
+    for family in table.lvlms:
+        cells: list[tuple[str, str]] = []
+        for check in CHECKS:
+            word, style = _VERDICTS[family.verdict(check)]
+            cells.append((word.ljust(len(check) + 2), style))
+        say((family.name.ljust(width), "bold"), *cells)
+    say("")
+    for family in table.families:
+        if family.outside:
+            say((family.name.ljust(width), "dim"), (family.outside, "dim"))
+    say("")
+    say(
+        (f"{table.passed} of {len(table.lvlms)}", "bold"),
+        " families pass every check that applies to them ",
+        _when(table),
+    )
+    say(("What was measured on one:  lvlm-probe families NAME", "dim"))
+
+
+def _show(family: Any) -> None:
+    from lvlm_probe.models.support import CHECKS, KINDS
+
+    say((family.name, "bold"), f"  {family.model_class}")
+    if family.outside:
+        say("not counted as a vision-language model: ", family.outside)
+        return
+    say(("preprocessing  ", "dim"), KINDS.get(family.kind, family.kind))
+    for run in family.runs:
+        say("")
+        say((f"{run['backend']}{', a larger picture' if run['larger'] else ''}", "bold"))
+        for check in CHECKS:
+            found = run["checks"].get(check)
+            if found is None:
+                continue
+            word, style = _VERDICTS[found["passed"]]
+            figure = "" if found["figure"] is None else f"{found['figure']:.1e}"
+            say("  ", (check.ljust(15), ""), (word.ljust(5), style), figure.ljust(9), (found["note"], "dim"))
+
+
+def _plain(family: Any) -> dict[str, Any]:
+    return {
+        "class": family.model_class,
+        "kind": family.kind,
+        "outside": family.outside,
+        "passed": family.passed,
+        "runs": [dict(run) for run in family.runs],
+    }
+
+
+def _when(table: Any) -> tuple[str, str]:
+    return f"({table.date}, transformers {table.versions['transformers']})", "dim"

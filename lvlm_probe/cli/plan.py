@@ -1,0 +1,68 @@
+"""``lvlm-probe plan``: how much memory, how many passes and about how long a method takes on a recorded answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lvlm_probe.cli.explain import open_replay
+from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, parameters
+from lvlm_probe.cli.shared.options import Attn, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
+from lvlm_probe.cli.shared.terminal import note, print_json, show
+from lvlm_probe.errors import ProbeError
+
+__all__ = ["plan"]
+
+
+def plan(
+    path: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace, or a directory whose last one is taken.")],
+    model: OptionalModel = None,
+    methods: Annotated[
+        str, typer.Option("--methods", metavar="NAMES", help="Methods, commas between, or all.")
+    ] = "igos++",
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="What there is, weights included: 24GB. Default: what is free."),
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", metavar="NAME=VALUE", help="Parameter of the method (of a single one); repeatable."),
+    ] = None,
+    seconds: Annotated[bool, typer.Option(help="Also time a few passes on this machine.")] = True,
+    row: Row = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Predict peak memory, passes and time of methods on a recorded answer, measured on a few small passes.
+
+    Example:  lvlm-probe plan runs/demo --methods igos++,gradcam,tmm --memory 24GB
+    """
+    from lvlm_probe import explainers, planning
+
+    names = explainers.methods() if methods == "all" else [name.strip() for name in methods.split(",")]
+    given = parameters(param or [])
+    if given and len(names) > 1:
+        raise ProbeError("--param goes with one method: name it with --methods")
+    trace = find_trace(path, row)
+    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    replay = open_replay(trace, *models.of(trace))
+    plans, refused = [], {}
+    for name in names:
+        try:
+            plans.append(planning.plan(replay, method=name, memory=memory, seconds=seconds, **given))
+        except ProbeError as error:
+            if len(names) == 1:
+                raise
+            refused[name] = str(error)
+    if as_json:
+        print_json({"plans": [found.to_dict() for found in plans], "refused": refused})
+        return
+    if plans:
+        show(planning.table(plans))
+    for name, reason in refused.items():
+        note(f"{name}: {reason}")

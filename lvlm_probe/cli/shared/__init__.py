@@ -1,0 +1,1 @@
+"""What several commands share: options, inputs, models, stored maps and the terminal."""

@@ -1,0 +1,117 @@
+"""What the commands are given besides models: pictures and questions, trace files, method parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm_probe.cli.shared.models import DEMO, first_line, load_model
+from lvlm_probe.cli.shared.terminal import agrees, one_line
+from lvlm_probe.errors import ImageError, ProbeError, TraceError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lvlm_probe.trace import Trace
+
+__all__ = ["ReplayModels", "find_trace", "open_images", "output_directory", "parameters"]
+
+
+def open_images(paths: Sequence[Path]) -> list[Image.Image]:
+    """Opens the pictures. Raises ``ImageError`` for none, or one that is missing or no image."""
+    from lvlm_probe.trace.image_files import open_picture
+
+    if not paths:
+        raise ImageError("there is no picture to explain anything with: add --image FILE")
+    return [open_picture(path) for path in paths]
+
+
+def output_directory(path: Path) -> Path:
+    """A directory to add to. Raises ``ProbeError`` when the path is a file."""
+    if path.exists() and not path.is_dir():
+        raise ProbeError(f"--out {path} is a file; name a directory (an existing one is added to)")
+    return path
+
+
+def find_trace(path: Path, row: int | None = None) -> Trace:
+    """The trace in a file, or the last one of a directory. Raises ``TraceError``."""
+    from lvlm_probe.trace import open_store, open_trace
+
+    if path.is_dir():
+        store = open_store(path)
+        if not store.files:
+            raise TraceError(f"{path} holds no traces; record one: lvlm-probe record --out {path} …")
+        return open_trace(store.files[-1], row=row) if row is not None else store[-1]
+    return open_trace(path, row=row or 0)
+
+
+class ReplayModels:
+    """The models that traces are replayed on, one at a time in memory.
+
+    Args:
+        spec: the model that the user has named; ``None`` takes what a trace names, once the user has agreed to it. A
+            trace may come from anybody, and what it names may be any directory of this machine, or be fetched from the
+            network.
+        loading: device, dtype, attn and trust_remote_code of ``load_model``.
+    """
+
+    def __init__(self, spec: str | None, **loading: Any) -> None:
+        self._spec, self._loading = spec, loading
+        self._agreed: set[str] = set()
+        self._loaded: tuple[str, tuple[Any, Any]] | None = None
+
+    def of(self, trace: Trace) -> tuple[Any, Any]:
+        """The model and the processor. Raises ``ProbeError`` where none is named, agreed to, or can be loaded."""
+        name = self._spec if self._spec is not None else self._named(trace)
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = None  # the old one goes before the new one comes
+            self._loaded = (name, load_model(name, **self._loading))
+        return self._loaded[1]
+
+    def _named(self, trace: Trace) -> str:
+        named = str(trace.model.get("model_id") or "")
+        # A demo trace names the package directory of the machine it was made on; the model is the same everywhere.
+        if Path(named).parts[-3:] == ("lvlm_probe", "demo", "checkpoint"):
+            return DEMO
+        file, shown = one_line(trace.path.name, 100), one_line(named, 200)
+        if not named:
+            raise ProbeError(f"{file} does not name its model; add --model DIR_OR_ID")
+        here = _is_directory(named)
+        if not here and (named.count("/") != 1 or named.startswith((".", "/", "~"))):
+            raise ProbeError(f"{file} was recorded with {shown}, which is not here; add --model DIR_OR_ID")
+        if named in self._agreed:
+            return named
+        what = "a directory on this machine" if here else "a model of the Hugging Face hub, fetched if it is not here"
+        said = agrees(f"{file} names its model itself: {shown}, {what}. Load it?")
+        if not said:
+            raise ProbeError(
+                f"{file} names the model {shown}, but a file does not decide what is loaded"
+                f"{'' if said is None else ', and you did not agree'}; name it yourself, --model DIR_OR_ID"
+            )
+        self._agreed.add(named)
+        return named
+
+
+def _is_directory(name: str) -> bool:
+    try:
+        return Path(os.path.expanduser(name)).is_dir()
+    except (OSError, ValueError):  # too long, or with a NUL in it
+        return False
+
+
+def parameters(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["size=14", "preset=release"]`` as keyword arguments; values are read as YAML."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name.isidentifier():
+            raise ProbeError(f"--param {pair!r}: write it as NAME=VALUE, e.g. --param size=14")
+        try:
+            found[name] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ProbeError(f"--param {pair!r}: the value cannot be read ({first_line(error)})") from error
+    return found

@@ -1,0 +1,98 @@
+"""``lvlm-probe study datasets | peek``: which data sets can be read, and what is read of one."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lvlm_probe.cli.shared.inputs import parameters
+from lvlm_probe.cli.shared.options import Json
+from lvlm_probe.cli.shared.terminal import one_line, print_json, quiet_libraries, say
+from lvlm_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from lvlm_probe.study import Sample
+
+__all__ = ["datasets", "peek"]
+
+
+def datasets(as_json: Json = False) -> None:
+    """List the data sets that can be read, with the files that each expects.
+
+    Example:  lvlm-probe study datasets
+    """
+    from lvlm_probe.study import readers
+
+    found = readers()
+    if as_json:
+        print_json(found)
+        return
+    width = max(map(len, found))
+    for name, layout in found.items():
+        say((f"{name:<{width}}  ", "bold"), layout)
+
+
+def peek(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the data set; `study datasets` lists them.")],
+    source: Annotated[str, typer.Argument(metavar="PATH_OR_ID", help="Its directory or file, or a hub id.")],
+    split: Annotated[str | None, typer.Option("--split", help="Where there are several.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Samples to show.")] = 3,
+    open_ended: Annotated[
+        bool, typer.Option("--open-ended", help="As open questions: without choices and instructions.")
+    ] = False,
+    param: Annotated[
+        list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="Option of the reader; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the first samples of a data set as they are read, each with its picture opened.
+
+    Example:  lvlm-probe study peek mmvp data/MMVP --open-ended
+    """
+    quiet_libraries()
+    from lvlm_probe.study import open_dataset
+
+    samples = open_dataset(name, source, split=split, open_ended=open_ended, **parameters(param or []))
+    shown = [_facts(sample) for sample in itertools.islice(samples, limit)]
+    if not shown:
+        raise ProbeError(f"{source}, read as {name}, has no samples")
+    if as_json:
+        print_json(shown)
+        return
+    for facts in shown:
+        say((one_line(facts["id"]), "bold"), f"  {one_line(facts['group'] or '')}")
+        for label in ("question", "choices", "answer", "image", "annotations"):
+            if facts[label]:
+                text = ", ".join(facts[label]) if isinstance(facts[label], list) else str(facts[label])
+                say((f"  {label:<12}", "dim"), text.replace("\n", "\n" + " " * 14))
+        say("")
+
+
+def _facts(sample: Sample) -> dict[str, Any]:
+    try:
+        width, height = sample.image.size
+        picture = f"{width} x {height}"
+    except ProbeError as error:
+        picture = f"not to be had: {error}"
+    answer = sample.answer
+    return {
+        "id": sample.id,
+        "group": sample.group,
+        "question": sample.question,
+        "choices": list(sample.choices),
+        "answer": list(answer) if isinstance(answer, tuple) else answer,
+        "image": picture,
+        "annotations": [_named(key, value) for key, value in sample.annotations.items() if value is not None],
+    }
+
+
+def _named(name: str, value: Any) -> str:
+    """An annotation in a few characters: arrays by their shape."""
+    if isinstance(value, list) and value and hasattr(value[0], "shape"):
+        return f"{name} ({len(value)} of {' x '.join(map(str, value[0].shape))})"
+    if hasattr(value, "shape"):
+        return f"{name} ({' x '.join(map(str, value.shape))})"
+    text = str(value)
+    return f"{name} {text if len(text) <= 60 else text[:59] + '…'}"

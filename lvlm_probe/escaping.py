@@ -1,0 +1,64 @@
+"""Text from anywhere, made safe for who reads it next: a terminal, a spreadsheet, Markdown, LaTeX."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Any
+
+__all__ = ["ACTING", "csv_cell", "escaped", "markdown_text", "one_line", "tex_text"]
+
+ACTING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f\ud800-\udfff]"
+)
+"""What acts on a terminal or turns text instead of being seen: C0 but tab and newline, DEL and C1; marks that turn or
+hide text; separators of lines; halves of characters."""
+
+
+def escaped(text: str) -> str:
+    """Show what would act on a terminal (``ACTING``) as its escape."""
+    return ACTING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+_NUMBER = re.compile(r"[-+−]?(inf|\d[\d,]*\.?\d*|\.\d+)([eE][-+]?\d+)?( ?%| ± \d[\d.]*)?")
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t")
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell of a csv file that a spreadsheet shows and does not compute.
+
+    A text that begins as a formula does (``= + - @``, a tab, a carriage return) gets an apostrophe before it, the mark
+    of a text in spreadsheets. Numbers, and texts that are one, stay as they are. A carriage return becomes a newline:
+    by itself it ends a row for a spreadsheet, and is not quoted by Python.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.encode("utf-8", "backslashreplace").decode("utf-8")  # halves of characters cannot be written
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    begins = value.startswith("\r") or text.lstrip(" \n\u00a0\u200b\ufeff").startswith(_FORMULA)
+    return f"'{text}" if begins and _NUMBER.fullmatch(text) is None else text
+
+
+def one_line(text: str) -> str:
+    """On one line, without characters that act instead of being seen."""
+    return "".join(sign for sign in " ".join(text.split()) if unicodedata.category(sign) not in ("Cc", "Cs"))
+
+
+def markdown_text(text: str) -> str:
+    """A text that Markdown shows as it is: no tag, no link, no cell or block begins or ends in it."""
+    shown = re.sub(r"[\\`\[\]|]", r"\\\g<0>", one_line(text))
+    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return f"\\{shown}" if shown.startswith(("#", "-", "+", "*", "=", "~")) and not _NUMBER.fullmatch(text) else shown
+
+
+_TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "−": "$-$",
+    "×": r"$\times$", "ρ": r"$\rho$", "λ": r"$\lambda$", "α": r"$\alpha$", "<": "$<$", ">": "$>$", "–": "--",
+}  # fmt: skip
+
+
+def tex_text(text: str) -> str:
+    """A text that LaTeX sets as it is, on one line."""
+    return "".join(_TEX.get(character, character) for character in one_line(text))

@@ -1,0 +1,190 @@
+"""Relevance through attention layers, one layer at a time: what T-MM and IIA share.
+
+Relevance of the score to the tokens is a product over layers, R = (I + Ā_L) … (I + Ā_1) (Chefer et al., 2021), and what
+is wanted of it are the rows of a few query tokens. A row vector times that product can be taken from the left,
+``v ← v + vᵀĀ_l`` for l = L … 1, and that is the order in which ``backward`` arrives at the layers: each Ā_l is made for
+the rows where v is not 0, used, and dropped. Nothing of size layer × head × token × token ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lvlm_probe.boxes.encoder_tokens import EncoderTokens, chosen_encoder, encoder_tokens
+from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.regions import ImageTokens, image_tokens, paint, pitch
+from lvlm_probe.explainers.registry import Problem
+from lvlm_probe.replaying.capture import AttentionLayer
+
+__all__ = ["Scope", "Walk", "relu_product"]
+
+Scope = Literal["decoder", "encoder", "both"]
+
+Bar = Callable[[AttentionLayer, Tensor], Tensor]
+"""Ā of some query rows of a layer, averaged over heads: ``(view, row, key)``."""
+
+
+def relu_product(layer: AttentionLayer, rows: Tensor) -> Tensor:
+    """Ā = mean over heads of ReLU(dA ⊙ A), ``(view, row, key)`` float64. Chefer et al. (2021), Eq. 5."""
+    return (layer.weights(rows) * layer.weight_gradient(rows)).clamp_(min=0).double().mean(dim=1)
+
+
+@dataclass
+class Walk:
+    """Carries the relevance vector down the layers; an instance is what ``Replay.capture`` takes as ``visit``.
+
+    Attributes:
+        problem: What is explained.
+        scope: ``"decoder"``: from the answer's query positions down to the image tokens. ``"encoder"``: from all
+            tokens of the encoder alike down to its patches. ``"both"``: the decoder's relevance of the image tokens is
+            where the encoder starts.
+        bar: Ā of a layer.
+        normalised: ``v ← v (Ā + I) / rowsum`` (rollout) instead of ``v + vᵀĀ``.
+        last_factor: ``"identity"``: the lowest layer is I + Ā_1 as all others; ``"bare"``: Ā_1 alone, the paper's
+            wording.
+        encoder: Number or name of the encoder, where a model has several (``chosen_encoder``).
+    """
+
+    problem: Problem
+    scope: Scope
+    bar: Bar
+    normalised: bool = False
+    last_factor: Literal["identity", "bare"] = "identity"
+    encoder: int | str = 0
+    visited: list[str] = field(default_factory=list)
+    _lowest: str = field(default="", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("decoder", "encoder", "both"):
+            raise ExplainError(f"scope is 'decoder', 'encoder' or 'both'; got {self.scope!r}")
+        if self.last_factor not in ("identity", "bare"):
+            raise ExplainError(f"last_factor is 'identity' or 'bare'; got {self.last_factor!r}")
+        replay = self.problem.replay
+        self.image_tokens: ImageTokens | None = None
+        self.encoder_tokens: EncoderTokens | None = None
+        self._vectors: dict[str, Tensor] = {}
+        if self.scope != "encoder":
+            self.image_tokens = image_tokens(self.problem)
+            start = torch.zeros(1, replay.length, dtype=torch.float64)
+            # y is a sum over the selected tokens, so one backward pass serves all of them.
+            start[0].index_add_(0, self.problem.queries, torch.ones(len(self.problem.queries), dtype=torch.float64))
+            self._vectors["decoder"] = start
+        if self.scope != "decoder":
+            chosen = chosen_encoder(replay, self.encoder)
+            self.encoder_tokens = encoder_tokens(replay, chosen, self.problem.image)
+            if not self.encoder_tokens.live.any():
+                raise ExplainError(f"no token of {chosen} stands for a part of the picture")
+
+    @property
+    def parts(self) -> tuple[Literal["decoder", "encoder"], ...]:
+        """What ``Replay.capture`` is to read."""
+        if self.scope == "both":
+            return "decoder", "encoder"
+        return ("decoder",) if self.scope == "decoder" else ("encoder",)
+
+    @property
+    def lowest_part(self) -> str:
+        return "decoder" if self.encoder_tokens is None else self.encoder_tokens.encoder
+
+    @property
+    def layers(self) -> int:
+        """Number of layers visited; one that attends in windows is visited once for each."""
+        return len(set(self.visited))
+
+    def starts_at(self, lowest: str) -> None:
+        """Says which attention module is the lowest one, for ``last_factor``."""
+        self._lowest = lowest
+
+    def __call__(self, layer: AttentionLayer) -> None:
+        if layer.part != "decoder" and layer.part != self.lowest_part:
+            return  # another encoder
+        if layer.part == "decoder" and self.scope == "encoder":
+            return
+        vector = self._vectors.get(layer.part)
+        if vector is None:
+            vector = self._vectors[layer.part] = self._encoder_start()
+        stop = layer.start + layer.queries
+        if layer.keys != layer.queries or stop > vector.shape[1]:
+            raise ExplainError(
+                f"{layer.layer.module} attends over {layer.keys} keys for {layer.queries} queries from position "
+                f"{layer.start} on, where {vector.shape[1]} tokens are known: relevance cannot be carried through it"
+            )
+        present = vector[:, layer.start : stop]
+        total = torch.zeros_like(present)
+        bare = self.last_factor == "bare" and layer.layer.module == self._lowest
+        for rows in layer.blocks():
+            rows = rows.cpu()
+            rows = rows[(present[:, rows] != 0).any(dim=0)]
+            if len(rows) == 0:
+                continue
+            share = present[:, rows]
+            bar = self.bar(layer, rows.to(layer.device)).cpu()
+            if bar.shape[0] != vector.shape[0]:
+                raise ExplainError(
+                    f"{layer.layer.module} ran on {bar.shape[0]} sequences where {vector.shape[0]} are known (windows "
+                    f"as batch entries): relevance cannot be carried through it"
+                )
+            if self.normalised:
+                share = share / (1 + bar.sum(dim=-1))
+            if not bare:
+                total[:, rows] += share
+            total += torch.einsum("vr,vrk->vk", share, bar)
+            del bar  # before the next one is made
+        vector[:, layer.start : stop] = total
+        self.visited.append(layer.layer.module)
+
+    def _encoder_start(self) -> Tensor:
+        tokens = self.encoder_tokens
+        assert tokens is not None
+        live = torch.from_numpy(tokens.live)
+        shape = tokens.shape if len(tokens.shape) == 2 else (1, *tokens.shape)
+        if self.image_tokens is None:
+            return (live.double() / live.sum()).reshape(shape)
+        above = self._vectors["decoder"][0, self.image_tokens.positions]
+        inside = _inside(self.image_tokens.boxes, tokens.boxes)
+        share = inside / inside.sum(dim=1, keepdim=True).clamp(min=1e-12)
+        return (above @ share).reshape(shape)
+
+    def values(self) -> tuple[Tensor, np.ndarray, tuple[int, int]]:
+        """Relevance per token, boxes of the tokens, and the grid that suits them.
+
+        Raises:
+            ExplainError: No gradient reached any layer of the part that was asked for.
+        """
+        size = self.problem.replay.image_sizes[self.problem.image]
+        vector = self._vectors.get(self.lowest_part)
+        if vector is None or not self.visited:
+            raise ExplainError(
+                f"the score has no gradient to the attention of the {self.scope}: nothing can be said about it"
+            )
+        if self.encoder_tokens is not None:
+            live = self.encoder_tokens.live
+            boxes = self.encoder_tokens.boxes[live]
+            return vector.reshape(-1)[torch.from_numpy(live)], boxes, pitch(boxes, size)
+        assert self.image_tokens is not None
+        return vector[0, self.image_tokens.positions], self.image_tokens.boxes, pitch(self.image_tokens.boxes, size)
+
+    def painted(self, size: int | tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+        """Those values on a grid over the picture, see ``regions.paint``; ``size=None`` is the tokens' own grid."""
+        values, boxes, own = self.values()
+        shape = own if size is None else self.problem.grid(size)
+        return paint(values, boxes, self.problem.replay.image_sizes[self.problem.image], shape)
+
+
+def _inside(first: np.ndarray, second: np.ndarray) -> Tensor:
+    """How much of every box of the second list lies in each box of the first, 0..1, ``(first, second)`` float64.
+
+    The two lists come from different traces and differ by a hair at their edges: under 2 % is none, over 98 % is all.
+    """
+    one, two = torch.from_numpy(first).double(), torch.from_numpy(second).double()
+    wide = torch.minimum(one[:, None, 2], two[:, 2]) - torch.maximum(one[:, None, 0], two[:, 0])
+    high = torch.minimum(one[:, None, 3], two[:, 3]) - torch.maximum(one[:, None, 1], two[:, 1])
+    area = (two[:, 2] - two[:, 0]) * (two[:, 3] - two[:, 1])
+    share = wide.clamp(min=0) * high.clamp(min=0) / area.clamp(min=1e-9)
+    return torch.where(share < 0.02, 0.0, torch.where(share > 0.98, 1.0, share))

@@ -1,0 +1,48 @@
+"""Floors: maps made without looking at the answer, or at the picture. A method that does not beat them says nothing.
+
+They need no pass of the model. ``random`` is the floor of deletion and insertion, ½ for both in expectation; ``center``
+that of localisation: photographers put things in the middle, and a map that knows no more does well on their pictures.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.scores import check_rules
+
+__all__ = ["center", "random"]
+
+
+@register("random", needs=())
+def random(problem: Problem, *, size: int | tuple[int, int] | None = None) -> Outcome:
+    """Uniform random numbers, one per cell, from the explanation's seed.
+
+    ``size``: cells, ``n``, ``(rows, columns)``, or ``None`` for about 256 as square as the picture allows.
+    """
+    shape = problem.grid(size)
+    problem.advance(0, 1)
+    values = torch.rand(shape, generator=problem.generator(), dtype=torch.float32)
+    problem.advance(1, 1)
+    return Outcome(values, {"size": list(shape)})
+
+
+@register("center", needs=())
+def center(problem: Problem, *, size: int | tuple[int, int] | None = None, sigma: float = 0.25) -> Outcome:
+    """A Gaussian around the middle of the picture, exp(−((x − ½)² + (y − ½)²) / 2σ²), x and y as shares of the picture.
+
+    Args:
+        problem: The picture.
+        size: Cells, as for ``random``.
+        sigma: Standard deviation as a share of the picture's edges.
+
+    Raises:
+        ExplainError: ``sigma`` is not positive.
+    """
+    check_rules("center", sigma=(sigma, sigma > 0, "positive"))
+    shape = problem.grid(size)
+    problem.advance(0, 1)
+    row, col = ((torch.arange(cells, dtype=torch.float32) + 0.5) / cells - 0.5 for cells in shape)
+    values = torch.exp(-(row[:, None].square() + col.square()) / (2 * sigma**2))
+    problem.advance(1, 1)
+    return Outcome(values / values.max(), {"size": list(shape), "sigma": sigma})

@@ -1,0 +1,305 @@
+"""iGOS++: a mask over the picture, optimised so that removing what it marks costs the answer most.
+
+One mask M, 1 = keep (paper, Eq. 8)::
+
+    min_M  f(Φ(I, Ĩ, M)) − f(Φ(I, Ĩ, 1 − M)) + λ1 ‖1 − M‖ + λ2 e^(−γt) ‖1 − M‖₂ + λ3 BTV(M)
+
+or two, deletion mask Mx and insertion mask My with M = Mx ⊙ My (paper, Eq. 4)::
+
+    min  f(Φ(Mx)) − f(Φ(1 − My)) + f(Φ(M)) − f(Φ(1 − M)) + g(M)
+
+f is the log-likelihood of the selected tokens (Eq. 7), Φ(I, Ĩ, M) = I ⊙ M + Ĩ ⊙ (1 − M) (Eq. 3). The mask starts at 1
+(nothing removed); what it loses is important, and the heatmap is 1 − M.
+
+**Integrated gradient.** Every f above is the mean of n scores along the path between mask 0 and the mask:
+``(1/n) Σ_r f(Φ(I, Ĩ, r · M))`` for deletion and ``(1/n) Σ_r f(Φ(I, Ĩ, 1 − r · M))`` for insertion, r = 1/n … 1, each
+with fresh Gaussian noise on the model's normalised pixels. The gradient is that mean's own (chain rule: weighted by r).
+All 2n masks of an iteration (4n with two masks) go through the model in one call. With ``path="stratified"`` r is
+drawn from each n-th part of the path instead, r = (k − u) / n with u uniform, anew for every term and iteration: an
+unbiased estimate of the mean over the whole path, from as few masks as one likes.
+
+**Step.** Nesterov's accelerated gradient: with c_i = M_i − η·∇ and e = i / (i + momentum),
+``M_{i+1} = clamp(c_i + e · (c_i − c_{i−1}), 0, 1)``. With ``step="scale_free"`` η = lr / max|∇_0|, so the first
+iteration moves the strongest cell by exactly lr whatever the scale of the scores; ``step="absolute"`` is η = lr.
+``line_search=True`` halves η until the objective (same noise) falls by Armijo's rule.
+
+**Order.** The objective does not see in which order a heatmap covers the picture; ``refine`` iterations put the
+cells into a better one, on a grid ``refine_scale`` times as fine (``ordering``).
+
+**Passes.** ``preset="default"`` takes 24 forward and backward passes: one iteration over eight masks, then four steps
+on the order with two levels each. ``"thorough"`` takes 196, ``"paper"`` (Eq. 8 alone) 100; ``docs/pareto.md`` says what
+more passes buy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lvlm_probe.errors import ExplainError, ImageError
+from lvlm_probe.explainers.igos.order import draw_levels, refine_order
+from lvlm_probe.explainers.igos.regularizers import bilateral_weights, btv, gnc, guide, l1
+from lvlm_probe.explainers.igos.settings import PRESETS, IgosSettings
+from lvlm_probe.explainers.registry import Outcome, Problem, check_parameters, register
+
+__all__ = ["PRESETS", "IgosSettings", "igos", "igos_plus", "nesterov", "path_masks"]
+
+_ARMIJO = 1e-4
+_LINE_SEARCH_TRIES = 10
+
+
+@register("igos++", needs=("passes", "gradients"))
+def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outcome:
+    """Explains by iGOS++; the module's docstring has the method, ``IgosSettings`` the parameters.
+
+    ``preset="release"`` is the recipe published with the paper; ``settings`` replace single values of the preset.
+
+    Raises:
+        ExplainError: An unknown parameter or one out of range, or scores or gradients that are not finite.
+    """
+    if preset not in PRESETS:
+        raise ExplainError(f"igos++ has no preset {preset!r}; there are {', '.join(map(repr, PRESETS))}")
+    check_parameters("igos++", [item.name for item in dataclasses.fields(IgosSettings)] + ["preset"], settings)
+    return _Optimisation(problem, dataclasses.replace(PRESETS[preset], **settings), preset).run()
+
+
+@register("igos+", needs=("passes", "gradients"))
+def igos_plus(problem: Problem, *, preset: str = "paper", **settings: Any) -> Outcome:
+    """iGOS+ (Khorram et al., 2021): one mask for deletion and insertion, without graduated non-convexity.
+
+    Eq. 8 with λ2 = 0, unless ``l2`` is given: what the paper adds its term to; and the mask's own order, unless
+    ``refine`` is given. All else is as for ``igos++``, whose parameters it takes but ``masks``.
+
+    Raises:
+        ExplainError: ``masks`` is given, and as for ``igos++``.
+    """
+    if "masks" in settings:
+        raise ExplainError(f"igos+ has one mask; for masks={settings['masks']!r} use method='igos++'")
+    return igos(problem, preset=preset, **{"l2": 0.0, "refine": 0, **settings, "masks": 1})
+
+
+def path_masks(
+    state: torch.Tensor, ig_steps: int, offsets: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The masks whose scores the objective averages.
+
+    Args:
+        state: The masks being optimised, ``(1, row, col)`` for Eq. 8 or ``(2, row, col)`` (Mx, My) for Eq. 4.
+        ig_steps: n, masks per term.
+        offsets: u of every mask, ``(term, n)`` in [0, 1), for r = (k − u) / n; the two or four terms are Mx, M, My, M.
+            By default 0.
+
+    Returns:
+        Masks ``(2n or 4n, row, col)``, differentiable in ``state``, and the sign of each in the objective, +1 for
+        deletion (r · M) and −1 for insertion (1 − r · M).
+    """
+    both = state.prod(dim=0)
+    deletion = [both] if len(state) == 1 else [state[0], both]
+    insertion = [both] if len(state) == 1 else [state[1], both]
+    steps = torch.arange(1, ig_steps + 1, device=state.device, dtype=state.dtype).expand(2 * len(deletion), -1)
+    scales = (steps if offsets is None else steps - offsets.to(steps)).div(ig_steps)[:, :, None, None]
+    given = [scale * mask for scale, mask in zip(scales, [*deletion, *insertion], strict=True)]
+    masks = torch.cat([*given[: len(deletion)], *(1 - mask for mask in given[len(deletion) :])])
+    signs = torch.ones(len(masks), device=state.device, dtype=state.dtype)
+    signs[len(deletion) * ig_steps :] = -1
+    return masks, signs
+
+
+def nesterov(
+    state: torch.Tensor, gradient: torch.Tensor, previous: torch.Tensor, *, rate: float, iteration: int, momentum: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of Nesterov's accelerated gradient.
+
+    ``previous`` is the unclamped point c of the step before (at iteration 0 it has no weight). Returns the new state,
+    clamped to [0, 1], and this step's own unclamped point.
+    """
+    point = state - rate * gradient
+    weight = iteration / (iteration + momentum)
+    return (point + weight * (point - previous)).clamp(0, 1), point
+
+
+class _Optimisation:
+    def __init__(self, problem: Problem, settings: IgosSettings, preset: str) -> None:
+        self.problem, self.settings, self.preset = problem, settings, preset
+        self.shape = problem.grid(settings.size)
+        self.device = problem.replay.device
+        self.seen = problem.seen(self.shape).to(self.device)
+        self.weights: tuple[torch.Tensor, torch.Tensor] | None = None
+        if settings.l3 > 0:
+            try:
+                picture = guide(problem.replay.image(problem.image))
+            except (ImageError, IndexError):
+                picture = None  # masks in pixel-input space: no picture to guide the bilateral term
+            if picture is not None:
+                down, right = bilateral_weights(picture, sigma=settings.sigma, form=settings.btv_form)
+                self.weights = (down.to(self.device), right.to(self.device))
+
+    def run(self) -> Outcome:
+        settings = self.settings
+        params = {"preset": self.preset, **dataclasses.asdict(settings), "size": list(self.shape)}
+        params |= {"l2": settings.gnc_weight, "guided": self.weights is not None}
+        if not self.seen.any():
+            return Outcome(None, params, reason="the model sees no part of this picture")
+        state = torch.full((settings.masks, *self.shape), settings.init, dtype=torch.float32, device=self.device)
+        previous = state
+        summed = torch.zeros_like(state)
+        rate = settings.lr
+        history: list[dict[str, float]] = []
+        total = settings.iterations + settings.refine
+        self.problem.advance(0, total)
+        for iteration in range(settings.iterations):
+            record, from_scores, from_mask = self.gradient(state, iteration)
+            gradient = from_scores + from_mask
+            if iteration == 0 and settings.step == "scale_free":
+                largest = float(gradient[:, self.seen].abs().max())
+                if largest == 0:
+                    return Outcome(
+                        None,
+                        params,
+                        tuple(history),
+                        "no gradient of these tokens' score reaches the picture, though the score changes with it: use "
+                        "a method that works by masking alone, such as occlusion or rise",
+                    )
+                rate = settings.lr / largest
+            summed += from_scores
+            state, previous, used = self.move(state, gradient, previous, rate, iteration, record["objective"])
+            history.append({**record, "rate": used})
+            self.problem.advance(iteration + 1, total)
+        heat = self.heat(state, summed)
+        if settings.refine:
+            fine = (self.shape[0] * settings.refine_scale, self.shape[1] * settings.refine_scale)
+            seen = self.problem.seen(fine)
+            heat = functional.interpolate(heat[None, None], size=fine, mode="bilinear", align_corners=False)[0, 0]
+            heat, records = refine_order(
+                self.problem,
+                heat.masked_fill(~seen, 0.0),
+                seen,
+                plan=self.plan(),
+                softness=settings.softness,
+                rate=settings.refine_lr,
+                momentum=settings.momentum,
+                progress=lambda done: self.problem.advance(settings.iterations + done, total),
+                every_step=settings.refine_pace == "each",
+                decay=settings.refine_decay,
+            )
+            history += records
+        return Outcome(heat, params, tuple(history))
+
+    def gradient(self, state: torch.Tensor, iteration: int) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
+        """Terms of the objective, and its gradient to the masks from the scores and from the regularisers."""
+        leaf = state.detach().requires_grad_(True)
+        with torch.enable_grad():
+            masks, signs = path_masks(leaf, self.settings.ig_steps, self.offsets(iteration))
+            scores, slopes = self.problem.replay.score_and_grad(
+                masks.detach(),
+                self.problem.score,
+                image=self.problem.image,
+                noise=self.settings.noise,
+                generator=self.problem.generator(iteration),
+                steps=self.problem.selection.indices,
+            )
+            scores, slopes = scores.to(signs), slopes.to(masks)
+            if not (scores.isfinite().all() and slopes.isfinite().all()):
+                raise ExplainError(
+                    f"igos++ met scores or gradients that are not finite in iteration {iteration} on "
+                    f"{self.problem.replay.trace_id}: load the model in float32 (or bfloat16 instead of float16), or "
+                    f"lower noise (now {self.settings.noise:g})"
+                )
+            # d/dM of the mean over r is a vector-Jacobian product: the model's gradient per mask through r · M.
+            (from_scores,) = torch.autograd.grad(
+                (signs[:, None, None] * slopes * masks).sum() / self.settings.ig_steps, leaf
+            )
+            terms = self.terms(leaf, iteration)
+            penalty = torch.stack(list(terms.values())).sum()
+            (from_mask,) = torch.autograd.grad(penalty, leaf)
+        removed = 1 - state.prod(dim=0)
+        record = {
+            "iteration": float(iteration),
+            "deletion": float(scores[signs > 0].sum() / self.settings.ig_steps),
+            "insertion": float(scores[signs < 0].sum() / self.settings.ig_steps),
+            **{name: float(value.detach()) for name, value in terms.items()},
+            "removed": float(removed.mean()),
+            "clamped": float((removed >= 1).float().mean()),
+        }
+        record["objective"] = record["deletion"] - record["insertion"] + float(penalty.detach())
+        return record, from_scores, from_mask
+
+    def plan(self) -> list[tuple[float, ...]]:
+        """Levels of every step on the order."""
+        settings = self.settings
+        if settings.refine_levels is None:
+            return [tuple(settings.levels)] * settings.refine
+        return draw_levels(
+            settings.levels,
+            steps=settings.refine,
+            per_step=settings.refine_levels,
+            generator=self.problem.generator(2_000),
+        )
+
+    def offsets(self, iteration: int) -> torch.Tensor | None:
+        """u of every mask of an iteration, the same whenever they are asked for."""
+        if self.settings.path == "grid":
+            return None
+        generator = self.problem.generator(1_000 + iteration)
+        return torch.rand(2 * self.settings.masks, self.settings.ig_steps, generator=generator, dtype=torch.float32)
+
+    def terms(self, state: torch.Tensor, iteration: int) -> dict[str, torch.Tensor]:
+        """The regularisers with their weights, on the final mask (Mx ⊙ My with two)."""
+        mask, settings = state.prod(dim=0), self.settings
+        return {
+            "l1": settings.l1 * l1(mask),
+            "l2": settings.gnc_weight * gnc(mask, iteration=iteration, gamma=settings.gamma, form=settings.l2_form),
+            "btv": settings.l3 * btv(mask, self.weights, beta=settings.beta),
+        }
+
+    def objective(self, state: torch.Tensor, iteration: int) -> float:
+        """Eq. 8 or Eq. 4 at a state, under the very noise that ``gradient`` met in this iteration."""
+        with torch.no_grad():
+            masks, signs = path_masks(state, self.settings.ig_steps, self.offsets(iteration))
+            log_probs = self.problem.replay.log_probs(
+                masks,
+                image=self.problem.image,
+                noise=self.settings.noise,
+                generator=self.problem.generator(iteration),
+                steps=self.problem.selection.indices,
+            )
+            scores = (signs * self.problem.score(log_probs).to(signs)).sum() / self.settings.ig_steps
+            return float(scores + torch.stack(list(self.terms(state, iteration).values())).sum())
+
+    def move(
+        self,
+        state: torch.Tensor,
+        gradient: torch.Tensor,
+        previous: torch.Tensor,
+        rate: float,
+        iteration: int,
+        objective: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """The next state, the next unclamped point, and the rate that was used (0: no descent found, state kept)."""
+        momentum = self.settings.momentum
+        state_after, point = nesterov(state, gradient, previous, rate=rate, iteration=iteration, momentum=momentum)
+        if not self.settings.line_search:
+            return state_after, point, rate
+        for attempt in range(_LINE_SEARCH_TRIES):
+            expected = float((gradient * (state - state_after)).sum())
+            if self.objective(state_after, iteration) <= objective - _ARMIJO * max(expected, 0.0):
+                return state_after, point, rate
+            # Momentum may be what points uphill: it is dropped at the first failure, then the rate is halved.
+            if attempt > 0 or iteration == 0:
+                rate /= 2
+            state_after, point = nesterov(state, gradient, state, rate=rate, iteration=0, momentum=momentum)
+        return state, state, 0.0
+
+    def heat(self, state: torch.Tensor, summed: torch.Tensor) -> torch.Tensor:
+        """1 − M with ties broken by the summed gradient, 0 where the model sees nothing."""
+        removed = 1 - state.prod(dim=0)
+        epsilon = self.settings.tie_break
+        if epsilon > 0:
+            pull = summed.sum(dim=0)
+            low, high = pull[self.seen].min(), pull[self.seen].max()
+            order = (pull - low) / (high - low) if high > low else torch.zeros_like(pull)
+            removed = (1 - epsilon) * removed + epsilon * order
+        return removed.masked_fill(~self.seen, 0.0).clamp(0, 1).detach().cpu()

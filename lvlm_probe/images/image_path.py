@@ -1,0 +1,395 @@
+"""ImagePath: masks on the original images, through the unmodified image processor, to the model's pixel inputs."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from lvlm_probe.errors import ImageError, MaskError, ProbeWarning, ProcessorRefused
+from lvlm_probe.images.baselines import BLUR_LADDER, Baseline, make_baseline
+from lvlm_probe.images.batching import Joint, joints_of
+from lvlm_probe.images.composite import composite
+from lvlm_probe.images.masks import expand_masks
+from lvlm_probe.images.parity import REFUSE_LEVELS, WARN_LEVELS, ParityReport, backend_of, level_errors, versions
+from lvlm_probe.images.positions import Geometry
+from lvlm_probe.images.processor import BlackBox, as_rgb, compare_reference
+from lvlm_probe.images.tracing import check_same_layout
+
+__all__ = ["ImagePath"]
+
+
+class ImagePath:
+    """The differentiable road from masks over one prompt's images to the model's inputs.
+
+    Build it with :meth:`from_processor`. A mask is 1 where the original pixel is kept and 0 where the
+    baseline's stands.
+    """
+
+    def __init__(
+        self,
+        processor: BlackBox,
+        images: Sequence[Image.Image],
+        baselines: Sequence[Baseline],
+        inputs: dict[str, Tensor],
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        notes: tuple[str, ...] = (),
+        geometry: Geometry | None = None,
+        report: ParityReport | None = None,
+    ) -> None:
+        self._processor = processor
+        self.images = list(images)
+        self.baselines = tuple(baselines)
+        self._notes = notes
+        self._geometry = geometry
+        self._report = report
+        self._device, self._dtype = device, dtype
+        self._raw = inputs
+        self._raw_baseline = processor(self.baseline_images)
+        check_same_layout(inputs, self._raw_baseline, name=processor.name)
+        self.inputs = self._place(inputs)
+        self.baseline_inputs = self._place(self._raw_baseline)
+        self._ends: dict[str, tuple[Tensor, Tensor]] = {}
+        self._joints: dict[str, Joint] | None = None
+
+    @classmethod
+    def from_processor(
+        cls,
+        image_processor: Callable[..., Any],
+        images: Sequence[Image.Image],
+        *,
+        call_kwargs: Mapping[str, Any] | None = None,
+        structure: Literal["flat", "nested"] = "flat",
+        baseline: Sequence[Image.Image] | None = None,
+        reference: Mapping[str, Tensor] | None = None,
+        because: str = "",
+        notes: Sequence[str] = (),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> ImagePath:
+        """Watch an image processor as a black box. Costs one processor call for the images and one for the baselines;
+        the geometry is traced at the first :meth:`apply` of a mask.
+
+        Args:
+            image_processor: called as ``image_processor(images=..., return_tensors="pt", **call_kwargs)``. A full
+                processor is taken by its ``image_processor``.
+            images: the images of one prompt, in order.
+            call_kwargs: what the user's own call passed to the image processor.
+            structure: ``"nested"`` calls it with ``[[image, ...]]``, as families with several prompts a batch want.
+            baseline: one image per image, of the same size; default: blurred (:func:`make_baseline`).
+            reference: the inputs that the user's own run fed to the model. Another shape is an error, and so are
+                values that another implementation of the processor would not give; a smaller difference is a note in
+                the report and a warning.
+            because: what is known to differ from that run, for the note.
+            notes: further sentences for the report.
+            device, dtype: where the model's inputs live; floating tensors are cast at the very end.
+
+        Raises:
+            ImageError: no image, not PIL images, a baseline of another size, or ``reference`` is not what the processor
+                makes of these images.
+            ProcessorRefused: two runs on images of one size give differently shaped outputs.
+        """
+        processor = BlackBox(image_processor, dict(call_kwargs or {}), structure)
+        if not images:
+            raise ImageError(f"{processor.name}: no image was given, so there is nothing to mask.")
+        for image in images:
+            if not isinstance(image, Image.Image):
+                raise ImageError(
+                    f"{processor.name}: masks are laid over PIL images; got {type(image).__name__}. Use "
+                    "PIL.Image.open or PIL.Image.fromarray."
+                )
+        rgb, inputs, converted = as_rgb(processor, images)
+        path_notes = [*notes, *converted]
+        if reference is not None:
+            path_notes += compare_reference(processor, rgb, inputs, reference, processor.name, because=because)
+        baselines = tuple(
+            [make_baseline(image) for image in rgb]
+            if baseline is None
+            else [Baseline(_checked_size(own, image), "image") for own, image in _pairs(baseline, rgb)]
+        )
+        return cls(
+            processor,
+            rgb,
+            baselines,
+            inputs,
+            device=torch.device(device) if device is not None else torch.device("cpu"),
+            dtype=dtype,
+            notes=tuple(path_notes),
+        )
+
+    # -- what goes in ------------------------------------------------------------------------------------------------
+
+    @property
+    def n_images(self) -> int:
+        return len(self.images)
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """``(width, height)`` of each original image."""
+        return [image.size for image in self.images]
+
+    @property
+    def baseline_images(self) -> list[Image.Image]:
+        return [baseline.image for baseline in self.baselines]
+
+    @property
+    def pixel_keys(self) -> tuple[str, ...]:
+        """Names of the inputs that a mask changes (traces the processor if that has not been done)."""
+        return tuple(self._traced().keys)
+
+    @property
+    def report(self) -> ParityReport:
+        """Parity of the fast path with the real processor on these images (computed once, at the first mask)."""
+        if self._report is None:
+            self._report = self._check(self._traced())
+        return self._report
+
+    def with_baseline(
+        self,
+        images: Sequence[Image.Image | Baseline] | str,
+        *,
+        strength: float = BLUR_LADDER[0],
+        seed: int = 0,
+    ) -> ImagePath:
+        """The same images over another baseline; geometry and report are shared. One processor call.
+
+        Args:
+            images: one baseline per image, or a kind that :func:`make_baseline` draws with ``strength`` and ``seed``.
+        """
+        if isinstance(images, str):
+            made = tuple(
+                make_baseline(image, images, strength=strength, seed=seed + index)
+                for index, image in enumerate(self.images)
+            )
+        else:
+            made = tuple(
+                own
+                if isinstance(own, Baseline) and own.image.size == image.size
+                else Baseline(_checked_size(own.image if isinstance(own, Baseline) else own, image), "image")
+                for own, image in _pairs(images, self.images)
+            )
+        return ImagePath(
+            self._processor,
+            self.images,
+            made,
+            self._raw,
+            device=self._device,
+            dtype=self._dtype,
+            notes=self._notes,
+            geometry=self._geometry,
+            report=self._report,
+        )
+
+    # -- what comes out ----------------------------------------------------------------------------------------------
+
+    def apply(
+        self, mask: Tensor | None, *, image: int | None = None, mode: Literal["fast", "exact"] = "fast"
+    ) -> dict[str, Tensor]:
+        """The model's inputs for a batch of masks.
+
+        Args:
+            mask: ``(batch, row, col)`` or ``(batch, image, row, col)`` in [0, 1] over the original image(s), any
+                resolution; ``None``: the unmasked images, one copy.
+            image: put a ``(batch, row, col)`` mask on this image and leave the others whole.
+            mode: ``"fast"`` blends the processor's own outputs at traced positions; ``"exact"`` runs the real processor
+                on the real 8-bit composite, one call per mask, with the fast path's gradient.
+
+        Returns:
+            every input, repeated ``batch`` times along its first axis, copy after copy. Pixel inputs are differentiable
+            in ``mask``.
+
+        Raises:
+            MaskError: wrong shape, dtype or range.
+            ProcessorRefused: masks cannot be carried through this processor; the message says why.
+        """
+        if mask is None:
+            return dict(self.inputs)
+        if mode not in ("fast", "exact"):
+            raise MaskError(f"mode must be 'fast' or 'exact'; got {mode!r}.")
+        full = expand_masks(mask, self.n_images, image)
+        self.report  # noqa: B018  (refuses here, before any number is used)
+        wanted = full.requires_grad and torch.is_grad_enabled()
+        fast = {key: self._blend(full, key) for key in self.pixel_keys} if mode == "fast" or wanted else {}
+        real = self._real(full) if mode == "exact" else {}
+        batch = full.shape[0]
+        out: dict[str, Tensor] = {}
+        for key, value in self.inputs.items():
+            if key in real:
+                out[key] = _ValueOf.apply(fast[key], real[key]) if wanted else real[key]
+            elif key in fast:
+                out[key] = fast[key]
+            else:
+                out[key] = value.repeat(batch, *[1] * (value.ndim - 1)) if value.ndim else value
+        return out
+
+    def joined(self, inputs: Mapping[str, Tensor], copies: int) -> dict[str, Tensor]:
+        """What :meth:`apply` returned for ``copies`` masks, joined as the processor joins several prompts.
+
+        The first call with more than one copy runs the processor once.
+        """
+        if copies == 1:
+            return dict(inputs)
+        if self._joints is None:
+            try:
+                self._joints = joints_of(self._raw, self._processor(self.images, prompts=2))
+            except ImageError:  # it takes one prompt at a time
+                self._joints = {}
+        return {key: self._joints.get(key, Joint()).join(value, copies) for key, value in inputs.items()}
+
+    def seen(self, image: int = 0, shape: tuple[int, int] | None = None) -> Tensor:
+        """Where the model looks at all: bool ``(height, width)`` of the image, or of a grid of ``shape``.
+
+        False: no pixel-input element sees any pixel of that cell (margins of a centre crop).
+        """
+        seen = self._traced().seen(image)
+        if shape is None:
+            return seen
+        return F.adaptive_max_pool2d(seen[None].float(), shape)[0] > 0
+
+    def coordinates(self, key: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Source of every element of one pixel input: column and row in pixels of the original image, image index, and
+        whether it is live (not padding), each of that input's own shape."""
+        geometry = self._traced().keys.get(key)
+        if geometry is None:
+            raise ImageError(
+                f"{self._processor.name}: {key!r} is no pixel input; those are {', '.join(self.pixel_keys)}."
+            )
+        return tuple(geometry.expand(t) for t in (geometry.x, geometry.y, geometry.image, geometry.live))  # type: ignore[return-value]
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _place(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            key: value.to(self._device, self._dtype if value.is_floating_point() else None)
+            for key, value in inputs.items()
+        }
+
+    def _traced(self) -> Geometry:
+        if self._geometry is None:
+            started = time.perf_counter()
+            self._geometry, self._fresh = self._processor.geometry(self.image_sizes, self._raw)
+            self._seconds = time.perf_counter() - started
+        return self._geometry
+
+    def _blend(self, full: Tensor, key: str) -> Tensor:
+        if key not in self._ends:
+            wide = torch.float64 if self._dtype == torch.float64 else torch.float32
+            self._ends[key] = (self._raw[key].to(self._device, wide), self._raw_baseline[key].to(self._device, wide))
+        original, baseline = self._ends[key]
+        dtype = self._dtype or self._raw[key].dtype
+        return composite(full, self._traced(), key, original=original, baseline=baseline, dtype=dtype)
+
+    def _real(self, full: Tensor) -> dict[str, Tensor]:
+        runs = [self._processor(self._composites(masks)) for masks in full.detach()]
+        for run in runs:
+            check_same_layout(self._raw, run, name=self._processor.name)
+        joined = {key: torch.cat([run[key] for run in runs]) for key in self.pixel_keys}
+        return self._place(joined)
+
+    def _composites(self, masks: Tensor) -> list[Image.Image]:
+        """Real 8-bit images for one mask per image: ``(image, row, col)``."""
+        out = []
+        for mask, image, baseline in zip(masks, self.images, self.baseline_images, strict=True):
+            fine = F.interpolate(
+                mask[None, None].float().cpu(), size=(image.height, image.width), mode="bilinear", align_corners=False
+            )[0, 0, :, :, None].numpy()
+            first, last = (np.asarray(picture, dtype=np.float32) for picture in (baseline, image))
+            blend = np.rint(first + (last - first) * fine).clip(0, 255).astype(np.uint8)
+            out.append(Image.fromarray(blend))
+        return out
+
+    def _check(self, geometry: Geometry) -> ParityReport:
+        started = time.perf_counter()
+        name = self._processor.name
+        again = self._processor(self.images)
+        check_same_layout(self._raw, again, name=name)
+        if any(not torch.equal(value, again[key]) for key, value in self._raw.items()):
+            raise ProcessorRefused(
+                f"{name}: two runs on the same image give different outputs, so it is random (cropping, augmentation "
+                "or dithering). Switch that off in the processor, or attach without it (masks then live in "
+                "pixel-input space)."
+            )
+        generator = torch.Generator().manual_seed(0)
+        mask = torch.rand(1, self.n_images, 9, 9, generator=generator, dtype=torch.float32)
+        real = self._processor(self._composites(mask[0]))
+        check_same_layout(self._raw, real, name=name)
+        fast = {
+            key: composite(
+                mask,
+                geometry,
+                key,
+                original=self._raw[key].float(),
+                baseline=self._raw_baseline[key].float(),
+                dtype=torch.float32,
+            )
+            for key in geometry.keys
+        }
+        mean, largest = level_errors(fast, real, geometry)
+        if mean > REFUSE_LEVELS:
+            raise ProcessorRefused(
+                f"{name}: on a half-masked picture the traced path is {mean:.1f} of 255 levels off in the mean, so a "
+                "pixel's value does not depend on its source pixels alone (normalisation per image, thresholds, "
+                "cropping by content). Attach without a processor (masks then live in pixel-input space)."
+            )
+        notes = self._notes
+        if mean > WARN_LEVELS:
+            notes = (*notes, f"the fast path is {mean:.1f} levels off in the mean; use mode='exact' for final scores")
+        report = ParityReport(
+            engine="traced",
+            processor=name,
+            backend=backend_of(self._processor.call),
+            mean_error=mean,
+            max_error=largest,
+            deterministic=True,
+            coverage=tuple(float(geometry.seen(k).float().mean()) for k in range(self.n_images)),
+            pixel_keys=tuple(geometry.keys),
+            runs=geometry.runs if self._fresh else 0,
+            seconds=self._seconds + time.perf_counter() - started,
+            versions=versions(),
+            notes=notes,
+        )
+        for note in notes:
+            warnings.warn(f"{name}: {note}.", ProbeWarning, stacklevel=4)
+        return report
+
+    _fresh, _seconds = False, 0.0
+
+
+class _ValueOf(torch.autograd.Function):
+    """Value of the second tensor, bit for bit; gradient of the first."""
+
+    @staticmethod
+    def forward(ctx, fast, real):  # type: ignore[no-untyped-def]
+        return real.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad, None
+
+
+def _pairs(baselines: Sequence[Any], images: Sequence[Image.Image]) -> list[tuple[Any, Image.Image]]:
+    if len(baselines) != len(images):
+        raise ImageError(
+            f"{len(baselines)} baseline image(s) were given for {len(images)} image(s); give one for each."
+        )
+    return list(zip(baselines, images, strict=True))
+
+
+def _checked_size(baseline: object, image: Image.Image) -> Image.Image:
+    if not isinstance(baseline, Image.Image):
+        raise ImageError(f"a baseline is a PIL image; got {type(baseline).__name__}.")
+    if baseline.size != image.size:
+        raise ImageError(
+            f"the baseline is {baseline.width}x{baseline.height}, the image {image.width}x{image.height}; "
+            "make_baseline(image, baseline) scales it."
+        )
+    return baseline.convert("RGB")

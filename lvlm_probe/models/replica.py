@@ -1,0 +1,422 @@
+"""Running a user's model without anybody noticing: passes of ours run on a replica of its module tree.
+
+A module is shared state. Hooks, instance attributes, ``training``, ``requires_grad`` and what ``generate()`` leaves
+behind for its next call are seen by every thread that runs it. So none of them is touched: a ``Replica`` has a module
+object of its own for each of the model's, with dictionaries of its own and the same tensors in them, and whatever a
+pass of ours hangs up, it hangs up there. What differs from the model:
+
+* evaluation mode; parameters are aliases that require no gradient, so that autograd keeps nothing only they would need;
+* no generation state (``rope_deltas``), nothing compiled, and none of our own hooks and shadows;
+* bound methods, partial and decorated functions, plain containers and callable objects that hold modules hold those of
+  the replica, and accelerate's hooks have state of their own.
+
+Everything else (configs, the user's hooks and objects) is shared by reference. Modules that cannot be copied by their
+``__dict__`` (ScriptModules, ``__slots__``, a ``__deepcopy__`` of their own) are shared whole, and what an object of
+the user's calls by itself is the user's module: the numbers are the same, hooks of ours do not see it.
+
+The replica follows the model. Before a pass its attributes are compared with those it was made from, object by object;
+what has changed (an adapter switched, a hook added, a layer replaced) is made anew, and weights are looked up again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+import os
+import threading
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lvlm_probe.hooks import NOTHING, beneath
+from lvlm_probe.models.wrappers import is_compiled
+
+__all__ = ["Replica", "duplicated"]
+
+# State that generate() leaves on a module for its own next call (M-RoPE offsets).
+_GENERATION_STATE = ("rope_deltas",)
+
+_BARE_MODULE = vars(nn.Module())
+_INTERNAL = tuple(name for name, value in _BARE_MODULE.items() if isinstance(value, dict | set))
+_COMPARED = tuple(name for name in _INTERNAL if isinstance(_BARE_MODULE[name], dict) and name != "_parameters")
+"""Dictionaries of every module whose entries are compared too; those of parameters are read again for each pass."""
+
+_PLAIN = frozenset({str, int, float, bool, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size})
+_CONTAINERS = frozenset({list, tuple, dict, set, frozenset, deque, OrderedDict})
+
+
+class _Copier:
+    """Copies of the modules that are reachable from one: module → its copy, made once.
+
+    Args:
+        bare: leave our own hooks and shadows out.
+        configs: give the copies configs of their own, which are kept in ``configs``.
+    """
+
+    def __init__(self, *, bare: bool, configs: bool = False) -> None:
+        self.copies: dict[nn.Module, nn.Module] = {}
+        self.configs: dict[int, tuple[Any, Any]] = {}
+        self.seen: dict[nn.Module, list[Any]] = {}
+        """Module → what its copy was made from, for ``_standing``."""
+        self.reached: dict[nn.Module, dict[nn.Module, None]] = {}
+        """Module → the modules that its attributes hold."""
+        self._bare, self.own_configs = bare, configs
+        self._containers: dict[nn.Module, list[Any]] = {}
+        self._waiting: list[nn.Module] = []
+        self._reached: dict[nn.Module, None] = {}
+        self._held: list[Any] = []
+        self._pending: set[int] = set()
+        self._hook_state: dict[int, tuple[Any, Any]] = {}
+
+    def copied(self, root: nn.Module) -> nn.Module:
+        """The copy of a module, with copies of all that it leads to."""
+        found = self._copy(root)
+        while self._waiting:
+            self._fill(self._waiting.pop())
+        return found
+
+    def fill(self, module: nn.Module) -> None:
+        """Give the copy of a module all that the module has now."""
+        self._fill(module)
+        self.copied(module)
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        """The copy of a module, which may still be empty; the module itself where it cannot be copied."""
+        known = self.copies.get(module)
+        if known is None:
+            known = self.copies[module] = object.__new__(type(module)) if _copyable(module) else module
+            if known is not module:
+                self._waiting.append(module)
+        self._reached[module] = None
+        return known
+
+    def _fill(self, module: nn.Module) -> None:
+        self._reached = self.reached[module] = {}
+        self._held = self._containers[module] = []
+        # One C call each: another thread may be at work on the module.
+        state = vars(module).copy()
+        inner = {name: state[name].copy() for name in _INTERNAL if name in state}
+        self.seen[module] = [*state, *state.values()]
+        for name in _COMPARED:
+            if entries := inner.get(name):
+                self.seen[module] += [*entries, *entries.values()]
+        made = {name: self._renewed(value, name) for name, value in state.items() if name not in inner}
+        made = {name: value for name, value in made.items() if value is not NOTHING}
+        for name, entries in inner.items():
+            if name.endswith("_hooks"):
+                hooks = [(key, self._hook(hook)) for key, hook in entries.items()]
+                made[name] = type(entries)(pair for pair in hooks if pair[1] is not NOTHING)
+            else:
+                made[name] = entries
+        made["_modules"] = {
+            name: None if child is None else self._copy(child) for name, child in inner["_modules"].items()
+        }
+        made |= {"training": False, "_compiled_call_impl": None}
+        made |= dict.fromkeys(name for name in _GENERATION_STATE if name in made)
+        if is_compiled(module):
+            inside = made["_modules"]["_orig_mod"]
+            made |= {name: inside.__call__ for name in ("forward", "_forward") if name in made}
+        mine = self.copies[module]
+        if type(mine) is not type(module):  # parametrizations and sharding swap the class
+            mine.__class__ = type(module)
+        own = vars(mine)
+        own.clear()
+        own.update(made)
+        for container in self._held:
+            self.seen[module] += _items(container)
+
+    def changed(self, module: nn.Module) -> bool:
+        """Whether a module has other attributes than those its copy was made from."""
+        own, known = vars(module), self.seen[module]
+        now = [*own, *own.values()]
+        for name in _COMPARED:
+            if entries := own.get(name):
+                now += [*entries, *entries.values()]
+        for container in self._containers[module]:
+            now += _items(container)
+        same = len(now) == len(known) and all(map(operator.is_, now, known))
+        return not same or type(module) is not type(self.copies[module])
+
+    def forget_unreachable(self, root: nn.Module) -> None:
+        """Let go of modules that the model no longer holds."""
+        live: dict[nn.Module, None] = {}
+        waiting = [root]
+        while waiting:
+            module = waiting.pop()
+            if module not in live:
+                live[module] = None
+                waiting += self.reached.get(module, ())
+        for module in [module for module in self.copies if module not in live]:
+            for table in (self.copies, self.seen, self.reached, self._containers):
+                table.pop(module, None)
+
+    def _renewed(self, value: Any, name: str = "") -> Any:
+        """What the copy has in the place of an attribute's value: the same, unless it leads to a module."""
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
+        if self._bare and (below := beneath(value)) is not value:
+            return self._renewed(below, name)
+        if isinstance(value, nn.Module):
+            return self._copy(value)
+        if name == "config" and self.own_configs and hasattr(value, "__dict__"):
+            return self.configs.setdefault(id(value), (value, copy.copy(value)))[1]
+        if id(value) in self._pending:
+            return value
+        self._pending.add(id(value))
+        try:
+            if kind in _CONTAINERS:
+                return self._container(value)
+            if kind is types.MethodType:
+                owner = value.__self__
+                mine = self._copy(owner) if isinstance(owner, nn.Module) else owner
+                function = self._renewed(value.__func__)
+                same = mine is owner and function is value.__func__
+                return value if same else types.MethodType(function, mine)
+            if kind is functools.partial:
+                parts = value.func, value.args, value.keywords
+                mine = tuple(self._renewed(part) for part in parts)
+                if all(map(operator.is_, mine, parts)):
+                    return value
+                made: Any = functools.partial(mine[0], *mine[1], **mine[2])
+                vars(made).update({key: self._renewed(item) for key, item in vars(value).items()})
+                return made
+            if kind is types.FunctionType:
+                return self._function(value)
+            if callable(value) or any(base.__module__ == "accelerate.hooks" for base in kind.__mro__):
+                return self._object(value)
+            return value
+        finally:
+            self._pending.discard(id(value))
+
+    def _hook(self, hook: Any) -> Any:
+        """A hook of the user's is shared, with all that it keeps; a method of a module becomes that of its copy."""
+        if self._bare and beneath(hook) is NOTHING:
+            return NOTHING
+        return self._renewed(hook) if isinstance(hook, types.MethodType | functools.partial) else hook
+
+    def _container(self, value: Any) -> Any:
+        kind = type(value)
+        if isinstance(value, dict):
+            old = list(value.copy().items())
+            new = [(self._renewed(key), self._renewed(item)) for key, item in old]
+            same = all(a is c and b is d for (a, b), (c, d) in zip(old, new, strict=True))
+        else:
+            old = list(value)
+            new = [self._renewed(item) for item in old]
+            same = all(map(operator.is_, old, new))
+        if same:
+            return value
+        if kind is not tuple and kind is not frozenset:
+            self._held.append(value)
+        return deque(new, value.maxlen) if kind is deque else kind(new)
+
+    def _function(self, value: types.FunctionType) -> Any:
+        """A function around modules (a decorated ``forward``), around their copies."""
+        compiled = vars(value).get("_torchdynamo_orig_callable")
+        if compiled is not None:
+            return self._renewed(compiled)
+        cells, defaults = value.__closure__ or (), value.__defaults__ or ()
+        new_cells = tuple(map(self._cell, cells))
+        new_defaults = tuple(item if type(item) in _CONTAINERS else self._renewed(item) for item in defaults)
+        if all(map(operator.is_, (*cells, *defaults), (*new_cells, *new_defaults))):
+            return value
+        made = types.FunctionType(
+            value.__code__, value.__globals__, value.__name__, new_defaults or None, new_cells or None
+        )
+        made.__kwdefaults__, made.__qualname__ = value.__kwdefaults__, value.__qualname__
+        vars(made).update({key: self._renewed(item) for key, item in vars(value).items()})
+        return made
+
+    def _cell(self, cell: Any) -> Any:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not assigned yet
+            return cell
+        # What a function keeps in containers of its own is its state, and stays shared.
+        mine = content if type(content) in _CONTAINERS else self._renewed(content)
+        return cell if mine is content else types.CellType(mine)
+
+    def _object(self, value: Any) -> Any:
+        """A callable object around modules, around their copies; and a hook of accelerate's, with state of its own."""
+        own = getattr(value, "__dict__", None)
+        if isinstance(value, type) or not isinstance(own, dict):
+            return value
+        hook = any(base.__module__ == "accelerate.hooks" for base in type(value).__mro__)
+        old = own.copy()
+        new = {
+            key: item if type(item) in _CONTAINERS and not hook else self._renewed(item) for key, item in old.items()
+        }
+        if not hook and all(map(operator.is_, old.values(), new.values())):
+            return value
+        try:
+            made = object.__new__(type(value))
+        except TypeError:
+            return value
+        vars(made).update({key: self._apart(item) for key, item in new.items()} if hook else new)
+        return made
+
+    def _apart(self, value: Any) -> Any:
+        """State of a hook of accelerate's, which its hooks on one model share: which weights are where just now."""
+        if type(value) is set:
+            return value.copy()
+        if type(value) is not dict:
+            return value
+        made = {key: item.copy() if type(item) is dict else item for key, item in value.items()}
+        return self._hook_state.setdefault(id(value), (value, made))[1]
+
+
+def _items(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+def _copyable(module: nn.Module) -> bool:
+    kind = type(module)
+    return not (
+        isinstance(module, torch.jit.ScriptModule)
+        or any(_copies_itself(base) or vars(base).get("__slots__") for base in kind.__mro__)
+    )
+
+
+def _copies_itself(kind: type) -> bool:
+    own = vars(kind).get("__deepcopy__")
+    # That of parametrized modules copies the __dict__.
+    return own is not None and getattr(own, "__module__", "") != "torch.nn.utils.parametrize"
+
+
+def duplicated(model: nn.Module, *, bare: bool = True) -> nn.Module:
+    """The model's module tree once more, as it is now: the same tensors in dictionaries of its own.
+
+    Args:
+        bare: without hooks and shadows of ours.
+    """
+    copier = _Copier(bare=bare)
+    made = copier.copied(model)
+    for module, mine in copier.copies.items():
+        if mine is not module:
+            vars(mine)["_parameters"] = module._parameters.copy()
+    return made
+
+
+class Replica:
+    """A model's module tree once more, for passes of ours; see the module.
+
+    Args:
+        model: the user's.
+        own_configs: passes change the model's configs, so that the replica has some of its own.
+    """
+
+    def __init__(self, model: nn.Module, *, own_configs: bool = False) -> None:
+        self._live = model
+        self._copier = _Copier(bare=True, configs=own_configs)
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._instead = threading.local()
+        self._copier.copied(model)
+        self._return_weights()
+        _EVERY.add(self)
+
+    @contextmanager
+    def use(self) -> Iterator[nn.Module]:
+        """The replica for passes in the block; other threads that want it wait for the end of the block.
+
+        What the user does with the model is seen when the outermost block begins.
+
+        Yields:
+            the replica's root, of the same class as the model and with the same paths in it.
+        """
+        if (own := getattr(self._instead, "model", None)) is not None:
+            yield own
+            return
+        with self._lock:
+            depth = self._depth
+            try:
+                if not depth:
+                    self._follow()
+                self._depth = depth + 1
+                yield self._copier.copies[self._live]
+            finally:
+                self._depth = depth
+                if not depth:
+                    self._return_weights()
+
+    @contextmanager
+    def instead(self, model: nn.Module) -> Iterator[None]:
+        """Passes of this thread run on ``model`` in the block, a duplicate of what ``use`` gave before, and wait for
+        nobody. For passes in backward: a thread of autograd's serves everybody and must not wait.
+        """
+        before = getattr(self._instead, "model", None)
+        self._instead.model = model
+        try:
+            yield
+        finally:
+            self._instead.model = before
+
+    def _follow(self) -> None:
+        copier = self._copier
+        swapped = [module for module, mine in copier.copies.items() if type(mine) is not type(module)]
+        if not all(map(_copyable, swapped)):  # one that was copied is to be shared now
+            copier = self._copier = _Copier(bare=True, configs=copier.own_configs)
+            copier.copied(self._live)
+        changed = [module for module, mine in copier.copies.items() if mine is not module and copier.changed(module)]
+        for module in changed:
+            copier.fill(module)
+        if changed:
+            copier.forget_unreachable(self._live)
+        for config, mine in copier.configs.values():
+            vars(mine).clear()
+            vars(mine).update(vars(config))
+        aliases: dict[int, Any] = {}
+        for module, mine in copier.copies.items():
+            own = vars(mine)
+            for name in _GENERATION_STATE:
+                if name in own:
+                    own[name] = None
+            if mine is not module and (weights := module._parameters):
+                own["_parameters"] = {name: _alias(weight, aliases) for name, weight in weights.copy().items()}
+
+    def _return_weights(self) -> None:
+        """Between passes the replica keeps no weights alive that the model has let go of (``model.to(...)``)."""
+        for module, mine in self._copier.copies.items():
+            if mine is not module:
+                vars(mine)["_parameters"] = module._parameters
+
+    def after_fork(self) -> None:
+        """In a forked process: what other threads held is held by nobody."""
+        self._lock, self._depth = threading.RLock(), 0
+        self._copier.seen = {module: [] for module in self._copier.seen}  # what they have hung up is taken down
+
+
+_EVERY: weakref.WeakSet[Replica] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for replica in list(_EVERY):
+        replica.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _alias(weight: Any, known: dict[int, Any]) -> Any:
+    """The same storage without ``requires_grad``; one and the same for weights that are tied."""
+    if weight is None or not weight.requires_grad:
+        return weight
+    alias = known.get(id(weight))
+    if alias is None:
+        try:
+            alias = nn.Parameter(weight, requires_grad=False)
+        except Exception:  # a subclass of tensors that cannot be detached
+            alias = weight
+        else:
+            vars(alias).update(vars(weight))
+        known[id(weight)] = alias
+    return alias

@@ -1,0 +1,290 @@
+"""The page of ``compare``: one file of HTML, every string of the data put on it as text."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lvlm_probe.errors import ImageError, ProbeError
+from lvlm_probe.pages import _asset, _page
+from lvlm_probe.pages.standings import cost_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.metrics import Interval, Score
+    from lvlm_probe.pages.comparison import Row
+    from lvlm_probe.pages.standings import Standing
+
+__all__ = ["filled"]
+
+_PICTURE_SIDE = 480
+_CELL_SIDE = 336
+_SCENE_WIDTH, _CELL_WIDTH = 236, 168
+_LONG_ANSWER = 260
+_WASHES = 5
+_FIXED_SPACE = "\u00a0"
+
+
+def filled(columns: Sequence[str], rows: Sequence[Row], standings: Sequence[Standing], title: str) -> str:
+    """The whole page as text: one row per answer, one column per method, and all answers together below."""
+    widths = f'<col width="{_SCENE_WIDTH}">' + f'<col width="{_CELL_WIDTH}">' * len(columns)
+    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in columns)
+    body = "\n".join(_row(columns, row) for row in rows)
+    # The attribute, as the page's policy admits no style of an element's own.
+    width = _SCENE_WIDTH + _CELL_WIDTH * len(columns)
+    table = (
+        f'<table width="{width}"><colgroup>{widths}</colgroup>'
+        f'<thead><tr><th scope="col">Answer</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    )
+    return _page(
+        "comparison.html",
+        title,
+        _asset("page.css") + _asset("comparison.css"),
+        _asset("theme.js") + 'document.documentElement.dataset.ready = "true";\n',
+        body='<body class="comparison">',
+        terms=_terms(columns, rows),
+        scenes=table,
+        standings=_standings(standings, len(rows)) if len(rows) > 1 else "",
+    )
+
+
+def _terms(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    """What was held equal, and what was not."""
+    number = f"{len(columns)} method{'s' if len(columns) != 1 else ''} on {len(rows)} answer{'s' * (len(rows) != 1)}"
+    said = [f"<p><b>{number}.</b> All heatmaps of a row explain the underlined words of its answer.</p>"]
+    judged = [(row, score) for row in rows for score in row.scores if score is not None and score.params]
+    if not judged:
+        said.append(
+            "<p>Nothing here was judged: scores need the model, and only traces or bare heatmaps were given.</p>"
+        )
+        return "\n".join(said)
+    grids = {tuple(score.params.get("grid") or ()) for _, score in judged}
+    if len(grids) == 1 and (grid := next(iter(grids))):
+        said.append(
+            f"<p>All are judged on <b>one grid of {grid[0]} × {grid[1]} cells</b> of equal area, whatever a method's "
+            f"own resolution, so that coarse and fine heatmaps take the same share of the picture away at a step.</p>"
+        )
+    else:
+        named = ", ".join(sorted(f"{grid[0]} × {grid[1]}" for grid in grids if grid))
+        said.append(
+            f'<p class="warning">The scores were taken on different grids ({_text(named or "unknown")}), so methods '
+            f"are not comparable by them: take them again with evaluate(heat, replay, grid=32).</p>"
+        )
+    ways = {tuple(str(score.params.get(key)) for key in ("score", "auc", "steps", "mode")) for _, score in judged}
+    uneven = any(len({str(score.baseline_check.get("kind")) for of, score in judged if of is row}) > 1 for row in rows)
+    if len(ways) > 1 or uneven:
+        what = "against different baselines" if uneven else "in different ways (score, auc, steps, mode)"
+        said.append(f'<p class="warning">Scores of a row were taken {what}, so they are not comparable.</p>')
+    return "\n".join(said)
+
+
+def _row(columns: Sequence[str], row: Row) -> str:
+    judged = [score for heat, score in zip(row.heats, row.scores, strict=True) if heat and score is not None]
+    gains = [round(score.gain, 2) for score in judged if score.verdict.trusted and math.isfinite(score.gain)]
+    best = max(gains, default=None) if len(judged) > 1 else None
+    cells = "\n".join(
+        _cell(name, heat, score, best) for name, heat, score in zip(columns, row.heats, row.scores, strict=True)
+    )
+    return f'<tr><th scope="row" class="scene">{_scene(row)}</th>\n{cells}</tr>'
+
+
+def _scene(row: Row) -> str:
+    """The picture, the question, and the answer with its explained words."""
+    from lvlm_probe.pages.samples import answer_of, read
+
+    heat = next(heat for heat in row.heats if heat is not None)
+    trace = next((one.trace for one in row.heats if one is not None and one.trace is not None), None)
+    notes: list[str] = []
+    answer = answer_of(trace, heat, notes)
+    question = str(read(trace, "question", notes) or "")
+    parts = [_picture(_original(row), _PICTURE_SIDE, "The picture")]
+    if question:
+        parts.append(f'<p class="question">{_text(question)}</p>')
+    long = " long" if len(answer["answer"]) > _LONG_ANSWER else ""
+    parts.append(f'<p class="said{long}">{"".join(_words(answer))}</p>')
+    score = next((score for score in row.scores if score is not None and score.baseline_check), None)
+    if not answer["whole"]:
+        parts.append('<p class="facts">No word is explained.</p>')
+    if score is not None:
+        kept = score.baseline_check.get("mean_probability")
+        probability = "" if kept is None else f": the explained words keep {_percent(float(kept))} of probability on it"
+        kind = _text(str(score.baseline_check.get("kind") or "unknown"))
+        parts.append(f'<p class="facts">Baseline {kind}{probability}.</p>')
+    parts += [f'<p class="facts">{_told(note)}</p>' for note in dict.fromkeys(notes)]
+    return "\n".join(parts)
+
+
+def _words(answer: Mapping[str, Any]) -> Iterator[str]:
+    if not answer["words"]:
+        yield _text(answer["answer"] or "Answer not known")
+        return
+    for word in answer["words"]:
+        yield _text(word["before"])
+        pieces = []
+        for position, token in enumerate(word["tokens"]):
+            piece = str(answer["tokens"][token]["text"])
+            explained = ' class="k"' if token in answer["whole"] else ""
+            pieces.append(f"<span{explained}>{_text(piece if position else piece.lstrip())}</span>")
+        yield f'<span class="word{_wash(word["llr"])}">{"".join(pieces)}</span>'
+    yield _text(answer["tail"])
+
+
+def _wash(llr: float | None) -> str:
+    """The class of a word's ground: 6 nats and beyond is full colour, as in the report."""
+    if llr is None or abs(llr) < 0.05:
+        return ""
+    step = max(1, round(_WASHES * min(1.0, abs(llr) / 6) ** 0.65))
+    return f" {'with' if llr > 0 else 'against'}{step}"
+
+
+def _cell(name: str, heat: Heatmap | None, score: Score | None, best: float | None) -> str:
+    # Names of methods may be broken at their underscores, and there only.
+    parts = [f'<p class="name"><span>{_text(name).replace("_", "_<wbr>")}</span></p>']
+    if heat is None:
+        parts.append('<p class="none">No heatmap was given.</p>')
+    elif heat.values is None:
+        parts.append(f'<p class="none"><b>No heatmap</b>{_told(str(heat.reason))}</p>')
+    else:
+        parts.append(_picture(_overlay(heat), _CELL_SIDE, f"Heatmap of {name} over the picture"))
+        parts += _scores(heat, score, best)
+    return f'<td class="cell">{"".join(parts)}</td>'
+
+
+def _scores(heat: Heatmap, score: Score | None, best: float | None) -> Iterator[str]:
+    if score is None:
+        why = heat.provenance.get("not_judged") or "judging needs the model"
+        yield f'<p class="facts">Not judged: {_told(str(why), capital=False)}</p>'
+    elif (reason := score.reason) is not None:
+        yield '<p class="gain"><b>–</b> gain</p>'
+        yield f'<p class="facts">No score: {_told(reason, capital=False)}</p>'
+        yield from _doubts(score)
+    else:
+        first = best is not None and score.verdict.trusted and round(score.gain, 2) == best
+        mark = '<em class="best">best</em>' if first else ""
+        yield f'<p class="gain"><b>{_number(score.gain)}</b> gain{mark}</p>'
+        low, high = sorted(100 * min(1.0, max(0.0, edge)) for edge in (score.deletion, score.insertion))
+        kind = "reach" if score.insertion >= score.deletion else "back"
+        yield (
+            '<svg class="span" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">'
+            '<rect class="track" x="0" y="3" width="100" height="2"/>'
+            f'<rect class="{kind}" x="{low:.1f}" y="1" width="{max(1.0, high - low):.1f}" height="6"/></svg>'
+        )
+        yield f'<p class="pair">del {_number(score.deletion)} · ins {_number(score.insertion)}</p>'
+        if score.verdict.trusted:
+            yield '<p class="stands"><i class="dot trusted"></i>holds up</p>'
+        else:
+            yield from _doubts(score)
+    cost, seconds = cost_of(heat), heat.provenance.get("seconds")
+    facts = [] if cost is None else [f"{cost[0]} + {cost[1]} passes" if any(cost) else "no pass"]
+    facts += [] if seconds is None else [f"{float(seconds):.2f} s"]
+    rows, cols = heat.shape
+    facts.append(f"{rows} × {cols}")
+    yield f'<p class="facts">{_text(" · ".join(fact.replace(" ", _FIXED_SPACE) for fact in facts))}</p>'
+
+
+def _doubts(score: Score) -> Iterator[str]:
+    reasons = "".join(f"<li>{_told(reason)}</li>" for reason in score.verdict.reasons)
+    yield (
+        f'<details><summary class="doubt"><i class="dot doubted"></i>do not trust</summary><ul>{reasons}</ul></details>'
+    )
+
+
+def _standings(found: Sequence[Standing], answers: int) -> str:
+    lines = []
+    for one in found:
+        cells = [f'<td class="name">{_text(one.method)}</td>']
+        cells += [
+            f'<td class="number">{"–" if value is None else _interval(value)}</td>'
+            for value in (one.gain, one.deletion, one.insertion)
+        ]
+        passes = "–" if one.forward is None or one.backward is None else f"{one.forward:.0f} + {one.backward:.0f}"
+        seconds = "–" if one.seconds is None else f"{one.seconds:.2f}"
+        entering = 0 if one.gain is None else one.gain.n
+        counts = (f"{entering} of {one.judged}", f"{one.trusted} of {one.judged}", f"{one.maps} of {answers}")
+        cells += [f'<td class="number">{value}</td>' for value in (*counts, passes, seconds)]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    heads = ("gain ↑", "deletion ↓", "insertion ↑", "in means", "trusted", "heatmaps", "passes", "seconds")
+    head = '<th scope="col">method</th>' + "".join(f'<th scope="col" class="number">{name}</th>' for name in heads)
+    return (
+        f'<section class="standings"><h2>All {answers} answers together</h2>'
+        '<p class="prose">Mean and 95 % bootstrap interval over the answers; passes and seconds are means of a '
+        "heatmap. Intervals of two methods may overlap although one is better on nearly every answer: compare them "
+        "paired, <code>metrics.paired_difference</code>.</p>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        f"{_left_out(found)}</section>"
+    )
+
+
+def _left_out(found: Sequence[Standing]) -> str:
+    """Which scores enter no mean, and why."""
+    items = [
+        f"<li>{_text(one.method)}: {count} × {_told(reason)}</li>"
+        for one in found
+        for reason, count in one.left_out.items()
+    ]
+    if not items:
+        return ""
+    return (
+        '<details class="left-out"><summary>Scores that enter no mean, as they measure nothing</summary>'
+        f"<ul>{''.join(items)}</ul></details>"
+    )
+
+
+def _interval(interval: Interval) -> str:
+    estimate, low, high = (_number(value) for value in (interval.estimate, interval.low, interval.high))
+    return f"{estimate} [{low}, {high}]" if interval.n > 1 else estimate
+
+
+def _original(row: Row) -> Image.Image | None:
+    for heat in row.heats:
+        if heat is not None:
+            try:
+                return heat.picture()
+            except ProbeError:
+                continue
+    return None
+
+
+def _overlay(heat: Heatmap) -> Image.Image:
+    from PIL import Image
+
+    try:
+        return heat.overlay()
+    except ImageError:
+        return heat.overlay(image=Image.new("RGB", heat.image_size, (128, 128, 128)))
+
+
+def _picture(image: Image.Image | None, side: int, alt: str) -> str:
+    from lvlm_probe.pages.data_uris import data_uri, shrink
+
+    if image is None:
+        return '<p class="facts">The picture itself is not at hand.</p>'
+    small = shrink(image, side)
+    return f'<img src="{data_uri(small, quality=82)}" width="{small.width}" height="{small.height}" alt="{_text(alt)}">'
+
+
+def _text(text: str) -> str:
+    """Text as the page may show it: no markup of its own."""
+    return html.escape(text)
+
+
+def _told(text: str, *, capital: bool = True) -> str:
+    """A reason as a sentence, without folders of somebody's disk. The name of a parameter keeps its small letter."""
+    from lvlm_probe.pages.plain import without_folders
+
+    text = without_folders(text.strip())
+    if capital and text.split(" ")[0].isalpha():
+        text = text[:1].upper() + text[1:]
+    return _text(text + ("" if text.endswith((".", "!", "?")) else "."))
+
+
+def _percent(share: float) -> str:
+    return "under 0.1 %" if share < 0.001 else f"{100 * share:.2g} %"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")

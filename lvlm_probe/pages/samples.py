@@ -1,0 +1,319 @@
+"""Heatmaps, scores and their traces as the plain JSON that the page draws.
+
+A sample is one trace with its maps. Whatever cannot be read (a heatmap loaded without its trace, a trace file that has
+gone) leaves a hole in the sample and a sentence in its ``notes``; it never stops the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lvlm_probe.errors import ProbeError
+from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY
+from lvlm_probe.pages.data_uris import data_uri, encode_seen, encode_values, shrink
+from lvlm_probe.pages.plain import nats, plain, probability, without_folders
+from lvlm_probe.words import group_words
+
+if TYPE_CHECKING:
+    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.metrics import Score
+    from lvlm_probe.trace import Trace
+
+__all__ = ["gather"]
+
+_THUMB_SIDE = 160
+_BASELINE_SIDE = 448
+_MODEL_FACTS = (
+    "model_id",
+    "revision",
+    "class",
+    "adapter",
+    "attn_implementation",
+    "torch_dtype",
+    "fingerprint",
+    "versions",
+)
+
+
+def gather(heats: Sequence[Heatmap], scores: Sequence[Score | None]) -> list[dict[str, Any]]:
+    """Group heatmaps by trace, in the order of first appearance, and describe each group as one sample."""
+    groups: dict[str, list[tuple[Heatmap, Score | None]]] = {}
+    for number, (heat, score) in enumerate(zip(heats, scores, strict=True)):
+        groups.setdefault(_trace_id(heat) or f"untraced {number + 1}", []).append((heat, score))
+    return [_sample(trace_id, group) for trace_id, group in groups.items()]
+
+
+def _trace_id(heat: Heatmap) -> str:
+    return str(heat.provenance.get("trace_id") or "")
+
+
+def _sample(trace_id: str, group: Sequence[tuple[Heatmap, Score | None]]) -> dict[str, Any]:
+    heats = [heat for heat, _ in group]
+    trace = next((heat.trace for heat in heats if heat.trace is not None), None)
+    notes: list[str] = []
+    if trace is None:
+        notes.append(
+            "This page was written without the trace, so the picture, the question and the probabilities are missing. "
+            "Write it again with the trace file at hand."
+        )
+    answer = answer_of(trace, heats[0], notes)
+    baselines: dict[str, str | None] = {}
+    maps = [_map(heat, score, trace, heats[0], baselines) for heat, score in group]
+    for entry in maps:
+        entry["label"] = _label(entry, maps, answer["words"])
+    if trace is not None and read(trace, "status", notes) == "error":
+        notes.append(f"The recording is marked as faulty: {read(trace, 'error', notes) or 'no reason given'}")
+    images = {str(index): _image(trace, index, heats, notes) for index in sorted({heat.image_index for heat in heats})}
+    return {
+        "id": trace_id,
+        "question": str(read(trace, "question", notes) or read(trace, "prompt", notes) or ""),
+        **answer,
+        "images": images,
+        "baselines": baselines,
+        "maps": maps,
+        "notes": [without_folders(note) for note in dict.fromkeys(notes)],
+        "provenance": _recording(trace, trace_id, notes),
+    }
+
+
+def read(trace: Trace | None, name: str, notes: list[str]) -> Any:
+    """An attribute of the trace; None, and a note, when the file does not give it any more."""
+    if trace is None:
+        return None
+    try:
+        return getattr(trace, name, None)
+    except (ProbeError, OSError) as error:
+        notes.append(f"The trace could not be read: {error}")
+        return None
+
+
+def answer_of(trace: Trace | None, heat: Heatmap, notes: list[str]) -> dict[str, Any]:
+    """The answer's tokens and words with their numbers, and which of them the first heatmap is about."""
+    selection = heat.selection
+    pieces = [str(piece) for piece in (read(trace, "tokens", notes) or selection.tokens)]
+    steps = len(pieces)
+    special = _flags(read(trace, "special", notes), pieces, selection.skipped)
+    with_picture = _column(read(trace, "log_probs", notes), steps)
+    recorded = _column(read(trace, "baseline_log_probs", notes), steps)
+    # The selection's ratios are the replayed ones, on the baseline that was really used: they go first.
+    ratios = _column(selection.llr, steps)
+    if not np.isfinite(ratios).any():
+        ratios = with_picture - recorded
+    without = with_picture - ratios
+    words = group_words(pieces, special)
+    shown = ["" if flag else piece for piece, flag in zip(pieces, special, strict=True)]
+    rows, end = [], 0
+    for word in words:
+        span = slice(word.start, word.stop)
+        text = "".join(shown[span])
+        rows.append(
+            {
+                "text": text.strip(),
+                "before": "".join(shown[end : word.start]) + text[: len(text) - len(text.lstrip())],
+                "tokens": list(range(word.start, word.stop)),
+                "p": probability(with_picture[span].sum()),
+                "p0": probability(without[span].sum()),
+                "llr": nats(ratios[span].sum()),
+            }
+        )
+        end = word.stop
+    return {
+        "answer": "".join(shown).strip(),
+        "words": rows,
+        "tail": "".join(shown[end:]).rstrip(),
+        "tokens": [
+            {"text": piece, "special": flag, "p": probability(a), "p0": probability(b), "llr": nats(c)}
+            for piece, flag, a, b, c in zip(pieces, special, with_picture, without, ratios, strict=True)
+        ],
+        "whole": [int(index) for index in selection.indices],
+        "rule": str(selection.rule),
+        "alpha": plain(selection.params.get("alpha")),
+        "skipped": {str(index): str(reason) for index, reason in selection.skipped.items()},
+        "llrKnown": bool(np.isfinite(ratios).any()),
+    }
+
+
+def _flags(special: Any, pieces: Sequence[str], skipped: Mapping[int, str]) -> list[bool]:
+    if special is not None and len(special) == len(pieces):
+        return [bool(flag) for flag in special]
+    return [
+        str(skipped.get(index, "")).startswith("special") or (piece.startswith("<") and piece.endswith(">"))
+        for index, piece in enumerate(pieces)
+    ]
+
+
+def _column(values: Any, steps: int) -> np.ndarray:
+    """Per-token numbers as ``(step,)`` float64, NaN where they are not known."""
+    if values is None:
+        return np.full(steps, np.nan)
+    column = np.asarray(plain(values), dtype=np.float64).reshape(-1)
+    return column if column.shape == (steps,) else np.full(steps, np.nan)
+
+
+def _map(
+    heat: Heatmap, score: Score | None, trace: Trace | None, first: Heatmap, baselines: dict[str, str | None]
+) -> dict[str, Any]:
+    selection = heat.selection
+    empty = heat.values is None
+    return {
+        "method": str(heat.method),
+        "image": str(heat.image_index),
+        "tokens": [int(index) for index in selection.indices],
+        "whole": heat is first
+        or (selection.rule == first.selection.rule and selection.indices == first.selection.indices),
+        "asked": selection.rule in ("words", "span", "indices") or selection.indices != first.selection.indices,
+        "values": None if empty else encode_values(np.asarray(heat.values)),
+        "reason": str(heat.reason or "") if empty else "",
+        "baseline": _baseline(heat, score, trace, baselines),
+        "score": None if score is None or empty or score.reason is not None else _score(score),
+        "scoring": None if score is None else _without_curves(score),
+        "verdict": verdict_of(heat, score),
+        "provenance": {
+            "method": str(heat.method),
+            "parameters": plain(dict(heat.params)),
+            "selection": {"rule": str(selection.rule), **plain(dict(selection.params))},
+            "image_index": int(heat.image_index),
+            **{str(key): plain(value) for key, value in heat.provenance.items()},
+        },
+    }
+
+
+def _label(entry: Mapping[str, Any], maps: Sequence[Mapping[str, Any]], words: Sequence[Mapping[str, Any]]) -> str:
+    """What the button says: whole answer or the words, plus method and image where the maps differ in them."""
+    if not entry["asked"]:
+        rule = "Selected words" if all(other["whole"] for other in maps) else "Whole answer"
+    else:
+        chosen = [word["text"] for word in words if set(word["tokens"]) & set(entry["tokens"])]
+        rule = f"“{' '.join(chosen[:4])}{' …' if len(chosen) > 4 else ''}”"
+    if len({other["method"] for other in maps}) > 1:
+        rule += f" · {entry['method']}"
+    if len({other["image"] for other in maps}) > 1:
+        rule += f" · picture {int(entry['image']) + 1}"
+    return rule
+
+
+def _score(score: Score) -> dict[str, Any]:
+    def curve(name: str) -> list[float] | None:
+        values = getattr(score, name, None)
+        return None if values is None or not len(values) else plain(values)
+
+    gains = [float(gain) for gain in score.random_gains]
+    return {
+        "deletion": plain(score.deletion),
+        "insertion": plain(score.insertion),
+        "fractions": plain(score.fractions),
+        "deletion_curve": plain(score.deletion_curve),
+        "insertion_curve": plain(score.insertion_curve),
+        "deletion_raw": curve("deletion_raw"),
+        "insertion_raw": curve("insertion_raw"),
+        "tie_share": plain(score.tie_share),
+        "unit": "nats" if score.params.get("score") == "log" else "probability",
+        "best_random": max(gains, default=None),
+        "randoms": len(gains),
+    }
+
+
+def _without_curves(score: Score) -> dict[str, Any]:
+    return {
+        key: value for key, value in plain(score.to_dict()).items() if not isinstance(value, list) or len(value) < 9
+    }
+
+
+def verdict_of(heat: Heatmap, score: Score | None) -> dict[str, Any]:
+    if heat.values is None:
+        reason = str(heat.reason or "nothing was selected")
+        return {"state": "empty", "title": "No map to show.", "reasons": [_sentence(reason)]}
+    if score is None:
+        reasons = [
+            "No score came with this map, so nothing says whether to believe it. Run evaluate() and pass its result."
+        ]
+        return {"state": "unchecked", "title": "Not checked.", "reasons": reasons}
+    if score.verdict.trusted:
+        reasons = ["Removing what the map marks takes the words away, showing only that brings them back."]
+        return {"state": "trusted", "title": "The map holds up.", "reasons": reasons}
+    return {
+        "state": "doubted",
+        "title": "Do not trust this map:",
+        "reasons": [_sentence(str(r)) for r in score.verdict.reasons],
+    }
+
+
+def _sentence(text: str) -> str:
+    text = without_folders(text.strip())
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def _baseline(
+    heat: Heatmap, score: Score | None, trace: Trace | None, baselines: dict[str, str | None]
+) -> dict[str, Any]:
+    """What the baseline was, and whether it hides the explained words; its small picture goes into `baselines`."""
+    facts = dict(heat.provenance.get("baseline") or {})
+    check = dict(score.baseline_check) if score is not None else {}
+    measured = check.get("mean_probability", facts.get("mean_probability"))
+    kind = str(facts.get("kind") or "")
+    settings = {key: facts[key] for key in ("strength", "seed") if facts.get(key) is not None}
+    if facts.get("limit"):  # the blur's limit, an infinite strength, has none to name
+        name = f"{kind}, down to the {facts['limit']}"
+        kind, settings = "mean", {}
+    else:
+        name = ", ".join([kind, *(f"{key} {plain(value)}" for key, value in settings.items())])
+    picture = f"{heat.image_index}: {name}"
+    if heat.values is not None and picture not in baselines:
+        baselines[picture] = _baseline_picture(trace, heat.image_index, kind, settings)
+    return {
+        "name": name,
+        "probability": plain(measured),
+        "original": plain(check.get("original_probability")),
+        "threshold": plain(check.get("limit", BASELINE_PROBABILITY)),
+        "picture": picture,
+    }
+
+
+def _baseline_picture(trace: Trace | None, index: int, kind: str, settings: Mapping[str, Any]) -> str | None:
+    """The baseline, made again from its description; None where that is not possible (a user's own picture)."""
+    from lvlm_probe.images import make_baseline
+
+    pictures = read(trace, "images", [])
+    if kind not in ("blur", "blank", "noise", "mean") or not pictures or index >= len(pictures):
+        return None
+    return data_uri(shrink(make_baseline(pictures[index], kind, **settings).image, _BASELINE_SIDE), quality=78)
+
+
+def _image(trace: Trace | None, index: int, heats: Sequence[Heatmap], notes: list[str]) -> dict[str, Any]:
+    heat = next(heat for heat in heats if heat.image_index == index)
+    pictures = read(trace, "images", notes) if trace is not None else None
+    width, height = heat.image_size
+    entry: dict[str, Any] = {"src": None, "thumb": None, "w": int(width), "h": int(height), "seen": None}
+    if heat.seen is not None:
+        entry["seen"] = encode_seen(np.asarray(heat.seen))
+    if pictures and index < len(pictures):
+        entry["src"] = data_uri(shrink(pictures[index]))
+        entry["thumb"] = data_uri(shrink(pictures[index], _THUMB_SIDE), quality=72)
+    elif trace is not None:
+        notes.append("The picture itself is not in the trace: it was recorded without a processor and without images=.")
+    return entry
+
+
+def _recording(trace: Trace | None, trace_id: str, notes: list[str]) -> dict[str, Any]:
+    facts: dict[str, Any] = {"trace_id": trace_id}
+    if trace is None:
+        return facts
+    path = read(trace, "path", notes)
+    if path:
+        facts["file"] = PurePath(str(path)).name
+    for name in ("row", "status", "created", "meta"):
+        value = read(trace, name, notes)
+        if value not in (None, "", {}):
+            facts[name] = plain(value)
+    model = read(trace, "model", notes) or {}
+    for name in _MODEL_FACTS:
+        if model.get(name) not in (None, "", {}):
+            facts[name] = plain(model[name])
+    recorded = read(trace, "notes", notes)
+    if recorded:
+        facts["not_recorded"] = plain(list(recorded))
+    return facts

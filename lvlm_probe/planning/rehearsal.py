@@ -1,0 +1,270 @@
+"""Short rehearsals of what methods do, metered on this very model, picture and answer.
+
+A pass over b masks takes ``fixed + b · per_mask`` bytes; the two are told apart by passes over two masks and over
+three (a single mask often takes a shorter way through kernels). Where those do not fit, one is sent.
+Methods that look inside a pass are rehearsed by such a pass and their work on one attention layer (or block), which is
+then set where it hurts most: at the layer that is reached while most is still alive.
+
+Readings are kept per model, and shared by answers of the same shape.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from lvlm_probe.boxes.encoder_tokens import blocks_of, encoder_tokens, encoders_of
+from lvlm_probe.errors import ExplainError, OutOfMemory
+from lvlm_probe.planning.meter import Meter
+from lvlm_probe.replaying.hidden_states import head_rows, hidden_states, text_tokens
+from lvlm_probe.replaying.micro_batches import ran_out
+
+if TYPE_CHECKING:
+    from lvlm_probe.replaying import Replay
+    from lvlm_probe.replaying.capture import AttentionLayer
+
+__all__ = ["Kind", "Law", "law", "timed"]
+
+Kind = Literal["forward", "gradient", "relevance", "rollout", "rows", "activations", "hidden"]
+"""What a method does with a pass: nothing more; a backward pass; attention with its gradients, layer by layer, or
+attention alone, for all positions or for the answer's; outputs of the encoder's blocks with their gradients; final
+hidden states."""
+
+_KNOWN: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], Law]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Law:
+    """Peak of a pass over b masks: ``fixed + b · per_mask`` bytes above what is alive anyway."""
+
+    fixed: int
+    per_mask: int
+
+    def at(self, masks: int) -> int:
+        return self.fixed + masks * self.per_mask
+
+    def fit(self, budget: int) -> int:
+        """How many masks stay within ``budget`` bytes."""
+        return max(0, (budget - self.fixed) // max(1, self.per_mask))
+
+
+def law(
+    replay: Replay,
+    kind: Kind,
+    *,
+    image: int = 0,
+    checkpoint: bool = False,
+    noise: float = 0.0,
+    parts: Sequence[Literal["decoder", "cross", "encoder"]] = ("decoder",),
+    grids: Sequence[tuple[int, int]] = ((1, 1),),
+    several: bool = True,
+    joined: bool = False,
+    queries: int | None = None,
+) -> Law:
+    """Rehearses a kind of pass.
+
+    Args:
+        replay: The answer on its model.
+        kind: What is done.
+        image: Number of the picture.
+        checkpoint: Layers are run again in backward.
+        noise: Deviation of the noise on pixels.
+        parts: Whose attention is read.
+        grids: Sizes ``(row, col)`` of the masks that the method sends. How a mask of each is brought to the pixels is
+            worked out here and kept by the replay, so that it is no part of the method's own peak.
+        several: Whether the method sends more than one mask at once; if not, all is counted as one mask's.
+        joined: Whether attention and its gradients are multiplied as means over the masks.
+        queries: Of how many of the answer's positions attention rows are read; by default of all.
+
+    Raises:
+        ExplainError: What the method reads cannot be read on this model.
+        OutOfMemory, torch.OutOfMemoryError: Not even one mask fits.
+    """
+    with torch.no_grad():
+        for grid in grids:
+            replay.path.apply(torch.full((1, *grid), 0.5, dtype=torch.float32, device=replay.device), image=image)
+    known = _KNOWN.setdefault(replay.model, {})
+    shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
+    key = (
+        kind, image, checkpoint, bool(noise), tuple(parts), tuple(grids[-1]), several, joined, queries,
+        replay.length, replay.prompt_length, shapes, str(replay.device), next(replay.model.parameters()).dtype,
+    )  # fmt: skip
+    if key not in known:
+        replay = replay.with_settings(gradient_checkpointing=checkpoint)
+        rehearse = _Rehearsal(replay, image, noise, parts, grids[-1], joined=joined, queries=queries)
+        if kind in ("gradient", "relevance", "activations"):
+            replay.require_gradients()
+        with torch.no_grad():  # what is made at first use and kept is not the pass's own
+            replay.log_probs(rehearse.masks(1), image=image, micro_batch=1, steps=rehearse.steps)
+        known[key] = _several(rehearse, kind) if several else Law(0, rehearse.peak(kind, 1))
+    return known[key]
+
+
+def _several(rehearse: _Rehearsal, kind: Kind) -> Law:
+    """From two and three masks, or from one where memory runs out or all but runs out with more."""
+    try:
+        two = rehearse.peak(kind, 2)
+        if not rehearse.cut:
+            three = rehearse.peak(kind, 3)
+            if not rehearse.cut:
+                per_mask = max(three - two, 1)
+                return Law(two - 2 * per_mask, per_mask)
+    except (RuntimeError, MemoryError, OutOfMemory) as error:
+        if not (ran_out(error) or isinstance(error, OutOfMemory)):
+            raise
+    return Law(0, rehearse.peak(kind, 1))
+
+
+def timed(
+    replay: Replay, *, gradient: bool, image: int = 0, grid: tuple[int, int] = (1, 1), masks: int = 3
+) -> tuple[float, float]:
+    """Seconds of a call and of each mask in it, forward and with ``gradient`` backward: from a call with one mask and,
+    where ``masks`` allows, one with more. The model is warm."""
+    rehearse = _Rehearsal(replay, image, 0.0, (), grid)
+    taken = []
+    for count in (1, 1, masks) if masks > 1 else (1, 1):  # the first warms up
+        started = time.perf_counter()
+        if gradient:
+            replay.score_and_grad(
+                rehearse.masks(count), _total, image=image, micro_batch=count, steps=rehearse.steps
+            )  # fmt: skip
+        else:
+            with torch.no_grad():
+                replay.log_probs(rehearse.masks(count), image=image, micro_batch=count, steps=rehearse.steps)
+        if replay.device.type == "cuda":
+            torch.cuda.synchronize(replay.device)
+        taken.append(time.perf_counter() - started)
+    each = max(taken[2] - taken[1], 0.0) / (masks - 1) if masks > 1 else taken[1]
+    return max(taken[1] - each, 0.0), each
+
+
+def _total(log_probs: torch.Tensor) -> torch.Tensor:
+    return log_probs.sum(dim=1)
+
+
+class _Rehearsal:
+    """Passes over some masks, each metered.
+
+    They are for all of the answer's tokens. Those for some of them (``Replay.log_probs``, ``steps``) leave out the same
+    beginning of the prompt, and what follows the last of them besides.
+    """
+
+    def __init__(
+        self, replay: Replay, image: int, noise: float, parts: Sequence[Any], grid: tuple[int, int], *,
+        joined: bool = False, queries: int | None = None,
+    ) -> None:  # fmt: skip
+        self.replay, self.image, self.noise, self.parts, self.grid = replay, image, noise, parts, grid
+        self.joined, self.queries = joined, queries
+        self.steps = range(len(replay.token_ids))
+        self.cut = False
+
+    def masks(self, count: int) -> torch.Tensor:
+        return torch.full((count, *self.grid), 0.5, dtype=torch.float32, device=self.replay.device)
+
+    def peak(self, kind: Kind, count: int) -> int:
+        """Bytes. ``cut`` says afterwards that memory ran out on the way, and the masks went through in parts."""
+        recovered = len(self.replay.limits.recovered)
+        meter = Meter(self.replay.device)
+        peak: int = getattr(self, f"_{kind}")(meter, count)
+        self.cut = len(self.replay.limits.recovered) > recovered
+        return peak
+
+    def _pass(self, count: int, *, gradient: bool) -> None:
+        masks, replay = self.masks(count), self.replay
+        if gradient:
+            replay.score_and_grad(
+                masks, _total, image=self.image, noise=self.noise, micro_batch=count, steps=self.steps
+            )  # fmt: skip
+        else:
+            with torch.no_grad():
+                replay.log_probs(masks, image=self.image, noise=self.noise, micro_batch=count, steps=self.steps)
+
+    def _forward(self, meter: Meter, count: int) -> int:
+        with meter.running():
+            self._pass(count, gradient=False)
+        return meter.reading.peak
+
+    def _gradient(self, meter: Meter, count: int) -> int:
+        with meter.running():
+            self._pass(count, gradient=True)
+        return meter.reading.peak
+
+    def _relevance(self, meter: Meter, count: int) -> int:
+        worked: dict[str, int] = {}
+        visited: list[str] = []
+
+        def visit(layer: AttentionLayer) -> None:
+            with meter.span():
+                if layer.part not in worked:
+                    worked[layer.part] = len(visited)
+                    # As relevance is made, Ā = mean over heads of ReLU(dA ⊙ A), for the widest block of rows.
+                    rows = next(layer.blocks())
+                    if self.joined:
+                        gradient = layer.weight_gradient(rows).mean(dim=0, keepdim=True)
+                        product = gradient * layer.weights(rows)[-1:]
+                    else:
+                        product = layer.weights(rows) * layer.weight_gradient(rows)
+                    product.clamp_(min=0).double().mean(dim=1).cpu()
+            visited.append(layer.part)
+
+        with meter.running(), self.replay.capture(attention=self.parts, visit=visit):
+            self._pass(count, gradient=True)
+        reading = meter.reading
+        own = {part: reading.spans[at].peak - reading.spans[at].before for part, at in worked.items()}
+        # The first layer is reached with few rows to carry on, those where words are predicted; the others with all.
+        layers = [span.before + own[part] for span, part in list(zip(reading.spans, visited, strict=True))[1:]]
+        return max([reading.outside, *layers])
+
+    def _rollout(self, meter: Meter, count: int) -> int:
+        with meter.running(), self.replay.capture(attention=self.parts) as seen:
+            self._pass(count, gradient=False)
+            layer = seen.layers[-1]
+            layer.weights(next(layer.blocks())).double().mean(dim=1)
+        return meter.reading.peak
+
+    def _rows(self, meter: Meter, count: int) -> int:
+        replay, trace = self.replay, cast(Any, self.replay.trace)
+        layout = trace.layout
+        steps = torch.arange(replay.prompt_length - 1, replay.length)[: self.queries]
+        tokens = torch.tensor(layout.image_positions)[torch.tensor(layout.image_index) == self.image]
+        with meter.running(), replay.capture(attention=self.parts) as seen:
+            self._pass(count, gradient=False)
+            with meter.span():
+                layer = seen.layers[-1]
+                weights = layer.weights(steps.to(layer.device))[0].double().cpu()
+                kept = weights[..., tokens] if len(tokens) else weights
+        # The last layer's rows are made while those of the others wait, and joining them copies all once.
+        whole, each, span = weights.nbytes, kept.nbytes, meter.reading.spans[0]
+        making = span.peak + whole + (len(seen.layers) - 1) * each
+        return max(meter.reading.peak, making, span.before + whole + 2 * len(seen.layers) * each)
+
+    def _activations(self, meter: Meter, count: int) -> int:
+        replay = self.replay
+        encoders = encoders_of(replay)
+        for path in encoders:  # found once and kept, see ``grids``
+            with suppress(ExplainError):
+                encoder_tokens(replay, path, self.image)
+        blocks = [module for path in encoders for module in blocks_of(replay.model, path)]
+        with meter.running(), replay.capture(modules=blocks) as seen:
+            self._pass(count, gradient=True)
+            reached = [module for module in blocks if module in seen.gradients]
+            if reached:
+                output, gradient = (kept[reached[-1]].double() for kept in (seen.outputs, seen.gradients))
+                (gradient * output).sum(dim=-1)
+        return meter.reading.peak
+
+    def _hidden(self, meter: Meter, _count: int) -> int:
+        replay: Any = self.replay
+        positions = torch.tensor(replay.trace.layout.image_positions)
+        _, ids = text_tokens(replay.trace.input_ids, replay.trace.layout.image_positions, replay.trace.token_ids)
+        with meter.running():
+            states = hidden_states(replay).double()
+            rows = head_rows(replay.model, ids).double()
+            states[positions] @ rows.clone().T
+        return meter.reading.peak

@@ -1,0 +1,147 @@
+"""Under which conditions a ``generate()`` call runs, and which of them a replay does not have.
+
+A log-likelihood ratio subtracts two passes over one answer. A replay runs both of them in eval mode, without autocast,
+over a prompt without padding, and positions are numbered by the model. Where ``generate()`` ran otherwise, what it
+computed cannot be one of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from lvlm_probe.models.tokenizers import Stops
+from lvlm_probe.models.wrappers import every_module
+from lvlm_probe.replaying.teacher_forcing import input_device
+
+__all__ = [
+    "compiles_itself",
+    "forced_because",
+    "inferred_mask",
+    "other_conditions",
+    "padded_behind",
+    "without_autocast",
+    "without_picture",
+]
+
+
+def inferred_mask(model: Any, inputs: Mapping[str, torch.Tensor], stops: Stops) -> torch.Tensor | None:
+    """The attention mask ``(batch, position)`` that ``generate()`` makes for itself where none is given: padding tokens
+    count as padding, unless they end answers too. ``None`` where it makes none."""
+    from transformers import GenerationMixin
+
+    if "attention_mask" in inputs or stops.pad is None or stops.pad in stops.eos:
+        return None
+    if type(model).generate is not GenerationMixin.generate:  # one of its own, which does as it likes
+        return None
+    real = inputs["input_ids"] != stops.pad
+    return None if bool(real.all()) else real.long()
+
+
+def other_conditions(model: Any, inputs: Mapping[str, torch.Tensor], kwargs: Mapping[str, Any]) -> list[str]:
+    """What a ``generate()`` call has that no replay has, as parts of a sentence. Right padding is a row's own matter.
+
+    Args:
+        model: the generating model, as it is at the call.
+        inputs: the tensors of the call, with the mask that ``generate()`` infers.
+        kwargs: all arguments by name.
+    """
+    found = []
+    if model.training or any(module.training and _differs(module) for module in every_module(model)):
+        found.append("the model was in training mode")
+    device = input_device(model).type
+    if torch.is_autocast_enabled(device):
+        found.append(f"generate() ran under autocast to {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}")
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        found.append(f"an attention mask of shape {tuple(mask.shape)} was given")
+    if (given := inputs.get("position_ids")) is not None and not _usual(given, ids, mask):
+        found.append("position_ids were given")
+    cache = kwargs.get("past_key_values")
+    if kwargs.get("cache_implementation") == "quantized" or type(cache).__name__.startswith("Quantized"):
+        found.append("the cache was quantised")
+    return found
+
+
+def padded_behind(real: torch.Tensor | None) -> list[str]:
+    """The same of one prompt's padding, ``(position,)`` bool: the answer must follow on the prompt's last token."""
+    return [] if real is None or bool(real[-1]) else ["the prompt was padded on the right"]
+
+
+def forced_because(conditions: Sequence[str]) -> list[str]:
+    """The sentence for the trace; none without conditions."""
+    if not conditions:
+        return []
+    return [
+        f"{' and '.join(conditions)}, unlike in a replay; log-probabilities come from one teacher-forced pass as a "
+        f"replay runs it, so that both sides of the log-likelihood ratio are computed alike"
+    ]
+
+
+def _differs(module: torch.nn.Module) -> bool:
+    """Whether a module inside a model in eval mode computes otherwise in training mode."""
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) or getattr(module, "gradient_checkpointing", False):
+        return True
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
+
+
+def compiles_itself(model: Any, setting: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``generate()`` compiles the model's call for its decoding steps, as it does for caches of fixed size on
+    accelerators.
+
+    Args:
+        model: the generating model.
+        setting: ``settings_of`` the call.
+        kwargs: its arguments by name.
+    """
+    if setting("disable_compile"):
+        return False
+    everywhere = bool(getattr(setting("compile_config"), "_compile_all_devices", None))
+    if input_device(model).type not in ("cuda", "xpu", "neuron", "tpu") and not everywhere:
+        return False
+    cache = kwargs.get("past_key_values")
+    fixed = getattr(cache, "is_compileable", False) and type(cache).__name__ != "DynamicCache"
+    return fixed or setting("cache_implementation") in ("static", "sliding_window", "hybrid", "hybrid_chunked")
+
+
+def without_autocast(model: torch.nn.Module) -> AbstractContextManager[Any]:
+    """Inside the block passes of ours run in the model's own dtypes, as they will when the answer is replayed."""
+    device = input_device(model).type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _usual(given: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether positions are those that the model counts itself, at all tokens that are no padding."""
+    if given.shape[-2:] != ids.shape[-2:] or given.ndim != 2:
+        return False
+    real = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else mask.to(ids.device).long()
+    counted = real.cumsum(-1) - 1
+    return bool(((given.to(ids.device) == counted) | (real == 0)).all())
+
+
+def without_picture(ids: torch.Tensor, image_token: int | None, kwargs: Mapping[str, Any]) -> str:
+    """Why a call without pixel inputs is not recorded."""
+    cache = kwargs.get("past_key_values")
+    length = getattr(cache, "get_seq_length", None)
+    held = int(length()) if callable(length) else 0
+    tokens = int((ids == image_token).sum()) if image_token is not None else 0
+    if held:
+        told = f"its {tokens} image tokens stand for pictures" if tokens else "an earlier turn may have had pictures"
+        return (
+            f"this turn goes on from past_key_values ({held} positions), and {told} that only the cache holds; nothing "
+            f"is recorded. Record this turn without the cache: generate() over the conversation with its pictures"
+        )
+    if tokens:
+        return (
+            f"the prompt holds {tokens} image tokens, but no pixel inputs were given to generate(); nothing is "
+            f"recorded. Pass the processor's outputs on: model.generate(**inputs)"
+        )
+    return (
+        "the prompt holds no image (no pixel inputs were given to generate()), so there is nothing to explain; nothing "
+        "is recorded. Put an image into the prompt and pass the processor's outputs on: model.generate(**inputs)"
+    )

@@ -1,0 +1,456 @@
+"""Attach to a live model: record what it generates, mask what it sees, detach without a trace.
+
+``attach`` puts a function in front of ``generate`` on this one instance, and one in front of the image processor's
+``preprocess``. ``generate`` is the place to stand because transformers encodes the picture *before* the first top-level
+forward pass, which therefore never sees it. All other hooks live only as long as one ``generate()`` call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lvlm_probe.errors import AttachError, ImageError, MaskError, ProbeError
+from lvlm_probe.hooks import Call, HookSet, caution, shadow_of, within
+from lvlm_probe.images.processor import OWN_CALL
+from lvlm_probe.models.anatomy import Anatomy, examine
+from lvlm_probe.models.drivers import called_model, probed_model
+from lvlm_probe.models.fingerprint import describe_model, undescribed
+from lvlm_probe.models.wrappers import generating_model, is_compiled
+from lvlm_probe.recording.conditions import without_autocast
+from lvlm_probe.recording.handed_images import flatten_images
+from lvlm_probe.recording.masked_calls import Masking
+from lvlm_probe.recording.processor_watch import ProcessorWatch
+from lvlm_probe.recording.prompt_images import NotRecorded
+from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions
+from lvlm_probe.recording.token_boxes import BoxCache
+from lvlm_probe.replaying.answer_source import image_processor_of, watched_method
+from lvlm_probe.trace import Trace, open_trace, write
+from lvlm_probe.trace.records import Capture
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Probe", "Recording", "attach"]
+
+_log = logging.getLogger("lvlm_probe")
+
+
+def attach(model: torch.nn.Module, processor: object | None = None) -> Probe:
+    """Attach a probe to a loaded Hugging Face vision-language model.
+
+    Args:
+        model: any model with image input and ``generate``; it is not changed.
+        processor: its processor, or its image processor alone. Without one, masks live in pixel-input space
+            (``masked(mask, space="pixels")``), and no words can be shown, only token ids.
+
+    Raises:
+        AttachError: a probe is attached already, or the model cannot be probed; the message says why.
+    """
+    return Probe(model, processor)
+
+
+class Recording:
+    """What ``Probe.record`` gives: every ``generate()`` inside the ``with`` block becomes a trace file.
+
+    The file is there when ``generate()`` returns. A streamer that is read in another thread ends before that: join the
+    thread that generates, then look at the traces.
+
+    Attributes:
+        directory: where the files go.
+        paths: the files written so far, oldest first.
+        faults: what went wrong inside hooks, as sentences; the user's generation was not affected.
+    """
+
+    def __init__(self, attachment: _Attachment, directory: Path, options: RecordOptions, probe: Probe) -> None:
+        self.directory = directory
+        self.paths: list[Path] = []
+        self.faults: list[str] = []
+        self._attachment = attachment
+        self._probe: Probe | None = probe  # dropping the last reference to it detaches, which is not yet
+        self._options = options
+        self._warned: set[str] = set()
+
+    @property
+    def traces(self) -> list[Trace]:
+        """The traces written so far, opened; one per batch row."""
+        found: list[Trace] = []
+        for path in self.paths:
+            first = open_trace(path)
+            found.append(first)
+            found.extend(open_trace(path, row=row) for row in range(1, first.rows))
+        return found
+
+    def __enter__(self) -> Recording:
+        with self._attachment.lock:
+            if self._attachment.recording is not None:
+                raise AttachError("a recording is running on this probe already; leave its `with` block first")
+            if self._attachment.closed:
+                raise AttachError("the probe was detached; attach again to record")
+            self._attachment.recording = self
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._attachment.lock:
+            if self._attachment.recording is self:
+                self._attachment.recording = None
+        self._probe = None
+
+    def run(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record one ``generate()`` call. Whatever goes wrong in here, the user gets what ``generate`` returns.
+
+        Calls of several threads are recorded side by side: everything here but ``self`` belongs to this one.
+        """
+        owner = self._attachment
+        faults: list[str] = []
+
+        def fault(name: str, error: BaseException, kept: str = "the trace is marked status='error'") -> None:
+            faults.append(f"{name}: {type(error).__name__}: {error}")
+            told = f"recording went wrong in {name} ({type(error).__name__}: {error}); the generation is not affected, "
+            self._warn(kept, told + kept)
+
+        recorder = GenerationRecorder(
+            owner.model, owner.processor, owner.anatomy, owner.watch, self._options, fault, owner.boxes
+        )
+        ready = False
+        try:
+            recorder.begin(args, kwargs)
+            ready = True
+        except NotRecorded as reason:
+            recorder.abort()
+            self._warn(str(reason)[:40], str(reason))
+        except Exception as error:
+            recorder.abort()
+            _log.debug("recording could not begin", exc_info=True)
+            faults.append(f"begin: {type(error).__name__}: {error}")
+            self._warn("begin", f"this generation is not recorded: {type(error).__name__}: {error}")
+        except BaseException:  # Ctrl-C while hooks were being hung up
+            recorder.abort()
+            raise
+        try:
+            with Call(recorder):
+                output = original(*args, **kwargs)
+        except BaseException:
+            recorder.abort()
+            raise
+        if not ready:
+            self.faults += faults
+            return output
+        try:
+            self._keep(recorder, output, faults, fault)
+        except NotRecorded as reason:
+            self._warn(str(reason)[:40], str(reason))
+        except Exception as error:
+            _log.debug("recording failed", exc_info=True)
+            fault("finish", error, "but there is no trace of it")
+        finally:
+            recorder.abort()
+            self.faults += faults
+        return output
+
+    def _keep(self, recorder: GenerationRecorder, output: Any, faults: list[str], fault: Any) -> None:
+        interrupted: KeyboardInterrupt | None = None
+        # Nothing here draws from the global random state, which is all threads' own: passes run in eval mode, noise has
+        # generators of ours.
+        with torch.no_grad(), without_autocast(self._attachment.model):
+            capture = recorder.finish(output)
+            for caution_ in recorder.cautions:
+                self._warn(*caution_)
+            try:
+                recorder.complete(capture)
+            except KeyboardInterrupt as stop:
+                interrupted = stop  # the answer is complete: keep it, without the scores that were being computed
+                self._note(capture, "the baseline pass was interrupted; replay gives the log-likelihood ratios")
+            except Exception as error:
+                fault("teacher-forced pass", error)
+            try:
+                capture.model = self._attachment.describe_model()
+            except Exception as error:  # it costs the description, not the answer
+                capture.model, told = undescribed(self._attachment.model, error)
+                self._note(capture, told)
+                self.faults.append(told)
+                self._warn("describe", told)
+        if faults:
+            for row in capture.rows:
+                row.status, row.error = "error", "; ".join(faults)
+        self.paths.append(write(capture, self.directory))
+        if interrupted is not None:
+            raise interrupted
+
+    def give_up(self, error: Exception) -> None:
+        """Say that a ``generate()`` call is not recorded because of an error that nothing else has caught."""
+        told = f"this generation is not recorded: {type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):
+            self.faults.append(told)
+            self._warn("given up", told)
+
+    @staticmethod
+    def _note(capture: Capture, sentence: str) -> None:
+        for row in capture.rows:
+            row.notes.append(sentence)
+
+    def _warn(self, kind: str, sentence: str) -> None:
+        """Say each kind of thing once per recording."""
+        with self._attachment.lock:
+            new = kind not in self._warned
+            self._warned.add(kind)
+        if new:
+            caution(sentence, stacklevel=4)
+
+
+class _Once:
+    """The user's ``generate``, and what came of it: of all that happens around it, only that is the user's."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self._original = original
+        self.returned, self.output = False, None
+        self.error: Exception | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            self.output = self._original(*args, **kwargs)
+        except Exception as error:
+            self.error = error
+            raise
+        self.returned = True
+        return self.output
+
+
+class _Attachment:
+    """Everything that hangs on the model. It knows nothing of the ``Probe``, so that dropping the probe detaches.
+
+    ``recording`` and ``masking`` are for every caller of the model, in whatever thread or task; what a ``generate()``
+    calls in its turn, in its own thread and context, is a part of it (``Call``).
+    """
+
+    def __init__(self, model: torch.nn.Module, processor: object | None, anatomy: Anatomy) -> None:
+        self.model, self.processor, self.anatomy = model, processor, anatomy
+        self.watch = ProcessorWatch()
+        self.boxes: BoxCache = {}
+        self.hooks = HookSet()
+        self.recording: Recording | None = None
+        self.masking: Masking | None = None
+        self.closed = False
+        self.lock = threading.RLock()
+
+    def open(self) -> None:
+        self.hooks.shadow(called_model(self.model), "generate", self._generate)
+        self.hooks.forward_pre(called_model(self.model), self._forward, name="masked", fenced=False)
+        if (watched := watched_method(self.processor)) is not None:
+            self.hooks.shadow(*watched, self._preprocess)
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            self.recording = self.masking = None
+        self.hooks.remove()
+        self.watch = ProcessorWatch()  # calls that are being recorded still have theirs
+
+    def describe_model(self) -> dict[str, Any]:
+        """The model's description and fingerprint as it is now: between two calls weights are trained or switched."""
+        return describe_model(self.model)
+
+    def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        # Looked up once: other threads come and go.
+        masking, recording = self.masking, self.recording
+        if masking is not None and not within(self):
+            # Not fenced: a mask the user asked for and did not get would be a silent lie.
+            with Call(self):
+                if recording is not None:
+                    recording._warn("masked", "a masked generation is not recorded: its picture is not the user's")
+                args, kwargs = masking.of_generate(self.model, args, kwargs)
+                return original(*args, **kwargs)
+        once = _Once(original)
+        try:
+            if within(self):
+                return once(*args, **kwargs)
+            with Call(self):
+                return once(*args, **kwargs) if recording is None else recording.run(once, args, kwargs)
+        except Exception as error:
+            if once.error is not None:
+                raise once.error from None
+            if recording is not None:
+                recording.give_up(error)
+            return once.output if once.returned else original(*args, **kwargs)
+
+    def _forward(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Not fenced: a mask the user asked for and did not get would be a silent lie.
+        masking = self.masking
+        if masking is None or within(self):
+            return None
+        return args, masking.of_forward(self.model, kwargs)
+
+    def _preprocess(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if within(self) or OWN_CALL.get():
+            return original(*args, **kwargs)
+        return self.watch.observe(image_processor_of(self.processor), original, args, kwargs, self._unwatched)
+
+    def _unwatched(self, error: Exception) -> None:
+        if (recording := self.recording) is not None:
+            recording.faults.append(f"processor watch: {error}")
+            recording._warn("watch", f"the processor call could not be watched: {error}")
+
+
+class Probe:
+    """A probe on one model; made by ``attach``. Usable as a context manager that detaches at the end.
+
+    Attributes:
+        model, processor: what was attached.
+        anatomy: where encoders, mergers, decoder and image tokens are; inside a ``PeftModel``, in its base model.
+    """
+
+    def __init__(self, model: torch.nn.Module, processor: object | None = None) -> None:
+        if is_compiled(model):
+            raise AttachError(
+                "this is the wrapper that torch.compile(model) returns; attach the model itself before compiling "
+                "it, or use model.compile(), which compiles in place"
+            )
+        inner = generating_model(model)
+        present = shadow_of(vars(inner).get("generate")) if hasattr(inner, "__dict__") else None
+        if present is not None and present.active:
+            raise AttachError(
+                f"a probe is attached to this {type(model).__name__} already; use that one, or call its detach() first"
+            )
+        self.model, self.processor = model, processor
+        inner = probed_model(inner, processor)
+        self.anatomy = examine(inner, processor)
+        self._attachment = _Attachment(inner, processor, self.anatomy)
+        try:
+            self._attachment.open()
+        except BaseException:
+            self._attachment.close()
+            raise
+        self._finalizer = weakref.finalize(self, self._attachment.close)
+
+    def record(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        images: Any = None,
+        llr: bool = True,
+        attention: bool = True,
+        heads: Literal["mean", "all"] = "mean",
+        boxes: bool = True,
+        baseline: str | Image.Image = "blur",
+        points: tuple[str, ...] = (),
+        question: str | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> Recording:
+        """Record every ``generate()`` call inside the ``with`` block.
+
+        Args:
+            path: directory for the trace files, made if missing; existing traces stay.
+            images: the original pictures, where they cannot be taken from the processor call (a list; nested for
+                batches).
+            llr: also compute log-likelihood ratios: one more pass per row, on the baseline picture. ``False`` defers
+            it.
+            attention: record decoder attention from answer tokens to image tokens.
+            heads: ``"mean"`` over heads or ``"all"`` of them.
+            boxes: with attention, also keep which part of the picture each image token stands for. On the first picture
+                of every size the processor is run some eight times for that, the encoder once and back ten times.
+            baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or a picture.
+            points: further module outputs to keep: ``"encoder"``, ``"merger"`` or module path patterns; and
+                ``"hidden"``, the decoder's final hidden states with the LM head's rows of the prompt's and the answer's
+                words (one more pass), from which ``explain(trace, method="tam")`` needs no model.
+            question: text to show as the question; by default the prompt without special tokens.
+            meta: JSON to keep with the traces.
+
+        Raises:
+            ProbeError: the directory cannot be written.
+        """
+        directory = Path(path)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ProbeError(f"traces cannot be written to {directory}: {error}; name a directory") from error
+        if not os.access(directory, os.W_OK):
+            raise ProbeError(f"traces cannot be written to {directory}: no permission; name another directory")
+        if images is not None:
+            self._check_images(images)
+        options = RecordOptions(
+            images, llr, attention, boxes, heads, baseline, tuple(points), question, dict(meta or {})
+        )
+        return Recording(self._attachment, directory, options, self)
+
+    @contextmanager
+    def masked(
+        self,
+        mask: torch.Tensor,
+        *,
+        images: Any = None,
+        image: int | None = None,
+        baseline: str | Image.Image = "blur",
+        mode: Literal["fast", "exact"] = "fast",
+        space: Literal["picture", "pixels"] = "picture",
+    ) -> Iterator[None]:
+        """Inside the block, ``model(**inputs)`` and ``model.generate(**inputs)`` see the masked picture.
+
+        Args:
+            mask: ``(row, col)`` for every image of the call, or ``(image, row, col)``; 1 keeps, 0 is the baseline. Any
+                loss on ``model(**inputs)`` is differentiable in it.
+            images: the original pictures, where they cannot be taken from the processor call.
+            image: mask this image only.
+            baseline: what stands where the mask is 0.
+            mode: ``"exact"`` runs the real processor on the real composite.
+            space: ``"picture"`` refuses a call whose original picture is not known; ``"pixels"`` lays the mask on what
+                the processor made of it, without what was cropped away.
+
+        Raises:
+            MaskError, ImageError: the mask does not fit, the call has no picture, or it is not known which.
+        """
+        if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
+            raise MaskError("a mask is a floating-point tensor with values in [0, 1]")
+        if space not in ("picture", "pixels"):
+            raise MaskError(f"space is 'picture' or 'pixels'; got {space!r}")
+        if self._attachment.closed:
+            raise AttachError("the probe was detached; attach again")
+        before = self._attachment.masking
+        self._attachment.masking = Masking(
+            self.processor,
+            self._attachment.watch,
+            self.anatomy,
+            mask,
+            images=images,
+            image=image,
+            baseline=baseline,
+            mode=mode,
+            space=space,
+        )
+        try:
+            yield
+        finally:
+            self._attachment.masking = before
+
+    def detach(self) -> None:
+        """Remove everything this probe hung on the model and its processor; calling it again does nothing."""
+        self._finalizer()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the probe is still attached."""
+        return not self._attachment.closed
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"<Probe {state}: {type(self.model).__name__}, decoder {self.anatomy.decoder!r}>"
+
+    @staticmethod
+    def _check_images(images: Any) -> None:
+        pictures, _ = flatten_images(images)
+        if pictures is None:
+            raise ImageError("images= takes PIL pictures or uint8 arrays (nested in one list per prompt for batches)")

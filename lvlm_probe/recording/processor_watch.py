@@ -1,0 +1,369 @@
+"""What the user's processor was called with: the original pictures behind the pixel inputs of a ``generate()`` call.
+
+The image processor's ``preprocess`` is watched on the instance. What it was given and what it returned belong to the
+user, who may draw on the picture, turn the page of a file, or add noise to the tensors in place; so pictures are copied
+when the call is made, and of the tensors nothing is kept but a hash per row, in the dtype they had and in half
+precision.
+
+A call is recognised later by those hashes, row by row: inputs may have been cast, moved, joined with those of other
+calls, repeated, put into another order, or filled up with zeros to the longest of a batch. Pictures are kept up to
+``KEPT_BYTES``; of calls whose pictures had to go a digest stays, so that the reason can be told.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lvlm_probe.images.processor import NOT_KEPT, named_outputs, processor_settings
+from lvlm_probe.recording.handed_images import Handed, hand_over, look_of, picture_bytes, same_picture
+from lvlm_probe.recording.recognition import Prints, cover, digest, prints_of, readings, shares_of
+
+__all__ = ["KEPT_BYTES", "ProcessorCall", "ProcessorWatch", "describe_call"]
+
+_log = logging.getLogger("lvlm_probe")
+
+KEPT_BYTES = 512 << 20
+"""Bytes of pictures (and of hashes) that a watch holds: some 500 pictures of 640 x 480, or 10 of 12 megapixels. The
+latest call is held whatever its size."""
+
+_DIGESTS = 4096  # of calls whose pictures were let go: 32 bytes each
+
+
+@dataclass(frozen=True)
+class ProcessorCall:
+    """One call of an image processor, or several whose outputs were joined.
+
+    Attributes:
+        images, groups: as in ``Handed``.
+        kwargs: keyword arguments of the call that a replay needs.
+        names: the outputs it returned.
+        config: the processor's own settings at the call, JSON; ``None`` where they are not known.
+        shares: number of pictures of each call that was joined.
+        why: as in ``Handed``.
+    """
+
+    images: list[Image.Image] | None
+    groups: tuple[int, ...] | None
+    kwargs: dict[str, Any]
+    names: frozenset[str] = frozenset()
+    config: dict[str, Any] | None = None
+    shares: tuple[int, ...] = ()
+    why: str = ""
+
+    @property
+    def structure(self) -> str:
+        """``"nested"`` when pictures were given in one list per prompt, else ``"flat"``."""
+        return "flat" if self.groups is None else "nested"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Outputs that stand for ``pictures`` of a call: all of them, those of one prompt, or one."""
+
+    call: _Kept
+    prints: dict[str, Prints]
+    pictures: slice
+    groups: tuple[int, ...] | None
+
+
+@dataclass(eq=False)
+class _Kept:
+    call: ProcessorCall
+    settings: str
+    parts: list[_Part] = field(default_factory=list)
+    pictures: list[int] = field(default_factory=list)
+    size: int = 0
+
+
+class ProcessorWatch:
+    """The calls of one image processor. Any number of threads may use it at once."""
+
+    def __init__(self, *, kept_bytes: int = KEPT_BYTES) -> None:
+        self._budget = kept_bytes
+        self._lock = threading.Lock()
+        self._calls: deque[_Kept] = deque()  # oldest first
+        self._bytes = 0
+        self._pictures: dict[int, tuple[Any, Image.Image, int]] = {}  # by id: look, picture, in how many calls
+        self._looks: dict[Any, list[int]] = {}
+        self._forgotten: OrderedDict[bytes, None] = OrderedDict()
+        self._returned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+        self._seen = self._dropped = 0
+        self._missed = ""
+
+    # ------------------------------------------------------------------ what is kept
+
+    def observe(
+        self,
+        image_processor: Any,
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        on_error: Callable[[Exception], None],
+    ) -> Any:
+        """Call ``method``, the user's own, and remember it. What goes wrong here is told to ``on_error`` alone."""
+        try:
+            handed = hand_over(args[0] if args else kwargs.get("images"))
+        except Exception as error:
+            self._miss(error, on_error)
+            return method(*args, **kwargs)
+        result = method(*args, **kwargs)
+        try:
+            self.add(handed, kwargs, named_outputs(image_processor, result), image_processor)
+        except Exception as error:
+            self._miss(error, on_error)
+        return result
+
+    def _miss(self, error: Exception, on_error: Callable[[Exception], None]) -> None:
+        _log.debug("a processor call could not be kept", exc_info=error)
+        self._missed = f"{type(error).__name__}: {error}"
+        on_error(error)
+
+    def add(
+        self, images: Any, kwargs: Mapping[str, Any], result: Mapping[str, Any], image_processor: Any = None
+    ) -> None:
+        """Remember one call; results without tensors cannot be recognised later and are dropped.
+
+        Args:
+            images: its pictures, or what ``hand_over`` made of them before the call.
+            kwargs: its keyword arguments.
+            result: its outputs by name.
+            image_processor: whose settings count.
+        """
+        handed = images if isinstance(images, Handed) else hand_over(images)
+        outputs = {name: tensor for name, value in result.items() if (tensor := _tensor(value)) is not None}
+        if not any(value.is_floating_point() for value in outputs.values()):
+            return
+        prints = {name: prints_of(value) for name, value in outputs.items()}
+        kept = {name: _copied(value) for name, value in kwargs.items() if name not in NOT_KEPT}
+        config = processor_settings(image_processor)
+        call = ProcessorCall(handed.images, handed.groups, kept, frozenset(result), config, why=handed.why)
+        settings = json.dumps([config, kept], sort_keys=True, default=repr)
+        with self._lock:
+            self._seen += 1
+            self._returned.update((id(value), value) for value in result.values() if isinstance(value, torch.Tensor))
+            entry = _Kept(call, settings)
+            if handed.images is not None:
+                shared = [self._share(image, entry) for image in handed.images]
+                entry.call = replace(call, images=shared)
+            entry.parts = _parts(entry, outputs, prints)
+            entry.size = sum(len(rows) for each in prints.values() for _, rows in each.values())
+            self._calls.append(entry)
+            self._bytes += entry.size
+            while self._bytes > self._budget and len(self._calls) > 1:
+                self._forget()
+
+    def _share(self, image: Image.Image, entry: _Kept) -> Image.Image:
+        """The picture, or an equal one that is held already: one picture is often asked many questions."""
+        look = look_of(image)
+        for number in self._looks.get(look, []):
+            _, known, count = self._pictures[number]
+            if known is image or same_picture(known, image):
+                self._pictures[number] = look, known, count + 1
+                entry.pictures.append(number)
+                return known
+        number = id(image)
+        self._pictures[number] = look, image, 1
+        self._looks.setdefault(look, []).append(number)
+        self._bytes += picture_bytes(image)
+        entry.pictures.append(number)
+        return image
+
+    def _forget(self) -> None:
+        entry = self._calls.popleft()
+        self._bytes -= entry.size
+        self._dropped += 1
+        for number in entry.pictures:
+            look, image, count = self._pictures[number]
+            if count > 1:
+                self._pictures[number] = look, image, count - 1
+                continue
+            del self._pictures[number]
+            self._looks[look].remove(number)
+            if not self._looks[look]:
+                del self._looks[look]
+            self._bytes -= picture_bytes(image)
+        for name, prints in entry.parts[0].prints.items():
+            for dtype, rows in prints.items():
+                self._forgotten[digest(name, dtype, rows)] = None
+        while len(self._forgotten) > _DIGESTS:
+            self._forgotten.popitem(last=False)
+
+    def clear(self) -> None:
+        """Let go of all pictures and hashes."""
+        with self._lock:
+            for known in (self._calls, self._pictures, self._looks, self._forgotten, self._returned):
+                known.clear()
+            self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    # ------------------------------------------------------------------ what is found
+
+    def find(self, inputs: Mapping[str, Any]) -> ProcessorCall | None:
+        """The call that made these model inputs, or all those that did, as one; ``None`` where part of the inputs was
+        made by none. Of calls that made the same the latest."""
+        with self._lock:
+            parts = [part for entry in reversed(self._calls) for part in entry.parts]
+        names = {name for part in parts for name in part.prints}
+        given = {name: value for name, value in inputs.items() if name in names and isinstance(value, torch.Tensor)}
+        if not any(value.is_floating_point() for value in given.values()):
+            return None
+        for filled in (False, True):
+            for rows in readings(given, filled):
+                if found := cover(rows, parts, filled):
+                    return _joined(found)
+        return None
+
+    def why(self, inputs: Mapping[str, Any]) -> tuple[str, str]:
+        """Why ``find`` found none: a word for the kind, and a sentence with the way out."""
+        floating = {n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+        with self._lock:
+            names = {name for entry in self._calls for name in entry.call.names}
+            again = [name for name, value in floating.items() if self._returned.get(id(value)) is value]
+            gone = any(
+                digest(name, value.dtype, rows) in self._forgotten
+                for name, value in floating.items()
+                for rows in prints_of(value, (value.dtype,)).values()
+            )
+            seen, dropped = self._seen, self._dropped
+        if self._missed:
+            return "watch", f"a call of the attached processor could not be watched ({self._missed}); pass images="
+        if not seen:
+            return "before", (
+                "the attached processor has made nothing since attach(): the pixel inputs were prepared before it, or "
+                "in another process (a DataLoader worker, a server); prepare them after attach() and in this process, "
+                "or pass images="
+            )
+        if gone:
+            return "forgotten", (
+                f"these inputs were prepared more than {len(self)} processor calls ago, and pictures are held up to "
+                f"{self._budget >> 20} MiB; prepare fewer prompts ahead, or pass images="
+            )
+        if names and not names & floating.keys():
+            return "names", (
+                f"the model was fed {', '.join(sorted(floating))}, which the attached processor does not return (it "
+                f"returns {', '.join(sorted(names))}): attach the whole processor that made the inputs"
+            )
+        if again:
+            return "changed", (
+                f"{', '.join(again)} was changed in place after the processor returned it, so that no picture makes "
+                f"these inputs"
+            )
+        older = f", more than {len(self)} calls ago" if dropped else ""
+        return "unknown", (
+            f"the pixel inputs are not what the attached processor returned in any of its {seen} call(s) since "
+            f"attach(): they were changed after the call, or prepared before attach(), in another process{older}; "
+            f"prepare them after attach() and in this process, or pass images="
+        )
+
+
+def _copied(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)  # a dict of sizes may be changed for the next call
+    except Exception:
+        return value
+
+
+def _parts(entry: _Kept, outputs: Mapping[str, torch.Tensor], prints: dict[str, Prints]) -> list[_Part]:
+    """The whole call, and each of its prompts or pictures where the outputs can be divided among them."""
+    call = entry.call
+    count = len(call.images) if call.images is not None else 0
+    parts = [_Part(entry, prints, slice(0, count), call.groups)]
+    if count < 2:
+        return parts
+    units = [call.groups] if call.groups is not None and len(call.groups) > 1 else []
+    for sizes in (*units, (1,) * count):
+        shares = {name: shares_of(value, len(sizes), outputs) for name, value in outputs.items()}
+        if any(share is None for share in shares.values()):
+            continue
+        start = 0
+        for number, size in enumerate(sizes):
+            own = {
+                name: {dtype: (tail, rows[share[number]]) for dtype, (tail, rows) in prints[name].items()}
+                for name, share in shares.items()
+                if share is not None
+            }
+            groups = None if call.groups is None else (size,)
+            parts.append(_Part(entry, own, slice(start, start + size), groups))
+            start += size
+        break
+    return parts
+
+
+def _joined(parts: Sequence[_Part]) -> ProcessorCall | None:
+    """The calls behind these parts as one; ``None`` where their settings differ, for no one call makes all of it."""
+    first = parts[0].call
+    if any(part.call.settings != first.settings for part in parts):
+        return None
+    if len({part.groups is None for part in parts}) > 1:
+        return None
+    names = frozenset(name for part in parts for name in part.call.call.names)
+    lost = next((part.call.call.why for part in parts if part.call.call.images is None), None)
+    images = [image for part in parts for image in (part.call.call.images or [])[part.pictures]]
+    groups = None if parts[0].groups is None else tuple(size for part in parts for size in part.groups or ())
+    shares = tuple(part.pictures.stop - part.pictures.start for part in parts)
+    return replace(
+        first.call, images=None if lost is not None else images, groups=groups, names=names, shares=shares,
+        why=lost or "",
+    )  # fmt: skip
+
+
+def _tensor(value: Any) -> torch.Tensor | None:
+    """A result as the tensor that ProcessorMixin will make of it (it asks for tensors after joining with the text)."""
+    if isinstance(value, torch.Tensor):
+        return value
+    try:
+        if isinstance(value, list | tuple) and value and all(isinstance(part, torch.Tensor) for part in value):
+            return torch.stack(list(value))  # not by way of NumPy, which has no bfloat16
+        array = np.asarray(value)
+    except (RuntimeError, TypeError, ValueError):  # of unequal shapes
+        return None
+    return torch.as_tensor(array) if array.dtype.kind in "iufb" else None
+
+
+# ---------------------------------------------------------------------------------------------------- description
+
+
+def describe_call(image_processor: Any, call: ProcessorCall) -> tuple[dict[str, Any], list[str]]:
+    """A processor call as JSON for the trace, and the names of arguments that JSON cannot hold."""
+    kept: dict[str, Any] = {}
+    lost: list[str] = []
+    for name, value in call.kwargs.items():
+        try:
+            kept[name] = json.loads(json.dumps(_plain(value)))
+        except (TypeError, ValueError):
+            lost.append(name)
+    name = getattr(image_processor, "processor_name", None) or type(image_processor).__name__
+    description = {
+        "class": name,
+        "kwargs": kept,
+        "structure": call.structure,
+        "backend": "pil" if name.endswith("Pil") else str(getattr(image_processor, "backend", "") or ""),
+        "config": processor_settings(image_processor) if call.config is None else call.config,
+    }
+    return description, lost
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "items"):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if hasattr(value, "value"):  # an enumeration, PILImageResampling among them
+        return value.value
+    if isinstance(value, int | float | str | bool) or value is None:
+        return value
+    raise TypeError(type(value).__name__)

@@ -1,0 +1,403 @@
+"""One ``generate()`` call seen from outside: what it was given, what it said, how sure it was.
+
+``GenerationRecorder.begin`` looks at the arguments and hangs up two things for the length of the call: a forward hook
+that reads log P(a_t) off the logits the model computes anyway, and the attention row tap. They act in this one call
+(``hooks.Call``), whoever else runs the model meanwhile. ``finish`` turns the returned
+sequences into one capture per batch row. Nothing here may raise into the user's generation: the session fences every
+call.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lvlm_probe.attention import Rows, RowTap
+from lvlm_probe.boxes.image_tokens import token_places
+from lvlm_probe.boxes.painting import image_spans
+from lvlm_probe.errors import ProbeError
+from lvlm_probe.hooks import HookSet
+from lvlm_probe.images.processor import whole_numbers
+from lvlm_probe.models.anatomy import Anatomy
+from lvlm_probe.models.drivers import Driver
+from lvlm_probe.models.tokenizers import (
+    Stops,
+    decoder_prompt,
+    display_pieces,
+    folded,
+    positional,
+    settings_of,
+    special_flags,
+    stops_of,
+    tokenizer_of,
+)
+from lvlm_probe.models.wrappers import adapters_of_this_call, compiled_parts
+from lvlm_probe.recording.attention_points import CROSS, attention_points
+from lvlm_probe.recording.conditions import (
+    compiles_itself,
+    forced_because,
+    inferred_mask,
+    other_conditions,
+    padded_behind,
+    without_picture,
+)
+from lvlm_probe.recording.log_probs import StepLogProbs, answer_in, generators
+from lvlm_probe.recording.module_outputs import PointTap
+from lvlm_probe.recording.processor_watch import ProcessorWatch
+from lvlm_probe.recording.prompt_images import NotRecorded, PictureFinder, PromptPictures, encoded
+from lvlm_probe.recording.row_inputs import columns_of, image_places, row_inputs
+from lvlm_probe.recording.token_boxes import BoxCache, box_key, place
+from lvlm_probe.replaying import Replay
+from lvlm_probe.replaying.answer_source import LiveTrace
+from lvlm_probe.replaying.hidden_states import point_records
+from lvlm_probe.replaying.teacher_forcing import list_inputs
+from lvlm_probe.trace.records import Capture, RowCapture
+
+__all__ = ["GenerationRecorder", "RecordOptions"]
+
+_BOXES_KEPT = 64
+_ALPHA = 1.0  # LLR above which a token counts when the baseline is checked; the paper's default
+
+
+@dataclass(frozen=True)
+class RecordOptions:
+    """What ``Probe.record`` was asked for; see there."""
+
+    images: Any = None
+    llr: bool = True
+    attention: bool = True
+    boxes: bool = True
+    heads: Literal["mean", "all"] = "mean"
+    baseline: str | Image.Image = "blur"
+    points: tuple[str, ...] = ()
+    question: str | None = None
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+class GenerationRecorder:
+    """Everything around one ``generate()`` call. Used once: ``begin`` → the call → ``finish`` or ``abort``."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        processor: object | None,
+        anatomy: Anatomy,
+        watch: ProcessorWatch,
+        options: RecordOptions,
+        on_error: Callable[[str, BaseException], None],
+        boxes: BoxCache,
+    ) -> None:
+        self.model, self.processor, self.anatomy = model, processor, anatomy
+        self.options = options
+        self.notes: list[str] = []
+        self._watch = watch
+        self._hooks = HookSet(on_error, scope=self)
+        self._log_probs: list[StepLogProbs] = []
+        self._decoder_ids: torch.Tensor | None = None
+        self._stops = Stops(frozenset(), None)
+        self._tap: RowTap | None = None
+        self._points: PointTap | None = None
+        self._on_error = on_error
+        self._boxes = boxes
+        self._inputs: dict[str, Any] = {}
+        self._images: dict[str, list[Image.Image]] = {}
+        self._other_conditions: list[str] = []
+        self._compiling = False
+        self.cautions: list[tuple[str, str]] = []
+        self._started = time.perf_counter()
+
+    # ------------------------------------------------------------------ around the call
+
+    def begin(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Look at the arguments of ``generate`` and hang up the hooks.
+
+        Raises:
+            NotRecorded: there is nothing to record, or it cannot be recorded without wrong numbers.
+        """
+        if isinstance(self.model, Driver):
+            kwargs = self.model.arguments(args, kwargs)
+        else:
+            kwargs = {**positional(self.model, args), **kwargs}
+        ids = kwargs.get("input_ids", kwargs.get("inputs"))
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            raise NotRecorded("generate() was called without input_ids of shape (batch, prompt); nothing is recorded")
+        # As they are now: a streamer gives control back to the user while the answer is generated.
+        self._inputs = {n: value.detach().clone() for n, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        for name in list_inputs(self.model) & kwargs.keys():
+            if (numbers := whole_numbers(kwargs[name])) is not None:
+                self._inputs[name] = numbers
+        self._inputs["input_ids"] = ids = ids.detach().clone()
+        pixels = [name for name in self._inputs if self.anatomy.is_pixel_name(name)]
+        if reason := adapters_of_this_call(self.model):
+            raise NotRecorded(reason)
+        if any("video" in name for name in pixels):
+            raise NotRecorded("the prompt holds a video, and videos are not recorded yet; nothing is recorded")
+        if not any(self._inputs[name].is_floating_point() for name in pixels):
+            raise NotRecorded(without_picture(ids, self.anatomy.image_token_id, kwargs))
+        setting = settings_of(self.model, kwargs)
+        if self.anatomy.encoder_decoder:
+            self._decoder_ids = decoder_prompt(
+                kwargs.get("decoder_input_ids"), setting("decoder_start_token_id", setting("bos_token_id")), ids
+            )
+            self._inputs["decoder_input_ids"] = self._decoder_ids
+        start = ids if self._decoder_ids is None else self._decoder_ids
+        self._stops = stops_of(self.model, kwargs, start.shape[1])
+        if (mask := inferred_mask(self.model, self._inputs, self._stops)) is not None:
+            self._inputs["attention_mask"] = mask
+        self._other_conditions = other_conditions(self.model, self._inputs, kwargs)
+        self._compiling = compiles_itself(self.model, setting, kwargs)
+        beams = int(setting("num_beams", 1))
+        if beams > 1:
+            self.notes.append(
+                f"beam search ({beams} beams) reorders rows while it runs, so log-probabilities come from one "
+                f"teacher-forced pass over the returned answer, and attention rows are not recorded"
+            )
+            return
+        for module in generators(self.model):
+            self._log_probs.append(StepLogProbs())
+            graph = self._compiling or module._compiled_call_impl is not None
+            self._log_probs[-1].hang(module, self._hooks, compiled=graph, on_error=self._on_error)
+        points = [point for point in self.options.points if point != "hidden"]
+        if points:
+            self._points = PointTap(self.model, self.anatomy, points, self._hooks)
+        if self.options.attention:
+            try:
+                self._arm_tap(ids, int(setting("num_return_sequences", 1)))
+            except Exception as error:  # the answer can be recorded all the same
+                self._on_error("attention", error)
+                if self._tap is not None:
+                    self._tap.remove()
+                    self._tap = None
+
+    def _arm_tap(self, ids: torch.Tensor, copies: int) -> None:
+        found = image_places(self._inputs, self.anatomy.image_token_id)
+        if self._compiling or compiled_parts(self.model, self.anatomy.decoder):
+            self.notes.append(
+                "attention rows are not recorded: the model is compiled"
+                f"{' by generate() for its static cache' if self._compiling else ''}, and a compiled graph does not "
+                "show its attention; record with the model before torch.compile, or with disable_compile=True"
+            )
+            return
+        # Without image tokens in what the decoder reads, the picture reaches it by cross-attention.
+        cross = found is None or self.anatomy.encoder_decoder
+        tap = RowTap(self.model, cross=cross, on_error=lambda error: self._on_error("attention", error))
+        if not tap.layers:
+            reasons = "; ".join(sorted(set(map(str, tap.unsupported.values())))) or "no attention layer was found"
+            reasons = f"there are no image tokens in the prompt, and {reasons}" if found is None else reasons
+            self.notes.append(f"attention rows are not recorded: {reasons}")
+            return
+        if tap.unsupported:
+            self.notes.append(f"{len(tap.unsupported)} layer(s) without attention rows: {tap.unsupported}")
+        if found is not None and not found.any():
+            self.notes.append("attention rows are not recorded: the prompt holds no image tokens")
+            return
+        columns, valid = (
+            (None, None) if found is None else (part.repeat_interleave(copies, 0) for part in columns_of(found))
+        )
+        length = ids.shape[1]
+        start = length if self._decoder_ids is None else self._decoder_ids.shape[1]
+        keys = length if self.anatomy.encoder_decoder else None
+        self._tap = tap
+        tap.install()
+        tap.arm(columns, valid=valid, heads=self.options.heads, prompt_length=start, cross_keys=keys)
+
+    def abort(self) -> None:
+        """The call failed or was interrupted: take everything down, keep nothing."""
+        self._hooks.remove()
+        if self._tap is not None:
+            self._tap.remove()
+
+    # ------------------------------------------------------------------ after the call
+
+    def finish(self, output: Any) -> Capture:
+        """Turn what ``generate`` returned into a capture (further passes are ``complete``'s).
+
+        Raises:
+            NotRecorded: the returned sequences do not continue the prompt.
+        """
+        generated_seconds = time.perf_counter() - self._started
+        tap, self._tap = self._tap, None
+        self._hooks.remove()
+        attention: Rows | None = None
+        if tap is not None:
+            try:
+                attention = tap.collect()
+            except Exception as error:
+                self._on_error("attention", error)
+            finally:
+                tap.remove()
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        ids = self._inputs["input_ids"]
+        if isinstance(self.model, Driver):
+            sequences = self.model.sequences(ids, sequences)
+        # An encoder-decoder model returns the decoder's sequence, which has a beginning of its own.
+        start = ids if self._decoder_ids is None else self._decoder_ids
+        found = answer_in(sequences, start, self._log_probs, alone=self._decoder_ids is None)
+        if found is None:
+            raise NotRecorded(
+                f"{type(self.model).__name__}.generate() did not return prompt + answer for this prompt: it drops or "
+                "edits tokens of the prompt. Nothing is recorded"
+            )
+        (generated, values), copies = found, len(sequences) // len(ids)
+        if values is None and attention is not None:
+            # Assisted decoding, guidance: rows cannot be matched to tokens where passes and tokens are not one to one.
+            attention = None
+            self.notes.append("attention rows are not recorded: the model did not run one pass per answer token")
+        finder = PictureFinder(
+            self.processor,
+            self._watch,
+            self._inputs,
+            given=self.options.images,
+            image_token_id=self.anatomy.image_token_id,
+            is_pixel_name=self.anatomy.is_pixel_name,
+        )
+        pictures = finder.find(len(ids), on_error=self._on_error)
+        self.notes += finder.notes
+        self.cautions += finder.cautions
+        tokenizer = tokenizer_of(self.processor)
+        rows = []
+        for row in range(len(sequences)):
+            if pictures.rows[row // copies].images == []:
+                self.notes.append(f"row {row} of the batch has no picture and is not recorded")
+                continue
+            length = self._stops.answer_length(generated[row].tolist())
+            if length == 0:
+                self.notes.append(f"row {row} of the batch generated nothing and is not recorded")
+                continue
+            capture = self._row(row, row // copies, generated[row, :length].cpu(), pictures, tokenizer)
+            if values is not None and capture.log_probs_source == "generation":
+                capture.log_probs = values[row, :length].numpy()
+            else:
+                capture.log_probs_source = "teacher_forced"
+            if attention is not None:
+                self._add_attention(capture, attention, row, length)
+            if self._points is not None and len(sequences) == 1:
+                capture.points = {**capture.points, **self._points.records()}
+            rows.append(capture)
+        if not rows:
+            raise NotRecorded("generate() returned no new token; nothing is recorded")
+        created = datetime.now(UTC).isoformat()
+        return Capture(rows=rows, model={}, created=created, seconds={"generate": generated_seconds})
+
+    def _row(
+        self, row: int, prompt_row: int, token_ids: torch.Tensor, pictures: PromptPictures, tokenizer: Any
+    ) -> RowCapture:
+        ids = self._inputs["input_ids"][prompt_row]
+        mask = self._inputs.get("attention_mask")
+        real = mask[prompt_row].bool() if mask is not None and mask.shape == self._inputs["input_ids"].shape else None
+        prompt_ids = (ids[real] if real is not None else ids).cpu()
+        mine = encoded(pictures.rows[prompt_row], self._on_error)
+        kwargs, padded = row_inputs(
+            self._inputs, prompt_row, real, mine.inputs, self.anatomy.is_pixel_name, mine.absent
+        )
+        places = image_places(self._inputs, self.anatomy.image_token_id)
+        taken = ids < 0 if places is None else places[prompt_row]
+        positions = (taken if real is None else taken[real]).nonzero()[:, 0].cpu()
+        notes = [*self.notes, *pictures.notes, *mine.notes]
+        if padded:
+            notes.append(
+                "in its batch this row ran beside pictures that only fill it up, which this model sees; its "
+                "log-probabilities come from one teacher-forced pass without them"
+            )
+        pieces = display_pieces(tokenizer, token_ids.tolist())
+        ended = self._ending(token_ids, "" if tokenizer is None else "".join(pieces))
+        unlike = [*self._other_conditions, *padded_behind(real)]
+        notes += [*([ended] if ended else []), *forced_because(unlike)]
+        read = prompt_ids.tolist()
+        prompt = tokenizer.decode(read) if tokenizer is not None else ""
+        asked = tokenizer.decode(read, skip_special_tokens=True).strip() if tokenizer is not None else None
+        images = mine.images or []
+        trace_id = uuid.uuid4().hex[:16]
+        self._images[trace_id] = images
+        return RowCapture(
+            trace_id=trace_id,
+            batch_row=row,
+            input_ids=prompt_ids.numpy().astype(np.int64),
+            prompt=folded(prompt),
+            question=self.options.question or asked,
+            model_kwargs=kwargs,
+            images=mine.records,
+            processor_call=mine.call,
+            image_token_id=self.anatomy.image_token_id,
+            image_positions=positions.numpy().astype(np.int64),
+            image_index=image_spans(positions.numpy(), max(1, len(images)), mine.tokens_per_image),
+            token_ids=token_ids.numpy().astype(np.int64),
+            pieces=pieces,
+            special=np.asarray(special_flags(tokenizer, token_ids.tolist(), self._stops.eos), dtype=bool),
+            log_probs=np.full(len(token_ids), np.nan, np.float32),
+            log_probs_source="teacher_forced" if padded or unlike else "generation",
+            notes=notes,
+            meta=dict(self.options.meta),
+        )
+
+    def _ending(self, token_ids: torch.Tensor, text: str) -> str | None:
+        return self._stops.told(token_ids.tolist(), text)
+
+    def _add_attention(self, capture: RowCapture, attention: Rows, row: int, length: int) -> None:
+        if attention.values.shape[1] < length:
+            capture.notes.append("attention rows are not recorded: the model ran fewer passes than answer tokens")
+            return
+        if attention.missing:
+            capture.notes.append(f"layers without attention rows: {attention.missing}")
+        tokens = len(capture.image_positions)
+        capture.points = attention_points(
+            attention, row, steps=length, image_tokens=tokens, heads=self.options.heads, decoder=self.anatomy.decoder
+        )
+
+    # ------------------------------------------------------------------ teacher-forced passes
+
+    def complete(self, capture: Capture) -> None:
+        """What needs the processor or the model once more: log-likelihood ratios, boxes of image tokens, hidden states.
+
+        Baseline log-probabilities (paper, Eq. 6) take one pass per row; the baseline is blurred harder until the
+        selected tokens keep less than 5 % probability (paper, A.1). Log-probabilities themselves are computed where
+        the hook saw none.
+        """
+        start = time.perf_counter()
+        for row in capture.rows:
+            missing = bool(np.isnan(row.log_probs).any())
+            hidden = "hidden" in self.options.points
+            inside = self.options.attention or hidden
+            boxes = self.options.boxes and inside and bool(row.images)
+            boxes = boxes and (len(row.image_positions) > 0 or CROSS in row.points)
+            key = box_key(row) if boxes else ()
+            if (known := self._boxes.get(key)) is not None:
+                place(row, known)
+                boxes = False
+            if not (missing or self.options.llr or boxes or hidden):
+                continue
+            player = Replay(LiveTrace(row, self._images[row.trace_id]), self.model, self.processor, check_pixels=False)
+            if missing:
+                row.log_probs = player.original_log_probs.numpy()
+            if boxes:
+                if len(self._boxes) >= _BOXES_KEPT:
+                    self._boxes.clear()
+                try:
+                    known = token_places(player, row.image_positions)
+                except ProbeError as error:
+                    known = str(error)
+                self._boxes[key] = known
+                place(row, known)
+            if hidden:
+                try:
+                    found = point_records(player, row.input_ids, row.image_positions, row.token_ids)
+                    row.points = {**row.points, **found}
+                except ProbeError as error:
+                    row.notes.append(f"no hidden states: {error}")
+            if not self.options.llr:
+                continue
+            player = player.over(self.options.baseline)
+            llr = torch.as_tensor(row.log_probs) - player.baseline_log_probs
+            selected = ((llr > _ALPHA) & ~player.special).nonzero()[:, 0].tolist()
+            player = player.strengthened(selected)
+            row.baseline_log_probs = player.baseline_log_probs.numpy()
+            row.baseline = dict(player.baseline)
+        capture.seconds["teacher_forced"] = time.perf_counter() - start

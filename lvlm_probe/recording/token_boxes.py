@@ -1,0 +1,57 @@
+"""Token boxes of a recorded batch row: what they depend on, and how they enter its record."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lvlm_probe.models.families import Places
+from lvlm_probe.recording.attention_points import place_keys
+
+if TYPE_CHECKING:
+    from lvlm_probe.trace.records import RowCapture
+
+__all__ = ["BoxCache", "box_key", "in_order", "place"]
+
+BoxCache = dict[tuple[Any, ...], Places | str]
+"""Places of image tokens that are known already, or why they have none; finding out runs the processor and the model's
+encoder."""
+
+
+def in_order(images: np.ndarray, fallback: np.ndarray) -> np.ndarray:
+    """The picture of every token, ``(token,)``: one without pixels goes with the token in front of it.
+
+    Args:
+        images: as in ``Places``.
+        fallback: what to keep where no token has pixels.
+    """
+    placed = np.flatnonzero(images >= 0)
+    if len(placed) == 0:
+        return fallback
+    before = np.searchsorted(placed, np.arange(len(images)), side="right") - 1
+    result: np.ndarray = images[placed[before.clip(min=0)]].astype(np.int64)
+    return result
+
+
+def place(row: RowCapture, places: Places | str) -> None:
+    """Enter places into what is recorded of one batch row: of its image tokens, or else of cross-attention's keys; or
+    the reason why there are none.
+    """
+    if isinstance(places, str):
+        row.notes.append(f"no boxes for the image tokens: {places}")
+        return
+    if len(row.image_positions) == 0:
+        place_keys(row, places.boxes, places.images)
+        return
+    row.patch_box, row.image_index = places.boxes, in_order(places.images, row.image_index)
+
+
+def box_key(row: RowCapture) -> tuple[Any, ...]:
+    """All that the boxes of a row depend on: the processor with its settings, and the picture by its size alone."""
+    sizes = tuple((image.width, image.height) for image in row.images)
+    shapes = tuple(sorted((name, tuple(value.shape)) for name, value in row.model_kwargs.items()))
+    call = row.processor_call or {}
+    settings = json.dumps([call.get(name) for name in ("class", "structure", "kwargs", "config")], sort_keys=True)
+    return sizes, shapes, settings, row.image_index.tobytes()

@@ -1,0 +1,63 @@
+"""Replay: log P(answer | masked picture), the one differentiable function everything else is written on.
+
+A mask says how much of the picture the model may see: 1 keeps a pixel, 0 puts the baseline picture there
+(``Φ(I, Ĩ, M) = I ⊙ M + Ĩ ⊙ (1 − M)``, paper, Eq. 3). ``Replay.log_probs(mask)`` carries it through the processor's
+geometry and the unmodified model to the log-probabilities of the recorded answer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lvlm_probe.errors import ModelMismatch
+from lvlm_probe.models.fingerprint import same_fingerprint
+from lvlm_probe.replaying.recorded_inputs import check_inputs, refused_in_words
+from lvlm_probe.replaying.replays import Replay
+from lvlm_probe.replaying.views import PassCounter
+
+if TYPE_CHECKING:
+    from lvlm_probe.trace import Trace
+
+__all__ = ["PassCounter", "Replay", "replay"]
+
+
+def replay(
+    trace: Trace,
+    model: torch.nn.Module,
+    processor: object | None = None,
+    *,
+    strict: bool = True,
+    gradient_checkpointing: bool = False,
+    micro_batch: int | None = None,
+) -> Replay:
+    """Get ready to replay a recorded answer under masked pictures.
+
+    Args:
+        trace: what ``open_trace`` or a store gives.
+        model: the model that was recorded, loaded again in any process.
+        processor: its processor, or its image processor; without it masks live in pixel-input space.
+        strict: refuse another model. ``False`` replays the answer on it all the same, e.g. to compare two models.
+        gradient_checkpointing: trade time for memory in gradient passes.
+        micro_batch: masks per forward pass; by default as many as one rule says (``exhaustion``).
+
+    Raises:
+        ModelMismatch: the fingerprint differs from the recorded one, or the processor makes other inputs.
+        ImageError: the trace holds no picture a mask could cover.
+        ProcessorRefused: masks cannot be carried through this processor.
+        ReplayError: the trace holds inputs that the model cannot be run on.
+    """
+    recorded = str(trace.model.get("fingerprint") or "")
+    if strict and recorded:
+        same, present = same_fingerprint(model, recorded)
+        if not same:
+            raise ModelMismatch(
+                f"{trace.path.name} was recorded with {trace.model.get('class')} "
+                f"{trace.model.get('model_id') or '(no name)'} (fingerprint {recorded[:12]}…), but this "
+                f"{type(model).__name__} has fingerprint {present[:12]}…; load the recorded model, or pass "
+                f"strict=False to replay the answer on another one"
+            )
+    check_inputs(trace, model, processor)
+    with refused_in_words(trace):
+        return Replay(trace, model, processor, gradient_checkpointing=gradient_checkpointing, micro_batch=micro_batch)

@@ -1,0 +1,128 @@
+"""From a recorded answer back to its pictures: how a mask reaches the pixel inputs it was generated from."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lvlm_probe.errors import ImageError, ModelMismatch
+from lvlm_probe.images import ImagePath, PixelPath, make_baseline
+from lvlm_probe.images.baselines import KINDS
+from lvlm_probe.images.parity import versions
+from lvlm_probe.images.processor import with_settings
+from lvlm_probe.images.processor_step import METHOD, PictureStep, picture_step
+from lvlm_probe.replaying.teacher_forcing import input_device
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lvlm_probe.trace import Trace
+    from lvlm_probe.trace.records import RowCapture
+
+__all__ = ["LiveTrace", "image_processor_of", "recorded_path", "watched_method"]
+
+_log = logging.getLogger("lvlm_probe")
+
+
+def image_processor_of(processor: object | None) -> Any:
+    """The image processor inside a processor, or the step that stands in for it (``PictureStep``); an image processor
+    is its own; ``None`` stays ``None``."""
+    if processor is None:
+        return None
+    step = picture_step(processor)
+    inner = step if step is not None else getattr(processor, "image_processor", None)
+    return inner if inner is not None else processor
+
+
+def watched_method(processor: object | None) -> tuple[Any, str] | None:
+    """Whose method makes the pixel inputs, and its name; ``None`` where there is none to watch."""
+    image_processor = image_processor_of(processor)
+    if isinstance(image_processor, PictureStep):
+        return processor, METHOD
+    return (image_processor, "preprocess") if callable(getattr(image_processor, "preprocess", None)) else None
+
+
+class LiveTrace:
+    """An answer that has just been generated, seen the way ``Replay`` sees a trace file.
+
+    Args:
+        row: the capture of one batch row.
+        images: its pictures, RGB.
+    """
+
+    def __init__(self, row: RowCapture, images: Sequence[Image.Image]) -> None:
+        self.trace_id = row.trace_id
+        self.path = Path(f"{row.trace_id} (not written yet)")
+        self.tokens, self.token_ids, self.special = row.pieces, row.token_ids, row.special
+        self.input_ids, self.processor_call, self.baseline = row.input_ids, row.processor_call, row.baseline
+        self.model_kwargs = dict(row.model_kwargs)
+        self.images = list(images)
+        self.model: dict[str, Any] = {}
+
+
+def recorded_path(
+    trace: Trace | LiveTrace, pixels: dict[str, torch.Tensor], processor: object | None, model: torch.nn.Module, *,
+    check: bool,
+) -> tuple[ImagePath | PixelPath, dict[str, Any]]:  # fmt: skip
+    """How masks reach the pixel inputs of ``trace``, over the baseline it was recorded with, and that baseline."""
+    if not pixels:
+        raise ImageError(
+            f"{trace.path.name} holds no picture: it was recorded from a text-only prompt, and there is nothing to mask"
+        )
+    recorded = dict(trace.baseline or {})
+    kind = str(recorded.get("kind", "blur"))
+    params = {name: recorded[name] for name in ("strength", "seed") if recorded.get(name) is not None}
+    if recorded.get("limit"):
+        params["strength"] = math.inf  # JSON has no infinity
+    if kind not in KINDS:
+        _log.warning(
+            "the baseline of %s was a picture of the user's, which traces do not keep; using blur", trace.trace_id
+        )
+        recorded, kind, params = {}, "blur", {}
+    placed: dict[str, Any] = {"device": input_device(model), "dtype": getattr(model, "dtype", torch.float32)}
+    image_processor = image_processor_of(processor)
+    call = trace.processor_call
+    if image_processor is None or call is None or not trace.images:
+        inputs = PixelPath(pixels, baseline=kind, **params, **placed)
+        return inputs, {**recorded, **inputs.description}
+    made = [make_baseline(picture, kind, **params) for picture in trace.images]
+    try:
+        present, changed = with_settings(image_processor, call.get("config") or None)
+        path = ImagePath.from_processor(
+            present,
+            trace.images,
+            call_kwargs=dict(call.get("kwargs") or {}),
+            structure="nested" if call.get("structure") == "nested" else "flat",
+            baseline=[item.image for item in made],
+            reference=pixels if check else None,
+            because=_since(trace, present),
+            notes=[f"the settings it was recorded with are used, not its present ones: {_told(changed)}"]
+            if changed else (),
+            **placed,
+        )  # fmt: skip
+    except ImageError as error:
+        raise ModelMismatch(
+            f"this processor ({type(image_processor).__name__}) does not make the inputs that {trace.path.name} was "
+            f"recorded with ({call.get('class')}): {error}"
+        ) from error
+    return path, {**recorded, "kind": made[0].kind, **made[0].params}
+
+
+def _told(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
+
+
+def _since(trace: Trace | LiveTrace, image_processor: Any) -> str:
+    """What of all that decides a pixel's value is another than at the recording, in brackets; empty where nothing is
+    known to be."""
+    call, recorded = trace.processor_call or {}, trace.model.get("versions") or {}
+    name = getattr(image_processor, "processor_name", None) or type(image_processor).__name__
+    then = [str(call["class"])] if call.get("class") not in (None, name) else []
+    if isinstance(recorded, dict):
+        then += [f"{lib} {recorded[lib]}" for lib, now in versions().items() if recorded.get(lib) not in (None, now)]
+    return f" (recorded with {', '.join(then)})" if then else ""

@@ -1,0 +1,140 @@
+"""Passes of ours that harm nobody: callers of one replay take turns, and what layers need runs again on its own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from lvlm_probe.errors import ReplayError
+from lvlm_probe.hooks import HookSet
+from lvlm_probe.models.replica import duplicated
+from lvlm_probe.models.wrappers import every_module
+
+__all__ = ["checkpointed", "even_gradients", "outside_inference_mode", "taking_turns"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
+    """For a function of a ``replay``: calls with the same replay, or views of it, take turns, whole calls at a time."""
+    names = list(inspect.signature(function).parameters)
+    name = "replay" if "replay" in names else "self"
+    place = names.index(name)
+
+    @functools.wraps(function)
+    def turn(*args: P.args, **kwargs: P.kwargs) -> R:
+        replay = args[place] if place < len(args) else kwargs.get(name)
+        replica = getattr(replay, "replica", None)
+        with contextlib.nullcontext() if replica is None else replica.use():
+            return function(*args, **kwargs)
+
+    return turn
+
+
+def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs outside of ``torch.inference_mode``, where a caller of it is inside, with gradients off.
+
+    Tensors made inside cannot be differentiated ever after, so nothing that is kept may be made there.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside
+
+
+@contextmanager
+def checkpointed(model: nn.Module, *, enabled: bool = True) -> Iterator[nn.Module]:
+    """Gradient checkpointing in eval mode, on exactly the layers that support it.
+
+    transformers checkpoints a layer only in training mode, which would switch on its dropout. Here each layer's
+    ``forward`` is run by ``torch.utils.checkpoint`` as it is, so that the gradient stays the same to the last bit.
+    Layers run again in backward, which may be in a thread of autograd's, later, and beside another pass. So a
+    checkpointed pass runs on a duplicate that is nobody else's: hooks that hang on it now see it whenever it runs.
+
+    Args:
+        model: a replica.
+
+    Yields:
+        what to run: a duplicate of ``model`` as it is now; where not ``enabled``, ``model``.
+
+    Raises:
+        ReplayError: no layer supports it.
+    """
+    if not enabled:
+        yield model
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    own = duplicated(model, bare=False)
+    layers = [module for module in own.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ReplayError(
+            f"gradient checkpointing is not supported by any layer of {type(model).__name__}; replay without "
+            f"gradient_checkpointing"
+        )
+    for layer in layers:
+        # Through __dict__, where accelerate may have put a forward of its own, which then is what runs again.
+        vars(layer)["forward"] = _recomputing(layer, layer.forward)
+    yield own
+
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+def _recomputing(layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    """``original``, run once more in backward instead of keeping what it computed on the way."""
+    from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+    # Stopped half-way, accelerate would never put away again the weights it has brought for the recomputation.
+    whole = any(weight.is_meta for weight in layer.parameters())
+    settings: Any = {"early_stop": not whole} if "early_stop" in inspect.signature(checkpoint).parameters else None
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not getattr(layer, "_can_checkpoint_with_cache", False):  # else its keys would enter a cache twice
+            kwargs.update({name: None for name in _CACHES if kwargs.get(name) is not None})
+        if settings is not None:
+            return checkpoint(original, *args, use_reentrant=False, **settings, **kwargs)
+        with set_checkpoint_early_stop(not whole):  # for all threads; torch 2.8 takes it by the call
+            return checkpoint(original, *args, use_reentrant=False, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def even_gradients(model: nn.Module) -> Iterator[None]:
+    """Batch norms are handed contiguous gradients.
+
+    torch 2.13 differentiates them wrongly on the CPU where one picture's gradient arrives permuted, as it does in a
+    tower whose feature map is flattened into tokens (tests/replaying/test_teacher_forcing.py).
+    """
+    with HookSet() as hooks:
+        for module in every_module(model) if torch.is_grad_enabled() else ():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                hooks.forward(module, lambda _m, _a, _k, output: _Even.apply(output), name="batch norm", fenced=False)
+        yield
+
+
+class _Even(torch.autograd.Function):
+    """The same tensor; its gradient contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient.contiguous()

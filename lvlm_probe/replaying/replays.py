@@ -1,0 +1,433 @@
+"""A recorded answer on a live model, as a function of a mask."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lvlm_probe.errors import ExplainError, ReplayError
+from lvlm_probe.images import PixelPath
+from lvlm_probe.images.masks import expand_masks
+from lvlm_probe.models.anatomy import examine
+from lvlm_probe.models.drivers import Driver, probed_model
+from lvlm_probe.models.replica import Replica
+from lvlm_probe.replaying import baselines
+from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
+from lvlm_probe.replaying.capture import Captured, capture
+from lvlm_probe.replaying.chunks import Chunked, noise_like, noise_seeds
+from lvlm_probe.replaying.gradient_flow import require_gradients
+from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.replaying.micro_batches import Limits, in_micro_batches, masks_at_once, whole_pass
+from lvlm_probe.replaying.rewording import reword
+from lvlm_probe.replaying.shortcuts import Shortcuts
+from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, apart, epsilon_of, rounding_of
+from lvlm_probe.replaying.views import Kept, PassCounter, Views
+from lvlm_probe.words import Word, group_words
+
+if TYPE_CHECKING:
+    from lvlm_probe.attention import TapLayer
+    from lvlm_probe.replaying.capture import AttentionLayer
+    from lvlm_probe.trace import Trace
+
+__all__ = ["Replay"]
+
+Mode = Literal["fast", "exact"]
+Score = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Replay(Views):
+    """One recorded answer on one live model. Made by ``lvlm_probe.replay``.
+
+    No call changes it. ``over``, ``strengthened``, ``with_settings``, ``counted`` and ``reworded`` give views: other
+    objects on the same model that share what has been computed.
+
+    Attributes:
+        trace, trace_id: what is replayed.
+        model, processor, anatomy: what it is replayed on, and where the model's parts are.
+        replica: the model as passes run it, in ``replica.use()``; the user's own is never touched.
+        tokens, token_ids, special, words: the recorded answer, ``(T,)`` each but ``words``.
+        path: how a mask reaches the model's pixel inputs.
+        passes: pictures sent through the model so far.
+        limits: how passes are run, and what was changed when memory ran out.
+        inside: whether somebody looks inside the passes (``capture``).
+        kept: what all views share.
+        shortcuts: what passes leave out when only some ``steps`` are asked for; ``str()`` of it says so.
+    """
+
+    @outside_inference_mode
+    def __init__(
+        self,
+        trace: Trace | LiveTrace,
+        model: torch.nn.Module,
+        processor: object | None,
+        *,
+        gradient_checkpointing: bool = False,
+        micro_batch: int | None = None,
+        check_pixels: bool = True,
+    ) -> None:
+        self.trace = trace
+        self.trace_id: str = trace.trace_id
+        self.model = model = probed_model(model, processor)
+        self.replica = Replica(model, own_configs=isinstance(model, Driver))
+        self.processor = processor
+        self.tokens: list[str] = list(trace.tokens)
+        self.token_ids = torch.tensor(trace.token_ids).long()
+        self.special = torch.tensor(trace.special).bool()
+        self.words: list[Word] = group_words(self.tokens, self.special.tolist())
+        self.passes, self.kept = PassCounter(), Kept()
+        self.limits = Limits(micro_batch, gradient_checkpointing)
+        self.inside = False
+
+        prompt = torch.tensor(trace.input_ids).long()
+        recorded = {
+            name: value.clone() if value.is_inference() else value  # a trace read in inference mode
+            for name, value in trace.model_kwargs.items()
+            if isinstance(value, torch.Tensor)
+        }
+        anatomy = self.anatomy = examine(model, processor)
+        beginning = recorded.pop("decoder_input_ids", None) if anatomy.encoder_decoder else None
+        self._shapes = {name: value.shape[1:] for name, value in recorded.items() if value.ndim and len(value) == 1}
+        self.path, self._baseline = recorded_path(trace, recorded, processor, model, check=check_pixels)
+        # Texts that another part of the model reads beside the prompt (InstructBLIP's Q-Former) stay as they are.
+        beside = {name: value for name, value in recorded.items() if apart(name, recorded)}
+        # One entry per prompt position, and not the picture's: such inputs are extended over the answer.
+        sequence = {
+            name: value
+            for name, value in recorded.items()
+            if value.ndim >= 2
+            and value.shape[1] == prompt.numel()
+            and (name not in self.path.inputs or isinstance(self.path, PixelPath))
+            and not anatomy.is_pixel_name(name)
+            and name not in beside
+        }
+        self._fed = frozenset(recorded) - frozenset(sequence) - frozenset(beside)
+        others = {name: recorded[name] for name in self._fed if name not in self.path.inputs}
+        self._settings: dict[str, Any] = {
+            "other_inputs": others,
+            "answer_token_type": anatomy.answer_token_type,
+            "apart_inputs": beside,
+            "decoder_input_ids": beginning,
+            "image_token_id": anatomy.image_token_id,
+        }
+        self._prompt, self._sequence = prompt, sequence
+        self._forcing = TeacherForcing(
+            self.replica, input_ids=prompt, token_ids=self.token_ids, sequence_inputs=sequence, **self._settings
+        )
+        self.device = self._forcing.device
+        self.shortcuts = Shortcuts(self)
+
+    def reworded(self, text: str, *, question: str | None = None) -> Replay:
+        """The same answer after another question on the same pictures, e.g. a general one to compare with.
+
+        Args:
+            text: what is asked instead.
+            question: the question as it stands in the prompt; by default what was recorded as such.
+
+        Returns:
+            a replay that shares model, pictures, baseline and pass counter with this one.
+
+        Raises:
+            ReplayError: there is no tokenizer, or the prompt does not hold the question.
+        """
+        if self._settings["apart_inputs"]:
+            raise ReplayError(
+                f"{type(self.model).__name__} reads the question twice: {', '.join(self._settings['apart_inputs'])} "
+                "would stay the old one; record another generate() call with the other question instead"
+            )
+        wanted = question or getattr(self.trace, "question", None) or ""
+        start, stop, ids = reword(self._prompt, self.processor, wanted, text)
+        other = copy.copy(self)
+        other._prompt = torch.cat([self._prompt[:start], ids, self._prompt[stop:]])
+        other._sequence = {
+            name: torch.cat(
+                [value[:, :start], value[:, start : start + 1].expand(-1, len(ids), *value.shape[2:]), value[:, stop:]],
+                dim=1,
+            )
+            for name, value in self._sequence.items()
+        }
+        other._forcing = TeacherForcing(
+            self.replica,
+            input_ids=other._prompt,
+            token_ids=self.token_ids,
+            sequence_inputs=other._sequence,
+            **self._settings,
+        )
+        other.kept = Kept(paths=self.kept.paths)
+        other.shortcuts = Shortcuts(other)
+        return other
+
+    # ------------------------------------------------------------------ the function
+
+    @property
+    @outside_inference_mode
+    @taking_turns
+    def original_log_probs(self) -> torch.Tensor:
+        """Replayed log P(a_t) on the whole picture, ``(step,)`` float32 on the CPU. Paper, Eq. 1."""
+        if self.kept.original is None:
+            original = self.log_probs(None)[0].cpu()
+            if (largest := self._forcing.largest_logit) is not None:
+                rounder = max(self._forcing.epsilon, epsilon_of(self.trace.model.get("torch_dtype")))
+                self.kept.rounding = rounding_of(original, float(largest), rounder)
+            self.kept.original = original
+        return self.kept.original.clone()
+
+    @property
+    @outside_inference_mode
+    @taking_turns
+    def baseline_log_probs(self) -> torch.Tensor:
+        """Replayed log P̃(a_t) on the baseline picture, ``(step,)`` float32 on the CPU."""
+        return baselines.baseline_log_probs(self)
+
+    @property
+    def rounding(self) -> torch.Tensor:
+        """Most that ``original_log_probs`` may differ by rounding, ``(step,)`` nats; see ``rounding_of``."""
+        original = self.original_log_probs
+        return torch.zeros_like(original) if self.kept.rounding is None else self.kept.rounding.clone()
+
+    @property
+    def llr(self) -> torch.Tensor:
+        """Log-likelihood ratio per token, ``(step,)`` nats. Paper, Eq. 6."""
+        return self.original_log_probs - self.baseline_log_probs
+
+    @outside_inference_mode
+    @taking_turns
+    def log_probs(
+        self,
+        mask: torch.Tensor | None = None,
+        *,
+        image: int | None = None,
+        noise: float = 0.0,
+        generator: torch.Generator | None = None,
+        mode: Mode = "fast",
+        micro_batch: int | None = None,
+        steps: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """log P(a_t) under masked pictures.
+
+        Args:
+            mask: ``(batch, row, col)`` or ``(row, col)`` in [0, 1], 1 = keep; several images: ``(batch, image, row,
+                col)``. ``None`` is the whole picture.
+            image: mask this picture only and leave the others whole.
+            noise: standard deviation of Gaussian noise added to the normalised pixel inputs, fresh for every mask.
+            generator: source of the noise; the global random state is never touched.
+            mode: ``"exact"`` runs the real processor on the real composite (gradient from the traced geometry).
+            micro_batch: masks per forward pass, by default the replay's.
+            steps: the tokens that are wanted, by default all. Passes for some leave out what these do not depend on
+                (``shortcuts``); the columns of all others are NaN.
+
+        Returns:
+            ``(batch, step)`` float32, natural log, with gradient to ``mask`` when it is enabled. Paper, Eq. 1 and 3.
+
+        Raises:
+            MaskError: wrong shape, type or range.
+            ReplayError: there is no such step.
+            OutOfMemory: not even one mask fits, or the whole picture without one.
+        """
+        if mask is None:
+            with torch.no_grad():
+                return whole_pass(self, lambda: self._run(self.path.inputs, 1))
+        masks = self._batch_of(mask, image)
+        seeds = noise_seeds(len(masks), noise, generator)
+        shortcut = self._shortcut(steps)
+        size = micro_batch or self.masks_at_once
+
+        def run(chunk: torch.Tensor, part: slice) -> torch.Tensor:
+            return self._forward(chunk, image, noise, seeds[part], mode, shortcut)
+
+        differentiable = torch.is_grad_enabled() and masks.requires_grad
+        if differentiable and len(masks) > size:
+            return Chunked.apply(masks, self, run, size)
+        with torch.set_grad_enabled(differentiable):
+            return torch.cat(in_micro_batches(self, masks, size, run))
+
+    @outside_inference_mode
+    @taking_turns
+    def score_and_grad(
+        self,
+        mask: torch.Tensor,
+        score: Score,
+        *,
+        image: int | None = None,
+        noise: float = 0.0,
+        generator: torch.Generator | None = None,
+        micro_batch: int | None = None,
+        steps: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score every mask and differentiate, one micro-batch at a time: memory of one, no recomputation.
+
+        Args:
+            mask: as for ``log_probs``; need not require a gradient.
+            score: log-probabilities ``(batch, step)`` to scores ``(batch,)``; row i may depend on row i only.
+            image, noise, generator, micro_batch, steps: as for ``log_probs``; ``score`` may read the columns ``steps``
+                of what it is given, and no others.
+
+        Returns:
+            scores ``(batch,)`` and the gradient of each mask's own score to that mask, shaped like ``mask``.
+        """
+        masks = self._batch_of(mask, image).detach()
+        if not self.inside:  # hooks that stand would take the passes of a check for the caller's
+            require_gradients(self)
+        seeds = noise_seeds(len(masks), noise, generator)
+        shortcut = self._shortcut(steps)
+        size = micro_batch or self.masks_at_once
+
+        def one(chunk: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            leaf = chunk.detach().requires_grad_(True)
+            with torch.enable_grad():
+                scores = score(self._forward(leaf, image, noise, seeds[part], "fast", shortcut))
+                if scores.shape != (len(chunk),):
+                    raise ReplayError(
+                        f"score() must return one number per mask, ({len(chunk)},), not {tuple(scores.shape)}"
+                    )
+                gradient = self._differentiated(scores.sum(), leaf)
+            return scores.detach().to(torch.promote_types(scores.dtype, leaf.dtype)), gradient
+
+        scores, gradients = (torch.cat(parts) for parts in zip(*in_micro_batches(self, masks, size, one), strict=True))
+        return scores, gradients.reshape(mask.shape if mask.ndim > 2 else masks.shape).to(mask.dtype)
+
+    def _differentiated(self, total: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+        """Gradient of ``total`` to ``leaf``.
+
+        In half precision small gradients would be rounded to nothing on their way: the score is multiplied by a power
+        of two, smaller ones where it is too much. Not while somebody reads the gradients inside.
+        """
+        scales = (2.0**12, 2.0**6, 1.0) if self._half and not self.inside else (1.0,)
+        for scale in scales:
+            (gradient,) = torch.autograd.grad(total * scale, leaf, retain_graph=scale != scales[-1])
+            self.passes.add(backward=len(leaf))
+            if scale == 1.0 or bool(gradient.isfinite().all()):
+                break
+        return gradient / scale
+
+    # ------------------------------------------------------------------ inside the model
+
+    @property
+    def prompt_length(self) -> int:
+        """P, prompt tokens: answer token t is predicted at position P + t − 1 of the teacher-forced sequence."""
+        return self._forcing.length - self._forcing.steps + 1
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """Token ids of the prompt, ``(P,)`` int64."""
+        return self._prompt
+
+    @property
+    def length(self) -> int:
+        """Positions of the teacher-forced sequence: prompt and all answer tokens but the last."""
+        return self._forcing.length
+
+    @outside_inference_mode
+    def run_inputs(self, pixel_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """log P(a_t) for one picture given as the model's own pixel inputs (``replay.path.inputs``, or tensors of their
+        shapes), ``(1, step)``; differentiable in them when gradients are enabled."""
+        return self._run(dict(pixel_inputs), 1)
+
+    def capture(
+        self,
+        *,
+        modules: Sequence[str] = (),
+        attention: Sequence[Literal["decoder", "cross", "encoder"]] = (),
+        visit: Callable[[AttentionLayer], None] | None = None,
+        edit: Callable[[TapLayer, torch.Tensor], torch.Tensor] | None = None,
+    ) -> AbstractContextManager[Captured]:
+        """Look inside the passes that run in the block: outputs of modules, attention, and the score's gradients.
+
+        ::
+
+            with replay.capture(modules=["model.multi_modal_projector"], attention=["decoder"], visit=see) as seen:
+                scores, _ = replay.score_and_grad(mask, score)
+
+        Args:
+            modules: paths or fnmatch patterns of modules whose outputs are kept, in ``seen.outputs``, and their
+                gradients in ``seen.gradients``.
+            attention: whose attention layers to read: the decoder's on its own sequence, the decoder's on states from
+                elsewhere, the encoders'.
+            visit: called during each backward pass, once per layer, last layer first, with the layer's weights and the
+                score's gradient to them at hand. Without it the layers of the last pass are kept in ``seen.layers``;
+                their weights can be asked for, one block of rows at a time.
+            edit: may replace each layer's output ``(batch, query, head, channel)`` by another one.
+
+        Raises:
+            PointNotFound: no module matches.
+            ExplainError: no attention layer can be read (the message says why), or the replay recomputes its layers.
+        """
+        if self.anatomy.encoder_decoder and {"decoder", "cross"} & set(attention):
+            raise ExplainError(
+                f"the decoder of {type(self.model).__name__} reads the picture through its encoder: its attention "
+                "layers have no columns of image tokens; use a method that works by masking the picture"
+            )
+        return capture(self, modules=modules, attention=attention, visit=visit, edit=edit)
+
+    # ------------------------------------------------------------------ inside
+
+    def _shortcut(self, steps: Sequence[int] | None) -> Shortcut | None:
+        """What a call for ``steps`` leaves out. Nothing while somebody looks inside: they count positions."""
+        if steps is None:
+            return None
+        wanted = tuple(sorted({int(step) for step in steps}))
+        if not wanted or wanted[0] < 0 or wanted[-1] >= len(self.token_ids):
+            raise ReplayError(f"steps are tokens 0 to {len(self.token_ids) - 1} of the answer; got {list(steps)}")
+        return None if self.inside else self.shortcuts.take(self, wanted)
+
+    def _run(self, pixel_inputs: dict[str, torch.Tensor], batch: int, shortcut: Shortcut | None = None) -> torch.Tensor:
+        joined = self.path.joined({name: value for name, value in pixel_inputs.items() if name in self._fed}, batch)
+        fed = {name: self._placed(name, value, batch) for name, value in joined.items()}
+        checkpoint = self.recomputes and torch.is_grad_enabled()
+        self.passes.add(forward=batch)
+        log_probs = self._forcing.log_probs(fed, batch=batch, checkpoint=checkpoint, shortcut=shortcut)
+        if shortcut is None:
+            return log_probs
+        every = log_probs.new_full((batch, len(self.token_ids)), torch.nan)
+        return every.index_copy(1, torch.tensor(shortcut.steps, device=every.device), log_probs)
+
+    def _placed(self, name: str, value: torch.Tensor, batch: int) -> torch.Tensor:
+        """With an axis of prompts in front, where the processor has put one there and its image processor has not."""
+        shape = self._shapes.get(name)
+        if shape and value.ndim == len(shape) and value.shape[1:] == shape[1:] and len(value) == batch * shape[0]:
+            return value.reshape(batch, *shape)
+        return value
+
+    def _forward(
+        self,
+        masks: torch.Tensor,
+        image: int | None,
+        noise: float,
+        seeds: torch.Tensor,
+        mode: Mode,
+        shortcut: Shortcut | None = None,
+    ) -> torch.Tensor:
+        inputs = self.path.apply(masks, image=image, mode=mode)
+        if noise:
+            for name in self.path.pixel_keys:
+                inputs[name] = inputs[name] + noise_like(inputs[name], noise, seeds)
+        return self._run(inputs, len(masks), shortcut)
+
+    def _batch_of(self, mask: torch.Tensor, image: int | None) -> torch.Tensor:
+        """The mask as a batch in single precision or more, checked before anything is computed."""
+        masks = mask[None] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else mask
+        expand_masks(masks, self.n_images, image)
+        masks = masks.clone() if masks.is_inference() else masks
+        return masks if masks.dtype == torch.float64 else masks.float()
+
+    @property
+    def masks_at_once(self) -> int:
+        """Masks per pass: as many as the user wants, as have proved to fit where memory ran out, or by the rule."""
+        if self.limits.micro_batch is not None:
+            return self.limits.micro_batch
+        if self.kept.masks_at_once is None:
+            self.kept.masks_at_once = masks_at_once(self)
+        return self.kept.masks_at_once
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether layers are run again in backward: wanted so, or as memory ran out; not while somebody looks inside,
+        who would see them twice."""
+        return self.limits.gradient_checkpointing or (self.limits.recompute and not self.inside)
+
+    @property
+    def _half(self) -> bool:
+        return any(weight.dtype == torch.float16 for weight in self.model.parameters())

@@ -1,0 +1,297 @@
+"""What a pass need not compute for the tokens that are wanted, found by measuring on the model at hand.
+
+Log-probabilities of some of the answer's tokens, as a function of a mask, do not depend on all that a plain pass
+computes:
+
+* tokens after the last wanted one are in its future: they are cut off;
+* logits are wanted at the wanted tokens' positions only, and so is what stands after the last mixing of positions, the
+  last layer's MLP;
+* tokens before the first image token do not see the picture: their keys and values are computed once per call, or once
+  while the shortcuts are ``held``, and read from the model's own cache.
+
+None of this holds for every architecture (a beginning that attends both ways, positions that are numbered by what is
+fed, state that no cache hands on, layers in parallel), and names of families do not tell. So the first use on a model
+runs one picture both ways, plainly and shortened, and compares the log-probabilities and their gradient to the mask.
+What differs is not used; the plain pass always remains. These passes are counted as the caller's. They ask for
+every other token of the answer's first half, whatever the caller wants first: with the last one there would be no later
+tokens to cut, and nothing to see of what cutting them does.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from lvlm_probe.hooks import HookSet
+from lvlm_probe.models.anatomy import text_stack
+from lvlm_probe.models.wrappers import every_module
+from lvlm_probe.replaying.micro_batches import ran_out
+from lvlm_probe.replaying.teacher_forcing import Shortcut
+
+if TYPE_CHECKING:
+    from lvlm_probe.replaying.replays import Replay
+
+__all__ = ["Shortcuts"]
+
+_log = logging.getLogger("lvlm_probe")
+
+_PAYS = 16
+"""A cache is read where it spares at least every 16th position: making and copying it costs as much as fewer would."""
+
+_TOLERANCE = {
+    torch.float64: (1e-8, 1e-6),
+    torch.float32: (3e-5, 3e-3),
+    torch.bfloat16: (0.06, 0.3),
+    torch.float16: (0.01, 0.1),
+}
+"""How far a shortened pass may be from the plain one, which rounds in another order: its log-probabilities, in nats per
+1 + |log P|, and the length of the gradients' difference as a share of the gradient's."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Which shortcuts are taken. ``numbered``: positions are handed over, as a plain pass has numbered them."""
+
+    prefix: bool = False
+    numbered: bool = False
+    narrow: str | None = None
+
+    def __str__(self) -> str:
+        parts = ["later tokens cut"]
+        if self.prefix:
+            parts.append("beginning read from a cache" + (", positions handed over" if self.numbered else ""))
+        return ", ".join([*parts, f"{self.narrow} at wanted positions"] if self.narrow else parts)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A way, or ``None`` for the plain pass alone, and how far it was from the plain pass where it was measured."""
+
+    way: _Way | None
+    log_probs: float = 0.0
+    gradient: float = 0.0
+
+
+_KNOWN: WeakKeyDictionary[torch.nn.Module, dict[Any, _Found]] = WeakKeyDictionary()
+
+
+class Shortcuts:
+    """The shortcuts of one replay.
+
+    Attributes:
+        start: Positions before the first image token; 0 where a cache of them would not pay.
+        asked: How many calls have asked for some tokens only.
+        way: What is left out; ``None`` before the first use, and where the plain pass is all that works.
+        log_probs, gradient: How far that is from the plain pass, as measured on this model: largest difference, nats;
+            length of the gradients' difference as a share of the gradient's.
+    """
+
+    def __init__(self, replay: Replay) -> None:
+        token, prompt = replay.anatomy.image_token_id, replay.input_ids
+        places = [] if token is None or replay.anatomy.encoder_decoder else (prompt == token).nonzero()[:, 0].tolist()
+        pays = bool(places) and places[0] * _PAYS >= replay.length and not replay._settings["apart_inputs"]
+        self.start: int = places[0] if pays else 0
+        self.asked = 0
+        self.way: _Way | None = None
+        self.log_probs = self.gradient = 0.0
+        self._circumstances: Any = None
+        self._position_ids: torch.Tensor | None = None
+        self._pasts: dict[bool, Any] | None = None
+
+    def __str__(self) -> str:
+        return str(self.way) if self.way is not None else "plain passes"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """In the block the model does not change, and what is before the picture is computed once."""
+        outermost = self._pasts is None
+        if outermost:
+            self._pasts = {}
+        try:
+            yield
+        finally:
+            if outermost:
+                self._pasts = None
+
+    def take(self, replay: Replay, steps: tuple[int, ...]) -> Shortcut | None:
+        """What passes for the tokens ``steps`` leave out; ``None``: nothing.
+
+        Layers that run again in backward can neither read a cache nor be narrowed.
+        """
+        self.asked += 1
+        circumstances = _circumstances(replay)
+        if circumstances != self._circumstances:
+            try:
+                self._find(replay, circumstances)
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                _log.debug("%s: no memory to try shortcuts", replay.trace_id)
+                return None
+        if self.way is None:
+            return None
+        way = replace(self.way, prefix=False, narrow=None) if replay.recomputes else self.way
+        return self._shortcut(replay, way, steps)
+
+    def _shortcut(self, replay: Replay, way: _Way, steps: tuple[int, ...]) -> Shortcut:
+        if not way.prefix:
+            return Shortcut(steps, narrow=way.narrow)
+        places = self._position_ids if way.numbered else None
+        past = None if self._pasts is None else self._pasts.get(way.numbered)
+        if past is None:
+            past = replay._forcing.past(self.start, position_ids=places)
+            if self._pasts is not None:
+                self._pasts[way.numbered] = past
+        return Shortcut(steps, start=self.start, past=past, position_ids=places, narrow=way.narrow)
+
+    def _find(self, replay: Replay, circumstances: Any) -> None:
+        if self._pasts:
+            self._pasts.clear()
+        known = _KNOWN.setdefault(replay.model, {})
+        answer = len(replay.token_ids)
+        steps = tuple(range(0, max(1, answer // 2), 2))
+        key = (*circumstances, self.start > 0, answer > 1)
+        found = known.get(key)
+        # Another prompt than the one that was measured may pass a limit of the model's (a window, a long context).
+        if found is None or not self._holds(replay, found, steps):
+            found = known[key] = self._measured(replay, steps)
+        self.way, self.log_probs, self.gradient = found.way, found.log_probs, found.gradient
+        self._circumstances = circumstances
+        _log.debug("%s: %s, off by %.1e nats", replay.trace_id, self, self.log_probs)
+
+    def _measured(self, replay: Replay, steps: tuple[int, ...]) -> _Found:
+        """The most that gives what the plain pass gives."""
+        heard: dict[str, Any] = {}
+        try:
+            with _listening(replay, heard):
+                plain, slope = _differentiated(replay, None, steps)
+        except Exception as error:
+            if ran_out(error):
+                raise
+            return _Found(None)  # the caller's own pass says what is wrong
+        self._position_ids = heard.get("position_ids")
+        most, most_gradient = _tolerance(replay)
+        for way in self._ways(heard.get("narrow")):
+            try:
+                mine, my_slope = _differentiated(replay, self._shortcut(replay, way, steps), steps)
+            except Exception as error:
+                if ran_out(error):
+                    raise
+                _log.debug("%s goes without %s: %s", type(replay.model).__name__, way, error)
+                continue
+            off = ((mine - plain).abs() / (1 + plain.abs())).max()
+            off_gradient = float((my_slope - slope).norm() / slope.norm().clamp(min=1e-12))
+            if bool(off <= most) and off_gradient <= most_gradient:
+                return _Found(way, float((mine - plain).abs().max()), off_gradient)
+            _log.debug("%s goes without %s: off by %g and %g", type(replay.model).__name__, way, off, off_gradient)
+        return _Found(None)
+
+    def _ways(self, narrow: str | None) -> Iterator[_Way]:
+        parts = dict.fromkeys((narrow, None))
+        if self.start:
+            for part in parts:
+                yield _Way(prefix=True, narrow=part)
+                if self._position_ids is not None:
+                    yield _Way(prefix=True, numbered=True, narrow=part)
+        for part in parts:
+            yield _Way(narrow=part)
+
+    def _holds(self, replay: Replay, found: _Found, steps: tuple[int, ...]) -> bool:
+        """Whether a way that is known to work on this model gives this prompt's log-probabilities too."""
+        if found.way is None or not found.way.prefix:
+            return True
+        heard: dict[str, Any] = {}
+        try:
+            with torch.no_grad():
+                with _listening(replay, heard):
+                    plain = _patterned(replay, None)[:, list(steps)]
+                self._position_ids = heard.get("position_ids")
+                mine = _patterned(replay, self._shortcut(replay, found.way, steps))[:, list(steps)]
+        except Exception as error:
+            if ran_out(error):
+                raise
+            return False
+        return bool(((mine - plain).abs() / (1 + plain.abs())).max() <= _tolerance(replay)[0])
+
+
+def _patterned(replay: Replay, shortcut: Shortcut | None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Log-probabilities of all steps under a mask that is another one in every cell, ``(1, step)``."""
+    if mask is None:
+        mask = _pattern(replay)
+    return replay._run(replay.path.apply(mask), 1, shortcut)
+
+
+def _pattern(replay: Replay) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(1, replay.n_images, 5, 6, generator=generator, dtype=torch.float32).to(replay.device)
+
+
+def _differentiated(
+    replay: Replay, shortcut: Shortcut | None, steps: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities ``(1, step)`` of ``steps``, and the gradient of their sum to the mask."""
+    mask = _pattern(replay).requires_grad_(True)
+    with torch.enable_grad():
+        log_probs = _patterned(replay, shortcut, mask)[:, list(steps)]
+        (gradient,) = torch.autograd.grad(log_probs.sum(), mask, allow_unused=True)
+        replay.passes.add(backward=1)
+    return log_probs.detach(), torch.zeros_like(mask) if gradient is None else gradient
+
+
+def _tolerance(replay: Replay) -> tuple[float, float]:
+    return _TOLERANCE.get(getattr(replay.model, "dtype", torch.float32), _TOLERANCE[torch.float32])
+
+
+def _circumstances(replay: Replay) -> tuple[Any, ...]:
+    """What a way that was found may depend on besides the weights, which it does not."""
+    config = getattr(replay.model, "config", None)
+    with replay.replica.use() as model:
+        hung = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in every_module(model))
+    return (
+        getattr(config, "_attn_implementation", None),
+        getattr(replay.model, "dtype", None),
+        replay.n_images,
+        tuple(sorted(replay._forcing.names)),
+        torch.is_autocast_enabled(replay.device.type),
+        hung,
+    )
+
+
+@contextmanager
+def _listening(replay: Replay, heard: dict[str, Any]) -> Iterator[None]:
+    """Hears, in a plain pass, how positions are numbered, and which part of the last layer takes one position at a time
+    for all that can be seen: one tensor in, one of the same length out, nothing beside it."""
+    length = replay.length
+
+    def numbers(_module: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        places = kwargs.get("position_ids")
+        if isinstance(places, torch.Tensor) and places.ndim >= 2 and places.shape[-2:] == (1, length):
+            heard["position_ids"] = places.detach().clone()
+
+    sizes: dict[str, int] = {}
+
+    def part(path: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            given = args[0] if len(args) == 1 and not kwargs else None
+            if all(isinstance(item, torch.Tensor) and item.shape[:2] == (1, length) for item in (given, output)):
+                sizes[path] = sum(weight.numel() for weight in module.parameters())
+
+        return hook
+
+    with replay.replica.use() as model, HookSet() as hooks:
+        stack = text_stack(model.get_submodule(replay.anatomy.decoder) if replay.anatomy.decoder else model)
+        layers = [child for child in stack.children() if isinstance(child, torch.nn.ModuleList) and len(child)]
+        last = list(layers[-1][-1].children()) if layers else []
+        hooks.forward_pre(stack, numbers, name="positions")
+        for path, child in model.named_modules():
+            if any(child is one for one in last):
+                hooks.forward(child, part(path), name="last layer")
+        yield
+    if sizes:
+        heard["narrow"] = max(sizes, key=lambda path: sizes[path])

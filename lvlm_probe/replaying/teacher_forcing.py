@@ -1,0 +1,355 @@
+"""Teacher forcing: one pass over prompt and recorded answer that gives log P(a_t) at every step (paper, Eq. 1 and 5).
+
+The answer's token t is predicted by the logits at position ``P + t - 1`` of the sequence ``prompt + answer[:-1]``
+(P prompt tokens, t from 0), so one forward pass serves all steps and only those T positions go through the LM head.
+
+A caller that wants only some of the answer's tokens says so by a ``Shortcut``; then the tokens after the last of them
+are left out, only their positions go through the LM head, and what comes before the picture may be read from a cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin
+
+import torch
+
+from lvlm_probe.errors import ReplayError
+from lvlm_probe.hooks import HookSet
+from lvlm_probe.models.replica import Replica
+from lvlm_probe.models.wrappers import execution_device
+from lvlm_probe.replaying.isolation import checkpointed, even_gradients
+from lvlm_probe.replaying.micro_batches import ran_out
+from lvlm_probe.replaying.patch_gradient import patch_gradients
+
+__all__ = ["Shortcut", "TeacherForcing", "apart", "epsilon_of", "input_device", "list_inputs", "rounding_of"]
+
+_OWN_ROUND = 1.5
+"""Roundings to the model's number format between two runs, in units of ε · max |logit|: half a step of the logit in
+each run, and half a step of the states that it is made of. Between cached decoding and one pass over tiny models of two
+families, 120 answers with largest logits of 12 and 25, up to 0.8 were found in bfloat16 and float16."""
+
+_SUMS_ROUND = 16
+"""What sums of products add, in units of float32's ε (float64's on a float64 model): they are made in float32 whatever
+the format. In the same answers in float32, up to 4 were found."""
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What a pass leaves out because it cannot change the log-probabilities that are wanted.
+
+    Attributes:
+        steps: The answer's tokens that are wanted, ascending.
+        start: How many positions at the beginning of the prompt are not fed but read from ``past``.
+        past: The model's own cache of them, one row; it is copied for every pass.
+        position_ids: Of all positions of the whole sequence, ``(..., 1, position)``, where the model cannot number what
+            follows ``past`` by itself.
+        narrow: Path of a module after the last mixing of positions (the last layer's MLP), which is run at the wanted
+            positions only.
+    """
+
+    steps: tuple[int, ...]
+    start: int = 0
+    past: Any = None
+    position_ids: torch.Tensor | None = None
+    narrow: str | None = None
+
+
+class TeacherForcing:
+    """The teacher-forced pass over one prompt and one answer, for any number of pictures at once.
+
+    Args:
+        model: the generating model, or the replica of one; passes run on a replica.
+        input_ids: ``(P,)`` prompt token ids without padding.
+        token_ids: ``(T,)`` answer token ids, T >= 1.
+        sequence_inputs: further inputs with one entry per prompt position, ``(1, P, ...)``; they are extended over the
+            answer (token types by ``answer_token_type``, anything else by its last entry).
+        other_inputs: inputs of any other shape, handed on as they are.
+        answer_token_type: token type of the answer's tokens; text is 0 nearly everywhere.
+        image_token_id: the placeholder that image features replace. generate() reads one that the model has said as a
+            word; in one pass over prompt and answer the model would look for a picture to it.
+
+    Attributes:
+        largest_logit: max |logit| over steps and vocabulary, float32, in the last pass over one picture and all steps;
+            ``None`` before there was one.
+        epsilon: ε of the number format of that pass: of its logits or of the weights, whichever is the rounder.
+    """
+
+    largest_logit: torch.Tensor | None = None
+    epsilon: float = 0.0
+
+    def __init__(
+        self,
+        model: torch.nn.Module | Replica,
+        *,
+        input_ids: torch.Tensor,
+        token_ids: torch.Tensor,
+        sequence_inputs: Mapping[str, torch.Tensor] | None = None,
+        other_inputs: Mapping[str, Any] | None = None,
+        answer_token_type: int = 0,
+        apart_inputs: Mapping[str, torch.Tensor] | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        image_token_id: int | None = None,
+    ) -> None:
+        if token_ids.numel() == 0:
+            raise ReplayError("the answer has no tokens, so there is nothing to replay")
+        self.replica = model if isinstance(model, Replica) else Replica(model)
+        with self.replica.use() as model:
+            self.device = input_device(model)
+            self._lists = list_inputs(model)
+            parameters = inspect.signature(model.forward).parameters
+        self.steps = int(token_ids.numel())
+        self._targets = token_ids.to(self.device).long()
+        self._said_image = decoder_input_ids is None and image_token_id in token_ids[:-1].tolist()
+        # What the answer continues: the prompt or, in an encoder-decoder model, the decoder's own beginning.
+        start = input_ids if decoder_input_ids is None else decoder_input_ids.flatten()
+        ids = torch.cat([start.long().cpu(), token_ids.long().cpu()[:-1]])
+        self.length = int(ids.numel())
+        asked = ids if decoder_input_ids is None else input_ids.long().cpu()
+        width = int(asked.numel())
+        self._sequence: dict[str, torch.Tensor] = {
+            "input_ids": asked[None].to(self.device),
+            "attention_mask": torch.ones(1, width, dtype=torch.long, device=self.device),
+        }
+        if decoder_input_ids is not None:
+            self._sequence["decoder_input_ids"] = ids[None].to(self.device)
+        for name, value in (sequence_inputs or {}).items():
+            if name not in self._sequence:
+                self._sequence[name] = _extend(name, value, width, answer_token_type).to(self.device)
+        # Those that go on over the answer, and end where it is cut.
+        self._answering = frozenset(self._sequence) if decoder_input_ids is None else frozenset({"decoder_input_ids"})
+        for name, value in (apart_inputs or {}).items():
+            self._sequence.setdefault(name, value.to(self.device))
+        self._other = dict(other_inputs or {})
+        self._keeps_logits = "logits_to_keep" in parameters
+        self._takes_use_cache = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def log_probs(
+        self,
+        pixel_inputs: Mapping[str, torch.Tensor],
+        *,
+        batch: int,
+        checkpoint: bool = False,
+        shortcut: Shortcut | None = None,
+    ) -> torch.Tensor:
+        """Log-probabilities of the answer's tokens for ``batch`` pictures.
+
+        Args:
+            pixel_inputs: the image inputs of ``batch`` copies of the prompt, concatenated along their first axis.
+            batch: number of copies.
+            checkpoint: recompute layers in backward instead of keeping their activations.
+            shortcut: only its ``steps`` are wanted; ``None`` is all of them, by the plain pass.
+
+        Returns:
+            ``(batch, step)`` float32 (float64 on a float64 model), natural log; differentiable in ``pixel_inputs`` when
+            gradients are enabled. With a ``shortcut`` the steps are those of ``shortcut.steps``.
+            Paper, Eq. 1.
+        """
+        steps = shortcut.steps if shortcut is not None else tuple(range(self.steps))
+        inputs: dict[str, Any] = {
+            name: value.expand(batch, *value.shape[1:]) for name, value in self._text(shortcut).items()
+        }
+        inputs.update(self._other)
+        inputs.update({name: _to(value, self.device) for name, value in pixel_inputs.items()})
+        inputs.update({name: inputs[name].tolist() for name in self._lists & inputs.keys()})
+        if self._takes_use_cache:
+            inputs["use_cache"] = False
+        if shortcut is not None and shortcut.start:
+            past = copy.deepcopy(shortcut.past)
+            past.batch_repeat_interleave(batch)
+            inputs |= {"past_key_values": past, "use_cache": True}
+            if (places := shortcut.position_ids) is not None:
+                fed = places[..., shortcut.start : self.stop(steps)]
+                inputs["position_ids"] = fed.expand(*fed.shape[:-2], batch, fed.shape[-1])
+        with (
+            self.replica.use() as replica,
+            checkpointed(replica, enabled=checkpoint) as model,
+            even_gradients(model),
+            patch_gradients(model),
+            self._wanted_positions_only(model, steps, shortcut) as extra,
+        ):
+            try:
+                logits = model(**inputs, **extra, return_dict=True).logits
+            except (ValueError, RuntimeError, IndexError) as error:
+                if not self._said_image or ran_out(error):
+                    raise
+                raise ReplayError(
+                    f"the answer holds the image token itself, to which {type(model).__name__} looks for another "
+                    f"picture, so this answer cannot be replayed ({error})"
+                ) from error
+        span = steps[-1] - steps[0] + 1
+        if logits.shape[1] != len(steps):  # else the head was given no other positions
+            logits = logits[:, -span:]
+            if logits.shape[1] == span != len(steps):
+                logits = logits[:, [step - steps[0] for step in steps]]
+        epsilon = max(epsilon_of(logits.dtype), epsilon_of(getattr(model, "dtype", None)))
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        if logits.shape[0] != batch or logits.shape[1] != len(steps):
+            raise ReplayError(
+                f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for {batch} pictures and "
+                f"{len(steps)} answer tokens; its forward edits the sequence, so this answer cannot be replayed"
+            )
+        if shortcut is None and batch == 1:
+            self.largest_logit, self.epsilon = logits.detach().abs().amax().float(), epsilon
+        targets = self._targets[list(steps)].to(logits.device)
+        picked = logits.gather(-1, targets[None, :, None].expand(batch, -1, 1)).squeeze(-1)
+        return picked - logits.logsumexp(dim=-1)
+
+    def stop(self, steps: Sequence[int]) -> int:
+        """How many positions of the sequence it takes to predict ``steps``."""
+        return self.length - self.steps + steps[-1] + 1
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the inputs beside pixels."""
+        return frozenset(self._sequence) | frozenset(self._other)
+
+    def past(self, length: int, *, position_ids: torch.Tensor | None = None) -> Any:
+        """The model's own cache of the first ``length`` positions, which hold no picture; without gradients.
+
+        Raises:
+            Exception: whatever the model says where it cannot be asked that.
+        """
+        inputs: dict[str, Any] = {name: value[:, :length] for name, value in self._sequence.items()}
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids[..., :length]
+        with torch.no_grad(), self.replica.use() as model:
+            keep = {"logits_to_keep": 1} if self._keeps_logits else {}
+            return model(**inputs, **keep, use_cache=True, return_dict=True).past_key_values
+
+    def _text(self, shortcut: Shortcut | None) -> dict[str, torch.Tensor]:
+        """Inputs beside the picture, one row, up to the last position that is wanted."""
+        if shortcut is None:
+            return self._sequence
+        stop, start = self.stop(shortcut.steps), shortcut.start
+        return {
+            # The mask tells of what is in the cache too.
+            name: value[:, 0 if name == "attention_mask" else start : stop] if name in self._answering else value
+            for name, value in self._sequence.items()
+        }
+
+    @contextmanager
+    def _wanted_positions_only(
+        self, model: torch.nn.Module, steps: Sequence[int], shortcut: Shortcut | None
+    ) -> Iterator[dict[str, int]]:
+        """Only wanted positions through the LM head: by ``logits_to_keep``, and by trimming what the head is given."""
+        hub: Any = model
+        head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
+        span = steps[-1] - steps[0] + 1
+        extra = {"logits_to_keep": span} if self._keeps_logits else {}
+        back = torch.tensor([step - steps[-1] - 1 for step in steps])  # counted from the end, which all of them share
+
+        def trim(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            states = args[0]
+            if len(steps) == span:
+                return (states[:, -span:], *args[1:]), kwargs
+            return (states.index_select(1, back.to(states.device) + states.shape[1]), *args[1:]), kwargs
+
+        def narrowed(original: Callable[..., Any], states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            rows = back.to(states.device) + states.shape[1]
+            some = original(states.index_select(1, rows), *args, **kwargs)
+            whole = some.new_zeros(*states.shape[:2], *some.shape[2:])
+            return whole.index_copy(1, rows, some)
+
+        def of_one_prompt(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            # HunYuanVL counts pictures over all rows of a batch, and places them by that; here every row is one prompt.
+            positions, *rest = original(*args, **kwargs)
+            return positions[..., :1, :].expand_as(positions), *rest
+
+        with HookSet() as hooks:
+            for part in model.modules():
+                if hasattr(part, "get_rope_index"):
+                    hooks.shadow(part, "get_rope_index", of_one_prompt)
+            if head is not None and not (self._keeps_logits and len(steps) == span):
+                hooks.forward_pre(head, trim, name="wanted positions", fenced=False)
+            if shortcut is not None and shortcut.narrow:
+                hooks.shadow(model.get_submodule(shortcut.narrow), "forward", narrowed)
+            yield extra
+
+
+def rounding_of(log_probs: torch.Tensor, largest_logit: float, epsilon: float) -> torch.Tensor:
+    """How far log-probabilities may lie from those of a run that rounds otherwise (cached decoding, another batch).
+
+    Every logit may be off by δ = (1.5 ε + 16 ε₃₂) · max |logit|, the maximum over all steps, as what is rounded is the
+    hidden states too. With P = e^z / Σ e^z and every other logit moved against the token's own, log P falls by at most
+    log(P + (1 − P) e^(2 δ)): 2 δ for an unlikely token, next to nothing for a certain one. Taking the logarithm rounds
+    too, by 4 ε₃₂ · max |logit|.
+
+    Args:
+        log_probs: ``(step,)`` natural log.
+        largest_logit: max |logit|.
+        epsilon: ε of the model's number format. Below float32's (float64) it stands for ε₃₂ too.
+
+    Returns:
+        ``(step,)`` nats.
+    """
+    fine = min(epsilon, epsilon_of(torch.float32))
+    # e^600 is a number still, and no logits are that large.
+    moved = min((_OWN_ROUND * epsilon + _SUMS_ROUND * fine) * largest_logit, 300.0)
+    others = -torch.expm1(log_probs.double().clamp(max=0))
+    return (torch.log1p(others * math.expm1(2 * moved)) + 4 * fine * largest_logit).to(log_probs)
+
+
+def epsilon_of(dtype: torch.dtype | str | None) -> float:
+    """ε of a floating-point format, by its type or name; 0 for everything else."""
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return float(torch.finfo(kind).eps) if isinstance(kind, torch.dtype) and kind.is_floating_point else 0.0
+
+
+def list_inputs(model: torch.nn.Module) -> frozenset[str]:
+    """Inputs that the model takes as lists, and as nothing else (``num_local_patches: list[int] | None``): traces and
+    replays keep them as tensors."""
+
+    def only_lists(annotation: Any) -> bool:
+        kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
+        if get_origin(annotation) is list:
+            kinds = [annotation]
+        return bool(kinds) and all(get_origin(kind) is list for kind in kinds)
+
+    try:
+        parameters = inspect.signature(model.forward, eval_str=True).parameters
+    except Exception:  # annotations name what is not there to be looked up
+        parameters = inspect.signature(model.forward).parameters
+    return frozenset(name for name, parameter in parameters.items() if only_lists(parameter.annotation))
+
+
+def apart(name: str, inputs: Mapping[str, Any]) -> bool:
+    """Whether an input goes with another sequence of tokens than the prompt: one of a text that is read elsewhere
+    (``qformer_attention_mask`` beside ``qformer_input_ids``), or of the decoder.
+    """
+    streams = [other.removesuffix("input_ids") for other in inputs if other.endswith("_input_ids")]
+    return name.startswith(tuple(streams)) if streams else False
+
+
+def _extend(name: str, value: torch.Tensor, length: int, answer_token_type: int) -> torch.Tensor:
+    missing = length - value.shape[1]
+    if missing <= 0:
+        return value[:, :length]
+    tail = value[:, -1:].expand(-1, missing, *value.shape[2:])
+    if "type_ids" in name:
+        tail = torch.full_like(tail, answer_token_type)
+    elif name.endswith("position_mask"):  # which positions are the picture's: none of the answer's
+        tail = torch.zeros_like(tail)
+    return torch.cat([value, tail], dim=1)
+
+
+def input_device(model: torch.nn.Module) -> torch.device:
+    """The device that token ids and pixels go to: that of the input embeddings, or, offloaded, that they run on."""
+    hub: Any = model
+    try:
+        embeddings = hub.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # remote code need not answer
+        embeddings = None
+    weight = getattr(embeddings, "weight", None)
+    device = weight.device if weight is not None else next(model.parameters()).device
+    return execution_device(embeddings) if device.type == "meta" else device
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,87 @@
+"""Does a replay say what the recording said?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lvlm_probe.replaying import replay
+from lvlm_probe.replaying.recorded_inputs import refused_in_words
+
+if TYPE_CHECKING:
+    from lvlm_probe.trace import Trace
+
+__all__ = ["FLOOR", "Verification", "verify"]
+
+
+FLOOR = 1e-4
+"""Nats that are the same in any number format: 0.01 % in probability, far below what any figure here shows."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How well a replay reproduces a recording.
+
+    Attributes:
+        largest_difference: max over steps of |log P recorded − log P replayed|, nats.
+        step: the step where it occurs.
+        source: ``"generation"`` or ``"teacher_forced"``, what the recorded values come from.
+        steps: number of answer tokens compared.
+        differences: of each step, nats, NaN where one of the two is.
+        rounding: what each may come to by rounding (``Replay.rounding``), nats: in bfloat16 tenths for unlikely tokens,
+            and next to nothing for certain ones.
+    """
+
+    largest_difference: float
+    step: int
+    source: str
+    steps: int
+    differences: tuple[float, ...] = ()
+    rounding: tuple[float, ...] = ()
+
+    def within(self, tolerance: float | None = None) -> bool:
+        """Whether every difference is at most ``tolerance`` nats, by default its rounding, or 1e-4 where that is more;
+        never true for NaN."""
+        if tolerance is not None:
+            return self.largest_difference <= tolerance
+        return self.excess <= 1
+
+    @property
+    def worst(self) -> int:
+        """The step that exceeds its rounding by most, or is NaN."""
+        ratios = self._ratios()
+        return max(range(len(ratios)), key=lambda step: math.inf if math.isnan(ratios[step]) else ratios[step])
+
+    @property
+    def excess(self) -> float:
+        """How many times its rounding (1e-4 where that is more) the difference of the worst step is; NaN stays NaN."""
+        return self._ratios()[self.worst]
+
+    def allowed(self, step: int) -> float:
+        """What a step may differ by, nats."""
+        return max(FLOOR, self.rounding[step]) if self.rounding else FLOOR
+
+    def _ratios(self) -> list[float]:
+        differences = self.differences or (self.largest_difference,)
+        return [difference / self.allowed(step) for step, difference in enumerate(differences)]
+
+
+def verify(trace: Trace, model: torch.nn.Module, processor: object | None = None) -> Verification:
+    """Replay a trace unmasked and compare with what was recorded.
+
+    Raises:
+        ModelMismatch: it is another model, or the processor makes other inputs.
+        ReplayError: the trace holds inputs that the model cannot be run on.
+    """
+    player = replay(trace, model, processor)
+    with refused_in_words(trace):
+        replayed, rounding = player.original_log_probs, player.rounding
+    recorded = torch.tensor(trace.log_probs, dtype=torch.float32)
+    difference = (recorded - replayed).abs()
+    details = trace.log_probs_source, len(recorded), tuple(difference.tolist()), tuple(rounding.tolist())
+    if difference.isnan().any():
+        return Verification(math.nan, int(difference.isnan().nonzero()[0]), *details)
+    return Verification(float(difference.max()), int(difference.argmax()), *details)

@@ -1,0 +1,60 @@
+"""The demo scenes as a data set: drawn, not stored; the region that decides every answer is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lvlm_probe.demo.scene import SPLITS, Scene, scenes
+from lvlm_probe.errors import StudyError
+from lvlm_probe.study.datasets.registry import Sample, register_dataset
+
+__all__ = ["demo_scenes"]
+
+
+@register_dataset("demo", layout="nothing: source is the split of the scenes (train, tune or eval)")
+def demo_scenes(
+    source: str,
+    *,
+    split: str | None = None,
+    hard: bool = False,
+    start: int = 0,
+    seed: int = 0,
+    human: str | None = None,
+) -> Iterator[Sample]:
+    """Demo scenes without end; give the data set a limit.
+
+    Args:
+        source: Split of the scenes, unless ``split`` names it.
+        hard: The hard kind.
+        start: Number of the first one.
+        seed: Of the scenes.
+        human: ``"region"`` lets the region that decides the answer stand where a data set of people's attention has
+            their maps: nobody has looked at these pictures.
+
+    Raises:
+        StudyError: there is no such split, or ``human`` is something else.
+    """
+    wanted = split or source
+    if wanted not in SPLITS:
+        raise StudyError(f"demo scenes: there is no split {wanted!r}; source is one of {', '.join(SPLITS)}")
+    if human not in (None, "region"):
+        raise StudyError(f"demo scenes: human is region, or left out, not {human!r}")
+    index = start
+    while True:
+        (scene,) = scenes(1, seed=seed, split=wanted, start=index, hard=hard)
+        yield _sample(scene, index, human)
+        index += 1
+
+
+def _sample(scene: Scene, index: int, human: str | None) -> Sample:
+    annotations = {"region": scene.mask}
+    if human == "region":
+        annotations["human"] = scene.mask.astype("float32")
+    return Sample(
+        id=str(index),
+        question=scene.question,
+        load=lambda: scene.image,
+        answer=scene.answer,
+        group=scene.kind,
+        annotations=annotations,
+    )

@@ -1,0 +1,133 @@
+"""Readers of a user's own data: a table with columns of any names, or a folder of pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lvlm_probe.errors import StudyError
+from lvlm_probe.study.datasets.files import column, folder, open_image, rows
+from lvlm_probe.study.datasets.open_ended import lettered, strip_choices, strip_instructions, true_choice
+from lvlm_probe.study.datasets.registry import Sample, register_dataset, replaced
+
+__all__ = ["images", "table"]
+
+FIELDS = ("id", "question", "image", "answer", "choices", "group", "boxes", "mask")
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@register_dataset(
+    "table",
+    layout="a csv, tsv, json, jsonl or parquet file, or a hub id, one question per row; columns: says which is which",
+    relax=lambda sample: replaced(sample, strip_instructions(strip_choices(sample.question))),
+)
+def table(
+    source: str,
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    question: str | None = None,
+    images: str | None = None,
+) -> Iterator[Sample]:
+    """One question per row.
+
+    Args:
+        columns: Field → column, for fields of another name: ``id``, ``question``, ``image`` (path, or bytes in
+            parquet), ``answer``, ``choices`` (a list, or text "(a) … (b) …"), ``group``, ``boxes`` (``[[x0, y0, x1,
+            y1], …]`` in pixels) and ``mask`` (path of a picture, white = the region that decides the answer).
+        question: Asked of every row, where there is no such column.
+        images: Directory that paths are relative to, beside the file's own. A path that leads out of both, by itself
+            or by a link, is refused.
+
+    Raises:
+        StudyError: a field is not known, or a column missing.
+    """
+    if columns is not None and not all(isinstance(item, str) for pair in dict(columns).items() for item in pair):
+        raise StudyError("columns is a mapping of fields to names of columns")
+    names = {name: name for name in FIELDS} | dict(columns or {})
+    unknown = sorted(set(names) - set(FIELDS))
+    if unknown:
+        raise StudyError(f"columns: there is no field {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
+    path = Path(os.path.expanduser(source))
+    base = path if path.is_dir() else path.parent
+    beside = (base / images, base) if images else (base,)
+    where = f"table {source}"
+    for number, row in enumerate(rows(source, split=split), start=1):
+        index = str(row.get(names["id"]) or number)
+        here = f"{where}, row {number}"
+        asked = question or str(column(row, names["question"], where=where, number=number))
+        choices = _choices(row.get(names["choices"]), here)
+        answer = row.get(names["answer"])
+        annotations: dict[str, Any] = {}
+        if row.get(names["boxes"]):
+            annotations["region"] = _boxes(row[names["boxes"]], here)
+        elif row.get(names["mask"]):
+            picture = open_image(row[names["mask"]], where=here, beside=beside)
+            annotations["region"] = _white(picture)
+        yield Sample(
+            id=index,
+            question=asked,
+            load=partial(
+                open_image, column(row, names["image"], where=where, number=number), where=here, beside=beside
+            ),
+            answer=None if answer in (None, "") else true_choice(str(answer), choices),
+            choices=tuple(choices.values()),
+            group=None if row.get(names["group"]) in (None, "") else str(row[names["group"]]),
+            annotations=annotations,
+        )
+
+
+@register_dataset("images", layout="a directory of pictures, all asked the same question; folders are groups")
+def images(source: str, *, split: str | None = None, question: str = "Describe this image.") -> Iterator[Sample]:
+    """One question about every picture in a directory, in order of path.
+
+    Raises:
+        StudyError: there is no such directory, or no picture in it.
+    """
+    path = folder(source, "images")
+    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in _PICTURES]
+    if not found:
+        raise StudyError(f"images: {source} holds no pictures ({', '.join(_PICTURES)})")
+    for file in found:
+        name = file.relative_to(path)
+        yield Sample(
+            id=name.as_posix(),
+            question=question,
+            load=partial(open_image, file.absolute(), where=f"images, {name}", beside=(path,)),
+            group=name.parent.as_posix() if len(name.parts) > 1 else None,
+        )
+
+
+def _choices(value: Any, where: str) -> dict[str, str]:
+    if value is None or value == "":
+        return {}
+    if isinstance(value, list | tuple):
+        return {chr(ord("a") + place): str(text) for place, text in enumerate(value)}
+    found = lettered(str(value))
+    if not found:
+        raise StudyError(f'{where}: choices are a list, or text like "(a) … (b) …"; got {value!r}')
+    return found
+
+
+def _boxes(value: Any, where: str) -> list[tuple[float, ...]]:
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+        given = [given] if len(given) == 4 and not hasattr(given[0], "__len__") else given
+        found = [tuple(float(edge) for edge in box) for box in given]
+        if not found or any(len(box) != 4 or not all(map(math.isfinite, box)) for box in found):
+            raise ValueError("not four numbers each")
+    except (TypeError, ValueError, LookupError, OverflowError, RecursionError) as error:
+        shown = repr(value) if len(repr(value)) <= 200 else repr(value)[:199] + "…"
+        raise StudyError(f"{where}: boxes are [[x0, y0, x1, y1], …] in pixels; got {shown} ({error})") from error
+    return found
+
+
+def _white(picture: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(picture.convert("L")) > 127

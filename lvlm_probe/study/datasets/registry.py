@@ -1,0 +1,163 @@
+"""Data sets of questions about pictures, by name: what a reader yields, and where readers are registered.
+
+A reader is a function ``(source, **options) -> iterator of Sample`` that reads lazily and names what is missing::
+
+    for sample in open_dataset("mmvp", "data/MMVP"):
+        sample.question, sample.image, sample.answer
+
+``lvlm-probe study datasets`` lists them with the layout that each expects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from lvlm_probe.errors import ProbeError, StudyError
+from lvlm_probe.plugins import check_registration
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Reader", "Sample", "open_dataset", "reader_named", "readers", "register_dataset"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one picture.
+
+    Attributes:
+        id: Name of it within its data set, stable.
+        question: As it is asked.
+        load: Opens the picture, RGB; called when it is needed, and raises ``StudyError`` when it cannot be opened.
+        answer: The true answer, several (VQA), or ``None`` where the data set has none.
+        choices: Texts of the choices, without their letters; empty for open questions.
+        group: Category of the question.
+        annotations: What else is known: ``region`` (bool mask ``(row, col)``, or boxes in pixels) that decides the
+            answer, ``human`` (human attention maps ``(row, col)``), ``set`` and ``role`` of samples that belong
+            together.
+    """
+
+    id: str
+    question: str
+    load: Callable[[], Image.Image] = field(repr=False)
+    answer: str | tuple[str, ...] | None = None
+    choices: tuple[str, ...] = ()
+    group: str | None = None
+    annotations: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture. Raises ``StudyError`` when it cannot be opened."""
+        return self.load()
+
+
+class Reader(Protocol):
+    """A registered reader; options are keyword-only."""
+
+    def __call__(self, source: str, /, *, split: str | None = None, **options: Any) -> Iterator[Sample]: ...
+
+
+@dataclass(frozen=True)
+class _Entry:
+    read: Reader
+    layout: str
+    relax: Callable[[Sample], Sample]
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Iterator[Sample]])
+_READERS: dict[str, _Entry] = {}
+
+
+def register_dataset(
+    name: str, *, layout: str, relax: Callable[[Sample], Sample] = lambda sample: sample
+) -> Callable[[_Function], _Function]:
+    """Registers a reader.
+
+    Args:
+        name: What ``open_dataset`` is given.
+        layout: One sentence on the files that it expects.
+        relax: Makes an open-ended question of a sample (paper, §4.3); a pure function.
+
+    Raises:
+        StudyError: the name is taken, or what is registered is no function under a name.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        check_registration("a data set", name, function, StudyError)
+        check_registration("the relax of data set", name, relax, StudyError)
+        known = _READERS.get(name)
+        if known is not None and getattr(known.read, "__qualname__", "") != getattr(function, "__qualname__", ""):
+            raise StudyError(f"there is a data set {name!r} already; register yours under another name")
+        _READERS[name] = _Entry(function, str(layout), relax)  # type: ignore[arg-type]
+        return function
+
+    return decorate
+
+
+def readers() -> dict[str, str]:
+    """Name → layout of every reader, those of plugins included."""
+    _load()
+    return {name: entry.layout for name, entry in sorted(_READERS.items())}
+
+
+def reader_named(name: str) -> _Entry:
+    """The entry of a reader. Raises ``StudyError`` that names the closest."""
+    _load()
+    try:
+        return _READERS[name]
+    except KeyError:
+        close = difflib.get_close_matches(name, _READERS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(_READERS))}"
+        raise StudyError(f"there is no data set {name!r}; {hint}") from None
+
+
+def open_dataset(
+    name: str, source: str, *, split: str | None = None, open_ended: bool = False, **options: Any
+) -> Iterator[Sample]:
+    """The samples of a data set, lazily, in its own order.
+
+    Args:
+        name: Of the reader.
+        source: Directory, file or hub id.
+        split: Where the data set has several.
+        open_ended: Strip choices and instructions from the questions (paper, §4.3).
+        options: Of the reader.
+
+    Raises:
+        StudyError: no such reader or option, or something is missing: the message names the file, column or picture.
+    """
+    entry = reader_named(name)
+    try:
+        found = entry.read(str(source), split=split, **options)
+    except TypeError as error:
+        raise StudyError(f"data set {name}: {error}") from error
+    return _guarded(name, found, entry.relax if open_ended else None)
+
+
+def _guarded(name: str, found: Iterator[Sample], relax: Callable[[Sample], Sample] | None) -> Iterator[Sample]:
+    """The samples of a reader; what it did not expect in an option or a file ends in a sentence too."""
+    try:
+        for sample in found:
+            yield sample if relax is None else relax(sample)
+    except ProbeError:
+        raise
+    except Exception as error:
+        raise StudyError(f"data set {name} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def replaced(sample: Sample, question: str, choices: Sequence[str] = ()) -> Sample:
+    """The sample with another question; its choices are kept for judging the answer."""
+    return dataclasses.replace(sample, question=question, choices=tuple(choices) or sample.choices)
+
+
+def _load() -> None:
+    from lvlm_probe.plugins import load_plugins
+
+    for module in ("published", "own_data", "demo_scenes"):
+        importlib.import_module(f"lvlm_probe.study.datasets.{module}")
+    load_plugins()

@@ -1,0 +1,196 @@
+"""What one unit does: a model answers a question; a method explains an answer, and the judges score the map.
+
+A unit returns a record, JSON-ready. What varies from run to run (seconds, memory) stands under ``measured``; all else
+is the same however often, on however many machines and in whatever order the units are done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lvlm_probe.errors import ExplainError, ProbeError
+from lvlm_probe.explainers import explain
+from lvlm_probe.files import part_beside
+from lvlm_probe.importing.drops import drop_of
+from lvlm_probe.metrics import (
+    average_precision,
+    energy_in_region,
+    evaluate,
+    human_agreement,
+    iou,
+    pointing_game,
+)
+from lvlm_probe.models.prompts import chat_inputs, placed
+from lvlm_probe.recording.probe import attach
+from lvlm_probe.replaying import Replay, replay
+from lvlm_probe.study.run.cost_record import Stopwatch, map_memory
+from lvlm_probe.study.run.token_rules import tokens_by
+from lvlm_probe.study.run.units import method_content
+from lvlm_probe.study.run.word_maps import add_words
+from lvlm_probe.trace import Trace, open_trace
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.study.spec import MethodSpec, Study
+
+__all__ = ["POINTING_TOLERANCE", "answer_unit", "drops", "map_unit"]
+
+POINTING_TOLERANCE = 15
+"""Pixels by which the highest point may miss the region: the margin of the pointing game (Zhang et al., 2018)."""
+
+
+def answer_unit(
+    study: Study, model: torch.nn.Module, processor: Any, picture: Image.Image, question: str, trace_file: Path
+) -> dict[str, Any]:
+    """A model's greedy answer, recorded as a trace, and how much of its probability the picture is worth.
+
+    Args:
+        trace_file: where the trace goes; appears there whole or not at all.
+
+    Raises:
+        ProbeError: nothing was recorded, or the recording is faulty.
+    """
+    watch = Stopwatch()
+    # A name of its own: machines that share the directory may both do a unit that one seemed to have lost.
+    directory = part_beside(trace_file)
+    probe = attach(model, processor)
+    try:
+        with probe.record(
+            directory, images=[picture], baseline=study.settings.baseline, question=question
+        ) as recording:
+            inputs = placed(chat_inputs(processor, [picture], question), model)
+            model.generate(  # type: ignore[operator]
+                **inputs, max_new_tokens=study.settings.max_new_tokens, do_sample=False
+            )
+        if not recording.paths:
+            raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no picture"))
+        os.replace(recording.paths[-1], trace_file)
+    finally:
+        probe.detach()
+        shutil.rmtree(directory, ignore_errors=True)
+    trace = open_trace(trace_file)
+    if trace.status == "error":
+        raise ProbeError(f"the recording is faulty: {trace.error}")
+    return {
+        "answer": trace.answer,
+        "tokens": len(trace.token_ids),
+        **drops(trace),
+        "measured": {"seconds": watch.seconds(), **watch.taken(next(model.parameters()).device)},
+    }
+
+
+def drops(trace: Trace) -> dict[str, float]:
+    """How far the probability of an answer falls on the baseline picture, as a share of what it was (paper, §4.2).
+
+    Returns:
+        the fields of ``drops.Drop``, no infinity among them: a record holds none.
+
+    Raises:
+        ExplainError: the trace holds no baseline pass, or no token but special ones.
+    """
+    if trace.llr is None:
+        raise ExplainError("the trace holds no log-likelihood ratios, so nothing says what the picture is worth")
+    found = dataclasses.asdict(drop_of(trace.log_probs, trace.llr, trace.special))
+    return {name: max(value, -sys.float_info.max) for name, value in found.items()}
+
+
+def map_unit(
+    study: Study, player: Replay, method: MethodSpec, annotations: Mapping[str, Any], map_file: Path
+) -> dict[str, Any]:
+    """A method's map of one answer, stored, with its scores.
+
+    Deletion and insertion are taken against the baseline that the map was made with, on the tokens that it explains, as
+    in the paper. Where a row explains other tokens, or uses another baseline, than the study does, ``common`` holds the
+    scores on the study's own, which rows can be compared by; ``None`` where the study's own rule selects nothing.
+    Rows that do as the published code does also get ``release``: the areas by that code's rule, for the ledger.
+
+    Args:
+        player: the answer on its model.
+        annotations: of the sample: ``region`` (mask or boxes that the answer needs), ``human`` (human attention).
+        map_file: where the heatmap goes.
+    """
+    settings, watch = study.settings, Stopwatch()
+    alpha = settings.alpha if method.alpha is None else method.alpha
+    own = tokens_by(method.tokens, player, alpha=alpha)
+    usual = tokens_by("llr", player, alpha=settings.alpha)
+    over = player.over(method.baseline or settings.baseline)
+    heat = explain(over, method=method.method, tokens=own, seed=settings.seed, **method.params)
+    heat.write(map_file)
+    if not heat:
+        empty = {"map": None, "reason": heat.reason, "text": heat.selection.text}
+        return {**empty, "measured": {"seconds": heat.provenance["seconds"], **watch.taken(player.device)}}
+    judged = Stopwatch()
+    scores = _scores(study, heat, over)
+    measured = {"seconds": heat.provenance["seconds"], "judged_seconds": judged.seconds()}
+    same = method_content(study, method)  # rows that ask for one map share it
+    costed = any(9 in row.tables for row in study.methods.values() if method_content(study, row) == same)
+    memory = map_memory(over, method, heat, own, seed=settings.seed, measure=costed)
+    if method.behaviour == "release":
+        own_rule = evaluate(heat, over, auc="release", grid=settings.grid, seed=settings.seed)
+        scores["release"] = {"deletion": own_rule.deletion, "insertion": own_rule.insertion}
+    record: dict[str, Any] = {
+        "map": map_file.name,
+        "text": heat.selection.text,
+        "selected": len(heat.selection.indices),
+        "passes": dict(heat.provenance["passes"]),
+        **scores,
+    }
+    if usual and (usual.indices != heat.selection.indices or method.baseline not in (None, settings.baseline)):
+        common = player.over(settings.baseline).strengthened(usual.decided)
+        record["common"] = _scores(study, dataclasses.replace(heat, selection=usual), common, own_baseline=True)
+    elif not usual:
+        record["common"] = {"deletion": None, "insertion": None}
+    record |= _places(heat, annotations)
+    if settings.words:
+        record["words"] = add_words(study, player, method, heat, map_file)
+    record["measured"] = {**measured, "memory": memory, **watch.taken(player.device)}
+    return record
+
+
+def open_replay(trace_file: Path, model: torch.nn.Module, processor: Any) -> Replay:
+    """The answer of a trace on its model."""
+    return replay(open_trace(trace_file), model, processor)
+
+
+def _scores(study: Study, heat: Heatmap, player: Replay, *, own_baseline: bool = False) -> dict[str, Any]:
+    settings = study.settings
+    baseline = player.baseline if own_baseline else None
+    score = evaluate(heat, player, baseline=baseline, steps=settings.steps, grid=settings.grid, seed=settings.seed)
+    return {
+        "deletion": score.deletion,
+        "insertion": score.insertion,
+        "tie_share": score.tie_share,
+        "baseline_check": dict(score.baseline_check),
+        "trusted": score.verdict.trusted,
+        "verdict": str(score.verdict),
+    }
+
+
+def _places(heat: Heatmap, annotations: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores against what the sample is annotated with."""
+    found: dict[str, Any] = {}
+    region = annotations.get("region")
+    if region is not None:
+        found["pointing"] = pointing_game(heat, region, tolerance=POINTING_TOLERANCE)
+        found["energy"] = energy_in_region(heat, region)
+        found["average_precision"] = average_precision(heat, region)
+        found["iou"] = iou(heat, region)
+    humans = annotations.get("human")
+    if humans is not None:
+        maps = [np.asarray(item) for item in (humans if isinstance(humans, list | tuple) else [humans])]
+        try:
+            found["human"] = [human_agreement(heat, item).to_dict() for item in maps]
+        except ProbeError as error:  # scipy is missing, or an annotation is faulty: the map and its scores are not
+            found["human_failed"] = str(error)
+    return found

@@ -1,0 +1,254 @@
+"""The benchmarks run to the end at their smallest size, and their page says what their files say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import bench_engine
+import bench_gpu
+import bench_recording
+import bench_store
+import publish
+
+HEAD = {"machine": "a machine, 1 thread(s)", "python": "3.11", "lvlm_probe": "0.1.0", "date": "2026-11-25"}
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def load(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    assert {"machine", "python", "lvlm_probe", "date", "command"} <= found.keys()
+    return found
+
+
+def test_recording(tmp_path: Path) -> None:
+    bench_recording.main(["--small", "--tokens", "3", "--rounds", "2", "--out", str(tmp_path / "recording.json")])
+    found = load(tmp_path / "recording.json")
+    assert found["image_tokens"] == 16
+    assert {len(rounds) for rounds in found["seconds"].values()} == {2}
+    assert all(min(one["plain"] + one["recorded"]) > 0 for rounds in found["seconds"].values() for one in rounds)
+    # Rows of 16 tokens in 3 layers in half precision, and the rest in single.
+    assert found["size"]["with attention"]["attention_bytes_per_token"] == 3 * (16 * 2 + 4)
+    assert all(seconds >= 0 for seconds in found["inside"]["seconds"].values())
+    text = publish.page(tmp_path)
+    assert "these figures mean nothing" in text
+    assert "| time added to generate(), without attention | ≤ 2.0 % |" in text
+
+
+def test_overheads_are_of_two_rounds_with_the_copies_exchanged() -> None:
+    """Here the second copy takes twice as long, recorded or not, and recording adds a tenth."""
+    plain = [(1.0, 10.0), (2.0, 20.0), (1.5, 10.0), (3.0, 20.0)]
+    recorded = [(2.2, 22.0), (1.1, 11.0), (3.3, 22.0), (1.65, 11.0)]
+    seconds = {"kind": [{"plain": a, "recorded": b} for a, b in zip(plain, recorded, strict=True)]}
+    found = bench_recording.overheads(seconds, tokens=100)["kind"]
+    assert found["cpu"]["overhead"] == pytest.approx(0.1)
+    assert found["clock"]["overhead"] == pytest.approx(0.1)
+    assert found["cpu"]["added_us_per_token"] == pytest.approx(1750.0)
+
+
+def test_two_sides_take_turns() -> None:
+    worked: list[str] = []
+
+    def side(name: str, steps: int) -> Any:
+        def generate(stopping_criteria: list[Any]) -> None:
+            for _ in range(steps):
+                worked.append(name)
+                (hand_over,) = stopping_criteria
+                assert not hand_over(torch.zeros(1, 1), None).any()
+
+        return lambda timed: timed(generate)
+
+    times = bench_recording.in_turn(side("a", 2), side("b", 4))
+    assert worked == ["a", "b", "a", "b", "b", "b"]
+    assert all(clock > 0 for _, clock in times)
+
+
+def test_store(tmp_path: Path) -> None:
+    bench_store.main(["--traces", "6", "--out", str(tmp_path / "store.json")])
+    found = load(tmp_path / "store.json")
+    costs = found["costs"]
+    assert costs["open the store"]["bytes"] == 0
+    # Nothing but the last file and a little besides; and no trace at all once they are listed.
+    assert costs["open the store and read the last answer"]["bytes"] < 1.6 * found["file_bytes"]
+    assert costs["list with filters, again"]["bytes"] < 10_000
+    assert costs["read the attention map of an opened trace"]["bytes"] < 0.5 * found["file_bytes"]
+    assert "| list with filters, again: bytes read |" in publish.page(tmp_path)
+
+
+def test_gpu_script_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One model here; the two others differ in their configuration, which the next test builds."""
+    out = tmp_path / "gpu.json"
+    bench_gpu.main(["--small", "--models", "LLaVA-1.5-7B", "--out", str(out)])
+    found = load(out)
+    steps = found["models"]["LLaVA-1.5-7B"]["steps"]
+    assert list(steps) == [*bench_gpu.RECORDINGS, *bench_gpu.EXPLANATIONS, bench_gpu.CURVES]
+    assert not [step for step, line in steps.items() if "error" in line]
+    assert steps["igos++ (paper)"]["passes"] == [100, 100]
+    assert steps["igos++ (thorough)"]["passes"][1] > 100 > steps["igos++ (default)"]["passes"][1]
+    # Operations follow the passes.
+    each = {
+        step: steps[step]["tera_operations"] / sum(steps[step]["passes"]) for step in steps if "passes" in steps[step]
+    }
+    assert each["igos++ (thorough)"] == pytest.approx(each["igos++ (paper)"], rel=0.25)
+    assert "left" not in capsys.readouterr().out
+    bench_gpu.main(["--small", "--models", "LLaVA-1.5-7B", "--out", str(out), "--seconds", "0"])
+    assert load(out) == found  # nothing was missing, so nothing was done again
+    text = publish.page(tmp_path)
+    assert "| LLaVA-OneVision-7B, tmm: seconds (T-MM in Table 9) | ≤ 2.7 s | not measured | not measured |" in text
+
+
+@pytest.mark.parametrize("name", bench_gpu.MODELS)
+def test_small_models_of_the_gpu_script_answer(name: str, tmp_path: Path) -> None:
+    chip = bench_gpu.Chip(torch.device("cpu"), None)
+    sample = bench_gpu.Sample(name, chip, True, tmp_path)
+    assert {weights.dtype for weights in sample.model.parameters()} == {torch.bfloat16}
+    assert sample.replay.token_ids.shape == (6,)
+    assert sample.image_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "image_tokens"),
+    [("LLaVA-1.5-7B", 7.06, 576), ("LLaVA-OneVision-7B", 8.03, None), ("Qwen2.5-VL-7B", 8.29, 391)],
+)
+def test_true_geometries_have_the_published_number_of_weights(
+    name: str, billions: float, image_tokens: int | None
+) -> None:
+    """On the meta device, where weights take no memory. Numbers of weights: the checkpoints' own, from their cards."""
+    model_class, (config, processor) = bench_gpu.MODELS[name][1](False)
+    with torch.device("meta"):
+        model = model_class(config)
+    assert sum(weights.numel() for weights in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.005)
+    if image_tokens is not None:
+        given = bench_gpu.tiny_models.inputs(
+            bench_gpu.MODELS[name][0], _OnCpu(), processor, [bench_gpu.tiny_models.picture(640, 480)], "What?"
+        )
+        image = config.image_token_id
+        assert int((given["input_ids"] == image).sum()) == image_tokens
+
+
+class _OnCpu:
+    device = torch.device("cpu")
+
+
+def test_operations_are_those_of_the_products() -> None:
+    a, b = torch.ones(3, 5, requires_grad=True), torch.ones(5, 7, requires_grad=True)
+
+    def run() -> None:
+        torch.autograd.grad((a @ b).sum(), [a, b])
+
+    assert bench_gpu.operations_of(lambda: a @ b) == 2 * 3 * 5 * 7
+    assert bench_gpu.operations_of(run) == 3 * 2 * 3 * 5 * 7  # the product, and one for each gradient
+
+
+@pytest.mark.quick
+def test_a_clone_is_a_whole_trace_of_its_own(tmp_path: Path) -> None:
+    import lvlm_probe as probe
+
+    original = bench_store.record_one(tmp_path / "one")
+    first, second = (bench_store.clone(original, tmp_path, number) for number in (0, 3))
+    traces = [probe.open_trace(path) for path in (original, first, second)]
+    for trace in traces:
+        trace.verify()
+    assert len({trace.trace_id for trace in traces}) == 3
+    assert [trace.status for trace in traces[1:]] == ["complete", "stopped"]
+    assert traces[2].answer == traces[0].answer
+    assert [trace.path for trace in probe.open_store(tmp_path)] == [first, second]
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def put(directory: Path, name: str, **found: Any) -> None:
+    (directory / name).write_text(json.dumps({**HEAD, **found}), encoding="utf-8")
+
+
+def test_without_results_nothing_is_measured(tmp_path: Path) -> None:
+    text = publish.page(tmp_path)
+    assert text.count("## ") == len(publish.SECTIONS)
+    for section in publish.SECTIONS:
+        assert f"`{section.command}`: not measured." in text
+    assert text.startswith("# Benchmarks\n")
+    assert "0 goals met, 0 missed, " in text
+    assert "met |" not in text
+    assert "**missed**" not in text
+
+
+def test_goals_met_and_missed_are_said_plainly(tmp_path: Path) -> None:
+    put(tmp_path, "engine.json", models={"demo": {"ratios": {"iteration": 0.25, "curves": 0.51}}})
+    put(
+        tmp_path,
+        "ray.json",
+        speedup={"all": 1.79},
+        units={"answers": 3, "maps": 4},
+        seconds={"1 worker": {"all": 17.9}, "2 workers": {"all": 10.0}},
+        runs={"1": [{}, {}, {}]},
+        busy=0.95,
+        units_slower=1.1,
+        command="python somewhere/else.py",
+    )
+    put(tmp_path, "planner.json", lines=[{"model": "m", "ratio": 0.9}, {"model": "m", "ratio": 1.16}])
+    put(
+        tmp_path,
+        "growth.json",
+        slopes={
+            "image_tokens": {
+                "tmm": {
+                    "seconds": {"all": 1.5, "last": 1.9},
+                    "peak": {"all": 1.0, "last": 1.0},
+                    "layer": {"all": 1.02, "last": 1.1},
+                }
+            },
+            "answer_tokens": {},
+        },
+    )
+    out = tmp_path / "docs" / "benchmarks.md"
+    publish.main(["--results", str(tmp_path), "--out", str(out)])
+    text = out.read_text("utf-8")
+    assert "| time of one iteration of iGOS+, the embedded model | ≤ 0.25 | 0.25 | met |" in text
+    assert "| time of deletion and insertion, the embedded model | ≤ 0.50 | 0.51 | **missed** |" in text
+    assert "| peak memory, the embedded model | ≤ 0.40 | not measured | not measured |" in text
+    assert "| speed-up of two workers over one | ≥ 1.80 | 1.79 | **missed** |" in text
+    assert "3 answers and 4 maps: 18 s with one worker, 10 s with two" in text
+    assert "| error of predicted peak memory, worst of 2 predictions | ≤ 15.0 % | 16.0 % | **missed** |" in text
+    assert "| m | 2 | 0.90 to 1.16 |" in text
+    assert "| T-MM: exponent of memory beyond the model's own | ≤ 1.10 | 1.10 | met |" in text
+    assert "| tmm | 1.50 | 1.00 |" in text
+    assert "`python somewhere/else.py`: a machine, 1 thread(s); Python 3.11, lvlm_probe 0.1.0; 2026-11-25." in text
+    assert "2 goals met, 3 missed, " in text
+
+
+def test_a_run_that_spreads_over_the_bound_does_not_decide() -> None:
+    def verdict(figure: float, low: float, high: float) -> str:
+        return publish.Goal("x", figure, 0.02, publish.percent, quartiles=(low, high)).verdict
+
+    assert verdict(-0.002, -0.056, 0.086) == "not decided: quartiles -5.6 % to 8.6 %"
+    assert verdict(0.01, 0.005, 0.015) == "met"
+    assert verdict(0.04, 0.03, 0.05) == "**missed**"
+
+
+def test_the_goals_of_page_and_scripts_are_the_same() -> None:
+    assert publish.ENGINE == bench_engine.GOALS
+    assert {kind: bound for kind, bound in publish.RECORDING.items() if bound} == bench_recording.GOALS
+    assert publish.RECORDING.keys() == {bench_recording.NOTHING, *bench_recording.KINDS}
+    assert publish.GPU_PAPER == bench_gpu.PAPER
+    assert set(publish.GPU_MODELS) == set(bench_gpu.MODELS)
+
+
+def test_the_page_in_docs_is_the_one_that_the_results_give() -> None:
+    docs = publish.ROOT / "docs" / "benchmarks.md"
+    assert docs.read_text("utf-8") == publish.page(Path(publish.__file__).parent / "results"), (
+        "docs/benchmarks.md is not that of tests/benchmarks/results: run python tests/benchmarks/publish.py"
+    )

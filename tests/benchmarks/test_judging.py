@@ -1,0 +1,205 @@
+"""What the tournament and the ablations rest on: lines that survive, shards that add up, words and p-values."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lvlm_probe as probe
+from lvlm_probe.selection import TokenSelection
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import ablations
+import judging
+import tournament
+
+
+def line(scene: int, name: str, key: str = "k", **facts: Any) -> dict[str, Any]:
+    return {"scene": scene, "number": scene, "passed_over": {}, "name": name, "key": key, **facts}
+
+
+def test_lines_survive_being_cut_off_and_the_latest_counts(tmp_path: Path) -> None:
+    mine, other = judging.Lines(tmp_path, (0, 2)), judging.Lines(tmp_path, (1, 2))
+    mine.add(line(0, "a", gain=0.5))
+    mine.add(line(2, "a", gain=float("nan")))
+    other.add(line(1, "a", gain=0.7))
+    text = mine.path.read_text("utf-8")
+    mine.path.write_text(text[:-9], encoding="utf-8")  # killed while writing scene 2
+
+    again = judging.Lines(tmp_path, (0, 2))
+    assert [(found["scene"], found["gain"]) for found in again.of("a")] == [(0, 0.5), (1, 0.7)]
+    assert again.has(0, "a", "k") and not again.has(2, "a", "k") and not again.has(0, "a", "other settings")
+    again.add(line(2, "a", gain=float("nan")))
+    again.add(line(0, "a", gain=0.6))
+    last = judging.Lines(tmp_path)
+    assert [found["gain"] for found in last.of("a")] == [0.6, 0.7, None]
+    assert all(json.loads(text) for text in mine.path.read_text("utf-8").splitlines()[2:])
+    # Lines of settings that have been given up do not mix with those of the new ones.
+    last.add(line(0, "a", key="new", gain=0.1))
+    assert [found["gain"] for found in last.of("a")] == [0.1]
+
+
+@pytest.fixture
+def dealt(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Scenes of which every third is answered wrongly, and which of them were answered."""
+    answered: list[int] = []
+
+    def cases(split: str, wanted: int, folder: Path, *, skipped: Any, after: int, **rest: Any) -> Iterator[Any]:
+        index, found = after + 1, 0
+        while found < wanted:
+            answered.append(index)
+            if index % 3 == 1:
+                skipped["answered wrongly"] += 1
+            else:
+                found += 1
+                scene = SimpleNamespace(index=index, kind="colour", answer="")
+                yield SimpleNamespace(scene=scene, replay=SimpleNamespace(baseline={"kind": "blur"}))
+            index += 1
+
+    monkeypatch.setattr(judging, "cases", cases)
+    return answered
+
+
+def arguments(out: Path, shard: tuple[int, int], scenes: int) -> argparse.Namespace:
+    return argparse.Namespace(scenes=scenes, shard=shard, split="eval", hard=False, model=None, out=out)
+
+
+def test_shards_together_judge_what_one_process_would(dealt: list[int], tmp_path: Path) -> None:
+    def run(out: Path, shard: tuple[int, int], scenes: int = 7, stop: int = 99) -> list[int]:
+        lines, seen = judging.Lines(out, shard), []
+        for facts, case in judging.scenes_to_do(arguments(out, shard, scenes), lines, {"a": "k"}):
+            if len(seen) == stop:
+                break
+            seen.append(case.scene.index)
+            lines.add({**facts, "name": "a", "key": "k"})
+        return seen
+
+    whole = run(tmp_path / "whole", (0, 1))
+    assert whole == [0, 2, 3, 5, 6, 8, 9]
+    assert run(tmp_path / "parts", (1, 3)) == [2, 6]
+    assert run(tmp_path / "parts", (0, 3), stop=1) == [0]  # interrupted
+    dealt.clear()
+    assert run(tmp_path / "parts", (0, 3)) == [5, 9]
+    assert 0 not in dealt  # what lies before the first scene to do is not answered again
+    assert run(tmp_path / "parts", (2, 3)) == [3, 8]
+    records = [judging.Lines(tmp_path / place).of("a") for place in ("whole", "parts")]
+    facts = [[(r["scene"], r["number"], r["passed_over"]) for r in found] for found in records]
+    assert facts[0] == facts[1]
+    assert facts[0][-1] == (9, 6, {"answered wrongly": 3})
+    assert run(tmp_path / "parts", (0, 1)) == []
+    assert run(tmp_path / "parts", (0, 1), scenes=9) == [11, 12]
+
+
+def test_holm_is_that_of_statsmodels() -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    p = {"a": 0.001, "b": 0.04, "c": 0.03, "d": 0.7, "e": 0.6, "f": 0.009}
+    expected = multitest.multipletests(list(p.values()), method="holm")[1]
+    assert list(judging.holm(p).values()) == pytest.approx(sorted(expected))
+    assert [judging.holm(p)[name] for name in p] == pytest.approx(list(expected))
+
+
+def test_comparisons_are_paired_by_scene() -> None:
+    first, second = {1: 0.9, 2: 0.8, 5: 0.5}, {5: 0.2, 2: 0.7, 7: 0.0}
+    found = judging.comparison(first, second)
+    assert found is not None
+    assert (found["n"], found["mean"]) == (2, pytest.approx(0.2))
+    assert found["p"] == pytest.approx(0.5)  # 2 of 4 sign flips are as far from 0
+    assert judging.comparison(first, {9: 1.0}) is None
+
+
+def test_peak_memory_is_what_is_alive_at_once() -> None:
+    def run() -> None:
+        first = torch.zeros(1000, 1000)
+        second = first + 1
+        del first
+        third = second * 2  # two of the three at any time
+        del second, third
+
+    assert judging.peak_memory(run) == pytest.approx(8_000_000, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["where", "pair", "cell"])
+def test_true_words_are_the_tokens_of_the_visual_spans(kind: str) -> None:
+    _, processor = probe.demo.load()
+    for scene in probe.demo.scenes(4, kinds=[kind], split="tune"):
+        ids = processor.tokenizer(scene.answer, add_special_tokens=False).input_ids
+        bare = [processor.tokenizer.decode(ids[: n + 1]) for n in range(len(ids))]
+        pieces = [bare[0], *(text[len(before) :] for before, text in itertools.pairwise(bare)), "</s>"]
+        assert "".join(pieces[:-1]).strip() == scene.answer
+        special = [False] * len(ids) + [True]
+        chosen = TokenSelection((), tuple(pieces), (), "llr", reason="none")
+        case: Any = SimpleNamespace(
+            scene=scene, replay=SimpleNamespace(tokens=pieces, special=special), selection=chosen
+        )
+        found = ablations.true_words(case)
+        runs = np.split(list(found.indices), np.flatnonzero(np.diff(found.indices) > 1) + 1)
+        texts = ["".join(pieces[index] for index in run).strip() for run in runs]
+        assert " ".join(texts) == " ".join(scene.visual_words)
+
+
+def test_keywords_are_as_many_as_the_recipe_takes() -> None:
+    pytest.importorskip("yake")
+    assert len(ablations.keywords("The star is yellow and the cross is cyan.")) == 3
+    long = " ".join(f"The {noun} stands beside another old wooden table." for noun in ("lamp", "vase", "chair"))
+    assert len(ablations.keywords(long)) == len(long.split()) // 4
+
+
+@pytest.mark.quick
+def test_tables_say_what_the_lines_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    lines = judging.Lines(tmp_path)
+    gains = {name: rng.normal(mean, 0.05, 12) for name, mean in (("igos++", 0.9), ("tmm", 0.6), ("random", 0.0))}
+    for name, values in gains.items():
+        for scene, gain in enumerate(values):
+            facts = {"gain": gain, "deletion": 0.1, "insertion": 0.1 + gain, "kind": "colour", "trusted": True}
+            facts |= {"forward": 100, "backward": 100, "seconds": 1.0, "params": {}}
+            lines.add(line(scene, name, **facts))
+    lines.add(line(3, "tmm", gain=None, reason="no such layers", kind="colour"))
+    wanted = argparse.Namespace(
+        out=tmp_path, methods="all", against="igos++", split="eval", hard=False, model=None, scenes=12
+    )
+    summary = tournament.summarise(wanted, lines)
+    assert summary["methods"]["tmm"]["maps"] == 11
+    kept = np.arange(12) != 3
+    behind = summary["methods"]["tmm"]["behind"]["gain"]
+    assert behind["mean"] == pytest.approx(float((gains["igos++"] - gains["tmm"])[kept].mean()))
+    assert behind["low"] > 0 and behind["n"] == 11
+    assert behind["p_holm"] == pytest.approx(2 * min(behind["p"], 1.0), rel=0.5)
+    text = tournament.table({**summary, "begun": 2})
+    assert "Scenes begun and not judged under every method yet are left out: 2." in text
+    short = tournament.short_table(summary).splitlines()
+    assert short[2].startswith("| igos++ |") and short[3].startswith("| tmm |")
+    assert f"{behind['mean']:+.3f}" in short[3]
+    order = [row.split("|")[1].strip() for row in text.splitlines()[2:5]]
+    assert order == ["igos++", "tmm", "random"]
+    assert "Scenes without a map are left out: tmm 11 of 12." in text
+
+
+def test_only_scenes_that_every_method_has_judged_are_compared(tmp_path: Path) -> None:
+    lines = judging.Lines(tmp_path)
+    for scene, name in ((0, "a"), (0, "b"), (1, "a"), (2, "b"), (3, "a"), (3, "b")):
+        lines.add(line(scene, name))
+    assert lines.keep_complete(["a", "b"]) == 2
+    assert sorted(lines.latest) == [(0, "a"), (0, "b"), (3, "a"), (3, "b")]
+    assert judging.Lines(tmp_path).keep_complete(["a"]) == 1  # the file keeps them all
+
+
+def test_filling_a_place_leaves_the_rest(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- easy -->\nold\n<!-- /easy -->\nbelow\n", encoding="utf-8")
+    for text in ("| new |", "| newer |"):
+        judging.fill(page, "easy", text)
+    assert page.read_text("utf-8") == "above\n<!-- easy -->\n| newer |\n<!-- /easy -->\nbelow\n"
+    with pytest.raises(SystemExit, match="has no place <!-- hard -->"):
+        judging.fill(page, "hard", "")

@@ -1,0 +1,54 @@
+"""The command line in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from lvlm_probe import cli
+
+__all__ = ["Result", "run", "succeed"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left on the terminal."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def run(*arguments: str | Path) -> Result:
+    """``lvlm-probe ARGUMENTS`` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["lvlm-probe", *map(str, arguments)]),
+        mock.patch.dict(os.environ, {"COLUMNS": "200"}),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+        pytest.raises(SystemExit) as exit_,
+    ):
+        cli.main()
+    return Result(int(exit_.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def succeed(*arguments: str | Path) -> Result:
+    result = run(*arguments)
+    assert result.code == 0, result.err
+    return result

@@ -1,0 +1,68 @@
+"""The table of families: what it counts, and that the page and the command say what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import lvlm_probe as probe
+from lvlm_probe.models.support import CHECKS, FamilyTable, family_table, markdown
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+def _run(backend: str, passed: bool | None, figure: float | None = None, note: str = "") -> dict:
+    entry = {"passed": passed, "figure": figure, "note": note}
+    return {"backend": backend, "larger": False, "checks": dict.fromkeys(CHECKS, entry)}
+
+
+TABLE = FamilyTable.from_json(
+    {
+        "date": "2026-01-01",
+        "versions": {"transformers": "5"},
+        "families": {
+            "good": {"class": "A", "kind": "A", "runs": [_run("pil", True, 1e-6), _run("torchvision", True, 3e-6)]},
+            "half": {
+                "class": "B",
+                "kind": "B",
+                "runs": [_run("pil", True), _run("torchvision", False, 0.5, "too far")],
+            },
+            "none": {"class": "C", "kind": "C", "runs": [_run("pil", None, None, "no attention map")]},
+            "text": {"class": "D", "outside": "it takes no picture"},
+        },
+    }
+)
+
+
+def test_a_family_passes_a_check_when_all_its_runs_do() -> None:
+    assert TABLE["good"].verdict("replay") is True and TABLE["good"].passed
+    assert TABLE["half"].verdict("replay") is False and not TABLE["half"].passed
+    assert TABLE["half"].verdict("replay", "pil") is True
+    assert TABLE["none"].verdict("attention") is None and TABLE["none"].passed
+    assert TABLE["good"].worst("replay") == 3e-6
+    assert TABLE["half"].reasons("replay") == ("too far",)
+
+
+def test_counts_leave_out_what_does_not_apply_and_who_is_not_counted() -> None:
+    assert [family.name for family in TABLE.lvlms] == ["good", "half", "none"]
+    assert TABLE.count("replay") == (1, 2)
+    assert TABLE.count("replay", "pil") == (2, 2)
+
+
+def test_the_page_says_what_failed_and_why() -> None:
+    text = markdown(TABLE)
+    assert "**2 of 3** families" in text
+    assert "| half | resize to a square | pil, torchvision | **no** |" in text
+    assert "- **half**, replay: too far" in text
+    assert "| text | D | it takes no picture |" in text
+
+
+@pytest.mark.quick
+def test_an_unknown_family_is_an_error_that_says_that_it_may_work() -> None:
+    with pytest.raises(probe.ProbeError, match="can be attached all the same"):
+        TABLE["unheard of"]
+
+
+def test_the_page_is_the_shipped_table() -> None:
+    assert PAGE.read_text(encoding="utf-8") == markdown(family_table())

@@ -1,0 +1,104 @@
+"""Pieces, special tokens, the end of an answer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import tiny_models
+import torch
+from transformers import GenerationConfig
+
+from lvlm_probe.models.tokenizers import Stops, display_pieces, special_flags, stops_of, tokenizer_of
+
+
+@pytest.mark.quick
+def test_pieces_join_to_the_decoded_text(demo):
+    for tokenizer in (tiny_models.build_processor("llava").tokenizer, demo[1].tokenizer):
+        text = "The red star is in the top left."
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        pieces = display_pieces(tokenizer, ids)
+        assert len(pieces) == len(ids) and "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_a_character_of_several_tokens_is_shown_by_the_last():
+    tokenizer = tiny_models.build_processor("llava").tokenizer
+    ids = tokenizer("aé漢b", add_special_tokens=False)["input_ids"]
+    pieces = display_pieces(tokenizer, ids)
+    assert "".join(pieces) == "aé漢b"
+    assert "�" not in "".join(pieces) and "" in pieces
+
+
+def test_lone_bytes_are_shown_where_they_are_and_cost_no_more_than_their_number():
+    tokenizer = tiny_models.build_processor("llava").tokenizer
+    lone = tokenizer("漢", add_special_tokens=False)["input_ids"][:1]
+    word = tokenizer("漢 red", add_special_tokens=False)["input_ids"]
+    decoded = 0
+
+    class Counting:
+        def decode(self, ids, **settings):
+            nonlocal decoded
+            decoded += len(ids)
+            return tokenizer.decode(ids, **settings)
+
+    pieces = display_pieces(Counting(), lone * 500 + word)
+    assert "".join(pieces) == tokenizer.decode(lone * 500 + word)
+    assert decoded < 20 * len(pieces)
+    assert pieces[100] and pieces[-1].endswith("red"), "each shows itself, not all of them with the next word"
+
+
+def test_without_a_tokenizer_ids_are_shown():
+    assert display_pieces(None, [5, 7]) == ["<5>", "<7>"]
+    assert tokenizer_of(object()) is None
+
+
+def test_special_flags():
+    tokenizer = tiny_models.build_processor("llava").tokenizer
+    assert special_flags(tokenizer, [tokenizer.eos_token_id, 100]) == [True, False]
+    assert special_flags(None, [3, 4], also={4}) == [False, True]
+
+
+class Model(torch.nn.Module):
+    """The two configurations that generate() looks at."""
+
+    def __init__(self, eos=None, **settings):
+        super().__init__()
+        self.config = SimpleNamespace(eos_token_id=eos)
+        self.generation_config = GenerationConfig(**settings)
+
+
+def test_what_ends_an_answer_is_read_as_generate_reads_it():
+    assert stops_of(Model(eos=2), {}, 5).eos == {2}
+    assert stops_of(Model(eos=4, eos_token_id=[2, 3]), {}, 5).eos == {2, 3}
+    assert stops_of(Model(eos=4), {"eos_token_id": torch.tensor([7])}, 5).eos == {7}
+    assert stops_of(Model(), {}, 5).eos == frozenset()
+    off = stops_of(Model(eos=2, eos_token_id=2), {"eos_token_id": None}, 5)  # given as None: there is none
+    assert off.eos == frozenset() and off.pad is None
+    assert stops_of(Model(eos_token_id=[9, 2]), {}, 5).pad == 9  # the first of them, as in generate()
+    assert stops_of(Model(), {"max_new_tokens": 4}, 5).limit == 4
+    assert stops_of(Model(), {"max_length": 9}, 5).limit == 4
+    given = GenerationConfig(max_new_tokens=3, stop_strings="x")
+    assert stops_of(Model(), {"generation_config": given}, 5).limit == 3
+    assert stops_of(Model(), {"generation_config": given}, 5).strings == ("x",)
+
+
+def test_where_an_answer_ends():
+    stops = Stops(frozenset({2}), 0)
+    assert stops.answer_length([5, 6, 2, 0, 0]) == 3
+    assert stops.answer_length([5, 6, 7]) == 3
+    assert stops.answer_length([2]) == 1
+    assert stops.answer_length([]) == 0
+    assert Stops(frozenset({2}), 2).answer_length([5, 6, 2, 2]) == 3
+    assert Stops(frozenset({2}), 0, ("x",)).answer_length([5, 6, 0, 0]) == 2  # stopped by a string, then filled
+    assert Stops(frozenset({2}), 2, ("x",)).answer_length([5, 6, 2, 2]) == 2  # which 2 was said cannot be told
+    assert Stops(frozenset(), 0).answer_length([5, 0, 0]) == 3  # without an end no row ends early, so 0 is a word
+
+
+def test_every_stop_is_told_as_it_was():
+    stops = Stops(frozenset({2}), 0, (".",), True, 4, "max_new_tokens", 1.5)
+    assert stops.told([5, 2], "a</s>") is None
+    assert "the stop string '.'" in stops.told([5, 6], "a.")
+    assert "4 tokens (max_new_tokens)" in stops.told([5, 6, 7, 8], "a")
+    told = stops.told([5], "a")
+    assert "max_time=1.5" in told and "stopping criterion" in told and "max_new_tokens" not in told
+    assert "not known" in Stops(frozenset({2}), 0).told([5], "a")

@@ -1,0 +1,428 @@
+"""Replay: the one differentiable function, against recordings, finite differences and itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+
+import lvlm_probe as probe
+from lvlm_probe import replaying as player
+from lvlm_probe.images import BLUR_LADDER
+from lvlm_probe.replaying.isolation import checkpointed
+from lvlm_probe.replaying.teacher_forcing import TeacherForcing
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (90, 60)) -> Image.Image:
+    cells = np.random.default_rng(seed).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    return Image.fromarray(cells).resize(size, Image.Resampling.BICUBIC)
+
+
+def record(name, directory, *, images=1, tokens=5, record=None):
+    model, processor = tiny_models.build(name)
+    with probe.attach(model, processor) as p, p.record(directory, **(record or {})) as recording:
+        inputs = tiny_models.inputs(name, model, processor, [picture(k) for k in range(images)], "What is this?")
+        model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return recording.traces[0], model, processor
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    trace, model, processor = record("llava", tmp_path_factory.mktemp("llava"))
+    return probe.replay(trace, model, processor)
+
+
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_replay_says_what_was_recorded(name, tmp_path):
+    trace, model, processor = record(name, tmp_path)
+    replay = probe.replay(trace, model, processor)
+    np.testing.assert_allclose(replay.original_log_probs, trace.log_probs, atol=1e-4)
+    np.testing.assert_allclose(replay.llr, trace.llr, atol=1e-4)
+    assert torch.equal(replay.log_probs(torch.ones(1, 4, 4))[0], replay.original_log_probs)
+    assert torch.equal(replay.log_probs(torch.zeros(1, 4, 4))[0], replay.baseline_log_probs)
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "paligemma"])
+def test_without_a_processor_a_replay_says_what_was_recorded(name, tmp_path):
+    """Inputs with an entry per token of the prompt are the text's there too, and go on over the answer."""
+    model, processor = tiny_models.build(name)
+    inputs = tiny_models.inputs(name, model, processor, [picture()], "What is this?")
+    with probe.attach(model) as p, p.record(tmp_path) as recording:
+        model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    replay = probe.replay(recording.traces[0], model)
+    seen = {}
+    hook = model.register_forward_pre_hook(lambda _module, _args, given: seen.update(given), with_kwargs=True)
+    np.testing.assert_allclose(replay.original_log_probs, recording.traces[0].log_probs, atol=1e-4)
+    hook.remove()
+    per_token = {key for key, value in inputs.items() if value.shape == inputs["input_ids"].shape} - {"labels"}
+    assert {tuple(seen[key].shape) for key in per_token} == {(1, replay.length)}
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl", "gemma3", "mllama"])
+def test_gradient_to_the_mask_equals_central_differences(name, tmp_path):
+    """On float64 models, in a random direction."""
+    trace, model, processor = record(name, tmp_path)
+    replay = probe.replay(trace, model.double(), processor, strict=False)
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(1, 5, 6, generator=generator, dtype=torch.float64) * 0.8 + 0.1
+    direction = torch.randn(mask.shape, generator=generator, dtype=torch.float64)
+    mask.requires_grad_(True)
+    value = replay.log_probs(mask).sum()
+    (gradient,) = torch.autograd.grad(value, mask)
+    step = 1e-2  # norms and rotary embeddings compute in float32 whatever the model is in, which drowns smaller steps
+    with torch.no_grad():
+        above = replay.log_probs(mask + step * direction).sum()
+        below = replay.log_probs(mask - step * direction).sum()
+    expected = float((above - below) / (2 * step))
+    assert abs(expected) > 1e-4
+    assert float((gradient * direction).sum()) == pytest.approx(expected, rel=0.01)
+
+
+def test_log_probs_are_those_of_a_plain_forward_pass(llava):
+    """Composite by hand, the processor, the model's own forward, log-softmax of the whole sequence."""
+    replay = llava
+    image, baseline = replay.image(), replay.baseline_image()
+    mask = torch.ones(1, 60, 90)
+    mask[:, :, 45:] = 0
+    by_hand = image.copy()
+    by_hand.paste(baseline.crop((45, 0, 90, 60)), (45, 0))
+    processor = tiny_models.build_processor("llava")
+    pixels = processor.image_processor(images=[by_hand], return_tensors="pt")["pixel_values"]
+    ids = torch.cat([torch.tensor(replay.trace.input_ids), replay.token_ids])[None]
+    with torch.no_grad():
+        logits = replay.model(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids)).logits[0]
+    prompt = len(replay.trace.input_ids)
+    expected = logits.log_softmax(-1)[torch.arange(prompt - 1, ids.shape[1] - 1), replay.token_ids]
+    with torch.no_grad():
+        assert torch.allclose(replay.log_probs(mask, mode="exact")[0], expected, atol=1e-5)
+        assert torch.allclose(replay.log_probs(mask)[0], expected, atol=0.05)
+
+
+def test_micro_batches_change_nothing(llava):
+    masks = torch.rand(7, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = llava.log_probs(masks, micro_batch=7)
+        parts = llava.log_probs(masks, micro_batch=2)
+    assert torch.allclose(whole, parts, atol=1e-5)
+    gradients = []
+    for size in (7, 3):
+        leaf = masks.clone().requires_grad_(True)
+        llava.log_probs(leaf, micro_batch=size, noise=0.1).exp().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.allclose(*gradients, atol=1e-5)
+
+
+def test_score_and_grad_is_autograd_of_log_probs(llava):
+    masks = torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def score(log_probs):
+        return log_probs[:, 1:3].sum(1)
+
+    leaf = masks.clone().requires_grad_(True)
+    expected = score(llava.log_probs(leaf))
+    expected.sum().backward()
+    scores, gradient = llava.score_and_grad(masks, score)
+    assert torch.allclose(scores, expected.detach(), atol=1e-5)
+    assert torch.allclose(gradient, leaf.grad, atol=1e-5)
+    with pytest.raises(probe.ReplayError, match="one number per mask"):
+        llava.score_and_grad(masks, lambda log_probs: log_probs.sum())
+
+
+def test_noise_is_seeded_per_call_and_leaves_the_global_state(llava):
+    masks = torch.ones(2, 4, 4)
+    state = torch.random.get_rng_state()
+    with torch.no_grad():
+        first, again, other = (
+            llava.log_probs(masks, noise=0.3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_only_answer_positions_go_through_the_head(llava):
+    shapes = []
+    handle = llava.model.get_output_embeddings().register_forward_hook(lambda m, a, o: shapes.append(tuple(o.shape)))
+    try:
+        with torch.no_grad():
+            llava.log_probs(torch.rand(3, 4, 4), micro_batch=3)
+    finally:
+        handle.remove()
+    assert [shape[:2] for shape in shapes] == [(3, len(llava.token_ids))]
+
+
+def test_head_is_trimmed_where_forward_cannot_be_asked(llava):
+    """Families without logits_to_keep give the same numbers, and the head sees answer positions only."""
+    forcing = llava._forcing
+    inputs = {name: value for name, value in llava.path.inputs.items() if name in llava._fed}
+    shapes = []
+    handle = llava.model.get_output_embeddings().register_forward_hook(lambda m, a, o: shapes.append(tuple(o.shape)))
+    try:
+        forcing._keeps_logits = False
+        with torch.no_grad():
+            trimmed = forcing.log_probs(inputs, batch=1)
+    finally:
+        forcing._keeps_logits = True
+        handle.remove()
+    assert torch.allclose(trimmed[0], llava.original_log_probs, atol=1e-6)
+    assert shapes[0][1] == len(llava.token_ids)
+    assert not llava.model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_weights_get_no_gradients_and_flags_come_back(llava):
+    model = llava.model
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model.train()
+    try:
+        mask = torch.full((1, 4, 4), 0.5, requires_grad=True)
+        result = llava.log_probs(mask)
+        assert all(parameter.requires_grad for parameter in model.parameters()) and model.training
+        result.sum().backward()
+        llava.score_and_grad(mask, lambda log_probs: log_probs.sum(1))
+    finally:
+        model.eval()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.allclose(result[0], llava.log_probs(mask.detach())[0], atol=1e-5)  # dropout stayed off
+
+
+def kept_for_backward(replay):
+    """Bytes that autograd keeps for one backward pass, weights included, each storage once."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()  # what saves its own output would keep itself alive
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        replay.log_probs(torch.full((1, 4, 4), 0.5, requires_grad=True))
+    weights = {weight.untyped_storage().data_ptr() for weight in replay.model.parameters()}
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_checkpointing_fires_in_eval_mode_and_gives_the_same_gradient(tmp_path, trainable):
+    trace, model, processor = record("llava", tmp_path)
+    for parameter in model.parameters():
+        parameter.requires_grad_(trainable)
+    plain = probe.replay(trace, model, processor)
+    saving = probe.replay(trace, model, processor, gradient_checkpointing=True)
+    calls = {"forward": 0}
+    layers = model.model.language_model.layers
+    handle = layers[0].mlp.register_forward_pre_hook(lambda *args: calls.__setitem__("forward", calls["forward"] + 1))
+    gradients = []
+    for replay in (plain, saving):
+        calls["forward"] = 0
+        leaf = torch.full((1, 4, 4), 0.5, requires_grad=True)
+        replay.log_probs(leaf).sum().backward()
+        gradients.append((leaf.grad, calls["forward"]))
+    handle.remove()
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert (gradients[0][1], gradients[1][1]) == (1, 2)
+    assert not model.training and not any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
+    few, many = (kept_for_backward(replay) for replay in (saving, plain))
+    assert few < 0.6 * many
+
+
+def test_checkpointing_leaves_nothing_and_is_refused_where_no_layer_supports_it(llava):
+    before = [vars(module).copy() for module in llava.model.modules()]
+    with checkpointed(llava.model) as model:
+        again = [name for name, module in model.named_modules() if "forward" in vars(module)]
+        assert len(again) == 5  # two layers of the tower, three of the language model
+    assert before == [vars(module) for module in llava.model.modules()]
+    with pytest.raises(probe.ReplayError, match="Linear; replay without"), checkpointed(torch.nn.Linear(2, 2)):
+        pass
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "internvl"])
+def test_an_answer_with_the_image_token_in_it_is_refused_and_at_its_end_replayed(name, tmp_path):
+    model, processor = tiny_models.build(name)
+    with probe.attach(model, processor) as p:
+        token, start = p.anatomy.image_token_id, []
+
+        def force(ids, scores):
+            start.append(ids.shape[1])
+            return scores + 100 * (torch.arange(scores.shape[1]) == token) * (ids.shape[1] - start[0] in (1, 3))
+
+        with p.record(tmp_path, llr=False, boxes=False) as recording:
+            inputs = tiny_models.inputs(name, model, processor, [picture()], "What is this?")
+            kinds = {"max_new_tokens": 2, "do_sample": False, "logits_processor": [force]}
+            model.generate(**inputs, **kinds)
+            start.clear()
+            model.generate(**inputs, **{**kinds, "max_new_tokens": 4, "min_new_tokens": 4})
+    last, within = recording.traces
+    assert last.token_ids[-1] == token and within.token_ids[1] == token
+    assert len(probe.replay(last, model, processor).original_log_probs) == 2
+    with pytest.raises(probe.ReplayError, match="the answer holds the image token itself"):
+        _ = probe.replay(within, model, processor).original_log_probs
+
+
+def test_out_of_memory_halves_and_goes_on(llava, monkeypatch):
+    masks = torch.rand(6, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = llava.log_probs(masks)
+    original = TeacherForcing.log_probs
+    tried = []
+
+    def narrow(self, pixel_inputs, *, batch, **settings):
+        tried.append(batch)
+        if batch > limit:
+            raise torch.OutOfMemoryError("injected")
+        return original(self, pixel_inputs, batch=batch, **settings)
+
+    monkeypatch.setattr(TeacherForcing, "log_probs", narrow)
+    limit = 3
+    replay = probe.replay(llava.trace, llava.model, tiny_models.build_processor("llava"), micro_batch=6)
+    with torch.no_grad():
+        assert torch.allclose(replay.log_probs(masks), expected, atol=1e-5)
+    assert tried == [6, 3, 3]
+    limit = 0
+    with pytest.raises(probe.OutOfMemory, match="even with gradient checkpointing"):
+        replay.log_probs(masks[:1])
+
+
+@pytest.mark.parametrize("what", ["original_log_probs", "baseline_log_probs"])
+def test_a_whole_picture_that_does_not_fit_says_what_would(llava, monkeypatch, what):
+    def nothing_fits(self, pixel_inputs, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of torch's advice")
+
+    replay = probe.replay(llava.trace, llava.model, tiny_models.build_processor("llava"))
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherForcing, "log_probs", nothing_fits)
+        with pytest.raises(
+            probe.OutOfMemory, match=r"\(CUDA out of memory. Tried to allocate 2 GiB.\); load the model"
+        ):
+            getattr(replay, what)
+        patch.setattr(TeacherForcing, "log_probs", lambda *_, **__: torch.zeros(()) @ torch.zeros(()))
+        with pytest.raises(RuntimeError) as other:
+            getattr(replay, what)
+        assert not isinstance(other.value, probe.ProbeError), "an error of another kind stays what it is"
+    assert torch.equal(getattr(replay, what), getattr(llava, what)), "and afterwards the replay works"
+
+
+def test_masks_that_do_not_fit_say_what_would(llava):
+    for mask, words in (
+        (torch.ones(4, 4, dtype=torch.long), "floating-point"),
+        (np.ones((4, 4)), "floating-point"),
+        (torch.full((4, 4), 1.5), r"\[0, 1\]"),
+        (torch.full((4, 4), float("nan")), r"\[0, 1\]"),
+        (torch.ones(2, 3, 4, 4), r"\(batch, row, col\)"),
+        (torch.ones(0, 4, 4), "empty"),
+    ):
+        with pytest.raises(probe.MaskError, match=words):
+            llava.log_probs(mask)
+    with pytest.raises(probe.MaskError, match="numbered from 0"):
+        llava.log_probs(torch.ones(1, 4, 4), image=1)
+
+
+@pytest.mark.quick
+def test_several_images_are_masked_apart(tmp_path):
+    trace, model, processor = record("llava", tmp_path, images=2)
+    replay = probe.replay(trace, model, processor)
+    both = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    only = both.clone()
+    only[:, 0] = 1
+    with torch.no_grad():
+        assert torch.allclose(replay.log_probs(only), replay.log_probs(both[:, 1], image=1), atol=1e-5)
+        assert not torch.allclose(replay.log_probs(both), replay.log_probs(only))
+    with pytest.raises(probe.MaskError, match="image=k"):
+        replay.log_probs(torch.ones(3, 4, 4))
+    leaf = both.clone().requires_grad_(True)
+    replay.log_probs(leaf).sum().backward()
+    assert leaf.grad[:, 0].abs().max() > 0 and leaf.grad[:, 1].abs().max() > 0
+
+
+def test_another_model_is_refused(llava):
+    other, processor = tiny_models.build("llava", seed=1)
+    with pytest.raises(probe.ModelMismatch, match="fingerprint"):
+        probe.replay(llava.trace, other, processor)
+    difference = probe.replay(llava.trace, other, processor, strict=False).original_log_probs - llava.original_log_probs
+    assert difference.abs().max() > 0.01
+
+
+def test_other_settings_give_way_to_the_recorded_ones_and_another_processor_is_refused(llava):
+    processor = tiny_models.build_processor("llava")
+    processor.image_processor.size = {"shortest_edge": 84}
+    processor.image_processor.crop_size = {"height": 84, "width": 84}
+    replay = probe.replay(llava.trace, llava.model, processor)
+    assert torch.equal(replay.original_log_probs, llava.original_log_probs)
+    with pytest.raises(probe.ModelMismatch, match="does not make the inputs"):
+        probe.replay(llava.trace, llava.model, tiny_models.build_processor("qwen2_vl"))
+
+
+def test_same_weights_in_bfloat16_are_the_same_model(llava):
+    model, processor = tiny_models.build("llava")
+    replay = probe.replay(llava.trace, model.to(torch.bfloat16), processor)
+    assert torch.allclose(replay.original_log_probs, llava.original_log_probs, atol=0.3)
+    assert replay.log_probs(torch.rand(1, 4, 4)).dtype == torch.float32
+
+
+def test_baselines(llava):
+    replay = probe.replay(llava.trace, llava.model, tiny_models.build_processor("llava"))
+    seen = set()
+    for kind in ("blur", "blank", "noise", "mean", Image.new("RGB", (90, 60), (200, 10, 10))):
+        view = replay.over(kind)
+        seen.add((view.baseline["kind"], round(float(view.baseline_log_probs.sum()), 4)))
+    assert len({kind for kind, _ in seen}) == 5 and len({value for _, value in seen}) == 5
+    with pytest.raises(probe.ImageError):
+        replay.over("sepia")
+
+
+def test_blur_is_strengthened_until_the_words_are_gone(llava, monkeypatch):
+    replay = probe.replay(llava.trace, llava.model, tiny_models.build_processor("llava"))
+    probabilities = {0: 0.5, 1: 0.2, 2: 0.01, 3: 0.3, 4: 0.3}
+    tried = []
+
+    class Faked(player.Replay):
+        @property
+        def baseline_log_probs(self):
+            strength = 1e9 if self.baseline.get("limit") else self.baseline["strength"]
+            rung = sum(strength > other for other in BLUR_LADDER)
+            tried.append(rung)
+            return torch.full((len(self.token_ids),), probabilities[rung]).log()
+
+    replay.__class__ = Faked
+    found = replay.over("blur", strength=BLUR_LADDER[0]).strengthened([0, 1]).baseline
+    assert found["verified"] and found["mean_probability"] == pytest.approx(0.01)
+    assert max(tried) == 2  # no harder than needed
+    probabilities.update({0: 0.5, 1: 0.2, 2: 0.3})
+    found = replay.over("blur", strength=BLUR_LADDER[0]).strengthened([0, 1]).baseline
+    assert not found["verified"] and found["mean_probability"] == pytest.approx(0.2)  # the best of all, not the last
+
+
+def test_counts_passes(tmp_path):
+    trace, model, processor = record("llava", tmp_path)
+    replay = probe.replay(trace, model, processor, micro_batch=4)
+    with torch.no_grad():
+        replay.log_probs(torch.rand(6, 4, 4))
+    replay.score_and_grad(torch.rand(3, 4, 4), lambda log_probs: log_probs.sum(1))
+    # Three pictures forward and one back are the check of gradients, once per replay.
+    assert (replay.passes.forward, replay.passes.backward) == (9 + 3, 3 + 1)
+
+
+def test_captum_explains_a_replay_as_any_function(demo, tmp_path):
+    """`log_probs` is an ordinary differentiable function: captum's integrated gradients are complete on it."""
+    from captum.attr import IntegratedGradients
+
+    model, processor = demo
+    scene = probe.demo.scenes(1, split="tune", seed=5, kinds=["colour"])[0]
+    with probe.attach(model, processor) as p, p.record(tmp_path) as recording:
+        inputs = processor.apply_chat_template(
+            scene.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        model.generate(**inputs)
+    replay = probe.replay(recording.traces[0], model, processor)
+    steps = list(probe.select_tokens(replay))
+
+    def score(masks):
+        return replay.log_probs(masks)[:, steps].sum(1)
+
+    ones, zeros = torch.ones(1, 8, 8), torch.zeros(1, 8, 8)
+    found = IntegratedGradients(score).attribute(ones, baselines=zeros, n_steps=200, internal_batch_size=50)
+    gain = float(score(ones) - score(zeros))
+    assert gain > 1
+    assert float(found.sum()) == pytest.approx(gain, rel=0.05)
+    inside = torch.nn.functional.adaptive_avg_pool2d(torch.tensor(scene.mask)[None].float(), (8, 8))
+    assert float((found * (inside > 0)).sum()) > 0.5 * gain

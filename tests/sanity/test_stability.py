@@ -1,0 +1,134 @@
+"""Stability over seeds and prompts, completeness of attributions, ties: on scorers whose answers are known."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from toy_replay import ToyReplay, box_weights
+
+from lvlm_probe.errors import ExplainError, SelectionError
+from lvlm_probe.explainers import registry
+from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.sanity import completeness, over_prompts, over_seeds, stability, tie_share
+
+BOX = box_weights(8, slice(1, 4), slice(2, 5))
+
+
+def heat(values: np.ndarray, **more: object) -> Heatmap:
+    return Heatmap(values, (64, 64), **more)
+
+
+def noisy(problem: registry.Problem, *, noise: float = 0.1) -> registry.Outcome:
+    """The toy's own weights with noise from the seed."""
+    truth = problem.replay.weights[problem.selection.indices[0]].float()
+    drawn = torch.rand(truth.shape, generator=problem.generator())
+    return registry.Outcome(((1 - noise) * truth / truth.max() + noise * drawn), {"noise": noise})
+
+
+@pytest.fixture(autouse=True)
+def method():
+    registry.register("test noisy")(noisy)
+    yield
+    del registry._METHODS["test noisy"], registry._NEEDS["test noisy"]
+
+
+def test_stability_is_the_mean_over_pairs() -> None:
+    generator = np.random.default_rng(0)
+    maps = [np.float32(generator.random((9, 9))) for _ in range(4)]
+    result = stability([heat(values) for values in maps])
+    rhos = [spearmanr(a.ravel(), b.ravel()).statistic for a, b in itertools.combinations(maps, 2)]
+    assert result.n == 4
+    assert result.rank_correlation == pytest.approx(np.mean(rhos))
+    assert result.lowest_rank_correlation == pytest.approx(np.min(rhos))
+    scaled = np.array([values / values.max() for values in maps], dtype=float)
+    assert result.deviation == pytest.approx(np.sqrt(scaled.var(axis=0, ddof=1).mean()), rel=1e-5)
+    assert len(result.heatmaps) == 4
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["n"] == 4
+
+
+def test_the_same_map_is_perfectly_stable_at_any_scale_and_resolution() -> None:
+    values = np.kron(np.random.default_rng(1).random((5, 5)), np.ones((2, 2)))
+    result = stability([heat(values), heat(values * 0.5)])
+    assert (result.rank_correlation, result.top_iou, result.deviation) == pytest.approx((1.0, 1.0, 0.0), abs=1e-6)
+    coarse = stability([heat(values[::2, ::2]), heat(values)])
+    assert coarse.rank_correlation == pytest.approx(1.0)
+
+
+def test_seeds_make_the_difference_and_less_noise_less_of_it() -> None:
+    replay = ToyReplay(BOX)
+    loud = over_seeds(replay, seeds=4, method="test noisy", noise=0.9)
+    quiet = over_seeds(replay, seeds=4, method="test noisy", noise=0.05)
+    assert loud.n == quiet.n == 4
+    assert quiet.deviation < 0.1 < loud.deviation
+    assert quiet.top_iou > loud.top_iou
+    assert [item.provenance["seed"] for item in loud.heatmaps] == [0, 1, 2, 3]
+    assert over_seeds(replay, seeds=[7, 8], method="test noisy").heatmaps[1].provenance["seed"] == 8
+
+
+def test_paraphrased_prompts() -> None:
+    replays = [ToyReplay(BOX, tokens=[" red"]), ToyReplay(BOX, tokens=["Red"]), ToyReplay(BOX.flip(1), tokens=[" red"])]
+    same = over_prompts(replays[:2], method="test noisy", tokens="red", noise=0.0)
+    assert (same.rank_correlation, same.top_iou) == pytest.approx((1.0, 1.0))
+    assert over_prompts(replays, method="test noisy", tokens="red", noise=0.0).lowest_rank_correlation < 0.7
+    with pytest.raises(SelectionError):
+        over_prompts([replays[0], ToyReplay(BOX, tokens=["blue"])], method="test noisy", tokens="red")
+
+
+def test_a_linear_scorers_own_weights_are_complete() -> None:
+    """log P is linear in nothing here, so f is taken as the toy gives it and attributions are made to add up."""
+    replay = ToyReplay(torch.stack([BOX, BOX]), original=[0.9, 0.6], base=[0.01, 0.2])
+    difference = float(np.log(0.9 / 0.01) + np.log(0.6 / 0.2))
+    exact = completeness(BOX.numpy() * difference, replay, [0, 1])
+    assert exact.difference == pytest.approx(difference, rel=1e-5)
+    assert exact.error == pytest.approx(0.0, abs=1e-5)
+    assert completeness(torch.full((4, 4), difference / 8), replay, [0, 1]).error == pytest.approx(1.0, abs=1e-5)
+    first = completeness(-BOX.numpy(), replay, [0])
+    assert first.total == pytest.approx(-1)
+    assert first.error == pytest.approx((1 + np.log(90)) / np.log(90), rel=1e-5)
+    assert replay.passes.forward == 6
+
+
+def test_completeness_of_gradients_along_the_straight_path() -> None:
+    """Integrated gradients of the mask, by hand, add up; one gradient times the input does not."""
+    replay = ToyReplay(BOX)
+    points = (torch.arange(400) + 0.5) / 400
+    masks = points[:, None, None].expand(-1, 8, 8).clone()
+    _, slopes = replay.score_and_grad(masks, lambda log_probs: log_probs[:, 0])
+    integrated = completeness(slopes.mean(dim=0), replay, [0])
+    assert integrated.error < 0.01
+    _, slope = replay.score_and_grad(torch.ones(1, 8, 8), lambda log_probs: log_probs[:, 0])
+    assert completeness(slope[0], replay, [0]).error > 0.5
+
+
+def test_completeness_without_a_difference_is_no_number() -> None:
+    replay = ToyReplay(BOX, original=[0.5], base=[0.5])
+    result = completeness(np.ones(3), replay, [0])
+    assert np.isnan(result.error)
+    assert result.to_dict() == {"total": 3.0, "difference": 0.0, "error": None}
+
+
+def test_tie_share_of_a_heatmap() -> None:
+    seen = np.array([[True, True], [True, False]])
+    assert tie_share(heat(np.array([[0.5, 0.5], [0.1, 0.1]]))) == 1.0
+    assert tie_share(heat(np.array([[0.5, 0.5], [0.1, 0.1]]), seen=seen)) == pytest.approx(2 / 3)
+    assert tie_share(heat(np.array([[0.4, 0.3], [0.2, 0.1]]))) == 0.0
+    with pytest.raises(ExplainError, match="no values: empty"):
+        tie_share(Heatmap(None, (8, 8), reason="empty"))
+
+
+@pytest.mark.quick
+def test_refusals_and_missing_heatmaps() -> None:
+    one = heat(np.eye(4))
+    empty = Heatmap(None, (64, 64), reason="nothing selected")
+    with pytest.raises(ExplainError, match="1 of 2 have values"):
+        stability([one, empty])
+    assert stability([one, empty, one]).missing == 1
+    with pytest.raises(ExplainError, match="at least two different"):
+        over_seeds(ToyReplay(BOX), seeds=1, method="test noisy")
+    with pytest.raises(ExplainError, match="pictures of"):
+        stability([one, Heatmap(np.eye(4), (32, 32))])

@@ -1,0 +1,366 @@
+"""Readers, on small files in exactly the layouts that the data sets are published in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command_line import run, succeed
+from PIL import Image
+
+from lvlm_probe.errors import ProbeError, StudyError
+from lvlm_probe.study.datasets.open_ended import (
+    inline_choices,
+    lettered,
+    strip_choices,
+    strip_instructions,
+    true_choice,
+)
+from lvlm_probe.study.datasets.registry import Sample, open_dataset, readers
+from lvlm_probe.study.spec import read_study
+
+
+def picture(colour: tuple[int, int, int] = (200, 10, 10), size: tuple[int, int] = (12, 8)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+def encoded(colour: tuple[int, int, int] = (200, 10, 10)) -> bytes:
+    out = io.BytesIO()
+    picture(colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def parquet(path: Path, rows: list[dict[str, Any]], *, images: bool = True) -> None:
+    """A parquet file as the hub has it: pictures as bytes and path."""
+    library = pytest.importorskip("datasets")
+    found = library.Dataset.from_list(rows)
+    if images:
+        found = found.cast_column("image", library.Image())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.to_parquet(str(path))
+
+
+@pytest.mark.parametrize("heading", ["Index", "lndex"])
+def test_mmvp(tmp_path: Path, heading: str) -> None:
+    (tmp_path / "MMVP Images").mkdir()
+    for index in (1, 2, 3):
+        picture((index, 0, 0)).save(tmp_path / "MMVP Images" / f"{index}.jpg")
+    with (tmp_path / "Questions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([heading, "Question", "Options", "Correct Answer"])
+        writer.writerow([1, "Is the door open?", "(a) Open (b) Closed", "(a)"])
+        writer.writerow([2, "Is the door open?", "(a) Open (b) Closed", "(b)"])
+        writer.writerow([3, "How many, in all?", "(a) 1, at most (b) 2", "(b)"])
+    found = list(open_dataset("mmvp", str(tmp_path)))
+    assert [(sample.id, sample.answer) for sample in found] == [("1", "Open"), ("2", "Closed"), ("3", "2")]
+    assert found[0].question == "Is the door open?\n(A) Open\n(B) Closed"
+    assert found[0].choices == ("Open", "Closed")
+    assert [sample.annotations["set"] for sample in found] == ["1", "1", "2"]
+    assert found[1].image.size == (12, 8)
+    relaxed = list(open_dataset("mmvp", str(tmp_path), open_ended=True))
+    assert [sample.question for sample in relaxed] == ["Is the door open?"] * 2 + ["How many, in all?"]
+    assert relaxed[2].choices == ("1, at most", "2")
+    (tmp_path / "MMVP Images" / "2.jpg").unlink()
+    with pytest.raises(StudyError, match=r"MMVP, question 2: the picture 2\.jpg is missing"):
+        _ = relaxed[1].image
+
+
+def test_mmvp_as_parquet(tmp_path: Path) -> None:
+    rows = [
+        {"index": 1, "question": "Open?", "options": "(a) Yes (b) No", "correct_answer": "(b)",
+         "image": {"bytes": encoded(), "path": "1.jpg"}}
+    ]  # fmt: skip
+    parquet(tmp_path / "data" / "test-00000.parquet", rows)
+    (sample,) = open_dataset("mmvp", str(tmp_path))
+    assert (sample.answer, sample.image.getpixel((0, 0))) == ("No", (200, 10, 10))
+
+
+CV_ROW = {
+    "idx": 0, "type": "2D", "task": "Count", "question": "How many organs are in the image?",
+    "choices": ["3", "2", "1"], "answer": "(C)", "source": "ADE20K", "filename": "img/2D/count/ade20k_10.png",
+    "prompt": "How many organs are in the image? Select from the following choices.\n(A) 3\n(B) 2\n(C) 1",
+}  # fmt: skip
+
+
+def test_cv_bench(tmp_path: Path) -> None:
+    (tmp_path / "img" / "2D" / "count").mkdir(parents=True)
+    picture().save(tmp_path / CV_ROW["filename"])
+    file = tmp_path / "test.jsonl"
+    file.write_text("\n".join(json.dumps({**CV_ROW, "idx": i, "task": t}) for i, t in enumerate(("Count", "Depth"))))
+    first, second = open_dataset("cv-bench", str(file))
+    assert (first.id, first.answer, first.choices, first.group) == ("0", "1", ("3", "2", "1"), "Count")
+    assert first.question == CV_ROW["prompt"]
+    assert first.image.size == (12, 8)
+    (relaxed,) = open_dataset("cv-bench", str(file), open_ended=True, task="depth")
+    assert (relaxed.id, relaxed.question) == (second.id, "How many organs are in the image?")
+    parquet(tmp_path / "p" / "test.parquet", [{**CV_ROW, "image": {"bytes": encoded(), "path": None}}])
+    (sample,) = open_dataset("cv-bench", str(tmp_path / "p"))
+    assert sample.answer == "1" and sample.image.size == (12, 8)
+    file.write_text(json.dumps({name: value for name, value in CV_ROW.items() if name != "choices"}))
+    with pytest.raises(StudyError, match="row 1: there is no column 'choices'; it has 'idx', 'type'"):
+        list(open_dataset("cv-bench", str(file)))
+
+
+def test_mmstar(tmp_path: Path) -> None:
+    row = {
+        "index": 7, "question": "Which is true?\nOptions: A: The man, a guard, waits, B: Nobody waits, C: x, D: y",
+        "image": {"bytes": encoded(), "path": None}, "answer": "A", "category": "coarse perception",
+        "l2_category": "scene",
+    }  # fmt: skip
+    parquet(tmp_path / "mmstar.parquet", [row])
+    (sample,) = open_dataset("mmstar", str(tmp_path / "mmstar.parquet"))
+    assert sample.answer == "The man, a guard, waits"
+    assert sample.choices == ("The man, a guard, waits", "Nobody waits", "x", "y")
+    assert sample.group == "coarse perception"
+    assert sample.image.mode == "RGB"
+    (relaxed,) = open_dataset("mmstar", str(tmp_path), open_ended=True)
+    assert relaxed.question == "Which is true?"
+    assert list(open_dataset("mmstar", str(tmp_path), category="math")) == []
+
+
+def test_a_corrupt_picture_costs_its_own_sample_only(tmp_path: Path) -> None:
+    rows = [
+        {"index": i, "question": "q\nOptions: A: 1, B: 2", "image": {"bytes": data, "path": None}, "answer": "B",
+         "category": "c", "l2_category": "d"}
+        for i, data in enumerate((b"not a picture", encoded()))
+    ]  # fmt: skip
+    parquet(tmp_path / "a.parquet", rows)
+    broken, whole = open_dataset("mmstar", str(tmp_path))
+    with pytest.raises(StudyError, match="MMStar, 0: the picture cannot be read"):
+        _ = broken.image
+    assert whole.image.size == (12, 8)
+
+
+def test_llava_bench(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    picture().save(tmp_path / "images" / "001.jpg")
+    line = {"question_id": 0, "image": "001.jpg", "text": "What is the name of this place?", "category": "conv"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(line) + "\n\n")
+    (sample,) = open_dataset("llava-bench", str(tmp_path), open_ended=True)
+    assert (sample.id, sample.question, sample.answer, sample.group) == ("0", line["text"], None, "conv")
+    assert sample.image.size == (12, 8)
+    (tmp_path / "questions.jsonl").write_text("{")
+    with pytest.raises(StudyError, match=r"questions\.jsonl, line 1: not JSON"):
+        list(open_dataset("llava-bench", str(tmp_path)))
+    with pytest.raises(StudyError, match="LLaVA-Bench: there is no directory"):
+        list(open_dataset("llava-bench", str(tmp_path / "none")))
+
+
+def test_vqa_hat(tmp_path: Path) -> None:
+    questions = [
+        {"question_id": 10, "image_id": 5, "question": "What color is the bus?"},
+        {"question_id": 11, "image_id": 5, "question": "Without a map?"},
+        {"question_id": 12, "image_id": 6, "question": "How many?"},
+    ]
+    (tmp_path / "OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": questions}))
+    answer = {
+        "question_id": 10,
+        "multiple_choice_answer": "red",
+        "answers": [{"answer": "red"}, {"answer": "dark red"}],
+    }
+    (tmp_path / "mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": [answer]}))
+    (tmp_path / "val2014").mkdir()
+    for image in (5, 6):
+        picture().save(tmp_path / "val2014" / f"COCO_val2014_{image:012d}.jpg")
+    (tmp_path / "maps").mkdir()
+    looked = np.zeros((8, 12), np.uint8)
+    looked[2:4, 3:6] = 255
+    Image.fromarray(looked).save(tmp_path / "maps" / "10.png")
+    for person in (1, 2, 3):
+        Image.fromarray(looked).save(tmp_path / "maps" / f"12_{person}.png")
+    first, second = open_dataset("vqa-hat", str(tmp_path))
+    assert (first.id, first.answer) == ("10", ("red", "dark red"))
+    assert (second.id, second.answer) == ("12", None)
+    assert [len(sample.annotations["human"]) for sample in (first, second)] == [1, 3]
+    np.testing.assert_allclose(first.annotations["human"][0], looked / 255, atol=1e-6)
+    assert first.image.size == (12, 8)
+
+
+def test_hallusion_bench(tmp_path: Path) -> None:
+    def row(figure: str, question: str, visual: str, answer: str) -> dict[str, Any]:
+        return {"category": "VS", "subcategory": "chart", "visual_input": visual, "set_id": "3", "figure_id": figure,
+                "question_id": question, "question": f"q{question}?", "gt_answer": answer,
+                "filename": f"./VS/chart/3_{figure}.png"}  # fmt: skip
+
+    rows = [row("0", "0", "0", "1"), row("0", "0", "1", "1"), row("0", "1", "1", "0"), row("1", "0", "2", "0")]
+    (tmp_path / "HallusionBench.json").write_text(json.dumps(rows))
+    (tmp_path / "hallusion_bench" / "VS" / "chart").mkdir(parents=True)
+    for figure in "01":
+        picture().save(tmp_path / "hallusion_bench" / "VS" / "chart" / f"3_{figure}.png")
+    found = list(open_dataset("hallusion-bench", str(tmp_path)))
+    assert [sample.annotations["role"] for sample in found] == [
+        "original", "counterfactual question", "counterfactual image",
+    ]  # fmt: skip
+    assert [sample.answer for sample in found] == ["yes", "no", "no"]
+    assert {sample.annotations["set"] for sample in found} == {"VS-chart-3"}
+    assert len({sample.id for sample in found}) == 3
+    assert all(sample.image.size == (12, 8) for sample in found)
+
+
+@pytest.mark.quick
+def test_a_table_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    picture().save(tmp_path / "photos" / "a.png")
+    mask = np.zeros((8, 12), np.uint8)
+    mask[0, 0] = 255
+    Image.fromarray(mask).save(tmp_path / "photos" / "m.png")
+    file = tmp_path / "mine.csv"
+    file.write_text(
+        'name,ask,file,true,options,where,spot\n'
+        'x,"Which? (A) one (B) two",a.png,B,"(A) one (B) two","[[1, 2, 3, 4]]",\n'
+        'y,Which?,a.png,,,,m.png\n'
+    )  # fmt: skip
+    columns = {"id": "name", "question": "ask", "image": "file", "answer": "true", "choices": "options",
+               "boxes": "where", "mask": "spot"}  # fmt: skip
+    first, second = open_dataset("table", str(file), columns=columns, images="photos")
+    assert (first.id, first.answer, first.choices) == ("x", "two", ("one", "two"))
+    assert first.annotations["region"] == [(1.0, 2.0, 3.0, 4.0)]
+    assert second.answer is None
+    assert second.annotations["region"].sum() == 1
+    assert first.image.size == second.image.size == (12, 8)
+    with pytest.raises(StudyError, match="there is no field 'picture'"):
+        list(open_dataset("table", str(file), columns={"picture": "file"}))
+    with pytest.raises(StudyError, match="there is no column 'question'; it has 'name', 'ask'"):
+        list(open_dataset("table", str(file)))
+    file.write_text("question,image,boxes\nq,a.png,here\n")
+    with pytest.raises(StudyError, match=r"row 1: boxes are \[\[x0, y0, x1, y1\]"):
+        list(open_dataset("table", str(file)))
+
+
+def test_a_folder_of_pictures(tmp_path: Path) -> None:
+    for name in ("b/2.png", "a/1.jpg", "top.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture().save(tmp_path / name)
+    found = list(open_dataset("images", str(tmp_path), question="What?"))
+    assert [(sample.id, sample.group) for sample in found] == [("a/1.jpg", "a"), ("b/2.png", "b"), ("top.png", None)]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StudyError, match="holds no pictures"):
+        list(open_dataset("images", str(tmp_path / "empty")))
+
+
+@pytest.mark.quick
+def test_demo_scenes_are_a_data_set() -> None:
+    found = list(itertools.islice(open_dataset("demo", "eval", start=5), 3))
+    assert [sample.id for sample in found] == ["5", "6", "7"]
+    assert all(isinstance(sample, Sample) and sample.annotations["region"].any() for sample in found)
+    hard = next(open_dataset("demo", "eval", hard=True))
+    assert hard.question != found[0].question or hard.answer != found[0].answer
+
+
+def test_reading_is_lazy(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": "q", "image": "none.png"}) + "\nnot json\n")
+    found = open_dataset("table", str(file))
+    assert next(found).question == "q"
+    with pytest.raises(StudyError, match="line 2"):
+        next(found)
+
+
+def test_unknown_names_and_options(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="did you mean 'mmstar'"):
+        open_dataset("mmstr", "x")
+    with pytest.raises(StudyError, match=r"data set mmvp: .*unexpected keyword argument 'taks'"):
+        open_dataset("mmvp", "x", taks="Count")
+    with pytest.raises(StudyError, match="neither here nor a hub id"):
+        list(open_dataset("table", str(tmp_path / "none.csv")))
+    assert {
+        "mmvp",
+        "cv-bench",
+        "mmstar",
+        "llava-bench",
+        "vqa-hat",
+        "hallusion-bench",
+        "table",
+        "images",
+        "demo",
+    } <= set(readers())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("(a) Open (b) Closed", {"a": "Open", "b": "Closed"}),
+        ("A: 0, B: 1, C: two, or so, D: 3", {"a": "0", "b": "1", "c": "two, or so", "d": "3"}),
+        ("A. red car\nB. blue car", {"a": "red car", "b": "blue car"}),
+        ("no letters", {}),
+        ("(A) vitamin C (B) vitamin D", {"a": "vitamin C", "b": "vitamin D"}),
+    ],
+)
+def test_lettered(text: str, expected: dict[str, str]) -> None:
+    assert lettered(text) == expected
+
+
+def test_stripping() -> None:
+    assert inline_choices("Why?\nOptions: A: x, B: y") == ("Why?", {"a": "x", "b": "y"})
+    assert strip_choices("Which?\n(A) x\n(B) y") == "Which?"
+    assert strip_choices("Is it A or B?") == "Is it A or B?"
+    for instruction in (
+        "Answer with the option's letter from the given choices directly.",
+        "Please answer yes or no.",
+        "Answer the question using a single word or phrase.",
+        "Select from the following choices.",
+    ):
+        assert strip_instructions(f"What is it? {instruction}") == "What is it?"
+    assert strip_instructions("What does he answer?") == "What does he answer?"
+    assert strip_instructions("Which option did she choose on the menu?") == "Which option did she choose on the menu?"
+    choices = {"a": "Open", "b": "Closed"}
+    assert [true_choice(text, choices) for text in ("(b)", "B", "b.", "A) Open", "Closed")] == [
+        "Closed", "Closed", "Closed", "Open", "Closed",
+    ]  # fmt: skip
+    assert true_choice("A cat", choices) == "A cat"
+
+
+def test_only_whole_sentences_are_instructions() -> None:
+    for question in (
+        "What did he choose as his word of the day?",
+        "Whom should the boy answer directly?",
+        "Is the reply one of joy?",
+    ):
+        assert strip_instructions(question) == question
+    hint = "Hint: Please answer with one of the following letters.\nQuestion: Which is it?"
+    assert strip_instructions(hint) == "Question: Which is it?"
+
+
+def test_without_the_library_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ProbeError, match=r"pip install 'lvlm-probe\[study\]'"):
+        list(open_dataset("mmstar", str(tmp_path)))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"question": "q", "image": "x.png"}))
+    assert next(open_dataset("table", str(tmp_path / "b.jsonl"))).question == "q"  # needs no library
+
+
+def test_a_data_set_in_a_study_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"ask": "Which?", "file": "a.png"}))
+    text = (
+        "models: {m: demo}\nmethods: {center: {}}\n"
+        f"datasets:\n  mine: {{reader: table, source: {tmp_path / 'mine.jsonl'}, options: "
+        "{columns: {question: ask, image: file}}}\n"
+    )
+    (tmp_path / "study.yaml").write_text(text)
+    spec = read_study(tmp_path / "study.yaml").datasets["mine"]
+    (sample,) = open_dataset(spec.reader, spec.source, **spec.options)
+    assert sample.question == "Which?"
+
+
+@pytest.mark.quick
+def test_the_commands(tmp_path: Path) -> None:
+    listed = succeed("study", "datasets").out
+    assert "mmvp" in listed and "Questions.csv" in listed
+    assert set(succeed("study", "datasets", "--json").json) >= {"cv-bench", "hallusion-bench"}
+    row = {"index": 7, "question": "Which?\nOptions: A: x, B: y", "image": "none.png", "answer": "B", "category": "c"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    result = succeed("study", "peek", "mmstar", tmp_path / "a.jsonl", "--open-ended")
+    assert "Options" not in result.out and "x, y" in result.out and "none.png is missing" in result.out
+    (first, second) = succeed("study", "peek", "demo", "eval", "--limit", "2", "--param", "start=4", "--json").json
+    assert (first["id"], second["id"], first["image"]) == ("4", "5", "336 x 336")
+    assert first["annotations"] == ["region (336 x 336)"]
+    wrong = run("study", "peek", "mmvp", tmp_path)
+    assert wrong.code == 2 and "Traceback" not in wrong.err
