@@ -112,7 +112,10 @@ def _replaced(file: h5py.File, key: str, **settings: Any) -> None:
 
 def _h5py_change(rng: random.Random, file: h5py.File, secret: Path) -> None:
     """One change that a forger makes with h5py."""
-    key = rng.choice(_members(file))
+    members = _members(file)
+    if not members:  # an earlier change has taken them all
+        return
+    key = rng.choice(members)
     thing = file[key]
     kind = rng.randrange(13)
     if kind == 0:
