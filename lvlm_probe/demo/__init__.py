@@ -35,5 +35,8 @@ def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(path(), dtype=torch.float32, trust_remote_code=False)
+    from lvlm_probe.models.loading import ONE_LOAD
+
+    with ONE_LOAD:
+        model = AutoModelForImageTextToText.from_pretrained(path(), dtype=torch.float32, trust_remote_code=False)
     return model.eval(), AutoProcessor.from_pretrained(path(), trust_remote_code=False)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import torch
 
 from lvlm_probe.plugins import load_plugins
 
-__all__ = ["load", "load_processor"]
+__all__ = ["ONE_LOAD", "load", "load_processor"]
+
+ONE_LOAD = threading.RLock()
+"""Held while transformers makes a model. It replaces ``PreTrainedModel.tie_weights`` and torch's default dtype for the
+whole process meanwhile, and puts back what it found: of two loads at once the second one puts back what the first had
+put there, and from then on no model of the process has its weights tied."""
 
 
 def load(
@@ -49,7 +55,8 @@ def load(
         options["attn_implementation"] = attn
     if device_map is not None:
         options["device_map"] = device_map
-    model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
+    with ONE_LOAD:
+        model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
     processor = load_processor(source, trust_remote_code=trust_remote_code)
     return model if device_map is not None else model.to(device), processor
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import tiny_models
 import torch
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import lvlm_probe as probe
+from lvlm_probe.models import loading
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl", "internvl"])
@@ -27,3 +31,49 @@ def test_load_gives_the_model_and_a_processor_that_serves_it(name, tmp_path):
 def test_what_is_no_model_stays_an_error(tmp_path):
     with pytest.raises((OSError, ValueError)):
         probe.load(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["demo", "directory"])
+def test_transformers_makes_one_model_at_a_time(source, monkeypatch):
+    """Two at once leave the process without tied weights: each puts back the method that it found."""
+    make = AutoModelForImageTextToText.from_pretrained
+    inside, others, seen = threading.Event(), [], []
+
+    def watched(*args, **kwargs):
+        if not others:  # the first one: the second may now begin
+            others.append(threading.Thread(target=load))
+            others[0].start()
+            inside.wait()
+        seen.append(PreTrainedModel.tie_weights)
+        model = make(*args, **kwargs)
+        seen.append(PreTrainedModel.tie_weights)
+        return model
+
+    def load():
+        inside.set()
+        if source == "demo":
+            probe.demo.load()
+        else:
+            probe.load(probe.demo.path())
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", watched)
+    whole = PreTrainedModel.tie_weights
+    load()
+    others[0].join()
+    assert seen == [whole] * 4
+
+
+def test_a_load_holds_the_lock_while_transformers_works(monkeypatch):
+    held = []
+
+    def told(*_args, **_kwargs):
+        asker = threading.Thread(target=lambda: held.append(not loading.ONE_LOAD.acquire(blocking=False)))
+        asker.start()
+        asker.join()
+        raise OSError("no model today")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", told)
+    for load in (probe.demo.load, lambda: probe.load(probe.demo.path())):
+        with pytest.raises(OSError, match="no model today"):
+            load()
+    assert held == [True, True]
