@@ -13,33 +13,33 @@ import html
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageFilter, PngImagePlugin
+from PIL import Image, PngImagePlugin
 
+from lvlm_probe import drawing
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
 from lvlm_probe.files import write_whole
 from lvlm_probe.selection import TokenSelection
 from lvlm_probe.trace.parts import PIXEL_LIMIT
+from lvlm_probe.words import group_words
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lvlm_probe.trace import Trace
 
-__all__ = ["Heatmap", "resample"]
+__all__ = ["Heatmap", "figure", "resample"]
 
 KIND, VERSION = "heatmap", "1.0"
 PNG_KEY = "lvlm_probe"
 """Text chunk of a saved PNG that holds the provenance as JSON."""
 
-# Dark ends of perceptually uniform maps vanish in shadows; opacity already says "little", so colour starts brighter.
-_COLOUR_FLOOR = 0.25
 _NOTEBOOK_SIDE = 640
-_LINE = 25
-"""Widest outline, pixels: the filters that draw it cost its square."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -140,6 +140,8 @@ class Heatmap:
         image: Image.Image | None = None,
         normalise: bool = True,
         contour: bool = True,
+        score: drawing.Scored | None = None,
+        mark: bool = True,
     ) -> Image.Image:
         """The heatmap over the original picture, at the picture's own size.
 
@@ -152,36 +154,67 @@ class Heatmap:
             image: Picture to draw on instead of the trace's.
             normalise: Stretch the values so that the highest is 1.
             contour: Outline the region above half of the highest value, which reads on pictures of any colour.
+            score: What ``evaluate`` said of this heatmap: its verdict is drawn into the corner.
+            mark: Without a score, say "not checked" there. ``False``: draw no verdict.
 
         Raises:
             ExplainError: There are no values, or no such colour map.
             ImageError: No picture at hand, or one of another size.
         """
-        if not 0 <= alpha <= 1:
-            raise ExplainError(f"alpha is between 0 and 1; got {alpha!r}")
-        values = self.upsampled()
-        picture = self.picture() if image is None else image.convert("RGB")
+        picture = self._picture_for(image)
+        return drawing.overlay(
+            picture, self._values(), seen=self._seen(), alpha=alpha, colormap=colormap, normalise=normalise,
+            contour=contour, mark=drawing.mark_of(score) if mark else None,
+        )  # fmt: skip
+
+    def _picture_for(self, image: Image.Image | None) -> Image.Image:
+        picture = self.picture() if image is None else image
         if picture.size != tuple(self.image_size):
             raise ImageError(f"the heatmap is of a picture of {self.image_size} pixels; got one of {picture.size}")
-        if normalise and values.max() > 0:
-            values = values / values.max()
-        opacity = (alpha * values**0.75)[..., None]
-        blended = _over(np.asarray(picture, dtype=np.float32), _coloured(values, colormap), opacity)
-        if contour and values.max() > 0 and alpha > 0:
-            blended = _outlined(blended, values >= 0.5 * values.max())
-        drawn = self._hatched(blended)
-        return Image.fromarray(np.clip(np.rint(drawn), 0, 255).astype(np.uint8), "RGB")
+        return picture
 
-    def save(self, path: str | os.PathLike[str], *, alpha: float = 0.8, colormap: str = "inferno") -> Path:
+    def figure(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        score: drawing.Scored | None = None,
+        image: Image.Image | None = None,
+        **look: Any,
+    ) -> Figure:
+        """A figure for print: question, answer, map, verdict, colour bar; ``figure`` (the function) shows several.
+
+        Args:
+            path: where to save it (PDF, SVG, PNG or TIFF); by default nowhere.
+            score: what ``evaluate`` said of this heatmap; without it the figure says "not checked".
+            image: image to draw on instead of the trace's.
+            **look: ``width``, ``font_size``, ``colormap``, … of ``figure``.
+
+        Raises:
+            ImageError: no image at hand.
+        """
+        images = None if image is None else [image]
+        return figure([self], scores=[score], images=images, out=path, **look)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        alpha: float = 0.8,
+        colormap: str = "inferno",
+        score: drawing.Scored | None = None,
+    ) -> Path:
         """Writes the overlay as a PNG whose text chunk ``lvlm_probe`` says how it was made; returns the path.
+
+        ``score``, what ``evaluate`` said of this heatmap, puts its verdict into the corner; without, it is "not
+        checked". ``figure`` makes PDF, SVG and TIFF.
 
         Raises:
             ExplainError: There are no values: there is nothing to draw, and the message says why.
         """
         target = Path(path)
         if target.suffix.lower() != ".png":
-            raise ExplainError(f"a heatmap is saved as PNG, which can carry its provenance; got {target.name!r}")
-        write_whole(target, self._png(self.overlay(alpha, colormap)))
+            raise ExplainError(f"an overlay is saved as PNG; got {target.name!r}: figure(...) makes PDF, SVG and TIFF")
+        write_whole(target, self._png(self.overlay(alpha, colormap, score=score)))
         return target
 
     def describe(self) -> dict[str, Any]:
@@ -287,23 +320,90 @@ class Heatmap:
         picture.save(buffer, format="PNG", pnginfo=chunks)
         return buffer.getvalue()
 
-    def _hatched(self, drawn: np.ndarray) -> np.ndarray:
-        if self._seen().all():
-            return drawn
-        cells = Image.fromarray(np.where(self._seen(), 0, 255).astype(np.uint8))
-        unseen = cells.resize(self.image_size, Image.Resampling.NEAREST)
-        hidden = np.asarray(unseen) > 0
-        width, height = self.image_size
-        grey = 0.35 * drawn.mean(axis=2, keepdims=True) + 0.65 * 150
-        period = max(8, round(max(width, height) / 48))
-        rows, cols = np.mgrid[:height, :width]
-        stripe = ((rows + cols) % period) < max(1, period // 6)
-        shaded = np.where(stripe[..., None], 0.55 * grey, grey)
-        # A thin edge, so that a grey picture still shows where the model's view ends.
-        edge = np.asarray(unseen.filter(ImageFilter.FIND_EDGES)) > 0
-        result = np.where(hidden[..., None], shaded, drawn)
-        result[edge & hidden] = 40
-        return result
+
+def figure(
+    heats: Heatmap | Sequence[Heatmap],
+    *,
+    scores: drawing.Scored | Sequence[drawing.Scored | None] | None = None,
+    images: Sequence[Image.Image] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    dpi: float = 300,
+    **look: Any,
+) -> Figure:
+    """A figure for print of one or more heatmaps: words beside each other, methods below each other.
+
+    Question and answer with the explained words in colour, the verdict of each map or "not checked", a colour bar with
+    its unit and a legend of the outline. Saved files carry their provenance in their own metadata.
+
+    Args:
+        heats: in the order of showing. Rows are methods and columns words, or answers, where both differ.
+        scores: what ``evaluate`` said of each, in the same order, ``None`` for one that was not evaluated.
+        images: images to draw on instead of the traces'.
+        out: where to save it, a PDF, SVG, PNG or TIFF; replaces what is there.
+        dpi: pixels per inch of images, and of PNG and TIFF.
+        **look: ``width`` (``"column"``, ``"text"`` or inches), ``columns``, ``font_size``, ``alpha``, ``colormap``,
+            ``contour``; see ``drawing.figure``.
+
+    Returns:
+        The matplotlib figure, which belongs to no window.
+
+    Raises:
+        ExplainError: no heatmaps, not one score or image per heatmap, another file ending.
+        ImageError: a heatmap has no image at hand, or one of another size is given.
+    """
+    shown = [heats] if isinstance(heats, Heatmap) else list(heats)
+    for heat in shown:
+        if not isinstance(heat, Heatmap):
+            raise ExplainError(f"figure() shows heatmaps, as explain() returns them; got a {type(heat).__name__}")
+    nothing = [None] * len(shown)
+    given: list[Any] = list(scores or nothing) if isinstance(scores, Sequence | None) else [scores]
+    over: list[Any] = nothing if images is None else list(images)
+    for name, listed in (("scores", given), ("images", over)):
+        if len(listed) != len(shown):
+            raise ExplainError(f"figure() was given {len(shown)} heatmaps but {len(listed)} {name}: pass one for each")
+    panels = [_panel(*one) for one in zip(shown, given, over, _places(shown), strict=True)]
+    drawn = drawing.figure(panels, dpi=dpi, **look)
+    if out is not None:
+        target = Path(out)
+        told = json.dumps({"heatmaps": [heat.describe() for heat in shown]}, ensure_ascii=True, allow_nan=False)
+        write_whole(target, drawing.figure_bytes(drawn, target.name, provenance=told, dpi=dpi))
+    return drawn
+
+
+def _places(heats: Sequence[Heatmap]) -> list[tuple[str, str]]:
+    """Row and column of each heatmap's panel: methods below each other where words differ too, else beside."""
+    answers = [(str(heat.provenance.get("trace_id", "")), heat.image_index) for heat in heats]
+    methods = [heat.method for heat in heats]
+    words = [heat.selection.text or "whole answer" for heat in heats]
+    several = len(set(methods)) > 1
+    if len(set(answers)) > 1:
+        return [
+            (str(one), method) if several else ("", word)
+            for one, method, word in zip(answers, methods, words, strict=True)
+        ]
+    if len(set(words)) > 1:
+        return [(method if several else "", word) for method, word in zip(methods, words, strict=True)]
+    return [("", method) for method in methods]
+
+
+def _panel(heat: Heatmap, score: Any, image: Image.Image | None, place: tuple[str, str]) -> drawing.Panel:
+    selection = heat.selection
+    special = [index in selection.special for index in range(len(selection.tokens))]
+    chosen = set(selection.indices)
+    answer = [
+        (word.text, bool(chosen & set(range(word.start, word.stop)))) for word in group_words(selection.tokens, special)
+    ]
+    return drawing.Panel(
+        heat._picture_for(image).convert("RGB"),
+        heat.values,
+        row=place[0],
+        col=place[1],
+        seen=heat.seen,
+        question=None if heat.trace is None else heat.trace.question,
+        answer=answer,
+        mark=drawing.mark_of(score),
+        reason=heat.reason,
+    )
 
 
 def _stored_size(value: Any) -> tuple[int, int]:
@@ -333,34 +433,6 @@ def resample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return functional.adaptive_avg_pool2d(grid, size)[0, 0].float().numpy()
     fine = functional.interpolate(grid, size=size, mode="bilinear", align_corners=False)
     return fine[0, 0].clamp(0, 1).float().numpy()
-
-
-def _coloured(values: np.ndarray, colormap: str) -> np.ndarray:
-    from matplotlib import colormaps
-
-    try:
-        colours = colormaps[colormap]
-    except KeyError as error:
-        raise ExplainError(f"matplotlib has no colour map {colormap!r}; try 'inferno', 'turbo' or 'viridis'") from error
-    rgb: np.ndarray = 255.0 * colours(_COLOUR_FLOOR + (1 - _COLOUR_FLOOR) * values)[..., :3]
-    return rgb
-
-
-def _outlined(drawn: np.ndarray, region: np.ndarray) -> np.ndarray:
-    """A white line inside the region's border and a dark one outside, so that one of them shows on any colour."""
-    width = min(_LINE, max(1, round(max(region.shape) / 400)))
-    kernel = 2 * width + 1
-    mask = Image.fromarray(region.astype(np.uint8) * 255)
-    inner = np.asarray(mask.filter(ImageFilter.MinFilter(kernel))) > 0
-    outer = np.asarray(mask.filter(ImageFilter.MaxFilter(kernel))) > 0
-    result = drawn.copy()
-    for line, level in ((region & ~inner, 255.0), (outer & ~region, 20.0)):
-        result[line] = 0.25 * drawn[line] + 0.75 * level
-    return result
-
-
-def _over(below: np.ndarray, above: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    return below * (1 - opacity) + above * opacity
 
 
 def _trace_beside(source: Path, attrs: Mapping[str, Any], provenance: Mapping[str, Any]) -> Trace | None:

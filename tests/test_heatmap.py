@@ -97,7 +97,7 @@ def test_without_values_there_is_a_reason_and_no_picture(tmp_path: Path) -> None
 
 
 def test_overlay_leaves_the_picture_where_heat_is_zero_and_covers_it_where_high(heat: Heatmap) -> None:
-    drawn = np.asarray(heat.overlay(alpha=1.0, contour=False)).astype(int)
+    drawn = np.asarray(heat.overlay(alpha=1.0, contour=False, mark=False)).astype(int)
     original = np.asarray(PICTURE).astype(int)
     assert drawn.shape == (60, 90, 3)
     cold = heat.upsampled() == 0
@@ -112,8 +112,8 @@ def test_overlay_leaves_the_picture_where_heat_is_zero_and_covers_it_where_high(
 
 
 def test_contour_runs_along_half_of_the_highest_value(heat: Heatmap) -> None:
-    plain = np.asarray(heat.overlay(contour=False)).astype(int)
-    drawn = np.asarray(heat.overlay()).astype(int)
+    plain = np.asarray(heat.overlay(contour=False, mark=False)).astype(int)
+    drawn = np.asarray(heat.overlay(mark=False)).astype(int)
     changed = (plain != drawn).any(axis=2)
     up = heat.upsampled() / heat.upsampled().max()
     assert changed.any()
@@ -122,9 +122,11 @@ def test_contour_runs_along_half_of_the_highest_value(heat: Heatmap) -> None:
 
 def test_overlay_is_opaquer_the_more_a_region_matters() -> None:
     heat = Heatmap(np.array([[0.1, 0.4, 0.9]]), (30, 10))
-    black = np.asarray(heat.overlay(image=Image.new("RGB", (30, 10)))).astype(int).sum(axis=2)
+    black = np.asarray(heat.overlay(image=Image.new("RGB", (30, 10)), mark=False)).astype(int).sum(axis=2)
     assert black[5, 5] < black[5, 15] < black[5, 25]
-    faint = np.asarray(heat.overlay(image=Image.new("RGB", (30, 10)), normalise=False)).astype(int).sum(axis=2)
+    faint = (
+        np.asarray(heat.overlay(image=Image.new("RGB", (30, 10)), normalise=False, mark=False)).astype(int).sum(axis=2)
+    )
     assert faint[5, 25] < black[5, 25]
 
 
@@ -132,7 +134,7 @@ def test_regions_never_seen_are_grey_and_hatched() -> None:
     seen = np.ones((4, 6), dtype=bool)
     seen[:, :2] = False
     colourful = Image.new("RGB", (90, 60), (250, 30, 30))
-    drawn = np.asarray(Heatmap(np.zeros((4, 6)), (90, 60), seen=seen).overlay(image=colourful)).astype(int)
+    drawn = np.asarray(Heatmap(np.zeros((4, 6)), (90, 60), seen=seen).overlay(image=colourful, mark=False)).astype(int)
     hidden, shown = drawn[:, :30], drawn[:, 30:]
     assert (np.ptp(hidden, axis=2) <= 1).all()
     assert len(np.unique(hidden[:, :28])) >= 2  # hatching, not a flat area

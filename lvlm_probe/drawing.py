@@ -1,0 +1,524 @@
+"""Heatmaps over images, and figures of several for print.
+
+An overlay is made in strips of rows, so that it takes the memory of the image and little more: a grid is brought to the
+pixels of a strip, coloured by the colour map's own table, laid over the image by its value, outlined and hatched.
+
+No map is drawn without its verdict: every overlay and every panel of a figure says whether the heatmap was checked, and
+what came of it (``Mark``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lvlm_probe.errors import ExplainError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["FORMATS", "WIDTHS", "Mark", "Panel", "Scored", "figure", "figure_bytes", "mark_of", "overlay"]
+
+# Dark ends of perceptually uniform maps vanish in shadows; opacity already says "little", so colour starts brighter.
+_COLOUR_FLOOR = 0.25
+_LINE = 25
+"""Widest outline, pixels: on larger images it would hide what it surrounds."""
+_STRIP = 1 << 19
+"""Pixels of a strip: a few MB of float32 for each step."""
+_HALF = 0.5
+"""The outline surrounds what is at least this share of the highest value."""
+
+FORMATS = ("pdf", "svg", "png", "tiff", "tif")
+WIDTHS: Mapping[str, float] = {"column": 3.5, "text": 7.2}
+"""Widths of a figure in inches: one column (89 mm) and the whole page (183 mm) of most journals."""
+
+_SAVING = threading.Lock()
+"""What files are made of stands in matplotlib's settings alone, which all threads share."""
+
+Verdicts = Literal["holds up", "do not trust", "not checked"]
+_COLOURS: Mapping[str, tuple[int, int, int]] = {
+    "holds up": (0, 114, 178), "do not trust": (213, 94, 0), "not checked": (90, 90, 90),
+}  # fmt: skip
+"""Blue, vermilion and grey of the Okabe-Ito palette, which colour-blind readers tell apart."""
+
+
+class _Judged(Protocol):
+    @property
+    def trusted(self) -> bool: ...
+
+
+class Scored(Protocol):
+    """What a figure shows of a score: what ``evaluate`` returns has it."""
+
+    @property
+    def deletion(self) -> float: ...
+    @property
+    def insertion(self) -> float: ...
+    @property
+    def verdict(self) -> _Judged: ...
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What was found when a heatmap was checked."""
+
+    verdict: Verdicts
+    deletion: float = math.nan
+    insertion: float = math.nan
+
+    def __str__(self) -> str:
+        if math.isfinite(self.deletion) and math.isfinite(self.insertion):
+            return f"del. {self.deletion:.2f}  ins. {self.insertion:.2f}  {self.verdict}"
+        return self.verdict
+
+
+def mark_of(score: Scored | None) -> Mark:
+    """The mark of a score; ``None`` was not checked."""
+    if score is None:
+        return Mark("not checked")
+    return Mark("holds up" if score.verdict.trusted else "do not trust", score.deletion, score.insertion)
+
+
+# ------------------------------------------------------------------------------------------------------------- overlays
+
+
+def overlay(
+    image: Image.Image,
+    values: np.ndarray,
+    *,
+    seen: np.ndarray | None = None,
+    alpha: float = 0.8,
+    colormap: str = "inferno",
+    normalise: bool = True,
+    contour: bool = True,
+    mark: Mark | None = None,
+) -> Image.Image:
+    """A heatmap over an image, at the image's own size, RGB.
+
+    Args:
+        image: any mode.
+        values: ``(row, col)`` in [0, 1], a grid over the whole image; brought to pixels bilinearly.
+        seen: ``(row, col)`` bool; cells that never reach the model are greyed and hatched.
+        alpha: opacity of the highest value, 0 to 1.
+        colormap: name of a matplotlib colour map.
+        normalise: stretch the values so that the highest is 1.
+        contour: outline the region above half of the highest value.
+        mark: drawn into the lower left corner.
+
+    Raises:
+        ExplainError: ``alpha`` is no share, or there is no such colour map.
+    """
+    if not 0 <= alpha <= 1:
+        raise ExplainError(f"alpha is between 0 and 1; got {alpha!r}")
+    table = _colours(colormap)
+    width, height = image.size
+    grid = _Grid(np.asarray(values), width, height)
+    highest = grid.highest()
+    scale = 1 / highest if normalise and highest > 0 else 1.0
+    line = min(_LINE, max(1, round(max(width, height) / 400))) if contour and highest > 0 and alpha > 0 else 0
+    hidden = None if seen is None or bool(np.all(seen)) else _Cells(~np.asarray(seen, dtype=bool), width, height)
+    drawn = Image.new("RGB", image.size)
+    step = max(1, _STRIP // width)
+    for top in range(0, height, step):
+        bottom = min(height, top + step)
+        strip = image.crop((0, top, width, bottom)).convert("RGB")
+        pixels = np.asarray(strip, dtype=np.float32)
+        first, last = max(0, top - line), min(height, bottom + line)
+        inside = slice(top - first, bottom - first)
+        around = grid.rows(first, last)
+        value = around[inside] * scale
+        opacity = (alpha * np.sqrt(value) * np.sqrt(np.sqrt(value)))[..., None]  # value ** 0.75
+        index = ((_COLOUR_FLOOR + (1 - _COLOUR_FLOOR) * value) * len(table)).astype(np.intp).clip(0, len(table) - 1)
+        pixels = pixels + (table[index] - pixels) * opacity
+        if line:
+            region = around >= _HALF * highest
+            outer = _dilated(region, line)[inside] & ~region[inside]
+            inner = _dilated(~region, line)[inside] & region[inside]
+            for where, level in ((inner, 255.0), (outer, 20.0)):
+                pixels[where] = 0.25 * pixels[where] + 0.75 * level
+        if hidden is not None:
+            pixels = _hatched(pixels, hidden, top, bottom)
+        drawn.paste(Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)), (0, top))
+    if mark is not None and alpha > 0:
+        _stamp(drawn, mark)
+    return drawn
+
+
+class _Grid:
+    """A grid of values as the pixels of an image read it: bilinear between cell centres; averaged where it is finer."""
+
+    def __init__(self, values: np.ndarray, width: int, height: int) -> None:
+        cells = values.astype(np.float64)
+        if height <= cells.shape[0] and width <= cells.shape[1]:
+            from torch import from_numpy
+            from torch.nn.functional import adaptive_avg_pool2d
+
+            cells = adaptive_avg_pool2d(from_numpy(cells)[None, None], (height, width))[0, 0].numpy()
+        self._height = height
+        left, right, share = _between(np.arange(width), width, cells.shape[1])
+        self._columns = (cells[:, left] * (1 - share) + cells[:, right] * share).astype(np.float32)
+
+    def rows(self, top: int, bottom: int) -> np.ndarray:
+        """Values of rows ``top`` to ``bottom``, ``(row, col)`` float32."""
+        above, below, share = _between(np.arange(top, bottom), self._height, len(self._columns))
+        weight = share.astype(np.float32)[:, None]
+        upper = self._columns[above]
+        return upper + (self._columns[below] - upper) * weight
+
+    def highest(self) -> float:
+        step = max(1, _STRIP // self._columns.shape[1])
+        tops = range(0, self._height, step)
+        return max(float(self.rows(top, min(self._height, top + step)).max()) for top in tops)
+
+
+def _between(at: np.ndarray, size: int, cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two cells that a pixel lies between, and the second one's share."""
+    place = np.clip((at + 0.5) * cells / size - 0.5, 0, cells - 1)
+    first = np.floor(place).astype(np.intp)
+    return first, np.minimum(first + 1, cells - 1), place - first
+
+
+class _Cells:
+    """A grid of cells as pixels, each pixel its nearest cell."""
+
+    def __init__(self, cells: np.ndarray, width: int, height: int) -> None:
+        self._cells, self.width, self.height = cells, width, height
+        self._col = (np.arange(width) + 0.5) * cells.shape[1] // width
+
+    def rows(self, top: int, bottom: int) -> np.ndarray:
+        """``(row, col)`` bool; rows beyond the image are False."""
+        at = np.arange(top, bottom)
+        row = ((at + 0.5) * len(self._cells) // self.height).astype(np.intp).clip(0, len(self._cells) - 1)
+        found = self._cells[row][:, self._col.astype(np.intp)]
+        found[(at < 0) | (at >= self.height)] = False
+        return found
+
+
+def _dilated(mask: np.ndarray, width: int) -> np.ndarray:
+    """Whether any pixel of the square of ``2 · width + 1`` around each is set; beyond the mask nothing is."""
+    for axis in (0, 1):
+        pad = [(0, 0), (0, 0)]
+        pad[axis] = (width, width)
+        grown = np.moveaxis(np.pad(mask, pad), axis, 0)
+        length = 1
+        while length < 2 * width + 1:  # the union of two runs of a length is a run of up to twice that
+            step = min(length, 2 * width + 1 - length)
+            grown = grown[:-step] | grown[step:]
+            length += step
+        mask = np.moveaxis(grown, 0, axis)
+    return mask
+
+
+def _hatched(pixels: np.ndarray, hidden: _Cells, top: int, bottom: int) -> np.ndarray:
+    where = hidden.rows(top, bottom)
+    grey = 0.35 * pixels.mean(axis=2, keepdims=True) + 0.65 * 150
+    period = max(8, round(max(hidden.width, hidden.height) / 48))
+    stripe = (np.arange(top, bottom)[:, None] + np.arange(hidden.width)) % period < max(1, period // 6)
+    result = np.where(where[..., None], np.where(stripe[..., None], 0.55 * grey, grey), pixels)
+    # A thin edge, so that a grey image still shows where the model's view ends.
+    around = np.pad(hidden.rows(top - 1, bottom + 1), ((0, 0), (1, 1)))
+    result[where & _dilated(~around, 1)[1:-1, 1:-1]] = 40
+    return result
+
+
+def _colours(name: str) -> np.ndarray:
+    """A colour map's table, ``(entry, channel)`` float32 in [0, 255]."""
+    from matplotlib import colormaps
+
+    try:
+        colours = colormaps[name]
+    except KeyError as error:
+        raise ExplainError(f"matplotlib has no colour map {name!r}; try 'inferno', 'viridis' or 'cividis'") from error
+    table: np.ndarray = 255.0 * colours(np.arange(colours.N))[:, :3]
+    return table.astype(np.float32)
+
+
+def _stamp(drawn: Image.Image, mark: Mark) -> None:
+    """The verdict in words on a plate; on a small image its sign alone."""
+    size = min(28, max(10, round(min(drawn.size) / 28)))
+    font = ImageFont.load_default(size)
+    pencil = ImageDraw.Draw(drawn)
+    text = str(mark.verdict)
+    if pencil.textlength(text, font=font) > 0.5 * drawn.width:
+        text = {"holds up": "ok", "do not trust": "!", "not checked": "?"}[mark.verdict]
+    pad = max(2, size // 3)
+    left, top, right, bottom = pencil.textbbox((0, 0), text, font=font)
+    wide, high = right - left + 2 * pad, bottom - top + 2 * pad
+    if wide > drawn.width or high > drawn.height:
+        return
+    at = (0, drawn.height - high)
+    pencil.rectangle((*at, wide - 1, drawn.height - 1), fill=_COLOURS[mark.verdict])
+    pencil.text((at[0] + pad - left, at[1] + pad - top), text, font=font, fill=(255, 255, 255))
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One map of a figure.
+
+    Attributes:
+        image: The image it lies over, RGB.
+        values, seen: As in ``overlay``; ``values=None``: there is no map, and ``reason`` says why.
+        row, col: Texts of its row and column.
+        question: What was asked, if known.
+        answer: Words of the answer with whether each is explained; punctuation of its own.
+        mark: Its verdict.
+        reason: Why there is no map.
+    """
+
+    image: Image.Image
+    values: np.ndarray | None
+    row: str = ""
+    col: str = ""
+    seen: np.ndarray | None = None
+    question: str | None = None
+    answer: Sequence[tuple[str, bool]] = ()
+    mark: Mark = dataclasses.field(default_factory=lambda: Mark("not checked"))
+    reason: str | None = None
+
+
+def figure(
+    panels: Sequence[Panel],
+    *,
+    width: str | float = "text",
+    columns: int | None = None,
+    font_size: float = 8.0,
+    alpha: float = 0.8,
+    colormap: str = "inferno",
+    contour: bool = True,
+    dpi: float = 300,
+) -> Figure:
+    """Panels as a grid with question, answer, verdicts, a colour bar and a legend, for print.
+
+    Panels of several rows *and* columns stand where their texts say; others follow each other.
+
+    Args:
+        panels: at least one.
+        width: ``"column"`` (3.5 inches), ``"text"`` (7.2 inches) or a number of inches.
+        columns: panels side by side, where their texts do not say; by default up to four.
+        font_size: points.
+        alpha, colormap, contour: as in ``overlay``.
+        dpi: pixels per inch of the images in it.
+
+    Raises:
+        ExplainError: no panels, or no such width.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not panels:
+        raise ExplainError("a figure shows heatmaps: give at least one")
+    inches = WIDTHS.get(width) if isinstance(width, str) else float(width)
+    if inches is None or not 0.5 <= inches <= 100:
+        raise ExplainError(f"a figure is 'column' or 'text' wide, or 0.5 to 100 inches; got {width!r}")
+    grid = _placed(panels, columns)
+    drawn = Figure(figsize=(inches, inches))
+    FigureCanvasAgg(drawn)
+    _Sheet(drawn, grid, font_size).fill(alpha=alpha, colormap=colormap, contour=contour, dpi=dpi)
+    return drawn
+
+
+def _placed(panels: Sequence[Panel], columns: int | None) -> list[list[Panel | None]]:
+    rows, cols = (list(dict.fromkeys(getattr(panel, name) for panel in panels)) for name in ("row", "col"))
+    if len(rows) > 1 and len(cols) > 1 and columns is None and len({(p.row, p.col) for p in panels}) == len(panels):
+        known = {(panel.row, panel.col): panel for panel in panels}
+        return [[known.get((row, col)) for col in cols] for row in rows]
+    across = columns or min(len(panels), 4)
+    lines = [list(panels[at : at + across]) for at in range(0, len(panels), across)]
+    return [[*line, *[None] * (across - len(line))] for line in lines]
+
+
+class _Sheet:
+    """Places everything of a figure, in inches from its top."""
+
+    def __init__(self, drawn: Figure, grid: list[list[Panel | None]], font_size: float) -> None:
+        self._drawn, self._grid, self._points = drawn, grid, font_size
+        self._line = 1.35 * font_size / 72
+        self._width = drawn.get_figwidth()
+
+    def fill(self, *, alpha: float, colormap: str, contour: bool, dpi: float) -> None:
+        panels = [panel for line in self._grid for panel in line if panel is not None]
+        rows = len({panel.row for panel in panels}) > 1 and len({panel.col for panel in panels}) > 1
+        heads = self._shared(panels)
+        left = 1.6 * self._line if rows and heads is not None else 0.0
+        gap = 0.6 * self._line
+        count = len(self._grid[0])
+        side = (self._width - left - gap * (count - 1)) / count
+        top = 0.4 * self._line
+        boxes: list[tuple[Panel, float, float, float, float]] = []
+        words: list[tuple[Panel, float, float, float]] = []
+        if heads is not None:
+            words.append((heads, 0.0, top, self._width))
+            top += self._words(heads, 0.0, top, self._width, draw=False)
+        for number, line in enumerate(self._grid):
+            own = 0.0
+            here = [(at, panel) for at, panel in enumerate(line) if panel is not None]
+            together = self._shared([panel for _, panel in here]) if rows else None
+            told: list[tuple[int, Panel]] = here if together is None else [(0, together)]
+            for at, panel in told if heads is None else ():
+                place, wide = (left + at * (side + gap), side) if together is None else (0.0, self._width)
+                words.append((panel, place, top, wide))
+                own = max(own, self._words(panel, place, top, wide, draw=False))
+            top += own
+            top += self._line if not rows or heads is None or number == 0 else 0.0  # titles
+            tall = max(side * panel.image.height / panel.image.width for _, panel in here)
+            for at, panel in here:
+                high = side * panel.image.height / panel.image.width
+                boxes.append((panel, left + at * (side + gap), top + (tall - high) / 2, side, high))
+            top += tall + 1.5 * self._line
+        bar = top + 0.3 * self._line
+        height = bar + 2.6 * self._line
+        self._drawn.set_figheight(height)
+        for panel, x, y, wide in words:
+            self._words(panel, x, y, wide, draw=True)
+        titled: set[str] = set()
+        for panel, x, y, wide, high in boxes:
+            self._panel(panel, x, y, wide, high, alpha=alpha, colormap=colormap, contour=contour, dpi=dpi)
+            title = panel.col
+            if not rows or heads is None or title not in titled:
+                self._text(x + wide / 2, y - 0.25 * self._line, title, ha="center", va="bottom", weight="bold")
+                titled.add(title)
+            if left and x == left:
+                self._text(0.8 * self._line, y + high / 2, panel.row, ha="center", va="center", rotation=90)
+        self._legend(bar, colormap, contour)
+
+    def _shared(self, panels: Sequence[Panel]) -> Panel | None:
+        """The panel whose question and answer stand once over all: where they are of one answer."""
+        kinds = {(panel.question, "".join(word for word, _ in panel.answer)) for panel in panels}
+        if len(kinds) > 1:
+            return None
+        marks = [any(flags) for flags in zip(*([flag for _, flag in p.answer] for p in panels), strict=False)]
+        words = [(word, flag) for (word, _), flag in zip(panels[0].answer, marks, strict=True)]
+        return dataclasses.replace(panels[0], answer=words)
+
+    def _words(self, panel: Panel, x: float, y: float, wide: float, *, draw: bool) -> float:
+        """Question and answer, words that are explained in colour; returns the height they take."""
+        start = y
+        for line in self._wrapped(panel.question or "", wide):
+            if draw:
+                self._text(x, y, line, va="top", color="#555555")
+            y += self._line
+        at = x
+        for word, chosen in panel.answer:
+            look = {"color": "#b3400a", "weight": "bold"} if chosen else {"color": "#111111"}
+            space = 0.28 * self._line if at > x and word[:1].isalnum() else 0.0
+            size = self._measure(word, **look)
+            if at + space + size > x + wide and at > x:
+                at, space, y = x, 0.0, y + self._line
+            if draw:
+                self._text(at + space, y, word, va="top", **look)
+            at += space + size
+        if panel.answer:
+            y += 1.15 * self._line
+        return y - start
+
+    def _wrapped(self, text: str, wide: float) -> Iterator[str]:
+        line = ""
+        for word in text.split():
+            longer = f"{line} {word}".strip()
+            if line and self._measure(longer) > wide:
+                yield line
+                longer = word
+            line = longer
+        if line:
+            yield line
+
+    def _measure(self, text: str, **look: Any) -> float:
+        from matplotlib.text import Text
+
+        probe = Text(0, 0, text, fontsize=self._points, weight=look.get("weight", "normal"), parse_math=False)
+        probe.set_figure(self._drawn)
+        extent = probe.get_window_extent(self._drawn.canvas.get_renderer())  # type: ignore[attr-defined]
+        return float(extent.width) / float(self._drawn.dpi)
+
+    def _text(self, x: float, y: float, text: str, **look: Any) -> None:
+        height = self._drawn.get_figheight()
+        look = {"fontsize": self._points, "parse_math": False, **look}
+        self._drawn.text(x / self._width, 1 - y / height, text, **look)
+
+    def _axes(self, x: float, y: float, wide: float, high: float) -> Axes:
+        height = self._drawn.get_figheight()
+        return self._drawn.add_axes((x / self._width, 1 - (y + high) / height, wide / self._width, high / height))
+
+    def _panel(self, panel: Panel, x: float, y: float, wide: float, high: float, **look: Any) -> None:
+        axes = self._axes(x, y, wide, high)
+        dpi = look.pop("dpi")
+        pixels = max(1, round(wide * dpi)), max(1, round(high * dpi))
+        image = panel.image
+        # At the size of print, so that outlines are as fine as print.
+        image = image.resize(pixels, Image.Resampling.BICUBIC, reducing_gap=2.0)
+        if panel.values is None:
+            axes.imshow(np.asarray(image.convert("L").convert("RGB")), aspect="auto")
+            axes.text(
+                0.5, 0.5, "\n".join(self._wrapped(f"no map: {panel.reason or 'none'}", 0.9 * wide)), ha="center",
+                va="center", fontsize=self._points, transform=axes.transAxes, parse_math=False,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+            )  # fmt: skip
+        else:
+            axes.imshow(np.asarray(overlay(image, panel.values, seen=panel.seen, **look)), aspect="auto")
+        axes.set_axis_off()
+        colour = np.asarray(_COLOURS[panel.mark.verdict]) / 255
+        text = str(panel.mark)
+        if self._measure(text) > wide:  # a narrow panel has room for less
+            text = panel.mark.verdict
+        self._text(x + wide / 2, y + high + 0.2 * self._line, text, ha="center", va="top", color=colour)
+
+    def _legend(self, y: float, colormap: str, contour: bool) -> None:
+        wide = min(0.35 * self._width, 1.6)
+        axes = self._axes(0.02 * self._width, y, wide, 0.45 * self._line)
+        values = np.linspace(0, 1, 256)
+        table = _colours(colormap)[((_COLOUR_FLOOR + (1 - _COLOUR_FLOOR) * values) * 255).astype(int)] / 255
+        faded = 1 + (table - 1) * (0.8 * values**0.75)[:, None]
+        axes.imshow(faded[None], aspect="auto", extent=(0, 1, 0, 1))
+        axes.set_yticks([])
+        axes.set_xticks([0, 0.5, 1])
+        axes.tick_params(labelsize=0.85 * self._points, length=2, pad=1)
+        text = "importance, share of the map's highest" + ("; outline: half of it" if contour else "")
+        room = self._width - wide - 0.06 * self._width
+        for number, line in enumerate(self._wrapped(text, room)):
+            self._text(wide + 0.05 * self._width, y + (number - 0.15) * self._line, line, va="top", color="#333333")
+
+
+def figure_bytes(drawn: Figure, name: str, *, provenance: str, dpi: float = 300) -> bytes:
+    """A figure as the bytes of a file, with its provenance in the file's own metadata.
+
+    Args:
+        drawn: the figure.
+        name: the file's name, whose ending is one of ``FORMATS``.
+        provenance: how it was made; kept as PDF subject, SVG description, PNG text ``lvlm_probe``, TIFF description.
+        dpi: pixels per inch, for PNG and TIFF.
+
+    Raises:
+        ExplainError: another ending.
+    """
+    import matplotlib
+
+    ending = Path(name).suffix.lower().removeprefix(".")
+    if ending not in FORMATS:
+        raise ExplainError(f"a figure is saved as {', '.join(FORMATS[:-1])}; got {name!r}")
+    options: dict[str, Any]
+    if ending == "pdf":
+        options = {"metadata": {"Creator": "lvlm_probe", "Subject": provenance, "CreationDate": None}}
+    elif ending == "svg":
+        options = {"metadata": {"Creator": "lvlm_probe", "Description": provenance, "Date": None}}
+    elif ending == "png":
+        options = {"metadata": {"Software": "lvlm_probe", "lvlm_probe": provenance}}
+    else:
+        options = {"pil_kwargs": {"compression": "tiff_deflate", "description": provenance}}
+    buffer = io.BytesIO()
+    # Letters stay letters: editors and journals want fonts, not outlines.
+    with _SAVING, matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "lvlm_probe"}):
+        drawn.savefig(buffer, format=ending, dpi=dpi, **options)
+    return buffer.getvalue()

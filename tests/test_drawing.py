@@ -1,0 +1,235 @@
+"""Overlays against the same drawing with whole arrays and Pillow's filters; figures read back from their files."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import colormaps
+from PIL import Image, ImageFilter
+from torch.nn import functional
+
+import lvlm_probe as probe
+from lvlm_probe import drawing
+from lvlm_probe.drawing import Mark, Panel, overlay
+from lvlm_probe.errors import ExplainError
+from lvlm_probe.heatmap import figure
+from lvlm_probe.metrics.verdict import Verdict
+
+RNG = np.random.default_rng(5)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def whole(image: Image.Image, values: np.ndarray, seen: np.ndarray, *, alpha: float, contour: bool) -> np.ndarray:
+    """The overlay in one piece: torch's bilinear interpolation, matplotlib's colours, Pillow's rank filters."""
+    width, height = image.size
+    grid = torch.from_numpy(values)[None, None].double()
+    fine = functional.interpolate(grid, size=(height, width), mode="bilinear", align_corners=False)[0, 0].numpy()
+    value = fine / fine.max()
+    colours = 255 * colormaps["inferno"](0.25 + 0.75 * value)[..., :3]
+    opacity = (alpha * value**0.75)[..., None]
+    drawn = np.asarray(image, dtype=float) * (1 - opacity) + colours * opacity
+    if contour:
+        region = value >= 0.5
+        line = min(25, max(1, round(max(region.shape) / 400)))
+        mask = Image.fromarray(region.astype(np.uint8) * 255)
+        inner = region & ~(np.asarray(mask.filter(ImageFilter.MinFilter(2 * line + 1))) > 0)
+        outer = ~region & (np.asarray(mask.filter(ImageFilter.MaxFilter(2 * line + 1))) > 0)
+        for where, level in ((inner, 255), (outer, 20)):
+            drawn[where] = 0.25 * drawn[where] + 0.75 * level
+    unseen = Image.fromarray(np.where(seen, 0, 255).astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+    hidden = np.asarray(unseen) > 0
+    grey = 0.35 * drawn.mean(axis=2, keepdims=True) + 0.65 * 150
+    period = max(8, round(max(width, height) / 48))
+    rows, cols = np.mgrid[:height, :width]
+    stripe = ((rows + cols) % period) < max(1, period // 6)
+    drawn = np.where(hidden[..., None], np.where(stripe[..., None], 0.55 * grey, grey), drawn)
+    drawn[(np.asarray(unseen.filter(ImageFilter.FIND_EDGES)) > 0) & hidden] = 40
+    return drawn
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("size", "grid"), [((90, 60), (6, 9)), ((641, 1203), (32, 32)), ((1500, 900), (7, 5)), ((40, 40), (1, 1))]
+)
+def test_strips_give_what_whole_arrays_give(size: tuple[int, int], grid: tuple[int, int], monkeypatch) -> None:
+    monkeypatch.setattr(drawing, "_STRIP", 7 * size[0])  # many strips, and one that is not full
+    image, values = picture(*size), RNG.random(grid)
+    seen = RNG.random(grid) > 0.25
+    values[~seen] = 0
+    for contour in (True, False):
+        drawn = np.asarray(overlay(image, values, seen=seen, alpha=0.8, contour=contour)).astype(float)
+        wanted = np.clip(np.rint(whole(image, values, seen, alpha=0.8, contour=contour)), 0, 255)
+        off = np.abs(drawn - wanted).max(axis=2)
+        # Rounding to float32 decides between two colours, or sides of the outline, on few pixels.
+        assert np.mean(off > 1) < 2e-3
+
+
+def test_a_large_image_takes_the_memory_of_the_image(tmp_path) -> None:
+    code = """
+import resource, sys
+import numpy as np
+from PIL import Image
+from lvlm_probe.drawing import overlay
+values = np.random.default_rng(0).random((32, 32))
+seen = values > 0.1
+overlay(Image.new("RGB", (64, 64)), values, seen=seen)  # what is imported and allocated once
+image = Image.effect_noise((5000, 4000), 80).convert("RGB")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+overlay(image, values, seen=seen)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (3 * 5000 * 4000))
+"""
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 3  # the result is 1; with the image itself this is 4
+
+
+def test_every_overlay_says_whether_it_was_checked() -> None:
+    image, values = Image.new("RGB", (400, 300), "white"), np.zeros((3, 4))
+    found = {}
+    for verdict in ("holds up", "do not trust", "not checked"):
+        drawn = np.asarray(overlay(image, values, contour=False, mark=Mark(verdict)))
+        marked = (drawn != 255).any(axis=2)
+        rows, cols = np.nonzero(marked)
+        assert rows.max() == 299 and cols.min() == 0  # the lower left corner
+        assert rows.min() > 250 and cols.max() < 200
+        found[verdict] = tuple(drawn[299, 0])
+    assert len(set(found.values())) == 3
+    assert np.array_equal(np.asarray(overlay(image, values)), np.asarray(image))
+    small = np.asarray(overlay(Image.new("RGB", (60, 40), "white"), values, mark=Mark("not checked")))
+    assert 0 < (small != 255).any(axis=2).mean() < 0.25  # a sign instead of words
+
+
+class Scored:
+    deletion, insertion = 0.12, 0.91
+
+    def __init__(self, trusted: bool) -> None:
+        self.verdict = Verdict(trusted, () if trusted else ("tied",))
+
+
+@pytest.fixture(scope="module")
+def heats(demo, tmp_path_factory):
+    """Two methods and two words of one answer, and the whole of another."""
+    model, processor = demo
+    found = []
+    for number, scene in enumerate(probe.demo.scenes(2, kinds=["pair"])):
+        with (
+            probe.attach(model, processor) as p,
+            p.record(tmp_path_factory.mktemp("figure"), question=scene.question) as r,
+        ):
+            inputs = processor.apply_chat_template(
+                scene.messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+            model.generate(**inputs)
+        replay = probe.replay(r.traces[0], model, processor)
+        words = [word.text for word in replay.words if word.text.isalpha()]
+        chosen = ([words[-1]], [words[1]]) if number == 0 else (None,)
+        found += [probe.explain(replay, method=m, tokens=t) for m in ("center", "input_gradient") for t in chosen]
+    return found
+
+
+def texts(figure) -> list[str]:
+    return [item.get_text() for item in figure.texts]
+
+
+def test_words_beside_each_other_and_methods_below(heats) -> None:
+    drawn = figure(heats[:4], scores=[Scored(True), Scored(False), None, None], width="text")
+    said = texts(drawn)
+    assert said[0] == heats[0].trace.question
+    assert {"center", "input_gradient", heats[0].selection.text, heats[1].selection.text} <= set(said)
+    assert said.count(heats[0].selection.text) >= 1
+    assert any(one.startswith("del. 0.12") and one.endswith("holds up") for one in said)
+    assert any(one.endswith("do not trust") for one in said)
+    assert said.count("not checked") == 2
+    panels = [axes for axes in drawn.axes if axes.images and not axes.axison]
+    assert len(panels) == 4
+    places = sorted((round(-a.get_position().y0, 3), round(a.get_position().x0, 3)) for a in panels)
+    assert len({row for row, _ in places}) == len({col for _, col in places}) == 2
+    assert drawn.get_figwidth() == drawing.WIDTHS["text"]
+    assert any("half of it" in one for one in said)
+    assert not any("half of it" in one for one in texts(figure(heats[:4], contour=False)))
+
+
+def test_nothing_overlaps_and_nothing_leaves_the_page(heats) -> None:
+    for chosen, width in ((heats[:4], "text"), (heats[:1], "column"), (heats, "text"), (heats[:2], 2.2)):
+        drawn = figure(chosen, width=width)
+        renderer = drawn.canvas.get_renderer()
+        page = drawn.bbox
+        boxes = [item.get_window_extent(renderer) for item in drawn.texts]
+        panels = [axes.get_window_extent(renderer) for axes in drawn.axes if not axes.axison]
+        for box in boxes:
+            assert box.x0 >= page.x0 - 1 and box.x1 <= page.x1 + 1
+            assert box.y0 >= page.y0 - 1 and box.y1 <= page.y1 + 1
+            inner = box.shrunk(0.9, 0.9)
+            assert not any(inner.overlaps(one) for one in panels)
+
+
+@pytest.mark.parametrize("ending", ["pdf", "svg", "png", "tiff"])
+def test_files_carry_their_provenance(heats, tmp_path, ending) -> None:
+    path = tmp_path / f"figure.{ending}"
+    heats[0].figure(path, score=Scored(True), width="column", dpi=100)
+    data = path.read_bytes()
+    trace_id = heats[0].provenance["trace_id"]
+    if ending in ("png", "tiff"):
+        opened = Image.open(path)
+        assert opened.width == pytest.approx(350, abs=1)
+        told = opened.info["lvlm_probe"] if ending == "png" else opened.tag_v2[270]
+        assert json.loads(told)["heatmaps"][0]["provenance"]["trace_id"] == trace_id
+    else:
+        assert trace_id.encode() in data
+    if ending == "pdf":
+        assert b"/TrueType" in data or b"/Type0" in data  # letters, not outlines
+        assert b"/Type3" not in data
+    if ending == "svg":
+        assert re.search(rb"<text[^>]*>[^<]*holds up", data)
+    before = data
+    heats[0].figure(path, score=Scored(True), width="column", dpi=100)
+    assert path.read_bytes() == before  # the same figure is the same file, and replaces it
+
+
+def test_a_map_that_is_none_says_why(heats) -> None:
+    panel = Panel(picture(30, 20), None, col="tam", reason="the answer has no words")
+    drawn = drawing.figure([panel])
+    assert "no words" in " ".join(item.get_text() for axes in drawn.axes for item in axes.texts)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"width": "huge"}, "'column' or 'text'"),
+        ({"width": 0.1}, "0.5 to 100 inches"),
+        ({"colormap": "infernoo"}, "no colour map"),
+        ({"scores": [None] * 3}, "2 heatmaps but 3 scores"),
+        ({"images": []}, "2 heatmaps but 0 images"),
+        ({"out": "figure.jpg"}, "saved as pdf, svg, png, tiff"),
+        ({"alpha": 2}, "alpha"),
+    ],
+)
+def test_refusals(heats, wrong, said) -> None:
+    with pytest.raises(ExplainError, match=re.escape(said)):
+        figure(heats[:2], **wrong)
+    with pytest.raises(ExplainError, match="at least one"):
+        figure([])
+
+
+def test_figures_of_two_threads_do_not_meet(heats, tmp_path) -> None:
+    figure(heats[:1], out=tmp_path / "alone.svg", width="column")
+    wanted = (tmp_path / "alone.svg").read_bytes()
+    threads = [
+        threading.Thread(target=figure, args=(heats[:1],), kwargs={"out": tmp_path / f"{n}.svg", "width": "column"})
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all((tmp_path / f"{n}.svg").read_bytes() == wanted for n in range(4))
