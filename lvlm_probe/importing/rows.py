@@ -288,10 +288,13 @@ def _keys(content: Mapping[str, Any]) -> str:
 
 
 def _open(text: str, directories: Sequence[Path]) -> Image.Image:
-    from lvlm_probe.trace.image_files import open_picture
+    from lvlm_probe.trace.image_files import open_image
 
     if text.startswith("data:"):
-        return _from_uri(text)
+        try:
+            return open_image(text)
+        except ProbeError as error:
+            raise BadRow(f"the picture in the data: URI cannot be read: {error}") from error
     text = os.path.expanduser(text)
     found, outside = None, False
     for place in (*(directory / text for directory in directories), Path(text)):
@@ -309,20 +312,6 @@ def _open(text: str, directories: Sequence[Path]) -> Image.Image:
     if found is None:
         raise BadRow(f"the picture {text[:200]} is missing (looked in {looked})")
     try:
-        return open_picture(found)
+        return open_image(found)
     except ProbeError as error:
         raise BadRow(str(error)) from error
-
-
-def _from_uri(text: str) -> Image.Image:
-    import base64
-
-    from lvlm_probe.trace.image_files import decode_picture
-
-    head, _, data = text.partition(",")
-    try:
-        if not head.endswith(";base64"):
-            raise ValueError("it is not base64")
-        return decode_picture(base64.b64decode(data, validate=True))
-    except (ValueError, ProbeError) as error:
-        raise BadRow(f"the picture in the data: URI cannot be read: {error}") from error

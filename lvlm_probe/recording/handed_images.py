@@ -6,12 +6,17 @@ share its memory with a camera's buffer. What is handed over is copied.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from lvlm_probe.errors import ImageError
+from lvlm_probe.trace.image_files import open_image
 
 __all__ = ["Handed", "flatten_images", "hand_over", "look_of", "picture_bytes", "same_picture"]
 
@@ -75,6 +80,10 @@ def _told(value: Any) -> str:
 def _picture(value: Any) -> Image.Image | None:
     if isinstance(value, Image.Image):
         return value
+    if isinstance(value, str | bytes | Path):  # a file or its bytes, which processors open themselves
+        with contextlib.suppress(ImageError):
+            return open_image(value)
+        return None
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy() if value.dtype == torch.uint8 else None
     if isinstance(value, np.ndarray) and value.dtype == np.uint8:

@@ -453,4 +453,7 @@ class Probe:
     def _check_images(images: Any) -> None:
         pictures, _ = flatten_images(images)
         if pictures is None:
-            raise ImageError("images= takes PIL pictures or uint8 arrays (nested in one list per prompt for batches)")
+            raise ImageError(
+                "images= takes images as open_image() does: PIL images, uint8 arrays, paths, bytes (nested in one list "
+                "per prompt for batches)"
+            )

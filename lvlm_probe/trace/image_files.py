@@ -1,17 +1,29 @@
-"""Pictures to bytes: the user's own file where it is known, a lossless copy otherwise."""
+"""Images from anywhere as a model is shown them, and back to bytes: the user's own file, or a lossless copy."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import importlib.util
 import io
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from lvlm_probe.errors import ImageError
+from lvlm_probe.hooks import caution
 from lvlm_probe.trace.parts import IMAGE_FORMATS
 
-__all__ = ["decode_picture", "encode_picture", "open_picture"]
+__all__ = ["decode_picture", "encode_picture", "open_image", "open_picture"]
+
+_DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+_LARGEST = 256 << 20
+"""Bytes of a file from the network."""
+_TIMEOUT = 60.0
+"""Seconds for which a server may say nothing."""
 
 # Modes that PNG stores without loss; anything else is kept as the RGB that a processor would make of it.
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
@@ -39,8 +51,50 @@ def encode_picture(image: Image.Image) -> tuple[bytes, str]:
     return buffer.getvalue(), "image/png"
 
 
+def open_image(source: Any, *, fetch: bool = False) -> Image.Image:
+    """Open an image as every road of this package shows it to a model: upright, 8 bit, RGB.
+
+    The camera's orientation (EXIF) is applied, as transformers' own loader does; 16-bit levels are scaled, not cut off;
+    of an animation or a file of several pages the first one is taken. What a model is not shown is said in a
+    ``ProbeWarning``: further frames, transparency (the colours below it count), and an image of one colour only.
+
+    Args:
+        source: a path; the bytes of a file; a ``data:`` URI; bare base64; a PIL image; an array of uint8 or uint16,
+            ``(row, col)`` or ``(row, col, channel)``; with ``fetch`` an http(s) URL. HEIC needs ``pillow-heif``
+            (``pip install 'lvlm-probe[heic]'``).
+        fetch: ask the network for URLs.
+
+    Returns:
+        A new image, loaded; the source is left alone.
+
+    Raises:
+        ImageError: nothing there, no image, or a kind of source that is not known; the message says what was given.
+    """
+    if isinstance(source, Image.Image):
+        with _reading("the given image"):
+            source.load()
+            return _shown(source, "the given image")
+    if isinstance(source, np.ndarray):
+        with _reading(f"an array of {source.dtype} and shape {source.shape}"):
+            return _shown(_of_array(source), "the array")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return decode_picture(bytes(source))
+    if isinstance(source, str) and (text := source.strip()):
+        if text.startswith("data:"):
+            return decode_picture(_of_uri(text))
+        if text.startswith(("http://", "https://")):
+            return decode_picture(_fetched(text, fetch))
+        if len(text) > 255 and (data := _of_base64(text)) is not None:  # no file has so long a name
+            return decode_picture(data)
+    if isinstance(source, str | Path):
+        return open_picture(source)
+    raise ImageError(
+        f"an image is a path, bytes, a data: URI, base64, a PIL image or an array; got a {type(source).__name__}"
+    )
+
+
 def open_picture(path: str | Path) -> Image.Image:
-    """Open an image file, loaded and RGB.
+    """Open an image file as ``open_image`` does.
 
     Raises:
         ImageError: there is no such file, or it is not an image.
@@ -51,27 +105,127 @@ def open_picture(path: str | Path) -> Image.Image:
     except (OSError, ValueError):  # a name that is too long, or has a NUL in it
         there = folder = False
     if not there:
-        raise ImageError(f"no image at {path}: {'it is a directory' if folder else 'there is no such file'}")
+        shown = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}…"
+        raise ImageError(f"no image at {shown}: {'it is a directory' if folder else 'there is no such file'}")
     return _rgb(path, str(path))
 
 
 def decode_picture(data: bytes) -> Image.Image:
-    """The image in the bytes of a file, loaded and RGB. Raises ``ImageError``."""
+    """Open the image in the bytes of a file as ``open_image`` does. Raises ``ImageError``."""
     return _rgb(io.BytesIO(data), f"a file of {len(data)} bytes")
 
 
 def _rgb(source: Path | io.BytesIO, what: str) -> Image.Image:
     """Only formats that are pixels: Pillow would also hand a PostScript file to an interpreter."""
+    formats = _formats()
+    with _reading(what, source), Image.open(source, formats=formats) as image:
+        image.load()
+        return _shown(image, what, keep=True)
+
+
+@contextlib.contextmanager
+def _reading(what: str, source: Path | io.BytesIO | None = None) -> Iterator[None]:
+    # Broken files raise nearly anything: struct.error, SyntaxError, KeyError, EOFError, MemoryError.
     try:
-        # Broken files raise nearly anything: struct.error, SyntaxError, KeyError, EOFError, MemoryError.
-        with Image.open(source, formats=_formats()) as image:
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
+        yield
+    except ImageError:
+        raise
     except Exception as error:
-        raise ImageError(f"{what} is not an image that can be read ({error}); give a PNG, JPEG or WebP file") from error
+        cure = "give a PNG, JPEG or WebP file"
+        if source is not None and _is_heic(source):
+            cure = "it is HEIC, as phones write it: pip install 'lvlm-probe[heic]', or save it as JPEG"
+        raise ImageError(f"{what} is not an image that can be read ({error}); {cure}") from error
+
+
+def _shown(image: Image.Image, what: str, *, keep: bool = False) -> Image.Image:
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a photograph with previews
+        caution(f"{what} has {frames} frames or pages, and the first one is shown to the model")
+    turned = ImageOps.exif_transpose(image)
+    if turned.mode in _DEEP:
+        turned = _eight_bit(turned)
+    if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
+        opacity = np.asarray(turned.convert("RGBA").getchannel("A"))
+        if opacity.min() < 255:
+            share = float(np.mean(opacity < 255))
+            caution(f"{share:.0%} of {what} is transparent, and the model is shown the colours below that")
+    same = turned.mode == "RGB" and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    result = image if same and keep else turned.convert("RGB")  # which still knows its file
+    levels: Any = result.getextrema()
+    if all(low == high for low, high in levels):
+        caution(f"every pixel of {what} has the same colour: there is nothing to see in it")
+    return result
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit levels at 8 bit, by scale; numbers that are levels of 0 to 255, or shares of 1, already stay."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        highest = 1.0 if values.max() <= 1 else 255.0 if values.max() <= 255 else 65535.0
+    else:
+        highest = 255.0 if image.mode == "I" and values.max() <= 255 else 65535.0
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > highest:
+        raise ImageError(
+            f"an image of mode {image.mode!r} with values from {values.min():g} to {values.max():g} has no levels that "
+            f"are known; scale it to 0…255"
+        )
+    return Image.fromarray(np.rint(values * (255 / highest)).astype(np.uint8))
+
+
+def _of_array(values: np.ndarray) -> Image.Image:
+    if values.dtype == np.uint16:
+        values = np.rint(values * (255 / 65535)).astype(np.uint8)
+    if values.dtype != np.uint8 or values.ndim not in (2, 3) or values.size == 0:
+        raise ImageError("it is neither uint8 nor uint16, or neither (row, col) nor (row, col, channel)")
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if values.ndim == 3 and values.shape[2] not in (2, 3, 4):
+        raise ImageError(f"it has {values.shape[2]} channels; the channel comes last")
+    return Image.fromarray(np.ascontiguousarray(values))
+
+
+def _of_uri(text: str) -> bytes:
+    head, _, data = text.partition(",")
+    found = _of_base64(data) if head.endswith(";base64") else None
+    if found is None:
+        raise ImageError(f"the image in the URI {head[:60]!r} cannot be read: it is not base64")
+    return found
+
+
+def _of_base64(text: str) -> bytes | None:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return None
+
+
+def _fetched(url: str, allowed: bool) -> bytes:
+    if not allowed:
+        raise ImageError(f"{url[:200]} lies on the network, which is asked only with fetch=True; or download it first")
+    from urllib.error import URLError
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(url, timeout=_TIMEOUT) as reply:  # the scheme is http or https
+            data: bytes = reply.read(_LARGEST + 1)
+    except (URLError, OSError, ValueError) as error:
+        raise ImageError(f"{url[:200]} cannot be fetched: {error}") from error
+    if len(data) > _LARGEST:
+        raise ImageError(f"{url[:200]} is larger than {_LARGEST >> 20} MB, and no image")
+    return data
+
+
+def _is_heic(source: Path | io.BytesIO) -> bool:
+    try:
+        head = source.getvalue()[:12] if isinstance(source, io.BytesIO) else source.open("rb").read(12)
+    except OSError:
+        return False
+    return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 
 def _formats() -> list[str]:
-    """Of ``IMAGE_FORMATS``, what this Pillow was built with."""
+    """Of the formats that are pixels, what this Pillow was built with; HEIC where its plugin is installed."""
     Image.init()
-    return [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return [name for name in (*IMAGE_FORMATS, "HEIF") if name in Image.OPEN]

@@ -93,15 +93,13 @@ def open_image(value: Any, *, where: str, beside: Sequence[Path] = ()) -> Image.
     """
     from PIL import Image
 
-    from lvlm_probe.trace.image_files import decode_picture, open_picture
+    from lvlm_probe.trace.image_files import open_image, open_picture
 
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     try:
-        if isinstance(value, Image.Image):
-            return value.convert("RGB")
-        if isinstance(value, bytes | bytearray):
-            return decode_picture(bytes(value))
+        if isinstance(value, Image.Image | bytes | bytearray):
+            return open_image(value)
         if isinstance(value, str | Path) and str(value):
             return open_picture(_found(value, where, beside or (Path(),)))
     except (ImageError, OSError, ValueError) as error:
