@@ -1,0 +1,165 @@
+"""One question about one or more images, from asking to a figure: ``ask`` records, replays and explains in one line.
+
+    answer = probe.ask(model, processor, "photo.jpg", "What is on the table?")
+    answer.explain("mug")
+    answer.figure("figure.pdf")
+    answer.report("report.html")
+
+It stands on the verbs of the package and adds nothing to them: ``answer.trace`` and ``answer.replay`` lead on to all of
+them.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm_probe.errors import ProbeError
+from lvlm_probe.explainers import explain
+from lvlm_probe.heatmap import Heatmap, figure
+from lvlm_probe.metrics import Score, evaluate
+from lvlm_probe.models.prompts import chat_inputs, placed
+from lvlm_probe.pages import report
+from lvlm_probe.recording import attach
+from lvlm_probe.replaying import Replay, replay
+from lvlm_probe.trace.image_files import open_image
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+
+    from lvlm_probe.trace import Trace
+    from lvlm_probe.words import Word
+
+__all__ = ["Answer", "ask"]
+
+
+def ask(
+    model: torch.nn.Module,
+    processor: Any,
+    image: Any,
+    question: str,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    fetch: bool = False,
+    max_new_tokens: int = 128,
+    **generate: Any,
+) -> Answer:
+    """Ask a model about an image, and keep what it takes to explain the answer.
+
+    The prompt is the processor's chat template with the images first and the question after them; decoding is greedy
+    unless ``do_sample=True`` is given. For prompts of your own: ``attach`` and ``record``.
+
+    Args:
+        model: any that ``attach`` takes.
+        processor: its processor.
+        image: one image, or a list of several, of any kind that ``open_image`` opens.
+        question: what is asked.
+        out: folder to keep the trace in; by default one that goes with the answer.
+        fetch: ask the network for images given as URLs.
+        max_new_tokens: length of the answer at most, tokens.
+        **generate: further arguments of ``model.generate``.
+
+    Raises:
+        AttachError: the model cannot be probed, or is probed already.
+        ImageError: an image cannot be opened.
+        ProbeError: the question is empty, or the answer could not be recorded; the message says why.
+    """
+    if not isinstance(question, str) or not question.strip():
+        raise ProbeError("there is no question: ask(model, processor, image, question)")
+    images = [open_image(one, fetch=fetch) for one in (image if isinstance(image, list | tuple) else [image])]
+    folder = tempfile.TemporaryDirectory(prefix="lvlm_probe_answer_") if out is None else None
+    directory = Path(folder.name) if folder is not None else Path(out or "")
+    with attach(model, processor) as probe, probe.record(directory, images=images, question=question) as recording:
+        inputs = placed(chat_inputs(processor, images, question), model)
+        model.generate(**inputs, **{"max_new_tokens": max_new_tokens, "do_sample": False, **generate})  # type: ignore[operator]
+    if not recording.paths:
+        raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no image"))
+    trace = recording.traces[-1]
+    if trace.status == "error":
+        raise ProbeError(f"the recording of {trace.path} is faulty: {trace.error}")
+    return Answer(trace, replay(trace, model, processor), folder)
+
+
+class Answer:
+    """An answer with all that explains it; what was explained is kept, with its score, for figures and reports.
+
+    Attributes:
+        trace: What was recorded.
+        replay: The answer as a function of masks.
+    """
+
+    def __init__(self, trace: Trace, replay: Replay, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
+        self.trace, self.replay = trace, replay
+        self._folder = folder  # the trace goes with the answer
+        self._explained: list[tuple[Heatmap, Score | None]] = []
+
+    @property
+    def text(self) -> str:
+        """The answer, without special tokens."""
+        return self.trace.answer
+
+    @property
+    def words(self) -> list[Word]:
+        """The words of the answer as spans of tokens."""
+        return self.trace.words
+
+    @property
+    def explained(self) -> tuple[tuple[Heatmap, Score | None], ...]:
+        """The maps made so far with their scores, in the order of making."""
+        return tuple(self._explained)
+
+    def explain(
+        self, words: str | Sequence[str] | None = None, *, method: str = "igos++", check: bool = True, **options: Any
+    ) -> Heatmap:
+        """Explain the answer or some of its words, and check the map by deletion and insertion.
+
+        Args:
+            words: one word, several, or ``None``: what the image decides of the whole answer. In full: ``tokens`` of
+                ``explain``.
+            method: one of ``lvlm-probe methods``.
+            check: evaluate the map; otherwise pages and figures say "not checked".
+            **options: ``image``, ``seed``, ``progress`` and the method's parameters.
+
+        Returns:
+            The map. Its score is the last of ``explained``.
+        """
+        tokens: Any = [words] if isinstance(words, str) else words
+        heat = explain(self.replay, method=method, tokens=tokens, **options)
+        self._explained.append((heat, evaluate(heat, self.replay) if check else None))
+        return heat
+
+    def figure(self, path: str | os.PathLike[str] | None = None, **look: Any) -> Figure:
+        """A figure for print of all maps made so far, of the whole answer if there is none; see ``heatmap.figure``."""
+        heats, scores = self._shown()
+        return figure(heats, scores=scores, out=path, **look)
+
+    def report(self, path: str | os.PathLike[str] = "report.html", **options: Any) -> Path:
+        """Write one HTML page of all maps made so far, replacing what is there; see ``report``."""
+        heats, scores = self._shown()
+        return report(heats, scores=scores, out=path, **{"overwrite": True, **options})
+
+    def _shown(self) -> tuple[list[Heatmap], list[Score | None]]:
+        if not self._explained:
+            self.explain()
+        return [heat for heat, _ in self._explained], [score for _, score in self._explained]
+
+    def __repr__(self) -> str:
+        return f"<Answer {self.text!r} to {self.trace.question!r}, {len(self._explained)} maps>"
+
+    def _repr_html_(self) -> str:
+        llr: Mapping[int, float] = {} if self.trace.llr is None else dict(enumerate(self.trace.llr.tolist()))
+        shown = []
+        for word in self.words:
+            share = sum(llr.get(index, 0.0) for index in range(word.start, word.stop))
+            strength = max(0.0, min(1.0, share / 4))
+            look = f"background: rgba(213, 94, 0, {0.35 * strength:.2f}); border-radius: 3px"
+            shown.append(f'<span style="{look}" title="{share:.2f} nats">{html.escape(word.text)}</span>')
+        return (
+            f'<p dir="auto"><small>{html.escape(self.trace.question or "")}</small><br>{" ".join(shown)}<br>'
+            f"<small>shaded: words that the image decides (log-likelihood ratio)</small></p>"
+        )
