@@ -35,7 +35,7 @@ families: .venv-tv/.installed  ## all model families; writes lvlm_probe/families
 lint: .venv/.installed-dev  ## ruff and mypy alone
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/checks lint types
 
-figures: .venv/.installed-dev  ## the README's figures, from the scripts that make them (takes a while)
+figures: .venv/.installed-dev  ## the figures of docs/figures.md, from the scripts that make them (takes a while)
 	@for script in $(filter-out %/bench_gpu.py,$(wildcard tests/benchmarks/bench_*.py)) tests/benchmarks/crash_trace.py; do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
 	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BIN)/python tests/benchmarks/bench_gpu.py

@@ -1,4 +1,4 @@
-"""Parity and cost of masks through image processors: the table in the README.
+"""Parity and cost of masks through image processors: the table in docs/figures.md.
 
     .venv/bin/python tests/benchmarks/bench_images.py --out images-pil.json
     .venv-tv/bin/python tests/benchmarks/bench_images.py --backend torchvision --out images-torchvision.json

@@ -1,4 +1,4 @@
-"""Every method on the same scenes, judged in the same way: the README's comparison of explainers.
+"""Every method on the same scenes, judged in the same way: the comparison of explainers in docs/figures.md.
 
     python tests/benchmarks/tournament.py
     python tests/benchmarks/tournament.py --hard --model examples/hard_model
@@ -271,7 +271,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def short_table(summary: dict[str, Any]) -> str:
-    """The columns that a README has room for, best gain first; floors and the reference last."""
+    """The columns that the summary has room for, best gain first; floors and the reference last."""
     rows, leader = summary["methods"], summary["against"]
     last = (*FLOORS, GROUND_TRUTH)
     order = sorted(rows, key=lambda name: (name in last, -(rows[name]["gain"] or {"mean": -9})["mean"]))
@@ -307,7 +307,7 @@ def main() -> None:
     parser.add_argument(
         "--memory", type=int, default=MEMORY_SCENES, help="scenes to measure peak memory on; 0 for none"
     )
-    parser.add_argument("--fill", action="store_true", help="also put the tables into README.md and docs/tournament.md")
+    parser.add_argument("--fill", action="store_true", help="also put the tables into docs/figures.md and docs/tournament.md")
     arguments = parser.parse_args()
     settle(arguments)
     known = entries()
@@ -336,7 +336,7 @@ def main() -> None:
     write(arguments.out / "table.md", table(summary))
     if arguments.fill:
         mark = "hard" if arguments.hard else "easy"
-        fill(ROOT / "README.md", f"tournament {mark}", short_table(summary))
+        fill(ROOT / "docs" / "figures.md", f"tournament {mark}", short_table(summary))
         fill(ROOT / "docs" / "tournament.md", mark, table(summary))
     print(table(summary))
 

@@ -32,7 +32,7 @@ from lvlm_probe.models.support import FamilyTable, markdown, summary  # noqa: E4
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "lvlm_probe" / "families.json"
 PAGE = ROOT / "docs" / "families.md"
-README = ROOT / "README.md"
+SUMMARY_PAGE = ROOT / "docs" / "figures.md"
 MARK, END = "<!-- families -->", "<!-- /families -->"
 
 
@@ -76,12 +76,12 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
     TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     made = FamilyTable.from_json(table)
     PAGE.write_text(markdown(made), encoding="utf-8")
-    before, _, rest = README.read_text(encoding="utf-8").partition(f"{MARK}\n")
-    README.write_text(f"{before}{MARK}\n{short(made)}{END}{rest.partition(END)[2]}", encoding="utf-8")
+    before, _, rest = SUMMARY_PAGE.read_text(encoding="utf-8").partition(f"{MARK}\n")
+    SUMMARY_PAGE.write_text(f"{before}{MARK}\n{short(made)}{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def short(table: FamilyTable) -> str:
-    """The README's table: how many families pass each check, on either backend."""
+    """The table of docs/figures.md: how many families pass each check, on either backend."""
     lines = ["| check | families | PIL | torchvision |", "|---|---|---|---|"]
     lines += [f"| {check} | {' | '.join(counts)} |" for check, counts in summary(table)]
     versions = f"transformers {table.versions['transformers']}, torch {table.versions['torch']}"
