@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALL := -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick campaign families lint figures tournament study clean
+.PHONY: help demo test quick campaign families lint docs figures tournament study clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,9 @@ families: .venv-tv/.installed  ## all model families; writes lvlm_probe/families
 lint: .venv/.installed-dev  ## ruff and mypy alone
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/checks lint types
 
+docs: .venv/.installed-dev  ## the site for users and its reference, into site/; open site/index.html
+	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/checks docs
+
 figures: .venv/.installed-dev  ## the figures of docs/figures.md, from the scripts that make them (takes a while)
 	@for script in $(filter-out %/bench_gpu.py,$(wildcard tests/benchmarks/bench_*.py)) tests/benchmarks/crash_trace.py; do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
@@ -55,7 +58,7 @@ study: .venv/.installed-dev  ## the paper's tables for two small models, docs/st
 	$(BIN)/lvlm-probe study table examples/study_demo.yaml --document docs/study-demo.md
 
 clean:  ## remove environments and everything generated
-	rm -rf .venv .venv-tv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tv runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torchvision stays out of .venv: the package has to work without it, and `make demo` shows that it does.

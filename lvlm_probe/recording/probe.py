@@ -351,8 +351,8 @@ class Probe:
             path: directory for the trace files, made if missing; existing traces stay.
             images: the original pictures, where they cannot be taken from the processor call (a list; nested for
                 batches).
-            llr: also compute log-likelihood ratios: one more pass per row, on the baseline picture. ``False`` defers
-            it.
+            llr: also compute log-likelihood ratios, by one more pass per row on the baseline image; ``False`` leaves
+                them for later.
             attention: record decoder attention from answer tokens to image tokens.
             heads: ``"mean"`` over heads or ``"all"`` of them.
             boxes: with attention, also keep which part of the picture each image token stands for. On the first picture
