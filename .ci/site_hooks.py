@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import html
+import inspect
 import json
 import logging
 import posixpath
@@ -101,9 +102,16 @@ def command_line() -> str:
     """The commands with their options, from the program itself."""
     import typer
 
-    from lvlm_probe.cli import app
+    import lvlm_probe.cli
 
+    codes = (
+        inspect.cleandoc(lvlm_probe.cli.__doc__ or "").partition("Exit codes:\n")[2].strip("\n").partition("\n\n")[0]
+    )
     parts = ["# Command line", "", "Made from the program: `lvlm-probe COMMAND --help` says the same.", ""]
+    parts += [
+        "Results go to standard output (`--json`: nothing but JSON), progress and notes to standard error. Exit codes:"
+    ]
+    parts += ["", "```text", inspect.cleandoc(codes), "```", ""]
 
     def described(command: Any, name: str, level: int) -> None:
         parts.extend([f"{'#' * level} {name}", "", paragraphs(command.help or ""), ""])
@@ -121,7 +129,7 @@ def command_line() -> str:
             parts.append(f"| `{names}` | {said}{' Required.' if one.required else ''} |")
         parts.append("")
 
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in typer.main.get_command(lvlm_probe.cli.app).commands.items():  # type: ignore[attr-defined]
         described(command, f"lvlm-probe {name}", 2)
     return "\n".join(parts)
 

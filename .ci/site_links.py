@@ -1,6 +1,6 @@
 """Fails when a built page loads something from the network, or links to a page, a file or an anchor that is not there.
 
-    python .ci/site_links.py site
+python .ci/site_links.py site
 """
 
 from __future__ import annotations
@@ -49,14 +49,18 @@ def faults(site: Path) -> list[str]:
             parts = urlsplit(target)
             if parts.scheme or parts.netloc:
                 continue
-            path = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(parts.path))) if parts.path else name
+            path = (
+                posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(parts.path))) if parts.path else name
+            )
             if not (site / path).exists():
                 found.append(f"{name} links to {target}, which is not there")
             elif parts.fragment and path in pages and unquote(parts.fragment) not in pages[path].anchors:
                 found.append(f"{name} links to {target}, which has no such anchor")
     for sheet in sorted(site.rglob("*.css")):
         text = sheet.read_text("utf-8")
-        found += [f"{sheet.relative_to(site)} loads from the network" for start in ("url(http", "url(//") if start in text]
+        found += [
+            f"{sheet.relative_to(site)} loads from the network" for start in ("url(http", "url(//") if start in text
+        ]
     return found
 
 

@@ -191,7 +191,7 @@ def test_crashes_hangs_and_foreign_exceptions_are_counted(tmp_path: Path) -> Non
 def test_the_places_in_which_an_exception_is_raised() -> None:
     found = faults.places("qwen2_vl")
     assert len(found) > 100
-    assert ("recorder.py", "GenerationRecorder.begin") in found
+    assert ("recording/recorder.py", "GenerationRecorder.begin") in found
     assert not [place for place in found if place[1] in faults.FENCE]
 
 

@@ -307,7 +307,9 @@ def main() -> None:
     parser.add_argument(
         "--memory", type=int, default=MEMORY_SCENES, help="scenes to measure peak memory on; 0 for none"
     )
-    parser.add_argument("--fill", action="store_true", help="also put the tables into docs/figures.md and docs/tournament.md")
+    parser.add_argument(
+        "--fill", action="store_true", help="put the tables into docs/figures.md and docs/tournament.md"
+    )
     arguments = parser.parse_args()
     settle(arguments)
     known = entries()

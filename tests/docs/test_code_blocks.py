@@ -1,9 +1,9 @@
 """Code in README.md and docs/ is run as it stands there, page by page, on the demo model.
 
-Blocks of one page share their names, in order; `probe`, `model`, `processor`, `trace`, `replay` and `heat` are there from
-the start, as the start page makes them. `path/to/model` is the demo model, `photo.jpg` and `other.jpg` are two scenes. A block
-under the comment ``<!-- not run: why -->`` is compiled only. Of shell blocks the product's own commands are run, and of the
-others it is checked that the files, targets and extras that they name exist.
+Blocks of one page share their names, in order. `probe`, `model`, `processor`, `trace`, `replay` and `heat` are there
+from the start, as the start page makes them; `path/to/model` is the demo model, `photo.jpg` and `other.jpg` are two
+scenes. A block under the comment ``<!-- not run: why -->`` is compiled only. Of shell blocks the product's own commands
+are run, and of the others it is checked that the files, targets and extras that they name exist.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from lvlm_probe.cli import app, main
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^(?P<mark><!-- not run: .+ -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^(?P<mark><!-- not run: .+ -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 RUN = ("python", "sh")
 
 
@@ -46,7 +48,9 @@ class Block:
 def blocks(page: str) -> list[Block]:
     text = (ROOT / page).read_text(encoding="utf-8")
     return [
-        Block(page, text[: found.start("code")].count("\n") + 1, found["language"], found["code"], found["mark"] is None)
+        Block(
+            page, text[: found.start("code")].count("\n") + 1, found["language"], found["code"], found["mark"] is None
+        )
         for found in BLOCK.finditer(text)
     ]
 
@@ -55,7 +59,7 @@ def guides() -> list[str]:
     return [page for page in PAGES if any(block.language in RUN for block in blocks(page))]
 
 
-# --------------------------------------------------------------------------------------------- what stands in the folder
+# -------------------------------------------------------------------------------------------- what stands in the folder
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,11 @@ def prepared(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     model, processor = demo
     folder = tmp_path_factory.mktemp("pages")
     first, second = (
-        next(scene for scene in probe.demo.scenes(40, kinds=["colour"]) if scene.question == f"What color is the {shape}?")
+        next(
+            scene
+            for scene in probe.demo.scenes(40, kinds=["colour"])
+            if scene.question == f"What color is the {shape}?"
+        )
         for shape in ("triangle", "cross")
     )
     first.image.save(folder / "photo.jpg", quality=95)
@@ -78,7 +86,9 @@ def prepared(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     shutil.copytree(folder / "runs" / "demo", folder / "runs" / "mine")
     row = {"id": "q1", "image": "photo.jpg", "question": first.question, "answer": trace.answer.strip()}
     (folder / "answers.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    (folder / "questions.csv").write_text(f"file,text,truth\nphoto.jpg,{first.question},{first.answer}\n", encoding="utf-8")
+    (folder / "questions.csv").write_text(
+        f"file,text,truth\nphoto.jpg,{first.question},{first.answer}\n", encoding="utf-8"
+    )
     (folder / "data" / "mine").mkdir(parents=True)
     (folder / "data" / "mine" / "questions.txt").write_text(first.question, encoding="utf-8")
     first.image.save(folder / "data" / "mine" / "0.png")
@@ -140,7 +150,7 @@ def check_command(command: str) -> None:
     elif words[:2] == ["pip", "install"]:
         for word in words[2:]:
             extras = re.search(r"\[(.+)\]", word)
-            if extras and (word.startswith(".") or word.startswith("lvlm-probe")):
+            if extras and (word.startswith((".", "lvlm-probe"))):
                 project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
                 assert set(extras[1].split(",")) <= set(project["optional-dependencies"]), word
             elif word.startswith("./"):
@@ -197,14 +207,23 @@ def test_blocks_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["raise ValueError('planted')", "probe.explain(replay, method='no such method')", "from lvlm_probe import nothing"]
+    "code",
+    ["raise ValueError('planted')", "probe.explain(replay, method='no such method')", "from lvlm_probe import nothing"],
 )
 def test_a_block_that_does_not_run_is_found_out(prepared: Any, code: str) -> None:
     with pytest.raises((ValueError, probe.ProbeError, ImportError)):
         exec(compiled(Block("README.md", 3, "python", code, True)), dict(prepared[1]))
 
 
-@pytest.mark.parametrize("command", ["make nonsense", "lvlm-probe study run x.yaml --nonsense", "pip install '.[nonsense]'", "python examples/nonsense.py"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make nonsense",
+        "lvlm-probe study run x.yaml --nonsense",
+        "pip install '.[nonsense]'",
+        "python examples/nonsense.py",
+    ],
+)
 def test_a_command_that_names_what_is_not_there_is_found_out(command: str) -> None:
     with pytest.raises(AssertionError):
         check_command(command)

@@ -33,7 +33,7 @@ def led(markdown: str, page: str, repo_url: str = "") -> str:
     return hooks.on_page_markdown(markdown, page=at, config=SimpleNamespace(repo_url=repo_url), files=None)
 
 
-# ------------------------------------------------------------------------------------------------------------- the hooks
+# ------------------------------------------------------------------------------------------------------------ the hooks
 
 
 def test_a_link_to_a_file_that_has_a_page_leads_to_the_page() -> None:
@@ -92,9 +92,10 @@ def test_every_command_is_on_the_page_of_commands() -> None:
     for command in ("demo", "explain", "import", "study run", "study peek"):
         assert f" lvlm-probe {command}\n" in page
     assert "| `--word-maps` |" in page
+    assert "\n130  stopped with Ctrl-C" in page  # the exit codes
 
 
-# ------------------------------------------------------------------------------------------------------------- the check
+# ------------------------------------------------------------------------------------------------------------ the check
 
 
 @pytest.mark.parametrize(
