@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+import lvlm_probe as probe
+import lvlm_probe.errors
 
 pytest.importorskip("mkdocs")
 
@@ -95,6 +99,19 @@ def test_every_command_is_on_the_page_of_commands() -> None:
     assert "\n130  stopped with Ctrl-C" in page  # the exit codes
 
 
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = re.findall(r"^::: (\S+)", pages, re.MULTILINE)
+    assert "lvlm_probe.errors" in shown
+    names = set(probe.__all__) - set(probe.errors.__all__) - {"errors"}
+    missing = [
+        name for name in names
+        if not any(path.endswith(f".{name}") or path.startswith(f"lvlm_probe.{name}.") for path in shown)
+        and f"heading: probe.{name}," not in pages
+    ]  # fmt: skip
+    assert not missing, f"docs/reference does not show {missing}"
+
+
 # ------------------------------------------------------------------------------------------------------------ the check
 
 
@@ -128,6 +145,15 @@ def test_the_summary_has_the_marks_that_scripts_fill(mark: str) -> None:
     text = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
     before, _, rest = text.partition(f"<!-- {mark} -->\n")
     assert before != text and f"<!-- /{mark} -->" in rest
+
+
+def test_the_figures_of_the_readme_are_those_of_the_summary() -> None:
+    readme, summary = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/figures.md"))
+    easy = summary.partition("<!-- tournament easy -->")[2].partition("<!-- /tournament easy -->")[0]
+    gain = re.search(r"^\| igos\+\+ \| ([\d.]+) \[", easy, re.MULTILINE)
+    families = re.search(r"\*\*(\d+ of \d+)\*\* pass every check", summary)
+    assert gain is not None and f"insertion − deletion of {gain[1]} on 200 held-out" in readme
+    assert families is not None and f"* {families[1]} families" in readme
 
 
 def test_the_glossary_is_short() -> None:
