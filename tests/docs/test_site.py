@@ -108,6 +108,7 @@ def test_every_public_name_is_in_the_reference() -> None:
         name for name in names
         if not any(path.endswith(f".{name}") or path.startswith(f"lvlm_probe.{name}.") for path in shown)
         and f"heading: probe.{name}," not in pages
+        and not re.search(rf"members: \[[^]]*\b{name}\b", pages)
     ]  # fmt: skip
     assert not missing, f"docs/reference does not show {missing}"
 
