@@ -33,6 +33,7 @@ PAGES = {
     "demo-model.md": "lvlm_probe/demo/README.md",
     "changelog.md": "CHANGELOG.md",
     "examples/index.md": "examples/README.md",
+    "developing/contributing.md": "CONTRIBUTING.md",
 }
 """Page of the site → the file it is made of. Notebooks in ``examples/`` are added by themselves."""
 
@@ -55,9 +56,10 @@ def included() -> dict[str, str]:
 
 
 def sources() -> dict[str, str]:
-    """Page → file, notebooks included."""
+    """Page → file, notebooks included. A file that is not there is missed by the navigation or by a link."""
     books = sorted((ROOT / "examples").glob("*.ipynb"))
-    return {**PAGES, **{f"examples/{book.stem}.md": f"examples/{book.name}" for book in books}}
+    there = {page: path for page, path in PAGES.items() if (ROOT / path).is_file()}
+    return {**there, **{f"examples/{book.stem}.md": f"examples/{book.name}" for book in books}}
 
 
 def expanded(nav: Any, pages: list[str]) -> Any:
