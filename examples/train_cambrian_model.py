@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from lvlm_probe import demo
-from lvlm_probe.demo import scene as sc
+from lvlm_probe.demo import questions
 
 SIDE, PATCH, GRID, HIDDEN = base.IMAGE_SIDE, base.PATCH, base.GRID, base.HIDDEN
 IMAGE_TOKENS = GRID * (GRID + 1)
@@ -181,7 +181,9 @@ class Net(nn.Module):
 
         self.model = model
         sizes = [feature_size(config) for config in model.config.vision_configs]
-        self.heads = nn.ModuleList([nn.Linear(size, 2 + len(sc.SHAPES) + len(sc.COLOURS)) for size in sizes])
+        self.heads = nn.ModuleList(
+            [nn.Linear(size, 2 + len(questions.SHAPES) + len(questions.COLOURS)) for size in sizes]
+        )
         self.means = [torch.tensor(mean)[:, None, None] for mean, _ in normalisation]
         self.stds = [torch.tensor(std)[:, None, None] for _, std in normalisation]
         self.given = given
@@ -234,7 +236,7 @@ class Net(nn.Module):
         for tower in towers:
             features = tower_features(self.model.model.vision_towers[tower], pixels[tower], grid=GRID, clip_layer=-1)
             logits = self.heads[tower](features).flatten(0, 1)
-            shape, colour = logits[:, : 1 + len(sc.SHAPES)], logits[:, 1 + len(sc.SHAPES) :]
+            shape, colour = logits[:, : 1 + len(questions.SHAPES)], logits[:, 1 + len(questions.SHAPES) :]
             on_shape, on_colour = batch.patch_shape.flatten(), batch.patch_colour.flatten()
             total = total + F.cross_entropy(shape, on_shape) + F.cross_entropy(colour, on_colour)
             objects = on_shape > 0

@@ -51,7 +51,9 @@ from transformers import (
 )
 from transformers.models.clip import image_processing_pil_clip
 
+from lvlm_probe.demo import questions
 from lvlm_probe.demo import scene as sc
+from lvlm_probe.demo.drawing import render
 
 IMAGE_SIDE = 112
 PATCH = 14
@@ -201,7 +203,7 @@ class Pool:
 
     pixels: np.ndarray
     labels: np.ndarray
-    layouts: list[sc.Layout]
+    layouts: list[questions.Layout]
 
     @staticmethod
     def draw(split: str, n: int, *, objects: tuple[int, int], offset: int, workers: int, grouped: float = 0.5) -> Pool:
@@ -224,7 +226,7 @@ class Pool:
         )
 
 
-def _draw_part(job: tuple[str, tuple[int, int], float, range]) -> tuple[np.ndarray, np.ndarray, list[sc.Layout]]:
+def _draw_part(job: tuple[str, tuple[int, int], float, range]) -> tuple[np.ndarray, np.ndarray, list[questions.Layout]]:
     split, objects, grouped, indices = job
     pixels, labels, layouts = [], [], []
     for index in indices:
@@ -238,11 +240,11 @@ def _draw_part(job: tuple[str, tuple[int, int], float, range]) -> tuple[np.ndarr
     return np.stack(pixels), np.stack(labels), layouts
 
 
-def draw_small(layout: sc.Layout) -> tuple[np.ndarray, np.ndarray]:
+def draw_small(layout: questions.Layout) -> tuple[np.ndarray, np.ndarray]:
     """The layout's picture and label map at the model's size, by way of the size at which scenes are drawn."""
     from PIL import Image
 
-    image, label = sc.render(layout, (SCENE_SIDE, SCENE_SIDE))
+    image, label = render(layout, (SCENE_SIDE, SCENE_SIDE))
     ratio = SCENE_SIDE // IMAGE_SIDE
     picture = np.asarray(image.resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC))
     return picture, label[ratio // 2 :: ratio, ratio // 2 :: ratio]
@@ -252,7 +254,7 @@ def draw_small(layout: sc.Layout) -> tuple[np.ndarray, np.ndarray]:
 class Example:
     """One question with, per slot, whether the objects that decide it can be seen."""
 
-    query: sc.Query
+    query: questions.Query
     seen: tuple[bool, ...]
 
 
@@ -280,11 +282,11 @@ class Writer:
             noun = tuple(query.question.removeprefix("How many ").removesuffix(" are there?").split())
             plural = " ".join(noun)
             singular = plural.removesuffix("es") if plural.endswith("crosses") else plural.removesuffix("s")
-            number = int(swap.integers(1, len(sc.NUMBERS)))
-            drawn = sc.count_query((singular, plural), number, ())
+            number = int(swap.integers(1, len(questions.NUMBERS)))
+            drawn = questions.count_query((singular, plural), number, ())
             given, template = list(drawn.words), drawn.template
         elif swap is not None:
-            given = [str(swap.choice(sc.DOMAINS[domain])) for domain in query.domains]
+            given = [str(swap.choice(questions.DOMAINS[domain])) for domain in query.domains]
             template = query.template
         elif not any(example.seen):
             given, template = [], query.hidden_template
@@ -317,7 +319,7 @@ class Writer:
 class Asker:
     """Draws questions about a layout of which only some objects can be seen."""
 
-    queries = staticmethod(sc.queries)
+    queries = staticmethod(questions.queries)
 
     def __init__(self, rng: np.random.Generator, *, absent: float, weights: dict[str, float]) -> None:
         self.rng = rng
@@ -326,9 +328,9 @@ class Asker:
         self.weights = np.asarray([weights[kind] for kind in self.kinds])
         self.weights /= self.weights.sum()
 
-    def ask(self, layout: sc.Layout, visibility: np.ndarray) -> Iterator[Example]:
+    def ask(self, layout: questions.Layout, visibility: np.ndarray) -> Iterator[Example]:
         """Examples without end, or none when nothing can be asked. `visibility` is ``(objects,)`` in 0..1."""
-        by_kind: dict[str, list[sc.Query]] = {kind: [] for kind in self.kinds}
+        by_kind: dict[str, list[questions.Query]] = {kind: [] for kind in self.kinds}
         for query in self.queries(layout):
             by_kind[query.kind].append(query)
         for kind in itertools.islice(self._draw_kinds(), 60):
@@ -344,7 +346,7 @@ class Asker:
             for index in self.rng.choice(len(self.kinds), 16, p=self.weights):
                 yield self.kinds[index]
 
-    def _present(self, options: list[sc.Query], visibility: np.ndarray) -> Example | None:
+    def _present(self, options: list[questions.Query], visibility: np.ndarray) -> Example | None:
         if not options:
             return None
         if options[0].kind == "count":
@@ -367,7 +369,7 @@ class Asker:
         return False if (seen <= 0.25).all() else None
 
     @staticmethod
-    def _count(query: sc.Query, visibility: np.ndarray) -> Example | None:
+    def _count(query: questions.Query, visibility: np.ndarray) -> Example | None:
         seen = visibility[list(query.targets[0])]
         if ((seen > 0.25) & (seen < 0.65)).any():
             return None
@@ -376,30 +378,36 @@ class Asker:
             return Example(query, (False,))
         plural = query.question.removeprefix("How many ").removesuffix(" are there?")
         singular = plural.removesuffix("es") if plural.endswith("crosses") else plural.removesuffix("s")
-        return Example(sc.count_query((singular, plural), number, query.targets[0]), (True,))
+        return Example(questions.count_query((singular, plural), number, query.targets[0]), (True,))
 
     def _pick(self, words: Sequence[str]) -> str | None:
         return words[int(self.rng.integers(len(words)))] if words else None
 
-    def _absent(self, kind: str, layout: sc.Layout, options: list[sc.Query], visibility: np.ndarray) -> Example | None:
+    def _absent(
+        self, kind: str, layout: questions.Layout, options: list[questions.Query], visibility: np.ndarray
+    ) -> Example | None:
         """A question about something that is not in the picture."""
-        shapes = [s for s in sc.SHAPES if all(item.shape != s for item in layout.items)]
-        colours = [c for c in sc.COLOURS if all(item.colour != c for item in layout.items)]
+        shapes = [s for s in questions.SHAPES if all(item.shape != s for item in layout.items)]
+        colours = [c for c in questions.COLOURS if all(item.colour != c for item in layout.items)]
         shape, colour = self._pick(shapes), self._pick(colours)
         if kind == "colour" and shape:
-            return Example(sc.colour_query(shape, "red", ()), (False,))
+            return Example(questions.colour_query(shape, "red", ()), (False,))
         if kind == "shape" and colour:
-            return Example(sc.shape_query(colour, "star", ()), (False,))
+            return Example(questions.shape_query(colour, "star", ()), (False,))
         if kind == "count" and shape and colour:
-            noun = (shape, sc.plural(shape)) if self.rng.random() < 0.5 else (f"{colour} object", f"{colour} objects")
-            return Example(sc.count_query(noun, 2, ()), (False,))
+            noun = (
+                (shape, questions.plural(shape))
+                if self.rng.random() < 0.5
+                else (f"{colour} object", f"{colour} objects")
+            )
+            return Example(questions.count_query(noun, 2, ()), (False,))
         if kind == "where":
             there = layout.items[int(self.rng.integers(len(layout.items)))]
-            near = there.colour if self.rng.random() < 0.5 else self._pick(sc.COLOURS)
-            other = self._pick(sc.SHAPES) if near == there.colour else there.shape
+            near = there.colour if self.rng.random() < 0.5 else self._pick(questions.COLOURS)
+            other = self._pick(questions.SHAPES) if near == there.colour else there.shape
             if any((item.colour, item.shape) == (near, other) for item in layout.items):
                 return None
-            return Example(sc.where_query(str(near), str(other), "top", "left", ()), (False, False))
+            return Example(questions.where_query(str(near), str(other), "top", "left", ()), (False, False))
         if kind == "pair" and options and shape:
             query = options[int(self.rng.integers(len(options)))]
             first = query.question.removeprefix("What color are the ").split()[0]
@@ -407,15 +415,15 @@ class Asker:
             if state is None:
                 return None
             if self.rng.random() < 0.5:
-                given = sc.pair_query((first, shape), (query.words[0], "red"), (query.targets[0], ()))
+                given = questions.pair_query((first, shape), (query.words[0], "red"), (query.targets[0], ()))
                 return Example(given, (state, False))
-            given = sc.pair_query((shape, first), ("red", query.words[0]), ((), query.targets[0]))
+            given = questions.pair_query((shape, first), ("red", query.words[0]), ((), query.targets[0]))
             return Example(given, (False, state))
         if kind == "cell":
-            row, column = sc.ROWS[int(self.rng.integers(2))], sc.COLUMNS[int(self.rng.integers(2))]
+            row, column = questions.ROWS[int(self.rng.integers(2))], questions.COLUMNS[int(self.rng.integers(2))]
             if any(item.row in (row, None) and item.column in (column, None) for item in layout.items):
                 return None
-            return Example(sc.cell_query(row, column, "red", "star", ()), (False, False))
+            return Example(questions.cell_query(row, column, "red", "star", ()), (False, False))
         return None
 
 
@@ -427,7 +435,7 @@ class Veil:
         centres = (np.arange(IMAGE_SIDE, dtype=np.float32) + 0.5) / IMAGE_SIDE
         self.ys, self.xs = np.meshgrid(centres, centres, indexing="ij")
 
-    def mask(self, layout: sc.Layout) -> np.ndarray:
+    def mask(self, layout: questions.Layout) -> np.ndarray:
         """How much of the picture shows, ``(112, 112)`` float32 in 0..1."""
         rng = self.rng
         way = rng.choice(5, p=[0.20, 0.12, 0.33, 0.25, 0.10])
@@ -570,7 +578,7 @@ class Loader:
             self.order = self.rng.permutation(2 * len(self.pool.layouts)).tolist()
         return self.order.pop()
 
-    def picture(self, veiled: float) -> tuple[np.ndarray, sc.Layout, np.ndarray, np.ndarray]:
+    def picture(self, veiled: float) -> tuple[np.ndarray, questions.Layout, np.ndarray, np.ndarray]:
         """One picture: ``(112, 112, 3)`` float32 in 0..255, its layout, each object's visibility, the label map."""
         index = self._next()
         flip = index % 2 == 1
@@ -645,15 +653,17 @@ class Loader:
         )
 
 
-def patch_targets(layout: sc.Layout, labels: np.ndarray, visibility: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def patch_targets(
+    layout: questions.Layout, labels: np.ndarray, visibility: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Shape and colour of the object under each patch, ``(64,)`` each: 0 for none, -100 for too little to tell."""
     n = len(layout.items)
     cells = labels.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(IMAGE_TOKENS, -1)
     share = np.stack([(cells == i).mean(1) for i in range(n)], axis=1)
     best = share.argmax(1)
     most = share.max(1)
-    shape = np.asarray([1 + sc.SHAPES.index(item.shape) for item in layout.items])[best]
-    colour = np.asarray([1 + sc.COLOURS.index(item.colour) for item in layout.items])[best]
+    shape = np.asarray([1 + questions.SHAPES.index(item.shape) for item in layout.items])[best]
+    colour = np.asarray([1 + questions.COLOURS.index(item.colour) for item in layout.items])[best]
     dim = (visibility[best] < 0.6) & (most >= 0.03)
     for values in (shape, colour):
         values[most < 0.03] = 0
@@ -667,7 +677,7 @@ class Net(nn.Module):
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
         self.llava = model
-        self.head = nn.Linear(HIDDEN, 2 + len(sc.SHAPES) + len(sc.COLOURS))
+        self.head = nn.Linear(HIDDEN, 2 + len(questions.SHAPES) + len(questions.COLOURS))
 
     @property
     def lm_head(self) -> nn.Module:
@@ -689,7 +699,7 @@ class Net(nn.Module):
     def patch_loss(self, patches: Tensor, batch: Batch) -> tuple[Tensor, float]:
         """Loss on the patches' shape and colour, and the share of object patches whose shape is right."""
         logits = self.head(patches).flatten(0, 1)
-        shape, colour = logits[:, : 1 + len(sc.SHAPES)], logits[:, 1 + len(sc.SHAPES) :]
+        shape, colour = logits[:, : 1 + len(questions.SHAPES)], logits[:, 1 + len(questions.SHAPES) :]
         on_shape, on_colour = batch.patch_shape.flatten(), batch.patch_colour.flatten()
         loss = F.cross_entropy(shape, on_shape) + F.cross_entropy(colour, on_colour)
         objects = on_shape > 0

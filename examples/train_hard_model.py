@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from lvlm_probe import demo
-from lvlm_probe.demo import hard
+from lvlm_probe.demo import hard, questions
 from lvlm_probe.demo import scene as sc
 
 KIND_WEIGHTS = {
@@ -98,21 +98,23 @@ class HardAsker(base.Asker):
     queries = staticmethod(hard.queries)
 
     def _absent(
-        self, kind: str, layout: sc.Layout, options: list[sc.Query], visibility: np.ndarray
+        self, kind: str, layout: questions.Layout, options: list[questions.Query], visibility: np.ndarray
     ) -> base.Example | None:
         items = layout.items
         if kind == "which":
-            shape = self._pick([item.shape for item in items]) if self.rng.random() < 0.8 else self._pick(sc.SHAPES)
-            row, column = self._pick(sc.ROWS), self._pick(sc.COLUMNS)
-            if any(item.shape == shape and sc.may_be_in(item, str(row), str(column)) for item in items):
+            shape = (
+                self._pick([item.shape for item in items]) if self.rng.random() < 0.8 else self._pick(questions.SHAPES)
+            )
+            row, column = self._pick(questions.ROWS), self._pick(questions.COLUMNS)
+            if any(item.shape == shape and questions.may_be_in(item, str(row), str(column)) for item in items):
                 return None
             return base.Example(hard.which_query(str(shape), str(row), str(column), "red", ()), (False,))
         if kind == "count" and self.rng.random() < 0.6:
             colour, shape = self._pick([item.colour for item in items]), self._pick([item.shape for item in items])
             if any((item.colour, item.shape) == (colour, shape) for item in items):
                 return None
-            noun = (f"{colour} {shape}", f"{colour} {sc.plural(str(shape))}")
-            return base.Example(sc.count_query(noun, 2, ()), (False,))
+            noun = (f"{colour} {shape}", f"{colour} {questions.plural(str(shape))}")
+            return base.Example(questions.count_query(noun, 2, ()), (False,))
         return super()._absent(kind, layout, options, visibility)
 
 
@@ -137,7 +139,7 @@ def draw_pool(split: str, n: int, *, offset: int, workers: int, ranges: hard.Ran
     return join([base.Pool(*part) for part in parts])
 
 
-def _draw_part(job: tuple[str, hard.Ranges, range]) -> tuple[np.ndarray, np.ndarray, list[sc.Layout]]:
+def _draw_part(job: tuple[str, hard.Ranges, range]) -> tuple[np.ndarray, np.ndarray, list[questions.Layout]]:
     split, ranges, indices = job
     pixels, labels, layouts = [], [], []
     kinds = (*sc.HARD_KINDS, "count")

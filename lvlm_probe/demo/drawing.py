@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from lvlm_probe.demo.scene import Item, Layout
+    from lvlm_probe.demo.questions import Item, Layout
 
 __all__ = ["REACH", "footprints", "render", "shade"]
 
@@ -40,7 +40,7 @@ def shade(rng: np.random.Generator, colour: str) -> tuple[float, float, float]:
 def render(layout: Layout, size: tuple[int, int] = (336, 336)) -> tuple[Image.Image, np.ndarray]:
     """Draws a layout.
 
-    Returns the RGB picture and, ``(H, W)`` int8, the index of the object that covers at least half of a pixel, or -1.
+    Returns the RGB image and, ``(H, W)`` int8, the index of the object that covers at least half of a pixel, or -1.
     """
     import numpy as np
     from PIL import Image
@@ -166,13 +166,13 @@ def _background(texture: int, size: tuple[int, int]) -> np.ndarray:
 
     def mottle(cells: int, amplitude: float, channels: int) -> np.ndarray:
         coarse = np.clip(128 + amplitude * rng.standard_normal((cells, cells, channels)), 0, 255).astype(np.uint8)
-        picture = Image.fromarray(np.broadcast_to(coarse, (cells, cells, 3)))
-        return np.asarray(picture.resize((56, 56), Image.Resampling.BICUBIC), dtype=np.float32) - 128
+        mottled = Image.fromarray(np.broadcast_to(coarse, (cells, cells, 3)))
+        return np.asarray(mottled.resize((56, 56), Image.Resampling.BICUBIC), dtype=np.float32) - 128
 
     ground = base.astype(np.float32) + mottle(5, 7.0, 3) + mottle(14, 7.0, 1) + mottle(56, 5.0, 1)
-    picture = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    image = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     grain = np.frombuffer(rng.bytes(width * height), dtype=np.uint8).reshape(height, width, 1)
-    return np.asarray(picture, dtype=np.float32) + (grain.astype(np.float32) - 127.5) * 0.055
+    return np.asarray(image, dtype=np.float32) + (grain.astype(np.float32) - 127.5) * 0.055
 
 
 def _ground(rng: np.random.Generator) -> np.ndarray:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lvlm_probe.demo.drawing import REACH, footprints, shade
-from lvlm_probe.demo.scene import (
+from lvlm_probe.demo.questions import (
     COLOURS,
     COLUMNS,
     NUMBERS,
@@ -37,7 +37,7 @@ from lvlm_probe.demo.scene import (
     may_be_in,
     plural,
 )
-from lvlm_probe.demo.scene import queries as plain_queries
+from lvlm_probe.demo.questions import queries as plain_queries
 
 if TYPE_CHECKING:
     import numpy as np

@@ -61,7 +61,7 @@ class Layout:
     pattern: float = 0.0
 
     def mirrored(self) -> Layout:
-        """The layout as a left-right flip of its picture shows it."""
+        """The layout as a left-right flip of its image shows it."""
         return replace(self, items=tuple(replace(i, x=1.0 - i.x, angle=-i.angle) for i in self.items))
 
 

@@ -5,9 +5,9 @@ softly textured background; `queries` lists what can be asked about it. A `Scene
 
 Three rules make the scenes useful for explanation:
 
-* The wording of an answer is a function of the question alone; only the words in its *slots* come from the picture.
+* The wording of an answer is a function of the question alone; only the words in its *slots* come from the image.
 * Every slot knows the objects that decide it, so each visual word has a ground-truth mask of its own.
-* Everything is drawn in the central square of the picture, which is what a resize-and-centre-crop processor keeps.
+* Everything is drawn in the central square of the image, which is what a resize-and-centre-crop processor keeps.
 
 Scene ``index`` of ``(split, seed)`` is drawn from ``SeedSequence([split number, seed, index])``: it is deterministic,
 does not depend on how many scenes are asked for, and no two splits share a scene. Hard scenes have split numbers of
@@ -21,37 +21,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lvlm_probe.demo import hard as hard_scenes
 from lvlm_probe.demo.drawing import REACH, render, shade
-from lvlm_probe.demo.questions import (
-    COLOURS,
-    COLUMNS,
-    DOMAINS,
-    NUMBERS,
-    ROWS,
-    SHAPES,
-    Item,
-    Layout,
-    Query,
-    cell_query,
-    colour_query,
-    count_query,
-    may_be_in,
-    pair_query,
-    plural,
-    queries,
-    shape_query,
-    where_query,
-)
+from lvlm_probe.demo.questions import COLOURS, NUMBERS, SHAPES, Item, Layout, Query, queries
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-__all__ = [
-    "COLOURS", "COLUMNS", "DOMAINS", "HARD_KINDS", "KINDS", "NUMBERS", "RADIUS", "ROWS", "SHAPES", "SPLITS", "Item",
-    "Layout", "Query", "Scene", "cell_query", "colour_query", "count_query", "draw_layout", "may_be_in", "pair_query",
-    "plural", "queries", "render", "scene_rng", "scenes", "shape_query", "where_query",
-]  # fmt: skip
+__all__ = ["HARD_KINDS", "KINDS", "RADIUS", "SPLITS", "Scene", "draw_layout", "scene_rng", "scenes"]
 
 KINDS: tuple[str, ...] = ("colour", "shape", "count", "where", "pair", "cell")
 """Every kind of question, in the order in which `scenes` deals them."""
@@ -63,17 +41,17 @@ SPLITS: dict[str, int] = {"train": 0, "tune": 1, "eval": 2}
 """Split name to the number that starts its seed sequence."""
 
 RADIUS: tuple[float, float] = (0.088, 0.150)
-"""Smallest and largest object radius, as a fraction of the picture's shorter side."""
+"""Smallest and largest object radius, as a fraction of the image's shorter side."""
 
 _GAP = 0.022  # smallest distance between two outlines, as a fraction of the shorter side
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture, a question, and the answer that the picture decides.
+    """An image, a question, and the answer that the image decides.
 
     `image` is RGB; `mask` is ``(H, W)`` bool, True on the objects that the answer needs; `visual_spans` are the
-    ``(start, stop)`` character positions in `answer` of the words that only the picture can tell, and `word_masks` are
+    ``(start, stop)`` character positions in `answer` of the words that only the image can tell, and `word_masks` are
     the ``(H, W)`` masks of the objects that decide each of them.
     """
 
@@ -119,7 +97,7 @@ def scenes(
     instead, which the demo model was not trained on, with one kind more (`HARD_KINDS`).
 
     Raises:
-        ValueError: an unknown split or kind, a negative number of scenes, or a picture under 32 pixels.
+        ValueError: an unknown split or kind, a negative number of scenes, or an image under 32 pixels.
     """
     known = HARD_KINDS if hard else KINDS
     kinds = known if kinds is None else tuple(kinds)
@@ -135,10 +113,7 @@ def scenes(
 
 
 def _scene(split: str, seed: int, index: int, kind: str, size: tuple[int, int], hard: bool) -> Scene:
-    if hard:
-        from lvlm_probe.demo.hard import draw_question  # which builds on this module
-    else:
-        draw_question = _draw_question
+    draw_question = hard_scenes.draw_question if hard else _draw_question
     layout, query = draw_question(scene_rng(split, seed, index, hard=hard), kind)
     image, labels = render(layout, size)
     word_masks = tuple(_mask_of(labels, targets) for targets in query.targets)

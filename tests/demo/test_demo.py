@@ -15,6 +15,7 @@ import torch
 from PIL import ImageFilter
 
 from lvlm_probe import demo
+from lvlm_probe.demo import questions
 from lvlm_probe.demo import scene as scenery
 
 
@@ -99,7 +100,7 @@ def test_tokenizer_writes_every_sentence_and_survives_others(loaded: tuple[Any, 
     tokenizer = loaded[1].tokenizer
     assert len(tokenizer) <= 160
     for index in range(60):
-        for query in scenery.queries(scenery.draw_layout(scenery.scene_rng("tune", 5, index))):
+        for query in questions.queries(scenery.draw_layout(scenery.scene_rng("tune", 5, index))):
             for text in (query.question, query.answer, query.hidden_template):
                 ids = tokenizer.encode(text, add_special_tokens=False)
                 assert tokenizer.decode(ids) == text
@@ -188,16 +189,16 @@ def test_masks_are_the_objects_that_decide_the_words(size: tuple[int, int]) -> N
             x = (columns.mean() - (size[0] - min(size)) / 2) / min(size)
             assert 0 < x < 1
             assert 0 < y < 1
-            if word in scenery.COLOURS:
+            if word in questions.COLOURS:
                 assert nearest_colour(pixels[mask]) == word, scene.answer
-            elif word in scenery.ROWS:
+            elif word in questions.ROWS:
                 assert (y < 0.5) == (word == "top")
-            elif word in scenery.COLUMNS:
+            elif word in questions.COLUMNS:
                 assert (x < 0.5) == (word == "left")
-            elif word in scenery.NUMBERS:
-                assert pieces(mask) == scenery.NUMBERS.index(word)
+            elif word in questions.NUMBERS:
+                assert pieces(mask) == questions.NUMBERS.index(word)
             else:
-                assert word in scenery.SHAPES
+                assert word in questions.SHAPES
                 fill = mask.sum() / ((np.ptp(rows) + 1) * (np.ptp(columns) + 1))
                 low, high = {"circle": (0.74, 0.82), "square": (0.6, 1.0)}.get(word, (0.25, 0.72))
                 assert low <= fill <= high, (word, fill)
@@ -220,7 +221,7 @@ def pieces(mask: np.ndarray) -> int:
 
 
 def test_visual_spans_are_the_words_only_the_picture_tells() -> None:
-    every = {*scenery.COLOURS, *scenery.SHAPES, *scenery.NUMBERS, *scenery.ROWS, *scenery.COLUMNS}
+    every = {*questions.COLOURS, *questions.SHAPES, *questions.NUMBERS, *questions.ROWS, *questions.COLUMNS}
     for scene in demo.scenes(30, seed=10):
         assert set(scene.visual_words) <= every
         if scene.kind in ("colour", "shape", "count", "pair"):

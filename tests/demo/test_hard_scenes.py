@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from lvlm_probe import demo
-from lvlm_probe.demo import hard
+from lvlm_probe.demo import hard, questions
 from lvlm_probe.demo import scene as scenery
 from lvlm_probe.demo.drawing import _HSV, render
 
@@ -45,7 +45,7 @@ def recipe() -> ModuleType:
     return script(EXAMPLES, "train_hard_model")
 
 
-def alone(layout: scenery.Layout, index: int, size: tuple[int, int]) -> np.ndarray:
+def alone(layout: questions.Layout, index: int, size: tuple[int, int]) -> np.ndarray:
     """What one object covers without the others, from the drawing itself."""
     return render(replace(layout, items=(layout.items[index],)), size)[1] == 0
 
@@ -55,7 +55,7 @@ def needed(scene: demo.Scene) -> set[int]:
     return set(np.unique(render(scene.layout, scene.image.size)[1][scene.mask]).tolist())
 
 
-def reach(item: scenery.Item, other: scenery.Item) -> float:
+def reach(item: questions.Item, other: questions.Item) -> float:
     """Distance between the circles that two objects fit in."""
     return math.hypot(item.x - other.x, item.y - other.y) - 1.12 * (item.radius + other.radius)
 
@@ -128,7 +128,7 @@ def test_counts_are_one_to_three_and_of_colours_shapes_and_both() -> None:
     assert {"objects" if n[-1] == "objects" else len(n) for n in nouns} == {"objects", 1, 2}
 
 
-def truth(query: scenery.Query, items: tuple[scenery.Item, ...]) -> list[str]:
+def truth(query: questions.Query, items: tuple[questions.Item, ...]) -> list[str]:
     """The answers that hold, by brute force over the objects and from the question's words alone."""
     words = query.question.rstrip("?").split()
     of_colour = lambda word: [i for i in items if i.colour == word]  # noqa: E731
@@ -136,7 +136,7 @@ def truth(query: scenery.Query, items: tuple[scenery.Item, ...]) -> list[str]:
     outside = {"top": lambda i: i.y >= 0.57, "bottom": lambda i: i.y <= 0.43}
     outside |= {"left": lambda i: i.x >= 0.57, "right": lambda i: i.x <= 0.43}
     if query.kind in ("colour", "pair"):
-        names = [w for w in words if w in scenery.SHAPES]
+        names = [w for w in words if w in questions.SHAPES]
         return [" ".join(c) for c in itertools.product(*[[i.colour for i in of_shape(n)] for n in names])]
     if query.kind == "shape":
         return [i.shape for i in of_colour(words[4])]
@@ -144,10 +144,10 @@ def truth(query: scenery.Query, items: tuple[scenery.Item, ...]) -> list[str]:
         found = [i for i in of_colour(words[3]) if i.shape == words[4]]
         return [f"{'top' if i.y < 0.5 else 'bottom'} {'left' if i.x < 0.5 else 'right'}" for i in found]
     if query.kind == "count":
-        colour = words[2] if words[2] in scenery.COLOURS else None
-        shape = next((s for s in scenery.SHAPES if words[-3].startswith(s)), None)
+        colour = words[2] if words[2] in questions.COLOURS else None
+        shape = next((s for s in questions.SHAPES if words[-3].startswith(s)), None)
         n = sum(colour in (None, i.colour) and shape in (None, i.shape) for i in items)
-        return [[*scenery.NUMBERS, "six", "seven", "eight"][n]]
+        return [[*questions.NUMBERS, "six", "seven", "eight"][n]]
     row, column = words[-2:]
     found = [i for i in items if not outside[row](i) and not outside[column](i)]
     if query.kind == "cell":
@@ -189,7 +189,7 @@ def test_masks_are_of_visible_pixels_and_join_up(scenes: list[demo.Scene]) -> No
         assert np.array_equal(scene.mask, np.logical_or.reduce(scene.word_masks))
         assert np.array_equal(scene.mask, np.isin(labels, list(needed(scene))))
         if scene.kind == "count":
-            assert len(needed(scene)) == scenery.NUMBERS.index(scene.visual_words[0])
+            assert len(needed(scene)) == questions.NUMBERS.index(scene.visual_words[0])
         elif scene.kind == "pair":
             assert not (scene.word_masks[0] & scene.word_masks[1]).any()
         else:
