@@ -1,5 +1,9 @@
-"""The command line: ``lvlm-probe demo | record | explain | evaluate | report | methods | families | verify |
-inspect | plan | import | meter | study``.
+"""The command line, ``lvlm-probe``. A command is one file, named as the command, and found by itself.
+
+``cli/NAME.py`` holds a function NAME, whose docstring is the command's help and shows an example. A name that Python
+keeps for itself has an underscore behind it (``import_``). A folder is a group of commands, ``HELP`` in its
+``__init__`` says of what. A module may set ``RUNS_BARE`` (without arguments the command does its work instead of
+showing its help) and ``HELP`` (in place of the docstring). ``shared/`` holds what commands are made of.
 
 Results go to standard output (``--json``: nothing but JSON), progress and notes to standard error. Exit codes:
 
@@ -15,28 +19,22 @@ torch and transformers are imported inside the commands that need them, so that 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import pkgutil
 import sys
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.demo import demo
-from lvlm_probe.cli.evaluate import evaluate, report
-from lvlm_probe.cli.explain import explain
-from lvlm_probe.cli.families import families
-from lvlm_probe.cli.import_ import import_
-from lvlm_probe.cli.inspect import inspect, verify
-from lvlm_probe.cli.meter import meter
-from lvlm_probe.cli.methods import methods
-from lvlm_probe.cli.plan import plan
-from lvlm_probe.cli.record import record
 from lvlm_probe.cli.shared.terminal import guard_streams, note, safe
-from lvlm_probe.cli.study import study_app
-from lvlm_probe.cli.study_datasets import datasets, peek
 from lvlm_probe.errors import ProbeError
 
 __all__ = ["app", "main"]
+
+_ROAD = ("demo", "record", "explain", "evaluate", "report")
+"""What a newcomer reads first in the list of commands; the others follow in the order of the alphabet."""
 
 app = typer.Typer(
     name="lvlm-probe",
@@ -66,13 +64,22 @@ def _options(
     """Which image regions made a vision-language model say these words?"""
 
 
-for _command in (demo, record, explain, evaluate, report, methods, families, verify, inspect, plan):
-    app.command(no_args_is_help=_command not in (demo, methods, families))(_command)
-app.command(name="import", no_args_is_help=True)(import_)
-app.command(no_args_is_help=True)(meter)
-app.add_typer(study_app, name="study")
-study_app.command()(datasets)
-study_app.command(no_args_is_help=True)(peek)
+def _add_commands(group: typer.Typer, package: ModuleType) -> None:
+    """Add the command of every module of a package, and the group of every package in it."""
+    found = {item.name.rstrip("_"): item for item in pkgutil.iter_modules(package.__path__) if item.name != "shared"}
+    for name in sorted(found, key=lambda name: (_ROAD.index(name) if name in _ROAD else len(_ROAD), name)):
+        module = importlib.import_module(f"{package.__name__}.{found[name].name}")
+        if found[name].ispkg:
+            below = typer.Typer(help=module.HELP, no_args_is_help=True)
+            _add_commands(below, module)
+            group.add_typer(below, name=name)
+        else:
+            bare = getattr(module, "RUNS_BARE", False)
+            add = group.command(name=name, no_args_is_help=not bare, help=getattr(module, "HELP", None))
+            add(getattr(module, found[name].name))
+
+
+_add_commands(app, sys.modules[__name__])
 
 
 def main() -> None:

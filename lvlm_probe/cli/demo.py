@@ -1,4 +1,4 @@
-"""``lvlm-probe demo``: the whole road on the embedded model, from a picture to the page."""
+"""``lvlm-probe demo``: the whole road on the embedded model, from an image to the page."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import lvlm_probe as probe
-from lvlm_probe.cli.evaluate import write_report
-from lvlm_probe.cli.explain import Explained, explain_replay, map_summary, open_replay, show_explained
-from lvlm_probe.cli.record import ask, trace_summary
+from lvlm_probe.cli.shared.answers import ask, trace_summary
 from lvlm_probe.cli.shared.inputs import output_directory
-from lvlm_probe.cli.shared.maps import FOLDER, MapFile, Settings
 from lvlm_probe.cli.shared.models import DEMO, load_model
 from lvlm_probe.cli.shared.options import Json
 from lvlm_probe.cli.shared.terminal import print_json, say, stop, stored_path
@@ -22,7 +18,9 @@ from lvlm_probe.errors import ProbeError
 if TYPE_CHECKING:
     from lvlm_probe.demo import Scene
 
-__all__ = ["demo"]
+__all__ = ["RUNS_BARE", "demo"]
+
+RUNS_BARE = True
 
 
 def demo(
@@ -34,10 +32,14 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR/report.html if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Ask the embedded model about a picture, explain its answer word by word, score it, and write the page.
+    """Ask the embedded model about an image, explain its answer word by word, score it, and write the page.
 
     Example:  lvlm-probe demo --out runs/demo
     """
+    from lvlm_probe.cli.shared import maps
+    from lvlm_probe.heatmap_store import FOLDER, MapFile, MapSettings
+    from lvlm_probe.selection import select_tokens
+
     directory = output_directory(out)
     page = directory / "report.html"
     if page.exists() and not overwrite:
@@ -45,26 +47,26 @@ def demo(
     started = time.perf_counter()
     drawn = _scenes(scenes, seed)
     model, processor = load_model(DEMO)
-    settings = Settings(method="igos++", params={})
-    results: list[Explained] = []
-    maps: list[MapFile] = []
+    settings = MapSettings(method="igos++", params={})
+    results: list[maps.Explained] = []
+    made: list[MapFile] = []
     try:
         for number, scene in enumerate(drawn, start=1):
             if scenes > 1 and not as_json:
                 say((f"scene {number} of {scenes}", "dim"))
             trace = ask(model, processor, [scene.image], scene.question, directory)
-            replay = open_replay(trace, model, processor)
-            result = Explained(trace, [])
+            replay = maps.open_replay(trace, model, processor)
+            result = maps.Explained(trace, [])
             results.append(result)
-            for found in explain_replay(
-                replay, probe.select_tokens(replay), settings, directory / FOLDER, word_maps=True, into=result
-            ):
-                maps.append(found)
+            selection = select_tokens(replay)
+            for found in maps.explain_replay(replay, selection, settings, directory / FOLDER, word_maps=True):
+                result.maps.append(found)
+                made.append(found)
             if not as_json:
-                show_explained(result, replay)
+                maps.show_explained(result, replay)
     except KeyboardInterrupt:
-        raise stop(f"stopped; {len(maps)} finished maps are kept in {stored_path(directory / FOLDER)}") from None
-    write_report(maps, page, overwrite=overwrite)
+        raise stop(f"stopped; {len(made)} finished maps are kept in {stored_path(directory / FOLDER)}") from None
+    maps.write_report(made, page, overwrite=overwrite)
     if as_json:
         print_json(
             {
@@ -74,7 +76,7 @@ def demo(
                     {
                         **trace_summary(result.trace),
                         "expected": scene.answer,
-                        "maps": [map_summary(found) for found in result.maps],
+                        "maps": [maps.map_summary(found) for found in result.maps],
                     }
                     for result, scene in zip(results, drawn, strict=True)
                 ],
@@ -88,5 +90,7 @@ def demo(
 
 def _scenes(count: int, seed: int) -> list[Scene]:
     """Held-out scenes of every kind; first those whose words point to the most different places."""
-    drawn = probe.demo.scenes(max(count, len(probe.demo.KINDS)), seed=seed)
+    from lvlm_probe.demo import KINDS, scenes
+
+    drawn = scenes(max(count, len(KINDS)), seed=seed)
     return sorted(drawn, key=lambda scene: -len({mask.tobytes() for mask in scene.word_masks}))[:count]

@@ -1,4 +1,8 @@
-"""``lvlm-probe evaluate`` and ``lvlm-probe report``: how good are the stored maps, and the page that shows them."""
+"""``lvlm-probe evaluate``: how good are the stored maps, or, with --methods, several methods on the same answers.
+
+With --methods, every trace is explained by every method, scored on one grid, and shown in a table and on a page. Maps
+and scores are stored as ``explain`` stores them, one file each, so an interrupted run goes on with what is missing.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.evaluate_methods import compare_methods
-from lvlm_probe.cli.explain import map_summary, open_replay, show_map
-from lvlm_probe.cli.shared.inputs import ReplayModels
-from lvlm_probe.cli.shared.maps import MapFile, baseline_from, find_maps, score_one
-from lvlm_probe.cli.shared.options import Attn, BaselineOption, Device, Dtype, Json, OptionalModel, TrustRemoteCode
-from lvlm_probe.cli.shared.terminal import print_json, say, stage, stop, stored_path
+from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from
+from lvlm_probe.cli.shared.options import (
+    Attn,
+    BaselineOption,
+    Device,
+    Dtype,
+    Json,
+    Maps,
+    OptionalModel,
+    TrustRemoteCode,
+)
+from lvlm_probe.cli.shared.terminal import bar, print_json, stop
 from lvlm_probe.errors import ProbeError
 
 if TYPE_CHECKING:
+    from lvlm_probe.heatmap_store import MapFile
     from lvlm_probe.trace import Trace
 
-__all__ = ["evaluate", "report", "write_report"]
-
-Maps = Annotated[
-    list[Path], typer.Argument(metavar="PATH...", help="Maps, traces (their maps), or directories (all maps in them).")
-]
+__all__ = ["evaluate"]
 
 
 def evaluate(
@@ -84,23 +91,27 @@ def evaluate(
     """
     options: dict[str, Any] = {"score": score, "auc": auc, "steps": steps, "chance": chance, "seed": seed, "grid": grid}
     options["mode"] = "exact" if exact else "fast"
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
+    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     if methods is not None:
+        from lvlm_probe.cli.shared.comparison import compare_methods
+
         compare_methods(
             paths,
             methods,
-            model=model,
+            models,
             words=words,
             baseline=baseline,
-            out=out,
+            page=out,
             overwrite=overwrite,
             as_json=as_json,
-            loading=loading,
             options=options,
         )
         return
     if words or out is not None or overwrite:
         raise ProbeError("--words, --out and --overwrite go with --methods: add it, e.g. --methods igos++,gradcam")
+    from lvlm_probe.cli.shared.maps import map_summary, open_replay, show_map
+    from lvlm_probe.heatmap_store import find_maps, score_one
+
     found = find_maps(paths)
     by_trace: dict[tuple[Path, int], tuple[Trace, list[MapFile]]] = {}
     for item in found:
@@ -110,14 +121,13 @@ def evaluate(
         by_trace.setdefault((trace.path, trace.row), (trace, []))[1].append(item)
     own_baseline = baseline_from(baseline)
     done: list[MapFile] = []
-    models = ReplayModels(model, **loading)
     try:
         for trace, items in by_trace.values():
             replay = open_replay(trace, *models.of(trace))
             if own_baseline is not None:
                 replay = replay.over(own_baseline)
             for item in items:
-                score_one(replay, item, **options)
+                score_one(replay, item, shown=bar, **options)
                 done.append(item)
                 if not as_json:
                     show_map(item)
@@ -130,33 +140,3 @@ def evaluate(
 def _score_dict(item: MapFile) -> dict[str, Any] | None:
     score = item.score()
     return None if score is None else score.to_dict()
-
-
-def report(
-    paths: Maps,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path("report.html"),
-    title: Annotated[str | None, typer.Option("--title", help="Headline of the page.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Write stored maps and their scores as one HTML page that needs no network. No model is loaded.
-
-    Example:  lvlm-probe report runs/demo --out report.html
-    """
-    if out.is_file() and not overwrite:
-        raise ProbeError(f"{out} exists; add --overwrite, or name another file with --out")
-    found = find_maps(paths)
-    page = write_report(found, out, title=title, overwrite=overwrite)
-    if as_json:
-        print_json({"report": str(page), "maps": [str(item.path) for item in found]})
-    else:
-        say("report: ", (stored_path(page), "bold"), f"  ({len(found)} map{'' if len(found) == 1 else 's'})")
-
-
-def write_report(found: list[MapFile], out: Path, *, title: str | None = None, overwrite: bool = False) -> Path:
-    """The page of stored maps."""
-    from lvlm_probe.pages import report as write
-
-    with stage("writing the report"):
-        heats = [item.read() for item in found]
-        return write(heats, scores=[item.score() for item in found], out=out, title=title, overwrite=overwrite)

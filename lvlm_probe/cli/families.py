@@ -9,7 +9,9 @@ import typer
 from lvlm_probe.cli.shared.options import Json
 from lvlm_probe.cli.shared.terminal import print_json, say
 
-__all__ = ["families"]
+__all__ = ["RUNS_BARE", "families"]
+
+RUNS_BARE = True
 
 _VERDICTS = {True: ("yes", "green"), False: ("no", "bold red"), None: ("–", "dim")}
 _Name = Annotated[str | None, typer.Argument(metavar="[FAMILY]", help="Show what was measured on this one.")]

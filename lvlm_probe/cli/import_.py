@@ -7,25 +7,25 @@ from typing import Annotated
 
 import typer
 
-from lvlm_probe.cli.shared.inputs import output_directory
-from lvlm_probe.cli.shared.maps import baseline_from
+from lvlm_probe.cli.shared.inputs import baseline_from, columns_from, output_directory
 from lvlm_probe.cli.shared.models import load_model
-from lvlm_probe.cli.shared.options import Attn, BaselineOption, Device, Dtype, Json, Model, TrustRemoteCode
+from lvlm_probe.cli.shared.options import (
+    Attn,
+    BaselineOption,
+    Columns,
+    Device,
+    Dtype,
+    ImagesDirectory,
+    Json,
+    Model,
+    TrustRemoteCode,
+)
 from lvlm_probe.cli.shared.terminal import bar, note, print_json, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["columns_from", "import_"]
+__all__ = ["import_"]
 
 _SHOWN = 5
-
-Columns = Annotated[
-    list[str] | None,
-    typer.Option("--column", metavar="FIELD=NAME", help="For a field of another name, e.g. answer=pred; repeatable."),
-]
-ImagesDirectory = Annotated[
-    Path | None,
-    typer.Option("--images", metavar="DIR", help="What paths of pictures are relative to. Default: the file's place."),
-]
 
 
 def import_(
@@ -48,7 +48,7 @@ def import_(
 ) -> None:
     """Make traces of answers that were recorded elsewhere, by replaying them with teacher forcing on a local model.
 
-    Each line of the file is one answer of a serving engine (vLLM, SGLang) or an API: a picture, the question (or the
+    Each line of the file is one answer of a serving engine (vLLM, SGLang) or an API: an image, the question (or the
     prompt as it was sent), and the answer's text or token ids; with its log-probabilities, the difference to the
     model's is stated. Rows that cannot be taken over are listed in rejected.jsonl, with the reason. Stop it at any
     time: the same command goes on where it was.
@@ -65,9 +65,18 @@ def import_(
     try:
         with bar(f"importing {file.name}") as advance:
             result = import_answers(
-                file, loaded, processor, directory, images=images, columns=columns, llr=llr, attention=attention,
-                baseline=own_baseline, limit=limit, tell=advance,
-            )  # fmt: skip
+                file,
+                loaded,
+                processor,
+                directory,
+                images=images,
+                columns=columns,
+                llr=llr,
+                attention=attention,
+                baseline=own_baseline,
+                limit=limit,
+                tell=advance,
+            )
     except KeyboardInterrupt:
         raise stop(f"stopped; what is finished is in {stored_path(directory)}, and the same command goes on") from None
     if as_json:
@@ -80,28 +89,17 @@ def import_(
             }
         )
         return
-    say(
-        (f"{len(result.imported)} imported", "bold"), f", {len(result.present)} were there, "
-        f"{len(result.rejected)} rejected: {stored_path(directory)}"
-    )  # fmt: skip
+    counts = f", {len(result.present)} were there, {len(result.rejected)} rejected: {stored_path(directory)}"
+    say((f"{len(result.imported)} imported", "bold"), counts)
     compared = [made for made in result.imported if made.largest_difference is not None]
     if compared:
         worst = max(compared, key=lambda made: made.largest_difference or 0.0)
         mean = sum(made.mean_difference or 0.0 for made in compared) / len(compared)
-        say(f"log-probabilities given and replayed differ by {mean:.3g} nats on average over {len(compared)} answers, "
-            f"{worst.largest_difference:.3g} at most (line {worst.line})")  # fmt: skip
+        say(
+            f"log-probabilities given and replayed differ by {mean:.3g} nats on average over {len(compared)} answers, "
+            f"{worst.largest_difference:.3g} at most (line {worst.line})"
+        )
     for line, reason in list(result.rejected.items())[:_SHOWN]:
         note(f"line {line}: {reason}", kind="warning")
     if len(result.rejected) > _SHOWN:
         note(f"{len(result.rejected) - _SHOWN} more in {stored_path(directory / REJECTED)}")
-
-
-def columns_from(pairs: list[str] | None) -> dict[str, str]:
-    """``["answer=pred"]`` as a mapping. Raises ``ProbeError``."""
-    found: dict[str, str] = {}
-    for pair in pairs or []:
-        name, sign, value = pair.partition("=")
-        if not (sign and name and value):
-            raise ProbeError(f"--column {pair!r}: write it as FIELD=NAME, e.g. --column answer=pred")
-        found[name] = value
-    return found

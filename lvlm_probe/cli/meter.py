@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.import_ import Columns, ImagesDirectory, columns_from
-from lvlm_probe.cli.shared.maps import baseline_from
+from lvlm_probe.cli.shared.inputs import baseline_from, columns_from
 from lvlm_probe.cli.shared.models import load_model
-from lvlm_probe.cli.shared.options import Attn, BaselineOption, Device, Dtype, Json, TrustRemoteCode
+from lvlm_probe.cli.shared.options import (
+    Attn,
+    BaselineOption,
+    Columns,
+    Device,
+    Dtype,
+    ImagesDirectory,
+    Json,
+    TrustRemoteCode,
+)
 from lvlm_probe.cli.shared.terminal import bar, note, one_line, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from lvlm_probe.cli.explain import open_replay
 from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, parameters
 from lvlm_probe.cli.shared.options import Attn, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
 from lvlm_probe.cli.shared.terminal import note, print_json, show
@@ -43,6 +42,7 @@ def plan(
     Example:  lvlm-probe plan runs/demo --methods igos++,gradcam,tmm --memory 24GB
     """
     from lvlm_probe import explainers, planning
+    from lvlm_probe.cli.shared.maps import open_replay
 
     names = explainers.methods() if methods == "all" else [name.strip() for name in methods.split(",")]
     given = parameters(param or [])

@@ -4,30 +4,37 @@ One row per answer (and set of explained words), one column per method. All heat
 against the same baseline and are ranked on one grid, so that a method with a coarse heatmap is judged as one with a
 fine one is. A method that cannot run says why in its place; the others go on.
 
-The page is made as the report is (``lvlm_probe.pages``): one file, nothing from the network, every string as text.
+The page is made as the report is (``shell.py``): one file, nothing from the network, every string as text.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_probe.errors import ProbeError, ReportError
-from lvlm_probe.pages import _refuse, _write
+from tqdm import tqdm
+
+from lvlm_probe.errors import ReportError
+from lvlm_probe.explainers import Tokens, explain, needs_of, selected
+from lvlm_probe.explainers import methods as known_methods
+from lvlm_probe.explainers.trace_only import RecordedAnswer
+from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.heatmap_store import not_made, reason_of
+from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.pages.comparison_page import filled
-from lvlm_probe.pages.standings import Standing, standings
+from lvlm_probe.pages.shell import refuse_existing, write_text
+from lvlm_probe.pages.standings import Row, Standing, ranked
+from lvlm_probe.trace import Trace
 
 if TYPE_CHECKING:
-    from lvlm_probe.explainers import Tokens
-    from lvlm_probe.heatmap import Heatmap
-    from lvlm_probe.metrics import Score
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
-    from lvlm_probe.trace import Trace
 
 __all__ = ["DEFAULT_METHODS", "Comparison", "Row", "Standing", "compare"]
 
@@ -45,25 +52,10 @@ DEFAULT_METHODS = (
 """What ``compare`` runs by default: the paper's four (Table 2), the cheap ones besides, and chance."""
 
 GRID = 32
-DEFAULT_TITLE = "Methods side by side"
-
+_TITLE = "Methods side by side"
 
 Methods = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One answer, or one set of its words, under every method.
-
-    Attributes:
-        heats: One heatmap per method, in the order of ``Comparison.methods``. One that could not be made has no values
-            and its reason; ``None`` where none was given.
-        scores: Their scores, ``None`` where a heatmap was not judged.
-    """
-
-    heats: tuple[Heatmap | None, ...]
-    scores: tuple[Score | None, ...]
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ class Comparison:
 
     def standings(self) -> list[Standing]:
         """The methods over all rows, highest mean gain first, methods without a score last."""
-        return standings(self.methods, self.rows)
+        return ranked(self.methods, self.rows)
 
 
 def compare(
@@ -129,11 +121,9 @@ def compare(
         ExplainError: There is no method of that name.
         SelectionError: An answer does not contain the words ``tokens``.
     """
-    from lvlm_probe.heatmap import Heatmap
-
     items: list[Any] = list(sources) if isinstance(sources, Iterable) else [sources]
     path = Path(out)
-    _refuse(path, overwrite=overwrite)
+    refuse_existing(path, overwrite=overwrite)
     if not items:
         raise ReportError("compare() was given nothing: pass replays, traces or heatmaps")
     ready = [isinstance(item, Heatmap) for item in items]
@@ -146,30 +136,29 @@ def compare(
     else:
         if scores is not None or labels is not None:
             raise ReportError("scores and labels go with heatmaps; replays are judged here")
-        columns, rows = _made(items, methods, tokens, image, seed, grid, steps, progress)
-    text = filled(columns, rows, standings(columns, rows), title or DEFAULT_TITLE)
-    _write(path, text, overwrite=overwrite)
+        columns, rows = _made(items, methods, tokens, _Settings(image, seed, grid, steps), progress)
+    text = filled(columns, rows, ranked(columns, rows), title or _TITLE)
+    write_text(path, text, overwrite=overwrite)
     return Comparison(path, tuple(columns), tuple(rows))
 
 
 # -------------------------------------------------------------------------------------------------- heatmaps and scores
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What is the same for all methods."""
+
+    image: int
+    seed: int
+    grid: int | Sequence[int] | None
+    steps: int | None
+
+
 def _made(
-    items: Sequence[Any],
-    methods: Methods | None,
-    tokens: Tokens | None,
-    image: int,
-    seed: int,
-    grid: int | Sequence[int] | None,
-    steps: int | None,
-    progress: Progress | None,
+    items: Sequence[Any], methods: Methods | None, tokens: Tokens | None, settings: _Settings, progress: Progress | None
 ) -> tuple[list[str], list[Row]]:
     """Every method on every replay or trace."""
-    from lvlm_probe.explainers import selected
-    from lvlm_probe.explainers.trace_only import RecordedAnswer
-    from lvlm_probe.trace import Trace
-
     for item in items:
         if not (isinstance(item, Trace) or (hasattr(item, "log_probs") and hasattr(item, "strengthened"))):
             raise ReportError(
@@ -179,92 +168,51 @@ def _made(
     chosen = _chosen(methods, live=any(not isinstance(item, Trace) for item in items))
     # Before the work, so that words that are not in an answer are told at once.
     answers: list[Any] = [RecordedAnswer(item) if isinstance(item, Trace) else item for item in items]
+    image = settings.image
     for answer in answers:
         if not 0 <= image < answer.n_images:
             raise ReportError(f"image={image}, but {answer.trace_id} has {answer.n_images} image(s), counted from 0")
     selections = [selected(answer, tokens) for answer in answers]
     rows = []
-    with _bar(progress, len(items) * len(chosen)) as advance:
+    with _counted(progress, len(items) * len(chosen)) as advance:
         for item, selection in zip(items, selections, strict=True):
-            live = not isinstance(item, Trace)
-            if live and selection:
+            if selection and not isinstance(item, Trace):
                 item = item.strengthened(selection.decided)  # once: all methods explain against one baseline
-            heats: list[Heatmap | None] = []
-            scores: list[Score | None] = []
+            pairs = []
             for name, (method, params) in chosen.items():
-                heat, score = _one(item, name, method, params, selection, image, seed, grid, steps, live)
-                heats.append(heat)
-                scores.append(score)
+                pairs.append(_one(item, name, method, params, selection, settings))
                 advance()
-            rows.append(Row(tuple(heats), tuple(scores)))
+            rows.append(Row(*zip(*pairs, strict=True)))
     return list(chosen), rows
 
 
 def _one(
-    item: Any, name: str, method: str, params: Mapping[str, Any], selection: TokenSelection, image: int, seed: int,
-    grid: int | Sequence[int] | None, steps: int | None, live: bool,
-) -> tuple[Heatmap, Score | None]:  # fmt: skip
+    item: Any, name: str, method: str, params: Mapping[str, Any], selection: TokenSelection, settings: _Settings
+) -> tuple[Heatmap, Score | None]:
     """One method on one answer. Whatever goes wrong in it is told in its place and costs the others nothing."""
-    from lvlm_probe.explainers import explain
-    from lvlm_probe.metrics import evaluate
-
+    image, seed = settings.image, settings.seed
     try:
         heat = explain(item, method=method, tokens=selection, image=image, seed=seed, strengthen=False, **params)
     except Exception as error:
         heat = not_made(item, method, selection, error, image=image, params=params)
     if name != heat.method:
         heat = dataclasses.replace(heat, provenance={**heat.provenance, "label": name})
-    if not live or heat.values is None:
+    if isinstance(item, Trace) or heat.values is None:
         return heat, None
     try:
-        return heat, evaluate(heat, item, grid=grid, steps=steps, seed=seed)
+        return heat, evaluate(heat, item, grid=settings.grid, steps=settings.steps, seed=seed)
     except Exception as error:
-        return dataclasses.replace(heat, provenance={**heat.provenance, "not_judged": _reason(error)}), None
-
-
-def not_made(
-    item: Replay | Trace,
-    method: str,
-    selection: TokenSelection,
-    error: Exception,
-    *,
-    image: int = 0,
-    params: Mapping[str, Any] | None = None,
-) -> Heatmap:
-    """In the place of a heatmap that could not be made: one without values, whose reason is the error."""
-    from lvlm_probe.heatmap import Heatmap
-    from lvlm_probe.trace import Trace
-
-    sizes = [picture.size for picture in item.images] if isinstance(item, Trace) else item.image_sizes
-    return Heatmap(
-        None,
-        sizes[image],
-        image,
-        selection=selection,
-        method=method,
-        params=dict(params or {}),
-        provenance={"trace_id": item.trace_id, "baseline": dict(item.baseline or {})},
-        reason=_reason(error),
-        trace=item if isinstance(item, Trace) else item.trace,  # type: ignore[arg-type]
-    )
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip() or "no message"
-    return text if isinstance(error, ProbeError) else f"something unexpected happened, {type(error).__name__}: {text}"
+        return dataclasses.replace(heat, provenance={**heat.provenance, "not_judged": reason_of(error)}), None
 
 
 def _chosen(methods: Methods | None, *, live: bool) -> dict[str, tuple[str, Mapping[str, Any]]]:
     """Label → method and parameters. Raises ``ExplainError`` for an unknown name."""
-    from lvlm_probe.explainers import methods as known
-    from lvlm_probe.explainers import needs_of
-
+    everything = known_methods()  # plugins register when they are looked for
     if methods is None:
-        names = known()
-        alone = [name for name in names if not {"passes", "gradients"} & needs_of(name)]
-        methods = [name for name in DEFAULT_METHODS if name in names] if live else alone
+        alone = [name for name in everything if not {"passes", "gradients"} & needs_of(name)]
+        methods = [name for name in DEFAULT_METHODS if name in everything] if live else alone
     elif methods == "all":
-        methods = known()
+        methods = everything
     elif isinstance(methods, str):
         methods = [methods]
     settings = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
@@ -272,7 +220,6 @@ def _chosen(methods: Methods | None, *, live: bool) -> dict[str, tuple[str, Mapp
     for label, params in settings.items():
         params = dict(params)
         method = str(params.pop("method", label))
-        known()  # plugins register when they are looked for
         needs_of(method)
         chosen[str(label)] = method, params
     if not chosen:
@@ -280,40 +227,23 @@ def _chosen(methods: Methods | None, *, live: bool) -> dict[str, tuple[str, Mapp
     return chosen
 
 
-class _bar:
+@contextlib.contextmanager
+def _counted(progress: Progress | None, total: int) -> Iterator[Callable[[], object]]:
     """Counts heatmaps for a caller, or on the terminal."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __enter__(self) -> Callable[[], None]:
-        if self.progress is None:
-            from tqdm import tqdm
-
-            # disable=None: nothing where there is no terminal.
-            self.shown = tqdm(total=self.total, unit="heatmap", disable=None, leave=False)
-        else:
-            self.progress(0, self.total)
-        return self._advance
-
-    def _advance(self) -> None:
-        self.done += 1
-        if self.progress is None:
-            self.shown.update()
-        else:
-            self.progress(self.done, self.total)
-
-    def __exit__(self, *error: object) -> None:
-        if self.progress is None:
-            self.shown.close()
+    if progress is None:
+        # disable=None: nothing where there is no terminal.
+        with tqdm(total=total, unit="heatmap", disable=None, leave=False) as shown:
+            yield shown.update
+        return
+    progress(0, total)
+    done = itertools.count(1)
+    yield lambda: progress(next(done), total)
 
 
 def _gathered(
     heats: Sequence[Heatmap], scores: Iterable[Score | None] | None, labels: Sequence[str] | None
 ) -> tuple[list[str], list[Row]]:
     """Heatmaps that are there already, in rows of one answer and one set of words."""
-    from lvlm_probe.metrics import Score
-
     given = [None] * len(heats) if scores is None else list(scores)
     names = [heat.method or "no name" for heat in heats] if labels is None else [str(label) for label in labels]
     for things, what in ((given, "scores"), (names, "labels")):
@@ -325,18 +255,14 @@ def _gathered(
         if not (score is None or isinstance(score, Score)):
             raise ReportError(f"scores are what evaluate() returns, or None; got a {type(score).__name__}")
     columns = list(dict.fromkeys(names))
-    places: dict[tuple[Any, ...], dict[str, tuple[Heatmap, Score | None]]] = {}
+    found: dict[tuple[Any, ...], dict[str, tuple[Heatmap, Score | None]]] = {}
     for number, (heat, score, name) in enumerate(zip(heats, given, names, strict=True)):
         trace_id = heat.provenance.get("trace_id")
-        row = places.setdefault((trace_id or f"untraced {number}", heat.image_index, heat.selection.indices), {})
+        row = found.setdefault((trace_id or f"untraced {number}", heat.image_index, heat.selection.indices), {})
         if name in row:
             raise ReportError(
                 f"two heatmaps of the same words are called {name!r}: tell them apart with labels=[…], one per heatmap"
             )
         row[name] = heat, score
-    rows = [
-        Row(tuple(row[name][0] if name in row else None for name in columns),
-            tuple(row[name][1] if name in row else None for name in columns))
-        for row in places.values()
-    ]  # fmt: skip
-    return columns, rows
+    pairs = [[row.get(name, (None, None)) for name in columns] for row in found.values()]
+    return columns, [Row(*zip(*row, strict=True)) for row in pairs]

@@ -7,17 +7,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from lvlm_probe.errors import ImageError, ProbeError
-from lvlm_probe.pages import _asset, _page
-from lvlm_probe.pages.standings import cost_of
+from lvlm_probe.pages.data_uris import data_uri, shrink
+from lvlm_probe.pages.plain import without_folders
+from lvlm_probe.pages.samples import answer_of, read
+from lvlm_probe.pages.shell import asset, page_text
+from lvlm_probe.pages.standings import Row, Standing, cost_of
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.metrics import Interval, Score
-    from lvlm_probe.pages.comparison import Row
-    from lvlm_probe.pages.standings import Standing
 
 __all__ = ["filled"]
 
@@ -40,11 +41,11 @@ def filled(columns: Sequence[str], rows: Sequence[Row], standings: Sequence[Stan
         f'<table width="{width}"><colgroup>{widths}</colgroup>'
         f'<thead><tr><th scope="col">Answer</th>{head}</tr></thead><tbody>{body}</tbody></table>'
     )
-    return _page(
+    return page_text(
         "comparison.html",
         title,
-        _asset("page.css") + _asset("comparison.css"),
-        _asset("theme.js") + 'document.documentElement.dataset.ready = "true";\n',
+        asset("page.css") + asset("comparison.css"),
+        asset("theme.js") + 'document.documentElement.dataset.ready = "true";\n',
         body='<body class="comparison">',
         terms=_terms(columns, rows),
         scenes=table,
@@ -94,8 +95,6 @@ def _row(columns: Sequence[str], row: Row) -> str:
 
 def _scene(row: Row) -> str:
     """The picture, the question, and the answer with its explained words."""
-    from lvlm_probe.pages.samples import answer_of, read
-
     heat = next(heat for heat in row.heats if heat is not None)
     trace = next((one.trace for one in row.heats if one is not None and one.trace is not None), None)
     notes: list[str] = []
@@ -250,8 +249,6 @@ def _original(row: Row) -> Image.Image | None:
 
 
 def _overlay(heat: Heatmap) -> Image.Image:
-    from PIL import Image
-
     try:
         return heat.overlay()
     except ImageError:
@@ -259,8 +256,6 @@ def _overlay(heat: Heatmap) -> Image.Image:
 
 
 def _picture(image: Image.Image | None, side: int, alt: str) -> str:
-    from lvlm_probe.pages.data_uris import data_uri, shrink
-
     if image is None:
         return '<p class="facts">The picture itself is not at hand.</p>'
     small = shrink(image, side)
@@ -274,8 +269,6 @@ def _text(text: str) -> str:
 
 def _told(text: str, *, capital: bool = True) -> str:
     """A reason as a sentence, without folders of somebody's disk. The name of a parameter keeps its small letter."""
-    from lvlm_probe.pages.plain import without_folders
-
     text = without_folders(text.strip())
     if capital and text.split(" ")[0].isalpha():
         text = text[:1].upper() + text[1:]

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_probe.pages import _asset, _json_for_script, _page, _refuse, _write
 from lvlm_probe.pages.plain import nats, without_folders
+from lvlm_probe.pages.shell import asset, json_for_script, page_text, refuse_existing, write_text
 
 if TYPE_CHECKING:
     from lvlm_probe.importing.meter import Reading, Unread
@@ -45,7 +45,7 @@ def write_page(
         ReportError: ``out`` exists or cannot be written.
     """
     path = Path(out)
-    _refuse(path, overwrite=overwrite)
+    refuse_existing(path, overwrite=overwrite)
     pictures: dict[bytes, int] = {}
     sources: list[str] = []
     rows = [_row(reading, pictures, sources) for reading in readings]
@@ -54,18 +54,18 @@ def write_page(
         "pictures": sources,
         "unread": [{"source": one.source, "reason": without_folders(one.reason)} for one in unread],
     }
-    text = _page(
+    text = page_text(
         "prior.html",
         title,
-        _asset("page.css") + _asset("prior.css"),
-        _asset("theme.js") + _asset("prior.js"),
+        asset("page.css") + asset("prior.css"),
+        asset("theme.js") + asset("prior.js"),
         body='<body class="prior">',
         lead=_lead(readings, unread),
         alpha=f"{readings[0].alpha:g}" if readings else "1",
         plain=_plain(readings),
-        data=_json_for_script(data),
+        data=json_for_script(data),
     )
-    _write(path, text, overwrite=overwrite)
+    write_text(path, text, overwrite=overwrite)
     return path
 
 

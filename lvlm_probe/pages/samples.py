@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.images import make_baseline
 from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY
 from lvlm_probe.pages.data_uris import data_uri, encode_seen, encode_values, shrink
 from lvlm_probe.pages.plain import nats, plain, probability, without_folders
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lvlm_probe.metrics import Score
     from lvlm_probe.trace import Trace
 
-__all__ = ["gather"]
+__all__ = ["answer_of", "gather", "read"]
 
 _THUMB_SIDE = 160
 _BASELINE_SIDE = 448
@@ -275,8 +276,6 @@ def _baseline(
 
 def _baseline_picture(trace: Trace | None, index: int, kind: str, settings: Mapping[str, Any]) -> str | None:
     """The baseline, made again from its description; None where that is not possible (a user's own picture)."""
-    from lvlm_probe.images import make_baseline
-
     pictures = read(trace, "images", [])
     if kind not in ("blur", "blank", "noise", "mean") or not pictures or index >= len(pictures):
         return None

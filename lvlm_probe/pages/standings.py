@@ -9,12 +9,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lvlm_probe.metrics import Interval, Score, bootstrap_ci
+
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
-    from lvlm_probe.metrics import Interval, Score
-    from lvlm_probe.pages.comparison import Row
 
-__all__ = ["Standing", "cost_of", "counted", "standings"]
+__all__ = ["Row", "Standing", "cost_of", "counted", "ranked"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer, or one set of its words, under every method.
+
+    Attributes:
+        heats: One heatmap per method, in the order of ``Comparison.methods``. One that could not be made has no values
+            and its reason; ``None`` where none was given.
+        scores: Their scores, ``None`` where a heatmap was not judged.
+    """
+
+    heats: tuple[Heatmap | None, ...]
+    scores: tuple[Score | None, ...]
 
 
 @dataclass(frozen=True)
@@ -51,15 +65,13 @@ def counted(heat: Heatmap | None, score: Score | None) -> bool:
     return bool(heat) and score is not None and math.isfinite(score.gain) and bool(score.verdict.measured)
 
 
-def standings(methods: Sequence[str], rows: Sequence[Row]) -> list[Standing]:
-    """The methods over all rows, highest mean gain first, methods without one last."""
+def ranked(methods: Sequence[str], rows: Sequence[Row]) -> list[Standing]:
+    """Return the methods over all rows, highest mean gain first, methods without one last."""
     found = [_standing(name, column, rows) for column, name in enumerate(methods)]
     return sorted(found, key=lambda one: -math.inf if one.gain is None else one.gain.estimate, reverse=True)
 
 
 def _standing(name: str, column: int, rows: Sequence[Row]) -> Standing:
-    from lvlm_probe.metrics import bootstrap_ci
-
     heats = [heat for row in rows if (heat := row.heats[column]) is not None]
     made = [heat for heat in heats if heat.values is not None]
     judged = [
@@ -95,5 +107,6 @@ def _standing(name: str, column: int, rows: Sequence[Row]) -> Standing:
 
 
 def cost_of(heat: Heatmap) -> tuple[int, int] | None:
+    """Return forward and backward passes of a heatmap; ``None`` where they are not known."""
     passes = heat.provenance.get("passes")
     return None if not passes else (int(passes.get("forward", 0)), int(passes.get("backward", 0)))

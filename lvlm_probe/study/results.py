@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -85,12 +86,15 @@ def collect(study: Study) -> Results:
         answers[key] = {**record, "key": key, "correct": correct}
     rows = {name: method_content(study, spec) for name, spec in study.methods.items()}
     maps = []
-    for key, record in Records(study.out / "maps"):
+    map_records = Records(study.out / "maps")
+    for key, record in map_records:
         answer = answers.get(str(record.get("answer")))
         if answer is None:
             continue
         for name, expected in rows.items():
             if _holds(record, expected):
+                if record["status"] == "done" and record["map"] is not None:
+                    map_records.require(key, record, "deletion", "insertion", "passes", "measured")
                 about = {field: answer[field] for field in ("model", "dataset", "sample", "group", "correct")}
                 maps.append({**record, **about, "key": key, "row": name})
     kept, dropped = _filtered(study, answers.values())
@@ -109,12 +113,12 @@ def _fingerprint(study: Study, model: ModelSpec) -> str | None:
     ones of any run (a study copied to another machine), those seen last."""
     records = Records(study.out / "models")
     present = records.read(model_stamp(study, model))
-    if present is not None:
+    if present is not None and "fingerprint" in present:
         return str(present["fingerprint"])
     seen = [
         (records.path(key).stat().st_mtime_ns, str(record["fingerprint"]))
         for key, record in records
-        if record["model"] == model.name and record["source"] == model.source
+        if (record.get("model"), record.get("source")) == (model.name, model.source) and "fingerprint" in record
     ]
     return max(seen)[1] if seen else None
 
@@ -141,7 +145,6 @@ def _holds(record: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
 
 def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Order in which sample 2 comes before sample 10."""
-    import re
-
-    parts = re.split(r"(\d+)", name)
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)
+    parts = re.split(r"([0-9]+)", name)  # every second one is a number, compared by its length and then as text
+    numbers = {place: part.lstrip("0") for place, part in enumerate(parts) if place % 2}
+    return tuple((0, len(numbers[n]), numbers[n]) if n % 2 else (1, 0, part) for n, part in enumerate(parts))

@@ -17,15 +17,20 @@ from command_line import run, succeed
 from PIL import Image
 
 import lvlm_probe as probe
-from lvlm_probe import cli
+from lvlm_probe import cli, heatmap_store
 from lvlm_probe.cli.shared.inputs import parameters
-from lvlm_probe.cli.shared.maps import MapFile
 from lvlm_probe.errors import ImageError, ProbeError
+from lvlm_probe.heatmap_store import MapFile
 from lvlm_probe.models.prompts import chat_inputs
 from lvlm_probe.selection import word_selections
 
 QUICK = tuple(f"--param={pair}" for pair in ("iterations=2", "ig_steps=3", "size=8", "refine=0"))
-COMMANDS = ("demo", "record", "explain", "evaluate", "report", "methods", "families", "verify", "inspect")
+COMMANDS = [
+    str(file.relative_to(Path(cli.__file__).parent).with_suffix("")).replace("/", " ").rstrip("_")
+    for file in sorted(Path(cli.__file__).parent.rglob("*.py"))
+    if file.name != "__init__.py" and "shared" not in file.parts
+]
+"""One file each, those of a group in its folder."""
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +92,9 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command: str) -> None:
-    result = succeed(command, "--help")
+    result = succeed(*command.split(), "--help")
     assert f"lvlm-probe {command}" in result.out
-    assert "Example:" in result.out
+    assert f"Example:  lvlm-probe {command}" in result.out
 
 
 def test_help_lists_every_command_and_imports_no_torch() -> None:
@@ -97,7 +102,8 @@ def test_help_lists_every_command_and_imports_no_torch() -> None:
     code += "print('HEAVY', sorted({'torch', 'transformers', 'h5py', 'matplotlib', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert all(f" {command} " in result.stdout for command in COMMANDS)
+    assert len(COMMANDS) >= 21
+    assert all(f" {command.split()[0]} " in result.stdout for command in COMMANDS)
     assert result.stdout.rstrip().endswith("HEAVY []")
 
 
@@ -255,8 +261,8 @@ def test_explain_evaluate_report(scene: Any, trace: Path, tmp_path: Path, monkey
 
     stamps = [file.stat().st_mtime_ns for file in files]
     with monkeypatch.context() as patch:
-        patch.setattr(probe, "explain", lambda *_, **__: pytest.fail("a finished map was made again"))
-        patch.setattr(probe, "evaluate", lambda *_, **__: pytest.fail("a finished map was scored again"))
+        patch.setattr(heatmap_store, "explain", lambda *_, **__: pytest.fail("a finished map was made again"))
+        patch.setattr(heatmap_store, "evaluate", lambda *_, **__: pytest.fail("a finished map was scored again"))
         again = succeed("explain", trace, "--word-maps", *QUICK, "--json").json
     assert again == made
     assert [file.stat().st_mtime_ns for file in files] == stamps
@@ -409,7 +415,7 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
         return real(replay, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(probe, "explain", explain)
+        patch.setattr(heatmap_store, "explain", explain)
         stopped = run("evaluate", two_traces, "--methods", SWIFT, "--steps", "8")
     assert stopped.code == 130
     assert "4 finished maps are kept" in stopped.err
@@ -444,8 +450,8 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
     assert refused.code == 2
     assert "exists; add --overwrite" in refused.err
     with monkeypatch.context() as patch:
-        patch.setattr(probe, "explain", lambda *_, **__: pytest.fail("a finished map was made again"))
-        patch.setattr(probe, "evaluate", lambda *_, **__: pytest.fail("a finished map was scored again"))
+        patch.setattr(heatmap_store, "explain", lambda *_, **__: pytest.fail("a finished map was made again"))
+        patch.setattr(heatmap_store, "evaluate", lambda *_, **__: pytest.fail("a finished map was scored again"))
         again = succeed("evaluate", two_traces, "--methods", SWIFT, "--steps", "8", "--overwrite", "--json").json
     assert again["methods"] == stored["methods"]
     # Judged in another way, it is judged anew.
@@ -457,7 +463,7 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
 
 def test_maps_of_explain_are_used_by_evaluate(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     succeed("explain", trace, "--method", "random")
-    monkeypatch.setattr(probe, "explain", lambda *_, **__: pytest.fail("a finished map was made again"))
+    monkeypatch.setattr(heatmap_store, "explain", lambda *_, **__: pytest.fail("a finished map was made again"))
     out = trace.parent / "new" / "page.html"
     made = succeed("evaluate", trace, "--methods", "random", "--out", out, "--json").json
     assert made["methods"][0]["maps"] == 1
@@ -472,7 +478,7 @@ def test_a_method_that_cannot_run_leaves_the_others_alone(trace: Path, monkeypat
             raise RuntimeError("no centre to be found")
         return real(replay, **options)
 
-    monkeypatch.setattr(probe, "explain", explain)
+    monkeypatch.setattr(heatmap_store, "explain", explain)
     result = succeed("evaluate", trace, "--methods", "center,random", "--words", "is", "--steps", "4")
     assert "center made no map everywhere: something unexpected happened, RuntimeError: no centre" in result.err
     page = (trace.parent / "comparison.html").read_text("utf-8")
@@ -575,7 +581,7 @@ def test_a_truncated_trace_is_named(command: str, share: float, trace: Path) -> 
 # that the moment does not depend on how fast the machine is.
 INTERRUPTED = """
 import contextlib, os, signal, torch
-from lvlm_probe import cli
+from lvlm_probe import cli, heatmap_store
 from lvlm_probe.cli.shared import maps
 
 torch.set_num_threads(1)

@@ -24,8 +24,8 @@ from PIL import Image
 
 from lvlm_probe import cli
 from lvlm_probe.cli.shared import inputs, models, terminal
-from lvlm_probe.cli.shared.maps import MapFile
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.heatmap_store import MapFile
 from lvlm_probe.metrics import Score
 from lvlm_probe.trace import write
 from lvlm_probe.trace.records import Capture
@@ -135,7 +135,7 @@ def test_imported_rows_are_told_safely(demo: Any, tmp_path: Path) -> None:
     ]
     name = tmp_path / "rows\x1b[2J.jsonl"
     name.write_text("\n".join([*map(json.dumps, rows), "\x1b[2J"]))
-    with mock.patch.object(cli.importing, "load_model", return_value=demo):
+    with mock.patch.object(cli.import_, "load_model", return_value=demo):
         result = run("import", name, "--model", "demo", "--out", tmp_path / "out")
     assert result.code == 0, result.err
     assert "3 rejected" in clean(result)

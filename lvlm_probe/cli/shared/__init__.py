@@ -1,1 +1,1 @@
-"""What several commands share: options, inputs, models, stored maps and the terminal."""
+"""What commands are made of: options, inputs, models, answers, maps, studies and the terminal."""

@@ -1,4 +1,4 @@
-"""What the commands are given besides models: pictures and questions, trace files, method parameters."""
+"""Inputs of the commands besides models: images and questions, trace files, method parameters, baselines."""
 
 from __future__ import annotations
 
@@ -16,27 +16,36 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace import Trace
 
-__all__ = ["ReplayModels", "find_trace", "open_images", "output_directory", "parameters"]
+__all__ = [
+    "ReplayModels",
+    "baseline_from",
+    "columns_from",
+    "find_trace",
+    "open_images",
+    "output_directory",
+    "parameters",
+    "rows_of",
+]
 
 
 def open_images(paths: Sequence[Path]) -> list[Image.Image]:
-    """Opens the pictures. Raises ``ImageError`` for none, or one that is missing or no image."""
+    """Open the images. Raises ``ImageError`` for none, or one that is missing or no image."""
     from lvlm_probe.trace.image_files import open_picture
 
     if not paths:
-        raise ImageError("there is no picture to explain anything with: add --image FILE")
+        raise ImageError("there is no image to explain anything with: add --image FILE")
     return [open_picture(path) for path in paths]
 
 
 def output_directory(path: Path) -> Path:
-    """A directory to add to. Raises ``ProbeError`` when the path is a file."""
+    """Return a directory to add to. Raises ``ProbeError`` when the path is a file."""
     if path.exists() and not path.is_dir():
         raise ProbeError(f"--out {path} is a file; name a directory (an existing one is added to)")
     return path
 
 
 def find_trace(path: Path, row: int | None = None) -> Trace:
-    """The trace in a file, or the last one of a directory. Raises ``TraceError``."""
+    """Return the trace in a file, or the last one of a directory. Raises ``TraceError``."""
     from lvlm_probe.trace import open_store, open_trace
 
     if path.is_dir():
@@ -45,6 +54,14 @@ def find_trace(path: Path, row: int | None = None) -> Trace:
             raise TraceError(f"{path} holds no traces; record one: lvlm-probe record --out {path} …")
         return open_trace(store.files[-1], row=row) if row is not None else store[-1]
     return open_trace(path, row=row or 0)
+
+
+def rows_of(path: Path, row: int | None) -> list[Trace]:
+    """Return the traces of a file: one row, or all of them. Raises ``TraceError``."""
+    from lvlm_probe.trace import open_trace
+
+    first = open_trace(path, row=row or 0)
+    return [first] if row is not None else [first, *(open_trace(path, row=other) for other in range(1, first.rows))]
 
 
 class ReplayModels:
@@ -114,4 +131,28 @@ def parameters(pairs: Sequence[str]) -> dict[str, Any]:
             found[name] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ProbeError(f"--param {pair!r}: the value cannot be read ({first_line(error)})") from error
+    return found
+
+
+def baseline_from(value: str | None) -> str | Image.Image | None:
+    """Return what ``--baseline`` names: a kind, or an image. Raises ``ProbeError``."""
+    from lvlm_probe.images.baselines import KINDS
+
+    if value is None or value in KINDS:
+        return value
+    if Path(value).suffix or os.sep in value:
+        from lvlm_probe.trace.image_files import open_picture
+
+        return open_picture(Path(value))
+    raise ProbeError(f"--baseline {value!r}: choose one of {', '.join(KINDS)}, or give an image's path")
+
+
+def columns_from(pairs: list[str] | None) -> dict[str, str]:
+    """``["answer=pred"]`` as a mapping. Raises ``ProbeError``."""
+    found: dict[str, str] = {}
+    for pair in pairs or []:
+        name, sign, value = pair.partition("=")
+        if not (sign and name and value):
+            raise ProbeError(f"--column {pair!r}: write it as FIELD=NAME, e.g. --column answer=pred")
+        found[name] = value
     return found

@@ -10,14 +10,19 @@ import typer
 __all__ = [
     "Attn",
     "BaselineOption",
+    "Columns",
     "Device",
     "Dtype",
     "Images",
+    "ImagesDirectory",
     "Json",
+    "Maps",
     "MaxNewTokens",
+    "Model",
     "OptionalModel",
     "Question",
     "Row",
+    "StudyFile",
     "TrustRemoteCode",
 ]
 
@@ -29,9 +34,9 @@ OptionalModel = Annotated[
     typer.Option("--model", metavar="DIR_OR_ID", help=f"{_MODEL_HELP} Left out: the trace's own, if you agree."),
 ]
 Images = Annotated[
-    list[Path] | None, typer.Option("--image", metavar="FILE", help="The picture; repeat it for a prompt with several.")
+    list[Path] | None, typer.Option("--image", metavar="FILE", help="The image; repeat it for a prompt with several.")
 ]
-Question = Annotated[str | None, typer.Option("--question", metavar="TEXT", help="What to ask about the picture.")]
+Question = Annotated[str | None, typer.Option("--question", metavar="TEXT", help="What to ask about the image.")]
 Device = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps. Default: cuda if any.")
 ]
@@ -51,9 +56,21 @@ TrustRemoteCode = Annotated[
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of the answer, tokens.")]
 BaselineOption = Annotated[
     str | None,
-    typer.Option(
-        "--baseline", metavar="KIND", help="What hides a part: blur, blank, noise, mean, or a picture's path."
-    ),
+    typer.Option("--baseline", metavar="KIND", help="What hides a part: blur, blank, noise, mean, or an image's path."),
+]
+Maps = Annotated[
+    list[Path], typer.Argument(metavar="PATH...", help="Maps, traces (their maps), or directories (all maps in them).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 Row = Annotated[int | None, typer.Option("--row", min=0, help="Which row of a batch, counted from 0.")]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="FIELD=NAME", help="For a field of another name, e.g. answer=pred; repeatable."),
+]
+ImagesDirectory = Annotated[
+    Path | None,
+    typer.Option("--images", metavar="DIR", help="What paths of images are relative to. Default: the file's place."),
+]
+StudyFile = Annotated[
+    Path, typer.Argument(metavar="STUDY.yaml", help="The study: models, data sets, methods, settings.")
+]

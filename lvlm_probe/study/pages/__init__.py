@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError, StudyError
 from lvlm_probe.files import part_beside
-from lvlm_probe.pages import _asset, _json_for_script, _page, _refuse, _write
+from lvlm_probe.pages.shell import asset, json_for_script, page_text, refuse_existing, write_text
 from lvlm_probe.study.pages.changes import TOLERANCE
 from lvlm_probe.study.pages.samples import Tell, gather
 from lvlm_probe.study.pages.stored import with_sets
@@ -80,10 +80,10 @@ def write_page(
     if out is None:
         out = study.out / ("page.html" if samples <= MOST else "page")
     if out.suffix.lower() in (".html", ".htm"):
-        _refuse(out, overwrite=overwrite)
+        refuse_existing(out, overwrite=overwrite)
         pairs = list(gather(results, tell=tell))
         head = _head(results, view, [index for index, _ in pairs])
-        _write(out, _filled(results, head, [detail for _, detail in pairs]), overwrite=overwrite)
+        write_text(out, _filled(results, head, [detail for _, detail in pairs]), overwrite=overwrite)
         return out
     return _folder(results, out, view, overwrite=overwrite, tell=tell)
 
@@ -103,7 +103,7 @@ def _folder(results: Results, out: Path, view: str, *, overwrite: bool, tell: Te
         indices: list[dict[str, Any]] = []
         for number, batch in enumerate(_batches(gather(results, tell=tell), PART)):
             indices += [index for index, _ in batch]
-            text = _json_for_script([detail for _, detail in batch])
+            text = json_for_script([detail for _, detail in batch])
             # One call per file: a page opened from disk may load scripts, but not JSON.
             script = f"lvlm_probe_part({number}, {text});\n"
             (part / "data" / f"part-{number:05d}.js").write_text(script, encoding="utf-8", newline="\n")
@@ -153,18 +153,18 @@ def _filled(results: Results, head: dict[str, Any], details: list[dict[str, Any]
     files = "One file, nothing is loaded from the network."
     if details is None:
         files = "It needs the folder data beside it, and nothing from the network."
-    return _page(
+    return page_text(
         "study.html",
         results.study.name,
-        "".join(_asset(name) for name in _STYLES),
-        "".join(_asset(name) for name in _SCRIPTS),
+        "".join(asset(name) for name in _STYLES),
+        "".join(asset(name) for name in _SCRIPTS),
         body='<body class="comparison study">',
         beside=details is None,
         lead=_lead(results, head),
         plain=_plain(head),
         files=files,
         tolerance=str(TOLERANCE),
-        data=_json_for_script({**head, "details": details}),
+        data=json_for_script({**head, "details": details}),
     )
 
 

@@ -82,7 +82,7 @@ class Worker:
         """Whether a model's fingerprint can be told without loading it."""
         if name not in self._prints:
             known = self._models.read(model_stamp(self.study, self.study.models[name]))
-            if known is not None:
+            if known is not None and "fingerprint" in known:
                 self._prints[name] = str(known["fingerprint"])
         return name in self._prints
 

@@ -1,4 +1,4 @@
-"""``lvlm-probe study datasets | peek``: which data sets can be read, and what is read of one."""
+"""``lvlm-probe study peek``: what is read of a data set."""
 
 from __future__ import annotations
 
@@ -15,23 +15,7 @@ from lvlm_probe.errors import ProbeError
 if TYPE_CHECKING:
     from lvlm_probe.study import Sample
 
-__all__ = ["datasets", "peek"]
-
-
-def datasets(as_json: Json = False) -> None:
-    """List the data sets that can be read, with the files that each expects.
-
-    Example:  lvlm-probe study datasets
-    """
-    from lvlm_probe.study import readers
-
-    found = readers()
-    if as_json:
-        print_json(found)
-        return
-    width = max(map(len, found))
-    for name, layout in found.items():
-        say((f"{name:<{width}}  ", "bold"), layout)
+__all__ = ["peek"]
 
 
 def peek(
@@ -47,7 +31,7 @@ def peek(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show the first samples of a data set as they are read, each with its picture opened.
+    """Show the first samples of a data set as they are read, each with its image opened.
 
     Example:  lvlm-probe study peek mmvp data/MMVP --open-ended
     """
@@ -73,9 +57,9 @@ def peek(
 def _facts(sample: Sample) -> dict[str, Any]:
     try:
         width, height = sample.image.size
-        picture = f"{width} x {height}"
+        size = f"{width} x {height}"
     except ProbeError as error:
-        picture = f"not to be had: {error}"
+        size = f"not to be had: {error}"
     answer = sample.answer
     return {
         "id": sample.id,
@@ -83,7 +67,7 @@ def _facts(sample: Sample) -> dict[str, Any]:
         "question": sample.question,
         "choices": list(sample.choices),
         "answer": list(answer) if isinstance(answer, tuple) else answer,
-        "image": picture,
+        "image": size,
         "annotations": [_named(key, value) for key, value in sample.annotations.items() if value is not None],
     }
 

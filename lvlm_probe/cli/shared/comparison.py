@@ -1,30 +1,32 @@
-"""``lvlm-probe evaluate --methods``: every trace by several methods, scored on one grid, in a table and on a page.
+"""Several methods on the same answers: explained, scored on one grid, shown as a table, and put on a page.
 
-Maps and scores are stored as ``explain`` and ``evaluate`` store them, one file each, so an interrupted run goes on with
-what is missing.
+This is ``lvlm-probe evaluate --methods``. Maps and scores are stored as ``explain`` stores them, one file each, so an
+interrupted run goes on with what is missing. This module imports torch; the command imports it when it runs.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lvlm_probe.cli.explain import label_of, open_replay
-from lvlm_probe.cli.shared.inputs import ReplayModels
-from lvlm_probe.cli.shared.maps import FOLDER, MapFile, Settings, baseline_from, explain_one, score_one
-from lvlm_probe.cli.shared.terminal import finite, note, one_line, print_json, say, stage, stop, stored_path
+from rich.console import Console
+from rich.table import Table
+
+from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from
+from lvlm_probe.cli.shared.maps import label_of, open_replay
+from lvlm_probe.cli.shared.terminal import bar, note, one_line, print_json, say, stage, stop, stored_path
 from lvlm_probe.errors import ProbeError, TraceError
-from lvlm_probe.files import write_whole
-
-if TYPE_CHECKING:
-    from lvlm_probe.heatmap import Heatmap
-    from lvlm_probe.metrics import Interval, Score
-    from lvlm_probe.pages.comparison import Comparison
-    from lvlm_probe.replaying import Replay
-    from lvlm_probe.selection import TokenSelection
-    from lvlm_probe.trace import Trace
+from lvlm_probe.explainers import methods as known_methods
+from lvlm_probe.explainers import needs_of
+from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.heatmap_store import FOLDER, MapSettings, explain_one, not_made, score_one, write_record
+from lvlm_probe.importing.meter import traces_in
+from lvlm_probe.metrics import Interval, Score
+from lvlm_probe.pages import Comparison, compare
+from lvlm_probe.replaying import Replay
+from lvlm_probe.selection import TokenSelection, select_tokens
+from lvlm_probe.trace import Trace
 
 __all__ = ["compare_methods"]
 
@@ -37,21 +39,21 @@ _WIDE = 112
 def compare_methods(
     paths: Sequence[Path],
     names: str,
+    models: ReplayModels,
     *,
-    model: str | None,
     words: list[str] | None,
     baseline: str | None,
-    out: Path | None,
+    page: Path | None,
     overwrite: bool,
     as_json: bool,
-    loading: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> None:
-    """Explains and scores the traces behind ``paths`` by every method of ``names``; prints means, writes the page.
+    """Explain and score the traces behind ``paths`` by every method of ``names``; print means, write the page.
 
     Args:
         names: methods with commas between, or ``"all"``.
-        loading: device, dtype, attn and trust_remote_code of ``load_model``.
+        models: what the traces are replayed on.
+        page: the file to write; by default ``comparison.html`` beside the traces. Scores go beside it as JSON.
         options: of ``evaluate``; the grid is 32 where it leaves it open.
 
     Raises:
@@ -59,7 +61,7 @@ def compare_methods(
             error: its reason stands in its place.
     """
     traces = _traces(paths)
-    page = out or (paths[0] if paths[0].is_dir() else paths[0].parent) / _PAGE
+    page = page or (paths[0] if paths[0].is_dir() else paths[0].parent) / _PAGE
     results = page.with_suffix(".json")
     for file in (page, results):
         if file.exists() and not overwrite:
@@ -70,7 +72,6 @@ def compare_methods(
     heats: list[Heatmap] = []
     scores: list[Score | None] = []
     failed: dict[str, str] = {}
-    models = ReplayModels(model, **loading)
     try:
         for number, trace in enumerate(traces, start=1):
             replay = open_replay(trace, *models.of(trace))
@@ -78,7 +79,7 @@ def compare_methods(
                 replay = replay.over(own_baseline)
             if not as_json:
                 say((f"trace {number} of {len(traces)}  ", "dim"), one_line(trace.answer, 300))
-            selection = _selection(replay, words)
+            selection = select_tokens(replay, words=words) if words else select_tokens(replay)
             for method in methods:
                 heat, score = _one(replay, selection, method, trace, judging)
                 heats.append(heat)
@@ -90,14 +91,12 @@ def compare_methods(
         raise stop(
             f"stopped; {done} finished maps are kept beside their traces, and the same command goes on"
         ) from None
-    from lvlm_probe import compare
-
     with stage("writing the page"):
         made = compare(heats, scores=scores, out=page, overwrite=overwrite)
-        record = finite(_record(made, traces, judging))
-        write_whole(results, json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False))
+        record = _record(made, traces, judging)
+        write_record(results, record)
     if as_json:
-        print_json(_record(made, traces, judging))
+        print_json(record)
         return
     _show(made)
     for method, reason in failed.items():
@@ -107,8 +106,6 @@ def compare_methods(
 
 
 def _traces(paths: Sequence[Path]) -> list[Trace]:
-    from lvlm_probe.importing.meter import traces_in
-
     found: list[Trace] = []
     for path in paths:
         if not path.exists():
@@ -127,10 +124,7 @@ def _traces(paths: Sequence[Path]) -> list[Trace]:
 
 
 def _methods(names: str) -> list[str]:
-    from lvlm_probe.explainers import methods as known
-    from lvlm_probe.explainers import needs_of
-
-    everything = known()
+    everything = known_methods()
     if names.strip() == "all":
         return everything
     chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
@@ -141,53 +135,23 @@ def _methods(names: str) -> list[str]:
     return chosen
 
 
-def _selection(replay: Replay, words: list[str] | None) -> TokenSelection:
-    from lvlm_probe.selection import select_tokens
-
-    return select_tokens(replay, words=words) if words else select_tokens(replay)
-
-
 def _one(
-    replay: Replay,
-    selection: TokenSelection,
-    method: str,
-    trace: Trace,
-    judging: Mapping[str, Any],
+    replay: Replay, selection: TokenSelection, method: str, trace: Trace, judging: Mapping[str, Any]
 ) -> tuple[Heatmap, Score | None]:
     """One method on one trace, stored; or a heatmap that says why there is none."""
-    from lvlm_probe.pages.comparison import not_made
-
-    settings = Settings(method, {}, seed=int(judging.get("seed") or 0), scored=False)
+    settings = MapSettings(method, {}, seed=int(judging.get("seed") or 0), scored=False)
+    folder = trace.path.parent / FOLDER
     try:
-        found, _ = explain_one(replay, selection, label_of(selection), settings, trace.path.parent / FOLDER)
+        found, _ = explain_one(replay, selection, label_of(selection), settings, folder, shown=bar)
         heat = found.read()
     except Exception as error:  # whatever is wrong with a method, the others go on
         return not_made(replay, method, selection, error), None
     if heat.values is None:
         return heat, None
-    return heat, _stored_score(found, judging) or score_one(replay, found, **judging)
-
-
-def _stored_score(found: MapFile, judging: Mapping[str, Any]) -> Score | None:
-    """The score stored beside a map, if it was taken in this very way."""
-    try:
-        score = found.score()
-    except ProbeError:
-        return None
-    if score is None:
-        return None
-    side = judging["grid"]
-    wanted = {key: judging[key] for key in ("score", "auc", "mode", "seed")} | {"grid": [side, side], "held_out": False}
-    if judging["auc"] == "trapezoid":
-        wanted["steps"] = min(judging["steps"] or 50, side * side)
-    same = all(score.params.get(key) == value for key, value in wanted.items())
-    return score if same and len(score.random_gains) == judging["chance"] else None
+    return heat, found.score_taken_by(judging) or score_one(replay, found, shown=bar, **judging)
 
 
 def _show(made: Comparison) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     console = Console(highlight=False)
     # A pipe has no width of its own; a narrow terminal is told what matters, the rest is on the page.
     width = console.width if console.is_terminal else _WIDE

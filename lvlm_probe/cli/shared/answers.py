@@ -1,0 +1,95 @@
+"""Answers at the command line: asked and recorded, shown to a person, listed for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm_probe.cli.shared.terminal import answer_text, note, say, stage, stop
+from lvlm_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from lvlm_probe.trace import Trace
+
+__all__ = ["ask", "required_question", "show_answer", "trace_summary"]
+
+
+def required_question(question: str | None) -> str:
+    """Return the question, or ``ProbeError``."""
+    if question is None or not question.strip():
+        raise ProbeError('there is no question: add --question "…"')
+    return question
+
+
+def ask(
+    model: torch.nn.Module,
+    processor: Any,
+    images: Sequence[Image.Image],
+    question: str,
+    directory: Path,
+    *,
+    max_new_tokens: int = 128,
+    attention: bool = True,
+    baseline: str | Image.Image = "blur",
+) -> Trace:
+    """Generate one answer with the probe attached, and return its trace.
+
+    Raises:
+        ProbeError: the run was not recorded, or recording went wrong; the message says why.
+    """
+    from lvlm_probe.models.prompts import chat_inputs, placed
+    from lvlm_probe.recording.probe import attach
+
+    probe = attach(model, processor)
+    try:
+        with stage("answering and recording"):
+            with probe.record(
+                directory, images=list(images), attention=attention, baseline=baseline, question=question
+            ) as recording:
+                inputs = placed(chat_inputs(processor, images, question, note=note), model)
+                model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+            if not recording.paths:
+                raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no image"))
+        trace: Trace = recording.traces[-1]
+    except KeyboardInterrupt:
+        raise stop("stopped while the model was answering; nothing is left to resume") from None
+    finally:
+        probe.detach()
+    if trace.status == "error":
+        raise ProbeError(f"the recording of {trace.path} is faulty: {trace.error}")
+    return trace
+
+
+def show_answer(trace: Trace) -> None:
+    """Show question and answer, with the words that the image decides in bold."""
+    if trace.question:
+        say(("Q  ", "dim"), trace.question)
+    llr = trace.llr
+    say(("A  ", "dim"), answer_text(trace.words, trace.tokens, None if llr is None else llr.tolist(), ()))
+
+
+def trace_summary(trace: Trace) -> dict[str, Any]:
+    """Return a trace for programs."""
+    llr = trace.llr
+    return {
+        "trace": str(trace.path),
+        "trace_id": trace.trace_id,
+        "status": trace.status,
+        "question": trace.question,
+        "answer": trace.answer,
+        "words": [
+            {
+                "text": word.text,
+                "tokens": [word.start, word.stop],
+                "log_prob": float(trace.log_probs[word.start : word.stop].sum()),
+                "llr": None if llr is None else float(llr[word.start : word.stop].sum()),
+            }
+            for word in trace.words
+        ],
+        "notes": list(trace.notes),
+        "bytes": trace.nbytes,
+    }

@@ -1,0 +1,79 @@
+"""``lvlm-probe study table``: the paper's tables of what is finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lvlm_probe.cli.shared.options import StudyFile
+from lvlm_probe.cli.shared.studies import study_in
+from lvlm_probe.cli.shared.terminal import say, show, stored_path
+from lvlm_probe.errors import ProbeError
+from lvlm_probe.files import write_whole
+
+if TYPE_CHECKING:
+    from lvlm_probe.study.results import Results
+
+__all__ = ["table"]
+
+
+def table(
+    file: StudyFile,
+    number: Annotated[
+        str, typer.Option("--table", metavar="NAME", help="1 to 9, figure5, ledger, or all that can be made.")
+    ] = "all",
+    form: Annotated[
+        str, typer.Option("--format", help="What to print: markdown, csv or latex. Files are written in all forms.")
+    ] = "markdown",
+    annotations: Annotated[
+        Path | None,
+        typer.Option("--annotations", metavar="CSV", help="For figure5: dataset, sample, model, plausible (0 or 1)."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the files go. Default: tables/ of the study.")
+    ] = None,
+    document: Annotated[
+        Path | None,
+        typer.Option("--document", metavar="FILE.md", help="All tables as one document instead, with what was run."),
+    ] = None,
+) -> None:
+    """Make the paper's tables of what is finished: print them, and write them as Markdown, CSV, LaTeX and figure.
+
+    Example:  lvlm-probe study table study.yaml --table 2
+    """
+    from lvlm_probe.study.results import collect
+    from lvlm_probe.study.tables.ledger import ledger
+    from lvlm_probe.study.tables.paper import TABLES, make_table
+
+    if form not in ("markdown", "csv", "latex"):
+        raise ProbeError(f"--format is markdown, csv or latex; not {form!r}")
+    study = study_in(file)
+    results = collect(study)
+    if document is not None:
+        _write_document(results, file, document, annotations)
+        return
+    directory = out or study.out / "tables"
+    names = [*TABLES, "figure5", "ledger"] if number == "all" else [number]
+    for name in names:
+        try:
+            made = ledger(results) if name == "ledger" else make_table(results, name, annotations=annotations)
+        except ProbeError as error:
+            if number != "all":
+                raise
+            say((f"{name}: {error}", "dim"))
+            continue
+        made.write(directory)
+        show(getattr(made, form)())
+    say("tables: ", (stored_path(directory), "bold"))
+
+
+def _write_document(results: Results, file: Path, target: Path, annotations: Path | None) -> None:
+    from lvlm_probe.study.tables.document import document
+
+    command = f"lvlm-probe study table {file.as_posix()} --document {target.as_posix()}"
+    command += "" if annotations is None else f" --annotations {annotations.as_posix()}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, document(results, command=command, annotations=annotations))
+    say("document: ", (stored_path(target), "bold"))

@@ -1,0 +1,342 @@
+"""The store of explained and scored heatmaps: where they are kept, how they are found again, how work is resumed.
+
+For one trace, all of this stands in ``explanations/`` beside the trace file::
+
+    <trace>.<method>.<words>.<digest>.h5            the heatmap
+    <trace>.<method>.<words>.<digest>.png           the overlay, to look at
+    <trace>.<method>.<words>.<digest>.score.json    deletion, insertion, verdict
+
+The digest is over everything that decides the values, so a file that exists *is* the result, and an interrupted run
+goes on where it stopped.
+
+Scores, and the units of a study, are JSON records: one object in one file, written whole (``write_record``) and read as
+what anybody may have written (``read_record``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm_probe.errors import ProbeError, TraceError
+from lvlm_probe.explainers import explain
+from lvlm_probe.files import causes, read_small, write_whole
+from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.metrics import Score, evaluate
+from lvlm_probe.trace import Trace, open_trace
+
+if TYPE_CHECKING:
+    from lvlm_probe.replaying import Replay
+    from lvlm_probe.selection import TokenSelection
+
+__all__ = [
+    "FOLDER",
+    "MapFile",
+    "MapSettings",
+    "explain_one",
+    "find_maps",
+    "is_map",
+    "json_ready",
+    "not_made",
+    "read_record",
+    "reason_of",
+    "score_one",
+    "write_record",
+]
+
+FOLDER = "explanations"
+
+LARGEST_RECORD = 64 * 2**20
+"""Bytes of a JSON record; a score with its curves, or a unit of a study, takes thousands."""
+
+_BASELINE_FACTS = ("kind", "strength", "seed", "limit")
+
+Progress = Callable[[int, int], None]
+Shown = Callable[[str], contextlib.AbstractContextManager[Progress | None]]
+"""Shows work under a title, and gives what it calls with (done, total)."""
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+def read_record(path: Path, *, way_out: str = "") -> dict[str, Any] | None:
+    """Read a JSON record; ``None`` where there is no file.
+
+    Args:
+        way_out: what to do about a file that is no record, for the message.
+
+    Raises:
+        ProbeError: the file cannot be read, is too large or nested too deep, or holds something else than one object.
+    """
+    then = f"; {way_out}" if way_out else ""
+    try:
+        record = json.loads(read_small(path, limit=LARGEST_RECORD).decode("utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ProbeError(f"{path} cannot be read: {'; '.join(causes(error))}") from error
+    except RecursionError as error:
+        raise ProbeError(f"{path} is damaged: it is nested too deep{then}") from error
+    except ValueError as error:
+        raise ProbeError(f"{path} is damaged: {error}{then}") from error
+    if not isinstance(record, dict):
+        raise ProbeError(f"{path} is no record: it holds no object{then}")
+    return record
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON record, whole or not at all; NaN and infinity become ``null``. Raises ``OSError``."""
+    text = json.dumps(json_ready(record), sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False)
+    write_whole(path, text + "\n")
+
+
+def json_ready(value: Any) -> Any:
+    """Return a value as JSON holds it: tuples as lists, numbers of NumPy and torch as Python's, NaN and infinity as
+    ``None``."""
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if hasattr(value, "item") and not isinstance(value, str | bytes):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ----------------------------------------------------------------------------------------------------------------- maps
+
+
+@dataclass(frozen=True)
+class MapSettings:
+    """How maps are made: what ``explain`` and ``evaluate`` are given besides the tokens."""
+
+    method: str
+    params: Mapping[str, Any]
+    image: int = 0
+    seed: int = 0
+    scored: bool = True
+    mode: str = "fast"
+
+
+@dataclass(frozen=True)
+class MapFile:
+    """One stored heatmap."""
+
+    path: Path
+
+    @property
+    def overlay_path(self) -> Path:
+        """The overlay."""
+        return self.path.with_suffix(".png")
+
+    @property
+    def score_path(self) -> Path:
+        """The score as JSON."""
+        return self.path.with_suffix(".score.json")
+
+    def read(self) -> Heatmap:
+        """The heatmap, with its trace where that is still beside it. Raises ``TraceError``."""
+        return Heatmap.read(self.path)
+
+    def score(self) -> Score | None:
+        """The stored score; ``None`` when the map was not scored. Raises ``ProbeError`` for a damaged file."""
+        try:
+            record = read_record(self.score_path)
+            return None if record is None else Score.from_dict(record)
+        except (ValueError, ArithmeticError, AttributeError, ProbeError) as error:
+            raise ProbeError(
+                f"{self.score_path} is not a score that can be read ({error}); delete it and run evaluate again"
+            ) from error
+
+    def score_taken_by(self, options: Mapping[str, Any]) -> Score | None:
+        """The stored score, where it was taken in this very way; else ``None``.
+
+        Args:
+            options: of ``evaluate``: score, auc, steps, mode, seed, chance, and grid, the cells of a side.
+        """
+        try:
+            score = self.score()
+        except ProbeError:
+            return None
+        if score is None:
+            return None
+        side = options["grid"]
+        wanted = {key: options[key] for key in ("score", "auc", "mode", "seed")}
+        wanted |= {"grid": [side, side], "held_out": False}
+        if options["auc"] == "trapezoid":
+            wanted["steps"] = min(options["steps"] or 50, side * side)
+        same = all(score.params.get(key) == value for key, value in wanted.items())
+        return score if same and len(score.random_gains) == options["chance"] else None
+
+    def write_score(self, score: Score) -> None:
+        """Write the score, complete or not at all."""
+        write_record(self.score_path, score.to_dict())
+
+
+def explain_one(
+    replay: Replay,
+    selection: TokenSelection,
+    label: str,
+    settings: MapSettings,
+    directory: Path,
+    *,
+    shown: Shown = lambda title: contextlib.nullcontext(),
+) -> tuple[MapFile, bool]:
+    """Make, draw and score one map, or find it finished.
+
+    Args:
+        label: the words, for the file name and the progress line.
+        directory: where it goes; made if missing.
+        shown: shows how far the work is.
+
+    Returns:
+        The file, and whether it was there already.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    found = MapFile(directory / _file_name(replay, selection, label, settings))
+    finished = found.path.is_file() and is_map(found.path)
+    if not finished:
+        with shown(f"explaining {label}, {settings.method}") as progress:
+            heat = explain(
+                replay,
+                method=settings.method,
+                tokens=selection,
+                image=settings.image,
+                seed=settings.seed,
+                progress=progress,
+                **settings.params,
+            )
+        heat.write(found.path)
+    if settings.scored and (not finished or _lacks_score(found)):
+        score_one(replay, found, shown=shown, mode=settings.mode)
+    if not found.overlay_path.is_file():
+        heat = found.read()
+        if heat.values is not None:
+            heat.save(found.overlay_path)
+    return found, finished
+
+
+def score_one(
+    replay: Replay, found: MapFile, *, shown: Shown = lambda title: contextlib.nullcontext(), **options: Any
+) -> Score:
+    """Score a stored map against the baseline it was made with, and store the score beside it."""
+    heat = found.read()
+    with shown("scoring") as progress:
+        score = evaluate(heat, replay, progress=progress, **options)
+    found.write_score(score)
+    return score
+
+
+def not_made(
+    source: Replay | Trace,
+    method: str,
+    selection: TokenSelection,
+    error: Exception,
+    *,
+    image: int = 0,
+    params: Mapping[str, Any] | None = None,
+) -> Heatmap:
+    """Return what stands for a heatmap that could not be made: one without values, whose reason is the error."""
+    sizes = [one.size for one in source.images] if isinstance(source, Trace) else source.image_sizes
+    return Heatmap(
+        None,
+        sizes[image],
+        image,
+        selection=selection,
+        method=method,
+        params=dict(params or {}),
+        provenance={"trace_id": source.trace_id, "baseline": dict(source.baseline or {})},
+        reason=reason_of(error),
+        trace=source if isinstance(source, Trace) else source.trace,  # type: ignore[arg-type]
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error as the reason that stands in the place of a result."""
+    text = str(error).strip() or "no message"
+    return text if isinstance(error, ProbeError) else f"something unexpected happened, {type(error).__name__}: {text}"
+
+
+# --------------------------------------------------------------------------------------------------------- finding them
+
+
+def find_maps(paths: Sequence[Path]) -> list[MapFile]:
+    """Return the stored maps behind paths: a map, a trace (its maps), or a directory (all maps).
+
+    Raises:
+        ProbeError: a path is missing, or there are no maps behind it; the message says how to make some.
+    """
+    found: list[MapFile] = []
+    for path in paths:
+        if not path.exists():
+            raise TraceError(f"there is no file or directory {path}")
+        here = list(_maps_behind(path))
+        if not here:
+            raise ProbeError(f"no explanations of {path} yet; make some: lvlm-probe explain {path}")
+        found += [item for item in here if item not in found]
+    return found
+
+
+def _maps_behind(path: Path) -> Iterator[MapFile]:
+    if path.is_dir():
+        folder = path / FOLDER if (path / FOLDER).is_dir() else path
+        yield from (MapFile(file) for file in _by_age(folder.glob("*.h5")) if folder.name == FOLDER or is_map(file))
+        return
+    if is_map(path):
+        yield MapFile(path)
+        return
+    with open_trace(path) as trace:
+        folder = trace.explanations_dir
+    yield from (MapFile(file) for file in _by_age(folder.glob(f"{glob.escape(path.stem)}.*.h5")))
+
+
+def _by_age(files: Iterable[Path]) -> list[Path]:
+    """Oldest first, so that the whole answer's map comes before those of its words."""
+    return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
+
+
+def is_map(path: Path) -> bool:
+    """Whether a file is a heatmap that can be read."""
+    try:
+        Heatmap.read(path)
+    except TraceError:
+        return False
+    return True
+
+
+def _lacks_score(found: MapFile) -> bool:
+    try:
+        return found.score() is None
+    except ProbeError:
+        return True
+
+
+def _file_name(replay: Replay, selection: TokenSelection, label: str, settings: MapSettings) -> str:
+    # What separates this baseline from others: parameters, and the pixels, when it is the user's image.
+    facts = {key: replay.baseline.get(key) for key in _BASELINE_FACTS}
+    pixels = replay.baseline.get("sha256")
+    decisive = [
+        replay.trace_id,
+        settings.method,
+        dict(settings.params),
+        settings.image,
+        settings.seed,
+        list(selection.indices),
+        json.dumps([facts, [pixels] if pixels else []], sort_keys=True),
+    ]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    trace: Any = replay.trace
+    row = f".r{trace.row}" if getattr(trace, "rows", 1) > 1 else ""
+    method, words = _for_a_name(settings.method), _for_a_name(label) or "nothing"
+    return f"{trace.path.stem}{row}.{method}.{words}.{digest}.h5"
+
+
+def _for_a_name(text: str) -> str:
+    return re.sub(r"[^\w+-]+", "-", text).strip("-")[:40]

@@ -1,0 +1,101 @@
+"""The report page: which part of an image made a model say each word, and whether to trust that.
+
+``samples.py`` gathers what the page draws as plain JSON, ``data_uris.py`` encodes the images, ``shell.py`` fills the
+template ``page.html`` with it, with ``page.css`` and five scripts.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm_probe.errors import ReportError
+from lvlm_probe.pages.samples import gather
+from lvlm_probe.pages.shell import asset, json_for_script, page_text, refuse_existing, write_text
+
+if TYPE_CHECKING:
+    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.metrics import Score
+
+__all__ = ["report"]
+
+_SCRIPTS = ("draw.js", "answer.js", "trial.js", "theme.js", "page.js")
+_TITLE = "Where the answer came from"
+
+
+def report(
+    heats: Heatmap | Iterable[Heatmap],
+    *,
+    scores: Score | Iterable[Score | None] | None = None,
+    out: str | os.PathLike[str],
+    title: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write one self-contained HTML page about one or more explained answers.
+
+    Heatmaps of one trace share a sample of the page: its first one is the map on show, the others are reached by their
+    words. Heatmaps of several traces make a page with several samples.
+
+    Args:
+        heats: The heatmaps, in the order of showing; one or many.
+        scores: What `evaluate` said of each heatmap, in the same order; ``None`` for one that was not evaluated. The
+            page says "not checked" of every map without a score.
+        out: The file to write. Missing folders are made.
+        title: Headline of the page.
+        overwrite: Replace ``out`` if it exists.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ReportError: no heatmaps, not one score per heatmap, things that are neither; ``out`` exists or cannot be
+            written.
+    """
+    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.metrics import Score
+
+    heat_list: list[Any] = list(heats) if isinstance(heats, Iterable) else [heats]
+    score_list: list[Any] = list(scores) if isinstance(scores, Iterable) else [scores]
+    if scores is None:
+        score_list = [None] * len(heat_list)
+    for thing in heat_list:
+        if not isinstance(thing, Heatmap):
+            raise ReportError(f"report() shows heatmaps, as explain() returns them; got a {type(thing).__name__}")
+    for thing in score_list:
+        if not (thing is None or isinstance(thing, Score)):
+            raise ReportError(f"scores are what evaluate() returns, or None; got a {type(thing).__name__}")
+    if not heat_list:
+        raise ReportError("report() was given no heatmaps: pass at least one, report([heat], out=...)")
+    if len(score_list) != len(heat_list):
+        raise ReportError(
+            f"report() was given {len(heat_list)} heatmaps but {len(score_list)} scores: "
+            "pass one score per heatmap, in the same order, None where there is none"
+        )
+    path = Path(out)
+    refuse_existing(path, overwrite=overwrite)
+    samples = gather(heat_list, score_list)
+    text = _fill(samples, title or _TITLE)
+    write_text(path, text, overwrite=overwrite)
+    return path
+
+
+def _fill(samples: list[dict[str, Any]], title: str) -> str:
+    script = "\n".join(asset(name) for name in _SCRIPTS)
+    data = json_for_script({"samples": samples})
+    return page_text("page.html", title, asset("page.css"), script, summary=_summary(samples), data=data)
+
+
+def _summary(samples: Sequence[Mapping[str, Any]]) -> str:
+    """What a reader without JavaScript gets: each question, answer and verdict, as escaped text."""
+    rows = []
+    for sample in samples:
+        verdict = sample["maps"][0]["verdict"]
+        said = " ".join([verdict["title"], *verdict["reasons"]])
+        rows.append(
+            f"<p><b>{html.escape(sample['question'] or 'Question not known')}</b><br>"
+            f"{html.escape(sample['answer'] or 'Answer not known')}<br>{html.escape(said)}</p>"
+        )
+    return "\n".join(rows)

@@ -1,0 +1,96 @@
+"""The shell of every page: template, security policy, assets, and the file written whole.
+
+A page is one HTML file that is complete in itself. Its content security policy forbids every connection, and every
+script and style but its own, which it names by their digests. Data stand in it as JSON that cannot end its script
+element, and the scripts put each string on the page as text, so an answer may contain any HTML it likes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lvlm_probe._version import __version__
+from lvlm_probe.errors import ReportError
+from lvlm_probe.files import write_whole
+
+__all__ = ["asset", "json_for_script", "page_text", "refuse_existing", "write_text"]
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    """Raise ``ReportError`` where a page cannot be written to ``path``: before the work rather than after it."""
+    if path.is_dir():
+        raise ReportError(
+            f"cannot write the report: {path} is a folder; name a file in it, such as {path / 'report.html'}"
+        )
+    if path.exists() and not overwrite:
+        raise ReportError(f"cannot write the report: {path} exists; name another file, or pass overwrite=True")
+
+
+def write_text(path: Path, text: str, *, overwrite: bool) -> None:
+    """Write a page, whole or not at all; missing folders are made. Raises ``ReportError``."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_existing(path, overwrite=overwrite)
+        write_whole(path, text)
+    except OSError as error:
+        raise ReportError(f"cannot write the report to {path}: {error.strerror or error}") from error
+
+
+def page_text(
+    template: str, title: str, style: str, script: str, *, body: str = "<body>", beside: bool = False, **parts: str
+) -> str:
+    """Fill a template under the head of all pages.
+
+    Args:
+        template: its name among the assets.
+        title: as text; it is escaped here.
+        style, script: what the page's policy allows, by their digests, and nothing else.
+        body: the opening tag.
+        beside: the policy allows scripts that lie beside the page too.
+        parts: put in as they are: markup, whose text has been escaped.
+    """
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            "img-src data:",
+            f"style-src '{_digest(style)}'",
+            # A page opened from disk has no origin of its own to allow, only the scheme.
+            f"script-src '{_digest(script)}'" + (" 'self' file:" if beside else ""),
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+    parts |= {
+        "policy": policy,
+        "body": body,
+        "title": html.escape(title),
+        "writer": html.escape(f"lvlm_probe {__version__}"),
+        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "style": style,
+        "script": script,
+    }
+    # One pass, so that a "{{...}}" inside a title or an answer stays what it is.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("head.html") + asset(template))
+
+
+def asset(name: str) -> str:
+    """Read a template, style or script."""
+    return resources.files("lvlm_probe.pages").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def json_for_script(value: Any) -> str:
+    """Return JSON that cannot end the script element it stands in, nor open a comment in it."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"})
