@@ -84,9 +84,9 @@ def read_record(path: Path, *, way_out: str = "") -> dict[str, Any] | None:
     except OSError as error:
         raise ProbeError(f"{path} cannot be read: {'; '.join(causes(error))}") from error
     except RecursionError as error:
-        raise ProbeError(f"{path} is damaged: it is nested too deep{then}") from error
+        raise ProbeError(f"{path} is damaged (nested too deep){then}") from error
     except ValueError as error:
-        raise ProbeError(f"{path} is damaged: {error}{then}") from error
+        raise ProbeError(f"{path} is damaged ({error}){then}") from error
     if not isinstance(record, dict):
         raise ProbeError(f"{path} is no record: it holds no object{then}")
     return record

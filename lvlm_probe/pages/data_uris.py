@@ -8,7 +8,7 @@ import io
 import numpy as np
 from PIL import Image
 
-__all__ = ["LONG_SIDE", "data_uri", "encode_seen", "encode_values", "shrink"]
+__all__ = ["LONG_SIDE", "data_uri", "encode_seen", "encode_values", "packed_bits", "shrink"]
 
 LONG_SIDE = 1024
 """Longest side of an embedded picture, in pixels."""
@@ -63,8 +63,13 @@ def encode_seen(seen: np.ndarray) -> dict[str, object] | None:
     if grid.all():
         return None
     coarse = _reduce(grid.astype(np.float32), _MAX_SEEN) >= 0.5
-    height, width = coarse.shape
-    return {"w": width, "h": height, "data": base64.b64encode(np.packbits(coarse.ravel()).tobytes()).decode()}
+    return packed_bits(coarse)
+
+
+def packed_bits(cells: np.ndarray) -> dict[str, object]:
+    """Return cells, ``(row, col)`` bool, as ``{w, h, data}`` of packed bits."""
+    height, width = cells.shape
+    return {"w": width, "h": height, "data": base64.b64encode(np.packbits(cells.ravel()).tobytes()).decode()}
 
 
 def _reduce(grid: np.ndarray, most: int) -> np.ndarray:

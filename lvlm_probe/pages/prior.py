@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_probe.pages.plain import nats, without_folders
-from lvlm_probe.pages.shell import asset, json_for_script, page_text, refuse_existing, write_text
+from lvlm_probe.pages.plain import rounded, spelled, without_folders
+from lvlm_probe.pages.shell import asset, json_for_script, page_text, refuse_existing, without_script, write_text
 
 if TYPE_CHECKING:
     from lvlm_probe.importing.meter import Reading, Unread
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["write_page"]
 
 DEFAULT_TITLE = "From the picture, or from habit?"
-_PLAIN_ROWS = 50  # shown where JavaScript is off
-_BAND_NAMES = {
-    "habit": "from habit", "mixed": "mixed", "picture": "from the picture", "unknown": "not known",
-}  # fmt: skip
+_BAND_NAMES: dict[str, str] = {
+    "habit": "from habit",
+    "mixed": "mixed",
+    "picture": "from the picture",
+    "unknown": "not known",
+}
 
 
 def write_page(
@@ -70,12 +72,8 @@ def write_page(
 
 
 def _row(reading: Reading, pictures: dict[bytes, int], sources: list[str]) -> dict[str, Any]:
-    words, end = [], 0
-    for word, llr in zip(reading.words, reading.llr, strict=True):
-        text = "".join(reading.pieces[word.start : word.stop])
-        before = "".join(reading.pieces[end : word.start]) + text[: len(text) - len(text.lstrip())]
-        words.append([before, text.strip(), _rounded(llr)])
-        end = word.stop
+    texts, _ = spelled(reading.pieces, reading.words)
+    words = [[*text, rounded(llr)] for text, llr in zip(texts, reading.llr, strict=True)]
     return {
         "source": reading.source,
         "id": reading.id,
@@ -83,21 +81,16 @@ def _row(reading: Reading, pictures: dict[bytes, int], sources: list[str]) -> di
         "answer": reading.answer,
         "words": words,
         "band": reading.band,
-        "drop": _rounded(reading.drop, 4),
-        "normalised": _rounded(reading.drop_normalised, 4),
-        "share": _rounded(reading.share, 4),
-        "llr": _rounded(reading.mean_llr, 4),
-        "total": _rounded(reading.log_prob - reading.baseline_log_prob),
+        "drop": rounded(reading.drop, 4),
+        "normalised": rounded(reading.drop_normalised, 4),
+        "share": rounded(reading.share, 4),
+        "llr": rounded(reading.mean_llr, 4),
+        "total": rounded(reading.log_prob - reading.baseline_log_prob),
         "seen": [sum(reading.counts), len(reading.seen)],
         "baseline": reading.baseline,
         "elsewhere": reading.elsewhere,
         "picture": _picture(reading, pictures, sources),
     }
-
-
-def _rounded(value: float, digits: int = 2) -> float | None:
-    known = nats(value)
-    return None if known is None else round(known, digits)
 
 
 def _picture(reading: Reading, known: dict[bytes, int], sources: list[str]) -> int | None:
@@ -160,15 +153,12 @@ def _baseline(readings: Sequence[Reading]) -> str:
 
 
 def _plain(readings: Sequence[Reading]) -> str:
-    """What a reader without JavaScript gets: the first ranks as text."""
-    rows = [
+    rows = (
         f"<p><b>{html.escape(reading.question)}</b><br>{html.escape(reading.answer)}<br>"
         f"{_BAND_NAMES[reading.band]}, drop {_percent(reading.drop)}</p>"
-        for reading in readings[:_PLAIN_ROWS]
-    ]
-    if len(readings) > _PLAIN_ROWS:
-        rows.append(f"<p>… and {len(readings) - _PLAIN_ROWS} more.</p>")
-    return "\n".join(rows)
+        for reading in readings
+    )
+    return without_script(rows, len(readings))
 
 
 def _percent(share: float) -> str:

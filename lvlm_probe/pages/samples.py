@@ -16,7 +16,7 @@ from lvlm_probe.errors import ProbeError
 from lvlm_probe.images import make_baseline
 from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY
 from lvlm_probe.pages.data_uris import data_uri, encode_seen, encode_values, shrink
-from lvlm_probe.pages.plain import nats, plain, probability, without_folders
+from lvlm_probe.pages.plain import nats, plain, probability, spelled, without_folders
 from lvlm_probe.words import group_words
 
 if TYPE_CHECKING:
@@ -107,25 +107,24 @@ def answer_of(trace: Trace | None, heat: Heatmap, notes: list[str]) -> dict[str,
     without = with_picture - ratios
     words = group_words(pieces, special)
     shown = ["" if flag else piece for piece, flag in zip(pieces, special, strict=True)]
-    rows, end = [], 0
-    for word in words:
+    texts, tail = spelled(shown, words)
+    rows = []
+    for word, (before, text) in zip(words, texts, strict=True):
         span = slice(word.start, word.stop)
-        text = "".join(shown[span])
         rows.append(
             {
-                "text": text.strip(),
-                "before": "".join(shown[end : word.start]) + text[: len(text) - len(text.lstrip())],
+                "text": text,
+                "before": before,
                 "tokens": list(range(word.start, word.stop)),
                 "p": probability(with_picture[span].sum()),
                 "p0": probability(without[span].sum()),
                 "llr": nats(ratios[span].sum()),
             }
         )
-        end = word.stop
     return {
         "answer": "".join(shown).strip(),
         "words": rows,
-        "tail": "".join(shown[end:]).rstrip(),
+        "tail": tail,
         "tokens": [
             {"text": piece, "special": flag, "p": probability(a), "p0": probability(b), "llr": nats(c)}
             for piece, flag, a, b, c in zip(pieces, special, with_picture, without, ratios, strict=True)

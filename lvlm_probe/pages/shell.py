@@ -10,8 +10,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import itertools
 import json
 import re
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -21,7 +23,9 @@ from lvlm_probe._version import __version__
 from lvlm_probe.errors import ReportError
 from lvlm_probe.files import write_whole
 
-__all__ = ["asset", "json_for_script", "page_text", "refuse_existing", "write_text"]
+__all__ = ["asset", "json_for_script", "page_text", "refuse_existing", "without_script", "write_text"]
+
+_PLAIN_ROWS = 50
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -94,3 +98,11 @@ def json_for_script(value: Any) -> str:
     """Return JSON that cannot end the script element it stands in, nor open a comment in it."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"})
+
+
+def without_script(rows: Iterable[str], total: int) -> str:
+    """Return what a reader without JavaScript gets: the first rows, and how many more there are."""
+    shown = list(itertools.islice(rows, _PLAIN_ROWS))
+    if total > _PLAIN_ROWS:
+        shown.append(f"<p>… and {total - _PLAIN_ROWS} more.</p>")
+    return "\n".join(shown)

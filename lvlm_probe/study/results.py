@@ -15,6 +15,10 @@ from lvlm_probe.study.spec import ModelSpec, Study
 __all__ = ["Results", "collect"]
 
 
+_UNKNOWN = dict.fromkeys(("true_answer", "group", "drop", "drop_normalised", "map", "deletion", "insertion"))
+"""Entries that a record may lack."""
+
+
 @dataclass(frozen=True)
 class Results:
     """What is finished of a study, as its specification stands now.
@@ -80,6 +84,7 @@ def collect(study: Study) -> Results:
         expected = wanted.get(str(record.get("model")))
         if expected is None or record.get("dataset") not in study.datasets or not _holds(record, expected):
             continue
+        record = {**_UNKNOWN, **record}
         correct = None
         if record["status"] == "done":
             correct = is_correct(record["answer"], record["true_answer"], record["choices"])
@@ -93,8 +98,9 @@ def collect(study: Study) -> Results:
             continue
         for name, expected in rows.items():
             if _holds(record, expected):
-                if record["status"] == "done" and record["map"] is not None:
-                    map_records.require(key, record, "deletion", "insertion", "passes", "measured")
+                record = {**_UNKNOWN, **record}
+                if record["status"] == "done":
+                    map_records.require(key, record, *(["reason"] if record["map"] is None else ["passes", "measured"]))
                 about = {field: answer[field] for field in ("model", "dataset", "sample", "group", "correct")}
                 maps.append({**record, **about, "key": key, "row": name})
     kept, dropped = _filtered(study, answers.values())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,8 @@ import numpy as np
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.heatmap import Heatmap, resample
 from lvlm_probe.metrics.similarity import on_grid, spearman
-from lvlm_probe.pages.data_uris import data_uri, encode_seen, shrink
-from lvlm_probe.pages.plain import nats, without_folders
+from lvlm_probe.pages.data_uris import data_uri, encode_seen, packed_bits, shrink
+from lvlm_probe.pages.plain import rounded, without_folders
 from lvlm_probe.study.pages.changes import Region, changed_region, looking, order_of, question_diff, references, stance
 from lvlm_probe.study.pages.stored import Key, Opened, Stored, selected_words, words_of
 from lvlm_probe.study.tables.cells import objection
@@ -74,7 +73,7 @@ def rank_correlation(first: Heatmap, second: Heatmap) -> float | None:
     right = on_grid(np.asarray(second.values), first.shape)
     seen = first.seen & (on_grid(second.seen.astype(np.float32), first.shape) > 0)
     try:
-        return _rounded(spearman(np.asarray(first.values, dtype=np.float64)[seen], right[seen]), 3)
+        return rounded(spearman(np.asarray(first.values, dtype=np.float64)[seen], right[seen]), 3)
     except ProbeError:
         return None
 
@@ -145,7 +144,7 @@ def _answer(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     if record["status"] != "done":
         return {"failed": _told(f"{record['error']}: {record['reason']}")}
-    return {"text": record["answer"].strip(), "correct": record["correct"], "drop": _rounded(record.get("drop"), 4)}
+    return {"text": record["answer"].strip(), "correct": record["correct"], "drop": rounded(record.get("drop"), 4)}
 
 
 def _scores(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -153,11 +152,11 @@ def _scores(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if record is None or record["status"] != "done" or record["map"] is None:
         return None
     return {
-        "deletion": _rounded(record.get("deletion"), 4),
-        "insertion": _rounded(record.get("insertion"), 4),
+        "deletion": rounded(record.get("deletion"), 4),
+        "insertion": rounded(record.get("insertion"), 4),
         "trusted": record.get("trusted"),
         **({} if objection(record) is None else {"counts": False}),
-        **({} if record.get("pointing") is None else {"pointing": _rounded(record["pointing"], 3)}),
+        **({} if record.get("pointing") is None else {"pointing": rounded(record["pointing"], 3)}),
     }
 
 
@@ -169,7 +168,7 @@ def _words(opened: Opened, record: Mapping[str, Any] | None, model: str) -> dict
     if trace is None:
         return {"words": [], "tail": record["answer"].strip()}
     words, tail = words_of(trace)
-    return {"words": [[before, text, _rounded(llr, 2)] for before, text, llr in words], "tail": tail}
+    return {"words": [[before, text, rounded(llr, 2)] for before, text, llr in words], "tail": tail}
 
 
 def _map(stored: Stored, opened: Opened, key: Key, model: str, row: str) -> dict[str, Any] | None:
@@ -232,24 +231,29 @@ def _compare(stored: Stored, key: Key, other: Key, index: dict[str, Any], detail
     index["same"] = same
     index["fooled"] = [None if one is None or about.get("true_answer") is None else one and differ for one in same]
     index["looked"] = [[_lift(look) for look in of] for of in looks]
+    asked = None
+    if about["question"] != before["question"]:
+        asked = [list(part) for part in question_diff(before["question"], about["question"])]
     detail["change"] = {
-        "question": None if about["question"] == before["question"] else
-        [list(part) for part in question_diff(before["question"], about["question"])],
+        "question": asked,
         "picture": about["picture"] != before["picture"],
         "region": None if region.mask is None else _bits(region.mask),
-        "share": _rounded(region.share, 4),
+        "share": rounded(region.share, 4),
         "reason": region.reason,
         "truth": differ,
-        "looks": [[None if look is None else {name: _rounded(value, 4) for name, value in look.items()} for look in of]
-                  for of in looks],
-    }  # fmt: skip
+        "looks": [[_rounded_look(look) for look in of] for of in looks],
+    }
+
+
+def _rounded_look(look: Mapping[str, float | None] | None) -> dict[str, float | None] | None:
+    return None if look is None else {name: rounded(value, 4) for name, value in look.items()}
 
 
 def _lift(look: Mapping[str, float | None] | None) -> float | None:
     """How many times its share of the area a region has of a map."""
     if look is None or look["mass"] is None or not look["area"]:
         return None
-    return _rounded(look["mass"] / look["area"], 3)
+    return rounded(look["mass"] / look["area"], 3)
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -265,7 +269,7 @@ def _pairs(heats: Sequence[Heatmap | None]) -> list[float | None]:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return _rounded(sum(known) / len(known), 3) if known else None
+    return rounded(sum(known) / len(known), 3) if known else None
 
 
 def _encoded(values: np.ndarray) -> dict[str, Any]:
@@ -285,12 +289,7 @@ def _bits(mask: np.ndarray) -> dict[str, Any]:
     shape = (max(1, round(mask.shape[0] * scale)), max(1, round(mask.shape[1] * scale)))
     share = resample(mask.astype(np.float32), shape)
     coarse = share >= min(1 / 3, float(share.max()))
-    return {"w": shape[1], "h": shape[0], "data": base64.b64encode(np.packbits(coarse.ravel()).tobytes()).decode()}
-
-
-def _rounded(value: Any, digits: int) -> float | None:
-    known = None if value is None or not math.isfinite(value) else nats(float(value))
-    return None if known is None else round(known, digits)
+    return packed_bits(coarse)
 
 
 def _told(text: str | None) -> str | None:

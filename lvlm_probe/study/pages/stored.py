@@ -12,6 +12,7 @@ import numpy as np
 
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.pages.plain import spelled
 from lvlm_probe.study.run.word_maps import read_words
 from lvlm_probe.trace import Trace, open_trace
 
@@ -105,15 +106,12 @@ def words_of(trace: Trace) -> tuple[list[list[Any]], str]:
     """The answer word by word, ``[text before it, the word, its log-likelihood ratio or None]``, and what follows."""
     llr = trace.llr
     shown = ["" if special else piece for piece, special in zip(trace.tokens, trace.special.tolist(), strict=True)]
+    texts, tail = spelled(shown, trace.words)
     found: list[list[Any]] = []
-    end = 0
-    for word in trace.words:
-        text = "".join(shown[word.start : word.stop])
-        before = "".join(shown[end : word.start]) + text[: len(text) - len(text.lstrip())]
+    for word, (before, text) in zip(trace.words, texts, strict=True):
         ratio = float("nan") if llr is None else float(np.asarray(llr[word.start : word.stop], dtype=np.float64).sum())
-        found.append([before if found else before.lstrip(), text.strip(), ratio])
-        end = word.stop
-    return found, "".join(shown[end:]).rstrip()
+        found.append([before if found else before.lstrip(), text, ratio])
+    return found, tail
 
 
 def with_sets(results: Results) -> Results:

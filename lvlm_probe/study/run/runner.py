@@ -178,7 +178,7 @@ class Worker:
     def _lacks_words(self, unit: str) -> dict[str, Any] | None:
         """The record of a finished map that a study which now asks for word maps made without them, else ``None``."""
         record = self.maps.read(unit) if self.study.settings.words else None
-        if record is None or record["status"] != "done" or record["map"] is None:
+        if record is None or record["status"] != "done" or record.get("map") is None:
             return None
         again = "words" not in record or (self.retry_failed and "words_failed" in record)
         return {name: value for name, value in record.items() if name != "words_failed"} if again else None

@@ -26,10 +26,11 @@ def verdict(study: Study, records: Mapping[str, Mapping[str, Any] | None]) -> st
             return f"{model} has not answered yet"
         if record["status"] != "done":
             return f"{model} failed: {record['reason']}"
-        if record[which] is None:
+        drop = record.get(which)
+        if drop is None:
             return f"{model} gives the answer a probability that is no number"
-        if not record[which] >= rule.minimum_drop:
-            return f"{model} hardly needs the picture (drop {record[which]:.2f} < {rule.minimum_drop:g})"
+        if not drop >= rule.minimum_drop:
+            return f"{model} hardly needs the picture (drop {drop:.2f} < {rule.minimum_drop:g})"
     return None
 
 

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,120 +181,82 @@ class Records:
 
 # --- the shape of a record --------------------------------------------------------------------------------------------
 
-_NUMBER, _TEXT, _FLAG = "a number", "a text", "true or false"
-_KINDS: Mapping[str, Callable[[Any], bool]] = {
-    _NUMBER: lambda value: (
-        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+_ENTRIES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "a text",
+        _is_text,
+        "status error reason model dataset sample picture question answer fingerprint source group role text verdict "
+        "map machine human_failed words_failed",
     ),
-    _TEXT: lambda value: isinstance(value, str),
-    _FLAG: lambda value: isinstance(value, bool),
-}
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What a value is: one of some kinds, ``None`` too where it is ``optional``, and a list of such where ``many``; or
-    a mapping with known entries, of which the ``needed`` ones have to be there."""
-
-    kinds: tuple[str, ...] = ()
-    optional: bool = False
-    many: bool = False
-    entries: Mapping[str, _Shape] = field(default_factory=dict)
-    needed: tuple[str, ...] = ()
-
-    def fault(self, value: Any, where: str) -> str | None:
-        if self.many and isinstance(value, list):
-            return next((found for item in value if (found := self._of_one(item, where)) is not None), None)
-        if value is None and self.optional:
-            return None
-        return f"{where} is no list" if self.many and not self.optional else self._of_one(value, where)
-
-    def _of_one(self, value: Any, where: str) -> str | None:
-        if self.kinds:
-            return None if any(_KINDS[kind](value) for kind in self.kinds) else f"{where} is not {self.kinds[0]}"
-        if not isinstance(value, dict):
-            return f"{where} is no mapping"
-        missing = next((name for name in self.needed if name not in value), None)
-        if missing is not None:
-            return f"{where} has no {missing!r}"
-        known = ((name, shape) for name, shape in self.entries.items() if name in value)
-        return next((found for name, shape in known if (found := shape.fault(value[name], name)) is not None), None)
-
-
-def _all(shape: _Shape, *names: str) -> dict[str, _Shape]:
-    return dict.fromkeys(names, shape)
-
-
-_SCORE = _Shape((_NUMBER,), optional=True)
-_WORDS = _Shape((_TEXT,))
-_AREAS = _Shape(entries=_all(_SCORE, "deletion", "insertion"), needed=("deletion", "insertion"))
-_PEOPLE = ("soft_iou", "rank_correlation", "auc_judd", "nss")
-_RECORD = _Shape(
-    entries={
-        **_all(_WORDS, "status", "error", "model", "dataset", "sample", "picture", "question", "answer"),
-        **_all(_WORDS, "fingerprint", "source", "human_failed", "words_failed"),
-        **_all(_Shape((_TEXT,), optional=True), "reason", "group", "role", "text", "verdict"),
-        **_all(_SCORE, "log_prob", "baseline_log_prob", "drop", "drop_normalised", "deletion", "insertion"),
-        **_all(_SCORE, "tie_share", "pointing", "energy", "average_precision", "iou"),
-        "set": _Shape((_TEXT, _NUMBER), optional=True),
-        "true_answer": _Shape((_TEXT,), optional=True, many=True),
-        "choices": _Shape((_TEXT,), many=True),
-        "map": _Shape((_TEXT,), optional=True),
-        "trusted": _Shape((_FLAG,), optional=True),
-        "passes": _Shape(entries=_all(_Shape((_NUMBER,)), "forward", "backward"), needed=("forward", "backward")),
-        "baseline_check": _Shape(entries=_all(_SCORE, "original_probability", "mean_probability"), optional=True),
-        "release": _AREAS,
-        "common": _Shape(
-            entries={
-                **_AREAS.entries,
-                "trusted": _Shape((_FLAG,), optional=True),
-                "verdict": _Shape((_TEXT,), optional=True),
-                "baseline_check": _Shape(entries=_all(_SCORE, "original_probability", "mean_probability")),
-            },
-            needed=_AREAS.needed,
-        ),
-        "human": _Shape(entries=_all(_SCORE, *_PEOPLE), needed=_PEOPLE, many=True),
-        "words": _Shape(
-            entries={**_all(_WORDS, "text", "map", "reason"), "tokens": _Shape((_NUMBER,), many=True)},
-            needed=("text", "tokens"),
-            many=True,
-        ),
-        "measured": _Shape(
-            entries={
-                **_all(_Shape((_NUMBER,)), "seconds", "unit_seconds", "processor_seconds", "judged_seconds"),
-                "machine": _WORDS,
-                "memory": _Shape(entries=_all(_SCORE, "measured_peak", "weights"), optional=True),
-            },
-            needed=("seconds",),
-        ),
-    }
+    (
+        "a number",
+        _is_number,
+        "log_prob baseline_log_prob drop drop_normalised deletion insertion tie_share pointing energy iou seconds "
+        "average_precision original_probability mean_probability soft_iou rank_correlation auc_judd nss forward "
+        "backward unit_seconds processor_seconds judged_seconds measured_peak weights",
+    ),
+    ("true or false", lambda value: isinstance(value, bool), "trusted"),
+    ("a mapping", _is_mapping, "passes measured memory baseline_check release common"),
+    ("a list of mappings", _list_of(_is_mapping), "human words"),
+    ("a list of texts", _list_of(_is_text), "choices"),
+    ("a list of numbers", _list_of(_is_number), "words.tokens"),
+    ("a text or a list of texts", lambda value: _is_text(value) or _list_of(_is_text)(value), "true_answer"),
 )
-"""Entries of a record that something is read from; of others, anything may stand there."""
+_CHECKS = {name: (kind, check) for kind, check, names in _ENTRIES for name in names.split()}
+"""What the entries are that something is made of, at any depth; each may be ``null`` or missing besides."""
 
-_NEEDED = {
-    ("answer", "done"): ("sample", "question", "answer", "true_answer", "choices", "group", "drop", "drop_normalised"),
-    ("answer", "failed"): ("sample", "question", "group", "error", "reason"),
-    ("map", "done"): ("map",),
-    ("map", "failed"): ("error", "reason"),
-}
+
+_NEEDED_IN = {"passes": ("forward", "backward"), "measured": ("seconds",), "words": ("text", "tokens")}
 
 
 def _fault(record: Mapping[str, Any]) -> str | None:
-    """Say what is wrong with a record that anybody may have written; ``None`` where nothing is."""
-    found = _RECORD.fault(record, "it")
-    if found is not None:
-        return found
-    unit, status = record.get("unit"), str(record.get("status"))
-    if unit is None:
-        return None  # of a model
-    if not isinstance(unit, str) or (unit, status) not in _NEEDED:
+    """What is wrong with a record that anybody may have written; ``None`` where nothing is."""
+    unit, status, file = record.get("unit"), record.get("status"), record.get("map")
+    if unit is not None and (unit not in ("answer", "map") or status not in ("done", "failed")):
         return f"it is of a unit {unit!r} with status {status!r}"
-    if record.get("map") is not None and (Path(record["map"]).name != record["map"] or "\\" in record["map"]):
+    if isinstance(file, str) and (Path(file).name != file or "\\" in file):
         return "map is no name of a file beside it"
-    empty = unit == "map" and status == "done" and record.get("map") is None
-    return _missing(record, (*_NEEDED[unit, status], *(("reason",) if empty else ())))
+    needed = ["sample", "question"] if unit == "answer" else []
+    if unit is not None and status == "failed":
+        needed += ["error", "reason"]
+    elif unit == "answer":
+        needed += ["answer", "choices"]
+    return _wrong_entry(record, "") or _missing(record, needed)
+
+
+def _wrong_entry(record: Mapping[str, Any], where: str) -> str | None:
+    for name, value in record.items():
+        found = _CHECKS.get(f"{where}{name}") or _CHECKS.get(name)
+        if value is None or found is None:
+            continue
+        kind, check = found
+        if not check(value):
+            return f"{name} is not {kind}"
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict):
+                fault = _wrong_entry(item, f"{name}.") or _missing(item, _NEEDED_IN.get(name, ()))
+                if fault is not None:
+                    return f"{name}: {fault}"
+    return None
 
 
 def _missing(record: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    missing = next((name for name in names if name not in record), None)
+    missing = next((name for name in names if record.get(name) is None), None)
     return None if missing is None else f"it has no {missing!r}"

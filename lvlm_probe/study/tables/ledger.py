@@ -147,7 +147,7 @@ def _pair(number: int, record: Mapping[str, Any]) -> tuple[float | None, float |
         people = record.get("human") or []
         means = []
         for key in ("soft_iou", "rank_correlation"):
-            there = [float(person[key]) for person in people if person[key] is not None]
+            there = [float(person[key]) for person in people if person.get(key) is not None]
             means.append(sum(there) / len(there) if there else None)
         return means[0], means[1]
     if number == 9:
@@ -156,4 +156,4 @@ def _pair(number: int, record: Mapping[str, Any]) -> tuple[float | None, float |
     if objection(record) is not None:
         return None, None
     own_rule = record.get("release") or record
-    return own_rule["deletion"], own_rule["insertion"]
+    return own_rule.get("deletion"), own_rule.get("insertion")

@@ -60,8 +60,9 @@ def table1(results: Results) -> Table:
     for model in results.study.models:
         for dataset in results.study.datasets:
             here = [record for record in results.answers if (record["model"], record["dataset"]) == (model, dataset)]
-            done = [record for record in here if record["status"] == "done" and record["drop"] is not None]
-            failed.update(_NO_NUMBER for record in here if record["status"] == "done" and record["drop"] is None)
+            answered = [record for record in here if record["status"] == "done"]
+            done = [record for record in answered if None not in (record["drop"], record["drop_normalised"])]
+            failed.update([_NO_NUMBER] * (len(answered) - len(done)))
             failed.update(f"{record['error']}: {record['reason']}" for record in here if record["status"] == "failed")
             cells: list[Cell] = [model, dataset, len(done)]
             for which in ("drop", "drop_normalised"):

@@ -97,7 +97,7 @@ def _naming(results: Results, number: int) -> list[str]:
 
 
 def _over_people(humans: Sequence[Mapping[str, Any]], key: str) -> float:
-    values = [float(item[key]) for item in humans if item[key] is not None]
+    values = [float(item[key]) for item in humans if item.get(key) is not None]
     return sum(values) / len(values) if values else math.nan
 
 
