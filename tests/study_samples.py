@@ -47,17 +47,37 @@ def results(
             about = {"model": model, "dataset": "scenes", "sample": str(n), "group": "even" if n % 2 == 0 else "odd"}
             correct = (n + m) % 3 != 0
             answers.append(
-                {**about, "key": key, "status": "done", "question": question.format(n=n),
-                 "answer": "".join(PIECES[:-1]), "true_answer": "red", "choices": [], "picture": f"{n}",
-                 "correct": correct, "drop": 0.9, "drop_normalised": 0.5}
-            )  # fmt: skip
+                {
+                    **about,
+                    "key": key,
+                    "status": "done",
+                    "question": question.format(n=n),
+                    "answer": "".join(PIECES[:-1]),
+                    "true_answer": "red",
+                    "choices": [],
+                    "picture": f"{n}",
+                    "correct": correct,
+                    "drop": 0.9,
+                    "drop_normalised": 0.5,
+                }
+            )
             for k, method in enumerate(methods):
                 maps.append(
-                    {**about, "key": f"{key}{k}", "answer": key, "row": method, "status": "done", "map": f"{key}{k}.h5",
-                     "correct": correct, "text": "red", "deletion": round(0.5 - 0.5 * n / samples, 4),
-                     "insertion": round(0.4 + 0.5 * n / samples, 4), "trusted": k == 0,
-                     "verdict": "no objection" if k == 0 else "do not trust: too many ties; it is only a test"}
-                )  # fmt: skip
+                    {
+                        **about,
+                        "key": f"{key}{k}",
+                        "answer": key,
+                        "row": method,
+                        "status": "done",
+                        "map": f"{key}{k}.h5",
+                        "correct": correct,
+                        "text": "red",
+                        "deletion": round(0.5 - 0.5 * n / samples, 4),
+                        "insertion": round(0.4 + 0.5 * n / samples, 4),
+                        "trusted": k == 0,
+                        "verdict": "no objection" if k == 0 else "do not trust: too many ties; it is only a test",
+                    }
+                )
     kept = tuple(str(n) for n in range(samples))
     return Results(study(out, models, methods), tuple(answers), tuple(maps), {"scenes": kept}, {"scenes": {}})
 

@@ -82,9 +82,15 @@ def meter(
     try:
         with bar(f"measuring {source.name}") as advance:
             for one in measure(
-                source, loaded, processor, alpha=alpha, baseline=own_baseline, images=images, columns=columns,
+                source,
+                loaded,
+                processor,
+                alpha=alpha,
+                baseline=own_baseline,
+                images=images,
+                columns=columns,
                 limit=limit,
-            ):  # fmt: skip
+            ):
                 found.append(one)
                 advance(len(found), max(total, len(found)))
     except KeyboardInterrupt:
@@ -103,9 +109,13 @@ def meter(
         print_json(_summary(readings, unread, out, table))
         return
     counts = _counts(readings)
-    say((f"{len(readings)} answers: ", "bold"), f"{counts['habit']} from habit (drop below 30 %), {counts['mixed']} "
-        f"mixed, {counts['picture']} from the picture (above 70 %)"
-        + (f", {counts['unknown']} whose probability is no number" if counts["unknown"] else ""))  # fmt: skip
+    bands = [
+        f"{counts['habit']} from habit (drop below 30 %)",
+        f"{counts['mixed']} mixed",
+        f"{counts['picture']} from the picture (above 70 %)",
+    ]
+    bands += [f"{counts['unknown']} whose probability is no number"] if counts["unknown"] else []
+    say((f"{len(readings)} answers: ", "bold"), ", ".join(bands))
     for reading in readings[:_SHOWN]:
         say(
             ("      –    " if math.isnan(reading.drop) else f"  {max(0.0, 100 * reading.drop):5.1f} %  ", "dim"),

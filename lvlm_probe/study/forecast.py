@@ -118,15 +118,23 @@ class Forecast:
         rows: list[tuple[Cell, ...]] = []
         for line in self.lines:
             passes = "not known" if line.forward is None else f"{line.forward} + {line.backward}"
-            rows.append((
-                line.model, line.dataset, " = ".join(line.rows), line.maps, passes, line.judging,
-                None if line.peak is None else planning.show_bytes(line.peak),
-                None if line.total is None else planning.show_bytes(line.total),
-                line.seconds, line.hours, line.problem or "",
-            ))  # fmt: skip
-        head = ("model", "data set", "method", "maps", "passes", "judging", "peak beside weights", "with weights",
-                "seconds per map", "hours", "")  # fmt: skip
-        return Table("plan", "", head, tuple(rows), labels=3)
+            memory = (None if size is None else planning.show_bytes(size) for size in (line.peak, line.total))
+            head = (line.model, line.dataset, " = ".join(line.rows), line.maps, passes, line.judging)
+            rows.append((*head, *memory, line.seconds, line.hours, line.problem or ""))
+        columns = (
+            "model",
+            "data set",
+            "method",
+            "maps",
+            "passes",
+            "judging",
+            "peak beside weights",
+            "with weights",
+            "seconds per map",
+            "hours",
+            "",
+        )
+        return Table("plan", "", columns, tuple(rows), labels=3)
 
     def sentences(self) -> list[str]:
         """What the table adds up to, and how far it can be believed."""

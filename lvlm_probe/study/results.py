@@ -39,31 +39,26 @@ class Results:
     kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
+    def maps_of(self, *, model: str | None = None, dataset: str | None = None, row: str | None = None) -> Iterator[Any]:
+        """Maps of one model, data set, row, failed and empty ones too; ``None`` is any."""
+        for record in self.maps:
+            wanted = (model, record["model"]), (dataset, record["dataset"]), (row, record["row"])
+            if all(name in (None, given) for name, given in wanted):
+                yield record
+
     def chosen(self, *, model: str | None = None, dataset: str | None = None, row: str | None = None) -> Iterator[Any]:
         """Finished maps of one model, data set, row; ``None`` is any. Maps without values are not among them."""
-        for record in self.maps:
-            if (
-                record["status"] == "done"
-                and record["map"] is not None
-                and model in (None, record["model"])
-                and dataset in (None, record["dataset"])
-                and row in (None, record["row"])
-            ):
-                yield record
+        found = self.maps_of(model=model, dataset=dataset, row=row)
+        return (record for record in found if record["status"] == "done" and record["map"] is not None)
 
     def skips(self, *, model: str | None = None, dataset: str | None = None, row: str | None = None) -> Counter[str]:
         """Why maps are missing or empty, and how often: failures by error, empty maps by reason."""
         found: Counter[str] = Counter()
-        for record in self.maps:
-            if (
-                model in (None, record["model"])
-                and dataset in (None, record["dataset"])
-                and row in (None, record["row"])
-            ):
-                if record["status"] == "failed":
-                    found[f"{record['error']}: {record['reason']}"] += 1
-                elif record["map"] is None:
-                    found[str(record["reason"])] += 1
+        for record in self.maps_of(model=model, dataset=dataset, row=row):
+            if record["status"] == "failed":
+                found[f"{record['error']}: {record['reason']}"] += 1
+            elif record["map"] is None:
+                found[str(record["reason"])] += 1
         return found
 
 

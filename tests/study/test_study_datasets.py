@@ -74,19 +74,30 @@ def test_mmvp(tmp_path: Path, heading: str) -> None:
 
 def test_mmvp_as_parquet(tmp_path: Path) -> None:
     rows = [
-        {"index": 1, "question": "Open?", "options": "(a) Yes (b) No", "correct_answer": "(b)",
-         "image": {"bytes": encoded(), "path": "1.jpg"}}
-    ]  # fmt: skip
+        {
+            "index": 1,
+            "question": "Open?",
+            "options": "(a) Yes (b) No",
+            "correct_answer": "(b)",
+            "image": {"bytes": encoded(), "path": "1.jpg"},
+        }
+    ]
     parquet(tmp_path / "data" / "test-00000.parquet", rows)
     (sample,) = open_dataset("mmvp", str(tmp_path))
     assert (sample.answer, sample.image.getpixel((0, 0))) == ("No", (200, 10, 10))
 
 
 CV_ROW = {
-    "idx": 0, "type": "2D", "task": "Count", "question": "How many organs are in the image?",
-    "choices": ["3", "2", "1"], "answer": "(C)", "source": "ADE20K", "filename": "img/2D/count/ade20k_10.png",
+    "idx": 0,
+    "type": "2D",
+    "task": "Count",
+    "question": "How many organs are in the image?",
+    "choices": ["3", "2", "1"],
+    "answer": "(C)",
+    "source": "ADE20K",
+    "filename": "img/2D/count/ade20k_10.png",
     "prompt": "How many organs are in the image? Select from the following choices.\n(A) 3\n(B) 2\n(C) 1",
-}  # fmt: skip
+}
 
 
 def test_cv_bench(tmp_path: Path) -> None:
@@ -110,10 +121,13 @@ def test_cv_bench(tmp_path: Path) -> None:
 
 def test_mmstar(tmp_path: Path) -> None:
     row = {
-        "index": 7, "question": "Which is true?\nOptions: A: The man, a guard, waits, B: Nobody waits, C: x, D: y",
-        "image": {"bytes": encoded(), "path": None}, "answer": "A", "category": "coarse perception",
+        "index": 7,
+        "question": "Which is true?\nOptions: A: The man, a guard, waits, B: Nobody waits, C: x, D: y",
+        "image": {"bytes": encoded(), "path": None},
+        "answer": "A",
+        "category": "coarse perception",
         "l2_category": "scene",
-    }  # fmt: skip
+    }
     parquet(tmp_path / "mmstar.parquet", [row])
     (sample,) = open_dataset("mmstar", str(tmp_path / "mmstar.parquet"))
     assert sample.answer == "The man, a guard, waits"
@@ -127,10 +141,16 @@ def test_mmstar(tmp_path: Path) -> None:
 
 def test_a_corrupt_picture_costs_its_own_sample_only(tmp_path: Path) -> None:
     rows = [
-        {"index": i, "question": "q\nOptions: A: 1, B: 2", "image": {"bytes": data, "path": None}, "answer": "B",
-         "category": "c", "l2_category": "d"}
+        {
+            "index": i,
+            "question": "q\nOptions: A: 1, B: 2",
+            "image": {"bytes": data, "path": None},
+            "answer": "B",
+            "category": "c",
+            "l2_category": "d",
+        }
         for i, data in enumerate((b"not a picture", encoded()))
-    ]  # fmt: skip
+    ]
     parquet(tmp_path / "a.parquet", rows)
     broken, whole = open_dataset("mmstar", str(tmp_path))
     with pytest.raises(StudyError, match="MMStar, 0: the picture cannot be read"):
@@ -185,9 +205,17 @@ def test_vqa_hat(tmp_path: Path) -> None:
 
 def test_hallusion_bench(tmp_path: Path) -> None:
     def row(figure: str, question: str, visual: str, answer: str) -> dict[str, Any]:
-        return {"category": "VS", "subcategory": "chart", "visual_input": visual, "set_id": "3", "figure_id": figure,
-                "question_id": question, "question": f"q{question}?", "gt_answer": answer,
-                "filename": f"./VS/chart/3_{figure}.png"}  # fmt: skip
+        return {
+            "category": "VS",
+            "subcategory": "chart",
+            "visual_input": visual,
+            "set_id": "3",
+            "figure_id": figure,
+            "question_id": question,
+            "question": f"q{question}?",
+            "gt_answer": answer,
+            "filename": f"./VS/chart/3_{figure}.png",
+        }
 
     rows = [row("0", "0", "0", "1"), row("0", "0", "1", "1"), row("0", "1", "1", "0"), row("1", "0", "2", "0")]
     (tmp_path / "HallusionBench.json").write_text(json.dumps(rows))
@@ -196,8 +224,10 @@ def test_hallusion_bench(tmp_path: Path) -> None:
         picture().save(tmp_path / "hallusion_bench" / "VS" / "chart" / f"3_{figure}.png")
     found = list(open_dataset("hallusion-bench", str(tmp_path)))
     assert [sample.annotations["role"] for sample in found] == [
-        "original", "counterfactual question", "counterfactual image",
-    ]  # fmt: skip
+        "original",
+        "counterfactual question",
+        "counterfactual image",
+    ]
     assert [sample.answer for sample in found] == ["yes", "no", "no"]
     assert {sample.annotations["set"] for sample in found} == {"VS-chart-3"}
     assert len({sample.id for sample in found}) == 3
@@ -213,12 +243,19 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
     Image.fromarray(mask).save(tmp_path / "photos" / "m.png")
     file = tmp_path / "mine.csv"
     file.write_text(
-        'name,ask,file,true,options,where,spot\n'
+        "name,ask,file,true,options,where,spot\n"
         'x,"Which? (A) one (B) two",a.png,B,"(A) one (B) two","[[1, 2, 3, 4]]",\n'
-        'y,Which?,a.png,,,,m.png\n'
-    )  # fmt: skip
-    columns = {"id": "name", "question": "ask", "image": "file", "answer": "true", "choices": "options",
-               "boxes": "where", "mask": "spot"}  # fmt: skip
+        "y,Which?,a.png,,,,m.png\n"
+    )
+    columns = {
+        "id": "name",
+        "question": "ask",
+        "image": "file",
+        "answer": "true",
+        "choices": "options",
+        "boxes": "where",
+        "mask": "spot",
+    }
     first, second = open_dataset("table", str(file), columns=columns, images="photos")
     assert (first.id, first.answer, first.choices) == ("x", "two", ("one", "two"))
     assert first.annotations["region"] == [(1.0, 2.0, 3.0, 4.0)]
@@ -312,8 +349,12 @@ def test_stripping() -> None:
     assert strip_instructions("Which option did she choose on the menu?") == "Which option did she choose on the menu?"
     choices = {"a": "Open", "b": "Closed"}
     assert [true_choice(text, choices) for text in ("(b)", "B", "b.", "A) Open", "Closed")] == [
-        "Closed", "Closed", "Closed", "Open", "Closed",
-    ]  # fmt: skip
+        "Closed",
+        "Closed",
+        "Closed",
+        "Open",
+        "Closed",
+    ]
     assert true_choice("A cat", choices) == "A cat"
 
 

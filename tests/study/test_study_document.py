@@ -45,7 +45,11 @@ def test_every_table_of_the_paper_has_rows_in_it(whole: Study) -> None:
     for number in (2, 3, 5, 6, 7, 9):
         assert [name for name, spec in whole.methods.items() if number in spec.tables], f"table {number}"
     assert {name for name, spec in whole.methods.items() if 5 in spec.tables} == {
-        "λ2 = 0.1", "λ2 = 0", "λ2 = 1", "λ2 = 10"}  # fmt: skip
+        "λ2 = 0.1",
+        "λ2 = 0",
+        "λ2 = 1",
+        "λ2 = 10",
+    }
     assert not any(spec.paper for spec in whole.models.values()), "these models are none of the paper's"
 
 

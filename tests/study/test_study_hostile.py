@@ -79,7 +79,7 @@ WRONG = {
     "unknown alias": (PARAMS.replace("VALUE", "*nowhere"), 6, "not YAML"),
     "unclosed": (STUDY + "settings: {alpha: 1", None, "not YAML"),
     "tab": (STUDY.replace("  demo: demo", "\tdemo: demo"), 2, "not YAML"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -243,8 +243,11 @@ def test_references() -> None:
 @pytest.mark.quick
 def test_question_diff() -> None:
     assert changes.question_diff("Is the cup red?", "Is the cup blue?") == [
-        ("Is the cup ", "same"), ("red", "gone"), ("blue", "new"), ("?", "same"),
-    ]  # fmt: skip
+        ("Is the cup ", "same"),
+        ("red", "gone"),
+        ("blue", "new"),
+        ("?", "same"),
+    ]
     parts = changes.question_diff("How many dogs are there?", "How many are there in all?")
     assert "".join(text for text, kind in parts if kind != "gone") == "How many are there in all?"
     assert "".join(text for text, kind in parts if kind != "new") == "How many dogs are there?"
@@ -298,8 +301,12 @@ def test_looking() -> None:
     half = np.ones((40, 40), bool)
     half[:, 20:] = False
     assert changes.looking(Heatmap(np.ones((40, 40)), (40, 40), seen=half), None, changes.Region(mask)) == {
-        "mass": 1.0 / 2, "mass_before": None, "area": 1.0 / 2, "rank_correlation": None, "top_iou": None,
-    }  # fmt: skip
+        "mass": 1.0 / 2,
+        "mass_before": None,
+        "area": 1.0 / 2,
+        "rank_correlation": None,
+        "top_iou": None,
+    }
     again = changes.looking(there, there, changes.Region(None, "the same"))
     assert again is not None and again["rank_correlation"] == pytest.approx(1) and again["mass"] is None
     assert changes.looking(None, there, changes.Region(mask)) is None
@@ -324,15 +331,23 @@ def test_sets_of_hallusion_bench(tmp_path: Path) -> None:
     assert other != scene.question
 
     def row(figure: str, question: str, visual: str, text: str, truth: str) -> dict[str, str]:
-        return {"category": "VS", "subcategory": "scene", "visual_input": visual, "set_id": "0", "figure_id": figure,
-                "question_id": question, "question": text, "gt_answer": truth,
-                "filename": f"./VS/scene/0_{figure}.png"}  # fmt: skip
+        return {
+            "category": "VS",
+            "subcategory": "scene",
+            "visual_input": visual,
+            "set_id": "0",
+            "figure_id": figure,
+            "question_id": question,
+            "question": text,
+            "gt_answer": truth,
+            "filename": f"./VS/scene/0_{figure}.png",
+        }
 
     rows = [
         row("0", "0", "1", scene.question, "1"),
         row("0", "1", "1", other, "0"),
         row("1", "0", "2", scene.question, "1"),
-    ]  # fmt: skip
+    ]
     (tmp_path / "bench" / "HallusionBench.json").write_text(json.dumps(rows))
     study = study_of(
         tmp_path,
@@ -345,8 +360,10 @@ def test_sets_of_hallusion_bench(tmp_path: Path) -> None:
     run_study(study)
     results = collect(study)
     assert [(record["set"], record["role"]) for record in results.answers] == [
-        ("VS-scene-0", "original"), ("VS-scene-0", "counterfactual question"), ("VS-scene-0", "counterfactual image"),
-    ]  # fmt: skip
+        ("VS-scene-0", "original"),
+        ("VS-scene-0", "counterfactual question"),
+        ("VS-scene-0", "counterfactual image"),
+    ]
     data = data_of(write_page(results, tmp_path / "page.html", by="groups"))
     first, asked, edited = data["samples"]
     assert "ref" not in first and asked["ref"] == edited["ref"] == 0
@@ -469,9 +486,12 @@ def test_failures_and_dropped_samples_have_their_reasons(tmp_path: Path, monkeyp
     maps[0] |= {"status": "failed", "error": "ExplainError", "reason": "no gradients"}
     maps[1] |= {"map": None, "reason": "nothing to explain"}
     results = dataclasses.replace(
-        made, answers=tuple(answers), maps=tuple(maps), kept={"scenes": ("1", "2")},
+        made,
+        answers=tuple(answers),
+        maps=tuple(maps),
+        kept={"scenes": ("1", "2")},
         dropped={"scenes": {"0": "first failed"}},
-    )  # fmt: skip
+    )
     data = data_of(write_page(results, tmp_path / "page.html"))
     first, second, _ = data["samples"]
     assert first["answers"][0]["failed"] == "ImageError: the file a.png is broken"

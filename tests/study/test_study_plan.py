@@ -52,7 +52,11 @@ def test_without_a_model_units_and_passes_are_counted(study: Study) -> None:
     lines = {line.rows[0]: line for line in found.lines if line.model == "demo"}
     assert lines["igos++"].rows == ("igos++", "LLR > 1")
     assert {name: (line.forward, line.backward) for name, line in lines.items()} == {
-        "igos++": (24, 24), "input_gradient": (1, 1), "attention": (None, None), "random": (0, 0)}  # fmt: skip
+        "igos++": (24, 24),
+        "input_gradient": (1, 1),
+        "attention": (None, None),
+        "random": (0, 0),
+    }
     assert found.hours() is None
     assert "Nothing was measured" in " ".join(found.sentences())
     assert not study.out.exists(), "a plan leaves nothing behind"
@@ -71,9 +75,10 @@ def test_measured_it_says_memory_and_hours_and_keeps_the_answers(study: Study) -
     assert igos.peak is not None and igos.total is not None and igos.seconds is not None
     assert igos.total - igos.peak == pytest.approx(4 * 1_042_176, rel=0.01), "the weights, in single precision"
     assert lines["attention"].forward == 0 and lines["random"].seconds == 0.0
-    by_hand = sum(
-        3 * ((line.seconds or 0.0) + (line.judging_seconds or 0.0)) for line in found.lines
-    ) + 3 * found.answer_seconds["demo", "scenes"]  # fmt: skip
+    by_hand = (
+        sum(3 * ((line.seconds or 0.0) + (line.judging_seconds or 0.0)) for line in found.lines)
+        + 3 * found.answer_seconds["demo", "scenes"]
+    )
     assert found.hours() == pytest.approx(by_hand / 3600)
     counts = run_study(study, limit=1)
     assert counts["answers"] == 0 and counts["finished"] == 1, "the answer that was measured on is a unit of the study"
@@ -162,8 +167,14 @@ def _local(study: Study, directory: Path) -> dict[str, DatasetSpec]:
     Image.new("RGB", (20, 20)).save(bench / "images" / "001.jpg")
     line = {"question_id": 0, "image": "001.jpg", "text": "What is this?", "category": "conv"}
     (bench / "questions.jsonl").write_text(json.dumps(line))
-    star = {"index": 7, "question": "Which?\nOptions: A: a, B: b", "image": {"bytes": encoded(), "path": None},
-            "answer": "A", "category": "c", "l2_category": "d"}  # fmt: skip
+    star = {
+        "index": 7,
+        "question": "Which?\nOptions: A: a, B: b",
+        "image": {"bytes": encoded(), "path": None},
+        "answer": "A",
+        "category": "c",
+        "l2_category": "d",
+    }
     parquet(directory / "star" / "val-00000.parquet", [star])
     parquet(
         directory / "cv" / "test_2d.parquet",

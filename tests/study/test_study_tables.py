@@ -73,8 +73,9 @@ def results(study: Study) -> Results:
                 elif sample in ("10",):
                     failure = {"status": "failed", "error": "OutOfMemory", "reason": "not even one mask fits"}
                     maps.write(digest(asked), {**asked, **failure})
-    stale = map_content(dataclasses.replace(study, settings=dataclasses.replace(study.settings, grid=5)), "x",
-                        study.methods["rise"])  # fmt: skip
+    stale = map_content(
+        dataclasses.replace(study, settings=dataclasses.replace(study.settings, grid=5)), "x", study.methods["rise"]
+    )
     maps.write(digest(stale), {**stale, "status": "done", "map": "m"})
     return collect(study)
 

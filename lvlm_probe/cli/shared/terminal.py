@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from rich.console import Console
     from rich.text import Text
 
     from lvlm_probe.words import Word
@@ -163,27 +164,21 @@ def quoted_path(path: Path) -> str:
 
 @contextmanager
 def stage(title: str) -> Iterator[None]:
-    """Shows what is being done and for how long; a pipe or log file gets one line, if it took long."""
-    from rich.console import Console
+    """Show what is being done and for how long; a pipe or log file gets one line, if it took long."""
     from rich.text import Text
 
     title = one_line(title)
-    console = Console(stderr=True, highlight=False)
-    started = time.perf_counter()
-    if console.is_terminal:
-        with console.status(Text(title)):
+    with _timed(title) as console:
+        if console.is_terminal:
+            with console.status(Text(title)):
+                yield
+        else:
             yield
-    else:
-        yield
-    seconds = time.perf_counter() - started
-    if seconds >= _SLOW:
-        console.print(f"{title}: {seconds:.1f} s", markup=False, style="dim", soft_wrap=True)
 
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar; yields the function to call with (done, total)."""
-    from rich.console import Console
+    """Show a progress bar; yields the function to call with (done, total)."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -194,7 +189,6 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
     )
 
     title = one_line(title)
-    console = Console(stderr=True, highlight=False)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
@@ -202,14 +196,19 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    with _timed(title) as console:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(title, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _timed(title: str) -> Iterator[Console]:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
     started = time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
-
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
-        yield advance
+    yield console
     seconds = time.perf_counter() - started
     if seconds >= _SLOW:
         console.print(f"{title}: {seconds:.1f} s", markup=False, style="dim", soft_wrap=True)

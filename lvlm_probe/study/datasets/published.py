@@ -171,9 +171,13 @@ def llava_bench(source: str, *, split: str | None = None) -> Iterator[Sample]:
     "COCO_*_<12 digits>.jpg, and human maps <question id>.png or <question id>_1.png … _3.png",
 )
 def vqa_hat(
-    source: str, *, split: str | None = None, questions: str | None = None, maps: str | None = None,
+    source: str,
+    *,
+    split: str | None = None,
+    questions: str | None = None,
+    maps: str | None = None,
     images: str | None = None,
-) -> Iterator[Sample]:  # fmt: skip
+) -> Iterator[Sample]:
     """VQA-HAT (Das et al., 2016): where people looked to answer a question; one or three maps per question.
 
     Args:

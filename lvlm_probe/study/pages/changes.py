@@ -140,9 +140,7 @@ def looking(heat: Heatmap | None, before: Heatmap | None, region: Region) -> dic
     """
     if heat is None or heat.values is None:
         return None
-    found: dict[str, float | None] = {
-        "mass": None, "mass_before": None, "area": None, "rank_correlation": None, "top_iou": None,
-    }  # fmt: skip
+    found: dict[str, float | None] = dict.fromkeys(("mass", "mass_before", "area", "rank_correlation", "top_iou"))
     if region.mask is not None:
         found["mass"] = _share(heat, region.mask)
         found["mass_before"] = _share(before, region.mask)

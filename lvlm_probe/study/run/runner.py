@@ -302,7 +302,7 @@ def run_study(
         raise StudyError(f"shard i/n is 0/n to {shard[1] - 1}/n; got {shard[0]}/{shard[1]}")
     worker = Worker(study, retry_failed=retry_failed)
     counts: Counter[str] = Counter()
-    samples = {name: list(_light(study, name, limit, shard)) for name in study.datasets}
+    samples = {name: list(samples_of(study, name, limit=limit, shard=shard)) for name in study.datasets}
     steps = 2 * len(study.models) * sum(len(found) for found in samples.values())
     done = 0
 
@@ -325,10 +325,6 @@ def run_study(
                 advance(f"maps for {name}, {dataset} {sample.id}")
     worker.release()
     return counts
-
-
-def _light(study: Study, dataset: str, limit: int | None, shard: tuple[int, int]) -> Iterator[Sample]:
-    yield from samples_of(study, dataset, limit=limit, shard=shard)
 
 
 def _load(study: Study, spec: ModelSpec) -> tuple[Any, Any]:

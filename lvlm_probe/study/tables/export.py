@@ -16,11 +16,44 @@ from lvlm_probe.study.results import Results
 
 __all__ = ["export", "state"]
 
-_ANSWER = ("dataset", "sample", "model", "status", "question", "answer", "true_answer", "correct", "group", "log_prob",
-           "baseline_log_prob", "drop", "drop_normalised", "error", "reason")  # fmt: skip
-_MAP = ("dataset", "sample", "model", "row", "method", "status", "text", "selected", "deletion", "insertion",
-        "tie_share", "trusted", "verdict", "pointing", "energy", "average_precision", "iou", "error",
-        "reason")  # fmt: skip
+_ANSWER = [
+    "dataset",
+    "sample",
+    "model",
+    "status",
+    "question",
+    "answer",
+    "true_answer",
+    "correct",
+    "group",
+    "log_prob",
+    "baseline_log_prob",
+    "drop",
+    "drop_normalised",
+    "error",
+    "reason",
+]
+_MAP = [
+    "dataset",
+    "sample",
+    "model",
+    "row",
+    "method",
+    "status",
+    "text",
+    "selected",
+    "deletion",
+    "insertion",
+    "tie_share",
+    "trusted",
+    "verdict",
+    "pointing",
+    "energy",
+    "average_precision",
+    "iou",
+    "error",
+    "reason",
+]
 
 
 def state(results: Results) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from lvlm_probe.errors import StudyError
@@ -96,7 +97,9 @@ def table1(results: Results) -> Table:
 # ----------------------------------------------------------------------------------------------- deletion and insertion
 
 
-def _score_table(results: Results, which: int, title: str, *, against_first: bool) -> Table:
+def _score_table(results: Results, which: int) -> Table:
+    """Rows by deletion and insertion; in all tables but the second, judged alike and against the first row too."""
+    against_first = which != 2
     names = [name for name, spec in results.study.methods.items() if which in spec.tables]
     if not names:
         raise StudyError(
@@ -163,42 +166,21 @@ def _score_table(results: Results, which: int, title: str, *, against_first: boo
             "Judged alike: by the tokens and the baseline of the study, whatever a row explains or masks with; "
             "differences are paired by sample.",
         )
+    title = f"Table {which}: {_SCORE_TABLES[which]}"
     return Table(f"table{which}", title, tuple(columns), tuple(rows), labels=3, notes=tuple(notes))
 
 
-def table2(results: Results) -> Table:
-    """Methods × models × data sets."""
-    return _score_table(results, 2, "Table 2: methods by deletion and insertion", against_first=False)
-
-
-def table3(results: Results) -> Table:
-    """Which tokens are explained."""
-    return _score_table(results, 3, "Table 3: token selection", against_first=True)
-
-
-def table5(results: Results) -> Table:
-    """The weight of the graduated non-convexity term."""
-    return _score_table(results, 5, "Table 5: weight λ2 of the graduated non-convexity term", against_first=True)
-
-
-def table6(results: Results) -> Table:
-    """The threshold of the log-likelihood ratio."""
-    return _score_table(results, 6, "Table 6: threshold α of the log-likelihood ratio", against_first=True)
-
-
-def table7(results: Results) -> Table:
-    """The baseline picture."""
-    return _score_table(results, 7, "Table 7: baseline picture", against_first=True)
-
-
-TABLES: dict[str, Callable[[Results], Table]] = {
-    "1": table1,
-    "2": table2,
-    "3": table3,
-    "4": table4,
-    "5": table5,
-    "6": table6,
-    "7": table7,
-    "8": table8,
-    "9": table9,
+_SCORE_TABLES = {
+    2: "methods by deletion and insertion",
+    3: "token selection",
+    5: "weight λ2 of the graduated non-convexity term",
+    6: "threshold α of the log-likelihood ratio",
+    7: "baseline picture",
 }
+
+_SCORED: dict[str, Callable[[Results], Table]] = {
+    str(which): partial(_score_table, which=which) for which in _SCORE_TABLES
+}
+TABLES: dict[str, Callable[[Results], Table]] = dict(
+    sorted({"1": table1, "4": table4, "8": table8, "9": table9, **_SCORED}.items())
+)
