@@ -1,4 +1,4 @@
-"""``lvlm-probe explain``: from a trace, or from a picture and a question, to heatmaps with their scores."""
+"""``lvlm-probe explain``: from a trace, or from an image and a question, to heatmaps with their scores."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def explain(
         list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method; repeatable.")
     ] = None,
     image_number: Annotated[
-        int, typer.Option("--image-number", min=0, help="Which picture of the prompt to explain by.")
+        int, typer.Option("--image-number", min=0, help="Which image of the prompt to explain by.")
     ] = 0,
     scores: Annotated[bool, typer.Option(help="Score each map by deletion and insertion.")] = True,
     exact: Annotated[

@@ -1,8 +1,9 @@
-"""``lvlm-probe meter``: which answers came from the picture, and which from habit."""
+"""``lvlm-probe meter``: which answers came from the image, and which from habit."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +43,7 @@ def meter(
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE.html", help="The page; the csv is written beside it.")
     ] = Path("meter.html"),
-    alpha: Annotated[float, typer.Option("--alpha", help="LLR above which a word came from the picture, nats.")] = 1.0,
+    alpha: Annotated[float, typer.Option("--alpha", help="LLR above which a word came from the image, nats.")] = 1.0,
     baseline: BaselineOption = None,
     images: ImagesDirectory = None,
     column: Columns = None,
@@ -54,9 +55,9 @@ def meter(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Tell which answers came from the picture and which from habit: one extra pass per answer, no heatmaps.
+    """Tell which answers came from the image and which from habit: one extra pass per answer, no heatmaps.
 
-    Writes a csv and a page, habit first. Drop: how much of the answer's probability is lost on a blurred picture, of
+    Writes a csv and a page, habit first. Drop: how much of the answer's probability is lost on a blurred image, of
     the joint one and of the geometric mean over tokens; share: of its words, those with a log-likelihood ratio above
     alpha. Answers of thousands are measured best on traces: `lvlm-probe import` goes on where it was stopped.
 
@@ -112,7 +113,7 @@ def meter(
     bands = [
         f"{counts['habit']} from habit (drop below 30 %)",
         f"{counts['mixed']} mixed",
-        f"{counts['picture']} from the picture (above 70 %)",
+        f"{counts['picture']} from the image (above 70 %)",
     ]
     bands += [f"{counts['unknown']} whose probability is no number"] if counts["unknown"] else []
     say((f"{len(readings)} answers: ", "bold"), ", ".join(bands))
@@ -136,8 +137,8 @@ def _size(source: Path) -> int:
 
 
 def _counts(readings: list[Reading]) -> dict[str, int]:
-    bands = [reading.band for reading in readings]
-    return {name: bands.count(name) for name in ("habit", "mixed", "picture", "unknown")}  # type: ignore[arg-type]
+    found: Counter[str] = Counter(reading.band for reading in readings)
+    return {name: found[name] for name in ("habit", "mixed", "picture", "unknown")}
 
 
 def _summary(readings: list[Reading], unread: list[Unread], out: Path, table: Path) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _terms(columns: Sequence[str], rows: Sequence[Row]) -> str:
     if len(grids) == 1 and (grid := next(iter(grids))):
         said.append(
             f"<p>All are judged on <b>one grid of {grid[0]} × {grid[1]} cells</b> of equal area, whatever a method's "
-            f"own resolution, so that coarse and fine heatmaps take the same share of the picture away at a step.</p>"
+            f"own resolution, so that coarse and fine heatmaps take the same share of the image away at a step.</p>"
         )
     else:
         named = ", ".join(sorted(f"{grid[0]} × {grid[1]}" for grid in grids if grid))
@@ -94,13 +94,13 @@ def _row(columns: Sequence[str], row: Row) -> str:
 
 
 def _scene(row: Row) -> str:
-    """The picture, the question, and the answer with its explained words."""
+    """The image, the question, and the answer with its explained words."""
     heat = next(heat for heat in row.heats if heat is not None)
     trace = next((one.trace for one in row.heats if one is not None and one.trace is not None), None)
     notes: list[str] = []
     answer = answer_of(trace, heat, notes)
     question = str(read(trace, "question", notes) or "")
-    parts = [_picture(_original(row), _PICTURE_SIDE, "The picture")]
+    parts = [_picture(_original(row), _PICTURE_SIDE, "The image")]
     if question:
         parts.append(f'<p class="question">{_text(question)}</p>')
     long = " long" if len(answer["answer"]) > _LONG_ANSWER else ""
@@ -148,7 +148,7 @@ def _cell(name: str, heat: Heatmap | None, score: Score | None, best: float | No
     elif heat.values is None:
         parts.append(f'<p class="none"><b>No heatmap</b>{_told(str(heat.reason))}</p>')
     else:
-        parts.append(_picture(_overlay(heat), _CELL_SIDE, f"Heatmap of {name} over the picture"))
+        parts.append(_picture(_overlay(heat), _CELL_SIDE, f"Heatmap of {name} over the image"))
         parts += _scores(heat, score, best)
     return f'<td class="cell">{"".join(parts)}</td>'
 
@@ -257,7 +257,7 @@ def _overlay(heat: Heatmap) -> Image.Image:
 
 def _picture(image: Image.Image | None, side: int, alt: str) -> str:
     if image is None:
-        return '<p class="facts">The picture itself is not at hand.</p>'
+        return '<p class="facts">The image itself is not at hand.</p>'
     small = shrink(image, side)
     return f'<img src="{data_uri(small, quality=82)}" width="{small.width}" height="{small.height}" alt="{_text(alt)}">'
 

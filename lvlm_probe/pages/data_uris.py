@@ -1,4 +1,4 @@
-"""Pictures and grids as text that a page can carry: data URIs and base64."""
+"""Images and grids as text that a page can carry: data URIs and base64."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from PIL import Image
 __all__ = ["LONG_SIDE", "data_uri", "encode_seen", "encode_values", "packed_bits", "shrink"]
 
 LONG_SIDE = 1024
-"""Longest side of an embedded picture, in pixels."""
+"""Longest side of an embedded image, in pixels."""
 
 _MAX_CELLS = 160  # a map finer than this along a side is averaged down: the page draws it smoothly anyway
 _MAX_SEEN = 168
-_DRAWING_COLOURS = 4096  # a picture with more colours is no drawing, and PNG not worth trying
+_DRAWING_COLOURS = 4096  # an image with more colours is no drawing, and PNG not worth trying
 
 
 def shrink(image: Image.Image, long_side: int = LONG_SIDE) -> Image.Image:
-    """Return the picture as RGB on white, no side longer than `long_side`."""
+    """Return the image as RGB on white, no side longer than `long_side`."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", layer.size, "white")
@@ -33,7 +33,7 @@ def shrink(image: Image.Image, long_side: int = LONG_SIDE) -> Image.Image:
 
 
 def data_uri(image: Image.Image, *, quality: int = 84) -> str:
-    """Return the picture as a ``data:`` URI: JPEG, or PNG where that is no larger (drawings, plain areas)."""
+    """Return the image as a ``data:`` URI: JPEG, or PNG where that is no larger (drawings, plain areas)."""
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=quality, optimize=True, progressive=True)
     kind, buffer = "jpeg", jpeg

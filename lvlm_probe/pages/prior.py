@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["write_page"]
 
-DEFAULT_TITLE = "From the picture, or from habit?"
+DEFAULT_TITLE = "From the image, or from habit?"
 _BAND_NAMES: dict[str, str] = {
     "habit": "from habit",
     "mixed": "mixed",
-    "picture": "from the picture",
+    "picture": "from the image",
     "unknown": "not known",
 }
 
@@ -94,7 +95,7 @@ def _row(reading: Reading, pictures: dict[bytes, int], sources: list[str]) -> di
 
 
 def _picture(reading: Reading, known: dict[bytes, int], sources: list[str]) -> int | None:
-    """The number of the picture among those of the page; questions on one picture share it."""
+    """The number of the image among those of the page; questions on one image share it."""
     from lvlm_probe.pages.data_uris import data_uri
 
     if reading.picture is None:
@@ -108,13 +109,13 @@ def _picture(reading: Reading, known: dict[bytes, int], sources: list[str]) -> i
 
 def _lead(readings: Sequence[Reading], unread: Sequence[Unread]) -> str:
     """How many answers are in each band, as in the paper's Table 1, and a bar of it."""
-    bands = [reading.band for reading in readings]
+    bands: Counter[str] = Counter(reading.band for reading in readings)
     number = len(readings)
-    shares = {name: bands.count(name) / number if number else 0.0 for name in ("habit", "mixed", "picture", "unknown")}  # type: ignore[arg-type]
+    shares = {name: bands[name] / number if number else 0.0 for name in _BAND_NAMES}
     said = [
-        f"<p><b>{number} answer{'s' * (number != 1)}.</b> Of their probability, a blurred picture takes away less than "
-        f"30 % for <b>{_percent(shares['habit'])}</b>, 30 to 70 % for <b>{_percent(shares['mixed'])}</b>, and more for "
-        f"<b>{_percent(shares['picture'])}</b>.</p>".replace("a blurred picture", _baseline(readings), 1)
+        f"<p><b>{number} answer{'s' * (number != 1)}.</b> Of their probability, {_baseline(readings)} takes away less "
+        f"than 30 % for <b>{_percent(shares['habit'])}</b>, 30 to 70 % for <b>{_percent(shares['mixed'])}</b>, and more "
+        f"for <b>{_percent(shares['picture'])}</b>.</p>"
     ]
     edge, parts = 0.0, []
     for name, share in shares.items():
@@ -125,7 +126,7 @@ def _lead(readings: Sequence[Reading], unread: Sequence[Unread]) -> str:
             )
             edge += share
     legend = "".join(
-        f'<span><i class="dot band-{name}"></i>{_BAND_NAMES[name]} {bands.count(name)}</span>'  # type: ignore[arg-type]
+        f'<span><i class="dot band-{name}"></i>{_BAND_NAMES[name]} {bands[name]}</span>'
         for name, share in shares.items()
         if share
     )
@@ -147,9 +148,9 @@ def _lead(readings: Sequence[Reading], unread: Sequence[Unread]) -> str:
 
 def _baseline(readings: Sequence[Reading]) -> str:
     kinds = {reading.baseline.split(" ")[0].rstrip(",") for reading in readings}
-    known = {"blur": "a blurred picture", "blank": "a black picture", "noise": "a picture of noise"}
-    known["mean"] = "a picture of one colour"
-    return known.get(next(iter(kinds)), "the baseline picture") if len(kinds) == 1 else "the baseline picture"
+    known = {"blur": "a blurred image", "blank": "a black image", "noise": "an image of noise"}
+    known["mean"] = "an image of one colour"
+    return known.get(next(iter(kinds)), "the baseline image") if len(kinds) == 1 else "the baseline image"
 
 
 def _plain(readings: Sequence[Reading]) -> str:

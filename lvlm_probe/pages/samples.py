@@ -58,7 +58,7 @@ def _sample(trace_id: str, group: Sequence[tuple[Heatmap, Score | None]]) -> dic
     notes: list[str] = []
     if trace is None:
         notes.append(
-            "This page was written without the trace, so the picture, the question and the probabilities are missing. "
+            "This page was written without the trace, so the image, the question and the probabilities are missing. "
             "Write it again with the trace file at hand."
         )
     answer = answer_of(trace, heats[0], notes)
@@ -192,7 +192,7 @@ def _label(entry: Mapping[str, Any], maps: Sequence[Mapping[str, Any]], words: S
     if len({other["method"] for other in maps}) > 1:
         rule += f" · {entry['method']}"
     if len({other["image"] for other in maps}) > 1:
-        rule += f" · picture {int(entry['image']) + 1}"
+        rule += f" · image {int(entry['image']) + 1}"
     return rule
 
 
@@ -250,7 +250,7 @@ def _sentence(text: str) -> str:
 def _baseline(
     heat: Heatmap, score: Score | None, trace: Trace | None, baselines: dict[str, str | None]
 ) -> dict[str, Any]:
-    """What the baseline was, and whether it hides the explained words; its small picture goes into `baselines`."""
+    """What the baseline was, and whether it hides the explained words; its small image goes into `baselines`."""
     facts = dict(heat.provenance.get("baseline") or {})
     check = dict(score.baseline_check) if score is not None else {}
     measured = check.get("mean_probability", facts.get("mean_probability"))
@@ -274,7 +274,7 @@ def _baseline(
 
 
 def _baseline_picture(trace: Trace | None, index: int, kind: str, settings: Mapping[str, Any]) -> str | None:
-    """The baseline, made again from its description; None where that is not possible (a user's own picture)."""
+    """The baseline, made again from its description; None where that is not possible (a user's own image)."""
     pictures = read(trace, "images", [])
     if kind not in ("blur", "blank", "noise", "mean") or not pictures or index >= len(pictures):
         return None
@@ -292,7 +292,7 @@ def _image(trace: Trace | None, index: int, heats: Sequence[Heatmap], notes: lis
         entry["src"] = data_uri(shrink(pictures[index]))
         entry["thumb"] = data_uri(shrink(pictures[index], _THUMB_SIDE), quality=72)
     elif trace is not None:
-        notes.append("The picture itself is not in the trace: it was recorded without a processor and without images=.")
+        notes.append("The image itself is not in the trace: it was recorded without a processor and without images=.")
     return entry
 
 

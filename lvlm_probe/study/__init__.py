@@ -1,4 +1,4 @@
-"""Studies: data sets of questions about pictures, models × data sets × methods, and the tables made of them.
+"""Studies: data sets of questions about images, models × data sets × methods, and the tables made of them.
 
 ::
 

@@ -30,7 +30,7 @@ from lvlm_probe.study.tables.table import Cell, Table
 __all__ = ["Forecast", "Line", "forecast"]
 
 SIDE = 448
-"""Pixels of the square picture that passes are counted for where no sample has been measured."""
+"""Pixels of the square image that passes are counted for where no sample has been measured."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Line:
         model, dataset: names.
         rows: names of the rows that ask for these maps; they are made once.
         maps: how many there are if every sample passes the filter.
-        forward, backward: pictures through the model per map; ``None``: not known.
-        judging: pictures, forward, to score a map, at least.
+        forward, backward: images through the model per map; ``None``: not known.
+        judging: images, forward, to score a map, at least.
         peak, total: bytes beside the weights, and with them; ``None`` before a measurement.
         seconds, judging_seconds: per map, on the machine that it was measured on.
         problem: why it cannot be said, or will not run.
@@ -146,13 +146,13 @@ class Forecast:
         said += [f"{name} cannot be opened: {reason}" for name, reason in self.unreadable.items()]
         said.append(
             f"{self.answers} answers, and at most {self.maps} maps: one per answer that passes the filter and distinct "
-            "row. Passes: pictures through the model per map, forward + backward; judging takes about as many more, "
+            "row. Passes: images through the model per map, forward + backward; judging takes about as many more, "
             "forward, and again where a row is judged alike."
         )
         hours = self.hours()
         if hours is None:
             said.append(
-                f"Nothing was measured: passes are for a square picture of {SIDE} pixels. --measure loads the models "
+                f"Nothing was measured: passes are for a square image of {SIDE} pixels. --measure loads the models "
                 "and says what memory and time it takes."
             )
         else:
@@ -236,7 +236,7 @@ def _passes(spec: MethodSpec) -> tuple[int | None, int | None]:
 
 
 class _Square:
-    """Stands where costs look at the replay: a square picture, and no recording."""
+    """Stands where costs look at the replay: a square image, and no recording."""
 
     image_sizes = ((SIDE, SIDE),)
     trace = None

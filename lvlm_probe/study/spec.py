@@ -105,7 +105,7 @@ class MethodSpec:
         params: Its parameters.
         tokens: ``llr`` (paper, Eq. 6), ``joint`` (every token), or ``keywords`` (YAKE on the answer).
         alpha: Threshold of the log-likelihood ratio, nats; by default the study's.
-        baseline: Kind of picture it is made against; by default the study's.
+        baseline: Kind of image it is made against; by default the study's.
         tables: Numbers of the paper's tables that the row belongs to.
         paper: What the paper calls the row, for the ledger.
         behaviour: ``corrected``, or ``release`` for a row that does as the published code does.
@@ -128,7 +128,7 @@ class Settings:
 
     Attributes:
         alpha: Threshold of the log-likelihood ratio in nats (paper, Eq. 6).
-        baseline: Kind of the baseline picture.
+        baseline: Kind of the baseline image.
         grid: All maps are ranked on ``grid × grid`` cells.
         steps: Points on a deletion or insertion curve, less one.
         max_new_tokens: Length of answers.
@@ -149,9 +149,9 @@ class Settings:
 class FilterSpec:
     """Which samples maps are made for (paper, §4.3: "clear probability difference" for all models).
 
-    A sample is kept if the probability of the answer falls by at least ``minimum_drop`` on the baseline picture,
+    A sample is kept if the probability of the answer falls by at least ``minimum_drop`` on the baseline image,
     1 − P̃(a)/P(a), under every model of the study. The paper gives no number; 0.3 is the edge of its own class of
-    answers that hardly need the picture (Table 1).
+    answers that hardly need the image (Table 1).
 
     Attributes:
         minimum_drop: In [0, 1]; 0 keeps every answer.

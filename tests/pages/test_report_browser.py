@@ -74,7 +74,7 @@ def test_photograph(show: Any, one: Path, tmp_path: Path) -> None:
 def test_heat_lies_where_the_map_is_high(show: Any, one: Path) -> None:
     driver = show(one)
     heat = pixels(driver)
-    find(driver, "[data-mode=picture]").click()
+    find(driver, "[data-mode=image]").click()
     settle(driver)
     bare = pixels(driver)
     change = np.abs(heat - bare).mean(axis=2)
@@ -148,7 +148,7 @@ def test_strength_slider(show: Any, one: Path) -> None:
     strong = pixels(driver)
     slide(driver, "opacity", 0)
     none = pixels(driver)
-    find(driver, "[data-mode=picture]").click()
+    find(driver, "[data-mode=image]").click()
     settle(driver)
     np.testing.assert_array_equal(none, pixels(driver))
     assert np.abs(strong - none).max() > 60
@@ -156,7 +156,7 @@ def test_strength_slider(show: Any, one: Path) -> None:
 
 def test_spotlight_keeps_what_matters(show: Any, one: Path) -> None:
     driver = show(one)
-    find(driver, "[data-mode=picture]").click()
+    find(driver, "[data-mode=image]").click()
     settle(driver)
     bare = pixels(driver)
     find(driver, "[data-mode=spotlight]").click()
@@ -269,7 +269,7 @@ def test_never_seen_is_hatched(show: Any, many: Path) -> None:
     driver.execute_script("location.hash = '4'")
     settle(driver)
     assert find(driver, "[data-ref=unseen]").is_displayed()
-    find(driver, "[data-mode=picture]").click()
+    find(driver, "[data-mode=image]").click()
     settle(driver)
     shown = pixels(driver)
     original = np.asarray(samples.picture((320, 240), 3).resize(shown.shape[1::-1])).astype(float)

@@ -68,7 +68,7 @@ def test_mmvp(tmp_path: Path, heading: str) -> None:
     assert [sample.question for sample in relaxed] == ["Is the door open?"] * 2 + ["How many, in all?"]
     assert relaxed[2].choices == ("1, at most", "2")
     (tmp_path / "MMVP Images" / "2.jpg").unlink()
-    with pytest.raises(StudyError, match=r"MMVP, question 2: the picture 2\.jpg is missing"):
+    with pytest.raises(StudyError, match=r"MMVP, question 2: the image 2\.jpg is missing"):
         _ = relaxed[1].image
 
 
@@ -153,7 +153,7 @@ def test_a_corrupt_picture_costs_its_own_sample_only(tmp_path: Path) -> None:
     ]
     parquet(tmp_path / "a.parquet", rows)
     broken, whole = open_dataset("mmstar", str(tmp_path))
-    with pytest.raises(StudyError, match="MMStar, 0: the picture cannot be read"):
+    with pytest.raises(StudyError, match="MMStar, 0: the image cannot be read"):
         _ = broken.image
     assert whole.image.size == (12, 8)
 
@@ -278,7 +278,7 @@ def test_a_folder_of_pictures(tmp_path: Path) -> None:
     found = list(open_dataset("images", str(tmp_path), question="What?"))
     assert [(sample.id, sample.group) for sample in found] == [("a/1.jpg", "a"), ("b/2.png", "b"), ("top.png", None)]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(StudyError, match="holds no pictures"):
+    with pytest.raises(StudyError, match="holds no images"):
         list(open_dataset("images", str(tmp_path / "empty")))
 
 

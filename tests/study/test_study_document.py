@@ -96,7 +96,7 @@ def test_regions_stand_for_people_only_where_the_study_says_so(results: Results)
     np.testing.assert_array_equal(asked.annotations["human"] > 0.5, asked.annotations["region"])
     assert "human" not in plain.annotations
     notes = " ".join(make_table(results, "8").notes)
-    assert "No person has looked at the pictures of hard" in notes
+    assert "No person has looked at the images of hard" in notes
     people = dataclasses.replace(results.study.datasets["hard"], options={"hard": True})
     others = dataclasses.replace(results.study, datasets={"hard": people})
     assert "No person" not in " ".join(make_table(dataclasses.replace(results, study=others), "8").notes)

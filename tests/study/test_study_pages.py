@@ -368,7 +368,7 @@ def test_sets_of_hallusion_bench(tmp_path: Path) -> None:
     first, asked, edited = data["samples"]
     assert "ref" not in first and asked["ref"] == edited["ref"] == 0
     changed = data["details"][1]["change"]
-    assert changed["region"] is None and not changed["picture"] and changed["reason"] == "it is the same picture"
+    assert changed["region"] is None and not changed["picture"] and changed["reason"] == "it is the same image"
     assert ["Which", "new"] in changed["question"] and changed["truth"] is True
     changed = data["details"][2]["change"]
     assert changed["question"] is None and changed["truth"] is False

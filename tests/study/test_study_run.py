@@ -177,7 +177,7 @@ def test_a_unit_that_fails_is_kept_with_its_reason(tmp_path: Path) -> None:
     results = collect(study)
     failed = {record["sample"]: record["reason"] for record in results.answers if record["status"] == "failed"}
     assert set(failed) == {"c"}
-    assert "the picture cannot be read" in failed["c"]
+    assert "the image cannot be read" in failed["c"]
     found = state(results)
     assert found["answers"] == [{"model": "demo", "dataset": "mine", "done": 2, "failed": 1}]
     assert any(reason.startswith("demo: StudyError") for reason in found["reasons"])

@@ -112,7 +112,7 @@ def test_table_2_and_its_footer(results: Results) -> None:
     notes = " ".join(table.notes)
     assert "2 × OutOfMemory: not even one mask fits" in notes
     assert "d: 3 of 4 samples kept" in notes
-    assert "1 × small hardly needs the picture" in notes
+    assert "1 × small hardly needs the image" in notes
 
 
 def test_table_3_pairs_samples(results: Results) -> None:

@@ -101,7 +101,7 @@ def test_records_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("drops", "rule", "expected"),
     [
         ({"m": 0.3, "n": 0.9}, FilterSpec(0.3), None),
-        ({"m": 0.29, "n": 0.9}, FilterSpec(0.3), r"m hardly needs the picture \(drop 0.29 < 0.3\)"),
+        ({"m": 0.29, "n": 0.9}, FilterSpec(0.3), r"m hardly needs the image \(drop 0.29 < 0.3\)"),
         ({"m": 0.9, "n": -2.0}, FilterSpec(0.3), "n hardly needs"),
         ({"m": 0.0, "n": 0.0}, FilterSpec(0.0), None),
         ({"m": 0.9, "n": 0.9}, FilterSpec(0.3, normalised=True), "m hardly needs"),

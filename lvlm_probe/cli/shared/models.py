@@ -58,7 +58,7 @@ def load_model(
             raise ProbeError(_why_not_loaded(spec, error)) from error
         if getattr(processor, "image_processor", None) is None:
             raise ProbeError(
-                f"{spec} has no image processor, so it takes no pictures ({type(processor).__name__}); "
+                f"{spec} has no image processor, so it takes no images ({type(processor).__name__}); "
                 f"give a vision-language model saved together with its processor"
             )
         try:

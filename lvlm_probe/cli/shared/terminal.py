@@ -281,7 +281,7 @@ def _guard_logs(name: str) -> None:
 def answer_text(
     words: Sequence[Word], tokens: Sequence[str], llr: Sequence[float] | None, selected: Sequence[int]
 ) -> Text:
-    """The answer; words that the picture decides (LLR > 1 nat) are bold, the selected ones underlined."""
+    """The answer; words that the image decides (LLR > 1 nat) are bold, the selected ones underlined."""
     from rich.text import Text
 
     text = Text()

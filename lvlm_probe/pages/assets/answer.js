@@ -99,14 +99,14 @@ function showTip(button, word) {
     );
   };
   tip.replaceChildren(make("strong", { textContent: word.text }));
-  if (known(word.p)) tip.append(meter("with picture", word.p, "with"));
+  if (known(word.p)) tip.append(meter("with image", word.p, "with"));
   if (known(word.p0)) tip.append(meter("without", word.p0, "without"));
   if (known(word.llr)) tip.append(make("p", { textContent: `LLR ${signed(word.llr)} nats: ${times(word.llr)}` }));
   else
     tip.append(
       make("p", {
         className: "faint",
-        textContent: "The baseline pass was not recorded, so nothing is known of this word without the picture.",
+        textContent: "The baseline pass was not recorded, so nothing is known of this word without the image.",
       }),
     );
   if (word.tokens.length > 1)
@@ -156,15 +156,15 @@ function drawLead() {
   if (!words.length) return;
   const chosen = words.filter((word) => word.tokens.some((t) => whole.includes(t)));
   if (!chosen.length) {
-    page.lead.textContent = "No word of this answer is selected: none depends on the picture enough to be explained.";
+    page.lead.textContent = "No word of this answer is selected: none depends on the image enough to be explained.";
     return;
   }
   if (!llrKnown) {
     page.lead.textContent =
-      "The underlined words are explained. How much each depends on the picture was not recorded.";
+      "The underlined words are explained. How much each depends on the image was not recorded.";
     return;
   }
-  // A long answer names the words that depend on the picture most, each once; a short one all, in reading order.
+  // A long answer names the words that depend on the image most, each once; a short one all, in reading order.
   const order = chosen.length > 6 ? [...chosen].sort((a, b) => b.llr - a.llr) : chosen;
   const named = [...new Set((order.some(isWord) ? order.filter(isWord) : order).map((word) => word.text))].slice(0, 6);
   named.forEach((text, i) => {
@@ -175,7 +175,7 @@ function drawLead() {
   page.lead.append(
     chosen.length > 6 ? ` and others, ${chosen.length} in all,` : "",
     rule === "llr" && known(alpha)
-      ? ` ${chosen.length > 1 ? "come" : "comes"} from the picture (LLR over ${alpha})`
+      ? ` ${chosen.length > 1 ? "come" : "comes"} from the image (LLR over ${alpha})`
       : ` ${chosen.length > 1 ? "are" : "is"} explained here`,
     rest > 0 && rule === "llr"
       ? `; the other ${rest > 1 ? `${rest} words follow` : "word follows"} mostly from the language.`

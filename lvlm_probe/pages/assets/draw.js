@@ -1,5 +1,5 @@
 "use strict";
-// Heat, pictures and the small things that everything else uses. First of the
+// Heat, images and the small things that everything else uses. First of the
 // scripts that are joined into the page's one: draw, answer, trial, theme, page.
 
 // ---------------------------------------------------------------- small things
@@ -41,7 +41,7 @@ function times(nats) {
   const ratio = Math.exp(Math.abs(nats));
   if (ratio < 1.1) return "about as likely either way";
   const amount = ratio >= 1e4 ? "over 10,000" : ratio >= 10 ? Math.round(ratio).toLocaleString("en") : ratio.toFixed(1);
-  return `${amount}× ${nats > 0 ? "likelier with the picture" : "likelier without the picture"}`;
+  return `${amount}× ${nats > 0 ? "likelier with the image" : "likelier without the image"}`;
 }
 
 const nextFrame = (() => {
@@ -76,7 +76,7 @@ const COLOURS = Array.from({ length: 256 }, (_, i) => {
     t = position - low;
   return STOPS[low].map((channel, k) => Math.round(channel + t * (STOPS[low + 1][k] - channel)));
 });
-const veil = (value) => smooth(value, 0.02, 0.5); // how opaque a value is: what does not matter leaves the picture clear
+const veil = (value) => smooth(value, 0.02, 0.5); // how opaque a value is: what does not matter leaves the image clear
 
 /** The cells of a map: little-endian 16-bit integers in base64, as fractions of one. `peak` is the highest. */
 function cells(map) {
@@ -141,13 +141,13 @@ function ranking(map, shape) {
   return map.ranking;
 }
 
-// ---------------------------------------------------------------- pictures
+// ---------------------------------------------------------------- images
 
-const pictures = new Map();
-function picture(source) {
+const images = new Map();
+function loadImage(source) {
   if (!source) return Promise.resolve(null);
-  if (!pictures.has(source)) {
-    pictures.set(
+  if (!images.has(source)) {
+    images.set(
       source,
       new Promise((resolve) => {
         const image = new Image();
@@ -157,7 +157,7 @@ function picture(source) {
       }),
     );
   }
-  return pictures.get(source);
+  return images.get(source);
 }
 
 function fit(size, long) {
@@ -182,7 +182,7 @@ function paint(canvas, image, map, { mode, opacity, long }, shape) {
   const context = canvas.getContext("2d");
   const frame = pixels(image, width, height),
     data = frame.data;
-  if (map?.values && mode !== "picture") {
+  if (map?.values && mode !== "image") {
     const values = field(map, width, height);
     for (let i = 0, p = 0; i < values.length; i++, p += 4) {
       if (mode === "heat") {

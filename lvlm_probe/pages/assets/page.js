@@ -7,7 +7,7 @@ const tip = document.getElementById("tip");
 const state = { sample: -1, map: 0, mode: "heat", opacity: 0.7, fraction: 0.1, probe: null, timer: 0 };
 let page = {}; // the elements of the sample on show, by data-ref
 
-// ---------------------------------------------------------------- the picture and its map
+// ---------------------------------------------------------------- the image and its map
 
 const sample = () => report.samples[state.sample];
 const current = () => sample().maps[state.map];
@@ -18,7 +18,7 @@ async function drawView() {
     map = current(),
     shape = shown();
   if (!shape || (!shape.src && !map.values)) return;
-  const image = await picture(shape.src);
+  const image = await loadImage(shape.src);
   if (at !== `${state.sample}.${state.map}`) return; // another map was chosen meanwhile
   paint(page.view, image, map, { mode: state.mode, opacity: state.opacity, long: 1080 }, shape);
   if (shape.seen) hatch(page.view, shape.seen);
@@ -37,7 +37,7 @@ function drawBar() {
   }
 }
 
-/** Says the value under a point of the picture; x and y are fractions of its sides. */
+/** Says the value under a point of the image; x and y are fractions of its sides. */
 function read(x, y) {
   const map = current(),
     shape = shown();
@@ -60,13 +60,13 @@ function read(x, y) {
   const place = shape.w
     ? ` · pixel ${Math.floor(state.probe[0] * (shape.w - 1e-6))}, ${Math.floor(state.probe[1] * (shape.h - 1e-6))}`
     : "";
-  page.readout.textContent = `Importance ${value.toFixed(2)} · more than ${Math.round(100 * below)} % of the picture${place}${hidden(shape, ...state.probe) ? " · never seen by the model" : ""}`;
+  page.readout.textContent = `Importance ${value.toFixed(2)} · more than ${Math.round(100 * below)} % of the image${place}${hidden(shape, ...state.probe) ? " · never seen by the model" : ""}`;
   page.cross.hidden = false;
   page.cross.style.left = `${page.view.offsetLeft + state.probe[0] * page.view.clientWidth}px`;
   page.cross.style.top = `${page.view.offsetTop + state.probe[1] * page.view.clientHeight}px`;
 }
 
-/** Whether the model never sees this point; x and y are fractions of the picture's sides. */
+/** Whether the model never sees this point; x and y are fractions of the image's sides. */
 function hidden(shape, x, y) {
   if (!shape?.seen) return false;
   const { w, h } = shape.seen;
@@ -108,7 +108,7 @@ function watchView() {
 function chooseMode(mode) {
   state.mode = mode;
   for (const button of page.modes.children) button.setAttribute("aria-pressed", button.dataset.mode === mode);
-  page.opacity.disabled = mode === "picture";
+  page.opacity.disabled = mode === "image";
   page.barbox.hidden = mode !== "heat";
   nextFrame(drawView);
 }
@@ -132,11 +132,11 @@ function chooseMap(index) {
   page.cross.hidden = true;
   page.readout.dataset.idle = drawable
     ? shape?.src
-      ? "Point at the picture, or use the arrow keys on it, to read values."
-      : "The picture itself is not in this page: it was written without the trace."
+      ? "Point at the image, or use the arrow keys on it, to read values."
+      : "The image itself is not in this page: it was written without the trace."
     : "";
   page.readout.textContent = page.readout.dataset.idle;
-  page.view.setAttribute("aria-label", drawable ? `Picture with the importance map of ${map.label}` : "The picture");
+  page.view.setAttribute("aria-label", drawable ? `Image with the importance map of ${map.label}` : "The image");
   for (const [i, button] of [...page.maps.children].entries()) button.setAttribute("aria-pressed", i === state.map);
   const dotted = sample().maps.some((other) => !other.whole && other.values);
   page.hint.replaceChildren(
@@ -151,7 +151,7 @@ function chooseMap(index) {
   drawChart();
   drawCards();
   drawProvenance();
-  if (!drawable) state.mode = state.mode === "picture" ? "heat" : state.mode;
+  if (!drawable) state.mode = state.mode === "image" ? "heat" : state.mode;
   chooseMode(state.mode);
   drawTrial();
   try {
@@ -235,8 +235,8 @@ function drawSamples() {
     });
     nav.append(button);
     const shape = entry.images[map.image];
-    picture(shape?.thumb).then((image) => {
-      // the middle square of the small picture, with its heat
+    loadImage(shape?.thumb).then((image) => {
+      // the middle square of the small image, with its heat
       if (!shape) return;
       const small = make("canvas");
       paint(

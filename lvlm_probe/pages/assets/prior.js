@@ -3,7 +3,7 @@
 (() => {
   "use strict";
   const CHUNK = 60;
-  const NAMES = { habit: "From habit", mixed: "Mixed", picture: "From the picture", unknown: "Not known" };
+  const NAMES = { habit: "From habit", mixed: "Mixed", picture: "From the image", unknown: "Not known" };
   const { rows, pictures } = JSON.parse(document.getElementById("data").textContent);
   rows.forEach((row, place) => {
     row.place = place;
@@ -55,11 +55,11 @@
     const without = row.drop !== null && row.drop < 0;
     ref("drop").textContent = without ? "likelier" : percent(row.drop);
     ref("drop").classList.toggle("without", without);
-    ref("unit").textContent = without ? "without the picture" : "drop";
+    ref("unit").textContent = without ? "without the image" : "drop";
     ref("fill").setAttribute("class", `band-${row.band}`);
     ref("fill").setAttribute("width", String(100 * Math.min(1, Math.max(0, row.drop ?? 0))));
     ref("scores").textContent =
-      `${percent(row.normalised)} per token · ${row.seen[1]} of ${row.seen[0]} words from the picture · ratio ${number(row.total)} nats, ${number(row.llr)} per word`;
+      `${percent(row.normalised)} per token · ${row.seen[1]} of ${row.seen[0]} words from the image · ratio ${number(row.total)} nats, ${number(row.llr)} per word`;
     return made;
   }
 

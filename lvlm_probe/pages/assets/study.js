@@ -1,5 +1,5 @@
 // Page of a study: which samples are shown, in which order, with what side by side. Rows are made as they are scrolled
-// to, and what is far out of sight gives its pictures back, so that thousands of samples can be looked through.
+// to, and what is far out of sight gives its images back, so that thousands of samples can be looked through.
 (() => {
   const CHUNK = 16;
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -113,8 +113,8 @@
   function scene(item) {
     const first = item.members[0];
     const box = make("div", { className: "scene" });
-    const pictures = make("div", { className: "originals" });
-    box.append(pictures);
+    const images = make("div", { className: "originals" });
+    box.append(images);
     if (state.by === "groups") {
       box.append(make("p", { className: "question" }, `Set ${item.name}`));
       const fooled = item.members.filter((sample) => sample.fooled?.[state.model]).length;
@@ -176,10 +176,10 @@
         row.cells.forEach((cell) => (cell.caption.textContent = error.message));
         return;
       }
-      const pictures = row.element.querySelector(".originals");
+      const images = row.element.querySelector(".originals");
       for (const source of new Set(row.cells.map((cell) => cell.detail.picture)))
-        if (source) pictures.append(make("img", { src: source, alt: "The picture", decoding: "async" }));
-      if (!pictures.children.length) pictures.append(make("p", { className: "facts", textContent: "The picture is not at hand." }));
+        if (source) images.append(make("img", { src: source, alt: "The image", decoding: "async" }));
+      if (!images.children.length) images.append(make("p", { className: "facts", textContent: "The image is not at hand." }));
       for (const note of new Set(row.cells.flatMap((cell) => cell.detail.notes)))
         row.element.firstChild.append(make("p", { className: "facts doubt", textContent: note }));
       const place = row.element.querySelector("[data-answer]");
@@ -278,7 +278,7 @@
       const [values, caption] = showing(row, cell);
       cell.caption.textContent = caption;
       cell.canvas.setAttribute("aria-label", `${cell.name}: ${caption}`);
-      cell.image ??= await loadPicture(cell.detail.picture);
+      cell.image ??= await openImage(cell.detail.picture);
       if (row.turn !== turn || !row.near) return;
       drawMap(cell.canvas, cell.image, cell.sample.size ?? [4, 3], mapOf(cell), values, cell.detail.change?.region, state.heat);
     }
@@ -292,7 +292,7 @@
     row.element.dataset.drawn = row.word ? row.word.shown : "";
   }
 
-  function loadPicture(source) {
+  function openImage(source) {
     if (!source) return Promise.resolve(null);
     return new Promise((resolve) => {
       const image = new Image();

@@ -1,4 +1,4 @@
-// Page of a study: what stands in a cell, and its picture. After draw.js; every string of the data becomes text.
+// Page of a study: what stands in a cell, and its image. After draw.js; every string of the data becomes text.
 
 const LONG = 320; // longest side of a drawn map, in pixels
 const BLUE = [66, 133, 244];
@@ -30,7 +30,7 @@ function spread(packed, width, height) {
   return out;
 }
 
-/** A line inside a region's border and one of another colour outside, so that one of them shows on any picture. */
+/** A line inside a region's border and one of another colour outside, so that one of them shows on any image. */
 function rim(data, width, height, inside, inner, outer, thick = 1) {
   const at = (x, y) => x >= 0 && y >= 0 && x < width && y < height && inside(y * width + x);
   for (let y = 0; y < height; y++)
@@ -55,7 +55,7 @@ function stripes(data, width, height, seen) {
   }
 }
 
-/** Draws a picture with a map over it. `map` and `region` may be missing. */
+/** Draws an image with a map over it. `map` and `region` may be missing. */
 function drawMap(canvas, image, size, map, values, region, heat) {
   const shape = { w: size[0], h: size[1] };
   const ready = values && heat ? readied(values) : null;
@@ -175,7 +175,7 @@ function changes(change, look, same, fooled, base) {
   if (change.region && look && known(look.mass) && known(look.area)) {
     const times = look.area > 0 ? look.mass / look.area : null;
     const lift = known(times) ? ` (${times.toFixed(1)} × its area)` : "";
-    tell(`${share(look.mass)} of the map on the changed ${share(look.area)} of the picture${lift}`, times >= 1.5 ? "good" : times < 1 ? "bad" : "");
+    tell(`${share(look.mass)} of the map on the changed ${share(look.area)} of the image${lift}`, times >= 1.5 ? "good" : times < 1 ? "bad" : "");
     if (known(look.mass_before)) tell(`before the change ${share(look.mass_before)} of the map lay there`);
   } else if (change.picture && change.reason) tell(change.reason);
   if (look && (known(look.rank_correlation) || known(look.top_iou)))

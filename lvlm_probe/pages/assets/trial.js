@@ -1,4 +1,4 @@
-// Whether to believe the map: verdict, curves, the picture taken apart along them, scores, tables.
+// Whether to believe the map: verdict, curves, the image taken apart along them, scores, tables.
 
 // ---------------------------------------------------------------- verdict, curves, scores
 
@@ -68,7 +68,7 @@ function drawChart() {
     vector(
       "text",
       { x: x(0.5), y: CHART.top + CHART.height + 39, "text-anchor": "middle" },
-      "share of the picture, most important first",
+      "share of the image, most important first",
     ),
   );
   svg.append(
@@ -107,7 +107,7 @@ function drawChart() {
 }
 
 function composite(canvas, first, second, share) {
-  // share 1 = first picture
+  // share 1 = first image
   const { width, height } = first,
     frame = new ImageData(width, height);
   for (let i = 0, p = 0; i < share.length; i++, p += 4) {
@@ -126,7 +126,7 @@ async function drawTrial() {
     { score } = map,
     f = state.fraction;
   page.fraction.value = 100 * f;
-  page.fractiontext.textContent = `${(100 * f).toFixed(f < 0.1 ? 1 : 0)} % of the picture`;
+  page.fractiontext.textContent = `${(100 * f).toFixed(f < 0.1 ? 1 : 0)} % of the image`;
   if (score) {
     const { x, y } = chartScale(score),
       deletion = interpolate(score.fractions, score.deletion_curve, f),
@@ -152,7 +152,7 @@ async function drawTrial() {
   } else page.removedtext.textContent = page.restoredtext.textContent = "";
   if (page.pair.hidden) return;
   const shape = shown(),
-    [image, baseline] = await Promise.all([picture(shape.src), picture(map.baseline.src)]);
+    [image, baseline] = await Promise.all([loadImage(shape.src), loadImage(map.baseline.src)]);
   if (at !== `${state.sample}.${state.map}` || !image || !baseline) return;
   if (map.trial?.at !== at) {
     const [width, height] = fit(shape, 360);
@@ -214,7 +214,7 @@ function card({ label, value, note, text, gauge, bad, thumb }) {
     }
     box.append(bar);
   }
-  if (thumb) box.append(make("img", { className: "thumb", src: thumb, alt: "The baseline picture" }));
+  if (thumb) box.append(make("img", { className: "thumb", src: thumb, alt: "The baseline image" }));
   box.append(make("p", { textContent: text }));
   return box;
 }
@@ -245,7 +245,7 @@ function drawCards() {
     list.push({
       label: "Baseline check",
       value: known(baseline.probability) ? percent(baseline.probability) : "–",
-      note: known(baseline.original) ? `from ${percent(baseline.original)} with the picture` : "",
+      note: known(baseline.original) ? `from ${percent(baseline.original)} with the image` : "",
       bad: !passed,
       thumb: baseline.src,
       gauge: known(baseline.probability)
@@ -301,7 +301,7 @@ function drawTokens() {
   const head = [
     ["#", 1],
     ["Token", 0],
-    ["P with picture", 1],
+    ["P with image", 1],
     ["P without", 1],
     ["LLR, nats", 1],
     ["", 0],

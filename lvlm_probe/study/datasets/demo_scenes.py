@@ -29,7 +29,7 @@ def demo_scenes(
         start: Number of the first one.
         seed: Of the scenes.
         human: ``"region"`` lets the region that decides the answer stand where a data set of people's attention has
-            their maps: nobody has looked at these pictures.
+            their maps: nobody has looked at these images.
 
     Raises:
         StudyError: there is no such split, or ``human`` is something else.

@@ -1,4 +1,4 @@
-"""Rows of csv, jsonl, json, parquet files and hub data sets, through the ``datasets`` library, and pictures in them."""
+"""Rows of csv, jsonl, json, parquet files and hub data sets, through the ``datasets`` library, and images in them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def find_file(directory: Path, *names: str, what: str) -> Path:
 
 
 def rows(source: str | Path, *, split: str | None = None, config: str | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of a file, of all files of one kind in a directory, or of a hub data set; pictures are not decoded.
+    """Rows of a file, of all files of one kind in a directory, or of a hub data set; images are not decoded.
 
     csv and jsonl are read line by line; parquet and hub data sets by the ``datasets`` library.
 
@@ -82,14 +82,14 @@ def column(row: Mapping[str, Any], *names: str, where: str, number: int) -> Any:
 
 
 def open_image(value: Any, *, where: str, beside: Sequence[Path] = ()) -> Image.Image:
-    """A picture, RGB: from bytes, from a path, or one that is open already.
+    """An image, RGB: from bytes, from a path, or one that is open already.
 
     Args:
         beside: directories that a path is looked for in. It is not followed out of them, links resolved: what a data
-            set names may be any picture of this machine, and ends up in what is handed on.
+            set names may be any image of this machine, and ends up in what is handed on.
 
     Raises:
-        StudyError: it is missing, outside, or no picture.
+        StudyError: it is missing, outside, or no image.
     """
     from PIL import Image
 
@@ -103,8 +103,8 @@ def open_image(value: Any, *, where: str, beside: Sequence[Path] = ()) -> Image.
         if isinstance(value, str | Path) and str(value):
             return open_picture(_found(value, where, beside or (Path(),)))
     except (ImageError, OSError, ValueError) as error:
-        raise StudyError(f"{where}: the picture cannot be read: {error}") from error
-    raise StudyError(f"{where}: there is no picture in this row ({type(value).__name__})")
+        raise StudyError(f"{where}: the image cannot be read: {error}") from error
+    raise StudyError(f"{where}: there is no image in this row ({type(value).__name__})")
 
 
 def _found(value: str | Path, where: str, directories: Sequence[Path]) -> Path:
@@ -120,8 +120,8 @@ def _found(value: str | Path, where: str, directories: Sequence[Path]) -> Path:
     named = str(value)[:200]
     looked = ", ".join(str(directory.absolute()) for directory in directories)
     if outside:
-        raise StudyError(f"{where}: the picture {named} lies outside of {looked}; put it there, or name its directory")
-    raise StudyError(f"{where}: the picture {named} is missing (looked in {looked})")
+        raise StudyError(f"{where}: the image {named} lies outside of {looked}; put it there, or name its directory")
+    raise StudyError(f"{where}: the image {named} is missing (looked in {looked})")
 
 
 def read_json(file: Path) -> Any:
@@ -222,7 +222,7 @@ def _no_code(library: Any) -> dict[str, bool]:
 
 
 def _undecoded(library: Any, found: Any) -> Iterator[dict[str, Any]]:
-    """Rows whose pictures stay bytes or paths, so that a corrupt one costs its own sample only."""
+    """Rows whose images stay bytes or paths, so that a corrupt one costs its own sample only."""
     for name, feature in (found.features or {}).items():
         if isinstance(feature, library.Image):
             found = found.cast_column(name, library.Image(decode=False))

@@ -1,4 +1,4 @@
-"""Readers of a user's own data: a table with columns of any names, or a folder of pictures."""
+"""Readers of a user's own data: a table with columns of any names, or a folder of images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def table(
     Args:
         columns: Field → column, for fields of another name: ``id``, ``question``, ``image`` (path, or bytes in
             parquet), ``answer``, ``choices`` (a list, or text "(a) … (b) …"), ``group``, ``boxes`` (``[[x0, y0, x1,
-            y1], …]`` in pixels) and ``mask`` (path of a picture, white = the region that decides the answer).
+            y1], …]`` in pixels) and ``mask`` (path of an image, white = the region that decides the answer).
         question: Asked of every row, where there is no such column.
         images: Directory that paths are relative to, beside the file's own. A path that leads out of both, by itself
             or by a link, is refused.
@@ -82,17 +82,17 @@ def table(
         )
 
 
-@register_dataset("images", layout="a directory of pictures, all asked the same question; folders are groups")
+@register_dataset("images", layout="a directory of images, all asked the same question; folders are groups")
 def images(source: str, *, split: str | None = None, question: str = "Describe this image.") -> Iterator[Sample]:
-    """One question about every picture in a directory, in order of path.
+    """One question about every image in a directory, in order of path.
 
     Raises:
-        StudyError: there is no such directory, or no picture in it.
+        StudyError: there is no such directory, or no image in it.
     """
     path = folder(source, "images")
     found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in _PICTURES]
     if not found:
-        raise StudyError(f"images: {source} holds no pictures ({', '.join(_PICTURES)})")
+        raise StudyError(f"images: {source} holds no images ({', '.join(_PICTURES)})")
     for file in found:
         name = file.relative_to(path)
         yield Sample(

@@ -51,7 +51,7 @@ def _picture(value: Any, where: str, *beside: Path) -> Callable[[], Image.Image]
     relax=_open_ended,
 )
 def mmvp(source: str, *, split: str | None = None) -> Iterator[Sample]:
-    """MMVP (Tong et al., 2024): 150 pairs of pictures that CLIP takes for alike; two choices each."""
+    """MMVP (Tong et al., 2024): 150 pairs of images that CLIP takes for alike; two choices each."""
     path = Path(os.path.expanduser(source))
     here = is_local(source) and path.is_dir()
     table = next(iter(sorted(path.rglob("Questions.csv"))), None) if here else None
@@ -123,7 +123,7 @@ def cv_bench(source: str, *, split: str | None = None, task: str | None = None) 
     relax=_open_ended,
 )
 def mmstar(source: str, *, split: str | None = None, category: str | None = None) -> Iterator[Sample]:
-    """MMStar (Chen et al., 2024): 1,500 questions that cannot be answered without the picture, four choices each."""
+    """MMStar (Chen et al., 2024): 1,500 questions that cannot be answered without the image, four choices each."""
     path = Path(os.path.expanduser(source))
     beside = (path if path.is_dir() else path.parent,)
     where = f"MMStar, {source}"
@@ -167,7 +167,7 @@ def llava_bench(source: str, *, split: str | None = None) -> Iterator[Sample]:
 
 @register_dataset(
     "vqa-hat",
-    layout="a directory with the questions of VQA v1 (*_questions.json, *_annotations.json if wished), the pictures "
+    layout="a directory with the questions of VQA v1 (*_questions.json, *_annotations.json if wished), the images "
     "COCO_*_<12 digits>.jpg, and human maps <question id>.png or <question id>_1.png … _3.png",
 )
 def vqa_hat(
@@ -240,14 +240,14 @@ def _grey(file: Path, where: str, folder: Path) -> np.ndarray:
 @register_dataset(
     "hallusion-bench",
     layout="a directory with HallusionBench.json (category, subcategory, visual_input, set_id, figure_id, question_id, "
-    "question, gt_answer, filename) and the pictures it names",
+    "question, gt_answer, filename) and the images it names",
     relax=lambda sample: replaced(sample, strip_instructions(sample.question)),
 )
 def hallusion_bench(source: str, *, split: str | None = None) -> Iterator[Sample]:
-    """HallusionBench (Guan et al., 2024). Questions without a picture are left out: there is nothing to look at.
+    """HallusionBench (Guan et al., 2024). Questions without an image are left out: there is nothing to look at.
 
-    Samples of one set are told apart by their ``role``: ``original``, ``counterfactual question`` (the same picture,
-    another question), ``counterfactual image`` (an edited picture).
+    Samples of one set are told apart by their ``role``: ``original``, ``counterfactual question`` (the same image,
+    another question), ``counterfactual image`` (an edited image).
     """
     path = Path(os.path.expanduser(source))
     file: str | Path = source

@@ -1,4 +1,4 @@
-"""Data sets of questions about pictures, by name: what a reader yields, and where readers are registered.
+"""Data sets of questions about images, by name: what a reader yields, and where readers are registered.
 
 A reader is a function ``(source, **options) -> iterator of Sample`` that reads lazily and names what is missing::
 
@@ -28,12 +28,12 @@ __all__ = ["Reader", "Sample", "open_dataset", "reader_named", "readers", "regis
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one picture.
+    """One question about one image.
 
     Attributes:
         id: Name of it within its data set, stable.
         question: As it is asked.
-        load: Opens the picture, RGB; called when it is needed, and raises ``StudyError`` when it cannot be opened.
+        load: Opens the image, RGB; called when it is needed, and raises ``StudyError`` when it cannot be opened.
         answer: The true answer, several (VQA), or ``None`` where the data set has none.
         choices: Texts of the choices, without their letters; empty for open questions.
         group: Category of the question.
@@ -52,7 +52,7 @@ class Sample:
 
     @property
     def image(self) -> Image.Image:
-        """The picture. Raises ``StudyError`` when it cannot be opened."""
+        """The image. Raises ``StudyError`` when it cannot be opened."""
         return self.load()
 
 
@@ -129,7 +129,7 @@ def open_dataset(
         options: Of the reader.
 
     Raises:
-        StudyError: no such reader or option, or something is missing: the message names the file, column or picture.
+        StudyError: no such reader or option, or something is missing: the message names the file, column or image.
     """
     entry = reader_named(name)
     try:

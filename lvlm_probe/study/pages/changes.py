@@ -1,8 +1,8 @@
 """Samples that belong together (HallusionBench, paper, Figure 15): what changed from one to the next, and whether the
 model looked there.
 
-A set holds an original, and variants of it: another question about the same picture (*counterfactual question*), or the
-same question about an edited picture (*counterfactual image*). A variant is compared with the member that differs from
+A set holds an original, and variants of it: another question about the same image (*counterfactual question*), or the
+same question about an edited image (*counterfactual image*). A variant is compared with the member that differs from
 it in that one thing.
 """
 
@@ -33,15 +33,15 @@ TOLERANCE = 32
 moves colours about an edge by a pixel or two."""
 
 NEARLY_ALL = 0.5
-"""Share of the picture above which a change is no region but another picture."""
+"""Share of the image above which a change is no region but another image."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """Where two pictures differ.
+    """Where two images differ.
 
     Attributes:
-        mask: ``(row, col)`` bool in pixels of the second picture; ``None`` where no region can be told.
+        mask: ``(row, col)`` bool in pixels of the second image; ``None`` where no region can be told.
         reason: Why there is none.
     """
 
@@ -50,7 +50,7 @@ class Region:
 
     @property
     def share(self) -> float:
-        """Of the picture's area, 0 to 1."""
+        """Of the image's area, 0 to 1."""
         return 0.0 if self.mask is None else float(self.mask.mean())
 
 
@@ -62,8 +62,8 @@ def order_of(role: str | None) -> int:
 def references(members: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     """Which member each variant is compared with: number → number.
 
-    An edited picture is compared with the same question about another picture, a counterfactual question with the
-    original about the same picture; where there is no such member, with the first original, or the first member.
+    An edited image is compared with the same question about another image, a counterfactual question with the
+    original about the same image; where there is no such member, with the first original, or the first member.
 
     Args:
         members: ``role``, ``question`` and ``picture`` (digest) of each.
@@ -107,11 +107,11 @@ def question_diff(before: str, after: str) -> list[tuple[str, str]]:
 
 
 def changed_region(before: Image.Image, after: Image.Image) -> Region:
-    """Where pixels of two pictures differ by more than ``TOLERANCE``, widened by a hundredth of the long side so that
-    an edited letter is an area. Of pictures of one shape, the first is brought to the size of the second."""
+    """Where pixels of two images differ by more than ``TOLERANCE``, widened by a hundredth of the long side so that
+    an edited letter is an area. Of images of one shape, the first is brought to the size of the second."""
     (width, height), (other_width, other_height) = after.size, before.size
     if abs(other_width * height - other_height * width) > 0.02 * other_width * height:
-        return Region(None, f"the pictures have different shapes ({before.size} and {after.size} pixels)")
+        return Region(None, f"the images have different shapes ({before.size} and {after.size} pixels)")
     first = before.convert("RGB").resize(after.size) if before.size != after.size else before.convert("RGB")
     blur = ImageFilter.BoxBlur(2)
     levels = [np.asarray(one.filter(blur), dtype=np.int16) for one in (first, after.convert("RGB"))]
@@ -120,9 +120,9 @@ def changed_region(before: Image.Image, after: Image.Image) -> Region:
     wide = 2 * max(1, round(max(width, height) / 200)) + 1
     mask = np.asarray(changed.filter(ImageFilter.MaxFilter(wide))) > 0
     if not mask.any():
-        return Region(None, "the pictures do not differ visibly")
+        return Region(None, "the images do not differ visibly")
     if mask.mean() > NEARLY_ALL:
-        return Region(None, f"the pictures differ nearly everywhere ({100 * mask.mean():.0f} % of the area)")
+        return Region(None, f"the images differ nearly everywhere ({100 * mask.mean():.0f} % of the area)")
     return Region(mask)
 
 
@@ -131,11 +131,11 @@ def looking(heat: Heatmap | None, before: Heatmap | None, region: Region) -> dic
 
     Args:
         heat, before: maps of the variant and of what it is compared with.
-        region: where their pictures differ.
+        region: where their images differ.
 
     Returns:
         ``mass``, ``mass_before``: share of the maps' sums in the region; ``area``: the region's share of what the model
-        sees of the picture, which is what a map that knows nothing has there; ``rank_correlation`` and ``top_iou`` of
+        sees of the image, which is what a map that knows nothing has there; ``rank_correlation`` and ``top_iou`` of
         the two maps. ``None`` for what cannot be told, and instead of all where there is no map.
     """
     if heat is None or heat.values is None:
@@ -150,7 +150,7 @@ def looking(heat: Heatmap | None, before: Heatmap | None, region: Region) -> dic
     if before is not None and before.values is not None:
         try:
             likeness = compare_maps(heat, before)
-        except ProbeError:  # pictures of different size, or scipy is missing
+        except ProbeError:  # images of different size, or scipy is missing
             return found
         found["rank_correlation"] = _finite(likeness.rank_correlation)
         found["top_iou"] = _finite(likeness.top_iou)

@@ -1,7 +1,7 @@
 """The samples of a study as the plain JSON that the page draws.
 
 A sample has two parts: what it is sorted and filtered by (``index``), which the page holds of all samples, and its
-picture, words and maps (``detail``), which a page of thousands loads when it is scrolled to.
+image, words and maps (``detail``), which a page of thousands loads when it is scrolled to.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["gather", "rank_correlation"]
 
 PICTURE_SIDE = 336
-"""Longest side of an embedded picture, pixels."""
+"""Longest side of an embedded image, pixels."""
 
 MAP_SIDE = 48
 """A map finer than this along a side is averaged down for the page; scores and agreement are those of the whole map."""
@@ -210,9 +210,9 @@ def _compare(stored: Stored, key: Key, other: Key, index: dict[str, Any], detail
     study, here, there = stored.study, stored.open(key), stored.open(other)
     mine, theirs = stored.answers[key], stored.answers[other]
     about, before = _about(stored, key), _about(stored, other)
-    region = Region(None, "it is the same picture")
+    region = Region(None, "it is the same image")
     if about["picture"] != before["picture"]:
-        region = Region(None, "a picture is not at hand")
+        region = Region(None, "an image is not at hand")
         if here.picture is not None and there.picture is not None:
             region = changed_region(there.picture, here.picture)
     differ = about.get("true_answer") != before.get("true_answer")

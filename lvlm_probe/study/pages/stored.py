@@ -1,4 +1,4 @@
-"""Opens what a study has stored of a sample: its picture, the traces of its answers, their maps."""
+"""Opens what a study has stored of a sample: its image, the traces of its answers, their maps."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Opened:
     """What is at hand of one sample.
 
     Attributes:
-        picture: The original picture, RGB; ``None`` where no trace holds it.
+        picture: The original image, RGB; ``None`` where no trace holds it.
         traces: model → trace of its answer, where the file can be read.
         heats: (model, row) → heatmap with values.
         words: (model, row) → word maps as ``read_words`` gives them.

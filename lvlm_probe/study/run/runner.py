@@ -114,7 +114,7 @@ class Worker:
     # ------------------------------------------------------------------ units
 
     def answer_key(self, name: str, dataset: str, sample: Sample) -> tuple[str, dict[str, Any]]:
-        """Key and content of an answer. A picture that cannot be opened has a key too, so that its failure is kept."""
+        """Key and content of an answer. An image that cannot be opened has a key too, so that its failure is kept."""
         spec = self.study.models[name]
         content = answer_content(
             self.study,
@@ -128,7 +128,7 @@ class Worker:
         return digest(content), content
 
     def _picture(self, sample: Sample) -> str:
-        """Digest of a sample's picture. Every key of every model holds it, and it is taken once."""
+        """Digest of a sample's image. Every key of every model holds it, and it is taken once."""
         known = self._pictures.get(id(sample))
         if known is None or known[0] is not sample:
             try:

@@ -30,7 +30,7 @@ def verdict(study: Study, records: Mapping[str, Mapping[str, Any] | None]) -> st
         if drop is None:
             return f"{model} gives the answer a probability that is no number"
         if not drop >= rule.minimum_drop:
-            return f"{model} hardly needs the picture (drop {drop:.2f} < {rule.minimum_drop:g})"
+            return f"{model} hardly needs the image (drop {drop:.2f} < {rule.minimum_drop:g})"
     return None
 
 

@@ -53,7 +53,7 @@ POINTING_TOLERANCE = 15
 def answer_unit(
     study: Study, model: torch.nn.Module, processor: Any, picture: Image.Image, question: str, trace_file: Path
 ) -> dict[str, Any]:
-    """A model's greedy answer, recorded as a trace, and how much of its probability the picture is worth.
+    """A model's greedy answer, recorded as a trace, and how much of its probability the image is worth.
 
     Args:
         trace_file: where the trace goes; appears there whole or not at all.
@@ -74,7 +74,7 @@ def answer_unit(
                 **inputs, max_new_tokens=study.settings.max_new_tokens, do_sample=False
             )
         if not recording.paths:
-            raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no picture"))
+            raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no image"))
         os.replace(recording.paths[-1], trace_file)
     finally:
         probe.detach()
@@ -91,7 +91,7 @@ def answer_unit(
 
 
 def drops(trace: Trace) -> dict[str, float]:
-    """How far the probability of an answer falls on the baseline picture, as a share of what it was (paper, §4.2).
+    """How far the probability of an answer falls on the baseline image, as a share of what it was (paper, §4.2).
 
     Returns:
         the fields of ``drops.Drop``, no infinity among them: a record holds none.
@@ -100,7 +100,7 @@ def drops(trace: Trace) -> dict[str, float]:
         ExplainError: the trace holds no baseline pass, or no token but special ones.
     """
     if trace.llr is None:
-        raise ExplainError("the trace holds no log-likelihood ratios, so nothing says what the picture is worth")
+        raise ExplainError("the trace holds no log-likelihood ratios, so nothing says what the image is worth")
     found = dataclasses.asdict(drop_of(trace.log_probs, trace.llr, trace.special))
     return {name: max(value, -sys.float_info.max) for name, value in found.items()}
 

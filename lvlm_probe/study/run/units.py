@@ -47,7 +47,7 @@ def digest(content: Mapping[str, Any]) -> str:
 
 
 def picture_digest(picture: Image.Image) -> str:
-    """32 hex digits over a picture's mode, size and pixels: the same for a PNG and its copy elsewhere."""
+    """32 hex digits over an image's mode, size and pixels: the same for a PNG and its copy elsewhere."""
     head = f"{picture.mode}:{picture.size}:".encode()
     return hashlib.sha256(head + picture.tobytes()).hexdigest()[:32]
 
@@ -59,7 +59,7 @@ def answer_content(
 
     Args:
         fingerprint: of the model's weights (``identity.fingerprint``), so that weights trained on make new units.
-        picture: ``picture_digest`` of the picture.
+        picture: ``picture_digest`` of the image.
     """
     return {
         "unit": "answer",
@@ -202,7 +202,7 @@ _ENTRIES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "a text",
         _is_text,
-        "status error reason model dataset sample picture question answer fingerprint source group role text verdict "
+        "status error reason model dataset sample image question answer fingerprint source group role text verdict "
         "map machine human_failed words_failed",
     ),
     (

@@ -68,8 +68,8 @@ def scored(records: Iterable[Mapping[str, Any]], skips: Counter[str]) -> list[Ma
 def spans(record: Mapping[str, Any]) -> bool:
     """Whether the tokens of a map lose enough probability on its baseline for its normalised scores to mean anything.
 
-    Score s becomes (s − s̃) / (s₀ − s̃), s₀ of the whole picture and s̃ of the baseline: tokens that the language alone
-    decides (a keyword that the picture has no part in) make that a division by next to nothing.
+    Score s becomes (s − s̃) / (s₀ − s̃), s₀ of the whole image and s̃ of the baseline: tokens that the language alone
+    decides (a keyword that the image has no part in) make that a division by next to nothing.
     """
     check = record.get("baseline_check") or {}
     whole, baseline = check.get("original_probability"), check.get("mean_probability")
@@ -103,7 +103,7 @@ def filter_notes(results: Results) -> list[str]:
     kind = "length-normalised" if rule.normalised else "joint"
     notes = [
         f"Filter: the {kind} probability of the answer falls by at least {rule.minimum_drop:g} on the baseline "
-        f"picture, under every model."
+        f"image, under every model."
     ]
     for dataset, kept in results.kept.items():
         dropped = results.dropped[dataset]

@@ -100,7 +100,7 @@ def export(results: Results, directory: Path) -> list[Path]:
     """Writes ``answers.csv``, ``maps.csv``, ``samples.json`` (ids kept, why others were dropped) and ``study.json``.
 
     Returns:
-        the files. No pictures and no paths of this machine are in them.
+        the files. No images and no paths of this machine are in them.
     """
     directory.mkdir(parents=True, exist_ok=True)
     study = results.study.to_dict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -51,11 +51,11 @@ def make_table(results: Results, name: str, *, annotations: Path | None = None) 
     return TABLES[name](results)
 
 
-# ---------------------------------------------------------------------------------------------- what pictures are worth
+# ---------------------------------------------------------------------------------------------- what images are worth
 
 
 def table1(results: Results) -> Table:
-    """Share of answers whose probability hardly falls without the picture, joint and length-normalised."""
+    """Share of answers whose probability hardly falls without the image, joint and length-normalised."""
     rows: list[tuple[Cell, ...]] = []
     failed: Counter[str] = Counter()
     for model in results.study.models:
@@ -72,7 +72,7 @@ def table1(results: Results) -> Table:
             rows.append((*cells, share(record["correct"] for record in done if record["correct"] is not None)))
     return Table(
         "table1",
-        "Table 1: percentage of answers whose probability falls by less than 30 %, and by 30–70 %, without the picture",
+        "Table 1: percentage of answers whose probability falls by less than 30 %, and by 30–70 %, without the image",
         (
             "model",
             "data set",
@@ -141,6 +141,21 @@ def _score_table(results: Results, which: int) -> Table:
                         else None
                     )
                 rows.append(tuple(cells))
+    notes = _score_notes(results, names, skips, narrow, doubted, alike=against_first)
+    title = f"Table {which}: {_SCORE_TABLES[which]}"
+    return Table(f"table{which}", title, tuple(columns), tuple(rows), labels=3, notes=tuple(notes))
+
+
+def _score_notes(
+    results: Results,
+    names: Sequence[str],
+    skips: Counter[str],
+    narrow: Counter[str],
+    doubted: Counter[str],
+    *,
+    alike: bool,
+) -> list[str]:
+    """What was left out of a table of scores, and how it was computed."""
     notes = [
         f"Means over samples with 95 % bootstrap intervals; maps ranked on {results.study.settings.grid} × "
         f"{results.study.settings.grid} cells, {results.study.settings.steps} steps.",
@@ -149,7 +164,7 @@ def _score_table(results: Results, which: int) -> Table:
     ]
     if any((number(record, "insertion") or 0.0) > 1 for record in results.chosen() if record["row"] in names):
         notes.append(
-            "Scores are not clamped: above 1, a part of the picture gives the answer more probability than the whole."
+            "Scores are not clamped: above 1, a part of the image gives the answer more probability than the whole."
         )
     if doubted:
         said = "; ".join(f"{why} ({count} ×)" for why, count in doubted.most_common())
@@ -160,14 +175,13 @@ def _score_table(results: Results, which: int) -> Table:
             f"Left out of the deletion and insertion columns, as their tokens lose less than {LEAST_SPAN:g} of "
             f"probability on the baseline and a normalised score divides by that: {rows_left_out}."
         )
-    if against_first:
+    if alike:
         notes.insert(
             1,
             "Judged alike: by the tokens and the baseline of the study, whatever a row explains or masks with; "
             "differences are paired by sample.",
         )
-    title = f"Table {which}: {_SCORE_TABLES[which]}"
-    return Table(f"table{which}", title, tuple(columns), tuple(rows), labels=3, notes=tuple(notes))
+    return notes
 
 
 _SCORE_TABLES = {
@@ -175,7 +189,7 @@ _SCORE_TABLES = {
     3: "token selection",
     5: "weight λ2 of the graduated non-convexity term",
     6: "threshold α of the log-likelihood ratio",
-    7: "baseline picture",
+    7: "baseline image",
 }
 
 _SCORED: dict[str, Callable[[Results], Table]] = {

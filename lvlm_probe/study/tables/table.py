@@ -98,7 +98,7 @@ class Table:
         return f"{head}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
 
     def figure(self, path: Path) -> Path:
-        """A picture: one panel per column of intervals, one line per row.
+        """An image: one panel per column of intervals, one line per row.
 
         Raises:
             StudyError: no column holds intervals.

@@ -107,7 +107,7 @@ def _stand_ins(results: Results) -> list[str]:
     if not names:
         return []
     return [
-        f"No person has looked at the pictures of {', '.join(names)}: the region that is known to decide the answer, 1 "
+        f"No person has looked at the images of {', '.join(names)}: the region that is known to decide the answer, 1 "
         "inside and 0 outside, stands for human attention; AUC-Judd and NSS take it for what was looked at."
     ]
 
