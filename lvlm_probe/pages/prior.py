@@ -114,8 +114,8 @@ def _lead(readings: Sequence[Reading], unread: Sequence[Unread]) -> str:
     shares = {name: bands[name] / number if number else 0.0 for name in _BAND_NAMES}
     said = [
         f"<p><b>{number} answer{'s' * (number != 1)}.</b> Of their probability, {_baseline(readings)} takes away less "
-        f"than 30 % for <b>{_percent(shares['habit'])}</b>, 30 to 70 % for <b>{_percent(shares['mixed'])}</b>, and more "
-        f"for <b>{_percent(shares['picture'])}</b>.</p>"
+        f"than 30 % for <b>{_percent(shares['habit'])}</b>, 30 to 70 % for <b>{_percent(shares['mixed'])}</b>, and "
+        f"more for <b>{_percent(shares['picture'])}</b>.</p>"
     ]
     edge, parts = 0.0, []
     for name, share in shares.items():

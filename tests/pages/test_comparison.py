@@ -170,7 +170,7 @@ def test_judging_that_fails_keeps_the_heatmap(tmp_path: Path, monkeypatch: pytes
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("lvlm_probe.metrics.evaluate", fail)
+    monkeypatch.setattr("lvlm_probe.pages.comparison.evaluate", fail)
     made = compare([toy()], ["random"], out=tmp_path / "page.html")
     ((_, cell),) = Page(made.path).rows
     assert "Not judged: something unexpected happened, RuntimeError: out of luck." in cell
