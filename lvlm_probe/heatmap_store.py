@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.explainers import explain
+from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.files import causes, read_small, write_whole
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics import Score, evaluate
@@ -41,6 +42,7 @@ __all__ = [
     "FOLDER",
     "MapFile",
     "MapSettings",
+    "by_trace",
     "explain_one",
     "find_maps",
     "is_map",
@@ -59,7 +61,6 @@ LARGEST_RECORD = 64 * 2**20
 
 _BASELINE_FACTS = ("kind", "strength", "seed", "limit")
 
-Progress = Callable[[int, int], None]
 Shown = Callable[[str], contextlib.AbstractContextManager[Progress | None]]
 """Shows work under a title, and gives what it calls with (done, total)."""
 
@@ -282,6 +283,17 @@ def find_maps(paths: Sequence[Path]) -> list[MapFile]:
             raise ProbeError(f"no explanations of {path} yet; make some: lvlm-probe explain {path}")
         found += [item for item in here if item not in found]
     return found
+
+
+def by_trace(found: Iterable[MapFile]) -> list[tuple[Trace, list[MapFile]]]:
+    """Return maps by the trace that they explain. Raises ``ProbeError`` where one is not there any more."""
+    traces: dict[tuple[Path, int], tuple[Trace, list[MapFile]]] = {}
+    for item in found:
+        trace = item.read().trace
+        if trace is None:
+            raise ProbeError(f"{item.path}: its trace is not beside it any more; put the trace file back")
+        traces.setdefault((trace.path, trace.row), (trace, []))[1].append(item)
+    return list(traces.values())
 
 
 def _maps_behind(path: Path) -> Iterator[MapFile]:

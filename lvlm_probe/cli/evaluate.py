@@ -27,7 +27,6 @@ from lvlm_probe.errors import ProbeError
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap_store import MapFile
-    from lvlm_probe.trace import Trace
 
 __all__ = ["evaluate"]
 
@@ -110,19 +109,13 @@ def evaluate(
     if words or out is not None or overwrite:
         raise ProbeError("--words, --out and --overwrite go with --methods: add it, e.g. --methods igos++,gradcam")
     from lvlm_probe.cli.shared.maps import map_summary, open_replay, show_map
-    from lvlm_probe.heatmap_store import find_maps, score_one
+    from lvlm_probe.heatmap_store import by_trace, find_maps, score_one
 
     found = find_maps(paths)
-    by_trace: dict[tuple[Path, int], tuple[Trace, list[MapFile]]] = {}
-    for item in found:
-        trace = item.read().trace
-        if trace is None:
-            raise ProbeError(f"{item.path}: its trace is not beside it any more; put the trace file back")
-        by_trace.setdefault((trace.path, trace.row), (trace, []))[1].append(item)
     own_baseline = baseline_from(baseline)
     done: list[MapFile] = []
     try:
-        for trace, items in by_trace.values():
+        for trace, items in by_trace(found):
             replay = open_replay(trace, *models.of(trace))
             if own_baseline is not None:
                 replay = replay.over(own_baseline)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lvlm_probe.errors import ReportError
 from lvlm_probe.explainers import Tokens, explain, needs_of, selected
 from lvlm_probe.explainers import methods as known_methods
+from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.heatmap_store import not_made, reason_of
@@ -55,7 +56,6 @@ GRID = 32
 _TITLE = "Methods side by side"
 
 Methods = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

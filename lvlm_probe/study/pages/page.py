@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError, StudyError
+from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.files import part_beside
 from lvlm_probe.pages.shell import asset, json_for_script, page_text, refuse_existing, without_script, write_text
 from lvlm_probe.study.pages.changes import TOLERANCE
-from lvlm_probe.study.pages.samples import Tell, gather
+from lvlm_probe.study.pages.samples import gather
 from lvlm_probe.study.pages.stored import with_sets
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def write_page(
     *,
     by: str | None = None,
     overwrite: bool = False,
-    tell: Tell | None = None,
+    tell: Progress | None = None,
 ) -> Path:
     """Writes the page of a study.
 
@@ -88,7 +89,7 @@ def write_page(
     return _folder(results, out, view, overwrite=overwrite, tell=tell)
 
 
-def _folder(results: Results, out: Path, view: str, *, overwrite: bool, tell: Tell | None) -> Path:
+def _folder(results: Results, out: Path, view: str, *, overwrite: bool, tell: Progress | None) -> Path:
     """Index and data files; they appear together, once all are written."""
     if out.exists():
         found = [path.relative_to(out).as_posix() for path in out.rglob("*")] if out.is_dir() else ["a file"]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.heatmap import Heatmap, resample
 from lvlm_probe.metrics.similarity import on_grid, spearman
 from lvlm_probe.pages.data_uris import data_uri, encode_seen, packed_bits, shrink
@@ -35,10 +36,8 @@ MAP_SIDE = 48
 
 _REGION_SIDE = 96
 
-Tell = Callable[[int, int], None]
 
-
-def gather(results: Results, *, tell: Tell | None = None) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def gather(results: Results, *, tell: Progress | None = None) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Index and detail of every sample with an answer, sets together, in the study's order.
 
     Args:
