@@ -310,8 +310,8 @@ def _maps_behind(path: Path) -> Iterator[MapFile]:
 
 
 def _by_age(files: Iterable[Path]) -> list[Path]:
-    """Oldest first, so that the whole answer's map comes before those of its words."""
-    return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name))
+    """Oldest first, so that the whole answer's map comes before those of its words; links to nowhere are left out."""
+    return sorted(filter(Path.is_file, files), key=lambda file: (file.stat().st_mtime_ns, file.name))
 
 
 def is_map(path: Path) -> bool:
