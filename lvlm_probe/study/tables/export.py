@@ -16,44 +16,14 @@ from lvlm_probe.study.results import Results
 
 __all__ = ["export", "state"]
 
-_ANSWER = [
-    "dataset",
-    "sample",
-    "model",
-    "status",
-    "question",
-    "answer",
-    "true_answer",
-    "correct",
-    "group",
-    "log_prob",
-    "baseline_log_prob",
-    "drop",
-    "drop_normalised",
-    "error",
-    "reason",
-]
-_MAP = [
-    "dataset",
-    "sample",
-    "model",
-    "row",
-    "method",
-    "status",
-    "text",
-    "selected",
-    "deletion",
-    "insertion",
-    "tie_share",
-    "trusted",
-    "verdict",
-    "pointing",
-    "energy",
-    "average_precision",
-    "iou",
-    "error",
-    "reason",
-]
+_ANSWER = (
+    "dataset sample model status question answer true_answer correct group log_prob baseline_log_prob drop "
+    "drop_normalised error reason"
+)
+_MAP = (
+    "dataset sample model row method status text selected deletion insertion tie_share trusted verdict pointing energy "
+    "average_precision iou error reason"
+)
 
 
 def state(results: Results) -> dict[str, Any]:
@@ -120,7 +90,8 @@ def export(results: Results, directory: Path) -> list[Path]:
     ]
 
 
-def _table(path: Path, names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Path:
+def _table(path: Path, columns: str, records: Sequence[Mapping[str, Any]]) -> Path:
+    names = columns.split()
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(names)
