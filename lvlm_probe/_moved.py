@@ -116,7 +116,7 @@ MOVED = {
     "report.plain": "pages.plain",
     "report.prior_page": "pages.prior",
     "report.samples": "pages.samples",
-    "report.standings": "pages.standings",
+    "report.standings": "pages.ranking",
     "rewording": "replaying.rewording",
     "row_inputs": "recording.row_inputs",
     "session": "recording.probe",
@@ -153,6 +153,17 @@ MOVED = {
 """Old module: the modules, below the package, that hold what was in it; the first that has a name gives it."""
 
 NAMES = {
+    "demo.scene.COLUMNS": "demo.questions",
+    "demo.scene.DOMAINS": "demo.questions",
+    "demo.scene.ROWS": "demo.questions",
+    "demo.scene.cell_query": "demo.questions",
+    "demo.scene.colour_query": "demo.questions",
+    "demo.scene.count_query": "demo.questions",
+    "demo.scene.may_be_in": "demo.questions",
+    "demo.scene.pair_query": "demo.questions",
+    "demo.scene.plural": "demo.questions",
+    "demo.scene.shape_query": "demo.questions",
+    "demo.scene.where_query": "demo.questions",
     "metrics.Completeness": "sanity.repeats",
     "metrics.SanityReport": "sanity.randomisation",
     "metrics.SanityStep": "sanity.randomisation",

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lvlm_probe._moved import names_of
 from lvlm_probe.demo import hard as hard_scenes
 from lvlm_probe.demo.drawing import REACH, render, shade
 from lvlm_probe.demo.questions import COLOURS, NUMBERS, SHAPES, Item, Layout, Query, queries
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["HARD_KINDS", "KINDS", "RADIUS", "SPLITS", "Scene", "draw_layout", "scene_rng", "scenes"]
+
+__getattr__ = names_of(__name__)
 
 KINDS: tuple[str, ...] = ("colour", "shape", "count", "where", "pair", "cell")
 """Every kind of question, in the order in which `scenes` deals them."""

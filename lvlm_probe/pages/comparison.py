@@ -29,8 +29,8 @@ from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.heatmap_store import not_made, reason_of
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.pages.comparison_page import filled
+from lvlm_probe.pages.ranking import Row, Standing, standings
 from lvlm_probe.pages.shell import refuse_existing, write_text
-from lvlm_probe.pages.standings import Row, Standing, ranked
 from lvlm_probe.trace import Trace
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Comparison:
 
     def standings(self) -> list[Standing]:
         """The methods over all rows, highest mean gain first, methods without a score last."""
-        return ranked(self.methods, self.rows)
+        return standings(self.methods, self.rows)
 
 
 def compare(
@@ -137,7 +137,7 @@ def compare(
         if scores is not None or labels is not None:
             raise ReportError("scores and labels go with heatmaps; replays are judged here")
         columns, rows = _made(items, methods, tokens, _Settings(image, seed, grid, steps), progress)
-    text = filled(columns, rows, ranked(columns, rows), title or _TITLE)
+    text = filled(columns, rows, standings(columns, rows), title or _TITLE)
     write_text(path, text, overwrite=overwrite)
     return Comparison(path, tuple(columns), tuple(rows))
 

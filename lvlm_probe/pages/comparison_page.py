@@ -12,9 +12,9 @@ from PIL import Image
 from lvlm_probe.errors import ImageError, ProbeError
 from lvlm_probe.pages.data_uris import data_uri, shrink
 from lvlm_probe.pages.plain import without_folders
+from lvlm_probe.pages.ranking import Row, Standing, cost_of
 from lvlm_probe.pages.samples import answer_of, read
 from lvlm_probe.pages.shell import asset, page_text
-from lvlm_probe.pages.standings import Row, Standing, cost_of
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap

@@ -37,7 +37,7 @@ from lvlm_probe.metrics import (
 from lvlm_probe.metrics.deletion_insertion import LEAST_SHARE, normalise, too_narrow
 from lvlm_probe.metrics.verdict import Verdict, judge
 from lvlm_probe.models.prompts import chat_inputs
-from lvlm_probe.pages.standings import standings
+from lvlm_probe.pages.ranking import standings
 from lvlm_probe.replaying.teacher_forcing import rounding_of
 from lvlm_probe.sanity import Completeness, stability
 from lvlm_probe.study.pages.samples import gather

@@ -14,7 +14,7 @@ from lvlm_probe.metrics import Interval, Score, bootstrap_ci
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
 
-__all__ = ["Row", "Standing", "cost_of", "counted", "ranked"]
+__all__ = ["Row", "Standing", "cost_of", "counted", "standings"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def counted(heat: Heatmap | None, score: Score | None) -> bool:
     return bool(heat) and score is not None and math.isfinite(score.gain) and bool(score.verdict.measured)
 
 
-def ranked(methods: Sequence[str], rows: Sequence[Row]) -> list[Standing]:
+def standings(methods: Sequence[str], rows: Sequence[Row]) -> list[Standing]:
     """Return the methods over all rows, highest mean gain first, methods without one last."""
     found = [_standing(name, column, rows) for column, name in enumerate(methods)]
     return sorted(found, key=lambda one: -math.inf if one.gain is None else one.gain.estimate, reverse=True)
