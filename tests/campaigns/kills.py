@@ -54,7 +54,13 @@ def heatmap(seed: int) -> Heatmap:
 
 
 def record(seed: int) -> dict[str, Any]:
-    return {"unit": "map", "seed": seed, "values": np.random.default_rng(seed).random(40).tolist(), "text": "ü" * 500}
+    return {
+        "unit": "map",
+        "status": "done",
+        "seed": seed,
+        "values": np.random.default_rng(seed).random(40).tolist(),
+        "text": "ü" * 500,
+    }
 
 
 def write_trace(folder: Path, seed: int) -> None:
