@@ -116,7 +116,7 @@ def json_ready(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class MapSettings:
-    """How maps are made: what ``explain`` and ``evaluate`` are given besides the tokens."""
+    """Settings of stored maps: what ``explain`` and ``evaluate`` are given besides the tokens."""
 
     method: str
     params: Mapping[str, Any]
@@ -315,7 +315,7 @@ def _by_age(files: Iterable[Path]) -> list[Path]:
 
 
 def is_map(path: Path) -> bool:
-    """Whether a file is a heatmap that can be read."""
+    """Tell whether a file is a heatmap that can be read."""
     try:
         Heatmap.read(path)
     except TraceError:

@@ -127,7 +127,7 @@ def meter(
 
 
 def _size(source: Path) -> int:
-    """How many answers there are, for the progress bar."""
+    """Count the answers, for the progress bar."""
     if source.is_dir() or source.suffix == ".h5":
         from lvlm_probe.trace import open_store
 

@@ -38,7 +38,7 @@ def shade(rng: np.random.Generator, colour: str) -> tuple[float, float, float]:
 
 
 def render(layout: Layout, size: tuple[int, int] = (336, 336)) -> tuple[Image.Image, np.ndarray]:
-    """Draws a layout.
+    """Draw a layout.
 
     Returns the RGB image and, ``(H, W)`` int8, the index of the object that covers at least half of a pixel, or -1.
     """
@@ -60,7 +60,7 @@ def render(layout: Layout, size: tuple[int, int] = (336, 336)) -> tuple[Image.Im
 
 
 def footprints(layout: Layout, side: int) -> np.ndarray:
-    """What each object would cover if it stood alone, ``(objects, side, side)`` bool on the central square."""
+    """Return what each object would cover alone, ``(objects, side, side)`` bool on the central square."""
     import numpy as np
     from PIL import Image, ImageDraw
 

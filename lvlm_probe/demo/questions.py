@@ -1,4 +1,4 @@
-"""What can be asked about a layout of objects, with the answer's words and the objects that decide each of them."""
+"""Questions about a layout of objects, with the answer's words and the objects that decide each of them."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def scenes(
     start: int = 0,
     hard: bool = False,
 ) -> list[Scene]:
-    """Draws `n` scenes; scene ``index`` asks a question of kind ``kinds[index % len(kinds)]``.
+    """Draw `n` scenes; scene ``index`` asks a question of kind ``kinds[index % len(kinds)]``.
 
     `split` is ``"train"`` (whose seed 0 the demo model was trained on), ``"tune"`` or ``"eval"``; they share no scene.
     `kinds` defaults to `KINDS`. `size` is ``(width, height)`` in pixels; the objects stay in the central square, scaled

@@ -60,7 +60,7 @@ Methods = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` made: the page's path, and everything on it."""
+    """A comparison of methods: the page's path, and everything on it."""
 
     path: Path
     methods: tuple[str, ...]
@@ -147,7 +147,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Settings:
-    """What is the same for all methods."""
+    """Settings that are the same for all methods."""
 
     image: int
     seed: int
@@ -229,7 +229,7 @@ def _chosen(methods: Methods | None, *, live: bool) -> dict[str, tuple[str, Mapp
 
 @contextlib.contextmanager
 def _counted(progress: Progress | None, total: int) -> Iterator[Callable[[], object]]:
-    """Counts heatmaps for a caller, or on the terminal."""
+    """Count heatmaps for a caller, or on the terminal."""
     if progress is None:
         # disable=None: nothing where there is no terminal.
         with tqdm(total=total, unit="heatmap", disable=None, leave=False) as shown:

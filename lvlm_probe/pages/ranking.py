@@ -61,7 +61,7 @@ class Standing:
 
 
 def counted(heat: Heatmap | None, score: Score | None) -> bool:
-    """Whether a score enters means."""
+    """Tell whether a score enters means."""
     return bool(heat) and score is not None and math.isfinite(score.gain) and bool(score.verdict.measured)
 
 

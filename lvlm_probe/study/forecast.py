@@ -1,4 +1,4 @@
-"""What a study will take, before it runs: units, passes, and after one measured sample per model memory and hours.
+"""Forecast of a study: units, passes, and after one measured sample per model memory and hours.
 
 Without a model nothing is measured: units are counted and passes are what methods ask for. ``measure`` loads each
 model, lets it answer one sample of each data set (a unit of the study, kept as such) and plans every row on it
@@ -63,7 +63,7 @@ class Line:
 
     @property
     def hours(self) -> float | None:
-        """Of all its maps, judged; ``None`` before a measurement."""
+        """Hours of all its maps, judged; ``None`` before a measurement."""
         if self.seconds is None or self.judging_seconds is None:
             return None
         return self.maps * (self.seconds + self.judging_seconds) / 3600
@@ -71,7 +71,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a study will take.
+    """Forecast of a study.
 
     Attributes:
         samples: data set → number of its samples.
@@ -100,7 +100,7 @@ class Forecast:
         return sum(line.maps for line in self.lines)
 
     def hours(self, *, filtered: bool = False) -> float | None:
-        """Of the whole study, answers included, one unit after the other; ``None`` where something is not known.
+        """Hours of the whole study, answers included, one unit after the other; ``None`` where something is not known.
 
         Args:
             filtered: scale the maps of each data set by the share of its samples that has passed the filter so far.
@@ -137,7 +137,7 @@ class Forecast:
         return Table("plan", "", columns, tuple(rows), labels=3)
 
     def sentences(self) -> list[str]:
-        """What the table adds up to, and how far it can be believed."""
+        """Say what the table adds up to, and how far it can be believed."""
         said = [
             f"{name}: {count} samples" + (f", {passed} of {known} answered so far pass the filter" if known else "")
             for name, count in self.samples.items()
@@ -180,7 +180,7 @@ class Forecast:
 def forecast(
     study: Study, *, measure: bool = False, memory: int | str | None = None, limit: int | None = None
 ) -> Forecast:
-    """Predicts what a study will take.
+    """Predict what a study will take.
 
     Args:
         measure: load every model and measure one sample of each data set on it.

@@ -21,7 +21,7 @@ _UNKNOWN = dict.fromkeys(("true_answer", "group", "drop", "drop_normalised", "ma
 
 @dataclass(frozen=True)
 class Results:
-    """What is finished of a study, as its specification stands now.
+    """The finished units of a study, as its specification stands now.
 
     Attributes:
         study: the specification.
@@ -52,7 +52,7 @@ class Results:
         return (record for record in found if record["status"] == "done" and record["map"] is not None)
 
     def skips(self, *, model: str | None = None, dataset: str | None = None, row: str | None = None) -> Counter[str]:
-        """Why maps are missing or empty, and how often: failures by error, empty maps by reason."""
+        """Count why maps are missing or empty: failures by error, empty maps by reason."""
         found: Counter[str] = Counter()
         for record in self.maps_of(model=model, dataset=dataset, row=row):
             if record["status"] == "failed":
@@ -63,7 +63,7 @@ class Results:
 
 
 def collect(study: Study) -> Results:
-    """Reads the finished units that belong to the study as it stands: those of other settings are left aside.
+    """Read the finished units that belong to the study as it stands: those of other settings are left aside.
 
     Raises:
         StudyError: a record is damaged.

@@ -1,4 +1,4 @@
-"""What a study is: models × data sets × methods, read from YAML, with errors that name the line.
+"""Specification of a study: models × data sets × methods, read from YAML, with errors that name the line.
 
 ::
 
@@ -124,7 +124,7 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all maps of a study share.
+    """Settings that all maps of a study share.
 
     Attributes:
         alpha: Threshold of the log-likelihood ratio in nats (paper, Eq. 6).
@@ -147,7 +147,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class FilterSpec:
-    """Which samples maps are made for (paper, §4.3: "clear probability difference" for all models).
+    """The filter of the samples that maps are made for (paper, §4.3: "clear probability difference" for all models).
 
     A sample is kept if the probability of the answer falls by at least ``minimum_drop`` on the baseline image,
     1 − P̃(a)/P(a), under every model of the study. The paper gives no number; 0.3 is the edge of its own class of

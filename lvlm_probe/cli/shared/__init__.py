@@ -1,1 +1,1 @@
-"""What commands are made of: options, inputs, models, answers, maps, studies and the terminal."""
+"""Parts of commands: options, inputs, models, answers, maps, studies and the terminal."""

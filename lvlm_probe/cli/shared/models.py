@@ -26,7 +26,7 @@ def load_model(
     attn: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[torch.nn.Module, Any]:
-    """Loads a model and its processor.
+    """Load a model and its processor.
 
     Args:
         spec: a directory, a hub id, or ``"demo"``.
@@ -68,7 +68,7 @@ def load_model(
 
 
 def _model_source(spec: str) -> str:
-    """What ``from_pretrained`` is given. A path is never looked up on the network."""
+    """Return what ``from_pretrained`` is given. A path is never looked up on the network."""
     if spec == DEMO:
         from lvlm_probe import demo
 

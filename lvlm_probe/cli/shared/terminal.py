@@ -1,4 +1,4 @@
-"""What the terminal shows: results on standard output, everything else on standard error.
+"""The terminal: results on standard output, everything else on standard error.
 
 Questions, answers, names and errors come from files, and files from anybody. A terminal obeys control characters: they
 rename its window, clear it, write to the clipboard, turn text around. So everything that is printed goes through
@@ -249,7 +249,7 @@ def guard_streams() -> None:
 
 
 def quiet_libraries() -> None:
-    """Hides the progress bars and advice of the libraries below; our own warnings become one-line notes."""
+    """Hide the progress bars and advice of the libraries below; our own warnings become one-line notes."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -272,7 +272,7 @@ class _SafeFormatter(logging.Formatter):
 
 
 def _guard_logs(name: str) -> None:
-    """Makes the handlers of a logger, and the one of last resort, write safe lines."""
+    """Make the handlers of a logger, and the one of last resort, write safe lines."""
     for handler in [*logging.getLogger(name).handlers, logging.lastResort]:
         if handler is not None and not isinstance(handler.formatter, _SafeFormatter):
             handler.setFormatter(_SafeFormatter(handler.formatter))

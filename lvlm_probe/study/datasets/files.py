@@ -23,7 +23,7 @@ _KINDS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".par
 
 
 def is_local(source: str) -> bool:
-    """Whether a source is a path that exists; otherwise it can only be a hub id."""
+    """Tell whether a source is a path that exists; otherwise it can only be a hub id."""
     return os.path.exists(os.path.expanduser(source))
 
 
@@ -125,7 +125,7 @@ def _found(value: str | Path, where: str, directories: Sequence[Path]) -> Path:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds. Raises ``StudyError``."""
+    """Return what a JSON file holds. Raises ``StudyError``."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

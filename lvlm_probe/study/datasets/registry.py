@@ -76,7 +76,7 @@ _READERS: dict[str, _Entry] = {}
 def register_dataset(
     name: str, *, layout: str, relax: Callable[[Sample], Sample] = lambda sample: sample
 ) -> Callable[[_Function], _Function]:
-    """Registers a reader.
+    """Register a reader.
 
     Args:
         name: What ``open_dataset`` is given.

@@ -38,7 +38,7 @@ NEARLY_ALL = 0.5
 
 @dataclass(frozen=True)
 class Region:
-    """Where two images differ.
+    """The region in which two images differ.
 
     Attributes:
         mask: ``(row, col)`` bool in pixels of the second image; ``None`` where no region can be told.
@@ -50,7 +50,7 @@ class Region:
 
     @property
     def share(self) -> float:
-        """Of the image's area, 0 to 1."""
+        """Its share of the image's area, 0 to 1."""
         return 0.0 if self.mask is None else float(self.mask.mean())
 
 
@@ -60,7 +60,7 @@ def order_of(role: str | None) -> int:
 
 
 def references(members: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """Which member each variant is compared with: number → number.
+    """Choose the member that each variant is compared with: number → number.
 
     An edited image is compared with the same question about another image, a counterfactual question with the
     original about the same image; where there is no such member, with the first original, or the first member.
@@ -107,8 +107,10 @@ def question_diff(before: str, after: str) -> list[tuple[str, str]]:
 
 
 def changed_region(before: Image.Image, after: Image.Image) -> Region:
-    """Where pixels of two images differ by more than ``TOLERANCE``, widened by a hundredth of the long side so that
-    an edited letter is an area. Of images of one shape, the first is brought to the size of the second."""
+    """Find where pixels of two images differ by more than ``TOLERANCE``.
+
+    It is widened by a hundredth of the long side, so that an edited letter is an area. Of images of one shape, the first is brought to the size of the second.
+    """
     (width, height), (other_width, other_height) = after.size, before.size
     if abs(other_width * height - other_height * width) > 0.02 * other_width * height:
         return Region(None, f"the images have different shapes ({before.size} and {after.size} pixels)")
@@ -127,7 +129,7 @@ def changed_region(before: Image.Image, after: Image.Image) -> Region:
 
 
 def looking(heat: Heatmap | None, before: Heatmap | None, region: Region) -> dict[str, float | None] | None:
-    """What two maps say about a change.
+    """Compare two maps where their images differ.
 
     Args:
         heat, before: maps of the variant and of what it is compared with.
@@ -158,7 +160,7 @@ def looking(heat: Heatmap | None, before: Heatmap | None, region: Region) -> dic
 
 
 def stance(answer: str, choices: Sequence[str]) -> str:
-    """What an answer comes down to: the one choice that it holds, or else its own words without case and signs."""
+    """Return the one choice that an answer holds, or else its own words without case and signs."""
     held = [choice for choice in choices if is_correct(answer, choice, choices)]
     return held[0].casefold() if len(held) == 1 else " ".join(re.findall(r"\w+", answer.casefold()))
 

@@ -51,7 +51,7 @@ def write_page(
     overwrite: bool = False,
     tell: Progress | None = None,
 ) -> Path:
-    """Writes the page of a study.
+    """Write the page of a study.
 
     Args:
         results: what is finished of it.

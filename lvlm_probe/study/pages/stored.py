@@ -1,4 +1,4 @@
-"""Opens what a study has stored of a sample: its image, the traces of its answers, their maps."""
+"""Stored files of a sample: its image, the traces of its answers, their maps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Opened:
-    """What is at hand of one sample.
+    """The files of one sample, as far as they are at hand.
 
     Attributes:
         picture: The original image, RGB; ``None`` where no trace holds it.

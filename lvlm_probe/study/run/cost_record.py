@@ -1,4 +1,4 @@
-"""What a unit took: seconds on the wall and of the processor, the machine it ran on, and the memory of a map.
+"""Cost of a unit: seconds on the wall and of the processor, the machine it ran on, and the memory of a map.
 
 None of it is part of a unit's result: it stands under ``measured`` in its record and differs from run to run.
 """

@@ -1,4 +1,4 @@
-"""Who does the units: this process, or what a plugin brings (``lvlm-probe-ray``: many machines).
+"""Engines, which do the units: this process, or what a plugin brings (``lvlm-probe-ray``: many machines).
 
 An engine is a function with the arguments of ``run_study``; every engine does the same units and leaves the same files.
 """
@@ -20,7 +20,7 @@ __all__ = ["Engine", "engine_named", "engines", "register_engine"]
 
 
 class Engine(Protocol):
-    """What ``register_engine`` takes."""
+    """The type of what ``register_engine`` takes."""
 
     def __call__(
         self,
@@ -37,7 +37,7 @@ _ENGINES: dict[str, Engine] = {"local": run_study}
 
 
 def register_engine(name: str, engine: Engine) -> None:
-    """Adds an engine.
+    """Add an engine.
 
     Raises:
         PluginError: another one has the name, or what is registered is no function under a name.

@@ -1,4 +1,4 @@
-"""Does the units of a study, one after the other, and leaves out those that are finished.
+"""Runner of a study: its units one after the other, without those that are finished.
 
 All models answer first, one model in memory at a time; then the filter is known, and maps are made. Every finished unit
 is kept at once: a study may be killed at any time and goes on where it was.
@@ -38,7 +38,7 @@ class _NoModel(StudyError):
 
 @dataclass(frozen=True)
 class Told:
-    """How far a run is: units done and left in this run, and what is being done."""
+    """Progress of a run: units done and left in this run, and what is being done."""
 
     done: int
     total: int
@@ -47,7 +47,7 @@ class Told:
 
 
 class Worker:
-    """Does single units of one study; holds one model at a time.
+    """A worker on single units of one study; holds one model at a time.
 
     Args:
         study: what to do.
@@ -68,7 +68,7 @@ class Worker:
     # ------------------------------------------------------------------ models
 
     def fingerprint(self, name: str) -> str:
-        """Of a model's weights. Loads it once, and again only when its files have changed.
+        """Return the fingerprint of a model's weights. Loads it once, and again only when its files have changed.
 
         Raises:
             StudyError: it cannot be loaded.
@@ -79,7 +79,7 @@ class Worker:
         return self._prints[name]
 
     def knows(self, name: str) -> bool:
-        """Whether a model's fingerprint can be told without loading it."""
+        """Tell whether a model's fingerprint is known without loading it."""
         if name not in self._prints:
             known = self._models.read(model_stamp(self.study, self.study.models[name]))
             if known is not None and "fingerprint" in known:
@@ -214,7 +214,7 @@ class Worker:
             self._keep(self.maps, unit, content, work, finished)
 
     def kept(self, dataset: str, sample: Sample) -> str | None:
-        """Why the filter drops a sample, ``None`` when it does not. All models must have answered."""
+        """Say why the filter drops a sample, ``None`` when it does not. All models must have answered."""
         records = {}
         for name in self.study.models:
             key, _ = self.answer_key(name, dataset, sample)

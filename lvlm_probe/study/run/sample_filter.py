@@ -1,4 +1,4 @@
-"""Which samples maps are made for, and whether an answer is right."""
+"""The filter of samples, and the judgement of answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["is_correct", "verdict"]
 
 
 def verdict(study: Study, records: Mapping[str, Mapping[str, Any] | None]) -> str | None:
-    """Why a sample gets no maps, ``None`` when it gets them: every model must have answered, and the answer's
+    """Say why a sample gets no maps, ``None`` when it gets them: every model must have answered, and the answer's
     probability must fall by the filter's ``minimum_drop`` under every one (paper, §4.3).
 
     Args:
@@ -35,7 +35,7 @@ def verdict(study: Study, records: Mapping[str, Mapping[str, Any] | None]) -> st
 
 
 def is_correct(answer: str, truth: str | Sequence[str] | None, choices: Sequence[str] = ()) -> bool | None:
-    """Whether a free-form answer holds the true one, by rule; ``None`` where no rule can tell.
+    """Tell whether a free-form answer holds the true one, by rule; ``None`` where no rule can tell.
 
     Case, punctuation, articles and white space do not count. With choices: the answer must hold the true choice's text
     and none of the others', texts that are part of the true one left aside. Without: it must be the true answer, or

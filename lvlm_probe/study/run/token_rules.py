@@ -1,4 +1,4 @@
-"""Which tokens of an answer a row of a table explains (paper, §3.2 and Table 3)."""
+"""Token rules: what of an answer a row of a table explains (paper, §3.2 and Table 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one unit does: a model answers a question; a method explains an answer, and the judges score the map.
+"""Work of one unit: a model answers a question; a method explains an answer, and the judges score the map.
 
 A unit returns a record, JSON-ready. What varies from run to run (seconds, memory) stands under ``measured``; all else
 is the same however often, on however many machines and in whatever order the units are done.
@@ -91,7 +91,7 @@ def answer_unit(
 
 
 def drops(trace: Trace) -> dict[str, float]:
-    """How far the probability of an answer falls on the baseline image, as a share of what it was (paper, §4.2).
+    """Measure the fall of an answer's probability on the baseline image, as a share of what it was (paper, §4.2).
 
     Returns:
         the fields of ``drops.Drop``, no infinity among them: a record holds none.

@@ -27,7 +27,7 @@ __all__ = ["add_words", "read_words"]
 
 
 def add_words(study: Study, player: Replay, method: MethodSpec, heat: Heatmap, map_file: Path) -> list[dict[str, Any]]:
-    """Explains the selected words of a map one by one and adds their maps to its file, all or none.
+    """Explain the selected words of a map one by one and add their maps to its file, all or none.
 
     Each word starts from the method's own baseline, as the answer's map did. Where one word is all that is selected,
     its map is the answer's.

@@ -1,4 +1,4 @@
-"""What all tables are put together from: means over samples, and the sentences under a table."""
+"""Parts of all tables: means over samples, and the sentences under a table."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def scored(records: Iterable[Mapping[str, Any]], skips: Counter[str]) -> list[Ma
 
 
 def spans(record: Mapping[str, Any]) -> bool:
-    """Whether the tokens of a map lose enough probability on its baseline for its normalised scores to mean anything.
+    """Tell whether the tokens of a map lose enough on its baseline for its normalised scores to mean anything.
 
     Score s becomes (s − s̃) / (s₀ − s̃), s₀ of the whole image and s̃ of the baseline: tokens that the language alone
     decides (a keyword that the image has no part in) make that a division by next to nothing.
@@ -77,7 +77,7 @@ def spans(record: Mapping[str, Any]) -> bool:
 
 
 def objection(record: Mapping[str, Any]) -> str | None:
-    """Why the scores of a map enter no mean; ``None`` where they do.
+    """Say why the scores of a map enter no mean; ``None`` where they do.
 
     It is what the verdict says against them as a measurement; what it says against the map alone (no better than
     chance, tied) is no reason, as a mean over good maps would flatter the method (``Verdict.measured``).
@@ -98,7 +98,7 @@ def skipped(found: Counter[str]) -> str:
 
 
 def filter_notes(results: Results) -> list[str]:
-    """What the filter is, and per data set how many samples it keeps and why it drops the others."""
+    """Say what the filter is, and per data set how many samples it keeps and why it drops the others."""
     rule = results.study.filter
     kind = "length-normalised" if rule.normalised else "joint"
     notes = [

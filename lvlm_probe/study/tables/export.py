@@ -1,4 +1,4 @@
-"""How far a study is, and its results as flat files to hand on."""
+"""The state of a study, and its results as flat files to hand on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MAP = (
 
 
 def state(results: Results) -> dict[str, Any]:
-    """Counts of finished, failed and missing units, JSON-ready."""
+    """Count finished, failed and missing units, JSON-ready."""
     study = results.study
     answers = []
     for model in study.models:
@@ -67,7 +67,7 @@ def state(results: Results) -> dict[str, Any]:
 
 
 def export(results: Results, directory: Path) -> list[Path]:
-    """Writes ``answers.csv``, ``maps.csv``, ``samples.json`` (ids kept, why others were dropped) and ``study.json``.
+    """Write ``answers.csv``, ``maps.csv``, ``samples.json`` (ids kept, why others were dropped) and ``study.json``.
 
     Returns:
         the files. No images and no paths of this machine are in them.

@@ -137,7 +137,7 @@ class Table:
         return path
 
     def write(self, directory: Path, forms: Sequence[str] = FORMS) -> list[Path]:
-        """Writes the table in some forms; returns the files. A table without intervals has no figure."""
+        """Write the table in some forms; return the files. A table without intervals has no figure."""
         directory.mkdir(parents=True, exist_ok=True)
         made = []
         for form in forms:
