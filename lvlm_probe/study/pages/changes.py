@@ -109,7 +109,8 @@ def question_diff(before: str, after: str) -> list[tuple[str, str]]:
 def changed_region(before: Image.Image, after: Image.Image) -> Region:
     """Find where pixels of two images differ by more than ``TOLERANCE``.
 
-    It is widened by a hundredth of the long side, so that an edited letter is an area. Of images of one shape, the first is brought to the size of the second.
+    It is widened by a hundredth of the long side, so that an edited letter is an area. Of images of one shape, the
+    first is brought to the size of the second.
     """
     (width, height), (other_width, other_height) = after.size, before.size
     if abs(other_width * height - other_height * width) > 0.02 * other_width * height:
