@@ -33,7 +33,7 @@ from lvlm_probe.errors import ProbeError
 
 __all__ = ["app", "main"]
 
-_ROAD = ("demo", "record", "explain", "evaluate", "report")
+_ROAD = ("demo", "record", "explain", "evaluate", "sanity", "report")
 """What a newcomer reads first in the list of commands; the others follow in the order of the alphabet."""
 
 app = typer.Typer(
