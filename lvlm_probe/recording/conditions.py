@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from lvlm_probe.models.inputs import input_device
 from lvlm_probe.models.tokenizers import Stops
 from lvlm_probe.models.wrappers import every_module
-from lvlm_probe.replaying.teacher_forcing import input_device
 
 __all__ = [
     "compiles_itself",

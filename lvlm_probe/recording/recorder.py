@@ -28,6 +28,7 @@ from lvlm_probe.hooks import HookSet
 from lvlm_probe.images.processor import whole_numbers
 from lvlm_probe.models.anatomy import Anatomy
 from lvlm_probe.models.drivers import Driver
+from lvlm_probe.models.inputs import list_inputs
 from lvlm_probe.models.tokenizers import (
     Stops,
     decoder_prompt,
@@ -58,7 +59,6 @@ from lvlm_probe.recording.token_boxes import BoxCache, box_key, place
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.answer_source import LiveTrace
 from lvlm_probe.replaying.hidden_states import point_records
-from lvlm_probe.replaying.teacher_forcing import list_inputs
 from lvlm_probe.trace.records import Capture, RowCapture
 
 __all__ = ["GenerationRecorder", "RecordOptions"]

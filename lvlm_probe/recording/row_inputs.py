@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from lvlm_probe.models.inputs import is_separate
 from lvlm_probe.recording.prompt_images import NotRecorded
-from lvlm_probe.replaying.teacher_forcing import apart
 
 __all__ = ["columns_of", "image_places", "row_inputs"]
 
@@ -68,7 +68,12 @@ def row_inputs(
             made = alone[name].to(value.dtype)
             # The processor around an image processor may put an axis of prompts in front (Idefics).
             kept[name] = made[None] if value.ndim == made.ndim + 1 else made
-        elif value.ndim >= 2 and value.shape[:2] == ids.shape and not is_pixel_name(name) and not apart(name, inputs):
+        elif (
+            value.ndim >= 2
+            and value.shape[:2] == ids.shape
+            and not is_pixel_name(name)
+            and not is_separate(name, inputs)
+        ):
             own = (value[row][real] if real is not None else value[row])[None]
             kept[name] = _unpadded(own, inputs, alone)
             padded |= kept[name].shape != own.shape

@@ -13,14 +13,15 @@ import torch
 
 from lvlm_probe.errors import ModelMismatch
 from lvlm_probe.models.fingerprint import same_fingerprint
+from lvlm_probe.replaying.micro_batches import PassCounter
+from lvlm_probe.replaying.protocol import ReplayLike
 from lvlm_probe.replaying.recorded_inputs import check_inputs, refused_in_words
 from lvlm_probe.replaying.replays import Replay
-from lvlm_probe.replaying.views import PassCounter
 
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
-__all__ = ["PassCounter", "Replay", "replay"]
+__all__ = ["PassCounter", "Replay", "ReplayLike", "replay"]
 
 
 def replay(
@@ -40,7 +41,7 @@ def replay(
         processor: its processor, or its image processor; without it masks live in pixel-input space.
         strict: refuse another model. ``False`` replays the answer on it all the same, e.g. to compare two models.
         gradient_checkpointing: trade time for memory in gradient passes.
-        micro_batch: masks per forward pass; by default as many as one rule says (``exhaustion``).
+        micro_batch: masks per forward pass; by default as many as one rule says (``micro_batches``).
 
     Raises:
         ModelMismatch: the fingerprint differs from the recorded one, or the processor makes other inputs.

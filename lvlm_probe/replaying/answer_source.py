@@ -16,7 +16,7 @@ from lvlm_probe.images.baselines import KINDS
 from lvlm_probe.images.parity import versions
 from lvlm_probe.images.processor import with_settings
 from lvlm_probe.images.processor_step import METHOD, PictureStep, picture_step
-from lvlm_probe.replaying.teacher_forcing import input_device
+from lvlm_probe.models.inputs import input_device
 
 if TYPE_CHECKING:
     from PIL import Image

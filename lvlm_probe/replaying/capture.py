@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,8 @@ from lvlm_probe.attention.dispatch import AttentionCall, ConfigView, lead, obser
 from lvlm_probe.attention.layers import TapLayer, discover
 from lvlm_probe.attention.rows import attention_rows, take_rows
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.hooks import HookSet, first_tensor, on_gradient
+from lvlm_probe.hooks import HookSet, first_tensor
 from lvlm_probe.models.anatomy import find_modules
-
-if TYPE_CHECKING:
-    from lvlm_probe.replaying import Replay
 
 __all__ = ["AttentionLayer", "Captured", "capture"]
 
@@ -48,9 +45,18 @@ class AttentionLayer:
     """
 
     def __init__(
-        self, layer: TapLayer, part: str, start: int, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall,
-        *, causal: bool, sinks: bool,
-    ) -> None:  # fmt: skip
+        self,
+        layer: TapLayer,
+        part: str,
+        start: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        call: AttentionCall,
+        *,
+        causal: bool,
+        sinks: bool,
+    ) -> None:
         self.layer, self.part, self.start = layer, part, start
         self.gradient: Tensor | None = None
         self._query, self._key, self._value = query.detach(), key.detach(), value.detach()
@@ -155,7 +161,7 @@ class Captured:
             self.outputs[path] = tensor.detach()
             self.gradients.pop(path, None)
             if tensor.requires_grad:
-                on_gradient(tensor, lambda gradient: self.gradients.__setitem__(path, gradient.detach()))
+                tensor.register_hook(lambda gradient: self.gradients.__setitem__(path, gradient.detach()))
 
         return hook
 
@@ -179,9 +185,16 @@ class Captured:
         raise error
 
     def observe(
-        self, module: nn.Module, implementation: str | None, query: Tensor, key: Tensor, value: Tensor, result: Any,
-        args: tuple[Any, ...], kwargs: dict[str, Any],
-    ) -> Any:  # fmt: skip
+        self,
+        module: nn.Module,
+        implementation: str | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        result: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Keep one attention call, and visit it when the backward pass gets there."""
         tapped = self._taps.get(id(module))
         if tapped is None:
@@ -193,9 +206,16 @@ class Captured:
             result = (output, *result[1:]) if isinstance(result, tuple) else output
         call = AttentionCall.of(args, kwargs)
         seen = AttentionLayer(
-            layer, part, self._positions.get(id(module), 0), query, key, value, call,
-            causal=call.is_causal_for(module, implementation, query.shape[2]), sinks=implementation != "sdpa",
-        )  # fmt: skip
+            layer,
+            part,
+            self._positions.get(id(module), 0),
+            query,
+            key,
+            value,
+            call,
+            causal=call.is_causal_for(module, implementation, query.shape[2]),
+            sinks=implementation != "sdpa",
+        )
         self._positions[id(module)] = seen.start + seen.queries
         if self._keep:
             self.layers.append(seen)
@@ -208,49 +228,30 @@ class Captured:
                 visit(seen)
                 seen.gradient = None
 
-            on_gradient(output, arrive)
+            output.register_hook(arrive)
         return result
 
 
 @contextmanager
 def capture(
-    replay: Replay,
+    model: nn.Module,
+    encoders: Sequence[str],
     *,
     modules: Sequence[str] = (),
     attention: Sequence[str] = (),
     visit: Visit | None = None,
     edit: Edit | None = None,
 ) -> Iterator[Captured]:
-    """Look inside the passes that ``replay`` runs in the block; see ``Replay.capture``. Other threads that use the same
-    replay wait until the block is left."""
-    if replay.gradient_checkpointing:
-        raise ExplainError(
-            "capture does not go together with gradient checkpointing, which runs every layer twice: "
-            "replay without gradient_checkpointing"
-        )
-    with replay.replica.use() as model:
-        yield from _captured(replay, model, Captured(visit=visit, edit=edit), modules, attention)
+    """Look inside the passes that ``model`` runs in the block; see ``Replay.capture``.
 
-
-def _captured(
-    replay: Replay, model: nn.Module, seen: Captured, modules: Sequence[str], attention: Sequence[str]
-) -> Iterator[Captured]:
-    tapped: list[nn.Module] = []
-    for part in attention:
-        if part in ("decoder", "cross"):
-            tapped += seen.tap(model, part, None, cross=part == "cross")
-        elif part == "encoder":
-            for path in replay.anatomy.encoders:
-                tapped += seen.tap(model, path, model.get_submodule(path))
-        else:
-            raise ExplainError(f"attention of {part!r}: there are 'decoder', 'cross' and 'encoder'")
-    if attention and not tapped:
-        reasons = "; ".join(sorted(set(seen.unreadable.values()))) or "it has no attention layer"
-        raise ExplainError(
-            f"no attention of the {' or '.join(attention)} of {type(model).__name__} can be read: {reasons}"
-        )
+    Args:
+        model: a replica, which nobody else runs meanwhile.
+        encoders: paths of its image encoders.
+        modules, attention, visit, edit: as for ``Replay.capture``.
+    """
+    seen = Captured(visit=visit, edit=edit)
+    tapped = _tap(model, encoders, seen, attention)
     led: list[ConfigView] = []
-    before, replay.inside = replay.inside, True
     with HookSet() as hooks:
         try:
             hooks.forward_pre(model, seen.begin, name="capture", fenced=False)
@@ -262,6 +263,24 @@ def _captured(
                 observing(seen)
             yield seen
         finally:
-            replay.inside = before
             unobserved(seen)
             release(led)
+
+
+def _tap(model: nn.Module, encoders: Sequence[str], seen: Captured, attention: Sequence[str]) -> list[nn.Module]:
+    """The attention modules to lead to ``seen``."""
+    tapped: list[nn.Module] = []
+    for part in attention:
+        if part in ("decoder", "cross"):
+            tapped += seen.tap(model, part, None, cross=part == "cross")
+        elif part == "encoder":
+            for path in encoders:
+                tapped += seen.tap(model, path, model.get_submodule(path))
+        else:
+            raise ExplainError(f"attention of {part!r}: there are 'decoder', 'cross' and 'encoder'")
+    if attention and not tapped:
+        reasons = "; ".join(sorted(set(seen.unreadable.values()))) or "it has no attention layer"
+        raise ExplainError(
+            f"no attention of the {' or '.join(attention)} of {type(model).__name__} can be read: {reasons}"
+        )
+    return tapped

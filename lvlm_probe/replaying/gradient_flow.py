@@ -12,18 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from lvlm_probe.errors import ExplainError, ProbeError
-from lvlm_probe.hooks import HookSet, on_gradient
+from lvlm_probe.errors import ProbeError
+from lvlm_probe.hooks import HookSet
+from lvlm_probe.models.replica import Replica
 from lvlm_probe.replaying.micro_batches import ran_out
+from lvlm_probe.replaying.protocol import ReplayLike
 
-if TYPE_CHECKING:
-    from lvlm_probe.replaying.replays import Replay
-
-__all__ = ["require_gradients"]
+__all__ = ["gradient_fault"]
 
 _AGREE = 0.1
 """Slopes that differ by less of their size are the same one: what a finite difference may leave out by curvature."""
@@ -35,40 +34,33 @@ _ROUNDINGS = 16.0
 """Units of rounding by which one log-probability may be off, per 1 + |log P|."""
 
 
-def require_gradients(replay: Replay) -> None:
-    """Check once per replay (its views share the result) that gradients are whole. Costs three forward passes and a
-    backward pass, and two forward passes more for each smaller step where the slopes differ.
+def gradient_fault(replay: ReplayLike, replica: Replica, decoder: str) -> str:
+    """Say what is wrong with the gradients of a replay: the layer where they stop, and methods that need none.
 
-    Raises:
-        ExplainError: they are not; the message names the layer where they stop, and methods that need none.
+    Costs three forward passes and a backward pass, and two forward passes more for each smaller step where the slopes
+    differ.
+
+    Args:
+        replay: whose score is differentiated.
+        replica: the model that its passes run on.
+        decoder: path of the decoder.
+
+    Returns:
+        a sentence; empty where nothing is wrong.
     """
-    kept = replay.kept
-    if kept.gradients is None:
-        kept.gradients = ""  # while it is being looked for, and where there is nothing to say
-        try:
-            kept.gradients = _fault(replay)
-        except BaseException:
-            kept.gradients = None
-            raise
-    if kept.gradients:
-        raise ExplainError(kept.gradients)
-
-
-def _fault(replay: Replay) -> str:
-    """What is wrong with gradients, as a sentence; empty where nothing is."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, 1, replay.n_images, 5, 6)
-    # Inside [0, 1] with room on both sides, and towards the picture everywhere: a slope that adds up.
+    # Inside [0, 1] with room on both sides, and towards the image everywhere: a slope that adds up.
     drawn, direction = torch.rand(shape, generator=generator, dtype=torch.float32).to(replay.device)
     base, direction = 0.3 + 0.4 * drawn, 0.5 + 0.5 * direction
-    rounding = _rounding(replay)
-    step = min(0.2, 4 * rounding ** (1 / 3))
-    with replay.replica.use() as model:  # held throughout: what is compared are passes of one and the same model
-        return _compared(replay, _Modules(model, replay.anatomy.decoder), base, direction, step, rounding)
+    with replica.use() as model:  # held throughout: what is compared are passes of one and the same model
+        rounding = _rounding(model, replay.device)
+        step = min(0.2, 4 * rounding ** (1 / 3))
+        return _compared(replay, _Modules(model, decoder), base, direction, step, rounding)
 
 
 def _compared(
-    replay: Replay, modules: _Modules, base: torch.Tensor, direction: torch.Tensor, step: float, rounding: float
+    replay: ReplayLike, modules: _Modules, base: torch.Tensor, direction: torch.Tensor, step: float, rounding: float
 ) -> str:
     """Whether both slopes at ``base`` along ``direction`` are one."""
     try:
@@ -80,7 +72,7 @@ def _compared(
         with torch.no_grad():
             replay.log_probs(base)  # raises by itself where gradients are not what is wrong
         reason = str(error).strip().splitlines()[0]
-        return _sentence(replay, modules.stop(), "" if "does not require grad" in reason else f" ({reason})")
+        return _sentence(modules, modules.stop(), "" if "does not require grad" in reason else f" ({reason})")
 
     noise = 0.0
 
@@ -110,27 +102,25 @@ def _compared(
     if not (cut or told):
         return ""
     return _sentence(
-        replay, cut, f" (along the picture the score rises by {measured:.3g}, by its gradient {expected:.3g})"
+        modules, cut, f" (along the picture the score rises by {measured:.3g}, by its gradient {expected:.3g})"
     )
 
 
-def _sentence(replay: Replay, layer: str, detail: str) -> str:
-    name = type(replay.model).__name__
+def _sentence(modules: _Modules, layer: str, detail: str) -> str:
     where = f"stop at {layer}, which computes without autograd" if layer else "are not those of its output"
     return (
-        f"the gradients of {name} {where}, so a map made of them would be wrong{detail}; load the model with layers "
-        f"that can be differentiated, or use a method that needs no gradients: occlusion, rise, greedy, or attention, "
+        f"the gradients of {modules.name} {where}, so a map made of them would be wrong{detail}; load the model with "
+        f"layers that can be differentiated, or use a method that needs no gradients: occlusion, rise, greedy, or attention, "
         f"rollout, tam"
     )
 
 
-def _rounding(replay: Replay) -> float:
+def _rounding(model: torch.nn.Module, device: torch.device) -> float:
     """The unit of rounding of what the model computes with; of bfloat16 where it is quantised."""
-    device = replay.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.finfo(torch.get_autocast_dtype(device)).eps
-    kinds = {weight.dtype for weight in replay.model.parameters()}
-    kinds |= {value.dtype for value in replay.model.buffers() if value.dtype in (torch.int8, torch.uint8)}
+    if torch.is_autocast_enabled(device.type):
+        return torch.finfo(torch.get_autocast_dtype(device.type)).eps
+    kinds = {weight.dtype for weight in model.parameters()}
+    kinds |= {value.dtype for value in model.buffers() if value.dtype in (torch.int8, torch.uint8)}
     return max((torch.finfo(kind if kind.is_floating_point else torch.bfloat16).eps for kind in kinds), default=1e-7)
 
 
@@ -138,7 +128,7 @@ class _Modules:
     """What modules hand on, by the order in which they run."""
 
     def __init__(self, model: torch.nn.Module, decoder: str) -> None:
-        self._model, self._decoder = model, decoder
+        self._model, self._decoder, self.name = model, decoder, type(model).__name__
         self._stopped: list[str] = []  # inner ones before the module around them
         self._arrived: list[str] = []
         self._seen: list[list[tuple[str, torch.Tensor]]] = []
@@ -151,7 +141,7 @@ class _Modules:
             given, made = list(_tensors((args, kwargs))), list(_tensors(output))
             carrying = [tensor for tensor in made if tensor.requires_grad]
             if leaf and carrying:
-                on_gradient(carrying[0], lambda _gradient: self._arrived.append(path))
+                carrying[0].register_hook(lambda _gradient: self._arrived.append(path))
             elif made and not carrying and any(tensor.requires_grad for tensor in given):
                 self._stopped.append(path)
 

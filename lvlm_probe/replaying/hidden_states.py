@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_probe.errors import ExplainError, ReplayError
+from lvlm_probe.models.inputs import input_device
 from lvlm_probe.models.replica import Replica
-from lvlm_probe.replaying.teacher_forcing import input_device
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay

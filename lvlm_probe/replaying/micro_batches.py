@@ -10,18 +10,29 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lvlm_probe.errors import OutOfMemory
+from lvlm_probe.models.replica import Replica, duplicated
 
-if TYPE_CHECKING:
-    from lvlm_probe.replaying import Replay
-
-__all__ = ["CPU_BYTES", "Limits", "in_micro_batches", "masks_at_once", "ran_out", "whole_pass"]
+__all__ = [
+    "CPU_BYTES",
+    "Limits",
+    "PassCounter",
+    "Recomputed",
+    "Run",
+    "in_micro_batches",
+    "masks_at_once",
+    "noise_like",
+    "noise_seeds",
+    "out_of_memory",
+    "ran_out",
+]
 
 _log = logging.getLogger("lvlm_probe")
 
@@ -30,16 +41,38 @@ CPU_BYTES = 768 << 20
 _MOST = 64  # more masks at once are no faster anywhere
 _PATCH = 3 * 14 * 14  # numbers of pixel input that become one position of an encoder, at the usual patch size
 
+Run = Callable[[torch.Tensor, slice], Any]
+"""What is done with a micro-batch, given its masks and their place among all."""
+
+
+@dataclass
+class PassCounter:
+    """How many images went through the model, forward and backward.
+
+    ``within`` is a counter that counts along, e.g. the replay's for that of one explanation.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    within: PassCounter | None = field(default=None, repr=False)
+
+    def add(self, *, forward: int = 0, backward: int = 0) -> None:
+        """Count images."""
+        self.forward += forward
+        self.backward += backward
+        if self.within is not None:
+            self.within.add(forward=forward, backward=backward)
+
 
 @dataclass
 class Limits:
     """How passes are run; shared by the views of a replay, and narrowed for all of them when memory runs out.
 
     Attributes:
-        micro_batch: Masks per pass; ``None`` is ``masks_at_once``.
-        gradient_checkpointing: Layers are run again in backward, as the user wants it.
-        recompute: The same, because memory ran out.
-        recovered: What was changed when memory ran out, in order.
+        micro_batch: masks per pass; ``None`` is ``masks_at_once``.
+        gradient_checkpointing: layers are run again in backward, as the user wants it.
+        recompute: the same, because memory ran out.
+        recovered: what was changed when memory ran out, in order.
     """
 
     micro_batch: int | None = None
@@ -48,27 +81,41 @@ class Limits:
     recompute: bool = False
 
 
-def masks_at_once(replay: Replay) -> int:
+def masks_at_once(
+    model: torch.nn.Module,
+    encoders: Sequence[str],
+    pixel_inputs: Mapping[str, torch.Tensor],
+    length: int,
+    device: torch.device,
+) -> int:
     """The rule: as many masks as keep ``CPU_BYTES`` on a CPU, or half of what an accelerator has beside the weights; 1
-    to 64. Every linear layer is taken to keep its input and output, at every position."""
+    to 64. Every linear layer is taken to keep its input and output, at every position.
+
+    Args:
+        model: the model that passes run on.
+        encoders: paths of its image encoders.
+        pixel_inputs: of one prompt.
+        length: positions of the teacher-forced sequence.
+        device: where activations are.
+    """
     decoder = encoder = 0
-    for path, module in replay.model.named_modules():
+    for path, module in model.named_modules():
         inside, outside = (getattr(module, name, None) for name in ("in_features", "out_features"))
         parts = path.split(".")
         idle = "experts" in parts[:-1] and parts[parts.index("experts") + 1] not in ("0", "1")  # of a mixture, two work
         if not (isinstance(inside, int) and isinstance(outside, int)) or idle or parts[-1] == "lm_head":
             continue
-        if any(path.startswith(f"{tower}.") for tower in replay.anatomy.encoders):
+        if any(path.startswith(f"{tower}.") for tower in encoders):
             encoder += inside + outside
         else:
             decoder += inside + outside
-    pixels = sum(value.numel() for value in replay.path.inputs.values() if value.is_floating_point())
-    width = next((weight.element_size() for weight in replay.model.parameters() if weight.is_floating_point()), 4)
-    each = max(width, 2) * (decoder * replay.length + encoder * math.ceil(pixels / _PATCH))
+    pixels = sum(value.numel() for value in pixel_inputs.values() if value.is_floating_point())
+    width = next((weight.element_size() for weight in model.parameters() if weight.is_floating_point()), 4)
+    each = max(width, 2) * (decoder * length + encoder * math.ceil(pixels / _PATCH))
     room = CPU_BYTES
-    if replay.device.type == "cuda":
-        weights = sum(w.numel() * w.element_size() for w in replay.model.parameters() if w.device == replay.device)
-        room = max(0, torch.cuda.mem_get_info(replay.device)[1] - weights) // 2
+    if device.type == "cuda":
+        weights = sum(w.numel() * w.element_size() for w in model.parameters() if w.device == device)
+        room = max(0, torch.cuda.mem_get_info(device)[1] - weights) // 2
     return max(1, min(_MOST, room // max(1, each)))
 
 
@@ -81,19 +128,44 @@ def ran_out(error: BaseException) -> bool:
     return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
+def out_of_memory(what: str, error: BaseException, way_out: str) -> OutOfMemory:
+    """The error to raise from ``error``, whose frames let go of what they hold: it is the memory that is missing."""
+    reason = str(error).strip().split("\n")[0]
+    traceback.clear_frames(error.__traceback__)
+    return OutOfMemory(f"{what} ({reason}); load the model in bfloat16 or with device_map='auto', or {way_out}")
+
+
 def in_micro_batches(
-    replay: Replay, masks: torch.Tensor, size: int, run: Callable[[torch.Tensor, slice], Any]
+    masks: torch.Tensor,
+    size: int,
+    run: Run,
+    *,
+    limits: Limits,
+    model: torch.nn.Module,
+    inside: bool,
+    where: str,
 ) -> list[Any]:
     """``run`` over micro-batches of equal size, at most ``size``; goes on in smaller ones when memory runs out.
 
-    Where one mask does not fit, layers are run again in backward from there on, unless somebody looks inside the pass.
-    ``replay.limits`` remembers both. ``run`` is given the masks and their place among all.
+    Where one mask does not fit, layers are run again in backward from there on.
+
+    Args:
+        masks: ``(batch, ...)``.
+        size: masks at once, at most.
+        run: what is done with each micro-batch.
+        limits: remembers what was changed.
+        model: the model that runs.
+        inside: somebody looks inside the passes, who would see layers twice that run again.
+        where: what does not fit, if nothing fits: an answer, "does not fit into memory of", a device.
+
+    Returns:
+        what ``run`` gave, in order.
 
     Raises:
         OutOfMemory: one mask does not fit, whatever is tried.
     """
     results: list[Any] = []
-    start, switched, limits = 0, False, replay.limits
+    start, switched = 0, False
     while start < len(masks):
         rest = len(masks) - start
         count = math.ceil(rest / math.ceil(rest / size))
@@ -103,17 +175,13 @@ def in_micro_batches(
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            reason = str(error).strip().split("\n")[0]
-            if count == 1 and not _can_recompute(replay):
+            recomputes = inside or limits.gradient_checkpointing or limits.recompute
+            if count == 1 and (recomputes or not _can_recompute(model)):
                 if switched:
                     limits.recompute = False
-                inside = ", or use a method that does not look inside the pass (needs_of(method))" * replay.inside
                 state = " even with gradient checkpointing" * (switched or limits.gradient_checkpointing)
-                raise OutOfMemory(
-                    f"one mask on {replay.trace_id} does not fit into memory of {replay.device}{state} "
-                    f"({reason}); load the model in bfloat16 or with device_map='auto', or use a smaller "
-                    f"image{inside}"
-                ) from error
+                another = ", or use a method that does not look inside the pass (needs_of(method))" * inside
+                raise out_of_memory(f"one mask on {where}{state}", error, f"use a smaller image{another}") from error
         else:
             start += count
             continue
@@ -131,25 +199,63 @@ def in_micro_batches(
     return results
 
 
-def whole_pass(replay: Replay, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """One pass over one picture without a gradient. Raises ``OutOfMemory``, with the way out, where it does not fit."""
-    try:
-        return run()
-    except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
-            raise
-        reason = str(error).strip().split("\n")[0]
-        raise OutOfMemory(
-            f"one pass over the {replay.prompt_length} prompt and {len(replay.token_ids)} answer tokens of "
-            f"{replay.trace_id} does not fit into memory of {replay.device}, even without a mask or gradients "
-            f"({reason}); load the model in bfloat16 or with device_map='auto', or record the answer "
-            "with a smaller image"
-        ) from error
-
-
-def _can_recompute(replay: Replay) -> bool:
-    """Whether layers could be checkpointed and are not."""
+def _can_recompute(model: torch.nn.Module) -> bool:
+    """Whether it has layers that can be checkpointed."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    possible = any(isinstance(module, GradientCheckpointingLayer) for module in replay.model.modules())
-    return possible and not (replay.inside or replay.recomputes)
+    return any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+
+
+class Recomputed(torch.autograd.Function):
+    """More masks than fit at once, differentiable: each micro-batch is run again in backward, with the hooks of now.
+
+    ``each(masks, run)`` gives what ``run`` gives, by micro-batches.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        masks: torch.Tensor,
+        replica: Replica,
+        passes: PassCounter,
+        each: Callable[[torch.Tensor, Run], list[Any]],
+        run: Run,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(masks)
+        ctx.replica, ctx.passes, ctx.each, ctx.run = replica, passes, each, run
+        with replica.use() as model:
+            ctx.model = duplicated(model, bare=False)
+        return torch.cat(each(masks, run))
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (masks,) = ctx.saved_tensors
+
+        def one(some: torch.Tensor, part: slice) -> torch.Tensor:
+            leaf = some.detach().requires_grad_(True)
+            with torch.enable_grad():
+                result = ctx.run(leaf, part)
+            (gradient,) = torch.autograd.grad(result, leaf, upstream[part])
+            ctx.passes.add(backward=len(some))
+            return gradient
+
+        with ctx.replica.instead(ctx.model):
+            return (torch.cat(ctx.each(masks, one)), None, None, None, None)
+
+
+def noise_seeds(count: int, noise: float, generator: torch.Generator | None) -> torch.Tensor:
+    """One noise seed per mask, so that results do not depend on how masks are grouped into micro-batches."""
+    if not noise:
+        return torch.zeros(count, dtype=torch.long)
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    return torch.randint(2**62, (count,), generator=generator, device=generator.device).cpu()
+
+
+def noise_like(pixels: torch.Tensor, deviation: float, seeds: torch.Tensor) -> torch.Tensor:
+    """Gaussian noise for the pixel inputs of ``len(seeds)`` masks, shaped like ``pixels``, from one seed per mask."""
+    rows = pixels.shape[0] // len(seeds)
+    noise = torch.empty(len(seeds), rows, *pixels.shape[1:], dtype=torch.float32)
+    for part, seed in zip(noise, seeds, strict=True):
+        part.normal_(std=deviation, generator=torch.Generator().manual_seed(int(seed)))
+    return noise.flatten(0, 1).to(pixels)

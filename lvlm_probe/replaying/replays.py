@@ -3,43 +3,77 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
-from lvlm_probe.errors import ExplainError, ReplayError
-from lvlm_probe.images import PixelPath
+from lvlm_probe.errors import ExplainError, ImageError, ReplayError
+from lvlm_probe.images import BLUR_LADDER, ImagePath, PixelPath
+from lvlm_probe.images.baselines import KINDS
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.models.anatomy import examine
 from lvlm_probe.models.drivers import Driver, probed_model
+from lvlm_probe.models.inputs import is_separate
 from lvlm_probe.models.replica import Replica
-from lvlm_probe.replaying import baselines
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
+from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity, described, draw, same_baseline
 from lvlm_probe.replaying.capture import Captured, capture
-from lvlm_probe.replaying.chunks import Chunked, noise_like, noise_seeds
-from lvlm_probe.replaying.gradient_flow import require_gradients
+from lvlm_probe.replaying.gradient_flow import gradient_fault
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
-from lvlm_probe.replaying.micro_batches import Limits, in_micro_batches, masks_at_once, whole_pass
+from lvlm_probe.replaying.micro_batches import (
+    Limits,
+    PassCounter,
+    Recomputed,
+    Run,
+    in_micro_batches,
+    masks_at_once,
+    noise_like,
+    noise_seeds,
+    out_of_memory,
+    ran_out,
+)
+from lvlm_probe.replaying.protocol import Mode, Score
 from lvlm_probe.replaying.rewording import reword
 from lvlm_probe.replaying.shortcuts import Shortcuts
-from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, apart, epsilon_of, rounding_of
-from lvlm_probe.replaying.views import Kept, PassCounter, Views
+from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, epsilon_of, rounding_of
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from lvlm_probe.attention import TapLayer
     from lvlm_probe.replaying.capture import AttentionLayer
     from lvlm_probe.trace import Trace
 
 __all__ = ["Replay"]
 
-Mode = Literal["fast", "exact"]
-Score = Callable[[torch.Tensor], torch.Tensor]
+
+@dataclass
+class Kept:
+    """What the views of one replay have computed and share: none of it depends on what ran first.
+
+    Attributes:
+        original, rounding: log P(a_t) on the whole image, and how far rounding may move it.
+        baseline_log_probs, paths: by ``baseline_identity``: log P̃(a_t), and pixel inputs.
+        gradients: what is wrong with gradients; ``None`` before they were looked at.
+        masks_at_once: masks per pass, by the rule.
+        facts: what others find out about this answer on this model, by a key of theirs.
+    """
+
+    original: torch.Tensor | None = None
+    rounding: torch.Tensor | None = None
+    baseline_log_probs: dict[Any, torch.Tensor] = field(default_factory=dict)
+    paths: dict[Any, ImagePath | PixelPath] = field(default_factory=dict)
+    gradients: str | None = None
+    masks_at_once: int | None = None
+    facts: dict[Any, Any] = field(default_factory=dict)
 
 
-class Replay(Views):
+class Replay:
     """One recorded answer on one live model. Made by ``lvlm_probe.replay``.
 
     No call changes it. ``over``, ``strengthened``, ``with_settings``, ``counted`` and ``reworded`` give views: other
@@ -50,8 +84,8 @@ class Replay(Views):
         model, processor, anatomy: what it is replayed on, and where the model's parts are.
         replica: the model as passes run it, in ``replica.use()``; the user's own is never touched.
         tokens, token_ids, special, words: the recorded answer, ``(T,)`` each but ``words``.
-        path: how a mask reaches the model's pixel inputs.
-        passes: pictures sent through the model so far.
+        path: how a mask reaches the model's pixel inputs, over this view's baseline.
+        passes: images sent through the model so far.
         limits: how passes are run, and what was changed when memory ran out.
         inside: whether somebody looks inside the passes (``capture``).
         kept: what all views share.
@@ -93,7 +127,7 @@ class Replay(Views):
         self._shapes = {name: value.shape[1:] for name, value in recorded.items() if value.ndim and len(value) == 1}
         self.path, self._baseline = recorded_path(trace, recorded, processor, model, check=check_pixels)
         # Texts that another part of the model reads beside the prompt (InstructBLIP's Q-Former) stay as they are.
-        beside = {name: value for name, value in recorded.items() if apart(name, recorded)}
+        separate = {name: value for name, value in recorded.items() if is_separate(name, recorded)}
         # One entry per prompt position, and not the picture's: such inputs are extended over the answer.
         sequence = {
             name: value
@@ -102,62 +136,188 @@ class Replay(Views):
             and value.shape[1] == prompt.numel()
             and (name not in self.path.inputs or isinstance(self.path, PixelPath))
             and not anatomy.is_pixel_name(name)
-            and name not in beside
+            and name not in separate
         }
-        self._fed = frozenset(recorded) - frozenset(sequence) - frozenset(beside)
+        self._fed = frozenset(recorded) - frozenset(sequence) - frozenset(separate)
         others = {name: recorded[name] for name in self._fed if name not in self.path.inputs}
         self._settings: dict[str, Any] = {
             "other_inputs": others,
             "answer_token_type": anatomy.answer_token_type,
-            "apart_inputs": beside,
+            "separate_inputs": separate,
             "decoder_input_ids": beginning,
             "image_token_id": anatomy.image_token_id,
         }
+        self._ask(prompt, sequence)
+        self.device = self._forcing.device
+
+    def _ask(self, prompt: torch.Tensor, sequence: dict[str, torch.Tensor]) -> None:
+        """Set what the answer is an answer to: the prompt's token ids, and inputs with one entry for each of them."""
         self._prompt, self._sequence = prompt, sequence
         self._forcing = TeacherForcing(
             self.replica, input_ids=prompt, token_ids=self.token_ids, sequence_inputs=sequence, **self._settings
         )
-        self.device = self._forcing.device
-        self.shortcuts = Shortcuts(self)
+        self.shortcuts = Shortcuts(
+            self._forcing, model=self.model, anatomy=self.anatomy, prompt=prompt, trace_id=self.trace_id
+        )
 
-    def reworded(self, text: str, *, question: str | None = None) -> Replay:
-        """The same answer after another question on the same pictures, e.g. a general one to compare with.
+    # ------------------------------------------------------------------ what is replayed
+
+    @property
+    def n_images(self) -> int:
+        """Number of images in the prompt."""
+        return self.path.n_images
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """``(width, height)`` of each image, pixels."""
+        return list(self.path.image_sizes)
+
+    def image(self, k: int = 0) -> Image.Image:
+        """Image ``k`` as the user gave it, RGB."""
+        return self.trace.images[k]
+
+    def seen(self, k: int = 0, shape: tuple[int, int] | None = None) -> torch.Tensor:
+        """Which pixels (or cells of a grid of ``shape``) of image ``k`` reach the model, bool ``(row, col)``."""
+        return self.path.seen(k, shape)
+
+    @property
+    def baseline(self) -> dict[str, Any]:
+        """Description of the baseline image, plain JSON: ``kind``, its parameters, ``sha256`` of an image of the
+        user's, and, once checked, ``mean_probability``. ``over`` takes it."""
+        return dict(self._baseline)
+
+    def baseline_image(self, k: int = 0) -> Image.Image | None:
+        """Baseline of image ``k``; ``None`` when masks live in pixel-input space."""
+        images = self.path.baseline_images
+        return images[k] if images else None
+
+    @property
+    def prompt_length(self) -> int:
+        """P, prompt tokens: answer token t is predicted at position P + t − 1 of the teacher-forced sequence."""
+        return self._forcing.length - self._forcing.steps + 1
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """Token ids of the prompt, ``(P,)`` int64."""
+        return self._prompt
+
+    @property
+    def length(self) -> int:
+        """Positions of the teacher-forced sequence: prompt and all answer tokens but the last."""
+        return self._forcing.length
+
+    # ------------------------------------------------------------------ views
+
+    def viewed(self, *, path: ImagePath | PixelPath | None = None, baseline: dict[str, Any] | None = None) -> Self:
+        """A view over a baseline that is already drawn: ``path`` and the description of it."""
+        other: Self = copy.copy(self)
+        other.path = self.path if path is None else path
+        other._baseline = self._baseline if baseline is None else dict(baseline)
+        return other
+
+    @outside_inference_mode
+    @taking_turns
+    def over(self, baseline: BaselineLike = "blur", *, strength: float | None = None, seed: int | None = None) -> Self:
+        """The same answer over another baseline image Ĩ, as a view; this replay stays what it is.
+
+        Args:
+            baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``; the user's own image (one per image); or the
+                description of a baseline, such as a heatmap's ``provenance["baseline"]``.
+            strength: of a blur: sigma as a share of the long side.
+            seed: of noise.
+
+        Raises:
+            ImageError: there is no such baseline, or the description is of an image of the user's which this replay
+                does not have.
+        """
+        if isinstance(baseline, Mapping):
+            if same_baseline(baseline, self._baseline):
+                return self
+            baseline, strength, seed = described(baseline)
+        params = {name: value for name, value in (("strength", strength), ("seed", seed)) if value is not None}
+        kinds = list(baseline) if isinstance(baseline, Sequence) and not isinstance(baseline, str) else [baseline]
+        if len(kinds) == 1:
+            kinds *= self.n_images
+        if len(kinds) != self.n_images:
+            raise ImageError(
+                f"{len(kinds)} baseline pictures for a prompt with {self.n_images} images; give one per image"
+            )
+        named = isinstance(kinds[0], str) and kinds[0] in KINDS and kinds == kinds[:1] * len(kinds)
+        if named and same_baseline({"kind": kinds[0], **params}, self._baseline):
+            return self
+        path, description = draw(self.path, kinds, params, self.kept.paths)
+        return self.viewed(path=path, baseline=description)
+
+    @outside_inference_mode
+    @taking_turns
+    def strengthened(self, steps: Sequence[int], *, below: float = 0.05) -> Self:
+        """A view over a blur so strong that the mean probability of the answer tokens ``steps`` is under ``below``
+        (paper, A.1).
+
+        Only a blurred baseline is made stronger; of several that do not reach ``below`` the best is taken. The view's
+        ``baseline`` says ``mean_probability`` and whether it is ``verified``.
+        """
+        index = torch.as_tensor(list(steps), dtype=torch.long)
+        if index.numel() == 0:
+            return self
+        own = self._baseline
+        current = math.inf if own.get("limit") else float(own.get("strength") or 0.0)
+        harder = [rung for rung in BLUR_LADDER if rung > current] if own.get("kind") == "blur" else []
+        best: tuple[float, Self] | None = None
+        for rung in [None, *harder]:
+            view = self if rung is None else self.over("blur", strength=rung)
+            probability = float(view.baseline_log_probs[index].exp().mean())
+            if best is None or probability < best[0]:
+                best = probability, view
+            if probability < below:
+                break
+        assert best is not None
+        probability, view = best
+        checked = {"mean_probability": probability, "verified": probability < below}
+        return view.viewed(baseline={**view.baseline, **checked})
+
+    def with_settings(self, *, micro_batch: int | None = None, gradient_checkpointing: bool = False) -> Self:
+        """A view whose passes are run in another way, as a plan says."""
+        other = self.viewed()
+        other.limits = Limits(micro_batch, gradient_checkpointing)
+        return other
+
+    def counted(self) -> Self:
+        """A view whose ``passes`` start at 0; they count in this replay's too."""
+        other = self.viewed()
+        other.passes = PassCounter(within=self.passes)
+        return other
+
+    def reworded(self, text: str, *, question: str | None = None) -> Self:
+        """The same answer after another question on the same images, e.g. a general one to compare with.
 
         Args:
             text: what is asked instead.
             question: the question as it stands in the prompt; by default what was recorded as such.
 
         Returns:
-            a replay that shares model, pictures, baseline and pass counter with this one.
+            a replay that shares model, images, baseline and pass counter with this one.
 
         Raises:
             ReplayError: there is no tokenizer, or the prompt does not hold the question.
         """
-        if self._settings["apart_inputs"]:
+        if separate := self._settings["separate_inputs"]:
             raise ReplayError(
-                f"{type(self.model).__name__} reads the question twice: {', '.join(self._settings['apart_inputs'])} "
+                f"{type(self.model).__name__} reads the question twice: {', '.join(separate)} "
                 "would stay the old one; record another generate() call with the other question instead"
             )
         wanted = question or getattr(self.trace, "question", None) or ""
         start, stop, ids = reword(self._prompt, self.processor, wanted, text)
-        other = copy.copy(self)
-        other._prompt = torch.cat([self._prompt[:start], ids, self._prompt[stop:]])
-        other._sequence = {
+        other: Self = copy.copy(self)
+        sequence = {
             name: torch.cat(
                 [value[:, :start], value[:, start : start + 1].expand(-1, len(ids), *value.shape[2:]), value[:, stop:]],
                 dim=1,
             )
             for name, value in self._sequence.items()
         }
-        other._forcing = TeacherForcing(
-            self.replica,
-            input_ids=other._prompt,
-            token_ids=self.token_ids,
-            sequence_inputs=other._sequence,
-            **self._settings,
-        )
+        other._ask(torch.cat([self._prompt[:start], ids, self._prompt[stop:]]), sequence)
         other.kept = Kept(paths=self.kept.paths)
-        other.shortcuts = Shortcuts(other)
         return other
 
     # ------------------------------------------------------------------ the function
@@ -179,8 +339,12 @@ class Replay(Views):
     @outside_inference_mode
     @taking_turns
     def baseline_log_probs(self) -> torch.Tensor:
-        """Replayed log P̃(a_t) on the baseline picture, ``(step,)`` float32 on the CPU."""
-        return baselines.baseline_log_probs(self)
+        """Replayed log P̃(a_t) on the baseline image, ``(step,)`` float32 on the CPU."""
+        known, identity = self.kept.baseline_log_probs, baseline_identity(self._baseline)
+        if identity not in known or identity == ("image", None):
+            with torch.no_grad():
+                known[identity] = self._whole_pass(self.path.baseline_inputs)[0].cpu()
+        return known[identity].clone()
 
     @property
     def rounding(self) -> torch.Tensor:
@@ -229,20 +393,23 @@ class Replay(Views):
         """
         if mask is None:
             with torch.no_grad():
-                return whole_pass(self, lambda: self._run(self.path.inputs, 1))
+                return self._whole_pass(self.path.inputs)
         masks = self._batch_of(mask, image)
         seeds = noise_seeds(len(masks), noise, generator)
         shortcut = self._shortcut(steps)
         size = micro_batch or self.masks_at_once
 
-        def run(chunk: torch.Tensor, part: slice) -> torch.Tensor:
-            return self._forward(chunk, image, noise, seeds[part], mode, shortcut)
+        def run(some: torch.Tensor, part: slice) -> torch.Tensor:
+            return self._forward(some, image, noise, seeds[part], mode, shortcut)
+
+        def each(masks: torch.Tensor, run: Run) -> list[Any]:
+            return self._in_micro_batches(masks, size, run)
 
         differentiable = torch.is_grad_enabled() and masks.requires_grad
         if differentiable and len(masks) > size:
-            return Chunked.apply(masks, self, run, size)
+            return Recomputed.apply(masks, self.replica, self.passes, each, run)
         with torch.set_grad_enabled(differentiable):
-            return torch.cat(in_micro_batches(self, masks, size, run))
+            return torch.cat(each(masks, run))
 
     @outside_inference_mode
     @taking_turns
@@ -270,24 +437,43 @@ class Replay(Views):
         """
         masks = self._batch_of(mask, image).detach()
         if not self.inside:  # hooks that stand would take the passes of a check for the caller's
-            require_gradients(self)
+            self.require_gradients()
         seeds = noise_seeds(len(masks), noise, generator)
         shortcut = self._shortcut(steps)
         size = micro_batch or self.masks_at_once
 
-        def one(chunk: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-            leaf = chunk.detach().requires_grad_(True)
+        def one(some: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            leaf = some.detach().requires_grad_(True)
             with torch.enable_grad():
                 scores = score(self._forward(leaf, image, noise, seeds[part], "fast", shortcut))
-                if scores.shape != (len(chunk),):
+                if scores.shape != (len(some),):
                     raise ReplayError(
-                        f"score() must return one number per mask, ({len(chunk)},), not {tuple(scores.shape)}"
+                        f"score() must return one number per mask, ({len(some)},), not {tuple(scores.shape)}"
                     )
                 gradient = self._differentiated(scores.sum(), leaf)
             return scores.detach().to(torch.promote_types(scores.dtype, leaf.dtype)), gradient
 
-        scores, gradients = (torch.cat(parts) for parts in zip(*in_micro_batches(self, masks, size, one), strict=True))
+        found = self._in_micro_batches(masks, size, one)
+        scores, gradients = (torch.cat(parts) for parts in zip(*found, strict=True))
         return scores, gradients.reshape(mask.shape if mask.ndim > 2 else masks.shape).to(mask.dtype)
+
+    @outside_inference_mode
+    @taking_turns
+    def require_gradients(self) -> None:
+        """Check, once for all views, that the score's gradient arrives at the image whole.
+
+        Raises:
+            ExplainError: it does not; the message names the layer where it stops, and the methods that need none.
+        """
+        if self.kept.gradients is None:
+            self.kept.gradients = ""  # while it is being looked for, and where there is nothing to say
+            try:
+                self.kept.gradients = gradient_fault(self, self.replica, self.anatomy.decoder)
+            except BaseException:
+                self.kept.gradients = None
+                raise
+        if self.kept.gradients:
+            raise ExplainError(self.kept.gradients)
 
     def _differentiated(self, total: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
         """Gradient of ``total`` to ``leaf``.
@@ -305,26 +491,16 @@ class Replay(Views):
 
     # ------------------------------------------------------------------ inside the model
 
-    @property
-    def prompt_length(self) -> int:
-        """P, prompt tokens: answer token t is predicted at position P + t − 1 of the teacher-forced sequence."""
-        return self._forcing.length - self._forcing.steps + 1
-
-    @property
-    def input_ids(self) -> torch.Tensor:
-        """Token ids of the prompt, ``(P,)`` int64."""
-        return self._prompt
-
-    @property
-    def length(self) -> int:
-        """Positions of the teacher-forced sequence: prompt and all answer tokens but the last."""
-        return self._forcing.length
-
     @outside_inference_mode
     def run_inputs(self, pixel_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """log P(a_t) for one picture given as the model's own pixel inputs (``replay.path.inputs``, or tensors of their
         shapes), ``(1, step)``; differentiable in them when gradients are enabled."""
         return self._run(dict(pixel_inputs), 1)
+
+    def masked_pass(self, mask: torch.Tensor, shortcut: Shortcut | None = None) -> torch.Tensor:
+        """log P(a_t) under one mask ``(1, image, row, col)``, ``(1, step)``, in one pass as it comes: nothing is done
+        about memory. What ``shortcut`` leaves out is NaN."""
+        return self._run(self.path.apply(mask), 1, shortcut)
 
     def capture(
         self,
@@ -354,13 +530,29 @@ class Replay(Views):
         Raises:
             PointNotFound: no module matches.
             ExplainError: no attention layer can be read (the message says why), or the replay recomputes its layers.
+
+        Other threads that use the same replay wait until the block is left.
         """
         if self.anatomy.encoder_decoder and {"decoder", "cross"} & set(attention):
             raise ExplainError(
                 f"the decoder of {type(self.model).__name__} reads the picture through its encoder: its attention "
                 "layers have no columns of image tokens; use a method that works by masking the picture"
             )
-        return capture(self, modules=modules, attention=attention, visit=visit, edit=edit)
+        return self._looking_inside(modules=modules, attention=attention, visit=visit, edit=edit)
+
+    @contextmanager
+    def _looking_inside(self, **wanted: Any) -> Iterator[Captured]:
+        if self.gradient_checkpointing:
+            raise ExplainError(
+                "capture does not go together with gradient checkpointing, which runs every layer twice: "
+                "replay without gradient_checkpointing"
+            )
+        with self.replica.use() as model, capture(model, self.anatomy.encoders, **wanted) as seen:
+            before, self.inside = self.inside, True
+            try:
+                yield seen
+            finally:
+                self.inside = before
 
     # ------------------------------------------------------------------ inside
 
@@ -372,6 +564,30 @@ class Replay(Views):
         if not wanted or wanted[0] < 0 or wanted[-1] >= len(self.token_ids):
             raise ReplayError(f"steps are tokens 0 to {len(self.token_ids) - 1} of the answer; got {list(steps)}")
         return None if self.inside else self.shortcuts.take(self, wanted)
+
+    def _in_micro_batches(self, masks: torch.Tensor, size: int, run: Run) -> list[Any]:
+        return in_micro_batches(
+            masks,
+            size,
+            run,
+            limits=self.limits,
+            model=self.model,
+            inside=self.inside,
+            where=f"{self.trace_id} does not fit into memory of {self.device}",
+        )
+
+    def _whole_pass(self, pixel_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """One pass over one image without a gradient. Raises ``OutOfMemory`` where it does not fit."""
+        try:
+            return self._run(pixel_inputs, 1)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            what = (
+                f"one pass over the {self.prompt_length} prompt and {len(self.token_ids)} answer tokens of "
+                f"{self.trace_id} does not fit into memory of {self.device}, even without a mask or gradients"
+            )
+            raise out_of_memory(what, error, "record the answer with a smaller image") from error
 
     def _run(self, pixel_inputs: dict[str, torch.Tensor], batch: int, shortcut: Shortcut | None = None) -> torch.Tensor:
         joined = self.path.joined({name: value for name, value in pixel_inputs.items() if name in self._fed}, batch)
@@ -419,7 +635,9 @@ class Replay(Views):
         if self.limits.micro_batch is not None:
             return self.limits.micro_batch
         if self.kept.masks_at_once is None:
-            self.kept.masks_at_once = masks_at_once(self)
+            self.kept.masks_at_once = masks_at_once(
+                self.model, self.anatomy.encoders, self.path.inputs, self.length, self.device
+            )
         return self.kept.masks_at_once
 
     @property
@@ -427,6 +645,11 @@ class Replay(Views):
         """Whether layers are run again in backward: wanted so, or as memory ran out; not while somebody looks inside,
         who would see them twice."""
         return self.limits.gradient_checkpointing or (self.limits.recompute and not self.inside)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether layers are run again in backward, as the user wanted."""
+        return self.limits.gradient_checkpointing
 
     @property
     def _half(self) -> bool:

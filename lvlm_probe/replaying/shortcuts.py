@@ -23,21 +23,18 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 
 from lvlm_probe.hooks import HookSet
-from lvlm_probe.models.anatomy import text_stack
+from lvlm_probe.models.anatomy import Anatomy, text_stack
 from lvlm_probe.models.wrappers import every_module
-from lvlm_probe.replaying.micro_batches import ran_out
-from lvlm_probe.replaying.teacher_forcing import Shortcut
+from lvlm_probe.replaying.micro_batches import PassCounter, ran_out
+from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing
 
-if TYPE_CHECKING:
-    from lvlm_probe.replaying.replays import Replay
-
-__all__ = ["Shortcuts"]
+__all__ = ["Shortcuts", "View"]
 
 _log = logging.getLogger("lvlm_probe")
 
@@ -81,22 +78,47 @@ class _Found:
 _KNOWN: WeakKeyDictionary[torch.nn.Module, dict[Any, _Found]] = WeakKeyDictionary()
 
 
+class View(Protocol):
+    """The view of a replay that asks: over some baseline, with some settings."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def n_images(self) -> int: ...
+    @property
+    def recomputes(self) -> bool: ...
+    @property
+    def passes(self) -> PassCounter: ...
+
+    def masked_pass(self, mask: torch.Tensor, shortcut: Shortcut | None = None) -> torch.Tensor: ...
+
+
 class Shortcuts:
-    """The shortcuts of one replay.
+    """The shortcuts of one answer on one model.
+
+    Args:
+        forcing: the pass that is shortened.
+        model: the user's model, for which what is found holds.
+        anatomy: its parts.
+        prompt: ``(P,)`` token ids of the prompt.
+        trace_id: of the answer, for the log.
 
     Attributes:
-        start: Positions before the first image token; 0 where a cache of them would not pay.
-        asked: How many calls have asked for some tokens only.
-        way: What is left out; ``None`` before the first use, and where the plain pass is all that works.
-        log_probs, gradient: How far that is from the plain pass, as measured on this model: largest difference, nats;
+        start: positions before the first image token; 0 where a cache of them would not pay.
+        asked: how many calls have asked for some tokens only.
+        way: what is left out; ``None`` before the first use, and where the plain pass is all that works.
+        log_probs, gradient: how far that is from the plain pass, as measured on this model: largest difference, nats;
             length of the gradients' difference as a share of the gradient's.
     """
 
-    def __init__(self, replay: Replay) -> None:
-        token, prompt = replay.anatomy.image_token_id, replay.input_ids
-        places = [] if token is None or replay.anatomy.encoder_decoder else (prompt == token).nonzero()[:, 0].tolist()
-        pays = bool(places) and places[0] * _PAYS >= replay.length and not replay._settings["apart_inputs"]
-        self.start: int = places[0] if pays else 0
+    def __init__(
+        self, forcing: TeacherForcing, *, model: torch.nn.Module, anatomy: Anatomy, prompt: torch.Tensor, trace_id: str
+    ) -> None:
+        self._forcing, self._model, self._anatomy, self._trace_id = forcing, model, anatomy, trace_id
+        token = anatomy.image_token_id
+        found = [] if token is None or anatomy.encoder_decoder else (prompt == token).nonzero()[:, 0].tolist()
+        pays = bool(found) and found[0] * _PAYS >= forcing.length and not forcing.separate
+        self.start: int = found[0] if pays else 0
         self.asked = 0
         self.way: _Way | None = None
         self.log_probs = self.gradient = 0.0
@@ -119,77 +141,77 @@ class Shortcuts:
             if outermost:
                 self._pasts = None
 
-    def take(self, replay: Replay, steps: tuple[int, ...]) -> Shortcut | None:
-        """What passes for the tokens ``steps`` leave out; ``None``: nothing.
+    def take(self, view: View, steps: tuple[int, ...]) -> Shortcut | None:
+        """What the passes of ``view`` for the tokens ``steps`` leave out; ``None``: nothing.
 
         Layers that run again in backward can neither read a cache nor be narrowed.
         """
         self.asked += 1
-        circumstances = _circumstances(replay)
+        circumstances = self._present(view)
         if circumstances != self._circumstances:
             try:
-                self._find(replay, circumstances)
+                self._find(view, circumstances)
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
-                _log.debug("%s: no memory to try shortcuts", replay.trace_id)
+                _log.debug("%s: no memory to try shortcuts", self._trace_id)
                 return None
         if self.way is None:
             return None
-        way = replace(self.way, prefix=False, narrow=None) if replay.recomputes else self.way
-        return self._shortcut(replay, way, steps)
+        way = replace(self.way, prefix=False, narrow=None) if view.recomputes else self.way
+        return self._shortcut(way, steps)
 
-    def _shortcut(self, replay: Replay, way: _Way, steps: tuple[int, ...]) -> Shortcut:
+    def _shortcut(self, way: _Way, steps: tuple[int, ...]) -> Shortcut:
         if not way.prefix:
             return Shortcut(steps, narrow=way.narrow)
         places = self._position_ids if way.numbered else None
         past = None if self._pasts is None else self._pasts.get(way.numbered)
         if past is None:
-            past = replay._forcing.past(self.start, position_ids=places)
+            past = self._forcing.past(self.start, position_ids=places)
             if self._pasts is not None:
                 self._pasts[way.numbered] = past
         return Shortcut(steps, start=self.start, past=past, position_ids=places, narrow=way.narrow)
 
-    def _find(self, replay: Replay, circumstances: Any) -> None:
+    def _find(self, view: View, circumstances: Any) -> None:
         if self._pasts:
             self._pasts.clear()
-        known = _KNOWN.setdefault(replay.model, {})
-        answer = len(replay.token_ids)
+        known = _KNOWN.setdefault(self._model, {})
+        answer = self._forcing.steps
         steps = tuple(range(0, max(1, answer // 2), 2))
         key = (*circumstances, self.start > 0, answer > 1)
         found = known.get(key)
         # Another prompt than the one that was measured may pass a limit of the model's (a window, a long context).
-        if found is None or not self._holds(replay, found, steps):
-            found = known[key] = self._measured(replay, steps)
+        if found is None or not self._holds(view, found, steps):
+            found = known[key] = self._measured(view, steps)
         self.way, self.log_probs, self.gradient = found.way, found.log_probs, found.gradient
         self._circumstances = circumstances
-        _log.debug("%s: %s, off by %.1e nats", replay.trace_id, self, self.log_probs)
+        _log.debug("%s: %s, off by %.1e nats", self._trace_id, self, self.log_probs)
 
-    def _measured(self, replay: Replay, steps: tuple[int, ...]) -> _Found:
+    def _measured(self, view: View, steps: tuple[int, ...]) -> _Found:
         """The most that gives what the plain pass gives."""
         heard: dict[str, Any] = {}
         try:
-            with _listening(replay, heard):
-                plain, slope = _differentiated(replay, None, steps)
+            with self._listening(heard):
+                plain, slope = _differentiated(view, None, steps)
         except Exception as error:
             if ran_out(error):
                 raise
             return _Found(None)  # the caller's own pass says what is wrong
         self._position_ids = heard.get("position_ids")
-        most, most_gradient = _tolerance(replay)
+        most, most_gradient = self._tolerance
         for way in self._ways(heard.get("narrow")):
             try:
-                mine, my_slope = _differentiated(replay, self._shortcut(replay, way, steps), steps)
+                mine, my_slope = _differentiated(view, self._shortcut(way, steps), steps)
             except Exception as error:
                 if ran_out(error):
                     raise
-                _log.debug("%s goes without %s: %s", type(replay.model).__name__, way, error)
+                _log.debug("%s goes without %s: %s", type(self._model).__name__, way, error)
                 continue
             off = ((mine - plain).abs() / (1 + plain.abs())).max()
             off_gradient = float((my_slope - slope).norm() / slope.norm().clamp(min=1e-12))
             if bool(off <= most) and off_gradient <= most_gradient:
                 return _Found(way, float((mine - plain).abs().max()), off_gradient)
-            _log.debug("%s goes without %s: off by %g and %g", type(replay.model).__name__, way, off, off_gradient)
+            _log.debug("%s goes without %s: off by %g and %g", type(self._model).__name__, way, off, off_gradient)
         return _Found(None)
 
     def _ways(self, narrow: str | None) -> Iterator[_Way]:
@@ -202,96 +224,86 @@ class Shortcuts:
         for part in parts:
             yield _Way(narrow=part)
 
-    def _holds(self, replay: Replay, found: _Found, steps: tuple[int, ...]) -> bool:
+    def _holds(self, view: View, found: _Found, steps: tuple[int, ...]) -> bool:
         """Whether a way that is known to work on this model gives this prompt's log-probabilities too."""
         if found.way is None or not found.way.prefix:
             return True
         heard: dict[str, Any] = {}
         try:
             with torch.no_grad():
-                with _listening(replay, heard):
-                    plain = _patterned(replay, None)[:, list(steps)]
+                with self._listening(heard):
+                    plain = view.masked_pass(_pattern(view))[:, list(steps)]
                 self._position_ids = heard.get("position_ids")
-                mine = _patterned(replay, self._shortcut(replay, found.way, steps))[:, list(steps)]
+                mine = view.masked_pass(_pattern(view), self._shortcut(found.way, steps))[:, list(steps)]
         except Exception as error:
             if ran_out(error):
                 raise
             return False
-        return bool(((mine - plain).abs() / (1 + plain.abs())).max() <= _tolerance(replay)[0])
+        return bool(((mine - plain).abs() / (1 + plain.abs())).max() <= self._tolerance[0])
+
+    @property
+    def _tolerance(self) -> tuple[float, float]:
+        return _TOLERANCE.get(getattr(self._model, "dtype", torch.float32), _TOLERANCE[torch.float32])
+
+    def _present(self, view: View) -> tuple[Any, ...]:
+        """What a way that was found may depend on besides the weights, which it does not."""
+        config = getattr(self._model, "config", None)
+        with self._forcing.replica.use() as model:
+            hung = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in every_module(model))
+        return (
+            getattr(config, "_attn_implementation", None),
+            getattr(self._model, "dtype", None),
+            view.n_images,
+            tuple(sorted(self._forcing.names)),
+            torch.is_autocast_enabled(view.device.type),
+            hung,
+        )
+
+    @contextmanager
+    def _listening(self, heard: dict[str, Any]) -> Iterator[None]:
+        """Observe, in a plain pass, how positions are numbered, and which part of the last layer takes one position at
+        a time for all that can be seen: one tensor in, one of the same length out, nothing beside it."""
+        length, decoder = self._forcing.length, self._anatomy.decoder
+
+        def numbers(_module: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+            places = kwargs.get("position_ids")
+            if isinstance(places, torch.Tensor) and places.ndim >= 2 and places.shape[-2:] == (1, length):
+                heard["position_ids"] = places.detach().clone()
+
+        sizes: dict[str, int] = {}
+
+        def part(path: str) -> Callable[..., None]:
+            def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+                given = args[0] if len(args) == 1 and not kwargs else None
+                if all(isinstance(item, torch.Tensor) and item.shape[:2] == (1, length) for item in (given, output)):
+                    sizes[path] = sum(weight.numel() for weight in module.parameters())
+
+            return hook
+
+        with self._forcing.replica.use() as model, HookSet() as hooks:
+            stack = text_stack(model.get_submodule(decoder) if decoder else model)
+            layers = [child for child in stack.children() if isinstance(child, torch.nn.ModuleList) and len(child)]
+            last = list(layers[-1][-1].children()) if layers else []
+            hooks.forward_pre(stack, numbers, name="positions")
+            for path, child in model.named_modules():
+                if any(child is one for one in last):
+                    hooks.forward(child, part(path), name="last layer")
+            yield
+        if sizes:
+            heard["narrow"] = max(sizes, key=lambda path: sizes[path])
 
 
-def _patterned(replay: Replay, shortcut: Shortcut | None, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Log-probabilities of all steps under a mask that is another one in every cell, ``(1, step)``."""
-    if mask is None:
-        mask = _pattern(replay)
-    return replay._run(replay.path.apply(mask), 1, shortcut)
-
-
-def _pattern(replay: Replay) -> torch.Tensor:
+def _pattern(view: View) -> torch.Tensor:
+    """A mask that is another one in every cell."""
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(1, replay.n_images, 5, 6, generator=generator, dtype=torch.float32).to(replay.device)
+    return torch.rand(1, view.n_images, 5, 6, generator=generator, dtype=torch.float32).to(view.device)
 
 
-def _differentiated(
-    replay: Replay, shortcut: Shortcut | None, steps: tuple[int, ...]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _differentiated(view: View, shortcut: Shortcut | None, steps: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities ``(1, step)`` of ``steps``, and the gradient of their sum to the mask."""
-    mask = _pattern(replay).requires_grad_(True)
+    mask = _pattern(view).requires_grad_(True)
     with torch.enable_grad():
-        log_probs = _patterned(replay, shortcut, mask)[:, list(steps)]
+        log_probs = view.masked_pass(mask, shortcut)[:, list(steps)]
         (gradient,) = torch.autograd.grad(log_probs.sum(), mask, allow_unused=True)
-        replay.passes.add(backward=1)
+        view.passes.add(backward=1)
     return log_probs.detach(), torch.zeros_like(mask) if gradient is None else gradient
-
-
-def _tolerance(replay: Replay) -> tuple[float, float]:
-    return _TOLERANCE.get(getattr(replay.model, "dtype", torch.float32), _TOLERANCE[torch.float32])
-
-
-def _circumstances(replay: Replay) -> tuple[Any, ...]:
-    """What a way that was found may depend on besides the weights, which it does not."""
-    config = getattr(replay.model, "config", None)
-    with replay.replica.use() as model:
-        hung = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in every_module(model))
-    return (
-        getattr(config, "_attn_implementation", None),
-        getattr(replay.model, "dtype", None),
-        replay.n_images,
-        tuple(sorted(replay._forcing.names)),
-        torch.is_autocast_enabled(replay.device.type),
-        hung,
-    )
-
-
-@contextmanager
-def _listening(replay: Replay, heard: dict[str, Any]) -> Iterator[None]:
-    """Hears, in a plain pass, how positions are numbered, and which part of the last layer takes one position at a time
-    for all that can be seen: one tensor in, one of the same length out, nothing beside it."""
-    length = replay.length
-
-    def numbers(_module: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        places = kwargs.get("position_ids")
-        if isinstance(places, torch.Tensor) and places.ndim >= 2 and places.shape[-2:] == (1, length):
-            heard["position_ids"] = places.detach().clone()
-
-    sizes: dict[str, int] = {}
-
-    def part(path: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            given = args[0] if len(args) == 1 and not kwargs else None
-            if all(isinstance(item, torch.Tensor) and item.shape[:2] == (1, length) for item in (given, output)):
-                sizes[path] = sum(weight.numel() for weight in module.parameters())
-
-        return hook
-
-    with replay.replica.use() as model, HookSet() as hooks:
-        stack = text_stack(model.get_submodule(replay.anatomy.decoder) if replay.anatomy.decoder else model)
-        layers = [child for child in stack.children() if isinstance(child, torch.nn.ModuleList) and len(child)]
-        last = list(layers[-1][-1].children()) if layers else []
-        hooks.forward_pre(stack, numbers, name="positions")
-        for path, child in model.named_modules():
-            if any(child is one for one in last):
-                hooks.forward(child, part(path), name="last layer")
-        yield
-    if sizes:
-        heard["narrow"] = max(sizes, key=lambda path: sizes[path])

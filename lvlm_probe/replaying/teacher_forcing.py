@@ -15,19 +15,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import torch
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.models.inputs import input_device, list_inputs
 from lvlm_probe.models.replica import Replica
-from lvlm_probe.models.wrappers import execution_device
-from lvlm_probe.replaying.isolation import checkpointed, even_gradients
+from lvlm_probe.replaying.isolation import checkpointed, even_gradients, patch_gradients
 from lvlm_probe.replaying.micro_batches import ran_out
-from lvlm_probe.replaying.patch_gradient import patch_gradients
 
-__all__ = ["Shortcut", "TeacherForcing", "apart", "epsilon_of", "input_device", "list_inputs", "rounding_of"]
+__all__ = ["Shortcut", "TeacherForcing", "epsilon_of", "rounding_of"]
 
 _OWN_ROUND = 1.5
 """Roundings to the model's number format between two runs, in units of ε · max |logit|: half a step of the logit in
@@ -77,6 +76,7 @@ class TeacherForcing:
     Attributes:
         largest_logit: max |logit| over steps and vocabulary, float32, in the last pass over one picture and all steps;
             ``None`` before there was one.
+        separate: names of ``separate_inputs``.
         epsilon: ε of the number format of that pass: of its logits or of the weights, whichever is the rounder.
     """
 
@@ -92,7 +92,7 @@ class TeacherForcing:
         sequence_inputs: Mapping[str, torch.Tensor] | None = None,
         other_inputs: Mapping[str, Any] | None = None,
         answer_token_type: int = 0,
-        apart_inputs: Mapping[str, torch.Tensor] | None = None,
+        separate_inputs: Mapping[str, torch.Tensor] | None = None,
         decoder_input_ids: torch.Tensor | None = None,
         image_token_id: int | None = None,
     ) -> None:
@@ -123,7 +123,8 @@ class TeacherForcing:
                 self._sequence[name] = _extend(name, value, width, answer_token_type).to(self.device)
         # Those that go on over the answer, and end where it is cut.
         self._answering = frozenset(self._sequence) if decoder_input_ids is None else frozenset({"decoder_input_ids"})
-        for name, value in (apart_inputs or {}).items():
+        self.separate = frozenset(separate_inputs or {})
+        for name, value in (separate_inputs or {}).items():
             self._sequence.setdefault(name, value.to(self.device))
         self._other = dict(other_inputs or {})
         self._keeps_logits = "logits_to_keep" in parameters
@@ -302,31 +303,6 @@ def epsilon_of(dtype: torch.dtype | str | None) -> float:
     return float(torch.finfo(kind).eps) if isinstance(kind, torch.dtype) and kind.is_floating_point else 0.0
 
 
-def list_inputs(model: torch.nn.Module) -> frozenset[str]:
-    """Inputs that the model takes as lists, and as nothing else (``num_local_patches: list[int] | None``): traces and
-    replays keep them as tensors."""
-
-    def only_lists(annotation: Any) -> bool:
-        kinds = [kind for kind in get_args(annotation) or (annotation,) if kind is not type(None)]
-        if get_origin(annotation) is list:
-            kinds = [annotation]
-        return bool(kinds) and all(get_origin(kind) is list for kind in kinds)
-
-    try:
-        parameters = inspect.signature(model.forward, eval_str=True).parameters
-    except Exception:  # annotations name what is not there to be looked up
-        parameters = inspect.signature(model.forward).parameters
-    return frozenset(name for name, parameter in parameters.items() if only_lists(parameter.annotation))
-
-
-def apart(name: str, inputs: Mapping[str, Any]) -> bool:
-    """Whether an input goes with another sequence of tokens than the prompt: one of a text that is read elsewhere
-    (``qformer_attention_mask`` beside ``qformer_input_ids``), or of the decoder.
-    """
-    streams = [other.removesuffix("input_ids") for other in inputs if other.endswith("_input_ids")]
-    return name.startswith(tuple(streams)) if streams else False
-
-
 def _extend(name: str, value: torch.Tensor, length: int, answer_token_type: int) -> torch.Tensor:
     missing = length - value.shape[1]
     if missing <= 0:
@@ -337,18 +313,6 @@ def _extend(name: str, value: torch.Tensor, length: int, answer_token_type: int)
     elif name.endswith("position_mask"):  # which positions are the picture's: none of the answer's
         tail = torch.zeros_like(tail)
     return torch.cat([value, tail], dim=1)
-
-
-def input_device(model: torch.nn.Module) -> torch.device:
-    """The device that token ids and pixels go to: that of the input embeddings, or, offloaded, that they run on."""
-    hub: Any = model
-    try:
-        embeddings = hub.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # remote code need not answer
-        embeddings = None
-    weight = getattr(embeddings, "weight", None)
-    device = weight.device if weight is not None else next(model.parameters()).device
-    return execution_device(embeddings) if device.type == "meta" else device
 
 
 def _to(value: Any, device: torch.device) -> Any:

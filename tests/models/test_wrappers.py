@@ -358,7 +358,7 @@ def test_a_device_map_made_by_transformers(tmp_path):
 
 
 def test_offloaded_embeddings_say_where_they_run():
-    from lvlm_probe.replaying.teacher_forcing import input_device
+    from lvlm_probe.models.inputs import input_device
 
     model = tiny_models.build_model("llava")
     model.get_input_embeddings().to("meta")

@@ -20,10 +20,10 @@ import torch  # noqa: E402
 from zoo import build, load_members  # noqa: E402
 
 import lvlm_probe as probe  # noqa: E402
+from lvlm_probe.models.inputs import is_separate  # noqa: E402
 from lvlm_probe.models.tokenizers import decoder_prompt  # noqa: E402
 from lvlm_probe.recording.log_probs import StepLogProbs, answer_in  # noqa: E402
 from lvlm_probe.recording.row_inputs import columns_of  # noqa: E402
-from lvlm_probe.replaying.teacher_forcing import apart  # noqa: E402
 
 load_members()
 KINDS = ("florence2", "t5gemma2", "blip-2", "instructblip", "kosmos-2", "idefics")
@@ -169,7 +169,7 @@ def test_columns_and_streams():
     columns, valid = columns_of(places)
     assert columns[0].tolist() == [1, 2] and columns[1, 0] == 2 and valid.tolist() == [[True, True], [True, False]]
     names = {"input_ids": 0, "attention_mask": 0, "qformer_input_ids": 0, "qformer_attention_mask": 0}
-    assert [apart(name, names) for name in names] == [False, False, True, True]
+    assert [is_separate(name, names) for name in names] == [False, False, True, True]
 
 
 def test_why_tokens_have_no_place_is_found_out_once(tmp_path):

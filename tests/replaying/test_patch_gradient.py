@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 
-from lvlm_probe.replaying.patch_gradient import patch_gradients
+from lvlm_probe.replaying.isolation import patch_gradients
 
 SHAPES = {
     "square": (torch.nn.Conv2d(3, 8, 4, stride=4), (2, 3, 12, 8)),

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lvlm_probe.replaying.teacher_forcing import TeacherForcing, list_inputs
+from lvlm_probe.models.inputs import list_inputs
+from lvlm_probe.replaying.teacher_forcing import TeacherForcing
 
 
 class _Tower(torch.nn.Module):

@@ -1,0 +1,121 @@
+"""What explainers and metrics need of a replay: an answer's log-probabilities as a function of a mask.
+
+``Replay`` is one; anything else that has these names can be explained and scored by all methods that mask the image and
+look at nothing but log-probabilities, an analytic model for example. Methods that look inside passes (attention, hidden
+states) need a ``Replay``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
+
+import torch
+
+from lvlm_probe.replaying.baselines import BaselineLike
+from lvlm_probe.replaying.micro_batches import Limits, PassCounter
+from lvlm_probe.words import Word
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Mode", "ReplayLike", "Score", "ShortcutsLike"]
+
+Mode = Literal["fast", "exact"]
+"""By the traced geometry, or by the real processor on the real composite."""
+Score = Callable[[torch.Tensor], torch.Tensor]
+"""Log-probabilities ``(batch, step)`` to scores ``(batch,)``; row i may depend on row i only."""
+
+
+class ShortcutsLike(Protocol):
+    """What passes leave out when only some tokens are asked for; ``str()`` of it says so."""
+
+    @property
+    def asked(self) -> int:
+        """How many calls have asked for some tokens only."""
+        ...
+
+    def held(self) -> AbstractContextManager[None]:
+        """In the block the model does not change, and what is before the image is computed once."""
+        ...
+
+
+@runtime_checkable
+class ReplayLike(Protocol):
+    """One answer, as a function of a mask; see ``Replay``, where each of these names is explained."""
+
+    @property
+    def trace(self) -> Any: ...
+    @property
+    def trace_id(self) -> str: ...
+    @property
+    def tokens(self) -> list[str]: ...
+    @property
+    def token_ids(self) -> torch.Tensor: ...
+    @property
+    def special(self) -> torch.Tensor: ...
+    @property
+    def words(self) -> list[Word]: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def passes(self) -> PassCounter: ...
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def masks_at_once(self) -> int: ...
+    @property
+    def recomputes(self) -> bool: ...
+    @property
+    def shortcuts(self) -> ShortcutsLike: ...
+    @property
+    def n_images(self) -> int: ...
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]: ...
+    @property
+    def baseline(self) -> dict[str, Any]: ...
+    @property
+    def original_log_probs(self) -> torch.Tensor: ...
+    @property
+    def baseline_log_probs(self) -> torch.Tensor: ...
+    @property
+    def llr(self) -> torch.Tensor: ...
+    @property
+    def rounding(self) -> torch.Tensor: ...
+
+    def image(self, k: int = 0) -> Image.Image: ...
+
+    def seen(self, k: int = 0, shape: tuple[int, int] | None = None) -> torch.Tensor: ...
+
+    def counted(self) -> Self: ...
+
+    def over(self, baseline: BaselineLike = "blur") -> Self: ...
+
+    def strengthened(self, steps: Sequence[int], *, below: float = 0.05) -> Self: ...
+
+    def require_gradients(self) -> None: ...
+
+    def log_probs(
+        self,
+        mask: torch.Tensor | None = None,
+        *,
+        image: int | None = None,
+        noise: float = 0.0,
+        generator: torch.Generator | None = None,
+        mode: Mode = "fast",
+        micro_batch: int | None = None,
+        steps: Sequence[int] | None = None,
+    ) -> torch.Tensor: ...
+
+    def score_and_grad(
+        self,
+        mask: torch.Tensor,
+        score: Score,
+        *,
+        image: int | None = None,
+        noise: float = 0.0,
+        generator: torch.Generator | None = None,
+        micro_batch: int | None = None,
+        steps: Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
