@@ -44,7 +44,6 @@ __all__ = [
     "beneath",
     "caution",
     "first_tensor",
-    "on_gradient",
     "shadow_of",
     "within",
 ]
@@ -349,11 +348,6 @@ class HookSet:
                 return None
 
         return fenced
-
-
-def on_gradient(tensor: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> None:
-    """Call ``hook(gradient)`` when a backward pass reaches ``tensor``; it is gone with the tensor's graph."""
-    tensor.register_hook(hook)
 
 
 def first_tensor(output: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a tap has seen and not handed over yet.
+"""Attention rows between a tap and the recorder that collects them.
 
 Reading a row takes some twenty small tensor operations, and doing that in every layer of every decoding step would slow
 generation down. So a step of ordinary decoding (every earlier key still in the cache) only *keeps its query*, and its
@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lvlm_probe.attention.layers import LayerKind
 from lvlm_probe.attention.rows import attention_rows, take_columns
-from lvlm_probe.attention.transfer import Transfers
+from lvlm_probe.errors import ProbeError
 
-__all__ = ["Collection"]
+__all__ = ["Collection", "Transfers"]
 
 _MOST_WAITING = 256  # queries; rows of more steps at once would take more memory than they save time
 
@@ -45,6 +46,45 @@ class _Waiting:
         return self.masks[0].dtype if self.masks else None
 
 
+class Transfers:
+    """Copies from an accelerator to main memory that the host does not wait for.
+
+    ``tensor.cpu()`` makes the host wait until the device has done everything asked of it so far, and the device then
+    idles until the host has caught up. A copy into page-locked memory is queued behind the work that makes its source,
+    like any other operation; the host waits once, when the values are wanted.
+
+    Page-locked memory is scarce, so ``settle`` moves what has arrived to ordinary memory. Called before each new group
+    of copies it finds the group before long there, and no more than two groups are ever page-locked.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: list[list[Tensor]] = []
+        self._events: dict[torch.device, torch.cuda.Event] = {}
+
+    def copy(self, tensor: Tensor) -> list[Tensor]:
+        """Begin to copy; the list's only entry is the copy, to be read after ``settle``."""
+        if tensor.device.type != "cuda":
+            return [tensor.cpu()]
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        # The source may be freed at once: its memory is given out again behind this copy, in the order of the stream.
+        host.copy_(tensor, non_blocking=True)
+        if tensor.device not in self._events:
+            self._events[tensor.device] = torch.cuda.Event()
+        self._events[tensor.device].record(torch.cuda.current_stream(tensor.device))
+        place = [host]
+        self._under_way.append(place)
+        return place
+
+    def settle(self) -> None:
+        """Wait for all copies begun so far, and put them into ordinary memory."""
+        for event in self._events.values():
+            event.synchronize()
+        self._events.clear()
+        for place in self._under_way:
+            place[0] = place[0].clone()
+        self._under_way.clear()
+
+
 @dataclass
 class Collection:
     """The state of one collection: ``arm``'s arguments, and rows by layer."""
@@ -67,6 +107,42 @@ class Collection:
     on_device: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     waiting: dict[int, _Waiting] = field(default_factory=dict)
     _joined: tuple[list[Tensor], Tensor] | None = None
+
+    def advance(self, layer: int, queries: int) -> None:
+        """Count the positions of one more pass of a layer."""
+        # Layers that reuse another layer's keys may be handed fewer queries; all layers end at the same position.
+        self.seen[layer] += queries
+        self.end = max(self.end, self.seen[layer])
+
+    def wants(self, layer: int) -> bool:
+        """Whether the pass that ``advance`` has counted has a row to give: not where it is run again for a backward
+        pass, and not where it is a part of the prompt that ends before the prompt does."""
+        if self.queries is not None:
+            return layer not in self.steps and layer not in self.flushed
+        return self.prompt_length is None or self.end >= self.prompt_length
+
+    def rows(self, queries: int, device: torch.device) -> Tensor | None:
+        """The wanted rows of a pass over the last ``queries`` positions, as indices into it; ``None``: the last one."""
+        if self.queries is None:
+            return None
+        start = self.end - queries
+        if self.queries.min() < start or self.queries.max() >= self.end:
+            raise ProbeError(
+                f"query positions {int(self.queries.min())}…{int(self.queries.max())} are not all in this pass, "
+                f"which covers {start}…{self.end - 1}"
+            )
+        return self.to("queries", device) - start
+
+    def columns_of(self, kind: LayerKind, shape: torch.Size, device: torch.device) -> Tensor:
+        """The wanted columns ``(batch, column)`` as indices into a layer's keys, whose shape is ``(batch, head, key,
+        channel)``."""
+        batch, count = shape[0], shape[2]
+        if self.columns is None:
+            return torch.arange(count, device=device).expand(batch, -1)
+        columns = self.to("columns", device)
+        if kind == "self":  # a sliding-window cache keeps the newest keys only: its first key is not position 0
+            return columns - max(0, self.end - count)
+        return columns + count - (self.cross_keys or 0) if kind == "merged" else columns
 
     def to(self, name: str, device: torch.device) -> Tensor:
         """``columns`` or ``queries`` on a device, moved once."""

@@ -59,40 +59,40 @@ class ConfigView:
     It counts who leads its module, and knows the module: a duplicate of the module has the same view.
     """
 
-    __slots__ = ("__weakref__", "_tap_attend", "_tap_count", "_tap_module", "_tapped")
+    __slots__ = ("__weakref__", "tap_attend", "tap_config", "tap_count", "tap_module")
 
     def __init__(self, module: nn.Module) -> None:
-        object.__setattr__(self, "_tapped", module.__dict__["config"])
-        object.__setattr__(self, "_tap_module", weakref.ref(module))
-        object.__setattr__(self, "_tap_attend", (registry_of(module), eager_of(module)))
-        object.__setattr__(self, "_tap_count", 0)
+        object.__setattr__(self, "tap_config", module.__dict__["config"])
+        object.__setattr__(self, "tap_module", weakref.ref(module))
+        object.__setattr__(self, "tap_attend", (registry_of(module), eager_of(module)))
+        object.__setattr__(self, "tap_count", 0)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:  # isinstance() must answer as for the config
-        return type(self._tapped)
+        return type(self.tap_config)
 
     @property
     def _attn_implementation(self) -> str:
-        return ImplementationName(self._tapped._attn_implementation or "eager")
+        return ImplementationName(self.tap_config._attn_implementation or "eager")
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._tapped, name)
+        return getattr(self.tap_config, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._tapped, name, value)
+        setattr(self.tap_config, name, value)
 
     def __beneath_lvlm_probe__(self) -> Any:
-        return self._tapped
+        return self.tap_config
 
     # Copies and pickles of a tapped model are untapped: the registered name means nothing elsewhere.
     def __copy__(self) -> Any:
-        return self._tapped
+        return self.tap_config
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return deepcopy(self._tapped, memo)
+        return deepcopy(self.tap_config, memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _same, (self._tapped,)
+        return _same, (self.tap_config,)
 
 
 def _same(config: Any) -> Any:
@@ -120,14 +120,25 @@ class AttentionCall(NamedTuple):
         given = {**dict(zip(names, args, strict=False)), **kwargs} if len(args) > 1 else kwargs
         get = given.get
         return cls(
-            args[0] if len(args) == 1 else get("attention_mask"), get("scaling"), get("is_causal"),
-            get("dropout") or 0.0, get("softcap"), get("position_bias"), get("s_aux"),
-        )  # fmt: skip
+            args[0] if len(args) == 1 else get("attention_mask"),
+            get("scaling"),
+            get("is_causal"),
+            get("dropout") or 0.0,
+            get("softcap"),
+            get("position_bias"),
+            get("s_aux"),
+        )
 
     def is_causal_for(self, module: nn.Module, implementation: str | None, queries: int) -> bool:
         """Whether sdpa itself hides later keys from these queries: no mask was built, and the module is causal."""
         causal = self.is_causal if self.is_causal is not None else getattr(module, "is_causal", True)
         return bool(implementation == "sdpa" and queries > 1 and self.attention_mask is None and causal)
+
+    def is_plain(self, keys: int) -> bool:
+        """Whether scores are q·kᵀ and at most a mask of ``keys`` columns."""
+        mask = self.attention_mask
+        fits = mask is None or (mask.dim() == 4 and mask.shape[-1] >= keys)
+        return fits and self.softcap is None and self.position_bias is None
 
 
 class Observer(Protocol):
@@ -166,7 +177,7 @@ def lead(modules: Iterable[nn.Module], led: list[ConfigView]) -> None:
             if not is_view(view):
                 view = ConfigView(module)
             led.append(view)
-            object.__setattr__(view, "_tap_count", view._tap_count + 1)
+            object.__setattr__(view, "tap_count", view.tap_count + 1)
             module.__dict__["config"] = view
 
 
@@ -175,10 +186,10 @@ def release(led: list[ConfigView]) -> None:
     with _LOCK:
         while led:
             view = led.pop()
-            object.__setattr__(view, "_tap_count", view._tap_count - 1)
-            module = view._tap_module()
-            if view._tap_count < 1 and module is not None and module.__dict__.get("config") is view:
-                module.__dict__["config"] = view._tapped
+            object.__setattr__(view, "tap_count", view.tap_count - 1)
+            module = view.tap_module()
+            if view.tap_count < 1 and module is not None and module.__dict__.get("config") is view:
+                module.__dict__["config"] = view.tap_config
 
 
 def observing(observer: Observer) -> None:
@@ -199,8 +210,8 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *ar
     """
     view: Any = module.__dict__.get("config")
     led = is_view(view)
-    implementation = (view._tapped if led else view)._attn_implementation
-    registry, eager = view._tap_attend if led else (registry_of(module), eager_of(module))
+    implementation = (view.tap_config if led else view)._attn_implementation
+    registry, eager = view.tap_attend if led else (registry_of(module), eager_of(module))
     result = registry.get_interface(implementation, eager)(module, query, key, value, *args, **kwargs)
     if led and not torch.compiler.is_compiling():
         for reference in _OBSERVERS.get():
@@ -209,7 +220,7 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *ar
                 continue
             try:
                 if observer.armed:
-                    led_module = view._tap_module() or module
+                    led_module = view.tap_module() or module
                     result = observer.observe(led_module, implementation, query, key, value, result, args, kwargs)
             except Exception as error:
                 observer.fail(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Literal
@@ -14,9 +14,14 @@ from torch import nn
 
 from lvlm_probe.models.anatomy import text_stack
 
-__all__ = ["TapLayer", "discover", "eager_of", "registry_of"]
+__all__ = ["LayerKind", "TapLayer", "discover", "eager_of", "registry_of"]
 
 _CROSS = re.compile(r"cross|encoder_attn", re.IGNORECASE)
+
+
+LayerKind = Literal["self", "cross", "merged"]
+"""What an attention layer's keys are: positions of the sequence; states from elsewhere (an encoder's); or both, in this
+order."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,7 @@ class TapLayer:
     """Position in the decoder's stack of layers."""
     module: str
     """Path of the attention module in the model, as in ``model.named_modules()``."""
-    kind: Literal["self", "cross", "merged"] = "self"
-    """What its keys are: positions of the sequence; states from elsewhere (an encoder's); or both, in this order."""
+    kind: LayerKind = "self"
 
 
 def own_forward(module: nn.Module) -> tuple[CodeType, dict[str, Any]] | None:
@@ -89,57 +93,77 @@ def discover(
     """
     decoder = _decoder(model) if root is None else root
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
-    text_class = type(getattr(decoder, "config", None))
     layers: list[tuple[TapLayer, nn.Module]] = []
     unsupported: dict[str, str] = {}
     stacks: dict[str, set[int]] = {}  # path of each ModuleList with attention in it → its indices that have some
-    for name, module in decoder.named_modules(prefix=prefix):
+    for name, module in _attention_modules(decoder, prefix):
         relative = name.removeprefix(prefix).lstrip(".")
-        place = re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", relative)
-        if place is None:
-            continue
-        dispatching = dispatches(module)
-        own_attention = (
-            not dispatching
-            and "attention" in type(module).__name__.lower()
-            and isinstance(getattr(module, "layer_idx", None), int)
-            and not any(dispatches(child) for child in module.modules())
-        )
-        if not dispatching and not own_attention:
-            continue
-        config = getattr(module, "config", None)
-        if text_class is not type(None) and not isinstance(config, text_class):
-            continue  # another encoder that lives inside the decoder
-        index = module.layer_idx if isinstance(getattr(module, "layer_idx", None), int) else int(place[2])
+        stack, number = _place(relative)
         kind = _kind(module, relative)
-        stacks.setdefault(f"{prefix}.{place[1] or ''}".strip("."), set()).add(int(place[2]))
+        stacks.setdefault(f"{prefix}.{stack}".strip("."), set()).add(number)
         if cross and kind == "self":
             continue
-        reason = _refusal(module, dispatching=dispatching, cross=kind == "cross" and not cross)
+        reason = _refusal(module, cross=kind == "cross" and not cross)
         if reason is None:
-            layers.append((TapLayer(int(index), name, kind), module))
+            index = getattr(module, "layer_idx", None)
+            layers.append((TapLayer(index if isinstance(index, int) else number, name, kind), module))
         else:
             unsupported[name] = reason
-    for stack, having in stacks.items() if not cross else ():
+    if not stacks:
+        unsupported[prefix] = (
+            f"no attention map: {type(decoder).__name__} has no attention layer that looks its function up in "
+            "transformers' attention interface"
+        )
+    elif not cross:
+        unsupported |= _other_layers(model, stacks)
+    elif not layers and not unsupported:
+        unsupported[prefix] = f"{type(decoder).__name__} has no cross-attention layer"
+    layers.sort(key=lambda pair: pair[0].index)
+    return layers, unsupported
+
+
+def _place(path: str) -> tuple[str, int]:
+    """The first stack of layers that a path goes through, and the number of the layer there."""
+    found = re.match(r"(?:(.*?)\.)?(\d+)(?:\.|$)", path)
+    assert found is not None
+    return found[1] or "", int(found[2])
+
+
+def _attention_modules(decoder: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Modules in the decoder's layers that compute attention, by the registry or in a forward of their own."""
+    text_class = type(getattr(decoder, "config", None))
+    for name, module in decoder.named_modules(prefix=prefix):
+        if not any(part.isdecimal() for part in name.removeprefix(prefix).split(".")):
+            continue
+        if not (dispatches(module) or _attends_itself(module)):
+            continue
+        if text_class is type(None) or isinstance(getattr(module, "config", None), text_class):
+            yield name, module  # else it is of another encoder that lives inside the decoder
+
+
+def _attends_itself(module: nn.Module) -> bool:
+    return (
+        "attention" in type(module).__name__.lower()
+        and isinstance(getattr(module, "layer_idx", None), int)
+        and not any(dispatches(child) for child in module.modules())
+    )
+
+
+def _other_layers(model: nn.Module, stacks: Mapping[str, set[int]]) -> dict[str, str]:
+    """Layers without attention in stacks that have some, and what they have instead."""
+    found: dict[str, str] = {}
+    for stack, having in stacks.items():
         blocks = model.get_submodule(stack)
         for index, module in enumerate(blocks if isinstance(blocks, nn.ModuleList) else ()):
             if index not in having:
                 # What stands where attention would: the first part of the layer that knows the layer's number.
                 mixers = (m for path, m in module.named_modules() if path and hasattr(m, "layer_idx"))
                 what = type(next(mixers, module)).__name__
-                unsupported[f"{stack}.{index}"] = f"no attention map: {what} has no softmax attention"
-    if not stacks:
-        unsupported[prefix] = (
-            f"no attention map: {type(decoder).__name__} has no attention layer that looks its function up in "
-            "transformers' attention interface"
-        )
-    if cross and stacks and not layers and not unsupported:
-        unsupported[prefix] = f"{type(decoder).__name__} has no cross-attention layer"
-    layers.sort(key=lambda pair: pair[0].index)
-    return layers, unsupported
+                found[f"{stack}.{index}"] = f"no attention map: {what} has no softmax attention"
+    return found
 
 
-def _kind(module: nn.Module, relative: str) -> Literal["self", "cross", "merged"]:
+def _kind(module: nn.Module, relative: str) -> LayerKind:
     if (
         getattr(module, "is_cross_attention", False)
         or _CROSS.search(relative.rsplit(".", 1)[-1])
@@ -151,12 +175,12 @@ def _kind(module: nn.Module, relative: str) -> Literal["self", "cross", "merged"
     return "merged" if given is not None and given.default is inspect.Parameter.empty else "self"
 
 
-def _refusal(module: nn.Module, *, dispatching: bool, cross: bool) -> str | None:
+def _refusal(module: nn.Module, *, cross: bool) -> str | None:
     """Why this attention module is not tapped, or ``None``."""
     kind = type(module).__name__
     if cross:
         return f"{kind} is cross-attention: its keys are image states, not positions of the prompt"
-    if not dispatching:
+    if not dispatches(module):
         return f"{kind} computes attention in its own forward, past transformers' attention interface"
     config = module.__dict__.get("config")
     if config is None:

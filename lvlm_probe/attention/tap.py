@@ -287,55 +287,31 @@ class RowTap:
         if implementation not in ("sdpa", "eager", None):
             raise ProbeError(f"the model was switched to {implementation!r}, which gives no attention weights")
         batch, _, queries, _ = query.shape
-        keys, kind = key.shape[2], self.layers[number].kind
-        # Layers that reuse another layer's keys may be handed fewer queries; all layers end at the same position.
-        armed.seen[number] += queries
-        armed.end = end = max(armed.end, armed.seen[number])
+        keys, kind, device = key.shape[2], self.layers[number].kind, query.device
+        armed.advance(number, queries)
         if kind == "cross" and armed.cross_keys not in (None, keys):
             raise ProbeError(f"cross-attention has {keys} keys where the encoder was given {armed.cross_keys} tokens")
         if armed.columns is not None and armed.columns.shape[0] != batch:
             raise ProbeError(f"the tap was armed for a batch of {armed.columns.shape[0]}, the model runs {batch}")
-        rows: Tensor | None = None
-        if armed.queries is not None:
-            if number in armed.steps or number in armed.flushed:
-                return None  # recomputed for a backward pass
-            rows = armed.to("queries", query.device) - (end - queries)
-            if armed.queries.min() < end - queries or armed.queries.max() >= end:
-                raise ProbeError(
-                    f"query positions {int(armed.queries.min())}…{int(armed.queries.max())} are not all in this pass, "
-                    f"which covers {end - queries}…{end - 1}"
-                )
-        elif armed.prompt_length is not None and end < armed.prompt_length:
+        if not armed.wants(number):
             return None
-        sdpa = implementation == "sdpa"
+        rows = armed.rows(queries, device)
         weights = result[1] if isinstance(result, tuple) and len(result) > 1 else None
-        if weights is not None and (weights.dim() != 4 or (call.dropout and module.training)):
-            weights = None
-        if sdpa and weights is None and armed.queries is None and kind == "self" and keys == end:
-            mask = call.attention_mask
-            plain = call.softcap is None and call.position_bias is None
-            shown = queries == 1 or mask is not None or call.is_causal_for(module, implementation, queries)
-            if plain and shown and (mask is None or (mask.dim() == 4 and mask.shape[-1] >= keys)):
-                armed.wait(number, query, key, mask=mask, scaling=call.scaling)
-                return None
-        if armed.columns is None:
-            columns = torch.arange(keys, device=query.device).expand(batch, -1)
-        else:
-            columns = armed.to("columns", query.device)
-        if kind == "self":  # a sliding-window cache keeps the newest keys only: its first key is not position 0
-            columns = columns - max(0, end - keys)
-        elif kind == "merged":
-            columns = columns + keys - (armed.cross_keys or 0)
-        if weights is not None:
-            return take_columns(take_rows(weights, rows, batch).float(), columns)
+        if weights is not None and weights.dim() == 4 and not (call.dropout and module.training):
+            return take_columns(take_rows(weights, rows, batch).float(), armed.columns_of(kind, key.shape, device))
+        sdpa, causal = implementation == "sdpa", call.is_causal_for(module, implementation, queries)
+        newest = sdpa and armed.queries is None and kind == "self" and keys == armed.end
+        if newest and call.is_plain(keys) and (queries == 1 or call.attention_mask is not None or causal):
+            armed.wait(number, query, key, mask=call.attention_mask, scaling=call.scaling)
+            return None
         return attention_rows(
             query,
             key,
-            columns=columns,
+            columns=armed.columns_of(kind, key.shape, device),
             rows=rows,
             scaling=call.scaling,
             attention_mask=call.attention_mask,
-            causal=call.is_causal_for(module, implementation, queries),
+            causal=causal,
             softcap=call.softcap,
             position_bias=call.position_bias,
             sinks=None if sdpa else call.sinks,

@@ -110,8 +110,8 @@ def _sentence(modules: _Modules, layer: str, detail: str) -> str:
     where = f"stop at {layer}, which computes without autograd" if layer else "are not those of its output"
     return (
         f"the gradients of {modules.name} {where}, so a map made of them would be wrong{detail}; load the model with "
-        f"layers that can be differentiated, or use a method that needs no gradients: occlusion, rise, greedy, or attention, "
-        f"rollout, tam"
+        f"layers that can be differentiated, or use a method that needs no gradients: occlusion, rise, greedy, or "
+        f"attention, rollout, tam"
     )
 
 

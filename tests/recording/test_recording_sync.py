@@ -21,8 +21,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lvlm_probe as probe
 from lvlm_probe.attention import RowTap
+from lvlm_probe.attention.collection import Transfers
 from lvlm_probe.attention.dispatch import AttentionCall
-from lvlm_probe.attention.transfer import Transfers
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.recording.log_probs import StepLogProbs
 
