@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-
-from lvlm_probe.images.sampling import sparse_pair
 
 __all__ = ["Geometry", "KeyGeometry"]
 
@@ -84,7 +84,7 @@ class Geometry:
         right, below = int(width > 1), width * int(height > 1)
         columns = torch.stack([first, first + right, first + below, first + below + right], dim=1)
         weights = torch.stack([(1 - down) * (1 - along), (1 - down) * along, down * (1 - along), down * along], dim=1)
-        pair = sparse_pair(columns, weights.to(dtype), len(self.sizes) * height * width, device)
+        pair = _sparse_pair(columns, weights.to(dtype), len(self.sizes) * height * width, device)
         self._samplers[token] = pair
         while len(self._samplers) > _MAX_SAMPLERS * len(self.keys):
             self._samplers.popitem(last=False)
@@ -137,3 +137,37 @@ def _add_boxes(edges: Tensor, x: Tensor, y: Tensor, width: int, height: int) -> 
     flat = edges.reshape(-1)
     for rows, cols, sign in ((top, left, 1), (bottom, right, 1), (top, right, -1), (bottom, left, -1)):
         flat.index_add_(0, rows * (width + 1) + cols, torch.full_like(rows, sign, dtype=edges.dtype))
+
+
+def _sparse_pair(columns: Tensor, weights: Tensor, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Matrices that sample a batch of masks at a million positions by one product.
+
+    Returns:
+        the matrix with ``weights`` at ``columns`` (both ``(position, 4)``), and its transpose.
+    """
+    height, per_row = columns.shape
+    flat, order = columns.reshape(-1).sort(stable=True)
+    rows = order.div(per_row, rounding_mode="floor")
+    ends = torch.searchsorted(flat, torch.arange(width + 1))
+    forward = (torch.arange(height + 1) * per_row, columns.reshape(-1), weights.reshape(-1), (height, width))
+    backward = (ends, rows, weights.reshape(-1)[order], (width, height))
+    return _sparse(*forward, device), _sparse(*backward, device)
+
+
+def _sparse(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], device: torch.device) -> Tensor:
+    _hear_of_csr()
+    matrix = torch.sparse_csr_tensor(starts.int(), columns.int(), values, shape, check_invariants=False)
+    if device.type != "cuda" and not (device.type == "cpu" and torch.backends.mkl.is_available()):
+        # Without MKL only the slower coordinate layout can be multiplied.
+        matrix = matrix.to_sparse_coo()
+    return matrix.to(device)
+
+
+@functools.cache
+def _hear_of_csr() -> None:
+    """Have torch say once, and unheard, that the layout is in beta. Filters of warnings are the whole process's: they
+    are not to be touched whenever a thread of ours needs a matrix."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(CSR|invariant).*")
+        empty = torch.zeros(2, dtype=torch.int32)
+        torch.sparse_csr_tensor(empty, empty[:0], torch.zeros(0), (1, 1), check_invariants=False)

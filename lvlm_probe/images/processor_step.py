@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lvlm_probe.images.processor import OWN_CALL, named_outputs
 
-__all__ = ["METHOD", "PictureStep", "picture_step"]
+__all__ = ["PictureStep", "image_processor_of", "picture_step", "watched_method"]
 
-METHOD = "_process_images"
+_METHOD = "_process_images"
 """The method of ``ProcessorMixin`` that makes the image inputs of a call."""
 
 _known: MutableMapping[Any, PictureStep | None] = weakref.WeakKeyDictionary()
@@ -39,7 +39,7 @@ class PictureStep:
         return self._processor()
 
     def __call__(self, images: Any, **kwargs: Any) -> Any:
-        return getattr(self.owner, METHOD)(images, **kwargs)[0]
+        return getattr(self.owner, _METHOD)(images, **kwargs)[0]
 
     def to_dict(self) -> dict[str, Any]:
         made: dict[str, Any] = self.owner.image_processor.to_dict()
@@ -51,7 +51,7 @@ def picture_step(processor: object | None) -> PictureStep | None:
 
     Asked once per processor that has such a step of its own, with a small grey picture.
     """
-    method = getattr(type(processor), METHOD, None)
+    method = getattr(type(processor), _METHOD, None)
     inner: Any = getattr(processor, "image_processor", None)
     if inner is None or method is None or method.__module__ == "transformers.processing_utils":
         return None
@@ -61,6 +61,24 @@ def picture_step(processor: object | None) -> PictureStep | None:
         return _known[processor]
     except TypeError:  # neither hashable nor weakly referable
         return None
+
+
+def image_processor_of(processor: object | None) -> Any:
+    """The image processor inside a processor, or the step that stands in for it (``PictureStep``); an image processor
+    is its own; ``None`` stays ``None``."""
+    if processor is None:
+        return None
+    step = picture_step(processor)
+    inner = step if step is not None else getattr(processor, "image_processor", None)
+    return inner if inner is not None else processor
+
+
+def watched_method(processor: object | None) -> tuple[Any, str] | None:
+    """Whose method makes the pixel inputs, and its name; ``None`` where there is none to watch."""
+    image_processor = image_processor_of(processor)
+    if isinstance(image_processor, PictureStep):
+        return processor, _METHOD
+    return (image_processor, "preprocess") if callable(getattr(image_processor, "preprocess", None)) else None
 
 
 def _found(processor: Any, inner: Callable[..., Any]) -> PictureStep | None:

@@ -11,11 +11,11 @@ import torch
 from lvlm_probe.errors import ImageError, MaskError
 from lvlm_probe.images import ImagePath, PixelPath, make_baseline
 from lvlm_probe.images.processor import with_settings
+from lvlm_probe.images.processor_step import image_processor_of
 from lvlm_probe.models.anatomy import Anatomy
 from lvlm_probe.models.drivers import Driver
 from lvlm_probe.recording.handed_images import Handed, hand_over
 from lvlm_probe.recording.processor_watch import ProcessorWatch
-from lvlm_probe.replaying.answer_source import image_processor_of
 
 if TYPE_CHECKING:
     from PIL import Image

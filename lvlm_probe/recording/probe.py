@@ -22,6 +22,7 @@ import torch
 from lvlm_probe.errors import AttachError, ImageError, MaskError, ProbeError
 from lvlm_probe.hooks import Call, HookSet, caution, shadow_of, within
 from lvlm_probe.images.processor import OWN_CALL
+from lvlm_probe.images.processor_step import image_processor_of, watched_method
 from lvlm_probe.models.anatomy import Anatomy, examine
 from lvlm_probe.models.drivers import called_model, probed_model
 from lvlm_probe.models.fingerprint import describe_model, undescribed
@@ -33,7 +34,6 @@ from lvlm_probe.recording.processor_watch import ProcessorWatch
 from lvlm_probe.recording.prompt_images import NotRecorded
 from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions
 from lvlm_probe.recording.token_boxes import BoxCache
-from lvlm_probe.replaying.answer_source import image_processor_of, watched_method
 from lvlm_probe.trace import Trace, open_trace, write
 from lvlm_probe.trace.records import Capture
 

@@ -20,9 +20,9 @@ from lvlm_probe.images.processor import (
     whole_numbers,
     with_settings,
 )
+from lvlm_probe.images.processor_step import image_processor_of, watched_method
 from lvlm_probe.recording.handed_images import hand_over
 from lvlm_probe.recording.processor_watch import ProcessorCall, ProcessorWatch, describe_call
-from lvlm_probe.replaying.answer_source import image_processor_of, watched_method
 from lvlm_probe.trace.image_files import encode_picture
 from lvlm_probe.trace.records import ImageRecord
 

@@ -15,7 +15,7 @@ from lvlm_probe.images import ImagePath, PixelPath, make_baseline
 from lvlm_probe.images.baselines import KINDS
 from lvlm_probe.images.parity import versions
 from lvlm_probe.images.processor import with_settings
-from lvlm_probe.images.processor_step import METHOD, PictureStep, picture_step
+from lvlm_probe.images.processor_step import image_processor_of
 from lvlm_probe.models.inputs import input_device
 
 if TYPE_CHECKING:
@@ -24,27 +24,9 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
     from lvlm_probe.trace.records import RowCapture
 
-__all__ = ["LiveTrace", "image_processor_of", "recorded_path", "watched_method"]
+__all__ = ["LiveTrace", "recorded_path"]
 
 _log = logging.getLogger("lvlm_probe")
-
-
-def image_processor_of(processor: object | None) -> Any:
-    """The image processor inside a processor, or the step that stands in for it (``PictureStep``); an image processor
-    is its own; ``None`` stays ``None``."""
-    if processor is None:
-        return None
-    step = picture_step(processor)
-    inner = step if step is not None else getattr(processor, "image_processor", None)
-    return inner if inner is not None else processor
-
-
-def watched_method(processor: object | None) -> tuple[Any, str] | None:
-    """Whose method makes the pixel inputs, and its name; ``None`` where there is none to watch."""
-    image_processor = image_processor_of(processor)
-    if isinstance(image_processor, PictureStep):
-        return processor, METHOD
-    return (image_processor, "preprocess") if callable(getattr(image_processor, "preprocess", None)) else None
 
 
 class LiveTrace:

@@ -14,9 +14,8 @@ from PIL import Image
 
 from lvlm_probe.images import ImagePath
 from lvlm_probe.images.batching import Joint, joints_of
-from lvlm_probe.images.processor_step import PictureStep, picture_step
+from lvlm_probe.images.processor_step import PictureStep, image_processor_of, picture_step, watched_method
 from lvlm_probe.recording.row_inputs import row_inputs
-from lvlm_probe.replaying.answer_source import image_processor_of, watched_method
 
 
 def _noise(seed: int) -> Image.Image:
