@@ -21,10 +21,9 @@ from lvlm_probe.importing.rows import AnswerRow, BadRow
 from lvlm_probe.models.prompts import chat_inputs, placed
 from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.recording.prompt_images import NotRecorded
-from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions
+from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions, Target
 from lvlm_probe.recording.row_inputs import columns_of, image_places
 from lvlm_probe.replaying import Replay
-from lvlm_probe.replaying.answer_source import LiveTrace
 from lvlm_probe.trace.reader import Trace
 from lvlm_probe.trace.records import Capture, RowCapture
 
@@ -42,27 +41,12 @@ _PLACEHOLDERS = ("<image>", "<|image|>", "<|image_pad|>", "<img>", "[IMG]", "<IM
 class ForcedRecorder(GenerationRecorder):
     """Makes a capture of one prompt and one answer. Used once: ``begin`` → ``finish`` → ``complete``."""
 
-    def _arm_tap(self, ids: torch.Tensor, copies: int) -> None:
+    def arm_attention(self, ids: torch.Tensor, copies: int) -> None:
         """Nothing decodes, so there is nothing to read yet; ``complete`` reads the rows of its one pass."""
 
-    def _ending(self, token_ids: torch.Tensor, text: str) -> str | None:
-        return None  # it was decided elsewhere
-
-    @property
-    def beginning(self) -> torch.Tensor:
-        """What the answer continues, ``(1, position)``: the prompt, or the decoder's own beginning."""
-        return self._inputs["input_ids"] if self._decoder_ids is None else self._decoder_ids
-
-    @property
-    def eos(self) -> frozenset[int]:
-        """The ids that end an answer."""
-        return self._stops.eos
-
-    def player(self, row: RowCapture) -> Replay:
-        """The row on the live model."""
-        return Replay(
-            LiveTrace(row, self._images[row.trace_id]), self.model, self.processor, check_pixels=False
-        )  # fmt: skip
+    def ending(self, token_ids: torch.Tensor, text: str) -> str | None:
+        """Nothing: it was decided elsewhere."""
+        return None
 
     def finish(self, output: Any) -> Capture:
         capture = super().finish(output)
@@ -77,17 +61,17 @@ class ForcedRecorder(GenerationRecorder):
 
     def _force(self, row: RowCapture) -> None:
         """Log-probabilities and attention rows, in one pass."""
-        player = self.player(row)
+        replay = self.replay(row)
         faults: list[str] = []
-        with player.replica.use() as model:
+        with replay.replica.use() as model:
             tap = self._tap_for(model, row, faults)
             with contextlib.nullcontext() if tap is None else tap:
                 if tap is not None:
-                    self._armed(tap, player, row)
-                row.log_probs = player.original_log_probs.numpy()
+                    self._armed(tap, replay, row)
+                row.log_probs = replay.original_log_probs.numpy()
                 rows = None if tap is None else tap.collect()
                 if rows is not None:
-                    self._add_attention(row, rows, 0, len(row.token_ids))
+                    self.add_attention(row, rows, 0)
         row.notes += [f"attention rows are not recorded: {fault}" for fault in faults]
 
     def _tap_for(self, model: torch.nn.Module, row: RowCapture, faults: list[str]) -> RowTap | None:
@@ -103,14 +87,14 @@ class ForcedRecorder(GenerationRecorder):
             return None
         return tap
 
-    def _armed(self, tap: RowTap, player: Replay, row: RowCapture) -> None:
+    def _armed(self, tap: RowTap, replay: Replay, row: RowCapture) -> None:
         """The tap reads the queries that predict the answer's tokens."""
         found = image_places({"input_ids": torch.as_tensor(row.input_ids)[None]}, self.anatomy.image_token_id)
         columns, valid = (None, None) if found is None else columns_of(found)
         tap.arm(
             columns,
             valid=valid,
-            queries=torch.arange(player.prompt_length - 1, player.length),
+            queries=torch.arange(replay.prompt_length - 1, replay.length),
             heads=self.options.heads,
             cross_keys=len(row.input_ids) if self.anatomy.encoder_decoder else None,
         )
@@ -132,21 +116,18 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
         BadRow: the answer does not fit the model: the reason.
         ProbeError: the model or its processor cannot be replayed.
     """
-    owner = probe._attachment
+    target = probe.target
     faults: list[str] = []
-    recorder = ForcedRecorder(
-        owner.model, owner.processor, owner.anatomy, owner.watch, options,
-        lambda name, error: faults.append(f"{name}: {error}"), owner.boxes,
-    )  # fmt: skip
-    limit = _positions(owner.model)
+    recorder = ForcedRecorder(target, options, lambda name, error: faults.append(f"{name}: {error}"))
+    limit = _positions(target.model)
     try:
         _check_length(len(images), limit, "pictures, of a token each at least")
-        inputs = placed(_inputs(probe.processor, row, images), owner.model)
+        inputs = placed(_inputs(probe.processor, row, images), target.model)
         # These two are looked at alone: what is searched or sampled elsewhere has been found already.
         recorder.begin((), {**inputs, "num_beams": 1, "num_return_sequences": 1})
         start = recorder.beginning.shape[1]
         _check_length(start, limit, "tokens of the prompt")
-        candidates, notes = _candidates(owner, recorder, row, limit)
+        candidates, notes = _candidates(target, recorder, row, limit)
         _check_length(start + min(map(len, candidates)), limit, "tokens of prompt and answer")
         candidates = [ids for ids in candidates if start + len(ids) <= limit]
         with torch.no_grad():
@@ -196,7 +177,7 @@ def _likeliest(recorder: ForcedRecorder, candidates: Sequence[Sequence[int]]) ->
             raise BadRow(f"the answer goes on after its end: token {len(row.token_ids)} of {len(ids)} ends a sequence")
         if len(candidates) == 1:
             return capture
-        found.append((float(recorder.player(row).original_log_probs.sum()), capture))
+        found.append((float(recorder.replay(row).original_log_probs.sum()), capture))
     return max(found, key=lambda item: item[0])[1]
 
 
@@ -234,12 +215,15 @@ def _is_rendered(processor: Any, prompt: str) -> bool:
     return False
 
 
-def _candidates(owner: Any, recorder: ForcedRecorder, row: AnswerRow, limit: int) -> tuple[list[list[int]], list[str]]:
+def _candidates(
+    target: Target, recorder: ForcedRecorder, row: AnswerRow, limit: int
+) -> tuple[list[list[int]], list[str]]:
     """Token ids of the answer, the tokenisations that can be meant, and sentences on what was decided."""
-    tokenizer = tokenizer_of(owner.processor)
+    tokenizer = tokenizer_of(target.processor)
     if row.token_ids is not None:
         _check_length(len(row.token_ids), limit, "tokens of the answer")
-        width = owner.model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = target.model.get_input_embeddings()  # type: ignore[operator]
+        width = embeddings.weight.shape[0]
         return [checked_ids(tokenizer, row.token_ids, row.answer, width)], []
     assert row.answer is not None
     if tokenizer is not None and len(row.answer) > limit:  # a text of megabytes need not be tokenised to be too long
@@ -253,7 +237,7 @@ def _candidates(owner: Any, recorder: ForcedRecorder, row: AnswerRow, limit: int
     if fitting:
         return fitting, []
     end = getattr(tokenizer, "eos_token_id", None)
-    if end in recorder.eos and (ended := [[*ids, end] for ids in found if len(ids) == given - 1]):
+    if end in recorder.stops.eos and (ended := [[*ids, end] for ids in found if len(ids) == given - 1]):
         return ended, ["the log-probabilities count one token more than the text: the end of the answer"]
     lengths = " or ".join(str(length) for length in sorted({len(ids) for ids in found}))
     raise BadRow(f"{given} log-probabilities for an answer of {lengths} tokens; give token_ids")

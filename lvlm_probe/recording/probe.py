@@ -32,8 +32,7 @@ from lvlm_probe.recording.handed_images import flatten_images
 from lvlm_probe.recording.masked_calls import Masking
 from lvlm_probe.recording.processor_watch import ProcessorWatch
 from lvlm_probe.recording.prompt_images import NotRecorded
-from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions
-from lvlm_probe.recording.token_boxes import BoxCache
+from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions, Target
 from lvlm_probe.trace import Trace, open_trace, write
 from lvlm_probe.trace.records import Capture
 
@@ -116,23 +115,21 @@ class Recording:
         def fault(name: str, error: BaseException, kept: str = "the trace is marked status='error'") -> None:
             faults.append(f"{name}: {type(error).__name__}: {error}")
             told = f"recording went wrong in {name} ({type(error).__name__}: {error}); the generation is not affected, "
-            self._warn(kept, told + kept)
+            self.warn_once(kept, told + kept)
 
-        recorder = GenerationRecorder(
-            owner.model, owner.processor, owner.anatomy, owner.watch, self._options, fault, owner.boxes
-        )
+        recorder = GenerationRecorder(owner, self._options, fault)
         ready = False
         try:
             recorder.begin(args, kwargs)
             ready = True
         except NotRecorded as reason:
             recorder.abort()
-            self._warn(str(reason)[:40], str(reason))
+            self.warn_once(str(reason)[:40], str(reason))
         except Exception as error:
             recorder.abort()
             _log.debug("recording could not begin", exc_info=True)
             faults.append(f"begin: {type(error).__name__}: {error}")
-            self._warn("begin", f"this generation is not recorded: {type(error).__name__}: {error}")
+            self.warn_once("begin", f"this generation is not recorded: {type(error).__name__}: {error}")
         except BaseException:  # Ctrl-C while hooks were being hung up
             recorder.abort()
             raise
@@ -148,7 +145,7 @@ class Recording:
         try:
             self._keep(recorder, output, faults, fault)
         except NotRecorded as reason:
-            self._warn(str(reason)[:40], str(reason))
+            self.warn_once(str(reason)[:40], str(reason))
         except Exception as error:
             _log.debug("recording failed", exc_info=True)
             fault("finish", error, "but there is no trace of it")
@@ -164,7 +161,7 @@ class Recording:
         with torch.no_grad(), without_autocast(self._attachment.model):
             capture = recorder.finish(output)
             for caution_ in recorder.cautions:
-                self._warn(*caution_)
+                self.warn_once(*caution_)
             try:
                 recorder.complete(capture)
             except KeyboardInterrupt as stop:
@@ -178,7 +175,7 @@ class Recording:
                 capture.model, told = undescribed(self._attachment.model, error)
                 self._note(capture, told)
                 self.faults.append(told)
-                self._warn("describe", told)
+                self.warn_once("describe", told)
         if faults:
             for row in capture.rows:
                 row.status, row.error = "error", "; ".join(faults)
@@ -191,14 +188,14 @@ class Recording:
         told = f"this generation is not recorded: {type(error).__name__}: {error}"
         with contextlib.suppress(Exception):
             self.faults.append(told)
-            self._warn("given up", told)
+            self.warn_once("given up", told)
 
     @staticmethod
     def _note(capture: Capture, sentence: str) -> None:
         for row in capture.rows:
             row.notes.append(sentence)
 
-    def _warn(self, kind: str, sentence: str) -> None:
+    def warn_once(self, kind: str, sentence: str) -> None:
         """Say each kind of thing once per recording."""
         with self._attachment.lock:
             new = kind not in self._warned
@@ -225,7 +222,7 @@ class _Once:
         return self.output
 
 
-class _Attachment:
+class _Attachment(Target):
     """Everything that hangs on the model. It knows nothing of the ``Probe``, so that dropping the probe detaches.
 
     ``recording`` and ``masking`` are for every caller of the model, in whatever thread or task; what a ``generate()``
@@ -233,9 +230,7 @@ class _Attachment:
     """
 
     def __init__(self, model: torch.nn.Module, processor: object | None, anatomy: Anatomy) -> None:
-        self.model, self.processor, self.anatomy = model, processor, anatomy
-        self.watch = ProcessorWatch()
-        self.boxes: BoxCache = {}
+        super().__init__(model, processor, anatomy, watch=ProcessorWatch(), boxes={})
         self.hooks = HookSet()
         self.recording: Recording | None = None
         self.masking: Masking | None = None
@@ -266,7 +261,7 @@ class _Attachment:
             # Not fenced: a mask the user asked for and did not get would be a silent lie.
             with Call(self):
                 if recording is not None:
-                    recording._warn("masked", "a masked generation is not recorded: its picture is not the user's")
+                    recording.warn_once("masked", "a masked generation is not recorded: its picture is not the user's")
                 args, kwargs = masking.of_generate(self.model, args, kwargs)
                 return original(*args, **kwargs)
         once = _Once(original)
@@ -297,7 +292,7 @@ class _Attachment:
     def _unwatched(self, error: Exception) -> None:
         if (recording := self.recording) is not None:
             recording.faults.append(f"processor watch: {error}")
-            recording._warn("watch", f"the processor call could not be watched: {error}")
+            recording.warn_once("watch", f"the processor call could not be watched: {error}")
 
 
 class Probe:
@@ -433,6 +428,11 @@ class Probe:
     def detach(self) -> None:
         """Remove everything this probe hung on the model and its processor; calling it again does nothing."""
         self._finalizer()
+
+    @property
+    def target(self) -> Target:
+        """What is recorded, for recorders of other calls than ``generate``."""
+        return self._attachment
 
     @property
     def attached(self) -> bool:

@@ -61,7 +61,7 @@ from lvlm_probe.replaying.answer_source import LiveTrace
 from lvlm_probe.replaying.hidden_states import point_records
 from lvlm_probe.trace.records import Capture, RowCapture
 
-__all__ = ["GenerationRecorder", "RecordOptions"]
+__all__ = ["GenerationRecorder", "RecordOptions", "Target"]
 
 _BOXES_KEPT = 64
 _ALPHA = 1.0  # LLR above which a token counts when the baseline is checked; the paper's default
@@ -82,31 +82,51 @@ class RecordOptions:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-class GenerationRecorder:
-    """Everything around one ``generate()`` call. Used once: ``begin`` → the call → ``finish`` or ``abort``."""
+@dataclass
+class Target:
+    """What is recorded: an attached model, and what is known of it.
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        processor: object | None,
-        anatomy: Anatomy,
-        watch: ProcessorWatch,
-        options: RecordOptions,
-        on_error: Callable[[str, BaseException], None],
-        boxes: BoxCache,
-    ) -> None:
-        self.model, self.processor, self.anatomy = model, processor, anatomy
+    Attributes:
+        model: the model that generates.
+        processor: its processor.
+        anatomy: its parts.
+        watch: the processor's calls since ``attach``.
+        boxes: token boxes that were found already.
+    """
+
+    model: torch.nn.Module
+    processor: object | None
+    anatomy: Anatomy
+    watch: ProcessorWatch
+    boxes: BoxCache
+
+
+class GenerationRecorder:
+    """Everything around one ``generate()`` call. Used once: ``begin`` → the call → ``finish`` → ``complete``, or
+    ``abort``.
+
+    A recorder of answers that are come by in another way overrides ``arm_attention`` and ``ending``, and reads
+    ``beginning`` and ``stops`` after ``begin``, ``replay`` after ``finish``.
+
+    Args:
+        target: what is recorded.
+        options: what is asked for.
+        on_error: called with the name of what failed, and the error; the generation goes on.
+    """
+
+    def __init__(self, target: Target, options: RecordOptions, on_error: Callable[[str, BaseException], None]) -> None:
+        self.model, self.processor, self.anatomy = target.model, target.processor, target.anatomy
         self.options = options
         self.notes: list[str] = []
-        self._watch = watch
+        self.stops = Stops(frozenset(), None)
+        self._watch = target.watch
         self._hooks = HookSet(on_error, scope=self)
         self._log_probs: list[StepLogProbs] = []
         self._decoder_ids: torch.Tensor | None = None
-        self._stops = Stops(frozenset(), None)
         self._tap: RowTap | None = None
         self._points: PointTap | None = None
         self._on_error = on_error
-        self._boxes = boxes
+        self._boxes = target.boxes
         self._inputs: dict[str, Any] = {}
         self._images: dict[str, list[Image.Image]] = {}
         self._other_conditions: list[str] = []
@@ -148,9 +168,8 @@ class GenerationRecorder:
                 kwargs.get("decoder_input_ids"), setting("decoder_start_token_id", setting("bos_token_id")), ids
             )
             self._inputs["decoder_input_ids"] = self._decoder_ids
-        start = ids if self._decoder_ids is None else self._decoder_ids
-        self._stops = stops_of(self.model, kwargs, start.shape[1])
-        if (mask := inferred_mask(self.model, self._inputs, self._stops)) is not None:
+        self.stops = stops_of(self.model, kwargs, self.beginning.shape[1])
+        if (mask := inferred_mask(self.model, self._inputs, self.stops)) is not None:
             self._inputs["attention_mask"] = mask
         self._other_conditions = other_conditions(self.model, self._inputs, kwargs)
         self._compiling = compiles_itself(self.model, setting, kwargs)
@@ -170,14 +189,25 @@ class GenerationRecorder:
             self._points = PointTap(self.model, self.anatomy, points, self._hooks)
         if self.options.attention:
             try:
-                self._arm_tap(ids, int(setting("num_return_sequences", 1)))
+                self.arm_attention(ids, int(setting("num_return_sequences", 1)))
             except Exception as error:  # the answer can be recorded all the same
                 self._on_error("attention", error)
                 if self._tap is not None:
                     self._tap.remove()
                     self._tap = None
 
-    def _arm_tap(self, ids: torch.Tensor, copies: int) -> None:
+    @property
+    def beginning(self) -> torch.Tensor:
+        """What the answer continues, ``(batch, position)``: the prompt, or the decoder's own beginning."""
+        return self._inputs["input_ids"] if self._decoder_ids is None else self._decoder_ids
+
+    def arm_attention(self, ids: torch.Tensor, copies: int) -> None:
+        """Read attention rows in the call that follows.
+
+        Args:
+            ids: ``(batch, position)`` of the prompts.
+            copies: answers to each.
+        """
         found = image_places(self._inputs, self.anatomy.image_token_id)
         if self._compiling or compiled_parts(self.model, self.anatomy.decoder):
             self.notes.append(
@@ -202,12 +232,10 @@ class GenerationRecorder:
         columns, valid = (
             (None, None) if found is None else (part.repeat_interleave(copies, 0) for part in columns_of(found))
         )
-        length = ids.shape[1]
-        start = length if self._decoder_ids is None else self._decoder_ids.shape[1]
-        keys = length if self.anatomy.encoder_decoder else None
+        keys = ids.shape[1] if self.anatomy.encoder_decoder else None
         self._tap = tap
         tap.install()
-        tap.arm(columns, valid=valid, heads=self.options.heads, prompt_length=start, cross_keys=keys)
+        tap.arm(columns, valid=valid, heads=self.options.heads, prompt_length=self.beginning.shape[1], cross_keys=keys)
 
     def abort(self) -> None:
         """The call failed or was interrupted: take everything down, keep nothing."""
@@ -224,33 +252,52 @@ class GenerationRecorder:
             NotRecorded: the returned sequences do not continue the prompt.
         """
         generated_seconds = time.perf_counter() - self._started
-        tap, self._tap = self._tap, None
         self._hooks.remove()
-        attention: Rows | None = None
-        if tap is not None:
-            try:
-                attention = tap.collect()
-            except Exception as error:
-                self._on_error("attention", error)
-            finally:
-                tap.remove()
+        attention = self._collected()
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         ids = self._inputs["input_ids"]
         if isinstance(self.model, Driver):
             sequences = self.model.sequences(ids, sequences)
         # An encoder-decoder model returns the decoder's sequence, which has a beginning of its own.
-        start = ids if self._decoder_ids is None else self._decoder_ids
-        found = answer_in(sequences, start, self._log_probs, alone=self._decoder_ids is None)
+        found = answer_in(sequences, self.beginning, self._log_probs, alone=self._decoder_ids is None)
         if found is None:
             raise NotRecorded(
                 f"{type(self.model).__name__}.generate() did not return prompt + answer for this prompt: it drops or "
                 "edits tokens of the prompt. Nothing is recorded"
             )
-        (generated, values), copies = found, len(sequences) // len(ids)
+        generated, values = found
         if values is None and attention is not None:
             # Assisted decoding, guidance: rows cannot be matched to tokens where passes and tokens are not one to one.
             attention = None
             self.notes.append("attention rows are not recorded: the model did not run one pass per answer token")
+        rows = self._rows(generated, values, attention)
+        if not rows:
+            raise NotRecorded("generate() returned no new token; nothing is recorded")
+        created = datetime.now(UTC).isoformat()
+        return Capture(rows=rows, model={}, created=created, seconds={"generate": generated_seconds})
+
+    def _collected(self) -> Rows | None:
+        tap, self._tap = self._tap, None
+        if tap is None:
+            return None
+        try:
+            return tap.collect()
+        except Exception as error:
+            self._on_error("attention", error)
+            return None
+        finally:
+            tap.remove()
+
+    def _rows(self, generated: torch.Tensor, values: torch.Tensor | None, attention: Rows | None) -> list[RowCapture]:
+        """One capture for each batch row that has an image and an answer.
+
+        Args:
+            generated: ``(batch, step)`` token ids.
+            values: their log-probabilities as they were generated, where these could be read.
+            attention: their attention rows.
+        """
+        prompts = len(self._inputs["input_ids"])
+        copies = len(generated) // prompts
         finder = PictureFinder(
             self.processor,
             self._watch,
@@ -259,16 +306,16 @@ class GenerationRecorder:
             image_token_id=self.anatomy.image_token_id,
             is_pixel_name=self.anatomy.is_pixel_name,
         )
-        pictures = finder.find(len(ids), on_error=self._on_error)
+        pictures = finder.find(prompts, on_error=self._on_error)
         self.notes += finder.notes
         self.cautions += finder.cautions
         tokenizer = tokenizer_of(self.processor)
         rows = []
-        for row in range(len(sequences)):
+        for row in range(len(generated)):
             if pictures.rows[row // copies].images == []:
                 self.notes.append(f"row {row} of the batch has no picture and is not recorded")
                 continue
-            length = self._stops.answer_length(generated[row].tolist())
+            length = self.stops.answer_length(generated[row].tolist())
             if length == 0:
                 self.notes.append(f"row {row} of the batch generated nothing and is not recorded")
                 continue
@@ -278,14 +325,11 @@ class GenerationRecorder:
             else:
                 capture.log_probs_source = "teacher_forced"
             if attention is not None:
-                self._add_attention(capture, attention, row, length)
-            if self._points is not None and len(sequences) == 1:
+                self.add_attention(capture, attention, row)
+            if self._points is not None and len(generated) == 1:
                 capture.points = {**capture.points, **self._points.records()}
             rows.append(capture)
-        if not rows:
-            raise NotRecorded("generate() returned no new token; nothing is recorded")
-        created = datetime.now(UTC).isoformat()
-        return Capture(rows=rows, model={}, created=created, seconds={"generate": generated_seconds})
+        return rows
 
     def _row(
         self, row: int, prompt_row: int, token_ids: torch.Tensor, pictures: PromptPictures, tokenizer: Any
@@ -308,7 +352,7 @@ class GenerationRecorder:
                 "log-probabilities come from one teacher-forced pass without them"
             )
         pieces = display_pieces(tokenizer, token_ids.tolist())
-        ended = self._ending(token_ids, "" if tokenizer is None else "".join(pieces))
+        ended = self.ending(token_ids, "" if tokenizer is None else "".join(pieces))
         unlike = [*self._other_conditions, *padded_behind(real)]
         notes += [*([ended] if ended else []), *forced_because(unlike)]
         read = prompt_ids.tolist()
@@ -331,17 +375,20 @@ class GenerationRecorder:
             image_index=image_spans(positions.numpy(), max(1, len(images)), mine.tokens_per_image),
             token_ids=token_ids.numpy().astype(np.int64),
             pieces=pieces,
-            special=np.asarray(special_flags(tokenizer, token_ids.tolist(), self._stops.eos), dtype=bool),
+            special=np.asarray(special_flags(tokenizer, token_ids.tolist(), self.stops.eos), dtype=bool),
             log_probs=np.full(len(token_ids), np.nan, np.float32),
             log_probs_source="teacher_forced" if padded or unlike else "generation",
             notes=notes,
             meta=dict(self.options.meta),
         )
 
-    def _ending(self, token_ids: torch.Tensor, text: str) -> str | None:
-        return self._stops.told(token_ids.tolist(), text)
+    def ending(self, token_ids: torch.Tensor, text: str) -> str | None:
+        """Why the answer ends where it ends, as a note; ``None`` where there is nothing to say."""
+        return self.stops.told(token_ids.tolist(), text)
 
-    def _add_attention(self, capture: RowCapture, attention: Rows, row: int, length: int) -> None:
+    def add_attention(self, capture: RowCapture, attention: Rows, row: int) -> None:
+        """Enter the attention rows of one batch row, or a note on why there are none."""
+        length = len(capture.token_ids)
         if attention.values.shape[1] < length:
             capture.notes.append("attention rows are not recorded: the model ran fewer passes than answer tokens")
             return
@@ -363,41 +410,46 @@ class GenerationRecorder:
         """
         start = time.perf_counter()
         for row in capture.rows:
-            missing = bool(np.isnan(row.log_probs).any())
-            hidden = "hidden" in self.options.points
-            inside = self.options.attention or hidden
-            boxes = self.options.boxes and inside and bool(row.images)
-            boxes = boxes and (len(row.image_positions) > 0 or CROSS in row.points)
-            key = box_key(row) if boxes else ()
-            if (known := self._boxes.get(key)) is not None:
-                place(row, known)
-                boxes = False
-            if not (missing or self.options.llr or boxes or hidden):
-                continue
-            player = Replay(LiveTrace(row, self._images[row.trace_id]), self.model, self.processor, check_pixels=False)
-            if missing:
-                row.log_probs = player.original_log_probs.numpy()
-            if boxes:
-                if len(self._boxes) >= _BOXES_KEPT:
-                    self._boxes.clear()
-                try:
-                    known = token_places(player, row.image_positions)
-                except ProbeError as error:
-                    known = str(error)
-                self._boxes[key] = known
-                place(row, known)
-            if hidden:
-                try:
-                    found = point_records(player, row.input_ids, row.image_positions, row.token_ids)
-                    row.points = {**row.points, **found}
-                except ProbeError as error:
-                    row.notes.append(f"no hidden states: {error}")
-            if not self.options.llr:
-                continue
-            player = player.over(self.options.baseline)
-            llr = torch.as_tensor(row.log_probs) - player.baseline_log_probs
-            selected = ((llr > _ALPHA) & ~player.special).nonzero()[:, 0].tolist()
-            player = player.strengthened(selected)
-            row.baseline_log_probs = player.baseline_log_probs.numpy()
-            row.baseline = dict(player.baseline)
+            self._complete(row)
         capture.seconds["teacher_forced"] = time.perf_counter() - start
+
+    def replay(self, row: RowCapture) -> Replay:
+        """A row of ``finish`` on the live model."""
+        return Replay(LiveTrace(row, self._images[row.trace_id]), self.model, self.processor, check_pixels=False)
+
+    def _complete(self, row: RowCapture) -> None:
+        missing = bool(np.isnan(row.log_probs).any())
+        hidden = "hidden" in self.options.points
+        boxes = self.options.boxes and (self.options.attention or hidden) and bool(row.images)
+        boxes = boxes and (len(row.image_positions) > 0 or CROSS in row.points)
+        key = box_key(row) if boxes else ()
+        if (known := self._boxes.get(key)) is not None:
+            place(row, known)
+            boxes = False
+        if not (missing or self.options.llr or boxes or hidden):
+            return
+        replay = self.replay(row)
+        if missing:
+            row.log_probs = replay.original_log_probs.numpy()
+        if boxes:
+            if len(self._boxes) >= _BOXES_KEPT:
+                self._boxes.clear()
+            try:
+                known = token_places(replay, row.image_positions)
+            except ProbeError as error:
+                known = str(error)
+            self._boxes[key] = known
+            place(row, known)
+        if hidden:
+            try:
+                found = point_records(replay, row.input_ids, row.image_positions, row.token_ids)
+                row.points = {**row.points, **found}
+            except ProbeError as error:
+                row.notes.append(f"no hidden states: {error}")
+        if self.options.llr:
+            replay = replay.over(self.options.baseline)
+            llr = torch.as_tensor(row.log_probs) - replay.baseline_log_probs
+            selected = ((llr > _ALPHA) & ~replay.special).nonzero()[:, 0].tolist()
+            replay = replay.strengthened(selected)
+            row.baseline_log_probs = replay.baseline_log_probs.numpy()
+            row.baseline = dict(replay.baseline)
