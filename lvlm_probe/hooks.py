@@ -120,7 +120,7 @@ class _Standing:
     def __signature__(self) -> inspect.Signature:
         """Callers look at signatures (generate() does at its own parts). Found when asked for: it takes longer than to
         put a shadow up, and some stand for one pass only."""
-        return inspect.signature(self.__lvlm_probe_shadow__._below())
+        return inspect.signature(self.__lvlm_probe_shadow__.below())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__lvlm_probe_shadow__.run(args, kwargs)
@@ -176,7 +176,7 @@ class Shadow:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a call of the shadowed method does."""
-        target = self._below()
+        target = self.below()
         if self.active and (self._scope is None or within(self._scope)):
             return self._replacement(target, *args, **kwargs)
         return target(*args, **kwargs)
@@ -198,7 +198,7 @@ class Shadow:
         """The class's own method, bound to ``owner``."""
         return getattr(type(owner), self.name).__get__(owner)
 
-    def _below(self) -> Callable[..., Any]:
+    def below(self) -> Callable[..., Any]:
         """The callable this shadow stands in front of, looked up late so that class-level changes are seen."""
         return self.previous if self.had_own else self.method_of(self.owner)  # type: ignore[return-value]
 

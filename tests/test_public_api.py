@@ -176,3 +176,19 @@ def test_hooks_on_modules_are_registered_in_one_module_only() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and re.fullmatch(r"register_\w+_hook", node.attr):
                 pytest.fail(f"{path.relative_to(PACKAGE)}:{node.lineno} calls {node.attr}; only hooks.py does")
+
+
+# Private modules, which their own rooms import whole.
+MODULES = {"_moved", "_version", "_nnsight"}
+WAITING = {"pages/prior.py", "pages/comparison.py", "pages/comparison_page.py", "study/pages/__init__.py"}
+
+
+@pytest.mark.quick
+def test_no_private_name_is_imported_from_another_module() -> None:
+    """Of attributes ruff says so (SLF001); of names from the same distribution it does not."""
+    for path in source_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lvlm_probe":
+                private = {alias.name for alias in node.names if re.match("_(?!_)", alias.name)} - MODULES
+                where = path.relative_to(PACKAGE).as_posix()
+                assert not private or where in WAITING, f"{where}:{node.lineno} imports {private}: make it public"

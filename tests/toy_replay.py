@@ -19,7 +19,7 @@ from lvlm_probe.words import group_words
 
 
 class ToyReplay:
-    """The surface that explainers and metrics use, without a model."""
+    """``ReplayLike`` without a model."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class ToyReplay:
         other.passes = PassCounter(within=self.passes)
         return other
 
-    def over(self, baseline: Any) -> ToyReplay:
+    def over(self, baseline: Any = "blur") -> ToyReplay:
         assert baseline["kind"] == self.baseline["kind"]
         return self
 
@@ -96,6 +96,10 @@ class ToyReplay:
     @property
     def baseline_log_probs(self) -> torch.Tensor:
         return (self.gain * self.base_probability.log()).float()
+
+    @property
+    def rounding(self) -> torch.Tensor:
+        return torch.zeros(len(self.weights))
 
     @property
     def llr(self) -> torch.Tensor:
@@ -139,6 +143,7 @@ class ToyReplay:
         image: int | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
+        micro_batch: int | None = None,
         steps: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = mask.detach().requires_grad_(True)

@@ -30,7 +30,6 @@ import torch
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.importing.forced_recorder import forced, said_by
 from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, count_rows, read_rows, reason_of, writable
-from lvlm_probe.models.fingerprint import describe_model
 from lvlm_probe.recording.probe import Probe, attach
 from lvlm_probe.recording.recorder import RecordOptions
 from lvlm_probe.trace import open_store, open_trace, write
@@ -184,7 +183,7 @@ class _Importer:
             return self._take(row, places, options)
 
     def _take(self, row: AnswerRow, places: list[Path], options: RecordOptions) -> ImportedAnswer | None:
-        description = describe_model(self._probe.target.model)
+        description = self._probe.attachment.describe_model()
         key = _key(row, str(description["fingerprint"]))
         self._seen[key] = copies = self._seen.get(key, 0) + 1
         self._look()

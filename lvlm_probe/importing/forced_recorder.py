@@ -116,7 +116,7 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
         BadRow: the answer does not fit the model: the reason.
         ProbeError: the model or its processor cannot be replayed.
     """
-    target = probe.target
+    target = probe.attachment
     faults: list[str] = []
     recorder = ForcedRecorder(target, options, lambda name, error: faults.append(f"{name}: {error}"))
     limit = _positions(target.model)

@@ -27,10 +27,18 @@ class Masking:
     """The state of one ``Probe.masked`` block."""
 
     def __init__(
-        self, processor: object | None, watch: ProcessorWatch, anatomy: Anatomy, mask: torch.Tensor, *, images: Any,
+        self,
+        processor: object | None,
+        watch: ProcessorWatch,
+        anatomy: Anatomy,
+        mask: torch.Tensor,
+        *,
+        images: Any,
         image: int | None,
-        baseline: str | Image.Image, mode: Literal["fast", "exact"], space: Literal["picture", "pixels"] = "picture",
-    ) -> None:  # fmt: skip
+        baseline: str | Image.Image,
+        mode: Literal["fast", "exact"],
+        space: Literal["picture", "pixels"] = "picture",
+    ) -> None:
         self.processor, self.watch, self.anatomy = processor, watch, anatomy
         self.mask, self.space = mask, space
         self._given = hand_over(images) if images is not None else None

@@ -70,7 +70,7 @@ class Recording:
         faults: what went wrong inside hooks, as sentences; the user's generation was not affected.
     """
 
-    def __init__(self, attachment: _Attachment, directory: Path, options: RecordOptions, probe: Probe) -> None:
+    def __init__(self, attachment: Attachment, directory: Path, options: RecordOptions, probe: Probe) -> None:
         self.directory = directory
         self.paths: list[Path] = []
         self.faults: list[str] = []
@@ -222,7 +222,7 @@ class _Once:
         return self.output
 
 
-class _Attachment(Target):
+class Attachment(Target):
     """Everything that hangs on the model. It knows nothing of the ``Probe``, so that dropping the probe detaches.
 
     ``recording`` and ``masking`` are for every caller of the model, in whatever thread or task; what a ``generate()``
@@ -301,6 +301,7 @@ class Probe:
     Attributes:
         model, processor: what was attached.
         anatomy: where encoders, mergers, decoder and image tokens are; inside a ``PeftModel``, in its base model.
+        attachment: all that hangs on the model, and what other recorders than that of ``generate`` are given.
     """
 
     def __init__(self, model: torch.nn.Module, processor: object | None = None) -> None:
@@ -318,13 +319,13 @@ class Probe:
         self.model, self.processor = model, processor
         inner = probed_model(inner, processor)
         self.anatomy = examine(inner, processor)
-        self._attachment = _Attachment(inner, processor, self.anatomy)
+        self.attachment = Attachment(inner, processor, self.anatomy)
         try:
-            self._attachment.open()
+            self.attachment.open()
         except BaseException:
-            self._attachment.close()
+            self.attachment.close()
             raise
-        self._finalizer = weakref.finalize(self, self._attachment.close)
+        self._finalizer = weakref.finalize(self, self.attachment.close)
 
     def record(
         self,
@@ -374,7 +375,7 @@ class Probe:
         options = RecordOptions(
             images, llr, attention, boxes, heads, baseline, tuple(points), question, dict(meta or {})
         )
-        return Recording(self._attachment, directory, options, self)
+        return Recording(self.attachment, directory, options, self)
 
     @contextmanager
     def masked(
@@ -406,12 +407,12 @@ class Probe:
             raise MaskError("a mask is a floating-point tensor with values in [0, 1]")
         if space not in ("picture", "pixels"):
             raise MaskError(f"space is 'picture' or 'pixels'; got {space!r}")
-        if self._attachment.closed:
+        if self.attachment.closed:
             raise AttachError("the probe was detached; attach again")
-        before = self._attachment.masking
-        self._attachment.masking = Masking(
+        before = self.attachment.masking
+        self.attachment.masking = Masking(
             self.processor,
-            self._attachment.watch,
+            self.attachment.watch,
             self.anatomy,
             mask,
             images=images,
@@ -423,21 +424,16 @@ class Probe:
         try:
             yield
         finally:
-            self._attachment.masking = before
+            self.attachment.masking = before
 
     def detach(self) -> None:
         """Remove everything this probe hung on the model and its processor; calling it again does nothing."""
         self._finalizer()
 
     @property
-    def target(self) -> Target:
-        """What is recorded, for recorders of other calls than ``generate``."""
-        return self._attachment
-
-    @property
     def attached(self) -> bool:
         """Whether the probe is still attached."""
-        return not self._attachment.closed
+        return not self.attachment.closed
 
     def __enter__(self) -> Probe:
         return self

@@ -316,9 +316,13 @@ def _joined(parts: Sequence[_Part]) -> ProcessorCall | None:
     groups = None if parts[0].groups is None else tuple(size for part in parts for size in part.groups or ())
     shares = tuple(part.pictures.stop - part.pictures.start for part in parts)
     return replace(
-        first.call, images=None if lost is not None else images, groups=groups, names=names, shares=shares,
+        first.call,
+        images=None if lost is not None else images,
+        groups=groups,
+        names=names,
+        shares=shares,
         why=lost or "",
-    )  # fmt: skip
+    )
 
 
 def _tensor(value: Any) -> torch.Tensor | None:

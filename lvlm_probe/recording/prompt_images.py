@@ -81,9 +81,15 @@ class PictureFinder:
     """
 
     def __init__(
-        self, processor: object | None, watch: ProcessorWatch, inputs: Mapping[str, Any], *, given: Any,
-        image_token_id: int | None, is_pixel_name: Callable[[str], bool] = lambda name: False,
-    ) -> None:  # fmt: skip
+        self,
+        processor: object | None,
+        watch: ProcessorWatch,
+        inputs: Mapping[str, Any],
+        *,
+        given: Any,
+        image_token_id: int | None,
+        is_pixel_name: Callable[[str], bool] = lambda name: False,
+    ) -> None:
         self._processor, self._watch, self._inputs = processor, watch, inputs
         self._is_pixel_name = is_pixel_name
         self._given, self._image_token_id = given, image_token_id

@@ -48,9 +48,13 @@ class LiveTrace:
 
 
 def recorded_path(
-    trace: Trace | LiveTrace, pixels: dict[str, torch.Tensor], processor: object | None, model: torch.nn.Module, *,
+    trace: Trace | LiveTrace,
+    pixels: dict[str, torch.Tensor],
+    processor: object | None,
+    model: torch.nn.Module,
+    *,
     check: bool,
-) -> tuple[ImagePath | PixelPath, dict[str, Any]]:  # fmt: skip
+) -> tuple[ImagePath | PixelPath, dict[str, Any]]:
     """How masks reach the pixel inputs of ``trace``, over the baseline it was recorded with, and that baseline."""
     if not pixels:
         raise ImageError(
@@ -75,6 +79,8 @@ def recorded_path(
     made = [make_baseline(picture, kind, **params) for picture in trace.images]
     try:
         present, changed = with_settings(image_processor, call.get("config") or None)
+        settings = ", ".join(f"{name}={value!r}" for name, value in sorted(changed.items()))
+        notes = [f"the settings it was recorded with are used, not its present ones: {settings}"] if changed else []
         path = ImagePath.from_processor(
             present,
             trace.images,
@@ -83,20 +89,15 @@ def recorded_path(
             baseline=[item.image for item in made],
             reference=pixels if check else None,
             because=_since(trace, present),
-            notes=[f"the settings it was recorded with are used, not its present ones: {_told(changed)}"]
-            if changed else (),
+            notes=notes,
             **placed,
-        )  # fmt: skip
+        )
     except ImageError as error:
         raise ModelMismatch(
             f"this processor ({type(image_processor).__name__}) does not make the inputs that {trace.path.name} was "
             f"recorded with ({call.get('class')}): {error}"
         ) from error
     return path, {**recorded, "kind": made[0].kind, **made[0].params}
-
-
-def _told(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
 
 
 def _since(trace: Trace | LiveTrace, image_processor: Any) -> str:

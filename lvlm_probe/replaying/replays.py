@@ -84,6 +84,7 @@ class Replay:
         model, processor, anatomy: what it is replayed on, and where the model's parts are.
         replica: the model as passes run it, in ``replica.use()``; the user's own is never touched.
         tokens, token_ids, special, words: the recorded answer, ``(T,)`` each but ``words``.
+        device: where pixel inputs go.
         path: how a mask reaches the model's pixel inputs, over this view's baseline.
         passes: images sent through the model so far.
         limits: how passes are run, and what was changed when memory ran out.
@@ -116,16 +117,22 @@ class Replay:
         self.limits = Limits(micro_batch, gradient_checkpointing)
         self.inside = False
 
+        self.anatomy = examine(model, processor)
+        self._read_inputs(check_pixels)
+        self.device = self._forcing.device
+
+    def _read_inputs(self, check_pixels: bool) -> None:
+        """Sort the inputs of the recording by what becomes of them in a pass."""
+        trace, anatomy = self.trace, self.anatomy
         prompt = torch.tensor(trace.input_ids).long()
         recorded = {
             name: value.clone() if value.is_inference() else value  # a trace read in inference mode
             for name, value in trace.model_kwargs.items()
             if isinstance(value, torch.Tensor)
         }
-        anatomy = self.anatomy = examine(model, processor)
         beginning = recorded.pop("decoder_input_ids", None) if anatomy.encoder_decoder else None
         self._shapes = {name: value.shape[1:] for name, value in recorded.items() if value.ndim and len(value) == 1}
-        self.path, self._baseline = recorded_path(trace, recorded, processor, model, check=check_pixels)
+        self.path, self._baseline = recorded_path(trace, recorded, self.processor, self.model, check=check_pixels)
         # Texts that another part of the model reads beside the prompt (InstructBLIP's Q-Former) stay as they are.
         separate = {name: value for name, value in recorded.items() if is_separate(name, recorded)}
         # One entry per prompt position, and not the picture's: such inputs are extended over the answer.
@@ -139,16 +146,14 @@ class Replay:
             and name not in separate
         }
         self._fed = frozenset(recorded) - frozenset(sequence) - frozenset(separate)
-        others = {name: recorded[name] for name in self._fed if name not in self.path.inputs}
         self._settings: dict[str, Any] = {
-            "other_inputs": others,
+            "other_inputs": {name: recorded[name] for name in self._fed if name not in self.path.inputs},
             "answer_token_type": anatomy.answer_token_type,
             "separate_inputs": separate,
             "decoder_input_ids": beginning,
             "image_token_id": anatomy.image_token_id,
         }
         self._ask(prompt, sequence)
-        self.device = self._forcing.device
 
     def _ask(self, prompt: torch.Tensor, sequence: dict[str, torch.Tensor]) -> None:
         """Set what the answer is an answer to: the prompt's token ids, and inputs with one entry for each of them."""
