@@ -24,17 +24,20 @@ import copy
 import functools
 import operator
 import os
+import sys
 import threading
 import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import NOTHING, beneath
 from lvlm_probe.models.wrappers import is_compiled
 
@@ -47,6 +50,11 @@ _BARE_MODULE = vars(nn.Module())
 _INTERNAL = tuple(name for name, value in _BARE_MODULE.items() if isinstance(value, dict | set))
 _COMPARED = tuple(name for name in _INTERNAL if isinstance(_BARE_MODULE[name], dict) and name != "_parameters")
 """Dictionaries of every module whose entries are compared too; those of parameters are read again for each pass."""
+
+_LOOK_SECONDS = 0.5
+"""How often who waits for a turn looks whether it is waited for."""
+_ENDLESS = (threading.Thread.join.__code__, Future.result.__code__)
+"""Where a thread waits for another one."""
 
 _PLAIN = frozenset({str, int, float, bool, bytes, type(None), torch.Tensor, torch.dtype, torch.device, torch.Size})
 _CONTAINERS = frozenset({list, tuple, dict, set, frozenset, deque, OrderedDict})
@@ -317,7 +325,7 @@ class Replica:
         self._live = model
         self._copier = _Copier(bare=True, configs=own_configs)
         self._lock = threading.RLock()
-        self._depth = 0
+        self._depth, self._holder = 0, 0
         self._instead = threading.local()
         self._copier.copied(model)
         self._return_weights()
@@ -331,21 +339,36 @@ class Replica:
 
         Yields:
             the replica's root, of the same class as the model and with the same paths in it.
+
+        Raises:
+            ReplayError: the thread whose block it is waits for this one.
         """
         if (own := getattr(self._instead, "model", None)) is not None:
             yield own
             return
-        with self._lock:
+        self._take_turn()
+        try:
             depth = self._depth
             try:
                 if not depth:
                     self._follow()
-                self._depth = depth + 1
+                self._depth, self._holder = depth + 1, threading.get_ident()
                 yield self._copier.copies[self._live]
             finally:
                 self._depth = depth
                 if not depth:
                     self._return_weights()
+        finally:
+            self._lock.release()
+
+    def _take_turn(self) -> None:
+        while not self._lock.acquire(timeout=_LOOK_SECONDS):
+            if _waits_for_us(self._holder):
+                raise ReplayError(
+                    "this thread was to use a replay inside a block of another thread's (capture() or explain() on the "
+                    "same model), which waits for this thread before the block ends: neither could go on. Wait for the "
+                    "thread behind the block, or give it a replay of its own"
+                )
 
     @contextmanager
     def instead(self, model: nn.Module) -> Iterator[None]:
@@ -404,6 +427,27 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def _waits_for_us(thread: int) -> bool:
+    """Whether another thread is in ``join()`` of this one, or waits for the result of what an executor runs in it."""
+    ours: list[Any] = [threading.current_thread()]
+    for frame in _frames(threading.get_ident()):
+        if frame.f_globals.get("__name__") == "concurrent.futures.thread":  # a worker: it runs what has this future
+            ours.append(getattr(frame.f_locals.get("self"), "future", None))
+    return any(
+        frame.f_code in _ENDLESS
+        and frame.f_locals.get("timeout") is None
+        and any(frame.f_locals.get("self") is one for one in ours)
+        for frame in _frames(thread)
+    )
+
+
+def _frames(thread: int) -> Iterator[types.FrameType]:
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _alias(weight: Any, known: dict[int, Any]) -> Any:

@@ -231,6 +231,31 @@ def test_a_duplicate_keeps_our_hooks(pair: Pair) -> None:
     assert kept(ONES).equal(torch.zeros(1)) and bare(ONES).shape == (1, 3)
 
 
+@pytest.mark.parametrize("executor", [False, True])
+def test_a_thread_that_is_waited_for_inside_a_block_is_refused_its_turn(pair: Pair, executor: bool) -> None:
+    """Neither could go on; an error comes out of the one that would have to wait for ever."""
+    replica, said = Replica(pair), []
+
+    def other() -> None:
+        try:
+            with replica.use():
+                pass
+        except probe.ReplayError as error:
+            said.append(str(error))
+
+    with replica.use():
+        if executor:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(other).result()
+        else:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+    assert len(said) == 1 and "neither could go on" in said[0]
+    other()  # and afterwards it is its turn
+    assert len(said) == 1
+
+
 def test_threads_take_turns(pair: Pair) -> None:
     replica, entered, order = Replica(pair), threading.Event(), []
 

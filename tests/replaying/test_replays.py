@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import tiny_models
@@ -300,6 +302,23 @@ def test_a_whole_picture_that_does_not_fit_says_what_would(llava, monkeypatch, w
             getattr(replay, what)
         assert not isinstance(other.value, probe.ProbeError), "an error of another kind stays what it is"
     assert torch.equal(getattr(replay, what), getattr(llava, what)), "and afterwards the replay works"
+
+
+def test_an_out_of_memory_error_holds_nothing_of_the_pass_that_failed(llava, monkeypatch):
+    alive = []
+
+    def nothing_fits(self, pixel_inputs, **settings):
+        activation = torch.zeros(3)
+        alive.append(weakref.ref(activation))
+        raise torch.OutOfMemoryError("injected")
+
+    replay = probe.replay(llava.trace, llava.model, tiny_models.build_processor("llava"), gradient_checkpointing=True)
+    monkeypatch.setattr(TeacherForcing, "log_probs", nothing_fits)
+    for run in (lambda: replay.original_log_probs, lambda: replay.log_probs(torch.ones(1, 4, 4))):
+        with pytest.raises(probe.OutOfMemory) as error:
+            run()
+        assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    assert len(alive) == 2 and not any(kept() is not None for kept in alive)
 
 
 def test_masks_that_do_not_fit_say_what_would(llava):
