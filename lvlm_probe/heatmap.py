@@ -161,13 +161,14 @@ class Heatmap:
             ExplainError: There are no values, or no such colour map.
             ImageError: No picture at hand, or one of another size.
         """
-        picture = self._picture_for(image)
+        picture = self.picture_for(image)
         return drawing.overlay(
             picture, self._values(), seen=self._seen(), alpha=alpha, colormap=colormap, normalise=normalise,
             contour=contour, mark=drawing.mark_of(score) if mark else None,
         )  # fmt: skip
 
-    def _picture_for(self, image: Image.Image | None) -> Image.Image:
+    def picture_for(self, image: Image.Image | None) -> Image.Image:
+        """``image``, which has to be of the heatmap's size, or the one that was explained."""
         picture = self.picture() if image is None else image
         if picture.size != tuple(self.image_size):
             raise ImageError(f"the heatmap is of a picture of {self.image_size} pixels; got one of {picture.size}")
@@ -394,7 +395,7 @@ def _panel(heat: Heatmap, score: Any, image: Image.Image | None, place: tuple[st
         (word.text, bool(chosen & set(range(word.start, word.stop)))) for word in group_words(selection.tokens, special)
     ]
     return drawing.Panel(
-        heat._picture_for(image).convert("RGB"),
+        heat.picture_for(image).convert("RGB"),
         heat.values,
         row=place[0],
         col=place[1],

@@ -1,4 +1,4 @@
-"""How attention layers are led to an observed function, and back, with no config written.
+"""Dispatch of attention layers to an observed function, and back, with no config written.
 
 The function is registered once for the process and stays: a layer that has just read its name still finds it when the
 last observer has gone. A layer may be led by several observers at once; the last one out gives it its config back. Who

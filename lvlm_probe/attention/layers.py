@@ -1,4 +1,4 @@
-"""Which attention layers a decoder has, and for those that cannot be read, why."""
+"""Attention layers of a decoder: those that can be read, and for the others the reason."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How an image processor joins the pictures of several prompts in one tensor.
+"""Joining, as an image processor does it: the images of several prompts in one tensor.
 
 Most put them one after the other along the first axis. Others pack them along another one (MiniCPM-V lays all patches
 of a batch side by side), or return indices into what was joined (Molmo2), which go on counting from prompt to prompt.
-The processor is asked: what it makes of the same pictures given twice is compared with what it makes of them once.
+The processor is asked: what it makes of the same images given twice is compared with what it makes of them once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["Joint", "joints_of"]
 
-_ROUNDING = 1e-2  # normalised levels: a batch may be resized by another kernel than a single picture
+_ROUNDING = 1e-2  # normalised levels: a batch may be resized by another kernel than a single image
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Joint:
 
 
 def joints_of(once: Mapping[str, Tensor], twice: Mapping[str, Tensor]) -> dict[str, Joint]:
-    """The joints that are not plain, of the outputs for some pictures ``once`` and for the same ones ``twice``."""
+    """The joints that are not plain, of the outputs for some images ``once`` and for the same ones ``twice``."""
     found = {name: _joint(value, twice[name]) for name, value in once.items() if name in twice}
     return {name: joint for name, joint in found.items() if joint is not None and not joint.plain}
 

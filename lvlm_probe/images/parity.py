@@ -1,4 +1,4 @@
-"""The parity report: how far the fast path is from the real processor, on the picture at hand."""
+"""The parity report: how far the fast path is from the real processor, on the image at hand."""
 
 from __future__ import annotations
 

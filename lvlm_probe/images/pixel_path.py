@@ -23,8 +23,8 @@ __all__ = ["PixelPath"]
 class PixelPath:
     """The interface of :class:`~lvlm_probe.images.ImagePath` over ``pixel_values`` ``(image, channel, row, col)``.
 
-    A mask covers what the model was fed, not the original picture: what the processor cropped away is not there, and
-    padding is masked like picture. Baselines are drawn on the normalised values, whose black is not known:
+    A mask covers what the model was fed, not the original image: what the processor cropped away is not there, and
+    padding is masked like image. Baselines are drawn on the normalised values, whose black is not known:
 
     * ``"blur"``: Gaussian, sigma = ``strength`` x the long side (``inf``: mean per channel);
     * ``"mean"``: mean per channel; ``"blank"``: the lowest value of each channel;
@@ -45,12 +45,12 @@ class PixelPath:
         """
         Args:
             inputs: what the model was fed; tensors other than ``key`` pass through unchanged.
-            key: name of the pictures; by default that of the only input of four axes, or ``pixel_values``.
+            key: name of the images; by default that of the only input of four axes, or ``pixel_values``.
             baseline, strength, seed: see the class.
 
         Raises:
             ProcessorRefused: ``key`` is missing or not ``(image, 3, row, col)``: tiles and flattened patches have no
-                picture to lay a mask on without the processor that made them.
+                image to lay a mask on without the processor that made them.
             ImageError: no such baseline.
         """
         self._raw = dict(inputs)
@@ -165,7 +165,7 @@ class PixelPath:
 
 
 def _description(kind: str, strength: float, seed: int) -> dict[str, Any]:
-    """The baseline in words, plain JSON, as ``make_baseline`` describes one on a picture."""
+    """The baseline in words, plain JSON, as ``make_baseline`` describes one on an image."""
     if kind == "noise":
         return {"kind": kind, "seed": int(seed)}
     if kind != "blur":
@@ -204,7 +204,7 @@ def _gaussian(length: int, sigma: float) -> Tensor:
 
 
 def _picture(pixels: Tensor, like: Tensor | None = None) -> Image.Image:
-    """A picture to look at: each channel stretched over its own range (of ``like``), since the normalisation is not
+    """An image to look at: each channel stretched over its own range (of ``like``), since the normalisation is not
     known."""
     scale = pixels if like is None else like
     low, high = scale.amin(dim=(1, 2), keepdim=True), scale.amax(dim=(1, 2), keepdim=True)

@@ -1,4 +1,4 @@
-"""What a trace learns: source positions per pixel-input element, and what follows from them."""
+"""Source positions of pixel-input elements, as tracing learns them, and what follows from them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Geometry:
     def seen(self, image: int) -> Tensor:
         """Pixels of one image that reach some element, bool ``(height, width)``.
 
-        Each element covers a box as large as the distance to its neighbours, so that a picture that is only scaled down
+        Each element covers a box as large as the distance to its neighbours, so that an image that is only scaled down
         counts as seen everywhere and a centre crop leaves its margins unseen.
         """
         width, height = self.sizes[image]
@@ -109,12 +109,12 @@ class Geometry:
 
 
 def _tiles(geometry: KeyGeometry) -> list[slice]:
-    """Runs of flat positions that share one scale: each picture-like plane of a tiled tensor, else the whole tensor."""
+    """Runs of flat positions that share one scale: each image-like plane of a tiled tensor, else the whole tensor."""
     total = math.prod(geometry.spatial)
     planes = [n for n in geometry.spatial if n > 1]
     if len(planes) >= 2 and min(planes[-2:]) >= 8:
         plane = planes[-1] * planes[-2]
-        if total // plane <= 256:  # else the planes are single patches of one picture
+        if total // plane <= 256:  # else the planes are single patches of one image
             return [slice(start, start + plane) for start in range(0, total, plane)]
     return [slice(0, total)]
 

@@ -132,7 +132,7 @@ def whole_numbers(value: Any) -> Tensor | None:
 
 def named_outputs(image_processor: Any, out: Any) -> dict[str, Any]:
     """What an image processor returned, by name; one that returns the pixels alone (Idefics) says what they are.
-    A processor's own image step returns the texts that stand for the pictures beside it."""
+    A processor's own image step returns the texts that stand for the images beside it."""
     if isinstance(out, tuple):
         out = out[0]
     if not isinstance(out, Tensor):

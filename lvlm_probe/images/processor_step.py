@@ -49,7 +49,7 @@ class PictureStep:
 def picture_step(processor: object | None) -> PictureStep | None:
     """The image step of a processor that makes pixel inputs of its own; ``None`` of one that only hands on.
 
-    Asked once per processor that has such a step of its own, with a small grey picture.
+    Asked once per processor that has such a step of its own, with a small grey image.
     """
     method = getattr(type(processor), _METHOD, None)
     inner: Any = getattr(processor, "image_processor", None)
@@ -87,7 +87,7 @@ def _found(processor: Any, inner: Callable[..., Any]) -> PictureStep | None:
     try:
         plain = named_outputs(inner, inner(images=[_grey()], return_tensors="pt"))
         made = named_outputs(inner, step(images=[_grey()], return_tensors="pt"))
-    except Exception:  # it needs more than the picture; those known to (LFM2-VL) hand on what they are given
+    except Exception:  # it needs more than the image; those known to (LFM2-VL) hand on what they are given
         return None
     finally:
         OWN_CALL.reset(ours)

@@ -61,7 +61,7 @@ def trace_geometry(
         name: what to call the processor in messages.
 
     Raises:
-        ProcessorRefused: output shapes or non-pixel outputs depend on the picture's content, no element depends on it
+        ProcessorRefused: output shapes or non-pixel outputs depend on the image's content, no element depends on it
             linearly (normalisation per image), or positions cannot be decoded.
     """
     calls = 0
@@ -79,7 +79,7 @@ def trace_geometry(
     for key, low in dark.items():
         if low.is_floating_point() and low.numel():
             slope = (light[key].float() - low.float()) / (_LIGHT - _DARK)
-            # Less than rounding noise of what pictures do is no response (an image's own mean taken off).
+            # Less than rounding noise of what images do is no response (an image's own mean taken off).
             shown = reference[key][torch.isfinite(reference[key])].float()
             span = float(shown.max() - shown.min()) if shown.numel() else 0.0
             if float(slope.abs().max()) * (_LIGHT - _DARK) > 1e-3 * span:
@@ -122,7 +122,7 @@ def _own_statistics(name: str, key: str) -> ProcessorRefused:
 def check_same_layout(reference: Mapping[str, Tensor], out: Mapping[str, Tensor], *, name: str) -> None:
     """Raise ProcessorRefused unless ``out`` has the names and shapes of ``reference`` and equal integer tensors.
 
-    For images of one size a difference can only come from the pictures' content (margin cropping, a learned or random
+    For images of one size a difference can only come from the images' content (margin cropping, a learned or random
     choice of tiles), which no mask can follow.
     """
     if set(reference) != set(out):

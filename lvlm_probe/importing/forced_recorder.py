@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["ForcedRecorder", "forced", "said_by"]
 
 _PLACEHOLDERS = ("<image>", "<|image|>", "<|image_pad|>", "<img>", "[IMG]", "<IMG_CONTEXT>", "<start_of_image>")
-"""What families write where a picture stands: a prompt with one of another family is not a question."""
+"""What families write where an image stands: a prompt with one of another family is not a question."""
 
 
 class ForcedRecorder(GenerationRecorder):
@@ -106,7 +106,7 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
     Args:
         probe: attached, with a processor.
         row: question or prompt, and answer.
-        images: its pictures, RGB.
+        images: its images, RGB.
         options: as for a recording; ``images`` and ``points`` are not used.
 
     Returns:
@@ -198,7 +198,7 @@ def _inputs(processor: Any, row: AnswerRow, images: Sequence[Image.Image]) -> An
 
 
 def _is_rendered(processor: Any, prompt: str) -> bool:
-    """Whether a prompt has its pictures' places in it. Raises ``BadRow`` for those of another family."""
+    """Whether a prompt has its images' places in it. Raises ``BadRow`` for those of another family."""
     named = (getattr(processor, name, None) for name in ("image_token", "boi_token"))
     own = {slot for slot in named if isinstance(slot, str) and slot}
     if any(slot in prompt for slot in own):

@@ -1,4 +1,4 @@
-"""Running a user's model without anybody noticing: passes of ours run on a replica of its module tree.
+"""Replica of a user's model: passes of ours run on it, and nobody who runs the model sees them.
 
 A module is shared state. Hooks, instance attributes, ``training``, ``requires_grad`` and what ``generate()`` leaves
 behind for its next call are seen by every thread that runs it. So none of them is touched: a ``Replica`` has a module

@@ -1,9 +1,9 @@
 """Collected rows as points of a trace.
 
-Where the picture stands in the prompt as image tokens, and where a decoder reads an encoder that was given them, rows
+Where the image stands in the prompt as image tokens, and where a decoder reads an encoder that was given them, rows
 are ``decoder.attention``: a column is an image token. Where it reaches the decoder by cross-attention alone, columns
 are the keys of that, which have no place in the prompt. They are ``decoder.cross_attention``, and what part of the
-picture each key stands for, once that is known, goes with them.
+image each key stands for, once that is known, goes with them.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def attention_points(
 
 
 def place_keys(row: RowCapture, boxes: np.ndarray, images: np.ndarray) -> None:
-    """Enter the places of the keys of cross-attention: boxes ``(key, 4)``, and the picture of each, -1 for none.
+    """Enter the places of the keys of cross-attention: boxes ``(key, 4)``, and the image of each, -1 for none.
 
-    In a batch there may be more keys than the row has alone: those of pictures that fill it up, which come last.
+    In a batch there may be more keys than the row has alone: those of images that fill it up, which come last.
     """
     rows = row.points.get(CROSS)
     if rows is None:

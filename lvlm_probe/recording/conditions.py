@@ -1,4 +1,4 @@
-"""Under which conditions a ``generate()`` call runs, and which of them a replay does not have.
+"""Conditions of a ``generate()`` call that no replay has.
 
 A log-likelihood ratio subtracts two passes over one answer. A replay runs both of them in eval mode, without autocast,
 over a prompt without padding, and positions are numbered by the model. Where ``generate()`` ran otherwise, what it

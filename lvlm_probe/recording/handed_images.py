@@ -1,6 +1,6 @@
-"""The pictures of a processor call as they were when it was made.
+"""The images of a processor call as they were when it was made.
 
-A picture is the user's object: it may be drawn on, shrunk in place, turned to the next page of its file, closed, or
+An image is the user's object: it may be drawn on, shrunk in place, turned to the next page of its file, closed, or
 share its memory with a camera's buffer. What is handed over is copied.
 """
 
@@ -25,12 +25,12 @@ _ORIENTATION = 0x0112  # EXIF
 
 @dataclass(frozen=True)
 class Handed:
-    """What a processor was given as pictures, as it was at that moment.
+    """What a processor was given as images, as it was at that moment.
 
     Attributes:
-        images: copies, in order, flattened; ``None`` where one cannot be brought back to a picture.
-        groups: number of pictures per prompt when they were nested (``[[a, b], [c]]``), else ``None``.
-        why: what could not be brought back to a picture.
+        images: copies, in order, flattened; ``None`` where one cannot be brought back to an image.
+        groups: number of images per prompt when they were nested (``[[a, b], [c]]``), else ``None``.
+        why: what could not be brought back to an image.
     """
 
     images: list[Image.Image] | None
@@ -39,13 +39,13 @@ class Handed:
 
 
 def hand_over(images: Any) -> Handed:
-    """The pictures of a call as they are now: copies that nothing the user does afterwards can reach."""
+    """The images of a call as they are now: copies that nothing the user does afterwards can reach."""
     pictures, groups, why = _flattened(images)
     return Handed(None if pictures is None else [_kept_copy(picture) for picture in pictures], groups, why)
 
 
 def flatten_images(images: Any) -> tuple[list[Image.Image] | None, tuple[int, ...] | None]:
-    """Pictures in order, and their number per prompt when nested; pictures are ``None`` if one cannot be recovered."""
+    """Images in order, and their number per prompt when nested; images are ``None`` if one cannot be recovered."""
     pictures, groups, _ = _flattened(images)
     return pictures, groups
 
@@ -67,7 +67,7 @@ def _flattened(images: Any) -> tuple[list[Image.Image] | None, tuple[int, ...] |
 
 
 def _unstacked(images: Any) -> list[Any]:
-    """A batch of pictures in one array as its pictures."""
+    """A batch of images in one array as its images."""
     return list(images) if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4 else [images]
 
 
@@ -106,7 +106,7 @@ def _kept_copy(image: Image.Image) -> Image.Image:
 
 
 def same_picture(one: Image.Image, other: Image.Image) -> bool:
-    """Whether two pictures are equal in pixels, palette, transparency and which way up they are."""
+    """Whether two images are equal in pixels, palette, transparency and which way up they are."""
     if _turned(one) != _turned(other) or one.info.get("transparency") != other.info.get("transparency"):
         return False
     return one.getpalette() == other.getpalette() and one.tobytes() == other.tobytes()
@@ -121,12 +121,12 @@ def _turned(image: Image.Image) -> int:
 
 
 def picture_bytes(image: Image.Image) -> int:
-    """Memory that a decoded picture takes."""
+    """Memory that a decoded image takes."""
     deep = {"1": 1, "L": 1, "P": 1, "LA": 4, "I;16": 2}
     return image.width * image.height * deep.get(image.mode, 4)
 
 
 def look_of(image: Image.Image) -> tuple[Any, ...]:
-    """What equal pictures have in common and few others do; cheap to have."""
+    """What equal images have in common and few others do; cheap to have."""
     middle = image.height // 2
     return image.mode, image.size, image.crop((0, middle, image.width, middle + 1)).tobytes()

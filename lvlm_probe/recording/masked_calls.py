@@ -1,4 +1,4 @@
-"""Masked pictures in the user's own calls: what ``Probe.masked`` puts in place of the pixel inputs."""
+"""Masked images in the user's own calls: what ``Probe.masked`` puts in place of the pixel inputs."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Masking:
                 return path
         dtype = next(value.dtype for value in pixels.values() if value.is_floating_point())
         path = self._make_path(pixels, dtype)
-        # Copies: the same tensor with other values in it is another picture.
+        # Copies: the same tensor with other values in it is another image.
         self._paths.append(({name: value.detach().clone() for name, value in pixels.items()}, path))
         return path
 

@@ -15,7 +15,7 @@ __all__ = ["PointTap"]
 
 
 class PointTap:
-    """Keeps the first output of chosen modules during one ``generate()`` call (the pass that sees the picture).
+    """Keeps the first output of chosen modules during one ``generate()`` call (the pass that sees the image).
 
     Args:
         model, anatomy: what to look at.

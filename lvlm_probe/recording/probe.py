@@ -1,7 +1,7 @@
 """Attach to a live model: record what it generates, mask what it sees, detach without a trace.
 
 ``attach`` puts a function in front of ``generate`` on this one instance, and one in front of the image processor's
-``preprocess``. ``generate`` is the place to stand because transformers encodes the picture *before* the first top-level
+``preprocess``. ``generate`` is the place to stand because transformers encodes the image *before* the first top-level
 forward pass, which therefore never sees it. All other hooks live only as long as one ``generate()`` call.
 """
 
@@ -345,15 +345,15 @@ class Probe:
 
         Args:
             path: directory for the trace files, made if missing; existing traces stay.
-            images: the original pictures, where they cannot be taken from the processor call (a list; nested for
+            images: the original images, where they cannot be taken from the processor call (a list; nested for
                 batches).
             llr: also compute log-likelihood ratios, by one more pass per row on the baseline image; ``False`` leaves
                 them for later.
             attention: record decoder attention from answer tokens to image tokens.
             heads: ``"mean"`` over heads or ``"all"`` of them.
-            boxes: with attention, also keep which part of the picture each image token stands for. On the first picture
+            boxes: with attention, also keep which part of the image each image token stands for. On the first image
                 of every size the processor is run some eight times for that, the encoder once and back ten times.
-            baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or a picture.
+            baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or an image.
             points: further module outputs to keep: ``"encoder"``, ``"merger"`` or module path patterns; and
                 ``"hidden"``, the decoder's final hidden states with the LM head's rows of the prompt's and the answer's
                 words (one more pass), from which ``explain(trace, method="tam")`` needs no model.
@@ -388,20 +388,20 @@ class Probe:
         mode: Literal["fast", "exact"] = "fast",
         space: Literal["picture", "pixels"] = "picture",
     ) -> Iterator[None]:
-        """Inside the block, ``model(**inputs)`` and ``model.generate(**inputs)`` see the masked picture.
+        """Inside the block, ``model(**inputs)`` and ``model.generate(**inputs)`` see the masked image.
 
         Args:
             mask: ``(row, col)`` for every image of the call, or ``(image, row, col)``; 1 keeps, 0 is the baseline. Any
                 loss on ``model(**inputs)`` is differentiable in it.
-            images: the original pictures, where they cannot be taken from the processor call.
+            images: the original images, where they cannot be taken from the processor call.
             image: mask this image only.
             baseline: what stands where the mask is 0.
             mode: ``"exact"`` runs the real processor on the real composite.
-            space: ``"picture"`` refuses a call whose original picture is not known; ``"pixels"`` lays the mask on what
+            space: ``"picture"`` refuses a call whose original image is not known; ``"pixels"`` lays the mask on what
                 the processor made of it, without what was cropped away.
 
         Raises:
-            MaskError, ImageError: the mask does not fit, the call has no picture, or it is not known which.
+            MaskError, ImageError: the mask does not fit, the call has no image, or it is not known which.
         """
         if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
             raise MaskError("a mask is a floating-point tensor with values in [0, 1]")

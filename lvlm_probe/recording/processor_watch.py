@@ -1,13 +1,13 @@
-"""What the user's processor was called with: the original pictures behind the pixel inputs of a ``generate()`` call.
+"""Calls of the user's processor: the original images behind the pixel inputs of a ``generate()`` call.
 
 The image processor's ``preprocess`` is watched on the instance. What it was given and what it returned belong to the
-user, who may draw on the picture, turn the page of a file, or add noise to the tensors in place; so pictures are copied
+user, who may draw on the image, turn the page of a file, or add noise to the tensors in place; so images are copied
 when the call is made, and of the tensors nothing is kept but a hash per row, in the dtype they had and in half
 precision.
 
 A call is recognised later by those hashes, row by row: inputs may have been cast, moved, joined with those of other
-calls, repeated, put into another order, or filled up with zeros to the longest of a batch. Pictures are kept up to
-``KEPT_BYTES``; of calls whose pictures had to go a digest stays, so that the reason can be told.
+calls, repeated, put into another order, or filled up with zeros to the longest of a batch. Images are kept up to
+``KEPT_BYTES``; of calls whose images had to go a digest stays, so that the reason can be told.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = ["KEPT_BYTES", "ProcessorCall", "ProcessorWatch", "describe_call"]
 _log = logging.getLogger("lvlm_probe")
 
 KEPT_BYTES = 512 << 20
-"""Bytes of pictures (and of hashes) that a watch holds: some 500 pictures of 640 x 480, or 10 of 12 megapixels. The
+"""Bytes of images (and of hashes) that a watch holds: some 500 images of 640 x 480, or 10 of 12 megapixels. The
 latest call is held whatever its size."""
 
-_DIGESTS = 4096  # of calls whose pictures were let go: 32 bytes each
+_DIGESTS = 4096  # of calls whose images were let go: 32 bytes each
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ProcessorCall:
         kwargs: keyword arguments of the call that a replay needs.
         names: the outputs it returned.
         config: the processor's own settings at the call, JSON; ``None`` where they are not known.
-        shares: number of pictures of each call that was joined.
+        shares: number of images of each call that was joined.
         why: as in ``Handed``.
     """
 
@@ -64,7 +64,7 @@ class ProcessorCall:
 
     @property
     def structure(self) -> str:
-        """``"nested"`` when pictures were given in one list per prompt, else ``"flat"``."""
+        """``"nested"`` when images were given in one list per prompt, else ``"flat"``."""
         return "flat" if self.groups is None else "nested"
 
 
@@ -95,7 +95,7 @@ class ProcessorWatch:
         self._lock = threading.Lock()
         self._calls: deque[_Kept] = deque()  # oldest first
         self._bytes = 0
-        self._pictures: dict[int, tuple[Any, Image.Image, int]] = {}  # by id: look, picture, in how many calls
+        self._pictures: dict[int, tuple[Any, Image.Image, int]] = {}  # by id: look, image, in how many calls
         self._looks: dict[Any, list[int]] = {}
         self._forgotten: OrderedDict[bytes, None] = OrderedDict()
         self._returned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
@@ -136,7 +136,7 @@ class ProcessorWatch:
         """Remember one call; results without tensors cannot be recognised later and are dropped.
 
         Args:
-            images: its pictures, or what ``hand_over`` made of them before the call.
+            images: its images, or what ``hand_over`` made of them before the call.
             kwargs: its keyword arguments.
             result: its outputs by name.
             image_processor: whose settings count.
@@ -165,7 +165,7 @@ class ProcessorWatch:
                 self._forget()
 
     def _share(self, image: Image.Image, entry: _Kept) -> Image.Image:
-        """The picture, or an equal one that is held already: one picture is often asked many questions."""
+        """The image, or an equal one that is held already: one image is often asked many questions."""
         look = look_of(image)
         for number in self._looks.get(look, []):
             _, known, count = self._pictures[number]
@@ -199,13 +199,6 @@ class ProcessorWatch:
                 self._forgotten[digest(name, dtype, rows)] = None
         while len(self._forgotten) > _DIGESTS:
             self._forgotten.popitem(last=False)
-
-    def clear(self) -> None:
-        """Let go of all pictures and hashes."""
-        with self._lock:
-            for known in (self._calls, self._pictures, self._looks, self._forgotten, self._returned):
-                known.clear()
-            self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -278,7 +271,7 @@ def _copied(value: Any) -> Any:
 
 
 def _parts(entry: _Kept, outputs: Mapping[str, torch.Tensor], prints: dict[str, Prints]) -> list[_Part]:
-    """The whole call, and each of its prompts or pictures where the outputs can be divided among them."""
+    """The whole call, and each of its prompts or images where the outputs can be divided among them."""
     call = entry.call
     count = len(call.images) if call.images is not None else 0
     parts = [_Part(entry, prints, slice(0, count), call.groups)]

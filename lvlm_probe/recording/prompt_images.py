@@ -1,4 +1,4 @@
-"""The original pictures behind the pixel inputs of one ``generate()`` call, row by row of its batch."""
+"""The original images behind the pixel inputs of one ``generate()`` call, row by row of its batch."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class RowPictures:
     kwargs: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     absent: frozenset[str] = frozenset()
-    """What the batch was fed and a row of these pictures alone would not be: local crops of another row's."""
+    """What the batch was fed and a row of these images alone would not be: local crops of another row's."""
     tokens_per_image: list[int] | None = None
     records: list[ImageRecord] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
 
 def encoded(row: RowPictures, on_error: Callable[[str, BaseException], None]) -> RowPictures:
-    """The row with its pictures as files; without any where one cannot be made into a file: the answer is known all the
+    """The row with its images as files; without any where one cannot be made into a file: the answer is known all the
     same."""
     try:
         return replace(row, records=[ImageRecord(*encode_picture(image), *image.size) for image in row.images or []])
@@ -65,15 +65,15 @@ class PromptPictures:
 
 
 class PictureFinder:
-    """Finds the pictures of a ``generate()`` call: from ``images=``, or from the processor call that made its inputs.
+    """Finds the images of a ``generate()`` call: from ``images=``, or from the processor call that made its inputs.
 
     Args:
         processor: what was attached.
         watch: the processor calls seen so far.
         inputs: the tensors given to ``generate()``.
         given: the user's ``images=``.
-        image_token_id: for dividing a flat list of pictures among the prompts of a batch.
-        is_pixel_name: whether an input carries the picture, so that a mask has to reach it.
+        image_token_id: for dividing a flat list of images among the prompts of a batch.
+        is_pixel_name: whether an input carries the image, so that a mask has to reach it.
 
     Attributes:
         notes: sentences for the trace.
@@ -97,10 +97,10 @@ class PictureFinder:
         self.cautions: list[tuple[str, str]] = []
 
     def find(self, batch: int, on_error: Callable[[str, BaseException], None]) -> PromptPictures:
-        """The pictures of each of ``batch`` prompts; none where the search fails, which ``on_error`` is told.
+        """The images of each of ``batch`` prompts; none where the search fails, which ``on_error`` is told.
 
         Raises:
-            NotRecorded: which picture belongs to which prompt cannot be told.
+            NotRecorded: which image belongs to which prompt cannot be told.
         """
         ours = OWN_CALL.set(True)  # the processor is asked again, and that is no call of the user's
         try:
@@ -169,12 +169,12 @@ class PictureFinder:
         return PromptPictures([RowPictures() for _ in range(batch)], [f"{why}: masks live in pixel-input space"])
 
     def _beside(self, call: ProcessorCall) -> list[str]:
-        """Pictures that the model was fed and this call did not make."""
+        """Images that the model was fed and this call did not make."""
         fed = (name for name, value in self._inputs.items() if value.is_floating_point() and value.ndim >= 3)
         return sorted(name for name in fed if self._is_pixel_name(name) and name not in call.names)
 
     def _compared(self, call: ProcessorCall, image_processor: Any) -> list[str]:
-        """Notes on how the pixel inputs differ from what the processor makes of the pictures given as ``images=``.
+        """Notes on how the pixel inputs differ from what the processor makes of the images given as ``images=``.
 
         Raises:
             ImageError: by more than another backend explains, or it makes none of them.
@@ -192,7 +192,7 @@ class PictureFinder:
         return compare_reference(run, images, made, self._inputs, name, because=" (another backend or dtype)")
 
     def _groups(self, call: ProcessorCall, batch: int, image_processor: Any) -> tuple[int, ...]:
-        """How many pictures each row of the batch has."""
+        """How many images each row of the batch has."""
         assert call.images is not None
         if call.groups is not None and len(call.groups) == batch:
             return call.groups
@@ -224,7 +224,7 @@ class PictureFinder:
         )
 
     def _tokens_per_image(self, images: Sequence[Image.Image], kwargs: Mapping[str, Any]) -> list[int] | None:
-        """Image tokens of each picture: what the processor makes of it alone, else what it says it would make."""
+        """Image tokens of each image: what the processor makes of it alone, else what it says it would make."""
         if self._image_token_id is not None:
             counts = [self._placeholders(image, kwargs) for image in images]
             if all(counts):
@@ -239,7 +239,7 @@ class PictureFinder:
         return None if found.num_image_tokens is None else [int(number) for number in found.num_image_tokens]
 
     def _placeholders(self, image: Image.Image, kwargs: Mapping[str, Any]) -> int:
-        """How many image tokens the processor writes for a prompt of nothing but this picture; 0 where it cannot."""
+        """How many image tokens the processor writes for a prompt of nothing but this image; 0 where it cannot."""
         hub: Any = self._processor
         for name in ("image_token", "boi_token"):
             slot = getattr(hub, name, None)
@@ -267,7 +267,7 @@ class PictureFinder:
                 f"processor arguments that cannot be stored and are left out on replay: {', '.join(lost)}"
             )
         if any(image.mode != "RGB" or image.getexif().get(_ORIENTATION, 1) != 1 for image in images):
-            # Transparency, palettes, rotation: the trace keeps the picture in the RGB that the processor saw.
+            # Transparency, palettes, rotation: the trace keeps the image in the RGB that the processor saw.
             images, _, notes = as_rgb(BlackBox(image_processor, dict(call.kwargs), call.structure), images)
             self.notes += notes
         inputs: dict[str, torch.Tensor] = {}
@@ -288,7 +288,7 @@ def _outputs(image_processor: Any, images: Any, kwargs: Mapping[str, Any]) -> di
 
 
 def _nested(images: Sequence[Image.Image], groups: Sequence[int] | None) -> list[Any]:
-    """Pictures in the nesting of the processor call: flat, or one list per prompt."""
+    """Images in the nesting of the processor call: flat, or one list per prompt."""
     if groups is None:
         return list(images)
     ends = list(itertools.accumulate(groups))

@@ -1,6 +1,6 @@
 """Tensors recognised by a hash per row: cast, moved, joined with others, repeated, reordered or filled up.
 
-A row is a picture, a tile ``(channel, row, col)`` or a patch ``(element,)``. Rows are hashed in the dtype that a
+A row is an image, a tile ``(channel, row, col)`` or a patch ``(element,)``. Rows are hashed in the dtype that a
 processor returns and in half precision, for inputs are cast to the model's; 8 bytes of each are kept. Of tensors that
 were cast up again the narrower dtype is looked for.
 """
@@ -36,7 +36,7 @@ _Part = TypeVar("_Part", bound=_Printed)
 
 
 def _lead(value: torch.Tensor) -> int:
-    """How many axes count rows: up to a picture or tile ``(channel, row, col)``, or a patch ``(element,)``."""
+    """How many axes count rows: up to an image or tile ``(channel, row, col)``, or a patch ``(element,)``."""
     if value.is_floating_point():
         return value.ndim - 3 if value.ndim >= 4 else max(1, value.ndim - 1)
     return max(1, value.ndim - 2) if value.ndim >= 3 else 1
@@ -75,7 +75,7 @@ def digest(name: str, dtype: torch.dtype, rows: tuple[tuple[int, ...], bytes]) -
 
 
 def shares_of(value: torch.Tensor, units: int, outputs: Mapping[str, torch.Tensor]) -> list[slice] | None:
-    """Which hashes of a tensor belong to each of ``units`` pictures or prompts; ``None`` where that cannot be told."""
+    """Which hashes of a tensor belong to each of ``units`` images or prompts; ``None`` where that cannot be told."""
     if value.ndim == 0:
         return None
     first = len(value)
@@ -84,7 +84,7 @@ def shares_of(value: torch.Tensor, units: int, outputs: Mapping[str, torch.Tenso
     if first == units:
         counts = [1] * units
     else:
-        for grid in outputs.values():  # patches, height and width of each picture (Qwen)
+        for grid in outputs.values():  # patches, height and width of each image (Qwen)
             if grid.ndim == 2 and len(grid) == units and not grid.is_floating_point():
                 found = [int(row.prod()) for row in grid.long()]
                 if sum(found) == first:

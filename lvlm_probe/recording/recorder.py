@@ -216,7 +216,7 @@ class GenerationRecorder:
                 "show its attention; record with the model before torch.compile, or with disable_compile=True"
             )
             return
-        # Without image tokens in what the decoder reads, the picture reaches it by cross-attention.
+        # Without image tokens in what the decoder reads, the image reaches it by cross-attention.
         cross = found is None or self.anatomy.encoder_decoder
         tap = RowTap(self.model, cross=cross, on_error=lambda error: self._on_error("attention", error))
         if not tap.layers:

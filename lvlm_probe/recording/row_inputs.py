@@ -1,4 +1,4 @@
-"""What a replay of one row of a batch feeds besides the token ids."""
+"""Teacher-forcing inputs of one batch row, besides its token ids."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def row_inputs(
         inputs: the tensors given to ``generate()``.
         row: row of the batch.
         real: ``(P,)`` bool, which of its prompt positions are not padding; ``None`` for all.
-        alone: what the image processor makes of the row's own pictures; empty where that is not known, or needless.
-        is_pixel_name: whether an input carries the picture.
+        alone: what the image processor makes of the row's own images; empty where that is not known, or needless.
+        is_pixel_name: whether an input carries the image.
         absent: inputs that the row alone would not have been given.
 
     Returns:
-        the inputs on the CPU, and whether pictures were left out that only fill the row up to the batch's longest.
+        the inputs on the CPU, and whether images were left out that only fill the row up to the batch's longest.
 
     Raises:
         NotRecorded: an input cannot be divided among the rows.
@@ -85,9 +85,9 @@ def row_inputs(
 def _unpadded(
     value: torch.Tensor, batch: Mapping[str, torch.Tensor], alone: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """A sequence input ``(1, P, ...)`` without the pictures that one row of a batch only has as padding.
+    """A sequence input ``(1, P, ...)`` without the images that one row of a batch only has as padding.
 
-    Cross-attention masks have a place per picture (and tile) of the longest row: axes that pixel inputs have too.
+    Cross-attention masks have a place per image (and tile) of the longest row: axes that pixel inputs have too.
     """
     extra = value.shape[2:]
     for name, made in alone.items():

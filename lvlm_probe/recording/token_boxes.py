@@ -21,7 +21,7 @@ encoder."""
 
 
 def in_order(images: np.ndarray, fallback: np.ndarray) -> np.ndarray:
-    """The picture of every token, ``(token,)``: one without pixels goes with the token in front of it.
+    """The image of every token, ``(token,)``: one without pixels goes with the token in front of it.
 
     Args:
         images: as in ``Places``.
@@ -49,7 +49,7 @@ def place(row: RowCapture, places: Places | str) -> None:
 
 
 def box_key(row: RowCapture) -> tuple[Any, ...]:
-    """All that the boxes of a row depend on: the processor with its settings, and the picture by its size alone."""
+    """All that the boxes of a row depend on: the processor with its settings, and the image by its size alone."""
     sizes = tuple((image.width, image.height) for image in row.images)
     shapes = tuple(sorted((name, tuple(value.shape)) for name, value in row.model_kwargs.items()))
     call = row.processor_call or {}

@@ -1,6 +1,6 @@
-"""Replay: log P(answer | masked picture), the one differentiable function everything else is written on.
+"""Replay: log P(answer | masked image), the one differentiable function everything else is written on.
 
-A mask says how much of the picture the model may see: 1 keeps a pixel, 0 puts the baseline picture there
+A mask says how much of the image the model may see: 1 keeps a pixel, 0 puts the baseline image there
 (``Φ(I, Ĩ, M) = I ⊙ M + Ĩ ⊙ (1 − M)``, paper, Eq. 3). ``Replay.log_probs(mask)`` carries it through the processor's
 geometry and the unmodified model to the log-probabilities of the recorded answer.
 """
@@ -33,7 +33,7 @@ def replay(
     gradient_checkpointing: bool = False,
     micro_batch: int | None = None,
 ) -> Replay:
-    """Get ready to replay a recorded answer under masked pictures.
+    """Get ready to replay a recorded answer under masked images.
 
     Args:
         trace: what ``open_trace`` or a store gives.
@@ -45,7 +45,7 @@ def replay(
 
     Raises:
         ModelMismatch: the fingerprint differs from the recorded one, or the processor makes other inputs.
-        ImageError: the trace holds no picture a mask could cover.
+        ImageError: the trace holds no image a mask could cover.
         ProcessorRefused: masks cannot be carried through this processor.
         ReplayError: the trace holds inputs that the model cannot be run on.
     """

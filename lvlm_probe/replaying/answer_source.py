@@ -1,4 +1,4 @@
-"""From a recorded answer back to its pictures: how a mask reaches the pixel inputs it was generated from."""
+"""Source of a recorded answer: its images, and how a mask reaches the pixel inputs it was generated from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LiveTrace:
 
     Args:
         row: the capture of one batch row.
-        images: its pictures, RGB.
+        images: its images, RGB.
     """
 
     def __init__(self, row: RowCapture, images: Sequence[Image.Image]) -> None:

@@ -68,7 +68,7 @@ class AttentionLayer:
 
     @property
     def batch(self) -> int:
-        """Sequences of the layer: pictures in the batch, times views where an encoder takes views as batch entries."""
+        """Sequences of the layer: images in the batch, times views where an encoder takes views as batch entries."""
         return int(self._query.shape[0])
 
     @property

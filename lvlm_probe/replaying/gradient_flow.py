@@ -1,10 +1,10 @@
-"""Whether the score's gradient arrives at the picture whole: told apart from a picture that plays no part.
+"""Check that the score's gradient arrives at the image whole, told from an image that plays no part.
 
 Kernels for inference compute without autograd, and towers run under ``no_grad``: what goes through them is missing from
 every gradient, without an error where another way (a residual) leads round them. Before the first gradient of a replay,
 the slope of the answer's log-likelihood along one direction of the mask is therefore measured twice: by a backward
 pass, and by a finite difference. In the same passes every module is asked whether it was given something that carries a
-gradient and gave something that carries none, though it changes with the picture.
+gradient and gave something that carries none, though it changes with the image.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class _Modules:
         self._seen += [seen[:half], seen[half:]]
 
     def cut(self) -> str:
-        """The first module that hands on without a gradient what depends on the picture."""
+        """The first module that hands on without a gradient what depends on the image."""
         first, second = self._seen[:2]
         for (path, one), (_, other) in zip(first, second, strict=True):
             if one.shape != other.shape or not torch.equal(one, other):

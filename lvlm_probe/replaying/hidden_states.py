@@ -63,7 +63,7 @@ def head_rows(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def text_tokens(prompt: np.ndarray, image_positions: np.ndarray, answer: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Positions in prompt + answer of all tokens that are not the picture's, and their ids, ``(text_token,)`` each."""
+    """Positions in prompt + answer of all tokens that are not the image's, and their ids, ``(text_token,)`` each."""
     ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))
     text = torch.ones(len(ids), dtype=torch.bool)
     text[torch.tensor(np.asarray(image_positions), dtype=torch.long)] = False

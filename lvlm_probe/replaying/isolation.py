@@ -119,7 +119,7 @@ def _recomputing(layer: nn.Module, original: Callable[..., Any]) -> Callable[...
 def even_gradients(model: nn.Module) -> Iterator[None]:
     """Batch norms are handed contiguous gradients.
 
-    torch 2.13 differentiates them wrongly on the CPU where one picture's gradient arrives permuted, as it does in a
+    torch 2.13 differentiates them wrongly on the CPU where one image's gradient arrives permuted, as it does in a
     tower whose feature map is flattened into tokens (tests/replaying/test_teacher_forcing.py).
     """
     with HookSet() as hooks:

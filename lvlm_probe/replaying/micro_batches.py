@@ -1,5 +1,7 @@
-"""How many masks go through the model at once, and how to go on when memory runs out: fewer at once, then layers run
-again in backward, then an error that helps. Only the micro-batch that failed is done again.
+"""Micro-batches: how many masks go through the model at once, and how to go on when memory runs out.
+
+Then fewer go at once, then layers run again in backward, then there is an error that helps. Only the micro-batch that
+failed is done again.
 
 The number follows one rule from what does not change between calls (layers, length of the sequence, size of the
 device): the same call groups its masks in the same way, and so rounds in the same way, whatever ran before it.

@@ -135,7 +135,7 @@ class Replay:
         self.path, self._baseline = recorded_path(trace, recorded, self.processor, self.model, check=check_pixels)
         # Texts that another part of the model reads beside the prompt (InstructBLIP's Q-Former) stay as they are.
         separate = {name: value for name, value in recorded.items() if is_separate(name, recorded)}
-        # One entry per prompt position, and not the picture's: such inputs are extended over the answer.
+        # One entry per prompt position, and not the image's: such inputs are extended over the answer.
         sequence = {
             name: value
             for name, value in recorded.items()
@@ -331,7 +331,7 @@ class Replay:
     @outside_inference_mode
     @taking_turns
     def original_log_probs(self) -> torch.Tensor:
-        """Replayed log P(a_t) on the whole picture, ``(step,)`` float32 on the CPU. Paper, Eq. 1."""
+        """Replayed log P(a_t) on the whole image, ``(step,)`` float32 on the CPU. Paper, Eq. 1."""
         if self.kept.original is None:
             original = self.log_probs(None)[0].cpu()
             if (largest := self._forcing.largest_logit) is not None:
@@ -375,12 +375,12 @@ class Replay:
         micro_batch: int | None = None,
         steps: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """log P(a_t) under masked pictures.
+        """log P(a_t) under masked images.
 
         Args:
             mask: ``(batch, row, col)`` or ``(row, col)`` in [0, 1], 1 = keep; several images: ``(batch, image, row,
-                col)``. ``None`` is the whole picture.
-            image: mask this picture only and leave the others whole.
+                col)``. ``None`` is the whole image.
+            image: mask this image only and leave the others whole.
             noise: standard deviation of Gaussian noise added to the normalised pixel inputs, fresh for every mask.
             generator: source of the noise; the global random state is never touched.
             mode: ``"exact"`` runs the real processor on the real composite (gradient from the traced geometry).
@@ -394,7 +394,7 @@ class Replay:
         Raises:
             MaskError: wrong shape, type or range.
             ReplayError: there is no such step.
-            OutOfMemory: not even one mask fits, or the whole picture without one.
+            OutOfMemory: not even one mask fits, or the whole image without one.
         """
         if mask is None:
             with torch.no_grad():
@@ -498,7 +498,7 @@ class Replay:
 
     @outside_inference_mode
     def run_inputs(self, pixel_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """log P(a_t) for one picture given as the model's own pixel inputs (``replay.path.inputs``, or tensors of their
+        """log P(a_t) for one image given as the model's own pixel inputs (``replay.path.inputs``, or tensors of their
         shapes), ``(1, step)``; differentiable in them when gradients are enabled."""
         return self._run(dict(pixel_inputs), 1)
 

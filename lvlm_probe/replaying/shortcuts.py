@@ -1,4 +1,4 @@
-"""What a pass need not compute for the tokens that are wanted, found by measuring on the model at hand.
+"""Shortcuts: what a pass need not compute for the tokens that are wanted, found by measuring on the model at hand.
 
 Log-probabilities of some of the answer's tokens, as a function of a mask, do not depend on all that a plain pass
 computes:
@@ -6,12 +6,12 @@ computes:
 * tokens after the last wanted one are in its future: they are cut off;
 * logits are wanted at the wanted tokens' positions only, and so is what stands after the last mixing of positions, the
   last layer's MLP;
-* tokens before the first image token do not see the picture: their keys and values are computed once per call, or once
+* tokens before the first image token do not see the image: their keys and values are computed once per call, or once
   while the shortcuts are ``held``, and read from the model's own cache.
 
 None of this holds for every architecture (a beginning that attends both ways, positions that are numbered by what is
 fed, state that no cache hands on, layers in parallel), and names of families do not tell. So the first use on a model
-runs one picture both ways, plainly and shortened, and compares the log-probabilities and their gradient to the mask.
+runs one image both ways, plainly and shortened, and compares the log-probabilities and their gradient to the mask.
 What differs is not used; the plain pass always remains. These passes are counted as the caller's. They ask for
 every other token of the answer's first half, whatever the caller wants first: with the last one there would be no later
 tokens to cut, and nothing to see of what cutting them does.
@@ -131,7 +131,7 @@ class Shortcuts:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """In the block the model does not change, and what is before the picture is computed once."""
+        """In the block the model does not change, and what is before the image is computed once."""
         outermost = self._pasts is None
         if outermost:
             self._pasts = {}

@@ -4,7 +4,7 @@ The answer's token t is predicted by the logits at position ``P + t - 1`` of the
 (P prompt tokens, t from 0), so one forward pass serves all steps and only those T positions go through the LM head.
 
 A caller that wants only some of the answer's tokens says so by a ``Shortcut``; then the tokens after the last of them
-are left out, only their positions go through the LM head, and what comes before the picture may be read from a cache.
+are left out, only their positions go through the LM head, and what comes before the image may be read from a cache.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Shortcut:
 
 
 class TeacherForcing:
-    """The teacher-forced pass over one prompt and one answer, for any number of pictures at once.
+    """The teacher-forced pass over one prompt and one answer, for any number of images at once.
 
     Args:
         model: the generating model, or the replica of one; passes run on a replica.
@@ -71,10 +71,10 @@ class TeacherForcing:
         other_inputs: inputs of any other shape, handed on as they are.
         answer_token_type: token type of the answer's tokens; text is 0 nearly everywhere.
         image_token_id: the placeholder that image features replace. generate() reads one that the model has said as a
-            word; in one pass over prompt and answer the model would look for a picture to it.
+            word; in one pass over prompt and answer the model would look for an image to it.
 
     Attributes:
-        largest_logit: max |logit| over steps and vocabulary, float32, in the last pass over one picture and all steps;
+        largest_logit: max |logit| over steps and vocabulary, float32, in the last pass over one image and all steps;
             ``None`` before there was one.
         separate: names of ``separate_inputs``.
         epsilon: ε of the number format of that pass: of its logits or of the weights, whichever is the rounder.
@@ -138,7 +138,7 @@ class TeacherForcing:
         checkpoint: bool = False,
         shortcut: Shortcut | None = None,
     ) -> torch.Tensor:
-        """Log-probabilities of the answer's tokens for ``batch`` pictures.
+        """Log-probabilities of the answer's tokens for ``batch`` images.
 
         Args:
             pixel_inputs: the image inputs of ``batch`` copies of the prompt, concatenated along their first axis.
@@ -212,7 +212,7 @@ class TeacherForcing:
         return frozenset(self._sequence) | frozenset(self._other)
 
     def past(self, length: int, *, position_ids: torch.Tensor | None = None) -> Any:
-        """The model's own cache of the first ``length`` positions, which hold no picture; without gradients.
+        """The model's own cache of the first ``length`` positions, which hold no image; without gradients.
 
         Raises:
             Exception: whatever the model says where it cannot be asked that.
@@ -225,7 +225,7 @@ class TeacherForcing:
             return model(**inputs, **keep, use_cache=True, return_dict=True).past_key_values
 
     def _text(self, shortcut: Shortcut | None) -> dict[str, torch.Tensor]:
-        """Inputs beside the picture, one row, up to the last position that is wanted."""
+        """Inputs beside the image, one row, up to the last position that is wanted."""
         if shortcut is None:
             return self._sequence
         stop, start = self.stop(shortcut.steps), shortcut.start
@@ -259,7 +259,7 @@ class TeacherForcing:
             return whole.index_copy(1, rows, some)
 
         def of_one_prompt(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            # HunYuanVL counts pictures over all rows of a batch, and places them by that; here every row is one prompt.
+            # HunYuanVL counts images over all rows of a batch, and places them by that; here every row is one prompt.
             positions, *rest = original(*args, **kwargs)
             return positions[..., :1, :].expand_as(positions), *rest
 
@@ -310,7 +310,7 @@ def _extend(name: str, value: torch.Tensor, length: int, answer_token_type: int)
     tail = value[:, -1:].expand(-1, missing, *value.shape[2:])
     if "type_ids" in name:
         tail = torch.full_like(tail, answer_token_type)
-    elif name.endswith("position_mask"):  # which positions are the picture's: none of the answer's
+    elif name.endswith("position_mask"):  # which positions are the image's: none of the answer's
         tail = torch.zeros_like(tail)
     return torch.cat([value, tail], dim=1)
 

@@ -1,4 +1,4 @@
-"""Does a replay say what the recording said?"""
+"""Comparison of a replay with its recording."""
 
 from __future__ import annotations
 

@@ -26,8 +26,7 @@ def test_a_call_is_recognised_by_its_result_only():
     assert watch.find({"pixel_values": made[1] + 0.01}) is None
     assert watch.find({"pixel_values": made[1][:, :, :5]}) is None
     assert watch.find({}) is None
-    watch.clear()
-    assert len(watch) == 0
+    assert len(watch) == 3
 
 
 def test_results_without_tensors_are_made_into_some():
