@@ -142,7 +142,7 @@ class AttentionCall(NamedTuple):
 
 
 class Observer(Protocol):
-    """What sees each attention call after the fact and says what the layer gets: ``result``, unless it intervenes."""
+    """Sees each attention call after the fact and says what the layer gets: ``result``, unless it intervenes."""
 
     @property
     def armed(self) -> bool: ...

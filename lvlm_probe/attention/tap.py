@@ -27,7 +27,7 @@ logger = logging.getLogger("lvlm_probe")
 
 @dataclass(frozen=True)
 class Rows:
-    """What a tap collected: attention of each step's query on the image keys."""
+    """Attention rows that a tap collected: attention of each step's query on the image keys."""
 
     values: Tensor
     """``(batch, step, layer, head|1, key)`` on the CPU; 0 where ``valid`` is False."""

@@ -42,7 +42,7 @@ def inferred_mask(model: Any, inputs: Mapping[str, torch.Tensor], stops: Stops) 
 
 
 def other_conditions(model: Any, inputs: Mapping[str, torch.Tensor], kwargs: Mapping[str, Any]) -> list[str]:
-    """What a ``generate()`` call has that no replay has, as parts of a sentence. Right padding is a row's own matter.
+    """Conditions of a ``generate()`` call that no replay has, as parts of a sentence; right padding is of a row alone.
 
     Args:
         model: the generating model, as it is at the call.
@@ -125,7 +125,7 @@ def _usual(given: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None) ->
 
 
 def without_picture(ids: torch.Tensor, image_token: int | None, kwargs: Mapping[str, Any]) -> str:
-    """Why a call without pixel inputs is not recorded."""
+    """The reason why a call without pixel inputs is not recorded."""
     cache = kwargs.get("past_key_values")
     length = getattr(cache, "get_seq_length", None)
     held = int(length()) if callable(length) else 0

@@ -25,7 +25,7 @@ _ORIENTATION = 0x0112  # EXIF
 
 @dataclass(frozen=True)
 class Handed:
-    """What a processor was given as images, as it was at that moment.
+    """Images that a processor was given, as they were at that moment.
 
     Attributes:
         images: copies, in order, flattened; ``None`` where one cannot be brought back to an image.
@@ -127,6 +127,6 @@ def picture_bytes(image: Image.Image) -> int:
 
 
 def look_of(image: Image.Image) -> tuple[Any, ...]:
-    """What equal images have in common and few others do; cheap to have."""
+    """A key that equal images have in common and few others do; cheap to have."""
     middle = image.height // 2
     return image.mode, image.size, image.crop((0, middle, image.width, middle + 1)).tobytes()

@@ -42,7 +42,7 @@ class PointTap:
         return hook
 
     def records(self) -> dict[str, PointRecord]:
-        """What was kept, ``batch`` first as the module returned it."""
+        """Outputs that were kept, ``batch`` first as the module returned them."""
         records = {}
         for name, value in self._kept.items():
             axes = ("batch", "patch", "channel") if value.ndim == 3 else tuple(f"dim{i}" for i in range(value.ndim))

@@ -59,7 +59,7 @@ def attach(model: torch.nn.Module, processor: object | None = None) -> Probe:
 
 
 class Recording:
-    """What ``Probe.record`` gives: every ``generate()`` inside the ``with`` block becomes a trace file.
+    """A recording, from ``Probe.record``: every ``generate()`` inside the ``with`` block becomes a trace file.
 
     The file is there when ``generate()`` returns. A streamer that is read in another thread ends before that: join the
     thread that generates, then look at the traces.

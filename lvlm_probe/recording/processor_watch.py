@@ -221,7 +221,7 @@ class ProcessorWatch:
         return None
 
     def why(self, inputs: Mapping[str, Any]) -> tuple[str, str]:
-        """Why ``find`` found none: a word for the kind, and a sentence with the way out."""
+        """The reason why ``find`` found none: a word for the kind, and a sentence with the way out."""
         floating = {n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
         with self._lock:
             names = {name for entry in self._calls for name in entry.call.names}

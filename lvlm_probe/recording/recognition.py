@@ -75,7 +75,7 @@ def digest(name: str, dtype: torch.dtype, rows: tuple[tuple[int, ...], bytes]) -
 
 
 def shares_of(value: torch.Tensor, units: int, outputs: Mapping[str, torch.Tensor]) -> list[slice] | None:
-    """Which hashes of a tensor belong to each of ``units`` images or prompts; ``None`` where that cannot be told."""
+    """The hashes of a tensor that belong to each of ``units`` images or prompts; ``None`` where that cannot be told."""
     if value.ndim == 0:
         return None
     first = len(value)

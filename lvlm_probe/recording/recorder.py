@@ -69,7 +69,7 @@ _ALPHA = 1.0  # LLR above which a token counts when the baseline is checked; the
 
 @dataclass(frozen=True)
 class RecordOptions:
-    """What ``Probe.record`` was asked for; see there."""
+    """Arguments of ``Probe.record``; see there."""
 
     images: Any = None
     llr: bool = True
@@ -84,7 +84,7 @@ class RecordOptions:
 
 @dataclass
 class Target:
-    """What is recorded: an attached model, and what is known of it.
+    """An attached model, its processor, and what is known of both.
 
     Attributes:
         model: the model that generates.
@@ -198,7 +198,7 @@ class GenerationRecorder:
 
     @property
     def beginning(self) -> torch.Tensor:
-        """What the answer continues, ``(batch, position)``: the prompt, or the decoder's own beginning."""
+        """Token ids that the answer continues, ``(batch, position)``: the prompt, or the decoder's own beginning."""
         return self._inputs["input_ids"] if self._decoder_ids is None else self._decoder_ids
 
     def arm_attention(self, ids: torch.Tensor, copies: int) -> None:
@@ -383,7 +383,7 @@ class GenerationRecorder:
         )
 
     def ending(self, token_ids: torch.Tensor, text: str) -> str | None:
-        """Why the answer ends where it ends, as a note; ``None`` where there is nothing to say."""
+        """A note on how the answer ends; ``None`` where there is nothing to say."""
         return self.stops.told(token_ids.tolist(), text)
 
     def add_attention(self, capture: RowCapture, attention: Rows, row: int) -> None:
@@ -402,7 +402,7 @@ class GenerationRecorder:
     # ------------------------------------------------------------------ teacher-forced passes
 
     def complete(self, capture: Capture) -> None:
-        """What needs the processor or the model once more: log-likelihood ratios, boxes of image tokens, hidden states.
+        """Add what needs further passes: log-likelihood ratios, boxes of image tokens, hidden states.
 
         Baseline log-probabilities (paper, Eq. 6) take one pass per row; the baseline is blurred harder until the
         selected tokens keep less than 5 % probability (paper, A.1). Log-probabilities themselves are computed where

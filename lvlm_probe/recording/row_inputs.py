@@ -17,7 +17,7 @@ _NOT_REPLAYED = ("input_ids", "inputs", "attention_mask", "position_ids", "cache
 
 
 def image_places(inputs: Mapping[str, Any], token: int | None) -> torch.Tensor | None:
-    """Which positions of the prompts take image features, ``(batch, P)`` bool: those of the image token, or what an
+    """Positions of the prompts that take image features, ``(batch, P)`` bool: those of the image token, or what an
     input of the family says (Kosmos-2's ``image_embeds_position_mask``); ``None`` where there are none to take.
     """
     ids: torch.Tensor = inputs["input_ids"]

@@ -55,7 +55,7 @@ def recorded_path(
     *,
     check: bool,
 ) -> tuple[ImagePath | PixelPath, dict[str, Any]]:
-    """How masks reach the pixel inputs of ``trace``, over the baseline it was recorded with, and that baseline."""
+    """The way of masks to the pixel inputs of ``trace``, over the baseline it was recorded with, and that baseline."""
     if not pixels:
         raise ImageError(
             f"{trace.path.name} holds no picture: it was recorded from a text-only prompt, and there is nothing to mask"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ _BLOCK_ROWS = 128
 """Rows of one block, at most: with a fixed number of them a block grows with the sequence, not with its square."""
 
 
+@dataclass(eq=False)
 class AttentionLayer:
     """One attention layer in a pass that has just run.
 
@@ -40,70 +42,65 @@ class AttentionLayer:
         layer: index and path.
         part: ``"decoder"``, ``"cross"`` or the path of the encoder it belongs to.
         start: position of its first query in the sequence, for layers that attend in windows, one call each.
+        query, key, value: what it was given, ``(batch, head, position, channel)``.
+        call: its further arguments; ``causal`` where it hides later keys itself, ``sinks`` where it heeds those given.
         gradient: dO, the score's gradient to the layer's output, ``(batch, head, query, channel)``; only inside
             ``visit``.
     """
 
-    def __init__(
-        self,
-        layer: TapLayer,
-        part: str,
-        start: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        call: AttentionCall,
-        *,
-        causal: bool,
-        sinks: bool,
-    ) -> None:
-        self.layer, self.part, self.start = layer, part, start
-        self.gradient: Tensor | None = None
-        self._query, self._key, self._value = query.detach(), key.detach(), value.detach()
-        self._call, self._causal, self._sinks = call, causal, sinks
+    layer: TapLayer
+    part: str
+    start: int
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    call: AttentionCall
+    causal: bool
+    sinks: bool
+    gradient: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
-        return self._query.device
+        return self.query.device
 
     @property
     def batch(self) -> int:
         """Sequences of the layer: images in the batch, times views where an encoder takes views as batch entries."""
-        return int(self._query.shape[0])
+        return int(self.query.shape[0])
 
     @property
     def heads(self) -> int:
-        return int(self._query.shape[1])
+        return int(self.query.shape[1])
 
     @property
     def queries(self) -> int:
         """Number of positions of the sequence."""
-        return int(self._query.shape[2])
+        return int(self.query.shape[2])
 
     @property
     def keys(self) -> int:
-        return int(self._key.shape[2])
+        return int(self.key.shape[2])
 
     def blocks(self) -> Iterator[Tensor]:
         """Row indices ``(row,)`` in blocks whose weights fit comfortably into memory, in order."""
         rows = max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // max(1, self.batch * self.heads * self.keys)))
-        yield from torch.arange(self.queries, device=self._query.device).split(rows)
+        yield from torch.arange(self.queries, device=self.query.device).split(rows)
 
     def weights(self, rows: Tensor) -> Tensor:
         """Attention weights A of some query rows on all keys, ``(batch, head, row, key)`` float32."""
-        call = self._call
+        call = self.call
         with torch.no_grad():
             return attention_rows(
-                self._query,
-                self._key,
+                self.query,
+                self.key,
                 columns=None,
                 rows=rows,
                 scaling=call.scaling,
                 attention_mask=call.attention_mask,
-                causal=self._causal,
+                causal=self.causal,
                 softcap=call.softcap,
                 position_bias=call.position_bias,
-                sinks=call.sinks if self._sinks else None,
+                sinks=call.sinks if self.sinks else None,
             )
 
     def weight_gradient(self, rows: Tensor) -> Tensor:
@@ -115,7 +112,7 @@ class AttentionLayer:
         if self.gradient is None:
             raise ExplainError(f"no gradient has reached {self.layer.module}: ask for it inside visit()")
         with torch.no_grad():
-            value = self._value.float()
+            value = self.value.float()
             value = value.repeat_interleave(self.heads // value.shape[1], dim=1)
             return take_rows(self.gradient.float(), rows, self.batch) @ value.transpose(-1, -2)
 
@@ -125,7 +122,7 @@ Edit = Callable[[TapLayer, Tensor], Tensor]
 
 
 class Captured:
-    """What a block of passes has shown.
+    """Outputs, gradients and attention layers of the passes in a block.
 
     Attributes:
         outputs: module path → its output in the last pass, detached.
@@ -209,9 +206,9 @@ class Captured:
             layer,
             part,
             self._positions.get(id(module), 0),
-            query,
-            key,
-            value,
+            query.detach(),
+            key.detach(),
+            value.detach(),
             call,
             causal=call.is_causal_for(module, implementation, query.shape[2]),
             sinks=implementation != "sdpa",

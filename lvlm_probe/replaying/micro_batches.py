@@ -49,7 +49,7 @@ Run = Callable[[torch.Tensor, slice], Any]
 
 @dataclass
 class PassCounter:
-    """How many images went through the model, forward and backward.
+    """Number of images that went through the model, forward and backward.
 
     ``within`` is a counter that counts along, e.g. the replay's for that of one explanation.
     """
@@ -68,7 +68,7 @@ class PassCounter:
 
 @dataclass
 class Limits:
-    """How passes are run; shared by the views of a replay, and narrowed for all of them when memory runs out.
+    """Settings of passes; shared by the views of a replay, and narrowed for all of them when memory runs out.
 
     Attributes:
         micro_batch: masks per pass; ``None`` is ``masks_at_once``.

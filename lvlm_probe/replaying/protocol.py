@@ -29,11 +29,11 @@ Score = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ShortcutsLike(Protocol):
-    """What passes leave out when only some tokens are asked for; ``str()`` of it says so."""
+    """Parts of passes that are left out when only some tokens are asked for; ``str()`` of it says so."""
 
     @property
     def asked(self) -> int:
-        """How many calls have asked for some tokens only."""
+        """Number of calls that have asked for some tokens only."""
         ...
 
     def held(self) -> AbstractContextManager[None]:

@@ -54,7 +54,7 @@ __all__ = ["Replay"]
 
 @dataclass
 class Kept:
-    """What the views of one replay have computed and share: none of it depends on what ran first.
+    """Results that the views of one replay share: none depends on what ran first.
 
     Attributes:
         original, rounding: log P(a_t) on the whole image, and how far rounding may move it.
@@ -182,7 +182,7 @@ class Replay:
         return self.trace.images[k]
 
     def seen(self, k: int = 0, shape: tuple[int, int] | None = None) -> torch.Tensor:
-        """Which pixels (or cells of a grid of ``shape``) of image ``k`` reach the model, bool ``(row, col)``."""
+        """Pixels (or cells of a grid of ``shape``) of image ``k`` that reach the model, bool ``(row, col)``."""
         return self.path.seen(k, shape)
 
     @property

@@ -12,7 +12,7 @@ __all__ = ["reword"]
 
 
 def reword(prompt: torch.Tensor, processor: object | None, question: str, text: str) -> tuple[int, int, torch.Tensor]:
-    """Where the question is in a prompt, and the tokens of another text.
+    """Find the question in a prompt, and the tokens of another text.
 
     Args:
         prompt: ``(P,)`` token ids.

@@ -142,7 +142,7 @@ class Shortcuts:
                 self._pasts = None
 
     def take(self, view: View, steps: tuple[int, ...]) -> Shortcut | None:
-        """What the passes of ``view`` for the tokens ``steps`` leave out; ``None``: nothing.
+        """The parts that passes of ``view`` for the tokens ``steps`` leave out; ``None``: nothing.
 
         Layers that run again in backward can neither read a cache nor be narrowed.
         """

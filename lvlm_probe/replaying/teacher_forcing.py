@@ -40,7 +40,7 @@ the format. In the same answers in float32, up to 4 were found."""
 
 @dataclass(frozen=True)
 class Shortcut:
-    """What a pass leaves out because it cannot change the log-probabilities that are wanted.
+    """The part of a pass that is left out because it cannot change the log-probabilities that are wanted.
 
     Attributes:
         steps: The answer's tokens that are wanted, ascending.
@@ -203,7 +203,7 @@ class TeacherForcing:
         return picked - logits.logsumexp(dim=-1)
 
     def stop(self, steps: Sequence[int]) -> int:
-        """How many positions of the sequence it takes to predict ``steps``."""
+        """Number of positions of the sequence that it takes to predict ``steps``."""
         return self.length - self.steps + steps[-1] + 1
 
     @property
@@ -275,7 +275,7 @@ class TeacherForcing:
 
 
 def rounding_of(log_probs: torch.Tensor, largest_logit: float, epsilon: float) -> torch.Tensor:
-    """How far log-probabilities may lie from those of a run that rounds otherwise (cached decoding, another batch).
+    """Largest distance of log-probabilities from those of a run that rounds otherwise (cached decoding, another batch).
 
     Every logit may be off by δ = (1.5 ε + 16 ε₃₂) · max |logit|, the maximum over all steps, as what is rounded is the
     hidden states too. With P = e^z / Σ e^z and every other logit moved against the token's own, log P falls by at most

@@ -23,7 +23,7 @@ FLOOR = 1e-4
 
 @dataclass(frozen=True)
 class Verification:
-    """How well a replay reproduces a recording.
+    """Difference of a replay from a recording, by token.
 
     Attributes:
         largest_difference: max over steps of |log P recorded − log P replayed|, nats.
@@ -57,11 +57,11 @@ class Verification:
 
     @property
     def excess(self) -> float:
-        """How many times its rounding (1e-4 where that is more) the difference of the worst step is; NaN stays NaN."""
+        """Difference of the worst step, in units of its rounding (1e-4 where that is more); NaN stays NaN."""
         return self._ratios()[self.worst]
 
     def allowed(self, step: int) -> float:
-        """What a step may differ by, nats."""
+        """Largest difference that a step may have, nats."""
         return max(FLOOR, self.rounding[step]) if self.rounding else FLOOR
 
     def _ratios(self) -> list[float]:
