@@ -45,7 +45,7 @@ REMOVAL = ("remove", "abort", "close", "detach", "disarm", "restore", "__exit__"
 """Functions that take things off the model again. Where one of them itself fails, things may stay on it."""
 
 FENCE = (
-    "_Standing.__call__", "Shadow.run", "Shadow._below", "_Hanging.__call__", "ImplementationName.__eq__",
+    "_Standing.__call__", "Shadow.run", "Shadow.below", "_Hanging.__call__", "ImplementationName.__eq__",
 )  # fmt: skip
 """What stands between torch or the user and every function of ours; and what these call is called by others as well."""
 CATCHING = ("HookSet._fence.<locals>.fenced", "_Once.__init__")
