@@ -51,6 +51,10 @@ class ToyReplay:
         self.device = torch.device("cpu")
         self.baseline: dict[str, Any] = {"kind": "blur", "strength": 0.1}
         self.passes = PassCounter()
+        self.rounding = torch.zeros(steps)
+        self.path: Any = SimpleNamespace(
+            images=[self.image()], baseline_images=[], report=SimpleNamespace(mean_error=0.0, deterministic=True)
+        )
         self.trace: Any = SimpleNamespace(
             trace_id="toy", images=[self.image()], path=None, log_probs=self.probability.log().mul(gain).float().numpy()
         )
@@ -96,10 +100,6 @@ class ToyReplay:
     @property
     def baseline_log_probs(self) -> torch.Tensor:
         return (self.gain * self.base_probability.log()).float()
-
-    @property
-    def rounding(self) -> torch.Tensor:
-        return torch.zeros(len(self.weights))
 
     @property
     def llr(self) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkabl
 
 import torch
 
+from lvlm_probe.images import ImagePath, PixelPath
 from lvlm_probe.replaying.baselines import BaselineLike
 from lvlm_probe.replaying.micro_batches import Limits, PassCounter
 from lvlm_probe.words import Word
@@ -59,6 +60,8 @@ class ReplayLike(Protocol):
     def words(self) -> list[Word]: ...
     @property
     def device(self) -> torch.device: ...
+    @property
+    def path(self) -> ImagePath | PixelPath: ...
     @property
     def passes(self) -> PassCounter: ...
     @property
