@@ -80,7 +80,7 @@ class ToyReplay:
         other.passes = PassCounter(within=self.passes)
         return other
 
-    def over(self, baseline: Any = "blur") -> ToyReplay:
+    def over(self, baseline: Any = "blur", *, strength: float | None = None, seed: int | None = None) -> ToyReplay:
         assert baseline["kind"] == self.baseline["kind"]
         return self
 
