@@ -43,7 +43,8 @@ from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.selection import TokenSelection
 from lvlm_probe.storage.seal import BLOCK_BYTES
 from lvlm_probe.trace import Trace, open_store, open_trace, write
-from lvlm_probe.trace.schema import MODEL_JSON, ROW_ARRAYS, ROW_JSON
+from lvlm_probe.trace.fields import Array, Json
+from lvlm_probe.trace.records import FIELDS, MODEL_JSON
 
 ROW = "traces/000000"
 SECONDS, MEGABYTES = 5.0, 500.0
@@ -152,9 +153,19 @@ def _memory(*, reset: bool = False) -> int:
 # --- how files are read -----------------------------------------------------------------------------------------------
 
 
-FIELDS = (
-    *("words", "llr", "attention", "images", "image", "model", "meta", "baseline", "notes", "seconds", "layout"),
-    *("processor_call", "input_ids", "model_kwargs", "created", "error", "question", "tokens", "prompt", "answer"),
+READ = (
+    *FIELDS,
+    "words",
+    "llr",
+    "attention",
+    "images",
+    "image",
+    "model",
+    "seconds",
+    "layout",
+    "model_kwargs",
+    "created",
+    "answer",
 )
 
 
@@ -183,7 +194,7 @@ def _trace_reads(path: Path, rng: random.Random) -> list[Callable[[], object]]:
     except BaseException:
         return reads
     ways = [trace.verify, trace.describe, trace._repr_html_, lambda: open_trace(path, 1).answer]
-    ways += [lambda name=name: getattr(trace, name) for name in rng.sample(FIELDS, 4)]
+    ways += [lambda name=name: getattr(trace, name) for name in rng.sample(READ, 4)]
     return reads + rng.sample(ways, 3)
 
 
@@ -309,7 +320,8 @@ def _all_members(file: h5py.File) -> list[str]:
 
 
 def change_json(seeds: Seeds, file: h5py.File, rng: random.Random) -> None:
-    keys = [*(f"{ROW}/{name}" for name in ROW_JSON), *(f"model/{name}" for name in (*MODEL_JSON, "more")), "seconds"]
+    keys = [f"{ROW}/{field.key}" for field in FIELDS.values() if isinstance(field, Json)]
+    keys += [*(f"model/{name}" for name in (*MODEL_JSON, "more")), "seconds"]
     _put(file, rng.choice(keys), data=np.bytes_(_json(rng)))
 
 
@@ -404,7 +416,7 @@ def change_many(seeds: Seeds, file: h5py.File, rng: random.Random) -> None:
 
 
 def change_elsewhere(seeds: Seeds, file: h5py.File, rng: random.Random) -> None:
-    key = f"{ROW}/{rng.choice(list(ROW_ARRAYS))}"
+    key = f"{ROW}/{rng.choice([field.key for field in FIELDS.values() if isinstance(field, Array)])}"
     count, dtype = len(file[key]), file[key].dtype
     if rng.random() < 0.4:
         _put(

@@ -224,7 +224,7 @@ def _of_rows(
                 player = player.over(baseline)
                 ratios = made.log_probs - player.baseline_log_probs.numpy()
                 yield read_answer(
-                    made.pieces, made.special.tolist(), made.log_probs, ratios, alpha=alpha, source=where, id=row.id,
+                    made.tokens, made.special.tolist(), made.log_probs, ratios, alpha=alpha, source=where, id=row.id,
                     question=made.question or "", baseline=_named(player.baseline), elsewhere=True,
                     picture=_small(pictures[0]),
                 )  # fmt: skip

@@ -330,7 +330,7 @@ class GenerationRecorder:
             image_positions=positions.numpy().astype(np.int64),
             image_index=image_spans(positions.numpy(), max(1, len(images)), mine.tokens_per_image),
             token_ids=token_ids.numpy().astype(np.int64),
-            pieces=pieces,
+            tokens=pieces,
             special=np.asarray(special_flags(tokenizer, token_ids.tolist(), self._stops.eos), dtype=bool),
             log_probs=np.full(len(token_ids), np.nan, np.float32),
             log_probs_source="teacher_forced" if padded or unlike else "generation",

@@ -14,7 +14,6 @@ import io
 import math
 import textwrap
 import unicodedata
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,9 +21,7 @@ from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import escaped
 from lvlm_probe.trace.parts import thumbnail
 from lvlm_probe.trace.schema import row_key
-
-if TYPE_CHECKING:
-    from lvlm_probe.trace.reader import Trace
+from lvlm_probe.trace.stored import StoredAnswer
 
 __all__ = ["describe", "to_html"]
 
@@ -43,7 +40,7 @@ _THUMBNAIL = 220
 _ALPHA = 1.0
 
 
-def describe(trace: Trace) -> str:
+def describe(trace: StoredAnswer) -> str:
     """Returns the trace as text of at most 100 columns: question, answer, LLR of each word, what was recorded."""
     lines = [f"Trace {trace.trace_id}", ""]
     lines += _field("file", f"{trace.path}" + (f", row {trace.row} (of {trace.rows})" if trace.rows > 1 else ""))
@@ -104,13 +101,13 @@ def _time(created: str) -> str:
         return created[:64]
 
 
-def _seconds(trace: Trace) -> str:
+def _seconds(trace: StoredAnswer) -> str:
     known = {name: float(value) for name, value in trace.seconds.items() if type(value) in (int, float)}
     shown = (f"{name} {value:.2f} s" if abs(value) < 1e9 else f"{name} {value:.3g} s" for name, value in known.items())
     return f"({', '.join(shown)})" if known else ""
 
 
-def _status(trace: Trace) -> str:
+def _status(trace: StoredAnswer) -> str:
     meaning = {
         "complete": "complete",
         "stopped": "stopped: generation was cut off",
@@ -122,7 +119,7 @@ def _status(trace: Trace) -> str:
     return text
 
 
-def _model(trace: Trace) -> str:
+def _model(trace: StoredAnswer) -> str:
     model = trace.model
     versions = model.get("versions")
     names = [model.get(key) for key in ("class", "model_id", "torch_dtype", "attn_implementation")]
@@ -131,12 +128,12 @@ def _model(trace: Trace) -> str:
     return ", ".join(str(name) for name in names if name)
 
 
-def _prompt(trace: Trace) -> str:
+def _prompt(trace: StoredAnswer) -> str:
     header = trace.header
     return f"{header.prompt_tokens} tokens, {header.image_tokens} of them image tokens"
 
 
-def _words(trace: Trace) -> list[str]:
+def _words(trace: StoredAnswer) -> list[str]:
     """One line per word: its text, log-probability, LLR, and a bar."""
     if not trace.words:
         return ["(no words)"]
@@ -190,7 +187,7 @@ def _fit(text: str, width: int, *, cut: bool = False) -> str:
     return text + "…"
 
 
-def _recorded(trace: Trace) -> list[str]:
+def _recorded(trace: StoredAnswer) -> list[str]:
     lines: list[str] = []
     for number, point in enumerate(trace.header.points[:_LINES_SHOWN]):
         axes = ", ".join(f"{axis} {size}" for axis, size in zip(point.axes, point.shape, strict=True))
@@ -199,7 +196,7 @@ def _recorded(trace: Trace) -> list[str]:
     return lines or _field("points", "nothing inside the model")
 
 
-def _bytes(trace: Trace) -> str:
+def _bytes(trace: StoredAnswer) -> str:
     text = f"{_size(trace.nbytes)} of data"
     if trace.header.steps:
         text += f", {_size(round(trace.nbytes / trace.header.steps))} per token"
@@ -218,7 +215,7 @@ def _size(nbytes: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def to_html(trace: Trace) -> str:
+def to_html(trace: StoredAnswer) -> str:
     """Returns a small self-contained card: the picture, the question, the answer coloured by LLR. Readable on dark."""
     asked = _cut(trace.question, _CARD_TEXT_SHOWN) if trace.question is not None else trace.prompt[:400]
     question = html.escape(_safe(asked))
@@ -237,7 +234,7 @@ def to_html(trace: Trace) -> str:
     )
 
 
-def _coloured_answer(trace: Trace) -> str:
+def _coloured_answer(trace: StoredAnswer) -> str:
     llr = trace.llr
     parts: list[str] = []
     position = 0
@@ -264,12 +261,12 @@ def _coloured_answer(trace: Trace) -> str:
     return "".join([*parts, _plain_pieces(trace, position, len(trace.tokens))])
 
 
-def _plain_pieces(trace: Trace, start: int, stop: int) -> str:
+def _plain_pieces(trace: StoredAnswer, start: int, stop: int) -> str:
     shown = (trace.tokens[step] for step in range(start, stop) if not trace.special[step])
     return html.escape(_safe_lines(_cut("".join(shown), _CARD_TEXT_SHOWN))).replace("\n", "<br>")
 
 
-def _thumbnail(trace: Trace) -> str:
+def _thumbnail(trace: StoredAnswer) -> str:
     try:
         key = f"{row_key(trace.row)}/images/000"
         image = thumbnail(trace.image_record(0), trace.path, key, side=_THUMBNAIL)

@@ -242,7 +242,7 @@ def _terminal(number: int, at: Path, seed: int) -> tuple[str, Callable[[], str]]
     # A name is a file's and not a text's: what no file system forbids.
     folder = at / f"{number}"
     rows = [dataclasses.replace(
-        row, pieces=[odd(piece) for piece in row.pieces], prompt=odd(row.prompt), question=odd("What is there?"),
+        row, tokens=[odd(piece) for piece in row.tokens], prompt=odd(row.prompt), question=odd("What is there?"),
         notes=[odd("a note")], meta={"run": odd("x"), odd("key"): 1},
     )]  # fmt: skip
     model = {**capture.model, "model_id": odd("demo/tiny"), "class": odd("Llava")}

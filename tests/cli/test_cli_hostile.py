@@ -38,7 +38,7 @@ def evil_capture(model_id: str = "nowhere/at-all", **changes: Any) -> Capture:
     made = trace_samples.sample_capture(tokens=6)
     (row,) = made.rows
     row.question, row.notes, row.meta = f"Q{TEXT}", [f"N{TEXT}"], {f"k{TEXT}": f"v{TEXT}"}
-    row.pieces[0] = f"A{TEXT}"
+    row.tokens[0] = f"A{TEXT}"
     for name, value in changes.items():
         setattr(row, name, value)
     made.model["model_id"] = model_id
