@@ -12,8 +12,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from lvlm_probe._version import __version__
 from lvlm_probe.errors import TraceError
-from lvlm_probe.storage.arrays import writer_name
 from lvlm_probe.storage.encoding import ENCODING_VERSION, json_text, put_array, put_json, put_text
 from lvlm_probe.storage.reading import SealedFile
 from lvlm_probe.storage.seal import sealed_writer
@@ -100,7 +100,7 @@ def _put_root(file: h5py.File, capture: Capture) -> None:
     put_text(file, "format", FORMAT)
     put_text(file, "format_version", FORMAT_VERSION)
     put_text(file, "created", capture.created)
-    put_text(file, "writer", writer_name())
+    put_text(file, "writer", f"lvlm_probe {__version__}")
     put_json(file, "seconds", capture.seconds)
     model = file.create_group("model")
     for name in MODEL_TEXT:
