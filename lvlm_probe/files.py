@@ -127,7 +127,7 @@ def _fsync_folder(folder: Path) -> None:
 # --- as JSON ----------------------------------------------------------------------------------------------------------
 
 
-def json_ready(value: Any, *, nonfinite: Callable[[float], str | None] = lambda _: None) -> Any:
+def json_ready(value: Any, *, nonfinite: Callable[[float], Any] = lambda _: None) -> Any:
     """Return a value as JSON has it: None, bool, text, a number, a list, or a dict with text for keys.
 
     Arrays and tensors become lists, sets sorted lists, and what JSON has nothing for its text.

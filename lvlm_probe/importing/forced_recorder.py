@@ -132,7 +132,7 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
         BadRow: the answer does not fit the model: the reason.
         ProbeError: the model or its processor cannot be replayed.
     """
-    owner = probe._attachment
+    owner = probe.attachment
     faults: list[str] = []
     recorder = ForcedRecorder(
         owner.model, owner.processor, owner.anatomy, owner.watch, options,

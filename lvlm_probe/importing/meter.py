@@ -30,7 +30,7 @@ from lvlm_probe.importing import said_by
 from lvlm_probe.importing.drops import BANDS, Band, band_of, drop_of
 from lvlm_probe.importing.rows import BadRow, read_rows, reason_of
 from lvlm_probe.selection import word_llr
-from lvlm_probe.words import Word, group_words
+from lvlm_probe.words import ALPHA, Word, group_words
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +108,7 @@ def read_answer(
     log_probs: Sequence[float] | np.ndarray,
     llr: Sequence[float] | np.ndarray,
     *,
-    alpha: float = 1.0,
+    alpha: float = ALPHA,
     **facts: Any,
 ) -> Reading:
     """A reading from the numbers of one answer.
@@ -162,7 +162,7 @@ def measure(
     model: torch.nn.Module | None = None,
     processor: object | None = None,
     *,
-    alpha: float = 1.0,
+    alpha: float = ALPHA,
     baseline: str | Image.Image | None = None,
     images: str | os.PathLike[str] | None = None,
     columns: Mapping[str, str] | None = None,

@@ -21,8 +21,7 @@ from lvlm_probe.replaying.teacher_forcing import input_device
 if TYPE_CHECKING:
     from PIL import Image
 
-    from lvlm_probe.trace import Trace
-    from lvlm_probe.trace.records import RowCapture
+    from lvlm_probe.trace.records import RowCapture, TraceLike
 
 __all__ = ["LiveTrace", "image_processor_of", "recorded_path", "watched_method"]
 
@@ -56,7 +55,7 @@ class LiveTrace:
     """
 
     def __init__(self, row: RowCapture, images: Sequence[Image.Image]) -> None:
-        self.trace_id = row.trace_id
+        self.trace_id, self.layout = row.trace_id, row.layout
         self.path = Path(f"{row.trace_id} (not written yet)")
         self.tokens, self.token_ids, self.special = row.tokens, row.token_ids, row.special
         self.input_ids, self.processor_call, self.baseline = row.input_ids, row.processor_call, row.baseline
@@ -66,7 +65,7 @@ class LiveTrace:
 
 
 def recorded_path(
-    trace: Trace | LiveTrace, pixels: dict[str, torch.Tensor], processor: object | None, model: torch.nn.Module, *,
+    trace: TraceLike, pixels: dict[str, torch.Tensor], processor: object | None, model: torch.nn.Module, *,
     check: bool,
 ) -> tuple[ImagePath | PixelPath, dict[str, Any]]:  # fmt: skip
     """How masks reach the pixel inputs of ``trace``, over the baseline it was recorded with, and that baseline."""
@@ -117,7 +116,7 @@ def _told(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
 
 
-def _since(trace: Trace | LiveTrace, image_processor: Any) -> str:
+def _since(trace: TraceLike, image_processor: Any) -> str:
     """What of all that decides a pixel's value is another than at the recording, in brackets; empty where nothing is
     known to be."""
     call, recorded = trace.processor_call or {}, trace.model.get("versions") or {}

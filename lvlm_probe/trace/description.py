@@ -22,6 +22,7 @@ from lvlm_probe.escaping import escaped
 from lvlm_probe.trace.parts import thumbnail
 from lvlm_probe.trace.schema import row_key
 from lvlm_probe.trace.stored import StoredAnswer
+from lvlm_probe.words import ALPHA
 
 __all__ = ["describe", "to_html"]
 
@@ -37,7 +38,6 @@ _LINES_SHOWN = 100
 """Entries of a list: notes, images, recorded points."""
 _CARD_TEXT_SHOWN = 4000
 _THUMBNAIL = 220
-_ALPHA = 1.0
 
 
 def describe(trace: StoredAnswer) -> str:
@@ -149,14 +149,14 @@ def _words(trace: StoredAnswer) -> list[str]:
         remark = "no LLR: the pass with the baseline picture was deferred"
         return [f"  {_pad('word', width)}  {'log P':>8}", *rows, *more, "", f"  {remark}"]
     ratios = [float(llr[word.start : word.stop].sum()) for word in words]
-    chosen = [bool((llr[word.start : word.stop] > _ALPHA).any()) for word in words]
-    top = max([abs(ratio) for ratio in ratios if math.isfinite(ratio)] + [_ALPHA])
+    chosen = [bool((llr[word.start : word.stop] > ALPHA).any()) for word in words]
+    top = max([abs(ratio) for ratio in ratios if math.isfinite(ratio)] + [ALPHA])
     lines = [f"  {_pad('word', width)}  {'log P':>8}  {'LLR':>8}"]
     for text, value, ratio, marked in zip(shown, log_probs, ratios, chosen, strict=True):
         lines.append(f"{'*' if marked else ' '} {_pad(text, width)}  {value:8.2f}  {ratio:+8.2f}  {_bar(ratio, top)}")
     kind = (trace.baseline or {}).get("kind", "baseline")
     remark = f"LLR = log P(with the picture) - log P(with the baseline: {_safe(str(kind)[:32])})"
-    return [*lines, *more, "", f"  {remark}; * has a token above {_ALPHA:g}"]
+    return [*lines, *more, "", f"  {remark}; * has a token above {ALPHA:g}"]
 
 
 def _bar(value: float, top: float) -> str:
@@ -249,7 +249,7 @@ def _coloured_answer(trace: StoredAnswer) -> str:
             parts.append(f"{lead}{shown}")
             continue
         ratio = float(np.nan_to_num(llr[word.start : word.stop].sum(), nan=0.0, posinf=9.0, neginf=-9.0))
-        marked = bool((llr[word.start : word.stop] > _ALPHA).any())
+        marked = bool((llr[word.start : word.stop] > ALPHA).any())
         strength = min(0.75, abs(ratio) / 6.0)
         colour = "230,110,20" if ratio > 0 else "60,120,220"
         style = f"background:rgba({colour},{strength:.2f});border-radius:.25em;padding:0 .1em"

@@ -1,4 +1,4 @@
-"""The larger parts of a trace: where the image tokens are, attention, and pictures."""
+"""The larger parts of a trace: attention, and images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ __all__ = [
     "PIXELS_PER_BYTE",
     "PIXEL_LIMIT",
     "AttentionRows",
-    "Layout",
     "check_pixels",
     "decode",
     "read_attention",
@@ -51,19 +50,6 @@ _TEXT_MASS = "decoder.attention_text_mass"
 _CROSS = "decoder.cross_attention"
 _WAY_OUT = "the file is damaged or hostile: record it again"
 _TOO_LARGE = "it is hostile, or an image too large for this program: record it with a smaller image"
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where the image tokens are in the prompt, and which part of the picture each stands for."""
-
-    image_positions: np.ndarray
-    """``(image_token,)`` int64: positions in ``input_ids``."""
-    image_index: np.ndarray
-    """``(image_token,)`` int64: the image each token belongs to."""
-    patch_box: np.ndarray | None
-    """``(image_token, 4)`` float32: ``x0, y0, x1, y1`` in original-image pixels."""
-    image_token_id: int | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from lvlm_probe.errors import PointNotFound
 from lvlm_probe.trace import description
-from lvlm_probe.trace.parts import AttentionRows, Layout, check_pixels, decode, read_attention
+from lvlm_probe.trace.parts import AttentionRows, check_pixels, decode, read_attention
 from lvlm_probe.trace.records import FIELDS, PointRecord
 from lvlm_probe.trace.schema import row_key
 from lvlm_probe.trace.stored import StoredAnswer
@@ -44,11 +44,6 @@ class Trace(StoredAnswer):
     def explanations_dir(self) -> Path:
         """Where explanations of this trace are kept: beside it, never in it."""
         return self.path.parent / "explanations"
-
-    @functools.cached_property
-    def layout(self) -> Layout:
-        """Where the image tokens are."""
-        return Layout(self.image_positions, self.image_index, self.patch_box, self.image_token_id)
 
     @property
     def points(self) -> tuple[str, ...]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_type_hints
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from lvlm_probe.trace.fields import Array, Field, Integer, Json, Text
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
 __all__ = [
     "FIELDS",
@@ -29,9 +31,11 @@ __all__ = [
     "MODEL_TEXT",
     "Capture",
     "ImageRecord",
+    "Layout",
     "PointRecord",
     "RowCapture",
     "TraceFields",
+    "TraceLike",
     "default_of",
     "is_recorded",
 ]
@@ -42,6 +46,19 @@ MODEL_JSON = ("config", "generation_config", "versions")
 
 _TRACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 """A trace id names files beside the trace (``explanations/<trace_id>.<method>.h5``): no slash, no leading dot."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the image tokens are in the prompt, and which part of the image each stands for."""
+
+    image_positions: np.ndarray
+    """``(image_token,)`` int64: positions in ``input_ids``."""
+    image_index: np.ndarray
+    """``(image_token,)`` int64: the image each token belongs to."""
+    patch_box: np.ndarray | None
+    """``(image_token, 4)`` float32: ``x0, y0, x1, y1`` in original-image pixels."""
+    image_token_id: int | None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -158,6 +175,11 @@ class TraceFields:
         str | None, Json("error", "text", optional=True, about="what failed, when `status` is `error`")
     ] = None
 
+    @property
+    def layout(self) -> Layout:
+        """Where the image tokens are."""
+        return Layout(self.image_positions, self.image_index, self.patch_box, self.image_token_id)
+
 
 FIELDS: dict[str, Field] = {
     name: hint.__metadata__[0] for name, hint in get_type_hints(TraceFields, include_extras=True).items()
@@ -212,6 +234,35 @@ class RowCapture(TraceFields):
     """Everything that a replay feeds besides ``input_ids``: ``pixel_values``, ``image_grid_thw``, ..."""
     images: list[ImageRecord] = dataclasses.field(default_factory=list)
     points: Mapping[str, PointRecord] = dataclasses.field(default_factory=dict)
+
+
+class TraceLike(Protocol):
+    """What a replay asks of an answer: a ``Trace``, or one that has just been generated. Arrays as in the table."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def trace_id(self) -> str: ...
+    @property
+    def input_ids(self) -> np.ndarray: ...
+    @property
+    def token_ids(self) -> np.ndarray: ...
+    @property
+    def tokens(self) -> Sequence[str]: ...
+    @property
+    def special(self) -> np.ndarray: ...
+    @property
+    def model_kwargs(self) -> Mapping[str, Any]: ...
+    @property
+    def images(self) -> Sequence[Image.Image]: ...
+    @property
+    def processor_call(self) -> Mapping[str, JSON] | None: ...
+    @property
+    def baseline(self) -> Mapping[str, JSON] | None: ...
+    @property
+    def model(self) -> Mapping[str, JSON]: ...
+    @property
+    def layout(self) -> Layout: ...
 
 
 @dataclasses.dataclass
