@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "DAY",
     "NUMBER_DIGITS",
     "NotRegularFile",
     "State",
@@ -49,7 +50,8 @@ NUMBER_DIGITS = 300
 _PART = re.compile(r"\.(?P<pid>\d{1,10})-(?:[0-9a-f]{16}|[0-9a-f]{8})\.part$")
 _NAME_BYTES = 255
 """Longest name of the usual file systems."""
-_DAY = 86_400.0
+DAY = 86_400.0
+"""Seconds after which an unfinished file is nobody's."""
 _TRIES = 16
 
 
@@ -155,7 +157,7 @@ def json_ready(value: Any, *, nonfinite: Callable[[float], Any] = lambda _: None
 # --- what was left behind ---------------------------------------------------------------------------------------------
 
 
-def orphans(folders: Iterable[Path], *, min_age: float = _DAY) -> list[Path]:
+def orphans(folders: Iterable[Path], *, min_age: float = DAY) -> list[Path]:
     """Lists the unfinished files and folders that killed processes left in ``folders``, sorted.
 
     One counts when no process with the number in its name runs on this machine *and* nobody has written to it for
@@ -168,7 +170,7 @@ def orphans(folders: Iterable[Path], *, min_age: float = _DAY) -> list[Path]:
     return sorted(found)
 
 
-def remove_orphans(folders: Iterable[Path], *, min_age: float = _DAY) -> list[Path]:
+def remove_orphans(folders: Iterable[Path], *, min_age: float = DAY) -> list[Path]:
     """Deletes ``orphans(folders)`` and returns what it deleted."""
     removed = []
     for part in orphans(folders, min_age=min_age):

@@ -1,7 +1,7 @@
 """Where things are in a vision-language model: encoders, mergers, decoder, image tokens, pixel inputs.
 
 Found, not listed: the library's own accessors first (``get_encoder``, ``get_decoder``, ``get_image_features``), the
-module graph next. ``families.yaml``, and for families outside transformers their plugin (``adapters``), say only what
+module graph next. ``families.yaml``, and for families outside transformers their plugin (``families``), say only what
 neither can tell.
 """
 
@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import torch
@@ -66,25 +64,12 @@ class Anatomy:
         return not _of_tokens(name) and name.startswith(("pixel_", "image_", "high_res_pixel", "flattened_patches"))
 
 
-@functools.cache
-def _families() -> Mapping[str, Family]:
-    import yaml
-
-    text = resources.files("lvlm_probe").joinpath("families.yaml").read_text(encoding="utf-8")
-    entries: Mapping[str, Mapping[str, Any]] = yaml.safe_load(text) or {}
-    # "outside" is for the table of families alone.
-    return {
-        name: Family(**{key: value for key, value in entry.items() if key != "outside"})
-        for name, entry in entries.items()
-    }
-
-
 def _declared(model: torch.nn.Module) -> Family:
     """What is declared of the model's family, here or by its plugin."""
     if isinstance(model, Driver):
         return model.family
     model_type = str(getattr(getattr(model, "config", None), "model_type", "") or "")
-    return _families().get(model_type) or family_of(model_type) or Family()
+    return family_of(model_type) or Family()
 
 
 def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:

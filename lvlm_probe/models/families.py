@@ -12,9 +12,11 @@ Plugins are loaded when a model's ``model_type`` is not one of transformers' own
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import PluginError
@@ -105,8 +107,24 @@ def register_family(model_type: str, family: Family) -> None:
         )
 
 
+@functools.cache
+def _of_transformers() -> Mapping[str, Family]:
+    """What looking at transformers' own families cannot tell."""
+    import yaml
+
+    text = resources.files("lvlm_probe").joinpath("families.yaml").read_text(encoding="utf-8")
+    entries: Mapping[str, Mapping[str, Any]] = yaml.safe_load(text) or {}
+    # "outside" is for the table of families alone.
+    return {
+        name: Family(**{key: value for key, value in entry.items() if key != "outside"})
+        for name, entry in entries.items()
+    }
+
+
 def family_of(model_type: str) -> Family | None:
     """The declared family of a ``model_type``. Loads plugins where it is neither transformers' own nor known yet."""
+    if known := _of_transformers().get(model_type):
+        return known
     if model_type and model_type not in _FAMILIES and not built_in(model_type):
         load_plugins()
     return _FAMILIES.get(model_type)

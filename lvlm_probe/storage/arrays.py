@@ -68,9 +68,7 @@ def read_arrays(
         if not isinstance(attrs, dict):
             raise file.error("attrs", f"settings by name are expected, this is a {type(attrs).__name__}")
         arrays: dict[str, np.ndarray] = {}
-        for name in file.names("arrays"):
-            if re.fullmatch(NAME, name) is None:
-                raise file.error("arrays", f"{name[:64]!r} is not a name (letters, digits, '_', '-', '.')")
+        for name in file.named("arrays"):
             key = f"arrays/{name}"
             arrays[name] = file.array(key)
             if file.text(key, "dtype", "") == "bool":

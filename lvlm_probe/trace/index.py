@@ -27,7 +27,7 @@ from lvlm_probe.files import causes, read_small, write_whole
 from lvlm_probe.storage.reading import SealedFile, open_sealed
 from lvlm_probe.storage.seal import trace_error
 from lvlm_probe.trace.records import FIELDS
-from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, named_members, row_count, row_key
+from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, row_count, row_key
 
 if TYPE_CHECKING:
     from lvlm_probe.trace.reader import Trace
@@ -104,7 +104,7 @@ def _summary(path: Path, file: SealedFile, row: int, created: str, model: str) -
         steps=sizes["T"],
         image_tokens=sizes["N"],
         has_llr=file.has(f"{base}/{FIELDS['baseline_log_probs'].key}"),
-        points=named_members(file, f"{base}/points"),
+        points=tuple(file.named(f"{base}/points")),
     )
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
-from lvlm_probe.storage.encoding import NAME
 from lvlm_probe.storage.reading import SealedFile
 from lvlm_probe.trace.records import FIELDS, MODEL_TEXT
 
@@ -18,7 +16,6 @@ __all__ = [
     "ROW_LIMIT",
     "PointHeader",
     "RowHeader",
-    "named_members",
     "row_count",
     "row_key",
     "validate",
@@ -114,22 +111,13 @@ def validate_row(file: SealedFile, row: int) -> RowHeader:
         if not field.is_attribute and not (field.optional and not file.has(f"{base}/{field.key}")):
             nbytes += field.check(file, base, sizes)
     attributes = {name: field.read(file, base, sizes) for name, field in FIELDS.items() if field.is_attribute}
-    kwargs = named_members(file, f"{base}/inputs/model_kwargs")
-    points = tuple(_point(file, base, name, sizes) for name in named_members(file, f"{base}/points"))
+    kwargs = tuple(file.named(f"{base}/inputs/model_kwargs"))
+    points = tuple(_point(file, base, name, sizes) for name in file.named(f"{base}/points"))
     image_sizes, mimes, image_bytes = _images(file, base)
     sizes["images"] = len(image_sizes) or 2**31
     nbytes += image_bytes + sum(point.nbytes for point in points)
     nbytes += sum(file.checked(f"{base}/inputs/model_kwargs/{name}").nbytes for name in kwargs)
     return RowHeader(attributes, sizes, image_sizes, mimes, image_bytes, kwargs, points, nbytes)
-
-
-def named_members(file: SealedFile, key: str) -> tuple[str, ...]:
-    """Returns the names in a group, sorted; each may be part of a path. Raises ``TraceError``."""
-    names = file.names(key)
-    for name in names:
-        if re.fullmatch(NAME, name) is None:
-            raise file.error(key, f"{name[:64]!r} is not a name (letters, digits, '_', '-', '.')")
-    return tuple(names)
 
 
 def _images(file: SealedFile, base: str) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...], int]:

@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 import report_samples
 import torch
-from forgery import metadata_blocks, mutate, mutate_metadata
+from forgery import metadata_blocks, mutate, mutate_metadata, write_seal
 from trace_samples import sample_capture, sample_image
 
 import lvlm_probe as probe
@@ -31,7 +31,6 @@ from campaigns.forked import Limits, in_forks
 from campaigns.tally import Campaign, Tally
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.storage.seal import write_seal
 from lvlm_probe.trace import Trace, open_store, open_trace, write
 
 __all__ = ["CAMPAIGNS", "damaged", "files", "odd_json"]

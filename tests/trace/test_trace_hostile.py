@@ -21,7 +21,7 @@ import file_campaign
 import h5py
 import numpy as np
 import pytest
-from forgery import lookup3, metadata_blocks
+from forgery import lookup3, metadata_blocks, write_seal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,7 +29,7 @@ from trace_samples import sample_capture
 
 from lvlm_probe.errors import TraceError
 from lvlm_probe.storage.reading import SealedFile
-from lvlm_probe.storage.seal import BLOCK_BYTES, write_seal
+from lvlm_probe.storage.seal import BLOCK_BYTES
 from lvlm_probe.trace import open_store, open_trace, write
 
 ROW = "traces/000000"
