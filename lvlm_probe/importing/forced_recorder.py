@@ -60,9 +60,7 @@ class ForcedRecorder(GenerationRecorder):
 
     def player(self, row: RowCapture) -> Replay:
         """The row on the live model."""
-        return Replay(
-            LiveTrace(row, self._images[row.trace_id]), self.model, self.processor, check_pixels=False
-        )  # fmt: skip
+        return Replay(LiveTrace(row, self._images[row.trace_id]), self.model, self.processor, check_pixels=False)
 
     def finish(self, output: Any) -> Capture:
         capture = super().finish(output)
@@ -135,9 +133,14 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
     owner = probe.attachment
     faults: list[str] = []
     recorder = ForcedRecorder(
-        owner.model, owner.processor, owner.anatomy, owner.watch, options,
-        lambda name, error: faults.append(f"{name}: {error}"), owner.boxes,
-    )  # fmt: skip
+        owner.model,
+        owner.processor,
+        owner.anatomy,
+        owner.watch,
+        options,
+        lambda name, error: faults.append(f"{name}: {error}"),
+        owner.boxes,
+    )
     limit = _positions(owner.model)
     try:
         _check_length(len(images), limit, "pictures, of a token each at least")

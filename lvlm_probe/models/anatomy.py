@@ -41,9 +41,9 @@ class Anatomy:
         mergers: paths of the modules that turn encoder outputs into image-token embeddings.
         decoder: path of the language model (``""`` when the model is its own decoder).
         image_token_id: id of the placeholder token that image features replace, ``None`` where the prompt holds none.
-        pixel_names: names of the ``generate`` arguments that carry the picture, as far as the model's signatures tell.
+        pixel_names: names of the ``generate`` arguments that carry the image, as far as the model's signatures tell.
         answer_token_type: token type of answer tokens in a teacher-forced pass.
-        encoder_decoder: the prompt and its pictures go into an encoder, and the answer is the decoder's sequence.
+        encoder_decoder: the prompt and its images go into an encoder, and the answer is the decoder's sequence.
         token_boxes: where image tokens lie, as the family's plugin says; ``None``: the model is asked.
     """
 
@@ -57,10 +57,10 @@ class Anatomy:
     token_boxes: TokenBoxes | None = None
 
     def is_pixel_name(self, name: str) -> bool:
-        """Whether a ``generate`` argument carries the picture (pixels, grids, sizes, pixel masks)."""
+        """Whether a ``generate`` argument carries the image (pixels, grids, sizes, pixel masks)."""
         if name in self.pixel_names:
             return True
-        # A mask of images has an entry per token of the prompt: which picture it sees, or is a part of.
+        # A mask of images has an entry per token of the prompt: which image it sees, or is a part of.
         return not _of_tokens(name) and name.startswith(("pixel_", "image_", "high_res_pixel", "flattened_patches"))
 
 

@@ -33,9 +33,9 @@ class Places:
     """Where tokens are.
 
     Attributes:
-        boxes: ``(token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the original picture; all 0 for a token without
+        boxes: ``(token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the original image; all 0 for a token without
             pixels (a newline, padding).
-        images: ``(token,)`` int64, the picture of each; -1 for a token without pixels.
+        images: ``(token,)`` int64, the image of each; -1 for a token without pixels.
     """
 
     boxes: np.ndarray
@@ -44,7 +44,7 @@ class Places:
 
 TokenBoxes = Callable[[Any, "np.ndarray"], "Places | None"]
 """``(replay, positions) -> Places``: where the tokens at ``positions`` ``(token,)`` of the prompt lie in the original
-pictures (``replay.image_sizes``); a token without pixels has box 0 and image −1. ``None``: not known here, find out."""
+images (``replay.image_sizes``); a token without pixels has box 0 and image −1. ``None``: not known here, find out."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Family:
         decoder: Module path of the language model.
         image_token: Id of the placeholder that image features replace; ``"none"`` where the prompt holds none.
         answer_token_type: Token type of answer tokens in a teacher-forced pass.
-        pixel_names: Further arguments of ``generate`` that carry the picture.
+        pixel_names: Further arguments of ``generate`` that carry the image.
         token_boxes: Where image tokens lie, see ``TokenBoxes``.
         unsupported: Why models of the family cannot be probed; ``attach`` refuses with this sentence.
     """

@@ -2,7 +2,7 @@
 
 * :mod:`~lvlm_probe.storage.seal`: the head of a file, and the one way files are written
 * :mod:`~lvlm_probe.storage.encoding`: arrays, tensors, text and JSON as HDF5 members
-* :mod:`~lvlm_probe.storage.reading`: reading files that nobody vouches for
+* :mod:`~lvlm_probe.storage.reading`: reading untrusted files
 * :mod:`~lvlm_probe.storage.arrays`: files of named arrays, for explanations
 """
 

@@ -154,7 +154,7 @@ def json_text(name: str, value: JSON, *, limit: int = JSON_LIMIT) -> str:
 
 
 def parse_json(data: bytes) -> JSON:
-    """Parses JSON that nobody vouches for, as RFC 8259 has it and no further.
+    """Parses untrusted JSON, as RFC 8259 has it and no further.
 
     Raises ``ValueError`` for NaN and infinity (also as ``1e999``), integers of more than ``NUMBER_DIGITS`` digits, a
     name that an object has twice, more than ``JSON_DEPTH`` levels, and text that is no UTF-8 or no JSON.

@@ -146,7 +146,7 @@ def _words(trace: StoredAnswer) -> list[str]:
     log_probs = [float(trace.log_probs[word.start : word.stop].sum()) for word in words]
     if llr is None:
         rows = [f"  {_pad(text, width)}  {value:8.2f}" for text, value in zip(shown, log_probs, strict=True)]
-        remark = "no LLR: the pass with the baseline picture was deferred"
+        remark = "no LLR: the pass with the baseline image was deferred"
         return [f"  {_pad('word', width)}  {'log P':>8}", *rows, *more, "", f"  {remark}"]
     ratios = [float(llr[word.start : word.stop].sum()) for word in words]
     chosen = [bool((llr[word.start : word.stop] > ALPHA).any()) for word in words]
@@ -155,7 +155,7 @@ def _words(trace: StoredAnswer) -> list[str]:
     for text, value, ratio, marked in zip(shown, log_probs, ratios, chosen, strict=True):
         lines.append(f"{'*' if marked else ' '} {_pad(text, width)}  {value:8.2f}  {ratio:+8.2f}  {_bar(ratio, top)}")
     kind = (trace.baseline or {}).get("kind", "baseline")
-    remark = f"LLR = log P(with the picture) - log P(with the baseline: {_safe(str(kind)[:32])})"
+    remark = f"LLR = log P(with the image) - log P(with the baseline: {_safe(str(kind)[:32])})"
     return [*lines, *more, "", f"  {remark}; * has a token above {ALPHA:g}"]
 
 
@@ -216,14 +216,14 @@ def _size(nbytes: int) -> str:
 
 
 def to_html(trace: StoredAnswer) -> str:
-    """Returns a small self-contained card: the picture, the question, the answer coloured by LLR. Readable on dark."""
+    """Returns a small self-contained card: the image, the question, the answer coloured by LLR. Readable on dark."""
     asked = _cut(trace.question, _CARD_TEXT_SHOWN) if trace.question is not None else trace.prompt[:400]
     question = html.escape(_safe(asked))
     facts = [trace.status, _model(trace), f"{trace.header.steps} tokens", _size(trace.nbytes)]
     details = " · ".join(html.escape(_safe(_cut(str(fact), 400))) for fact in facts if fact)
     remark = "colour: log-likelihood ratio of each word; underlined: above 1"
     if trace.llr is None:
-        remark = "no log-likelihood ratios: the pass with the baseline picture was deferred"
+        remark = "no log-likelihood ratios: the pass with the baseline image was deferred"
     return (
         '<div style="display:flex;gap:1em;align-items:flex-start;font-family:system-ui,sans-serif;max-width:60em">'
         f"{_thumbnail(trace)}<div>"

@@ -144,7 +144,7 @@ class Index:
         return rows
 
     def save(self) -> None:
-        """Keep what was asked for, and nothing else, for the next time; without a word where it cannot be kept."""
+        """Keep what was asked for, and nothing else, for the next time; nothing where it cannot be kept."""
         if not self._changed and len(self._entries) == len(self._stored):
             return
         lines = []

@@ -54,7 +54,7 @@ _TOO_LARGE = "it is hostile, or an image too large for this program: record it w
 
 @dataclasses.dataclass(frozen=True)
 class AttentionRows:
-    """Attention of the answer's tokens to the image tokens, inside the language model; or to the picture's states,
+    """Attention of the answer's tokens to the image tokens, inside the language model; or to the image's states,
     where they reach it by cross-attention and the prompt holds no image tokens."""
 
     values: np.ndarray
@@ -140,7 +140,7 @@ def decode(record: ImageRecord, path: Path, key: str) -> Image.Image:
 
 
 def thumbnail(record: ImageRecord, path: Path, key: str, *, side: int) -> Image.Image | None:
-    """Decodes an image to RGB for a picture of at most ``side`` pixels; None where that takes much memory.
+    """Decodes an image to RGB for a thumbnail of at most ``side`` pixels; None where that takes much memory.
 
     Raises ``TraceError`` where ``decode`` would.
     """
