@@ -22,6 +22,7 @@ from lvlm_probe.storage.reading import SealedFile
 __all__ = ["Array", "Field", "Integer", "Json", "Text"]
 
 _IN_MEMORY = {"i4": "int64", "f4": "float32", "u1": "bool"}
+_BEYOND = {"P": "it points outside the prompt:", "images": "it names images"}
 _JSON = {"text": str, "object": dict, "list of texts": list}
 
 
@@ -50,6 +51,11 @@ class Field:
     def described(self) -> tuple[str, str]:
         """Type and shape on disk, as ``SPEC.md`` has them."""
         return type(self).__name__.lower(), ""
+
+    @property
+    def sentence(self) -> str:
+        """What it is, for the documentation of the attribute of ``Trace``."""
+        return f"{self.about[0].upper()}{self.about[1:]}."
 
     def put(self, trace: h5py.Group, value: Any) -> None:
         """Write a value. Raises ``TypeError`` or ``ValueError`` for one that cannot be kept."""
@@ -114,16 +120,20 @@ class Integer(Field):
 class Array(Field):
     """An array of numbers: dtype on disk, and sizes by letter or number (``"N, 4"``).
 
-    ``below`` is for indices: the letter of the size that they stay below, and the words for those that do not.
+    ``below`` is for indices: the letter of the size that they stay below.
     """
 
     dtype: str
     shape: str
-    below: tuple[str, str] | None = None
+    below: str = ""
 
     @property
     def described(self) -> tuple[str, str]:
         return self.dtype, f"({self.shape})"
+
+    @property
+    def sentence(self) -> str:
+        return f"{super().sentence[:-1]}, ``({self.shape})`` {_IN_MEMORY[self.dtype]}."
 
     def put(self, trace: h5py.Group, value: Any) -> None:
         array = np.asarray(value)
@@ -144,11 +154,10 @@ class Array(Field):
     def read(self, file: SealedFile, base: str, sizes: dict[str, int]) -> np.ndarray:
         key = f"{base}/{self.key}"
         array: np.ndarray = file.array(key).astype(_IN_MEMORY[self.dtype])
-        if self.below is not None and array.size:
-            letter, words = self.below
-            low, high, size = array.min(), array.max(), sizes[letter]
+        if self.below and array.size:
+            low, high, size = array.min(), array.max(), sizes[self.below]
             if low < 0 or high >= size:
-                raise file.error(key, f"{words} {low} to {high} of {size}")
+                raise file.error(key, f"{_BEYOND[self.below]} {low} to {high} of {size}")
         array.flags.writeable = False  # cached, and shared by everyone who asks
         return array
 

@@ -100,27 +100,14 @@ class TraceFields:
         ),
     ] = None
     image_positions: Annotated[
-        np.ndarray,
-        Array(
-            "layout/image_positions",
-            "i4",
-            "N",
-            ("P", "it points outside the prompt:"),
-            about="indices into `inputs/input_ids`",
-        ),
+        np.ndarray, Array("layout/image_positions", "i4", "N", below="P", about="indices into `inputs/input_ids`")
     ] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     image_token_id: Annotated[
         int | None, Integer("layout@image_token_id", optional=True, about="the id at these positions, where it is one")
     ] = None
     image_index: Annotated[
         np.ndarray,
-        Array(
-            "layout/image_index",
-            "i4",
-            "N",
-            ("images", "it names images"),
-            about="which image each image token belongs to",
-        ),
+        Array("layout/image_index", "i4", "N", below="images", about="which image each image token belongs to"),
     ] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     patch_box: Annotated[
         np.ndarray | None,
@@ -130,8 +117,7 @@ class TraceFields:
         np.ndarray, Array("output/token_ids", "i4", "T", about="the generated tokens, special ones included")
     ]
     tokens: Annotated[
-        list[str],
-        Json("output/pieces", "list of texts", "T", about="their display texts; joined, they are the answer"),
+        list[str], Json("output/pieces", "list of texts", "T", about="their display texts; joined, they are the answer")
     ]
     special: Annotated[
         np.ndarray, Array("output/special", "u1", "T", about="1 for a special token: end of turn, padding, ...")
@@ -147,13 +133,7 @@ class TraceFields:
     ] = "generation"
     baseline_log_probs: Annotated[
         np.ndarray | None,
-        Array(
-            "output/baseline_log_probs",
-            "f4",
-            "T",
-            optional=True,
-            about="`log P(a_t)` with the baseline images; absent when deferred",
-        ),
+        Array("output/baseline_log_probs", "f4", "T", optional=True, about="`log P(a_t)` with the baseline images"),
     ] = None
     baseline: Annotated[
         dict[str, JSON] | None,
@@ -165,8 +145,7 @@ class TraceFields:
         ),
     ] = None
     notes: Annotated[
-        list[str],
-        Json("notes", "list of texts", optional=True, about="what was not recorded and why, in sentences"),
+        list[str], Json("notes", "list of texts", optional=True, about="what was not recorded and why, in sentences")
     ] = dataclasses.field(default_factory=list)
     meta: Annotated[dict[str, JSON], Json("meta", "object", optional=True, about="the user's own")] = dataclasses.field(
         default_factory=dict

@@ -173,7 +173,7 @@ def _reading(name: str) -> functools.cached_property[Any]:
                 return default_of(name)
             return field.read(file, base, answer.header.sizes)
 
-    read.__doc__ = f"{field.about[0].upper()}{field.about[1:]}."
+    read.__doc__ = field.sentence
     attribute = functools.cached_property(read)
     attribute.__set_name__(StoredAnswer, name)
     return attribute
