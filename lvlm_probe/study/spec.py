@@ -347,9 +347,11 @@ class _Reader:
         values = {"method": self.plain(node)} if _is_text(node) else self.values(node, MethodSpec, f"method {name}")
         spec = MethodSpec(name, **{"method": name, **values})
         if spec.tokens not in TOKEN_RULES:
-            raise self.wrong(key, f"method {name}: tokens is one of {', '.join(TOKEN_RULES)}, not {_short(spec.tokens)}")
+            what = f"method {name}: tokens is one of {', '.join(TOKEN_RULES)}, not {_short(spec.tokens)}"
+            raise self.wrong(key, what)
         if spec.behaviour not in BEHAVIOURS:
-            raise self.wrong(key, f"method {name}: behaviour is {' or '.join(BEHAVIOURS)}, not {_short(spec.behaviour)}")
+            what = f"method {name}: behaviour is {' or '.join(BEHAVIOURS)}, not {_short(spec.behaviour)}"
+            raise self.wrong(key, what)
         from lvlm_probe.explainers import methods
         from lvlm_probe.explainers.registry import check_parameters, find
 
