@@ -183,7 +183,7 @@ class _Importer:
             return self._take(row, places, options)
 
     def _take(self, row: AnswerRow, places: list[Path], options: RecordOptions) -> ImportedAnswer | None:
-        description = self._probe.attachment.describe_model()
+        description = self._probe._attachment.describe_model()
         key = _key(row, str(description["fingerprint"]))
         self._seen[key] = copies = self._seen.get(key, 0) + 1
         self._look()

@@ -60,7 +60,9 @@ class ForcedRecorder(GenerationRecorder):
 
     def player(self, row: RowCapture) -> Replay:
         """The row on the live model."""
-        return Replay(LiveTrace(row, self._images[row.trace_id]), self.model, self.processor, check_pixels=False)
+        return Replay(
+            LiveTrace(row, self._images[row.trace_id]), self.model, self.processor, check_pixels=False
+        )  # fmt: skip
 
     def finish(self, output: Any) -> Capture:
         capture = super().finish(output)
@@ -130,17 +132,12 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
         BadRow: the answer does not fit the model: the reason.
         ProbeError: the model or its processor cannot be replayed.
     """
-    owner = probe.attachment
+    owner = probe._attachment
     faults: list[str] = []
     recorder = ForcedRecorder(
-        owner.model,
-        owner.processor,
-        owner.anatomy,
-        owner.watch,
-        options,
-        lambda name, error: faults.append(f"{name}: {error}"),
-        owner.boxes,
-    )
+        owner.model, owner.processor, owner.anatomy, owner.watch, options,
+        lambda name, error: faults.append(f"{name}: {error}"), owner.boxes,
+    )  # fmt: skip
     limit = _positions(owner.model)
     try:
         _check_length(len(images), limit, "pictures, of a token each at least")

@@ -71,7 +71,7 @@ class Recording:
         faults: what went wrong inside hooks, as sentences; the user's generation was not affected.
     """
 
-    def __init__(self, attachment: Attachment, directory: Path, options: RecordOptions, probe: Probe) -> None:
+    def __init__(self, attachment: _Attachment, directory: Path, options: RecordOptions, probe: Probe) -> None:
         self.directory = directory
         self.paths: list[Path] = []
         self.faults: list[str] = []
@@ -225,7 +225,7 @@ class _Once:
         return self.output
 
 
-class Attachment:
+class _Attachment:
     """Everything that hangs on the model. It knows nothing of the ``Probe``, so that dropping the probe detaches.
 
     ``recording`` and ``masking`` are for every caller of the model, in whatever thread or task; what a ``generate()``
@@ -323,13 +323,13 @@ class Probe:
         self.model, self.processor = model, processor
         inner = probed_model(inner, processor)
         self.anatomy = examine(inner, processor)
-        self.attachment = Attachment(inner, processor, self.anatomy)
+        self._attachment = _Attachment(inner, processor, self.anatomy)
         try:
-            self.attachment.open()
+            self._attachment.open()
         except BaseException:
-            self.attachment.close()
+            self._attachment.close()
             raise
-        self._finalizer = weakref.finalize(self, self.attachment.close)
+        self._finalizer = weakref.finalize(self, self._attachment.close)
 
     def record(
         self,
@@ -379,7 +379,7 @@ class Probe:
         options = RecordOptions(
             images, llr, attention, boxes, heads, baseline, tuple(points), question, dict(meta or {})
         )
-        return Recording(self.attachment, directory, options, self)
+        return Recording(self._attachment, directory, options, self)
 
     @contextmanager
     def masked(
@@ -411,12 +411,12 @@ class Probe:
             raise MaskError("a mask is a floating-point tensor with values in [0, 1]")
         if space not in ("picture", "pixels"):
             raise MaskError(f"space is 'picture' or 'pixels'; got {space!r}")
-        if self.attachment.closed:
+        if self._attachment.closed:
             raise AttachError("the probe was detached; attach again")
-        before = self.attachment.masking
-        self.attachment.masking = Masking(
+        before = self._attachment.masking
+        self._attachment.masking = Masking(
             self.processor,
-            self.attachment.watch,
+            self._attachment.watch,
             self.anatomy,
             mask,
             images=images,
@@ -428,7 +428,7 @@ class Probe:
         try:
             yield
         finally:
-            self.attachment.masking = before
+            self._attachment.masking = before
 
     def detach(self) -> None:
         """Remove everything this probe hung on the model and its processor; calling it again does nothing."""
@@ -437,7 +437,7 @@ class Probe:
     @property
     def attached(self) -> bool:
         """Whether the probe is still attached."""
-        return not self.attachment.closed
+        return not self._attachment.closed
 
     def __enter__(self) -> Probe:
         return self

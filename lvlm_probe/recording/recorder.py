@@ -60,11 +60,11 @@ from lvlm_probe.replaying.answer_source import LiveTrace
 from lvlm_probe.replaying.hidden_states import point_records
 from lvlm_probe.replaying.teacher_forcing import list_inputs
 from lvlm_probe.trace.records import Capture, RowCapture
-from lvlm_probe.words import ALPHA
 
 __all__ = ["GenerationRecorder", "RecordOptions"]
 
 _BOXES_KEPT = 64
+_ALPHA = 1.0  # LLR above which a token counts when the baseline is checked; the paper's default
 
 
 @dataclass(frozen=True)
@@ -396,7 +396,7 @@ class GenerationRecorder:
                 continue
             player = player.over(self.options.baseline)
             llr = torch.as_tensor(row.log_probs) - player.baseline_log_probs
-            selected = ((llr > ALPHA) & ~player.special).nonzero()[:, 0].tolist()
+            selected = ((llr > _ALPHA) & ~player.special).nonzero()[:, 0].tolist()
             player = player.strengthened(selected)
             row.baseline_log_probs = player.baseline_log_probs.numpy()
             row.baseline = dict(player.baseline)

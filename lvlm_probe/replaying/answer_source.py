@@ -21,7 +21,8 @@ from lvlm_probe.replaying.teacher_forcing import input_device
 if TYPE_CHECKING:
     from PIL import Image
 
-    from lvlm_probe.trace.records import RowCapture, TraceLike
+    from lvlm_probe.trace import Trace
+    from lvlm_probe.trace.records import RowCapture
 
 __all__ = ["LiveTrace", "image_processor_of", "recorded_path", "watched_method"]
 
@@ -65,7 +66,7 @@ class LiveTrace:
 
 
 def recorded_path(
-    trace: TraceLike, pixels: dict[str, torch.Tensor], processor: object | None, model: torch.nn.Module, *,
+    trace: Trace | LiveTrace, pixels: dict[str, torch.Tensor], processor: object | None, model: torch.nn.Module, *,
     check: bool,
 ) -> tuple[ImagePath | PixelPath, dict[str, Any]]:  # fmt: skip
     """How masks reach the pixel inputs of ``trace``, over the baseline it was recorded with, and that baseline."""
@@ -116,7 +117,7 @@ def _told(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
 
 
-def _since(trace: TraceLike, image_processor: Any) -> str:
+def _since(trace: Trace | LiveTrace, image_processor: Any) -> str:
     """What of all that decides a pixel's value is another than at the recording, in brackets; empty where nothing is
     known to be."""
     call, recorded = trace.processor_call or {}, trace.model.get("versions") or {}

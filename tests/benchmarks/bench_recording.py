@@ -213,7 +213,7 @@ def measure(model: Any, processor: Any, edge: int, *, rounds: int, tokens: int, 
 
     def recorded(kind: str, of: Any, timed: Callable[[Callable[..., Any]], None]) -> None:
         with probe.attach(of, processor) as attached:
-            attachment = attached.attachment
+            attachment = attached._attachment
             given = inputs(of)
             with attached.record(directory / kind.replace(" ", "-"), **KINDS[kind]):
                 started = time.thread_time()

@@ -433,7 +433,7 @@ def test_a_copy_of_a_watched_processor_is_not_watched(tmp_path):
         other.image_processor.image_mean = [0.0, 0.0, 0.0]
         mine, theirs, loaded = (ask("llava", model, one)["pixel_values"] for one in (processor, other, third))
         assert torch.equal(mine, loaded) and not torch.equal(mine, theirs)
-        assert len(p.attachment.watch) == 1
+        assert len(p._attachment.watch) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- half precision

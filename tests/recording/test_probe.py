@@ -15,7 +15,7 @@ from transformers import TextStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lvlm_probe as probe
-from lvlm_probe.recording.probe import Attachment
+from lvlm_probe.recording.probe import _Attachment
 from lvlm_probe.recording.recorder import GenerationRecorder
 
 
@@ -514,7 +514,7 @@ FAULTS = {
     "attention": ("lvlm_probe.attention.RowTap", "_read"),
     "collect": ("lvlm_probe.attention.RowTap", "collect"),
     "watch": ("lvlm_probe.recording.processor_watch.ProcessorWatch", "add"),
-    "describe": (Attachment, "describe_model"),
+    "describe": (_Attachment, "describe_model"),
     "write": ("lvlm_probe.recording.probe", "write"),
 }
 
