@@ -65,7 +65,7 @@ MOVED = {
     "format.encoding": "storage.encoding",
     "format.reading": "storage.reading",
     "format.records": "trace.records storage.encoding",
-    "format.schema": "trace.schema",
+    "format.schema": "trace.schema trace.records",
     "format.seal": "storage.seal",
     "geometry": "images.tracing images.positions images.composite",
     "geometry.blend": "images.composite",

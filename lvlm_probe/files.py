@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, opened only where they are regular, and told of in true words.
+"""Files on disk: written whole or not at all, opened only where they are regular; values as JSON.
 
 A file is written beside its place under a name of its own, which ends in ``.part`` and is made with ``O_EXCL``, so that
 neither another process, nor another machine on a shared disk, nor a link that somebody planted can stand there. When it
@@ -15,19 +15,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 __all__ = [
+    "DAY",
+    "NUMBER_DIGITS",
     "NotRegularFile",
     "State",
     "causes",
+    "json_ready",
     "open_regular",
     "orphans",
     "part_beside",
@@ -40,10 +45,13 @@ __all__ = [
 State = tuple[int, int, int]
 """Inode, bytes, and time of change in ns: what differs when another file was put in a file's place."""
 
+NUMBER_DIGITS = 300
+"""Digits of an integer in JSON: more than 308 would not fit into a float."""
 _PART = re.compile(r"\.(?P<pid>\d{1,10})-(?:[0-9a-f]{16}|[0-9a-f]{8})\.part$")
 _NAME_BYTES = 255
 """Longest name of the usual file systems."""
-_DAY = 86_400.0
+DAY = 86_400.0
+"""Seconds after which an unfinished file is nobody's."""
 _TRIES = 16
 
 
@@ -118,10 +126,38 @@ def _fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+# --- as JSON ----------------------------------------------------------------------------------------------------------
+
+
+def json_ready(value: Any, *, nonfinite: Callable[[float], Any] = lambda _: None) -> Any:
+    """Return a value as JSON has it: None, bool, text, a number, a list, or a dict with text for keys.
+
+    Arrays and tensors become lists, sets sorted lists, and what JSON has nothing for its text.
+
+    Args:
+        value: as models and users keep it in their settings.
+        nonfinite: what NaN and the infinities become; null unless said otherwise.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value) if abs(value) < 10 ** (NUMBER_DIGITS - 1) else hex(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else nonfinite(float(value))
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item, nonfinite=nonfinite) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return json_ready(value.tolist(), nonfinite=nonfinite)
+    if isinstance(value, Iterable) and not isinstance(value, bytes):
+        made = [json_ready(item, nonfinite=nonfinite) for item in value]
+        return sorted(made, key=str) if isinstance(value, set | frozenset) else made
+    return str(value)
+
+
 # --- what was left behind ---------------------------------------------------------------------------------------------
 
 
-def orphans(folders: Iterable[Path], *, min_age: float = _DAY) -> list[Path]:
+def orphans(folders: Iterable[Path], *, min_age: float = DAY) -> list[Path]:
     """Lists the unfinished files and folders that killed processes left in ``folders``, sorted.
 
     One counts when no process with the number in its name runs on this machine *and* nobody has written to it for
@@ -134,7 +170,7 @@ def orphans(folders: Iterable[Path], *, min_age: float = _DAY) -> list[Path]:
     return sorted(found)
 
 
-def remove_orphans(folders: Iterable[Path], *, min_age: float = _DAY) -> list[Path]:
+def remove_orphans(folders: Iterable[Path], *, min_age: float = DAY) -> list[Path]:
     """Deletes ``orphans(folders)`` and returns what it deleted."""
     removed = []
     for part in orphans(folders, min_age=min_age):

@@ -19,7 +19,6 @@ import contextlib
 import glob
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.explainers import explain
 from lvlm_probe.explainers.registry import Progress
-from lvlm_probe.files import causes, read_small, write_whole
+from lvlm_probe.files import causes, json_ready, read_small, write_whole
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.trace import Trace, open_trace
@@ -46,7 +45,6 @@ __all__ = [
     "explain_one",
     "find_maps",
     "is_map",
-    "json_ready",
     "not_made",
     "read_record",
     "reason_of",
@@ -97,18 +95,6 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON record, whole or not at all; NaN and infinity become ``null``. Raises ``OSError``."""
     text = json.dumps(json_ready(record), sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False)
     write_whole(path, text + "\n")
-
-
-def json_ready(value: Any) -> Any:
-    """Return a value as JSON holds it: tuples as lists, numbers of NumPy and torch as Python's, NaN and infinity as
-    ``None``."""
-    if isinstance(value, Mapping):
-        return {str(key): json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_ready(item) for item in value]
-    if hasattr(value, "item") and not isinstance(value, str | bytes):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ----------------------------------------------------------------------------------------------------------------- maps

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lvlm_probe.errors import SelectionError
-from lvlm_probe.words import group_words
+from lvlm_probe.words import ALPHA, group_words
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -141,7 +141,7 @@ class TokenSelection:
 def select_tokens(
     replay: Replay | Trace,
     *,
-    alpha: float = 1.0,
+    alpha: float = ALPHA,
     rule: Literal["llr", "joint"] = "llr",
     words: str | Sequence[str] | None = None,
     span: tuple[int, int] | None = None,

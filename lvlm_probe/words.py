@@ -16,7 +16,10 @@ import dataclasses
 import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["Word", "group_words"]
+__all__ = ["ALPHA", "Word", "group_words"]
+
+ALPHA = 1.0
+"""LLR above which a token of the answer is the image's doing, nats (paper, Eq. 6)."""
 
 _LETTER, _SIGN, _IDEOGRAPH, _SPACE = "letter", "sign", "ideograph", "space"
 _JOINS_LETTERS = frozenset("'’-‐‑")

@@ -168,7 +168,7 @@ def _fault(path: Path) -> str | None:
             attention = row.points["decoder.attention"].values
             same = (
                 trace.trace_id == row.trace_id
-                and trace.tokens == row.pieces
+                and trace.tokens == row.tokens
                 and trace.prompt == row.prompt
                 and np.array_equal(trace.log_probs, row.log_probs)
                 and np.array_equal(trace.baseline_log_probs, row.baseline_log_probs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 from lvlm_probe.storage.seal import BLOCK_BYTES
 
@@ -106,9 +107,14 @@ def _rotate(value: int, bits: int) -> int:
     return ((value << bits) | (value >> (32 - bits))) & _MASK
 
 
-def resealed(data: bytes) -> bytes:
-    """The same content with a seal that fits its length and hash; kind and version as they were."""
-    first = data[:BLOCK_BYTES].split(b"\n")[0]
+def write_seal(path: Path, kind: str, version: str) -> None:
+    """Seals a file with a user block for what is in it now."""
+    path.write_bytes(resealed(path.read_bytes(), f"{kind} {version}".encode("ascii")))
+
+
+def resealed(data: bytes, first: bytes | None = None) -> bytes:
+    """The same content with a seal that fits its length and hash; kind and version as they were, unless given."""
+    first = data[:BLOCK_BYTES].split(b"\n")[0] if first is None else first
     digest = hashlib.sha256(data[BLOCK_BYTES:]).hexdigest()
     head = first + f"\nbytes {len(data)}\nsha256 {digest}\n".encode("ascii")
     return head.ljust(BLOCK_BYTES - 1, b" ") + b"\n" + data[BLOCK_BYTES:]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
 import resource
 import subprocess
@@ -10,10 +12,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from lvlm_probe import files
-from lvlm_probe.files import NotRegularFile, causes, open_regular, orphans, part_beside, read_small, remove_orphans
+from lvlm_probe.files import (
+    NotRegularFile,
+    causes,
+    json_ready,
+    open_regular,
+    orphans,
+    part_beside,
+    read_small,
+    remove_orphans,
+)
 from lvlm_probe.files import write_whole as write
 
 
@@ -143,3 +156,28 @@ def test_every_failure_has_its_own_words(error: BaseException, words: str) -> No
     assert words in what
     assert "record it again" not in way_out
     assert way_out
+
+
+@pytest.mark.quick
+def test_whatever_a_user_keeps_in_settings_becomes_json() -> None:
+    class Odd:
+        def __str__(self) -> str:
+            return "odd"
+
+    value = {
+        1: (True, None, "é"),
+        "numbers": [1, 2.5, math.nan, -math.inf, 10**400],
+        "numpy": [np.float32(0.5), np.int64(3), np.bool_(True), np.arange(4).reshape(2, 2)],
+        "tensors": [torch.tensor(2), torch.tensor([1.0, math.inf])],
+        "others": [Path("/x"), b"y", Odd(), {3, 1, 2}, range(2), torch.float16],
+    }
+    made = json_ready(value)
+    assert json.loads(json.dumps(made, allow_nan=False)) == made
+    assert made == {
+        "1": [True, None, "é"],
+        "numbers": [1, 2.5, None, None, hex(10**400)],
+        "numpy": [0.5, 3, True, [[0, 1], [2, 3]]],
+        "tensors": [2, [1.0, None]],
+        "others": ["/x", "b'y'", "odd", [1, 2, 3], [0, 1], "torch.float16"],
+    }
+    assert json_ready([math.nan, {"a": math.inf}], nonfinite=str) == ["nan", {"a": "inf"}]

@@ -74,7 +74,7 @@ def sample_row(
         image_index=np.sort(np.arange(image_tokens, dtype=np.int64) % max(1, images)),
         patch_box=rng.random((image_tokens, 4), np.float32) * 18,
         token_ids=rng.integers(0, 32_000, tokens),
-        pieces=pieces,
+        tokens=pieces,
         special=np.array([piece == "</s>" for piece in pieces], bool),
         log_probs=log_probs,
         log_probs_source="generation",

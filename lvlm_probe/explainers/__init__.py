@@ -9,13 +9,13 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
+from lvlm_probe._version import versions_of
 from lvlm_probe.errors import ExplainError, OutOfMemory
 from lvlm_probe.explainers import registry
 from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, find, needs_of, register
 from lvlm_probe.explainers.scores import no_effect
 from lvlm_probe.explainers.trace_only import RecordedAnswer
+from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
@@ -135,18 +135,18 @@ def explain(
         "trace_id": replay.trace_id,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "seed": seed,
-        "baseline": _json_ready(replay.baseline),
+        "baseline": json_ready(replay.baseline, nonfinite=float),
         "passes": {"forward": replay.passes.forward, "backward": replay.passes.backward},
         "seconds": round(time.perf_counter() - started, 4),
         "device": str(replay.device),
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **versions_of("lvlm-probe", "torch", "transformers")},
     }
     if shortcuts is not None and shortcuts.asked > asked:
         provenance["shortcuts"] = str(shortcuts)  # what passes left out, or that none could leave out anything
     if live:
         provenance["memory"] = _memory(replay, plan, recovered)
     if outcome.diagnostics:
-        provenance["diagnostics"] = _json_ready(outcome.diagnostics)
+        provenance["diagnostics"] = json_ready(outcome.diagnostics, nonfinite=float)
     return Heatmap(
         values=None if values is None else values.detach().float().cpu().numpy(),
         image_size=replay.image_sizes[image],
@@ -154,7 +154,7 @@ def explain(
         seen=None if values is None else replay.seen(image, (values.shape[0], values.shape[1])).cpu().numpy(),
         selection=selection,
         method=method,
-        params=_json_ready(outcome.params),
+        params=json_ready(outcome.params, nonfinite=float),
         provenance=provenance,
         history=tuple(dict(record) for record in outcome.history),
         reason=outcome.reason,
@@ -231,27 +231,3 @@ def resolve(method: str) -> Callable[..., Outcome]:
     if method not in registry.names():
         methods()
     return find(method)
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    versions = {"python": platform.python_version()}
-    for name in ("lvlm-probe", "torch", "transformers"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed as a package"
-    return versions
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, dict) or hasattr(value, "items"):
-        return {str(key): _json_ready(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_json_ready(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, torch.Tensor) or hasattr(value, "tolist"):
-        return value.tolist()
-    return str(value)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lvlm_probe._version import versions_of
 from lvlm_probe.images.positions import Geometry
 
 __all__ = ["ParityReport", "backend_of", "level_errors", "versions"]
@@ -100,10 +100,4 @@ def backend_of(image_processor: object) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of everything that decides a pixel's value (Pillow changed its resize between releases)."""
-    found = {}
-    for name in ("pillow", "torch", "torchvision", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return versions_of("pillow", "torch", "torchvision", "transformers")

@@ -271,7 +271,7 @@ def _difference(made: RowCapture, row: AnswerRow) -> tuple[float | None, float |
     largest, mean = float(differences[step]), float(differences[known].mean())
     sentence = (
         f"the given log-probabilities differ from this model's by {largest:.3g} nats at most (token {step}, "
-        f"{made.pieces[step]!r}: {given[step]:.3f} given, {made.log_probs[step]:.3f} here), {mean:.3g} on average"
+        f"{made.tokens[step]!r}: {given[step]:.3f} given, {made.log_probs[step]:.3f} here), {mean:.3g} on average"
     )
     if known.size < len(given):
         sentence += f"; {len(given) - known.size} of {len(given)} are not given"

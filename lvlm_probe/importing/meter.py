@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
+import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,17 +28,21 @@ import numpy as np
 from lvlm_probe.errors import ProbeError, StudyError
 from lvlm_probe.escaping import csv_cell
 from lvlm_probe.files import write_whole
-from lvlm_probe.importing import said_by
 from lvlm_probe.importing.drops import BANDS, Band, band_of, drop_of
-from lvlm_probe.importing.rows import BadRow, read_rows, reason_of
+from lvlm_probe.importing.forced_recorder import forced, said_by
+from lvlm_probe.importing.rows import AnswerRow, BadRow, read_rows, reason_of
+from lvlm_probe.recording.probe import attach
+from lvlm_probe.recording.recorder import RecordOptions
+from lvlm_probe.replaying import Replay, replay
+from lvlm_probe.replaying.answer_source import LiveTrace
 from lvlm_probe.selection import word_llr
-from lvlm_probe.words import Word, group_words
+from lvlm_probe.trace import Trace, open_store, open_trace
+from lvlm_probe.trace.records import TraceFields
+from lvlm_probe.words import ALPHA, Word, group_words
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-
-    from lvlm_probe.trace import Trace
 
 __all__ = ["BANDS", "Reading", "Unread", "band_of", "measure", "ranked", "read_answer", "traces_in", "write_csv"]
 
@@ -108,7 +114,7 @@ def read_answer(
     log_probs: Sequence[float] | np.ndarray,
     llr: Sequence[float] | np.ndarray,
     *,
-    alpha: float = 1.0,
+    alpha: float = ALPHA,
     **facts: Any,
 ) -> Reading:
     """A reading from the numbers of one answer.
@@ -162,7 +168,7 @@ def measure(
     model: torch.nn.Module | None = None,
     processor: object | None = None,
     *,
-    alpha: float = 1.0,
+    alpha: float = ALPHA,
     baseline: str | Image.Image | None = None,
     images: str | os.PathLike[str] | None = None,
     columns: Mapping[str, str] | None = None,
@@ -189,76 +195,77 @@ def measure(
     """
     path = Path(source)
     if path.is_dir() or path.suffix == ".h5":
-        return _of_traces(path, model, processor, alpha=alpha, baseline=baseline, limit=limit)
+        return _readings(_traces(path, model, processor, baseline), alpha, limit)
     if model is None or processor is None:
         raise StudyError(f"{path} holds answers, which have to go through a model: give the model and its processor")
     places = [Path(images)] if images is not None else []
-    return _of_rows(
-        path, model, processor, alpha=alpha, baseline=baseline or "blur", places=[*places, path.parent],
-        columns=columns, limit=limit,
-    )  # fmt: skip
+    rows = read_rows(path, columns=columns)
+    return _readings(_rows(path, rows, [*places, path.parent], model, processor, baseline or "blur"), alpha, limit)
 
 
-def _of_rows(
-    path: Path, model: torch.nn.Module, processor: object, *, alpha: float, baseline: str | Image.Image,
-    places: Sequence[Path], columns: Mapping[str, str] | None, limit: int | None,
-) -> Iterator[Reading | Unread]:  # fmt: skip
-    from lvlm_probe.importing.forced_recorder import forced
-    from lvlm_probe.recording.probe import attach
-    from lvlm_probe.recording.recorder import RecordOptions
-    from lvlm_probe.replaying import Replay
-    from lvlm_probe.replaying.answer_source import LiveTrace
+_Numbers = tuple[TraceFields, np.ndarray, dict[str, Any]]
+"""An answer, its log-likelihood ratios, and further fields of the reading."""
+_Answers = Generator[tuple[str, Callable[[], _Numbers]], None, None]
+"""Where an answer stands, and what measures it or raises the reason why it cannot be measured."""
+
+
+def _readings(answers: _Answers, alpha: float, limit: int | None) -> Iterator[Reading | Unread]:
+    with contextlib.closing(answers):
+        for where, numbers in itertools.islice(answers, limit):
+            try:
+                made, llr, facts = numbers()
+                special = made.special.tolist()
+                yield read_answer(made.tokens, special, made.log_probs, llr, alpha=alpha, source=where, **facts)
+            except Exception as error:
+                yield Unread(where, reason_of(error))
+
+
+def _rows(
+    path: Path,
+    rows: Iterator[tuple[int, AnswerRow | BadRow]],
+    places: Sequence[Path],
+    model: torch.nn.Module,
+    processor: object,
+    baseline: str | Image.Image,
+) -> _Answers:
+    """Answers of other engines: a pass with the image, and one with the baseline."""
+
+    def numbers(row: AnswerRow | BadRow) -> _Numbers:
+        if isinstance(row, BadRow):
+            raise row
+        images = row.open_images(places)
+        options = RecordOptions(llr=False, attention=False, boxes=False, question=row.question or row.prompt)
+        (made,) = forced(probe, row, images, options).rows
+        player = Replay(LiveTrace(made, images), model, processor, check_pixels=False).over(baseline)
+        facts = {"id": row.id, "question": made.question or "", "elsewhere": True, "picture": _small(images[0])}
+        llr = made.log_probs - player.baseline_log_probs.numpy()
+        return made, llr, {**facts, "baseline": _named(player.baseline)}
 
     with attach(model, processor) as probe:
-        for number, (line, row) in enumerate(read_rows(path, columns=columns)):
-            if limit is not None and number >= limit:
-                return
-            where = f"{path.name}, line {line}"
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                pictures = row.open_images(places)
-                options = RecordOptions(llr=False, attention=False, boxes=False, question=row.question or row.prompt)
-                (made,) = forced(probe, row, pictures, options).rows
-                player = Replay(LiveTrace(made, pictures), model, processor, check_pixels=False)
-                player = player.over(baseline)
-                ratios = made.log_probs - player.baseline_log_probs.numpy()
-                yield read_answer(
-                    made.pieces, made.special.tolist(), made.log_probs, ratios, alpha=alpha, source=where, id=row.id,
-                    question=made.question or "", baseline=_named(player.baseline), elsewhere=True,
-                    picture=_small(pictures[0]),
-                )  # fmt: skip
-            except Exception as error:
-                yield Unread(where, _reason(error))
+        for line, row in rows:
+            yield f"{path.name}, line {line}", functools.partial(numbers, row)
 
 
-def _of_traces(
-    path: Path, model: torch.nn.Module | None, processor: object | None, *, alpha: float,
-    baseline: str | Image.Image | None, limit: int | None,
-) -> Iterator[Reading | Unread]:  # fmt: skip
-    for number, (file, trace) in enumerate(traces_in(path)):
-        if limit is not None and number >= limit:
-            return
-        where = file.name
-        try:
-            if isinstance(trace, ProbeError):
-                raise trace
-            where += f", row {trace.row}" if trace.rows > 1 else ""
-            ratios, used = _ratios(trace, model, processor, baseline)
-            imported = said_by(trace)
-            yield read_answer(
-                trace.tokens, trace.special.tolist(), trace.log_probs, ratios, alpha=alpha, source=where,
-                id=None if imported is None else imported.get("id"), question=trace.question or "", baseline=used,
-                elsewhere=imported is not None, picture=_picture(trace),
-            )  # fmt: skip
-        except Exception as error:
-            yield Unread(where, _reason(error))
+def _traces(
+    path: Path, model: torch.nn.Module | None, processor: object | None, baseline: str | Image.Image | None
+) -> _Answers:
+    """Recorded answers: a pass with the baseline where it is another than theirs, or they have none."""
+
+    def numbers(trace: Trace | ProbeError) -> _Numbers:
+        if isinstance(trace, ProbeError):
+            raise trace
+        llr, used = _ratios(trace, model, processor, baseline)
+        imported = said_by(trace)
+        facts = {"id": (imported or {}).get("id"), "question": trace.question or "", "picture": _picture(trace)}
+        return trace, llr, {**facts, "elsewhere": imported is not None, "baseline": used}
+
+    for file, trace in traces_in(path):
+        row = f", row {trace.row}" if isinstance(trace, Trace) and trace.rows > 1 else ""
+        yield f"{file.name}{row}", functools.partial(numbers, trace)
 
 
 def traces_in(path: Path) -> Iterator[tuple[Path, Trace | ProbeError]]:
     """Every trace of a file or a directory; what cannot be read comes as the reason why, and does not end the rest."""
-    from lvlm_probe.trace import open_store, open_trace
-
     for file in open_store(path).files:
         try:
             first = open_trace(file)
@@ -273,8 +280,6 @@ def _ratios(
     trace: Trace, model: torch.nn.Module | None, processor: object | None, baseline: str | Image.Image | None
 ) -> tuple[np.ndarray, str]:
     """LLR per token, and what the baseline was."""
-    from lvlm_probe.replaying import replay
-
     if baseline is None and trace.llr is not None:
         return trace.llr, _named(trace.baseline or {})
     if model is None:
@@ -304,10 +309,6 @@ def _small(image: Image.Image) -> Image.Image:
     small = image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     return small
-
-
-def _reason(error: Exception) -> str:
-    return reason_of(error)
 
 
 COLUMNS = (

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lvlm_probe.errors import ProbeError, StudyError
+from lvlm_probe.trace.image_files import open_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -142,8 +143,7 @@ def read_rows(
 def reason_of(error: object) -> str:
     """Why a row is not taken over, as a text of bounded length that can be encoded."""
     text = str(error) if isinstance(error, str | BadRow | ProbeError) else f"{type(error).__name__}: {error}"
-    text = writable(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
-    return text
+    return writable(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
 
 
 def writable(text: str) -> str:
@@ -288,8 +288,6 @@ def _keys(content: Mapping[str, Any]) -> str:
 
 
 def _open(text: str, directories: Sequence[Path]) -> Image.Image:
-    from lvlm_probe.trace.image_files import open_image
-
     if text.startswith("data:"):
         try:
             return open_image(text)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap, resample
 from lvlm_probe.metrics.deletion_insertion import (
     Curves,
@@ -97,7 +98,7 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``; ``Score.from_dict`` is the inverse."""
-        record = {item.name: _json_ready(getattr(self, item.name)) for item in dataclasses.fields(self)}
+        record = {item.name: json_ready(getattr(self, item.name)) for item in dataclasses.fields(self)}
         return {**record, "verdict": self.verdict.to_dict()}
 
     @classmethod
@@ -373,13 +374,3 @@ def _nothing(heat: Heatmap, provenance: Mapping[str, Any]) -> Score:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _json_ready(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_json_ready(item) for item in value]
-    return value

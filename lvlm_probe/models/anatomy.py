@@ -1,7 +1,7 @@
 """Where things are in a vision-language model: encoders, mergers, decoder, image tokens, pixel inputs.
 
 Found, not listed: the library's own accessors first (``get_encoder``, ``get_decoder``, ``get_image_features``), the
-module graph next. ``families.yaml``, and for families outside transformers their plugin (``adapters``), say only what
+module graph next. ``families.yaml``, and for families outside transformers their plugin (``families``), say only what
 neither can tell.
 """
 
@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import torch
@@ -43,9 +41,9 @@ class Anatomy:
         mergers: paths of the modules that turn encoder outputs into image-token embeddings.
         decoder: path of the language model (``""`` when the model is its own decoder).
         image_token_id: id of the placeholder token that image features replace, ``None`` where the prompt holds none.
-        pixel_names: names of the ``generate`` arguments that carry the picture, as far as the model's signatures tell.
+        pixel_names: names of the ``generate`` arguments that carry the image, as far as the model's signatures tell.
         answer_token_type: token type of answer tokens in a teacher-forced pass.
-        encoder_decoder: the prompt and its pictures go into an encoder, and the answer is the decoder's sequence.
+        encoder_decoder: the prompt and its images go into an encoder, and the answer is the decoder's sequence.
         token_boxes: where image tokens lie, as the family's plugin says; ``None``: the model is asked.
     """
 
@@ -59,24 +57,11 @@ class Anatomy:
     token_boxes: TokenBoxes | None = None
 
     def is_pixel_name(self, name: str) -> bool:
-        """Whether a ``generate`` argument carries the picture (pixels, grids, sizes, pixel masks)."""
+        """Whether a ``generate`` argument carries the image (pixels, grids, sizes, pixel masks)."""
         if name in self.pixel_names:
             return True
-        # A mask of images has an entry per token of the prompt: which picture it sees, or is a part of.
+        # A mask of images has an entry per token of the prompt: which image it sees, or is a part of.
         return not _of_tokens(name) and name.startswith(("pixel_", "image_", "high_res_pixel", "flattened_patches"))
-
-
-@functools.cache
-def _families() -> Mapping[str, Family]:
-    import yaml
-
-    text = resources.files("lvlm_probe").joinpath("families.yaml").read_text(encoding="utf-8")
-    entries: Mapping[str, Mapping[str, Any]] = yaml.safe_load(text) or {}
-    # "outside" is for the table of families alone.
-    return {
-        name: Family(**{key: value for key, value in entry.items() if key != "outside"})
-        for name, entry in entries.items()
-    }
 
 
 def _declared(model: torch.nn.Module) -> Family:
@@ -84,7 +69,7 @@ def _declared(model: torch.nn.Module) -> Family:
     if isinstance(model, Driver):
         return model.family
     model_type = str(getattr(getattr(model, "config", None), "model_type", "") or "")
-    return _families().get(model_type) or family_of(model_type) or Family()
+    return family_of(model_type) or Family()
 
 
 def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:

@@ -1,6 +1,6 @@
 """Models of packages that are not transformers' own: a driver lends them the shape that recording and replay expect.
 
-Some authors publish a model whose ``generate`` and ``forward`` take lists of pictures, keep state between calls, or run
+Some authors publish a model whose ``generate`` and ``forward`` take lists of images, keep state between calls, or run
 their encoders without autograd. A plugin registers a ``Driver`` for such a class: a module around the user's own,
 unmodified instance, with named pixel inputs and a forward pass like that of a transformers model. The instance itself
 is changed by nobody but the driver, during its own passes, and put back after each.

@@ -12,9 +12,11 @@ Plugins are loaded when a model's ``model_type`` is not one of transformers' own
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import PluginError
@@ -31,9 +33,9 @@ class Places:
     """Where tokens are.
 
     Attributes:
-        boxes: ``(token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the original picture; all 0 for a token without
+        boxes: ``(token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the original image; all 0 for a token without
             pixels (a newline, padding).
-        images: ``(token,)`` int64, the picture of each; -1 for a token without pixels.
+        images: ``(token,)`` int64, the image of each; -1 for a token without pixels.
     """
 
     boxes: np.ndarray
@@ -42,7 +44,7 @@ class Places:
 
 TokenBoxes = Callable[[Any, "np.ndarray"], "Places | None"]
 """``(replay, positions) -> Places``: where the tokens at ``positions`` ``(token,)`` of the prompt lie in the original
-pictures (``replay.image_sizes``); a token without pixels has box 0 and image −1. ``None``: not known here, find out."""
+images (``replay.image_sizes``); a token without pixels has box 0 and image −1. ``None``: not known here, find out."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Family:
         decoder: Module path of the language model.
         image_token: Id of the placeholder that image features replace; ``"none"`` where the prompt holds none.
         answer_token_type: Token type of answer tokens in a teacher-forced pass.
-        pixel_names: Further arguments of ``generate`` that carry the picture.
+        pixel_names: Further arguments of ``generate`` that carry the image.
         token_boxes: Where image tokens lie, see ``TokenBoxes``.
         unsupported: Why models of the family cannot be probed; ``attach`` refuses with this sentence.
     """
@@ -105,8 +107,24 @@ def register_family(model_type: str, family: Family) -> None:
         )
 
 
+@functools.cache
+def _of_transformers() -> Mapping[str, Family]:
+    """What looking at transformers' own families cannot tell."""
+    import yaml
+
+    text = resources.files("lvlm_probe").joinpath("families.yaml").read_text(encoding="utf-8")
+    entries: Mapping[str, Mapping[str, Any]] = yaml.safe_load(text) or {}
+    # "outside" is for the table of families alone.
+    return {
+        name: Family(**{key: value for key, value in entry.items() if key != "outside"})
+        for name, entry in entries.items()
+    }
+
+
 def family_of(model_type: str) -> Family | None:
     """The declared family of a ``model_type``. Loads plugins where it is neither transformers' own nor known yet."""
+    if known := _of_transformers().get(model_type):
+        return known
     if model_type and model_type not in _FAMILIES and not built_in(model_type):
         load_plugins()
     return _FAMILIES.get(model_type)

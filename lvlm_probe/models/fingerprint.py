@@ -7,17 +7,16 @@ read from elsewhere (offloaded weights) or computed (quantised ones) is remember
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
 import logging
 import platform
 import weakref
-from importlib import metadata
 from typing import Any
 
 import torch
 
+from lvlm_probe._version import versions_of
+from lvlm_probe.files import json_ready
 from lvlm_probe.models.drivers import called_model, probed_model
 from lvlm_probe.models.wrappers import (
     active_adapters,
@@ -100,22 +99,8 @@ def _values(value: torch.Tensor) -> bytes:
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries whose arithmetic a replay depends on."""
-    return dict(_versions())
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("lvlm_probe", "torch", "transformers", "tokenizers", "pillow", "torchvision", "numpy", "h5py", "peft"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _json(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
+    libraries = "torch", "transformers", "tokenizers", "pillow", "torchvision", "numpy", "h5py", "peft"
+    return {"python": platform.python_version(), **versions_of("lvlm_probe", *libraries)}
 
 
 def undescribed(model: torch.nn.Module, error: Exception) -> tuple[dict[str, Any], str]:
@@ -131,6 +116,7 @@ def describe_model(model: torch.nn.Module) -> dict[str, Any]:
     """What a trace says about its model: identity, dtype, attention, configuration, versions. JSON only."""
     config: Any = model.config
     generation_config: Any = getattr(model, "generation_config", None)
+    generation = {} if generation_config is None else generation_config.to_dict()
     return {
         "model_id": str(getattr(config, "_name_or_path", "") or ""),
         "revision": str(getattr(config, "_commit_hash", "") or ""),
@@ -139,7 +125,7 @@ def describe_model(model: torch.nn.Module) -> dict[str, Any]:
         "attn_implementation": str(getattr(config, "_attn_implementation", "") or ""),
         "torch_dtype": str(getattr(model, "dtype", "")).removeprefix("torch."),
         "fingerprint": fingerprint(model),
-        "config": _json(config.to_dict()),
-        "generation_config": _json(generation_config.to_dict()) if generation_config is not None else {},
+        "config": json_ready(config.to_dict(), nonfinite=str),
+        "generation_config": json_ready(generation, nonfinite=str),
         "versions": library_versions(),
     }

@@ -1,4 +1,4 @@
-"""The inputs of a model for pictures and a question, by the processor's own chat template."""
+"""The inputs of a model for images and a question, by the processor's own chat template."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["chat_inputs", "placed"]
 def chat_inputs(
     processor: Any, images: Sequence[Image.Image], question: str, *, note: Callable[[str], None] | None = None
 ) -> Any:
-    """Inputs for ``generate()``: one user turn with the pictures first and the question after them.
+    """Inputs for ``generate()``: one user turn with the images first and the question after them.
 
     A processor without a chat template gets its image tokens and the question.
 
     Args:
         processor: the model's processor.
-        images: the pictures, in order.
+        images: the images, in order.
         question: what is asked.
         note: called with a sentence when there is no template.
 

@@ -1,14 +1,13 @@
 """Which model families this version was checked on, and what each check measured.
 
 ``families.json`` is written by the sweep over tiny models with random weights of every family
-(``tests/families/sweep.py --write``), never by hand; docs/families.md is drawn from it by :func:`markdown`.
+(``tests/families/sweep.py --write``), never by hand; the same command draws docs/families.md from it.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -16,7 +15,7 @@ from typing import Any
 
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["CHECKS", "Family", "FamilyTable", "family_table", "markdown", "summary"]
+__all__ = ["CHECKS", "CheckedFamily", "FamilyTable", "family_table", "summary"]
 
 CHECKS: Mapping[str, str] = {
     "generation": "tokens and logits of generate() with a recording probe equal those without, to the last bit",
@@ -50,7 +49,7 @@ KINDS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Family:
+class CheckedFamily:
     """One entry of transformers' image-text-to-text mapping.
 
     Attributes:
@@ -105,14 +104,14 @@ class FamilyTable:
 
     date: str
     versions: Mapping[str, str]
-    families: tuple[Family, ...]
+    families: tuple[CheckedFamily, ...]
 
     @property
-    def lvlms(self) -> tuple[Family, ...]:
+    def lvlms(self) -> tuple[CheckedFamily, ...]:
         """The families that are counted."""
         return tuple(family for family in self.families if not family.outside)
 
-    def __getitem__(self, name: str) -> Family:
+    def __getitem__(self, name: str) -> CheckedFamily:
         for family in self.families:
             if family.name == name:
                 return family
@@ -135,7 +134,9 @@ class FamilyTable:
     def from_json(cls, value: Mapping[str, Any]) -> FamilyTable:
         """The table that ``families.json`` holds."""
         families = tuple(
-            Family(name, entry["class"], entry.get("kind", ""), entry.get("outside", ""), tuple(entry.get("runs", ())))
+            CheckedFamily(
+                name, entry["class"], entry.get("kind", ""), entry.get("outside", ""), tuple(entry.get("runs", ()))
+            )
             for name, entry in value["families"].items()
         )
         return cls(value["date"], value["versions"], families)
@@ -152,67 +153,3 @@ def summary(table: FamilyTable) -> Iterator[tuple[str, list[str]]]:
     """Check → "passed of asked" over all runs, on the PIL backend, on the torchvision backend."""
     for check in CHECKS:
         yield check, ["{} of {}".format(*table.count(check, backend)) for backend in (None, "pil", "torchvision")]
-
-
-def markdown(table: FamilyTable) -> str:
-    """docs/families.md."""
-    lvlms = table.lvlms
-    versions = ", ".join(f"{name} {version}" for name, version in table.versions.items())
-    about = (
-        f"**{table.passed} of {len(lvlms)}** families pass every check that applies to them. They are those of "
-        f"transformers' image-text-to-text mapping ({len(table.families)} entries) that answer questions about a "
-        "picture; the others stand at the end, with the reason. Each was built tiny, with random weights, and with its "
-        "real processor: this says that the hooks, the replay, the gradient and the geometry are right, not how well a "
-        "trained model of the family is explained. A family that is not in the table may work as well: parts are "
-        "found, not listed."
-    )
-    lines = [
-        "# Model families",
-        "",
-        "Made by `python tests/families/sweep.py --write` from what the checks measured; do not edit.",
-        f"{table.date}; {versions}; CPU, float32.",
-        "",
-        *textwrap.wrap(about, 118),
-        "",
-        "| check | what | all runs | PIL | torchvision |",
-        "|---|---|---|---|---|",
-        *(f"| {check} | {CHECKS[check]} | {' | '.join(counts)} |" for check, counts in summary(table)),
-        "",
-        "## Family by family",
-        "",
-        "A figure is the largest over backends and pictures (mostly a small and a larger one, cut into tiles where a",
-        "family does that); – means that the check does not apply, **no** that it failed; the reasons are below.",
-        "",
-        f"| family | preprocessing | backends | {' | '.join(CHECKS)} |",
-        "|---|---|---|" + "---|" * len(CHECKS),
-    ]
-    for family in lvlms:
-        cells = [_cell(family, check) for check in CHECKS]
-        lines.append(
-            f"| {family.name} | {KINDS.get(family.kind, family.kind)} | {', '.join(family.backends)} | "
-            f"{' | '.join(cells)} |"
-        )
-    notes = [
-        f"- **{family.name}**, {check}: {' / '.join(family.reasons(check))}"
-        for family in lvlms
-        for check in CHECKS
-        if family.verdict(check) is not True and family.reasons(check)
-    ]
-    if notes:
-        lines += ["", "## Reasons", "", *notes]
-    lines += ["", "## Not counted", "", "| entry | class | why |", "|---|---|---|"]
-    lines += [
-        f"| {family.name} | {family.model_class} | {family.outside} |" for family in table.families if family.outside
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(family: Family, check: str) -> str:
-    verdict, worst = family.verdict(check), family.worst(check)
-    if verdict is None:
-        return "–"
-    if not verdict:
-        return "**no**"
-    if worst is None or check in ("generation", "geometry", "detach"):
-        return "yes"
-    return "exact" if worst == 0 else f"{worst:.0e}"

@@ -60,11 +60,11 @@ from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.answer_source import LiveTrace
 from lvlm_probe.replaying.hidden_states import point_records
 from lvlm_probe.trace.records import Capture, RowCapture
+from lvlm_probe.words import ALPHA
 
 __all__ = ["GenerationRecorder", "RecordOptions", "Target"]
 
 _BOXES_KEPT = 64
-_ALPHA = 1.0  # LLR above which a token counts when the baseline is checked; the paper's default
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ class GenerationRecorder:
             image_positions=positions.numpy().astype(np.int64),
             image_index=image_spans(positions.numpy(), max(1, len(images)), mine.tokens_per_image),
             token_ids=token_ids.numpy().astype(np.int64),
-            pieces=pieces,
+            tokens=pieces,
             special=np.asarray(special_flags(tokenizer, token_ids.tolist(), self.stops.eos), dtype=bool),
             log_probs=np.full(len(token_ids), np.nan, np.float32),
             log_probs_source="teacher_forced" if padded or unlike else "generation",
@@ -449,7 +449,7 @@ class GenerationRecorder:
         if self.options.llr:
             replay = replay.over(self.options.baseline)
             llr = torch.as_tensor(row.log_probs) - replay.baseline_log_probs
-            selected = ((llr > _ALPHA) & ~replay.special).nonzero()[:, 0].tolist()
+            selected = ((llr > ALPHA) & ~replay.special).nonzero()[:, 0].tolist()
             replay = replay.strengthened(selected)
             row.baseline_log_probs = replay.baseline_log_probs.numpy()
             row.baseline = dict(replay.baseline)

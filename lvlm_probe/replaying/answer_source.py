@@ -38,9 +38,9 @@ class LiveTrace:
     """
 
     def __init__(self, row: RowCapture, images: Sequence[Image.Image]) -> None:
-        self.trace_id = row.trace_id
+        self.trace_id, self.layout = row.trace_id, row.layout
         self.path = Path(f"{row.trace_id} (not written yet)")
-        self.tokens, self.token_ids, self.special = row.pieces, row.token_ids, row.special
+        self.tokens, self.token_ids, self.special = row.tokens, row.token_ids, row.special
         self.input_ids, self.processor_call, self.baseline = row.input_ids, row.processor_call, row.baseline
         self.model_kwargs = dict(row.model_kwargs)
         self.images = list(images)

@@ -18,7 +18,7 @@ from lvlm_probe.models.anatomy import Anatomy, examine
 from lvlm_probe.models.drivers import probed_model
 
 if TYPE_CHECKING:
-    from lvlm_probe.trace import Trace
+    from lvlm_probe.trace.records import TraceLike
 
 __all__ = ["check_inputs", "refused_in_words"]
 
@@ -26,7 +26,7 @@ _MOST_PATCHES = 2**22
 """Patches of all images of a prompt: more than any model has context for."""
 
 
-def check_inputs(trace: Trace, model: torch.nn.Module, processor: object | None = None) -> None:
+def check_inputs(trace: TraceLike, model: torch.nn.Module, processor: object | None = None) -> None:
     """Refuses a trace that the model cannot be run on. Nothing is run for it.
 
     Args:
@@ -59,7 +59,7 @@ def check_inputs(trace: Trace, model: torch.nn.Module, processor: object | None 
     _check_shapes(trace, inputs, len(prompt))
 
 
-def _check_numbers(trace: Trace, name: str, value: torch.Tensor, anatomy: Anatomy) -> None:
+def _check_numbers(trace: TraceLike, name: str, value: torch.Tensor, anatomy: Anatomy) -> None:
     pixels = name.startswith("pixel_values")
     if pixels and not value.dtype.is_floating_point and value.dtype != torch.uint8:
         raise _refusal(trace, f"{name} are of dtype {str(value.dtype).removeprefix('torch.')}, which no pixels are")
@@ -76,7 +76,7 @@ def _check_numbers(trace: Trace, name: str, value: torch.Tensor, anatomy: Anatom
             raise _refusal(trace, f"{name} stands for {int(value.double().prod(1).sum())} patches")
 
 
-def _check_shapes(trace: Trace, inputs: Mapping[str, torch.Tensor], prompt: int) -> None:
+def _check_shapes(trace: TraceLike, inputs: Mapping[str, torch.Tensor], prompt: int) -> None:
     mask = inputs.get("attention_mask")
     if mask is not None and mask.ndim == 2:
         if tuple(mask.shape) != (1, prompt):
@@ -86,7 +86,7 @@ def _check_shapes(trace: Trace, inputs: Mapping[str, torch.Tensor], prompt: int)
 
 
 @contextlib.contextmanager
-def refused_in_words(trace: Trace) -> Iterator[None]:
+def refused_in_words(trace: TraceLike) -> Iterator[None]:
     """Turns what a model or a processor raises on the inputs of ``trace`` into ``ReplayError``."""
     try:
         yield
@@ -108,7 +108,7 @@ def _embedding(model: torch.nn.Module) -> torch.Tensor | None:
     return weight if isinstance(weight, torch.Tensor) else None
 
 
-def _refusal(trace: Trace, what: str) -> ReplayError:
+def _refusal(trace: TraceLike, what: str) -> ReplayError:
     return ReplayError(
         f"{trace.path.name} cannot be replayed: {what}; record it again with this model, or do not trust the file"
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lvlm_probe._version import __version__
 from lvlm_probe.storage.encoding import JSON, NAME, put_array, put_json, put_text
 from lvlm_probe.storage.reading import open_sealed
 from lvlm_probe.storage.seal import sealed_writer, trace_error
@@ -17,17 +18,7 @@ from lvlm_probe.storage.seal import sealed_writer, trace_error
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["read_arrays", "write_arrays", "writer_name"]
-
-
-def writer_name() -> str:
-    """Returns who writes: ``lvlm_probe 0.1.0``."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"lvlm_probe {version('lvlm_probe')}"
-    except PackageNotFoundError:
-        return "lvlm_probe (not installed)"
+__all__ = ["read_arrays", "write_arrays"]
 
 
 def write_arrays(
@@ -53,7 +44,7 @@ def write_arrays(
         with sealed_writer(path, f"lvlm_probe.{kind}", version, nbytes=nbytes, fsync=fsync) as file:
             put_text(file, "format", f"lvlm_probe.{kind}")
             put_text(file, "format_version", version)
-            put_text(file, "writer", writer_name())
+            put_text(file, "writer", f"lvlm_probe {__version__}")
             put_json(file, "attrs", dict(attrs))
             group = file.create_group("arrays")
             for name, value in arrays.items():
@@ -77,9 +68,7 @@ def read_arrays(
         if not isinstance(attrs, dict):
             raise file.error("attrs", f"settings by name are expected, this is a {type(attrs).__name__}")
         arrays: dict[str, np.ndarray] = {}
-        for name in file.names("arrays"):
-            if re.fullmatch(NAME, name) is None:
-                raise file.error("arrays", f"{name[:64]!r} is not a name (letters, digits, '_', '-', '.')")
+        for name in file.named("arrays"):
             key = f"arrays/{name}"
             arrays[name] = file.array(key)
             if file.text(key, "dtype", "") == "bool":

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import h5py
 import numpy as np
+
+from lvlm_probe.files import NUMBER_DIGITS, json_ready
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +45,6 @@ JSON_LIMIT = 4 * 2**20
 """Bytes of one JSON value: parsing takes up to about 25 times as much memory."""
 JSON_DEPTH = 64
 """Lists and objects inside each other: what walks over a value calls itself once for each."""
-NUMBER_DIGITS = 300
-"""Digits of an integer in JSON: more than 308 would not fit into a float."""
 CHUNK_BYTES = 2**20
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}"
 """Names of members that come from outside: no slash, no leading dot."""
@@ -140,7 +139,7 @@ def put_text(owner: h5py.HLObject, name: str, text: str) -> None:
 
 def json_text(name: str, value: JSON, *, limit: int = JSON_LIMIT) -> str:
     """Returns a value as JSON (RFC 8259); ``ValueError`` above ``limit`` bytes or ``JSON_DEPTH`` levels."""
-    plain = _plain(value)
+    plain = json_ready(value, nonfinite=str)
     if (depth := _depth(plain)) > JSON_DEPTH:
         raise ValueError(f"{name!r} has {depth} levels of lists and objects; at most {JSON_DEPTH} can be stored")
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -155,7 +154,7 @@ def json_text(name: str, value: JSON, *, limit: int = JSON_LIMIT) -> str:
 
 
 def parse_json(data: bytes) -> JSON:
-    """Parses JSON that nobody vouches for, as RFC 8259 has it and no further.
+    """Parses untrusted JSON, as RFC 8259 has it and no further.
 
     Raises ``ValueError`` for NaN and infinity (also as ``1e999``), integers of more than ``NUMBER_DIGITS`` digits, a
     name that an object has twice, more than ``JSON_DEPTH`` levels, and text that is no UTF-8 or no JSON.
@@ -220,22 +219,3 @@ def put_json(group: h5py.Group, name: str, value: JSON) -> h5py.Dataset:
 def _fixed_string(data: bytes) -> np.ndarray:
     # A string type of length zero does not exist; one padding byte reads back as the empty string.
     return np.array(data, dtype=h5py.string_dtype("utf-8", max(1, len(data))))
-
-
-def _plain(value: Any) -> JSON:
-    """Turns what models and users keep in their settings into what JSON has; the rest becomes its text."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        return int(value) if abs(value) < 10 ** (NUMBER_DIGITS - 1) else hex(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.generic | np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, set | frozenset):
-        return sorted((_plain(item) for item in value), key=str)
-    if isinstance(value, Iterable) and not isinstance(value, bytes):
-        return [_plain(item) for item in value]
-    return str(value)

@@ -18,6 +18,7 @@ import contextlib
 import io
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,8 +27,8 @@ import numpy as np
 
 from lvlm_probe.errors import TraceError
 from lvlm_probe.files import State, causes, state_of
-from lvlm_probe.storage.encoding import ENCODING_VERSION, JSON, JSON_LIMIT, parse_json, restore_tensor
-from lvlm_probe.storage.seal import Seal, check_open, open_file, parse_version, trace_error
+from lvlm_probe.storage.encoding import ENCODING_VERSION, JSON, JSON_LIMIT, NAME, parse_json, restore_tensor
+from lvlm_probe.storage.seal import Seal, check_open, open_file, parse_version, trace_error, unreadable
 
 __all__ = ["MEMBER_LIMIT", "RANK_LIMIT", "TEXT_LIMIT", "SealedFile", "open_sealed"]
 
@@ -80,8 +81,7 @@ class SealedFile:
         # numpy and json add theirs: what is not ours is damage.
         except Exception as error:
             if isinstance(error, OSError) and error.errno is not None:  # the disk's, not HDF5's
-                what, way_out = causes(error)
-                raise self.error(key, f"it cannot be read: {what}", way_out) from error
+                raise unreadable(self.path, error, key=key) from error
             first_line = (str(error).splitlines() or [""])[0][:200]
             if "memory" in first_line and "alloc" in first_line:
                 raise self.error(key, *causes(MemoryError())) from error
@@ -140,6 +140,14 @@ class SealedFile:
                 raise self.error(key, f"it has more than {limit} members", _NOT_OURS)
             return sorted(name.decode("utf-8") for name in raw)
 
+    def named(self, key: str) -> list[str]:
+        """Returns the names in a group that are given by its writer's user; each may be part of a path."""
+        names = self.names(key)
+        for name in names:
+            if re.fullmatch(NAME, name) is None:
+                raise self.error(key, f"{name[:64]!r} is not a name (letters, digits, '_', '-', '.')")
+        return names
+
     def dataset(self, key: str) -> h5py.Dataset:
         """Returns a dataset whose declared type, shape and storage are plausible: reading it is safe."""
         with self.reading(key):
@@ -191,17 +199,13 @@ class SealedFile:
             what = f"with it, the members declare {self._declared} bytes together in a file of {self._nbytes} bytes"
             raise self.error(key, what, _NOT_OURS)
 
-    def array(
-        self, key: str, *, dtype: str | None = None, shape: Sequence[int | None] | None = None, limit: int | None = None
-    ) -> np.ndarray:
-        """Reads an array of numbers after checking its ``dtype`` (``"f4"``), ``shape`` (None: any) and bytes."""
-        dataset = self.checked(key, dtype=dtype, shape=shape, limit=limit)
+    def array(self, key: str, *, dtype: str | None = None, shape: Sequence[int | None] | None = None) -> np.ndarray:
+        """Reads an array of numbers after checking its ``dtype`` (``"f4"``) and ``shape`` (None: any)."""
+        dataset = self.checked(key, dtype=dtype, shape=shape)
         with self.reading(key):
             return np.asarray(dataset[()], dtype=dataset.dtype.newbyteorder("="))
 
-    def checked(
-        self, key: str, *, dtype: str | None = None, shape: Sequence[int | None] | None = None, limit: int | None = None
-    ) -> h5py.Dataset:
+    def checked(self, key: str, *, dtype: str | None = None, shape: Sequence[int | None] | None = None) -> h5py.Dataset:
         """Returns the dataset that ``array`` would read, checked and unread."""
         dataset = self.dataset(key)
         with self.reading(key):
@@ -211,8 +215,6 @@ class SealedFile:
             if shape is not None and not _fits(dataset.shape, shape):
                 wanted = tuple("any" if size is None else size for size in shape)
                 raise self.error(key, f"its shape is {dataset.shape}, {wanted} is expected")
-            if limit is not None and dataset.nbytes > limit:
-                raise self.error(key, f"it has {dataset.nbytes} bytes, more than {limit}", _NOT_OURS)
             return dataset
 
     def tensor(self, key: str):  # type: ignore[no-untyped-def]  # torch is imported only here
@@ -362,8 +364,7 @@ def _open(path: Path, raw: io.FileIO) -> Iterator[h5py.File]:
         file = h5py.File(raw, "r")
     except Exception as error:  # HDF5 reports damage through many types
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
-            what, way_out = causes(error)
-            raise trace_error(path, "", f"it cannot be read: {what}", way_out) from error
+            raise unreadable(path, error) from error
         raise trace_error(path, "", f"HDF5 cannot open it ({error})", _RECORD_AGAIN) from error
     with file:
         yield file

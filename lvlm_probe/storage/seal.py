@@ -30,12 +30,11 @@ __all__ = [
     "CHECKSUM_LIMIT",
     "Seal",
     "check_open",
-    "check_seal",
     "open_file",
     "parse_version",
     "sealed_writer",
     "trace_error",
-    "write_seal",
+    "unreadable",
 ]
 
 BLOCK_BYTES = 512
@@ -71,6 +70,12 @@ def trace_error(path: str | os.PathLike[str], key: str, what: str, way_out: str)
     return TraceError(f"{where}: {what}; {way_out}".encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
+def unreadable(path: str | os.PathLike[str], error: BaseException, *, key: str = "") -> TraceError:
+    """Return the error of a read that the disk or the memory refused."""
+    what, way_out = causes(error)
+    return trace_error(path, key, f"it cannot be read: {what}", way_out)
+
+
 def parse_version(text: str) -> tuple[int, int]:
     """Returns ``(major, minor)`` of ``"1.0"``; raises ``ValueError`` for anything else."""
     found = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", text)
@@ -92,14 +97,7 @@ def open_file(path: Path, *, before: bool = False) -> io.FileIO:
         what = "it was moved or deleted since it was opened" if before else "there is no such file"
         raise trace_error(path, "", what, "check the path") from None
     except (OSError, ValueError, MemoryError) as error:
-        what, way_out = causes(error)
-        raise trace_error(path, "", f"it cannot be read: {what}", way_out) from error
-
-
-def check_seal(path: Path, kind: str, version: str, *, full: bool = False) -> Seal:
-    """Opens a file and checks its seal as ``check_open`` does. Raises ``TraceError``."""
-    with open_file(path) as file:
-        return check_open(path, file, kind, version, full=full)
+        raise unreadable(path, error) from error
 
 
 def check_open(
@@ -126,8 +124,7 @@ def check_open(
                 what = "its content does not match its SHA-256: it was damaged or edited after it was written"
                 raise trace_error(path, "", what, again)
     except (OSError, MemoryError) as error:
-        what, way_out = causes(error)
-        raise trace_error(path, "", f"it cannot be read: {what}", way_out) from error
+        raise unreadable(path, error) from error
     return seal
 
 
@@ -207,14 +204,3 @@ def sealed_writer(path: Path, kind: str, version: str, *, nbytes: int, fsync: bo
 
 def _room_for(nbytes: int) -> None:
     bytearray(nbytes)  # MemoryError
-
-
-def write_seal(path: Path, kind: str, version: str) -> Seal:
-    """Writes the first 512 bytes of a closed HDF5 file that has a user block of that size."""
-    with path.open("r+b") as file:
-        file.seek(BLOCK_BYTES)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        seal = Seal(kind, version, file.seek(0, os.SEEK_END), digest)
-        file.seek(0)
-        file.write(seal.to_block())
-    return seal

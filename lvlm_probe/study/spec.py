@@ -347,16 +347,18 @@ class _Reader:
         values = {"method": self.plain(node)} if _is_text(node) else self.values(node, MethodSpec, f"method {name}")
         spec = MethodSpec(name, **{"method": name, **values})
         if spec.tokens not in TOKEN_RULES:
-            raise self.wrong(key, f"method {name}: tokens is one of {', '.join(TOKEN_RULES)}, not {spec.tokens!r}")
+            what = f"method {name}: tokens is one of {', '.join(TOKEN_RULES)}, not {_short(spec.tokens)}"
+            raise self.wrong(key, what)
         if spec.behaviour not in BEHAVIOURS:
-            raise self.wrong(key, f"method {name}: behaviour is {' or '.join(BEHAVIOURS)}, not {spec.behaviour!r}")
+            what = f"method {name}: behaviour is {' or '.join(BEHAVIOURS)}, not {_short(spec.behaviour)}"
+            raise self.wrong(key, what)
         from lvlm_probe.explainers import methods
         from lvlm_probe.explainers.registry import check_parameters, find
 
         if spec.method not in methods():  # of plugins too
             close = difflib.get_close_matches(spec.method, methods(), n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(methods())}"
-            raise self.wrong(key, f"method {name}: there is no explainer {spec.method!r}; {hint}")
+            raise self.wrong(key, f"method {name}: there is no explainer {_short(spec.method)}; {hint}")
         try:
             check_parameters(spec.method, find(spec.method), spec.params)
         except ExplainError as error:

@@ -7,8 +7,9 @@
 """
 
 from lvlm_probe.trace.index import TraceSummary
-from lvlm_probe.trace.parts import AttentionRows, Layout
+from lvlm_probe.trace.parts import AttentionRows
 from lvlm_probe.trace.reader import Trace, open_trace
+from lvlm_probe.trace.records import Layout
 from lvlm_probe.trace.store import TraceStore, open_store
 from lvlm_probe.trace.writer import write
 

@@ -14,7 +14,6 @@ import io
 import math
 import textwrap
 import unicodedata
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,9 +21,8 @@ from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import escaped
 from lvlm_probe.trace.parts import thumbnail
 from lvlm_probe.trace.schema import row_key
-
-if TYPE_CHECKING:
-    from lvlm_probe.trace.reader import Trace
+from lvlm_probe.trace.stored import StoredAnswer
+from lvlm_probe.words import ALPHA
 
 __all__ = ["describe", "to_html"]
 
@@ -40,10 +38,9 @@ _LINES_SHOWN = 100
 """Entries of a list: notes, images, recorded points."""
 _CARD_TEXT_SHOWN = 4000
 _THUMBNAIL = 220
-_ALPHA = 1.0
 
 
-def describe(trace: Trace) -> str:
+def describe(trace: StoredAnswer) -> str:
     """Returns the trace as text of at most 100 columns: question, answer, LLR of each word, what was recorded."""
     lines = [f"Trace {trace.trace_id}", ""]
     lines += _field("file", f"{trace.path}" + (f", row {trace.row} (of {trace.rows})" if trace.rows > 1 else ""))
@@ -104,13 +101,13 @@ def _time(created: str) -> str:
         return created[:64]
 
 
-def _seconds(trace: Trace) -> str:
+def _seconds(trace: StoredAnswer) -> str:
     known = {name: float(value) for name, value in trace.seconds.items() if type(value) in (int, float)}
     shown = (f"{name} {value:.2f} s" if abs(value) < 1e9 else f"{name} {value:.3g} s" for name, value in known.items())
     return f"({', '.join(shown)})" if known else ""
 
 
-def _status(trace: Trace) -> str:
+def _status(trace: StoredAnswer) -> str:
     meaning = {
         "complete": "complete",
         "stopped": "stopped: generation was cut off",
@@ -122,7 +119,7 @@ def _status(trace: Trace) -> str:
     return text
 
 
-def _model(trace: Trace) -> str:
+def _model(trace: StoredAnswer) -> str:
     model = trace.model
     versions = model.get("versions")
     names = [model.get(key) for key in ("class", "model_id", "torch_dtype", "attn_implementation")]
@@ -131,12 +128,12 @@ def _model(trace: Trace) -> str:
     return ", ".join(str(name) for name in names if name)
 
 
-def _prompt(trace: Trace) -> str:
+def _prompt(trace: StoredAnswer) -> str:
     header = trace.header
     return f"{header.prompt_tokens} tokens, {header.image_tokens} of them image tokens"
 
 
-def _words(trace: Trace) -> list[str]:
+def _words(trace: StoredAnswer) -> list[str]:
     """One line per word: its text, log-probability, LLR, and a bar."""
     if not trace.words:
         return ["(no words)"]
@@ -149,17 +146,17 @@ def _words(trace: Trace) -> list[str]:
     log_probs = [float(trace.log_probs[word.start : word.stop].sum()) for word in words]
     if llr is None:
         rows = [f"  {_pad(text, width)}  {value:8.2f}" for text, value in zip(shown, log_probs, strict=True)]
-        remark = "no LLR: the pass with the baseline picture was deferred"
+        remark = "no LLR: the pass with the baseline image was deferred"
         return [f"  {_pad('word', width)}  {'log P':>8}", *rows, *more, "", f"  {remark}"]
     ratios = [float(llr[word.start : word.stop].sum()) for word in words]
-    chosen = [bool((llr[word.start : word.stop] > _ALPHA).any()) for word in words]
-    top = max([abs(ratio) for ratio in ratios if math.isfinite(ratio)] + [_ALPHA])
+    chosen = [bool((llr[word.start : word.stop] > ALPHA).any()) for word in words]
+    top = max([abs(ratio) for ratio in ratios if math.isfinite(ratio)] + [ALPHA])
     lines = [f"  {_pad('word', width)}  {'log P':>8}  {'LLR':>8}"]
     for text, value, ratio, marked in zip(shown, log_probs, ratios, chosen, strict=True):
         lines.append(f"{'*' if marked else ' '} {_pad(text, width)}  {value:8.2f}  {ratio:+8.2f}  {_bar(ratio, top)}")
     kind = (trace.baseline or {}).get("kind", "baseline")
-    remark = f"LLR = log P(with the picture) - log P(with the baseline: {_safe(str(kind)[:32])})"
-    return [*lines, *more, "", f"  {remark}; * has a token above {_ALPHA:g}"]
+    remark = f"LLR = log P(with the image) - log P(with the baseline: {_safe(str(kind)[:32])})"
+    return [*lines, *more, "", f"  {remark}; * has a token above {ALPHA:g}"]
 
 
 def _bar(value: float, top: float) -> str:
@@ -190,7 +187,7 @@ def _fit(text: str, width: int, *, cut: bool = False) -> str:
     return text + "…"
 
 
-def _recorded(trace: Trace) -> list[str]:
+def _recorded(trace: StoredAnswer) -> list[str]:
     lines: list[str] = []
     for number, point in enumerate(trace.header.points[:_LINES_SHOWN]):
         axes = ", ".join(f"{axis} {size}" for axis, size in zip(point.axes, point.shape, strict=True))
@@ -199,7 +196,7 @@ def _recorded(trace: Trace) -> list[str]:
     return lines or _field("points", "nothing inside the model")
 
 
-def _bytes(trace: Trace) -> str:
+def _bytes(trace: StoredAnswer) -> str:
     text = f"{_size(trace.nbytes)} of data"
     if trace.header.steps:
         text += f", {_size(round(trace.nbytes / trace.header.steps))} per token"
@@ -218,15 +215,15 @@ def _size(nbytes: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def to_html(trace: Trace) -> str:
-    """Returns a small self-contained card: the picture, the question, the answer coloured by LLR. Readable on dark."""
+def to_html(trace: StoredAnswer) -> str:
+    """Returns a small self-contained card: the image, the question, the answer coloured by LLR. Readable on dark."""
     asked = _cut(trace.question, _CARD_TEXT_SHOWN) if trace.question is not None else trace.prompt[:400]
     question = html.escape(_safe(asked))
     facts = [trace.status, _model(trace), f"{trace.header.steps} tokens", _size(trace.nbytes)]
     details = " · ".join(html.escape(_safe(_cut(str(fact), 400))) for fact in facts if fact)
     remark = "colour: log-likelihood ratio of each word; underlined: above 1"
     if trace.llr is None:
-        remark = "no log-likelihood ratios: the pass with the baseline picture was deferred"
+        remark = "no log-likelihood ratios: the pass with the baseline image was deferred"
     return (
         '<div style="display:flex;gap:1em;align-items:flex-start;font-family:system-ui,sans-serif;max-width:60em">'
         f"{_thumbnail(trace)}<div>"
@@ -237,7 +234,7 @@ def to_html(trace: Trace) -> str:
     )
 
 
-def _coloured_answer(trace: Trace) -> str:
+def _coloured_answer(trace: StoredAnswer) -> str:
     llr = trace.llr
     parts: list[str] = []
     position = 0
@@ -252,7 +249,7 @@ def _coloured_answer(trace: Trace) -> str:
             parts.append(f"{lead}{shown}")
             continue
         ratio = float(np.nan_to_num(llr[word.start : word.stop].sum(), nan=0.0, posinf=9.0, neginf=-9.0))
-        marked = bool((llr[word.start : word.stop] > _ALPHA).any())
+        marked = bool((llr[word.start : word.stop] > ALPHA).any())
         strength = min(0.75, abs(ratio) / 6.0)
         colour = "230,110,20" if ratio > 0 else "60,120,220"
         style = f"background:rgba({colour},{strength:.2f});border-radius:.25em;padding:0 .1em"
@@ -264,12 +261,12 @@ def _coloured_answer(trace: Trace) -> str:
     return "".join([*parts, _plain_pieces(trace, position, len(trace.tokens))])
 
 
-def _plain_pieces(trace: Trace, start: int, stop: int) -> str:
+def _plain_pieces(trace: StoredAnswer, start: int, stop: int) -> str:
     shown = (trace.tokens[step] for step in range(start, stop) if not trace.special[step])
     return html.escape(_safe_lines(_cut("".join(shown), _CARD_TEXT_SHOWN))).replace("\n", "<br>")
 
 
-def _thumbnail(trace: Trace) -> str:
+def _thumbnail(trace: StoredAnswer) -> str:
     try:
         key = f"{row_key(trace.row)}/images/000"
         image = thumbnail(trace.image_record(0), trace.path, key, side=_THUMBNAIL)

@@ -30,7 +30,7 @@ _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
 def encode_picture(image: Image.Image) -> tuple[bytes, str]:
-    """The picture as an encoded file and its MIME type; decoding gives the same pixels.
+    """An image as an encoded file and its MIME type; decoding gives the same pixels.
 
     The bytes of the file it was opened from are used when they still decode to these pixels (a JPEG stays as small as
     it was); otherwise PNG.

@@ -26,15 +26,8 @@ from lvlm_probe.errors import TraceError
 from lvlm_probe.files import causes, read_small, write_whole
 from lvlm_probe.storage.reading import SealedFile, open_sealed
 from lvlm_probe.storage.seal import trace_error
-from lvlm_probe.trace.schema import (
-    FORMAT,
-    FORMAT_VERSION,
-    STATUSES,
-    TRACE_ID,
-    named_members,
-    row_count,
-    row_key,
-)
+from lvlm_probe.trace.records import FIELDS
+from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, row_count, row_key
 
 if TYPE_CHECKING:
     from lvlm_probe.trace.reader import Trace
@@ -90,31 +83,28 @@ def read_summaries(path: Path) -> list[TraceSummary]:
 def _summary(path: Path, file: SealedFile, row: int, created: str, model: str) -> TraceSummary:
     base = row_key(row)
     file.group(base)
-    trace_id = file.text(base, "trace_id")
-    if TRACE_ID.fullmatch(trace_id) is None:
-        raise file.error(f"{base}@trace_id", f"{trace_id[:64]!r} is not a trace id")
-    asked = "inputs/question" if file.has(f"{base}/inputs/question") else "inputs/prompt"
-    question, pieces = file.json(f"{base}/{asked}"), file.json(f"{base}/output/pieces")
-    special = file.array(f"{base}/output/special", dtype="u1", shape=[None])
-    if not isinstance(pieces, list) or len(pieces) != len(special):
-        raise file.error(f"{base}/output/pieces", "it does not fit the tokens of the answer")
-    status = file.text(base, "status")
-    if status not in STATUSES:
-        raise file.error(f"{base}@status", f"it is {status[:32]!r}, one of {', '.join(STATUSES)} is expected")
-    answer = "".join(str(piece) for piece, skipped in zip(pieces, special, strict=True) if not skipped)
+    sizes: dict[str, int] = {}
+    FIELDS["special"].check(file, base, sizes)
+    FIELDS["image_positions"].check(file, base, sizes)
+
+    def read(name: str) -> Any:
+        return FIELDS[name].read(file, base, sizes)
+
+    question = read("question" if file.has(f"{base}/{FIELDS['question'].key}") else "prompt")
+    answer = "".join(piece for piece, skipped in zip(read("tokens"), read("special"), strict=True) if not skipped)
     return TraceSummary(
         path=path,
         row=row,
-        trace_id=trace_id,
+        trace_id=read("trace_id"),
         created=created[:64],
-        status=status,
+        status=read("status"),
         model=model[:_TEXT],
-        question=str(question or "")[:_TEXT],
+        question=question[:_TEXT],
         answer=answer[:_TEXT],
-        steps=len(special),
-        image_tokens=len(file.checked(f"{base}/layout/image_positions", dtype="i4", shape=[None])),
-        has_llr=file.has(f"{base}/output/baseline_log_probs"),
-        points=named_members(file, f"{base}/points"),
+        steps=sizes["T"],
+        image_tokens=sizes["N"],
+        has_llr=file.has(f"{base}/{FIELDS['baseline_log_probs'].key}"),
+        points=tuple(file.named(f"{base}/points")),
     )
 
 
@@ -154,7 +144,7 @@ class Index:
         return rows
 
     def save(self) -> None:
-        """Keep what was asked for, and nothing else, for the next time; without a word where it cannot be kept."""
+        """Keep what was asked for, and nothing else, for the next time; nothing where it cannot be kept."""
         if not self._changed and len(self._entries) == len(self._stored):
             return
         lines = []

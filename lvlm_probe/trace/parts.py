@@ -1,4 +1,4 @@
-"""The larger parts of a trace: where the image tokens are, attention, and pictures."""
+"""The larger parts of a trace: attention, and images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ __all__ = [
     "PIXELS_PER_BYTE",
     "PIXEL_LIMIT",
     "AttentionRows",
-    "Layout",
     "check_pixels",
     "decode",
     "read_attention",
@@ -54,21 +53,8 @@ _TOO_LARGE = "it is hostile, or an image too large for this program: record it w
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where the image tokens are in the prompt, and which part of the picture each stands for."""
-
-    image_positions: np.ndarray
-    """``(image_token,)`` int64: positions in ``input_ids``."""
-    image_index: np.ndarray
-    """``(image_token,)`` int64: the image each token belongs to."""
-    patch_box: np.ndarray | None
-    """``(image_token, 4)`` float32: ``x0, y0, x1, y1`` in original-image pixels."""
-    image_token_id: int | None
-
-
-@dataclasses.dataclass(frozen=True)
 class AttentionRows:
-    """Attention of the answer's tokens to the image tokens, inside the language model; or to the picture's states,
+    """Attention of the answer's tokens to the image tokens, inside the language model; or to the image's states,
     where they reach it by cross-attention and the prompt holds no image tokens."""
 
     values: np.ndarray
@@ -154,7 +140,7 @@ def decode(record: ImageRecord, path: Path, key: str) -> Image.Image:
 
 
 def thumbnail(record: ImageRecord, path: Path, key: str, *, side: int) -> Image.Image | None:
-    """Decodes an image to RGB for a picture of at most ``side`` pixels; None where that takes much memory.
+    """Decodes an image to RGB for a thumbnail of at most ``side`` pixels; None where that takes much memory.
 
     Raises ``TraceError`` where ``decode`` would.
     """

@@ -1,32 +1,21 @@
-"""What a trace file contains: names, dtypes, shapes, and the check that a file keeps to them. ``SPEC.md`` in code.
-
-Sizes: ``P`` prompt tokens, ``T`` generated tokens, ``N`` image tokens, ``4`` itself.
-"""
+"""The check that a trace file keeps to the format: its fields, images and points, before any array is read."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
+from typing import Any
 
-from lvlm_probe.storage.encoding import NAME
 from lvlm_probe.storage.reading import SealedFile
+from lvlm_probe.trace.records import FIELDS, MODEL_TEXT
 
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "IMAGE_LIMIT",
-    "MODEL_JSON",
-    "MODEL_TEXT",
-    "ROW_ARRAYS",
     "ROW_BYTES",
-    "ROW_JSON",
     "ROW_LIMIT",
-    "STATUSES",
-    "TRACE_ID",
-    "ArraySpec",
     "PointHeader",
     "RowHeader",
-    "named_members",
     "row_count",
     "row_key",
     "validate",
@@ -41,45 +30,6 @@ ROW_BYTES = 1024
 """What a trace takes in its file at least; the headers alone of its members are more."""
 IMAGE_LIMIT = 1000
 """Images of one trace."""
-TRACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
-"""A trace id names files beside the trace (``explanations/<trace_id>.<method>.h5``): no slash, no leading dot."""
-
-STATUSES = ("complete", "stopped", "error")
-SOURCES = ("generation", "teacher_forced")
-MODEL_TEXT = ("model_id", "revision", "class", "adapter", "attn_implementation", "torch_dtype", "fingerprint")
-MODEL_JSON = ("config", "generation_config", "versions")
-
-
-@dataclasses.dataclass(frozen=True)
-class ArraySpec:
-    """An array of a trace: dtype on disk, sizes by letter, and whether it may be absent."""
-
-    dtype: str
-    sizes: tuple[str, ...]
-    optional: bool = False
-
-
-ROW_ARRAYS: dict[str, ArraySpec] = {
-    "inputs/input_ids": ArraySpec("i4", ("P",)),
-    "layout/image_positions": ArraySpec("i4", ("N",)),
-    "layout/image_index": ArraySpec("i4", ("N",)),
-    "layout/patch_box": ArraySpec("f4", ("N", "4"), optional=True),
-    "output/token_ids": ArraySpec("i4", ("T",)),
-    "output/special": ArraySpec("u1", ("T",)),
-    "output/log_probs": ArraySpec("f4", ("T",)),
-    "output/baseline_log_probs": ArraySpec("f4", ("T",), optional=True),
-}
-ROW_JSON: dict[str, bool] = {
-    "inputs/prompt": False,
-    "inputs/question": True,
-    "inputs/processor_call": True,
-    "output/pieces": False,
-    "output/baseline": True,
-    "notes": True,
-    "meta": True,
-    "error": True,
-}
-"""JSON members of a trace, and whether each may be absent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +48,11 @@ class PointHeader:
 class RowHeader:
     """What is known of a trace once its structure has been checked."""
 
-    trace_id: str
-    batch_row: int
-    status: str
-    log_probs_source: str
-    prompt_tokens: int
-    steps: int
-    image_tokens: int
+    attributes: dict[str, Any]
+    """The fields that are attributes, by name."""
+    sizes: dict[str, int]
+    """Letter → size: ``P`` prompt tokens, ``T`` generated tokens, ``N`` image tokens; ``images``, without bound where
+    none was kept, as of a recording without a processor."""
     image_sizes: tuple[tuple[int, int], ...]
     """``(width, height)`` of each image, as declared."""
     image_mimes: tuple[str, ...]
@@ -113,6 +61,21 @@ class RowHeader:
     model_kwargs: tuple[str, ...]
     points: tuple[PointHeader, ...]
     nbytes: int
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return self.sizes["P"]
+
+    @property
+    def steps(self) -> int:
+        """Tokens of the answer."""
+        return self.sizes["T"]
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of the prompt."""
+        return self.sizes["N"]
 
 
 def row_key(row: int) -> str:
@@ -143,57 +106,18 @@ def validate_row(file: SealedFile, row: int) -> RowHeader:
     base = row_key(row)
     file.group(base)
     nbytes = 0
-    sizes: dict[str, int] = {"4": 4}
-    for name, spec in ROW_ARRAYS.items():
-        key = f"{base}/{name}"
-        if spec.optional and not file.has(key):
-            continue
-        dataset = file.checked(key, dtype=spec.dtype, shape=[sizes.get(size) for size in spec.sizes])
-        for size, letter in zip(dataset.shape, spec.sizes, strict=True):
-            sizes[letter] = size
-        nbytes += dataset.nbytes
-    for name, optional in ROW_JSON.items():
-        if not optional or file.has(f"{base}/{name}"):
-            nbytes += file.dataset(f"{base}/{name}").nbytes
-    trace_id = file.text(base, "trace_id")
-    if TRACE_ID.fullmatch(trace_id) is None:
-        raise file.error(f"{base}@trace_id", f"{trace_id[:64]!r} is not a trace id (letters, digits, '_', '-', '.')")
-    kwargs = named_members(file, f"{base}/inputs/model_kwargs")
-    points = tuple(_point(file, base, name, sizes) for name in named_members(file, f"{base}/points"))
+    sizes: dict[str, int] = {}
+    for field in FIELDS.values():
+        if not field.is_attribute and not (field.optional and not file.has(f"{base}/{field.key}")):
+            nbytes += field.check(file, base, sizes)
+    attributes = {name: field.read(file, base, sizes) for name, field in FIELDS.items() if field.is_attribute}
+    kwargs = tuple(file.named(f"{base}/inputs/model_kwargs"))
+    points = tuple(_point(file, base, name, sizes) for name in file.named(f"{base}/points"))
     image_sizes, mimes, image_bytes = _images(file, base)
+    sizes["images"] = len(image_sizes) or 2**31
     nbytes += image_bytes + sum(point.nbytes for point in points)
     nbytes += sum(file.checked(f"{base}/inputs/model_kwargs/{name}").nbytes for name in kwargs)
-    return RowHeader(
-        trace_id=trace_id,
-        batch_row=file.integer(base, "batch_row", low=0, high=2**31 - 1) or 0,
-        status=_one_of(file, base, "status", STATUSES),
-        log_probs_source=_one_of(file, f"{base}/output/log_probs", "source", SOURCES),
-        prompt_tokens=sizes["P"],
-        steps=sizes["T"],
-        image_tokens=sizes["N"],
-        image_sizes=image_sizes,
-        image_mimes=mimes,
-        image_nbytes=image_bytes,
-        model_kwargs=kwargs,
-        points=points,
-        nbytes=nbytes,
-    )
-
-
-def _one_of(file: SealedFile, key: str, name: str, allowed: tuple[str, ...]) -> str:
-    value = file.text(key, name)
-    if value not in allowed:
-        raise file.error(f"{key}@{name}", f"it is {value[:32]!r}, one of {', '.join(allowed)} is expected")
-    return value
-
-
-def named_members(file: SealedFile, key: str) -> tuple[str, ...]:
-    """Returns the names in a group, sorted; each may be part of a path. Raises ``TraceError``."""
-    names = file.names(key)
-    for name in names:
-        if re.fullmatch(NAME, name) is None:
-            raise file.error(key, f"{name[:64]!r} is not a name (letters, digits, '_', '-', '.')")
-    return tuple(names)
+    return RowHeader(attributes, sizes, image_sizes, mimes, image_bytes, kwargs, points, nbytes)
 
 
 def _images(file: SealedFile, base: str) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...], int]:

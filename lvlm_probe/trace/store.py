@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import overload
 
 from lvlm_probe.errors import TraceError
-from lvlm_probe.files import causes, orphans, remove_orphans
+from lvlm_probe.files import DAY, causes, orphans, remove_orphans
 from lvlm_probe.storage.reading import open_sealed
 from lvlm_probe.storage.seal import trace_error
 from lvlm_probe.trace.index import Index, TraceSummary
@@ -21,7 +21,6 @@ from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, ROW_LIMIT, validate
 __all__ = ["TraceStore", "open_store"]
 
 _OWN_NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z-\d+-[0-9a-f]{8}\.b(?P<rows>[1-9]\d{0,5})\.h5")
-_DAY = 86_400.0
 
 
 def open_store(path: str | os.PathLike[str]) -> TraceStore:
@@ -173,7 +172,7 @@ class TraceStore(Sequence[Trace]):
 
         return [summary for summary in found if fits(summary)]
 
-    def orphans(self, *, min_age: float = _DAY) -> list[Path]:
+    def orphans(self, *, min_age: float = DAY) -> list[Path]:
         """Lists the ``.part`` files left by processes that were killed, also those in ``explanations/``.
 
         A file counts when no process with the number in its name runs on this machine *and* nobody has written to it
@@ -181,7 +180,7 @@ class TraceStore(Sequence[Trace]):
         """
         return orphans(self._folders, min_age=min_age)
 
-    def clean(self, *, min_age: float = _DAY) -> list[Path]:
+    def clean(self, *, min_age: float = DAY) -> list[Path]:
         """Deletes ``orphans(min_age=min_age)`` and returns what it deleted."""
         return remove_orphans(self._folders, min_age=min_age)
 

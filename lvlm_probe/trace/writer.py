@@ -12,22 +12,23 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from lvlm_probe._version import __version__
 from lvlm_probe.errors import TraceError
-from lvlm_probe.storage.arrays import writer_name
 from lvlm_probe.storage.encoding import ENCODING_VERSION, json_text, put_array, put_json, put_text
 from lvlm_probe.storage.reading import SealedFile
 from lvlm_probe.storage.seal import sealed_writer
-from lvlm_probe.trace.records import Capture, ImageRecord, PointRecord, RowCapture
-from lvlm_probe.trace.schema import (
-    FORMAT,
-    FORMAT_VERSION,
+from lvlm_probe.trace.fields import Json
+from lvlm_probe.trace.records import (
+    FIELDS,
     MODEL_JSON,
     MODEL_TEXT,
-    ROW_ARRAYS,
-    row_key,
-    validate,
-    validate_row,
+    Capture,
+    ImageRecord,
+    PointRecord,
+    RowCapture,
+    is_recorded,
 )
+from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, row_key, validate, validate_row
 
 __all__ = ["write"]
 
@@ -76,7 +77,10 @@ def write(capture: Capture, directory: str | os.PathLike[str], *, fsync: bool = 
             # What a reader would refuse is not written: the same check, before the file gets its name.
             written = SealedFile(path, file, file.id.get_filesize())
             for index in range(validate(written)):
-                validate_row(written, index)
+                header = validate_row(written, index)
+                for field in FIELDS.values():
+                    if isinstance(field, Json) and field.count:
+                        field.read(written, row_key(index), header.sizes)
     except (TypeError, ValueError, RecursionError) as error:
         raise TraceError(f"{path}: the capture cannot be stored ({error}); fix the recorded value") from error
     return path
@@ -96,7 +100,7 @@ def _put_root(file: h5py.File, capture: Capture) -> None:
     put_text(file, "format", FORMAT)
     put_text(file, "format_version", FORMAT_VERSION)
     put_text(file, "created", capture.created)
-    put_text(file, "writer", writer_name())
+    put_text(file, "writer", f"lvlm_probe {__version__}")
     put_json(file, "seconds", capture.seconds)
     model = file.create_group("model")
     for name in MODEL_TEXT:
@@ -114,40 +118,10 @@ def _put_root(file: h5py.File, capture: Capture) -> None:
 def _put_row(group: h5py.Group, row: RowCapture) -> None:
     put_text(group, "encoding", "trace")
     put_text(group, "encoding_version", ENCODING_VERSION)
-    put_text(group, "trace_id", row.trace_id)
-    put_text(group, "status", row.status)
-    group.attrs.create("batch_row", np.int64(row.batch_row))
-    values = {
-        "inputs/input_ids": row.input_ids,
-        "layout/image_positions": row.image_positions,
-        "layout/image_index": row.image_index,
-        "layout/patch_box": row.patch_box,
-        "output/token_ids": row.token_ids,
-        "output/special": row.special,
-        "output/log_probs": row.log_probs,
-        "output/baseline_log_probs": row.baseline_log_probs,
-    }
-    for key, spec in ROW_ARRAYS.items():
-        if values[key] is not None:
-            put_array(group, key, _exact(key, values[key], spec.dtype))
-    put_text(group["output/log_probs"], "source", row.log_probs_source)
-    if row.image_token_id is not None:
-        group["layout"].attrs.create("image_token_id", np.int64(row.image_token_id))
-    put_json(group, "inputs/prompt", row.prompt)
-    put_json(group, "output/pieces", list(row.pieces))
-    if len(row.pieces) != len(group["output/token_ids"]):
-        raise ValueError(f"{len(row.pieces)} pieces for {len(group['output/token_ids'])} tokens")
-    optional = {
-        "inputs/question": row.question,
-        "inputs/processor_call": row.processor_call,
-        "output/baseline": row.baseline,
-        "notes": row.notes or None,
-        "meta": row.meta or None,
-        "error": row.error,
-    }
-    for key, value in optional.items():
-        if value is not None:
-            put_json(group, key, value)
+    for name, field in sorted(FIELDS.items(), key=lambda item: item[1].is_attribute):  # once their owners are there
+        value = getattr(row, name)
+        if is_recorded(name, value):
+            field.put(group, value)
     kwargs = group.create_group("inputs/model_kwargs")
     for name, tensor in row.model_kwargs.items():
         put_array(kwargs, name, tensor, encoding="tensor")
@@ -157,16 +131,6 @@ def _put_row(group: h5py.Group, row: RowCapture) -> None:
     points = group.create_group("points")
     for name, point in row.points.items():
         _put_point(points, name, point)
-
-
-def _exact(key: str, value: object, dtype: str) -> np.ndarray:
-    """Casts to the dtype on disk; a number that does not survive is an error, not a different number."""
-    array = np.asarray(value)
-    with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf, which the next line reports for integers
-        cast = array.astype(dtype)
-    if dtype[0] in "iu" and not np.array_equal(cast, array):
-        raise ValueError(f"{key} has values that do not fit into {dtype}")
-    return cast
 
 
 def _put_image(group: h5py.Group, name: str, image: ImageRecord) -> None:

@@ -31,9 +31,9 @@ from random_model import SMALL, random_llava, write_results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny_models
+from forgery import write_seal
 
 import lvlm_probe as probe
-from lvlm_probe.storage.seal import write_seal
 from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, row_key
 
 TRACES = 10_000

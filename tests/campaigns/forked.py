@@ -6,6 +6,7 @@ Time is the fork's own processor time, which a busy machine does not lengthen.
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import os
 import resource
 import shutil
@@ -74,6 +75,7 @@ def in_forks(first: int, count: int, folder: Path, trial: Trial, limits: Limits,
 
 def _carry_out(folder: Path, numbers: range, trial: Trial, limits: Limits, tell: int) -> None:
     """Runs in a fork: writes half a line before each trial, and the rest after it."""
+    faulthandler.disable()  # a crash is the parent's to tell
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     statm = Path("/proc/self/statm")

@@ -23,18 +23,18 @@ import h5py
 import numpy as np
 import report_samples
 import torch
-from forgery import metadata_blocks, mutate, mutate_metadata
+from forgery import metadata_blocks, mutate, mutate_metadata, write_seal
 from trace_samples import sample_capture, sample_image
 
 import lvlm_probe as probe
+from campaigns.forged import forge_members
 from campaigns.forked import Limits, in_forks
 from campaigns.tally import Campaign, Tally
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.storage.seal import write_seal
 from lvlm_probe.trace import Trace, open_store, open_trace, write
 
-__all__ = ["CAMPAIGNS", "damaged", "files", "odd_json"]
+__all__ = ["CAMPAIGNS", "damaged", "odd_json"]
 
 ODD_NAME = "odd.h5"
 
@@ -197,8 +197,8 @@ def _png(width: int, height: int) -> np.ndarray:
     return np.frombuffer(data, "u1")
 
 
-WAYS = ("raw", "metadata", "members", "seal")
-SHARES = (0.4, 0.3, 0.27, 0.03)
+WAYS = ("raw", "metadata", "members", "forged", "seal")
+SHARES = (0.36, 0.27, 0.24, 0.1, 0.03)
 
 
 def forge(path: Path, sources: Sources, rng: random.Random) -> str:
@@ -216,6 +216,9 @@ def forge(path: Path, sources: Sources, rng: random.Random) -> str:
             for _ in range(rng.choice([1, 1, 2, 3])):
                 with contextlib.suppress(KeyError, ValueError, TypeError, OSError, RuntimeError, OverflowError):
                     _h5py_change(rng, file, sources.secret)
+    elif way == "forged":
+        path.write_bytes(data)
+        forge_members(path, kind, rng, sources.secret)
     else:
         head = bytearray(data)
         for _ in range(rng.choice([1, 3])):
@@ -278,32 +281,8 @@ def read_all(path: Path, kind: str, rng: random.Random | None) -> str:
 CHUNK = 5_000
 
 
-def files(first: int, count: int, seed: int) -> Tally:
-    """Read damaged files number ``first`` to ``first + count``.
-
-    Every tenth chunk is of ``tests/file_campaign.py``, which forges what is known to be dangerous, where this module
-    damages at random.
-    """
-    return forgeries(first, count, seed) if first // CHUNK % 10 == 9 else damaged(first, count, seed)
-
-
-def forgeries(first: int, count: int, seed: int) -> Tally:
-    """Files number ``first`` to ``first + count`` of ``file_campaign``, whose own seeds are numbers of files."""
-    import file_campaign
-
-    found = file_campaign.run(count, seed=seed * 10_000_000 + first)
-    tally = Tally(tried=found.files, counts=found.kinds)
-    for outcome, number in found.outcomes.items():
-        if outcome in ("read", "refused"):
-            tally.counts[outcome] += number
-        else:
-            tally.broken[outcome] += number
-    tally.keep(f"file_campaign: {fault}" for fault in found.faults)
-    return tally
-
-
 def damaged(first: int, count: int, seed: int) -> Tally:
-    """Files number ``first`` to ``first + count`` of this module."""
+    """Read damaged files number ``first`` to ``first + count``."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     tally = Tally()
@@ -323,7 +302,7 @@ def damaged(first: int, count: int, seed: int) -> Tally:
             made = forge(at / ODD_NAME, sources, rng)
             return made, lambda: read_all(at / ODD_NAME, made.split()[1], rng)
 
-        in_forks(first, count, folder, trial, Limits(secret=sources.secret), tally)
+        in_forks(first, count, folder, trial, Limits(big=500e6, secret=sources.secret), tally)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return tally
@@ -336,7 +315,7 @@ CAMPAIGNS = (
         "files",
         100_000,
         CHUNK,
-        files,
+        damaged,
         seconds=2400,
     ),
 )

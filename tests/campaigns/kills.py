@@ -251,7 +251,7 @@ def trace_fault(path: Path) -> str | None:
             attention = np.asarray(row.points["decoder.attention"].values, np.float32)
             if not (
                 trace.trace_id == row.trace_id
-                and list(trace.tokens) == list(row.pieces)
+                and list(trace.tokens) == list(row.tokens)
                 and trace.prompt == row.prompt
                 and np.array_equal(trace.log_probs, row.log_probs)
                 and np.array_equal(trace.baseline_log_probs, row.baseline_log_probs)

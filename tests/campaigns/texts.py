@@ -28,14 +28,14 @@ from campaigns.forked import Limits, in_forks
 from campaigns.hostile import odd_json
 from campaigns.tally import Campaign, Tally
 from lvlm_probe.cli import main
-from lvlm_probe.errors import ProbeError
-from lvlm_probe.importing.rows import AnswerRow, read_rows
+from lvlm_probe.errors import StudyError
+from lvlm_probe.importing.rows import AnswerRow, BadRow, read_rows
 from lvlm_probe.study.spec import read_study
 from lvlm_probe.trace import write
 
-__all__ = ["CAMPAIGNS"]
+__all__ = ["CAMPAIGNS", "ROWS", "STUDIES"]
 
-ROW = {
+ROW: dict[str, Any] = {
     "id": "a-1", "image": "photo.png", "question": "What is this?", "answer": "A red cross.",
     "token_ids": [3, 4, 5], "logprobs": [-0.1, -0.2, -0.3], "model": "served",
 }  # fmt: skip
@@ -95,9 +95,38 @@ ODD_YAML = (
 )
 
 
+YAML_BITS = (
+    "&a ", "*a", "!!set ", "!!binary ", "!x ", "<<: ", "? ", "- ", ": ", "{", "}", "[", "]", "[" * 60, "|", ">", "'",
+    '"', "\\", "#", "%", "@", "`", "~", ".nan", ".inf", "1e999", "9" * 80, "0x" + "f" * 70, "1:30", "2024-01-01", "\t",
+    "---", "...", '"\\0"', '"\\ud800"', '"\\UFFFFFFFF"', "null", "true", "\n", "  ", "\x00", "\x1b", "\x85", "\u2028",
+    "\ufeff", "\U0001f600", "=", "y", "-1", "{a: [1, {b: 2}]}", "name", "models:", "methods:", "~nosuchuser/x",
+)  # fmt: skip
+
+
+def mutated(text: str, bits: tuple[str, ...], rng: random.Random) -> str:
+    """A text with bits of it put in, left out, exchanged or repeated."""
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        place = rng.randrange(len(text) + 1)
+        kind = rng.randrange(4)
+        if kind == 0:
+            text = text[:place] + rng.choice(bits) + text[place:]
+        elif kind == 1:
+            text = text[:place] + text[place + rng.choice([1, 1, 4, 20]) :]
+        elif kind == 2:
+            text = text[:place] + rng.choice(bits) + text[place + rng.choice([1, 2, 8]) :]
+        else:
+            lines = text.split("\n")
+            other = rng.choice(lines)
+            lines.insert(rng.randrange(len(lines) + 1), other)
+            text = "\n".join(lines)
+    return text
+
+
 def odd_study(rng: random.Random) -> str:
     """A study with something odd in it."""
-    kind = rng.randrange(6)
+    kind = rng.randrange(10)
+    if kind > 5:
+        return mutated(STUDY, YAML_BITS, rng)
     lines = STUDY.splitlines()
     place = rng.randrange(1, len(lines))
     odd = rng.choice(ODD_YAML)
@@ -129,23 +158,49 @@ def odd_study(rng: random.Random) -> str:
 
 
 def _yaml(number: int, at: Path, seed: int) -> tuple[str, Callable[[], str]]:
-    text = odd_study(random.Random(f"{seed}/{number}"))
+    rng = random.Random(f"{seed}/{number}")
+    text = odd_study(rng)
+    data = text.encode("utf-8", "surrogatepass")
+    if rng.random() < 0.03:
+        data = data[: len(data) // 2] + rng.randbytes(3) + data[len(data) // 2 :]
     path = at / "study.yaml"
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    path.write_bytes(data)
 
     def read() -> str:
         try:
-            read_study(path)
-        except ProbeError as error:
-            return "refused" if str(path.name) in str(error) else f"refused without naming the file: {error}"
+            study = read_study(path)
+        except StudyError as error:
+            fine = str(path) in str(error) and len(str(error)) < 1000
+            return "refused" if fine else f"refused without naming the file, or at length: {str(error)[:200]}"
+        json.dumps(study.to_dict(), allow_nan=False).encode("utf-8")
         return "read"
 
     return f"yaml {text[:30]!r}", read
 
 
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 2**63, 10**400, -(10**400), 1.5, float("nan"), float("inf"), "", " ", "a", "a" * 5000,
+    "\x00", "\x1b[2J", "\ud800", "\u202e", [], [[]], [None], [1, "a"], {}, {"a": {}}, {"logprob": None},
+    {"content": [{"token": "a"}]}, [[-0.1, 5, "a"]], [{"5": {"logprob": -1.0}}], "data:image/png;base64,AAAA",
+    "/etc/passwd", "../x.png", "x.png", ["x.png"] * 3, "~nosuchuser/x",
+)  # fmt: skip
+JSON_BITS = (
+    "[" * 3000, "{", "}", '"', ",", ":", "\\ud800", "\\u0000", "NaN", "Infinity", "-Infinity", "9" * 5000, "1e400",
+    "null", "true", "\x00", "\x1b", "\t", "\ufeff", '{"image":', "\\", "//", "\u2028",
+)  # fmt: skip
+
+
 def odd_line(rng: random.Random) -> bytes:
     """A line of a file to import that is not as it should be."""
-    kind = rng.randrange(5)
+    kind = rng.randrange(10)
+    if kind > 4:
+        row = dict(ROW)
+        for _ in range(rng.choice([0, 1, 2])):
+            row[rng.choice([*ROW, "prompt", "engine", "extra"])] = rng.choice(VALUES)
+        text = json.dumps(row)
+        data = (mutated(text, JSON_BITS, rng) if rng.random() < 0.5 else text).encode("utf-8", "surrogatepass")
+        place = rng.randrange(len(data) + 1)
+        return data[:place] + bytes([rng.choice([0xFF, 0xC3, 0x80, 0x00])]) * (rng.random() < 0.1) + data[place:]
     if kind == 0:
         return odd_json(rng, json.dumps(ROW))
     if kind == 1:
@@ -194,7 +249,13 @@ def _rows(number: int, at: Path, seed: int) -> tuple[str, Callable[[], str]]:
         found = dict(read_rows(path))
         if not isinstance(found.get(1), AnswerRow) or not isinstance(found.get(3), AnswerRow):
             return f"a good row was lost: {found}"
-        return "read" if isinstance(found.get(2), AnswerRow) else "refused"
+        other = found.get(2)
+        if isinstance(other, BadRow):
+            str(other).encode("utf-8")
+            return "refused" if 0 < len(str(other)) <= 400 else f"a reason of {len(str(other))} characters"
+        if other is not None and not all(isinstance(value, float) for value in other.log_probs or ()):
+            return f"log-probabilities that are no numbers: {other.log_probs}"
+        return "read"
 
     return f"rows {odd[:30]!r}", read
 
@@ -242,7 +303,7 @@ def _terminal(number: int, at: Path, seed: int) -> tuple[str, Callable[[], str]]
     # A name is a file's and not a text's: what no file system forbids.
     folder = at / f"{number}"
     rows = [dataclasses.replace(
-        row, pieces=[odd(piece) for piece in row.pieces], prompt=odd(row.prompt), question=odd("What is there?"),
+        row, tokens=[odd(piece) for piece in row.tokens], prompt=odd(row.prompt), question=odd("What is there?"),
         notes=[odd("a note")], meta={"run": odd("x"), odd("key"): 1},
     )]  # fmt: skip
     model = {**capture.model, "model_id": odd("demo/tiny"), "class": odd("Llava")}
@@ -304,8 +365,10 @@ def campaign(name: str, promise: str, units: int, trial: Any) -> Campaign:
     return Campaign(name, promise, "texts", units, max(500, units // 4), run)
 
 
+ROWS = campaign("rows", "A line that cannot be imported is a reason, and never stops the others.", 10_000, _rows)
+STUDIES = campaign("yaml", "A study that cannot be run is refused in words that name the file.", 10_000, _yaml)
 CAMPAIGNS = (
-    campaign("rows", "A line that cannot be imported is a reason, and never stops the others.", 10_000, _rows),
-    campaign("yaml", "A study that cannot be run is refused in words that name the file.", 10_000, _yaml),
+    ROWS,
+    STUDIES,
     campaign("terminal", "No text of a file drives the terminal.", 4_000, _terminal),
 )

@@ -9,17 +9,16 @@ import json
 import logging
 import os
 import pty
+import random
 import re
 import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import hostile
 import pytest
 import trace_samples
 from command_line import Result, run
-from hostile import ACTING, EVIL
 from PIL import Image
 
 from lvlm_probe import cli
@@ -30,6 +29,11 @@ from lvlm_probe.metrics import Score
 from lvlm_probe.trace import write
 from lvlm_probe.trace.records import Capture
 
+ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+EVIL = (
+    "\x1b]0;OWNED\x07\x1b[2J\x1b[31mred\x1b[0m \x9b31m \x1b]8;;http://evil/\x1b\\link\x1b]8;;\x1b\\ \u202egnp.exe "
+    "\x1b]52;c;ZWNobyBvd25lZA==\x07 \r\x08\x7f \u2028\u2066\ud800 [red]markup[/red]"
+)
 BAD = [b"\x1b]", b"\x1b[2J", b"\x9b", "\x9b".encode(), "\u202e".encode(), "\u2066".encode(), b"\x08", b"\x7f"]
 TEXT = EVIL.replace("\ud800", "")
 
@@ -38,7 +42,7 @@ def evil_capture(model_id: str = "nowhere/at-all", **changes: Any) -> Capture:
     made = trace_samples.sample_capture(tokens=6)
     (row,) = made.rows
     row.question, row.notes, row.meta = f"Q{TEXT}", [f"N{TEXT}"], {f"k{TEXT}": f"v{TEXT}"}
-    row.pieces[0] = f"A{TEXT}"
+    row.tokens[0] = f"A{TEXT}"
     for name, value in changes.items():
         setattr(row, name, value)
     made.model["model_id"] = model_id
@@ -173,9 +177,40 @@ def test_progress_and_stages_show_no_markup(capsys: pytest.CaptureFixture[str]) 
     assert not [bad for bad in BAD if bad in shown]
 
 
+TERMINAL_BITS = (
+    "\x1b", "\x1b[", "\x1b]", "\x1bP", "\x9b", "\x9d", "\x07", "\x08", "\r", "\r\n", "\n", "\t", "\x00", "\x7f",
+    "\u202e", "\u2066", "\u2028", "\u2029", "\u200f", "\ufeff", "\ud800", "\udfff", "[red]", "[/red]", "[link=http://evil]",
+    "a", "é", "\U0001f600", "\u200d", "中", "{}", "%s", "\\",
+)  # fmt: skip
+
+
 def test_mutated_texts_never_act() -> None:
-    counts = hostile.fuzz_terminal(400, seed=1)
-    assert set(counts) == {"say", "note", "json", "show", "stored_path"}
+    """Texts of acting characters through every way to the terminal; nothing acting comes out, and JSON is unchanged."""
+    rng = random.Random(1)
+    ways: set[str] = set()
+    for _ in range(400):
+        text = "".join(rng.choice(TERMINAL_BITS) for _ in range(rng.randrange(1, 12)))
+        way = rng.choice(("say", "note", "json", "show", "stored_path"))
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            if way == "say":
+                terminal.say(text, (text, "bold"), terminal.answer_text((), [text], None, ()))
+            elif way == "note":
+                terminal.note(text)
+            elif way == "json":
+                terminal.print_json({text: [text]})
+            elif way == "show":
+                terminal.show(text)
+            else:
+                terminal.show(terminal.stored_path(Path(text.replace("\x00", ""))))
+        written = out.getvalue() + err.getvalue()
+        assert not ACTING.search(written), (way, text, written)
+        written.encode("utf-8")
+        if way == "json":
+            same = json.loads(json.dumps(text))  # two halves become one character in JSON
+            assert json.loads(out.getvalue()) == {same: [same]}
+        ways.add(way)
+    assert ways == {"say", "note", "json", "show", "stored_path"}
 
 
 def in_terminal(*arguments: str | Path, answer: bytes | None = None, until: bytes = b"[y/N]") -> tuple[int, bytes]:

@@ -32,7 +32,7 @@ def main() -> None:
         "image_grid_thw": torch.tensor([[1, 2, 3], [1, 4, 4]]),
     }
     capture.rows[1].status = "stopped"
-    capture.rows[1].pieces[0] = "Thé 图\0"
+    capture.rows[1].tokens[0] = "Thé 图\0"
     target = HERE / "golden-1.0.h5"
     if target.exists():
         raise SystemExit(f"{target} exists; a golden file is never made again")
@@ -46,7 +46,7 @@ def main() -> None:
                 "status": row.status,
                 "prompt": row.prompt,
                 "question": row.question,
-                "pieces": row.pieces,
+                "pieces": row.tokens,
                 "special": np.asarray(row.special).tolist(),
                 "input_ids": row.input_ids.tolist(),
                 "token_ids": row.token_ids.tolist(),

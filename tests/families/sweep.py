@@ -25,9 +25,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import torchvision_shim  # noqa: E402, F401  (before anything imports torchvision)
 import yaml  # noqa: E402
 from checks import CHECKS, Verdict, run_checks  # noqa: E402
+from family_page import markdown  # noqa: E402
 from zoo import MEMBERS, Backend, Member, build, load_members  # noqa: E402
 
-from lvlm_probe.models.support import FamilyTable, markdown, summary  # noqa: E402
+from lvlm_probe.models.support import FamilyTable, summary  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "lvlm_probe" / "families.json"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from family_page import markdown
 
 import lvlm_probe as probe
-from lvlm_probe.models.support import CHECKS, FamilyTable, family_table, markdown
+from lvlm_probe.models.support import CHECKS, FamilyTable, family_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from forgery import write_seal
 
 import lvlm_probe as probe
 from lvlm_probe.errors import ProbeError, ReplayError
 from lvlm_probe.models.prompts import chat_inputs, placed
-from lvlm_probe.storage.seal import write_seal
 from lvlm_probe.trace import open_trace
 
 ROW = "traces/000000"

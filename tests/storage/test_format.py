@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from lvlm_probe.errors import TraceError
 from lvlm_probe.storage import read_arrays, write_arrays
 from lvlm_probe.storage.encoding import JSON_LIMIT, as_array, json_text, parse_json, put_array, restore_tensor
-from lvlm_probe.storage.seal import BLOCK_BYTES, check_seal, parse_version
+from lvlm_probe.storage.seal import BLOCK_BYTES, check_open, open_file, parse_version
 
 KIND = "heatmap"
 
@@ -224,6 +224,8 @@ def test_large_files_are_hashed_only_when_asked(tmp_path: Path, monkeypatch: pyt
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    check_seal(path, f"lvlm_probe.{KIND}", "1.0")
-    with pytest.raises(TraceError, match="SHA-256"):
-        check_seal(path, f"lvlm_probe.{KIND}", "1.0", full=True)
+    with open_file(path) as file:
+        check_open(path, file, f"lvlm_probe.{KIND}", "1.0")
+        file.seek(0)
+        with pytest.raises(TraceError, match="SHA-256"):
+            check_open(path, file, f"lvlm_probe.{KIND}", "1.0", full=True)

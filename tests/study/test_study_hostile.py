@@ -7,8 +7,8 @@ import os
 import re
 from pathlib import Path
 
-import hostile
 import pytest
+from campaigns import texts
 
 import lvlm_probe.study.spec as spec_module
 from lvlm_probe.errors import StudyError
@@ -141,7 +141,8 @@ def test_no_file_says_that_code_is_trusted(tmp_path: Path) -> None:
 
 
 def test_mutated_studies_are_read_or_refused() -> None:
-    counts = hostile.fuzz_studies(200, seed=1)
-    assert sum(counts.values()) == 200
-    assert counts["read"] > 0
-    assert counts["refused"] > 50
+    tally = texts.STUDIES.run(0, 200, 1)
+    assert tally.tried == 200
+    assert not tally.broken, tally.examples
+    assert tally.counts["read"] > 0
+    assert tally.counts["refused"] > 50

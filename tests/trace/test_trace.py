@@ -30,7 +30,7 @@ def assert_same(trace: Trace, row: object, *, attention: bool = True) -> None:
     assert trace.batch_row == row.batch_row
     assert (trace.status, trace.error) == (row.status, row.error)
     assert (trace.prompt, trace.question) == (row.prompt, row.question)
-    assert trace.tokens == row.pieces
+    assert trace.tokens == row.tokens
     assert trace.log_probs_source == row.log_probs_source
     assert (trace.processor_call, trace.baseline) == (row.processor_call, row.baseline)
     assert (trace.notes, trace.meta) == (row.notes, row.meta)
@@ -148,13 +148,13 @@ def test_half_and_brain_floats_survive(tmp_path: Path) -> None:
 def test_awkward_text_survives(tmp_path: Path) -> None:
     capture = sample_capture(tokens=4)
     row = capture.rows[0]
-    row.pieces = ["<b>é\0", "", "\ud83d", "\x1b[31m图</s>"]
+    row.tokens = ["<b>é\0", "", "\ud83d", "\x1b[31m图</s>"]
     row.special = np.array([False, False, False, True])
     row.prompt = "" if row.prompt is None else "\u202eabc\n\n"
     row.question = ""
     row.meta = {"bad": float("nan"), "path": Path("/x")}
     trace = open_trace(write(capture, tmp_path))
-    assert trace.tokens == row.pieces
+    assert trace.tokens == row.tokens
     assert trace.prompt == row.prompt
     assert trace.question == ""
     assert trace.meta == {"bad": "nan", "path": "/x"}
@@ -269,7 +269,7 @@ class TestWrite:
         ("change", "message"),
         [
             ({"log_probs": np.zeros(3, np.float32)}, r"output/log_probs.*shape is \(3,\), \(8,\)"),
-            ({"pieces": ["a"]}, "1 pieces for 8 tokens"),
+            ({"tokens": ["a"]}, "1 pieces for 8 tokens"),
             ({"image_index": np.zeros(2, np.int64)}, "layout/image_index"),
             ({"patch_box": np.zeros((6, 3), np.float32)}, "patch_box"),
             ({"token_ids": np.full(8, 2**40)}, "do not fit into i4"),
@@ -437,7 +437,7 @@ class TestForAPerson:
     def test_long_words_wide_characters_and_escapes_keep_the_columns(self, tmp_path: Path) -> None:
         capture = sample_capture(tokens=5)
         row = capture.rows[0]
-        row.pieces = ["图", " " + "x" * 300, " \x1b[2J\u202eevil\u200f\u2028", " ok", "</s>"]
+        row.tokens = ["图", " " + "x" * 300, " \x1b[2J\u202eevil\u200f\u2028", " ok", "</s>"]
         row.prompt = row.question = "clear \x1b]0;title\x07"
         text = open_trace(write(capture, tmp_path)).describe()
         assert not any(ord(char) < 32 and char != "\n" for char in text)
@@ -456,7 +456,7 @@ class TestForAPerson:
     def test_html_is_escaped_and_self_contained(self, tmp_path: Path) -> None:
         capture = sample_capture(tokens=4)
         row = capture.rows[0]
-        row.pieces = ["<script>alert(1)</script>", " <b>&", " red", "</s>"]
+        row.tokens = ["<script>alert(1)</script>", " <b>&", " red", "</s>"]
         row.question = "<img src=x onerror=alert(2)>"
         page = open_trace(write(capture, tmp_path))._repr_html_()
         assert "<script" not in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import io
 import json
@@ -17,11 +18,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import file_campaign
 import h5py
 import numpy as np
 import pytest
-from forgery import lookup3, metadata_blocks
+from campaigns import hostile
+from forgery import lookup3, metadata_blocks, write_seal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,7 +30,7 @@ from trace_samples import sample_capture
 
 from lvlm_probe.errors import TraceError
 from lvlm_probe.storage.reading import SealedFile
-from lvlm_probe.storage.seal import BLOCK_BYTES, write_seal
+from lvlm_probe.storage.seal import BLOCK_BYTES
 from lvlm_probe.trace import open_store, open_trace, write
 
 ROW = "traces/000000"
@@ -650,32 +651,36 @@ def _outcome(path: Path) -> str:
 
 
 def test_hostile_files_never_crash_hang_grow_or_raise_anything_else() -> None:
-    """A few hundred; ``python tests/file_campaign.py`` reads as many as one likes."""
-    result = file_campaign.run(200)
-    assert result.files == 200
-    assert not result.faults
-    assert result.outcomes["refused"] > 80
-    assert result.outcomes["read"] > 20
+    """A few hundred; ``python tests/campaigns/run.py --only files`` reads as many as one likes."""
+    tally = hostile.damaged(0, 200, 0)
+    assert tally.tried == 200
+    assert not tally.broken, tally.examples
+    assert tally.counts["refused"] > 80
+    assert tally.counts["read"] > 20
 
 
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "signal 11"),
-        (lambda: [][0], "IndexError"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "crashes"),
+        (lambda: [][0], "a foreign exception"),
         (lambda: np.ones(2 * 10**8, np.float32), "big"),
         (lambda: sum(range(3 * 10**7)), "slow"),
     ],
     ids=["crash", "exception", "memory", "time"],
 )
 def test_the_campaign_would_notice(monkeypatch: pytest.MonkeyPatch, fault: Callable[[], object], expected: str) -> None:
+    def read(path: Path, kind: str, rng: random.Random | None) -> str:
+        if rng is not None:  # what is damaged
+            fault()
+        return "read"
+
     if expected == "slow":
-        monkeypatch.setattr(file_campaign, "SECONDS", 0.1)
-    monkeypatch.setattr(file_campaign, "_heatmap_reads", lambda _: [fault])
-    monkeypatch.setattr(file_campaign, "_trace_reads", lambda *_: [fault])
-    result = file_campaign.run(1)
-    assert set(result.outcomes) == {expected}, result.faults
-    assert len(result.faults) == 1
+        monkeypatch.setattr(hostile, "Limits", functools.partial(hostile.Limits, slow=0.1))
+    monkeypatch.setattr(hostile, "read_all", read)
+    tally = hostile.damaged(0, 1, 0)
+    assert dict(tally.broken) == {expected: 1}, tally.examples
+    assert len(tally.examples) == 1
 
 
 def test_a_text_of_an_unknown_character_set(tmp_path: Path, whole: bytes) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from lvlm_probe.escaping import ACTING, escaped
+from lvlm_probe.files import json_ready
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +38,6 @@ __all__ = [
     "agrees",
     "answer_text",
     "bar",
-    "finite",
     "guard_streams",
     "note",
     "one_line",
@@ -116,7 +116,7 @@ def print_json(value: Any) -> None:
 
     Characters that act on a terminal are written as JSON's own escapes: what is read is the same.
     """
-    text = json.dumps(finite(value), ensure_ascii=False, indent=2, allow_nan=False, default=str)
+    text = json.dumps(json_ready(value), ensure_ascii=False, indent=2, allow_nan=False)
     typer.echo(ACTING.sub(lambda match: json.dumps(match[0])[1:-1], text))
 
 
@@ -137,17 +137,6 @@ def agrees(question: str) -> bool | None:
     if not answer.endswith("\n"):
         sys.stderr.write("\n")
     return answer.strip().lower() in ("y", "yes")
-
-
-def finite(value: Any) -> Any:
-    """A value as JSON can hold it: NaN and infinity become ``None``."""
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value
 
 
 def stored_path(path: Path) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lvlm_probe._version import versions_of
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import markdown_text
 from lvlm_probe.study.results import Results
@@ -35,9 +35,10 @@ def document(results: Results, *, command: str, annotations: Path | None = None)
         Markdown. A table that cannot be made is there with the reason.
     """
     study = results.study
+    versions = ", ".join(f"{name} {at}" for name, at in versions_of("lvlm-probe", "torch", "transformers").items())
     parts = [
         f"# {markdown_text(study.name[:1].upper() + study.name[1:])}",
-        f"Made by {_code(command)} on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, with {_versions()}.",
+        f"Made by {_code(command)} on {datetime.datetime.now(datetime.UTC):%Y-%m-%d}, with {versions}.",
     ]
     if study.about:
         parts.append(markdown_text(study.about))
@@ -130,13 +131,3 @@ def _specification(results: Results) -> list[str]:
 def _code(text: str) -> str:
     """A text as code where it can be, as text where it would end the code before its time or hold a tag."""
     return markdown_text(text) if re.search(r"[`<>&\n\r]", text) else f"`{text}`"
-
-
-def _versions() -> str:
-    said = []
-    for name in ("lvlm-probe", "torch", "transformers"):
-        try:
-            said.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            said.append(f"{name}, not installed as a package")
-    return ", ".join(said)
