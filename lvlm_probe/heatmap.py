@@ -12,6 +12,7 @@ import dataclasses
 import html
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace import Trace
 
-__all__ = ["Heatmap", "figure", "resample"]
+__all__ = ["Heatmap", "figure", "json_ready", "resample"]
 
 KIND, VERSION = "heatmap", "1.0"
 PNG_KEY = "lvlm_probe"
@@ -418,6 +419,20 @@ def _natural(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{str(value)[:32]!r} is no number of pixels or of a picture")
     return value
+
+
+def json_ready(value: Any) -> Any:
+    """A value as JSON can hold it: arrays and sets as lists, a number that is not finite as ``None``, and whatever
+    has no form of its own as text."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "items"):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [json_ready(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def resample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:

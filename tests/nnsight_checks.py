@@ -16,7 +16,7 @@ import lvlm_probe as probe
 from lvlm_probe import causal
 from lvlm_probe.causal import _nnsight
 from lvlm_probe.causal.knockout import attention_layers, cut_attention, cut_through_nnsight
-from lvlm_probe.causal.tokens import image_tokens, query_positions
+from lvlm_probe.causal.tokens import placed_tokens, query_positions
 
 IMPORTED_WITH_THE_PACKAGE = "nnsight" in sys.modules  # before anything here has used it
 HEAT = np.random.default_rng(0).random((6, 9))
@@ -81,7 +81,7 @@ def assert_same_bits(replay, keys):
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_hooks_and_nnsight_cut_to_the_same_bits(name, implementation, tmp_path):
     replay = record(name, tmp_path, implementation)
-    assert_same_bits(replay, image_tokens(replay, 0).positions[::2])
+    assert_same_bits(replay, placed_tokens(replay, 0).positions[::2])
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -89,7 +89,7 @@ def test_on_the_demo_model_too(scene, implementation):
     _, replay = scene
     replay.model.set_attn_implementation(implementation)
     try:
-        assert_same_bits(replay, image_tokens(replay, 0).positions[:40])
+        assert_same_bits(replay, placed_tokens(replay, 0).positions[:40])
     finally:
         replay.model.set_attn_implementation("sdpa")
 
@@ -107,7 +107,7 @@ def test_whole_results_are_equal(scene):
 
 def test_the_weights_of_the_cut_are_zero_inside(eager):
     """Seen by nnsight itself, after the softmax, while the hooks cut."""
-    keys = image_tokens(eager, 0).positions[::2]
+    keys = placed_tokens(eager, 0).positions[::2]
     queries = query_positions(eager, probe.select_tokens(eager, rule="joint"), "text")
     point = f"{FIRST}::attention_interface::nn.functional.softmax"
     plain = causal.points(eager, [point])[point]

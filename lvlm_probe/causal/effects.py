@@ -11,10 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.scores import CurveScore
 
 __all__ = ["CausalEffect", "Effect", "agreement_score"]
-
-ScoreKind = Literal["prob", "log"]
 
 MINIMUM_ROOM = 0.05
 """Of the area between 0 and 1: how much earlier than the controls' loss the answer could be lost at all. An agreement
@@ -118,14 +117,14 @@ class CausalEffect:
         """The agreement score of mean probabilities, see ``agreement_score``; NaN where ``reason`` says why."""
         return self.agreement_of("prob")
 
-    def agreement_of(self, score: ScoreKind) -> float:
+    def agreement_of(self, score: CurveScore) -> float:
         """The agreement score of mean probabilities (``"prob"``) or of f in nats (``"log"``)."""
         if score not in ("prob", "log"):
             raise ExplainError(f"score is 'prob' or 'log'; got {score!r}")
         lost = self.original_probability - self.everything_probability
         return self._agreement(score) if lost >= MINIMUM_DROP else math.nan
 
-    def _agreement(self, score: ScoreKind) -> float:
+    def _agreement(self, score: CurveScore) -> float:
         log = score == "log"
         return agreement_score(
             [effect.top for effect in self.effects],

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from lvlm_probe.boxes.image_tokens import ImageTokens
 from lvlm_probe.causal.effects import CausalEffect, Effect
 from lvlm_probe.causal.knockout import attention_layers, cut_attention, cut_through_nnsight
 from lvlm_probe.causal.patching import donor_features, patched
-from lvlm_probe.causal.tokens import ImageTokens, Queries, image_tokens, query_positions, token_heat
+from lvlm_probe.causal.tokens import Queries, placed_tokens, query_positions, token_heat
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.replaying.isolation import taking_turns
 from lvlm_probe.selection import TokenSelection, select_tokens
@@ -34,7 +36,6 @@ _TOP = 0.1
 
 Control = Literal["random", "bottom"]
 Backend = Literal["hooks", "nnsight"]
-Progress = Callable[[int, int], None]
 Take = Callable[[np.ndarray, Sequence[int]], torch.Tensor]
 """Image tokens (numbers among ``ImageTokens``) and layers → log P of the answer's tokens without them, ``(step,)``."""
 
@@ -215,7 +216,7 @@ def _target(replay: Replay, heat: Heatmap | np.ndarray, tokens: TokenSelection |
         )
     if not selection:
         raise ExplainError(f"there are no explained tokens: {selection.reason}")
-    found = image_tokens(replay, image)
+    found = placed_tokens(replay, image)
     return _Target(found, token_heat(values, found.boxes, replay.image_sizes[image]), selection, image, region, method)
 
 

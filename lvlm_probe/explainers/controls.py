@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import check_rules
 
 __all__ = ["center", "random"]
 
 
-@register("random", needs=())
+@register("random", needs=(), cost=lambda *_: Cost(None, 0, 0, ()))
 def random(problem: Problem, *, size: int | tuple[int, int] | None = None) -> Outcome:
     """Uniform random numbers, one per cell, from the explanation's seed.
 
@@ -27,7 +27,7 @@ def random(problem: Problem, *, size: int | tuple[int, int] | None = None) -> Ou
     return Outcome(values, {"size": list(shape)})
 
 
-@register("center", needs=())
+@register("center", needs=(), cost=lambda *_: Cost(None, 0, 0, ()))
 def center(problem: Problem, *, size: int | tuple[int, int] | None = None, sigma: float = 0.25) -> Outcome:
     """A Gaussian around the middle of the picture, exp(−((x − ½)² + (y − ½)²) / 2σ²), x and y as shares of the picture.
 

@@ -23,16 +23,17 @@ add nothing are told apart by rank: heat = (1 − ε) · value + ε · (m − po
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+import math
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from lvlm_probe.errors import ExplainError, ImageError
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import NO_SIGHT, check_rules, require_finite, score_of, whole_rule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Search", "Segments", "greedy", "regions_of"]
 
@@ -44,7 +45,29 @@ _LONG_SIDE = 224
 """Cells of the long side of a map of superpixels: enough for their borders, and 64 masks of it are 13 MB."""
 
 
-@register("greedy")
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    regions, batch = params["regions"], params["batch"]
+    count = regions if isinstance(regions, int) else regions[0] * regions[1]
+    width, height = problem.replay.image_sizes[problem.image]
+    scale = min(1.0, _LONG_SIDE / max(width, height)) if params["segments"] == "slic" else 0.0
+    shape = (round(height * scale), round(width * scale)) if scale else problem.grid(None, cells=count)
+    if params["search"] == "exact":
+        passes = count * (count + 1) + 2
+    else:
+        left, rounds, sets = count, 0, 1
+        while left > 0:
+            sets += left if rounds % params["rescan"] == 0 else min(params["top"], left)
+            left -= 1
+            if left and params["pending"]:
+                sets += min(params["pending"], left)
+                left -= 1
+            rounds += 1
+        passes = 2 * (sets + count // 2)
+    numbers = (batch // 2 + count) * math.prod(shape)
+    return Cost("forward", passes, 0, (min(batch, 2 * count),), numbers=numbers, about=True, grids=(shape,))
+
+
+@register("greedy", cost=_cost)
 @torch.no_grad()
 def greedy(
     problem: Problem,

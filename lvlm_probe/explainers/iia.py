@@ -12,6 +12,7 @@ carried to the next.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,15 +20,23 @@ from torch import Tensor
 
 from lvlm_probe.attention import TapLayer
 from lvlm_probe.errors import ExplainError, OutOfMemory
-from lvlm_probe.explainers.attention_relevance import Scope, Walk
-from lvlm_probe.explainers.regions import finish
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.attention_relevance import Scope, Walk, parts_of
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
+from lvlm_probe.explainers.scores import finish
 from lvlm_probe.replaying.capture import AttentionLayer
 
 __all__ = ["iia"]
 
 
-@register("iia", needs=("passes", "gradients", "attention"))
+def _cost(_problem: Problem, params: Mapping[str, Any]) -> Cost:
+    paper = params["variant"] == "paper"
+    points = params["points"] or (11 if paper else 6)
+    batch = points if paper else points * points
+    passes = batch + int(not paper and params["scope"] == "encoder")
+    return Cost("relevance", passes, passes, (batch,), splits=False, parts=parts_of(params["scope"]), joined=paper)
+
+
+@register("iia", needs=("passes", "gradients", "attention"), cost=_cost)
 def iia(
     problem: Problem,
     *,

@@ -6,14 +6,21 @@ pixel-input elements i of a cell. One pass, blind to what saturates: where the w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lvlm_probe.explainers.integrated_gradients import mean_slope
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import NO_SIGHT, Sign, check_rules, scaled, sign_rule
 
 __all__ = ["input_gradient"]
 
 
-@register("input_gradient", needs=("passes", "gradients"))
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    return Cost("gradient", 1, 1, grids=(problem.grid(params["size"]),))
+
+
+@register("input_gradient", needs=("passes", "gradients"), cost=_cost)
 def input_gradient(problem: Problem, *, size: int | tuple[int, int] | None = None, sign: Sign = "absolute") -> Outcome:
     """Gradient × (picture − baseline) of the log-likelihood, summed over cells. One forward and backward pass.
 

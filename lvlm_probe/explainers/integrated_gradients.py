@@ -19,21 +19,37 @@ nodes, 0.024 against 0.005 with 50. That error, |Σ IG − (f(x) − f(x′))| /
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
-from lvlm_probe.explainers.registry import Outcome, Problem, register
-from lvlm_probe.explainers.scores import NO_SIGHT, Sign, check_rules, require_finite, scaled, sign_rule, whole_rule
-from lvlm_probe.metrics.deletion_insertion import too_narrow
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, batches, register
+from lvlm_probe.explainers.scores import (
+    NO_SIGHT,
+    Sign,
+    check_rules,
+    require_finite,
+    scaled,
+    sign_rule,
+    too_narrow,
+    whole_rule,
+)
 
 __all__ = ["Rule", "integrated_gradients", "mean_slope", "nodes"]
 
 Rule = Literal["gauss_legendre", "midpoint"]
 
 
-@register("integrated_gradients", needs=("passes", "gradients"))
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    steps, batch, shape = params["steps"], params["batch"], problem.grid(params["size"])
+    numbers = 2 * min(batch, steps) * math.prod(shape)
+    return Cost("gradient", steps + 2, steps, batches(steps, batch), numbers=numbers, grids=(shape,))
+
+
+@register("integrated_gradients", needs=("passes", "gradients"), cost=_cost)
 def integrated_gradients(
     problem: Problem,
     *,

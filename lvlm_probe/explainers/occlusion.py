@@ -16,10 +16,12 @@ Patches reach over the border, so that border cells are covered as often as the 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, batches, register
 from lvlm_probe.explainers.scores import (
     NO_SIGHT,
     ScoreKind,
@@ -34,7 +36,14 @@ from lvlm_probe.explainers.scores import (
 __all__ = ["covers", "occlusion"]
 
 
-@register("occlusion")
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    shape, batch = problem.grid(params["size"]), params["batch"]
+    down, right = (-(-(edge + params["patch"] - 1) // params["stride"]) for edge in shape)
+    masks = 1 + down * right
+    return Cost("forward", masks, 0, batches(masks, batch), numbers=3 * masks * math.prod(shape), grids=(shape,))
+
+
+@register("occlusion", cost=_cost)
 @torch.no_grad()
 def occlusion(
     problem: Problem,

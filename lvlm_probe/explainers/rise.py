@@ -17,11 +17,12 @@ suit this average; those of log-likelihoods are ruled by the few masks under whi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, batches, register
 from lvlm_probe.explainers.scores import (
     NO_SIGHT,
     ScoreKind,
@@ -34,12 +35,19 @@ from lvlm_probe.explainers.scores import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 __all__ = ["estimate", "random_masks", "rise"]
 
 
-@register("rise")
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    masks, batch = params["masks"], params["batch"]
+    shape = problem.grid(params["size"], cells=1024)
+    numbers = 2 * min(batch, masks) * math.prod(shape)
+    return Cost("forward", masks, 0, batches(masks, batch), numbers=numbers, grids=(shape,))
+
+
+@register("rise", cost=_cost)
 @torch.no_grad()
 def rise(
     problem: Problem,

@@ -1,39 +1,52 @@
-"""What methods share that talk to the model through masks: the score they follow, and signed attributions as a heatmap.
+"""Scores and heat: the score of the selected tokens that methods and metrics follow, and attributions as a heatmap.
 
-``score`` of a method is one of
+``score`` is one of
 
-* ``"log"``: log-likelihood of the selected tokens, nats (paper, Eq. 7);
+* ``"log"``: log-likelihood of the selected tokens, nats: of methods their sum (paper, Eq. 7), of curves their mean;
 * ``"prob"``: mean of their probabilities, as the deletion and insertion curves score;
-* ``"geometric"``: exp of the mean log-likelihood, their geometric mean.
+* ``"geometric"``: exp of the mean log-likelihood, their geometric mean; of methods alone.
 
 Heatmaps are scaled to a highest value of 1; the diagnostics say what that 1 stands for, ``unit``, in the score's unit.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 
 from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProcessorRefused
-from lvlm_probe.explainers.registry import Problem
+from lvlm_probe.explainers.registry import Outcome, Problem
 
 __all__ = [
+    "LEAST_SHARE",
     "NO_SIGHT",
+    "CurveScore",
     "ScoreKind",
     "Sign",
     "check_rules",
+    "finish",
     "no_effect",
     "require_finite",
     "scaled",
     "score_of",
     "score_rule",
     "sign_rule",
+    "too_narrow",
     "whole_rule",
 ]
 
-ScoreKind = Literal["log", "prob", "geometric"]
+CurveScore = Literal["log", "prob"]
+ScoreKind = Literal[CurveScore, "geometric"]
 Sign = Literal["positive", "absolute"]
+
+LEAST_SHARE = 0.05
+"""Share of the original score that has to go with the whole image before parts of it can be measured by it. Scores
+of masked images wander by some per cent for any mask, as no training image was ever masked; divided by less than
+that, the wandering alone runs over the whole scale. It is also the paper's limit of what a baseline may leave (A.1)."""
 
 NO_SIGHT = "the model sees no part of this picture"
 
@@ -149,3 +162,61 @@ def require_finite(method: str, problem: Problem, *numbers: torch.Tensor) -> Non
             f"{method} met scores or gradients that are not finite on {problem.replay.trace_id}: load the model in "
             f"float32 (or bfloat16 instead of float16)"
         )
+
+
+def finish(
+    grid: torch.Tensor,
+    met: torch.Tensor,
+    params: Mapping[str, object],
+    *,
+    diagnostics: Mapping[str, object] | None = None,
+) -> Outcome:
+    """An outcome from a painted grid: scaled from its smallest to its largest value, 0 where no token is.
+
+    Raises:
+        ExplainError: Values are not finite.
+    """
+    if not bool(torch.isfinite(grid).all()):
+        raise ExplainError("the method gave values that are not finite; replay on a model in float32")
+    low, high = float(grid[met].min()), float(grid[met].max())
+    if high <= low:
+        return Outcome(None, params, reason="the method gives every region of the picture the same value")
+    scaled = torch.where(met, (grid - low) / (high - low), 0.0)
+    return Outcome(scaled.clamp(0, 1), params, diagnostics=diagnostics or {})
+
+
+def too_narrow(
+    original: float, baseline: float, *, score: CurveScore = "prob", met: np.ndarray | None = None
+) -> str | None:
+    """Why scores cannot be normalised by their two ends, as a sentence; ``None`` where they can.
+
+    The ends lie closer than ``LEAST_SHARE`` of the original: of the mean probability, or, in nats, of the geometric
+    mean probability, 1 − e^(−|original − baseline|). Or closer than ``LEAST_SHARE`` of the range of what was met
+    between them, against which they are lost.
+
+    Args:
+        original, baseline: Score of the whole picture and of the baseline picture.
+        score: ``"prob"`` or ``"log"``.
+        met: Scores along the curves; NaN is left out.
+    """
+    span = abs(original - baseline)
+    if not math.isfinite(span):
+        return f"the score is not a number with the whole picture ({original:g}) or on the baseline ({baseline:g})"
+    lost = span if score == "prob" else -math.expm1(-span)
+    if not lost > 0 or lost < LEAST_SHARE * (abs(original) if score == "prob" else 1.0):
+        share = lost / abs(original) if score == "prob" and original else lost
+        return (
+            f"the whole picture decides {share:.2g} of the score ({original:.3g} with it, {baseline:.3g} on the "
+            f"baseline), and parts of it are measured by that (at least {LEAST_SHARE:g} is needed)"
+        )
+    if met is None:
+        return None
+    there = met[~np.isnan(met)]
+    if not np.isfinite(there).all() or len(there) < len(met):
+        return "scores of masked pictures are not numbers"
+    if span < LEAST_SHARE * (there.max() - there.min()):
+        return (
+            f"scores of masked pictures run from {there.min():.3g} to {there.max():.3g}, and the whole picture decides "
+            f"only {span:.2g} of that ({original:.3g} with it, {baseline:.3g} on the baseline)"
+        )
+    return None

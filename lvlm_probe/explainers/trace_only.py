@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lvlm_probe.boxes.painting import paint
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.regions import paint
 from lvlm_probe.replaying import PassCounter
 from lvlm_probe.replaying.teacher_forcing import epsilon_of, rounding_of
 

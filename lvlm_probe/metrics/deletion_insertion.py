@@ -28,7 +28,6 @@ figure is an estimate, and ``turns`` says how far the scored points did. Points 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -37,6 +36,7 @@ import numpy as np
 import torch
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.scores import CurveScore, too_narrow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,16 +55,9 @@ __all__ = [
     "release_area",
     "release_counts",
     "sample_counts",
-    "too_narrow",
 ]
 
-ScoreKind = Literal["prob", "log"]
 Sampling = Literal["full", "adaptive"]
-
-LEAST_SHARE = 0.05
-"""Share of the original score that has to go with the whole picture before parts of it can be measured by it. Scores
-of masked pictures wander by some per cent for any mask, as no training picture was ever masked; divided by less than
-that, the wandering alone runs over the whole scale. It is also the paper's limit of what a baseline may leave (A.1)."""
 
 TIES_THAT_MATTER = 0.05
 TIE_ORDERS = 3
@@ -180,7 +173,7 @@ def curves(
     *,
     decided: Sequence[int] | None = None,
     image: int = 0,
-    score: ScoreKind = "prob",
+    score: CurveScore = "prob",
     steps: int = 50,
     counts: np.ndarray | None = None,
     mode: Literal["fast", "exact"] = "fast",
@@ -333,44 +326,7 @@ class _Curve:
         return float(-steps[steps < 0].sum())
 
 
-def too_narrow(
-    original: float, baseline: float, *, score: ScoreKind = "prob", met: np.ndarray | None = None
-) -> str | None:
-    """Why scores cannot be normalised by their two ends, as a sentence; ``None`` where they can.
-
-    The ends lie closer than ``LEAST_SHARE`` of the original: of the mean probability, or, in nats, of the geometric
-    mean probability, 1 − e^(−|original − baseline|). Or closer than ``LEAST_SHARE`` of the range of what was met
-    between them, against which they are lost.
-
-    Args:
-        original, baseline: Score of the whole picture and of the baseline picture.
-        score: ``"prob"`` or ``"log"``.
-        met: Scores along the curves; NaN is left out.
-    """
-    span = abs(original - baseline)
-    if not math.isfinite(span):
-        return f"the score is not a number with the whole picture ({original:g}) or on the baseline ({baseline:g})"
-    lost = span if score == "prob" else -math.expm1(-span)
-    if not lost > 0 or lost < LEAST_SHARE * (abs(original) if score == "prob" else 1.0):
-        share = lost / abs(original) if score == "prob" and original else lost
-        return (
-            f"the whole picture decides {share:.2g} of the score ({original:.3g} with it, {baseline:.3g} on the "
-            f"baseline), and parts of it are measured by that (at least {LEAST_SHARE:g} is needed)"
-        )
-    if met is None:
-        return None
-    there = met[~np.isnan(met)]
-    if not np.isfinite(there).all() or len(there) < len(met):
-        return "scores of masked pictures are not numbers"
-    if span < LEAST_SHARE * (there.max() - there.min()):
-        return (
-            f"scores of masked pictures run from {there.min():.3g} to {there.max():.3g}, and the whole picture decides "
-            f"only {span:.2g} of that ({original:.3g} with it, {baseline:.3g} on the baseline)"
-        )
-    return None
-
-
-def normalise(curve: np.ndarray, *, original: float, baseline: float, score: ScoreKind = "prob") -> np.ndarray:
+def normalise(curve: np.ndarray, *, original: float, baseline: float, score: CurveScore = "prob") -> np.ndarray:
     """(curve − baseline) / (original − baseline); NaN where that divides by next to nothing (``too_narrow``)."""
     if too_narrow(original, baseline, score=score):
         return np.full(np.shape(curve), np.nan)
@@ -391,6 +347,6 @@ def release_area(counts: np.ndarray, curve: np.ndarray, *, insert: bool) -> floa
     return float((chunks * scores).sum() / counts[-1])
 
 
-def _score(log_probs: torch.Tensor, kind: ScoreKind) -> np.ndarray:
+def _score(log_probs: torch.Tensor, kind: CurveScore) -> np.ndarray:
     scores: np.ndarray = (log_probs.exp() if kind == "prob" else log_probs).mean(dim=1).numpy()
     return scores

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.heatmap import Heatmap, resample
+from lvlm_probe.explainers.scores import CurveScore
+from lvlm_probe.heatmap import Heatmap, json_ready, resample
 from lvlm_probe.metrics.deletion_insertion import (
     Curves,
     MaskScores,
     Sampling,
-    ScoreKind,
     area,
     curves,
     normalise,
@@ -97,7 +97,7 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``; ``Score.from_dict`` is the inverse."""
-        record = {item.name: _json_ready(getattr(self, item.name)) for item in dataclasses.fields(self)}
+        record = {item.name: json_ready(getattr(self, item.name)) for item in dataclasses.fields(self)}
         return {**record, "verdict": self.verdict.to_dict()}
 
     @classmethod
@@ -126,7 +126,7 @@ def evaluate(
     *,
     baseline: BaselineChoice | None = None,
     steps: int | None = None,
-    score: ScoreKind = "prob",
+    score: CurveScore = "prob",
     auc: AreaRule = "trapezoid",
     mode: Literal["fast", "exact"] = "fast",
     grid: int | Sequence[int] | None = None,
@@ -291,7 +291,7 @@ def _sampled(raw: Curves, tolerance: float) -> dict[str, Any]:
     }
 
 
-def _areas(raw: Curves, auc: AreaRule, score: ScoreKind) -> tuple[float, float, np.ndarray, np.ndarray]:
+def _areas(raw: Curves, auc: AreaRule, score: CurveScore) -> tuple[float, float, np.ndarray, np.ndarray]:
     if raw.undefined is not None:
         nothing = np.full(len(raw.fractions), np.nan)
         return math.nan, math.nan, nothing, nothing
@@ -373,13 +373,3 @@ def _nothing(heat: Heatmap, provenance: Mapping[str, Any]) -> Score:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _json_ready(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_json_ready(item) for item in value]
-    return value

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm_probe.errors import ExplainError, OutOfMemory, ReplayError
+from lvlm_probe.heatmap import json_ready
 from lvlm_probe.planning.meter import available, show_bytes, weight_bytes
 from lvlm_probe.planning.rehearsal import Law, law
 from lvlm_probe.replaying.micro_batches import CPU_BYTES, ran_out
 
 if TYPE_CHECKING:
-    from lvlm_probe.planning.costs import Cost
+    from lvlm_probe.explainers.registry import Cost
     from lvlm_probe.replaying import Replay
 
 __all__ = ["Budget", "Plan", "choose", "default_budget", "table"]
@@ -106,7 +107,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         record = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return {**record, "load_with": _plain(self.load_with), "notes": list(self.notes), "total": self.total}
+        return {**record, "load_with": json_ready(self.load_with), "notes": list(self.notes), "total": self.total}
 
 
 def table(plans: Sequence[Plan]) -> str:
@@ -290,9 +291,3 @@ def _largest_layer(model: torch.nn.Module) -> int:
         sum(weight.numel() * weight.element_size() for weight in module.parameters(recurse=False)) for module in alone
     ]
     return max(sizes, default=0)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return value

@@ -21,6 +21,7 @@ import torch
 
 from lvlm_probe.boxes.encoder_tokens import blocks_of, encoder_tokens, encoders_of
 from lvlm_probe.errors import ExplainError, OutOfMemory
+from lvlm_probe.explainers.registry import Kind
 from lvlm_probe.planning.meter import Meter
 from lvlm_probe.replaying.hidden_states import head_rows, hidden_states, text_tokens
 from lvlm_probe.replaying.micro_batches import ran_out
@@ -29,12 +30,7 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.replaying.capture import AttentionLayer
 
-__all__ = ["Kind", "Law", "law", "timed"]
-
-Kind = Literal["forward", "gradient", "relevance", "rollout", "rows", "activations", "hidden"]
-"""What a method does with a pass: nothing more; a backward pass; attention with its gradients, layer by layer, or
-attention alone, for all positions or for the answer's; outputs of the encoder's blocks with their gradients; final
-hidden states."""
+__all__ = ["Law", "law", "timed"]
 
 _KNOWN: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], Law]] = weakref.WeakKeyDictionary()
 

@@ -16,7 +16,7 @@ from transformers import ConvNextConfig, ConvNextModel
 
 import lvlm_probe as probe
 from lvlm_probe.boxes.encoder_tokens import _read_by, blocks_of, chosen_encoder, encoder_tokens, is_convolutional
-from lvlm_probe.explainers.regions import paint
+from lvlm_probe.boxes.painting import paint
 from lvlm_probe.models.replica import Replica
 
 CLIP, CONVNEXT = "model.vision_tower", "model.second"

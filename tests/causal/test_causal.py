@@ -23,7 +23,7 @@ from lvlm_probe import causal
 from lvlm_probe.causal import interventions as checks
 from lvlm_probe.causal.effects import agreement_score
 from lvlm_probe.causal.knockout import attention_layers, cut_attention
-from lvlm_probe.causal.tokens import image_tokens, query_positions, token_heat
+from lvlm_probe.causal.tokens import placed_tokens, query_positions, token_heat
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "paligemma")
 
@@ -75,14 +75,14 @@ def test_token_heat_weighs_cells_by_shared_area():
 
 def test_image_tokens_of_one_of_two_pictures(tmp_path):
     replay = record("llava", tmp_path, images=2)
-    first, second = image_tokens(replay, 0), image_tokens(replay, 1)
+    first, second = placed_tokens(replay, 0), placed_tokens(replay, 1)
     assert len(first) == len(second) == 16
     assert set(first.positions).isdisjoint(second.positions)
     layout = replay.trace.layout
     np.testing.assert_array_equal(layout.image_positions[second.rows], second.positions)
     assert set(layout.image_index[second.rows]) == {1}
     with pytest.raises(probe.ExplainError, match="2 image"):
-        image_tokens(replay, 2)
+        placed_tokens(replay, 2)
 
 
 def test_query_positions_are_those_that_predict(llava):
@@ -114,7 +114,7 @@ def test_query_positions_are_those_that_predict(llava):
 def test_cut_weights_are_zero_and_the_rest_of_the_row_shares_them(name, implementation, tmp_path):
     """In the first layer, whose inputs a cut does not change: A' = A / (1 − Σ cut A)."""
     replay = record(name, tmp_path, implementation=implementation)
-    keys = image_tokens(replay, 0).positions[1::2]
+    keys = placed_tokens(replay, 0).positions[1::2]
     queries = query_positions(replay, probe.select_tokens(replay, rule="joint"), "text")
     rows = torch.arange(replay.prompt_length + len(replay.tokens) - 1)
 
@@ -438,7 +438,7 @@ def test_a_heatmap_brings_its_own_tokens_and_picture(llava, heat):
 
 def test_a_region_is_all_tokens_that_it_touches(llava, everything):
     region = np.zeros((60, 90), dtype=bool)
-    boxes = image_tokens(llava, 0).boxes
+    boxes = placed_tokens(llava, 0).boxes
     x0, y0, x1, y1 = boxes[5]
     region[int(y0) + 2 : int(y1) - 2, int(x0) + 2 : int(x1) - 2] = True
     assert causal.knockout(llava, region, tokens=everything, sweep=0).effects[0].tokens == 1

@@ -487,7 +487,7 @@ def test_tokens_in_all_their_forms() -> None:
 
 
 def test_a_method_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
 
     @explainers.register("corner")
     def corner(problem: Problem, *, value: float = 1.0) -> Outcome:

@@ -131,8 +131,7 @@ def test_a_method_that_reaches_for_the_model_is_stopped():
     finally:
         from lvlm_probe.explainers import registry
 
-        registry._METHODS.pop("reaches for the model")
-        registry._NEEDS.pop("reaches for the model")
+        registry.METHODS.pop("reaches for the model")
 
 
 def test_a_trace_without_what_is_needed():

@@ -51,7 +51,7 @@ def methods():
         registry.register(name, needs=("passes", "gradients"))(function)
     yield
     for name in mine:
-        del registry._METHODS[name], registry._NEEDS[name]
+        del registry.METHODS[name]
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,7 @@ def test_an_error_in_the_explainer_leaves_the_model_whole(recorded, monkeypatch)
             raise KeyboardInterrupt
         return gradient(problem)
 
-    monkeypatch.setitem(registry._METHODS, "test gradient", failing)
+    monkeypatch.setitem(registry.METHODS, "test gradient", failing)
     with pytest.raises(KeyboardInterrupt):
         weight_randomisation(trace, model, processor, method="test gradient", stages=4)
     assert unchanged(model, before)

@@ -34,7 +34,7 @@ def noisy(problem: registry.Problem, *, noise: float = 0.1) -> registry.Outcome:
 def method():
     registry.register("test noisy")(noisy)
     yield
-    del registry._METHODS["test noisy"], registry._NEEDS["test noisy"]
+    del registry.METHODS["test noisy"]
 
 
 def test_stability_is_the_mean_over_pairs() -> None:
