@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lvlm_probe.selection import TokenSelection
 
 __all__ = [
+    "AGREEING",
     "LEAST_CELLS",
     "SAME",
     "SIMILAR",
@@ -50,6 +51,11 @@ SIMILAR = 0.5
 SAME = 0.95
 """|ρ| above which a heatmap of other words is the heatmap of these: the evidence against "blue" lies where that for
 "red" does, so a map of other words may rightly resemble the first, but not in the order of nearly all its cells."""
+
+AGREEING = 1 / 3
+"""Overlap (IoU) of the highest fifths of two heatmaps, mean over pairs, above which they show the same regions: they
+share half of those cells. Unrelated maps have 0.11. The rank correlation is no measure here: it is ruled by the order
+of the many cells that hardly matter, which is chance in any method that samples."""
 
 LEAST_CELLS = 16
 """Cells that the model sees below which chance alone brings ρ over ``SIMILAR`` more often than one time in twenty."""
@@ -100,7 +106,8 @@ class SanityCheck:
         check: ``"weights"``, ``"answers"``, ``"seeds"`` or ``"prompts"``.
         verdict: ``"passes"``, ``"fails"`` or ``"cannot say"``.
         reason: the verdict's sentence, with the numbers.
-        threshold: the rank correlation that the verdict hangs on.
+        threshold: what the verdict hangs on: of ``weights`` and ``answers`` the |rank correlation| that must not be
+            exceeded, of ``seeds`` and ``prompts`` the overlap of the highest fifths that must be.
         steps: in the order they were made; the last one of cascading weights has every block random.
         params: how it was done: kind, how and seed of random weights, draws, seeds.
         heatmap: the one that was checked.

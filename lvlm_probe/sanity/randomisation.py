@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from lvlm_probe.selection import TokenSelection
     from lvlm_probe.trace import Trace
 
-__all__ = ["answers", "weights"]
+__all__ = ["answers", "judged_answers", "weights"]
 
 
 def weights(
@@ -152,7 +152,7 @@ def answers(
         steps.append(step_of(selection.text, heat, made))
         if progress is not None:
             progress(draw + 1, draws)
-    verdict, reason = _judged_answers(heat, steps)
+    verdict, reason = judged_answers(heat, steps)
     source = "the vocabulary" if pool is None else f"{len(ids)} given tokens"
     params = {"draws": draws, "from": source, "seed": seed}
     return SanityCheck("answers", verdict, reason, SAME, tuple(steps), params, heat, tuple(heatmaps))
@@ -173,7 +173,8 @@ def _judged_weights(heat: Heatmap, steps: Sequence[SanityStep], kind: str) -> tu
     return "passes", said
 
 
-def _judged_answers(heat: Heatmap, steps: Sequence[SanityStep]) -> tuple[Verdict, str]:
+def judged_answers(heat: Heatmap, steps: Sequence[SanityStep]) -> tuple[Verdict, str]:
+    """The verdict on a heatmap and its sentence, from the heatmaps of other words."""
     if (why := cannot_say(heat, steps)) is not None:
         return "cannot say", why
     likeness = _likeness(steps)

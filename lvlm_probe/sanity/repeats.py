@@ -14,7 +14,7 @@ import numpy as np
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.sanity.checks import SIMILAR, Check, SanityCheck, Verdict, again, cannot_say, opened, step_of
+from lvlm_probe.sanity.checks import AGREEING, Check, SanityCheck, Verdict, again, cannot_say, opened, step_of
 from lvlm_probe.sanity.stability import stability
 from lvlm_probe.selection import select_tokens
 
@@ -27,7 +27,7 @@ __all__ = ["prompts", "seeds"]
 def seeds(
     replay: Replay, heat: Heatmap, *, seeds: int | Sequence[int] = 5, progress: Progress | None = None
 ) -> SanityCheck:
-    """Explain the answer again with other seeds: it passes where any two of the maps have a rank correlation above 0.5.
+    """Explain the answer again with other seeds: it passes where two maps share half of their highest fifth.
 
     Costs one explanation per seed besides the heatmap's own. Method, parameters, tokens, image and baseline are the
     heatmap's.
@@ -39,7 +39,8 @@ def seeds(
         progress: called with (done, total) explanations.
 
     Returns:
-        The check, with ``stability`` over all pairs of maps. A method that draws no random numbers passes.
+        The check, with ``stability`` over all pairs of maps, whose ``top_iou`` decides. A method that draws no random
+        numbers passes.
 
     Raises:
         ExplainError: no other seed; the heatmap has no values or is of another answer, or its method is not registered.
@@ -68,8 +69,8 @@ def prompts(
     question: str | None = None,
     progress: Progress | None = None,
 ) -> SanityCheck:
-    """Explain the same words after other wordings of the question: it passes where any two of the maps have a rank
-    correlation above 0.5.
+    """Explain the same words after other wordings of the question: it passes where two maps share half of
+    their highest fifth.
 
     Costs one explanation per wording. Method, parameters, image and baseline are the heatmap's.
 
@@ -117,16 +118,14 @@ def _compared(
         verdict, reason = "cannot say", why
     else:
         agreed = stability([heat, *made])
-        lowest = agreed.lowest_rank_correlation
-        verdict = "passes" if lowest > SIMILAR else "fails"  # NaN, where a map is constant, fails
+        verdict = "passes" if agreed.top_iou > AGREEING else "fails"
         same = all(np.array_equal(np.asarray(heat.values), np.asarray(other.values)) for other in made)
-        shown = (
-            f"the rank correlation of two of {agreed.n} maps is {agreed.rank_correlation:.2f} in the mean and "
-            f"{lowest:.2f} at least (limit {SIMILAR:g})"
-        )
         reason = (
-            f"the maps are identical: {heat.method} draws no random numbers" if same and check == "seeds" else shown
+            f"two of {agreed.n} maps share their highest fifth with an overlap of {agreed.top_iou:.2f} in the mean "
+            f"(limit {AGREEING:.2f}, of unrelated maps 0.11), rank correlation {agreed.rank_correlation:.2f}"
         )
+        if same and check == "seeds":
+            reason = f"the maps are identical: {heat.method} draws no random numbers"
         if agreed.missing:
             reason += f"; {agreed.missing} further ones have no values"
-    return SanityCheck(check, verdict, reason, SIMILAR, steps, params, heat, tuple(made), agreed)
+    return SanityCheck(check, verdict, reason, AGREEING, steps, params, heat, tuple(made), agreed)

@@ -22,7 +22,7 @@ import lvlm_probe as probe
 from lvlm_probe import causal
 from lvlm_probe.causal import interventions as checks
 from lvlm_probe.causal.effects import agreement_score
-from lvlm_probe.causal.knockout import attention_layers, cut_attention
+from lvlm_probe.causal.knockout import AttentionCut, attention_layers, cut_attention
 from lvlm_probe.causal.tokens import placed_tokens, query_positions, token_heat
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "paligemma")
@@ -520,7 +520,7 @@ def test_donors_of_another_size_and_missing_processors_are_refused(llava, heat, 
 
 
 def test_masks_that_cannot_be_cut_are_refused():
-    cut = causal.cuts.AttentionCut(np.array([3]), np.array([0]), 4)
+    cut = AttentionCut(np.array([3]), np.array([0]), 4)
     hidden = torch.zeros(1, 4, 8)
     module = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"), is_causal=True)
     with pytest.raises(probe.ExplainError, match="edits its sequence"):
@@ -533,7 +533,7 @@ def test_masks_that_cannot_be_cut_are_refused():
 
 def test_masks_that_are_built():
     """sdpa: boolean, causal where the module is; eager, which hides nothing by itself: additive."""
-    cut = causal.cuts.AttentionCut(np.array([3]), np.array([0, 1]), 4)
+    cut = AttentionCut(np.array([3]), np.array([0, 1]), 4)
     hidden = torch.zeros(2, 4, 8, dtype=torch.float16)
 
     def built(implementation, causal_module, **kwargs):

@@ -47,7 +47,7 @@ from lvlm_probe.explainers.igos.regularizers import bilateral_weights, btv, gnc,
 from lvlm_probe.explainers.igos.settings import PRESETS, IgosSettings
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, check_parameters, register
 
-__all__ = ["PRESETS", "IgosSettings", "igos", "igos_plus", "nesterov", "path_masks"]
+__all__ = ["PRESETS", "IgosSettings", "Optimisation", "igos", "igos_plus", "nesterov", "path_masks"]
 
 _ARMIJO = 1e-4
 _LINE_SEARCH_TRIES = 10
@@ -92,7 +92,7 @@ def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outco
         raise ExplainError(f"igos++ has no preset {preset!r}; there are {', '.join(map(repr, PRESETS))}")
     settings.pop("guided", None)  # what a heatmap says beside its settings, so that its params can be given again
     check_parameters("igos++", [item.name for item in dataclasses.fields(IgosSettings)] + ["preset"], settings)
-    return _Optimisation(problem, dataclasses.replace(PRESETS[preset], **settings), preset).run()
+    return Optimisation(problem, dataclasses.replace(PRESETS[preset], **settings), preset).run()
 
 
 @register("igos+", needs=("passes", "gradients"), cost=_plus_cost)
@@ -150,7 +150,7 @@ def nesterov(
     return (point + weight * (point - previous)).clamp(0, 1), point
 
 
-class _Optimisation:
+class Optimisation:
     def __init__(self, problem: Problem, settings: IgosSettings, preset: str) -> None:
         self.problem, self.settings, self.preset = problem, settings, preset
         self.shape = problem.grid(settings.size)
