@@ -165,6 +165,23 @@ NAMES = {
     "demo.scene.plural": "demo.questions",
     "demo.scene.shape_query": "demo.questions",
     "demo.scene.where_query": "demo.questions",
+    "AttachError": "errors",
+    "ExplainError": "errors",
+    "ImageError": "errors",
+    "ImagePath": "images",
+    "MaskError": "errors",
+    "ModelMismatch": "errors",
+    "OutOfMemory": "errors",
+    "Plan": "planning",
+    "PluginError": "errors",
+    "PointNotFound": "errors",
+    "ProcessorRefused": "errors",
+    "ReplayError": "errors",
+    "ReportError": "errors",
+    "SelectionError": "errors",
+    "StudyError": "errors",
+    "TraceError": "errors",
+    "Verification": "replaying.verification",
     "metrics.Completeness": "sanity.stability",
     "metrics.SanityReport": "sanity.former",
     "metrics.SanityStep": "sanity.checks",
@@ -179,7 +196,7 @@ NAMES = {
     "metrics.weight_blocks": "sanity.random_weights",
     "metrics.weight_randomisation": "sanity.former",
 }
-"""Old names of modules that are still there, and the module that has them now."""
+"""Old names of modules that are still there (bare ones: of the package), and the module that has them now."""
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -227,17 +244,17 @@ def install() -> None:
         sys.meta_path.append(_Finder())  # type: ignore[arg-type]
 
 
-def names_of(module: str) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a module of which names have moved (``NAMES``)."""
+def names_of(module: str) -> Callable[..., Any]:
+    """The ``__getattr__`` of a module of which names have moved (``NAMES``), or its last line: ``lookup(name, 3)``."""
 
-    def lookup(name: str) -> Any:
-        home = NAMES.get(f"{module.partition('.')[2]}.{name}")
+    def lookup(name: str, stacklevel: int = 2) -> Any:
+        home = NAMES.get(f"{module}.{name}".partition(".")[2])
         if home is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         warnings.warn(
-            f"{module}.{name} has moved to {_PACKAGE}.{home}; the old name goes with the next release",
+            f"{module}.{name} has moved to {_PACKAGE}.{home}.{name}; the old name goes with the next release",
             DeprecationWarning,
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
         return getattr(importlib.import_module(f"{_PACKAGE}.{home}"), name)
 

@@ -39,7 +39,9 @@ def sanity(
     stages: Annotated[
         int, typer.Option("--stages", min=1, help="weights: steps from the output layer to all weights random.")
     ] = 4,
-    draws: Annotated[int, typer.Option("--draws", min=1, help="answers: how many times other words are drawn.")] = 3,
+    draws: Annotated[
+        int, typer.Option("--draws", min=1, help="How many times all weights, and other words, are drawn.")
+    ] = 3,
     seeds: Annotated[int, typer.Option("--seeds", min=2, help="seeds: how many maps are compared.")] = 5,
     seed: Annotated[int, typer.Option("--seed", help="Of random weights and of other words.")] = 0,
     baseline: BaselineOption = None,
@@ -61,7 +63,7 @@ def sanity(
     if unknown := sorted(set(names) - set(_CHECKS)):
         raise ProbeError(f"--checks {unknown[0]!r}: choose from {', '.join(_CHECKS)}; wordings go by --question")
     options: dict[str, dict[str, Any]] = {
-        "weights": {"stages": stages, "seed": seed},
+        "weights": {"stages": stages, "draws": draws, "seed": seed},
         "answers": {"draws": draws, "seed": seed},
         "seeds": {"seeds": seeds},
         "prompts": {"others": question},

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["SanityReport", "answer_randomisation", "over_prompts", "over_seeds", "weight_randomisation"]
 
 SanityReport = SanityCheck
-_WEIGHTS, _ANSWERS = ("kind", "how", "blocks", "stages", "seed", "progress"), ("draws", "pool", "seed", "progress")
+_WEIGHTS = ("kind", "how", "blocks", "stages", "draws", "seed", "progress")
+_ANSWERS = ("draws", "pool", "seed", "progress")
 
 
 def weight_randomisation(trace: Any, model: Any, processor: Any = None, **options: Any) -> SanityCheck:

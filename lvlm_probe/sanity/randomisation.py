@@ -49,16 +49,17 @@ def weights(
     how: How = "normal",
     blocks: Sequence[str] | None = None,
     stages: int | None = None,
+    draws: int = 3,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> SanityCheck:
     """Explain the answer again on the model with random weights: a map that stays the same says nothing of the model.
 
-    It passes where the rank correlation with the heatmap, |ρ|, is at most 0.5 once every weight is random (of
-    ``"independent"``, in the mean over blocks). Random are weights of a duplicate of the model's modules; the model's
-    own are not touched, so that it may go on answering meanwhile. Costs one explanation per stage, and memory for what
-    is randomised: once more on its device, and once on the CPU. Method, parameters, tokens, image and baseline are the
-    heatmap's.
+    It passes where the rank correlation with the heatmap, |ρ|, is at most 0.5 once every weight is random, in the mean
+    over ``draws`` (of ``"independent"``, over blocks). Random are weights of a duplicate of the model's modules; the
+    model's own are not touched, so that it may go on answering meanwhile. Costs one explanation per stage and further
+    draw, and memory for what is randomised: once more on its device, and twice on the CPU. Method, parameters, tokens,
+    image and baseline are the heatmap's.
 
     Args:
         replay: the same answer on its model.
@@ -68,7 +69,9 @@ def weights(
         blocks: patterns of module paths (fnmatch), each one block, in the order to go through them; by default all of
             the model: output layer, decoder layers from the last to the first, token embeddings, mergers, encoders.
         stages: at most so many steps, by taking neighbouring blocks together; by default one per block.
-        seed: of the random weights: block and seed decide them, not the order.
+        draws: how many times all weights are drawn at the end of a cascade: one random model may draw a like map by
+            chance.
+        seed: of the random weights: block and seed decide them, not the order; the next draw takes the next seed.
         progress: called with (done, total) explanations.
 
     Raises:
@@ -82,28 +85,41 @@ def weights(
         raise ExplainError(f"kind is 'cascading' or 'independent'; got {kind!r}")
     if how not in ("normal", "permute"):
         raise ExplainError(f"how is 'normal' or 'permute'; got {how!r}")
+    if draws < 1:
+        raise ExplainError(f"draws is at least 1; got {draws}")
     subject, trace = opened(replay, heat), cast(Any, replay.trace)
     random_model = duplicated(subject.model)
     groups = grouped(weight_blocks(random_model, blocks), stages)
-    steps, heatmaps = [], []
+    draws = draws if kind == "cascading" else 1
+    steps: list[SanityStep] = []
+    heatmaps: list[Heatmap] = []
     modules: tuple[str, ...] = ()
     numbers = 0
+    drawn: dict[str, torch.nn.Parameter] = {}
+
+    def explained(name: str) -> None:
+        # A replay remembers log-probabilities, which are another model's now; and that one has another fingerprint.
+        heatmaps.append(again(_replayed(subject, _Unrecorded(trace), random_model), heat))
+        steps.append(step_of(name, heat, heatmaps[-1], modules=modules, weights=numbers))
+        if progress is not None:
+            progress(len(steps), len(groups) + draws - 1)
+
     with ExitStack() as random:
-        for number, (name, block) in enumerate(groups.items()):
+        for name, block in groups.items():
             if kind == "independent":
                 random.close()
                 modules, numbers = (), 0
-            random.enter_context(randomised(_owned(random_model, block), how=how, seed=seed))
+            own = _owned(random_model, block)
+            drawn |= own
+            random.enter_context(randomised(own, how=how, seed=seed))
             modules = (*modules, *dict.fromkeys(path.rpartition(".")[0] for path in block))
             numbers += sum(weight.numel() for weight in block.values())
-            # A replay remembers log-probabilities, which are another model's now; and that one has another fingerprint.
-            made = again(_replayed(subject, _Unrecorded(trace), random_model), heat)
-            heatmaps.append(made)
-            steps.append(step_of(name, heat, made, modules=modules, weights=numbers))
-            if progress is not None:
-                progress(number + 1, len(groups))
-    verdict, reason = _judged_weights(heat, steps, kind)
-    params = {"kind": kind, "how": how, "seed": seed}
+            explained(name)
+        for extra in range(1, draws):
+            with randomised(drawn, how=how, seed=seed + extra):
+                explained(f"all of them, drawn with seed {seed + extra}")
+    verdict, reason = _judged_weights(heat, steps, None if kind == "independent" else draws)
+    params = {"kind": kind, "how": how, "draws": draws, "seed": seed}
     return SanityCheck("weights", verdict, reason, SIMILAR, tuple(steps), params, heat, tuple(heatmaps))
 
 
@@ -158,18 +174,20 @@ def answers(
     return SanityCheck("answers", verdict, reason, SAME, tuple(steps), params, heat, tuple(heatmaps))
 
 
-def _judged_weights(heat: Heatmap, steps: Sequence[SanityStep], kind: str) -> tuple[Verdict, str]:
-    """A constant heatmap, and none where there was one, is as different as can be."""
+def _judged_weights(heat: Heatmap, steps: Sequence[SanityStep], draws: int | None) -> tuple[Verdict, str]:
+    """From the last ``draws`` steps, which have all weights random, or from all of them.
+
+    A constant heatmap, and none where there was one, is as different as can be.
+    """
     if (why := cannot_say(heat, steps)) is not None:
         return "cannot say", why
-    likeness = _likeness(steps)
-    if kind == "independent":
-        kept, when = sum(likeness) / len(likeness), "with one block of weights random at a time, in the mean"
-    else:
-        kept, when = likeness[-1], "with the weights of all blocks random"
-    said = f"{when}, the rank correlation with the heatmap is {kept:.2f} (limit {SIMILAR:g})"
+    likeness = _likeness(steps)[-(draws or 0) :]
+    kept = sum(likeness) / len(likeness)
+    when = "with one block of weights random at a time" if draws is None else "with the weights of all blocks random"
+    said = f"{when}, the rank correlation with the heatmap is {kept:.2f}"
+    said += f" in the mean of {len(likeness)} (limit {SIMILAR:g})" if len(likeness) > 1 else f" (limit {SIMILAR:g})"
     if kept > SIMILAR:
-        return "fails", f"{said}: it hardly depends on what the model has learnt"
+        return "fails", f"{said}: the image draws it rather than what the model has learnt"
     return "passes", said
 
 

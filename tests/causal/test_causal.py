@@ -81,7 +81,7 @@ def test_image_tokens_of_one_of_two_pictures(tmp_path):
     layout = replay.trace.layout
     np.testing.assert_array_equal(layout.image_positions[second.rows], second.positions)
     assert set(layout.image_index[second.rows]) == {1}
-    with pytest.raises(probe.ExplainError, match="2 image"):
+    with pytest.raises(probe.errors.ExplainError, match="2 image"):
         placed_tokens(replay, 2)
 
 
@@ -442,7 +442,7 @@ def test_a_region_is_all_tokens_that_it_touches(llava, everything):
     x0, y0, x1, y1 = boxes[5]
     region[int(y0) + 2 : int(y1) - 2, int(x0) + 2 : int(x1) - 2] = True
     assert causal.knockout(llava, region, tokens=everything, sweep=0).effects[0].tokens == 1
-    with pytest.raises(probe.ExplainError, match="region is empty"):
+    with pytest.raises(probe.errors.ExplainError, match="region is empty"):
         causal.knockout(llava, np.zeros((60, 90), dtype=bool), tokens=everything)
 
 
@@ -464,23 +464,23 @@ def test_a_region_is_all_tokens_that_it_touches(llava, everything):
     ],
 )
 def test_bad_settings_are_refused(llava, heat, everything, settings, message):
-    with pytest.raises(probe.ExplainError, match=message):
+    with pytest.raises(probe.errors.ExplainError, match=message):
         causal.knockout(llava, heat, **{"tokens": everything, **settings})
 
 
 def test_bad_heatmaps_are_refused(llava, everything):
     size = llava.image_sizes[0]
-    with pytest.raises(probe.ExplainError, match="no values: because"):
+    with pytest.raises(probe.errors.ExplainError, match="no values: because"):
         causal.knockout(llava, probe.Heatmap(None, size, selection=everything, reason="because"))
     assert np.isnan(causal.agreement(llava, probe.Heatmap(None, size, selection=everything, reason="because")))
     other = dataclasses.replace(everything, tokens=("another", "answer"))
-    with pytest.raises(probe.ExplainError, match="another answer"):
+    with pytest.raises(probe.errors.ExplainError, match="another answer"):
         causal.knockout(llava, np.ones((2, 2)), tokens=other)
-    with pytest.raises(probe.ExplainError, match="no explained tokens: none"):
+    with pytest.raises(probe.errors.ExplainError, match="no explained tokens: none"):
         causal.knockout(llava, np.ones((2, 2)), tokens=dataclasses.replace(everything, indices=(), reason="none"))
-    with pytest.raises(probe.ExplainError, match=r"\(row, col\)"):
+    with pytest.raises(probe.errors.ExplainError, match=r"\(row, col\)"):
         causal.knockout(llava, np.full((2, 2), np.nan), tokens=everything)
-    with pytest.raises(probe.ExplainError, match="kind is"):
+    with pytest.raises(probe.errors.ExplainError, match="kind is"):
         causal.agreement(llava, np.ones((2, 2)), tokens=everything, kind="ablation")
 
 
@@ -490,13 +490,15 @@ def test_models_whose_tokens_or_attention_are_out_of_reach_are_refused(tmp_path,
     lost.path = SimpleNamespace(
         inputs=path.inputs, pixel_keys=path.pixel_keys, image_sizes=path.image_sizes, n_images=1
     )
-    with pytest.raises(probe.ExplainError, match=r"is not known \(there is no processor to trace"):
+    with pytest.raises(probe.errors.ExplainError, match=r"is not known \(there is no processor to trace"):
         causal.knockout(lost, heat, tokens=selection)
     crossed = record("mllama", tmp_path / "crossed")
     for check in (causal.knockout, causal.patch):
-        with pytest.raises(probe.ExplainError, match="no image tokens"):
+        with pytest.raises(probe.errors.ExplainError, match="no image tokens"):
             check(crossed, heat, tokens=probe.select_tokens(crossed, rule="joint"))
-    with pytest.raises(probe.ExplainError, match=r"cannot be cut in every layer .*cross-attention.*layers=\[0, 2\]"):
+    with pytest.raises(
+        probe.errors.ExplainError, match=r"cannot be cut in every layer .*cross-attention.*layers=\[0, 2\]"
+    ):
         attention_layers(crossed.model, "all")
     assert [layer.index for layer, _ in attention_layers(crossed.model, [0, 2])] == [0, 2]
 
@@ -506,16 +508,16 @@ def test_attention_without_weights_is_refused(tmp_path, heat):
     decoder = replay.model.model.language_model
     selection = probe.select_tokens(replay, rule="joint")
     decoder.config._attn_implementation = "flex_attention"
-    with pytest.raises(probe.ExplainError, match='attn_implementation="sdpa" or "eager"'):
+    with pytest.raises(probe.errors.ExplainError, match='attn_implementation="sdpa" or "eager"'):
         causal.knockout(replay, heat, tokens=selection)
 
 
 def test_donors_of_another_size_and_missing_processors_are_refused(llava, heat, everything, tmp_path):
-    with pytest.raises(probe.ImageError, match="100x60"):
+    with pytest.raises(probe.errors.ImageError, match="100x60"):
         causal.patch(llava, heat, donor=tiny_models.picture(100, 60), tokens=everything)
     bare = probe.replay(llava.trace, llava.model)
     for check in (causal.knockout, causal.patch):
-        with pytest.raises(probe.ExplainError, match="processor"):
+        with pytest.raises(probe.errors.ExplainError, match="processor"):
             check(bare, np.ones((4, 4)), tokens=everything)
 
 
@@ -523,11 +525,11 @@ def test_masks_that_cannot_be_cut_are_refused():
     cut = AttentionCut(np.array([3]), np.array([0]), 4)
     hidden = torch.zeros(1, 4, 8)
     module = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"), is_causal=True)
-    with pytest.raises(probe.ExplainError, match="edits its sequence"):
+    with pytest.raises(probe.errors.ExplainError, match="edits its sequence"):
         cut.mask(module, None, torch.zeros(1, 5, 8), {})
-    with pytest.raises(probe.ExplainError, match=r"shape \(1, 4\)"):
+    with pytest.raises(probe.errors.ExplainError, match=r"shape \(1, 4\)"):
         cut.mask(module, torch.ones(1, 4), hidden, {})
-    with pytest.raises(probe.ExplainError, match="boolean or additive"):
+    with pytest.raises(probe.errors.ExplainError, match="boolean or additive"):
         cut.mask(module, torch.ones(1, 1, 4, 4, dtype=torch.long), hidden, {})
 
 
@@ -559,6 +561,6 @@ def test_without_nnsight_the_way_out_is_named(llava, heat, everything, monkeypat
         lambda: causal.knockout(llava, heat, tokens=everything, backend="nnsight"),
         lambda: causal.points(llava, ["lm_head"]),
     ):
-        with pytest.raises(probe.ExplainError, match=r"pip install 'lvlm-probe\[causal\]'"):
+        with pytest.raises(probe.errors.ExplainError, match=r"pip install 'lvlm-probe\[causal\]'"):
             call()
     assert causal.knockout(llava, heat, tokens=everything, sweep=0).drop != 0  # hooks do not need it
