@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,13 +20,13 @@ from lvlm_probe.explainers.scores import CurveScore
 from lvlm_probe.heatmap import Heatmap, json_ready, resample
 from lvlm_probe.metrics.deletion_insertion import (
     Curves,
+    CurveSettings,
     MaskScores,
     Sampling,
     area,
     curves,
     normalise,
     release_area,
-    release_counts,
 )
 from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFERENCE, Verdict, judge
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
@@ -165,90 +165,29 @@ def evaluate(
         ImageError: There is no such baseline; or the heatmap was made over a picture of the user's, which it does not
             hold, and the replay has another one: give it as ``baseline``, or evaluate on ``replay.over(picture)``.
     """
-    if auc == "release" and steps is not None:
-        raise ExplainError("auc='release' has its own steps (chunks of a fiftieth of the cells): leave steps out")
-    if auc == "release" and sampling != "full":
-        raise ExplainError("auc='release' is defined on all of its points: leave sampling='full'")
-    if not tolerance > 0:
-        raise ExplainError(f"tolerance is a positive share of the area; got {tolerance!r}")
-    for value, name, known in (
-        (score, "score", ("prob", "log")),
-        (auc, "auc", ("trapezoid", "release")),
-        (sampling, "sampling", ("full", "adaptive")),
-    ):
-        if value not in known:
-            raise ExplainError(f"{name} is {' or '.join(map(repr, known))}; got {value!r}")
-    if steps is not None and steps < 1:
-        raise ExplainError(f"steps is at least 1; got {steps}")
+    settings = CurveSettings(score, steps or 50, auc == "release", seed, tie_orders, sampling, tolerance)
+    _check(settings, auc, steps)
     if heat.selection.tokens != tuple(replay.tokens) or heat.image_index >= replay.n_images:
         raise ExplainError(
             f"this heatmap explains another answer ({''.join(heat.selection.tokens)[:60]!r}) than the replay's "
             f"({''.join(replay.tokens)[:60]!r})"
         )
-    provenance = {
-        "trace_id": replay.trace_id,
-        "method": heat.method,
-        "tokens": list(heat.selection.indices),
-        "text": heat.selection.text,
-    }
     if heat.values is None:
-        return _nothing(heat, provenance)
+        return _nothing(heat, replay)
     explained = heat.provenance.get("baseline")
     replay = over_baseline(replay, (explained or replay.baseline) if baseline is None else baseline)
     values, seen = _on_grid(heat, replay, grid)
-    counts = release_counts(values.size) if auc == "release" else None
     scores = MaskScores(replay, heat.selection.indices, image=heat.image_index, mode=mode)
-
-    def run(cells: np.ndarray, orders: int | None, tell: Callable[[int, int], None] | None) -> Curves:
-        with replay.shortcuts.held():
-            return curves(
-                cells,
-                seen,
-                replay,
-                heat.selection.indices,
-                decided=heat.selection.decided,
-                image=heat.image_index,
-                score=score,
-                steps=steps or 50,
-                counts=counts,
-                mode=mode,
-                seed=seed,
-                tie_orders=orders,
-                sampling=sampling,
-                tolerance=tolerance,
-                scores=scores,
-                progress=tell,
-            )
-
-    raw = run(values, tie_orders, progress)
-    deletion, insertion, deletion_curve, insertion_curve = _areas(raw, auc, score)
-    generator = np.random.default_rng([seed, 1])
-    random_gains = []
-    for _ in range(chance):
-        low, high, _, _ = _areas(run(generator.random(values.shape, dtype=np.float32), 1, None), auc, score)
-        random_gains.append(high - low)
-    report = getattr(getattr(replay, "path", None), "report", None)
-    difference, tolerated = _replay_difference(replay, heat.selection.indices)
-    verdict = judge(
-        deletion=deletion,
-        insertion=insertion,
-        original_probability=raw.original_probability,
-        baseline_probability=raw.baseline_probability,
-        tie_share=raw.tie_share,
-        random_gains=tuple(random_gains),
-        undefined=raw.undefined,
-        replay_difference=difference,
-        replay_tolerance=tolerated,
-        parity_error=getattr(report, "mean_error", None),
-        parity_mode=mode,
-        deterministic=bool(getattr(report, "deterministic", True)),
-    )
+    with replay.shortcuts.held():
+        raw = curves(values, seen, scores, settings, decided=heat.selection.decided, progress=progress)
+    areas = _areas(raw, settings)
+    gains = _random_gains(values.shape, seen, scores, dataclasses.replace(settings, tie_orders=1), chance, replay)
     return Score(
-        deletion=deletion,
-        insertion=insertion,
+        deletion=areas.deletion,
+        insertion=areas.insertion,
         fractions=tuple(raw.fractions.tolist()),
-        deletion_curve=tuple(deletion_curve.tolist()),
-        insertion_curve=tuple(insertion_curve.tolist()),
+        deletion_curve=tuple(areas.deletion_curve.tolist()),
+        insertion_curve=tuple(areas.insertion_curve.tolist()),
         deletion_raw=tuple(raw.deletion.tolist()),
         insertion_raw=tuple(raw.insertion.tolist()),
         tie_share=raw.tie_share,
@@ -262,8 +201,8 @@ def evaluate(
             "passed": bool(raw.baseline_probability < BASELINE_PROBABILITY),
             "same_as_explained": _same_baseline(explained, replay.baseline),
         },
-        verdict=verdict,
-        random_gains=tuple(random_gains),
+        verdict=_verdict(replay, heat, raw, areas, gains, mode),
+        random_gains=gains,
         params={
             "score": score,
             "auc": auc,
@@ -276,8 +215,71 @@ def evaluate(
             **({} if sampling == "full" else _sampled(raw, tolerance)),
             **({} if raw.undefined is None else {"undefined": raw.undefined}),
         },
-        provenance=provenance,
+        provenance=_of(heat, replay),
     )
+
+
+def _check(settings: CurveSettings, auc: AreaRule, steps: int | None) -> None:
+    """Raises ``ExplainError`` where settings do not go together."""
+    if auc == "release" and steps is not None:
+        raise ExplainError("auc='release' has its own steps (chunks of a fiftieth of the cells): leave steps out")
+    if auc == "release" and settings.sampling != "full":
+        raise ExplainError("auc='release' is defined on all of its points: leave sampling='full'")
+    if not settings.tolerance > 0:
+        raise ExplainError(f"tolerance is a positive share of the area; got {settings.tolerance!r}")
+    for value, name, known in (
+        (settings.score, "score", ("prob", "log")),
+        (auc, "auc", ("trapezoid", "release")),
+        (settings.sampling, "sampling", ("full", "adaptive")),
+    ):
+        if value not in known:
+            raise ExplainError(f"{name} is {' or '.join(map(repr, known))}; got {value!r}")
+    if steps is not None and steps < 1:
+        raise ExplainError(f"steps is at least 1; got {steps}")
+
+
+def _random_gains(
+    shape: tuple[int, ...], seen: np.ndarray, scores: MaskScores, settings: CurveSettings, chance: int, replay: Replay
+) -> tuple[float, ...]:
+    """Insertion − deletion of ``chance`` random heatmaps on the grid."""
+    generator = np.random.default_rng([settings.seed, 1])
+    gains = []
+    for _ in range(chance):
+        cells = generator.random(shape, dtype=np.float32)
+        with replay.shortcuts.held():
+            areas = _areas(curves(cells, seen, scores, settings), settings)
+        gains.append(areas.insertion - areas.deletion)
+    return tuple(gains)
+
+
+def _verdict(
+    replay: Replay, heat: Heatmap, raw: Curves, areas: _Areas, gains: tuple[float, ...], mode: Literal["fast", "exact"]
+) -> Verdict:
+    report = getattr(getattr(replay, "path", None), "report", None)
+    difference, tolerated = _replay_difference(replay, heat.selection.indices)
+    return judge(
+        deletion=areas.deletion,
+        insertion=areas.insertion,
+        original_probability=raw.original_probability,
+        baseline_probability=raw.baseline_probability,
+        tie_share=raw.tie_share,
+        random_gains=gains,
+        undefined=raw.undefined,
+        replay_difference=difference,
+        replay_tolerance=tolerated,
+        parity_error=getattr(report, "mean_error", None),
+        parity_mode=mode,
+        deterministic=bool(getattr(report, "deterministic", True)),
+    )
+
+
+def _of(heat: Heatmap, replay: Replay) -> dict[str, Any]:
+    return {
+        "trace_id": replay.trace_id,
+        "method": heat.method,
+        "tokens": list(heat.selection.indices),
+        "text": heat.selection.text,
+    }
 
 
 def _sampled(raw: Curves, tolerance: float) -> dict[str, Any]:
@@ -291,21 +293,27 @@ def _sampled(raw: Curves, tolerance: float) -> dict[str, Any]:
     }
 
 
-def _areas(raw: Curves, auc: AreaRule, score: CurveScore) -> tuple[float, float, np.ndarray, np.ndarray]:
+class _Areas(NamedTuple):
+    """Normalised curves and the areas under them; NaN where they are undefined."""
+
+    deletion: float
+    insertion: float
+    deletion_curve: np.ndarray
+    insertion_curve: np.ndarray
+
+
+def _areas(raw: Curves, settings: CurveSettings) -> _Areas:
     if raw.undefined is not None:
         nothing = np.full(len(raw.fractions), np.nan)
-        return math.nan, math.nan, nothing, nothing
+        return _Areas(math.nan, math.nan, nothing, nothing)
     original, baseline = float(raw.deletion[0]), float(raw.deletion[-1])
-    deletion_curve = normalise(raw.deletion, original=original, baseline=baseline, score=score)
-    insertion_curve = normalise(raw.insertion, original=original, baseline=baseline, score=score)
-    if auc == "release":
-        return (
-            release_area(raw.counts, deletion_curve, insert=False),
-            release_area(raw.counts, insertion_curve, insert=True),
-            deletion_curve,
-            insertion_curve,
-        )
-    return area(raw.fractions, deletion_curve), area(raw.fractions, insertion_curve), deletion_curve, insertion_curve
+    low = normalise(raw.deletion, original=original, baseline=baseline, score=settings.score)
+    high = normalise(raw.insertion, original=original, baseline=baseline, score=settings.score)
+    if settings.release:
+        areas = release_area(raw.counts, low, insert=False), release_area(raw.counts, high, insert=True)
+    else:
+        areas = area(raw.fractions, low), area(raw.fractions, high)
+    return _Areas(*areas, low, high)
 
 
 def _on_grid(heat: Heatmap, replay: Replay, grid: int | Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -365,10 +373,9 @@ def _replay_difference(replay: Replay, indices: Sequence[int]) -> tuple[float | 
     return float(missed[worst]), float(allowed[worst])
 
 
-def _nothing(heat: Heatmap, provenance: Mapping[str, Any]) -> Score:
-    missing = math.nan
-    verdict = judge(empty=heat.reason)
-    return Score(missing, missing, (), (), (), (), (), missing, missing, missing, {}, verdict, (), {}, provenance)
+def _nothing(heat: Heatmap, replay: Replay) -> Score:
+    none, verdict = math.nan, judge(empty=heat.reason)
+    return Score(none, none, (), (), (), (), (), none, none, none, {}, verdict, provenance=_of(heat, replay))
 
 
 def _number(value: float | None) -> float:
