@@ -97,10 +97,19 @@ def knockout(
                 return replay.log_probs(None)[0]
 
         return _measure(
-            "knockout", replay, target, take, top=top, layers=[layer.index for layer, _ in found], sweep=sweep,
-            control=control, draws=draws, seed=seed, progress=progress,
+            "knockout",
+            replay,
+            target,
+            take,
+            top=top,
+            layers=[layer.index for layer, _ in found],
+            sweep=sweep,
+            control=control,
+            draws=draws,
+            seed=seed,
+            progress=progress,
             params={"queries": queries if isinstance(queries, str) else positions.tolist(), "backend": backend},
-        )  # fmt: skip
+        )
 
 
 @taking_turns
@@ -143,9 +152,19 @@ def patch(
 
     params = {"donor": "baseline" if donor is None else "picture", "where": "projector output"}
     return _measure(
-        "patch", replay, target, take, top=top, layers=(), sweep=0, control=control, draws=draws, seed=seed,
-        progress=progress, params=params,
-    )  # fmt: skip
+        "patch",
+        replay,
+        target,
+        take,
+        top=top,
+        layers=(),
+        sweep=0,
+        control=control,
+        draws=draws,
+        seed=seed,
+        progress=progress,
+        params=params,
+    )
 
 
 def agreement(
@@ -247,10 +266,20 @@ def _counts(top: float | Sequence[float] | None, target: _Target) -> list[int]:
 
 
 def _measure(
-    kind: Literal["knockout", "patch"], replay: Replay, target: _Target, take: Take, *,
-    top: float | Sequence[float] | None, layers: Sequence[int], sweep: int, control: Control, draws: int, seed: int,
-    progress: Progress | None, params: dict[str, Any],
-) -> CausalEffect:  # fmt: skip
+    kind: Literal["knockout", "patch"],
+    replay: Replay,
+    target: _Target,
+    take: Take,
+    *,
+    top: float | Sequence[float] | None,
+    layers: Sequence[int],
+    sweep: int,
+    control: Control,
+    draws: int,
+    seed: int,
+    progress: Progress | None,
+    params: dict[str, Any],
+) -> CausalEffect:
     counts = _counts(top, target)
     if control not in ("random", "bottom"):
         raise ExplainError(f"control is 'random' or 'bottom'; got {control!r}")

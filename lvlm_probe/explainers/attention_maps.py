@@ -188,9 +188,13 @@ def relative_attention(
 
 
 def _painted(
-    problem: Problem, tokens: ImageTokens, values: Tensor, size: int | tuple[int, int] | None, params: dict[str, Any],
+    problem: Problem,
+    tokens: ImageTokens,
+    values: Tensor,
+    size: int | tuple[int, int] | None,
+    params: dict[str, Any],
     diagnostics: dict[str, Any],
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     shape = pitch(tokens.boxes, tokens.size) if size is None else problem.grid(size)
     grid, met = paint(values, tokens.boxes, tokens.size, shape)
     return finish(grid, met, {**params, "size": list(shape)}, diagnostics=diagnostics)

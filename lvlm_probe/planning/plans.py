@@ -119,15 +119,17 @@ def table(plans: Sequence[Plan]) -> str:
         settings = [name for name, on in (("checkpointing", one.gradient_checkpointing),) if on]
         settings += [f"offload {show_bytes(one.offloaded)}"] if one.offloaded else []
         settings += [f"attention {one.attention}"] if one.attention else []
-        rows.append((
-            one.method,
-            "–" if one.peak is None else show_bytes(one.peak),
-            "–" if one.total is None else show_bytes(one.total),
-            passes,
-            "–" if one.seconds is None else f"{one.seconds:.3g}",
-            str(one.micro_batch or "–"),
-            "; ".join([*settings, *one.notes]),
-        ))  # fmt: skip
+        rows.append(
+            (
+                one.method,
+                "–" if one.peak is None else show_bytes(one.peak),
+                "–" if one.total is None else show_bytes(one.total),
+                passes,
+                "–" if one.seconds is None else f"{one.seconds:.3g}",
+                str(one.micro_batch or "–"),
+                "; ".join([*settings, *one.notes]),
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
@@ -166,9 +168,7 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
         plan = Plan(method, 4 * cost.numbers, weights, budget.limit, cost.forward, cost.backward, attention=attention)
         return plan
     notes: tuple[str, ...] = ("passes: about, it depends on the picture",) if cost.about else ()
-    base = Plan(
-        method, None, weights, budget.limit, cost.forward, cost.backward, attention=attention, notes=notes
-    )  # fmt: skip
+    base = Plan(method, None, weights, budget.limit, cost.forward, cost.backward, attention=attention, notes=notes)
     most, own = max(cost.groups, default=1), 4 * cost.numbers
     replay = _asked(replay, cost)
     failure: BaseException | None = None
@@ -180,9 +180,17 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
     for checkpoint in checkpointings:
         try:
             found = law(
-                replay, cost.kind, image=image, checkpoint=checkpoint, noise=cost.noise, parts=cost.parts,
-                grids=cost.grids, several=most > 1, joined=cost.joined, queries=cost.queries,
-            )  # fmt: skip
+                replay,
+                cost.kind,
+                image=image,
+                checkpoint=checkpoint,
+                noise=cost.noise,
+                parts=cost.parts,
+                grids=cost.grids,
+                several=most > 1,
+                joined=cost.joined,
+                queries=cost.queries,
+            )
         except ExplainError as error:
             return dataclasses.replace(base, notes=(str(error),))
         except Exception as error:
@@ -261,9 +269,17 @@ def _elsewhere(
     kept = room - least
     offloaded = base.weights - kept
     found = law(
-        replay, cost.kind or "forward", image=image, checkpoint=checkpoint, noise=cost.noise, parts=cost.parts,
-        grids=cost.grids, several=max(cost.groups, default=1) > 1, joined=cost.joined, queries=cost.queries,
-    )  # fmt: skip
+        replay,
+        cost.kind or "forward",
+        image=image,
+        checkpoint=checkpoint,
+        noise=cost.noise,
+        parts=cost.parts,
+        grids=cost.grids,
+        several=max(cost.groups, default=1) > 1,
+        joined=cost.joined,
+        queries=cost.queries,
+    )
     there = 0 if replay.device.type != "cuda" else replay.device.index or 0
     load_with = {"device_map": "auto", "max_memory": {there: kept, "cpu": offloaded + largest}}
     plan = _fitted(base, cost, found, Budget(least, least), own, checkpoint, 1 if cost.splits else None)

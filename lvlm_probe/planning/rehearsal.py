@@ -88,9 +88,21 @@ def law(
     known = _KNOWN.setdefault(replay.model, {})
     shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
     key = (
-        kind, image, checkpoint, bool(noise), tuple(parts), tuple(grids[-1]), several, joined, queries,
-        replay.length, replay.prompt_length, shapes, str(replay.device), next(replay.model.parameters()).dtype,
-    )  # fmt: skip
+        kind,
+        image,
+        checkpoint,
+        bool(noise),
+        tuple(parts),
+        tuple(grids[-1]),
+        several,
+        joined,
+        queries,
+        replay.length,
+        replay.prompt_length,
+        shapes,
+        str(replay.device),
+        next(replay.model.parameters()).dtype,
+    )
     if key not in known:
         replay = replay.with_settings(gradient_checkpointing=checkpoint)
         rehearse = _Rehearsal(replay, image, noise, parts, grids[-1], joined=joined, queries=queries)
@@ -127,9 +139,7 @@ def timed(
     for count in (1, 1, masks) if masks > 1 else (1, 1):  # the first warms up
         started = time.perf_counter()
         if gradient:
-            replay.score_and_grad(
-                rehearse.masks(count), _total, image=image, micro_batch=count, steps=rehearse.steps
-            )  # fmt: skip
+            replay.score_and_grad(rehearse.masks(count), _total, image=image, micro_batch=count, steps=rehearse.steps)
         else:
             with torch.no_grad():
                 replay.log_probs(rehearse.masks(count), image=image, micro_batch=count, steps=rehearse.steps)
@@ -152,9 +162,16 @@ class _Rehearsal:
     """
 
     def __init__(
-        self, replay: Replay, image: int, noise: float, parts: Sequence[Any], grid: tuple[int, int], *,
-        joined: bool = False, queries: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        replay: Replay,
+        image: int,
+        noise: float,
+        parts: Sequence[Any],
+        grid: tuple[int, int],
+        *,
+        joined: bool = False,
+        queries: int | None = None,
+    ) -> None:
         self.replay, self.image, self.noise, self.parts, self.grid = replay, image, noise, parts, grid
         self.joined, self.queries = joined, queries
         self.steps = range(len(replay.token_ids))
@@ -176,7 +193,7 @@ class _Rehearsal:
         if gradient:
             replay.score_and_grad(
                 masks, _total, image=self.image, noise=self.noise, micro_batch=count, steps=self.steps
-            )  # fmt: skip
+            )
         else:
             with torch.no_grad():
                 replay.log_probs(masks, image=self.image, noise=self.noise, micro_batch=count, steps=self.steps)
