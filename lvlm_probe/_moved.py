@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["MOVED", "NAMES", "install", "names_of"]
 
 MOVED = {
-    "_nnsight": "causal._nnsight",
+    "_nnsight": "causal.through_nnsight",
     "adapters": "models.families",
     "anatomy": "models.anatomy",
     "attention.recording": "recording.attention_points",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -100,14 +100,11 @@ def knockout(
             "knockout",
             replay,
             target,
-            take,
-            top=top,
+            _Measured(take, list(target.selection.indices), progress),
+            _Draws(control, draws, seed),
+            counts=_counts(top, target),
             layers=[layer.index for layer, _ in found],
             sweep=sweep,
-            control=control,
-            draws=draws,
-            seed=seed,
-            progress=progress,
             params={"queries": queries if isinstance(queries, str) else positions.tolist(), "backend": backend},
         )
 
@@ -150,20 +147,14 @@ def patch(
         with patched(replay, features, target.tokens.rows[rows]):
             return replay.log_probs(None)[0]
 
-    params = {"donor": "baseline" if donor is None else "picture", "where": "projector output"}
     return _measure(
         "patch",
         replay,
         target,
-        take,
-        top=top,
-        layers=(),
-        sweep=0,
-        control=control,
-        draws=draws,
-        seed=seed,
-        progress=progress,
-        params=params,
+        _Measured(take, list(target.selection.indices), progress),
+        _Draws(control, draws, seed),
+        counts=_counts(top, target),
+        params={"donor": "baseline" if donor is None else "picture", "where": "projector output"},
     )
 
 
@@ -245,9 +236,9 @@ def _knife(model: nn.Module, backend: Backend) -> Iterator[dict[int, Any] | None
     if backend == "hooks":
         yield None
         return
-    from lvlm_probe.causal import _nnsight
+    from lvlm_probe.causal import through_nnsight
 
-    with _nnsight.wrapped(model) as envoys:
+    with through_nnsight.wrapped(model) as envoys:
         yield envoys
 
 
@@ -265,49 +256,49 @@ def _counts(top: float | Sequence[float] | None, target: _Target) -> list[int]:
     return sorted({max(1, round(share * total)) for share in shares})
 
 
-def _measure(
-    kind: Literal["knockout", "patch"],
-    replay: Replay,
-    target: _Target,
-    take: Take,
-    *,
-    top: float | Sequence[float] | None,
-    layers: Sequence[int],
-    sweep: int,
-    control: Control,
-    draws: int,
-    seed: int,
-    progress: Progress | None,
-    params: dict[str, Any],
-) -> CausalEffect:
-    counts = _counts(top, target)
-    if control not in ("random", "bottom"):
-        raise ExplainError(f"control is 'random' or 'bottom'; got {control!r}")
-    if draws < 1 or sweep < 0:
-        raise ExplainError(f"draws is at least 1 and sweep at least 0; got {draws} and {sweep}")
-    total = len(target.tokens)
-    generator = np.random.default_rng([seed, 0])
-    order = np.lexsort((generator.random(total), -target.heat))
-    # Nested draws: one random order each, of which every share takes the first tokens.
-    others = [order[::-1]] if control == "bottom" else [generator.permutation(total) for _ in range(draws)]
-    ranges = [part.tolist() for part in np.array_split(np.asarray(layers), min(sweep, len(layers)))] if sweep else []
-    steps = list(target.selection.indices)
-    started, before, done = time.perf_counter(), replay.passes.forward, 0
-    passes = 2 + (len(counts) + len(ranges)) * (1 + len(others))
+@dataclass(frozen=True)
+class _Draws:
+    """What is measured against: control tokens, and how they are drawn."""
 
-    def scores(rows: np.ndarray, within: Sequence[int]) -> tuple[float, float]:
-        nonlocal done
-        log_probs = take(rows, within)[steps].cpu().double()
-        done += 1
-        if progress is not None:
-            progress(done, passes)
+    control: Control
+    draws: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.control not in ("random", "bottom"):
+            raise ExplainError(f"control is 'random' or 'bottom'; got {self.control!r}")
+        if self.draws < 1:
+            raise ExplainError(f"draws is at least 1; got {self.draws}")
+
+    def orders(self, heat: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The heatmap's order of the tokens, ties at random, and the controls' orders."""
+        generator = np.random.default_rng([self.seed, 0])
+        order = np.lexsort((generator.random(len(heat)), -heat))
+        if self.control == "bottom":
+            return order, [order[::-1]]
+        # Nested draws: one random order each, of which every share takes the first tokens.
+        return order, [generator.permutation(len(heat)) for _ in range(self.draws)]
+
+
+class _Measured:
+    """f and mean probability of the explained tokens without some image tokens, counted."""
+
+    def __init__(self, take: Take, steps: list[int], progress: Progress | None) -> None:
+        self.take, self.steps, self.progress = take, steps, progress
+        self.done = self.passes = 0
+
+    def scores(self, rows: np.ndarray, within: Sequence[int]) -> tuple[float, float]:
+        log_probs = self.take(rows, within)[self.steps].cpu().double()
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.passes)
         return float(log_probs.sum()), float(log_probs.exp().mean())
 
-    def effect(count: int, within: Sequence[int]) -> Effect:
-        score, probability = scores(order[:count], within)
-        controls = [scores(other[:count], within) for other in others]
+    def effect(self, order: np.ndarray, others: list[np.ndarray], count: int, within: Sequence[int]) -> Effect:
+        score, probability = self.scores(order[:count], within)
+        controls = [self.scores(other[:count], within) for other in others]
         return Effect(
-            top=count / total,
+            top=count / len(order),
             tokens=count,
             layers=tuple(int(index) for index in within),
             score=score,
@@ -316,10 +307,28 @@ def _measure(
             control_probability=tuple(pair[1] for pair in controls),
         )
 
-    original = scores(order[:0], layers)
-    everything = scores(order, layers)
-    effects = tuple(effect(count, layers) for count in counts)
-    windows = tuple(effect(counts[0], within) for within in ranges)
+
+def _measure(
+    kind: Literal["knockout", "patch"],
+    replay: Replay,
+    target: _Target,
+    measured: _Measured,
+    drawn: _Draws,
+    *,
+    counts: Sequence[int],
+    layers: Sequence[int] = (),
+    sweep: int = 0,
+    params: Mapping[str, Any],
+) -> CausalEffect:
+    if sweep < 0:
+        raise ExplainError(f"sweep is at least 0; got {sweep}")
+    order, others = drawn.orders(target.heat)
+    ranges = [part.tolist() for part in np.array_split(np.asarray(layers), min(sweep, len(layers)))] if sweep else []
+    measured.passes = 2 + (len(counts) + len(ranges)) * (1 + len(others))
+    started, before = time.perf_counter(), replay.passes.forward
+    original, everything = measured.scores(order[:0], layers), measured.scores(order, layers)
+    effects = tuple(measured.effect(order, others, count, layers) for count in counts)
+    windows = tuple(measured.effect(order, others, counts[0], within) for within in ranges)
     return CausalEffect(
         kind=kind,
         original=original[0],
@@ -328,11 +337,17 @@ def _measure(
         everything_probability=everything[1],
         effects=effects,
         windows=windows,
-        params={**params, "control": control, "draws": len(others), "seed": seed, "image_tokens": total},
+        params={
+            **params,
+            "control": drawn.control,
+            "draws": len(others),
+            "seed": drawn.seed,
+            "image_tokens": len(target.tokens),
+        },
         provenance={
             "trace_id": replay.trace_id,
             "method": target.method,
-            "tokens": steps,
+            "tokens": measured.steps,
             "text": target.selection.text,
             "image": target.image,
             "passes": replay.passes.forward - before,

@@ -141,7 +141,7 @@ def default_budget(replay: Replay, memory: int | None) -> Budget:
     """What there is: ``memory`` bytes for weights and all else, or what the model's device has free now.
 
     By default half of an accelerator's free memory is filled (its allocator fragments), and on the CPU 30 % of what is
-    available, ``exhaustion.CPU_BYTES`` at most.
+    available, ``micro_batches.CPU_BYTES`` at most.
     """
     if memory is not None:
         left = memory - weight_bytes(replay.model)
@@ -179,18 +179,7 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
         checkpointings.append(True)
     for checkpoint in checkpointings:
         try:
-            found = law(
-                replay,
-                cost.kind,
-                image=image,
-                checkpoint=checkpoint,
-                noise=cost.noise,
-                parts=cost.parts,
-                grids=cost.grids,
-                several=most > 1,
-                joined=cost.joined,
-                queries=cost.queries,
-            )
+            found = law(replay, cost, image=image, checkpoint=checkpoint)
         except ExplainError as error:
             return dataclasses.replace(base, notes=(str(error),))
         except Exception as error:
@@ -268,18 +257,7 @@ def _elsewhere(
         )
     kept = room - least
     offloaded = base.weights - kept
-    found = law(
-        replay,
-        cost.kind or "forward",
-        image=image,
-        checkpoint=checkpoint,
-        noise=cost.noise,
-        parts=cost.parts,
-        grids=cost.grids,
-        several=max(cost.groups, default=1) > 1,
-        joined=cost.joined,
-        queries=cost.queries,
-    )
+    found = law(replay, cost, image=image, checkpoint=checkpoint)
     there = 0 if replay.device.type != "cuda" else replay.device.index or 0
     load_with = {"device_map": "auto", "max_memory": {there: kept, "cpu": offloaded + largest}}
     plan = _fitted(base, cost, found, Budget(least, least), own, checkpoint, 1 if cost.splits else None)
