@@ -145,12 +145,7 @@ def encoder_tokens(replay: Replay, encoder: str, image: int = 0) -> EncoderToken
 
 
 def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
-    path: Any = replay.path
-    if not hasattr(path, "coordinates"):
-        raise ExplainError(
-            f"where the tokens of {encoder} are in the picture is read off the processor: replay with one "
-            f"(probe.replay(trace, model, processor))"
-        )
+    path = replay.path
     blocks = blocks_of(replay.model, encoder)
     if is_convolutional(replay.model, encoder):
         raise ExplainError(
@@ -234,10 +229,8 @@ def feature_map_boxes(replay: Replay, module: str, output: torch.Tensor, image: 
     Raises:
         ExplainError: No pixel input that the module reads has as many views.
     """
-    path: Any = replay.path
+    path = replay.path
     views, _, rows, cols = output.shape
-    if not hasattr(path, "coordinates"):
-        raise ExplainError(f"where the cells of {module} are in the picture is read off the processor: replay with one")
     for name in path.pixel_keys if len(path.pixel_keys) == 1 else _read_by(replay, module):
         x, y, owner, alive = (part.numpy() for part in path.coordinates(name))
         if x.ndim < 4 or int(np.prod(x.shape[:-3])) != views:
@@ -259,7 +252,7 @@ def feature_map_boxes(replay: Replay, module: str, output: torch.Tensor, image: 
 
 def _read_by(replay: Replay, module: str) -> list[str]:
     """The pixel inputs that a module's output depends on, where a model has one for each of its encoders."""
-    path: Any = replay.path
+    path = replay.path
     inputs = dict(path.inputs)
     leaves = {name: inputs[name].detach().clone().requires_grad_(True) for name in path.pixel_keys}
     given: list[torch.Tensor] = []

@@ -137,7 +137,7 @@ def explain(
         provenance=provenance,
         history=tuple(dict(record) for record in outcome.history),
         reason=outcome.reason,
-        trace=getattr(replay, "trace", None),
+        trace=cast(Trace, replay.trace),
     )
 
 

@@ -37,7 +37,7 @@ from lvlm_probe.explainers.scores import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["estimate", "random_masks", "rise"]
+__all__ = ["RandomMasks", "estimate", "rise"]
 
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
@@ -89,7 +89,7 @@ def rise(
     seen = problem.seen(shape)
     if not seen.any():
         return Outcome(None, params, reason=NO_SIGHT)
-    drawn = _Drawn(masks, knots, p, problem.generator())
+    drawn = RandomMasks(masks, knots, p, problem.generator())
     parts = [slice(start, min(start + batch, masks)) for start in range(0, masks, batch)]
     scores = []
     problem.advance(0, masks)
@@ -114,13 +114,6 @@ def rise(
         "standard_error_max": float(error[seen].max()) / unit,
     }
     return Outcome(heat, params, diagnostics=diagnostics)
-
-
-def random_masks(
-    number: int, knots: tuple[int, int], shape: tuple[int, int], p: float, generator: torch.Generator
-) -> torch.Tensor:
-    """Random masks ``(number, row, col)`` of a grid of ``shape``, see the module; the mean of every cell is p."""
-    return _Drawn(number, knots, p, generator).masks(slice(0, number), shape)
 
 
 def estimate(
@@ -148,8 +141,8 @@ def estimate(
     return first / (number - 1 if centred else number), (variance / number).sqrt()
 
 
-class _Drawn:
-    """The random numbers of all masks; the masks themselves are made when asked for."""
+class RandomMasks:
+    """Random masks, see the module: the numbers of all of them; the masks themselves are made when asked for."""
 
     def __init__(self, number: int, knots: tuple[int, int], p: float, generator: torch.Generator) -> None:
         self.knots = knots

@@ -74,8 +74,7 @@ def no_effect(problem: Problem) -> str | None:
     except (ImageError, MaskError, ProcessorRefused):
         return None  # no mask reaches the pixels: methods that need none still work
     moved = moved.detach().double().cpu()[steps].abs()
-    rounding: torch.Tensor | None = getattr(replay, "rounding", None)
-    allowed = torch.zeros_like(moved) if rounding is None else rounding.detach().double().cpu()[steps]
+    allowed = replay.rounding.detach().double().cpu()[steps]
     if not bool((moved <= allowed).all()):  # NaN has an effect: methods say what is wrong with it
         return None
     name = f"picture {problem.image + 1} of {replay.n_images}" if several else "the picture"
@@ -90,8 +89,10 @@ def no_effect(problem: Problem) -> str | None:
 
 def _same_picture(problem: Problem) -> str:
     """A way out where the baseline cannot hide anything: it is the picture itself."""
-    path = getattr(problem.replay, "path", None) if problem.live else None
-    if path is None or len(path.baseline_images) <= problem.image:
+    if not problem.live:
+        return ""
+    path = problem.replay.path
+    if len(path.baseline_images) <= problem.image:
         return ""
     picture, other = path.images[problem.image], path.baseline_images[problem.image]
     if picture.size != other.size or picture.convert("RGB").tobytes() != other.convert("RGB").tobytes():

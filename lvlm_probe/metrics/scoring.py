@@ -255,7 +255,7 @@ def _random_gains(
 def _verdict(
     replay: Replay, heat: Heatmap, raw: Curves, areas: _Areas, gains: tuple[float, ...], mode: Literal["fast", "exact"]
 ) -> Verdict:
-    report = getattr(getattr(replay, "path", None), "report", None)
+    report = replay.path.report
     difference, tolerated = _replay_difference(replay, heat.selection.indices)
     return judge(
         deletion=areas.deletion,
@@ -267,9 +267,9 @@ def _verdict(
         undefined=raw.undefined,
         replay_difference=difference,
         replay_tolerance=tolerated,
-        parity_error=getattr(report, "mean_error", None),
+        parity_error=report.mean_error,
         parity_mode=mode,
-        deterministic=bool(getattr(report, "deterministic", True)),
+        deterministic=report.deterministic,
     )
 
 
@@ -365,10 +365,7 @@ def _replay_difference(replay: Replay, indices: Sequence[int]) -> tuple[float | 
     chosen = list(indices)
     replayed = replay.original_log_probs.detach().float().cpu().numpy()[chosen]
     missed = np.abs(np.asarray(recorded, dtype=np.float32)[chosen] - replayed)
-    rounding = getattr(replay, "rounding", None)
-    allowed = np.full(len(chosen), MAX_REPLAY_DIFFERENCE)
-    if rounding is not None:
-        allowed = np.maximum(allowed, rounding.detach().float().cpu().numpy()[chosen])
+    allowed = np.maximum(MAX_REPLAY_DIFFERENCE, replay.rounding.detach().double().cpu().numpy()[chosen])
     worst = int(np.argmax(np.where(np.isnan(missed), np.inf, missed / allowed)))
     return float(missed[worst]), float(allowed[worst])
 
