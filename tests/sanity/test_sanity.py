@@ -15,7 +15,7 @@ from lvlm_probe.explainers import registry
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics import compare_maps
 from lvlm_probe.metrics import similarity as similarity_module
-from lvlm_probe.sanity import SanityStep, answers, randomised, weight_blocks, weights
+from lvlm_probe.sanity import SanityStep, answers, prompts, randomised, weight_blocks, weights
 from lvlm_probe.sanity.random_weights import grouped
 from lvlm_probe.sanity.randomisation import judged_answers
 
@@ -330,6 +330,21 @@ def test_another_answer_is_scored_in_the_place_of_the_recorded_one(recorded, rep
     default = answers(replay, heat, draws=1)
     special = set(processor.tokenizer.all_special_tokens)
     assert not special & {default.heatmaps[0].selection.tokens[i] for i in heat.selection.indices}
+
+
+def test_another_wording_is_asked_in_the_place_of_the_question(recorded, replay) -> None:
+    trace, _, _ = recorded
+    heat = probe.explain(replay, method="test gradient")
+    wording = trace.question.replace("What", "Which")
+    check = prompts(replay, heat, [wording, trace.question])
+    assert [step.name for step in check.steps] == [wording, trace.question]
+    asked = replay.over(heat.provenance["baseline"]).reworded(wording)
+    by_hand = probe.explain(asked, method="test gradient", tokens=heat.selection, strengthen=False)
+    np.testing.assert_array_equal(check.heatmaps[0].values, by_hand.values)
+    assert not np.array_equal(by_hand.values, heat.values)
+    np.testing.assert_array_equal(check.heatmaps[1].values, heat.values)
+    with pytest.raises(probe.errors.ReplayError):
+        prompts(replay, heat, [wording], question="What is not asked?")
 
 
 def test_other_words_that_resemble_the_map_are_no_verdict() -> None:
