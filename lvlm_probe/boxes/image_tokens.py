@@ -1,13 +1,13 @@
-"""Which part of which picture each image token stands for, found by asking the model.
+"""Which part of which image each image token stands for, found by asking the model.
 
 Layouts are many: tiles in front of or behind an overview, newline tokens, padding that is cut away, shuffled pixels,
 windows, merge groups. One question answers all of them: which elements of the pixel inputs does the feature that enters
 the decoder at this token come from? Attention between patches would mix every answer, so it is silenced, outside the
 decoder, for one forward pass up to the decoder's first block; from there ``places_of`` goes back to the pixels, and
-the traced geometry of the processor says where in the picture they were cut out.
+the traced geometry of the processor says where in the image they were cut out.
 
-A token that gets nothing once attention is silenced reads the picture through attention alone: a resampler's query.
-Where it looks depends on what is in the picture, so it has no place, and that is said by name.
+A token that gets nothing once attention is silenced reads the image through attention alone: a resampler's query.
+Where it looks depends on what is in the image, so it has no place, and that is said by name.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def token_places(replay: Replay, positions: np.ndarray) -> Places:
     once per replay.
 
     Raises:
-        ImageError: There is no processor to trace, or the tokens have no place in the picture; the message says why.
+        ImageError: There is no processor to trace, or the tokens have no place in the image; the message says why.
     """
     known, key = _KNOWN.setdefault(replay, {}), positions.tobytes()
     if key not in known:
@@ -132,7 +132,7 @@ def token_places(replay: Replay, positions: np.ndarray) -> Places:
 
 def _find(replay: Replay, positions: np.ndarray) -> Places:
     declared = replay.anatomy.token_boxes
-    # A declaration speaks of pixels of the pictures; without a processor positions are those in the pixel inputs.
+    # A declaration speaks of pixels of the images; without a processor positions are those in the pixel inputs.
     if declared is not None and len(positions) and isinstance(replay.path, ImagePath):
         places = declared(replay, positions)
         if places is not None:
@@ -217,7 +217,7 @@ def _entry(
     path: Any = replay.path
     inputs = dict(path.inputs)
     leaves = {name: inputs[name].detach().clone().requires_grad_(True) for name in path.pixel_keys}
-    # In an encoder-decoder model pictures enter the encoder's stack, which reads the prompt and no answer.
+    # In an encoder-decoder model images enter the encoder's stack, which reads the prompt and no answer.
     lengths = {len(replay.input_ids)} | ({replay.length} if not replay.anatomy.encoder_decoder else set())
     entered: list[torch.Tensor] = []
 
@@ -226,7 +226,7 @@ def _entry(
         given = [v for v in given if v.ndim >= 3]
         if not given or _axis(given[0], lengths) is None:
             return
-        # Some models add the picture in front of a later layer only; up to there nothing depends on the pixels.
+        # Some models add the image in front of a later layer only; up to there nothing depends on the pixels.
         found = given[:1] if len(positions) else [v.flatten(0, -2) for v in given[1:] if v.requires_grad]
         entered[:] = found or entered
         if found and found[0].requires_grad:

@@ -28,7 +28,7 @@ class Effect:
     """Some image tokens taken away in some layers.
 
     Attributes:
-        top: Their share of the picture's image tokens.
+        top: Their share of the image's image tokens.
         tokens: Their number.
         layers: Indices of the layers.
         score: f, the sum of the explained tokens' log-probabilities, nats.
@@ -52,7 +52,7 @@ class CausalEffect:
     Attributes:
         kind: ``"knockout"`` or ``"patch"``.
         original, original_probability: f (nats) and mean probability of the explained tokens, nothing taken away.
-        everything, everything_probability: The same with all image tokens of the picture taken away.
+        everything, everything_probability: The same with all image tokens of the image taken away.
         effects: One per share of the image tokens, ascending, in all chosen layers.
         windows: One per range of layers, for the smallest share.
         params, provenance: How it was measured, and on what.

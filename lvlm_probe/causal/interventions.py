@@ -60,19 +60,19 @@ def knockout(
 
     Args:
         replay: The recorded answer on its model, under sdpa or eager attention.
-        heat: The heatmap; or ``(row, col)`` values or a boolean region over the picture, with ``tokens`` and ``image``.
+        heat: The heatmap; or ``(row, col)`` values or a boolean region over the image, with ``tokens`` and ``image``.
         top: Share of the image tokens to cut, or several: the ones with the highest mean heat, ties in random order. By
             default 0.1; for a boolean region all tokens that it touches.
         layers: Indices of the layers to cut in; by default all.
         sweep: Into how many ranges of layers to split them, each cut on its own as well (with the smallest share); 0
             for none.
         queries: Who no longer sees them: ``"text"``, all text after the first image token, the question included
-            (through which much of the picture reaches the answer); ``"answer"``, the positions that predict the answer
+            (through which much of the image reaches the answer); ``"answer"``, the positions that predict the answer
             up to the last explained token; ``"tokens"``, only those that predict the explained tokens; or positions.
         control: ``"random"``: as many image tokens drawn at random from all; ``"bottom"``: those with the least heat.
         draws: Random draws to average.
         tokens: The explained tokens, when ``heat`` is an array; by default those with LLR > 1.
-        image: Number of the picture, when ``heat`` is an array.
+        image: Number of the image, when ``heat`` is an array.
         seed: Of draws and ties; the global random state is not touched.
         backend: ``"hooks"``, or ``"nnsight"``, which makes the same cut to the same bits.
         progress: Called with (done, total) passes.
@@ -123,16 +123,16 @@ def patch(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CausalEffect:
-    """Replace the features of the image tokens under a heatmap's top area by a donor picture's, and see what the answer
+    """Replace the features of the image tokens under a heatmap's top area by a donor image's, and see what the answer
     loses.
 
     The features are those that the decoder is given: the projector's output, with features that enter at later layers.
-    Tokens of the donor picture were made by the vision encoder from the whole donor.
+    Tokens of the donor image were made by the vision encoder from the whole donor.
 
     Args:
         replay: The recorded answer on its model, with its processor.
         heat, top, control, draws, tokens, image, seed, progress: As for ``knockout``.
-        donor: A picture of the same size; by default the baseline picture that the heatmap names, else the replay's.
+        donor: An image of the same size; by default the baseline image that the heatmap names, else the replay's.
 
     Raises:
         ExplainError: As for ``knockout``, or the model gives its decoder no embeddings.

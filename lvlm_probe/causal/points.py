@@ -29,7 +29,7 @@ def points(replay: Replay, wanted: Sequence[str], *, mask: torch.Tensor | None =
         wanted: each a module path or fnmatch pattern, then, after ``::``, the name of a call (or of an assigned
             variable) in its forward as the source writes it, and so on inside that call. ``name[1]`` is the second of
             several, in the order of the source.
-        mask: ``(row, col)`` over the picture, 1 = keep; by default the whole picture.
+        mask: ``(row, col)`` over the image, 1 = keep; by default the whole image.
 
     Returns:
         point, with patterns written out → value as the function returned it, tensors detached; of a module that runs

@@ -25,7 +25,7 @@ def placed_tokens(replay: Replay, image: int) -> ImageTokens:
     """The image tokens of image number ``image`` that stand for a part of it.
 
     Raises:
-        ExplainError: the prompt holds no image tokens, or nobody knows where they belong in the picture.
+        ExplainError: the prompt holds no image tokens, or nobody knows where they belong in the image.
     """
     layout = replay.trace.layout  # type: ignore[union-attr]
     if not 0 <= image < replay.n_images:
@@ -50,9 +50,9 @@ def token_heat(values: np.ndarray, boxes: np.ndarray, image_size: tuple[int, int
     """Mean heat of each token's box, cells weighted by the area they share with it.
 
     Args:
-        values: ``(row, col)`` over the whole picture.
+        values: ``(row, col)`` over the whole image.
         boxes: ``(image_token, 4)`` ``x0, y0, x1, y1`` in pixels, each of some area.
-        image_size: ``(width, height)`` of the picture, pixels.
+        image_size: ``(width, height)`` of the image, pixels.
 
     Returns:
         ``(image_token,)`` float64.

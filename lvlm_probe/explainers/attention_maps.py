@@ -1,4 +1,4 @@
-"""Raw attention of the answer's words to the picture, and the same relative to a general question.
+"""Raw attention of the answer's words to the image, and the same relative to a general question.
 
 Rows are read where a word is predicted: position P + t − 1 for token t, over the image tokens. A trace that recorded
 them is enough; otherwise one pass of the replay computes them, for these rows only.
@@ -43,7 +43,7 @@ Source = Literal["auto", "recorded", "replay"]
 
 @dataclass(frozen=True)
 class _Rows:
-    """Attention of all answer positions to one picture's tokens: ``(step, layer, head, token)``; layer numbers."""
+    """Attention of all answer positions to one image's tokens: ``(step, layer, head, token)``; layer numbers."""
 
     values: Tensor
     layers: tuple[int, ...]
@@ -136,7 +136,7 @@ def relative_attention(
             published; one more pass.
         question: The question as it stands in the prompt, which ``general`` takes the place of; by default what was
             recorded as such.
-        reference: Instead of ``general``: a recorded answer to a general prompt on the same picture. With two traces
+        reference: Instead of ``general``: a recorded answer to a general prompt on the same image. With two traces
             that recorded attention no model is needed.
 
     Raises:

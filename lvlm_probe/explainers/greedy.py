@@ -1,20 +1,20 @@
 """Greedy search over regions (EAGLE, Chen et al., 2025): which few regions suffice for the words, and are missed most.
 
-The picture is cut into regions. A set S of them is worth::
+The image is cut into regions. A set S of them is worth::
 
     F(S) = λ1 · P(only S shown) + λ2 · (1 − P(all but S shown))
 
-P is the mean probability of the selected tokens; what is not shown is the baseline picture. The search starts with
+P is the mean probability of the selected tokens; what is not shown is the baseline image. The search starts with
 nothing and takes, again and again, the region that raises F most. For a submodular monotone F, the first k regions are
 worth at least 1 − 1/e of the best k (Nemhauser et al., 1978); a model's P is neither, so this is a heuristic on models,
 and lazy evaluation of gains, which needs submodularity to be exact, is not used.
 
-**Exact** search tries every region left in every round: m (m + 1) + 2 pictures for m regions, 4,162 for 64.
+**Exact** search tries every region left in every round: m (m + 1) + 2 images for m regions, 4,162 for 64.
 
 **Fast** search (default) tries every region left in every ``rescan``-th round only, and else the ``top`` ones by their
 last known gains. Every round it also settles one region at the other end: of the ``pending`` regions of least gain, the
 one without which F of all regions not yet put at the end is highest. So two regions are settled per round, with about
-1,400 pictures for 64 regions.
+1,400 images for 64 regions.
 
 **Heat.** A region's value is the share of F's total rise that was still missing when the region was taken:
 1 − (F(before) − F(∅)) / (max F − F(∅)), F taken as the highest so far. It falls from 1 along the order. Regions that
@@ -85,7 +85,7 @@ def greedy(
     """Greedy search over regions; the module's docstring has the method.
 
     Args:
-        problem: The answer's tokens and the picture.
+        problem: The answer's tokens and the image.
         segments: ``"slic"``, superpixels (Achanta et al., 2012, zero-parameter version; needs the extra
             ``superpixels``), or ``"grid"``, rectangles.
         regions: About how many, or ``(rows, columns)`` of a grid.
@@ -155,7 +155,7 @@ def regions_of(problem: Problem, segments: Segments, regions: int | tuple[int, i
     """Number of the region of every cell, ``(row, col)`` int64.
 
     Raises:
-        ExplainError: scikit-image is missing, there is no picture to cut up, or a number of regions below 1.
+        ExplainError: scikit-image is missing, there is no image to cut up, or a number of regions below 1.
     """
     if segments == "grid":
         shape = (

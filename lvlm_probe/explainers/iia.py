@@ -1,8 +1,8 @@
 """IIA, iterated integrated attributions (Barkan et al., 2023): attention relevance averaged along paths.
 
-``variant="paper"`` is how the paper describes it: n pictures r·I + (1 − r)·Ĩ, r = 0 … 1, gradients of the attention
-averaged over them, then T-MM with the attention on the whole picture. ``variant="iia2"`` is the algorithm of the
-method's authors: the path starts at a black picture, along it the attention of the last layer alone (of the encoder:
+``variant="paper"`` is how the paper describes it: n images r·I + (1 − r)·Ĩ, r = 0 … 1, gradients of the attention
+averaged over them, then T-MM with the attention on the whole image. ``variant="iia2"`` is the algorithm of the
+method's authors: the path starts at a black image, along it the attention of the last layer alone (of the encoder:
 the last that the language model reads) is scaled from 0 to 1, ReLU(dA ⊙ A) is averaged over all points of both paths,
 and the layers are joined by rollout, (Ā + I) / rowsum.
 
@@ -57,7 +57,7 @@ def iia(
 
     Raises:
         ExplainError: The model's attention cannot be read, the places of its tokens are not known, its encoder joins
-            the pictures of a batch to one sequence, or the points did not stay in one batch.
+            the images of a batch to one sequence, or the points did not stay in one batch.
         OutOfMemory: The points do not fit into memory at once.
     """
     if variant not in ("paper", "iia2"):

@@ -68,7 +68,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be explained: the answer's tokens ``selection`` by picture ``image`` of ``replay``.
+    """What is to be explained: the answer's tokens ``selection`` by image ``image`` of ``replay``.
 
     ``live`` is False where a trace alone is explained; ``replay`` then is that trace and runs no pass.
     """
@@ -102,7 +102,7 @@ class Problem:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + offset) % 2**63)
 
     def grid(self, size: int | Sequence[int] | None, *, cells: int = 256) -> tuple[int, int]:
-        """Mask size ``(row, col)``: ``n`` is n × n, ``None`` about ``cells`` cells as square as the picture allows."""
+        """Mask size ``(row, col)``: ``n`` is n × n, ``None`` about ``cells`` cells as square as the image allows."""
         if size is None:
             width, height = self.replay.image_sizes[self.image]
             rows = max(1, round((cells * height / width) ** 0.5))
@@ -113,7 +113,7 @@ class Problem:
         return pair[0], pair[1]
 
     def seen(self, shape: tuple[int, int]) -> torch.Tensor:
-        """Which cells of a ``(row, col)`` grid on the picture the model sees, bool, on the CPU."""
+        """Which cells of a ``(row, col)`` grid on the image the model sees, bool, on the CPU."""
         return self.replay.seen(self.image, shape).cpu()
 
     def advance(self, done: int, total: int) -> None:
@@ -127,7 +127,7 @@ class Outcome:
     """An explainer's answer.
 
     Attributes:
-        values: Importance ``(row, col)`` over the original picture, in [0, 1], high = important, or ``None``.
+        values: Importance ``(row, col)`` over the original image, in [0, 1], high = important, or ``None``.
         params: The parameters as they were used, defaults included, JSON-ready.
         history: One record per iteration, for methods that iterate.
         diagnostics: What tells how far to trust the values: an error bar, a completeness error; JSON-ready. It is kept

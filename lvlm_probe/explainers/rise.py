@@ -1,15 +1,15 @@
-"""RISE (Petsiuk et al., 2018): how well the words do on pictures of which random parts are kept.
+"""RISE (Petsiuk et al., 2018): how well the words do on images of which random parts are kept.
 
-Masks m are random bits, 1 with probability p, on knots 1/s of the picture apart, shifted at random by less than that
-and interpolated bilinearly. Importance of a place is the mean score of the pictures that show it::
+Masks m are random bits, 1 with probability p, on knots 1/s of the image apart, shifted at random by less than that
+and interpolated bilinearly. Importance of a place is the mean score of the images that show it::
 
     S = (1 / N p) Σ_n f(m_n) · m_n
 
-A score that does not depend on the picture adds to S nothing but the same for all cells in expectation, yet with N
+A score that does not depend on the image adds to S nothing but the same for all cells in expectation, yet with N
 masks it is most of the noise. With ``centred`` the mean score is taken off first, with the one degree of freedom that
 this costs paid for: S = (1 / (N − 1) p) Σ_n (f(m_n) − f̄) · m_n. Its expectation is that of the sum above minus E f for
 every cell, exactly, and its variance is far smaller. Both are shown relative to the mean score: a cell is important if
-pictures that show it do better than pictures in general.
+images that show it do better than images in general.
 
 The standard error of S, per cell, is in the diagnostics, in units of the highest value. Expectations of probabilities
 suit this average; those of log-likelihoods are ruled by the few masks under which the words are all but impossible.
@@ -63,11 +63,11 @@ def rise(
     """RISE by ``masks`` forward passes; the module's docstring has the method.
 
     Args:
-        problem: The answer's tokens and the picture.
+        problem: The answer's tokens and the image.
         masks: N, random masks.
-        cells: s, knots of a mask along the picture, ``n`` or ``(row, col)``.
-        p: Share of the picture that a mask keeps.
-        size: Cells of masks and heatmap, ``None`` for about 1024 as square as the picture allows.
+        cells: s, knots of a mask along the image, ``n`` or ``(row, col)``.
+        p: Share of the image that a mask keeps.
+        size: Cells of masks and heatmap, ``None`` for about 1024 as square as the image allows.
         score: ``"geometric"`` mean of the tokens' probabilities, ``"prob"`` for the arithmetic one, ``"log"``.
         centred: Take the mean score off; ``False`` is the published sum.
         batch: Masks per call of the replay, between two reports of progress.
@@ -124,7 +124,7 @@ def estimate(
     Args:
         scores: f of every mask, ``(N,)`` float64.
         masks: Gives the masks ``(batch, row, col)`` of one of ``parts``, which cover 0 … N − 1.
-        p: Share of the picture that a mask keeps.
+        p: Share of the image that a mask keeps.
         centred: Whether the mean score is taken off.
     """
     number = len(scores)

@@ -52,13 +52,13 @@ NO_SIGHT = "the model sees no part of this picture"
 
 
 def no_effect(problem: Problem) -> str | None:
-    """Why this picture has no heatmap, as a sentence, where it plays no part in the selected tokens; ``None`` where it
+    """Why this image has no heatmap, as a sentence, where it plays no part in the selected tokens; ``None`` where it
     does, or nobody can tell.
 
-    It plays no part when replacing it, and no other picture of the prompt, by its baseline moves the log-probability of
-    every selected token by no more than rounding (``Replay.rounding``). With one picture the passes on the whole
-    picture and on the baseline say so, which a replay keeps; with several it takes one pass more. On a trace alone the
-    recorded ratios say so, which are those of all pictures together.
+    It plays no part when replacing it, and no other image of the prompt, by its baseline moves the log-probability of
+    every selected token by no more than rounding (``Replay.rounding``). With one image the passes on the whole
+    image and on the baseline say so, which a replay keeps; with several it takes one pass more. On a trace alone the
+    recorded ratios say so, which are those of all images together.
     """
     replay, steps = problem.replay, list(problem.selection.indices)
     several = replay.n_images > 1
@@ -88,7 +88,7 @@ def no_effect(problem: Problem) -> str | None:
 
 
 def _same_picture(problem: Problem) -> str:
-    """A way out where the baseline cannot hide anything: it is the picture itself."""
+    """A way out where the baseline cannot hide anything: it is the image itself."""
     if not problem.live:
         return ""
     path = problem.replay.path
@@ -101,7 +101,7 @@ def _same_picture(problem: Problem) -> str:
 
 
 def score_of(problem: Problem, log_probs: torch.Tensor, kind: ScoreKind) -> torch.Tensor:
-    """Scores of masked pictures, ``(batch, step)`` → ``(batch,)``; see the module for the kinds."""
+    """Scores of masked images, ``(batch, step)`` → ``(batch,)``; see the module for the kinds."""
     if kind == "log":
         return problem.score(log_probs)
     chosen = log_probs[:, list(problem.selection.indices)]
@@ -196,7 +196,7 @@ def too_narrow(
     between them, against which they are lost.
 
     Args:
-        original, baseline: Score of the whole picture and of the baseline picture.
+        original, baseline: Score of the whole image and of the baseline image.
         score: ``"prob"`` or ``"log"``.
         met: Scores along the curves; NaN is left out.
     """

@@ -127,7 +127,7 @@ def _map(states: _States, image: Tensor, step: int, interference: bool) -> tuple
 
 
 def _filtered(grid: Tensor, met: Tensor) -> Tensor:
-    """The filter within the part of the picture that has tokens: the margins of a crop are no values of 0."""
+    """The filter within the part of the image that has tokens: the margins of a crop are no values of 0."""
     rows, cols = (met.any(dim=axis).nonzero()[:, 0] for axis in (1, 0))
     inside = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(cols[0]), int(cols[-1]) + 1)
     smooth = torch.zeros_like(grid)

@@ -44,7 +44,7 @@ class RecordedAnswer:
             )
 
     def seen(self, k: int, shape: tuple[int, int]) -> torch.Tensor:
-        """Cells of a grid over picture ``k`` that an image token stands for, bool."""
+        """Cells of a grid over image ``k`` that an image token stands for, bool."""
         layout = self.trace.layout
         if layout.patch_box is None:
             return torch.ones(shape, dtype=torch.bool)

@@ -1,12 +1,12 @@
 """Deletion and insertion (Petsiuk et al., 2018): do the regions a heatmap calls important carry the answer?
 
-Cells of the heatmap are ranked by value, highest first. *Deletion* replaces them in that order by the baseline picture
-and scores the answer on the way; *insertion* starts from the baseline picture and brings them back. Both curves are
-normalised by their end points (Jiang et al., 2024b; the paper, 4.3): 1 is the whole picture and 0 the baseline::
+Cells of the heatmap are ranked by value, highest first. *Deletion* replaces them in that order by the baseline image
+and scores the answer on the way; *insertion* starts from the baseline image and brings them back. Both curves are
+normalised by their end points (Jiang et al., 2024b; the paper, 4.3): 1 is the whole image and 0 the baseline::
 
     s(x) = (score(x) − score(baseline)) / (score(original) − score(baseline))          not clamped
 
-Where the picture as a whole decides next to nothing (``too_narrow``) that divides by noise, and the scores are NaN.
+Where the image as a whole decides next to nothing (``too_narrow``) that divides by noise, and the scores are NaN.
 
 The score is the area under the curve: low is good for deletion, high for insertion, ½ for both is chance.
 
@@ -78,7 +78,7 @@ class Curves:
         tie_share: Share of seen cells that have the value of another seen cell.
         tie_orders: How many random orders of tied cells were averaged.
         original_probability, baseline_probability: Mean probability of the decided tokens at the two ends.
-        pictures: How many different pictures were scored.
+        pictures: How many different images were scored.
         error_bound: How far the areas under the normalised deletion and insertion curve may be from the full curves';
             0 where every point was scored. A bound for curves that are monotone between scored points.
         turns: How far the normalised curves go the wrong way, up in deletion and down in insertion, summed over the

@@ -1,7 +1,7 @@
 """``evaluate`` scores a heatmap by deletion and insertion and says in words whether to believe it.
 
-**Held-out baseline.** A heatmap that was optimised against a baseline picture and is scored against the same one is
-scored on what it was trained on. ``evaluate(..., baseline="mean")`` judges it against another picture than the
+**Held-out baseline.** A heatmap that was optimised against a baseline image and is scored against the same one is
+scored on what it was trained on. ``evaluate(..., baseline="mean")`` judges it against another image than the
 explanation saw. Unless told otherwise, a heatmap is judged over the baseline that its provenance names.
 """
 
@@ -48,16 +48,16 @@ class Score:
     Attributes:
         deletion, insertion: Areas under the normalised curves; NaN when there is nothing to score.
         fractions: Share of cells replaced at each point, ``(point,)``.
-        deletion_curve, insertion_curve: Normalised: 1 the whole picture, 0 the baseline.
+        deletion_curve, insertion_curve: Normalised: 1 the whole image, 0 the baseline.
         deletion_raw, insertion_raw: Before normalisation: mean probability, or mean log-likelihood in nats.
         tie_share: Share of seen cells whose value another has too.
-        original, baseline: Raw score of the whole picture and of the baseline picture.
+        original, baseline: Raw score of the whole image and of the baseline image.
         baseline_check: Kind of the baseline that judged, mean probability the tokens keep on it, the limit, whether it
             passed, and whether the explanation was made against this very baseline (``None``: nobody can tell).
         verdict: Whether to trust the heatmap, with reasons.
         random_gains: Insertion − deletion of random heatmaps, when ``chance`` asked for them.
         params: How it was scored (score, auc, steps, grid, mode, seed, tie_orders, held_out); with adaptive sampling
-            also the pictures it took, the error bound of both areas and how far their curves turn (see
+            also the images it took, the error bound of both areas and how far their curves turn (see
             ``deletion_insertion``).
         provenance: Trace id, method and tokens of the heatmap.
     """
@@ -144,7 +144,7 @@ def evaluate(
         replay: The same answer on its model.
         baseline: What masked-out pixels are replaced by, instead of the baseline that the heatmap was made over, as its
             provenance names it (the replay's own, where it names none): ``"blur"``, ``"blank"``, ``"noise"``,
-            ``"mean"``, a picture (one per image), a kind with its parameters, ``("blur", {"strength": 0.6})``, or a
+            ``"mean"``, an image (one per image), a kind with its parameters, ``("blur", {"strength": 0.6})``, or a
             description such as ``replay.baseline``.
         steps: Points on each curve besides the origin, 50 by default; ``auc="release"`` has its own.
         score: ``"prob"``, mean probability of the tokens (as the paper's numbers), or ``"log"``, mean log-likelihood.
@@ -158,11 +158,11 @@ def evaluate(
         sampling: ``"full"`` scores every point of the curves; ``"adaptive"`` as few as keep each area within
             ``tolerance`` of the full curve's, for curves that do not turn; ``params`` then has the error bound.
         tolerance: Largest error bound of an area under adaptive sampling.
-        progress: Called with (done, total) pictures of the heatmap's own curves.
+        progress: Called with (done, total) images of the heatmap's own curves.
 
     Raises:
-        ExplainError: The heatmap is of another answer or picture, or a parameter is out of range.
-        ImageError: There is no such baseline; or the heatmap was made over a picture of the user's, which it does not
+        ExplainError: The heatmap is of another answer or image, or a parameter is out of range.
+        ImageError: There is no such baseline; or the heatmap was made over an image of the user's, which it does not
             hold, and the replay has another one: give it as ``baseline``, or evaluate on ``replay.over(picture)``.
     """
     settings = CurveSettings(score, steps or 50, auc == "release", seed, tie_orders, sampling, tolerance)
@@ -349,11 +349,11 @@ def over_baseline(replay: Replay, baseline: BaselineChoice) -> Replay:
 
 
 def _same_baseline(explained: Mapping[str, Any] | None, scored: Mapping[str, Any]) -> bool | None:
-    """Whether two descriptions name the same baseline picture; ``None`` when they do not say."""
+    """Whether two descriptions name the same baseline image; ``None`` when they do not say."""
     if not explained:
         return None
     first, second = baseline_identity(explained), baseline_identity(scored)
-    # A description of an older file does not tell one picture of the user's from another.
+    # A description of an older file does not tell one image of the user's from another.
     return None if first == second == ("image", None) else first == second
 
 

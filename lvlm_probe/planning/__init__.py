@@ -50,7 +50,7 @@ def plan(
         method: Name of a registered explainer.
         memory: What there is for weights and all else: bytes, ``"24GB"`` (10⁹) or ``"24GiB"`` (2³⁰). By default what
             the model's device has free now, beside the weights. It may be that of another machine.
-        image: Number of the picture.
+        image: Number of the image.
         seconds: Also time a few passes on this machine, for ``Plan.seconds``.
         params: Parameters of the method, as ``explain`` takes them.
 

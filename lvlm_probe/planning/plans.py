@@ -42,14 +42,14 @@ class Budget:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What a method takes on this model, picture and answer, measured on a small probe and scaled.
+    """What a method takes on this model, image and answer, measured on a small probe and scaled.
 
     Attributes:
         method: Its name.
         peak: Most bytes of tensors alive at once beyond weights; ``None`` where it cannot be told (``notes`` say why).
         weights: Bytes of the model's weights, those kept elsewhere (``offloaded``) included.
         budget: Bytes there are beside the weights.
-        forward, backward: Pictures through the model; ``None`` where the method does not say.
+        forward, backward: Images through the model; ``None`` where the method does not say.
         seconds: Estimate from timed passes, when it was asked for.
         micro_batch: Masks per pass.
         gradient_checkpointing: Layers are run again in backward, which takes about a third more time.

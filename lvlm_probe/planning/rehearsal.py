@@ -1,4 +1,4 @@
-"""Short rehearsals of what methods do, metered on this very model, picture and answer.
+"""Short rehearsals of what methods do, metered on this very model, image and answer.
 
 A pass over b masks takes ``fixed + b · per_mask`` bytes; the two are told apart by passes over two masks and over
 three (a single mask often takes a shorter way through kernels). Where those do not fit, one is sent.

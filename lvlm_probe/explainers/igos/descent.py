@@ -1,4 +1,4 @@
-"""iGOS++: a mask over the picture, optimised so that removing what it marks costs the answer most.
+"""iGOS++: a mask over the image, optimised so that removing what it marks costs the answer most.
 
 One mask M, 1 = keep (paper, Eq. 8)::
 
@@ -23,7 +23,7 @@ unbiased estimate of the mean over the whole path, from as few masks as one like
 iteration moves the strongest cell by exactly lr whatever the scale of the scores; ``step="absolute"`` is η = lr.
 ``line_search=True`` halves η until the objective (same noise) falls by Armijo's rule.
 
-**Order.** The objective does not see in which order a heatmap covers the picture; ``refine`` iterations put the
+**Order.** The objective does not see in which order a heatmap covers the image; ``refine`` iterations put the
 cells into a better one, on a grid ``refine_scale`` times as fine (``ordering``).
 
 **Passes.** ``preset="default"`` takes 24 forward and backward passes: one iteration over eight masks, then four steps
@@ -161,7 +161,7 @@ class Optimisation:
             try:
                 picture = guide(problem.replay.image(problem.image))
             except (ImageError, IndexError):
-                picture = None  # masks in pixel-input space: no picture to guide the bilateral term
+                picture = None  # masks in pixel-input space: no image to guide the bilateral term
             if picture is not None:
                 down, right = bilateral_weights(picture, sigma=settings.sigma, form=settings.btv_form)
                 self.weights = (down.to(self.device), right.to(self.device))
