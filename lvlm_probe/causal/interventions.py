@@ -27,7 +27,18 @@ from lvlm_probe.selection import TokenSelection, select_tokens
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["SHARES", "agreement", "knockout", "patch"]
+__all__ = [
+    "SHARES",
+    "Draws",
+    "Measured",
+    "Target",
+    "agreement",
+    "counts_of",
+    "knockout",
+    "measure",
+    "patch",
+    "target_of",
+]
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Shares of the image tokens at which ``agreement`` samples its curves."""
@@ -84,7 +95,7 @@ def knockout(
     if backend not in ("hooks", "nnsight"):
         raise ExplainError(f"backend is 'hooks' or 'nnsight'; got {backend!r}")
     with replay.replica.use() as model, _knife(model, backend) as envoys:
-        target = _target(replay, heat, tokens, image)
+        target = target_of(replay, heat, tokens, image)
         found = attention_layers(model, layers)
         positions = query_positions(replay, target.selection, queries)
 
@@ -96,13 +107,13 @@ def knockout(
             with cut_attention(replay, chosen, positions, keys):
                 return replay.log_probs(None)[0]
 
-        return _measure(
+        return measure(
             "knockout",
             replay,
             target,
-            _Measured(take, list(target.selection.indices), progress),
-            _Draws(control, draws, seed),
-            counts=_counts(top, target),
+            Measured(take, list(target.selection.indices), progress),
+            Draws(control, draws, seed),
+            counts=counts_of(top, target),
             layers=[layer.index for layer, _ in found],
             sweep=sweep,
             params={"queries": queries if isinstance(queries, str) else positions.tolist(), "backend": backend},
@@ -138,7 +149,7 @@ def patch(
         ExplainError: As for ``knockout``, or the model gives its decoder no embeddings.
         ImageError: The donor has another size.
     """
-    target = _target(replay, heat, tokens, image)
+    target = target_of(replay, heat, tokens, image)
     if donor is None and isinstance(heat, Heatmap):
         replay = replay.over(heat.provenance.get("baseline") or replay.baseline)
     features = donor_features(replay, donor, target.image)
@@ -147,13 +158,13 @@ def patch(
         with patched(replay, features, target.tokens.rows[rows]):
             return replay.log_probs(None)[0]
 
-    return _measure(
+    return measure(
         "patch",
         replay,
         target,
-        _Measured(take, list(target.selection.indices), progress),
-        _Draws(control, draws, seed),
-        counts=_counts(top, target),
+        Measured(take, list(target.selection.indices), progress),
+        Draws(control, draws, seed),
+        counts=counts_of(top, target),
         params={"donor": "baseline" if donor is None else "picture", "where": "projector output"},
     )
 
@@ -193,7 +204,7 @@ def agreement(
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """What is taken away, and from which words: the heat of each image token, ``(image_token,)``."""
 
     tokens: ImageTokens
@@ -204,7 +215,7 @@ class _Target:
     method: str
 
 
-def _target(replay: Replay, heat: Heatmap | np.ndarray, tokens: TokenSelection | None, image: int) -> _Target:
+def target_of(replay: Replay, heat: Heatmap | np.ndarray, tokens: TokenSelection | None, image: int) -> Target:
     region, method = False, "array"
     if isinstance(heat, Heatmap):
         if heat.values is None:
@@ -227,7 +238,7 @@ def _target(replay: Replay, heat: Heatmap | np.ndarray, tokens: TokenSelection |
     if not selection:
         raise ExplainError(f"there are no explained tokens: {selection.reason}")
     found = placed_tokens(replay, image)
-    return _Target(found, token_heat(values, found.boxes, replay.image_sizes[image]), selection, image, region, method)
+    return Target(found, token_heat(values, found.boxes, replay.image_sizes[image]), selection, image, region, method)
 
 
 @contextmanager
@@ -242,7 +253,7 @@ def _knife(model: nn.Module, backend: Backend) -> Iterator[dict[int, Any] | None
         yield envoys
 
 
-def _counts(top: float | Sequence[float] | None, target: _Target) -> list[int]:
+def counts_of(top: float | Sequence[float] | None, target: Target) -> list[int]:
     """Numbers of image tokens to take away, ascending."""
     total = len(target.tokens)
     if top is None:
@@ -257,7 +268,7 @@ def _counts(top: float | Sequence[float] | None, target: _Target) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Draws:
+class Draws:
     """What is measured against: control tokens, and how they are drawn."""
 
     control: Control
@@ -280,7 +291,7 @@ class _Draws:
         return order, [generator.permutation(len(heat)) for _ in range(self.draws)]
 
 
-class _Measured:
+class Measured:
     """f and mean probability of the explained tokens without some image tokens, counted."""
 
     def __init__(self, take: Take, steps: list[int], progress: Progress | None) -> None:
@@ -308,18 +319,19 @@ class _Measured:
         )
 
 
-def _measure(
+def measure(
     kind: Literal["knockout", "patch"],
     replay: Replay,
-    target: _Target,
-    measured: _Measured,
-    drawn: _Draws,
+    target: Target,
+    measured: Measured,
+    drawn: Draws,
     *,
     counts: Sequence[int],
     layers: Sequence[int] = (),
     sweep: int = 0,
     params: Mapping[str, Any],
 ) -> CausalEffect:
+    """The effect of taking image tokens away by ``measured``, next to that of control tokens."""
     if sweep < 0:
         raise ExplainError(f"sweep is at least 0; got {sweep}")
     order, others = drawn.orders(target.heat)

@@ -138,7 +138,7 @@ def test_cut_weights_are_zero_and_the_rest_of_the_row_shares_them(name, implemen
 
 def test_a_cut_of_all_layers_equals_attention_written_out(llava, heat, everything):
     """Softmax, zeros in the cut places, division by the row's sum: through all layers."""
-    target = checks._target(llava, heat, everything, 0)
+    target = checks.target_of(llava, heat, everything, 0)
     effect = causal.knockout(llava, heat, tokens=everything, top=0.25, sweep=0)
     keys = target.tokens.positions[np.argsort(-target.heat)[:4]]
     queries = query_positions(llava, everything, "text")
@@ -297,7 +297,7 @@ def test_agreement_score_at_its_ends():
 
 def linear_target(heat):
     selection = SimpleNamespace(indices=(0,), text="red", tokens=("red",))
-    return checks._Target(np.zeros(len(heat)), np.asarray(heat), selection, 0, False, "toy")
+    return checks.Target(np.zeros(len(heat)), np.asarray(heat), selection, 0, False, "toy")
 
 
 def measured(heat, weights, **settings):
@@ -307,10 +307,11 @@ def measured(heat, weights, **settings):
     def take(rows, _layers):
         return (1 - torch.as_tensor(weights)[np.asarray(rows).copy()].sum()).clamp(min=1e-9).log()[None]
 
-    given = {"top": checks.SHARES, "layers": (), "sweep": 0, "control": "random", "draws": 5, "seed": 0}
-    return checks._measure(
-        "knockout", replay, linear_target(heat), take, progress=None, params={}, **{**given, **settings}
-    )
+    given = {"top": checks.SHARES, "control": "random", "draws": 5, "seed": 0, **settings}
+    target = linear_target(heat)
+    counts = checks.counts_of(given.pop("top"), target)
+    drawn = checks.Draws(**given)
+    return checks.measure("knockout", replay, target, checks.Measured(take, [0], None), drawn, counts=counts, params={})
 
 
 def test_agreement_on_a_linear_answer():
