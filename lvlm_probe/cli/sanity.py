@@ -7,16 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.evaluate import Maps, by_trace
-from lvlm_probe.cli.explain import map_summary, open_replay, show_map
-from lvlm_probe.cli.shared.inputs import ReplayModels
-from lvlm_probe.cli.shared.maps import MapFile, baseline_from, find_maps
-from lvlm_probe.cli.shared.options import Attn, BaselineOption, Device, Dtype, Json, OptionalModel, TrustRemoteCode
+from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from
+from lvlm_probe.cli.shared.options import (
+    Attn,
+    BaselineOption,
+    Device,
+    Dtype,
+    Json,
+    Maps,
+    OptionalModel,
+    TrustRemoteCode,
+)
 from lvlm_probe.cli.shared.terminal import bar, print_json, say, stop
 from lvlm_probe.errors import ProbeError
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.heatmap_store import MapFile
     from lvlm_probe.replaying import Replay
     from lvlm_probe.sanity import SanityCheck
 
@@ -59,6 +66,9 @@ def sanity(
     Example:  lvlm-probe sanity runs/demo
     Example:  lvlm-probe sanity runs/demo --checks weights --stages 1 --json
     """
+    from lvlm_probe.cli.shared.maps import map_summary, open_replay, show_map
+    from lvlm_probe.heatmap_store import by_trace, find_maps
+
     names = [name.strip() for name in checks.split(",") if name.strip()]
     if unknown := sorted(set(names) - set(_CHECKS)):
         raise ProbeError(f"--checks {unknown[0]!r}: choose from {', '.join(_CHECKS)}; wordings go by --question")
