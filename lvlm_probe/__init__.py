@@ -26,102 +26,80 @@ from lvlm_probe import _moved
 from lvlm_probe._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lvlm_probe import causal, demo
-    from lvlm_probe.errors import (
-        AttachError,
-        ExplainError,
-        ImageError,
-        MaskError,
-        ModelMismatch,
-        OutOfMemory,
-        PluginError,
-        PointNotFound,
-        ProbeError,
-        ProbeWarning,
-        ProcessorRefused,
-        ReplayError,
-        ReportError,
-        SelectionError,
-        StudyError,
-        TraceError,
-    )
-    from lvlm_probe.explainers import explain, register_explainer
+    from lvlm_probe import causal, demo, errors, metrics, sanity, study
+    from lvlm_probe.errors import ProbeError, ProbeWarning
+    from lvlm_probe.explainers import Outcome, Problem, explain, register_explainer
     from lvlm_probe.heatmap import Heatmap
-    from lvlm_probe.images import ImagePath
     from lvlm_probe.importing import import_answers
     from lvlm_probe.metrics import Score, evaluate
+    from lvlm_probe.models.families import register_family
     from lvlm_probe.models.loading import load
     from lvlm_probe.pages import report
     from lvlm_probe.pages.comparison import compare
-    from lvlm_probe.planning import Plan, plan
+    from lvlm_probe.planning import plan
     from lvlm_probe.recording.probe import Probe, Recording, attach
     from lvlm_probe.replaying import Replay, replay
-    from lvlm_probe.replaying.verification import Verification, verify
+    from lvlm_probe.replaying.verification import verify
     from lvlm_probe.selection import TokenSelection, select_tokens
     from lvlm_probe.trace import Trace, TraceStore, open_store, open_trace
 
 __all__ = [
-    "AttachError",
-    "ExplainError",
     "Heatmap",
-    "ImageError",
-    "ImagePath",
-    "MaskError",
-    "ModelMismatch",
-    "OutOfMemory",
-    "Plan",
-    "PluginError",
-    "PointNotFound",
+    "Outcome",
     "Probe",
     "ProbeError",
     "ProbeWarning",
-    "ProcessorRefused",
+    "Problem",
     "Recording",
     "Replay",
-    "ReplayError",
-    "ReportError",
     "Score",
-    "SelectionError",
-    "StudyError",
     "TokenSelection",
     "Trace",
-    "TraceError",
     "TraceStore",
-    "Verification",
     "attach",
     "causal",
     "compare",
     "demo",
+    "errors",
     "evaluate",
     "explain",
     "import_answers",
     "load",
+    "metrics",
     "open_store",
     "open_trace",
     "plan",
     "register_explainer",
+    "register_family",
     "replay",
     "report",
+    "sanity",
     "select_tokens",
+    "study",
     "verify",
 ]
 
+_ROOMS = ("causal", "demo", "errors", "metrics", "sanity", "study")
+"""Submodules that come with the first look at them."""
+
 _HOMES = {
+    "ProbeError": "errors",
+    "ProbeWarning": "errors",
+    "Outcome": "explainers",
+    "Problem": "explainers",
     "explain": "explainers",
     "register_explainer": "explainers",
     "compare": "pages.comparison",
     "Heatmap": "heatmap",
-    "ImagePath": "images",
     "import_answers": "importing",
+    "register_family": "models.families",
     "load": "models.loading",
     "Score": "metrics",
     "evaluate": "metrics",
-    "Plan": "planning",
     "plan": "planning",
     "report": "pages",
     "Replay": "replaying",
     "replay": "replaying",
-    "Verification": "replaying.verification",
     "verify": "replaying.verification",
     "TokenSelection": "selection",
     "select_tokens": "selection",
@@ -136,16 +114,17 @@ _HOMES = {
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 _moved.install()
+_former = _moved.names_of(__name__)
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("causal", "demo"):
+    if name in _ROOMS:
         return importlib.import_module(f"lvlm_probe.{name}")
-    if name in __all__:
-        value = getattr(importlib.import_module(f"lvlm_probe.{_HOMES.get(name, 'errors')}"), name)
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"lvlm_probe.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
-    raise AttributeError(f"module 'lvlm_probe' has no attribute {name!r}")
+    return _former(name, 3)
 
 
 def __dir__() -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["MOVED", "NAMES", "install", "names_of"]
 
 MOVED = {
-    "_nnsight": "causal._nnsight",
+    "_nnsight": "causal.through_nnsight",
     "adapters": "models.families",
     "anatomy": "models.anatomy",
     "attention.recording": "recording.attention_points",
@@ -50,11 +50,12 @@ MOVED = {
     "encoder_tokens": "boxes.encoder_tokens",
     "exhaustion": "replaying.micro_batches",
     "explainers.attention": "explainers.attention_maps",
-    "explainers.costs": "planning.costs",
+    "explainers.costs": "planning.costs explainers.registry",
     "explainers.floors": "explainers.controls",
     "explainers.igos_settings": "explainers.igos.settings",
     "explainers.ordering": "explainers.igos.order",
     "explainers.recorded": "explainers.trace_only",
+    "explainers.regions": "boxes.image_tokens boxes.painting explainers.scores",
     "explainers.regularization": "explainers.igos.regularizers",
     "explainers.relevance": "explainers.attention_relevance",
     "explainers.scaling": "explainers.scores",
@@ -88,8 +89,8 @@ MOVED = {
     "masking": "recording.masked_calls",
     "metrics.extras": "extras",
     "metrics.randomisation": "sanity.random_weights",
-    "metrics.sanity": "sanity.randomisation",
-    "metrics.stability": "sanity.repeats",
+    "metrics.sanity": "sanity.former sanity.checks sanity.randomisation",
+    "metrics.stability": "sanity.former sanity.stability",
     "originals": "models.drivers",
     "patch_gradient": "replaying.isolation",
     "pictures": "trace.image_files",
@@ -164,21 +165,38 @@ NAMES = {
     "demo.scene.plural": "demo.questions",
     "demo.scene.shape_query": "demo.questions",
     "demo.scene.where_query": "demo.questions",
-    "metrics.Completeness": "sanity.repeats",
-    "metrics.SanityReport": "sanity.randomisation",
-    "metrics.SanityStep": "sanity.randomisation",
-    "metrics.Stability": "sanity.repeats",
-    "metrics.answer_randomisation": "sanity.randomisation",
-    "metrics.completeness": "sanity.repeats",
-    "metrics.over_prompts": "sanity.repeats",
-    "metrics.over_seeds": "sanity.repeats",
+    "AttachError": "errors",
+    "ExplainError": "errors",
+    "ImageError": "errors",
+    "ImagePath": "images",
+    "MaskError": "errors",
+    "ModelMismatch": "errors",
+    "OutOfMemory": "errors",
+    "Plan": "planning",
+    "PluginError": "errors",
+    "PointNotFound": "errors",
+    "ProcessorRefused": "errors",
+    "ReplayError": "errors",
+    "ReportError": "errors",
+    "SelectionError": "errors",
+    "StudyError": "errors",
+    "TraceError": "errors",
+    "Verification": "replaying.verification",
+    "metrics.Completeness": "sanity.stability",
+    "metrics.SanityReport": "sanity.former",
+    "metrics.SanityStep": "sanity.checks",
+    "metrics.Stability": "sanity.stability",
+    "metrics.answer_randomisation": "sanity.former",
+    "metrics.completeness": "sanity.stability",
+    "metrics.over_prompts": "sanity.former",
+    "metrics.over_seeds": "sanity.former",
     "metrics.randomised": "sanity.random_weights",
-    "metrics.stability": "sanity.repeats",
-    "metrics.tie_share": "sanity.repeats",
+    "metrics.stability": "sanity.stability",
+    "metrics.tie_share": "sanity.stability",
     "metrics.weight_blocks": "sanity.random_weights",
-    "metrics.weight_randomisation": "sanity.randomisation",
+    "metrics.weight_randomisation": "sanity.former",
 }
-"""Old names of modules that are still there, and the module that has them now."""
+"""Old names of modules that are still there (bare ones: of the package), and the module that has them now."""
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -226,17 +244,17 @@ def install() -> None:
         sys.meta_path.append(_Finder())  # type: ignore[arg-type]
 
 
-def names_of(module: str) -> Callable[[str], Any]:
-    """The ``__getattr__`` of a module of which names have moved (``NAMES``)."""
+def names_of(module: str) -> Callable[..., Any]:
+    """The ``__getattr__`` of a module of which names have moved (``NAMES``), or its last line: ``lookup(name, 3)``."""
 
-    def lookup(name: str) -> Any:
-        home = NAMES.get(f"{module.partition('.')[2]}.{name}")
+    def lookup(name: str, stacklevel: int = 2) -> Any:
+        home = NAMES.get(f"{module}.{name}".partition(".")[2])
         if home is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         warnings.warn(
-            f"{module}.{name} has moved to {_PACKAGE}.{home}; the old name goes with the next release",
+            f"{module}.{name} has moved to {_PACKAGE}.{home}.{name}; the old name goes with the next release",
             DeprecationWarning,
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
         return getattr(importlib.import_module(f"{_PACKAGE}.{home}"), name)
 

@@ -12,7 +12,6 @@ import torch
 
 import lvlm_probe as probe
 from lvlm_probe import causal
-from lvlm_probe.sanity import over_seeds, weight_randomisation
 
 METHODS: dict[str, dict[str, Any]] = {
     "igos++": {},
@@ -52,8 +51,8 @@ def ask(trace: Any, model: torch.nn.Module, processor: Any, folder: Path) -> lis
     replay.score_and_grad(torch.full((2, 3, 3), 0.5), lambda log_probs: log_probs.sum(dim=1))
     causal.knockout(replay, heats[0], top=0.2, draws=1)
     causal.patch(replay, heats[0], top=0.2, draws=1)
-    over_seeds(replay, seeds=2, method="rise", masks=4)
-    weight_randomisation(trace, model, processor, stages=1, method="gradcam")
+    probe.sanity.seeds(replay, heats[list(METHODS).index("rise")], seeds=2)
+    probe.sanity.weights(replay, heats[list(METHODS).index("gradcam")], stages=1, draws=1)
     noted.remove()
     return [*held, weakref.ref(replay)]
 

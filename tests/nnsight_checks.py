@@ -14,9 +14,9 @@ import torch
 
 import lvlm_probe as probe
 from lvlm_probe import causal
-from lvlm_probe.causal import _nnsight
+from lvlm_probe.causal import through_nnsight
 from lvlm_probe.causal.knockout import attention_layers, cut_attention, cut_through_nnsight
-from lvlm_probe.causal.tokens import image_tokens, query_positions
+from lvlm_probe.causal.tokens import placed_tokens, query_positions
 
 IMPORTED_WITH_THE_PACKAGE = "nnsight" in sys.modules  # before anything here has used it
 HEAT = np.random.default_rng(0).random((6, 9))
@@ -71,7 +71,7 @@ def assert_same_bits(replay, keys):
         layers = attention_layers(replay.model, wanted)
         with cut_attention(replay, layers, queries, keys):
             ours = replay.log_probs(None)[0]
-        with replay.replica.use() as model, _nnsight.wrapped(model) as envoys:
+        with replay.replica.use() as model, through_nnsight.wrapped(model) as envoys:
             theirs = cut_through_nnsight(replay, envoys, layers, queries, keys)
         assert torch.equal(ours, theirs)
         assert not torch.allclose(ours, replay.log_probs(None)[0], atol=1e-4)
@@ -81,7 +81,7 @@ def assert_same_bits(replay, keys):
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 def test_hooks_and_nnsight_cut_to_the_same_bits(name, implementation, tmp_path):
     replay = record(name, tmp_path, implementation)
-    assert_same_bits(replay, image_tokens(replay, 0).positions[::2])
+    assert_same_bits(replay, placed_tokens(replay, 0).positions[::2])
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -89,7 +89,7 @@ def test_on_the_demo_model_too(scene, implementation):
     _, replay = scene
     replay.model.set_attn_implementation(implementation)
     try:
-        assert_same_bits(replay, image_tokens(replay, 0).positions[:40])
+        assert_same_bits(replay, placed_tokens(replay, 0).positions[:40])
     finally:
         replay.model.set_attn_implementation("sdpa")
 
@@ -107,7 +107,7 @@ def test_whole_results_are_equal(scene):
 
 def test_the_weights_of_the_cut_are_zero_inside(eager):
     """Seen by nnsight itself, after the softmax, while the hooks cut."""
-    keys = image_tokens(eager, 0).positions[::2]
+    keys = placed_tokens(eager, 0).positions[::2]
     queries = query_positions(eager, probe.select_tokens(eager, rule="joint"), "text")
     point = f"{FIRST}::attention_interface::nn.functional.softmax"
     plain = causal.points(eager, [point])[point]
@@ -201,7 +201,7 @@ def test_points_that_are_not_there(llava):
 
 def test_the_model_is_left_as_it_was(llava):
     before, scores, keys = contents(llava.model), llava.log_probs(None), list(llava.model.state_dict())
-    with _nnsight.wrapped(llava.model):
+    with through_nnsight.wrapped(llava.model):
         assert all("forward" in vars(module) for module in llava.model.modules())
     causal.points(llava, [f"{FIRST}::apply_rotary_pos_emb", FIRST])
     causal.knockout(llava, HEAT, tokens=probe.select_tokens(llava, rule="joint"), backend="nnsight")
@@ -270,7 +270,7 @@ def test_nested_use_is_refused(llava):
         lambda: causal.points(llava, ["lm_head"]),
         lambda: causal.knockout(llava, HEAT, tokens=probe.select_tokens(llava, rule="joint"), backend="nnsight"),
     ):
-        with _nnsight.wrapped(llava.model):
+        with through_nnsight.wrapped(llava.model):
             with pytest.raises(probe.ExplainError, match="cannot be nested"):
                 call()
     before = contents(llava.model)
@@ -312,5 +312,5 @@ def test_only_this_module_imports_nnsight():
 
     package = Path(probe.__file__).parent
     importing = [path.name for path in package.rglob("*.py") if "import nnsight" in path.read_text(encoding="utf-8")]
-    assert importing == ["_nnsight.py"]
+    assert importing == ["through_nnsight.py"]
     assert "nnsight" in sys.modules

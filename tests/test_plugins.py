@@ -48,11 +48,11 @@ def test_importing_the_package_loads_no_plugin(install: Install) -> None:
 
 def test_a_plugin_is_loaded_once_and_registers(install: Install) -> None:
     install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
-    assert "from_plugin" not in registry._METHODS
+    assert "from_plugin" not in registry.METHODS
     loaded = plugins.load_plugins()
     assert loaded["good"] == plugins.Plugin("good", "good_plugin:register_all", "dist-good 1.2")
     assert loaded["good"].loaded
-    assert "from_plugin" in registry._METHODS
+    assert "from_plugin" in registry.METHODS
     plugins.load_plugins()
     assert sys.modules["good_plugin"].calls == [1]
 
@@ -61,7 +61,7 @@ def test_a_module_can_be_the_plugin(install: Install) -> None:
     source = "from lvlm_probe.explainers import register\n@register('by_import')\ndef by_import(problem): ...\n"
     install("dist-module", "bare", "bare_plugin", source=source)
     assert plugins.load_plugins()["bare"].loaded
-    assert "by_import" in registry._METHODS
+    assert "by_import" in registry.METHODS
 
 
 @pytest.mark.parametrize(
@@ -190,12 +190,12 @@ DATASET = "from lvlm_probe.study.datasets.registry import register_dataset\n"
 def test_a_plugin_at_fault_is_named_and_leaves_nothing_behind(install: Install, source: str, said: str) -> None:
     install("dist-bad", "bad", "bad_plugin", source=source)
     install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
-    before = set(registry._METHODS)
+    before = set(registry.METHODS)
     with pytest.warns(ProbeWarning, match="plugin 'bad' of dist-bad 1.2 is skipped") as caught:
         loaded = plugins.load_plugins()
     assert said in str(caught[0].message)
     assert loaded["good"].loaded
-    assert set(registry._METHODS) == before | {"from_plugin"}
+    assert set(registry.METHODS) == before | {"from_plugin"}
     assert all(isinstance(name, str) for name in explainers.methods())
     assert "from_plugin" in succeed("methods").out
 
@@ -222,8 +222,7 @@ def test_a_distribution_whose_entry_points_cannot_be_read(install: Install, tmp_
 
 
 def test_what_is_registered_need_not_be_a_plain_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    monkeypatch.setattr(registry, "_NEEDS", dict(registry._NEEDS))
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
 
     class Method:
         """Explains. And more."""

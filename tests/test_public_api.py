@@ -22,10 +22,13 @@ PACKAGE = Path(probe.__file__).parent
 ROOT = PACKAGE.parent
 
 SURFACE = {
-    "attach", "demo", "evaluate", "explain", "load", "open_store", "open_trace", "replay", "report", "select_tokens",
-    "Heatmap", "ImagePath", "Probe", "Recording", "Replay", "Score", "TokenSelection", "Trace", "TraceStore",
-    "Verification", "verify", "causal", "compare", "register_explainer", "plan", "Plan", "import_answers",
+    "Heatmap", "Outcome", "Probe", "ProbeError", "ProbeWarning", "Problem", "Recording", "Replay", "Score",
+    "TokenSelection", "Trace", "TraceStore", "attach", "compare", "evaluate", "explain", "import_answers", "load",
+    "open_store", "open_trace", "plan", "register_explainer", "register_family", "replay", "report", "select_tokens",
+    "verify",
 }  # fmt: skip
+ROOMS = {"causal", "demo", "errors", "metrics", "sanity", "study"}
+FORMER = {name: home for name, home in _moved.NAMES.items() if "." not in name}
 
 
 def modules() -> list[str]:
@@ -37,10 +40,10 @@ def source_files() -> list[Path]:
 
 
 def test_public_names_are_the_documented_ones() -> None:
+    assert set(probe.__all__) == SURFACE | ROOMS
     tree = {name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)}
-    exported = set(probe.__all__)
-    assert exported - set(errors.__all__) == SURFACE
     assert tree == set(errors.__all__)
+    assert set(FORMER) >= tree - SURFACE
 
 
 @pytest.mark.parametrize("name", sorted(probe.__all__))
@@ -49,6 +52,21 @@ def test_every_public_name_resolves_and_is_documented(name: str) -> None:
     assert name in dir(probe)
     assert inspect.getdoc(value)
     assert getattr(probe, name) is value
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_comes_with_the_first_look_at_it(room: str) -> None:
+    fresh(f"import lvlm_probe as probe; assert probe.{room}.__name__ == 'lvlm_probe.{room}' and probe.{room}.__doc__")
+
+
+@pytest.mark.parametrize("name", sorted(FORMER))
+def test_a_former_name_of_the_package_warns_where_it_is_used_and_names_the_new_place(name: str) -> None:
+    new = f"lvlm_probe.{FORMER[name]}.{name}"
+    with pytest.warns(DeprecationWarning, match=re.escape(f"lvlm_probe.{name} has moved to {new};")) as caught:
+        value = getattr(probe, name)
+    assert value is getattr(importlib.import_module(f"lvlm_probe.{FORMER[name]}"), name)
+    assert caught[0].filename == __file__
+    assert name not in probe.__all__
 
 
 @pytest.mark.quick
@@ -75,7 +93,8 @@ def test_after_one_or_two_arguments_everything_is_keyword_only() -> None:
 
 def test_import_is_cheap() -> None:
     code = (
-        "import sys, lvlm_probe; lvlm_probe.ProbeError; from lvlm_probe import errors, words, plugins;"
+        "import sys, lvlm_probe; lvlm_probe.ProbeError; lvlm_probe.errors.MaskError;"
+        "from lvlm_probe import errors, words, plugins;"
         "print(sorted({'torch', 'transformers', 'h5py', 'matplotlib', 'PIL', 'numpy', 'rich'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -133,9 +152,9 @@ def test_a_module_is_found_under_its_old_name_with_a_warning(old: str) -> None:
 
 @pytest.mark.parametrize("old", sorted(_moved.NAMES))
 def test_a_name_is_found_in_its_old_module_with_a_warning(old: str) -> None:
-    module, _, name = old.rpartition(".")
+    module, _, name = f"lvlm_probe.{old}".rpartition(".")
     with pytest.warns(DeprecationWarning, match="has moved"):
-        here = importlib.import_module(f"lvlm_probe.{module}")
+        here = importlib.import_module(module)
         vars(here).pop(name, None)  # a submodule that once had the name may have been imported
         value = getattr(here, name)
     assert value is getattr(importlib.import_module(f"lvlm_probe.{_moved.NAMES[old]}"), name)
@@ -152,7 +171,7 @@ def test_the_function_report_survives_the_import_of_the_module_that_had_its_name
         "from lvlm_probe.report import report\n"
         "assert isinstance(r, types.ModuleType) and report is r.report\n"
         "try: probe.report([], out='x.html')\n"
-        "except probe.ReportError as error: print(error)"
+        "except probe.errors.ReportError as error: print(error)"
     )
     assert "no heatmaps" in printed
 

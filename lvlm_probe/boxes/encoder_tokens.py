@@ -1,4 +1,4 @@
-"""Which part of the picture each token inside a vision encoder stands for, found with a few short backward passes.
+"""Which part of the image each token inside a vision encoder stands for, found with a few short backward passes.
 
 Tokens of an encoder come in any order (windows, merge groups, tiles as batch entries, a class token in front). In front
 of its first block every token still depends on its own patch alone, so that a ``SignCode`` names the token of every
@@ -34,19 +34,19 @@ __all__ = [
     "is_convolutional",
 ]
 
-_SHARED = 0.3  # of the elements a token reads, which its neighbours may read too (a picture resized inside the model)
+_SHARED = 0.3  # of the elements a token reads, which its neighbours may read too (an image resized inside the model)
 
 
 @dataclass(frozen=True)
 class EncoderTokens:
-    """The tokens that one encoder's blocks work on, for one picture of the prompt.
+    """The tokens that one encoder's blocks work on, for one image of the prompt.
 
     Attributes:
         encoder: path of the encoder.
         blocks: paths of its blocks, in order.
         shape: leading shape of a block's input without the channels: ``(token,)`` or ``(view, token)``.
-        boxes: ``(view * token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the picture; all 0 for a token without
-            pixels (a class token, padding, another picture).
+        boxes: ``(view * token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the image; all 0 for a token without
+            pixels (a class token, padding, another image).
     """
 
     encoder: str
@@ -56,7 +56,7 @@ class EncoderTokens:
 
     @property
     def live(self) -> np.ndarray:
-        """Which tokens stand for a part of the picture, ``(view * token,)`` bool."""
+        """Which tokens stand for a part of the image, ``(view * token,)`` bool."""
         return (self.boxes[:, 2] > self.boxes[:, 0]) & (self.boxes[:, 3] > self.boxes[:, 1])
 
 
@@ -145,12 +145,7 @@ def encoder_tokens(replay: Replay, encoder: str, image: int = 0) -> EncoderToken
 
 
 def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
-    path: Any = replay.path
-    if not hasattr(path, "coordinates"):
-        raise ExplainError(
-            f"where the tokens of {encoder} are in the picture is read off the processor: replay with one "
-            f"(probe.replay(trace, model, processor))"
-        )
+    path = replay.path
     blocks = blocks_of(replay.model, encoder)
     if is_convolutional(replay.model, encoder):
         raise ExplainError(
@@ -184,7 +179,7 @@ def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
     count = int(np.prod(shape))
     boxes = _boxes(hidden.reshape(count, -1), leaves, path, image)
     if boxes is None and hidden.ndim == 3 and len(hidden) > 1:
-        # A model that cuts views itself may show a part of the picture in several, as a whole and as a crop.
+        # A model that cuts views itself may show a part of the image in several, as a whole and as a crop.
         parts = [_boxes(view, leaves, path, image) for view in hidden]
         known = [part for part in parts if part is not None]
         boxes = np.concatenate(known) if len(known) == len(parts) else None
@@ -224,7 +219,7 @@ def encoders_of(replay: Replay) -> tuple[str, ...]:
 
 
 def feature_map_boxes(replay: Replay, module: str, output: torch.Tensor, image: int) -> np.ndarray:
-    """Boxes of the cells of a convolutional feature map, ``(view * row * col, 4)`` float32, in pixels of the picture.
+    """Boxes of the cells of a convolutional feature map, ``(view * row * col, 4)`` float32, in pixels of the image.
 
     A cell stands for its even share of the pixel input that gave the map: a receptive field's centre, not its reach.
 
@@ -234,10 +229,8 @@ def feature_map_boxes(replay: Replay, module: str, output: torch.Tensor, image: 
     Raises:
         ExplainError: No pixel input that the module reads has as many views.
     """
-    path: Any = replay.path
+    path = replay.path
     views, _, rows, cols = output.shape
-    if not hasattr(path, "coordinates"):
-        raise ExplainError(f"where the cells of {module} are in the picture is read off the processor: replay with one")
     for name in path.pixel_keys if len(path.pixel_keys) == 1 else _read_by(replay, module):
         x, y, owner, alive = (part.numpy() for part in path.coordinates(name))
         if x.ndim < 4 or int(np.prod(x.shape[:-3])) != views:
@@ -259,7 +252,7 @@ def feature_map_boxes(replay: Replay, module: str, output: torch.Tensor, image: 
 
 def _read_by(replay: Replay, module: str) -> list[str]:
     """The pixel inputs that a module's output depends on, where a model has one for each of its encoders."""
-    path: Any = replay.path
+    path = replay.path
     inputs = dict(path.inputs)
     leaves = {name: inputs[name].detach().clone().requires_grad_(True) for name in path.pixel_keys}
     given: list[torch.Tensor] = []

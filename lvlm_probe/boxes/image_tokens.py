@@ -1,13 +1,13 @@
-"""Which part of which picture each image token stands for, found by asking the model.
+"""Which part of which image each image token stands for, found by asking the model.
 
 Layouts are many: tiles in front of or behind an overview, newline tokens, padding that is cut away, shuffled pixels,
 windows, merge groups. One question answers all of them: which elements of the pixel inputs does the feature that enters
 the decoder at this token come from? Attention between patches would mix every answer, so it is silenced, outside the
 decoder, for one forward pass up to the decoder's first block; from there ``places_of`` goes back to the pixels, and
-the traced geometry of the processor says where in the picture they were cut out.
+the traced geometry of the processor says where in the image they were cut out.
 
-A token that gets nothing once attention is silenced reads the picture through attention alone: a resampler's query.
-Where it looks depends on what is in the picture, so it has no place, and that is said by name.
+A token that gets nothing once attention is silenced reads the image through attention alone: a resampler's query.
+Where it looks depends on what is in the image, so it has no place, and that is said by name.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,9 +23,9 @@ import torch
 from torch import nn
 
 from lvlm_probe.boxes.sign_code import places_of
-from lvlm_probe.errors import ImageError
+from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.hooks import HookSet
-from lvlm_probe.images import ImagePath
+from lvlm_probe.images import ImagePath, PixelPath
 from lvlm_probe.models.families import Places
 from lvlm_probe.models.wrappers import computes
 from lvlm_probe.replaying.isolation import outside_inference_mode
@@ -32,9 +33,84 @@ from lvlm_probe.replaying.isolation import outside_inference_mode
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["token_places"]
+__all__ = ["ImageTokens", "image_tokens", "token_places"]
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[bytes, Places]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The tokens of one image in the prompt, or the keys of cross-attention where the prompt holds none.
+
+    Attributes:
+        positions: ``(image_token,)`` int64, in the prompt; of cross-attention, among its keys.
+        rows: ``(image_token,)`` int64, their numbers among the image tokens of all images, in prompt order.
+        boxes: ``(image_token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the original image; an empty box (all 0)
+            for a token that stands for no pixel.
+        size: ``(width, height)`` of the image.
+        cross: they are the keys of cross-attention.
+    """
+
+    positions: np.ndarray
+    rows: np.ndarray
+    boxes: np.ndarray
+    size: tuple[int, int]
+    cross: bool = False
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def placed(self) -> ImageTokens:
+        """Those that stand for a part of the image: no padding, no newlines."""
+        there = (self.boxes[:, 2] > self.boxes[:, 0]) & (self.boxes[:, 3] > self.boxes[:, 1])
+        return ImageTokens(self.positions[there], self.rows[there], self.boxes[there], self.size, self.cross)
+
+
+def image_tokens(replay: Replay, image: int, *, cross: bool = False, live: bool = True) -> ImageTokens:
+    """The image tokens of image number ``image``, as recorded or, failing that, traced now.
+
+    Args:
+        replay: the answer on its model, or what stands for it where a trace alone is at hand.
+        image: number of the image.
+        cross: where the prompt holds none, the keys of cross-attention will do.
+        live: whether the model is at hand, to be asked for boxes that were not recorded.
+
+    Raises:
+        ExplainError: the prompt has no image tokens, or which part of the image each stands for is not known.
+    """
+    layout = replay.trace.layout  # type: ignore[union-attr]
+    cross = cross and len(layout.image_positions) == 0
+    if cross:
+        rows = getattr(replay.trace, "attention", None)
+        boxes, images = (None, None) if rows is None else (rows.key_box, rows.key_image)
+    elif len(layout.image_positions) == 0:
+        raise ExplainError(
+            "the prompt holds no image tokens (the image reaches this model another way, by cross-attention for "
+            "instance), so nothing can be drawn per token; use a method that works through masks, like 'igos++'"
+        )
+    else:
+        boxes, images = layout.patch_box, layout.image_index
+    # Without a processor the replay's image is its pixel inputs, not the one that recorded boxes refer to.
+    if live and (boxes is None or isinstance(replay.path, PixelPath)):
+        try:
+            places = token_places(replay, layout.image_positions)
+        except ImageError as error:
+            what = "key of cross-attention" if cross else "image token"
+            raise ExplainError(
+                f"which part of the image each {what} stands for is not known ({error}); use what works through "
+                f"masks, like 'igos++' or 'integrated_gradients', and evaluate"
+            ) from error
+        boxes, images = places.boxes, places.images if cross else images
+    if boxes is None or images is None:
+        raise ExplainError(
+            f"this trace holds no boxes of {'cross-attention’s keys' if cross else 'its image tokens'} (recorded with "
+            f"boxes=False, or a layout that is not known); explain a replay instead of the trace: "
+            f"probe.replay(trace, model, processor)"
+        )
+    mine = np.flatnonzero(images == image)
+    positions = mine if cross else np.asarray(layout.image_positions)[mine].astype(np.int64)
+    return ImageTokens(positions, mine, np.asarray(boxes, dtype=np.float32)[mine], replay.image_sizes[image], cross)
 
 
 @outside_inference_mode
@@ -46,7 +122,7 @@ def token_places(replay: Replay, positions: np.ndarray) -> Places:
     once per replay.
 
     Raises:
-        ImageError: There is no processor to trace, or the tokens have no place in the picture; the message says why.
+        ImageError: There is no processor to trace, or the tokens have no place in the image; the message says why.
     """
     known, key = _KNOWN.setdefault(replay, {}), positions.tobytes()
     if key not in known:
@@ -56,7 +132,7 @@ def token_places(replay: Replay, positions: np.ndarray) -> Places:
 
 def _find(replay: Replay, positions: np.ndarray) -> Places:
     declared = replay.anatomy.token_boxes
-    # A declaration speaks of pixels of the pictures; without a processor positions are those in the pixel inputs.
+    # A declaration speaks of pixels of the images; without a processor positions are those in the pixel inputs.
     if declared is not None and len(positions) and isinstance(replay.path, ImagePath):
         places = declared(replay, positions)
         if places is not None:
@@ -141,7 +217,7 @@ def _entry(
     path: Any = replay.path
     inputs = dict(path.inputs)
     leaves = {name: inputs[name].detach().clone().requires_grad_(True) for name in path.pixel_keys}
-    # In an encoder-decoder model pictures enter the encoder's stack, which reads the prompt and no answer.
+    # In an encoder-decoder model images enter the encoder's stack, which reads the prompt and no answer.
     lengths = {len(replay.input_ids)} | ({replay.length} if not replay.anatomy.encoder_decoder else set())
     entered: list[torch.Tensor] = []
 
@@ -150,7 +226,7 @@ def _entry(
         given = [v for v in given if v.ndim >= 3]
         if not given or _axis(given[0], lengths) is None:
             return
-        # Some models add the picture in front of a later layer only; up to there nothing depends on the pixels.
+        # Some models add the image in front of a later layer only; up to there nothing depends on the pixels.
         found = given[:1] if len(positions) else [v.flatten(0, -2) for v in given[1:] if v.requires_grad]
         entered[:] = found or entered
         if found and found[0].requires_grad:

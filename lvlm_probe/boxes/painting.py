@@ -1,14 +1,20 @@
-"""Which image token belongs to which image, as far as its place in the prompt tells, and intervals on the picture."""
+"""Painting: values per token as a grid over the image, and the intervals and spans that this takes.
+
+Every method that looks inside the model ends with one number per token. ``paint`` lays them on a grid over the original
+image, each cell the area-weighted mean of the tokens whose boxes it meets, so that merged patches, windows, tiles and
+crops all come back to the pixels they were cut from.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from lvlm_probe.errors import ImageError
+from lvlm_probe.errors import ExplainError, ImageError
 
-__all__ = ["image_spans", "shared_with_cells", "source_span"]
+__all__ = ["image_spans", "paint", "pitch", "shared_with_cells", "source_span"]
 
 
 def image_spans(positions: np.ndarray, n_images: int, tokens_per_image: Sequence[int] | None = None) -> np.ndarray:
@@ -51,3 +57,37 @@ def shared_with_cells(low: np.ndarray, high: np.ndarray, size: int, cells: int) 
     edges = np.linspace(0, size, cells + 1)
     shared: np.ndarray = np.minimum(high[:, None], edges[1:]) - np.maximum(low[:, None], edges[:-1])
     return shared.clip(min=0)
+
+
+def pitch(boxes: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
+    """The grid ``(row, col)`` over an image of ``size = (width, height)`` with cells as large as a token's box."""
+    extent = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+    if len(extent) == 0:
+        raise ExplainError("none of the tokens stands for a part of the image")
+    wide, high = np.median(extent[:, 2] - extent[:, 0]), np.median(extent[:, 3] - extent[:, 1])
+    return max(1, round(size[1] / float(high))), max(1, round(size[0] / float(wide)))
+
+
+def paint(
+    values: torch.Tensor, boxes: np.ndarray, size: tuple[int, int], shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay one value per token on a grid over the image.
+
+    Args:
+        values: ``(token,)``.
+        boxes: ``(token, 4)``, ``x0, y0, x1, y1`` in pixels.
+        size: ``(width, height)`` of the image.
+        shape: ``(row, col)`` of the grid.
+
+    Returns:
+        the grid ``(row, col)`` float64, each cell the mean of the tokens it meets, weighted by the area they share, and
+        which cells meet any, bool. Where views overlap (tiles, an overview) that is the mean over the views that cover
+        a cell, each of the same weight: a view's tokens share the whole cell between them.
+    """
+    box = np.asarray(boxes, dtype=np.float64)
+    across = torch.from_numpy(shared_with_cells(box[:, 0], box[:, 2], size[0], shape[1]))
+    down = torch.from_numpy(shared_with_cells(box[:, 1], box[:, 3], size[1], shape[0]))
+    area = torch.einsum("nr,nc->rc", down, across)
+    total = torch.einsum("n,nr,nc->rc", values.detach().double().cpu(), down, across)
+    met = area > 1e-9 * max(size)
+    return torch.where(met, total / area.clamp(min=1e-12), 0.0), met

@@ -1,4 +1,4 @@
-"""From the features of tokens back to the pixels they were made of, and from there to the picture."""
+"""From the features of tokens back to the pixels they were made of, and from there to the image."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["SignCode", "extents", "places_of"]
 
 _ROUNDING = 0.05  # of a ratio that is a sign, whatever precision the model runs in
 _SHARE = 1e-3  # of the elements that may be read by several tokens before the code is given up
-_SAMPLE = 8  # tokens that are asked whether they read the whole picture,
+_SAMPLE = 8  # tokens that are asked whether they read the whole image,
 _WHOLE = 0.9  # which is this much of its cells
-_FINE = 96  # cells a side of the picture that tokens which share elements are told apart by
+_FINE = 96  # cells a side of the image that tokens which share elements are told apart by
 _HEAPED = 0.6  # mean share of the smaller of two boxes that lies in the other
 
 
@@ -85,7 +85,7 @@ def places_of(
         leaves: the pixel inputs it was computed from.
         path: says where their elements come from, ``coordinates(name)``, and ``image_sizes``.
         alike: attention is at work between pixels and tokens: a token's place is all it reads, however little of it,
-            and if that is the whole picture for every token then there is no place.
+            and if that is the whole image for every token then there is no place.
 
     Returns:
         ``None``: no token reads any pixel, or all of them read all of it.
@@ -146,12 +146,12 @@ def _one_by_one(
     """Places of tokens that share elements (overlapping convolutions, pooling, resized features).
 
     A token's squared gradient, as a share of its total, less the mean of that share over all tokens (what all of them
-    read alike, pooled over the picture for instance, is nobody's place); of the rest the part between the 10 % and 90 %
+    read alike, pooled over the image for instance, is nobody's place); of the rest the part between the 10 % and 90 %
     quantiles along each axis, stretched by 1/0.8: the whole extent of a token that reads evenly, without the thin end
     of a wide receptive field. Under attention, all that it reads.
 
     Raises:
-        ImageError: The boxes of one picture's tokens all lie over each other.
+        ImageError: The boxes of one image's tokens all lie over each other.
     """
     x, y, _, alive = flat
     cell = _cells(flat, sizes, _FINE)
@@ -196,7 +196,7 @@ def _on_one_heap(boxes: np.ndarray) -> bool:
 
 
 def _cells(flat: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]], side: int) -> np.ndarray:
-    """The cell of each element on a grid of ``side × side`` over its picture, counted through all pictures."""
+    """The cell of each element on a grid of ``side × side`` over its image, counted through all images."""
     x, y, owner, _ = flat
     image = owner.clip(min=0)
     size = np.asarray(sizes, dtype=float)[image]
@@ -220,7 +220,7 @@ def _spread(at: np.ndarray, weights: np.ndarray, margin: float) -> tuple[float, 
 def _all_read_all(
     energy: Callable[[int], np.ndarray], count: int, flat: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]
 ) -> bool:
-    """Whether tokens read the whole of their picture, however much or little of each part of it: a softmax leaves
+    """Whether tokens read the whole of their image, however much or little of each part of it: a softmax leaves
     nothing out, while a window reads nothing outside."""
     _, _, owner, alive = flat
     cell = _cells(flat, sizes, 8)

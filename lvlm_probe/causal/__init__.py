@@ -1,11 +1,11 @@
 """The causal check: does a heatmap point at what the model *uses*?
 
 A heatmap made by masking pixels, or by gradients, says where the answer is sensitive. These functions reach into the
-model instead, take away what it knows about one region of the picture, and measure what that does to the answer:
+model instead, take away what it knows about one region of the image, and measure what that does to the answer:
 
 * ``knockout`` cuts attention from the answer to the image tokens under the heatmap's top area (before the softmax, so
   that the rest of the row takes over the weight), layer range by layer range.
-* ``patch`` replaces the features of those image tokens, as the decoder receives them, by those of another picture.
+* ``patch`` replaces the features of those image tokens, as the decoder receives them, by those of another image.
 * ``agreement`` makes one number per heatmap out of either: 0 as good as tokens drawn at random, 1 at best.
 * ``points`` reads any module or operation on the way, by path.
 

@@ -11,10 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.scores import CurveScore
 
 __all__ = ["CausalEffect", "Effect", "agreement_score"]
-
-ScoreKind = Literal["prob", "log"]
 
 MINIMUM_ROOM = 0.05
 """Of the area between 0 and 1: how much earlier than the controls' loss the answer could be lost at all. An agreement
@@ -29,7 +28,7 @@ class Effect:
     """Some image tokens taken away in some layers.
 
     Attributes:
-        top: Their share of the picture's image tokens.
+        top: Their share of the image's image tokens.
         tokens: Their number.
         layers: Indices of the layers.
         score: f, the sum of the explained tokens' log-probabilities, nats.
@@ -53,7 +52,7 @@ class CausalEffect:
     Attributes:
         kind: ``"knockout"`` or ``"patch"``.
         original, original_probability: f (nats) and mean probability of the explained tokens, nothing taken away.
-        everything, everything_probability: The same with all image tokens of the picture taken away.
+        everything, everything_probability: The same with all image tokens of the image taken away.
         effects: One per share of the image tokens, ascending, in all chosen layers.
         windows: One per range of layers, for the smallest share.
         params, provenance: How it was measured, and on what.
@@ -118,14 +117,14 @@ class CausalEffect:
         """The agreement score of mean probabilities, see ``agreement_score``; NaN where ``reason`` says why."""
         return self.agreement_of("prob")
 
-    def agreement_of(self, score: ScoreKind) -> float:
+    def agreement_of(self, score: CurveScore) -> float:
         """The agreement score of mean probabilities (``"prob"``) or of f in nats (``"log"``)."""
         if score not in ("prob", "log"):
             raise ExplainError(f"score is 'prob' or 'log'; got {score!r}")
         lost = self.original_probability - self.everything_probability
         return self._agreement(score) if lost >= MINIMUM_DROP else math.nan
 
-    def _agreement(self, score: ScoreKind) -> float:
+    def _agreement(self, score: CurveScore) -> float:
         log = score == "log"
         return agreement_score(
             [effect.top for effect in self.effects],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from lvlm_probe.boxes.image_tokens import ImageTokens
 from lvlm_probe.causal.effects import CausalEffect, Effect
 from lvlm_probe.causal.knockout import attention_layers, cut_attention, cut_through_nnsight
 from lvlm_probe.causal.patching import donor_features, patched
-from lvlm_probe.causal.tokens import ImageTokens, Queries, image_tokens, query_positions, token_heat
+from lvlm_probe.causal.tokens import Queries, placed_tokens, query_positions, token_heat
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.replaying.isolation import taking_turns
 from lvlm_probe.selection import TokenSelection, select_tokens
@@ -25,7 +27,18 @@ from lvlm_probe.selection import TokenSelection, select_tokens
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["SHARES", "agreement", "knockout", "patch"]
+__all__ = [
+    "SHARES",
+    "Draws",
+    "Measured",
+    "Target",
+    "agreement",
+    "counts_of",
+    "knockout",
+    "measure",
+    "patch",
+    "target_of",
+]
 
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Shares of the image tokens at which ``agreement`` samples its curves."""
@@ -34,7 +47,6 @@ _TOP = 0.1
 
 Control = Literal["random", "bottom"]
 Backend = Literal["hooks", "nnsight"]
-Progress = Callable[[int, int], None]
 Take = Callable[[np.ndarray, Sequence[int]], torch.Tensor]
 """Image tokens (numbers among ``ImageTokens``) and layers → log P of the answer's tokens without them, ``(step,)``."""
 
@@ -59,19 +71,19 @@ def knockout(
 
     Args:
         replay: The recorded answer on its model, under sdpa or eager attention.
-        heat: The heatmap; or ``(row, col)`` values or a boolean region over the picture, with ``tokens`` and ``image``.
+        heat: The heatmap; or ``(row, col)`` values or a boolean region over the image, with ``tokens`` and ``image``.
         top: Share of the image tokens to cut, or several: the ones with the highest mean heat, ties in random order. By
             default 0.1; for a boolean region all tokens that it touches.
         layers: Indices of the layers to cut in; by default all.
         sweep: Into how many ranges of layers to split them, each cut on its own as well (with the smallest share); 0
             for none.
         queries: Who no longer sees them: ``"text"``, all text after the first image token, the question included
-            (through which much of the picture reaches the answer); ``"answer"``, the positions that predict the answer
+            (through which much of the image reaches the answer); ``"answer"``, the positions that predict the answer
             up to the last explained token; ``"tokens"``, only those that predict the explained tokens; or positions.
         control: ``"random"``: as many image tokens drawn at random from all; ``"bottom"``: those with the least heat.
         draws: Random draws to average.
         tokens: The explained tokens, when ``heat`` is an array; by default those with LLR > 1.
-        image: Number of the picture, when ``heat`` is an array.
+        image: Number of the image, when ``heat`` is an array.
         seed: Of draws and ties; the global random state is not touched.
         backend: ``"hooks"``, or ``"nnsight"``, which makes the same cut to the same bits.
         progress: Called with (done, total) passes.
@@ -83,7 +95,7 @@ def knockout(
     if backend not in ("hooks", "nnsight"):
         raise ExplainError(f"backend is 'hooks' or 'nnsight'; got {backend!r}")
     with replay.replica.use() as model, _knife(model, backend) as envoys:
-        target = _target(replay, heat, tokens, image)
+        target = target_of(replay, heat, tokens, image)
         found = attention_layers(model, layers)
         positions = query_positions(replay, target.selection, queries)
 
@@ -95,11 +107,17 @@ def knockout(
             with cut_attention(replay, chosen, positions, keys):
                 return replay.log_probs(None)[0]
 
-        return _measure(
-            "knockout", replay, target, take, top=top, layers=[layer.index for layer, _ in found], sweep=sweep,
-            control=control, draws=draws, seed=seed, progress=progress,
+        return measure(
+            "knockout",
+            replay,
+            target,
+            Measured(take, list(target.selection.indices), progress),
+            Draws(control, draws, seed),
+            counts=counts_of(top, target),
+            layers=[layer.index for layer, _ in found],
+            sweep=sweep,
             params={"queries": queries if isinstance(queries, str) else positions.tolist(), "backend": backend},
-        )  # fmt: skip
+        )
 
 
 @taking_turns
@@ -116,22 +134,22 @@ def patch(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CausalEffect:
-    """Replace the features of the image tokens under a heatmap's top area by a donor picture's, and see what the answer
+    """Replace the features of the image tokens under a heatmap's top area by a donor image's, and see what the answer
     loses.
 
     The features are those that the decoder is given: the projector's output, with features that enter at later layers.
-    Tokens of the donor picture were made by the vision encoder from the whole donor.
+    Tokens of the donor image were made by the vision encoder from the whole donor.
 
     Args:
         replay: The recorded answer on its model, with its processor.
         heat, top, control, draws, tokens, image, seed, progress: As for ``knockout``.
-        donor: A picture of the same size; by default the baseline picture that the heatmap names, else the replay's.
+        donor: An image of the same size; by default the baseline image that the heatmap names, else the replay's.
 
     Raises:
         ExplainError: As for ``knockout``, or the model gives its decoder no embeddings.
         ImageError: The donor has another size.
     """
-    target = _target(replay, heat, tokens, image)
+    target = target_of(replay, heat, tokens, image)
     if donor is None and isinstance(heat, Heatmap):
         replay = replay.over(heat.provenance.get("baseline") or replay.baseline)
     features = donor_features(replay, donor, target.image)
@@ -140,11 +158,15 @@ def patch(
         with patched(replay, features, target.tokens.rows[rows]):
             return replay.log_probs(None)[0]
 
-    params = {"donor": "baseline" if donor is None else "picture", "where": "projector output"}
-    return _measure(
-        "patch", replay, target, take, top=top, layers=(), sweep=0, control=control, draws=draws, seed=seed,
-        progress=progress, params=params,
-    )  # fmt: skip
+    return measure(
+        "patch",
+        replay,
+        target,
+        Measured(take, list(target.selection.indices), progress),
+        Draws(control, draws, seed),
+        counts=counts_of(top, target),
+        params={"donor": "baseline" if donor is None else "picture", "where": "projector output"},
+    )
 
 
 def agreement(
@@ -182,7 +204,7 @@ def agreement(
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """What is taken away, and from which words: the heat of each image token, ``(image_token,)``."""
 
     tokens: ImageTokens
@@ -193,7 +215,7 @@ class _Target:
     method: str
 
 
-def _target(replay: Replay, heat: Heatmap | np.ndarray, tokens: TokenSelection | None, image: int) -> _Target:
+def target_of(replay: Replay, heat: Heatmap | np.ndarray, tokens: TokenSelection | None, image: int) -> Target:
     region, method = False, "array"
     if isinstance(heat, Heatmap):
         if heat.values is None:
@@ -215,8 +237,8 @@ def _target(replay: Replay, heat: Heatmap | np.ndarray, tokens: TokenSelection |
         )
     if not selection:
         raise ExplainError(f"there are no explained tokens: {selection.reason}")
-    found = image_tokens(replay, image)
-    return _Target(found, token_heat(values, found.boxes, replay.image_sizes[image]), selection, image, region, method)
+    found = placed_tokens(replay, image)
+    return Target(found, token_heat(values, found.boxes, replay.image_sizes[image]), selection, image, region, method)
 
 
 @contextmanager
@@ -225,13 +247,13 @@ def _knife(model: nn.Module, backend: Backend) -> Iterator[dict[int, Any] | None
     if backend == "hooks":
         yield None
         return
-    from lvlm_probe.causal import _nnsight
+    from lvlm_probe.causal import through_nnsight
 
-    with _nnsight.wrapped(model) as envoys:
+    with through_nnsight.wrapped(model) as envoys:
         yield envoys
 
 
-def _counts(top: float | Sequence[float] | None, target: _Target) -> list[int]:
+def counts_of(top: float | Sequence[float] | None, target: Target) -> list[int]:
     """Numbers of image tokens to take away, ascending."""
     total = len(target.tokens)
     if top is None:
@@ -245,39 +267,49 @@ def _counts(top: float | Sequence[float] | None, target: _Target) -> list[int]:
     return sorted({max(1, round(share * total)) for share in shares})
 
 
-def _measure(
-    kind: Literal["knockout", "patch"], replay: Replay, target: _Target, take: Take, *,
-    top: float | Sequence[float] | None, layers: Sequence[int], sweep: int, control: Control, draws: int, seed: int,
-    progress: Progress | None, params: dict[str, Any],
-) -> CausalEffect:  # fmt: skip
-    counts = _counts(top, target)
-    if control not in ("random", "bottom"):
-        raise ExplainError(f"control is 'random' or 'bottom'; got {control!r}")
-    if draws < 1 or sweep < 0:
-        raise ExplainError(f"draws is at least 1 and sweep at least 0; got {draws} and {sweep}")
-    total = len(target.tokens)
-    generator = np.random.default_rng([seed, 0])
-    order = np.lexsort((generator.random(total), -target.heat))
-    # Nested draws: one random order each, of which every share takes the first tokens.
-    others = [order[::-1]] if control == "bottom" else [generator.permutation(total) for _ in range(draws)]
-    ranges = [part.tolist() for part in np.array_split(np.asarray(layers), min(sweep, len(layers)))] if sweep else []
-    steps = list(target.selection.indices)
-    started, before, done = time.perf_counter(), replay.passes.forward, 0
-    passes = 2 + (len(counts) + len(ranges)) * (1 + len(others))
+@dataclass(frozen=True)
+class Draws:
+    """What is measured against: control tokens, and how they are drawn."""
 
-    def scores(rows: np.ndarray, within: Sequence[int]) -> tuple[float, float]:
-        nonlocal done
-        log_probs = take(rows, within)[steps].cpu().double()
-        done += 1
-        if progress is not None:
-            progress(done, passes)
+    control: Control
+    draws: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.control not in ("random", "bottom"):
+            raise ExplainError(f"control is 'random' or 'bottom'; got {self.control!r}")
+        if self.draws < 1:
+            raise ExplainError(f"draws is at least 1; got {self.draws}")
+
+    def orders(self, heat: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The heatmap's order of the tokens, ties at random, and the controls' orders."""
+        generator = np.random.default_rng([self.seed, 0])
+        order = np.lexsort((generator.random(len(heat)), -heat))
+        if self.control == "bottom":
+            return order, [order[::-1]]
+        # Nested draws: one random order each, of which every share takes the first tokens.
+        return order, [generator.permutation(len(heat)) for _ in range(self.draws)]
+
+
+class Measured:
+    """f and mean probability of the explained tokens without some image tokens, counted."""
+
+    def __init__(self, take: Take, steps: list[int], progress: Progress | None) -> None:
+        self.take, self.steps, self.progress = take, steps, progress
+        self.done = self.passes = 0
+
+    def scores(self, rows: np.ndarray, within: Sequence[int]) -> tuple[float, float]:
+        log_probs = self.take(rows, within)[self.steps].cpu().double()
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.passes)
         return float(log_probs.sum()), float(log_probs.exp().mean())
 
-    def effect(count: int, within: Sequence[int]) -> Effect:
-        score, probability = scores(order[:count], within)
-        controls = [scores(other[:count], within) for other in others]
+    def effect(self, order: np.ndarray, others: list[np.ndarray], count: int, within: Sequence[int]) -> Effect:
+        score, probability = self.scores(order[:count], within)
+        controls = [self.scores(other[:count], within) for other in others]
         return Effect(
-            top=count / total,
+            top=count / len(order),
             tokens=count,
             layers=tuple(int(index) for index in within),
             score=score,
@@ -286,10 +318,29 @@ def _measure(
             control_probability=tuple(pair[1] for pair in controls),
         )
 
-    original = scores(order[:0], layers)
-    everything = scores(order, layers)
-    effects = tuple(effect(count, layers) for count in counts)
-    windows = tuple(effect(counts[0], within) for within in ranges)
+
+def measure(
+    kind: Literal["knockout", "patch"],
+    replay: Replay,
+    target: Target,
+    measured: Measured,
+    drawn: Draws,
+    *,
+    counts: Sequence[int],
+    layers: Sequence[int] = (),
+    sweep: int = 0,
+    params: Mapping[str, Any],
+) -> CausalEffect:
+    """The effect of taking image tokens away by ``measured``, next to that of control tokens."""
+    if sweep < 0:
+        raise ExplainError(f"sweep is at least 0; got {sweep}")
+    order, others = drawn.orders(target.heat)
+    ranges = [part.tolist() for part in np.array_split(np.asarray(layers), min(sweep, len(layers)))] if sweep else []
+    measured.passes = 2 + (len(counts) + len(ranges)) * (1 + len(others))
+    started, before = time.perf_counter(), replay.passes.forward
+    original, everything = measured.scores(order[:0], layers), measured.scores(order, layers)
+    effects = tuple(measured.effect(order, others, count, layers) for count in counts)
+    windows = tuple(measured.effect(order, others, counts[0], within) for within in ranges)
     return CausalEffect(
         kind=kind,
         original=original[0],
@@ -298,11 +349,17 @@ def _measure(
         everything_probability=everything[1],
         effects=effects,
         windows=windows,
-        params={**params, "control": control, "draws": len(others), "seed": seed, "image_tokens": total},
+        params={
+            **params,
+            "control": drawn.control,
+            "draws": len(others),
+            "seed": drawn.seed,
+            "image_tokens": len(target.tokens),
+        },
         provenance={
             "trace_id": replay.trace_id,
             "method": target.method,
-            "tokens": steps,
+            "tokens": measured.steps,
             "text": target.selection.text,
             "image": target.image,
             "passes": replay.passes.forward - before,

@@ -173,15 +173,15 @@ def cut_through_nnsight(
     """log P of the answer's tokens under the same cut made through nnsight, ``(step,)``.
 
     Args:
-        envoys: of ``_nnsight.wrapped`` on the replay's replica.
+        envoys: of ``through_nnsight.wrapped`` on the replay's replica.
     """
-    from lvlm_probe.causal import _nnsight
+    from lvlm_probe.causal import through_nnsight
 
     cut = AttentionCut(queries, keys, replay.length)
 
     def worker(module: nn.Module) -> Callable[[], None]:
-        return lambda: _nnsight.edit_inputs(envoys[id(module)], lambda args, kwargs: cut(module, args, kwargs))
+        return lambda: through_nnsight.edit_inputs(envoys[id(module)], lambda args, kwargs: cut(module, args, kwargs))
 
     with replay.replica.use() as model:
         workers = {layer.module: worker(model.get_submodule(layer.module)) for layer, _ in layers} if cut else {}
-        return _nnsight.run(envoys[id(model)], lambda: replay.log_probs(None)[0], workers)
+        return through_nnsight.run(envoys[id(model)], lambda: replay.log_probs(None)[0], workers)

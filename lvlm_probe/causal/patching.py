@@ -1,4 +1,4 @@
-"""Patching: image tokens of one picture, in their places among those of another."""
+"""Patching: image tokens of one image, in their places among those of another."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Features = dict[str, list[Tensor]]
 
 
 def donor_features(replay: Replay, donor: Image.Image | None, image: int) -> Features:
-    """Features of the image tokens when picture ``image`` is ``donor`` (or the baseline picture), as the decoder gets
+    """Features of the image tokens when image ``image`` is ``donor`` (or the baseline image), as the decoder gets
     them: outputs of the projector, in the order of the prompt.
 
     Raises:

@@ -29,7 +29,7 @@ def points(replay: Replay, wanted: Sequence[str], *, mask: torch.Tensor | None =
         wanted: each a module path or fnmatch pattern, then, after ``::``, the name of a call (or of an assigned
             variable) in its forward as the source writes it, and so on inside that call. ``name[1]`` is the second of
             several, in the order of the source.
-        mask: ``(row, col)`` over the picture, 1 = keep; by default the whole picture.
+        mask: ``(row, col)`` over the image, 1 = keep; by default the whole image.
 
     Returns:
         point, with patterns written out → value as the function returned it, tensors detached; of a module that runs
@@ -39,7 +39,7 @@ def points(replay: Replay, wanted: Sequence[str], *, mask: torch.Tensor | None =
         PointNotFound: no such module or operation; the message names the closest ones.
         ExplainError: nnsight is not installed, several operations have that name, or the pass does not get there.
     """
-    from lvlm_probe.causal import _nnsight
+    from lvlm_probe.causal import through_nnsight
 
     if isinstance(wanted, str):
         raise ExplainError(f"points are given as a list: [{wanted!r}]")
@@ -49,7 +49,7 @@ def points(replay: Replay, wanted: Sequence[str], *, mask: torch.Tensor | None =
 
     def worker(name: str, envoy: Any, operations: list[str]) -> Callable[[], None]:
         path = name.split("::")[0]
-        return lambda: values.__setitem__(name, _kept(_nnsight.read_output(envoy, operations, path=path)))
+        return lambda: values.__setitem__(name, _kept(through_nnsight.read_output(envoy, operations, path=path)))
 
     def forward() -> None:
         with torch.no_grad():
@@ -61,7 +61,7 @@ def points(replay: Replay, wanted: Sequence[str], *, mask: torch.Tensor | None =
             pattern, *operations = point.split("::")
             for path, module in find_modules(model, pattern):
                 plan["::".join([path, *operations])] = module, operations
-        with _nnsight.wrapped(model) as envoys:
+        with through_nnsight.wrapped(model) as envoys:
             _look(model, envoys, plan, worker, forward)
     return {name: values[name] for name in plan}
 
@@ -73,13 +73,13 @@ def _look(
     worker: Callable[[str, Any, list[str]], Callable[[], None]],
     forward: Callable[[], None],
 ) -> None:
-    from lvlm_probe.causal import _nnsight
+    from lvlm_probe.causal import through_nnsight
 
     for name, (module, operations) in plan.items():
         if operations:  # unknown names are found before anything runs
-            _nnsight.resolve(envoys[id(module)], operations[0], path=name.split("::")[0])
+            through_nnsight.resolve(envoys[id(module)], operations[0], path=name.split("::")[0])
     workers = {name: worker(name, envoys[id(module)], operations) for name, (module, operations) in plan.items()}
-    _nnsight.run(envoys[id(model)], forward, workers)
+    through_nnsight.run(envoys[id(model)], forward, workers)
 
 
 def _kept(value: Any) -> Any:

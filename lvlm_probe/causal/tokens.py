@@ -3,48 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lvlm_probe.boxes.image_tokens import token_places
+from lvlm_probe.boxes.image_tokens import ImageTokens, image_tokens
 from lvlm_probe.boxes.painting import shared_with_cells
-from lvlm_probe.errors import ExplainError, ImageError
+from lvlm_probe.errors import ExplainError
 from lvlm_probe.images import PixelPath
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
 
-__all__ = ["ImageTokens", "Queries", "image_tokens", "query_positions", "token_heat"]
+__all__ = ["Queries", "placed_tokens", "query_positions", "token_heat"]
 
 Queries = Literal["tokens", "answer", "text"]
 
 
-@dataclass(frozen=True)
-class ImageTokens:
-    """The image tokens of one picture that stand for a part of it.
-
-    Attributes:
-        positions: ``(image_token,)`` in the prompt.
-        rows: ``(image_token,)`` their numbers among the image tokens of all pictures, in prompt order.
-        boxes: ``(image_token, 4)`` ``x0, y0, x1, y1`` in pixels of the original picture.
-    """
-
-    positions: np.ndarray
-    rows: np.ndarray
-    boxes: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-
-def image_tokens(replay: Replay, image: int) -> ImageTokens:
-    """The image tokens of picture ``image``; tokens that stand for padding alone are left out.
+def placed_tokens(replay: Replay, image: int) -> ImageTokens:
+    """The image tokens of image number ``image`` that stand for a part of it.
 
     Raises:
-        ExplainError: the prompt holds no image tokens, or nobody knows where they belong in the picture.
+        ExplainError: the prompt holds no image tokens, or nobody knows where they belong in the image.
     """
     layout = replay.trace.layout  # type: ignore[union-attr]
     if not 0 <= image < replay.n_images:
@@ -59,35 +40,26 @@ def image_tokens(replay: Replay, image: int) -> ImageTokens:
             "without the processor a heatmap lies over the model's pixel inputs, and image tokens over the picture: "
             "replay(trace, model, processor), with the processor attached when it prepared the inputs"
         )
-    boxes = layout.patch_box
-    if boxes is None:
-        try:
-            boxes = token_places(replay, layout.image_positions).boxes
-        except ImageError as error:
-            raise ExplainError(
-                f"where the image tokens of {type(replay.model).__name__} belong is not known ({error}): "
-                f"the heatmap cannot be laid over them; deletion and insertion (evaluate) need no such boxes"
-            ) from error
-    placed = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1]) & (layout.image_index == image)
-    rows = np.flatnonzero(placed)
-    if len(rows) == 0:
-        raise ExplainError(f"no image token stands for a part of picture {image}")
-    return ImageTokens(layout.image_positions[rows], rows, boxes[rows].astype(np.float64))
+    found = image_tokens(replay, image).placed
+    if len(found) == 0:
+        raise ExplainError(f"no image token stands for a part of image {image}")
+    return found
 
 
 def token_heat(values: np.ndarray, boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
     """Mean heat of each token's box, cells weighted by the area they share with it.
 
     Args:
-        values: ``(row, col)`` over the whole picture.
+        values: ``(row, col)`` over the whole image.
         boxes: ``(image_token, 4)`` ``x0, y0, x1, y1`` in pixels, each of some area.
-        image_size: ``(width, height)`` of the picture, pixels.
+        image_size: ``(width, height)`` of the image, pixels.
 
     Returns:
         ``(image_token,)`` float64.
     """
     rows, cols = values.shape
     width, height = image_size
+    boxes = boxes.astype(np.float64)
     across = _shared(boxes[:, 0], boxes[:, 2], width, cols)
     down = _shared(boxes[:, 1], boxes[:, 3], height, rows)
     heat: np.ndarray = np.einsum("tr,rc,tc->t", down, np.asarray(values, dtype=np.float64), across)

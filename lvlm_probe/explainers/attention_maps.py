@@ -1,4 +1,4 @@
-"""Raw attention of the answer's words to the picture, and the same relative to a general question.
+"""Raw attention of the answer's words to the image, and the same relative to a general question.
 
 Rows are read where a word is predicted: position P + t − 1 for token t, over the image tokens. A trace that recorded
 them is enough; otherwise one pass of the replay computes them, for these rows only.
@@ -14,7 +14,7 @@ any question looks at, sinks first of all, cancels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lvlm_probe.boxes.image_tokens import ImageTokens, image_tokens
+from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError, ReplayError
-from lvlm_probe.explainers.regions import ImageTokens, finish, image_tokens, paint, pitch
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
+from lvlm_probe.explainers.scores import finish
 from lvlm_probe.replaying import Replay
 from lvlm_probe.trace import Trace
 
@@ -41,14 +43,43 @@ Source = Literal["auto", "recorded", "replay"]
 
 @dataclass(frozen=True)
 class _Rows:
-    """Attention of all answer positions to one picture's tokens: ``(step, layer, head, token)``; layer numbers."""
+    """Attention of all answer positions to one image's tokens: ``(step, layer, head, token)``; layer numbers."""
 
     values: Tensor
     layers: tuple[int, ...]
     source: str
 
 
-@register("attention", needs=["attention"])
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    rows = getattr(problem.trace, "attention", None)
+    wanted = params.get("heads", "all")
+    if params.get("source", "auto") != "replay" and rows is not None and (wanted == "all" or rows.reduce == "none"):
+        # Recorded rows, and copies of the steps and of the layers that are averaged, all in double precision.
+        return Cost(None, 0, 0, (), numbers=3 * 2 * rows.values.size)
+    return Cost("rows", 1, 0, parts=(_read_part(problem),))
+
+
+def _relative_cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    own = _cost(problem, {"heads": params.get("heads", "all")})
+    more = int(params.get("reference") is None)
+    # Where the answer's own rows were recorded, those of the general prompt's last position are all that is read. The
+    # recorded ones are averaged by then.
+    return Cost(
+        "rows",
+        (own.forward or 0) + more,
+        0,
+        numbers=own.numbers // 3,
+        parts=(_read_part(problem),),
+        general=(params["general"], params.get("question")) if more else None,
+        queries=1 if more and not own.forward else None,
+    )
+
+
+def _read_part(problem: Problem) -> str:
+    return "decoder" if len(problem.trace.layout.image_positions) else "cross"
+
+
+@register("attention", needs=["attention"], cost=_cost)
 def attention(
     problem: Problem,
     *,
@@ -73,7 +104,7 @@ def attention(
     Raises:
         ExplainError: No attention was recorded and no model is at hand, or a layer or head does not exist.
     """
-    tokens = image_tokens(problem, cross=True)
+    tokens = image_tokens(problem.replay, problem.image, cross=True, live=problem.live)
     rows = _rows(problem, tokens, source, heads)
     chosen = _chosen(rows, problem.selection.indices, layers, heads)
     values, dropped = chosen, 0
@@ -86,7 +117,7 @@ def attention(
     return _painted(problem, tokens, values, size, params, {"sinks_dropped": dropped})
 
 
-@register("relative_attention", needs=["attention"])
+@register("relative_attention", needs=["attention"], cost=_relative_cost)
 def relative_attention(
     problem: Problem,
     *,
@@ -105,17 +136,19 @@ def relative_attention(
             published; one more pass.
         question: The question as it stands in the prompt, which ``general`` takes the place of; by default what was
             recorded as such.
-        reference: Instead of ``general``: a recorded answer to a general prompt on the same picture. With two traces
+        reference: Instead of ``general``: a recorded answer to a general prompt on the same image. With two traces
             that recorded attention no model is needed.
 
     Raises:
         ExplainError: As ``attention``; the question is not found in the prompt; or neither a model nor a reference is
             at hand.
     """
-    tokens = image_tokens(problem, cross=True)
+    tokens = image_tokens(problem.replay, problem.image, cross=True, live=problem.live)
     rows = _rows(problem, tokens, "auto", heads)
     above = _chosen(rows, problem.selection.indices, layers, heads)
     params: dict[str, Any] = {"layers": layers, "heads": heads}
+    if isinstance(reference, str):
+        raise ExplainError(f"reference is a trace or a replay; got the id {reference!r}: open its trace again")
     if reference is not None:
         trace: Any = reference if isinstance(reference, Trace) else reference.trace
         recorded = _recorded_rows(trace, tokens, problem.image, heads)
@@ -128,16 +161,16 @@ def relative_attention(
             )
         else:
             mine = trace.layout.image_positions[trace.layout.image_index == problem.image]
-            at = tokens.positions if tokens.cross else torch.from_numpy(mine.astype(np.int64))
-            general_rows = _replayed_rows(reference, at, [0], cross=tokens.cross)
+            at = tokens.positions if tokens.cross else mine.astype(np.int64)
+            general_rows = _replayed_rows(reference, torch.from_numpy(at), [0], cross=tokens.cross)
         params["reference"] = trace.trace_id
     elif problem.live:
         try:
             asked = problem.replay.reworded(general, question=question)
         except ReplayError as error:
             raise ExplainError(str(error)) from error
-        at = tokens.positions if tokens.cross else _positions(asked, problem)
-        general_rows = _replayed_rows(asked, at, [0], cross=tokens.cross)
+        where = torch.from_numpy(tokens.positions) if tokens.cross else _positions(asked, problem)
+        general_rows = _replayed_rows(asked, where, [0], cross=tokens.cross)
         params["general"] = general
     else:
         raise ExplainError(
@@ -155,9 +188,13 @@ def relative_attention(
 
 
 def _painted(
-    problem: Problem, tokens: ImageTokens, values: Tensor, size: int | tuple[int, int] | None, params: dict[str, Any],
+    problem: Problem,
+    tokens: ImageTokens,
+    values: Tensor,
+    size: int | tuple[int, int] | None,
+    params: dict[str, Any],
     diagnostics: dict[str, Any],
-) -> Outcome:  # fmt: skip
+) -> Outcome:
     shape = pitch(tokens.boxes, tokens.size) if size is None else problem.grid(size)
     grid, met = paint(values, tokens.boxes, tokens.size, shape)
     return finish(grid, met, {**params, "size": list(shape)}, diagnostics=diagnostics)
@@ -177,7 +214,7 @@ def _rows(problem: Problem, tokens: ImageTokens, source: Source, heads: Heads) -
             f"the trace holds no attention rows{_of_heads(heads)}; or explain a replay, which computes them"
         )
     steps = list(range(len(problem.selection.tokens)))
-    found = _replayed_rows(problem.replay, tokens.positions, steps, cross=tokens.cross)
+    found = _replayed_rows(problem.replay, torch.from_numpy(tokens.positions), steps, cross=tokens.cross)
     problem.advance(1, 1)
     return found
 
@@ -192,7 +229,7 @@ def _recorded_rows(trace: Trace, tokens: ImageTokens, image: int, heads: Heads) 
     rows = getattr(trace, "attention", None)
     if rows is None or (heads != "all" and rows.reduce != "none"):
         return None
-    mine = tokens.positions.numpy() if tokens.cross else np.flatnonzero(trace.layout.image_index == image)
+    mine = tokens.positions if tokens.cross else np.flatnonzero(trace.layout.image_index == image)
     if tokens.cross and mine.max(initial=-1) >= rows.values.shape[-1]:
         raise ExplainError("the keys of cross-attention are not those that were recorded: explain with source='replay'")
     return _Rows(torch.from_numpy(rows.values[..., mine]).double(), tuple(rows.layers), "recorded")

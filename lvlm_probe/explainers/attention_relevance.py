@@ -17,17 +17,23 @@ import torch
 from torch import Tensor
 
 from lvlm_probe.boxes.encoder_tokens import EncoderTokens, chosen_encoder, encoder_tokens
+from lvlm_probe.boxes.image_tokens import ImageTokens, image_tokens
+from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.regions import ImageTokens, image_tokens, paint, pitch
 from lvlm_probe.explainers.registry import Problem
 from lvlm_probe.replaying.capture import AttentionLayer
 
-__all__ = ["Scope", "Walk", "relu_product"]
+__all__ = ["Scope", "Walk", "parts_of", "relu_product"]
 
 Scope = Literal["decoder", "encoder", "both"]
 
 Bar = Callable[[AttentionLayer, Tensor], Tensor]
 """Ā of some query rows of a layer, averaged over heads: ``(view, row, key)``."""
+
+
+def parts_of(scope: Scope) -> tuple[Literal["decoder", "encoder"], ...]:
+    """The parts of the model whose attention a scope takes in."""
+    return ("decoder", "encoder") if scope == "both" else (scope,)
 
 
 def relu_product(layer: AttentionLayer, rows: Tensor) -> Tensor:
@@ -70,7 +76,7 @@ class Walk:
         self.encoder_tokens: EncoderTokens | None = None
         self._vectors: dict[str, Tensor] = {}
         if self.scope != "encoder":
-            self.image_tokens = image_tokens(self.problem)
+            self.image_tokens = image_tokens(replay, self.problem.image)
             start = torch.zeros(1, replay.length, dtype=torch.float64)
             # y is a sum over the selected tokens, so one backward pass serves all of them.
             start[0].index_add_(0, self.problem.queries, torch.ones(len(self.problem.queries), dtype=torch.float64))
@@ -84,9 +90,7 @@ class Walk:
     @property
     def parts(self) -> tuple[Literal["decoder", "encoder"], ...]:
         """What ``Replay.capture`` is to read."""
-        if self.scope == "both":
-            return "decoder", "encoder"
-        return ("decoder",) if self.scope == "decoder" else ("encoder",)
+        return parts_of(self.scope)
 
     @property
     def lowest_part(self) -> str:
@@ -171,7 +175,7 @@ class Walk:
         return vector[0, self.image_tokens.positions], self.image_tokens.boxes, pitch(self.image_tokens.boxes, size)
 
     def painted(self, size: int | tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-        """Those values on a grid over the picture, see ``regions.paint``; ``size=None`` is the tokens' own grid."""
+        """Those values on a grid over the image (``paint``); ``size=None`` is the tokens' own grid."""
         values, boxes, own = self.values()
         shape = own if size is None else self.problem.grid(size)
         return paint(values, boxes, self.problem.replay.image_sizes[self.problem.image], shape)

@@ -1,24 +1,24 @@
-"""Floors: maps made without looking at the answer, or at the picture. A method that does not beat them says nothing.
+"""Floors: maps made without looking at the answer, or at the image. A method that does not beat them says nothing.
 
 They need no pass of the model. ``random`` is the floor of deletion and insertion, ½ for both in expectation; ``center``
-that of localisation: photographers put things in the middle, and a map that knows no more does well on their pictures.
+that of localisation: photographers put things in the middle, and a map that knows no more does well on their images.
 """
 
 from __future__ import annotations
 
 import torch
 
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import check_rules
 
 __all__ = ["center", "random"]
 
 
-@register("random", needs=())
+@register("random", needs=(), cost=lambda *_: Cost(None, 0, 0, ()))
 def random(problem: Problem, *, size: int | tuple[int, int] | None = None) -> Outcome:
     """Uniform random numbers, one per cell, from the explanation's seed.
 
-    ``size``: cells, ``n``, ``(rows, columns)``, or ``None`` for about 256 as square as the picture allows.
+    ``size``: cells, ``n``, ``(rows, columns)``, or ``None`` for about 256 as square as the image allows.
     """
     shape = problem.grid(size)
     problem.advance(0, 1)
@@ -27,14 +27,14 @@ def random(problem: Problem, *, size: int | tuple[int, int] | None = None) -> Ou
     return Outcome(values, {"size": list(shape)})
 
 
-@register("center", needs=())
+@register("center", needs=(), cost=lambda *_: Cost(None, 0, 0, ()))
 def center(problem: Problem, *, size: int | tuple[int, int] | None = None, sigma: float = 0.25) -> Outcome:
-    """A Gaussian around the middle of the picture, exp(−((x − ½)² + (y − ½)²) / 2σ²), x and y as shares of the picture.
+    """A Gaussian around the middle of the image, exp(−((x − ½)² + (y − ½)²) / 2σ²), x and y as shares of the image.
 
     Args:
-        problem: The picture.
+        problem: The image.
         size: Cells, as for ``random``.
-        sigma: Standard deviation as a share of the picture's edges.
+        sigma: Standard deviation as a share of the image's edges.
 
     Raises:
         ExplainError: ``sigma`` is not positive.

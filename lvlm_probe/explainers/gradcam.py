@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from lvlm_probe.boxes.encoder_tokens import blocks_of, chosen_encoder, encoder_tokens, encoders_of, feature_map_boxes
+from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.regions import finish, paint, pitch
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
+from lvlm_probe.explainers.scores import finish
 
 __all__ = ["gradcam", "weighted_activations"]
 
@@ -39,7 +40,7 @@ def weighted_activations(activations: Tensor, gradients: Tensor, live: Tensor) -
     return ((weights * activations.double()).sum(dim=-1).clamp(min=0) * kept[:, :, 0]).cpu()
 
 
-@register("gradcam", needs=("passes", "gradients", "activations"))
+@register("gradcam", needs=("passes", "gradients", "activations"), cost=lambda *_: Cost("activations", 1, 1))
 def gradcam(
     problem: Problem,
     *,

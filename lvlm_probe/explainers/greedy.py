@@ -1,20 +1,20 @@
 """Greedy search over regions (EAGLE, Chen et al., 2025): which few regions suffice for the words, and are missed most.
 
-The picture is cut into regions. A set S of them is worth::
+The image is cut into regions. A set S of them is worth::
 
     F(S) = λ1 · P(only S shown) + λ2 · (1 − P(all but S shown))
 
-P is the mean probability of the selected tokens; what is not shown is the baseline picture. The search starts with
+P is the mean probability of the selected tokens; what is not shown is the baseline image. The search starts with
 nothing and takes, again and again, the region that raises F most. For a submodular monotone F, the first k regions are
 worth at least 1 − 1/e of the best k (Nemhauser et al., 1978); a model's P is neither, so this is a heuristic on models,
 and lazy evaluation of gains, which needs submodularity to be exact, is not used.
 
-**Exact** search tries every region left in every round: m (m + 1) + 2 pictures for m regions, 4,162 for 64.
+**Exact** search tries every region left in every round: m (m + 1) + 2 images for m regions, 4,162 for 64.
 
 **Fast** search (default) tries every region left in every ``rescan``-th round only, and else the ``top`` ones by their
 last known gains. Every round it also settles one region at the other end: of the ``pending`` regions of least gain, the
 one without which F of all regions not yet put at the end is highest. So two regions are settled per round, with about
-1,400 pictures for 64 regions.
+1,400 images for 64 regions.
 
 **Heat.** A region's value is the share of F's total rise that was still missing when the region was taken:
 1 − (F(before) − F(∅)) / (max F − F(∅)), F taken as the highest so far. It falls from 1 along the order. Regions that
@@ -23,16 +23,17 @@ add nothing are told apart by rank: heat = (1 − ε) · value + ε · (m − po
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+import math
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from lvlm_probe.errors import ExplainError, ImageError
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import NO_SIGHT, check_rules, require_finite, score_of, whole_rule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Search", "Segments", "greedy", "regions_of"]
 
@@ -44,7 +45,29 @@ _LONG_SIDE = 224
 """Cells of the long side of a map of superpixels: enough for their borders, and 64 masks of it are 13 MB."""
 
 
-@register("greedy")
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    regions, batch = params["regions"], params["batch"]
+    count = regions if isinstance(regions, int) else regions[0] * regions[1]
+    width, height = problem.replay.image_sizes[problem.image]
+    scale = min(1.0, _LONG_SIDE / max(width, height)) if params["segments"] == "slic" else 0.0
+    shape = (round(height * scale), round(width * scale)) if scale else problem.grid(None, cells=count)
+    if params["search"] == "exact":
+        passes = count * (count + 1) + 2
+    else:
+        left, rounds, sets = count, 0, 1
+        while left > 0:
+            sets += left if rounds % params["rescan"] == 0 else min(params["top"], left)
+            left -= 1
+            if left and params["pending"]:
+                sets += min(params["pending"], left)
+                left -= 1
+            rounds += 1
+        passes = 2 * (sets + count // 2)
+    numbers = (batch // 2 + count) * math.prod(shape)
+    return Cost("forward", passes, 0, (min(batch, 2 * count),), numbers=numbers, about=True, grids=(shape,))
+
+
+@register("greedy", cost=_cost)
 @torch.no_grad()
 def greedy(
     problem: Problem,
@@ -62,7 +85,7 @@ def greedy(
     """Greedy search over regions; the module's docstring has the method.
 
     Args:
-        problem: The answer's tokens and the picture.
+        problem: The answer's tokens and the image.
         segments: ``"slic"``, superpixels (Achanta et al., 2012, zero-parameter version; needs the extra
             ``superpixels``), or ``"grid"``, rectangles.
         regions: About how many, or ``(rows, columns)`` of a grid.
@@ -132,7 +155,7 @@ def regions_of(problem: Problem, segments: Segments, regions: int | tuple[int, i
     """Number of the region of every cell, ``(row, col)`` int64.
 
     Raises:
-        ExplainError: scikit-image is missing, there is no picture to cut up, or a number of regions below 1.
+        ExplainError: scikit-image is missing, there is no image to cut up, or a number of regions below 1.
     """
     if segments == "grid":
         shape = (

@@ -1,8 +1,8 @@
 """IIA, iterated integrated attributions (Barkan et al., 2023): attention relevance averaged along paths.
 
-``variant="paper"`` is how the paper describes it: n pictures r·I + (1 − r)·Ĩ, r = 0 … 1, gradients of the attention
-averaged over them, then T-MM with the attention on the whole picture. ``variant="iia2"`` is the algorithm of the
-method's authors: the path starts at a black picture, along it the attention of the last layer alone (of the encoder:
+``variant="paper"`` is how the paper describes it: n images r·I + (1 − r)·Ĩ, r = 0 … 1, gradients of the attention
+averaged over them, then T-MM with the attention on the whole image. ``variant="iia2"`` is the algorithm of the
+method's authors: the path starts at a black image, along it the attention of the last layer alone (of the encoder:
 the last that the language model reads) is scaled from 0 to 1, ReLU(dA ⊙ A) is averaged over all points of both paths,
 and the layers are joined by rollout, (Ā + I) / rowsum.
 
@@ -12,6 +12,7 @@ carried to the next.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,15 +20,23 @@ from torch import Tensor
 
 from lvlm_probe.attention import TapLayer
 from lvlm_probe.errors import ExplainError, OutOfMemory
-from lvlm_probe.explainers.attention_relevance import Scope, Walk
-from lvlm_probe.explainers.regions import finish
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.attention_relevance import Scope, Walk, parts_of
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
+from lvlm_probe.explainers.scores import finish
 from lvlm_probe.replaying.capture import AttentionLayer
 
 __all__ = ["iia"]
 
 
-@register("iia", needs=("passes", "gradients", "attention"))
+def _cost(_problem: Problem, params: Mapping[str, Any]) -> Cost:
+    paper = params["variant"] == "paper"
+    points = params["points"] or (11 if paper else 6)
+    batch = points if paper else points * points
+    passes = batch + int(not paper and params["scope"] == "encoder")
+    return Cost("relevance", passes, passes, (batch,), splits=False, parts=parts_of(params["scope"]), joined=paper)
+
+
+@register("iia", needs=("passes", "gradients", "attention"), cost=_cost)
 def iia(
     problem: Problem,
     *,
@@ -48,7 +57,7 @@ def iia(
 
     Raises:
         ExplainError: The model's attention cannot be read, the places of its tokens are not known, its encoder joins
-            the pictures of a batch to one sequence, or the points did not stay in one batch.
+            the images of a batch to one sequence, or the points did not stay in one batch.
         OutOfMemory: The points do not fit into memory at once.
     """
     if variant not in ("paper", "iia2"):

@@ -1,25 +1,32 @@
-"""Gradient × input (Shrikumar et al., 2016), relative to the baseline picture: integrated gradients with one step.
+"""Gradient × input (Shrikumar et al., 2016), relative to the baseline image: integrated gradients with one step.
 
-The slope of the log-likelihood to the mask at the whole picture, ∂f/∂M at M = 1, is Σ (x_i − x′_i) ∂f/∂x_i (x) over the
+The slope of the log-likelihood to the mask at the whole image, ∂f/∂M at M = 1, is Σ (x_i − x′_i) ∂f/∂x_i (x) over the
 pixel-input elements i of a cell. One pass, blind to what saturates: where the words are certain, slopes are small.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lvlm_probe.explainers.integrated_gradients import mean_slope
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import NO_SIGHT, Sign, check_rules, scaled, sign_rule
 
 __all__ = ["input_gradient"]
 
 
-@register("input_gradient", needs=("passes", "gradients"))
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    return Cost("gradient", 1, 1, grids=(problem.grid(params["size"]),))
+
+
+@register("input_gradient", needs=("passes", "gradients"), cost=_cost)
 def input_gradient(problem: Problem, *, size: int | tuple[int, int] | None = None, sign: Sign = "absolute") -> Outcome:
-    """Gradient × (picture − baseline) of the log-likelihood, summed over cells. One forward and backward pass.
+    """Gradient × (image − baseline) of the log-likelihood, summed over cells. One forward and backward pass.
 
     Args:
-        problem: The answer's tokens and the picture.
-        size: Cells: ``n``, ``(rows, columns)``, or ``None`` for about 256 cells as square as the picture allows;
+        problem: The answer's tokens and the image.
+        size: Cells: ``n``, ``(rows, columns)``, or ``None`` for about 256 cells as square as the image allows;
             ``(height, width)`` are single pixels.
         sign: ``"positive"`` shows what speaks for the words, ``"absolute"`` also what speaks against them. Where the
             words are certain the sign of a slope says little: on 20 tuning scenes of the demo model insertion −

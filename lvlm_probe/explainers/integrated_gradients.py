@@ -1,10 +1,10 @@
-"""Integrated gradients (Sundararajan et al., 2017), from the baseline picture to the picture, through the mask.
+"""Integrated gradients (Sundararajan et al., 2017), from the baseline image to the image, through the mask.
 
 For pixel inputs x and their baseline x′ the attribution of element i is::
 
     IG_i = (x_i − x′_i) · ∫₀¹ ∂f/∂x_i (x′ + α (x − x′)) dα
 
-The picture under a mask is Φ(I, Ĩ, M) = I ⊙ M + Ĩ ⊙ (1 − M) (paper, Eq. 3), so a mask that is α everywhere is the
+The image under a mask is Φ(I, Ĩ, M) = I ⊙ M + Ĩ ⊙ (1 − M) (paper, Eq. 3), so a mask that is α everywhere is the
 straight path, and by the chain rule ∂f/∂M of a cell is Σ (x_i − x′_i) ∂f/∂x_i over the elements that the cell covers,
 channels and, in tiled models, all copies of the place included. IG of a cell is therefore the mean of ∂f/∂M along the
 path; nothing has to be un-tiled, un-permuted or resized afterwards. A cell counts an element with the weight with which
@@ -19,21 +19,37 @@ nodes, 0.024 against 0.005 with 50. That error, |Σ IG − (f(x) − f(x′))| /
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
-from lvlm_probe.explainers.registry import Outcome, Problem, register
-from lvlm_probe.explainers.scores import NO_SIGHT, Sign, check_rules, require_finite, scaled, sign_rule, whole_rule
-from lvlm_probe.metrics.deletion_insertion import too_narrow
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, batches, register
+from lvlm_probe.explainers.scores import (
+    NO_SIGHT,
+    Sign,
+    check_rules,
+    require_finite,
+    scaled,
+    sign_rule,
+    too_narrow,
+    whole_rule,
+)
 
 __all__ = ["Rule", "integrated_gradients", "mean_slope", "nodes"]
 
 Rule = Literal["gauss_legendre", "midpoint"]
 
 
-@register("integrated_gradients", needs=("passes", "gradients"))
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    steps, batch, shape = params["steps"], params["batch"], problem.grid(params["size"])
+    numbers = 2 * min(batch, steps) * math.prod(shape)
+    return Cost("gradient", steps + 2, steps, batches(steps, batch), numbers=numbers, grids=(shape,))
+
+
+@register("integrated_gradients", needs=("passes", "gradients"), cost=_cost)
 def integrated_gradients(
     problem: Problem,
     *,
@@ -48,9 +64,9 @@ def integrated_gradients(
     Costs ``steps`` forward and backward passes, and two forward passes for the completeness error.
 
     Args:
-        problem: The answer's tokens and the picture.
+        problem: The answer's tokens and the image.
         size: Cells that attributions are summed over: ``n``, ``(rows, columns)``, or ``None`` for about 256 cells as
-            square as the picture allows. Single pixels are noisy.
+            square as the image allows. Single pixels are noisy.
         steps: Points on the path.
         rule: ``"midpoint"`` or ``"gauss_legendre"``.
         sign: ``"positive"`` shows what speaks for the words, ``"absolute"`` also what speaks against them.

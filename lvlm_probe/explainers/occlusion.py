@@ -1,25 +1,27 @@
-"""Occlusion (Zeiler and Fergus, 2014): slide a patch of the baseline picture over the image, see what the words lose.
+"""Occlusion (Zeiler and Fergus, 2014): slide a patch of the baseline image over the image, see what the words lose.
 
-With the baseline picture in place of a grey square, and a patch that covers cell c to the degree w_n(c) in [0, 1]::
+With the baseline image in place of a grey square, and a patch that covers cell c to the degree w_n(c) in [0, 1]::
 
     drop_n  = score(I) − score(I with patch n replaced)
     value(c) = Σ_n w_n(c) · drop_n / Σ_n w_n(c)
 
 the mean drop over the patches that cover the cell, negative values cut. Patches are squares; with soft edges w falls
-off linearly over ``soft`` cells around the border, so that the patch adds no edge of its own to the picture. A patch
+off linearly over ``soft`` cells around the border, so that the patch adds no edge of its own to the image. A patch
 must cover all that carries an answer to show it: two objects that each suffice hide one another.
 
-**Passes.** One for the whole picture and one per patch: ⌈(rows + patch − 1) / stride⌉ times the same of the columns.
+**Passes.** One for the whole image and one per patch: ⌈(rows + patch − 1) / stride⌉ times the same of the columns.
 Patches reach over the border, so that border cells are covered as often as the others.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, batches, register
 from lvlm_probe.explainers.scores import (
     NO_SIGHT,
     ScoreKind,
@@ -34,7 +36,14 @@ from lvlm_probe.explainers.scores import (
 __all__ = ["covers", "occlusion"]
 
 
-@register("occlusion")
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    shape, batch = problem.grid(params["size"]), params["batch"]
+    down, right = (-(-(edge + params["patch"] - 1) // params["stride"]) for edge in shape)
+    masks = 1 + down * right
+    return Cost("forward", masks, 0, batches(masks, batch), numbers=3 * masks * math.prod(shape), grids=(shape,))
+
+
+@register("occlusion", cost=_cost)
 @torch.no_grad()
 def occlusion(
     problem: Problem,
@@ -49,9 +58,9 @@ def occlusion(
     """Importance of a place = how much the selected tokens lose when patches over it are replaced.
 
     Args:
-        problem: The answer's tokens and the picture.
+        problem: The answer's tokens and the image.
         size: Cells of the grid that patches move on: ``n``, ``(rows, columns)``, or ``None`` for about 256 as square
-            as the picture allows.
+            as the image allows.
         patch: Edge of a patch, cells.
         stride: Step between patches, cells; at most ``patch``, so that every cell is covered.
         soft: Width of the ramp around a patch's border, cells; 0 is a hard edge.

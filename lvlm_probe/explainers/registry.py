@@ -6,7 +6,9 @@ An explainer is one function::
     def occlusion(problem: Problem, *, size: int = 8) -> Outcome: ...
 
 Its keyword-only parameters are what ``explain(replay, method="occlusion", size=4)`` takes. It talks to the model
-through ``problem.replay`` only, so it runs on every model that can be replayed. ``needs`` says what it takes to run it:
+through ``problem.replay`` only, so it runs on every model that can be replayed. A built-in method is one file of this
+folder, found by being there: its module's first sentence is what ``lvlm-probe methods`` prints, ``cost`` what ``plan``
+reckons with, and a row of ``docs/methods.md`` says the rest. ``needs`` says what it takes to run it:
 
 * ``"passes"``: forward passes of the model under masks; the default.
 * ``"gradients"``: backward passes too.
@@ -20,7 +22,9 @@ False then), where the trace holds what it needs.
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
@@ -28,14 +32,33 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
 import torch
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.plugins import check_registration
+from lvlm_probe.plugins import check_registration, load_plugins
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
     from lvlm_probe.trace import Trace
 
-__all__ = ["Explainer", "Need", "Outcome", "Problem", "check_parameters", "find", "names", "needs_of", "register"]
+__all__ = [
+    "METHODS",
+    "Cost",
+    "Explainer",
+    "Kind",
+    "Method",
+    "Need",
+    "Outcome",
+    "Problem",
+    "Progress",
+    "batches",
+    "check_parameters",
+    "discover",
+    "find",
+    "methods",
+    "names",
+    "needs_of",
+    "register",
+    "resolve",
+]
 
 Need = Literal["passes", "gradients", "attention", "activations"]
 
@@ -45,7 +68,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be explained: the answer's tokens ``selection`` by picture ``image`` of ``replay``.
+    """What is to be explained: the answer's tokens ``selection`` by image ``image`` of ``replay``.
 
     ``live`` is False where a trace alone is explained; ``replay`` then is that trace and runs no pass.
     """
@@ -79,7 +102,7 @@ class Problem:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + offset) % 2**63)
 
     def grid(self, size: int | Sequence[int] | None, *, cells: int = 256) -> tuple[int, int]:
-        """Mask size ``(row, col)``: ``n`` is n × n, ``None`` about ``cells`` cells as square as the picture allows."""
+        """Mask size ``(row, col)``: ``n`` is n × n, ``None`` about ``cells`` cells as square as the image allows."""
         if size is None:
             width, height = self.replay.image_sizes[self.image]
             rows = max(1, round((cells * height / width) ** 0.5))
@@ -90,7 +113,7 @@ class Problem:
         return pair[0], pair[1]
 
     def seen(self, shape: tuple[int, int]) -> torch.Tensor:
-        """Which cells of a ``(row, col)`` grid on the picture the model sees, bool, on the CPU."""
+        """Which cells of a ``(row, col)`` grid on the image the model sees, bool, on the CPU."""
         return self.replay.seen(self.image, shape).cpu()
 
     def advance(self, done: int, total: int) -> None:
@@ -104,7 +127,7 @@ class Outcome:
     """An explainer's answer.
 
     Attributes:
-        values: Importance ``(row, col)`` over the original picture, in [0, 1], high = important, or ``None``.
+        values: Importance ``(row, col)`` over the original image, in [0, 1], high = important, or ``None``.
         params: The parameters as they were used, defaults included, JSON-ready.
         history: One record per iteration, for methods that iterate.
         diagnostics: What tells how far to trust the values: an error bar, a completeness error; JSON-ready. It is kept
@@ -119,23 +142,80 @@ class Outcome:
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
 
+Kind = Literal["forward", "gradient", "relevance", "rollout", "rows", "activations", "hidden"]
+"""What a method does with a pass: nothing more; a backward pass; attention with its gradients, layer by layer, or
+attention alone, for all positions or for the answer's; outputs of the encoder's blocks with their gradients; final
+hidden states."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method asks of the model; ``plan`` turns it into bytes and seconds by what it measures.
+
+    Attributes:
+        kind: what it does with a pass; ``None`` where it runs none.
+        forward, backward: images through the model; ``None`` where that is not known.
+        groups: numbers of masks that it hands over at once.
+        splits: whether they may go through in smaller micro-batches.
+        noise: deviation of the noise on pixels.
+        numbers: numbers in single precision that it keeps itself while a pass runs.
+        about: the passes depend on the image; the figures are an estimate.
+        parts: whose attention it reads.
+        grids: sizes ``(row, col)`` of the masks it sends.
+        queries: of how many of the answer's positions it reads attention rows; by default of all.
+        joined: of attention and its gradients it multiplies means over the masks, not those of every mask.
+        general: another question that it asks, and the question in whose place; ``None`` where it asks none.
+    """
+
+    kind: Kind | None
+    forward: int | None = None
+    backward: int | None = None
+    groups: tuple[int, ...] = (1,)
+    splits: bool = True
+    noise: float = 0.0
+    numbers: int = 0
+    about: bool = False
+    parts: tuple[Any, ...] = ("decoder",)
+    grids: tuple[tuple[int, int], ...] = ((1, 1),)
+    queries: int | None = None
+    joined: bool = False
+    general: tuple[str, str | None] | None = None
+
+
+CostRule = Callable[["Problem", Mapping[str, Any]], Cost]
+"""The cost of a method on a problem (its image; no selection yet) with all its parameters, defaults included."""
+
+
 class Explainer(Protocol):
     """The signature of a registered method; its parameters are keyword-only."""
 
     def __call__(self, problem: Problem, /, **params: Any) -> Outcome: ...
 
 
+@dataclass(frozen=True)
+class Method:
+    """A registered explainer, what it takes to run it, and how its cost is found."""
+
+    function: Callable[..., Outcome]
+    needs: frozenset[Need]
+    cost: CostRule | None = None
+
+
 _Function = TypeVar("_Function", bound=Callable[..., Outcome])
-_METHODS: dict[str, Callable[..., Outcome]] = {}
-_NEEDS: dict[str, frozenset[Need]] = {}
+METHODS: dict[str, Method] = {}
+"""Name → method, as far as registered."""
 
 
-def register(name: str, *, needs: Sequence[Need] = ("passes",)) -> Callable[[_Function], _Function]:
+def register(
+    name: str, *, needs: Sequence[Need] = ("passes",), cost: CostRule | None = None
+) -> Callable[[_Function], _Function]:
     """Registers a function ``(problem, *, …) -> Outcome`` as an explainer under a name.
 
     Args:
-        name: What ``explain(..., method=name)`` is given.
-        needs: What it takes to run it, see the module.
+        name: what ``explain(..., method=name)`` is given.
+        needs: what it takes to run it, see the module.
+        cost: what it asks of the model, for ``plan``; without it a plan goes by ``needs`` alone, and the number of
+            passes is not known.
 
     Raises:
         ExplainError: Another function holds the name, ``needs`` has an unknown word, or what is registered is no
@@ -159,12 +239,12 @@ def register(name: str, *, needs: Sequence[Need] = ("passes",)) -> Callable[[_Fu
             ) from None
         except ValueError:
             pass  # written in C, and does not say
-        holder = _METHODS.get(name)
-        if holder is not None and _home(holder) != _home(function):
+        holder = METHODS.get(name)
+        if holder is not None and _home(holder.function) != _home(function):
             raise ExplainError(
-                f"the name {name!r} is taken by {_home(holder)}; register {_home(function)} under another one"
+                f"the name {name!r} is taken by {_home(holder.function)}; register {_home(function)} under another one"
             )
-        _METHODS[name], _NEEDS[name] = function, frozenset(needs)
+        METHODS[name] = Method(function, frozenset(needs), cost)
         return function
 
     return decorate
@@ -176,23 +256,51 @@ def _home(function: Callable[..., Any]) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
+def discover(folder: Sequence[str], package: str) -> None:
+    """Import every module of a package's folder, which registers the methods in it."""
+    for module in pkgutil.iter_modules(folder):
+        importlib.import_module(f"{package}.{module.name}")
+
+
 def names() -> list[str]:
     """Names registered so far, sorted."""
-    return sorted(_METHODS)
+    return sorted(METHODS)
 
 
-def needs_of(name: str) -> frozenset[Need]:
-    """What it takes to run a registered method. Raises ``ExplainError`` for an unknown one."""
-    find(name)
-    return _NEEDS[name]
+def methods() -> list[str]:
+    """Names of all explainers, those of installed plugins included."""
+    load_plugins()
+    return names()
 
 
 def find(name: str) -> Callable[..., Outcome]:
     """The explainer registered under a name. Raises ``ExplainError`` that lists all methods, closest first."""
+    return _method(name).function
+
+
+def needs_of(name: str) -> frozenset[Need]:
+    """What it takes to run a registered method. Raises ``ExplainError`` for an unknown one."""
+    return _method(name).needs
+
+
+def resolve(name: str) -> Callable[..., Outcome]:
+    """The explainer of a name, those of installed plugins included. Raises ``ExplainError`` for an unknown one."""
+    # Plugins are looked for only when a name is not our own: importing them may take long.
+    if name not in METHODS:
+        load_plugins()
+    return find(name)
+
+
+def _method(name: str) -> Method:
     try:
-        return _METHODS[name]
+        return METHODS[name]
     except KeyError:
-        raise ExplainError(f"no explainer {name!r}{_closest(name, _METHODS)}") from None
+        raise ExplainError(f"no explainer {name!r}{_closest(name, METHODS)}") from None
+
+
+def batches(total: int, batch: int) -> tuple[int, ...]:
+    """Sizes of the groups that ``total`` masks go through in, ``batch`` at a time, for ``Cost.groups``."""
+    return tuple(sorted({min(batch, total), total % batch or batch}))
 
 
 def check_parameters(name: str, known: Sequence[str] | Callable[..., Outcome], params: Mapping[str, Any]) -> None:

@@ -1,15 +1,15 @@
-"""RISE (Petsiuk et al., 2018): how well the words do on pictures of which random parts are kept.
+"""RISE (Petsiuk et al., 2018): how well the words do on images of which random parts are kept.
 
-Masks m are random bits, 1 with probability p, on knots 1/s of the picture apart, shifted at random by less than that
-and interpolated bilinearly. Importance of a place is the mean score of the pictures that show it::
+Masks m are random bits, 1 with probability p, on knots 1/s of the image apart, shifted at random by less than that
+and interpolated bilinearly. Importance of a place is the mean score of the images that show it::
 
     S = (1 / N p) Σ_n f(m_n) · m_n
 
-A score that does not depend on the picture adds to S nothing but the same for all cells in expectation, yet with N
+A score that does not depend on the image adds to S nothing but the same for all cells in expectation, yet with N
 masks it is most of the noise. With ``centred`` the mean score is taken off first, with the one degree of freedom that
 this costs paid for: S = (1 / (N − 1) p) Σ_n (f(m_n) − f̄) · m_n. Its expectation is that of the sum above minus E f for
 every cell, exactly, and its variance is far smaller. Both are shown relative to the mean score: a cell is important if
-pictures that show it do better than pictures in general.
+images that show it do better than images in general.
 
 The standard error of S, per cell, is in the diagnostics, in units of the highest value. Expectations of probabilities
 suit this average; those of log-likelihoods are ruled by the few masks under which the words are all but impossible.
@@ -17,11 +17,12 @@ suit this average; those of log-likelihoods are ruled by the few masks under whi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, batches, register
 from lvlm_probe.explainers.scores import (
     NO_SIGHT,
     ScoreKind,
@@ -34,12 +35,19 @@ from lvlm_probe.explainers.scores import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["estimate", "random_masks", "rise"]
+__all__ = ["RandomMasks", "estimate", "rise"]
 
 
-@register("rise")
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    masks, batch = params["masks"], params["batch"]
+    shape = problem.grid(params["size"], cells=1024)
+    numbers = 2 * min(batch, masks) * math.prod(shape)
+    return Cost("forward", masks, 0, batches(masks, batch), numbers=numbers, grids=(shape,))
+
+
+@register("rise", cost=_cost)
 @torch.no_grad()
 def rise(
     problem: Problem,
@@ -55,11 +63,11 @@ def rise(
     """RISE by ``masks`` forward passes; the module's docstring has the method.
 
     Args:
-        problem: The answer's tokens and the picture.
+        problem: The answer's tokens and the image.
         masks: N, random masks.
-        cells: s, knots of a mask along the picture, ``n`` or ``(row, col)``.
-        p: Share of the picture that a mask keeps.
-        size: Cells of masks and heatmap, ``None`` for about 1024 as square as the picture allows.
+        cells: s, knots of a mask along the image, ``n`` or ``(row, col)``.
+        p: Share of the image that a mask keeps.
+        size: Cells of masks and heatmap, ``None`` for about 1024 as square as the image allows.
         score: ``"geometric"`` mean of the tokens' probabilities, ``"prob"`` for the arithmetic one, ``"log"``.
         centred: Take the mean score off; ``False`` is the published sum.
         batch: Masks per call of the replay, between two reports of progress.
@@ -81,7 +89,7 @@ def rise(
     seen = problem.seen(shape)
     if not seen.any():
         return Outcome(None, params, reason=NO_SIGHT)
-    drawn = _Drawn(masks, knots, p, problem.generator())
+    drawn = RandomMasks(masks, knots, p, problem.generator())
     parts = [slice(start, min(start + batch, masks)) for start in range(0, masks, batch)]
     scores = []
     problem.advance(0, masks)
@@ -108,13 +116,6 @@ def rise(
     return Outcome(heat, params, diagnostics=diagnostics)
 
 
-def random_masks(
-    number: int, knots: tuple[int, int], shape: tuple[int, int], p: float, generator: torch.Generator
-) -> torch.Tensor:
-    """Random masks ``(number, row, col)`` of a grid of ``shape``, see the module; the mean of every cell is p."""
-    return _Drawn(number, knots, p, generator).masks(slice(0, number), shape)
-
-
 def estimate(
     scores: torch.Tensor, masks: Callable[[slice], torch.Tensor], parts: Sequence[slice], p: float, *, centred: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +124,7 @@ def estimate(
     Args:
         scores: f of every mask, ``(N,)`` float64.
         masks: Gives the masks ``(batch, row, col)`` of one of ``parts``, which cover 0 … N − 1.
-        p: Share of the picture that a mask keeps.
+        p: Share of the image that a mask keeps.
         centred: Whether the mean score is taken off.
     """
     number = len(scores)
@@ -140,8 +141,8 @@ def estimate(
     return first / (number - 1 if centred else number), (variance / number).sqrt()
 
 
-class _Drawn:
-    """The random numbers of all masks; the masks themselves are made when asked for."""
+class RandomMasks:
+    """Random masks, see the module: the numbers of all of them; the masks themselves are made when asked for."""
 
     def __init__(self, number: int, knots: tuple[int, int], p: float, generator: torch.Generator) -> None:
         self.knots = knots

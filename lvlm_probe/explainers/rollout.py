@@ -6,17 +6,26 @@ word is predicted, and attention sinks show up in it; it is here because everybo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from lvlm_probe.explainers.attention_relevance import Scope, Walk
-from lvlm_probe.explainers.regions import finish
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.attention_relevance import Scope, Walk, parts_of
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
+from lvlm_probe.explainers.scores import finish
 from lvlm_probe.replaying.capture import AttentionLayer
 
 __all__ = ["rollout"]
 
 
-@register("rollout", needs=("passes", "attention"))
+def _cost(_problem: Problem, params: Mapping[str, Any]) -> Cost:
+    if params["scope"] == "decoder":
+        return Cost("rollout", 1, 0)
+    return Cost("relevance", 1, 1, parts=parts_of(params["scope"]))
+
+
+@register("rollout", needs=("passes", "attention"), cost=_cost)
 def rollout(
     problem: Problem, *, scope: Scope = "decoder", encoder: int = 0, size: int | tuple[int, int] | None = None
 ) -> Outcome:

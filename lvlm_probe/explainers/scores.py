@@ -1,51 +1,64 @@
-"""What methods share that talk to the model through masks: the score they follow, and signed attributions as a heatmap.
+"""Scores and heat: the score of the selected tokens that methods and metrics follow, and attributions as a heatmap.
 
-``score`` of a method is one of
+``score`` is one of
 
-* ``"log"``: log-likelihood of the selected tokens, nats (paper, Eq. 7);
+* ``"log"``: log-likelihood of the selected tokens, nats: of methods their sum (paper, Eq. 7), of curves their mean;
 * ``"prob"``: mean of their probabilities, as the deletion and insertion curves score;
-* ``"geometric"``: exp of the mean log-likelihood, their geometric mean.
+* ``"geometric"``: exp of the mean log-likelihood, their geometric mean; of methods alone.
 
 Heatmaps are scaled to a highest value of 1; the diagnostics say what that 1 stands for, ``unit``, in the score's unit.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 
 from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProcessorRefused
-from lvlm_probe.explainers.registry import Problem
+from lvlm_probe.explainers.registry import Outcome, Problem
 
 __all__ = [
+    "LEAST_SHARE",
     "NO_SIGHT",
+    "CurveScore",
     "ScoreKind",
     "Sign",
     "check_rules",
+    "finish",
     "no_effect",
     "require_finite",
     "scaled",
     "score_of",
     "score_rule",
     "sign_rule",
+    "too_narrow",
     "whole_rule",
 ]
 
-ScoreKind = Literal["log", "prob", "geometric"]
+CurveScore = Literal["log", "prob"]
+ScoreKind = Literal[CurveScore, "geometric"]
 Sign = Literal["positive", "absolute"]
+
+LEAST_SHARE = 0.05
+"""Share of the original score that has to go with the whole image before parts of it can be measured by it. Scores
+of masked images wander by some per cent for any mask, as no training image was ever masked; divided by less than
+that, the wandering alone runs over the whole scale. It is also the paper's limit of what a baseline may leave (A.1)."""
 
 NO_SIGHT = "the model sees no part of this picture"
 
 
 def no_effect(problem: Problem) -> str | None:
-    """Why this picture has no heatmap, as a sentence, where it plays no part in the selected tokens; ``None`` where it
+    """Why this image has no heatmap, as a sentence, where it plays no part in the selected tokens; ``None`` where it
     does, or nobody can tell.
 
-    It plays no part when replacing it, and no other picture of the prompt, by its baseline moves the log-probability of
-    every selected token by no more than rounding (``Replay.rounding``). With one picture the passes on the whole
-    picture and on the baseline say so, which a replay keeps; with several it takes one pass more. On a trace alone the
-    recorded ratios say so, which are those of all pictures together.
+    It plays no part when replacing it, and no other image of the prompt, by its baseline moves the log-probability of
+    every selected token by no more than rounding (``Replay.rounding``). With one image the passes on the whole
+    image and on the baseline say so, which a replay keeps; with several it takes one pass more. On a trace alone the
+    recorded ratios say so, which are those of all images together.
     """
     replay, steps = problem.replay, list(problem.selection.indices)
     several = replay.n_images > 1
@@ -61,8 +74,7 @@ def no_effect(problem: Problem) -> str | None:
     except (ImageError, MaskError, ProcessorRefused):
         return None  # no mask reaches the pixels: methods that need none still work
     moved = moved.detach().double().cpu()[steps].abs()
-    rounding: torch.Tensor | None = getattr(replay, "rounding", None)
-    allowed = torch.zeros_like(moved) if rounding is None else rounding.detach().double().cpu()[steps]
+    allowed = replay.rounding.detach().double().cpu()[steps]
     if not bool((moved <= allowed).all()):  # NaN has an effect: methods say what is wrong with it
         return None
     name = f"picture {problem.image + 1} of {replay.n_images}" if several else "the picture"
@@ -76,9 +88,11 @@ def no_effect(problem: Problem) -> str | None:
 
 
 def _same_picture(problem: Problem) -> str:
-    """A way out where the baseline cannot hide anything: it is the picture itself."""
-    path = getattr(problem.replay, "path", None) if problem.live else None
-    if path is None or len(path.baseline_images) <= problem.image:
+    """A way out where the baseline cannot hide anything: it is the image itself."""
+    if not problem.live:
+        return ""
+    path = problem.replay.path
+    if len(path.baseline_images) <= problem.image:
         return ""
     picture, other = path.images[problem.image], path.baseline_images[problem.image]
     if picture.size != other.size or picture.convert("RGB").tobytes() != other.convert("RGB").tobytes():
@@ -87,7 +101,7 @@ def _same_picture(problem: Problem) -> str:
 
 
 def score_of(problem: Problem, log_probs: torch.Tensor, kind: ScoreKind) -> torch.Tensor:
-    """Scores of masked pictures, ``(batch, step)`` → ``(batch,)``; see the module for the kinds."""
+    """Scores of masked images, ``(batch, step)`` → ``(batch,)``; see the module for the kinds."""
     if kind == "log":
         return problem.score(log_probs)
     chosen = log_probs[:, list(problem.selection.indices)]
@@ -149,3 +163,61 @@ def require_finite(method: str, problem: Problem, *numbers: torch.Tensor) -> Non
             f"{method} met scores or gradients that are not finite on {problem.replay.trace_id}: load the model in "
             f"float32 (or bfloat16 instead of float16)"
         )
+
+
+def finish(
+    grid: torch.Tensor,
+    met: torch.Tensor,
+    params: Mapping[str, object],
+    *,
+    diagnostics: Mapping[str, object] | None = None,
+) -> Outcome:
+    """An outcome from a painted grid: scaled from its smallest to its largest value, 0 where no token is.
+
+    Raises:
+        ExplainError: Values are not finite.
+    """
+    if not bool(torch.isfinite(grid).all()):
+        raise ExplainError("the method gave values that are not finite; replay on a model in float32")
+    low, high = float(grid[met].min()), float(grid[met].max())
+    if high <= low:
+        return Outcome(None, params, reason="the method gives every region of the picture the same value")
+    scaled = torch.where(met, (grid - low) / (high - low), 0.0)
+    return Outcome(scaled.clamp(0, 1), params, diagnostics=diagnostics or {})
+
+
+def too_narrow(
+    original: float, baseline: float, *, score: CurveScore = "prob", met: np.ndarray | None = None
+) -> str | None:
+    """Why scores cannot be normalised by their two ends, as a sentence; ``None`` where they can.
+
+    The ends lie closer than ``LEAST_SHARE`` of the original: of the mean probability, or, in nats, of the geometric
+    mean probability, 1 − e^(−|original − baseline|). Or closer than ``LEAST_SHARE`` of the range of what was met
+    between them, against which they are lost.
+
+    Args:
+        original, baseline: Score of the whole image and of the baseline image.
+        score: ``"prob"`` or ``"log"``.
+        met: Scores along the curves; NaN is left out.
+    """
+    span = abs(original - baseline)
+    if not math.isfinite(span):
+        return f"the score is not a number with the whole picture ({original:g}) or on the baseline ({baseline:g})"
+    lost = span if score == "prob" else -math.expm1(-span)
+    if not lost > 0 or lost < LEAST_SHARE * (abs(original) if score == "prob" else 1.0):
+        share = lost / abs(original) if score == "prob" and original else lost
+        return (
+            f"the whole picture decides {share:.2g} of the score ({original:.3g} with it, {baseline:.3g} on the "
+            f"baseline), and parts of it are measured by that (at least {LEAST_SHARE:g} is needed)"
+        )
+    if met is None:
+        return None
+    there = met[~np.isnan(met)]
+    if not np.isfinite(there).all() or len(there) < len(met):
+        return "scores of masked pictures are not numbers"
+    if span < LEAST_SHARE * (there.max() - there.min()):
+        return (
+            f"scores of masked pictures run from {there.min():.3g} to {there.max():.3g}, and the whole picture decides "
+            f"only {span:.2g} of that ({original:.3g} with it, {baseline:.3g} on the baseline)"
+        )
+    return None

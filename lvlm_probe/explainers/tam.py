@@ -16,6 +16,8 @@ the trace alone is enough. Several selected tokens: the mean of their maps.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,15 +25,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lvlm_probe.boxes.image_tokens import image_tokens
+from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.regions import finish, image_tokens, paint, pitch
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
+from lvlm_probe.explainers.scores import finish
 from lvlm_probe.replaying.hidden_states import HIDDEN, ROWS, head_rows, hidden_states, text_tokens
 
 __all__ = ["interference_scale", "rank_gaussian", "tam"]
 
 
-@register("tam", needs=["activations"])
+def _cost(problem: Problem, _params: Mapping[str, Any]) -> Cost:
+    if {HIDDEN, ROWS} <= set(getattr(problem.trace, "points", ())):
+        numbers = sum(math.prod(problem.trace.point(name).values.shape) for name in (HIDDEN, ROWS))
+        return Cost(None, 0, 0, (), numbers=3 * numbers)
+    return Cost("hidden", 1, 0)
+
+
+@register("tam", needs=["activations"], cost=_cost)
 def tam(
     problem: Problem, *, interference: bool = True, filtered: bool = True, size: int | tuple[int, int] | None = None
 ) -> Outcome:
@@ -46,7 +57,7 @@ def tam(
         ExplainError: Nothing was recorded and no model is at hand, the model has no plain LM head, or the places of its
             image tokens are not known.
     """
-    tokens = image_tokens(problem)
+    tokens = image_tokens(problem.replay, problem.image, live=problem.live)
     states = _states(problem)
     own = pitch(tokens.boxes, tokens.size)
     shape = own if size is None else problem.grid(size)
@@ -54,7 +65,7 @@ def tam(
     scales: list[float] = []
     met = torch.ones(own, dtype=torch.bool)
     for step in problem.selection.indices:
-        values, scale = _map(states, tokens.positions, step, interference)
+        values, scale = _map(states, torch.from_numpy(tokens.positions), step, interference)
         scales.append(scale)
         grid, met = paint(values, tokens.boxes, tokens.size, own)
         total += _filtered(grid, met) if filtered else grid
@@ -116,7 +127,7 @@ def _map(states: _States, image: Tensor, step: int, interference: bool) -> tuple
 
 
 def _filtered(grid: Tensor, met: Tensor) -> Tensor:
-    """The filter within the part of the picture that has tokens: the margins of a crop are no values of 0."""
+    """The filter within the part of the image that has tokens: the margins of a crop are no values of 0."""
     rows, cols = (met.any(dim=axis).nonzero()[:, 0] for axis in (1, 0))
     inside = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(cols[0]), int(cols[-1]) + 1)
     smooth = torch.zeros_like(grid)

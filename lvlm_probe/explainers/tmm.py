@@ -7,18 +7,23 @@ pass, one layer at a time (``relevance``), under any attention backend that can 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 
-from lvlm_probe.explainers.attention_relevance import Scope, Walk, relu_product
-from lvlm_probe.explainers.regions import finish
-from lvlm_probe.explainers.registry import Outcome, Problem, register
+from lvlm_probe.explainers.attention_relevance import Scope, Walk, parts_of, relu_product
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
+from lvlm_probe.explainers.scores import finish
 
 __all__ = ["tmm"]
 
 
-@register("tmm", needs=("passes", "gradients", "attention"))
+def _cost(_problem: Problem, params: Mapping[str, Any]) -> Cost:
+    return Cost("relevance", 1, 1, parts=parts_of(params["scope"]))
+
+
+@register("tmm", needs=("passes", "gradients", "attention"), cost=_cost)
 def tmm(
     problem: Problem,
     *,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lvlm_probe.boxes.painting import paint
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.regions import paint
 from lvlm_probe.replaying import PassCounter
 from lvlm_probe.replaying.teacher_forcing import epsilon_of, rounding_of
 
@@ -44,7 +44,7 @@ class RecordedAnswer:
             )
 
     def seen(self, k: int, shape: tuple[int, int]) -> torch.Tensor:
-        """Cells of a grid over picture ``k`` that an image token stands for, bool."""
+        """Cells of a grid over image ``k`` that an image token stands for, bool."""
         layout = self.trace.layout
         if layout.patch_box is None:
             return torch.ones(shape, dtype=torch.bool)

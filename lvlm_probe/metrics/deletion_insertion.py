@@ -1,12 +1,12 @@
 """Deletion and insertion (Petsiuk et al., 2018): do the regions a heatmap calls important carry the answer?
 
-Cells of the heatmap are ranked by value, highest first. *Deletion* replaces them in that order by the baseline picture
-and scores the answer on the way; *insertion* starts from the baseline picture and brings them back. Both curves are
-normalised by their end points (Jiang et al., 2024b; the paper, 4.3): 1 is the whole picture and 0 the baseline::
+Cells of the heatmap are ranked by value, highest first. *Deletion* replaces them in that order by the baseline image
+and scores the answer on the way; *insertion* starts from the baseline image and brings them back. Both curves are
+normalised by their end points (Jiang et al., 2024b; the paper, 4.3): 1 is the whole image and 0 the baseline::
 
     s(x) = (score(x) − score(baseline)) / (score(original) − score(baseline))          not clamped
 
-Where the picture as a whole decides next to nothing (``too_narrow``) that divides by noise, and the scores are NaN.
+Where the image as a whole decides next to nothing (``too_narrow``) that divides by noise, and the scores are NaN.
 
 The score is the area under the curve: low is good for deletion, high for insertion, ½ for both is chance.
 
@@ -28,7 +28,6 @@ figure is an estimate, and ``turns`` says how far the scored points did. Points 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -37,6 +36,7 @@ import numpy as np
 import torch
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.scores import CurveScore, too_narrow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
 __all__ = [
+    "CurveSettings",
     "Curves",
     "MaskScores",
     "Sampling",
@@ -55,16 +56,9 @@ __all__ = [
     "release_area",
     "release_counts",
     "sample_counts",
-    "too_narrow",
 ]
 
-ScoreKind = Literal["prob", "log"]
 Sampling = Literal["full", "adaptive"]
-
-LEAST_SHARE = 0.05
-"""Share of the original score that has to go with the whole picture before parts of it can be measured by it. Scores
-of masked pictures wander by some per cent for any mask, as no training picture was ever masked; divided by less than
-that, the wandering alone runs over the whole scale. It is also the paper's limit of what a baseline may leave (A.1)."""
 
 TIES_THAT_MATTER = 0.05
 TIE_ORDERS = 3
@@ -84,7 +78,7 @@ class Curves:
         tie_share: Share of seen cells that have the value of another seen cell.
         tie_orders: How many random orders of tied cells were averaged.
         original_probability, baseline_probability: Mean probability of the decided tokens at the two ends.
-        pictures: How many different pictures were scored.
+        pictures: How many different images were scored.
         error_bound: How far the areas under the normalised deletion and insertion curve may be from the full curves';
             0 where every point was scored. A bound for curves that are monotone between scored points.
         turns: How far the normalised curves go the wrong way, up in deletion and down in insertion, summed over the
@@ -107,15 +101,41 @@ class Curves:
     undefined: str | None = None
 
 
+@dataclass(frozen=True)
+class CurveSettings:
+    """How curves are drawn.
+
+    Attributes:
+        score: ``"prob"``, mean probability of the tokens, or ``"log"``, their mean log-likelihood in nats.
+        steps: points besides the origin.
+        release: the released recipe's points instead, over all cells.
+        seed: of the order of tied cells.
+        tie_orders: random orders of tied cells to average; by default 3 where more than 5 % of cells are tied, else 1.
+        sampling: see the module.
+        tolerance: see the module.
+    """
+
+    score: CurveScore = "prob"
+    steps: int = 50
+    release: bool = False
+    seed: int = 0
+    tie_orders: int | None = None
+    sampling: Sampling = "full"
+    tolerance: float = 0.01
+
+
 class MaskScores:
     """Log-probabilities of the tokens ``indices`` under masks of zeros and ones; each different mask is scored once.
 
     Args:
-        replay, indices, image, mode: As for ``curves``.
+        replay: the answer on its model, over the baseline that judges.
+        indices: the tokens.
+        image: number of the image that is masked.
+        mode: ``"exact"`` sends real composites through the real processor.
     """
 
     def __init__(self, replay: Replay, indices: Sequence[int], *, image: int, mode: Literal["fast", "exact"]) -> None:
-        self._replay, self._indices, self._image, self._mode = replay, list(indices), image, mode
+        self._replay, self.indices, self._image, self._mode = replay, list(indices), image, mode
         self._known: dict[bytes, torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -130,10 +150,10 @@ class MaskScores:
             places = sorted(new.values())
             with torch.no_grad():
                 log_probs = self._replay.log_probs(
-                    masks[places].to(self._replay.device), image=self._image, mode=self._mode, steps=self._indices
+                    masks[places].to(self._replay.device), image=self._image, mode=self._mode, steps=self.indices
                 )
             self._known.update(
-                zip((keys[place] for place in places), log_probs[:, self._indices].double().cpu(), strict=True)
+                zip((keys[place] for place in places), log_probs[:, self.indices].double().cpu(), strict=True)
             )
         return torch.stack([self._known[key] for key in keys])
 
@@ -175,92 +195,64 @@ def curve_masks(order: np.ndarray, counts: np.ndarray, shape: tuple[int, int], *
 def curves(
     values: np.ndarray,
     seen: np.ndarray,
-    replay: Replay,
-    indices: Sequence[int],
+    scores: MaskScores,
+    settings: CurveSettings | None = None,
     *,
     decided: Sequence[int] | None = None,
-    image: int = 0,
-    score: ScoreKind = "prob",
-    steps: int = 50,
-    counts: np.ndarray | None = None,
-    mode: Literal["fast", "exact"] = "fast",
-    seed: int = 0,
-    tie_orders: int | None = None,
-    sampling: Sampling = "full",
-    tolerance: float = 0.01,
-    scores: MaskScores | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Curves:
-    """Scores the tokens ``indices`` along the deletion and the insertion curve of ``values``.
+    """Score the answer along the deletion and the insertion curve of ``values``.
 
     Args:
-        values, seen: Heatmap ``(row, col)`` and which of its cells reach the model.
-        decided: Those of ``indices`` whose probability at the two ends is reported; by default all.
-        score: ``"prob"``, mean probability of the tokens, or ``"log"``, their mean log-likelihood in nats.
-        steps: Points besides the origin.
-        counts: Cells at each point instead of ``steps``, over all cells.
-        tie_orders: Random orders of tied cells to average; by default 3 where more than 5 % of cells are tied, else 1.
-        sampling, tolerance: See the module.
-        scores: Masks scored already, on the same replay, tokens, picture and mode.
-        progress: Called with (done, total) pictures; with adaptive sampling the total is what may still be needed.
+        values: heatmap, ``(row, col)``.
+        seen: which of its cells reach the model, ``(row, col)`` bool.
+        scores: scores the masks; those that it knows already cost nothing.
+        settings: how the curves are drawn.
+        decided: those of the tokens whose probability at the two ends is reported; by default all.
+        progress: called with (done, total) images; with adaptive sampling the total is what may still be needed.
+
+    Raises:
+        ExplainError: the model sees none of the cells.
     """
-    shape = (values.shape[0], values.shape[1])
+    settings = settings or CurveSettings()
     ranked = int(seen.sum())
     if ranked == 0:
-        raise ExplainError("deletion and insertion need cells that the model sees; it sees none of this picture")
-    over_all = counts is not None
-    points = sample_counts(ranked, steps) if counts is None else counts
-    shared = tie_share(values, seen)
-    orders = tie_orders if tie_orders is not None else (TIE_ORDERS if shared > TIES_THAT_MATTER else 1)
-    generator = np.random.default_rng(seed)
-    chosen = list(indices)
-    known = scores if scores is not None else MaskScores(replay, chosen, image=image, mode=mode)
-    before = len(known)
-    ends = known(torch.tensor([1.0, 0.0], dtype=torch.float32)[:, None, None].expand(-1, *shape))
-    total, done = 2 + orders * 2 * (len(points) - 2), 2
-    at_once = max(1, _MASK_NUMBERS_AT_ONCE // values.size)
-    both = _score(ends, score)
-    # Rows are deletion and insertion, one pair per order: from the whole picture to the baseline, and back.
+        raise ExplainError("deletion and insertion need cells that the model sees; it sees none of this image")
+    points = release_counts(values.size) if settings.release else sample_counts(ranked, settings.steps)
+    fractions = points / (values.size if settings.release else ranked)
+    shared, before = tie_share(values, seen), len(scores)
+    orders = settings.tie_orders
+    if orders is None:
+        orders = TIE_ORDERS if shared > TIES_THAT_MATTER else 1
+    log_probs = scores(torch.tensor([1.0, 0.0], dtype=torch.float32)[:, None, None].expand(-1, *values.shape))
+    ends = _score(log_probs, settings.score)
+    original, baseline = (float(end) for end in ends)
+    generator = np.random.default_rng(settings.seed)
+    # Deletion and insertion, one pair per order: from the whole image to the baseline, and back.
     drawn = [
-        _Curve(rank(values, seen, generator), points, insert=insert, ends=both[::-1] if insert else both)
+        _Curve(rank(values, seen, generator), points, insert=insert, ends=ends[::-1] if insert else ends)
         for _ in range(orders)
         for insert in (False, True)
     ]
-    adaptive = sampling == "adaptive"
-    fractions = points / (values.size if over_all else ranked)
-    span = abs(float(both[0] - both[1]))
-    undefined = too_narrow(float(both[0]), float(both[1]), score=score)
-    while True:
-        wanted = [
-            (curve, point)
-            for curve in drawn
-            for point in (curve.next_points(fractions, tolerance * span) if adaptive else curve.missing())
-        ]
-        if not wanted or (adaptive and undefined):
-            break
-        for start in range(0, len(wanted), at_once):
-            part = wanted[start : start + at_once]
-            masks = torch.cat([
-                curve_masks(curve.order, points[[point]], shape, insert=curve.insert) for curve, point in part
-            ])  # fmt: skip
-            for (curve, point), value in zip(part, _score(known(masks), score), strict=True):
-                curve.put(point, value)
-            done += len(part)
-            if progress is not None:
-                progress(done, total)
-    probability = ends[:, [chosen.index(step) for step in (decided or chosen)]].exp().mean(dim=1)
-    rows = [[curve for curve in drawn if curve.insert is insert] for insert in (False, True)]
+    adaptive, span = settings.sampling == "adaptive", abs(original - baseline)
+    undefined = too_narrow(original, baseline, score=settings.score)
     # What adaptive sampling left out is not drawn through where there is no curve to stay close to.
     drawn_through = not (adaptive and undefined)
-    deletion, insertion = (
-        np.mean([curve.filled(fractions) if drawn_through else curve.values for curve in row], axis=0) for row in rows
-    )
+    if drawn_through:
+        shape, tolerance = (values.shape[0], values.shape[1]), settings.tolerance * span if adaptive else None
+        _fill(drawn, fractions, scores, settings.score, shape, tolerance, progress)
     if undefined is None:
         met = np.concatenate([curve.values[curve.scored] for curve in drawn])
-        undefined = too_narrow(float(both[0]), float(both[1]), score=score, met=met)
-    bounds = [float(np.mean([curve.open(fractions).sum() for curve in row])) for row in rows]
-    sign = 1.0 if both[0] >= both[1] else -1.0
-    turns = [float(np.mean([curve.turns(sign if curve.insert else -sign) for curve in row])) for row in rows]
+        undefined = too_narrow(original, baseline, score=settings.score, met=met)
+    probability = log_probs[:, [scores.indices.index(step) for step in (decided or scores.indices)]].exp().mean(dim=1)
+    pairs = [[curve for curve in drawn if curve.insert is insert] for insert in (False, True)]
+    deletion, insertion = (
+        np.mean([curve.filled(fractions) if drawn_through else curve.values for curve in pair], axis=0)
+        for pair in pairs
+    )
+    sign = 1.0 if original >= baseline else -1.0
+    bounds = [float(np.mean([curve.open(fractions).sum() for curve in pair])) for pair in pairs]
+    turns = [float(np.mean([curve.turns(sign if curve.insert else -sign) for curve in pair])) for pair in pairs]
     return Curves(
         fractions=fractions,
         deletion=deletion,
@@ -270,18 +262,48 @@ def curves(
         tie_orders=orders,
         original_probability=float(probability[0]),
         baseline_probability=float(probability[1]),
-        pictures=len(known) - before,
+        pictures=len(scores) - before,
         error_bound=(0.0, 0.0) if undefined else (bounds[0] / span, bounds[1] / span),
         turns=(0.0, 0.0) if undefined else (turns[0] / span, turns[1] / span),
         undefined=undefined,
     )
 
 
+def _fill(
+    drawn: list[_Curve],
+    fractions: np.ndarray,
+    scores: MaskScores,
+    score: CurveScore,
+    shape: tuple[int, int],
+    tolerance: float | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Score the points of the curves: all of them, or until at most ``tolerance`` of either area is open."""
+    total, done = 2 + len(drawn) * (len(fractions) - 2), 2
+    at_once = max(1, _MASK_NUMBERS_AT_ONCE // drawn[0].order.size)
+    while True:
+        wanted = [
+            (curve, point)
+            for curve in drawn
+            for point in (curve.missing() if tolerance is None else curve.next_points(fractions, tolerance))
+        ]
+        if not wanted:
+            return
+        for start in range(0, len(wanted), at_once):
+            part = wanted[start : start + at_once]
+            masks = torch.cat([curve.mask(point, shape) for curve, point in part])
+            for (curve, point), value in zip(part, _score(scores(masks), score), strict=True):
+                curve.put(point, value)
+            done += len(part)
+            if progress is not None:
+                progress(done, total)
+
+
 class _Curve:
     """One curve along one order of the cells, as far as it is ``scored``; NaN where it is not."""
 
     def __init__(self, order: np.ndarray, points: np.ndarray, *, insert: bool, ends: np.ndarray) -> None:
-        self.order, self.insert = order, insert
+        self.order, self.points, self.insert = order, points, insert
         self.values = np.full(len(points), np.nan)
         self.scored = np.zeros(len(points), dtype=bool)
         self.put(0, ends[0])
@@ -289,6 +311,10 @@ class _Curve:
 
     def put(self, point: int, value: float) -> None:
         self.values[point], self.scored[point] = value, True
+
+    def mask(self, point: int, shape: tuple[int, int]) -> torch.Tensor:
+        """The mask of a point, ``(1, row, col)``."""
+        return curve_masks(self.order, self.points[[point]], shape, insert=self.insert)
 
     def missing(self) -> list[int]:
         return np.flatnonzero(~self.scored).tolist()
@@ -333,44 +359,7 @@ class _Curve:
         return float(-steps[steps < 0].sum())
 
 
-def too_narrow(
-    original: float, baseline: float, *, score: ScoreKind = "prob", met: np.ndarray | None = None
-) -> str | None:
-    """Why scores cannot be normalised by their two ends, as a sentence; ``None`` where they can.
-
-    The ends lie closer than ``LEAST_SHARE`` of the original: of the mean probability, or, in nats, of the geometric
-    mean probability, 1 − e^(−|original − baseline|). Or closer than ``LEAST_SHARE`` of the range of what was met
-    between them, against which they are lost.
-
-    Args:
-        original, baseline: Score of the whole picture and of the baseline picture.
-        score: ``"prob"`` or ``"log"``.
-        met: Scores along the curves; NaN is left out.
-    """
-    span = abs(original - baseline)
-    if not math.isfinite(span):
-        return f"the score is not a number with the whole picture ({original:g}) or on the baseline ({baseline:g})"
-    lost = span if score == "prob" else -math.expm1(-span)
-    if not lost > 0 or lost < LEAST_SHARE * (abs(original) if score == "prob" else 1.0):
-        share = lost / abs(original) if score == "prob" and original else lost
-        return (
-            f"the whole picture decides {share:.2g} of the score ({original:.3g} with it, {baseline:.3g} on the "
-            f"baseline), and parts of it are measured by that (at least {LEAST_SHARE:g} is needed)"
-        )
-    if met is None:
-        return None
-    there = met[~np.isnan(met)]
-    if not np.isfinite(there).all() or len(there) < len(met):
-        return "scores of masked pictures are not numbers"
-    if span < LEAST_SHARE * (there.max() - there.min()):
-        return (
-            f"scores of masked pictures run from {there.min():.3g} to {there.max():.3g}, and the whole picture decides "
-            f"only {span:.2g} of that ({original:.3g} with it, {baseline:.3g} on the baseline)"
-        )
-    return None
-
-
-def normalise(curve: np.ndarray, *, original: float, baseline: float, score: ScoreKind = "prob") -> np.ndarray:
+def normalise(curve: np.ndarray, *, original: float, baseline: float, score: CurveScore = "prob") -> np.ndarray:
     """(curve − baseline) / (original − baseline); NaN where that divides by next to nothing (``too_narrow``)."""
     if too_narrow(original, baseline, score=score):
         return np.full(np.shape(curve), np.nan)
@@ -391,6 +380,6 @@ def release_area(counts: np.ndarray, curve: np.ndarray, *, insert: bool) -> floa
     return float((chunks * scores).sum() / counts[-1])
 
 
-def _score(log_probs: torch.Tensor, kind: ScoreKind) -> np.ndarray:
+def _score(log_probs: torch.Tensor, kind: CurveScore) -> np.ndarray:
     scores: np.ndarray = (log_probs.exp() if kind == "prob" else log_probs).mean(dim=1).numpy()
     return scores

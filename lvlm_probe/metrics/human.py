@@ -1,15 +1,15 @@
 """Do heatmaps look where people look? (Paper, A.2.) Soft IoU, rank correlation, AUC-Judd, NSS.
 
-Human attention comes as a graded map of any resolution (VQA-HAT: where annotators sharpened a blurred picture), or as
+Human attention comes as a graded map of any resolution (VQA-HAT: where annotators sharpened a blurred image), or as
 fixations, a mask of the pixels that were looked at. All maps are high = important, and those of a ``Heatmap`` always
 are; a raw iGOS++ mask is low = important, and correlating that with human maps turns the sign of ρ.
 
-**Grid.** Soft IoU and rank correlation are taken on one common grid over the picture, 14 × 14 unless told otherwise, as
+**Grid.** Soft IoU and rank correlation are taken on one common grid over the image, 14 × 14 unless told otherwise, as
 VQA-HAT was published with (Das et al., 2016); finer maps are averaged over its cells, coarser ones interpolated. The
 paper names no grid, and both numbers depend on it. AUC-Judd and NSS are taken on the pixels of the human map.
 
-**Error.** Neighbouring cells of a map move together, so an error of ρ computed over the cells of one picture (Fisher's
-1/√(n − 3)) would be far too small. The error to give is that of the mean over pictures, s/√n (``mean_and_error``).
+**Error.** Neighbouring cells of a map move together, so an error of ρ computed over the cells of one image (Fisher's
+1/√(n − 3)) would be far too small. The error to give is that of the mean over images, s/√n (``mean_and_error``).
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ def human_agreement(
 ) -> HumanAgreement:
     """Compares a heatmap with a human attention map by all four measures; needs scipy.
 
-    Over many pictures, ``mean_and_error([item.rank_correlation for item in …])`` gives the figure with its error.
+    Over many images, ``mean_and_error([item.rank_correlation for item in …])`` gives the figure with its error.
 
     Args:
         heat: The heatmap, or its values ``(row, col)``.
-        human: Human attention ``(row, col)`` over the whole picture, at any resolution and scale, not negative.
+        human: Human attention ``(row, col)`` over the whole image, at any resolution and scale, not negative.
         fixations: ``(row, col)`` bool, pixels that were looked at; by default the highest ``share`` of ``human``, as a
             graded map has none.
         share: See ``fixations``.
@@ -104,7 +104,7 @@ def human_agreement(
 
 
 def rank_correlation(heat: Map, human: np.ndarray, *, grid: int | tuple[int, int] = GRID) -> float:
-    """Spearman's ρ between two maps of one picture over the cells of a common grid (Das et al., 2016); needs scipy.
+    """Spearman's ρ between two maps of one image over the cells of a common grid (Das et al., 2016); needs scipy.
 
     Returns:
         −1 to 1, ties by average ranks; NaN where a map is constant. It has no error of its own: see the module.
@@ -212,6 +212,6 @@ def _same_proportions(heat: Map, shape: Sequence[int]) -> None:
         return
     width, height = heat.image_size
     rows, cols = shape
-    # Human maps are often kept on a square grid whatever the picture; anything else has the picture's proportions.
+    # Human maps are often kept on a square grid whatever the image; anything else has the image's proportions.
     if rows != cols and abs(rows * width - cols * height) > max(width, height, rows, cols):
         raise ExplainError(f"the human map {(rows, cols)} is not of the picture's proportions {(height, width)}")

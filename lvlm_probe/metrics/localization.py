@@ -1,7 +1,7 @@
 """Does a heatmap point at a region that is known? Pointing game, energy, IoU, soft IoU, average precision.
 
 A region is a mask, an array ``(row, col)`` of bools, or boxes, a *list* of ``(left, top, right, bottom)`` in pixels of
-the picture. The heatmap is brought bilinearly to the region's own pixels first (``heatmap.resample``, as masks are), so
+the image. The heatmap is brought bilinearly to the region's own pixels first (``heatmap.resample``, as masks are), so
 the region decides the resolution. Ties count by expectation (pointing game, IoU: what breaking them at random gives on
 average) or enter together (average precision). None of these needs a model; none says what the model used, only where
 the heatmap points.
@@ -29,14 +29,14 @@ def boxes_to_mask(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> np
 
     Args:
         boxes: ``(left, top, right, bottom)`` each, in pixels, right and bottom exclusive. A box with fractions takes
-            every pixel it touches; what lies outside the picture is cut off.
-        size: ``(width, height)`` of the picture, pixels.
+            every pixel it touches; what lies outside the image is cut off.
+        size: ``(width, height)`` of the image, pixels.
 
     Returns:
         ``(row, col)`` bool, ``height × width``.
 
     Raises:
-        ExplainError: A box is not four finite numbers, is empty, or lies outside the picture altogether.
+        ExplainError: A box is not four finite numbers, is empty, or lies outside the image altogether.
     """
     width, height = size
     mask = np.zeros((height, width), dtype=bool)
@@ -120,7 +120,7 @@ def average_precision(heat: Heatmap | np.ndarray, region: Region) -> float:
 
     AP = Σ_n (R_n − R_{n−1}) P_n, with precision P_n and recall R_n of "value ≥ t_n" at every distinct value t_n,
     descending; no interpolation, and tied pixels enter together (as scikit-learn's ``average_precision_score``). A
-    constant heatmap gives the region's share of the picture.
+    constant heatmap gives the region's share of the image.
 
     Returns:
         0 to 1; NaN for no region.
@@ -143,7 +143,7 @@ def _aligned(heat: Heatmap | np.ndarray, region: Region) -> tuple[np.ndarray, np
     inside = _mask(heat, region)
     if isinstance(heat, Heatmap):
         width, height = heat.image_size
-        # A region of the picture's own proportions, give or take the rounding of a resize.
+        # A region of the image's own proportions, give or take the rounding of a resize.
         if abs(inside.shape[0] * width - inside.shape[1] * height) > max(width, height, *inside.shape):
             raise ExplainError(f"the region {inside.shape} is not of the picture's proportions {(height, width)}")
         grid = np.asarray(heat.values)

@@ -1,7 +1,7 @@
 """``evaluate`` scores a heatmap by deletion and insertion and says in words whether to believe it.
 
-**Held-out baseline.** A heatmap that was optimised against a baseline picture and is scored against the same one is
-scored on what it was trained on. ``evaluate(..., baseline="mean")`` judges it against another picture than the
+**Held-out baseline.** A heatmap that was optimised against a baseline image and is scored against the same one is
+scored on what it was trained on. ``evaluate(..., baseline="mean")`` judges it against another image than the
 explanation saw. Unless told otherwise, a heatmap is judged over the baseline that its provenance names.
 """
 
@@ -11,23 +11,23 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.scores import CurveScore
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap, resample
 from lvlm_probe.metrics.deletion_insertion import (
     Curves,
+    CurveSettings,
     MaskScores,
     Sampling,
-    ScoreKind,
     area,
     curves,
     normalise,
     release_area,
-    release_counts,
 )
 from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFERENCE, Verdict, judge
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
@@ -49,16 +49,16 @@ class Score:
     Attributes:
         deletion, insertion: Areas under the normalised curves; NaN when there is nothing to score.
         fractions: Share of cells replaced at each point, ``(point,)``.
-        deletion_curve, insertion_curve: Normalised: 1 the whole picture, 0 the baseline.
+        deletion_curve, insertion_curve: Normalised: 1 the whole image, 0 the baseline.
         deletion_raw, insertion_raw: Before normalisation: mean probability, or mean log-likelihood in nats.
         tie_share: Share of seen cells whose value another has too.
-        original, baseline: Raw score of the whole picture and of the baseline picture.
+        original, baseline: Raw score of the whole image and of the baseline image.
         baseline_check: Kind of the baseline that judged, mean probability the tokens keep on it, the limit, whether it
             passed, and whether the explanation was made against this very baseline (``None``: nobody can tell).
         verdict: Whether to trust the heatmap, with reasons.
         random_gains: Insertion − deletion of random heatmaps, when ``chance`` asked for them.
         params: How it was scored (score, auc, steps, grid, mode, seed, tie_orders, held_out); with adaptive sampling
-            also the pictures it took, the error bound of both areas and how far their curves turn (see
+            also the images it took, the error bound of both areas and how far their curves turn (see
             ``deletion_insertion``).
         provenance: Trace id, method and tokens of the heatmap.
     """
@@ -127,7 +127,7 @@ def evaluate(
     *,
     baseline: BaselineChoice | None = None,
     steps: int | None = None,
-    score: ScoreKind = "prob",
+    score: CurveScore = "prob",
     auc: AreaRule = "trapezoid",
     mode: Literal["fast", "exact"] = "fast",
     grid: int | Sequence[int] | None = None,
@@ -145,7 +145,7 @@ def evaluate(
         replay: The same answer on its model.
         baseline: What masked-out pixels are replaced by, instead of the baseline that the heatmap was made over, as its
             provenance names it (the replay's own, where it names none): ``"blur"``, ``"blank"``, ``"noise"``,
-            ``"mean"``, a picture (one per image), a kind with its parameters, ``("blur", {"strength": 0.6})``, or a
+            ``"mean"``, an image (one per image), a kind with its parameters, ``("blur", {"strength": 0.6})``, or a
             description such as ``replay.baseline``.
         steps: Points on each curve besides the origin, 50 by default; ``auc="release"`` has its own.
         score: ``"prob"``, mean probability of the tokens (as the paper's numbers), or ``"log"``, mean log-likelihood.
@@ -159,97 +159,36 @@ def evaluate(
         sampling: ``"full"`` scores every point of the curves; ``"adaptive"`` as few as keep each area within
             ``tolerance`` of the full curve's, for curves that do not turn; ``params`` then has the error bound.
         tolerance: Largest error bound of an area under adaptive sampling.
-        progress: Called with (done, total) pictures of the heatmap's own curves.
+        progress: Called with (done, total) images of the heatmap's own curves.
 
     Raises:
-        ExplainError: The heatmap is of another answer or picture, or a parameter is out of range.
-        ImageError: There is no such baseline; or the heatmap was made over a picture of the user's, which it does not
+        ExplainError: The heatmap is of another answer or image, or a parameter is out of range.
+        ImageError: There is no such baseline; or the heatmap was made over an image of the user's, which it does not
             hold, and the replay has another one: give it as ``baseline``, or evaluate on ``replay.over(picture)``.
     """
-    if auc == "release" and steps is not None:
-        raise ExplainError("auc='release' has its own steps (chunks of a fiftieth of the cells): leave steps out")
-    if auc == "release" and sampling != "full":
-        raise ExplainError("auc='release' is defined on all of its points: leave sampling='full'")
-    if not tolerance > 0:
-        raise ExplainError(f"tolerance is a positive share of the area; got {tolerance!r}")
-    for value, name, known in (
-        (score, "score", ("prob", "log")),
-        (auc, "auc", ("trapezoid", "release")),
-        (sampling, "sampling", ("full", "adaptive")),
-    ):
-        if value not in known:
-            raise ExplainError(f"{name} is {' or '.join(map(repr, known))}; got {value!r}")
-    if steps is not None and steps < 1:
-        raise ExplainError(f"steps is at least 1; got {steps}")
+    settings = CurveSettings(score, steps or 50, auc == "release", seed, tie_orders, sampling, tolerance)
+    _check(settings, auc, steps)
     if heat.selection.tokens != tuple(replay.tokens) or heat.image_index >= replay.n_images:
         raise ExplainError(
             f"this heatmap explains another answer ({''.join(heat.selection.tokens)[:60]!r}) than the replay's "
             f"({''.join(replay.tokens)[:60]!r})"
         )
-    provenance = {
-        "trace_id": replay.trace_id,
-        "method": heat.method,
-        "tokens": list(heat.selection.indices),
-        "text": heat.selection.text,
-    }
     if heat.values is None:
-        return _nothing(heat, provenance)
+        return _nothing(heat, replay)
     explained = heat.provenance.get("baseline")
     replay = over_baseline(replay, (explained or replay.baseline) if baseline is None else baseline)
     values, seen = _on_grid(heat, replay, grid)
-    counts = release_counts(values.size) if auc == "release" else None
     scores = MaskScores(replay, heat.selection.indices, image=heat.image_index, mode=mode)
-
-    def run(cells: np.ndarray, orders: int | None, tell: Callable[[int, int], None] | None) -> Curves:
-        with replay.shortcuts.held():
-            return curves(
-                cells,
-                seen,
-                replay,
-                heat.selection.indices,
-                decided=heat.selection.decided,
-                image=heat.image_index,
-                score=score,
-                steps=steps or 50,
-                counts=counts,
-                mode=mode,
-                seed=seed,
-                tie_orders=orders,
-                sampling=sampling,
-                tolerance=tolerance,
-                scores=scores,
-                progress=tell,
-            )
-
-    raw = run(values, tie_orders, progress)
-    deletion, insertion, deletion_curve, insertion_curve = _areas(raw, auc, score)
-    generator = np.random.default_rng([seed, 1])
-    random_gains = []
-    for _ in range(chance):
-        low, high, _, _ = _areas(run(generator.random(values.shape, dtype=np.float32), 1, None), auc, score)
-        random_gains.append(high - low)
-    report = getattr(getattr(replay, "path", None), "report", None)
-    difference, tolerated = _replay_difference(replay, heat.selection.indices)
-    verdict = judge(
-        deletion=deletion,
-        insertion=insertion,
-        original_probability=raw.original_probability,
-        baseline_probability=raw.baseline_probability,
-        tie_share=raw.tie_share,
-        random_gains=tuple(random_gains),
-        undefined=raw.undefined,
-        replay_difference=difference,
-        replay_tolerance=tolerated,
-        parity_error=getattr(report, "mean_error", None),
-        parity_mode=mode,
-        deterministic=bool(getattr(report, "deterministic", True)),
-    )
+    with replay.shortcuts.held():
+        raw = curves(values, seen, scores, settings, decided=heat.selection.decided, progress=progress)
+    areas = _areas(raw, settings)
+    gains = _random_gains(values.shape, seen, scores, dataclasses.replace(settings, tie_orders=1), chance, replay)
     return Score(
-        deletion=deletion,
-        insertion=insertion,
+        deletion=areas.deletion,
+        insertion=areas.insertion,
         fractions=tuple(raw.fractions.tolist()),
-        deletion_curve=tuple(deletion_curve.tolist()),
-        insertion_curve=tuple(insertion_curve.tolist()),
+        deletion_curve=tuple(areas.deletion_curve.tolist()),
+        insertion_curve=tuple(areas.insertion_curve.tolist()),
         deletion_raw=tuple(raw.deletion.tolist()),
         insertion_raw=tuple(raw.insertion.tolist()),
         tie_share=raw.tie_share,
@@ -263,8 +202,8 @@ def evaluate(
             "passed": bool(raw.baseline_probability < BASELINE_PROBABILITY),
             "same_as_explained": _same_baseline(explained, replay.baseline),
         },
-        verdict=verdict,
-        random_gains=tuple(random_gains),
+        verdict=_verdict(replay, heat, raw, areas, gains, mode),
+        random_gains=gains,
         params={
             "score": score,
             "auc": auc,
@@ -277,8 +216,71 @@ def evaluate(
             **({} if sampling == "full" else _sampled(raw, tolerance)),
             **({} if raw.undefined is None else {"undefined": raw.undefined}),
         },
-        provenance=provenance,
+        provenance=_of(heat, replay),
     )
+
+
+def _check(settings: CurveSettings, auc: AreaRule, steps: int | None) -> None:
+    """Raises ``ExplainError`` where settings do not go together."""
+    if auc == "release" and steps is not None:
+        raise ExplainError("auc='release' has its own steps (chunks of a fiftieth of the cells): leave steps out")
+    if auc == "release" and settings.sampling != "full":
+        raise ExplainError("auc='release' is defined on all of its points: leave sampling='full'")
+    if not settings.tolerance > 0:
+        raise ExplainError(f"tolerance is a positive share of the area; got {settings.tolerance!r}")
+    for value, name, known in (
+        (settings.score, "score", ("prob", "log")),
+        (auc, "auc", ("trapezoid", "release")),
+        (settings.sampling, "sampling", ("full", "adaptive")),
+    ):
+        if value not in known:
+            raise ExplainError(f"{name} is {' or '.join(map(repr, known))}; got {value!r}")
+    if steps is not None and steps < 1:
+        raise ExplainError(f"steps is at least 1; got {steps}")
+
+
+def _random_gains(
+    shape: tuple[int, ...], seen: np.ndarray, scores: MaskScores, settings: CurveSettings, chance: int, replay: Replay
+) -> tuple[float, ...]:
+    """Insertion − deletion of ``chance`` random heatmaps on the grid."""
+    generator = np.random.default_rng([settings.seed, 1])
+    gains = []
+    for _ in range(chance):
+        cells = generator.random(shape, dtype=np.float32)
+        with replay.shortcuts.held():
+            areas = _areas(curves(cells, seen, scores, settings), settings)
+        gains.append(areas.insertion - areas.deletion)
+    return tuple(gains)
+
+
+def _verdict(
+    replay: Replay, heat: Heatmap, raw: Curves, areas: _Areas, gains: tuple[float, ...], mode: Literal["fast", "exact"]
+) -> Verdict:
+    report = replay.path.report
+    difference, tolerated = _replay_difference(replay, heat.selection.indices)
+    return judge(
+        deletion=areas.deletion,
+        insertion=areas.insertion,
+        original_probability=raw.original_probability,
+        baseline_probability=raw.baseline_probability,
+        tie_share=raw.tie_share,
+        random_gains=gains,
+        undefined=raw.undefined,
+        replay_difference=difference,
+        replay_tolerance=tolerated,
+        parity_error=report.mean_error,
+        parity_mode=mode,
+        deterministic=report.deterministic,
+    )
+
+
+def _of(heat: Heatmap, replay: Replay) -> dict[str, Any]:
+    return {
+        "trace_id": replay.trace_id,
+        "method": heat.method,
+        "tokens": list(heat.selection.indices),
+        "text": heat.selection.text,
+    }
 
 
 def _sampled(raw: Curves, tolerance: float) -> dict[str, Any]:
@@ -292,21 +294,27 @@ def _sampled(raw: Curves, tolerance: float) -> dict[str, Any]:
     }
 
 
-def _areas(raw: Curves, auc: AreaRule, score: ScoreKind) -> tuple[float, float, np.ndarray, np.ndarray]:
+class _Areas(NamedTuple):
+    """Normalised curves and the areas under them; NaN where they are undefined."""
+
+    deletion: float
+    insertion: float
+    deletion_curve: np.ndarray
+    insertion_curve: np.ndarray
+
+
+def _areas(raw: Curves, settings: CurveSettings) -> _Areas:
     if raw.undefined is not None:
         nothing = np.full(len(raw.fractions), np.nan)
-        return math.nan, math.nan, nothing, nothing
+        return _Areas(math.nan, math.nan, nothing, nothing)
     original, baseline = float(raw.deletion[0]), float(raw.deletion[-1])
-    deletion_curve = normalise(raw.deletion, original=original, baseline=baseline, score=score)
-    insertion_curve = normalise(raw.insertion, original=original, baseline=baseline, score=score)
-    if auc == "release":
-        return (
-            release_area(raw.counts, deletion_curve, insert=False),
-            release_area(raw.counts, insertion_curve, insert=True),
-            deletion_curve,
-            insertion_curve,
-        )
-    return area(raw.fractions, deletion_curve), area(raw.fractions, insertion_curve), deletion_curve, insertion_curve
+    low = normalise(raw.deletion, original=original, baseline=baseline, score=settings.score)
+    high = normalise(raw.insertion, original=original, baseline=baseline, score=settings.score)
+    if settings.release:
+        areas = release_area(raw.counts, low, insert=False), release_area(raw.counts, high, insert=True)
+    else:
+        areas = area(raw.fractions, low), area(raw.fractions, high)
+    return _Areas(*areas, low, high)
 
 
 def _on_grid(heat: Heatmap, replay: Replay, grid: int | Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -342,11 +350,11 @@ def over_baseline(replay: Replay, baseline: BaselineChoice) -> Replay:
 
 
 def _same_baseline(explained: Mapping[str, Any] | None, scored: Mapping[str, Any]) -> bool | None:
-    """Whether two descriptions name the same baseline picture; ``None`` when they do not say."""
+    """Whether two descriptions name the same baseline image; ``None`` when they do not say."""
     if not explained:
         return None
     first, second = baseline_identity(explained), baseline_identity(scored)
-    # A description of an older file does not tell one picture of the user's from another.
+    # A description of an older file does not tell one image of the user's from another.
     return None if first == second == ("image", None) else first == second
 
 
@@ -358,18 +366,14 @@ def _replay_difference(replay: Replay, indices: Sequence[int]) -> tuple[float | 
     chosen = list(indices)
     replayed = replay.original_log_probs.detach().float().cpu().numpy()[chosen]
     missed = np.abs(np.asarray(recorded, dtype=np.float32)[chosen] - replayed)
-    rounding = getattr(replay, "rounding", None)
-    allowed = np.full(len(chosen), MAX_REPLAY_DIFFERENCE)
-    if rounding is not None:
-        allowed = np.maximum(allowed, rounding.detach().float().cpu().numpy()[chosen])
+    allowed = np.maximum(MAX_REPLAY_DIFFERENCE, replay.rounding.detach().double().cpu().numpy()[chosen])
     worst = int(np.argmax(np.where(np.isnan(missed), np.inf, missed / allowed)))
     return float(missed[worst]), float(allowed[worst])
 
 
-def _nothing(heat: Heatmap, provenance: Mapping[str, Any]) -> Score:
-    missing = math.nan
-    verdict = judge(empty=heat.reason)
-    return Score(missing, missing, (), (), (), (), (), missing, missing, missing, {}, verdict, (), {}, provenance)
+def _nothing(heat: Heatmap, replay: Replay) -> Score:
+    none, verdict = math.nan, judge(empty=heat.reason)
+    return Score(none, none, (), (), (), (), (), none, none, none, {}, verdict, provenance=_of(heat, replay))
 
 
 def _number(value: float | None) -> float:

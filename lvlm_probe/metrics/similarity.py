@@ -1,4 +1,4 @@
-"""How alike are two heatmaps of one picture? Rank correlation, structural similarity, difference, overlap at the top.
+"""How alike are two heatmaps of one image? Rank correlation, structural similarity, difference, overlap at the top.
 
 Cells that either map does not see are left out: both are 0 there, and would agree for no reason.
 """
@@ -52,10 +52,10 @@ class Similarity:
 
 
 def compare_maps(first: Heatmap, second: Heatmap) -> Similarity:
-    """Compares two heatmaps of one picture on the first one's grid; needs scipy.
+    """Compares two heatmaps of one image on the first one's grid; needs scipy.
 
     Raises:
-        ExplainError: One has no values, or they are of pictures of different size.
+        ExplainError: One has no values, or they are of images of different size.
         ProbeError: scipy is missing.
     """
     for heat in (first, second):

@@ -14,7 +14,7 @@ from typing import Any
 __all__ = ["Verdict", "judge"]
 
 BASELINE_PROBABILITY = 0.05
-"""The paper's own demand on the baseline picture (A.1): selected tokens keep less than 5 % of probability on it."""
+"""The paper's own demand on the baseline image (A.1): selected tokens keep less than 5 % of probability on it."""
 
 MIN_CONTRAST = 0.05
 """Original and baseline probability closer than this: normalised curves divide by next to nothing (paper, A.7)."""
@@ -25,7 +25,7 @@ small object; on 100 held-out scenes of the embedded model 95 % of them stay bel
 measures it for the answer at hand, and then the heatmap has to beat them all as well."""
 
 MIN_ORIGINAL = 0.05
-"""Mean probability of the tokens with the whole picture in sight: below it the model itself hardly holds the answer."""
+"""Mean probability of the tokens with the whole image in sight: below it the model itself hardly holds the answer."""
 
 MAX_TIES = 0.5
 """Share of cells whose value another cell has too: above it the curves are drawn mostly by how ties are broken."""
@@ -110,7 +110,7 @@ def judge(
     Args:
         empty: Why there is no heatmap; nothing else is looked at then.
         deletion, insertion: Normalised areas.
-        original_probability, baseline_probability: Mean probability of the selected tokens on the picture and on the
+        original_probability, baseline_probability: Mean probability of the selected tokens on the image and on the
             baseline.
         tie_share: Share of seen cells that have the value of another.
         random_gains: Insertion − deletion of random heatmaps, when they were asked for; NaN among them does not count.

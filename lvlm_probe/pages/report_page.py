@@ -93,7 +93,8 @@ def _summary(samples: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for sample in samples:
         verdict = sample["maps"][0]["verdict"]
-        said = " ".join([verdict["title"], *verdict["reasons"]])
+        checks = [f"{line['title']}. {line['reason']}" for line in sample["maps"][0]["sanity"]]
+        said = " ".join([verdict["title"], *verdict["reasons"], *checks])
         rows.append(
             f"<p><b>{html.escape(sample['question'] or 'Question not known')}</b><br>"
             f"{html.escape(sample['answer'] or 'Answer not known')}<br>{html.escape(said)}</p>"

@@ -172,12 +172,13 @@ def _map(
         "score": None if score is None or empty or score.reason is not None else _score(score),
         "scoring": None if score is None else _without_curves(score),
         "verdict": verdict_of(heat, score),
+        "sanity": sanity_of(heat),
         "provenance": {
             "method": str(heat.method),
             "parameters": plain(dict(heat.params)),
             "selection": {"rule": str(selection.rule), **plain(dict(selection.params))},
             "image_index": int(heat.image_index),
-            **{str(key): plain(value) for key, value in heat.provenance.items()},
+            **{str(key): plain(value) for key, value in heat.provenance.items() if key != "sanity"},
         },
     }
 
@@ -240,6 +241,28 @@ def verdict_of(heat: Heatmap, score: Score | None) -> dict[str, Any]:
         "title": "Do not trust this map:",
         "reasons": [_sentence(str(r)) for r in score.verdict.reasons],
     }
+
+
+def sanity_of(heat: Heatmap) -> list[dict[str, str]]:
+    """A line for every sanity check that the heatmap carries: its title, its verdict and the verdict's sentence."""
+    checks = heat.provenance.get("sanity")
+    lines = []
+    for name, title in _CHECKS.items():
+        record = checks.get(name) if isinstance(checks, Mapping) else None
+        state = _STATES.get(str(record.get("verdict"))) if isinstance(record, Mapping) else None
+        if record and state:
+            said = f"{title}: {record['verdict']}"
+            lines.append({"state": state, "title": said, "reason": _sentence(str(record.get("reason") or "")[:600])})
+    return lines
+
+
+_CHECKS = {
+    "weights": "Random weights",
+    "answers": "Other words",
+    "seeds": "Other random numbers",
+    "prompts": "Another wording",
+}
+_STATES = {"passes": "trusted", "fails": "doubted", "cannot say": "unchecked"}
 
 
 def _sentence(text: str) -> str:

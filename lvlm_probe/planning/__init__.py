@@ -1,7 +1,7 @@
 """The planner: how much memory a method will take on this model, and the settings under which it fits.
 
 Nothing is looked up per family. ``plan`` runs one or two masks of the recorded answer through the model at hand, meters
-them (``probes``, ``meter``), and scales what it finds by what the method asks for (``explainers.costs``).
+them (``rehearsal``, ``meter``), and scales what it finds by the cost that the method's file declares (``costs``).
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.registry import Problem, check_parameters, resolve
+from lvlm_probe.planning.costs import cost_of
 from lvlm_probe.planning.meter import Meter, parse_bytes, show_bytes, weight_bytes
 from lvlm_probe.planning.plans import Plan, choose, default_budget, table
 from lvlm_probe.planning.rehearsal import timed
 from lvlm_probe.replaying import Replay
+from lvlm_probe.replaying import replay as open_replay
 
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
@@ -47,7 +50,7 @@ def plan(
         method: Name of a registered explainer.
         memory: What there is for weights and all else: bytes, ``"24GB"`` (10⁹) or ``"24GiB"`` (2³⁰). By default what
             the model's device has free now, beside the weights. It may be that of another machine.
-        image: Number of the picture.
+        image: Number of the image.
         seconds: Also time a few passes on this machine, for ``Plan.seconds``.
         params: Parameters of the method, as ``explain`` takes them.
 
@@ -64,8 +67,6 @@ def plan(
     elif trace is None:
         raise ExplainError("plan(model, trace, processor) needs the recorded answer; or give a replay: plan(replay)")
     else:
-        from lvlm_probe.replaying import replay as open_replay
-
         replay = open_replay(trace, model, processor)
     found = plan_for(replay, method, params, memory=memory, image=image)
     return _with_seconds(replay, found, image) if seconds else found
@@ -75,14 +76,10 @@ def plan_for(
     replay: Replay, method: str, params: Mapping[str, Any], *, memory: int | str | None = None, image: int = 0
 ) -> Plan:
     """``plan`` of a replay, without timing."""
-    from lvlm_probe import explainers
-    from lvlm_probe.explainers.registry import Problem, check_parameters
-    from lvlm_probe.planning.costs import cost_of
-
     size = None if memory is None else parse_bytes(memory)
     if not 0 <= image < replay.n_images:
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
-    check_parameters(method, explainers.resolve(method), params)
+    check_parameters(method, resolve(method), params)
     selection: Any = None  # no words are needed to say how much a method takes
     cost = cost_of(method, Problem(replay, selection, image), params)
     return choose(replay, method, cost, default_budget(replay, size), image=image)

@@ -17,7 +17,7 @@ from lvlm_probe.planning.rehearsal import Law, law
 from lvlm_probe.replaying.micro_batches import CPU_BYTES, ran_out
 
 if TYPE_CHECKING:
-    from lvlm_probe.planning.costs import Cost
+    from lvlm_probe.explainers.registry import Cost
     from lvlm_probe.replaying import Replay
 
 __all__ = ["Budget", "Plan", "choose", "default_budget", "table"]
@@ -42,14 +42,14 @@ class Budget:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What a method takes on this model, picture and answer, measured on a small probe and scaled.
+    """What a method takes on this model, image and answer, measured on a small probe and scaled.
 
     Attributes:
         method: Its name.
         peak: Most bytes of tensors alive at once beyond weights; ``None`` where it cannot be told (``notes`` say why).
         weights: Bytes of the model's weights, those kept elsewhere (``offloaded``) included.
         budget: Bytes there are beside the weights.
-        forward, backward: Pictures through the model; ``None`` where the method does not say.
+        forward, backward: Images through the model; ``None`` where the method does not say.
         seconds: Estimate from timed passes, when it was asked for.
         micro_batch: Masks per pass.
         gradient_checkpointing: Layers are run again in backward, which takes about a third more time.
@@ -119,15 +119,17 @@ def table(plans: Sequence[Plan]) -> str:
         settings = [name for name, on in (("checkpointing", one.gradient_checkpointing),) if on]
         settings += [f"offload {show_bytes(one.offloaded)}"] if one.offloaded else []
         settings += [f"attention {one.attention}"] if one.attention else []
-        rows.append((
-            one.method,
-            "–" if one.peak is None else show_bytes(one.peak),
-            "–" if one.total is None else show_bytes(one.total),
-            passes,
-            "–" if one.seconds is None else f"{one.seconds:.3g}",
-            str(one.micro_batch or "–"),
-            "; ".join([*settings, *one.notes]),
-        ))  # fmt: skip
+        rows.append(
+            (
+                one.method,
+                "–" if one.peak is None else show_bytes(one.peak),
+                "–" if one.total is None else show_bytes(one.total),
+                passes,
+                "–" if one.seconds is None else f"{one.seconds:.3g}",
+                str(one.micro_batch or "–"),
+                "; ".join([*settings, *one.notes]),
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
@@ -139,7 +141,7 @@ def default_budget(replay: Replay, memory: int | None) -> Budget:
     """What there is: ``memory`` bytes for weights and all else, or what the model's device has free now.
 
     By default half of an accelerator's free memory is filled (its allocator fragments), and on the CPU 30 % of what is
-    available, ``exhaustion.CPU_BYTES`` at most.
+    available, ``micro_batches.CPU_BYTES`` at most.
     """
     if memory is not None:
         left = memory - weight_bytes(replay.model)
@@ -166,9 +168,7 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
         plan = Plan(method, 4 * cost.numbers, weights, budget.limit, cost.forward, cost.backward, attention=attention)
         return plan
     notes: tuple[str, ...] = ("passes: about, it depends on the picture",) if cost.about else ()
-    base = Plan(
-        method, None, weights, budget.limit, cost.forward, cost.backward, attention=attention, notes=notes
-    )  # fmt: skip
+    base = Plan(method, None, weights, budget.limit, cost.forward, cost.backward, attention=attention, notes=notes)
     most, own = max(cost.groups, default=1), 4 * cost.numbers
     replay = _asked(replay, cost)
     failure: BaseException | None = None
@@ -179,10 +179,7 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
         checkpointings.append(True)
     for checkpoint in checkpointings:
         try:
-            found = law(
-                replay, cost.kind, image=image, checkpoint=checkpoint, noise=cost.noise, parts=cost.parts,
-                grids=cost.grids, several=most > 1, joined=cost.joined, queries=cost.queries,
-            )  # fmt: skip
+            found = law(replay, cost, image=image, checkpoint=checkpoint)
         except ExplainError as error:
             return dataclasses.replace(base, notes=(str(error),))
         except Exception as error:
@@ -260,10 +257,7 @@ def _elsewhere(
         )
     kept = room - least
     offloaded = base.weights - kept
-    found = law(
-        replay, cost.kind or "forward", image=image, checkpoint=checkpoint, noise=cost.noise, parts=cost.parts,
-        grids=cost.grids, several=max(cost.groups, default=1) > 1, joined=cost.joined, queries=cost.queries,
-    )  # fmt: skip
+    found = law(replay, cost, image=image, checkpoint=checkpoint)
     there = 0 if replay.device.type != "cuda" else replay.device.index or 0
     load_with = {"device_map": "auto", "max_memory": {there: kept, "cpu": offloaded + largest}}
     plan = _fitted(base, cost, found, Budget(least, least), own, checkpoint, 1 if cost.splits else None)

@@ -1,4 +1,4 @@
-"""Short rehearsals of what methods do, metered on this very model, picture and answer.
+"""Short rehearsals of what methods do, metered on this very model, image and answer.
 
 A pass over b masks takes ``fixed + b · per_mask`` bytes; the two are told apart by passes over two masks and over
 three (a single mask often takes a shorter way through kernels). Where those do not fit, one is sent.
@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from lvlm_probe.boxes.encoder_tokens import blocks_of, encoder_tokens, encoders_of
 from lvlm_probe.errors import ExplainError, OutOfMemory
+from lvlm_probe.explainers.registry import Cost, Kind
 from lvlm_probe.planning.meter import Meter
 from lvlm_probe.replaying.hidden_states import head_rows, hidden_states, text_tokens
 from lvlm_probe.replaying.micro_batches import ran_out
@@ -29,12 +29,7 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.replaying.capture import AttentionLayer
 
-__all__ = ["Kind", "Law", "law", "timed"]
-
-Kind = Literal["forward", "gradient", "relevance", "rollout", "rows", "activations", "hidden"]
-"""What a method does with a pass: nothing more; a backward pass; attention with its gradients, layer by layer, or
-attention alone, for all positions or for the answer's; outputs of the encoder's blocks with their gradients; final
-hidden states."""
+__all__ = ["Law", "law", "timed"]
 
 _KNOWN: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], Law]] = weakref.WeakKeyDictionary()
 
@@ -54,50 +49,34 @@ class Law:
         return max(0, (budget - self.fixed) // max(1, self.per_mask))
 
 
-def law(
-    replay: Replay,
-    kind: Kind,
-    *,
-    image: int = 0,
-    checkpoint: bool = False,
-    noise: float = 0.0,
-    parts: Sequence[Literal["decoder", "cross", "encoder"]] = ("decoder",),
-    grids: Sequence[tuple[int, int]] = ((1, 1),),
-    several: bool = True,
-    joined: bool = False,
-    queries: int | None = None,
-) -> Law:
-    """Rehearses a kind of pass.
+def law(replay: Replay, cost: Cost, *, image: int = 0, checkpoint: bool = False) -> Law:
+    """Rehearses the pass of a method.
+
+    How a mask of each of its grids is brought to the pixels is worked out here and kept by the replay, so that it is no
+    part of the method's own peak. Where it never sends more than one mask at once, all is counted as one mask's.
 
     Args:
         replay: The answer on its model.
-        kind: What is done.
-        image: Number of the picture.
+        cost: What the method asks of the model.
+        image: Number of the image.
         checkpoint: Layers are run again in backward.
-        noise: Deviation of the noise on pixels.
-        parts: Whose attention is read.
-        grids: Sizes ``(row, col)`` of the masks that the method sends. How a mask of each is brought to the pixels is
-            worked out here and kept by the replay, so that it is no part of the method's own peak.
-        several: Whether the method sends more than one mask at once; if not, all is counted as one mask's.
-        joined: Whether attention and its gradients are multiplied as means over the masks.
-        queries: Of how many of the answer's positions attention rows are read; by default of all.
 
     Raises:
         ExplainError: What the method reads cannot be read on this model.
         OutOfMemory, torch.OutOfMemoryError: Not even one mask fits.
     """
     with torch.no_grad():
-        for grid in grids:
+        for grid in cost.grids:
             replay.path.apply(torch.full((1, *grid), 0.5, dtype=torch.float32, device=replay.device), image=image)
     known = _KNOWN.setdefault(replay.model, {})
+    kind, several = cost.kind or "forward", max(cost.groups, default=1) > 1
     shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
-    key = (
-        kind, image, checkpoint, bool(noise), tuple(parts), tuple(grids[-1]), several, joined, queries,
-        replay.length, replay.prompt_length, shapes, str(replay.device), next(replay.model.parameters()).dtype,
-    )  # fmt: skip
+    asked = (kind, bool(cost.noise), tuple(cost.parts), tuple(cost.grids[-1]), several, cost.joined, cost.queries)
+    on = (replay.length, replay.prompt_length, shapes, str(replay.device), next(replay.model.parameters()).dtype)
+    key = (*asked, image, checkpoint, *on)
     if key not in known:
         replay = replay.with_settings(gradient_checkpointing=checkpoint)
-        rehearse = _Rehearsal(replay, image, noise, parts, grids[-1], joined=joined, queries=queries)
+        rehearse = _Rehearsal(replay, image, cost)
         if kind in ("gradient", "relevance", "activations"):
             replay.require_gradients()
         with torch.no_grad():  # what is made at first use and kept is not the pass's own
@@ -126,14 +105,12 @@ def timed(
 ) -> tuple[float, float]:
     """Seconds of a call and of each mask in it, forward and with ``gradient`` backward: from a call with one mask and,
     where ``masks`` allows, one with more. The model is warm."""
-    rehearse = _Rehearsal(replay, image, 0.0, (), grid)
+    rehearse = _Rehearsal(replay, image, Cost("gradient" if gradient else "forward", grids=(grid,)))
     taken = []
     for count in (1, 1, masks) if masks > 1 else (1, 1):  # the first warms up
         started = time.perf_counter()
         if gradient:
-            replay.score_and_grad(
-                rehearse.masks(count), _total, image=image, micro_batch=count, steps=rehearse.steps
-            )  # fmt: skip
+            replay.score_and_grad(rehearse.masks(count), _total, image=image, micro_batch=count, steps=rehearse.steps)
         else:
             with torch.no_grad():
                 replay.log_probs(rehearse.masks(count), image=image, micro_batch=count, steps=rehearse.steps)
@@ -155,12 +132,9 @@ class _Rehearsal:
     beginning of the prompt, and what follows the last of them besides.
     """
 
-    def __init__(
-        self, replay: Replay, image: int, noise: float, parts: Sequence[Any], grid: tuple[int, int], *,
-        joined: bool = False, queries: int | None = None,
-    ) -> None:  # fmt: skip
-        self.replay, self.image, self.noise, self.parts, self.grid = replay, image, noise, parts, grid
-        self.joined, self.queries = joined, queries
+    def __init__(self, replay: Replay, image: int, cost: Cost) -> None:
+        self.replay, self.image, self.grid = replay, image, cost.grids[-1]
+        self.noise, self.parts, self.joined, self.queries = cost.noise, cost.parts, cost.joined, cost.queries
         self.steps = range(len(replay.token_ids))
         self.cut = False
 
@@ -180,7 +154,7 @@ class _Rehearsal:
         if gradient:
             replay.score_and_grad(
                 masks, _total, image=self.image, noise=self.noise, micro_batch=count, steps=self.steps
-            )  # fmt: skip
+            )
         else:
             with torch.no_grad():
                 replay.log_probs(masks, image=self.image, noise=self.noise, micro_batch=count, steps=self.steps)

@@ -1,242 +1,231 @@
-"""Sanity checks (Adebayo et al., 2018): does a heatmap depend on the model, and on the answer, at all?
+"""Randomisation checks (Adebayo et al., 2018): does a heatmap depend on the model, and on the answer, at all?
 
-A method that draws the same picture for a model with random weights draws the picture's edges, not the model's reasons.
+A method that draws the same map for a model with random weights draws the image's edges, not the model's reasons.
 
 **Weights.** The model's weights are randomised, the same answer is explained again, and the heatmaps are compared.
 *Cascading*: from the output layer down to the input, block after block, all of them random in the end. *Independent*:
-one block at a time. ``randomisation`` says how they are drawn.
+one block at a time. ``random_weights`` says how they are drawn.
 
-**Answer.** The tokens that are explained are replaced by other ones, drawn at random, and the same picture is explained
-for that sentence, ``f = Σ_k log P(a'_k | a'_<k, picture)``: teacher forcing scores any answer, said or not. It is the
+**Answers.** The tokens that are explained are replaced by other ones, drawn at random, and the same image is explained
+for that sentence, ``f = Σ_k log P(a'_k | a'_<k, image)``: teacher forcing scores any answer, said or not. It is the
 random-logit test (Sixt et al., 2020) on a sequence. Read it with care: the evidence *against* "blue" lies where that
-for "red" does, so a map of random words may rightly resemble the first one; only one that is the same is suspicious.
+for "red" does, so a map of random words may rightly resemble the first one; only one that is the same fails.
 Attention on its own (rows, rollout) does not know which word it leads to, and fails on a single word by construction.
 
-The tokens and the baseline picture are those of the first heatmap throughout.
+Method, parameters, tokens and baseline image are those of the heatmap that is checked, throughout.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.extras import require
+from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.metrics.scoring import BaselineChoice, over_baseline
-from lvlm_probe.metrics.similarity import Similarity, compare_maps
 from lvlm_probe.models.replica import duplicated
+from lvlm_probe.replaying import replay as make_replay
+from lvlm_probe.sanity.checks import SAME, SIMILAR, SanityCheck, SanityStep, Verdict, again, cannot_say, opened, step_of
 from lvlm_probe.sanity.random_weights import How, grouped, randomised, weight_blocks
-from lvlm_probe.selection import TokenSelection
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
+    from lvlm_probe.selection import TokenSelection
     from lvlm_probe.trace import Trace
 
-__all__ = ["SanityReport", "SanityStep", "answer_randomisation", "weight_randomisation"]
-
-SIMILAR = 0.5
-"""|ρ| above which a heatmap of a random model counts as the same picture: two unrelated maps with some 16 independent
-regions have ρ of 0 ± 0.26, so 0.5 is about two standard deviations."""
+__all__ = ["answers", "judged_answers", "weights"]
 
 
-@dataclass(frozen=True)
-class SanityStep:
-    """One heatmap under randomisation.
-
-    Attributes:
-        name: What was randomised: a block of the model, or the words put in.
-        modules: Paths of all modules randomised at this step.
-        weights: How many numbers were randomised.
-        similarity: Likeness to the original heatmap; ``None`` where there was no heatmap any more.
-        reason: Why there was none.
-    """
-
-    name: str
-    modules: tuple[str, ...] = ()
-    weights: int = 0
-    similarity: Similarity | None = None
-    reason: str | None = None
-
-    @property
-    def shown(self) -> str:
-        """The rank correlation as text, or why there is none."""
-        if self.similarity is None:
-            return "no heatmap"
-        rho = self.similarity.rank_correlation
-        return "a constant heatmap" if math.isnan(rho) else f"{rho:.2f}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "name": self.name,
-            "modules": list(self.modules),
-            "weights": self.weights,
-            "similarity": None if self.similarity is None else self.similarity.to_dict(),
-            "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True, repr=False)
-class SanityReport:
-    """How a heatmap changes when what it is said to explain is randomised.
-
-    Attributes:
-        kind: ``"cascading"``, ``"independent"`` or ``"answer"``.
-        steps: In the order they were made; the last one of ``"cascading"`` has every block random.
-        method, params, seed: The explainer, and the seed of the randomisation (the explainer's own is the heatmap's).
-        how: ``"normal"`` or ``"permute"``, or where random answers came from.
-        trace_id: What was explained.
-        heatmap: The original one.
-        heatmaps: Those of the steps, to be looked at; not part of ``to_dict``.
-    """
-
-    kind: Literal["cascading", "independent", "answer"]
-    steps: tuple[SanityStep, ...]
-    method: str
-    params: Mapping[str, Any]
-    seed: int
-    how: str
-    trace_id: str
-    heatmap: Heatmap
-    heatmaps: tuple[Heatmap, ...] = field(default=(), compare=False)
-
-    def __repr__(self) -> str:
-        return f"<SanityReport {self.method}, {self}>"
-
-    def __str__(self) -> str:
-        shown = "; ".join(f"{step.name}: {step.shown}" for step in self.steps)
-        return f"{self.kind} randomisation, rank correlation with the original: {shown}"
-
-    @property
-    def rank_correlations(self) -> tuple[float, ...]:
-        """Spearman's ρ with the original heatmap at each step, ``(step,)``; NaN where there was no heatmap."""
-        return tuple(math.nan if step.similarity is None else step.similarity.rank_correlation for step in self.steps)
-
-    @property
-    def suspicious(self) -> bool | None:
-        """Whether the heatmap hardly depends on what was randomised; ``None`` when there was nothing to compare.
-
-        The last step of a cascade, or the mean over the steps of the others, has |ρ| above ``SIMILAR``. A constant
-        heatmap, and none where there was one, is as different as can be.
-        """
-        if all(step.similarity is None for step in self.steps):
-            return None
-        values = [0.0 if math.isnan(rho) else abs(rho) for rho in self.rank_correlations]
-        return (values[-1] if self.kind == "cascading" else sum(values) / len(values)) > SIMILAR
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: everything but the pictures."""
-        return {
-            "kind": self.kind,
-            "steps": [step.to_dict() for step in self.steps],
-            "method": self.method,
-            "params": dict(self.params),
-            "seed": self.seed,
-            "how": self.how,
-            "trace_id": self.trace_id,
-            "tokens": list(self.heatmap.selection.indices),
-            "text": self.heatmap.selection.text,
-            "suspicious": self.suspicious,
-        }
-
-    def attached(self) -> Heatmap:
-        """The original heatmap with this report in its provenance, ``["sanity"][kind]``, where ``write`` keeps it."""
-        provenance = dict(self.heatmap.provenance)
-        provenance["sanity"] = {**provenance.get("sanity", {}), self.kind: self.to_dict()}
-        return dataclasses.replace(self.heatmap, provenance=provenance)
-
-
-def weight_randomisation(
-    trace: Trace,
-    model: torch.nn.Module,
-    processor: object | None = None,
+def weights(
+    replay: Replay,
+    heat: Heatmap,
     *,
     kind: Literal["cascading", "independent"] = "cascading",
     how: How = "normal",
     blocks: Sequence[str] | None = None,
     stages: int | None = None,
-    method: str = "igos++",
-    tokens: Any = None,
-    image: int = 0,
-    baseline: BaselineChoice | None = None,
+    draws: int = 3,
     seed: int = 0,
-    explain_seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-    **params: Any,
-) -> SanityReport:
-    """Explains an answer again on the model with randomised weights, and compares the heatmaps.
+    progress: Progress | None = None,
+) -> SanityCheck:
+    """Explain the answer again on the model with random weights: a map that stays the same says nothing of the model.
 
-    Random are weights of a duplicate of the model's modules; the model's own are not touched, so that it may go on
-    answering meanwhile. Costs one explanation per stage and one for the original;
-    needs scipy, and memory for what is randomised: once more on its device, and once on the CPU.
+    It passes where the rank correlation with the heatmap, |ρ|, is at most 0.5 once every weight is random, in the mean
+    over ``draws`` (of ``"independent"``, over blocks). Random are weights of a duplicate of the model's modules; the
+    model's own are not touched, so that it may go on answering meanwhile. Costs one explanation per stage and further
+    draw, and memory for what is randomised: once more on its device, and twice on the CPU. Method, parameters, tokens,
+    image and baseline are the heatmap's.
 
     Args:
-        trace, model, processor: As for ``lvlm_probe.replay``; the model is the recorded one.
+        replay: the same answer on its model.
+        heat: the heatmap, from ``explain``.
         kind: ``"cascading"``, from the output down, or ``"independent"``, each block alone.
-        how: ``"normal"`` or ``"permute"``, how weights are drawn: see ``randomisation``.
-        blocks: Patterns of module paths (fnmatch), each one block, in the order to go through them; by default all of
+        how: ``"normal"`` or ``"permute"``, how weights are drawn: see ``random_weights``.
+        blocks: patterns of module paths (fnmatch), each one block, in the order to go through them; by default all of
             the model: output layer, decoder layers from the last to the first, token embeddings, mergers, encoders.
-        stages: At most so many steps, by taking neighbouring blocks together; by default one per block.
-        method, tokens, image, params: What ``explain`` is given. The tokens are chosen once, on the true model.
-        baseline: As for ``evaluate``; by default the recorded one, a blur strengthened on the true model as ``explain``
-            does.
-        seed: Of the random weights: block and seed decide them, not the order.
-        explain_seed: The explainer's.
-        progress: Called with (done, total) explanations.
+        stages: at most so many steps, by taking neighbouring blocks together; by default one per block.
+        draws: how many times all weights are drawn at the end of a cascade: one random model may draw a like map by
+            chance.
+        seed: of the random weights: block and seed decide them, not the order; the next draw takes the next seed.
+        progress: called with (done, total) explanations.
 
     Raises:
-        ModelMismatch: It is another model to begin with.
-        ExplainError: There is no heatmap to check, or weights that cannot be randomised (quantised, offloaded).
-        PointNotFound: A pattern of ``blocks`` matches no module.
-        ProbeError: scipy is missing.
+        ExplainError: the heatmap has no values or is of another answer, its method is not registered, or weights cannot
+            be randomised (quantised, offloaded).
+        ImageError: the heatmap was made over an image of the user's that the replay does not have.
+        PointNotFound: a pattern of ``blocks`` matches no module.
+        ProbeError: scipy is missing (``pip install 'lvlm-probe[stats]'``).
     """
     if kind not in ("cascading", "independent"):
         raise ExplainError(f"kind is 'cascading' or 'independent'; got {kind!r}")
     if how not in ("normal", "permute"):
         raise ExplainError(f"how is 'normal' or 'permute'; got {how!r}")
-    from lvlm_probe.replaying import replay as make_replay
-
-    subject = make_replay(trace, model, processor)
-    random_model = duplicated(model)
+    if draws < 1:
+        raise ExplainError(f"draws is at least 1; got {draws}")
+    subject, trace = opened(replay, heat), cast(Any, replay.trace)
+    random_model = duplicated(subject.model)
     groups = grouped(weight_blocks(random_model, blocks), stages)
-    original = _original(subject, method, tokens, image, baseline, explain_seed, params)
-
-    def explained() -> Heatmap:
-        # A replay remembers log-probabilities, which are another model's now; and that one has another fingerprint.
-        bare: Any = _Unrecorded(trace)
-        fresh = make_replay(bare, random_model, processor, strict=False)
-        return _again(fresh, original, original.selection, baseline, explain_seed, params)
-
-    total = len(groups) + 1
-    steps, heatmaps = [], []
+    draws = draws if kind == "cascading" else 1
+    steps: list[SanityStep] = []
+    heatmaps: list[Heatmap] = []
     modules: tuple[str, ...] = ()
     numbers = 0
-    if progress is not None:
-        progress(1, total)
+    drawn: dict[str, torch.nn.Parameter] = {}
+
+    def explained(name: str) -> None:
+        # A replay remembers log-probabilities, which are another model's now; and that one has another fingerprint.
+        heatmaps.append(again(_replayed(subject, _Unrecorded(trace), random_model), heat))
+        steps.append(step_of(name, heat, heatmaps[-1], modules=modules, weights=numbers))
+        if progress is not None:
+            progress(len(steps), len(groups) + draws - 1)
+
     with ExitStack() as random:
-        for number, (name, weights) in enumerate(groups.items()):
+        for name, block in groups.items():
             if kind == "independent":
                 random.close()
                 modules, numbers = (), 0
-            own = _owned(random_model, weights)
+            own = _owned(random_model, block)
+            drawn |= own
             random.enter_context(randomised(own, how=how, seed=seed))
-            modules = (*modules, *dict.fromkeys(path.rpartition(".")[0] for path in weights))
-            numbers += sum(weight.numel() for weight in weights.values())
-            heat = explained()
-            heatmaps.append(heat)
-            steps.append(_step(name, original, heat, modules=modules, weights=numbers))
-            if progress is not None:
-                progress(number + 2, total)
-    return SanityReport(
-        kind, tuple(steps), method, original.params, seed, how, subject.trace_id, original, tuple(heatmaps)
+            modules = (*modules, *dict.fromkeys(path.rpartition(".")[0] for path in block))
+            numbers += sum(weight.numel() for weight in block.values())
+            explained(name)
+        for extra in range(1, draws):
+            with randomised(drawn, how=how, seed=seed + extra):
+                explained(f"all of them, drawn with seed {seed + extra}")
+    verdict, reason = _judged_weights(heat, steps, None if kind == "independent" else draws)
+    params = {"kind": kind, "how": how, "draws": draws, "seed": seed}
+    return SanityCheck("weights", verdict, reason, SIMILAR, tuple(steps), params, heat, tuple(heatmaps))
+
+
+def answers(
+    replay: Replay,
+    heat: Heatmap,
+    *,
+    draws: int = 3,
+    pool: Sequence[int] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> SanityCheck:
+    """Explain other words in the place of the explained ones: a map that stays the same says nothing of the words.
+
+    It passes where the mean rank correlation with the heatmap, |ρ|, is at most 0.5, and fails above 0.95; between them
+    the check cannot say, as the evidence against one word may be that for another. Costs one explanation per draw.
+    Method, parameters, image and baseline are the heatmap's.
+
+    Args:
+        replay: the same answer on its model.
+        heat: the heatmap, from ``explain``.
+        draws: how many times words are drawn.
+        pool: token ids to draw from; by default the vocabulary without special tokens. Ids of words that could stand
+            there ("red", "blue", "left") make the harder and fairer test.
+        seed: of the draws.
+        progress: called with (done, total) explanations.
+
+    Raises:
+        ExplainError: the heatmap has no values or is of another answer, its method is not registered, or there is
+            nothing to draw from.
+        ImageError: the heatmap was made over an image of the user's that the replay does not have.
+        ProbeError: scipy is missing (``pip install 'lvlm-probe[stats]'``).
+    """
+    if draws < 1:
+        raise ExplainError(f"draws is at least 1; got {draws}")
+    subject = opened(replay, heat)
+    processor = subject.processor
+    ids = _vocabulary(subject.model, processor) if pool is None else torch.as_tensor(list(pool), dtype=torch.long)
+    generator = torch.Generator().manual_seed(seed)
+    steps, heatmaps = [], []
+    for draw in range(draws):
+        other = _other_answer(cast(Any, subject.trace), heat.selection, ids, generator, processor)
+        selection = dataclasses.replace(heat.selection, tokens=tuple(other.tokens), llr=())
+        made = again(_replayed(subject, other, subject.model), heat, selection=selection)
+        heatmaps.append(made)
+        steps.append(step_of(selection.text, heat, made))
+        if progress is not None:
+            progress(draw + 1, draws)
+    verdict, reason = judged_answers(heat, steps)
+    source = "the vocabulary" if pool is None else f"{len(ids)} given tokens"
+    params = {"draws": draws, "from": source, "seed": seed}
+    return SanityCheck("answers", verdict, reason, SAME, tuple(steps), params, heat, tuple(heatmaps))
+
+
+def _judged_weights(heat: Heatmap, steps: Sequence[SanityStep], draws: int | None) -> tuple[Verdict, str]:
+    """From the last ``draws`` steps, which have all weights random, or from all of them.
+
+    A constant heatmap, and none where there was one, is as different as can be.
+    """
+    if (why := cannot_say(heat, steps)) is not None:
+        return "cannot say", why
+    likeness = _likeness(steps)[-(draws or 0) :]
+    kept = sum(likeness) / len(likeness)
+    when = "with one block of weights random at a time" if draws is None else "with the weights of all blocks random"
+    said = f"{when}, the rank correlation with the heatmap is {kept:.2f}"
+    said += f" in the mean of {len(likeness)} (limit {SIMILAR:g})" if len(likeness) > 1 else f" (limit {SIMILAR:g})"
+    if kept > SIMILAR:
+        return "fails", f"{said}: the image draws it rather than what the model has learnt"
+    return "passes", said
+
+
+def judged_answers(heat: Heatmap, steps: Sequence[SanityStep]) -> tuple[Verdict, str]:
+    """The verdict on a heatmap and its sentence, from the heatmaps of other words."""
+    if (why := cannot_say(heat, steps)) is not None:
+        return "cannot say", why
+    likeness = _likeness(steps)
+    kept = sum(likeness) / len(likeness)
+    said = f"for {len(steps)} draws of other words, the mean rank correlation with the heatmap is {kept:.2f}"
+    if kept > SAME:
+        return "fails", f"{said} (limit {SAME:g}): it does not depend on the words that it is said to explain"
+    if kept > SIMILAR:
+        return (
+            "cannot say",
+            f"{said}, between {SIMILAR:g} and {SAME:g}: evidence against one word may be that for another",
+        )
+    return "passes", f"{said} (limit {SIMILAR:g})"
+
+
+def _likeness(steps: Sequence[SanityStep]) -> list[float]:
+    rhos = [math.nan if one.similarity is None else one.similarity.rank_correlation for one in steps]
+    return [0.0 if math.isnan(rho) else abs(rho) for rho in rhos]
+
+
+def _replayed(subject: Replay, trace: Any, model: torch.nn.Module) -> Replay:
+    """Another answer or another model, over the baseline of the subject."""
+    fresh = make_replay(
+        trace,
+        model,
+        subject.processor,
+        strict=model is subject.model,
+        micro_batch=subject.limits.micro_batch,
+        gradient_checkpointing=subject.gradient_checkpointing,
     )
+    if subject.baseline.get("kind") == "image":  # the user's own, which the description does not hold
+        fresh = fresh.over(list(subject.path.baseline_images))
+    return fresh.over(subject.baseline)
 
 
 def _owned(model: torch.nn.Module, weights: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.nn.Parameter]:
@@ -250,124 +239,6 @@ def _owned(model: torch.nn.Module, weights: Mapping[str, torch.nn.Parameter]) ->
             if id(weight) in own:
                 module._parameters[name] = own[id(weight)]
     return {path: own[id(weight)] for path, weight in weights.items()}
-
-
-def answer_randomisation(
-    trace: Trace,
-    model: torch.nn.Module,
-    processor: object | None = None,
-    *,
-    draws: int = 3,
-    pool: Sequence[int] | None = None,
-    method: str = "igos++",
-    tokens: Any = None,
-    image: int = 0,
-    baseline: BaselineChoice | None = None,
-    seed: int = 0,
-    explain_seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-    **params: Any,
-) -> SanityReport:
-    """Explains the same picture for other words in the place of the explained ones, and compares the heatmaps.
-
-    Args:
-        trace, model, processor: As for ``lvlm_probe.replay``.
-        draws: How many times words are drawn.
-        pool: Token ids to draw from; by default the vocabulary without special tokens. Ids of words that could stand
-            there ("red", "blue", "left") make the harder and fairer test.
-        method, tokens, image, baseline, explain_seed, params: As for ``weight_randomisation``.
-        seed: Of the draws.
-        progress: Called with (done, total) explanations.
-
-    Raises:
-        ModelMismatch: It is another model.
-        ExplainError: There is no heatmap to check, or nothing to draw from.
-        ProbeError: scipy is missing.
-    """
-    from lvlm_probe.replaying import replay as make_replay
-
-    if draws < 1:
-        raise ExplainError(f"draws is at least 1; got {draws}")
-    subject = make_replay(trace, model, processor)
-    original = _original(subject, method, tokens, image, baseline, explain_seed, params)
-    ids = _vocabulary(model, processor) if pool is None else torch.as_tensor(list(pool), dtype=torch.long)
-    generator = torch.Generator().manual_seed(seed)
-    steps, heatmaps = [], []
-    if progress is not None:
-        progress(1, draws + 1)
-    for draw in range(draws):
-        other: Any = _other_answer(trace, original.selection, ids, generator, processor)
-        selection = dataclasses.replace(original.selection, tokens=tuple(other.tokens), llr=())
-        fresh = make_replay(other, model, processor)
-        heat = _again(fresh, original, selection, baseline, explain_seed, params)
-        heatmaps.append(heat)
-        steps.append(_step(selection.text, original, heat))
-        if progress is not None:
-            progress(draw + 2, draws + 1)
-    source = "the vocabulary" if pool is None else f"{len(ids)} given tokens"
-    return SanityReport(
-        "answer", tuple(steps), method, original.params, seed, source, subject.trace_id, original, tuple(heatmaps)
-    )
-
-
-def _original(
-    subject: Replay,
-    method: str,
-    tokens: Any,
-    image: int,
-    baseline: BaselineChoice | None,
-    seed: int,
-    params: Mapping[str, Any],
-) -> Heatmap:
-    from lvlm_probe.explainers import explain
-
-    require("scipy.stats", extra="stats", purpose="a sanity check")  # now, not after the first explanation
-    subject = subject if baseline is None else over_baseline(subject, baseline)
-    heat = explain(subject, method=method, tokens=tokens, image=image, seed=seed, **params)
-    if heat.values is None:
-        raise ExplainError(f"there is no heatmap to check: {heat.reason}")
-    return heat
-
-
-def _again(
-    fresh: Replay,
-    original: Heatmap,
-    selection: TokenSelection,
-    baseline: BaselineChoice | None,
-    seed: int,
-    params: Mapping[str, Any],
-) -> Heatmap:
-    from lvlm_probe.explainers import explain
-
-    # The very baseline of the original, a strengthened blur or the user's picture too; it does not hang on the weights.
-    fresh = fresh if baseline is None else over_baseline(fresh, baseline)
-    fresh = fresh.over(original.provenance["baseline"])
-    try:
-        heat = explain(
-            fresh,
-            method=original.method,
-            tokens=selection,
-            image=original.image_index,
-            seed=seed,
-            strengthen=False,
-            **params,
-        )
-        return dataclasses.replace(heat, trace=original.trace)
-    except ExplainError as error:  # a random model's scores need not be finite; that is a result here
-        return Heatmap(
-            None,
-            original.image_size,
-            image_index=original.image_index,
-            selection=selection,
-            method=original.method,
-            reason=f"the method could not be run any more: {error}",
-        )
-
-
-def _step(name: str, original: Heatmap, heat: Heatmap, **details: Any) -> SanityStep:
-    if heat.values is None:
-        return SanityStep(name, reason=heat.reason, **details)
-    return SanityStep(name, similarity=compare_maps(original, heat), **details)
 
 
 def _vocabulary(model: torch.nn.Module, processor: object | None) -> torch.Tensor:

@@ -1,202 +1,131 @@
-"""Does a heatmap come out the same twice, and do its numbers add up? Stability, completeness, ties.
+"""Repeats: does the heatmap come out the same with other random numbers, and after another wording of the question?
 
-Stability says how far chance (seeds) or wording (paraphrased prompts) decides a map. It says nothing about truth: a
-method that draws the picture's edges is perfectly stable (see ``sanity``).
+Agreement says nothing about truth: a method that draws the image's edges agrees with itself perfectly. Disagreement
+does: where chance decides the map, no single map is the reason for the answer.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.metrics.deletion_insertion import tie_share as _tie_share
-from lvlm_probe.metrics.deletion_insertion import too_narrow
-from lvlm_probe.metrics.similarity import compare_maps, on_grid
+from lvlm_probe.sanity.checks import AGREEING, Check, SanityCheck, Verdict, again, cannot_say, opened, step_of
+from lvlm_probe.sanity.stability import stability
+from lvlm_probe.selection import select_tokens
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["Completeness", "Stability", "completeness", "over_prompts", "over_seeds", "stability", "tie_share"]
+__all__ = ["prompts", "seeds"]
 
 
-@dataclass(frozen=True, repr=False)
-class Stability:
-    """How alike several heatmaps of one picture are, over all pairs.
+def seeds(
+    replay: Replay, heat: Heatmap, *, seeds: int | Sequence[int] = 5, progress: Progress | None = None
+) -> SanityCheck:
+    """Explain the answer again with other seeds: it passes where two maps share half of their highest fifth.
 
-    Attributes:
-        n: Number of heatmaps.
-        rank_correlation, top_iou: Means over pairs of Spearman's ρ over cells and of the overlap of the highest fifths.
-        lowest_rank_correlation: That of the pair that agrees least.
-        deviation: Root of the mean variance of a cell over the heatmaps (n − 1), each scaled to a maximum of 1.
-        missing: How many further ones had no values.
-        heatmaps: The heatmaps compared; not part of ``to_dict``.
-    """
-
-    n: int
-    rank_correlation: float
-    lowest_rank_correlation: float
-    top_iou: float
-    deviation: float
-    missing: int = 0
-    heatmaps: tuple[Heatmap, ...] = field(default=(), compare=False)
-
-    def __repr__(self) -> str:
-        ranks = "rank correlation undefined, as a map is constant"
-        if math.isfinite(self.rank_correlation):
-            ranks = f"rank correlation {self.rank_correlation:.3f} (lowest {self.lowest_rank_correlation:.3f})"
-        return f"<Stability of {self.n} heatmaps: {ranks}, top overlap {self.top_iou:.3f}>"
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, NaN as ``None``."""
-        numbers = {
-            "rank_correlation": self.rank_correlation,
-            "lowest_rank_correlation": self.lowest_rank_correlation,
-            "top_iou": self.top_iou,
-            "deviation": self.deviation,
-        }
-        ready = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        return {"n": self.n, **ready, "missing": self.missing}
-
-
-def stability(heats: Sequence[Heatmap]) -> Stability:
-    """Compares heatmaps of one picture pair by pair, on the grid of the first; needs scipy.
+    Costs one explanation per seed besides the heatmap's own. Method, parameters, tokens, image and baseline are the
+    heatmap's.
 
     Args:
-        heats: Heatmaps of one picture, made with different seeds, prompts, or whatever is to make no difference.
+        replay: the same answer on its model.
+        heat: the heatmap, from ``explain``.
+        seeds: how many maps to compare, the given one among them, or the other seeds.
+        progress: called with (done, total) explanations.
+
+    Returns:
+        The check, with ``stability`` over all pairs of maps, whose ``top_iou`` decides. A method that draws no random
+        numbers passes.
 
     Raises:
-        ExplainError: Fewer than two have values, or they are of pictures of different size.
-        ProbeError: scipy is missing.
+        ExplainError: no other seed; the heatmap has no values or is of another answer, or its method is not registered.
+        ImageError: the heatmap was made over an image of the user's that the replay does not have.
+        ProbeError: scipy is missing (``pip install 'lvlm-probe[stats]'``).
     """
-    there = [heat for heat in heats if heat.values is not None]
-    if len(there) < 2:
-        raise ExplainError(f"stability compares at least two heatmaps; {len(there)} of {len(heats)} have values")
-    pairs = [compare_maps(first, second) for first, second in itertools.combinations(there, 2)]
-    rhos = [pair.rank_correlation for pair in pairs]
-    scaled = []
-    for heat in there:
-        values = on_grid(np.asarray(heat.values), there[0].shape)
-        scaled.append(values / max(float(values.max()), 1e-12))
-    return Stability(
-        n=len(there),
-        rank_correlation=float(np.mean(rhos)),
-        lowest_rank_correlation=float(np.min(rhos)),
-        top_iou=float(np.mean([pair.top_iou for pair in pairs])),
-        deviation=float(np.sqrt(np.var(scaled, axis=0, ddof=1).mean())),
-        missing=len(heats) - len(there),
-        heatmaps=tuple(there),
-    )
+    own = heat.provenance.get("seed", 0)
+    others = [seed for seed in range(seeds) if seed != own][: seeds - 1] if isinstance(seeds, int) else list(seeds)
+    others = list(dict.fromkeys(seed for seed in others if seed != own))
+    if not others:
+        raise ExplainError(f"stability over seeds takes at least two different ones; got {seeds!r} besides {own}")
+    subject = opened(replay, heat)
+    made = []
+    for done, seed in enumerate(others):
+        made.append(again(subject, heat, seed=seed))
+        if progress is not None:
+            progress(done + 1, len(others))
+    return _compared("seeds", heat, made, [f"seed {seed}" for seed in others], {"seeds": [own, *others]})
 
 
-def over_seeds(
-    replay: Replay, *, seeds: int | Sequence[int] = 5, method: str = "igos++", tokens: Any = None, **params: Any
-) -> Stability:
-    """Explains one answer with several seeds and compares the heatmaps.
+def prompts(
+    replay: Replay,
+    heat: Heatmap,
+    others: Sequence[str | Replay],
+    *,
+    question: str | None = None,
+    progress: Progress | None = None,
+) -> SanityCheck:
+    """Explain the same words after other wordings of the question: it passes where two maps share half of
+    their highest fifth.
+
+    Costs one explanation per wording. Method, parameters, image and baseline are the heatmap's.
 
     Args:
-        replay: The answer on its model.
-        seeds: How many (0, 1, …), or which.
-        method, tokens, params: What ``explain`` is given; tokens are chosen once.
+        replay: the same answer on its model.
+        heat: the heatmap, from ``explain``.
+        others: paraphrases of the question, after which the recorded answer is scored as it is; or replays of the
+            answers that the model gave to them on the same image, in which the heatmap's words are looked for.
+        question: the question as it stands in the prompt; by default what was recorded as such.
+        progress: called with (done, total) explanations.
+
+    Returns:
+        The check, with ``stability`` over all pairs of maps.
 
     Raises:
-        ExplainError: Fewer than two seeds, or fewer than two heatmaps with values.
+        ExplainError: no other wording; the heatmap has no values or is of another answer, its method is not registered,
+            or it is of an image of another size than a replay's.
+        ImageError: the heatmap was made over an image of the user's that the replay does not have.
+        ReplayError: there is no tokenizer, or the prompt does not hold the question.
+        SelectionError: another answer does not contain the heatmap's words.
+        ProbeError: scipy is missing (``pip install 'lvlm-probe[stats]'``).
     """
-    from lvlm_probe.explainers import explain
-
-    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if len(set(chosen)) < 2:
-        raise ExplainError(f"stability over seeds takes at least two different ones; got {seeds!r}")
-    heats = [explain(replay, method=method, tokens=tokens, seed=chosen[0], **params)]
-    for seed in chosen[1:]:
-        heats.append(explain(replay, method=method, tokens=heats[0].selection, seed=seed, **params))
-    return stability(heats)
-
-
-def over_prompts(
-    replays: Sequence[Replay], *, method: str = "igos++", tokens: Any = None, seed: int = 0, **params: Any
-) -> Stability:
-    """Explains the answers to paraphrases of one question about one picture, and compares the heatmaps.
-
-    Args:
-        replays: One per prompt, of the same picture.
-        method, params, seed: What ``explain`` is given.
-        tokens: A word that all answers contain; ``None`` explains in each what the picture is responsible for.
-
-    Raises:
-        ExplainError: Fewer than two heatmaps with values, or pictures of different size.
-        SelectionError: An answer does not contain the word.
-    """
-    from lvlm_probe.explainers import explain
-
-    return stability([explain(replay, method=method, tokens=tokens, seed=seed, **params) for replay in replays])
+    if isinstance(others, str) or not others:
+        raise ExplainError(f"prompts takes several wordings of the question, or replays; got {others!r}")
+    subject = opened(replay, heat)
+    made, names = [], []
+    for done, other in enumerate(others):
+        asked = subject.reworded(other, question=question) if isinstance(other, str) else other.over(subject.baseline)
+        same = tuple(asked.tokens) == heat.selection.tokens
+        chosen = heat.selection if same else select_tokens(asked, words=heat.selection.text.split(" … "))
+        made.append(again(asked, heat, selection=chosen))
+        names.append(other if isinstance(other, str) else str(getattr(other.trace, "question", None) or other.trace_id))
+        if progress is not None:
+            progress(done + 1, len(others))
+    return _compared("prompts", heat, made, names, {"prompts": names})
 
 
-@dataclass(frozen=True)
-class Completeness:
-    """Whether attributions add up to what they are said to explain (Sundararajan et al., 2017, axiom 1).
-
-    Attributes:
-        total: Sum of the attributions.
-        difference: f(x) − f(x'), nats: picture minus baseline.
-    """
-
-    total: float
-    difference: float
-
-    @property
-    def error(self) -> float:
-        """|total − difference| / |difference|; 0 is complete. NaN where ``reason`` says why."""
-        return abs(self.total - self.difference) / abs(self.difference) if self.reason is None else math.nan
-
-    @property
-    def reason(self) -> str | None:
-        """Why there is no error: picture and baseline score alike, so it would divide by next to nothing."""
-        return too_narrow(self.difference, 0.0, score="log")
-
-    def to_dict(self) -> dict[str, float | None]:
-        """JSON-ready, NaN as ``None``."""
-        error = self.error
-        return {
-            "total": self.total,
-            "difference": self.difference,
-            "error": error if math.isfinite(error) else None,
-        }
-
-
-def completeness(
-    attributions: np.ndarray | torch.Tensor, replay: Replay, indices: Sequence[int], *, image: int = 0
-) -> Completeness:
-    """Compares the sum of signed attributions with the change of f they explain; two forward passes.
-
-    A claim of methods such as integrated gradients, and only of their raw attributions: a heatmap is scaled to [0, 1].
-
-    Args:
-        attributions: Signed, any shape, in nats.
-        replay: The answer on its model, over the baseline that the attributions refer to.
-        indices: The explained tokens; f is the sum of their log-probabilities (paper, Eq. 7).
-        image: The picture that is taken away; others stay.
-    """
-    ends = torch.tensor([1.0, 0.0], dtype=torch.float32, device=replay.device)[:, None, None]
-    with torch.no_grad():
-        scores = replay.log_probs(ends, image=image)[:, list(indices)].double().sum(dim=1).cpu()
-    total = float(torch.as_tensor(attributions).detach().double().sum())
-    return Completeness(total, float(scores[0] - scores[1]))
-
-
-def tie_share(heat: Heatmap) -> float:
-    """Share of the cells the model sees whose value another such cell has too: their order is not the heatmap's.
-
-    Raises ``ExplainError`` when there are no values.
-    """
-    if heat.values is None:
-        raise ExplainError(f"this heatmap has no values: {heat.reason}")
-    assert heat.seen is not None
-    return _tie_share(heat.values, heat.seen)
+def _compared(
+    check: Check, heat: Heatmap, made: list[Heatmap], names: list[str], params: dict[str, Any]
+) -> SanityCheck:
+    steps = tuple(step_of(name, heat, other) for name, other in zip(names, made, strict=True))
+    why, agreed = cannot_say(heat, steps), None
+    verdict: Verdict
+    if why is not None:
+        verdict, reason = "cannot say", why
+    else:
+        agreed = stability([heat, *made])
+        verdict = "passes" if agreed.top_iou > AGREEING else "fails"
+        same = all(np.array_equal(np.asarray(heat.values), np.asarray(other.values)) for other in made)
+        reason = (
+            f"two of {agreed.n} maps share their highest fifth with an overlap of {agreed.top_iou:.2f} in the mean "
+            f"(limit {AGREEING:.2f}, of unrelated maps 0.11), rank correlation {agreed.rank_correlation:.2f}"
+        )
+        if same and check == "seeds":
+            reason = f"the maps are identical: {heat.method} draws no random numbers"
+        if agreed.missing:
+            reason += f"; {agreed.missing} further ones have no values"
+    return SanityCheck(check, verdict, reason, AGREEING, steps, params, heat, tuple(made), agreed)

@@ -21,7 +21,7 @@ def test_spans_by_counts_runs_or_shares():
     assert image_spans(positions, 2).tolist() == [0, 0, 0, 1, 1]
     assert image_spans(positions, 2, [2, 3]).tolist() == [0, 0, 1, 1, 1]
     assert image_spans(np.arange(6), 3).tolist() == [0, 0, 1, 1, 2, 2]
-    with pytest.raises(probe.ImageError, match="cannot be divided"):
+    with pytest.raises(probe.errors.ImageError, match="cannot be divided"):
         image_spans(np.arange(5), 3)
 
 
@@ -76,7 +76,7 @@ def test_tokens_that_all_read_everything_have_no_place(alike):
     if alike:
         assert places_of(hidden, {"pixel_values": leaf}, GridPath(), alike=True) is None
     else:  # as very wide receptive fields do
-        with pytest.raises(probe.ImageError, match="lie over each other"):
+        with pytest.raises(probe.errors.ImageError, match="lie over each other"):
             places_of(hidden, {"pixel_values": leaf}, GridPath())
     assert places_of(torch.zeros(4, 5) + 0 * leaf.sum(), {"pixel_values": leaf}, GridPath()) is None
 

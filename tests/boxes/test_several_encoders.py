@@ -16,7 +16,7 @@ from transformers import ConvNextConfig, ConvNextModel
 
 import lvlm_probe as probe
 from lvlm_probe.boxes.encoder_tokens import _read_by, blocks_of, chosen_encoder, encoder_tokens, is_convolutional
-from lvlm_probe.explainers.regions import paint
+from lvlm_probe.boxes.painting import paint
 from lvlm_probe.models.replica import Replica
 
 CLIP, CONVNEXT = "model.vision_tower", "model.second"
@@ -104,7 +104,9 @@ def test_the_convolutional_map_is_the_formula_on_plain_hooks() -> None:
 def test_methods_over_attention_say_where_they_are_not_applicable() -> None:
     replay = replayed()
     for method in ("tmm", "iia"):
-        with pytest.raises(probe.ExplainError, match=r"not applicable: model\.second is a convolutional encoder"):
+        with pytest.raises(
+            probe.errors.ExplainError, match=r"not applicable: model\.second is a convolutional encoder"
+        ):
             probe.explain(replay, method=method, tokens=inside.SPAN, scope="encoder", encoder="convnext")
     named = probe.explain(replay, method="tmm", tokens=inside.SPAN, scope="encoder", encoder="clip", strengthen=False)
     first = probe.explain(replay, method="tmm", tokens=inside.SPAN, scope="encoder", encoder=0, strengthen=False)
@@ -120,7 +122,7 @@ def test_an_encoder_is_chosen_by_number_path_or_name(name: int | str, wanted: st
 
 @pytest.mark.parametrize(("name", "message"), [(2, "there are 2"), ("dino", "fits none"), ("model", "fits 2 of")])
 def test_an_encoder_that_is_not_there_is_refused(name: int | str, message: str) -> None:
-    with pytest.raises(probe.ExplainError, match=message):
+    with pytest.raises(probe.errors.ExplainError, match=message):
         chosen_encoder(replayed(), name)
 
 

@@ -22,8 +22,8 @@ import lvlm_probe as probe
 from lvlm_probe import causal
 from lvlm_probe.causal import interventions as checks
 from lvlm_probe.causal.effects import agreement_score
-from lvlm_probe.causal.knockout import attention_layers, cut_attention
-from lvlm_probe.causal.tokens import image_tokens, query_positions, token_heat
+from lvlm_probe.causal.knockout import AttentionCut, attention_layers, cut_attention
+from lvlm_probe.causal.tokens import placed_tokens, query_positions, token_heat
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "paligemma")
 
@@ -75,14 +75,14 @@ def test_token_heat_weighs_cells_by_shared_area():
 
 def test_image_tokens_of_one_of_two_pictures(tmp_path):
     replay = record("llava", tmp_path, images=2)
-    first, second = image_tokens(replay, 0), image_tokens(replay, 1)
+    first, second = placed_tokens(replay, 0), placed_tokens(replay, 1)
     assert len(first) == len(second) == 16
     assert set(first.positions).isdisjoint(second.positions)
     layout = replay.trace.layout
     np.testing.assert_array_equal(layout.image_positions[second.rows], second.positions)
     assert set(layout.image_index[second.rows]) == {1}
-    with pytest.raises(probe.ExplainError, match="2 image"):
-        image_tokens(replay, 2)
+    with pytest.raises(probe.errors.ExplainError, match="2 image"):
+        placed_tokens(replay, 2)
 
 
 def test_query_positions_are_those_that_predict(llava):
@@ -114,7 +114,7 @@ def test_query_positions_are_those_that_predict(llava):
 def test_cut_weights_are_zero_and_the_rest_of_the_row_shares_them(name, implementation, tmp_path):
     """In the first layer, whose inputs a cut does not change: A' = A / (1 − Σ cut A)."""
     replay = record(name, tmp_path, implementation=implementation)
-    keys = image_tokens(replay, 0).positions[1::2]
+    keys = placed_tokens(replay, 0).positions[1::2]
     queries = query_positions(replay, probe.select_tokens(replay, rule="joint"), "text")
     rows = torch.arange(replay.prompt_length + len(replay.tokens) - 1)
 
@@ -138,7 +138,7 @@ def test_cut_weights_are_zero_and_the_rest_of_the_row_shares_them(name, implemen
 
 def test_a_cut_of_all_layers_equals_attention_written_out(llava, heat, everything):
     """Softmax, zeros in the cut places, division by the row's sum: through all layers."""
-    target = checks._target(llava, heat, everything, 0)
+    target = checks.target_of(llava, heat, everything, 0)
     effect = causal.knockout(llava, heat, tokens=everything, top=0.25, sweep=0)
     keys = target.tokens.positions[np.argsort(-target.heat)[:4]]
     queries = query_positions(llava, everything, "text")
@@ -297,7 +297,7 @@ def test_agreement_score_at_its_ends():
 
 def linear_target(heat):
     selection = SimpleNamespace(indices=(0,), text="red", tokens=("red",))
-    return checks._Target(np.zeros(len(heat)), np.asarray(heat), selection, 0, False, "toy")
+    return checks.Target(np.zeros(len(heat)), np.asarray(heat), selection, 0, False, "toy")
 
 
 def measured(heat, weights, **settings):
@@ -307,10 +307,11 @@ def measured(heat, weights, **settings):
     def take(rows, _layers):
         return (1 - torch.as_tensor(weights)[np.asarray(rows).copy()].sum()).clamp(min=1e-9).log()[None]
 
-    given = {"top": checks.SHARES, "layers": (), "sweep": 0, "control": "random", "draws": 5, "seed": 0}
-    return checks._measure(
-        "knockout", replay, linear_target(heat), take, progress=None, params={}, **{**given, **settings}
-    )
+    given = {"top": checks.SHARES, "control": "random", "draws": 5, "seed": 0, **settings}
+    target = linear_target(heat)
+    counts = checks.counts_of(given.pop("top"), target)
+    drawn = checks.Draws(**given)
+    return checks.measure("knockout", replay, target, checks.Measured(take, [0], None), drawn, counts=counts, params={})
 
 
 def test_agreement_on_a_linear_answer():
@@ -438,11 +439,11 @@ def test_a_heatmap_brings_its_own_tokens_and_picture(llava, heat):
 
 def test_a_region_is_all_tokens_that_it_touches(llava, everything):
     region = np.zeros((60, 90), dtype=bool)
-    boxes = image_tokens(llava, 0).boxes
+    boxes = placed_tokens(llava, 0).boxes
     x0, y0, x1, y1 = boxes[5]
     region[int(y0) + 2 : int(y1) - 2, int(x0) + 2 : int(x1) - 2] = True
     assert causal.knockout(llava, region, tokens=everything, sweep=0).effects[0].tokens == 1
-    with pytest.raises(probe.ExplainError, match="region is empty"):
+    with pytest.raises(probe.errors.ExplainError, match="region is empty"):
         causal.knockout(llava, np.zeros((60, 90), dtype=bool), tokens=everything)
 
 
@@ -464,23 +465,23 @@ def test_a_region_is_all_tokens_that_it_touches(llava, everything):
     ],
 )
 def test_bad_settings_are_refused(llava, heat, everything, settings, message):
-    with pytest.raises(probe.ExplainError, match=message):
+    with pytest.raises(probe.errors.ExplainError, match=message):
         causal.knockout(llava, heat, **{"tokens": everything, **settings})
 
 
 def test_bad_heatmaps_are_refused(llava, everything):
     size = llava.image_sizes[0]
-    with pytest.raises(probe.ExplainError, match="no values: because"):
+    with pytest.raises(probe.errors.ExplainError, match="no values: because"):
         causal.knockout(llava, probe.Heatmap(None, size, selection=everything, reason="because"))
     assert np.isnan(causal.agreement(llava, probe.Heatmap(None, size, selection=everything, reason="because")))
     other = dataclasses.replace(everything, tokens=("another", "answer"))
-    with pytest.raises(probe.ExplainError, match="another answer"):
+    with pytest.raises(probe.errors.ExplainError, match="another answer"):
         causal.knockout(llava, np.ones((2, 2)), tokens=other)
-    with pytest.raises(probe.ExplainError, match="no explained tokens: none"):
+    with pytest.raises(probe.errors.ExplainError, match="no explained tokens: none"):
         causal.knockout(llava, np.ones((2, 2)), tokens=dataclasses.replace(everything, indices=(), reason="none"))
-    with pytest.raises(probe.ExplainError, match=r"\(row, col\)"):
+    with pytest.raises(probe.errors.ExplainError, match=r"\(row, col\)"):
         causal.knockout(llava, np.full((2, 2), np.nan), tokens=everything)
-    with pytest.raises(probe.ExplainError, match="kind is"):
+    with pytest.raises(probe.errors.ExplainError, match="kind is"):
         causal.agreement(llava, np.ones((2, 2)), tokens=everything, kind="ablation")
 
 
@@ -490,13 +491,15 @@ def test_models_whose_tokens_or_attention_are_out_of_reach_are_refused(tmp_path,
     lost.path = SimpleNamespace(
         inputs=path.inputs, pixel_keys=path.pixel_keys, image_sizes=path.image_sizes, n_images=1
     )
-    with pytest.raises(probe.ExplainError, match=r"is not known \(there is no processor to trace"):
+    with pytest.raises(probe.errors.ExplainError, match=r"is not known \(there is no processor to trace"):
         causal.knockout(lost, heat, tokens=selection)
     crossed = record("mllama", tmp_path / "crossed")
     for check in (causal.knockout, causal.patch):
-        with pytest.raises(probe.ExplainError, match="no image tokens"):
+        with pytest.raises(probe.errors.ExplainError, match="no image tokens"):
             check(crossed, heat, tokens=probe.select_tokens(crossed, rule="joint"))
-    with pytest.raises(probe.ExplainError, match=r"cannot be cut in every layer .*cross-attention.*layers=\[0, 2\]"):
+    with pytest.raises(
+        probe.errors.ExplainError, match=r"cannot be cut in every layer .*cross-attention.*layers=\[0, 2\]"
+    ):
         attention_layers(crossed.model, "all")
     assert [layer.index for layer, _ in attention_layers(crossed.model, [0, 2])] == [0, 2]
 
@@ -506,34 +509,34 @@ def test_attention_without_weights_is_refused(tmp_path, heat):
     decoder = replay.model.model.language_model
     selection = probe.select_tokens(replay, rule="joint")
     decoder.config._attn_implementation = "flex_attention"
-    with pytest.raises(probe.ExplainError, match='attn_implementation="sdpa" or "eager"'):
+    with pytest.raises(probe.errors.ExplainError, match='attn_implementation="sdpa" or "eager"'):
         causal.knockout(replay, heat, tokens=selection)
 
 
 def test_donors_of_another_size_and_missing_processors_are_refused(llava, heat, everything, tmp_path):
-    with pytest.raises(probe.ImageError, match="100x60"):
+    with pytest.raises(probe.errors.ImageError, match="100x60"):
         causal.patch(llava, heat, donor=tiny_models.picture(100, 60), tokens=everything)
     bare = probe.replay(llava.trace, llava.model)
     for check in (causal.knockout, causal.patch):
-        with pytest.raises(probe.ExplainError, match="processor"):
+        with pytest.raises(probe.errors.ExplainError, match="processor"):
             check(bare, np.ones((4, 4)), tokens=everything)
 
 
 def test_masks_that_cannot_be_cut_are_refused():
-    cut = causal.cuts.AttentionCut(np.array([3]), np.array([0]), 4)
+    cut = AttentionCut(np.array([3]), np.array([0]), 4)
     hidden = torch.zeros(1, 4, 8)
     module = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"), is_causal=True)
-    with pytest.raises(probe.ExplainError, match="edits its sequence"):
+    with pytest.raises(probe.errors.ExplainError, match="edits its sequence"):
         cut.mask(module, None, torch.zeros(1, 5, 8), {})
-    with pytest.raises(probe.ExplainError, match=r"shape \(1, 4\)"):
+    with pytest.raises(probe.errors.ExplainError, match=r"shape \(1, 4\)"):
         cut.mask(module, torch.ones(1, 4), hidden, {})
-    with pytest.raises(probe.ExplainError, match="boolean or additive"):
+    with pytest.raises(probe.errors.ExplainError, match="boolean or additive"):
         cut.mask(module, torch.ones(1, 1, 4, 4, dtype=torch.long), hidden, {})
 
 
 def test_masks_that_are_built():
     """sdpa: boolean, causal where the module is; eager, which hides nothing by itself: additive."""
-    cut = causal.cuts.AttentionCut(np.array([3]), np.array([0, 1]), 4)
+    cut = AttentionCut(np.array([3]), np.array([0, 1]), 4)
     hidden = torch.zeros(2, 4, 8, dtype=torch.float16)
 
     def built(implementation, causal_module, **kwargs):
@@ -559,6 +562,6 @@ def test_without_nnsight_the_way_out_is_named(llava, heat, everything, monkeypat
         lambda: causal.knockout(llava, heat, tokens=everything, backend="nnsight"),
         lambda: causal.points(llava, ["lm_head"]),
     ):
-        with pytest.raises(probe.ExplainError, match=r"pip install 'lvlm-probe\[causal\]'"):
+        with pytest.raises(probe.errors.ExplainError, match=r"pip install 'lvlm-probe\[causal\]'"):
             call()
     assert causal.knockout(llava, heat, tokens=everything, sweep=0).drop != 0  # hooks do not need it

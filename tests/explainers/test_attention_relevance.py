@@ -214,8 +214,7 @@ def toy_problem() -> Any:
         patch_box=np.array([[0, 0, 1, 1], [1, 0, 2, 1]], np.float32),
     )
     return SimpleNamespace(
-        trace=SimpleNamespace(layout=layout),
-        replay=SimpleNamespace(length=3, image_sizes=[(2, 1)], path=None),
+        replay=SimpleNamespace(length=3, image_sizes=[(2, 1)], path=None, trace=SimpleNamespace(layout=layout)),
         queries=torch.tensor([2]),
         image=0,
         live=True,

@@ -256,12 +256,3 @@ def test_without_a_processor_the_picture_is_what_the_model_sees(method):
     assert whole.image_size == (WIDTH, HEIGHT) and inner.image_size == (56, 56)
     assert whole.values.shape == (4, 6) and inner.values.shape == (4, 4)
     assert np.allclose(inner.values, whole.values[:, 1:5], atol=0.02)  # CLIP's crop is the middle square
-
-
-def test_a_path_that_knows_no_places_is_refused():
-    replay = probe.replay(inside.trace("llava"), inside.replay("llava").model)
-    replay.path = SimpleNamespace(
-        inputs=replay.path.inputs, pixel_keys=replay.path.pixel_keys, image_sizes=[(56, 56)], n_images=1
-    )
-    with pytest.raises(ExplainError, match="replay with one"):
-        encoder_tokens(replay, "model.vision_tower")

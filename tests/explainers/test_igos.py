@@ -18,7 +18,7 @@ import lvlm_probe as probe
 from lvlm_probe import explainers
 from lvlm_probe.errors import ExplainError, SelectionError
 from lvlm_probe.explainers import Outcome, Problem, registry
-from lvlm_probe.explainers.igos.descent import PRESETS, IgosSettings, nesterov, path_masks
+from lvlm_probe.explainers.igos.descent import PRESETS, IgosSettings, Optimisation, nesterov, path_masks
 from lvlm_probe.explainers.igos.regularizers import bilateral_weights, btv, gnc, guide, l1, tv
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics import pointing_game
@@ -189,10 +189,8 @@ def _problem(replay: ToyReplay, seed: int = 0) -> Problem:
     return Problem(replay, select_tokens(replay), 0, seed)
 
 
-def _optimisation(replay: ToyReplay, **settings: object) -> object:
-    from lvlm_probe.explainers.igos.descent import descent as igos
-
-    return igos._Optimisation(_problem(replay), IgosSettings(**settings), "test")
+def _optimisation(replay: ToyReplay, **settings: object) -> Optimisation:
+    return Optimisation(_problem(replay), IgosSettings(**settings), "test")
 
 
 @pytest.mark.parametrize("masks", [1, 2])
@@ -487,7 +485,7 @@ def test_tokens_in_all_their_forms() -> None:
 
 
 def test_a_method_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
 
     @explainers.register("corner")
     def corner(problem: Problem, *, value: float = 1.0) -> Outcome:

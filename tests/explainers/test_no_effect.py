@@ -25,6 +25,7 @@ from toy_replay import ToyReplay, box_weights
 import lvlm_probe as probe
 from lvlm_probe.causal.effects import agreement_score
 from lvlm_probe.explainers import methods
+from lvlm_probe.explainers.scores import LEAST_SHARE, too_narrow
 from lvlm_probe.metrics import (
     Interval,
     bootstrap_ci,
@@ -34,7 +35,7 @@ from lvlm_probe.metrics import (
     permutation_test,
     pointing_game,
 )
-from lvlm_probe.metrics.deletion_insertion import LEAST_SHARE, normalise, too_narrow
+from lvlm_probe.metrics.deletion_insertion import normalise
 from lvlm_probe.metrics.verdict import Verdict, judge
 from lvlm_probe.models.prompts import chat_inputs
 from lvlm_probe.pages.ranking import standings

@@ -9,7 +9,7 @@ from toy_replay import ToyReplay, box_weights
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import explain
-from lvlm_probe.explainers.rise import estimate, random_masks
+from lvlm_probe.explainers.rise import RandomMasks, estimate
 
 P, KNOTS, SHAPE = 0.4, (3, 4), (6, 8)
 
@@ -35,7 +35,7 @@ def weights() -> torch.Tensor:
 
 
 def draw(number: int, seed: int) -> torch.Tensor:
-    return random_masks(number, KNOTS, SHAPE, P, torch.Generator().manual_seed(seed))
+    return RandomMasks(number, KNOTS, P, torch.Generator().manual_seed(seed)).masks(slice(0, number), SHAPE)
 
 
 def test_masks_have_the_moments_of_the_closed_form() -> None:

@@ -131,8 +131,7 @@ def test_a_method_that_reaches_for_the_model_is_stopped():
     finally:
         from lvlm_probe.explainers import registry
 
-        registry._METHODS.pop("reaches for the model")
-        registry._NEEDS.pop("reaches for the model")
+        registry.METHODS.pop("reaches for the model")
 
 
 def test_a_trace_without_what_is_needed():
@@ -146,7 +145,7 @@ def test_a_trace_without_what_is_needed():
     with pytest.raises(ExplainError, match="holds no boxes of its image tokens"):
         explain(bare, "tam")
     assert explain(probe.replay(bare, model, processor), "tam").values is not None  # a replay traces them
-    with pytest.raises(probe.SelectionError, match="llr=False"):
+    with pytest.raises(probe.errors.SelectionError, match="llr=False"):
         probe.explain(trace, method="attention")
     model_free = inside.record("mllama", *tiny_models.build("mllama"))
     with pytest.raises(ExplainError, match="holds no image tokens"):

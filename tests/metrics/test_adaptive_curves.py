@@ -14,7 +14,7 @@ from toy_replay import ToyReplay, box_weights
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics import Score, evaluate
-from lvlm_probe.metrics.deletion_insertion import Curves, MaskScores, area, curves
+from lvlm_probe.metrics.deletion_insertion import Curves, CurveSettings, MaskScores, area, curves
 from lvlm_probe.selection import select_tokens
 
 BOX = box_weights(16, slice(2, 6), slice(8, 12))  # 16 of 256 cells
@@ -37,7 +37,8 @@ class ByCount(ToyReplay):
 
 
 def run(replay: ToyReplay, **options: object) -> Curves:
-    return curves(VALUES, SEEN, replay, [0], **options)  # type: ignore[arg-type]
+    scores = MaskScores(replay, [0], image=0, mode="fast")  # type: ignore[arg-type]
+    return curves(VALUES, SEEN, scores, CurveSettings(**options))  # type: ignore[arg-type]
 
 
 def normalised_areas(found: Curves, span: float) -> np.ndarray:

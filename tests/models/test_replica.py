@@ -20,7 +20,6 @@ import lvlm_probe as probe
 from lvlm_probe.causal.knockout import attention_layers, cut_attention
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.models.replica import Replica, duplicated
-from lvlm_probe.sanity import weight_randomisation
 
 
 class Pair(nn.Module):
@@ -359,9 +358,9 @@ def test_random_weights_are_not_the_users(demo: tuple[Any, Any], tmp_path: Path)
 
     weight = model.lm_head.weight.detach().clone()
     handle = model.lm_head.register_forward_pre_hook(first)
-    report = weight_randomisation(
-        recording.traces[0], model, processor, method="gradcam", tokens=(0, 2), stages=1, progress=told
-    )
+    replay = probe.replay(recording.traces[0], model, processor)
+    heat = probe.explain(replay, method="gradcam", tokens=(0, 2))
+    report = probe.sanity.weights(replay, heat, stages=1, draws=1, progress=told)
     handle.remove()
     assert all(seen) and len(report.steps) == 1
     assert not torch.equal(torch.from_numpy(report.heatmaps[0].values), torch.from_numpy(report.heatmap.values))

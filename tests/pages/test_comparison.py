@@ -68,7 +68,7 @@ def bad_methods() -> Iterator[None]:
 
     yield
     for name in ("says why", "buggy"):
-        del registry._METHODS[name], registry._NEEDS[name]
+        del registry.METHODS[name]
 
 
 def toy(trace_id: str = "toy", rows: slice = slice(1, 3)) -> ToyReplay:

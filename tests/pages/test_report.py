@@ -18,9 +18,11 @@ from PIL import Image
 from trace_samples import sample_capture
 
 from lvlm_probe.errors import ReportError, TraceError
+from lvlm_probe.metrics import Similarity
 from lvlm_probe.pages import report
 from lvlm_probe.pages.data_uris import data_uri, encode_seen, encode_values, shrink
 from lvlm_probe.pages.plain import plain, without_folders
+from lvlm_probe.sanity import SanityCheck, SanityStep
 from lvlm_probe.selection import select_tokens
 from lvlm_probe.trace import open_trace
 from lvlm_probe.trace.writer import write
@@ -243,6 +245,33 @@ def test_verdicts(tmp_path: Path) -> None:
     assert maps[3]["values"] is None
     assert maps[3]["score"] is None
     assert maps[3]["verdict"]["reasons"] == ["Nothing to explain: no token gains more than 1 nats from the image."]
+
+
+def test_sanity_checks_stand_beside_the_verdict(tmp_path: Path) -> None:
+    step = SanityStep("lm_head", similarity=Similarity(0.97, 0.97, None, 0.1, 0.9))
+    heat = samples.heat(samples.trace("a"))
+    for check, verdict in (("seeds", "cannot say"), ("weights", "fails"), ("answers", "passes")):
+        made = SanityCheck(check, verdict, f"what {HOSTILE} said", 0.5, (step,), {}, heat)
+        heat = made.attached(heat)
+    out = report([heat, samples.heat(samples.trace("b"))], scores=[samples.score(), None], out=tmp_path / "r.html")
+    first, second = (sample["maps"][0] for sample in data_of(out)["samples"])
+    assert [(line["title"], line["state"]) for line in first["sanity"]] == [
+        ("Random weights: fails", "doubted"),
+        ("Other words: passes", "trusted"),
+        ("Other random numbers: cannot say", "unchecked"),
+    ]
+    assert first["sanity"][0]["reason"].startswith("What </script>") and second["sanity"] == []
+    assert "sanity" not in first["provenance"]
+    text = out.read_text("utf-8")
+    assert "<script>document.title" not in text and "Random weights: fails. What &lt;/script&gt;" in text
+
+
+@pytest.mark.parametrize("checks", [None, 3, ["weights"], {"weights": "passes"}, {"weights": {"verdict": "perfect"}}])
+def test_what_a_file_claims_of_checks_is_shown_only_if_it_is_a_verdict(tmp_path: Path, checks: object) -> None:
+    heat = samples.heat(samples.trace("a"))
+    heat = dataclasses.replace(heat, provenance={**heat.provenance, "sanity": checks})
+    (sample,) = data_of(report([heat], out=tmp_path / "r.html"))["samples"]
+    assert sample["maps"][0]["sanity"] == []
 
 
 def test_curves_and_baseline_check(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 import lvlm_probe as probe
 from lvlm_probe import causal
 from lvlm_probe.planning import plan_for
-from lvlm_probe.sanity import answer_randomisation, over_seeds
+from lvlm_probe.sanity import answers, seeds, weights
 
 METHODS: dict[str, dict[str, Any]] = {
     "igos++": {},
@@ -70,6 +70,7 @@ def calls(recorded: Any, folder: Path) -> dict[str, Callable[[probe.Replay], Any
     """What may be asked of a replay, each with an answer that can be compared bit for bit."""
     trace, model, processor = recorded
     maps = {word: probe.explain(probe.replay(*recorded), method="occlusion", size=4, tokens=word) for word in WORDS}
+    sampled = probe.explain(probe.replay(*recorded), method="rise", masks=8, tokens="cross")
     mean = probe.explain(probe.replay(*recorded).over("mean"), method="input_gradient")
 
     def explaining(method: str, word: str | None) -> Callable[[probe.Replay], Any]:
@@ -101,8 +102,9 @@ def calls(recorded: Any, folder: Path) -> dict[str, Callable[[probe.Replay], Any
         "plan": planned,
         "verify": lambda _replay: probe.verify(trace, model, processor),
         "select": lambda replay: (probe.select_tokens(replay), replay.llr.tolist()),
-        "word answers": lambda _: answer_randomisation(trace, model, processor, draws=1, method="gradcam").to_dict(),
-        "seeds": lambda replay: over_seeds(replay, seeds=2, method="rise", masks=8, tokens="cross").to_dict(),
+        "word answers": lambda replay: answers(replay, mean, draws=1).to_dict(),
+        "random weights": lambda replay: weights(replay, mean, stages=1, draws=1).to_dict(),
+        "seeds": lambda replay: seeds(replay, sampled, seeds=2).to_dict(),
         "patch": lambda replay: causal.patch(replay, maps["yellow"], top=0.2, draws=1).effects,
         "passes": lambda replay: replay.score_and_grad(torch.full((3, 4, 4), 0.4), lambda p: p.sum(1))[1].tolist(),
     }

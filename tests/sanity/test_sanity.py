@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,8 +15,9 @@ from lvlm_probe.explainers import registry
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics import compare_maps
 from lvlm_probe.metrics import similarity as similarity_module
-from lvlm_probe.sanity import answer_randomisation, randomised, weight_blocks, weight_randomisation
+from lvlm_probe.sanity import SanityStep, answers, prompts, randomised, weight_blocks, weights
 from lvlm_probe.sanity.random_weights import grouped
+from lvlm_probe.sanity.randomisation import judged_answers
 
 GRID = (12, 12)
 
@@ -40,7 +42,7 @@ def edges(problem: registry.Problem) -> registry.Outcome:
 def moody(problem: registry.Problem) -> registry.Outcome:
     """Works on the true model only."""
     if float(problem.replay.original_log_probs[list(problem.selection.indices)].exp().mean()) < 0.5:
-        raise probe.ExplainError("scores are not what they were")
+        raise probe.errors.ExplainError("scores are not what they were")
     return gradient(problem)
 
 
@@ -51,7 +53,7 @@ def methods():
         registry.register(name, needs=("passes", "gradients"))(function)
     yield
     for name in mine:
-        del registry._METHODS[name], registry._NEEDS[name]
+        del registry.METHODS[name]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,7 @@ def test_chosen_blocks_and_stages(recorded) -> None:
     chosen = weight_blocks(model, ["lm_head", "model.language_model.layers.*.mlp"])
     assert list(chosen) == ["lm_head", "model.language_model.layers.*.mlp"]
     assert len(chosen["model.language_model.layers.*.mlp"]) == 9
-    with pytest.raises(probe.PointNotFound, match="no module matches 'nothing'"):
+    with pytest.raises(probe.errors.PointNotFound, match="no module matches 'nothing'"):
         weight_blocks(model, ["nothing"])
     blocks = weight_blocks(model)
     groups = grouped(blocks, 4)
@@ -123,7 +125,7 @@ def test_chosen_blocks_and_stages(recorded) -> None:
     assert [path for group in groups.values() for path in group] == [path for b in blocks.values() for path in b]
     assert next(iter(groups)).startswith("lm_head … ")
     assert grouped(blocks, 1000) == blocks
-    with pytest.raises(probe.ExplainError, match="stages"):
+    with pytest.raises(probe.errors.ExplainError, match="stages"):
         grouped(blocks, 0)
 
 
@@ -197,138 +199,217 @@ def test_weights_without_numbers_are_refused_before_any_change() -> None:
     module = torch.nn.Linear(4, 4)
     before = bits(module)
     quantised = torch.nn.Parameter(torch.ones(4, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(probe.ExplainError, match=r"packed is torch\.uint8.*unquantised"):
+    with pytest.raises(probe.errors.ExplainError, match=r"packed is torch\.uint8.*unquantised"):
         with randomised({**dict(module.named_parameters()), "packed": quantised}):
             pass
     offloaded = torch.nn.Linear(4, 4, device="meta")
-    with pytest.raises(probe.ExplainError, match="has no data here"):
+    with pytest.raises(probe.errors.ExplainError, match="has no data here"):
         with randomised(dict(offloaded.named_parameters())):
             pass
     assert unchanged(module, before)
 
 
-# ---------------------------------------------------------------- reports
+# ---------------------------------------------------------------- verdicts
 
 
-def test_a_cascade_tells_a_map_of_the_model_from_a_map_of_edges(recorded) -> None:
-    trace, model, processor = recorded
+@pytest.fixture(scope="module")
+def replay(recorded):
+    return probe.replay(*recorded)
+
+
+def test_a_cascade_tells_a_map_of_the_model_from_a_map_of_edges(recorded, replay) -> None:
+    _, model, _ = recorded
     before = bits(model)
     told = []
-    report = weight_randomisation(
-        trace, model, processor, method="test gradient", stages=3, progress=lambda *at: told.append(at)
-    )
+    heat = probe.explain(replay, method="test gradient")
+    check = weights(replay, heat, stages=3, progress=lambda *at: told.append(at))
     assert unchanged(model, before)
-    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert report.steps[0].name.startswith("lm_head … ")
-    sizes = [step.weights for step in report.steps]
+    assert told == [(number, 5) for number in range(1, 6)]
+    assert check.steps[0].name.startswith("lm_head … ")
+    sizes = [step.weights for step in check.steps]
     assert sizes == sorted(sizes) and sizes[-1] == sum(parameter.numel() for parameter in model.parameters())
-    assert abs(report.rank_correlations[-1]) < 0.5
-    assert report.suspicious is False
-    caught = weight_randomisation(trace, model, processor, method="test edges", stages=2)
+    assert [step.weights for step in check.steps[-3:]] == [sizes[-1]] * 3
+    assert len({heat.values.tobytes() for heat in check.heatmaps}) == 5  # every draw is another model
+    assert np.mean(np.abs(check.rank_correlations[-3:])) < 0.5
+    assert (check.verdict, check.threshold) == ("passes", 0.5)
+    caught = weights(replay, probe.explain(replay, method="test edges"), stages=2, draws=1)
     assert caught.rank_correlations == pytest.approx((1.0, 1.0))
-    assert caught.suspicious is True
-    assert "1.00" in str(caught)
+    assert str(caught).startswith("weights: fails: with the weights of all blocks random")
+    assert "is 1.00 (limit 0.5): the image draws it rather than what the model has learnt" in caught.reason
 
 
-def test_the_same_tokens_and_the_same_baseline_are_explained_throughout(recorded) -> None:
+@pytest.mark.parametrize("method", ["center", "random"])
+def test_a_built_in_method_that_ignores_the_model_fails(replay, method: str) -> None:
+    heat = probe.explain(replay, method=method)
+    assert weights(replay, heat, stages=1, draws=1).verdict == "fails"
+    assert answers(replay, heat, draws=1).verdict == "fails"
+
+
+def test_the_heatmap_is_made_again_as_it_was_made(recorded, replay) -> None:
     trace, model, processor = recorded
-    report = weight_randomisation(
-        trace,
-        model,
-        processor,
-        kind="independent",
-        stages=2,
-        method="test gradient",
-        baseline=("blur", {"strength": 0.6}),
-    )
-    assert report.kind == "independent"
-    for heat in report.heatmaps:
-        assert heat.selection.indices == report.heatmap.selection.indices
-        assert heat.provenance["baseline"]["strength"] == report.heatmap.provenance["baseline"]["strength"] == 0.6
-        assert heat.provenance["baseline"]["kind"] == "blur"
+    over = replay.over("blur", strength=0.6)
+    heat = probe.explain(over, method="test gradient", seed=4)
+    check = weights(replay, heat, kind="independent", stages=2)
+    assert check.params == {"kind": "independent", "how": "normal", "draws": 1, "seed": 0}
+    for again in check.heatmaps:
+        assert again.selection.indices == heat.selection.indices
+        assert again.provenance["baseline"]["strength"] == heat.provenance["baseline"]["strength"] == 0.6
+        assert again.provenance["baseline"]["kind"] == "blur"
+        assert again.provenance["seed"] == 4
     # Each step by hand: the same explanation on the model randomised by hand.
-    step, block = report.steps[1], list(grouped(weight_blocks(model), 2).values())[1]
+    step, block = check.steps[1], list(grouped(weight_blocks(model), 2).values())[1]
     assert step.weights == sum(weight.numel() for weight in block.values())
     with randomised(block):
-        replay = probe.replay(trace, model, processor, strict=False).over("blur", strength=0.6)
-        by_hand = probe.explain(replay, method="test gradient", tokens=report.heatmap.selection, strengthen=False)
-    np.testing.assert_array_equal(by_hand.values, report.heatmaps[1].values)
-    assert step.similarity == compare_maps(report.heatmap, by_hand)
+        fresh = probe.replay(trace, model, processor, strict=False).over("blur", strength=0.6)
+        by_hand = probe.explain(fresh, method="test gradient", tokens=heat.selection, strengthen=False)
+    np.testing.assert_array_equal(by_hand.values, check.heatmaps[1].values)
+    assert step.similarity == compare_maps(heat, by_hand)
+
+
+def test_a_baseline_of_the_users_own_goes_along(replay) -> None:
+    own = replay.image().convert("L").convert("RGB")
+    heat = probe.explain(replay.over(own), method="test gradient")
+    with pytest.raises(probe.errors.ImageError, match="give the picture again"):
+        weights(replay, heat, stages=1, draws=1)
+    check = weights(replay.over(own), heat, stages=1, draws=1)
+    first, again = (one.provenance["baseline"] for one in (heat, check.heatmaps[0]))
+    assert first["kind"] == again["kind"] == "image" and first["sha256"] == again["sha256"]
 
 
 @pytest.mark.quick
-def test_an_error_in_the_explainer_leaves_the_model_whole(recorded, monkeypatch) -> None:
-    trace, model, processor = recorded
+def test_an_error_in_the_explainer_leaves_the_model_whole(recorded, replay, monkeypatch) -> None:
+    _, model, _ = recorded
     before = bits(model)
+    heat = probe.explain(replay, method="test gradient")
     calls = []
 
     def failing(problem: registry.Problem) -> registry.Outcome:
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return gradient(problem)
 
-    monkeypatch.setitem(registry._METHODS, "test gradient", failing)
+    needs = frozenset(registry.needs_of("test gradient"))
+    monkeypatch.setitem(registry.METHODS, "test gradient", registry.Method(failing, needs))
     with pytest.raises(KeyboardInterrupt):
-        weight_randomisation(trace, model, processor, method="test gradient", stages=4)
+        weights(replay, heat, stages=4)
     assert unchanged(model, before)
 
 
-def test_no_heatmap_under_randomisation_is_a_result_with_a_reason(recorded) -> None:
-    trace, model, processor = recorded
-    report = weight_randomisation(trace, model, processor, method="test moody", stages=2)
-    assert [step.similarity for step in report.steps] == [None, None]
-    assert "scores are not what they were" in str(report.steps[0].reason)
-    assert np.isnan(report.rank_correlations).all()
-    assert report.suspicious is None
-    assert "no heatmap" in str(report)
+def test_no_heatmap_under_randomisation_is_a_result_with_a_reason(replay) -> None:
+    check = weights(replay, probe.explain(replay, method="test moody"), stages=2, draws=1)
+    assert [step.similarity for step in check.steps] == [None, None]
+    assert "scores are not what they were" in str(check.steps[0].reason)
+    assert np.isnan(check.rank_correlations).all()
+    assert check.verdict == "cannot say"
+    assert "no second heatmap to compare with" in check.reason and "scores are not what they were" in check.reason
 
 
-def test_another_answer_is_scored_in_the_place_of_the_recorded_one(recorded) -> None:
-    trace, model, processor = recorded
+def test_too_few_cells_and_an_even_map_say_nothing(replay) -> None:
+    few = weights(replay, probe.explain(replay, method="input_gradient", size=3), stages=1, draws=1)
+    assert few.verdict == "cannot say" and "has 9 cells" in few.reason
+    heat = dataclasses.replace(probe.explain(replay, method="center"), values=np.full((16, 16), 0.5, np.float32))
+    even = answers(replay, heat, draws=1)
+    assert even.verdict == "cannot say" and "the same value everywhere" in even.reason
+
+
+def test_another_answer_is_scored_in_the_place_of_the_recorded_one(recorded, replay) -> None:
+    trace, _, processor = recorded
     colours = processor.tokenizer.convert_tokens_to_ids(processor.tokenizer.tokenize(" red blue green"))
-    report = answer_randomisation(trace, model, processor, method="test gradient", draws=2, pool=colours, seed=1)
-    assert report.kind == "answer"
-    assert len(report.steps) == 2
-    for heat, step in zip(report.heatmaps, report.steps, strict=True):
-        changed = [index for index, token in enumerate(trace.tokens) if heat.selection.tokens[index] != token]
+    heat = probe.explain(replay, method="test gradient")
+    check = answers(replay, heat, draws=2, pool=colours, seed=1)
+    assert len(check.steps) == 2
+    for again, step in zip(check.heatmaps, check.steps, strict=True):
+        changed = [index for index, token in enumerate(trace.tokens) if again.selection.tokens[index] != token]
         assert changed
-        assert set(changed) <= set(report.heatmap.selection.indices)
-        assert step.name == heat.selection.text
-    assert not np.array_equal(report.heatmaps[0].values, report.heatmap.values)
-    assert answer_randomisation(trace, model, processor, method="test edges", draws=2).suspicious is True
-    default = answer_randomisation(trace, model, processor, method="test gradient", draws=1)
+        assert set(changed) <= set(heat.selection.indices)
+        assert step.name == again.selection.text
+    assert not np.array_equal(check.heatmaps[0].values, heat.values)
+    caught = answers(replay, probe.explain(replay, method="test edges"), draws=2)
+    assert caught.verdict == "fails" and "does not depend on the words" in caught.reason
+    default = answers(replay, heat, draws=1)
     special = set(processor.tokenizer.all_special_tokens)
-    assert not special & {default.heatmaps[0].selection.tokens[i] for i in default.heatmap.selection.indices}
+    assert not special & {default.heatmaps[0].selection.tokens[i] for i in heat.selection.indices}
 
 
-def test_a_report_goes_with_its_heatmap(recorded, tmp_path) -> None:
+def test_another_wording_is_asked_in_the_place_of_the_question(recorded, replay) -> None:
+    trace, _, _ = recorded
+    heat = probe.explain(replay, method="test gradient")
+    wording = trace.question.replace("What", "Which")
+    check = prompts(replay, heat, [wording, trace.question])
+    assert [step.name for step in check.steps] == [wording, trace.question]
+    asked = replay.over(heat.provenance["baseline"]).reworded(wording)
+    by_hand = probe.explain(asked, method="test gradient", tokens=heat.selection, strengthen=False)
+    np.testing.assert_array_equal(check.heatmaps[0].values, by_hand.values)
+    assert not np.array_equal(by_hand.values, heat.values)
+    np.testing.assert_array_equal(check.heatmaps[1].values, heat.values)
+    with pytest.raises(probe.errors.ReplayError):
+        prompts(replay, heat, [wording], question="What is not asked?")
+
+
+def test_other_words_that_resemble_the_map_are_no_verdict() -> None:
+    values = np.random.default_rng(3).random((10, 10))
+    for noise, verdict in ((0.0, "fails"), (0.5, "cannot say"), (50.0, "passes")):
+        other = values + noise * np.random.default_rng(4).random((10, 10))
+        step = SanityStep("blue", similarity=compare_maps(heat(values), heat(other / other.max())))
+        assert judged_answers(heat(values), [step])[0] == verdict
+
+
+def test_a_check_goes_with_its_heatmap(replay, tmp_path) -> None:
+    check = weights(replay, probe.explain(replay, method="test gradient"), stages=1, draws=1)
+    record = json.loads(json.dumps(check.to_dict(), allow_nan=False))
+    assert record["check"] == "weights" and record["verdict"] == "passes" and record["params"]["how"] == "normal"
+    assert record["steps"][0]["similarity"]["rank_correlation"] == pytest.approx(check.rank_correlations[0])
+    other = answers(replay, check.heatmap, draws=1)
+    stored = Heatmap.read(other.attached(check.attached()).write(tmp_path / "heat.h5"))
+    assert stored.provenance["sanity"] == {"weights": record, "answers": json.loads(json.dumps(other.to_dict()))}
+    np.testing.assert_array_equal(stored.values, check.heatmap.values)
+
+
+def test_a_stored_heatmap_is_checked_like_a_fresh_one(replay, tmp_path) -> None:
+    fresh = probe.explain(replay, method="igos++", seed=2)
+    stored = Heatmap.read(fresh.write(tmp_path / "heat.h5"))
+    first, second = (answers(replay, one, draws=1) for one in (fresh, stored))
+    np.testing.assert_array_equal(first.heatmaps[0].values, second.heatmaps[0].values)
+
+
+def test_refusals(recorded, replay) -> None:
     trace, model, processor = recorded
-    report = weight_randomisation(trace, model, processor, method="test gradient", stages=1)
-    record = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert record["kind"] == "cascading" and record["how"] == "normal"
-    assert record["steps"][0]["similarity"]["rank_correlation"] == pytest.approx(report.rank_correlations[0])
-    heat = Heatmap.read(report.attached().write(tmp_path / "heat.h5"))
-    assert heat.provenance["sanity"]["cascading"] == record
-
-
-def test_refusals(recorded) -> None:
-    trace, model, processor = recorded
+    heat = probe.explain(replay, method="test gradient")
     for function, options, message in [
-        (weight_randomisation, {"kind": "both"}, "kind is"),
-        (weight_randomisation, {"how": "zero"}, "how is"),
-        (answer_randomisation, {"draws": 0}, "draws is"),
-        (answer_randomisation, {"pool": []}, "the pool holds no token besides"),
+        (weights, {"kind": "both"}, "kind is"),
+        (weights, {"how": "zero"}, "how is"),
+        (weights, {"stages": 0}, "stages is"),
+        (weights, {"draws": 0}, "draws is"),
+        (answers, {"draws": 0}, "draws is"),
+        (answers, {"pool": []}, "the pool holds no token besides"),
     ]:
-        with pytest.raises(probe.ExplainError, match=message):
-            function(trace, model, processor, method="test gradient", **options)
-    with pytest.raises(probe.ExplainError, match="give the processor, or pool="):
-        answer_randomisation(trace, model, processor.image_processor, method="test gradient")
+        with pytest.raises(probe.errors.ExplainError, match=message):
+            function(replay, heat, **options)
+    with pytest.raises(probe.errors.ExplainError, match="give the processor, or pool="):
+        answers(probe.replay(trace, model, processor.image_processor), heat)
+    with pytest.raises(probe.errors.ExplainError, match="there is no heatmap to check: nothing selected"):
+        weights(replay, Heatmap(None, heat.image_size, reason="nothing selected"))
+    with pytest.raises(probe.errors.ExplainError, match="another answer"):
+        answers(replay, dataclasses.replace(heat, selection=dataclasses.replace(heat.selection, tokens=("x",) * 9)))
+    with pytest.raises(probe.errors.ExplainError, match="no explainer 'of another time'"):
+        answers(replay, dataclasses.replace(heat, method="of another time"))
+
+
+def test_the_former_names_and_arguments_go_on_working(recorded) -> None:
+    trace, model, processor = recorded
+    with pytest.warns(DeprecationWarning, match="has moved to"):
+        former = [getattr(probe.metrics, f"{name}_randomisation") for name in ("weight", "answer")]
+    first = former[0](
+        trace, model, processor, method="test gradient", stages=1, draws=1, baseline=("blur", {"strength": 0.6})
+    )
+    assert first.check == "weights" and first.heatmap.provenance["baseline"]["strength"] == 0.6
+    assert former[1](trace, model, processor, method="test edges", draws=1, explain_seed=3).verdict == "fails"
     other, _ = probe.demo.load()
     with torch.no_grad():
         other.lm_head.weight.add_(1)
-    with pytest.raises(probe.ModelMismatch):
-        weight_randomisation(trace, other, processor, method="test gradient")
+    with pytest.raises(probe.errors.ModelMismatch):
+        former[0](trace, other, processor, method="test gradient")
 
 
 # ---------------------------------------------------------------- similarity
@@ -383,9 +464,9 @@ def test_cells_out_of_sight_do_not_count_as_agreement() -> None:
     whole = compare_maps(heat(first, seen), heat(second, seen))
     half = compare_maps(heat(first[:, :5]), heat(second[:, :5]))
     assert whole.rank_correlation == pytest.approx(half.rank_correlation)
-    with pytest.raises(probe.ExplainError, match="no cell is seen in both"):
+    with pytest.raises(probe.errors.ExplainError, match="no cell is seen in both"):
         compare_maps(heat(first, seen), heat(second, ~seen))
-    with pytest.raises(probe.ExplainError, match="pictures of"):
+    with pytest.raises(probe.errors.ExplainError, match="pictures of"):
         compare_maps(heat(first), Heatmap(second, (32, 32)))
-    with pytest.raises(probe.ExplainError, match="because nothing selected"):
+    with pytest.raises(probe.errors.ExplainError, match="because nothing selected"):
         compare_maps(heat(first), Heatmap(None, (64, 64), reason="nothing selected"))

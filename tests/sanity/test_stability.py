@@ -12,9 +12,10 @@ from scipy.stats import spearmanr
 from toy_replay import ToyReplay, box_weights
 
 from lvlm_probe.errors import ExplainError, SelectionError
-from lvlm_probe.explainers import registry
+from lvlm_probe.explainers import explain, registry
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.sanity import completeness, over_prompts, over_seeds, stability, tie_share
+from lvlm_probe.sanity import completeness, prompts, seeds, stability, tie_share
+from lvlm_probe.sanity.former import over_prompts, over_seeds
 
 BOX = box_weights(8, slice(1, 4), slice(2, 5))
 
@@ -34,7 +35,7 @@ def noisy(problem: registry.Problem, *, noise: float = 0.1) -> registry.Outcome:
 def method():
     registry.register("test noisy")(noisy)
     yield
-    del registry._METHODS["test noisy"], registry._NEEDS["test noisy"]
+    del registry.METHODS["test noisy"]
 
 
 def test_stability_is_the_mean_over_pairs() -> None:
@@ -59,24 +60,56 @@ def test_the_same_map_is_perfectly_stable_at_any_scale_and_resolution() -> None:
     assert coarse.rank_correlation == pytest.approx(1.0)
 
 
+def explained(replay: ToyReplay, noise: float, **options: object) -> Heatmap:
+    return explain(replay, method="test noisy", noise=noise, **options)
+
+
 def test_seeds_make_the_difference_and_less_noise_less_of_it() -> None:
     replay = ToyReplay(BOX)
-    loud = over_seeds(replay, seeds=4, method="test noisy", noise=0.9)
-    quiet = over_seeds(replay, seeds=4, method="test noisy", noise=0.05)
-    assert loud.n == quiet.n == 4
-    assert quiet.deviation < 0.1 < loud.deviation
-    assert quiet.top_iou > loud.top_iou
-    assert [item.provenance["seed"] for item in loud.heatmaps] == [0, 1, 2, 3]
-    assert over_seeds(replay, seeds=[7, 8], method="test noisy").heatmaps[1].provenance["seed"] == 8
+    loud = seeds(replay, explained(replay, 0.99), seeds=4)
+    quiet = seeds(replay, explained(replay, 0.05), seeds=4)
+    assert loud.stability.n == quiet.stability.n == 4
+    assert quiet.stability.deviation < 0.1 < loud.stability.deviation
+    assert quiet.stability.top_iou > loud.stability.top_iou
+    assert [item.provenance["seed"] for item in loud.stability.heatmaps] == [0, 1, 2, 3]
+    assert (quiet.verdict, loud.verdict) == ("passes", "fails")
+    assert f"{loud.stability.top_iou:.2f} in the mean (limit 0.33" in loud.reason
+    chosen = seeds(replay, explained(replay, 0.1, seed=7), seeds=[7, 8, 8])
+    assert [item.provenance["seed"] for item in chosen.stability.heatmaps] == [7, 8]
+    assert [step.name for step in chosen.steps] == ["seed 8"]
+    assert json.loads(json.dumps(chosen.to_dict(), allow_nan=False))["stability"]["n"] == 2
+    silent = seeds(replay, explained(replay, 0.0), seeds=2)
+    assert silent.verdict == "passes" and "draws no random numbers" in silent.reason
 
 
 def test_paraphrased_prompts() -> None:
-    replays = [ToyReplay(BOX, tokens=[" red"]), ToyReplay(BOX, tokens=["Red"]), ToyReplay(BOX.flip(1), tokens=[" red"])]
-    same = over_prompts(replays[:2], method="test noisy", tokens="red", noise=0.0)
-    assert (same.rank_correlation, same.top_iou) == pytest.approx((1.0, 1.0))
-    assert over_prompts(replays, method="test noisy", tokens="red", noise=0.0).lowest_rank_correlation < 0.7
+    replays = [
+        ToyReplay(BOX, tokens=[" red"]),
+        ToyReplay(BOX, tokens=["Red"]),
+        ToyReplay(BOX.flip(0, 1), tokens=[" red"]),
+    ]
+    heat = explained(replays[0], 0.0, tokens="red")
+    same = prompts(replays[0], heat, replays[1:2])
+    assert (same.stability.rank_correlation, same.stability.top_iou) == pytest.approx((1.0, 1.0))
+    assert same.verdict == "passes" and "identical" not in same.reason
+    other = prompts(replays[0], heat, replays[2:])
+    assert other.verdict == "fails" and other.stability.lowest_rank_correlation < 0.7
     with pytest.raises(SelectionError):
-        over_prompts([replays[0], ToyReplay(BOX, tokens=["blue"])], method="test noisy", tokens="red")
+        prompts(replays[0], heat, [ToyReplay(BOX, tokens=["blue"])])
+    for nothing in ([], "what?"):
+        with pytest.raises(ExplainError, match="several wordings"):
+            prompts(replays[0], heat, nothing)
+
+
+def test_the_former_names_compare_as_before() -> None:
+    replay = ToyReplay(BOX)
+    result = over_seeds(replay, seeds=[7, 8], method="test noisy", noise=0.5)
+    assert [item.provenance["seed"] for item in result.heatmaps] == [7, 8]
+    replays = [ToyReplay(BOX, tokens=[" red"]), ToyReplay(BOX, tokens=["Red"])]
+    same = over_prompts(replays, method="test noisy", tokens="red", noise=0.0)
+    assert (same.rank_correlation, same.top_iou) == pytest.approx((1.0, 1.0))
+    with pytest.raises(ExplainError, match="at least two different"):
+        over_seeds(replay, seeds=1, method="test noisy")
 
 
 def test_a_linear_scorers_own_weights_are_complete() -> None:
@@ -129,6 +162,6 @@ def test_refusals_and_missing_heatmaps() -> None:
         stability([one, empty])
     assert stability([one, empty, one]).missing == 1
     with pytest.raises(ExplainError, match="at least two different"):
-        over_seeds(ToyReplay(BOX), seeds=1, method="test noisy")
+        seeds(ToyReplay(BOX), explained(ToyReplay(BOX), 0.1), seeds=1)
     with pytest.raises(ExplainError, match="pictures of"):
         stability([one, Heatmap(np.eye(4), (32, 32))])

@@ -1,4 +1,4 @@
-"""iGOS++: a mask over the picture, optimised so that removing what it marks costs the answer most.
+"""iGOS++: a mask over the image, optimised so that removing what it marks costs the answer most.
 
 One mask M, 1 = keep (paper, Eq. 8)::
 
@@ -23,7 +23,7 @@ unbiased estimate of the mean over the whole path, from as few masks as one like
 iteration moves the strongest cell by exactly lr whatever the scale of the scores; ``step="absolute"`` is η = lr.
 ``line_search=True`` halves η until the objective (same noise) falls by Armijo's rule.
 
-**Order.** The objective does not see in which order a heatmap covers the picture; ``refine`` iterations put the
+**Order.** The objective does not see in which order a heatmap covers the image; ``refine`` iterations put the
 cells into a better one, on a grid ``refine_scale`` times as fine (``ordering``).
 
 **Passes.** ``preset="default"`` takes 24 forward and backward passes: one iteration over eight masks, then four steps
@@ -34,6 +34,8 @@ more passes buy.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,15 +45,41 @@ from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.explainers.igos.order import draw_levels, refine_order
 from lvlm_probe.explainers.igos.regularizers import bilateral_weights, btv, gnc, guide, l1
 from lvlm_probe.explainers.igos.settings import PRESETS, IgosSettings
-from lvlm_probe.explainers.registry import Outcome, Problem, check_parameters, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, check_parameters, register
 
-__all__ = ["PRESETS", "IgosSettings", "igos", "igos_plus", "nesterov", "path_masks"]
+__all__ = ["PRESETS", "IgosSettings", "Optimisation", "igos", "igos_plus", "nesterov", "path_masks"]
 
 _ARMIJO = 1e-4
 _LINE_SEARCH_TRIES = 10
 
 
-@register("igos++", needs=("passes", "gradients"))
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    preset = PRESETS.get(str(params.get("preset")), PRESETS["default"])
+    known = {item.name for item in dataclasses.fields(preset)}
+    settings = dataclasses.replace(preset, **{key: value for key, value in params.items() if key in known})
+    at_once = 2 * settings.masks * settings.ig_steps
+    levels = 2 * (settings.refine_levels or len(settings.levels)) if settings.refine else 0
+    shape = problem.grid(settings.size)
+    grids = [shape]
+    if levels:
+        grids.insert(0, (shape[0] * settings.refine_scale, shape[1] * settings.refine_scale))
+    passes = at_once * settings.iterations + levels * settings.refine
+    return Cost(
+        "gradient",
+        None if settings.line_search else passes,  # it tries steps until one is good
+        passes,
+        groups=(at_once, levels) if levels else (at_once,),
+        noise=settings.noise,
+        numbers=3 * at_once * math.prod(shape),
+        grids=tuple(grids),
+    )
+
+
+def _plus_cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    return _cost(problem, {"preset": "paper", "refine": 0, **params, "masks": 1})
+
+
+@register("igos++", needs=("passes", "gradients"), cost=_cost)
 def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outcome:
     """Explains by iGOS++; the module's docstring has the method, ``IgosSettings`` the parameters.
 
@@ -62,11 +90,12 @@ def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outco
     """
     if preset not in PRESETS:
         raise ExplainError(f"igos++ has no preset {preset!r}; there are {', '.join(map(repr, PRESETS))}")
+    settings.pop("guided", None)  # what a heatmap says beside its settings, so that its params can be given again
     check_parameters("igos++", [item.name for item in dataclasses.fields(IgosSettings)] + ["preset"], settings)
-    return _Optimisation(problem, dataclasses.replace(PRESETS[preset], **settings), preset).run()
+    return Optimisation(problem, dataclasses.replace(PRESETS[preset], **settings), preset).run()
 
 
-@register("igos+", needs=("passes", "gradients"))
+@register("igos+", needs=("passes", "gradients"), cost=_plus_cost)
 def igos_plus(problem: Problem, *, preset: str = "paper", **settings: Any) -> Outcome:
     """iGOS+ (Khorram et al., 2021): one mask for deletion and insertion, without graduated non-convexity.
 
@@ -76,7 +105,7 @@ def igos_plus(problem: Problem, *, preset: str = "paper", **settings: Any) -> Ou
     Raises:
         ExplainError: ``masks`` is given, and as for ``igos++``.
     """
-    if "masks" in settings:
+    if settings.get("masks", 1) != 1:
         raise ExplainError(f"igos+ has one mask; for masks={settings['masks']!r} use method='igos++'")
     return igos(problem, preset=preset, **{"l2": 0.0, "refine": 0, **settings, "masks": 1})
 
@@ -121,7 +150,7 @@ def nesterov(
     return (point + weight * (point - previous)).clamp(0, 1), point
 
 
-class _Optimisation:
+class Optimisation:
     def __init__(self, problem: Problem, settings: IgosSettings, preset: str) -> None:
         self.problem, self.settings, self.preset = problem, settings, preset
         self.shape = problem.grid(settings.size)
@@ -132,7 +161,7 @@ class _Optimisation:
             try:
                 picture = guide(problem.replay.image(problem.image))
             except (ImageError, IndexError):
-                picture = None  # masks in pixel-input space: no picture to guide the bilateral term
+                picture = None  # masks in pixel-input space: no image to guide the bilateral term
             if picture is not None:
                 down, right = bilateral_weights(picture, sigma=settings.sigma, form=settings.btv_form)
                 self.weights = (down.to(self.device), right.to(self.device))

@@ -1,6 +1,6 @@
 """The order of a heatmap, refined on what a heatmap is used for.
 
-Whoever uses a heatmap takes its highest cells first, until enough of the picture is covered. A mask's objective does
+Whoever uses a heatmap takes its highest cells first, until enough of the image is covered. A mask's objective does
 not
 see that order: along r · M all cells come and go together. Here H is a height per cell, S_q its soft level set over the
 highest share q of the cells, S_q = σ((H − H_q) / T), and gradient steps are taken on H for::

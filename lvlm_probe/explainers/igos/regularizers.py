@@ -1,6 +1,6 @@
 """The regularisers of a mask, as pure functions of tensors: g(M) of the paper's Eq. 4 and 8.
 
-A mask ``(row, col)`` is 1 where the picture is kept. All functions return a scalar tensor, differentiable in the mask.
+A mask ``(row, col)`` is 1 where the image is kept. All functions return a scalar tensor, differentiable in the mask.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ L2Form = Literal["sum_sq", "norm"]
 BilateralForm = Literal["symmetric", "igos_release"]
 
 GUIDE_SIZE = 336
-"""Side of the guide picture of the bilateral term, pixels: the input size of LLaVA-1.5, on which λ3 = 10 was chosen."""
+"""Side of the guide image of the bilateral term, pixels: the input size of LLaVA-1.5, on which λ3 = 10 was chosen."""
 
 # CLIP's published pixel statistics: sigma = 0.01 is stated in pixels normalised by them.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -27,7 +27,7 @@ _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 def l1(mask: torch.Tensor) -> torch.Tensor:
-    """Share of the picture that is removed: **mean** of |1 − M| over cells (the norm of Eq. 8 divided by the cells)."""
+    """Share of the image that is removed: **mean** of |1 − M| over cells (the norm of Eq. 8 divided by the cells)."""
     return (1 - mask).abs().mean()
 
 
@@ -75,9 +75,9 @@ def btv(
 
         ½ · ( TV(M) + mean_vertical(w · |ΔU|^β) + mean_horizontal(w · |ΔU|^β) )
 
-    TV(M) is taken on the mask's own grid; U is the mask brought bilinearly to the size of the guide picture, where the
-    bilateral ``weights`` live, so a border of the mask costs less along a border of the picture. Without weights
-    (no picture to guide) only ½ · TV(M) is left.
+    TV(M) is taken on the mask's own grid; U is the mask brought bilinearly to the size of the guide image, where the
+    bilateral ``weights`` live, so a border of the mask costs less along a border of the image. Without weights
+    (no image to guide) only ½ · TV(M) is left.
     """
     total = tv(mask, beta=beta)
     if weights is not None:
@@ -93,7 +93,7 @@ def btv(
 
 
 def guide(picture: Image.Image, *, size: int = GUIDE_SIZE) -> torch.Tensor:
-    """The picture at ``size`` × ``size``, normalised with CLIP's statistics, ``(channel, row, col)`` float32."""
+    """The image at ``size`` × ``size``, normalised with CLIP's statistics, ``(channel, row, col)`` float32."""
     from PIL import Image as PILImage
 
     resized = picture.convert("RGB").resize((size, size), PILImage.Resampling.BICUBIC)

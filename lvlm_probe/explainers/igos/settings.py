@@ -17,7 +17,7 @@ class IgosSettings:
 
     Attributes:
         masks: 1 for Eq. 8, 2 for Eq. 4.
-        size: Mask size: ``n``, ``(rows, columns)``, or ``None`` for about 256 cells as square as the picture allows.
+        size: Mask size: ``n``, ``(rows, columns)``, or ``None`` for about 256 cells as square as the image allows.
         iterations: Gradient steps.
         ig_steps: n of the integrated gradient.
         path: Where along it, see ``igos``.
@@ -34,7 +34,7 @@ class IgosSettings:
         tie_break: ε above; 0 switches it off.
         refine: Iterations on the order; 0 leaves it as the mask has it.
         refine_scale: Cells of the refined heatmap per cell of the mask, along each edge.
-        levels: Shares q of the picture whose level sets are scored.
+        levels: Shares q of the image whose level sets are scored.
         softness: T of the level sets.
         refine_lr: Length of the first step on H, relative to its range of 1.
         refine_levels: Levels per step, dealt out so that each comes up as often as any other; ``None``: all of them.

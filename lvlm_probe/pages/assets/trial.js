@@ -3,13 +3,25 @@
 // ---------------------------------------------------------------- verdict, curves, scores
 
 function drawVerdict() {
-  const { verdict } = current();
+  const { verdict, sanity } = current();
   page.verdict.className = `banner ${verdict.state}`;
   page.verdict.dataset.state = verdict.state;
   page.verdict.replaceChildren(make("strong", { textContent: verdict.title }));
   if (verdict.reasons.length > 1)
     page.verdict.append(make("ul", {}, ...verdict.reasons.map((reason) => make("li", { textContent: reason }))));
   else if (verdict.reasons.length) page.verdict.append(make("p", { textContent: verdict.reasons[0] }));
+  page.sanity.hidden = !sanity.length;
+  page.sanity.replaceChildren(
+    ...sanity.map(({ state, title, reason }) =>
+      make(
+        "li",
+        {},
+        make("i", { className: `dot ${state}`, "aria-hidden": "true" }),
+        make("b", { textContent: `${title}. ` }),
+        reason,
+      ),
+    ),
+  );
 }
 
 function interpolate(xs, ys, x) {

@@ -1,0 +1,244 @@
+"""``explain``: runs one method on the selected tokens and wraps its values in a ``Heatmap`` with provenance."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+from lvlm_probe._version import versions_of
+from lvlm_probe.errors import ExplainError, OutOfMemory
+from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, methods, needs_of, resolve
+from lvlm_probe.explainers.scores import no_effect
+from lvlm_probe.explainers.trace_only import RecordedAnswer
+from lvlm_probe.files import json_ready
+from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.replaying import Replay
+from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.replaying.micro_batches import ran_out
+from lvlm_probe.selection import TokenSelection, select_tokens
+from lvlm_probe.trace import Trace
+
+__all__ = ["RunPlan", "Tokens", "explain", "selected"]
+
+Tokens = str | tuple[int, int] | list[int] | Sequence[str] | TokenSelection
+
+
+class RunPlan(Protocol):
+    """How to run a method, as ``lvlm_probe.plan`` says: masks at once, and whether layers run again in backward."""
+
+    @property
+    def method(self) -> str:
+        """The method it was made for."""
+
+    @property
+    def micro_batch(self) -> int | None:
+        """Masks per pass; ``None`` leaves it to the replay."""
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether layers are run again in backward."""
+
+    @property
+    def peak(self) -> int | None:
+        """Predicted bytes beyond the weights."""
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the model's weights."""
+
+
+@outside_inference_mode
+@taking_turns
+def explain(
+    replay: Replay | Trace,
+    *,
+    method: str = "igos++",
+    tokens: Tokens | None = None,
+    image: int = 0,
+    seed: int = 0,
+    strengthen: bool = True,
+    progress: Progress | None = None,
+    plan: RunPlan | None = None,
+    **params: Any,
+) -> Heatmap:
+    """Explain why a recorded answer says what it says: which regions of the image made the selected tokens likely.
+
+    The result is the same whatever ran before it, and the replay stays as it is.
+
+    Args:
+        replay: the recorded answer on its model. The trace alone will do for methods that run no pass, where it holds
+            what they need (``needs_of(method)``).
+        method: name of a registered explainer.
+        tokens: what to explain: ``None`` for the tokens the image is responsible for (paper, Eq. 6, alpha = 1), a
+            word or phrase of the answer, several of them, a token span as a tuple ``(start, stop)``, token numbers as a
+            list ``[0, 3]``, or a selection.
+        image: number of the image, when the prompt has several.
+        seed: of everything random in the explanation; the global random state is not touched.
+        strengthen: blur the replay's baseline harder while the selected tokens keep 5 % of probability on it (paper,
+            A.1); ``provenance["baseline"]`` names the baseline that was used, and ``evaluate`` judges over it.
+        progress: called with (done, total).
+        plan: how to run it, from ``lvlm_probe.plan``: masks at once, and whether layers are run again in backward. By
+            default the replay's ``micro_batch``, or a rule; when memory runs out, half as many at once.
+        params: parameters of the method.
+
+    Returns:
+        The heatmap; without values, but with a reason, when nothing is selected or the image plays no part: the
+        selected tokens' log-probabilities move by no more than rounding when it alone is replaced by its baseline.
+        ``provenance["passes"]`` counts every image that went through the model for it: selecting tokens,
+        strengthening the baseline and measuring included, as far as nothing before has found the same out.
+
+    Raises:
+        ExplainError: unknown method or parameter, the method cannot run here, or it needs gradients and the model's
+            are not whole.
+        OutOfMemory: not even one mask fits; the message says what it would take.
+        SelectionError: the answer does not contain the words or span.
+    """
+    function = resolve(method)
+    check_parameters(method, function, params)
+    live = not isinstance(replay, Trace)
+    if isinstance(replay, Trace):
+        _refuse_model_work(method)
+        replay = cast(Replay, RecordedAnswer(replay))
+    if not 0 <= image < replay.n_images:
+        raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
+    if plan is not None and plan.method != method:
+        raise ExplainError(f"this plan is of {plan.method!r}, not of {method!r}: plan(replay, method={method!r})")
+    started = time.perf_counter()
+    if live:
+        replay = _counted(replay, plan)
+    selection = selected(replay, tokens)
+    before = _Before(replay) if live else None
+    if not selection:
+        outcome = Outcome(None, params, reason=f"nothing to explain: {selection.reason}")
+    else:
+        if live and strengthen:
+            replay = replay.strengthened(selection.decided)
+        outcome = _run(function, Problem(replay, selection, image, seed, progress, live), method, params)
+    values = outcome.values
+    if values is not None and (values.ndim != 2 or not bool(((values >= 0) & (values <= 1)).all())):
+        raise ExplainError(
+            f"{method} returned values of shape {tuple(values.shape)} outside [0, 1]; a heatmap is (row, col) in [0, 1]"
+        )
+    provenance = _provenance(replay, seed, time.perf_counter() - started)
+    if before is not None:
+        provenance |= before.since(replay, plan)
+    if outcome.diagnostics:
+        provenance["diagnostics"] = json_ready(outcome.diagnostics, nonfinite=float)
+    return Heatmap(
+        values=None if values is None else values.detach().float().cpu().numpy(),
+        image_size=replay.image_sizes[image],
+        image_index=image,
+        seen=None if values is None else replay.seen(image, (values.shape[0], values.shape[1])).cpu().numpy(),
+        selection=selection,
+        method=method,
+        params=json_ready(outcome.params, nonfinite=float),
+        provenance=provenance,
+        history=tuple(dict(record) for record in outcome.history),
+        reason=outcome.reason,
+        trace=cast(Trace, replay.trace),
+    )
+
+
+def selected(replay: Replay, tokens: Tokens | None) -> TokenSelection:
+    """The selection that ``explain(replay, tokens=…)`` explains. Raises as ``explain`` does."""
+    if tokens is None:
+        return select_tokens(replay)
+    if isinstance(tokens, TokenSelection):
+        if tokens.tokens != tuple(replay.tokens):
+            raise ExplainError(
+                f"this selection was made on another answer ({''.join(tokens.tokens)[:60]!r}) than the one to explain "
+                f"({''.join(replay.tokens)[:60]!r}); call select_tokens on this replay"
+            )
+        return tokens
+    if isinstance(tokens, str):
+        return select_tokens(replay, words=tokens)
+    items: list[Any] = list(tokens) if isinstance(tokens, Sequence) else []
+    if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        # A tuple of two is a span, as in select_tokens; a list is a list of token numbers, however long.
+        if isinstance(tokens, tuple) and len(items) == 2:
+            return select_tokens(replay, span=(items[0], items[1]))
+        return select_tokens(replay, indices=items)
+    if items and all(isinstance(item, str) for item in items):
+        return select_tokens(replay, words=items)
+    raise ExplainError(
+        f"tokens is a word, several words, a span (start, stop), a list of token numbers or a selection; got {tokens!r}"
+    )
+
+
+def _refuse_model_work(method: str) -> None:
+    model_work = sorted({"passes", "gradients"} & needs_of(method))
+    if model_work:
+        raise ExplainError(
+            f"{method} needs {' and '.join(model_work)} of the model, and a trace has none: explain "
+            f"probe.replay(trace, model, processor), or use a method that runs on a trace alone: "
+            f"{', '.join(name for name in methods() if not {'passes', 'gradients'} & needs_of(name))}"
+        )
+
+
+def _counted(replay: Replay, plan: RunPlan | None) -> Replay:
+    """A view of the replay with a pass counter of its own, run as the plan says."""
+    counted = replay.counted()
+    if plan is None:
+        return counted
+    return counted.with_settings(micro_batch=plan.micro_batch, gradient_checkpointing=plan.gradient_checkpointing)
+
+
+def _run(function: Callable[..., Outcome], problem: Problem, method: str, params: Mapping[str, Any]) -> Outcome:
+    """The method's outcome, or the reason why the image plays no part."""
+    reason = no_effect(problem)
+    if reason is not None:
+        return Outcome(None, params, reason=reason)
+    if not problem.live:
+        return function(problem, **params)
+    replay = problem.replay
+    with replay.shortcuts.held():
+        if "gradients" in needs_of(method):
+            replay.require_gradients()
+        try:
+            return function(problem, **params)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            raise OutOfMemory(
+                f"{method} on {replay.trace_id} ran out of memory of {replay.device}: give replay() a micro_batch=…, "
+                f"a smaller size=… of the heatmap, or load the model in bfloat16; plan(replay, method={method!r}) "
+                f"says what it takes"
+            ) from error
+
+
+class _Before:
+    """Counts of a replay before a method runs on it, for what its provenance says of the run alone."""
+
+    def __init__(self, replay: Replay) -> None:
+        self.shortcuts = replay.shortcuts
+        self.asked, self.recovered = self.shortcuts.asked, len(replay.limits.recovered)
+
+    def since(self, replay: Replay, plan: RunPlan | None) -> dict[str, Any]:
+        """What passes left out, how they were run, and what was changed when memory ran out."""
+        memory: dict[str, Any] = {
+            "micro_batch": replay.masks_at_once,
+            "gradient_checkpointing": replay.recomputes,
+        }
+        if plan is not None:
+            memory |= {"predicted_peak": plan.peak, "weights": plan.weights}
+        recovered = replay.limits.recovered[self.recovered :]
+        memory |= {"recovered": recovered} if recovered else {}
+        # Also where passes could leave out nothing, which the text says.
+        left_out = {"shortcuts": str(self.shortcuts)} if self.shortcuts.asked > self.asked else {}
+        return {**left_out, "memory": memory}
+
+
+def _provenance(replay: Replay, seed: int, seconds: float) -> dict[str, Any]:
+    return {
+        "trace_id": replay.trace_id,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        "seed": seed,
+        "baseline": json_ready(replay.baseline, nonfinite=float),
+        "passes": {"forward": replay.passes.forward, "backward": replay.passes.backward},
+        "seconds": round(seconds, 4),
+        "device": str(replay.device),
+        "versions": {"python": platform.python_version(), **versions_of("lvlm-probe", "torch", "transformers")},
+    }

@@ -1,0 +1,159 @@
+"""Stability of several heatmaps of one image, completeness of attributions, ties.
+
+Stability says how far chance (seeds) or wording (paraphrased prompts) decides a map. It says nothing about truth: a
+method that draws the image's edges is perfectly stable.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.scores import too_narrow
+from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.metrics.deletion_insertion import tie_share as _tie_share
+from lvlm_probe.metrics.similarity import compare_maps, on_grid
+
+if TYPE_CHECKING:
+    from lvlm_probe.replaying import Replay
+
+__all__ = ["Completeness", "Stability", "completeness", "stability", "tie_share"]
+
+
+@dataclass(frozen=True, repr=False)
+class Stability:
+    """How alike several heatmaps of one image are, over all pairs.
+
+    Attributes:
+        n: Number of heatmaps.
+        rank_correlation, top_iou: Means over pairs of Spearman's ρ over cells and of the overlap of the highest fifths.
+        lowest_rank_correlation: That of the pair that agrees least.
+        deviation: Root of the mean variance of a cell over the heatmaps (n − 1), each scaled to a maximum of 1.
+        missing: How many further ones had no values.
+        heatmaps: The heatmaps compared; not part of ``to_dict``.
+    """
+
+    n: int
+    rank_correlation: float
+    lowest_rank_correlation: float
+    top_iou: float
+    deviation: float
+    missing: int = 0
+    heatmaps: tuple[Heatmap, ...] = field(default=(), compare=False)
+
+    def __repr__(self) -> str:
+        ranks = "rank correlation undefined, as a map is constant"
+        if math.isfinite(self.rank_correlation):
+            ranks = f"rank correlation {self.rank_correlation:.3f} (lowest {self.lowest_rank_correlation:.3f})"
+        return f"<Stability of {self.n} heatmaps: {ranks}, top overlap {self.top_iou:.3f}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, NaN as ``None``."""
+        numbers = {
+            "rank_correlation": self.rank_correlation,
+            "lowest_rank_correlation": self.lowest_rank_correlation,
+            "top_iou": self.top_iou,
+            "deviation": self.deviation,
+        }
+        ready = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        return {"n": self.n, **ready, "missing": self.missing}
+
+
+def stability(heats: Sequence[Heatmap]) -> Stability:
+    """Compares heatmaps of one image pair by pair, on the grid of the first; needs scipy.
+
+    Args:
+        heats: Heatmaps of one image, made with different seeds, prompts, or whatever is to make no difference.
+
+    Raises:
+        ExplainError: Fewer than two have values, or they are of images of different size.
+        ProbeError: scipy is missing.
+    """
+    there = [heat for heat in heats if heat.values is not None]
+    if len(there) < 2:
+        raise ExplainError(f"stability compares at least two heatmaps; {len(there)} of {len(heats)} have values")
+    pairs = [compare_maps(first, second) for first, second in itertools.combinations(there, 2)]
+    rhos = [pair.rank_correlation for pair in pairs]
+    scaled = []
+    for heat in there:
+        values = on_grid(np.asarray(heat.values), there[0].shape)
+        scaled.append(values / max(float(values.max()), 1e-12))
+    return Stability(
+        n=len(there),
+        rank_correlation=float(np.mean(rhos)),
+        lowest_rank_correlation=float(np.min(rhos)),
+        top_iou=float(np.mean([pair.top_iou for pair in pairs])),
+        deviation=float(np.sqrt(np.var(scaled, axis=0, ddof=1).mean())),
+        missing=len(heats) - len(there),
+        heatmaps=tuple(there),
+    )
+
+
+@dataclass(frozen=True)
+class Completeness:
+    """Whether attributions add up to what they are said to explain (Sundararajan et al., 2017, axiom 1).
+
+    Attributes:
+        total: Sum of the attributions.
+        difference: f(x) − f(x'), nats: image minus baseline.
+    """
+
+    total: float
+    difference: float
+
+    @property
+    def error(self) -> float:
+        """|total − difference| / |difference|; 0 is complete. NaN where ``reason`` says why."""
+        return abs(self.total - self.difference) / abs(self.difference) if self.reason is None else math.nan
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no error: image and baseline score alike, so it would divide by next to nothing."""
+        return too_narrow(self.difference, 0.0, score="log")
+
+    def to_dict(self) -> dict[str, float | None]:
+        """JSON-ready, NaN as ``None``."""
+        error = self.error
+        return {
+            "total": self.total,
+            "difference": self.difference,
+            "error": error if math.isfinite(error) else None,
+        }
+
+
+def completeness(
+    attributions: np.ndarray | torch.Tensor, replay: Replay, indices: Sequence[int], *, image: int = 0
+) -> Completeness:
+    """Compares the sum of signed attributions with the change of f they explain; two forward passes.
+
+    A claim of methods such as integrated gradients, and only of their raw attributions: a heatmap is scaled to [0, 1].
+
+    Args:
+        attributions: Signed, any shape, in nats.
+        replay: The answer on its model, over the baseline that the attributions refer to.
+        indices: The explained tokens; f is the sum of their log-probabilities (paper, Eq. 7).
+        image: The image that is taken away; others stay.
+    """
+    ends = torch.tensor([1.0, 0.0], dtype=torch.float32, device=replay.device)[:, None, None]
+    with torch.no_grad():
+        scores = replay.log_probs(ends, image=image)[:, list(indices)].double().sum(dim=1).cpu()
+    total = float(torch.as_tensor(attributions).detach().double().sum())
+    return Completeness(total, float(scores[0] - scores[1]))
+
+
+def tie_share(heat: Heatmap) -> float:
+    """Share of the cells the model sees whose value another such cell has too: their order is not the heatmap's.
+
+    Raises ``ExplainError`` when there are no values.
+    """
+    if heat.values is None:
+        raise ExplainError(f"this heatmap has no values: {heat.reason}")
+    assert heat.seen is not None
+    return _tie_share(heat.values, heat.seen)
