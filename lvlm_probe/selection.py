@@ -24,7 +24,7 @@ from lvlm_probe.errors import SelectionError
 from lvlm_probe.words import ALPHA, group_words
 
 if TYPE_CHECKING:
-    from lvlm_probe.replaying import Replay
+    from lvlm_probe.replaying.protocol import ReplayLike
     from lvlm_probe.trace import Trace
     from lvlm_probe.words import Word
 
@@ -139,7 +139,7 @@ class TokenSelection:
 
 
 def select_tokens(
-    replay: Replay | Trace,
+    replay: ReplayLike | Trace,
     *,
     alpha: float = ALPHA,
     rule: Literal["llr", "joint"] = "llr",
@@ -223,7 +223,7 @@ def word_llr(words: Sequence[Word], llr: Sequence[float] | np.ndarray) -> list[f
     return [float(values[word.start : word.stop].sum()) for word in words]
 
 
-def word_selections(replay: Replay, selection: TokenSelection) -> list[tuple[str, TokenSelection]]:
+def word_selections(replay: ReplayLike, selection: TokenSelection) -> list[tuple[str, TokenSelection]]:
     """The selection word by word: ``(word, its selected tokens)``, in order.
 
     A word keeps its unselected tokens out: the "low" of "yellow" follows from the "yel" whatever the picture shows.
@@ -236,7 +236,7 @@ def word_selections(replay: Replay, selection: TokenSelection) -> list[tuple[str
     return parts
 
 
-def _ratios(replay: Replay | Trace, steps: int) -> np.ndarray | None:
+def _ratios(replay: ReplayLike | Trace, steps: int) -> np.ndarray | None:
     llr: Any = replay.llr
     if llr is None:
         return None

@@ -41,7 +41,7 @@ from lvlm_probe.explainers.scores import CurveScore, too_narrow
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lvlm_probe.replaying import Replay
+    from lvlm_probe.replaying.protocol import ReplayLike
 
 __all__ = [
     "CurveSettings",
@@ -134,7 +134,9 @@ class MaskScores:
         mode: ``"exact"`` sends real composites through the real processor.
     """
 
-    def __init__(self, replay: Replay, indices: Sequence[int], *, image: int, mode: Literal["fast", "exact"]) -> None:
+    def __init__(
+        self, replay: ReplayLike, indices: Sequence[int], *, image: int, mode: Literal["fast", "exact"]
+    ) -> None:
         self._replay, self.indices, self._image, self._mode = replay, list(indices), image, mode
         self._known: dict[bytes, torch.Tensor] = {}
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -32,14 +32,13 @@ from lvlm_probe.metrics.deletion_insertion import (
 from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFERENCE, Verdict, judge
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
-
-if TYPE_CHECKING:
-    from lvlm_probe.replaying import Replay
+from lvlm_probe.replaying.protocol import ReplayLike
 
 __all__ = ["BaselineChoice", "Score", "evaluate", "over_baseline"]
 
 AreaRule = Literal["trapezoid", "release"]
 BaselineChoice = BaselineLike | tuple[str, Mapping[str, Any]]
+AnyReplay = TypeVar("AnyReplay", bound=ReplayLike)
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,7 +122,7 @@ _CURVES = ("fractions", "deletion_curve", "insertion_curve", "deletion_raw", "in
 @taking_turns
 def evaluate(
     heat: Heatmap,
-    replay: Replay,
+    replay: ReplayLike,
     *,
     baseline: BaselineChoice | None = None,
     steps: int | None = None,
@@ -240,7 +239,12 @@ def _check(settings: CurveSettings, auc: AreaRule, steps: int | None) -> None:
 
 
 def _random_gains(
-    shape: tuple[int, ...], seen: np.ndarray, scores: MaskScores, settings: CurveSettings, chance: int, replay: Replay
+    shape: tuple[int, ...],
+    seen: np.ndarray,
+    scores: MaskScores,
+    settings: CurveSettings,
+    chance: int,
+    replay: ReplayLike,
 ) -> tuple[float, ...]:
     """Insertion − deletion of ``chance`` random heatmaps on the grid."""
     generator = np.random.default_rng([settings.seed, 1])
@@ -254,7 +258,12 @@ def _random_gains(
 
 
 def _verdict(
-    replay: Replay, heat: Heatmap, raw: Curves, areas: _Areas, gains: tuple[float, ...], mode: Literal["fast", "exact"]
+    replay: ReplayLike,
+    heat: Heatmap,
+    raw: Curves,
+    areas: _Areas,
+    gains: tuple[float, ...],
+    mode: Literal["fast", "exact"],
 ) -> Verdict:
     report = replay.path.report
     difference, tolerated = _replay_difference(replay, heat.selection.indices)
@@ -274,7 +283,7 @@ def _verdict(
     )
 
 
-def _of(heat: Heatmap, replay: Replay) -> dict[str, Any]:
+def _of(heat: Heatmap, replay: ReplayLike) -> dict[str, Any]:
     return {
         "trace_id": replay.trace_id,
         "method": heat.method,
@@ -317,7 +326,7 @@ def _areas(raw: Curves, settings: CurveSettings) -> _Areas:
     return _Areas(*areas, low, high)
 
 
-def _on_grid(heat: Heatmap, replay: Replay, grid: int | Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+def _on_grid(heat: Heatmap, replay: ReplayLike, grid: int | Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
     assert heat.values is not None
     assert heat.seen is not None
     if grid is None:
@@ -329,7 +338,7 @@ def _on_grid(heat: Heatmap, replay: Replay, grid: int | Sequence[int] | None) ->
     return resample(heat.values, (pair[0], pair[1])), seen
 
 
-def over_baseline(replay: Replay, baseline: BaselineChoice) -> Replay:
+def over_baseline(replay: AnyReplay, baseline: BaselineChoice) -> AnyReplay:
     """A replay over a baseline given as for ``evaluate``.
 
     Raises:
@@ -358,7 +367,7 @@ def _same_baseline(explained: Mapping[str, Any] | None, scored: Mapping[str, Any
     return None if first == second == ("image", None) else first == second
 
 
-def _replay_difference(replay: Replay, indices: Sequence[int]) -> tuple[float | None, float]:
+def _replay_difference(replay: ReplayLike, indices: Sequence[int]) -> tuple[float | None, float]:
     """By how much the replay misses the recording at its worst token, nats, and how much may be rounding there."""
     recorded = getattr(replay.trace, "log_probs", None)
     if recorded is None:
@@ -371,7 +380,7 @@ def _replay_difference(replay: Replay, indices: Sequence[int]) -> tuple[float | 
     return float(missed[worst]), float(allowed[worst])
 
 
-def _nothing(heat: Heatmap, replay: Replay) -> Score:
+def _nothing(heat: Heatmap, replay: ReplayLike) -> Score:
     none, verdict = math.nan, judge(empty=heat.reason)
     return Score(none, none, (), (), (), (), (), none, none, none, {}, verdict, provenance=_of(heat, replay))
 
