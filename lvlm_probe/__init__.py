@@ -27,9 +27,10 @@ from lvlm_probe._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lvlm_probe import causal, demo, errors, metrics, sanity, study
+    from lvlm_probe.asking import Answer, ask
     from lvlm_probe.errors import ProbeError, ProbeWarning
     from lvlm_probe.explainers import Outcome, Problem, explain, register_explainer
-    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.heatmap import Heatmap, figure
     from lvlm_probe.importing import import_answers
     from lvlm_probe.metrics import Score, evaluate
     from lvlm_probe.models.families import register_family
@@ -42,8 +43,10 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying.verification import verify
     from lvlm_probe.selection import TokenSelection, select_tokens
     from lvlm_probe.trace import Trace, TraceStore, open_store, open_trace
+    from lvlm_probe.trace.image_files import open_image
 
 __all__ = [
+    "Answer",
     "Heatmap",
     "Outcome",
     "Probe",
@@ -56,6 +59,7 @@ __all__ = [
     "TokenSelection",
     "Trace",
     "TraceStore",
+    "ask",
     "attach",
     "causal",
     "compare",
@@ -63,9 +67,11 @@ __all__ = [
     "errors",
     "evaluate",
     "explain",
+    "figure",
     "import_answers",
     "load",
     "metrics",
+    "open_image",
     "open_store",
     "open_trace",
     "plan",
@@ -83,6 +89,10 @@ _ROOMS = ("causal", "demo", "errors", "metrics", "sanity", "study")
 """Submodules that come with the first look at them."""
 
 _HOMES = {
+    "Answer": "asking",
+    "ask": "asking",
+    "figure": "heatmap",
+    "open_image": "trace.image_files",
     "ProbeError": "errors",
     "ProbeWarning": "errors",
     "Outcome": "explainers",
@@ -128,4 +138,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -179,6 +179,8 @@ def finish(
     """
     if not bool(torch.isfinite(grid).all()):
         raise ExplainError("the method gave values that are not finite; replay on a model in float32")
+    if not bool(met.any()):
+        return Outcome(None, params, reason="no token of the method has a place in the image")
     low, high = float(grid[met].min()), float(grid[met].max())
     if high <= low:
         return Outcome(None, params, reason="the method gives every region of the picture the same value")
