@@ -364,3 +364,22 @@ def test_random_weights_are_not_the_users(demo: tuple[Any, Any], tmp_path: Path)
     handle.remove()
     assert all(seen) and len(report.steps) == 1
     assert not torch.equal(torch.from_numpy(report.heatmaps[0].values), torch.from_numpy(report.heatmap.values))
+
+
+def test_passes_of_a_replica_hold_its_lock(pair: Pair) -> None:
+    """Two threads in one replica would mix their hooks, flags and generation state."""
+    replica = Replica(pair)
+    log: list[str] = []
+
+    class Lock:
+        def acquire(self, **_how: Any) -> bool:
+            log.append("taken")
+            return True
+
+        def release(self) -> None:
+            log.append("given back")
+
+    replica._lock = Lock()
+    with replica.use():
+        log.append("pass")
+    assert log == ["taken", "pass", "given back"]
