@@ -10,10 +10,10 @@ BIN := .venv/bin
 INSTALL := -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick campaign families lint docs figures tournament study clean
+.PHONY: help demo test quick campaign families lint docs figures tournament study release-check clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 demo: .venv/.installed  ## explain an answer of the embedded model; writes $(OUT)/report.html
 	$(BIN)/lvlm-probe demo --out $(OUT) --overwrite
@@ -56,6 +56,9 @@ study: .venv/.installed-dev  ## the paper's tables for two small models, docs/st
 	@export OMP_NUM_THREADS=1; run="$(BIN)/lvlm-probe study run examples/study_demo.yaml"; \
 		$$run --shard 0/2 & first=$$!; $$run --shard 1/2 && wait $$first
 	$(BIN)/lvlm-probe study table examples/study_demo.yaml --document docs/study-demo.md
+
+release-check: .venv/.installed-dev  ## wheel and source archive, each tried in a clean environment (docs/developing/release.md)
+	.ci/release
 
 clean:  ## remove environments and everything generated
 	rm -rf .venv .venv-tv runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

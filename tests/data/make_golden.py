@@ -1,8 +1,8 @@
-"""Writes ``golden-1.0.h5``, the file that every later version must read, and its expected values.
+"""Writes ``golden-<version>.h5``, the file that every later version must read, and its expected values.
 
     python tests/data/make_golden.py
 
-Run once for each released minor version of the format, with a new name; the files are kept for ever, never made again.
+Run once for each minor version of the format, before it is released; the files are kept for ever, never made again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from trace_samples import sample_capture
 
 from lvlm_probe.trace import open_trace, write
+from lvlm_probe.trace.records import FIELDS
+from lvlm_probe.trace.schema import FORMAT_VERSION
 
 HERE = Path(__file__).parent
 
@@ -33,7 +35,7 @@ def main() -> None:
     }
     capture.rows[1].status = "stopped"
     capture.rows[1].tokens[0] = "Thé 图\0"
-    target = HERE / "golden-1.0.h5"
+    target = HERE / f"golden-{FORMAT_VERSION}.h5"
     if target.exists():
         raise SystemExit(f"{target} exists; a golden file is never made again")
     write(capture, HERE).rename(target)
@@ -66,10 +68,12 @@ def main() -> None:
                 "image_sums": [int(np.asarray(image, np.int64).sum()) for image in trace.images],
                 "meta": row.meta,
                 "baseline": row.baseline,
+                "later": {name: getattr(row, name) for name, field in FIELDS.items() if field.since != "1.0"},
             }
         )
-    text = json.dumps({"model": capture.model, "created": capture.created, "rows": expected}, ensure_ascii=False)
-    (HERE / "golden-1.0.json").write_text(text + "\n", encoding="utf-8")
+    found = {"model": capture.model, "created": capture.created, "rows": expected}
+    text = json.dumps(found, ensure_ascii=False, default=lambda array: array.tolist())
+    target.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""The members of a trace in ``SPEC.md``, made from the table of fields.
+"""The version and the members of a trace in ``SPEC.md``, made from the table of fields.
 
 python tests/trace/spec_table.py --write
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import lvlm_probe
 from lvlm_probe.trace.records import FIELDS
+from lvlm_probe.trace.schema import FORMAT_VERSION
 
 SPEC = Path(lvlm_probe.__file__).parent / "SPEC.md"
 BEGIN, END = "<!-- made by tests/trace/spec_table.py from trace/records.py -->", "<!-- end -->"
@@ -26,7 +28,9 @@ def table() -> str:
 
 
 def with_table(text: str) -> str:
-    """``SPEC.md`` with the table of today."""
+    """``SPEC.md`` with the version and the table of today."""
+    named = r'(# The lvlm_probe trace format, version |@format_version "|^lvlm_probe\.trace )\d+\.\d+'
+    text = re.sub(named, lambda found: found[1] + FORMAT_VERSION, text, flags=re.MULTILINE)
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
 

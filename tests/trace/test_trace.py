@@ -490,9 +490,10 @@ def test_sample_answer_is_what_the_tests_expect() -> None:
     assert "".join(ANSWER) == "The small square is red and well-lit."
 
 
-def test_the_golden_file_of_version_1_0_reads_for_ever() -> None:
-    expected = json.loads((DATA / "golden-1.0.json").read_text(encoding="utf-8"))
-    store = open_store(DATA / "golden-1.0.h5")
+@pytest.mark.parametrize("golden", sorted(DATA.glob("golden-*.h5")), ids=lambda path: path.stem)
+def test_the_golden_file_of_every_version_reads_for_ever(golden: Path) -> None:
+    expected = json.loads(golden.with_suffix(".json").read_text(encoding="utf-8"))
+    store = open_store(golden)
     assert len(store) == len(expected["rows"]) == 2
     for trace, row in zip(store, expected["rows"], strict=True):
         trace.verify()
@@ -505,6 +506,8 @@ def test_the_golden_file_of_version_1_0_reads_for_ever() -> None:
             assert getattr(trace, name).tolist() == row[name], name
         for name in ("patch_box", "image_positions", "image_index"):
             assert getattr(trace.layout, name).tolist() == row[name], name
+        for name, value in row.get("later", {}).items():
+            assert np.array_equal(getattr(trace, name), value), name
         assert trace.attention.values.tolist() == row["attention"]
         assert {
             name: {"dtype": str(tensor.dtype), "values": tensor.double().tolist()}

@@ -83,7 +83,10 @@ def _plus_cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
 def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outcome:
     """Explains by iGOS++; the module's docstring has the method, ``IgosSettings`` the parameters.
 
-    ``preset="release"`` is the recipe published with the paper; ``settings`` replace single values of the preset.
+    Args:
+        preset: ``"default"``, ``"thorough"``, ``"paper"`` (Eq. 8 alone), or ``"release"``, the recipe that came with
+            the paper.
+        settings: values of ``IgosSettings`` in place of the preset's.
 
     Raises:
         ExplainError: An unknown parameter or one out of range, or scores or gradients that are not finite.
@@ -101,6 +104,10 @@ def igos_plus(problem: Problem, *, preset: str = "paper", **settings: Any) -> Ou
 
     Eq. 8 with λ2 = 0, unless ``l2`` is given: what the paper adds its term to; and the mask's own order, unless
     ``refine`` is given. All else is as for ``igos++``, whose parameters it takes but ``masks``.
+
+    Args:
+        preset: as for ``igos++``; here the paper's by default.
+        settings: as for ``igos++``.
 
     Raises:
         ExplainError: ``masks`` is given, and as for ``igos++``.

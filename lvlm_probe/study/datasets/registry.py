@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -158,6 +159,7 @@ def replaced(sample: Sample, question: str, choices: Sequence[str] = ()) -> Samp
 def _load() -> None:
     from lvlm_probe.plugins import load_plugins
 
-    for module in ("published", "own_data", "demo_scenes"):
-        importlib.import_module(f"lvlm_probe.study.datasets.{module}")
+    package = importlib.import_module(__name__.rpartition(".")[0])
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):  # a reader registers itself
+        importlib.import_module(module.name)
     load_plugins()

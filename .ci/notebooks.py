@@ -1,0 +1,99 @@
+"""Executes copies of the notebooks in examples/; fails when one raises, or says something else than what is stored.
+
+    python .ci/notebooks.py            # what `make test` does
+    python .ci/notebooks.py --write    # executes them and keeps the outputs
+
+Compared are words, not figures: processors round differently. Of every cell the outputs have to be of the same kinds,
+in the same order; texts are equal once each number is read as "a number" (NaN is none); images have the same format.
+What goes to stderr is not compared.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LARGEST = 500_000
+"""Bytes: what a person still opens in a browser without waiting."""
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_NUMBER = re.compile(r"[-+−]?\d+(\.\d+)?(e[-+]?\d+)?")
+
+
+def executed(path: Path) -> Any:
+    """The notebook, executed in an empty folder. Raises ``CellExecutionError``."""
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(
+            notebook,
+            kernel_name="python3",
+            coalesce_streams=True,
+            timeout=1800,
+            startup_timeout=600,  # seconds; what hangs, as no notebook is judged by its time
+            resources={"metadata": {"path": folder}},
+        ).execute()
+    return notebook
+
+
+def kinds(cell: Any) -> list[tuple[str, ...]]:
+    """What a cell put out, in order: texts with every number replaced by one sign, and the formats of all else."""
+    found: list[tuple[str, ...]] = []
+    for output in cell.get("outputs", ()):
+        if output.output_type != "stream":
+            found.append((output.output_type, *sorted(output.get("data", ()))))
+        elif output.name != "stderr":
+            found.append((output.name, _NUMBER.sub("<number>", " ".join(output.text.split()))))
+    return found
+
+
+def differences(stored: Any, new: Any) -> Iterator[str]:
+    """Sentences about cells whose outputs differ in kind."""
+    for number, (before, after) in enumerate(zip(stored.cells, new.cells, strict=True)):
+        if kinds(before) != kinds(after):
+            yield f"cell {number}:\n    stored {kinds(before)}\n    now    {kinds(after)}"
+
+
+def bare(notebook: Any) -> Any:
+    """Without times of execution, which change with every run, and without stderr."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec",)} | {"language_info": {"name": "python"}}
+    return notebook
+
+
+def main() -> int:
+    """Checks or writes all notebooks; the exit status is 1 when one fails."""
+    os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1")
+    failed = False
+    for path in sorted(EXAMPLES.glob("*.ipynb")):
+        said: list[str] = []
+        try:
+            new = executed(path)
+        except CellExecutionError as error:
+            said.append(_COLOUR.sub("", str(error)))
+        else:
+            if "--write" in sys.argv[1:]:
+                nbformat.write(bare(new), path)
+            else:
+                said += differences(nbformat.read(path, as_version=4), new)
+        if path.stat().st_size > LARGEST:
+            said.append(f"{path.stat().st_size:,} bytes; at most {LARGEST:,}: show fewer or smaller images")
+        print(f"{path.name}: {'FAILED' if said else 'ok'}", *said, sep="\n  ", flush=True)
+        failed |= bool(said)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
