@@ -166,9 +166,11 @@ def test_several_operations_of_one_name_are_numbered(llava):
     values = causal.points(llava, [second, first, f"{FIRST}.o_proj"])
     torch.testing.assert_close(values[second], llava.model.get_submodule(f"{FIRST}.o_proj")(values[first]))
     assert torch.equal(values[second], values[f"{FIRST}.o_proj"])
-    with pytest.raises(probe.ExplainError, match=r"there are 2, say which one: attn_output\[0\] is `attn_output = "):
+    with pytest.raises(
+        probe.errors.ExplainError, match=r"there are 2, say which one: attn_output\[0\] is `attn_output = "
+    ):
         causal.points(llava, [f"{FIRST}::attn_output"])
-    with pytest.raises(probe.ExplainError, match="there are 2"):
+    with pytest.raises(probe.errors.ExplainError, match="there are 2"):
         causal.points(llava, [f"{FIRST}::attn_output[2]"])
 
 
@@ -182,17 +184,17 @@ def test_points_under_a_mask(llava):
 
 
 def test_points_that_are_not_there(llava):
-    with pytest.raises(probe.PointNotFound, match=r"closest: .*self_attn"):
+    with pytest.raises(probe.errors.PointNotFound, match=r"closest: .*self_attn"):
         causal.points(llava, ["model.language_model.layers.9.self_attn"])
-    with pytest.raises(probe.PointNotFound, match=r"no operation 'atention_interface'.*: attention_interface"):
+    with pytest.raises(probe.errors.PointNotFound, match=r"no operation 'atention_interface'.*: attention_interface"):
         causal.points(llava, [f"{FIRST}::atention_interface"])
-    with pytest.raises(probe.ExplainError, match="a name like"):
+    with pytest.raises(probe.errors.ExplainError, match="a name like"):
         causal.points(llava, [f"{FIRST}::a b"])
-    with pytest.raises(probe.ExplainError, match=r"did not reach .*past_key_values.update"):
+    with pytest.raises(probe.errors.ExplainError, match=r"did not reach .*past_key_values.update"):
         causal.points(llava, [f"{FIRST}::past_key_values.update"])  # replay keeps no cache
-    with pytest.raises(probe.ExplainError, match="no look inside"):
+    with pytest.raises(probe.errors.ExplainError, match="no look inside"):
         causal.points(llava, [f"{FIRST}::self.q_proj::linear"])
-    with pytest.raises(probe.ExplainError, match="as a list"):
+    with pytest.raises(probe.errors.ExplainError, match="as a list"):
         causal.points(llava, FIRST)
 
 
@@ -205,7 +207,7 @@ def test_the_model_is_left_as_it_was(llava):
         assert all("forward" in vars(module) for module in llava.model.modules())
     causal.points(llava, [f"{FIRST}::apply_rotary_pos_emb", FIRST])
     causal.knockout(llava, HEAT, tokens=probe.select_tokens(llava, rule="joint"), backend="nnsight")
-    with pytest.raises(probe.PointNotFound):
+    with pytest.raises(probe.errors.PointNotFound):
         causal.points(llava, [f"{FIRST}::nothing_like_it"])
     assert contents(llava.model) == before
     assert not any("forward" in vars(m) or any("nnsight" in name for name in vars(m)) for m in llava.model.modules())
@@ -271,11 +273,11 @@ def test_nested_use_is_refused(llava):
         lambda: causal.knockout(llava, HEAT, tokens=probe.select_tokens(llava, rule="joint"), backend="nnsight"),
     ):
         with through_nnsight.wrapped(llava.model):
-            with pytest.raises(probe.ExplainError, match="cannot be nested"):
+            with pytest.raises(probe.errors.ExplainError, match="cannot be nested"):
                 call()
     before = contents(llava.model)
     handle = llava.model.get_submodule(FIRST).register_forward_hook(lambda m, a, o: causal.points(llava, ["lm_head"]))
-    with pytest.raises(probe.ExplainError, match="cannot be nested"):
+    with pytest.raises(probe.errors.ExplainError, match="cannot be nested"):
         causal.points(llava, [FIRST])
     handle.remove()
     assert contents(llava.model) == before
@@ -292,7 +294,7 @@ def test_inside_a_trace_of_the_users_own_it_is_refused(tmp_path):
     def call():
         try:
             causal.points(replay, [FIRST])
-        except probe.ExplainError as error:
+        except probe.errors.ExplainError as error:
             errors.append(error)
         return replay.log_probs(None)
 

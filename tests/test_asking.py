@@ -87,8 +87,8 @@ def test_another_template_several_images_and_paths(tmp_path):
 def test_refusals(demo, scene):
     with pytest.raises(probe.ProbeError, match="no question"):
         ask(*demo, scene.image, "  ")
-    with pytest.raises(probe.ImageError, match="no such file"):
+    with pytest.raises(probe.errors.ImageError, match="no such file"):
         ask(*demo, "nowhere.png", "What?")
-    with pytest.raises(probe.ImageError, match="fetch=True"):
+    with pytest.raises(probe.errors.ImageError, match="fetch=True"):
         ask(*demo, "https://example.com/cat.png", "What?")
     assert not hasattr(demo[0].generate, "__lvlm_probe_shadow__")  # nothing is left attached

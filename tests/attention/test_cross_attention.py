@@ -171,5 +171,5 @@ def test_the_attention_explainer_draws_recorded_and_replayed_rows_alike(asked: A
     np.testing.assert_allclose(before.values, after.values, atol=5e-3)
     np.testing.assert_allclose(before.values, alone.values, atol=1e-6)
     assert float(np.ptp(np.asarray(after.values))) > 0.1
-    with pytest.raises(probe.ExplainError, match="no image tokens"):
+    with pytest.raises(probe.errors.ExplainError, match="no image tokens"):
         probe.explain(replay, method="tam", tokens=(0, 1))

@@ -130,7 +130,7 @@ def selected(case: Case, setting: Setting) -> TokenSelection:
     if setting.tokens == "keywords":
         found = keywords(case.scene.answer)
         if not found:
-            raise probe.SelectionError("YAKE finds no keyword in this answer")
+            raise probe.errors.SelectionError("YAKE finds no keyword in this answer")
         return probe.select_tokens(case.replay, words=found)
     return probe.select_tokens(case.replay, alpha=setting.alpha)
 
@@ -140,7 +140,7 @@ def measure(case: Case, setting: Setting, made: dict[str, probe.Heatmap]) -> Lin
     truth = true_words(case)
     try:
         selection = selected(case, setting)
-    except probe.SelectionError as error:
+    except probe.errors.SelectionError as error:
         return {"reason": str(error)}
     right = set(selection.indices) & set(truth.indices)
     line: Line = {

@@ -452,7 +452,7 @@ def checkpointing(case: _Case) -> Verdict:
         try:
             leaf = mask.clone().requires_grad_(True)
             gradients.append(torch.autograd.grad(player.log_probs(leaf).sum(), leaf)[0])
-        except probe.ReplayError as refusal:
+        except probe.errors.ReplayError as refusal:
             return Verdict("checkpointing", None, None, str(refusal))
         finally:
             for handle in handles:

@@ -25,7 +25,7 @@ def test_attach_refuses_it_and_says_why(name: str) -> None:
     with torch.device("meta"):
         model = getattr(transformers, CLASSES.get(name, mapping()[name]))(config)
     before = frozenset(vars(model))
-    with pytest.raises(probe.AttachError) as refusal:
+    with pytest.raises(probe.errors.AttachError) as refusal:
         probe.attach(model)
     assert str(refusal.value) == f"{type(model).__name__} cannot be probed: {REFUSED[name]}"
     assert frozenset(vars(model)) == before
@@ -35,5 +35,5 @@ def test_block_diffusion_is_refused() -> None:
     # Its default config builds no model; the refusal goes by the config.
     model = torch.nn.Linear(1, 1)
     model.config = transformers.CONFIG_MAPPING["diffusion_gemma"]()
-    with pytest.raises(probe.AttachError, match="block diffusion"):
+    with pytest.raises(probe.errors.AttachError, match="block diffusion"):
         probe.attach(model)

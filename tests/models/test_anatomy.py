@@ -33,7 +33,7 @@ def test_a_family_that_cannot_be_probed_says_why():
     model, _ = tiny_models.build("llava")
     model.config.__class__ = type("Chameleon", (type(model.config),), {"model_type": "chameleon"})
     try:
-        with pytest.raises(probe.AttachError, match="discrete codes"):
+        with pytest.raises(probe.errors.AttachError, match="discrete codes"):
             examine(model)
     finally:
         model.config.__class__ = type(model.config).__mro__[1]
@@ -43,5 +43,5 @@ def test_modules_by_pattern():
     model, _ = tiny_models.build("llava")
     paths = [path for path, _ in find_modules(model, "model.language_model.layers.*.self_attn")]
     assert len(paths) == model.config.text_config.num_hidden_layers
-    with pytest.raises(probe.PointNotFound, match=r"closest: .*model\.vision_tower"):
+    with pytest.raises(probe.errors.PointNotFound, match=r"closest: .*model\.vision_tower"):
         find_modules(model, "model.vision_towr")

@@ -102,14 +102,14 @@ def test_places_of_the_wrong_shape_name_the_plugin() -> None:
     from lvlm_probe.boxes.image_tokens import _checked
     from lvlm_probe.models.families import Places
 
-    with pytest.raises(probe.ImageError, match=r"plugin for MyModel gave boxes of shape \(3, 2\)"):
+    with pytest.raises(probe.errors.ImageError, match=r"plugin for MyModel gave boxes of shape \(3, 2\)"):
         _checked(Places(np.zeros((3, 2)), np.zeros(3)), 3, "MyModel")
 
 
 def test_a_declared_part_that_is_missing_is_named(checkpoint: Path) -> None:
     model, _ = probe.load(checkpoint)
     adapters._FAMILIES["declared_llava"] = Family(encoders=("model.towers.*",))
-    with pytest.raises(probe.PointNotFound, match=r"no module matches 'model.towers\.\*' in DeclaredModel"):
+    with pytest.raises(probe.errors.PointNotFound, match=r"no module matches 'model.towers\.\*' in DeclaredModel"):
         examine(model)
 
 
@@ -121,7 +121,7 @@ def test_unsupported_families_and_image_tokens(checkpoint: Path) -> None:
         assert anatomy.image_token_id == wanted
         assert anatomy.is_pixel_name("thermal")
     adapters._FAMILIES["declared_llava"] = Family(unsupported="it dreams")
-    with pytest.raises(probe.AttachError, match="DeclaredModel cannot be probed: it dreams"):
+    with pytest.raises(probe.errors.AttachError, match="DeclaredModel cannot be probed: it dreams"):
         probe.attach(model, processor)
 
 
@@ -140,10 +140,10 @@ def test_two_declarations_of_one_type_are_refused() -> None:
     first = Family(decoder="model")
     register_family("somebodys_vlm", first)
     register_family("somebodys_vlm", Family(decoder="model"))  # a plugin registered twice is no clash
-    with pytest.raises(probe.PluginError, match="'somebodys_vlm' is declared already, by another plugin"):
+    with pytest.raises(probe.errors.PluginError, match="'somebodys_vlm' is declared already, by another plugin"):
         register_family("somebodys_vlm", Family(decoder="other"))
     assert family_of("somebodys_vlm") is first
-    with pytest.raises(probe.PluginError, match="'llava' is one of transformers' own"):
+    with pytest.raises(probe.errors.PluginError, match="'llava' is one of transformers' own"):
         register_family("llava", first)
 
 
@@ -155,7 +155,7 @@ def test_two_declarations_of_one_type_are_refused() -> None:
     ],
 )
 def test_a_wrong_declaration_says_what_is_wanted(wrong: dict, message: str) -> None:
-    with pytest.raises(probe.PluginError, match=message):
+    with pytest.raises(probe.errors.PluginError, match=message):
         Family(**wrong)
-    with pytest.raises(probe.PluginError, match="takes a Family, not dict"):
+    with pytest.raises(probe.errors.PluginError, match="takes a Family, not dict"):
         register_family("mine", wrong)

@@ -159,17 +159,17 @@ def test_adopted_encoders_that_are_in_the_tree_stay_where_they_are() -> None:
     model.inside = model.eyes[0]
     driver = ForeignDriver(model, None)
     assert len(driver.outside) == 0 and driver.path_of(model.eyes[0]) == "original.inside"
-    with pytest.raises(probe.PluginError, match="Linear is no part of Foreign"):
+    with pytest.raises(probe.errors.PluginError, match="Linear is no part of Foreign"):
         driver.path_of(nn.Linear(1, 1))
 
 
 def test_names_and_models_are_claimed_once() -> None:
     register_original("foreign", matches=has_eyes, adapt=ForeignDriver)
     register_original("foreign", matches=has_eyes, adapt=ForeignDriver)
-    with pytest.raises(probe.PluginError, match="'foreign' is taken"):
+    with pytest.raises(probe.errors.PluginError, match="'foreign' is taken"):
         register_original("foreign", matches=has_eyes, adapt=lambda model, processor: ForeignDriver(model, processor))
     register_original("other", matches=has_eyes, adapt=ForeignDriver)
-    with pytest.raises(probe.PluginError, match="claimed by the drivers foreign and other"):
+    with pytest.raises(probe.errors.PluginError, match="claimed by the drivers foreign and other"):
         probed_model(build())
 
 

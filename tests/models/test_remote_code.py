@@ -188,5 +188,5 @@ class Blind(torch.nn.Module):
 
 
 def test_what_sees_nothing_is_refused_by_name():
-    with pytest.raises(probe.AttachError, match="Blind"):
+    with pytest.raises(probe.errors.AttachError, match="Blind"):
         probe.attach(Blind())

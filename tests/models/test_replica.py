@@ -239,7 +239,7 @@ def test_a_thread_that_is_waited_for_inside_a_block_is_refused_its_turn(pair: Pa
         try:
             with replica.use():
                 pass
-        except probe.ReplayError as error:
+        except probe.errors.ReplayError as error:
             said.append(str(error))
 
     with replica.use():

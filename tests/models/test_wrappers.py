@@ -136,7 +136,7 @@ def test_the_wrapper_and_the_model_inside_are_one_model(tmp_path):
     model, processor = adapted("llava")
     inner = model.get_base_model()
     with probe.attach(model, processor) as p, p.record(tmp_path) as recording:
-        with pytest.raises(probe.AttachError, match="already"):
+        with pytest.raises(probe.errors.AttachError, match="already"):
             probe.attach(inner, processor)
         generate(inner, ask("llava", inner, processor))
         generate(model, ask("llava", model, processor))
@@ -169,7 +169,7 @@ def test_adapters_that_compute_nothing_do_not_count_for_identity(tmp_path):
         assert fingerprint(model) == fingerprint(plain)
         trace = recorded("llava", model, processor, tmp_path / "disabled")
         assert probe.verify(trace, plain, processor).within(1e-4)
-    with pytest.raises(probe.ModelMismatch):  # enabled again, it is another model
+    with pytest.raises(probe.errors.ModelMismatch):  # enabled again, it is another model
         probe.replay(trace, model, processor)
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     assert fingerprint(model) == with_adapter
@@ -186,7 +186,7 @@ def test_merged_adapters(tmp_path):
     trace = recorded("llava", model, processor, tmp_path / "in place")
     assert probe.verify(trace, model, processor).within(1e-4)
     model.unmerge_adapter()
-    with pytest.raises(probe.ModelMismatch):  # other weights in bfloat16's eyes than base + adapter
+    with pytest.raises(probe.errors.ModelMismatch):  # other weights in bfloat16's eyes than base + adapter
         probe.replay(trace, model, processor)
     merged = model.merge_and_unload()
     assert probe.verify(trace, merged, processor).within(1e-4)
@@ -273,7 +273,7 @@ def test_virtual_tokens_are_refused():
             task_type="CAUSAL_LM",
         ),
     )  # fmt: skip
-    with pytest.raises(probe.AttachError, match="PROMPT_TUNING adapter"):
+    with pytest.raises(probe.errors.AttachError, match="PROMPT_TUNING adapter"):
         probe.attach(wrapped, processor)
 
 
@@ -721,7 +721,7 @@ def test_a_compiled_wrapper_is_replayed_but_not_attached_to(tmp_path):
     model, processor = tiny_models.build("llava")
     trace = recorded("llava", model, processor, tmp_path)
     wrapper = torch.compile(model, backend="eager")
-    with pytest.raises(probe.AttachError, match=r"model\.compile"):
+    with pytest.raises(probe.errors.AttachError, match=r"model\.compile"):
         probe.attach(wrapper, processor)
     assert probe.verify(trace, wrapper, processor).within(1e-4)
 

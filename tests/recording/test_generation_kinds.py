@@ -77,7 +77,7 @@ def test_an_encoder_decoder_answer_is_forced_through_the_decoder(name, tmp_path)
     assert rows.values.shape[-1] == len(trace.layout.image_positions) > 0
     assert np.allclose(rows.values.sum(-1) + rows.text_mass, 1, atol=5e-3)
     assert 0 < rows.values.sum(-1).mean() < 1
-    with pytest.raises(probe.ExplainError, match="through its encoder"):
+    with pytest.raises(probe.errors.ExplainError, match="through its encoder"):
         replay.capture(attention=["decoder"])
 
 
@@ -116,7 +116,7 @@ def test_traces_are_copied_and_pickled(name, tmp_path):
 
 def test_another_question_is_refused_where_a_second_text_would_stay_the_old_one(tmp_path):
     built, _, _, _, trace = _recorded("instructblip", tmp_path)
-    with pytest.raises(probe.ReplayError, match="qformer_input_ids"):
+    with pytest.raises(probe.errors.ReplayError, match="qformer_input_ids"):
         probe.replay(trace, built.model, built.processor).reworded("What is it?")
 
 
@@ -133,7 +133,7 @@ def test_image_columns_of_kosmos_are_those_of_its_position_mask(tmp_path):
 def test_a_family_that_cannot_work_is_refused_by_one_sentence(kind, why):
     model = torch.nn.Linear(1, 1)
     model.config = SimpleNamespace(model_type=kind)
-    with pytest.raises(probe.AttachError, match=why):
+    with pytest.raises(probe.errors.AttachError, match=why):
         probe.attach(model)
 
 

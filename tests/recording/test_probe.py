@@ -15,6 +15,7 @@ from transformers import TextStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lvlm_probe as probe
+from lvlm_probe.images import ImagePath
 from lvlm_probe.recording.probe import Attachment
 from lvlm_probe.recording.recorder import GenerationRecorder
 
@@ -440,7 +441,7 @@ def test_attach_twice_is_an_error_and_two_models_are_not(llava, tmp_path):
     model, processor = llava
     other, _ = tiny_models.build("llava")
     with probe.attach(model, processor) as p:
-        with pytest.raises(probe.AttachError, match="already"):
+        with pytest.raises(probe.errors.AttachError, match="already"):
             probe.attach(model, processor)
         with probe.attach(other, processor) as q, p.record(tmp_path / "p") as first, q.record(tmp_path / "q") as second:
             generate(model, ask(model, processor))
@@ -464,19 +465,19 @@ def test_compiles_after_detach(llava, tmp_path):
 
 
 def test_compiled_wrapper_is_refused_with_the_way_out(llava):
-    with pytest.raises(probe.AttachError, match="before compiling"):
+    with pytest.raises(probe.errors.AttachError, match="before compiling"):
         probe.attach(torch.compile(llava[0], backend="eager"))
 
 
 def test_what_is_no_vision_language_model_is_refused():
-    with pytest.raises(probe.AttachError, match="not a Hugging Face generative model"):
+    with pytest.raises(probe.errors.AttachError, match="not a Hugging Face generative model"):
         probe.attach(torch.nn.Linear(2, 2))
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32
     )
-    with pytest.raises(probe.AttachError, match="text-only"):
+    with pytest.raises(probe.errors.AttachError, match="text-only"):
         probe.attach(LlamaForCausalLM(config))
 
 
@@ -485,7 +486,7 @@ def test_recording_needs_a_directory(llava, tmp_path):
     file.write_text("")
     with probe.attach(*llava) as p, pytest.raises(probe.ProbeError, match="directory"):
         p.record(file)
-    with pytest.raises(probe.AttachError, match="detached"), p.record(tmp_path):
+    with pytest.raises(probe.errors.AttachError, match="detached"), p.record(tmp_path):
         pass
 
 
@@ -677,11 +678,11 @@ def test_masks_that_do_not_fit(llava):
     model, processor = llava
     with probe.attach(model, processor) as p:
         inputs = ask(model, processor, pictures(2))
-        with pytest.raises(probe.MaskError, match=r"\(2, row, col\)"), p.masked(torch.ones(3, 4, 4)):
+        with pytest.raises(probe.errors.MaskError, match=r"\(2, row, col\)"), p.masked(torch.ones(3, 4, 4)):
             model(**inputs)
-        with pytest.raises(probe.MaskError), p.masked([[1.0]]):
+        with pytest.raises(probe.errors.MaskError), p.masked([[1.0]]):
             pass
-        with pytest.raises(probe.ImageError, match="no pixel inputs"), p.masked(torch.ones(4, 4)):
+        with pytest.raises(probe.errors.ImageError, match="no pixel inputs"), p.masked(torch.ones(4, 4)):
             model(input_ids=inputs["input_ids"][:, :3])
 
 
@@ -706,6 +707,6 @@ def test_our_own_processor_calls_do_not_push_out_the_users(llava, tmp_path):
         prepared = ask(model, processor)
         generate(model, ask(model, processor, pictures(1, seed=4)))
         for size in ((70, 40), (71, 40), (72, 40)):  # each traces a geometry of its own
-            probe.ImagePath.from_processor(processor.image_processor, pictures(1, size=size)).apply(torch.ones(1, 2, 2))
+            ImagePath.from_processor(processor.image_processor, pictures(1, size=size)).apply(torch.ones(1, 2, 2))
         generate(model, prepared)
     assert np.array_equal(np.asarray(recording.traces[1].image), np.asarray(pictures(1)[0]))

@@ -142,10 +142,10 @@ def test_an_image_processor_that_makes_other_inputs_than_the_model_is_fed(llava,
         (trace,) = recording.traces
         assert not trace.images and not recording.faults
     with probe.attach(model, alone) as p, p.masked(torch.ones(4, 4), images=[picture]):
-        with pytest.raises(probe.ImageError, match="whole processor"):
+        with pytest.raises(probe.errors.ImageError, match="whole processor"):
             model(**inputs)
     (trace,) = record(llava, tmp_path / "whole")
-    with pytest.raises(probe.ModelMismatch, match="whole processor"):
+    with pytest.raises(probe.errors.ModelMismatch, match="whole processor"):
         probe.replay(trace, model, alone)
 
 
@@ -196,7 +196,7 @@ def test_masked_refuses_a_picture_that_is_not_known(llava):
         whole = model(**before).logits
         with (
             p.masked(mask),
-            pytest.raises(probe.ImageError, match=r"made nothing since attach.*images=\[picture\].*pixels"),
+            pytest.raises(probe.errors.ImageError, match=r"made nothing since attach.*images=\[picture\].*pixels"),
         ):
             model(**before)
         with p.masked(mask, images=[picture]):
@@ -210,11 +210,18 @@ def test_masked_refuses_a_picture_that_is_not_known(llava):
             assert torch.equal(model(**after).logits, whole)
             assert torch.equal(model(**twice).logits, both)
             after["pixel_values"].mul_(0.5)  # the same tensor, and another picture
-            with pytest.raises(probe.ImageError, match="changed"):
+            with pytest.raises(probe.errors.ImageError, match="changed"):
                 model(**after)
-        with p.masked(mask, images=[edited(picture, (80, 20, 100, 40), (9, 9, 250))]), pytest.raises(probe.ImageError):
+        with (
+            p.masked(mask, images=[edited(picture, (80, 20, 100, 40), (9, 9, 250))]),
+            pytest.raises(probe.errors.ImageError),
+        ):
             model(**before)
-    with probe.attach(model) as p, p.masked(mask), pytest.raises(probe.ImageError, match="no processor was attached"):
+    with (
+        probe.attach(model) as p,
+        p.masked(mask),
+        pytest.raises(probe.errors.ImageError, match="no processor was attached"),
+    ):
         model(**before)
 
 
@@ -248,7 +255,7 @@ def test_adapters_and_weights_of_each_call(llava, tmp_path):
     assert [trace.model["adapter"] or "" for trace in traces] == ["a", "b", "", "b", "b", "b"]
     assert len({trace.model["fingerprint"] for trace in traces}) == 5
     assert [trace.model["attn_implementation"] for trace in traces[-2:]] == ["sdpa", "eager"]
-    with pytest.raises(probe.ModelMismatch):
+    with pytest.raises(probe.errors.ModelMismatch):
         probe.replay(traces[3], model, processor)
     assert probe.verify(traces[5], model, processor).within(1e-4)
 
@@ -575,7 +582,7 @@ def test_a_list_names_tokens_and_a_tuple_a_span(llava, tmp_path):
         for kind, tokens in {"list": [0, 3], "tuple": (0, 3), "three": [4, 1, 2]}.items()
     }
     assert chosen == {"list": (0, 3), "tuple": (0, 1, 2), "three": (1, 2, 4)}
-    with pytest.raises(probe.SelectionError, match="0 to 5"):
+    with pytest.raises(probe.errors.SelectionError, match="0 to 5"):
         probe.explain(replay, method="input_gradient", tokens=[0, 9])
 
 

@@ -112,10 +112,10 @@ def test_a_cut_is_said_with_its_place_and_the_way_out(trace: Any, model: Any, wh
     cut(model)
     replay = probe.replay(trace, model, tiny_models.build_processor("llava"), strict=False)
     for method in ("input_gradient", "igos++", "gradcam"):
-        with pytest.raises(probe.ExplainError, match=f"{place}.*occlusion, rise"):
+        with pytest.raises(probe.errors.ExplainError, match=f"{place}.*occlusion, rise"):
             probe.explain(replay, method=method, tokens=(0, 4), strengthen=False)
     passes = replay.passes.forward
-    with pytest.raises(probe.ExplainError, match=place):
+    with pytest.raises(probe.errors.ExplainError, match=place):
         replay.over("mean").score_and_grad(torch.full((1, 3, 3), 0.5), lambda log_probs: log_probs.sum(dim=1))
     assert replay.passes.forward == passes  # looked for once
     assert probe.explain(replay, method="occlusion", size=3, tokens=(0, 4), strengthen=False)
@@ -139,7 +139,7 @@ def test_rounding_is_no_cut(trace: Any, model: Any, dtype: torch.dtype) -> None:
     replay.require_gradients()
     replaced(model, Kernel, f"{LAYERS}.0.mlp.down_proj")
     cut = probe.replay(trace, model, tiny_models.build_processor("llava"), strict=False)
-    with pytest.raises(probe.ExplainError, match=f"{LAYERS}.0.mlp"):
+    with pytest.raises(probe.errors.ExplainError, match=f"{LAYERS}.0.mlp"):
         cut.require_gradients()
 
 

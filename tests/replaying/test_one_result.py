@@ -152,7 +152,7 @@ def test_a_baseline_picture_of_the_users_is_known_by_its_pixels(replay: probe.Re
     assert expected.baseline_check["same_as_explained"] is True
     assert probe.evaluate(heat, replay, steps=4, baseline=mine.copy()).deletion == expected.deletion
     for wrong in (replay, replay.over(other)):
-        with pytest.raises(probe.ImageError, match=r"a picture of your own.*give the picture again"):
+        with pytest.raises(probe.errors.ImageError, match=r"a picture of your own.*give the picture again"):
             probe.evaluate(heat, wrong, steps=4)
     assert probe.evaluate(heat, replay, steps=4, baseline=other).baseline_check["same_as_explained"] is False
 
@@ -203,7 +203,7 @@ def test_a_plan_is_followed_and_one_of_another_method_is_not(replay: probe.Repla
     assert max(seen) <= 5 and heat.provenance["memory"]["micro_batch"] == 5
     assert heat.provenance["memory"]["predicted_peak"] == plan.peak
     assert replay.limits.micro_batch is None
-    with pytest.raises(probe.ExplainError, match="plan is of 'rise'"):
+    with pytest.raises(probe.errors.ExplainError, match="plan is of 'rise'"):
         probe.explain(replay, method="occlusion", plan=plan)
 
 

@@ -128,7 +128,7 @@ def test_score_and_grad_is_autograd_of_log_probs(llava):
     scores, gradient = llava.score_and_grad(masks, score)
     assert torch.allclose(scores, expected.detach(), atol=1e-5)
     assert torch.allclose(gradient, leaf.grad, atol=1e-5)
-    with pytest.raises(probe.ReplayError, match="one number per mask"):
+    with pytest.raises(probe.errors.ReplayError, match="one number per mask"):
         llava.score_and_grad(masks, lambda log_probs: log_probs.sum())
 
 
@@ -234,7 +234,7 @@ def test_checkpointing_leaves_nothing_and_is_refused_where_no_layer_supports_it(
         again = [name for name, module in model.named_modules() if "forward" in vars(module)]
         assert len(again) == 5  # two layers of the tower, three of the language model
     assert before == [vars(module) for module in llava.model.modules()]
-    with pytest.raises(probe.ReplayError, match="Linear; replay without"), checkpointed(torch.nn.Linear(2, 2)):
+    with pytest.raises(probe.errors.ReplayError, match="Linear; replay without"), checkpointed(torch.nn.Linear(2, 2)):
         pass
 
 
@@ -257,7 +257,7 @@ def test_an_answer_with_the_image_token_in_it_is_refused_and_at_its_end_replayed
     last, within = recording.traces
     assert last.token_ids[-1] == token and within.token_ids[1] == token
     assert len(probe.replay(last, model, processor).original_log_probs) == 2
-    with pytest.raises(probe.ReplayError, match="the answer holds the image token itself"):
+    with pytest.raises(probe.errors.ReplayError, match="the answer holds the image token itself"):
         _ = probe.replay(within, model, processor).original_log_probs
 
 
@@ -281,7 +281,7 @@ def test_out_of_memory_halves_and_goes_on(llava, monkeypatch):
         assert torch.allclose(replay.log_probs(masks), expected, atol=1e-5)
     assert tried == [6, 3, 3]
     limit = 0
-    with pytest.raises(probe.OutOfMemory, match="even with gradient checkpointing"):
+    with pytest.raises(probe.errors.OutOfMemory, match="even with gradient checkpointing"):
         replay.log_probs(masks[:1])
 
 
@@ -294,7 +294,7 @@ def test_a_whole_picture_that_does_not_fit_says_what_would(llava, monkeypatch, w
     with monkeypatch.context() as patch:
         patch.setattr(TeacherForcing, "log_probs", nothing_fits)
         with pytest.raises(
-            probe.OutOfMemory, match=r"\(CUDA out of memory. Tried to allocate 2 GiB.\); load the model"
+            probe.errors.OutOfMemory, match=r"\(CUDA out of memory. Tried to allocate 2 GiB.\); load the model"
         ):
             getattr(replay, what)
         patch.setattr(TeacherForcing, "log_probs", lambda *_, **__: torch.zeros(()) @ torch.zeros(()))
@@ -315,7 +315,7 @@ def test_an_out_of_memory_error_holds_nothing_of_the_pass_that_failed(llava, mon
     replay = probe.replay(llava.trace, llava.model, tiny_models.build_processor("llava"), gradient_checkpointing=True)
     monkeypatch.setattr(TeacherForcing, "log_probs", nothing_fits)
     for run in (lambda: replay.original_log_probs, lambda: replay.log_probs(torch.ones(1, 4, 4))):
-        with pytest.raises(probe.OutOfMemory) as error:
+        with pytest.raises(probe.errors.OutOfMemory) as error:
             run()
         assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
     assert len(alive) == 2 and not any(kept() is not None for kept in alive)
@@ -330,9 +330,9 @@ def test_masks_that_do_not_fit_say_what_would(llava):
         (torch.ones(2, 3, 4, 4), r"\(batch, row, col\)"),
         (torch.ones(0, 4, 4), "empty"),
     ):
-        with pytest.raises(probe.MaskError, match=words):
+        with pytest.raises(probe.errors.MaskError, match=words):
             llava.log_probs(mask)
-    with pytest.raises(probe.MaskError, match="numbered from 0"):
+    with pytest.raises(probe.errors.MaskError, match="numbered from 0"):
         llava.log_probs(torch.ones(1, 4, 4), image=1)
 
 
@@ -346,7 +346,7 @@ def test_several_images_are_masked_apart(tmp_path):
     with torch.no_grad():
         assert torch.allclose(replay.log_probs(only), replay.log_probs(both[:, 1], image=1), atol=1e-5)
         assert not torch.allclose(replay.log_probs(both), replay.log_probs(only))
-    with pytest.raises(probe.MaskError, match="image=k"):
+    with pytest.raises(probe.errors.MaskError, match="image=k"):
         replay.log_probs(torch.ones(3, 4, 4))
     leaf = both.clone().requires_grad_(True)
     replay.log_probs(leaf).sum().backward()
@@ -355,7 +355,7 @@ def test_several_images_are_masked_apart(tmp_path):
 
 def test_another_model_is_refused(llava):
     other, processor = tiny_models.build("llava", seed=1)
-    with pytest.raises(probe.ModelMismatch, match="fingerprint"):
+    with pytest.raises(probe.errors.ModelMismatch, match="fingerprint"):
         probe.replay(llava.trace, other, processor)
     difference = probe.replay(llava.trace, other, processor, strict=False).original_log_probs - llava.original_log_probs
     assert difference.abs().max() > 0.01
@@ -367,7 +367,7 @@ def test_other_settings_give_way_to_the_recorded_ones_and_another_processor_is_r
     processor.image_processor.crop_size = {"height": 84, "width": 84}
     replay = probe.replay(llava.trace, llava.model, processor)
     assert torch.equal(replay.original_log_probs, llava.original_log_probs)
-    with pytest.raises(probe.ModelMismatch, match="does not make the inputs"):
+    with pytest.raises(probe.errors.ModelMismatch, match="does not make the inputs"):
         probe.replay(llava.trace, llava.model, tiny_models.build_processor("qwen2_vl"))
 
 
@@ -385,7 +385,7 @@ def test_baselines(llava):
         view = replay.over(kind)
         seen.add((view.baseline["kind"], round(float(view.baseline_log_probs.sum()), 4)))
     assert len({kind for kind, _ in seen}) == 5 and len({value for _, value in seen}) == 5
-    with pytest.raises(probe.ImageError):
+    with pytest.raises(probe.errors.ImageError):
         replay.over("sepia")
 
 

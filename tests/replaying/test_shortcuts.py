@@ -284,7 +284,7 @@ def test_masks_and_log_softmax_are_in_single_precision_on_half_precision_models(
 
 def test_steps_that_are_not_there_are_refused(llava):
     for steps in ([5], [-1], []):
-        with pytest.raises(probe.ReplayError, match="steps are tokens 0 to 4"):
+        with pytest.raises(probe.errors.ReplayError, match="steps are tokens 0 to 4"):
             llava.log_probs(masks(1), steps=steps)
 
 

@@ -40,11 +40,11 @@ def test_pixels_survive(mode):
 
 
 def test_what_is_no_picture(tmp_path):
-    with pytest.raises(probe.ImageError, match="no such file"):
+    with pytest.raises(probe.errors.ImageError, match="no such file"):
         open_picture(tmp_path / "none.png")
-    with pytest.raises(probe.ImageError, match="directory"):
+    with pytest.raises(probe.errors.ImageError, match="directory"):
         open_picture(tmp_path)
     text = tmp_path / "text.png"
     text.write_text("hello")
-    with pytest.raises(probe.ImageError, match="not an image"):
+    with pytest.raises(probe.errors.ImageError, match="not an image"):
         open_picture(text)

@@ -61,7 +61,7 @@ def test_numbers_of_other_modes():
     assert np.asarray(open_image(shares)).max() == 255
     levels = Image.fromarray(np.arange(100, dtype=np.int32).reshape(10, 10))
     assert np.asarray(open_image(levels)).max() == 99
-    with pytest.raises(probe.ImageError, match="scale it to"):
+    with pytest.raises(probe.errors.ImageError, match="scale it to"):
         open_image(Image.fromarray(np.full((4, 4), -3, dtype=np.int32)))
 
 
@@ -125,16 +125,16 @@ def test_the_network_is_asked_where_it_may_be():
         thread.start()
         url = f"http://127.0.0.1:{server.server_port}"
         try:
-            with pytest.raises(probe.ImageError, match="fetch=True"):
+            with pytest.raises(probe.errors.ImageError, match="fetch=True"):
                 open_image(f"{url}/image.png")
             assert asked == []
             assert np.array_equal(np.asarray(open_image(f"{url}/image.png", fetch=True)), np.asarray(PICTURE))
-            with pytest.raises(probe.ImageError, match="404"):
+            with pytest.raises(probe.errors.ImageError, match="404"):
                 open_image(f"{url}/none.png", fetch=True)
         finally:
             server.shutdown()
             thread.join()
-    with pytest.raises(probe.ImageError, match="cannot be fetched"):
+    with pytest.raises(probe.errors.ImageError, match="cannot be fetched"):
         open_image(f"{url}/image.png", fetch=True)  # nobody there any more
 
 
@@ -167,7 +167,7 @@ def test_the_source_is_left_alone_and_a_file_of_the_users_is_kept_as_it_is(tmp_p
     ],
 )
 def test_what_is_no_image(source, said):
-    with pytest.raises(probe.ImageError, match=said) as error:
+    with pytest.raises(probe.errors.ImageError, match=said) as error:
         open_image(source)
     assert len(str(error.value)) < 500
 
@@ -176,5 +176,5 @@ def test_what_is_no_image(source, said):
 def test_heic_names_its_extra(tmp_path):
     path = tmp_path / "phone.heic"
     path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(400))
-    with pytest.raises(probe.ImageError, match=r"lvlm-probe\[heic\]"):
+    with pytest.raises(probe.errors.ImageError, match=r"lvlm-probe\[heic\]"):
         open_image(path)

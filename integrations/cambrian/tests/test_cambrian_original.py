@@ -262,7 +262,7 @@ def test_every_encoder_has_a_map_of_its_own(tmp_path: Path) -> None:
     both = probe.explain(replay, method="gradcam", tokens=(0, 5), strengthen=False, size=(8, 8))
     mean = np.mean([heat.values for heat in maps], axis=0)
     assert np.allclose(both.values, (mean - mean.min()) / (mean.max() - mean.min()), atol=0.02)
-    with pytest.raises(probe.ExplainError, match=r"not applicable: outside\.2 is a convolutional encoder"):
+    with pytest.raises(probe.errors.ExplainError, match=r"not applicable: outside\.2 is a convolutional encoder"):
         probe.explain(replay, method="tmm", tokens=(0, 5), scope="encoder", encoder="convnext")
 
 
@@ -301,7 +301,7 @@ def test_a_masked_generation_sees_the_masked_picture(tmp_path: Path) -> None:
             masked = model.generate(**inputs, **SETTINGS)
         black = model.generate(**processor(PROMPT, Image.new("RGB", image.size)), **SETTINGS)
         assert torch.equal(masked, black) and not torch.equal(masked, plain)
-        with p.masked(torch.zeros(4, 5)), pytest.raises(probe.MaskError, match=r"use replay\.log_probs"):
+        with p.masked(torch.zeros(4, 5)), pytest.raises(probe.errors.MaskError, match=r"use replay\.log_probs"):
             model(inputs_embeds=torch.zeros(1, 2, 32))
 
 
@@ -365,7 +365,7 @@ def test_a_picture_elsewhere_in_the_prompt_is_refused(tmp_path: Path) -> None:
     assert out.shape == (1, 5) and not recording.paths
     trace = record(model, processor, tmp_path / "b")
     model.config.image_position = 5
-    with pytest.raises(probe.ReplayError, match="stands at position 6"):
+    with pytest.raises(probe.errors.ReplayError, match="stands at position 6"):
         probe.replay(trace, model, processor).log_probs(torch.ones(2, 2))
     model.config.connector_only = True  # then no layer looks for it
     probe.replay(trace, model, processor).log_probs(torch.ones(2, 2))
@@ -395,7 +395,7 @@ def test_calls_that_are_not_recorded_say_why(change: dict[str, Any], message: st
 def test_towers_that_are_not_loaded_are_named() -> None:
     model, processor = make()
     model.get_vision_tower_aux_list()[1].is_loaded = False
-    with pytest.raises(probe.AttachError, match=r"tower\.load_model\(\)"):
+    with pytest.raises(probe.errors.AttachError, match=r"tower\.load_model\(\)"):
         probe.attach(model, processor)
     assert "generate" not in vars(model)
 

@@ -203,7 +203,9 @@ def test_relevance_through_a_tower(method: str) -> None:
     for tower in ("siglip", "clip", "dinov2"):
         heat = probe.explain(replay, method=method, tokens=SPAN, strengthen=False, scope="encoder", encoder=tower)
         assert heat.values is not None and np.ptp(heat.values) > 0.5
-    with pytest.raises(probe.ExplainError, match=r"not applicable: model\.vision_towers\.3 is a convolutional encoder"):
+    with pytest.raises(
+        probe.errors.ExplainError, match=r"not applicable: model\.vision_towers\.3 is a convolutional encoder"
+    ):
         probe.explain(replay, method=method, tokens=SPAN, scope="encoder", encoder="convnext")
 
 
@@ -351,5 +353,5 @@ def test_shares_of_the_second_picture_are_its_own(tmp_path: Path) -> None:
     # In front of the decoder nothing of the first picture is read; inside it queries carry the text before them.
     assert np.allclose(both[0].shares, alone[0].shares, atol=1e-5)
     assert [layer.shares.shape for layer in both] == [layer.shares.shape for layer in alone]
-    with pytest.raises(probe.ExplainError, match="has 1, counted from 0"):
+    with pytest.raises(probe.errors.ExplainError, match="has 1, counted from 0"):
         encoder_shares(probe.replay(traces[1], model, processor), image=1)

@@ -211,7 +211,9 @@ def test_each_encoder_has_a_map_of_its_own(tmp_path: Path) -> None:
     }
     assert layers["clip"] == "original.model.vision_tower.vision_tower.encoder.layers.0"  # hidden state −2
     assert layers["convnext"] == "original.model.vision_tower_aux.vision_tower.encoder.stages.1"
-    with pytest.raises(probe.ExplainError, match=r"not applicable: .*vision_tower_aux is a convolutional encoder"):
+    with pytest.raises(
+        probe.errors.ExplainError, match=r"not applicable: .*vision_tower_aux is a convolutional encoder"
+    ):
         probe.explain(replay, method="tmm", tokens=(0, 5), scope="encoder", encoder="convnext")
 
 
@@ -332,9 +334,9 @@ def test_nothing_is_left_on_the_model(how: str, tmp_path: Path) -> None:
 
 def test_a_model_without_the_modules_between_its_encoders_is_refused(tmp_path: Path) -> None:
     model, processor = make(initialised=False)
-    with pytest.raises(probe.AttachError, match=r"initialize_uni_modules\(model\.config, for_eval=True\)"):
+    with pytest.raises(probe.errors.AttachError, match=r"initialize_uni_modules\(model\.config, for_eval=True\)"):
         probe.attach(model, processor)
-    with pytest.raises(probe.ReplayError, match="vlm_uni_query_projector"):
+    with pytest.raises(probe.errors.ReplayError, match="vlm_uni_query_projector"):
         probed_model(model)(torch.ones(1, 3).long(), pixel_values=torch.zeros(1, 3, 64, 64))
     alone = OriginalProcessor(processor.tokenizer, model.get_vision_tower().image_processor, model.config, aux="none")
     trace = record(model, alone, tmp_path)
@@ -344,7 +346,7 @@ def test_a_model_without_the_modules_between_its_encoders_is_refused(tmp_path: P
 def test_towers_that_are_not_loaded_are_named() -> None:
     model, processor = make()
     model.get_vision_tower_aux().is_loaded = False
-    with pytest.raises(probe.AttachError, match=r"get_vision_tower_aux\(\)\.load_model\(\)"):
+    with pytest.raises(probe.errors.AttachError, match=r"get_vision_tower_aux\(\)\.load_model\(\)"):
         probe.attach(model, processor)
 
 
