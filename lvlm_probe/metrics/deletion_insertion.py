@@ -28,6 +28,7 @@ figure is an estimate, and ``turns`` says how far the scored points did. Points 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -77,6 +78,8 @@ class Curves:
         counts: Number of cells at each point.
         tie_share: Share of seen cells that have the value of another seen cell.
         tie_orders: How many random orders of tied cells were averaged.
+        tie_spread: Standard deviation of insertion − deletion over those orders; 0 without ties, NaN where there are
+            ties and one order, or no areas.
         original_probability, baseline_probability: Mean probability of the decided tokens at the two ends.
         pictures: How many different images were scored.
         error_bound: How far the areas under the normalised deletion and insertion curve may be from the full curves';
@@ -99,6 +102,7 @@ class Curves:
     error_bound: tuple[float, float] = (0.0, 0.0)
     turns: tuple[float, float] = (0.0, 0.0)
     undefined: str | None = None
+    tie_spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -254,6 +258,16 @@ def curves(
     )
     sign = 1.0 if original >= baseline else -1.0
     bounds = [float(np.mean([curve.open(fractions).sum() for curve in pair])) for pair in pairs]
+    spread = 0.0
+    if shared > 0:
+        spread = math.nan
+        if orders > 1 and drawn_through and undefined is None:
+            gains = [
+                _area(high.filled(fractions), points, fractions, settings, ends, insert=True)
+                - _area(low.filled(fractions), points, fractions, settings, ends, insert=False)
+                for low, high in zip(*pairs, strict=True)
+            ]
+            spread = float(np.std(gains, ddof=1))
     turns = [float(np.mean([curve.turns(sign if curve.insert else -sign) for curve in pair])) for pair in pairs]
     return Curves(
         fractions=fractions,
@@ -268,7 +282,22 @@ def curves(
         error_bound=(0.0, 0.0) if undefined else (bounds[0] / span, bounds[1] / span),
         turns=(0.0, 0.0) if undefined else (turns[0] / span, turns[1] / span),
         undefined=undefined,
+        tie_spread=spread,
     )
+
+
+def _area(
+    values: np.ndarray,
+    points: np.ndarray,
+    fractions: np.ndarray,
+    settings: CurveSettings,
+    ends: np.ndarray,
+    *,
+    insert: bool,
+) -> float:
+    """The area under one curve, normalised."""
+    curve = normalise(values, original=float(ends[0]), baseline=float(ends[1]), score=settings.score)
+    return release_area(points, curve, insert=insert) if settings.release else area(fractions, curve)
 
 
 def _fill(

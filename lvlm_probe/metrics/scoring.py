@@ -56,8 +56,8 @@ class Score:
             passed, and whether the explanation was made against this very baseline (``None``: nobody can tell).
         verdict: Whether to trust the heatmap, with reasons.
         random_gains: Insertion − deletion of random heatmaps, when ``chance`` asked for them.
-        params: How it was scored (score, auc, steps, grid, mode, seed, tie_orders, held_out); with adaptive sampling
-            also the images it took, the error bound of both areas and how far their curves turn (see
+        params: How it was scored (score, auc, steps, grid, mode, seed, tie_orders, tie_spread, held_out); with adaptive
+            sampling also the images it took, the error bound of both areas and how far their curves turn (see
             ``deletion_insertion``).
         provenance: Trace id, method and tokens of the heatmap.
     """
@@ -211,6 +211,7 @@ def evaluate(
             "mode": mode,
             "seed": seed,
             "tie_orders": raw.tie_orders,
+            "tie_spread": raw.tie_spread if math.isfinite(raw.tie_spread) else None,
             "held_out": baseline is not None,
             **({} if sampling == "full" else _sampled(raw, tolerance)),
             **({} if raw.undefined is None else {"undefined": raw.undefined}),
@@ -273,6 +274,7 @@ def _verdict(
         original_probability=raw.original_probability,
         baseline_probability=raw.baseline_probability,
         tie_share=raw.tie_share,
+        tie_spread=raw.tie_spread,
         random_gains=gains,
         undefined=raw.undefined,
         replay_difference=difference,

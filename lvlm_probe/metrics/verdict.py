@@ -27,8 +27,9 @@ measures it for the answer at hand, and then the heatmap has to beat them all as
 MIN_ORIGINAL = 0.05
 """Mean probability of the tokens with the whole image in sight: below it the model itself hardly holds the answer."""
 
-MAX_TIES = 0.5
-"""Share of cells whose value another cell has too: above it the curves are drawn mostly by how ties are broken."""
+MAX_TIE_SPREAD = 0.05
+"""Standard deviation of insertion − deletion over random orders of tied cells: as much as separates methods of one rank
+in the tournaments. How many cells are tied does not matter by itself: the true mask of an object has two values."""
 
 MAX_REPLAY_DIFFERENCE = 0.05
 """Nats between recorded and replayed log-probabilities of the selected tokens: 5 % in probability, far above rounding
@@ -97,6 +98,7 @@ def judge(
     original_probability: float = math.nan,
     baseline_probability: float = math.nan,
     tie_share: float = 0.0,
+    tie_spread: float = 0.0,
     random_gains: tuple[float, ...] = (),
     undefined: str | None = None,
     replay_difference: float | None = None,
@@ -113,6 +115,7 @@ def judge(
         original_probability, baseline_probability: Mean probability of the selected tokens on the image and on the
             baseline.
         tie_share: Share of seen cells that have the value of another.
+        tie_spread: Standard deviation of insertion − deletion over random orders of them; NaN when unknown.
         random_gains: Insertion − deletion of random heatmaps, when they were asked for; NaN among them does not count.
         undefined: Why deletion and insertion are NaN, where they are.
         replay_difference: Largest difference to the recorded log-probabilities, nats; ``None`` when unknown.
@@ -153,8 +156,11 @@ def judge(
             f"insertion − deletion is {gain:.2f}, and one of {len(by_chance)} random heatmaps reached "
             f"{max(by_chance):.2f}"
         )
-    if tie_share > MAX_TIES:
-        reasons.append(f"{tie_share:.0%} of the cells are tied with others, so their order is not the heatmap's")
+    if tie_spread > MAX_TIE_SPREAD:
+        reasons.append(
+            f"{tie_share:.0%} of the cells are tied with others, and insertion − deletion varies by ±{tie_spread:.2f} "
+            f"with their order"
+        )
     if replay_difference is not None and not replay_difference <= replay_tolerance:
         reasons.append(
             f"the replay differs from the recording by {replay_difference:.2g} nats on these tokens (rounding explains "

@@ -212,7 +212,7 @@ ABOUT_THE_MEASURE = "taking the picture away changes the probability of these to
 def test_objections_to_the_map_and_to_the_measurement() -> None:
     good = {"deletion": 0.1, "insertion": 0.9, "original_probability": 0.9, "baseline_probability": 0.01}
     assert judge(**good).measured
-    for change in ({"insertion": 0.2}, {"tie_share": 0.9}, {"random_gains": (0.85, math.nan)}):
+    for change in ({"insertion": 0.2}, {"tie_share": 0.9, "tie_spread": 0.3}, {"random_gains": (0.85, math.nan)}):
         found = judge(**good | change)
         assert not found.trusted and found.measured, change
     for change in (

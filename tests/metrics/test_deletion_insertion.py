@@ -201,6 +201,50 @@ def test_a_constant_heatmap_is_chance_and_is_called_tied() -> None:
     assert evaluate(heat_of(replay, np.full((16, 16), 0.5)), replay).params["tie_orders"] == 3
 
 
+@pytest.mark.quick
+def test_ties_count_where_the_score_hangs_on_their_order() -> None:
+    """The true mask of an object has two values and is the best map there is."""
+    replay = ToyReplay(BOX)
+    mask = (BOX.numpy() > 0).astype(np.float32)
+    found = evaluate(heat_of(replay, mask), replay)
+    assert found.tie_share == 1.0 and found.gain > 0.8
+    assert found.verdict.trusted
+    rectified = (
+        np.random.default_rng(3).random((16, 16)).astype(np.float32) * mask
+    )  # zeros outside, as Grad-CAM has them
+    relu = evaluate(heat_of(replay, rectified), replay)
+    assert relu.tie_share > 0.5 and relu.params["tie_spread"] < 0.05
+    assert relu.verdict.trusted
+    # One cell holds the object and is tied with nearly all others: where it comes in the order is chance.
+    one = np.zeros((16, 16), dtype=np.float32)
+    one[3, 4] = 1
+    narrow = ToyReplay(torch.from_numpy(one))
+    blind = np.zeros((16, 16), dtype=np.float32)
+    blind[12:, 12:] = np.linspace(0.5, 1, 16).reshape(4, 4)
+    hangs = evaluate(heat_of(narrow, blind), narrow, tie_orders=6)
+    assert hangs.params["tie_spread"] > 0.05
+    assert any("with their order" in reason for reason in hangs.verdict.reasons)
+    assert evaluate(heat_of(narrow, blind), narrow, tie_orders=1).params["tie_spread"] is None
+
+
+def test_the_spread_over_tie_orders_is_that_of_scores_of_one_order_each() -> None:
+    replay, values = ToyReplay(BOX), np.round(np.random.default_rng(8).random((16, 16)) * 3) / 3
+    for auc in ("trapezoid", "release"):
+        together = evaluate(heat_of(replay, values), replay, tie_orders=5, seed=4, auc=auc)
+        assert together.params["tie_spread"] > 0
+        # The same generator gives the same orders, one after the other.
+        generator, gains = np.random.default_rng(4), []
+        for _ in range(5):
+            pair = []
+            for _curve in ("deletion", "insertion"):
+                order = np.empty(256)
+                order[rank(values, np.ones((16, 16), dtype=bool), generator)] = np.arange(256, 0, -1) / 256
+                pair.append(evaluate(heat_of(replay, order.reshape(16, 16)), replay, auc=auc))
+            gains.append(pair[1].insertion - pair[0].deletion)
+        assert together.gain == pytest.approx(np.mean(gains), abs=1e-6)
+        assert together.params["tie_spread"] == pytest.approx(np.std(gains, ddof=1), abs=1e-6)
+
+
 def test_ties_are_reproducible_by_seed() -> None:
     replay, values = ToyReplay(BOX), np.full((16, 16), 0.5)
     first = evaluate(heat_of(replay, values), replay, seed=1)
@@ -442,7 +486,8 @@ def test_good_numbers_raise_no_objection() -> None:
         ({"insertion": 0.25}, "not clearly above the 0 of a random heatmap"),
         ({"insertion": math.nan}, "undefined"),
         ({"random_gains": (0.1, 0.85)}, "one of 2 random heatmaps reached 0.85"),
-        ({"tie_share": 0.51}, "51% of the cells are tied"),
+        ({"tie_share": 0.51, "tie_spread": 0.2}, "51% of the cells are tied"),
+        ({"tie_share": 0.51, "tie_spread": 0.2}, "varies by ±0.20 with their order"),
         ({"replay_difference": 0.2}, "differs from the recording"),
         ({"replay_difference": math.nan}, "differs from the recording"),
         ({"deterministic": False}, "same inputs twice"),
