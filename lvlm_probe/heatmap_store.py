@@ -206,7 +206,7 @@ def explain_one(
     if not found.overlay_path.is_file():
         heat = found.read()
         if heat.values is not None:
-            heat.save(found.overlay_path)
+            heat.save(found.overlay_path, score=found.score())
     return found, finished
 
 

@@ -249,10 +249,11 @@ def _original(row: Row) -> Image.Image | None:
 
 
 def _overlay(heat: Heatmap) -> Image.Image:
+    """Without the verdict's mark: the page has the verdict in the same cell."""
     try:
-        return heat.overlay()
+        return heat.overlay(mark=False)
     except ImageError:
-        return heat.overlay(image=Image.new("RGB", heat.image_size, (128, 128, 128)))
+        return heat.overlay(image=Image.new("RGB", heat.image_size, (128, 128, 128)), mark=False)
 
 
 def _picture(image: Image.Image | None, side: int, alt: str) -> str:

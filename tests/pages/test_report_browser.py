@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -328,3 +329,17 @@ def test_printed_page_opens_its_details(show: Any, one: Path) -> None:
     assert printed.startswith(b"%PDF")
     assert len(printed) > 20_000
     assert driver.execute_script("return [...document.querySelectorAll('details')].every((e) => e.open)")
+
+
+@pytest.mark.parametrize(("trusted", "colour"), [(True, (0, 114, 178)), (False, (213, 94, 0)), (None, (90, 90, 90))])
+def test_a_saved_map_says_whether_it_was_checked(show: Any, tmp_path: Path, trusted: Any, colour: Any) -> None:
+    recording = samples.trace()
+    score = None if trusted is None else samples.score(reasons=() if trusted else ("tied",))
+    page = report([samples.heat(recording, samples.selection())], scores=[score], out=tmp_path / "r.html")
+    driver = show(page)
+    uri = driver.execute_script("return marked().toDataURL('image/png')")
+    saved = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB")).astype(int)
+    view = pixels(driver)
+    assert saved.shape == view.shape
+    assert np.abs(saved[-2, 1] - colour).max() <= 2
+    assert np.array_equal(saved[: saved.shape[0] // 2], view[: saved.shape[0] // 2])  # the rest is what is shown

@@ -193,7 +193,7 @@ function chooseSample(index, map = 0) {
   page.play.addEventListener("click", play);
   page.copy.addEventListener("click", copy);
   page.save.addEventListener("click", () =>
-    make("a", { href: page.view.toDataURL("image/png"), download: `${sample().id || "heatmap"}.png` }).click(),
+    make("a", { href: marked().toDataURL("image/png"), download: `${sample().id || "heatmap"}.png` }).click(),
   );
   drawBar();
   drawAnswer();
@@ -249,6 +249,27 @@ function drawSamples() {
       canvas.getContext("2d").drawImage(small, (112 - small.width) / 2, (112 - small.height) / 2);
     });
   });
+}
+
+/** What is shown, with the map's verdict in the corner: a map that is saved goes on without the page. */
+function marked() {
+  const copy = make("canvas", { width: page.view.width, height: page.view.height });
+  const pen = copy.getContext("2d");
+  pen.drawImage(page.view, 0, 0);
+  const { state: found } = current().verdict;
+  const [words, colour] = { trusted: ["holds up", "#0072b2"], doubted: ["do not trust", "#d55e00"] }[found] ?? [
+    "not checked",
+    "#5a5a5a",
+  ];
+  const size = Math.min(28, Math.max(10, Math.round(Math.min(copy.width, copy.height) / 28)));
+  pen.font = `${size}px sans-serif`;
+  const wide = pen.measureText(words).width + size;
+  pen.fillStyle = colour;
+  pen.fillRect(0, copy.height - 1.8 * size, wide, 1.8 * size);
+  pen.fillStyle = "#ffffff";
+  pen.textBaseline = "middle";
+  pen.fillText(words, size / 2, copy.height - 0.9 * size);
+  return copy;
 }
 
 // ---------------------------------------------------------------- start
