@@ -59,6 +59,7 @@ from lvlm_probe.recording.token_boxes import BoxCache, box_key, place
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.answer_source import LiveTrace
 from lvlm_probe.replaying.hidden_states import point_records
+from lvlm_probe.trace.image_files import is_constant
 from lvlm_probe.trace.records import Capture, RowCapture
 from lvlm_probe.words import ALPHA
 
@@ -339,6 +340,9 @@ class GenerationRecorder:
         real = mask[prompt_row].bool() if mask is not None and mask.shape == self._inputs["input_ids"].shape else None
         prompt_ids = (ids[real] if real is not None else ids).cpu()
         mine = encoded(pictures.rows[prompt_row], self._on_error)
+        if any(is_constant(image) for image in mine.images or []):
+            told = "every pixel of an image that the model was shown has the same colour: check how it was loaded"
+            self.cautions.append(("constant", told))
         kwargs, padded = row_inputs(
             self._inputs, prompt_row, real, mine.inputs, self.anatomy.is_pixel_name, mine.absent
         )

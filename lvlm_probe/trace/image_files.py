@@ -17,7 +17,7 @@ from lvlm_probe.errors import ImageError
 from lvlm_probe.hooks import caution
 from lvlm_probe.trace.parts import IMAGE_FORMATS
 
-__all__ = ["decode_picture", "encode_picture", "open_image", "open_picture"]
+__all__ = ["decode_picture", "encode_picture", "is_constant", "open_image", "open_picture"]
 
 _DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _LARGEST = 256 << 20
@@ -151,10 +151,15 @@ def _shown(image: Image.Image, what: str, *, keep: bool = False) -> Image.Image:
             caution(f"{share:.0%} of {what} is transparent, and the model is shown the colours below that")
     same = turned.mode == "RGB" and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
     result = image if same and keep else turned.convert("RGB")  # which still knows its file
-    levels: Any = result.getextrema()
-    if all(low == high for low, high in levels):
+    if is_constant(result):
         caution(f"every pixel of {what} has the same colour: there is nothing to see in it")
     return result
+
+
+def is_constant(image: Image.Image) -> bool:
+    """Whether every pixel has the same colour."""
+    levels: Any = image.getextrema()
+    return all(low == high for low, high in (levels if isinstance(levels[0], tuple) else [levels]))
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -305,3 +305,13 @@ def test_a_float_picture_is_told_as_what_it_is(llava, tmp_path):
             llava, tmp_path, lambda: processor(images=pixels, text=[text], do_rescale=False, return_tensors="pt")
         )
     assert not trace.images and any("array of float32 and shape (3, 60, 90)" in note for note in trace.notes)
+
+
+def test_an_image_of_one_colour_is_warned_of(llava, tmp_path):
+    """A 16-bit file that was cut off to white, a frame that was never filled: the answer is about nothing."""
+    blank = Image.new("L", (90, 60), 255)
+    with pytest.warns(probe.ProbeWarning, match="same colour"):
+        recorded(llava, tmp_path / "blank", lambda: ask(llava, [blank]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", probe.ProbeWarning)
+        recorded(llava, tmp_path / "other", lambda: ask(llava))
