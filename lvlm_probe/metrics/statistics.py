@@ -2,7 +2,7 @@
 
 * ``bootstrap_ci``, ``paired_difference``: intervals; need numpy only.
 * ``permutation_test``: paired, by flipping signs; scipy's.
-* ``mixed_effects``: does scale, or architecture, change a score that was taken on the same samples?
+* ``mixed_effects``: does scale, or architecture, change a score that was taken on the same samples? statsmodels'.
 """
 
 from __future__ import annotations
@@ -259,14 +259,14 @@ def mixed_effects(
 
     The full formula and the null formula (without the factor) are both fitted by maximum likelihood (not REML, whose
     likelihoods cannot be compared between fixed effects), and 2 (log L_full − log L_null) is referred to χ² with as
-    many degrees of freedom as fixed effects were taken out. The χ² is that of many samples: with two models, 0.05 on 10
-    samples would be 0.070 by the paired t-test, on 50 samples 0.054. The paper's p = 0.121 and p = 0.0008 name no test;
-    this is one that fits the question.
+    many degrees of freedom as fixed effects were taken out. Fits: ``statsmodels.MixedLM``. The χ² is that
+    of many samples: with two models, 0.05 on 10 samples would be 0.070 by the paired t-test, on 50 samples 0.054. The
+    paper's p = 0.121 and p = 0.0008 name no test; this is one that fits the question.
 
     Args:
         records: One per score, e.g. ``{"sample": "q17", "scale": "7b", "score": 0.78}``.
         formula: Of the full model, e.g. ``"score ~ C(scale)"``.
-        group: Field of the sample (question, image) that scores share.
+        group: Field of the sample (question, picture) that scores share.
         null: Of the null model; by default the score alone, ``"score ~ 1"``.
         level: Coverage of the intervals of the effects.
 
@@ -345,67 +345,40 @@ class _Fit:
     notes: tuple[str, ...]
 
 
-_ON_THE_BORDER = "the variance between groups is estimated as 0; the fit is that of least squares"
-
-
 def _fit(model: Any, level: float) -> _Fit:
-    """Maximum likelihood of ``y = X β + u_i + ε`` (Pinheiro and Bates, 2000, 2.2), u_i one number per group.
+    """Maximum likelihood.
 
-    With θ = σ_u²/σ² the covariance of group i is σ² (I + θ 1 1ᵀ), its inverse (I − θ/(1 + n_i θ) 1 1ᵀ)/σ², so that β
-    and σ² have closed forms for every θ, and what is left to find is the maximum of one function of one number. It lies
-    at θ = 0 where the slope there, N/2 · (Σ_i (Σ_j r_ij)² / Σ r² − 1) with the residuals r of least squares, is not
-    positive. ``statsmodels.MixedLM`` searches it through all of β, fails on that border, and reports by warnings, which
-    are the whole process's.
+    MixedLM's optimiser fails on the border σ_u² = 0. Whether the optimum lies there can be told beforehand: the profile
+    log-likelihood has the slope N/2 · (Σ_i (Σ_j r_ij)² / Σ r² − 1) in σ_u²/σ² at 0, with the residuals r of least
+    squares. Where that is not positive, least squares is the fit.
     """
-    exog, names = np.asarray(model.exog), list(model.exog_names)
-    if np.linalg.matrix_rank(exog) < exog.shape[1]:
-        return _Fit(math.nan, False, {}, math.nan, math.nan, (f"{', '.join(names)} are not independent",))
-    plain = np.linalg.lstsq(exog, np.asarray(model.endog), rcond=None)[0]
-    groups = [(x, y - x @ plain) for x, y in zip(model.exog_li, model.endog_li, strict=True)]
-    count, sizes = len(exog), np.array([len(r) for _, r in groups])
-    sums, totals = np.stack([x.sum(axis=0) for x, _ in groups]), np.array([r.sum() for _, r in groups])
-    squares = float(sum((r**2).sum() for _, r in groups))
-
-    def solved(ratio: float) -> tuple[float, np.ndarray, float, np.ndarray]:
-        """Log-likelihood, β beyond least squares, σ² and σ⁻² times the precision of β, at θ = ``ratio``."""
-        shrunk = ratio / (1 + sizes * ratio)
-        precision = exog.T @ exog - (sums.T * shrunk) @ sums
-        moved = np.linalg.solve(precision, -(sums.T * shrunk) @ totals)
-        left = squares - float(shrunk @ totals**2) - float(moved @ precision @ moved)
-        variance = max(left, 0.0) / count
-        if not variance > 0:
-            return math.inf, moved, 0.0, precision
-        likelihood = -count / 2 * (math.log(2 * math.pi * variance) + 1) - float(np.log1p(sizes * ratio).sum()) / 2
-        return likelihood, moved, variance, precision
-
-    ratio, converged = 0.0, True
-    notes: tuple[str, ...] = (_ON_THE_BORDER,)
-    if float((totals**2).sum()) > squares:
-        optimize: Any = require("scipy.optimize", extra="stats", purpose="a mixed-effects model")
-        low, high = math.log(1e-12), math.log(1e12)
-        found = optimize.minimize_scalar(
-            lambda at: -solved(math.exp(at))[0], bounds=(low, high), method="bounded", options={"xatol": 1e-10}
-        )
-        ratio, notes = math.exp(float(found.x)), ()
-        inside = low + 0.01 < found.x < high - 0.01
-        converged = bool(found.success) and inside and solved(ratio)[2] > 1e-12 * squares / count
-        if not converged:
-            notes = ("no maximum of the likelihood was found: the scores of a group leave nothing to chance",)
-    likelihood, moved, variance, precision = solved(ratio)
-    beta, tail, spread = plain + moved, (1 + level) / 2, variance * np.diag(np.linalg.inv(precision))
-    half = NormalDist().inv_cdf(tail) * np.sqrt(spread)
-    if ratio == 0:  # least squares, whose intervals are exact
-        free = count - exog.shape[1]
-        stats: Any = require("scipy.stats", extra="stats", purpose="a mixed-effects model")
-        half = float(stats.t.ppf(tail, free)) * np.sqrt(spread * count / free)
-    return _Fit(
-        log_likelihood=likelihood,
-        converged=converged,
-        effects={name: (float(b), float(b - h), float(b + h)) for name, b, h in zip(names, beta, half, strict=True)},
-        group_variance=ratio * variance,
-        residual_variance=variance,
-        notes=notes,
+    plain = (
+        require("statsmodels.api", extra="stats", purpose="a mixed-effects model").OLS(model.endog, model.exog).fit()
     )
+    residuals = [y - x @ plain.params for y, x in zip(model.endog_li, model.exog_li, strict=True)]
+    if sum(float(part.sum()) ** 2 for part in residuals) <= sum(float((part**2).sum()) for part in residuals):
+        bounds = plain.conf_int(alpha=1 - level)
+        note = "the variance between groups is estimated as 0; the fit is that of least squares"
+        effects = _effects(model.exog_names, plain.params, bounds)
+        return _Fit(float(plain.llf), True, effects, 0.0, float(plain.ssr / plain.nobs), (note,))
+    try:
+        mixed = model.fit(reml=False)  # its warnings go where the caller wants them: filters are the whole process's
+    except np.linalg.LinAlgError as error:
+        return _Fit(math.nan, False, {}, math.nan, math.nan, (str(error),))
+    bounds = np.asarray(mixed.conf_int(alpha=1 - level))[: len(mixed.fe_params)]
+    return _Fit(
+        log_likelihood=float(mixed.llf),
+        converged=bool(mixed.converged),
+        effects=_effects(model.exog_names, mixed.fe_params, bounds),
+        group_variance=float(np.asarray(mixed.cov_re)[0, 0]),
+        residual_variance=float(mixed.scale),
+        notes=() if mixed.converged else ("the optimiser of MixedLM did not converge",),
+    )
+
+
+def _effects(names: Any, values: Any, bounds: Any) -> dict[str, tuple[float, float, float]]:
+    rows = zip(names, np.asarray(values), np.asarray(bounds), strict=True)
+    return {str(name): (float(value), float(low), float(high)) for name, value, (low, high) in rows}
 
 
 def _bca_edges(

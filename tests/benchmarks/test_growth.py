@@ -34,8 +34,8 @@ def walk_over(positions: int) -> Walk:
         image_positions=np.arange(count), image_index=np.zeros(count, int), patch_box=boxes.astype(np.float32)
     )
     problem: Any = SimpleNamespace(
-        trace=SimpleNamespace(layout=layout),
-        replay=SimpleNamespace(length=positions, image_sizes=[(count, 1)], path=None),
+        trace=(trace := SimpleNamespace(layout=layout)),
+        replay=SimpleNamespace(length=positions, image_sizes=[(count, 1)], path=None, trace=trace),
         queries=torch.tensor([count]),
         image=0,
         live=True,

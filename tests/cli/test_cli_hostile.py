@@ -406,14 +406,21 @@ def test_an_output_that_cannot_say_everything(evil: Path, tmp_path: Path) -> Non
     assert (tmp_path / "out").read_bytes().isascii()
 
 
-@pytest.mark.parametrize("where", ["lvlm_probe.trace.open_store", "lvlm_probe.trace.open_trace"])
-def test_ctrl_c_ends_without_a_traceback(where: str, evil: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "where"),
+    [
+        ("inspect", "lvlm_probe.trace.open_store"),
+        ("verify", "lvlm_probe.importing.meter.open_store"),
+        ("inspect", "lvlm_probe.trace.open_trace"),
+        ("verify", "lvlm_probe.importing.meter.open_trace"),
+    ],
+)
+def test_ctrl_c_ends_without_a_traceback(command: str, where: str, evil: Path) -> None:
     target = evil if where.endswith("store") else sorted(evil.iterdir())[0]
-    for command in ("inspect", "verify"):
-        with mock.patch(where, side_effect=KeyboardInterrupt):
-            result = run(command, target)
-        assert result.code == 130
-        assert "Traceback" not in result.err
+    with mock.patch(where, side_effect=KeyboardInterrupt):
+        result = run(command, target)
+    assert result.code == 130
+    assert "Traceback" not in result.err
 
 
 def test_command_lines_to_copy_are_quoted(tmp_path: Path) -> None:

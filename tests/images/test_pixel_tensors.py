@@ -110,7 +110,7 @@ def test_lists_of_bfloat16_tensors_are_recognised_and_ragged_ones_do_not_disturb
     parts = [torch.rand(3, 4, 4).to(torch.bfloat16) for _ in range(2)]
     watch.add([tiny_models.picture()], {}, {"pixel_values": parts})
     assert watch.find({"pixel_values": torch.stack(parts)}) is not None
-    watch.clear()
+    watch = ProcessorWatch()
     watch.add([tiny_models.picture()], {}, {"pixel_values": [torch.rand(3, 4, 4), torch.rand(3, 5, 4)]})
     assert len(watch) == 0
 

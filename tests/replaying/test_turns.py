@@ -65,7 +65,7 @@ def held(tmp_path, monkeypatch):
                 depth[0] -= 1
 
     monkeypatch.setattr(replay.replica, "use", use)
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
     return replay, depth
 
 
