@@ -10,7 +10,7 @@ import torch
 
 from lvlm_probe.plugins import load_plugins
 
-__all__ = ["ONE_LOAD", "load", "load_processor"]
+__all__ = ["ONE_LOAD", "default_device", "load", "load_processor"]
 
 ONE_LOAD = threading.RLock()
 """Held while transformers makes a model. It replaces ``PreTrainedModel.tie_weights`` and torch's default dtype for the
@@ -21,8 +21,8 @@ put there, and from then on no model of the process has its weights tied."""
 def load(
     source: str | os.PathLike[str],
     *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
     attn: str | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
@@ -34,8 +34,10 @@ def load(
 
     Args:
         source: a model directory or a hub id.
-        device: where to put it.
-        dtype: of the weights; ``"auto"`` for that of the checkpoint.
+        device: where to put it; by default CUDA where there is one, else the CPU. Apple's ``mps`` has no float64, which
+            most methods compute with: it is taken only when asked for.
+        dtype: of the weights; ``"auto"`` for that of the checkpoint, which is the default on a GPU. On the CPU it is
+            float32.
         attn: ``"sdpa"``, ``"eager"``, ...; by default transformers' choice.
         device_map: ``"auto"`` spreads a model over all devices by accelerate; ``device`` is then not used.
         trust_remote_code: run the code that comes with the model, for one that transformers does not know. Without it
@@ -50,6 +52,9 @@ def load(
     from transformers import AutoModelForImageTextToText
 
     _register_family(source)
+    place = default_device() if device is None else torch.device(device)
+    if dtype is None:
+        dtype = torch.float32 if place.type == "cpu" and device_map is None else "auto"
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn is not None:
         options["attn_implementation"] = attn
@@ -58,7 +63,12 @@ def load(
     with ONE_LOAD:
         model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
     processor = load_processor(source, trust_remote_code=trust_remote_code)
-    return model if device_map is not None else model.to(device), processor
+    return model if device_map is not None else model.to(place), processor
+
+
+def default_device() -> torch.device:
+    """Return where models go by default: CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_processor(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:

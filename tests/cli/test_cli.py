@@ -97,6 +97,11 @@ def test_help_shows_an_example(command: str) -> None:
     assert f"Example:  lvlm-probe {command}" in result.out
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "lvlm_probe", "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == f"lvlm-probe {probe.__version__}", done.stderr
+
+
 def test_help_lists_every_command_and_imports_no_torch() -> None:
     code = "import sys; sys.argv = ['lvlm-probe', '--help']\nfrom lvlm_probe.cli import main\ntry: main()\nfinally: "
     code += "print('HEAVY', sorted({'torch', 'transformers', 'h5py', 'matplotlib', 'numpy'} & set(sys.modules)))"

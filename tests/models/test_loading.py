@@ -77,3 +77,35 @@ def test_a_load_holds_the_lock_while_transformers_works(monkeypatch):
         with pytest.raises(OSError, match="no model today"):
             load()
     assert held == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "given", "wanted"),
+    [
+        (False, {}, ("cpu", torch.float32)),
+        (True, {}, ("cuda", "auto")),
+        (True, {"device": "cpu"}, ("cpu", torch.float32)),
+        (True, {"dtype": torch.float16}, ("cuda", torch.float16)),
+        (False, {"dtype": "auto"}, ("cpu", "auto")),
+        (False, {"device_map": "auto"}, (None, "auto")),
+    ],
+)
+def test_the_defaults_are_those_of_the_command_line(cuda, given, wanted, monkeypatch):
+    asked, moved = [], []
+
+    class Model:
+        def eval(self):
+            return self
+
+        def to(self, place):
+            moved.append(place.type)
+            return self
+
+    def made(_source, **options):
+        asked.append(options["dtype"])
+        return Model()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", made)
+    probe.load(probe.demo.path(), **given)
+    assert (moved[0] if moved else None, asked[0]) == wanted

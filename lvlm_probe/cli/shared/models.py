@@ -95,8 +95,10 @@ def _model_source(spec: str) -> str:
 def _device(name: str | None) -> torch.device:
     import torch
 
+    from lvlm_probe.models.loading import default_device
+
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
         place = torch.device(name)
     except RuntimeError:
