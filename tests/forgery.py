@@ -108,8 +108,15 @@ def _rotate(value: int, bits: int) -> int:
 
 
 def write_seal(path: Path, kind: str, version: str) -> None:
-    """Seals a file with a user block for what is in it now."""
-    path.write_bytes(resealed(path.read_bytes(), f"{kind} {version}".encode("ascii")))
+    """Seals a file with a user block for what is in it now, which may be more than fits into memory."""
+    with path.open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(BLOCK_BYTES)
+        # A sparse file of terabytes takes hours to hash; its seal does not fit, which is a way to be refused too.
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if size < 1 << 30 else "0" * 64
+        head = f"{kind} {version}\nbytes {size}\nsha256 {digest}\n".encode("ascii")
+        file.seek(0)
+        file.write(head.ljust(BLOCK_BYTES - 1, b" ") + b"\n")
 
 
 def resealed(data: bytes, first: bytes | None = None) -> bytes:

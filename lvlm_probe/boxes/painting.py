@@ -16,6 +16,10 @@ from lvlm_probe.errors import ExplainError, ImageError
 
 __all__ = ["image_spans", "paint", "pitch", "shared_with_cells", "source_span"]
 
+_FINEST = 4096
+"""Cells of a side at most: more than any model has tokens along one. Boxes may come from a stranger's file, and be as small
+there as numbers get."""
+
 
 def image_spans(positions: np.ndarray, n_images: int, tokens_per_image: Sequence[int] | None = None) -> np.ndarray:
     """The image each image token belongs to.
@@ -65,7 +69,8 @@ def pitch(boxes: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
     if len(extent) == 0:
         raise ExplainError("none of the tokens stands for a part of the image")
     wide, high = np.median(extent[:, 2] - extent[:, 0]), np.median(extent[:, 3] - extent[:, 1])
-    return max(1, round(size[1] / float(high))), max(1, round(size[0] / float(wide)))
+    rows, cols = size[1] / float(high), size[0] / float(wide)
+    return max(1, round(min(rows, _FINEST))), max(1, round(min(cols, _FINEST)))
 
 
 def paint(

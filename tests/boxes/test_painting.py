@@ -10,7 +10,7 @@ from PIL import Image
 
 import lvlm_probe as probe
 from lvlm_probe.boxes.image_tokens import _axis, token_places
-from lvlm_probe.boxes.painting import image_spans
+from lvlm_probe.boxes.painting import image_spans, pitch
 from lvlm_probe.boxes.sign_code import places_of
 from lvlm_probe.recording.token_boxes import in_order
 
@@ -207,3 +207,10 @@ def test_a_map_over_tiles_is_the_mean_of_the_views_that_cover_a_pixel(name, tmp_
     wanted = (total / views).reshape(12, 10, 18, 10).mean(axis=(1, 3))
     wanted = (wanted - wanted.min()) / (wanted.max() - wanted.min())
     assert np.allclose(heat.values, wanted, atol=0.03)
+
+
+def test_a_grid_is_never_finer_than_any_models_tokens() -> None:
+    """Boxes of a file from a stranger: a pitch of 1e-12 pixels asked for 17 TiB."""
+    tiny = np.array([[0, 0, 1e-12, 1e-12], [3, 3, 3 + 1e-12, 3 + 1e-12]])
+    assert pitch(tiny, (90, 60)) == (4096, 4096)
+    assert pitch(np.array([[0.0, 0.0, 30.0, 30.0]]), (90, 60)) == (2, 3)

@@ -190,6 +190,7 @@ def wrong_inputs(tmp_path: Path, picture: Path, text_model: Path) -> dict[str, P
     return {"tmp": tmp_path, "picture": picture, "text_model": text_model}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -678,3 +679,9 @@ def test_word_selections_part_the_selection(replayed: probe.Replay) -> None:
         (span,) = [item for item in replayed.words if item.start <= part.indices[0] < item.stop]
         assert word == span.text
         assert all(span.start <= index < span.stop for index in part.indices)
+
+
+@pytest.mark.quick
+def test_sanity_refuses_in_a_sentence(tmp_path: Path) -> None:
+    missing = run("sanity", tmp_path / "none.h5")
+    assert missing.code == 2 and "none.h5" in missing.err and "Traceback" not in missing.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pytest
 from command_line import run, succeed
 
 STUDY = """\
@@ -33,3 +34,10 @@ def test_status_resume_and_export(tmp_path: Path) -> None:
     with (out / "answers.csv").open(encoding="utf-8", newline="") as rows:
         assert len(list(csv.DictReader(rows))) == 2
     assert run("study", "export", tmp_path / "none.yaml").code == 2
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("command", ["export", "page", "status", "resume"])
+def test_a_study_that_is_not_there(command: str, tmp_path: Path) -> None:
+    missing = run("study", command, tmp_path / "none.yaml")
+    assert missing.code == 2 and "none.yaml" in missing.err

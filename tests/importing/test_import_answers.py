@@ -340,6 +340,7 @@ def test_the_command(served: Any, tmp_path: Path) -> None:
     assert "Example:" in succeed("import", "--help").out
 
 
+@pytest.mark.quick
 def test_the_command_refuses_in_a_sentence(tmp_path: Path) -> None:
     result = run("import", tmp_path / "none.jsonl", "--model", "demo")
     assert result.code == 2 and "there is no file" in result.err

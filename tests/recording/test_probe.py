@@ -606,6 +606,7 @@ def test_boxes_can_be_left_out(llava, tmp_path):
     assert trace.layout.patch_box is None and trace.attention is not None
 
 
+@pytest.mark.quick
 def test_unknown_point_is_a_note_and_not_a_crash(llava, tmp_path):
     model, processor = llava
     with probe.attach(model, processor) as p, p.record(tmp_path, points=("model.nowhere.*",)) as recording:

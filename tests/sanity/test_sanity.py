@@ -396,6 +396,7 @@ def test_refusals(recorded, replay) -> None:
         answers(replay, dataclasses.replace(heat, method="of another time"))
 
 
+@pytest.mark.quick
 def test_the_former_names_and_arguments_go_on_working(recorded) -> None:
     trace, model, processor = recorded
     with pytest.warns(DeprecationWarning, match="has moved to"):
