@@ -17,8 +17,8 @@ from lvlm_probe.errors import ExplainError, ImageError
 __all__ = ["image_spans", "paint", "pitch", "shared_with_cells", "source_span"]
 
 _FINEST = 4096
-"""Cells of a side at most: more than any model has tokens along one. Boxes may come from a stranger's file, and be as small
-there as numbers get."""
+"""Cells of a side at most: more than any model has tokens along one. Boxes may come from a stranger's file, and may be
+as small there as numbers get."""
 
 
 def image_spans(positions: np.ndarray, n_images: int, tokens_per_image: Sequence[int] | None = None) -> np.ndarray:
