@@ -16,7 +16,7 @@ from lvlm_probe.errors import ExplainError, ImageError
 
 __all__ = ["image_spans", "paint", "pitch", "shared_with_cells", "source_span"]
 
-_FINEST = 4096
+_FINEST = 1024
 """Cells of a side at most: more than any model has tokens along one. Boxes may come from a stranger's file, and may be
 as small there as numbers get."""
 
