@@ -22,9 +22,8 @@ from lvlm_probe.errors import ProbeError
 from lvlm_probe.explainers import explain
 from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.metrics import Score, evaluate
-from lvlm_probe.models.prompts import chat_inputs, placed
 from lvlm_probe.pages import report
-from lvlm_probe.recording import attach
+from lvlm_probe.recording.answering import record_answer
 from lvlm_probe.replaying import Replay, replay
 from lvlm_probe.trace.image_files import open_image
 
@@ -74,12 +73,8 @@ def ask(
     images = [open_image(one, fetch=fetch) for one in (image if isinstance(image, list | tuple) else [image])]
     folder = tempfile.TemporaryDirectory(prefix="lvlm_probe_answer_") if out is None else None
     directory = Path(folder.name) if folder is not None else Path(out or "")
-    with attach(model, processor) as probe, probe.record(directory, images=images, question=question) as recording:
-        inputs = placed(chat_inputs(processor, images, question), model)
-        model.generate(**inputs, **{"max_new_tokens": max_new_tokens, "do_sample": False, **generate})  # type: ignore[operator]
-    if not recording.paths:
-        raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no image"))
-    trace = recording.traces[-1]
+    options = {"max_new_tokens": max_new_tokens, **generate}
+    trace = record_answer(model, processor, images, question, directory, generate=options)
     if trace.status == "error":
         raise ProbeError(f"the recording of {trace.path} is faulty: {trace.error}")
     return Answer(trace, replay(trace, model, processor), folder)

@@ -41,24 +41,24 @@ def ask(
     Raises:
         ProbeError: the run was not recorded, or recording went wrong; the message says why.
     """
-    from lvlm_probe.models.prompts import chat_inputs, placed
-    from lvlm_probe.recording.probe import attach
+    from lvlm_probe.recording.answering import record_answer
 
-    probe = attach(model, processor)
+    options = {"max_new_tokens": max_new_tokens}
     try:
         with stage("answering and recording"):
-            with probe.record(
-                directory, images=list(images), attention=attention, baseline=baseline, question=question
-            ) as recording:
-                inputs = placed(chat_inputs(processor, images, question, note=note), model)
-                model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
-            if not recording.paths:
-                raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no image"))
-        trace: Trace = recording.traces[-1]
+            trace = record_answer(
+                model,
+                processor,
+                images,
+                question,
+                directory,
+                generate=options,
+                note=note,
+                attention=attention,
+                baseline=baseline,
+            )
     except KeyboardInterrupt:
         raise stop("stopped while the model was answering; nothing is left to resume") from None
-    finally:
-        probe.detach()
     if trace.status == "error":
         raise ProbeError(f"the recording of {trace.path} is faulty: {trace.error}")
     return trace

@@ -29,8 +29,7 @@ from lvlm_probe.metrics import (
     iou,
     pointing_game,
 )
-from lvlm_probe.models.prompts import chat_inputs, placed
-from lvlm_probe.recording.probe import attach
+from lvlm_probe.recording.answering import record_answer
 from lvlm_probe.replaying import Replay, replay
 from lvlm_probe.study.run.cost_record import Stopwatch, map_memory
 from lvlm_probe.study.run.token_rules import tokens_by
@@ -64,20 +63,13 @@ def answer_unit(
     watch = Stopwatch()
     # A name of its own: machines that share the directory may both do a unit that one seemed to have lost.
     directory = part_beside(trace_file)
-    probe = attach(model, processor)
+    options = {"max_new_tokens": study.settings.max_new_tokens}
     try:
-        with probe.record(
-            directory, images=[picture], baseline=study.settings.baseline, question=question
-        ) as recording:
-            inputs = placed(chat_inputs(processor, [picture], question), model)
-            model.generate(  # type: ignore[operator]
-                **inputs, max_new_tokens=study.settings.max_new_tokens, do_sample=False
-            )
-        if not recording.paths:
-            raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no image"))
-        os.replace(recording.paths[-1], trace_file)
+        made = record_answer(
+            model, processor, [picture], question, directory, generate=options, baseline=study.settings.baseline
+        )
+        os.replace(made.path, trace_file)
     finally:
-        probe.detach()
         shutil.rmtree(directory, ignore_errors=True)
     trace = open_trace(trace_file)
     if trace.status == "error":

@@ -1,0 +1,54 @@
+"""One question asked by this package itself: the prompt, ``generate()`` with the probe attached, the trace."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lvlm_probe.errors import ProbeError
+from lvlm_probe.models.prompts import chat_inputs, placed
+from lvlm_probe.recording.probe import attach
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from lvlm_probe.trace import Trace
+
+__all__ = ["record_answer"]
+
+
+def record_answer(
+    model: torch.nn.Module,
+    processor: Any,
+    images: Sequence[Image.Image],
+    question: str,
+    directory: str | os.PathLike[str],
+    *,
+    generate: Mapping[str, Any],
+    note: Callable[[str], None] | None = None,
+    **record: Any,
+) -> Trace:
+    """Record a model's answer to a question about images, greedy unless ``generate`` says otherwise.
+
+    Args:
+        directory: where the trace goes.
+        generate: arguments of ``model.generate`` besides the inputs.
+        note: called with a sentence where the processor has no chat template.
+        **record: further options of ``Probe.record``.
+
+    Returns:
+        the trace, whose ``status`` may be an error.
+
+    Raises:
+        AttachError: the model cannot be probed, or is probed already.
+        ProbeError: nothing was recorded; the message says why.
+    """
+    with attach(model, processor) as probe:
+        with probe.record(directory, images=list(images), question=question, **record) as recording:
+            inputs = placed(chat_inputs(processor, images, question, note=note), model)
+            model.generate(**inputs, **{"do_sample": False, **generate})  # type: ignore[operator]
+        if not recording.paths:
+            raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no image"))
+        return recording.traces[-1]
