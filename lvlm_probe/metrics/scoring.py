@@ -34,7 +34,7 @@ from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.protocol import ReplayLike
 
-__all__ = ["BaselineChoice", "Score", "evaluate", "over_baseline"]
+__all__ = ["BaselineChoice", "Score", "check_answer", "evaluate", "over_baseline"]
 
 AreaRule = Literal["trapezoid", "release"]
 BaselineChoice = BaselineLike | tuple[str, Mapping[str, Any]]
@@ -167,11 +167,7 @@ def evaluate(
     """
     settings = CurveSettings(score, steps or 50, auc == "release", seed, tie_orders, sampling, tolerance)
     _check(settings, auc, steps)
-    if heat.selection.tokens != tuple(replay.tokens) or heat.image_index >= replay.n_images:
-        raise ExplainError(
-            f"this heatmap explains another answer ({''.join(heat.selection.tokens)[:60]!r}) than the replay's "
-            f"({''.join(replay.tokens)[:60]!r})"
-        )
+    check_answer(heat, replay)
     if heat.values is None:
         return _nothing(heat, replay)
     explained = heat.provenance.get("baseline")
@@ -218,6 +214,15 @@ def evaluate(
         },
         provenance=_of(heat, replay),
     )
+
+
+def check_answer(heat: Heatmap, replay: ReplayLike) -> None:
+    """Refuse a heatmap of another answer or image than the replay's. Raises ``ExplainError``."""
+    if heat.selection.tokens != tuple(replay.tokens) or heat.image_index >= replay.n_images:
+        raise ExplainError(
+            f"this heatmap explains another answer ({''.join(heat.selection.tokens)[:60]!r}) than the replay's "
+            f"({''.join(replay.tokens)[:60]!r})"
+        )
 
 
 def _check(settings: CurveSettings, auc: AreaRule, steps: int | None) -> None:

@@ -19,7 +19,7 @@ from lvlm_probe.explainers import explain, resolve
 from lvlm_probe.extras import require
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.metrics.scoring import over_baseline
+from lvlm_probe.metrics.scoring import check_answer, over_baseline
 from lvlm_probe.metrics.similarity import Similarity, compare_maps
 from lvlm_probe.sanity.stability import Stability
 
@@ -175,11 +175,7 @@ def opened(replay: Replay, heat: Heatmap) -> Replay:
     require("scipy.stats", extra="stats", purpose="a sanity check")  # now, not after the first explanation
     if heat.values is None:
         raise ExplainError(f"there is no heatmap to check: {heat.reason}")
-    if heat.selection.tokens != tuple(replay.tokens) or heat.image_index >= replay.n_images:
-        raise ExplainError(
-            f"this heatmap explains another answer ({''.join(heat.selection.tokens)[:60]!r}) than the replay's "
-            f"({''.join(replay.tokens)[:60]!r})"
-        )
+    check_answer(heat, replay)
     resolve(heat.method)
     return over_baseline(replay, heat.provenance.get("baseline") or replay.baseline)
 
