@@ -16,6 +16,7 @@ what anybody may have written (``read_record``).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import glob
 import hashlib
 import json
@@ -166,6 +167,11 @@ class MapFile:
         """Write the score, complete or not at all."""
         write_record(self.score_path, score.to_dict())
 
+    def draw(self, heat: Heatmap, score: Score | None) -> None:
+        """Draw the overlay with the score's verdict, where there are values to draw."""
+        if heat.values is not None:
+            heat.save(self.overlay_path, score=score)
+
 
 def explain_one(
     replay: Replay,
@@ -204,20 +210,23 @@ def explain_one(
     if settings.scored and (not finished or _lacks_score(found)):
         score_one(replay, found, shown=shown, mode=settings.mode)
     if not found.overlay_path.is_file():
-        heat = found.read()
-        if heat.values is not None:
-            heat.save(found.overlay_path, score=found.score())
+        found.draw(found.read(), found.score())
     return found, finished
 
 
 def score_one(
     replay: Replay, found: MapFile, *, shown: Shown = lambda title: contextlib.nullcontext(), **options: Any
 ) -> Score:
-    """Score a stored map against the baseline it was made with, and store the score beside it."""
+    """Score a stored map against the baseline it was made with, and store the score beside it.
+
+    An overlay that is there is drawn anew: it says what the score says.
+    """
     heat = found.read()
     with shown("scoring") as progress:
         score = evaluate(heat, replay, progress=progress, **options)
     found.write_score(score)
+    if found.overlay_path.is_file():
+        found.draw(dataclasses.replace(heat, trace=replay.trace), score)  # type: ignore[arg-type]
     return score
 
 

@@ -11,9 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import report_samples as samples
+from PIL import Image
 
+import lvlm_probe as probe
 from lvlm_probe.errors import ProbeError, SelectionError, TraceError
-from lvlm_probe.heatmap_store import FOLDER, MapFile, by_trace, find_maps, not_made, read_record, write_record
+from lvlm_probe.heatmap_store import (
+    FOLDER,
+    MapFile,
+    MapSettings,
+    by_trace,
+    explain_one,
+    find_maps,
+    not_made,
+    read_record,
+    score_one,
+    write_record,
+)
+from lvlm_probe.recording.answering import record_answer
+from lvlm_probe.selection import select_tokens
 
 
 @pytest.fixture
@@ -99,3 +114,25 @@ def test_a_heatmap_that_was_not_made_says_why() -> None:
         heat = not_made(replay, "gradcam", selection, error)
         assert heat.values is None and reason in str(heat.reason)
         assert (heat.method, heat.image_size, heat.provenance["baseline"]) == ("gradcam", (9, 6), {"kind": "blur"})
+
+
+def test_an_overlay_says_what_the_stored_score_says(demo: Any, tmp_path: Path) -> None:
+    """A map that was drawn before it was scored must not go on saying that nobody has checked it."""
+    model, processor = demo
+    scene = probe.demo.scenes(1, kinds=["pair"])[0]
+    trace = record_answer(model, processor, [scene.image], scene.question, tmp_path, generate={"max_new_tokens": 20})
+    replay = probe.replay(trace, model, processor)
+    chosen, folder = select_tokens(replay), tmp_path / FOLDER
+    settings = MapSettings("center", {}, scored=False)
+    found, _ = explain_one(replay, chosen, "answer", settings, folder)
+
+    def corner() -> tuple[int, ...]:
+        with Image.open(found.overlay_path) as image:
+            return image.convert("RGB").getpixel((0, image.height - 1))
+
+    assert corner() == (90, 90, 90)  # not checked
+    score = score_one(replay, found)
+    assert not score.verdict.trusted and corner() == (213, 94, 0)
+    found.overlay_path.unlink()
+    assert explain_one(replay, chosen, "answer", settings, folder) == (found, True)
+    assert corner() == (213, 94, 0)
