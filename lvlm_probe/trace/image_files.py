@@ -158,7 +158,11 @@ def _shown(image: Image.Image, what: str, *, keep: bool = False) -> Image.Image:
 
 def is_constant(image: Image.Image) -> bool:
     """Whether every pixel has the same colour."""
-    levels: Any = image.getextrema()
+    try:
+        levels: Any = image.getextrema()
+    except ValueError:  # modes that Pillow keeps and does not compute with: 16 bit, big-endian for one
+        values = np.asarray(image)
+        levels = (values.min(), values.max())
     return all(low == high for low, high in (levels if isinstance(levels[0], tuple) else [levels]))
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 import lvlm_probe as probe
-from lvlm_probe.trace.image_files import encode_picture, open_image
+from lvlm_probe.trace.image_files import encode_picture, is_constant, open_image
 
 PICTURE = tiny_models.picture()
 
@@ -71,6 +71,17 @@ def test_modes_without_transparency_are_what_pillow_makes_of_them(mode):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.array_equal(np.asarray(open_image(image)), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"]
+)
+def test_one_colour_is_told_in_every_mode(mode):
+    """Some of these Pillow keeps and does not compute with; the question must never cost a recording."""
+    image = Image.new(mode, (4, 4))
+    assert is_constant(image)
+    image.putpixel((1, 2), 1 if len(image.getbands()) == 1 else tuple([1] * len(image.getbands())))
+    assert not is_constant(image)
 
 
 def test_what_is_not_shown_is_said():
