@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FORMATS", "WIDTHS", "Mark", "Panel", "Scored", "figure", "figure_bytes", "mark_of", "overlay"]
+__all__ = ["FORMATS", "WIDTHS", "Mark", "Panel", "Scored", "figure", "figure_bytes", "mark_of", "overlay", "resample"]
 
 # Dark ends of perceptually uniform maps vanish in shadows; opacity already says "little", so colour starts brighter.
 _COLOUR_FLOOR = 0.25
@@ -137,9 +137,7 @@ def overlay(
         inside = slice(top - first, bottom - first)
         around = grid.rows(first, last)
         value = around[inside] * scale
-        opacity = (alpha * np.sqrt(value) * np.sqrt(np.sqrt(value)))[..., None]  # value ** 0.75
-        index = ((_COLOUR_FLOOR + (1 - _COLOUR_FLOOR) * value) * len(table)).astype(np.intp).clip(0, len(table) - 1)
-        pixels = pixels + (table[index] - pixels) * opacity
+        pixels = _heated(pixels, value, table, alpha)
         if line:
             region = around >= _HALF * highest
             outer = _dilated(region, line)[inside] & ~region[inside]
@@ -154,16 +152,37 @@ def overlay(
     return drawn
 
 
+def _heated(pixels: np.ndarray, value: np.ndarray, table: np.ndarray, alpha: float) -> np.ndarray:
+    """Lay colours over pixels ``(..., channel)``, the more opaque the higher the value ``(...)``."""
+    opacity = (alpha * np.sqrt(value) * np.sqrt(np.sqrt(value)))[..., None]  # value ** 0.75
+    index = ((_COLOUR_FLOOR + (1 - _COLOUR_FLOOR) * value) * len(table)).astype(np.intp).clip(0, len(table) - 1)
+    heated: np.ndarray = pixels + (table[index] - pixels) * opacity
+    return heated
+
+
+def resample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Brings a grid to ``(row, col)`` = ``size`` as masks are brought to pixels: bilinear, cell centres, float32.
+
+    Going down, cells are averaged over their area instead.
+    """
+    import torch
+    from torch.nn import functional
+
+    # In float64, so that cells of one value stay of one value: rounding would put tied pixels in an order.
+    grid = torch.from_numpy(np.array(values, dtype=np.float32))[None, None].double()
+    if size[0] <= grid.shape[2] and size[1] <= grid.shape[3]:
+        return functional.adaptive_avg_pool2d(grid, size)[0, 0].float().numpy()
+    fine = functional.interpolate(grid, size=size, mode="bilinear", align_corners=False)
+    return fine[0, 0].clamp(0, 1).float().numpy()
+
+
 class _Grid:
     """A grid of values as the pixels of an image read it: bilinear between cell centres; averaged where it is finer."""
 
     def __init__(self, values: np.ndarray, width: int, height: int) -> None:
         cells = values.astype(np.float64)
         if height <= cells.shape[0] and width <= cells.shape[1]:
-            from torch import from_numpy
-            from torch.nn.functional import adaptive_avg_pool2d
-
-            cells = adaptive_avg_pool2d(from_numpy(cells)[None, None], (height, width))[0, 0].numpy()
+            cells = resample(values, (height, width)).astype(np.float64)
         self._height = height
         left, right, share = _between(np.arange(width), width, cells.shape[1])
         self._columns = (cells[:, left] * (1 - share) + cells[:, right] * share).astype(np.float32)
@@ -392,7 +411,7 @@ class _Sheet:
                 titled.add(title)
             if left and x == left:
                 self._text(0.8 * self._line, y + high / 2, panel.row, ha="center", va="center", rotation=90)
-        self._legend(bar, colormap, contour)
+        self._legend(bar, alpha, colormap, contour)
 
     def _shared(self, panels: Sequence[Panel]) -> Panel | None:
         """The panel whose question and answer stand once over all: where they are of one answer."""
@@ -475,13 +494,11 @@ class _Sheet:
             text = panel.mark.verdict
         self._text(x + wide / 2, y + high + 0.2 * self._line, text, ha="center", va="top", color=colour)
 
-    def _legend(self, y: float, colormap: str, contour: bool) -> None:
+    def _legend(self, y: float, alpha: float, colormap: str, contour: bool) -> None:
         wide = min(0.35 * self._width, 1.6)
         axes = self._axes(0.02 * self._width, y, wide, 0.45 * self._line)
-        values = np.linspace(0, 1, 256)
-        table = _colours(colormap)[((_COLOUR_FLOOR + (1 - _COLOUR_FLOOR) * values) * 255).astype(int)] / 255
-        faded = 1 + (table - 1) * (0.8 * values**0.75)[:, None]
-        axes.imshow(faded[None], aspect="auto", extent=(0, 1, 0, 1))
+        bar = _heated(np.full((1, 256, 3), 255.0), np.linspace(0, 1, 256)[None], _colours(colormap), alpha)
+        axes.imshow(bar / 255, aspect="auto", extent=(0, 1, 0, 1))
         axes.set_yticks([])
         axes.set_xticks([0, 0.5, 1])
         axes.tick_params(labelsize=0.85 * self._points, length=2, pad=1)

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from lvlm_probe import drawing
+from lvlm_probe.drawing import resample
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
 from lvlm_probe.files import write_whole
 from lvlm_probe.selection import TokenSelection
@@ -418,22 +419,6 @@ def _natural(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{str(value)[:32]!r} is no number of pixels or of a picture")
     return value
-
-
-def resample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Brings a grid to ``(row, col)`` = ``size`` as masks are brought to pixels: bilinear, cell centres, float32.
-
-    Going down, cells are averaged over their area instead.
-    """
-    import torch
-    from torch.nn import functional
-
-    # In float64, so that cells of one value stay of one value: rounding would put tied pixels in an order.
-    grid = torch.from_numpy(np.array(values, dtype=np.float32))[None, None].double()
-    if size[0] <= grid.shape[2] and size[1] <= grid.shape[3]:
-        return functional.adaptive_avg_pool2d(grid, size)[0, 0].float().numpy()
-    fine = functional.interpolate(grid, size=size, mode="bilinear", align_corners=False)
-    return fine[0, 0].clamp(0, 1).float().numpy()
 
 
 def _trace_beside(source: Path, attrs: Mapping[str, Any], provenance: Mapping[str, Any]) -> Trace | None:

@@ -173,6 +173,17 @@ def test_nothing_overlaps_and_nothing_leaves_the_page(heats) -> None:
             assert not any(inner.overlaps(one) for one in panels)
 
 
+@pytest.mark.parametrize("alpha", [0.8, 0.3])
+def test_the_colour_bar_has_the_colours_of_the_maps(alpha) -> None:
+    """On white, the highest value of a map and of the bar are one colour, whatever the opacity."""
+    white = Image.new("RGB", (64, 64), "white")
+    drawn = drawing.figure([Panel(white, np.ones((4, 4)))], alpha=alpha, contour=False, colormap="viridis")
+    panel, bar = (np.asarray(axes.images[0].get_array(), dtype=float) for axes in drawn.axes)
+    panel = panel / 255 if panel.max() > 1 else panel
+    assert np.abs(panel[20, 20, :3] - bar[0, -1, :3]).max() < 0.01
+    assert np.abs(bar[0, 0, :3] - 1).max() < 0.01
+
+
 @pytest.mark.parametrize("ending", ["pdf", "svg", "png", "tiff"])
 def test_files_carry_their_provenance(heats, tmp_path, ending) -> None:
     path = tmp_path / f"figure.{ending}"
