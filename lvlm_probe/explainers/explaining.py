@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from lvlm_probe._version import versions_of
-from lvlm_probe.errors import ExplainError, OutOfMemory
+from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, methods, needs_of, resolve
 from lvlm_probe.explainers.scores import no_effect
 from lvlm_probe.explainers.trace_only import RecordedAnswer
@@ -17,7 +17,7 @@ from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
-from lvlm_probe.replaying.micro_batches import ran_out
+from lvlm_probe.replaying.micro_batches import out_of_memory, ran_out
 from lvlm_probe.selection import TokenSelection, select_tokens
 from lvlm_probe.trace import Trace
 
@@ -202,10 +202,11 @@ def _run(function: Callable[..., Outcome], problem: Problem, method: str, params
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):
                 raise
-            raise OutOfMemory(
+            raise out_of_memory(
                 f"{method} on {replay.trace_id} ran out of memory of {replay.device}: give replay() a micro_batch=…, "
                 f"a smaller size=… of the heatmap, or load the model in bfloat16; plan(replay, method={method!r}) "
-                f"says what it takes"
+                f"says what it takes",
+                error,
             ) from error
 
 

@@ -24,6 +24,7 @@ from lvlm_probe.explainers.attention_relevance import Scope, Walk, parts_of
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import finish
 from lvlm_probe.replaying.capture import AttentionLayer
+from lvlm_probe.replaying.micro_batches import out_of_memory
 
 __all__ = ["iia"]
 
@@ -115,8 +116,8 @@ def iia(
         try:
             replay.score_and_grad(blend[:, None, None], problem.score, image=problem.image, micro_batch=batch)
         except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:
-            raise OutOfMemory(
-                f"the {batch} points of the path do not fit into memory at once; give points=…"
+            raise out_of_memory(
+                f"the {batch} points of the path do not fit into memory at once; give points=…", error
             ) from error
     problem.advance(1, 1)
     grid, met = walk.painted(size)

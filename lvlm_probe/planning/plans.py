@@ -14,7 +14,7 @@ from lvlm_probe.errors import ExplainError, OutOfMemory, ReplayError
 from lvlm_probe.files import json_ready
 from lvlm_probe.planning.meter import available, show_bytes, weight_bytes
 from lvlm_probe.planning.rehearsal import Law, law
-from lvlm_probe.replaying.micro_batches import CPU_BYTES, ran_out
+from lvlm_probe.replaying.micro_batches import CPU_BYTES, out_of_memory, ran_out
 
 if TYPE_CHECKING:
     from lvlm_probe.explainers.registry import Cost
@@ -194,10 +194,11 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
         if least <= budget.limit:
             return _fitted(base, cost, found, budget, own, checkpoint, given)
     if not smallest:
-        raise OutOfMemory(
+        raise out_of_memory(
             f"{method}: one mask does not go through {type(replay.model).__name__} on {replay.device}, not even with "
             f"gradient checkpointing, so it cannot be said how much it takes; load the model in bfloat16, or with "
-            f"device_map='auto' and less of it on {replay.device}, or use a smaller picture"
+            f"device_map='auto' and less of it on {replay.device}, or use a smaller picture",
+            failure,
         ) from failure
     return _elsewhere(replay, base, cost, budget, smallest, own, image)
 

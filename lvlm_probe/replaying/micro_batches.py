@@ -28,6 +28,7 @@ __all__ = [
     "PassCounter",
     "Recomputed",
     "Run",
+    "does_not_fit",
     "in_micro_batches",
     "masks_at_once",
     "noise_like",
@@ -130,11 +131,18 @@ def ran_out(error: BaseException) -> bool:
     return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def out_of_memory(what: str, error: BaseException, way_out: str) -> OutOfMemory:
+def out_of_memory(sentence: str, error: BaseException | None) -> OutOfMemory:
     """The error to raise from ``error``, whose frames let go of what they hold: it is the memory that is missing."""
+    if error is not None:
+        traceback.clear_frames(error.__traceback__)
+    return OutOfMemory(sentence)
+
+
+def does_not_fit(what: str, error: BaseException, way_out: str) -> OutOfMemory:
+    """``out_of_memory`` of a pass: what did not fit, the device's own words, and the ways out."""
     reason = str(error).strip().split("\n")[0]
-    traceback.clear_frames(error.__traceback__)
-    return OutOfMemory(f"{what} ({reason}); load the model in bfloat16 or with device_map='auto', or {way_out}")
+    advice = f"load the model in bfloat16 or with device_map='auto', or {way_out}"
+    return out_of_memory(f"{what} ({reason}); {advice}", error)
 
 
 def in_micro_batches(
@@ -183,7 +191,7 @@ def in_micro_batches(
                     limits.recompute = False
                 state = " even with gradient checkpointing" * (switched or limits.gradient_checkpointing)
                 another = ", or use a method that does not look inside the pass (needs_of(method))" * inside
-                raise out_of_memory(f"one mask on {where}{state}", error, f"use a smaller image{another}") from error
+                raise does_not_fit(f"one mask on {where}{state}", error, f"use a smaller image{another}") from error
         else:
             start += count
             continue

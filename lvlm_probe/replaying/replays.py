@@ -29,11 +29,11 @@ from lvlm_probe.replaying.micro_batches import (
     PassCounter,
     Recomputed,
     Run,
+    does_not_fit,
     in_micro_batches,
     masks_at_once,
     noise_like,
     noise_seeds,
-    out_of_memory,
     ran_out,
 )
 from lvlm_probe.replaying.protocol import Mode, Score
@@ -592,7 +592,7 @@ class Replay:
                 f"one pass over the {self.prompt_length} prompt and {len(self.token_ids)} answer tokens of "
                 f"{self.trace_id} does not fit into memory of {self.device}, even without a mask or gradients"
             )
-            raise out_of_memory(what, error, "record the answer with a smaller image") from error
+            raise does_not_fit(what, error, "record the answer with a smaller image") from error
 
     def _run(self, pixel_inputs: dict[str, torch.Tensor], batch: int, shortcut: Shortcut | None = None) -> torch.Tensor:
         joined = self.path.joined({name: value for name, value in pixel_inputs.items() if name in self._fed}, batch)

@@ -12,6 +12,7 @@ from PIL import Image
 
 import lvlm_probe as probe
 from lvlm_probe import replaying as player
+from lvlm_probe.explainers import registry
 from lvlm_probe.images import BLUR_LADDER
 from lvlm_probe.replaying.isolation import checkpointed
 from lvlm_probe.replaying.teacher_forcing import TeacherForcing
@@ -319,6 +320,22 @@ def test_an_out_of_memory_error_holds_nothing_of_the_pass_that_failed(llava, mon
             run()
         assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
     assert len(alive) == 2 and not any(kept() is not None for kept in alive)
+
+
+def test_nor_of_the_method_that_failed(llava, monkeypatch):
+    alive = []
+
+    def greedy(problem):
+        state = torch.zeros(3)
+        alive.append(weakref.ref(state))
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+    registry.register("test greedy")(greedy)
+    with pytest.raises(probe.errors.OutOfMemory, match="test greedy on .* ran out of memory") as error:
+        probe.explain(llava, method="test greedy", tokens=(0, 2), strengthen=False)
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    assert alive and alive[0]() is None
 
 
 def test_masks_that_do_not_fit_say_what_would(llava):
