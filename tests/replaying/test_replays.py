@@ -332,7 +332,7 @@ def test_nor_of_the_method_that_failed(llava, monkeypatch):
 
     monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
     registry.register("test greedy")(greedy)
-    with pytest.raises(probe.errors.OutOfMemory, match="test greedy on .* ran out of memory") as error:
+    with pytest.raises(probe.errors.OutOfMemory, match=r"test greedy on .* ran out of memory") as error:
         probe.explain(llava, method="test greedy", tokens=(0, 2), strengthen=False)
     assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
     assert alive and alive[0]() is None
