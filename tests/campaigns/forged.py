@@ -34,7 +34,7 @@ def forge_members(path: Path, kind: str, rng: random.Random, secret: Path) -> No
         for change in rng.choices(changes, k=rng.choice([1, 1, 1, 2, 3])):
             try:
                 change(file, rng, secret)
-            except (KeyError, ValueError, TypeError, OSError, RuntimeError, AttributeError, IndexError):
+            except (KeyError, ValueError, TypeError, OSError, RuntimeError, AttributeError, IndexError, MemoryError):
                 continue  # what an earlier change left cannot be changed like that
 
 

@@ -214,7 +214,9 @@ def forge(path: Path, sources: Sources, rng: random.Random) -> str:
         path.write_bytes(data)
         with h5py.File(path, "r+") as file:
             for _ in range(rng.choice([1, 1, 2, 3])):
-                with contextlib.suppress(KeyError, ValueError, TypeError, OSError, RuntimeError, OverflowError):
+                with contextlib.suppress(
+                    KeyError, ValueError, TypeError, OSError, RuntimeError, OverflowError, MemoryError
+                ):
                     _h5py_change(rng, file, sources.secret)
     elif way == "forged":
         path.write_bytes(data)
