@@ -263,9 +263,12 @@ def noise_seeds(count: int, noise: float, generator: torch.Generator | None) -> 
 
 
 def noise_like(pixels: torch.Tensor, deviation: float, seeds: torch.Tensor) -> torch.Tensor:
-    """Gaussian noise for the pixel inputs of ``len(seeds)`` masks, shaped like ``pixels``, from one seed per mask."""
+    """Gaussian noise for the pixel inputs of ``len(seeds)`` masks, shaped like ``pixels``, from one seed per mask.
+
+    It is drawn on their device: another kind of device draws other noise from the same seeds.
+    """
     rows = pixels.shape[0] // len(seeds)
-    noise = torch.empty(len(seeds), rows, *pixels.shape[1:], dtype=torch.float32)
+    noise = torch.empty(len(seeds), rows, *pixels.shape[1:], dtype=torch.float32, device=pixels.device)
     for part, seed in zip(noise, seeds, strict=True):
-        part.normal_(std=deviation, generator=torch.Generator().manual_seed(int(seed)))
-    return noise.flatten(0, 1).to(pixels)
+        part.normal_(std=deviation, generator=torch.Generator(pixels.device).manual_seed(int(seed)))
+    return noise.flatten(0, 1).to(pixels.dtype)

@@ -22,11 +22,12 @@ import torch
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.models.inputs import input_device, list_inputs
+from lvlm_probe.models.precision import epsilon_of
 from lvlm_probe.models.replica import Replica
 from lvlm_probe.replaying.isolation import checkpointed, even_gradients, patch_gradients
 from lvlm_probe.replaying.micro_batches import ran_out
 
-__all__ = ["Shortcut", "TeacherForcing", "epsilon_of", "rounding_of"]
+__all__ = ["Shortcut", "TeacherForcing", "rounding_of"]
 
 _OWN_ROUND = 1.5
 """Roundings to the model's number format between two runs, in units of ε · max |logit|: half a step of the logit in
@@ -293,14 +294,8 @@ def rounding_of(log_probs: torch.Tensor, largest_logit: float, epsilon: float) -
     fine = min(epsilon, epsilon_of(torch.float32))
     # e^600 is a number still, and no logits are that large.
     moved = min((_OWN_ROUND * epsilon + _SUMS_ROUND * fine) * largest_logit, 300.0)
-    others = -torch.expm1(log_probs.double().clamp(max=0))
+    others = -torch.expm1(log_probs.cpu().double().clamp(max=0))
     return (torch.log1p(others * math.expm1(2 * moved)) + 4 * fine * largest_logit).to(log_probs)
-
-
-def epsilon_of(dtype: torch.dtype | str | None) -> float:
-    """ε of a floating-point format, by its type or name; 0 for everything else."""
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    return float(torch.finfo(kind).eps) if isinstance(kind, torch.dtype) and kind.is_floating_point else 0.0
 
 
 def _extend(name: str, value: torch.Tensor, length: int, answer_token_type: int) -> torch.Tensor:
