@@ -104,7 +104,7 @@ def score_of(problem: Problem, log_probs: torch.Tensor, kind: ScoreKind) -> torc
     """Scores of masked images, ``(batch, step)`` → ``(batch,)``; see the module for the kinds."""
     if kind == "log":
         return problem.score(log_probs)
-    chosen = log_probs[:, list(problem.selection.indices)]
+    chosen = problem.chosen(log_probs)
     return chosen.exp().mean(dim=1) if kind == "prob" else chosen.mean(dim=1).exp()
 
 

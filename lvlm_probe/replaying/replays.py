@@ -17,7 +17,7 @@ from lvlm_probe.images.baselines import KINDS
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.models.anatomy import examine
 from lvlm_probe.models.drivers import Driver, probed_model
-from lvlm_probe.models.inputs import is_separate
+from lvlm_probe.models.inputs import index_on, is_separate
 from lvlm_probe.models.precision import epsilon_of
 from lvlm_probe.models.replica import Replica
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
@@ -618,7 +618,7 @@ class Replay:
         if shortcut is None:
             return log_probs
         every = log_probs.new_full((batch, len(self.token_ids)), torch.nan)
-        return every.index_copy(1, torch.tensor(shortcut.steps, device=every.device), log_probs)
+        return every.index_copy(1, index_on(every.device, tuple(shortcut.steps)), log_probs)
 
     def _placed(self, name: str, value: torch.Tensor, batch: int) -> torch.Tensor:
         """With an axis of prompts in front, where the processor has put one there and its image processor has not."""

@@ -21,7 +21,7 @@ import torch
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet
-from lvlm_probe.models.inputs import input_device, list_inputs
+from lvlm_probe.models.inputs import index_on, input_device, list_inputs
 from lvlm_probe.models.precision import epsilon_of
 from lvlm_probe.models.replica import Replica
 from lvlm_probe.replaying.isolation import checkpointed, even_gradients, patch_gradients
@@ -199,7 +199,7 @@ class TeacherForcing:
             )
         if shortcut is None and batch == 1:
             self.largest_logit, self.epsilon = logits.detach().abs().amax().float(), epsilon
-        targets = self._targets[list(steps)].to(logits.device)
+        targets = self._targets.to(logits.device)[index_on(logits.device, tuple(steps))]
         picked = logits.gather(-1, targets[None, :, None].expand(batch, -1, 1)).squeeze(-1)
         return picked - logits.logsumexp(dim=-1)
 
@@ -245,16 +245,16 @@ class TeacherForcing:
         head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
         span = steps[-1] - steps[0] + 1
         extra = {"logits_to_keep": span} if self._keeps_logits else {}
-        back = torch.tensor([step - steps[-1] - 1 for step in steps])  # counted from the end, which all of them share
+        back = tuple(step - steps[-1] - 1 for step in steps)  # counted from the end, which all of them share
 
         def trim(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             states = args[0]
             if len(steps) == span:
                 return (states[:, -span:], *args[1:]), kwargs
-            return (states.index_select(1, back.to(states.device) + states.shape[1]), *args[1:]), kwargs
+            return (states.index_select(1, index_on(states.device, back) + states.shape[1]), *args[1:]), kwargs
 
         def narrowed(original: Callable[..., Any], states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            rows = back.to(states.device) + states.shape[1]
+            rows = index_on(states.device, back) + states.shape[1]
             some = original(states.index_select(1, rows), *args, **kwargs)
             whole = some.new_zeros(*states.shape[:2], *some.shape[2:])
             return whole.index_copy(1, rows, some)
