@@ -509,6 +509,7 @@ class Card:
             "reset_peak_memory_stats": lambda device=None: card.forget_peak(index_of(device)),
             "synchronize": synchronize, "empty_cache": lambda: None, "Event": Event, "Stream": Stream,
             "current_stream": lambda device=None: Stream(),
+            "default_stream": lambda device=None: Stream(), "stream": lambda stream: contextlib.nullcontext(),
             "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda state, device=None: None,
         }  # fmt: skip

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+import transformers
 from pretend import Card, put
 
 import lvlm_probe as probe
@@ -199,6 +200,45 @@ def test_what_does_not_fit_is_done_in_smaller_parts(method: str, params: Any, tm
     np.testing.assert_allclose(explained((one + eight) // 2, 8)[0], whole, atol=1e-5)
     with pytest.raises(OutOfMemory):
         explained(int(0.8 * one), 8)
+
+
+class OffloadedCache(transformers.DynamicCache):
+    """Keys and values are in main memory between the passes of their layer, as transformers' own has them; without its
+    streams, which the pretended device lacks."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.offloading = True
+
+    def update(self, key: Any, value: Any, layer: int, *args: Any, **settings: Any) -> Any:
+        kept = self.layers[layer]
+        if kept.is_initialized:
+            kept.keys, kept.values = kept.keys.to(key.device), kept.values.to(key.device)
+        found = kept.update(key, value, *args, **settings)
+        kept.keys, kept.values = kept.keys.cpu(), kept.values.cpu()
+        return found
+
+
+def test_keys_of_an_offloaded_cache_stay_off_the_device(tmp_path: Path) -> None:
+    model, processor = load("llava")
+    grown: dict[bool, int] = {}
+    with Card() as card:
+        model.to("cuda")
+        inputs = ask("llava", model, processor)
+        for recorded in (False, True):
+            counts: list[int] = []
+            hook = model.register_forward_hook(lambda *_, counts=counts: counts.append(gc.collect() * 0 + card.used[0]))
+            with probe.attach(model, processor) as attached, contextlib.ExitStack() as stack:
+                if recorded:
+                    recording = stack.enter_context(attached.record(tmp_path, llr=False, boxes=False))
+                cache = OffloadedCache(model.config.get_text_config())
+                model.generate(**inputs, past_key_values=cache, min_new_tokens=6, max_new_tokens=6, do_sample=False)
+            hook.remove()
+            grown[recorded] = counts[-1] - counts[0]
+    (trace,) = recording.traces
+    assert not recording.faults and trace.attention.values.shape[0] == 6
+    keys = cache.layers[0].keys  # of one layer
+    assert grown[True] - grown[False] < keys.numel() * keys.element_size()
 
 
 def test_a_cut_holds_where_layers_run_again(tmp_path: Path) -> None:
