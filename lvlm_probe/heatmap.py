@@ -316,7 +316,7 @@ class Heatmap:
 
     def _png(self, picture: Image.Image) -> bytes:
         chunks = PngImagePlugin.PngInfo()
-        chunks.add_itxt(PNG_KEY, json.dumps(self.describe(), ensure_ascii=False, allow_nan=False))
+        chunks.add_itxt(PNG_KEY, json.dumps(self.describe(), allow_nan=False))
         chunks.add_text("Software", "lvlm_probe")
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG", pnginfo=chunks)

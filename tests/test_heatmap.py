@@ -186,6 +186,12 @@ def test_notebook_reprs(heat: Heatmap) -> None:
 # ---------------------------------------------------------------- files
 
 
+def test_half_a_character_in_what_is_stored_does_not_break_the_png(heat: Heatmap) -> None:
+    odd = dataclasses.replace(heat, provenance={**heat.provenance, "note": "half \ud800 pair"})
+    with Image.open(io.BytesIO(odd._repr_png_())) as shown:
+        assert json.loads(shown.text["lvlm_probe"]) == odd.describe()
+
+
 def test_round_trip_through_a_file(heat: Heatmap, tmp_path: Path) -> None:
     path = heat.write(tmp_path / "heat.h5")
     again = Heatmap.read(path)

@@ -98,6 +98,7 @@ class Collection:
     budget: int
     end: int
     cross_keys: int | None = None
+    holds_keys: bool = True
     seen: dict[int, int] = field(default_factory=dict)
     steps: dict[int, list[Tensor]] = field(default_factory=dict)
     flushed: dict[int, list[tuple[list[Tensor], list[Tensor]]]] = field(default_factory=dict)

@@ -118,6 +118,7 @@ class RowTap:
         prompt_length: int | None = None,
         cross_keys: int | None = None,
         budget_bytes: int = 256 * 2**20,
+        holds_keys: bool = True,
     ) -> None:
         """Begin to collect; what was collected before and not fetched is dropped.
 
@@ -134,6 +135,8 @@ class RowTap:
             prompt_length: with ``"last"``: passes that end before this position (chunks of a prefill) give no step.
             cross_keys: how many keys cross-attention has to have, where that is known.
             budget_bytes: rows wait on the model's device; above this many bytes they are moved to the CPU.
+            holds_keys: a layer's newest keys may be kept between steps, and the rows made of them at the end. Not where
+                a cache keeps its keys elsewhere between steps, as there is no room for them: rows are made at once.
 
         Raises:
             ValueError: shapes that do not go together.
@@ -174,6 +177,7 @@ class RowTap:
             budget=budget_bytes,
             end=past_length,
             cross_keys=cross_keys,
+            holds_keys=holds_keys,
             seen=dict.fromkeys(range(len(self.layers)), past_length),
         )
 
@@ -300,7 +304,7 @@ class RowTap:
         if weights is not None and weights.dim() == 4 and not (call.dropout and module.training):
             return take_columns(take_rows(weights, rows, batch).float(), armed.columns_of(kind, key.shape, device))
         sdpa, causal = implementation == "sdpa", call.is_causal_for(module, implementation, queries)
-        newest = sdpa and armed.queries is None and kind == "self" and keys == armed.end
+        newest = armed.holds_keys and sdpa and armed.queries is None and kind == "self" and keys == armed.end
         if newest and call.is_plain(keys) and (queries == 1 or call.attention_mask is not None or causal):
             armed.wait(number, query, key, mask=call.attention_mask, scaling=call.scaling)
             return None

@@ -93,6 +93,6 @@ def paint(
     across = torch.from_numpy(shared_with_cells(box[:, 0], box[:, 2], size[0], shape[1]))
     down = torch.from_numpy(shared_with_cells(box[:, 1], box[:, 3], size[1], shape[0]))
     area = torch.einsum("nr,nc->rc", down, across)
-    total = torch.einsum("n,nr,nc->rc", values.detach().double().cpu(), down, across)
+    total = torch.einsum("n,nr,nc->rc", values.detach().cpu().double(), down, across)
     met = area > 1e-9 * max(size)
     return torch.where(met, total / area.clamp(min=1e-12), 0.0), met

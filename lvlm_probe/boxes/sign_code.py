@@ -49,7 +49,7 @@ class SignCode:
         found = torch.autograd.grad(
             (self._along * weights).sum(), self._leaves, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        return [gradient.detach().double().cpu().numpy() for gradient in found]
+        return [gradient.detach().cpu().double().numpy() for gradient in found]
 
     @functools.cached_property
     def _signed(self) -> list[list[np.ndarray]]:

@@ -243,7 +243,7 @@ def _replayed_rows(replay: Replay, positions: Tensor, steps: Sequence[int], *, c
         with torch.no_grad():
             replay.log_probs(torch.ones(1, replay.n_images, 1, 1, dtype=torch.float32))
         for layer in seen.layers:
-            weights = layer.weights(at.to(layer.device))[0].double().cpu()  # (head, step, key)
+            weights = layer.weights(at.to(layer.device))[0].cpu().double()  # (head, step, key)
             found.append(weights[:, :, positions].transpose(0, 1))
         numbers = tuple(layer.layer.index for layer in seen.layers)
     if len({len(rows[0]) for rows in found}) > 1:

@@ -21,6 +21,7 @@ from lvlm_probe.boxes.image_tokens import ImageTokens, image_tokens
 from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.registry import Problem
+from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 
 __all__ = ["Scope", "Walk", "parts_of", "relu_product"]
@@ -37,8 +38,8 @@ def parts_of(scope: Scope) -> tuple[Literal["decoder", "encoder"], ...]:
 
 
 def relu_product(layer: AttentionLayer, rows: Tensor) -> Tensor:
-    """Ā = mean over heads of ReLU(dA ⊙ A), ``(view, row, key)`` float64. Chefer et al. (2021), Eq. 5."""
-    return (layer.weights(rows) * layer.weight_gradient(rows)).clamp_(min=0).double().mean(dim=1)
+    """Ā = mean over heads of ReLU(dA ⊙ A), ``(view, row, key)``, float64 on the CPU. Chefer et al. (2021), Eq. 5."""
+    return (layer.weights(rows) * layer.weight_gradient(rows)).clamp_(min=0).mean(dim=1, dtype=sum_dtype(layer.device))
 
 
 @dataclass
@@ -120,15 +121,17 @@ class Walk:
                 f"{layer.start} on, where {vector.shape[1]} tokens are known: relevance cannot be carried through it"
             )
         present = vector[:, layer.start : stop]
-        total = torch.zeros_like(present)
+        carried = present.to(layer.device, sum_dtype(layer.device))
+        total = torch.zeros_like(carried)
         bare = self.last_factor == "bare" and layer.layer.module == self._lowest
         for rows in layer.blocks():
-            rows = rows.cpu()
-            rows = rows[(present[:, rows] != 0).any(dim=0)]
-            if len(rows) == 0:
+            wanted = rows.cpu()
+            wanted = wanted[(present[:, wanted] != 0).any(dim=0)]
+            if len(wanted) == 0:
                 continue
-            share = present[:, rows]
-            bar = self.bar(layer, rows.to(layer.device)).cpu()
+            rows = wanted.to(layer.device)
+            share = carried[:, rows]
+            bar = self.bar(layer, rows)
             if bar.shape[0] != vector.shape[0]:
                 raise ExplainError(
                     f"{layer.layer.module} ran on {bar.shape[0]} sequences where {vector.shape[0]} are known (windows "
@@ -140,7 +143,7 @@ class Walk:
                 total[:, rows] += share
             total += torch.einsum("vr,vrk->vk", share, bar)
             del bar  # before the next one is made
-        vector[:, layer.start : stop] = total
+        vector[:, layer.start : stop] = total.cpu()
         self.visited.append(layer.layer.module)
 
     def _encoder_start(self) -> Tensor:

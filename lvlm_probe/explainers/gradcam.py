@@ -20,6 +20,7 @@ from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import finish
+from lvlm_probe.models.precision import sum_dtype
 
 __all__ = ["gradcam", "weighted_activations"]
 
@@ -36,8 +37,9 @@ def weighted_activations(activations: Tensor, gradients: Tensor, live: Tensor) -
     """
     kept = live.to(activations.device)[:, :, None]
     count = kept.sum(dim=1, keepdim=True).clamp(min=1)
-    weights = (gradients.double() * kept).sum(dim=1, keepdim=True) / count
-    return ((weights * activations.double()).sum(dim=-1).clamp(min=0) * kept[:, :, 0]).cpu()
+    wide = sum_dtype(activations.device)
+    weights = (gradients.to(wide) * kept).sum(dim=1, keepdim=True) / count
+    return ((weights * activations.to(wide)).sum(dim=-1).clamp(min=0) * kept[:, :, 0]).cpu().double()
 
 
 @register("gradcam", needs=("passes", "gradients", "activations"), cost=lambda *_: Cost("activations", 1, 1))

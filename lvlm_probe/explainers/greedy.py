@@ -212,7 +212,7 @@ class _Worth:
             log_probs = self.problem.replay.log_probs(
                 masks, image=self.problem.image, steps=self.problem.selection.indices
             )
-            probability = score_of(self.problem, log_probs, "prob").double().cpu()
+            probability = score_of(self.problem, log_probs, "prob").cpu().double()
             require_finite("greedy", self.problem, probability)
             self.pictures += len(masks)
             only, without = probability.chunk(2)

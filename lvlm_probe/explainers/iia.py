@@ -23,6 +23,7 @@ from lvlm_probe.errors import ExplainError, OutOfMemory
 from lvlm_probe.explainers.attention_relevance import Scope, Walk, parts_of
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import finish
+from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 from lvlm_probe.replaying.micro_batches import out_of_memory
 
@@ -88,11 +89,12 @@ def iia(
     def bar(layer: AttentionLayer, rows: Tensor) -> Tensor:
         if scale is None:
             gradient = per_point(layer, layer.weight_gradient(rows)).mean(dim=0)
-            return (gradient * per_point(layer, layer.weights(rows))[-1]).clamp_(min=0).double().mean(dim=1)
+            product = (gradient * per_point(layer, layer.weights(rows))[-1]).clamp_(min=0)
+            return product.mean(dim=1, dtype=sum_dtype(layer.device))
         product = per_point(layer, layer.weights(rows)) * per_point(layer, layer.weight_gradient(rows))
         if layer.layer.module in scaled:
             product *= scale.to(product)[:, None, None, None, None]
-        return product.clamp_(min=0).double().mean(dim=(0, 2))
+        return product.clamp_(min=0).mean(dim=(0, 2), dtype=sum_dtype(layer.device))
 
     def scale_last(layer: TapLayer, output: Tensor) -> Tensor:
         if scale is None or layer.module not in scaled:

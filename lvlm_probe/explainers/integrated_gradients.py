@@ -93,7 +93,7 @@ def integrated_gradients(
             -1, *shape
         )
         log_probs = problem.replay.log_probs(ends, image=problem.image, steps=problem.selection.indices)
-        whole, nothing = problem.score(log_probs).double().tolist()
+        whole, nothing = problem.score(log_probs).tolist()
     total, change = float(attribution.sum()), whole - nothing
     diagnostics = {
         "change": change,
@@ -130,6 +130,6 @@ def mean_slope(
         )
         require_finite(method, problem, scores, slopes)
         share = torch.tensor(weights[part], dtype=torch.float64)
-        total += torch.einsum("b,brc->rc", share, slopes.double().cpu())
+        total += torch.einsum("b,brc->rc", share, slopes.cpu().double())
         problem.advance(min(start + batch, len(points)), len(points))
     return total

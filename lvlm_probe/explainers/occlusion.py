@@ -91,7 +91,7 @@ def occlusion(
     for start in range(0, len(masks), batch):
         part = masks[start : start + batch].to(problem.replay.device)
         log_probs = problem.replay.log_probs(part, image=problem.image, steps=problem.selection.indices)
-        scores.append(score_of(problem, log_probs, score).double().cpu())
+        scores.append(score_of(problem, log_probs, score).cpu().double())
         problem.advance(start + len(part), len(masks))
     f = torch.cat(scores)
     require_finite("occlusion", problem, f)

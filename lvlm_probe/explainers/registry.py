@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
 import torch
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.models.inputs import index_on
 from lvlm_probe.plugins import check_registration, load_plugins
 
 if TYPE_CHECKING:
@@ -95,7 +96,11 @@ class Problem:
 
     def score(self, log_probs: torch.Tensor) -> torch.Tensor:
         """Cumulative log-likelihood of the selected tokens, ``(batch, step)`` → ``(batch,)``, nats. Paper, Eq. 7."""
-        return log_probs[:, list(self.selection.indices)].sum(dim=1)
+        return self.chosen(log_probs).sum(dim=1)
+
+    def chosen(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """Those of the selected tokens, ``(batch, step)`` → ``(batch, token)``."""
+        return log_probs.index_select(1, index_on(log_probs.device, tuple(map(int, self.selection.indices))))
 
     def generator(self, offset: int = 0) -> torch.Generator:
         """Random numbers of this explanation alone: the same seed gives the same ones, whatever ran before."""

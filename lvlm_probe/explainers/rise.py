@@ -96,7 +96,7 @@ def rise(
     for part in parts:
         pictures = drawn.masks(part, shape).to(problem.replay.device)
         log_probs = problem.replay.log_probs(pictures, image=problem.image, steps=problem.selection.indices)
-        scores.append(score_of(problem, log_probs, score).double().cpu())
+        scores.append(score_of(problem, log_probs, score).cpu().double())
         problem.advance(part.stop, masks)
     f = torch.cat(scores)
     require_finite("rise", problem, f)

@@ -14,6 +14,7 @@ import torch
 from lvlm_probe.explainers.attention_relevance import Scope, Walk, parts_of
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import finish
+from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 
 __all__ = ["rollout"]
@@ -40,7 +41,7 @@ def rollout(
     """
 
     def mean_weights(layer: AttentionLayer, rows: torch.Tensor) -> torch.Tensor:
-        return layer.weights(rows).double().mean(dim=1)
+        return layer.weights(rows).mean(dim=1, dtype=sum_dtype(layer.device))
 
     walk = Walk(problem, scope, mean_weights, normalised=True, encoder=encoder)
     replay = problem.replay

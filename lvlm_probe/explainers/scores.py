@@ -73,8 +73,8 @@ def no_effect(problem: Problem) -> str | None:
             moved = ratios if isinstance(ratios, torch.Tensor) else torch.tensor(ratios)
     except (ImageError, MaskError, ProcessorRefused):
         return None  # no mask reaches the pixels: methods that need none still work
-    moved = moved.detach().double().cpu()[steps].abs()
-    allowed = replay.rounding.detach().double().cpu()[steps]
+    moved = moved.detach().cpu().double()[steps].abs()
+    allowed = replay.rounding.detach().cpu().double()[steps]
     if not bool((moved <= allowed).all()):  # NaN has an effect: methods say what is wrong with it
         return None
     name = f"picture {problem.image + 1} of {replay.n_images}" if several else "the picture"
@@ -104,7 +104,7 @@ def score_of(problem: Problem, log_probs: torch.Tensor, kind: ScoreKind) -> torc
     """Scores of masked images, ``(batch, step)`` → ``(batch,)``; see the module for the kinds."""
     if kind == "log":
         return problem.score(log_probs)
-    chosen = log_probs[:, list(problem.selection.indices)]
+    chosen = problem.chosen(log_probs)
     return chosen.exp().mean(dim=1) if kind == "prob" else chosen.mean(dim=1).exp()
 
 
@@ -117,7 +117,7 @@ def scaled(
     insertion go by, the heat is (1 − ε) · a⁺ / max a⁺ + ε · (a − min a) / (max a − min a), ε = ``tie_break``.
     ``"absolute"``: |a| / max |a|. ``None`` when nothing is left to scale.
     """
-    raw = attribution.detach().double().cpu()
+    raw = attribution.detach().cpu().double()
     seen = seen.cpu()
     if not seen.any():
         return None

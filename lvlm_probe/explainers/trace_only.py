@@ -9,8 +9,9 @@ import torch
 
 from lvlm_probe.boxes.painting import paint
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.models.precision import epsilon_of
 from lvlm_probe.replaying import PassCounter
-from lvlm_probe.replaying.teacher_forcing import epsilon_of, rounding_of
+from lvlm_probe.replaying.teacher_forcing import rounding_of
 
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace

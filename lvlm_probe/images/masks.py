@@ -20,7 +20,7 @@ def expand_masks(mask: Tensor, n_images: int, image: int | None) -> Tensor:
         raise MaskError(f"a mask is a floating-point tensor; got {getattr(mask, 'dtype', type(mask).__name__)}.")
     if mask.ndim not in (3, 4) or 0 in mask.shape:
         raise MaskError(f"a mask is (batch, row, col) or (batch, image, row, col), not empty; got {tuple(mask.shape)}.")
-    low, high = (float(v) for v in mask.detach().aminmax())
+    low, high = torch.stack(mask.detach().aminmax()).tolist()  # one wait for the device
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise MaskError(f"a mask lies in [0, 1] (1 keeps the pixel); got values from {low:.4g} to {high:.4g}.")
     if image is not None:

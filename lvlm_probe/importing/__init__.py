@@ -232,7 +232,7 @@ class _Importer:
 def _opened_anew(path: Path) -> TextIO:
     """A file to append whole lines to, empty; a link that somebody has planted is not followed."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-    return open(os.open(path, flags, 0o666), "w", encoding="utf-8")
+    return open(os.open(path, flags, 0o666), "w", encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager

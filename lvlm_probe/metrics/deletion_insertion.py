@@ -159,7 +159,7 @@ class MaskScores:
                     masks[places].to(self._replay.device), image=self._image, mode=self._mode, steps=self.indices
                 )
             self._known.update(
-                zip((keys[place] for place in places), log_probs[:, self.indices].double().cpu(), strict=True)
+                zip((keys[place] for place in places), log_probs[:, self.indices].cpu().double(), strict=True)
             )
         return torch.stack([self._known[key] for key in keys])
 

@@ -382,7 +382,7 @@ def _replay_difference(replay: ReplayLike, indices: Sequence[int]) -> tuple[floa
     chosen = list(indices)
     replayed = replay.original_log_probs.detach().float().cpu().numpy()[chosen]
     missed = np.abs(np.asarray(recorded, dtype=np.float32)[chosen] - replayed)
-    allowed = np.maximum(MAX_REPLAY_DIFFERENCE, replay.rounding.detach().double().cpu().numpy()[chosen])
+    allowed = np.maximum(MAX_REPLAY_DIFFERENCE, replay.rounding.detach().cpu().double().numpy()[chosen])
     worst = int(np.argmax(np.where(np.isnan(missed), np.inf, missed / allowed)))
     return float(missed[worst]), float(allowed[worst])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
@@ -10,7 +11,7 @@ import torch
 
 from lvlm_probe.models.wrappers import execution_device
 
-__all__ = ["input_device", "is_separate", "list_inputs"]
+__all__ = ["index_on", "input_device", "is_separate", "list_inputs"]
 
 
 def list_inputs(model: torch.nn.Module) -> frozenset[str]:
@@ -36,6 +37,13 @@ def is_separate(name: str, inputs: Mapping[str, Any]) -> bool:
     """
     streams = [other.removesuffix("input_ids") for other in inputs if other.endswith("_input_ids")]
     return name.startswith(tuple(streams)) if streams else False
+
+
+@functools.lru_cache(256)
+def index_on(device: torch.device, numbers: tuple[int, ...]) -> torch.Tensor:
+    """Indices ``(number,)`` on a device, made there once: a list as an index is copied there again each time."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, dtype=torch.long).to(device)
 
 
 def input_device(model: torch.nn.Module) -> torch.device:

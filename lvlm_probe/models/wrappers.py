@@ -229,4 +229,7 @@ def execution_device(module: object) -> torch.device:
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device is None:
         return torch.device("cpu")
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if isinstance(device, int):  # accelerate numbers the devices of whatever kind there is
+        accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+        return torch.device(accelerator.type if accelerator else "cuda", device)
+    return torch.device(device)

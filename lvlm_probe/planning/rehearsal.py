@@ -211,7 +211,7 @@ class _Rehearsal:
             self._pass(count, gradient=False)
             with meter.span():
                 layer = seen.layers[-1]
-                weights = layer.weights(steps.to(layer.device))[0].double().cpu()
+                weights = layer.weights(steps.to(layer.device))[0].cpu().double()
                 kept = weights[..., tokens] if len(tokens) else weights
         # The last layer's rows are made while those of the others wait, and joining them copies all once.
         whole, each, span = weights.nbytes, kept.nbytes, meter.reading.spans[0]

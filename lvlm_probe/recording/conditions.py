@@ -109,6 +109,12 @@ def compiles_itself(model: Any, setting: Callable[..., Any], kwargs: Mapping[str
     return fixed or setting("cache_implementation") in ("static", "sliding_window", "hybrid", "hybrid_chunked")
 
 
+def offloads_its_cache(setting: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether keys and values of a ``generate()`` call live in main memory between its steps; arguments as above."""
+    named = str(setting("cache_implementation") or "").startswith("offloaded")
+    return named or bool(getattr(kwargs.get("past_key_values"), "offloading", False))
+
+
 def without_autocast(model: torch.nn.Module) -> AbstractContextManager[Any]:
     """Inside the block passes of ours run in the model's own dtypes, as they will when the answer is replayed."""
     device = input_device(model).type

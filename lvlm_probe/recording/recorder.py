@@ -46,6 +46,7 @@ from lvlm_probe.recording.conditions import (
     compiles_itself,
     forced_because,
     inferred_mask,
+    offloads_its_cache,
     other_conditions,
     padded_behind,
     without_picture,
@@ -131,7 +132,7 @@ class GenerationRecorder:
         self._inputs: dict[str, Any] = {}
         self._images: dict[str, list[Image.Image]] = {}
         self._other_conditions: list[str] = []
-        self._compiling = False
+        self._compiling = self._offloading = False
         self.cautions: list[tuple[str, str]] = []
         self._started = time.perf_counter()
 
@@ -174,6 +175,7 @@ class GenerationRecorder:
             self._inputs["attention_mask"] = mask
         self._other_conditions = other_conditions(self.model, self._inputs, kwargs)
         self._compiling = compiles_itself(self.model, setting, kwargs)
+        self._offloading = offloads_its_cache(setting, kwargs)
         beams = int(setting("num_beams", 1))
         if beams > 1:
             self.notes.append(
@@ -236,7 +238,10 @@ class GenerationRecorder:
         keys = ids.shape[1] if self.anatomy.encoder_decoder else None
         self._tap = tap
         tap.install()
-        tap.arm(columns, valid=valid, heads=self.options.heads, prompt_length=self.beginning.shape[1], cross_keys=keys)
+        tap.arm(
+            columns, valid=valid, heads=self.options.heads, prompt_length=self.beginning.shape[1], cross_keys=keys,
+            holds_keys=not self._offloading,
+        )  # fmt: skip
 
     def abort(self) -> None:
         """The call failed or was interrupted: take everything down, keep nothing."""

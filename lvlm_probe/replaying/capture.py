@@ -44,8 +44,9 @@ class AttentionLayer:
         start: position of its first query in the sequence, for layers that attend in windows, one call each.
         query, key, value: what it was given, ``(batch, head, position, channel)``.
         call: its further arguments; ``causal`` where it hides later keys itself, ``sinks`` where it heeds those given.
-        gradient: dO, the score's gradient to the layer's output, ``(batch, head, query, channel)``; only inside
-            ``visit``.
+        gradient: dO, ``scale`` times the score's gradient to the layer's output, ``(batch, head, query, channel)``;
+            only inside ``visit``.
+        scale: what the score was multiplied by on its way back, see ``Captured.scale``.
     """
 
     layer: TapLayer
@@ -58,6 +59,7 @@ class AttentionLayer:
     causal: bool
     sinks: bool
     gradient: Tensor | None = None
+    scale: float = 1.0
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +116,8 @@ class AttentionLayer:
         with torch.no_grad():
             value = self.value.float()
             value = value.repeat_interleave(self.heads // value.shape[1], dim=1)
-            return take_rows(self.gradient.float(), rows, self.batch) @ value.transpose(-1, -2)
+            taken = take_rows(self.gradient.float(), rows, self.batch) @ value.transpose(-1, -2)
+            return taken if self.scale == 1.0 else taken / self.scale
 
 
 Visit = Callable[[AttentionLayer], None]
@@ -130,6 +133,8 @@ class Captured:
         layers: the attention layers of the last pass, in the order they ran.
         tapped: part → paths of the attention modules that are read, first layer first.
         unreadable: paths of attention layers that cannot be read → reason.
+        scale: what the score is multiplied by in the backward passes to come, which gradients are divided by, in single
+            precision. ``None``: nothing is seen of them.
     """
 
     def __init__(self, *, visit: Visit | None = None, edit: Edit | None = None) -> None:
@@ -138,6 +143,7 @@ class Captured:
         self.layers: list[AttentionLayer] = []
         self.tapped: dict[str, list[str]] = {}
         self.unreadable: dict[str, str] = {}
+        self.scale: float | None = 1.0
         self._visit, self._edit = visit, edit
         self._taps: dict[int, tuple[TapLayer, str]] = {}
         self._positions: dict[int, int] = {}
@@ -158,7 +164,12 @@ class Captured:
             self.outputs[path] = tensor.detach()
             self.gradients.pop(path, None)
             if tensor.requires_grad:
-                tensor.register_hook(lambda gradient: self.gradients.__setitem__(path, gradient.detach()))
+                tensor.register_hook(arrive)
+
+        def arrive(gradient: Tensor) -> None:
+            if self.scale is not None:
+                gradient = gradient.detach()
+                self.gradients[path] = gradient if self.scale == 1.0 else gradient.float() / self.scale
 
         return hook
 
@@ -220,7 +231,10 @@ class Captured:
         if visit is not None and output.requires_grad:
 
             def arrive(gradient: Tensor) -> None:
+                if self.scale is None:
+                    return
                 # Attention functions return (batch, query, head, channel).
+                seen.scale = self.scale
                 seen.gradient = gradient.detach().transpose(1, 2)
                 visit(seen)
                 seen.gradient = None

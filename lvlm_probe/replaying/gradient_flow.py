@@ -79,11 +79,11 @@ def _compared(
     def slope(step: float) -> float:
         nonlocal noise
         with torch.no_grad(), modules.compared():
-            ends = [replay.log_probs(base + sign * step * direction)[0].double() for sign in (1, -1)]
+            ends = [replay.log_probs(base + sign * step * direction)[0].cpu().double() for sign in (1, -1)]
         noise = _ROUNDINGS * rounding * float((1 + ends[0].abs()).sum()) / step
         return float((ends[0] - ends[1]).sum()) / (2 * step)
 
-    expected = float((slopes.double() * direction).sum())
+    expected = float((slopes.cpu().double() * direction.cpu()).sum())
     if not math.isfinite(expected):
         return ""  # methods say so themselves
     previous, cut, told = math.nan, "", False

@@ -13,6 +13,7 @@ import gc
 import logging
 import math
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,12 +118,18 @@ def masks_at_once(
     each = max(width, 2) * (decoder * length + encoder * math.ceil(pixels / _PATCH))
     room = CPU_BYTES
     if device.type == "cuda":
-        weights = sum(w.numel() * w.element_size() for w in model.parameters() if w.device == device)
-        room = max(0, torch.cuda.mem_get_info(device)[1] - weights) // 2
+        weights = Counter({device: 0})  # of every card that the model lies on: the fullest one says how many
+        for weight in model.parameters():
+            if weight.device.type == "cuda":
+                weights[weight.device] += weight.numel() * weight.element_size()
+        room = min(max(0, torch.cuda.mem_get_info(card)[1] - held) // 2 for card, held in weights.items())
     return max(1, min(_MOST, room // max(1, each)))
 
 
-_RAN_OUT = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED", "valid cuDNN algorit")
+_RAN_OUT = (
+    "can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED", "valid cuDNN algorit",
+    "HOST_ALLOCATION_FAILED", "NVML_SUCCESS == r",
+)  # fmt: skip
 
 
 def ran_out(error: BaseException) -> bool:
@@ -263,9 +270,12 @@ def noise_seeds(count: int, noise: float, generator: torch.Generator | None) -> 
 
 
 def noise_like(pixels: torch.Tensor, deviation: float, seeds: torch.Tensor) -> torch.Tensor:
-    """Gaussian noise for the pixel inputs of ``len(seeds)`` masks, shaped like ``pixels``, from one seed per mask."""
+    """Gaussian noise for the pixel inputs of ``len(seeds)`` masks, shaped like ``pixels``, from one seed per mask.
+
+    It is drawn on their device: another kind of device draws other noise from the same seeds.
+    """
     rows = pixels.shape[0] // len(seeds)
-    noise = torch.empty(len(seeds), rows, *pixels.shape[1:], dtype=torch.float32)
+    noise = torch.empty(len(seeds), rows, *pixels.shape[1:], dtype=torch.float32, device=pixels.device)
     for part, seed in zip(noise, seeds, strict=True):
-        part.normal_(std=deviation, generator=torch.Generator().manual_seed(int(seed)))
-    return noise.flatten(0, 1).to(pixels)
+        part.normal_(std=deviation, generator=torch.Generator(pixels.device).manual_seed(int(seed)))
+    return noise.flatten(0, 1).to(pixels.dtype)

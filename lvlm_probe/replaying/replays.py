@@ -17,7 +17,8 @@ from lvlm_probe.images.baselines import KINDS
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.models.anatomy import examine
 from lvlm_probe.models.drivers import Driver, probed_model
-from lvlm_probe.models.inputs import is_separate
+from lvlm_probe.models.inputs import index_on, is_separate
+from lvlm_probe.models.precision import epsilon_of
 from lvlm_probe.models.replica import Replica
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity, described, draw, same_baseline
@@ -39,7 +40,7 @@ from lvlm_probe.replaying.micro_batches import (
 from lvlm_probe.replaying.protocol import Mode, Score
 from lvlm_probe.replaying.rewording import reword
 from lvlm_probe.replaying.shortcuts import Shortcuts
-from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, epsilon_of, rounding_of
+from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, rounding_of
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Replay:
         self.words: list[Word] = group_words(self.tokens, self.special.tolist())
         self.passes, self.kept = PassCounter(), Kept()
         self.limits = Limits(micro_batch, gradient_checkpointing)
-        self.inside = False
+        self.inside: tuple[Captured, ...] = ()
 
         self.anatomy = examine(model, processor)
         self._read_inputs(check_pixels)
@@ -484,14 +485,27 @@ class Replay:
         """Gradient of ``total`` to ``leaf``.
 
         In half precision small gradients would be rounded to nothing on their way: the score is multiplied by a power
-        of two, smaller ones where it is too much. Not while somebody reads the gradients inside.
+        of two, smaller ones where it is too much. Who reads the gradients inside sees those of the scale that is kept.
         """
-        scales = (2.0**12, 2.0**6, 1.0) if self._half and not self.inside else (1.0,)
-        for scale in scales:
-            (gradient,) = torch.autograd.grad(total * scale, leaf, retain_graph=scale != scales[-1])
+
+        def backward(scale: float, *, seen: bool, again: bool) -> torch.Tensor:
+            for inside in self.inside:
+                inside.scale = scale if seen else None
+            (gradient,) = torch.autograd.grad(total * scale, leaf, retain_graph=again)
             self.passes.add(backward=len(leaf))
-            if scale == 1.0 or bool(gradient.isfinite().all()):
-                break
+            return gradient
+
+        if not self._half:
+            return backward(1.0, seen=True, again=False)
+        scale, others = 2.0**12, [2.0**6, 1.0]
+        gradient = backward(scale, seen=False, again=True)
+        if not gradient.any():
+            others = [2.0**24, scale]
+        while others and not (gradient.isfinite().all() and gradient.any()):
+            scale = others.pop(0)
+            gradient = backward(scale, seen=False, again=True)
+        if self.inside:
+            gradient = backward(scale, seen=True, again=False)
         return gradient / scale
 
     # ------------------------------------------------------------------ inside the model
@@ -553,7 +567,8 @@ class Replay:
                 "replay without gradient_checkpointing"
             )
         with self.replica.use() as model, capture(model, self.anatomy.encoders, **wanted) as seen:
-            before, self.inside = self.inside, True
+            before = self.inside
+            self.inside = (*before, seen)
             try:
                 yield seen
             finally:
@@ -577,7 +592,7 @@ class Replay:
             run,
             limits=self.limits,
             model=self.model,
-            inside=self.inside,
+            inside=bool(self.inside),
             where=f"{self.trace_id} does not fit into memory of {self.device}",
         )
 
@@ -603,7 +618,7 @@ class Replay:
         if shortcut is None:
             return log_probs
         every = log_probs.new_full((batch, len(self.token_ids)), torch.nan)
-        return every.index_copy(1, torch.tensor(shortcut.steps, device=every.device), log_probs)
+        return every.index_copy(1, index_on(every.device, tuple(shortcut.steps)), log_probs)
 
     def _placed(self, name: str, value: torch.Tensor, batch: int) -> torch.Tensor:
         """With an axis of prompts in front, where the processor has put one there and its image processor has not."""

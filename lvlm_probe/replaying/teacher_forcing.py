@@ -21,12 +21,13 @@ import torch
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet
-from lvlm_probe.models.inputs import input_device, list_inputs
+from lvlm_probe.models.inputs import index_on, input_device, list_inputs
+from lvlm_probe.models.precision import epsilon_of
 from lvlm_probe.models.replica import Replica
 from lvlm_probe.replaying.isolation import checkpointed, even_gradients, patch_gradients
 from lvlm_probe.replaying.micro_batches import ran_out
 
-__all__ = ["Shortcut", "TeacherForcing", "epsilon_of", "rounding_of"]
+__all__ = ["Shortcut", "TeacherForcing", "rounding_of"]
 
 _OWN_ROUND = 1.5
 """Roundings to the model's number format between two runs, in units of ε · max |logit|: half a step of the logit in
@@ -198,7 +199,7 @@ class TeacherForcing:
             )
         if shortcut is None and batch == 1:
             self.largest_logit, self.epsilon = logits.detach().abs().amax().float(), epsilon
-        targets = self._targets[list(steps)].to(logits.device)
+        targets = self._targets.to(logits.device)[index_on(logits.device, tuple(steps))]
         picked = logits.gather(-1, targets[None, :, None].expand(batch, -1, 1)).squeeze(-1)
         return picked - logits.logsumexp(dim=-1)
 
@@ -244,16 +245,16 @@ class TeacherForcing:
         head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
         span = steps[-1] - steps[0] + 1
         extra = {"logits_to_keep": span} if self._keeps_logits else {}
-        back = torch.tensor([step - steps[-1] - 1 for step in steps])  # counted from the end, which all of them share
+        back = tuple(step - steps[-1] - 1 for step in steps)  # counted from the end, which all of them share
 
         def trim(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             states = args[0]
             if len(steps) == span:
                 return (states[:, -span:], *args[1:]), kwargs
-            return (states.index_select(1, back.to(states.device) + states.shape[1]), *args[1:]), kwargs
+            return (states.index_select(1, index_on(states.device, back) + states.shape[1]), *args[1:]), kwargs
 
         def narrowed(original: Callable[..., Any], states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            rows = back.to(states.device) + states.shape[1]
+            rows = index_on(states.device, back) + states.shape[1]
             some = original(states.index_select(1, rows), *args, **kwargs)
             whole = some.new_zeros(*states.shape[:2], *some.shape[2:])
             return whole.index_copy(1, rows, some)
@@ -293,14 +294,8 @@ def rounding_of(log_probs: torch.Tensor, largest_logit: float, epsilon: float) -
     fine = min(epsilon, epsilon_of(torch.float32))
     # e^600 is a number still, and no logits are that large.
     moved = min((_OWN_ROUND * epsilon + _SUMS_ROUND * fine) * largest_logit, 300.0)
-    others = -torch.expm1(log_probs.double().clamp(max=0))
+    others = -torch.expm1(log_probs.cpu().double().clamp(max=0))
     return (torch.log1p(others * math.expm1(2 * moved)) + 4 * fine * largest_logit).to(log_probs)
-
-
-def epsilon_of(dtype: torch.dtype | str | None) -> float:
-    """ε of a floating-point format, by its type or name; 0 for everything else."""
-    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    return float(torch.finfo(kind).eps) if isinstance(kind, torch.dtype) and kind.is_floating_point else 0.0
 
 
 def _extend(name: str, value: torch.Tensor, length: int, answer_token_type: int) -> torch.Tensor:

@@ -143,8 +143,8 @@ def completeness(
     """
     ends = torch.tensor([1.0, 0.0], dtype=torch.float32, device=replay.device)[:, None, None]
     with torch.no_grad():
-        scores = replay.log_probs(ends, image=image)[:, list(indices)].double().sum(dim=1).cpu()
-    total = float(torch.as_tensor(attributions).detach().double().sum())
+        scores = replay.log_probs(ends, image=image)[:, list(indices)].cpu().double().sum(dim=1)
+    total = float(torch.as_tensor(attributions).detach().cpu().double().sum())
     return Completeness(total, float(scores[0] - scores[1]))
 
 

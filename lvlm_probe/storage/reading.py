@@ -40,6 +40,8 @@ MEMBER_LIMIT = 4096
 """Members of a group."""
 _CHUNK_OVERHEAD = 24
 """Bytes that a chunk takes in the index of its dataset, at least."""
+_MOST_CHUNKS = 2**16
+"""Of a dataset. Each is looked for by itself: a million of them, of one number each, take seconds."""
 _NUMBERS = frozenset("u1 u2 u4 u8 i1 i2 i4 i8 f2 f4 f8".split())  # noqa: SIM905
 _RECORD_AGAIN = "the file is damaged or was not written by lvlm_probe: record it again"
 _NOT_OURS = "lvlm_probe never writes this: do not trust the file"
@@ -187,6 +189,8 @@ class SealedFile:
             if chunk > self._nbytes:
                 raise self.error(key, f"it declares chunks of {chunk} bytes in a file of {self._nbytes} bytes")
             count = math.prod(-(-size // side) for size, side in zip(dataset.shape, dataset.chunks, strict=True))
+            if count > _MOST_CHUNKS:
+                raise self.error(key, f"it declares {count} chunks, more than {_MOST_CHUNKS}", _NOT_OURS)
             if count * _CHUNK_OVERHEAD > self._nbytes:
                 raise self.error(key, f"it declares {count} chunks in a file of {self._nbytes} bytes")
         stored = dataset.id.get_storage_size()

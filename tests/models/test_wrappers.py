@@ -368,6 +368,14 @@ def test_offloaded_embeddings_say_where_they_run():
         assert input_device(model) == torch.device(device)
 
 
+def test_numbers_of_devices_are_of_the_accelerator_there_is(monkeypatch):
+    from lvlm_probe.models.wrappers import execution_device
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    hooked = SimpleNamespace(_hf_hook=SimpleNamespace(execution_device=1))
+    assert execution_device(hooked) == torch.device("xpu:1")
+
+
 # --------------------------------------------------------------------------------------------------------------- copies
 
 

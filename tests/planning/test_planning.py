@@ -196,6 +196,9 @@ def test_wrong_questions(replay: probe.Replay, recorded: tuple[Any, Any, Any]) -
     [
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"), True),
+        (RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
         (RuntimeError("shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),

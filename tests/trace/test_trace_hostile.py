@@ -191,6 +191,12 @@ class TestForged:
             assert f"[{ROW}/output/token_ids]" in message
             assert "in a file of" in message or "shape" in message
 
+    def test_chunks_without_number_are_not_looked_for(self, tampered: Callable[..., Path]) -> None:
+        """All of them stored: reading would be safe, and take seconds."""
+        data = np.zeros(2**16 + 1, "i1")
+        path = tampered(lambda file: replace(file, f"{ROW}/output/token_ids", data=data, chunks=(1,)))
+        assert "65537 chunks" in refusal(path)
+
     def test_declared_but_not_stored(self, tampered: Callable[..., Path]) -> None:
         path = tampered(lambda file: replace(file, f"{ROW}/output/token_ids", shape=(8,), dtype="i4"))
         assert "declares 32 bytes and 0 are stored" in refusal(path)

@@ -238,12 +238,6 @@ class Optimisation:
                 steps=self.problem.selection.indices,
             )
             scores, slopes = scores.to(signs), slopes.to(masks)
-            if not (scores.isfinite().all() and slopes.isfinite().all()):
-                raise ExplainError(
-                    f"igos++ met scores or gradients that are not finite in iteration {iteration} on "
-                    f"{self.problem.replay.trace_id}: load the model in float32 (or bfloat16 instead of float16), or "
-                    f"lower noise (now {self.settings.noise:g})"
-                )
             # d/dM of the mean over r is a vector-Jacobian product: the model's gradient per mask through r · M.
             (from_scores,) = torch.autograd.grad(
                 (signs[:, None, None] * slopes * masks).sum() / self.settings.ig_steps, leaf
@@ -252,15 +246,30 @@ class Optimisation:
             penalty = torch.stack(list(terms.values())).sum()
             (from_mask,) = torch.autograd.grad(penalty, leaf)
         removed = 1 - state.prod(dim=0)
+        numbers = {
+            **{name: value.detach() for name, value in terms.items()},
+            "removed": removed.mean(),
+            "clamped": (removed >= 1).float().mean(),
+            "penalty": penalty.detach(),
+            "finite": (scores.isfinite().all() & slopes.isfinite().all()).to(scores),
+        }
+        # All at once: each number that is read out waits for the device.
+        host = torch.cat([torch.stack([value.to(scores) for value in numbers.values()]), scores, signs]).cpu()
+        known = dict(zip(numbers, host.tolist(), strict=False))
+        of_masks, signs = host[len(numbers) :].reshape(2, -1)
+        if not known.pop("finite"):
+            raise ExplainError(
+                f"igos++ met scores or gradients that are not finite in iteration {iteration} on "
+                f"{self.problem.replay.trace_id}: load the model in float32 (or bfloat16 instead of float16), or "
+                f"lower noise (now {self.settings.noise:g})"
+            )
         record = {
             "iteration": float(iteration),
-            "deletion": float(scores[signs > 0].sum() / self.settings.ig_steps),
-            "insertion": float(scores[signs < 0].sum() / self.settings.ig_steps),
-            **{name: float(value.detach()) for name, value in terms.items()},
-            "removed": float(removed.mean()),
-            "clamped": float((removed >= 1).float().mean()),
+            "deletion": float(of_masks[signs > 0].sum() / self.settings.ig_steps),
+            "insertion": float(of_masks[signs < 0].sum() / self.settings.ig_steps),
+            **known,
         }
-        record["objective"] = record["deletion"] - record["insertion"] + float(penalty.detach())
+        record["objective"] = record["deletion"] - record["insertion"] + record.pop("penalty")
         return record, from_scores, from_mask
 
     def plan(self) -> list[tuple[float, ...]]:

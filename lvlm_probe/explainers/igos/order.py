@@ -118,7 +118,7 @@ def refine_order(
         point = height - step * (1 - iteration / len(plan) if decay else 1.0) * gradient
         height = torch.where(seen, point + iteration / (iteration + momentum) * (point - previous), height)
         previous = point
-        taken, given = scores.double().cpu().reshape(2, -1).mean(dim=1).tolist()
+        taken, given = scores.cpu().double().reshape(2, -1).mean(dim=1).tolist()
         records.append({"refinement": float(iteration), "probability_taken": taken, "probability_shown": given})
         progress(iteration + 1)
     ordered = torch.empty_like(values)

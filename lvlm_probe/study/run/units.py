@@ -43,7 +43,7 @@ VERSION = 1
 def digest(content: Mapping[str, Any]) -> str:
     """32 hex digits over JSON-ready content, whatever the order of its names."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:32]
 
 
 def picture_digest(picture: Image.Image) -> str:

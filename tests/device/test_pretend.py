@@ -1,0 +1,88 @@
+"""The pretended accelerator keeps a device's rules: without that the tests beside this one would find nothing."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from pretend import Card, OnDevice
+
+
+def test_tensors_of_two_devices_do_not_meet() -> None:
+    with Card(count=2):
+        near, far = torch.ones(3, device="cuda:0"), torch.ones(3, device="cuda:1")
+        for other in (torch.ones(3), far):
+            with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+                near + other
+        assert (near + torch.tensor(1.0)).cpu().tolist() == [2, 2, 2]  # one number of the CPU may
+        with pytest.raises(RuntimeError, match="indices should be"):
+            torch.ones(3)[torch.tensor([0], device="cuda:0")]
+        with pytest.raises(TypeError, match="numpy"):
+            near.numpy()
+
+
+def test_random_numbers_come_from_a_generator_of_the_device() -> None:
+    with Card():
+        place = torch.zeros(3, device="cuda")
+        with pytest.raises(RuntimeError, match="Expected a 'cuda' device type for generator"):
+            place.normal_(generator=torch.Generator())
+        place.normal_(generator=torch.Generator("cuda").manual_seed(3))
+        assert torch.equal(place.cpu(), torch.zeros(3).normal_(generator=torch.Generator().manual_seed(3)))
+
+
+def test_waits_are_counted() -> None:
+    with Card() as card:
+        values = torch.arange(4.0).to("cuda")
+        with card.counting() as waits:
+            values.sum().item()
+            bool(values.isfinite().all())
+            values[values > 1]
+            values.cpu()
+            values + 1  # not one
+        assert sorted(kind for kind, _, _ in waits.elements()) == [
+            "device to host", "shape from values", "value read out", "value read out",
+        ]  # fmt: skip
+
+
+def test_a_copy_that_does_not_wait_arrives_with_its_event() -> None:
+    with Card():
+        values = torch.arange(3.0).to("cuda")
+        host = torch.empty(3, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        assert host.isnan().all()
+        event.synchronize()
+        assert host.tolist() == [0, 1, 2]
+
+
+def test_memory_is_counted_and_runs_out() -> None:
+    with Card(memory=4000) as card:
+        first = torch.zeros(500, device="cuda")
+        view = first[:10]
+        assert card.used == [2000]
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            torch.zeros(600, device="cuda")
+        del first
+        assert card.used == [2000]  # the view holds it
+        del view
+        assert card.used == [0] and card.peak == [2000]
+
+
+def test_double_precision_may_be_missing() -> None:
+    with Card(float64=False):
+        with pytest.raises(TypeError, match="float64"):
+            torch.ones(2, device="cuda").double()
+        assert torch.ones(2, device="cuda").cpu().double().dtype == torch.float64
+
+
+def test_backward_runs_in_a_thread_of_the_device() -> None:
+    with Card():
+        seen: list[int] = []
+        leaf = torch.ones(2, device="cuda", requires_grad=True)
+        doubled = leaf * 2
+        doubled.register_hook(lambda gradient: seen.append(threading.get_ident()))
+        doubled.sum().backward()
+        assert seen != [threading.get_ident()]
+        assert isinstance(leaf.grad, OnDevice) and leaf.grad.cpu().tolist() == [2, 2]
