@@ -346,8 +346,12 @@ def _why_empty(
     values = np.asarray(llr)[ordinary]
     if not np.isfinite(values).any():
         return "the log-likelihood ratios are not finite: replay in float32"
-    top = ordinary[int(np.nanargmax(values))]
-    return (
-        f"no token gains more than {alpha:g} nats from the image; "
-        f"the largest is {tokens[top].strip()!r} with {llr[top]:.2g}"
-    )
+    of_word = {
+        index: word.text for word in group_words(tokens, special.tolist()) for index in range(word.start, word.stop)
+    }
+    told = f"no token gains more than {alpha:g} nats from the image"
+    readable = [index for index in of_word if np.isfinite(llr[index])]
+    if not readable:
+        return told
+    top = max(readable, key=lambda index: llr[index])
+    return f"{told}; the largest is {of_word[top]!r} with {llr[top]:.2g}"
