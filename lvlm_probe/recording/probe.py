@@ -357,7 +357,8 @@ class Probe:
             points: further module outputs to keep: ``"encoder"``, ``"merger"`` or module path patterns; and
                 ``"hidden"``, the decoder's final hidden states with the LM head's rows of the prompt's and the answer's
                 words (one more pass), from which ``explain(trace, method="tam")`` needs no model.
-            question: text to show as the question; by default the prompt without special tokens.
+            question: text to show as the question; by default the last user turn of the prompt, by the processor's
+                chat template; a prompt that does not follow it is shown as a prompt.
             meta: JSON to keep with the traces.
 
         Raises:

@@ -19,6 +19,7 @@ from lvlm_probe.models.anatomy import examine
 from lvlm_probe.models.drivers import Driver, probed_model
 from lvlm_probe.models.inputs import is_separate
 from lvlm_probe.models.replica import Replica
+from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity, described, draw, same_baseline
 from lvlm_probe.replaying.capture import Captured, capture
@@ -298,7 +299,8 @@ class Replay:
 
         Args:
             text: what is asked instead.
-            question: the question as it stands in the prompt; by default what was recorded as such.
+            question: the question as it stands in the prompt; by default what was recorded as such, or all of the
+                prompt where no question was.
 
         Returns:
             a replay that shares model, images, baseline and pass counter with this one.
@@ -312,6 +314,8 @@ class Replay:
                 "would stay the old one; record another generate() call with the other question instead"
             )
         wanted = question or getattr(self.trace, "question", None) or ""
+        if not wanted and (tokenizer := tokenizer_of(self.processor)) is not None:
+            wanted = tokenizer.decode(self._prompt.tolist(), skip_special_tokens=True)
         start, stop, ids = reword(self._prompt, self.processor, wanted, text)
         other: Self = copy.copy(self)
         sequence = {
