@@ -29,7 +29,7 @@ from lvlm_probe.metrics.deletion_insertion import (
     normalise,
     release_area,
 )
-from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFERENCE, Verdict, judge
+from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFERENCE, Verdict, judge, out_of_range
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.protocol import ReplayLike
@@ -94,6 +94,12 @@ class Score:
         if math.isfinite(self.gain):
             return None
         return str(self.params.get("undefined") or "; ".join(self.verdict.reasons) or "the score is not a number")
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """A sentence for each number that needs one: areas outside [0, 1]."""
+        areas = (("deletion", self.deletion), ("insertion", self.insertion))
+        return tuple(told for name, area in areas if (told := out_of_range(name, area)) is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``; ``Score.from_dict`` is the inverse."""
