@@ -37,6 +37,9 @@ _STOP_WORDS = (
 STOP_WORDS: frozenset[str] = frozenset(_STOP_WORDS.split())
 """English function words that ``stop_words=True`` keeps out of K; compared by text, so any tokenizer will do."""
 
+_SPECIAL = "special token"
+"""How the reason begins why a special token is skipped."""
+
 Rule = Literal["llr", "joint", "words", "span", "indices"]
 
 
@@ -52,7 +55,8 @@ class TokenSelection:
         params: What the rule was given (``alpha``, ``words``, ``span``, ``indices``, ``skip_first``, ``stop_words``).
         skipped: Tokens the rule would have taken but an option or their nature keeps out: index → reason.
         reason: Why nothing is selected, as a sentence; ``None`` when something is.
-        special: Indices of special tokens, which are never selected and never shown; empty where that is not known.
+        special: Indices of special tokens, which are never selected and never shown; by default those that ``skipped``
+            calls so.
     """
 
     indices: tuple[int, ...]
@@ -63,6 +67,11 @@ class TokenSelection:
     skipped: Mapping[int, str] = field(default_factory=dict)
     reason: str | None = None
     special: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.special:
+            known = tuple(sorted(index for index, why in self.skipped.items() if why.startswith(_SPECIAL)))
+            object.__setattr__(self, "special", known)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -257,7 +266,7 @@ def _skipped_by_option(
             skipped.update(dict.fromkeys(range(word.start, word.stop), f"stop word {word.text.strip()!r}"))
     if skip_first and tokens:
         skipped[0] = "first token of the answer"
-    skipped.update({index: f"special token {tokens[index]!r}" for index in np.flatnonzero(special).tolist()})
+    skipped.update({index: f"{_SPECIAL} {tokens[index]!r}" for index in np.flatnonzero(special).tolist()})
     return skipped
 
 

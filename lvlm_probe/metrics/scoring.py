@@ -8,16 +8,20 @@ explanation saw. Unless told otherwise, a heatmap is judged over the baseline th
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from lvlm_probe import drawing
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import CurveScore
-from lvlm_probe.files import json_ready
+from lvlm_probe.files import json_ready, write_whole
 from lvlm_probe.heatmap import Heatmap, resample
 from lvlm_probe.metrics.deletion_insertion import (
     Curves,
@@ -33,6 +37,9 @@ from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFEREN
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.protocol import ReplayLike
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["BaselineChoice", "Score", "check_answer", "evaluate", "over_baseline"]
 
@@ -100,6 +107,37 @@ class Score:
         """A sentence for each number that needs one: areas outside [0, 1]."""
         areas = (("deletion", self.deletion), ("insertion", self.insertion))
         return tuple(told for name, area in areas if (told := out_of_range(name, area)) is not None)
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        width: str | float = "column",
+        font_size: float = 8.0,
+        dpi: float = 300,
+    ) -> Figure:
+        """Draw deletion and insertion with their areas and the verdict, for print.
+
+        Args:
+            path: where to save it, a PDF, SVG, PNG or TIFF; replaces what is there; by default nowhere.
+            width: ``"column"`` (3.5 inches), ``"text"`` (7.2 inches) or inches.
+            font_size: points.
+            dpi: pixels per inch, of PNG and TIFF.
+
+        Returns:
+            The matplotlib figure, which belongs to no window.
+
+        Raises:
+            ExplainError: there are no curves, and the message says why; no such width; another file ending.
+        """
+        if self.reason is not None:
+            raise ExplainError(f"there are no curves to draw: {self.reason}")
+        drawn = drawing.curve_figure(self, width=width, font_size=font_size)
+        if path is not None:
+            target = Path(path)
+            told = json.dumps(self.to_dict(), ensure_ascii=True, allow_nan=False)
+            write_whole(target, drawing.figure_bytes(drawn, target.name, provenance=told, dpi=dpi))
+        return drawn
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``; ``Score.from_dict`` is the inverse."""

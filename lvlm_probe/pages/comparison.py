@@ -25,7 +25,7 @@ from lvlm_probe.explainers import Tokens, explain, needs_of, selected
 from lvlm_probe.explainers import methods as known_methods
 from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.explainers.trace_only import RecordedAnswer
-from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.heatmap_store import not_made, reason_of
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.pages.comparison_page import filled
@@ -34,6 +34,8 @@ from lvlm_probe.pages.shell import refuse_existing, write_text
 from lvlm_probe.trace import Trace
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
 
@@ -68,6 +70,24 @@ class Comparison:
 
     def __repr__(self) -> str:
         return f"<Comparison of {len(self.methods)} methods on {len(self.rows)} answers: {self.path}>"
+
+    def figure(self, path: str | os.PathLike[str] | None = None, **look: Any) -> Figure:
+        """A figure for print of all heatmaps with their scores and verdicts: answers below, methods beside each other.
+
+        Args:
+            path: where to save it (PDF, SVG, PNG or TIFF); by default nowhere.
+            **look: ``width``, ``font_size``, ``columns``, … of ``heatmap.figure``.
+
+        Raises:
+            ImageError: a heatmap has no image at hand.
+        """
+        shown = [
+            (dataclasses.replace(heat, provenance={**heat.provenance, "label": name}), score)
+            for row in self.rows
+            for name, heat, score in zip(self.methods, row.heats, row.scores, strict=True)
+            if heat is not None
+        ]
+        return figure([heat for heat, _ in shown], scores=[score for _, score in shown], out=path, **look)
 
     def standings(self) -> list[Standing]:
         """The methods over all rows, highest mean gain first, methods without a score last."""

@@ -206,7 +206,9 @@ def test_causal_agreement_and_completeness_divide_by_enough() -> None:
 # ------------------------------------------------------------------------------------------------ best, and in the mean
 
 ABOUT_THE_MAP = "insertion − deletion is 0.10, not clearly above the 0 of a random heatmap (threshold 0.35)"
-ABOUT_THE_MEASURE = "taking the image away changes the probability of these tokens hardly at all (1 with the image, 0.99"
+ABOUT_THE_MEASURE = (
+    "taking the image away changes the probability of these tokens hardly at all (1 with the image, 0.99"
+)
 
 
 def test_objections_to_the_map_and_to_the_measurement() -> None:
