@@ -304,7 +304,8 @@ class Heatmap:
             return f"<p><b>{title}</b><br>{html.escape((self.reason or '')[:1000])}</p>"
         data = base64.b64encode(png).decode("ascii")
         passes = self.provenance.get("passes")
-        detail = f"not checked: evaluate(heat, replay) says whether to believe it · trace {str(self.provenance.get('trace_id', ''))[:128]} · grid {self.shape[0]} × {self.shape[1]}"
+        detail = "not checked: evaluate(heat, replay) says whether to believe it · "
+        detail += f"trace {str(self.provenance.get('trace_id', ''))[:128]} · grid {self.shape[0]} × {self.shape[1]}"
         if isinstance(passes, Mapping):
             detail += f" · {passes.get('forward', 0)} forward, {passes.get('backward', 0)} backward passes"
         return (

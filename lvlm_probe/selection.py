@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lvlm_probe.cards import answer_html, card
 from lvlm_probe.errors import SelectionError
 from lvlm_probe.words import ALPHA, group_words
 
@@ -86,6 +87,13 @@ class TokenSelection:
         if not self.indices:
             return f"<TokenSelection {self.rule}: none, {self.reason}>"
         return f"<TokenSelection {self.rule}: {self.text!r}, {len(self.indices)} of {len(self.tokens)} tokens>"
+
+    def _repr_html_(self) -> str:
+        special = [index in self.special for index in range(len(self.tokens))]
+        words = answer_html(self.tokens, special, llr=self.llr, marked=self.indices)
+        taken = f"{len(self.indices)} of {len(self.tokens)} tokens selected (underlined), rule {self.rule}"
+        left_out = "; ".join(f"{self.tokens[index].strip()}: {why}" for index, why in self.skipped.items())
+        return card("Selection", words, facts=[taken, self.reason or "", f"left out: {left_out}" if left_out else ""])
 
     @property
     def decided(self) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from lvlm_probe import drawing
+from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import CurveScore
 from lvlm_probe.files import json_ready, write_whole
@@ -89,6 +90,34 @@ class Score:
         if not math.isfinite(self.gain):
             return f"<Score undefined: {self.verdict}>"
         return f"<Score deletion {self.deletion:.3f}, insertion {self.insertion:.3f}: {self.verdict}>"
+
+    def _repr_html_(self) -> str:
+        facts = [str(self.verdict), *self.remarks]
+        if self.reason is not None:
+            return card("No score", facts=facts)
+        numbers = f"deletion {self.deletion:.3f} · insertion {self.insertion:.3f} · gain {self.gain:.3f}"
+        return card(drawing.mark_of(self).verdict, text_html(f": {numbers}"), self._small_curves(), facts=facts)
+
+    def _small_curves(self) -> str:
+        """Both curves as an SVG of its own, without scripts and styles."""
+        both = [*self.deletion_curve, *self.insertion_curve, 0.0, 1.0]
+        low, high = min(both), max(both)
+        lines = [
+            f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="'
+            + " ".join(
+                f"{240 * x:.1f},{120 * (high - y) / (high - low):.1f}"
+                for x, y in zip(self.fractions, curve, strict=True)
+            )
+            + f'"><title>{name}</title></polyline>'
+            for name, curve, colour in (
+                ("deletion", self.deletion_curve, "#d55e00"),
+                ("insertion", self.insertion_curve, "#0072b2"),
+            )
+        ]
+        return (
+            '<br><svg viewBox="-2 -2 244 124" width="244" height="124" role="img" '
+            f'aria-label="deletion (orange) and insertion (blue)">{"".join(lines)}</svg>'
+        )
 
     @property
     def gain(self) -> float:

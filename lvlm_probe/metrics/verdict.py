@@ -117,8 +117,8 @@ def _little_contrast(original: float, baseline: float) -> str:
     told = f"{original:.2g} with the image, {baseline:.2g} without, {change:.2g} nats"
     if change > ALPHA:
         return (
-            f"the image makes these tokens likelier, but they stay so improbable ({told}) that there is hardly anything "
-            f"to take away (the probabilities should differ by {MIN_CONTRAST:g})"
+            f"the image makes these tokens likelier, but they stay so improbable ({told}) that there is hardly "
+            f"anything to take away (the probabilities should differ by {MIN_CONTRAST:g})"
         )
     if change < -ALPHA:
         return f"these tokens are likelier without the image ({told}): no region of it speaks for them"

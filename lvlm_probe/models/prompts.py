@@ -5,7 +5,7 @@ A template is not parsed, it is asked: rendered around marks, it shows what it p
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,8 @@ def _around(processor: Any, tokenizer: Any) -> tuple[str, tuple[str, ...]] | Non
     if turns is not None and answer in turns and again in turns:
         between, last = turns[turns.index(answer) + len(answer) :].split(again)
         # What both have is the beginning of a turn; the rest is a system prompt, or the end of an answer.
-        opening = os.path.commonprefix([before[::-1], between[::-1]])[::-1]
+        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before[::-1], between[::-1], strict=False))
+        opening = "".join(sign for sign, _ in shared)[::-1]
     else:
         opening, last = before, behind
     return (opening, (behind, last)) if opening else None

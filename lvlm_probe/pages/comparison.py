@@ -30,7 +30,7 @@ from lvlm_probe.heatmap_store import not_made, reason_of
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.pages.comparison_page import filled
 from lvlm_probe.pages.ranking import Row, Standing, standings
-from lvlm_probe.pages.shell import refuse_existing, write_text
+from lvlm_probe.pages.shell import Page, refuse_existing, write_text
 from lvlm_probe.trace import Trace
 
 if TYPE_CHECKING:
@@ -62,11 +62,20 @@ Methods = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of methods: the page's path, and everything on it."""
+    """A comparison of methods: the page's path, and everything on it. Wherever a path is wanted, it is the page's."""
 
     path: Path
     methods: tuple[str, ...]
     rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def _repr_html_(self) -> str | None:
+        return self.path._repr_html_() if isinstance(self.path, Page) else None
 
     def __repr__(self) -> str:
         return f"<Comparison of {len(self.methods)} methods on {len(self.rows)} answers: {self.path}>"
@@ -158,8 +167,8 @@ def compare(
             raise ReportError("scores and labels go with heatmaps; replays are judged here")
         columns, rows = _made(items, methods, tokens, _Settings(image, seed, grid, steps), progress)
     text = filled(columns, rows, standings(columns, rows), title or _TITLE)
-    write_text(path, text, overwrite=overwrite)
-    return Comparison(path, tuple(columns), tuple(rows))
+    said = f"{len(columns)} methods on {len(rows)} answers"
+    return Comparison(write_text(path, text, overwrite=overwrite, said=said), tuple(columns), tuple(rows))
 
 
 # -------------------------------------------------------------------------------------------------- heatmaps and scores

@@ -162,7 +162,8 @@ def _cell(name: str, heat: Heatmap | None, score: Score | None, best: float | No
     save = ""
     if heat is not None and heat.values is not None:
         save = (
-            f'<button type="button" class="quiet save" data-name="{_text(f"{name} {heat.selection.text[:40]}".strip())}" '
+            '<button type="button" class="quiet save" '
+            f'data-name="{_text(f"{name} {heat.selection.text[:40]}".strip())}" '
             f'aria-label="Save the heatmap of {_text(name)}">Save</button>'
         )
     # Names of methods may be broken at their underscores, and there only.
@@ -238,7 +239,8 @@ def _standings(found: Sequence[Standing], answers: int) -> str:
         '<p class="prose">Mean and 95 % bootstrap interval over the answers; passes and seconds are means of a '
         "heatmap. Intervals of two methods may overlap although one is better on nearly every answer: compare them "
         "paired, <code>metrics.paired_difference</code>.</p>"
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Means over answers"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Means over answers">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         f"{_left_out(found)}</section>"
     )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
+from lvlm_probe.cards import answer_html, card, text_html
 from lvlm_probe.errors import ExplainError, ImageError, ReplayError
 from lvlm_probe.images import BLUR_LADDER, ImagePath, PixelPath
 from lvlm_probe.images.baselines import KINDS
@@ -51,6 +52,10 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
 __all__ = ["Replay"]
+
+
+_ANSWER_SHOWN = 60
+"""Characters of an answer that one line shows."""
 
 
 @dataclass
@@ -287,6 +292,26 @@ class Replay:
         other = self.viewed()
         other.limits = Limits(micro_batch, gradient_checkpointing)
         return other
+
+    def __repr__(self) -> str:
+        answer = "".join(piece for piece, flag in zip(self.tokens, self.special.tolist(), strict=True) if not flag)
+        shown = answer.strip() if len(answer) <= _ANSWER_SHOWN else f"{answer.strip()[:_ANSWER_SHOWN]}…"
+        return f"<Replay of {shown!r} ({self.trace_id}) on {type(self.model).__name__}, baseline {self._kind()}>"
+
+    def _kind(self) -> str:
+        return str(dict(self.baseline).get("kind", "unknown"))
+
+    def _repr_html_(self) -> str:
+        words = answer_html(self.tokens, self.special.tolist())
+        question = getattr(self.trace, "question", None)
+        facts = [
+            f"trace {self.trace_id} on {type(self.model).__name__}, baseline {self._kind()}",
+            f"{self.n_images} image{'s' * (self.n_images != 1)}, {len(self.tokens)} tokens, "
+            f"{self.passes.forward} forward and {self.passes.backward} backward passes so far",
+        ]
+        return card(
+            "Replay", f'<br><span dir="auto">{text_html(question)}</span>' if question else "", words, facts=facts
+        )
 
     def counted(self) -> Self:
         """A view whose ``passes`` start at 0; they count in this replay's too."""

@@ -439,3 +439,31 @@ def test_labels_of_the_curves_overlap_nothing(show: Any, tmp_path: Path, low: fl
             assert apart, (low, high, one, other)
     told = text(driver, "remarks")
     assert ("below 0" in told) == (low < 0) and ("above 1" in told) == (high > 1)
+
+
+def test_a_notebook_shows_the_page_in_a_frame(show: Any, one: Path, tmp_path: Path) -> None:
+    """As ``nbconvert`` writes a cell's output; the page's own policy and the frame's sandbox hold inside."""
+    notebook = tmp_path / "notebook.html"
+    notebook.write_text(
+        f"<!doctype html><html data-ready='true'><meta charset=utf-8><body>{one._repr_html_()}", encoding="utf-8"
+    )
+    driver = show(notebook)
+    driver.switch_to.frame(find(driver, "iframe"))
+    settle(driver)
+    assert text(driver, "verdict").startswith("The map holds up")
+    word(driver, "carousel").click()
+    settle(driver)
+    assert find(driver, "[data-ref=view]").get_attribute("data-map") == "1"
+    find(driver, "#theme").click()
+    driver.switch_to.default_content()
+
+
+def test_where_scripts_are_forbidden_the_notebook_still_says_what_was_found(show: Any, one: Path, tmp_path: Path) -> None:
+    notebook = tmp_path / "strict.html"
+    policy = "<meta http-equiv='Content-Security-Policy' content=\"script-src 'none'; frame-src 'none'\">"
+    notebook.write_text(f"<!doctype html><html data-ready='true'>{policy}<body>{one._repr_html_()}", encoding="utf-8")
+    driver = show(notebook)
+    said = find(driver, "body").text
+    assert "2 × the map holds up, 1 × do not trust this map" in said
+    assert find(driver, "a").get_attribute("href").endswith("report.html")
+    driver.get_log("browser")  # that scripts are forbidden is told there
