@@ -381,6 +381,11 @@ _LOOKS: Mapping[bool, Mapping[str, str]] = {
 """Of words that are explained, and of the others."""
 
 
+_OUTSIDE = (
+    "del., ins.: 0 is the baseline, 1 the whole image; below 0 the words are less likely than on the baseline, above 1 "
+    "likelier than with the whole image"
+)
+
 _FURTHER_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans",
     "Microsoft YaHei", "Malgun Gothic", "Noto Sans Devanagari", "Noto Sans Thai", "Arial Unicode MS",
@@ -485,7 +490,9 @@ class _Sheet:
                 boxes.append((panel, left + at * (side + gap), top + (tall - high) / 2, side, high))
             top += tall + 1.5 * self.line
         bar = top + 0.3 * self.line
-        height = bar + 2.6 * self.line
+        areas = [area for panel in panels for area in (panel.mark.deletion, panel.mark.insertion)]
+        notes = list(self.wrapped(_OUTSIDE, self._width)) if any(area < 0 or area > 1 for area in areas) else []
+        height = bar + (2.6 + len(notes)) * self.line
         self._drawn.set_figheight(height)
         for panel, x, y, wide in words:
             self._words(panel, x, y, wide, draw=True)
@@ -499,6 +506,8 @@ class _Sheet:
             if left and x == left:
                 self.text(0.8 * self.line, y + high / 2, panel.row, ha="center", va="center", rotation=90)
         self._legend(bar, alpha, colormap, contour)
+        for number, note in enumerate(notes):
+            self.text(0, bar + (2.4 + number) * self.line, note, va="top", color="#333333")
 
     def _shared(self, panels: Sequence[Panel]) -> Panel | None:
         """The panel whose question and answer stand once over all: where they are of one answer."""

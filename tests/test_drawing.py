@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import threading
@@ -316,6 +317,17 @@ def test_curves_of_a_score_with_their_verdict(tmp_path, ending) -> None:
     boxes = [*(item.get_window_extent(renderer) for item in drawn.texts), axes.get_tightbbox(renderer)]
     assert all(box.x0 >= -1 and box.y0 >= -1 and box.x1 <= page.x1 + 1 and box.y1 <= page.y1 + 1 for box in boxes)
     assert not any(box.overlaps(boxes[-1]) for box in boxes[:-1])
+
+
+def test_a_figure_says_what_numbers_outside_0_to_1_mean() -> None:
+    heat = report_samples.heat()
+    usual, wild = (figure([heat], scores=[report_samples.score(insertion=value)]) for value in (0.9, 28.3))
+    told = "above 1 likelier than with the whole image"
+    assert told in " ".join(texts(wild)) and told not in " ".join(texts(usual))
+    renderer = wild.canvas.get_renderer()
+    boxes = [item.get_window_extent(renderer) for item in wild.texts]
+    assert min(box.y0 for box in boxes) >= -1
+    assert not any(one.shrunk(0.9, 0.9).overlaps(two) for one, two in itertools.combinations(boxes, 2))
 
 
 def test_a_score_without_curves_says_why_there_is_nothing_to_draw() -> None:
