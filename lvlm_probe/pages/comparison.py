@@ -167,7 +167,7 @@ def compare(
             raise ReportError("scores and labels go with heatmaps; replays are judged here")
         columns, rows = _made(items, methods, tokens, _Settings(image, seed, grid, steps), progress)
     text = filled(columns, rows, standings(columns, rows), title or _TITLE)
-    said = f"{len(columns)} methods on {len(rows)} answers"
+    said = f"{len(columns)} method{'s' * (len(columns) != 1)} on {len(rows)} answer{'s' * (len(rows) != 1)}"
     return Comparison(write_text(path, text, overwrite=overwrite, said=said), tuple(columns), tuple(rows))
 
 

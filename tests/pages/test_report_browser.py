@@ -458,7 +458,7 @@ def test_a_notebook_shows_the_page_in_a_frame(show: Any, one: Path, tmp_path: Pa
     driver.switch_to.default_content()
 
 
-def test_where_scripts_are_forbidden_the_notebook_still_says_what_was_found(show: Any, one: Path, tmp_path: Path) -> None:
+def test_where_scripts_are_forbidden_a_notebook_still_says_what_was_found(show: Any, one: Path, tmp_path: Path) -> None:
     notebook = tmp_path / "strict.html"
     policy = "<meta http-equiv='Content-Security-Policy' content=\"script-src 'none'; frame-src 'none'\">"
     notebook.write_text(f"<!doctype html><html data-ready='true'>{policy}<body>{one._repr_html_()}", encoding="utf-8")
