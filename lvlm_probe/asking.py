@@ -11,13 +11,13 @@ them.
 
 from __future__ import annotations
 
-import html
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lvlm_probe.cards import answer_html, card, text_html
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.explainers import explain
 from lvlm_probe.heatmap import Heatmap, figure
@@ -147,14 +147,8 @@ class Answer:
         return f"<Answer {self.text!r} to {self.trace.question!r}, {len(self._explained)} maps>"
 
     def _repr_html_(self) -> str:
-        llr: Mapping[int, float] = {} if self.trace.llr is None else dict(enumerate(self.trace.llr.tolist()))
-        shown = []
-        for word in self.words:
-            share = sum(llr.get(index, 0.0) for index in range(word.start, word.stop))
-            strength = max(0.0, min(1.0, share / 4))
-            look = f"background: rgba(213, 94, 0, {0.35 * strength:.2f}); border-radius: 3px"
-            shown.append(f'<span style="{look}" title="{share:.2f} nats">{html.escape(word.text)}</span>')
-        return (
-            f'<p dir="auto"><small>{html.escape(self.trace.question or "")}</small><br>{" ".join(shown)}<br>'
-            f"<small>shaded: words that the image decides (log-likelihood ratio)</small></p>"
-        )
+        llr = None if self.trace.llr is None else self.trace.llr.tolist()
+        words = answer_html(self.trace.tokens, self.trace.special.tolist(), llr=llr)
+        maps = f"{len(self._explained)} maps so far" if self._explained else ""
+        facts = [maps, "" if llr is None else "shaded: words that the image decides (log-likelihood ratio)"]
+        return card("Answer", f'<br><span dir="auto">{text_html(self.trace.question or "")}</span>', words, facts=facts)

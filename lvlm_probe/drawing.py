@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import math
 import threading
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -27,7 +29,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FORMATS", "WIDTHS", "Mark", "Panel", "Scored", "figure", "figure_bytes", "mark_of", "overlay", "resample"]
+__all__ = [
+    "FORMATS",
+    "WIDTHS",
+    "Curved",
+    "Mark",
+    "Panel",
+    "Scored",
+    "colour_bar",
+    "curve_figure",
+    "figure",
+    "figure_bytes",
+    "mark_of",
+    "overlay",
+    "resample",
+]
 
 # Dark ends of perceptually uniform maps vanish in shadows; opacity already says "little", so colour starts brighter.
 _COLOUR_FLOOR = 0.25
@@ -158,6 +174,13 @@ def _heated(pixels: np.ndarray, value: np.ndarray, table: np.ndarray, alpha: flo
     index = ((_COLOUR_FLOOR + (1 - _COLOUR_FLOOR) * value) * len(table)).astype(np.intp).clip(0, len(table) - 1)
     heated: np.ndarray = pixels + (table[index] - pixels) * opacity
     return heated
+
+
+def colour_bar(width: int = 256, *, alpha: float = 0.8, colormap: str = "inferno", ground: int = 255) -> Image.Image:
+    """The colours of overlays from 0 to 1, over a ground of one grey level, ``width`` pixels by one."""
+    plain = np.full((1, width, 3), float(ground), dtype=np.float32)
+    bar = _heated(plain, np.linspace(0, 1, width, dtype=np.float32)[None], _colours(colormap), alpha)
+    return Image.fromarray(np.rint(bar).astype(np.uint8))
 
 
 def resample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -292,7 +315,8 @@ class Panel:
         values, seen: As in ``overlay``; ``values=None``: there is no map, and ``reason`` says why.
         row, col: Texts of its row and column.
         question: What was asked, if known.
-        answer: Words of the answer with whether each is explained; punctuation of its own.
+        answer: Words of the answer with whether each is explained; punctuation of its own; white space in front of a
+            word where there is some in the answer.
         mark: Its verdict.
         reason: Why there is no map.
     """
@@ -334,17 +358,9 @@ def figure(
     Raises:
         ExplainError: no panels, or no such width.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not panels:
         raise ExplainError("a figure shows heatmaps: give at least one")
-    inches = WIDTHS.get(width) if isinstance(width, str) else float(width)
-    if inches is None or not 0.5 <= inches <= 100:
-        raise ExplainError(f"a figure is 'column' or 'text' wide, or 0.5 to 100 inches; got {width!r}")
-    grid = _placed(panels, columns)
-    drawn = Figure(figsize=(inches, inches))
-    FigureCanvasAgg(drawn)
+    drawn, grid = _blank(width), _placed(panels, columns)
     _Sheet(drawn, grid, font_size).fill(alpha=alpha, colormap=colormap, contour=contour, dpi=dpi)
     return drawn
 
@@ -359,23 +375,99 @@ def _placed(panels: Sequence[Panel], columns: int | None) -> list[list[Panel | N
     return [[*line, *[None] * (across - len(line))] for line in lines]
 
 
+_LOOKS: Mapping[bool, Mapping[str, str]] = {
+    True: {"color": "#b3400a", "weight": "bold"}, False: {"color": "#111111", "weight": "normal"},
+}  # fmt: skip
+"""Of words that are explained, and of the others."""
+
+
+_OUTSIDE = (
+    "del., ins.: 0 is the baseline, 1 the whole image; below 0 the words are less likely than on the baseline, above 1 "
+    "likelier than with the whole image"
+)
+
+_FURTHER_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans",
+    "Microsoft YaHei", "Malgun Gothic", "Noto Sans Devanagari", "Noto Sans Thai", "Arial Unicode MS",
+)  # fmt: skip
+"""Fonts of scripts that matplotlib's own has no letters of, where they are installed."""
+
+
+def _families() -> list[str]:
+    import matplotlib
+    from matplotlib import font_manager
+
+    installed = {entry.name for entry in font_manager.fontManager.ttflist}
+    return [*matplotlib.rcParams["font.family"], *(name for name in _FURTHER_FONTS if name in installed)]
+
+
+class _Piece(NamedTuple):
+    """A word of a line: its text, whether it is explained, the space in front of it and its width, inches."""
+
+    text: str
+    chosen: bool
+    space: float
+    size: float
+
+
+def _direction(text: str) -> Literal["L", "R", ""]:
+    """The direction of the first letter; empty where there is none."""
+    for sign in text:
+        kind = unicodedata.bidirectional(sign)
+        if kind in ("L", "R", "AL"):
+            return "L" if kind == "L" else "R"
+    return ""
+
+
+def _set_out(line: Sequence[_Piece], *, backwards: bool) -> Iterator[tuple[float, _Piece]]:
+    """The words of a line from left to right, each with its place.
+
+    As the bidirectional algorithm (UAX #9) does, on whole words: runs of the other direction than the line's are turned
+    round; what has none (numbers, signs) goes with the run that is on both sides of it, else with the line, but a
+    number behind letters of the other direction goes with them (W7).
+    """
+    own = "R" if backwards else "L"
+    kinds = [_direction(piece.text) for piece in line]
+    for at, kind in enumerate(kinds):
+        if kind:
+            continue
+        before = kinds[at - 1] if at else own
+        behind = next((found for found in kinds[at + 1 :] if found), own)
+        number = any(unicodedata.bidirectional(sign) == "EN" for sign in line[at].text)
+        kinds[at] = before if before == behind or (number and before == "L") else own  # type: ignore[call-overload]
+    order: list[int] = []
+    gaps: list[float] = []
+    for kind, run in itertools.groupby(range(len(line)), key=lambda at: kinds[at]):
+        members = list(run)
+        shown = members if kind == own else members[::-1]
+        gaps += [line[members[0]].space, *(line[max(pair)].space for pair in itertools.pairwise(shown))]
+        order += shown
+    if backwards:
+        order, gaps = order[::-1], [0.0, *gaps[:0:-1]]
+    left = 0.0
+    for at, gap in zip(order, gaps, strict=True):
+        yield left + gap, line[at]
+        left += gap + line[at].size
+
+
 class _Sheet:
     """Places everything of a figure, in inches from its top."""
 
     def __init__(self, drawn: Figure, grid: list[list[Panel | None]], font_size: float) -> None:
         self._drawn, self._grid, self._points = drawn, grid, font_size
-        self._line = 1.35 * font_size / 72
+        self.line = 1.35 * font_size / 72
         self._width = drawn.get_figwidth()
+        self._families = _families()
 
     def fill(self, *, alpha: float, colormap: str, contour: bool, dpi: float) -> None:
         panels = [panel for line in self._grid for panel in line if panel is not None]
         rows = len({panel.row for panel in panels}) > 1 and len({panel.col for panel in panels}) > 1
         heads = self._shared(panels)
-        left = 1.6 * self._line if rows and heads is not None else 0.0
-        gap = 0.6 * self._line
+        left = 1.6 * self.line if rows and heads is not None else 0.0
+        gap = 0.6 * self.line
         count = len(self._grid[0])
         side = (self._width - left - gap * (count - 1)) / count
-        top = 0.4 * self._line
+        top = 0.4 * self.line
         boxes: list[tuple[Panel, float, float, float, float]] = []
         words: list[tuple[Panel, float, float, float]] = []
         if heads is not None:
@@ -391,14 +483,16 @@ class _Sheet:
                 words.append((panel, place, top, wide))
                 own = max(own, self._words(panel, place, top, wide, draw=False))
             top += own
-            top += self._line if not rows or heads is None or number == 0 else 0.0  # titles
+            top += self.line if not rows or heads is None or number == 0 else 0.0  # titles
             tall = max(side * panel.image.height / panel.image.width for _, panel in here)
             for at, panel in here:
                 high = side * panel.image.height / panel.image.width
                 boxes.append((panel, left + at * (side + gap), top + (tall - high) / 2, side, high))
-            top += tall + 1.5 * self._line
-        bar = top + 0.3 * self._line
-        height = bar + 2.6 * self._line
+            top += tall + 1.5 * self.line
+        bar = top + 0.3 * self.line
+        areas = [area for panel in panels for area in (panel.mark.deletion, panel.mark.insertion)]
+        notes = list(self.wrapped(_OUTSIDE, self._width)) if any(area < 0 or area > 1 for area in areas) else []
+        height = bar + (2.6 + len(notes)) * self.line
         self._drawn.set_figheight(height)
         for panel, x, y, wide in words:
             self._words(panel, x, y, wide, draw=True)
@@ -407,11 +501,13 @@ class _Sheet:
             self._panel(panel, x, y, wide, high, alpha=alpha, colormap=colormap, contour=contour, dpi=dpi)
             title = panel.col
             if not rows or heads is None or title not in titled:
-                self._text(x + wide / 2, y - 0.25 * self._line, title, ha="center", va="bottom", weight="bold")
+                self.text(x + wide / 2, y - 0.25 * self.line, title, ha="center", va="bottom", weight="bold")
                 titled.add(title)
             if left and x == left:
-                self._text(0.8 * self._line, y + high / 2, panel.row, ha="center", va="center", rotation=90)
+                self.text(0.8 * self.line, y + high / 2, panel.row, ha="center", va="center", rotation=90)
         self._legend(bar, alpha, colormap, contour)
+        for number, note in enumerate(notes):
+            self.text(0, bar + (2.4 + number) * self.line, note, va="top", color="#333333")
 
     def _shared(self, panels: Sequence[Panel]) -> Panel | None:
         """The panel whose question and answer stand once over all: where they are of one answer."""
@@ -425,25 +521,39 @@ class _Sheet:
     def _words(self, panel: Panel, x: float, y: float, wide: float, *, draw: bool) -> float:
         """Question and answer, words that are explained in colour; returns the height they take."""
         start = y
-        for line in self._wrapped(panel.question or "", wide):
+        backwards = _direction(panel.question or "") == "R"
+        for line in self.wrapped(panel.question or "", wide):
             if draw:
-                self._text(x, y, line, va="top", color="#555555")
-            y += self._line
-        at = x
-        for word, chosen in panel.answer:
-            look = {"color": "#b3400a", "weight": "bold"} if chosen else {"color": "#111111"}
-            space = 0.28 * self._line if at > x and word[:1].isalnum() else 0.0
-            size = self._measure(word, **look)
-            if at + space + size > x + wide and at > x:
-                at, space, y = x, 0.0, y + self._line
-            if draw:
-                self._text(at + space, y, word, va="top", **look)
-            at += space + size
-        if panel.answer:
-            y += 1.15 * self._line
-        return y - start
+                side = {"ha": "right"} if backwards else {}
+                self.text(x + wide if backwards else x, y, line, va="top", color="#555555", **side)
+            y += self.line
+        return y - start + self._answer(panel.answer, x, y, wide, draw=draw)
 
-    def _wrapped(self, text: str, wide: float) -> Iterator[str]:
+    def _answer(self, answer: Sequence[tuple[str, bool]], x: float, y: float, wide: float, *, draw: bool) -> float:
+        """The answer's words, in lines, in the order in which each line is read; returns the height."""
+        if not answer:
+            return 0.0
+        backwards = _direction("".join(word for word, _ in answer)) == "R"
+        lines: list[list[_Piece]] = [[]]
+        at = 0.0
+        for text, chosen in answer:
+            word = text.strip()
+            space = 0.28 * self.line if lines[-1] and text[:1].isspace() else 0.0
+            size = self._measure(word, **_LOOKS[chosen])
+            if lines[-1] and at + space + size > wide:
+                lines.append([])
+                at = space = 0.0
+            lines[-1].append(_Piece(word, chosen, space, size))
+            at += space + size
+        for number, line in enumerate(lines):
+            taken = sum(piece.space + piece.size for piece in line)
+            for left, piece in _set_out(line, backwards=backwards):
+                if draw:
+                    from_left = left + (wide - taken if backwards else 0.0)
+                    self.text(x + from_left, y + number * self.line, piece.text, va="top", **_LOOKS[piece.chosen])
+        return (len(lines) + 0.15) * self.line
+
+    def wrapped(self, text: str, wide: float) -> Iterator[str]:
         line = ""
         for word in text.split():
             longer = f"{line} {word}".strip()
@@ -457,22 +567,25 @@ class _Sheet:
     def _measure(self, text: str, **look: Any) -> float:
         from matplotlib.text import Text
 
-        probe = Text(0, 0, text, fontsize=self._points, weight=look.get("weight", "normal"), parse_math=False)
+        probe = Text(
+            0, 0, text, fontsize=self._points, weight=look.get("weight", "normal"), parse_math=False,
+            fontfamily=self._families,
+        )  # fmt: skip
         probe.set_figure(self._drawn)
         extent = probe.get_window_extent(self._drawn.canvas.get_renderer())  # type: ignore[attr-defined]
         return float(extent.width) / float(self._drawn.dpi)
 
-    def _text(self, x: float, y: float, text: str, **look: Any) -> None:
+    def text(self, x: float, y: float, text: str, **look: Any) -> None:
         height = self._drawn.get_figheight()
-        look = {"fontsize": self._points, "parse_math": False, **look}
+        look = {"fontsize": self._points, "parse_math": False, "fontfamily": self._families, **look}
         self._drawn.text(x / self._width, 1 - y / height, text, **look)
 
-    def _axes(self, x: float, y: float, wide: float, high: float) -> Axes:
+    def axes(self, x: float, y: float, wide: float, high: float) -> Axes:
         height = self._drawn.get_figheight()
         return self._drawn.add_axes((x / self._width, 1 - (y + high) / height, wide / self._width, high / height))
 
     def _panel(self, panel: Panel, x: float, y: float, wide: float, high: float, **look: Any) -> None:
-        axes = self._axes(x, y, wide, high)
+        axes = self.axes(x, y, wide, high)
         dpi = look.pop("dpi")
         pixels = max(1, round(wide * dpi)), max(1, round(high * dpi))
         image = panel.image
@@ -481,7 +594,7 @@ class _Sheet:
         if panel.values is None:
             axes.imshow(np.asarray(image.convert("L").convert("RGB")), aspect="auto")
             axes.text(
-                0.5, 0.5, "\n".join(self._wrapped(f"no map: {panel.reason or 'none'}", 0.9 * wide)), ha="center",
+                0.5, 0.5, "\n".join(self.wrapped(f"no map: {panel.reason or 'none'}", 0.9 * wide)), ha="center",
                 va="center", fontsize=self._points, transform=axes.transAxes, parse_math=False,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
             )  # fmt: skip
@@ -492,20 +605,87 @@ class _Sheet:
         text = str(panel.mark)
         if self._measure(text) > wide:  # a narrow panel has room for less
             text = panel.mark.verdict
-        self._text(x + wide / 2, y + high + 0.2 * self._line, text, ha="center", va="top", color=colour)
+        self.text(x + wide / 2, y + high + 0.2 * self.line, text, ha="center", va="top", color=colour)
 
     def _legend(self, y: float, alpha: float, colormap: str, contour: bool) -> None:
         wide = min(0.35 * self._width, 1.6)
-        axes = self._axes(0.02 * self._width, y, wide, 0.45 * self._line)
-        bar = _heated(np.full((1, 256, 3), 255.0), np.linspace(0, 1, 256)[None], _colours(colormap), alpha)
-        axes.imshow(bar / 255, aspect="auto", extent=(0, 1, 0, 1))
+        axes = self.axes(0.02 * self._width, y, wide, 0.45 * self.line)
+        bar = colour_bar(alpha=alpha, colormap=colormap)
+        axes.imshow(np.asarray(bar), aspect="auto", extent=(0, 1, 0, 1))
         axes.set_yticks([])
         axes.set_xticks([0, 0.5, 1])
         axes.tick_params(labelsize=0.85 * self._points, length=2, pad=1)
         text = "importance, share of the map's highest" + ("; outline: half of it" if contour else "")
         room = self._width - wide - 0.06 * self._width
-        for number, line in enumerate(self._wrapped(text, room)):
-            self._text(wide + 0.05 * self._width, y + (number - 0.15) * self._line, line, va="top", color="#333333")
+        for number, line in enumerate(self.wrapped(text, room)):
+            self.text(wide + 0.05 * self._width, y + (number - 0.15) * self.line, line, va="top", color="#333333")
+
+
+class Curved(Scored, Protocol):
+    """What is drawn of a score's curves: what ``evaluate`` returns has it."""
+
+    @property
+    def fractions(self) -> Sequence[float]: ...
+    @property
+    def deletion_curve(self) -> Sequence[float]: ...
+    @property
+    def insertion_curve(self) -> Sequence[float]: ...
+    @property
+    def remarks(self) -> Sequence[str]: ...
+
+
+def curve_figure(score: Curved, *, width: str | float = "column", font_size: float = 8.0) -> Figure:
+    """Deletion and insertion with their areas, the verdict, and what areas outside 0 to 1 mean, for print.
+
+    Args:
+        score: its curves are finite.
+        width: as in ``figure``.
+        font_size: points.
+    """
+    drawn = _blank(width)
+    sheet = _Sheet(drawn, [], font_size)
+    line, inches = sheet.line, drawn.get_figwidth()
+    verdict = mark_of(score).verdict
+    told = [(str(verdict), _COLOURS[verdict])]
+    told += [(one, (51, 51, 51)) for one in (*score.remarks, "dotted: no better than area")]
+    under = [(text, colour) for said, colour in told for text in sheet.wrapped(said, inches)]
+    left, top, high = 3.2 * line, 2.2 * line, 0.6 * inches
+    drawn.set_figheight(top + high + (3.2 + len(under)) * line)
+    axes = sheet.axes(left, top, inches - left - line, high)
+    lines = [
+        axes.plot(score.fractions, curve, color=colour, linewidth=1.4, label=f"{name} {area:.2f}")[0]
+        for name, curve, area, colour in (
+            ("insertion", score.insertion_curve, score.insertion, "#0072b2"),
+            ("deletion", score.deletion_curve, score.deletion, "#d55e00"),
+        )
+    ]
+    for rising in ([0, 1], [1, 0]):
+        axes.plot([0, 1], rising, ":", color="#777777", linewidth=0.9)
+    axes.legend(
+        handles=lines, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=0.9 * font_size,
+        borderaxespad=0.2, handlelength=1.4, columnspacing=1.0,
+    )  # fmt: skip
+    axes.margins(x=0)
+    axes.grid(axis="y", linewidth=0.4, color="#dddddd")
+    axes.tick_params(labelsize=0.9 * font_size)
+    axes.set_xlabel("share of the image, most important first", fontsize=font_size)
+    axes.set_ylabel("score: 0 baseline, 1 whole image", fontsize=font_size)
+    for number, (text, colour) in enumerate(under):
+        sheet.text(0, top + high + (3.1 + number) * line, text, va="top", color=np.asarray(colour) / 255)
+    return drawn
+
+
+def _blank(width: str | float) -> Figure:
+    """A figure of a width that belongs to no window. Raises ``ExplainError`` for no such width."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    inches = WIDTHS.get(width) if isinstance(width, str) else float(width)
+    if inches is None or not 0.5 <= inches <= 100:
+        raise ExplainError(f"a figure is 'column' or 'text' wide, or 0.5 to 100 inches; got {width!r}")
+    drawn = Figure(figsize=(inches, inches))
+    FigureCanvasAgg(drawn)
+    return drawn
 
 
 def figure_bytes(drawn: Figure, name: str, *, provenance: str, dpi: float = 300) -> bytes:

@@ -40,8 +40,6 @@ KIND, VERSION = "heatmap", "1.0"
 PNG_KEY = "lvlm_probe"
 """Text chunk of a saved PNG that holds the provenance as JSON."""
 
-_NOTEBOOK_SIDE = 640
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Heatmap:
@@ -278,17 +276,26 @@ class Heatmap:
         found = trace if trace is not None else _trace_beside(source, attrs, heat.provenance)
         return dataclasses.replace(heat, trace=found)
 
-    def _repr_png_(self) -> bytes | None:
-        if self.values is None:
-            return None
-        # Drawn small: at the size of a large picture it takes gigabytes, to be shown small all the same.
-        scale = min(1.0, _NOTEBOOK_SIDE / max(self.image_size))
-        width, height = (max(1, round(side * scale)) for side in self.image_size)
+    def preview(self, side: int = 640, *, score: drawing.Scored | None = None) -> Image.Image:
+        """The overlay with its verdict, made small; on grey where no image is at hand.
+
+        Args:
+            side: longest side, pixels.
+            score: what ``evaluate`` said of this heatmap; without it, it is "not checked".
+
+        Raises:
+            ExplainError: there are no values.
+        """
+        scale = min(1.0, side / max(self.image_size))
+        width, height = (max(1, round(length * scale)) for length in self.image_size)
         try:
             picture = self.picture().resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
         except ProbeError:  # none at hand, or one that cannot be read
             picture = Image.new("RGB", (width, height), (128, 128, 128))
-        return self._png(dataclasses.replace(self, image_size=(width, height)).overlay(image=picture))
+        return dataclasses.replace(self, image_size=(width, height)).overlay(image=picture, score=score)
+
+    def _repr_png_(self) -> bytes | None:
+        return None if self.values is None else self._png(self.preview())
 
     def _repr_html_(self) -> str:
         title = f"{html.escape(self.method[:100])}: {html.escape((self.selection.text or 'nothing selected')[:400])}"
@@ -297,7 +304,8 @@ class Heatmap:
             return f"<p><b>{title}</b><br>{html.escape((self.reason or '')[:1000])}</p>"
         data = base64.b64encode(png).decode("ascii")
         passes = self.provenance.get("passes")
-        detail = f"trace {str(self.provenance.get('trace_id', ''))[:128]} · grid {self.shape[0]} × {self.shape[1]}"
+        detail = "not checked: evaluate(heat, replay) says whether to believe it · "
+        detail += f"trace {str(self.provenance.get('trace_id', ''))[:128]} · grid {self.shape[0]} × {self.shape[1]}"
         if isinstance(passes, Mapping):
             detail += f" · {passes.get('forward', 0)} forward, {passes.get('backward', 0)} backward passes"
         return (
@@ -375,7 +383,7 @@ def figure(
 def _places(heats: Sequence[Heatmap]) -> list[tuple[str, str]]:
     """Row and column of each heatmap's panel: methods below each other where words differ too, else beside."""
     answers = [(str(heat.provenance.get("trace_id", "")), heat.image_index) for heat in heats]
-    methods = [heat.method for heat in heats]
+    methods = [str(heat.provenance.get("label") or heat.method) for heat in heats]
     words = [heat.selection.text or "whole answer" for heat in heats]
     several = len(set(methods)) > 1
     if len(set(answers)) > 1:
@@ -392,16 +400,22 @@ def _panel(heat: Heatmap, score: Any, image: Image.Image | None, place: tuple[st
     selection = heat.selection
     special = [index in selection.special for index in range(len(selection.tokens))]
     chosen = set(selection.indices)
-    answer = [
-        (word.text, bool(chosen & set(range(word.start, word.stop)))) for word in group_words(selection.tokens, special)
-    ]
+    answer, end = [], 0
+    for word in group_words(selection.tokens, special):
+        shown = "".join(selection.tokens[end : word.stop])
+        space = shown[: len(shown) - len(shown.lstrip())]
+        answer.append((space + word.text, bool(chosen & set(range(word.start, word.stop)))))
+        end = word.stop
+    question = None if heat.trace is None else heat.trace.question or f"Prompt: {heat.trace.prompt}"
+    several = 0 if heat.trace is None else len(heat.trace.images)
+    which = f" · image {heat.image_index + 1} of {several}" if several > 1 else ""
     return drawing.Panel(
         heat.picture_for(image).convert("RGB"),
         heat.values,
         row=place[0],
-        col=place[1],
+        col=place[1] + which,
         seen=heat.seen,
-        question=None if heat.trace is None else heat.trace.question,
+        question=question,
         answer=answer,
         mark=drawing.mark_of(score),
         reason=heat.reason,

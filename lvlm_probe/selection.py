@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lvlm_probe.cards import answer_html, card
 from lvlm_probe.errors import SelectionError
 from lvlm_probe.words import ALPHA, group_words
 
@@ -37,6 +38,9 @@ _STOP_WORDS = (
 STOP_WORDS: frozenset[str] = frozenset(_STOP_WORDS.split())
 """English function words that ``stop_words=True`` keeps out of K; compared by text, so any tokenizer will do."""
 
+_SPECIAL = "special token"
+"""How the reason begins why a special token is skipped."""
+
 Rule = Literal["llr", "joint", "words", "span", "indices"]
 
 
@@ -52,7 +56,8 @@ class TokenSelection:
         params: What the rule was given (``alpha``, ``words``, ``span``, ``indices``, ``skip_first``, ``stop_words``).
         skipped: Tokens the rule would have taken but an option or their nature keeps out: index → reason.
         reason: Why nothing is selected, as a sentence; ``None`` when something is.
-        special: Indices of special tokens, which are never selected and never shown; empty where that is not known.
+        special: Indices of special tokens, which are never selected and never shown; by default those that ``skipped``
+            calls so.
     """
 
     indices: tuple[int, ...]
@@ -63,6 +68,11 @@ class TokenSelection:
     skipped: Mapping[int, str] = field(default_factory=dict)
     reason: str | None = None
     special: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.special:
+            known = tuple(sorted(index for index, why in self.skipped.items() if why.startswith(_SPECIAL)))
+            object.__setattr__(self, "special", known)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -77,6 +87,13 @@ class TokenSelection:
         if not self.indices:
             return f"<TokenSelection {self.rule}: none, {self.reason}>"
         return f"<TokenSelection {self.rule}: {self.text!r}, {len(self.indices)} of {len(self.tokens)} tokens>"
+
+    def _repr_html_(self) -> str:
+        special = [index in self.special for index in range(len(self.tokens))]
+        words = answer_html(self.tokens, special, llr=self.llr, marked=self.indices)
+        taken = f"{len(self.indices)} of {len(self.tokens)} tokens selected (underlined), rule {self.rule}"
+        left_out = "; ".join(f"{self.tokens[index].strip()}: {why}" for index, why in self.skipped.items())
+        return card("Selection", words, facts=[taken, self.reason or "", f"left out: {left_out}" if left_out else ""])
 
     @property
     def decided(self) -> tuple[int, ...]:
@@ -257,7 +274,7 @@ def _skipped_by_option(
             skipped.update(dict.fromkeys(range(word.start, word.stop), f"stop word {word.text.strip()!r}"))
     if skip_first and tokens:
         skipped[0] = "first token of the answer"
-    skipped.update({index: f"special token {tokens[index]!r}" for index in np.flatnonzero(special).tolist()})
+    skipped.update({index: f"{_SPECIAL} {tokens[index]!r}" for index in np.flatnonzero(special).tolist()})
     return skipped
 
 
@@ -346,8 +363,12 @@ def _why_empty(
     values = np.asarray(llr)[ordinary]
     if not np.isfinite(values).any():
         return "the log-likelihood ratios are not finite: replay in float32"
-    top = ordinary[int(np.nanargmax(values))]
-    return (
-        f"no token gains more than {alpha:g} nats from the image; "
-        f"the largest is {tokens[top].strip()!r} with {llr[top]:.2g}"
-    )
+    of_word = {
+        index: word.text for word in group_words(tokens, special.tolist()) for index in range(word.start, word.stop)
+    }
+    told = f"no token gains more than {alpha:g} nats from the image"
+    readable = [index for index in of_word if np.isfinite(llr[index])]
+    if not readable:
+        return told
+    top = max(readable, key=lambda index: llr[index])
+    return f"{told}; the largest is {of_word[top]!r} with {llr[top]:.2g}"

@@ -7,7 +7,8 @@ full stop. The rules, on the characters of the joined answer:
 * letters, digits, marks and ``_`` stick together; so do ``don't``, ``well-known``, ``3.5``, ``1,000`` and ``12:30``;
 * a run of other signs (``.``, ``?!``, an emoji) is a word of its own, so that it can be coloured on its own;
 * each Chinese or Japanese character is a word of its own (those scripts put no spaces between words);
-* whitespace and special tokens belong to no word, and no word reaches across them.
+* whitespace, signs that show nothing (a stray joiner, a control sign, bytes that make no character) and special tokens
+  belong to no word, and no word reaches across them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ ALPHA = 1.0
 """LLR above which a token of the answer is the image's doing, nats (paper, Eq. 6)."""
 
 _LETTER, _SIGN, _IDEOGRAPH, _SPACE = "letter", "sign", "ideograph", "space"
+_NO_CHARACTER = "\ufffd"
+"""What bytes are decoded to that are no character."""
 _JOINS_LETTERS = frozenset("'’-‐‑")
 _JOINS_DIGITS = frozenset(".,:")
 # Scripts written without spaces whose single characters carry meaning: iteration marks, kana, Han and its extensions.
@@ -108,13 +111,14 @@ def _kinds(text: str) -> list[str]:
     kinds: list[str] = []
     for index, char in enumerate(text):
         category = unicodedata.category(char)
-        if char.isspace():
+        if char.isspace() or category == "Cc" or char == _NO_CHARACTER:
             kind = _SPACE
         elif any(low <= ord(char) <= high for low, high in _IDEOGRAPHS):
             kind = _IDEOGRAPH
         elif category[0] == "M" or category == "Cf":
             # Accents, variation selectors and joiners belong to the character before them.
-            kind = kinds[-1] if kinds and kinds[-1] != _SPACE else _LETTER
+            alone = _SPACE if category == "Cf" else _LETTER
+            kind = kinds[-1] if kinds and kinds[-1] != _SPACE else alone
         elif category[0] in "LN" or char == "_" or _is_inner(text, index):
             kind = _LETTER
         else:

@@ -124,6 +124,14 @@ def test_empty_selection_is_a_result_with_a_reason(replay: ToyReplay) -> None:
     assert not selection
     # The special token's ratio of 6.9 is the largest of all and must neither join K nor be named.
     assert selection.reason == "no token gains more than 5 nats from the image; the largest is 'red' with 4.2"
+    blank = ToyReplay(
+        torch.ones(4, 1, 1),
+        original=[0.5] * 4,
+        base=[0.4, 0.25, 0.24, 0.2],
+        tokens=[" red", "\n", "\ufffd", "</s>"],
+        special=[False, False, False, True],
+    )
+    assert str(select_tokens(blank).reason).endswith("the largest is 'red' with 0.22"), "the others are no words"
     only_special = select_tokens(replay, span=(9, 10))
     assert only_special.reason == "only special tokens are in the span"
     skipped = select_tokens(replay, alpha=1.0, stop_words={"the", "croissant", "red", "covered"})

@@ -45,6 +45,9 @@ def texts(pieces: list[str], special: list[bool] | None = None) -> list[str]:
         ([], []),
         (["", ""], [""]),
         ([" ", "\n"], []),
+        (["red", " \ufffd", " car", "\ufffd\ufffd"], ["red", "car"]),
+        (["\u200d", " red", " \u200b", "\x07", " car"], ["red", "car"]),
+        (["👩", "\u200d", "🚀"], ["👩\u200d🚀"]),
     ],
 )
 def test_grouping(pieces: list[str], expected: list[str]) -> None:

@@ -72,7 +72,8 @@ def _list_directory(path: Path, last: int, as_json: bool) -> None:
         row = f" row {trace.row}" if trace.rows > 1 else ""
         state = "" if trace.status == "complete" else f"  [{trace.status}]"
         say((one_line(trace.path.name), "bold"), row, (state, "red"))
-        say(("  Q  ", "dim"), one_line(trace.question or trace.prompt, _LISTED))
+        asked = ("  Q  ", trace.question) if trace.question else ("  prompt  ", trace.prompt)
+        say((asked[0], "dim"), one_line(asked[1], _LISTED))
         say(("  A  ", "dim"), one_line(trace.answer, _LISTED))
     if len(store.files) > last:
         say((f"the last {last} of {len(store.files)} files; --last N shows more", "dim"))

@@ -256,7 +256,11 @@ def _traces(
             raise trace
         llr, used = _ratios(trace, model, processor, baseline)
         imported = said_by(trace)
-        facts = {"id": (imported or {}).get("id"), "question": trace.question or "", "picture": _picture(trace)}
+        facts = {
+            "id": (imported or {}).get("id"),
+            "question": trace.question or trace.prompt,
+            "picture": _picture(trace),
+        }
         return trace, llr, {**facts, "elsewhere": imported is not None, "baseline": used}
 
     for file, trace in traces_in(path):

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import CurveScore, too_narrow
 
@@ -68,7 +69,7 @@ _FIRST_INTERVALS = 8
 """Intervals an adaptive curve starts with: even, so that a turn of some width is met."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Curves:
     """Scores along both curves before normalisation.
 
@@ -89,6 +90,8 @@ class Curves:
         undefined: Why they cannot be normalised (``too_narrow``). Bound and turns are 0 then, there being no areas, and
             adaptive sampling leaves all points but the ends NaN.
     """
+
+    __repr__ = in_one_line
 
     fractions: np.ndarray
     deletion: np.ndarray

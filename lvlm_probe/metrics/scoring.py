@@ -8,16 +8,21 @@ explanation saw. Unless told otherwise, a heatmap is judged over the baseline th
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
+from lvlm_probe import drawing
+from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import CurveScore
-from lvlm_probe.files import json_ready
+from lvlm_probe.files import json_ready, write_whole
 from lvlm_probe.heatmap import Heatmap, resample
 from lvlm_probe.metrics.deletion_insertion import (
     Curves,
@@ -29,10 +34,13 @@ from lvlm_probe.metrics.deletion_insertion import (
     normalise,
     release_area,
 )
-from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFERENCE, Verdict, judge
+from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFERENCE, Verdict, judge, out_of_range
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.protocol import ReplayLike
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["BaselineChoice", "Score", "check_answer", "evaluate", "over_baseline"]
 
@@ -83,6 +91,34 @@ class Score:
             return f"<Score undefined: {self.verdict}>"
         return f"<Score deletion {self.deletion:.3f}, insertion {self.insertion:.3f}: {self.verdict}>"
 
+    def _repr_html_(self) -> str:
+        facts = [str(self.verdict), *self.remarks]
+        if self.reason is not None:
+            return card("No score", facts=facts)
+        numbers = f"deletion {self.deletion:.3f} · insertion {self.insertion:.3f} · gain {self.gain:.3f}"
+        return card(drawing.mark_of(self).verdict, text_html(f": {numbers}"), self._small_curves(), facts=facts)
+
+    def _small_curves(self) -> str:
+        """Both curves as an SVG of its own, without scripts and styles."""
+        both = [*self.deletion_curve, *self.insertion_curve, 0.0, 1.0]
+        low, high = min(both), max(both)
+        lines = [
+            f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="'
+            + " ".join(
+                f"{240 * x:.1f},{120 * (high - y) / (high - low):.1f}"
+                for x, y in zip(self.fractions, curve, strict=True)
+            )
+            + f'"><title>{name}</title></polyline>'
+            for name, curve, colour in (
+                ("deletion", self.deletion_curve, "#d55e00"),
+                ("insertion", self.insertion_curve, "#0072b2"),
+            )
+        ]
+        return (
+            '<br><svg viewBox="-2 -2 244 124" width="244" height="124" role="img" '
+            f'aria-label="deletion (orange) and insertion (blue)">{"".join(lines)}</svg>'
+        )
+
     @property
     def gain(self) -> float:
         """Insertion − deletion: 0 for a random heatmap, at best close to 1."""
@@ -94,6 +130,43 @@ class Score:
         if math.isfinite(self.gain):
             return None
         return str(self.params.get("undefined") or "; ".join(self.verdict.reasons) or "the score is not a number")
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """A sentence for each number that needs one: areas outside [0, 1]."""
+        areas = (("deletion", self.deletion), ("insertion", self.insertion))
+        return tuple(told for name, area in areas if (told := out_of_range(name, area)) is not None)
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        width: str | float = "column",
+        font_size: float = 8.0,
+        dpi: float = 300,
+    ) -> Figure:
+        """Draw deletion and insertion with their areas and the verdict, for print.
+
+        Args:
+            path: where to save it, a PDF, SVG, PNG or TIFF; replaces what is there; by default nowhere.
+            width: ``"column"`` (3.5 inches), ``"text"`` (7.2 inches) or inches.
+            font_size: points.
+            dpi: pixels per inch, of PNG and TIFF.
+
+        Returns:
+            The matplotlib figure, which belongs to no window.
+
+        Raises:
+            ExplainError: there are no curves, and the message says why; no such width; another file ending.
+        """
+        if self.reason is not None:
+            raise ExplainError(f"there are no curves to draw: {self.reason}")
+        drawn = drawing.curve_figure(self, width=width, font_size=font_size)
+        if path is not None:
+            target = Path(path)
+            told = json.dumps(self.to_dict(), ensure_ascii=True, allow_nan=False)
+            write_whole(target, drawing.figure_bytes(drawn, target.name, provenance=told, dpi=dpi))
+        return drawn
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``; ``Score.from_dict`` is the inverse."""

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Verdict", "judge"]
+from lvlm_probe.words import ALPHA
+
+__all__ = ["Verdict", "judge", "out_of_range"]
 
 BASELINE_PROBABILITY = 0.05
 """The paper's own demand on the baseline image (A.1): selected tokens keep less than 5 % of probability on it."""
@@ -38,6 +40,9 @@ in float32 (1e-4). In half precision rounding alone may come to more, and then i
 MAX_PARITY_ERROR = 1.5
 """Mean grey levels (of 255) between the fast path of masks to pixels and the processor, whose own rounding is 0.6."""
 
+
+_ROUNDING = 1e-6
+"""A curve of float32 probabilities may pass its ends by this."""
 
 _NO_OBJECTION, _OBJECTIONS = "no objection", "do not trust: "
 _OF_THE_MAP = re.compile(r"^insertion − deletion is |of the cells are tied with others")
@@ -90,6 +95,39 @@ class Verdict:
         return cls(bool(record["trusted"]), reasons, None if measured is None else bool(measured))
 
 
+def out_of_range(name: str, area: float) -> str | None:
+    """What an area outside [0, 1] says, as a sentence; ``None`` for one inside.
+
+    Args:
+        name: ``"deletion"`` or ``"insertion"``.
+        area: under the normalised curve.
+    """
+    if not math.isfinite(area) or -_ROUNDING <= area <= 1 + _ROUNDING:
+        return None
+    away = "with parts of the image taken away" if name == "deletion" else "with only parts of the image in sight"
+    where, than = ("below 0", "less likely than on the baseline") if area < 0 else (
+        "above 1", "likelier than with the whole image"
+    )  # fmt: skip
+    return f"{name} {area:.3g} is {where} (0 is the baseline, 1 the whole image): {away}, the words are {than}"
+
+
+def _little_contrast(original: float, baseline: float) -> str:
+    """In the unit of the log-likelihood ratio by which words are selected, so that the two do not contradict."""
+    change = math.log(original / baseline) if original > 0 and baseline > 0 else math.nan
+    told = f"{original:.2g} with the image, {baseline:.2g} without, {change:.2g} nats"
+    if change > ALPHA:
+        return (
+            f"the image makes these tokens likelier, but they stay so improbable ({told}) that there is hardly "
+            f"anything to take away (the probabilities should differ by {MIN_CONTRAST:g})"
+        )
+    if change < -ALPHA:
+        return f"these tokens are likelier without the image ({told}): no region of it speaks for them"
+    return (
+        f"taking the image away changes the probability of these tokens hardly at all ({told}), so there is no region "
+        f"to find"
+    )
+
+
 def judge(
     *,
     empty: str | None = None,
@@ -134,10 +172,7 @@ def judge(
             f"in sight"
         )
     if not contrast >= MIN_CONTRAST:
-        reasons.append(
-            f"taking the picture away changes the probability of these tokens hardly at all "
-            f"({original_probability:.2g} to {baseline_probability:.2g}), so there is no region to find"
-        )
+        reasons.append(_little_contrast(original_probability, baseline_probability))
     elif not baseline_probability < BASELINE_PROBABILITY:
         reasons.append(
             f"the baseline picture still leaves these tokens a probability of {baseline_probability:.2g} "

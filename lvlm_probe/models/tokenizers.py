@@ -18,11 +18,13 @@ __all__ = [
     "positional",
     "settings_of",
     "special_flags",
+    "special_ids",
     "stops_of",
     "tokenizer_of",
 ]
 
 _REPLACEMENT = "�"
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _WAITING = 3
 """Tokens that may wait for the end of their character: UTF-8 has at most four bytes, and a token has one or more."""
 
@@ -67,9 +69,29 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def special_flags(tokenizer: Any, token_ids: Sequence[int], also: Iterable[int] = ()) -> list[bool]:
-    """Whether each token is a special one: never a word of the answer."""
-    special = set(also) | set(getattr(tokenizer, "all_special_ids", ()) or ())
-    return [int(token) in special for token in token_ids]
+    """Whether each token is a special one: never a word of the answer.
+
+    Special are the tokenizer's own special tokens, tokens that were added to it as special, ``also``, and bytes that
+    its decoder spells (``<0x0A>``) instead of joining them to characters. Added tokens that are not marked special
+    (``<loc_12>``) belong to the answer.
+    """
+    special = set(also) | special_ids(tokenizer)
+    return [int(token) in special or _spelled_byte(tokenizer, int(token)) for token in token_ids]
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """The ids that a tokenizer calls special, or to which such tokens were added."""
+    added: Mapping[Any, Any] = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    named = set(getattr(tokenizer, "all_special_ids", ()) or ())
+    return named | {int(index) for index, token in added.items() if getattr(token, "special", False)}
+
+
+def _spelled_byte(tokenizer: Any, token: int) -> bool:
+    convert = getattr(tokenizer, "convert_ids_to_tokens", None)
+    if convert is None:
+        return False
+    name = convert(token)
+    return isinstance(name, str) and bool(_BYTE.fullmatch(name)) and _decode(tokenizer, [token]) == name
 
 
 @dataclass(frozen=True)

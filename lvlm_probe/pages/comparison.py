@@ -25,15 +25,17 @@ from lvlm_probe.explainers import Tokens, explain, needs_of, selected
 from lvlm_probe.explainers import methods as known_methods
 from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.explainers.trace_only import RecordedAnswer
-from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.heatmap_store import not_made, reason_of
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.pages.comparison_page import filled
 from lvlm_probe.pages.ranking import Row, Standing, standings
-from lvlm_probe.pages.shell import refuse_existing, write_text
+from lvlm_probe.pages.shell import Page, refuse_existing, write_text
 from lvlm_probe.trace import Trace
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
 
@@ -60,14 +62,41 @@ Methods = str | Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of methods: the page's path, and everything on it."""
+    """A comparison of methods: the page's path, and everything on it. Wherever a path is wanted, it is the page's."""
 
     path: Path
     methods: tuple[str, ...]
     rows: tuple[Row, ...]
 
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def _repr_html_(self) -> str | None:
+        return self.path._repr_html_() if isinstance(self.path, Page) else None
+
     def __repr__(self) -> str:
         return f"<Comparison of {len(self.methods)} methods on {len(self.rows)} answers: {self.path}>"
+
+    def figure(self, path: str | os.PathLike[str] | None = None, **look: Any) -> Figure:
+        """A figure for print of all heatmaps with their scores and verdicts: answers below, methods beside each other.
+
+        Args:
+            path: where to save it (PDF, SVG, PNG or TIFF); by default nowhere.
+            **look: ``width``, ``font_size``, ``columns``, … of ``heatmap.figure``.
+
+        Raises:
+            ImageError: a heatmap has no image at hand.
+        """
+        shown = [
+            (dataclasses.replace(heat, provenance={**heat.provenance, "label": name}), score)
+            for row in self.rows
+            for name, heat, score in zip(self.methods, row.heats, row.scores, strict=True)
+            if heat is not None
+        ]
+        return figure([heat for heat, _ in shown], scores=[score for _, score in shown], out=path, **look)
 
     def standings(self) -> list[Standing]:
         """The methods over all rows, highest mean gain first, methods without a score last."""
@@ -138,8 +167,8 @@ def compare(
             raise ReportError("scores and labels go with heatmaps; replays are judged here")
         columns, rows = _made(items, methods, tokens, _Settings(image, seed, grid, steps), progress)
     text = filled(columns, rows, standings(columns, rows), title or _TITLE)
-    write_text(path, text, overwrite=overwrite)
-    return Comparison(path, tuple(columns), tuple(rows))
+    said = f"{len(columns)} method{'s' * (len(columns) != 1)} on {len(rows)} answer{'s' * (len(rows) != 1)}"
+    return Comparison(write_text(path, text, overwrite=overwrite, said=said), tuple(columns), tuple(rows))
 
 
 # -------------------------------------------------------------------------------------------------- heatmaps and scores

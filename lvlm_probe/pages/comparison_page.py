@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lvlm_probe.errors import ImageError, ProbeError
+from lvlm_probe.drawing import colour_bar
+from lvlm_probe.errors import ProbeError
 from lvlm_probe.pages.data_uris import data_uri, shrink
 from lvlm_probe.pages.plain import without_folders
 from lvlm_probe.pages.ranking import Row, Standing, cost_of
-from lvlm_probe.pages.samples import answer_of, read
+from lvlm_probe.pages.samples import answer_of, read, strip_of
 from lvlm_probe.pages.shell import asset, page_text
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ _PICTURE_SIDE = 480
 _CELL_SIDE = 336
 _SCENE_WIDTH, _CELL_WIDTH = 236, 168
 _LONG_ANSWER = 260
+_BAR_GROUND = 168
 _WASHES = 5
 _FIXED_SPACE = "\u00a0"
 
@@ -45,9 +47,10 @@ def filled(columns: Sequence[str], rows: Sequence[Row], standings: Sequence[Stan
         "comparison.html",
         title,
         asset("page.css") + asset("comparison.css"),
-        asset("theme.js") + 'document.documentElement.dataset.ready = "true";\n',
+        asset("theme.js") + asset("comparison.js"),
         body='<body class="comparison">',
         terms=_terms(columns, rows),
+        bar=data_uri(colour_bar(ground=_BAR_GROUND)),
         scenes=table,
         standings=_standings(standings, len(rows)) if len(rows) > 1 else "",
     )
@@ -99,12 +102,13 @@ def _scene(row: Row) -> str:
     trace = next((one.trace for one in row.heats if one is not None and one.trace is not None), None)
     notes: list[str] = []
     answer = answer_of(trace, heat, notes)
-    question = str(read(trace, "question", notes) or "")
-    parts = [_picture(_original(row), _PICTURE_SIDE, "The image")]
-    if question:
-        parts.append(f'<p class="question">{_text(question)}</p>')
+    question, prompt = (str(read(trace, name, notes) or "") for name in ("question", "prompt"))
+    parts = [_picture(_original(row), _PICTURE_SIDE, "The image"), _strip(read(trace, "images", notes), heat)]
+    if question or prompt:
+        label = "" if question else '<span class="label">Prompt</span> '
+        parts.append(f'<p class="question" dir="auto">{label}{_text(question or prompt)}</p>')
     long = " long" if len(answer["answer"]) > _LONG_ANSWER else ""
-    parts.append(f'<p class="said{long}">{"".join(_words(answer))}</p>')
+    parts.append(f'<p class="said{long}" dir="auto">{"".join(_words(answer))}</p>')
     score = next((score for score in row.scores if score is not None and score.baseline_check), None)
     if not answer["whole"]:
         parts.append('<p class="facts">No word is explained.</p>')
@@ -115,6 +119,20 @@ def _scene(row: Row) -> str:
         parts.append(f'<p class="facts">Baseline {kind}{probability}.</p>')
     parts += [f'<p class="facts">{_told(note)}</p>' for note in dict.fromkeys(notes)]
     return "\n".join(parts)
+
+
+def _strip(pictures: Sequence[Image.Image] | None, heat: Heatmap) -> str:
+    """Which of several images is explained, and all of them."""
+    if not pictures or len(pictures) < 2:
+        return ""
+    shown = []
+    for number, source in enumerate(strip_of(pictures)):
+        mark = ' class="explained"' if number == heat.image_index else ""
+        told = "the explained one" if mark else "not explained"
+        shown.append(f'<img src="{source}"{mark} alt="Image {number + 1}, {told}">')
+    return (
+        f'<p class="facts">Image {heat.image_index + 1} of {len(pictures)}</p><div class="strip">{"".join(shown)}</div>'
+    )
 
 
 def _words(answer: Mapping[str, Any]) -> Iterator[str]:
@@ -141,14 +159,21 @@ def _wash(llr: float | None) -> str:
 
 
 def _cell(name: str, heat: Heatmap | None, score: Score | None, best: float | None) -> str:
+    save = ""
+    if heat is not None and heat.values is not None:
+        save = (
+            '<button type="button" class="quiet save" '
+            f'data-name="{_text(f"{name} {heat.selection.text[:40]}".strip())}" '
+            f'aria-label="Save the heatmap of {_text(name)}">Save</button>'
+        )
     # Names of methods may be broken at their underscores, and there only.
-    parts = [f'<p class="name"><span>{_text(name).replace("_", "_<wbr>")}</span></p>']
+    parts = [f'<p class="name"><span>{_text(name).replace("_", "_<wbr>")}</span>{save}</p>']
     if heat is None:
         parts.append('<p class="none">No heatmap was given.</p>')
     elif heat.values is None:
         parts.append(f'<p class="none"><b>No heatmap</b>{_told(str(heat.reason))}</p>')
     else:
-        parts.append(_picture(_overlay(heat), _CELL_SIDE, f"Heatmap of {name} over the image"))
+        parts.append(_picture(heat.preview(_CELL_SIDE, score=score), _CELL_SIDE, f"Heatmap of {name} over the image"))
         parts += _scores(heat, score, best)
     return f'<td class="cell">{"".join(parts)}</td>'
 
@@ -173,6 +198,7 @@ def _scores(heat: Heatmap, score: Score | None, best: float | None) -> Iterator[
             f'<rect class="{kind}" x="{low:.1f}" y="1" width="{max(1.0, high - low):.1f}" height="6"/></svg>'
         )
         yield f'<p class="pair">del {_number(score.deletion)} · ins {_number(score.insertion)}</p>'
+        yield from (f'<p class="facts">{_told(remark)}</p>' for remark in score.remarks)
         if score.verdict.trusted:
             yield '<p class="stands"><i class="dot trusted"></i>holds up</p>'
         else:
@@ -213,7 +239,8 @@ def _standings(found: Sequence[Standing], answers: int) -> str:
         '<p class="prose">Mean and 95 % bootstrap interval over the answers; passes and seconds are means of a '
         "heatmap. Intervals of two methods may overlap although one is better on nearly every answer: compare them "
         "paired, <code>metrics.paired_difference</code>.</p>"
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Means over answers">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         f"{_left_out(found)}</section>"
     )
 
@@ -246,14 +273,6 @@ def _original(row: Row) -> Image.Image | None:
             except ProbeError:
                 continue
     return None
-
-
-def _overlay(heat: Heatmap) -> Image.Image:
-    """Without the verdict's mark: the page has the verdict in the same cell."""
-    try:
-        return heat.overlay(mark=False)
-    except ImageError:
-        return heat.overlay(image=Image.new("RGB", heat.image_size, (128, 128, 128)), mark=False)
 
 
 def _picture(image: Image.Image | None, side: int, alt: str) -> str:

@@ -6,6 +6,7 @@ template ``page.html`` with it, with ``page.css`` and five scripts.
 
 from __future__ import annotations
 
+import collections
 import html
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError
 from lvlm_probe.pages.samples import gather
-from lvlm_probe.pages.shell import asset, json_for_script, page_text, refuse_existing, write_text
+from lvlm_probe.pages.shell import Page, asset, json_for_script, page_text, refuse_existing, write_text
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
@@ -33,7 +34,7 @@ def report(
     out: str | os.PathLike[str],
     title: str | None = None,
     overwrite: bool = False,
-) -> Path:
+) -> Page:
     """Write one self-contained HTML page about one or more explained answers.
 
     Heatmaps of one trace share a sample of the page: its first one is the map on show, the others are reached by their
@@ -48,7 +49,7 @@ def report(
         overwrite: Replace ``out`` if it exists.
 
     Returns:
-        The path written.
+        The path written, which a notebook shows as the page.
 
     Raises:
         ReportError: no heatmaps, not one score per heatmap, things that are neither; ``out`` exists or cannot be
@@ -78,8 +79,9 @@ def report(
     refuse_existing(path, overwrite=overwrite)
     samples = gather(heat_list, score_list)
     text = _fill(samples, title or _TITLE)
-    write_text(path, text, overwrite=overwrite)
-    return path
+    verdicts = collections.Counter(entry["verdict"]["title"].rstrip(".:") for one in samples for entry in one["maps"])
+    said = ", ".join(f"{count} × {title[:1].lower()}{title[1:]}" for title, count in verdicts.most_common())
+    return write_text(path, text, overwrite=overwrite, said=said)
 
 
 def _fill(samples: list[dict[str, Any]], title: str) -> str:

@@ -20,11 +20,13 @@ from lvlm_probe.pages.plain import nats, plain, probability, spelled, without_fo
 from lvlm_probe.words import group_words
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.metrics import Score
     from lvlm_probe.trace import Trace
 
-__all__ = ["answer_of", "gather", "read"]
+__all__ = ["answer_of", "gather", "read", "strip_of"]
 
 _THUMB_SIDE = 160
 _BASELINE_SIDE = 448
@@ -63,22 +65,33 @@ def _sample(trace_id: str, group: Sequence[tuple[Heatmap, Score | None]]) -> dic
         )
     answer = answer_of(trace, heats[0], notes)
     baselines: dict[str, str | None] = {}
-    maps = [_map(heat, score, trace, heats[0], baselines) for heat, score in group]
+    pictures = read(trace, "images", notes) or []
+    maps = [_map(heat, score, pictures, heats[0], baselines) for heat, score in group]
     for entry in maps:
         entry["label"] = _label(entry, maps, answer["words"])
     if trace is not None and read(trace, "status", notes) == "error":
         notes.append(f"The recording is marked as faulty: {read(trace, 'error', notes) or 'no reason given'}")
-    images = {str(index): _image(trace, index, heats, notes) for index in sorted({heat.image_index for heat in heats})}
+    if trace is not None and len(pictures) <= max(heat.image_index for heat in heats):
+        notes.append("The image itself is not in the trace: it was recorded without a processor and without images=.")
+    images = {str(index): _image(pictures, index, heats) for index in sorted({heat.image_index for heat in heats})}
+    question = read(trace, "question", notes)
     return {
         "id": trace_id,
-        "question": str(read(trace, "question", notes) or read(trace, "prompt", notes) or ""),
+        "question": str(question or read(trace, "prompt", notes) or ""),
+        "asked": "Question" if question or trace is None else "Prompt",
         **answer,
         "images": images,
+        "strip": strip_of(pictures) if len(pictures) > 1 else [],
         "baselines": baselines,
         "maps": maps,
         "notes": [without_folders(note) for note in dict.fromkeys(notes)],
         "provenance": _recording(trace, trace_id, notes),
     }
+
+
+def strip_of(pictures: Sequence[Image.Image]) -> list[str]:
+    """All images of a prompt, small, as ``data:`` URIs."""
+    return [data_uri(shrink(picture, _THUMB_SIDE), quality=72) for picture in pictures]
 
 
 def read(trace: Trace | None, name: str, notes: list[str]) -> Any:
@@ -155,7 +168,11 @@ def _column(values: Any, steps: int) -> np.ndarray:
 
 
 def _map(
-    heat: Heatmap, score: Score | None, trace: Trace | None, first: Heatmap, baselines: dict[str, str | None]
+    heat: Heatmap,
+    score: Score | None,
+    pictures: Sequence[Image.Image],
+    first: Heatmap,
+    baselines: dict[str, str | None],
 ) -> dict[str, Any]:
     selection = heat.selection
     empty = heat.values is None
@@ -168,7 +185,7 @@ def _map(
         "asked": selection.rule in ("words", "span", "indices") or selection.indices != first.selection.indices,
         "values": None if empty else encode_values(np.asarray(heat.values)),
         "reason": str(heat.reason or "") if empty else "",
-        "baseline": _baseline(heat, score, trace, baselines),
+        "baseline": _baseline(heat, score, pictures, baselines),
         "score": None if score is None or empty or score.reason is not None else _score(score),
         "scoring": None if score is None else _without_curves(score),
         "verdict": verdict_of(heat, score),
@@ -213,6 +230,7 @@ def _score(score: Score) -> dict[str, Any]:
         "insertion_raw": curve("insertion_raw"),
         "tie_share": plain(score.tie_share),
         "unit": "nats" if score.params.get("score") == "log" else "probability",
+        "remarks": [_sentence(remark) for remark in score.remarks],
         "best_random": max(gains, default=None),
         "randoms": len(gains),
     }
@@ -271,7 +289,7 @@ def _sentence(text: str) -> str:
 
 
 def _baseline(
-    heat: Heatmap, score: Score | None, trace: Trace | None, baselines: dict[str, str | None]
+    heat: Heatmap, score: Score | None, pictures: Sequence[Image.Image], baselines: dict[str, str | None]
 ) -> dict[str, Any]:
     """What the baseline was, and whether it hides the explained words; its small image goes into `baselines`."""
     facts = dict(heat.provenance.get("baseline") or {})
@@ -286,7 +304,7 @@ def _baseline(
         name = ", ".join([kind, *(f"{key} {plain(value)}" for key, value in settings.items())])
     picture = f"{heat.image_index}: {name}"
     if heat.values is not None and picture not in baselines:
-        baselines[picture] = _baseline_picture(trace, heat.image_index, kind, settings)
+        baselines[picture] = _baseline_picture(pictures, heat.image_index, kind, settings)
     return {
         "name": name,
         "probability": plain(measured),
@@ -296,26 +314,24 @@ def _baseline(
     }
 
 
-def _baseline_picture(trace: Trace | None, index: int, kind: str, settings: Mapping[str, Any]) -> str | None:
+def _baseline_picture(
+    pictures: Sequence[Image.Image], index: int, kind: str, settings: Mapping[str, Any]
+) -> str | None:
     """The baseline, made again from its description; None where that is not possible (a user's own image)."""
-    pictures = read(trace, "images", [])
-    if kind not in ("blur", "blank", "noise", "mean") or not pictures or index >= len(pictures):
+    if kind not in ("blur", "blank", "noise", "mean") or index >= len(pictures):
         return None
     return data_uri(shrink(make_baseline(pictures[index], kind, **settings).image, _BASELINE_SIDE), quality=78)
 
 
-def _image(trace: Trace | None, index: int, heats: Sequence[Heatmap], notes: list[str]) -> dict[str, Any]:
+def _image(pictures: Sequence[Image.Image], index: int, heats: Sequence[Heatmap]) -> dict[str, Any]:
     heat = next(heat for heat in heats if heat.image_index == index)
-    pictures = read(trace, "images", notes) if trace is not None else None
     width, height = heat.image_size
     entry: dict[str, Any] = {"src": None, "thumb": None, "w": int(width), "h": int(height), "seen": None}
     if heat.seen is not None:
         entry["seen"] = encode_seen(np.asarray(heat.seen))
-    if pictures and index < len(pictures):
+    if index < len(pictures):
         entry["src"] = data_uri(shrink(pictures[index]))
         entry["thumb"] = data_uri(shrink(pictures[index], _THUMB_SIDE), quality=72)
-    elif trace is not None:
-        notes.append("The image itself is not in the trace: it was recorded without a processor and without images=.")
     return entry
 
 

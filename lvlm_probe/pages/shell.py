@@ -13,6 +13,7 @@ import html
 import itertools
 import json
 import re
+import urllib.parse
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import resources
@@ -23,9 +24,39 @@ from lvlm_probe._version import __version__
 from lvlm_probe.errors import ReportError
 from lvlm_probe.files import write_whole
 
-__all__ = ["asset", "json_for_script", "page_text", "refuse_existing", "without_script", "write_text"]
+__all__ = ["Page", "asset", "json_for_script", "page_text", "refuse_existing", "without_script", "write_text"]
 
 _PLAIN_ROWS = 50
+_FRAMED = 8_000_000
+"""Bytes of the largest page that a notebook gets as a whole."""
+_FRAME_HEIGHT = 760
+
+
+class Page(type(Path())):  # type: ignore[misc]
+    """The path of a page that was written, which shows the page in a notebook.
+
+    A notebook gets the page inside a frame of its own, whose text is part of the notebook: it goes where the notebook
+    goes, and the page's own policy holds in it. What is said and a link stand above, for where frames or scripts are
+    not let through. A page of many megabytes is linked only.
+
+    Attributes:
+        said: what the page says, in words.
+    """
+
+    said: str = ""
+
+    def _repr_html_(self) -> str | None:
+        if self.suffix.lower() not in (".html", ".htm") or not self.is_file():
+            return None
+        link = f'<a href="{html.escape(urllib.parse.quote(self.as_posix()))}">{html.escape(self.name)}</a>'
+        told = f"<p>{link}{': ' + html.escape(self.said) if self.said else ''}</p>"
+        if self.stat().st_size > _FRAMED:
+            return told
+        text = html.escape(self.read_text(encoding="utf-8"))
+        return (
+            f'{told}<iframe srcdoc="{text}" title="{html.escape(self.name)}" width="100%" height="{_FRAME_HEIGHT}" '
+            f'sandbox="allow-scripts allow-downloads" style="border:1px solid #8884"></iframe>'
+        )
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -38,14 +69,24 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise ReportError(f"cannot write the report: {path} exists; name another file, or pass overwrite=True")
 
 
-def write_text(path: Path, text: str, *, overwrite: bool) -> None:
-    """Write a page, whole or not at all; missing folders are made. Raises ``ReportError``."""
+def write_text(path: Path, text: str, *, overwrite: bool, said: str = "") -> Page:
+    """Write a page, whole or not at all; missing folders are made. Raises ``ReportError``.
+
+    Args:
+        said: what it says, in words.
+
+    Returns:
+        its path, which a notebook shows as the page.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         refuse_existing(path, overwrite=overwrite)
         write_whole(path, text)
     except OSError as error:
         raise ReportError(f"cannot write the report to {path}: {error.strerror or error}") from error
+    page = Page(path)
+    page.said = said
+    return page
 
 
 def page_text(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import AttachError, ImageError, MaskError, ProbeError
 from lvlm_probe.hooks import Call, HookSet, caution, shadow_of, within
 from lvlm_probe.images.processor import OWN_CALL
@@ -88,6 +89,21 @@ class Recording:
             found.append(first)
             found.extend(open_trace(path, row=row) for row in range(1, first.rows))
         return found
+
+    def __repr__(self) -> str:
+        count = len(self.paths)
+        faults = f", {len(self.faults)} faults" if self.faults else ""
+        return f"<Recording to {str(self.directory)!r}: {count} file{'s' * (count != 1)}{faults}>"
+
+    def _repr_html_(self) -> str:
+        count, last = len(self.paths), ""
+        if self.paths:
+            try:
+                last = open_trace(self.paths[-1])._repr_html_()
+            except ProbeError as error:
+                last = text_html(f" The last one cannot be read: {error}")
+        title = f"Recording to {self.directory}: {count} trace file{'s' * (count != 1)}{', the last:' * bool(count)}"
+        return card(title, last, facts=self.faults[:20])
 
     def __enter__(self) -> Recording:
         with self._attachment.lock:
@@ -357,7 +373,8 @@ class Probe:
             points: further module outputs to keep: ``"encoder"``, ``"merger"`` or module path patterns; and
                 ``"hidden"``, the decoder's final hidden states with the LM head's rows of the prompt's and the answer's
                 words (one more pass), from which ``explain(trace, method="tam")`` needs no model.
-            question: text to show as the question; by default the prompt without special tokens.
+            question: text to show as the question; by default the last user turn of the prompt, by the processor's
+                chat template; a prompt that does not follow it is shown as a prompt.
             meta: JSON to keep with the traces.
 
         Raises:

@@ -29,6 +29,7 @@ from lvlm_probe.images.processor import whole_numbers
 from lvlm_probe.models.anatomy import Anatomy
 from lvlm_probe.models.drivers import Driver
 from lvlm_probe.models.inputs import list_inputs
+from lvlm_probe.models.prompts import question_of
 from lvlm_probe.models.tokenizers import (
     Stops,
     decoder_prompt,
@@ -366,7 +367,6 @@ class GenerationRecorder:
         notes += [*([ended] if ended else []), *forced_because(unlike)]
         read = prompt_ids.tolist()
         prompt = tokenizer.decode(read) if tokenizer is not None else ""
-        asked = tokenizer.decode(read, skip_special_tokens=True).strip() if tokenizer is not None else None
         images = mine.images or []
         trace_id = uuid.uuid4().hex[:16]
         self._images[trace_id] = images
@@ -375,7 +375,7 @@ class GenerationRecorder:
             batch_row=row,
             input_ids=prompt_ids.numpy().astype(np.int64),
             prompt=folded(prompt),
-            question=self.options.question or asked,
+            question=self.options.question or self._question(prompt_ids, positions),
             model_kwargs=kwargs,
             images=mine.records,
             processor_call=mine.call,
@@ -390,6 +390,14 @@ class GenerationRecorder:
             notes=notes,
             meta=dict(self.options.meta),
         )
+
+    def _question(self, prompt_ids: torch.Tensor, image_positions: torch.Tensor) -> str | None:
+        words = torch.ones(len(prompt_ids), dtype=torch.bool)
+        words[image_positions] = False
+        try:
+            return question_of(self.processor, prompt_ids[words].tolist())
+        except Exception:  # what a tokenizer makes of a prompt costs the question, not the trace
+            return None
 
     def ending(self, token_ids: torch.Tensor, text: str) -> str | None:
         """A note on how the answer ends; ``None`` where there is nothing to say."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
+from lvlm_probe.cards import answer_html, card, text_html
 from lvlm_probe.errors import ExplainError, ImageError, ReplayError
 from lvlm_probe.images import BLUR_LADDER, ImagePath, PixelPath
 from lvlm_probe.images.baselines import KINDS
@@ -20,6 +21,7 @@ from lvlm_probe.models.drivers import Driver, probed_model
 from lvlm_probe.models.inputs import index_on, is_separate
 from lvlm_probe.models.precision import epsilon_of
 from lvlm_probe.models.replica import Replica
+from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity, described, draw, same_baseline
 from lvlm_probe.replaying.capture import Captured, capture
@@ -51,6 +53,10 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
 __all__ = ["Replay"]
+
+
+_ANSWER_SHOWN = 60
+"""Characters of an answer that one line shows."""
 
 
 @dataclass
@@ -288,6 +294,26 @@ class Replay:
         other.limits = Limits(micro_batch, gradient_checkpointing)
         return other
 
+    def __repr__(self) -> str:
+        answer = "".join(piece for piece, flag in zip(self.tokens, self.special.tolist(), strict=True) if not flag)
+        shown = answer.strip() if len(answer) <= _ANSWER_SHOWN else f"{answer.strip()[:_ANSWER_SHOWN]}…"
+        return f"<Replay of {shown!r} ({self.trace_id}) on {type(self.model).__name__}, baseline {self._kind()}>"
+
+    def _kind(self) -> str:
+        return str(dict(self.baseline).get("kind", "unknown"))
+
+    def _repr_html_(self) -> str:
+        words = answer_html(self.tokens, self.special.tolist())
+        question = getattr(self.trace, "question", None)
+        facts = [
+            f"trace {self.trace_id} on {type(self.model).__name__}, baseline {self._kind()}",
+            f"{self.n_images} image{'s' * (self.n_images != 1)}, {len(self.tokens)} tokens, "
+            f"{self.passes.forward} forward and {self.passes.backward} backward passes so far",
+        ]
+        return card(
+            "Replay", f'<br><span dir="auto">{text_html(question)}</span>' if question else "", words, facts=facts
+        )
+
     def counted(self) -> Self:
         """A view whose ``passes`` start at 0; they count in this replay's too."""
         other = self.viewed()
@@ -299,7 +325,8 @@ class Replay:
 
         Args:
             text: what is asked instead.
-            question: the question as it stands in the prompt; by default what was recorded as such.
+            question: the question as it stands in the prompt; by default what was recorded as such, or all of the
+                prompt where no question was.
 
         Returns:
             a replay that shares model, images, baseline and pass counter with this one.
@@ -313,6 +340,8 @@ class Replay:
                 "would stay the old one; record another generate() call with the other question instead"
             )
         wanted = question or getattr(self.trace, "question", None) or ""
+        if not wanted and (tokenizer := tokenizer_of(self.processor)) is not None:
+            wanted = tokenizer.decode(self._prompt.tolist(), skip_special_tokens=True)
         start, stop, ids = reword(self._prompt, self.processor, wanted, text)
         other: Self = copy.copy(self)
         sequence = {

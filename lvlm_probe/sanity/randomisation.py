@@ -29,6 +29,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.models.replica import duplicated
+from lvlm_probe.models.tokenizers import special_ids
 from lvlm_probe.replaying import replay as make_replay
 from lvlm_probe.sanity.checks import SAME, SIMILAR, SanityCheck, SanityStep, Verdict, again, cannot_say, opened, step_of
 from lvlm_probe.sanity.random_weights import How, grouped, randomised, weight_blocks
@@ -247,8 +248,7 @@ def _vocabulary(model: torch.nn.Module, processor: object | None) -> torch.Tenso
     tokenizer: Any = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         raise ExplainError("without a tokenizer special tokens cannot be told from words: give the processor, or pool=")
-    special = set(tokenizer.all_special_ids)
-    special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = special_ids(tokenizer)
     size = min(len(tokenizer), int(head.weight.shape[0]))
     return torch.tensor([index for index in range(size) if index not in special], dtype=torch.long)
 

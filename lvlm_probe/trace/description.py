@@ -56,8 +56,7 @@ def describe(trace: StoredAnswer) -> str:
     if not trace.header.image_sizes:
         lines += _field("image", "none kept: masks live in the space of the pixel inputs")
     lines += _field("prompt", _prompt(trace))
-    if trace.question is not None:
-        lines += _field("question", trace.question)
+    lines += _field("", trace.prompt) if trace.question is None else _field("question", trace.question)
     lines += _field("answer", trace.answer.strip() or "(empty)")
     lines += ["", *_words(trace), ""]
     lines += _recorded(trace)
@@ -217,8 +216,8 @@ def _size(nbytes: int) -> str:
 
 def to_html(trace: StoredAnswer) -> str:
     """Returns a small self-contained card: the image, the question, the answer coloured by LLR. Readable on dark."""
-    asked = _cut(trace.question, _CARD_TEXT_SHOWN) if trace.question is not None else trace.prompt[:400]
-    question = html.escape(_safe(asked))
+    asked = trace.question if trace.question is not None else f"Prompt: {trace.prompt}"
+    question = html.escape(_safe(_cut(asked, _CARD_TEXT_SHOWN)))
     facts = [trace.status, _model(trace), f"{trace.header.steps} tokens", _size(trace.nbytes)]
     details = " · ".join(html.escape(_safe(_cut(str(fact), 400))) for fact in facts if fact)
     remark = "colour: log-likelihood ratio of each word; underlined: above 1"
@@ -227,8 +226,8 @@ def to_html(trace: StoredAnswer) -> str:
     return (
         '<div style="display:flex;gap:1em;align-items:flex-start;font-family:system-ui,sans-serif;max-width:60em">'
         f"{_thumbnail(trace)}<div>"
-        f'<div style="opacity:.7;white-space:pre-wrap">{question}</div>'
-        f'<div style="font-size:1.15em;line-height:1.7;margin:.3em 0">{_coloured_answer(trace)}</div>'
+        f'<div dir="auto" style="opacity:.7;white-space:pre-wrap">{question}</div>'
+        f'<div dir="auto" style="font-size:1.15em;line-height:1.7;margin:.3em 0">{_coloured_answer(trace)}</div>'
         f'<div style="font-size:.8em;opacity:.6">{details}<br>{html.escape(remark)}<br>'
         f"<code>{html.escape(_safe(trace.trace_id))}</code></div></div></div>"
     )

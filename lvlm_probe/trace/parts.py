@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import TraceError
 from lvlm_probe.files import causes
 from lvlm_probe.storage.reading import SealedFile
@@ -52,10 +53,12 @@ _WAY_OUT = "the file is damaged or hostile: record it again"
 _TOO_LARGE = "it is hostile, or an image too large for this program: record it with a smaller image"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class AttentionRows:
     """Attention of the answer's tokens to the image tokens, inside the language model; or to the image's states,
     where they reach it by cross-attention and the prompt holds no image tokens."""
+
+    __repr__ = in_one_line
 
     values: np.ndarray
     """``(step, layer, head, image_token)`` float32, the last axis the keys of cross-attention where there are no image

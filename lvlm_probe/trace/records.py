@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_type_hi
 
 import numpy as np
 
+from lvlm_probe.cards import in_one_line
 from lvlm_probe.storage.encoding import JSON
 from lvlm_probe.trace.fields import Array, Field, Integer, Json, Text
 
@@ -48,9 +49,11 @@ _TRACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 """A trace id names files beside the trace (``explanations/<trace_id>.<method>.h5``): no slash, no leading dot."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Layout:
     """Where the image tokens are in the prompt, and which part of the image each stands for."""
+
+    __repr__ = in_one_line
 
     image_positions: np.ndarray
     """``(image_token,)`` int64: positions in ``input_ids``."""
@@ -61,9 +64,11 @@ class Layout:
     image_token_id: int | None
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, repr=False)
 class TraceFields:
     """The fields of a trace: one row of a batch, padding stripped. Log-probabilities are natural logarithms."""
+
+    __repr__ = in_one_line
 
     trace_id: Annotated[
         str,
@@ -178,9 +183,11 @@ def is_recorded(name: str, value: Any) -> bool:
     return not FIELDS[name].optional or (value is not None if default is None else value != default)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ImageRecord:
     """One image of the prompt, as an encoded file (the user's own, or PNG when it had to be encoded again)."""
+
+    __repr__ = in_one_line
 
     data: bytes
     mime: str
@@ -188,7 +195,7 @@ class ImageRecord:
     height: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class PointRecord:
     """What was seen at one point of the model, for example ``decoder.attention``.
 
@@ -196,6 +203,8 @@ class PointRecord:
     channel row col``; ``layers`` are the indices of the layers along the axis ``layer`` (empty without one);
     ``reduce`` says what was done over an axis (``"none"``, ``"head_mean"``, ...); ``module`` is the path pattern.
     """
+
+    __repr__ = in_one_line
 
     values: np.ndarray | torch.Tensor
     axes: tuple[str, ...]
@@ -205,7 +214,7 @@ class PointRecord:
     attrs: Mapping[str, JSON] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, repr=False)
 class RowCapture(TraceFields):
     """One row of the batch of one ``generate()`` call. Everything that a replay needs is in it."""
 

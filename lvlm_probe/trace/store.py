@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
+from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import TraceError
 from lvlm_probe.files import DAY, causes, orphans, remove_orphans
 from lvlm_probe.storage.reading import open_sealed
@@ -29,6 +30,10 @@ def open_store(path: str | os.PathLike[str]) -> TraceStore:
     Raises ``TraceError`` when there is no such directory.
     """
     return TraceStore(path)
+
+
+_SHOWN = 10
+"""Files that a card in a notebook lists, and traces of each."""
 
 
 @dataclasses.dataclass
@@ -76,6 +81,27 @@ class TraceStore(Sequence[Trace]):
     def __repr__(self) -> str:
         count = len(self._entries)
         return f"TraceStore({str(self.path)!r}, {count} file{'s' * (count != 1)})"
+
+    def _repr_html_(self) -> str:
+        index = Index(self.path if self.path.is_dir() else self.path.parent)
+        rows = []
+        for entry in reversed(self._entries[-_SHOWN:]):
+            try:
+                found = index.summaries(entry.path)
+            except TraceError as error:
+                rows.append(f"<tr><td>{text_html(entry.path.name)}</td><td colspan=3>{text_html(str(error))}</td></tr>")
+                continue
+            rows += [
+                f"<tr><td>{text_html(entry.path.name)}</td><td>{text_html(one.status)}</td>"
+                f'<td dir="auto">{text_html(one.question[:200])}</td>'
+                f'<td dir="auto">{text_html(one.answer[:200])}</td></tr>'
+                for one in found[:_SHOWN]
+            ]
+        head = "<tr><th>file</th><th>status</th><th>question</th><th>answer</th></tr>"
+        count = len(self._entries)
+        title = f"Traces in {self.path}: {count} file{'s' * (count != 1)}{', newest first' * (count > 1)}"
+        more = [f"and {count - _SHOWN} older files"] if count > _SHOWN else []
+        return card(title, f"<table>{head}{''.join(rows)}</table>" if rows else "", facts=more)
 
     def __len__(self) -> int:
         return sum(_count(entry) for entry in self._entries)

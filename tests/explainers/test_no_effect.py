@@ -206,7 +206,9 @@ def test_causal_agreement_and_completeness_divide_by_enough() -> None:
 # ------------------------------------------------------------------------------------------------ best, and in the mean
 
 ABOUT_THE_MAP = "insertion − deletion is 0.10, not clearly above the 0 of a random heatmap (threshold 0.35)"
-ABOUT_THE_MEASURE = "taking the picture away changes the probability of these tokens hardly at all (1 to 0.99)"
+ABOUT_THE_MEASURE = (
+    "taking the image away changes the probability of these tokens hardly at all (1 with the image, 0.99"
+)
 
 
 def test_objections_to_the_map_and_to_the_measurement() -> None:
@@ -245,7 +247,7 @@ def test_a_row_that_measures_nothing_is_never_best_and_in_no_mean(tmp_path: Path
     assert (floor.trusted, floor.gain.n) == (0, 2)
     assert none.gain is None and none.judged == 2 and sum(none.left_out.values()) == 2
     text = made.path.read_text(encoding="utf-8")
-    assert "wild: 1 × Taking the picture away changes" in text and "1 of 2" in text
+    assert "wild: 1 × Taking the image away changes" in text and "1 of 2" in text
     cells = Cells(made.path).cells
     assert ["best" in cell for cell in cells[:4]] == [True, False, False, False], (
         "0.60 is best where 734 was not to trust"

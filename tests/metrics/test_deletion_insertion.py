@@ -481,7 +481,15 @@ def test_good_numbers_raise_no_objection() -> None:
     [
         ({"empty": "no token gains more"}, "there is no heatmap"),
         ({"baseline_probability": 0.2}, "still leaves these tokens a probability of 0.2"),
-        ({"baseline_probability": 0.88}, "hardly at all"),
+        ({"baseline_probability": 0.88}, "hardly at all (0.9 with the image, 0.88 without, 0.022 nats)"),
+        (
+            {"original_probability": 0.028, "baseline_probability": 0.0051},
+            "likelier, but they stay so improbable (0.028 with the image, 0.0051 without, 1.7 nats)",
+        ),
+        (
+            {"original_probability": 0.06, "baseline_probability": 0.6},
+            "likelier without the image (0.06 with the image, 0.6 without, -2.3 nats)",
+        ),
         ({"original_probability": 0.02, "baseline_probability": 0.0}, "only 0.02"),
         ({"insertion": 0.25}, "not clearly above the 0 of a random heatmap"),
         ({"insertion": math.nan}, "undefined"),
@@ -500,6 +508,37 @@ def test_each_objection(change: dict[str, object], words: str) -> None:
     assert any(words in reason for reason in verdict.reasons)
     assert str(verdict).startswith("do not trust: ")
     assert Verdict.from_dict(json.loads(json.dumps(verdict.to_dict()))) == verdict
+
+
+def test_little_contrast_never_contradicts_the_ratio_that_selected_the_words() -> None:
+    """A word of an LLR over 1 "comes from the image": no verdict may then say that the image does next to nothing."""
+    for original in (0.001, 0.028, 0.05, 0.9):
+        for ratio in (-2.0, 0.01, 0.9, 1.1, 5.0):
+            told = " ".join(
+                judge(
+                    **GOOD | {"original_probability": original, "baseline_probability": original / math.exp(ratio)}
+                ).reasons
+            )
+            assert ("hardly at all" in told) <= (abs(ratio) <= 1)
+            assert ("the image makes these tokens likelier" in told) <= (ratio > 1)
+
+
+@pytest.mark.parametrize(
+    ("areas", "told"),
+    [
+        ((0.0, 1.0), ()),
+        ((-1e-8, 1 + 1e-8), ()),
+        ((-3.5, 0.9), ("deletion -3.5 is below 0 (0 is the baseline, 1 the whole image): with parts of the image taken "
+                       "away, the words are less likely than on the baseline",)),
+        ((0.1, 28.3), ("insertion 28.3 is above 1 (0 is the baseline, 1 the whole image): with only parts of the image "
+                       "in sight, the words are likelier than with the whole image",)),
+        ((math.nan, math.nan), ()),
+    ],
+)  # fmt: skip
+def test_areas_outside_0_to_1_are_explained(areas: tuple[float, float], told: tuple[str, ...]) -> None:
+    replay = ToyReplay(BOX)
+    score = evaluate(Heatmap(BOX.numpy(), (64, 64), selection=select_tokens(replay, rule="joint")), replay)
+    assert dataclasses.replace(score, deletion=areas[0], insertion=areas[1]).remarks == told
 
 
 def test_unknowns_and_exact_mode_raise_no_objection() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
-from transformers import GenerationConfig
+from tokenizers import Tokenizer, decoders, models
+from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
 
 from lvlm_probe.models.tokenizers import Stops, display_pieces, special_flags, stops_of, tokenizer_of
+from lvlm_probe.words import group_words
 
 
 @pytest.mark.quick
@@ -56,6 +59,28 @@ def test_special_flags():
     tokenizer = tiny_models.build_processor("llava").tokenizer
     assert special_flags(tokenizer, [tokenizer.eos_token_id, 100]) == [True, False]
     assert special_flags(None, [3, 4], also={4}) == [False, True]
+
+
+def test_tokens_added_as_special_are_special_and_other_added_ones_are_words():
+    tokenizer = copy.deepcopy(tiny_models.build_processor("llava").tokenizer)
+    tokenizer.add_tokens([AddedToken("<|eot_id|>", special=True), AddedToken("<loc_12>", special=False)])
+    ids = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<loc_12>"])
+    assert ids[0] not in tokenizer.all_special_ids, "it would be one anyway"
+    assert special_flags(tokenizer, ids) == [True, False]
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_bytes_that_a_decoder_spells_are_no_words(joins):
+    """A SentencePiece vocabulary; its decoder joins bytes to characters, or does not know how."""
+    pieces = ["<unk>", "▁red", "<0xE6>", "<0xBC>", "<0xA2>", "<0x0A>"]
+    raw = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), *([decoders.ByteFallback()] if joins else []), decoders.Fuse()]
+    raw.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    ids = [1, 2, 3, 4, 5, 1]
+    special = special_flags(tokenizer, ids)
+    words = [word.text for word in group_words(display_pieces(tokenizer, ids), special)]
+    assert words == (["red", "漢", "red"] if joins else ["red", "red"])
 
 
 class Model(torch.nn.Module):

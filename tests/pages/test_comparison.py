@@ -242,7 +242,7 @@ def test_nothing_is_loaded_and_every_string_is_text(tmp_path: Path) -> None:
     assert page.text.count("document.title") == page.text.count("document.title=&#x27;owned") > 4
     assert [tag for tag, _ in page.tags].count("script") == 1
     sources = [attrs["src"] for tag, attrs in page.tags if tag == "img"]
-    assert len(sources) == 2  # the picture and one heatmap
+    assert len(sources) == 3  # the colour bar, the image and one heatmap
     assert all(str(source).startswith("data:image/") for source in sources)
     assert not any(name == "style" or name.startswith("on") for _, attrs in page.tags for name in attrs)
     policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
@@ -320,3 +320,37 @@ def test_the_embedded_model_under_the_usual_methods(demo: Any, recorded: Any, tm
     assert {tuple(score.params["grid"]) for score in made.rows[0].scores if score} == {(32, 32)}
     assert {heat.shape for heat in made.rows[0].heats if heat} >= {(8, 8), (16, 16)}
     assert len({str(heat.provenance["baseline"]) for heat in made.rows[0].heats if heat}) == 1
+
+
+def test_a_figure_of_all_heatmaps_with_their_verdicts(tmp_path: Path) -> None:
+    heats = [
+        samples.heat(recording, method="igos++")
+        for recording in (samples.trace("one"), samples.trace("two", question="What is bright?"))
+        for _ in range(2)
+    ]
+    doubted = samples.score(reasons=("tied",))
+    labels = ["one mask", "two masks"] * 2
+    found = compare(heats, scores=[samples.score(), doubted, None, None], labels=labels, out=tmp_path / "c.html")
+    drawn = found.figure(tmp_path / "c.pdf")
+    said = [item.get_text() for item in drawn.texts]
+    assert said.count("one mask") == said.count("two masks") == 2  # each answer has its own row of titles
+    assert said.count("not checked") == 2
+    assert sum(one.endswith("holds up") for one in said) == sum(one.endswith("do not trust") for one in said) == 1
+    assert {"What colour is the carousel?", "What is bright?"} <= set(said)
+    assert (tmp_path / "c.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_page_names_the_image_of_several_and_what_numbers_outside_0_to_1_say(tmp_path: Path) -> None:
+    several = samples.trace(question=None, images=[samples.picture((90, 60), seed) for seed in range(10)])
+    page = Page(
+        compare(
+            [samples.heat(several, image_index=7)],
+            scores=[samples.score(deletion=-3.5, insertion=28.3)],
+            out=tmp_path / "c.html",
+        ).path
+    )
+    (row,) = page.rows
+    assert "Image 8 of 10" in row[0] and "Prompt USER:" in row[0]
+    alts = [str(attrs.get("alt")) for tag, attrs in page.tags if tag == "img"]
+    assert sum(alt.endswith("not explained") for alt in alts) == 9 and "Image 8, the explained one" in alts
+    assert "deletion -3.5 is below 0" in row[1].lower() and "insertion 28.3 is above 1" in row[1].lower()

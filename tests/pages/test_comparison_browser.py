@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import report_samples as samples
+from PIL import Image
 
 pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 
@@ -82,3 +86,19 @@ def test_dark_by_the_system_and_by_the_button(page: Path, show: Any) -> None:
     browser.find_element("id", "theme").click()
     assert ground(browser) == light
     browser.execute_script("localStorage.clear()")
+
+
+@pytest.mark.browser
+def test_each_heatmap_can_be_saved_with_its_verdict_and_there_is_a_colour_bar(page: Path, show: Any) -> None:
+    browser = show(page)
+    _settled(browser)
+    assert _box(browser, ".bar img")["width"] > 100
+    saved = browser.execute_script(
+        "const saved = []; HTMLAnchorElement.prototype.click = function () { saved.push([this.href, this.download]); };"
+        "document.querySelectorAll('.save').forEach((button) => button.click()); return saved;"
+    )
+    assert len(saved) == 18 and saved[0][1].startswith("igos++ red.") and len({name for _, name in saved}) == 9
+    for (uri, _), colour in ((saved[0], (0, 114, 178)), (saved[7], (213, 94, 0))):
+        image = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).convert("RGB")
+        corner = np.asarray(image)[-4:, :4].reshape(-1, 3).mean(axis=0)
+        assert np.abs(corner - colour).max() < 30, "the verdict's plate"

@@ -343,3 +343,127 @@ def test_a_saved_map_says_whether_it_was_checked(show: Any, tmp_path: Path, trus
     assert saved.shape == view.shape
     assert np.abs(saved[-2, 1] - colour).max() <= 2
     assert np.array_equal(saved[: saved.shape[0] // 2], view[: saved.shape[0] // 2])  # the rest is what is shown
+
+
+# ------------------------------------------------------------------------------- directions of writing, several images
+
+ARABIC = ["النجمة", " ال", "حمراء", " و", " كبيرة", "."]
+MIXED = ["The", " sign", " says", " שלום", " גדול", " in", " red", "."]
+HEBREW = ["הכוכב", " הוא", " red", " star", " 12", " נכון", "."]
+CHINESE = ["图", "片", "里", "有", "红色", "的", "星", "。"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (ARABIC, [".", "كبيرة", "و", "الحمراء", "النجمة"]),
+        (MIXED, ["The", "sign", "says", "גדול", "שלום", "in", "red", "."]),
+        (HEBREW, [".", "נכון", "red", "star", "12", "הוא", "הכוכב"]),
+        (CHINESE, ["图", "片", "里", "有", "红色", "的", "星", "。"]),
+    ],
+    ids=["arabic", "mixed", "hebrew", "chinese"],
+)
+def test_words_stand_in_the_order_of_their_script(show: Any, tmp_path: Path, tokens: Any, expected: Any) -> None:
+    """From left to right as a reader sees them, by where the browser puts them."""
+    llr = [2.0] + [0.1] * (len(tokens) - 1)
+    recording = samples.trace(tokens=tokens, llr=llr, log_probs=[-0.1] * len(tokens))
+    chosen = samples.selection((0,), tokens=tuple(tokens), llr=tuple(llr), skipped={})
+    driver = show(report([samples.heat(recording, chosen)], out=tmp_path / "r.html"))
+    places = driver.execute_script(
+        "return [...document.querySelectorAll('.answer .word')].map((w) => "
+        "[w.getBoundingClientRect().left, w.textContent, w.getBoundingClientRect().top])"
+    )
+    assert max(top for *_, top in places) - min(top for *_, top in places) < 12, "one line, so that places compare"
+    assert [text for _, text, _ in sorted(places)] == expected
+    word(driver, expected[0]).send_keys("\ue007")  # Enter presses a word as it does a button
+    assert expected[0] in text(driver, "hint")
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten images; the eighth and the third are explained."""
+    recording = samples.trace(images=[samples.picture((320, 240), seed) for seed in range(10)])
+    heats = [samples.heat(recording, image_index=index, values=samples.blob((0.2, 0.2))) for index in (7, 2)]
+    return report(heats, scores=[samples.score(), None], out=tmp_path_factory.mktemp("several") / "report.html")
+
+
+def test_several_images_are_all_shown_and_the_explained_ones_can_be_chosen(show: Any, several: Path) -> None:
+    driver = show(several)
+    strip = find(driver, "[data-ref=strip]")
+    assert "Image 8 of 10" in strip.text
+    assert len(strip.find_elements("css selector", "img")) == 10
+    alt = [image.get_attribute("alt") for image in strip.find_elements("css selector", "span img")]
+    assert len(alt) == 8 and all(one.endswith("not explained") for one in alt)
+    third, eighth = strip.find_elements("css selector", "button")
+    assert eighth.get_attribute("aria-pressed") == "true" and third.get_attribute("aria-pressed") == "false"
+    before = pixels(driver)
+    third.click()
+    settle(driver)
+    assert "Image 3 of 10" in find(driver, "[data-ref=strip]").text
+    assert find(driver, "[data-ref=view]").get_attribute("data-map") == "1"
+    assert np.abs(pixels(driver) - before).mean() > 1
+    original = np.asarray(samples.picture((320, 240), 2).resize(before.shape[1::-1])).astype(float)
+    assert np.abs(pixels(driver)[-100:] - original[-100:]).mean() < 12, "the third image, under its map"
+
+
+def test_one_image_needs_no_strip(show: Any, one: Path) -> None:
+    assert not find(show(one), "[data-ref=strip]").is_displayed()
+
+
+def test_a_prompt_is_not_called_a_question(show: Any, tmp_path: Path) -> None:
+    recording = samples.trace(question=None)
+    driver = show(report([samples.heat(recording)], out=tmp_path / "r.html"))
+    assert (text(driver, "asked"), text(driver, "question")) == ("Prompt", recording.prompt)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.5, 1.0), (0.0, 28.3), (-7.0, 60.0), (-0.2, 1.3), (0.0, 2.0)])
+def test_labels_of_the_curves_overlap_nothing(show: Any, tmp_path: Path, low: float, high: float) -> None:
+    fractions = np.linspace(0, 1, 33)
+    wave = np.sin(np.pi * fractions) ** 2
+    score = samples.score(
+        deletion=low or 0.1,
+        insertion=high,
+        deletion_curve=tuple(1 - fractions + (low - 0.5) * wave),
+        insertion_curve=tuple(fractions + (high - 0.5) * wave),
+    )
+    driver = show(report([samples.heat()], scores=[score], out=tmp_path / "r.html"))
+    boxes = driver.execute_script(
+        "const box = (e) => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; };"
+        "return {texts: [...document.querySelectorAll('.chart text, .keys span')].map(box),"
+        " curves: [...document.querySelectorAll('.chart .line')].map(box)}"
+    )
+    everything = boxes["texts"] + boxes["curves"]
+    for number, one in enumerate(boxes["texts"]):
+        for other in everything[number + 1 :]:
+            apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] + 2 or other[3] <= one[1] + 2
+            assert apart, (low, high, one, other)
+    told = text(driver, "remarks")
+    assert ("below 0" in told) == (low < 0) and ("above 1" in told) == (high > 1)
+
+
+def test_a_notebook_shows_the_page_in_a_frame(show: Any, one: Path, tmp_path: Path) -> None:
+    """As ``nbconvert`` writes a cell's output; the page's own policy and the frame's sandbox hold inside."""
+    notebook = tmp_path / "notebook.html"
+    notebook.write_text(
+        f"<!doctype html><html data-ready='true'><meta charset=utf-8><body>{one._repr_html_()}", encoding="utf-8"
+    )
+    driver = show(notebook)
+    driver.switch_to.frame(find(driver, "iframe"))
+    settle(driver)
+    assert text(driver, "verdict").startswith("The map holds up")
+    word(driver, "carousel").click()
+    settle(driver)
+    assert find(driver, "[data-ref=view]").get_attribute("data-map") == "1"
+    find(driver, "#theme").click()
+    driver.switch_to.default_content()
+
+
+def test_where_scripts_are_forbidden_a_notebook_still_says_what_was_found(show: Any, one: Path, tmp_path: Path) -> None:
+    notebook = tmp_path / "strict.html"
+    policy = "<meta http-equiv='Content-Security-Policy' content=\"script-src 'none'; frame-src 'none'\">"
+    notebook.write_text(f"<!doctype html><html data-ready='true'>{policy}<body>{one._repr_html_()}", encoding="utf-8")
+    driver = show(notebook)
+    said = find(driver, "body").text
+    assert "2 × the map holds up, 1 × do not trust this map" in said
+    assert find(driver, "a").get_attribute("href").endswith("report.html")
+    driver.get_log("browser")  # that scripts are forbidden is told there

@@ -75,6 +75,24 @@ def largest_difference(trace, model, processor):
     return probe.verify(trace, model, processor).largest_difference
 
 
+def test_the_question_is_the_users_turn_or_there_is_none(llava, tmp_path):
+    """Without ``question=``: by the chat template; a prompt that does not follow it is a prompt and no question."""
+    model, processor = llava
+
+    def raw(model, processor):
+        return processor(text="<image>\nDescribe this", images=pictures(1), return_tensors="pt")
+
+    (asked,) = recorded(model, processor, ask, tmp_path / "asked").traces
+    (bare,) = recorded(model, processor, raw, tmp_path / "bare").traces
+    (named,) = recorded(model, processor, raw, tmp_path / "named", {"question": "What is it?"}).traces
+    assert asked.question == "What is in the picture?" and "USER" not in asked.describe()
+    assert bare.question is None and named.question == "What is it?"
+    assert "Describe this" in bare.describe() and "\nquestion" not in bare.describe()
+    assert "Prompt: " in bare._repr_html_() and "Describe this" in bare._repr_html_()
+    replayed = probe.replay(bare, model, processor)
+    assert replayed.reworded("What?").prompt_length < replayed.prompt_length, "all of the prompt is what is replaced"
+
+
 # ---------------------------------------------------------------------------------------------------- generation modes
 
 

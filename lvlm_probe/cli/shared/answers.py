@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace import Trace
 
-__all__ = ["ask", "required_question", "show_answer", "trace_summary"]
+__all__ = ["ask", "required_question", "show_answer", "show_question", "trace_summary"]
 
 
 def required_question(question: str | None) -> str:
@@ -64,10 +64,17 @@ def ask(
     return trace
 
 
-def show_answer(trace: Trace) -> None:
-    """Show question and answer, with the words that the image decides in bold."""
+def show_question(trace: Trace) -> None:
+    """Show the question, or the prompt where it is not known which part of it is the question."""
     if trace.question:
         say(("Q  ", "dim"), trace.question)
+    else:
+        say(("prompt  ", "dim"), trace.prompt)
+
+
+def show_answer(trace: Trace) -> None:
+    """Show question and answer, with the words that the image decides in bold."""
+    show_question(trace)
     llr = trace.llr
     say(("A  ", "dim"), answer_text(trace.words, trace.tokens, None if llr is None else llr.tolist(), ()))
 
@@ -80,6 +87,7 @@ def trace_summary(trace: Trace) -> dict[str, Any]:
         "trace_id": trace.trace_id,
         "status": trace.status,
         "question": trace.question,
+        "prompt": trace.prompt,
         "answer": trace.answer,
         "words": [
             {

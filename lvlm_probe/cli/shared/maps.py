@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lvlm_probe.cli.shared.answers import show_question
 from lvlm_probe.cli.shared.terminal import answer_text, bar, one_line, say, stage, stored_path
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.heatmap_store import MapFile, MapSettings, explain_one
@@ -94,8 +95,7 @@ def show_explained(explained: Explained, replay: Replay) -> None:
     """Show question, answer, and one line per map with its scores and verdict."""
     trace = explained.trace
     first = explained.maps[0].read()
-    if trace.question:
-        say(("Q  ", "dim"), trace.question)
+    show_question(trace)
     say(("A  ", "dim"), answer_text(trace.words, trace.tokens, replay.llr.tolist(), first.selection.indices))
     say(("   bold: the image makes the word likelier by more than a factor of e; underlined: explained", "dim"))
     for found in explained.maps:
@@ -115,6 +115,8 @@ def show_map(found: MapFile) -> None:
         mark, style = ("✓", "green") if score.verdict.trusted else ("✗", "red")
         said = f"  deletion {score.deletion:.3f} (low is good)  insertion {score.insertion:.3f} (high is good)"
         say((f"  {mark} ", style), (title, "bold"), "  no score" if score.reason else said)
+        for remark in score.remarks:
+            say(("    ", ""), remark)
         if not score.verdict.trusted:
             say(("    ", ""), (str(score.verdict), "red"))
     say(("    ", ""), (stored_path(found.overlay_path if found.overlay_path.is_file() else found.path), "dim"))

@@ -31,20 +31,20 @@ function drawAnswer() {
   page.answer.replaceChildren();
   if (!words.length) {
     page.answer.textContent = answer || "(not known: the page was written without the trace)";
+    page.answer.dir = "auto";
     return;
   }
   const length = answer.length;
   page.answer.classList.add(length > 700 ? "longer" : length > 220 ? "long" : "short");
   words.forEach((word, index) => {
     page.answer.append(word.before);
-    const button = make("button", { type: "button", className: "word", "data-word": index, "aria-describedby": "tip" });
+    const button = pressable({ className: "word", "data-word": index, "aria-describedby": "tip" }, () => chooseWord(index));
     word.tokens.forEach((t, position) => {
       const text = position ? tokens[t].text : tokens[t].text.trimStart();
       button.append(make("span", { textContent: text, "data-token": t }));
     });
     button.style.background = wash(word.llr);
     button.classList.toggle("mapped", mapOf(word) >= 0);
-    button.addEventListener("click", () => chooseWord(index));
     button.addEventListener("pointerenter", () => showTip(button, word));
     button.addEventListener("pointerleave", hideTip);
     button.addEventListener("focus", () => showTip(button, word));
@@ -52,6 +52,7 @@ function drawAnswer() {
     page.answer.append(button);
   });
   page.answer.append(tail);
+  page.answer.dir = "auto"; // last: browsers look at the words that are there by then
 }
 
 function markWords() {
@@ -98,7 +99,7 @@ function showTip(button, word) {
       make("span", { textContent: percent(p) }),
     );
   };
-  tip.replaceChildren(make("strong", { textContent: word.text }));
+  tip.replaceChildren(make("strong", { textContent: word.text, dir: "auto" }));
   if (known(word.p)) tip.append(meter("with image", word.p, "with"));
   if (known(word.p0)) tip.append(meter("without", word.p0, "without"));
   if (known(word.llr)) tip.append(make("p", { textContent: `LLR ${signed(word.llr)} nats: ${times(word.llr)}` }));
@@ -169,16 +170,17 @@ function drawLead() {
   const named = [...new Set((order.some(isWord) ? order.filter(isWord) : order).map((word) => word.text))].slice(0, 6);
   named.forEach((text, i) => {
     if (i) page.lead.append(i === named.length - 1 && chosen.length <= 6 ? " and " : ", ");
-    page.lead.append(make("b", { textContent: text }));
+    page.lead.append(make("b", { textContent: text, dir: "auto" }));
   });
-  const rest = words.filter((word) => isWord(word) && !chosen.includes(word)).length;
+  // A word of a larger ratio, none of whose pieces reaches the threshold, is not selected; nor is it the language's.
+  const rest = words.filter((word) => isWord(word) && !chosen.includes(word) && !(word.llr > alpha)).length;
   page.lead.append(
     chosen.length > 6 ? ` and others, ${chosen.length} in all,` : "",
     rule === "llr" && known(alpha)
       ? ` ${chosen.length > 1 ? "come" : "comes"} from the image (LLR over ${alpha})`
       : ` ${chosen.length > 1 ? "are" : "is"} explained here`,
     rest > 0 && rule === "llr"
-      ? `; the other ${rest > 1 ? `${rest} words follow` : "word follows"} mostly from the language.`
+      ? `; ${rest > 1 ? `${rest} other words follow` : "one other word follows"} mostly from the language.`
       : ".",
   );
 }

@@ -14,6 +14,18 @@ function make(tag, props = {}, ...children) {
   return element;
 }
 
+/** What can be pressed and yet is a part of its line: a button is a block, whatever the direction of the words. */
+function pressable(props, action) {
+  const element = make("span", { role: "button", tabIndex: 0, ...props });
+  element.addEventListener("click", action);
+  element.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    action();
+  });
+  return element;
+}
+
 function vector(tag, attributes, ...children) {
   const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);

@@ -147,6 +147,7 @@ function chooseMap(index) {
         : "",
   );
   markWords();
+  drawStrip();
   drawVerdict();
   drawChart();
   drawCards();
@@ -170,6 +171,7 @@ function chooseSample(index, map = 0) {
   const fresh = document.getElementById("sample-template").content.cloneNode(true);
   page = Object.fromEntries([...fresh.querySelectorAll("[data-ref]")].map((element) => [element.dataset.ref, element]));
   document.getElementById("sample").replaceChildren(fresh);
+  page.asked.textContent = sample().asked;
   page.question.textContent = sample().question || "(not known: the page was written without the trace)";
   page.maps.replaceChildren(
     ...sample().maps.map((entry, i) => {
@@ -207,6 +209,30 @@ function chooseSample(index, map = 0) {
   chooseMap(map);
 }
 
+/** All images of the prompt: the one on show is marked, those that are explained can be chosen. */
+function drawStrip() {
+  const { strip, maps } = sample(),
+    on = Number(current().image);
+  page.strip.hidden = strip.length < 2;
+  if (page.strip.hidden) return;
+  const number = (i) => `Image ${i + 1} of ${strip.length}`;
+  page.strip.replaceChildren(
+    make("p", { className: "label", textContent: `${number(on)}: the one on show` }),
+    ...strip.map((src, i) => {
+      const map = maps.findIndex((one) => Number(one.image) === i);
+      const picture = make("img", { src, alt: map < 0 ? `${number(i)}, not explained` : number(i) });
+      if (map < 0) return make("span", {}, picture);
+      const button = make("button", { type: "button", "aria-pressed": i === on }, picture);
+      button.addEventListener("click", () => {
+        if (i === Number(current().image)) return;
+        chooseMap(map);
+        page.strip.querySelector("[aria-pressed=true]").focus();
+      });
+      return button;
+    }),
+  );
+}
+
 function drawSamples() {
   if (report.samples.length < 2) return;
   const nav = document.getElementById("samples");
@@ -225,7 +251,7 @@ function drawSamples() {
       make(
         "span",
         {},
-        make("b", { textContent: entry.answer || entry.question || `Sample ${i + 1}` }),
+        make("b", { textContent: entry.answer || entry.question || `Sample ${i + 1}`, dir: "auto" }),
         make("small", {}, make("i", { className: `dot ${map.verdict.state}` }), summary),
       ),
     );

@@ -124,7 +124,7 @@
           fooled ? `${fooled} of ${variants} variants get the same answer as before, though the true answer is another.`
             : "No variant gets the same answer where the true one is another."));
     } else {
-      box.append(make("p", { className: "question" }, first.question));
+      box.append(make("p", { className: "question", textContent: first.question, dir: "auto" }));
       if (first.truth !== null) box.append(make("p", { className: "truth" }, make("span", { textContent: "True answer " }), first.truth));
       if (state.by === "methods") {
         const answer = answerOf(cells(item)[0]);
@@ -206,7 +206,7 @@
     const map = mapOf(cell), score = scoreOf(cell), { body } = cell;
     if (state.by === "groups") {
       const { change } = cell.detail;
-      body.append(change?.question ? differing(change.question) : make("p", { className: "question", textContent: cell.sample.question }));
+      body.append(change?.question ? differing(change.question) : make("p", { className: "question", textContent: cell.sample.question, dir: "auto" }));
       if (cell.sample.truth !== null)
         body.append(make("p", { className: "truth" }, make("span", { textContent: "True answer " }), cell.sample.truth));
     }

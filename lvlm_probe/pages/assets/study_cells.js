@@ -93,18 +93,18 @@ function said(words, selected, choose) {
   const length = words.words.reduce((sum, [before, text]) => sum + before.length + text.length, 0);
   line.classList.toggle("long", length > 260);
   words.words.forEach(([before, text, llr], place) => {
-    const button = make("button", { type: "button", className: wash(llr), title: ratio(llr), "data-place": place });
+    const button = pressable({ className: wash(llr), title: ratio(llr), "data-place": place }, () => choose(bare(text) || text, place));
     button.append(make("span", { className: selected.includes(place) ? "k" : "", textContent: text }));
-    button.addEventListener("click", () => choose(bare(text) || text, place));
     line.append(before, button);
   });
   line.append(words.tail || (words.words.length ? "" : "(an empty answer)"));
+  line.dir = "auto"; // last: browsers look at the words that are there by then
   return line;
 }
 
 /** Question with what is new in it, and struck out what has gone; parts of `[text, kind]`. */
 function differing(parts) {
-  const line = make("p", { className: "question" });
+  const line = make("p", { className: "question", dir: "auto" });
   for (const [text, kind] of parts) {
     if (kind === "same") line.append(text);
     else line.append(make(kind === "new" ? "ins" : "del", { textContent: text }));

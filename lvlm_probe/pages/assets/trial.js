@@ -31,7 +31,7 @@ function interpolate(xs, ys, x) {
   return ys[i - 1] + t * (ys[i] - ys[i - 1]);
 }
 
-const CHART = { left: 34, top: 14, width: 440, height: 240 }; // width: of the column it stands in
+const CHART = { left: 40, top: 10, width: 440, height: 240 }; // width: of the column it stands in
 function chartScale(score) {
   const all = [...score.deletion_curve, ...score.insertion_curve, 0, 1];
   const low = Math.min(...all),
@@ -44,14 +44,25 @@ function chartScale(score) {
   };
 }
 
+/** Round values to write on an axis: 0, 0.5 and 1, or fewer and farther ones where curves leave that range. */
+function ticks(low, high) {
+  if (high - low < 2) return [0, 0.5, 1];
+  const rough = (high - low) / 5,
+    unit = 10 ** Math.floor(Math.log10(rough)),
+    step = unit * [1, 2, 5, 10].find((times) => times * unit >= rough);
+  const found = [];
+  for (let k = Math.ceil(low / step); k * step <= high; k++) found.push(Number((k * step).toPrecision(6)));
+  return found;
+}
+
 function drawChart() {
   const { score } = current();
   page.chart.replaceChildren();
-  page.chart.hidden = !score;
+  page.chart.parentElement.hidden = !score;
   if (!score) return;
   CHART.width = Math.max(200, page.chart.clientWidth - CHART.left - 12);
   CHART.height = clamp(0.55 * CHART.width, 190, 280);
-  const { x, y } = chartScale(score),
+  const { x, y, low, high } = chartScale(score),
     right = x(1),
     base = y(0);
   const svg = vector("svg", {
@@ -59,35 +70,20 @@ function drawChart() {
     role: "img",
     "aria-label": `Deletion falls to an area of ${decimal(score.deletion)}, insertion rises to an area of ${decimal(score.insertion)}`,
   });
-  for (const value of [0, 0.5, 1]) {
-    svg.append(vector("line", { class: "axis", x1: x(0), x2: right, y1: y(value), y2: y(value) }));
-    svg.append(
-      vector("text", { x: x(0) - 8, y: y(value) + 4, "text-anchor": "end" }, String(value)),
-    );
-    svg.append(
-      vector(
-        "text",
-        {
-          x: x(value),
-          y: y(Math.min(0, chartScale(score).low)) + 19,
-          "text-anchor": value === 0 ? "start" : value === 1 ? "end" : "middle",
-        },
-        `${100 * value} %`,
-      ),
-    );
+  const across = (kind, value) => svg.append(vector("line", { class: kind, x1: x(0), x2: right, y1: y(value), y2: y(value) }));
+  const write = (text, place) => svg.append(vector("text", place, text));
+  for (const value of ticks(low, high)) {
+    across("axis", value);
+    write(String(value).replace("-", "−"), { class: "level", x: x(0) - 8, y: y(value) + 4, "text-anchor": "end" });
   }
-  svg.append(
-    vector(
-      "text",
-      { x: x(0.5), y: CHART.top + CHART.height + 39, "text-anchor": "middle" },
-      "share of the image, most important first",
-    ),
-  );
+  if (high - low >= 2) for (const value of [0, 1]) across("reference", value);
+  for (const [value, anchor] of [[0, "start"], [0.5, "middle"], [1, "end"]])
+    write(`${100 * value} %`, { x: x(value), y: CHART.top + CHART.height + 19, "text-anchor": anchor });
+  write("share of the image, most important first", { x: x(0.5), y: CHART.top + CHART.height + 39, "text-anchor": "middle" });
   svg.append(
     vector("line", { class: "reference", x1: x(0), y1: y(1), x2: right, y2: y(0) }),
     vector("line", { class: "reference", x1: x(0), y1: y(0), x2: right, y2: y(1) }),
   );
-  svg.append(vector("text", { x: x(0.5), y: y(0.5) + 26, "text-anchor": "middle" }, "no better than area: 0.5"));
   for (const [kind, ys] of [
     ["del", score.deletion_curve],
     ["ins", score.insertion_curve],
@@ -98,11 +94,14 @@ function drawChart() {
     );
     svg.append(vector("polyline", { class: `line ${kind}`, points: points.join(" ") }));
   }
-  const name = (kind, text, height) =>
-    svg.append(vector("text", { class: `name ${kind}`, x: right - 6, y: height, "text-anchor": "end" }, text));
-  const place = (ys, f, offset) => clamp(y(interpolate(score.fractions, ys, f)) + offset, CHART.top + 16, base - 8);
-  name("ins", `insertion ${decimal(score.insertion)}`, place(score.insertion_curve, 0.9, 20));
-  name("del", `deletion ${decimal(score.deletion)}`, place(score.deletion_curve, 0.9, -10));
+  // Outside the plot, so that no curve runs through them.
+  page.keys.replaceChildren(
+    ...[
+      ["ins", `insertion ${decimal(score.insertion)}`],
+      ["del", `deletion ${decimal(score.deletion)}`],
+      ["area", high - low < 2 ? "no better than area: 0.5" : "0, 1 and no better than area"],
+    ].map(([kind, text]) => make("span", {}, make("i", { className: kind, "aria-hidden": "true" }), text)),
+  );
   svg.append(
     vector("line", { class: "cursor", y1: CHART.top, y2: CHART.top + CHART.height }),
     vector("circle", { class: "point del", r: 5 }),
@@ -231,6 +230,11 @@ function card({ label, value, note, text, gauge, bad, thumb }) {
   return box;
 }
 
+/** What an area outside [0, 1] says, beside its number. */
+function drawRemarks(score) {
+  page.remarks.replaceChildren(...(score?.remarks ?? []).map((textContent) => make("p", { textContent })));
+}
+
 function drawCards() {
   const { score, baseline } = current(),
     list = [];
@@ -290,6 +294,7 @@ function drawCards() {
     });
   }
   page.cards.replaceChildren(...list.map(card));
+  drawRemarks(score);
 }
 
 // ---------------------------------------------------------------- numbers and provenance
@@ -316,7 +321,7 @@ function drawTokens() {
     ["P with image", 1],
     ["P without", 1],
     ["LLR, nats", 1],
-    ["", 0],
+    ["Explained", 0],
   ];
   page.tokens.replaceChildren(
     make(

@@ -1,0 +1,95 @@
+"""Objects as a person sees them: in one line, where a field is an array of thousands, and as HTML in a notebook.
+
+Cards hold no script and nothing from elsewhere, every text on them is escaped, and words stand in the order of their
+script.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from lvlm_probe.escaping import escaped
+from lvlm_probe.words import group_words
+
+__all__ = ["answer_html", "card", "in_one_line", "text_html"]
+
+_TEXT, _ITEMS = 60, 8
+"""Characters of a text, and members of a list, that one line shows."""
+_CARD_TEXT = 4000
+
+
+def in_one_line(thing: Any) -> str:
+    """A dataclass by its fields: arrays by kind and shape, bytes by number, long texts and lists by their beginning."""
+    fields = (f"{item.name}={_brief(getattr(thing, item.name))}" for item in dataclasses.fields(thing) if item.repr)
+    return f"{type(thing).__name__}({', '.join(fields)})"
+
+
+def _brief(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if isinstance(value, str):
+        return repr(value if len(value) <= _TEXT else f"{value[:_TEXT]}…")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return in_one_line(value)
+    if isinstance(value, Mapping):
+        shown = [f"{_brief(key)}: {_brief(item)}" for key, item in list(value.items())[:_ITEMS]]
+        return "{" + ", ".join([*shown, *_rest(value)]) + "}"
+    if isinstance(value, list | tuple):
+        shown = [_brief(item) for item in value[:_ITEMS]]
+        inner = ", ".join([*shown, *_rest(value)])
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+    return repr(value)
+
+
+def _rest(value: Collection[Any]) -> list[str]:
+    return [f"… ({len(value)} in all)"] if len(value) > _ITEMS else []
+
+
+def text_html(text: str) -> str:
+    """A text as HTML: escaped, cut where it is very long."""
+    cut = text if len(text) <= _CARD_TEXT else f"{text[:_CARD_TEXT]}…"
+    return html.escape("\n".join(escaped(line) for line in cut.split("\n"))).replace("\n", "<br>")
+
+
+def answer_html(
+    tokens: Sequence[str],
+    special: Sequence[bool],
+    *,
+    llr: Sequence[float] | None = None,
+    marked: Collection[int] = (),
+) -> str:
+    """The words of an answer as HTML: warmer the more the image decides them, underlined where they are ``marked``."""
+    parts, end = [], 0
+    for word in group_words(tokens, special):
+        between = "".join(
+            piece for piece, flag in zip(tokens[end : word.start], special[end : word.start], strict=True) if not flag
+        )
+        shown = "".join(tokens[word.start : word.stop])
+        lead = between + shown[: len(shown) - len(shown.lstrip())]
+        ratio = None if llr is None or not len(llr) else float(sum(llr[word.start : word.stop]))
+        look = (
+            ""
+            if ratio is None or not ratio > 0
+            else f"background:rgba(213,94,0,{0.45 * min(1.0, ratio / 6):.2f});border-radius:3px"
+        )
+        if any(word.start <= index < word.stop for index in marked):
+            look += ";text-decoration:underline"
+        title = "" if ratio is None else f' title="{ratio:+.2f} nats"'
+        parts.append(f'{text_html(lead)}<span style="{look.lstrip(";")}"{title}>{text_html(word.text)}</span>')
+        end = word.stop
+    return f'<p dir="auto" style="font-size:1.1em;margin:.3em 0">{"".join(parts)}</p>'
+
+
+def card(title: str, *parts: str, facts: Iterable[str] = ()) -> str:
+    """A card of a title, parts that are HTML, and facts that are text."""
+    told = "<br>".join(text_html(fact) for fact in facts if fact)
+    return (
+        f"<div><strong>{text_html(title)}</strong>{''.join(parts)}"
+        + (f"<br><small>{told}</small>" if told else "")
+        + "</div>"
+    )
