@@ -8,7 +8,8 @@ showing its help) and ``HELP`` (in place of the docstring). ``shared/`` holds wh
 Results go to standard output (``--json``: nothing but JSON), progress and notes to standard error. Exit codes:
 
     0    done
-    1    the answer is no: ``verify`` found a difference beyond the tolerance, or another model
+    1    the answer is no: ``verify`` found a difference beyond the tolerance, or another model; ``doctor`` something
+         that does not work
     2    it cannot be done as asked: a wrong path, option, image, trace or model; the sentence says which
     3    something unexpected; ``--debug`` shows the traceback
     130  stopped with Ctrl-C; what was finished is kept
@@ -33,7 +34,7 @@ from lvlm_probe.errors import ProbeError
 
 __all__ = ["app", "main"]
 
-_ROAD = ("demo", "record", "explain", "evaluate", "sanity", "report")
+_ROAD = ("demo", "doctor", "record", "explain", "evaluate", "sanity", "report")
 """What a newcomer reads first in the list of commands; the others follow in the order of the alphabet."""
 
 app = typer.Typer(

@@ -13,6 +13,7 @@ import os
 import select
 import shlex
 import sys
+import textwrap
 import time
 import traceback
 import warnings
@@ -50,6 +51,7 @@ __all__ = [
     "stage",
     "stop",
     "stored_path",
+    "wrapped",
 ]
 
 _SLOW = 2.0
@@ -104,6 +106,14 @@ def say(*parts: str | Text | tuple[str, str]) -> None:
             safe_parts.append(Text(safe(part.plain)) if ACTING.search(part.plain) else part)
     console = Console(highlight=False)
     console.print(Text.assemble(*safe_parts), soft_wrap=True)
+
+
+def wrapped(text: str, *, indent: int) -> list[str]:
+    """A text as the lines that fit beside an indent: on a terminal as wide as that, in a pipe in 80 columns."""
+    from rich.console import Console
+
+    width = min(Console().width, 100)
+    return textwrap.wrap(text, max(width - indent, 20), break_long_words=False, break_on_hyphens=False)
 
 
 def show(text: str) -> None:
