@@ -33,6 +33,7 @@ from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFEREN
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.protocol import ReplayLike
+from lvlm_probe.trace import Trace
 
 __all__ = ["BaselineChoice", "Score", "check_answer", "evaluate", "over_baseline"]
 
@@ -217,7 +218,12 @@ def evaluate(
 
 
 def check_answer(heat: Heatmap, replay: ReplayLike) -> None:
-    """Refuse a heatmap of another answer or image than the replay's. Raises ``ExplainError``."""
+    """Refuse a heatmap of another answer or image than the replay's, or a trace. Raises ``ExplainError``."""
+    if isinstance(replay, Trace):
+        raise ExplainError(
+            "a heatmap is scored by running the model, and this is a trace: evaluate(heat, probe.replay(trace, model, "
+            "processor))"
+        )
     if heat.selection.tokens != tuple(replay.tokens) or heat.image_index >= replay.n_images:
         raise ExplainError(
             f"this heatmap explains another answer ({''.join(heat.selection.tokens)[:60]!r}) than the replay's "

@@ -87,7 +87,7 @@ def compare(
     grid: int | Sequence[int] | None = GRID,
     steps: int | None = None,
     seed: int = 0,
-    overwrite: bool = False,
+    overwrite: bool | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Explain answers by several methods, judge every heatmap, and write one HTML page with all of them.
@@ -109,7 +109,8 @@ def compare(
         title: Headline of the page.
         tokens, image, seed: As for ``explain``; the same for all methods.
         grid, steps: As for ``evaluate``; ``grid=None`` ranks each heatmap's own cells.
-        overwrite: Replace ``out`` if it exists.
+        overwrite: Replace ``out`` if it exists; by default only a file that this package wrote, so that a notebook cell
+            can run again.
         progress: Called with (done, total) heatmaps; by default a bar on the terminal, if there is one.
 
     Returns:

@@ -196,6 +196,7 @@ def wrong_inputs(tmp_path: Path, picture: Path, text_model: Path) -> dict[str, P
     [
         ("--model demo --image {tmp}/nowhere.png --question Q", "no image at {tmp}/nowhere.png"),
         ("--model demo --image {tmp}/notes.txt --question Q", "{tmp}/notes.txt is not an image"),
+        ("--model demo --image https://example.com/a.png --question Q", "curl -LO https://example.com/a.png"),
         ("--model demo --image {tmp}/broken.png --question Q", "{tmp}/broken.png is not an image"),
         ("--model demo --image {tmp}/empty_dir --question Q", "it is a directory"),
         ("--model demo --question Q", "add --image FILE"),
@@ -524,6 +525,7 @@ def test_methods_lists_what_there_is_and_what_it_needs() -> None:
 
     rows = {row["method"]: row for row in succeed("methods", "--json").json}
     assert list(rows) == methods()
+    assert all(rows[name]["summary"] in line for name, line in zip(rows, repr(methods()).splitlines(), strict=True))
     assert all(set(row["needs"]) == needs_of(name) for name, row in rows.items())
     assert rows["attention"]["trace_alone"] and not rows["tmm"]["trace_alone"]
     assert "masks" in rows["rise"]["parameters"]

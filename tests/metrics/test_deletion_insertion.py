@@ -515,6 +515,12 @@ def test_a_selection_of_another_answer_is_refused_before_any_pass() -> None:
     assert replay.passes.forward == 0
 
 
+def test_a_trace_in_the_place_of_a_replay_is_refused_in_a_sentence(tmp_path) -> None:
+    trace = trace_samples.read(tmp_path)
+    with pytest.raises(ExplainError, match=r"this is a trace: evaluate\(heat, probe.replay\(trace"):
+        evaluate(heat_of(ToyReplay(BOX), BOX.numpy()), trace)
+
+
 def test_baseline_check_looks_at_what_the_picture_decides(demo, tmp_path) -> None:
     """The later pieces of a word follow from its first one, and must not count against the baseline."""
     import lvlm_probe as probe

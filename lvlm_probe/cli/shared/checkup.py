@@ -6,6 +6,7 @@ check is made. Nothing is installed or changed.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import platform
@@ -87,7 +88,7 @@ def environment() -> Iterator[Finding]:
     required, extras = _requirements()
     others = []
     for line in required:
-        found = list(_checked(_name_of(line), lambda line=line: _library(line)))
+        found = list(_checked(_name_of(line), functools.partial(_library, line)))
         shown = [one for one in found if one.state != "ok" or one.name in ("torch", "transformers")]
         others += [f"{one.name} {one.text}" for one in found if one not in shown]
         yield from shown
@@ -370,7 +371,8 @@ class _Model:
 def _folded(tokenizer: Any, ids: Sequence[int]) -> str:
     """A prompt with long runs of one token counted: image tokens are hundreds."""
     runs = [(token, len(list(run))) for token, run in itertools.groupby(ids)]
-    shown, waiting = [], []
+    shown: list[str] = []
+    waiting: list[int] = []
     for token, count in runs:
         if count > 3:
             shown += [tokenizer.decode(waiting), f"{tokenizer.decode([token])}×{count}"]

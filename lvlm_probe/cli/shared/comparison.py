@@ -100,7 +100,7 @@ def compare_methods(
         return
     _show(made)
     for method, reason in failed.items():
-        note(f"{method} made no map everywhere: {reason}")
+        note(f"{method} made no map on {where}: {reason}")
     say("page:    ", (stored_path(page), "bold"))
     say("scores:  ", stored_path(results))
 
