@@ -21,6 +21,7 @@ import glob
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.explainers import explain
-from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.files import causes, json_ready, read_small, write_whole
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics import Score, evaluate
+from lvlm_probe.progress import ProgressChoice
 from lvlm_probe.trace import Trace, open_trace
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ LARGEST_RECORD = 64 * 2**20
 
 _BASELINE_FACTS = ("kind", "strength", "seed", "limit")
 
-Shown = Callable[[str], contextlib.AbstractContextManager[Progress | None]]
+Shown = Callable[[str], contextlib.AbstractContextManager[ProgressChoice]]
 """Shows work under a title, and gives what it calls with (done, total)."""
 
 
@@ -180,7 +181,7 @@ def explain_one(
     settings: MapSettings,
     directory: Path,
     *,
-    shown: Shown = lambda title: contextlib.nullcontext(),
+    shown: Shown = lambda title: contextlib.nullcontext(False),
 ) -> tuple[MapFile, bool]:
     """Make, draw and score one map, or find it finished.
 
@@ -215,7 +216,7 @@ def explain_one(
 
 
 def score_one(
-    replay: Replay, found: MapFile, *, shown: Shown = lambda title: contextlib.nullcontext(), **options: Any
+    replay: Replay, found: MapFile, *, shown: Shown = lambda title: contextlib.nullcontext(False), **options: Any
 ) -> Score:
     """Score a stored map against the baseline it was made with, and store the score beside it.
 
@@ -275,7 +276,7 @@ def find_maps(paths: Sequence[Path]) -> list[MapFile]:
             raise TraceError(f"there is no file or directory {path}")
         here = list(_maps_behind(path))
         if not here:
-            raise ProbeError(f"no explanations of {path} yet; make some: lvlm-probe explain {path}")
+            raise ProbeError(f"no explanations of {path} yet; make some: lvlm-probe explain {shlex.quote(str(path))}")
         found += [item for item in here if item not in found]
     return found
 

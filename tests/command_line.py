@@ -33,12 +33,12 @@ class Result:
         return json.loads(self.out)
 
 
-def run(*arguments: str | Path) -> Result:
-    """``lvlm-probe ARGUMENTS`` in this process."""
+def run(*arguments: str | Path, columns: int = 200) -> Result:
+    """``lvlm-probe ARGUMENTS`` in this process, on so many columns."""
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["lvlm-probe", *map(str, arguments)]),
-        mock.patch.dict(os.environ, {"COLUMNS": "200"}),
+        mock.patch.dict(os.environ, {"COLUMNS": str(columns)}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),
@@ -48,7 +48,7 @@ def run(*arguments: str | Path) -> Result:
     return Result(int(exit_.value.code or 0), out.getvalue(), err.getvalue())
 
 
-def succeed(*arguments: str | Path) -> Result:
-    result = run(*arguments)
+def succeed(*arguments: str | Path, columns: int = 200) -> Result:
+    result = run(*arguments, columns=columns)
     assert result.code == 0, result.err
     return result

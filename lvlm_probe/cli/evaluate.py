@@ -19,6 +19,7 @@ from lvlm_probe.cli.shared.options import (
     Dtype,
     Json,
     Maps,
+    OpenPage,
     OptionalModel,
     TrustRemoteCode,
 )
@@ -73,6 +74,8 @@ def evaluate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="With --methods: replace the page if it exists.")
     ] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="With --methods: print every column of the table.")] = False,
+    open_it: OpenPage = False,
     baseline: BaselineOption = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -102,12 +105,16 @@ def evaluate(
             baseline=baseline,
             page=out,
             overwrite=overwrite,
+            wide=wide,
+            open_it=open_it,
             as_json=as_json,
             options=options,
         )
         return
-    if words or out is not None or overwrite:
-        raise ProbeError("--words, --out and --overwrite go with --methods: add it, e.g. --methods igos++,gradcam")
+    if words or out is not None or overwrite or wide or open_it:
+        raise ProbeError(
+            "--words, --out, --overwrite, --wide and --open go with --methods: add it, e.g. --methods igos++,gradcam"
+        )
     from lvlm_probe.cli.shared.maps import map_summary, open_replay, show_map
     from lvlm_probe.heatmap_store import by_trace, find_maps, score_one
 

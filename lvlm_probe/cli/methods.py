@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from lvlm_probe.cli.shared.options import Json
-from lvlm_probe.cli.shared.terminal import one_line, print_json, quiet_libraries, say
+from lvlm_probe.cli.shared.terminal import one_line, print_json, quiet_libraries, say, wrapped
 
 __all__ = ["RUNS_BARE", "methods"]
 
@@ -35,7 +35,8 @@ def methods(as_json: Json = False) -> None:
         needs = ", ".join(row["needs"]) or "nothing"
         alone = ("  trace alone", "green") if row["trace_alone"] else ""
         say((one_line(row["method"]).ljust(width), "bold"), ("needs ", "dim"), needs, alone)
-        say(" " * width, (row["summary"], "dim"))
+        for line in wrapped(row["summary"], indent=width):
+            say(" " * width, (line, "dim"))
     say("")
     say(("With the parameters of each:  lvlm-probe methods --json", "dim"))
 

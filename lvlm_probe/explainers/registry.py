@@ -36,6 +36,7 @@ import torch
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.plugins import check_registration, load_plugins
+from lvlm_probe.progress import Progress
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -65,9 +66,6 @@ __all__ = [
 ]
 
 Need = Literal["passes", "gradients", "attention", "activations"]
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total) in the explainer's own unit."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +277,9 @@ class MethodNames(list[str]):
         return "\n".join(f"{name:<{width}}  {summary_of(name)}" for name in self)
 
     def _repr_html_(self) -> str:
-        rows = (f"<tr><td><b>{html.escape(name)}</b></td><td>{html.escape(summary_of(name))}</td></tr>" for name in self)
+        rows = (
+            f"<tr><td><b>{html.escape(name)}</b></td><td>{html.escape(summary_of(name))}</td></tr>" for name in self
+        )
         return f"<table>{''.join(rows)}</table>"
 
 

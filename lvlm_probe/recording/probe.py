@@ -329,8 +329,8 @@ class Probe:
             )
         if tokenizer_of(processor) is processor is not None and image_processor_of(processor) is processor:
             raise AttachError(
-                f"this is the tokenizer ({type(processor).__name__}), which sees no images; give the model's processor, "
-                f"AutoProcessor.from_pretrained(...) of the same model, or leave it out: attach(model)"
+                f"this is the tokenizer ({type(processor).__name__}), which sees no images; give the model's "
+                f"processor, AutoProcessor.from_pretrained(...) of the same model, or leave it out: attach(model)"
             )
         self.model, self.processor = model, processor
         inner = probed_model(inner, processor)

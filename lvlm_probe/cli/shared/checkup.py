@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lvlm_probe._version import __version__
 from lvlm_probe.cli.shared.answers import ask
-from lvlm_probe.cli.shared.models import load_model, model_source, torch_dtype, torch_place, why
+from lvlm_probe.cli.shared.models import first_line, load_model, model_source, torch_dtype, torch_place
 from lvlm_probe.cli.shared.terminal import bar, one_line
 from lvlm_probe.errors import ProbeError
 
@@ -68,12 +68,30 @@ def mending(found: Sequence[Finding]) -> list[str]:
     return ([shlex.join(["pip", "install", *wanted])] if wanted else []) + others
 
 
+def _why(error: BaseException) -> str:
+    """Return what an error says, in a line, and what it comes from; of our own errors the whole sentence.
+
+    Libraries that import others late hide the cause: "Could not import module 'LlamaConfig'".
+    """
+    if isinstance(error, ProbeError):
+        return str(error)
+    inner, seen = error, {id(error)}
+    while True:
+        below = inner.__cause__ or (None if inner.__suppress_context__ else inner.__context__)
+        if below is None or id(below) in seen:
+            break
+        seen.add(id(below))
+        inner = below
+    said, cause = first_line(error), first_line(inner)
+    return said if said == cause else f"{said} ({cause})"
+
+
 def _checked(name: str, check: Callable[[], Finding | None]) -> Iterator[Finding]:
     """What a check finds; what it raises is a finding too."""
     try:
         found = check()
     except Exception as error:
-        found = Finding(name, "mend", one_line(why(error), 500))
+        found = Finding(name, "mend", one_line(_why(error), 500))
     if found is not None:
         yield found
 
@@ -162,7 +180,7 @@ def _imported(name: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(name), ""
     except Exception as error:  # a library that does not match another raises whatever it likes
-        return None, one_line(why(error), 300)
+        return None, one_line(_why(error), 300)
 
 
 def _torchvision() -> Finding:
@@ -246,7 +264,7 @@ def model_checks(
         place = torch_place(device)
         precision = torch_dtype(dtype, place)
     except Exception as error:
-        yield Finding("model", "mend", one_line(why(error), 500))
+        yield Finding("model", "mend", one_line(_why(error), 500))
         return
     looked = _Model(source, place, precision, attn, trust_remote_code)
     found: list[Finding] = []
@@ -314,7 +332,7 @@ class _Model:
         except Exception as error:
             if "Unrecognized configuration class" in str(error):
                 return None, "it is no vision-language model that transformers can load (AutoModelForImageTextToText)"
-            return None, one_line(why(error), 400)
+            return None, one_line(_why(error), 400)
         return model, ""
 
     def reader(self) -> Finding:
@@ -323,7 +341,7 @@ class _Model:
         try:
             self.processor = load_processor(self.source, trust_remote_code=self.trusted)
         except Exception as error:
-            said = one_line(why(error), 400)
+            said = one_line(_why(error), 400)
             lacks = "torchvision" in said.lower() and version_of("torchvision") is None
             return Finding("processor", "mend", f"cannot be loaded: {said}", ("torchvision",) if lacks else ())
         images = getattr(self.processor, "image_processor", None)
@@ -398,7 +416,7 @@ def _answered(spec: str, options: dict[str, Any]) -> Iterator[Finding]:
             trace = ask(model, processor, [_image()], _QUESTION, Path(folder), max_new_tokens=8)
             answer = replay(trace, model, processor)
         except Exception as error:
-            yield Finding("answer", "mend", one_line(why(error), 500))
+            yield Finding("answer", "mend", one_line(_why(error), 500))
             return
         yield Finding("answer", "ok", f"{len(trace.token_ids)} tokens recorded and replayed: {trace.answer.strip()!r}")
         yield from _checked("recorded", lambda: _recorded(trace))
@@ -441,7 +459,7 @@ def _methods(answer: Replay) -> Iterator[Finding]:
                 made = plan_for(answer, name, {})
                 plan = made if name == "igos++" else plan
             except Exception as error:
-                refused[name] = one_line(why(error), 200)
+                refused[name] = one_line(_why(error), 200)
     if plan is not None and plan.peak is not None:
         text = f"igos++ takes {show_bytes(plan.peak)} beside the weights, of {show_bytes(plan.budget)}"
         yield Finding("explaining", "ok", f"{text}; other methods: lvlm-probe plan")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from lvlm_probe.errors import ProbeError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEMO", "first_line", "load_model", "model_source", "torch_dtype", "torch_place", "why"]
+__all__ = ["DEMO", "first_line", "load_model", "model_source", "torch_dtype", "torch_place"]
 
 DEMO = "demo"
 """The name of the embedded model, wherever a model is asked for."""
@@ -91,6 +90,16 @@ def model_source(spec: str) -> str:
     return spec
 
 
+def torch_dtype(name: str | None, place: torch.device) -> str:
+    """Return the name of a dtype of weights on a device. Raises ``ProbeError`` for one that torch does not have."""
+    import torch
+
+    precision = name or ("float32" if place.type == "cpu" else "auto")
+    if precision != "auto" and not isinstance(getattr(torch, precision, None), torch.dtype):
+        raise ProbeError(f"no dtype {precision!r}; use float32, bfloat16, float16 or auto")
+    return precision
+
+
 def torch_place(name: str | None) -> torch.device:
     """Return a device by name, or the default one. Raises ``ProbeError`` where there is none of that name."""
     import torch
@@ -106,16 +115,6 @@ def torch_place(name: str | None) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ProbeError("--device cuda: torch finds no CUDA device here; use --device cpu")
     return place
-
-
-def torch_dtype(name: str | None, place: torch.device) -> str:
-    """Return the name of a dtype of weights on a device. Raises ``ProbeError`` for one that torch does not have."""
-    import torch
-
-    precision = name or ("float32" if place.type == "cpu" else "auto")
-    if precision != "auto" and not isinstance(getattr(torch, precision, None), torch.dtype):
-        raise ProbeError(f"no dtype {precision!r}; use float32, bfloat16, float16 or auto")
-    return precision
 
 
 def _why_not_loaded(spec: str, error: Exception) -> str:
@@ -136,27 +135,14 @@ def _why_not_loaded(spec: str, error: Exception) -> str:
             f"Check the spelling and the network, or give a model directory"
         )
     return (
-        f"{spec} cannot be loaded as a vision-language model with a processor: {why(error)}. "
-        f"What is missing:  lvlm-probe doctor {shlex.quote(spec)}"
+        f"{spec} cannot be loaded as a vision-language model with a processor: {first_line(error)}{_way_out(message)}"
     )
 
 
-def why(error: BaseException) -> str:
-    """Return what an error says, in a line, and what it comes from; of our own errors the whole sentence.
-
-    Libraries that import others late hide the cause: "Could not import module 'LlamaConfig'".
-    """
-    if isinstance(error, ProbeError):
-        return str(error)
-    inner, seen = error, {id(error)}
-    while True:
-        below = inner.__cause__ or (None if inner.__suppress_context__ else inner.__context__)
-        if below is None or id(below) in seen:
-            break
-        seen.add(id(below))
-        inner = below
-    said, cause = first_line(error), first_line(inner)
-    return said if said == cause else f"{said} ({cause})"
+def _way_out(message: str) -> str:
+    if "torchvision" in message.lower():
+        return ". Its processor needs torchvision: pip install torchvision"
+    return ""
 
 
 def first_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ __all__ = [
     "Maps",
     "MaxNewTokens",
     "Model",
+    "OpenPage",
     "OptionalModel",
     "Question",
     "Row",
@@ -61,6 +62,7 @@ BaselineOption = Annotated[
 Maps = Annotated[
     list[Path], typer.Argument(metavar="PATH...", help="Maps, traces (their maps), or directories (all maps in them).")
 ]
+OpenPage = Annotated[bool, typer.Option("--open", help="Open the page in the browser.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 Row = Annotated[int | None, typer.Option("--row", min=0, help="Which row of a batch, counted from 0.")]
 Columns = Annotated[

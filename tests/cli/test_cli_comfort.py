@@ -1,0 +1,165 @@
+"""Comforts of the command line: how much it says, pages that open, tables that fit, names and completion."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import shutil
+import webbrowser
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from command_line import run, succeed
+
+import lvlm_probe as probe
+from lvlm_probe.cli.shared import terminal
+from lvlm_probe.cli.shared.terminal import bar, show_table
+from lvlm_probe.progress import Lines
+
+QUICK = tuple(f"--param={pair}" for pair in ("iterations=2", "ig_steps=3", "size=8", "refine=0"))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trace of the embedded model, recorded in a folder whose name a shell would take apart."""
+    folder = tmp_path_factory.mktemp("recorded") / "my runs"
+    scene = probe.demo.scenes(1, kinds=["pair"])[0]
+    picture = tmp_path_factory.mktemp("picture") / "two shapes.png"
+    scene.image.save(picture)
+    result = succeed("record", "--model", "demo", "--image", picture, "--question", scene.question, "--out", folder)
+    assert (
+        f"lvlm-probe explain '{os.path.relpath(folder)}" in result.out or f"lvlm-probe explain '{folder}" in result.out
+    )
+    (path,) = folder.glob("*.h5")
+    return path
+
+
+@pytest.fixture
+def trace(recorded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(recorded, tmp_path / recorded.name))
+
+
+# ------------------------------------------------------------------------------------------------------ how much is said
+
+
+def test_quiet_leaves_results_and_errors(trace: Path) -> None:
+    before = probe.demo.scenes(1)[0].image
+    empty = trace.parent / "one-colour.png"
+    before.point(lambda _: 128).save(empty)
+    ask = ("record", "--model", "demo", "--image", empty, "--question", "What is it?", "--out", trace.parent / "o")
+    assert "warning: " in succeed(*ask).err  # an image of one colour
+    result = succeed("-q", *ask)
+    assert result.err == "" and "trace: " in result.out
+    assert "error: " in run("inspect", trace.parent / "nowhere.h5", "--quiet").err
+
+
+def test_verbose_shows_what_is_logged_and_only_then(trace: Path) -> None:
+    asked = ("plan", trace, "--model", "demo", "--no-seconds")
+    assert "DEBUG:lvlm_probe" not in succeed(*asked).err
+    assert "DEBUG:lvlm_probe" in succeed(*asked, "-vv").err
+    assert "DEBUG:lvlm_probe" not in succeed(*asked).err  # each command anew
+    logging.getLogger("lvlm_probe").setLevel(logging.NOTSET)
+
+
+def test_a_word_behind_two_dashes_is_no_option_of_ours(tmp_path: Path) -> None:
+    assert "-v" in run("inspect", "--", "-v").err.replace("\n", " ")
+
+
+def test_in_a_log_long_work_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = iter([0.0, 0.0, 40.0, 50.0])
+    with mock.patch.object(terminal, "Lines", lambda *given: Lines(*given, clock=lambda: next(seconds))):
+        with bar("study mine") as advance:
+            advance(0, 10)
+            advance(4, 10)
+            advance(5, 10)  # too soon
+    assert capsys.readouterr().err.splitlines()[0] == "study mine: 4 of 10, 0:40 gone, about 1:00 left"
+
+
+# ---------------------------------------------------------------------------------------------------------------- pages
+
+
+@pytest.fixture
+def browser(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", lambda url: opened.append(url) or True)
+    return opened
+
+
+def test_pages_open_in_the_browser_when_asked(trace: Path, browser: list[str], tmp_path: Path) -> None:
+    succeed("explain", trace, "--model", "demo", "--method", "center", "--no-scores")
+    assert browser == []
+    result = succeed("explain", trace, "--model", "demo", "--method", "center", "--no-scores", "--open")
+    (page,) = trace.parent.glob("explanations/*.html")
+    assert browser.pop() == page.as_uri() and page.name in result.out
+    page = tmp_path / "a page.html"
+    succeed("report", trace, "--out", page, "--open")
+    assert browser.pop() == page.as_uri()
+    page = tmp_path / "compared.html"
+    named = ("--methods", "center,random", "--steps", "3", "--out", page)
+    succeed("evaluate", trace, "--model", "demo", *named, "--open")
+    assert browser.pop() == page.as_uri()
+    assert "go with --methods" in run("evaluate", trace, "--open").err
+
+
+def test_no_browser_is_a_note(trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webbrowser, "open", lambda url: False)
+    succeed("explain", trace, "--model", "demo", "--method", "center", "--no-scores")
+    result = succeed("report", trace, "--out", tmp_path / "r.html", "--open")
+    assert "no browser could be opened" in result.err
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def lines_of(width: int, *, wide: bool = False) -> tuple[list[str], list[str]]:
+    heads = ("method", "gain ↑", "passes", "trusted")
+    rows = [["igos++", "1.03 [0.96, 1.10]", "29 + 27", "20 of 20"], ["方法", "–", "–", "–"]]
+    out = io.StringIO()
+    with mock.patch.dict(os.environ, {"COLUMNS": str(width)}), mock.patch("sys.stdout", out):
+        left = show_table(heads, rows, first=(0, 1, 3, 2), wide=wide)
+    return out.getvalue().splitlines(), left
+
+
+def test_a_table_leaves_out_whole_columns_and_cuts_nothing() -> None:
+    lines, left = lines_of(80)
+    assert left == [] and "29 + 27" in lines[1]
+    lines, left = lines_of(36)
+    assert left == ["passes"] and "1.03 [0.96, 1.10]" in lines[1] and "20 of 20" in lines[1]
+    lines, left = lines_of(10)
+    assert left == ["gain ↑", "passes", "trusted"] and "…" not in "".join(lines)
+    lines, left = lines_of(10, wide=True)
+    assert left == [] and "29 + 27" in lines[1]
+
+
+def test_in_few_columns_a_comparison_says_what_it_leaves_out(trace: Path, tmp_path: Path) -> None:
+    asked = ("evaluate", trace.parent, "--model", "demo", "--methods", "center,random", "--steps", "3")
+    result = succeed(*asked, "--out", tmp_path / "w" / "c.html", columns=60)
+    table = [line for line in result.out.splitlines() if line.startswith(("method", "center", "random"))]
+    assert len(table) == 3 and all(len(line) <= 60 for line in table) and "…" not in "".join(table)
+    assert "--wide shows them" in result.out
+    result = succeed(*asked, "--out", tmp_path / "v" / "c.html", "--wide", columns=60)
+    assert "seconds" in result.out and "--wide" not in result.out
+
+
+def test_a_method_that_makes_no_map_is_told_in_words(trace: Path, tmp_path: Path) -> None:
+    def broken(problem: Any) -> Any:
+        raise ValueError("no luck")
+
+    from lvlm_probe.explainers import register, registry
+
+    register("broken")(broken)
+    try:
+        named = ("--methods", "center,broken", "--steps", "3", "--out", tmp_path / "c.html")
+        result = succeed("evaluate", trace, "--model", "demo", *named)
+    finally:
+        del registry.METHODS["broken"]
+    assert "broken made no map on any trace" in result.err
+
+
+@pytest.mark.parametrize("command", ["families", "methods", "doctor"])
+def test_lists_fit_into_80_columns(command: str) -> None:
+    result = succeed(command, columns=80)
+    assert max(map(len, result.out.splitlines())) <= 80
