@@ -428,6 +428,24 @@ def _natural(value: Any) -> int:
     return value
 
 
+def trace_file_of(path: str | os.PathLike[str]) -> Path | None:
+    """Return the trace file that a stored heatmap is of, whether or not it is there; ``None`` where none is named."""
+    from lvlm_probe.storage import read_arrays
+
+    source = Path(path)
+    try:
+        _, attrs = read_arrays(source, KIND, version=VERSION)
+    except TraceError:
+        return None
+    relative = attrs.get("trace_path")
+    if not isinstance(relative, str) or os.path.isabs(relative):
+        return None
+    try:
+        return (source.resolve().parent / relative).resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL, a ring of links
+        return None
+
+
 def _trace_beside(source: Path, attrs: Mapping[str, Any], provenance: Mapping[str, Any]) -> Trace | None:
     relative, row = attrs.get("trace_path"), attrs.get("trace_row", 0)
     # Kept relative when written; an absolute one is no path of ours.

@@ -1,7 +1,7 @@
 """Progress of long work: a bar where a person waits, plain lines where nobody sees a bar.
 
 ``show_progress`` is behind ``progress=None``: on a terminal and in a notebook a bar of tqdm's, which comes only once
-the work has taken a moment; elsewhere (a script in a batch job) lines in the log ``lvlm_probe`` at level INFO, one every
+the work has taken a moment; elsewhere (a batch job) lines in the log ``lvlm_probe`` at level INFO, one every
 half minute at most. ``progress=False`` is silence, and a function is called with (done, total).
 """
 

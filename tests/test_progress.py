@@ -43,7 +43,7 @@ def waiting() -> Iterator[io.StringIO]:
 def test_lines_come_every_half_minute_with_the_time_left() -> None:
     clock, lines = Clock(), []
     tell = Lines("explaining", lines.append, clock=clock)
-    for done in range(0, 101):
+    for done in range(101):
         tell(done, 100)  # a step of 2 s
         clock.now += 2
     assert len(lines) == 6

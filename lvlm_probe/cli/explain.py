@@ -123,6 +123,7 @@ def explain(
             directory,
             max_new_tokens=max_new_tokens,
             baseline=own_baseline or "blur",
+            files=image or [],
         )
     else:
         if image or question:

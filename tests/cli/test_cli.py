@@ -311,9 +311,9 @@ def test_explain_a_word_directly_from_a_picture(scene: Any, picture: Path, tmp_p
     word = scene.visual_words[0]
     options = ("--model", "demo", "--image", picture, "--question", scene.question, "--out", tmp_path / "new")
     result = succeed("explain", *options, "--words", word, "--no-scores", *QUICK)
-    (trace,) = (tmp_path / "new").glob("*.h5")
+    assert len(list((tmp_path / "new").glob("*.h5"))) == 1
     (found,) = (tmp_path / "new" / "explanations").glob("*.h5")
-    assert found.name.startswith(f"{trace.stem}.igos++.{word}.")
+    assert found.name.startswith("scene_what-") and f"_igos++_{word}." in found.name
     assert MapFile(found).score() is None
     assert scene.answer in result.out
     heat = MapFile(found).read()
@@ -487,7 +487,7 @@ def test_a_method_that_cannot_run_leaves_the_others_alone(trace: Path, monkeypat
 
     monkeypatch.setattr(heatmap_store, "explain", explain)
     result = succeed("evaluate", trace, "--methods", "center,random", "--words", "is", "--steps", "4")
-    assert "center made no map everywhere: something unexpected happened, RuntimeError: no centre" in result.err
+    assert "center made no map on any trace: something unexpected happened, RuntimeError: no centre" in result.err
     page = (trace.parent / "comparison.html").read_text("utf-8")
     assert "no centre to be found" in page
     assert '<span class="k">is</span>' in page

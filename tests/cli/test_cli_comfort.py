@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import shutil
 import webbrowser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,8 +17,11 @@ import pytest
 from command_line import run, succeed
 
 import lvlm_probe as probe
+from lvlm_probe import heatmap_store
 from lvlm_probe.cli.shared import terminal
 from lvlm_probe.cli.shared.terminal import bar, show_table
+from lvlm_probe.errors import ProbeError
+from lvlm_probe.heatmap_store import MapFile, MapSettings, find_maps
 from lvlm_probe.progress import Lines
 
 QUICK = tuple(f"--param={pair}" for pair in ("iterations=2", "ig_steps=3", "size=8", "refine=0"))
@@ -42,7 +47,7 @@ def trace(recorded: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(recorded, tmp_path / recorded.name))
 
 
-# ------------------------------------------------------------------------------------------------------ how much is said
+# ----------------------------------------------------------------------------------------------------- how much is said
 
 
 def test_quiet_leaves_results_and_errors(trace: Path) -> None:
@@ -144,22 +149,59 @@ def test_in_few_columns_a_comparison_says_what_it_leaves_out(trace: Path, tmp_pa
     assert "seconds" in result.out and "--wide" not in result.out
 
 
-def test_a_method_that_makes_no_map_is_told_in_words(trace: Path, tmp_path: Path) -> None:
-    def broken(problem: Any) -> Any:
-        raise ValueError("no luck")
-
-    from lvlm_probe.explainers import register, registry
-
-    register("broken")(broken)
-    try:
-        named = ("--methods", "center,broken", "--steps", "3", "--out", tmp_path / "c.html")
-        result = succeed("evaluate", trace, "--model", "demo", *named)
-    finally:
-        del registry.METHODS["broken"]
-    assert "broken made no map on any trace" in result.err
-
-
 @pytest.mark.parametrize("command", ["families", "methods", "doctor"])
 def test_lists_fit_into_80_columns(command: str) -> None:
     result = succeed(command, columns=80)
     assert max(map(len, result.out.splitlines())) <= 80
+
+
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+def test_maps_have_names_that_a_person_recognises(recorded: Path) -> None:
+    asked = ("explain", recorded, "--model", "demo", "--method", "center", "--no-scores")
+    succeed(*asked)
+    found = succeed(*asked, "--words", "star", "--json").json["maps"][0]
+    name = Path(found["picture"]).name
+    assert re.fullmatch(r"two-shapes_what-color-are-the-cross-and-the-star_center_star\.[0-9a-f]{8}\.png", name)
+    assert [item["map"] for item in succeed(*asked, "--words", "star", "--json").json["maps"]] == [found["map"]]
+
+
+def test_maps_are_found_by_their_trace_whatever_they_are_called(trace: Path, tmp_path: Path) -> None:
+    asked = ("explain", trace, "--model", "demo", "--method", "center", "--no-scores", "--json")
+    made = Path(succeed(*asked).json["maps"][0]["map"])
+    other = Path(shutil.copy(trace, trace.parent / "another.h5"))
+    assert find_maps([trace]) == [MapFile(made)]
+    with pytest.raises(ProbeError, match=r"no explanations of .*another"):
+        find_maps([other])
+    renamed = made.rename(made.with_name("mine.h5"))
+    assert find_maps([trace]) == [MapFile(renamed)] and MapFile(renamed).read().trace is not None
+
+
+@pytest.mark.parametrize(
+    ("file", "question"),
+    [
+        ("../../etc/passwd.png", "a/b\\c\0d\n\u202e?"),
+        ("." * 300, "?" * 500),
+        ("图" * 200 + ".png", "猫在哪里" * 100),
+        ("", ""),
+        ("-rf *.png", "$(reboot) `x` ; 'y' \"z\""),
+        ("\ud800.png", "e\u0301 " * 200),
+        (7, None),
+    ],
+)
+def test_hostile_texts_make_safe_names(file: Any, question: Any) -> None:
+    trace = SimpleNamespace(meta={"image_files": [file]}, question=question, rows=1, path=Path("t.h5"))
+    replay: Any = SimpleNamespace(trace=trace, trace_id="t", baseline={})
+    chosen: Any = SimpleNamespace(indices=(1,))
+    name = heatmap_store.map_name(replay, chosen, "wörd /../ \u202e" * 30, MapSettings("a/b method" * 20, {}))
+    assert len(os.fsencode(name.replace(".h5", ".score.json"))) < 200
+    assert re.fullmatch(r"[\w+-]+\.[0-9a-f]{8}\.h5", name) and not name.startswith("-")
+
+
+def test_parts_are_ended_at_a_word() -> None:
+    trace = SimpleNamespace(meta={}, question="What is the colour of the very large umbrella on the beach?", rows=1)
+    replay: Any = SimpleNamespace(trace=trace, trace_id="t", baseline={})
+    chosen: Any = SimpleNamespace(indices=(1,))
+    name = heatmap_store.map_name(replay, chosen, "red", MapSettings("rise", {}))
+    assert name.startswith("what-is-the-colour-of-the-very-large_rise_red.")
