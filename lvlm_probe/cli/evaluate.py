@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lvlm_probe.cli.shared.completion import choices, complete_methods
 from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from
 from lvlm_probe.cli.shared.options import (
     Attn,
@@ -36,10 +37,20 @@ def evaluate(
     paths: Maps,
     model: OptionalModel = None,
     score: Annotated[
-        str, typer.Option("--score", help="prob: mean probability of the words; log: log-likelihood.")
+        str,
+        typer.Option(
+            "--score",
+            autocompletion=choices("prob", "log"),
+            help="prob: mean probability of the words; log: log-likelihood.",
+        ),
     ] = "prob",
     auc: Annotated[
-        str, typer.Option("--auc", help="trapezoid, or release: to compare with the paper's release.")
+        str,
+        typer.Option(
+            "--auc",
+            autocompletion=choices("trapezoid", "release"),
+            help="trapezoid, or release: to compare with the paper's release.",
+        ),
     ] = "trapezoid",
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Points on each curve. Default: 50.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="The real processor on real composites; slower.")] = False,
@@ -56,6 +67,7 @@ def evaluate(
         typer.Option(
             "--methods",
             metavar="NAMES",
+            autocompletion=complete_methods,
             help="Explain the traces by these methods first (commas between, or all), and compare them on one page.",
         ),
     ] = None,

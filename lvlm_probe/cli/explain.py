@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvlm_probe.cli.shared.answers import ask, required_question
+from lvlm_probe.cli.shared.completion import complete_method
 from lvlm_probe.cli.shared.inputs import (
     ReplayModels,
     baseline_from,
@@ -50,7 +51,9 @@ def explain(
     model: OptionalModel = None,
     image: Images = None,
     question: Question = None,
-    method: Annotated[str, typer.Option("--method", help="Which explainer; plugins add more.")] = "igos++",
+    method: Annotated[
+        str, typer.Option("--method", autocompletion=complete_method, help="Which explainer; plugins add more.")
+    ] = "igos++",
     words: Annotated[
         list[str] | None,
         typer.Option(

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lvlm_probe.cli.shared.completion import complete_family
 from lvlm_probe.cli.shared.options import Json
 from lvlm_probe.cli.shared.terminal import print_json, say, wrapped
 
@@ -14,7 +15,10 @@ __all__ = ["RUNS_BARE", "families"]
 RUNS_BARE = True
 
 _VERDICTS = {True: ("yes", "green"), False: ("no", "bold red"), None: ("–", "dim")}
-_Name = Annotated[str | None, typer.Argument(metavar="[FAMILY]", help="Show what was measured on this one.")]
+_Name = Annotated[
+    str | None,
+    typer.Argument(metavar="[FAMILY]", autocompletion=complete_family, help="Show what was measured on this one."),
+]
 
 
 def families(name: _Name = None, as_json: Json = False) -> None:

@@ -7,6 +7,8 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 import webbrowser
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,3 +207,55 @@ def test_parts_are_ended_at_a_word() -> None:
     chosen: Any = SimpleNamespace(indices=(1,))
     name = heatmap_store.map_name(replay, chosen, "red", MapSettings("rise", {}))
     assert name.startswith("what-is-the-colour-of-the-very-large_rise_red.")
+
+
+# ----------------------------------------------------------------------------------------------------------- completion
+
+
+def completed(*words: str) -> list[str]:
+    """What bash is offered behind the words, the last of which is not finished."""
+    asked = {"_LVLM_PROBE_COMPLETE": "complete_bash", "COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1)}
+    with mock.patch.dict(os.environ, asked):
+        return run().out.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("explain --method ig", ["igos+", "igos++"]),
+        ("evaluate runs --methods gradcam,til", []),
+        ("evaluate runs --methods gradcam,t", ["gradcam,tam", "gradcam,tmm"]),
+        ("plan runs --methods al", ["all"]),
+        ("families qwen2", ["qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl"]),
+        ("study peek mm", ["mmstar", "mmvp"]),
+        ("study table s.yaml --table fig", ["figure5"]),
+        ("study table s.yaml --format la", ["latex"]),
+        ("record --model d", ["demo"]),
+        ("record --dtype b", ["bfloat16"]),
+        ("doctor --dev", ["--device"]),
+        ("stu", ["study"]),
+    ],
+)
+def test_completion(line: str, offered: list[str]) -> None:
+    assert completed("lvlm-probe", *line.split()) == offered
+
+
+def test_names_read_off_the_source_are_those_that_are_registered() -> None:
+    from lvlm_probe import explainers
+    from lvlm_probe.cli.shared.completion import complete_dataset, complete_method
+    from lvlm_probe.cli.study.table import NAMES
+    from lvlm_probe.explainers import registry
+    from lvlm_probe.study import readers
+    from lvlm_probe.study.tables.paper import TABLES
+
+    own = [name for name in explainers.methods() if registry.find(name).__module__.startswith("lvlm_probe.")]
+    assert complete_method("") == own
+    assert set(complete_dataset("")) <= set(readers()) and len(complete_dataset("")) >= 8
+    assert set(TABLES) <= set(NAMES)
+
+
+def test_completion_imports_no_torch() -> None:
+    code = "import sys\nfrom lvlm_probe.cli.shared.completion import *\ncomplete_method('i'), complete_family('q')\n"
+    code += "print(complete_dataset('m'), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "['mmstar', 'mmvp'] False", done.stderr

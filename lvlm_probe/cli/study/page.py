@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lvlm_probe.cli.shared.completion import choices
 from lvlm_probe.cli.shared.options import OpenPage, StudyFile
 from lvlm_probe.cli.shared.studies import study_in
 from lvlm_probe.cli.shared.terminal import bar, open_page, say, stored_path
@@ -27,7 +28,11 @@ def page(
     ] = None,
     by: Annotated[
         str | None,
-        typer.Option("--by", help="What stands side by side at first: models, methods or groups (sets of samples)."),
+        typer.Option(
+            "--by",
+            autocompletion=choices("models", "methods", "groups"),
+            help="What stands side by side at first: models, methods or groups (sets of samples).",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     open_it: OpenPage = False,
