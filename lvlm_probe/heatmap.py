@@ -316,8 +316,8 @@ class Heatmap:
 
     def _png(self, picture: Image.Image) -> bytes:
         chunks = PngImagePlugin.PngInfo()
-        chunks.add_text("Software", "lvlm_probe")
         chunks.add_itxt(PNG_KEY, json.dumps(self.describe(), ensure_ascii=False, allow_nan=False))
+        chunks.add_text("Software", "lvlm_probe")
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG", pnginfo=chunks)
         return buffer.getvalue()
