@@ -75,7 +75,7 @@ def test_a_processor_that_needs_torchvision_says_so() -> None:
     assert result.code == 1
     found = named(result.json["findings"])
     assert found["processor"]["state"] == "mend" and found["answer"]["text"].startswith("not tried")
-    assert "pip install torchvision" in result.json["mend"][0] or "torchvision" in result.json["mend"][0].split()
+    assert result.json["mend"][0].startswith("pip install ") and "torchvision torch==9" in result.json["mend"][0]
 
 
 def test_a_library_out_of_range_and_one_that_is_missing_go_into_one_command() -> None:

@@ -504,7 +504,6 @@ def test_a_recording_that_meets_no_generate_says_so(llava, tmp_path):
                 raise KeyError  # what is wrong is told by the error
 
 
-
 def test_recording_needs_a_directory(llava, tmp_path):
     file = tmp_path / "file"
     file.write_text("")

@@ -195,10 +195,15 @@ def _torchvision() -> Finding:
     wanted = next((line for line in metadata.requires("torchvision") or [] if _name_of(line) == "torch"), "")
     if torch is not None and wanted and not _fits(torch, wanted.partition(";")[0].strip()):
         text = f"{version} was built for {wanted.partition(';')[0].strip()}, and torch is {torch}: {fault}"
-        kept = f"torch=={torch.partition('+')[0]}"
-        return Finding("torchvision", "mend", text, ("--upgrade", "torchvision", kept))
+        return Finding("torchvision", "mend", text, ("--upgrade", *_matching_torchvision()))
     text = f"{version} cannot be imported, and transformers then fails to load models: {fault}"
     return Finding("torchvision", "mend", text, ("--force-reinstall", "--no-deps", f"torchvision=={version}"))
+
+
+def _matching_torchvision() -> tuple[str, ...]:
+    """What pip installs for the torchvision of the torch that is here: without the pin it would replace torch."""
+    torch = version_of("torch")
+    return ("torchvision",) if torch is None else ("torchvision", f"torch=={torch.partition('+')[0]}")
 
 
 def _extras(extras: dict[str, list[str]]) -> Finding | None:
@@ -343,7 +348,7 @@ class _Model:
         except Exception as error:
             said = one_line(_why(error), 400)
             lacks = "torchvision" in said.lower() and version_of("torchvision") is None
-            return Finding("processor", "mend", f"cannot be loaded: {said}", ("torchvision",) if lacks else ())
+            return Finding("processor", "mend", f"cannot be loaded: {said}", _matching_torchvision() if lacks else ())
         images = getattr(self.processor, "image_processor", None)
         if images is None:
             text = f"{type(self.processor).__name__} takes no images: save the model together with its own processor"
