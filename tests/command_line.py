@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +44,23 @@ def run(*arguments: str | Path, columns: int = 200) -> Result:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),
+        _log_as_it_was(),
         pytest.raises(SystemExit) as exit_,
     ):
         cli.main()
     return Result(int(exit_.value.code or 0), out.getvalue(), err.getvalue())
+
+
+@contextlib.contextmanager
+def _log_as_it_was() -> Iterator[None]:
+    """A command sets how much is logged, and this process goes on."""
+    logger = logging.getLogger("lvlm_probe")
+    level, handlers = logger.level, logger.handlers[:]
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 def succeed(*arguments: str | Path, columns: int = 200) -> Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import os
 import re
 import shutil
@@ -68,7 +67,6 @@ def test_verbose_shows_what_is_logged_and_only_then(trace: Path) -> None:
     assert "DEBUG:lvlm_probe" not in succeed(*asked).err
     assert "DEBUG:lvlm_probe" in succeed(*asked, "-vv").err
     assert "DEBUG:lvlm_probe" not in succeed(*asked).err  # each command anew
-    logging.getLogger("lvlm_probe").setLevel(logging.NOTSET)
 
 
 def test_a_word_behind_two_dashes_is_no_option_of_ours(tmp_path: Path) -> None:
