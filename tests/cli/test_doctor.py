@@ -16,6 +16,7 @@ import torch
 from command_line import run, succeed
 
 import lvlm_probe as probe
+from lvlm_probe.cli.shared.checkup import Finding, mending
 from lvlm_probe.models import loading
 from lvlm_probe.planning import meter, show_bytes
 
@@ -119,3 +120,14 @@ def test_a_check_that_raises_is_a_finding() -> None:
         result = run("doctor", "--json")
     assert result.code == 1
     assert "driver is gone" in named(result.json["findings"])["device"]["text"]
+
+
+def test_options_of_pip_for_one_part_are_not_those_of_another() -> None:
+    found = [
+        Finding("h5py", "mend", "", ("h5py>=3",)),
+        Finding("torchvision", "mend", "", ("--force-reinstall", "--no-deps", "torchvision==1")),
+        Finding("numpy", "mend", "", ("numpy", "h5py>=3")),
+        Finding("extras", "note", "", ("nothing",)),
+    ]
+    commands = ["pip install 'h5py>=3' numpy", "pip install --force-reinstall --no-deps torchvision==1"]
+    assert mending(found) == commands

@@ -49,23 +49,23 @@ class Finding:
         name: What was looked at.
         state: ``"ok"``; ``"note"``: it works without; ``"mend"``: something does not work.
         text: What was found, a sentence at most.
-        install: What pip installs to mend it.
-        command: Another command that mends it.
+        install: What pip installs to mend it, with the options that it needs for that.
     """
 
     name: str
     state: Literal["ok", "note", "mend"]
     text: str
     install: tuple[str, ...] = ()
-    command: str | None = None
 
 
 def mending(found: Sequence[Finding]) -> list[str]:
-    """Return the commands that mend what is not well: one for all that pip installs, then the others."""
-    broken = [one for one in found if one.state == "mend"]
-    wanted = list(dict.fromkeys(item for one in broken for item in one.install))
-    others = list(dict.fromkeys(one.command for one in broken if one.command))
-    return ([shlex.join(["pip", "install", *wanted])] if wanted else []) + others
+    """Return the command that mends what is not well; several where pip needs other options for a part of it."""
+    wanted: dict[tuple[str, ...], list[str]] = {}
+    for one in found:
+        if one.state == "mend" and one.install:
+            options = tuple(item for item in one.install if item.startswith("--"))
+            wanted.setdefault(options, []).extend(item for item in one.install if item not in options)
+    return [shlex.join(["pip", "install", *options, *dict.fromkeys(names)]) for options, names in wanted.items()]
 
 
 def _why(error: BaseException) -> str:
