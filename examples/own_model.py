@@ -21,5 +21,5 @@ trace = recording.traces[-1]
 replay = probe.replay(trace, model, processor)
 heat = probe.explain(replay)
 score = probe.evaluate(heat, replay)
-page = probe.report([heat], scores=[score], out=f"{out}/report.html", overwrite=True)
+page = probe.report([heat], scores=[score], out=f"{out}/report.html")
 print(f"{trace.answer.strip()!r}: the picture decides {heat.selection.text!r}. {score.verdict}. See {page}")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lvlm_probe import causal, demo, errors, metrics, sanity, study
     from lvlm_probe.asking import Answer, ask
     from lvlm_probe.errors import ProbeError, ProbeWarning
-    from lvlm_probe.explainers import Outcome, Problem, explain, register_explainer
+    from lvlm_probe.explainers import Outcome, Problem, explain, methods, register_explainer
     from lvlm_probe.heatmap import Heatmap, figure
     from lvlm_probe.importing import import_answers
     from lvlm_probe.metrics import Score, evaluate
@@ -70,6 +70,7 @@ __all__ = [
     "figure",
     "import_answers",
     "load",
+    "methods",
     "metrics",
     "open_image",
     "open_store",
@@ -98,6 +99,7 @@ _HOMES = {
     "Outcome": "explainers",
     "Problem": "explainers",
     "explain": "explainers",
+    "methods": "explainers",
     "register_explainer": "explainers",
     "compare": "pages.comparison",
     "Heatmap": "heatmap",

@@ -134,9 +134,9 @@ class Answer:
         return figure(heats, scores=scores, out=path, **look)
 
     def report(self, path: str | os.PathLike[str] = "report.html", **options: Any) -> Path:
-        """Write one HTML page of all maps made so far, replacing what is there; see ``report``."""
+        """Write one HTML page of all maps made so far, in the place of an earlier one; see ``report``."""
         heats, scores = self._shown()
-        return report(heats, scores=scores, out=path, **{"overwrite": True, **options})
+        return report(heats, scores=scores, out=path, **options)
 
     def _shown(self) -> tuple[list[Heatmap], list[Score | None]]:
         if not self._explained:

@@ -713,7 +713,7 @@ def figure_bytes(drawn: Figure, name: str, *, provenance: str, dpi: float = 300)
     elif ending == "png":
         options = {"metadata": {"Software": "lvlm_probe", "lvlm_probe": provenance}}
     else:
-        options = {"pil_kwargs": {"compression": "tiff_deflate", "description": provenance}}
+        options = {"pil_kwargs": {"compression": "tiff_deflate", "description": provenance, "software": "lvlm_probe"}}
     buffer = io.BytesIO()
     # Letters stay letters: editors and journals want fonts, not outlines.
     with _SAVING, matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "lvlm_probe"}):

@@ -32,6 +32,7 @@ __all__ = [
     "NotRegularFile",
     "State",
     "causes",
+    "is_ours",
     "json_ready",
     "open_regular",
     "orphans",
@@ -53,6 +54,17 @@ _NAME_BYTES = 255
 DAY = 86_400.0
 """Seconds after which an unfinished file is nobody's."""
 _TRIES = 16
+_MARKED = 2**16
+"""Bytes at the beginning and at the end of a file that are searched for our mark."""
+_MARKS = (
+    (b"<!doctype html>", b'<meta name="generator" content="lvlm_probe '),
+    (b"%PDF-", b"/Creator (lvlm_probe)"),
+    (b"\x89PNG\r\n", b"tEXtSoftware\x00lvlm_probe"),
+    (b"<?xml", b"<dc:title>lvlm_probe</dc:title>"),
+    (b"II*\x00", b"lvlm_probe\x00"),
+    (b"MM\x00*", b"lvlm_probe\x00"),
+)
+"""How a file of ours begins, and the mark that it carries: page, PDF, PNG, SVG, TIFF."""
 
 
 class NotRegularFile(OSError):
@@ -104,6 +116,22 @@ def write_whole(
         with contextlib.suppress(OSError):
             os.unlink(part)
         raise
+
+
+def is_ours(path: Path) -> bool:
+    """Tell whether a file was written by this package: by the mark that its pages and figures carry.
+
+    A page names its generator, a figure its creator in the metadata of its format. A file that merely speaks of the
+    package is not ours, nor is one that cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            head = file.read(_MARKED)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _MARKED))
+            tail = file.read(_MARKED)
+    except OSError:
+        return False
+    return any(head.startswith(start) and (mark in head or mark in tail) for start, mark in _MARKS)
 
 
 def _create(target: Path, mode: int) -> tuple[Path, int]:

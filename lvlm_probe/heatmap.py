@@ -24,7 +24,7 @@ from PIL import Image, PngImagePlugin
 from lvlm_probe import drawing
 from lvlm_probe.drawing import resample
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
-from lvlm_probe.files import write_whole
+from lvlm_probe.files import is_ours, write_whole
 from lvlm_probe.selection import TokenSelection
 from lvlm_probe.trace.parts import PIXEL_LIMIT
 from lvlm_probe.words import group_words
@@ -338,6 +338,7 @@ def figure(
     images: Sequence[Image.Image] | None = None,
     out: str | os.PathLike[str] | None = None,
     dpi: float = 300,
+    overwrite: bool | None = None,
     **look: Any,
 ) -> Figure:
     """A figure for print of one or more heatmaps: words beside each other, methods below each other.
@@ -349,8 +350,10 @@ def figure(
         heats: in the order of showing. Rows are methods and columns words, or answers, where both differ.
         scores: what ``evaluate`` said of each, in the same order, ``None`` for one that was not evaluated.
         images: images to draw on instead of the traces'.
-        out: where to save it, a PDF, SVG, PNG or TIFF; replaces what is there.
+        out: where to save it, a PDF, SVG, PNG or TIFF.
         dpi: pixels per inch of images, and of PNG and TIFF.
+        overwrite: replace ``out`` if it exists; by default only a file that this package wrote, so that a notebook cell
+            can run again.
         **look: ``width`` (``"column"``, ``"text"`` or inches), ``columns``, ``font_size``, ``alpha``, ``colormap``,
             ``contour``; see ``drawing.figure``.
 
@@ -358,7 +361,7 @@ def figure(
         The matplotlib figure, which belongs to no window.
 
     Raises:
-        ExplainError: no heatmaps, not one score or image per heatmap, another file ending.
+        ExplainError: no heatmaps, not one score or image per heatmap, another file ending; ``out`` exists.
         ImageError: a heatmap has no image at hand, or one of another size is given.
     """
     shown = [heats] if isinstance(heats, Heatmap) else list(heats)
@@ -371,6 +374,10 @@ def figure(
     for name, listed in (("scores", given), ("images", over)):
         if len(listed) != len(shown):
             raise ExplainError(f"figure() was given {len(shown)} heatmaps but {len(listed)} {name}: pass one for each")
+    if out is not None and Path(out).exists() and not (overwrite or (overwrite is None and is_ours(Path(out)))):
+        raise ExplainError(
+            f"{os.fspath(out)} exists and was not written by lvlm_probe; name another file, or pass overwrite=True"
+        )
     panels = [_panel(*one) for one in zip(shown, given, over, _places(shown), strict=True)]
     drawn = drawing.figure(panels, dpi=dpi, **look)
     if out is not None:
@@ -433,6 +440,24 @@ def _natural(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{str(value)[:32]!r} is no number of pixels or of a picture")
     return value
+
+
+def trace_file_of(path: str | os.PathLike[str]) -> Path | None:
+    """Return the trace file that a stored heatmap is of, whether or not it is there; ``None`` where none is named."""
+    from lvlm_probe.storage import read_arrays
+
+    source = Path(path)
+    try:
+        _, attrs = read_arrays(source, KIND, version=VERSION)
+    except TraceError:
+        return None
+    relative = attrs.get("trace_path")
+    if not isinstance(relative, str) or os.path.isabs(relative):
+        return None
+    try:
+        return (source.resolve().parent / relative).resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL, a ring of links
+        return None
 
 
 def _trace_beside(source: Path, attrs: Mapping[str, Any], provenance: Mapping[str, Any]) -> Trace | None:

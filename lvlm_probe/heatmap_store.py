@@ -2,12 +2,13 @@
 
 For one trace, all of this stands in ``explanations/`` beside the trace file::
 
-    <trace>.<method>.<words>.<digest>.h5            the heatmap
-    <trace>.<method>.<words>.<digest>.png           the overlay, to look at
-    <trace>.<method>.<words>.<digest>.score.json    deletion, insertion, verdict
+    cat_what-colour-is-the-cat_igos++_red.46bcba4a.h5            the heatmap
+    cat_what-colour-is-the-cat_igos++_red.46bcba4a.png           the overlay, to look at
+    cat_what-colour-is-the-cat_igos++_red.46bcba4a.score.json    deletion, insertion, verdict
 
-The digest is over everything that decides the values, so a file that exists *is* the result, and an interrupted run
-goes on where it stopped.
+The name is for a person: the image's file, the question, the method, the words. The digest is over everything that
+decides the values, the trace included, so a file that exists *is* the result, and an interrupted run goes on where it
+stopped. Which trace a map is of stands in the map.
 
 Scores, and the units of a study, are JSON records: one object in one file, written whole (``write_record``) and read as
 what anybody may have written (``read_record``).
@@ -17,10 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.explainers import explain
-from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.files import causes, json_ready, read_small, write_whole
-from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.heatmap import Heatmap, trace_file_of
 from lvlm_probe.metrics import Score, evaluate
+from lvlm_probe.progress import ProgressChoice
 from lvlm_probe.trace import Trace, open_trace
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ __all__ = [
     "explain_one",
     "find_maps",
     "is_map",
+    "map_name",
     "not_made",
     "read_record",
     "reason_of",
@@ -58,9 +60,12 @@ FOLDER = "explanations"
 LARGEST_RECORD = 64 * 2**20
 """Bytes of a JSON record; a score with its curves, or a unit of a study, takes thousands."""
 
+_PART_BYTES = 40
+"""Bytes of each part of a file's name: all five and the endings stay below the 255 of the usual file systems."""
+
 _BASELINE_FACTS = ("kind", "strength", "seed", "limit")
 
-Shown = Callable[[str], contextlib.AbstractContextManager[Progress | None]]
+Shown = Callable[[str], contextlib.AbstractContextManager[ProgressChoice]]
 """Shows work under a title, and gives what it calls with (done, total)."""
 
 
@@ -180,7 +185,7 @@ def explain_one(
     settings: MapSettings,
     directory: Path,
     *,
-    shown: Shown = lambda title: contextlib.nullcontext(),
+    shown: Shown = lambda title: contextlib.nullcontext(False),
 ) -> tuple[MapFile, bool]:
     """Make, draw and score one map, or find it finished.
 
@@ -193,7 +198,7 @@ def explain_one(
         The file, and whether it was there already.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    found = MapFile(directory / _file_name(replay, selection, label, settings))
+    found = MapFile(directory / map_name(replay, selection, label, settings))
     finished = found.path.is_file() and is_map(found.path)
     if not finished:
         with shown(f"explaining {label}, {settings.method}") as progress:
@@ -215,7 +220,7 @@ def explain_one(
 
 
 def score_one(
-    replay: Replay, found: MapFile, *, shown: Shown = lambda title: contextlib.nullcontext(), **options: Any
+    replay: Replay, found: MapFile, *, shown: Shown = lambda title: contextlib.nullcontext(False), **options: Any
 ) -> Score:
     """Score a stored map against the baseline it was made with, and store the score beside it.
 
@@ -275,7 +280,7 @@ def find_maps(paths: Sequence[Path]) -> list[MapFile]:
             raise TraceError(f"there is no file or directory {path}")
         here = list(_maps_behind(path))
         if not here:
-            raise ProbeError(f"no explanations of {path} yet; make some: lvlm-probe explain {path}")
+            raise ProbeError(f"no explanations of {path} yet; make some: lvlm-probe explain {shlex.quote(str(path))}")
         found += [item for item in here if item not in found]
     return found
 
@@ -301,7 +306,9 @@ def _maps_behind(path: Path) -> Iterator[MapFile]:
         return
     with open_trace(path) as trace:
         folder = trace.explanations_dir
-    yield from (MapFile(file) for file in _by_age(folder.glob(f"{glob.escape(path.stem)}.*.h5")))
+    for file in _by_age(folder.glob("*.h5")):
+        if file.name.startswith(f"{path.stem}.") or trace_file_of(file) == path.resolve():
+            yield MapFile(file)
 
 
 def _by_age(files: Iterable[Path]) -> list[Path]:
@@ -325,7 +332,8 @@ def _lacks_score(found: MapFile) -> bool:
         return True
 
 
-def _file_name(replay: Replay, selection: TokenSelection, label: str, settings: MapSettings) -> str:
+def map_name(replay: Replay, selection: TokenSelection, label: str, settings: MapSettings) -> str:
+    """Return the name of a map's file: for a person, and a digest of everything that decides its values."""
     # What separates this baseline from others: parameters, and the pixels, when it is the user's image.
     facts = {key: replay.baseline.get(key) for key in _BASELINE_FACTS}
     pixels = replay.baseline.get("sha256")
@@ -340,10 +348,16 @@ def _file_name(replay: Replay, selection: TokenSelection, label: str, settings: 
     ]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
     trace: Any = replay.trace
-    row = f".r{trace.row}" if getattr(trace, "rows", 1) > 1 else ""
-    method, words = _for_a_name(settings.method), _for_a_name(label) or "nothing"
-    return f"{trace.path.stem}{row}.{method}.{words}.{digest}.h5"
+    files = trace.meta.get("image_files") if isinstance(getattr(trace, "meta", None), dict) else None
+    file = files[settings.image] if isinstance(files, list) and settings.image < len(files) else ""
+    row = f"row {trace.row}" if getattr(trace, "rows", 1) > 1 else ""
+    question = str(getattr(trace, "question", None) or "").lower()
+    parts = [Path(str(file)).stem, question, row, settings.method, label or "nothing"]
+    return f"{'_'.join(filter(None, map(_for_a_name, parts)))}.{digest}.h5"
 
 
 def _for_a_name(text: str) -> str:
-    return re.sub(r"[^\w+-]+", "-", text).strip("-")[:40]
+    """A text as a part of a file name on any system: letters, digits, few signs; ended at a word where it is long."""
+    plain = re.sub(r"[^\w+-]+", "-", text.replace("_", "-")).strip("-")
+    cut = plain.encode()[:_PART_BYTES].decode(errors="ignore")
+    return (cut.rpartition("-")[0] or cut) if len(cut) < len(plain) else cut

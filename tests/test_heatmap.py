@@ -238,3 +238,22 @@ def test_reprs_fit_on_a_line() -> None:
     assert repr(found) == "<Heatmap igos++ of 'red': 3×4 cells over 40×30 pixels>"
     assert repr(empty) == "<Heatmap igos++: none, nothing to explain>"
     assert repr(chosen) == "<TokenSelection llr: 'red', 1 of 2 tokens>"
+
+
+@pytest.mark.parametrize("ending", ["pdf", "svg", "png", "tiff"])
+def test_a_figure_of_ours_is_replaced_and_a_stranger_s_is_not(heat: Heatmap, tmp_path: Path, ending: str) -> None:
+    from matplotlib.figure import Figure
+
+    heat, path = dataclasses.replace(heat, trace=None), tmp_path / f"figure.{ending}"
+    picture = Image.new("RGB", heat.image_size)
+    heat.figure(path, image=picture, dpi=40)
+    heat.figure(path, image=picture, dpi=40)  # a cell that runs again
+    with pytest.raises(ExplainError, match="exists"):
+        heat.figure(path, image=picture, dpi=40, overwrite=False)
+    Figure(figsize=(1, 1)).savefig(path)  # somebody else's, made by the same library
+    before = path.read_bytes()
+    with pytest.raises(ExplainError, match="not written by lvlm_probe"):
+        heat.figure(path, image=picture, dpi=40)
+    assert path.read_bytes() == before
+    heat.figure(path, image=picture, dpi=40, overwrite=True)
+    assert path.read_bytes() != before

@@ -25,7 +25,7 @@ SURFACE = {
     "Heatmap", "Outcome", "Probe", "ProbeError", "ProbeWarning", "Problem", "Recording", "Replay", "Score",
     "TokenSelection", "Trace", "TraceStore", "attach", "compare", "evaluate", "explain", "import_answers", "load",
     "open_store", "open_trace", "plan", "register_explainer", "register_family", "replay", "report", "select_tokens",
-    "verify", "Answer", "ask", "figure", "open_image",
+    "verify", "Answer", "ask", "figure", "methods", "open_image",
 }  # fmt: skip
 ROOMS = {"causal", "demo", "errors", "metrics", "sanity", "study"}
 FORMER = {name: home for name, home in _moved.NAMES.items() if "." not in name}

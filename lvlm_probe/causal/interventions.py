@@ -19,8 +19,8 @@ from lvlm_probe.causal.knockout import attention_layers, cut_attention, cut_thro
 from lvlm_probe.causal.patching import donor_features, patched
 from lvlm_probe.causal.tokens import Queries, placed_tokens, query_positions, token_heat
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.progress import Progress
 from lvlm_probe.replaying.isolation import taking_turns
 from lvlm_probe.selection import TokenSelection, select_tokens
 

@@ -5,10 +5,12 @@ keeps for itself has an underscore behind it (``import_``). A folder is a group 
 ``__init__`` says of what. A module may set ``RUNS_BARE`` (without arguments the command does its work instead of
 showing its help) and ``HELP`` (in place of the docstring). ``shared/`` holds what commands are made of.
 
-Results go to standard output (``--json``: nothing but JSON), progress and notes to standard error. Exit codes:
+Results go to standard output (``--json``: nothing but JSON), progress and notes to standard error (``--quiet``: errors
+alone; ``--verbose``: what is logged too). Exit codes:
 
     0    done
-    1    the answer is no: ``verify`` found a difference beyond the tolerance, or another model
+    1    the answer is no: ``verify`` found a difference beyond the tolerance, or another model; ``doctor`` something
+         that does not work
     2    it cannot be done as asked: a wrong path, option, image, trace or model; the sentence says which
     3    something unexpected; ``--debug`` shows the traceback
     130  stopped with Ctrl-C; what was finished is kept
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import pkgutil
 import sys
@@ -28,13 +31,23 @@ from typing import Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.shared.terminal import guard_streams, note, safe
+from lvlm_probe.cli.shared.terminal import guard_streams, note, safe, set_verbosity
 from lvlm_probe.errors import ProbeError
 
 __all__ = ["app", "main"]
 
-_ROAD = ("demo", "record", "explain", "evaluate", "sanity", "report")
+_ROAD = ("demo", "doctor", "record", "explain", "evaluate", "sanity", "report")
 """What a newcomer reads first in the list of commands; the others follow in the order of the alphabet."""
+
+_ANYWHERE = {
+    "--quiet": logging.ERROR,
+    "-q": logging.ERROR,
+    "--verbose": logging.INFO,
+    "-v": logging.INFO,
+    "-vv": logging.DEBUG,
+    "--debug": logging.WARNING,
+}
+"""Options of every command, which may stand anywhere on the line, and the level of logging that each asks for."""
 
 app = typer.Typer(
     name="lvlm-probe",
@@ -59,7 +72,13 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere on the line.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results and errors.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show what this package and the libraries below log; -vv: all.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks. These three may stand anywhere on the line.")
+    ] = False,
 ) -> None:
     """Which image regions made a vision-language model say these words?"""
 
@@ -84,11 +103,9 @@ _add_commands(app, sys.modules[__name__])
 
 def main() -> None:
     """Entry point of the ``lvlm-probe`` script: runs a command and ends every failure in a sentence."""
+    arguments, debug, level = _taken_out(sys.argv[1:])
+    set_verbosity(level)
     guard_streams()
-    debug = "--debug" in sys.argv
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    if debug and not arguments:
-        arguments = ["--help"]
     try:
         code = _run(arguments)
         sys.stdout.flush()
@@ -106,6 +123,15 @@ def main() -> None:
         if debug:
             raise
         _end(f"something unexpected happened, {type(error).__name__}: {error}. `--debug` shows where.", 3)
+
+
+def _taken_out(given: list[str]) -> tuple[list[str], bool, int]:
+    """The command line without what may stand anywhere on it: whether to debug, and the level of logging."""
+    end = given.index("--") if "--" in given else len(given)
+    said = [word for word in given[:end] if word in _ANYWHERE]
+    rest = [word for word in given[:end] if word not in _ANYWHERE] + given[end:]
+    level = min((_ANYWHERE[word] for word in said if word != "--debug"), default=logging.WARNING)
+    return rest or (["--help"] if said else []), "--debug" in said, level
 
 
 def _run(arguments: list[str]) -> int:

@@ -11,8 +11,8 @@ import typer
 from lvlm_probe.cli.shared.answers import ask, trace_summary
 from lvlm_probe.cli.shared.inputs import output_directory
 from lvlm_probe.cli.shared.models import DEMO, load_model
-from lvlm_probe.cli.shared.options import Json
-from lvlm_probe.cli.shared.terminal import print_json, say, stop, stored_path
+from lvlm_probe.cli.shared.options import Json, OpenPage
+from lvlm_probe.cli.shared.terminal import open_page, print_json, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def demo(
     scenes: Annotated[int, typer.Option("--scenes", min=1, max=50, help="How many held-out scenes to explain.")] = 1,
     seed: Annotated[int, typer.Option("--seed", help="Which scenes.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR/report.html if it exists.")] = False,
+    open_it: OpenPage = False,
     as_json: Json = False,
 ) -> None:
     """Ask the embedded model about an image, explain its answer word by word, score it, and write the page.
@@ -67,6 +68,8 @@ def demo(
     except KeyboardInterrupt:
         raise stop(f"stopped; {len(made)} finished maps are kept in {stored_path(directory / FOLDER)}") from None
     maps.write_report(made, page, overwrite=overwrite)
+    if open_it:
+        open_page(page)
     if as_json:
         print_json(
             {
@@ -84,7 +87,11 @@ def demo(
         )
         return
     say("")
-    say("report: ", (stored_path(page), "bold"), f"  (open it in a browser; {time.perf_counter() - started:.0f} s)")
+    say(
+        "report: ",
+        (stored_path(page), "bold"),
+        f"  (--open shows it in the browser; {time.perf_counter() - started:.0f} s)",
+    )
     say("traces: ", stored_path(directory), "  (lvlm-probe inspect shows them)")
 
 

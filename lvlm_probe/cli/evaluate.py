@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lvlm_probe.cli.shared.completion import choices, complete_methods
 from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from
 from lvlm_probe.cli.shared.options import (
     Attn,
@@ -19,6 +20,7 @@ from lvlm_probe.cli.shared.options import (
     Dtype,
     Json,
     Maps,
+    OpenPage,
     OptionalModel,
     TrustRemoteCode,
 )
@@ -35,10 +37,20 @@ def evaluate(
     paths: Maps,
     model: OptionalModel = None,
     score: Annotated[
-        str, typer.Option("--score", help="prob: mean probability of the words; log: log-likelihood.")
+        str,
+        typer.Option(
+            "--score",
+            autocompletion=choices("prob", "log"),
+            help="prob: mean probability of the words; log: log-likelihood.",
+        ),
     ] = "prob",
     auc: Annotated[
-        str, typer.Option("--auc", help="trapezoid, or release: to compare with the paper's release.")
+        str,
+        typer.Option(
+            "--auc",
+            autocompletion=choices("trapezoid", "release"),
+            help="trapezoid, or release: to compare with the paper's release.",
+        ),
     ] = "trapezoid",
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Points on each curve. Default: 50.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="The real processor on real composites; slower.")] = False,
@@ -55,6 +67,7 @@ def evaluate(
         typer.Option(
             "--methods",
             metavar="NAMES",
+            autocompletion=complete_methods,
             help="Explain the traces by these methods first (commas between, or all), and compare them on one page.",
         ),
     ] = None,
@@ -73,6 +86,8 @@ def evaluate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="With --methods: replace the page if it exists.")
     ] = False,
+    wide: Annotated[bool, typer.Option("--wide", help="With --methods: print every column of the table.")] = False,
+    open_it: OpenPage = False,
     baseline: BaselineOption = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -102,12 +117,16 @@ def evaluate(
             baseline=baseline,
             page=out,
             overwrite=overwrite,
+            wide=wide,
+            open_it=open_it,
             as_json=as_json,
             options=options,
         )
         return
-    if words or out is not None or overwrite:
-        raise ProbeError("--words, --out and --overwrite go with --methods: add it, e.g. --methods igos++,gradcam")
+    if words or out is not None or overwrite or wide or open_it:
+        raise ProbeError(
+            "--words, --out, --overwrite, --wide and --open go with --methods: add it, e.g. --methods igos++,gradcam"
+        )
     from lvlm_probe.cli.shared.maps import map_summary, open_replay, show_map
     from lvlm_probe.heatmap_store import by_trace, find_maps, score_one
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvlm_probe.cli.shared.answers import ask, required_question
+from lvlm_probe.cli.shared.completion import complete_method
 from lvlm_probe.cli.shared.inputs import (
     ReplayModels,
     baseline_from,
@@ -31,10 +32,11 @@ from lvlm_probe.cli.shared.options import (
     Row,
     TrustRemoteCode,
 )
-from lvlm_probe.cli.shared.terminal import print_json, quoted_path, say, stop, stored_path
+from lvlm_probe.cli.shared.terminal import open_page, print_json, quoted_path, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
 if TYPE_CHECKING:
+    from lvlm_probe.cli.shared.maps import Explained
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
 
@@ -49,7 +51,9 @@ def explain(
     model: OptionalModel = None,
     image: Images = None,
     question: Question = None,
-    method: Annotated[str, typer.Option("--method", help="Which explainer; plugins add more.")] = "igos++",
+    method: Annotated[
+        str, typer.Option("--method", autocompletion=complete_method, help="Which explainer; plugins add more.")
+    ] = "igos++",
     words: Annotated[
         list[str] | None,
         typer.Option(
@@ -82,6 +86,9 @@ def explain(
             "--out", metavar="DIR", help="Maps go to DIR/explanations (default: beside the trace; new ones: runs)."
         ),
     ] = None,
+    open_it: Annotated[
+        bool, typer.Option("--open", help="Write the page of these maps beside them, and open it in the browser.")
+    ] = False,
     row: Row = None,
     baseline: BaselineOption = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -119,6 +126,7 @@ def explain(
             directory,
             max_new_tokens=max_new_tokens,
             baseline=own_baseline or "blur",
+            files=image or [],
         )
     else:
         if image or question:
@@ -139,17 +147,32 @@ def explain(
         kept = f"{len(explained.maps)} finished map{'' if len(explained.maps) == 1 else 's'}"
         again = _same_command(context, recorded.path)
         raise stop(f"stopped; {kept} kept in {stored_path(folder)}. Go on with:  {again}") from None
+    page = _opened(explained, folder) if open_it else None
     if as_json:
         print_json(
             {
                 "trace": str(recorded.path),
                 "answer": recorded.answer,
+                "report": None if page is None else str(page),
                 "maps": [map_summary(item) for item in explained.maps],
             }
         )
         return
     show_explained(explained, replay)
-    say("next:  ", f"lvlm-probe report {quoted_path(folder)} --out report.html")
+    if page is not None:
+        say("report: ", (stored_path(page), "bold"))
+    else:
+        say("next:  ", f"lvlm-probe report {quoted_path(folder)} --out report.html --open")
+
+
+def _opened(explained: Explained, folder: Path) -> Path:
+    """Write the page of these maps beside the first one, and open it in the browser."""
+    from lvlm_probe.cli.shared.maps import write_report
+
+    page = explained.maps[0].path.with_suffix(".html")
+    write_report(explained.maps, page, overwrite=True)
+    open_page(page)
+    return page
 
 
 def _select(replay: Replay, *, words: list[str] | None, alpha: float, joint: bool) -> TokenSelection:

@@ -6,15 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
+from lvlm_probe.cli.shared.completion import complete_family
 from lvlm_probe.cli.shared.options import Json
-from lvlm_probe.cli.shared.terminal import print_json, say
+from lvlm_probe.cli.shared.terminal import print_json, say, wrapped
 
 __all__ = ["RUNS_BARE", "families"]
 
 RUNS_BARE = True
 
 _VERDICTS = {True: ("yes", "green"), False: ("no", "bold red"), None: ("–", "dim")}
-_Name = Annotated[str | None, typer.Argument(metavar="[FAMILY]", help="Show what was measured on this one.")]
+_Name = Annotated[
+    str | None,
+    typer.Argument(metavar="[FAMILY]", autocompletion=complete_family, help="Show what was measured on this one."),
+]
 
 
 def families(name: _Name = None, as_json: Json = False) -> None:
@@ -24,6 +28,8 @@ def families(name: _Name = None, as_json: Json = False) -> None:
 
     Example:  lvlm-probe families qwen2_5_vl
     """
+    from rich.console import Console
+
     from lvlm_probe.models.support import CHECKS, family_table
 
     table = family_table()
@@ -44,23 +50,32 @@ def families(name: _Name = None, as_json: Json = False) -> None:
         )
         return
     width = max(len(family.name) for family in table.families) + 2
-    say(" " * width, (" ".join(check.ljust(len(check) + 1) for check in CHECKS), "dim"))
+    heads = list(CHECKS)
+    if width + sum(len(check) + 2 for check in CHECKS) > Console().width:  # numbers stand for the names
+        heads = [str(number) for number in range(1, len(CHECKS) + 1)]
+        for line in wrapped("  ".join(map("=".join, zip(heads, CHECKS, strict=True))), indent=0):
+            say((line, "dim"))
+    columns = [max(len(head), 3) + 2 for head in heads]
+    say(" " * width, ("".join(head.ljust(column) for head, column in zip(heads, columns, strict=True)), "dim"))
     for family in table.lvlms:
         cells: list[tuple[str, str]] = []
-        for check in CHECKS:
+        for check, column in zip(CHECKS, columns, strict=True):
             word, style = _VERDICTS[family.verdict(check)]
-            cells.append((word.ljust(len(check) + 2), style))
+            cells.append((word.ljust(column), style))
         say((family.name.ljust(width), "bold"), *cells)
     say("")
     for family in table.families:
         if family.outside:
-            say((family.name.ljust(width), "dim"), (family.outside, "dim"))
+            name, *further = wrapped(family.outside, indent=width)
+            say((family.name.ljust(width), "dim"), (name, "dim"))
+            for line in further:
+                say(" " * width, (line, "dim"))
     say("")
     say(
         (f"{table.passed} of {len(table.lvlms)}", "bold"),
-        " families pass every check that applies to them ",
-        _when(table),
+        " families pass every check that applies to them",
     )
+    say(_when(table))
     say(("What was measured on one:  lvlm-probe families NAME", "dim"))
 
 

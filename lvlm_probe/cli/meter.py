@@ -19,9 +19,10 @@ from lvlm_probe.cli.shared.options import (
     Dtype,
     ImagesDirectory,
     Json,
+    OpenPage,
     TrustRemoteCode,
 )
-from lvlm_probe.cli.shared.terminal import bar, note, one_line, print_json, say, stored_path
+from lvlm_probe.cli.shared.terminal import bar, note, one_line, open_page, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def meter(
     column: Columns = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Answers to look at, at most.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page and the csv.")] = False,
+    open_it: OpenPage = False,
     device: Device = None,
     dtype: Dtype = None,
     attn: Attn = None,
@@ -106,6 +108,8 @@ def meter(
         raise ProbeError(f"none of the {len(found)} answers in {source} could be measured")
     write_csv(readings, table, unread=unread)
     write_page(readings, out, unread=unread, overwrite=overwrite)
+    if open_it:
+        open_page(out)
     if as_json:
         print_json(_summary(readings, unread, out, table))
         return

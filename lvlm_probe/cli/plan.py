@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lvlm_probe.cli.shared.completion import complete_methods
 from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, parameters
 from lvlm_probe.cli.shared.options import Attn, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
 from lvlm_probe.cli.shared.terminal import note, print_json, show
@@ -19,7 +20,10 @@ def plan(
     path: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace, or a directory whose last one is taken.")],
     model: OptionalModel = None,
     methods: Annotated[
-        str, typer.Option("--methods", metavar="NAMES", help="Methods, commas between, or all.")
+        str,
+        typer.Option(
+            "--methods", metavar="NAMES", autocompletion=complete_methods, help="Methods, commas between, or all."
+        ),
     ] = "igos++",
     memory: Annotated[
         str | None,

@@ -62,6 +62,7 @@ def record(
         max_new_tokens=max_new_tokens,
         attention=attention,
         baseline=own_baseline,
+        files=image or [],
     )
     if as_json:
         print_json(trace_summary(trace))

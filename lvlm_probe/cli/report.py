@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lvlm_probe.cli.shared.options import Json, Maps
-from lvlm_probe.cli.shared.terminal import print_json, say, stored_path
+from lvlm_probe.cli.shared.options import Json, Maps, OpenPage
+from lvlm_probe.cli.shared.terminal import open_page, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
 __all__ = ["report"]
@@ -19,6 +19,7 @@ def report(
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The page to write.")] = Path("report.html"),
     title: Annotated[str | None, typer.Option("--title", help="Headline of the page.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
+    open_it: OpenPage = False,
     as_json: Json = False,
 ) -> None:
     """Write stored maps and their scores as one HTML page that needs no network. No model is loaded.
@@ -32,6 +33,8 @@ def report(
         raise ProbeError(f"{out} exists; add --overwrite, or name another file with --out")
     found = find_maps(paths)
     page = write_report(found, out, title=title, overwrite=overwrite)
+    if open_it:
+        open_page(page)
     if as_json:
         print_json({"report": str(page), "maps": [str(item.path) for item in found]})
     else:

@@ -10,11 +10,12 @@ from typing import Any, Protocol, cast
 
 from lvlm_probe._version import versions_of
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.registry import Outcome, Problem, Progress, check_parameters, methods, needs_of, resolve
+from lvlm_probe.explainers.registry import Outcome, Problem, check_parameters, methods, needs_of, resolve
 from lvlm_probe.explainers.scores import no_effect
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import out_of_memory, ran_out
@@ -60,7 +61,7 @@ def explain(
     image: int = 0,
     seed: int = 0,
     strengthen: bool = True,
-    progress: Progress | None = None,
+    progress: ProgressChoice = None,
     plan: RunPlan | None = None,
     **params: Any,
 ) -> Heatmap:
@@ -79,7 +80,7 @@ def explain(
         seed: of everything random in the explanation; the global random state is not touched.
         strengthen: blur the replay's baseline harder while the selected tokens keep 5 % of probability on it (paper,
             A.1); ``provenance["baseline"]`` names the baseline that was used, and ``evaluate`` judges over it.
-        progress: called with (done, total).
+        progress: called with (done, total); by default a bar where a person waits, ``False`` for none.
         plan: how to run it, from ``lvlm_probe.plan``: masks at once, and whether layers are run again in backward. By
             default the replay's ``micro_batch``, or a rule; when memory runs out, half as many at once.
         params: parameters of the method.
@@ -116,7 +117,8 @@ def explain(
     else:
         if live and strengthen:
             replay = replay.strengthened(selection.decided)
-        outcome = _run(function, Problem(replay, selection, image, seed, progress, live), method, params)
+        with show_progress(progress, f"explaining by {method}") as advance:
+            outcome = _run(function, Problem(replay, selection, image, seed, advance, live), method, params)
     values = outcome.values
     if values is not None and (values.ndim != 2 or not bool(((values >= 0) & (values <= 1)).all())):
         raise ExplainError(

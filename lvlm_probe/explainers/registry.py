@@ -22,9 +22,12 @@ False then), where the trace holds what it needs.
 from __future__ import annotations
 
 import difflib
+import html
 import importlib
 import inspect
 import pkgutil
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
@@ -34,6 +37,7 @@ import torch
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.models.inputs import index_on
 from lvlm_probe.plugins import check_registration, load_plugins
+from lvlm_probe.progress import Progress
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -59,12 +63,10 @@ __all__ = [
     "needs_of",
     "register",
     "resolve",
+    "summary_of",
 ]
 
 Need = Literal["passes", "gradients", "attention", "activations"]
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total) in the explainer's own unit."""
 
 
 @dataclass(frozen=True)
@@ -272,10 +274,43 @@ def names() -> list[str]:
     return sorted(METHODS)
 
 
-def methods() -> list[str]:
-    """Names of all explainers, those of installed plugins included."""
+class MethodNames(list[str]):
+    """Names of methods: a list, which shows itself with what each of them does."""
+
+    def __repr__(self) -> str:
+        width = max(map(len, self), default=0)
+        return "\n".join(f"{name:<{width}}  {summary_of(name)}" for name in self)
+
+    def _repr_html_(self) -> str:
+        rows = (
+            f"<tr><td><b>{html.escape(name)}</b></td><td>{html.escape(summary_of(name))}</td></tr>" for name in self
+        )
+        return f"<table>{''.join(rows)}</table>"
+
+
+def methods() -> MethodNames:
+    """Return the names of all explainers, those of installed plugins included; shown with what each of them does."""
     load_plugins()
-    return names()
+    return MethodNames(names())
+
+
+def summary_of(name: str) -> str:
+    """Return the first sentence of a method's documentation. Raises ``ExplainError`` for an unknown one.
+
+    Our own modules say at the top what their method is, and the function what it takes; where several methods share a
+    module, each function says it, unless it points to the module.
+    """
+    function = find(name)
+    own = inspect.getdoc(function) or ""
+    home = str(getattr(function, "__module__", ""))
+    module = sys.modules.get(home)
+    alone = sum(getattr(item.function, "__module__", "") == home for item in METHODS.values()) == 1
+    ours = home.startswith("lvlm_probe.")
+    if ours and (alone or "module's docstring" in own.split("\n\n")[0]):
+        own = inspect.getdoc(module) or own
+    paragraph = own.split("\n\n")[0].replace("\n", " ").replace("``", "").strip()
+    # Not at "Eq. 2" or "et al. (2021)": a sentence goes on with a capital.
+    return re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)[0] or "(no description)"
 
 
 def find(name: str) -> Callable[..., Outcome]:

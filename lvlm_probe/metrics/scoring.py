@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
@@ -35,9 +35,11 @@ from lvlm_probe.metrics.deletion_insertion import (
     release_area,
 )
 from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFERENCE, Verdict, judge, out_of_range
+from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.protocol import ReplayLike
+from lvlm_probe.trace import Trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -208,7 +210,7 @@ def evaluate(
     seed: int = 0,
     sampling: Sampling = "full",
     tolerance: float = 0.01,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressChoice = None,
 ) -> Score:
     """Scores a heatmap by deletion and insertion on the tokens it explains, as ``deletion_insertion`` defines them.
 
@@ -231,7 +233,8 @@ def evaluate(
         sampling: ``"full"`` scores every point of the curves; ``"adaptive"`` as few as keep each area within
             ``tolerance`` of the full curve's, for curves that do not turn; ``params`` then has the error bound.
         tolerance: Largest error bound of an area under adaptive sampling.
-        progress: Called with (done, total) images of the heatmap's own curves.
+        progress: Called with (done, total) images of the heatmap's own curves; by default a bar where a person waits,
+            ``False`` for none.
 
     Raises:
         ExplainError: The heatmap is of another answer or image, or a parameter is out of range.
@@ -247,8 +250,8 @@ def evaluate(
     replay = over_baseline(replay, (explained or replay.baseline) if baseline is None else baseline)
     values, seen = _on_grid(heat, replay, grid)
     scores = MaskScores(replay, heat.selection.indices, image=heat.image_index, mode=mode)
-    with replay.shortcuts.held():
-        raw = curves(values, seen, scores, settings, decided=heat.selection.decided, progress=progress)
+    with replay.shortcuts.held(), show_progress(progress, "deletion and insertion") as advance:
+        raw = curves(values, seen, scores, settings, decided=heat.selection.decided, progress=advance)
     areas = _areas(raw, settings)
     gains = _random_gains(values.shape, seen, scores, dataclasses.replace(settings, tie_orders=1), chance, replay)
     return Score(
@@ -290,7 +293,12 @@ def evaluate(
 
 
 def check_answer(heat: Heatmap, replay: ReplayLike) -> None:
-    """Refuse a heatmap of another answer or image than the replay's. Raises ``ExplainError``."""
+    """Refuse a heatmap of another answer or image than the replay's, or a trace. Raises ``ExplainError``."""
+    if isinstance(replay, Trace):
+        raise ExplainError(
+            "a heatmap is scored by running the model, and this is a trace: evaluate(heat, probe.replay(trace, model, "
+            "processor))"
+        )
     if heat.selection.tokens != tuple(replay.tokens) or heat.image_index >= replay.n_images:
         raise ExplainError(
             f"this heatmap explains another answer ({''.join(heat.selection.tokens)[:60]!r}) than the replay's "

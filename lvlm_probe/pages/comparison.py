@@ -9,21 +9,16 @@ The page is made as the report is (``shell.py``): one file, nothing from the net
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from lvlm_probe.errors import ReportError
 from lvlm_probe.explainers import Tokens, explain, needs_of, selected
 from lvlm_probe.explainers import methods as known_methods
-from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.heatmap_store import not_made, reason_of
@@ -31,6 +26,7 @@ from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.pages.comparison_page import filled
 from lvlm_probe.pages.ranking import Row, Standing, standings
 from lvlm_probe.pages.shell import Page, refuse_existing, write_text
+from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.trace import Trace
 
 if TYPE_CHECKING:
@@ -116,8 +112,8 @@ def compare(
     grid: int | Sequence[int] | None = GRID,
     steps: int | None = None,
     seed: int = 0,
-    overwrite: bool = False,
-    progress: Progress | None = None,
+    overwrite: bool | None = None,
+    progress: ProgressChoice = None,
 ) -> Comparison:
     """Explain answers by several methods, judge every heatmap, and write one HTML page with all of them.
 
@@ -138,8 +134,10 @@ def compare(
         title: Headline of the page.
         tokens, image, seed: As for ``explain``; the same for all methods.
         grid, steps: As for ``evaluate``; ``grid=None`` ranks each heatmap's own cells.
-        overwrite: Replace ``out`` if it exists.
-        progress: Called with (done, total) heatmaps; by default a bar on the terminal, if there is one.
+        overwrite: Replace ``out`` if it exists; by default only a file that this package wrote, so that a notebook cell
+            can run again.
+        progress: Called with (done, total) heatmaps; by default a bar where a person waits, ``False``
+            for none.
 
     Returns:
         The comparison: its path, its heatmaps and scores, and its ``standings()``.
@@ -185,7 +183,7 @@ class _Settings:
 
 
 def _made(
-    items: Sequence[Any], methods: Methods | None, tokens: Tokens | None, settings: _Settings, progress: Progress | None
+    items: Sequence[Any], methods: Methods | None, tokens: Tokens | None, settings: _Settings, progress: ProgressChoice
 ) -> tuple[list[str], list[Row]]:
     """Every method on every replay or trace."""
     for item in items:
@@ -203,14 +201,19 @@ def _made(
             raise ReportError(f"image={image}, but {answer.trace_id} has {answer.n_images} image(s), counted from 0")
     selections = [selected(answer, tokens) for answer in answers]
     rows = []
-    with _counted(progress, len(items) * len(chosen)) as advance:
+    total, done = len(items) * len(chosen), 0
+    with show_progress(progress, "explaining and judging") as advance:
+        if advance is not None:
+            advance(0, total)
         for item, selection in zip(items, selections, strict=True):
             if selection and not isinstance(item, Trace):
                 item = item.strengthened(selection.decided)  # once: all methods explain against one baseline
             pairs = []
             for name, (method, params) in chosen.items():
                 pairs.append(_one(item, name, method, params, selection, settings))
-                advance()
+                done += 1
+                if advance is not None:
+                    advance(done, total)
             rows.append(Row(*zip(*pairs, strict=True)))
     return list(chosen), rows
 
@@ -220,8 +223,9 @@ def _one(
 ) -> tuple[Heatmap, Score | None]:
     """One method on one answer. Whatever goes wrong in it is told in its place and costs the others nothing."""
     image, seed = settings.image, settings.seed
+    same: dict[str, Any] = {"seed": seed, "progress": False}
     try:
-        heat = explain(item, method=method, tokens=selection, image=image, seed=seed, strengthen=False, **params)
+        heat = explain(item, method=method, tokens=selection, image=image, strengthen=False, **same, **params)
     except Exception as error:
         heat = not_made(item, method, selection, error, image=image, params=params)
     if name != heat.method:
@@ -229,7 +233,7 @@ def _one(
     if isinstance(item, Trace) or heat.values is None:
         return heat, None
     try:
-        return heat, evaluate(heat, item, grid=settings.grid, steps=settings.steps, seed=seed)
+        return heat, evaluate(heat, item, grid=settings.grid, steps=settings.steps, **same)
     except Exception as error:
         return dataclasses.replace(heat, provenance={**heat.provenance, "not_judged": reason_of(error)}), None
 
@@ -254,19 +258,6 @@ def _chosen(methods: Methods | None, *, live: bool) -> dict[str, tuple[str, Mapp
     if not chosen:
         raise ReportError("compare() was given no methods; leave methods out for a usual set, or name some")
     return chosen
-
-
-@contextlib.contextmanager
-def _counted(progress: Progress | None, total: int) -> Iterator[Callable[[], object]]:
-    """Count heatmaps for a caller, or on the terminal."""
-    if progress is None:
-        # disable=None: nothing where there is no terminal.
-        with tqdm(total=total, unit="heatmap", disable=None, leave=False) as shown:
-            yield shown.update
-        return
-    progress(0, total)
-    done = itertools.count(1)
-    yield lambda: progress(next(done), total)
 
 
 def _gathered(

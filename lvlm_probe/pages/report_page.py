@@ -33,7 +33,7 @@ def report(
     scores: Score | Iterable[Score | None] | None = None,
     out: str | os.PathLike[str],
     title: str | None = None,
-    overwrite: bool = False,
+    overwrite: bool | None = None,
 ) -> Page:
     """Write one self-contained HTML page about one or more explained answers.
 
@@ -46,7 +46,8 @@ def report(
             page says "not checked" of every map without a score.
         out: The file to write. Missing folders are made.
         title: Headline of the page.
-        overwrite: Replace ``out`` if it exists.
+        overwrite: Replace ``out`` if it exists; by default only a file that this package wrote, so that a notebook cell
+            can run again.
 
     Returns:
         The path written, which a notebook shows as the page.

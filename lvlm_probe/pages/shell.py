@@ -22,7 +22,7 @@ from typing import Any
 
 from lvlm_probe._version import __version__
 from lvlm_probe.errors import ReportError
-from lvlm_probe.files import write_whole
+from lvlm_probe.files import is_ours, write_whole
 
 __all__ = ["Page", "asset", "json_for_script", "page_text", "refuse_existing", "without_script", "write_text"]
 
@@ -59,17 +59,21 @@ class Page(type(Path())):  # type: ignore[misc]
         )
 
 
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise ``ReportError`` where a page cannot be written to ``path``: before the work rather than after it."""
+def refuse_existing(path: Path, *, overwrite: bool | None) -> None:
+    """Raise ``ReportError`` where a page cannot be written to ``path``: before the work rather than after it.
+
+    ``overwrite`` replaces any file, ``None`` only one that this package wrote.
+    """
     if path.is_dir():
         raise ReportError(
             f"cannot write the report: {path} is a folder; name a file in it, such as {path / 'report.html'}"
         )
-    if path.exists() and not overwrite:
-        raise ReportError(f"cannot write the report: {path} exists; name another file, or pass overwrite=True")
+    if path.exists() and not (overwrite or (overwrite is None and is_ours(path))):
+        whose = "" if overwrite is False else " and was not written by lvlm_probe"
+        raise ReportError(f"cannot write the report: {path} exists{whose}; name another file, or pass overwrite=True")
 
 
-def write_text(path: Path, text: str, *, overwrite: bool, said: str = "") -> Page:
+def write_text(path: Path, text: str, *, overwrite: bool | None, said: str = "") -> Page:
     """Write a page, whole or not at all; missing folders are made. Raises ``ReportError``.
 
     Args:

@@ -7,12 +7,16 @@ in it. That costs some microseconds per operator, so on the CPU it is done for s
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +26,8 @@ from lvlm_probe.errors import ProbeError
 __all__ = ["Meter", "Reading", "Span", "available", "parse_bytes", "show_bytes", "weight_bytes"]
 
 _SPAN = "lvlm_probe.span"
+_ERROR = 2
+"""torch's log level that leaves out warnings."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
@@ -123,12 +129,36 @@ class Meter:
         settings = _profiler.ProfilerConfig(
             _profiler.ProfilerState.CPU, False, True, False, False, False, _profiler._ExperimentalConfig()
         )
-        _enable_profiler_legacy(settings)
-        try:
-            yield
-        finally:
-            threads = _disable_profiler_legacy()
-            self.reading = _replayed(threads)
+        with _quiet_allocator():
+            _enable_profiler_legacy(settings)
+            try:
+                yield
+            finally:
+                threads = _disable_profiler_legacy()
+                self.reading = _replayed(threads)
+
+
+@contextmanager
+def _quiet_allocator() -> Iterator[None]:
+    """Keep torch's allocator from writing to standard error that a block is released which is older than the metering.
+
+    Such blocks are none of what is metered. torch reads its log level from the environment once, when it is imported;
+    what it compares with afterwards is a global of libc10. A torch without that global is left as it is.
+    """
+    name = {"win32": "c10.dll", "darwin": "libc10.dylib"}.get(sys.platform, "libc10.so")
+    level: ctypes.c_int | None = None
+    with contextlib.suppress(OSError, ValueError):
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name))
+        level = ctypes.c_int.in_dll(library, "FLAGS_caffe2_log_level")
+    if level is None:
+        yield
+        return
+    before = level.value
+    level.value = max(before, _ERROR)
+    try:
+        yield
+    finally:
+        level.value = before
 
 
 def _replayed(threads: list[list[Any]]) -> Reading:

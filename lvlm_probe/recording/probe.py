@@ -27,6 +27,7 @@ from lvlm_probe.images.processor_step import image_processor_of, watched_method
 from lvlm_probe.models.anatomy import Anatomy, examine
 from lvlm_probe.models.drivers import called_model, probed_model
 from lvlm_probe.models.fingerprint import describe_model, undescribed
+from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.models.wrappers import generating_model, is_compiled
 from lvlm_probe.recording.conditions import without_autocast
 from lvlm_probe.recording.handed_images import flatten_images
@@ -54,7 +55,8 @@ def attach(model: torch.nn.Module, processor: object | None = None) -> Probe:
             (``masked(mask, space="pixels")``), and no words can be shown, only token ids.
 
     Raises:
-        AttachError: a probe is attached already, or the model cannot be probed; the message says why.
+        AttachError: a probe is attached already, the model cannot be probed, or a tokenizer stands for its processor;
+            the message says why.
     """
     return Probe(model, processor)
 
@@ -79,6 +81,7 @@ class Recording:
         self._probe: Probe | None = probe  # dropping the last reference to it detaches, which is not yet
         self._options = options
         self._warned: set[str] = set()
+        self._met = False  # whether a generate() was seen at all
 
     @property
     def traces(self) -> list[Trace]:
@@ -119,6 +122,13 @@ class Recording:
             if self._attachment.recording is self:
                 self._attachment.recording = None
         self._probe = None
+        if not (exc[0] or self.paths or self.faults or self._met):
+            self.warn_once(
+                "nothing",
+                "nothing was recorded: no generate() of the attached model ran inside the `with` block; call "
+                "model.generate(...) inside it, on the model that was given to attach()",
+                stacklevel=3,
+            )
 
     def run(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record one ``generate()`` call. Whatever goes wrong in here, the user gets what ``generate`` returns.
@@ -126,6 +136,7 @@ class Recording:
         Calls of several threads are recorded side by side: everything here but ``self`` belongs to this one.
         """
         owner = self._attachment
+        self._met = True
         faults: list[str] = []
 
         def fault(name: str, error: BaseException, kept: str = "the trace is marked status='error'") -> None:
@@ -211,13 +222,13 @@ class Recording:
         for row in capture.rows:
             row.notes.append(sentence)
 
-    def warn_once(self, kind: str, sentence: str) -> None:
+    def warn_once(self, kind: str, sentence: str, *, stacklevel: int = 4) -> None:
         """Say each kind of thing once per recording."""
         with self._attachment.lock:
             new = kind not in self._warned
             self._warned.add(kind)
         if new:
-            caution(sentence, stacklevel=4)
+            caution(sentence, stacklevel=stacklevel)
 
 
 class _Once:
@@ -331,6 +342,11 @@ class Probe:
         if present is not None and present.active:
             raise AttachError(
                 f"a probe is attached to this {type(model).__name__} already; use that one, or call its detach() first"
+            )
+        if tokenizer_of(processor) is processor is not None and image_processor_of(processor) is processor:
+            raise AttachError(
+                f"this is the tokenizer ({type(processor).__name__}), which sees no images; give the model's "
+                f"processor, AutoProcessor.from_pretrained(...) of the same model, or leave it out: attach(model)"
             )
         self.model, self.processor = model, processor
         inner = probed_model(inner, processor)

@@ -200,6 +200,7 @@ def again(
             image=heat.image_index,
             seed=int(own if seed is None else seed),
             strengthen=False,
+            progress=False,
             **params,
         )
     except ExplainError as error:  # a random model's scores need not be finite

@@ -41,7 +41,7 @@ def _explained(
 ) -> tuple[Replay, Heatmap]:
     subject = make_replay(trace, model, processor)
     subject = subject if baseline is None else over_baseline(subject, baseline)
-    return subject, explain(subject, seed=explain_seed, **options)
+    return subject, explain(subject, seed=explain_seed, progress=False, **options)
 
 
 def over_seeds(replay: Replay, *, seeds: int | Sequence[int] = 5, tokens: Any = None, **options: Any) -> Stability:
@@ -49,11 +49,11 @@ def over_seeds(replay: Replay, *, seeds: int | Sequence[int] = 5, tokens: Any = 
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if len(set(chosen)) < 2:
         raise ExplainError(f"stability over seeds takes at least two different ones; got {seeds!r}")
-    first = explain(replay, tokens=tokens, seed=chosen[0], **options)
-    others = [explain(replay, tokens=first.selection, seed=seed, **options) for seed in chosen[1:]]
+    first = explain(replay, tokens=tokens, seed=chosen[0], progress=False, **options)
+    others = [explain(replay, tokens=first.selection, seed=seed, progress=False, **options) for seed in chosen[1:]]
     return stability([first, *others])
 
 
 def over_prompts(replays: Sequence[Replay], **options: Any) -> Stability:
     """Explain the answers to several prompts, and compare."""
-    return stability([explain(replay, **options) for replay in replays])
+    return stability([explain(replay, progress=False, **options) for replay in replays])

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.tokenizers import special_ids
+from lvlm_probe.progress import Progress
 from lvlm_probe.replaying import replay as make_replay
 from lvlm_probe.sanity.checks import SAME, SIMILAR, SanityCheck, SanityStep, Verdict, again, cannot_say, opened, step_of
 from lvlm_probe.sanity.random_weights import How, grouped, randomised, weight_blocks

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.progress import Progress
 from lvlm_probe.sanity.checks import AGREEING, Check, SanityCheck, Verdict, again, cannot_say, opened, step_of
 from lvlm_probe.sanity.stability import stability
 from lvlm_probe.selection import select_tokens

@@ -26,7 +26,7 @@ from lvlm_probe.words import ALPHA
 
 __all__ = ["describe", "to_html"]
 
-_WIDTH = 100
+_WIDTH = 80
 _LABEL = 10
 _BAR = 24
 _TEXT_SHOWN = 20_000
@@ -41,7 +41,7 @@ _THUMBNAIL = 220
 
 
 def describe(trace: StoredAnswer) -> str:
-    """Returns the trace as text of at most 100 columns: question, answer, LLR of each word, what was recorded."""
+    """Returns the trace as text of at most 80 columns: question, answer, LLR of each word, what was recorded."""
     lines = [f"Trace {trace.trace_id}", ""]
     lines += _field("file", f"{trace.path}" + (f", row {trace.row} (of {trace.rows})" if trace.rows > 1 else ""))
     lines += _field("recorded", " ".join(filter(None, [_time(trace.created), _seconds(trace)])))
@@ -155,7 +155,7 @@ def _words(trace: StoredAnswer) -> list[str]:
         lines.append(f"{'*' if marked else ' '} {_pad(text, width)}  {value:8.2f}  {ratio:+8.2f}  {_bar(ratio, top)}")
     kind = (trace.baseline or {}).get("kind", "baseline")
     remark = f"LLR = log P(with the image) - log P(with the baseline: {_safe(str(kind)[:32])})"
-    return [*lines, *more, "", f"  {remark}; * has a token above {ALPHA:g}"]
+    return [*lines, *more, "", f"  {remark}", f"  *: a token above {ALPHA:g}"]
 
 
 def _bar(value: float, top: float) -> str:

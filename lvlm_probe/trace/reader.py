@@ -112,7 +112,7 @@ class Trace(StoredAnswer):
             self.point(name)
 
     def describe(self) -> str:
-        """Return the trace as a person wants to read it: plain text, at most 100 columns."""
+        """Return the trace as a person wants to read it: plain text, at most 80 columns."""
         return description.describe(self)
 
     def _repr_html_(self) -> str:

@@ -46,7 +46,7 @@ MODEL_JSON = ("config", "generation_config", "versions")
 """What is kept of ``Capture.model`` as text and as JSON of its own; the rest of it goes into one object, ``more``."""
 
 _TRACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
-"""A trace id names files beside the trace (``explanations/<trace_id>.<method>.h5``): no slash, no leading dot."""
+"""A trace id may name files, of explanations for instance: no slash, no leading dot."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -75,7 +75,7 @@ class TraceFields:
         Text(
             "@trace_id",
             pattern=_TRACE_ID,
-            about="`[A-Za-z0-9][A-Za-z0-9_.-]*`, at most 128 characters, unique; names the files of explanations",
+            about="`[A-Za-z0-9][A-Za-z0-9_.-]*`, at most 128 characters, unique; may name files",
         ),
     ]
     batch_row: Annotated[int, Integer("@batch_row", 0, 2**31 - 1, about="row of the batch, from 0")]

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from command_line import run, succeed
 
+from lvlm_probe.cli.shared.terminal import quoted_path
+
 STUDY = """\
 models: {demo: demo}
 datasets: {scenes: {reader: demo, source: eval, limit: 2}}
@@ -17,10 +19,11 @@ settings: {grid: 8, steps: 4, max_new_tokens: 24}
 
 
 def test_status_resume_and_export(tmp_path: Path) -> None:
-    file, out = tmp_path / "study.yaml", tmp_path / "out"
+    file, out = tmp_path / "my study.yaml", tmp_path / "out"
     file.write_text(STUDY, encoding="utf-8")
     before = succeed("study", "status", file, "--json").json
-    succeed("study", "resume", file)
+    said = succeed("study", "resume", file).out
+    assert f"next:  lvlm-probe study table {quoted_path(file)}\n" in said and quoted_path(file).startswith("'")
     after = succeed("study", "status", file, "--json").json
     assert before != after
     assert "answers" in succeed("study", "status", file).out

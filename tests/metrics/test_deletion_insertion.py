@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from toy_replay import ToyReplay, box_weights
+from trace_samples import sample_capture
 
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.heatmap import Heatmap
@@ -30,6 +31,7 @@ from lvlm_probe.metrics.deletion_insertion import (
 )
 from lvlm_probe.metrics.verdict import Verdict, judge
 from lvlm_probe.selection import TokenSelection, select_tokens
+from lvlm_probe.trace import open_trace, write
 
 
 def heat_of(replay: ToyReplay, values: np.ndarray, seen: np.ndarray | None = None) -> Heatmap:
@@ -552,6 +554,12 @@ def test_a_selection_of_another_answer_is_refused_before_any_pass() -> None:
     with pytest.raises(ExplainError):
         evaluate(Heatmap(BOX.numpy(), (64, 64), selection=foreign), replay)
     assert replay.passes.forward == 0
+
+
+def test_a_trace_in_the_place_of_a_replay_is_refused_in_a_sentence(tmp_path) -> None:
+    trace = open_trace(write(sample_capture(), tmp_path))
+    with pytest.raises(ExplainError, match=r"this is a trace: evaluate\(heat, probe.replay\(trace"):
+        evaluate(heat_of(ToyReplay(BOX), BOX.numpy()), trace)
 
 
 def test_baseline_check_looks_at_what_the_picture_decides(demo, tmp_path) -> None:

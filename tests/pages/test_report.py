@@ -428,8 +428,19 @@ def test_existing_reports_are_kept_unless_told(tmp_path: Path) -> None:
     heats, _ = samples.page(words=False)
     out = tmp_path / "report.html"
     out.write_text("mine")
-    with pytest.raises(ReportError, match="exists; name another file, or pass overwrite=True"):
-        report(heats, out=out)
-    assert out.read_text() == "mine"
+    for text in ("mine", "<!doctype html>\n<p>A page about lvlm_probe"):
+        out.write_text(text)
+        with pytest.raises(ReportError, match="not written by lvlm_probe; name another file, or pass overwrite=True"):
+            report(heats, out=out)
+        assert out.read_text() == text
     report(heats, out=out, overwrite=True)
     assert out.read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_a_page_of_ours_is_replaced_so_that_a_cell_runs_again(tmp_path: Path) -> None:
+    heats, _ = samples.page(words=False)
+    out = report(heats, out=tmp_path / "report.html", title="first")
+    assert report(heats, out=out, title="second") == out
+    assert "<title>second" in out.read_text("utf-8")
+    with pytest.raises(ReportError, match="exists; name another file"):
+        report(heats, out=out, overwrite=False)

@@ -71,6 +71,13 @@ def test_the_meter_counts_what_is_alive_at_once() -> None:
     assert [(span.before, span.peak) for span in meter.reading.spans] == [(500_000, 2_500_000)]
 
 
+def test_older_blocks_that_are_released_meanwhile_write_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    older = [torch.empty(64) for _ in range(2500)]  # torch tells of every thousandth
+    with Meter(torch.device("cpu")).running():
+        del older
+    assert capfd.readouterr().err == ""
+
+
 def test_weights_are_counted_once() -> None:
     linear = torch.nn.Linear(10, 10, bias=False)
     tied = torch.nn.ModuleList([linear, torch.nn.Linear(10, 10, bias=False)])

@@ -499,6 +499,29 @@ def test_what_is_no_vision_language_model_is_refused():
         probe.attach(LlamaForCausalLM(config))
 
 
+def test_a_tokenizer_is_no_processor(llava):
+    model, processor = llava
+    with pytest.raises(probe.errors.AttachError, match="sees no images; give the model's processor"):
+        probe.attach(model, processor.tokenizer)
+    probe.attach(model, processor.image_processor).detach()
+    probe.attach(model).detach()
+
+
+def test_a_recording_that_meets_no_generate_says_so(llava, tmp_path):
+    model, processor = llava
+    with probe.attach(model, processor) as p:
+        with pytest.warns(probe.ProbeWarning, match="nothing was recorded: no generate") as said:
+            with p.record(tmp_path):
+                pass
+        assert said[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", probe.ProbeWarning)
+            with p.record(tmp_path):
+                generate(model, ask(model, processor))
+            with pytest.raises(KeyError), p.record(tmp_path):
+                raise KeyError  # what is wrong is told by the error
+
+
 def test_recording_needs_a_directory(llava, tmp_path):
     file = tmp_path / "file"
     file.write_text("")

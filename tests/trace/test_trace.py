@@ -421,7 +421,7 @@ class TestForAPerson:
     def test_description_reads_well(self, tmp_path: Path) -> None:
         text = open_trace(write(sample_capture(2, tokens=11), tmp_path)).describe()
         lines = text.splitlines()
-        assert max(len(line) for line in lines) <= 100
+        assert max(len(line) for line in lines) <= 80
         assert any(line.startswith("question") and "What is there?" in line for line in lines)
         assert any(line.startswith("answer") and "red and well-lit." in line for line in lines)
         assert any(line.startswith("model") and "LlavaForConditionalGeneration" in line for line in lines)
@@ -443,7 +443,7 @@ class TestForAPerson:
         assert not any(ord(char) < 32 and char != "\n" for char in text)
         assert not {"\u202e", "\u200f", "\u2028"} & set(text)
         assert "\\x1b" in text
-        assert max(len(line) for line in text.splitlines()) <= 100
+        assert max(len(line) for line in text.splitlines()) <= 80
 
     def test_log_probs_that_are_no_numbers(self, tmp_path: Path) -> None:
         capture = sample_capture(tokens=4)

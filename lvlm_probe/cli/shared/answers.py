@@ -35,8 +35,12 @@ def ask(
     max_new_tokens: int = 128,
     attention: bool = True,
     baseline: str | Image.Image = "blur",
+    files: Sequence[Path] = (),
 ) -> Trace:
     """Generate one answer with the probe attached, and return its trace.
+
+    Args:
+        files: where the images come from; their names, without folders, are kept for the names of maps.
 
     Raises:
         ProbeError: the run was not recorded, or recording went wrong; the message says why.
@@ -56,6 +60,7 @@ def ask(
                 note=note,
                 attention=attention,
                 baseline=baseline,
+                meta={"image_files": [file.name for file in files]} if files else None,
             )
     except KeyboardInterrupt:
         raise stop("stopped while the model was answering; nothing is left to resume") from None

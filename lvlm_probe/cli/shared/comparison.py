@@ -10,12 +10,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from
 from lvlm_probe.cli.shared.maps import label_of, open_replay
-from lvlm_probe.cli.shared.terminal import bar, note, one_line, print_json, say, stage, stop, stored_path
+from lvlm_probe.cli.shared.terminal import (
+    bar,
+    note,
+    one_line,
+    open_page,
+    print_json,
+    say,
+    show_table,
+    stage,
+    stop,
+    stored_path,
+)
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.explainers import methods as known_methods
 from lvlm_probe.explainers import needs_of
@@ -32,8 +40,8 @@ __all__ = ["compare_methods"]
 
 _GRID = 32
 _PAGE = "comparison.html"
-_WIDE = 112
-"""Columns of a terminal that hold the whole table."""
+_COLUMNS = ("method", "gain ↑", "deletion ↓", "insertion ↑", "trusted", "maps", "passes", "seconds")
+_IMPORTANCE = (0, 1, 4, 2, 3, 5, 6, 7)
 
 
 def compare_methods(
@@ -45,6 +53,8 @@ def compare_methods(
     baseline: str | None,
     page: Path | None,
     overwrite: bool,
+    wide: bool,
+    open_it: bool,
     as_json: bool,
     options: Mapping[str, Any],
 ) -> None:
@@ -53,6 +63,8 @@ def compare_methods(
     Args:
         names: methods with commas between, or ``"all"``.
         models: what the traces are replayed on.
+        wide: print every column, however narrow the terminal.
+        open_it: open the page in the browser.
         page: the file to write; by default ``comparison.html`` beside the traces. Scores go beside it as JSON.
         options: of ``evaluate``; the grid is 32 where it leaves it open.
 
@@ -95,12 +107,16 @@ def compare_methods(
         made = compare(heats, scores=scores, out=page, overwrite=overwrite)
         record = _record(made, traces, judging)
         write_record(results, record)
+    if open_it:
+        open_page(page)
     if as_json:
         print_json(record)
         return
-    _show(made)
+    _show(made, wide=wide)
     for method, reason in failed.items():
-        note(f"{method} made no map everywhere: {reason}")
+        count = sum(heat.method == method and heat.values is None for heat in heats)
+        where = "any trace" if count == len(traces) else f"{count} of {len(traces)} traces"
+        note(f"{method} made no map on {where}: {reason}")
     say("page:    ", (stored_path(page), "bold"))
     say("scores:  ", stored_path(results))
 
@@ -151,16 +167,8 @@ def _one(
     return heat, found.score_taken_by(judging) or score_one(replay, found, shown=bar, **judging)
 
 
-def _show(made: Comparison) -> None:
-    console = Console(highlight=False)
-    # A pipe has no width of its own; a narrow terminal is told what matters, the rest is on the page.
-    width = console.width if console.is_terminal else _WIDE
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("method", style="bold", no_wrap=True)
-    columns = ["gain ↑", "deletion ↓", "insertion ↑"]
-    columns += ["trusted", "maps", "passes", "seconds"] if width >= _WIDE else []
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+def _show(made: Comparison, *, wide: bool) -> None:
+    rows = []
     for one in made.standings():
         cells = [_interval(value) for value in (one.gain, one.deletion, one.insertion)]
         cells += [
@@ -169,9 +177,9 @@ def _show(made: Comparison) -> None:
             "–" if one.forward is None else f"{one.forward:.0f} + {one.backward:.0f}",
             "–" if one.seconds is None else f"{one.seconds:.2f}",
         ]
-        table.add_row(one_line(one.method), *cells[: len(columns)])
+        rows.append([one.method, *cells])
     say("")
-    console.print(table, markup=False, soft_wrap=True, width=max(width, 80))
+    left_out = show_table(_COLUMNS, rows, first=_IMPORTANCE, wide=wide)
     for one in made.standings():
         for reason, count in one.left_out.items():
             note(f"{one.method}: {count} of {one.judged} scores enter no mean: {reason}")
@@ -179,6 +187,8 @@ def _show(made: Comparison) -> None:
         say(("Means over the traces with 95 % bootstrap intervals; gain is insertion − deletion.", "dim"))
     else:
         say(("Gain is insertion − deletion: 0 for a random map, at best close to 1.", "dim"))
+    if left_out:
+        say((f"Not shown here: {', '.join(left_out)}; --wide shows them.", "dim"))
 
 
 def _interval(interval: Interval | None) -> str:

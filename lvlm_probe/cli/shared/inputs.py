@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,12 @@ def open_images(paths: Sequence[Path]) -> list[Image.Image]:
 
     if not paths:
         raise ImageError("there is no image to explain anything with: add --image FILE")
+    for path in paths:
+        if address := re.match(r"(https?):/+", str(path)):  # as a path, it has lost a slash
+            url = f"{address[1]}://{str(path)[address.end() :]}"
+            raise ImageError(
+                f"--image takes files, and {url} is an address; fetch it first:  curl -LO {shlex.quote(url)}"
+            )
     return [open_picture(path) for path in paths]
 
 

@@ -97,7 +97,7 @@ def show_explained(explained: Explained, replay: Replay) -> None:
     first = explained.maps[0].read()
     show_question(trace)
     say(("A  ", "dim"), answer_text(trace.words, trace.tokens, replay.llr.tolist(), first.selection.indices))
-    say(("   bold: the image makes the word likelier by more than a factor of e; underlined: explained", "dim"))
+    say(("   bold: the image makes the word over e times likelier; underlined: explained", "dim"))
     for found in explained.maps:
         show_map(found)
 

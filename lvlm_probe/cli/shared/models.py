@@ -12,7 +12,7 @@ from lvlm_probe.errors import ProbeError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEMO", "first_line", "load_model"]
+__all__ = ["DEMO", "first_line", "load_model", "model_source", "torch_dtype", "torch_place"]
 
 DEMO = "demo"
 """The name of the embedded model, wherever a model is asked for."""
@@ -40,17 +40,15 @@ def load_model(
     Raises:
         ProbeError: there is no such model, it is no vision-language model, or it cannot be loaded so.
     """
-    source = _model_source(spec)
+    source = model_source(spec)
     with stage(f"loading {spec}"):
         quiet_libraries()
         import torch
 
         from lvlm_probe.models.loading import load
 
-        place = _device(device)
-        precision = dtype or ("float32" if place.type == "cpu" else "auto")
-        if precision != "auto" and not isinstance(getattr(torch, precision, None), torch.dtype):
-            raise ProbeError(f"no dtype {precision!r}; use float32, bfloat16, float16 or auto")
+        place = torch_place(device)
+        precision = torch_dtype(dtype, place)
         weights = precision if precision == "auto" else getattr(torch, precision)
         try:
             model, processor = load(source, device="cpu", dtype=weights, attn=attn, trust_remote_code=trust_remote_code)
@@ -67,7 +65,7 @@ def load_model(
             raise ProbeError(f"{spec} cannot be put on {place}: {first_line(error)}; try --device cpu") from error
 
 
-def _model_source(spec: str) -> str:
+def model_source(spec: str) -> str:
     """Return what ``from_pretrained`` is given. A path is never looked up on the network."""
     if spec == DEMO:
         from lvlm_probe import demo
@@ -92,7 +90,18 @@ def _model_source(spec: str) -> str:
     return spec
 
 
-def _device(name: str | None) -> torch.device:
+def torch_dtype(name: str | None, place: torch.device) -> str:
+    """Return the name of a dtype of weights on a device. Raises ``ProbeError`` for one that torch does not have."""
+    import torch
+
+    precision = name or ("float32" if place.type == "cpu" else "auto")
+    if precision != "auto" and not isinstance(getattr(torch, precision, None), torch.dtype):
+        raise ProbeError(f"no dtype {precision!r}; use float32, bfloat16, float16 or auto")
+    return precision
+
+
+def torch_place(name: str | None) -> torch.device:
+    """Return a device by name, or the default one. Raises ``ProbeError`` where there is none of that name."""
     import torch
 
     from lvlm_probe.models.loading import default_device

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lvlm_probe.cli.shared.completion import choices
+
 __all__ = [
     "Attn",
     "BaselineOption",
@@ -19,6 +21,7 @@ __all__ = [
     "Maps",
     "MaxNewTokens",
     "Model",
+    "OpenPage",
     "OptionalModel",
     "Question",
     "Row",
@@ -28,27 +31,46 @@ __all__ = [
 
 _MODEL_HELP = "Model directory, hub id, or 'demo' for the embedded one."
 
-Model = Annotated[str, typer.Option("--model", metavar="DIR_OR_ID", help=_MODEL_HELP)]
+Model = Annotated[str, typer.Option("--model", metavar="DIR_OR_ID", autocompletion=choices("demo"), help=_MODEL_HELP)]
 OptionalModel = Annotated[
     str | None,
-    typer.Option("--model", metavar="DIR_OR_ID", help=f"{_MODEL_HELP} Left out: the trace's own, if you agree."),
+    typer.Option(
+        "--model",
+        metavar="DIR_OR_ID",
+        autocompletion=choices("demo"),
+        help=f"{_MODEL_HELP} Left out: the trace's own, if you agree.",
+    ),
 ]
 Images = Annotated[
     list[Path] | None, typer.Option("--image", metavar="FILE", help="The image; repeat it for a prompt with several.")
 ]
 Question = Annotated[str | None, typer.Option("--question", metavar="TEXT", help="What to ask about the image.")]
 Device = Annotated[
-    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps. Default: cuda if any.")
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        autocompletion=choices("cpu", "cuda", "mps"),
+        help="cpu, cuda, cuda:1, mps. Default: cuda if any.",
+    ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        "--dtype", metavar="NAME", help="float32, bfloat16, float16, auto. Default: float32 on the CPU, else auto."
+        "--dtype",
+        metavar="NAME",
+        autocompletion=choices("float32", "bfloat16", "float16", "auto"),
+        help="float32, bfloat16, float16, auto. Default: float32 on the CPU, else auto.",
     ),
 ]
 Attn = Annotated[
     str | None,
-    typer.Option("--attn", metavar="NAME", help="Attention implementation: sdpa or eager. Default: the model's."),
+    typer.Option(
+        "--attn",
+        metavar="NAME",
+        autocompletion=choices("sdpa", "eager"),
+        help="Attention implementation: sdpa or eager. Default: the model's.",
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model: only for one you trust.")
@@ -56,11 +78,17 @@ TrustRemoteCode = Annotated[
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length limit of the answer, tokens.")]
 BaselineOption = Annotated[
     str | None,
-    typer.Option("--baseline", metavar="KIND", help="What hides a part: blur, blank, noise, mean, or an image's path."),
+    typer.Option(
+        "--baseline",
+        metavar="KIND",
+        autocompletion=choices("blur", "blank", "noise", "mean"),
+        help="What hides a part: blur, blank, noise, mean, or an image's path.",
+    ),
 ]
 Maps = Annotated[
     list[Path], typer.Argument(metavar="PATH...", help="Maps, traces (their maps), or directories (all maps in them).")
 ]
+OpenPage = Annotated[bool, typer.Option("--open", help="Open the page in the browser.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 Row = Annotated[int | None, typer.Option("--row", min=0, help="Which row of a batch, counted from 0.")]
 Columns = Annotated[

@@ -13,10 +13,11 @@ import os
 import select
 import shlex
 import sys
+import textwrap
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ import typer
 
 from lvlm_probe.escaping import ACTING, escaped
 from lvlm_probe.files import json_ready
+from lvlm_probe.progress import Lines, Progress
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,16 +43,22 @@ __all__ = [
     "guard_streams",
     "note",
     "one_line",
+    "open_page",
     "print_json",
     "quiet_libraries",
     "quoted_path",
     "safe",
     "say",
+    "set_verbosity",
     "show",
+    "show_table",
     "stage",
     "stop",
     "stored_path",
+    "wrapped",
 ]
+
+_log = logging.getLogger("lvlm_probe")
 
 _SLOW = 2.0
 """Seconds after which a finished stage is worth a line of its own where no live display is possible."""
@@ -79,7 +87,9 @@ def one_line(text: object, width: int | None = None) -> str:
 
 
 def note(sentence: object, *, kind: Literal["note", "warning", "error"] = "note") -> None:
-    """A sentence to the person, on standard error."""
+    """A sentence to the person, on standard error; with --quiet errors alone."""
+    if kind != "error" and not _log.isEnabledFor(logging.WARNING):
+        return
     from rich.console import Console
     from rich.text import Text
 
@@ -104,6 +114,49 @@ def say(*parts: str | Text | tuple[str, str]) -> None:
             safe_parts.append(Text(safe(part.plain)) if ACTING.search(part.plain) else part)
     console = Console(highlight=False)
     console.print(Text.assemble(*safe_parts), soft_wrap=True)
+
+
+def wrapped(text: str, *, indent: int) -> list[str]:
+    """A text as the lines that fit beside an indent: on a terminal as wide as that, in a pipe in 80 columns."""
+    from rich.console import Console
+
+    width = min(Console().width, 100)
+    return textwrap.wrap(text, max(width - indent, 20), break_long_words=False, break_on_hyphens=False)
+
+
+def show_table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], *, first: Sequence[int], wide: bool = False
+) -> list[str]:
+    """Show a table on lines that fit: whole columns are left out, no cell is cut.
+
+    Args:
+        heads: of the columns; the first one stands left, the others right.
+        rows: of cells, each on one line.
+        first: columns in the order of importance; those that do not fit any more are left out.
+        wide: leave out none, however long the lines.
+
+    Returns:
+        The heads of the columns that were left out.
+    """
+    from rich.cells import cell_len
+    from rich.console import Console
+
+    lines = [list(map(one_line, row)) for row in (heads, *rows)]
+    widths = [max(cell_len(line[column]) for line in lines) for column in range(len(heads))]
+    room = Console().width
+    shown: list[int] = []
+    for column in first:
+        if shown and not wide and sum(widths[one] + 2 for one in shown) + widths[column] > room:
+            break
+        shown.append(column)
+    for number, line in enumerate(lines):
+        cells = []
+        for column in sorted(shown):
+            gap = " " * (widths[column] - cell_len(line[column]))
+            cells.append(line[column] + gap if column == 0 else gap + line[column])
+        text = "  ".join(cells).rstrip()
+        say((text, "dim") if number == 0 else text)
+    return [heads[column] for column in range(len(heads)) if column not in shown]
 
 
 def show(text: str) -> None:
@@ -139,6 +192,19 @@ def agrees(question: str) -> bool | None:
     return answer.strip().lower() in ("y", "yes")
 
 
+def open_page(page: Path) -> None:
+    """Open a page in the person's browser; a note where there is none."""
+    import webbrowser
+
+    try:
+        opened = webbrowser.open(page.resolve().as_uri())
+    except (webbrowser.Error, OSError) as error:
+        opened = False
+        _log.info("the browser: %s", error)
+    if not opened:
+        note(f"no browser could be opened; the page is {stored_path(page)}", kind="warning")
+
+
 def stored_path(path: Path) -> str:
     """A path as short as it can be named from here, on one line, in characters that do not act on a terminal."""
     relative = os.path.relpath(path)
@@ -166,16 +232,16 @@ def stage(title: str) -> Iterator[None]:
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar; yields the function to call with (done, total)."""
+def bar(title: str) -> Iterator[Progress]:
+    """Show a progress bar, elsewhere than on a terminal plain lines; yields what to call with (done, total)."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.progress import Progress as Bar
 
     title = one_line(title)
     columns = (
@@ -186,16 +252,19 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     with _timed(title) as console:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task(title, total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+        if not console.is_terminal:
+            yield Lines(title, lambda line: console.print(line, markup=False, style="dim", soft_wrap=True))
+            return
+        with Bar(*columns, console=console, transient=True) as shown:
+            task = shown.add_task(title, total=None)
+            yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 @contextmanager
 def _timed(title: str) -> Iterator[Console]:
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, quiet=not _log.isEnabledFor(logging.WARNING))
     started = time.perf_counter()
     yield console
     seconds = time.perf_counter() - started
@@ -223,8 +292,9 @@ def guard_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("always", category=ProbeWarning)
+    loud = _log.isEnabledFor(logging.INFO)
+    warnings.filterwarnings("default" if loud else "ignore")
+    warnings.filterwarnings("always" if _log.isEnabledFor(logging.WARNING) else "ignore", category=ProbeWarning)
 
     def show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         note(message, kind="warning")
@@ -238,15 +308,46 @@ def guard_streams() -> None:
 
 
 def quiet_libraries() -> None:
-    """Hide the progress bars and advice of the libraries below; our own warnings become one-line notes."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    guard_streams()
-    from transformers.utils import logging as transformers_logging
+    """Hide the progress bars and advice of the libraries below; our own warnings become one-line notes.
 
-    transformers_logging.disable_progress_bar()
+    With --verbose they say what they have to say.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if _log.isEnabledFor(logging.INFO):
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info")
+        guard_streams()
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_info()
+    else:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        guard_streams()
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
     _guard_logs("transformers")
+
+
+def set_verbosity(level: int) -> None:
+    """What is said on standard error from here on.
+
+    Args:
+        level: of ``logging``: ``ERROR`` errors alone, ``WARNING`` notes and progress too, ``INFO`` and ``DEBUG`` also
+            what the package and the libraries below log.
+    """
+    _log.setLevel(level)
+    for handler in [one for one in _log.handlers if isinstance(one, _Here)]:
+        _log.removeHandler(handler)
+    if level < logging.WARNING:
+        shown = _Here()
+        shown.setFormatter(_SafeFormatter(logging.Formatter("%(levelname)s:%(name)s: %(message)s")))
+        _log.addHandler(shown)
+
+
+class _Here(logging.StreamHandler):  # type: ignore[type-arg]
+    """Standard error, with --verbose."""
 
 
 class _SafeFormatter(logging.Formatter):

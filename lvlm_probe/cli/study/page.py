@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from lvlm_probe.cli.shared.options import StudyFile
+from lvlm_probe.cli.shared.completion import choices
+from lvlm_probe.cli.shared.options import OpenPage, StudyFile
 from lvlm_probe.cli.shared.studies import study_in
-from lvlm_probe.cli.shared.terminal import bar, say, stored_path
+from lvlm_probe.cli.shared.terminal import bar, open_page, say, stored_path
 
 __all__ = ["page"]
 
@@ -27,9 +28,14 @@ def page(
     ] = None,
     by: Annotated[
         str | None,
-        typer.Option("--by", help="What stands side by side at first: models, methods or groups (sets of samples)."),
+        typer.Option(
+            "--by",
+            autocompletion=choices("models", "methods", "groups"),
+            help="What stands side by side at first: models, methods or groups (sets of samples).",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    open_it: OpenPage = False,
 ) -> None:
     """Write a page of what is finished: every sample with its answers, maps and scores, to sort, filter and compare.
 
@@ -43,3 +49,5 @@ def page(
         # The study's own page is made again as often as one likes, as its tables are.
         made = write_page(results, out, by=by, overwrite=overwrite or out is None, tell=advance)
     say("page: ", (stored_path(made), "bold"))
+    if open_it:
+        open_page(made)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lvlm_probe.cli.shared.completion import complete_dataset
 from lvlm_probe.cli.shared.inputs import parameters
 from lvlm_probe.cli.shared.options import Json
 from lvlm_probe.cli.shared.terminal import one_line, print_json, quiet_libraries, say
@@ -19,7 +20,12 @@ __all__ = ["peek"]
 
 
 def peek(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the data set; `study datasets` lists them.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", autocompletion=complete_dataset, help="Of the data set; `study datasets` lists them."
+        ),
+    ],
     source: Annotated[str, typer.Argument(metavar="PATH_OR_ID", help="Its directory or file, or a hub id.")],
     split: Annotated[str | None, typer.Option("--split", help="Where there are several.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Samples to show.")] = 3,

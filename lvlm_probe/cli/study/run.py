@@ -10,7 +10,7 @@ import typer
 
 from lvlm_probe.cli.shared.options import Json, StudyFile, TrustRemoteCode
 from lvlm_probe.cli.shared.studies import show_state, study_in
-from lvlm_probe.cli.shared.terminal import bar, print_json, quiet_libraries, say, stop, stored_path
+from lvlm_probe.cli.shared.terminal import bar, print_json, quiet_libraries, quoted_path, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
 __all__ = ["run"]
@@ -61,6 +61,8 @@ def run(
         return
     say(f"made: {counts['answers']} answers, {counts['maps']} maps ({counts['finished']} answers were there)")
     show_state(results)
+    say("next:  ", f"lvlm-probe study table {quoted_path(file)}")
+    say("       ", f"lvlm-probe study page {quoted_path(file)} --open")
 
 
 def _shard(text: str | None) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lvlm_probe.cli.shared.completion import choices
 from lvlm_probe.cli.shared.options import StudyFile
 from lvlm_probe.cli.shared.studies import study_in
 from lvlm_probe.cli.shared.terminal import say, show, stored_path
@@ -16,16 +17,30 @@ from lvlm_probe.files import write_whole
 if TYPE_CHECKING:
     from lvlm_probe.study.results import Results
 
-__all__ = ["table"]
+__all__ = ["NAMES", "table"]
+
+
+NAMES = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "figure5", "ledger")
 
 
 def table(
     file: StudyFile,
     number: Annotated[
-        str, typer.Option("--table", metavar="NAME", help="1 to 9, figure5, ledger, or all that can be made.")
+        str,
+        typer.Option(
+            "--table",
+            metavar="NAME",
+            autocompletion=choices(*NAMES, "all"),
+            help="1 to 9, figure5, ledger, or all that can be made.",
+        ),
     ] = "all",
     form: Annotated[
-        str, typer.Option("--format", help="What to print: markdown, csv or latex. Files are written in all forms.")
+        str,
+        typer.Option(
+            "--format",
+            autocompletion=choices("markdown", "csv", "latex"),
+            help="What to print: markdown, csv or latex. Files are written in all forms.",
+        ),
     ] = "markdown",
     annotations: Annotated[
         Path | None,

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError, StudyError
-from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.files import part_beside
 from lvlm_probe.pages.shell import asset, json_for_script, page_text, refuse_existing, without_script, write_text
+from lvlm_probe.progress import Progress
 from lvlm_probe.study.pages.changes import TOLERANCE
 from lvlm_probe.study.pages.samples import gather
 from lvlm_probe.study.pages.stored import with_sets

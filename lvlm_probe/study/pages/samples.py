@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.explainers.registry import Progress
 from lvlm_probe.heatmap import Heatmap, resample
 from lvlm_probe.metrics.similarity import on_grid, spearman
 from lvlm_probe.pages.data_uris import data_uri, encode_seen, packed_bits, shrink
 from lvlm_probe.pages.plain import rounded, without_folders
+from lvlm_probe.progress import Progress
 from lvlm_probe.study.pages.changes import Region, changed_region, looking, order_of, question_diff, references, stance
 from lvlm_probe.study.pages.stored import Key, Opened, Stored, selected_words, words_of
 from lvlm_probe.study.tables.cells import objection

@@ -117,7 +117,7 @@ def map_unit(
     own = tokens_by(method.tokens, player, alpha=alpha)
     usual = tokens_by("llr", player, alpha=settings.alpha)
     over = player.over(method.baseline or settings.baseline)
-    heat = explain(over, method=method.method, tokens=own, seed=settings.seed, **method.params)
+    heat = explain(over, method=method.method, tokens=own, seed=settings.seed, progress=False, **method.params)
     heat.write(map_file)
     if not heat:
         empty = {"map": None, "reason": heat.reason, "text": heat.selection.text}
@@ -129,7 +129,7 @@ def map_unit(
     costed = any(9 in row.tables for row in study.methods.values() if method_content(study, row) == same)
     memory = map_memory(over, method, heat, own, seed=settings.seed, measure=costed)
     if method.behaviour == "release":
-        own_rule = evaluate(heat, over, auc="release", grid=settings.grid, seed=settings.seed)
+        own_rule = evaluate(heat, over, auc="release", grid=settings.grid, seed=settings.seed, progress=False)
         scores["release"] = {"deletion": own_rule.deletion, "insertion": own_rule.insertion}
     record: dict[str, Any] = {
         "map": map_file.name,
@@ -158,7 +158,9 @@ def open_replay(trace_file: Path, model: torch.nn.Module, processor: Any) -> Rep
 def _scores(study: Study, heat: Heatmap, player: Replay, *, own_baseline: bool = False) -> dict[str, Any]:
     settings = study.settings
     baseline = player.baseline if own_baseline else None
-    score = evaluate(heat, player, baseline=baseline, steps=settings.steps, grid=settings.grid, seed=settings.seed)
+    score = evaluate(
+        heat, player, baseline=baseline, steps=settings.steps, grid=settings.grid, seed=settings.seed, progress=False
+    )
     return {
         "deletion": score.deletion,
         "insertion": score.insertion,

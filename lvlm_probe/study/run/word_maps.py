@@ -49,7 +49,9 @@ def add_words(study: Study, player: Replay, method: MethodSpec, heat: Heatmap, m
             continue
         try:
             over = player.over(method.baseline or study.settings.baseline)
-            word = explain(over, method=method.method, tokens=part, seed=study.settings.seed, **method.params)
+            word = explain(
+                over, method=method.method, tokens=part, seed=study.settings.seed, progress=False, **method.params
+            )
         except (ProbeError, RuntimeError, ValueError) as error:
             entry["reason"] = str(error).strip().partition("\n")[0] or type(error).__name__
             continue
