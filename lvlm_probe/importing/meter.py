@@ -29,8 +29,8 @@ from lvlm_probe.errors import ProbeError, StudyError
 from lvlm_probe.escaping import csv_cell
 from lvlm_probe.files import write_whole
 from lvlm_probe.importing.drops import BANDS, Band, band_of, drop_of
-from lvlm_probe.importing.forced_recorder import forced, said_by
-from lvlm_probe.importing.rows import AnswerRow, BadRow, read_rows, reason_of
+from lvlm_probe.importing.forced_recorder import difference, forced, said_by
+from lvlm_probe.importing.rows import AnswerRow, BadRow, Source, read_rows, reason_of
 from lvlm_probe.recording.probe import attach
 from lvlm_probe.recording.recorder import RecordOptions
 from lvlm_probe.replaying import Replay, replay
@@ -66,6 +66,7 @@ class Reading:
         share, mean_llr, drop, drop_normalised: NaN where nothing can be said.
         baseline: what the picture was replaced by.
         elsewhere: the answer was given by another engine than the model that was measured.
+        differs: how what that engine gives differs from this model, where it did not run the same; else empty.
         picture: small, for showing.
     """
 
@@ -86,6 +87,7 @@ class Reading:
     drop_normalised: float
     baseline: str = ""
     elsewhere: bool = False
+    differs: str = ""
     picture: Image.Image | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -172,11 +174,14 @@ def measure(
     baseline: str | Image.Image | None = None,
     images: str | os.PathLike[str] | None = None,
     columns: Mapping[str, str] | None = None,
+    format: str | None = None,
+    requests: str | os.PathLike[str] | None = None,
+    fetch: bool = False,
     limit: int | None = None,
 ) -> Iterator[Reading | Unread]:
-    """Reads the meter on every answer of a file of JSON lines, or of a directory of traces, lazily.
+    """Reads the meter on every answer of a file, or of a directory of traces, lazily.
 
-    A line of JSON costs a pass with the picture and one with the baseline; a trace costs none if it holds its
+    A row of a file costs a pass with the picture and one with the baseline; a trace costs none if it holds its
     log-likelihood ratios, else the one with the baseline.
 
     Args:
@@ -186,7 +191,7 @@ def measure(
         alpha: LLR above which a word came from the picture.
         baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or a picture. Given for traces, it is measured
             again; ``None`` takes what a trace was recorded with, else a full blur. It is not strengthened.
-        images, columns: as for ``import_answers``.
+        images, columns, format, requests, fetch: as for ``import_answers``.
         limit: answers to look at, at most.
 
     Raises:
@@ -198,9 +203,15 @@ def measure(
         return _readings(_traces(path, model, processor, baseline), alpha, limit)
     if model is None or processor is None:
         raise StudyError(f"{path} holds answers, which have to go through a model: give the model and its processor")
-    places = [Path(images)] if images is not None else []
-    rows = read_rows(path, columns=columns)
-    return _readings(_rows(path, rows, [*places, path.parent], model, processor, baseline or "blur"), alpha, limit)
+    rows = Source(
+        path,
+        columns or {},
+        format,
+        None if requests is None else Path(requests),
+        None if images is None else Path(images),
+        fetch,
+    )
+    return _readings(_rows(rows, model, processor, baseline or "blur"), alpha, limit)
 
 
 _Numbers = tuple[TraceFields, np.ndarray, dict[str, Any]]
@@ -220,30 +231,24 @@ def _readings(answers: _Answers, alpha: float, limit: int | None) -> Iterator[Re
                 yield Unread(where, reason_of(error))
 
 
-def _rows(
-    path: Path,
-    rows: Iterator[tuple[int, AnswerRow | BadRow]],
-    places: Sequence[Path],
-    model: torch.nn.Module,
-    processor: object,
-    baseline: str | Image.Image,
-) -> _Answers:
+def _rows(source: Source, model: torch.nn.Module, processor: object, baseline: str | Image.Image) -> _Answers:
     """Answers of other engines: a pass with the image, and one with the baseline."""
 
     def numbers(row: AnswerRow | BadRow) -> _Numbers:
         if isinstance(row, BadRow):
             raise row
-        images = row.open_images(places)
+        images = row.open_images(source.places, fetch=source.fetch)
         options = RecordOptions(llr=False, attention=False, boxes=False, question=row.question or row.prompt)
         (made,) = forced(probe, row, images, options).rows
         player = Replay(LiveTrace(made, images), model, processor, check_pixels=False).over(baseline)
         facts = {"id": row.id, "question": made.question or "", "elsewhere": True, "picture": _small(images[0])}
+        facts["differs"] = found.sentence if (found := difference(made, row, probe)).serious else ""
         llr = made.log_probs - player.baseline_log_probs.numpy()
         return made, llr, {**facts, "baseline": _named(player.baseline)}
 
     with attach(model, processor) as probe:
-        for line, row in rows:
-            yield f"{path.name}, line {line}", functools.partial(numbers, row)
+        for line, row in read_rows(source):
+            yield f"{source.path.name}, line {line}", functools.partial(numbers, row)
 
 
 def _traces(
@@ -284,7 +289,7 @@ def _ratios(
         return trace.llr, _named(trace.baseline or {})
     if model is None:
         what = "another baseline than it was recorded with" if trace.llr is not None else "its log-likelihood ratios"
-        raise StudyError(f"{what} cost one more pass: give the model")
+        raise StudyError(f"{what} cost one more pass: give the model (--model)")
     player = replay(trace, model, processor)
     if baseline is not None:
         player = player.over(baseline)
