@@ -19,11 +19,10 @@ import itertools
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
@@ -75,6 +74,8 @@ class Imported:
         imported: rows that became traces, in the order of the file.
         present: lines of rows that an earlier call has imported.
         rejected: line → reason.
+        differing: answers, those of earlier calls too, that differ from what their engine gives: image, chat template
+            or weights are others.
         read_as: the kind of the file and the shape of its rows, in words.
     """
 
@@ -82,12 +83,8 @@ class Imported:
     imported: tuple[ImportedAnswer, ...]
     present: tuple[int, ...]
     rejected: Mapping[int, str]
+    differing: tuple[ImportedAnswer, ...] = ()
     read_as: str = ""
-
-    @property
-    def differing(self) -> tuple[ImportedAnswer, ...]:
-        """The imported answers that differ from what their engine gives: image, template or weights are others."""
-        return tuple(made for made in self.imported if made.differs)
 
     @property
     def reasons(self) -> list[tuple[str, int]]:
@@ -149,7 +146,7 @@ def import_answers(
         None if images is None else Path(images),
         fetch,
     )
-    directory = Path(out)
+    directory, read_as = Path(out), asked.recognised()
     rows = itertools.islice(read_rows(asked), limit)
     first = list(itertools.islice(rows, 1))  # a file that cannot be read is said before anything is written
     total = asked.count()
@@ -185,7 +182,7 @@ def import_answers(
                 rejects.flush()
             if tell is not None:
                 tell(number, max(number, total))
-    return Imported(directory, tuple(imported), tuple(present), rejected, asked.recognised())
+    return Imported(directory, tuple(imported), tuple(present), rejected, tuple(importer.differing), read_as)
 
 
 class _Importer:
@@ -194,7 +191,8 @@ class _Importer:
     def __init__(self, model: torch.nn.Module, processor: object, directory: Path, source: Source) -> None:
         self._probe: Probe = attach(model, processor)
         self._directory, self._source = directory, source
-        self._known: Counter[str] = Counter()
+        self._known: dict[str, list[ImportedAnswer]] = {}
+        self.differing: list[ImportedAnswer] = []
         self._read: set[Path] = set()
         self._seen: dict[str, int] = {}
 
@@ -214,7 +212,8 @@ class _Importer:
         key = _key(row, str(description["fingerprint"]))
         self._seen[key] = copies = self._seen.get(key, 0) + 1
         self._look()
-        if self._known[key] >= copies:
+        if len(there := self._known.get(key, [])) >= copies:
+            self.differing += [there[copies - 1]] if there[copies - 1].differs else []
             return None
         images = row.open_images(self._source.places, fetch=self._source.fetch)
         capture = forced(self._probe, row, images, options)
@@ -239,14 +238,17 @@ class _Importer:
             "finish_reason": row.finish,
             "largest_difference": found.largest,
             "mean_difference": found.mean,
+            "differs": found.serious,
         }
         path = write(capture, self._directory)
         self._read.add(path)
-        self._known[key] += 1
-        return ImportedAnswer(row.line, path, found.largest, found.mean, found.serious)
+        answer = ImportedAnswer(row.line, path, found.largest, found.mean, found.serious)
+        self._known.setdefault(key, []).append(answer)
+        self.differing += [answer] if answer.differs else []
+        return answer
 
     def _look(self) -> None:
-        """Counts the rows that have a trace in the directory, by key; files are read once."""
+        """Finds the rows that have a trace in the directory, by key; files are read once."""
         for path in open_store(self._directory).files:
             if path in self._read:
                 continue
@@ -256,7 +258,14 @@ class _Importer:
                 for number in range(trace.rows):
                     found = said_by(trace if number == 0 else open_trace(path, row=number))
                     if found is not None:
-                        self._known[str(found.get("key"))] += 1
+                        self._known.setdefault(str(found.get("key")), []).append(_of_trace(path, found))
+
+
+def _of_trace(path: Path, facts: Mapping[str, Any]) -> ImportedAnswer:
+    """The answer of a trace that is there; a trace may come from anybody."""
+    line, numbers = facts.get("line"), [facts.get(name) for name in ("largest_difference", "mean_difference")]
+    largest, mean = (float(value) if isinstance(value, int | float) else None for value in numbers)
+    return ImportedAnswer(line if isinstance(line, int) else 0, path, largest, mean, facts.get("differs") is True)
 
 
 def _opened_anew(path: Path) -> TextIO:

@@ -46,5 +46,5 @@ def shortened(value: object, width: int = 60) -> str:
 
 def counted(reasons: Iterable[str]) -> list[tuple[str, int]]:
     """Reasons by kind, the commonest first: the words up to the first colon or semicolon, without particulars."""
-    kinds = (re.split(r"[:;]", _PARTICULAR.sub("…", reason), maxsplit=1)[0].strip()[:100] for reason in reasons)
+    kinds = (re.split(r"[:;]", _PARTICULAR.sub("…", reason), maxsplit=1)[0].strip(" …")[:100] for reason in reasons)
     return Counter(kinds).most_common()

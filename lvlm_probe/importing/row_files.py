@@ -110,6 +110,8 @@ def _of_text(file: BinaryIO) -> str:
             return "json"
         if isinstance(whole, dict) and len(first) == 1 and _inner(whole) is not None:
             return "json"
+        if start.strip() == b"[":
+            return "json"
         if any(isinstance(value, dict) for value in values):
             return "jsonl"
         return "json" if _begins_json(start) and len(first) > 1 and whole is None else "jsonl"

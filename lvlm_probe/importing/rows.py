@@ -402,7 +402,8 @@ def _log_probs(given: Any, ids: list[int] | None) -> tuple[list[float] | None, l
         if entry is not None and entry > 1e-3:
             raise BadRow(f"log-probability {step} is {entry}, above 0: natural logarithms of probabilities are needed")
         try:
-            values.append(math.nan if entry is None or entry <= _NOT_GIVEN else float(entry))
+            value = math.nan if entry is None else float(entry)
+            values.append(math.nan if value <= _NOT_GIVEN else value)
         except OverflowError:
             raise BadRow(f"log-probability {step} is too large a number") from None
     return values, named if named and len(named) == len(values) else None

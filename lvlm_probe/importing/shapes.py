@@ -69,6 +69,9 @@ _LIKE = {
 """Names that others use, for a hint; too uncertain to be taken unasked."""
 
 _MORE = ("messages", "prompt_ids", "finish", "ended", "scored", "reasoning")
+_NOTHING_SAID = dict.fromkeys(("answer", "token_ids", "logprobs"))
+"""Where a response is, what the row calls so beside it is something else: the truth, or a setting of the request."""
+
 _DEPTH = 4
 """How far a response is looked for in objects in one another."""
 
@@ -201,14 +204,14 @@ def _openai(content: Mapping[str, Any], holder: Mapping[str, Any], fields: dict[
     if holder.get("object") == "response" and isinstance(holder.get("output"), list):
         parts = [part for item in _objects(holder["output"]) for part in _objects(item.get("content"))]
         texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-        fields["answer"] = None
+        fields.update(_NOTHING_SAID)
         return {"answer": "".join(texts) or None, "engine": holder.get("model")}
     if not isinstance(holder.get("choices"), list):
         said = content.get("message")
         return _message(said, fields) | _ending(content) if isinstance(said, Mapping) else {}
     choice = _first(holder["choices"], "choices", fields)
     message = choice.get("message")
-    fields["answer"] = None  # whatever the row calls so is not what this response says
+    fields.update(_NOTHING_SAID)
     said = _message(message, fields) if isinstance(message, Mapping) else {"answer": choice.get("text")}
     ids = found_in(choice, ("token_ids", "output_token_ids"))
     said |= {"token_ids": ids, "logprobs": choice.get("logprobs"), "engine": holder.get("model"), **_ending(choice)}
@@ -229,7 +232,7 @@ def _message(message: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, An
 
 def _vllm(content: Mapping[str, Any], holder: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     output = _first(holder["outputs"], "outputs", fields)
-    fields["answer"] = None
+    fields.update(_NOTHING_SAID)
     said = {"answer": output.get("text"), "token_ids": output.get("token_ids"), "logprobs": output.get("logprobs")}
     asked = {"prompt": holder.get("prompt"), "prompt_ids": holder.get("prompt_token_ids")}
     return {**said, **asked, "id": found_in(content, IDS) or holder.get("request_id"), **_ending(output)}
@@ -237,7 +240,7 @@ def _vllm(content: Mapping[str, Any], holder: Mapping[str, Any], fields: dict[st
 
 def _sglang(content: Mapping[str, Any], holder: Mapping[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     facts = holder["meta_info"]
-    fields["answer"] = None
+    fields.update(_NOTHING_SAID)
     ids = found_in(holder, ("output_ids", "token_ids"))
     said = {"answer": holder.get("text"), "token_ids": ids, "logprobs": facts.get("output_token_logprobs")}
     return {**said, "id": found_in(content, IDS) or facts.get("id"), **_ending(facts)}
@@ -340,7 +343,8 @@ def _take_question(fields: dict[str, Any], content: Mapping[str, Any], request: 
     for asked in (request, *(content.get(name) for name in ("request", "input", "body")), content):
         if not isinstance(asked, Mapping):
             continue
-        body = asked["body"] if isinstance(asked.get("body"), Mapping) else asked
+        inner = asked.get("body")
+        body = inner if isinstance(inner, Mapping) else asked
         messages = found_in(body, ("messages", "input"))
         if isinstance(messages, list) and fields["messages"] is None:
             fields["messages"] = _objects(messages)

@@ -288,10 +288,8 @@ def test_the_tokens_that_would_have_been_said_are_among_those_offered(kind: str)
             assert tokenizer.decode(ids).strip() == "a cat"
         if text.startswith(" "):
             assert offered == [said]  # to the letter: nothing to choose
-        elif kind == "metaspace":
-            assert said in offered  # which hides the space, so that the text tells nothing of it
         else:
-            assert [tokenizer.decode(ids) for ids in offered] == ["a cat"]
+            assert said in offered  # a tokenizer may have hidden the space, or a script stripped it
 
 
 def test_the_likeliest_tokenisation_is_taken(
@@ -328,11 +326,12 @@ def test_the_command(served: Any, tmp_path: Path) -> None:
     renamed = [{**{k: v for k, v in row.items() if k != "answer"}, "pred": row["answer"]} for row in rows[:1]]
     file = jsonl(directory / "cli.jsonl", [*renamed, "{"])
     command = ("import", file, "--model", "demo", "--out", tmp_path / "out", "--column", "answer=pred", "--no-llr")
-    result = succeed(*command)
+    result = run(*command)
+    assert result.code == 1 and "1 of 2 rows are refused, more than a tenth" in result.err
     assert "1 imported, 0 were there, 1 rejected" in result.out
     assert "differ by" in result.out and "(line 1)" in result.out
     assert "line 2: not JSON" in result.err
-    again = succeed(*command, "--json").json
+    again = run(*command, "--json").json
     assert again["imported"] == [] and again["present"] == [1]
     assert [entry["line"] for entry in again["rejected"]] == [2]
     (made,) = (tmp_path / "out").glob("*.h5")
