@@ -317,12 +317,13 @@ _ANSWERS = {
 
 def _ending(said: Mapping[str, Any]) -> dict[str, Any]:
     """How the answer ended, as its engine says; ``ended``: by a token of the model's own, not by a text to stop at."""
-    finish, matched = said.get("finish_reason"), said.get("stop_reason")
+    finish: Any = said.get("finish_reason")
+    matched, known = said.get("stop_reason"), "stop_reason" in said
     if isinstance(finish, Mapping):  # SGLang
-        finish, matched = finish.get("type"), finish.get("matched")
+        matched, known = finish.get("matched"), True
+        finish = finish.get("type")
     if not isinstance(finish, str):
         return {}
-    known = "stop_reason" in said or isinstance(said.get("finish_reason"), Mapping)
     own = known and (matched is None or (isinstance(matched, int) and not isinstance(matched, bool)))
     return {"finish": shortened(finish, 40), "ended": finish == "stop" and own}
 
