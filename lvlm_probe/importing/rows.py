@@ -483,12 +483,10 @@ def _from_file(text: str, directories: Sequence[Path]) -> Image.Image:
     if outside:
         raise BadRow(f"the picture {shown} lies outside of {looked}; name its directory: images=, --images DIR")
     if (data := _of_base64(text)) is not None:
-        try:
+        with suppress(ProbeError):
             return decode_picture(data)
-        except ProbeError as error:
-            raise BadRow(f"the picture given as base64 cannot be read: {error}") from error
     if not _may_be_path(text):
-        raise BadRow(f"the picture {shown} is neither the path of a file nor base64")
+        raise BadRow(f"the picture {shown} is missing: it is neither the path of a file nor an image in base64")
     raise BadRow(f"the picture {shown} is missing (looked in {looked}; another place: --images DIR)")
 
 

@@ -613,3 +613,6 @@ def test_reasons_are_counted_by_kind() -> None:
         "not JSON: 1",
     ]
     assert counted(reasons) == [("the picture … is missing", 2), ("not JSON", 1)]
+    assert counted(["the picture https://x/y lies on the network, which"]) == [
+        ("the picture … lies on the network, which", 1)
+    ]

@@ -71,7 +71,7 @@ LINES: dict[str, tuple[str | bytes, str]] = {
     ),
     "a pipe": (row(image="fifo.png"), "missing"),
     "a directory": (row(image="."), "missing"),
-    "a URL": (row(image="http://example.com/x.png"), "missing"),
+    "a URL": (row(image="http://example.com/x.png"), "lies on the network"),
     "/etc/passwd": (row(image="/etc/passwd"), "lies outside of"),
     "a relative way out": (row(image="../" * 20 + "etc/passwd"), "lies outside of"),
     "a private picture": (row(image="PRIVATE"), "lies outside of"),
