@@ -230,7 +230,8 @@ def test_thousands_of_answers_are_one_small_file(tmp_path: Path) -> None:
 
 def test_the_command(asked: Path, tmp_path: Path) -> None:
     page = tmp_path / "meter.html"
-    result = succeed("meter", asked / "answers.jsonl", "--model", "demo", "--out", page)
+    result = run("meter", asked / "answers.jsonl", "--model", "demo", "--out", page)
+    assert result.code == 1 and "1 of 3 rows are refused, more than a tenth" in result.err
     assert "2 answers:" in result.out and "line 3: the picture none.png is missing" in result.err
     with page.with_suffix(".csv").open(encoding="utf-8") as file:
         assert [row["rank"] for row in csv.DictReader(file)] == ["1", "2", ""]
@@ -248,7 +249,7 @@ def test_the_command_refuses_in_a_sentence(asked: Path, tmp_path: Path) -> None:
     result = run("meter", tmp_path / "none")
     assert result.code == 2 and "there is no" in result.err
     result = run("meter", asked / "answers.jsonl", "--out", tmp_path / "m.html")
-    assert result.code == 2 and "give the model" in result.err
+    assert result.code == 2 and "add --model DIR_OR_ID" in result.err
     (tmp_path / "bad.jsonl").write_text("{\n")
     result = run("meter", tmp_path / "bad.jsonl", "--model", "demo", "--out", tmp_path / "m.html")
     assert result.code == 2 and "none of the 1 answers" in result.err
