@@ -89,11 +89,13 @@ class StepLogProbs:
         scores = self._pending.float()
         whole = scores.logsumexp(-1)
         top = scores.max(-1)
-        self._values.append(StepValues(scores.gather(-1, chosen[:, None])[:, 0] - whole, top.values - whole, top.indices))
+        self._values.append(
+            StepValues(scores.gather(-1, chosen[:, None])[:, 0] - whole, top.values - whole, top.indices)
+        )
         self._chosen.append(chosen)
 
     def result(self, generated: torch.Tensor) -> StepValues | None:
-        """The values of the tokens ``generated`` ``(batch, step)``; ``None`` unless every step was seen with its token."""
+        """The values of ``generated`` ``(batch, step)``; ``None`` unless every step was seen with its token."""
         steps = generated.shape[1]
         if self._pending is not None and len(self._values) == steps - 1 and len(self._pending) == len(generated):
             self._take(generated[:, -1])
@@ -115,7 +117,7 @@ def generators(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def _seen_by(readers: Sequence[StepLogProbs], generated: torch.Tensor) -> StepValues | None:
-    """The values of ``generated`` from the first of ``readers`` that saw every step with its token; ``None`` if none did."""
+    """``result`` of the first of ``readers`` that saw every step with its token; ``None`` if none did."""
     found = None
     for reader in readers:
         values = reader.result(generated) if generated.shape[1] else None

@@ -77,7 +77,7 @@ def test_sort_filter_and_search(page: Path, answers: list[Reading], show: Any) -
     )
     assert shown(browser)[:3] == ["Question 0?", "Question 1?", "Question 2?"]  # 2 before 10
     browser.execute_script("document.querySelector('#bands button:nth-child(2)').click()")
-    habit = [one.question for one in answers if one.band == "habit"]
+    habit = [one.question for one in answers if one.origin == "habit"]
     assert browser.execute_script("return document.getElementById('count').textContent") == (
         f"{len(habit)} of 3000 answers"
     )
