@@ -39,13 +39,17 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from lvlm_probe.recording.probe import Probe
+
 __all__ = [
     "Reading",
     "Unread",
+    "answer_numbers",
     "columns_of",
     "measure",
     "ranked",
     "read_answer",
+    "read_numbers",
     "traces_in",
     "worst_words",
     "write_csv",
@@ -239,13 +243,33 @@ def _readings(answers: _Answers, alpha: float, threshold: float, limit: int | No
     with contextlib.closing(answers):
         for where, numbers in itertools.islice(answers, limit):
             try:
-                made, llr, facts = numbers()
-                special = made.special.tolist()
-                facts = {"top_log_probs": made.top_log_probs, "top_tokens": made.top_tokens, "source": where, **facts}
-                facts |= {"alpha": alpha, "threshold": threshold}
-                yield read_answer(made.tokens, special, made.log_probs, llr, **facts)
+                yield read_numbers(*numbers(), alpha=alpha, threshold=threshold, source=where)
             except Exception as error:
                 yield Unread(where, reason_of(error))
+
+
+def answer_numbers(
+    probe: Probe, row: AnswerRow, images: Sequence[Image.Image], baseline: str | Image.Image = "blur"
+) -> _Numbers:
+    """An answer that was given elsewhere on an attached model: a pass with its images, and one with the baseline.
+
+    Raises:
+        BadRow: the answer does not fit the model.
+        ProbeError: the model or its processor cannot be replayed.
+    """
+    options = RecordOptions(llr=False, attention=False, boxes=False, question=row.question or row.prompt)
+    (made,) = forced(probe, row, images, options).rows
+    target = probe.attachment
+    player = Replay(LiveTrace(made, list(images)), target.model, probe.processor, check_pixels=False).over(baseline)
+    facts = {"id": row.id, "question": made.question or "", "elsewhere": True, "picture": _small(images[0])}
+    llr = made.log_probs - player.baseline_log_probs.numpy()
+    return made, llr, {**facts, "baseline": _named(player.baseline)}
+
+
+def read_numbers(made: TraceFields, llr: np.ndarray, facts: Mapping[str, Any], **further: Any) -> Reading:
+    """The reading of an answer's numbers; further fields, and those of ``read_answer``, by name."""
+    facts = {"top_log_probs": made.top_log_probs, "top_tokens": made.top_tokens, **facts, **further}
+    return read_answer(made.tokens, made.special.tolist(), made.log_probs, llr, **facts)
 
 
 def _rows(
@@ -261,13 +285,7 @@ def _rows(
     def numbers(row: AnswerRow | BadRow) -> _Numbers:
         if isinstance(row, BadRow):
             raise row
-        images = row.open_images(places)
-        options = RecordOptions(llr=False, attention=False, boxes=False, question=row.question or row.prompt)
-        (made,) = forced(probe, row, images, options).rows
-        player = Replay(LiveTrace(made, images), model, processor, check_pixels=False).over(baseline)
-        facts = {"id": row.id, "question": made.question or "", "elsewhere": True, "picture": _small(images[0])}
-        llr = made.log_probs - player.baseline_log_probs.numpy()
-        return made, llr, {**facts, "baseline": _named(player.baseline)}
+        return answer_numbers(probe, row, row.open_images(places), baseline)
 
     with attach(model, processor) as probe:
         for line, row in rows:
