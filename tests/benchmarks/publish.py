@@ -318,10 +318,11 @@ def meter_more(found: Found) -> list[str]:
     lengths = [str(length) for length in found["lengths"]]
     words = ", ".join(f"{count:.0f}" for count in found["words_per_answer"].values())
     lines = [
-        f"{found['images']} images of the split `eval`, plain and hard; answers of {', '.join(lengths)} sentences, which "
-        f"are {words} words on average. Area under the ROC curve against the model's own greedy answers; 0.5 is chance.",
+        f"{found['images']} images of the split `eval`, plain and hard; answers of {', '.join(lengths)} sentences, "
+        f"which are {words} words on average. Area under the ROC curve against the model's own greedy answers; 0.5 is "
+        "chance.",
         "",
-        f"| answers | judged by | {' | '.join(f'{n} sentences' if n != '1' else '1 sentence' for n in lengths)} | mixed |",
+        f"| answers | judged by | sentences: {' | '.join(lengths)} | mixed |",
         "|---|---" + "|---" * (len(lengths) + 1) + "|",
     ]
     for kind, (what, _, _) in _METER_KINDS.items():
@@ -336,7 +337,8 @@ def meter_more(found: Found) -> list[str]:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {kind} | {line['words']:,} | {percent(line['unlikely'])} | {percent(line['habit'])} | {percent(line['image'])} |"
+        f"| {kind} | {line['words']:,} "
+        f"| {percent(line['unlikely'])} | {percent(line['habit'])} | {percent(line['image'])} |"
         for kind, line in found["words"].items()
     ]
     lines += [
@@ -439,8 +441,9 @@ SECTIONS: tuple[Section, ...] = (
     ),
     Section(
         "Meter", "meter.json", "python tests/benchmarks/bench_meter.py",
-        "Whether `lvlm-probe meter` finds answers that contradict their image, and answers that were given without looking, "
-        "whatever their length; `lvlm-probe study contradictions` gives the first figure for a model and data of one's own.",
+        "Whether `lvlm-probe meter` finds answers that contradict their image, and answers that were given without "
+        "looking, whatever their length; `lvlm-probe study contradictions` gives the first figure for a model and data "
+        "of one's own.",
         meter, meter_more,
     ),
     Section(
