@@ -33,8 +33,8 @@ __all__ = ["LEAST_FROM_IMAGE", "ORIGINS", "SURPRISE", "Figures", "MeteredWord", 
 
 SURPRISE = 3.0
 """Nats, a twentieth of the likeliest token's probability: what min-p sampling (Nguyen et al., 2024), with its base of
-0.05, never draws. On planted contradictions the figure lies between the model's own words and the planted ones; how far
-it may be moved is in docs/meter.md."""
+0.05, never draws. On planted contradictions it lies between the model's own words and the planted ones; how far it may
+be moved is in docs/benchmarks.md."""
 
 LEAST_FROM_IMAGE = 0.1
 """Share of an answer's words: the demo model's have a fifth or more from the image, and none on an empty one."""

@@ -7,7 +7,7 @@
   const { rows, pictures, worst } = JSON.parse(document.getElementById("data").textContent);
   rows.forEach((row, place) => {
     row.place = place;
-    row.text = `${row.question}\n${row.answer}\n${row.id ?? ""}\n${row.source}`.toLowerCase();
+    row.text = `${row.question}\n${row.answer}\n${row.id ?? ""}\n${row.source}\n`.toLowerCase();
   });
   const share = (row, which) => (row.counts[0] ? row.counts[which] / row.counts[0] : null);
   const KEYS = {
@@ -133,7 +133,7 @@
     button.title = rows[place].question;
     button.addEventListener("click", () => {
       $("search").value = rows[place].source;
-      state.find = rows[place].source.toLowerCase();
+      state.find = `\n${rows[place].source.toLowerCase()}\n`; // this one, and not line 140 for line 14
       draw();
       $("search").scrollIntoView({ block: "center" });
     });
