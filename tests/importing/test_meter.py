@@ -37,7 +37,7 @@ from lvlm_probe.trace import write
 PIECES = ["A", " yel", "low", " cat", ".", "</s>"]
 SPECIAL = [False] * 5 + [True]
 LOG_P = [-0.1, -0.2, -0.1, -4.4, 0.0, -2.0]
-TOP = [-0.1, -0.2, -0.05, -0.5, 0.0, -0.1]
+TOP = [-0.1, -0.17, -0.05, -0.5, 0.0, -0.1]
 TOKENS = ["A", " yel", "low", " dog", ".", " or"]
 LLR = [0.0, 0.5, 0.6, 2.0, -0.1, 50.0]
 NO = [0.0] * 6
@@ -255,8 +255,9 @@ def test_a_trace_without_what_the_model_would_rather_have_said(demo: Any, asked:
 def test_contradictions_and_the_words_that_the_model_would_rather_have_said(demo: Any, tmp_path: Path) -> None:
     """Answers with one word exchanged, and right ones on another's image: the old drop called most of them seen."""
     model, processor = demo
-    rows, planted = [], {}
+    rows, planted, truth = [], {}, {}
     for number, scene in enumerate(probe.demo.scenes(8, kinds=["colour"], seed=7)):
+        truth[number] = scene.visual_words[0]
         scene.image.save(tmp_path / f"{number}.png")
         (start, stop), said = scene.visual_spans[0], scene.answer
         if number % 2:
@@ -269,6 +270,8 @@ def test_contradictions_and_the_words_that_the_model_would_rather_have_said(demo
         assert isinstance(one, Reading)
         assert [word.text for word in one.from_("unlikely")] == [planted[number] for _ in range(number % 2)]
         assert one.origin == ("unlikely" if number % 2 else "image")
+        for word in one.from_("unlikely"):
+            assert word.instead and truth[number].startswith(word.instead), "or the first piece of it"
 
 
 def test_imported_answers_are_said_to_be(demo: Any, asked: Path, tmp_path: Path) -> None:
