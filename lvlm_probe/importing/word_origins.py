@@ -33,11 +33,11 @@ __all__ = ["LEAST_FROM_IMAGE", "ORIGINS", "SURPRISE", "Figures", "MeteredWord", 
 
 SURPRISE = 3.0
 """Nats, a twentieth of the likeliest token's probability: what min-p sampling (Nguyen et al., 2024), with its base of
-0.05, never draws. On planted contradictions it lies between the model's own words and the planted ones; how far it may
-be moved is in docs/benchmarks.md."""
+0.05, never draws. Of the demo model's own words none is above it, of the planted ones nearly all; docs/benchmarks.md
+has other thresholds."""
 
 LEAST_FROM_IMAGE = 0.1
-"""Share of an answer's words: the demo model's have a fifth or more from the image, and none on an empty one."""
+"""Share of an answer's words: of the demo model's about a fifth are from the image; on an empty image none is."""
 
 Origin = Literal["unlikely", "habit", "image", "unknown"]
 ORIGINS: tuple[Origin, ...] = ("unlikely", "habit", "image", "unknown")
