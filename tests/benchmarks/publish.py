@@ -320,9 +320,9 @@ def meter_more(found: Found) -> list[str]:
     lines = [
         f"{found['images']} images of the split `eval`, plain and hard; answers of {', '.join(lengths)} sentences, "
         f"which are {words} words on average. Area under the ROC curve against the model's own greedy answers; 0.5 is "
-        "chance. Greedy words have no surprise by definition: that nothing else has as little is what the area says; words "
-        "drawn at temperature 1, below, are the harder case. The model is sure of nearly all it says, so that here the "
-        "joint log-probability tells contradictions as well; in longer and less certain answers it grows with length.",
+        "chance. Greedy words have no surprise by definition: that nothing else has as little is what the area says; "
+        "words drawn at temperature 1, below, are the harder case. The model is sure of what it says, so that here the "
+        "joint log-probability tells contradictions as well; in less certain answers it grows with length.",
         "",
         f"| answers | judged by | sentences: {' | '.join(lengths)} | mixed |",
         "|---|---" + "|---" * (len(lengths) + 1) + "|",
