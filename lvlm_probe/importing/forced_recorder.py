@@ -72,7 +72,7 @@ class ForcedRecorder(GenerationRecorder):
             with contextlib.nullcontext() if tap is None else tap:
                 if tap is not None:
                     self._armed(tap, replay, row)
-                row.log_probs = replay.original_log_probs.numpy()
+                self.take_log_probs(row, replay)
                 rows = None if tap is None else tap.collect()
                 if rows is not None:
                     self.add_attention(row, rows, 0)
