@@ -96,8 +96,9 @@ def meter(
     of the answers are from habit; page and csv are written first. Answers of thousands are measured best on traces:
     `lvlm-probe import` goes on where it was stopped.
 
-    Exit code 1: of a file of answers more than a tenth were refused (--strict: any), or an answer's log-probabilities
-    differ from the model's by more than 0.1 nats per token: image, chat template or weights are others.
+    Exit code 1 without --fail-on: of a file of answers more than a tenth were refused (--strict: any). In any case: an
+    answer's log-probabilities differ from the model's by more than 0.1 nats per token, so image, chat template or
+    weights are others.
 
     Example:  lvlm-probe meter answers.jsonl --model llava-hf/llava-1.5-7b-hf --out meter.html
     """
@@ -161,7 +162,8 @@ def meter(
     failed = _failed(limits, readings, unread)
     if answers:
         differing = [one.source for one in readings if one.differs]
-        failed += failures(len(readings), len(unread), differing, strict=strict)
+        refused = 0 if limits and not strict else len(unread)  # who names limits names that of unread answers too
+        failed += failures(len(readings), refused, differing, strict=strict)
     if as_json:
         print_json({**_summary(readings, unread, out, table), "failed": failed})
     else:
