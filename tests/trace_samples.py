@@ -78,6 +78,8 @@ def sample_row(
         special=np.array([piece == "</s>" for piece in pieces], bool),
         log_probs=log_probs,
         log_probs_source="generation",
+        top_log_probs=log_probs / 2,
+        top_tokens=[piece.upper() for piece in pieces],
         baseline_log_probs=log_probs - drop if llr else None,
         baseline={"kind": "blur", "params": {"sigma": 12.0}, "mean_probability": 0.03} if llr else None,
         points=points,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,8 +20,12 @@ from lvlm_probe.cli.shared.options import (
     Model,
     TrustRemoteCode,
 )
+from lvlm_probe.cli.shared.rows import Fetch, Format, Requests, Strict, failures, formats_help, tell_reasons
 from lvlm_probe.cli.shared.terminal import bar, note, print_json, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from lvlm_probe.importing import Imported
 
 __all__ = ["import_"]
 
@@ -29,13 +33,17 @@ _SHOWN = 5
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="image, question or prompt, answer or token_ids.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Answers, with their images and questions.")],
     model: Model,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Directory for the traces; an existing one is added to.")
     ] = Path("runs"),
     images: ImagesDirectory = None,
     column: Columns = None,
+    format: Format = None,
+    requests: Requests = None,
+    fetch: Fetch = False,
+    strict: Strict = False,
     llr: Annotated[bool, typer.Option(help="Log-likelihood ratios: one more pass per row.")] = True,
     attention: Annotated[bool, typer.Option(help="Keep decoder attention from answer tokens to image tokens.")] = True,
     baseline: BaselineOption = None,
@@ -48,19 +56,22 @@ def import_(
 ) -> None:
     """Make traces of answers that were recorded elsewhere, by replaying them with teacher forcing on a local model.
 
-    Each line of the file is one answer of a serving engine (vLLM, SGLang) or an API: an image, the question (or the
-    prompt as it was sent), and the answer's text or token ids; with its log-probabilities, the difference to the
-    model's is stated. Rows that cannot be taken over are listed in rejected.jsonl, with the reason. Stop it at any
-    time: the same command goes on where it was.
+    Each row of the file is one answer of a serving engine or an API: an image, the question (or the prompt as it was
+    sent), and the answer's text or token ids. Of a text the likeliest tokens are taken. With log-probabilities, the
+    difference to the model's is stated. Rows that cannot be taken over are listed in rejected.jsonl, with the reason.
+    Stop it at any time: the same command goes on where it was.
+
+    Exit code 1: no row was taken, more than a tenth were refused (--strict: any), or an answer's log-probabilities
+    differ from the model's by more than 0.1 nats per token: image, chat template or weights are others.
 
     Example:  lvlm-probe import answers.jsonl --model llava-hf/llava-1.5-7b-hf --out runs/served
     """
     if not file.is_file():
-        raise ProbeError(f"there is no file {file}; give a file of JSON lines")
+        raise ProbeError(f"there is no file {file}; give a file of answers (lvlm-probe import --help has the formats)")
     directory, own_baseline = output_directory(out), baseline_from(baseline) or "blur"
     columns = columns_from(column)
     loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
-    from lvlm_probe.importing import REJECTED, import_answers
+    from lvlm_probe.importing import import_answers
 
     try:
         with bar(f"importing {file.name}") as advance:
@@ -71,6 +82,9 @@ def import_(
                 directory,
                 images=images,
                 columns=columns,
+                format=format,
+                requests=requests,
+                fetch=fetch,
                 llr=llr,
                 attention=attention,
                 baseline=own_baseline,
@@ -79,17 +93,40 @@ def import_(
             )
     except KeyboardInterrupt:
         raise stop(f"stopped; what is finished is in {stored_path(directory)}, and the same command goes on") from None
+    failed = failures(
+        len(result.imported) + len(result.present),
+        len(result.rejected),
+        [f"line {made.line}" for made in result.differing],
+        strict=strict,
+    )
     if as_json:
-        print_json(
-            {
-                "directory": str(directory),
-                "imported": [vars(made) for made in result.imported],
-                "present": list(result.present),
-                "rejected": [{"line": line, "reason": reason} for line, reason in result.rejected.items()],
-            }
-        )
-        return
-    counts = f", {len(result.present)} were there, {len(result.rejected)} rejected: {stored_path(directory)}"
+        print_json({**_summary(result), "failed": failed})
+    else:
+        _tell(result)
+    for sentence in failed:
+        note(sentence, kind="error")
+    if failed:
+        raise typer.Exit(1)
+
+
+HELP = formats_help(import_)
+
+
+def _summary(result: Imported) -> dict[str, Any]:
+    return {
+        "directory": str(result.directory),
+        "read_as": result.read_as,
+        "imported": [vars(made) for made in result.imported],
+        "present": list(result.present),
+        "rejected": [{"line": line, "reason": reason} for line, reason in result.rejected.items()],
+        "reasons": dict(result.reasons),
+        "differing": [made.line for made in result.differing],
+    }
+
+
+def _tell(result: Imported) -> None:
+    say((f"read as {result.read_as}", "dim"))
+    counts = f", {len(result.present)} were there, {len(result.rejected)} rejected: {stored_path(result.directory)}"
     say((f"{len(result.imported)} imported", "bold"), counts)
     compared = [made for made in result.imported if made.largest_difference is not None]
     if compared:
@@ -102,4 +139,7 @@ def import_(
     for line, reason in list(result.rejected.items())[:_SHOWN]:
         note(f"line {line}: {reason}", kind="warning")
     if len(result.rejected) > _SHOWN:
-        note(f"{len(result.rejected) - _SHOWN} more in {stored_path(directory / REJECTED)}")
+        from lvlm_probe.importing import REJECTED
+
+        note(f"{len(result.rejected) - _SHOWN} more in {stored_path(result.directory / REJECTED)}")
+    tell_reasons(result.reasons, len(result.rejected))

@@ -1,8 +1,8 @@
-"""``lvlm-probe meter``: which answers came from the image, and which from habit."""
+"""``lvlm-probe meter``: which words came from the image, from habit, or not from this model."""
 
 from __future__ import annotations
 
-import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,20 +22,29 @@ from lvlm_probe.cli.shared.options import (
     OpenPage,
     TrustRemoteCode,
 )
+from lvlm_probe.cli.shared.rows import Fetch, Format, Requests, Strict, failures, formats_help, tell_reasons
 from lvlm_probe.cli.shared.terminal import bar, note, one_line, open_page, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from lvlm_probe.importing.meter import Reading, Unread
 
 __all__ = ["meter"]
 
 _SHOWN = 5
+_FAIL_ON = {
+    "unlikely": "hold words that this model would not have said",
+    "habit": "are from habit",
+    "unread": "could not be measured",
+}
+_LIMIT = re.compile(rf"({'|'.join(_FAIL_ON)})(?:=(\d+(?:\.\d+)?) ?%)?")
 
 
 def meter(
     source: Annotated[
-        Path, typer.Argument(metavar="FILE.jsonl|TRACE_DIR", help="Answers as `import` takes them, or traces.")
+        Path, typer.Argument(metavar="FILE|TRACE_DIR", help="Answers in one of the formats above, or traces.")
     ],
     model: Annotated[
         str | None,
@@ -45,9 +54,29 @@ def meter(
         Path, typer.Option("--out", metavar="FILE.html", help="The page; the csv is written beside it.")
     ] = Path("meter.html"),
     alpha: Annotated[float, typer.Option("--alpha", help="LLR above which a word came from the image, nats.")] = 1.0,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            "--threshold",
+            min=0.0,
+            help="Nats by which a word may be less likely than what the model would rather have said: 3 is 20 times.",
+        ),
+    ] = 3.0,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-on",
+            metavar="KIND[=SHARE%]",
+            help="Exit code 1 where more than SHARE (0 %) of the answers are unlikely, habit or unread. Repeatable.",
+        ),
+    ] = None,
     baseline: BaselineOption = None,
     images: ImagesDirectory = None,
     column: Columns = None,
+    format: Format = None,
+    requests: Requests = None,
+    fetch: Fetch = False,
+    strict: Strict = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Answers to look at, at most.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page and the csv.")] = False,
     open_it: OpenPage = False,
@@ -57,16 +86,30 @@ def meter(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Tell which answers came from the image and which from habit: one extra pass per answer, no heatmaps.
+    """Tell which words came from the image, which from habit, and which this model would not have said.
 
-    Writes a csv and a page, habit first. Drop: how much of the answer's probability is lost on a blurred image, of
-    the joint one and of the geometric mean over tokens; share: of its words, those with a log-likelihood ratio above
-    alpha. Answers of thousands are measured best on traces: `lvlm-probe import` goes on where it was stopped.
+    One extra pass per answer, no heatmaps. Writes a page and a csv, the worst words first. Each word is judged by
+    itself, so long answers are judged as short ones are. It is unlikely if it is less likely by --threshold than what
+    the model would rather have said there; else from the image, if the image makes it likelier by --alpha than a
+    blurred one does; else from habit. An answer is unlikely if one of its words is, and from habit if fewer than a
+    tenth of its words are from the image.
+
+    In CI, --fail-on unlikely --fail-on habit=20% ends with exit code 1 where a word is unlikely, or more than a fifth
+    of the answers are from habit; page and csv are written first. Answers of thousands are measured best on traces:
+    `lvlm-probe import` goes on where it was stopped.
+
+    Exit code 1 without --fail-on: of a file of answers more than a tenth were refused (--strict: any). In any case: an
+    answer's log-probabilities differ from the model's by more than 0.1 nats per token, so image, chat template or
+    weights are others.
 
     Example:  lvlm-probe meter answers.jsonl --model llava-hf/llava-1.5-7b-hf --out meter.html
     """
+    limits = _limits(fail_on or [])
     if not (source.is_file() or source.is_dir()):  # neither a pipe nor a device
-        raise ProbeError(f"there is no {source}; give a file of JSON lines or a directory of traces")
+        raise ProbeError(f"there is no {source}; give a file of answers or a directory of traces")
+    answers = source.is_file() and source.suffix != ".h5"
+    if answers and model is None:
+        raise ProbeError(f"{source} holds answers, which have to go through a model: add --model DIR_OR_ID")
     table = out.with_suffix(".csv")
     for path in (out, table):
         if path.exists() and not overwrite:
@@ -78,10 +121,15 @@ def meter(
         else (None, None)
     )
     from lvlm_probe.importing.meter import Reading, Unread, measure, ranked, write_csv
+    from lvlm_probe.importing.refusals import counted
+    from lvlm_probe.importing.rows import Source
     from lvlm_probe.pages.prior import write_page
 
     found: list[Reading | Unread] = []
-    total = min(_size(source), limit or 2**62)
+    if answers:
+        read = Source(source, columns, format, requests, images)
+        note(f"{source.name} is read as {read.recognised()}")
+    total = min(read.count() if answers else _size(source), limit or 2**62)
     try:
         with bar(f"measuring {source.name}") as advance:
             for one in measure(
@@ -89,9 +137,13 @@ def meter(
                 loaded,
                 processor,
                 alpha=alpha,
+                threshold=threshold,
                 baseline=own_baseline,
                 images=images,
                 columns=columns,
+                format=format,
+                requests=requests,
+                fetch=fetch,
                 limit=limit,
             ):
                 found.append(one)
@@ -104,53 +156,118 @@ def meter(
         note(f"{one.source}: {one.reason}", kind="warning")
     if len(unread) > _SHOWN:
         note(f"{len(unread) - _SHOWN} more could not be measured; the csv names them")
+    tell_reasons(counted(one.reason for one in unread), len(unread))
     if not readings:
         raise ProbeError(f"none of the {len(found)} answers in {source} could be measured")
     write_csv(readings, table, unread=unread)
     write_page(readings, out, unread=unread, overwrite=overwrite)
     if open_it:
         open_page(out)
+    failed = _failed(limits, readings, unread)
+    if answers:
+        differing = [one.source for one in readings if one.differs]
+        refused = 0 if limits and not strict else len(unread)  # who names limits names that of unread answers too
+        failed += failures(len(readings), refused, differing, strict=strict)
     if as_json:
-        print_json(_summary(readings, unread, out, table))
-        return
-    counts = _counts(readings)
-    bands = [
-        f"{counts['habit']} from habit (drop below 30 %)",
-        f"{counts['mixed']} mixed",
-        f"{counts['picture']} from the image (above 70 %)",
+        print_json({**_summary(readings, unread, out, table), "failed": failed})
+    else:
+        _tell(readings)
+        say("page: ", (stored_path(out), "bold"))
+        say("csv:  ", (stored_path(table), "bold"))
+    for sentence in failed:
+        note(sentence, kind="error")
+    if failed:
+        raise typer.Exit(1)
+
+
+HELP = formats_help(meter)
+
+
+def _limits(given: Sequence[str]) -> dict[str, float]:
+    """The largest share of each kind that is let pass. Raises ``ProbeError``."""
+    found: dict[str, float] = {}
+    for text in given:
+        if (match := _LIMIT.fullmatch(text.strip())) is None:
+            raise ProbeError(
+                f"--fail-on {text!r}: name one of {', '.join(_FAIL_ON)}, and a share if you like: habit=20%"
+            )
+        found[match[1]] = float(match[2] or 0) / 100
+    return found
+
+
+def _failed(limits: Mapping[str, float], readings: Sequence[Reading], unread: Sequence[Unread]) -> list[str]:
+    counts = {**_counts(readings), "unread": len(unread)}
+    total = len(readings) + len(unread)
+    return [
+        f"{counts[kind]} of {total} answers ({100 * counts[kind] / total:.1f} %) {_FAIL_ON[kind]}; "
+        f"--fail-on lets {100 * share:g} % pass"
+        for kind, share in limits.items()
+        if counts[kind] > share * total
     ]
-    bands += [f"{counts['unknown']} whose probability is no number"] if counts["unknown"] else []
-    say((f"{len(readings)} answers: ", "bold"), ", ".join(bands))
-    for reading in readings[:_SHOWN]:
+
+
+def _tell(readings: Sequence[Reading]) -> None:
+    from lvlm_probe.importing.meter import worst_words
+
+    counts = _counts(readings)
+    kinds = [
+        f"{counts['unlikely']} with words that this model would not have said",
+        f"{counts['habit']} from habit",
+        f"{counts['image']} from the image",
+    ]
+    kinds += [f"{counts['unknown']} whose probability is no number"] if counts["unknown"] else []
+    say((f"{len(readings)} answers: ", "bold"), ", ".join(kinds))
+    worst = worst_words(readings)
+    for word, reading in worst[:_SHOWN]:
+        rather = f", rather {one_line(word.instead, 20)!r}" if word.instead else ""
         say(
-            ("      –    " if math.isnan(reading.drop) else f"  {max(0.0, 100 * reading.drop):5.1f} %  ", "dim"),
-            f"{one_line(reading.question, 70)}  →  {one_line(reading.answer, 70)}",
+            (f"  {word.surprise:5.1f} nats  ", "dim"),
+            (f"{one_line(word.text, 30)!r}", "bold"),
+            f"{rather}:  {one_line(reading.question, 60)}  →  {one_line(reading.answer, 60)}",
         )
-    say("page: ", (stored_path(out), "bold"))
-    say("csv:  ", (stored_path(table), "bold"))
+    if len(worst) > _SHOWN:
+        say((f"  and {len(worst) - _SHOWN} more such words", "dim"))
+    for reading in [reading for reading in readings if reading.origin == "habit"][:_SHOWN]:
+        say(
+            (f"  {len(reading.from_('image'))} of {reading.figures.words} words from the image:  ", "dim"),
+            f"{one_line(reading.question, 60)}  →  {one_line(reading.answer, 60)}",
+        )
+    if bound := sum(reading.bound for reading in readings):
+        note(
+            f"{bound} traces do not hold what the model would rather have said; −log P, the most that a word can be "
+            "less likely by, is taken instead: --model makes it exact, one pass each"
+        )
 
 
 def _size(source: Path) -> int:
-    """Count the answers, for the progress bar."""
-    if source.is_dir() or source.suffix == ".h5":
-        from lvlm_probe.trace import open_store
+    """Count the traces, for the progress bar."""
+    from lvlm_probe.trace import open_store
 
-        return len(open_store(source).files)  # of one trace each, as a rule
-    with source.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
+    return len(open_store(source).files)  # of one trace each, as a rule
 
 
-def _counts(readings: list[Reading]) -> dict[str, int]:
-    found: Counter[str] = Counter(reading.band for reading in readings)
-    return {name: found[name] for name in ("habit", "mixed", "picture", "unknown")}
+def _counts(readings: Sequence[Reading]) -> dict[str, int]:
+    found: Counter[str] = Counter(reading.origin for reading in readings)
+    return {name: found[name] for name in ("unlikely", "habit", "image", "unknown")}
 
 
-def _summary(readings: list[Reading], unread: list[Unread], out: Path, table: Path) -> dict[str, Any]:
-    names = ("source", "id", "question", "answer", "band", "drop", "drop_normalised", "share", "mean_llr", "baseline")
+def _summary(readings: Sequence[Reading], unread: Sequence[Unread], out: Path, table: Path) -> dict[str, Any]:
+    from lvlm_probe.importing.meter import columns_of, worst_words
+
     return {
         "page": str(out),
         "csv": str(table),
         "counts": _counts(readings),
-        "answers": [{name: getattr(reading, name) for name in names} for reading in readings],
+        "worst_words": [
+            {
+                "word": word.text,
+                "surprise": word.surprise,
+                "instead": word.instead,
+                "llr": word.llr,
+                "source": reading.source,
+            }
+            for word, reading in worst_words(readings)
+        ],
+        "answers": [columns_of(reading) for reading in readings],
         "not_measured": [vars(one) for one in unread],
     }

@@ -6,7 +6,8 @@
     result.imported[0].largest_difference     # to the log-probabilities that the engine gave, nats
 
 The traces are those of a recording, so everything that works on one works on them; they say that the answer was not
-generated here. Rows that cannot be taken over are listed in ``rejected.jsonl``, with the reason, and do not stop the
+generated here. Files are taken as engines and evaluation programs write them: ``row_files`` has the kinds, ``shapes``
+the programs. Rows that cannot be taken over are listed in ``rejected.jsonl``, with the reason, and do not stop the
 others. Called again, it goes on where it was.
 """
 
@@ -18,33 +19,28 @@ import itertools
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import numpy as np
 import torch
 
 from lvlm_probe.errors import ProbeError, TraceError
-from lvlm_probe.importing.forced_recorder import forced, said_by
-from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, count_rows, read_rows, reason_of, writable
+from lvlm_probe.importing.forced_recorder import MORE_THAN_ROUNDING, difference, forced, said_by
+from lvlm_probe.importing.refusals import counted
+from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, Source, read_rows, reason_of, writable
 from lvlm_probe.recording.probe import Probe, attach
 from lvlm_probe.recording.recorder import RecordOptions
 from lvlm_probe.trace import open_store, open_trace, write
-from lvlm_probe.trace.records import RowCapture
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["FIELDS", "REJECTED", "Imported", "ImportedAnswer", "import_answers", "said_by"]
+__all__ = ["FIELDS", "MORE_THAN_ROUNDING", "REJECTED", "Imported", "ImportedAnswer", "import_answers", "said_by"]
 
 REJECTED = "rejected.jsonl"
 """Beside the traces: ``line``, ``id`` and ``reason`` of every row that was not taken over."""
-
-_MORE_THAN_ROUNDING = 0.1
-"""Mean difference, nats per token, beyond which two engines do not run the same thing in another precision."""
 
 _log = logging.getLogger("lvlm_probe")
 
@@ -58,12 +54,15 @@ class ImportedAnswer:
         path: of the trace.
         largest_difference, mean_difference: of the given log-probabilities to those of the replay, over the tokens,
             absolute, nats; ``None`` where none were given.
+        differs: the engine did not run what was run here: its log-probabilities differ by more than
+            ``MORE_THAN_ROUNDING`` on average, or its prompt has other tokens.
     """
 
     line: int
     path: Path
     largest_difference: float | None
     mean_difference: float | None
+    differs: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,22 @@ class Imported:
         imported: rows that became traces, in the order of the file.
         present: lines of rows that an earlier call has imported.
         rejected: line → reason.
+        differing: answers, those of earlier calls too, that differ from what their engine gives: image, chat template
+            or weights are others.
+        read_as: the kind of the file and the shape of its rows, in words.
     """
 
     directory: Path
     imported: tuple[ImportedAnswer, ...]
     present: tuple[int, ...]
     rejected: Mapping[int, str]
+    differing: tuple[ImportedAnswer, ...] = ()
+    read_as: str = ""
+
+    @property
+    def reasons(self) -> list[tuple[str, int]]:
+        """Why rows were rejected, by kind, the commonest first."""
+        return counted(self.rejected.values())
 
 
 def import_answers(
@@ -91,6 +100,9 @@ def import_answers(
     *,
     images: str | os.PathLike[str] | None = None,
     columns: Mapping[str, str] | None = None,
+    format: str | None = None,
+    requests: str | os.PathLike[str] | None = None,
+    fetch: bool = False,
     llr: bool = True,
     attention: bool = True,
     baseline: str | Image.Image = "blur",
@@ -100,16 +112,22 @@ def import_answers(
     """Make traces of answers that another engine has given, one per row.
 
     The answer's tokens are appended to the prompt that this processor makes, and go through this model in one
-    teacher-forced pass (paper, Eq. 1). Of an answer that is given as text, the likeliest of its tokenisations is taken.
+    teacher-forced pass (paper, Eq. 1). Of an answer that is given as text, the likeliest of its tokenisations is taken;
+    where log-probabilities are given too, the one nearest to them.
 
     Args:
-        source: a file of JSON lines; ``FIELDS`` has the names that are understood.
+        source: a file as OpenAI-compatible servers, vLLM, SGLang, LLaVA, lmms-eval or VLMEvalKit write it, or of rows
+            of one's own, with the names of ``FIELDS``: JSON lines, JSON, csv, tsv, parquet, xlsx.
         model: the model that answered, or the one to replay the answers on.
         processor: its processor.
         out: directory for the traces; existing ones stay, and rows that are there already are passed over.
         images: directory that the pictures' paths are relative to, beside the file's own. A path that leads out of
             both, by itself or by a link, is refused: name the directory here if it is meant.
-        columns: field → name, for fields of other names.
+        columns: field → name, for fields of other names; dots lead into objects.
+        format: a kind of file, a shape of rows, or both with a comma between them (``"csv,vlmevalkit"``), where they
+            are not to be found out by content.
+        requests: a file of what was asked, joined by id: batch input, questions, a data set with its images.
+        fetch: ask the network for images that are given by URL.
         llr: also compute log-likelihood ratios (one more pass per row); ``False`` leaves them for later.
         attention: record decoder attention from answer tokens to image tokens.
         baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or a picture.
@@ -120,13 +138,19 @@ def import_answers(
         ProbeError: the file cannot be read, the directory cannot be written, or the model cannot be attached to.
         TraceError: the disk does not take a trace.
     """
-    source, directory = Path(source), Path(out)
-    rows = itertools.islice(read_rows(source, columns=columns), limit)
+    asked = Source(
+        Path(source),
+        columns or {},
+        format,
+        None if requests is None else Path(requests),
+        None if images is None else Path(images),
+        fetch,
+    )
+    directory, read_as = Path(out), asked.recognised()
+    rows = itertools.islice(read_rows(asked), limit)
     first = list(itertools.islice(rows, 1))  # a file that cannot be read is said before anything is written
-    total = count_rows(source)
+    total = asked.count()
     total = total if limit is None else min(total, limit)
-    places = [Path(images)] if images is not None else []
-    places.append(source.parent)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         rejects = _opened_anew(directory / REJECTED)
@@ -135,7 +159,7 @@ def import_answers(
     imported: list[ImportedAnswer] = []
     present: list[int] = []
     rejected: dict[int, str] = {}
-    with rejects, contextlib.closing(_Importer(model, processor, directory, source.name)) as importer:
+    with rejects, contextlib.closing(_Importer(model, processor, directory, asked)) as importer:
         for number, (line, row) in enumerate(itertools.chain(first, rows), start=1):
             try:
                 if isinstance(row, BadRow):
@@ -143,7 +167,7 @@ def import_answers(
                 options = RecordOptions(
                     llr=llr, attention=attention, boxes=attention, baseline=baseline, question=row.question
                 )
-                made = importer.take(row, places, options)
+                made = importer.take(row, options)
                 if made is None:
                     present.append(line)
                 else:
@@ -151,72 +175,80 @@ def import_answers(
             except TraceError:
                 raise  # the disk takes no more, and would not take the next one either
             except Exception as error:
-                _log.debug("line %d of %s is not imported", line, source, exc_info=True)
+                _log.debug("line %d of %s is not imported", line, asked.path, exc_info=True)
                 rejected[line] = reason = reason_of(error)
                 named = row.id if isinstance(row, AnswerRow) else None
                 rejects.write(json.dumps({"line": line, "id": named, "reason": reason}, ensure_ascii=False) + "\n")
                 rejects.flush()
             if tell is not None:
                 tell(number, max(number, total))
-    return Imported(directory, tuple(imported), tuple(present), rejected)
+    return Imported(directory, tuple(imported), tuple(present), rejected, tuple(importer.differing), read_as)
 
 
 class _Importer:
     """Takes rows over, one by one, on one model."""
 
-    def __init__(self, model: torch.nn.Module, processor: object, directory: Path, name: str) -> None:
+    def __init__(self, model: torch.nn.Module, processor: object, directory: Path, source: Source) -> None:
         self._probe: Probe = attach(model, processor)
-        self._directory, self._name = directory, name
-        self._known: Counter[str] = Counter()
+        self._directory, self._source = directory, source
+        self._known: dict[str, list[ImportedAnswer]] = {}
+        self.differing: list[ImportedAnswer] = []
         self._read: set[Path] = set()
         self._seen: dict[str, int] = {}
 
     def close(self) -> None:
         self._probe.detach()
 
-    def take(self, row: AnswerRow, places: list[Path], options: RecordOptions) -> ImportedAnswer | None:
+    def take(self, row: AnswerRow, options: RecordOptions) -> ImportedAnswer | None:
         """The trace of a row, written; ``None`` for one that is there. Raises ``BadRow``, or what stopped it.
 
         Row by row, the directory is ours alone: of two imports into it at once, each row is taken by one.
         """
         with _alone(self._directory):
-            return self._take(row, places, options)
+            return self._take(row, options)
 
-    def _take(self, row: AnswerRow, places: list[Path], options: RecordOptions) -> ImportedAnswer | None:
+    def _take(self, row: AnswerRow, options: RecordOptions) -> ImportedAnswer | None:
         description = self._probe.attachment.describe_model()
         key = _key(row, str(description["fingerprint"]))
         self._seen[key] = copies = self._seen.get(key, 0) + 1
         self._look()
-        if self._known[key] >= copies:
+        if len(there := self._known.get(key, [])) >= copies:
+            self.differing += [there[copies - 1]] if there[copies - 1].differs else []
             return None
-        capture = forced(self._probe, row, row.open_images(places), options)
+        images = row.open_images(self._source.places, fetch=self._source.fetch)
+        capture = forced(self._probe, row, images, options)
         capture.model = description
         (made,) = capture.rows
-        largest, mean, sentence = _difference(made, row)
+        found = difference(made, row, self._probe)
         engine = f", said by {row.engine}" if row.engine else ""
         made.notes.insert(
             0,
-            f"the answer was not generated here, but imported from {self._name}, line {row.line}{engine}; its "
-            "log-probabilities come from teacher forcing on this model",
+            f"the answer was not generated here, but imported from {self._source.path.name}, line {row.line}{engine}; "
+            "its log-probabilities come from teacher forcing on this model",
         )
-        if sentence:
-            made.notes.insert(1, sentence)
+        if found.sentence:
+            made.notes.insert(1, found.sentence)
         made.meta["imported"] = {
-            "file": self._name,
+            "file": self._source.path.name,
             "line": row.line,
             "key": key,
             "id": row.id,
             "engine": row.engine,
-            "largest_difference": largest,
-            "mean_difference": mean,
+            "shape": row.shape,
+            "finish_reason": row.finish,
+            "largest_difference": found.largest,
+            "mean_difference": found.mean,
+            "differs": found.serious,
         }
         path = write(capture, self._directory)
         self._read.add(path)
-        self._known[key] += 1
-        return ImportedAnswer(row.line, path, largest, mean)
+        answer = ImportedAnswer(row.line, path, found.largest, found.mean, found.serious)
+        self._known.setdefault(key, []).append(answer)
+        self.differing += [answer] if answer.differs else []
+        return answer
 
     def _look(self) -> None:
-        """Counts the rows that have a trace in the directory, by key; files are read once."""
+        """Finds the rows that have a trace in the directory, by key; files are read once."""
         for path in open_store(self._directory).files:
             if path in self._read:
                 continue
@@ -226,7 +258,14 @@ class _Importer:
                 for number in range(trace.rows):
                     found = said_by(trace if number == 0 else open_trace(path, row=number))
                     if found is not None:
-                        self._known[str(found.get("key"))] += 1
+                        self._known.setdefault(str(found.get("key")), []).append(_of_trace(path, found))
+
+
+def _of_trace(path: Path, facts: Mapping[str, Any]) -> ImportedAnswer:
+    """The answer of a trace that is there; a trace may come from anybody."""
+    line, numbers = facts.get("line"), [facts.get(name) for name in ("largest_difference", "mean_difference")]
+    largest, mean = (float(value) if isinstance(value, int | float) else None for value in numbers)
+    return ImportedAnswer(line if isinstance(line, int) else 0, path, largest, mean, facts.get("differs") is True)
 
 
 def _opened_anew(path: Path) -> TextIO:
@@ -254,27 +293,11 @@ def _alone(directory: Path) -> Iterator[None]:
 
 def _key(row: AnswerRow, fingerprint: str) -> str:
     """What tells that a row has been taken over: its content, wherever it stands in the file, and the model."""
-    text = json.dumps(row.content, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(row.content, sort_keys=True, ensure_ascii=False, default=_digest)
     return hashlib.sha256(f"{fingerprint}:{writable(text)}".encode()).hexdigest()[:32]
 
 
-def _difference(made: RowCapture, row: AnswerRow) -> tuple[float | None, float | None, str]:
-    """Largest and mean absolute difference to the given log-probabilities, nats, and a sentence on it."""
-    if row.log_probs is None:
-        return None, None, ""
-    given = np.asarray(row.log_probs, dtype=np.float64)
-    differences = np.abs(given - made.log_probs.astype(np.float64))
-    known = np.flatnonzero(np.isfinite(differences))
-    if not known.size:
-        return None, None, "none of the given log-probabilities is a number that can be compared"
-    step = int(known[differences[known].argmax()])
-    largest, mean = float(differences[step]), float(differences[known].mean())
-    sentence = (
-        f"the given log-probabilities differ from this model's by {largest:.3g} nats at most (token {step}, "
-        f"{made.tokens[step]!r}: {given[step]:.3f} given, {made.log_probs[step]:.3f} here), {mean:.3g} on average"
-    )
-    if known.size < len(given):
-        sentence += f"; {len(given) - known.size} of {len(given)} are not given"
-    if mean > _MORE_THAN_ROUNDING:
-        sentence += "; that is more than rounding: check that model, prompt and picture are the engine's"
-    return largest, mean, sentence
+def _digest(value: object) -> str:
+    """What stands for a value of a table that JSON does not have: the bytes of an image, a date."""
+    data = value if isinstance(value, bytes) else repr(value).encode("utf-8", "backslashreplace")
+    return hashlib.sha256(data).hexdigest()

@@ -11,8 +11,9 @@ import contextlib
 import copy
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from lvlm_probe.attention import RowTap
@@ -32,7 +33,10 @@ if TYPE_CHECKING:
 
     from lvlm_probe.recording.probe import Probe
 
-__all__ = ["ForcedRecorder", "forced", "said_by"]
+__all__ = ["MORE_THAN_ROUNDING", "Difference", "ForcedRecorder", "difference", "forced", "said_by"]
+
+MORE_THAN_ROUNDING = 0.1
+"""Mean difference, nats per token, beyond which two engines do not run the same thing in another precision."""
 
 _PLACEHOLDERS = ("<image>", "<|image|>", "<|image_pad|>", "<img>", "[IMG]", "<IMG_CONTEXT>", "<start_of_image>")
 """What families write where an image stands: a prompt with one of another family is not a question."""
@@ -68,7 +72,7 @@ class ForcedRecorder(GenerationRecorder):
             with contextlib.nullcontext() if tap is None else tap:
                 if tap is not None:
                     self._armed(tap, replay, row)
-                row.log_probs = replay.original_log_probs.numpy()
+                self.take_log_probs(row, replay)
                 rows = None if tap is None else tap.collect()
                 if rows is not None:
                     self.add_attention(row, rows, 0)
@@ -131,14 +135,16 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
         _check_length(start + min(map(len, candidates)), limit, "tokens of prompt and answer")
         candidates = [ids for ids in candidates if start + len(ids) <= limit]
         with torch.no_grad():
-            capture = _likeliest(recorder, candidates)
+            capture = _likeliest(recorder, candidates, row)
             recorder.complete(capture)
     except NotRecorded as reason:
         raise BadRow(str(reason)) from reason
     finally:
         recorder.abort()
     (made,) = capture.rows
-    made.notes += notes
+    made.notes += [*row.notes, *notes]
+    if row.finish == "length":
+        made.notes.append("the engine cut the answer off at its limit of tokens")
     if faults:
         made.status, made.error = "error", "; ".join(faults)
     return capture
@@ -164,20 +170,104 @@ def said_by(trace: Trace) -> Mapping[str, Any] | None:
     return found if isinstance(found, Mapping) else None
 
 
-def _likeliest(recorder: ForcedRecorder, candidates: Sequence[Sequence[int]]) -> Capture:
-    """The capture of the tokenisation with the highest log P; one pass each, and none where there is one only."""
+class Difference(NamedTuple):
+    """What an engine says of an answer against what this model says.
+
+    Attributes:
+        largest, mean: of the log-probabilities, absolute, over the tokens that both give, nats; ``None`` without any.
+        sentence: on both, and on the prompt; empty where nothing can be compared.
+        serious: the two did not run the same: the mean is above ``MORE_THAN_ROUNDING``, or the prompts differ.
+    """
+
+    largest: float | None
+    mean: float | None
+    sentence: str
+    serious: bool
+
+
+def difference(made: RowCapture, row: AnswerRow, probe: Probe) -> Difference:
+    """The log-probabilities and the prompt that a row gives, compared with those of its capture.
+
+    Args:
+        made: what ``forced`` made of the row.
+        row: the row.
+        probe: that the capture was made with.
+    """
+    prompt = _prompt_difference(made, row, probe.attachment)
+    given = _given(row, len(made.token_ids))
+    if given is None:
+        return Difference(None, None, prompt, bool(prompt))
+    differences = np.abs(given - made.log_probs.astype(np.float64))
+    known = np.flatnonzero(np.isfinite(differences))
+    if not known.size:
+        told = "none of the given log-probabilities is a number that can be compared"
+        return Difference(None, None, "; ".join(filter(None, (told, prompt))), bool(prompt))
+    step = int(known[differences[known].argmax()])
+    largest, mean = float(differences[step]), float(differences[known].mean())
+    sentence = (
+        f"the given log-probabilities differ from this model's by {largest:.3g} nats at most (token {step}, "
+        f"{made.tokens[step]!r}: {given[step]:.3f} given, {made.log_probs[step]:.3f} here), {mean:.3g} on average"
+    )
+    if known.size < len(given):
+        sentence += f"; {len(given) - known.size} of {len(given)} are not given"
+    serious = mean > MORE_THAN_ROUNDING
+    if serious:
+        sentence += "; that is more than rounding: image, chat template or weights are not the engine's"
+    return Difference(largest, mean, "; ".join(filter(None, (sentence, prompt))), serious or bool(prompt))
+
+
+def _given(row: AnswerRow, count: int) -> np.ndarray | None:
+    """The row's log-probabilities of the answer's tokens, ``(step,)``."""
+    if row.scored is not None:
+        return np.asarray([value for _, value in row.scored[-count:]], dtype=np.float64)
+    return None if row.log_probs is None else np.asarray(row.log_probs, dtype=np.float64)
+
+
+def _prompt_difference(made: RowCapture, row: AnswerRow, target: Target) -> str:
+    """A sentence where the engine's prompt has other tokens; empty where it has the same, or is not known.
+
+    Of images engines write one placeholder each or all of them, with their rows' ends or without: no special token is
+    compared.
+    """
+    tokenizer = tokenizer_of(target.processor)
+    if row.prompt_ids is None or tokenizer is None:
+        return ""
+    special = {
+        *tokenizer.all_special_ids,
+        *getattr(tokenizer, "added_tokens_decoder", ()),
+        target.anatomy.image_token_id,
+    }
+    given = row.prompt_ids[: -len(made.token_ids)] if row.scored is not None else row.prompt_ids
+    there = [token for token in given if token not in special]
+    here = [int(token) for token in made.input_ids if int(token) not in special]
+    if here == there:
+        return ""
+    pairs = zip(here, there, strict=False)
+    step = next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(here), len(there)))
+    return (
+        f"the engine's prompt has other tokens ({len(there)} of text, {len(here)} here; text token {step} is the first "
+        "that differs): question or chat template are not the engine's"
+    )
+
+
+def _likeliest(recorder: ForcedRecorder, candidates: Sequence[Sequence[int]], row: AnswerRow) -> Capture:
+    """The capture of the likeliest tokenisation, or of that nearest to given log-probabilities; one pass each."""
     found: list[tuple[float, Capture]] = []
     for ids in candidates:
         own = copy.copy(recorder)  # ``finish`` may be called once
         own.notes = list(recorder.notes)
         start = recorder.beginning
         capture = own.finish(torch.cat([start, torch.tensor([ids], device=start.device, dtype=start.dtype)], dim=1))
-        (row,) = capture.rows
-        if len(row.token_ids) != len(ids):
-            raise BadRow(f"the answer goes on after its end: token {len(row.token_ids)} of {len(ids)} ends a sequence")
+        (made,) = capture.rows
+        if len(made.token_ids) != len(ids):
+            raise BadRow(f"the answer goes on after its end: token {len(made.token_ids)} of {len(ids)} ends a sequence")
         if len(candidates) == 1:
             return capture
-        found.append((float(recorder.replay(row).original_log_probs.sum()), capture))
+        values = recorder.replay(made).original_log_probs.double().numpy()
+        given = _given(row, len(ids))
+        apart = np.abs(values - given) if given is not None else np.asarray([np.nan])
+        apart = apart[np.isfinite(apart)]
+        found.append((-float(apart.mean()) if apart.size else float(values.sum()), capture))
     return max(found, key=lambda item: item[0])[1]
 
 
@@ -185,6 +275,8 @@ def _inputs(processor: Any, row: AnswerRow, images: Sequence[Image.Image]) -> An
     """The prompt's inputs, by the chat template for a question, as it stands for a prompt."""
     prompt = row.prompt
     if prompt is None or not _is_rendered(processor, prompt):
+        if row.messages is not None:
+            return _chat(processor, row, images)
         return chat_inputs(processor, images, row.question or prompt or "")
     begin = getattr(tokenizer_of(processor), "bos_token", None)
     settings = {"add_special_tokens": False} if begin and prompt.startswith(begin) else {}
@@ -195,6 +287,36 @@ def _inputs(processor: Any, row: AnswerRow, images: Sequence[Image.Image]) -> An
         except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
             refusal = refusal or error
     raise BadRow(f"{type(processor).__name__} does not take this prompt: {refusal}") from refusal
+
+
+def _chat(processor: Any, row: AnswerRow, images: Sequence[Image.Image]) -> Any:
+    """The inputs of messages, by the chat template. Raises ``BadRow`` where it does not take them."""
+    waiting = iter(images)
+    turns: list[dict[str, Any]] = [
+        {"role": turn["role"], "content": [{**part, "image": next(waiting)} if part["type"] == "image" else part
+                                           for part in turn["content"]]}
+        for turn in row.messages or ()
+    ]  # fmt: skip
+    if not getattr(processor, "chat_template", None):
+        if len(turns) == 1:
+            return chat_inputs(processor, images, row.question or "")
+        raise BadRow(
+            f"{type(processor).__name__} has no chat template, and the row has {len(turns)} messages; give the prompt"
+        )
+    goes_on = turns[-1]["role"] == "assistant"
+    form = {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
+    as_text = [
+        turn if any(part["type"] == "image" for part in turn["content"])
+        else {**turn, "content": "".join(part["text"] for part in turn["content"])}
+        for turn in turns
+    ]  # fmt: skip
+    refusal: Exception | None = None
+    for given in (turns, as_text):  # some templates take a system message, or every one without images, as text only
+        try:
+            return processor.apply_chat_template(given, tokenize=True, return_dict=True, return_tensors="pt", **form)
+        except Exception as error:  # a template raises what it likes
+            refusal = refusal or error
+    raise BadRow(f"the chat template of {type(processor).__name__} does not take the messages: {refusal}") from refusal
 
 
 def _is_rendered(processor: Any, prompt: str) -> bool:
@@ -230,14 +352,23 @@ def _candidates(
         longest = max(map(len, tokenizer.get_vocab()))
         _check_length(-(-len(row.answer) // longest), limit, "tokens of the answer at least")
     found = answer_tokens(tokenizer, recorder.beginning[0].tolist(), row.answer)
+    end = getattr(tokenizer, "eos_token_id", None)
+    ended = [[*ids, end] for ids in found] if end in recorder.stops.eos else []
+    if row.scored is not None:
+        tokens = [token for token, _ in row.scored]
+        fitting = [ids for ids in found if tokens[-len(ids) :] == ids]
+        if not fitting:
+            raise BadRow("the prompt's tokens do not end in the answer: it is tokenised otherwise; give token_ids")
+        return [max(fitting, key=len)], []
     if row.log_probs is None:
+        if row.ended and ended:
+            return ended, ["the engine ended the answer by a token of its own: the end of the answer"]
         return found, []
     given = len(row.log_probs)
-    fitting = [ids for ids in found if len(ids) == given]
-    if fitting:
+    fitting = [ids for ids in (*found, *ended) if len(ids) == given]
+    if any(ids in found for ids in fitting):
         return fitting, []
-    end = getattr(tokenizer, "eos_token_id", None)
-    if end in recorder.stops.eos and (ended := [[*ids, end] for ids in found if len(ids) == given - 1]):
-        return ended, ["the log-probabilities count one token more than the text: the end of the answer"]
+    if fitting:
+        return fitting, ["the log-probabilities count one token more than the text: the end of the answer"]
     lengths = " or ".join(str(length) for length in sorted({len(ids) for ids in found}))
     raise BadRow(f"{given} log-probabilities for an answer of {lengths} tokens; give token_ids")

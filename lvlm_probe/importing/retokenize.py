@@ -14,9 +14,16 @@ from lvlm_probe.importing.rows import BadRow
 
 __all__ = ["answer_tokens", "checked_ids"]
 
+_SPACE = "▁"
+"""The sign for a space of SentencePiece models, which is not shown where it comes first."""
+
 
 def answer_tokens(tokenizer: Any, prompt_ids: Sequence[int], text: str) -> list[list[int]]:
     """The tokenisations of ``text`` after a prompt that decode to it, each once; the most plain one first.
+
+    Engines and scripts strip an answer or do not, and a tokenizer may hide the space that its first token stands for.
+    A text without a space before it may so have been said with or without one. With one it was said with one, unless
+    nothing that shows the space stands before it (the prompt ends in a special token).
 
     Args:
         tokenizer: the processor's.
@@ -29,17 +36,19 @@ def answer_tokens(tokenizer: Any, prompt_ids: Sequence[int], text: str) -> list[
     if tokenizer is None:
         raise BadRow("the processor has no tokenizer, so answers need token_ids")
     before = _encode(tokenizer, _tail(tokenizer, prompt_ids))
-    spaced = _after(tokenizer, before, " " + text)
+    bare = text.lstrip()
     candidates: list[list[int]] = []
-    for ids in (_after(tokenizer, before, text), spaced, _encode(tokenizer, text)):
-        if ids and ids not in candidates:
-            candidates.append(ids)
+    for variant in (text, bare, " " + bare):
+        for ids in (_after(tokenizer, before, variant), _encode(tokenizer, variant)):
+            if ids and ids not in candidates:
+                candidates.append(ids)
     said = [_said(tokenizer, before, ids) for ids in candidates]
-    # Where the tokenizer hides a leading space, so may the text that came of it; elsewhere the text is to the letter.
-    hides = bool(spaced) and _said(tokenizer, before, spaced)[:1] == " " and _decode(tokenizer, spaced)[:1] != " "
-    meant = (text, " " + text) if hides else (text,)
-    found = [ids for ids, shown in zip(candidates, said, strict=True) if shown in meant]
-    if not found:
+    pieces = tokenizer.convert_ids_to_tokens([ids[0] for ids in candidates])
+    shows = bool(before) or not any(str(piece).startswith(_SPACE) for piece in pieces)
+    found = [ids for ids, shown in zip(candidates, said, strict=True) if shown == text]
+    if not (found and text != bare and shows):
+        found = [ids for ids, shown in zip(candidates, said, strict=True) if shown.lstrip() == bare]
+    if not found:  # at its end, too, an engine may have stripped it
         found = [ids for ids, shown in zip(candidates, said, strict=True) if shown.strip() == text.strip()]
     if not found:
         closest = said[-1] if said else ""

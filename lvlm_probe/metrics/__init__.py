@@ -3,7 +3,8 @@
 * ``evaluate``: deletion and insertion, with a verdict in words.
 * ``pointing_game``, ``energy_in_region``, ``iou``, ``soft_iou``, ``average_precision``: against a known region.
 * ``human_agreement``, ``rank_correlation``, ``auc_judd``, ``nss``: against where people looked.
-* ``bootstrap_ci``, ``paired_difference``, ``permutation_test``, ``mixed_effects``, ``mean_and_error``: over samples.
+* ``bootstrap_ci``, ``paired_difference``, ``permutation_test``, ``mixed_effects``, ``mean_and_error``, ``auroc``: over
+  samples.
 
 scipy and statsmodels (``pip install 'lvlm-probe[stats]'``) are imported by the functions that need them, when called.
 """
@@ -27,6 +28,7 @@ from lvlm_probe.metrics.statistics import (
     MeanAndError,
     MixedEffects,
     PermutationTest,
+    auroc,
     bootstrap_ci,
     mean_and_error,
     mixed_effects,
@@ -45,6 +47,7 @@ __all__ = [
     "Similarity",
     "Verdict",
     "auc_judd",
+    "auroc",
     "average_precision",
     "bootstrap_ci",
     "boxes_to_mask",

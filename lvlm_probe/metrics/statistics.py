@@ -24,6 +24,7 @@ __all__ = [
     "MeanAndError",
     "MixedEffects",
     "PermutationTest",
+    "auroc",
     "bootstrap_ci",
     "mean_and_error",
     "mixed_effects",
@@ -128,6 +129,24 @@ def mean_and_error(values: Sequence[float] | np.ndarray) -> MeanAndError:
         raise ValueError(f"a mean needs values that are numbers; got {data.size} values, all NaN or infinite")
     error = float(there.std(ddof=1) / math.sqrt(there.size)) if there.size > 1 else math.nan
     return MeanAndError(float(there.mean()), error, int(there.size), int(data.size - there.size))
+
+
+def auroc(positives: Sequence[float] | np.ndarray, negatives: Sequence[float] | np.ndarray) -> float:
+    """Area under the ROC curve: the probability that a positive is above a negative, ties counted half.
+
+    Args:
+        positives: scores of what should be found.
+        negatives: scores of all else.
+
+    Returns:
+        in [0, 1]; NaN where either is empty or holds a NaN. Mann and Whitney's U over the number of pairs.
+    """
+    above, below = (np.asarray(values, dtype=np.float64) for values in (positives, negatives))
+    if not (above.size and below.size) or np.isnan(above).any() or np.isnan(below).any():
+        return math.nan
+    order = np.sort(below)
+    beaten, not_above = (np.searchsorted(order, above, side=side) for side in ("left", "right"))
+    return float((beaten + not_above).mean() / (2 * below.size))
 
 
 def bootstrap_ci(

@@ -21,6 +21,7 @@ __all__ = [
     "special_ids",
     "stops_of",
     "tokenizer_of",
+    "top_pieces",
 ]
 
 _REPLACEMENT = "�"
@@ -60,6 +61,12 @@ def display_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
         pieces.append(now[len(before) :])
         start, shown = shown, end
     return pieces
+
+
+def top_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """The text of each token by itself: they are no answer, but what could stand in the place of its tokens."""
+    texts = {token: "".join(display_pieces(tokenizer, [token])) for token in set(token_ids)}
+    return [texts[token] for token in token_ids]
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""The page of the language-prior meter: thousands of answers in one file, to rank, filter and search."""
+"""The page of the language-prior meter: thousands of answers in one file, worst words first, to filter."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lvlm_probe.importing.meter import worst_words
+from lvlm_probe.importing.word_origins import LEAST_FROM_IMAGE, SURPRISE
 from lvlm_probe.pages.plain import rounded, spelled, without_folders
 from lvlm_probe.pages.shell import asset, json_for_script, page_text, refuse_existing, without_script, write_text
+from lvlm_probe.words import ALPHA
 
 if TYPE_CHECKING:
     from lvlm_probe.importing.meter import Reading, Unread
+    from lvlm_probe.importing.word_origins import MeteredWord
 
 __all__ = ["write_page"]
 
 DEFAULT_TITLE = "From the image, or from habit?"
-_BAND_NAMES: dict[str, str] = {
+_ORIGINS: dict[str, str] = {
+    "unlikely": "not from this model",
     "habit": "from habit",
-    "mixed": "mixed",
-    "picture": "from the image",
+    "image": "from the image",
     "unknown": "not known",
 }
+_WORST = 12
+"""Words in the list at the top of the page."""
 
 
 def write_page(
@@ -55,6 +61,10 @@ def write_page(
     data = {
         "rows": rows,
         "pictures": sources,
+        "worst": [
+            [word.text, word.instead, rounded(word.surprise, 1), readings.index(reading)]
+            for word, reading in worst_words(readings)[:_WORST]
+        ],
         "unread": [{"source": one.source, "reason": without_folders(one.reason)} for one in unread],
     }
     text = page_text(
@@ -64,7 +74,9 @@ def write_page(
         asset("theme.js") + asset("prior.js"),
         body='<body class="prior">',
         lead=_lead(readings, unread),
-        alpha=f"{readings[0].alpha:g}" if readings else "1",
+        alpha=f"{readings[0].alpha:g}" if readings else f"{ALPHA:g}",
+        threshold=f"{readings[0].threshold:g}" if readings else f"{SURPRISE:g}",
+        times=f"{math.exp(min(readings[0].threshold if readings else SURPRISE, 20)):,.0f}",
         plain=_plain(readings),
         data=json_for_script(data),
     )
@@ -74,24 +86,32 @@ def write_page(
 
 def _row(reading: Reading, pictures: dict[bytes, int], sources: list[str]) -> dict[str, Any]:
     texts, _ = spelled(reading.pieces, reading.words)
-    words = [[*text, rounded(llr)] for text, llr in zip(texts, reading.llr, strict=True)]
+    figures = reading.figures
+    sentences = [sentence.origin for sentence in reading.sentences]
     return {
         "source": reading.source,
         "id": reading.id,
         "question": reading.question,
         "answer": reading.answer,
-        "words": words,
-        "band": reading.band,
-        "drop": rounded(reading.drop, 4),
-        "normalised": rounded(reading.drop_normalised, 4),
-        "share": rounded(reading.share, 4),
-        "llr": rounded(reading.mean_llr, 4),
-        "total": rounded(reading.log_prob - reading.baseline_log_prob),
-        "seen": [sum(reading.counts), len(reading.seen)],
+        "words": [[*text, *_numbers(word)] for text, word in zip(texts, reading.words, strict=True)],
+        "origin": reading.origin,
+        "counts": [figures.words, *(len(reading.from_(origin)) for origin in ("unlikely", "habit", "image"))],
+        "sentences": [len(sentences), sentences.count("unlikely"), sentences.count("habit")],
+        "llr": rounded(figures.mean_llr),
+        "logp": rounded(reading.mean_log_prob),
+        "bound": reading.bound,
         "baseline": reading.baseline,
         "elsewhere": reading.elsewhere,
         "picture": _picture(reading, pictures, sources),
     }
+
+
+def _numbers(word: MeteredWord) -> list[Any]:
+    """The LLR of a word, and of an unlikely one what the model would rather have said, and by how much."""
+    if word.origin != "unlikely":
+        return [rounded(word.llr)]
+    behind = rounded(word.surprise, 1)
+    return [rounded(word.llr), "beyond all numbers" if behind is None else behind, word.instead]
 
 
 def _picture(reading: Reading, known: dict[bytes, int], sources: list[str]) -> int | None:
@@ -108,32 +128,38 @@ def _picture(reading: Reading, known: dict[bytes, int], sources: list[str]) -> i
 
 
 def _lead(readings: Sequence[Reading], unread: Sequence[Unread]) -> str:
-    """How many answers are in each band, as in the paper's Table 1, and a bar of it."""
-    bands: Counter[str] = Counter(reading.band for reading in readings)
+    """How many answers are of each class, and a bar of it."""
+    bands: Counter[str] = Counter(reading.origin for reading in readings)
     number = len(readings)
-    shares = {name: bands[name] / number if number else 0.0 for name in _BAND_NAMES}
+    shares = {name: bands[name] / number if number else 0.0 for name in _ORIGINS}
     said = [
-        f"<p><b>{number} answer{'s' * (number != 1)}.</b> Of their probability, {_baseline(readings)} takes away less "
-        f"than 30 % for <b>{_percent(shares['habit'])}</b>, 30 to 70 % for <b>{_percent(shares['mixed'])}</b>, and "
-        f"more for <b>{_percent(shares['picture'])}</b>.</p>"
+        f"<p><b>{number} answer{'s' * (number != 1)}.</b> <b>{_percent(shares['unlikely'])}</b> hold words that this "
+        f"model would not have said, <b>{_percent(shares['habit'])}</b> are from habit (fewer than "
+        f"{100 * LEAST_FROM_IMAGE:g} % of their words need more than {_baseline(readings)}), and "
+        f"<b>{_percent(shares['image'])}</b> are from the image.</p>"
     ]
     edge, parts = 0.0, []
     for name, share in shares.items():
         if share:
             parts.append(
                 f'<rect class="band-{name}" x="{100 * edge:.3f}" y="0" width="{100 * share:.3f}" height="10">'
-                f"<title>{_BAND_NAMES[name]}: {_percent(share)}</title></rect>"
+                f"<title>{_ORIGINS[name]}: {_percent(share)}</title></rect>"
             )
             edge += share
     legend = "".join(
-        f'<span><i class="dot band-{name}"></i>{_BAND_NAMES[name]} {bands[name]}</span>'
+        f'<span><i class="dot band-{name}"></i>{_ORIGINS[name]} {bands[name]}</span>'
         for name, share in shares.items()
         if share
     )
     said.append(
         f'<svg class="bands" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '
-        f'aria-label="Shares of the bands">{"".join(parts)}</svg><p class="shares">{legend}</p>'
+        f'aria-label="Shares of the answers">{"".join(parts)}</svg><p class="shares">{legend}</p>'
     )
+    if bound := sum(reading.bound for reading in readings):
+        said.append(
+            f"<p>Of {bound} of the answers it is not recorded what the model would rather have said: −ln P is taken, "
+            "the most by which a word can be less likely.</p>"
+        )
     if any(reading.elsewhere for reading in readings):
         elsewhere = sum(reading.elsewhere for reading in readings)
         who = "These answers were" if elsewhere == number else f"{elsewhere} of the answers were"
@@ -156,13 +182,16 @@ def _baseline(readings: Sequence[Reading]) -> str:
 def _plain(readings: Sequence[Reading]) -> str:
     rows = (
         f"<p><b>{html.escape(reading.question)}</b><br>{html.escape(reading.answer)}<br>"
-        f"{_BAND_NAMES[reading.band]}, drop {_percent(reading.drop)}</p>"
+        f"{_ORIGINS[reading.origin]}{_worst(reading)}</p>"
         for reading in readings
     )
     return without_script(rows, len(readings))
 
 
+def _worst(reading: Reading) -> str:
+    words = reading.from_("unlikely")
+    return f": {html.escape(', '.join(word.text for word in words))}" if words else ""
+
+
 def _percent(share: float) -> str:
-    if math.isnan(share):
-        return "not known"
-    return f"{100 * share:.1f} %" if share >= 0 else "none"
+    return f"{100 * share:.1f} %"

@@ -1,15 +1,29 @@
-"""log P(a_t) as the model computes it while it generates."""
+"""log P(a_t) as the model computes it while it generates, and beside it that of its likeliest token."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lvlm_probe.hooks import HookSet
 
-__all__ = ["StepLogProbs", "answer_in", "generators"]
+__all__ = ["StepLogProbs", "StepValues", "answer_in", "generators"]
+
+
+class StepValues(NamedTuple):
+    """What was read off the logits of the steps, ``(batch, step)`` each.
+
+    Attributes:
+        log_probs: of the tokens of the answer, nats.
+        top_log_probs: of the likeliest token, nats.
+        top_ids: which one that is.
+    """
+
+    log_probs: torch.Tensor
+    top_log_probs: torch.Tensor
+    top_ids: torch.Tensor
 
 
 class StepLogProbs:
@@ -22,7 +36,7 @@ class StepLogProbs:
     def __init__(self) -> None:
         self._pending: torch.Tensor | None = None
         self._chosen: list[torch.Tensor] = []
-        self._values: list[torch.Tensor] = []
+        self._values: list[StepValues] = []
 
     def hang(
         self, module: torch.nn.Module, hooks: HookSet, *, compiled: bool, on_error: Callable[[str, BaseException], None]
@@ -73,11 +87,15 @@ class StepLogProbs:
         assert self._pending is not None
         chosen = chosen.to(self._pending.device)
         scores = self._pending.float()
-        self._values.append(scores.gather(-1, chosen[:, None])[:, 0] - scores.logsumexp(-1))
+        whole = scores.logsumexp(-1)
+        top = scores.max(-1)
+        self._values.append(
+            StepValues(scores.gather(-1, chosen[:, None])[:, 0] - whole, top.values - whole, top.indices)
+        )
         self._chosen.append(chosen)
 
-    def result(self, generated: torch.Tensor) -> torch.Tensor | None:
-        """log P of the tokens ``generated`` ``(batch, step)``; ``None`` unless every step was seen with its token."""
+    def result(self, generated: torch.Tensor) -> StepValues | None:
+        """The values of ``generated`` ``(batch, step)``; ``None`` unless every step was seen with its token."""
         steps = generated.shape[1]
         if self._pending is not None and len(self._values) == steps - 1 and len(self._pending) == len(generated):
             self._take(generated[:, -1])
@@ -87,7 +105,7 @@ class StepLogProbs:
         chosen = torch.stack(self._chosen[:steps], dim=1)
         if chosen.shape != generated.shape or not torch.equal(chosen, generated.to(chosen.device)):
             return None
-        return torch.stack(self._values[:steps], dim=1).cpu()
+        return StepValues(*(torch.stack(values, dim=1).cpu() for values in zip(*self._values[:steps], strict=True)))
 
 
 def generators(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -98,8 +116,8 @@ def generators(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [model, *inner]
 
 
-def _seen_by(readers: Sequence[StepLogProbs], generated: torch.Tensor) -> torch.Tensor | None:
-    """log P of ``generated`` from the first of ``readers`` that saw every step with its token; ``None`` if none did."""
+def _seen_by(readers: Sequence[StepLogProbs], generated: torch.Tensor) -> StepValues | None:
+    """``result`` of the first of ``readers`` that saw every step with its token; ``None`` if none did."""
     found = None
     for reader in readers:
         values = reader.result(generated) if generated.shape[1] else None
@@ -109,8 +127,8 @@ def _seen_by(readers: Sequence[StepLogProbs], generated: torch.Tensor) -> torch.
 
 def answer_in(
     sequences: torch.Tensor, start: torch.Tensor, readers: Sequence[StepLogProbs], *, alone: bool
-) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-    """The answers ``(batch, step)`` in what ``generate()`` returned, and their log P where every step was seen.
+) -> tuple[torch.Tensor, StepValues | None] | None:
+    """The answers ``(batch, step)`` in what ``generate()`` returned, and their values where every step was seen.
 
     Args:
         sequences: what it returned.

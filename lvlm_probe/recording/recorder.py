@@ -40,6 +40,7 @@ from lvlm_probe.models.tokenizers import (
     special_flags,
     stops_of,
     tokenizer_of,
+    top_pieces,
 )
 from lvlm_probe.models.wrappers import adapters_of_this_call, compiled_parts
 from lvlm_probe.recording.attention_points import CROSS, attention_points
@@ -52,7 +53,7 @@ from lvlm_probe.recording.conditions import (
     padded_behind,
     without_picture,
 )
-from lvlm_probe.recording.log_probs import StepLogProbs, answer_in, generators
+from lvlm_probe.recording.log_probs import StepLogProbs, StepValues, answer_in, generators
 from lvlm_probe.recording.module_outputs import PointTap
 from lvlm_probe.recording.processor_watch import ProcessorWatch
 from lvlm_probe.recording.prompt_images import NotRecorded, PictureFinder, PromptPictures, encoded
@@ -295,7 +296,7 @@ class GenerationRecorder:
         finally:
             tap.remove()
 
-    def _rows(self, generated: torch.Tensor, values: torch.Tensor | None, attention: Rows | None) -> list[RowCapture]:
+    def _rows(self, generated: torch.Tensor, values: StepValues | None, attention: Rows | None) -> list[RowCapture]:
         """One capture for each batch row that has an image and an answer.
 
         Args:
@@ -328,7 +329,10 @@ class GenerationRecorder:
                 continue
             capture = self._row(row, row // copies, generated[row, :length].cpu(), pictures, tokenizer)
             if values is not None and capture.log_probs_source == "generation":
-                capture.log_probs = values[row, :length].numpy()
+                own = StepValues(*(each[row, :length] for each in values))
+                capture.log_probs = own.log_probs.numpy()
+                capture.top_log_probs = own.top_log_probs.numpy()
+                capture.top_tokens = top_pieces(tokenizer, own.top_ids.tolist())
             else:
                 capture.log_probs_source = "teacher_forced"
             if attention is not None:
@@ -430,6 +434,13 @@ class GenerationRecorder:
             self._complete(row)
         capture.seconds["teacher_forced"] = time.perf_counter() - start
 
+    def take_log_probs(self, row: RowCapture, replay: Replay) -> None:
+        """Enter the log-probabilities of a teacher-forced pass."""
+        row.log_probs = replay.original_log_probs.numpy()
+        top_ids, top_log_probs = replay.likeliest
+        row.top_log_probs = top_log_probs.numpy()
+        row.top_tokens = top_pieces(tokenizer_of(self.processor), top_ids.tolist())
+
     def replay(self, row: RowCapture) -> Replay:
         """A row of ``finish`` on the live model."""
         return Replay(LiveTrace(row, self._images[row.trace_id]), self.model, self.processor, check_pixels=False)
@@ -447,7 +458,7 @@ class GenerationRecorder:
             return
         replay = self.replay(row)
         if missing:
-            row.log_probs = replay.original_log_probs.numpy()
+            self.take_log_probs(row, replay)
         if boxes:
             if len(self._boxes) >= _BOXES_KEPT:
                 self._boxes.clear()

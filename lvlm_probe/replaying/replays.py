@@ -65,6 +65,7 @@ class Kept:
 
     Attributes:
         original, rounding: log P(a_t) on the whole image, and how far rounding may move it.
+        likeliest: what was likeliest in the place of each token, and its log P.
         baseline_log_probs, paths: by ``baseline_identity``: log P̃(a_t), and pixel inputs.
         gradients: what is wrong with gradients; ``None`` before they were looked at.
         masks_at_once: masks per pass, by the rule.
@@ -73,6 +74,7 @@ class Kept:
 
     original: torch.Tensor | None = None
     rounding: torch.Tensor | None = None
+    likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
     baseline_log_probs: dict[Any, torch.Tensor] = field(default_factory=dict)
     paths: dict[Any, ImagePath | PixelPath] = field(default_factory=dict)
     gradients: str | None = None
@@ -367,6 +369,7 @@ class Replay:
             if (largest := self._forcing.largest_logit) is not None:
                 rounder = max(self._forcing.epsilon, epsilon_of(self.trace.model.get("torch_dtype")))
                 self.kept.rounding = rounding_of(original, float(largest), rounder)
+            self.kept.likeliest = self._forcing.likeliest
             self.kept.original = original
         return self.kept.original.clone()
 
@@ -386,6 +389,15 @@ class Replay:
         """Most that ``original_log_probs`` may differ by rounding, ``(step,)`` nats; see ``rounding_of``."""
         original = self.original_log_probs
         return torch.zeros_like(original) if self.kept.rounding is None else self.kept.rounding.clone()
+
+    @property
+    def likeliest(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the model would rather have said in the place of each token, the answer before it given, on the whole
+        image: token ids ``(step,)`` int64 and their log P ``(step,)`` float32, on the CPU."""
+        _ = self.original_log_probs
+        assert self.kept.likeliest is not None
+        ids, log_probs = (part.cpu() for part in self.kept.likeliest)
+        return ids.clone(), log_probs.clone()
 
     @property
     def llr(self) -> torch.Tensor:

@@ -77,11 +77,14 @@ class TeacherForcing:
     Attributes:
         largest_logit: max |logit| over steps and vocabulary, float32, in the last pass over one image and all steps;
             ``None`` before there was one.
+        likeliest: of that pass, the likeliest token's id in the place of each token of the answer, and its log P,
+            ``(step,)`` each, where the logits are.
         separate: names of ``separate_inputs``.
         epsilon: ε of the number format of that pass: of its logits or of the weights, whichever is the rounder.
     """
 
     largest_logit: torch.Tensor | None = None
+    likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
     epsilon: float = 0.0
 
     def __init__(
@@ -199,6 +202,8 @@ class TeacherForcing:
             )
         if shortcut is None and batch == 1:
             self.largest_logit, self.epsilon = logits.detach().abs().amax().float(), epsilon
+            top = logits.detach()[0].max(-1)
+            self.likeliest = top.indices, (top.values - logits.detach()[0].logsumexp(-1)).float()
         targets = self._targets.to(logits.device)[index_on(logits.device, tuple(steps))]
         picked = logits.gather(-1, targets[None, :, None].expand(batch, -1, 1)).squeeze(-1)
         return picked - logits.logsumexp(dim=-1)

@@ -136,6 +136,14 @@ class TraceFields:
             about="`generation`, or `teacher_forced` when the answer went through the model again",
         ),
     ] = "generation"
+    top_log_probs: Annotated[
+        np.ndarray | None,
+        Array("output/top_log_probs", "f4", "T", optional=True, about="log P of the token that is likeliest there"),
+    ] = None
+    top_tokens: Annotated[
+        list[str] | None,
+        Json("output/top_pieces", "list of texts", "T", optional=True, about="its display text, at each step"),
+    ] = None
     baseline_log_probs: Annotated[
         np.ndarray | None,
         Array("output/baseline_log_probs", "f4", "T", optional=True, about="`log P(a_t)` with the baseline images"),

@@ -78,9 +78,11 @@ def write(capture: Capture, directory: str | os.PathLike[str], *, fsync: bool = 
             written = SealedFile(path, file, file.id.get_filesize())
             for index in range(validate(written)):
                 header = validate_row(written, index)
+                base = row_key(index)
                 for field in FIELDS.values():
-                    if isinstance(field, Json) and field.count:
-                        field.read(written, row_key(index), header.sizes)
+                    counted = isinstance(field, Json) and field.count
+                    if counted and not (field.optional and not written.has(f"{base}/{field.key}")):
+                        field.read(written, base, header.sizes)
     except (TypeError, ValueError, RecursionError) as error:
         raise TraceError(f"{path}: the capture cannot be stored ({error}); fix the recorded value") from error
     return path

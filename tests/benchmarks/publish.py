@@ -286,6 +286,87 @@ def ray_more(found: Found) -> list[str]:
     ]
 
 
+METER_MEASURES = {
+    "surprise of the worst word": "the most surprising word",
+    "share of words not from the image": "the share of words from the image",
+    "joint drop (before)": "the drop of the joint probability, as before",
+    "joint log P": "the joint log-probability",
+}
+_METER_KINDS = {
+    "contradicted": ("one word contradicts the image", "surprise of the worst word", 0.98),
+    "swapped": ("right answers for other images", "surprise of the worst word", 0.98),
+    "unseen": ("given to an image of one colour", "share of words not from the image", 0.98),
+}
+
+
+def meter(found: Found) -> list[Goal]:
+    return [
+        Goal(
+            f"{what}: area under the ROC curve of {METER_MEASURES[measure]}, 1 to 8 sentences mixed",
+            at(found, "areas", kind, "mixed", measure),
+            bound,
+            "{:.3f}".format,
+            at_least=True,
+        )
+        for kind, (what, measure, bound) in _METER_KINDS.items()
+    ]
+
+
+def meter_more(found: Found) -> list[str]:
+    if not found:
+        return []
+    lengths = [str(length) for length in found["lengths"]]
+    words = ", ".join(f"{count:.0f}" for count in found["words_per_answer"].values())
+    lines = [
+        f"{found['images']} images of the split `eval`, plain and hard; answers of {', '.join(lengths)} sentences, "
+        f"which are {words} words on average. Area under the ROC curve against the model's own greedy answers; 0.5 is "
+        "chance. Greedy words have no surprise by definition: that nothing else has as little is what the area says; "
+        "words drawn at temperature 1, below, are the harder case. The model is sure of what it says, so that here the "
+        "joint log-probability tells contradictions as well; in less certain answers it grows with length.",
+        "",
+        f"| answers | judged by | sentences: {' | '.join(lengths)} | mixed |",
+        "|---|---" + "|---" * (len(lengths) + 1) + "|",
+    ]
+    for kind, (what, _, _) in _METER_KINDS.items():
+        for measure, name in METER_MEASURES.items():
+            cells = [at(found, "areas", kind, length, measure) for length in (*lengths, "mixed")]
+            lines.append(f"| {what} | {name} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+    lines += [
+        "",
+        f"Classes of words, at the thresholds ({found['threshold']:g} nats, LLR 1):",
+        "",
+        "| words | number | not from this model | from habit | from the image |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {kind} | {line['words']:,} "
+        f"| {percent(line['unlikely'])} | {percent(line['habit'])} | {percent(line['image'])} |"
+        for kind, line in found["words"].items()
+    ]
+    lines += [
+        "",
+        "Classes of answers, and the share of them that the drop of the joint probability called from the image:",
+        "",
+        "| answers | sentences | not from this model | from habit | from the image | joint drop above 70 % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, of_length in found["answers"].items():
+        for length in (lengths[0], lengths[-1]):
+            line = of_length[length]
+            shares = (percent(line[name]) for name in ("unlikely", "habit", "image", "joint drop above 70 %"))
+            lines.append(f"| {kind} | {length} | {' | '.join(shares)} |")
+    lines += [
+        "",
+        "The threshold on surprise, looked for on images of the split `tune`: words above it.",
+        "",
+        f"| nats | {' | '.join(found['tuned'])} |",
+        "|---" * (1 + len(found["tuned"])) + "|",
+    ]
+    for kind in ("planted", "own"):
+        lines.append(f"| {kind} | {' | '.join(percent(line[kind]) for line in found['tuned'].values())} |")
+    return lines
+
+
 GPU_MODELS = ("LLaVA-1.5-7B", "LLaVA-OneVision-7B", "Qwen2.5-VL-7B")
 GPU_PAPER = {
     "igos++ (paper)": ("iGOS++", 31, 7.0),
@@ -359,6 +440,13 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "Store", "store.json", "python tests/benchmarks/bench_store.py",
         "What a directory of many traces costs.", store, store_more,
+    ),
+    Section(
+        "Meter", "meter.json", "python tests/benchmarks/bench_meter.py",
+        "Whether `lvlm-probe meter` finds answers that contradict their image, and answers that were given without "
+        "looking, whatever their length; `lvlm-probe study contradictions` gives the first figure for a model and data "
+        "of one's own.",
+        meter, meter_more,
     ),
     Section(
         "GPU", "gpu.json", "python tests/benchmarks/bench_gpu.py",

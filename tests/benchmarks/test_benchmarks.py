@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_engine
 import bench_gpu
+import bench_meter
 import bench_recording
 import bench_store
 import publish
@@ -184,6 +186,43 @@ def test_without_results_nothing_is_measured(tmp_path: Path) -> None:
     assert "0 goals met, 0 missed, " in text
     assert "met |" not in text
     assert "**missed**" not in text
+
+
+def sentence(surprise: float, llr: float, visual: str = "red") -> bench_meter.Sentence:
+    """ "The star is red.", of which one word has these numbers."""
+    pieces, red = [" The", " star", " is", " red", "."], np.array([0.0, 0.0, 0.0, 1.0, 0.0])
+    return bench_meter.Sentence(pieces, [False] * 5, -surprise * red, llr * red, 0 * red, frozenset([visual]))
+
+
+def test_the_meter_is_judged_against_the_joint_drop(tmp_path: Path) -> None:
+    """Planted words that the image speaks for a little, in answers that are longer than others: what a sum hides."""
+    kinds = {"own": sentence(0, 5), "contradicted": sentence(6, 4), "swapped": sentence(6, 4), "unseen": sentence(0, 0)}
+    found = [{kind: [one] * 8 for kind, one in kinds.items()} | {"drawn": [sentence(1, 5)]} for _ in range(3)]
+    told = bench_meter.figures(found, np.random.default_rng(0))
+    for kind, measure in (
+        ("contradicted", "surprise of the worst word"),
+        ("unseen", "share of words not from the image"),
+    ):
+        assert set(told["areas"][kind]) == {"1", "2", "4", "8", "mixed"}
+        assert all(line[measure] == 1.0 for line in told["areas"][kind].values())
+    # 4, 9, 19 and 39 nats against 5, 10, 20 and 40: one contradicted sentence in eight is still above any four.
+    assert told["areas"]["contradicted"]["mixed"]["joint drop (before)"] == pytest.approx(10 / 16)
+    assert told["answers"]["contradicted"]["8"] == {
+        "unlikely": 1.0, "habit": 0.0, "image": 0.0, "unknown": 0.0, "joint drop above 70 %": 1.0,
+    }  # fmt: skip
+    assert told["words"]["planted words"]["unlikely"] == told["words"]["own other words"]["habit"] == 1.0
+    assert told["words_per_answer"] == {"1": 4.0, "2": 8.0, "4": 16.0, "8": 32.0}
+    tuned = bench_meter.threshold_curve(found)
+    assert (tuned["3"], tuned["6"]["planted"]) == ({"planted": 1.0, "own": 0.0}, 0.0)
+    put(tmp_path, "meter.json", **told, tuned=tuned)
+    text = publish.page(tmp_path)
+    assert (
+        "| one word contradicts the image | the most surprising word | 1.000 | 1.000 | 1.000 | 1.000 | 1.000 |" in text
+    )
+    assert (
+        "| contradicted | 8 | 100.0 % | 0.0 % | 0.0 % | 100.0 % |" in text
+        and "1 to 8 sentences mixed | ≥ 0.980" in text
+    )
 
 
 def test_goals_met_and_missed_are_said_plainly(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_imported_rows_are_told_safely(demo: Any, tmp_path: Path) -> None:
     name.write_text("\n".join([*map(json.dumps, rows), "\x1b[2J"]))
     with mock.patch.object(cli.import_, "load_model", return_value=demo):
         result = run("import", name, "--model", "demo", "--out", tmp_path / "out")
-    assert result.code == 0, result.err
+    assert result.code == 1, result.err
     assert "3 rejected" in clean(result)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import lvlm_probe as probe
 from lvlm_probe.errors import ImageError, ProbeError, StudyError
-from lvlm_probe.importing import REJECTED, import_answers, rows
+from lvlm_probe.importing import REJECTED, import_answers, row_files, rows
 from lvlm_probe.importing.meter import Reading, Unread, measure
 from lvlm_probe.importing.rows import AnswerRow, BadRow, count_rows, read_rows
 from lvlm_probe.trace import open_store
@@ -71,7 +71,7 @@ LINES: dict[str, tuple[str | bytes, str]] = {
     ),
     "a pipe": (row(image="fifo.png"), "missing"),
     "a directory": (row(image="."), "missing"),
-    "a URL": (row(image="http://example.com/x.png"), "missing"),
+    "a URL": (row(image="http://example.com/x.png"), "lies on the network"),
     "/etc/passwd": (row(image="/etc/passwd"), "lies outside of"),
     "a relative way out": (row(image="../" * 20 + "etc/passwd"), "lies outside of"),
     "a private picture": (row(image="PRIVATE"), "lies outside of"),
@@ -139,7 +139,7 @@ def test_marks_at_the_beginning_of_a_file(demo: Any, place: Path, tmp_path: Path
 
 
 def test_a_line_that_is_too_long_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "LONGEST_LINE", 1000)
+    monkeypatch.setattr(row_files, "LONGEST_LINE", 1000)
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join([GOOD, row(x="a" * 5000), GOOD]))
     first, second, third = (found for _, found in read_rows(file))

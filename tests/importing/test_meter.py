@@ -17,66 +17,135 @@ from PIL import Image
 
 import lvlm_probe as probe
 from lvlm_probe.errors import ExplainError, ReportError, StudyError
+from lvlm_probe.importing.forced_recorder import forced
 from lvlm_probe.importing.meter import (
     COLUMNS,
     Reading,
     Unread,
-    band_of,
+    columns_of,
     measure,
     ranked,
     read_answer,
+    worst_words,
     write_csv,
 )
+from lvlm_probe.importing.rows import AnswerRow
 from lvlm_probe.pages.prior import write_page
-from lvlm_probe.study.run.unit_work import drops
+from lvlm_probe.recording.recorder import RecordOptions
+from lvlm_probe.trace import write
 
 PIECES = ["A", " yel", "low", " cat", ".", "</s>"]
 SPECIAL = [False] * 5 + [True]
-LOG_P = [-0.1, -0.2, -0.1, -0.4, 0.0, -2.0]
+LOG_P = [-0.1, -0.2, -0.1, -4.4, 0.0, -2.0]
+TOP = [-0.1, -0.17, -0.05, -0.5, 0.0, -0.1]
+TOKENS = ["A", " yel", "low", " dog", ".", " or"]
 LLR = [0.0, 0.5, 0.6, 2.0, -0.1, 50.0]
+NO = [0.0] * 6
 
 
 def reading(llr: list[float] = LLR, **facts: Any) -> Reading:
     known = {"source": "a.jsonl, line 1", "id": None, "question": "What is it?"}
+    known |= {"top_log_probs": LOG_P, "top_tokens": PIECES}
     return read_answer(PIECES, SPECIAL, LOG_P, llr, **{**known, **facts})
 
 
+def surprised(llr: list[float] = LLR, **facts: Any) -> Reading:
+    return reading(llr, **{"top_log_probs": TOP, "top_tokens": TOKENS, **facts})
+
+
 def test_numbers_by_hand() -> None:
-    found = reading()
+    found = surprised()
     assert found.answer == "A yellow cat."
     assert [word.text for word in found.words] == ["A", "yellow", "cat", "."]
-    assert found.llr == pytest.approx((0.0, 1.1, 2.0, -0.1))
-    assert found.counts == (True, True, True, False)
-    assert found.share == pytest.approx(2 / 3)  # yellow by its two tokens together; the full stop does not count
-    assert found.mean_llr == pytest.approx(3.1 / 3)
-    assert found.log_prob == pytest.approx(-0.8)  # without the end of the answer
-    assert found.baseline_log_prob == pytest.approx(-0.8 - 3.0)
-    assert found.drop == pytest.approx(1 - math.exp(-3.8) / math.exp(-0.8))
-    with_picture, without = math.exp(-0.8 / 5), math.exp(-3.8 / 5)
-    assert found.drop_normalised == pytest.approx(1 - without / with_picture)
-    assert (found.band, found.seen) == ("picture", ("yellow", "cat"))
-    assert reading(alpha=1.5).seen == ("cat",)
-    assert reading(alpha=1.5).share == pytest.approx(1 / 3)
+    assert [word.llr for word in found.words] == pytest.approx([0.0, 1.1, 2.0, -0.1])  # yellow by its tokens together
+    assert [word.surprise for word in found.words] == pytest.approx([0.0, 0.05, 3.9, 0.0])  # and the worst of them
+    assert [word.origin for word in found.words] == ["habit", "image", "unlikely", None]  # the full stop does not count
+    assert (found.figures.image, found.figures.habit, found.figures.unlikely) == pytest.approx((1 / 3,) * 3)
+    assert found.figures.mean_llr == pytest.approx(3.1 / 3) and found.figures.words == 3
+    assert found.figures.worst is found.words[2] and found.words[2].instead == "dog"
+    assert found.mean_log_prob == pytest.approx(-4.8 / 5)  # without the end of the answer
+    assert found.origin == "unlikely" and not found.bound
+    assert [word.origin for word in surprised(threshold=4.0).words][:3] == ["habit", "image", "image"]
+    assert [word.text for word in reading(alpha=1.5).from_("image")] == ["cat"]
 
 
-def test_edges() -> None:
-    assert [band_of(drop) for drop in (-3.0, 0.29, 0.3, 0.7, 0.71, math.nan)] == [
-        "habit", "habit", "mixed", "mixed", "picture", "unknown",
-    ]  # fmt: skip
-    against = reading([-400.0] * 6)
-    assert against.drop == -math.inf and against.band == "habit"
-    unknown = reading([math.nan] * 6)
-    assert math.isnan(unknown.drop) and unknown.band == "unknown"
+def test_the_class_of_an_answer() -> None:
+    assert reading().origin == "image"
+    assert reading(NO).origin == "habit"
+    assert reading([-400.0] * 6).origin == "habit"
+    assert reading([math.nan] * 6).origin == "unknown" and math.isnan(reading([math.nan] * 6).figures.image)
+    assert surprised(NO).origin == "unlikely", "a word that this model would not have said is one, whatever its LLR"
+    without = reading(top_log_probs=None, top_tokens=None)
+    assert without.bound and without.figures.worst is not None
+    assert without.figures.worst.surprise == pytest.approx(4.4), "no more is known of it than that P is at most 1"
     signs = read_answer(["?", "!"], [False, False], [0, 0], [2, 2], source="s", id=None, question="q")
-    assert math.isnan(signs.share) and signs.drop == pytest.approx(1 - math.exp(-4))
+    assert signs.origin == "unknown" and signs.figures.words == 0
     with pytest.raises(ExplainError, match="no tokens besides special ones"):
         read_answer(["</s>"], [True], [0], [0], source="s", id=None, question="q")
 
 
-def test_ranks() -> None:
-    totals = [9.0, -5.0, math.nan, 40.0, 80.0, 0.1]  # 40 and 80: both drops round to 1
-    readings = [reading([total, 0, 0, 0, 0, 0], source=str(total)) for total in totals]
-    assert [one.source for one in ranked(readings)] == ["-5.0", "0.1", "9.0", "40.0", "80.0", "nan"]
+@pytest.mark.quick
+@pytest.mark.parametrize("each", [0.013, 0.3, 0.99, 1.01, 3.0])
+@pytest.mark.parametrize("behind", [0.0, 2.9, 3.1])
+def test_an_answer_that_is_said_again_and_again_is_of_the_same_class(each: float, behind: float) -> None:
+    """What a joint probability cannot do: ten tokens, each e^0.013 likelier, kept 88 % of it, three hundred 2 %."""
+
+    def of(words: int) -> Reading:
+        pieces = [f" word{number}" for number in range(words)]
+        numbers = {"top_log_probs": [behind - 4.0] * words, "top_tokens": pieces, "id": None, "question": "q"}
+        return read_answer(pieces, [False] * words, [-4.0] * words, [each] * words, source="s", **numbers)
+
+    short, long = of(10), of(300)
+    assert short.origin == long.origin == ("unlikely" if behind > 3 else "image" if each > 1 else "habit")
+    for name in ("image", "habit", "unlikely", "mean_llr"):
+        assert getattr(short.figures, name) == pytest.approx(getattr(long.figures, name))
+
+
+def test_sentence_by_sentence() -> None:
+    text = "It is 3.5 m tall. “A dog!” The cat 。猫\nRed one"
+    pieces = [
+        "It",
+        " is",
+        " 3.5",
+        " m",
+        " tall",
+        ".",
+        " “A",
+        " dog",
+        "!”",
+        " The",
+        " cat",
+        " 。",
+        "猫",
+        "\n",
+        "Red",
+        " one",
+    ]
+    assert "".join(pieces) == text
+    top, llr = np.zeros(16), np.zeros(16)
+    top[7] = 9.0
+    llr[[10, 12, 14]] = 5.0
+    told = {"top_log_probs": top, "top_tokens": ["x"] * 16, "source": "s", "id": None, "question": "q"}
+    found = read_answer(pieces, [False] * 16, [0.0] * 16, llr, **told)
+    assert [sentence.words for sentence in found.sentences] == [5, 2, 2, 1, 2]
+    assert [sentence.origin for sentence in found.sentences] == ["habit", "unlikely", "image", "image", "image"]
+    assert columns_of(found)["sentences_unlikely"] == 1 and columns_of(found)["sentences_from_habit"] == 1
+
+
+def test_the_worst_come_first() -> None:
+    readings = [
+        reading(source="image"),
+        reading(NO, source="habit"),
+        surprised(source="worse", top_log_probs=[*TOP[:2], 0.0, 7.0, *TOP[4:]]),
+        reading([math.nan] * 6, source="unknown"),
+        surprised(source="bad"),
+        reading([-9.0] * 6, source="against"),
+    ]
+    assert [one.source for one in ranked(readings)] == ["worse", "bad", "against", "habit", "image", "unknown"]
+    found = worst_words(readings)
+    assert [(word.text, one.source) for word, one in found] == [("cat", "worse"), ("cat", "bad")]
+    both = surprised(top_log_probs=[8.0, *TOP[1:]])
+    assert [word.text for word in both.from_("unlikely")] == ["A", "cat"], "the most surprising first"
 
 
 # ------------------------------------------------------------------------------------------------------- on the model
@@ -133,8 +202,10 @@ def test_a_file_costs_one_extra_pass_per_answer(demo: Any, asked: Path) -> None:
         assert one.elsewhere and one.answer == trace.answer and one.picture is not None
         replay = probe.replay(trace, model, processor).over("blur")
         ratios = (torch.tensor(trace.log_probs) - replay.baseline_log_probs)[~replay.special]
-        assert one.drop == pytest.approx(1 - math.exp(-float(ratios.sum())), abs=1e-4)
-    assert isinstance(second, Reading) and second.band == "picture" and len(second.seen) == 1
+        counted = [word for word in one.words if word.origin is not None]
+        assert sum(word.llr for word in one.words) == pytest.approx(float(ratios.sum()), abs=1e-3)
+        assert max(word.surprise for word in counted) == pytest.approx(0.0, abs=1e-4), "the model's own greedy answer"
+    assert isinstance(second, Reading) and second.origin == "image" and len(second.from_("image")) == 1
 
 
 def test_traces_cost_what_they_lack(demo: Any, asked: Path) -> None:
@@ -148,14 +219,59 @@ def test_traces_cost_what_they_lack(demo: Any, asked: Path) -> None:
     assert isinstance(first, Reading) and isinstance(second, Reading)
     assert not first.elsewhere
     trace = probe.open_store(asked / "traces")[0]
-    known = drops(trace)
-    for name in ("log_prob", "baseline_log_prob", "drop", "drop_normalised"):
-        assert getattr(first, name) == pytest.approx(known[name], rel=1e-9)
+    assert sum(word.llr for word in first.words) == pytest.approx(float(trace.llr[~trace.special].sum()), abs=1e-5)
+    assert first.mean_log_prob == pytest.approx(float(trace.log_probs[~trace.special].mean()))
+    assert not first.bound and not second.bound, "what the model would rather have said is in the trace"
     with Passes(model) as passes:
         (again,) = measure(asked / "traces", model, processor, baseline="blank", limit=1)
     assert passes.count == 1
     assert isinstance(again, Reading) and again.baseline == "blank" and first.baseline.startswith("blur")
-    assert again.baseline_log_prob != pytest.approx(first.baseline_log_prob, abs=1e-3)
+    assert again.figures.mean_llr != pytest.approx(first.figures.mean_llr, abs=1e-3)
+
+
+def test_a_trace_without_what_the_model_would_rather_have_said(demo: Any, asked: Path, tmp_path: Path) -> None:
+    model, processor = demo
+    trace = probe.open_store(asked / "traces")[0]
+    with probe.attach(model, processor) as p:
+        row = AnswerRow(1, {}, (), trace.question, None, None, tuple(map(int, trace.token_ids)), None)
+        capture = forced(p, row, list(trace.images), RecordOptions(attention=False, boxes=False))
+        capture.model = p.attachment.describe_model()
+    wanted = capture.rows[0].top_log_probs.copy()
+    capture.rows[0].top_log_probs = capture.rows[0].top_tokens = None
+    capture.rows[0].log_probs = capture.rows[0].log_probs - 1.0
+    write(capture, tmp_path)
+    (without,) = measure(tmp_path)
+    with Passes(model) as passes:
+        (found,) = measure(tmp_path, model, processor)
+    assert passes.count == 1
+    assert isinstance(without, Reading) and isinstance(found, Reading)
+    assert without.bound and not found.bound
+    exact = np.maximum(wanted - capture.rows[0].log_probs, 0)
+    for one, other in zip(found.words, without.words, strict=True):
+        assert one.surprise == pytest.approx(float(exact[one.start : one.stop].max()), abs=1e-4)
+        assert one.surprise <= other.surprise + 1e-4, "a bound"
+
+
+def test_contradictions_and_the_words_that_the_model_would_rather_have_said(demo: Any, tmp_path: Path) -> None:
+    """Answers with one word exchanged, and right ones on another's image: the old drop called most of them seen."""
+    model, processor = demo
+    rows, planted, truth = [], {}, {}
+    for number, scene in enumerate(probe.demo.scenes(8, kinds=["colour"], seed=7)):
+        truth[number] = scene.visual_words[0]
+        scene.image.save(tmp_path / f"{number}.png")
+        (start, stop), said = scene.visual_spans[0], scene.answer
+        if number % 2:
+            planted[number] = "purple" if scene.visual_words[0] != "purple" else "green"
+            said = said[:start] + planted[number] + said[stop:]
+        rows.append({"image": f"{number}.png", "question": scene.question, "answer": said})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = list(measure(tmp_path / "a.jsonl", model, processor))
+    for number, one in enumerate(found):
+        assert isinstance(one, Reading)
+        assert [word.text for word in one.from_("unlikely")] == [planted[number] for _ in range(number % 2)]
+        assert one.origin == ("unlikely" if number % 2 else "image")
+        for word in one.from_("unlikely"):
+            assert word.instead and truth[number].startswith(word.instead), "or the first piece of it"
 
 
 def test_imported_answers_are_said_to_be(demo: Any, asked: Path, tmp_path: Path) -> None:
@@ -173,16 +289,26 @@ def test_answers_need_a_model(asked: Path) -> None:
 
 
 def test_csv(tmp_path: Path) -> None:
-    readings = [reading(question='He said "no",\nagain', id="7"), reading([math.nan] * 6)]
+    readings = [
+        surprised(question='He said "no",\nagain', id="7"),
+        reading([math.nan] * 6),
+        reading([-4e9] * 6),
+        read_answer(["=1", " =2"], [False] * 2, [-9, -8.0], [0, 0], source="s", id="=3", question="@x"),
+    ]
     path = write_csv(readings, tmp_path / "new" / "a.csv", unread=[Unread("line 3", "no picture")])
     with path.open(encoding="utf-8", newline="") as file:
-        first, second, third = csv.DictReader(file)
+        first, second, against, formula, last = csv.DictReader(file)
     assert tuple(first) == COLUMNS
     assert (first["rank"], first["id"], first["question"]) == ("1", "7", 'He said "no",\nagain')
-    assert float(first["drop"]) == pytest.approx(readings[0].drop, rel=1e-5)
-    assert (first["words"], first["words_from_picture"], first["band"]) == ("3", "yellow; cat", "picture")
-    assert second["band"] == "unknown" and second["drop"] == "nan"
-    assert (third["source"], third["reason"], third["rank"]) == ("line 3", "no picture", "")
+    assert float(first["surprise"]) == pytest.approx(3.9) and float(first["mean_llr"]) == pytest.approx(
+        3.1 / 3, rel=1e-4
+    )
+    assert (first["words"], first["worst_word"], first["instead"], first["origin"]) == ("3", "cat", "dog", "unlikely")
+    assert (first["unlikely_words"], first["words_from_image"]) == ("cat", "yellow")
+    assert second["origin"] == "unknown" and second["image_share"] == "nan"
+    assert float(against["mean_llr"]) > -1e11, "a mean, not an exponential of a sum"
+    assert formula["unlikely_words"].startswith("'=1") and formula["worst_word"].startswith("'=")
+    assert (last["source"], last["reason"], last["rank"]) == ("line 3", "no picture", "")
     with pytest.raises(StudyError, match="cannot be written"):
         write_csv(readings, tmp_path / "new" / "a.csv" / "b.csv")
 
@@ -198,7 +324,7 @@ def test_page(tmp_path: Path) -> None:
     readings = [
         reading(question=evil, picture=picture),
         reading([0.0] * 6, picture=picture.copy(), elsewhere=True, baseline="blur 0.15"),
-        reading([-400.0] * 6),
+        surprised(top_tokens=[evil] * 6, top_log_probs=[*TOP[:3], math.inf, *TOP[4:]]),
     ]
     path = write_page(readings, tmp_path / "page.html", unread=[Unread("line 9", f"/home/ada/x/y.png {evil}")])
     text = path.read_text()
@@ -206,10 +332,12 @@ def test_page(tmp_path: Path) -> None:
     data = data_of(path)
     assert [row["question"] for row in data["rows"]] == [evil, "What is it?", "What is it?"]
     assert [row["picture"] for row in data["rows"]] == [0, 0, None] and len(data["pictures"]) == 1
-    assert [row["band"] for row in data["rows"]] == ["picture", "habit", "habit"]
-    assert data["rows"][2]["drop"] is None and data["rows"][2]["total"] == pytest.approx(-2000)
-    assert "".join(before + word for before, word, _ in data["rows"][0]["words"]) == "A yellow cat."
-    assert "<b>66.7 %</b>, 30 to 70 %" in text and "1 of the answers were not generated here" in text
+    assert [row["origin"] for row in data["rows"]] == ["image", "habit", "unlikely"]
+    assert data["rows"][2]["counts"] == [3, 1, 1, 1] and data["rows"][2]["words"][2][3:] == ["beyond all numbers", evil]
+    assert data["worst"] == [["cat", evil, None, 2]]
+    assert "".join(before + word for before, word, *_ in data["rows"][0]["words"]) == "A yellow cat."
+    assert "<b>33.3 %</b> hold words that this model would not have said" in text
+    assert "1 of the answers were not generated here" in text
     with pytest.raises(ReportError, match="exists"):
         write_page(readings, path)
 
@@ -230,7 +358,8 @@ def test_thousands_of_answers_are_one_small_file(tmp_path: Path) -> None:
 
 def test_the_command(asked: Path, tmp_path: Path) -> None:
     page = tmp_path / "meter.html"
-    result = succeed("meter", asked / "answers.jsonl", "--model", "demo", "--out", page)
+    result = run("meter", asked / "answers.jsonl", "--model", "demo", "--out", page)
+    assert result.code == 1 and "1 of 3 rows are refused, more than a tenth" in result.err
     assert "2 answers:" in result.out and "line 3: the picture none.png is missing" in result.err
     with page.with_suffix(".csv").open(encoding="utf-8") as file:
         assert [row["rank"] for row in csv.DictReader(file)] == ["1", "2", ""]
@@ -239,8 +368,26 @@ def test_the_command(asked: Path, tmp_path: Path) -> None:
     assert again.code == 2 and "exists" in again.err
     found = succeed("meter", asked / "traces", "--out", page, "--overwrite", "--json").json
     assert [entry["source"] for entry in found["not_measured"]] == [probe.open_store(asked / "traces").files[1].name]
-    assert found["answers"][0]["band"] == "picture"
+    assert found["answers"][0]["origin"] == "image" and found["worst_words"] == found["failed"] == []
     assert "Example:" in succeed("meter", "--help").out
+
+
+def test_the_command_fails_where_it_is_told_to(asked: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (asked / "answers.jsonl").read_text().splitlines()]
+    planted = {**rows[1], "token_ids": None, "answer": "I count five purple stars."}
+    (asked / "planted.jsonl").write_text("\n".join(map(json.dumps, [rows[1], planted, rows[2]])))
+    asking = ("meter", asked / "planted.jsonl", "--model", "demo", "--out", tmp_path / "m.html", "--overwrite")
+    assert run(*asking, "--fail-on", "habit", "--fail-on", "unlikely=34%").code == 0
+    result = run(*asking, "--fail-on", "unlikely=33%", "--fail-on", "unread")
+    assert result.code == 1 and (tmp_path / "m.csv").is_file()
+    assert "1 of 3 answers (33.3 %) hold words that this model would not have said" in result.err
+    assert "1 of 3 answers (33.3 %) could not be measured" in result.err
+    assert "nats  'five'" in result.out or "nats  'I'" in result.out
+    far = run(*asking, "--fail-on", "unlikely", "--threshold", "1e3", "--json")
+    assert far.code == 0 and far.json["counts"]["unlikely"] == 0
+    for wrong in ("picture", "habit=0.2", "unlikely=5%%"):
+        refused = run(*asking, "--fail-on", wrong)
+        assert refused.code == 2 and "habit=20%" in refused.err
 
 
 @pytest.mark.quick
@@ -248,7 +395,7 @@ def test_the_command_refuses_in_a_sentence(asked: Path, tmp_path: Path) -> None:
     result = run("meter", tmp_path / "none")
     assert result.code == 2 and "there is no" in result.err
     result = run("meter", asked / "answers.jsonl", "--out", tmp_path / "m.html")
-    assert result.code == 2 and "give the model" in result.err
+    assert result.code == 2 and "add --model DIR_OR_ID" in result.err
     (tmp_path / "bad.jsonl").write_text("{\n")
     result = run("meter", tmp_path / "bad.jsonl", "--model", "demo", "--out", tmp_path / "m.html")
     assert result.code == 2 and "none of the 1 answers" in result.err

@@ -12,7 +12,7 @@ from PIL import Image
 pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 
 from browser import CHROMIUM, DRIVER
-from test_meter import reading
+from test_meter import TOP, reading, surprised
 
 from lvlm_probe.importing.meter import Reading, ranked
 from lvlm_probe.pages.prior import write_page
@@ -77,7 +77,7 @@ def test_sort_filter_and_search(page: Path, answers: list[Reading], show: Any) -
     )
     assert shown(browser)[:3] == ["Question 0?", "Question 1?", "Question 2?"]  # 2 before 10
     browser.execute_script("document.querySelector('#bands button:nth-child(2)').click()")
-    habit = [one.question for one in answers if one.band == "habit"]
+    habit = [one.question for one in answers if one.origin == "habit"]
     assert browser.execute_script("return document.getElementById('count').textContent") == (
         f"{len(habit)} of 3000 answers"
     )
@@ -88,6 +88,28 @@ def test_sort_filter_and_search(page: Path, answers: list[Reading], show: Any) -
     )
     wait_for(browser, "document.querySelectorAll('#answers li').length === 1")
     assert shown(browser) == ["Question 1234?"]
+
+
+def test_a_worst_word_leads_to_its_answer(show: Any, tmp_path: Path) -> None:
+    answers = ranked(
+        [
+            surprised(source=f"line {n}", question=f"Q{n}?", top_log_probs=[*TOP[:3], n / 10, *TOP[4:]])
+            for n in range(30)
+        ]
+    )
+    browser = show(write_page(answers, tmp_path / "meter.html"))
+    words = "return [...document.querySelectorAll('#worst button')].map((one) => one.textContent)"
+    shown_words = browser.execute_script(words)
+    assert len(shown_words) == 12 and shown_words[0] == "cat 7.3 nats behind “dog”"
+    assert "“cat” 7.3 nats behind “dog”" in browser.execute_script(
+        "return document.querySelector('#answers .drop').textContent"
+    )
+    browser.execute_script("document.querySelector('#worst li:nth-child(2) button').click()")
+    assert shown(browser) == ["Q28?"]
+    wavy = "return getComputedStyle(document.querySelector('#answers .unlikely')).textDecorationStyle"
+    assert browser.execute_script(wavy) == "wavy"
+    widths = "return [...document.querySelectorAll('#answers .meter rect')].map((one) => +one.getAttribute('width'))"
+    assert browser.execute_script(widths) == pytest.approx([100, 100 / 3, 100 / 3, 100 / 3])
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -44,12 +44,16 @@ def _recorded(name, directory, **settings):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_log_probs_come_from_the_logits_of_the_call_itself(name, tmp_path):
-    _, _, plain, _, trace = _recorded(name, tmp_path)
+    built, _, plain, _, trace = _recorded(name, tmp_path)
     assert list(trace.token_ids) == plain.sequences[0, -4:].tolist()
     scores = torch.cat(list(plain.logits)).log_softmax(-1)
     truth = scores.gather(-1, plain.sequences[0, -4:, None])[:, 0]
     assert torch.allclose(torch.as_tensor(trace.log_probs.copy()), truth, atol=1e-5)
     assert trace.log_probs_source == "generation"
+    assert torch.allclose(torch.as_tensor(trace.top_log_probs.copy()), scores.max(-1).values, atol=1e-5)
+    ids, log_probs = probe.replay(trace, built.model, built.processor).likeliest
+    assert torch.allclose(log_probs, scores.max(-1).values, atol=1e-4) and ids.shape == (4,)
+    assert len(trace.top_tokens) == 4
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -148,7 +152,7 @@ def test_an_answer_returned_alone_is_told_from_an_edited_prompt():
 
     found = answer_in(answer, start, [watched()], alone=True)
     assert found is not None and found[0].tolist() == [[1, 2]]
-    assert found[1] is not None and torch.allclose(found[1], torch.full((1, 2), -torch.tensor(4.0).log()))
+    assert found[1] is not None and torch.allclose(found[1].log_probs, torch.full((1, 2), -torch.tensor(4.0).log()))
     assert answer_in(torch.tensor([[5, 7, 1, 2]]), start, [watched()], alone=True) is None
     assert answer_in(answer, start, [watched()], alone=False) is None
     continued = answer_in(torch.cat([start, answer], 1), start, [watched()], alone=False)

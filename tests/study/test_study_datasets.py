@@ -234,6 +234,58 @@ def test_hallusion_bench(tmp_path: Path) -> None:
     assert all(sample.image.size == (12, 8) for sample in found)
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_pope(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "val2014").mkdir()
+    picture().save(tmp_path / "val2014" / "COCO_val2014_000000310196.jpg")
+    for kind, label in (("random", "no"), ("adversarial", "yes")):
+        row = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a cat?", "label": label}
+        lines = [json.dumps({**row, "question_id": number}) for number in (1, 2)]
+        (tmp_path / f"coco_pope_{kind}.{ending}").write_text("\n".join(lines) + "\n")
+    (tmp_path / "instances_val2014.json").write_text("{}")  # what else lies beside COCO's images
+    found = list(open_dataset("pope", str(tmp_path)))
+    assert [(sample.id, sample.answer) for sample in found] == [
+        ("adversarial-1", "yes"), ("adversarial-2", "yes"), ("random-1", "no"), ("random-2", "no"),
+    ]  # fmt: skip
+    assert found[0].question == "Is there a cat?" and found[0].choices == ("yes", "no")
+    assert found[0].group == "adversarial" and found[0].image.size == (12, 8)
+    assert [sample.id for sample in open_dataset("pope", str(tmp_path), split="random")] == ["random-1", "random-2"]
+    (alone, _) = open_dataset("pope", str(tmp_path / f"coco_pope_random.{ending}"))
+    assert alone.image.size == (12, 8)
+
+
+def test_pope_as_the_hub_has_it(tmp_path: Path) -> None:
+    row = {"question_id": "7", "question": "Is there a dog?", "answer": "no", "category": "popular"}
+    parquet(tmp_path / "test-00000.parquet", [{**row, "image": {"bytes": encoded(), "path": "a.png"}}])
+    (sample,) = open_dataset("pope", str(tmp_path))
+    assert (sample.id, sample.answer, sample.group) == ("popular-7", "no", "popular")
+    assert sample.image.size == (12, 8)
+
+
+def test_halloc(tmp_path: Path) -> None:
+    (tmp_path / "VG_100K_2").mkdir()
+    picture().save(tmp_path / "VG_100K_2" / "2356194.jpg")
+    row = {
+        "prompt": "What is on the table?",
+        "source_text": "A red cup.",
+        "hallucinated_text": "A red dog.",
+        "annotations": {"object": [[2, 3]]},
+        "image_id": 2356194,
+    }
+    (tmp_path / "halloc_vqa.json").write_text(json.dumps([row]))
+    (tmp_path / "halloc_caption.json").write_text(json.dumps([{**row, "image_id": "2356194"}, {**row, "image_id": 1}]))
+    found = list(open_dataset("halloc", str(tmp_path)))
+    assert [sample.id for sample in found] == ["caption-1", "caption-2", "vqa-1"]
+    assert (found[2].question, found[2].answer) == ("What is on the table?", "A red cup.")
+    assert found[2].annotations["contradiction"] == "A red dog."
+    assert found[0].image.size == found[2].image.size == (12, 8)
+    with pytest.raises(StudyError, match=r"1\.jpg is missing"):
+        _ = found[1].image
+    assert [sample.group for sample in open_dataset("halloc", str(tmp_path), split="vqa")] == ["vqa"]
+    with pytest.raises(StudyError, match="has no halloc_instruct"):
+        list(open_dataset("halloc", str(tmp_path), split="instruct"))
+
+
 @pytest.mark.quick
 def test_a_table_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
@@ -402,6 +454,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "Options" not in result.out and "x, y" in result.out and "none.png is missing" in result.out
     (first, second) = succeed("study", "peek", "demo", "eval", "--limit", "2", "--param", "start=4", "--json").json
     assert (first["id"], second["id"], first["image"]) == ("4", "5", "336 x 336")
-    assert first["annotations"] == ["region (336 x 336)"]
+    region, contradiction = first["annotations"]
+    assert region == "region (336 x 336)" and contradiction.startswith("contradiction The ")
     wrong = run("study", "peek", "mmvp", tmp_path)
     assert wrong.code == 2 and "Traceback" not in wrong.err

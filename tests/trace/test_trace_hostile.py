@@ -568,10 +568,11 @@ class TestLongTexts:
             return real(char)
 
         def change(file: h5py.File) -> None:
-            for name in ("token_ids", "special", "log_probs", "baseline_log_probs"):
+            for name in ("token_ids", "special", "log_probs", "top_log_probs", "baseline_log_probs"):
                 replace(file, f"{ROW}/output/{name}", data=np.zeros(2, file[f"{ROW}/output/{name}"].dtype))
             text = json.dumps(["x", letter * 200_000], ensure_ascii=False).encode()
             replace(file, f"{ROW}/output/pieces", data=np.bytes_(text))
+            replace(file, f"{ROW}/output/top_pieces", data=np.bytes_(json.dumps(["x", "y"])))
             replace(file, f"{ROW}/inputs/question", data=np.bytes_(json.dumps(letter * 600_000).encode()))
             del file[f"{ROW}/points"]
             file.create_group(f"{ROW}/points")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lvlm_probe.demo.scene import SPLITS, Scene, scenes
+from lvlm_probe.demo.questions import DOMAINS
+from lvlm_probe.demo.scene import SPLITS, Scene, scene_rng, scenes
 from lvlm_probe.errors import StudyError
 from lvlm_probe.study.datasets.registry import Sample, register_dataset
 
@@ -47,7 +48,7 @@ def demo_scenes(
 
 
 def _sample(scene: Scene, index: int, human: str | None) -> Sample:
-    annotations = {"region": scene.mask}
+    annotations: dict[str, object] = {"region": scene.mask, "contradiction": _contradiction(scene)}
     if human == "region":
         annotations["human"] = scene.mask.astype("float32")
     return Sample(
@@ -58,3 +59,13 @@ def _sample(scene: Scene, index: int, human: str | None) -> Sample:
         group=scene.kind,
         annotations=annotations,
     )
+
+
+def _contradiction(scene: Scene) -> str:
+    """The answer with one of the words that only the image can tell exchanged for another of its kind."""
+    rng = scene_rng(scene.split, scene.seed, scene.index, hard=True)  # draws that the scene is not made of
+    start, stop = scene.visual_spans[int(rng.integers(len(scene.visual_spans)))]
+    word = scene.answer[start:stop]
+    domain = next(words for words in DOMAINS.values() if word in words)
+    others = [other for other in domain if other != word]
+    return scene.answer[:start] + others[int(rng.integers(len(others)))] + scene.answer[stop:]

@@ -25,7 +25,7 @@ from lvlm_probe.study.datasets.registry import Sample, register_dataset, replace
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["cv_bench", "hallusion_bench", "llava_bench", "mmstar", "mmvp", "vqa_hat"]
+__all__ = ["cv_bench", "hal_loc", "hallusion_bench", "llava_bench", "mmstar", "mmvp", "pope", "vqa_hat"]
 
 
 def _open_ended(sample: Sample) -> Sample:
@@ -284,3 +284,76 @@ def hallusion_bench(source: str, *, split: str | None = None) -> Iterator[Sample
                 "question": question,
             },
         )
+
+
+@register_dataset(
+    "pope",
+    layout="a directory with *pope*.json of JSON lines (question_id, image, text, label), or one of them, and the "
+    "images it names, here or in val2014 or images; or parquet with question_id, question, answer, category, image",
+)
+def pope(source: str, *, split: str | None = None) -> Iterator[Sample]:
+    """POPE (Li et al., 2023): is there such an object? Yes or no; the groups are random, popular and adversarial.
+
+    Args:
+        split: Of several files only those whose name holds it.
+    """
+    path = Path(os.path.expanduser(source))
+    here = is_local(source) and path.is_dir()
+    files: list[str | Path] = sorted(path.rglob("*pope*.json*")) if here else []  # type: ignore[assignment]
+    files = [file for file in files if split is None or split in Path(file).name] or [source]
+    root = path if here else path.parent
+    beside = (root, root / "val2014", root / "images")
+    for file in files:
+        where = f"POPE, {file}"
+        kind = re.search(r"random|popular|adversarial", Path(file).name)
+        for number, row in enumerate(rows(file, split=None if files != [source] else split), start=1):
+            group = str(row.get("category") or (kind[0] if kind else "")) or None
+            label = str(column(row, "label", "answer", where=where, number=number)).strip().casefold()
+            index = "-".join(filter(None, [group, str(column(row, "question_id", where=where, number=number))]))
+            yield Sample(
+                id=index,
+                question=str(column(row, "text", "question", where=where, number=number)).strip(),
+                load=_picture(column(row, "image", where=where, number=number), f"POPE, {index}", *beside),
+                answer=label,
+                choices=("yes", "no"),
+                group=group,
+            )
+
+
+@register_dataset(
+    "halloc",
+    layout="a directory with halloc_vqa.json, halloc_instruct.json or halloc_caption.json, or one of them (prompt, "
+    "source_text, hallucinated_text, image_id), and Visual Genome's images <image_id>.jpg, here or in VG_100K*",
+)
+def hal_loc(source: str, *, split: str | None = None) -> Iterator[Sample]:
+    """HalLoc (Park et al., 2025): answers and captions in which hallucinations were put, beside the right ones.
+
+    The right text is the answer, the other one the annotation ``contradiction``; which words are hallucinated follows
+    from the two. The annotations of tokens by kind are not read.
+
+    Args:
+        split: ``vqa``, ``instruct`` or ``caption``; by default all that are there.
+    """
+    path = Path(os.path.expanduser(source))
+    here = is_local(source) and path.is_dir()
+    files: list[Path] = sorted(path.rglob("halloc_*.json*")) if here else [path]
+    files = [file for file in files if split is None or split in file.name]
+    if not files:
+        raise StudyError(f"HalLoc: {source} has no halloc_{split or 'vqa, halloc_instruct or halloc_caption'}.json")
+    root = path if here else path.parent
+    beside = (root, root / "VG_100K", root / "VG_100K_2", root / "images")
+    for file in files:
+        where = f"HalLoc, {file}"
+        group = file.stem.removeprefix("halloc_")
+        for number, row in enumerate(rows(file), start=1):
+            image = str(column(row, "image_id", where=where, number=number))
+            yield Sample(
+                id=f"{group}-{number}",
+                question=str(column(row, "prompt", where=where, number=number)).strip(),
+                load=_picture(image if "." in image else f"{image}.jpg", f"{where}, row {number}", *beside),
+                answer=str(column(row, "source_text", where=where, number=number)).strip(),
+                group=group,
+                annotations={
+                    "contradiction": str(column(row, "hallucinated_text", where=where, number=number)).strip()
+                },
+            )
