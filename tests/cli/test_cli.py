@@ -206,7 +206,7 @@ def wrong_inputs(tmp_path: Path, picture: Path, text_model: Path) -> dict[str, P
         ("--model demo --image {picture} --question Q --dtype float31", "no dtype 'float31'"),
         ("--model ./no/model --image {picture} --question Q", "no model directory at ./no/model"),
         ("--model {tmp}/empty_dir --image {picture} --question Q", "it has no config.json"),
-        ("--model {picture} --image {picture} --question Q", "is a file; --model takes a model directory"),
+        ("--model {picture} --image {picture} --question Q", "is a file; a model is a directory or a hub id"),
         ("--model {text_model} --image {picture} --question Q", "not a vision-language model"),
         ("--model no-such-owner/no-such-model --image {picture} --question Q", "Check the spelling and the network"),
     ],
