@@ -84,6 +84,8 @@ _add_commands(app, sys.modules[__name__])
 
 def main() -> None:
     """Entry point of the ``lvlm-probe`` script: runs a command and ends every failure in a sentence."""
+    # Before torch is imported, which reads it once: its C++ code warns on stderr of blocks that metering sees freed.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     guard_streams()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
