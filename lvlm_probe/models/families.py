@@ -61,6 +61,7 @@ class Family:
         prompt: How a question is put where the processor has no chat template: a text with ``{question}`` and, where
             the processor wants the image tokens written out, ``{images}``. Several texts, one of them ``{images}``
             alone, where it takes the images themselves between the texts. Kept as a tuple.
+        needs: Libraries without which its processor opens and does not work; a processor that does not open says so.
         unsupported: Why models of the family cannot be probed; ``attach`` refuses with this sentence.
     """
 
@@ -72,10 +73,11 @@ class Family:
     pixel_names: frozenset[str] = frozenset()
     token_boxes: TokenBoxes | None = None
     prompt: str | tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     unsupported: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("encoders", "mergers", "pixel_names"):
+        for name in ("encoders", "mergers", "pixel_names", "needs"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(item, str) for item in value):
                 raise PluginError(f"Family.{name} takes several names, not {value!r}; write {name}=({value!r},)")
@@ -87,6 +89,7 @@ class Family:
         object.__setattr__(self, "prompt", prompt)
         object.__setattr__(self, "encoders", tuple(self.encoders))
         object.__setattr__(self, "mergers", tuple(self.mergers))
+        object.__setattr__(self, "needs", tuple(self.needs))
         object.__setattr__(self, "pixel_names", frozenset(self.pixel_names))
 
 

@@ -8,6 +8,7 @@ saved settings in its place: images and text go through the same code either way
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import threading
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm_probe.errors import LoadError, ProbeError
+from lvlm_probe.models.families import family_of
 from lvlm_probe.models.requirements import Missing, missing_library
 from lvlm_probe.plugins import load_plugins
 
@@ -198,15 +200,23 @@ def load_processor(source: str | os.PathLike[str], *, trust_remote_code: bool = 
 
 
 def _register_family(source: str | os.PathLike[str]) -> None:
-    """Loads plugins if the model's type is not known to transformers; one of them may register it."""
+    """Loads plugins if the model's type is not known to transformers; one of them may register it.
+
+    Raises:
+        ImportError: a library is declared to be needed by the family, and is not installed.
+    """
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     try:
         settings, _ = PretrainedConfig.get_config_dict(source)
     except (OSError, ValueError):
         return  # loading will say what is wrong with it
-    if settings.get("model_type") and settings["model_type"] not in CONFIG_MAPPING:
+    model_type = settings.get("model_type")
+    if model_type and model_type not in CONFIG_MAPPING:
         load_plugins()
+    for library in getattr(family_of(model_type) if isinstance(model_type, str) else None, "needs", ()):
+        if importlib.util.find_spec(library) is None:
+            raise ImportError(f"{model_type} requires the library {library}: pip install {library}")
 
 
 def _saved(source: str | os.PathLike[str], name: str) -> dict[str, Any]:
