@@ -26,11 +26,15 @@ quick: .venv/.installed-dev  ## lint, types, one core idea of every module (a mi
 	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/checks lint types quick
 
 campaign: .venv/.installed-dev .venv-tv/.installed  ## what is too long for `make test`: kills, forgeries, threads, all families (hours)
-	.venv-tv/bin/python -m pytest -q -n $(JOBS) tests/families tests/tv
+	.venv-tv/bin/python tests/families/sweep.py --save runs/families
+	LVLM_PROBE_ZOO=runs/families .venv-tv/bin/python -m pytest -q -n $(JOBS) tests/families tests/tv
+	LVLM_PROBE_ZOO=runs/families $(BIN)/python -m pytest -q -n $(JOBS) tests/families/test_families.py
 	$(BIN)/python tests/campaigns/run.py
 
-families: .venv-tv/.installed  ## all model families; writes lvlm_probe/families.json and docs/families.md
-	.venv-tv/bin/python tests/families/sweep.py --write
+families: .venv/.installed-dev .venv-tv/.installed  ## all model families, in both environments; writes lvlm_probe/families.json and docs/families.md
+	.venv-tv/bin/python tests/families/sweep.py --save runs/families
+	.venv-tv/bin/python tests/families/sweep.py --saved runs/families --write
+	$(BIN)/python tests/families/sweep.py --saved runs/families --write
 
 lint: .venv/.installed-dev  ## ruff and mypy alone
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/checks lint types

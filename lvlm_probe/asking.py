@@ -45,13 +45,15 @@ def ask(
     *,
     out: str | os.PathLike[str] | None = None,
     fetch: bool = False,
+    prompt: str | None = None,
     max_new_tokens: int = 128,
     **generate: Any,
 ) -> Answer:
     """Ask a model about an image, and keep what it takes to explain the answer.
 
     The prompt is the processor's chat template with the images first and the question after them; decoding is greedy
-    unless ``do_sample=True`` is given. For prompts of your own: ``attach`` and ``record``.
+    unless ``do_sample=True`` is given. Families without a chat template (BLIP-2, Kosmos-2, Florence-2, ...) are asked
+    as their model cards say. For conversations of your own: ``attach`` and ``record``.
 
     Args:
         model: any that ``attach`` takes.
@@ -60,6 +62,8 @@ def ask(
         question: what is asked.
         out: folder to keep the trace in; by default one that goes with the answer.
         fetch: ask the network for images given as URLs.
+        prompt: how the question is put, instead: a text with ``{question}`` and, where the processor wants image tokens
+            written out, ``{images}``, as in ``"Question: {question} Answer:"``.
         max_new_tokens: length of the answer at most, tokens.
         **generate: further arguments of ``model.generate``.
 
@@ -74,7 +78,7 @@ def ask(
     folder = tempfile.TemporaryDirectory(prefix="lvlm_probe_answer_") if out is None else None
     directory = Path(folder.name) if folder is not None else Path(out or "")
     options = {"max_new_tokens": max_new_tokens, **generate}
-    trace = record_answer(model, processor, images, question, directory, generate=options)
+    trace = record_answer(model, processor, images, question, directory, generate=options, prompt=prompt)
     if trace.status == "error":
         raise ProbeError(f"the recording of {trace.path} is faulty: {trace.error}")
     return Answer(trace, replay(trace, model, processor), folder)

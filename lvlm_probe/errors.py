@@ -1,6 +1,7 @@
 """Every error this package raises on purpose.
 
     ProbeError
+     ├── LoadError            a model or its processor cannot be loaded          (also OSError)
      ├── AttachError          the model cannot be attached, or already is
      ├── ImageError           no image, or not the image that was recorded
      ├── MaskError            a mask of the wrong shape, type or range           (also ValueError)
@@ -27,6 +28,7 @@ __all__ = [
     "AttachError",
     "ExplainError",
     "ImageError",
+    "LoadError",
     "MaskError",
     "ModelMismatch",
     "OutOfMemory",
@@ -45,6 +47,10 @@ __all__ = [
 
 class ProbeError(Exception):
     """Base class: ``except ProbeError`` catches everything this package raises on purpose."""
+
+
+class LoadError(ProbeError, OSError):
+    """A model or its processor cannot be loaded: there is none, or a library that it needs is missing or broken."""
 
 
 class AttachError(ProbeError):

@@ -28,6 +28,7 @@ SURFACE = {
     "verify", "Answer", "ask", "figure", "methods", "open_image",
 }  # fmt: skip
 ROOMS = {"causal", "demo", "errors", "metrics", "sanity", "study"}
+NEVER_AT_THE_TOP = {"LoadError"}  # younger than the rooms
 FORMER = {name: home for name, home in _moved.NAMES.items() if "." not in name}
 
 
@@ -43,7 +44,7 @@ def test_public_names_are_the_documented_ones() -> None:
     assert set(probe.__all__) == SURFACE | ROOMS
     tree = {name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)}
     assert tree == set(errors.__all__)
-    assert set(FORMER) >= tree - SURFACE
+    assert set(FORMER) >= tree - SURFACE - NEVER_AT_THE_TOP
 
 
 @pytest.mark.parametrize("name", sorted(probe.__all__))

@@ -28,6 +28,7 @@ from lvlm_probe.cli.shared.options import (
     Json,
     MaxNewTokens,
     OptionalModel,
+    Prompt,
     Question,
     Row,
     TrustRemoteCode,
@@ -51,6 +52,7 @@ def explain(
     model: OptionalModel = None,
     image: Images = None,
     question: Question = None,
+    prompt: Prompt = None,
     method: Annotated[
         str, typer.Option("--method", autocompletion=complete_method, help="Which explainer; plugins add more.")
     ] = "igos++",
@@ -124,12 +126,13 @@ def explain(
             images,
             asked,
             directory,
+            prompt=prompt,
             max_new_tokens=max_new_tokens,
             baseline=own_baseline or "blur",
             files=image or [],
         )
     else:
-        if image or question:
+        if image or question or prompt:
             raise ProbeError("a trace has its own image and question: give either TRACE, or --image and --question")
         recorded = find_trace(trace, row)
         directory = output_directory(out) if out is not None else recorded.path.parent
@@ -188,7 +191,8 @@ def _same_command(context: typer.Context, trace: Path) -> str:
     parts = ["lvlm-probe", "explain", stored_path(trace)]
     for option in context.command.params:
         value = context.params.get(option.name or "")
-        if option.name in ("trace", "image", "question", "max_new_tokens") or value == option.default or value is None:
+        of_the_recording = option.name in ("trace", "image", "question", "prompt", "max_new_tokens")
+        if of_the_recording or value == option.default or value is None:
             continue
         if isinstance(value, bool):
             names = option.opts if value else option.secondary_opts

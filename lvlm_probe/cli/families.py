@@ -80,7 +80,8 @@ def families(name: _Name = None, as_json: Json = False) -> None:
 
 
 def _show(family: Any) -> None:
-    from lvlm_probe.models.support import CHECKS, KINDS
+    from lvlm_probe.models.requirements import Missing
+    from lvlm_probe.models.support import CHECKS, INSTALLS, KINDS
 
     say((family.name, "bold"), f"  {family.model_class}")
     if family.outside:
@@ -89,7 +90,9 @@ def _show(family: Any) -> None:
     say(("preprocessing  ", "dim"), KINDS.get(family.kind, family.kind))
     for run in family.runs:
         say("")
-        say((f"{run['backend']}{', a larger picture' if run['larger'] else ''}", "bold"))
+        say((f"{INSTALLS[run['install']]}{', a larger image' if run['larger'] else ''}", "bold"))
+        if lacks := run.get("lacks"):
+            say("  cannot be loaded: ", ", ".join(str(Missing(library, family.name)) for library in lacks))
         for check in CHECKS:
             found = run["checks"].get(check)
             if found is None:

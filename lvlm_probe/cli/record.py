@@ -20,6 +20,7 @@ from lvlm_probe.cli.shared.options import (
     Json,
     MaxNewTokens,
     Model,
+    Prompt,
     Question,
     TrustRemoteCode,
 )
@@ -32,6 +33,7 @@ def record(
     model: Model,
     image: Images = None,
     question: Question = None,
+    prompt: Prompt = None,
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Directory for the trace; an existing one is added to.")
     ] = Path("runs"),
@@ -59,6 +61,7 @@ def record(
         images,
         asked,
         directory,
+        prompt=prompt,
         max_new_tokens=max_new_tokens,
         attention=attention,
         baseline=own_baseline,

@@ -33,10 +33,7 @@ def path() -> Path:
 def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The demo model, float32 in eval mode on the CPU, and its processor."""
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from lvlm_probe.models.loading import ONE_LOAD
+    from lvlm_probe.models import loading
 
-    with ONE_LOAD:
-        model = AutoModelForImageTextToText.from_pretrained(path(), dtype=torch.float32, trust_remote_code=False)
-    return model.eval(), AutoProcessor.from_pretrained(path(), trust_remote_code=False)
+    return loading.load(path(), device="cpu", dtype=torch.float32)

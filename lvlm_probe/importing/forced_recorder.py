@@ -19,7 +19,7 @@ import torch
 from lvlm_probe.attention import RowTap
 from lvlm_probe.importing.retokenize import answer_tokens, checked_ids
 from lvlm_probe.importing.rows import AnswerRow, BadRow
-from lvlm_probe.models.prompts import chat_inputs, placed
+from lvlm_probe.models.prompts import chat_inputs, placed, prompt_rule
 from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.recording.prompt_images import NotRecorded
 from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions, Target
@@ -126,7 +126,7 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
     limit = _positions(target.model)
     try:
         _check_length(len(images), limit, "pictures, of a token each at least")
-        inputs = placed(_inputs(probe.processor, row, images), target.model)
+        inputs = placed(_inputs(probe.processor, row, images, target.model), target.model)
         # These two are looked at alone: what is searched or sampled elsewhere has been found already.
         recorder.begin((), {**inputs, "num_beams": 1, "num_return_sequences": 1})
         start = recorder.beginning.shape[1]
@@ -271,13 +271,13 @@ def _likeliest(recorder: ForcedRecorder, candidates: Sequence[Sequence[int]], ro
     return max(found, key=lambda item: item[0])[1]
 
 
-def _inputs(processor: Any, row: AnswerRow, images: Sequence[Image.Image]) -> Any:
+def _inputs(processor: Any, row: AnswerRow, images: Sequence[Image.Image], model: Any) -> Any:
     """The prompt's inputs, by the chat template for a question, as it stands for a prompt."""
     prompt = row.prompt
     if prompt is None or not _is_rendered(processor, prompt):
         if row.messages is not None:
             return _chat(processor, row, images)
-        return chat_inputs(processor, images, row.question or prompt or "")
+        return chat_inputs(processor, images, row.question or prompt or "", rule=prompt_rule(processor, model))
     begin = getattr(tokenizer_of(processor), "bos_token", None)
     settings = {"add_special_tokens": False} if begin and prompt.startswith(begin) else {}
     refusal: Exception | None = None

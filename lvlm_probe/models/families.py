@@ -58,6 +58,10 @@ class Family:
         answer_token_type: Token type of answer tokens in a teacher-forced pass.
         pixel_names: Further arguments of ``generate`` that carry the image.
         token_boxes: Where image tokens lie, see ``TokenBoxes``.
+        prompt: How a question is put where the processor has no chat template: a text with ``{question}`` and, where
+            the processor wants the image tokens written out, ``{images}``. Several texts, one of them ``{images}``
+            alone, where it takes the images themselves between the texts. Kept as a tuple.
+        needs: Libraries without which its processor opens and does not work; a processor that does not open says so.
         unsupported: Why models of the family cannot be probed; ``attach`` refuses with this sentence.
     """
 
@@ -68,17 +72,24 @@ class Family:
     answer_token_type: int = 0
     pixel_names: frozenset[str] = frozenset()
     token_boxes: TokenBoxes | None = None
+    prompt: str | tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     unsupported: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("encoders", "mergers", "pixel_names"):
+        for name in ("encoders", "mergers", "pixel_names", "needs"):
             value = getattr(self, name)
             if isinstance(value, str) or not all(isinstance(item, str) for item in value):
                 raise PluginError(f"Family.{name} takes several names, not {value!r}; write {name}=({value!r},)")
         if isinstance(self.image_token, str) and self.image_token != "none":
             raise PluginError(f"Family.image_token is a token id, 'none' or None; got {self.image_token!r}")
+        prompt = (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
+        if not all(isinstance(part, str) and part for part in prompt):
+            raise PluginError(f"Family.prompt takes a text with {{question}}, or several, not {self.prompt!r}")
+        object.__setattr__(self, "prompt", prompt)
         object.__setattr__(self, "encoders", tuple(self.encoders))
         object.__setattr__(self, "mergers", tuple(self.mergers))
+        object.__setattr__(self, "needs", tuple(self.needs))
         object.__setattr__(self, "pixel_names", frozenset(self.pixel_names))
 
 

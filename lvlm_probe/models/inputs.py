@@ -11,7 +11,19 @@ import torch
 
 from lvlm_probe.models.wrappers import execution_device
 
-__all__ = ["index_on", "input_device", "is_separate", "list_inputs"]
+__all__ = ["CACHE_NAMES", "cache_in", "index_on", "input_device", "is_separate", "list_inputs"]
+
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+"""What models call their key-value cache: transformers' own ``cache`` since 5.24, and as the second before."""
+
+
+def cache_in(values: Mapping[str, Any] | Any) -> Any:
+    """The cache among arguments of a call, or in what a model returned; ``None`` where there is none."""
+    for name in CACHE_NAMES[:2]:
+        found = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
+        if found is not None:
+            return found
+    return None
 
 
 def list_inputs(model: torch.nn.Module) -> frozenset[str]:

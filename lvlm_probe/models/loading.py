@@ -1,16 +1,32 @@
-"""Loading a model and its processor from a directory or the hub, with and without torchvision."""
+"""Loading a model and its processor from a directory or the hub, with and without torchvision.
+
+Processors of families that also take videos consist of a tokenizer, an image processor and a video processor, and the
+last one needs torchvision. Where that is not installed, the processor's own class is made with the video processor's
+saved settings in its place: images and text go through the same code either way, and videos are not recorded.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import json
 import os
 import threading
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lvlm_probe.errors import LoadError, ProbeError
+from lvlm_probe.models.families import family_of
+from lvlm_probe.models.requirements import Missing, missing_library
 from lvlm_probe.plugins import load_plugins
 
-__all__ = ["ONE_LOAD", "default_device", "load", "load_processor"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+__all__ = ["ONE_LOAD", "default_device", "load", "load_processor", "loading", "located", "missing"]
 
 ONE_LOAD = threading.RLock()
 """Held while transformers makes a model. It replaces ``PreTrainedModel.tie_weights`` and torch's default dtype for the
@@ -47,11 +63,9 @@ def load(
     brings opens without an import by the user.
 
     Raises:
-        OSError, ValueError: transformers' own, when it cannot be loaded.
+        LoadError: there is no such model, it is no vision-language model, or a library that it needs is missing or
+            broken; the message says what to install.
     """
-    from transformers import AutoModelForImageTextToText
-
-    _register_family(source)
     place = default_device() if device is None else torch.device(device)
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" and device_map is None else "auto"
@@ -60,9 +74,14 @@ def load(
         options["attn_implementation"] = attn
     if device_map is not None:
         options["device_map"] = device_map
-    with ONE_LOAD:
-        model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
-    processor = load_processor(source, trust_remote_code=trust_remote_code)
+    source = located(source)
+    with loading(source):
+        # The processor first: it takes no time, and most of what can be missing is missing there.
+        processor = load_processor(source, trust_remote_code=trust_remote_code)
+        from transformers import AutoModelForImageTextToText
+
+        with ONE_LOAD:
+            model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
     return model if device_map is not None else model.to(place), processor
 
 
@@ -71,53 +90,218 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_processor(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
-    """``AutoProcessor.from_pretrained``, also for families that take videos where torchvision is not installed.
+@contextlib.contextmanager
+def loading(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what transformers raises inside the block into a ``LoadError`` of one sentence, the cause kept.
 
-    Their video processors need torchvision, and without it the whole processor fails to load; here its class is then
-    loaded without the video half. Images and text are processed by the same code either way.
+    Running out of memory, and errors of this package, pass as they are.
     """
+    try:
+        yield
+    except (ProbeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise LoadError(_why(source, error)) from error
+
+
+def located(source: str | os.PathLike[str]) -> str:
+    """Return what ``from_pretrained`` is given. What looks like a path is never looked up on the network.
+
+    Raises:
+        LoadError: it is neither a model directory nor the form of a hub id.
+    """
+    spec = os.fspath(source)
+    if "\0" in spec:
+        raise LoadError("a model is a directory or a hub id (owner/name); this name has a NUL in it")
+    path = Path(os.path.expanduser(spec))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LoadError(f"{path} is no model directory: it has no config.json; save one with model.save_pretrained")
+        return str(path)
+    if path.is_file():
+        raise LoadError(f"{path} is a file; a model is a directory or a hub id (owner/name)")
+    looks_like_path = spec.startswith((".", "/", "~", "\\")) or spec.count("/") != 1 or spec.endswith("/")
+    if looks_like_path or isinstance(source, os.PathLike):
+        raise LoadError(f"no model directory at {spec}; a model is a directory or a hub id (owner/name)")
+    return spec
+
+
+def _why(source: str | os.PathLike[str], error: Exception) -> str:
+    """Why a model cannot be loaded, and what to do about it."""
+    message, spec = str(error), os.fspath(source)
+    if "Unrecognized configuration class" in message:
+        return (
+            f"{spec} is not a vision-language model that transformers can load "
+            f"(AutoModelForImageTextToText does not know its configuration)"
+        )
+    if "trust_remote_code" in message:
+        return (
+            f"{spec} brings code of its own, which is not run unasked; read it, and if you trust it, load it with "
+            f"trust_remote_code=True (command line: --trust-remote-code)"
+        )
+    if (library := missing_library(error)) is not None:
+        return f"{spec} cannot be loaded: {library}"
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    first = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if not Path(spec).is_dir():
+        return (
+            f"{spec} is no directory here, and as a hub id it could not be loaded: {first} "
+            f"Check the spelling and the network, or give a model directory"
+        )
+    return f"{spec} cannot be loaded as a vision-language model with a processor: {first}"
+
+
+def missing(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> tuple[Missing, ...]:
+    """Find the libraries that a saved model lacks here, by opening its processor and its class without the weights.
+
+    Args:
+        source: a model directory or a hub id.
+        trust_remote_code: run the code that comes with the model.
+
+    Returns:
+        what stands in the way of the processor, then of the model; nothing where both can be had, or where what
+        stands in the way is no library.
+    """
+    found: list[Missing] = []
+    for attempt in (load_processor, _model_on_meta):
+        try:
+            attempt(source, trust_remote_code=trust_remote_code)
+        except Exception as error:
+            if (library := missing_library(error)) is not None and library not in found:
+                found.append(library)
+    return tuple(found)
+
+
+def _model_on_meta(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> torch.nn.Module:
+    """The model's modules without its weights, on the meta device: what its class needs, in a moment."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    _register_family(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    with ONE_LOAD, torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def load_processor(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """``AutoProcessor.from_pretrained``, also for families that take videos where torchvision is not installed."""
     from transformers import AutoProcessor
     from transformers.utils import is_torchvision_available
 
     _register_family(source)
-
     try:
         return AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (ImportError, OSError):  # OSError: saved without its video half
-        processor_class = None if is_torchvision_available() else _processor_class(source, trust_remote_code)
+    except (ImportError, OSError, ValueError):  # OSError: saved without its video processor
+        if is_torchvision_available():
+            raise
+        processor_class = _processor_class(source, trust_remote_code)
         if processor_class is None or "video_processor" not in processor_class.get_attributes():
             raise
-    return _without_video(processor_class).from_pretrained(source, trust_remote_code=trust_remote_code)
+    return _without_video(processor_class, source).from_pretrained(source, trust_remote_code=trust_remote_code)
 
 
 def _register_family(source: str | os.PathLike[str]) -> None:
-    """Loads plugins if the model's type is not known to transformers; one of them may register it."""
+    """Loads plugins if the model's type is not known to transformers; one of them may register it.
+
+    Raises:
+        ImportError: a library is declared to be needed by the family, and is not installed.
+    """
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     try:
         settings, _ = PretrainedConfig.get_config_dict(source)
     except (OSError, ValueError):
         return  # loading will say what is wrong with it
-    if settings.get("model_type") and settings["model_type"] not in CONFIG_MAPPING:
+    model_type = settings.get("model_type")
+    if model_type and model_type not in CONFIG_MAPPING:
         load_plugins()
+    for library in getattr(family_of(model_type) if isinstance(model_type, str) else None, "needs", ()):
+        if importlib.util.find_spec(library) is None:
+            raise ImportError(f"{model_type} requires the library {library}: pip install {library}")
+
+
+def _saved(source: str | os.PathLike[str], name: str) -> dict[str, Any]:
+    """What a JSON file of a saved model holds; empty where there is none."""
+    from transformers.utils import cached_file
+
+    quiet = dict.fromkeys(
+        (f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors")), False
+    )
+    path = cached_file(source, name, **quiet)
+    found = json.loads(Path(path).read_text(encoding="utf-8")) if path is not None else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _processor_class(source: str | os.PathLike[str], trust_remote_code: bool) -> Any:
-    import transformers
-    from transformers import AutoConfig
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+    """The class that ``AutoProcessor`` takes: the one that was saved, else that of the model's type.
+
+    ``None`` for a class that comes with the model, or that needs a library itself.
+    """
+    from transformers import PROCESSOR_MAPPING, AutoConfig
+    from transformers.models.auto.processing_auto import processor_class_from_name
 
     try:
-        model_type = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).model_type
+        for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json"):
+            if name := _saved(source, file).get("processor_class"):
+                found = processor_class_from_name(name)
+                break
+        else:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            found = PROCESSOR_MAPPING.get(type(config), None)
     except (OSError, ValueError):
-        return None
-    name = PROCESSOR_MAPPING_NAMES.get(model_type)
-    return None if name is None else getattr(transformers, name, None)
+        return None  # what AutoProcessor said stands
+    return None if getattr(found, "is_dummy", False) else found
 
 
-def _without_video(processor_class: Any) -> Any:
-    """The same class minus the video processor: ``ProcessorMixin`` asks ``get_attributes`` for its parts."""
-    parts = [part for part in processor_class.get_attributes() if part != "video_processor"]
-    namespace = {"get_attributes": classmethod(lambda _: list(parts)), "__module__": processor_class.__module__}
-    return type(processor_class.__name__, (processor_class,), namespace)
+def _without_video(processor_class: Any, source: str | os.PathLike[str]) -> Any:
+    """The class to load a processor by: the parts but the video processor, whose settings are put in its place."""
+    from transformers.video_processing_utils import BaseVideoProcessor
+
+    try:
+        settings, _ = BaseVideoProcessor.get_video_processor_dict(source)
+    except (OSError, ValueError):  # saved without one
+        settings = {}
+    parts = processor_class.get_attributes()
+    place = parts.index("video_processor")
+
+    class Processor(processor_class):
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+            if isinstance(argument, _VideoSettings):
+                return type(argument)
+            return super().check_argument_for_proper_class(name, argument)
+
+        def to_dict(self) -> dict[str, Any]:
+            saved = super().to_dict()
+            saved.pop("video_processor", None)
+            return {**saved, "video_processor": dict(settings)} if settings else saved
+
+    class Loader(processor_class):
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [part for part in parts if part != "video_processor"]
+
+        @classmethod
+        def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **options: Any) -> Any:
+            whole = [*args[:place], _VideoSettings(settings), *args[place:]]
+            return Processor.from_args_and_dict(whole, processor_dict, **options)
+
+    for made in (Processor, Loader):
+        made.__name__, made.__qualname__ = processor_class.__name__, processor_class.__qualname__
+        made.__module__ = processor_class.__module__
+    return Loader
+
+
+class _VideoSettings:
+    """Stands where a video processor would: its saved settings, and a sentence for everything else."""
+
+    _auto_class = None  # as a part of a processor that is saved: no code of its own
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = dict(settings)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._settings:
+            raise AttributeError(f"no {name!r}: {Missing('torchvision', 'the video processor')}")
+        return self._settings[name]
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise ProbeError(f"videos cannot be prepared: {Missing('torchvision', 'the video processor')}")

@@ -1,4 +1,13 @@
-"""Prompts by the processor's own chat template: the inputs for images and a question, and the question of a prompt.
+"""The inputs of a model for images and a question, by the processor's chat template or by a rule; a prompt's question.
+
+A rule is a text in which ``{question}`` stands for the question and ``{images}`` for the image tokens; without
+``{images}`` the processor itself puts the image where it belongs. ``prompt_rule`` finds the one that holds:
+
+1. what the caller gives (``prompt=``, ``--prompt``);
+2. no rule where the processor has a chat template;
+3. what is declared of the model's family: ``families.yaml`` has what the model cards of families without a chat
+   template document, ``register_family`` takes it from a plugin;
+4. the image tokens, a line each, and the question.
 
 A template is not parsed, it is asked: rendered around marks, it shows what it puts before and behind a user's words.
 """
@@ -8,37 +17,100 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.models.families import family_of
 from lvlm_probe.models.tokenizers import special_ids, tokenizer_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["chat_inputs", "placed", "question_of"]
+__all__ = ["PromptRule", "chat_inputs", "placed", "prompt_rule", "question_of"]
 
 _MARKS = ("\ue000q\ue001", "\ue000a\ue001", "\ue000r\ue001")
 """Stand for a question, its answer and a further question: signs for private use, which no template changes."""
 
+_TASK = re.compile(r"<[A-Z_]+>")
+"""A task token, as Florence-2 has them. A question that begins with one takes the place of the rule's own."""
+_SLOTS = re.compile(r"(\{images\})")
+
+
+@dataclass(frozen=True)
+class PromptRule:
+    """How a prompt is made of images and a question.
+
+    Attributes:
+        text: with ``{question}`` and ``{images}``.
+        origin: who says so.
+        interleaved: the processor takes the images themselves between the texts, no image tokens (Idefics).
+    """
+
+    text: str
+    origin: str
+    interleaved: bool = False
+
+    def asked(self, question: str) -> str:
+        """The text for a question: without its own task where the question names one."""
+        alone = _TASK.match(self.text) and _TASK.match(question)
+        return _TASK.sub("", self.text, count=1) if alone else self.text
+
+    def __str__(self) -> str:
+        return f"{self.text!r} ({self.origin})"
+
+
+def prompt_rule(processor: Any, model: Any = None, *, prompt: str | None = None) -> PromptRule | None:
+    """Find the rule for a model's prompts.
+
+    Args:
+        processor: the model's processor.
+        model: the model; without it nothing is known of its family.
+        prompt: the caller's own rule.
+
+    Returns:
+        the rule; ``None`` where the processor's chat template makes the prompt.
+
+    Raises:
+        ProbeError: ``prompt`` is empty.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    family = family_of(model_type) if isinstance(model_type, str) else None
+    declared = () if family is None or isinstance(family.prompt, str) else family.prompt
+    interleaved = len(declared) > 1
+    if prompt is not None:
+        if not prompt.strip():
+            raise ProbeError('prompt is empty; it is a text such as "Question: {question} Answer:"')
+        return PromptRule(prompt, "given by the caller", interleaved)
+    if getattr(processor, "chat_template", None):
+        return None
+    if declared:
+        return PromptRule("".join(declared), f"family {model_type}", interleaved)
+    return PromptRule("{images}\n{question}", "no rule is known of the family")
+
 
 def chat_inputs(
-    processor: Any, images: Sequence[Image.Image], question: str, *, note: Callable[[str], None] | None = None
+    processor: Any,
+    images: Sequence[Image.Image],
+    question: str,
+    *,
+    rule: PromptRule | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Any:
     """Inputs for ``generate()``: one user turn with the images first and the question after them.
-
-    A processor without a chat template gets its image tokens and the question.
 
     Args:
         processor: the model's processor.
         images: the images, in order.
         question: what is asked.
-        note: called with a sentence when there is no template.
+        rule: how the prompt is made, as ``prompt_rule`` finds it; by default the processor's chat template.
+        note: called with a sentence when there is a rule.
 
     Raises:
-        ProbeError: there is neither a template nor an image token.
+        ProbeError: there is neither a template nor an image token, or the processor does not take the prompt.
     """
-    if getattr(processor, "chat_template", None):
+    rule = rule or prompt_rule(processor)
+    if rule is None:
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
         content.append({"type": "text", "text": question})
         return processor.apply_chat_template(
@@ -48,16 +120,42 @@ def chat_inputs(
             return_dict=True,
             return_tensors="pt",
         )
+    name = type(processor).__name__
+    if note is not None:
+        none = "" if getattr(processor, "chat_template", None) else f"{name} has no chat template; "
+        note(f"{none}the prompt is made by the rule {rule}")
+    text = rule.asked(question)
+    try:
+        if rule.interleaved:
+            parts: list[Any] = []
+            for part in _SLOTS.split(text):
+                parts += images if part == "{images}" else [part.replace("{question}", question)] if part else []
+            return processor(text=[parts], return_tensors="pt")
+        text = _with_tokens(processor, text, len(images)).replace("{question}", question)
+        return processor(images=list(images), text=text, return_tensors="pt")
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ProbeError(
+            f"{name} does not take the prompt {text!r} with {len(images)} image(s): {first}. Give the prompt that the "
+            f"model card documents by prompt= (command line: --prompt), with {{question}} and, where the image token "
+            f"is to be written, {{images}}"
+        ) from error
+
+
+def _with_tokens(processor: Any, text: str, count: int) -> str:
+    """The text with image tokens for ``{images}``; on lines of their own where it has a line for them."""
+    if "{images}" not in text:
+        return text
     token = getattr(processor, "image_token", None)
+    token = getattr(token, "content", token)  # a tokenizer's AddedToken
     if not isinstance(token, str):
         raise ProbeError(
             f"{type(processor).__name__} has neither a chat template nor an image token, so it cannot be prompted; "
-            f"set processor.chat_template and save it, or record in Python with probe.attach"
+            f'say how by prompt= (command line: --prompt), as in "Question: {{question}} Answer:", or set '
+            f"processor.chat_template and save it"
         )
-    prompt = f"{token}\n" * len(images) + question
-    if note is not None:
-        note(f"{type(processor).__name__} has no chat template; the prompt is {prompt!r}")
-    return processor(images=list(images), text=prompt, return_tensors="pt")
+    between = "\n" if "{images}\n" in text else ""
+    return text.replace("{images}", between.join([token] * count))
 
 
 def placed(inputs: Any, model: Any) -> Any:

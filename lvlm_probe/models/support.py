@@ -1,7 +1,8 @@
 """Which model families this version was checked on, and what each check measured.
 
-``families.json`` is written by the sweep over tiny models with random weights of every family
-(``tests/families/sweep.py --write``), never by hand; the same command draws docs/families.md from it.
+``families.json`` is written by the sweep over tiny models with random weights of every family, saved to disk and opened
+by ``probe.load`` in either installation (``tests/families/sweep.py --write``), never by hand; the same command draws
+docs/families.md from it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["CHECKS", "CheckedFamily", "FamilyTable", "family_table", "summary"]
+__all__ = ["CHECKS", "INSTALLS", "KINDS", "CheckedFamily", "FamilyTable", "family_table", "summary"]
 
 CHECKS: Mapping[str, str] = {
+    "asked": "the prompt that `probe.ask` and the command line make, by the chat template or the family's rule, is "
+    "taken by the processor and answered",
     "generation": "tokens and logits of generate() with a recording probe equal those without, to the last bit",
     "replay": "recorded and replayed log-probabilities equal those of generate()'s own logits (in float64 ≤ 1e-9 nats; "
     "shown: in float32, as far as rounding on the machine at hand allows), and equal masks give equal rows",
@@ -32,6 +35,9 @@ CHECKS: Mapping[str, str] = {
     "detach": "after detach() nothing is left on model or processor",
 }
 """What is checked, in the order of the table."""
+
+INSTALLS: Mapping[str, str] = {"default": "default install", "torchvision": "with torchvision"}
+"""The installations that are measured: of this package alone, and with the extras torchvision, timm and num2words."""
 
 KINDS: Mapping[str, str] = {
     "A": "resize and centre crop",
@@ -57,7 +63,8 @@ class CheckedFamily:
         model_class: the model class.
         kind: preprocessing, a letter of ``KINDS``; empty where it is not an LVLM.
         outside: why it is not counted as one, empty where it is.
-        runs: one per backend and picture: ``{"backend", "larger", "checks": {name: {"passed", "figure", "note"}}}``.
+        runs: one per installation and picture: ``{"install", "larger", "checks": {name: {"passed", "figure",
+            "note"}}}``; where the family cannot be loaded, no checks and ``"lacks"``, the libraries to install.
     """
 
     name: str
@@ -66,17 +73,22 @@ class CheckedFamily:
     outside: str
     runs: tuple[Mapping[str, Any], ...]
 
-    @property
-    def backends(self) -> tuple[str, ...]:
-        """Backends it was checked on."""
-        return tuple(dict.fromkeys(run["backend"] for run in self.runs))
+    def lacks(self, install: str) -> tuple[str, ...]:
+        """The libraries that are missing in an installation; empty where the family loads."""
+        runs = [run for run in self.runs if run["install"] == install]
+        return tuple(dict.fromkeys(name for run in runs for name in run.get("lacks", ())))
 
-    def verdict(self, check: str, backend: str | None = None) -> bool | None:
-        """Whether a check passed in every run (of one backend); ``None`` where it applies to none."""
+    def passes(self, install: str) -> bool:
+        """Whether it loads in an installation and every check that applies passed there."""
+        runs = [run for run in self.runs if run["install"] == install]
+        return bool(runs) and not self.lacks(install) and all(self.verdict(c, install) is not False for c in CHECKS)
+
+    def verdict(self, check: str, install: str | None = None) -> bool | None:
+        """Whether a check passed in every run (of one installation); ``None`` where it applies to none."""
         found = [
             run["checks"][check]["passed"]
             for run in self.runs
-            if check in run["checks"] and backend in (None, run["backend"])
+            if check in run["checks"] and install in (None, run["install"])
         ]
         asked = [passed for passed in found if passed is not None]
         return all(asked) if asked else None
@@ -94,8 +106,9 @@ class CheckedFamily:
 
     @property
     def passed(self) -> bool:
-        """Whether every check that applies passed in every run."""
-        return bool(self.runs) and all(self.verdict(check) is not False for check in CHECKS)
+        """Whether it loads somewhere, and every check that applies passed in every run."""
+        loads = any(run["checks"] for run in self.runs)
+        return loads and all(self.verdict(check) is not False for check in CHECKS)
 
 
 @dataclass(frozen=True)
@@ -125,9 +138,13 @@ class FamilyTable:
         """How many of the counted families pass every check that applies to them."""
         return sum(family.passed for family in self.lvlms)
 
-    def count(self, check: str, backend: str | None = None) -> tuple[int, int]:
-        """How many families pass a check, and of how many it was asked (those it applies to)."""
-        verdicts = [family.verdict(check, backend) for family in self.lvlms]
+    def passing(self, install: str) -> int:
+        """How many of the counted families load in an installation and pass there."""
+        return sum(family.passes(install) for family in self.lvlms)
+
+    def count(self, check: str, install: str | None = None) -> tuple[int, int]:
+        """How many families pass a check, and of how many it was asked (those that load and that it applies to)."""
+        verdicts = [family.verdict(check, install) for family in self.lvlms]
         return sum(v is True for v in verdicts), sum(v is not None for v in verdicts)
 
     @classmethod
@@ -150,6 +167,6 @@ def family_table() -> FamilyTable:
 
 
 def summary(table: FamilyTable) -> Iterator[tuple[str, list[str]]]:
-    """Check → "passed of asked" over all runs, on the PIL backend, on the torchvision backend."""
+    """Check → "passed of asked" over all runs, and in each installation."""
     for check in CHECKS:
-        yield check, ["{} of {}".format(*table.count(check, backend)) for backend in (None, "pil", "torchvision")]
+        yield check, ["{} of {}".format(*table.count(check, install)) for install in (None, *INSTALLS)]

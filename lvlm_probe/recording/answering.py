@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.models.prompts import chat_inputs, placed
+from lvlm_probe.models.prompts import chat_inputs, placed, prompt_rule
 from lvlm_probe.recording.probe import attach
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def record_answer(
     directory: str | os.PathLike[str],
     *,
     generate: Mapping[str, Any],
+    prompt: str | None = None,
     note: Callable[[str], None] | None = None,
     **record: Any,
 ) -> Trace:
@@ -35,7 +36,9 @@ def record_answer(
     Args:
         directory: where the trace goes.
         generate: arguments of ``model.generate`` besides the inputs.
-        note: called with a sentence where the processor has no chat template.
+        prompt: how the prompt is made, with ``{question}`` and ``{images}``; by default the processor's chat template,
+            or the rule of the model's family. A rule is kept in ``trace.meta["prompt_rule"]``.
+        note: called with a sentence where the prompt is not made by a chat template.
         **record: further options of ``Probe.record``.
 
     Returns:
@@ -45,9 +48,12 @@ def record_answer(
         AttachError: the model cannot be probed, or is probed already.
         ProbeError: nothing was recorded; the message says why.
     """
+    rule = prompt_rule(processor, model, prompt=prompt)
+    if rule is not None:
+        record["meta"] = {**record.get("meta", {}), "prompt_rule": rule.text}
     with attach(model, processor) as probe:
         with probe.record(directory, images=list(images), question=question, **record) as recording:
-            inputs = placed(chat_inputs(processor, images, question, note=note), model)
+            inputs = placed(chat_inputs(processor, images, question, rule=rule, note=note), model)
             model.generate(**inputs, **{"do_sample": False, **generate})  # type: ignore[operator]
         if not recording.paths:
             raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no image"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lvlm_probe.models.inputs import input_device
+from lvlm_probe.models.inputs import cache_in, input_device
 from lvlm_probe.models.tokenizers import Stops
 from lvlm_probe.models.wrappers import every_module
 
@@ -60,7 +60,7 @@ def other_conditions(model: Any, inputs: Mapping[str, torch.Tensor], kwargs: Map
         found.append(f"an attention mask of shape {tuple(mask.shape)} was given")
     if (given := inputs.get("position_ids")) is not None and not _usual(given, ids, mask):
         found.append("position_ids were given")
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     if kwargs.get("cache_implementation") == "quantized" or type(cache).__name__.startswith("Quantized"):
         found.append("the cache was quantised")
     return found
@@ -104,7 +104,7 @@ def compiles_itself(model: Any, setting: Callable[..., Any], kwargs: Mapping[str
     everywhere = bool(getattr(setting("compile_config"), "_compile_all_devices", None))
     if input_device(model).type not in ("cuda", "xpu", "neuron", "tpu") and not everywhere:
         return False
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     fixed = getattr(cache, "is_compileable", False) and type(cache).__name__ != "DynamicCache"
     return fixed or setting("cache_implementation") in ("static", "sliding_window", "hybrid", "hybrid_chunked")
 
@@ -132,7 +132,7 @@ def _usual(given: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None) ->
 
 def without_picture(ids: torch.Tensor, image_token: int | None, kwargs: Mapping[str, Any]) -> str:
     """The reason why a call without pixel inputs is not recorded."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     length = getattr(cache, "get_seq_length", None)
     held = int(length()) if callable(length) else 0
     tokens = int((ids == image_token).sum()) if image_token is not None else 0

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.models.inputs import CACHE_NAMES
 from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.wrappers import every_module
 
@@ -92,9 +93,6 @@ def checkpointed(model: nn.Module, *, enabled: bool = True) -> Iterator[nn.Modul
     yield own
 
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
-
-
 def _recomputing(layer: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
     """``original``, run once more in backward instead of keeping what it computed on the way."""
     from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -106,7 +104,7 @@ def _recomputing(layer: nn.Module, original: Callable[..., Any]) -> Callable[...
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not getattr(layer, "_can_checkpoint_with_cache", False):  # else its keys would enter a cache twice
-            kwargs.update({name: None for name in _CACHES if kwargs.get(name) is not None})
+            kwargs.update({name: None for name in CACHE_NAMES if kwargs.get(name) is not None})
         if settings is not None:
             return checkpoint(original, *args, use_reentrant=False, **settings, **kwargs)
         with set_checkpoint_early_stop(not whole):  # for all threads; torch 2.8 takes it by the call

@@ -21,7 +21,7 @@ import torch
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet
-from lvlm_probe.models.inputs import index_on, input_device, list_inputs
+from lvlm_probe.models.inputs import cache_in, index_on, input_device, list_inputs
 from lvlm_probe.models.precision import epsilon_of
 from lvlm_probe.models.replica import Replica
 from lvlm_probe.replaying.isolation import checkpointed, even_gradients, patch_gradients
@@ -131,6 +131,7 @@ class TeacherForcing:
         for name, value in (separate_inputs or {}).items():
             self._sequence.setdefault(name, value.to(self.device))
         self._other = dict(other_inputs or {})
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._keeps_logits = "logits_to_keep" in parameters
         self._takes_use_cache = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
@@ -167,7 +168,7 @@ class TeacherForcing:
         if shortcut is not None and shortcut.start:
             past = copy.deepcopy(shortcut.past)
             past.batch_repeat_interleave(batch)
-            inputs |= {"past_key_values": past, "use_cache": True}
+            inputs |= {self._cache_name: past, "use_cache": True}
             if (places := shortcut.position_ids) is not None:
                 fed = places[..., shortcut.start : self.stop(steps)]
                 inputs["position_ids"] = fed.expand(*fed.shape[:-2], batch, fed.shape[-1])
@@ -228,7 +229,7 @@ class TeacherForcing:
             inputs["position_ids"] = position_ids[..., :length]
         with torch.no_grad(), self.replica.use() as model:
             keep = {"logits_to_keep": 1} if self._keeps_logits else {}
-            return model(**inputs, **keep, use_cache=True, return_dict=True).past_key_values
+            return cache_in(model(**inputs, **keep, use_cache=True, return_dict=True))
 
     def _text(self, shortcut: Shortcut | None) -> dict[str, torch.Tensor]:
         """Inputs beside the image, one row, up to the last position that is wanted."""

@@ -1,5 +1,4 @@
-"""Every vision-language family of transformers, on every backend of its image processor and with pictures that are
-tiled.
+"""Every vision-language family of transformers, saved and opened by ``probe.load``, also with pictures that are tiled.
 
 The checks are those of ``tests/families``; this runs all of them, where the tests run a part. It needs the
 environment that has torchvision (``.venv-tv``).
@@ -9,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 from campaigns.tally import Campaign, Tally
@@ -26,31 +26,33 @@ def families(first: int, count: int, seed: int) -> Tally:
     sweep.load_members()
     runs = [(name, *how) for name in sorted(sweep.MEMBERS) for how in sweep.runs_of(sweep.MEMBERS[name])]
     tally = Tally()
-    for name, backend, larger in runs[first : first + count]:
-        label = f"{name} {backend}{' larger' if larger else ''}"
+    for name, install, larger in runs[first : first + count]:
+        label = f"{name} {install}{' larger' if larger else ''}"
         tally.tried += 1
-        try:
-            verdicts = sweep.run_checks(sweep.build(name, backend), larger=larger, only=())
-        except Exception as error:
-            tally.breaks("cannot be built", f"{label}: {type(error).__name__}: {error}")
-            continue
-        for verdict in verdicts:
-            tally.counts[f"{verdict.check} held"] += verdict.passed is True
-            if verdict.passed is False:
-                tally.breaks(f"{verdict.check} failed", f"{label}: {verdict.figure} {verdict.note}")
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                run = sweep.checked(name, sweep.save(name, Path(directory)), larger=larger)
+            except Exception as error:
+                tally.breaks("cannot be built", f"{label}: {type(error).__name__}: {error}")
+                continue
+        for check, verdict in run["checks"].items():
+            tally.counts[f"{check} held"] += verdict["passed"] is True
+            if verdict["passed"] is False:
+                tally.breaks(f"{check} failed", f"{label}: {verdict['figure']} {verdict['note']}")
     return tally
 
 
 def _runs() -> int:
     table = json.loads((ROOT / "lvlm_probe" / "families.json").read_text(encoding="utf-8"))
-    return sum(len(family["runs"]) for family in table["families"].values())
+    runs = (run for family in table["families"].values() for run in family["runs"])
+    return sum(run["install"] == "torchvision" for run in runs)
 
 
 CAMPAIGNS = (
     Campaign(
         "families",
         "Every family of the table is recorded, replayed and masked as the table says.",
-        "families on backends",
+        "families with torchvision",
         _runs(),
         61,
         families,

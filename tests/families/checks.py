@@ -19,14 +19,16 @@ import numpy as np
 import torch
 from float64 import in_float64
 from PIL import Image
-from zoo import Built, build
+from zoo import Built
 
 import lvlm_probe as probe
 from lvlm_probe.attention.dispatch import NAME
 from lvlm_probe.models.anatomy import text_stack
+from lvlm_probe.models.prompts import chat_inputs, placed, prompt_rule
 
 __all__ = ["CHECKS", "Verdict", "run_checks"]
 
+QUESTION = "What colour is the circle?"
 EXACT = 1e-9
 """Nats by which two ways to one log-probability may differ in float64."""
 ROUNDING = 16.0
@@ -174,6 +176,21 @@ def _hooks(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
+def asked(case: _Case) -> Verdict:
+    """The prompt of ``probe.ask`` and the command line, by the chat template or the family's rule, is taken by the
+    processor as opened, shows the image as the family's own call does, and is answered."""
+    mine = case.built.member
+    if mine.call:
+        return Verdict("asked", None, None, f"the tiny model is made for other arguments of its processor: {mine.call}")
+    rule = prompt_rule(case.processor, case.model)
+    made = placed(chat_inputs(case.processor, [case.picture], QUESTION, rule=rule), case.model)
+    own = case.built.inputs([case.picture])
+    shown = {name: value for name, value in own.items() if torch.is_tensor(value) and value.is_floating_point()}
+    same = all(torch.equal(made[name], value) for name, value in shown.items())
+    answered = case.built.generate(made).sequences.shape[-1] > 0
+    return Verdict("asked", same and answered, None, "" if rule is None else f"by the rule {rule}")
+
+
 def generation(case: _Case) -> Verdict:
     """Tokens and logits of generate() are the same to the last bit with a probe that records everything."""
     same = torch.equal(case.plain.sequences, case.seen.sequences)
@@ -226,7 +243,7 @@ def attention(case: _Case) -> Verdict:
     rows = case.trace.attention
     if rows is None:
         return Verdict("attention", False, None, "; ".join(case.trace.notes))
-    twin = build(case.built.member.name, case.built.backend)
+    twin = case.built.twin()
     twin.model.set_attn_implementation("eager")
     steps, columns = len(case.trace.tokens), torch.as_tensor(case.trace.layout.image_positions.copy())
     crossed: list[list[torch.Tensor]] = []
@@ -478,6 +495,7 @@ def detach(case: _Case) -> Verdict:
 
 
 CHECKS: tuple[Callable[[_Case], Verdict], ...] = (
+    asked,
     generation,
     replay,
     pixels,
@@ -490,7 +508,7 @@ CHECKS: tuple[Callable[[_Case], Verdict], ...] = (
 
 
 def run_checks(built: Built, *, larger: bool = False, only: tuple[str, ...] = ()) -> list[Verdict]:
-    """All checks of one family on one backend; an exception is a failure with its message."""
+    """All checks of one family as it was opened; an exception is a failure with its message."""
     with tempfile.TemporaryDirectory() as directory:
         try:
             case = _Case(built, Path(directory), larger=larger)

@@ -3,6 +3,9 @@
 A member is a class of transformers, unmodified, built from a config of a few hundred thousand weights, and the family's
 own ``ProcessorMixin`` around a byte-level tokenizer, with the image processor of either backend. Members stand in
 ``members/``, one module per kind of architecture; each registers with :func:`member`.
+
+``build`` makes a member in memory. ``save`` writes it as its author would, which takes torchvision, and ``opened``
+reads it as a user would: by ``probe.load``, with what is installed.
 """
 
 from __future__ import annotations
@@ -21,10 +24,30 @@ import torch
 import transformers
 from PIL import Image
 from tiny_models import make_chat_template, make_tokenizer, picture, redraw
+from transformers.utils import is_torchvision_available
 
-__all__ = ["MEMBERS", "Backend", "Built", "Member", "ask", "build", "image_processor", "load_members", "member"]
+import lvlm_probe as probe
+
+__all__ = [
+    "INSTALL",
+    "MEMBERS",
+    "Backend",
+    "Built",
+    "Install",
+    "Member",
+    "ask",
+    "build",
+    "image_processor",
+    "load_members",
+    "member",
+    "opened",
+    "save",
+]
 
 Backend = Literal["pil", "torchvision"]
+Install = Literal["default", "torchvision"]
+INSTALL: Install = "torchvision" if is_torchvision_available() else "default"
+"""Which of the two environments this is. The one with torchvision has timm and num2words too."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +147,17 @@ def ask(
 
 @dataclass(frozen=True)
 class Built:
-    """A member that has been built."""
+    """A member that has been built in memory, or opened from a directory."""
 
     member: Member
     model: Any
     processor: Any
-    backend: Backend
+    directory: Path | None = None
+
+    def twin(self) -> Built:
+        """Another one like it, from the same directory."""
+        assert self.directory is not None
+        return opened(self.member.name, self.directory)
 
     def inputs(self, images: Sequence[Image.Image], question: str = "What colour is the circle?") -> dict[str, Any]:
         """Model inputs for one prompt, by the real ``ProcessorMixin.__call__``."""
@@ -176,4 +204,20 @@ def build(name: str, backend: Backend = "torchvision") -> Built:
     generation = model.generation_config
     generation.bos_token_id, generation.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     generation.pad_token_id, generation.do_sample = tokenizer.pad_token_id, False
-    return Built(found, model, processor, backend)
+    return Built(found, model, processor)
+
+
+def save(name: str, directory: Path) -> Path:
+    """Save a member with ``save_pretrained``, without a chat template where its family has none."""
+    built = build(name, MEMBERS[name].backends[-1])
+    if not MEMBERS[name].templated:
+        built.processor.chat_template = None
+    built.model.save_pretrained(directory)
+    built.processor.save_pretrained(directory)
+    return directory
+
+
+def opened(name: str, directory: Path) -> Built:
+    """A saved member as a user has it."""
+    model, processor = probe.load(directory, device="cpu")
+    return Built(MEMBERS[name], model, processor, directory)

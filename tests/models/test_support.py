@@ -13,9 +13,9 @@ from lvlm_probe.models.support import CHECKS, FamilyTable, family_table
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
 
-def _run(backend: str, passed: bool | None, figure: float | None = None, note: str = "") -> dict:
+def _run(install: str, passed: bool | None, figure: float | None = None, note: str = "") -> dict:
     entry = {"passed": passed, "figure": figure, "note": note}
-    return {"backend": backend, "larger": False, "checks": dict.fromkeys(CHECKS, entry)}
+    return {"install": install, "larger": False, "checks": dict.fromkeys(CHECKS, entry)}
 
 
 TABLE = FamilyTable.from_json(
@@ -23,13 +23,21 @@ TABLE = FamilyTable.from_json(
         "date": "2026-01-01",
         "versions": {"transformers": "5"},
         "families": {
-            "good": {"class": "A", "kind": "A", "runs": [_run("pil", True, 1e-6), _run("torchvision", True, 3e-6)]},
+            "good": {"class": "A", "kind": "A", "runs": [_run("default", True, 1e-6), _run("torchvision", True, 3e-6)]},
             "half": {
                 "class": "B",
                 "kind": "B",
-                "runs": [_run("pil", True), _run("torchvision", False, 0.5, "too far")],
+                "runs": [_run("default", True), _run("torchvision", False, 0.5, "too far")],
             },
-            "none": {"class": "C", "kind": "C", "runs": [_run("pil", None, None, "no attention map")]},
+            "none": {"class": "C", "kind": "C", "runs": [_run("default", None, None, "no attention map")]},
+            "tied": {
+                "class": "E",
+                "kind": "A",
+                "runs": [
+                    {"install": "default", "larger": False, "lacks": ["torchvision"], "checks": {}},
+                    _run("torchvision", True),
+                ],
+            },
             "text": {"class": "D", "outside": "it takes no picture"},
         },
     }
@@ -39,22 +47,31 @@ TABLE = FamilyTable.from_json(
 def test_a_family_passes_a_check_when_all_its_runs_do() -> None:
     assert TABLE["good"].verdict("replay") is True and TABLE["good"].passed
     assert TABLE["half"].verdict("replay") is False and not TABLE["half"].passed
-    assert TABLE["half"].verdict("replay", "pil") is True
+    assert TABLE["half"].verdict("replay", "default") is True
     assert TABLE["none"].verdict("attention") is None and TABLE["none"].passed
     assert TABLE["good"].worst("replay") == 3e-6
     assert TABLE["half"].reasons("replay") == ("too far",)
 
 
 def test_counts_leave_out_what_does_not_apply_and_who_is_not_counted() -> None:
-    assert [family.name for family in TABLE.lvlms] == ["good", "half", "none"]
-    assert TABLE.count("replay") == (1, 2)
-    assert TABLE.count("replay", "pil") == (2, 2)
+    assert [family.name for family in TABLE.lvlms] == ["good", "half", "none", "tied"]
+    assert TABLE.count("replay") == (2, 3)
+    assert TABLE.count("replay", "default") == (2, 2)
+
+
+def test_a_family_that_lacks_a_library_does_not_pass_in_that_installation() -> None:
+    tied = TABLE["tied"]
+    assert tied.passed and tied.lacks("default") == ("torchvision",) and tied.lacks("torchvision") == ()
+    assert (tied.passes("default"), tied.passes("torchvision")) == (False, True)
+    assert not TABLE["none"].passes("torchvision")  # it was not tried there
+    assert (TABLE.passing("default"), TABLE.passing("torchvision")) == (3, 2)
 
 
 def test_the_page_says_what_failed_and_why() -> None:
     text = markdown(TABLE)
-    assert "**2 of 3** families" in text
-    assert "| half | resize to a square | pil, torchvision | **no** |" in text
+    assert "**3 of 4** families" in text
+    assert "| half | resize to a square | yes | **no** | **no** |" in text
+    assert "| tied | resize and centre crop | needs torchvision | yes | yes |" in text
     assert "- **half**, replay: too far" in text
     assert "| text | D | it takes no picture |" in text
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cli.shared.terminal import quiet_libraries, stage
@@ -40,20 +38,17 @@ def load_model(
     Raises:
         ProbeError: there is no such model, it is no vision-language model, or it cannot be loaded so.
     """
-    source = model_source(spec)
     with stage(f"loading {spec}"):
         quiet_libraries()
         import torch
 
         from lvlm_probe.models.loading import load
 
+        source = model_source(spec)
         place = torch_place(device)
         precision = torch_dtype(dtype, place)
         weights = precision if precision == "auto" else getattr(torch, precision)
-        try:
-            model, processor = load(source, device="cpu", dtype=weights, attn=attn, trust_remote_code=trust_remote_code)
-        except Exception as error:
-            raise ProbeError(_why_not_loaded(spec, error)) from error
+        model, processor = load(source, device="cpu", dtype=weights, attn=attn, trust_remote_code=trust_remote_code)
         if getattr(processor, "image_processor", None) is None:
             raise ProbeError(
                 f"{spec} has no image processor, so it takes no images ({type(processor).__name__}); "
@@ -67,27 +62,13 @@ def load_model(
 
 def model_source(spec: str) -> str:
     """Return what ``from_pretrained`` is given. A path is never looked up on the network."""
+    from lvlm_probe.models.loading import located
+
     if spec == DEMO:
         from lvlm_probe import demo
 
         return str(demo.path())
-    if "\0" in spec:
-        raise ProbeError("--model takes a model directory, a hub id, or 'demo'; this name has a NUL in it")
-    path = Path(os.path.expanduser(spec))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ProbeError(
-                f"{path} is no model directory: it has no config.json; save one with model.save_pretrained"
-            )
-        return str(path)
-    if path.is_file():
-        raise ProbeError(f"{path} is a file; --model takes a model directory, a hub id, or 'demo'")
-    looks_like_path = spec.startswith((".", "/", "~", "\\")) or spec.count("/") != 1 or spec.endswith("/")
-    if looks_like_path:
-        raise ProbeError(
-            f"no model directory at {spec}; --model takes a model directory, a hub id (owner/name), or 'demo'"
-        )
-    return spec
+    return located(spec)
 
 
 def torch_dtype(name: str | None, place: torch.device) -> str:
@@ -115,34 +96,6 @@ def torch_place(name: str | None) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ProbeError("--device cuda: torch finds no CUDA device here; use --device cpu")
     return place
-
-
-def _why_not_loaded(spec: str, error: Exception) -> str:
-    message = str(error)
-    if "Unrecognized configuration class" in message:
-        return (
-            f"{spec} is not a vision-language model that transformers can load "
-            f"(AutoModelForImageTextToText does not know its configuration)"
-        )
-    if "trust_remote_code" in message:
-        return (
-            f"{spec} brings code of its own, which is not run unasked; read it, and add --trust-remote-code if you "
-            "trust it"
-        )
-    if not Path(os.path.expanduser(spec)).is_dir() and spec != DEMO:
-        return (
-            f"{spec} is no directory here, and as a hub id it could not be loaded: {first_line(error)} "
-            f"Check the spelling and the network, or give a model directory"
-        )
-    return (
-        f"{spec} cannot be loaded as a vision-language model with a processor: {first_line(error)}{_way_out(message)}"
-    )
-
-
-def _way_out(message: str) -> str:
-    if "torchvision" in message.lower():
-        return ". Its processor needs torchvision: pip install torchvision"
-    return ""
 
 
 def first_line(error: BaseException) -> str:

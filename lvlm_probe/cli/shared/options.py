@@ -23,6 +23,7 @@ __all__ = [
     "Model",
     "OpenPage",
     "OptionalModel",
+    "Prompt",
     "Question",
     "Row",
     "StudyFile",
@@ -45,6 +46,15 @@ Images = Annotated[
     list[Path] | None, typer.Option("--image", metavar="FILE", help="The image; repeat it for a prompt with several.")
 ]
 Question = Annotated[str | None, typer.Option("--question", metavar="TEXT", help="What to ask about the image.")]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt",
+        metavar="TEXT",
+        help="How the question is put, instead of by the chat template or the family's rule: TEXT with {question} and, "
+        "for image tokens, {images}.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(

@@ -5,7 +5,8 @@ Most are descendants of Qwen-VL; ``grids_more`` has those that are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import transformers
@@ -55,14 +56,18 @@ def vision_ids(ids: dict[str, int], *names: str) -> dict[str, int]:
 
 
 def grid_processor(
-    processor: str, video: str, pixels: str = "Qwen2VLImageProcessor", **settings: Any
+    processor: str,
+    video: str,
+    pixels: str = "Qwen2VLImageProcessor",
+    videos: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
 ) -> Callable[[Any, Backend], Any]:
-    """Processors of images, text and videos; ``settings`` are those of the image processor."""
+    """Processors of images, text and videos; ``settings`` are those of the image processor, ``videos`` of the other."""
 
     def make(tokenizer: Any, backend: Backend) -> Any:
         images = image_processor(pixels, backend, **{"size": PIXELS, "patch_size": 14, **settings})
         return getattr(transformers, processor)(
-            image_processor=images, tokenizer=tokenizer, video_processor=getattr(transformers, video)()
+            image_processor=images, tokenizer=tokenizer, video_processor=getattr(transformers, video)(**videos)
         )
 
     return make

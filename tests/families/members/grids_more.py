@@ -70,7 +70,12 @@ member(
     name="ernie4_5_vl_moe",
     kind="E",
     model=_ernie4_5_vl_moe,
-    processor=grid_processor("Ernie4_5_VLMoeProcessor", "Ernie4_5_VLMoeVideoProcessor", "Ernie4_5_VLMoeImageProcessor"),
+    processor=grid_processor(
+        "Ernie4_5_VLMoeProcessor",
+        "Ernie4_5_VLMoeVideoProcessor",
+        "Ernie4_5_VLMoeImageProcessor",
+        videos={"draw_on_frames": False},  # it draws in a font of its own, without which it cannot be saved
+    ),
     tokens=tuple(_ERNIE_NAMED.values()),
     slot="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
     named=_ERNIE_NAMED,
