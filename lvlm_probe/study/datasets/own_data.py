@@ -15,11 +15,11 @@ from lvlm_probe.study.datasets.files import folder, open_image, rows
 from lvlm_probe.study.datasets.open_ended import lettered, strip_choices, strip_instructions, true_choice
 from lvlm_probe.study.datasets.registry import Sample, register_dataset, replaced
 
-__all__ = ["images", "table"]
+__all__ = ["FIELDS", "PICTURES", "images", "table"]
 
 Field = Literal["id", "question", "image", "answer", "choices", "group", "boxes", "mask"]
 FIELDS: tuple[str, ...] = get_args(Field)
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @register_dataset(
@@ -87,9 +87,9 @@ def images(source: str, *, split: str | None = None, question: str = "Describe t
         StudyError: there is no such directory, or no image in it.
     """
     path = folder(source, "images")
-    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in _PICTURES]
+    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in PICTURES]
     if not found:
-        raise StudyError(f"images: {source} holds no images ({', '.join(_PICTURES)})")
+        raise StudyError(f"images: {source} holds no images ({', '.join(PICTURES)})")
     for file in found:
         name = file.relative_to(path)
         yield Sample(

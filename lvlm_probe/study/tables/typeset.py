@@ -18,6 +18,10 @@ Rank = Literal["best", "second"] | None
 _INK, _GREY, _RULE = "#111111", "#5a5a5a", "#b5bac2"
 _GAP = 14.0
 """Points between two columns."""
+_BESIDE = 4.0
+"""Points between a value and its interval."""
+_FINE = 720.0
+"""Dots per inch that texts are measured at: at a screen's, letters are moved to whole dots."""
 _NARROWEST = 252.0
 """Points: a column of a journal, for title and notes of a narrow table."""
 
@@ -76,7 +80,7 @@ class _Page:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        self.drawn = Figure(figsize=(1, 1), dpi=72)
+        self.drawn = Figure(figsize=(1, 1), dpi=_FINE)
         self._renderer = FigureCanvasAgg(self.drawn).get_renderer()
         self._points, self._step = font_size, 1.65 * font_size
         self._small = 0.8 * font_size
@@ -89,7 +93,7 @@ class _Page:
             for place in range(len(columns))
         ]
         spans = [
-            max(self._wide(name, bold=True), text + (3 + beside if beside else 0))
+            max(self._wide(name, bold=True), text + (_BESIDE + beside if beside else 0))
             for name, (text, beside) in zip(columns, self._widths, strict=True)
         ]
         self._lefts = [sum(spans[:place]) + _GAP * place for place in range(len(spans))]
@@ -107,7 +111,7 @@ class _Page:
             return 0.0
         font = FontProperties(size=size or self._points, weight="bold" if bold else "normal")
         width, _, _ = self._renderer.get_text_width_height_descent(text, font, ismath=False)
-        return float(width)
+        return float(width) * 72 / _FINE
 
     def _wrapped(self, text: str, size: float, *, bold: bool = False) -> Iterator[str]:
         line = ""
@@ -171,7 +175,7 @@ class _Page:
         beside = self._widths[place][1]
         if cell.beside:
             self._parts.append((right, y, cell.beside, {"ha": "right", "size": self._small, "color": _GREY}))
-        end = right - (beside + 3 if beside else 0)
+        end = right - (beside + _BESIDE if beside else 0)
         self._parts.append((end, y, cell.text, {**style, "ha": "right"}))
         if cell.rank == "second":
             self._rules.append((end - self._wide(cell.text), end, y + 0.22 * self._points, 0.6, _INK))
@@ -181,6 +185,7 @@ class _Page:
 
         edge = 0.8 * self._points
         wide, high = self._width + 2 * edge, height + 2 * edge
+        self.drawn.set_dpi(100)
         self.drawn.set_size_inches(wide / 72, high / 72)
         for x, y, text, style in self._parts:
             given = {"size": self._points, "color": _INK, "va": "baseline", **style}
