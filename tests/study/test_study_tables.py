@@ -399,6 +399,7 @@ def test_latex_of_a_table() -> None:
 def test_a_table_as_a_page() -> None:
     """Nothing stands on anything else or beyond the page, and the best is bold."""
     page = printed_table(notes=("A note of many words. " * 12,)).page()
+    page.set_dpi(720)  # as on paper: on a screen letters are moved to whole dots
     renderer = page.canvas.get_renderer()  # type: ignore[attr-defined]
     texts = [text for text in page.texts if text.get_text()]
     boxes = [text.get_window_extent(renderer) for text in texts]

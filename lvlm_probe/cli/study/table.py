@@ -25,7 +25,10 @@ def table(
         str, typer.Option("--table", metavar="NAME", help="1 to 9, figure5, ledger, or all that can be made.")
     ] = "all",
     form: Annotated[
-        str, typer.Option("--format", help="What to print: markdown, csv or latex. Files are written in all forms.")
+        str,
+        typer.Option(
+            "--format", help="What to print: markdown, csv or latex. Files are written in all forms, PDF too."
+        ),
     ] = "markdown",
     annotations: Annotated[
         Path | None,
@@ -39,7 +42,9 @@ def table(
         typer.Option("--document", metavar="FILE.md", help="All tables as one document instead, with what was run."),
     ] = None,
 ) -> None:
-    """Make the paper's tables of what is finished: print them, and write them as Markdown, CSV, LaTeX and figure.
+    """Make the paper's tables of what is finished: print them, and write them as Markdown, CSV, LaTeX, PDF and figure.
+
+    In LaTeX (booktabs) and PDF the best of each column is bold, the second underlined; a row of untrusted maps is neither.
 
     Example:  lvlm-probe study table study.yaml --table 2
     """
