@@ -44,7 +44,7 @@ def table(
 ) -> None:
     """Make the paper's tables of what is finished: print them, and write them as Markdown, CSV, LaTeX, PDF and figure.
 
-    In LaTeX (booktabs) and PDF the best of each column is bold, the second underlined; a row of untrusted maps is neither.
+    In LaTeX (booktabs) and PDF the best of each column is bold, the second underlined; untrusted rows are neither.
 
     Example:  lvlm-probe study table study.yaml --table 2
     """

@@ -18,7 +18,7 @@ Rank = Literal["best", "second"] | None
 _INK, _GREY, _RULE = "#111111", "#5a5a5a", "#b5bac2"
 _GAP = 14.0
 """Points between two columns."""
-_BESIDE = 4.0
+_BESIDE = 6.0
 """Points between a value and its interval."""
 _FINE = 720.0
 """Dots per inch that texts are measured at: at a screen's, letters are moved to whole dots."""
@@ -117,7 +117,7 @@ class _Page:
         line = ""
         for word in text.split():
             longer = f"{line} {word}".strip()
-            if line and self._wide(longer, size, bold=bold) > self._width:
+            if line and self._wide(longer, size, bold=bold) > 0.97 * self._width:
                 yield line
                 longer = word
             line = longer
