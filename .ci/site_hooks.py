@@ -42,7 +42,10 @@ PAGES = {
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the pages that are made of other files."""
-    for name, text in {**included(), "reference/command-line.md": command_line()}.items():
+    from lvlm_probe.study.reference import keys_page
+
+    made = {"reference/command-line.md": command_line(), "reference/study-keys.md": keys_page()}
+    for name, text in {**included(), **made}.items():
         files.append(File.generated(config, name, content=text))
     config.nav = expanded(config.nav, sorted(file.src_uri for file in files.documentation_pages()))
     return files

@@ -56,6 +56,7 @@ _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "↓": r"$\downarrow$", "↑": r"$\uparrow$", "−": "$-$",
     "×": r"$\times$", "ρ": r"$\rho$", "λ": r"$\lambda$", "α": r"$\alpha$", "<": "$<$", ">": "$>$", "–": "--",
+    "≤": r"$\leq$", "≥": r"$\geq$", "±": r"$\pm$", "†": r"$\dagger$", "·": r"$\cdot$", "σ": r"$\sigma$",
 }  # fmt: skip
 
 

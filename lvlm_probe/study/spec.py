@@ -24,125 +24,103 @@ beside the YAML file is found there, wherever the study is started from.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from lvlm_probe.errors import ExplainError, StudyError
 from lvlm_probe.study.bounded_yaml import WrongYaml, compose, plain
+from lvlm_probe.study.datasets.registry import checked_option, options_of, readers
+from lvlm_probe.study.keys import Key, WrongValue, checked, nearest, parts, short
 
 __all__ = ["DatasetSpec", "FilterSpec", "MethodSpec", "ModelSpec", "Settings", "Study", "read_study"]
 
-TOKEN_RULES = ("llr", "joint", "keywords")
 BEHAVIOURS = ("corrected", "release")
-_RANGES = {"grid": (1, 1024), "steps": (1, 100_000), "max_new_tokens": (1, 1_000_000), "seed": (0, 2**63 - 1)}
-_PARTS = ("name", "about", "out", "models", "datasets", "methods", "settings", "filter", "engine", "engine_options")
+_BASELINE = Literal["blur", "blank", "noise", "mean"]
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model of the study.
-
-    Attributes:
-        name: How tables call it.
-        source: Directory, hub id, or ``demo``.
-        dtype, device, device_map, attn: How it is loaded.
-        group: What it is compared within (Table 4): models of one vision architecture, for instance.
-        size: Parameters of its language model, in billions, for the test of scale.
-        vision: Name of its vision architecture, for the test of architecture.
-        paper: What the paper calls it, for the ledger.
-    """
+    """A model of the study; ``name`` is how tables call it."""
 
     name: str
-    source: str
-    dtype: str = "float32"
-    device: str | None = None
-    device_map: str | None = None
-    attn: str | None = None
-    group: str | None = None
-    size: float | None = None
-    vision: str | None = None
-    paper: str | None = None
+    source: Annotated[str, Key("Directory, hub id, or demo for the embedded model.", "path/to/model", "needed")]
+    dtype: Annotated[str, Key("Type of the weights: float32, bfloat16, float16.", "bfloat16")] = "float32"
+    device: Annotated[str | None, Key("Where it runs.", "cuda:1", "cuda if there is one, else cpu")] = None
+    device_map: Annotated[str | None, Key("How it is spread over devices (accelerate).", "auto")] = None
+    attn: Annotated[str | None, Key("Attention implementation: sdpa or eager.", "sdpa", "the model's own")] = None
+    group: Annotated[str | None, Key("What it is compared within in Table 4: one architecture.", "llava")] = None
+    size: Annotated[
+        float | None, Key("Parameters of its language model in billions, for the test of scale.", "7", above=0)
+    ] = None
+    vision: Annotated[str | None, Key("Its vision architecture, for the test of architecture.", "clip-l-336")] = None
+    paper: Annotated[str | None, Key("What the paper calls it, for the ledger.", "LLaVA-1.5-7b")] = None
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A data set of the study.
+    """A data set of the study; ``name`` is how tables call it.
 
-    Attributes:
-        name: How tables call it.
-        reader: Name of its reader (``lvlm-probe study datasets``).
-        source: Its path or hub id.
-        split: Of the data set, where it has several.
-        limit: Use the first so many samples; ``None``: all.
-        open_ended: Strip choices and instructions (paper, §4.3).
-        options: Further options of the reader.
-        paper: What the paper calls it, for the ledger.
+    Options of its reader stand beside these keys in a file, or under ``options``.
     """
 
     name: str
-    reader: str
-    source: str
-    split: str | None = None
-    limit: int | None = None
-    open_ended: bool = True
-    options: Mapping[str, Any] = field(default_factory=dict)
-    paper: str | None = None
+    reader: Annotated[str, Key("How it is read; `lvlm-probe study datasets` lists the readers.", "table", "needed")]
+    source: Annotated[str, Key("Its file or directory, or a hub id.", "questions.csv", "needed")]
+    split: Annotated[str | None, Key("Of the data set, where it has several.", "test")] = None
+    limit: Annotated[int | None, Key("Use the first so many samples.", "100", "all", least=1)] = None
+    open_ended: Annotated[bool, Key("Strip choices and instructions from questions (paper, §4.3).", "false")] = True
+    options: Annotated[
+        Mapping[str, Any], Key("Options of the reader, which may stand beside these keys too.", "{task: Depth}")
+    ] = field(default_factory=dict)
+    paper: Annotated[str | None, Key("What the paper calls it, for the ledger.", "MMVP")] = None
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A row of the tables: a method, its parameters, and what it explains.
-
-    Attributes:
-        name: How tables call it.
-        method: Name of the explainer; by default the row's own.
-        params: Its parameters.
-        tokens: ``llr`` (paper, Eq. 6), ``joint`` (every token), or ``keywords`` (YAKE on the answer).
-        alpha: Threshold of the log-likelihood ratio, nats; by default the study's.
-        baseline: Kind of image it is made against; by default the study's.
-        tables: Numbers of the paper's tables that the row belongs to.
-        paper: What the paper calls the row, for the ledger.
-        behaviour: ``corrected``, or ``release`` for a row that does as the published code does.
-    """
+    """A row of the tables: a method, its parameters, and what it explains; ``name`` is how tables call it."""
 
     name: str
-    method: str
-    params: Mapping[str, Any] = field(default_factory=dict)
-    tokens: str = "llr"
-    alpha: float | None = None
-    baseline: str | None = None
-    tables: tuple[int, ...] = (2,)
-    paper: str | None = None
-    behaviour: str = "corrected"
+    method: Annotated[str, Key("The explainer; `lvlm-probe methods` lists them.", "igos++", "the row's own name")]
+    params: Annotated[Mapping[str, Any], Key("Parameters of the explainer.", "{preset: release}")] = field(
+        default_factory=dict
+    )
+    tokens: Annotated[
+        Literal["llr", "joint", "keywords"],
+        Key(
+            "What is explained: tokens that the image decides (llr; paper, Eq. 6), every token (joint), or YAKE's "
+            "keywords of the answer.",
+            "joint",
+        ),
+    ] = "llr"
+    alpha: Annotated[
+        float | None, Key("Threshold of the log-likelihood ratio, nats.", "2.0", "the study's settings.alpha")
+    ] = None
+    baseline: Annotated[
+        _BASELINE | None, Key("Kind of image that it is made against.", "blank", "the study's settings.baseline")
+    ] = None
+    tables: Annotated[tuple[int, ...], Key("The paper's tables that the row belongs to.", "[2, 3]")] = (2,)
+    paper: Annotated[str | None, Key("What the paper calls the row, for the ledger.", "iGOS++")] = None
+    behaviour: Annotated[
+        Literal["corrected", "release"], Key("release: as the published code does, for the ledger.", "release")
+    ] = "corrected"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that all maps of a study share.
+    """Settings that all maps of a study share."""
 
-    Attributes:
-        alpha: Threshold of the log-likelihood ratio in nats (paper, Eq. 6).
-        baseline: Kind of the baseline image.
-        grid: All maps are ranked on ``grid × grid`` cells.
-        steps: Points on a deletion or insertion curve, less one.
-        max_new_tokens: Length of answers.
-        seed: Of everything random.
-        words: Also make one map per selected word, to look at; as many maps more as words are selected.
-    """
-
-    alpha: float = 1.0
-    baseline: str = "blur"
-    grid: int = 32
-    steps: int = 50
-    max_new_tokens: int = 64
-    seed: int = 0
-    words: bool = False
+    alpha: Annotated[float, Key("Threshold of the log-likelihood ratio in nats (paper, Eq. 6).", "1.0")] = 1.0
+    baseline: Annotated[_BASELINE, Key("What hides a part of the image.", "blur")] = "blur"
+    grid: Annotated[int, Key("All maps are ranked on grid × grid cells.", "32", least=1, most=1024)] = 32
+    steps: Annotated[int, Key("Points on a deletion or insertion curve, less one.", "50", least=1, most=100_000)] = 50
+    max_new_tokens: Annotated[int, Key("Length limit of answers, tokens.", "64", least=1, most=1_000_000)] = 64
+    seed: Annotated[int, Key("Of everything random.", "0", least=0, most=2**63 - 1)] = 0
+    words: Annotated[bool, Key("Also make one map per selected word, to look at; as many maps more.", "true")] = False
 
 
 @dataclass(frozen=True)
@@ -152,14 +130,21 @@ class FilterSpec:
     A sample is kept if the probability of the answer falls by at least ``minimum_drop`` on the baseline image,
     1 − P̃(a)/P(a), under every model of the study. The paper gives no number; 0.3 is the edge of its own class of
     answers that hardly need the image (Table 1).
-
-    Attributes:
-        minimum_drop: In [0, 1]; 0 keeps every answer.
-        normalised: P is the geometric mean over tokens instead of their product.
     """
 
-    minimum_drop: float = 0.3
-    normalised: bool = False
+    minimum_drop: Annotated[
+        float,
+        Key(
+            "Share of its probability that an answer has to lose on the baseline image, under every model, to get "
+            "maps; 0 keeps every answer.",
+            "0.3",
+            least=0,
+            most=1,
+        ),
+    ] = 0.3
+    normalised: Annotated[
+        bool, Key("Probability is the geometric mean over tokens instead of their product.", "true")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -167,25 +152,29 @@ class Study:
     """A whole study. Read it with :func:`read_study`.
 
     Attributes:
-        name, about: What it is called, and a paragraph on it.
-        out: Directory of its units.
-        models, datasets, methods: By name.
-        settings, filter: What all maps share; which samples get maps.
-        engine, engine_options: Who does the units.
         base: Directory of the YAML file, where sources are looked for first; no part of what is handed on.
         trust_remote_code: Run the code that comes with a model. No file says so, the caller does; not handed on.
     """
 
-    name: str
-    out: Path
-    models: Mapping[str, ModelSpec]
-    datasets: Mapping[str, DatasetSpec]
-    methods: Mapping[str, MethodSpec]
-    settings: Settings = Settings()
-    filter: FilterSpec = FilterSpec()
-    engine: str = "local"
-    engine_options: Mapping[str, Any] = field(default_factory=dict)
-    about: str = ""
+    name: Annotated[str, Key("Stands at the top of the tables.", "a first study", "the file's name")]
+    out: Annotated[
+        Path, Key("Directory of its units, beside the file unless absolute.", "runs/study", "runs/ and the file's name")
+    ]
+    models: Annotated[
+        Mapping[str, ModelSpec], Key("Name → model; a text alone is its source.", "{demo: demo}", "needed")
+    ]
+    datasets: Annotated[
+        Mapping[str, DatasetSpec],
+        Key("Name → data set.", "{scenes: {reader: demo, source: eval, limit: 2}}", "needed"),
+    ]
+    methods: Annotated[Mapping[str, MethodSpec], Key("Row of the tables → method.", "{igos++: {}}", "needed")]
+    settings: Annotated[Settings, Key("What all maps share.", "{grid: 16}", "those below")] = Settings()
+    filter: Annotated[FilterSpec, Key("Which samples get maps.", "{minimum_drop: 0.3}", "those below")] = FilterSpec()
+    engine: Annotated[str, Key("Who does the units: local, or what a plugin brings.", "ray")] = "local"
+    engine_options: Annotated[Mapping[str, Any], Key("Options of the engine.", "{address: auto}")] = field(
+        default_factory=dict
+    )
+    about: Annotated[str, Key("What is studied, and why; stands at the top of the tables.", "Two models on MMVP.")] = ""
     base: Path | None = None
     trust_remote_code: bool = False
 
@@ -223,10 +212,10 @@ class _Reader:
     def wrong(self, node: yaml.Node, sentence: str) -> StudyError:
         return StudyError(f"{self.path}, line {node.start_mark.line + 1}: {sentence}")
 
-    def entries(self, node: yaml.Node, what: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    def entries(self, node: yaml.Node, what: str) -> dict[str, _Entry]:
         if not isinstance(node, yaml.MappingNode):
             raise self.wrong(node, f"{what} is a mapping (name: …)")
-        found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        found: dict[str, _Entry] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise self.wrong(key, f"{what}: a name is a text")
@@ -242,148 +231,127 @@ class _Reader:
         except WrongYaml as error:
             raise StudyError(f"{self.path}, line {error.line}: {error}") from error
 
-    def text(self, found: Mapping[str, tuple[yaml.Node, yaml.Node]], name: str, default: str) -> str:
+    def text(self, found: Mapping[str, _Entry], name: str, default: str) -> str:
         if name not in found:
             return default
         given = self.plain(found[name][1])
         if isinstance(given, bool) or not isinstance(given, str | int | float):
-            raise self.wrong(found[name][1], f"{name} is a text, not {_short(given)}")
+            raise self.wrong(found[name][1], f"{name} is a text, not {short(given)}")
         return str(given)
 
     def study(self, node: yaml.Node) -> Study:
         found = self.entries(node, "a study")
-        self.check_names(found, _PARTS, "a study")
+        self.check_names(found, tuple(parts(Study)), "a study")
         for name in ("models", "datasets", "methods"):
             if name not in found:
                 raise self.wrong(node, f"there are no {name}; a study names models, datasets and methods")
             if not self.entries(found[name][1], name):
                 raise self.wrong(found[name][0], f"{name} is empty")
         out = Path(os.path.expanduser(self.text(found, "out", f"runs/{self.path.stem}")))
-        engine = self.text(found, "engine", "local")
         options = self.plain(found["engine_options"][1]) if "engine_options" in found else {}
         if not isinstance(options, dict):
             raise self.wrong(found["engine_options"][1], "engine_options is a mapping")
+
+        def each(part: str, read: Callable[[str, yaml.Node, yaml.Node], Any]) -> dict[str, Any]:
+            return {name: read(name, *pair) for name, pair in self.entries(found[part][1], part).items()}
+
         return Study(
             name=self.text(found, "name", self.path.stem),
             out=out if out.is_absolute() else self.path.parent / out,
-            models={name: self.model(name, *pair) for name, pair in self.entries(found["models"][1], "models").items()},
-            datasets={
-                name: self.dataset(name, *pair) for name, pair in self.entries(found["datasets"][1], "datasets").items()
-            },
-            methods={
-                name: self.method(name, *pair) for name, pair in self.entries(found["methods"][1], "methods").items()
-            },
-            settings=self.settings(found["settings"][1]) if "settings" in found else Settings(),
-            filter=self.filter(found["filter"][1]) if "filter" in found else FilterSpec(),
-            engine=engine,
+            models=each("models", self.model),
+            datasets=each("datasets", self.dataset),
+            methods=each("methods", self.method),
+            settings=Settings(**self.values(found["settings"][1], Settings, "settings")[0])
+            if "settings" in found
+            else Settings(),
+            filter=FilterSpec(**self.values(found["filter"][1], FilterSpec, "filter")[0])
+            if "filter" in found
+            else FilterSpec(),
+            engine=self.text(found, "engine", "local"),
             engine_options=options,
             about=" ".join(self.text(found, "about", "").split()),
             base=self.path.parent.absolute(),
         )
 
-    def check_names(self, found: Mapping[str, tuple[yaml.Node, yaml.Node]], known: tuple[str, ...], what: str) -> None:
+    def check_names(self, found: Mapping[str, _Entry], known: tuple[str, ...], what: str) -> None:
         for name, (key, _) in found.items():
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(known)}"
-                raise self.wrong(key, f"{what} has no {name!r}; {hint}")
+                raise self.wrong(key, f"{what} has no {name!r}; {nearest(name, known, 'it knows')}")
 
-    def values(self, node: yaml.Node, kind: type, what: str, leave_out: tuple[str, ...] = ("name",)) -> dict[str, Any]:
-        """The entries of a mapping, of the types that the dataclass says."""
-        fields = {item.name: str(item.type) for item in dataclasses.fields(kind) if item.name not in leave_out}
+    def values(
+        self, node: yaml.Node, kind: type, what: str, more: tuple[str, ...] = ()
+    ) -> tuple[dict[str, Any], dict[str, _Entry]]:
+        """The keys of a mapping as the dataclass holds them, and the nodes of ``more`` that stand beside them."""
         if isinstance(node, yaml.ScalarNode) and self.plain(node) is None:
-            return {}
+            return {}, {}
+        known = parts(kind)
         found = self.entries(node, what)
-        self.check_names(found, tuple(fields), what)
+        self.check_names(found, (*known, *more), what)
         read: dict[str, Any] = {}
         for name, (_, value) in found.items():
-            given, wanted = self.plain(value), fields[name]
-            if given is None and "None" in wanted:
-                read[name] = None
-            elif wanted.startswith("Mapping"):
-                if not isinstance(given, dict):
-                    raise self.wrong(value, f"{what}: {name} is a mapping (name: value)")
-                read[name] = given
-            elif wanted.startswith("tuple[int"):
-                items = given if isinstance(given, list) else [given]
-                if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
-                    raise self.wrong(value, f"{what}: {name} is a list of whole numbers, not {_short(given)}")
-                read[name] = tuple(items)
-            elif wanted.startswith("bool"):
-                if not isinstance(given, bool):
-                    raise self.wrong(value, f"{what}: {name} is true or false, not {_short(given)}")
-                read[name] = given
-            elif wanted.startswith(("int", "float")):
-                whole = wanted.startswith("int")
-                if isinstance(given, bool) or not isinstance(given, int if whole else int | float):
-                    raise self.wrong(
-                        value, f"{what}: {name} is a {'whole ' if whole else ''}number, not {_short(given)}"
-                    )
-                read[name] = given if whole else float(given)
-            elif isinstance(given, str | int | float) and not isinstance(given, bool):
-                read[name] = str(given)
-            else:
-                raise self.wrong(value, f"{what}: {name} is a text, not {_short(given)}")
-        return read
+            if name not in known:
+                continue
+            hint, key = known[name]
+            given = self.plain(value)
+            if hint in (str, str | None) and isinstance(given, int | float) and not isinstance(given, bool):
+                given = str(given)  # names may be numbers
+            try:
+                read[name] = checked(hint, given, key)
+            except WrongValue as error:
+                raise self.wrong(value, f"{what}: {name} {error}") from None
+        return read, {name: pair for name, pair in found.items() if name not in known}
 
     def model(self, name: str, key: yaml.Node, node: yaml.Node) -> ModelSpec:
-        values = {"source": self.plain(node)} if _is_text(node) else self.values(node, ModelSpec, f"model {name}")
+        values = {"source": self.plain(node)} if _is_text(node) else self.values(node, ModelSpec, f"model {name}")[0]
         if "source" not in values:
             raise self.wrong(key, f"model {name} has no source: a directory, a hub id, or demo")
-        if values.get("size") is not None and values["size"] <= 0:
-            raise self.wrong(node, f"model {name}: size is above 0, in billions of parameters")
         return ModelSpec(name, **values)
 
     def dataset(self, name: str, key: yaml.Node, node: yaml.Node) -> DatasetSpec:
-        values = self.values(node, DatasetSpec, f"data set {name}")
+        what = f"data set {name}"
+        entries = self.entries(node, what)
         for needed in ("reader", "source"):
-            if needed not in values:
-                raise self.wrong(key, f"data set {name} has no {needed}; `lvlm-probe study datasets` lists the readers")
-        if values.get("limit") is not None and values["limit"] < 1:
-            raise self.wrong(node, f"data set {name}: limit is at least 1")
-        return DatasetSpec(name, **values)
+            if needed not in entries:
+                raise self.wrong(key, f"{what} has no {needed}; `lvlm-probe study datasets` lists the readers")
+        reader = self.text(entries, "reader", "")
+        if reader not in readers():
+            raise self.wrong(entries["reader"][1], f"there is no reader {reader!r}; {nearest(reader, readers())}")
+        values, beside = self.values(node, DatasetSpec, what, more=tuple(options_of(reader)))
+        under = self.entries(entries["options"][1], "options") if values.get("options") else {}
+        options = {}
+        for option, (there, value) in [*under.items(), *beside.items()]:
+            if option in options:
+                raise self.wrong(there, f"{what} has {option!r} twice, beside its keys and under options")
+            options[option] = self.option(reader, option, there, value)
+        return DatasetSpec(name, **{**values, "options": options})
+
+    def option(self, reader: str, name: str, key: yaml.Node, node: yaml.Node) -> Any:
+        """An option of a reader; where one name inside of it is wrong, the error names that line."""
+        try:
+            return checked_option(reader, name, self.plain(node))
+        except WrongValue as error:
+            inside = self.entries(node, name) if error.inside is not None else {}
+            raise self.wrong(inside.get(error.inside or "", (key, node))[0], str(error)) from None
 
     def method(self, name: str, key: yaml.Node, node: yaml.Node) -> MethodSpec:
-        values = {"method": self.plain(node)} if _is_text(node) else self.values(node, MethodSpec, f"method {name}")
-        spec = MethodSpec(name, **{"method": name, **values})
-        if spec.tokens not in TOKEN_RULES:
-            what = f"method {name}: tokens is one of {', '.join(TOKEN_RULES)}, not {_short(spec.tokens)}"
-            raise self.wrong(key, what)
-        if spec.behaviour not in BEHAVIOURS:
-            what = f"method {name}: behaviour is {' or '.join(BEHAVIOURS)}, not {_short(spec.behaviour)}"
-            raise self.wrong(key, what)
         from lvlm_probe.explainers import methods
         from lvlm_probe.explainers.registry import check_parameters, find
 
+        what = f"method {name}"
+        values = {"method": self.plain(node)} if _is_text(node) else self.values(node, MethodSpec, what)[0]
+        spec = MethodSpec(name, **{"method": name, **values})
         if spec.method not in methods():  # of plugins too
-            close = difflib.get_close_matches(spec.method, methods(), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(methods())}"
-            raise self.wrong(key, f"method {name}: there is no explainer {_short(spec.method)}; {hint}")
+            hint = nearest(spec.method, methods())
+            raise self.wrong(key, f"{what}: there is no explainer {short(spec.method)}; {hint}")
         try:
             check_parameters(spec.method, find(spec.method), spec.params)
         except ExplainError as error:
-            raise self.wrong(node, f"method {name}: {error}") from error
+            raise self.wrong(node, f"{what}: {error}") from error
         return spec
 
-    def settings(self, node: yaml.Node) -> Settings:
-        values = Settings(**self.values(node, Settings, "settings"))
-        for name, (least, most) in _RANGES.items():
-            if getattr(values, name) < least:
-                raise self.wrong(node, f"settings: {name} is at least {least}")
-            if getattr(values, name) > most:
-                raise self.wrong(node, f"settings: {name} is at most {most}")
-        return values
 
-    def filter(self, node: yaml.Node) -> FilterSpec:
-        values = FilterSpec(**self.values(node, FilterSpec, "filter"))
-        if not 0 <= values.minimum_drop <= 1:
-            raise self.wrong(node, f"filter: minimum_drop is between 0 and 1, not {values.minimum_drop:g}")
-        return values
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+_Entry = tuple[yaml.Node, yaml.Node]
+"""Nodes of a key and of its value."""
 
 
 def _is_text(node: yaml.Node) -> bool:

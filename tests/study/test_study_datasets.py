@@ -314,7 +314,7 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
     assert second.answer is None
     assert second.annotations["region"].sum() == 1
     assert first.image.size == second.image.size == (12, 8)
-    with pytest.raises(StudyError, match="there is no field 'picture'"):
+    with pytest.raises(StudyError, match="columns has no 'picture'; it knows id, question"):
         list(open_dataset("table", str(file), columns={"picture": "file"}))
     with pytest.raises(StudyError, match="there is no column 'question'; it has 'name', 'ask'"):
         list(open_dataset("table", str(file)))
@@ -355,8 +355,10 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
 def test_unknown_names_and_options(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="did you mean 'mmstar'"):
         open_dataset("mmstr", "x")
-    with pytest.raises(StudyError, match=r"data set mmvp: .*unexpected keyword argument 'taks'"):
+    with pytest.raises(StudyError, match="data set mmvp has no option 'taks'; it has none"):
         open_dataset("mmvp", "x", taks="Count")
+    with pytest.raises(StudyError, match="data set cv-bench has no option 'taks'; did you mean 'task'"):
+        open_dataset("cv-bench", "x", taks="Count")
     with pytest.raises(StudyError, match="neither here nor a hub id"):
         list(open_dataset("table", str(tmp_path / "none.csv")))
     assert {
@@ -441,6 +443,77 @@ def test_a_data_set_in_a_study_file(tmp_path: Path) -> None:
     spec = read_study(tmp_path / "study.yaml").datasets["mine"]
     (sample,) = open_dataset(spec.reader, spec.source, **spec.options)
     assert sample.question == "Which?"
+
+
+OWN = """\
+models: {m: demo}
+methods: {center: {}}
+datasets:
+  mine:
+    reader: table
+    source: mine.jsonl
+    columns:
+      question: ask
+      image: file
+    images: photos
+"""
+
+
+@pytest.mark.quick
+def test_options_of_the_reader_stand_beside_the_other_keys(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(OWN)
+    spec = read_study(path).datasets["mine"]
+    assert spec.options == {"columns": {"question": "ask", "image": "file"}, "images": "photos"}
+    under = OWN.replace("    images: photos\n", "    options: {images: photos}\n")
+    path.write_text(under)
+    assert read_study(path).datasets["mine"] == spec
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "sentence"),
+    [
+        (("image: file", "imag: file"), 9, "columns has no 'imag'; did you mean 'image'?"),
+        (("image: file", "image: 5"), 9, "columns has 'image', which is a text, not 5"),
+        (("    columns:", "    colums:"), 7, "data set mine has no 'colums'; did you mean 'columns'?"),
+        (("images: photos", "images: [photos]"), 10, "images is a text, not ['photos']"),
+        (("images: photos", "options: {imges: photos}"), 10, "has no option 'imges'; did you mean 'images'?"),
+        (("images: photos", "options: {columns: {}}"), 7, "has 'columns' twice"),
+        (("reader: table", "reader: tabel"), 5, "there is no reader 'tabel'; did you mean 'table'?"),
+        (("reader: table", "reader: images"), 7, "data set mine has no 'columns'; it knows reader, source"),
+    ],
+)
+def test_a_wrong_option_is_named_with_its_line(
+    tmp_path: Path, change: tuple[str, str], line: int, sentence: str
+) -> None:
+    assert change[0] in OWN
+    (tmp_path / "study.yaml").write_text(OWN.replace(*change, 1))
+    with pytest.raises(StudyError, match=f"line {line}: ") as caught:
+        read_study(tmp_path / "study.yaml")
+    assert sentence in str(caught.value)
+
+
+def test_columns_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("ask,photo,truth\nWhich?,none.png,red\n")
+    peek = ("study", "peek", "table", tmp_path / "x.csv", "--json")
+    for given in (
+        ("--param", "columns.image=photo", "--param", "columns.question=ask", "--param", "columns.answer=truth"),
+        ("--column", "image=photo", "--column", "question=ask", "--column", "answer=truth"),
+        ("--param", "columns={image: photo, question: ask}", "--column", "answer=truth"),
+    ):
+        (facts,) = succeed(*peek, *given).json
+        assert (facts["question"], facts["answer"]) == ("Which?", "red")
+        assert "none.png is missing" in facts["image"]
+    for wrong, sentence in (
+        ("columns=photo", "columns is a mapping (id: value), not 'photo'"),
+        ("columns.imag=photo", "columns has no 'imag'; did you mean 'image'?"),
+        ("colums.image=photo", "no option 'colums'; did you mean 'columns'?"),
+    ):
+        result = run(*peek, "--param", wrong)
+        assert result.code == 2 and sentence in " ".join(result.err.split())
+    both = run(*peek, "--param", "columns=5", "--param", "columns.image=photo")
+    assert both.code == 2 and "as a value and as a mapping" in " ".join(both.err.split())
+    assert run(*peek, "--param", "columns=5", "--column", "image=photo").code == 2
 
 
 @pytest.mark.quick

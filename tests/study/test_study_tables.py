@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -323,13 +324,23 @@ def _printed_cells() -> Any:
 def test_all_forms(results: Results, tmp_path: Path) -> None:
     table = make_table(results, "2")
     made = table.write(tmp_path / "tables")
-    assert [path.name for path in made] == ["table2.md", "table2.csv", "table2.tex", "table2.png"]
+    assert [path.name for path in made] == [
+        "table2.md",
+        "table2.csv",
+        "table2.tex",
+        "table2.pdf",
+        "table2-figure.png",
+        "table2-figure.pdf",
+        "table2-figure.svg",
+    ]
     rows = list(csv.DictReader(io.StringIO(made[1].read_text())))
     assert float(rows[0]["insertion − deletion"]) == pytest.approx(0.8)
     assert float(rows[0]["insertion − deletion low"]) == pytest.approx(0.6)
     assert r"insertion $\uparrow$" in made[2].read_text()
     assert made[0].read_text().count("\n| ") == 1 + len(table.rows)
-    assert Image.open(made[3]).size[0] > 500
+    assert Image.open(made[4]).size[0] > 500
+    assert all(path.read_bytes().startswith(b"%PDF") for path in (made[3], made[5]))
+    assert "Table 2" in made[6].read_text() and "<svg" in made[6].read_text()
 
 
 def test_a_table_without_anything(study: Study) -> None:
@@ -340,3 +351,74 @@ def test_a_table_without_anything(study: Study) -> None:
         make_table(results, "9")
     with pytest.raises(StudyError, match="there is no table '10'"):
         make_table(results, "10")
+
+
+def printed_table(**change: Any) -> Table:
+    def cell(value: float) -> Interval:
+        return Interval(value, value - 0.1, value + 0.1, 0.95, 9)
+
+    rows = (
+        ("m", "a", cell(0.80004), 3.0, "+0.100 ± 0.010"),
+        ("m", "b", cell(0.80001), 1.0, "+0.300 ± 0.010"),
+        ("m", "c", cell(0.70001), 2.0, "+0.200 ± 0.010"),
+        ("m", "untrusted", cell(0.99), 0.5, "+0.900 ± 0.010"),
+        ("n", "a", cell(0.5), math.nan, None),
+        ("n", "b", None, math.nan, None),
+    )
+    given = {"labels": 2, "better": {"rho": "higher"}, "doubted": frozenset({3}), **change}
+    return Table("t", "Title", ("model", "method", "insertion ↑", "seconds ↓", "rho"), rows, **given)
+
+
+@pytest.mark.quick
+def test_best_and_second_in_print() -> None:
+    """By hand: equal as printed shares the rank, the doubted row has none, a row alone is compared with nothing."""
+    assert printed_table().ranks() == {
+        (0, 2): "best", (1, 2): "best", (2, 2): "second", (1, 3): "best", (2, 3): "second", (1, 4): "best",
+        (2, 4): "second",
+    }  # fmt: skip
+    lowest = printed_table(doubted=frozenset(), within=()).ranks()
+    assert lowest[3, 2] == "best" and lowest[0, 2] == lowest[1, 2] == "second", "one group of all rows"
+    assert lowest[3, 3] == "best" and lowest[1, 3] == "second" and (0, 3) not in lowest
+    assert not printed_table(doubted=frozenset(range(6))).ranks()
+
+
+@pytest.mark.quick
+def test_latex_of_a_table() -> None:
+    tex = printed_table().latex()
+    assert tex.startswith("% Needs \\usepackage{booktabs}")
+    assert r"\label{tab:t}" in tex
+    assert r"\caption{Title. Best in bold; second underlined. In brackets: 95 \% intervals." in tex
+    assert r"m & a & \textbf{0.800} {\scriptsize [0.700, 0.900]} & 3.000 & +0.100 $\pm$ 0.010 \\" in tex
+    assert r"m & c & \underline{0.700} {\scriptsize [0.600, 0.800]} & \underline{2.000} & " in tex
+    assert r"m & untrusted $\dagger$ & 0.990 {\scriptsize" in tex
+    assert r"model & method & insertion $\uparrow$ & seconds $\downarrow$ & rho $\uparrow$ \\" in tex
+    assert tex.count(r"\midrule") == 2 and tex.index(r"\midrule" + "\nn & a") > 0
+    assert tex.count(r"\begin") == tex.count(r"\end") == 2
+
+
+def test_a_table_as_a_page() -> None:
+    """Nothing stands on anything else or beyond the page, and the best is bold."""
+    page = printed_table(notes=("A note of many words. " * 12,)).page()
+    page.set_dpi(720)  # as on paper: on a screen letters are moved to whole dots
+    renderer = page.canvas.get_renderer()  # type: ignore[attr-defined]
+    texts = [text for text in page.texts if text.get_text()]
+    boxes = [text.get_window_extent(renderer) for text in texts]
+    width, height = page.get_size_inches() * page.dpi
+    assert all(box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in boxes)
+    assert not [
+        (one.get_text(), other.get_text())
+        for number, one in enumerate(texts)
+        for place, other in enumerate(texts[:number])
+        if boxes[number].shrunk(0.98, 0.5).overlaps(boxes[place].shrunk(0.98, 0.5))
+    ]
+    bold = {text.get_text() for text in texts if text.get_fontweight() == "bold"}
+    assert {"Title", "insertion ↑", "0.800", "1.000", "+0.300 ± 0.010"} <= bold and "0.990" not in bold
+
+
+def test_a_row_of_untrusted_maps_is_never_best(results: Results) -> None:
+    maps = tuple({**record, "trusted": record["row"] != "igos++"} for record in results.maps)
+    maps = tuple({**record, "verdict": "do not trust: no better than chance"} for record in maps)
+    table = make_table(dataclasses.replace(results, maps=maps), "2")
+    rows = [number for number, row in enumerate(table.rows) if row[2] == "igos++"]
+    assert table.doubted == frozenset(rows)
+    assert not [place for place in table.ranks() if place[0] in rows]

@@ -127,16 +127,22 @@ def _is_directory(name: str) -> bool:
 
 
 def parameters(pairs: Sequence[str]) -> dict[str, Any]:
-    """``["size=14", "preset=release"]`` as keyword arguments; values are read as YAML."""
+    """``["size=14", "columns.image=photo"]`` as keyword arguments: values are YAML, a dot leads into a mapping."""
     import yaml
 
     found: dict[str, Any] = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
-        if not sign or not name.isidentifier():
+        *outer, last = name.split(".")
+        if not sign or not all(part.isidentifier() for part in (*outer, last)):
             raise ProbeError(f"--param {pair!r}: write it as NAME=VALUE, e.g. --param size=14")
+        inner = found
+        for part in outer:
+            inner = inner.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ProbeError(f"--param {pair!r}: {part} is given as a value and as a mapping; give one of them")
         try:
-            found[name] = yaml.safe_load(value)
+            inner[last] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ProbeError(f"--param {pair!r}: the value cannot be read ({first_line(error)})") from error
     return found

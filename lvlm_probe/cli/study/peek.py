@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvlm_probe.cli.shared.completion import complete_dataset
-from lvlm_probe.cli.shared.inputs import parameters
-from lvlm_probe.cli.shared.options import Json
+from lvlm_probe.cli.shared.inputs import columns_from, parameters
+from lvlm_probe.cli.shared.options import Columns, Json
 from lvlm_probe.cli.shared.terminal import one_line, print_json, quiet_libraries, say
 from lvlm_probe.errors import ProbeError
 
@@ -33,18 +33,28 @@ def peek(
         bool, typer.Option("--open-ended", help="As open questions: without choices and instructions.")
     ] = False,
     param: Annotated[
-        list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="Option of the reader; repeatable.")
+        list[str] | None,
+        typer.Option("--param", metavar="NAME=VALUE", help="Option of the reader; columns.image=photo; repeatable."),
     ] = None,
+    column: Columns = None,
     as_json: Json = False,
 ) -> None:
     """Show the first samples of a data set as they are read, each with its image opened.
 
     Example:  lvlm-probe study peek mmvp data/MMVP --open-ended
+
+    Example:  lvlm-probe study peek table questions.csv --column image=photo --column answer=truth
     """
     quiet_libraries()
     from lvlm_probe.study import open_dataset
 
-    samples = open_dataset(name, source, split=split, open_ended=open_ended, **parameters(param or []))
+    options = parameters(param or [])
+    if column:
+        given = options.get("columns") or {}
+        if not isinstance(given, dict):
+            raise ProbeError("--param columns is a mapping; leave it out where --column says which is which")
+        options["columns"] = {**given, **columns_from(column)}
+    samples = open_dataset(name, source, split=split, open_ended=open_ended, **options)
     shown = [_facts(sample) for sample in itertools.islice(samples, limit)]
     if not shown:
         raise ProbeError(f"{source}, read as {name}, has no samples")

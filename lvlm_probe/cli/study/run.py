@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lvlm_probe.cli.shared.options import Json, StudyFile, TrustRemoteCode
 from lvlm_probe.cli.shared.studies import show_state, study_in
-from lvlm_probe.cli.shared.terminal import bar, print_json, quiet_libraries, quoted_path, say, stop, stored_path
+from lvlm_probe.cli.shared.terminal import (
+    bar,
+    one_line,
+    print_json,
+    quiet_libraries,
+    quoted_path,
+    safe,
+    say,
+    stop,
+    stored_path,
+)
 from lvlm_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from lvlm_probe.study.run.runner import Told
+    from lvlm_probe.study.spec import Study
 
 __all__ = ["run"]
 
@@ -45,14 +61,8 @@ def run(
         study = dataclasses.replace(study, engine_options={**study.engine_options, "address": address})
     work = engine_named(engine or study.engine)
     try:
-        with bar(f"study {study.name}") as advance:
-            counts = work(
-                study,
-                limit=limit,
-                shard=_shard(shard),
-                retry_failed=retry_failed,
-                tell=lambda told: advance(told.done, told.total),
-            )
+        with _Lines(study, write=_aside if as_json else say) as lines:
+            counts = work(study, limit=limit, shard=_shard(shard), retry_failed=retry_failed, tell=lines.tell)
     except KeyboardInterrupt:
         raise stop(f"stopped; what is finished is in {stored_path(study.out)}, and the same command goes on") from None
     results = collect(study)
@@ -63,6 +73,74 @@ def run(
     show_state(results)
     say("next:  ", f"lvlm-probe study table {quoted_path(file)}")
     say("       ", f"lvlm-probe study page {quoted_path(file)} --open")
+
+
+class _Lines:
+    """What a run says of itself: what is to be done, what the first units took, and a bar or lines for the rest.
+
+    Args:
+        study: it.
+        write: takes a line.
+    """
+
+    def __init__(self, study: Study, *, write: Callable[[str], None]) -> None:
+        self._study, self._write = study, write
+        self._stack = contextlib.ExitStack()
+        self._kind = ""
+        self._advance: Callable[[int, int], None] | None = None
+
+    def __enter__(self) -> _Lines:
+        study = self._study
+        rows = f"{len(study.methods)} method{'s' * (len(study.methods) > 1)}"
+        self._write(
+            f"study {one_line(study.name)}: {len(study.models)} model(s), {len(study.datasets)} data set(s), {rows}; "
+            f"units go to {stored_path(study.out)}"
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def tell(self, told: Told) -> None:
+        """Take the progress of an engine. Lines are written where no bar is drawn, before it or after it."""
+        half = told.total // 2
+        kind = told.kind or ("answers" if told.done <= half else "maps")
+        done = told.done - (half if kind == "maps" else 0)
+        if kind != self._kind:
+            self._stack.close()
+            self._advance = None
+            self._kind = kind
+            if kind == "maps":
+                self._write(f"all {half} answers are there; maps are made of those that the filter keeps")
+        if self._advance is None and told.made and done < half:
+            self._first(told, half - done, half)
+        if self._advance is None and done < half and (told.made or not told.kind):
+            self._advance = self._stack.enter_context(bar(f"{kind} of {self._study.name}"))
+        if self._advance is not None:
+            self._advance(done, half)
+
+    def _first(self, told: Told, left: int, half: int) -> None:
+        """The cost, by the first units that were made."""
+        if told.kind == "answers":
+            said = f"an answer takes {told.seconds:.2g} s: {left} of {half} to go, {_span(left * told.seconds)}"
+            self._write(f"{said}; then at most {half * len(self._study.methods)} maps, which are timed when they begin")
+        else:
+            each = told.seconds / told.made
+            said = f"a map takes {each:.2g} s, judged: at most {left * len(self._study.methods)} to go"
+            self._write(f"{said}, {_span(left * len(self._study.methods) * each)}")
+
+
+def _aside(line: str) -> None:
+    """A line that is no result."""
+    typer.echo(safe(line), err=True)
+
+
+def _span(seconds: float) -> str:
+    """A time that is not known better than that."""
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.1f} {name}"
+    return f"about {max(1, round(seconds))} seconds"
 
 
 def _shard(text: str | None) -> tuple[int, int]:

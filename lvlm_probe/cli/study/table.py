@@ -39,7 +39,7 @@ def table(
         typer.Option(
             "--format",
             autocompletion=choices("markdown", "csv", "latex"),
-            help="What to print: markdown, csv or latex. Files are written in all forms.",
+            help="What to print: markdown, csv or latex. Files are written in all forms, PDF too.",
         ),
     ] = "markdown",
     annotations: Annotated[
@@ -54,7 +54,9 @@ def table(
         typer.Option("--document", metavar="FILE.md", help="All tables as one document instead, with what was run."),
     ] = None,
 ) -> None:
-    """Make the paper's tables of what is finished: print them, and write them as Markdown, CSV, LaTeX and figure.
+    """Make the paper's tables of what is finished: print them, and write them as Markdown, CSV, LaTeX, PDF and figure.
+
+    In LaTeX (booktabs) and PDF the best of each column is bold, the second underlined; untrusted rows are neither.
 
     Example:  lvlm-probe study table study.yaml --table 2
     """

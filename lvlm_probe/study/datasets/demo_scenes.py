@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from lvlm_probe.demo.questions import DOMAINS
 from lvlm_probe.demo.scene import SPLITS, Scene, scene_rng, scenes
@@ -20,26 +21,24 @@ def demo_scenes(
     hard: bool = False,
     start: int = 0,
     seed: int = 0,
-    human: str | None = None,
+    human: Literal["region"] | None = None,
 ) -> Iterator[Sample]:
     """Demo scenes without end; give the data set a limit.
 
     Args:
         source: Split of the scenes, unless ``split`` names it.
-        hard: The hard kind.
-        start: Number of the first one.
-        seed: Of the scenes.
-        human: ``"region"`` lets the region that decides the answer stand where a data set of people's attention has
-            their maps: nobody has looked at these images.
+        hard: The hard kind, e.g. ``hard: true``.
+        start: Number of the first one, e.g. ``start: 100``.
+        seed: Of the scenes, e.g. ``seed: 1``.
+        human: Let the region that decides the answer stand where a data set of people's attention has their maps:
+            nobody has looked at these images, e.g. ``human: region``.
 
     Raises:
-        StudyError: there is no such split, or ``human`` is something else.
+        StudyError: there is no such split.
     """
     wanted = split or source
     if wanted not in SPLITS:
         raise StudyError(f"demo scenes: there is no split {wanted!r}; source is one of {', '.join(SPLITS)}")
-    if human not in (None, "region"):
-        raise StudyError(f"demo scenes: human is region, or left out, not {human!r}")
     index = start
     while True:
         (scene,) = scenes(1, seed=seed, split=wanted, start=index, hard=hard)

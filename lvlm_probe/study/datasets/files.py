@@ -17,7 +17,7 @@ from lvlm_probe.extras import require
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["column", "find_file", "folder", "is_local", "open_image", "read_json", "rows"]
+__all__ = ["Row", "find_file", "folder", "is_local", "open_image", "read_json", "rows"]
 
 _KINDS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -43,14 +43,50 @@ def find_file(directory: Path, *names: str, what: str) -> Path:
     raise StudyError(f"{what}: {directory} has no {' or '.join(names)}")
 
 
-def rows(source: str | Path, *, split: str | None = None, config: str | None = None) -> Iterator[dict[str, Any]]:
+class Row(dict[str, Any]):
+    """One row of a table, by column.
+
+    Args:
+        values: of its columns.
+        where: which row of what it is, for errors.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
+
+    def column(self, *names: str) -> Any:
+        """The value of the first of some columns. Raises ``StudyError`` that names the columns there are."""
+        for name in names:
+            if name in self:
+                return self[name]
+        wanted = " or ".join(map(repr, names))
+        raise StudyError(f"{self.where}: there is no column {wanted}; it has {', '.join(map(repr, self))}")
+
+    def text(self, *names: str) -> str:
+        """The same as text."""
+        return str(self.column(*names))
+
+
+def rows(source: str | Path, *, what: str, split: str | None = None, config: str | None = None) -> Iterator[Row]:
     """Rows of a file, of all files of one kind in a directory, or of a hub data set; images are not decoded.
 
     csv and jsonl are read line by line; parquet and hub data sets by the ``datasets`` library.
 
+    Args:
+        source: the file, directory or hub id.
+        what: the data set, for errors; they number the row.
+        split: where there are several.
+        config: of a hub data set.
+
     Raises:
         StudyError: there is no such file or data set, or it cannot be read.
     """
+    for number, values in enumerate(_rows(source, split, config), start=1):
+        yield Row(values, f"{what}, row {number}")
+
+
+def _rows(source: str | Path, split: str | None, config: str | None) -> Iterator[dict[str, Any]]:
     path = Path(os.path.expanduser(source))
     files = _files(path, split)
     if not files:
@@ -69,16 +105,6 @@ def rows(source: str | Path, *, split: str | None = None, config: str | None = N
             yield from _json(file)
         else:
             yield from _parquet(file)
-
-
-def column(row: Mapping[str, Any], *names: str, where: str, number: int) -> Any:
-    """The value of the first of some columns. Raises ``StudyError`` that names the columns there are."""
-    for name in names:
-        if name in row:
-            return row[name]
-    raise StudyError(
-        f"{where}, row {number}: there is no column {' or '.join(map(repr, names))}; it has {', '.join(map(repr, row))}"
-    )
 
 
 def open_image(value: Any, *, where: str, beside: Sequence[Path] = ()) -> Image.Image:

@@ -8,59 +8,55 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lvlm_probe.errors import StudyError
-from lvlm_probe.study.datasets.files import column, folder, open_image, rows
+from lvlm_probe.study.datasets.files import folder, open_image, rows
 from lvlm_probe.study.datasets.open_ended import lettered, strip_choices, strip_instructions, true_choice
 from lvlm_probe.study.datasets.registry import Sample, register_dataset, replaced
 
-__all__ = ["images", "table"]
+__all__ = ["FIELDS", "PICTURES", "images", "table"]
 
-FIELDS = ("id", "question", "image", "answer", "choices", "group", "boxes", "mask")
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+Field = Literal["id", "question", "image", "answer", "choices", "group", "boxes", "mask"]
+FIELDS: tuple[str, ...] = get_args(Field)
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @register_dataset(
     "table",
-    layout="a csv, tsv, json, jsonl or parquet file, or a hub id, one question per row; columns: says which is which",
+    layout="a csv, tsv, json, jsonl or parquet file, or a hub id, one question per row; columns: {image: photo, …} "
+    "says which is which, and `lvlm-probe study init FILE` writes it for you",
     relax=lambda sample: replaced(sample, strip_instructions(strip_choices(sample.question))),
 )
 def table(
     source: str,
     *,
     split: str | None = None,
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[Field, str] | None = None,
     question: str | None = None,
     images: str | None = None,
 ) -> Iterator[Sample]:
     """One question per row.
 
     Args:
-        columns: Field → column, for fields of another name: ``id``, ``question``, ``image`` (path, or bytes in
-            parquet), ``answer``, ``choices`` (a list, or text "(a) … (b) …"), ``group``, ``boxes`` (``[[x0, y0, x1,
-            y1], …]`` in pixels) and ``mask`` (path of an image, white = the region that decides the answer).
-        question: Asked of every row, where there is no such column.
-        images: Directory that paths are relative to, beside the file's own. A path that leads out of both, by itself
-            or by a link, is refused.
+        columns: Field → column, for fields of another name: id, question, image (a path, or bytes in parquet), answer,
+            choices (a list, or text "(a) … (b) …"), group, boxes ([[x0, y0, x1, y1], …] in pixels) and mask (path of
+            an image, white = the region that decides the answer), e.g. ``columns: {image: photo, answer: truth}``.
+        question: Asked of every row, where there is no such column, e.g. ``question: "What is this?"``.
+        images: Directory that paths are relative to, beside the file's own; a path that leads out of both, by itself
+            or by a link, is refused, e.g. ``images: photos``.
 
     Raises:
-        StudyError: a field is not known, or a column missing.
+        StudyError: a column is missing, or what stands in it is no such thing.
     """
-    if columns is not None and not all(isinstance(item, str) for pair in dict(columns).items() for item in pair):
-        raise StudyError("columns is a mapping of fields to names of columns")
     names = {name: name for name in FIELDS} | dict(columns or {})
-    unknown = sorted(set(names) - set(FIELDS))
-    if unknown:
-        raise StudyError(f"columns: there is no field {unknown[0]!r}; the fields are {', '.join(FIELDS)}")
     path = Path(os.path.expanduser(source))
     base = path if path.is_dir() else path.parent
     beside = (base / images, base) if images else (base,)
-    where = f"table {source}"
-    for number, row in enumerate(rows(source, split=split), start=1):
+    for number, row in enumerate(rows(source, what=f"table {source}", split=split), start=1):
         index = str(row.get(names["id"]) or number)
-        here = f"{where}, row {number}"
-        asked = question or str(column(row, names["question"], where=where, number=number))
+        here = row.where
+        asked = question or row.text(names["question"])
         choices = _choices(row.get(names["choices"]), here)
         answer = row.get(names["answer"])
         annotations: dict[str, Any] = {}
@@ -72,9 +68,7 @@ def table(
         yield Sample(
             id=index,
             question=asked,
-            load=partial(
-                open_image, column(row, names["image"], where=where, number=number), where=here, beside=beside
-            ),
+            load=partial(open_image, row.column(names["image"]), where=here, beside=beside),
             answer=None if answer in (None, "") else true_choice(str(answer), choices),
             choices=tuple(choices.values()),
             group=None if row.get(names["group"]) in (None, "") else str(row[names["group"]]),
@@ -86,13 +80,16 @@ def table(
 def images(source: str, *, split: str | None = None, question: str = "Describe this image.") -> Iterator[Sample]:
     """One question about every image in a directory, in order of path.
 
+    Args:
+        question: Asked about every image, e.g. ``question: "What is this?"``.
+
     Raises:
         StudyError: there is no such directory, or no image in it.
     """
     path = folder(source, "images")
-    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in _PICTURES]
+    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in PICTURES]
     if not found:
-        raise StudyError(f"images: {source} holds no images ({', '.join(_PICTURES)})")
+        raise StudyError(f"images: {source} holds no images ({', '.join(PICTURES)})")
     for file in found:
         name = file.relative_to(path)
         yield Sample(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_probe.errors import StudyError
-from lvlm_probe.study.datasets.files import column, find_file, folder, is_local, open_image, read_json, rows
+from lvlm_probe.study.datasets.files import find_file, folder, is_local, open_image, read_json, rows
 from lvlm_probe.study.datasets.open_ended import (
     inline_choices,
     lettered,
@@ -57,12 +57,13 @@ def mmvp(source: str, *, split: str | None = None) -> Iterator[Sample]:
     table = next(iter(sorted(path.rglob("Questions.csv"))), None) if here else None
     folders = sorted({file.parent for file in path.rglob("1.jpg")}) if here else []
     where = f"MMVP, {table or source}"
-    number = 0
-    for number, row in enumerate(rows(table or source, split=split), start=1):
-        index = str(column(row, "Index", "lndex", "index", "question_id", where=where, number=number)).strip()
-        question = str(column(row, "Question", "question", where=where, number=number)).strip()
-        choices = lettered(str(column(row, "Options", "options", where=where, number=number)))
-        true = column(row, "Correct Answer", "Correct answer", "correct_answer", "answer", where=where, number=number)
+    empty = True
+    for row in rows(table or source, what=where, split=split):
+        empty = False
+        index = row.text("Index", "lndex", "index", "question_id").strip()
+        question = row.text("Question", "question").strip()
+        choices = lettered(row.text("Options", "options"))
+        true = row.column("Correct Answer", "Correct answer", "correct_answer", "answer")
         value = next((row[name] for name in ("image", "Image") if row.get(name) is not None), f"{index}.jpg")
         yield Sample(
             id=index,
@@ -73,7 +74,7 @@ def mmvp(source: str, *, split: str | None = None) -> Iterator[Sample]:
             group=None,
             annotations={"set": str((int(index) + 1) // 2)} if index.isdigit() else {},
         )
-    if number == 0:
+    if empty:
         raise StudyError(f"{where} holds no questions")
 
 
@@ -91,26 +92,26 @@ def cv_bench(source: str, *, split: str | None = None, task: str | None = None) 
     """CV-Bench (Tong et al., 2024): counting, relation, depth and distance.
 
     Args:
-        task: Only this one (``Count``, ``Relation``, ``Depth``, ``Distance``).
+        task: Only this one (Count, Relation, Depth, Distance), e.g. ``task: Depth``.
     """
     path = Path(os.path.expanduser(source))
     beside = (path if path.is_dir() else path.parent,)
     where = f"CV-Bench, {source}"
-    for number, row in enumerate(rows(source, split=split), start=1):
-        kind = str(column(row, "task", where=where, number=number))
+    for row in rows(source, what=where, split=split):
+        kind = row.text("task")
         if task is not None and kind.casefold() != task.casefold():
             continue
-        index = str(column(row, "idx", where=where, number=number))
-        texts = [str(item) for item in column(row, "choices", where=where, number=number)]
+        index = row.text("idx")
+        texts = [str(item) for item in row.column("choices")]
         choices = {chr(ord("a") + place): text for place, text in enumerate(texts)}
-        question = str(column(row, "question", where=where, number=number)).strip()
+        question = row.text("question").strip()
         value = row.get("image")
-        value = column(row, "filename", where=where, number=number) if value is None else value
+        value = row.column("filename") if value is None else value
         yield Sample(
             id=index,
             question=str(row.get("prompt") or _with_choices(question, choices)),
             load=_picture(value, f"CV-Bench, {index}", *beside),
-            answer=true_choice(str(column(row, "answer", where=where, number=number)), choices),
+            answer=true_choice(row.text("answer"), choices),
             choices=tuple(texts),
             group=kind,
             annotations={"type": row.get("type"), "source": row.get("source"), "plain_question": question},
@@ -123,22 +124,26 @@ def cv_bench(source: str, *, split: str | None = None, task: str | None = None) 
     relax=_open_ended,
 )
 def mmstar(source: str, *, split: str | None = None, category: str | None = None) -> Iterator[Sample]:
-    """MMStar (Chen et al., 2024): 1,500 questions that cannot be answered without the image, four choices each."""
+    """MMStar (Chen et al., 2024): 1,500 questions that cannot be answered without the image, four choices each.
+
+    Args:
+        category: Only this one, e.g. ``category: math``.
+    """
     path = Path(os.path.expanduser(source))
     beside = (path if path.is_dir() else path.parent,)
     where = f"MMStar, {source}"
-    for number, row in enumerate(rows(source, split=split or (None if is_local(source) else "val")), start=1):
-        group = str(column(row, "category", where=where, number=number))
+    for row in rows(source, what=where, split=split or (None if is_local(source) else "val")):
+        group = row.text("category")
         if category is not None and group.casefold() != category.casefold():
             continue
-        index = str(column(row, "index", where=where, number=number))
-        question = str(column(row, "question", where=where, number=number)).strip()
+        index = row.text("index")
+        question = row.text("question").strip()
         _, choices = inline_choices(question)
         yield Sample(
             id=index,
             question=question,
-            load=_picture(column(row, "image", where=where, number=number), f"MMStar, {index}", *beside),
-            answer=true_choice(str(column(row, "answer", where=where, number=number)), choices),
+            load=_picture(row.column("image"), f"MMStar, {index}", *beside),
+            answer=true_choice(row.text("answer"), choices),
             choices=tuple(choices.values()),
             group=group,
             annotations={"l2_category": row.get("l2_category")},
@@ -154,14 +159,14 @@ def llava_bench(source: str, *, split: str | None = None) -> Iterator[Sample]:
     path = folder(source, "LLaVA-Bench")
     file = find_file(path, "questions.jsonl", what="LLaVA-Bench")
     where = f"LLaVA-Bench, {file}"
-    for number, row in enumerate(rows(file), start=1):
-        index = str(column(row, "question_id", where=where, number=number))
-        name = str(column(row, "image", where=where, number=number))
+    for row in rows(file, what=where):
+        index = row.text("question_id")
+        name = row.text("image")
         yield Sample(
             id=index,
-            question=str(column(row, "text", where=where, number=number)),
+            question=row.text("text"),
             load=_picture(name, f"LLaVA-Bench, {index}", path / "images", path),
-            group=str(column(row, "category", where=where, number=number)),
+            group=row.text("category"),
         )
 
 
@@ -181,7 +186,10 @@ def vqa_hat(
     """VQA-HAT (Das et al., 2016): where people looked to answer a question; one or three maps per question.
 
     Args:
-        questions, maps, images: Of the parts, relative to the source, where they are not found by their names.
+        questions: The file of questions, relative to the source, where its name does not say so, e.g.
+            ``questions: v1/val.json``.
+        maps: Folder of the human maps, relative to the source, e.g. ``maps: human``.
+        images: Folder of the images, relative to the source, e.g. ``images: val2014``.
     """
     path = folder(source, "VQA-HAT")
     file = path / questions if questions else _one(path, "*questions*.json", split, "VQA-HAT")
@@ -257,22 +265,20 @@ def hallusion_bench(source: str, *, split: str | None = None) -> Iterator[Sample
         root = Path(file).parent
         beside = (root, root / "hallusion_bench", root / "images")
     where = f"HallusionBench, {file}"
-    for number, row in enumerate(rows(file, split=split), start=1):
-        if str(column(row, "visual_input", where=where, number=number)) == "0":
+    for row in rows(file, what=where, split=split):
+        if row.text("visual_input") == "0":
             continue
         names = ("category", "subcategory", "set_id", "figure_id", "question_id")
-        category, subcategory, group, figure, question = (
-            str(column(row, name, where=where, number=number)) for name in names
-        )
+        category, subcategory, group, figure, question = map(row.text, names)
         index = f"{category}-{subcategory}-{group}-{figure}-{question}"
         edited = str(row["visual_input"]) == "2"
         role = "counterfactual image" if edited else "original" if question == "0" else "counterfactual question"
         value = row.get("image")
-        value = column(row, "filename", where=where, number=number) if value is None else value
-        true = str(column(row, "gt_answer", where=where, number=number)).strip()
+        value = row.column("filename") if value is None else value
+        true = row.text("gt_answer").strip()
         yield Sample(
             id=index,
-            question=str(column(row, "question", where=where, number=number)),
+            question=row.text("question"),
             load=_picture(value, f"HallusionBench, {index}", *beside),
             answer={"1": "yes", "0": "no"}.get(true, true),
             choices=("yes", "no") if true in ("0", "1") else (),
@@ -306,14 +312,14 @@ def pope(source: str, *, split: str | None = None) -> Iterator[Sample]:
     for file in files:
         where = f"POPE, {file}"
         kind = re.search(r"random|popular|adversarial", Path(file).name)
-        for number, row in enumerate(rows(file, split=None if files != [source] else split), start=1):
+        for row in rows(file, what=where, split=None if files != [source] else split):
             group = str(row.get("category") or (kind[0] if kind else "")) or None
-            label = str(column(row, "label", "answer", where=where, number=number)).strip().casefold()
-            index = "-".join(filter(None, [group, str(column(row, "question_id", where=where, number=number))]))
+            label = row.text("label", "answer").strip().casefold()
+            index = "-".join(filter(None, [group, row.text("question_id")]))
             yield Sample(
                 id=index,
-                question=str(column(row, "text", "question", where=where, number=number)).strip(),
-                load=_picture(column(row, "image", where=where, number=number), f"POPE, {index}", *beside),
+                question=row.text("text", "question").strip(),
+                load=_picture(row.column("image"), f"POPE, {index}", *beside),
                 answer=label,
                 choices=("yes", "no"),
                 group=group,
@@ -345,15 +351,13 @@ def hal_loc(source: str, *, split: str | None = None) -> Iterator[Sample]:
     for file in files:
         where = f"HalLoc, {file}"
         group = file.stem.removeprefix("halloc_")
-        for number, row in enumerate(rows(file), start=1):
-            image = str(column(row, "image_id", where=where, number=number))
+        for number, row in enumerate(rows(file, what=where), start=1):
+            image = row.text("image_id")
             yield Sample(
                 id=f"{group}-{number}",
-                question=str(column(row, "prompt", where=where, number=number)).strip(),
-                load=_picture(image if "." in image else f"{image}.jpg", f"{where}, row {number}", *beside),
-                answer=str(column(row, "source_text", where=where, number=number)).strip(),
+                question=row.text("prompt").strip(),
+                load=_picture(image if "." in image else f"{image}.jpg", row.where, *beside),
+                answer=row.text("source_text").strip(),
                 group=group,
-                annotations={
-                    "contradiction": str(column(row, "hallucinated_text", where=where, number=number)).strip()
-                },
+                annotations={"contradiction": row.text("hallucinated_text").strip()},
             )

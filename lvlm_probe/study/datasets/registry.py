@@ -11,8 +11,8 @@ A reader is a function ``(source, **options) -> iterator of Sample`` that reads 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +20,21 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lvlm_probe.errors import ProbeError, StudyError
 from lvlm_probe.plugins import check_registration
+from lvlm_probe.study.keys import Key, WrongValue, arguments, checked, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Reader", "Sample", "open_dataset", "reader_named", "readers", "register_dataset"]
+__all__ = [
+    "Reader",
+    "Sample",
+    "checked_option",
+    "open_dataset",
+    "options_of",
+    "reader_named",
+    "readers",
+    "register_dataset",
+]
 
 
 @dataclass(frozen=True)
@@ -112,9 +122,31 @@ def reader_named(name: str) -> _Entry:
     try:
         return _READERS[name]
     except KeyError:
-        close = difflib.get_close_matches(name, _READERS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(_READERS))}"
-        raise StudyError(f"there is no data set {name!r}; {hint}") from None
+        raise StudyError(f"there is no data set {name!r}; {nearest(name, sorted(_READERS))}") from None
+
+
+def options_of(name: str) -> dict[str, tuple[Any, Key, Any]]:
+    """Option → type, meaning and default of one reader."""
+    return arguments(reader_named(name).read)
+
+
+def checked_option(reader: str, name: str, value: Any) -> Any:
+    """The value of an option, as its reader takes it.
+
+    Raises:
+        WrongValue: the reader has no such option, or it is of another kind.
+    """
+    known = options_of(reader)
+    if name not in known:
+        parameters = inspect.signature(reader_named(reader).read).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return value
+        said = nearest(name, known, "it knows") if known else "it has none"
+        raise WrongValue(f"data set {reader} has no option {name!r}; {said}")
+    try:
+        return checked(known[name][0], value)
+    except WrongValue as error:
+        raise WrongValue(f"{name} {error}", inside=error.inside) from None
 
 
 def open_dataset(
@@ -134,9 +166,10 @@ def open_dataset(
     """
     entry = reader_named(name)
     try:
-        found = entry.read(str(source), split=split, **options)
-    except TypeError as error:
-        raise StudyError(f"data set {name}: {error}") from error
+        given = {option: checked_option(name, option, value) for option, value in options.items()}
+        found = entry.read(str(source), split=split, **given)
+    except (TypeError, WrongValue) as error:
+        raise StudyError(str(error) if isinstance(error, WrongValue) else f"data set {name}: {error}") from error
     return _guarded(name, found, entry.relax if open_ended else None)
 
 

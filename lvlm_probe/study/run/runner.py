@@ -38,12 +38,23 @@ class _NoModel(StudyError):
 
 @dataclass(frozen=True)
 class Told:
-    """Progress of a run: units done and left in this run, and what is being done."""
+    """Progress of a run: units done and left in this run, and what is being done.
+
+    Attributes:
+        done, total, failed: Steps, one per model and sample for its answer, and one for its maps.
+        what: A sentence.
+        kind: ``answers`` or ``maps``.
+        made: Units made in this step; those that were there are none.
+        seconds: What they took, models not loaded; 0 where the engine does not say.
+    """
 
     done: int
     total: int
     failed: int
     what: str
+    kind: str = ""
+    made: int = 0
+    seconds: float = 0.0
 
 
 class Worker:
@@ -52,11 +63,15 @@ class Worker:
     Args:
         study: what to do.
         retry_failed: do units again that have failed before.
+
+    Attributes:
+        seconds: What all units took that were made so far, models not loaded.
     """
 
     def __init__(self, study: Study, *, retry_failed: bool = False) -> None:
         self.study = study
         self.retry_failed = retry_failed
+        self.seconds = 0.0
         self.answers = Records(study.out / "answers")
         self.maps = Records(study.out / "maps")
         self._models = Records(study.out / "models")
@@ -225,8 +240,8 @@ class Worker:
         record = records.read(key)
         return record is not None and not (self.retry_failed and record["status"] == "failed")
 
-    @staticmethod
     def _keep(
+        self,
         records: Records,
         key: str,
         content: dict[str, Any],
@@ -247,6 +262,7 @@ class Worker:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        self.seconds += (made.get("measured") or {}).get("unit_seconds") or 0.0
         records.write(key, {**content, **made})
 
 
@@ -306,23 +322,27 @@ def run_study(
     steps = 2 * len(study.models) * sum(len(found) for found in samples.values())
     done = 0
 
-    def advance(what: str) -> None:
+    def advance(kind: str, what: str, made: int, before: float) -> None:
         nonlocal done
         done += 1
         if tell is not None:
-            tell(Told(done, steps, counts["failed"], what))
+            tell(Told(done, steps, counts["failed"], what, kind, made, worker.seconds - before))
 
     for name in study.models:
         for dataset, found in samples.items():
             for sample in found:
-                counts["answers" if worker.answer(name, dataset, sample) else "finished"] += 1
-                advance(f"{name} answers {dataset} {sample.id}")
+                before = worker.seconds
+                made = worker.answer(name, dataset, sample)
+                counts["answers" if made else "finished"] += 1
+                advance("answers", f"{name} answers {dataset} {sample.id}", int(made), before)
     # The model that answered last is still in memory: its maps first.
     for name in reversed(list(study.models)):
         for dataset, found in samples.items():
             for sample in found:
-                counts["maps"] += worker.map(name, dataset, sample)
-                advance(f"maps for {name}, {dataset} {sample.id}")
+                before = worker.seconds
+                maps = worker.map(name, dataset, sample)
+                counts["maps"] += maps
+                advance("maps", f"maps for {name}, {dataset} {sample.id}", maps, before)
     worker.release()
     return counts
 

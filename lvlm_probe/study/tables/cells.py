@@ -5,14 +5,26 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from statistics import NormalDist
 from typing import Any
 
 from lvlm_probe.metrics import Interval, Verdict, bootstrap_ci
 from lvlm_probe.study.results import Results
 
-__all__ = ["LEAST_SPAN", "filter_notes", "gain", "mean", "number", "objection", "scored", "share", "skipped", "spans"]
+__all__ = [
+    "LEAST_SPAN",
+    "doubtful",
+    "filter_notes",
+    "gain",
+    "mean",
+    "number",
+    "objection",
+    "scored",
+    "share",
+    "skipped",
+    "spans",
+]
 
 LEAST_SPAN = 0.05
 """Probability that the explained tokens have to lose on the baseline for a normalised score to mean anything: what is
@@ -88,6 +100,11 @@ def objection(record: Mapping[str, Any]) -> str | None:
         return None
     verdict = Verdict.from_text(str(record.get("verdict") or ""))
     return None if verdict.measured else "; ".join(verdict.reasons) or "its verdict gives no reason"
+
+
+def doubtful(records: Collection[Mapping[str, Any]]) -> bool:
+    """Tell whether most maps of a row are not to be trusted: such a row is no table's best."""
+    return 2 * sum(record.get("trusted") is False for record in records) > len(records)
 
 
 def skipped(found: Counter[str]) -> str:

@@ -82,6 +82,7 @@ def ledger(results: Results) -> Table:
         ("table", "model", "row", "data set", "measure", "paper", "as the release", "corrected", "n", "sample ids"),
         tuple(rows),
         labels=5,
+        within=("table",),
         notes=(
             f"{run} numbers of this study stand beside the paper's {len(rows)}; all others were not run. Sample ids: "
             "first 12 digits of the SHA-256 of the sorted ids, which `lvlm-probe study export` writes out. The paper "

@@ -13,6 +13,7 @@ from lvlm_probe.metrics import paired_difference
 from lvlm_probe.study.results import Results
 from lvlm_probe.study.tables.cells import (
     LEAST_SPAN,
+    doubtful,
     filter_notes,
     gain,
     mean,
@@ -112,6 +113,7 @@ def _score_table(results: Results, which: int) -> Table:
     skips: Counter[str] = Counter()
     narrow: Counter[str] = Counter()
     doubted: Counter[str] = Counter()
+    unranked: set[int] = set()
     for model in results.study.models:
         for dataset in results.study.datasets:
             alike: dict[str, dict[str, float]] = {}
@@ -140,10 +142,21 @@ def _score_table(results: Results, which: int) -> Table:
                         if shared and name != names[0]
                         else None
                     )
+                if doubtful(found):
+                    unranked.add(len(rows))
                 rows.append(tuple(cells))
     notes = _score_notes(results, names, skips, narrow, doubted, alike=against_first)
     title = f"Table {which}: {_SCORE_TABLES[which]}"
-    return Table(f"table{which}", title, tuple(columns), tuple(rows), labels=3, notes=tuple(notes))
+    return Table(
+        f"table{which}",
+        title,
+        tuple(columns),
+        tuple(rows),
+        labels=3,
+        notes=tuple(notes),
+        better=dict.fromkeys(columns[6:8], "higher"),
+        doubted=frozenset(unranked),
+    )
 
 
 def _score_notes(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.metrics import mixed_effects
 from lvlm_probe.study.results import Results
-from lvlm_probe.study.tables.cells import filter_notes, gain, mean, number, objection, scored, skipped
+from lvlm_probe.study.tables.cells import doubtful, filter_notes, gain, mean, number, objection, scored, skipped
 from lvlm_probe.study.tables.table import Cell, Table
 
 if TYPE_CHECKING:
@@ -24,9 +24,13 @@ def table4(results: Results) -> Table:
     name = next(iter(study.methods))
     rows: list[tuple[Cell, ...]] = []
     skips = results.skips(row=name)
+    unranked: set[int] = set()
     for model, spec in study.models.items():
         found = []
-        for record in scored(results.chosen(model=model, row=name), skips):
+        there = scored(results.chosen(model=model, row=name), skips)
+        if doubtful(there):
+            unranked.add(len(rows))
+        for record in there:
             if (why := objection(record)) is None:
                 found.append(record)
             else:
@@ -49,6 +53,9 @@ def table4(results: Results) -> Table:
         ("model", "group", "vision", "size, billions", "n", "deletion ↓", "insertion ↑", "insertion − deletion"),
         tuple(rows),
         labels=3,
+        better={"insertion − deletion": "higher"},
+        within=("group",),
+        doubted=frozenset(unranked),
         notes=(*_tests(results, name), *filter_notes(results), skipped(skips)),
     )
 

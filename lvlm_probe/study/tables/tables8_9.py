@@ -13,7 +13,7 @@ import numpy as np
 from lvlm_probe.errors import StudyError
 from lvlm_probe.metrics import Interval, mean_and_error
 from lvlm_probe.study.results import Results
-from lvlm_probe.study.tables.cells import filter_notes, mean, objection, skipped
+from lvlm_probe.study.tables.cells import doubtful, filter_notes, mean, objection, skipped
 from lvlm_probe.study.tables.table import Cell, Table
 
 __all__ = ["peak_memory", "table8", "table9"]
@@ -24,6 +24,7 @@ def table8(results: Results) -> Table:
     rows: list[tuple[Cell, ...]] = []
     methods = _naming(results, 8)
     doubted: Counter[str] = Counter()
+    unranked: set[int] = set()
     for model in results.study.models:
         for dataset in results.study.datasets:
             for name in methods:
@@ -35,6 +36,8 @@ def table8(results: Results) -> Table:
                         doubted[f"no measurement: {why}"] += 1
                 if not found:
                     continue
+                if doubtful(found):
+                    unranked.add(len(rows))
                 over_people = {
                     key: [_over_people(record["human"], key) for record in found]
                     for key in ("soft_iou", "rank_correlation", "auc_judd", "nss")
@@ -73,6 +76,8 @@ def table8(results: Results) -> Table:
         ),
         tuple(rows),
         labels=3,
+        better=dict.fromkeys(("soft IoU", "rank correlation ρ", "AUC-Judd", "NSS"), "higher"),
+        doubted=frozenset(unranked),
         notes=(
             "ρ: Spearman, mean ± standard error over samples, of the heatmap (high = important) and of 1 − heatmap: a "
             "mask whose low values are important, read the wrong way round, has the sign turned.",
@@ -117,11 +122,14 @@ def table9(results: Results) -> Table:
     rows: list[tuple[Cell, ...]] = []
     chosen = _naming(results, 9)
     largest: list[int] = []
+    unranked: set[int] = set()
     for model in results.study.models:
         for name in chosen:
             found = list(results.chosen(model=model, row=name))
             if not found:
                 continue
+            if doubtful(found):
+                unranked.add(len(rows))
             passes = [float(record["passes"]["forward"]) for record in found]
             back = [float(record["passes"]["backward"]) for record in found]
             peaks = [memory for record in found if (memory := peak_memory(record)) is not None]
@@ -140,20 +148,15 @@ def table9(results: Results) -> Table:
     if not rows:
         raise StudyError("no map of this study is finished")
     unit, factor = ("GB", 1e9) if max(largest, default=10**9) >= 5 * 10**8 else ("MB", 1e6)
+    held = (f"peak memory beside the weights, {unit}", f"highest, weights included, {unit}")
     return Table(
         "table9",
         "Table 9: cost of a map",
-        (
-            "model",
-            "method",
-            "n",
-            "passes, forward + backward",
-            "seconds",
-            f"peak memory beside the weights, {unit}",
-            f"highest, weights included, {unit}",
-        ),
+        ("model", "method", "n", "passes, forward + backward", "seconds", *held),
         tuple((*row[:5], *(_divided(cell, factor) for cell in row[5:])) for row in rows),
         labels=2,
+        better=dict.fromkeys(("seconds", *held), "lower"),
+        doubted=frozenset(unranked),
         notes=(
             f"Measured in these runs on {'; '.join(_machines(results)) or 'a machine that was not noted'}. Seconds: of "
             "the explanation alone, without judging it, by the clock: where the machine did other work too, passes "
