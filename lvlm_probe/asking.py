@@ -41,7 +41,7 @@ def ask(
     model: torch.nn.Module,
     processor: Any,
     image: Any,
-    question: str,
+    question: str = "",
     *,
     out: str | os.PathLike[str] | None = None,
     fetch: bool = False,
@@ -59,7 +59,8 @@ def ask(
         model: any that ``attach`` takes.
         processor: its processor.
         image: one image, or a list of several, of any kind that ``open_image`` opens.
-        question: what is asked.
+        question: what is asked. Captioners and readers (BLIP, Donut, TrOCR, ...) take none; their task, or how the
+            answer begins, is ``prompt``.
         out: folder to keep the trace in; by default one that goes with the answer.
         fetch: ask the network for images given as URLs.
         prompt: how the question is put, instead: a text with ``{question}`` and, where the processor wants image tokens
@@ -70,10 +71,9 @@ def ask(
     Raises:
         AttachError: the model cannot be probed, or is probed already.
         ImageError: an image cannot be opened.
-        ProbeError: the question is empty, or the answer could not be recorded; the message says why.
+        ProbeError: the question is missing, or the model takes none, or the answer could not be recorded; the message
+            says why.
     """
-    if not isinstance(question, str) or not question.strip():
-        raise ProbeError("there is no question: ask(model, processor, image, question)")
     images = [open_image(one, fetch=fetch) for one in (image if isinstance(image, list | tuple) else [image])]
     folder = tempfile.TemporaryDirectory(prefix="lvlm_probe_answer_") if out is None else None
     directory = Path(folder.name) if folder is not None else Path(out or "")

@@ -16,7 +16,7 @@ from lvlm_probe.models.anatomy import text_stack
 
 __all__ = ["LayerKind", "TapLayer", "discover", "eager_of", "registry_of"]
 
-_CROSS = re.compile(r"cross|encoder_attn", re.IGNORECASE)
+_CROSS = re.compile(r"cross|encoder_attn|encoder_decoder_att|encdecatt", re.IGNORECASE)
 
 
 LayerKind = Literal["self", "cross", "merged"]
@@ -166,7 +166,7 @@ def _other_layers(model: nn.Module, stacks: Mapping[str, set[int]]) -> dict[str,
 def _kind(module: nn.Module, relative: str) -> LayerKind:
     if (
         getattr(module, "is_cross_attention", False)
-        or _CROSS.search(relative.rsplit(".", 1)[-1])
+        or _CROSS.search(re.split(r"(?:^|\.)\d+\.", relative)[-1])
         or _CROSS.search(type(module).__name__)
     ):
         return "cross"

@@ -97,9 +97,10 @@ def image_tokens(replay: Replay, image: int, *, cross: bool = False, live: bool 
             places = token_places(replay, layout.image_positions)
         except ImageError as error:
             what = "key of cross-attention" if cross else "image token"
+            remain = "'rise' or 'occlusion'" if replay.anatomy.no_gradient else "'igos++' or 'integrated_gradients'"
             raise ExplainError(
                 f"which part of the image each {what} stands for is not known ({error}); use what works through "
-                f"masks, like 'igos++' or 'integrated_gradients', and evaluate"
+                f"masks, like {remain}, and evaluate"
             ) from error
         boxes, images = places.boxes, places.images if cross else images
     if boxes is None or images is None:
@@ -217,8 +218,10 @@ def _entry(
     path: Any = replay.path
     inputs = dict(path.inputs)
     leaves = {name: inputs[name].detach().clone().requires_grad_(True) for name in path.pixel_keys}
-    # In an encoder-decoder model images enter the encoder's stack, which reads the prompt and no answer.
-    lengths = {len(replay.input_ids)} | ({replay.length} if not replay.anatomy.encoder_decoder else set())
+    # In an encoder-decoder model images enter the encoder's stack, which reads the prompt and no answer; where there is
+    # no prompt to read, the decoder's.
+    apart = replay.anatomy.encoder_decoder and replay.anatomy.reads_prompt
+    lengths = {len(replay.input_ids)} | (set() if apart else {replay.length})
     entered: list[torch.Tensor] = []
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.shared.answers import ask, required_question
+from lvlm_probe.cli.shared.answers import ask
 from lvlm_probe.cli.shared.completion import complete_method
 from lvlm_probe.cli.shared.inputs import (
     ReplayModels,
@@ -117,14 +117,14 @@ def explain(
     if trace is None:
         if model is None:
             raise ProbeError("give a trace file, or a new run: --model DIR_OR_ID --image FILE --question TEXT")
-        images, asked = open_images(image or []), required_question(question)
+        images = open_images(image or [])
         directory = output_directory(out or Path("runs"))
         loaded, processor = load_model(model, **loading)
         recorded = ask(
             loaded,
             processor,
             images,
-            asked,
+            question,
             directory,
             prompt=prompt,
             max_new_tokens=max_new_tokens,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lvlm_probe.cli.shared.answers import ask, required_question, show_answer, trace_summary
+from lvlm_probe.cli.shared.answers import ask, show_answer, trace_summary
 from lvlm_probe.cli.shared.inputs import baseline_from, open_images, output_directory
 from lvlm_probe.cli.shared.models import DEMO, load_model
 from lvlm_probe.cli.shared.options import (
@@ -51,7 +51,6 @@ def record(
     Example:  lvlm-probe record --model demo --image scene.png --question "What color is the circle?" --out runs/demo
     """
     images = open_images(image or [])
-    asked = required_question(question)
     directory = output_directory(out)
     own_baseline = baseline_from(baseline) or "blur"
     loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
@@ -59,7 +58,7 @@ def record(
         loaded,
         processor,
         images,
-        asked,
+        question,
         directory,
         prompt=prompt,
         max_new_tokens=max_new_tokens,

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lvlm_probe.errors import ImageError, MaskError, ProbeWarning, ProcessorRefused
+from lvlm_probe.errors import ImageError, MaskError, ProbeError, ProbeWarning, ProcessorRefused
 from lvlm_probe.images.baselines import BLUR_LADDER, Baseline, make_baseline
 from lvlm_probe.images.batching import Joint, joints_of
 from lvlm_probe.images.composite import composite
@@ -22,6 +22,7 @@ from lvlm_probe.images.parity import REFUSE_LEVELS, WARN_LEVELS, ParityReport, b
 from lvlm_probe.images.positions import Geometry
 from lvlm_probe.images.processor import BlackBox, as_rgb, compare_reference
 from lvlm_probe.images.tracing import check_same_layout
+from lvlm_probe.images.whitening import Whitening
 
 __all__ = ["ImagePath"]
 
@@ -60,6 +61,7 @@ class ImagePath:
         self.baseline_inputs = self._place(self._raw_baseline)
         self._ends: dict[str, tuple[Tensor, Tensor]] = {}
         self._joints: dict[str, Joint] | None = None
+        self._whitening: Whitening | None = None
 
     @classmethod
     def from_processor(
@@ -276,17 +278,53 @@ class ImagePath:
     def _traced(self) -> Geometry:
         if self._geometry is None:
             started = time.perf_counter()
-            self._geometry, self._fresh = self._processor.geometry(self.image_sizes, self._raw)
+            try:
+                self._geometry, self._fresh = self._processor.geometry(self.image_sizes, self._raw)
+            except ProcessorRefused as refusal:
+                if not hasattr(self._processor.call, "normalize"):
+                    raise
+                try:
+                    self._geometry = self._whitened()
+                except ProbeError:
+                    raise refusal from None
             self._seconds = time.perf_counter() - started
+        elif self._whitening is None and any(key.whitened for key in self._geometry.keys.values()):
+            self._whitened()  # the geometry is another view's, and the statistics are of the baseline
         return self._geometry
 
+    def _whitened(self) -> Geometry:
+        """The geometry of a processor that normalises each image by its own statistics, before it does."""
+        plain = self._processor.without_normalisation()
+        original, baseline = plain(self.images), plain(self.baseline_images)
+        geometry, self._fresh = plain.geometry(self.image_sizes, original)
+        geometry = geometry.as_whitened()
+        self._whitening = whitening = Whitening(self._processor, self.images, self.baseline_images)
+        for key, known in geometry.keys.items():
+            whitening.fit(original[key], self._raw[key], known.slope != 0)
+        self._plain = original, baseline
+        return geometry
+
     def _blend(self, full: Tensor, key: str) -> Tensor:
+        geometry = self._traced()
+        wide = torch.float64 if self._dtype == torch.float64 else torch.float32
         if key not in self._ends:
-            wide = torch.float64 if self._dtype == torch.float64 else torch.float32
-            self._ends[key] = (self._raw[key].to(self._device, wide), self._raw_baseline[key].to(self._device, wide))
+            ends = (self._raw, self._raw_baseline) if self._whitening is None else self._plain
+            first, last = (end[key].to(self._device, wide) for end in ends)
+            self._ends[key] = first, last
         original, baseline = self._ends[key]
         dtype = self._dtype or self._raw[key].dtype
-        return composite(full, self._traced(), key, original=original, baseline=baseline, dtype=dtype)
+        if self._whitening is None:
+            return composite(full, geometry, key, original=original, baseline=baseline, dtype=dtype)
+        plain = composite(full, geometry, key, original=original, baseline=baseline, dtype=wide)
+        made = self._whitening.normalised(plain, geometry.keys[key].slope != 0, full).to(dtype)
+        # A mask of ones (or zeros) gives what the processor itself makes of the image, to the last bit.
+        copies = len(original)
+        real = made.detach().clone()
+        for row, mask in enumerate(full.detach()):
+            for value, end in ((1.0, self.inputs), (0.0, self.baseline_inputs)):
+                if bool((mask == value).all()):
+                    real[row * copies : (row + 1) * copies] = end[key].to(real)
+        return _ValueOf.apply(made, real)
 
     def _real(self, full: Tensor) -> dict[str, Tensor]:
         runs = [self._processor(self._composites(masks)) for masks in full.detach()]
@@ -322,17 +360,19 @@ class ImagePath:
         mask = torch.rand(1, self.n_images, 9, 9, generator=generator, dtype=torch.float32)
         real = self._processor(self._composites(mask[0]))
         check_same_layout(self._raw, real, name=name)
+        ends = (self._raw, self._raw_baseline) if self._whitening is None else self._plain
         fast = {
             key: composite(
-                mask,
-                geometry,
-                key,
-                original=self._raw[key].float(),
-                baseline=self._raw_baseline[key].float(),
-                dtype=torch.float32,
+                mask, geometry, key, original=ends[0][key].float(), baseline=ends[1][key].float(), dtype=torch.float32
             )
             for key in geometry.keys
         }
+        if self._whitening is not None:
+            deviation = self._whitening.statistics(mask)[1].reshape(-1)
+            for key, value in fast.items():
+                scale = deviation.reshape(-1, *[1] * (value.ndim - 1))  # a grey level is 1 / deviation
+                fast[key] = self._whitening.normalised(value, geometry.keys[key].slope != 0, mask) * scale
+                real[key] = real[key] * scale
         mean, largest = level_errors(fast, real, geometry)
         if mean > REFUSE_LEVELS:
             raise ProcessorRefused(

@@ -6,7 +6,7 @@ import functools
 import math
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,8 @@ class KeyGeometry:
     """False where the element is padding, ``spatial``, bool."""
     slope: Tensor
     """Change of the element per grey level, ``shape``, bfloat16 (it only scales error figures); 0 for padding."""
+    whitened: bool = False
+    """Each image is normalised by its own statistics behind this."""
 
     @property
     def repeated_axes(self) -> tuple[int, ...]:
@@ -89,6 +91,10 @@ class Geometry:
         while len(self._samplers) > _MAX_SAMPLERS * len(self.keys):
             self._samplers.popitem(last=False)
         return pair
+
+    def as_whitened(self) -> Geometry:
+        """The same positions, of a processor that normalises each image by its own statistics behind them."""
+        return replace(self, keys={name: replace(key, whitened=True) for name, key in self.keys.items()})
 
     def seen(self, image: int) -> Tensor:
         """Pixels of one image that reach some element, bool ``(height, width)``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -51,7 +52,9 @@ _geometries: MutableMapping[object, OrderedDict[str, Geometry]] = weakref.WeakKe
 class BlackBox:
     """The user's image processor as a function from images to named tensors."""
 
-    def __init__(self, image_processor: Callable[..., Any], call_kwargs: dict[str, Any], structure: str) -> None:
+    def __init__(
+        self, image_processor: Callable[..., Any], call_kwargs: dict[str, Any], structure: str, *, plain: bool = False
+    ) -> None:
         call = getattr(image_processor, "image_processor", None) or image_processor
         self.call: Callable[..., Any] = call
         self.name: str = getattr(call, "processor_name", None) or type(call).__name__
@@ -59,6 +62,7 @@ class BlackBox:
             raise ImageError(f"structure must be 'flat' or 'nested'; got {structure!r}.")
         self._kwargs = {key: value for key, value in call_kwargs.items() if key not in NOT_KEPT}
         self._nested = structure == "nested"
+        self._owner, self._plain = call, plain
 
     def __call__(self, images: Sequence[Image.Image], *, prompts: int = 1) -> dict[str, Tensor]:
         """The outputs for one prompt's images, or for ``prompts`` prompts with the same ones each."""
@@ -95,11 +99,26 @@ class BlackBox:
             return torch.stack(parts).cpu()
         return whole_numbers(value)  # anything else, names among them, is no input of a model
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the user's own call."""
+        return dict(self._kwargs)
+
+    def without_normalisation(self) -> BlackBox:
+        """The same processor, told to leave grey levels as they are."""
+        made = BlackBox(self.call, self._kwargs, "nested" if self._nested else "flat", plain=True)
+        # Not do_normalize=False: Kosmos-2.5's cannot cut whole numbers into patches.
+        made.call = call = copy.copy(self.call)
+        for name in [name for name, value in vars(call).items() if callable(value)]:
+            delattr(call, name)  # a watcher would run the original
+        call.normalize = _as_floats  # type: ignore[attr-defined]
+        return made
+
     def geometry(self, sizes: Sequence[tuple[int, int]], reference: Mapping[str, Tensor]) -> tuple[Geometry, bool]:
         """The geometry for images of these sizes, and whether it had to be traced now."""
         token = self._token(sizes, reference)
         try:
-            known = _geometries.setdefault(self.call, OrderedDict())
+            known = _geometries.setdefault(self._owner, OrderedDict())
         except TypeError:  # not hashable or not weakly referable: trace each time
             known = OrderedDict()
         if token in known:
@@ -115,8 +134,12 @@ class BlackBox:
         # Settings are plain values; whatever can be called (a watcher on the instance) is none.
         settings = {name: value for name, value in getattr(self.call, "__dict__", {}).items() if not callable(value)}
         shapes = {key: list(value.shape) for key, value in reference.items()}
-        state = [settings, self._kwargs, self._nested, [list(size) for size in sizes], shapes]
+        state = [settings, self._kwargs, self._nested, self._plain, [list(size) for size in sizes], shapes]
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _as_floats(image: Any, *_args: Any, **_kwargs: Any) -> Any:
+    return image.float() if isinstance(image, Tensor) else np.asarray(image, dtype=np.float32)
 
 
 def whole_numbers(value: Any) -> Tensor | None:

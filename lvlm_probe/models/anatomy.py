@@ -20,7 +20,7 @@ from lvlm_probe.errors import AttachError, PointNotFound
 from lvlm_probe.models.drivers import Driver
 from lvlm_probe.models.families import Family, TokenBoxes, family_of
 
-__all__ = ["Anatomy", "examine", "find_modules", "text_stack"]
+__all__ = ["Anatomy", "examine", "find_modules", "reads_a_prompt", "text_stack"]
 
 # Sub-strings under which model authors file the module between encoder and decoder, most specific first.
 _MERGER_NAMES = (
@@ -44,6 +44,9 @@ class Anatomy:
         pixel_names: names of the ``generate`` arguments that carry the image, as far as the model's signatures tell.
         answer_token_type: token type of answer tokens in a teacher-forced pass.
         encoder_decoder: the prompt and its images go into an encoder, and the answer is the decoder's sequence.
+        reads_prompt: there is a text beside the answer's own sequence. False in readers, whose encoder is given the
+            image alone (Donut, Pix2Struct): what stands for a prompt there is the beginning of the decoder's sequence.
+        no_gradient: why no gradient reaches the image; empty where one does, as far as is known.
         token_boxes: where image tokens lie, as the family's plugin says; ``None``: the model is asked.
     """
 
@@ -54,6 +57,8 @@ class Anatomy:
     pixel_names: frozenset[str]
     answer_token_type: int = 0
     encoder_decoder: bool = False
+    reads_prompt: bool = True
+    no_gradient: str = ""
     token_boxes: TokenBoxes | None = None
 
     def is_pixel_name(self, name: str) -> bool:
@@ -90,7 +95,8 @@ def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:
             f"AutoModelForImageTextToText.from_pretrained(...) returns"
         )
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
-    encoders = _given(model, family.encoders) or _encoders(model, paths)
+    encoder_decoder, reads_prompt = _has_decoder(model), reads_a_prompt(model)
+    encoders = _given(model, family.encoders) or _encoders(model, paths, whole=not reads_prompt)
     mergers = _given(model, family.mergers) or _mergers(model, encoders)
     pixel_names = _pixel_names(model) | family.pixel_names
     if not encoders and not mergers and not pixel_names:
@@ -106,8 +112,10 @@ def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:
     if not encoders and pixel_names:
         encoders, between = _beside(model, decoder)
         mergers = mergers or between
+    if not reads_prompt:
+        pixel_names |= {"attention_mask"}  # of patches: the encoder reads nothing else
     image_token_id = family.image_token if isinstance(family.image_token, int) else None
-    if family.image_token is None:
+    if family.image_token is None and reads_prompt:
         image_token_id = _image_token_id(model, processor)
     return Anatomy(
         encoders=encoders,
@@ -116,9 +124,23 @@ def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:
         image_token_id=image_token_id,
         pixel_names=pixel_names,
         answer_token_type=family.answer_token_type,
-        encoder_decoder=bool(getattr(config, "is_encoder_decoder", False)),
+        encoder_decoder=encoder_decoder,
+        reads_prompt=reads_prompt,
+        no_gradient=family.no_gradient,
         token_boxes=family.token_boxes,
     )
+
+
+def reads_a_prompt(model: torch.nn.Module) -> bool:
+    """Whether a model is given a text beside the answer's own sequence: not where its encoder reads the image alone."""
+    hub: Any = model
+    if not _has_decoder(model):
+        return True
+    try:
+        encoder = hub.get_encoder()
+    except (AttributeError, NotImplementedError, TypeError):
+        return True
+    return encoder is model or "input_ids" in inspect.signature(encoder.forward).parameters
 
 
 def text_stack(decoder: torch.nn.Module) -> torch.nn.Module:
@@ -157,8 +179,11 @@ def _given(model: torch.nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     return _outermost(list(dict.fromkeys(found)))
 
 
-def _encoders(model: torch.nn.Module, paths: Mapping[int, str]) -> tuple[str, ...]:
+def _encoders(model: torch.nn.Module, paths: Mapping[int, str], *, whole: bool) -> tuple[str, ...]:
+    """Paths of the vision encoders; ``whole``: the model's encoder reads nothing but the image."""
     hub: Any = model
+    if whole:
+        return (paths[id(hub.get_encoder())],)
     if hasattr(hub, "get_encoder"):
         try:
             encoder = hub.get_encoder(modality="image")
@@ -204,6 +229,12 @@ def _beside(model: torch.nn.Module, decoder: str) -> tuple[tuple[str, ...], tupl
         if encoders:
             return encoders, tuple(path for path in parts if path not in encoders)
     return (), ()
+
+
+def _has_decoder(model: torch.nn.Module) -> bool:
+    """Whether the answer is a sequence of its own. A ``generate`` of the model's own may say so by the start token."""
+    own = isinstance(getattr(model, "decoder_start_token_id", None), int)
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False)) or own
 
 
 def _outermost(paths: Sequence[str]) -> tuple[str, ...]:

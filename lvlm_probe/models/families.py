@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lvlm_probe.errors import PluginError
 from lvlm_probe.plugins import check_registration, load_plugins
@@ -62,6 +62,10 @@ class Family:
             the processor wants the image tokens written out, ``{images}``. Several texts, one of them ``{images}``
             alone, where it takes the images themselves between the texts. Kept as a tuple.
         needs: Libraries without which its processor opens and does not work; a processor that does not open says so.
+        begins: Where the text goes in a family that takes no question (captioners, readers): ``"input_ids"`` of
+            ``generate()``, or ``"text"`` of the processor; ``prompt`` is then what the answer begins with, or nothing.
+            Readers whose encoder is given the image alone are found.
+        no_gradient: Why no gradient reaches the image of a model that can be masked all the same.
         unsupported: Why models of the family cannot be probed; ``attach`` refuses with this sentence.
     """
 
@@ -74,6 +78,8 @@ class Family:
     token_boxes: TokenBoxes | None = None
     prompt: str | tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    no_gradient: str = ""
+    begins: Literal["", "input_ids", "text"] = ""
     unsupported: str | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +89,8 @@ class Family:
                 raise PluginError(f"Family.{name} takes several names, not {value!r}; write {name}=({value!r},)")
         if isinstance(self.image_token, str) and self.image_token != "none":
             raise PluginError(f"Family.image_token is a token id, 'none' or None; got {self.image_token!r}")
+        if self.begins not in ("", "input_ids", "text"):
+            raise PluginError(f"Family.begins is 'input_ids', 'text' or ''; got {self.begins!r}")
         prompt = (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt)
         if not all(isinstance(part, str) and part for part in prompt):
             raise PluginError(f"Family.prompt takes a text with {{question}}, or several, not {self.prompt!r}")

@@ -9,6 +9,9 @@ A rule is a text in which ``{question}`` stands for the question and ``{images}`
    template document, ``register_family`` takes it from a plugin;
 4. the image tokens, a line each, and the question.
 
+Captioners and readers take no question. What they are given beside the image, if anything, is the beginning of their
+answer, or a task (``"<ocr>"``): a rule without ``{question}``, which may be empty.
+
 A template is not parsed, it is asked: rendered around marks, it shows what it puts before and behind a user's words.
 """
 
@@ -20,8 +23,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.models.families import family_of
+from lvlm_probe.models.anatomy import reads_a_prompt
+from lvlm_probe.models.families import Family, family_of
 from lvlm_probe.models.tokenizers import special_ids, tokenizer_of
 
 if TYPE_CHECKING:
@@ -45,11 +51,19 @@ class PromptRule:
         text: with ``{question}`` and ``{images}``.
         origin: who says so.
         interleaved: the processor takes the images themselves between the texts, no image tokens (Idefics).
+        begins: the argument of ``generate()`` that takes the text's token ids, in a model that takes no question:
+            ``"decoder_input_ids"``, ``"input_ids"``, or ``"text"`` where its processor makes them.
     """
 
     text: str
     origin: str
     interleaved: bool = False
+    begins: str = ""
+
+    @property
+    def asks(self) -> bool:
+        """Whether there must be a question."""
+        return not self.begins or "{question}" in self.text
 
     def asked(self, question: str) -> str:
         """The text for a question: without its own task where the question names one."""
@@ -78,15 +92,50 @@ def prompt_rule(processor: Any, model: Any = None, *, prompt: str | None = None)
     family = family_of(model_type) if isinstance(model_type, str) else None
     declared = () if family is None or isinstance(family.prompt, str) else family.prompt
     interleaved = len(declared) > 1
+    begins = _begins(processor, model, family)
     if prompt is not None:
-        if not prompt.strip():
+        if not prompt.strip() and not begins:
             raise ProbeError('prompt is empty; it is a text such as "Question: {question} Answer:"')
-        return PromptRule(prompt, "given by the caller", interleaved)
+        return PromptRule(prompt, "given by the caller", interleaved, begins)
+    if begins:
+        return PromptRule("".join(declared), f"family {model_type}, which takes no question", begins=begins)
+    if _draws(processor):
+        return PromptRule("{question}", "the processor draws it above the image")
     if getattr(processor, "chat_template", None):
         return None
     if declared:
         return PromptRule("".join(declared), f"family {model_type}", interleaved)
     return PromptRule("{images}\n{question}", "no rule is known of the family")
+
+
+def _draws(processor: Any) -> bool:
+    """Whether the processor draws the question into the image (Pix2Struct for questions)."""
+    return bool(getattr(getattr(processor, "image_processor", None), "is_vqa", False))
+
+
+def _begins(processor: Any, model: Any, family: Family | None) -> str:
+    """Where the text goes in a model that takes no question; empty for one that takes a question."""
+    if model is None or _draws(processor):
+        return ""
+    if isinstance(model, torch.nn.Module) and not reads_a_prompt(model):
+        return "decoder_input_ids"
+    return "" if family is None else family.begins
+
+
+def _begun(processor: Any, images: Sequence[Image.Image], text: str, rule: PromptRule) -> Any:
+    """Inputs for a model that takes no question: the image, and the beginning of the answer if there is one."""
+    if rule.begins == "text":
+        # In a batch, as Kosmos-2.5 takes it.
+        return processor(images=list(images), return_tensors="pt", **({"text": [text]} if text else {}))
+    inputs = processor(images=list(images), return_tensors="pt")
+    if text:
+        tokenizer = tokenizer_of(processor)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        start = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+        if rule.begins == "input_ids" and start is not None:  # the decoder's own is put there by generate()
+            ids = [start, *ids]
+        inputs[rule.begins] = torch.tensor([ids])
+    return inputs
 
 
 def chat_inputs(
@@ -124,8 +173,15 @@ def chat_inputs(
     if note is not None:
         none = "" if getattr(processor, "chat_template", None) else f"{name} has no chat template; "
         note(f"{none}the prompt is made by the rule {rule}")
+    if question.strip() and rule.begins and not rule.asks:
+        raise ProbeError(
+            f"{name} belongs to a model that takes no question: ask none, or give the beginning of its answer, or its "
+            f"task, by prompt= (command line: --prompt), in which {{question}} stands for the question"
+        )
     text = rule.asked(question)
     try:
+        if rule.begins:
+            return _begun(processor, images, text.replace("{question}", question), rule)
         if rule.interleaved:
             parts: list[Any] = []
             for part in _SLOTS.split(text):

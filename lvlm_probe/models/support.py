@@ -51,6 +51,7 @@ KINDS: Mapping[str, str] = {
     "I": "native aspect, padded batch",
     "J": "patches within a token budget",
     "K": "global view and local crops",
+    "L": "flattened patches, each image normalised by its own statistics",
 }
 
 

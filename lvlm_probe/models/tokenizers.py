@@ -15,6 +15,8 @@ __all__ = [
     "decoder_prompt",
     "display_pieces",
     "folded",
+    "named_inputs",
+    "own_prompt",
     "positional",
     "settings_of",
     "special_flags",
@@ -239,15 +241,52 @@ def settings_of(model: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     return setting
 
 
-def decoder_prompt(given: torch.Tensor | None, start: Any, ids: torch.Tensor) -> torch.Tensor:
-    """What the decoder's sequence of an encoder-decoder model begins with, ``(batch, position)``: what the user gave,
-    behind the start token, which ``generate()`` puts in front unless it is there."""
+def named_inputs(model: Any, kwargs: Mapping[str, Any], *, reads_prompt: bool) -> dict[str, Any]:
+    """Arguments of ``model.generate()`` with ``inputs`` under its own name: the prompt's, or the image's of a model
+    that reads no prompt."""
+    named = {name: value for name, value in kwargs.items() if name != "inputs" and value is not None}
+    if (first := kwargs.get("inputs")) is not None:
+        named["input_ids" if reads_prompt else str(model.main_input_name)] = first
+    return {name: None for name in kwargs if name != "inputs"} | named
+
+
+def own_prompt(model: Any, image_token_id: int | None, setting: Callable[..., Any], like: torch.Tensor) -> Any:
+    """What ``generate()`` begins with where it is given images and no text, ``(batch, position)``; ``None`` where it
+    does not begin without one.
+
+    That is the start token, behind the image tokens of models that have a fixed number of them (BLIP-2).
+    """
+    text = getattr(model.config, "get_text_config", lambda: model.config)()
+    start = setting("bos_token_id", getattr(text, "bos_token_id", None))
+    if start is None:
+        return None
+    images = [image_token_id] * int(getattr(model.config, "num_query_tokens", 0) or 0) if image_token_id else []
+    return torch.tensor([[*images, int(start)]], device=like.device).expand(len(like), -1)
+
+
+def decoder_prompt(
+    model: Any, given: torch.Tensor | None, setting: Callable[..., Any], like: torch.Tensor
+) -> torch.Tensor:
+    """What the decoder's sequence of an encoder-decoder model begins with, ``(batch, position)``.
+
+    It is what the user gave, behind the start token, which ``generate()`` puts in front unless it is there; but in
+    Donut, whose task prompts begin with a token of their own.
+
+    Args:
+        model: the generating model.
+        given: the user's ``decoder_input_ids``.
+        setting: ``settings_of`` the call.
+        like: a tensor ``(batch, ...)`` on the device.
+    """
+    start = setting("decoder_start_token_id", getattr(model, "decoder_start_token_id", setting("bos_token_id")))
     if isinstance(start, Sequence):
         start = start[0]
+    if given is not None:
+        given = given.to(like.device)
+        encoder = getattr(getattr(model.config, "encoder", None), "model_type", "")
+        if "donut" in str(encoder).lower() or bool((given[:, 0] == start).all()):
+            return given
     if start is None:
         raise ValueError("the model has no decoder_start_token_id, so its answer has no known beginning")
-    first = torch.full((len(ids), 1), int(start), dtype=torch.long, device=ids.device)
-    if given is None:
-        return first
-    given = given.to(ids.device)
-    return given if bool((given[:, 0] == int(start)).all()) else torch.cat([first, given], dim=1)
+    first = torch.full((len(like), 1), int(start), dtype=torch.long, device=like.device)
+    return first if given is None else torch.cat([first, given], dim=1)

@@ -49,10 +49,12 @@ def record_answer(
         ProbeError: nothing was recorded; the message says why.
     """
     rule = prompt_rule(processor, model, prompt=prompt)
+    if not question.strip() and (rule is None or rule.asks):
+        raise ProbeError('there is no question: give question= (command line: --question "…")')
     if rule is not None:
         record["meta"] = {**record.get("meta", {}), "prompt_rule": rule.text}
     with attach(model, processor) as probe:
-        with probe.record(directory, images=list(images), question=question, **record) as recording:
+        with probe.record(directory, images=list(images), question=question or None, **record) as recording:
             inputs = placed(chat_inputs(processor, images, question, rule=rule, note=note), model)
             model.generate(**inputs, **{"do_sample": False, **generate})  # type: ignore[operator]
         if not recording.paths:

@@ -90,7 +90,9 @@ class PictureFinder:
         image_token_id: int | None,
         is_pixel_name: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        self._processor, self._watch, self._inputs = processor, watch, inputs
+        # Some image processors return a mask of patches under the name that the prompt's mask has (Kosmos-2.5).
+        mine = {name: v for name, v in inputs.items() if name != "attention_mask" or is_pixel_name(name)}
+        self._processor, self._watch, self._inputs = processor, watch, mine
         self._is_pixel_name = is_pixel_name
         self._given, self._image_token_id = given, image_token_id
         self.notes: list[str] = []

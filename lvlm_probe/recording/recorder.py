@@ -35,6 +35,8 @@ from lvlm_probe.models.tokenizers import (
     decoder_prompt,
     display_pieces,
     folded,
+    named_inputs,
+    own_prompt,
     positional,
     settings_of,
     special_flags,
@@ -127,6 +129,8 @@ class GenerationRecorder:
         self._hooks = HookSet(on_error, scope=self)
         self._log_probs: list[StepLogProbs] = []
         self._decoder_ids: torch.Tensor | None = None
+        self._handed_over: torch.Tensor | None = None
+        self._inner_stops: Stops | None = None
         self._tap: RowTap | None = None
         self._points: PointTap | None = None
         self._on_error = on_error
@@ -150,15 +154,18 @@ class GenerationRecorder:
             kwargs = self.model.arguments(args, kwargs)
         else:
             kwargs = {**positional(self.model, args), **kwargs}
-        ids = kwargs.get("input_ids", kwargs.get("inputs"))
-        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
-            raise NotRecorded("generate() was called without input_ids of shape (batch, prompt); nothing is recorded")
+        kwargs = named_inputs(self.model, kwargs, reads_prompt=self.anatomy.reads_prompt)
+        setting = settings_of(self.model, kwargs)
+        ids = self._prompt(kwargs, setting)
         # As they are now: a streamer gives control back to the user while the answer is generated.
         self._inputs = {n: value.detach().clone() for n, value in kwargs.items() if isinstance(value, torch.Tensor)}
         for name in list_inputs(self.model) & kwargs.keys():
             if (numbers := whole_numbers(kwargs[name])) is not None:
                 self._inputs[name] = numbers
         self._inputs["input_ids"] = ids = ids.detach().clone()
+        if not self.anatomy.reads_prompt:
+            for name in ("decoder_input_ids", "decoder_attention_mask"):
+                self._inputs.pop(name, None)
         pixels = [name for name in self._inputs if self.anatomy.is_pixel_name(name)]
         if reason := adapters_of_this_call(self.model):
             raise NotRecorded(reason)
@@ -166,16 +173,14 @@ class GenerationRecorder:
             raise NotRecorded("the prompt holds a video, and videos are not recorded yet; nothing is recorded")
         if not any(self._inputs[name].is_floating_point() for name in pixels):
             raise NotRecorded(without_picture(ids, self.anatomy.image_token_id, kwargs))
-        setting = settings_of(self.model, kwargs)
-        if self.anatomy.encoder_decoder:
-            self._decoder_ids = decoder_prompt(
-                kwargs.get("decoder_input_ids"), setting("decoder_start_token_id", setting("bos_token_id")), ids
-            )
+        if self.anatomy.encoder_decoder and self.anatomy.reads_prompt:
+            self._decoder_ids = decoder_prompt(self.model, kwargs.get("decoder_input_ids"), setting, ids)
             self._inputs["decoder_input_ids"] = self._decoder_ids
         self.stops = stops_of(self.model, kwargs, self.beginning.shape[1])
-        if (mask := inferred_mask(self.model, self._inputs, self.stops)) is not None:
+        if self.anatomy.reads_prompt and (mask := inferred_mask(self.model, self._inputs, self.stops)) is not None:
             self._inputs["attention_mask"] = mask
-        self._other_conditions = other_conditions(self.model, self._inputs, kwargs)
+        texts = {n: v for n, v in self._inputs.items() if not self.anatomy.is_pixel_name(n)}
+        self._other_conditions = other_conditions(self.model, texts, kwargs)
         self._compiling = compiles_itself(self.model, setting, kwargs)
         self._offloading = offloads_its_cache(setting, kwargs)
         beams = int(setting("num_beams", 1))
@@ -185,6 +190,9 @@ class GenerationRecorder:
                 f"teacher-forced pass over the returned answer, and attention rows are not recorded"
             )
             return
+        for inner in generators(self.model)[1:]:
+            if hasattr(inner, "generate"):
+                self._hooks.shadow(inner, "generate", self._hand_over)
         for module in generators(self.model):
             self._log_probs.append(StepLogProbs())
             graph = self._compiling or module._compiled_call_impl is not None
@@ -200,6 +208,36 @@ class GenerationRecorder:
                 if self._tap is not None:
                     self._tap.remove()
                     self._tap = None
+
+    def _prompt(self, kwargs: Mapping[str, Any], setting: Callable[..., Any]) -> torch.Tensor:
+        """Token ids that the answer is an answer to, ``(batch, position)``: where there are none, what ``generate()``
+        begins with by itself.
+
+        Raises:
+            NotRecorded: what it begins with is not known.
+        """
+        ids = kwargs.get("input_ids")
+        pixels = (v for n, v in kwargs.items() if isinstance(v, torch.Tensor) and self.anatomy.is_pixel_name(n))
+        copies = next((v.new_zeros((len(v), 0), dtype=torch.long) for v in pixels if v.ndim >= 3), None)
+        if copies is not None and not self.anatomy.reads_prompt:
+            given = kwargs.get("decoder_input_ids")
+            return decoder_prompt(self.model, ids if given is None else given, setting, copies)
+        if ids is None and copies is not None and "inputs_embeds" not in kwargs:
+            ids = own_prompt(self.model, self.anatomy.image_token_id, setting, copies)
+        if not isinstance(ids, torch.Tensor) or ids.ndim != 2:
+            raise NotRecorded("generate() was called without input_ids of shape (batch, prompt); nothing is recorded")
+        return ids
+
+    def _hand_over(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Note what the model's own ``generate`` has the language model inside continue: it may edit the prompt."""
+        try:
+            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            if isinstance(ids, torch.Tensor) and ids.ndim == 2:
+                self._handed_over = ids.detach().clone()
+                self._inner_stops = stops_of(original.__self__, kwargs, ids.shape[1])  # type: ignore[attr-defined]
+        except Exception as error:
+            self._on_error("prompt", error)
+        return original(*args, **kwargs)
 
     @property
     def beginning(self) -> torch.Tensor:
@@ -223,6 +261,11 @@ class GenerationRecorder:
             return
         # Without image tokens in what the decoder reads, the image reaches it by cross-attention.
         cross = found is None or self.anatomy.encoder_decoder
+        if found is None and self.anatomy.encoder_decoder and self.anatomy.reads_prompt:
+            self.notes.append(
+                "attention rows are not recorded: the decoder reads a text that has read the image, and no image tokens"
+            )
+            return
         tap = RowTap(self.model, cross=cross, on_error=lambda error: self._on_error("attention", error))
         if not tap.layers:
             reasons = "; ".join(sorted(set(map(str, tap.unsupported.values())))) or "no attention layer was found"
@@ -237,7 +280,7 @@ class GenerationRecorder:
         columns, valid = (
             (None, None) if found is None else (part.repeat_interleave(copies, 0) for part in columns_of(found))
         )
-        keys = ids.shape[1] if self.anatomy.encoder_decoder else None
+        keys = ids.shape[1] if self.anatomy.encoder_decoder and self.anatomy.reads_prompt else None
         self._tap = tap
         tap.install()
         tap.arm(
@@ -267,12 +310,13 @@ class GenerationRecorder:
         if isinstance(self.model, Driver):
             sequences = self.model.sequences(ids, sequences)
         # An encoder-decoder model returns the decoder's sequence, which has a beginning of its own.
-        found = answer_in(sequences, self.beginning, self._log_probs, alone=self._decoder_ids is None)
+        found = self._answers(sequences)
         if found is None:
             raise NotRecorded(
                 f"{type(self.model).__name__}.generate() did not return prompt + answer for this prompt: it drops or "
                 "edits tokens of the prompt. Nothing is recorded"
             )
+        self.stops = self._inner_stops or self.stops
         generated, values = found
         if values is None and attention is not None:
             # Assisted decoding, guidance: rows cannot be matched to tokens where passes and tokens are not one to one.
@@ -283,6 +327,26 @@ class GenerationRecorder:
             raise NotRecorded("generate() returned no new token; nothing is recorded")
         created = datetime.now(UTC).isoformat()
         return Capture(rows=rows, model={}, created=created, seconds={"generate": generated_seconds})
+
+    def _answers(self, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The answers in what ``generate()`` returned, as ``answer_in``; of a prompt that it edited, what it made of it
+        becomes the prompt."""
+        inner = self._handed_over
+        edited = inner is not None and not torch.equal(inner, self.beginning)
+        if inner is None or not edited or self._decoder_ids is not None:
+            return answer_in(sequences, self.beginning, self._log_probs, alone=self._decoder_ids is None)
+        found = answer_in(sequences, inner, self._log_probs, alone=False)
+        if found is None:
+            return answer_in(sequences, self.beginning, self._log_probs, alone=True)
+        if len(inner) != len(self._inputs["input_ids"]):
+            return None
+        width = inner.shape[1]
+        self._inputs = {
+            name: value[:, :width] if value.shape == self._inputs["input_ids"].shape else value
+            for name, value in self._inputs.items()
+        }
+        self._inputs["input_ids"] = inner
+        return found
 
     def _collected(self) -> Rows | None:
         tap, self._tap = self._tap, None

@@ -24,7 +24,7 @@ def image_places(inputs: Mapping[str, Any], token: int | None) -> torch.Tensor |
     if token is not None:
         return ids == token
     masks = [v for name, v in inputs.items() if name.endswith("position_mask") and v.shape == ids.shape]
-    return masks[0].to(ids.device).bool() if masks else None
+    return masks[0].to(ids.device) == 1 if masks else None
 
 
 def columns_of(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +62,7 @@ def row_inputs(
     kept: dict[str, torch.Tensor] = {}
     padded = False
     for name, value in inputs.items():
-        if name in _NOT_REPLAYED or name in absent:
+        if (name in _NOT_REPLAYED and not is_pixel_name(name)) or name in absent:
             continue
         if name in alone:
             made = alone[name].to(value.dtype)

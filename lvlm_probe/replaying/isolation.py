@@ -123,20 +123,14 @@ def even_gradients(model: nn.Module) -> Iterator[None]:
     with HookSet() as hooks:
         for module in every_module(model) if torch.is_grad_enabled() else ():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-                hooks.forward(module, lambda _m, _a, _k, output: _Even.apply(output), name="batch norm", fenced=False)
+                hooks.forward(module, lambda _m, _a, _k, output: _evened(output), name="batch norm", fenced=False)
         yield
 
 
-class _Even(torch.autograd.Function):
-    """The same tensor; its gradient contiguous."""
-
-    @staticmethod
-    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return gradient.contiguous()
+def _evened(output: Any) -> None:
+    # A hook and no function around the tensor: what comes next may write into it (Emu3).
+    if isinstance(output, torch.Tensor) and output.requires_grad:
+        output.register_hook(torch.Tensor.contiguous)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def check_inputs(trace: TraceLike, model: torch.nn.Module, processor: object | N
     inputs = trace.model_kwargs
     for name, value in inputs.items():
         _check_numbers(trace, name, value, anatomy)
-    _check_shapes(trace, inputs, len(prompt))
+    _check_shapes(trace, {n: v for n, v in inputs.items() if not anatomy.is_pixel_name(n)}, len(prompt))
 
 
 def _check_numbers(trace: TraceLike, name: str, value: torch.Tensor, anatomy: Anatomy) -> None:

@@ -160,6 +160,7 @@ class Replay:
             "answer_token_type": anatomy.answer_token_type,
             "separate_inputs": separate,
             "decoder_input_ids": beginning,
+            "reads_prompt": anatomy.reads_prompt,
             "image_token_id": anatomy.image_token_id,
         }
         self._ask(prompt, sequence)
@@ -510,8 +511,14 @@ class Replay:
         """Check, once for all views, that the score's gradient arrives at the image whole.
 
         Raises:
-            ExplainError: it does not; the message names the layer where it stops, and the methods that need none.
+            ExplainError: it does not; the message says why, or names the layer where it stops, and the methods that
+                need none.
         """
+        if reason := self.anatomy.no_gradient:
+            raise ExplainError(
+                f"{type(self.model).__name__} cannot be explained by gradients: {reason}; use a method that needs "
+                "none: occlusion, rise, greedy"
+            )
         if self.kept.gradients is None:
             self.kept.gradients = ""  # while it is being looked for, and where there is nothing to say
             try:
@@ -593,7 +600,7 @@ class Replay:
 
         Other threads that use the same replay wait until the block is left.
         """
-        if self.anatomy.encoder_decoder and {"decoder", "cross"} & set(attention):
+        if self.anatomy.encoder_decoder and self.anatomy.reads_prompt and {"decoder", "cross"} & set(attention):
             raise ExplainError(
                 f"the decoder of {type(self.model).__name__} reads the picture through its encoder: its attention "
                 "layers have no columns of image tokens; use a method that works by masking the picture"

@@ -29,6 +29,8 @@ def reword(prompt: torch.Tensor, processor: object | None, question: str, text: 
     tokenizer: Any = getattr(processor, "tokenizer", processor)
     if not hasattr(tokenizer, "decode"):
         raise ReplayError("another question needs a tokenizer: replay with the processor")
+    if not question.strip():
+        raise ReplayError("the answer is not to a question, so there is no other to ask instead")
     start, stop = _span(prompt.tolist(), tokenizer, question.strip())
     first = tokenizer.decode([int(prompt[start])])
     # The space in front of the question may be part of its first token.

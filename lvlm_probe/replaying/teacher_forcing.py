@@ -71,6 +71,7 @@ class TeacherForcing:
             answer (token types by ``answer_token_type``, anything else by its last entry).
         other_inputs: inputs of any other shape, handed on as they are.
         answer_token_type: token type of the answer's tokens; text is 0 nearly everywhere.
+        reads_prompt: there is a prompt beside the answer's own sequence; where not, ``input_ids`` are the decoder's.
         image_token_id: the placeholder that image features replace. generate() reads one that the model has said as a
             word; in one pass over prompt and answer the model would look for an image to it.
 
@@ -98,6 +99,7 @@ class TeacherForcing:
         answer_token_type: int = 0,
         separate_inputs: Mapping[str, torch.Tensor] | None = None,
         decoder_input_ids: torch.Tensor | None = None,
+        reads_prompt: bool = True,
         image_token_id: int | None = None,
     ) -> None:
         if token_ids.numel() == 0:
@@ -117,9 +119,10 @@ class TeacherForcing:
         asked = ids if decoder_input_ids is None else input_ids.long().cpu()
         width = int(asked.numel())
         self._sequence: dict[str, torch.Tensor] = {
-            "input_ids": asked[None].to(self.device),
-            "attention_mask": torch.ones(1, width, dtype=torch.long, device=self.device),
+            "input_ids" if reads_prompt else "decoder_input_ids": asked[None].to(self.device)
         }
+        if reads_prompt:
+            self._sequence["attention_mask"] = torch.ones(1, width, dtype=torch.long, device=self.device)
         if decoder_input_ids is not None:
             self._sequence["decoder_input_ids"] = ids[None].to(self.device)
         for name, value in (sequence_inputs or {}).items():
@@ -194,6 +197,7 @@ class TeacherForcing:
             if logits.shape[1] == span != len(steps):
                 logits = logits[:, [step - steps[0] for step in steps]]
         epsilon = max(epsilon_of(logits.dtype), epsilon_of(getattr(model, "dtype", None)))
+        banned = torch.finfo(logits.dtype).min / 2  # what a model fills in for tokens that it never says (Chameleon)
         if logits.dtype != torch.float64:
             logits = logits.float()
         if logits.shape[0] != batch or logits.shape[1] != len(steps):
@@ -202,7 +206,8 @@ class TeacherForcing:
                 f"{len(steps)} answer tokens; its forward edits the sequence, so this answer cannot be replayed"
             )
         if shortcut is None and batch == 1:
-            self.largest_logit, self.epsilon = logits.detach().abs().amax().float(), epsilon
+            spoken = logits.detach().masked_fill(logits.detach() < banned, 0.0)
+            self.largest_logit, self.epsilon = spoken.abs().amax().float(), epsilon
             top = logits.detach()[0].max(-1)
             self.likeliest = top.indices, (top.values - logits.detach()[0].logsumexp(-1)).float()
         targets = self._targets.to(logits.device)[index_on(logits.device, tuple(steps))]

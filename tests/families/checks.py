@@ -115,8 +115,7 @@ class _Case:
             with in_float64(self.model):
                 truth = _log_probs(self.built.generate(wide, use_cache=self.built.member.cached))
                 again = player.original_log_probs
-                leaf = mask.clone().requires_grad_(True)
-                (grad,) = torch.autograd.grad(player.log_probs(leaf).sum(), leaf)
+                grad = _gradient(player, mask) if not self.built.member.discrete else torch.full_like(mask, torch.nan)
                 rows = player.log_probs(mask.expand(3, -1, -1)).sum(1)
                 ends = torch.cat([mask + _STEP * ways, mask - _STEP * ways])
                 high, low = player.log_probs(ends).sum(1).chunk(2)
@@ -153,6 +152,11 @@ class _Exact:
 def _mask() -> torch.Tensor:
     """The mask that is differentiated, ``(1, row, col)``."""
     return 0.3 + 0.5 * torch.rand(1, _MASK, _MASK, generator=torch.Generator().manual_seed(1))
+
+
+def _gradient(player: Any, mask: torch.Tensor) -> torch.Tensor:
+    leaf = mask.clone().requires_grad_(True)
+    return torch.autograd.grad(player.log_probs(leaf).sum(), leaf)[0]
 
 
 def _log_probs(output: Any) -> torch.Tensor:
@@ -224,13 +228,29 @@ def pixels(case: _Case) -> Verdict:
 def gradient(case: _Case) -> Verdict:
     """The gradient to the mask is not zero, and in float64 it equals central finite differences in random directions;
     in float32 it is that gradient, rounded."""
-    leaf = _mask().requires_grad_(True)
-    (grad,) = torch.autograd.grad(case.replay.log_probs(leaf).sum(), leaf)
+    if case.built.member.discrete:
+        return _without_gradient(case)
+    grad = _gradient(case.replay, _mask())
     exact = case.exact
     error = float((grad[0] - exact.gradient).norm() / exact.gradient.norm())
     size = float(grad.abs().max())
     passed = size > 1e-6 and error <= GRADIENT and exact.slope <= SLOPE
     return Verdict("gradient", passed, error, f"largest {size:.1e}, finite differences in float64 {exact.slope:.1e}")
+
+
+def _without_gradient(case: _Case) -> Verdict:
+    """A model whose gradient does not reach the picture: methods that need one say so and name those that do not, and
+    one of these makes a map."""
+    try:
+        probe.explain(case.replay, method="input_gradient", tokens=(0, _TOKENS))
+    except probe.errors.ExplainError as refusal:
+        sentence = str(refusal)
+    else:
+        return Verdict("gradient", False, None, "a gradient was taken where there is none")
+    heat = probe.explain(case.replay, method="occlusion", tokens=(0, _TOKENS))
+    told = all(name in sentence for name in ("occlusion", "rise", "greedy"))
+    passed = told and heat.values is not None and float(np.ptp(heat.values)) > 0
+    return Verdict("gradient", None if passed else False, None, f"{case.built.member.discrete}: {sentence}")
 
 
 def attention(case: _Case) -> Verdict:
@@ -291,10 +311,15 @@ def _cross_maps(model: torch.nn.Module, kept: list[list[torch.Tensor]]) -> list[
     """Hooks that keep what every cross-attention module of a model under eager returns beside its output: its map."""
     handles = []
     for path, module in model.named_modules():
-        if path.rpartition(".")[2] in ("cross_attn", "encoder_attn"):
+        if path.endswith(("cross_attn", "encoder_attn", "encoder_decoder_attention.attention")):
             kept.append([])
-            handles.append(module.register_forward_hook(lambda _m, _a, out, mine=kept[-1]: mine.append(out[1])))
+            handles.append(module.register_forward_hook(lambda _m, _a, out, mine=kept[-1]: mine.append(_map_in(out))))
     return handles
+
+
+def _map_in(output: Any) -> torch.Tensor:
+    """The attention map ``(batch, head, query, key)`` in what a module returned; behind a position bias (T5)."""
+    return next(v for v in reversed(output) if isinstance(v, torch.Tensor) and v.dim() == 4)
 
 
 def geometry(case: _Case) -> Verdict:
@@ -302,9 +327,16 @@ def geometry(case: _Case) -> Verdict:
     layout = case.trace.layout
     found = layout.patch_box
     if found is None and len(layout.image_positions) == 0:  # cross-attention: the places of its keys
-        found = case.trace.point("decoder.cross_attention_key_box").values
+        name = "decoder.cross_attention_key_box"
+        found = case.trace.point(name).values if name in case.trace.points else None
     if found is None:
+        if case.built.member.attention and len(layout.image_positions) == 0:
+            return Verdict(
+                "geometry", None, None, f"boxes are those of attention's keys: {case.built.member.attention}"
+            )
         reason = "; ".join(n for n in case.trace.notes if "box" in n) or "no boxes"
+        if case.built.member.discrete and "no gradient reaches" in reason:
+            return Verdict("geometry", None, None, reason)
         if "through attention alone" in reason or "receptive fields" in reason:
             return _resampled(case, reason, convolved="receptive fields" in reason)
         return Verdict("geometry", False, None, reason)
@@ -418,7 +450,8 @@ class _features:
                     self._kept.append(given.detach().index_select(axis, positions).movedim(axis, 0).flatten(1))
 
         # An encoder-decoder model reads the picture where it reads the prompt.
-        decoder = text_stack(case.model.get_encoder()) if anatomy.encoder_decoder else modules[anatomy.decoder]
+        apart = anatomy.encoder_decoder and anatomy.reads_prompt
+        decoder = text_stack(case.model.get_encoder()) if apart else modules[anatomy.decoder]
         lists = [child for child in decoder.children() if isinstance(child, torch.nn.ModuleList)]
         if len(positions):
             lists = [max(lists, key=len, default=torch.nn.ModuleList())]
@@ -438,7 +471,7 @@ class _features:
             self._kept.clear()
             with torch.no_grad():
                 start = {"decoder_input_ids": torch.zeros(1, 1, dtype=torch.long)} if anatomy.encoder_decoder else {}
-                case.model(**case.built.inputs([picture]), **start)
+                case.model(**{**start, **case.built.inputs([picture])})
             return [level.float() for level in self._kept]
 
         plain, other = all_levels(Image.new("RGB", case.picture.size, (128, 128, 128))), all_levels(case.picture)
@@ -458,6 +491,8 @@ def checkpointing(case: _Case) -> Verdict:
     """The gradient with gradient checkpointing is the one without, and layers really are run twice for it."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    if case.built.member.discrete:
+        return Verdict("checkpointing", None, None, case.built.member.discrete)
     mask = 0.3 + 0.5 * torch.rand(1, _MASK, _MASK, generator=torch.Generator().manual_seed(2))
     layers = [module for module in case.model.modules() if isinstance(module, GradientCheckpointingLayer)]
     leaves = {part for layer in layers for part in layer.modules() if not part._modules}

@@ -56,7 +56,7 @@ class Member:
 
     Attributes:
         name: its entry in transformers' image-text-to-text mapping.
-        kind: its preprocessing, A to K (docs/families.md).
+        kind: its preprocessing, A to L (docs/families.md).
         model: token ids by token → the model, on the CPU.
         processor: tokenizer, backend → the processor.
         tokens: special tokens besides padding, start and end.
@@ -71,6 +71,7 @@ class Member:
         prepare: makes the model inputs where ``ask`` does not.
         cached: generate() is compared with a cache; ``False`` where transformers' own answer depends on that.
         attention: why no attention rows can be compared with eager ones; empty where they can.
+        discrete: why no gradient reaches the picture; empty where one does.
         local: without attention, a token of the encoder sees its own box alone (no convolutions across patches).
         answer: further arguments of ``generate()``.
         seed: of the weights.
@@ -92,6 +93,7 @@ class Member:
     prepare: Callable[[Any, Any, Sequence[Image.Image], str], Mapping[str, Any]] | None = None
     cached: bool = True
     attention: str = ""
+    discrete: str = ""
     local: bool = True
     answer: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0

@@ -31,9 +31,9 @@ def test_parts_are_found(name):
 @pytest.mark.quick
 def test_a_family_that_cannot_be_probed_says_why():
     model, _ = tiny_models.build("llava")
-    model.config.__class__ = type("Chameleon", (type(model.config),), {"model_type": "chameleon"})
+    model.config.__class__ = type("Pi0", (type(model.config),), {"model_type": "pi0"})
     try:
-        with pytest.raises(probe.errors.AttachError, match="discrete codes"):
+        with pytest.raises(probe.errors.AttachError, match="robot policy"):
             examine(model)
     finally:
         model.config.__class__ = type(model.config).__mro__[1]

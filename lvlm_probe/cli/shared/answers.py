@@ -15,21 +15,14 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace import Trace
 
-__all__ = ["ask", "required_question", "show_answer", "show_question", "trace_summary"]
-
-
-def required_question(question: str | None) -> str:
-    """Return the question, or ``ProbeError``."""
-    if question is None or not question.strip():
-        raise ProbeError('there is no question: add --question "…"')
-    return question
+__all__ = ["ask", "show_answer", "show_question", "trace_summary"]
 
 
 def ask(
     model: torch.nn.Module,
     processor: Any,
     images: Sequence[Image.Image],
-    question: str,
+    question: str | None,
     directory: Path,
     *,
     prompt: str | None = None,
@@ -55,7 +48,7 @@ def ask(
                 model,
                 processor,
                 images,
-                question,
+                question or "",
                 directory,
                 generate=options,
                 prompt=prompt,

@@ -45,14 +45,16 @@ OptionalModel = Annotated[
 Images = Annotated[
     list[Path] | None, typer.Option("--image", metavar="FILE", help="The image; repeat it for a prompt with several.")
 ]
-Question = Annotated[str | None, typer.Option("--question", metavar="TEXT", help="What to ask about the image.")]
+Question = Annotated[
+    str | None, typer.Option("--question", metavar="TEXT", help="What to ask about the image. Captioners take none.")
+]
 Prompt = Annotated[
     str | None,
     typer.Option(
         "--prompt",
         metavar="TEXT",
         help="How the question is put, instead of by the chat template or the family's rule: TEXT with {question} and, "
-        "for image tokens, {images}.",
+        "for image tokens, {images}. Of a captioner or reader: its task, or how the answer begins.",
     ),
 ]
 Device = Annotated[
