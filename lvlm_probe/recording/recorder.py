@@ -328,7 +328,7 @@ class GenerationRecorder:
         created = datetime.now(UTC).isoformat()
         return Capture(rows=rows, model={}, created=created, seconds={"generate": generated_seconds})
 
-    def _answers(self, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    def _answers(self, sequences: torch.Tensor) -> tuple[torch.Tensor, StepValues | None] | None:
         """The answers in what ``generate()`` returned, as ``answer_in``; of a prompt that it edited, what it made of it
         becomes the prompt."""
         inner = self._handed_over
