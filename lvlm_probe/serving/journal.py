@@ -107,4 +107,6 @@ class Journal:
                     os.write(self._file, b"\n")  # ends a line that a kill cut in two
             os.write(self._file, json.dumps(record).encode() + b"\n")
         except OSError as error:
-            raise ReplayError(f"{self.path} cannot be written: {'; '.join(causes(error))}") from error
+            raise ReplayError(
+                f"{self.path} cannot be written: {'; '.join(causes(error))}; name another file, connect(…, journal=…)"
+            ) from error

@@ -518,8 +518,13 @@ def _card(transport: Transport, model: str | None) -> dict[str, Any]:
     found = transport.get("/v1/models")
     cards = found.get("data") if isinstance(found, dict) else None
     cards = [one for one in cards if isinstance(one, dict) and "id" in one] if isinstance(cards, list) else []
+    if not cards and isinstance(found, dict) and model is not None:
+        return {"id": model}  # a server that lists only what it has fetched itself
     if not cards:
-        raise ReplayError(f"{transport.address}/v1/models names no model: it is no OpenAI-compatible server")
+        raise ReplayError(
+            f"{transport.address}/v1/models names no model: name it, connect(url, model), --served-model; or it is no "
+            "OpenAI-compatible server"
+        )
     names = [str(one["id"]) for one in cards]
     if model is None and len(cards) > 1:
         raise ReplayError(f"{transport.address} serves several models, name one: {', '.join(names)[:300]}")

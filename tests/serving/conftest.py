@@ -29,6 +29,7 @@ def behind(demo_server: DemoServer) -> Iterator[DemoServer]:
     yield demo_server
     demo_server.fault, demo_server.before, demo_server.retry_after = no_fault, lambda number: None, None
     demo_server.name, demo_server.version, demo_server.biased_before = "demo", "0.32.0", False
+    demo_server.lists_models = True
 
 
 @pytest.fixture(scope="session")

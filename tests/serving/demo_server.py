@@ -50,6 +50,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
         self.routes = {"tokens", "chat", "allowed", "bias"} if routes is None else routes
         self.fault: Fault = no_fault
         self.retry_after: str | None = None
+        self.lists_models = True
         self.name, self.version, self.biased_before = "demo", "0.32.0", False
         self.lock, self.count = threading.Lock(), 0
         self.requests: list[tuple[str, dict[str, Any]]] = []
@@ -235,7 +236,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server = self.server
         if self.path == "/v1/models":
             card = {"id": server.name, "root": "/models/demo", "owned_by": "vllm", "max_model_len": 256}
-            self.say(200, {"data": [card]})
+            self.say(200, {"data": [card] if server.lists_models else []})
         elif self.path == "/version" and "sglang" not in server.routes:
             self.say(200, {"version": server.version})
         elif self.path == "/get_model_info" and "sglang" in server.routes:

@@ -248,6 +248,14 @@ def test_another_model_is_refused_by_name_unless_it_is_wanted(behind: DemoServer
         probe.connect(behind.url, "demo")
 
 
+def test_a_server_that_lists_no_models_is_asked_for_the_one_that_is_named(behind: DemoServer) -> None:
+    behind.lists_models = False
+    with pytest.raises(probe.errors.ReplayError, match="names no model: name it"):
+        probe.connect(behind.url)
+    with probe.connect(behind.url, "demo") as server:
+        assert server.model == "demo" and server.road == "tokens"
+
+
 # --------------------------------------------------------------------------------------------------- nothing is lost
 
 
