@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -736,10 +737,23 @@ def held_out(net: Any, loader: Loader, *, batches: int, veiled: float, absent: f
     return {name: round(float(np.mean(right[name])), 3) for name in sorted(right)}
 
 
+def with_hub_names(path: Path) -> None:
+    """Gives a checkpoint's vision tower the names that checkpoints on the hub have, which serving engines look for;
+    transformers reads both, and writes the short ones."""
+    weights = load_file(path)
+    short, long = "vision_tower.", "vision_tower.vision_model."
+    named = {
+        long + name.removeprefix(short) if name.startswith(short) and not name.startswith(long) else name: weight
+        for name, weight in weights.items()
+    }
+    save_file(named, path, metadata={"format": "pt"})
+
+
 def save(net: Net, processor: LlavaProcessor, out: Path) -> None:
     """Writes the checkpoint: the file in half precision, the configuration asking for single precision on loading."""
     half = copy.deepcopy(net.llava).half()
     half.save_pretrained(out)
+    with_hub_names(out / "model.safetensors")
     config = json.loads((out / "config.json").read_text())
     config["dtype"] = "float32"
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

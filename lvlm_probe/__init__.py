@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay, replay
     from lvlm_probe.replaying.verification import verify
     from lvlm_probe.selection import TokenSelection, select_tokens
+    from lvlm_probe.serving import Server, connect
     from lvlm_probe.trace import Trace, TraceStore, open_store, open_trace
     from lvlm_probe.trace.image_files import open_image
 
@@ -56,6 +57,7 @@ __all__ = [
     "Recording",
     "Replay",
     "Score",
+    "Server",
     "TokenSelection",
     "Trace",
     "TraceStore",
@@ -63,6 +65,7 @@ __all__ = [
     "attach",
     "causal",
     "compare",
+    "connect",
     "demo",
     "errors",
     "evaluate",
@@ -113,6 +116,8 @@ _HOMES = {
     "Replay": "replaying",
     "replay": "replaying",
     "verify": "replaying.verification",
+    "Server": "serving",
+    "connect": "serving",
     "TokenSelection": "selection",
     "select_tokens": "selection",
     "Probe": "recording",

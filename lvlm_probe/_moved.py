@@ -50,7 +50,7 @@ MOVED = {
     "encoder_tokens": "boxes.encoder_tokens",
     "exhaustion": "replaying.micro_batches",
     "explainers.attention": "explainers.attention_maps",
-    "explainers.costs": "planning.costs explainers.registry",
+    "explainers.costs": "explainers.registry",
     "explainers.floors": "explainers.controls",
     "explainers.igos_settings": "explainers.igos.settings",
     "explainers.ordering": "explainers.igos.order",

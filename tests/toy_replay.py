@@ -6,7 +6,7 @@ P(a_t | M) = p_base + (p_orig − p_base) · Σ_cells w_t · m, m the mask avera
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +73,8 @@ class ToyReplay:
         return torch.nn.functional.adaptive_max_pool2d(self._seen[None].float(), shape)[0] > 0
 
     masks_at_once, recomputes = 64, False
+    offers = frozenset({"passes", "gradients"})
+    origin: Mapping[str, Any] = {"device": "cpu"}
     limits = SimpleNamespace(recovered=[])
 
     def counted(self) -> ToyReplay:
@@ -89,6 +91,9 @@ class ToyReplay:
         other = copy.copy(self)
         other.baseline = {**self.baseline, "mean_probability": mean, "verified": mean < below}
         return other
+
+    def announce(self, what: str, images: Callable[[], int | None]) -> None:
+        """They cost nothing."""
 
     def require_gradients(self) -> None:
         """They are whole."""

@@ -24,6 +24,7 @@ from lvlm_probe.cli.shared.options import (
     OptionalModel,
     TrustRemoteCode,
 )
+from lvlm_probe.cli.shared.servers import MaxRequests, ServedModel, ServerUrl, Yes, open_server
 from lvlm_probe.cli.shared.terminal import bar, print_json, stop
 from lvlm_probe.errors import ProbeError
 
@@ -93,6 +94,10 @@ def evaluate(
     dtype: Dtype = None,
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
+    server: ServerUrl = None,
+    served_model: ServedModel = None,
+    max_requests: MaxRequests = 2000,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Score stored maps by deletion and insertion, and say which not to trust. Stored scores are replaced.
@@ -102,10 +107,14 @@ def evaluate(
 
     Example:  lvlm-probe evaluate runs/demo --exact --json
     Example:  lvlm-probe evaluate runs/demo --methods igos++,gradcam,tmm --out compare.html
+    Example:  lvlm-probe evaluate runs/served --server http://gpu:8000 --methods rise,greedy
     """
     options: dict[str, Any] = {"score": score, "auc": auc, "steps": steps, "chance": chance, "seed": seed, "grid": grid}
-    options["mode"] = "exact" if exact else "fast"
-    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    behind = open_server(server, served_model, model=model, max_requests=max_requests, yes=yes)
+    options["mode"] = "exact" if exact or behind else "fast"  # a server is sent real images
+    models = ReplayModels(
+        model, server=behind, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code
+    )
     if methods is not None:
         from lvlm_probe.cli.shared.comparison import compare_methods
 

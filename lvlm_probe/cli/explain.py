@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.shared.answers import ask
+from lvlm_probe.cli.shared.answers import ask, ask_server
 from lvlm_probe.cli.shared.completion import complete_method
 from lvlm_probe.cli.shared.inputs import (
     ReplayModels,
@@ -33,6 +33,7 @@ from lvlm_probe.cli.shared.options import (
     Row,
     TrustRemoteCode,
 )
+from lvlm_probe.cli.shared.servers import MaxRequests, ServedModel, ServerUrl, Yes, open_server
 from lvlm_probe.cli.shared.terminal import open_page, print_json, quoted_path, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -54,8 +55,13 @@ def explain(
     question: Question = None,
     prompt: Prompt = None,
     method: Annotated[
-        str, typer.Option("--method", autocompletion=complete_method, help="Which explainer; plugins add more.")
-    ] = "igos++",
+        str | None,
+        typer.Option(
+            "--method",
+            autocompletion=complete_method,
+            help="Which explainer; plugins add more. Default: igos++; with --server rise, it has no gradients.",
+        ),
+    ] = None,
     words: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,6 +104,10 @@ def explain(
     dtype: Dtype = None,
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
+    server: ServerUrl = None,
+    served_model: ServedModel = None,
+    max_requests: MaxRequests = 2000,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Show which regions of the image made the model say its words: a recorded run, or a new one.
@@ -106,6 +116,7 @@ def explain(
 
     Example:  lvlm-probe explain runs/demo --words red
     Example:  lvlm-probe explain --model demo --image scene.png --question "What color is the circle?" --word-maps
+    Example:  lvlm-probe explain --server http://gpu:8000 --image scene.png --question "What color is it?"
     """
     from lvlm_probe.cli.shared.maps import Explained, explain_replay, map_summary, open_replay, show_explained
     from lvlm_probe.heatmap_store import FOLDER, MapSettings
@@ -113,30 +124,30 @@ def explain(
     params = parameters(param or [])
     own_baseline = baseline_from(baseline)
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
-    settings = MapSettings(method, params, image_number, seed, scores, "exact" if exact else "fast")
+    behind = open_server(server, served_model, model=model, max_requests=max_requests, yes=yes)
+    chosen = method or ("igos++" if behind is None else "rise")
+    settings = MapSettings(chosen, params, image_number, seed, scores, "exact" if exact or behind else "fast")
+    loaded: Any
     if trace is None:
-        if model is None:
+        if behind is None and model is None:
             raise ProbeError("give a trace file, or a new run: --model DIR_OR_ID --image FILE --question TEXT")
         images = open_images(image or [])
         directory = output_directory(out or Path("runs"))
-        loaded, processor = load_model(model, **loading)
-        recorded = ask(
-            loaded,
-            processor,
-            images,
-            question,
-            directory,
-            prompt=prompt,
-            max_new_tokens=max_new_tokens,
-            baseline=own_baseline or "blur",
-            files=image or [],
-        )
+        asking: dict[str, Any] = {"max_new_tokens": max_new_tokens, "baseline": own_baseline or "blur"}
+        if behind is not None:
+            if prompt is not None:
+                raise ProbeError("--prompt does not go with --server, which makes the prompt: give --question")
+            loaded, processor = behind, None
+            recorded = ask_server(behind, images, question, directory, **asking)
+        else:
+            loaded, processor = load_model(model or "", **loading)
+            recorded = ask(loaded, processor, images, question, directory, prompt=prompt, files=image or [], **asking)
     else:
         if image or question or prompt:
             raise ProbeError("a trace has its own image and question: give either TRACE, or --image and --question")
         recorded = find_trace(trace, row)
         directory = output_directory(out) if out is not None else recorded.path.parent
-        loaded, processor = ReplayModels(model, **loading).of(recorded)
+        loaded, processor = ReplayModels(model, server=behind, **loading).of(recorded)
     replay = open_replay(recorded, loaded, processor)
     if own_baseline is not None:
         replay = replay.over(own_baseline)

@@ -23,6 +23,7 @@ from lvlm_probe.cli.shared.options import (
     TrustRemoteCode,
 )
 from lvlm_probe.cli.shared.rows import Fetch, Format, Requests, Strict, failures, formats_help, tell_reasons
+from lvlm_probe.cli.shared.servers import MaxRequests, ServedModel, ServerUrl, Yes, open_server
 from lvlm_probe.cli.shared.terminal import bar, note, one_line, open_page, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["meter"]
 
 _SHOWN = 5
+_REQUESTS = 3
+"""Requests that an answer takes on a server: its prompt, the answer on the image, and on the baseline."""
 _FAIL_ON = {
     "unlikely": "hold words that this model would not have said",
     "habit": "are from habit",
@@ -84,6 +87,10 @@ def meter(
     dtype: Dtype = None,
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
+    server: ServerUrl = None,
+    served_model: ServedModel = None,
+    max_requests: MaxRequests = 2000,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Tell which words came from the image, which from habit, and which this model would not have said.
@@ -103,20 +110,26 @@ def meter(
     weights are others.
 
     Example:  lvlm-probe meter answers.jsonl --model llava-hf/llava-1.5-7b-hf --out meter.html
+    Example:  lvlm-probe meter answers.jsonl --server http://gpu:8000
     """
     limits = _limits(fail_on or [])
     if not (source.is_file() or source.is_dir()):  # neither a pipe nor a device
         raise ProbeError(f"there is no {source}; give a file of answers or a directory of traces")
     answers = source.is_file() and source.suffix != ".h5"
-    if answers and model is None:
-        raise ProbeError(f"{source} holds answers, which have to go through a model: add --model DIR_OR_ID")
+    if answers and model is None and server is None:
+        raise ProbeError(
+            f"{source} holds answers, which have to go through a model: add --model DIR_OR_ID or --server URL"
+        )
     table = out.with_suffix(".csv")
     for path in (out, table):
         if path.exists() and not overwrite:
             raise ProbeError(f"{path} exists; name another page with --out, or add --overwrite")
     columns, own_baseline = columns_from(column), baseline_from(baseline)
+    behind = open_server(server, served_model, model=model, max_requests=max_requests, yes=yes)
     loaded, processor = (
-        load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+        (behind, None)
+        if behind
+        else load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
         if model
         else (None, None)
     )
@@ -130,6 +143,11 @@ def meter(
         read = Source(source, columns, format, requests, images)
         note(f"{source.name} is read as {read.recognised()}")
     total = min(read.count() if answers else _size(source), limit or 2**62)
+    if behind is not None and answers and not yes and _REQUESTS * total > max_requests:
+        raise ProbeError(
+            f"{total:,} answers take about {_REQUESTS * total:,} requests, more than --max-requests {max_requests:,}: "
+            "add --yes, or --limit"
+        )
     try:
         with bar(f"measuring {source.name}") as advance:
             for one in measure(

@@ -10,13 +10,13 @@ from typing import Any, Protocol, cast
 
 from lvlm_probe._version import versions_of
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.registry import Outcome, Problem, check_parameters, methods, needs_of, resolve
+from lvlm_probe.explainers.registry import Outcome, Problem, check_parameters, cost_of, methods, needs_of, resolve
 from lvlm_probe.explainers.scores import no_effect
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.progress import ProgressChoice, show_progress
-from lvlm_probe.replaying import Replay
+from lvlm_probe.replaying import Replay, ReplayLike
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import out_of_memory, ran_out
 from lvlm_probe.selection import TokenSelection, select_tokens
@@ -54,7 +54,7 @@ class RunPlan(Protocol):
 @outside_inference_mode
 @taking_turns
 def explain(
-    replay: Replay | Trace,
+    replay: ReplayLike | Trace,
     *,
     method: str = "igos++",
     tokens: Tokens | None = None,
@@ -103,6 +103,9 @@ def explain(
     if isinstance(replay, Trace):
         _refuse_model_work(method)
         replay = cast(Replay, RecordedAnswer(replay))
+    else:
+        _refuse_what_it_lacks(method, replay)
+        replay = cast(Replay, replay)
     if not 0 <= image < replay.n_images:
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
     if plan is not None and plan.method != method:
@@ -110,6 +113,9 @@ def explain(
     started = time.perf_counter()
     if live:
         replay = _counted(replay, plan)
+        # A method declares its cost by the image and its parameters: no tokens need to be selected for it.
+        problem = Problem(replay, cast(TokenSelection, None), image)
+        replay.announce(method, lambda: cost_of(method, problem, params).forward)
     selection = selected(replay, tokens)
     before = _Before(replay) if live else None
     if not selection:
@@ -180,6 +186,16 @@ def _refuse_model_work(method: str) -> None:
         )
 
 
+def _refuse_what_it_lacks(method: str, replay: ReplayLike) -> None:
+    lacking = sorted(needs_of(method) - replay.offers)
+    if lacking:
+        raise ExplainError(
+            f"{method} needs {' and '.join(lacking)} of the model, which {replay.origin['device']} does not give: "
+            f"use a method that needs log-probabilities alone: "
+            f"{', '.join(name for name in methods() if needs_of(name) == {'passes'})}"
+        )
+
+
 def _counted(replay: Replay, plan: RunPlan | None) -> Replay:
     """A view of the replay with a pass counter of its own, run as the plan says."""
     counted = replay.counted()
@@ -242,6 +258,6 @@ def _provenance(replay: Replay, seed: int, seconds: float) -> dict[str, Any]:
         "baseline": json_ready(replay.baseline, nonfinite=float),
         "passes": {"forward": replay.passes.forward, "backward": replay.passes.backward},
         "seconds": round(seconds, 4),
-        "device": str(replay.device),
+        **replay.origin,
         "versions": {"python": platform.python_version(), **versions_of("lvlm-probe", "torch", "transformers")},
     }

@@ -38,6 +38,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.models.inputs import index_on
 from lvlm_probe.plugins import check_registration, load_plugins
 from lvlm_probe.progress import Progress
+from lvlm_probe.replaying.protocol import Need
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -56,6 +57,7 @@ __all__ = [
     "Progress",
     "batches",
     "check_parameters",
+    "cost_of",
     "discover",
     "find",
     "methods",
@@ -65,8 +67,6 @@ __all__ = [
     "resolve",
     "summary_of",
 ]
-
-Need = Literal["passes", "gradients", "attention", "activations"]
 
 
 @dataclass(frozen=True)
@@ -321,6 +321,25 @@ def find(name: str) -> Callable[..., Outcome]:
 def needs_of(name: str) -> frozenset[Need]:
     """What it takes to run a registered method. Raises ``ExplainError`` for an unknown one."""
     return _method(name).needs
+
+
+def cost_of(method: str, problem: Problem, params: Mapping[str, Any]) -> Cost:
+    """What a registered method asks of the model with these parameters. Raises ``ExplainError`` for an unknown one.
+
+    Of a method that declares no cost the number of passes is not known.
+    """
+    function = find(method)
+    rule, needs = METHODS[method].cost, METHODS[method].needs
+    if rule is not None:
+        parameters = inspect.signature(function).parameters.values()
+        defaults = {item.name: item.default for item in parameters if item.default is not item.empty}
+        return rule(problem, {**defaults, **params})
+    if "gradients" in needs:
+        kind: Kind = "relevance" if "attention" in needs else "activations" if "activations" in needs else "gradient"
+        return Cost(kind)
+    if "attention" in needs:
+        return Cost("rollout")
+    return Cost("hidden" if "activations" in needs else "forward" if "passes" in needs else None)
 
 
 def resolve(name: str) -> Callable[..., Outcome]:

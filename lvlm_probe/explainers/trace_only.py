@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,11 @@ class RecordedAnswer:
                 f"{trace.path.name} holds no picture to draw a heatmap on: record with images=[...], or attach with "
                 f"the processor"
             )
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """Where passes are run: nowhere."""
+        return {"device": self.device}
 
     def seen(self, k: int, shape: tuple[int, int]) -> torch.Tensor:
         """Cells of a grid over image ``k`` that an image token stands for, bool."""

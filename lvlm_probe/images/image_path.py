@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,6 +16,7 @@ from lvlm_probe.errors import ImageError, MaskError, ProbeError, ProbeWarning, P
 from lvlm_probe.images.baselines import BLUR_LADDER, Baseline, make_baseline
 from lvlm_probe.images.batching import Joint, joints_of
 from lvlm_probe.images.composite import composite
+from lvlm_probe.images.composite_path import composited
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.images.parity import REFUSE_LEVELS, WARN_LEVELS, ParityReport, backend_of, level_errors, versions
 from lvlm_probe.images.positions import Geometry
@@ -327,23 +327,11 @@ class ImagePath:
         return _ValueOf.apply(made, real)
 
     def _real(self, full: Tensor) -> dict[str, Tensor]:
-        runs = [self._processor(self._composites(masks)) for masks in full.detach()]
+        runs = [self._processor(composited(masks, self.images, self.baseline_images)) for masks in full.detach()]
         for run in runs:
             check_same_layout(self._raw, run, name=self._processor.name)
         joined = {key: torch.cat([run[key] for run in runs]) for key in self.pixel_keys}
         return self._place(joined)
-
-    def _composites(self, masks: Tensor) -> list[Image.Image]:
-        """Real 8-bit images for one mask per image: ``(image, row, col)``."""
-        out = []
-        for mask, image, baseline in zip(masks, self.images, self.baseline_images, strict=True):
-            fine = F.interpolate(
-                mask[None, None].float().cpu(), size=(image.height, image.width), mode="bilinear", align_corners=False
-            )[0, 0, :, :, None].numpy()
-            first, last = (np.asarray(picture, dtype=np.float32) for picture in (baseline, image))
-            blend = np.rint(first + (last - first) * fine).clip(0, 255).astype(np.uint8)
-            out.append(Image.fromarray(blend))
-        return out
 
     def _check(self, geometry: Geometry) -> ParityReport:
         started = time.perf_counter()
@@ -358,7 +346,7 @@ class ImagePath:
             )
         generator = torch.Generator().manual_seed(0)
         mask = torch.rand(1, self.n_images, 9, 9, generator=generator, dtype=torch.float32)
-        real = self._processor(self._composites(mask[0]))
+        real = self._processor(composited(mask[0], self.images, self.baseline_images))
         check_same_layout(self._raw, real, name=name)
         ends = (self._raw, self._raw_baseline) if self._whitening is None else self._plain
         fast = {

@@ -29,8 +29,9 @@ from lvlm_probe.importing.word_origins import ORIGINS, SURPRISE, Figures, Metere
 from lvlm_probe.models.tokenizers import tokenizer_of, top_pieces
 from lvlm_probe.recording.probe import attach
 from lvlm_probe.recording.recorder import RecordOptions
-from lvlm_probe.replaying import Replay, replay
+from lvlm_probe.replaying import Replay, ReplayLike, replay
 from lvlm_probe.replaying.answer_source import LiveTrace
+from lvlm_probe.serving import Server
 from lvlm_probe.trace import Trace, open_store, open_trace
 from lvlm_probe.trace.records import TraceFields
 from lvlm_probe.words import ALPHA
@@ -193,7 +194,7 @@ def worst_words(readings: Iterable[Reading]) -> list[tuple[MeteredWord, Reading]
 
 def measure(
     source: str | os.PathLike[str],
-    model: torch.nn.Module | None = None,
+    model: torch.nn.Module | Server | None = None,
     processor: object | None = None,
     *,
     alpha: float = ALPHA,
@@ -214,7 +215,8 @@ def measure(
 
     Args:
         source: a file as ``import_answers`` takes it, or a directory or file of traces.
-        model: the model; of traces that hold their ratios none is needed.
+        model: the model, or the server that runs it, which takes three requests for a line; of traces that hold their
+            ratios none is needed.
         processor: its processor.
         alpha: LLR above which a word came from the image, nats.
         threshold: surprise above which the model would not have said a word, nats.
@@ -230,7 +232,7 @@ def measure(
     path = Path(source)
     if path.is_dir() or path.suffix == ".h5":
         return _readings(_traces(path, model, processor, baseline), alpha, threshold, limit)
-    if model is None or processor is None:
+    if model is None or (processor is None and not isinstance(model, Server)):
         raise StudyError(f"{path} holds answers, which have to go through a model: give the model and its processor")
     rows = Source(
         path,
@@ -240,6 +242,8 @@ def measure(
         None if images is None else Path(images),
         fetch,
     )
+    if isinstance(model, Server):
+        return _readings(_served_rows(rows, model, baseline or "blur"), alpha, threshold, limit)
     return _readings(_rows(rows, model, processor, baseline or "blur"), alpha, threshold, limit)
 
 
@@ -296,8 +300,27 @@ def _rows(source: Source, model: torch.nn.Module, processor: object, baseline: s
             yield f"{source.path.name}, line {line}", functools.partial(numbers, row)
 
 
+def _served_rows(source: Source, server: Server, baseline: str | Image.Image) -> _Answers:
+    """Answers of other engines, measured on a server."""
+
+    def numbers(row: AnswerRow | BadRow) -> _Numbers:
+        if isinstance(row, BadRow):
+            raise row
+        if row.question is None or row.answer is None:
+            raise BadRow("a server takes a question and an answer as texts, and makes the prompt and the tokens itself")
+        images = row.open_images(source.places, fetch=source.fetch)
+        made = server.measured_answer(images, row.question, row.answer, token_ids=row.token_ids, baseline=baseline)
+        assert made.baseline_log_probs is not None
+        facts = {"id": row.id, "question": row.question, "elsewhere": True, "picture": _small(images[0])}
+        used = _named(made.baseline or {})
+        return made, made.log_probs - made.baseline_log_probs, {**facts, "baseline": used}
+
+    for line, row in read_rows(source):
+        yield f"{source.path.name}, line {line}", functools.partial(numbers, row)
+
+
 def _traces(
-    path: Path, model: torch.nn.Module | None, processor: object | None, baseline: str | Image.Image | None
+    path: Path, model: torch.nn.Module | Server | None, processor: object | None, baseline: str | Image.Image | None
 ) -> _Answers:
     """Recorded answers: a pass with the baseline where it is another than theirs, or they have none."""
 
@@ -313,7 +336,7 @@ def _traces(
             "elsewhere": imported is not None,
             "baseline": used,
         }
-        if trace.top_log_probs is None and model is not None:
+        if trace.top_log_probs is None and model is not None and not isinstance(model, Server):
             ids, log_probs = replay(trace, model, processor).likeliest
             facts |= {
                 "top_log_probs": log_probs.numpy(),
@@ -339,7 +362,10 @@ def traces_in(path: Path) -> Iterator[tuple[Path, Trace | ProbeError]]:
 
 
 def _ratios(
-    trace: Trace, model: torch.nn.Module | None, processor: object | None, baseline: str | Image.Image | None
+    trace: Trace,
+    model: torch.nn.Module | Server | None,
+    processor: object | None,
+    baseline: str | Image.Image | None,
 ) -> tuple[np.ndarray, str]:
     """LLR per token, and what the baseline was."""
     if baseline is None and trace.llr is not None:
@@ -347,7 +373,8 @@ def _ratios(
     if model is None:
         what = "another baseline than it was recorded with" if trace.llr is not None else "its log-likelihood ratios"
         raise StudyError(f"{what} cost one more pass: give the model (--model)")
-    player = replay(trace, model, processor)
+    player: ReplayLike
+    player = replay(trace, model, processor)  # type: ignore[arg-type]  # of either kind
     if baseline is not None:
         player = player.over(baseline)
     return trace.log_probs - player.baseline_log_probs.numpy(), _named(player.baseline)

@@ -24,6 +24,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import CurveScore
 from lvlm_probe.files import json_ready, write_whole
 from lvlm_probe.heatmap import Heatmap, resample
+from lvlm_probe.images import CompositePath
 from lvlm_probe.metrics.deletion_insertion import (
     Curves,
     CurveSettings,
@@ -248,7 +249,9 @@ def evaluate(
         return _nothing(heat, replay)
     explained = heat.provenance.get("baseline")
     replay = over_baseline(replay, (explained or replay.baseline) if baseline is None else baseline)
+    mode = "exact" if isinstance(replay.path, CompositePath) else mode  # real images: there is no other way
     values, seen = _on_grid(heat, replay, grid)
+    replay.announce("evaluate", lambda: 2 + 2 * (tie_orders or 1) * (settings.steps - 1) * (1 + chance))
     scores = MaskScores(replay, heat.selection.indices, image=heat.image_index, mode=mode)
     with replay.shortcuts.held(), show_progress(progress, "deletion and insertion") as advance:
         raw = curves(values, seen, scores, settings, decided=heat.selection.decided, progress=advance)
@@ -377,6 +380,7 @@ def _of(heat: Heatmap, replay: ReplayLike) -> dict[str, Any]:
         "method": heat.method,
         "tokens": list(heat.selection.indices),
         "text": heat.selection.text,
+        **({} if "server" not in replay.origin else {"server": replay.origin["server"]}),
     }
 
 

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.registry import Problem, check_parameters, resolve
-from lvlm_probe.planning.costs import cost_of
+from lvlm_probe.explainers.registry import Problem, check_parameters, cost_of, resolve
 from lvlm_probe.planning.meter import Meter, parse_bytes, show_bytes, weight_bytes
 from lvlm_probe.planning.plans import Plan, choose, default_budget, table
 from lvlm_probe.planning.rehearsal import timed

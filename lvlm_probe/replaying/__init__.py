@@ -7,14 +7,14 @@ geometry and the unmodified model to the log-probabilities of the recorded answe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 
 from lvlm_probe.errors import ModelMismatch
 from lvlm_probe.models.fingerprint import same_fingerprint
 from lvlm_probe.replaying.micro_batches import PassCounter
-from lvlm_probe.replaying.protocol import ReplayLike
+from lvlm_probe.replaying.protocol import Elsewhere, ReplayLike
 from lvlm_probe.replaying.recorded_inputs import check_inputs, refused_in_words
 from lvlm_probe.replaying.replays import Replay
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["PassCounter", "Replay", "ReplayLike", "replay"]
 
 
+@overload
 def replay(
     trace: Trace,
     model: torch.nn.Module,
@@ -32,12 +33,28 @@ def replay(
     strict: bool = True,
     gradient_checkpointing: bool = False,
     micro_batch: int | None = None,
-) -> Replay:
+) -> Replay: ...
+
+
+@overload
+def replay(trace: Trace, model: Elsewhere, processor: object | None = None, *, strict: bool = True) -> ReplayLike: ...
+
+
+def replay(
+    trace: Trace,
+    model: torch.nn.Module | Elsewhere,
+    processor: object | None = None,
+    *,
+    strict: bool = True,
+    gradient_checkpointing: bool = False,
+    micro_batch: int | None = None,
+) -> Replay | ReplayLike:
     """Get ready to replay a recorded answer under masked images.
 
     Args:
         trace: what ``open_trace`` or a store gives.
-        model: the model that was recorded, loaded again in any process.
+        model: the model that was recorded, loaded again in any process; or the server that runs it
+            (``lvlm_probe.connect``), which gives log-probabilities and no gradients.
         processor: its processor, or its image processor; without it masks live in pixel-input space.
         strict: refuse another model. ``False`` replays the answer on it all the same, e.g. to compare two models.
         gradient_checkpointing: trade time for memory in gradient passes.
@@ -49,6 +66,8 @@ def replay(
         ProcessorRefused: masks cannot be carried through this processor.
         ReplayError: the trace holds inputs that the model cannot be run on.
     """
+    if isinstance(model, Elsewhere):
+        return model.replayed(trace, processor=processor, strict=strict)
     recorded = str(trace.model.get("fingerprint") or "")
     if strict and recorded:
         same, present = same_fingerprint(model, recorded)

@@ -56,6 +56,11 @@ def recorded_path(
     check: bool,
 ) -> tuple[ImagePath | PixelPath, dict[str, Any]]:
     """The way of masks to the pixel inputs of ``trace``, over the baseline it was recorded with, and that baseline."""
+    if not pixels and trace.model.get("class") == "served":
+        raise ImageError(
+            f"{trace.path.name} was answered by a server ({trace.model.get('model_id')}) and holds no pixel inputs: "
+            "replay it there, probe.replay(trace, probe.connect(url)), or import the answer for a model of your own"
+        )
     if not pixels:
         raise ImageError(
             f"{trace.path.name} holds no picture: it was recorded from a text-only prompt, and there is nothing to mask"

@@ -14,10 +14,10 @@ from typing import Any
 from PIL import Image
 
 from lvlm_probe.errors import ImageError
-from lvlm_probe.images import BLUR_LADDER, ImagePath, PixelPath, make_baseline
+from lvlm_probe.images import BLUR_LADDER, CompositePath, ImagePath, PixelPath, make_baseline
 from lvlm_probe.images.baselines import KINDS
 
-__all__ = ["BaselineLike", "baseline_identity", "described", "draw", "same_baseline"]
+__all__ = ["BaselineLike", "Path", "baseline_identity", "described", "draw", "same_baseline"]
 
 BaselineLike = str | Image.Image | Sequence[str | Image.Image] | Mapping[str, Any]
 """A kind, an image of the user's (one per image), or the description of a baseline (``replay.baseline``)."""
@@ -25,7 +25,7 @@ BaselineLike = str | Image.Image | Sequence[str | Image.Image] | Mapping[str, An
 _PATHS_KEPT = 6
 """Baselines whose pixel inputs stay at hand: the ladder of blurs, and one or two besides."""
 
-Path = ImagePath | PixelPath
+Path = ImagePath | PixelPath | CompositePath
 
 
 def baseline_identity(baseline: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -7,24 +7,25 @@ states) need a ``Replay``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 
-from lvlm_probe.images import ImagePath, PixelPath
-from lvlm_probe.replaying.baselines import BaselineLike
+from lvlm_probe.replaying.baselines import BaselineLike, Path
 from lvlm_probe.replaying.micro_batches import Limits, PassCounter
 from lvlm_probe.words import Word
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Mode", "ReplayLike", "Score", "ShortcutsLike"]
+__all__ = ["Elsewhere", "Mode", "Need", "ReplayLike", "Score", "ShortcutsLike"]
 
 Mode = Literal["fast", "exact"]
 """By the traced geometry, or by the real processor on the real composite."""
+Need = Literal["passes", "gradients", "attention", "activations"]
+"""What a method may need of a replay: log-probabilities under masks, their gradients, what is inside the model."""
 Score = Callable[[torch.Tensor], torch.Tensor]
 """Log-probabilities ``(batch, step)`` to scores ``(batch,)``; row i may depend on row i only."""
 
@@ -61,7 +62,7 @@ class ReplayLike(Protocol):
     @property
     def device(self) -> torch.device: ...
     @property
-    def path(self) -> ImagePath | PixelPath: ...
+    def path(self) -> Path: ...
     @property
     def passes(self) -> PassCounter: ...
     @property
@@ -86,6 +87,12 @@ class ReplayLike(Protocol):
     def llr(self) -> torch.Tensor: ...
     @property
     def rounding(self) -> torch.Tensor: ...
+    @property
+    def offers(self) -> frozenset[Need]: ...
+    @property
+    def origin(self) -> Mapping[str, Any]: ...
+
+    def announce(self, what: str, images: Callable[[], int | None]) -> None: ...
 
     def image(self, k: int = 0) -> Image.Image: ...
 
@@ -124,3 +131,12 @@ class ReplayLike(Protocol):
         micro_batch: int | None = None,
         steps: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """A model that is not in this process, in the place of one that is: it replays a trace itself."""
+
+    def replayed(self, trace: Any, *, processor: object | None = None, strict: bool = True) -> ReplayLike:
+        """The answer of a trace on this model; see ``lvlm_probe.replay``."""
+        ...

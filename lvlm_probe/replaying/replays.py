@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 
 from lvlm_probe.cards import answer_html, card, text_html
-from lvlm_probe.errors import ExplainError, ImageError, ReplayError
-from lvlm_probe.images import BLUR_LADDER, ImagePath, PixelPath
-from lvlm_probe.images.baselines import KINDS
+from lvlm_probe.errors import ExplainError, ReplayError
+from lvlm_probe.images import PixelPath
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.models.anatomy import examine
 from lvlm_probe.models.drivers import Driver, probed_model
@@ -23,7 +20,7 @@ from lvlm_probe.models.precision import epsilon_of
 from lvlm_probe.models.replica import Replica
 from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
-from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity, described, draw, same_baseline
+from lvlm_probe.replaying.baselines import baseline_identity
 from lvlm_probe.replaying.capture import Captured, capture
 from lvlm_probe.replaying.gradient_flow import gradient_fault
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
@@ -39,15 +36,14 @@ from lvlm_probe.replaying.micro_batches import (
     noise_seeds,
     ran_out,
 )
-from lvlm_probe.replaying.protocol import Mode, Score
+from lvlm_probe.replaying.protocol import Mode, Need, Score
 from lvlm_probe.replaying.rewording import reword
 from lvlm_probe.replaying.shortcuts import Shortcuts
 from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, rounding_of
+from lvlm_probe.replaying.views import Kept, Views
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from lvlm_probe.attention import TapLayer
     from lvlm_probe.replaying.capture import AttentionLayer
     from lvlm_probe.trace import Trace
@@ -59,30 +55,7 @@ _ANSWER_SHOWN = 60
 """Characters of an answer that one line shows."""
 
 
-@dataclass
-class Kept:
-    """Results that the views of one replay share: none depends on what ran first.
-
-    Attributes:
-        original, rounding: log P(a_t) on the whole image, and how far rounding may move it.
-        likeliest: what was likeliest in the place of each token, and its log P.
-        baseline_log_probs, paths: by ``baseline_identity``: log P̃(a_t), and pixel inputs.
-        gradients: what is wrong with gradients; ``None`` before they were looked at.
-        masks_at_once: masks per pass, by the rule.
-        facts: what others find out about this answer on this model, by a key of theirs.
-    """
-
-    original: torch.Tensor | None = None
-    rounding: torch.Tensor | None = None
-    likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
-    baseline_log_probs: dict[Any, torch.Tensor] = field(default_factory=dict)
-    paths: dict[Any, ImagePath | PixelPath] = field(default_factory=dict)
-    gradients: str | None = None
-    masks_at_once: int | None = None
-    facts: dict[Any, Any] = field(default_factory=dict)
-
-
-class Replay:
+class Replay(Views):
     """One recorded answer on one live model. Made by ``lvlm_probe.replay``.
 
     No call changes it. ``over``, ``strengthened``, ``with_settings``, ``counted`` and ``reworded`` give views: other
@@ -101,6 +74,9 @@ class Replay:
         kept: what all views share.
         shortcuts: what passes leave out when only some ``steps`` are asked for; ``str()`` of it says so.
     """
+
+    offers: frozenset[Need] = frozenset(get_args(Need))
+    """What methods may ask of it: all that there is."""
 
     @outside_inference_mode
     def __init__(
@@ -178,33 +154,12 @@ class Replay:
     # ------------------------------------------------------------------ what is replayed
 
     @property
-    def n_images(self) -> int:
-        """Number of images in the prompt."""
-        return self.path.n_images
+    def origin(self) -> dict[str, Any]:
+        """Where its passes are run, for the provenance of what is made of them."""
+        return {"device": str(self.device)}
 
-    @property
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """``(width, height)`` of each image, pixels."""
-        return list(self.path.image_sizes)
-
-    def image(self, k: int = 0) -> Image.Image:
-        """Image ``k`` as the user gave it, RGB."""
-        return self.trace.images[k]
-
-    def seen(self, k: int = 0, shape: tuple[int, int] | None = None) -> torch.Tensor:
-        """Pixels (or cells of a grid of ``shape``) of image ``k`` that reach the model, bool ``(row, col)``."""
-        return self.path.seen(k, shape)
-
-    @property
-    def baseline(self) -> dict[str, Any]:
-        """Description of the baseline image, plain JSON: ``kind``, its parameters, ``sha256`` of an image of the
-        user's, and, once checked, ``mean_probability``. ``over`` takes it."""
-        return dict(self._baseline)
-
-    def baseline_image(self, k: int = 0) -> Image.Image | None:
-        """Baseline of image ``k``; ``None`` when masks live in pixel-input space."""
-        images = self.path.baseline_images
-        return images[k] if images else None
+    def announce(self, what: str, images: Callable[[], int | None]) -> None:
+        """Be told, before ``what`` runs, how many images it will send through the model: here they cost nothing."""
 
     @property
     def prompt_length(self) -> int:
@@ -222,74 +177,6 @@ class Replay:
         return self._forcing.length
 
     # ------------------------------------------------------------------ views
-
-    def viewed(self, *, path: ImagePath | PixelPath | None = None, baseline: dict[str, Any] | None = None) -> Self:
-        """A view over a baseline that is already drawn: ``path`` and the description of it."""
-        other: Self = copy.copy(self)
-        other.path = self.path if path is None else path
-        other._baseline = self._baseline if baseline is None else dict(baseline)
-        return other
-
-    @outside_inference_mode
-    @taking_turns
-    def over(self, baseline: BaselineLike = "blur", *, strength: float | None = None, seed: int | None = None) -> Self:
-        """The same answer over another baseline image Ĩ, as a view; this replay stays what it is.
-
-        Args:
-            baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``; the user's own image (one per image); or the
-                description of a baseline, such as a heatmap's ``provenance["baseline"]``.
-            strength: of a blur: sigma as a share of the long side.
-            seed: of noise.
-
-        Raises:
-            ImageError: there is no such baseline, or the description is of an image of the user's which this replay
-                does not have.
-        """
-        if isinstance(baseline, Mapping):
-            if same_baseline(baseline, self._baseline):
-                return self
-            baseline, strength, seed = described(baseline)
-        params = {name: value for name, value in (("strength", strength), ("seed", seed)) if value is not None}
-        kinds = list(baseline) if isinstance(baseline, Sequence) and not isinstance(baseline, str) else [baseline]
-        if len(kinds) == 1:
-            kinds *= self.n_images
-        if len(kinds) != self.n_images:
-            raise ImageError(
-                f"{len(kinds)} baseline pictures for a prompt with {self.n_images} images; give one per image"
-            )
-        named = isinstance(kinds[0], str) and kinds[0] in KINDS and kinds == kinds[:1] * len(kinds)
-        if named and same_baseline({"kind": kinds[0], **params}, self._baseline):
-            return self
-        path, description = draw(self.path, kinds, params, self.kept.paths)
-        return self.viewed(path=path, baseline=description)
-
-    @outside_inference_mode
-    @taking_turns
-    def strengthened(self, steps: Sequence[int], *, below: float = 0.05) -> Self:
-        """A view over a blur so strong that the mean probability of the answer tokens ``steps`` is under ``below``
-        (paper, A.1).
-
-        Only a blurred baseline is made stronger; of several that do not reach ``below`` the best is taken. The view's
-        ``baseline`` says ``mean_probability`` and whether it is ``verified``.
-        """
-        index = torch.as_tensor(list(steps), dtype=torch.long)
-        if index.numel() == 0:
-            return self
-        own = self._baseline
-        current = math.inf if own.get("limit") else float(own.get("strength") or 0.0)
-        harder = [rung for rung in BLUR_LADDER if rung > current] if own.get("kind") == "blur" else []
-        best: tuple[float, Self] | None = None
-        for rung in [None, *harder]:
-            view = self if rung is None else self.over("blur", strength=rung)
-            probability = float(view.baseline_log_probs[index].exp().mean())
-            if best is None or probability < best[0]:
-                best = probability, view
-            if probability < below:
-                break
-        assert best is not None
-        probability, view = best
-        checked = {"mean_probability": probability, "verified": probability < below}
-        return view.viewed(baseline={**view.baseline, **checked})
 
     def with_settings(self, *, micro_batch: int | None = None, gradient_checkpointing: bool = False) -> Self:
         """A view whose passes are run in another way, as a plan says."""
@@ -316,12 +203,6 @@ class Replay:
         return card(
             "Replay", f'<br><span dir="auto">{text_html(question)}</span>' if question else "", words, facts=facts
         )
-
-    def counted(self) -> Self:
-        """A view whose ``passes`` start at 0; they count in this replay's too."""
-        other = self.viewed()
-        other.passes = PassCounter(within=self.passes)
-        return other
 
     def reworded(self, text: str, *, question: str | None = None) -> Self:
         """The same answer after another question on the same images, e.g. a general one to compare with.
@@ -399,11 +280,6 @@ class Replay:
         assert self.kept.likeliest is not None
         ids, log_probs = (part.cpu() for part in self.kept.likeliest)
         return ids.clone(), log_probs.clone()
-
-    @property
-    def llr(self) -> torch.Tensor:
-        """Log-likelihood ratio per token, ``(step,)`` nats. Paper, Eq. 6."""
-        return self.original_log_probs - self.baseline_log_probs
 
     @outside_inference_mode
     @taking_turns

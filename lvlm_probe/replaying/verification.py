@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lvlm_probe.replaying import replay
+from lvlm_probe.replaying.protocol import Elsewhere, ReplayLike
 from lvlm_probe.replaying.recorded_inputs import refused_in_words
 
 if TYPE_CHECKING:
@@ -69,14 +70,15 @@ class Verification:
         return [difference / self.allowed(step) for step, difference in enumerate(differences)]
 
 
-def verify(trace: Trace, model: torch.nn.Module, processor: object | None = None) -> Verification:
+def verify(trace: Trace, model: torch.nn.Module | Elsewhere, processor: object | None = None) -> Verification:
     """Replay a trace unmasked and compare with what was recorded.
 
     Raises:
         ModelMismatch: it is another model, or the processor makes other inputs.
         ReplayError: the trace holds inputs that the model cannot be run on.
     """
-    player = replay(trace, model, processor)
+    player: ReplayLike
+    player = replay(trace, model, processor)  # type: ignore[arg-type]  # of either kind
     with refused_in_words(trace):
         replayed, rounding = player.original_log_probs, player.rounding
     recorded = torch.tensor(trace.log_probs, dtype=torch.float32)

@@ -14,8 +14,7 @@ from typing import Any
 
 from lvlm_probe import planning
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.explainers.registry import Problem
-from lvlm_probe.planning.costs import cost_of
+from lvlm_probe.explainers.registry import Problem, cost_of
 from lvlm_probe.planning.rehearsal import timed
 from lvlm_probe.replaying import Replay
 from lvlm_probe.study.datasets.registry import Sample

@@ -8,6 +8,7 @@
     models:
       demo: {source: demo}
       other: {source: path/to/model, dtype: bfloat16, device_map: auto, group: llava, size: 7}
+      big: {server: "http://gpu:8000", name: qwen-72b}   # runs elsewhere: no gradients, no attention
     datasets:
       scenes: {reader: demo, source: eval, limit: 20}
     methods:
@@ -59,6 +60,10 @@ class ModelSpec:
     ] = None
     vision: Annotated[str | None, Key("Its vision architecture, for the test of architecture.", "clip-l-336")] = None
     paper: Annotated[str | None, Key("What the paper calls it, for the ledger.", "LLaVA-1.5-7b")] = None
+    server: Annotated[str | None, Key("A server that runs it, in place of a source.", "http://gpu:8000")] = None
+    served_model: Annotated[
+        str | None, Key("What the server calls it, also as name.", "qwen-72b", "its only model")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -302,9 +307,19 @@ class _Reader:
         return read, {name: pair for name, pair in found.items() if name not in known}
 
     def model(self, name: str, key: yaml.Node, node: yaml.Node) -> ModelSpec:
-        values = {"source": self.plain(node)} if _is_text(node) else self.values(node, ModelSpec, f"model {name}")[0]
+        values: dict[str, Any] = {"source": self.plain(node)}
+        if not _is_text(node):
+            values, rest = self.values(node, ModelSpec, f"model {name}", ("name",))
+            if "name" in rest:
+                values["served_model"] = str(self.plain(rest["name"][1]))
+        if values.get("server") is not None:
+            if "source" in values:
+                raise self.wrong(key, f"model {name} has a source and a server; the server runs the model")
+            values["source"] = values["server"]
+        elif values.get("served_model") is not None:
+            raise self.wrong(key, f"model {name}: a name is what a server calls it, and there is no server")
         if "source" not in values:
-            raise self.wrong(key, f"model {name} has no source: a directory, a hub id, or demo")
+            raise self.wrong(key, f"model {name} has no source: a directory, a hub id, or demo; nor a server")
         return ModelSpec(name, **values)
 
     def dataset(self, name: str, key: yaml.Node, node: yaml.Node) -> DatasetSpec:

@@ -582,6 +582,54 @@ def _campaigns(found: Found, campaigns: Mapping[str, Found], before: Found) -> s
     return "\n".join(lines) + "\n"
 
 
+SERVED = re.compile(r"(<!-- served -->\n).*?(<!-- /served -->)", re.DOTALL)
+
+
+def served(text: str, results: Path) -> str:
+    """``docs/served.md`` with the figures of ``served.json`` between its marks."""
+    found = read(results / "served.json")
+    return SERVED.sub(
+        lambda mark: mark[1] + ("\n".join(_served(found)) if found else NOT_MEASURED) + "\n" + mark[2], text
+    )
+
+
+def _served(found: Found) -> list[str]:
+    """What a real engine and the model itself agree on, road by road."""
+    lines = [
+        "| road | scenes | largest difference | mean | RISE maps, Spearman | occlusion maps, Spearman |",
+        "|---" * 6 + "|",
+    ]
+    for road in ("tokens", "chat"):
+        scenes = at(found, road, "scenes") or []
+        if not scenes:
+            continue
+        mean = sum(one["mean"] * one["numbers"] for one in scenes) / sum(one["numbers"] for one in scenes)
+        maps = [[one[name]["spearman"] for one in scenes if "spearman" in one[name]] for name in ("rise", "occlusion")]
+        told = " | ".join(f"{min(one):.4f} to {max(one):.4f}" if one else "–" for one in maps)
+        largest = max(one["largest"] for one in scenes)
+        lines.append(f"| {road} | {len(scenes)} | {largest:.1g} nats | {mean:.1g} nats | {told} |")
+    gains = [
+        abs(one[name]["insertion"][0] - one[name]["deletion"][0] - one[name]["insertion"][1] + one[name]["deletion"][1])
+        for one in at(found, "tokens", "scenes") or []
+        for name in ("rise", "occlusion")
+        if "insertion" in one[name]
+    ]
+    spent, faults, killed = at(found, "tokens", "spent"), found["faults"], found["killed"]
+    bad = sum(faults[name] for name in ("429", "503", "dropped"))
+    lines += [
+        "",
+        f"* Insertion − deletion of a map through the server and of the local one: at most {max(gains):.3f} apart.",
+        f"* {spent['requests']:,} requests on the tokens road, {spent['retries']:,} of which were sent again.",
+        f"* Through a proxy that failed {bad:,} of {bad + faults['handed on']:,} requests (429, 503, dropped): "
+        f"{faults['retries']:,} retries, the map {'identical' if faults['same_map'] else '**another one**'}.",
+        f"* Killed (`kill -9`) in the middle of a map and started again: {killed['reused']:,} answers reused, "
+        f"{killed['asked']:,} requests sent, the map {'identical' if killed['same_map'] else '**another one**'}.",
+        "* Both sides have image processors of their own (torchvision in the engine, Pillow here), which is most of "
+        "the largest difference.",
+    ]
+    return lines
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write the page, and the figures of the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -596,6 +644,10 @@ def main(arguments: list[str] | None = None) -> None:
     if (page_of := options.promises or own) is not None:
         page_of.write_text(promises(page_of.read_text(encoding="utf-8"), options.results), encoding="utf-8")
         print(f"written to {page_of}")
+    if own is not None:
+        page_served = ROOT / "docs" / "served.md"
+        page_served.write_text(served(page_served.read_text(encoding="utf-8"), options.results), encoding="utf-8")
+        print(f"written to {page_served}")
 
 
 if __name__ == "__main__":

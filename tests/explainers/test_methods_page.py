@@ -13,7 +13,6 @@ import pytest
 
 import lvlm_probe as probe
 from lvlm_probe.explainers import needs_of, registry
-from lvlm_probe.planning import costs
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 QUICK = {
@@ -75,11 +74,10 @@ def test_a_method_is_there_because_its_file_is(tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
-    monkeypatch.setattr(costs, "METHODS", registry.METHODS)
     registry.discover([str(package)], "a_room_of_methods")
     assert "corner of a file" in registry.names()
     problem = registry.Problem(None, None)  # type: ignore[arg-type]
-    assert [costs.cost_of("corner of a file", problem, given).forward for given in ({}, {"count": 7})] == [3, 7]
+    assert [registry.cost_of("corner of a file", problem, given).forward for given in ({}, {"count": 7})] == [3, 7]
 
 
 @pytest.mark.parametrize("name", built_in())

@@ -54,7 +54,8 @@ def study_with(entry: Entry, value: str, path: Path) -> Path:
         given = {"reader": reader, "source": "eval", name: value}
         parts["datasets"] = "{d: {" + ", ".join(f"{key}: {text}" for key, text in given.items()) + "}}"
     elif section.startswith("models"):
-        given = {"source": "demo", name: value}
+        where = {"server": "http://gpu:8000"} if name in ("server", "served_model") else {"source": "demo"}
+        given = {**where, name: value}
         parts["models"] = "{m: {" + ", ".join(f"{key}: {text}" for key, text in given.items()) + "}}"
     elif section.startswith("methods"):
         parts["methods"] = "{igos++: {" + f"{name}: {value}" + "}}"

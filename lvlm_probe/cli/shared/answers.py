@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from lvlm_probe.serving import Server
     from lvlm_probe.trace import Trace
 
-__all__ = ["ask", "show_answer", "show_question", "trace_summary"]
+__all__ = ["ask", "ask_server", "show_answer", "show_question", "trace_summary"]
 
 
 def ask(
@@ -62,6 +63,25 @@ def ask(
     if trace.status == "error":
         raise ProbeError(f"the recording of {trace.path} is faulty: {trace.error}")
     return trace
+
+
+def ask_server(
+    server: Server,
+    images: Sequence[Image.Image],
+    question: str | None,
+    directory: Path,
+    *,
+    max_new_tokens: int = 128,
+    baseline: str | Image.Image = "blur",
+) -> Trace:
+    """Let a server answer, and return the trace. Raises ``ProbeError``."""
+    if question is None or not question.strip():
+        raise ProbeError('there is no question: add --question "…"')
+    try:
+        with stage("asking the server"):
+            return server.ask(list(images), question, out=directory, max_tokens=max_new_tokens, baseline=baseline)
+    except KeyboardInterrupt:
+        raise stop("stopped while the model was answering; nothing is left to resume") from None
 
 
 def show_question(trace: Trace) -> None:

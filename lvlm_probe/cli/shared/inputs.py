@@ -16,6 +16,7 @@ from lvlm_probe.errors import ImageError, ProbeError, TraceError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from lvlm_probe.serving import Server
     from lvlm_probe.trace import Trace
 
 __all__ = [
@@ -79,16 +80,19 @@ class ReplayModels:
         spec: the model that the user has named; ``None`` takes what a trace names, once the user has agreed to it. A
             trace may come from anybody, and what it names may be any directory of this machine, or be fetched from the
             network.
+        server: one that runs the model, in its place.
         loading: device, dtype, attn and trust_remote_code of ``load_model``.
     """
 
-    def __init__(self, spec: str | None, **loading: Any) -> None:
-        self._spec, self._loading = spec, loading
+    def __init__(self, spec: str | None, *, server: Server | None = None, **loading: Any) -> None:
+        self._spec, self._server, self._loading = spec, server, loading
         self._agreed: set[str] = set()
         self._loaded: tuple[str, tuple[Any, Any]] | None = None
 
     def of(self, trace: Trace) -> tuple[Any, Any]:
         """The model and the processor. Raises ``ProbeError`` where none is named, agreed to, or can be loaded."""
+        if self._server is not None:
+            return self._server, None
         name = self._spec if self._spec is not None else self._named(trace)
         if self._loaded is None or self._loaded[0] != name:
             self._loaded = None  # the old one goes before the new one comes

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from lvlm_probe.errors import StudyError
+from lvlm_probe.errors import ReplayError, StudyError
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.models.fingerprint import fingerprint
 from lvlm_probe.models.loading import load
 from lvlm_probe.replaying import Replay
+from lvlm_probe.serving import JOURNAL, Server, connect
 from lvlm_probe.study.datasets.registry import Sample, open_dataset
 from lvlm_probe.study.run.sample_filter import verdict
 from lvlm_probe.study.run.unit_work import answer_unit, map_unit, open_replay
@@ -90,7 +91,7 @@ class Worker:
         """
         if not self.knows(name):
             model, _ = self.model(name)
-            self.keep_fingerprint(name, fingerprint(model))
+            self.keep_fingerprint(name, model.identity if isinstance(model, Server) else fingerprint(model))
         return self._prints[name]
 
     def knows(self, name: str) -> bool:
@@ -114,13 +115,15 @@ class Worker:
             self.release()
             try:
                 self._held = (name, *_load(self.study, self.study.models[name]))
-            except (OSError, ValueError, ImportError, RuntimeError) as error:
+            except (OSError, ValueError, ImportError, RuntimeError, ReplayError) as error:
                 raise _NoModel(f"model {name} ({self.study.models[name].source}) cannot be loaded: {error}") from error
         return self._held[1], self._held[2]
 
     def release(self) -> None:
         """Let go of the model that is held."""
         if self._held is not None:
+            if isinstance(self._held[1], Server):
+                self._held[1].close()
             self._held = None
             gc.collect()
             if torch.cuda.is_available():
@@ -352,6 +355,8 @@ def _load(study: Study, spec: ModelSpec) -> tuple[Any, Any]:
         from lvlm_probe import demo
 
         return demo.load()
+    if spec.server is not None:
+        return connect(spec.server, spec.served_model, journal=study.out / JOURNAL), None
     options: dict[str, Any] = {"dtype": spec.dtype, "attn": spec.attn, "trust_remote_code": study.trust_remote_code}
     if spec.device_map is not None:
         options["device_map"] = spec.device_map

@@ -31,6 +31,7 @@ from lvlm_probe.metrics import (
 )
 from lvlm_probe.recording.answering import record_answer
 from lvlm_probe.replaying import Replay, replay
+from lvlm_probe.serving import Server
 from lvlm_probe.study.run.cost_record import Stopwatch, map_memory
 from lvlm_probe.study.run.token_rules import tokens_by
 from lvlm_probe.study.run.units import method_content
@@ -50,7 +51,12 @@ POINTING_TOLERANCE = 15
 
 
 def answer_unit(
-    study: Study, model: torch.nn.Module, processor: Any, picture: Image.Image, question: str, trace_file: Path
+    study: Study,
+    model: torch.nn.Module | Server,
+    processor: Any,
+    picture: Image.Image,
+    question: str,
+    trace_file: Path,
 ) -> dict[str, Any]:
     """A model's greedy answer, recorded as a trace, and how much of its probability the image is worth.
 
@@ -63,11 +69,13 @@ def answer_unit(
     watch = Stopwatch()
     # A name of its own: machines that share the directory may both do a unit that one seemed to have lost.
     directory = part_beside(trace_file)
-    options = {"max_new_tokens": study.settings.max_new_tokens}
+    most, baseline = study.settings.max_new_tokens, study.settings.baseline
     try:
-        made = record_answer(
-            model, processor, [picture], question, directory, generate=options, baseline=study.settings.baseline
-        )
+        if isinstance(model, Server):
+            made = model.ask(picture, question, out=directory, max_tokens=most, baseline=baseline)
+        else:
+            options = {"max_new_tokens": most}
+            made = record_answer(model, processor, [picture], question, directory, generate=options, baseline=baseline)
         os.replace(made.path, trace_file)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -78,7 +86,10 @@ def answer_unit(
         "answer": trace.answer,
         "tokens": len(trace.token_ids),
         **drops(trace),
-        "measured": {"seconds": watch.seconds(), **watch.taken(next(model.parameters()).device)},
+        "measured": {
+            "seconds": watch.seconds(),
+            **watch.taken("cpu" if isinstance(model, Server) else next(model.parameters()).device),
+        },
     }
 
 
@@ -150,9 +161,9 @@ def map_unit(
     return record
 
 
-def open_replay(trace_file: Path, model: torch.nn.Module, processor: Any) -> Replay:
-    """The answer of a trace on its model."""
-    return replay(open_trace(trace_file), model, processor)
+def open_replay(trace_file: Path, model: torch.nn.Module | Server, processor: Any) -> Replay:
+    """The answer of a trace on its model; on a server, what offers as much of a replay as that can."""
+    return replay(open_trace(trace_file), model, processor)  # type: ignore[arg-type, return-value]
 
 
 def _scores(study: Study, heat: Heatmap, player: Replay, *, own_baseline: bool = False) -> dict[str, Any]:

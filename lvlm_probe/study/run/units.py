@@ -112,7 +112,8 @@ def model_stamp(study: Study, model: ModelSpec) -> str:
     files: list[list[Any]] = []
     if directory.is_dir():
         files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(directory.iterdir())]
-    return digest({"source": model.source, "dtype": model.dtype, "files": files})
+    served = {} if model.server is None else {"served_model": model.served_model}
+    return digest({"source": model.source, "dtype": model.dtype, "files": files, **served})
 
 
 _AGAIN = "delete it and resume, and the unit is done again"

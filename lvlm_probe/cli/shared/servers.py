@@ -1,0 +1,53 @@
+"""Servers in the place of models: options, and what is asked before much is sent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lvlm_probe.cli.shared.terminal import note, one_line, stage
+from lvlm_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from lvlm_probe.serving import Server
+
+__all__ = ["MaxRequests", "ServedModel", "ServerUrl", "Yes", "open_server"]
+
+ServerUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="URL",
+        help="In place of --model: a server that runs it (vLLM). Its key is read from OPENAI_API_KEY.",
+    ),
+]
+ServedModel = Annotated[
+    str | None,
+    typer.Option("--served-model", metavar="NAME", help="What the server calls the model, if it has several."),
+]
+MaxRequests = Annotated[
+    int, typer.Option("--max-requests", min=1, help="With --server: requests at most; --yes lifts the limit.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="With --server: as many requests as it takes.")]
+
+
+def open_server(url: str | None, name: str | None, *, model: str | None, max_requests: int, yes: bool) -> Server | None:
+    """Find out what a server can do; ``None`` where none is named.
+
+    Raises:
+        ProbeError: a model is named too, a name without a server, or the server cannot be used.
+    """
+    if url is None:
+        if name is not None:
+            raise ProbeError("--served-model names a model of a server: add --server URL")
+        return None
+    if model is not None:
+        raise ProbeError("give --model or --server, not both: the server runs the model")
+    from lvlm_probe.serving import connect
+
+    with stage(f"asking {one_line(url, 100)} what it can do"):
+        server = connect(url, name, max_requests=None if yes else max_requests, tell=note)
+    works = ", ".join(one.road for one in server.measured if one.works)
+    note(f"{server.name}: exact log-probabilities of a given answer ({works}); no gradients, no attention")
+    return server

@@ -1,0 +1,121 @@
+"""What an engine can do, found out by asking: each road is tried on a short answer of its own.
+
+A road works when its numbers are those that the server gave while it generated, and change with the image. Version
+numbers and documentation say neither: fields are ignored in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lvlm_probe.errors import ModelMismatch, ReplayError
+from lvlm_probe.serving.checks import check_answer
+from lvlm_probe.serving.forcing import Forcing
+from lvlm_probe.serving.messages import Said
+from lvlm_probe.serving.roads import ROADS, NextToken, Road, Sglang, Untrue
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["QUESTION", "Measured", "drawn", "measured"]
+
+QUESTION = "What color is the circle?"
+"""Asked about the drawn image: any model has an ordinary answer to it, which is cut into tokens in one way."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Whether a road works on a server.
+
+    Attributes:
+        road: which.
+        works: it does.
+        difference: of its numbers to those of the server's own generation, largest, nats; ``None`` where it does not
+            work.
+        reason: why not, as a sentence.
+    """
+
+    road: str
+    works: bool
+    difference: float | None = None
+    reason: str | None = None
+
+
+def measured(
+    said: Said,
+    images: Sequence[Image.Image],
+    forcing: Callable[[Road, Said], Forcing],
+    *,
+    wanted: str | None = None,
+    sglang: bool = False,
+) -> list[tuple[Road, Measured]]:
+    """Try the roads, best first, until one works; the exact ones of one request are all tried.
+
+    Args:
+        said: a short answer of the server's to ``images``.
+        forcing: makes the requests of a road.
+        wanted: the name of the only road to try.
+        sglang: whether the server is one of SGLang's, and the prompt was made here.
+
+    Raises:
+        ReplayError: there is no such road.
+    """
+    chosen = [road for road in ROADS if wanted is None or road.name.split(" (")[0] == wanted or road.name == wanted]
+    if not chosen:
+        raise ReplayError(f"there is no road {wanted!r}; there are {', '.join(road.name for road in ROADS)}")
+    found: list[tuple[Road, Measured]] = []
+    for road in chosen:
+        if sglang != isinstance(road, Sglang):
+            continue
+        if not road.every and any(one.works for _, one in found):
+            break
+        found.append((road, _measured(road, said, images, forcing)))
+    return found
+
+
+def _measured(
+    road: Road, said: Said, images: Sequence[Image.Image], forcing: Callable[[Road, Said], Forcing]
+) -> Measured:
+    try:
+        made = forcing(road, said)
+        checks = check_answer(made, images, said.log_probs)
+        if isinstance(road, NextToken):
+            _shuts_out_afterwards(forcing, road, said, images)
+    except (ReplayError, ModelMismatch) as error:
+        return Measured(road.name, False, reason=str(error))
+    return Measured(road.name, True, difference=checks.against_generation)
+
+
+def _shuts_out_afterwards(
+    forcing: Callable[[Road, Said], Forcing], road: Road, said: Said, images: Sequence[Image.Image]
+) -> None:
+    """Check that another token than the model's gets what is left of the probability, and not all of it.
+
+    Raises:
+        Untrue: log-probabilities are taken after all other tokens are shut out, and say nothing.
+    """
+    likely = math.exp(said.log_probs[0])
+    other = next(one for one in (*said.token_ids[1:], *said.prompt_ids) if one != said.token_ids[0])
+    instead = dataclasses.replace(said, token_ids=(other, *said.token_ids[1:]))
+    value = float(forcing(road, instead).score([lambda: images], [0], fresh=True)[0, 0])
+    if likely + math.exp(value) > 1.01 or value > -1e-6:
+        raise Untrue(
+            f"the server gives a token that the model did not choose a probability of {math.exp(value):.3g}, beside "
+            f"{likely:.3g} of the one it chose: it takes log-probabilities after the others are shut out"
+        )
+
+
+def drawn() -> Image.Image:
+    """A small image with something to see in it: what capabilities are measured with."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", (112, 112), (236, 232, 220))
+    pen = ImageDraw.Draw(image)
+    pen.ellipse((14, 20, 58, 64), fill=(200, 40, 40))
+    pen.rectangle((62, 56, 100, 96), fill=(40, 80, 190))
+    pen.polygon([(70, 12), (100, 44), (58, 40)], fill=(40, 150, 70))
+    return image

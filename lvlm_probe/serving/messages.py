@@ -1,0 +1,172 @@
+"""What is sent to a server and what it said: images as lossless files, a prompt, an answer by its tokens."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["PICTURE_FORMAT", "Prompt", "Said", "aligned", "as_uri", "one_placeholder_each"]
+
+PICTURE_FORMAT = "PNG, level 1"
+"""Lossless: JPEG at quality 90 moves log-probabilities by up to 0.9 nats. The default level of PNG takes eight times as
+long for a tenth less."""
+
+
+def as_uri(image: Image.Image) -> str:
+    """An RGB image as a ``data:`` URI, lossless."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked, besides the images.
+
+    Attributes:
+        question: text of the user's turn, after the images.
+        system: the system's turn; ``None``: none.
+        fields: further fields of the request that decide the prompt, ``chat_template_kwargs`` for one.
+    """
+
+    question: str
+    system: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def messages(self, images: Sequence[str], *, beginning: str | None = None) -> list[dict[str, Any]]:
+        """The turns as chat messages.
+
+        Args:
+            images: ``data:`` URIs.
+            beginning: of the assistant's turn, which is to be continued.
+        """
+        parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": image}} for image in images]
+        turns = [{"role": "user", "content": [*parts, {"type": "text", "text": self.question}]}]
+        if self.system is not None:
+            turns.insert(0, {"role": "system", "content": self.system})
+        if beginning is not None:
+            turns.append({"role": "assistant", "content": beginning})
+        return turns
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer by its tokens, and what it is an answer to.
+
+    Attributes:
+        prompt: what was asked.
+        answer: the answer's text, without special tokens.
+        token_ids, pieces, special: its tokens, ``(T,)`` each.
+        prompt_ids: token ids of the prompt, an image's tokens all there, ``(P,)``; empty where the server does not say.
+        log_probs: what the server gave while it generated, ``(T,)``, nats; empty for an answer that was given to it.
+        top_log_probs, top_tokens: log P of what was likeliest in the place of each token, and its text; empty where the
+            server does not say.
+        finish: why it stopped: ``"stop"``, ``"length"``, or what the server says.
+    """
+
+    prompt: Prompt
+    answer: str
+    token_ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+    special: tuple[bool, ...]
+    prompt_ids: tuple[int, ...]
+    log_probs: tuple[float, ...] = ()
+    finish: str = "stop"
+    top_log_probs: tuple[float, ...] = ()
+    top_tokens: tuple[str, ...] = ()
+
+    @property
+    def closing(self) -> int:
+        """Number of special tokens at the end: a chat message cannot hold them."""
+        count = 0
+        while count < len(self.special) and self.special[-1 - count]:
+            count += 1
+        return count
+
+
+def aligned(texts: Sequence[str], answer: str, *, stopped: bool) -> tuple[list[str], list[bool], bool]:
+    """Display texts of tokens as pieces whose concatenation is the answer.
+
+    Servers decode tokens one by one: a character that is split over several shows as ``�`` in each. Such tokens get
+    an empty piece, and the character stands with the last of them. Tokens that the answer's text leaves out are
+    special.
+
+    Args:
+        texts: of the tokens, ``(step,)``.
+        answer: the whole text.
+        stopped: the model closed its turn itself: an empty last text is the token that does.
+
+    Returns:
+        Pieces, which are special, and whether they make up the answer; where not, pieces are the texts as they are.
+    """
+    pieces: list[str] = []
+    special: list[bool] = []
+    at, waiting = 0, 0
+    for index, text in enumerate(texts):
+        last = index == len(texts) - 1
+        if "\ufffd" in text and not answer.startswith(text, at):
+            waiting += 1
+            pieces.append("")
+            special.append(False)
+            continue
+        if waiting:
+            start = answer.find(text, at) if text else len(answer)
+            if start < 0:
+                start = len(answer)
+            pieces[-1], at, waiting = answer[at:start], start, 0
+        found = next((one for one in (text, text.lstrip(" "), f" {text}") if answer.startswith(one, at)), None)
+        closes = last and stopped and not text
+        if found is None or closes:
+            pieces.append(text)
+            special.append(True)
+            continue
+        pieces.append(found)
+        special.append(False)
+        at += len(found)
+    if waiting:
+        pieces[-1], at = answer[at:], len(answer)
+    whole = at == len(answer) and not all(special)
+    return (pieces, special, True) if whole else (list(texts), [False] * len(texts), False)
+
+
+def one_placeholder_each(prompt_ids: Sequence[int], images: int) -> list[int] | None:
+    """The prompt with one token in the place of each image's many, as the tokens route takes it; ``None`` where nobody
+    can tell which they are.
+
+    An image's tokens are taken to be the longest run of one id, and all other runs of it. Whoever sends this checks
+    what the server makes of it.
+    """
+    runs = _runs(prompt_ids)
+    longest = max(runs, key=lambda run: run[1], default=(0, 0))
+    if longest[1] < 2:
+        return None
+    placeholder = prompt_ids[longest[0]]
+    spans = [run for run in runs if prompt_ids[run[0]] == placeholder]
+    if len(spans) not in (1, images):
+        if images > 1:
+            return None
+        # Rows of image tokens with a separator after each.
+        spans = [(spans[0][0], spans[-1][0] + spans[-1][1] - spans[0][0])]
+    each = images if len(spans) == 1 else 1  # images side by side make one run
+    short, at = [], 0
+    for offset, length in spans:
+        short += [*prompt_ids[at:offset], *[placeholder] * each]
+        at = offset + length
+    return [*short, *prompt_ids[at:]]
+
+
+def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Offset and length of every run of one id."""
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for stop in range(1, len(ids) + 1):
+        if stop == len(ids) or ids[stop] != ids[start]:
+            runs.append((start, stop - start))
+            start = stop
+    return runs

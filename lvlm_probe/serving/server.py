@@ -1,0 +1,559 @@
+"""A server that runs the model, as ``connect`` finds it: what it can do, asking it, and replaying what it said."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lvlm_probe._version import versions_of
+from lvlm_probe.errors import ImageError, ModelMismatch, ReplayError
+from lvlm_probe.images import Baseline, CompositePath, make_baseline
+from lvlm_probe.images.baselines import KINDS
+from lvlm_probe.serving.checks import Checks, check_answer
+from lvlm_probe.serving.forcing import Forcing
+from lvlm_probe.serving.generating import generated, generated_by_sglang, prompt_alone, said_of
+from lvlm_probe.serving.journal import FILE, Journal
+from lvlm_probe.serving.measuring import QUESTION, Measured, drawn, measured
+from lvlm_probe.serving.messages import PICTURE_FORMAT, Prompt, Said, as_uri
+from lvlm_probe.serving.replays import ServedReplay
+from lvlm_probe.serving.roads import Chat, Road, Untrue, continued, likeliest_in, log_prob_in
+from lvlm_probe.serving.transport import Refused, Spent, Transport
+from lvlm_probe.trace import Trace, open_trace, write
+from lvlm_probe.trace.image_files import encode_picture, open_image
+from lvlm_probe.trace.records import Capture, ImageRecord, RowCapture
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Server", "connect"]
+
+_PROBE_TOKENS = 8
+"""Tokens of the answer that capabilities are measured on."""
+_META = "served"
+"""Where a trace keeps what is needed to ask the server again."""
+
+
+def connect(
+    url: str,
+    model: str | None = None,
+    *,
+    processor: Any = None,
+    key_variable: str = "OPENAI_API_KEY",
+    concurrency: int = 8,
+    retries: int = 6,
+    timeout: float = 120.0,
+    max_requests: int | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    road: str | None = None,
+    tell: Callable[[str], object] | None = None,
+    sleep: Callable[[float], object] | None = None,
+) -> Server:
+    """Find out what a server can do: an engine with an OpenAI-compatible API that runs the model somewhere else.
+
+    Costs a dozen small requests: a short answer about a drawn image, and the roads (``serving.roads``) tried on it.
+
+    Args:
+        url: ``http://host:8000``, with or without ``/v1``.
+        model: the name that it is served under; may be left out where there is one.
+        processor: the model's processor, without its weights; only SGLang needs it, to make prompts.
+        key_variable: environment variable of the key, if one is needed. It is sent to ``url``, and kept nowhere.
+        concurrency: requests under way at the same time, at most.
+        retries: how often a request is sent again when the server is busy or the connection drops.
+        timeout: seconds that the server may say nothing.
+        max_requests: requests in all, these included; ``None``: any number. Methods that would send more end before.
+        journal: file of answers that are paid for; by default ``served.jsonl`` beside each trace.
+        road: the only road to use, e.g. ``"chat"``; by default the best that works.
+        tell: called with a sentence before a method sends many requests: how many, megabytes, an estimate of the time.
+        sleep: waits for some seconds, between two tries.
+
+    Raises:
+        ReplayError: the server cannot be reached, has no such model, or gives no log-probabilities of an answer that
+            can be used; the message says what was tried and why not.
+    """
+    transport = Transport(
+        url,
+        key_variable=key_variable,
+        concurrency=concurrency,
+        retries=retries,
+        timeout=timeout,
+        max_requests=max_requests,
+        sleep=sleep,
+    )
+    card = _card(transport, model)
+    kept = None if journal is None else Path(journal)
+    return Server(transport, card, processor, journal=kept, road=road, tell=tell)
+
+
+class Server:
+    """A model behind a server. Made by ``connect``; ``print(server)`` says what it can do.
+
+    Attributes:
+        model: the name it is served under.
+        engine: what is known of it, JSON-ready: ``url``, ``engine``, ``version``, ``model``, ``root``, ``owned_by``.
+        measured: the roads that were tried, and how they did.
+        spent: requests, retries, megabytes so far.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        card: Mapping[str, Any],
+        processor: Any = None,
+        *,
+        journal: Path | None = None,
+        road: str | None = None,
+        tell: Callable[[str], object] | None = None,
+    ) -> None:
+        self.tell = tell if tell is not None else lambda sentence: None
+        self._transport, self._processor, self._journal = transport, processor, journal
+        self._journals: dict[Path, Journal] = {}
+        self._workers = concurrent.futures.ThreadPoolExecutor(transport.concurrency, thread_name_prefix="lvlm-probe")
+        self.model = str(card["id"])
+        self.engine: dict[str, Any] = {"url": transport.address, **_named(transport, card)}
+        self._sglang = self.engine["engine"] == "SGLang"
+        if self._sglang and processor is None:
+            raise ReplayError(
+                f"{transport.address} is SGLang, which returns no prompt: give the model's processor (not its "
+                "weights), connect(url, processor=AutoProcessor.from_pretrained(…))"
+            )
+        image = drawn()
+        try:
+            said = self._generate(Prompt(QUESTION), [image], _PROBE_TOKENS, {})
+        except Refused as error:
+            raise ReplayError(
+                f"{self.name} does not answer a question about an image with log-probabilities and token ids: {error}"
+            ) from error
+        found = measured(said, [image], self._measuring(), wanted=road, sglang=self._sglang)
+        self.measured: tuple[Measured, ...] = tuple(one for _, one in found)
+        self._roads = [road for road, one in found if one.works]
+        if not self._roads:
+            why = "; ".join(f"{one.road}: {one.reason}" for one in self.measured)
+            raise ReplayError(
+                f"{self.name} gives no log-probabilities of a given answer that could be used ({why}). vLLM gives them "
+                "by default; sampling an API that gives none is not built"
+            )
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def name(self) -> str:
+        """Engine, version and model, for people."""
+        version = f" {self.engine['version']}" if self.engine.get("version") else ""
+        return f"{self.engine['engine']}{version} serving {self.model!r}"
+
+    @property
+    def identity(self) -> str:
+        """64 hex digits that tell this engine, version and model from others, wherever it is; weights are not seen."""
+        known = {name: value for name, value in self.engine.items() if name != "url"}
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def road(self) -> str:
+        """The road that is used wherever an answer fits on it."""
+        return self._roads[0].name
+
+    @property
+    def spent(self) -> Spent:
+        """Requests, retries, megabytes so far."""
+        return self._transport.spent
+
+    @property
+    def max_requests(self) -> int | None:
+        """Requests that it may be asked in all."""
+        return self._transport.max_requests
+
+    @property
+    def at_once(self) -> int:
+        """Requests that may be under way now."""
+        return self._transport.at_once
+
+    def describe(self) -> str:
+        """What it can do, in sentences."""
+        lines = [f"{self.name} at {self.engine['url']}"]
+        for one in self.measured:
+            if one.works:
+                off = "" if one.difference is None else f", {one.difference:.1g} nats from its own generation"
+                used = ", in use" if one.road == self.road else ""
+                lines.append(f"  {one.road}: exact log-probabilities of a given answer{off}{used}")
+            else:
+                lines.append(f"  {one.road}: no. {one.reason}")
+        lines.append("  it gives no gradients, attention or activations: rise, occlusion, greedy and floors can be run")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def __repr__(self) -> str:
+        roads = ", ".join(one.road for one in self.measured if one.works)
+        return f"<{self.name}: exact log-probabilities ({roads})>"
+
+    def cost(self, requests: int, images: Sequence[Image.Image]) -> str:
+        """What requests with such images come to: number, megabytes, and an estimate of the time."""
+        megabytes = requests * sum(len(as_uri(image)) for image in images) / 1e6
+        said = f"{requests:,} requests, about {megabytes:,.0f} MB"
+        if rate := self.spent.per_second:
+            return f"{said}, {_duration(requests / rate)}"
+        if latency := self._transport.latency:  # of requests one by one: how many it takes at once is to be seen
+            most = requests * latency
+            said += f", {_duration(most / self.at_once)} to {_duration(most)}"
+        return said
+
+    def check_name(self) -> None:
+        """Check that it still goes by the name it was found under. Raises ``ModelMismatch``."""
+        now = _named(self._transport, _card(self._transport, self.model))
+        differing = [name for name, value in now.items() if value != self.engine.get(name)]
+        if differing:
+            told = ", ".join(f"{name} {self.engine.get(name)!r} is now {now[name]!r}" for name in differing)
+            raise ModelMismatch(f"the server at {self.engine['url']} is another one than at the start: {told}")
+
+    def close(self) -> None:
+        """End its threads and close its files."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        for journal in self._journals.values():
+            journal.close()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ asking
+
+    def ask(
+        self,
+        image: Any,
+        question: str,
+        *,
+        out: str | os.PathLike[str],
+        answer: str | None = None,
+        token_ids: Sequence[int] | None = None,
+        system: str | None = None,
+        max_tokens: int = 128,
+        baseline: str | Image.Image = "blur",
+        llr: bool = True,
+        fields: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> Trace:
+        """Ask about an image, and keep the answer as a trace; or take an answer that was given before.
+
+        Args:
+            image: one image, or a list of several, of any kind that ``open_image`` opens.
+            question: the user's turn, after the images.
+            out: folder of the trace, and of the journal.
+            answer: an answer to measure instead of asking for one.
+            token_ids: its tokens, to be checked against the server's.
+            system: the system's turn.
+            max_tokens: length of the answer at most.
+            baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or an image: what log-likelihood ratios are
+                taken to.
+            llr: take them, which costs a request.
+            fields: further fields of every request, e.g. ``{"chat_template_kwargs": {"enable_thinking": False}}``.
+            sampling: of the generation; greedy by default.
+
+        Raises:
+            ReplayError: the server does not answer, or its numbers cannot be used; the message says why.
+            ModelMismatch: its log-probabilities are others when it is asked for them than when it answered.
+            ImageError: an image cannot be opened.
+        """
+        if not question.strip():
+            raise ReplayError("there is no question: server.ask(image, question, out=…)")
+        images = [open_image(one) for one in (image if isinstance(image, list | tuple) else [image])]
+        if not images:
+            raise ImageError("there is no image to ask about")
+        prompt = Prompt(question, system, dict(fields or {}))
+        if answer is None:
+            said = self._generate(prompt, images, max_tokens, dict(sampling or {}))
+        else:
+            said = self._given(prompt, images, answer, token_ids)
+        road = self._road_for(said, len(images))
+        said, left_out = _fitting(said, road)
+        forcing = self._forcing(said, road, Path(out))
+        checks = check_answer(forcing, images, said.log_probs)
+        made = [make_baseline(one, baseline) for one in images]
+        lost = forcing.score([lambda: [one.image for one in made]])[0].numpy() if llr else None
+        forcing.confirmed()
+        row = self._row(said, images, made[0], lost, given=answer is not None)
+        row.notes += left_out
+        row.meta[_META] = self._about(said, road, checks)
+        return open_trace(write(Capture([row], self._model(), _now()), out))
+
+    def measured_answer(
+        self,
+        images: Sequence[Image.Image],
+        question: str,
+        answer: str,
+        *,
+        token_ids: Sequence[int] | None = None,
+        baseline: str | Image.Image = "blur",
+    ) -> RowCapture:
+        """An answer that was given before, with its log-probabilities on the images and on their baseline.
+
+        Three requests; the checks of ``ask`` are left to those of ``connect`` and of each reply.
+
+        Args:
+            images: of the prompt, RGB.
+            question: the user's turn.
+            answer: what was answered.
+            token_ids: its tokens, to be checked against the server's.
+            baseline: as for ``ask``.
+
+        Raises:
+            ReplayError: the server does not answer, or not about this answer.
+        """
+        said = self._given(Prompt(question), images, answer, token_ids)
+        road = self._road_for(said, len(images))
+        said, _ = _fitting(said, road)
+        made = [make_baseline(one, baseline) for one in images]
+        forcing = self._measuring()(road, said)
+        return self._row(
+            said, images, made[0], forcing.score([lambda: [one.image for one in made]])[0].numpy(), given=True
+        )
+
+    def replayed(self, trace: Trace, *, processor: object | None = None, strict: bool = True) -> ServedReplay:
+        """The answer of a trace on this server; see ``lvlm_probe.replay``. Costs a few requests of checks."""
+        about = trace.meta.get(_META)
+        known: Mapping[str, Any] = about if isinstance(about, Mapping) else {}
+        if strict and known:
+            then = known.get("engine")
+            was = then.get("model") if isinstance(then, Mapping) else None
+            if was != self.model:
+                raise ModelMismatch(
+                    f"{trace.path.name} was answered by {was!r}, and this server runs {self.model!r}; connect to the "
+                    "one that answered, or pass strict=False to replay the answer on another model"
+                )
+        if not trace.images:
+            raise ImageError(f"{trace.path.name} holds no image: there is nothing to mask")
+        said = _said_of(trace, known)
+        forcing = self._forcing(said, self._road_for(said, len(trace.images)), trace.path.parent)
+        images = [image.convert("RGB") for image in trace.images]
+        checks = check_answer(forcing, images, trace.log_probs.tolist(), strict=strict, likeliest=not known)
+        forcing.confirmed()
+        recorded = dict(trace.baseline or {})
+        kind = str(recorded.get("kind", "blur"))
+        recorded, kind = (recorded, kind) if kind in KINDS else ({}, "blur")
+        params = {name: recorded[name] for name in ("strength", "seed") if recorded.get(name) is not None}
+        made = [make_baseline(image, kind, **params) for image in images]
+        path = CompositePath(images, [one.image for one in made])
+        return ServedReplay(trace, self, forcing, checks, path, {**recorded, "kind": made[0].kind, **made[0].params})
+
+    # ------------------------------------------------------------------ inside
+
+    def _row(
+        self, said: Said, images: Sequence[Image.Image], baseline: Baseline, lost: np.ndarray | None, *, given: bool
+    ) -> RowCapture:
+        """The answer as a trace keeps it."""
+        return RowCapture(
+            trace_id=f"served-{secrets.token_hex(8)}",
+            batch_row=0,
+            status="complete" if said.finish == "stop" or given else "stopped",
+            input_ids=np.asarray(said.prompt_ids, np.int64),
+            prompt=said.prompt.question,
+            question=said.prompt.question,
+            token_ids=np.asarray(said.token_ids, np.int64),
+            tokens=list(said.pieces),
+            special=np.asarray(said.special, bool),
+            log_probs=np.asarray(said.log_probs, np.float32),
+            log_probs_source="teacher_forced" if given else "generation",
+            top_log_probs=np.asarray(said.top_log_probs, np.float32) if said.top_log_probs else None,
+            top_tokens=list(said.top_tokens) if said.top_log_probs else None,
+            baseline_log_probs=lost,
+            baseline={"kind": baseline.kind, **baseline.params},
+            images=[ImageRecord(*encode_picture(one), one.width, one.height) for one in images],
+            notes=[f"the answer was given by {self.name}, and nothing was recorded inside the model"],
+        )
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        return self._transport.post(path, {"model": self.model, **body})
+
+    def _generate(self, prompt: Prompt, images: Sequence[Image.Image], most: int, sampling: dict[str, Any]) -> Said:
+        uris = [as_uri(image) for image in images]
+        if not self._sglang:
+            return generated(self._post, prompt, uris, max_tokens=most, **sampling)
+        ids = self._prompt_ids(prompt, len(images))
+        return generated_by_sglang(self._post, prompt, uris, ids, max_tokens=most, **sampling)
+
+    def _prompt_ids(self, prompt: Prompt, images: int) -> list[int]:
+        """The prompt as the processor here makes it, one placeholder for each image."""
+        turns = prompt.messages([""] * images)
+        for part in turns[-1]["content"]:
+            if part["type"] == "image_url":
+                part.clear()
+                part["type"] = "image"
+        text = self._processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        found: list[int] = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    def _given(
+        self, prompt: Prompt, images: Sequence[Image.Image], answer: str, token_ids: Sequence[int] | None
+    ) -> Said:
+        """An answer that was given before, by the tokens that the server makes of it."""
+        if not answer.strip():
+            raise ReplayError("there is no answer to measure")
+        uris = [as_uri(image) for image in images]
+        before = prompt_alone(self._post, prompt, uris)
+        reply = self._post("/v1/chat/completions", continued(prompt, uris, answer, ask={"prompt_logprobs": 1}))
+        ids, entries = reply.get("prompt_token_ids"), reply.get("prompt_logprobs")
+        if not isinstance(ids, list) or not isinstance(entries, list) or tuple(ids[: len(before)]) != before:
+            raise Untrue(
+                "the server does not continue an answer that it is given behind the prompt that it answers itself "
+                "(prompt_logprobs with continue_final_message)"
+            )
+        own = ids[len(before) :]
+        given = list(token_ids or ())
+        if given and given[: len(own)] != own:
+            raise Untrue(
+                f"the server cuts this answer into other tokens ({own[:6]}…) than it was said in ({given[:6]}…): its "
+                "log-probabilities are not those of the answer"
+            )
+        texts, values, top = [], [], []
+        for token, entry in zip(own, entries[-len(own) :] if own else [], strict=True):
+            about = (entry.get(str(token)) if isinstance(entry, dict) else None) or {}
+            texts.append(str(about.get("decoded_token") or ""))
+            values.append(log_prob_in(about.get("logprob"), f"{texts[-1]!r} of the answer"))
+            top.append(likeliest_in(entry, texts[-1], values[-1]))
+        said = said_of(prompt, answer, own, texts, before, values, "length")
+        return dataclasses.replace(
+            said, top_log_probs=tuple(value for value, _ in top), top_tokens=tuple(text for _, text in top)
+        )
+
+    def _road_for(self, said: Said, images: int) -> Road:
+        """The best road that an answer fits on. Raises ``ReplayError``."""
+        reasons = []
+        for road in self._roads:
+            try:
+                road.request(said, [""] * images, 0)
+                return road
+            except ReplayError as error:
+                reasons.append(f"{road.name}: {error}")
+        raise ReplayError(f"{self.name} cannot be asked about this answer ({'; '.join(reasons)})")
+
+    def _forcing(self, said: Said, road: Road, folder: Path) -> Forcing:
+        at = folder / FILE if self._journal is None else self._journal
+        if at not in self._journals:
+            self._journals[at] = Journal(at)
+        engine = {name: value for name, value in self.engine.items() if name != "url"}  # it may move
+        return Forcing(
+            self._post,
+            road,
+            said,
+            engine=engine,
+            journal=self._journals[at],
+            workers=self._workers,
+            spent=self.spent,
+        )
+
+    def _measuring(self) -> Callable[[Road, Said], Forcing]:
+        """Requests of a road that is tried; nothing of it is kept."""
+        return lambda road, said: Forcing(
+            self._post, road, said, engine={}, journal=Journal(None), workers=self._workers, spent=self.spent
+        )
+
+    def _about(self, said: Said, road: Road, checks: Checks) -> dict[str, Any]:
+        return {
+            "engine": dict(self.engine),
+            "road": road.name,
+            "measured": [vars(one) for one in self.measured],
+            "system": said.prompt.system,
+            "fields": dict(said.prompt.fields),
+            "checks": checks.to_dict(),
+            "images_as": PICTURE_FORMAT,
+            "concurrency": self._transport.concurrency,
+            "spent": dict(vars(self.spent)),
+        }
+
+    def _model(self) -> dict[str, Any]:
+        versions = {
+            **versions_of("lvlm-probe"),
+            str(self.engine["engine"]): str(self.engine.get("version") or "unknown"),
+        }
+        return {"model_id": self.model, "class": "served", "versions": versions, _META: dict(self.engine)}
+
+
+def _fitting(said: Said, road: Road) -> tuple[Said, list[str]]:
+    """The answer as the road can hold it, and what was left out."""
+    if all(said.special):
+        raise ReplayError("the server's answer is empty: there is nothing to explain")
+    if not isinstance(road, Chat) or not said.closing:
+        return said, []
+    kept = len(said.token_ids) - said.closing
+    names = ("token_ids", "pieces", "special", "log_probs", "top_log_probs", "top_tokens")
+    parts = {name: getattr(said, name)[:kept] for name in names}
+    left = "".join(said.pieces[kept:]) or "the closing token"
+    return dataclasses.replace(said, **parts), [f"{left} is left out: a chat message cannot hold it"]
+
+
+def _said_of(trace: Trace, known: Mapping[str, Any]) -> Said:
+    """The answer of a trace, as it is asked about."""
+    fields, system = known.get("fields"), known.get("system")
+    if trace.question is None:
+        raise ReplayError(f"{trace.path.name} does not say what was asked: record it with question=…")
+    return Said(
+        Prompt(
+            trace.question,
+            system if isinstance(system, str) else None,
+            dict(fields) if isinstance(fields, Mapping) else {},
+        ),
+        trace.answer,
+        tuple(trace.token_ids.tolist()),
+        tuple(trace.tokens),
+        tuple(trace.special.tolist()),
+        tuple(trace.input_ids.tolist()),
+        tuple(trace.log_probs.tolist()),
+    )
+
+
+def _card(transport: Transport, model: str | None) -> dict[str, Any]:
+    """What the server says of the model."""
+    found = transport.get("/v1/models")
+    cards = found.get("data") if isinstance(found, dict) else None
+    cards = [one for one in cards if isinstance(one, dict) and "id" in one] if isinstance(cards, list) else []
+    if not cards and isinstance(found, dict) and model is not None:
+        return {"id": model}  # a server that lists only what it has fetched itself
+    if not cards:
+        raise ReplayError(
+            f"{transport.address}/v1/models names no model: name it, connect(url, model), --served-model; or it is no "
+            "OpenAI-compatible server"
+        )
+    names = [str(one["id"]) for one in cards]
+    if model is None and len(cards) > 1:
+        raise ReplayError(f"{transport.address} serves several models, name one: {', '.join(names)[:300]}")
+    card = next((one for one in cards if model in (None, one["id"])), None)
+    if card is None:
+        raise ReplayError(f"{transport.address} serves no {model!r}; it serves {', '.join(names)[:300]}")
+    return card
+
+
+def _named(transport: Transport, card: Mapping[str, Any]) -> dict[str, Any]:
+    """Engine, version and model, as far as the server says."""
+    owner = str(card.get("owned_by") or "")
+    known = {"model": str(card["id"]), "root": card.get("root"), "owned_by": owner, "engine": "", "version": None}
+    for path, engine, name in (("/version", "vLLM", "version"), ("/get_model_info", "SGLang", "model_path")):
+        try:
+            found = transport.get(path)
+        except Refused:
+            continue
+        if isinstance(found, dict) and isinstance(found.get(name), str):
+            known["engine"] = engine
+            known["version" if name == "version" else "root"] = found[name]
+            break
+    known["engine"] = known["engine"] or (f"a server of {owner}" if owner else "an OpenAI-compatible server")
+    return known
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} min"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,95 @@
+"""``--server`` in place of ``--model``: explain, evaluate, compare and meter through a server."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import run, succeed
+from demo_server import DemoServer
+
+import lvlm_probe as probe
+from lvlm_probe.importing.meter import Reading, measure
+
+SMALL = ("--param", "masks=12", "--param", "cells=3", "--param", "size=6")
+
+
+@pytest.fixture
+def photo_file(scene: Any, tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    scene.image.save(path)
+    return path
+
+
+def test_explain_evaluate_and_compare_through_a_server(
+    behind: DemoServer, scene: Any, photo_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "runs"
+    asking = ("--image", photo_file, "--question", scene.question, "--out", out)
+    made = succeed("explain", "--server", behind.url, "--served-model", "demo", *asking, *SMALL, "--json")
+    (one,) = made.json["maps"]
+    assert one["method"] == "rise" and one["passes"]["backward"] == 0  # the default has no gradients there
+    assert "rise: 12 requests" in made.err and "no gradients" in made.err
+    trace = Path(made.json["trace"])
+    before = behind.count
+    scored = succeed("evaluate", trace, "--server", behind.url, "--json").json
+    assert scored[0]["score"]["params"]["mode"] == "exact"
+    assert behind.count - before < 20  # connecting and checking: the curves are in the journal
+    page = tmp_path / "compare.html"
+    options = ("--methods", "center,tmm", "--grid", "4", "--out", page, "--json")
+    compared = succeed("evaluate", trace, "--server", behind.url, *options).json
+    reasons = {one["method"]: one["reasons"] for one in compared["methods"]}
+    assert "does not give" in str(reasons["tmm"]) and page.is_file()
+
+
+@pytest.mark.quick
+def test_a_name_without_a_server_is_refused(trace: Any) -> None:
+    failed = run("explain", trace.path, "--served-model", "demo")
+    assert failed.code == 2 and "add --server URL" in failed.err
+
+
+def test_what_does_not_go_together_is_said(behind: DemoServer, trace: Any) -> None:
+    for arguments, said in (
+        (("--server", behind.url, "--model", "demo"), "not both"),
+        (("--served-model", "demo"), "add --server URL"),
+        (("--server", behind.url, "--method", "igos++"), "does not give"),
+        (("--server", behind.url, "--served-model", "other"), "serves no 'other'"),
+        (("--server", behind.url, "--max-requests", "30"), "--max-requests or --yes"),
+        (("--server", "gpu:8000"), "http://host:8000"),
+    ):
+        failed = run("explain", trace.path, *arguments)
+        assert failed.code == 2 and said in " ".join(failed.err.split()), failed.err
+
+
+def test_the_meter_reads_answers_through_a_server(
+    behind: DemoServer, demo: Any, scene: Any, photo_file: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"id": "good", "image": photo_file.name, "question": scene.question, "answer": scene.answer},
+        {"id": "prompt", "image": photo_file.name, "prompt": "<image> What?", "answer": scene.answer},
+        {"id": "missing", "image": "nowhere.png", "question": scene.question, "answer": scene.answer},
+    ]
+    file = tmp_path / "answers.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with probe.connect(behind.url) as server:
+        before = server.spent.requests
+        served = [one for one in measure(file, server) if isinstance(one, Reading)]
+        assert server.spent.requests - before == 3
+    (local,) = [one for one in measure(file, *demo, limit=1) if isinstance(one, Reading)]
+    assert [one.id for one in served] == ["good"]
+    assert served[0].elsewhere and not served[0].bound and served[0].origin == local.origin
+    for one, other in zip(served[0].words, local.words, strict=True):
+        assert (one.text, one.origin, one.instead) == (other.text, other.origin, other.instead)
+        assert one.llr == pytest.approx(other.llr, abs=2e-3)
+        assert one.surprise == pytest.approx(other.surprise, abs=2e-3)
+    page = tmp_path / "meter.html"
+    done = run("meter", file, "--server", behind.url, "--out", page)
+    assert done.code == 1 and "2 of 3 rows are refused" in done.err  # as without a server
+    assert page.is_file()
+    table = list(csv.DictReader(page.with_suffix(".csv").open(encoding="utf-8")))
+    assert [bool(line["reason"]) for line in table] == [False, True, True]
+    few = run("meter", file, "--server", behind.url, "--out", tmp_path / "other.html", "--max-requests", "5")
+    assert few.code == 2 and "about 9 requests" in " ".join(few.err.split())
