@@ -50,7 +50,7 @@ def record_answer(
     """
     rule = prompt_rule(processor, model, prompt=prompt)
     if not question.strip() and (rule is None or rule.asks):
-        raise ProbeError('there is no question: give question= (command line: --question "…")')
+        raise ProbeError('there is no question: give question="…", on the command line --question "…"')
     if rule is not None:
         record["meta"] = {**record.get("meta", {}), "prompt_rule": rule.text}
     with attach(model, processor) as probe:

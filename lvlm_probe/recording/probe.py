@@ -344,9 +344,11 @@ class Probe:
                 f"a probe is attached to this {type(model).__name__} already; use that one, or call its detach() first"
             )
         if tokenizer_of(processor) is processor is not None and image_processor_of(processor) is processor:
-            raise AttachError(
-                f"this is the tokenizer ({type(processor).__name__}), which sees no images; give the model's "
-                f"processor, AutoProcessor.from_pretrained(...) of the same model, or leave it out: attach(model)"
+            # Models with code of their own may have nothing else: their images are made elsewhere.
+            caution(
+                f"this is the tokenizer ({type(processor).__name__}), which sees no images: masks will lie in the "
+                f"space of the pixel inputs; give the model's processor, AutoProcessor.from_pretrained(...), if there "
+                f"is one"
             )
         self.model, self.processor = model, processor
         inner = probed_model(inner, processor)

@@ -220,7 +220,7 @@ def wrong_inputs(tmp_path: Path, picture: Path, text_model: Path) -> dict[str, P
         ("--model demo --image {tmp}/broken.png --question Q", "{tmp}/broken.png is not an image"),
         ("--model demo --image {tmp}/empty_dir --question Q", "it is a directory"),
         ("--model demo --question Q", "add --image FILE"),
-        ("--model demo --image {picture}", "add --question"),
+        ("--model demo --image {picture}", "--question"),
         ("--model demo --image {picture} --question Q --out {tmp}/notes.txt", "is a file; name a directory"),
         ("--model demo --image {picture} --question Q --baseline fog", "choose one of blur, blank"),
         ("--model demo --image {picture} --question Q --device warp9", "no device 'warp9'"),

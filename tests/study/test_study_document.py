@@ -100,7 +100,7 @@ def test_regions_stand_for_people_only_where_the_study_says_so(results: Results)
     people = dataclasses.replace(results.study.datasets["hard"], options={"hard": True})
     others = dataclasses.replace(results.study, datasets={"hard": people})
     assert "No person" not in " ".join(make_table(dataclasses.replace(results, study=others), "8").notes)
-    with pytest.raises(Exception, match="human is region, or left out, not 'people'"):
+    with pytest.raises(Exception, match="human is one of region, not 'people'"):
         _first(human="people")
 
 

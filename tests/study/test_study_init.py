@@ -63,7 +63,7 @@ def test_from_a_table_to_tables(tmp_path: Path) -> None:
     assert "1 model(s), 1 data set(s), 3 methods" in lines[0]
     assert any("an answer takes" in line and "1 of 2 to go" in line for line in lines)
     assert any("a map takes" in line and "at most 3 to go" in line for line in lines)
-    assert lines[-1].startswith("next:  lvlm-probe study table")
+    assert lines[-2].startswith("next:  lvlm-probe study table") and "lvlm-probe study page" in lines[-1]
     again = succeed("study", "run", file).out
     assert "made: 0 answers, 0 maps" in again and "takes" not in again, "nothing was measured, nothing is foretold"
     quiet = succeed("study", "run", file, "--json")

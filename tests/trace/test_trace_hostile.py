@@ -582,7 +582,7 @@ class TestLongTexts:
         monkeypatch.setattr(unicodedata, "category", counting)
         text, card = trace.describe(), trace._repr_html_()
         assert looks < 500_000
-        assert "more characters)" in text
+        assert "more characters)" in " ".join(text.split())
         assert max(map(len, text.splitlines())) <= 300  # combining marks take no column
         assert len(card) < 200_000
         assert "\x1b" not in text + card
