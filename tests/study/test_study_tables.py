@@ -187,7 +187,11 @@ def test_text_is_as_wide_as_the_terminal() -> None:
         "─────  ────────────  ────────────────────",
         "a      日本語        0.250 [0.125, 0.500]",
     ]
-    assert table.text(40).splitlines()[2:5] == ["model  the               deletion ↓", "       data", "       set"]
+    assert table.text(40).splitlines()[2:5] == [
+        "model  the data            deletion ↓",
+        "       set",
+        "─────  ────────  ────────────────────",
+    ]
     narrow = table.text(30).splitlines()
     assert "a      日本語     0.250" in narrow and "intervals" in " ".join(narrow)
 

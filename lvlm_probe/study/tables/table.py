@@ -36,6 +36,8 @@ __all__ = ["FORMS", "Cell", "Table"]
 
 Cell = str | int | float | Interval | None
 FORMS = ("markdown", "csv", "latex", "pdf", "figure")
+_FOLDS = (1000, 20, 14, 9, 1)
+"""Characters that a heading may have on a line, where its column is narrower: tried in turn until the lines fit."""
 _NUMBER = re.compile(r"[-+−]?\d+(\.\d+)?(?= ± |$)")
 
 
@@ -98,19 +100,19 @@ class Table:
         whole = [[one_line(_text(cell, self.decimals)) for cell in row] for row in self.rows]
         short = [[one_line(_estimate(cell, self.decimals)) for cell in row] for row in self.rows]
 
-        def laid(cells: list[list[str]], *, folded: bool) -> list[str]:
+        def laid(cells: list[list[str]], least: int) -> list[str]:
             heads, sizes = [], []
             for name, column in zip(self.columns, zip(*cells, strict=True), strict=True):
-                room = max(map(cell_len, [*name.split(), *column])) if folded else len(name) + 1
+                room = max(least, *map(cell_len, [*name.split(), *column]))
                 heads.append(textwrap.wrap(one_line(name), room, break_long_words=False, break_on_hyphens=False))
                 sizes.append(max(map(cell_len, [*heads[-1], *column])))
             above = itertools.zip_longest(*heads, fillvalue="")
             lines = [*above, ["─" * size for size in sizes], *cells]
             return ["  ".join(map(_aligned, line, sizes, self._lefts())).rstrip() for line in lines]
 
-        tries = [laid(cells, folded=folded) for cells in (whole, short) for folded in (False, True)] if whole else [[]]
+        tries = [laid(cells, least) for cells in (whole, short) for least in _FOLDS] if whole else [[]]
         lines = next((one for one in tries if max(map(cell_len, one), default=0) <= width), tries[-1])
-        bare = whole != short and lines in tries[2:]
+        bare = whole != short and lines in tries[len(_FOLDS) :]
         said = ["Without the intervals, which are in the files and the other formats."] if bare else []
         title = textwrap.wrap(one_line(self.title), width, break_long_words=False)
         notes = [line for note in (*self.notes, *said) for line in textwrap.wrap(one_line(note), width)]
