@@ -193,7 +193,7 @@ def test_text_is_as_wide_as_the_terminal() -> None:
         "─────  ────────  ────────────────────",
     ]
     narrow = table.text(30).splitlines()
-    assert "a      日本語     0.250" in narrow and "intervals" in " ".join(narrow)
+    assert "a      日本語       0.250" in narrow and "intervals" in " ".join(narrow)
 
 
 @pytest.mark.parametrize(("true", "count"), [(0, 10), (3, 10), (8, 8), (1, 1), (17, 200)])
