@@ -340,6 +340,8 @@ def test_page(tmp_path: Path) -> None:
     assert "1 of the answers were not generated here" in text
     with pytest.raises(ReportError, match="exists"):
         write_page(readings, path)
+    alone = write_page(readings[:1], tmp_path / "alone.html").read_text()
+    assert "from habit 0</span>" in alone and "not known 0" not in alone, "bars of words have a colour for habit"
 
 
 def test_thousands_of_answers_are_one_small_file(tmp_path: Path) -> None:
