@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cards import answer_html, card, text_html
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import explain
 from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.metrics import Score, evaluate
@@ -148,11 +149,11 @@ class Answer:
         return [heat for heat, _ in self._explained], [score for _, score in self._explained]
 
     def __repr__(self) -> str:
-        return f"<Answer {self.text!r} to {self.trace.question!r}, {len(self._explained)} maps>"
+        return f"<Answer {self.text!r} to {self.trace.question!r}, {counted(len(self._explained), 'map')}>"
 
     def _repr_html_(self) -> str:
         llr = None if self.trace.llr is None else self.trace.llr.tolist()
         words = answer_html(self.trace.tokens, self.trace.special.tolist(), llr=llr)
-        maps = f"{len(self._explained)} maps so far" if self._explained else ""
+        maps = f"{counted(len(self._explained), 'map')} so far" if self._explained else ""
         facts = [maps, "" if llr is None else "shaded: words that the image decides (log-likelihood ratio)"]
         return card("Answer", f'<br><span dir="auto">{text_html(self.trace.question or "")}</span>', words, facts=facts)

@@ -1,4 +1,4 @@
-"""Text from anywhere, made safe for who reads it next: a terminal, a spreadsheet, Markdown, LaTeX."""
+"""Text made fit for who reads it next: a person, a terminal, a spreadsheet, Markdown, LaTeX."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import unicodedata
 from typing import Any
 
-__all__ = ["ACTING", "csv_cell", "escaped", "markdown_text", "one_line", "tex_text"]
+__all__ = ["ACTING", "counted", "csv_cell", "escaped", "markdown_text", "one_line", "tex_text"]
 
 ACTING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
@@ -14,6 +14,11 @@ ACTING = re.compile(
 )
 """What acts on a terminal or turns text instead of being seen: C0 but tab and newline, DEL and C1; marks that turn or
 hide text; separators of lines; halves of characters."""
+
+
+def counted(number: int, noun: str) -> str:
+    """Say how many there are of what: "1 map", "2 maps"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def escaped(text: str) -> str:

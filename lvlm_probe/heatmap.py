@@ -116,19 +116,19 @@ class Heatmap:
         """The original picture, RGB. Raises ``ImageError`` when no trace is at hand."""
         if self.trace is None:
             raise ImageError(
-                "this heatmap has no picture at hand: its trace was not found beside it; "
+                "this heatmap has no image at hand: its trace was not found beside it; "
                 "give one (Heatmap.read(path, trace=...), or overlay(image=...))"
             )
         images = self.trace.images
         if self.image_index >= len(images):
             raise ImageError(
-                f"trace {self.provenance.get('trace_id', '')} holds no original picture, as its processor call was not "
-                f"watched: attach the processor before it prepares the inputs, record with images=[...], or draw on a "
-                f"picture of your own with overlay(image=...)"
+                f"trace {self.provenance.get('trace_id', '')} holds no original image, as its processor call was not "
+                f"watched: attach the processor before it prepares the inputs, record with images=[...], or draw on an "
+                f"image of your own with overlay(image=...)"
             )
         picture = images[self.image_index].convert("RGB")
         if picture.size != tuple(self.image_size):
-            raise ImageError(f"the heatmap is of a picture of {self.image_size} pixels, the trace's has {picture.size}")
+            raise ImageError(f"the heatmap is of an image of {self.image_size} pixels, the trace's has {picture.size}")
         return picture
 
     def overlay(
@@ -170,7 +170,7 @@ class Heatmap:
         """``image``, which has to be of the heatmap's size, or the one that was explained."""
         picture = self.picture() if image is None else image
         if picture.size != tuple(self.image_size):
-            raise ImageError(f"the heatmap is of a picture of {self.image_size} pixels; got one of {picture.size}")
+            raise ImageError(f"the heatmap is of an image of {self.image_size} pixels; got one of {picture.size}")
         return picture
 
     def figure(
@@ -214,7 +214,9 @@ class Heatmap:
         target = Path(path)
         if target.suffix.lower() != ".png":
             raise ExplainError(f"an overlay is saved as PNG; got {target.name!r}: figure(...) makes PDF, SVG and TIFF")
-        write_whole(target, self._png(self.overlay(alpha, colormap, score=score)))
+        content = self._png(self.overlay(alpha, colormap, score=score))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, content)
         return target
 
     def describe(self) -> dict[str, Any]:
@@ -383,7 +385,9 @@ def figure(
     if out is not None:
         target = Path(out)
         told = json.dumps({"heatmaps": [heat.describe() for heat in shown]}, ensure_ascii=True, allow_nan=False)
-        write_whole(target, drawing.figure_bytes(drawn, target.name, provenance=told, dpi=dpi))
+        content = drawing.figure_bytes(drawn, target.name, provenance=told, dpi=dpi)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, content)
     return drawn
 
 
@@ -432,13 +436,13 @@ def _panel(heat: Heatmap, score: Any, image: Image.Image | None, place: tuple[st
 def _stored_size(value: Any) -> tuple[int, int]:
     width, height = (_natural(side) for side in value)
     if not 0 < width * height <= PIXEL_LIMIT:
-        raise ValueError(f"a picture of {width} × {height} pixels")
+        raise ValueError(f"an image of {width} × {height} pixels")
     return width, height
 
 
 def _natural(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{str(value)[:32]!r} is no number of pixels or of a picture")
+        raise ValueError(f"{str(value)[:32]!r} is no number of pixels or of an image")
     return value
 
 

@@ -244,7 +244,7 @@ def test_reprs_fit_on_a_line() -> None:
 def test_a_figure_of_ours_is_replaced_and_a_stranger_s_is_not(heat: Heatmap, tmp_path: Path, ending: str) -> None:
     from matplotlib.figure import Figure
 
-    heat, path = dataclasses.replace(heat, trace=None), tmp_path / f"figure.{ending}"
+    heat, path = dataclasses.replace(heat, trace=None), tmp_path / "paper" / "new" / f"figure.{ending}"
     picture = Image.new("RGB", heat.image_size)
     heat.figure(path, image=picture, dpi=40)
     heat.figure(path, image=picture, dpi=40)  # a cell that runs again

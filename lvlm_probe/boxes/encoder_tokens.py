@@ -150,7 +150,7 @@ def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
     if is_convolutional(replay.model, encoder):
         raise ExplainError(
             f"not applicable: {encoder} is a convolutional encoder, without tokens or attention; name another one of "
-            f"{', '.join(replay.anatomy.encoders)}, or use a method that masks the picture"
+            f"{', '.join(replay.anatomy.encoders)}, or use a method that masks the image"
         )
     inputs = dict(path.inputs)
     leaves = {name: inputs[name].detach().clone().requires_grad_(True) for name in path.pixel_keys}
@@ -171,7 +171,7 @@ def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
     if hidden.ndim not in (2, 3):
         raise ExplainError(
             f"not applicable: {blocks[0]} works on {tuple(hidden.shape)}, not on a sequence of tokens, which methods "
-            f"over tokens and attention read; use a method that masks the picture"
+            f"over tokens and attention read; use a method that masks the image"
         )
     if not hidden.requires_grad:
         raise ExplainError(f"no gradient reaches {encoder} from the pixels: the model runs it without autograd")
@@ -186,7 +186,7 @@ def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
     if boxes is None:
         raise ExplainError(
             f"tokens of {encoder} do not stand for one patch each in front of its first block (overlapping "
-            f"convolutions, or mixing before it), so their places in the picture cannot be told"
+            f"convolutions, or mixing before it), so their places in the image cannot be told"
         )
     return EncoderTokens(encoder, blocks, shape, boxes)
 

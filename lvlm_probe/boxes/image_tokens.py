@@ -155,7 +155,7 @@ def _find(replay: Replay, positions: np.ndarray) -> Places:
             raise ImageError(f"no gradient reaches the image tokens of {name} from the pixels")
     readers = [place for place in outside if place not in inner] or outside[-1:]
     raise ImageError(
-        f"the image tokens of {name} read the picture through attention alone"
+        f"the image tokens of {name} read the image through attention alone"
         + (f" ({_owner_of(readers[0])})" if readers else "")
         + ", so that none of them stands for a part of it"
     )
@@ -244,7 +244,7 @@ def _entry(
             replay.run_inputs({**inputs, **leaves})
         if not entered:
             raise ImageError(
-                f"the layer of {type(replay.model).__name__} where the picture enters its decoder was not found"
+                f"the layer of {type(replay.model).__name__} where the image enters its decoder was not found"
             )
         hidden = entered[0]
         if len(positions):

@@ -181,7 +181,7 @@ def _one_by_one(
         if len(mine) > 1 and not alike and _on_one_heap(boxes[mine]):
             raise ImageError(
                 "the receptive fields of the image tokens lie over each other (overlapping convolutions), so that none "
-                "of them stands for a part of the picture"
+                "of them stands for a part of the image"
             )
     return Places(boxes, images)
 

@@ -51,7 +51,7 @@ def attention_layers(model: nn.Module, layers: int | Sequence[int] | str | None)
         if unreadable or not found:
             reasons = "; ".join(f"{path}: {reason}" for path, reason in list(unreadable.items())[:3])
             raise ExplainError(
-                f"attention of {name} cannot be cut in every layer ({reasons}), so the picture would still come "
+                f"attention of {name} cannot be cut in every layer ({reasons}), so the image would still come "
                 f"through; name the layers to cut: layers={sorted(known)}, or use patch()"
             )
         return found

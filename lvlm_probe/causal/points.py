@@ -44,7 +44,7 @@ def points(replay: Replay, wanted: Sequence[str], *, mask: torch.Tensor | None =
     if isinstance(wanted, str):
         raise ExplainError(f"points are given as a list: [{wanted!r}]")
     if mask is not None and (mask.ndim != 2 or replay.n_images != 1):
-        raise ExplainError(f"mask is (row, col) over the one picture of the prompt; got {tuple(mask.shape)}")
+        raise ExplainError(f"mask is (row, col) over the one image of the prompt; got {tuple(mask.shape)}")
     values: dict[str, Any] = {}
 
     def worker(name: str, envoy: Any, operations: list[str]) -> Callable[[], None]:

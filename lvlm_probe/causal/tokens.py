@@ -32,12 +32,12 @@ def placed_tokens(replay: Replay, image: int) -> ImageTokens:
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
     if len(layout.image_positions) == 0:
         raise ExplainError(
-            f"the prompt of {type(replay.model).__name__} holds no image tokens (the picture comes in another way, by "
+            f"the prompt of {type(replay.model).__name__} holds no image tokens (the image comes in another way, by "
             f"cross-attention for example), so there is nothing to cut or to patch"
         )
     if isinstance(replay.path, PixelPath):
         raise ExplainError(
-            "without the processor a heatmap lies over the model's pixel inputs, and image tokens over the picture: "
+            "without the processor a heatmap lies over the model's pixel inputs, and image tokens over the image: "
             "replay(trace, model, processor), with the processor attached when it prepared the inputs"
         )
     found = image_tokens(replay, image).placed

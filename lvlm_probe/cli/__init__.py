@@ -30,6 +30,7 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from lvlm_probe.cli.shared.terminal import guard_streams, note, safe, set_verbosity
 from lvlm_probe.errors import ProbeError
@@ -57,6 +58,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
     epilog="Start with:  lvlm-probe demo",
 )
+
+
+class _Command(typer.core.TyperCommand):
+    """A command whose help leaves its words the room: a flag is said to take nothing, a number to be N."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)
+        for one in params:
+            if one.param_type_name == "option" and one.metavar is None:
+                kind = type(next((value for value in (one.default, one.min, one.max) if value is not None), ""))
+                one.metavar = "" if one.is_flag else {int: "N", float: "X"}.get(kind)
+        return params
 
 
 def _version(wanted: bool) -> None:
@@ -94,7 +107,7 @@ def _add_commands(group: typer.Typer, package: ModuleType) -> None:
             group.add_typer(below, name=name)
         else:
             bare = getattr(module, "RUNS_BARE", False)
-            add = group.command(name=name, no_args_is_help=not bare, help=getattr(module, "HELP", None))
+            add = group.command(name=name, cls=_Command, no_args_is_help=not bare, help=getattr(module, "HELP", None))
             add(getattr(module, found[name].name))
 
 

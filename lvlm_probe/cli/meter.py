@@ -26,6 +26,7 @@ from lvlm_probe.cli.shared.rows import Fetch, Format, Requests, Strict, failures
 from lvlm_probe.cli.shared.servers import MaxRequests, ServedModel, ServerUrl, Yes, open_server
 from lvlm_probe.cli.shared.terminal import bar, note, one_line, open_page, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.escaping import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -234,7 +235,7 @@ def _tell(readings: Sequence[Reading]) -> None:
         f"{counts['image']} from the image",
     ]
     kinds += [f"{counts['unknown']} whose probability is no number"] if counts["unknown"] else []
-    say((f"{len(readings)} answers: ", "bold"), ", ".join(kinds))
+    say((f"{counted(len(readings), 'answer')}: ", "bold"), ", ".join(kinds))
     worst = worst_words(readings)
     for word, reading in worst[:_SHOWN]:
         rather = f", rather {one_line(word.instead, 20)!r}" if word.instead else ""

@@ -175,12 +175,12 @@ def relative_attention(
     else:
         raise ExplainError(
             "relative_attention needs a general prompt's attention: give reference= (a trace of a general prompt on "
-            "the same picture), or explain a replay, which can ask"
+            "the same image), or explain a replay, which can ask"
         )
     below = _chosen(general_rows, [0], layers, heads)
     if below.shape != above.shape:
         raise ExplainError(
-            f"the reference has {len(below)} image tokens where this answer has {len(above)}: it is of another picture"
+            f"the reference has {len(below)} image tokens where this answer has {len(above)}: it is of another image"
         )
     # A floor well under any softmax weight that matters, so that a token nobody looks at does not explode.
     floor = float(below.mean()) * 1e-3

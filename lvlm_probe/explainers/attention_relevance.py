@@ -86,7 +86,7 @@ class Walk:
             chosen = chosen_encoder(replay, self.encoder)
             self.encoder_tokens = encoder_tokens(replay, chosen, self.problem.image)
             if not self.encoder_tokens.live.any():
-                raise ExplainError(f"no token of {chosen} stands for a part of the picture")
+                raise ExplainError(f"no token of {chosen} stands for a part of the image")
 
     @property
     def parts(self) -> tuple[Literal["decoder", "encoder"], ...]:

@@ -100,7 +100,7 @@ def gradcam(
     scaled = [finish(grid, met, params).values for grid, met in painted]
     known = [value.double() for value in scaled if value is not None]
     if not known:
-        return Outcome(None, params, reason="the method gives every region of the picture the same value")
+        return Outcome(None, params, reason="the method gives every region of the image the same value")
     met = torch.stack([met for _, met in painted]).any(dim=0)
     each = {
         path: None if value is None else np.round(value.numpy(), 4)

@@ -174,7 +174,7 @@ def regions_of(problem: Problem, segments: Segments, regions: int | tuple[int, i
     try:
         picture = problem.replay.image(problem.image).convert("RGB")
     except (ImageError, IndexError) as error:
-        raise ExplainError(f"greedy: no picture to cut into superpixels ({error}); use segments='grid'") from error
+        raise ExplainError(f"greedy: no image to cut into superpixels ({error}); use segments='grid'") from error
     scale = min(1.0, _LONG_SIDE / max(picture.size))
     width, height = (max(1, round(edge * scale)) for edge in picture.size)
     pixels = np.asarray(picture.resize((width, height)))

@@ -105,7 +105,7 @@ def iia(
     walk = Walk(problem, scope, bar, normalised=variant == "iia2", last_factor=last_factor, encoder=encoder)
     if walk.encoder_tokens is not None and len(walk.encoder_tokens.shape) == 1:
         raise ExplainError(
-            f"{walk.encoder_tokens.encoder} joins all pictures of a batch to one sequence, so the points of the path "
+            f"{walk.encoder_tokens.encoder} joins all images of a batch to one sequence, so the points of the path "
             f"cannot be told apart in it; give scope='decoder', or use 'tmm', which goes through this encoder"
         )
     replay = problem.replay.over("blank") if variant == "iia2" else problem.replay

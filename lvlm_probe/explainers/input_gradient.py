@@ -45,5 +45,5 @@ def input_gradient(problem: Problem, *, size: int | tuple[int, int] | None = Non
     unit = float(slope.abs().max() if sign == "absolute" else slope.max())
     heat = scaled(slope, seen, sign=sign)
     if heat is None:
-        return Outcome(None, params, reason="no cell of the picture speaks for these tokens")
+        return Outcome(None, params, reason="no cell of the image speaks for these tokens")
     return Outcome(heat, params, diagnostics={"unit": unit})

@@ -103,7 +103,7 @@ def integrated_gradients(
     }
     heat = scaled(attribution, seen, sign=sign)
     if heat is None:
-        return Outcome(None, params, reason="no cell of the picture speaks for these tokens", diagnostics=diagnostics)
+        return Outcome(None, params, reason="no cell of the image speaks for these tokens", diagnostics=diagnostics)
     return Outcome(heat, params, diagnostics=diagnostics)
 
 

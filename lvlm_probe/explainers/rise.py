@@ -105,7 +105,7 @@ def rise(
     relative = value if centred else value - f.mean()
     heat = scaled(relative, seen)
     if heat is None:
-        return Outcome(None, params, reason="the words do no better on pictures that show any one place than on others")
+        return Outcome(None, params, reason="the words do no better on images that show any one place than on others")
     unit = float(relative[seen].max())
     diagnostics = {
         "mean_score": float(f.mean()),

@@ -48,7 +48,7 @@ LEAST_SHARE = 0.05
 of masked images wander by some per cent for any mask, as no training image was ever masked; divided by less than
 that, the wandering alone runs over the whole scale. It is also the paper's limit of what a baseline may leave (A.1)."""
 
-NO_SIGHT = "the model sees no part of this picture"
+NO_SIGHT = "the model sees no part of this image"
 
 
 def no_effect(problem: Problem) -> str | None:
@@ -77,11 +77,11 @@ def no_effect(problem: Problem) -> str | None:
     allowed = replay.rounding.detach().cpu().double()[steps]
     if not bool((moved <= allowed).all()):  # NaN has an effect: methods say what is wrong with it
         return None
-    name = f"picture {problem.image + 1} of {replay.n_images}" if several else "the picture"
+    name = f"image {problem.image + 1} of {replay.n_images}" if several else "the image"
     kind = str(replay.baseline.get("kind") or "baseline")
-    what = "with all pictures" if several and not problem.live else "with it"
+    what = "with all images" if several and not problem.live else "with it"
     return (
-        f"{name} plays no part: the score of these tokens does not change with the picture ({what} replaced by the "
+        f"{name} plays no part: the score of these tokens does not change with the image ({what} replaced by the "
         f"{kind} baseline their log-probabilities move by at most {float(moved.max()):.2g} nats, and rounding by "
         f"{float(allowed.max()):.2g}){_same_picture(problem)}"
     )
@@ -97,7 +97,7 @@ def _same_picture(problem: Problem) -> str:
     picture, other = path.images[problem.image], path.baseline_images[problem.image]
     if picture.size != other.size or picture.convert("RGB").tobytes() != other.convert("RGB").tobytes():
         return ""
-    return "; its baseline is the picture itself: choose another, such as explain(replay.over('blank'))"
+    return "; its baseline is the image itself: choose another, such as explain(replay.over('blank'))"
 
 
 def score_of(problem: Problem, log_probs: torch.Tensor, kind: ScoreKind) -> torch.Tensor:
@@ -183,7 +183,7 @@ def finish(
         return Outcome(None, params, reason="no token of the method has a place in the image")
     low, high = float(grid[met].min()), float(grid[met].max())
     if high <= low:
-        return Outcome(None, params, reason="the method gives every region of the picture the same value")
+        return Outcome(None, params, reason="the method gives every region of the image the same value")
     scaled = torch.where(met, (grid - low) / (high - low), 0.0)
     return Outcome(scaled.clamp(0, 1), params, diagnostics=diagnostics or {})
 
@@ -204,22 +204,22 @@ def too_narrow(
     """
     span = abs(original - baseline)
     if not math.isfinite(span):
-        return f"the score is not a number with the whole picture ({original:g}) or on the baseline ({baseline:g})"
+        return f"the score is not a number with the whole image ({original:g}) or on the baseline ({baseline:g})"
     lost = span if score == "prob" else -math.expm1(-span)
     if not lost > 0 or lost < LEAST_SHARE * (abs(original) if score == "prob" else 1.0):
         share = lost / abs(original) if score == "prob" and original else lost
         return (
-            f"the whole picture decides {share:.2g} of the score ({original:.3g} with it, {baseline:.3g} on the "
+            f"the whole image decides {share:.2g} of the score ({original:.3g} with it, {baseline:.3g} on the "
             f"baseline), and parts of it are measured by that (at least {LEAST_SHARE:g} is needed)"
         )
     if met is None:
         return None
     there = met[~np.isnan(met)]
     if not np.isfinite(there).all() or len(there) < len(met):
-        return "scores of masked pictures are not numbers"
+        return "scores of masked images are not numbers"
     if span < LEAST_SHARE * (there.max() - there.min()):
         return (
-            f"scores of masked pictures run from {there.min():.3g} to {there.max():.3g}, and the whole picture decides "
+            f"scores of masked images run from {there.min():.3g} to {there.max():.3g}, and the whole image decides "
             f"only {span:.2g} of that ({original:.3g} with it, {baseline:.3g} on the baseline)"
         )
     return None

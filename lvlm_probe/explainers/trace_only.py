@@ -41,7 +41,7 @@ class RecordedAnswer:
         self.n_images = len(self.image_sizes)
         if not self.n_images:
             raise ExplainError(
-                f"{trace.path.name} holds no picture to draw a heatmap on: record with images=[...], or attach with "
+                f"{trace.path.name} holds no image to draw a heatmap on: record with images=[...], or attach with "
                 f"the processor"
             )
 

@@ -364,7 +364,7 @@ class ImagePath:
         mean, largest = level_errors(fast, real, geometry)
         if mean > REFUSE_LEVELS:
             raise ProcessorRefused(
-                f"{name}: on a half-masked picture the traced path is {mean:.1f} of 255 levels off in the mean, so a "
+                f"{name}: on a half-masked image the traced path is {mean:.1f} of 255 levels off in the mean, so a "
                 "pixel's value does not depend on its source pixels alone (normalisation per image, thresholds, "
                 "cropping by content). Attach without a processor (masks then live in pixel-input space)."
             )

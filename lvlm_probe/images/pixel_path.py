@@ -61,7 +61,7 @@ class PixelPath:
         if pixels is None or pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or not pixels.is_floating_point():
             shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self._raw.items()) or "none"
             raise ProcessorRefused(
-                f"masks can be laid on pixel inputs only where they are pictures, {key} (image, channel, row, col); "
+                f"masks can be laid on pixel inputs only where they are images, {key} (image, channel, row, col); "
                 f"these are: {shapes}. Give the processor: attach(model, processor), and the images: record(path, "
                 "images=...) where the processor is not called while recording."
             )

@@ -114,7 +114,7 @@ def trace_geometry(
 def _own_statistics(name: str, key: str) -> ProcessorRefused:
     return ProcessorRefused(
         f"{name}: uniform images of different brightness give the same pixel inputs, or no finite ones ({key}), so it "
-        "normalises each image by its own statistics and a pixel's value depends on the whole picture. Masks cannot be "
+        "normalises each image by its own statistics and a pixel's value depends on the whole image. Masks cannot be "
         "carried through it; attach without a processor (masks then live in pixel-input space)."
     )
 
@@ -128,19 +128,19 @@ def check_same_layout(reference: Mapping[str, Tensor], out: Mapping[str, Tensor]
     if set(reference) != set(out):
         raise ProcessorRefused(
             f"{name}: images of one size give different outputs ({sorted(reference)} and {sorted(out)}), so its layout "
-            "depends on the picture's content. Switch that option off, or attach without a processor."
+            "depends on the image's content. Switch that option off, or attach without a processor."
         )
     for key, expected in reference.items():
         got = out[key]
         if got.shape != expected.shape:
             raise ProcessorRefused(
                 f"{name}: images of one size give {key!r} of shapes {tuple(expected.shape)} and {tuple(got.shape)}, "
-                "so its geometry depends on the picture's content or is random. Switch that option off (cropping of "
+                "so its geometry depends on the image's content or is random. Switch that option off (cropping of "
                 "margins, random resizing), or attach without a processor."
             )
         if not expected.is_floating_point() and not torch.equal(expected, got):
             raise ProcessorRefused(
-                f"{name}: the integer output {key!r} depends on the picture's content (or is random), so a mask "
+                f"{name}: the integer output {key!r} depends on the image's content (or is random), so a mask "
                 "cannot be carried through it with a gradient. Switch that option off, or attach without a processor."
             )
 
@@ -217,7 +217,7 @@ def _decode(ramp: Tensor, cos: Tensor, sin: Tensor, *, extent: Tensor, whole: Te
     lost = float((measured & ~decoded).sum()) / max(float(measured.sum()), 1.0)
     if lost > 0.05:
         raise ProcessorRefused(
-            f"{where} does not show the picture position by position ({lost:.0%} of its elements could not be "
+            f"{where} does not show the image position by position ({lost:.0%} of its elements could not be "
             "located): the processor is random, mixes distant pixels or changes grey levels non-linearly. Attach "
             "without a processor (masks then live in pixel-input space)."
         )

@@ -125,7 +125,7 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
     recorder = ForcedRecorder(target, options, lambda name, error: faults.append(f"{name}: {error}"))
     limit = _positions(target.model)
     try:
-        _check_length(len(images), limit, "pictures, of a token each at least")
+        _check_length(len(images), limit, "images, of a token each at least")
         inputs = placed(_inputs(probe.processor, row, images, target.model), target.model)
         # These two are looked at alone: what is searched or sampled elsewhere has been found already.
         recorder.begin((), {**inputs, "num_beams": 1, "num_return_sequences": 1})

@@ -13,9 +13,7 @@ __all__ = ["BadRow", "counted", "reason_of", "shortened", "writable"]
 _SHOWN = 400
 """Characters of a reason: what stands in a row may be megabytes."""
 
-_PARTICULAR = re.compile(
-    r"(?<=the picture )(?!in |given )\S+|'[^']*'|\"[^\"]*\"|\([^)]*\)|[^\s,;:]*[./\\][^\s,;:]+|\d+"
-)
+_PARTICULAR = re.compile(r"(?<=the image )(?!in |given )\S+|'[^']*'|\"[^\"]*\"|\([^)]*\)|[^\s,;:]*[./\\][^\s,;:]+|\d+")
 """What differs between two rows that are refused for the same reason: quotations, names of files, numbers."""
 
 

@@ -111,7 +111,7 @@ class AnswerRow:
             opened.append(_open(source, directories, fetch))
             pixels += opened[-1].width * opened[-1].height
             if pixels > _LARGEST_PICTURES:
-                raise BadRow(f"the {len(self.images)} pictures have more than {_LARGEST_PICTURES} pixels together")
+                raise BadRow(f"the {len(self.images)} images have more than {_LARGEST_PICTURES} pixels together")
         return opened
 
 
@@ -442,16 +442,16 @@ def _open(source: str | bytes, directories: Sequence[Path], fetch: bool) -> Imag
         try:
             return decode_picture(source)
         except ProbeError as error:
-            raise BadRow(f"the picture in the row cannot be read: {error}") from error
+            raise BadRow(f"the image in the row cannot be read: {error}") from error
     if source.startswith("data:"):
         try:
             return open_image(source)
         except ProbeError as error:
-            raise BadRow(f"the picture in the data: URI cannot be read: {error}") from error
+            raise BadRow(f"the image in the data: URI cannot be read: {error}") from error
     if source.startswith(("http://", "https://")):
         if not fetch:
             raise BadRow(
-                f"the picture {shortened(source, 120)} lies on the network, which is asked only with --fetch "
+                f"the image {shortened(source, 120)} lies on the network, which is asked only with --fetch "
                 "(fetch=True); nothing was fetched"
             )
         return _given(source)
@@ -481,13 +481,13 @@ def _from_file(text: str, directories: Sequence[Path]) -> Image.Image:
     if found is not None:
         return _given(found)
     if outside:
-        raise BadRow(f"the picture {shown} lies outside of {looked}; name its directory: images=, --images DIR")
+        raise BadRow(f"the image {shown} lies outside of {looked}; name its directory: images=, --images DIR")
     if (data := _of_base64(text)) is not None:
         with suppress(ProbeError):
             return decode_picture(data)
     if not _may_be_path(text):
-        raise BadRow(f"the picture {shown} is missing: it is neither the path of a file nor an image in base64")
-    raise BadRow(f"the picture {shown} is missing (looked in {looked}; another place: --images DIR)")
+        raise BadRow(f"the image {shown} is missing: it is neither the path of a file nor an image in base64")
+    raise BadRow(f"the image {shown} is missing (looked in {looked}; another place: --images DIR)")
 
 
 def _may_be_path(text: str) -> bool:

@@ -214,4 +214,4 @@ def _same_proportions(heat: Map, shape: Sequence[int]) -> None:
     rows, cols = shape
     # Human maps are often kept on a square grid whatever the image; anything else has the image's proportions.
     if rows != cols and abs(rows * width - cols * height) > max(width, height, rows, cols):
-        raise ExplainError(f"the human map {(rows, cols)} is not of the picture's proportions {(height, width)}")
+        raise ExplainError(f"the human map {(rows, cols)} is not of the image's proportions {(height, width)}")

@@ -51,7 +51,7 @@ def boxes_to_mask(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> np
         rows = slice(max(0, math.floor(top)), min(height, math.ceil(bottom)))
         cols = slice(max(0, math.floor(left)), min(width, math.ceil(right)))
         if rows.start >= rows.stop or cols.start >= cols.stop:
-            raise ExplainError(f"the box {box!r} lies outside the picture of {width} × {height} pixels")
+            raise ExplainError(f"the box {box!r} lies outside the image of {width} × {height} pixels")
         mask[rows, cols] = True
     return mask
 
@@ -145,7 +145,7 @@ def _aligned(heat: Heatmap | np.ndarray, region: Region) -> tuple[np.ndarray, np
         width, height = heat.image_size
         # A region of the image's own proportions, give or take the rounding of a resize.
         if abs(inside.shape[0] * width - inside.shape[1] * height) > max(width, height, *inside.shape):
-            raise ExplainError(f"the region {inside.shape} is not of the picture's proportions {(height, width)}")
+            raise ExplainError(f"the region {inside.shape} is not of the image's proportions {(height, width)}")
         grid = np.asarray(heat.values)
     else:
         grid = np.asarray(heat, dtype=np.float32)
@@ -158,7 +158,7 @@ def _mask(heat: Heatmap | np.ndarray, region: Region) -> np.ndarray:
     if isinstance(region, (list, tuple)):
         if not isinstance(heat, Heatmap):
             raise ExplainError(
-                "boxes are in pixels of the picture, whose size a bare array does not tell: give the Heatmap, or a "
+                "boxes are in pixels of the image, whose size a bare array does not tell: give the Heatmap, or a "
                 "mask, boxes_to_mask(boxes, (width, height))"
             )
         single = len(region) == 4 and all(np.ndim(edge) == 0 for edge in region)

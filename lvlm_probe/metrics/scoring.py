@@ -168,7 +168,9 @@ class Score:
         if path is not None:
             target = Path(path)
             told = json.dumps(self.to_dict(), ensure_ascii=True, allow_nan=False)
-            write_whole(target, drawing.figure_bytes(drawn, target.name, provenance=told, dpi=dpi))
+            content = drawing.figure_bytes(drawn, target.name, provenance=told, dpi=dpi)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(target, content)
         return drawn
 
     def to_dict(self) -> dict[str, Any]:
@@ -445,7 +447,7 @@ def over_baseline(replay: AnyReplay, baseline: BaselineChoice) -> AnyReplay:
         return replay.over(kind, **params)
     except TypeError as error:
         raise ExplainError(
-            f"baseline is a kind, a picture, one picture per image, or a kind with its parameters such as "
+            f"baseline is a kind, an image, one for each image, or a kind with its parameters such as "
             f"('blur', {{'strength': 0.6}}); got {baseline!r} ({error})"
         ) from error
 

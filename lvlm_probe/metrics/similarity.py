@@ -63,7 +63,7 @@ def compare_maps(first: Heatmap, second: Heatmap) -> Similarity:
             raise ExplainError(f"there is nothing to compare: a heatmap has no values, because {heat.reason}")
     if tuple(first.image_size) != tuple(second.image_size):
         raise ExplainError(
-            f"heatmaps of one picture are compared; these are of pictures of {tuple(first.image_size)} and "
+            f"heatmaps of one image are compared; these are of images of {tuple(first.image_size)} and "
             f"{tuple(second.image_size)} pixels"
         )
     assert first.seen is not None and second.seen is not None

@@ -168,14 +168,14 @@ def judge(
     contrast = original_probability - baseline_probability
     if not original_probability >= MIN_ORIGINAL:
         reasons.append(
-            f"the model gives these tokens a probability of only {original_probability:.2g} with the whole picture "
+            f"the model gives these tokens a probability of only {original_probability:.2g} with the whole image "
             f"in sight"
         )
     if not contrast >= MIN_CONTRAST:
         reasons.append(_little_contrast(original_probability, baseline_probability))
     elif not baseline_probability < BASELINE_PROBABILITY:
         reasons.append(
-            f"the baseline picture still leaves these tokens a probability of {baseline_probability:.2g} "
+            f"the baseline image still leaves these tokens a probability of {baseline_probability:.2g} "
             f"(it should be below {BASELINE_PROBABILITY:g}): try another baseline, such as explain(replay.over('mean'))"
         )
     gain = insertion - deletion
@@ -205,7 +205,7 @@ def judge(
         reasons.append("the image processor does not make the same inputs twice")
     if parity_mode == "fast" and parity_error is not None and not parity_error <= MAX_PARITY_ERROR:
         reasons.append(
-            f"masked pictures differ from what the processor would make by {parity_error:.1f} grey levels in the mean: "
+            f"masked images differ from what the processor would make by {parity_error:.1f} grey levels in the mean: "
             f"evaluate with mode='exact'"
         )
     return Verdict(not reasons, tuple(reasons))

@@ -270,7 +270,7 @@ def expanded(ids: torch.Tensor, mark: int, placeholder: int, count: int) -> torc
     """
     at = (ids == mark).nonzero()[:, 0].tolist()
     if len(at) != 1:
-        raise ValueError(f"the prompt holds {len(at)} pictures; exactly one is supported")
+        raise ValueError(f"the prompt holds {len(at)} images; exactly one is supported")
     return torch.cat([ids[: at[0]], ids.new_full((count,), placeholder), ids[at[0] + 1 :]])
 
 

@@ -149,7 +149,7 @@ def _lead(readings: Sequence[Reading], unread: Sequence[Unread]) -> str:
     legend = "".join(
         f'<span><i class="dot band-{name}"></i>{_ORIGINS[name]} {bands[name]}</span>'
         for name, share in shares.items()
-        if share
+        if share or name != "unknown"  # the bars of single answers have these colours too
     )
     said.append(
         f'<svg class="bands" viewBox="0 0 100 10" preserveAspectRatio="none" role="img" '

@@ -167,7 +167,7 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
         attention = "recorded" if cost.numbers else None
         plan = Plan(method, 4 * cost.numbers, weights, budget.limit, cost.forward, cost.backward, attention=attention)
         return plan
-    notes: tuple[str, ...] = ("passes: about, it depends on the picture",) if cost.about else ()
+    notes: tuple[str, ...] = ("passes: about, it depends on the image",) if cost.about else ()
     base = Plan(method, None, weights, budget.limit, cost.forward, cost.backward, attention=attention, notes=notes)
     most, own = max(cost.groups, default=1), 4 * cost.numbers
     replay = _asked(replay, cost)
@@ -197,7 +197,7 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
         raise out_of_memory(
             f"{method}: one mask does not go through {type(replay.model).__name__} on {replay.device}, not even with "
             f"gradient checkpointing, so it cannot be said how much it takes; load the model in bfloat16, or with "
-            f"device_map='auto' and less of it on {replay.device}, or use a smaller picture",
+            f"device_map='auto' and less of it on {replay.device}, or use a smaller image",
             failure,
         ) from failure
     return _elsewhere(replay, base, cost, budget, smallest, own, image)
@@ -246,7 +246,7 @@ def _elsewhere(
     room = budget.device if budget.device is not None else budget.limit + base.weights
     inside = cost.kind in _INSIDE
     if least + largest > room:
-        advice = "a smaller picture or a shorter answer" if cost.splits else "fewer points=… or a smaller picture"
+        advice = "a smaller image or a shorter answer" if cost.splits else "fewer points=… or a smaller image"
         raise OutOfMemory(
             f"{base.method} takes {show_bytes(least)} for "
             f"{'one mask' if cost.splits else f'its {max(cost.groups)} masks, which go through at once'}"

@@ -137,10 +137,10 @@ def without_picture(ids: torch.Tensor, image_token: int | None, kwargs: Mapping[
     held = int(length()) if callable(length) else 0
     tokens = int((ids == image_token).sum()) if image_token is not None else 0
     if held:
-        told = f"its {tokens} image tokens stand for pictures" if tokens else "an earlier turn may have had pictures"
+        told = f"its {tokens} image tokens stand for images" if tokens else "an earlier turn may have had images"
         return (
             f"this turn goes on from past_key_values ({held} positions), and {told} that only the cache holds; nothing "
-            f"is recorded. Record this turn without the cache: generate() over the conversation with its pictures"
+            f"is recorded. Record this turn without the cache: generate() over the conversation with its images"
         )
     if tokens:
         return (

@@ -59,7 +59,7 @@ class Masking:
         """A forward call with masked pixels."""
         if isinstance(model, Driver):
             raise MaskError(
-                f"masked(): the forward of {type(model.original).__name__} takes its pictures in a way of its own; "
+                f"masked(): the forward of {type(model.original).__name__} takes its images in a way of its own; "
                 f"call generate() in the block, or use replay.log_probs(mask), which is differentiable"
             )
         return self.replace(kwargs)
@@ -112,7 +112,7 @@ class Masking:
     def _make_path(self, pixels: dict[str, torch.Tensor], dtype: torch.dtype) -> Any:
         if self.space == "pixels":
             if not isinstance(self.baseline, str):
-                raise ImageError("masked(space='pixels') has no picture to lay another one over; name a kind")
+                raise ImageError("masked(space='pixels') has no image to lay another one over; name a kind")
             return PixelPath(pixels, dtype=dtype).with_baseline_kind(self.baseline)
         image_processor = image_processor_of(self.processor)
         if image_processor is None:
@@ -124,7 +124,7 @@ class Masking:
                 raise self._unknown(self.watch.why(pixels)[1])
             known = Handed(call.images, call.groups, call.why)
         if known.images is None:
-            raise self._unknown(f"the picture was given as {known.why}, which cannot be brought back to a picture")
+            raise self._unknown(f"the image was given as {known.why}, which cannot be brought back to an image")
         image_processor, _ = with_settings(image_processor, None if call is None else call.config)
         path = ImagePath.from_processor(
             image_processor,
@@ -146,8 +146,8 @@ class Masking:
     @staticmethod
     def _unknown(why: str) -> ImageError:
         return ImageError(
-            f"masked(): the picture of this call is not known, so that a mask cannot be laid on it: {why}. Give it, "
-            f"masked(mask, images=[picture]), or mask what the processor made of it instead, masked(mask, "
+            f"masked(): the image of this call is not known, so that a mask cannot be laid on it: {why}. Give it, "
+            f"masked(mask, images=[image]), or mask what the processor made of it instead, masked(mask, "
             f"space='pixels')"
         )
 

@@ -288,7 +288,7 @@ class Attachment(Target):
             # Not fenced: a mask the user asked for and did not get would be a silent lie.
             with Call(self):
                 if recording is not None:
-                    recording.warn_once("masked", "a masked generation is not recorded: its picture is not the user's")
+                    recording.warn_once("masked", "a masked generation is not recorded: its image is not the user's")
                 args, kwargs = masking.of_generate(self.model, args, kwargs)
                 return original(*args, **kwargs)
         once = _Once(original)

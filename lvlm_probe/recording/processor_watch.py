@@ -242,7 +242,7 @@ class ProcessorWatch:
             )
         if gone:
             return "forgotten", (
-                f"these inputs were prepared more than {len(self)} processor calls ago, and pictures are held up to "
+                f"these inputs were prepared more than {len(self)} processor calls ago, and images are held up to "
                 f"{self._budget >> 20} MiB; prepare fewer prompts ahead, or pass images="
             )
         if names and not names & floating.keys():
@@ -252,7 +252,7 @@ class ProcessorWatch:
             )
         if again:
             return "changed", (
-                f"{', '.join(again)} was changed in place after the processor returned it, so that no picture makes "
+                f"{', '.join(again)} was changed in place after the processor returned it, so that no image makes "
                 f"these inputs"
             )
         older = f", more than {len(self)} calls ago" if dropped else ""

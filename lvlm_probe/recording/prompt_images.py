@@ -55,7 +55,7 @@ def encoded(row: RowPictures, on_error: Callable[[str, BaseException], None]) ->
         return replace(row, records=[ImageRecord(*encode_picture(image), *image.size) for image in row.images or []])
     except Exception as error:
         on_error("pictures", error)
-        return RowPictures(notes=(f"no picture is kept, for it cannot be encoded: {type(error).__name__}: {error}",))
+        return RowPictures(notes=(f"no image is kept, for it cannot be encoded: {type(error).__name__}: {error}",))
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class PictureFinder:
             raise
         except Exception as error:
             on_error("pictures", error)
-            return self._without(batch, "pictures", f"no picture is kept: {type(error).__name__}: {error}", warn=False)
+            return self._without(batch, "pictures", f"no image is kept: {type(error).__name__}: {error}", warn=False)
         finally:
             OWN_CALL.reset(ours)
 
@@ -135,7 +135,7 @@ class PictureFinder:
                         f"that a mask would not reach it; attach the whole processor that made the inputs"
                     )
             except ImageError as error:
-                told = "the pictures given as images= are not the ones the pixel inputs were made from: "
+                told = "the images given as images= are not the ones the pixel inputs were made from: "
                 return self._without(batch, "images", f"{told if self._given is not None else ''}{error}")
         groups = self._groups(call, batch, image_processor)
         rows, start = [], 0
@@ -158,8 +158,8 @@ class PictureFinder:
             return PromptPictures([RowPictures() for _ in range(batch)], [note])
         if call is not None:
             why = (
-                f"the picture was given to the processor as {call.why}, which cannot be brought back to a picture; "
-                f"give it PIL pictures or uint8 arrays, or pass images="
+                f"the image was given to the processor as {call.why}, which cannot be brought back to an image; "
+                f"give it PIL images or uint8 arrays, or pass images="
             )
             return self._without(batch, "unreadable", why)
         return self._without(batch, *self._watch.why(self._inputs))
@@ -167,7 +167,7 @@ class PictureFinder:
     def _without(self, batch: int, kind: str, why: str, *, warn: bool = True) -> PromptPictures:
         why = why.rstrip(".")
         if warn:
-            self.cautions.append((kind, f"a trace without its picture: {why}"))
+            self.cautions.append((kind, f"a trace without its image: {why}"))
         return PromptPictures([RowPictures() for _ in range(batch)], [f"{why}: masks live in pixel-input space"])
 
     def _beside(self, call: ProcessorCall) -> list[str]:
@@ -220,7 +220,7 @@ class PictureFinder:
             if len(groups) == batch and start == len(per_image):
                 return tuple(groups)
         raise NotRecorded(
-            f"{len(call.images)} pictures for a batch of {batch} prompts: which belongs to which cannot be told; "
+            f"{len(call.images)} images for a batch of {batch} prompts: which belongs to which cannot be told; "
             "nest them in the processor call, images=[[first, second], [third]], or record one prompt at a time. "
             "Nothing is recorded"
         )

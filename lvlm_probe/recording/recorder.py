@@ -385,7 +385,7 @@ class GenerationRecorder:
         rows = []
         for row in range(len(generated)):
             if pictures.rows[row // copies].images == []:
-                self.notes.append(f"row {row} of the batch has no picture and is not recorded")
+                self.notes.append(f"row {row} of the batch has no image and is not recorded")
                 continue
             length = self.stops.answer_length(generated[row].tolist())
             if length == 0:
@@ -426,7 +426,7 @@ class GenerationRecorder:
         notes = [*self.notes, *pictures.notes, *mine.notes]
         if padded:
             notes.append(
-                "in its batch this row ran beside pictures that only fill it up, which this model sees; its "
+                "in its batch this row ran beside images that only fill it up, which this model sees; its "
                 "log-probabilities come from one teacher-forced pass without them"
             )
         pieces = display_pieces(tokenizer, token_ids.tolist())

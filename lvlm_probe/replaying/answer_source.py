@@ -63,7 +63,7 @@ def recorded_path(
         )
     if not pixels:
         raise ImageError(
-            f"{trace.path.name} holds no picture: it was recorded from a text-only prompt, and there is nothing to mask"
+            f"{trace.path.name} holds no image: it was recorded from a text-only prompt, and there is nothing to mask"
         )
     recorded = dict(trace.baseline or {})
     kind = str(recorded.get("kind", "blur"))
@@ -72,7 +72,7 @@ def recorded_path(
         params["strength"] = math.inf  # JSON has no infinity
     if kind not in KINDS:
         _log.warning(
-            "the baseline of %s was a picture of the user's, which traces do not keep; using blur", trace.trace_id
+            "the baseline of %s was an image of the user's, which traces do not keep; using blur", trace.trace_id
         )
         recorded, kind, params = {}, "blur", {}
     placed: dict[str, Any] = {"device": input_device(model), "dtype": getattr(model, "dtype", torch.float32)}

@@ -58,8 +58,8 @@ def described(baseline: Mapping[str, Any]) -> tuple[str, float | None, int | Non
     kind = str(baseline.get("kind", "blur"))
     if kind not in KINDS:
         raise ImageError(
-            "this baseline was a picture of your own, which a description does not hold, and it is not the one "
-            "that this replay has: give the picture again, as baseline=… or by replay.over(picture) (on the "
+            "this baseline was an image of your own, which a description does not hold, and it is not the one "
+            "that this replay has: give the image again, as baseline=… or by replay.over(image) (on the "
             "command line --baseline FILE)"
         )
     return kind, math.inf if baseline.get("limit") else baseline.get("strength"), baseline.get("seed")
@@ -83,7 +83,7 @@ def draw(
     if isinstance(path, PixelPath):
         if not plain:
             raise ImageError(
-                "masks live in pixel-input space here, where a picture of your own cannot be brought to without the "
+                "masks live in pixel-input space here, where an image of your own cannot be brought to without the "
                 f"image processor: give the processor, or choose one of {', '.join(KINDS)}"
             )
         kind = str(kinds[0])

@@ -102,7 +102,7 @@ def _compared(
     if not (cut or told):
         return ""
     return _sentence(
-        modules, cut, f" (along the picture the score rises by {measured:.3g}, by its gradient {expected:.3g})"
+        modules, cut, f" (along the image the score rises by {measured:.3g}, by its gradient {expected:.3g})"
     )
 
 

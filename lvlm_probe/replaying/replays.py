@@ -478,8 +478,8 @@ class Replay(Views):
         """
         if self.anatomy.encoder_decoder and self.anatomy.reads_prompt and {"decoder", "cross"} & set(attention):
             raise ExplainError(
-                f"the decoder of {type(self.model).__name__} reads the picture through its encoder: its attention "
-                "layers have no columns of image tokens; use a method that works by masking the picture"
+                f"the decoder of {type(self.model).__name__} reads the image through its encoder: its attention "
+                "layers have no columns of image tokens; use a method that works by masking the image"
             )
         return self._looking_inside(modules=modules, attention=attention, visit=visit, edit=edit)
 

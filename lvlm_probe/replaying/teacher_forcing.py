@@ -189,7 +189,7 @@ class TeacherForcing:
                     raise
                 raise ReplayError(
                     f"the answer holds the image token itself, to which {type(model).__name__} looks for another "
-                    f"picture, so this answer cannot be replayed ({error})"
+                    f"image, so this answer cannot be replayed ({error})"
                 ) from error
         span = steps[-1] - steps[0] + 1
         if logits.shape[1] != len(steps):  # else the head was given no other positions
@@ -202,7 +202,7 @@ class TeacherForcing:
             logits = logits.float()
         if logits.shape[0] != batch or logits.shape[1] != len(steps):
             raise ReplayError(
-                f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for {batch} pictures and "
+                f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for {batch} images and "
                 f"{len(steps)} answer tokens; its forward edits the sequence, so this answer cannot be replayed"
             )
         if shortcut is None and batch == 1:

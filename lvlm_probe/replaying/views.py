@@ -141,7 +141,7 @@ class Views:
             kinds *= self.n_images
         if len(kinds) != self.n_images:
             raise ImageError(
-                f"{len(kinds)} baseline pictures for a prompt with {self.n_images} images; give one per image"
+                f"{len(kinds)} baseline images for a prompt with {self.n_images} images; give one per image"
             )
         named = isinstance(kinds[0], str) and kinds[0] in KINDS and kinds == kinds[:1] * len(kinds)
         if named and same_baseline({"kind": kinds[0], **params}, self._baseline):

@@ -113,7 +113,7 @@ class Forecast:
         return total
 
     def table(self) -> Table:
-        """One line per model, data set and distinct row."""
+        """One line per model, data set and distinct row; columns of what nothing was measured of are left out."""
         rows: list[tuple[Cell, ...]] = []
         for line in self.lines:
             passes = "not known" if line.forward is None else f"{line.forward} + {line.backward}"
@@ -133,7 +133,16 @@ class Forecast:
             "hours",
             "",
         )
-        return Table("plan", "", columns, tuple(rows), labels=3)
+        known = [
+            place for place in range(len(columns)) if place < 6 or any(row[place] not in (None, "") for row in rows)
+        ]
+        return Table(
+            "plan",
+            "",
+            tuple(columns[place] for place in known),
+            tuple(tuple(row[place] for place in known) for row in rows),
+            labels=3,
+        )
 
     def sentences(self) -> list[str]:
         """Say what the table adds up to, and how far it can be believed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -96,6 +97,14 @@ def test_help_shows_an_example(command: str) -> None:
     result = succeed(*command.split(), "--help")
     assert f"lvlm-probe {command}" in result.out
     assert f"Example:  lvlm-probe {command}" in result.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_on_80_columns_with_whole_options(command: str) -> None:
+    shown = succeed(*command.split(), "--help", columns=80).out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert not re.search(r"--[\w-]*…", shown), "an option is cut"
+    assert "<bool>" not in shown and "<int" not in shown
 
 
 def test_metering_writes_nothing_of_its_own_on_standard_error() -> None:

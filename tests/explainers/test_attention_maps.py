@@ -259,7 +259,7 @@ def test_relative_attention_of_two_traces_needs_no_model():
 
 
 def test_a_reference_of_another_picture_is_refused():
-    with pytest.raises(ExplainError, match="of another picture"):
+    with pytest.raises(ExplainError, match="of another image"):
         explain(inside.trace("llava"), "relative_attention", reference=inside.trace("gemma3"))
 
 

@@ -395,7 +395,7 @@ def test_iia_refuses_points_that_do_not_stay_in_one_batch(monkeypatch):
 
 
 def test_iia_says_where_points_cannot_be_told_apart():
-    with pytest.raises(ExplainError, match=r"joins all pictures of a batch.*'tmm'"):
+    with pytest.raises(ExplainError, match=r"joins all images of a batch.*'tmm'"):
         explain(inside.replay("qwen2_vl"), "iia", scope="encoder")
 
 

@@ -200,7 +200,7 @@ def test_what_superpixels_need_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(torch.ones(2, 2) / 4)
             del self.image
 
-    with pytest.raises(ExplainError, match=r"no picture to cut into superpixels.*use segments='grid'"):
+    with pytest.raises(ExplainError, match=r"no image to cut into superpixels.*use segments='grid'"):
         explain(Pictureless(), method="greedy")
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
     with pytest.raises(ExplainError, match=r"pip install 'lvlm-probe\[superpixels\]', or segments='grid'"):

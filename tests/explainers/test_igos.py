@@ -436,7 +436,7 @@ def test_nothing_selected_is_a_result() -> None:
 def test_a_picture_without_a_say_is_a_result() -> None:
     heat = explain(ToyReplay(BOX, original=[0.5], base=[0.5]), tokens=(0, 1))
     assert heat.values is None
-    assert "does not change with the picture" in str(heat.reason)
+    assert "does not change with the image" in str(heat.reason)
 
 
 def test_not_a_number_is_refused_with_a_way_out() -> None:

@@ -106,8 +106,8 @@ def slight(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_picture_without_a_part_has_no_heatmap_by_any_method(two: Any, method: str) -> None:
     heat = probe.explain(two, method=method, image=0)
     assert heat.values is None and heat.selection
-    assert "picture 1 of 2 plays no part" in str(heat.reason) and "at most 0 nats" in str(heat.reason)
-    assert "its baseline is the picture itself" in str(heat.reason)
+    assert "image 1 of 2 plays no part" in str(heat.reason) and "at most 0 nats" in str(heat.reason)
+    assert "its baseline is the image itself" in str(heat.reason)
     assert heat.provenance["passes"]["forward"] in (1, 3) and heat.provenance["passes"]["backward"] == 0
     assert "plays no part" in str(evaluate(heat, two).verdict) and heat.image_index == 0
 
@@ -136,9 +136,9 @@ def test_a_model_that_hands_on_no_picture(with_processor: bool, tmp_path: Path) 
     replay = probe.replay(trace, model, own)
     for method in ("igos++", "occlusion", "gradcam", "random"):
         heat = probe.explain(replay, method=method, tokens=(0, 2))
-        assert heat.values is None and "the picture plays no part" in str(heat.reason)
+        assert heat.values is None and "the image plays no part" in str(heat.reason)
     alone = probe.explain(trace, method="random", tokens=(0, 2)) if trace.images else None
-    assert alone is None or "the picture plays no part" in str(alone.reason)
+    assert alone is None or "the image plays no part" in str(alone.reason)
 
 
 def test_tokens_that_move_against_each_other_are_moved() -> None:
@@ -161,10 +161,10 @@ def test_a_picture_with_a_very_small_part_has_a_heatmap_and_no_score(slight: Any
     assert all(heat is not None and heat.values is not None for heat in row.heats)
     for score in row.scores:
         assert score is not None and math.isnan(score.gain) and not score.verdict.trusted
-        assert "the whole picture decides 0.0055 of the score" in str(score.reason)
+        assert "the whole image decides 0.0055 of the score" in str(score.reason)
         assert "undefined" in repr(score) and probe.metrics.Score.from_dict(score.to_dict()).reason == score.reason
     cells = Cells(made.path).cells
-    assert len(cells) == 3 and all("–" in cell and "No score: the whole picture decides" in cell for cell in cells)
+    assert len(cells) == 3 and all("–" in cell and "No score: the whole image decides" in cell for cell in cells)
     assert "best" not in " ".join(cells) and "nan" not in " ".join(cells).lower()
     for one in made.standings():
         assert one.gain is None and one.judged == 1 and sum(one.left_out.values()) == 1

@@ -273,7 +273,7 @@ def test_processors_that_masks_cannot_go_through_are_refused(processor, reason) 
 def test_geometry_that_depends_on_the_picture_is_refused() -> None:
     image = photograph(96, 64)
     image.paste((0, 0, 0), (0, 0, 24, 64))
-    with pytest.raises(ProcessorRefused, match=r"MarginCropped: .*depends on the picture's content"):
+    with pytest.raises(ProcessorRefused, match=r"MarginCropped: .*depends on the image's content"):
         ImagePath.from_processor(MarginCropped(), [image]).apply(torch.rand(1, 4, 4))
 
 

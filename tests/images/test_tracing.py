@@ -168,7 +168,7 @@ def test_refusals_name_the_processor_and_the_reason() -> None:
     box = BlackBox(MarginCropped(), {}, "flat")
     image = photograph(64, 48)
     image.paste((0, 0, 0), (0, 0, 20, 48))
-    with pytest.raises(ProcessorRefused, match=r"MarginCropped: .*depends on the picture"):
+    with pytest.raises(ProcessorRefused, match=r"MarginCropped: .*depends on the image"):
         trace_geometry(box, [(64, 48)], box([image]), name=box.name)
     with pytest.raises(ProcessorRefused, match=r"Fourier: .*could not be located"):
         trace(Fourier(), [(64, 48)])

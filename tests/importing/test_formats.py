@@ -600,7 +600,7 @@ def test_the_exit_code_says_whether_a_file_was_taken(answers: list[Served], plac
     )
     result = run("import", file, *command, place / "b")
     assert result.code == 1 and "3 of 4 rows are refused, more than a tenth" in result.err
-    assert "3 rows refused: 2 × the picture … is missing, 1 × there is no image" in result.err
+    assert "3 rows refused: 2 × the image … is missing, 1 × there is no image" in result.err
     result = run("import", lines(place / "c.jsonl", [{}]), *command, place / "c", "--json")
     assert result.code == 1 and result.json["failed"] == ["none of the 1 rows could be taken"]
     assert run("meter", file).err.count("--model DIR_OR_ID") == 1
@@ -608,11 +608,11 @@ def test_the_exit_code_says_whether_a_file_was_taken(answers: list[Served], plac
 
 def test_reasons_are_counted_by_kind() -> None:
     reasons = [
-        "the picture a.png is missing (looked in /x)",
-        "the picture b/c.png is missing (looked in /y)",
+        "the image a.png is missing (looked in /x)",
+        "the image b/c.png is missing (looked in /y)",
         "not JSON: 1",
     ]
-    assert counted(reasons) == [("the picture … is missing", 2), ("not JSON", 1)]
-    assert counted(["the picture https://x/y lies on the network, which"]) == [
-        ("the picture … lies on the network, which", 1)
+    assert counted(reasons) == [("the image … is missing", 2), ("not JSON", 1)]
+    assert counted(["the image https://x/y lies on the network, which"]) == [
+        ("the image … lies on the network, which", 1)
     ]

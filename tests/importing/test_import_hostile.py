@@ -57,7 +57,7 @@ LINES: dict[str, tuple[str | bytes, str]] = {
     "tokens of 200 kB": (row(token_ids=[5] * 200_000), "made for 512 positions"),
     "an answer a little too long": (row(answer="red " * 480), "made for 512 positions"),
     "500 pictures": (row(image=["ok.png"] * 500), "32009 tokens of the prompt"),
-    "600 pictures": (row(image=["ok.png"] * 600), "600 pictures"),
+    "600 images": (row(image=["ok.png"] * 600), "600 images"),
     "a million keys": (json.dumps({str(n): 0 for n in range(100_000)}), "there is no image"),
     "a list": ("[1, 2]", "a row is an object, not list"),
     "a number": ("5", "a row is an object, not int"),
@@ -154,7 +154,7 @@ def test_pictures_that_would_fill_the_memory(place: Path, monkeypatch: pytest.Mo
     file.write_text(row(image=["ok.png"] * 4))
     ((_, found),) = read_rows(file)
     assert isinstance(found, AnswerRow)
-    with pytest.raises(BadRow, match="4 pictures have more than"):
+    with pytest.raises(BadRow, match="4 images have more than"):
         found.open_images([place])
 
 

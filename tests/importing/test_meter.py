@@ -340,6 +340,8 @@ def test_page(tmp_path: Path) -> None:
     assert "1 of the answers were not generated here" in text
     with pytest.raises(ReportError, match="exists"):
         write_page(readings, path)
+    alone = write_page(readings[:1], tmp_path / "alone.html").read_text()
+    assert "from habit 0</span>" in alone and "not known 0" not in alone, "bars of words have a colour for habit"
 
 
 def test_thousands_of_answers_are_one_small_file(tmp_path: Path) -> None:
@@ -360,7 +362,7 @@ def test_the_command(asked: Path, tmp_path: Path) -> None:
     page = tmp_path / "meter.html"
     result = run("meter", asked / "answers.jsonl", "--model", "demo", "--out", page)
     assert result.code == 1 and "1 of 3 rows are refused, more than a tenth" in result.err
-    assert "2 answers:" in result.out and "line 3: the picture none.png is missing" in result.err
+    assert "2 answers:" in result.out and "line 3: the image none.png is missing" in result.err
     with page.with_suffix(".csv").open(encoding="utf-8") as file:
         assert [row["rank"] for row in csv.DictReader(file)] == ["1", "2", ""]
     assert len(data_of(page)["rows"]) == 2

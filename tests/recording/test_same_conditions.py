@@ -196,7 +196,7 @@ def test_masked_refuses_a_picture_that_is_not_known(llava):
         whole = model(**before).logits
         with (
             p.masked(mask),
-            pytest.raises(probe.errors.ImageError, match=r"made nothing since attach.*images=\[picture\].*pixels"),
+            pytest.raises(probe.errors.ImageError, match=r"made nothing since attach.*images=\[image\].*pixels"),
         ):
             model(**before)
         with p.masked(mask, images=[picture]):
@@ -558,7 +558,7 @@ def test_a_second_turn_on_a_cache(llava, tmp_path):
     with probe.attach(model, processor) as p, p.record(tmp_path, llr=False, boxes=False) as recording:
         out = model.generate(**ask(llava), max_new_tokens=3, do_sample=False, past_key_values=cache)
         more = torch.cat([out, processor.tokenizer("USER: Where?", return_tensors="pt")["input_ids"]], 1)
-        with pytest.warns(probe.ProbeWarning, match="16 image tokens stand for pictures that only the cache holds"):
+        with pytest.warns(probe.ProbeWarning, match="16 image tokens stand for images that only the cache holds"):
             model.generate(
                 input_ids=more, attention_mask=torch.ones_like(more), past_key_values=cache, max_new_tokens=3
             )

@@ -152,7 +152,7 @@ def test_a_baseline_picture_of_the_users_is_known_by_its_pixels(replay: probe.Re
     assert expected.baseline_check["same_as_explained"] is True
     assert probe.evaluate(heat, replay, steps=4, baseline=mine.copy()).deletion == expected.deletion
     for wrong in (replay, replay.over(other)):
-        with pytest.raises(probe.errors.ImageError, match=r"a picture of your own.*give the picture again"):
+        with pytest.raises(probe.errors.ImageError, match=r"an image of your own.*give the image again"):
             probe.evaluate(heat, wrong, steps=4)
     assert probe.evaluate(heat, replay, steps=4, baseline=other).baseline_check["same_as_explained"] is False
 

@@ -269,7 +269,7 @@ def test_the_heatmap_is_made_again_as_it_was_made(recorded, replay) -> None:
 def test_a_baseline_of_the_users_own_goes_along(replay) -> None:
     own = replay.image().convert("L").convert("RGB")
     heat = probe.explain(replay.over(own), method="test gradient")
-    with pytest.raises(probe.errors.ImageError, match="give the picture again"):
+    with pytest.raises(probe.errors.ImageError, match="give the image again"):
         weights(replay, heat, stages=1, draws=1)
     check = weights(replay.over(own), heat, stages=1, draws=1)
     first, again = (one.provenance["baseline"] for one in (heat, check.heatmaps[0]))
@@ -467,7 +467,7 @@ def test_cells_out_of_sight_do_not_count_as_agreement() -> None:
     assert whole.rank_correlation == pytest.approx(half.rank_correlation)
     with pytest.raises(probe.errors.ExplainError, match="no cell is seen in both"):
         compare_maps(heat(first, seen), heat(second, ~seen))
-    with pytest.raises(probe.errors.ExplainError, match="pictures of"):
+    with pytest.raises(probe.errors.ExplainError, match="images of"):
         compare_maps(heat(first), Heatmap(second, (32, 32)))
     with pytest.raises(probe.errors.ExplainError, match="because nothing selected"):
         compare_maps(heat(first), Heatmap(None, (64, 64), reason="nothing selected"))

@@ -163,5 +163,5 @@ def test_refusals_and_missing_heatmaps() -> None:
     assert stability([one, empty, one]).missing == 1
     with pytest.raises(ExplainError, match="at least two different"):
         seeds(ToyReplay(BOX), explained(ToyReplay(BOX), 0.1), seeds=1)
-    with pytest.raises(ExplainError, match="pictures of"):
+    with pytest.raises(ExplainError, match="images of"):
         stability([one, Heatmap(np.eye(4), (32, 32))])

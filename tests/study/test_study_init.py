@@ -60,15 +60,23 @@ def test_from_a_table_to_tables(tmp_path: Path) -> None:
     )
     done = succeed("study", "run", file)
     lines = done.out.splitlines()
-    assert "1 model(s), 1 data set(s), 3 methods" in lines[0]
+    assert "1 model, 1 data set, 3 methods" in lines[0]
     assert any("an answer takes" in line and "1 of 2 to go" in line for line in lines)
     assert any("a map takes" in line and "at most 3 to go" in line for line in lines)
     assert lines[-2].startswith("next:  lvlm-probe study table") and "lvlm-probe study page" in lines[-1]
     again = succeed("study", "run", file).out
     assert "made: 0 answers, 0 maps" in again and "takes" not in again, "nothing was measured, nothing is foretold"
     quiet = succeed("study", "run", file, "--json")
-    assert quiet.json["made"]["finished"] == 2 and "1 model(s)" in quiet.err
-    succeed("study", "table", file, "--table", "2")
+    assert quiet.json["made"]["finished"] == 2 and "1 model," in quiet.err
+    shown = succeed("study", "table", file, columns=80)
+    assert (
+        max(map(len, shown.out.split("tables: ")[0].splitlines())) <= 80
+        and "Table 2" in shown.out
+        and "&" not in shown.out
+    )
+    assert "Reproduction ledger" not in shown.out, "no number of the paper stands in a study on a table of one's own"
+    assert "no table 3, 5" in shown.err and "ledger" in shown.err
+    assert "Reproduction ledger" in succeed("study", "table", file, "--table", "ledger").out
     assert (file.parent / "runs" / "study" / "tables" / "table2.pdf").read_bytes().startswith(b"%PDF")
     refused = run("study", "init", data, "--out", file)
     assert refused.code == 2 and "--overwrite" in refused.err

@@ -176,6 +176,26 @@ def test_scores_that_divide_by_next_to_nothing_are_left_out_and_counted(results:
     assert by_cell["Table 2", "LLaVA-1.5-7b", "iGOS++", "MMVP", "insertion"][1].n == 1
 
 
+def test_text_is_as_wide_as_the_terminal() -> None:
+    """Whole where it fits; else without the bounds, which it says; wide characters take two columns."""
+    mean = Interval(0.25, 0.125, 0.5, level=0.95, n=4)
+    table = Table("t", "A title", ("model", "the data set", "deletion ↓"), (("a", "日本語", mean),), labels=2)
+    assert table.text(80).splitlines() == [
+        "A title",
+        "",
+        "model  the data set            deletion ↓",
+        "─────  ────────────  ────────────────────",
+        "a      日本語        0.250 [0.125, 0.500]",
+    ]
+    assert table.text(40).splitlines()[2:5] == [
+        "model  the data            deletion ↓",
+        "       set",
+        "─────  ────────  ────────────────────",
+    ]
+    narrow = table.text(30).splitlines()
+    assert "a      日本語       0.250" in narrow and "intervals" in " ".join(narrow)
+
+
 @pytest.mark.parametrize(("true", "count"), [(0, 10), (3, 10), (8, 8), (1, 1), (17, 200)])
 def test_shares_have_wilsons_interval(true: int, count: int) -> None:
     proportion = pytest.importorskip("statsmodels.stats.proportion")

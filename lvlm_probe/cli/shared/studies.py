@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvlm_probe.cli.shared.terminal import one_line, say
+from lvlm_probe.escaping import counted
 
 if TYPE_CHECKING:
     from lvlm_probe.study.results import Results
@@ -29,14 +30,12 @@ def show_state(results: Results) -> None:
     found = state(results)
     for dataset, kept in found["kept"].items():
         dropped = found["dropped"][dataset]
-        say((one_line(dataset), "bold"), f": {kept} samples kept, {dropped} dropped or not answered by all")
+        say((one_line(dataset), "bold"), f": {counted(kept, 'sample')} kept, {dropped} dropped or not answered by all")
     for line in found["answers"]:
         where = f"{one_line(line['model'])} on {one_line(line['dataset'])}"
-        say(f"  {where}: {line['done']} answers, {line['failed']} failed")
+        say(f"  {where}: {counted(line['done'], 'answer')}, {line['failed']} failed")
     for line in found["maps"]:
-        counts = (
-            f"{line['done']} maps, {line['empty']} without values, {line['failed']} failed, {line['missing']} to do"
-        )
-        say(f"  {one_line(line['row'])}: {counts}")
+        counts = f"{counted(line['done'], 'map')}, {line['empty']} without values, {line['failed']} failed"
+        say(f"  {one_line(line['row'])}: {counts}, {line['missing']} to do")
     for reason, count in found["reasons"].items():
         say((f"  {count} × {one_line(reason, 500)}", "dim"))

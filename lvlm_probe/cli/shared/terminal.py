@@ -55,6 +55,7 @@ __all__ = [
     "stage",
     "stop",
     "stored_path",
+    "width",
     "wrapped",
 ]
 
@@ -116,12 +117,16 @@ def say(*parts: str | Text | tuple[str, str]) -> None:
     console.print(Text.assemble(*safe_parts), soft_wrap=True)
 
 
-def wrapped(text: str, *, indent: int) -> list[str]:
-    """A text as the lines that fit beside an indent: on a terminal as wide as that, in a pipe in 80 columns."""
+def width() -> int:
+    """Columns of the terminal; in a pipe 80, or what COLUMNS says."""
     from rich.console import Console
 
-    width = min(Console().width, 100)
-    return textwrap.wrap(text, max(width - indent, 20), break_long_words=False, break_on_hyphens=False)
+    return Console().width
+
+
+def wrapped(text: str, *, indent: int) -> list[str]:
+    """A text as the lines that fit beside an indent: on a terminal as wide as that, in a pipe in 80 columns."""
+    return textwrap.wrap(text, max(min(width(), 100) - indent, 20), break_long_words=False, break_on_hyphens=False)
 
 
 def show_table(

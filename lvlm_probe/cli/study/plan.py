@@ -8,7 +8,7 @@ import typer
 
 from lvlm_probe.cli.shared.options import Json, StudyFile, TrustRemoteCode
 from lvlm_probe.cli.shared.studies import study_in
-from lvlm_probe.cli.shared.terminal import print_json, quiet_libraries, say, show
+from lvlm_probe.cli.shared.terminal import print_json, quiet_libraries, say, show, width
 
 __all__ = ["plan"]
 
@@ -38,6 +38,6 @@ def plan(
     if as_json:
         print_json(found.to_dict())
         return
-    show(found.table().pipes())
+    show(found.table().text(width()))
     for sentence in found.sentences():
         say(sentence)

@@ -24,6 +24,7 @@ from lvlm_probe.cli.shared.terminal import (
     stored_path,
 )
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.escaping import counted
 
 if TYPE_CHECKING:
     from lvlm_probe.study.run.runner import Told
@@ -91,9 +92,9 @@ class _Lines:
 
     def __enter__(self) -> _Lines:
         study = self._study
-        rows = f"{len(study.methods)} method{'s' * (len(study.methods) > 1)}"
+        parts = ((study.models, "model"), (study.datasets, "data set"), (study.methods, "method"))
         self._write(
-            f"study {one_line(study.name)}: {len(study.models)} model(s), {len(study.datasets)} data set(s), {rows}; "
+            f"study {one_line(study.name)}: {', '.join(counted(len(part), name) for part, name in parts)}; "
             f"units go to {stored_path(study.out)}"
         )
         return self

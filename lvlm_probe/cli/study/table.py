@@ -10,8 +10,8 @@ import typer
 from lvlm_probe.cli.shared.completion import choices
 from lvlm_probe.cli.shared.options import StudyFile
 from lvlm_probe.cli.shared.studies import study_in
-from lvlm_probe.cli.shared.terminal import say, show, stored_path
-from lvlm_probe.errors import ProbeError
+from lvlm_probe.cli.shared.terminal import note, say, show, stored_path, width
+from lvlm_probe.errors import ProbeError, StudyError
 from lvlm_probe.files import write_whole
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["NAMES", "table"]
 
 
+_FORMS = ("text", "markdown", "csv", "latex")
 NAMES = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "figure5", "ledger")
 
 
@@ -31,17 +32,17 @@ def table(
             "--table",
             metavar="NAME",
             autocompletion=choices(*NAMES, "all"),
-            help="1 to 9, figure5, ledger, or all that can be made.",
+            help="1 to 9, figure5, ledger (the paper's numbers beside yours), or all that can be made.",
         ),
     ] = "all",
     form: Annotated[
         str,
         typer.Option(
             "--format",
-            autocompletion=choices("markdown", "csv", "latex"),
-            help="What to print: markdown, csv or latex. Files are written in all forms, PDF too.",
+            autocompletion=choices(*_FORMS),
+            help="What to print: text, markdown, csv or latex. Files are written in all forms, PDF too.",
         ),
-    ] = "markdown",
+    ] = "text",
     annotations: Annotated[
         Path | None,
         typer.Option("--annotations", metavar="CSV", help="For figure5: dataset, sample, model, plausible (0 or 1)."),
@@ -61,11 +62,11 @@ def table(
     Example:  lvlm-probe study table study.yaml --table 2
     """
     from lvlm_probe.study.results import collect
-    from lvlm_probe.study.tables.ledger import ledger
+    from lvlm_probe.study.tables.ledger import any_run, ledger
     from lvlm_probe.study.tables.paper import TABLES, make_table
 
-    if form not in ("markdown", "csv", "latex"):
-        raise ProbeError(f"--format is markdown, csv or latex; not {form!r}")
+    if form not in _FORMS:
+        raise ProbeError(f"--format is text, markdown, csv or latex; not {form!r}")
     study = study_in(file)
     results = collect(study)
     if document is not None:
@@ -73,17 +74,22 @@ def table(
         return
     directory = out or study.out / "tables"
     names = [*TABLES, "figure5", "ledger"] if number == "all" else [number]
+    left: list[str] = []
     for name in names:
         try:
+            if name == "ledger" and number == "all" and not any_run(results):
+                raise StudyError("no number of the paper was run")
             made = ledger(results) if name == "ledger" else make_table(results, name, annotations=annotations)
-        except ProbeError as error:
+        except ProbeError:
             if number != "all":
                 raise
-            say((f"{name}: {error}", "dim"))
+            left.append(name)
             continue
         made.write(directory)
-        show(getattr(made, form)())
+        show(made.text(width()) if form == "text" else getattr(made, form)())
     say("tables: ", (stored_path(directory), "bold"))
+    if left:
+        note(f"no table {', '.join(left)} of this study; --table NAME says why")
 
 
 def _write_document(results: Results, file: Path, target: Path, annotations: Path | None) -> None:

@@ -178,7 +178,7 @@ class Optimisation:
         params = {"preset": self.preset, **dataclasses.asdict(settings), "size": list(self.shape)}
         params |= {"l2": settings.gnc_weight, "guided": self.weights is not None}
         if not self.seen.any():
-            return Outcome(None, params, reason="the model sees no part of this picture")
+            return Outcome(None, params, reason="the model sees no part of this image")
         state = torch.full((settings.masks, *self.shape), settings.init, dtype=torch.float32, device=self.device)
         previous = state
         summed = torch.zeros_like(state)
@@ -196,7 +196,7 @@ class Optimisation:
                         None,
                         params,
                         tuple(history),
-                        "no gradient of these tokens' score reaches the picture, though the score changes with it: use "
+                        "no gradient of these tokens' score reaches the image, though the score changes with it: use "
                         "a method that works by masking alone, such as occlusion or rise",
                     )
                 rate = settings.lr / largest

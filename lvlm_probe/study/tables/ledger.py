@@ -22,7 +22,7 @@ from lvlm_probe.study.tables.cells import objection, share
 from lvlm_probe.study.tables.table import Cell, Table
 from lvlm_probe.study.tables.tables8_9 import peak_memory
 
-__all__ = ["ledger", "printed"]
+__all__ = ["any_run", "ledger", "printed"]
 
 TABLE_9_MODEL = "LLaVA-1.5-7b"
 _MEASURES = {
@@ -88,6 +88,15 @@ def ledger(results: Results) -> Table:
             "first 12 digits of the SHA-256 of the sorted ids, which `lvlm-probe study export` writes out. The paper "
             f"does not say which model its Table 9 is of; {TABLE_9_MODEL} is taken, as for its ablations.",
         ),
+    )
+
+
+def any_run(results: Results) -> bool:
+    """Tell whether a study has a number of its own beside any of the paper's."""
+    return any(
+        _values(results, number, model, row, dataset, kind)
+        for number, model, row, dataset, _ in _cells()
+        for kind in BEHAVIOURS
     )
 
 

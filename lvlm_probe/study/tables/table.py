@@ -1,4 +1,4 @@
-"""A table of results, and its forms: Markdown, CSV, LaTeX, a page of its own (PDF), and a figure.
+"""A table of results, and its forms: text, Markdown, CSV, LaTeX, a page of its own (PDF), and a figure.
 
 In print (LaTeX, PDF) the best of each column that has a direction is bold and the second underlined, among the rows
 that are compared with each other; equal as printed is equal, and a row whose maps are not trusted is neither.
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,8 @@ __all__ = ["FORMS", "Cell", "Table"]
 
 Cell = str | int | float | Interval | None
 FORMS = ("markdown", "csv", "latex", "pdf", "figure")
+_FOLDS = (1000, 20, 14, 9, 1)
+"""Characters that a heading may have on a line, where its column is narrower: tried in turn until the lines fit."""
 _NUMBER = re.compile(r"[-+−]?\d+(\.\d+)?(?= ± |$)")
 
 
@@ -85,6 +89,38 @@ class Table:
             for row in self.rows
         ]
         return "\n".join([head, *("| " + " | ".join(line) + " |" for line in lines)])
+
+    def text(self, width: int = 80) -> str:
+        """The table as aligned columns for a terminal: headings on several lines, notes below it.
+
+        Bounds of intervals are left out, and a sentence says so, where the lines would be wider than ``width``.
+        """
+        from rich.cells import cell_len
+
+        whole = [[one_line(_text(cell, self.decimals)) for cell in row] for row in self.rows]
+        short = [[one_line(_estimate(cell, self.decimals)) for cell in row] for row in self.rows]
+
+        def laid(cells: list[list[str]], least: int) -> list[str]:
+            heads, sizes = [], []
+            for name, column in zip(self.columns, zip(*cells, strict=True), strict=True):
+                room = max(least, *map(cell_len, [*name.split(), *column]))
+                heads.append(textwrap.wrap(one_line(name), room, break_long_words=False, break_on_hyphens=False))
+                sizes.append(max(map(cell_len, [*heads[-1], *column])))
+            above = itertools.zip_longest(*heads, fillvalue="")
+            lines = [*above, ["─" * size for size in sizes], *cells]
+            return ["  ".join(map(_aligned, line, sizes, self._lefts())).rstrip() for line in lines]
+
+        tries = [laid(cells, least) for cells in (whole, short) for least in _FOLDS] if whole else [[]]
+        lines = next((one for one in tries if max(map(cell_len, one), default=0) <= width), tries[-1])
+        bare = whole != short and lines in tries[len(_FOLDS) :]
+        said = ["Without the intervals, which are in the files and the other formats."] if bare else []
+        title = textwrap.wrap(one_line(self.title), width, break_long_words=False)
+        notes = [line for note in (*self.notes, *said) for line in textwrap.wrap(one_line(note), width)]
+        return "\n".join([*title, *[""] * bool(title), *lines, *[""] * bool(notes), *notes]) + "\n"
+
+    def _lefts(self) -> list[bool]:
+        """Which columns stand left: those that name the row."""
+        return [place < self.labels for place in range(len(self.columns))]
 
     def csv(self) -> str:
         """Comma-separated, with the bounds of every interval in columns of their own."""
@@ -222,6 +258,7 @@ class Table:
             axes.set_yticks(range(len(names)), names if number == 0 else [""] * len(names), parse_math=False)
             axes.set_ylim(len(names) - 0.5, -0.5)
             axes.set_title(one_line(self.headings()[place]), fontsize=10, parse_math=False)
+            axes.locator_params(axis="x", nbins=5)  # numbers of neighbouring panels do not meet
             axes.grid(axis="x", color="#e3e6ea")
             axes.set_axisbelow(True)
             for side in ("top", "right", "left"):
@@ -254,6 +291,13 @@ class Table:
             elif any(isinstance(cell, Interval) for row in self.rows for cell in row):
                 draw(self.figure(), *(f"{self.name}-figure.{ending}" for ending in ("png", "pdf", "svg")))
         return made
+
+
+def _aligned(cell: str, size: int, left: bool) -> str:
+    from rich.cells import cell_len
+
+    room = " " * (size - cell_len(cell))
+    return cell + room if left else room + cell
 
 
 def _tex_row(cells: Iterable[str]) -> str:

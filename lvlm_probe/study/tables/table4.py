@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.escaping import counted
 from lvlm_probe.metrics import mixed_effects
 from lvlm_probe.study.results import Results
 from lvlm_probe.study.tables.cells import doubtful, filter_notes, gain, mean, number, objection, scored, skipped
@@ -92,14 +93,14 @@ def _tests(results: Results, row: str) -> list[str]:
             f"score ~ 1{family}",
         )
         if within
-        else f"Scale of the decoder: no group of models has two sizes ({len(groups)} group(s) are named)."
+        else f"Scale of the decoder: no group of models has two sizes ({counted(len(groups), 'group')} named)."
     )
     seen = [record for record in records if record["vision"]]
     kinds = {record["vision"] for record in seen}
     said.append(
         _test("Vision architecture", seen, "score ~ C(vision)", "score ~ 1")
         if len(kinds) > 1
-        else f"Vision architecture: {len(kinds)} kind(s) are named in this study, and a test needs two."
+        else f"Vision architecture: {counted(len(kinds), 'kind')} named in this study, and a test needs two."
     )
     if within and len(kinds) > 1 and _one_contrast(models, {record["model"] for record in records}):
         said.append(
