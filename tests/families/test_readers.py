@@ -62,6 +62,10 @@ def _built(name: str, model: Any, processor: Any) -> Built:
         del MEMBERS[name]
 
 
+def trocr() -> Built:
+    return _built("trocr", _trocr, _trocr_processor)
+
+
 @pytest.mark.parametrize(
     ("name", "model", "processor"), [("trocr", _trocr, _trocr_processor), ("nougat", _nougat, _nougat_processor)]
 )
