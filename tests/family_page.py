@@ -15,8 +15,8 @@ def markdown(table: FamilyTable) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in table.versions.items())
     about = (
         f"**{table.passed} of {len(lvlms)}** families pass every check that applies to them. They are those of "
-        f"transformers' image-text-to-text mapping ({len(table.families)} entries) that answer questions about a "
-        "picture; the others stand at the end, with the reason. Each was built tiny, with random weights, and with its "
+        f"transformers' image-text-to-text mapping ({len(table.families)} entries) that answer in words about an "
+        "image; the others stand at the end, with the reason. Each was built tiny, with random weights, and with its "
         "real processor, saved to disk, and opened by `probe.load`, as a user opens a model: in an environment of this "
         f"package alone, where {table.passing('default')} load and pass, and in one with the extras torchvision, timm "
         f"and num2words, where {table.passing('torchvision')} do. One that lacks a library ends in a sentence that "

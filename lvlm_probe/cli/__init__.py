@@ -117,8 +117,6 @@ _add_commands(app, sys.modules[__name__])
 def main() -> None:
     """Entry point of the ``lvlm-probe`` script: runs a command and ends every failure in a sentence."""
     arguments, debug, level = _taken_out(sys.argv[1:])
-    # Before torch is imported, which reads it once: its C++ code warns on stderr of blocks that metering sees freed.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     set_verbosity(level)
     guard_streams()
     try:

@@ -17,10 +17,13 @@ import numpy as np
 import torch
 
 from lvlm_probe.attention import RowTap
+from lvlm_probe.hooks import Call, HookSet
 from lvlm_probe.importing.retokenize import answer_tokens, checked_ids
 from lvlm_probe.importing.rows import AnswerRow, BadRow
-from lvlm_probe.models.prompts import chat_inputs, placed, prompt_rule
+from lvlm_probe.models.families import family_of
+from lvlm_probe.models.prompts import PromptRule, chat_inputs, placed, prompt_rule
 from lvlm_probe.models.tokenizers import tokenizer_of
+from lvlm_probe.recording.log_probs import generators
 from lvlm_probe.recording.prompt_images import NotRecorded
 from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions, Target
 from lvlm_probe.recording.row_inputs import columns_of, image_places
@@ -80,8 +83,11 @@ class ForcedRecorder(GenerationRecorder):
 
     def _tap_for(self, model: torch.nn.Module, row: RowCapture, faults: list[str]) -> RowTap | None:
         """A tap on the model that the pass runs on; ``None``, and why, where there is nothing to read."""
-        found = image_places({"input_ids": torch.as_tensor(row.input_ids)[None]}, self.anatomy.image_token_id)
+        found = self._places(row)
         cross = found is None or self.anatomy.encoder_decoder
+        if found is None and self.anatomy.encoder_decoder and self.anatomy.reads_prompt:
+            faults.append("the decoder reads a text that has read the image, and no image tokens")
+            return None
         tap = RowTap(model, cross=cross, on_error=lambda error: faults.append(str(error)))
         if not tap.layers:
             faults.append("; ".join(sorted(set(map(str, tap.unsupported.values())))) or "there is no attention layer")
@@ -91,16 +97,21 @@ class ForcedRecorder(GenerationRecorder):
             return None
         return tap
 
+    def _places(self, row: RowCapture) -> torch.Tensor | None:
+        inputs = {name: torch.as_tensor(value) for name, value in row.model_kwargs.items()}
+        ids = torch.as_tensor(row.input_ids)[None]
+        return image_places({**inputs, "input_ids": ids}, self.anatomy.image_token_id)
+
     def _armed(self, tap: RowTap, replay: Replay, row: RowCapture) -> None:
         """The tap reads the queries that predict the answer's tokens."""
-        found = image_places({"input_ids": torch.as_tensor(row.input_ids)[None]}, self.anatomy.image_token_id)
+        found = self._places(row)
         columns, valid = (None, None) if found is None else columns_of(found)
         tap.arm(
             columns,
             valid=valid,
             queries=torch.arange(replay.prompt_length - 1, replay.length),
             heads=self.options.heads,
-            cross_keys=len(row.input_ids) if self.anatomy.encoder_decoder else None,
+            cross_keys=len(row.input_ids) if self.anatomy.encoder_decoder and self.anatomy.reads_prompt else None,
         )
 
 
@@ -126,7 +137,8 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
     limit = _positions(target.model)
     try:
         _check_length(len(images), limit, "images, of a token each at least")
-        inputs = placed(_inputs(probe.processor, row, images, target.model), target.model)
+        inputs = placed(_inputs(probe.processor, row, images, target.model), target.model, probe.processor)
+        inputs = _as_handed_over(target.model, inputs)
         # These two are looked at alone: what is searched or sampled elsewhere has been found already.
         recorder.begin((), {**inputs, "num_beams": 1, "num_return_sequences": 1})
         start = recorder.beginning.shape[1]
@@ -150,13 +162,55 @@ def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options:
     return capture
 
 
+class _Handed(Exception):
+    """Ends a ``generate()`` of ours where the language model inside would begin."""
+
+
+def _as_handed_over(model: Any, inputs: Any) -> Any:
+    """The inputs with the prompt that a captioner's own ``generate`` makes of a given one (BLIP: another first token,
+    and not the last one)."""
+    family = family_of(getattr(getattr(model, "config", None), "model_type", None) or "")
+    ids, inner = inputs.get("input_ids"), [part for part in generators(model)[1:] if hasattr(part, "generate")]
+    if family is None or family.begins != "text" or ids is None or not inner:
+        return inputs
+    handed: list[torch.Tensor] = []
+
+    def stop(_original: Any, *args: Any, **kwargs: Any) -> None:
+        found = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        handed.extend([found] if isinstance(found, torch.Tensor) and found.ndim == 2 else [])
+        raise _Handed
+
+    with HookSet(scope=handed) as hooks, Call(handed), torch.no_grad(), contextlib.suppress(_Handed):
+        for part in inner:
+            hooks.shadow(part, "generate", stop)
+        model.generate(**inputs, max_new_tokens=1)
+    if not handed or torch.equal(handed[0], ids):
+        return inputs
+    width = handed[0].shape[1]
+    cut = {name: value[:, :width] for name, value in inputs.items() if value.shape == ids.shape}
+    return {**inputs, **cut, "input_ids": handed[0]}
+
+
 def _positions(model: Any) -> int:
     """How many tokens the decoder was made for; no bound where its configuration does not say."""
+    found = getattr(_decoder_config(model), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else sys.maxsize
+
+
+def _decoder_config(model: Any) -> Any:
     config = getattr(model, "config", None)
     with contextlib.suppress(AttributeError, TypeError, ValueError):  # another package's, or with several decoders
         config = config.get_text_config(decoder=True)  # type: ignore[union-attr]
-    found = getattr(config, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else sys.maxsize
+    return config
+
+
+def _vocabulary(model: Any) -> int:
+    """How many tokens the decoder knows; no bound where it does not say."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):  # of a model whose encoder embeds images
+        found = getattr(_decoder_config(model), "vocab_size", None)
+        return found if isinstance(found, int) else sys.maxsize
 
 
 def _check_length(count: int, limit: int, what: str) -> None:
@@ -273,11 +327,15 @@ def _likeliest(recorder: ForcedRecorder, candidates: Sequence[Sequence[int]], ro
 
 def _inputs(processor: Any, row: AnswerRow, images: Sequence[Image.Image], model: Any) -> Any:
     """The prompt's inputs, by the chat template for a question, as it stands for a prompt."""
-    prompt = row.prompt
+    prompt, rule = row.prompt, prompt_rule(processor, model)
+    if rule is not None and rule.begins:  # what it is given beside the image, as its task or how the answer begins
+        return chat_inputs(processor, images, row.question or "", rule=prompt_rule(processor, model, prompt=prompt))
+    if row.unasked:
+        raise BadRow(row.unasked)
     if prompt is None or not _is_rendered(processor, prompt):
         if row.messages is not None:
-            return _chat(processor, row, images)
-        return chat_inputs(processor, images, row.question or prompt or "", rule=prompt_rule(processor, model))
+            return _chat(processor, row, images, rule)
+        return chat_inputs(processor, images, row.question or prompt or "", rule=rule)
     begin = getattr(tokenizer_of(processor), "bos_token", None)
     settings = {"add_special_tokens": False} if begin and prompt.startswith(begin) else {}
     refusal: Exception | None = None
@@ -289,7 +347,7 @@ def _inputs(processor: Any, row: AnswerRow, images: Sequence[Image.Image], model
     raise BadRow(f"{type(processor).__name__} does not take this prompt: {refusal}") from refusal
 
 
-def _chat(processor: Any, row: AnswerRow, images: Sequence[Image.Image]) -> Any:
+def _chat(processor: Any, row: AnswerRow, images: Sequence[Image.Image], rule: PromptRule | None) -> Any:
     """The inputs of messages, by the chat template. Raises ``BadRow`` where it does not take them."""
     waiting = iter(images)
     turns: list[dict[str, Any]] = [
@@ -299,7 +357,7 @@ def _chat(processor: Any, row: AnswerRow, images: Sequence[Image.Image]) -> Any:
     ]  # fmt: skip
     if not getattr(processor, "chat_template", None):
         if len(turns) == 1:
-            return chat_inputs(processor, images, row.question or "")
+            return chat_inputs(processor, images, row.question or "", rule=rule)
         raise BadRow(
             f"{type(processor).__name__} has no chat template, and the row has {len(turns)} messages; give the prompt"
         )
@@ -344,9 +402,7 @@ def _candidates(
     tokenizer = tokenizer_of(target.processor)
     if row.token_ids is not None:
         _check_length(len(row.token_ids), limit, "tokens of the answer")
-        embeddings: Any = target.model.get_input_embeddings()  # type: ignore[operator]
-        width = embeddings.weight.shape[0]
-        return [checked_ids(tokenizer, row.token_ids, row.answer, width)], []
+        return [checked_ids(tokenizer, row.token_ids, row.answer, _vocabulary(target.model))], []
     assert row.answer is not None
     if tokenizer is not None and len(row.answer) > limit:  # a text of megabytes need not be tokenised to be too long
         longest = max(map(len, tokenizer.get_vocab()))

@@ -6,7 +6,8 @@ row's fields are checked. With the names of a row of one's own:
 * ``image`` (``images``, ``image_path``, ``image_file``): a path, a ``data:`` URI, base64, bytes, ``{"bytes", "path"}``,
   an http(s) URL where the network may be asked, or a list of them;
 * ``question``, or ``prompt``: the text as it was sent, chat template and image placeholders included. A prompt with
-  neither is taken for a question;
+  neither is taken for a question. For models that take no question ``prompt`` is their task, or how the answer begins,
+  and neither need be there;
 * ``answer`` (``response``, ``output``, ``generated_text``, ``completion``, ``text``): the answer's text;
 * ``token_ids`` (``output_token_ids``, ``answer_token_ids``, ``output_ids``): the answer's tokens, which then need not
   be guessed;
@@ -80,6 +81,7 @@ class AnswerRow:
         scored: tokens and log-probabilities at whose end the answer stands, of an answer that was given to be scored.
         shape: a name of ``SHAPES``.
         notes: sentences on what was decided.
+        unasked: why a model that wants a question cannot take the row; empty where there is one.
     """
 
     line: int
@@ -99,6 +101,7 @@ class AnswerRow:
     scored: tuple[tuple[int, float], ...] | None = field(default=None, repr=False)
     shape: str = "plain"
     notes: tuple[str, ...] = ()
+    unasked: str = ""
 
     def open_images(self, directories: Sequence[Path], *, fetch: bool = False) -> list[Image.Image]:
         """The images, RGB, from the row itself, from files in ``directories``, or with ``fetch`` from the network.
@@ -318,8 +321,7 @@ def _checked(line: int, content: Mapping[str, Any], found: dict[str, Any], has: 
             raise BadRow(f"the {name} is a text, not {type(found[name]).__name__}")
         if half := _HALVES.search(found[name]):
             raise BadRow(f"the {name} holds half of a character (U+{ord(half[0]):04X}), which no tokenizer takes")
-    if not (found["question"] or found["prompt"] or found["messages"]):
-        raise BadRow(f"there is neither question nor prompt; the row has {has['question']}")
+    asked = found["question"] or found["prompt"] or found["messages"]
     ids = found["token_ids"]
     if ids is not None and not (isinstance(ids, list) and ids and all(_is_id(item) for item in ids)):
         raise BadRow("token_ids is a list of whole numbers, and not an empty one")
@@ -354,6 +356,7 @@ def _checked(line: int, content: Mapping[str, Any], found: dict[str, Any], has: 
         scored=_scored(found["scored"]) if found["scored"] else None,
         shape=found["shape"],
         notes=tuple(found["notes"]),
+        unasked="" if asked else f"there is neither question nor prompt; the row has {has['question']}",
     )
 
 

@@ -17,9 +17,10 @@ A template is not parsed, it is asked: rendered around marks, it shows what it p
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from lvlm_probe.errors import ProbeError
 from lvlm_probe.models.anatomy import reads_a_prompt
 from lvlm_probe.models.families import Family, family_of
 from lvlm_probe.models.tokenizers import special_ids, tokenizer_of
+from lvlm_probe.models.wrappers import generating_model
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,6 +43,7 @@ _MARKS = ("\ue000q\ue001", "\ue000a\ue001", "\ue000r\ue001")
 _TASK = re.compile(r"<[A-Z_]+>")
 """A task token, as Florence-2 has them. A question that begins with one takes the place of the rule's own."""
 _SLOTS = re.compile(r"(\{images\})")
+_KINDS = "mm_token_type_ids"
 
 
 @dataclass(frozen=True)
@@ -214,14 +217,27 @@ def _with_tokens(processor: Any, text: str, count: int) -> str:
     return text.replace("{images}", between.join([token] * count))
 
 
-def placed(inputs: Any, model: Any) -> Any:
-    """The same inputs on the model's device, floating ones in its dtype."""
+def placed(inputs: Any, model: Any, processor: Any = None) -> Any:
+    """The inputs as ``generate()`` takes them: on the model's device, floating ones in its dtype.
+
+    With the processor also what the model's ``forward`` reads and the processor makes only when it is told to: the kind
+    of each token, text or image (Cosmos 3 Edge).
+    """
+    make, ids = getattr(processor, f"create_{_KINDS}", None), inputs.get("input_ids")
+    if make and ids is not None and _KINDS not in inputs and _KINDS in _arguments(model):
+        inputs[_KINDS] = torch.as_tensor(make(ids.tolist()), dtype=ids.dtype)
     inputs = inputs.to(model.device)
     dtype = getattr(model, "dtype", None)
     for name, value in inputs.items():
         if dtype is not None and hasattr(value, "is_floating_point") and value.is_floating_point():
             inputs[name] = value.to(dtype)
     return inputs
+
+
+def _arguments(model: Any) -> Mapping[str, Any]:
+    """The parameters of the ``forward`` that runs in the end; none of what is no module."""
+    forward = getattr(generating_model(model), "forward", None)
+    return {} if forward is None else inspect.signature(forward).parameters
 
 
 def question_of(processor: object | None, token_ids: Sequence[int]) -> str | None:

@@ -52,10 +52,10 @@ def record_answer(
     if not question.strip() and (rule is None or rule.asks):
         raise ProbeError('there is no question: give question="…", on the command line --question "…"')
     if rule is not None:
-        record["meta"] = {**record.get("meta", {}), "prompt_rule": rule.text}
+        record["meta"] = {**(record.get("meta") or {}), "prompt_rule": rule.text}
     with attach(model, processor) as probe:
         with probe.record(directory, images=list(images), question=question or None, **record) as recording:
-            inputs = placed(chat_inputs(processor, images, question, rule=rule, note=note), model)
+            inputs = placed(chat_inputs(processor, images, question, rule=rule, note=note), model, processor)
             model.generate(**inputs, **{"do_sample": False, **generate})  # type: ignore[operator]
         if not recording.paths:
             raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no image"))

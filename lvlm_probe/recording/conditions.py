@@ -112,7 +112,7 @@ def compiles_itself(model: Any, setting: Callable[..., Any], kwargs: Mapping[str
 def offloads_its_cache(setting: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether keys and values of a ``generate()`` call live in main memory between its steps; arguments as above."""
     named = str(setting("cache_implementation") or "").startswith("offloaded")
-    return named or bool(getattr(kwargs.get("past_key_values"), "offloading", False))
+    return named or bool(getattr(cache_in(kwargs), "offloading", False))
 
 
 def without_autocast(model: torch.nn.Module) -> AbstractContextManager[Any]:
@@ -139,8 +139,8 @@ def without_picture(ids: torch.Tensor, image_token: int | None, kwargs: Mapping[
     if held:
         told = f"its {tokens} image tokens stand for images" if tokens else "an earlier turn may have had images"
         return (
-            f"this turn goes on from past_key_values ({held} positions), and {told} that only the cache holds; nothing "
-            f"is recorded. Record this turn without the cache: generate() over the conversation with its images"
+            f"this turn goes on from a key-value cache ({held} positions), and {told} that only the cache holds; "
+            f"nothing is recorded. Record this turn without the cache: generate() over the conversation with its images"
         )
     if tokens:
         return (

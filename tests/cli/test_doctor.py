@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -14,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from command_line import run, succeed
+from transformers.utils import import_utils
 
 import lvlm_probe as probe
 from lvlm_probe.cli.shared.checkup import Finding, mending
@@ -66,17 +68,20 @@ def test_a_torchvision_that_does_not_match_torch_is_found_and_mended_by_one_comm
     assert result["mend"] == [f"pip install --upgrade torchvision torch=={public}"]
 
 
-def test_a_processor_that_needs_torchvision_says_so() -> None:
-    error = ImportError("SmolVLMVideoProcessor requires the Torchvision library but it was not found")
-    with (
-        mock.patch.object(loading, "load_processor", side_effect=error),
-        mock.patch("lvlm_probe.cli.shared.checkup.version_of", lambda name: None if name == "torchvision" else "9"),
-    ):
-        result = run("doctor", "demo", "--json")
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_processor_that_needs_a_library_says_so(library: str) -> None:
+    with mock.patch.dict(import_utils.BACKENDS_MAPPING):
+        _, template = import_utils.BACKENDS_MAPPING[library]
+        import_utils.BACKENDS_MAPPING[library] = (lambda: False, template)
+        with pytest.raises(ImportError) as raised:
+            import_utils.requires_backends(type("SmolVLMVideoProcessor", (), {}), [library])
+        with mock.patch.object(loading, "load_processor", side_effect=raised.value):
+            result = run("doctor", "demo", "--json")
     assert result.code == 1
     found = named(result.json["findings"])
     assert found["processor"]["state"] == "mend" and found["answer"]["text"].startswith("not tried")
-    assert result.json["mend"][0].startswith("pip install ") and "torchvision torch==9" in result.json["mend"][0]
+    assert f"SmolVLMVideoProcessor needs {library}, which is not installed" in found["processor"]["text"]
+    assert result.json["mend"] == [shlex.join(["pip", "install", f"lvlm-probe[{library}]"])]
 
 
 def test_a_library_out_of_range_and_one_that_is_missing_go_into_one_command() -> None:

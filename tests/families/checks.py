@@ -6,14 +6,16 @@ returned, finite differences, attention maps under eager, pictures that differ i
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -183,16 +185,27 @@ def _hooks(model: torch.nn.Module) -> dict[str, Any]:
 def asked(case: _Case) -> Verdict:
     """The prompt of ``probe.ask`` and the command line, by the chat template or the family's rule, is taken by the
     processor as opened, shows the image as the family's own call does, and is answered."""
-    mine = case.built.member
-    if mine.call:
-        return Verdict("asked", None, None, f"the tiny model is made for other arguments of its processor: {mine.call}")
+    scale = case.built.member.call
     rule = prompt_rule(case.processor, case.model)
-    made = placed(chat_inputs(case.processor, [case.picture], QUESTION, rule=rule), case.model)
+    question = QUESTION if rule is None or rule.asks else ""
+    with _called_with(case.processor, scale):
+        made = placed(chat_inputs(case.processor, [case.picture], question, rule=rule), case.model, case.processor)
     own = case.built.inputs([case.picture])
     shown = {name: value for name, value in own.items() if torch.is_tensor(value) and value.is_floating_point()}
     same = all(torch.equal(made[name], value) for name, value in shown.items())
     answered = case.built.generate(made).sequences.shape[-1] > 0
-    return Verdict("asked", same and answered, None, "" if rule is None else f"by the rule {rule}")
+    notes = [f"by the rule {rule}"] if rule is not None else []
+    if scale:
+        notes.append(f"the tiny model is made for other images than its family's by default: {scale}")
+    return Verdict("asked", same and answered, None, "; ".join(notes))
+
+
+@contextlib.contextmanager
+def _called_with(processor: Any, scale: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block these are the defaults of the processor's call, as if its family's images were so small."""
+    own = type(processor).__call__
+    with mock.patch.object(type(processor), "__call__", lambda *args, **given: own(*args, **{**scale, **given})):
+        yield
 
 
 def generation(case: _Case) -> Verdict:
@@ -311,7 +324,9 @@ def _cross_maps(model: torch.nn.Module, kept: list[list[torch.Tensor]]) -> list[
     """Hooks that keep what every cross-attention module of a model under eager returns beside its output: its map."""
     handles = []
     for path, module in model.named_modules():
-        if path.endswith(("cross_attn", "encoder_attn", "encoder_decoder_attention.attention")):
+        if path.endswith(
+            (".cross_attn", ".encoder_attn", ".encoder_decoder_attention.attention")
+        ):  # no .act_cross_attn
             kept.append([])
             handles.append(module.register_forward_hook(lambda _m, _a, out, mine=kept[-1]: mine.append(_map_in(out))))
     return handles

@@ -62,6 +62,10 @@ def _built(name: str, model: Any, processor: Any) -> Built:
         del MEMBERS[name]
 
 
+def trocr() -> Built:
+    return _built("trocr", _trocr, _trocr_processor)
+
+
 @pytest.mark.parametrize(
     ("name", "model", "processor"), [("trocr", _trocr, _trocr_processor), ("nougat", _nougat, _nougat_processor)]
 )
@@ -174,6 +178,9 @@ def test_a_reader_is_recorded_and_explained_at_the_command_line(tmp_path: Path) 
     assert "takes no question" in refused.err
     done = run("explain", *what, *out, "--method", "occlusion", "--no-scores")
     assert done.code == 0, done.err
+    done = run("doctor", tmp_path / "model", "--json")
+    found = {one["name"]: one for one in done.json["findings"]}
+    assert found["answer"]["state"] == "ok" and found["methods"]["state"] == "ok", done.out
 
 
 @pytest.mark.parametrize("name", ["pix2struct", "kosmos-2.5"])

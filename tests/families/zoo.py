@@ -67,7 +67,8 @@ class Member:
         larger: another picture; one that is cut into tiles or local crops where the family does that.
         nested: the processor takes one list of pictures per prompt.
         templated: there is a chat template; without one the processor itself puts the picture in front of the question.
-        call: further arguments of the processor's call.
+        call: arguments of the processor's call that make images of the size the tiny model is made for, where its
+            family's are larger and no saved setting changes that.
         prepare: makes the model inputs where ``ask`` does not.
         cached: generate() is compared with a cache; ``False`` where transformers' own answer depends on that.
         attention: why no attention rows can be compared with eager ones; empty where they can.

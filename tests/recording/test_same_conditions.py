@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 import lvlm_probe as probe
 from lvlm_probe.models.fingerprint import describe_model, fingerprint, same_fingerprint
+from lvlm_probe.recording.conditions import offloads_its_cache, other_conditions, without_picture
 from lvlm_probe.recording.log_probs import StepLogProbs
 
 
@@ -563,6 +564,22 @@ def test_a_second_turn_on_a_cache(llava, tmp_path):
                 input_ids=more, attention_mask=torch.ones_like(more), past_key_values=cache, max_new_tokens=3
             )
     assert len(recording.paths) == 1
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_counts_by_its_older_and_its_newer_name(llava, name):
+    """``generate()`` takes the one up to transformers 5.23, the other since."""
+    model, _ = llava
+    inputs, states = ask(llava), torch.zeros(1, 2, 7, 4)
+    cache = DynamicCache()
+    cache.update(states, states, 0)
+    assert "goes on from a key-value cache (7 positions)" in without_picture(inputs["input_ids"], None, {name: cache})
+    settings = {}.get
+    cache.offloading = True
+    assert offloads_its_cache(settings, {name: cache}) and not offloads_its_cache(settings, {name: None})
+    assert other_conditions(model, inputs, {name: cache}) == []
+    quantised = type("QuantizedCache", (DynamicCache,), {})()
+    assert other_conditions(model, inputs, {name: quantised}) == ["the cache was quantised"]
 
 
 def test_a_probe_that_nobody_keeps_lasts_as_long_as_its_recording(llava, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import types
 
 import numpy as np
 import pytest
@@ -92,6 +94,37 @@ def test_all_cuts_together_equal_the_plain_pass(name, tmp_path):
     else:
         assert "beginning read from a cache" in taken
         assert ("positions handed over" in taken) == (name in EXPECTED)
+
+
+def named_anew(model):
+    """The model as transformers 5.24 has it: ``forward`` takes and returns ``cache``, and no ``past_key_values``."""
+    before, caches = type(model), []
+    signature = inspect.signature(before.forward)
+    old = "past_key_values" if "past_key_values" in signature.parameters else "cache"
+
+    class Model(before):
+        def forward(self, *args, cache=None, **kwargs):
+            made = before.forward(self, *args, **{old: cache}, **kwargs)
+            caches.append(cache)
+            return types.SimpleNamespace(logits=made.logits, cache=getattr(made, old))
+
+    parts = (part.replace(name="cache") if part.name == old else part for part in signature.parameters.values())
+    Model.forward.__signature__ = signature.replace(parameters=list(parts))
+    Model.__name__, Model.__qualname__, Model.__module__ = before.__name__, before.__qualname__, before.__module__
+    model.__class__ = Model
+    return model, caches
+
+
+def test_a_cache_by_its_newer_name(tmp_path):
+    trace, model, processor = record("llava", tmp_path)
+    plain = probe.replay(trace, model, processor).log_probs(masks()).detach()
+    model, caches = named_anew(model)
+    replay = probe.replay(trace, model, processor)
+    with torch.no_grad():
+        cut = replay.log_probs(masks(), steps=[1, 3])
+    assert torch.allclose(cut[:, [1, 3]], plain[:, [1, 3]], atol=1e-5, rtol=0)
+    assert "beginning read from a cache" in str(replay.shortcuts)
+    assert caches[-1].get_seq_length() > replay.shortcuts.start  # the last pass went on from the beginning's
 
 
 @pytest.mark.quick

@@ -6,6 +6,7 @@ check is made. Nothing is installed or changed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -86,12 +87,24 @@ def _why(error: BaseException) -> str:
     return said if said == cause else f"{said} ({cause})"
 
 
+def _refused(name: str, error: Exception, *, what: str = "") -> Finding:
+    """The finding of an error: the library that is missing, and what installs it, or else what the error says."""
+    with contextlib.suppress(ImportError):  # torch may be what is broken
+        from lvlm_probe.models.requirements import missing_library
+
+        if (library := missing_library(error)) is not None:
+            # What is there and broken is a finding of the environment, which knows what matches.
+            install = () if library.fault else tuple(shlex.split(library.remedy)[2:])
+            return Finding(name, "mend", f"{what}{library}", install)
+    return Finding(name, "mend", what + one_line(_why(error), 500))
+
+
 def _checked(name: str, check: Callable[[], Finding | None]) -> Iterator[Finding]:
     """What a check finds; what it raises is a finding too."""
     try:
         found = check()
     except Exception as error:
-        found = Finding(name, "mend", one_line(_why(error), 500))
+        found = _refused(name, error)
     if found is not None:
         yield found
 
@@ -195,15 +208,10 @@ def _torchvision() -> Finding:
     wanted = next((line for line in metadata.requires("torchvision") or [] if _name_of(line) == "torch"), "")
     if torch is not None and wanted and not _fits(torch, wanted.partition(";")[0].strip()):
         text = f"{version} was built for {wanted.partition(';')[0].strip()}, and torch is {torch}: {fault}"
-        return Finding("torchvision", "mend", text, ("--upgrade", *_matching_torchvision()))
+        # With torch pinned, which pip would replace otherwise.
+        return Finding("torchvision", "mend", text, ("--upgrade", "torchvision", f"torch=={torch.partition('+')[0]}"))
     text = f"{version} cannot be imported, and transformers then fails to load models: {fault}"
     return Finding("torchvision", "mend", text, ("--force-reinstall", "--no-deps", f"torchvision=={version}"))
-
-
-def _matching_torchvision() -> tuple[str, ...]:
-    """What pip installs for the torchvision of the torch that is here: without the pin it would replace torch."""
-    torch = version_of("torch")
-    return ("torchvision",) if torch is None else ("torchvision", f"torch=={torch.partition('+')[0]}")
 
 
 def _extras(extras: dict[str, list[str]]) -> Finding | None:
@@ -311,9 +319,10 @@ class _Model:
         self.config = AutoConfig.from_pretrained(self.source, trust_remote_code=self.trusted)
         name = str(self.config.model_type)
         kind = ", ".join(getattr(self.config, "architectures", None) or ()) or type(self.config).__name__
-        self.bare, refusal = self._without_weights()
-        if refusal:
-            return Finding("model", "mend", f"{kind} ({name}): {refusal}")
+        try:
+            self.bare = self._without_weights()
+        except Exception as error:
+            return _refused("model", error, what=f"{kind} ({name}): ")
         declared = family_of(name)
         if declared is not None and declared.unsupported:
             return Finding("model", "mend", f"{kind} ({name}) cannot be probed: {declared.unsupported}")
@@ -323,8 +332,8 @@ class _Model:
         state = "passes every check of its family" if known.passed else "fails a check of its family"
         return Finding("model", "ok" if known.passed else "note", f"{kind}; {state} (lvlm-probe families {name})")
 
-    def _without_weights(self) -> tuple[Any, str]:
-        """The model's modules on the meta device, or why there are none."""
+    def _without_weights(self) -> Any:
+        """The model's modules on the meta device. Raises what transformers raises, or says it better."""
         import torch
         from transformers import AutoModelForImageTextToText
 
@@ -333,12 +342,12 @@ class _Model:
         given = {} if self.attn is None else {"attn_implementation": self.attn}
         try:
             with ONE_LOAD, torch.device("meta"):
-                model = AutoModelForImageTextToText.from_config(self.config, trust_remote_code=self.trusted, **given)
-        except Exception as error:
-            if "Unrecognized configuration class" in str(error):
-                return None, "it is no vision-language model that transformers can load (AutoModelForImageTextToText)"
-            return None, one_line(_why(error), 400)
-        return model, ""
+                return AutoModelForImageTextToText.from_config(self.config, trust_remote_code=self.trusted, **given)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            text = "it is no vision-language model that transformers can load (AutoModelForImageTextToText)"
+            raise ProbeError(text) from None
 
     def reader(self) -> Finding:
         from lvlm_probe.models.loading import load_processor
@@ -346,9 +355,7 @@ class _Model:
         try:
             self.processor = load_processor(self.source, trust_remote_code=self.trusted)
         except Exception as error:
-            said = one_line(_why(error), 400)
-            lacks = "torchvision" in said.lower() and version_of("torchvision") is None
-            return Finding("processor", "mend", f"cannot be loaded: {said}", _matching_torchvision() if lacks else ())
+            return _refused("processor", error, what="cannot be loaded: ")
         images = getattr(self.processor, "image_processor", None)
         if images is None:
             text = f"{type(self.processor).__name__} takes no images: save the model together with its own processor"
@@ -358,11 +365,13 @@ class _Model:
     def prompt(self) -> Finding | None:
         if self.processor is None:
             return None
-        from lvlm_probe.models.prompts import chat_inputs
+        from lvlm_probe.models.prompts import chat_inputs, prompt_rule
         from lvlm_probe.models.tokenizers import tokenizer_of
 
         said: list[str] = []
-        inputs = chat_inputs(self.processor, [_image()], _QUESTION, note=said.append)
+        rule = prompt_rule(self.processor, self.bare)
+        question = _QUESTION if rule is None or rule.asks else ""
+        inputs = chat_inputs(self.processor, [_image()], question, rule=rule, note=said.append)
         text = "no chat template" if said else "chat template"
         tokens, ids = tokenizer_of(self.processor), inputs.get("input_ids")
         if tokens is None or ids is None:
@@ -413,15 +422,18 @@ def _image() -> Any:
 
 def _answered(spec: str, options: dict[str, Any]) -> Iterator[Finding]:
     """Load the model, record a short answer, and say what can be explained of it."""
+    from lvlm_probe.models.prompts import prompt_rule
     from lvlm_probe.replaying import replay
 
     with tempfile.TemporaryDirectory(prefix="lvlm_probe_doctor_") as folder:
         try:
             model, processor = load_model(spec, **options)
-            trace = ask(model, processor, [_image()], _QUESTION, Path(folder), max_new_tokens=8)
+            rule = prompt_rule(processor, model)
+            question = _QUESTION if rule is None or rule.asks else None
+            trace = ask(model, processor, [_image()], question, Path(folder), max_new_tokens=8)
             answer = replay(trace, model, processor)
         except Exception as error:
-            yield Finding("answer", "mend", one_line(_why(error), 500))
+            yield _refused("answer", error)
             return
         yield Finding("answer", "ok", f"{len(trace.token_ids)} tokens recorded and replayed: {trace.answer.strip()!r}")
         yield from _checked("recorded", lambda: _recorded(trace))

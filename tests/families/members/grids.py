@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 from tiny_models import text_config
-from zoo import Backend, image_processor, member
+from zoo import Backend, ask, image_processor, member
 
 QWEN_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 QWEN_SLOT = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -246,7 +246,7 @@ member(
     tokens=QWEN_TOKENS,
     slot=QWEN_SLOT,
     # The model demands the kind of each token, which its processor returns only where it is asked to.
-    call={"return_mm_token_type_ids": True},
+    prepare=lambda _model, processor, images, question: ask(processor, images, question, return_mm_token_type_ids=True),
     larger=(140, 100),
 )
 

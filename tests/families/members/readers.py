@@ -148,9 +148,12 @@ def _pix2struct_processor(tokenizer: Any, backend: Backend) -> Any:
     return _few_patches(transformers.Pix2StructProcessor(images, tokenizer))
 
 
+_FEW_PATCHES = {"max_patches": 24}
+"""Of thousands, which such a processor makes of any image by default, whatever was saved of it."""
+
+
 def _few_patches(processor: Any) -> Any:
-    """Of thousands, which such a processor makes of any image by default."""
-    processor.images_kwargs = {**processor.images_kwargs, "max_patches": 24}
+    processor.images_kwargs = {**processor.images_kwargs, **_FEW_PATCHES}
     return processor
 
 
@@ -160,8 +163,9 @@ member(
     model=_pix2struct,
     processor=_pix2struct_processor,
     prepare=lambda _model, processor, images, _question: processor(
-        images=list(images), return_tensors="pt", max_patches=24
+        images=list(images), return_tensors="pt", **_FEW_PATCHES
     ),
+    call=_FEW_PATCHES,
     local=False,  # each picture is normalised by its own statistics, which a light anywhere changes
 )
 
@@ -192,7 +196,7 @@ def _kosmos25(ids: dict[str, int]) -> Any:
 
 
 def _kosmos25_processor(tokenizer: Any, backend: Backend) -> Any:
-    images = image_processor("Kosmos2_5ImageProcessor", backend, max_patches=24)
+    images = image_processor("Kosmos2_5ImageProcessor", backend, **_FEW_PATCHES)
     return _few_patches(transformers.Kosmos2_5Processor(images, tokenizer, num_image_tokens=_QUERIES))
 
 
@@ -204,8 +208,9 @@ member(
     tokens=("<image>", "</image>", "<s>", "<ocr>"),
     named={"boi_token": "<image>", "eoi_token": "</image>", "image_token": "<s>"},
     prepare=lambda _model, processor, images, _question: processor(
-        images=list(images), text=["<ocr>"], return_tensors="pt", max_patches=24
+        images=list(images), text=["<ocr>"], return_tensors="pt", **_FEW_PATCHES
     ),
+    call=_FEW_PATCHES,
 )
 
 
@@ -302,6 +307,10 @@ member(
     kind="A",
     model=_chameleon,
     processor=_chameleon_processor,
+    templated=False,
+    prepare=lambda _model, processor, images, question: processor(
+        images=list(images), text=f"{question}<image>", return_tensors="pt"
+    ),
     tokens=("<image>", "<sep>", "<racm3:break>", "<eoss>", *_CHAMELEON),
     named={"image_token": "<image>", "boi_token": "<racm3:break>", "eoi_token": "<eoss>"},
     discrete=_DISCRETE,

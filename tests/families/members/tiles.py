@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
+from PIL import Image
 from tiny_models import LAYERS, SQUARE_TOWER, clip_config, square, text_config
 from zoo import Backend, image_processor, member
 
@@ -229,16 +231,25 @@ def _got_ocr2_processor(tokenizer: Any, backend: Backend) -> Any:
     return transformers.GotOcr2Processor(image_processor("GotOcr2ImageProcessor", backend, size=square(64)), tokenizer)
 
 
+# Tiles are asked for in the call: the processor's own default is none, whatever its image processor says.
+_GOT_CALL = {"num_image_tokens": _GOT_TOKENS, "crop_to_patches": True, "max_patches": 4}
+
+
+def _got_ocr2_inputs(_model: Any, processor: Any, images: Sequence[Image.Image], question: str) -> Mapping[str, Any]:
+    text = f"<|im_start|>user\n<img><imgpad></img>\n{question}<|im_end|><|im_start|>assistant\n"
+    return processor(images=list(images), text=text, return_tensors="pt", **_GOT_CALL)
+
+
 member(
     name="got_ocr2",
     kind="F",
     model=_got_ocr2,
     processor=_got_ocr2_processor,
     tokens=("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"),
-    slot="<img><imgpad></img>\n",
+    templated=False,
     size=_ONE_TILE,
     larger=(150, 80),
-    # Tiles are asked for in the call: the processor's own default is none, whatever its image processor says.
-    call={"num_image_tokens": _GOT_TOKENS, "crop_to_patches": True, "max_patches": 4},
+    prepare=_got_ocr2_inputs,
+    call=_GOT_CALL,
     local=False,  # the neck of its tower and its projector convolve across patches
 )
