@@ -147,7 +147,7 @@ def test_bad_rows_are_listed_and_do_not_stop_the_rest(demo: Any, served: Any, tm
     bad: list[tuple[Any, str]] = [
         ("{", "not JSON"),
         ([1], "a row is an object, not list"),
-        ({**good, "image": "none.png"}, r"the picture none\.png is missing"),
+        ({**good, "image": "none.png"}, r"the image none\.png is missing"),
         ({**good, "image": "text.png"}, "is not an image that can be read"),
         ({**good, "image": "data:image/png;base64,AAAA"}, "data: URI cannot be read"),
         ({"question": "q", "answer": "a"}, "there is no image"),

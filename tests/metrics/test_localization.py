@@ -136,7 +136,7 @@ def test_boxes_that_are_none() -> None:
         ([(0, 0, float("nan"), 2)], "left < right"),
         ([(0, 0, float("inf"), 2)], "left < right"),
         ([(0, 0, 3)], r"a box is \(left, top, right, bottom\)"),
-        ([(50, 0, 60, 2)], "outside the picture of 40 × 30"),
+        ([(50, 0, 60, 2)], "outside the image of 40 × 30"),
     ]:
         with pytest.raises(ExplainError, match=message):
             iou(heat, boxes)
