@@ -364,7 +364,7 @@ def test_tensors_that_do_not_belong_together_are_not_recorded(tmp_path: Path) ->
     [
         ({"images": None}, "the prompt holds no image"),
         ({"inputs": torch.tensor([[1, 2, -200]] * 2)}, "one prompt at a time"),
-        ({"inputs": torch.tensor([[1, 2, 3]])}, "the prompt holds 0 pictures"),
+        ({"inputs": torch.tensor([[1, 2, 3]])}, "the prompt holds 0 images"),
         ({"images": torch.zeros(1, 5, 3, 28, 28), "images_aux": None}, "recorded on one picture"),
     ],
 )
