@@ -21,6 +21,7 @@ import torch
 from lvlm_probe.boxes.encoder_tokens import blocks_of, encoder_tokens, encoders_of
 from lvlm_probe.errors import ExplainError, OutOfMemory
 from lvlm_probe.explainers.registry import Cost, Kind
+from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.planning.meter import Meter
 from lvlm_probe.replaying.hidden_states import head_rows, hidden_states, text_tokens
 from lvlm_probe.replaying.micro_batches import ran_out
@@ -184,7 +185,7 @@ class _Rehearsal:
                         product = gradient * layer.weights(rows)[-1:]
                     else:
                         product = layer.weights(rows) * layer.weight_gradient(rows)
-                    product.clamp_(min=0).double().mean(dim=1).cpu()
+                    product.clamp_(min=0).mean(dim=1, dtype=sum_dtype(layer.device))
             visited.append(layer.part)
 
         with meter.running(), self.replay.capture(attention=self.parts, visit=visit):
@@ -199,7 +200,7 @@ class _Rehearsal:
         with meter.running(), self.replay.capture(attention=self.parts) as seen:
             self._pass(count, gradient=False)
             layer = seen.layers[-1]
-            layer.weights(next(layer.blocks())).double().mean(dim=1)
+            layer.weights(next(layer.blocks())).mean(dim=1, dtype=sum_dtype(layer.device))
         return meter.reading.peak
 
     def _rows(self, meter: Meter, count: int) -> int:
@@ -229,8 +230,9 @@ class _Rehearsal:
             self._pass(count, gradient=True)
             reached = [module for module in blocks if module in seen.gradients]
             if reached:
-                output, gradient = (kept[reached[-1]].double() for kept in (seen.outputs, seen.gradients))
-                (gradient * output).sum(dim=-1)
+                output, gradient = (kept[reached[-1]] for kept in (seen.outputs, seen.gradients))
+                wide = sum_dtype(output.device)
+                (gradient.to(wide) * output.to(wide)).sum(dim=-1)
         return meter.reading.peak
 
     def _hidden(self, meter: Meter, _count: int) -> int:

@@ -160,10 +160,10 @@ def test_waits_of_an_iteration(method: str, few: Any, many: Any, limit: int, tmp
     assert 0 < sum(more.values()) <= limit, card.table(more)
 
 
-@pytest.mark.parametrize("method", ["igos++", "tmm", "iia", "rise"])
+@pytest.mark.parametrize("method", ["igos++", "tmm", "iia", "rise", "gradcam", "rollout"])
 def test_what_is_planned_is_what_is_taken(method: str, tmp_path: Path) -> None:
     model, processor = load("llava")
-    with Card() as card:
+    with Card(float64=False) as card:
         model.to("cuda")
         replay = probe.replay(record("llava", model, processor, tmp_path, llr=False), model, processor)
         params = {"masks": 64} if method == "rise" else {}
