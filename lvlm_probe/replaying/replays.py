@@ -20,13 +20,11 @@ from lvlm_probe.models.precision import epsilon_of
 from lvlm_probe.models.replica import Replica
 from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
-from lvlm_probe.replaying.baselines import baseline_identity
 from lvlm_probe.replaying.capture import Captured, capture
 from lvlm_probe.replaying.gradient_flow import gradient_fault
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import (
     Limits,
-    PassCounter,
     Recomputed,
     Run,
     does_not_fit,
@@ -41,7 +39,6 @@ from lvlm_probe.replaying.rewording import reword
 from lvlm_probe.replaying.shortcuts import Shortcuts
 from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, rounding_of
 from lvlm_probe.replaying.views import Kept, Views
-from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
     from lvlm_probe.attention import TapLayer
@@ -89,16 +86,10 @@ class Replay(Views):
         micro_batch: int | None = None,
         check_pixels: bool = True,
     ) -> None:
-        self.trace = trace
-        self.trace_id: str = trace.trace_id
+        super().__init__(trace)
         self.model = model = probed_model(model, processor)
         self.replica = Replica(model, own_configs=isinstance(model, Driver))
         self.processor = processor
-        self.tokens: list[str] = list(trace.tokens)
-        self.token_ids = torch.tensor(trace.token_ids).long()
-        self.special = torch.tensor(trace.special).bool()
-        self.words: list[Word] = group_words(self.tokens, self.special.tolist())
-        self.passes, self.kept = PassCounter(), Kept()
         self.limits = Limits(micro_batch, gradient_checkpointing)
         self.inside: tuple[Captured, ...] = ()
 
@@ -255,16 +246,9 @@ class Replay(Views):
             self.kept.original = original
         return self.kept.original.clone()
 
-    @property
-    @outside_inference_mode
-    @taking_turns
-    def baseline_log_probs(self) -> torch.Tensor:
-        """Replayed log P̃(a_t) on the baseline image, ``(step,)`` float32 on the CPU."""
-        known, identity = self.kept.baseline_log_probs, baseline_identity(self._baseline)
-        if identity not in known or identity == ("image", None):
-            with torch.no_grad():
-                known[identity] = self._whole_pass(self.path.baseline_inputs)[0].cpu()
-        return known[identity].clone()
+    @torch.no_grad()
+    def _on_baseline(self) -> torch.Tensor:
+        return self._whole_pass(self.path.baseline_inputs)[0].cpu()
 
     @property
     def rounding(self) -> torch.Tensor:
@@ -504,9 +488,7 @@ class Replay(Views):
         """What a call for ``steps`` leaves out. Nothing while somebody looks inside: they count positions."""
         if steps is None:
             return None
-        wanted = tuple(sorted({int(step) for step in steps}))
-        if not wanted or wanted[0] < 0 or wanted[-1] >= len(self.token_ids):
-            raise ReplayError(f"steps are tokens 0 to {len(self.token_ids) - 1} of the answer; got {list(steps)}")
+        wanted = self.wanted(steps)
         return None if self.inside else self.shortcuts.take(self, wanted)
 
     def _in_micro_batches(self, masks: torch.Tensor, size: int, run: Run) -> list[Any]:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from lvlm_probe.errors import ImageError
+from lvlm_probe.errors import ImageError, ReplayError
 from lvlm_probe.images import BLUR_LADDER
 from lvlm_probe.images.baselines import KINDS
-from lvlm_probe.replaying.baselines import BaselineLike, Path, described, draw, same_baseline
+from lvlm_probe.replaying.baselines import BaselineLike, Path, baseline_identity, described, draw, same_baseline
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import PassCounter
+from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,27 +54,49 @@ class Views:
     """A recorded answer, and views of it.
 
     Attributes:
-        trace: what is replayed.
+        trace, trace_id: what is replayed.
+        tokens, token_ids, special, words: the recorded answer, ``(T,)`` each but ``words``.
         path: how a mask reaches the images, over this view's baseline.
         passes: images sent through the model so far.
         kept: what all views share.
     """
 
-    trace: Any
     path: Any
-    passes: PassCounter
-    kept: Kept
     _baseline: dict[str, Any]
+
+    def __init__(self, trace: Any) -> None:
+        self.trace, self.trace_id = trace, str(trace.trace_id)
+        self.tokens: list[str] = list(trace.tokens)
+        self.token_ids = torch.tensor(trace.token_ids).long()
+        self.special = torch.tensor(trace.special).bool()
+        self.words: list[Word] = group_words(self.tokens, self.special.tolist())
+        self.passes, self.kept = PassCounter(), Kept()
+
+    def wanted(self, steps: Sequence[int]) -> tuple[int, ...]:
+        """Steps in order, each once. Raises ``ReplayError`` where the answer has no such token."""
+        found = tuple(sorted({int(step) for step in steps}))
+        if not found or found[0] < 0 or found[-1] >= len(self.token_ids):
+            raise ReplayError(f"steps are tokens 0 to {len(self.token_ids) - 1} of the answer; got {list(steps)}")
+        return found
 
     @property
     def original_log_probs(self) -> torch.Tensor:
         """log P(a_t) on the whole image, ``(step,)`` float32 on the CPU."""
         raise NotImplementedError
 
+    def _on_baseline(self) -> torch.Tensor:
+        """log P̃(a_t) by one pass over the baseline image, ``(step,)`` on the CPU."""
+        raise NotImplementedError
+
     @property
+    @outside_inference_mode
+    @taking_turns
     def baseline_log_probs(self) -> torch.Tensor:
         """log P̃(a_t) on the baseline image, ``(step,)`` float32 on the CPU."""
-        raise NotImplementedError
+        known, identity = self.kept.baseline_log_probs, baseline_identity(self._baseline)
+        if identity not in known or identity == ("image", None):
+            known[identity] = self._on_baseline()
+        return known[identity].clone()
 
     @property
     def n_images(self) -> int:

@@ -11,14 +11,12 @@ import torch
 from lvlm_probe.errors import ExplainError, MaskError, ReplayError
 from lvlm_probe.images import CompositePath
 from lvlm_probe.images.masks import expand_masks
-from lvlm_probe.replaying.baselines import baseline_identity
 from lvlm_probe.replaying.isolation import outside_inference_mode
-from lvlm_probe.replaying.micro_batches import Limits, PassCounter
+from lvlm_probe.replaying.micro_batches import Limits
 from lvlm_probe.replaying.protocol import Mode, Need, Score
-from lvlm_probe.replaying.views import Kept, Views
+from lvlm_probe.replaying.views import Views
 from lvlm_probe.serving.checks import Checks, check_same
 from lvlm_probe.serving.forcing import Forcing
-from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -104,14 +102,10 @@ class ServedReplay(Views):
         path: CompositePath,
         baseline: Mapping[str, Any],
     ) -> None:
-        self.trace, self.trace_id = trace, trace.trace_id
+        super().__init__(trace)
         self.server, self.checks, self.path = server, checks, path
         self._forcing, self._baseline = forcing, dict(baseline)
-        self.tokens: list[str] = list(trace.tokens)
-        self.token_ids = torch.tensor(trace.token_ids).long()
-        self.special = torch.tensor(trace.special).bool()
-        self.words: list[Word] = group_words(self.tokens, self.special.tolist())
-        self.passes, self.kept, self.limits = PassCounter(), Kept(), Limits()
+        self.limits = Limits()
         self.kept.original = torch.tensor(checks.original, dtype=torch.float32)
         self.kept.rounding = torch.tensor(checks.noise, dtype=torch.float32)
         self.shortcuts = _NoShortcuts(self)
@@ -178,15 +172,9 @@ class ServedReplay(Views):
         assert self.kept.original is not None
         return self.kept.original.clone()
 
-    @property
-    @outside_inference_mode
-    def baseline_log_probs(self) -> torch.Tensor:
-        """log P̃(a_t) on the baseline image, ``(step,)`` float32 on the CPU."""
-        known, identity = self.kept.baseline_log_probs, baseline_identity(self._baseline)
-        if identity not in known or identity == ("image", None):
-            self.passes.add(forward=1)
-            known[identity] = self._forcing.score([lambda: self.path.baseline_images])[0]
-        return known[identity].clone()
+    def _on_baseline(self) -> torch.Tensor:
+        self.passes.add(forward=1)
+        return self._forcing.score([lambda: self.path.baseline_images])[0]
 
     @property
     def rounding(self) -> torch.Tensor:
@@ -232,9 +220,7 @@ class ServedReplay(Views):
             raise MaskError(f"a mask is a floating-point tensor; got {type(mask).__name__}.")
         if mask.requires_grad and torch.is_grad_enabled():
             self._refuse("a gradient to the mask")
-        wanted = None if steps is None else sorted({int(step) for step in steps})
-        if wanted is not None and (not wanted or wanted[0] < 0 or wanted[-1] >= len(self.token_ids)):
-            raise ReplayError(f"steps are tokens 0 to {len(self.token_ids) - 1} of the answer; got {list(steps or ())}")
+        wanted = None if steps is None else self.wanted(steps)
         masks = expand_masks(mask[None] if mask.ndim == 2 else mask, self.n_images, image).detach().clamp(0.0, 1.0)
         path = self.path
         self.passes.add(forward=len(masks))
