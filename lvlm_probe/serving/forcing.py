@@ -117,7 +117,7 @@ class Forcing:
             every = range(len(self.said.token_ids)) if steps is None else steps
             wanted = [step for step in every if known is None or step not in known]
         if not wanted:
-            self._spent.reused += 1
+            self._spent.reuse()
             return known or {}
         found = dict(known or {})
         uris = [as_uri(image) for image in images]

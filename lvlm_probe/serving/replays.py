@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -55,17 +56,21 @@ class _NoShortcuts:
     asked = 0
 
     def __init__(self, replay: ServedReplay) -> None:
-        self._replay, self._depth = replay, 0
+        self._replay, self._inside, self._lock = replay, 0, threading.Lock()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """In the block the model does not change: what was answered in it is checked at its end."""
-        self._depth += 1
+        """In the block the model does not change: what was answered in it is checked at its end, or, where blocks of
+        several threads or methods overlap, at that of the last one."""
+        with self._lock:
+            self._inside += 1
         try:
             yield
         finally:
-            self._depth -= 1
-        if not self._depth:
+            with self._lock:
+                self._inside -= 1
+                last = not self._inside
+        if last:
             self._replay.check()
 
     def __str__(self) -> str:

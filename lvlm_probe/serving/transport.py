@@ -42,6 +42,9 @@ _LONGEST_WAIT = 120.0
 _SHOWN = 300
 
 
+_COUNTING = threading.Lock()
+
+
 class Refused(ReplayError):
     """The server does not do what was asked, and will not the next time; ``status`` is its HTTP status."""
 
@@ -69,6 +72,11 @@ class Spent:
     megabytes: float = 0.0
     seconds: float = 0.0
     per_second: float = 0.0
+
+    def reuse(self) -> None:
+        """Count an answer that the journal held; from any thread."""
+        with _COUNTING:
+            self.reused += 1
 
 
 class _Gate:

@@ -8,9 +8,11 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,34 @@ def client(demo_server: DemoServer) -> Iterator[Any]:
     """One connection for tests that ask for nothing of their own."""
     with probe.connect(demo_server.url) as server:
         yield server
+
+
+# --------------------------------------------------------------------------------------------------------- two at once
+
+
+def test_two_threads_with_one_replay_get_what_each_gets_alone(
+    behind: DemoServer, trace: Any, clean: np.ndarray
+) -> None:
+    """And the check that ends a run is made once no thread is inside any more."""
+    with probe.connect(behind.url) as server:
+        replay = probe.replay(trace, server)
+        there = replay.baseline_log_probs
+        together = threading.Barrier(2, timeout=60)
+        checks: list[int] = []
+        replay.check = lambda: checks.append(1)
+
+        def work() -> np.ndarray:
+            with replay.shortcuts.held():
+                together.wait()  # both are inside
+                heat = probe.explain(replay, **RISE)
+            assert heat.values is not None
+            return heat.values
+
+        with ThreadPoolExecutor(2) as pool:
+            maps = [done.result() for done in [pool.submit(work), pool.submit(work)]]
+        assert torch.equal(replay.baseline_log_probs, there)
+    assert all(np.array_equal(values, clean) for values in maps)
+    assert checks == [1]
 
 
 # ---------------------------------------------------------------------------------------------------- faults that pass
