@@ -220,8 +220,7 @@ def _entry(
     leaves = {name: inputs[name].detach().clone().requires_grad_(True) for name in path.pixel_keys}
     # In an encoder-decoder model images enter the encoder's stack, which reads the prompt and no answer; where there is
     # no prompt to read, the decoder's.
-    apart = replay.anatomy.encoder_decoder and replay.anatomy.reads_prompt
-    lengths = {len(replay.input_ids)} | (set() if apart else {replay.length})
+    lengths = {len(replay.input_ids)} | (set() if replay.anatomy.encodes_prompt else {replay.length})
     entered: list[torch.Tensor] = []
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ class ForcedRecorder(GenerationRecorder):
         """A tap on the model that the pass runs on; ``None``, and why, where there is nothing to read."""
         found = self._places(row)
         cross = found is None or self.anatomy.encoder_decoder
-        if found is None and self.anatomy.encoder_decoder and self.anatomy.reads_prompt:
+        if found is None and self.anatomy.encodes_prompt:
             faults.append("the decoder reads a text that has read the image, and no image tokens")
             return None
         tap = RowTap(model, cross=cross, on_error=lambda error: faults.append(str(error)))
@@ -111,7 +111,7 @@ class ForcedRecorder(GenerationRecorder):
             valid=valid,
             queries=torch.arange(replay.prompt_length - 1, replay.length),
             heads=self.options.heads,
-            cross_keys=len(row.input_ids) if self.anatomy.encoder_decoder and self.anatomy.reads_prompt else None,
+            cross_keys=len(row.input_ids) if self.anatomy.encodes_prompt else None,
         )
 
 

@@ -61,6 +61,11 @@ class Anatomy:
     no_gradient: str = ""
     token_boxes: TokenBoxes | None = None
 
+    @property
+    def encodes_prompt(self) -> bool:
+        """Whether the prompt goes into an encoder, apart from the decoder's sequence."""
+        return self.encoder_decoder and self.reads_prompt
+
     def is_pixel_name(self, name: str) -> bool:
         """Whether a ``generate`` argument carries the image (pixels, grids, sizes, pixel masks)."""
         if name in self.pixel_names:

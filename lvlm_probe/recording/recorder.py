@@ -173,7 +173,7 @@ class GenerationRecorder:
             raise NotRecorded("the prompt holds a video, and videos are not recorded yet; nothing is recorded")
         if not any(self._inputs[name].is_floating_point() for name in pixels):
             raise NotRecorded(without_picture(ids, self.anatomy.image_token_id, kwargs))
-        if self.anatomy.encoder_decoder and self.anatomy.reads_prompt:
+        if self.anatomy.encodes_prompt:
             self._decoder_ids = decoder_prompt(self.model, kwargs.get("decoder_input_ids"), setting, ids)
             self._inputs["decoder_input_ids"] = self._decoder_ids
         self.stops = stops_of(self.model, kwargs, self.beginning.shape[1])
@@ -261,7 +261,7 @@ class GenerationRecorder:
             return
         # Without image tokens in what the decoder reads, the image reaches it by cross-attention.
         cross = found is None or self.anatomy.encoder_decoder
-        if found is None and self.anatomy.encoder_decoder and self.anatomy.reads_prompt:
+        if found is None and self.anatomy.encodes_prompt:
             self.notes.append(
                 "attention rows are not recorded: the decoder reads a text that has read the image, and no image tokens"
             )
@@ -280,7 +280,7 @@ class GenerationRecorder:
         columns, valid = (
             (None, None) if found is None else (part.repeat_interleave(copies, 0) for part in columns_of(found))
         )
-        keys = ids.shape[1] if self.anatomy.encoder_decoder and self.anatomy.reads_prompt else None
+        keys = ids.shape[1] if self.anatomy.encodes_prompt else None
         self._tap = tap
         tap.install()
         tap.arm(

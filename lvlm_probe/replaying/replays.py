@@ -460,7 +460,7 @@ class Replay(Views):
 
         Other threads that use the same replay wait until the block is left.
         """
-        if self.anatomy.encoder_decoder and self.anatomy.reads_prompt and {"decoder", "cross"} & set(attention):
+        if self.anatomy.encodes_prompt and {"decoder", "cross"} & set(attention):
             raise ExplainError(
                 f"the decoder of {type(self.model).__name__} reads the image through its encoder: its attention "
                 "layers have no columns of image tokens; use a method that works by masking the image"

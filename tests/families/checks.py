@@ -465,8 +465,7 @@ class _features:
                     self._kept.append(given.detach().index_select(axis, positions).movedim(axis, 0).flatten(1))
 
         # An encoder-decoder model reads the picture where it reads the prompt.
-        apart = anatomy.encoder_decoder and anatomy.reads_prompt
-        decoder = text_stack(case.model.get_encoder()) if apart else modules[anatomy.decoder]
+        decoder = text_stack(case.model.get_encoder()) if anatomy.encodes_prompt else modules[anatomy.decoder]
         lists = [child for child in decoder.children() if isinstance(child, torch.nn.ModuleList)]
         if len(positions):
             lists = [max(lists, key=len, default=torch.nn.ModuleList())]
