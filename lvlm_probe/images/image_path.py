@@ -59,6 +59,7 @@ class ImagePath:
         check_same_layout(inputs, self._raw_baseline, name=processor.name)
         self.inputs = self._place(inputs)
         self.baseline_inputs = self._place(self._raw_baseline)
+        self._blended = inputs, self._raw_baseline
         self._ends: dict[str, tuple[Tensor, Tensor]] = {}
         self._joints: dict[str, Joint] | None = None
         self._whitening: Whitening | None = None
@@ -301,15 +302,14 @@ class ImagePath:
         self._whitening = whitening = Whitening(self._processor, self.images, self.baseline_images)
         for key, known in geometry.keys.items():
             whitening.fit(original[key], self._raw[key], known.slope != 0)
-        self._plain = original, baseline
+        self._blended = original, baseline
         return geometry
 
     def _blend(self, full: Tensor, key: str) -> Tensor:
         geometry = self._traced()
         wide = torch.float64 if self._dtype == torch.float64 else torch.float32
         if key not in self._ends:
-            ends = (self._raw, self._raw_baseline) if self._whitening is None else self._plain
-            first, last = (end[key].to(self._device, wide) for end in ends)
+            first, last = (end[key].to(self._device, wide) for end in self._blended)
             self._ends[key] = first, last
         original, baseline = self._ends[key]
         dtype = self._dtype or self._raw[key].dtype
@@ -318,13 +318,12 @@ class ImagePath:
         plain = composite(full, geometry, key, original=original, baseline=baseline, dtype=wide)
         made = self._whitening.normalised(plain, geometry.keys[key].slope != 0, full).to(dtype)
         # A mask of ones (or zeros) gives what the processor itself makes of the image, to the last bit.
-        copies = len(original)
-        real = made.detach().clone()
-        for row, mask in enumerate(full.detach()):
-            for value, end in ((1.0, self.inputs), (0.0, self.baseline_inputs)):
-                if bool((mask == value).all()):
-                    real[row * copies : (row + 1) * copies] = end[key].to(real)
-        return _ValueOf.apply(made, real)
+        masks = full.detach().to(made.device)
+        real = made.detach().unflatten(0, (len(masks), -1))
+        for value, end in ((1.0, self.inputs), (0.0, self.baseline_inputs)):
+            even = (masks == value).flatten(1).all(1)
+            real = torch.where(even.reshape(-1, *[1] * made.ndim), end[key].to(real), real)
+        return _ValueOf.apply(made, real.flatten(0, 1))
 
     def _real(self, full: Tensor) -> dict[str, Tensor]:
         runs = [self._processor(composited(masks, self.images, self.baseline_images)) for masks in full.detach()]
@@ -348,10 +347,10 @@ class ImagePath:
         mask = torch.rand(1, self.n_images, 9, 9, generator=generator, dtype=torch.float32)
         real = self._processor(composited(mask[0], self.images, self.baseline_images))
         check_same_layout(self._raw, real, name=name)
-        ends = (self._raw, self._raw_baseline) if self._whitening is None else self._plain
+        original, baseline = self._blended
         fast = {
             key: composite(
-                mask, geometry, key, original=ends[0][key].float(), baseline=ends[1][key].float(), dtype=torch.float32
+                mask, geometry, key, original=original[key].float(), baseline=baseline[key].float(), dtype=torch.float32
             )
             for key in geometry.keys
         }
