@@ -61,6 +61,10 @@ class Field:
         """Write a value. Raises ``TypeError`` or ``ValueError`` for one that cannot be kept."""
         raise NotImplementedError
 
+    def is_kept(self, file: SealedFile, base: str) -> bool:
+        """Whether the trace at ``base`` has to have it, or has it: a member that is optional may be absent."""
+        return not self.optional or file.has(f"{base}/{self.key}")
+
     def check(self, file: SealedFile, base: str, sizes: dict[str, int]) -> int:
         """Check the structure of the member and return its bytes. Raises ``TraceError``."""
         return int(file.dataset(f"{base}/{self.key}").nbytes)

@@ -108,7 +108,7 @@ def validate_row(file: SealedFile, row: int) -> RowHeader:
     nbytes = 0
     sizes: dict[str, int] = {}
     for field in FIELDS.values():
-        if not field.is_attribute and not (field.optional and not file.has(f"{base}/{field.key}")):
+        if not field.is_attribute and field.is_kept(file, base):
             nbytes += field.check(file, base, sizes)
     attributes = {name: field.read(file, base, sizes) for name, field in FIELDS.items() if field.is_attribute}
     kwargs = tuple(file.named(f"{base}/inputs/model_kwargs"))

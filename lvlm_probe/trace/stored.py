@@ -169,7 +169,7 @@ def _reading(name: str) -> functools.cached_property[Any]:
             return answer.header.attributes[name]
         base = row_key(answer.row)
         with answer.reading() as file:
-            if field.optional and not file.has(f"{base}/{field.key}"):
+            if not field.is_kept(file, base):
                 return default_of(name)
             return field.read(file, base, answer.header.sizes)
 

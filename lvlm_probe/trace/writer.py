@@ -80,8 +80,7 @@ def write(capture: Capture, directory: str | os.PathLike[str], *, fsync: bool = 
                 header = validate_row(written, index)
                 base = row_key(index)
                 for field in FIELDS.values():
-                    counted = isinstance(field, Json) and field.count
-                    if counted and not (field.optional and not written.has(f"{base}/{field.key}")):
+                    if isinstance(field, Json) and field.count and field.is_kept(written, base):
                         field.read(written, base, header.sizes)
     except (TypeError, ValueError, RecursionError) as error:
         raise TraceError(f"{path}: the capture cannot be stored ({error}); fix the recorded value") from error
