@@ -21,6 +21,7 @@ import torch
 
 from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import AttachError, ImageError, MaskError, ProbeError
+from lvlm_probe.escaping import counted
 from lvlm_probe.hooks import Call, HookSet, caution, shadow_of, within
 from lvlm_probe.images.processor import OWN_CALL
 from lvlm_probe.images.processor_step import image_processor_of, watched_method
@@ -94,18 +95,18 @@ class Recording:
         return found
 
     def __repr__(self) -> str:
-        count = len(self.paths)
-        faults = f", {len(self.faults)} faults" if self.faults else ""
-        return f"<Recording to {str(self.directory)!r}: {count} file{'s' * (count != 1)}{faults}>"
+        faults = f", {counted(len(self.faults), 'fault')}" if self.faults else ""
+        return f"<Recording to {str(self.directory)!r}: {counted(len(self.paths), 'file')}{faults}>"
 
     def _repr_html_(self) -> str:
-        count, last = len(self.paths), ""
+        last = ""
         if self.paths:
             try:
                 last = open_trace(self.paths[-1])._repr_html_()
             except ProbeError as error:
                 last = text_html(f" The last one cannot be read: {error}")
-        title = f"Recording to {self.directory}: {count} trace file{'s' * (count != 1)}{', the last:' * bool(count)}"
+        count = counted(len(self.paths), "trace file")
+        title = f"Recording to {self.directory}: {count}{', the last:' * bool(self.paths)}"
         return card(title, last, facts=self.faults[:20])
 
     def __enter__(self) -> Recording:

@@ -12,6 +12,7 @@ from typing import overload
 
 from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import TraceError
+from lvlm_probe.escaping import counted
 from lvlm_probe.files import DAY, causes, orphans, remove_orphans
 from lvlm_probe.storage.reading import open_sealed
 from lvlm_probe.storage.seal import trace_error
@@ -79,8 +80,7 @@ class TraceStore(Sequence[Trace]):
         return tuple(entry.path for entry in self._entries)
 
     def __repr__(self) -> str:
-        count = len(self._entries)
-        return f"TraceStore({str(self.path)!r}, {count} file{'s' * (count != 1)})"
+        return f"TraceStore({str(self.path)!r}, {counted(len(self._entries), 'file')})"
 
     def _repr_html_(self) -> str:
         index = Index(self.path if self.path.is_dir() else self.path.parent)
@@ -99,7 +99,7 @@ class TraceStore(Sequence[Trace]):
             ]
         head = "<tr><th>file</th><th>status</th><th>question</th><th>answer</th></tr>"
         count = len(self._entries)
-        title = f"Traces in {self.path}: {count} file{'s' * (count != 1)}{', newest first' * (count > 1)}"
+        title = f"Traces in {self.path}: {counted(count, 'file')}{', newest first' * (count > 1)}"
         more = [f"and {count - _SHOWN} older files"] if count > _SHOWN else []
         return card(title, f"<table>{head}{''.join(rows)}</table>" if rows else "", facts=more)
 
