@@ -244,10 +244,10 @@ def settings_of(model: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
 def named_inputs(model: Any, kwargs: Mapping[str, Any], *, reads_prompt: bool) -> dict[str, Any]:
     """Arguments of ``model.generate()`` with ``inputs`` under its own name: the prompt's, or the image's of a model
     that reads no prompt."""
-    named = {name: value for name, value in kwargs.items() if name != "inputs" and value is not None}
+    named = {name: value for name, value in kwargs.items() if name != "inputs"}
     if (first := kwargs.get("inputs")) is not None:
         named["input_ids" if reads_prompt else str(model.main_input_name)] = first
-    return {name: None for name in kwargs if name != "inputs"} | named
+    return named
 
 
 def own_prompt(model: Any, image_token_id: int | None, setting: Callable[..., Any], like: torch.Tensor) -> Any:

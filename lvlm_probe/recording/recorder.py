@@ -332,8 +332,7 @@ class GenerationRecorder:
         """The answers in what ``generate()`` returned, as ``answer_in``; of a prompt that it edited, what it made of it
         becomes the prompt."""
         inner = self._handed_over
-        edited = inner is not None and not torch.equal(inner, self.beginning)
-        if inner is None or not edited or self._decoder_ids is not None:
+        if inner is None or self._decoder_ids is not None or torch.equal(inner, self.beginning):
             return answer_in(sequences, self.beginning, self._log_probs, alone=self._decoder_ids is None)
         found = answer_in(sequences, inner, self._log_probs, alone=False)
         if found is None:
