@@ -13,7 +13,7 @@ import torch
 import transformers
 from checks import run_checks
 from command_line import run
-from members.readers import bart_decoder, encoder_decoder
+from members.readers import bart_decoder, donut, encoder_decoder, image_alone
 from tiny_models import LAYERS, square
 from zoo import Backend, Built, Member, build, image_processor, load_members
 
@@ -22,10 +22,6 @@ from lvlm_probe.errors import ExplainError, ProbeError
 
 load_members()
 _MEASURED = ("generation", "replay", "pixels", "gradient", "checkpointing", "detach")
-
-
-def _image_alone(_model: Any, processor: Any, images: Any, _question: str) -> Any:
-    return processor(images=list(images), return_tensors="pt")
 
 
 def _trocr(ids: dict[str, int]) -> Any:
@@ -38,13 +34,6 @@ def _trocr_processor(tokenizer: Any, backend: Backend) -> Any:
     return transformers.TrOCRProcessor(image_processor("ViTImageProcessor", backend, size=square()), tokenizer)
 
 
-def _nougat(ids: dict[str, int]) -> Any:
-    encoder = transformers.DonutSwinConfig(
-        image_size=[56, 56], patch_size=7, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
-    )
-    return encoder_decoder(encoder, transformers.MBartConfig(**bart_decoder(ids)), ids)
-
-
 def _nougat_processor(tokenizer: Any, backend: Backend) -> Any:
     images = image_processor("NougatImageProcessor", backend, size=square(), do_crop_margin=False)
     return transformers.NougatProcessor(images, tokenizer)
@@ -54,7 +43,7 @@ def _built(name: str, model: Any, processor: Any) -> Built:
     """A member that stands in no table: the mapping has one entry for all of its kind."""
     from zoo import MEMBERS
 
-    made = Member(name=name, kind="B", model=model, processor=processor, prepare=_image_alone)
+    made = Member(name=name, kind="B", model=model, processor=processor, prepare=image_alone)
     MEMBERS[name] = made
     try:
         return build(name, "pil")
@@ -67,7 +56,7 @@ def trocr() -> Built:
 
 
 @pytest.mark.parametrize(
-    ("name", "model", "processor"), [("trocr", _trocr, _trocr_processor), ("nougat", _nougat, _nougat_processor)]
+    ("name", "model", "processor"), [("trocr", _trocr, _trocr_processor), ("nougat", donut, _nougat_processor)]
 )
 def test_a_reader_of_an_encoder_and_a_decoder_passes_what_every_family_does(
     name: str, model: Any, processor: Any

@@ -19,7 +19,7 @@ def _special(ids: dict[str, int]) -> dict[str, int]:
     return {name: ids[f"<{name[:3]}>"] for name in _STARTS}
 
 
-def _image_alone(_model: Any, processor: Any, images: Sequence[Image.Image], _question: str) -> Mapping[str, Any]:
+def image_alone(_model: Any, processor: Any, images: Sequence[Image.Image], _question: str) -> Mapping[str, Any]:
     return processor(images=list(images), return_tensors="pt")
 
 
@@ -112,7 +112,7 @@ member(
     model=_pp_formulanet,
     processor=_pp_formulanet_processor,
     backends=("torchvision",),
-    prepare=_image_alone,
+    prepare=image_alone,
     local=False,  # a neck of convolutions lies behind its layers
 )
 
@@ -232,7 +232,7 @@ member(
     kind="A",
     model=_git,
     processor=_git_processor,
-    prepare=_image_alone,
+    prepare=image_alone,
     attention="its decoder computes attention by code of its own, past transformers' attention interface",
 )
 
@@ -262,7 +262,7 @@ member(
     kind="B",
     model=_captioner,
     processor=_captioner_processor,
-    prepare=_image_alone,
+    prepare=image_alone,
     attention="its decoder computes attention by code of its own, past transformers' attention interface",
 )
 
