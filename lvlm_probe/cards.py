@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from lvlm_probe.escaping import escaped
-from lvlm_probe.words import group_words
+from lvlm_probe.words import group_words, spelled
 
 __all__ = ["answer_html", "card", "in_one_line", "text_html"]
 
@@ -64,13 +64,10 @@ def answer_html(
     marked: Collection[int] = (),
 ) -> str:
     """The words of an answer as HTML: warmer the more the image decides them, underlined where they are ``marked``."""
-    parts, end = [], 0
-    for word in group_words(tokens, special):
-        between = "".join(
-            piece for piece, flag in zip(tokens[end : word.start], special[end : word.start], strict=True) if not flag
-        )
-        shown = "".join(tokens[word.start : word.stop])
-        lead = between + shown[: len(shown) - len(shown.lstrip())]
+    parts = []
+    words = group_words(tokens, special)
+    texts, _ = spelled(["" if flag else piece for piece, flag in zip(tokens, special, strict=True)], words)
+    for word, (lead, text) in zip(words, texts, strict=True):
         ratio = None if llr is None or not len(llr) else float(sum(llr[word.start : word.stop]))
         look = (
             ""
@@ -80,8 +77,7 @@ def answer_html(
         if any(word.start <= index < word.stop for index in marked):
             look += ";text-decoration:underline"
         title = "" if ratio is None else f' title="{ratio:+.2f} nats"'
-        parts.append(f'{text_html(lead)}<span style="{look.lstrip(";")}"{title}>{text_html(word.text)}</span>')
-        end = word.stop
+        parts.append(f'{text_html(lead)}<span style="{look.lstrip(";")}"{title}>{text_html(text)}</span>')
     return f'<p dir="auto" style="font-size:1.1em;margin:.3em 0">{"".join(parts)}</p>'
 
 

@@ -27,7 +27,7 @@ from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
 from lvlm_probe.files import is_ours, write_whole
 from lvlm_probe.selection import TokenSelection
 from lvlm_probe.trace.parts import PIXEL_LIMIT
-from lvlm_probe.words import group_words
+from lvlm_probe.words import group_words, spelled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -411,12 +411,12 @@ def _panel(heat: Heatmap, score: Any, image: Image.Image | None, place: tuple[st
     selection = heat.selection
     special = [index in selection.special for index in range(len(selection.tokens))]
     chosen = set(selection.indices)
-    answer, end = [], 0
-    for word in group_words(selection.tokens, special):
-        shown = "".join(selection.tokens[end : word.stop])
-        space = shown[: len(shown) - len(shown.lstrip())]
-        answer.append((space + word.text, bool(chosen & set(range(word.start, word.stop)))))
-        end = word.stop
+    words = group_words(selection.tokens, special)
+    shown = ["" if flag else piece for piece, flag in zip(selection.tokens, special, strict=True)]
+    answer = []
+    for word, (before, text) in zip(words, spelled(shown, words)[0], strict=True):
+        space = before[: len(before) - len(before.lstrip())]  # what else stands there shows nothing
+        answer.append((space + text, not chosen.isdisjoint(range(word.start, word.stop))))
     question = None if heat.trace is None else heat.trace.question or f"Prompt: {heat.trace.prompt}"
     several = 0 if heat.trace is None else len(heat.trace.images)
     which = f" · image {heat.image_index + 1} of {several}" if several > 1 else ""

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-__all__ = ["ALPHA", "Word", "group_words"]
+__all__ = ["ALPHA", "Word", "group_words", "spelled"]
 
 ALPHA = 1.0
 """LLR above which a token of the answer is the image's doing, nats (paper, Eq. 6)."""
@@ -91,6 +91,22 @@ def group_words(pieces: Sequence[str], special: Sequence[bool]) -> list[Word]:
     # Empty pieces at the very end were cut off in the middle of a character: they stay with the word before them.
     close(len(shown))
     return words
+
+
+def spelled(pieces: Sequence[str], words: Iterable[Word]) -> tuple[list[tuple[str, str]], str]:
+    """Return (text before it, the word) for every word of an answer, and the text after the last one.
+
+    Args:
+        pieces: display text of the tokens, ``(step,)``, special ones empty.
+        words: of the answer, in order.
+    """
+    found, end = [], 0
+    for word in words:
+        text = "".join(pieces[word.start : word.stop])
+        before = "".join(pieces[end : word.start]) + text[: len(text) - len(text.lstrip())]
+        found.append((before, text.strip()))
+        end = word.stop
+    return found, "".join(pieces[end:]).rstrip()
 
 
 def _units(text: str) -> list[int]:

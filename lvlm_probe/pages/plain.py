@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 
-from lvlm_probe.words import Word
-
-__all__ = ["nats", "plain", "probability", "rounded", "spelled", "without_folders"]
+__all__ = ["nats", "plain", "probability", "rounded", "without_folders"]
 
 _ABSOLUTE_PATH = re.compile(
     r"""(?<![\w.:/\\~])                # not the tail of a URL or of a relative path
@@ -65,19 +63,3 @@ def rounded(value: float | None, digits: int = 2) -> float | None:
     """A number to so many digits, or None where it is not known."""
     known = None if value is None else nats(value)
     return None if known is None else round(known, digits)
-
-
-def spelled(pieces: Sequence[str], words: Iterable[Word]) -> tuple[list[tuple[str, str]], str]:
-    """Return (text before it, the word) for every word of an answer, and the text after the last one.
-
-    Args:
-        pieces: display text of the tokens, ``(step,)``, special ones empty.
-        words: of the answer, in order.
-    """
-    found, end = [], 0
-    for word in words:
-        text = "".join(pieces[word.start : word.stop])
-        before = "".join(pieces[end : word.start]) + text[: len(text) - len(text.lstrip())]
-        found.append((before, text.strip()))
-        end = word.stop
-    return found, "".join(pieces[end:]).rstrip()

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.importing.meter import worst_words
 from lvlm_probe.importing.word_origins import LEAST_FROM_IMAGE, SURPRISE
-from lvlm_probe.pages.plain import rounded, spelled, without_folders
+from lvlm_probe.pages.plain import rounded, without_folders
 from lvlm_probe.pages.shell import asset, json_for_script, page_text, refuse_existing, without_script, write_text
-from lvlm_probe.words import ALPHA
+from lvlm_probe.words import ALPHA, spelled
 
 if TYPE_CHECKING:
     from lvlm_probe.importing.meter import Reading, Unread

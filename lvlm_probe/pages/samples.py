@@ -16,8 +16,8 @@ from lvlm_probe.errors import ProbeError
 from lvlm_probe.images import make_baseline
 from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY
 from lvlm_probe.pages.data_uris import data_uri, encode_seen, encode_values, shrink
-from lvlm_probe.pages.plain import nats, plain, probability, spelled, without_folders
-from lvlm_probe.words import group_words
+from lvlm_probe.pages.plain import nats, plain, probability, without_folders
+from lvlm_probe.words import group_words, spelled
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,9 +12,9 @@ import numpy as np
 
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.pages.plain import spelled
 from lvlm_probe.study.run.word_maps import read_words
 from lvlm_probe.trace import Trace, open_trace
+from lvlm_probe.words import spelled
 
 if TYPE_CHECKING:
     from PIL import Image
