@@ -26,7 +26,7 @@ from lvlm_probe.plugins import load_plugins
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["ONE_LOAD", "default_device", "load", "load_processor", "loading", "located", "missing"]
+__all__ = ["ONE_LOAD", "default_device", "load", "load_processor", "loading", "located", "missing", "without_weights"]
 
 ONE_LOAD = threading.RLock()
 """Held while transformers makes a model. It replaces ``PreTrainedModel.tie_weights`` and torch's default dtype for the
@@ -173,13 +173,23 @@ def missing(source: str | os.PathLike[str], *, trust_remote_code: bool = False) 
 
 
 def _model_on_meta(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> torch.nn.Module:
-    """The model's modules without its weights, on the meta device: what its class needs, in a moment."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    """A saved model's modules without its weights: what its class needs, in a moment."""
+    from transformers import AutoConfig
 
     _register_family(source)
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    return without_weights(config, trust_remote_code=trust_remote_code)
+
+
+def without_weights(
+    config: PreTrainedConfig, *, trust_remote_code: bool = False, attn: str | None = None
+) -> torch.nn.Module:
+    """Make the modules of a vision-language model on the meta device. Raises what transformers raises."""
+    from transformers import AutoModelForImageTextToText
+
+    given = {} if attn is None else {"attn_implementation": attn}
     with ONE_LOAD, torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code, **given)
 
 
 def load_processor(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:

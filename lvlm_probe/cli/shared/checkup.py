@@ -334,15 +334,10 @@ class _Model:
 
     def _without_weights(self) -> Any:
         """The model's modules on the meta device. Raises what transformers raises, or says it better."""
-        import torch
-        from transformers import AutoModelForImageTextToText
+        from lvlm_probe.models.loading import without_weights
 
-        from lvlm_probe.models.loading import ONE_LOAD
-
-        given = {} if self.attn is None else {"attn_implementation": self.attn}
         try:
-            with ONE_LOAD, torch.device("meta"):
-                return AutoModelForImageTextToText.from_config(self.config, trust_remote_code=self.trusted, **given)
+            return without_weights(self.config, trust_remote_code=self.trusted, attn=self.attn)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
