@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -42,18 +44,16 @@ def doctor(
     """
     with contextlib.suppress(Exception):  # transformers may be what is broken
         quiet_libraries()
+    of_model: Iterable[Finding] = ()
+    if model is not None:
+        of_model = model_checks(
+            model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code, attempt=attempt
+        )
     found: list[Finding] = []
-    for one in environment():
+    for one in itertools.chain(environment(), of_model):
         found.append(one)
         if not as_json:
             _show(one)
-    if model is not None:
-        for one in model_checks(
-            model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code, attempt=attempt
-        ):
-            found.append(one)
-            if not as_json:
-                _show(one)
     broken = [one.name for one in found if one.state == "mend"]
     commands = mending(found)
     if as_json:

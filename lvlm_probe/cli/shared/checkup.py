@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Finding", "environment", "mending", "model_checks", "version_of"]
 
 _PYTHON = (3, 11)
-_MODULES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-image": "skimage", "pillow-heif": "pillow_heif"}
-"""Distributions whose module has another name."""
+_MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
+"""Required distributions whose module has another name."""
 _REQUIRED = ("torch>=2.4", "transformers>=5.18,<6", "numpy", "pillow", "pyyaml", "h5py", "matplotlib", "rich", "tqdm")
 """What is looked for where the package runs from its sources, without metadata."""
 _QUESTION = "What is in the image?"
@@ -205,9 +205,10 @@ def _torchvision() -> Finding:
     if module is not None:
         return Finding("torchvision", "ok", version)
     torch = version_of("torch")
-    wanted = next((line for line in metadata.requires("torchvision") or [] if _name_of(line) == "torch"), "")
-    if torch is not None and wanted and not _fits(torch, wanted.partition(";")[0].strip()):
-        text = f"{version} was built for {wanted.partition(';')[0].strip()}, and torch is {torch}: {fault}"
+    pinned = next((line for line in metadata.requires("torchvision") or [] if _name_of(line) == "torch"), "")
+    wanted = pinned.partition(";")[0].strip()
+    if torch is not None and wanted and not _fits(torch, wanted):
+        text = f"{version} was built for {wanted}, and torch is {torch}: {fault}"
         # With torch pinned, which pip would replace otherwise.
         return Finding("torchvision", "mend", text, ("--upgrade", "torchvision", f"torch=={torch.partition('+')[0]}"))
     text = f"{version} cannot be imported, and transformers then fails to load models: {fault}"
@@ -287,8 +288,9 @@ def model_checks(
         ("prompt", looked.prompt),
         ("memory", looked.memory),
     ):
-        found += _checked(name, check)
-        yield from found[-1:] if found and found[-1].name == name else ()
+        here = list(_checked(name, check))
+        yield from here
+        found += here
     if not attempt:
         return
     if any(one.state == "mend" for one in found):
