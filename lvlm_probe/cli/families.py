@@ -8,7 +8,7 @@ import typer
 
 from lvlm_probe.cli.shared.completion import complete_family
 from lvlm_probe.cli.shared.options import Json
-from lvlm_probe.cli.shared.terminal import print_json, say, wrapped
+from lvlm_probe.cli.shared.terminal import print_json, say, width, wrapped
 
 __all__ = ["RUNS_BARE", "families"]
 
@@ -28,8 +28,6 @@ def families(name: _Name = None, as_json: Json = False) -> None:
 
     Example:  lvlm-probe families qwen2_5_vl
     """
-    from rich.console import Console
-
     from lvlm_probe.models.support import CHECKS, family_table
 
     table = family_table()
@@ -49,27 +47,27 @@ def families(name: _Name = None, as_json: Json = False) -> None:
             }
         )
         return
-    width = max(len(family.name) for family in table.families) + 2
+    indent = max(len(family.name) for family in table.families) + 2
     heads = list(CHECKS)
-    if width + sum(len(check) + 2 for check in CHECKS) > Console().width:  # numbers stand for the names
+    if indent + sum(len(check) + 2 for check in CHECKS) > width():  # numbers stand for the names
         heads = [str(number) for number in range(1, len(CHECKS) + 1)]
         for line in wrapped("  ".join(map("=".join, zip(heads, CHECKS, strict=True))), indent=0):
             say((line, "dim"))
     columns = [max(len(head), 3) + 2 for head in heads]
-    say(" " * width, ("".join(head.ljust(column) for head, column in zip(heads, columns, strict=True)), "dim"))
+    say(" " * indent, ("".join(head.ljust(column) for head, column in zip(heads, columns, strict=True)), "dim"))
     for family in table.lvlms:
         cells: list[tuple[str, str]] = []
         for check, column in zip(CHECKS, columns, strict=True):
             word, style = _VERDICTS[family.verdict(check)]
             cells.append((word.ljust(column), style))
-        say((family.name.ljust(width), "bold"), *cells)
+        say((family.name.ljust(indent), "bold"), *cells)
     say("")
     for family in table.families:
         if family.outside:
-            name, *further = wrapped(family.outside, indent=width)
-            say((family.name.ljust(width), "dim"), (name, "dim"))
+            name, *further = wrapped(family.outside, indent=indent)
+            say((family.name.ljust(indent), "dim"), (name, "dim"))
             for line in further:
-                say(" " * width, (line, "dim"))
+                say(" " * indent, (line, "dim"))
     say("")
     say(
         (f"{table.passed} of {len(table.lvlms)}", "bold"),

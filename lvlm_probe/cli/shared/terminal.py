@@ -144,11 +144,10 @@ def show_table(
         The heads of the columns that were left out.
     """
     from rich.cells import cell_len
-    from rich.console import Console
 
     lines = [list(map(one_line, row)) for row in (heads, *rows)]
     widths = [max(cell_len(line[column]) for line in lines) for column in range(len(heads))]
-    room = Console().width
+    room = width()
     shown: list[int] = []
     for column in first:
         if shown and not wide and sum(widths[one] + 2 for one in shown) + widths[column] > room:
