@@ -36,6 +36,7 @@ from lvlm_probe.cli.shared.options import (
 from lvlm_probe.cli.shared.servers import MaxRequests, ServedModel, ServerUrl, Yes, open_server
 from lvlm_probe.cli.shared.terminal import open_page, print_json, quoted_path, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.escaping import counted
 
 if TYPE_CHECKING:
     from lvlm_probe.cli.shared.maps import Explained
@@ -158,7 +159,7 @@ def explain(
         for found in explain_replay(replay, selection, settings, folder, word_maps=word_maps):
             explained.maps.append(found)
     except KeyboardInterrupt:
-        kept = f"{len(explained.maps)} finished map{'' if len(explained.maps) == 1 else 's'}"
+        kept = f"{counted(len(explained.maps), 'finished map')}"
         again = _same_command(context, recorded.path)
         raise stop(f"stopped; {kept} kept in {stored_path(folder)}. Go on with:  {again}") from None
     page = _opened(explained, folder) if open_it else None

@@ -10,6 +10,7 @@ import typer
 from lvlm_probe.cli.shared.options import Json, Maps, OpenPage
 from lvlm_probe.cli.shared.terminal import open_page, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.escaping import counted
 
 __all__ = ["report"]
 
@@ -38,4 +39,4 @@ def report(
     if as_json:
         print_json({"report": str(page), "maps": [str(item.path) for item in found]})
     else:
-        say("report: ", (stored_path(page), "bold"), f"  ({len(found)} map{'' if len(found) == 1 else 's'})")
+        say("report: ", (stored_path(page), "bold"), f"  ({counted(len(found), 'map')})")

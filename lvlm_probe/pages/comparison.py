@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError
+from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import Tokens, explain, needs_of, selected
 from lvlm_probe.explainers import methods as known_methods
 from lvlm_probe.explainers.trace_only import RecordedAnswer
@@ -165,7 +166,7 @@ def compare(
             raise ReportError("scores and labels go with heatmaps; replays are judged here")
         columns, rows = _made(items, methods, tokens, _Settings(image, seed, grid, steps), progress)
     text = filled(columns, rows, standings(columns, rows), title or _TITLE)
-    said = f"{len(columns)} method{'s' * (len(columns) != 1)} on {len(rows)} answer{'s' * (len(rows) != 1)}"
+    said = f"{counted(len(columns), 'method')} on {counted(len(rows), 'answer')}"
     return Comparison(write_text(path, text, overwrite=overwrite, said=said), tuple(columns), tuple(rows))
 
 

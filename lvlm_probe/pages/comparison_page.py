@@ -11,6 +11,7 @@ from PIL import Image
 
 from lvlm_probe.drawing import colour_bar
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.escaping import counted
 from lvlm_probe.pages.data_uris import data_uri, shrink
 from lvlm_probe.pages.plain import without_folders
 from lvlm_probe.pages.ranking import Row, Standing, cost_of
@@ -58,7 +59,7 @@ def filled(columns: Sequence[str], rows: Sequence[Row], standings: Sequence[Stan
 
 def _terms(columns: Sequence[str], rows: Sequence[Row]) -> str:
     """What was held equal, and what was not."""
-    number = f"{len(columns)} method{'s' if len(columns) != 1 else ''} on {len(rows)} answer{'s' * (len(rows) != 1)}"
+    number = f"{counted(len(columns), 'method')} on {counted(len(rows), 'answer')}"
     said = [f"<p><b>{number}.</b> All heatmaps of a row explain the underlined words of its answer.</p>"]
     judged = [(row, score) for row in rows for score in row.scores if score is not None and score.params]
     if not judged:

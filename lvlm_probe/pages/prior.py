@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lvlm_probe.escaping import counted
 from lvlm_probe.importing.meter import worst_words
 from lvlm_probe.importing.word_origins import LEAST_FROM_IMAGE, SURPRISE
 from lvlm_probe.pages.plain import rounded, without_folders
@@ -133,7 +134,7 @@ def _lead(readings: Sequence[Reading], unread: Sequence[Unread]) -> str:
     number = len(readings)
     shares = {name: bands[name] / number if number else 0.0 for name in _ORIGINS}
     said = [
-        f"<p><b>{number} answer{'s' * (number != 1)}.</b> <b>{_percent(shares['unlikely'])}</b> hold words that this "
+        f"<p><b>{counted(number, 'answer')}.</b> <b>{_percent(shares['unlikely'])}</b> hold words that this "
         f"model would not have said, <b>{_percent(shares['habit'])}</b> are from habit (fewer than "
         f"{100 * LEAST_FROM_IMAGE:g} % of their words need more than {_baseline(readings)}), and "
         f"<b>{_percent(shares['image'])}</b> are from the image.</p>"
