@@ -12,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import itertools
+import json
 import math
+import os
 import threading
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,6 +46,7 @@ __all__ = [
     "mark_of",
     "overlay",
     "resample",
+    "save_figure",
 ]
 
 # Dark ends of perceptually uniform maps vanish in shadows; opacity already says "little", so colour starts brighter.
@@ -719,3 +723,22 @@ def figure_bytes(drawn: Figure, name: str, *, provenance: str, dpi: float = 300)
     with _SAVING, matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "lvlm_probe"}):
         drawn.savefig(buffer, format=ending, dpi=dpi, **options)
     return buffer.getvalue()
+
+
+def save_figure(drawn: Figure, path: str | os.PathLike[str], *, provenance: Mapping[str, Any], dpi: float) -> None:
+    """Write a figure whole, with its provenance as JSON in the file's own metadata; missing folders are made.
+
+    Args:
+        drawn: the figure.
+        path: the file; replaces what is there.
+        provenance: JSON-ready, without NaN and infinity.
+        dpi: pixels per inch, for PNG and TIFF.
+
+    Raises:
+        ExplainError: an ending that is not one of ``FORMATS``.
+    """
+    target = Path(path)
+    told = json.dumps(provenance, ensure_ascii=True, allow_nan=False)
+    content = figure_bytes(drawn, target.name, provenance=told, dpi=dpi)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, content)

@@ -383,11 +383,7 @@ def figure(
     panels = [_panel(*one) for one in zip(shown, given, over, _places(shown), strict=True)]
     drawn = drawing.figure(panels, dpi=dpi, **look)
     if out is not None:
-        target = Path(out)
-        told = json.dumps({"heatmaps": [heat.describe() for heat in shown]}, ensure_ascii=True, allow_nan=False)
-        content = drawing.figure_bytes(drawn, target.name, provenance=told, dpi=dpi)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, content)
+        drawing.save_figure(drawn, out, provenance={"heatmaps": [heat.describe() for heat in shown]}, dpi=dpi)
     return drawn
 
 

@@ -8,12 +8,10 @@ explanation saw. Unless told otherwise, a heatmap is judged over the baseline th
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -22,7 +20,7 @@ from lvlm_probe import drawing
 from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import CurveScore
-from lvlm_probe.files import json_ready, write_whole
+from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap, resample
 from lvlm_probe.images import CompositePath
 from lvlm_probe.metrics.deletion_insertion import (
@@ -166,11 +164,7 @@ class Score:
             raise ExplainError(f"there are no curves to draw: {self.reason}")
         drawn = drawing.curve_figure(self, width=width, font_size=font_size)
         if path is not None:
-            target = Path(path)
-            told = json.dumps(self.to_dict(), ensure_ascii=True, allow_nan=False)
-            content = drawing.figure_bytes(drawn, target.name, provenance=told, dpi=dpi)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(target, content)
+            drawing.save_figure(drawn, path, provenance=self.to_dict(), dpi=dpi)
         return drawn
 
     def to_dict(self) -> dict[str, Any]:
