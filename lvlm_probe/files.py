@@ -32,6 +32,7 @@ __all__ = [
     "NotRegularFile",
     "State",
     "causes",
+    "in_the_way",
     "is_ours",
     "json_ready",
     "open_regular",
@@ -132,6 +133,17 @@ def is_ours(path: Path) -> bool:
     except OSError:
         return False
     return any(head.startswith(start) and (mark in head or mark in tail) for start, mark in _MARKS)
+
+
+def in_the_way(path: Path, *, overwrite: bool | None) -> str | None:
+    """Say why what is at ``path`` is not replaced; ``None`` where it may be, or nothing is there.
+
+    ``overwrite`` replaces any file, ``None`` only one that this package wrote.
+    """
+    if not path.exists() or overwrite or (overwrite is None and is_ours(path)):
+        return None
+    whose = "" if overwrite is False else " and was not written by lvlm_probe"
+    return f"{path} exists{whose}; name another file, or pass overwrite=True"
 
 
 def _create(target: Path, mode: int) -> tuple[Path, int]:

@@ -24,7 +24,7 @@ from PIL import Image, PngImagePlugin
 from lvlm_probe import drawing
 from lvlm_probe.drawing import resample
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
-from lvlm_probe.files import is_ours, write_whole
+from lvlm_probe.files import in_the_way, write_whole
 from lvlm_probe.selection import TokenSelection
 from lvlm_probe.trace.parts import PIXEL_LIMIT
 from lvlm_probe.words import group_words, spelled
@@ -376,10 +376,8 @@ def figure(
     for name, listed in (("scores", given), ("images", over)):
         if len(listed) != len(shown):
             raise ExplainError(f"figure() was given {len(shown)} heatmaps but {len(listed)} {name}: pass one for each")
-    if out is not None and Path(out).exists() and not (overwrite or (overwrite is None and is_ours(Path(out)))):
-        raise ExplainError(
-            f"{os.fspath(out)} exists and was not written by lvlm_probe; name another file, or pass overwrite=True"
-        )
+    if out is not None and (there := in_the_way(Path(out), overwrite=overwrite)) is not None:
+        raise ExplainError(there)
     panels = [_panel(*one) for one in zip(shown, given, over, _places(shown), strict=True)]
     drawn = drawing.figure(panels, dpi=dpi, **look)
     if out is not None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from lvlm_probe._version import __version__
 from lvlm_probe.errors import ReportError
-from lvlm_probe.files import is_ours, write_whole
+from lvlm_probe.files import in_the_way, write_whole
 
 __all__ = ["Page", "asset", "json_for_script", "page_text", "refuse_existing", "without_script", "write_text"]
 
@@ -68,9 +68,8 @@ def refuse_existing(path: Path, *, overwrite: bool | None) -> None:
         raise ReportError(
             f"cannot write the report: {path} is a folder; name a file in it, such as {path / 'report.html'}"
         )
-    if path.exists() and not (overwrite or (overwrite is None and is_ours(path))):
-        whose = "" if overwrite is False else " and was not written by lvlm_probe"
-        raise ReportError(f"cannot write the report: {path} exists{whose}; name another file, or pass overwrite=True")
+    if (there := in_the_way(path, overwrite=overwrite)) is not None:
+        raise ReportError(f"cannot write the report: {there}")
 
 
 def write_text(path: Path, text: str, *, overwrite: bool | None, said: str = "") -> Page:
