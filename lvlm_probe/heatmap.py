@@ -449,7 +449,12 @@ def trace_file_of(path: str | os.PathLike[str]) -> Path | None:
         _, attrs = read_arrays(source, KIND, version=VERSION)
     except TraceError:
         return None
+    return _named_trace(source, attrs)
+
+
+def _named_trace(source: Path, attrs: Mapping[str, Any]) -> Path | None:
     relative = attrs.get("trace_path")
+    # Kept relative when written; an absolute one is no path of ours.
     if not isinstance(relative, str) or os.path.isabs(relative):
         return None
     try:
@@ -459,14 +464,13 @@ def trace_file_of(path: str | os.PathLike[str]) -> Path | None:
 
 
 def _trace_beside(source: Path, attrs: Mapping[str, Any], provenance: Mapping[str, Any]) -> Trace | None:
-    relative, row = attrs.get("trace_path"), attrs.get("trace_row", 0)
-    # Kept relative when written; an absolute one is no path of ours.
-    if not isinstance(relative, str) or os.path.isabs(relative) or type(row) is not int:
+    path, row = _named_trace(source, attrs), attrs.get("trace_row", 0)
+    if path is None or type(row) is not int:
         return None
     from lvlm_probe.trace import open_trace
 
     try:
-        trace = open_trace((source.resolve().parent / relative).resolve(), row=row)
+        trace = open_trace(path, row=row)
     except (ProbeError, OSError, ValueError, RuntimeError):
         return None
     return trace if trace.trace_id == provenance.get("trace_id") else None
