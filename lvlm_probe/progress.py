@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -28,7 +28,7 @@ ProgressChoice: TypeAlias = "Progress | bool | None"
 PATIENCE = 2.0
 """Seconds that work takes before a bar is shown for it."""
 EVERY = 30.0
-"""Seconds between lines where there is no bar."""
+"""Seconds between lines where there is no bar, and before the first one."""
 
 _log = logging.getLogger("lvlm_probe")
 
@@ -40,7 +40,6 @@ class Lines:
         title: what is being done.
         write: called with each line.
         clock: seconds, of any beginning.
-        every: seconds between two lines, and before the first one.
     """
 
     def __init__(
@@ -49,9 +48,8 @@ class Lines:
         write: Callable[[str], object],
         *,
         clock: Callable[[], float] = time.monotonic,
-        every: float = EVERY,
     ) -> None:
-        self._title, self._write, self._clock, self._every = title, write, clock, every
+        self._title, self._write, self._clock = title, write, clock
         self._began = self._last = clock()
         self._first: tuple[int, float] | None = None
 
@@ -59,7 +57,7 @@ class Lines:
         now = self._clock()
         if self._first is None:
             self._first = done, now  # what was there before is not part of the pace
-        if done >= total or now - self._last < self._every:
+        if done >= total or now - self._last < EVERY:
             return
         self._last = now
         start, since = self._first
@@ -75,13 +73,12 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def show_progress(progress: ProgressChoice, title: str, *, stream: TextIO | None = None) -> Iterator[Progress | None]:
+def show_progress(progress: ProgressChoice, title: str) -> Iterator[Progress | None]:
     """Yield what work calls with (done, total), or ``None`` where nothing is to be shown.
 
     Args:
         progress: what the user gave: a function, ``None`` (or ``True``) for the default of the module, or ``False``.
         title: what is being done.
-        stream: where a bar is drawn, instead of standard error.
     """
     if progress is False:
         yield None
@@ -90,7 +87,7 @@ def show_progress(progress: ProgressChoice, title: str, *, stream: TextIO | None
     elif not _somebody_waits():
         yield Lines(title, _log.info) if _log.isEnabledFor(logging.INFO) else None
     else:
-        bar: Any = _bar(title, stream)
+        bar: Any = _bar(title)
         with bar:
 
             def advance(done: int, total: int) -> None:
@@ -114,9 +111,9 @@ def _somebody_waits() -> bool:
         return False
 
 
-def _bar(title: str, stream: TextIO | None) -> Any:
+def _bar(title: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tqdm's own, about widgets that are not installed
         from tqdm.auto import tqdm
 
-        return tqdm(desc=title, delay=PATIENCE, leave=False, file=stream)
+        return tqdm(desc=title, delay=PATIENCE, leave=False)

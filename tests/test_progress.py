@@ -98,7 +98,7 @@ def test_without_a_terminal_lines_go_to_the_log_if_it_is_read(caplog: pytest.Log
     with show_progress(None, "x") as tell:
         assert tell is None
     with caplog.at_level(logging.INFO, "lvlm_probe"), mock.patch.object(progress, "EVERY", 0.0):
-        with mock.patch.object(Lines.__init__, "__kwdefaults__", {"clock": Clock(), "every": 0.0}):
+        with mock.patch.object(Lines.__init__, "__kwdefaults__", {"clock": Clock()}):
             with show_progress(None, "explaining") as tell:
                 assert tell is not None
                 tell(1, 3)
