@@ -238,28 +238,27 @@ def _device() -> Finding | None:
     torch, _ = _imported("torch")
     if torch is None:
         return None  # said above
+    from lvlm_probe.planning import show_bytes
+
     place = torch_place(None)
     dtype = torch_dtype(None, place)
-    name, _, free = _memory(place)
-    text = f"{name}, {'the dtype of the checkpoint' if dtype == 'auto' else dtype}; {free} free"
+    name, free = _memory(place)
+    text = f"{name}, {'the dtype of the checkpoint' if dtype == 'auto' else dtype}; {show_bytes(free)} free"
     if place.type == "cpu" and shutil.which("nvidia-smi"):
         text += f"; there is an NVIDIA driver, but torch {torch.__version__} finds no CUDA device (nvidia-smi says why)"
         return Finding("device", "note", text)
     return Finding("device", "ok", text)
 
 
-def _memory(place: Any) -> tuple[str, int, str]:
-    """A device's name, its free bytes, and those as text."""
+def _memory(place: Any) -> tuple[str, int]:
+    """A device's name and its free bytes."""
     import torch
 
-    from lvlm_probe.planning import show_bytes
     from lvlm_probe.planning.meter import available
 
     if place.type == "cuda":
-        free = torch.cuda.mem_get_info(place)[0]
-        return f"{place} ({torch.cuda.get_device_name(place)})", free, show_bytes(free)
-    free = available()
-    return str(place), free, show_bytes(free)
+        return f"{place} ({torch.cuda.get_device_name(place)})", torch.cuda.mem_get_info(place)[0]
+    return str(place), available()
 
 
 # --------------------------------------------------------------------------------------------------------------- model
@@ -389,8 +388,9 @@ class _Model:
         wanted = own if self.precision == "auto" else getattr(torch, self.precision)
         bytes_ = weight_bytes(self.bare.to(wanted))
         attention = self.bare.config._attn_implementation
-        name, free, shown = _memory(self.place)
-        text = f"weights {show_bytes(bytes_)} of {shown} free on {name}; {str(wanted)[6:]}, attention by {attention}"
+        name, free = _memory(self.place)
+        weights = f"weights {show_bytes(bytes_)} of {show_bytes(free)} free on {name}"
+        text = f"{weights}; {str(wanted)[6:]}, attention by {attention}"
         if bytes_ < free:
             return Finding("memory", "ok", text)
         way_out = "a smaller --dtype (bfloat16), another --device, or load it quantised or with device_map='auto'"
