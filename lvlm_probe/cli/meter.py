@@ -135,7 +135,7 @@ def meter(
         else (None, None)
     )
     from lvlm_probe.importing.meter import Reading, Unread, measure, ranked, write_csv
-    from lvlm_probe.importing.refusals import counted
+    from lvlm_probe.importing.refusals import by_kind
     from lvlm_probe.importing.rows import Source
     from lvlm_probe.pages.prior import write_page
 
@@ -175,7 +175,7 @@ def meter(
         note(f"{one.source}: {one.reason}", kind="warning")
     if len(unread) > _SHOWN:
         note(f"{len(unread) - _SHOWN} more could not be measured; the csv names them")
-    tell_reasons(counted(one.reason for one in unread), len(unread))
+    tell_reasons(by_kind(one.reason for one in unread), len(unread))
     if not readings:
         raise ProbeError(f"none of the {len(found)} answers in {source} could be measured")
     write_csv(readings, table, unread=unread)

@@ -28,7 +28,7 @@ import torch
 
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.importing.forced_recorder import MORE_THAN_ROUNDING, difference, forced, said_by
-from lvlm_probe.importing.refusals import counted
+from lvlm_probe.importing.refusals import by_kind
 from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, Source, read_rows, reason_of, writable
 from lvlm_probe.recording.probe import Probe, attach
 from lvlm_probe.recording.recorder import RecordOptions
@@ -89,7 +89,7 @@ class Imported:
     @property
     def reasons(self) -> list[tuple[str, int]]:
         """Why rows were rejected, by kind, the commonest first."""
-        return counted(self.rejected.values())
+        return by_kind(self.rejected.values())
 
 
 def import_answers(

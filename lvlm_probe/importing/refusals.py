@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["BadRow", "counted", "reason_of", "shortened", "writable"]
+__all__ = ["BadRow", "by_kind", "reason_of", "shortened", "writable"]
 
 _SHOWN = 400
 """Characters of a reason: what stands in a row may be megabytes."""
@@ -44,7 +44,7 @@ def shortened(value: object, width: int = 60) -> str:
     return f"{shown}… ({len(text):,} characters)" if isinstance(value, str) else f"{shown}…"
 
 
-def counted(reasons: Iterable[str]) -> list[tuple[str, int]]:
+def by_kind(reasons: Iterable[str]) -> list[tuple[str, int]]:
     """Reasons by kind, the commonest first: the words up to the first colon or semicolon, without particulars."""
     kinds = (re.split(r"[:;]", _PARTICULAR.sub("…", reason), maxsplit=1)[0].strip(" …")[:100] for reason in reasons)
     return Counter(kinds).most_common()

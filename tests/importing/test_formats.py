@@ -26,7 +26,7 @@ from served_shapes import (
 import lvlm_probe as probe
 from lvlm_probe.errors import StudyError
 from lvlm_probe.importing import import_answers, row_files
-from lvlm_probe.importing.refusals import counted
+from lvlm_probe.importing.refusals import by_kind
 from lvlm_probe.importing.rows import AnswerRow, BadRow, Source, read_rows
 
 QUICK = {"llr": False, "attention": False}
@@ -611,7 +611,7 @@ def test_reasons_are_counted_by_kind() -> None:
         "the image b/c.png is missing (looked in /y)",
         "not JSON: 1",
     ]
-    assert counted(reasons) == [("the image … is missing", 2), ("not JSON", 1)]
-    assert counted(["the image https://x/y lies on the network, which"]) == [
+    assert by_kind(reasons) == [("the image … is missing", 2), ("not JSON", 1)]
+    assert by_kind(["the image https://x/y lies on the network, which"]) == [
         ("the image … lies on the network, which", 1)
     ]
