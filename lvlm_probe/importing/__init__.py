@@ -138,17 +138,8 @@ def import_answers(
         ProbeError: the file cannot be read, the directory cannot be written, or the model cannot be attached to.
         TraceError: the disk does not take a trace.
     """
-    asked = Source(
-        Path(source),
-        columns or {},
-        format,
-        None if requests is None else Path(requests),
-        None if images is None else Path(images),
-        fetch,
-    )
-    directory, read_as = Path(out), asked.recognised()
-    rows = itertools.islice(read_rows(asked), limit)
-    first = list(itertools.islice(rows, 1))  # a file that cannot be read is said before anything is written
+    asked = Source.of(source, columns=columns, format=format, requests=requests, images=images, fetch=fetch)
+    directory, read_as = Path(out), asked.recognised()  # a file that cannot be read is said before anything is written
     total = asked.count()
     total = total if limit is None else min(total, limit)
     try:
@@ -160,7 +151,7 @@ def import_answers(
     present: list[int] = []
     rejected: dict[int, str] = {}
     with rejects, contextlib.closing(_Importer(model, processor, directory, asked)) as importer:
-        for number, (line, row) in enumerate(itertools.chain(first, rows), start=1):
+        for number, (line, row) in enumerate(itertools.islice(read_rows(asked), limit), start=1):
             try:
                 if isinstance(row, BadRow):
                     raise row

@@ -234,14 +234,7 @@ def measure(
         return _readings(_traces(path, model, processor, baseline), alpha, threshold, limit)
     if model is None or (processor is None and not isinstance(model, Server)):
         raise StudyError(f"{path} holds answers, which have to go through a model: give the model and its processor")
-    rows = Source(
-        path,
-        columns or {},
-        format,
-        None if requests is None else Path(requests),
-        None if images is None else Path(images),
-        fetch,
-    )
+    rows = Source.of(path, columns=columns, format=format, requests=requests, images=images, fetch=fetch)
     if isinstance(model, Server):
         return _readings(_served_rows(rows, model, baseline or "blur"), alpha, threshold, limit)
     return _readings(_rows(rows, model, processor, baseline or "blur"), alpha, threshold, limit)

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import functools
 import itertools
 import json
 import math
@@ -138,6 +139,21 @@ class Source:
     images: Path | None = None
     fetch: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        columns: Mapping[str, str] | None = None,
+        format: str | None = None,
+        requests: str | os.PathLike[str] | None = None,
+        images: str | os.PathLike[str] | None = None,
+        fetch: bool = False,
+    ) -> Source:
+        """The same of paths as texts, and of no columns. Raises ``StudyError``."""
+        asked, beside = (None if given is None else Path(given) for given in (requests, images))
+        return cls(Path(path), columns or {}, format, asked, beside, fetch)
+
     def __post_init__(self) -> None:
         """Raises ``StudyError`` for a column of no field, or a format that is not known."""
         for name in self.columns:
@@ -151,7 +167,7 @@ class Source:
     def _named(self) -> list[str]:
         return [name.strip() for name in (self.format or "").split(",") if name.strip()]
 
-    @property
+    @functools.cached_property
     def kind(self) -> str:
         """Of the file, a name of ``FILES``. Raises ``StudyError``."""
         found = kind_of(self.path)  # also where it is named: a file that cannot be read is told in any case
@@ -192,7 +208,7 @@ def read_rows(
         StudyError: the file, or that of the requests, cannot be read, or ``columns`` names no field.
     """
     if not isinstance(source, Source):
-        source = Source(Path(source), columns or {})
+        source = Source.of(source, columns=columns)
     kind = source.kind
     requests = None if source.requests is None else _Requests(source.requests, kind_of(source.requests))
     own = _Requests(source.path, kind)
