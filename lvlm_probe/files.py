@@ -22,7 +22,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "NotRegularFile",
     "State",
     "causes",
+    "found_within",
     "in_the_way",
     "is_ours",
     "json_ready",
@@ -262,6 +263,24 @@ def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def found_within(path: str | os.PathLike[str], folders: Sequence[Path]) -> tuple[Path | None, bool]:
+    """Finds a regular file that somebody's row names, in ``folders`` and, links resolved, nowhere else.
+
+    Returns:
+        the file, ``None`` where there is none in the folders; and whether there is one outside of them.
+    """
+    outside = False
+    for place in (*(folder / path for folder in folders), Path(path)):
+        with contextlib.suppress(OSError, ValueError):  # a name that is too long, or has a NUL in it
+            real = place.resolve(strict=True)
+            if not real.is_file():  # neither a directory, a pipe, nor a device
+                continue
+            if any(real.is_relative_to(folder.resolve()) for folder in folders):
+                return real, outside
+            outside = True
+    return None, outside
 
 
 def read_small(path: str | os.PathLike[str], *, limit: int) -> bytes:

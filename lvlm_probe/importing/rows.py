@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from lvlm_probe.errors import ProbeError, StudyError
+from lvlm_probe.files import found_within
 from lvlm_probe.importing.refusals import BadRow, reason_of, shortened, writable
 from lvlm_probe.importing.row_files import FILES, TABLES, count_rows, kind_of, line_at, lines_of, parsed, rows_in
 from lvlm_probe.importing.shapes import FIELDS, IDS, SHAPES, fields_of, is_request, keys_of
@@ -486,16 +487,7 @@ def _given(source: Any) -> Image.Image:
 
 def _from_file(text: str, directories: Sequence[Path]) -> Image.Image:
     path = os.path.expanduser(unquote(text[7:]) if text.startswith("file://") else text)
-    found, outside = None, False
-    for place in (*(directory / path for directory in directories), Path(path)) if len(path) < 4096 else ():
-        with suppress(OSError, ValueError):  # a name that is too long, or has a NUL in it
-            real = place.resolve(strict=True)
-            if not real.is_file():  # neither a directory, a pipe, nor a device
-                continue
-            if any(real.is_relative_to(directory.resolve()) for directory in directories):
-                found = real
-                break
-            outside = True
+    found, outside = found_within(path, directories) if len(path) < 4096 else (None, False)
     shown, looked = shortened(text, 200 if _may_be_path(text) else 60), ", ".join(map(str, directories))
     if found is not None:
         return _given(found)

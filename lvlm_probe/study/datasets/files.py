@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import inspect
 import json
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ImageError, StudyError
 from lvlm_probe.extras import require
+from lvlm_probe.files import found_within
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -134,15 +134,9 @@ def open_image(value: Any, *, where: str, beside: Sequence[Path] = ()) -> Image.
 
 
 def _found(value: str | Path, where: str, directories: Sequence[Path]) -> Path:
-    outside = False
-    for place in (*(directory / value for directory in directories), Path(value)):
-        with contextlib.suppress(OSError, ValueError):  # a name that is too long, or has a NUL in it
-            real = place.resolve(strict=True)
-            if not real.is_file():  # neither a directory, a pipe, nor a device
-                continue
-            if any(real.is_relative_to(directory.resolve()) for directory in directories):
-                return real
-            outside = True
+    found, outside = found_within(value, directories)
+    if found is not None:
+        return found
     named = str(value)[:200]
     looked = ", ".join(str(directory.absolute()) for directory in directories)
     if outside:
