@@ -6,7 +6,7 @@ import re
 import unicodedata
 from typing import Any
 
-__all__ = ["ACTING", "counted", "csv_cell", "escaped", "markdown_text", "one_line", "tex_text"]
+__all__ = ["ACTING", "counted", "csv_cell", "escaped", "markdown_text", "one_line", "tex_text", "writable"]
 
 ACTING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
@@ -26,6 +26,11 @@ def escaped(text: str) -> str:
     return ACTING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def writable(text: str) -> str:
+    """A text that can be encoded: halves of characters are written as their escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 _NUMBER = re.compile(r"[-+−]?(inf|\d[\d,]*\.?\d*|\.\d+)([eE][-+]?\d+)?( ?%| ± \d[\d.]*)?")
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠", "\t")
 
@@ -39,8 +44,7 @@ def csv_cell(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    text = value.encode("utf-8", "backslashreplace").decode("utf-8")  # halves of characters cannot be written
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = writable(value).replace("\r\n", "\n").replace("\r", "\n")
     begins = value.startswith("\r") or text.lstrip(" \n\u00a0\u200b\ufeff").startswith(_FORMULA)
     return f"'{text}" if begins and _NUMBER.fullmatch(text) is None else text
 

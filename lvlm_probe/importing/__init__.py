@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 import torch
 
 from lvlm_probe.errors import ProbeError, TraceError
+from lvlm_probe.escaping import writable
 from lvlm_probe.importing.forced_recorder import MORE_THAN_ROUNDING, difference, forced, said_by
 from lvlm_probe.importing.refusals import by_kind
-from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, Source, read_rows, reason_of, writable
+from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, Source, read_rows, reason_of
 from lvlm_probe.recording.probe import Probe, attach
 from lvlm_probe.recording.recorder import RecordOptions
 from lvlm_probe.trace import open_store, open_trace, write

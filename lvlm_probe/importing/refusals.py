@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.escaping import writable
 
-__all__ = ["BadRow", "by_kind", "reason_of", "shortened", "writable"]
+__all__ = ["BadRow", "by_kind", "reason_of", "shortened"]
 
 _SHOWN = 400
 """Characters of a reason: what stands in a row may be megabytes."""
@@ -28,11 +29,6 @@ def reason_of(error: object) -> str:
     """Why a row is not taken over, as a text of bounded length that can be encoded."""
     text = str(error) if isinstance(error, str | BadRow | ProbeError) else f"{type(error).__name__}: {error}"
     return writable(text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…")
-
-
-def writable(text: str) -> str:
-    """A text that can be encoded: halves of characters are written as their escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def shortened(value: object, width: int = 60) -> str:

@@ -40,7 +40,7 @@ from urllib.parse import unquote
 
 from lvlm_probe.errors import ProbeError, StudyError
 from lvlm_probe.files import found_within
-from lvlm_probe.importing.refusals import BadRow, reason_of, shortened, writable
+from lvlm_probe.importing.refusals import BadRow, reason_of, shortened
 from lvlm_probe.importing.row_files import FILES, TABLES, count_rows, kind_of, line_at, lines_of, parsed, rows_in
 from lvlm_probe.importing.shapes import FIELDS, IDS, SHAPES, fields_of, is_request, keys_of
 from lvlm_probe.trace.image_files import decode_picture, open_image
@@ -48,7 +48,7 @@ from lvlm_probe.trace.image_files import decode_picture, open_image
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["FIELDS", "AnswerRow", "BadRow", "Source", "count_rows", "read_rows", "reason_of", "writable"]
+__all__ = ["FIELDS", "AnswerRow", "BadRow", "Source", "count_rows", "read_rows", "reason_of"]
 
 _LARGEST_PICTURES = 2**29
 """Pixels of a row's images together: 1.5 GB as RGB."""

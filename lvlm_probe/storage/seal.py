@@ -23,6 +23,7 @@ from pathlib import Path
 import h5py
 
 from lvlm_probe.errors import TraceError
+from lvlm_probe.escaping import writable
 from lvlm_probe.files import NotRegularFile, causes, open_regular, write_whole
 
 __all__ = [
@@ -67,7 +68,7 @@ def trace_error(path: str | os.PathLike[str], key: str, what: str, way_out: str)
     """Returns the error every failed read raises: file, HDF5 key, what is wrong, what to do."""
     where = f"{os.fspath(path)} [{key}]" if key else os.fspath(path)
     # A name that is no UTF-8 comes as lone surrogates, which cannot be printed.
-    return TraceError(f"{where}: {what}; {way_out}".encode("utf-8", "backslashreplace").decode("utf-8"))
+    return TraceError(writable(f"{where}: {what}; {way_out}"))
 
 
 def unreadable(path: str | os.PathLike[str], error: BaseException, *, key: str = "") -> TraceError:
