@@ -20,7 +20,7 @@ from lvlm_probe.cli.shared.options import (
     Model,
     TrustRemoteCode,
 )
-from lvlm_probe.cli.shared.rows import Fetch, Format, Requests, Strict, failures, formats_help, tell_reasons
+from lvlm_probe.cli.shared.rows import Fetch, Format, Requests, Strict, failures, formats_help, tell_refused
 from lvlm_probe.cli.shared.terminal import bar, note, print_json, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from lvlm_probe.importing import Imported
 
 __all__ = ["import_"]
-
-_SHOWN = 5
 
 
 def import_(
@@ -125,6 +123,8 @@ def _summary(result: Imported) -> dict[str, Any]:
 
 
 def _tell(result: Imported) -> None:
+    from lvlm_probe.importing import REJECTED
+
     say((f"read as {result.read_as}", "dim"))
     counts = f", {len(result.present)} were there, {len(result.rejected)} rejected: {stored_path(result.directory)}"
     say((f"{len(result.imported)} imported", "bold"), counts)
@@ -136,10 +136,5 @@ def _tell(result: Imported) -> None:
             f"log-probabilities given and replayed differ by {mean:.3g} nats on average over {len(compared)} answers, "
             f"{worst.largest_difference:.3g} at most (line {worst.line})"
         )
-    for line, reason in list(result.rejected.items())[:_SHOWN]:
-        note(f"line {line}: {reason}", kind="warning")
-    if len(result.rejected) > _SHOWN:
-        from lvlm_probe.importing import REJECTED
-
-        note(f"{len(result.rejected) - _SHOWN} more in {stored_path(result.directory / REJECTED)}")
-    tell_reasons(result.reasons, len(result.rejected))
+    refused = [f"line {line}: {reason}" for line, reason in result.rejected.items()]
+    tell_refused(refused, f"in {stored_path(result.directory / REJECTED)}", result.reasons)

@@ -22,7 +22,7 @@ from lvlm_probe.cli.shared.options import (
     OpenPage,
     TrustRemoteCode,
 )
-from lvlm_probe.cli.shared.rows import Fetch, Format, Requests, Strict, failures, formats_help, tell_reasons
+from lvlm_probe.cli.shared.rows import Fetch, Format, Requests, Strict, failures, formats_help, tell_refused
 from lvlm_probe.cli.shared.servers import MaxRequests, ServedModel, ServerUrl, Yes, open_server
 from lvlm_probe.cli.shared.terminal import bar, note, one_line, open_page, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
@@ -171,11 +171,11 @@ def meter(
         note(f"stopped after {len(found)} of {total}; the page shows these")
     readings = ranked([one for one in found if isinstance(one, Reading)])
     unread = [one for one in found if isinstance(one, Unread)]
-    for one in unread[:_SHOWN]:
-        note(f"{one.source}: {one.reason}", kind="warning")
-    if len(unread) > _SHOWN:
-        note(f"{len(unread) - _SHOWN} more could not be measured; the csv names them")
-    tell_reasons(by_kind(one.reason for one in unread), len(unread))
+    tell_refused(
+        [f"{one.source}: {one.reason}" for one in unread],
+        "could not be measured; the csv names them",
+        by_kind(one.reason for one in unread),
+    )
     if not readings:
         raise ProbeError(f"none of the {len(found)} answers in {source} could be measured")
     write_csv(readings, table, unread=unread)

@@ -12,7 +12,9 @@ import typer
 
 from lvlm_probe.cli.shared.terminal import note
 
-__all__ = ["FORMATS", "REFUSED", "Fetch", "Format", "Requests", "Strict", "failures", "formats_help", "tell_reasons"]
+__all__ = ["FORMATS", "REFUSED", "Fetch", "Format", "Requests", "Strict", "failures", "formats_help", "tell_refused"]
+
+_SHOWN = 5
 
 REFUSED = 0.1
 """Share of refused rows above which a command has failed: a file with a few broken lines is still that file."""
@@ -82,11 +84,15 @@ def formats_help(command: Callable[..., None]) -> str:
     return f"{told}\n\n\b\nFormats; each row is told by its content:\n" + "\n".join(lines).replace("[", "\\[")
 
 
-def tell_reasons(reasons: Sequence[tuple[str, int]], refused: int) -> None:
-    """Say why rows were refused, by kind, where there is more than one."""
-    if refused > 1:
+def tell_refused(sentences: Sequence[str], more: str, reasons: Sequence[tuple[str, int]] = ()) -> None:
+    """Warn of the first rows that were refused, and say how many ``more`` there are, and why, by kind."""
+    for sentence in sentences[:_SHOWN]:
+        note(sentence, kind="warning")
+    if len(sentences) > _SHOWN:
+        note(f"{len(sentences) - _SHOWN} more {more}")
+    if reasons and len(sentences) > 1:
         shown = ", ".join(f"{count} × {kind}" for kind, count in reasons[:6])
-        note(f"{refused} rows refused: {shown}{', …' if len(reasons) > 6 else ''}", kind="warning")
+        note(f"{len(sentences)} rows refused: {shown}{', …' if len(reasons) > 6 else ''}", kind="warning")
 
 
 def failures(taken: int, refused: int, differing: Sequence[str], *, strict: bool) -> list[str]:

@@ -11,12 +11,11 @@ import typer
 from lvlm_probe.cli.shared.inputs import baseline_from, parameters
 from lvlm_probe.cli.shared.models import load_model
 from lvlm_probe.cli.shared.options import Attn, BaselineOption, Device, Dtype, Json, Model, TrustRemoteCode
-from lvlm_probe.cli.shared.terminal import bar, note, print_json, say
+from lvlm_probe.cli.shared.rows import tell_refused
+from lvlm_probe.cli.shared.terminal import bar, print_json, say
 from lvlm_probe.errors import ProbeError
 
 __all__ = ["contradictions"]
-
-_SHOWN = 5
 
 
 def contradictions(
@@ -59,10 +58,7 @@ def contradictions(
             threshold=threshold,
             tell=lambda done: advance(done, limit),
         )
-    for one in found.unread[:_SHOWN]:
-        note(f"{one.source}: {one.reason}", kind="warning")
-    if len(found.unread) > _SHOWN:
-        note(f"{len(found.unread) - _SHOWN} more could not be measured")
+    tell_refused([f"{one.source}: {one.reason}" for one in found.unread], "could not be measured")
     if not found.pairs:
         raise ProbeError(
             f"{source}, read as {name}, has no sample with a right answer and one that contradicts its image, or none "
