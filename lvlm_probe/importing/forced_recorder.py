@@ -68,31 +68,30 @@ class ForcedRecorder(GenerationRecorder):
 
     def _force(self, row: RowCapture) -> None:
         """Log-probabilities and attention rows, in one pass."""
-        replay = self.replay(row)
+        replay, places = self.replay(row), self._places(row)
         faults: list[str] = []
         with replay.replica.use() as model:
-            tap = self._tap_for(model, row, faults)
+            tap = self._tap_for(model, places, faults)
             with contextlib.nullcontext() if tap is None else tap:
                 if tap is not None:
-                    self._armed(tap, replay, row)
+                    self._armed(tap, places, replay, row)
                 self.take_log_probs(row, replay)
                 rows = None if tap is None else tap.collect()
                 if rows is not None:
                     self.add_attention(row, rows, 0)
         row.notes += [f"attention rows are not recorded: {fault}" for fault in faults]
 
-    def _tap_for(self, model: torch.nn.Module, row: RowCapture, faults: list[str]) -> RowTap | None:
+    def _tap_for(self, model: torch.nn.Module, places: torch.Tensor | None, faults: list[str]) -> RowTap | None:
         """A tap on the model that the pass runs on; ``None``, and why, where there is nothing to read."""
-        found = self._places(row)
-        cross = found is None or self.anatomy.encoder_decoder
-        if found is None and self.anatomy.encodes_prompt:
+        cross = places is None or self.anatomy.encoder_decoder
+        if places is None and self.anatomy.encodes_prompt:
             faults.append("the decoder reads a text that has read the image, and no image tokens")
             return None
         tap = RowTap(model, cross=cross, on_error=lambda error: faults.append(str(error)))
         if not tap.layers:
             faults.append("; ".join(sorted(set(map(str, tap.unsupported.values())))) or "there is no attention layer")
             return None
-        if found is not None and not found.any():
+        if places is not None and not places.any():
             faults.append("the prompt holds no image tokens")
             return None
         return tap
@@ -102,10 +101,9 @@ class ForcedRecorder(GenerationRecorder):
         ids = torch.as_tensor(row.input_ids)[None]
         return image_places({**inputs, "input_ids": ids}, self.anatomy.image_token_id)
 
-    def _armed(self, tap: RowTap, replay: Replay, row: RowCapture) -> None:
+    def _armed(self, tap: RowTap, places: torch.Tensor | None, replay: Replay, row: RowCapture) -> None:
         """The tap reads the queries that predict the answer's tokens."""
-        found = self._places(row)
-        columns, valid = (None, None) if found is None else columns_of(found)
+        columns, valid = (None, None) if places is None else columns_of(places)
         tap.arm(
             columns,
             valid=valid,
