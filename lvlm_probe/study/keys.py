@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["Key", "WrongValue", "arguments", "checked", "default_text", "kind_of", "nearest", "parts"]
+__all__ = ["Key", "WrongValue", "arguments", "checked", "default_text", "kind_of", "nearest", "parts", "short"]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def default_text(default: Any) -> str:
     return "none" if default is None or default == "" else str(default)
 
 
-def short(value: Any) -> str:
-    """A value for a sentence."""
+def short(value: Any, width: int = 60) -> str:
+    """A value for a sentence, in at most ``width`` characters."""
     text = repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -14,6 +14,7 @@ from lvlm_probe.errors import StudyError
 from lvlm_probe.study.datasets.files import folder, open_image, rows
 from lvlm_probe.study.datasets.open_ended import lettered, strip_choices, strip_instructions, true_choice
 from lvlm_probe.study.datasets.registry import Sample, register_dataset, replaced
+from lvlm_probe.study.keys import short
 
 __all__ = ["FIELDS", "PICTURES", "images", "table"]
 
@@ -119,7 +120,7 @@ def _boxes(value: Any, where: str) -> list[tuple[float, ...]]:
         if not found or any(len(box) != 4 or not all(map(math.isfinite, box)) for box in found):
             raise ValueError("not four numbers each")
     except (TypeError, ValueError, LookupError, OverflowError, RecursionError) as error:
-        shown = repr(value) if len(repr(value)) <= 200 else repr(value)[:199] + "…"
+        shown = short(value, 200)
         raise StudyError(f"{where}: boxes are [[x0, y0, x1, y1], …] in pixels; got {shown} ({error})") from error
     return found
 
