@@ -29,7 +29,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 
@@ -40,7 +40,8 @@ from lvlm_probe.study.keys import Key, WrongValue, checked, nearest, parts, shor
 
 __all__ = ["DatasetSpec", "FilterSpec", "MethodSpec", "ModelSpec", "Settings", "Study", "read_study"]
 
-BEHAVIOURS = ("corrected", "release")
+_BEHAVIOUR = Literal["corrected", "release"]
+BEHAVIOURS: tuple[str, ...] = get_args(_BEHAVIOUR)
 _BASELINE = Literal["blur", "blank", "noise", "mean"]
 
 
@@ -110,9 +111,9 @@ class MethodSpec:
     ] = None
     tables: Annotated[tuple[int, ...], Key("The paper's tables that the row belongs to.", "[2, 3]")] = (2,)
     paper: Annotated[str | None, Key("What the paper calls the row, for the ledger.", "iGOS++")] = None
-    behaviour: Annotated[
-        Literal["corrected", "release"], Key("release: as the published code does, for the ledger.", "release")
-    ] = "corrected"
+    behaviour: Annotated[_BEHAVIOUR, Key("release: as the published code does, for the ledger.", "release")] = (
+        "corrected"
+    )
 
 
 @dataclass(frozen=True)
