@@ -261,18 +261,17 @@ class _Reader:
         def each(part: str, read: Callable[[str, yaml.Node, yaml.Node], Any]) -> dict[str, Any]:
             return {name: read(name, *pair) for name, pair in self.entries(found[part][1], part).items()}
 
+        def section(part: str, kind: type) -> dict[str, Any]:
+            return self.values(found[part][1], kind, part)[0] if part in found else {}
+
         return Study(
             name=self.text(found, "name", self.path.stem),
             out=out if out.is_absolute() else self.path.parent / out,
             models=each("models", self.model),
             datasets=each("datasets", self.dataset),
             methods=each("methods", self.method),
-            settings=Settings(**self.values(found["settings"][1], Settings, "settings")[0])
-            if "settings" in found
-            else Settings(),
-            filter=FilterSpec(**self.values(found["filter"][1], FilterSpec, "filter")[0])
-            if "filter" in found
-            else FilterSpec(),
+            settings=Settings(**section("settings", Settings)),
+            filter=FilterSpec(**section("filter", FilterSpec)),
             engine=self.text(found, "engine", "local"),
             engine_options=options,
             about=" ".join(self.text(found, "about", "").split()),
