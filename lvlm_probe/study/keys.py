@@ -105,10 +105,9 @@ def checked(hint: Any, value: Any, key: Key | None = None) -> Any:
     Raises:
         WrongValue: it is of another kind, or out of bounds.
     """
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and types.NoneType in options:
+    wanted, optional = _wanted(hint)
+    if value is None and optional:
         return None
-    wanted = next(option for option in options if option is not types.NoneType)
     origin = get_origin(wanted)
     if origin is Literal:
         if value not in get_args(wanted):
@@ -155,10 +154,15 @@ def _bounded(value: float, key: Key | None) -> float:
     raise WrongValue(f"is {bound}, not {value:g}")
 
 
+def _wanted(hint: Any) -> tuple[Any, bool]:
+    """The type that a hint asks for, and whether it may be none at all."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next(option for option in options if option is not types.NoneType), types.NoneType in options
+
+
 def kind_of(hint: Any) -> str:
     """What a key holds, in words."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    wanted = next(option for option in options if option is not types.NoneType)
+    wanted, _ = _wanted(hint)
     origin = get_origin(wanted)
     if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(wanted)))
