@@ -33,7 +33,7 @@ from lvlm_probe.importing.refusals import by_kind
 from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, Source, read_rows, reason_of
 from lvlm_probe.recording.probe import Probe, attach
 from lvlm_probe.recording.recorder import RecordOptions
-from lvlm_probe.trace import open_store, open_trace, write
+from lvlm_probe.trace import open_rows, open_store, write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -246,9 +246,8 @@ class _Importer:
                 continue
             self._read.add(path)
             with contextlib.suppress(ProbeError):  # a damaged file does not count: its row is imported again
-                trace = open_trace(path)
-                for number in range(trace.rows):
-                    found = said_by(trace if number == 0 else open_trace(path, row=number))
+                for trace in open_rows(path):
+                    found = said_by(trace)
                     if found is not None:
                         self._known.setdefault(str(found.get("key")), []).append(_of_trace(path, found))
 

@@ -32,7 +32,7 @@ from lvlm_probe.recording.recorder import RecordOptions
 from lvlm_probe.replaying import Replay, ReplayLike, replay
 from lvlm_probe.replaying.answer_source import LiveTrace
 from lvlm_probe.serving import Server
-from lvlm_probe.trace import Trace, open_store, open_trace
+from lvlm_probe.trace import Trace, open_rows, open_store
 from lvlm_probe.trace.records import TraceFields
 from lvlm_probe.words import ALPHA
 
@@ -346,10 +346,8 @@ def traces_in(path: Path) -> Iterator[tuple[Path, Trace | ProbeError]]:
     """Every trace of a file or a directory; what cannot be read comes as the reason why, and does not end the rest."""
     for file in open_store(path).files:
         try:
-            first = open_trace(file)
-            yield file, first
-            for row in range(1, first.rows):
-                yield file, open_trace(file, row=row)
+            for trace in open_rows(file):
+                yield file, trace
         except ProbeError as error:
             yield file, error
 

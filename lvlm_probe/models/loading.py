@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lvlm_probe.errors import LoadError, ProbeError
+from lvlm_probe.errors import LoadError, ProbeError, first_line
 from lvlm_probe.models.families import family_of
 from lvlm_probe.models.requirements import Missing, missing_library
 from lvlm_probe.plugins import load_plugins
@@ -141,8 +141,7 @@ def _why(source: str | os.PathLike[str], error: Exception) -> str:
         )
     if (library := missing_library(error)) is not None:
         return f"{spec} cannot be loaded: {library}"
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    first = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    first = first_line(error)
     if not Path(spec).is_dir():
         return (
             f"{spec} is no directory here, and as a hub id it could not be loaded: {first} "

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from types import TracebackType
 
+from lvlm_probe.errors import first_line
+
 __all__ = ["EXTRAS", "Missing", "missing_library"]
 
 EXTRAS = ("torchvision", "timm", "num2words")
@@ -113,7 +115,7 @@ def _broken(error: BaseException) -> Missing | None:
     own = {"transformers", "lvlm_probe", "importlib", "torch", *sys.stdlib_module_names}
     for name in _modules(error.__traceback__):
         if name not in own and not name.startswith("_"):
-            return Missing(name, fault=f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            return Missing(name, fault=first_line(error))
     return None
 
 

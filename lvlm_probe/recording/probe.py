@@ -36,7 +36,7 @@ from lvlm_probe.recording.masked_calls import Masking
 from lvlm_probe.recording.processor_watch import ProcessorWatch
 from lvlm_probe.recording.prompt_images import NotRecorded
 from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions, Target
-from lvlm_probe.trace import Trace, open_trace, write
+from lvlm_probe.trace import Trace, open_rows, open_trace, write
 from lvlm_probe.trace.records import Capture
 
 if TYPE_CHECKING:
@@ -87,12 +87,7 @@ class Recording:
     @property
     def traces(self) -> list[Trace]:
         """The traces written so far, opened; one per batch row."""
-        found: list[Trace] = []
-        for path in self.paths:
-            first = open_trace(path)
-            found.append(first)
-            found.extend(open_trace(path, row=row) for row in range(1, first.rows))
-        return found
+        return [trace for path in self.paths for trace in open_rows(path)]
 
     def __repr__(self) -> str:
         faults = f", {counted(len(self.faults), 'fault')}" if self.faults else ""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lvlm_probe.errors import ProbeError, ReplayError
+from lvlm_probe.errors import ProbeError, ReplayError, first_line
 from lvlm_probe.models.anatomy import Anatomy, examine
 from lvlm_probe.models.drivers import probed_model
 
@@ -95,8 +95,7 @@ def refused_in_words(trace: TraceLike) -> Iterator[None]:
     # What a model raises on inputs of the wrong kind is of any of these types. What our own code raises by mistake is
     # told as such too, with the error itself behind it.
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        first_line = (str(error).splitlines() or [""])[0][:200]
-        raise _refusal(trace, f"the model does not take it ({type(error).__name__}: {first_line})") from error
+        raise _refusal(trace, f"the model does not take it ({first_line(error, 200)})") from error
 
 
 def _embedding(model: torch.nn.Module) -> torch.Tensor | None:

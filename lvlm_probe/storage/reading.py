@@ -25,7 +25,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lvlm_probe.errors import TraceError
+from lvlm_probe.errors import TraceError, first_line
 from lvlm_probe.files import State, causes, state_of
 from lvlm_probe.storage.encoding import ENCODING_VERSION, JSON, JSON_LIMIT, NAME, parse_json, restore_tensor
 from lvlm_probe.storage.seal import Seal, check_open, open_file, parse_version, trace_error, unreadable
@@ -84,10 +84,10 @@ class SealedFile:
         except Exception as error:
             if isinstance(error, OSError) and error.errno is not None:  # the disk's, not HDF5's
                 raise unreadable(self.path, error, key=key) from error
-            first_line = (str(error).splitlines() or [""])[0][:200]
-            if "memory" in first_line and "alloc" in first_line:
+            said = first_line(error, 200)
+            if "memory" in said and "alloc" in said:
                 raise self.error(key, *causes(MemoryError())) from error
-            raise self.error(key, f"it cannot be read ({type(error).__name__}: {first_line})") from error
+            raise self.error(key, f"it cannot be read ({said})") from error
 
     def _find(self, key: str) -> h5py.HLObject:
         """Walks to a member link by link; what was found once is not walked to again while the file is open."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from lvlm_probe.trace.stored import StoredAnswer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Trace", "open_trace"]
+__all__ = ["Trace", "open_rows", "open_trace"]
 
 
 def open_trace(path: str | os.PathLike[str], row: int = 0) -> Trace:
@@ -30,6 +31,14 @@ def open_trace(path: str | os.PathLike[str], row: int = 0) -> Trace:
     trace = Trace(path, row)
     _ = trace.header  # the file is checked now, not at the first use
     return trace
+
+
+def open_rows(path: str | os.PathLike[str]) -> Iterator[Trace]:
+    """Opens every trace of a file, one per row of the batch. Raises ``TraceError`` as :func:`open_trace` does."""
+    first = open_trace(path)
+    yield first
+    for row in range(1, first.rows):
+        yield open_trace(path, row=row)
 
 
 class Trace(StoredAnswer):

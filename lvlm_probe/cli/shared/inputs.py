@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm_probe.cli.shared.models import DEMO, first_line, load_model
+from lvlm_probe.cli.shared.models import DEMO, load_model
 from lvlm_probe.cli.shared.terminal import agrees, one_line
-from lvlm_probe.errors import ImageError, ProbeError, TraceError
+from lvlm_probe.errors import ImageError, ProbeError, TraceError, first_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,10 +67,9 @@ def find_trace(path: Path, row: int | None = None) -> Trace:
 
 def rows_of(path: Path, row: int | None) -> list[Trace]:
     """Return the traces of a file: one row, or all of them. Raises ``TraceError``."""
-    from lvlm_probe.trace import open_trace
+    from lvlm_probe.trace import open_rows, open_trace
 
-    first = open_trace(path, row=row or 0)
-    return [first] if row is not None else [first, *(open_trace(path, row=other) for other in range(1, first.rows))]
+    return list(open_rows(path)) if row is None else [open_trace(path, row=row)]
 
 
 class ReplayModels:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cli.shared.terminal import quiet_libraries, stage
-from lvlm_probe.errors import ProbeError
+from lvlm_probe.errors import ProbeError, first_line
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEMO", "first_line", "load_model", "model_source", "torch_dtype", "torch_place"]
+__all__ = ["DEMO", "load_model", "model_source", "torch_dtype", "torch_place"]
 
 DEMO = "demo"
 """The name of the embedded model, wherever a model is asked for."""
@@ -96,8 +96,3 @@ def torch_place(name: str | None) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ProbeError("--device cuda: torch finds no CUDA device here; use --device cpu")
     return place
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
