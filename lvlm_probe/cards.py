@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,10 @@ __all__ = ["answer_html", "card", "in_one_line", "text_html"]
 
 _TEXT, _ITEMS = 60, 8
 """Characters of a text, and members of a list, that one line shows."""
-_CARD_TEXT = 4000
+_CARD_TEXT, _WORDS = 4000, 2000
+"""Characters of a text, and words of an answer, that a card shows."""
+_WARM, _COOL, _SCALE, _MOST = "213,94,0", "0,114,178", 6.0, 9.0
+"""Colours of words that the image speaks for and against; nats of full colour; nats of an infinite ratio."""
 
 
 def in_one_line(thing: Any) -> str:
@@ -63,22 +67,35 @@ def answer_html(
     llr: Sequence[float] | None = None,
     marked: Collection[int] = (),
 ) -> str:
-    """The words of an answer as HTML: warmer the more the image decides them, underlined where they are ``marked``."""
-    parts = []
+    """The words of an answer as HTML: warm the more the image decides them, cool the more it speaks against them.
+
+    Args:
+        tokens: display text of the tokens, ``(step,)``.
+        special: whether a token is a special one, ``(step,)``; those are not shown.
+        llr: log-likelihood ratios in nats, ``(step,)``; what is not finite counts as the scale's end, or as nothing.
+        marked: indices of tokens whose words are underlined.
+    """
     words = group_words(tokens, special)
-    texts, _ = spelled(["" if flag else piece for piece, flag in zip(tokens, special, strict=True)], words)
-    for word, (lead, text) in zip(words, texts, strict=True):
-        ratio = None if llr is None or not len(llr) else float(sum(llr[word.start : word.stop]))
-        look = (
-            ""
-            if ratio is None or not ratio > 0
-            else f"background:rgba(213,94,0,{0.45 * min(1.0, ratio / 6):.2f});border-radius:3px"
-        )
-        if any(word.start <= index < word.stop for index in marked):
+    texts, tail = spelled(["" if flag else piece for piece, flag in zip(tokens, special, strict=True)], words)
+    chosen = set(marked)
+    parts = []
+    for word, (lead, text) in zip(words[:_WORDS], texts, strict=False):
+        look = title = ""
+        if llr is not None and len(llr):
+            ratio = sum(_finite(value) for value in llr[word.start : word.stop])
+            strength = 0.45 * min(1.0, abs(ratio) / _SCALE)
+            if strength:
+                look = f"background:rgba({_WARM if ratio > 0 else _COOL},{strength:.2f});border-radius:3px"
+            title = f' title="{ratio:+.2f} nats"'
+        if not chosen.isdisjoint(range(word.start, word.stop)):
             look += ";text-decoration:underline"
-        title = "" if ratio is None else f' title="{ratio:+.2f} nats"'
         parts.append(f'{text_html(lead)}<span style="{look.lstrip(";")}"{title}>{text_html(text)}</span>')
+    parts.append(text_html(f" … ({len(words) - _WORDS} more words)" if len(words) > _WORDS else tail))
     return f'<p dir="auto" style="font-size:1.1em;margin:.3em 0">{"".join(parts)}</p>'
+
+
+def _finite(value: float) -> float:
+    return 0.0 if math.isnan(value) else max(-_MOST, min(_MOST, float(value)))
 
 
 def card(title: str, *parts: str, facts: Iterable[str] = ()) -> str:

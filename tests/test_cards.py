@@ -139,6 +139,13 @@ def test_words_of_an_answer_keep_their_spaces_and_their_direction() -> None:
     assert page.startswith('<p dir="auto"')
     assert re.sub(r"<[^>]*>", "", page) == "图片 red, שלום"
     assert page.count("background") == 1 and page.count("underline") == 1
+    against = answer_html(["no", " image"], [False] * 2, llr=[float("-inf"), float("nan")])
+    assert "rgba(0,114,178,0.45)" in against and against.count("background") == 1 and "-9.00 nats" in against
+
+
+def test_a_card_ends_after_two_thousand_words() -> None:
+    page = answer_html([f" w{number}" for number in range(2003)], [False] * 2003)
+    assert "w1999<" in page and "w2000<" not in page and "… (3 more words)" in page
 
 
 # ------------------------------------------------------------------------------------------------------------- pages

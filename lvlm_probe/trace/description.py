@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import base64
 import datetime
-import html
 import io
 import math
 import textwrap
 import unicodedata
 
-import numpy as np
-
+from lvlm_probe.cards import answer_html, text_html
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import escaped
 from lvlm_probe.trace.parts import thumbnail
@@ -36,7 +34,6 @@ _WORD_SHOWN = 200
 """Characters of a word that are looked at; combining marks take no column, so they are more than fit."""
 _LINES_SHOWN = 100
 """Entries of a list: notes, images, recorded points."""
-_CARD_TEXT_SHOWN = 4000
 _THUMBNAIL = 220
 
 
@@ -87,10 +84,6 @@ def _field(label: str, text: str) -> list[str]:
 def _safe(text: str) -> str:
     """Shows what would act on a terminal instead of being seen."""
     return escaped(text).replace("\t", r"\t").replace("\n", r"\n")
-
-
-def _safe_lines(text: str) -> str:
-    return "\n".join(_safe(line) for line in text.split("\n"))
 
 
 def _time(created: str) -> str:
@@ -217,52 +210,22 @@ def _size(nbytes: int) -> str:
 def to_html(trace: StoredAnswer) -> str:
     """Returns a small self-contained card: the image, the question, the answer coloured by LLR. Readable on dark."""
     asked = trace.question if trace.question is not None else f"Prompt: {trace.prompt}"
-    question = html.escape(_safe(_cut(asked, _CARD_TEXT_SHOWN)))
+    question = text_html(asked)
     facts = [trace.status, _model(trace), f"{trace.header.steps} tokens", _size(trace.nbytes)]
-    details = " · ".join(html.escape(_safe(_cut(str(fact), 400))) for fact in facts if fact)
+    details = " · ".join(text_html(_cut(str(fact), 400)) for fact in facts if fact)
+    llr = None if trace.llr is None else trace.llr.tolist()
+    marked = [] if llr is None else [step for step, ratio in enumerate(llr) if ratio > ALPHA]
     remark = "colour: log-likelihood ratio of each word; underlined: above 1"
-    if trace.llr is None:
+    if llr is None:
         remark = "no log-likelihood ratios: the pass with the baseline image was deferred"
     return (
         '<div style="display:flex;gap:1em;align-items:flex-start;font-family:system-ui,sans-serif;max-width:60em">'
         f"{_thumbnail(trace)}<div>"
-        f'<div dir="auto" style="opacity:.7;white-space:pre-wrap">{question}</div>'
-        f'<div dir="auto" style="font-size:1.15em;line-height:1.7;margin:.3em 0">{_coloured_answer(trace)}</div>'
-        f'<div style="font-size:.8em;opacity:.6">{details}<br>{html.escape(remark)}<br>'
-        f"<code>{html.escape(_safe(trace.trace_id))}</code></div></div></div>"
+        f'<div dir="auto" style="opacity:.7">{question}</div>'
+        f"{answer_html(trace.tokens, trace.special.tolist(), llr=llr, marked=marked)}"
+        f'<div style="font-size:.8em;opacity:.6">{details}<br>{text_html(remark)}<br>'
+        f"<code>{text_html(trace.trace_id)}</code></div></div></div>"
     )
-
-
-def _coloured_answer(trace: StoredAnswer) -> str:
-    llr = trace.llr
-    parts: list[str] = []
-    position = 0
-    words = trace.words[:_WORDS_SHOWN]
-    for word in words:
-        parts.append(_plain_pieces(trace, position, word.start))
-        text = _cut("".join(trace.tokens[word.start : word.stop]), _CARD_TEXT_SHOWN)
-        lead = text[: len(text) - len(text.lstrip())]
-        shown = html.escape(_safe(text.strip()))
-        position = word.stop
-        if llr is None:
-            parts.append(f"{lead}{shown}")
-            continue
-        ratio = float(np.nan_to_num(llr[word.start : word.stop].sum(), nan=0.0, posinf=9.0, neginf=-9.0))
-        marked = bool((llr[word.start : word.stop] > ALPHA).any())
-        strength = min(0.75, abs(ratio) / 6.0)
-        colour = "230,110,20" if ratio > 0 else "60,120,220"
-        style = f"background:rgba({colour},{strength:.2f});border-radius:.25em;padding:0 .1em"
-        style += ";border-bottom:2px solid currentColor" if marked else ""
-        tail = text[len(text.rstrip()) :]
-        parts.append(f'{lead}<span style="{style}" title="LLR {ratio:+.2f}">{shown}</span>{tail}')
-    if len(trace.words) > len(words):
-        return "".join([*parts, f" … ({len(trace.words) - len(words)} more words)"])
-    return "".join([*parts, _plain_pieces(trace, position, len(trace.tokens))])
-
-
-def _plain_pieces(trace: StoredAnswer, start: int, stop: int) -> str:
-    shown = (trace.tokens[step] for step in range(start, stop) if not trace.special[step])
-    return html.escape(_safe_lines(_cut("".join(shown), _CARD_TEXT_SHOWN))).replace("\n", "<br>")
 
 
 def _thumbnail(trace: StoredAnswer) -> str:
