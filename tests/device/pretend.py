@@ -28,6 +28,7 @@ Only for builds without CUDA.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import threading
@@ -425,6 +426,20 @@ class Card:
                 self.peak[index] = max(self.peak[index], self.used[index])
             held[key] += 1
         weakref.finalize(tensor, self._release, index, key).atexit = False
+
+    def held(self, index: int = 0) -> int:
+        """Bytes that are really in use: what waits for the collector is collected, and the device's thread has let go.
+
+        Backward returns as soon as its result is there. The thread that ran it drops what it still holds of it (the
+        gradients it handed over, nodes of the graph) when it next gets the interpreter's lock, which on a busy machine
+        is any time later. It does so before it takes up other work, so a backward pass over nothing waits for it.
+        """
+        gc.collect()
+        if self.own_thread:
+            with torch.enable_grad():
+                nothing = torch.zeros(0, device=torch.device("cuda", index), requires_grad=True)
+                torch.autograd.backward([nothing * 1], [torch.zeros_like(nothing)])
+        return self.used[index]
 
     def forget_peak(self, index: int) -> None:
         self.peak[index] = self.used[index]

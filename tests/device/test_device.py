@@ -4,7 +4,6 @@ is computed in double precision there, and the numbers agree with the CPU's."""
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -168,7 +167,7 @@ def test_what_is_planned_is_what_is_taken(method: str, tmp_path: Path) -> None:
         replay = probe.replay(record("llava", model, processor, tmp_path, llr=False), model, processor)
         params = {"masks": 64} if method == "rise" else {}
         planned = probe.plan(replay, method=method, **params)
-        before = card.peak[0] = card.used[0]
+        before = card.peak[0] = card.held()
         selection = probe.select_tokens(replay, span=(0, 2))
         probe.explain(replay, method=method, tokens=selection, strengthen=False, plan=planned, **params)
         taken = card.peak[0] - before
@@ -188,8 +187,7 @@ def test_what_does_not_fit_is_done_in_smaller_parts(method: str, params: Any, tm
             try:
                 replay = probe.replay(trace, model, processor, micro_batch=micro_batch)
                 selection = probe.select_tokens(replay, span=(0, 2))
-                gc.collect()
-                card.peak[0] = card.used[0]
+                card.peak[0] = card.held()
                 heat = probe.explain(replay, method=method, tokens=selection, strengthen=False, **params)
                 return heat.values, card.peak[0]
             finally:
@@ -227,7 +225,7 @@ def test_keys_of_an_offloaded_cache_stay_off_the_device(tmp_path: Path) -> None:
         inputs = ask("llava", model, processor)
         for recorded in (False, True):
             counts: list[int] = []
-            hook = model.register_forward_hook(lambda *_, counts=counts: counts.append(gc.collect() * 0 + card.used[0]))
+            hook = model.register_forward_hook(lambda *_, counts=counts: counts.append(card.held()))
             with probe.attach(model, processor) as attached, contextlib.ExitStack() as stack:
                 if recorded:
                     recording = stack.enter_context(attached.record(tmp_path, llr=False, boxes=False))
@@ -282,6 +280,5 @@ def test_nothing_is_left_on_the_device(what: str, tmp_path: Path) -> None:
         used = []
         for _ in range(3):
             work[what](probe.replay(trace, model, processor))
-            gc.collect()
-            used.append(card.used[0])
+            used.append(card.held())
     assert used[2] == used[1]

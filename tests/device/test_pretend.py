@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -68,6 +69,23 @@ def test_memory_is_counted_and_runs_out() -> None:
         assert card.used == [2000]  # the view holds it
         del view
         assert card.used == [0] and card.peak == [2000]
+
+
+@pytest.mark.parametrize("seconds", [1e-6, 1.0])
+def test_what_the_devices_thread_still_holds_is_not_in_use(seconds: float) -> None:
+    """A thread keeps the interpreter's lock for so long while another wants it: any time on a busy machine."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        with Card() as card:
+            weight = torch.ones(8, 8, device="cuda")
+            for _ in range(30):
+                leaf = torch.ones(1000, 8, device="cuda", requires_grad=True)
+                torch.autograd.grad((leaf @ weight).sin().sum(), leaf)
+                del leaf
+                assert card.held() == 256
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_double_precision_may_be_missing() -> None:
