@@ -1,8 +1,8 @@
 """Which model is this: a fingerprint that survives saving, loading and a change of dtype, and the facts a trace
 keeps.
 
-Both are made for every ``generate()`` call. Sampling 64 values of each tensor costs a few milliseconds, and the host waits
-for an accelerator twice, however many tensors there are; only what is read from elsewhere (offloaded weights) or
+Both are made for every ``generate()`` call. Sampling 64 values of each tensor costs a few milliseconds, and the host
+waits for an accelerator twice, however many tensors there are; only what is read from elsewhere (offloaded weights) or
 computed (quantised ones) is remembered, until that tensor is changed.
 """
 

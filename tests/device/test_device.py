@@ -30,9 +30,10 @@ from lvlm_probe.models.fingerprint import fingerprint
 from lvlm_probe.replaying import micro_batches
 
 METHODS: dict[str, dict[str, Any]] = {
-    "igos++": {}, "igos+": {"iterations": 1, "ig_steps": 2}, "gradcam": {}, "tmm": {}, "iia": {}, "attention": {"source": "replay"}, "relative_attention": {},
-    "rollout": {}, "tam": {}, "rise": {"masks": 8}, "occlusion": {"size": 3},
-    "greedy": {"segments": "grid", "regions": 4}, "integrated_gradients": {"steps": 4}, "input_gradient": {}, "center": {}, "random": {},
+    "igos++": {}, "igos+": {"iterations": 1, "ig_steps": 2}, "gradcam": {}, "tmm": {}, "iia": {},
+    "attention": {"source": "replay"}, "relative_attention": {}, "rollout": {}, "tam": {}, "rise": {"masks": 8},
+    "occlusion": {"size": 3}, "greedy": {"segments": "grid", "regions": 4}, "integrated_gradients": {"steps": 4},
+    "input_gradient": {}, "center": {}, "random": {},
 }  # fmt: skip
 FAMILIES = ("demo", "llava", "qwen2_5_vl", "llava_onevision", "mllama")
 
@@ -192,11 +193,11 @@ def test_a_fingerprint_waits_twice(llava: Any, tmp_path: Path) -> None:
     """For all tensors of a model together; and it is the one that was taken on the CPU, whatever it is made of."""
     model, processor = llava
     layer = model.get_submodule("lm_head")
-    odd = {
-        "odd_flags": torch.tensor([True, False]), "odd_counts": torch.arange(100), "odd_half": torch.randn(7, 3).half().t(),
-        "odd_brain": torch.randn(70).bfloat16(), "odd_bytes": torch.arange(200, dtype=torch.uint8), "odd_one": torch.tensor(3.0),
-        "odd_double": torch.randn(5, dtype=torch.float64), "odd_none": torch.zeros(0),
-    }  # fmt: skip
+    values = [
+        torch.tensor([True, False]), torch.arange(100), torch.randn(7, 3).half().t(), torch.randn(70).bfloat16(),
+        torch.arange(200, dtype=torch.uint8), torch.tensor(3.0), torch.randn(5, dtype=torch.float64), torch.zeros(0),
+    ]  # fmt: skip
+    odd = {f"odd_{place}": value for place, value in enumerate(values)}
     for name, value in odd.items():
         layer.register_buffer(name, value)
     try:
