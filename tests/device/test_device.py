@@ -27,6 +27,7 @@ from lvlm_probe.causal.knockout import attention_layers, cut_attention
 from lvlm_probe.errors import ExplainError, OutOfMemory
 from lvlm_probe.explainers.igos import descent, order
 from lvlm_probe.models.fingerprint import fingerprint
+from lvlm_probe.models.loading import default_device
 from lvlm_probe.replaying import micro_batches
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -126,26 +127,70 @@ def test_every_method_is_on_the_road() -> None:
     assert set(METHODS) == set(probe.methods())
 
 
-def test_a_model_on_two_devices(tmp_path: Path) -> None:
+def spread(model: Any, decoder: tuple[int, int] = (0, 1)) -> None:
+    """Layers by turns on two cards."""
     from accelerate import dispatch_model
 
-    def spread(model: Any) -> None:
-        count = len(model.model.language_model.layers)
-        layers = {f"model.language_model.layers.{number}": number % 2 for number in range(count)}
-        rest = {
-            "model.vision_tower": 1, "model.multi_modal_projector": 1, "model.language_model.embed_tokens": 0,
-            "model.language_model.norm": 1, "model.language_model.rotary_emb": 0, "lm_head": 1,
-        }  # fmt: skip
-        places = {**rest, **layers}
-        for path, index in places.items():
-            put(model.get_submodule(path), f"cuda:{index}")
-        dispatch_model(model, {path: f"cuda:{index}" for path, index in places.items()}, main_device="cuda:0")
+    count = len(model.model.language_model.layers)
+    layers = {f"model.language_model.layers.{number}": decoder[number % 2] for number in range(count)}
+    rest = {
+        "model.vision_tower": 1, "model.multi_modal_projector": 1, "model.language_model.embed_tokens": 0,
+        "model.language_model.norm": 1, "model.language_model.rotary_emb": 0, "lm_head": 1,
+    }  # fmt: skip
+    places = {**rest, **layers}
+    for path, index in places.items():
+        put(model.get_submodule(path), f"cuda:{index}")
+    dispatch_model(model, {path: f"cuda:{index}" for path, index in places.items()}, main_device="cuda:0")
 
+
+def test_a_model_on_two_devices(tmp_path: Path) -> None:
     there = road("llava", lambda model: model, tmp_path / "cpu")
     with Card(count=2) as card:
         here = road("llava", spread, tmp_path / "device")
     assert not card.mixed and min(card.peak) > 0
     agree(here, there)
+
+
+def test_a_plan_looks_at_every_card(tmp_path: Path) -> None:
+    """Here at the second one, where the tower is and hardly anything is free."""
+    model, processor = load("llava")
+    with Card(count=2, memory=400_000_000) as card:
+        spread(model, (1, 1))
+        replay = probe.replay(record("llava", model, processor, tmp_path, llr=False), model, processor)
+        selection = probe.select_tokens(replay, span=(0, 2))
+        full = torch.empty(300_000_000, dtype=torch.uint8, device="cuda:1")
+        planned = probe.plan(replay, method="integrated_gradients")
+        before, card.peak = list(card.used), list(card.used)
+        probe.explain(replay, method="integrated_gradients", tokens=selection, strengthen=False, plan=planned)
+    first, taken = (most - held for most, held in zip(card.peak, before, strict=True))
+    assert replay.device.index == 0 and first < 0.8 * taken
+    assert planned.budget <= 0.95 * (card.total - full.numel())
+    assert 0.85 * taken <= planned.peak <= 1.2 * taken
+
+
+def test_a_plan_leaves_the_users_own_peak(llava: Any, tmp_path: Path) -> None:
+    model, processor = llava
+    with on_card(model):
+        replay = probe.replay(record("llava", model, processor, tmp_path, llr=False), model, processor)
+        torch.empty(200_000_000, dtype=torch.uint8, device="cuda")
+        before = torch.cuda.max_memory_allocated()
+        assert probe.plan(replay, method="gradcam", seconds=False).peak < 200_000_000
+        assert torch.cuda.max_memory_allocated() == before
+
+
+def test_apples_devices_are_taken_when_asked_for(llava: Any, tmp_path: Path) -> None:
+    """The road is the same; only how much memory is taken cannot be planned, which is said."""
+    there = road("llava", lambda model: model, tmp_path / "cpu")
+    model, processor = llava
+    with Card(kind="mps", float64=False) as card:
+        assert torch.backends.mps.is_available() and default_device().type == "cpu"
+        here = road("llava", lambda model: model.to("mps"), tmp_path / "device")
+        model.to("mps")
+        planned = probe.plan(model, record("llava", model, processor, tmp_path), processor)
+        model.to("cpu")
+    assert not card.mixed and not card.doubles
+    agree(here, there)
+    assert planned.peak is None and "cannot be metered" in planned.sentence()
 
 
 def waits_of_tokens(name: str, model: Any, processor: Any, folder: Path, *, recorded: bool) -> int:
