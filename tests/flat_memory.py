@@ -40,15 +40,21 @@ def ask(trace: Any, model: torch.nn.Module, processor: Any, folder: Path) -> lis
     """Every public verb once, on one answer. References to what should not outlive it."""
     held: list[weakref.ref[Any]] = []
     noted = model.register_forward_hook(lambda _m, _a, output: held.append(weakref.ref(output.logits)))
+    with probe.attach(model, processor) as p, p.record(folder / "again", images=[trace.image]) as recording:
+        given = {name: value.to(model.device) for name, value in trace.model_kwargs.items() if torch.is_tensor(value)}
+        prompt = torch.tensor(trace.input_ids).long()[None].to(model.device)
+        model.generate(input_ids=prompt, **given, max_new_tokens=3, do_sample=False)
+    assert len(recording.traces) == 1 and not recording.faults
     replay = probe.replay(trace, model, processor)
+    mask = torch.full((2, 3, 3), 0.5, device=replay.device)
     heats = [probe.explain(replay, method=method, **params) for method, params in METHODS.items()]
     scores = [probe.evaluate(heat, replay, steps=3) for heat in heats[:3]]
     probe.report(heats[:3], scores=scores, out=folder / "report.html", overwrite=True)
     probe.compare([replay], methods=["center"], out=folder / "compare.html", overwrite=True, steps=3)
     probe.plan(replay, method="rise", seconds=False)
     probe.verify(trace, model, processor)
-    replay.log_probs(torch.full((2, 3, 3), 0.5, requires_grad=True)).sum().backward()
-    replay.score_and_grad(torch.full((2, 3, 3), 0.5), lambda log_probs: log_probs.sum(dim=1))
+    replay.log_probs(mask.clone().requires_grad_(True)).sum().backward()
+    replay.score_and_grad(mask, lambda log_probs: log_probs.sum(dim=1))
     causal.knockout(replay, heats[0], top=0.2, draws=1)
     causal.patch(replay, heats[0], top=0.2, draws=1)
     probe.sanity.seeds(replay, heats[list(METHODS).index("rise")], seeds=2)
@@ -57,8 +63,16 @@ def ask(trace: Any, model: torch.nn.Module, processor: Any, folder: Path) -> lis
     return [*held, weakref.ref(replay)]
 
 
-def cycles(trace: Any, model: torch.nn.Module, processor: Any, folder: Path, *, count: int) -> list[tuple[int, int]]:
-    """``alive()`` after each of some rounds of ``ask``, each on a replay of its own.
+def cycles(
+    trace: Any,
+    model: torch.nn.Module,
+    processor: Any,
+    folder: Path,
+    *,
+    count: int,
+    alive: Callable[[], Any] = alive,
+) -> list[Any]:
+    """What ``alive`` says after each of some rounds of ``ask``, each on a replay of its own.
 
     Raises:
         AssertionError: something of a round outlives it: a pass's logits, and so its graph, or the replay.

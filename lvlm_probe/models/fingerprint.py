@@ -1,16 +1,19 @@
 """Which model is this: a fingerprint that survives saving, loading and a change of dtype, and the facts a trace
 keeps.
 
-Both are made for every ``generate()`` call. Sampling 64 values of each tensor costs a few milliseconds; only what is
-read from elsewhere (offloaded weights) or computed (quantised ones) is remembered, until that tensor is changed.
+Both are made for every ``generate()`` call. Sampling 64 values of each tensor costs a few milliseconds, and the host
+waits for an accelerator twice, however many tensors there are; only what is read from elsewhere (offloaded weights) or
+computed (quantised ones) is remembered, until that tensor is changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import platform
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,9 +57,11 @@ def fingerprint(model: torch.nn.Module, *, buffers: bool = True) -> str:
     found = list(computing_parameters(probed))
     kept = list(computing_buffers(probed)) if buffers else []
     digest = hashlib.sha256()
-    for name, module, own, tensor in sorted(found, key=lambda item: item[0]) + sorted(kept, key=lambda item: item[0]):
+    named = sorted(found, key=lambda item: item[0]) + sorted(kept, key=lambda item: item[0])
+    together = _sampled_together([tensor for *_, tensor in named])
+    for place, (name, module, own, tensor) in enumerate(named):
         digest.update(f"{name}:{tuple(tensor.shape)};".encode())
-        digest.update(_sampled(module, own, tensor))
+        digest.update(together[place] if place in together else _sampled(module, own, tensor))
     return ("2:" if kept else "") + digest.hexdigest()
 
 
@@ -85,12 +90,46 @@ def _sampled(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> bytes:
     return known[2]
 
 
+def _sampled_together(tensors: Sequence[torch.Tensor]) -> dict[int, bytes]:
+    """The sampled values of the tensors on accelerators, by their places in the list: of all on one device by one copy
+    to it and one back, each of which waits. Those that cannot be sampled so are left out."""
+    lying: dict[torch.device, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor.device.type not in ("cpu", "meta") and tensor.numel():
+            lying.setdefault(tensor.device, []).append(place)
+    found: dict[int, bytes] = {}
+    for device, places in lying.items():
+        chosen = [_chosen(tensors[place].numel()) for place in places]
+        indices = torch.cat(chosen).to(device).split([len(index) for index in chosen])
+        kinds: dict[int, torch.dtype] = {}
+        parts: list[torch.Tensor] = []
+        with contextlib.suppress(Exception):  # what it says, it says again when it is sampled alone
+            for place, index in zip(places, indices, strict=True):
+                with contextlib.suppress(Exception):  # a subclass
+                    values = tensors[place].detach().reshape(-1)[index]
+                    parts.append(values.view(torch.uint8))
+                    kinds[place] = values.dtype
+            read = torch.cat(parts).cpu().split([len(part) for part in parts])
+            found |= {
+                place: _bytes_of(raw.clone().view(kind)) for (place, kind), raw in zip(kinds.items(), read, strict=True)
+            }
+    return found
+
+
+def _chosen(count: int) -> torch.Tensor:
+    """Indices of up to ``_SAMPLES`` of ``count`` values, evenly spaced, on the CPU."""
+    return torch.linspace(0, count - 1, min(_SAMPLES, count), dtype=torch.float64).round().long()
+
+
 def _values(value: torch.Tensor) -> bytes:
     if value.numel() == 0:
         return b""
     flat = value.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), dtype=torch.float64).round().long()
-    values = flat[index.to(flat.device)].to("cpu")
+    return _bytes_of(flat[_chosen(flat.numel()).to(flat.device)].to("cpu"))
+
+
+def _bytes_of(values: torch.Tensor) -> bytes:
+    """Values on the CPU as bytes that are the same in every format they may be loaded in."""
     if values.is_floating_point():
         values = values.to(torch.bfloat16).view(torch.int16)
     made: bytes = values.to(torch.int64).numpy().tobytes()

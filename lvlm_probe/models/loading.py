@@ -50,8 +50,8 @@ def load(
 
     Args:
         source: a model directory or a hub id.
-        device: where to put it; by default CUDA where there is one, else the CPU. Apple's ``mps`` has no float64, which
-            most methods compute with: it is taken only when asked for.
+        device: where to put it; by default CUDA where there is one, else the CPU. Apple's ``mps`` is taken only when
+            asked for: all that ran on it so far are the tests of a pretended one.
         dtype: of the weights; ``"auto"`` for that of the checkpoint, which is the default on a GPU. On the CPU it is
             float32.
         attn: ``"sdpa"``, ``"eager"``, ...; by default transformers' choice.

@@ -2,7 +2,8 @@
 
 On CUDA the allocator keeps that count itself. On the CPU torch's profiler reports every allocation and release in
 order, in-operator scratch included, and their running sum is the count; what numpy and other libraries allocate is not
-in it. That costs some microseconds per operator, so on the CPU it is done for short probes, and on request.
+in it. That costs some microseconds per operator, so on the CPU it is done for short probes, and on request. Other
+devices (Apple's) count nothing that can be read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lvlm_probe.errors import ProbeError
+from lvlm_probe.errors import ExplainError, ProbeError
 
 __all__ = ["Meter", "Reading", "Span", "available", "parse_bytes", "show_bytes", "weight_bytes"]
 
@@ -58,7 +60,7 @@ class Reading:
 
 
 class Meter:
-    """Meters tensors on one device::
+    """Meters tensors on one device, or on several cards, of which the one that most is taken of counts::
 
         meter = Meter(device)
         with meter.running():
@@ -68,16 +70,34 @@ class Meter:
         meter.reading.peak, meter.reading.spans[0].peak
 
     One meter runs once, and one at a time; on the CPU not inside another profiler.
+
+    Args:
+        device: where tensors are made.
+        others: more cards, beside a CUDA ``device``.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *others: torch.device) -> None:
         self.device = device
         self.reading = Reading()
-        self._before = 0
+        self._before = dict.fromkeys((device, *others), 0)
+
+    @staticmethod
+    def counts(device: torch.device) -> bool:
+        """Whether tensors on a device can be metered."""
+        return device.type in ("cpu", "cuda")
 
     @contextmanager
     def running(self) -> Iterator[Meter]:
-        """Meters what runs in the block; the reading is complete when it ends, also by an error."""
+        """Meters what runs in the block; the reading is complete when it ends, also by an error.
+
+        Raises:
+            ExplainError: torch does not count the bytes of tensors on this device.
+        """
+        if not self.counts(self.device):
+            raise ExplainError(
+                f"memory on {self.device} cannot be metered, as torch counts the most bytes at once on CUDA devices "
+                f"and the CPU alone; where it runs out, fewer masks go at once, as with replay(..., micro_batch=…)"
+            )
         started = time.perf_counter()
         try:
             with self._on_cuda() if self.device.type == "cuda" else self._on_cpu():
@@ -90,35 +110,46 @@ class Meter:
         """Marks a part of the work."""
         if self.device.type == "cuda":
             self._flush()
-            before = torch.cuda.memory_allocated(self.device) - self._before
+            before = max(torch.cuda.memory_allocated(card) - held for card, held in self._before.items())
             try:
                 yield
             finally:
-                peak = torch.cuda.max_memory_allocated(self.device) - self._before
+                peak = self._most()
                 self.reading.spans.append(Span(before, peak))
                 self.reading.peak = max(self.reading.peak, peak)
-                torch.cuda.reset_peak_memory_stats(self.device)
         else:
             with torch.profiler.record_function(_SPAN):
                 yield
 
     @contextmanager
     def _on_cuda(self) -> Iterator[None]:
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self._before = torch.cuda.memory_allocated(self.device)
+        users: dict[torch.device, int] = {}
+        for card in self._before:
+            torch.cuda.synchronize(card)
+            users[card] = torch.cuda.max_memory_allocated(card)
+            torch.cuda.reset_peak_memory_stats(card)
+            self._before[card] = torch.cuda.memory_allocated(card)
         try:
             yield
         finally:
-            torch.cuda.synchronize(self.device)
+            for card in self._before:
+                torch.cuda.synchronize(card)
             self._flush()
+            for card, peak in users.items():
+                _raise_peak(card, peak)
+
+    def _most(self) -> int:
+        """Most bytes at once on a card since this was asked last."""
+        peak = max(torch.cuda.max_memory_allocated(card) - held for card, held in self._before.items())
+        for card in self._before:
+            torch.cuda.reset_peak_memory_stats(card)
+        return peak
 
     def _flush(self) -> None:
         """The peak since the last span ended belongs to what is outside of spans."""
-        peak = torch.cuda.max_memory_allocated(self.device) - self._before
+        peak = self._most()
         self.reading.outside = max(self.reading.outside, peak)
         self.reading.peak = max(self.reading.peak, peak)
-        torch.cuda.reset_peak_memory_stats(self.device)
 
     @contextmanager
     def _on_cpu(self) -> Iterator[None]:
@@ -138,12 +169,28 @@ class Meter:
                 self.reading = _replayed(threads)
 
 
+def _raise_peak(card: torch.device, peak: int) -> None:
+    """Let ``torch.cuda.max_memory_allocated`` be at least ``peak`` again, which a user may want to read later.
+
+    It can be forgotten but not set: so that much is allocated for a moment, where there is room for it.
+    """
+    if torch.cuda.max_memory_allocated(card) < peak:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            torch.empty(peak - torch.cuda.memory_allocated(card), dtype=torch.uint8, device=card)
+
+
+_QUIET = threading.Lock()
+_quieted: list[int] = []
+"""The allocator's log level before, once for each meter that runs just now."""
+
+
 @contextmanager
 def _quiet_allocator() -> Iterator[None]:
     """Keep torch's allocator from writing to standard error that a block is released which is older than the metering.
 
     Such blocks are none of what is metered. torch reads its log level from the environment once, when it is imported;
-    what it compares with afterwards is a global of libc10. A torch without that global is left as it is.
+    what it compares with afterwards is a global of libc10, which the first of several meters sets and the last one puts
+    back. A torch without that global is left as it is.
     """
     name = {"win32": "c10.dll", "darwin": "libc10.dylib"}.get(sys.platform, "libc10.so")
     level: ctypes.c_int | None = None
@@ -153,12 +200,16 @@ def _quiet_allocator() -> Iterator[None]:
     if level is None:
         yield
         return
-    before = level.value
-    level.value = max(before, _ERROR)
+    with _QUIET:
+        _quieted.append(_quieted[0] if _quieted else level.value)
+        level.value = max(level.value, _ERROR)
     try:
         yield
     finally:
-        level.value = before
+        with _QUIET:
+            before = _quieted.pop()
+            if not _quieted:
+                level.value = before
 
 
 def _replayed(threads: list[list[Any]]) -> Reading:

@@ -14,7 +14,7 @@ from lvlm_probe.errors import ExplainError, OutOfMemory, ReplayError
 from lvlm_probe.files import json_ready
 from lvlm_probe.planning.meter import available, show_bytes, weight_bytes
 from lvlm_probe.planning.rehearsal import Law, law
-from lvlm_probe.replaying.micro_batches import CPU_BYTES, out_of_memory, ran_out
+from lvlm_probe.replaying.micro_batches import CPU_BYTES, out_of_memory, ran_out, weights_on_cards
 
 if TYPE_CHECKING:
     from lvlm_probe.explainers.registry import Cost
@@ -140,18 +140,23 @@ def table(plans: Sequence[Plan]) -> str:
 def default_budget(replay: Replay, memory: int | None) -> Budget:
     """What there is: ``memory`` bytes for weights and all else, or what the model's device has free now.
 
-    By default half of an accelerator's free memory is filled (its allocator fragments), and on the CPU 30 % of what is
-    available, ``micro_batches.CPU_BYTES`` at most.
+    By default half of an accelerator's free memory is filled (its allocator fragments), of several the one with least,
+    and on the CPU 30 % of what is available, ``micro_batches.CPU_BYTES`` at most.
     """
     if memory is not None:
         left = memory - weight_bytes(replay.model)
         return Budget(left, left, memory)
     if replay.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(replay.device)
-        free += torch.cuda.memory_reserved(replay.device) - torch.cuda.memory_allocated(replay.device)
+        free = min(map(_free_on, weights_on_cards(replay.model, replay.device)))
         return Budget(int(0.95 * free), free // 2)
     free = available()
     return Budget(free, min(int(0.3 * free), CPU_BYTES))
+
+
+def _free_on(card: torch.device) -> int:
+    """Bytes that a card has, and those that torch holds there for nothing yet."""
+    idle = torch.cuda.memory_reserved(card) - torch.cuda.memory_allocated(card)
+    return torch.cuda.mem_get_info(card)[0] + idle
 
 
 def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: int = 0) -> Plan:

@@ -24,7 +24,7 @@ from lvlm_probe.explainers.registry import Cost, Kind
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.planning.meter import Meter
 from lvlm_probe.replaying.hidden_states import head_rows, hidden_states, text_tokens
-from lvlm_probe.replaying.micro_batches import ran_out
+from lvlm_probe.replaying.micro_batches import ran_out, weights_on_cards
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -145,7 +145,8 @@ class _Rehearsal:
     def peak(self, kind: Kind, count: int) -> int:
         """Bytes. ``cut`` says afterwards that memory ran out on the way, and the masks went through in parts."""
         recovered = len(self.replay.limits.recovered)
-        meter = Meter(self.replay.device)
+        device = self.replay.device
+        meter = Meter(*weights_on_cards(self.replay.model, device)) if device.type == "cuda" else Meter(device)
         peak: int = getattr(self, f"_{kind}")(meter, count)
         self.cut = len(self.replay.limits.recovered) > recovered
         return peak

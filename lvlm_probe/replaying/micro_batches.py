@@ -36,6 +36,7 @@ __all__ = [
     "noise_seeds",
     "out_of_memory",
     "ran_out",
+    "weights_on_cards",
 ]
 
 _log = logging.getLogger("lvlm_probe")
@@ -118,12 +119,19 @@ def masks_at_once(
     each = max(width, 2) * (decoder * length + encoder * math.ceil(pixels / _PATCH))
     room = CPU_BYTES
     if device.type == "cuda":
-        weights = Counter({device: 0})  # of every card that the model lies on: the fullest one says how many
-        for weight in model.parameters():
-            if weight.device.type == "cuda":
-                weights[weight.device] += weight.numel() * weight.element_size()
-        room = min(max(0, torch.cuda.mem_get_info(card)[1] - held) // 2 for card, held in weights.items())
+        # The fullest card says how many.
+        cards = weights_on_cards(model, device)
+        room = min(max(0, torch.cuda.mem_get_info(card)[1] - held) // 2 for card, held in cards.items())
     return max(1, min(_MOST, room // max(1, each)))
+
+
+def weights_on_cards(model: torch.nn.Module, device: torch.device) -> dict[torch.device, int]:
+    """Every CUDA device that a model lies on, ``device`` first, and the bytes of its weights there."""
+    found = Counter({device: 0})
+    for weight in model.parameters():
+        if weight.device.type == "cuda":
+            found[weight.device] += weight.numel() * weight.element_size()
+    return dict(found)
 
 
 _RAN_OUT = (

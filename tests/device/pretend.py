@@ -12,7 +12,8 @@ would find:
   host sees NaN;
 * there is as much memory as one says: live storages are counted, ``mem_get_info`` and the peak are kept, and what does
   not fit raises ``torch.OutOfMemoryError``;
-* ``float64=False`` refuses double precision as Apple's devices do;
+* ``float64=False`` refuses double precision as Apple's devices do, and ``kind="mps"`` is one: there is no CUDA then,
+  and no count of memory;
 * backward runs in the device's own thread, as on CUDA (one device; with more, in the caller's).
 
 ::
@@ -41,14 +42,15 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 __all__ = ["Card", "OnDevice", "put"]
 
 _CARD: Card | None = None
 _aten = torch.ops.aten
 _NAME = "pretended"
-"""What torch itself calls the device; everything in Python sees ``cuda``."""
+"""What torch itself calls the device; everything in Python sees ``_KIND``."""
+_KIND = "cuda"
 
 _GENERATORS: set[int] = set()
 """The generators of pretended devices, by what they are in C++: dispatch hands on another object in Python."""
@@ -98,7 +100,11 @@ class OnDevice(Tensor):
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
-        return True
+        return self.on.type == "cuda"
+
+    @property
+    def is_mps(self) -> bool:  # type: ignore[override]
+        return self.on.type == "mps"
 
     # An index given as a list is made into a tensor in C++, past every dispatch; on CUDA it is a copy that waits.
     def __getitem__(self, index: Any) -> Any:
@@ -162,111 +168,101 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     """One operation, by the rules of the devices its tensors are on."""
     card = _CARD
     name = function.overloadpacket.__name__
-    flat, _ = tree_flatten((args, kwargs))
-    tensors = [item for item in flat if isinstance(item, Tensor)]
-    mine = [item for item in tensors if isinstance(item, OnDevice)]
-    asked = kwargs.get("device")
-    place = None if asked is None else _cuda(torch.device(asked))
+    place = kwargs.get("device")
+    if place is not None:
+        place = _cuda(torch.device(place))
     if name in _MOVES:
         return _move(card, function, name, args, kwargs, place)
-    devices = {item.on for item in mine}
+    tensors: list[Tensor] = []
+    inner_args, inner_kwargs = _opened(args, tensors), _opened(kwargs, tensors)
+    mine = [item for item in tensors if isinstance(item, OnDevice)]
     if name in _INDEXED:
-        target = args[0]
-        indices = [index for index in args[1] if isinstance(index, Tensor)]
-        if not isinstance(target, OnDevice) and any(isinstance(index, OnDevice) for index in indices):
-            raise RuntimeError(
-                f"indices should be either on cpu or on the same device as the indexed tensor ({target.device})"
-            )
-        for index in indices:
-            if index.dtype in (torch.bool, torch.uint8) and isinstance(target, OnDevice):
-                _note(card, "shape from values", name)
-            if isinstance(target, OnDevice) and not isinstance(index, OnDevice):
-                _note(card, "host to device", f"{name} by a CPU index")
-        rest = [item for item in tensors if not any(item is index for index in indices)]
-        _same_device(rest, name)
+        _indexed(card, name, args, tensors)
     else:
         _same_device(tensors, name)
+    where = place if place is not None and place.type == _KIND else mine[0].on if mine else None
     generator = kwargs.get("generator")
-    where = place if place is not None and place.type == "cuda" else next(iter(devices), None)
     if generator is not None and where is not None and generator._cdata not in _GENERATORS:
-        raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
+        raise RuntimeError(f"Expected a '{_KIND}' device type for generator but found '{generator.device.type}'")
+    read_out = name in ("_local_scalar_dense", "item", "equal", "is_nonzero")
     if name in _SHAPED and mine:
-        _note(
-            card,
-            "value read out" if name in ("_local_scalar_dense", "item", "equal", "is_nonzero") else "shape from values",
-            name,
-        )
+        _note(card, "value read out" if read_out else "shape from values", name)
         if card is not None:
             card.arrive()
     if place is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu") if place.type == "cuda" else place}
-    if kwargs.get("pin_memory"):
-        kwargs = {**kwargs, "pin_memory": False}
-    inner_args, inner_kwargs = tree_map_only(OnDevice, _inner, (args, kwargs))
+        inner_kwargs["device"] = torch.device("cpu") if place.type == _KIND else place
+    if inner_kwargs.get("pin_memory"):
+        inner_kwargs["pin_memory"] = False
     out = function(*inner_args, **inner_kwargs)
     if card is not None and card.operations is not None:
         card.operations[name] += 1
-    if name in ("_local_scalar_dense", "equal", "is_nonzero", "item") or where is None:
-        return out
-    return _wrapped(function, args, kwargs, inner_args, inner_kwargs, out, where, name)
+    return out if read_out or where is None else _wrapped(out, {id(item.inner): item for item in mine}, where, name)
+
+
+def _opened(value: Any, found: list[Tensor]) -> Any:
+    """Arguments with the values of pretended tensors in their places; ``found`` is given every tensor in them."""
+    if isinstance(value, Tensor):
+        found.append(value)
+        return value.inner if isinstance(value, OnDevice) else value
+    if isinstance(value, list | tuple):
+        return value if value and isinstance(value[0], int) else type(value)([_opened(item, found) for item in value])
+    if isinstance(value, dict):
+        return {key: _opened(item, found) for key, item in value.items()}
+    return value
+
+
+def _indexed(card: Card | None, name: str, args: Any, tensors: list[Tensor]) -> None:
+    """What an index may be, and what it costs."""
+    target = args[0]
+    indices = [index for index in args[1] if isinstance(index, Tensor)]
+    if not isinstance(target, OnDevice) and any(isinstance(index, OnDevice) for index in indices):
+        raise RuntimeError(
+            f"indices should be either on cpu or on the same device as the indexed tensor ({target.device})"
+        )
+    for index in indices if isinstance(target, OnDevice) else ():
+        if index.dtype in (torch.bool, torch.uint8):
+            _note(card, "shape from values", name)
+        if not isinstance(index, OnDevice):
+            _note(card, "host to device", f"{name} by a CPU index")
+    _same_device([item for item in tensors if not any(item is index for index in indices)], name)
 
 
 def _cuda(device: torch.device) -> torch.device:
-    return torch.device("cuda", device.index or 0) if device.type in ("cuda", _NAME) else device
+    return torch.device(_KIND, device.index or 0) if device.type in (_KIND, _NAME) else device
 
 
-def _inner(item: OnDevice) -> Tensor:
-    return item.inner
-
-
-def _wrapped(
-    function: Any, args: Any, kwargs: Any, inner_args: Any, inner_kwargs: Any, out: Any, where: torch.device, name: str
-) -> Any:
-    """Results as tensors of the device; what was changed in place is the tensor that was given."""
-    given = {
-        id(inner): outer
-        for inner, outer in zip(_leaves((inner_args, inner_kwargs)), _leaves((args, kwargs)), strict=True)
-    }
-
-    def wrap(item: Any) -> Any:
-        if not isinstance(item, Tensor) or isinstance(item, OnDevice):
-            return item
-        outer = given.get(id(item))
-        if outer is not None:
-            if isinstance(outer, OnDevice) and outer.shape != item.shape:
-                raise NotImplementedError(f"{name} changes a shape in place")
-            return outer
-        if item.dtype == torch.float64 and _CARD is not None:
-            _CARD.double(name)
-        return OnDevice(item, where)
-
-    return tree_map(wrap, out)
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return [item for item in tree_flatten(tree)[0] if isinstance(item, Tensor)]
+def _wrapped(out: Any, given: dict[int, OnDevice], where: torch.device, name: str) -> Any:
+    """Results as tensors of the device; what was changed in place is the tensor that was ``given``."""
+    if isinstance(out, list | tuple):
+        return type(out)([_wrapped(item, given, where, name) for item in out])
+    if not isinstance(out, Tensor) or isinstance(out, OnDevice):
+        return out
+    outer = given.get(id(out))
+    if outer is not None:
+        if outer.shape != out.shape:
+            raise NotImplementedError(f"{name} changes a shape in place")
+        return outer
+    if out.dtype == torch.float64 and _CARD is not None:
+        _CARD.double(name)
+    return OnDevice(out, where)
 
 
 def _same_device(tensors: list[Tensor], name: str) -> None:
-    places = {
-        str(item.on) if isinstance(item, OnDevice) else str(item.device)
-        for item in tensors
-        if item.dim() or isinstance(item, OnDevice)
-    }
-    if len(places) > 1:
-        # A number on one device may meet a tensor on another only if it is on the CPU.
-        full = {str(item.on) if isinstance(item, OnDevice) else str(item.device) for item in tensors if item.dim()}
-        if len(full) > 1 or any(
-            isinstance(item, OnDevice) and not item.dim() and str(item.on) not in full for item in tensors
-        ):
-            first, second = sorted(places, reverse=True)[:2]
-            error = RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, {first} and {second}! "
-                f"(in {name})"
-            )
-            if _CARD is not None:
-                _CARD.mixed[f"{name} at {place_in_package()}"] += 1
-            raise error
+    places = {item.device for item in tensors if isinstance(item, OnDevice) or item.dim()}
+    if len(places) < 2:
+        return
+    # A number on one device may meet a tensor on another only if it is on the CPU.
+    full = {item.device for item in tensors if item.dim()}
+    if len(full) > 1 or any(
+        isinstance(item, OnDevice) and not item.dim() and item.device not in full for item in tensors
+    ):
+        if _CARD is not None:
+            _CARD.mixed[f"{name} at {place_in_package()}"] += 1
+        first, second = sorted(map(str, places), reverse=True)[:2]
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, {first} and {second}! "
+            f"(in {name})"
+        )
 
 
 def _move(card: Card | None, function: Any, name: str, args: Any, kwargs: Any, place: torch.device | None) -> Any:
@@ -296,7 +292,7 @@ def _move(card: Card | None, function: Any, name: str, args: Any, kwargs: Any, p
     made = function(values, *args[1:], **rest)
     if made.data_ptr() == values.data_ptr() and made.layout == torch.strided and made.numel():
         made = made.clone()
-    if goal.type == "cuda":
+    if goal.type == _KIND:
         if not here and not free:
             _note(card, "host to device", "to")
         elif here and source.on != goal:
@@ -339,6 +335,7 @@ class Card:
 
     Args:
         count: how many.
+        kind: ``"cuda"``, or ``"mps"`` for one of Apple's.
         memory: bytes of each; ``None``: no limit, 80 GB are reported.
         float64: whether there is double precision.
         package: whose lines are named.
@@ -354,7 +351,9 @@ class Card:
         float64: bool = True,
         package: str = "lvlm_probe",
         own_thread: bool = True,
+        kind: str = "cuda",
     ) -> None:
+        self.kind = kind
         self.count, self.memory, self.float64, self.package = count, memory, float64, package
         self.own_thread = own_thread and count == 1
         self.waits: Counter[tuple[str, str, str]] = Counter()
@@ -437,7 +436,7 @@ class Card:
         gc.collect()
         if self.own_thread:
             with torch.enable_grad():
-                nothing = torch.zeros(0, device=torch.device("cuda", index), requires_grad=True)
+                nothing = torch.zeros(0, device=torch.device(_KIND, index), requires_grad=True)
                 torch.autograd.backward([nothing * 1], [torch.zeros_like(nothing)])
         return self.used[index]
 
@@ -474,11 +473,11 @@ class Card:
         return put(module, where)
 
     def __enter__(self) -> Card:
-        global _CARD
+        global _CARD, _KIND
         if torch.backends.cuda.is_built():
             raise RuntimeError("this torch has CUDA: use the device itself")
         _register()
-        _CARD = self
+        _CARD, _KIND = self, self.kind
         card = self
 
         class Event:
@@ -528,8 +527,12 @@ class Card:
             "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda state, device=None: None,
         }  # fmt: skip
-        for name, value in faked.items():
-            self._stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        if self.kind == "cuda":
+            for name, value in faked.items():
+                self._stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        else:
+            self._stack.enter_context(mock.patch.object(torch.backends.mps, "is_available", return_value=True))
+            self._stack.enter_context(mock.patch.object(torch, "Event", Event))
         empty = torch.empty
 
         def unpinned(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
@@ -554,9 +557,9 @@ class Card:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _CARD
+        global _CARD, _KIND
         self._stack.close()
-        _CARD = None
+        _CARD, _KIND = None, "cuda"
 
 
 _Plain = torch.Generator
@@ -573,7 +576,7 @@ class _Generator(_Plain, metaclass=_AnyGenerator):
     def __new__(cls, device: Any = "cpu") -> Any:
         made = super().__new__(cls)
         _GENERATORS.discard(made._cdata)  # of one that is gone
-        if _cuda(torch.device(device)).type == "cuda":
+        if _cuda(torch.device(device)).type == _KIND:
             _GENERATORS.add(made._cdata)
         return made
 
@@ -581,12 +584,12 @@ class _Generator(_Plain, metaclass=_AnyGenerator):
 def _with_index(function: Any, name: str) -> Any:
     def indexed(item: Any) -> Any:
         if isinstance(item, int) and not isinstance(item, bool):
-            return torch.device("cuda", item)
-        if isinstance(item, str) and item == "cuda":
-            return torch.device("cuda", 0)
+            return torch.device(_KIND, item)
+        if isinstance(item, str) and item == _KIND:
+            return torch.device(_KIND, 0)
         return (
-            torch.device("cuda", 0)
-            if isinstance(item, torch.device) and item.type == "cuda" and item.index is None
+            torch.device(_KIND, 0)
+            if isinstance(item, torch.device) and item.type == _KIND and item.index is None
             else item
         )
 
@@ -622,7 +625,7 @@ def _with_index(function: Any, name: str) -> Any:
                     *args[1:],
                 )
             where = kwargs.get("device")
-            if where is not None and torch.device(where).type == "cuda":
+            if where is not None and torch.device(where).type == _KIND:
                 grad = kwargs.pop("requires_grad", False)
                 del kwargs["device"]
                 made = function(*args, **kwargs).to(where)
@@ -678,7 +681,7 @@ def _register() -> None:
 
         _setup_privateuseone_for_python_backend(_NAME, Module())
         _LIBRARY = torch.library.Library("_", "IMPL")
-        for key in ("CUDA", "PrivateUse1"):
+        for key in ("CUDA", "MPS", "PrivateUse1"):
             _LIBRARY.fallback(lambda function, *args, **kwargs: run(function, args, kwargs), key)
         # These are made by enlarging an empty tensor, and a tensor here keeps its shape: they are made at once instead.
         _MADE.append(torch.library.Library("aten", "IMPL"))
@@ -689,7 +692,7 @@ def _register() -> None:
                     continue
                 function = getattr(packet, overload)
                 full = name if overload == "default" else f"{name}.{overload}"
-                for key in ("CUDA", "PrivateUse1"):
+                for key in ("CUDA", "MPS", "PrivateUse1"):
                     _MADE[0].impl(full, _maker(function), key)
 
 

@@ -1,15 +1,18 @@
 """The main road on a device that is not the CPU: no tensors of two devices meet, nothing waits that need not, nothing
-is computed in double precision there, and the numbers agree with the CPU's."""
+is computed in double precision there, and the numbers agree with the CPU's. And mistakes of these kinds, made on
+purpose, are seen by the same checks."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import types
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import flat_memory
 import numpy as np
 import pytest
 import tiny_models
@@ -19,15 +22,38 @@ from pretend import Card, put
 
 import lvlm_probe as probe
 from lvlm_probe import causal
+from lvlm_probe.attention.collection import Collection, Transfers
 from lvlm_probe.causal.knockout import attention_layers, cut_attention
 from lvlm_probe.errors import ExplainError, OutOfMemory
+from lvlm_probe.explainers.igos import descent, order
+from lvlm_probe.models.fingerprint import fingerprint
+from lvlm_probe.models.loading import default_device
+from lvlm_probe.replaying import micro_batches
 
 METHODS: dict[str, dict[str, Any]] = {
-    "igos++": {}, "gradcam": {}, "tmm": {}, "iia": {}, "attention": {"source": "replay"}, "relative_attention": {},
-    "rollout": {}, "tam": {}, "rise": {"masks": 8}, "occlusion": {"size": 3},
-    "greedy": {"segments": "grid", "regions": 4}, "integrated_gradients": {"steps": 4}, "input_gradient": {},
+    "igos++": {}, "igos+": {"iterations": 1, "ig_steps": 2}, "gradcam": {}, "tmm": {}, "iia": {},
+    "attention": {"source": "replay"}, "relative_attention": {}, "rollout": {}, "tam": {}, "rise": {"masks": 8},
+    "occlusion": {"size": 3}, "greedy": {"segments": "grid", "regions": 4}, "integrated_gradients": {"steps": 4},
+    "input_gradient": {}, "center": {}, "random": {},
 }  # fmt: skip
 FAMILIES = ("demo", "llava", "qwen2_5_vl", "llava_onevision", "mllama")
+
+
+@pytest.fixture(scope="module")
+def llava() -> tuple[Any, Any]:
+    """A model on the CPU, and its processor."""
+    return load("llava")
+
+
+@contextlib.contextmanager
+def on_card(model: Any, **settings: Any) -> Iterator[Card]:
+    """A card with the model on it for the block."""
+    with Card(**settings) as card:
+        model.to("cuda")
+        try:
+            yield card
+        finally:
+            model.to("cpu")
 
 
 def load(name: str) -> tuple[Any, Any]:
@@ -97,21 +123,27 @@ def test_the_main_road_without_double_precision(name: str, tmp_path: Path) -> No
     agree(here, there)
 
 
-def test_a_model_on_two_devices(tmp_path: Path) -> None:
+def test_every_method_is_on_the_road() -> None:
+    assert set(METHODS) == set(probe.methods())
+
+
+def spread(model: Any, decoder: tuple[int, int] = (0, 1)) -> None:
+    """Layers by turns on two cards."""
     from accelerate import dispatch_model
 
-    def spread(model: Any) -> None:
-        count = len(model.model.language_model.layers)
-        layers = {f"model.language_model.layers.{number}": number % 2 for number in range(count)}
-        rest = {
-            "model.vision_tower": 1, "model.multi_modal_projector": 1, "model.language_model.embed_tokens": 0,
-            "model.language_model.norm": 1, "model.language_model.rotary_emb": 0, "lm_head": 1,
-        }  # fmt: skip
-        places = {**rest, **layers}
-        for path, index in places.items():
-            put(model.get_submodule(path), f"cuda:{index}")
-        dispatch_model(model, {path: f"cuda:{index}" for path, index in places.items()}, main_device="cuda:0")
+    count = len(model.model.language_model.layers)
+    layers = {f"model.language_model.layers.{number}": decoder[number % 2] for number in range(count)}
+    rest = {
+        "model.vision_tower": 1, "model.multi_modal_projector": 1, "model.language_model.embed_tokens": 0,
+        "model.language_model.norm": 1, "model.language_model.rotary_emb": 0, "lm_head": 1,
+    }  # fmt: skip
+    places = {**rest, **layers}
+    for path, index in places.items():
+        put(model.get_submodule(path), f"cuda:{index}")
+    dispatch_model(model, {path: f"cuda:{index}" for path, index in places.items()}, main_device="cuda:0")
 
+
+def test_a_model_on_two_devices(tmp_path: Path) -> None:
     there = road("llava", lambda model: model, tmp_path / "cpu")
     with Card(count=2) as card:
         here = road("llava", spread, tmp_path / "device")
@@ -119,23 +151,67 @@ def test_a_model_on_two_devices(tmp_path: Path) -> None:
     agree(here, there)
 
 
+def test_a_plan_looks_at_every_card(tmp_path: Path) -> None:
+    """Here at the second one, where the tower is and hardly anything is free."""
+    model, processor = load("llava")
+    with Card(count=2, memory=400_000_000) as card:
+        spread(model, (1, 1))
+        replay = probe.replay(record("llava", model, processor, tmp_path, llr=False), model, processor)
+        selection = probe.select_tokens(replay, span=(0, 2))
+        full = torch.empty(300_000_000, dtype=torch.uint8, device="cuda:1")
+        planned = probe.plan(replay, method="integrated_gradients")
+        before, card.peak = list(card.used), list(card.used)
+        probe.explain(replay, method="integrated_gradients", tokens=selection, strengthen=False, plan=planned)
+    first, taken = (most - held for most, held in zip(card.peak, before, strict=True))
+    assert replay.device.index == 0 and first < 0.8 * taken
+    assert planned.budget <= 0.95 * (card.total - full.numel())
+    assert 0.85 * taken <= planned.peak <= 1.2 * taken
+
+
+def test_a_plan_leaves_the_users_own_peak(llava: Any, tmp_path: Path) -> None:
+    model, processor = llava
+    with on_card(model):
+        replay = probe.replay(record("llava", model, processor, tmp_path, llr=False), model, processor)
+        torch.empty(200_000_000, dtype=torch.uint8, device="cuda")
+        before = torch.cuda.max_memory_allocated()
+        assert probe.plan(replay, method="gradcam", seconds=False).peak < 200_000_000
+        assert torch.cuda.max_memory_allocated() == before
+
+
+def test_apples_devices_are_taken_when_asked_for(llava: Any, tmp_path: Path) -> None:
+    """The road is the same; only how much memory is taken cannot be planned, which is said."""
+    there = road("llava", lambda model: model, tmp_path / "cpu")
+    model, processor = llava
+    with Card(kind="mps", float64=False) as card:
+        assert torch.backends.mps.is_available() and default_device().type == "cpu"
+        here = road("llava", lambda model: model.to("mps"), tmp_path / "device")
+        model.to("mps")
+        planned = probe.plan(model, record("llava", model, processor, tmp_path), processor)
+        model.to("cpu")
+    assert not card.mixed and not card.doubles
+    agree(here, there)
+    assert planned.peak is None and "cannot be metered" in planned.sentence()
+
+
+def waits_of_tokens(name: str, model: Any, processor: Any, folder: Path, *, recorded: bool) -> int:
+    """How much oftener the host waits for eight tokens more."""
+    counts = []
+    with on_card(model) as card:
+        for tokens in (4, 12):
+            with probe.attach(model, processor) as attached:
+                inputs = ask(name, model, processor)
+                with attached.record(folder, llr=False, boxes=False) if recorded else contextlib.nullcontext():
+                    with card.counting() as waits:
+                        model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+            counts.append(sum(waits.values()))
+    return counts[1] - counts[0]
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_recording_adds_no_wait_to_a_token(name: str, tmp_path: Path) -> None:
-    grown = {}
     model, processor = load(name)
-    with Card() as card:
-        model.to("cuda")
-        for recorded in (False, True):
-            counts = []
-            for tokens in (4, 12):
-                with probe.attach(model, processor) as attached:
-                    inputs = ask(name, model, processor)
-                    with attached.record(tmp_path, llr=False, boxes=False) if recorded else contextlib.nullcontext():
-                        with card.counting() as waits:
-                            model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
-                counts.append(sum(waits.values()))
-            grown[recorded] = counts[1] - counts[0]
-    assert grown[True] == grown[False]
+    plain, recorded = (waits_of_tokens(name, model, processor, tmp_path, recorded=on) for on in (False, True))
+    assert recorded == plain
 
 
 @pytest.mark.parametrize(("method", "few", "many", "limit"), [
@@ -143,11 +219,10 @@ def test_recording_adds_no_wait_to_a_token(name: str, tmp_path: Path) -> None:
     ("rise", {"masks": 64}, {"masks": 128}, 5),
     ("integrated_gradients", {"steps": 16}, {"steps": 32}, 7),
 ])  # fmt: skip
-def test_waits_of_an_iteration(method: str, few: Any, many: Any, limit: int, tmp_path: Path) -> None:
+def test_waits_of_an_iteration(method: str, few: Any, many: Any, limit: int, llava: Any, tmp_path: Path) -> None:
     """Of 20 masks, 64 masks, 16 steps; one of them is transformers' own."""
-    model, processor = load("llava")
-    with Card() as card:
-        model.to("cuda")
+    model, processor = llava
+    with on_card(model) as card:
         replay = probe.replay(record("llava", model, processor, tmp_path, llr=False), model, processor)
         selection = probe.select_tokens(replay, span=(0, 2))
         counts: list[Counter[Any]] = []
@@ -159,11 +234,36 @@ def test_waits_of_an_iteration(method: str, few: Any, many: Any, limit: int, tmp
     assert 0 < sum(more.values()) <= limit, card.table(more)
 
 
+def test_a_fingerprint_waits_twice(llava: Any, tmp_path: Path) -> None:
+    """For all tensors of a model together; and it is the one that was taken on the CPU, whatever it is made of."""
+    model, processor = llava
+    layer = model.get_submodule("lm_head")
+    values = [
+        torch.tensor([True, False]), torch.arange(100), torch.randn(7, 3).half().t(), torch.randn(70).bfloat16(),
+        torch.arange(200, dtype=torch.uint8), torch.tensor(3.0), torch.randn(5, dtype=torch.float64), torch.zeros(0),
+    ]  # fmt: skip
+    odd = {f"odd_{place}": value for place, value in enumerate(values)}
+    for name, value in odd.items():
+        layer.register_buffer(name, value)
+    try:
+        before = fingerprint(model)
+        with on_card(model) as card:
+            with card.counting() as waits:
+                assert fingerprint(model) == before
+            assert sum(waits.values()) == 2, card.table(waits)
+            trace = record("llava", model, processor, tmp_path, llr=False)
+            with card.counting() as waits:
+                probe.replay(trace, model, processor)
+            assert sum(waits.values()) <= 6, card.table(waits)
+    finally:
+        for name in odd:
+            del layer._buffers[name]
+
+
 @pytest.mark.parametrize("method", ["igos++", "tmm", "iia", "rise", "gradcam", "rollout"])
-def test_what_is_planned_is_what_is_taken(method: str, tmp_path: Path) -> None:
-    model, processor = load("llava")
-    with Card(float64=False) as card:
-        model.to("cuda")
+def test_what_is_planned_is_what_is_taken(method: str, llava: Any, tmp_path: Path) -> None:
+    model, processor = llava
+    with on_card(model, float64=False) as card:
         replay = probe.replay(record("llava", model, processor, tmp_path, llr=False), model, processor)
         params = {"masks": 64} if method == "rise" else {}
         planned = probe.plan(replay, method=method, **params)
@@ -175,23 +275,19 @@ def test_what_is_planned_is_what_is_taken(method: str, tmp_path: Path) -> None:
     assert 0.85 * (taken - 4_500_000) <= planned.peak <= 1.2 * taken
 
 
-@pytest.mark.parametrize(("method", "params"), [("integrated_gradients", {}), ("rise", {"masks": 32})])
-def test_what_does_not_fit_is_done_in_smaller_parts(method: str, params: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "params"), [("integrated_gradients", {"steps": 16}), ("rise", {"masks": 16})])
+def test_what_does_not_fit_is_done_in_smaller_parts(method: str, params: Any, llava: Any, tmp_path: Path) -> None:
     """Backward in the caller's thread: torch ends the process where memory runs out in a device's own."""
-    model, processor = load("llava")
+    model, processor = llava
     trace = record("llava", model, processor, tmp_path, llr=False)
 
     def explained(memory: int | None, micro_batch: int) -> tuple[Any, int]:
-        with Card(memory=memory, own_thread=False) as card:
-            model.to("cuda")
-            try:
-                replay = probe.replay(trace, model, processor, micro_batch=micro_batch)
-                selection = probe.select_tokens(replay, span=(0, 2))
-                card.peak[0] = card.held()
-                heat = probe.explain(replay, method=method, tokens=selection, strengthen=False, **params)
-                return heat.values, card.peak[0]
-            finally:
-                model.to("cpu")
+        with on_card(model, memory=memory, own_thread=False) as card:
+            replay = probe.replay(trace, model, processor, micro_batch=micro_batch)
+            selection = probe.select_tokens(replay, span=(0, 2))
+            card.peak[0] = card.held()
+            heat = probe.explain(replay, method=method, tokens=selection, strengthen=False, **params)
+            return heat.values, card.peak[0]
 
     (whole, eight), (_, one) = explained(None, 8), explained(None, 1)
     assert one < 0.8 * eight
@@ -217,11 +313,10 @@ class OffloadedCache(transformers.DynamicCache):
         return found
 
 
-def test_keys_of_an_offloaded_cache_stay_off_the_device(tmp_path: Path) -> None:
-    model, processor = load("llava")
+def test_keys_of_an_offloaded_cache_stay_off_the_device(llava: Any, tmp_path: Path) -> None:
+    model, processor = llava
     grown: dict[bool, int] = {}
-    with Card() as card:
-        model.to("cuda")
+    with on_card(model) as card:
         inputs = ask("llava", model, processor)
         for recorded in (False, True):
             counts: list[int] = []
@@ -255,30 +350,67 @@ def test_a_cut_holds_where_layers_run_again(tmp_path: Path) -> None:
     assert torch.allclose(*gradients, atol=1e-3 * float(gradients[0].abs().max()))
 
 
-def explain_all(replay: Any, selection: Any) -> None:
-    for method in ("igos++", "gradcam", "tmm", "rise"):
-        probe.explain(replay, method=method, tokens=selection, **({"masks": 8} if method == "rise" else {}))
+def test_nothing_is_left_on_the_device(tmp_path: Path) -> None:
+    """Of answers that were recorded and asked everything."""
+    model, processor = load("demo")
+    with on_card(model) as card:
+        trace = record("demo", model, processor, tmp_path, tokens=8, points=["hidden"])
+        held = flat_memory.cycles(trace, model, processor, tmp_path, count=3, alive=card.held)
+    assert held[2] == held[1], held
 
 
-@pytest.mark.parametrize("what", ["record", "explain", "evaluate", "knockout", "plan", "verify"])
-def test_nothing_is_left_on_the_device(what: str, tmp_path: Path) -> None:
-    model, processor = load("llava")
-    with Card() as card:
-        model.to("cuda")
-        again = partial(record, "llava", model, processor, tmp_path)
-        trace = again()
-        selection = probe.select_tokens(probe.replay(trace, model, processor), span=(0, 2))
-        heat = probe.explain(probe.replay(trace, model, processor), method="input_gradient", tokens=selection)
-        work: dict[str, Callable[[Any], Any]] = {
-            "record": lambda replay: again(),
-            "explain": lambda replay: explain_all(replay, selection),
-            "evaluate": lambda replay: probe.evaluate(heat, replay, steps=3),
-            "knockout": lambda replay: causal.knockout(replay, heat, draws=1, sweep=2),
-            "plan": lambda replay: probe.plan(replay),
-            "verify": lambda replay: probe.verify(trace, model, processor),
-        }
-        used = []
-        for _ in range(3):
-            work[what](probe.replay(trace, model, processor))
-            used.append(card.held())
-    assert used[2] == used[1]
+# ------------------------------------------------------------------------------------------- mistakes made on purpose
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], right: str, wrong: str) -> None:
+    """Let a function run with one piece of its source replaced."""
+    source = Path(inspect.getsourcefile(function) or "").read_text(encoding="utf-8")
+    first, there = function.__code__.co_firstlineno, source.splitlines()[: function.__code__.co_firstlineno - 1]
+    assert right in source[len("\n".join(there)) :], "the source has changed: plant the mistake again"
+    begin = len("\n".join(there))
+    planted = source[:begin] + source[begin:].replace(right, wrong, 1)
+
+    def codes(code: types.CodeType) -> Iterator[types.CodeType]:
+        for part in code.co_consts:
+            if isinstance(part, types.CodeType):
+                yield part
+                yield from codes(part)
+
+    (made,) = (
+        code
+        for code in codes(compile(planted, function.__code__.co_filename, "exec"))
+        if code.co_firstlineno == first and code.co_name == function.__code__.co_name
+    )
+    monkeypatch.setattr(function, "__code__", made)
+
+
+@pytest.mark.parametrize(("function", "right", "wrong", "said"), [
+    (descent.Optimisation.run, ", dtype=torch.float32, device=self.device)", ")", "same device"),
+    (order.refine_order, "slopes.to(masks)", "slopes", "same device"),
+    (micro_batches.noise_like, "torch.Generator(pixels.device)", "torch.Generator()", "device type for generator"),
+], ids=["a mask left on the CPU", "slopes left on the device", "noise from a CPU generator"])  # fmt: skip
+def test_a_tensor_on_the_wrong_device_is_seen(
+    function: Any, right: str, wrong: str, said: str, llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = llava
+    plant(monkeypatch, function, right, wrong)
+    with on_card(model):
+        replay = probe.replay(record("llava", model, processor, tmp_path, llr=False), model, processor)
+        with pytest.raises(RuntimeError, match=said):
+            probe.explain(replay, method="igos++", tokens=probe.select_tokens(replay, span=(0, 2)), strengthen=False)
+            replay.log_probs(torch.ones(2, 3, 3, device=replay.device), noise=0.1)
+
+
+def test_a_wait_in_a_token_is_seen(llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = llava
+    plain = waits_of_tokens("llava", model, processor, tmp_path, recorded=False)
+    plant(monkeypatch, Collection.wait_again, "keys = self", "bool(key.isfinite().all()); keys = self")
+    assert waits_of_tokens("llava", model, processor, tmp_path, recorded=True) > plain
+
+
+def test_a_copy_that_is_read_too_early_is_seen(llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor = llava
+    plant(monkeypatch, Transfers.settle, "event.synchronize()", "pass")
+    with on_card(model):
+        trace = record("llava", model, processor, tmp_path, llr=False)
+    assert np.isnan(trace.attention.values).any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,37 @@ def test_older_blocks_that_are_released_meanwhile_write_nothing(capfd: pytest.Ca
     with Meter(torch.device("cpu")).running():
         del older
     assert capfd.readouterr().err == ""
+
+
+def _log_level() -> int:
+    library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libc10.*"))))
+    return ctypes.c_int.in_dll(library, "FLAGS_caffe2_log_level").value
+
+
+def test_meters_in_two_threads_leave_torchs_log_level() -> None:
+    """The first one ends while the second one runs."""
+    before, seen = _log_level(), []
+    first_runs, second_runs, first_done = threading.Event(), threading.Event(), threading.Event()
+
+    def first() -> None:
+        with Meter(torch.device("cpu")).running():
+            first_runs.set()
+            second_runs.wait()
+        first_done.set()
+
+    def second() -> None:
+        first_runs.wait()
+        with Meter(torch.device("cpu")).running():
+            second_runs.set()
+            first_done.wait()
+            seen.append(_log_level())
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [max(before, 2)] and _log_level() == before
 
 
 def test_weights_are_counted_once() -> None:

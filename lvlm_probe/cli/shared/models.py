@@ -29,7 +29,7 @@ def load_model(
     Args:
         spec: a directory, a hub id, or ``"demo"``.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; by default CUDA where there is one, else the CPU.
-            Apple's ``mps`` has no float64, which most methods compute with: it is taken only when asked for.
+            Apple's ``mps`` is taken only when asked for: all that ran on it so far are the tests of a pretended one.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"`` (the checkpoint's). Default: float32 on the
             CPU, else auto.
         attn: attention implementation, ``"sdpa"`` or ``"eager"``.

@@ -52,7 +52,7 @@ def map_memory(
     Table 9), in a second run that is not in the first one's seconds: ``measured_peak``.
     """
     found = dict(heat.provenance.get("memory") or {})
-    if measure:
+    if measure and Meter.counts(player.device):
         over, meter = player.over(heat.provenance["baseline"]), Meter(player.device)
         problem = Problem(over, tokens, seed=seed)
         with over.shortcuts.held(), meter.running():
