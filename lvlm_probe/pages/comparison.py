@@ -48,8 +48,9 @@ DEFAULT_METHODS = (
     "relative_attention",
     "tam",
     "random",
+    "center",
 )
-"""What ``compare`` runs by default: the paper's four (Table 2), the cheap ones besides, and chance."""
+"""What ``compare`` runs by default: the paper's four (Table 2), the cheap ones besides, and the floors."""
 
 GRID = 32
 _TITLE = "Methods side by side"

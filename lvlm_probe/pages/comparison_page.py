@@ -118,6 +118,9 @@ def _scene(row: Row) -> str:
         probability = "" if kept is None else f": the explained words keep {_percent(float(kept))} of probability on it"
         kind = _text(str(score.baseline_check.get("kind") or "unknown"))
         parts.append(f'<p class="facts">Baseline {kind}{probability}.</p>')
+        if math.isfinite(score.center_gain):
+            floor = f"A blob in the middle of the image, made without looking, has a gain of {score.center_gain:.2f}."
+            parts.append(f'<p class="facts">{floor}</p>')
     parts += [f'<p class="facts">{_told(note)}</p>' for note in dict.fromkeys(notes)]
     return "\n".join(parts)
 
