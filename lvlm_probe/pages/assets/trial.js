@@ -298,9 +298,10 @@ function drawCards() {
     list.push({
       label: "Against the middle",
       value: decimal(gain),
-      note: `a blob in the middle: ${decimal(score.center)}`,
+      note: `a blob there: ${decimal(score.center)}`,
+      gauge: { value: gain, colour: "teal", mark: score.center },
       bad: gain < score.center - 0.05,
-      text: "Insertion minus deletion, and what a blob in the middle of the image has, which was made without looking. Level with it: what counts stands in the middle.",
+      text: "Insertion minus deletion. The mark is what a blob in the middle of the image has, made without looking: a map that is level with it may only say that things stand in the middle.",
     });
   }
   const { passes, diagnostics } = current().provenance;
@@ -308,8 +309,7 @@ function drawCards() {
     list.push({
       label: "Passes",
       value: `${passes.forward} + ${passes.backward}`,
-      note: "forward + backward",
-      text: `Images that went through the model for this map, the choice of words included. ${
+      text: `Images that went through the model for this map, forward and backward, the choice of words included. ${
         diagnostics?.stopped ? `It ended after ${diagnostics.rounds.length} round${diagnostics.rounds.length > 1 ? "s" : ""}: ${diagnostics.stopped}.` : ""
       }`,
     });
