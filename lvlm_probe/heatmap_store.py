@@ -162,7 +162,7 @@ class MapFile:
             return None
         side = options["grid"]
         wanted = {key: options[key] for key in ("score", "auc", "mode", "seed")}
-        wanted |= {"grid": [side, side], "held_out": False}
+        wanted |= {"grid": [side, side], "held_out": False, "center": True}
         if options["auc"] == "trapezoid":
             wanted["steps"] = min(options["steps"] or 50, side * side)
         same = all(score.params.get(key) == value for key, value in wanted.items())

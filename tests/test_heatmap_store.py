@@ -93,9 +93,20 @@ def test_a_score_is_taken_again_when_it_was_taken_in_another_way(stored: Path) -
     asked: dict[str, Any] = {"score": "prob", "auc": "trapezoid", "mode": "fast", "seed": 0, "steps": 8, "chance": 0}
     asked["grid"] = 16
     assert found.score() is None and found.score_taken_by(asked) is None
-    params = {"score": "prob", "auc": "trapezoid", "mode": "fast", "seed": 0, "grid": [16, 16], "steps": 8}
+    params = {
+        "score": "prob",
+        "auc": "trapezoid",
+        "mode": "fast",
+        "seed": 0,
+        "grid": [16, 16],
+        "steps": 8,
+        "center": True,
+    }
     found.write_score(samples.score(params={**params, "held_out": False}, random_gains=()))
     assert found.score_taken_by(asked) == found.score()
+    found.write_score(samples.score(params={**params, "held_out": False, "center": False}, random_gains=()))
+    assert found.score_taken_by(asked) is None, "the floor of the middle was not taken"
+    found.write_score(samples.score(params={**params, "held_out": False}, random_gains=()))
     for change in ({"grid": 8}, {"steps": 9}, {"auc": "release"}, {"chance": 2}, {"seed": 1}):
         assert found.score_taken_by({**asked, **change}) is None
     found.score_path.write_text("{")

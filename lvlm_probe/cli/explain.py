@@ -81,6 +81,15 @@ def explain(
     param: Annotated[
         list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method; repeatable.")
     ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            "--budget",
+            metavar="N",
+            min=1,
+            help="Passes forward at most for a map. Default: as many as igos++ finds it needs, 24 to 196.",
+        ),
+    ] = None,
     image_number: Annotated[
         int, typer.Option("--image-number", min=0, help="Which image of the prompt to explain by.")
     ] = 0,
@@ -122,7 +131,7 @@ def explain(
     from lvlm_probe.cli.shared.maps import Explained, explain_replay, map_summary, open_replay, show_explained
     from lvlm_probe.heatmap_store import FOLDER, MapSettings
 
-    params = parameters(param or [])
+    params = parameters(param or []) | ({} if budget is None else {"budget": budget})
     own_baseline = baseline_from(baseline)
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
     behind = open_server(server, served_model, model=model, max_requests=max_requests, yes=yes)

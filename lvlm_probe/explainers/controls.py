@@ -11,7 +11,10 @@ import torch
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import check_rules
 
-__all__ = ["center", "random"]
+__all__ = ["center", "center_values", "random"]
+
+SIGMA = 0.25
+"""Standard deviation of the blob in the middle, as a share of the image's edges."""
 
 
 @register("random", needs=(), cost=lambda *_: Cost(None, 0, 0, ()))
@@ -28,7 +31,7 @@ def random(problem: Problem, *, size: int | tuple[int, int] | None = None) -> Ou
 
 
 @register("center", needs=(), cost=lambda *_: Cost(None, 0, 0, ()))
-def center(problem: Problem, *, size: int | tuple[int, int] | None = None, sigma: float = 0.25) -> Outcome:
+def center(problem: Problem, *, size: int | tuple[int, int] | None = None, sigma: float = SIGMA) -> Outcome:
     """A Gaussian around the middle of the image, exp(−((x − ½)² + (y − ½)²) / 2σ²), x and y as shares of the image.
 
     Args:
@@ -42,7 +45,13 @@ def center(problem: Problem, *, size: int | tuple[int, int] | None = None, sigma
     check_rules("center", sigma=(sigma, sigma > 0, "positive"))
     shape = problem.grid(size)
     problem.advance(0, 1)
+    values = center_values(shape, sigma=sigma)
+    problem.advance(1, 1)
+    return Outcome(values, {"size": list(shape), "sigma": sigma})
+
+
+def center_values(shape: tuple[int, int], *, sigma: float = SIGMA) -> torch.Tensor:
+    """The map of ``center`` on a grid, ``(row, col)`` with a highest value of 1."""
     row, col = ((torch.arange(cells, dtype=torch.float32) + 0.5) / cells - 0.5 for cells in shape)
     values = torch.exp(-(row[:, None].square() + col.square()) / (2 * sigma**2))
-    problem.advance(1, 1)
-    return Outcome(values / values.max(), {"size": list(shape), "sigma": sigma})
+    return values / values.max()

@@ -161,7 +161,7 @@ class Cost:
 
     Attributes:
         kind: what it does with a pass; ``None`` where it runs none.
-        forward, backward: images through the model; ``None`` where that is not known.
+        forward, backward: images through the model, at most; ``None`` where that is not known.
         groups: numbers of masks that it hands over at once.
         splits: whether they may go through in smaller micro-batches.
         noise: deviation of the noise on pixels.
@@ -172,6 +172,7 @@ class Cost:
         queries: of how many of the answer's positions it reads attention rows; by default of all.
         joined: of attention and its gradients it multiplies means over the masks, not those of every mask.
         general: another question that it asks, and the question in whose place; ``None`` where it asks none.
+        at_least: forward and backward where the method may stop early; ``None`` where it does not.
     """
 
     kind: Kind | None
@@ -187,6 +188,7 @@ class Cost:
     queries: int | None = None
     joined: bool = False
     general: tuple[str, str | None] | None = None
+    at_least: tuple[int, int] | None = None
 
 
 CostRule = Callable[["Problem", Mapping[str, Any]], Cost]

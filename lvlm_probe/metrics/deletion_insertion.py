@@ -38,12 +38,12 @@ import torch
 
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.curve_points import STEPS, MaskScores, area, curve_masks, normalise, rank, sample_counts
 from lvlm_probe.explainers.scores import CurveScore, too_narrow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lvlm_probe.replaying.protocol import ReplayLike
 
 __all__ = [
     "CurveSettings",
@@ -123,54 +123,12 @@ class CurveSettings:
     """
 
     score: CurveScore = "prob"
-    steps: int = 50
+    steps: int = STEPS
     release: bool = False
     seed: int = 0
     tie_orders: int | None = None
     sampling: Sampling = "full"
     tolerance: float = 0.01
-
-
-class MaskScores:
-    """Log-probabilities of the tokens ``indices`` under masks of zeros and ones; each different mask is scored once.
-
-    Args:
-        replay: the answer on its model, over the baseline that judges.
-        indices: the tokens.
-        image: number of the image that is masked.
-        mode: ``"exact"`` sends real composites through the real processor.
-    """
-
-    def __init__(
-        self, replay: ReplayLike, indices: Sequence[int], *, image: int, mode: Literal["fast", "exact"]
-    ) -> None:
-        self._replay, self.indices, self._image, self._mode = replay, list(indices), image, mode
-        self._known: dict[bytes, torch.Tensor] = {}
-
-    def __len__(self) -> int:
-        """Different masks scored so far."""
-        return len(self._known)
-
-    def __call__(self, masks: torch.Tensor) -> torch.Tensor:
-        """``(batch, row, col)`` → ``(batch, token)`` float64 on the CPU, nats."""
-        keys = [np.packbits(mask.numpy() > 0.5).tobytes() for mask in masks]
-        new = {key: place for place, key in reversed(list(enumerate(keys))) if key not in self._known}
-        if new:
-            places = sorted(new.values())
-            with torch.no_grad():
-                log_probs = self._replay.log_probs(
-                    masks[places].to(self._replay.device), image=self._image, mode=self._mode, steps=self.indices
-                )
-            self._known.update(
-                zip((keys[place] for place in places), log_probs[:, self.indices].cpu().double(), strict=True)
-            )
-        return torch.stack([self._known[key] for key in keys])
-
-
-def rank(values: np.ndarray, seen: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Flat indices of cells, most important first; ties in random order; unseen cells last. ``(cell,)``."""
-    flat = np.where(seen, values, -np.inf).reshape(-1)
-    return np.lexsort((generator.random(flat.size), -flat))
 
 
 def tie_share(values: np.ndarray, seen: np.ndarray) -> float:
@@ -182,23 +140,10 @@ def tie_share(values: np.ndarray, seen: np.ndarray) -> float:
     return float(counts[counts > 1].sum() / inside.size)
 
 
-def sample_counts(cells: int, steps: int) -> np.ndarray:
-    """How many cells are removed at each point: at most ``steps`` + 1 even counts, 0 and ``cells`` included."""
-    return np.unique(np.rint(np.linspace(0, cells, steps + 1)).astype(int))
-
-
 def release_counts(cells: int) -> np.ndarray:
     """The released recipe's counts: chunks of ``cells // 50`` and a remainder; 0, which it leaves out, is included."""
     chunk = max(1, cells // 50)
     return np.append(np.arange(0, cells, chunk), cells)
-
-
-def curve_masks(order: np.ndarray, counts: np.ndarray, shape: tuple[int, int], *, insert: bool) -> torch.Tensor:
-    """Masks along a curve ``(point, row, col)``: the first ``count`` cells are 0 in deletion, 1 in insertion."""
-    position = np.empty(order.size, dtype=np.int64)
-    position[order] = np.arange(order.size)
-    touched = torch.from_numpy(position.reshape(shape))[None] < torch.from_numpy(np.asarray(counts))[:, None, None]
-    return (touched if insert else ~touched).float()
 
 
 def curves(
@@ -391,19 +336,6 @@ class _Curve:
         """How far the scored points go against the direction ``sign`` (1 is up), in all."""
         steps = sign * np.diff(self.values[self.scored])
         return float(-steps[steps < 0].sum())
-
-
-def normalise(curve: np.ndarray, *, original: float, baseline: float, score: CurveScore = "prob") -> np.ndarray:
-    """(curve − baseline) / (original − baseline); NaN where that divides by next to nothing (``too_narrow``)."""
-    if too_narrow(original, baseline, score=score):
-        return np.full(np.shape(curve), np.nan)
-    return (np.asarray(curve, dtype=np.float64) - baseline) / (original - baseline)
-
-
-def area(fractions: np.ndarray, curve: np.ndarray) -> float:
-    """Area under a curve by the trapezoidal rule on its own x-axis."""
-    widths = np.diff(fractions)
-    return float((widths * (np.asarray(curve)[1:] + np.asarray(curve)[:-1]) / 2).sum())
 
 
 def release_area(counts: np.ndarray, curve: np.ndarray, *, insert: bool) -> float:

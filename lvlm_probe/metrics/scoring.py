@@ -19,6 +19,8 @@ import numpy as np
 from lvlm_probe import drawing
 from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.controls import center_values
+from lvlm_probe.explainers.curve_points import STEPS, facts_of, known_scores
 from lvlm_probe.explainers.scores import CurveScore
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap, resample
@@ -33,7 +35,14 @@ from lvlm_probe.metrics.deletion_insertion import (
     normalise,
     release_area,
 )
-from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY, MAX_REPLAY_DIFFERENCE, Verdict, judge, out_of_range
+from lvlm_probe.metrics.verdict import (
+    BASELINE_PROBABILITY,
+    MAX_REPLAY_DIFFERENCE,
+    Verdict,
+    judge,
+    level_with_center,
+    out_of_range,
+)
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
@@ -65,6 +74,8 @@ class Score:
             passed, and whether the explanation was made against this very baseline (``None``: nobody can tell).
         verdict: Whether to trust the heatmap, with reasons.
         random_gains: Insertion − deletion of random heatmaps, when ``chance`` asked for them.
+        center_gain: Insertion − deletion of the blob in the middle (method ``center``) on the same grid, by as few
+            points as tell it from the heatmap's; NaN where it was not taken.
         params: How it was scored (score, auc, steps, grid, mode, seed, tie_orders, tie_spread, held_out); with adaptive
             sampling also the images it took, the error bound of both areas and how far their curves turn (see
             ``deletion_insertion``).
@@ -84,6 +95,7 @@ class Score:
     baseline_check: Mapping[str, Any]
     verdict: Verdict
     random_gains: tuple[float, ...] = ()
+    center_gain: float = math.nan
     params: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -134,9 +146,10 @@ class Score:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """A sentence for each number that needs one: areas outside [0, 1]."""
+        """A sentence for each number that needs one: areas outside [0, 1], a gain level with that of the middle."""
         areas = (("deletion", self.deletion), ("insertion", self.insertion))
-        return tuple(told for name, area in areas if (told := out_of_range(name, area)) is not None)
+        told = [out_of_range(name, area) for name, area in areas] + [level_with_center(self.gain, self.center_gain)]
+        return tuple(one for one in told if one is not None)
 
     def plot(
         self,
@@ -176,7 +189,8 @@ class Score:
     def from_dict(cls, record: Mapping[str, Any]) -> Score:
         """Rebuilds what ``to_dict`` wrote. Raises ``ExplainError`` for anything else."""
         try:
-            known = {item.name: record[item.name] for item in dataclasses.fields(cls)}
+            known = {item.name: record[item.name] for item in dataclasses.fields(cls) if item.name != "center_gain"}
+            known["center_gain"] = _number(record.get("center_gain"))  # scores of 0.1 have none
             for name in ("deletion", "insertion", "tie_share", "original", "baseline"):
                 known[name] = _number(known[name])
             for name in _CURVES:
@@ -186,6 +200,13 @@ class Score:
         except (KeyError, TypeError, ValueError) as error:
             raise ExplainError(f"not a stored score: {error!r}") from error
 
+
+_CENTER_TOLERANCE = 0.04
+"""Error bound of the areas of the blob in the middle: its curves are gentle, and straight lines between points that
+leave so much open are within 0.03 of all of them. It is compared with a larger margin (``verdict.CENTER_MARGIN``)."""
+
+_CENTER_PASSES = 40
+"""Images that may take: some 16 to 22 for gentle curves, some more where a small thing stands right in the middle."""
 
 _CURVES = ("fractions", "deletion_curve", "insertion_curve", "deletion_raw", "insertion_raw", "random_gains")
 
@@ -203,6 +224,7 @@ def evaluate(
     mode: Literal["fast", "exact"] = "fast",
     grid: int | Sequence[int] | None = None,
     chance: int = 0,
+    center: bool = True,
     tie_orders: int | None = None,
     seed: int = 0,
     sampling: Sampling = "full",
@@ -225,6 +247,8 @@ def evaluate(
         grid: Rank cells of this grid, ``n`` or ``(rows, columns)``, instead of the heatmap's own; use one grid when
             methods of different resolution are compared.
         chance: Also score this many random heatmaps on the same grid; the verdict then demands to beat them.
+        center: Also score the blob in the middle of the image (method ``center``) on the same grid, once for all
+            heatmaps of the same words, in some 16 to 30 passes; the verdict objects to a heatmap that is worse.
         tie_orders: Random orders of tied cells to average; by default 3 where more than 5 % of cells are tied.
         seed: Of tie-breaking and random heatmaps.
         sampling: ``"full"`` scores every point of the curves; ``"adaptive"`` as few as keep each area within
@@ -238,7 +262,7 @@ def evaluate(
         ImageError: There is no such baseline; or the heatmap was made over an image of the user's, which it does not
             hold, and the replay has another one: give it as ``baseline``, or evaluate on ``replay.over(picture)``.
     """
-    settings = CurveSettings(score, steps or 50, auc == "release", seed, tie_orders, sampling, tolerance)
+    settings = CurveSettings(score, steps or STEPS, auc == "release", seed, tie_orders, sampling, tolerance)
     _check(settings, auc, steps)
     check_answer(heat, replay)
     if heat.values is None:
@@ -247,12 +271,15 @@ def evaluate(
     replay = over_baseline(replay, (explained or replay.baseline) if baseline is None else baseline)
     mode = "exact" if isinstance(replay.path, CompositePath) else mode  # real images: there is no other way
     values, seen = _on_grid(heat, replay, grid)
-    replay.announce("evaluate", lambda: 2 + 2 * (tie_orders or 1) * (settings.steps - 1) * (1 + chance))
-    scores = MaskScores(replay, heat.selection.indices, image=heat.image_index, mode=mode)
+    own = 2 * (settings.steps - 1)
+    replay.announce("evaluate", lambda: 2 + own * (tie_orders or 1) * (1 + chance) + center * min(own, _CENTER_PASSES))
+    known = dict(known_scores(replay, heat.selection.indices, heat.image_index, mode))
+    scores = MaskScores(replay, heat.selection.indices, image=heat.image_index, mode=mode, known=known)
     with replay.shortcuts.held(), show_progress(progress, "deletion and insertion") as advance:
         raw = curves(values, seen, scores, settings, decided=heat.selection.decided, progress=advance)
     areas = _areas(raw, settings)
     gains = _random_gains(values.shape, seen, scores, dataclasses.replace(settings, tie_orders=1), chance, replay)
+    middle = _center_gain(seen, scores, settings, replay, heat.image_index, mode) if center else math.nan
     return Score(
         deletion=areas.deletion,
         insertion=areas.insertion,
@@ -272,8 +299,9 @@ def evaluate(
             "passed": bool(raw.baseline_probability < BASELINE_PROBABILITY),
             "same_as_explained": _same_baseline(explained, replay.baseline),
         },
-        verdict=_verdict(replay, heat, raw, areas, gains, mode),
+        verdict=_verdict(replay, heat, raw, areas, (gains, middle), mode),
         random_gains=gains,
+        center_gain=middle,
         params={
             "score": score,
             "auc": auc,
@@ -284,6 +312,7 @@ def evaluate(
             "tie_orders": raw.tie_orders,
             "tie_spread": raw.tie_spread if math.isfinite(raw.tie_spread) else None,
             "held_out": baseline is not None,
+            "center": center,
             **({} if sampling == "full" else _sampled(raw, tolerance)),
             **({} if raw.undefined is None else {"undefined": raw.undefined}),
         },
@@ -343,12 +372,32 @@ def _random_gains(
     return tuple(gains)
 
 
+def _center_gain(
+    seen: np.ndarray,
+    scores: MaskScores,
+    settings: CurveSettings,
+    replay: ReplayLike,
+    image: int,
+    mode: Literal["fast", "exact"],
+) -> float:
+    """Insertion − deletion of the blob in the middle on the grid of ``seen``; once for all views of a replay."""
+    settings = dataclasses.replace(settings, tie_orders=1, sampling="adaptive", tolerance=_CENTER_TOLERANCE)
+    facts = facts_of(replay)
+    key = ("center", baseline_identity(replay.baseline), tuple(scores.indices), image, mode, seen.shape, settings)
+    if key not in facts:
+        values = center_values((seen.shape[0], seen.shape[1])).numpy()
+        with replay.shortcuts.held():
+            areas = _areas(curves(values, seen, scores, settings), settings)
+        facts[key] = areas.insertion - areas.deletion
+    return float(facts[key])
+
+
 def _verdict(
     replay: ReplayLike,
     heat: Heatmap,
     raw: Curves,
     areas: _Areas,
-    gains: tuple[float, ...],
+    floors: tuple[tuple[float, ...], float],
     mode: Literal["fast", "exact"],
 ) -> Verdict:
     report = replay.path.report
@@ -360,14 +409,27 @@ def _verdict(
         baseline_probability=raw.baseline_probability,
         tie_share=raw.tie_share,
         tie_spread=raw.tie_spread,
-        random_gains=gains,
+        random_gains=floors[0],
+        center_gain=floors[1],
         undefined=raw.undefined,
         replay_difference=difference,
         replay_tolerance=tolerated,
         parity_error=report.mean_error,
         parity_mode=mode,
         deterministic=report.deterministic,
+        way_on=_way_on(heat),
     )
+
+
+def _way_on(heat: Heatmap) -> str:
+    """What may give a better heatmap of the same words; nothing, where nobody can tell."""
+    preset = heat.params.get("preset")
+    if heat.method != "igos++" or preset is None:
+        return ""
+    if preset == "thorough":
+        return "no more passes of igos++ are likely to help; another method may (occlusion, rise, greedy)"
+    more = "a larger budget=…, or " if heat.params.get("budget") else ""
+    return f"explain again with {more}preset='thorough' (--param preset=thorough)"
 
 
 def _of(heat: Heatmap, replay: ReplayLike) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lvlm_probe.explainers.curve_points import MIN_GAIN
 from lvlm_probe.words import ALPHA
 
 __all__ = ["Verdict", "judge", "out_of_range"]
@@ -21,10 +22,10 @@ BASELINE_PROBABILITY = 0.05
 MIN_CONTRAST = 0.05
 """Original and baseline probability closer than this: normalised curves divide by next to nothing (paper, A.7)."""
 
-MIN_GAIN = 0.35
-"""Insertion − deletion: random heatmaps have 0 in the mean, but single ones scatter widely where an answer hangs on one
-small object; on 100 held-out scenes of the embedded model 95 % of them stay below 0.32. ``evaluate(chance=n)``
-measures it for the answer at hand, and then the heatmap has to beat them all as well."""
+CENTER_MARGIN = 0.05
+"""By how much a heatmap may fall short of the blob in the middle of the image before that counts against it, and has to
+exceed it before its score says more than that the object stands in the middle: what separates methods of one rank in
+the tournaments, and the error of the blob's own score."""
 
 MIN_ORIGINAL = 0.05
 """Mean probability of the tokens with the whole image in sight: below it the model itself hardly holds the answer."""
@@ -111,6 +112,19 @@ def out_of_range(name: str, area: float) -> str | None:
     return f"{name} {area:.3g} is {where} (0 is the baseline, 1 the whole image): {away}, the words are {than}"
 
 
+def level_with_center(gain: float, center_gain: float) -> str | None:
+    """What a gain that is level with that of the blob in the middle says, as a sentence; ``None`` for any other.
+
+    It is no objection: a heatmap that rightly marks an object in the middle of the image is level with it too.
+    """
+    if not abs(gain - center_gain) <= CENTER_MARGIN:
+        return None
+    return (
+        f"a blob in the middle of the image scores as well ({center_gain:.2f} against {gain:.2f}): what counts stands "
+        f"in the middle, and the score does not show that the map knows more than that"
+    )
+
+
 def _little_contrast(original: float, baseline: float) -> str:
     """In the unit of the log-likelihood ratio by which words are selected, so that the two do not contradict."""
     change = math.log(original / baseline) if original > 0 and baseline > 0 else math.nan
@@ -138,12 +152,14 @@ def judge(
     tie_share: float = 0.0,
     tie_spread: float = 0.0,
     random_gains: tuple[float, ...] = (),
+    center_gain: float = math.nan,
     undefined: str | None = None,
     replay_difference: float | None = None,
     replay_tolerance: float = MAX_REPLAY_DIFFERENCE,
     parity_error: float | None = None,
     parity_mode: str = "fast",
     deterministic: bool = True,
+    way_on: str = "",
 ) -> Verdict:
     """The verdict on one heatmap.
 
@@ -155,12 +171,14 @@ def judge(
         tie_share: Share of seen cells that have the value of another.
         tie_spread: Standard deviation of insertion − deletion over random orders of them; NaN when unknown.
         random_gains: Insertion − deletion of random heatmaps, when they were asked for; NaN among them does not count.
+        center_gain: Insertion − deletion of the blob in the middle of the image; NaN where it was not taken.
         undefined: Why deletion and insertion are NaN, where they are.
         replay_difference: Largest difference to the recorded log-probabilities, nats; ``None`` when unknown.
         replay_tolerance: How large it may be: rounding where that is more than ``MAX_REPLAY_DIFFERENCE``.
         parity_error: Mean grey levels between the fast path and the processor; ``None`` when unknown.
         parity_mode: ``"exact"`` scores went through the real processor, so parity does not matter.
         deterministic: Whether the processor makes the same inputs twice.
+        way_on: What may give a better heatmap, said where this one is too poor.
     """
     if empty is not None:
         return Verdict(False, (f"there is no heatmap, because {empty}",))
@@ -178,18 +196,24 @@ def judge(
             f"the baseline image still leaves these tokens a probability of {baseline_probability:.2g} "
             f"(it should be below {BASELINE_PROBABILITY:g}): try another baseline, such as explain(replay.over('mean'))"
         )
-    gain = insertion - deletion
+    gain, onward = insertion - deletion, f": {way_on}" if way_on else ""
     by_chance = [one for one in random_gains if math.isfinite(one)]
     if not math.isfinite(gain):
         reasons.append("deletion and insertion are undefined" + (f": {undefined}" if undefined else ""))
     elif gain < MIN_GAIN:
         reasons.append(
             f"insertion − deletion is {gain:.2f}, not clearly above the 0 of a random heatmap (threshold {MIN_GAIN:g})"
+            f"{onward}"
         )
     elif by_chance and gain <= max(by_chance):
         reasons.append(
             f"insertion − deletion is {gain:.2f}, and one of {len(by_chance)} random heatmaps reached "
-            f"{max(by_chance):.2f}"
+            f"{max(by_chance):.2f}{onward}"
+        )
+    if center_gain - gain > CENTER_MARGIN:
+        reasons.append(
+            f"insertion − deletion is {gain:.2f}, and a blob in the middle of the image, made without looking, "
+            f"has {center_gain:.2f}{onward}"
         )
     if tie_spread > MAX_TIE_SPREAD:
         reasons.append(

@@ -25,7 +25,7 @@ from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.heatmap_store import not_made, reason_of
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.pages.comparison_page import filled
-from lvlm_probe.pages.ranking import Row, Standing, standings
+from lvlm_probe.pages.ranking import Row, Standing, center_gain, standings
 from lvlm_probe.pages.shell import Page, refuse_existing, write_text
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.trace import Trace
@@ -48,8 +48,9 @@ DEFAULT_METHODS = (
     "relative_attention",
     "tam",
     "random",
+    "center",
 )
-"""What ``compare`` runs by default: the paper's four (Table 2), the cheap ones besides, and chance."""
+"""What ``compare`` runs by default: the paper's four (Table 2), the cheap ones besides, and the floors."""
 
 GRID = 32
 _TITLE = "Methods side by side"
@@ -94,6 +95,11 @@ class Comparison:
             if heat is not None
         ]
         return figure([heat for heat, _ in shown], scores=[score for _, score in shown], out=path, **look)
+
+    @property
+    def center_gain(self) -> float | None:
+        """Gain of a blob in the middle of the image, mean over the answers; ``None`` where it was not taken."""
+        return center_gain(self.rows)
 
     def standings(self) -> list[Standing]:
         """The methods over all rows, highest mean gain first, methods without a score last."""

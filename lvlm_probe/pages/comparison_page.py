@@ -14,7 +14,7 @@ from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import counted
 from lvlm_probe.pages.data_uris import data_uri, shrink
 from lvlm_probe.pages.plain import without_folders
-from lvlm_probe.pages.ranking import Row, Standing, cost_of
+from lvlm_probe.pages.ranking import Row, Standing, center_gain, cost_of
 from lvlm_probe.pages.samples import answer_of, read, strip_of
 from lvlm_probe.pages.shell import asset, page_text
 
@@ -53,7 +53,7 @@ def filled(columns: Sequence[str], rows: Sequence[Row], standings: Sequence[Stan
         terms=_terms(columns, rows),
         bar=data_uri(colour_bar(ground=_BAR_GROUND)),
         scenes=table,
-        standings=_standings(standings, len(rows)) if len(rows) > 1 else "",
+        standings=_standings(standings, len(rows), center_gain(rows)) if len(rows) > 1 else "",
     )
 
 
@@ -118,6 +118,9 @@ def _scene(row: Row) -> str:
         probability = "" if kept is None else f": the explained words keep {_percent(float(kept))} of probability on it"
         kind = _text(str(score.baseline_check.get("kind") or "unknown"))
         parts.append(f'<p class="facts">Baseline {kind}{probability}.</p>')
+        if math.isfinite(score.center_gain):
+            floor = f"A blob in the middle of the image, made without looking, has a gain of {score.center_gain:.2f}."
+            parts.append(f'<p class="facts">{floor}</p>')
     parts += [f'<p class="facts">{_told(note)}</p>' for note in dict.fromkeys(notes)]
     return "\n".join(parts)
 
@@ -219,8 +222,9 @@ def _doubts(score: Score) -> Iterator[str]:
     )
 
 
-def _standings(found: Sequence[Standing], answers: int) -> str:
+def _standings(found: Sequence[Standing], answers: int, middle: float | None) -> str:
     lines = []
+    floor = "" if middle is None else f" A blob in the middle of the image has a gain of {middle:.3f} in the mean."
     for one in found:
         cells = [f'<td class="name">{_text(one.method)}</td>']
         cells += [
@@ -239,7 +243,7 @@ def _standings(found: Sequence[Standing], answers: int) -> str:
         f'<section class="standings"><h2>All {answers} answers together</h2>'
         '<p class="prose">Mean and 95 % bootstrap interval over the answers; passes and seconds are means of a '
         "heatmap. Intervals of two methods may overlap although one is better on nearly every answer: compare them "
-        "paired, <code>metrics.paired_difference</code>.</p>"
+        f"paired, <code>metrics.paired_difference</code>.{floor}</p>"
         '<div class="scroll" tabindex="0" role="region" aria-label="Means over answers">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         f"{_left_out(found)}</section>"

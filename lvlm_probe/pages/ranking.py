@@ -14,7 +14,7 @@ from lvlm_probe.metrics import Interval, Score, bootstrap_ci
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
 
-__all__ = ["Row", "Standing", "cost_of", "counted", "standings"]
+__all__ = ["Row", "Standing", "center_gain", "cost_of", "counted", "standings"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,18 @@ class Standing:
 def counted(heat: Heatmap | None, score: Score | None) -> bool:
     """Tell whether a score enters means."""
     return bool(heat) and score is not None and math.isfinite(score.gain) and bool(score.verdict.measured)
+
+
+def center_gain(rows: Sequence[Row]) -> float | None:
+    """Return the gain of a blob in the middle, the same for all methods of a row, as a mean over rows."""
+    found = [
+        gain
+        for row in rows
+        for gain in [
+            score.center_gain for score in row.scores if score is not None and math.isfinite(score.center_gain)
+        ][:1]
+    ]
+    return sum(found) / len(found) if found else None
 
 
 def standings(methods: Sequence[str], rows: Sequence[Row]) -> list[Standing]:

@@ -233,6 +233,7 @@ def _score(score: Score) -> dict[str, Any]:
         "remarks": [_sentence(remark) for remark in score.remarks],
         "best_random": max(gains, default=None),
         "randoms": len(gains),
+        "center": plain(float(score.center_gain)),
     }
 
 

@@ -15,7 +15,7 @@ import torch
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.registry import Problem, check_parameters, cost_of, resolve
 from lvlm_probe.planning.meter import Meter, parse_bytes, show_bytes, weight_bytes
-from lvlm_probe.planning.plans import Plan, choose, default_budget, table
+from lvlm_probe.planning.plans import Plan, choose, default_budget, passes_text, table
 from lvlm_probe.planning.rehearsal import timed
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying import replay as open_replay
@@ -23,7 +23,7 @@ from lvlm_probe.replaying import replay as open_replay
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
-__all__ = ["Meter", "Plan", "parse_bytes", "plan", "plan_for", "show_bytes", "table", "weight_bytes"]
+__all__ = ["Meter", "Plan", "parse_bytes", "passes_text", "plan", "plan_for", "show_bytes", "table", "weight_bytes"]
 
 
 def plan(
@@ -89,10 +89,15 @@ def _with_seconds(replay: Replay, found: Plan, image: int) -> Plan:
     if found.forward is None or found.backward is None or found.peak is None or found.offloaded:
         return found
     at_once = found.micro_batch or 1
-    total = 0.0
+    least = found.at_least or (found.forward, found.backward)
+    total, shortest = 0.0, 0.0
     replay = replay.with_settings(gradient_checkpointing=found.gradient_checkpointing)
-    for gradient, pictures in ((True, found.backward), (False, found.forward - found.backward)):
-        if pictures > 0:
-            call, each = timed(replay, gradient=gradient, image=image, masks=min(3, at_once, pictures))
-            total += pictures * each + -(-pictures // at_once) * call
-    return dataclasses.replace(found, seconds=total)
+    for gradient, most, fewest in (
+        (True, found.backward, least[1]),
+        (False, found.forward - found.backward, least[0] - least[1]),
+    ):
+        if most > 0:
+            call, each = timed(replay, gradient=gradient, image=image, masks=min(3, at_once, most))
+            total += most * each + -(-most // at_once) * call
+            shortest += fewest * each + -(-fewest // at_once) * call
+    return dataclasses.replace(found, seconds=total, seconds_at_least=None if found.at_least is None else shortest)

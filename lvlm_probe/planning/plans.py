@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lvlm_probe.explainers.registry import Cost
     from lvlm_probe.replaying import Replay
 
-__all__ = ["Budget", "Plan", "choose", "default_budget", "table"]
+__all__ = ["Budget", "Plan", "choose", "default_budget", "passes_text", "table"]
 
 MOST = 64
 """Beyond this many masks at once nothing gets faster."""
@@ -49,8 +49,8 @@ class Plan:
         peak: Most bytes of tensors alive at once beyond weights; ``None`` where it cannot be told (``notes`` say why).
         weights: Bytes of the model's weights, those kept elsewhere (``offloaded``) included.
         budget: Bytes there are beside the weights.
-        forward, backward: Images through the model; ``None`` where the method does not say.
-        seconds: Estimate from timed passes, when it was asked for.
+        forward, backward: Images through the model, at most; ``None`` where the method does not say.
+        seconds: Estimate from timed passes, when it was asked for; of all that it may take.
         micro_batch: Masks per pass.
         gradient_checkpointing: Layers are run again in backward, which takes about a third more time.
         offloaded: Bytes of weights that have to be kept off the device to make room.
@@ -59,6 +59,9 @@ class Plan:
             from queries and keys; ``None`` where it is not read.
         fixed, per_mask: A pass over b masks takes ``fixed + b · per_mask`` bytes, besides what the method keeps.
         notes: Sentences worth knowing.
+        at_least: Forward and backward images where a method that may stop early does so at once; ``None`` where it
+            always takes the same.
+        seconds_at_least: ``seconds`` of these.
     """
 
     method: str
@@ -76,6 +79,8 @@ class Plan:
     fixed: int = 0
     per_mask: int = 0
     notes: tuple[str, ...] = ()
+    at_least: tuple[int, int] | None = None
+    seconds_at_least: float | None = None
 
     @property
     def total(self) -> int | None:
@@ -91,9 +96,9 @@ class Plan:
             return "; ".join(self.notes) or "not known"
         words = [f"peak {show_bytes(self.peak)} + weights {show_bytes(self.weights - self.offloaded)}"]
         if self.forward is not None:
-            words.append(f"{self.forward} + {self.backward} passes")
+            words.append(f"{passes_text(self.forward, self.backward, self.at_least)} passes")
         if self.seconds is not None:
-            words.append(f"about {self.seconds:.3g} s")
+            words.append(f"about {_range(self.seconds, self.seconds_at_least)} s")
         if self.micro_batch:
             words.append(f"{self.micro_batch} mask{'s' * (self.micro_batch > 1)} at once")
         if self.gradient_checkpointing:
@@ -110,12 +115,23 @@ class Plan:
         return {**record, "load_with": json_ready(self.load_with), "notes": list(self.notes), "total": self.total}
 
 
+def passes_text(forward: int | None, backward: int | None, at_least: tuple[int, int] | None = None) -> str:
+    """Forward and backward passes as tables show them, ``32–196 + 24–156`` where they depend on the map."""
+    if forward is None:
+        return "–"
+    least = at_least or (None, None)
+    return f"{_range(forward, least[0])} + {_range(backward, least[1])}"
+
+
+def _range(most: float | None, least: float | None) -> str:
+    return f"{most:.3g}" if least is None else f"{least:.3g}–{most:.3g}"
+
+
 def table(plans: Sequence[Plan]) -> str:
     """Plans side by side, as text."""
     head = ("method", "peak", "total", "passes", "seconds", "at once", "settings")
     rows = [head]
     for one in plans:
-        passes = "–" if one.forward is None else f"{one.forward} + {one.backward}"
         settings = [name for name, on in (("checkpointing", one.gradient_checkpointing),) if on]
         settings += [f"offload {show_bytes(one.offloaded)}"] if one.offloaded else []
         settings += [f"attention {one.attention}"] if one.attention else []
@@ -124,8 +140,8 @@ def table(plans: Sequence[Plan]) -> str:
                 one.method,
                 "–" if one.peak is None else show_bytes(one.peak),
                 "–" if one.total is None else show_bytes(one.total),
-                passes,
-                "–" if one.seconds is None else f"{one.seconds:.3g}",
+                passes_text(one.forward, one.backward, one.at_least),
+                "–" if one.seconds is None else _range(one.seconds, one.seconds_at_least),
                 str(one.micro_batch or "–"),
                 "; ".join([*settings, *one.notes]),
             )
@@ -173,7 +189,10 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
         plan = Plan(method, 4 * cost.numbers, weights, budget.limit, cost.forward, cost.backward, attention=attention)
         return plan
     notes: tuple[str, ...] = ("passes: about, it depends on the image",) if cost.about else ()
-    base = Plan(method, None, weights, budget.limit, cost.forward, cost.backward, attention=attention, notes=notes)
+    base = Plan(
+        method, None, weights, budget.limit, cost.forward, cost.backward, attention=attention, notes=notes,
+        at_least=cost.at_least,
+    )  # fmt: skip
     most, own = max(cost.groups, default=1), 4 * cost.numbers
     replay = _asked(replay, cost)
     failure: BaseException | None = None

@@ -40,11 +40,12 @@ class Line:
         model, dataset: names.
         rows: names of the rows that ask for these maps; they are made once.
         maps: how many there are if every sample passes the filter.
-        forward, backward: images through the model per map; ``None``: not known.
+        forward, backward: images through the model per map, at most; ``None``: not known.
         judging: images, forward, to score a map, at least.
         peak, total: bytes beside the weights, and with them; ``None`` before a measurement.
         seconds, judging_seconds: per map, on the machine that it was measured on.
         problem: why it cannot be said, or will not run.
+        at_least: forward and backward of a map that is good enough at once; ``None``: all take the same.
     """
 
     model: str
@@ -59,6 +60,12 @@ class Line:
     seconds: float | None = None
     judging_seconds: float | None = None
     problem: str | None = None
+    at_least: tuple[int, int] | None = None
+
+    @property
+    def passes(self) -> tuple[int | None, int | None, tuple[int, int] | None]:
+        """Forward, backward, and the fewest of both."""
+        return self.forward, self.backward, self.at_least
 
     @property
     def hours(self) -> float | None:
@@ -116,7 +123,7 @@ class Forecast:
         """One line per model, data set and distinct row; columns of what nothing was measured of are left out."""
         rows: list[tuple[Cell, ...]] = []
         for line in self.lines:
-            passes = "not known" if line.forward is None else f"{line.forward} + {line.backward}"
+            passes = "not known" if line.forward is None else planning.passes_text(*line.passes)
             memory = (None if size is None else planning.show_bytes(size) for size in (line.peak, line.total))
             head = (line.model, line.dataset, " = ".join(line.rows), line.maps, passes, line.judging)
             rows.append((*head, *memory, line.seconds, line.hours, line.problem or ""))
@@ -157,6 +164,10 @@ class Forecast:
             "row. Passes: images through the model per map, forward + backward; judging takes about as many more, "
             "forward, and again where a row is judged alike."
         )
+        if any(line.at_least is not None for line in self.lines):
+            said.append(
+                "Where passes are a range, a map takes as many as it needs; seconds and hours are those of the most."
+            )
         hours = self.hours()
         if hours is None:
             said.append(
@@ -230,17 +241,18 @@ def _lines(study: Study, model: str, dataset: str, count: int) -> Iterator[Line]
     for name, spec in study.methods.items():
         groups.setdefault(digest(method_content(study, spec)), []).append(name)
     for names in groups.values():
-        forward, backward = _passes(study.methods[names[0]])
-        yield Line(model, dataset, tuple(names), count, forward, backward, 2 * study.settings.steps)
+        forward, backward, least = _passes(study.methods[names[0]])
+        judging = 2 * study.settings.steps
+        yield Line(model, dataset, tuple(names), count, forward, backward, judging, at_least=least)
 
 
-def _passes(spec: MethodSpec) -> tuple[int | None, int | None]:
+def _passes(spec: MethodSpec) -> tuple[int | None, int | None, tuple[int, int] | None]:
     selection: Any = None  # no words are needed to say how many passes a method takes
     try:
         cost = cost_of(spec.method, Problem(_Square(), selection), spec.params)  # type: ignore[arg-type]
     except (AttributeError, TypeError, KeyError):  # the rule asks the recording, and there is none
-        return None, None
-    return cost.forward, cost.backward
+        return None, None, None
+    return cost.forward, cost.backward, cost.at_least
 
 
 class _Square:
@@ -282,6 +294,7 @@ def _planned(study: Study, player: Replay, line: Line, one_pass: float, memory: 
         line,
         forward=found.forward,
         backward=found.backward,
+        at_least=found.at_least,
         peak=found.peak,
         total=found.total,
         seconds=0.0 if found.forward == 0 else found.seconds,

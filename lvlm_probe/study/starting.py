@@ -230,6 +230,7 @@ def _written(
     yield "  igos++: {}     # a mask that is optimised: the most careful, and the most passes"
     yield "  gradcam: {}    # one pass forward and one backward"
     yield "  random: {}     # what the others have to be better than"
+    yield "  center: {}     # and this, a blob in the middle: photographs have their objects there"
     yield "filter:"
     yield "  minimum_drop: 0.3  # maps of answers that lose this share of their probability without the image; 0: all"
     yield "settings: {max_new_tokens: 64}"

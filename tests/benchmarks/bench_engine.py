@@ -235,11 +235,11 @@ def measure(name: str, directory: str, *, rounds: int, n: int) -> dict[str, Any]
     iteration = alternating(rounds, **sides)
     span = probe.select_tokens(replay, span=(steps[0], steps[0] + 1))
     selection = span if name == "mid" else probe.select_tokens(replay)
-    first = seconds(lambda: probe.explain(replay, tokens=selection, strengthen=False))
+    first = seconds(lambda: probe.explain(replay, preset="fast", tokens=selection, strengthen=False))
     explained: list[float] = []
     for _ in range(3):
         started = now()
-        heat = probe.explain(replay, tokens=selection, strengthen=False)
+        heat = probe.explain(replay, preset="fast", tokens=selection, strengthen=False)
         explained.append(now() - started)
     line["default_passes"] = heat.provenance["passes"]
     fine = functional.interpolate(torch.tensor(heat.values)[None, None], size=(32, 32), mode="bilinear")[0, 0]

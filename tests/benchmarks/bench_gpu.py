@@ -62,7 +62,7 @@ EXPLANATIONS: dict[str, Explanation] = {
     "gradcam": Explanation("gradcam"),
     "tmm": Explanation("tmm"),
     "iia": Explanation("iia"),
-    "igos++ (default)": Explanation("igos++"),
+    "igos++ (fast)": Explanation("igos++", {"preset": "fast"}),
     # Eq. 8: 10 points of the deletion's and 10 of the insertion's integrated gradient, 5 times: 100 passes.
     "igos++ (paper)": Explanation("igos++", {"preset": "paper"}, {"iterations": 1}),
     "igos++ (thorough)": Explanation("igos++", {"preset": "thorough"}, {"iterations": 1, "refine": 1}),

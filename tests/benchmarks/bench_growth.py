@@ -70,7 +70,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "iia": {"points": IIA_POINTS},
     "attention": {"source": "replay"},
     "integrated_gradients": {"steps": IG_STEPS, "batch": 1},
-    "igos++": {"iterations": 1, "ig_steps": 1, "refine": 0},
+    "igos++": {"preset": "fast", "ig_steps": 1, "refine": 0},
 }
 PER_PASS = ("integrated_gradients", "igos++", "deletion/insertion")
 FIRST = "record, first of its size"

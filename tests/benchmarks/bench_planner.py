@@ -28,7 +28,7 @@ from lvlm_probe.explainers import Problem, resolve
 from lvlm_probe.planning import Meter
 
 METHODS: dict[str, dict[str, Any]] = {
-    "igos++": {"iterations": 1, "refine": 1},
+    "igos++": {"preset": "fast", "refine": 1},
     "igos+": {"iterations": 1},
     "integrated_gradients": {"steps": 8},
     "input_gradient": {},
@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 MID_SIZE_METHODS: dict[str, dict[str, Any]] = {
     **METHODS,
-    "igos++": {"iterations": 1, "refine": 0, "ig_steps": 4},
+    "igos++": {"preset": "fast", "refine": 0},
     "igos+": {"iterations": 1, "ig_steps": 4},
     "integrated_gradients": {"steps": 6},
     "iia": {"points": 4},

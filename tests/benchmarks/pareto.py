@@ -18,16 +18,17 @@ import tournament
 from judging import Lines, comparison, figure, scene_arguments, scenes_summary, settle, shown, values_of, write
 
 ENTRIES: dict[str, tournament.Entry] = {
-    "igos++, 12 passes": tournament.Entry("igos++", {"ig_steps": 2, "refine": 2}),
-    "igos++, 48 passes": tournament.Entry("igos++", {"ig_steps": 8, "refine": 8}),
+    "igos++, 12 passes": tournament.Entry("igos++", {"preset": "fast", "ig_steps": 2, "refine": 2}),
+    "igos++, 48 passes": tournament.Entry("igos++", {"preset": "fast", "ig_steps": 8, "refine": 8}),
     "integrated_gradients, 5 steps": tournament.Entry("integrated_gradients", {"steps": 5}),
     "integrated_gradients, 25 steps": tournament.Entry("integrated_gradients", {"steps": 25}),
 }
 FROM_TOURNAMENT = (
-    "igos++", "igos++ (thorough)", "igos++ (release)", "igos+", "integrated_gradients", "input_gradient", "rise",
+    "igos++", "igos++ (fast)",
+    "igos++ (thorough)", "igos++ (release)", "igos+", "integrated_gradients", "input_gradient", "rise",
     "greedy", "occlusion", "tmm", "iia", "gradcam",
 )  # fmt: skip
-OURS = ("igos++, 12 passes", "igos++", "igos++, 48 passes", "igos++ (thorough)")
+OURS = ("igos++, 12 passes", "igos++ (fast)", "igos++, 48 passes", "igos++ (thorough)")
 """The line of the figure, from few passes to many."""
 
 
@@ -118,7 +119,7 @@ def _draw(rows: list[dict[str, Any]], path: Path, scenes: int) -> None:
     # Labels that would lie over each other stand apart: (points right, points up).
     apart = {
         "integrated_gradients": (-44, -17),
-        "igos++": (-26, 9),
+        "igos++ (fast)": (-26, 9),
         "igos++ (thorough)": (-48, 9),
         "igos++, 12 passes": (-32, -19),
         "igos++, 48 passes": (-38, 13),

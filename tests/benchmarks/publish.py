@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -377,7 +377,7 @@ GPU_PAPER = {
 
 
 GPU_OURS: dict[str, tuple[float, float | None]] = {
-    "igos++ (default)": (1.0, 18), "gradcam": (0.1, None), "tmm": (0.5, 20), "iia": (1.0, None),
+    "igos++ (fast)": (1.0, 18), "gradcam": (0.1, None), "tmm": (0.5, 20), "iia": (1.0, None),
 }  # fmt: skip
 """Our own goals on an H200, for LLaVA-1.5-7B: seconds, and GB with the 14 GB of weights."""
 
@@ -630,6 +630,49 @@ def _served(found: Found) -> list[str]:
     return lines
 
 
+ADAPTIVE = re.compile(r"(<!-- adaptive -->\n).*?(<!-- /adaptive -->)", re.DOTALL)
+
+
+def adaptive(text: str, results: Path) -> str:
+    """``docs/methods.md`` with what ``adaptive.json`` says of the default of iGOS++ between its marks."""
+    found = json.loads(path.read_text(encoding="utf-8")) if (path := results / "adaptive.json").exists() else []
+    return ADAPTIVE.sub(lambda mark: mark[1] + ("\n".join(_adaptive(found)) or NOT_MEASURED) + "\n" + mark[2], text)
+
+
+def _adaptive(found: Sequence[Found]) -> list[str]:
+    """The default beside the fixed settings, model by model."""
+    if not found:
+        return []
+    titles = (
+        "answers of", "n", "default: gain", "share of thorough's", "fast: share", "forward passes", "went on",
+        "trusted: default, fast, thorough", "a blob in the middle: gain",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for one in found:
+        own = {name: one["settings"][name] for name in ("default", "fast", "thorough")}
+        low, high = one["share_interval"]
+        passes = own["default"]["forward"]
+        cells = (
+            one["model"] + (", hard scenes" if one["hard"] else ""),
+            str(one["scenes"]),
+            _mean(own["default"]["gain"]),
+            f"{one['share_of_thorough']:.3f} [{low:.3f}, {high:.3f}]",
+            f"{one['fast_share_of_thorough']:.3f}",
+            f"{passes['mean']:.0f} [{passes['low']:.0f}, {passes['high']:.0f}], at most "
+            f"{own['default']['most_forward']}",
+            f"{one['went_on']} of {one['scenes']}",
+            ", ".join(str(row["trusted"]) for row in own.values()),
+            _mean(one["center"]),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    machines = dict.fromkeys(f"{one['machine']}, {one['date']}" for one in found)
+    return [*lines, "", f"Held-out answers; mean [95 % bootstrap interval]. {'; '.join(machines)}."]
+
+
+def _mean(cell: Found) -> str:
+    return f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write the page, and the figures of the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -648,6 +691,9 @@ def main(arguments: list[str] | None = None) -> None:
         page_served = ROOT / "docs" / "served.md"
         page_served.write_text(served(page_served.read_text(encoding="utf-8"), options.results), encoding="utf-8")
         print(f"written to {page_served}")
+        page_methods = ROOT / "docs" / "methods.md"
+        page_methods.write_text(adaptive(page_methods.read_text(encoding="utf-8"), options.results), encoding="utf-8")
+        print(f"written to {page_methods}")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def test_gpu_script_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert list(steps) == [*bench_gpu.RECORDINGS, *bench_gpu.EXPLANATIONS, bench_gpu.CURVES]
     assert not [step for step, line in steps.items() if "error" in line]
     assert steps["igos++ (paper)"]["passes"] == [100, 100]
-    assert steps["igos++ (thorough)"]["passes"][1] > 100 > steps["igos++ (default)"]["passes"][1]
+    assert steps["igos++ (thorough)"]["passes"][1] > 100 > steps["igos++ (fast)"]["passes"][1]
     # Operations follow the passes.
     each = {
         step: steps[step]["tera_operations"] / sum(steps[step]["passes"]) for step in steps if "passes" in steps[step]

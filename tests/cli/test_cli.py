@@ -316,6 +316,19 @@ def test_the_score_of_a_stored_map_is_the_score_it_was_made_with(trace: Path) ->
     assert scored["insertion"] == pytest.approx(made["insertion"], abs=1e-5)
 
 
+def test_explain_says_what_a_map_took_and_keeps_to_a_budget(trace: Path) -> None:
+    shown = " ".join(succeed("explain", trace, "--budget", "24").out.split())
+    assert re.search(r"\d+ forward and \d+ backward passes", shown) and "round" not in shown
+    assert re.search(r"insertion − deletion [\d.]+; a blob in the middle of the image has -?[\d.]+", shown)
+    shown = " ".join(succeed("explain", trace).out.split())
+    assert re.search(r"\d+ forward and \d+ backward passes in \d rounds?: \w+", shown)
+    made = succeed("explain", trace, "--json").json["maps"][0]
+    assert made["rounds"][0]["passes"] == 24 and isinstance(made["center_gain"], float)
+    refused = run("explain", trace, "--method", "random", "--budget", "24")
+    assert refused.code == 2 and "random takes no parameter 'budget'" in refused.err
+    assert "a budget of 9 passes is less than the 24 of the first round" in run("explain", trace, "--budget", "9").err
+
+
 def test_explain_a_word_directly_from_a_picture(scene: Any, picture: Path, tmp_path: Path) -> None:
     word = scene.visual_words[0]
     options = ("--model", "demo", "--image", picture, "--question", scene.question, "--out", tmp_path / "new")

@@ -317,7 +317,7 @@ def test_two_masks_draw_their_own_places_on_the_path() -> None:
 
 
 def test_presets_and_their_passes() -> None:
-    for preset, passes in (("default", 24), ("thorough", 196), ("paper", 100), ("release", 100)):
+    for preset, passes in (("default", 24), ("fast", 24), ("thorough", 196), ("paper", 100), ("release", 100)):
         replay = ToyReplay(BOX)
         heat = explain(replay, preset=preset)
         assert replay.passes.backward == passes, preset
@@ -452,7 +452,7 @@ def test_not_a_number_is_refused_with_a_way_out() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"preset": "fast"}, "no preset 'fast'.*'default', 'thorough', 'paper', 'release'"),
+        ({"preset": "quick"}, "no preset 'quick'.*'default', 'fast', 'thorough', 'paper', 'release'"),
         ({"lambda1": 2.0}, "takes no parameter 'lambda1'.*'l1'"),
         ({"iterations": 0}, "iterations is at least 1; got iterations=0"),
         ({"masks": 3}, "masks is 1"),

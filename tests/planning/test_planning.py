@@ -131,7 +131,7 @@ def metered(replay: probe.Replay, method: str, plan: Plan, tokens: Any = None, *
 @pytest.mark.parametrize(
     ("method", "params"),
     [
-        ("igos++", {}),
+        ("igos++", {"preset": "fast"}),
         ("igos++", {"preset": "paper", "iterations": 1}),
         ("integrated_gradients", {"steps": 16}),
         ("gradcam", {}),

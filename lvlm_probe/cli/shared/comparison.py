@@ -187,6 +187,8 @@ def _show(made: Comparison, *, wide: bool) -> None:
         say(("Means over the traces with 95 % bootstrap intervals; gain is insertion − deletion.", "dim"))
     else:
         say(("Gain is insertion − deletion: 0 for a random map, at best close to 1.", "dim"))
+    if (middle := made.center_gain) is not None:
+        say((f"A blob in the middle of the image, made without looking, has a gain of {middle:.3f}.", "dim"))
     if left_out:
         say((f"Not shown here: {', '.join(left_out)}; --wide shows them.", "dim"))
 
@@ -204,6 +206,7 @@ def _record(made: Comparison, traces: Sequence[Trace], judging: Mapping[str, Any
     return {
         "page": str(made.path),
         "grid": judging["grid"],
+        "center_gain": made.center_gain,
         "judged": dict(judging),
         "methods": [
             {

@@ -5,6 +5,7 @@ This module imports torch; commands import it when they run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 from lvlm_probe.cli.shared.answers import show_question
 from lvlm_probe.cli.shared.terminal import answer_text, bar, one_line, say, stage, stored_path
+from lvlm_probe.escaping import counted
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.heatmap_store import MapFile, MapSettings, explain_one
+from lvlm_probe.metrics import Score
 from lvlm_probe.pages import report
 from lvlm_probe.replaying import Replay, replay
 from lvlm_probe.selection import TokenSelection, word_selections
@@ -73,10 +76,12 @@ def map_summary(found: MapFile) -> dict[str, Any]:
         "tokens": list(heat.selection.indices),
         "reason": heat.reason,
         "passes": heat.provenance.get("passes"),
+        "rounds": (heat.provenance.get("diagnostics") or {}).get("rounds"),
         "seconds": heat.provenance.get("seconds"),
         "baseline": heat.provenance.get("baseline"),
         "deletion": None if score is None else score.deletion,
         "insertion": None if score is None else score.insertion,
+        "center_gain": None if score is None or math.isnan(score.center_gain) else score.center_gain,
         "undefined": None if score is None else score.reason,
         "trusted": None if score is None else score.verdict.trusted,
         "reasons": None if score is None else list(score.verdict.reasons),
@@ -119,7 +124,21 @@ def show_map(found: MapFile) -> None:
             say(("    ", ""), remark)
         if not score.verdict.trusted:
             say(("    ", ""), (str(score.verdict), "red"))
+    for line in _cost_lines(heat, score):
+        say(("    ", ""), (line, "dim"))
     say(("    ", ""), (stored_path(found.overlay_path if found.overlay_path.is_file() else found.path), "dim"))
+
+
+def _cost_lines(heat: Heatmap, score: Score | None) -> Iterator[str]:
+    """What the map is compared with, and what it took."""
+    if score is not None and math.isfinite(score.center_gain):
+        yield f"insertion − deletion {score.gain:.3f}; a blob in the middle of the image has {score.center_gain:.3f}"
+    passes, rounds = heat.provenance.get("passes"), heat.provenance.get("diagnostics") or {}
+    if passes and any(passes.values()):
+        said = f"{passes['forward']} forward and {passes['backward']} backward passes"
+        if "stopped" in rounds:
+            said += f" in {counted(len(rounds['rounds']), 'round')}: {rounds['stopped']}"
+        yield said
 
 
 def write_report(found: Sequence[MapFile], out: Path, *, title: str | None = None, overwrite: bool = False) -> Path:

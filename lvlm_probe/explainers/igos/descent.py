@@ -26,9 +26,10 @@ iteration moves the strongest cell by exactly lr whatever the scale of the score
 **Order.** The objective does not see in which order a heatmap covers the image; ``refine`` iterations put the
 cells into a better one, on a grid ``refine_scale`` times as fine (``ordering``).
 
-**Passes.** ``preset="default"`` takes 24 forward and backward passes: one iteration over eight masks, then four steps
-on the order with two levels each. ``"thorough"`` takes 196, ``"paper"`` (Eq. 8 alone) 100; ``docs/pareto.md`` says what
-more passes buy.
+**Passes.** ``preset="default"`` begins with 24 forward and backward passes, one iteration over eight masks, then four
+steps on the order with two levels each, looks at the score of the map it has, and goes on while that is poor and passes
+help, to 196 at most (``rounds``; ``budget`` sets another limit). ``"fast"`` is the first 24 alone; ``"thorough"`` takes
+196, ``"paper"`` (Eq. 8 alone) 100; ``docs/pareto.md`` says what more passes buy.
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ import torch
 from torch.nn import functional
 
 from lvlm_probe.errors import ExplainError, ImageError
+from lvlm_probe.explainers.curve_points import QUICK_PASSES
 from lvlm_probe.explainers.igos.order import draw_levels, refine_order
 from lvlm_probe.explainers.igos.regularizers import bilateral_weights, btv, gnc, guide, l1
+from lvlm_probe.explainers.igos.rounds import Judge, Round, rounds
 from lvlm_probe.explainers.igos.settings import PRESETS, IgosSettings
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, check_parameters, register
 
@@ -57,20 +60,24 @@ def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     preset = PRESETS.get(str(params.get("preset")), PRESETS["default"])
     known = {item.name for item in dataclasses.fields(preset)}
     settings = dataclasses.replace(preset, **{key: value for key, value in params.items() if key in known})
-    at_once = 2 * settings.masks * settings.ig_steps
-    levels = 2 * (settings.refine_levels or len(settings.levels)) if settings.refine else 0
+    planned = rounds(settings)
     shape = problem.grid(settings.size)
     grids = [shape]
-    if levels:
+    groups = {settings.masks_at_once(one.ig_steps) for one in planned if one.iterations}
+    if settings.refine:
         grids.insert(0, (shape[0] * settings.refine_scale, shape[1] * settings.refine_scale))
-    passes = at_once * settings.iterations + levels * settings.refine
+        groups |= {settings.levels_at_once(one.levels) for one in planned if one.steps}
+    least, most = planned[0].passes(settings), sum(one.passes(settings) for one in planned)
+    # The score is looked at after each of several rounds, and that of the blob in the middle once.
+    looks = QUICK_PASSES if len(planned) > 1 else 0
     return Cost(
         "gradient",
-        None if settings.line_search else passes,  # it tries steps until one is good
-        passes,
-        groups=(at_once, levels) if levels else (at_once,),
+        None if settings.line_search else most + looks * (len(planned) + 1),  # it tries steps until one is good
+        most,
+        at_least=(least + looks, least) if looks and not settings.line_search else None,
+        groups=tuple(sorted(groups, reverse=True)),
         noise=settings.noise,
-        numbers=3 * at_once * math.prod(shape),
+        numbers=3 * max(settings.masks_at_once(one.ig_steps) for one in planned) * math.prod(shape),
         grids=tuple(grids),
     )
 
@@ -84,8 +91,8 @@ def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outco
     """Explains by iGOS++; the module's docstring has the method, ``IgosSettings`` the parameters.
 
     Args:
-        preset: ``"default"``, ``"thorough"``, ``"paper"`` (Eq. 8 alone), or ``"release"``, the recipe that came with
-            the paper.
+        preset: ``"default"``, which takes as many passes as the map needs; ``"fast"``, ``"thorough"``, ``"paper"``
+            (Eq. 8 alone), or ``"release"``, the recipe that came with the paper.
         settings: values of ``IgosSettings`` in place of the preset's.
 
     Raises:
@@ -95,7 +102,14 @@ def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outco
         raise ExplainError(f"igos++ has no preset {preset!r}; there are {', '.join(map(repr, PRESETS))}")
     settings.pop("guided", None)  # what a heatmap says beside its settings, so that its params can be given again
     check_parameters("igos++", [item.name for item in dataclasses.fields(IgosSettings)] + ["preset"], settings)
-    return Optimisation(problem, dataclasses.replace(PRESETS[preset], **settings), preset).run()
+    chosen = dataclasses.replace(PRESETS[preset], **settings)
+    own = rounds(chosen)[0].passes(chosen)
+    if settings.get("budget") is not None and settings["budget"] < own:
+        raise ExplainError(
+            f"igos++: a budget of {settings['budget']} passes is less than the {own} of the first round; "
+            f"a smaller one has fewer ig_steps (now {chosen.ig_steps}) or refine steps (now {chosen.refine})"
+        )
+    return Optimisation(problem, chosen, preset).run()
 
 
 @register("igos+", needs=("passes", "gradients"), cost=_plus_cost)
@@ -172,63 +186,94 @@ class Optimisation:
             if picture is not None:
                 down, right = bilateral_weights(picture, sigma=settings.sigma, form=settings.btv_form)
                 self.weights = (down.to(self.device), right.to(self.device))
+        self.state = torch.full((settings.masks, *self.shape), settings.init, dtype=torch.float32, device=self.device)
+        self.previous, self.summed, self.rate = self.state, torch.zeros_like(self.state), settings.lr
+        self.iteration = self.done = self.total = 0
+        self.ig_steps = settings.ig_steps
+        self.history: list[dict[str, float]] = []
 
     def run(self) -> Outcome:
-        settings = self.settings
+        settings, planned = self.settings, rounds(self.settings)
         params = {"preset": self.preset, **dataclasses.asdict(settings), "size": list(self.shape)}
         params |= {"l2": settings.gnc_weight, "guided": self.weights is not None}
+        params |= {"budget": settings.budget if len(planned) > 1 else None}
         if not self.seen.any():
             return Outcome(None, params, reason="the model sees no part of this image")
-        state = torch.full((settings.masks, *self.shape), settings.init, dtype=torch.float32, device=self.device)
-        previous = state
-        summed = torch.zeros_like(state)
-        rate = settings.lr
-        history: list[dict[str, float]] = []
-        total = settings.iterations + settings.refine
-        self.problem.advance(0, total)
-        for iteration in range(settings.iterations):
-            record, from_scores, from_mask = self.gradient(state, iteration)
+        judge = Judge(self.problem, settings)
+        for number, one in enumerate(planned):
+            self.total += one.iterations + one.steps
+            self.problem.advance(self.done, self.total)
+            reason = self.descend(one)
+            if reason is not None:
+                return Outcome(None, params, tuple(self.history), reason)
+            heat = self.ordered(judge.best, one, number)
+            if len(planned) == 1:
+                return Outcome(heat, params, tuple(self.history))
+            judge.take(heat, self.problem.seen((heat.shape[0], heat.shape[1])), one, last=one is planned[-1])
+            if judge.stopped is not None:
+                break
+        return Outcome(judge.best, params, tuple(self.history), diagnostics=judge.told())
+
+    def descend(self, one: Round) -> str | None:
+        """Go on with the mask; why that cannot be done, as a sentence, or ``None``."""
+        self.ig_steps = one.ig_steps
+        for _ in range(one.iterations):
+            record, from_scores, from_mask = self.gradient(self.state, self.iteration)
             gradient = from_scores + from_mask
-            if iteration == 0 and settings.step == "scale_free":
+            if self.iteration == 0 and self.settings.step == "scale_free":
                 largest = float(gradient[:, self.seen].abs().max())
                 if largest == 0:
-                    return Outcome(
-                        None,
-                        params,
-                        tuple(history),
+                    return (
                         "no gradient of these tokens' score reaches the image, though the score changes with it: use "
-                        "a method that works by masking alone, such as occlusion or rise",
+                        "a method that works by masking alone, such as occlusion or rise"
                     )
-                rate = settings.lr / largest
-            summed += from_scores
-            state, previous, used = self.move(state, gradient, previous, rate, iteration, record["objective"])
-            history.append({**record, "rate": used})
-            self.problem.advance(iteration + 1, total)
-        heat = self.heat(state, summed)
-        if settings.refine:
-            fine = (self.shape[0] * settings.refine_scale, self.shape[1] * settings.refine_scale)
-            seen = self.problem.seen(fine)
-            heat = functional.interpolate(heat[None, None], size=fine, mode="bilinear", align_corners=False)[0, 0]
-            heat, records = refine_order(
-                self.problem,
-                heat.masked_fill(~seen, 0.0),
-                seen,
-                plan=self.plan(),
-                softness=settings.softness,
-                rate=settings.refine_lr,
-                momentum=settings.momentum,
-                progress=lambda done: self.problem.advance(settings.iterations + done, total),
-                every_step=settings.refine_pace == "each",
-                decay=settings.refine_decay,
+                self.rate = self.settings.lr / largest
+            self.summed += from_scores
+            self.state, self.previous, used = self.move(
+                self.state, gradient, self.previous, self.rate, self.iteration, record["objective"]
             )
-            history += records
-        return Outcome(heat, params, tuple(history))
+            self.history.append({**record, "rate": used})
+            self.iteration += 1
+            self.advance(1)
+        return None
+
+    def ordered(self, best: torch.Tensor | None, one: Round, number: int) -> torch.Tensor:
+        """The map of a round, on the grid of its order: that of the mask, and of the best map so far, refined."""
+        settings = self.settings
+        heat = self.heat(self.state, self.summed)
+        if not settings.refine:
+            return heat
+        fine = (self.shape[0] * settings.refine_scale, self.shape[1] * settings.refine_scale)
+        seen = self.problem.seen(fine)
+        heat = functional.interpolate(heat[None, None], size=fine, mode="bilinear", align_corners=False)[0, 0]
+        if best is not None:
+            heat = (heat + best) / 2 if one.iterations else best
+        done = self.done
+        heat, records = refine_order(
+            self.problem,
+            heat.masked_fill(~seen, 0.0),
+            seen,
+            plan=self.plan(one, number),
+            softness=settings.softness,
+            rate=settings.refine_lr,
+            momentum=settings.momentum,
+            progress=lambda steps: self.advance(done + steps - self.done),
+            every_step=settings.refine_pace == "each",
+            decay=settings.refine_decay,
+        )
+        self.history += records
+        return heat
+
+    def advance(self, steps: int) -> None:
+        """Tell that so many iterations or steps more are done."""
+        self.done += steps
+        self.problem.advance(self.done, self.total)
 
     def gradient(self, state: torch.Tensor, iteration: int) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
         """Terms of the objective, and its gradient to the masks from the scores and from the regularisers."""
         leaf = state.detach().requires_grad_(True)
         with torch.enable_grad():
-            masks, signs = path_masks(leaf, self.settings.ig_steps, self.offsets(iteration))
+            masks, signs = path_masks(leaf, self.ig_steps, self.offsets(iteration))
             scores, slopes = self.problem.replay.score_and_grad(
                 masks.detach(),
                 self.problem.score,
@@ -239,9 +284,7 @@ class Optimisation:
             )
             scores, slopes = scores.to(signs), slopes.to(masks)
             # d/dM of the mean over r is a vector-Jacobian product: the model's gradient per mask through r · M.
-            (from_scores,) = torch.autograd.grad(
-                (signs[:, None, None] * slopes * masks).sum() / self.settings.ig_steps, leaf
-            )
+            (from_scores,) = torch.autograd.grad((signs[:, None, None] * slopes * masks).sum() / self.ig_steps, leaf)
             terms = self.terms(leaf, iteration)
             penalty = torch.stack(list(terms.values())).sum()
             (from_mask,) = torch.autograd.grad(penalty, leaf)
@@ -265,31 +308,27 @@ class Optimisation:
             )
         record = {
             "iteration": float(iteration),
-            "deletion": float(of_masks[signs > 0].sum() / self.settings.ig_steps),
-            "insertion": float(of_masks[signs < 0].sum() / self.settings.ig_steps),
+            "deletion": float(of_masks[signs > 0].sum() / self.ig_steps),
+            "insertion": float(of_masks[signs < 0].sum() / self.ig_steps),
             **known,
         }
         record["objective"] = record["deletion"] - record["insertion"] + record.pop("penalty")
         return record, from_scores, from_mask
 
-    def plan(self) -> list[tuple[float, ...]]:
-        """Levels of every step on the order."""
-        settings = self.settings
-        if settings.refine_levels is None:
-            return [tuple(settings.levels)] * settings.refine
-        return draw_levels(
-            settings.levels,
-            steps=settings.refine,
-            per_step=settings.refine_levels,
-            generator=self.problem.generator(2_000),
-        )
+    def plan(self, one: Round, number: int) -> list[tuple[float, ...]]:
+        """Levels of every step on the order in a round."""
+        levels = self.settings.levels
+        if one.levels is None:
+            return [tuple(levels)] * one.steps
+        generator = self.problem.generator(2_000 + number)
+        return draw_levels(levels, steps=one.steps, per_step=one.levels, generator=generator)
 
     def offsets(self, iteration: int) -> torch.Tensor | None:
         """u of every mask of an iteration, the same whenever they are asked for."""
         if self.settings.path == "grid":
             return None
         generator = self.problem.generator(1_000 + iteration)
-        return torch.rand(2 * self.settings.masks, self.settings.ig_steps, generator=generator, dtype=torch.float32)
+        return torch.rand(2 * self.settings.masks, self.ig_steps, generator=generator, dtype=torch.float32)
 
     def terms(self, state: torch.Tensor, iteration: int) -> dict[str, torch.Tensor]:
         """The regularisers with their weights, on the final mask (Mx ⊙ My with two)."""
@@ -303,7 +342,7 @@ class Optimisation:
     def objective(self, state: torch.Tensor, iteration: int) -> float:
         """Eq. 8 or Eq. 4 at a state, under the very noise that ``gradient`` met in this iteration."""
         with torch.no_grad():
-            masks, signs = path_masks(state, self.settings.ig_steps, self.offsets(iteration))
+            masks, signs = path_masks(state, self.ig_steps, self.offsets(iteration))
             log_probs = self.problem.replay.log_probs(
                 masks,
                 image=self.problem.image,
@@ -311,7 +350,7 @@ class Optimisation:
                 generator=self.problem.generator(iteration),
                 steps=self.problem.selection.indices,
             )
-            scores = (signs * self.problem.score(log_probs).to(signs)).sum() / self.settings.ig_steps
+            scores = (signs * self.problem.score(log_probs).to(signs)).sum() / self.ig_steps
             return float(scores + torch.stack(list(self.terms(state, iteration).values())).sum())
 
     def move(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +42,8 @@ class IgosSettings:
         refine_levels: Levels per step, dealt out so that each comes up as often as any other; ``None``: all of them.
         refine_pace: The largest change of H is ``refine_lr`` at the ``"first"`` step, or at ``"each"``.
         refine_decay: Steps on H shorten linearly.
+        budget: Passes forward at most, as many rounds as the map needs (``rounds``); ``None`` is one round.
+        enough: Insertion − deletion, by a quick estimate, after which no round follows.
     """
 
     masks: Literal[1, 2] = 1
@@ -70,6 +74,8 @@ class IgosSettings:
     refine_levels: int | None = None
     refine_pace: Literal["first", "each"] = "first"
     refine_decay: bool = False
+    budget: int | None = None
+    enough: float = 0.85
 
     def __post_init__(self) -> None:
         rules = (
@@ -98,11 +104,21 @@ class IgosSettings:
                 "refine_levels is 1 to the number of levels",
             ),
             (self.refine_pace in ("first", "each"), "refine_pace is 'first' or 'each'"),
+            (math.isfinite(self.enough), "enough is a number"),
+            (self.budget is None or self.budget >= 1, "budget is at least 1"),
         )
         for holds, rule in rules:
             if not holds:
                 name = rule.split()[0].rstrip(",")
                 raise ExplainError(f"igos++: {rule}; got {name}={getattr(self, name)!r}")
+
+    def masks_at_once(self, ig_steps: int) -> int:
+        """Masks of an iteration with so many per term, all of which go forward and backward."""
+        return 2 * self.masks * ig_steps
+
+    def levels_at_once(self, levels: int | None) -> int:
+        """Masks of a step on the order with so many levels."""
+        return 2 * (levels or len(self.levels))
 
     @property
     def gnc_weight(self) -> float:
@@ -110,18 +126,22 @@ class IgosSettings:
         return self.l2 if self.l2 is not None else (0.1 if self.masks == 1 else 0.0)
 
 
+_FAST = IgosSettings(
+    iterations=1,
+    ig_steps=4,
+    path="stratified",
+    refine=4,
+    refine_levels=2,
+    refine_pace="each",
+    refine_decay=True,
+    refine_lr=0.4,
+)
+"""Chosen on some twenty tuning scenes among settings of about 25 passes (tests/benchmarks/tune_igos.py)."""
+
 PRESETS: dict[str, IgosSettings] = {
-    # Chosen on some twenty tuning scenes among settings of about 25 passes (tests/benchmarks/tune_igos.py).
-    "default": IgosSettings(
-        iterations=1,
-        ig_steps=4,
-        path="stratified",
-        refine=4,
-        refine_levels=2,
-        refine_pace="each",
-        refine_decay=True,
-        refine_lr=0.4,
-    ),
+    # The fast one first, and on from there while it helps, up to what the thorough one takes.
+    "default": dataclasses.replace(_FAST, budget=196),
+    "fast": _FAST,
     "thorough": IgosSettings(),
     # Eq. 8 alone, with a step that does not depend on the scale of the scores.
     "paper": IgosSettings(refine=0),

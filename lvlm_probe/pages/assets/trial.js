@@ -293,6 +293,26 @@ function drawCards() {
       text: `Insertion minus deletion, and the best that ${score.randoms} random map${score.randoms > 1 ? "s" : ""} reached on the same grid.`,
     });
   }
+  if (score && known(score.center)) {
+    const gain = score.insertion - score.deletion;
+    list.push({
+      label: "Against the middle",
+      value: decimal(gain),
+      note: `a blob there: ${decimal(score.center)}`,
+      gauge: { value: gain, colour: "teal", mark: score.center },
+      bad: gain < score.center - 0.05,
+      text: "Insertion minus deletion. The mark is what a blob in the middle of the image has, made without looking: a map that is level with it may only say that things stand in the middle.",
+    });
+  }
+  const { passes, diagnostics } = current().provenance;
+  if (known(passes?.forward))
+    list.push({
+      label: "Passes",
+      value: `${passes.forward} + ${passes.backward}`,
+      text: `Images that went through the model for this map, forward and backward, the choice of words included. ${
+        diagnostics?.stopped ? `It ended after ${diagnostics.rounds.length} round${diagnostics.rounds.length > 1 ? "s" : ""}: ${diagnostics.stopped}.` : ""
+      }`,
+    });
   page.cards.replaceChildren(...list.map(card));
   drawRemarks(score);
 }

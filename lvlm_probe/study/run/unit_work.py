@@ -7,6 +7,7 @@ is the same however often, on however many machines and in whatever order the un
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import sys
@@ -176,6 +177,7 @@ def _scores(study: Study, heat: Heatmap, player: Replay, *, own_baseline: bool =
         "deletion": score.deletion,
         "insertion": score.insertion,
         "tie_share": score.tie_share,
+        "center_gain": score.center_gain if math.isfinite(score.center_gain) else None,
         "baseline_check": dict(score.baseline_check),
         "trusted": score.verdict.trusted,
         "verdict": str(score.verdict),

@@ -209,9 +209,9 @@ _ENTRIES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "a number",
         _is_number,
-        "log_prob baseline_log_prob drop drop_normalised deletion insertion tie_share pointing energy iou seconds "
-        "average_precision original_probability mean_probability soft_iou rank_correlation auc_judd nss forward "
-        "backward unit_seconds processor_seconds judged_seconds measured_peak weights",
+        "log_prob baseline_log_prob drop drop_normalised deletion insertion tie_share center_gain pointing energy "
+        "iou seconds average_precision original_probability mean_probability soft_iou rank_correlation auc_judd nss "
+        "forward backward unit_seconds processor_seconds judged_seconds measured_peak weights",
     ),
     ("true or false", lambda value: isinstance(value, bool), "trusted"),
     ("a mapping", _is_mapping, "passes measured memory baseline_check release common"),

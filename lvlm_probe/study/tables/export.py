@@ -21,8 +21,8 @@ _ANSWER = (
     "drop_normalised error reason"
 )
 _MAP = (
-    "dataset sample model row method status text selected deletion insertion tie_share trusted verdict pointing energy "
-    "average_precision iou error reason"
+    "dataset sample model row method status text selected deletion insertion center_gain tie_share trusted verdict "
+    "pointing energy average_precision iou error reason"
 )
 
 

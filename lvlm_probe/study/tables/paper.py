@@ -179,6 +179,16 @@ def _score_notes(
         notes.append(
             "Scores are not clamped: above 1, a part of the image gives the answer more probability than the whole."
         )
+    floors = {
+        (record["model"], record["dataset"], record["sample"]): number(record, "center_gain")
+        for record in results.chosen()
+        if record["row"] in names and record.get("center_gain") is not None
+    }
+    if floors:
+        notes.append(
+            f"Floor: a blob in the middle of the image, made without looking, has an insertion − deletion of "
+            f"{mean(floors.values())} over {len(floors)} answers."
+        )
     if doubted:
         said = "; ".join(f"{why} ({count} ×)" for why, count in doubted.most_common())
         notes.append(f"Left out of the deletion and insertion columns, as the scores are no measurement: {said}.")

@@ -1,0 +1,176 @@
+"""Points of deletion and insertion curves: which cells are gone at each, what the answer scores there, a quick gain.
+
+``metrics.deletion_insertion`` draws whole curves of these; a method that goes on until its map is good enough asks for
+a few of the same points (``quick_gain``), and what it has scored on the way is not scored again by ``evaluate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+import torch
+
+from lvlm_probe.explainers.scores import CurveScore, too_narrow
+from lvlm_probe.replaying import Replay
+from lvlm_probe.replaying.baselines import baseline_identity
+
+if TYPE_CHECKING:
+    from lvlm_probe.explainers.registry import Problem
+    from lvlm_probe.replaying.protocol import ReplayLike
+
+__all__ = [
+    "MIN_GAIN",
+    "QUICK_PASSES",
+    "STEPS",
+    "MaskScores",
+    "area",
+    "curve_masks",
+    "facts_of",
+    "known_scores",
+    "normalise",
+    "quick_gain",
+    "rank",
+    "sample_counts",
+]
+
+STEPS = 50
+"""Points on a curve besides the origin."""
+
+MIN_GAIN = 0.35
+"""Insertion − deletion: random heatmaps have 0 in the mean, but single ones scatter widely where an answer hangs on one
+small object; on 100 held-out scenes of the embedded model 95 % of them stay below 0.32. ``evaluate(chance=n)``
+measures it for the answer at hand, and then the heatmap has to beat them all as well."""
+
+_QUICK_POINTS = (1, 3, 8, 20)
+"""Of ``STEPS``: shares 2 %, 6 %, 16 % and 40 %, close where curves of good maps are steep."""
+
+QUICK_PASSES = 2 * len(_QUICK_POINTS)
+"""Forward passes of ``quick_gain``."""
+
+Known = MutableMapping[tuple[tuple[int, ...], bytes], torch.Tensor]
+
+
+class MaskScores:
+    """Log-probabilities of the tokens ``indices`` under masks of zeros and ones; each different mask is scored once.
+
+    Args:
+        replay: the answer on its model, over the baseline that judges.
+        indices: the tokens.
+        image: number of the image that is masked.
+        mode: ``"exact"`` sends real composites through the real processor.
+        known: what has been scored, which is added to; by default nothing.
+    """
+
+    def __init__(
+        self,
+        replay: ReplayLike,
+        indices: Sequence[int],
+        *,
+        image: int,
+        mode: Literal["fast", "exact"],
+        known: Known | None = None,
+    ) -> None:
+        self._replay, self.indices, self._image, self._mode = replay, list(indices), image, mode
+        self._known: Known = {} if known is None else known
+
+    def __len__(self) -> int:
+        """Different masks scored so far."""
+        return len(self._known)
+
+    def __call__(self, masks: torch.Tensor) -> torch.Tensor:
+        """``(batch, row, col)`` → ``(batch, token)`` float64 on the CPU, nats."""
+        shape = tuple(masks.shape[1:])
+        keys = [(shape, np.packbits(mask.numpy() > 0.5).tobytes()) for mask in masks]
+        new = {key: place for place, key in reversed(list(enumerate(keys))) if key not in self._known}
+        if new:
+            places = sorted(new.values())
+            with torch.no_grad():
+                log_probs = self._replay.log_probs(
+                    masks[places].to(self._replay.device), image=self._image, mode=self._mode, steps=self.indices
+                )
+            self._known.update(
+                zip((keys[place] for place in places), log_probs[:, self.indices].cpu().double(), strict=True)
+            )
+        return torch.stack([self._known[key] for key in keys])
+
+
+def facts_of(replay: ReplayLike) -> dict[Any, Any]:
+    """What is known of this answer on its model, shared by all views of a replay; nothing, where its passes are looked
+    into and may be changed, or where the baseline's description does not tell one image of the user's from another."""
+    alone = isinstance(replay, Replay) and not replay.inside and baseline_identity(replay.baseline) != ("image", None)
+    return cast(Replay, replay).kept.facts if alone else {}
+
+
+def known_scores(replay: ReplayLike, indices: Sequence[int], image: int, mode: Literal["fast", "exact"]) -> Known:
+    """The masks of these tokens that explaining has scored over this very baseline."""
+    key = ("mask scores", baseline_identity(replay.baseline), tuple(indices), image, mode)
+    found: Known = facts_of(replay).setdefault(key, {})
+    return found
+
+
+def rank(values: np.ndarray, seen: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Flat indices of cells, most important first; ties in random order; unseen cells last. ``(cell,)``."""
+    flat = np.where(seen, values, -np.inf).reshape(-1)
+    return np.lexsort((generator.random(flat.size), -flat))
+
+
+def sample_counts(cells: int, steps: int) -> np.ndarray:
+    """How many cells are removed at each point: at most ``steps`` + 1 even counts, 0 and ``cells`` included."""
+    return np.unique(np.rint(np.linspace(0, cells, steps + 1)).astype(int))
+
+
+def curve_masks(order: np.ndarray, counts: np.ndarray, shape: tuple[int, int], *, insert: bool) -> torch.Tensor:
+    """Masks along a curve ``(point, row, col)``: the first ``count`` cells are 0 in deletion, 1 in insertion."""
+    position = np.empty(order.size, dtype=np.int64)
+    position[order] = np.arange(order.size)
+    touched = torch.from_numpy(position.reshape(shape))[None] < torch.from_numpy(np.asarray(counts))[:, None, None]
+    return (touched if insert else ~touched).float()
+
+
+def normalise(curve: np.ndarray, *, original: float, baseline: float, score: CurveScore = "prob") -> np.ndarray:
+    """(curve − baseline) / (original − baseline); NaN where that divides by next to nothing (``too_narrow``)."""
+    if too_narrow(original, baseline, score=score):
+        return np.full(np.shape(curve), np.nan)
+    return (np.asarray(curve, dtype=np.float64) - baseline) / (original - baseline)
+
+
+def area(fractions: np.ndarray, curve: np.ndarray) -> float:
+    """Area under a curve by the trapezoidal rule on its own x-axis."""
+    widths = np.diff(fractions)
+    return float((widths * (np.asarray(curve)[1:] + np.asarray(curve)[:-1]) / 2).sum())
+
+
+def quick_gain(problem: Problem, values: torch.Tensor, seen: torch.Tensor) -> float:
+    """Insertion − deletion of a map by ``QUICK_PASSES`` of the points that ``evaluate`` scores, over the same ends.
+
+    The areas are those of straight lines between them: 0.02 from the whole curves' gain in the mean over 105 held-out
+    scenes, 0.28 at worst, where curves turn. NaN where there is nothing to normalise by.
+
+    Args:
+        problem: what is explained.
+        values: the map, ``(row, col)`` on the CPU.
+        seen: its cells that the model sees, ``(row, col)`` bool.
+    """
+    replay, indices = problem.replay, list(problem.selection.indices)
+    cells = int(seen.sum())
+    even = sample_counts(cells, STEPS)
+    counts = np.unique(even[[min(point, len(even) - 1) for point in _QUICK_POINTS]])
+    counts = counts[(counts > 0) & (counts < cells)]
+    original, baseline = (
+        float(log_probs.double()[indices].exp().mean())
+        for log_probs in (replay.original_log_probs, replay.baseline_log_probs)
+    )
+    order = rank(values.numpy(), seen.numpy(), np.random.default_rng(0))
+    masks = torch.cat(
+        [curve_masks(order, counts, (values.shape[0], values.shape[1]), insert=insert) for insert in (False, True)]
+    )
+    scores = MaskScores(
+        replay, indices, image=problem.image, mode="fast", known=known_scores(replay, indices, problem.image, "fast")
+    )
+    lost, given = (scores(masks) if len(masks) else torch.zeros(0, 1)).exp().mean(dim=1).numpy().reshape(2, -1)
+    fractions = np.array([0, *(counts / cells), 1.0])
+    low = normalise(np.array([original, *lost, baseline]), original=original, baseline=baseline)
+    high = normalise(np.array([baseline, *given, original]), original=original, baseline=baseline)
+    return area(fractions, high) - area(fractions, low)
