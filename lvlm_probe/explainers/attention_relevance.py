@@ -124,12 +124,10 @@ class Walk:
         carried = present.to(layer.device, sum_dtype(layer.device))
         total = torch.zeros_like(carried)
         bare = self.last_factor == "bare" and layer.layer.module == self._lowest
-        for rows in layer.blocks():
-            wanted = rows.cpu()
-            wanted = wanted[(present[:, wanted] != 0).any(dim=0)]
-            if len(wanted) == 0:
-                continue
-            rows = wanted.to(layer.device)
+        live = (present != 0).any(dim=0)
+        blocks = [rows[live[rows]] for rows in layer.blocks(live.device)]
+        # All rows go to the device at once: the host waits for each copy.
+        for rows in torch.cat(blocks).to(layer.device).split([len(rows) for rows in blocks if len(rows)]):
             share = carried[:, rows]
             bar = self.bar(layer, rows)
             if bar.shape[0] != vector.shape[0]:

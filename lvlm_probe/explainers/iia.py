@@ -76,6 +76,7 @@ def iia(
         blend, scale = path.repeat_interleave(count), path.repeat(count)
     batch = len(blend)
     scaled: list[str] = []
+    scales: dict[torch.device, Tensor] = {}
 
     def per_point(layer: AttentionLayer, value: Tensor) -> Tensor:
         """``(point * view, head, row, key)`` → ``(point, view, head, row, key)``."""
@@ -93,7 +94,8 @@ def iia(
             return product.mean(dim=1, dtype=sum_dtype(layer.device))
         product = per_point(layer, layer.weights(rows)) * per_point(layer, layer.weight_gradient(rows))
         if layer.layer.module in scaled:
-            product *= scale.to(product)[:, None, None, None, None]
+            scales[layer.device] = scales.get(layer.device, scale).to(layer.device)
+            product *= scales[layer.device][:, None, None, None, None]
         return product.clamp_(min=0).mean(dim=(0, 2), dtype=sum_dtype(layer.device))
 
     def scale_last(layer: TapLayer, output: Tensor) -> Tensor:

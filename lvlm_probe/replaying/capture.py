@@ -83,10 +83,11 @@ class AttentionLayer:
     def keys(self) -> int:
         return int(self.key.shape[2])
 
-    def blocks(self) -> Iterator[Tensor]:
-        """Row indices ``(row,)`` in blocks whose weights fit comfortably into memory, in order."""
+    def blocks(self, device: torch.device | None = None) -> Iterator[Tensor]:
+        """Row indices ``(row,)`` in blocks whose weights fit comfortably into memory, in order; by default on the
+        layer's device."""
         rows = max(1, min(_BLOCK_ROWS, _BLOCK_NUMBERS // max(1, self.batch * self.heads * self.keys)))
-        yield from torch.arange(self.queries, device=self.query.device).split(rows)
+        yield from torch.arange(self.queries, device=device or self.query.device).split(rows)
 
     def weights(self, rows: Tensor) -> Tensor:
         """Attention weights A of some query rows on all keys, ``(batch, head, row, key)`` float32."""

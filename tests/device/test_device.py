@@ -28,7 +28,8 @@ from lvlm_probe.errors import ExplainError, OutOfMemory
 from lvlm_probe.explainers.igos import descent, order
 from lvlm_probe.models.fingerprint import fingerprint
 from lvlm_probe.models.loading import default_device
-from lvlm_probe.replaying import micro_batches
+from lvlm_probe.replaying import capture, micro_batches
+from lvlm_probe.replaying.capture import AttentionLayer
 
 METHODS: dict[str, dict[str, Any]] = {
     "igos++": {}, "igos+": {"iterations": 1, "ig_steps": 2}, "gradcam": {}, "tmm": {}, "iia": {},
@@ -234,6 +235,30 @@ def test_waits_of_an_iteration(method: str, few: Any, many: Any, limit: int, lla
     assert 0 < sum(more.values()) <= limit, card.table(more)
 
 
+@pytest.mark.parametrize(("method", "params"), [
+    ("tmm", {}), ("iia", {"points": 3}), ("iia", {"points": 3, "variant": "iia2"}), ("rollout", {}),
+])  # fmt: skip
+def test_relevance_is_carried_on_the_device(
+    method: str, params: Any, llava: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """However many blocks of rows a layer's attention is made in, the host does not wait for them."""
+    model, processor = llava
+    counts, blocks = [], []
+    with on_card(model) as card:
+        replay = probe.replay(record("llava", model, processor, tmp_path, llr=False), model, processor)
+        selection = probe.select_tokens(replay, span=(0, 2))
+        weights = AttentionLayer.weights
+        monkeypatch.setattr(AttentionLayer, "weights", lambda layer, rows: blocks.append(1) or weights(layer, rows))
+        for rows in (128, 128, 4):  # the first warms up
+            monkeypatch.setattr(capture, "_BLOCK_ROWS", rows)
+            blocks.clear()
+            with card.counting() as waits:
+                probe.explain(replay, method=method, tokens=selection, strengthen=False, **params)
+            counts.append((sum(waits.values()), len(blocks)))
+    (_, _), (waits_of_few, few), (waits_of_many, many) = counts
+    assert many > 3 * few and waits_of_many == waits_of_few
+
+
 def test_a_fingerprint_waits_twice(llava: Any, tmp_path: Path) -> None:
     """For all tensors of a model together; and it is the one that was taken on the CPU, whatever it is made of."""
     model, processor = llava
@@ -317,13 +342,13 @@ def test_keys_of_an_offloaded_cache_stay_off_the_device(llava: Any, tmp_path: Pa
     model, processor = llava
     grown: dict[bool, int] = {}
     with on_card(model) as card:
-        inputs = ask("llava", model, processor)
         for recorded in (False, True):
             counts: list[int] = []
             hook = model.register_forward_hook(lambda *_, counts=counts: counts.append(card.held()))
             with probe.attach(model, processor) as attached, contextlib.ExitStack() as stack:
                 if recorded:
                     recording = stack.enter_context(attached.record(tmp_path, llr=False, boxes=False))
+                inputs = ask("llava", model, processor)
                 cache = OffloadedCache(model.config.get_text_config())
                 model.generate(**inputs, past_key_values=cache, min_new_tokens=6, max_new_tokens=6, do_sample=False)
             hook.remove()
