@@ -134,9 +134,12 @@ def weights_on_cards(model: torch.nn.Module, device: torch.device) -> dict[torch
     return dict(found)
 
 
+_FRAMES_TOLD = 8
+"""Innermost frames that are told of an error whose frames are dropped."""
 _RAN_OUT = (
     "can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED", "valid cuDNN algorit",
-    "HOST_ALLOCATION_FAILED", "NVML_SUCCESS == r",
+    "HOST_ALLOCATION_FAILED", "NVML_SUCCESS == r", "insufficient resources", "INSUFFICIENT_RESOURCES",
+    "OUT_OF_DEVICE_MEMORY", "OUT_OF_HOST_MEMORY",
 )  # fmt: skip
 
 
@@ -147,9 +150,17 @@ def ran_out(error: BaseException) -> bool:
 
 
 def out_of_memory(sentence: str, error: BaseException | None) -> OutOfMemory:
-    """The error to raise from ``error``, whose frames let go of what they hold: it is the memory that is missing."""
-    if error is not None:
-        traceback.clear_frames(error.__traceback__)
+    """The error to raise from ``error``, which lets go of what its frames hold: it is the memory that is missing.
+
+    Cleared frames are not enough, as the functions that ran in them hold the variables that they share. Where it was
+    raised stands in a note.
+    """
+    chain: BaseException | None = error
+    while chain is not None and chain.__traceback__ is not None:
+        chain.add_note("Raised at:\n" + "".join(traceback.format_tb(chain.__traceback__, -_FRAMES_TOLD)).rstrip())
+        traceback.clear_frames(chain.__traceback__)
+        chain.__traceback__ = None
+        chain = chain.__context__
     return OutOfMemory(sentence)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +239,12 @@ def test_wrong_questions(replay: probe.Replay, recorded: tuple[Any, Any, Any]) -
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: insufficient resources when calling `cusparseSpMM`"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.02 GB)"), True),
+        (RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"), True),
         (RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"), True),
         (RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
@@ -280,6 +288,31 @@ def test_nothing_fits(replay: probe.Replay) -> None:
             probe.explain(replay, method="integrated_gradients", tokens=words, strengthen=False)
     finally:
         handle.remove()
+
+
+def test_the_error_holds_nothing_of_the_pass_that_did_not_fit(replay: probe.Replay) -> None:
+    """In a notebook it lives until the next one; the memory that is missing must not live as long."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def full(_module: Any, _args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    def seen(_module: Any, _args: Any, output: Any) -> None:
+        made.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
+
+    words = probe.select_tokens(replay)
+    layers = replay.model.get_submodule(replay.anatomy.decoder).layers
+    handles = [layer.register_forward_hook(seen) for layer in layers]
+    handles.append(replay.model.lm_head.register_forward_pre_hook(full))
+    try:
+        with pytest.raises(OutOfMemory) as caught:
+            probe.explain(replay, method="integrated_gradients", tokens=words, strengthen=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    gc.collect()
+    assert len(made) >= len(layers) and "in full" in caught.value.__cause__.__notes__[0]
+    assert [reference for reference in made if reference() is not None] == []
 
 
 @pytest.mark.quick

@@ -395,6 +395,24 @@ def test_same_weights_in_bfloat16_are_the_same_model(llava):
     assert replay.log_probs(torch.rand(1, 4, 4)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_masks_in_half_precision_cost_the_scores_none(llava, dtype):
+    """Their gradient comes in their own precision, and is not rounded to nothing where the score is small."""
+    replay = probe.replay(llava.trace, llava.model, llava.processor)
+    mask = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def score(log_probs):
+        return 1e-4 * log_probs.sum(dim=1)
+
+    found, slopes = replay.score_and_grad(mask, score)
+    wanted, exact = replay.score_and_grad(mask.float(), score)
+    assert found.dtype == replay.log_probs(mask).dtype == torch.float32 and torch.equal(found, wanted)
+    assert slopes.dtype == dtype and torch.allclose(slopes.float(), exact, rtol=0.01, atol=1e-7)
+    leaf = mask.clone().requires_grad_(True)
+    score(replay.log_probs(leaf)).sum().backward()
+    assert leaf.grad.dtype == dtype and torch.allclose(leaf.grad.float(), exact, rtol=0.01, atol=1e-7)
+
+
 def test_baselines(llava):
     replay = probe.replay(llava.trace, llava.model, tiny_models.build_processor("llava"))
     seen = set()
