@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -126,6 +127,8 @@ def test_the_main_road_without_double_precision(name: str, tmp_path: Path) -> No
 
 def test_every_method_is_on_the_road() -> None:
     assert set(METHODS) == set(probe.methods())
+    page = (Path(__file__).parents[2] / "docs" / "reality.md").read_text(encoding="utf-8")
+    assert sorted(METHODS) == re.findall(r"^\| `(\S+)` \| \d", page, flags=re.MULTILINE)
 
 
 def spread(model: Any, decoder: tuple[int, int] = (0, 1)) -> None:
@@ -167,6 +170,15 @@ def test_a_plan_looks_at_every_card(tmp_path: Path) -> None:
     assert replay.device.index == 0 and first < 0.8 * taken
     assert planned.budget <= 0.95 * (card.total - full.numel())
     assert 0.85 * taken <= planned.peak <= 1.2 * taken
+
+
+def test_the_fullest_card_says_how_many_masks_go_at_once() -> None:
+    layers = torch.nn.ModuleList([torch.nn.Linear(10, 10), torch.nn.Linear(10, 200)])
+    with Card(count=2, memory=20_000):
+        for index, layer in enumerate(layers):
+            put(layer, f"cuda:{index}")
+        count = micro_batches.masks_at_once(layers, [], {}, 1, torch.device("cuda:0"))
+    assert count == (20_000 - 4 * 2200) // 2 // (4 * (20 + 210))  # on the first alone 10
 
 
 def test_a_plan_leaves_the_users_own_peak(llava: Any, tmp_path: Path) -> None:
