@@ -6,6 +6,8 @@ campaign.
 
 *soak*: A thousand answers through every public verb in one process. Tensors, hooks, registered attention functions,
 open files and threads must not become more; memory must not grow.
+
+*soak_card*: The same on a pretended accelerator, by the counter of its memory.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +31,7 @@ import lvlm_probe as probe
 from campaigns.stage import METHODS, SPAN, Stage, differences, same_output, scratch, stage, state_of
 from campaigns.tally import Campaign, Tally
 
-__all__ = ["CAMPAIGNS", "determinism", "soak"]
+__all__ = ["CAMPAIGNS", "determinism", "soak", "soak_card"]
 
 Operation = Callable[[Stage, int, Any], str]
 LENGTH = 8
@@ -238,6 +241,33 @@ def soak(first: int, count: int, seed: int) -> Tally:
     return tally
 
 
+def soak_card(first: int, count: int, seed: int) -> Tally:
+    """Take ``count`` answers through every verb on a pretended accelerator."""
+    sys.path.append(str(Path(__file__).parents[1] / "device"))
+    from pretend import Card  # before this process first runs backward
+
+    tally = Tally()
+    on = stage("qwen2_vl")
+    folder = scratch("soak-card")
+    warm = max(len(METHODS), round(WARM * count))
+    held: list[int] = []
+    with Card() as card:
+        on.model.to("cuda")
+        for number in range(count):
+            everything(on, number, folder)
+            tally.tried += 1
+            if number >= warm and (number - warm) % max(1, count // 20) == 0:
+                held.append(card.held())
+        held.append(card.held())
+        on.model.to("cpu")
+    tally.reaches("bytes on the card at the end", held[-1])
+    tally.reaches("bytes on the card more at the end", held[-1] - held[0])
+    if held[-1] > held[0]:
+        tally.breaks("memory of the card grows", f"{held[0]} to {held[-1]} over {count - warm} answers")
+    shutil.rmtree(folder, ignore_errors=True)
+    return tally
+
+
 CAMPAIGNS = (
     Campaign(
         "determinism",
@@ -248,4 +278,14 @@ CAMPAIGNS = (
         determinism,
     ),
     Campaign("soak", "A thousand answers leave nothing behind.", "answers", 1_000, 1_000, soak, 3600, whole=True),
+    Campaign(
+        "soak_card",
+        "A thousand answers leave nothing on an accelerator (a pretended one).",
+        "answers",
+        1_000,
+        1_000,
+        soak_card,
+        7200,
+        whole=True,
+    ),
 )
