@@ -78,8 +78,9 @@ def table() -> str:
     ]  # fmt: skip
     for method, row in sorted(found.items()):
         off = float(np.abs(row["values"] - row["here"]).max())
+        told = f"{off:.0e}" if off else "0"
         planned, taken = (show_bytes(row[name]) if row[name] else "–" for name in ("planned", "taken"))
-        lines.append(f"| `{method}` | {row['passes']} | {row['waits']} | {planned} | {taken} | {off:.0e} |")
+        lines.append(f"| `{method}` | {row['passes']} | {row['waits']} | {planned} | {taken} | {told} |")
     versions = ", ".join(f"{name} {version}" for name, version in versions_of("torch", "transformers").items())
     lines += ["", f"A tiny LLaVA ({show_bytes(probe.planning.weight_bytes(model))} of weights), warm; {versions}."]
     return "\n".join(lines) + "\n"
