@@ -152,7 +152,8 @@ class MapFile:
         """The stored score, where it was taken in this very way; else ``None``.
 
         Args:
-            options: of ``evaluate``: score, auc, steps, mode, seed, chance, and grid, the cells of a side.
+            options: of ``evaluate``: score, auc, steps, mode, seed, chance, sampling and tolerance, and grid, the cells
+                of a side. A score of every point is one of adaptive sampling too.
         """
         try:
             score = self.score()
@@ -166,6 +167,10 @@ class MapFile:
         if options["auc"] == "trapezoid":
             wanted["steps"] = min(options["steps"] or 50, side * side)
         same = all(score.params.get(key) == value for key, value in wanted.items())
+        if "sampling" in score.params:
+            tolerance = score.params.get("tolerance")
+            near = isinstance(tolerance, float) and tolerance <= float(options.get("tolerance", 0.0))
+            same = same and near and options.get("sampling") == "adaptive"
         return score if same and len(score.random_gains) == options["chance"] else None
 
     def write_score(self, score: Score) -> None:

@@ -448,7 +448,11 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
         stopped = run("evaluate", two_traces, "--methods", SWIFT, "--steps", "8")
     assert stopped.code == 130
     assert "4 finished maps are kept" in stopped.err
-    assert not page.exists()
+    assert f"the page so far: {page}" in stopped.err and "4 of 6 maps so far" in page.read_text("utf-8")
+    assert [len(entry["maps"]) for entry in json.loads(page.with_suffix(".json").read_text("utf-8"))["traces"]] == [
+        3,
+        1,
+    ]
     kept = {file: file.stat().st_mtime_ns for file in (two_traces / "explanations").glob("*.h5")}
     assert len(kept) == 4
 
@@ -461,7 +465,7 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
     assert set(rows) == set(SWIFT.split(","))
     assert all("2 of 2" in row and row.count("[") == 3 for row in rows.values())
     text = page.read_text("utf-8")
-    assert "3 methods on 2 answers" in text and "one grid of 32 × 32 cells" in text
+    assert "3 methods on 2 answers" in text and "one grid of 32 × 32 cells" in text and "so far" not in text
 
     stored = json.loads(page.with_suffix(".json").read_text("utf-8"))
     for number, entry in enumerate(stored["methods"]):
@@ -488,6 +492,63 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
         "evaluate", two_traces, "--methods", "random", "--steps", "9", "--grid", "16", "--overwrite", "--json"
     )
     assert other.json["traces"][0]["maps"][0]["score"]["params"]["grid"] == [16, 16]
+
+
+def test_evaluate_says_before_what_it_takes_and_begins_with_what_is_quick(trace: Path) -> None:
+    result = succeed("evaluate", trace, "--methods", "occlusion,input_gradient,center")
+    said = result.err.splitlines()
+    forecast = next(number for number, line in enumerate(said) if line.startswith("about "))
+    assert " for 3 methods on 1 answer, judging included" in said[forecast]
+    assert "2 quick ones first" in said[forecast] and said[forecast].endswith("then occlusion")
+    rows = [line.split(":")[0] for line in said[forecast + 1 :] if line.endswith(" of 3)")]
+    assert rows == ["center", "input_gradient", "occlusion"]  # not the order in which they were named
+    # On the page, and for programs, they stand as they always do.
+    stored = json.loads((trace.parent / "comparison.json").read_text("utf-8"))
+    assert [item["method"] for item in stored["traces"][0]["maps"]] == ["occlusion", "input_gradient", "center"]
+    # Nothing is left to be told when all is there.
+    again = succeed("evaluate", trace, "--methods", "occlusion,input_gradient,center", "--overwrite")
+    assert "judging included" not in again.err
+
+
+def test_methods_are_judged_on_few_points_whose_bound_is_stored(trace: Path) -> None:
+    named = ("evaluate", trace, "--methods", "input_gradient,center", "--chance", "2", "--overwrite", "--json")
+    few = succeed(*named).json["traces"][0]["maps"]
+    full = succeed(*named, "--full").json["traces"][0]["maps"]
+    for one, other in zip(few, full, strict=True):
+        params = one["score"]["params"]
+        assert params["sampling"] == "adaptive" and "sampling" not in other["score"]["params"]
+        for name in ("deletion", "insertion"):
+            assert params["error_bound"][name] <= params["tolerance"] == 0.005
+            wander = params["turns"][name]  # the bound is one for curves that do not turn
+            assert one["score"][name] == pytest.approx(other["score"][name], abs=0.005 + wander)
+    # Curves of every point are taken for those of few.
+    assert succeed(*named).json["traces"][0]["maps"] == full
+
+
+def test_what_methods_are_both_asked_for_is_scored_once(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lvlm_probe.metrics import deletion_insertion
+
+    scored: list[int] = []
+    real = deletion_insertion.MaskScores.__call__
+
+    def counting(self: Any, masks: Any) -> Any:
+        before = len(self)
+        found = real(self, masks)
+        scored.append(len(self) - before)
+        return found
+
+    monkeypatch.setattr(deletion_insertion.MaskScores, "__call__", counting)
+
+    def images(*methods: str) -> int:
+        scored.clear()
+        named = ("--methods", ",".join(methods), "--steps", "6", "--chance", "5", "--overwrite")
+        succeed("evaluate", trace, *named)
+        for file in (trace.parent / "explanations").glob("*.score.json"):
+            file.unlink()
+        return sum(scored)
+
+    # Of the second method its own two curves; both ends and five random maps are the first one's.
+    assert images("input_gradient", "igos+") - images("input_gradient") <= 2 * 5
 
 
 def test_maps_of_explain_are_used_by_evaluate(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
