@@ -21,7 +21,7 @@ from lvlm_probe.models.replica import Replica
 from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
 from lvlm_probe.replaying.capture import Captured, capture
-from lvlm_probe.replaying.gradient_flow import gradient_fault
+from lvlm_probe.replaying.gradient_flow import gradient_check
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import (
     Limits,
@@ -382,7 +382,7 @@ class Replay(Views):
         if self.kept.gradients is None:
             self.kept.gradients = ""  # while it is being looked for, and where there is nothing to say
             try:
-                self.kept.gradients = gradient_fault(self, self.replica, self.anatomy.decoder)
+                self.kept.gradients = gradient_check(self, self.replica, self.anatomy.decoder).fault
             except BaseException:
                 self.kept.gradients = None
                 raise
