@@ -494,6 +494,50 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
     assert other.json["traces"][0]["maps"][0]["score"]["params"]["grid"] == [16, 16]
 
 
+def test_equal_words_and_few_cells_are_said_at_the_command_line(tmp_path: Path) -> None:
+    (scene,) = probe.demo.scenes(1)
+    scene.image.save(tmp_path / "a.png")
+    answer = {"image": "a.png", "question": scene.question, "answer": "The cross is yellow and yellow."}
+    (tmp_path / "given.jsonl").write_text(json.dumps(answer))
+    folder = tmp_path / "runs"
+    succeed("import", tmp_path / "given.jsonl", "--model", "demo", "--out", folder)
+    asked = ("explain", folder, "--model", "demo", "--words", "yellow", "--word-maps", "--method", "occlusion")
+    result = succeed(*asked, "--param", "size=3", "--no-scores")
+    shown = [re.split(r"  not scored|: no map", line)[0][4:] for line in result.out.splitlines() if line[2:3] in "·–"]
+    assert shown == ["yellow … yellow (2nd)", "yellow", "yellow (2nd)"]  # of the last there is no map
+    assert result.out.count("only 3 × 3 cells") == 2
+    assert "bold:" not in result.out and "underlined:" not in result.out  # in a pipe nothing is either
+    names = [file.name.split(".")[0] for file in (folder / "explanations").glob("*.h5")]
+    assert sum(name.endswith("_yellow-2nd") for name in names) == 1
+    assert sum(name.endswith("_yellow") for name in names) == 1
+    page = tmp_path / "page.html"
+    succeed("report", folder, "--out", page)
+    labels = [entry["label"] for entry in report_data(page)["samples"][0]["maps"]]
+    assert labels == ["“yellow yellow (2nd)”", "“yellow”", "“yellow (2nd)”"]
+    assert "only 3 × 3 cells" in report_data(page)["samples"][0]["maps"][0]["verdict"]["reasons"][-1]
+
+
+def report_data(page: Path) -> dict[str, Any]:
+    """The data that a report's page shows."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])  # type: ignore[no-any-return]
+
+
+def test_the_legend_names_the_looks_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.text import Text
+
+    from lvlm_probe.cli.shared import maps
+
+    answer = Text.assemble("The ", ("cat", "bold green underline"))
+    under = Text.assemble("The ", ("cat", "underline"))
+    monkeypatch.setattr(maps, "shows_looks", lambda: True)
+    assert maps.legend(answer) == "bold: the image makes the word over e times likelier; underlined: explained"
+    assert maps.legend(under) == "underlined: explained" and maps.legend(Text("The cat")) == ""
+    monkeypatch.setattr(maps, "shows_looks", lambda: False)
+    assert maps.legend(answer) == ""
+
+
 def test_evaluate_says_before_what_it_takes_and_begins_with_what_is_quick(trace: Path) -> None:
     result = succeed("evaluate", trace, "--methods", "occlusion,input_gradient,center")
     said = result.err.splitlines()

@@ -294,6 +294,7 @@ def _in_a_line(heat: Heatmap, score: Score | None) -> str:
     said = ["not judged" if score is None or score.reason else f"gain {score.gain:.3f}"]
     said.append(f"{passes.get('forward', 0)} + {passes.get('backward', 0)} passes")
     said += [] if seconds is None else [f"{seconds:.1f} s"]
+    said += [] if heat.coarse is None else [f"only {heat.shape[0]} × {heat.shape[1]} cells"]
     return ", ".join(said)
 
 
@@ -423,6 +424,7 @@ def _record(made: Comparison, traces: Sequence[Trace], judging: Mapping[str, Any
                         "method": method,
                         "tokens": list(heat.selection.indices),
                         "reason": heat.reason,
+                        "cells": None if heat.values is None else list(heat.shape),
                         "passes": heat.provenance.get("passes"),
                         "seconds": heat.provenance.get("seconds"),
                         "score": None if score is None else score.to_dict(),

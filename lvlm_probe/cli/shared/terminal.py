@@ -53,6 +53,7 @@ __all__ = [
     "set_verbosity",
     "show",
     "show_table",
+    "shows_looks",
     "stage",
     "stop",
     "stored_path",
@@ -125,6 +126,14 @@ def say(*parts: str | Text | tuple[str, str]) -> None:
             safe_parts.append(Text(safe(part.plain)) if ACTING.search(part.plain) else part)
     console = Console(highlight=False)
     console.print(Text.assemble(*safe_parts), soft_wrap=True)
+
+
+def shows_looks() -> bool:
+    """Tell whether bold and underlined words on standard output look so: a pipe has neither."""
+    from rich.console import Console
+
+    console = Console()
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def width() -> int:
