@@ -305,7 +305,8 @@ def _stamp(drawn: Image.Image, mark: Mark, cells: str | None = None) -> None:
     size = min(28, max(10, round(min(drawn.size) / 28)))
     font = ImageFont.load_default(size)
     pencil = ImageDraw.Draw(drawn)
-    text = str(mark.verdict) if cells is None else f"{cells}, {mark.verdict}"
+    # Pillow's own font has no "×".
+    text = str(mark.verdict) if cells is None else f"{cells.replace('×', 'x')}, {mark.verdict}"
     if pencil.textlength(text, font=font) > (0.5 if cells is None else 0.9) * drawn.width:
         text = {"holds up": "ok", "do not trust": "!", "not checked": "?"}[mark.verdict]
     pad = max(2, size // 3)
