@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from command_line import run, succeed
@@ -552,6 +553,42 @@ def test_evaluate_says_before_what_it_takes_and_begins_with_what_is_quick(trace:
     # Nothing is left to be told when all is there.
     again = succeed("evaluate", trace, "--methods", "occlusion,input_gradient,center", "--overwrite")
     assert "judging included" not in again.err
+
+
+@pytest.mark.parametrize("method", ["occlusion", "rise"])
+def test_a_long_method_goes_on_within_its_map(
+    method: str, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lvlm_probe.replaying import Replay
+
+    ran: list[int] = []
+    real = Replay._in_micro_batches
+
+    def run_masks(self: Replay, masks: Any, *rest: Any) -> Any:
+        ran.append(len(masks))
+        if stop_after is not None and sum(ran) > stop_after:
+            raise KeyboardInterrupt
+        return real(self, masks, *rest)
+
+    monkeypatch.setattr(Replay, "_in_micro_batches", run_masks)
+    command = ("explain", trace, "--method", method, "--no-scores", "--json")
+    command += ("--param", "masks=300") if method == "rise" else ("--param", "batch=40")
+    stop_after: int | None = 150
+    assert run(*command).code == 130
+    folder = trace.parent / "explanations"
+    assert len(list(folder.glob("*.masks.jsonl"))) == 1 and not list(folder.glob("*.h5"))
+    stop_after, before = None, sum(ran[:-1])
+    ran.clear()
+    resumed = succeed(*command).json["maps"][0]
+    after = sum(ran)
+    assert not list(folder.glob("*.masks.jsonl"))
+    # What was finished was not sent again, and counts as what the map took.
+    ran.clear()
+    whole = succeed(*command, "--out", tmp_path / "again").json["maps"][0]
+    assert sum(ran) - after >= before - 2 > 50
+    assert resumed["passes"] == whole["passes"]
+    maps = [probe.Heatmap.read(Path(one["map"])).values for one in (resumed, whole)]
+    assert np.array_equal(*maps)  # to the last bit
 
 
 def test_methods_are_judged_on_few_points_whose_bound_is_stored(trace: Path) -> None:
