@@ -8,7 +8,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class Case:
     scene: Scene | Stored
     replay: Replay
     selection: TokenSelection
+    shared: dict[Any, Any] = field(default_factory=dict)
+    """What heatmaps of it are both judged on (``evaluate``)."""
 
 
 def cases(

@@ -57,6 +57,9 @@ PROTOCOL = {
     "causal_draws": CAUSAL_DRAWS,
 }
 
+FEW = {"sampling": "adaptive", "tolerance": 0.01}
+"""How curves are drawn with ``--adaptive``: a quarter of the points, for models that take a second for an image."""
+
 Line = dict[str, Any]
 
 
@@ -125,6 +128,7 @@ def scene_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--split", choices=("eval", "tune"), default="eval", help="held out, or kept for tuning")
     parser.add_argument("--hard", action="store_true", help="hard scenes; give --model as well")
     parser.add_argument("--cases", type=Path, help="stored images instead: a folder that photographs.py has written")
+    parser.add_argument("--adaptive", action="store_true", help="few points of the curves, areas within 0.01")
     parser.add_argument("--model", type=Path, help="checkpoint that answers; by default the embedded demo model")
     parser.add_argument("--out", type=Path, help=f"by default {out}/easy or {out}/hard, with -tune for that split")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th scene from the I-th on, I from 0")
@@ -219,15 +223,21 @@ def scenes_to_do(
             path.unlink()
 
 
-def judged(case: Case, heat: probe.Heatmap, *, held_out: Sequence[str] = HELD_OUT, causal: bool = True) -> Line:
-    """Everything a heatmap is judged by, NaN where it cannot be said.
+def judged(
+    case: Case,
+    heat: probe.Heatmap,
+    *,
+    held_out: Sequence[str] = HELD_OUT,
+    causal: bool = True,
+    adaptive: bool = False,
+) -> Line:
+    """Everything a heatmap is judged by, NaN where it cannot be said; with ``adaptive`` on few points of the curves.
 
     ``held_out`` is the mean gain over those held-out baselines that take the words away and are not, by another name,
     the one that the heatmap was made with.
     """
-    score = probe.evaluate(
-        heat, case.replay, baseline=case.replay.baseline, grid=GRID, steps=STEPS, tie_orders=TIE_ORDERS
-    )
+    how: dict[str, Any] = {"grid": GRID, "tie_orders": TIE_ORDERS, "shared": case.shared, **(FEW if adaptive else {})}
+    score = probe.evaluate(heat, case.replay, baseline=case.replay.baseline, steps=STEPS, **how)
     line: Line = {
         "deletion": score.deletion,
         "insertion": score.insertion,
@@ -241,7 +251,7 @@ def judged(case: Case, heat: probe.Heatmap, *, held_out: Sequence[str] = HELD_OU
     for kind in held_out:
         if kind == "mean" and case.replay.baseline.get("limit"):
             continue
-        other = probe.evaluate(heat, case.replay, baseline=kind, grid=GRID, steps=HELD_OUT_STEPS, tie_orders=TIE_ORDERS)
+        other = probe.evaluate(heat, case.replay, baseline=kind, steps=HELD_OUT_STEPS, **how)
         check = other.baseline_check
         if check["original_probability"] - check["mean_probability"] < MIN_CONTRAST:
             continue
@@ -347,7 +357,7 @@ def scenes_summary(arguments: argparse.Namespace, lines: Lines) -> dict[str, Any
         "passed_over": last["passed_over"],
         "model": "embedded demo model" if arguments.model is None else arguments.model.name,
         "weights": weights_digest(arguments.model),
-        "protocol": PROTOCOL,
+        "protocol": PROTOCOL | (FEW if arguments.adaptive else {}),
         "machine": machine(),
         "lvlm_probe": probe.__version__,
     }

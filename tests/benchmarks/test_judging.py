@@ -74,7 +74,9 @@ def dealt(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def arguments(out: Path, shard: tuple[int, int], scenes: int) -> argparse.Namespace:
-    return argparse.Namespace(scenes=scenes, shard=shard, split="eval", hard=False, model=None, cases=None, out=out)
+    return argparse.Namespace(
+        scenes=scenes, shard=shard, split="eval", hard=False, model=None, cases=None, adaptive=False, out=out
+    )
 
 
 def test_shards_together_judge_what_one_process_would(dealt: list[int], tmp_path: Path) -> None:
@@ -169,8 +171,9 @@ def test_tables_say_what_the_lines_say(tmp_path: Path, capsys: pytest.CaptureFix
             lines.add(line(scene, name, **facts))
     lines.add(line(3, "tmm", gain=None, reason="no such layers", kind="colour"))
     wanted = argparse.Namespace(
-        out=tmp_path, methods="all", against="igos++", split="eval", hard=False, model=None, cases=None, scenes=12
-    )
+        out=tmp_path, methods="all", against="igos++", split="eval", hard=False, model=None, cases=None, scenes=12,
+        adaptive=False,
+    )  # fmt: skip
     summary = tournament.summarise(wanted, lines)
     assert summary["methods"]["tmm"]["maps"] == 11
     kept = np.arange(12) != 3

@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from held_out import POINTING_TOLERANCE, Case, cases
 from judging import (
+    FEW,
     HELD_OUT,
     PROTOCOL,
     Line,
@@ -121,7 +122,7 @@ def entries() -> dict[str, Entry]:
     return {name: Entry(name, SETTINGS.get(name, {})) for name in methods()} | VARIANTS
 
 
-def measure(case: Case, entry: Entry, *, causal: bool) -> Line:
+def measure(case: Case, entry: Entry, *, causal: bool, adaptive: bool = False) -> Line:
     """One method on one scene. What it cannot do, and why, is a result too."""
     before = case.replay.passes.forward, case.replay.passes.backward
     started = time.perf_counter()
@@ -137,12 +138,14 @@ def measure(case: Case, entry: Entry, *, causal: bool) -> Line:
     }
     if heat.values is None:
         return {**cost, "reason": heat.reason}
-    return {**cost, "shape": list(heat.shape), **judged(case, heat, causal=causal)}
+    return {**cost, "shape": list(heat.shape), **judged(case, heat, causal=causal, adaptive=adaptive)}
 
 
 def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Entry]) -> None:
     """Makes the lines that are missing."""
     scenes = weights_digest(arguments.model), arguments.split, arguments.hard
+    if arguments.adaptive:
+        scenes = (*scenes, FEW)
     if arguments.cases is not None:
         scenes = (*scenes, hashlib.sha256((arguments.cases / "cases.jsonl").read_bytes()).hexdigest())
     keys = {
@@ -166,9 +169,8 @@ def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Entry
                 left_out = name in few and facts["number"] >= arguments.few_scenes
                 if not left_out and not lines.has(facts["scene"], name, keys[name]):
                     bar.set_postfix_str(f"scene {facts['number']}, {name}", refresh=False)
-                    lines.add(
-                        {**facts, "name": name, "key": keys[name], **measure(case, entry, causal=arguments.causal)}
-                    )
+                    made = measure(case, entry, causal=arguments.causal, adaptive=arguments.adaptive)
+                    lines.add({**facts, "name": name, "key": keys[name], **made})
                     bar.update()
 
 
