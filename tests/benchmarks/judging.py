@@ -128,6 +128,7 @@ def scene_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--split", choices=("eval", "tune"), default="eval", help="held out, or kept for tuning")
     parser.add_argument("--hard", action="store_true", help="hard scenes; give --model as well")
     parser.add_argument("--cases", type=Path, help="stored images instead: a folder that photographs.py has written")
+    parser.add_argument("--held-out", default=",".join(HELD_OUT), help="baselines that judge too, with commas")
     parser.add_argument("--adaptive", action="store_true", help="few points of the curves, areas within 0.01")
     parser.add_argument("--model", type=Path, help="checkpoint that answers; by default the embedded demo model")
     parser.add_argument("--out", type=Path, help=f"by default {out}/easy or {out}/hard, with -tune for that split")
@@ -135,7 +136,7 @@ def scene_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch; one per process is best with two shards")
     parser.add_argument("--again", nargs="*", default=[], metavar="NAME", help="make the lines of these anew")
     parser.add_argument("--table", action="store_true", help="only print the tables, from the lines there are")
-    parser.set_defaults(root=Path(out))
+    parser.set_defaults(root=Path(out), few=[], few_scenes=0)
 
 
 def settle(arguments: argparse.Namespace) -> None:
@@ -152,6 +153,11 @@ def settle(arguments: argparse.Namespace) -> None:
     if arguments.model is not None and not arguments.model.is_dir():
         raise SystemExit(f"--model: there is no folder {arguments.model}; examples/train_hard_model.py writes one")
     torch.set_num_threads(arguments.threads)
+
+
+def judges(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The held-out baselines that judge."""
+    return tuple(filter(None, arguments.held_out.split(",")))
 
 
 def digest(*parts: Any) -> str:
@@ -357,7 +363,7 @@ def scenes_summary(arguments: argparse.Namespace, lines: Lines) -> dict[str, Any
         "passed_over": last["passed_over"],
         "model": "embedded demo model" if arguments.model is None else arguments.model.name,
         "weights": weights_digest(arguments.model),
-        "protocol": PROTOCOL | (FEW if arguments.adaptive else {}),
+        "protocol": PROTOCOL | {"held_out": judges(arguments)} | (FEW if arguments.adaptive else {}),
         "machine": machine(),
         "lvlm_probe": probe.__version__,
     }

@@ -172,7 +172,7 @@ def test_tables_say_what_the_lines_say(tmp_path: Path, capsys: pytest.CaptureFix
     lines.add(line(3, "tmm", gain=None, reason="no such layers", kind="colour"))
     wanted = argparse.Namespace(
         out=tmp_path, methods="all", against="igos++", split="eval", hard=False, model=None, cases=None, scenes=12,
-        adaptive=False,
+        adaptive=False, held_out="mean,noise",
     )  # fmt: skip
     summary = tournament.summarise(wanted, lines)
     assert summary["methods"]["tmm"]["maps"] == 11

@@ -51,6 +51,7 @@ from judging import (
     fill,
     holm,
     judged,
+    judges,
     peak_memory,
     scene_arguments,
     scenes_sentence,
@@ -122,7 +123,7 @@ def entries() -> dict[str, Entry]:
     return {name: Entry(name, SETTINGS.get(name, {})) for name in methods()} | VARIANTS
 
 
-def measure(case: Case, entry: Entry, *, causal: bool, adaptive: bool = False) -> Line:
+def measure(case: Case, entry: Entry, arguments: argparse.Namespace) -> Line:
     """One method on one scene. What it cannot do, and why, is a result too."""
     before = case.replay.passes.forward, case.replay.passes.backward
     started = time.perf_counter()
@@ -138,7 +139,11 @@ def measure(case: Case, entry: Entry, *, causal: bool, adaptive: bool = False) -
     }
     if heat.values is None:
         return {**cost, "reason": heat.reason}
-    return {**cost, "shape": list(heat.shape), **judged(case, heat, causal=causal, adaptive=adaptive)}
+    return {**cost, "shape": list(heat.shape), **_judged(case, heat, arguments)}
+
+
+def _judged(case: Case, heat: probe.Heatmap, arguments: argparse.Namespace) -> Line:
+    return judged(case, heat, held_out=judges(arguments), causal=arguments.causal, adaptive=arguments.adaptive)
 
 
 def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Entry]) -> None:
@@ -146,6 +151,8 @@ def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Entry
     scenes = weights_digest(arguments.model), arguments.split, arguments.hard
     if arguments.adaptive:
         scenes = (*scenes, FEW)
+    if judges(arguments) != HELD_OUT:
+        scenes = (*scenes, judges(arguments))
     if arguments.cases is not None:
         scenes = (*scenes, hashlib.sha256((arguments.cases / "cases.jsonl").read_bytes()).hexdigest())
     keys = {
@@ -169,7 +176,7 @@ def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Entry
                 left_out = name in few and facts["number"] >= arguments.few_scenes
                 if not left_out and not lines.has(facts["scene"], name, keys[name]):
                     bar.set_postfix_str(f"scene {facts['number']}, {name}", refresh=False)
-                    made = measure(case, entry, causal=arguments.causal, adaptive=arguments.adaptive)
+                    made = measure(case, entry, arguments)
                     lines.add({**facts, "name": name, "key": keys[name], **made})
                     bar.update()
 
