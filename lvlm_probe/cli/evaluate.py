@@ -94,7 +94,7 @@ def evaluate(
         bool,
         typer.Option(
             "--full",
-            help="With --methods: score every point of the curves. Default: as few as keep each area within 0.005.",
+            help="With --methods: score every point of the curves. Default: few, each area within 0.005 unless a curve turns.",
         ),
     ] = False,
     wide: Annotated[bool, typer.Option("--wide", help="With --methods: print every column of the table.")] = False,

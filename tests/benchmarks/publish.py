@@ -481,7 +481,7 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "Judging", "judging.json", "python tests/benchmarks/bench_judging.py",
         "What it takes to judge a map in `lvlm-probe evaluate --methods`, which scores as few points of the curves as "
-        "keep each area within 0.005, beside making it.", judging, judging_more,
+        "keep each area within 0.005 where curves do not turn, beside making it.", judging, judging_more,
     ),
     Section(
         "GPU", "gpu.json", "python tests/benchmarks/bench_gpu.py",
