@@ -94,7 +94,7 @@ def evaluate(
         bool,
         typer.Option(
             "--full",
-            help="With --methods: score every point of the curves. Default: few, each area within 0.005 unless a curve turns.",
+            help="With --methods: score all points of the curves. Default: few, areas within 0.005 unless curves turn.",
         ),
     ] = False,
     wide: Annotated[bool, typer.Option("--wide", help="With --methods: print every column of the table.")] = False,
