@@ -356,9 +356,7 @@ def _check(settings: CurveSettings, auc: AreaRule, steps: int | None) -> None:
         raise ExplainError(f"steps is at least 1; got {steps}")
 
 
-def _known(
-    shared: dict[Any, Known] | None, replay: ReplayLike, heat: Heatmap, mode: Literal["fast", "exact"]
-) -> Known:
+def _known(shared: dict[Any, Known] | None, replay: ReplayLike, heat: Heatmap, mode: Literal["fast", "exact"]) -> Known:
     """What has been scored of these tokens: by explaining them, and in an earlier call over the same baseline."""
     explained = known_scores(replay, heat.selection.indices, heat.image_index, mode)
     judge = baseline_identity(replay.baseline)
