@@ -162,5 +162,8 @@ def expected(replay: Replay, methods: Iterable[str], found: Pace, *, image: int 
     for method in methods:
         cost = cost_of(method, Problem(replay, selection, image), {})
         at_once = min(MOST, max(cost.groups, default=1))
-        said[method] = 0.0 if cost.kind is None else found.of(cost.forward, cost.backward, at_once=at_once)
+        most = 0.0 if cost.kind is None else found.of(cost.forward, cost.backward, at_once=at_once)
+        least = most if cost.at_least is None else found.of(*cost.at_least, at_once=at_once)
+        # Of a method that stops when its map is good enough nobody knows when: half-way.
+        said[method] = None if most is None or least is None else (most + least) / 2
     return said
