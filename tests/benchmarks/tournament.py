@@ -377,8 +377,9 @@ def main() -> None:
     write(arguments.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     write(arguments.out / "table.md", table(summary))
     if arguments.fill:
-        mark = "hard" if arguments.hard else "easy"
-        fill(ROOT / "docs" / "figures.md", f"tournament {mark}", short_table(summary))
+        mark = "photographs" if arguments.cases else "hard" if arguments.hard else "easy"
+        if not arguments.cases:
+            fill(ROOT / "docs" / "figures.md", f"tournament {mark}", short_table(summary))
         fill(ROOT / "docs" / "tournament.md", mark, table(summary))
     print(table(summary))
 

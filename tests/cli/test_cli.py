@@ -591,6 +591,33 @@ def test_a_long_method_goes_on_within_its_map(
     assert np.array_equal(*maps)  # to the last bit
 
 
+def test_a_comparison_that_is_killed_leaves_a_page_of_what_was_finished(
+    trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lvlm_probe.cli.shared import comparison
+
+    real, made = probe.explain, []
+
+    class Killed(BaseException):
+        """Nobody catches it, as nobody catches SIGKILL."""
+
+    def explain(replay: Any, **options: Any) -> Any:
+        if len(made) == 2:
+            raise Killed
+        made.append(options["method"])
+        return real(replay, **options)
+
+    monkeypatch.setattr(heatmap_store, "explain", explain)
+    monkeypatch.setattr(comparison, "_PAGE_EVERY", 0.0)
+    with pytest.raises(Killed):
+        succeed("evaluate", trace, "--methods", SWIFT, "--steps", "4")
+    page = trace.parent / "comparison.html"
+    assert "2 of 3 maps so far" in page.read_text("utf-8")
+    monkeypatch.setattr(heatmap_store, "explain", real)
+    succeed("evaluate", trace, "--methods", SWIFT, "--steps", "4")  # without --overwrite
+    assert "so far" not in page.read_text("utf-8")
+
+
 def test_methods_are_judged_on_few_points_whose_bound_is_stored(trace: Path) -> None:
     named = ("evaluate", trace, "--methods", "input_gradient,center", "--chance", "2", "--overwrite", "--json")
     few = succeed(*named).json["traces"][0]["maps"]

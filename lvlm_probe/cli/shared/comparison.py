@@ -116,7 +116,8 @@ def compare_methods(
                 for method in group:
                     work.do(number, method, answer)
     except KeyboardInterrupt:
-        where = f"; the page so far: {stored_path(page)}" if work.write() else ""
+        work.write()
+        where = f"; the page so far: {stored_path(page)}" if work.made else ""
         raise stop(
             f"stopped; {work.maps} finished maps are kept beside their traces, and the same command goes on{where}"
         ) from None
@@ -180,7 +181,7 @@ class _Work:
         self.failed: dict[str, str] = {}
         self.comparison: Comparison | None = None
         self._expected: dict[str, float | None] = {}
-        self._due, self._changed = 0.0, False
+        self._due, self._changed = time.monotonic() + _PAGE_EVERY, False
 
     @property
     def maps(self) -> int:
@@ -237,14 +238,12 @@ class _Work:
             self.failed.setdefault(method, str(heat.reason))
         done = f"{len(self.made)} of {len(self._methods) * len(self._traces)}"
         tell(f"{method}: {_in_a_line(heat, score)} ({done})")
-        now = time.monotonic()
-        if now >= self._due and self._due > 0:
+        began = time.monotonic()
+        if began >= self._due:
             self.write()
             # Drawing all maps anew takes a tenth of the time at most.
-            now, began = time.monotonic(), now
+            now = time.monotonic()
             self._due = now + max(_PAGE_EVERY, 10 * (now - began))
-        elif self._due == 0:
-            self._due = now + _PAGE_EVERY
 
     def write(self, *, finished: bool = False) -> dict[str, Any] | None:
         """Write the page and the scores of what is there; return the latter, ``None`` where there is nothing."""
