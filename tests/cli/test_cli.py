@@ -612,7 +612,7 @@ def test_a_comparison_that_is_killed_leaves_a_page_of_what_was_finished(
     with pytest.raises(Killed):
         succeed("evaluate", trace, "--methods", SWIFT, "--steps", "4")
     page = trace.parent / "comparison.html"
-    assert "2 of 3 maps so far" in page.read_text("utf-8")
+    assert re.search("[12] of 3 maps so far", page.read_text("utf-8"))  # how often it is written is the clock's
     monkeypatch.setattr(heatmap_store, "explain", real)
     succeed("evaluate", trace, "--methods", SWIFT, "--steps", "4")  # without --overwrite
     assert "so far" not in page.read_text("utf-8")
