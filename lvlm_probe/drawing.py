@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "COARSE",
     "FORMATS",
     "WIDTHS",
     "Curved",
@@ -55,6 +56,8 @@ _LINE = 25
 """Widest outline, pixels: on larger images it would hide what it surrounds."""
 _STRIP = 1 << 19
 """Pixels of a strip: a few MB of float32 for each step."""
+COARSE = 5
+"""Cells along a side below which a map is drawn as blocks: bilinear between so few, it would look like one of many."""
 _HALF = 0.5
 """The outline surrounds what is at least this share of the highest value."""
 
@@ -127,7 +130,8 @@ def overlay(
 
     Args:
         image: any mode.
-        values: ``(row, col)`` in [0, 1], a grid over the whole image; brought to pixels bilinearly.
+        values: ``(row, col)`` in [0, 1], a grid over the whole image; brought to pixels bilinearly. Of fewer than 5
+            cells along a side, as blocks, and the mark says how many there are.
         seen: ``(row, col)`` bool; cells that never reach the model are greyed and hatched.
         alpha: opacity of the highest value, 0 to 1.
         colormap: name of a matplotlib colour map.
@@ -168,7 +172,7 @@ def overlay(
             pixels = _hatched(pixels, hidden, top, bottom)
         drawn.paste(Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)), (0, top))
     if mark is not None and alpha > 0:
-        _stamp(drawn, mark)
+        _stamp(drawn, mark, cells_of(np.shape(values)))
     return drawn
 
 
@@ -203,35 +207,42 @@ def resample(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return fine[0, 0].clamp(0, 1).float().numpy()
 
 
+def cells_of(shape: Sequence[int]) -> str | None:
+    """How many cells a map of few has, ``"2 × 3 cells"``; ``None`` for one that is drawn smoothly."""
+    return f"{shape[0]} × {shape[1]} cells" if min(shape) < COARSE else None
+
+
 class _Grid:
-    """A grid of values as the pixels of an image read it: bilinear between cell centres; averaged where it is finer."""
+    """A grid of values as the pixels of an image read it: bilinear between cell centres, or blocks where they are few;
+    averaged where it is finer."""
 
     def __init__(self, values: np.ndarray, width: int, height: int) -> None:
         cells = values.astype(np.float64)
         if height <= cells.shape[0] and width <= cells.shape[1]:
             cells = resample(values, (height, width)).astype(np.float64)
-        self._height = height
-        left, right, share = _between(np.arange(width), width, cells.shape[1])
+        self._height, self._blocks = height, cells_of(values.shape) is not None
+        left, right, share = self._between(np.arange(width), width, cells.shape[1])
         self._columns = (cells[:, left] * (1 - share) + cells[:, right] * share).astype(np.float32)
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
         """Values of rows ``top`` to ``bottom``, ``(row, col)`` float32."""
-        above, below, share = _between(np.arange(top, bottom), self._height, len(self._columns))
+        above, below, share = self._between(np.arange(top, bottom), self._height, len(self._columns))
         weight = share.astype(np.float32)[:, None]
         upper = self._columns[above]
         return upper + (self._columns[below] - upper) * weight
+
+    def _between(self, at: np.ndarray, size: int, cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The two cells that a pixel lies between, and the second one's share."""
+        place = np.clip((at + 0.5) * cells / size - 0.5, 0, cells - 1)
+        if self._blocks:
+            place = np.rint(place)
+        first = np.floor(place).astype(np.intp)
+        return first, np.minimum(first + 1, cells - 1), place - first
 
     def highest(self) -> float:
         step = max(1, _STRIP // self._columns.shape[1])
         tops = range(0, self._height, step)
         return max(float(self.rows(top, min(self._height, top + step)).max()) for top in tops)
-
-
-def _between(at: np.ndarray, size: int, cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two cells that a pixel lies between, and the second one's share."""
-    place = np.clip((at + 0.5) * cells / size - 0.5, 0, cells - 1)
-    first = np.floor(place).astype(np.intp)
-    return first, np.minimum(first + 1, cells - 1), place - first
 
 
 class _Cells:
@@ -289,13 +300,14 @@ def _colours(name: str) -> np.ndarray:
     return table.astype(np.float32)
 
 
-def _stamp(drawn: Image.Image, mark: Mark) -> None:
-    """The verdict in words on a plate; on a small image its sign alone."""
+def _stamp(drawn: Image.Image, mark: Mark, cells: str | None = None) -> None:
+    """The verdict in words on a plate, and how many cells there are where they are few; on a small image its sign."""
     size = min(28, max(10, round(min(drawn.size) / 28)))
     font = ImageFont.load_default(size)
     pencil = ImageDraw.Draw(drawn)
-    text = str(mark.verdict)
-    if pencil.textlength(text, font=font) > 0.5 * drawn.width:
+    # Pillow's own font has no "×".
+    text = str(mark.verdict) if cells is None else f"{cells.replace('×', 'x')}, {mark.verdict}"
+    if pencil.textlength(text, font=font) > (0.5 if cells is None else 0.9) * drawn.width:
         text = {"holds up": "ok", "do not trust": "!", "not checked": "?"}[mark.verdict]
     pad = max(2, size // 3)
     left, top, right, bottom = pencil.textbbox((0, 0), text, font=font)
@@ -606,9 +618,11 @@ class _Sheet:
             axes.imshow(np.asarray(overlay(image, panel.values, seen=panel.seen, **look)), aspect="auto")
         axes.set_axis_off()
         colour = np.asarray(_COLOURS[panel.mark.verdict]) / 255
-        text = str(panel.mark)
-        if self._measure(text) > wide:  # a narrow panel has room for less
-            text = panel.mark.verdict
+        cells = None if panel.values is None else cells_of(panel.values.shape)
+        few = [cells] if cells else []
+        texts = ("  ".join([str(panel.mark), *few]), "  ".join([panel.mark.verdict, *few]))
+        # A narrow panel has room for less.
+        text = next((one for one in texts if self._measure(one) <= wide), panel.mark.verdict)
         self.text(x + wide / 2, y + high + 0.2 * self.line, text, ha="center", va="top", color=colour)
 
     def _legend(self, y: float, alpha: float, colormap: str, contour: bool) -> None:

@@ -99,13 +99,19 @@ class Heatmap:
             return f"<Heatmap {self.method}: none, {self.reason}>"
         rows, cols = self.shape
         width, height = self.image_size
-        return f"<Heatmap {self.method} of {self.selection.text!r}: {rows}×{cols} cells over {width}×{height} pixels>"
+        return f"<Heatmap {self.method} of {self.selection.label!r}: {rows}×{cols} cells over {width}×{height} pixels>"
 
     @property
     def shape(self) -> tuple[int, int]:
         """Grid ``(row, col)``. Raises ``ExplainError`` when there are no values."""
         rows, cols = self._values().shape
         return rows, cols
+
+    @property
+    def coarse(self) -> str | None:
+        """What a map of few cells cannot say, as a sentence; ``None`` for one of 5 × 5 or more, or without values."""
+        cells = None if self.values is None else drawing.cells_of(self.values.shape)
+        return cells and f"the map has only {cells}, which are drawn as blocks: smaller regions are not told apart"
 
     def upsampled(self) -> np.ndarray:
         """Values brought bilinearly to the picture's pixels, ``(height, width)`` float32, as masks are."""
@@ -300,7 +306,7 @@ class Heatmap:
         return None if self.values is None else self._png(self.preview())
 
     def _repr_html_(self) -> str:
-        title = f"{html.escape(self.method[:100])}: {html.escape((self.selection.text or 'nothing selected')[:400])}"
+        title = f"{html.escape(self.method[:100])}: {html.escape((self.selection.label or 'nothing selected')[:400])}"
         png = self._repr_png_()
         if png is None:
             return f"<p><b>{title}</b><br>{html.escape((self.reason or '')[:1000])}</p>"
@@ -389,7 +395,7 @@ def _places(heats: Sequence[Heatmap]) -> list[tuple[str, str]]:
     """Row and column of each heatmap's panel: methods below each other where words differ too, else beside."""
     answers = [(str(heat.provenance.get("trace_id", "")), heat.image_index) for heat in heats]
     methods = [str(heat.provenance.get("label") or heat.method) for heat in heats]
-    words = [heat.selection.text or "whole answer" for heat in heats]
+    words = [heat.selection.label or "whole answer" for heat in heats]
     several = len(set(methods)) > 1
     if len(set(answers)) > 1:
         return [

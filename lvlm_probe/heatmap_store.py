@@ -28,15 +28,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ProbeError, TraceError
-from lvlm_probe.explainers import explain
+from lvlm_probe.explainers import explain, needs_of
 from lvlm_probe.files import causes, json_ready, read_small, write_whole
 from lvlm_probe.heatmap import Heatmap, trace_file_of
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.progress import ProgressChoice
+from lvlm_probe.replaying import Replay
+from lvlm_probe.serving.journal import Journal
 from lvlm_probe.trace import Trace, open_trace
 
 if TYPE_CHECKING:
-    from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
 
 __all__ = [
@@ -59,6 +60,9 @@ FOLDER = "explanations"
 
 LARGEST_RECORD = 64 * 2**20
 """Bytes of a JSON record; a score with its curves, or a unit of a study, takes thousands."""
+
+_MASKS = ".masks.jsonl"
+"""Ending of what an unfinished map has learnt so far."""
 
 _PART_BYTES = 40
 """Bytes of each part of a file's name: all five and the endings stay below the 255 of the usual file systems."""
@@ -152,7 +156,8 @@ class MapFile:
         """The stored score, where it was taken in this very way; else ``None``.
 
         Args:
-            options: of ``evaluate``: score, auc, steps, mode, seed, chance, and grid, the cells of a side.
+            options: of ``evaluate``: score, auc, steps, mode, seed, chance, sampling and tolerance, and grid, the cells
+                of a side. A score of every point is one of adaptive sampling too.
         """
         try:
             score = self.score()
@@ -166,6 +171,10 @@ class MapFile:
         if options["auc"] == "trapezoid":
             wanted["steps"] = min(options["steps"] or 50, side * side)
         same = all(score.params.get(key) == value for key, value in wanted.items())
+        if "sampling" in score.params:
+            tolerance = score.params.get("tolerance")
+            near = isinstance(tolerance, float) and tolerance <= float(options.get("tolerance", 0.0))
+            same = same and near and options.get("sampling") == "adaptive"
         return score if same and len(score.random_gains) == options["chance"] else None
 
     def write_score(self, score: Score) -> None:
@@ -201,9 +210,12 @@ def explain_one(
     found = MapFile(directory / map_name(replay, selection, label, settings))
     finished = found.path.is_file() and is_map(found.path)
     if not finished:
-        with shown(f"explaining {label}, {settings.method}") as progress:
+        with (
+            shown(f"explaining {label}, {settings.method}") as progress,
+            _goes_on(replay, found.path, settings.method) as source,
+        ):
             heat = explain(
-                replay,
+                source,
                 method=settings.method,
                 tokens=selection,
                 image=settings.image,
@@ -211,12 +223,32 @@ def explain_one(
                 progress=progress,
                 **settings.params,
             )
-        heat.write(found.path)
+            heat.write(found.path)
     if settings.scored and (not finished or _lacks_score(found)):
         score_one(replay, found, shown=shown, mode=settings.mode)
     if not found.overlay_path.is_file():
         found.draw(found.read(), found.score())
     return found, finished
+
+
+@contextlib.contextmanager
+def _goes_on(replay: Replay, path: Path, method: str) -> Iterator[Replay]:
+    """The replay for a map; of a method that sends masks and nothing else, one that remembers what they gave.
+
+    What a stop leaves of it stands beside the map, and goes when the map is there or cannot be made.
+    """
+    if needs_of(method) != {"passes"} or not isinstance(replay, Replay):
+        yield replay
+        return
+    journal = Journal(path.with_suffix(_MASKS))
+    try:
+        yield replay.journalled(journal)
+    except Exception:
+        path.with_suffix(_MASKS).unlink(missing_ok=True)
+        raise
+    finally:
+        journal.close()
+    path.with_suffix(_MASKS).unlink(missing_ok=True)
 
 
 def score_one(

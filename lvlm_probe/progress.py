@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-__all__ = ["Lines", "Progress", "ProgressChoice", "duration", "show_progress"]
+__all__ = ["Lines", "Progress", "ProgressChoice", "duration", "roughly", "show_progress"]
 
 Progress: TypeAlias = "Callable[[int, int], None]"
 """Called with (done, total) in the work's own unit."""
@@ -70,6 +70,13 @@ def duration(seconds: float) -> str:
     whole = max(0, round(seconds))
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def roughly(seconds: float) -> str:
+    """Return a duration that is an estimate: ``5 s``, ``4 min``, ``2.5 h``."""
+    if seconds < 99.5:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import numpy as np
 
 from lvlm_probe.cards import answer_html, card
 from lvlm_probe.errors import SelectionError
-from lvlm_probe.words import ALPHA, group_words
+from lvlm_probe.words import ALPHA, group_words, told_apart
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying.protocol import ReplayLike
@@ -107,18 +107,33 @@ class TokenSelection:
     def text(self) -> str:
         """The words that the selected tokens belong to, as a person reads them; gaps are shown as ``…``, special tokens
         not at all."""
+        return " … ".join("".join(self._pieces(word) for word in run).strip() for run, _ in self._runs())
+
+    @property
+    def label(self) -> str:
+        """The same, with a number to a word alone that stands earlier in the answer too: ``cat (2nd)``."""
+        return " … ".join(
+            told[0] if len(run) == 1 else "".join(map(self._pieces, run)).strip() for run, told in self._runs()
+        )
+
+    def _runs(self) -> list[tuple[list[Word], list[str]]]:
+        """The chosen words, those that follow each other together, with their texts told apart."""
         chosen = set(self.indices)
         words = group_words(self.tokens, [index in self.special for index in range(len(self.tokens))])
-        runs: list[list[str]] = []
+        runs: list[tuple[list[Word], list[str]]] = []
         previous = None
-        for number, word in enumerate(words):
+        for number, (word, told) in enumerate(zip(words, told_apart(words), strict=True)):
             if chosen.isdisjoint(range(word.start, word.stop)):
                 continue
             if previous is None or number != previous + 1:
-                runs.append([])
-            runs[-1].append("".join(self.tokens[word.start : word.stop]))
+                runs.append(([], []))
+            runs[-1][0].append(word)
+            runs[-1][1].append(told)
             previous = number
-        return " … ".join("".join(run).strip() for run in runs)
+        return runs
+
+    def _pieces(self, word: Word) -> str:
+        return "".join(self.tokens[word.start : word.stop])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``TokenSelection.from_dict`` is the inverse."""
@@ -241,15 +256,15 @@ def word_llr(words: Sequence[Word], llr: Sequence[float] | np.ndarray) -> list[f
 
 
 def word_selections(replay: ReplayLike, selection: TokenSelection) -> list[tuple[str, TokenSelection]]:
-    """The selection word by word: ``(word, its selected tokens)``, in order.
+    """The selection word by word: ``(word, its selected tokens)``, in order; equal words are told apart by a number.
 
     A word keeps its unselected tokens out: the "low" of "yellow" follows from the "yel" whatever the picture shows.
     """
     parts: list[tuple[str, TokenSelection]] = []
-    for word in replay.words:
+    for word, told in zip(replay.words, told_apart(replay.words), strict=True):
         indices = tuple(index for index in selection.indices if word.start <= index < word.stop)
         if indices:
-            parts.append((word.text, dataclasses.replace(selection, indices=indices)))
+            parts.append((told, dataclasses.replace(selection, indices=indices)))
     return parts
 
 

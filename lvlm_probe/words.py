@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
-__all__ = ["ALPHA", "Word", "group_words", "spelled"]
+__all__ = ["ALPHA", "Word", "group_words", "spelled", "told_apart"]
 
 ALPHA = 1.0
 """LLR above which a token of the answer is the image's doing, nats (paper, Eq. 6)."""
@@ -91,6 +92,19 @@ def group_words(pieces: Sequence[str], special: Sequence[bool]) -> list[Word]:
     # Empty pieces at the very end were cut off in the middle of a character: they stay with the word before them.
     close(len(shown))
     return words
+
+
+def told_apart(words: Iterable[Word]) -> list[str]:
+    """Return the words' texts, with a number to one that stands earlier in the answer too: ``cat``, ``cat (2nd)``."""
+    times: Counter[str] = Counter()
+    told = []
+    for word in words:
+        text = word.text.strip()
+        times[text.casefold()] += 1
+        number = times[text.casefold()]
+        ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+        told.append(text if number == 1 else f"{text} ({number}{ending})")
+    return told
 
 
 def spelled(pieces: Sequence[str], words: Iterable[Word]) -> tuple[list[tuple[str, str]], str]:

@@ -113,6 +113,45 @@ def test_every_overlay_says_whether_it_was_checked() -> None:
     assert 0 < (small != 255).any(axis=2).mean() < 0.25  # a sign instead of words
 
 
+def levels(image: Image.Image) -> int:
+    """Different colours in the middle row."""
+    return len({tuple(pixel) for pixel in np.asarray(image)[image.height // 2]})
+
+
+@pytest.mark.quick
+def test_few_cells_are_drawn_as_blocks_and_counted() -> None:
+    image = Image.new("RGB", (300, 200), "white")
+    few, many = RNG.random((2, 3)), RNG.random((5, 5))
+    plain = overlay(image, few, contour=False)
+    assert levels(plain) == 3 and levels(overlay(image, many, contour=False)) > 20
+    pixels = np.asarray(plain)
+    for row, col in np.ndindex(2, 3):  # each cell is of one colour, up to its border
+        cell = pixels[100 * row : 100 * row + 100, 100 * col : 100 * col + 100]
+        assert (cell == cell[50, 50]).all()
+    # Where few lie along one side alone, they look like many along it just as well.
+    assert levels(overlay(image, RNG.random((16, 4)), contour=False)) == 4
+    marked = {
+        name: np.asarray(overlay(image, values, contour=False, mark=Mark("holds up")))
+        for name, values in (("few", np.zeros((2, 3))), ("many", np.zeros((9, 9))))
+    }
+    wide = {name: int((pixels != 255).any(axis=2).any(axis=0).sum()) for name, pixels in marked.items()}
+    assert wide["few"] > 1.5 * wide["many"]  # the number of cells stands beside the verdict
+
+    def said(values: np.ndarray) -> str:
+        drawn = drawing.figure([Panel(image, values, mark=Mark("holds up"))], width="column")
+        return " ".join(text.get_text() for text in drawn.texts)
+
+    assert "2 × 3 cells" in said(few) and "cells" not in said(many)
+
+
+@pytest.mark.quick
+def test_a_map_of_few_cells_says_so() -> None:
+    few = probe.Heatmap(np.eye(2, 3), (300, 200), method="tmm")
+    assert few.coarse is not None and "only 2 × 3 cells" in few.coarse
+    assert probe.Heatmap(np.eye(5), (300, 200), method="tmm").coarse is None
+    assert probe.Heatmap(None, (300, 200), reason="nothing").coarse is None
+
+
 class Scored:
     deletion, insertion = 0.12, 0.91
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import lvlm_probe as probe
 from lvlm_probe import progress
-from lvlm_probe.progress import Lines, duration, show_progress
+from lvlm_probe.progress import Lines, duration, roughly, show_progress
 
 
 class Clock:
@@ -118,3 +118,9 @@ def test_explain_evaluate_and_compare_show_themselves_and_are_silenced(tmp_path:
         probe.compare([heat], out=tmp_path / "c.html")  # nothing to wait for
         probe.compare(replay, ["random", "center"], out=tmp_path / "d.html")
     assert "explaining and judging" in screen.getvalue() and "explaining by" not in screen.getvalue()
+
+
+@pytest.mark.quick
+def test_estimates_are_said_roughly() -> None:
+    said = {0.1: "1 s", 99.4: "99 s", 100: "2 min", 2400: "40 min", 5960: "99 min", 5971: "1.7 h", 36000: "10.0 h"}
+    assert {seconds: roughly(seconds) for seconds in said} == said

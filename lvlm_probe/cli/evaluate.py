@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
+_TOLERANCE = 0.005
+"""Of adaptive sampling: below what separates methods of one rank, for a quarter of the passes."""
+
 
 def evaluate(
     paths: Maps,
@@ -87,6 +90,13 @@ def evaluate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="With --methods: replace the page if it exists.")
     ] = False,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="With --methods: score all points of the curves. Default: few, areas within 0.005 unless curves turn.",
+        ),
+    ] = False,
     wide: Annotated[bool, typer.Option("--wide", help="With --methods: print every column of the table.")] = False,
     open_it: OpenPage = False,
     baseline: BaselineOption = None,
@@ -102,8 +112,9 @@ def evaluate(
 ) -> None:
     """Score stored maps by deletion and insertion, and say which not to trust. Stored scores are replaced.
 
-    With --methods, explain every trace by several methods, score all on one grid, print means with 95 % intervals, and
-    write the page that compares them. What is finished is kept: the same command again makes only what is missing.
+    With --methods, explain every trace by several methods, quick ones first, score all on one grid, print means with
+    95 % intervals, and write the page that compares them. What it will take is said before. What is finished is kept,
+    on a page too: the same command again makes only what is missing.
 
     Example:  lvlm-probe evaluate runs/demo --exact --json
     Example:  lvlm-probe evaluate runs/demo --methods igos++,gradcam,tmm --out compare.html
@@ -118,6 +129,8 @@ def evaluate(
     if methods is not None:
         from lvlm_probe.cli.shared.comparison import compare_methods
 
+        if not full and steps is None and auc == "trapezoid":
+            options |= {"sampling": "adaptive", "tolerance": _TOLERANCE}
         compare_methods(
             paths,
             methods,
@@ -132,9 +145,10 @@ def evaluate(
             options=options,
         )
         return
-    if words or out is not None or overwrite or wide or open_it:
+    if words or out is not None or overwrite or full or wide or open_it:
         raise ProbeError(
-            "--words, --out, --overwrite, --wide and --open go with --methods: add it, e.g. --methods igos++,gradcam"
+            "--words, --out, --overwrite, --full, --wide and --open go with --methods: add it, e.g. --methods "
+            "igos++,gradcam"
         )
     from lvlm_probe.cli.shared.maps import map_summary, open_replay, show_map
     from lvlm_probe.heatmap_store import by_trace, find_maps, score_one

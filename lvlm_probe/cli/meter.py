@@ -237,19 +237,25 @@ def _tell(readings: Sequence[Reading]) -> None:
     kinds += [f"{counts['unknown']} whose probability is no number"] if counts["unknown"] else []
     say((f"{counted(len(readings), 'answer')}: ", "bold"), ", ".join(kinds))
     worst = worst_words(readings)
+    several = len({reading.image for reading in readings}) > 1
+
+    def answered(reading: Reading) -> str:
+        image = f"{one_line(reading.image, 40)}  " if several and reading.image else ""
+        return f"{image}{one_line(reading.question, 60)}  →  {one_line(reading.answer, 60)}"
+
     for word, reading in worst[:_SHOWN]:
         rather = f", rather {one_line(word.instead, 20)!r}" if word.instead else ""
         say(
             (f"  {word.surprise:5.1f} nats  ", "dim"),
             (f"{one_line(word.text, 30)!r}", "bold"),
-            f"{rather}:  {one_line(reading.question, 60)}  →  {one_line(reading.answer, 60)}",
+            f"{rather}:  {answered(reading)}",
         )
     if len(worst) > _SHOWN:
         say((f"  and {len(worst) - _SHOWN} more such words", "dim"))
     for reading in [reading for reading in readings if reading.origin == "habit"][:_SHOWN]:
         say(
             (f"  {len(reading.from_('image'))} of {reading.figures.words} words from the image:  ", "dim"),
-            f"{one_line(reading.question, 60)}  →  {one_line(reading.answer, 60)}",
+            answered(reading),
         )
     if bound := sum(reading.bound for reading in readings):
         note(

@@ -13,6 +13,7 @@ import io
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,8 @@ __all__ = [
 
 THUMBNAIL = 88
 """Longest side of the picture that a reading keeps, pixels."""
+_LONGEST_NAME = 1024
+"""Characters of an image's source that are looked at for its name."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Reading:
         baseline: what the image was replaced by.
         elsewhere: the answer was given by another engine than the model that was measured.
         differs: how what that engine gives differs from this model, where it did not run the same; else empty.
+        image: name of the image's file, without folders; of several with commas; empty where it came without one.
         picture: small, for showing.
     """
 
@@ -93,6 +97,7 @@ class Reading:
     baseline: str = ""
     elsewhere: bool = False
     differs: str = ""
+    image: str = ""
     picture: Image.Image | None = field(default=None, repr=False, compare=False)
 
     @functools.cached_property
@@ -268,7 +273,7 @@ def answer_numbers(
     (made,) = forced(probe, row, images, options).rows
     target = probe.attachment
     player = Replay(LiveTrace(made, list(images)), target.model, probe.processor, check_pixels=False).over(baseline)
-    facts = {"id": row.id, "question": made.question or "", "elsewhere": True, "picture": _small(images[0])}
+    facts = {"id": row.id, "question": made.question or "", "elsewhere": True, **_shown(row, images)}
     facts["differs"] = found.sentence if (found := difference(made, row, probe)).serious else ""
     llr = made.log_probs - player.baseline_log_probs.numpy()
     return made, llr, {**facts, "baseline": _named(player.baseline)}
@@ -304,7 +309,7 @@ def _served_rows(source: Source, server: Server, baseline: str | Image.Image) ->
         images = row.open_images(source.places, fetch=source.fetch)
         made = server.measured_answer(images, row.question, row.answer, token_ids=row.token_ids, baseline=baseline)
         assert made.baseline_log_probs is not None
-        facts = {"id": row.id, "question": row.question, "elsewhere": True, "picture": _small(images[0])}
+        facts = {"id": row.id, "question": row.question, "elsewhere": True, **_shown(row, images)}
         used = _named(made.baseline or {})
         return made, made.log_probs - made.baseline_log_probs, {**facts, "baseline": used}
 
@@ -326,6 +331,7 @@ def _traces(
             "id": (imported or {}).get("id"),
             "question": trace.question or trace.prompt,
             "picture": _picture(trace),
+            "image": _names(trace.meta.get("image_files") or ()),
             "elsewhere": imported is not None,
             "baseline": used,
         }
@@ -385,6 +391,18 @@ def _picture(trace: Trace) -> Image.Image | None:
     return None
 
 
+def _shown(row: AnswerRow, images: Sequence[Image.Image]) -> dict[str, Any]:
+    """What a person knows the image by."""
+    return {"image": _names(row.images), "picture": _small(images[0])}
+
+
+def _names(sources: Iterable[object]) -> str:
+    """Names of files without their folders; images that stand in the row itself, as text, have none."""
+    texts = (one for one in sources if isinstance(one, str) and not one.startswith("data:"))
+    parts = (re.split(r"[/\\]", re.sub(r"[?#].*", "", one[:_LONGEST_NAME]))[-1] for one in texts)
+    return ", ".join(part for part in parts if "." in part)
+
+
 def _small(image: Image.Image) -> Image.Image:
     small = image.copy()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -392,9 +410,10 @@ def _small(image: Image.Image) -> Image.Image:
 
 
 COLUMNS = (
-    "rank", "source", "id", "question", "answer", "origin", "words", "image_share", "habit_share", "unlikely_share",
-    "surprise", "worst_word", "instead", "unlikely_words", "words_from_image", "mean_llr", "mean_log_prob", "sentences",
-    "sentences_from_habit", "sentences_unlikely", "bound", "baseline", "elsewhere", "reason",
+    "rank", "source", "id", "image", "question", "answer", "origin", "words", "image_share", "habit_share",
+    "unlikely_share", "surprise", "worst_word", "instead", "unlikely_words", "words_from_image", "mean_llr",
+    "mean_log_prob", "sentences", "sentences_from_habit", "sentences_unlikely", "bound", "baseline", "elsewhere",
+    "reason",
 )  # fmt: skip
 """Columns of the csv. ``surprise``, ``worst_word`` and ``instead`` are of the most surprising word; ``words`` and
 ``sentences`` are numbers of them; ``unlikely_words`` has the worst first; ``reason`` says why an answer is not
@@ -435,7 +454,7 @@ def columns_of(reading: Reading) -> dict[str, Any]:
     figures = reading.figures
     worst = figures.worst
     origins = [sentence.origin for sentence in reading.sentences]
-    own = ("source", "id", "question", "answer", "origin", "mean_log_prob", "bound", "baseline", "elsewhere")
+    own = ("source", "id", "image", "question", "answer", "origin", "mean_log_prob", "bound", "baseline", "elsewhere")
     return {
         **{name: getattr(reading, name) for name in own},
         "words": figures.words,

@@ -20,7 +20,7 @@ from lvlm_probe import drawing
 from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.controls import center_values
-from lvlm_probe.explainers.curve_points import STEPS, facts_of, known_scores
+from lvlm_probe.explainers.curve_points import STEPS, Known, facts_of, known_scores
 from lvlm_probe.explainers.scores import CurveScore
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap, resample
@@ -229,6 +229,7 @@ def evaluate(
     seed: int = 0,
     sampling: Sampling = "full",
     tolerance: float = 0.01,
+    shared: dict[Any, Known] | None = None,
     progress: ProgressChoice = None,
 ) -> Score:
     """Scores a heatmap by deletion and insertion on the tokens it explains, as ``deletion_insertion`` defines them.
@@ -254,6 +255,8 @@ def evaluate(
         sampling: ``"full"`` scores every point of the curves; ``"adaptive"`` as few as keep each area within
             ``tolerance`` of the full curve's, for curves that do not turn; ``params`` then has the error bound.
         tolerance: Largest error bound of an area under adaptive sampling.
+        shared: A dictionary that is handed to several calls about one answer while its model stays as it is: what two
+            heatmaps are both asked for, the ends of the curves and the random heatmaps of ``chance``, is scored once.
         progress: Called with (done, total) images of the heatmap's own curves; by default a bar where a person waits,
             ``False`` for none.
 
@@ -273,7 +276,7 @@ def evaluate(
     values, seen = _on_grid(heat, replay, grid)
     own = 2 * (settings.steps - 1)
     replay.announce("evaluate", lambda: 2 + own * (tie_orders or 1) * (1 + chance) + center * min(own, _CENTER_PASSES))
-    known = dict(known_scores(replay, heat.selection.indices, heat.image_index, mode))
+    known = _known(shared, replay, heat, mode)
     scores = MaskScores(replay, heat.selection.indices, image=heat.image_index, mode=mode, known=known)
     with replay.shortcuts.held(), show_progress(progress, "deletion and insertion") as advance:
         raw = curves(values, seen, scores, settings, decided=heat.selection.decided, progress=advance)
@@ -351,6 +354,18 @@ def _check(settings: CurveSettings, auc: AreaRule, steps: int | None) -> None:
             raise ExplainError(f"{name} is {' or '.join(map(repr, known))}; got {value!r}")
     if steps is not None and steps < 1:
         raise ExplainError(f"steps is at least 1; got {steps}")
+
+
+def _known(shared: dict[Any, Known] | None, replay: ReplayLike, heat: Heatmap, mode: Literal["fast", "exact"]) -> Known:
+    """What has been scored of these tokens: by explaining them, and in an earlier call over the same baseline."""
+    explained = known_scores(replay, heat.selection.indices, heat.image_index, mode)
+    judge = baseline_identity(replay.baseline)
+    if shared is None or judge == ("image", None):  # a description that does not tell one image from another
+        return dict(explained)
+    key = (replay.trace_id, judge, heat.selection.indices, heat.image_index, mode)
+    found = shared.setdefault(key, {})
+    found.update(explained)
+    return found
 
 
 def _random_gains(

@@ -167,7 +167,7 @@ def _cell(name: str, heat: Heatmap | None, score: Score | None, best: float | No
     if heat is not None and heat.values is not None:
         save = (
             '<button type="button" class="quiet save" '
-            f'data-name="{_text(f"{name} {heat.selection.text[:40]}".strip())}" '
+            f'data-name="{_text(f"{name} {heat.selection.label[:40]}".strip())}" '
             f'aria-label="Save the heatmap of {_text(name)}">Save</button>'
         )
     # Names of methods may be broken at their underscores, and there only.
@@ -213,6 +213,8 @@ def _scores(heat: Heatmap, score: Score | None, best: float | None) -> Iterator[
     rows, cols = heat.shape
     facts.append(f"{rows} × {cols}")
     yield f'<p class="facts">{_text(" · ".join(fact.replace(" ", _FIXED_SPACE) for fact in facts))}</p>'
+    if heat.coarse is not None:
+        yield f'<p class="facts">{_told(heat.coarse)}</p>'
 
 
 def _doubts(score: Score) -> Iterator[str]:

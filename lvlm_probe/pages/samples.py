@@ -17,7 +17,7 @@ from lvlm_probe.images import make_baseline
 from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY
 from lvlm_probe.pages.data_uris import data_uri, encode_seen, encode_values, shrink
 from lvlm_probe.pages.plain import nats, plain, probability, without_folders
-from lvlm_probe.words import group_words, spelled
+from lvlm_probe.words import Word, group_words, spelled, told_apart
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -205,7 +205,8 @@ def _label(entry: Mapping[str, Any], maps: Sequence[Mapping[str, Any]], words: S
     if not entry["asked"]:
         rule = "Selected words" if all(other["whole"] for other in maps) else "Whole answer"
     else:
-        chosen = [word["text"] for word in words if set(word["tokens"]) & set(entry["tokens"])]
+        told = told_apart(Word(str(word["text"]), 0, 0) for word in words)
+        chosen = [text for word, text in zip(words, told, strict=True) if set(word["tokens"]) & set(entry["tokens"])]
         rule = f"“{' '.join(chosen[:4])}{' …' if len(chosen) > 4 else ''}”"
     if len({other["method"] for other in maps}) > 1:
         rule += f" · {entry['method']}"
@@ -244,6 +245,12 @@ def _without_curves(score: Score) -> dict[str, Any]:
 
 
 def verdict_of(heat: Heatmap, score: Score | None) -> dict[str, Any]:
+    """What to believe of a map: a state, a title, and sentences, one of them where it has few cells."""
+    found = _verdict(heat, score)
+    return found if heat.coarse is None else {**found, "reasons": [*found["reasons"], _sentence(heat.coarse)]}
+
+
+def _verdict(heat: Heatmap, score: Score | None) -> dict[str, Any]:
     if heat.values is None:
         reason = str(heat.reason or "nothing was selected")
         return {"state": "empty", "title": "No map to show.", "reasons": [_sentence(reason)]}

@@ -7,7 +7,7 @@ them (``rehearsal``, ``meter``), and scales what it finds by the cost that the m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.registry import Problem, check_parameters, cost_of, resolve
 from lvlm_probe.planning.meter import Meter, parse_bytes, show_bytes, weight_bytes
-from lvlm_probe.planning.plans import Plan, choose, default_budget, passes_text, table
+from lvlm_probe.planning.plans import MOST, Plan, choose, default_budget, passes_text, table
 from lvlm_probe.planning.rehearsal import timed
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying import replay as open_replay
@@ -23,7 +23,20 @@ from lvlm_probe.replaying import replay as open_replay
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
-__all__ = ["Meter", "Plan", "parse_bytes", "passes_text", "plan", "plan_for", "show_bytes", "table", "weight_bytes"]
+__all__ = [
+    "Meter",
+    "Pace",
+    "Plan",
+    "expected",
+    "pace",
+    "parse_bytes",
+    "passes_text",
+    "plan",
+    "plan_for",
+    "show_bytes",
+    "table",
+    "weight_bytes",
+]
 
 
 def plan(
@@ -101,3 +114,56 @@ def _with_seconds(replay: Replay, found: Plan, image: int) -> Plan:
             total += most * each + -(-most // at_once) * call
             shortest += fewest * each + -(-fewest // at_once) * call
     return dataclasses.replace(found, seconds=total, seconds_at_least=None if found.at_least is None else shortest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """Seconds that passes over a recorded answer take on this machine: (of a call, of each mask in it).
+
+    Attributes:
+        forward: forward passes.
+        gradient: forward and backward; ``None`` where the model gives no gradient.
+    """
+
+    forward: tuple[float, float]
+    gradient: tuple[float, float] | None
+
+    def of(self, forward: int | None, backward: int | None = 0, *, at_once: int = 1) -> float | None:
+        """Return the seconds of so many passes; ``None`` where nobody knows how many, or there are no gradients.
+
+        Args:
+            forward, backward: images through the model; each backward pass has its forward pass in ``forward``.
+            at_once: masks in a call.
+        """
+        if forward is None or backward is None or (backward and self.gradient is None):
+            return None
+        parts = ((backward, self.gradient or (0.0, 0.0)), (forward - backward, self.forward))
+        return sum(images * each + -(-images // at_once) * call for images, (call, each) in parts if images > 0)
+
+
+def pace(replay: Replay, *, image: int = 0) -> Pace:
+    """Time a few passes over one mask and over three. Raises what a forward pass raises."""
+    forward = timed(replay, gradient=False, image=image)
+    try:
+        gradient = timed(replay, gradient=True, image=image)
+    except Exception:  # whatever is wrong with gradients: methods that need none go on
+        return Pace(forward, None)
+    return Pace(forward, gradient)
+
+
+def expected(replay: Replay, methods: Iterable[str], found: Pace, *, image: int = 0) -> dict[str, float | None]:
+    """Return about how many seconds methods take with their defaults; ``None`` where a method does not say.
+
+    Args:
+        found: ``pace(replay)``.
+    """
+    selection: Any = None  # no words are needed to say how many passes a method takes
+    said: dict[str, float | None] = {}
+    for method in methods:
+        cost = cost_of(method, Problem(replay, selection, image), {})
+        at_once = min(MOST, max(cost.groups, default=1))
+        most = 0.0 if cost.kind is None else found.of(cost.forward, cost.backward, at_once=at_once)
+        least = most if cost.at_least is None else found.of(*cost.at_least, at_once=at_once)
+        # Of a method that stops when its map is good enough nobody knows when: half-way.
+        said[method] = None if most is None or least is None else (most + least) / 2
+    return said

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from lvlm_probe.models.replica import Replica
 from lvlm_probe.replaying.micro_batches import ran_out
 from lvlm_probe.replaying.protocol import ReplayLike
 
-__all__ = ["gradient_fault"]
+__all__ = ["GradientCheck", "gradient_check"]
 
 _AGREE = 0.1
 """Slopes that differ by less of their size are the same one: what a finite difference may leave out by curvature."""
@@ -34,8 +35,25 @@ _ROUNDINGS = 16.0
 """Units of rounding by which one log-probability may be off, per 1 + |log P|."""
 
 
-def gradient_fault(replay: ReplayLike, replica: Replica, decoder: str) -> str:
-    """Say what is wrong with the gradients of a replay: the layer where they stop, and methods that need none.
+@dataclass(frozen=True)
+class GradientCheck:
+    """The slope of an answer's log-likelihood along one direction of the mask, measured twice, in nats.
+
+    Attributes:
+        fault: what is wrong, with the layer where gradients stop, and methods that need none; empty for nothing.
+        gradient: by a backward pass; NaN where there is none.
+        difference: by the last finite difference that was taken; NaN where none was.
+        noise: what rounding in the model's dtype may add to that.
+    """
+
+    fault: str = ""
+    gradient: float = math.nan
+    difference: float = math.nan
+    noise: float = math.nan
+
+
+def gradient_check(replay: ReplayLike, replica: Replica, decoder: str) -> GradientCheck:
+    """Compare the gradients of a replay with finite differences.
 
     Costs three forward passes and a backward pass, and two forward passes more for each smaller step where the slopes
     differ.
@@ -44,9 +62,6 @@ def gradient_fault(replay: ReplayLike, replica: Replica, decoder: str) -> str:
         replay: whose score is differentiated.
         replica: the model that its passes run on.
         decoder: path of the decoder.
-
-    Returns:
-        a sentence; empty where nothing is wrong.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (2, 1, replay.n_images, 5, 6)
@@ -61,7 +76,7 @@ def gradient_fault(replay: ReplayLike, replica: Replica, decoder: str) -> str:
 
 def _compared(
     replay: ReplayLike, modules: _Modules, base: torch.Tensor, direction: torch.Tensor, step: float, rounding: float
-) -> str:
+) -> GradientCheck:
     """Whether both slopes at ``base`` along ``direction`` are one."""
     try:
         with modules.followed():
@@ -72,9 +87,10 @@ def _compared(
         with torch.no_grad():
             replay.log_probs(base)  # raises by itself where gradients are not what is wrong
         reason = str(error).strip().splitlines()[0]
-        return _sentence(modules, modules.stop(), "" if "does not require grad" in reason else f" ({reason})")
+        detail = "" if "does not require grad" in reason else f" ({reason})"
+        return GradientCheck(_sentence(modules, modules.stop(), detail))
 
-    noise = 0.0
+    noise = math.nan
 
     def slope(step: float) -> float:
         nonlocal noise
@@ -85,25 +101,23 @@ def _compared(
 
     expected = float((slopes.cpu().double() * direction.cpu()).sum())
     if not math.isfinite(expected):
-        return ""  # methods say so themselves
-    previous, cut, told = math.nan, "", False
+        return GradientCheck(gradient=expected)  # methods say so themselves
+    measured, previous, cut, told = math.nan, math.nan, "", False
     for _ in range(_STEPS):
         measured = slope(step)
         if not math.isfinite(measured):
-            return ""
+            return GradientCheck("", expected, measured, noise)
         cut, size, off = modules.cut(), max(abs(expected), abs(measured)), abs(expected - measured)
         exact = noise <= _AGREE * size
         if off <= (_AGREE_CUT if cut else _AGREE) * size + noise and (exact or (math.isnan(previous) and not cut)):
-            return ""  # what a module hands on without a gradient does not matter, or not for this answer
+            # What a module hands on without a gradient does not matter, or not for this answer.
+            return GradientCheck("", expected, measured, noise)
         if not exact:
             break
         told = off > _AGREE * size + 3 * (abs(measured - previous) + noise)
         previous, step = measured, step / 4  # choices among experts or positions jump: not within a step so small
-    if not (cut or told):
-        return ""
-    return _sentence(
-        modules, cut, f" (along the image the score rises by {measured:.3g}, by its gradient {expected:.3g})"
-    )
+    detail = f" (along the image the score rises by {measured:.3g}, by its gradient {expected:.3g})"
+    return GradientCheck(_sentence(modules, cut, detail) if cut or told else "", expected, measured, noise)
 
 
 def _sentence(modules: _Modules, layer: str, detail: str) -> str:

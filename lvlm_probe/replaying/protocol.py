@@ -44,6 +44,14 @@ class ShortcutsLike(Protocol):
 
 
 @runtime_checkable
+class MaskJournal(Protocol):
+    """Keeps the log-probabilities that masks gave, by a key: step → nats."""
+
+    def get(self, key: str) -> dict[int, float] | None: ...
+
+    def put(self, key: str, values: Mapping[int, float]) -> None: ...
+
+
 class ReplayLike(Protocol):
     """One answer, as a function of a mask; see ``Replay``, where each of these names is explained."""
 

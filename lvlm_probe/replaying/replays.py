@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
@@ -21,7 +24,7 @@ from lvlm_probe.models.replica import Replica
 from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
 from lvlm_probe.replaying.capture import Captured, capture
-from lvlm_probe.replaying.gradient_flow import gradient_fault
+from lvlm_probe.replaying.gradient_flow import gradient_check
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import (
     Limits,
@@ -34,7 +37,7 @@ from lvlm_probe.replaying.micro_batches import (
     noise_seeds,
     ran_out,
 )
-from lvlm_probe.replaying.protocol import Mode, Need, Score
+from lvlm_probe.replaying.protocol import MaskJournal, Mode, Need, Score
 from lvlm_probe.replaying.rewording import reword
 from lvlm_probe.replaying.shortcuts import Shortcuts
 from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, rounding_of
@@ -67,6 +70,7 @@ class Replay(Views):
         path: how a mask reaches the model's pixel inputs, over this view's baseline.
         passes: images sent through the model so far.
         limits: how passes are run, and what was changed when memory ran out.
+        journal: keeps what masks give (``journalled``); by default nothing does.
         inside: whether somebody looks inside the passes (``capture``).
         kept: what all views share.
         shortcuts: what passes leave out when only some ``steps`` are asked for; ``str()`` of it says so.
@@ -92,6 +96,7 @@ class Replay(Views):
         self.processor = processor
         self.limits = Limits(micro_batch, gradient_checkpointing)
         self.inside: tuple[Captured, ...] = ()
+        self.journal: MaskJournal | None = None
 
         self.anatomy = examine(model, processor)
         self._read_inputs(check_pixels)
@@ -316,8 +321,59 @@ class Replay(Views):
         differentiable = torch.is_grad_enabled() and masks.requires_grad
         if differentiable and len(masks) > size:
             return Recomputed.apply(masks, self.replica, self.passes, each, run)
+        keys = None if differentiable or noise or self.inside else self._keys(masks, image, mode, steps)
+        if keys is not None and (known := self._recalled(keys)) is not None:
+            return known
         with torch.set_grad_enabled(differentiable):
-            return torch.cat(each(masks, run))
+            found = torch.cat(each(masks, run))
+        if keys is not None:
+            self._keep(keys, found)
+        return found
+
+    def journalled(self, journal: MaskJournal) -> Self:
+        """A view that keeps what masks give, and does not ask the model again for what the journal holds.
+
+        For work that may be stopped: what was finished of it is found when the same calls are made again, to the last
+        bit. Passes with noise or a gradient are run as ever; found ones are counted as passes.
+        """
+        other = self.viewed()
+        other.journal = journal
+        return other
+
+    def _keys(
+        self, masks: torch.Tensor, image: int | None, mode: Mode, steps: Sequence[int] | None
+    ) -> list[str] | None:
+        """What a journal knows masks by: everything that decides their numbers."""
+        if self.journal is None:
+            return None
+        decisive = [self.trace_id, sorted(map(str, self.baseline.items())), image, mode, steps and list(steps)]
+        decisive += [str(self.model.dtype), self.device.type, list(masks.shape[1:]), self.input_ids.tolist()]
+        start = hashlib.sha256(json.dumps(decisive).encode())
+        keys = []
+        for mask in masks.detach().float().cpu():
+            found = start.copy()
+            found.update(mask.contiguous().numpy().tobytes())
+            keys.append(found.hexdigest())
+        return keys
+
+    def _recalled(self, keys: Sequence[str]) -> torch.Tensor | None:
+        """The log-probabilities of a call, ``(batch, step)``, where the journal holds it whole."""
+        assert self.journal is not None
+        rows = [self.journal.get(key) for key in keys]
+        if not rows or any(row is None for row in rows):
+            return None
+        found = torch.full((len(rows), len(self.token_ids)), torch.nan, dtype=torch.float32)
+        for place, row in enumerate(rows):
+            for step, value in (row or {}).items():
+                found[place, step] = value
+        self.passes.add(forward=len(rows))
+        return found.to(self.device)
+
+    def _keep(self, keys: Sequence[str], found: torch.Tensor) -> None:
+        assert self.journal is not None
+        for key, row in zip(keys, found.detach().cpu().tolist(), strict=True):
+            if all(value <= 0 or math.isnan(value) for value in row):
+                self.journal.put(key, {step: value for step, value in enumerate(row) if not math.isnan(value)})
 
     @outside_inference_mode
     @taking_turns
@@ -382,7 +438,7 @@ class Replay(Views):
         if self.kept.gradients is None:
             self.kept.gradients = ""  # while it is being looked for, and where there is nothing to say
             try:
-                self.kept.gradients = gradient_fault(self, self.replica, self.anatomy.decoder)
+                self.kept.gradients = gradient_check(self, self.replica, self.anatomy.decoder).fault
             except BaseException:
                 self.kept.gradients = None
                 raise

@@ -57,6 +57,9 @@ PROTOCOL = {
     "causal_draws": CAUSAL_DRAWS,
 }
 
+FEW = {"sampling": "adaptive", "tolerance": 0.01}
+"""How curves are drawn with ``--adaptive``: a quarter of the points, for models that take a second for an image."""
+
 Line = dict[str, Any]
 
 
@@ -98,8 +101,8 @@ class Lines:
         return sorted((line for line in mine if line["key"] == key), key=lambda line: line["scene"])
 
     def keep_complete(self, names: Sequence[str]) -> int:
-        """Forgets scenes that not every entry has judged yet, and says how many those were: all are compared on one
-        set of scenes."""
+        """Forgets scenes that not each of these entries has judged yet, and says how many those were: all are compared
+        on one set of scenes."""
         done = [{line["scene"] for line in self.of(name)} for name in names]
         complete = set.intersection(*done) if done else set()
         begun = {scene for scene, _ in self.latest} - complete
@@ -124,13 +127,16 @@ def scene_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--scenes", type=int, default=200, help="how many; answered rightly, all kinds of question")
     parser.add_argument("--split", choices=("eval", "tune"), default="eval", help="held out, or kept for tuning")
     parser.add_argument("--hard", action="store_true", help="hard scenes; give --model as well")
+    parser.add_argument("--cases", type=Path, help="stored images instead: a folder that photographs.py has written")
+    parser.add_argument("--held-out", default=",".join(HELD_OUT), help="baselines that judge too, with commas")
+    parser.add_argument("--adaptive", action="store_true", help="few points of the curves, areas within 0.01")
     parser.add_argument("--model", type=Path, help="checkpoint that answers; by default the embedded demo model")
     parser.add_argument("--out", type=Path, help=f"by default {out}/easy or {out}/hard, with -tune for that split")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th scene from the I-th on, I from 0")
     parser.add_argument("--threads", type=int, default=1, help="of torch; one per process is best with two shards")
     parser.add_argument("--again", nargs="*", default=[], metavar="NAME", help="make the lines of these anew")
     parser.add_argument("--table", action="store_true", help="only print the tables, from the lines there are")
-    parser.set_defaults(root=Path(out))
+    parser.set_defaults(root=Path(out), few=[], few_scenes=0)
 
 
 def settle(arguments: argparse.Namespace) -> None:
@@ -139,12 +145,19 @@ def settle(arguments: argparse.Namespace) -> None:
     arguments.shard = (int(index), int(number or 1))
     if not 0 <= arguments.shard[0] < arguments.shard[1]:
         raise SystemExit(f"--shard I/N has I from 0 to N − 1; got {index}/{number}")
+    if arguments.out is None and arguments.cases is not None:
+        arguments.out = arguments.root / arguments.cases.name
     if arguments.out is None:
         folder = ("hard" if arguments.hard else "easy") + ("-tune" if arguments.split == "tune" else "")
         arguments.out = arguments.root / folder
     if arguments.model is not None and not arguments.model.is_dir():
         raise SystemExit(f"--model: there is no folder {arguments.model}; examples/train_hard_model.py writes one")
     torch.set_num_threads(arguments.threads)
+
+
+def judges(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The held-out baselines that judge."""
+    return tuple(filter(None, arguments.held_out.split(",")))
 
 
 def digest(*parts: Any) -> str:
@@ -159,10 +172,13 @@ def weights_digest(model: Path | None) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in names)).hexdigest()[:12]
 
 
-def scenes_to_do(arguments: argparse.Namespace, lines: Lines, keys: Mapping[str, str]) -> Iterator[tuple[Line, Case]]:
+def scenes_to_do(
+    arguments: argparse.Namespace, lines: Lines, keys: Mapping[str, str], *, few: Sequence[str] = ()
+) -> Iterator[tuple[Line, Case]]:
     """The scenes of this shard that lack a line, with what every line says about its scene.
 
-    All shards count the same scenes (``number``), so that together they judge exactly what one process would.
+    Those of ``few`` are wanted on the first ``arguments.few_scenes`` only. All shards count the same scenes
+    (``number``), so that together they judge exactly what one process would.
     """
     shard, shards = arguments.shard
     wanted = [number for number in range(arguments.scenes) if number % shards == shard]
@@ -170,7 +186,11 @@ def scenes_to_do(arguments: argparse.Namespace, lines: Lines, keys: Mapping[str,
     complete = {
         number
         for number, line in by_number.items()
-        if all(lines.has(line["scene"], name, key) for name, key in keys.items())
+        if all(
+            lines.has(line["scene"], name, key)
+            for name, key in keys.items()
+            if name not in few or number < arguments.few_scenes
+        )
     }
     remaining = [number for number in wanted if number not in complete]
     if not remaining:
@@ -189,6 +209,7 @@ def scenes_to_do(arguments: argparse.Namespace, lines: Lines, keys: Mapping[str,
         after=before["scene"] if before else -1,
         hard=arguments.hard,
         model=arguments.model,
+        images=arguments.cases,
     )
     for case in found:
         number += 1
@@ -208,15 +229,21 @@ def scenes_to_do(arguments: argparse.Namespace, lines: Lines, keys: Mapping[str,
             path.unlink()
 
 
-def judged(case: Case, heat: probe.Heatmap, *, held_out: Sequence[str] = HELD_OUT, causal: bool = True) -> Line:
-    """Everything a heatmap is judged by, NaN where it cannot be said.
+def judged(
+    case: Case,
+    heat: probe.Heatmap,
+    *,
+    held_out: Sequence[str] = HELD_OUT,
+    causal: bool = True,
+    adaptive: bool = False,
+) -> Line:
+    """Everything a heatmap is judged by, NaN where it cannot be said; with ``adaptive`` on few points of the curves.
 
     ``held_out`` is the mean gain over those held-out baselines that take the words away and are not, by another name,
     the one that the heatmap was made with.
     """
-    score = probe.evaluate(
-        heat, case.replay, baseline=case.replay.baseline, grid=GRID, steps=STEPS, tie_orders=TIE_ORDERS
-    )
+    how: dict[str, Any] = {"grid": GRID, "tie_orders": TIE_ORDERS, "shared": case.shared, **(FEW if adaptive else {})}
+    score = probe.evaluate(heat, case.replay, baseline=case.replay.baseline, steps=STEPS, **how)
     line: Line = {
         "deletion": score.deletion,
         "insertion": score.insertion,
@@ -224,17 +251,13 @@ def judged(case: Case, heat: probe.Heatmap, *, held_out: Sequence[str] = HELD_OU
         "ties": score.tie_share,
         "trusted": score.verdict.trusted,
         "reasons": list(score.verdict.reasons),
-        "pointing": pointing_game(heat, case.scene.mask, tolerance=POINTING_TOLERANCE),
-        "pointing_strict": pointing_game(heat, case.scene.mask),
-        "energy": energy_in_region(heat, case.scene.mask),
-        "average_precision": average_precision(heat, case.scene.mask),
-        "iou": iou(heat, case.scene.mask),
+        **_placed(heat, case.scene.mask),
     }
     gains = []
     for kind in held_out:
         if kind == "mean" and case.replay.baseline.get("limit"):
             continue
-        other = probe.evaluate(heat, case.replay, baseline=kind, grid=GRID, steps=HELD_OUT_STEPS, tie_orders=TIE_ORDERS)
+        other = probe.evaluate(heat, case.replay, baseline=kind, steps=HELD_OUT_STEPS, **how)
         check = other.baseline_check
         if check["original_probability"] - check["mean_probability"] < MIN_CONTRAST:
             continue
@@ -247,6 +270,19 @@ def judged(case: Case, heat: probe.Heatmap, *, held_out: Sequence[str] = HELD_OU
         except probe.ProbeError as error:
             line |= {"causal": math.nan, "not_causal": str(error)}
     return line
+
+
+def _placed(heat: probe.Heatmap, mask: np.ndarray | None) -> Line:
+    """Where a heatmap points, nothing where the place is not known."""
+    if mask is None:
+        return {}
+    return {
+        "pointing": pointing_game(heat, mask, tolerance=POINTING_TOLERANCE),
+        "pointing_strict": pointing_game(heat, mask),
+        "energy": energy_in_region(heat, mask),
+        "average_precision": average_precision(heat, mask),
+        "iou": iou(heat, mask),
+    }
 
 
 def peak_memory(run: Any) -> int:
@@ -322,11 +358,12 @@ def scenes_summary(arguments: argparse.Namespace, lines: Lines) -> dict[str, Any
         "scenes": len(by_scene),
         "hard": arguments.hard,
         "split": arguments.split,
+        "stored": None if arguments.cases is None else arguments.cases.name,
         "kinds": dict(Counter(line["kind"] for line in by_scene.values())),
         "passed_over": last["passed_over"],
         "model": "embedded demo model" if arguments.model is None else arguments.model.name,
         "weights": weights_digest(arguments.model),
-        "protocol": PROTOCOL,
+        "protocol": PROTOCOL | {"held_out": judges(arguments)} | (FEW if arguments.adaptive else {}),
         "machine": machine(),
         "lvlm_probe": probe.__version__,
     }
@@ -335,6 +372,12 @@ def scenes_summary(arguments: argparse.Namespace, lines: Lines) -> dict[str, Any
 def scenes_sentence(summary: Mapping[str, Any]) -> str:
     """The line under a table."""
     skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(summary["passed_over"].items())) or "none"
+    if summary.get("stored"):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in summary["kinds"].items())
+        return (
+            f"{summary['scenes']} images ({kinds}); passed over on the way: {skipped}. Mean [95 % bootstrap interval]. "
+            f"Ranked on {GRID} × {GRID} cells."
+        )
     split = "held-out" if summary["split"] == "eval" else "TUNING"
     return (
         f"{summary['scenes']} {split} {'hard' if summary['hard'] else 'easy'} scenes of {len(summary['kinds'])} kinds "

@@ -312,6 +312,36 @@ def meter(found: Found) -> list[Goal]:
     ]
 
 
+def judging(found: Found) -> list[Goal]:
+    explaining, judged = at(found, "explaining_default"), at(found, "judging")
+    return [
+        Goal(
+            "images to judge a map, median, as a share of those that igos++ takes to make it",
+            judged / explaining if found else None,
+            1.0,
+            ratio,
+        ),
+        Goal("gain of few points against that of all, mean difference", at(found, "off"), 0.01, "{:.4f}".format),
+    ]
+
+
+def judging_more(found: Found) -> list[str]:
+    if not found:
+        return []
+    lines = [
+        f"{found['scenes']} plain scenes. Images through the model, forward and backward, means of a map; of all "
+        f"points {found['judging_full']:.0f} images in the median. The bound is one for curves that fall, or rise, all "
+        f"the way: those that turn may be off by more. Largest difference in gain: {found['off_most']:.3f}.",
+        "",
+        "| method | explaining | judging, few points | judging, all points | difference in gain | its bound | turns |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in found["methods"].items():
+        counts = " | ".join(f"{one[key]:.0f}" for key in ("explaining", "judging", "judging_full"))
+        lines.append(f"| {name} | {counts} | {one['off']:.4f} | {one['bound']:.4f} | {one['turns']:.2f} |")
+    return lines
+
+
 def meter_more(found: Found) -> list[str]:
     if not found:
         return []
@@ -447,6 +477,11 @@ SECTIONS: tuple[Section, ...] = (
         "looking, whatever their length; `lvlm-probe study contradictions` gives the first figure for a model and data "
         "of one's own.",
         meter, meter_more,
+    ),
+    Section(
+        "Judging", "judging.json", "python tests/benchmarks/bench_judging.py",
+        "What it takes to judge a map in `lvlm-probe evaluate --methods`, which scores as few points of the curves as "
+        "keep each area within 0.005 where curves do not turn, beside making it.", judging, judging_more,
     ),
     Section(
         "GPU", "gpu.json", "python tests/benchmarks/bench_gpu.py",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import lvlm_probe as probe
 from lvlm_probe.selection import TokenSelection
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import ablations
 import judging
+import photographs
 import tournament
 
 
@@ -72,7 +74,9 @@ def dealt(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def arguments(out: Path, shard: tuple[int, int], scenes: int) -> argparse.Namespace:
-    return argparse.Namespace(scenes=scenes, shard=shard, split="eval", hard=False, model=None, out=out)
+    return argparse.Namespace(
+        scenes=scenes, shard=shard, split="eval", hard=False, model=None, cases=None, adaptive=False, out=out
+    )
 
 
 def test_shards_together_judge_what_one_process_would(dealt: list[int], tmp_path: Path) -> None:
@@ -167,8 +171,9 @@ def test_tables_say_what_the_lines_say(tmp_path: Path, capsys: pytest.CaptureFix
             lines.add(line(scene, name, **facts))
     lines.add(line(3, "tmm", gain=None, reason="no such layers", kind="colour"))
     wanted = argparse.Namespace(
-        out=tmp_path, methods="all", against="igos++", split="eval", hard=False, model=None, scenes=12
-    )
+        out=tmp_path, methods="all", against="igos++", split="eval", hard=False, model=None, cases=None, scenes=12,
+        adaptive=False, held_out="mean,noise",
+    )  # fmt: skip
     summary = tournament.summarise(wanted, lines)
     assert summary["methods"]["tmm"]["maps"] == 11
     kept = np.arange(12) != 3
@@ -193,6 +198,62 @@ def test_only_scenes_that_every_method_has_judged_are_compared(tmp_path: Path) -
     assert lines.keep_complete(["a", "b"]) == 2
     assert sorted(lines.latest) == [(0, "a"), (0, "b"), (3, "a"), (3, "b")]
     assert judging.Lines(tmp_path).keep_complete(["a"]) == 1  # the file keeps them all
+
+
+@pytest.fixture(scope="module")
+def cases_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three demo scenes as photographs.py writes images, the last without a mask, and one that is answered wrongly."""
+    found: list[dict[str, Any]] = []
+    for place, scene in enumerate(probe.demo.scenes(3)):
+        found.append({"picture": scene.image, "region": scene.mask, "question": scene.question})
+        found[-1] |= {"words": list(scene.visual_words), "kind": f"kind {place}"}
+    found[2] |= {"region": None, "words": []}
+    found.insert(1, {**found[0], "words": ["zebra"]})
+    folder = tmp_path_factory.mktemp("photographs") / "images"
+    assert photographs.write(iter(found), folder) == 4
+    return folder
+
+
+def test_stored_images_are_judged_as_scenes_are(
+    cases_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["center", "input_gradient", "random", tournament.GROUND_TRUTH]
+    common = ["x", "--scenes", "3", "--methods", ",".join(names), "--no-causal", "--memory", "0", "--against", "center"]
+    few = ["--few", "random", "--few-scenes", "1"]
+    for more in (
+        ["--cases", str(cases_folder), *few, "--out", str(tmp_path / "stored")],
+        ["--out", str(tmp_path / "own")],
+    ):
+        monkeypatch.setattr(sys, "argv", [*common, *more])
+        tournament.main()
+    stored, own = (judging.Lines(tmp_path / place) for place in ("stored", "own"))
+    for line_, other in zip(stored.of("input_gradient"), own.of("input_gradient"), strict=True):
+        assert line_["gain"] == pytest.approx(other["gain"], abs=1e-5)
+        assert line_["held_out"] == pytest.approx(other["held_out"], abs=1e-5)
+    places = [line_.get("pointing") for line_ in stored.of("input_gradient")]
+    assert places[:2] == [line_["pointing"] for line_ in own.of("input_gradient")][:2] and places[2] is None
+    assert [line_["passed_over"] for line_ in stored.of("center")][-1] == {"answered wrongly": 1}
+    assert [line_["number"] for line_ in stored.of("random")] == [0]
+    assert "nobody has marked" in stored.of(tournament.GROUND_TRUTH)[2]["reason"]
+    text = (tmp_path / "stored" / "table.md").read_text("utf-8")
+    assert "| random (the first 1) |" in text and "| input_gradient |" in text
+    assert "3 images (1 kind 0, 1 kind 1, 1 kind 2); passed over on the way: 1 answered wrongly" in text
+    # Nothing is made twice, and what is asked for beyond what there is is no error.
+    before = stored.path.read_text("utf-8")
+    monkeypatch.setattr(sys, "argv", [*common, "--cases", str(cases_folder), *few, "--out", str(tmp_path / "stored")])
+    tournament.main()
+    assert stored.path.read_text("utf-8") == before
+
+
+@pytest.mark.quick
+def test_plain_photographs_stand_among_the_composites() -> None:
+    plain = [Image.new("RGB", (8, 8))] * 3
+    endless = (
+        {"picture": None, "region": None, "question": "", "words": ["a"], "kind": "left"} for _ in itertools.count()
+    )
+    kinds = [case["kind"] for case in photographs.mixed(endless, plain, 6)]
+    assert kinds.count("photograph") == 3 and len(kinds) == 9
+    assert "photograph" in kinds[:4]
 
 
 def test_filling_a_place_leaves_the_rest(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/tournament.py
     python tests/benchmarks/tournament.py --hard --model examples/hard_model
+    python tests/benchmarks/tournament.py --cases runs/photographs --model DIR --few greedy,rise --few-scenes 20
     python tests/benchmarks/tournament.py --shard 0/2 &  python tests/benchmarks/tournament.py --shard 1/2
 
 Every method explains the same tokens against the same verified baseline and is ranked on the same grid. It is judged by
@@ -15,6 +16,9 @@ Every method explains the same tokens against the same verified baseline and is 
 Methods that may take any number of passes are given somewhat more work than iGOS++: RISE 600 masks, the greedy search
 32 superpixels, some 650 forward passes each, a backward pass counting as two. Everything else runs with its defaults.
 
+Slow methods may be judged on the first scenes only (``--few``); their rows say on how many, and they are compared with
+others on those.
+
 One JSON line per scene and method: it can be stopped and goes on where it was. ``summary.json`` and ``table.md`` are
 written at the end, and by ``--table`` at any time.
 """
@@ -22,6 +26,7 @@ written at the end, and by ``--table`` at any time.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections import Counter
@@ -35,6 +40,7 @@ import numpy as np
 import torch
 from held_out import POINTING_TOLERANCE, Case, cases
 from judging import (
+    FEW,
     HELD_OUT,
     PROTOCOL,
     Line,
@@ -45,6 +51,7 @@ from judging import (
     fill,
     holm,
     judged,
+    judges,
     peak_memory,
     scene_arguments,
     scenes_sentence,
@@ -59,6 +66,7 @@ from judging import (
 from tqdm import tqdm
 
 import lvlm_probe as probe
+from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import methods
 
 GROUND_TRUTH = "ground-truth mask"
@@ -78,6 +86,8 @@ class Entry:
 
     def explain(self, case: Case) -> probe.Heatmap:
         if self.method is None:
+            if case.scene.mask is None:
+                raise ExplainError("nobody has marked what the answer needs")
             # Dilution over cells ranks its border; inside, all cells are tied.
             mask = torch.from_numpy(case.scene.mask)[None].float()
             values = torch.nn.functional.adaptive_avg_pool2d(mask, PROTOCOL["grid"])[0].numpy()
@@ -113,7 +123,7 @@ def entries() -> dict[str, Entry]:
     return {name: Entry(name, SETTINGS.get(name, {})) for name in methods()} | VARIANTS
 
 
-def measure(case: Case, entry: Entry, *, causal: bool) -> Line:
+def measure(case: Case, entry: Entry, arguments: argparse.Namespace) -> Line:
     """One method on one scene. What it cannot do, and why, is a result too."""
     before = case.replay.passes.forward, case.replay.passes.backward
     started = time.perf_counter()
@@ -129,12 +139,22 @@ def measure(case: Case, entry: Entry, *, causal: bool) -> Line:
     }
     if heat.values is None:
         return {**cost, "reason": heat.reason}
-    return {**cost, "shape": list(heat.shape), **judged(case, heat, causal=causal)}
+    return {**cost, "shape": list(heat.shape), **_judged(case, heat, arguments)}
+
+
+def _judged(case: Case, heat: probe.Heatmap, arguments: argparse.Namespace) -> Line:
+    return judged(case, heat, held_out=judges(arguments), causal=arguments.causal, adaptive=arguments.adaptive)
 
 
 def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Entry]) -> None:
     """Makes the lines that are missing."""
     scenes = weights_digest(arguments.model), arguments.split, arguments.hard
+    if arguments.adaptive:
+        scenes = (*scenes, FEW)
+    if judges(arguments) != HELD_OUT:
+        scenes = (*scenes, judges(arguments))
+    if arguments.cases is not None:
+        scenes = (*scenes, hashlib.sha256((arguments.cases / "cases.jsonl").read_bytes()).hexdigest())
     keys = {
         name: digest(entry.method, dict(entry.params), PROTOCOL, arguments.causal, *scenes)
         for name, entry in chosen.items()
@@ -142,20 +162,22 @@ def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Entry
     for place in [place for place in lines.latest if place[1] in arguments.again]:
         del lines.latest[place]
     shard, shards = arguments.shard
-    total = len(range(shard, arguments.scenes, shards)) * len(chosen)
+    few = [name for name in chosen if name in arguments.few]
+    total = len(range(shard, arguments.scenes, shards)) * (len(chosen) - len(few))
+    total += len(range(shard, min(arguments.scenes, arguments.few_scenes), shards)) * len(few)
     done = sum(
         lines.has(line["scene"], line["name"], keys.get(line["name"], ""))
         for line in lines.latest.values()
         if line["number"] < arguments.scenes and line["number"] % shards == shard
     )
     with tqdm(total=total, initial=done, unit="map", smoothing=0, mininterval=5) as bar:
-        for facts, case in scenes_to_do(arguments, lines, keys):
+        for facts, case in scenes_to_do(arguments, lines, keys, few=few):
             for name, entry in chosen.items():
-                if not lines.has(facts["scene"], name, keys[name]):
+                left_out = name in few and facts["number"] >= arguments.few_scenes
+                if not left_out and not lines.has(facts["scene"], name, keys[name]):
                     bar.set_postfix_str(f"scene {facts['number']}, {name}", refresh=False)
-                    lines.add(
-                        {**facts, "name": name, "key": keys[name], **measure(case, entry, causal=arguments.causal)}
-                    )
+                    made = measure(case, entry, arguments)
+                    lines.add({**facts, "name": name, "key": keys[name], **made})
                     bar.update()
 
 
@@ -172,7 +194,11 @@ def weigh(arguments: argparse.Namespace, chosen: Mapping[str, Entry]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[int]] = {name: [] for name in missing}
     scenes = cases(
-        arguments.split, arguments.memory, folder, skipped=Counter(), hard=arguments.hard, model=arguments.model
+        *(arguments.split, arguments.memory, folder),
+        skipped=Counter(),
+        hard=arguments.hard,
+        model=arguments.model,
+        images=arguments.cases,
     )
     for case in tqdm(scenes, total=arguments.memory, unit="scene", desc="memory"):
         for name in missing:
@@ -242,7 +268,7 @@ def table(summary: dict[str, Any]) -> str:
         for column in ("gain", "held_out"):
             test = row.get("behind", {}).get(column)
             cells += [shown(test, signed=True), _p(test)] if test else ["–", "–"]
-        text.append(f"| {name} | {' | '.join(cells)} |")
+        text.append(f"| {_named(name, summary)} | {' | '.join(cells)} |")
     text += [
         "",
         "| heatmap | pointing ↑ | without tolerance ↑ | energy ↑ | average precision ↑ | causal agreement ↑ "
@@ -257,7 +283,7 @@ def table(summary: dict[str, Any]) -> str:
         passes = f"{row['forward']:.0f} + {row['backward']:.0f}" if row["forward"] else "none"
         seconds = "–" if row["seconds"] is None or name == GROUND_TRUTH else f"{row['seconds']:.2f}"
         memory = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
-        text.append(f"| {name} | {' | '.join(cells)} | {passes} | {seconds} | {memory} |")
+        text.append(f"| {_named(name, summary)} | {' | '.join(cells)} | {passes} | {seconds} | {memory} |")
     protocol = summary["protocol"]
     text += [
         "",
@@ -294,8 +320,14 @@ def short_table(summary: dict[str, Any]) -> str:
             for column in ("held_out", "pointing", "average_precision", "causal")
         ]
         against = [shown(test, signed=True), _p(test)] if test else ["–", "–"]
-        text.append(f"| {name} | {' | '.join([shown(row['gain']), *against, *means, passes])} |")
+        text.append(f"| {_named(name, summary)} | {' | '.join([shown(row['gain']), *against, *means, passes])} |")
     return "\n".join([*text, "", scenes_sentence(summary)])
+
+
+def _named(name: str, summary: Mapping[str, Any]) -> str:
+    """A method with the number of its scenes, where those are not all."""
+    scenes = summary["methods"][name]["scenes"]
+    return name if scenes == summary["scenes"] else f"{name} (the first {scenes})"
 
 
 def _p(test: Mapping[str, Any]) -> str:
@@ -307,6 +339,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     scene_arguments(parser, "runs/tournament")
     parser.add_argument("--methods", default="all", help="names with commas, or all; --methods list shows them")
+    parser.add_argument("--few", default="", help="names of methods that are judged on the first scenes only")
+    parser.add_argument("--few-scenes", type=int, default=20, help="how many those are")
     parser.add_argument("--against", default="igos++ (fast)", help="the method that all others are compared with")
     parser.add_argument("--no-causal", dest="causal", action="store_false", help="leave causal agreement out")
     parser.add_argument(
@@ -317,12 +351,13 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     settle(arguments)
+    arguments.few = arguments.few.split(",") if arguments.few else []
     known = entries()
     if arguments.methods == "list":
         print("\n".join(known))
         return
     names = list(known) if arguments.methods == "all" else arguments.methods.split(",")
-    unknown = [name for name in (*names, *arguments.again) if name not in known]
+    unknown = [name for name in (*names, *arguments.again, *arguments.few) if name not in known]
     if unknown:
         raise SystemExit(f"no method {unknown[0]!r}; there are {', '.join(known)}")
     chosen = {name: known[name] for name in names}
@@ -335,15 +370,16 @@ def main() -> None:
     if not lines.latest:
         raise SystemExit(f"no lines in {arguments.out}; run without --table first")
     names = [name for name in lines.names() if name in chosen]
-    begun = lines.keep_complete(names)
+    begun = lines.keep_complete([name for name in names if name not in arguments.few] or names)
     if not lines.latest:
         raise SystemExit(f"no scene in {arguments.out} has been judged under every method yet; let it go on")
     summary = {**summarise(arguments, lines), "begun": begun}
     write(arguments.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     write(arguments.out / "table.md", table(summary))
     if arguments.fill:
-        mark = "hard" if arguments.hard else "easy"
-        fill(ROOT / "docs" / "figures.md", f"tournament {mark}", short_table(summary))
+        mark = "photographs" if arguments.cases else "hard" if arguments.hard else "easy"
+        if not arguments.cases:
+            fill(ROOT / "docs" / "figures.md", f"tournament {mark}", short_table(summary))
         fill(ROOT / "docs" / "tournament.md", mark, table(summary))
     print(table(summary))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from command_line import run, succeed
@@ -448,7 +449,11 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
         stopped = run("evaluate", two_traces, "--methods", SWIFT, "--steps", "8")
     assert stopped.code == 130
     assert "4 finished maps are kept" in stopped.err
-    assert not page.exists()
+    assert f"the page so far: {page}" in stopped.err and "4 of 6 maps so far" in page.read_text("utf-8")
+    assert [len(entry["maps"]) for entry in json.loads(page.with_suffix(".json").read_text("utf-8"))["traces"]] == [
+        3,
+        1,
+    ]
     kept = {file: file.stat().st_mtime_ns for file in (two_traces / "explanations").glob("*.h5")}
     assert len(kept) == 4
 
@@ -461,7 +466,7 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
     assert set(rows) == set(SWIFT.split(","))
     assert all("2 of 2" in row and row.count("[") == 3 for row in rows.values())
     text = page.read_text("utf-8")
-    assert "3 methods on 2 answers" in text and "one grid of 32 × 32 cells" in text
+    assert "3 methods on 2 answers" in text and "one grid of 32 × 32 cells" in text and "so far" not in text
 
     stored = json.loads(page.with_suffix(".json").read_text("utf-8"))
     for number, entry in enumerate(stored["methods"]):
@@ -488,6 +493,170 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
         "evaluate", two_traces, "--methods", "random", "--steps", "9", "--grid", "16", "--overwrite", "--json"
     )
     assert other.json["traces"][0]["maps"][0]["score"]["params"]["grid"] == [16, 16]
+
+
+def test_equal_words_and_few_cells_are_said_at_the_command_line(tmp_path: Path) -> None:
+    (scene,) = probe.demo.scenes(1)
+    scene.image.save(tmp_path / "a.png")
+    answer = {"image": "a.png", "question": scene.question, "answer": "The cross is yellow and yellow."}
+    (tmp_path / "given.jsonl").write_text(json.dumps(answer))
+    folder = tmp_path / "runs"
+    succeed("import", tmp_path / "given.jsonl", "--model", "demo", "--out", folder)
+    asked = ("explain", folder, "--model", "demo", "--words", "yellow", "--word-maps", "--method", "occlusion")
+    result = succeed(*asked, "--param", "size=3", "--no-scores")
+    shown = [re.split(r"  not scored|: no map", line)[0][4:] for line in result.out.splitlines() if line[2:3] in "·–"]
+    assert shown == ["yellow … yellow (2nd)", "yellow", "yellow (2nd)"]  # of the last there is no map
+    assert result.out.count("only 3 × 3 cells") == 2
+    assert "bold:" not in result.out and "underlined:" not in result.out  # in a pipe nothing is either
+    names = [file.name.split(".")[0] for file in (folder / "explanations").glob("*.h5")]
+    assert sum(name.endswith("_yellow-2nd") for name in names) == 1
+    assert sum(name.endswith("_yellow") for name in names) == 1
+    page = tmp_path / "page.html"
+    succeed("report", folder, "--out", page)
+    labels = [entry["label"] for entry in report_data(page)["samples"][0]["maps"]]
+    assert labels == ["“yellow yellow (2nd)”", "“yellow”", "“yellow (2nd)”"]
+    assert "only 3 × 3 cells" in report_data(page)["samples"][0]["maps"][0]["verdict"]["reasons"][-1]
+
+
+def report_data(page: Path) -> dict[str, Any]:
+    """The data that a report's page shows."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])  # type: ignore[no-any-return]
+
+
+def test_the_legend_names_the_looks_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.text import Text
+
+    from lvlm_probe.cli.shared import maps
+
+    answer = Text.assemble("The ", ("cat", "bold green underline"))
+    under = Text.assemble("The ", ("cat", "underline"))
+    monkeypatch.setattr(maps, "shows_looks", lambda: True)
+    assert maps.legend(answer) == "bold: the image makes the word over e times likelier; underlined: explained"
+    assert maps.legend(under) == "underlined: explained" and maps.legend(Text("The cat")) == ""
+    monkeypatch.setattr(maps, "shows_looks", lambda: False)
+    assert maps.legend(answer) == ""
+
+
+def test_evaluate_says_before_what_it_takes_and_begins_with_what_is_quick(trace: Path) -> None:
+    result = succeed("evaluate", trace, "--methods", "occlusion,input_gradient,center")
+    said = result.err.splitlines()
+    forecast = next(number for number, line in enumerate(said) if line.startswith("about "))
+    assert " for 3 methods on 1 answer, judging included" in said[forecast]
+    assert "2 quick ones first" in said[forecast] and said[forecast].endswith("then occlusion")
+    rows = [line.split(":")[0] for line in said[forecast + 1 :] if line.endswith(" of 3)")]
+    assert rows == ["center", "input_gradient", "occlusion"]  # not the order in which they were named
+    # On the page, and for programs, they stand as they always do.
+    stored = json.loads((trace.parent / "comparison.json").read_text("utf-8"))
+    assert [item["method"] for item in stored["traces"][0]["maps"]] == ["occlusion", "input_gradient", "center"]
+    # Nothing is left to be told when all is there.
+    again = succeed("evaluate", trace, "--methods", "occlusion,input_gradient,center", "--overwrite")
+    assert "judging included" not in again.err
+
+
+@pytest.mark.parametrize("method", ["occlusion", "rise"])
+def test_a_long_method_goes_on_within_its_map(
+    method: str, trace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lvlm_probe.replaying import Replay
+
+    ran: list[int] = []
+    real = Replay._in_micro_batches
+
+    def run_masks(self: Replay, masks: Any, *rest: Any) -> Any:
+        ran.append(len(masks))
+        if stop_after is not None and sum(ran) > stop_after:
+            raise KeyboardInterrupt
+        return real(self, masks, *rest)
+
+    monkeypatch.setattr(Replay, "_in_micro_batches", run_masks)
+    command = ("explain", trace, "--method", method, "--no-scores", "--json")
+    command += ("--param", "masks=300") if method == "rise" else ("--param", "batch=40")
+    stop_after: int | None = 150
+    assert run(*command).code == 130
+    folder = trace.parent / "explanations"
+    assert len(list(folder.glob("*.masks.jsonl"))) == 1 and not list(folder.glob("*.h5"))
+    stop_after, before = None, sum(ran[:-1])
+    ran.clear()
+    resumed = succeed(*command).json["maps"][0]
+    after = sum(ran)
+    assert not list(folder.glob("*.masks.jsonl"))
+    # What was finished was not sent again, and counts as what the map took.
+    ran.clear()
+    whole = succeed(*command, "--out", tmp_path / "again").json["maps"][0]
+    assert sum(ran) - after >= before - 2 > 50
+    assert resumed["passes"] == whole["passes"]
+    maps = [probe.Heatmap.read(Path(one["map"])).values for one in (resumed, whole)]
+    assert np.array_equal(*maps)  # to the last bit
+
+
+def test_a_comparison_that_is_killed_leaves_a_page_of_what_was_finished(
+    trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lvlm_probe.cli.shared import comparison
+
+    real, made = probe.explain, []
+
+    class Killed(BaseException):
+        """Nobody catches it, as nobody catches SIGKILL."""
+
+    def explain(replay: Any, **options: Any) -> Any:
+        if len(made) == 2:
+            raise Killed
+        made.append(options["method"])
+        return real(replay, **options)
+
+    monkeypatch.setattr(heatmap_store, "explain", explain)
+    monkeypatch.setattr(comparison, "_PAGE_EVERY", 0.0)
+    with pytest.raises(Killed):
+        succeed("evaluate", trace, "--methods", SWIFT, "--steps", "4")
+    page = trace.parent / "comparison.html"
+    assert re.search("[12] of 3 maps so far", page.read_text("utf-8"))  # how often it is written is the clock's
+    monkeypatch.setattr(heatmap_store, "explain", real)
+    succeed("evaluate", trace, "--methods", SWIFT, "--steps", "4")  # without --overwrite
+    assert "so far" not in page.read_text("utf-8")
+
+
+def test_methods_are_judged_on_few_points_whose_bound_is_stored(trace: Path) -> None:
+    named = ("evaluate", trace, "--methods", "input_gradient,center", "--chance", "2", "--overwrite", "--json")
+    few = succeed(*named).json["traces"][0]["maps"]
+    full = succeed(*named, "--full").json["traces"][0]["maps"]
+    for one, other in zip(few, full, strict=True):
+        params = one["score"]["params"]
+        assert params["sampling"] == "adaptive" and "sampling" not in other["score"]["params"]
+        for name in ("deletion", "insertion"):
+            assert params["error_bound"][name] <= params["tolerance"] == 0.005
+            wander = params["turns"][name]  # the bound is one for curves that do not turn
+            assert one["score"][name] == pytest.approx(other["score"][name], abs=0.005 + wander)
+    # Curves of every point are taken for those of few.
+    assert succeed(*named).json["traces"][0]["maps"] == full
+
+
+def test_what_methods_are_both_asked_for_is_scored_once(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lvlm_probe.metrics import deletion_insertion
+
+    scored: list[int] = []
+    real = deletion_insertion.MaskScores.__call__
+
+    def counting(self: Any, masks: Any) -> Any:
+        before = len(self)
+        found = real(self, masks)
+        scored.append(len(self) - before)
+        return found
+
+    monkeypatch.setattr(deletion_insertion.MaskScores, "__call__", counting)
+
+    def images(*methods: str) -> int:
+        scored.clear()
+        named = ("--methods", ",".join(methods), "--steps", "6", "--chance", "5", "--overwrite")
+        succeed("evaluate", trace, *named)
+        for file in (trace.parent / "explanations").glob("*.score.json"):
+            file.unlink()
+        return sum(scored)
+
+    # Of the second method its own two curves; both ends and five random maps are the first one's.
+    assert images("input_gradient", "igos+") - images("input_gradient") <= 2 * 5
 
 
 def test_maps_of_explain_are_used_by_evaluate(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

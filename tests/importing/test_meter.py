@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import math
@@ -364,7 +365,9 @@ def test_the_command(asked: Path, tmp_path: Path) -> None:
     assert result.code == 1 and "1 of 3 rows are refused, more than a tenth" in result.err
     assert "2 answers:" in result.out and "line 3: the image none.png is missing" in result.err
     with page.with_suffix(".csv").open(encoding="utf-8") as file:
-        assert [row["rank"] for row in csv.DictReader(file)] == ["1", "2", ""]
+        listed = list(csv.DictReader(file))
+    assert [row["rank"] for row in listed] == ["1", "2", ""]
+    assert sorted(row["image"] for row in listed) == ["", "0.png", "1.png"]
     assert len(data_of(page)["rows"]) == 2
     again = run("meter", asked / "traces", "--out", page)
     assert again.code == 2 and "exists" in again.err
@@ -372,6 +375,17 @@ def test_the_command(asked: Path, tmp_path: Path) -> None:
     assert [entry["source"] for entry in found["not_measured"]] == [probe.open_store(asked / "traces").files[1].name]
     assert found["answers"][0]["origin"] == "image" and found["worst_words"] == found["failed"] == []
     assert "Example:" in succeed("meter", "--help").out
+
+
+def test_answers_to_one_question_are_told_apart_by_their_images(asked: Path, tmp_path: Path) -> None:
+    encoded = base64.b64encode((asked / "1.png").read_bytes()).decode()
+    images = ["0.png", f"data:image/png;base64,{encoded}", encoded]
+    rows = [{"image": image, "question": "What is it?", "answer": "I count five purple stars."} for image in images]
+    (asked / "same.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = succeed("meter", asked / "same.jsonl", "--model", "demo", "--out", tmp_path / "page.html")
+    assert ":  0.png  What is it?  →  I count five" in result.out and str(asked) not in result.out
+    found = [one.image for one in measure(asked / "same.jsonl", *probe.demo.load())]
+    assert found == ["0.png", "", ""]  # an image that stands in the row has no name
 
 
 def test_the_command_fails_where_it_is_told_to(asked: Path, tmp_path: Path) -> None:

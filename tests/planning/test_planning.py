@@ -17,7 +17,7 @@ import torch
 import lvlm_probe as probe
 from lvlm_probe.errors import ExplainError, OutOfMemory, ProbeError
 from lvlm_probe.explainers import Problem, resolve
-from lvlm_probe.planning import Plan, parse_bytes, show_bytes, table, weight_bytes
+from lvlm_probe.planning import Pace, Plan, expected, parse_bytes, show_bytes, table, weight_bytes
 from lvlm_probe.planning.meter import Meter
 from lvlm_probe.replaying.micro_batches import ran_out
 
@@ -321,3 +321,22 @@ def test_plan_from_model_trace_and_processor(recorded: tuple[Any, Any, Any], tmp
     found = probe.plan(model, trace, processor, method="gradcam", seconds=False)
     assert (found.forward, found.backward) == (2, 1) or found.backward == 1
     assert found.weights == weight_bytes(model)
+
+
+@pytest.mark.quick
+def test_the_pace_of_passes_gives_the_time_of_methods(replay: probe.Replay) -> None:
+    pace = Pace(forward=(0.5, 1.0), gradient=(2.0, 10.0))
+    assert pace.of(100, at_once=25) == 100 * 1.0 + 4 * 0.5
+    assert pace.of(24, 24) == 24 * (2.0 + 10.0)
+    assert pace.of(52, 50, at_once=16) == 50 * 10.0 + 4 * 2.0 + 2 * 1.0 + 0.5
+    assert pace.of(0) == 0 and pace.of(None) is None
+    assert Pace((0.0, 1.0), None).of(1, 1) is None and Pace((0.0, 1.0), None).of(2) == 2.0
+    said = expected(replay, ["center", "integrated_gradients", "occlusion", "igos++"], pace)
+    assert said["center"] == 0.0
+    assert said["integrated_gradients"] == pace.of(52, 50, at_once=16)
+    assert said["occlusion"] is not None and said["occlusion"] > 0
+    # Of one that stops when its map is good enough, half-way between its fewest and its most.
+    plan = probe.plan(replay, method="igos++", seconds=False)
+    assert plan.at_least is not None and plan.forward is not None and said["igos++"] is not None
+    fewest, most = (pace.of(*ends, at_once=8) for ends in (plan.at_least, (plan.forward, plan.backward)))
+    assert fewest is not None and most is not None and fewest < said["igos++"] < most

@@ -6,7 +6,12 @@ interrupted run goes on with what is missing. This module imports torch; the com
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +28,31 @@ from lvlm_probe.cli.shared.terminal import (
     stage,
     stop,
     stored_path,
+    tell,
 )
 from lvlm_probe.errors import ProbeError, TraceError
+from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import methods as known_methods
 from lvlm_probe.explainers import needs_of
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.heatmap_store import FOLDER, MapSettings, explain_one, not_made, score_one, write_record
+from lvlm_probe.heatmap_store import (
+    FOLDER,
+    MapFile,
+    MapSettings,
+    explain_one,
+    is_map,
+    map_name,
+    not_made,
+    read_record,
+    score_one,
+    write_record,
+)
 from lvlm_probe.importing.meter import traces_in
 from lvlm_probe.metrics import Interval, Score
 from lvlm_probe.pages import Comparison, compare
+from lvlm_probe.planning import expected as expected_seconds
+from lvlm_probe.planning import pace
+from lvlm_probe.progress import roughly
 from lvlm_probe.replaying import Replay
 from lvlm_probe.selection import TokenSelection, select_tokens
 from lvlm_probe.trace import Trace
@@ -39,6 +60,10 @@ from lvlm_probe.trace import Trace
 __all__ = ["compare_methods"]
 
 _GRID = 32
+_LONG = 30.0
+"""Seconds from which a method is announced before it runs."""
+_PAGE_EVERY = 60.0
+"""Seconds, at least, between two pages of what is there so far."""
 _PAGE = "comparison.html"
 _COLUMNS = ("method", "gain ↑", "deletion ↓", "insertion ↑", "trusted", "maps", "passes", "seconds")
 _IMPORTANCE = (0, 1, 4, 2, 3, 5, 6, 7)
@@ -60,6 +85,9 @@ def compare_methods(
 ) -> None:
     """Explain and score the traces behind ``paths`` by every method of ``names``; print means, write the page.
 
+    Quick methods come first, on all traces. The page is written anew while slow ones go on, so that there is one of
+    what is finished whenever the work ends.
+
     Args:
         names: methods with commas between, or ``"all"``.
         models: what the traces are replayed on.
@@ -74,51 +102,199 @@ def compare_methods(
     """
     traces = _traces(paths)
     page = page or (paths[0] if paths[0].is_dir() else paths[0].parent) / _PAGE
-    results = page.with_suffix(".json")
-    for file in (page, results):
-        if file.exists() and not overwrite:
-            raise ProbeError(f"{file} exists; add --overwrite, or name another page with --out")
-    methods = _methods(names)
-    own_baseline = baseline_from(baseline)
+    _refuse_finished(page, overwrite=overwrite)
     judging = {**options, "grid": options.get("grid") or _GRID}
-    heats: list[Heatmap] = []
-    scores: list[Score | None] = []
-    failed: dict[str, str] = {}
+    work = _Work(traces, _methods(names), judging, page)
+    opened = _Opened(models, words, baseline_from(baseline))
     try:
-        for number, trace in enumerate(traces, start=1):
-            replay = open_replay(trace, *models.of(trace))
-            if own_baseline is not None:
-                replay = replay.over(own_baseline)
-            if not as_json:
-                say((f"trace {number} of {len(traces)}  ", "dim"), one_line(trace.answer, 300))
-            selection = select_tokens(replay, words=words) if words else select_tokens(replay)
-            for method in methods:
-                heat, score = _one(replay, selection, method, trace, judging)
-                heats.append(heat)
-                scores.append(score)
-                if heat.values is None:
-                    failed.setdefault(method, str(heat.reason))
+        for again, group in enumerate(work.in_order(opened)):
+            for number, trace in enumerate(traces):
+                answer = opened.of(trace)
+                if not (as_json or again):
+                    said = f"trace {number + 1} of {len(traces)}  "
+                    say((said, "dim"), one_line(trace.answer, 300))
+                for method in group:
+                    work.do(number, method, answer)
     except KeyboardInterrupt:
-        done = sum(heat.values is not None for heat in heats)
+        work.write()
+        where = f"; the page so far: {stored_path(page)}" if work.made else ""
         raise stop(
-            f"stopped; {done} finished maps are kept beside their traces, and the same command goes on"
+            f"stopped; {work.maps} finished maps are kept beside their traces, and the same command goes on{where}"
         ) from None
     with stage("writing the page"):
-        made = compare(heats, scores=scores, out=page, overwrite=overwrite)
-        record = _record(made, traces, judging)
-        write_record(results, record)
+        record = work.write(finished=True)
     if open_it:
         open_page(page)
     if as_json:
         print_json(record)
         return
+    made = work.comparison
+    assert made is not None
     _show(made, wide=wide)
-    for method, reason in failed.items():
-        count = sum(heat.method == method and heat.values is None for heat in heats)
+    for method, reason in work.failed.items():
+        count = sum(heat.method == method and heat.values is None for heat, _ in work.made.values())
         where = "any trace" if count == len(traces) else f"{count} of {len(traces)} traces"
         note(f"{method} made no map on {where}: {reason}")
     say("page:    ", (stored_path(page), "bold"))
-    say("scores:  ", stored_path(results))
+    say("scores:  ", stored_path(page.with_suffix(".json")))
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A trace that is being explained.
+
+    Attributes:
+        shared: what methods that are judged alike share (``evaluate``).
+    """
+
+    trace: Trace
+    replay: Replay
+    selection: TokenSelection
+    shared: dict[Any, Any]
+
+
+class _Opened:
+    """The answers, one open at a time: a replay holds what it has worked out."""
+
+    def __init__(self, models: ReplayModels, words: list[str] | None, baseline: Any) -> None:
+        self._models, self._words, self._baseline = models, words, baseline
+        self._last: _Answer | None = None
+
+    def of(self, trace: Trace) -> _Answer:
+        if self._last is None or self._last.trace is not trace:
+            replay = open_replay(trace, *self._models.of(trace))
+            if self._baseline is not None:
+                replay = replay.over(self._baseline)
+            words = self._words
+            self._last = _Answer(
+                trace, replay, select_tokens(replay, words=words) if words else select_tokens(replay), {}
+            )
+        return self._last
+
+
+class _Work:
+    """The maps of a comparison as they are made, and the page of those that are there."""
+
+    def __init__(self, traces: Sequence[Trace], methods: Sequence[str], judging: Mapping[str, Any], page: Path) -> None:
+        self._traces, self._methods, self._judging, self._page = traces, methods, judging, page
+        self.made: dict[tuple[int, str], tuple[Heatmap, Score | None]] = {}
+        self.failed: dict[str, str] = {}
+        self.comparison: Comparison | None = None
+        self._expected: dict[str, float | None] = {}
+        self._due, self._changed = time.monotonic() + _PAGE_EVERY, False
+
+    @property
+    def maps(self) -> int:
+        """How many maps there are."""
+        return sum(heat.values is not None for heat, _ in self.made.values())
+
+    def in_order(self, opened: _Opened) -> list[list[str]]:
+        """The methods, quick ones first, in groups that go over all traces one after the other.
+
+        What all of it will take is told before, from a few timed passes over the first trace.
+        """
+        first = opened.of(self._traces[0])
+        missing = [name for name in self._methods if not _is_finished(first, name, self._judging)]
+        if len(missing) < 2 or not isinstance(first.replay, Replay):  # passes of a server are not ours to spend
+            return [list(self._methods)]
+        try:
+            with stage("timing a few passes"):
+                found = pace(first.replay)
+        except ProbeError:
+            return [list(self._methods)]  # whatever is wrong, methods say it themselves
+        expected = expected_seconds(first.replay, missing, found)
+        judging = found.of(_points(self._judging), at_once=16) or 0.0
+        self._expected = {name: None if one is None else one + judging for name, one in expected.items()}
+        known = {name: one for name, one in self._expected.items() if one is not None}
+        mean = sum(known.values()) / max(1, len(known))
+        # What cannot be told counts as slow.
+        slow = [name for name in missing if not known.get(name, math.inf) <= max(mean, 2 * judging)]
+        quick = [name for name in self._methods if name not in slow]
+        order = {name: known.get(name, math.inf) for name in missing}
+        groups = [sorted(group, key=lambda name: order.get(name, 0.0)) for group in (quick, slow)]
+        tell(self._forecast([name for name in quick if name in missing], groups[1]))
+        return [group for group in groups if group]
+
+    def _forecast(self, quick: Sequence[str], slow: Sequence[str]) -> str:
+        def taken(names: Sequence[str]) -> float:
+            return len(self._traces) * sum(self._expected[name] or 0.0 for name in names)
+
+        whole = f"about {roughly(taken([*quick, *slow]))} for {counted(len(quick) + len(slow), 'method')}"
+        whole += f" on {counted(len(self._traces), 'answer')}, judging included"
+        if quick and slow:
+            whole += f": {counted(len(quick), 'quick one')} first, {roughly(taken(quick))}, then {', '.join(slow)}"
+        unknown = [name for name in slow if self._expected[name] is None]
+        return whole + (f" (not counted, as it cannot be told: {', '.join(unknown)})" if unknown else "")
+
+    def do(self, number: int, method: str, answer: _Answer) -> None:
+        """Make and judge one map, or find it finished; say what came of it."""
+        seconds = self._expected.get(method) or 0.0
+        if seconds >= _LONG:
+            tell(f"{method}: about {roughly(seconds)}")
+        heat, score = _one(answer, method, self._judging)
+        self.made[number, method] = heat, score
+        self._changed = True
+        if heat.values is None:
+            self.failed.setdefault(method, str(heat.reason))
+        done = f"{len(self.made)} of {len(self._methods) * len(self._traces)}"
+        tell(f"{method}: {_in_a_line(heat, score)} ({done})")
+        began = time.monotonic()
+        if began >= self._due:
+            self.write()
+            # Drawing all maps anew takes a tenth of the time at most.
+            now = time.monotonic()
+            self._due = now + max(_PAGE_EVERY, 10 * (now - began))
+
+    def write(self, *, finished: bool = False) -> dict[str, Any] | None:
+        """Write the page and the scores of what is there; return the latter, ``None`` where there is nothing."""
+        if not self.made or not (self._changed or finished):
+            return None
+        rank = {name: place for place, name in enumerate(self._methods)}
+        keys = sorted(self.made, key=lambda key: (key[0], rank[key[1]]))
+        title = (
+            None if finished else f"Methods side by side, {len(keys)} of {len(rank) * len(self._traces)} maps so far"
+        )
+        self.comparison = compare(
+            [self.made[key][0] for key in keys],
+            scores=[self.made[key][1] for key in keys],
+            out=self._page,
+            overwrite=True,
+            title=title,
+        )
+        begun = [self._traces[number] for number in dict.fromkeys(number for number, _ in keys)]
+        record = {"finished": finished, **_record(self.comparison, begun, self._judging)}
+        write_record(self._page.with_suffix(".json"), record)
+        self._changed = False
+        return record
+
+
+def _refuse_finished(page: Path, *, overwrite: bool) -> None:
+    """Raise ``ProbeError`` where a page is in the way; one that was stopped half-way is gone on with."""
+    results = page.with_suffix(".json")
+    there = [file for file in (page, results) if file.exists()]
+    if overwrite or not there:
+        return
+    with contextlib.suppress(ProbeError):
+        if (read_record(results) or {}).get("finished") is False:
+            return
+    raise ProbeError(f"{there[0]} exists; add --overwrite, or name another page with --out")
+
+
+def _points(judging: Mapping[str, Any]) -> int:
+    """Images that it takes to judge a map, about."""
+    points = (judging.get("steps") or 50) if judging.get("sampling") != "adaptive" else 15
+    return 2 + 2 * points
+
+
+def _in_a_line(heat: Heatmap, score: Score | None) -> str:
+    if heat.values is None:
+        return f"no map, {heat.reason}"
+    passes, seconds = heat.provenance.get("passes") or {}, heat.provenance.get("seconds")
+    said = ["not judged" if score is None or score.reason else f"gain {score.gain:.3f}"]
+    said.append(f"{passes.get('forward', 0)} + {passes.get('backward', 0)} passes")
+    said += [] if seconds is None else [f"{seconds:.1f} s"]
+    said += [] if heat.coarse is None else [f"only {heat.shape[0]} × {heat.shape[1]} cells"]
+    return ", ".join(said)
 
 
 def _traces(paths: Sequence[Path]) -> list[Trace]:
@@ -151,20 +327,33 @@ def _methods(names: str) -> list[str]:
     return chosen
 
 
-def _one(
-    replay: Replay, selection: TokenSelection, method: str, trace: Trace, judging: Mapping[str, Any]
-) -> tuple[Heatmap, Score | None]:
+def _settings(method: str, judging: Mapping[str, Any]) -> MapSettings:
+    return MapSettings(method, {}, seed=int(judging.get("seed") or 0), scored=False)
+
+
+def _is_finished(answer: _Answer, method: str, judging: Mapping[str, Any]) -> bool:
+    """Whether the map is there, judged in this way."""
+    selection = answer.selection
+    name = map_name(answer.replay, selection, label_of(selection), _settings(method, judging))
+    found = MapFile(answer.trace.path.parent / FOLDER / name)
+    return found.path.is_file() and is_map(found.path) and found.score_taken_by(judging) is not None
+
+
+def _one(answer: _Answer, method: str, judging: Mapping[str, Any]) -> tuple[Heatmap, Score | None]:
     """One method on one trace, stored; or a heatmap that says why there is none."""
-    settings = MapSettings(method, {}, seed=int(judging.get("seed") or 0), scored=False)
-    folder = trace.path.parent / FOLDER
+    replay, selection = answer.replay, answer.selection
+    folder = answer.trace.path.parent / FOLDER
+    shown = functools.partial(bar, timed=False)
     try:
-        found, _ = explain_one(replay, selection, label_of(selection), settings, folder, shown=bar)
+        label, settings = label_of(selection), _settings(method, judging)
+        found, _ = explain_one(replay, selection, label, settings, folder, shown=shown)
         heat = found.read()
     except Exception as error:  # whatever is wrong with a method, the others go on
         return not_made(replay, method, selection, error), None
     if heat.values is None:
         return heat, None
-    return heat, found.score_taken_by(judging) or score_one(replay, found, shown=bar, **judging)
+    score = found.score_taken_by(judging)
+    return heat, score or score_one(replay, found, shown=shown, shared=answer.shared, **judging)
 
 
 def _show(made: Comparison, *, wide: bool) -> None:
@@ -234,6 +423,7 @@ def _record(made: Comparison, traces: Sequence[Trace], judging: Mapping[str, Any
                         "method": method,
                         "tokens": list(heat.selection.indices),
                         "reason": heat.reason,
+                        "cells": None if heat.values is None else list(heat.shape),
                         "passes": heat.provenance.get("passes"),
                         "seconds": heat.provenance.get("seconds"),
                         "score": None if score is None else score.to_dict(),

@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cli.shared.answers import show_question
-from lvlm_probe.cli.shared.terminal import answer_text, bar, one_line, say, stage, stored_path
+from lvlm_probe.cli.shared.terminal import answer_text, bar, one_line, say, shows_looks, stage, stored_path
 from lvlm_probe.escaping import counted
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.heatmap_store import MapFile, MapSettings, explain_one
@@ -21,11 +21,16 @@ from lvlm_probe.pages import report
 from lvlm_probe.replaying import Replay, replay
 from lvlm_probe.selection import TokenSelection, word_selections
 from lvlm_probe.trace import Trace
+from lvlm_probe.words import told_apart
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 __all__ = [
     "Explained",
     "explain_replay",
     "label_of",
+    "legend",
     "map_summary",
     "open_replay",
     "show_explained",
@@ -62,7 +67,7 @@ def explain_replay(
 
 def label_of(selection: TokenSelection) -> str:
     """Return what a map's file name calls its words."""
-    return selection.text if selection.rule in ("words", "span", "indices") else "answer"
+    return selection.label if selection.rule in ("words", "span", "indices") else "answer"
 
 
 def map_summary(found: MapFile) -> dict[str, Any]:
@@ -75,6 +80,7 @@ def map_summary(found: MapFile) -> dict[str, Any]:
         "words": words_of(heat),
         "tokens": list(heat.selection.indices),
         "reason": heat.reason,
+        "cells": None if heat.values is None else list(heat.shape),
         "passes": heat.provenance.get("passes"),
         "rounds": (heat.provenance.get("diagnostics") or {}).get("rounds"),
         "seconds": heat.provenance.get("seconds"),
@@ -91,9 +97,10 @@ def map_summary(found: MapFile) -> dict[str, Any]:
 def words_of(heat: Heatmap) -> str:
     """Return the words that a map explains; whole words where its trace is at hand, else the bare tokens."""
     if heat.trace is None:
-        return heat.selection.text
-    chosen = set(heat.selection.indices)
-    return " … ".join(word.text for word in heat.trace.words if chosen.intersection(range(word.start, word.stop)))
+        return heat.selection.label
+    chosen, words = set(heat.selection.indices), heat.trace.words
+    told = zip(words, told_apart(words), strict=True)
+    return " … ".join(text for word, text in told if chosen.intersection(range(word.start, word.stop)))
 
 
 def show_explained(explained: Explained, replay: Replay) -> None:
@@ -101,10 +108,21 @@ def show_explained(explained: Explained, replay: Replay) -> None:
     trace = explained.trace
     first = explained.maps[0].read()
     show_question(trace)
-    say(("A  ", "dim"), answer_text(trace.words, trace.tokens, replay.llr.tolist(), first.selection.indices))
-    say(("   bold: the image makes the word over e times likelier; underlined: explained", "dim"))
+    answer = answer_text(trace.words, trace.tokens, replay.llr.tolist(), first.selection.indices)
+    say(("A  ", "dim"), answer)
+    if looks := legend(answer):
+        say((f"   {looks}", "dim"))
     for found in explained.maps:
         show_map(found)
+
+
+def legend(answer: Text) -> str:
+    """What the looks of the answer mean: of those that it has, where the terminal shows them at all."""
+    if not shows_looks():
+        return ""
+    looks = " ".join(str(span.style) for span in answer.spans)
+    said = ["bold: the image makes the word over e times likelier"] if "bold" in looks else []
+    return "; ".join([*said, *(["underlined: explained"] if "underline" in looks else [])])
 
 
 def show_map(found: MapFile) -> None:
@@ -124,6 +142,8 @@ def show_map(found: MapFile) -> None:
             say(("    ", ""), remark)
         if not score.verdict.trusted:
             say(("    ", ""), (str(score.verdict), "red"))
+    if heat.coarse is not None:
+        say(("    ", ""), heat.coarse)
     for line in _cost_lines(heat, score):
         say(("    ", ""), (line, "dim"))
     say(("    ", ""), (stored_path(found.overlay_path if found.overlay_path.is_file() else found.path), "dim"))

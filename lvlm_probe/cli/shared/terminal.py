@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import select
 import shlex
@@ -52,9 +53,11 @@ __all__ = [
     "set_verbosity",
     "show",
     "show_table",
+    "shows_looks",
     "stage",
     "stop",
     "stored_path",
+    "tell",
     "width",
     "wrapped",
 ]
@@ -100,6 +103,14 @@ def note(sentence: object, *, kind: Literal["note", "warning", "error"] = "note"
     console.print(Text.assemble((f"{kind}: ", _STYLES[kind]), indented), soft_wrap=True)
 
 
+def tell(line: str) -> None:
+    """How far the work is, as a line on standard error; with --quiet nothing."""
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, quiet=not _log.isEnabledFor(logging.WARNING))
+    console.print(safe(line), markup=False, style="dim", soft_wrap=True)
+
+
 def say(*parts: str | Text | tuple[str, str]) -> None:
     """A line of the result, on standard output; a pair is (text, style), and text is never taken for markup."""
     from rich.console import Console
@@ -115,6 +126,14 @@ def say(*parts: str | Text | tuple[str, str]) -> None:
             safe_parts.append(Text(safe(part.plain)) if ACTING.search(part.plain) else part)
     console = Console(highlight=False)
     console.print(Text.assemble(*safe_parts), soft_wrap=True)
+
+
+def shows_looks() -> bool:
+    """Tell whether bold and underlined words on standard output look so: a pipe has neither."""
+    from rich.console import Console
+
+    console = Console()
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 def width() -> int:
@@ -236,8 +255,12 @@ def stage(title: str) -> Iterator[None]:
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Progress]:
-    """Show a progress bar, elsewhere than on a terminal plain lines; yields what to call with (done, total)."""
+def bar(title: str, *, timed: bool = True) -> Iterator[Progress]:
+    """Show a progress bar, elsewhere than on a terminal plain lines; yields what to call with (done, total).
+
+    Args:
+        timed: say afterwards how long it took, where it took long.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -255,7 +278,7 @@ def bar(title: str) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with _timed(title) as console:
+    with _timed(title, slow=_SLOW if timed else math.inf) as console:
         if not console.is_terminal:
             yield Lines(title, lambda line: console.print(line, markup=False, style="dim", soft_wrap=True))
             return
@@ -265,14 +288,14 @@ def bar(title: str) -> Iterator[Progress]:
 
 
 @contextmanager
-def _timed(title: str) -> Iterator[Console]:
+def _timed(title: str, *, slow: float = _SLOW) -> Iterator[Console]:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, quiet=not _log.isEnabledFor(logging.WARNING))
     started = time.perf_counter()
     yield console
     seconds = time.perf_counter() - started
-    if seconds >= _SLOW:
+    if seconds >= slow:
         console.print(f"{title}: {seconds:.1f} s", markup=False, style="dim", soft_wrap=True)
 
 

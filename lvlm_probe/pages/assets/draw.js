@@ -103,12 +103,16 @@ function cells(map) {
   return map.cells;
 }
 
-/** Bilinear, half-pixel centres: as the model's own mask is scaled (align_corners=False). */
+/**
+ * Bilinear, half-pixel centres: as the model's own mask is scaled (align_corners=False). Of fewer than 5 cells along a
+ * side, blocks: smooth, so few would look like many.
+ */
 function upscale(source, w, h, width, height) {
-  const out = new Float32Array(width * height);
-  const column = Array.from({ length: width }, (_, x) => clamp(((x + 0.5) * w) / width - 0.5, 0, w - 1));
+  const out = new Float32Array(width * height),
+    settle = Math.min(w, h) < 5 ? Math.round : (place) => place;
+  const column = Array.from({ length: width }, (_, x) => settle(clamp(((x + 0.5) * w) / width - 0.5, 0, w - 1)));
   for (let y = 0; y < height; y++) {
-    const fy = clamp(((y + 0.5) * h) / height - 0.5, 0, h - 1),
+    const fy = settle(clamp(((y + 0.5) * h) / height - 0.5, 0, h - 1)),
       top = Math.floor(fy),
       ty = fy - top,
       bottom = Math.min(top + 1, h - 1);
