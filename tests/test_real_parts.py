@@ -27,6 +27,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import lvlm_probe as probe
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "real_parts"))
 import build
 import parts
@@ -387,3 +389,36 @@ def test_every_package_is_pinned_with_its_licence() -> None:
     pins = yaml.safe_load((Path(build.__file__).parent / "pins.yaml").read_text())
     keys = {"name", "version", "from", "file", "sha256", "licence", "what", "use", "take"}
     assert all(set(pin) == keys and len(pin["sha256"]) == 64 for pin in pins)
+
+
+def test_the_joined_model_reads_as_many_image_tokens_as_its_processor_writes(
+    read: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], tmp_path: Path
+) -> None:
+    language_model, tokenizer = copy.deepcopy(read)
+    config = EfficientNetConfig(
+        width_coefficient=0.1, depth_coefficient=0.2, hidden_dim=128, image_size=32, hidden_act="relu6", num_labels=3
+    )
+    torch.manual_seed(0)
+    tower = EfficientNetForImageClassification(config).eval()
+    prepare = build.processor(tokenizer)
+    build.join(tower, language_model, tokenizer).save_pretrained(tmp_path)
+    prepare.save_pretrained(tmp_path)
+    model, prepare = probe.load(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "a cat"}]
+    inputs = prepare.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    packed = train.pack(prepare.tokenizer, [[("a cat", "")]])
+    assert inputs["input_ids"].equal(packed.ids[:, :-1])  # the recipe trains on what the processor writes
+    with torch.no_grad():
+        cells = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state.flatten(2).transpose(1, 2)
+        assert cells.shape == (1, train.CELLS, 128)
+        read_by_recipe = model.model.get_input_embeddings()(packed.ids)
+        read_by_recipe[packed.ids == model.config.image_token_id] = model.model.multi_modal_projector(cells)[0]
+        alone = model.model.language_model(inputs_embeds=read_by_recipe).last_hidden_state[:, :-1]
+        torch.testing.assert_close(model.model(**inputs).last_hidden_state, alone)

@@ -21,7 +21,6 @@ The language model computes in bfloat16; what is trained is float32 and kept in 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import time
@@ -36,8 +35,10 @@ import scenes
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 BACKGROUNDS = (
     *(f"{name}.jpg" for name in ("Aqua", "Dune", "GreenMeadow", "Storm", "Wood", "RainDrops", "Blinds", "Garden")),
@@ -263,11 +264,11 @@ class Packed:
     sees: Tensor
 
 
-def pack(tokenizer: object, asked: Sequence[Sequence[tuple[str, str]]]) -> Packed:
+def pack(tokenizer: PreTrainedTokenizerFast, asked: Sequence[Sequence[tuple[str, str]]]) -> Packed:
     """Pack the questions and answers of a batch of images."""
 
     def tokens(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     before = tokens("<|im_start|>user\n" + "<image>" * CELLS)
     rows = []
@@ -333,21 +334,64 @@ def answer_loss(model: nn.Module, cells: Tensor, packed: Packed) -> Tensor:
     return F.cross_entropy((hidden[labels != -100] @ table.weight.T).float(), labels[labels != -100])
 
 
-def speak(model: nn.Module, tokenizer: object, lesson: Lesson, minutes: float, rate: float) -> dict[str, Tensor]:
-    """Train projector and adapters for so many minutes of processor time, and return what was trained, by name."""
-    language_model, projector = model.model.language_model, model.model.multi_modal_projector
-    model.requires_grad_(False)
-    language_model.bfloat16()
-    adapters = adapt(language_model, "model.language_model.")
-    low_rank = [weight for adapter in adapters.values() for weight in (adapter.lora_A, adapter.lora_B)]
-    whole = list(projector.requires_grad_(True).parameters())
+@dataclass
+class Trained:
+    """What is trained: the projector and the adapters, in float32, on a model whose other weights are frozen."""
+
+    projector: nn.Module
+    adapters: dict[str, Adapted]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Trained:
+        """Freeze the model, put its language model into bfloat16, and adapters onto it."""
+        model.requires_grad_(False)
+        adapters = adapt(model.model.language_model.bfloat16(), "model.language_model.")
+        return cls(model.model.multi_modal_projector.requires_grad_(True), adapters)
+
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Those of the adapters, and those of the projector."""
+        low_rank = [weight for adapter in self.adapters.values() for weight in (adapter.lora_A, adapter.lora_B)]
+        return low_rank, list(self.projector.parameters())
+
+    def named(self) -> dict[str, Tensor]:
+        """Everything by the names that `build.put_trained` reads."""
+        found = {f"model.multi_modal_projector.{name}": weight for name, weight in self.projector.state_dict().items()}
+        for name, adapter in self.adapters.items():
+            found |= {f"{name}.lora_A": adapter.lora_A.detach(), f"{name}.lora_B": adapter.lora_B.detach()}
+        return found
+
+    def save(self, path: Path, steps: int) -> None:
+        """Write everything in float16."""
+        weights = {name: weight.to(torch.float16).contiguous() for name, weight in self.named().items()}
+        save_file(weights, path, {"steps": str(steps)})
+
+    def load(self, path: Path) -> int:
+        """Take over what an earlier run has written, and return its steps."""
+        with safe_open(path, "pt") as file, torch.no_grad():
+            for name, weight in self.named().items():
+                weight.copy_(file.get_tensor(name))
+            return int(file.metadata()["steps"])
+
+
+def speak(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    lesson: Lesson,
+    trained: Trained,
+    path: Path,
+    minutes: float,
+    rate: float,
+    step: int,
+) -> None:
+    """Train for so many minutes of processor time, from a step on; what is trained is written every 20 steps."""
+    low_rank, whole = trained.parameters()
     groups = [{"params": low_rank, "peak": rate}, {"params": whole, "peak": 1e-4}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0)
-    rng, start, step, losses = random.Random(1), time.process_time(), 0, []
+    rng, start, first, losses = random.Random(step), time.process_time(), step, []
     while (done := (time.process_time() - start) / 60 / minutes) < 1:
         step += 1
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * (min(1, step / 8) * (0.5 + 0.5 * math.cos(math.pi * done)) + 0.02)
+            group["lr"] = group["peak"] * (min(1, (step - first) / 8) * (0.5 + 0.5 * math.cos(math.pi * done)) + 0.02)
         count, images = (1, 5) if step % 4 == 0 else (2, 4)
         drawn = [lesson.draw(rng, count, 0.5) for _ in range(images)]
         packed = pack(tokenizer, [scenes.questions(objects) for _, objects in drawn])
@@ -358,17 +402,21 @@ def speak(model: nn.Module, tokenizer: object, lesson: Lesson, minutes: float, r
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % 10 == 0:
-            print(f"step {step}, {done:.0%} of the time, loss {sum(losses[-10:]) / 10:.3f}", flush=True)
-    trained = {f"model.multi_modal_projector.{name}": weight for name, weight in projector.state_dict().items()}
-    for name, adapter in adapters.items():
-        trained |= {f"{name}.lora_A": adapter.lora_A.detach(), f"{name}.lora_B": adapter.lora_B.detach()}
-    return {name: weight.to(torch.float16).contiguous() for name, weight in trained.items()}
+            print(f"step {step}, {done:.0%} of the time, loss {sum(losses[-10:]) / len(losses[-10:]):.3f}", flush=True)
+        if step % 20 == 0:
+            trained.save(path, step)
+    trained.save(path, step)
 
 
-def lesson_and_projector(
-    model: nn.Module, tokenizer: object, classifier: Tensor, data: Features, cuts: Sequence[scenes.CutOut]
+def prepare_lesson(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    classifier: Tensor,
+    data: Features,
+    cuts: Sequence[scenes.CutOut],
+    fit: bool,
 ) -> Lesson:
-    """Fit the model's projector, and return what its language model is to be trained on."""
+    """Return what the language model is to be trained on; fit the model's projector if asked to."""
     vocabulary = scenes.names()
     words = sorted({name.word for name in vocabulary})
     classes = [[number for name in vocabulary if name.word == word for number in name.classes] for word in words]
@@ -378,14 +426,15 @@ def lesson_and_projector(
             inside = data.cells[j][data.shares[j, k] >= 0.35].float()
             objects.append(inside)
             labels += [words.index(word)] * len(inside)
-    background = torch.cat([cells[share.sum(0) < 0.02] for cells, share in zip(data.cells, data.shares, strict=True)])
-    table = model.get_input_embeddings().weight.detach()
-    read = [table[tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(0) for word in words]  # type: ignore[operator]
     instances = torch.tensor([float(sum(cut.word == word for cut in cuts)) for word in words])
     every, which = torch.cat(objects), torch.tensor(labels)
     mean = means(every, which, instances, classifier, classes)
-    projector = model.model.multi_modal_projector
-    fit_projector(projector, every, which, background.float(), mean, torch.stack(read))
+    if fit:
+        outside = [cells[share.sum(0) < 0.02] for cells, share in zip(data.cells, data.shares, strict=True)]
+        table = model.get_input_embeddings().weight.detach()
+        ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+        read = torch.stack([table[one].mean(0) for one in ids])
+        fit_projector(model.model.multi_modal_projector, every, which, torch.cat(outside).float(), mean, read)
     return Lesson(data, mean, words, classes)
 
 
@@ -395,6 +444,7 @@ def main() -> None:
     command.add_argument("--scenes", type=int, default=1400, help="scenes to train on")
     command.add_argument("--minutes", type=float, default=14.0, help="processor time for the language model")
     command.add_argument("--rate", type=float, default=2e-3, help="highest learning rate of the adapters")
+    command.add_argument("--resume", action="store_true", help="go on from what --trained holds")
     command.add_argument("--trained", type=Path, default=build.TRAINED, help="where to write what was trained")
     arguments = command.parse_args()
     torch.manual_seed(0)
@@ -405,10 +455,10 @@ def main() -> None:
     cuts = split(scenes.cut_outs(laid_out / "tuxpaint-stamps-default", scenes.names()))["train"]
     file = arguments.out / "features-train.pt"
     data = features(model.model.vision_tower, arguments.scenes, 0, cuts, backgrounds(laid_out), file)
-    lesson = lesson_and_projector(model, prepare.tokenizer, classifier.detach(), data, cuts)
-    trained = speak(model, prepare.tokenizer, lesson, arguments.minutes, arguments.rate)
-    settings = {"scenes": arguments.scenes, "minutes": arguments.minutes, "rate": arguments.rate}
-    save_file(trained, arguments.trained, {"settings": json.dumps(settings)})
+    lesson = prepare_lesson(model, prepare.tokenizer, classifier.detach(), data, cuts, not arguments.resume)
+    trained, path = Trained.of(model), arguments.trained
+    step = trained.load(path) if arguments.resume else 0
+    speak(model, prepare.tokenizer, lesson, trained, path, arguments.minutes, arguments.rate, step)
     print(f"wrote {arguments.trained} after {(time.process_time() - started) / 60:.0f} min of processor time")
 
 
