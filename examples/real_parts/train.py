@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import build
 import numpy as np
@@ -38,7 +39,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import FastVlmForConditionalGeneration, PreTrainedTokenizerFast
 
 BACKGROUNDS = (
     *(f"{name}.jpg" for name in ("Aqua", "Dune", "GreenMeadow", "Storm", "Wood", "RainDrops", "Blinds", "Garden")),
@@ -167,7 +168,7 @@ PRIOR = 6.0
 
 
 def fit_projector(
-    projector: nn.Module, objects: Tensor, labels: Tensor, background: Tensor, mean: Means, embeddings: Tensor
+    projector: Any, objects: Tensor, labels: Tensor, background: Tensor, mean: Means, embeddings: Tensor
 ) -> None:
     """Fit a two-layer projector to the embeddings of words, in closed form.
 
@@ -320,7 +321,7 @@ class Lesson:
         return cells, objects
 
 
-def answer_loss(model: nn.Module, cells: Tensor, packed: Packed) -> Tensor:
+def answer_loss(model: FastVlmForConditionalGeneration, cells: Tensor, packed: Packed) -> Tensor:
     """Cross-entropy of the answers' tokens; `model` is the whole one, its tower is left out."""
     language_model = model.model.language_model
     table = language_model.get_input_embeddings()
@@ -342,7 +343,7 @@ class Trained:
     adapters: dict[str, Adapted]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Trained:
+    def of(cls, model: FastVlmForConditionalGeneration) -> Trained:
         """Freeze the model, put its language model into bfloat16, and adapters onto it."""
         model.requires_grad_(False)
         adapters = adapt(model.model.language_model.bfloat16(), "model.language_model.")
@@ -374,7 +375,7 @@ class Trained:
 
 
 def speak(
-    model: nn.Module,
+    model: FastVlmForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     lesson: Lesson,
     trained: Trained,
@@ -409,7 +410,7 @@ def speak(
 
 
 def prepare_lesson(
-    model: nn.Module,
+    model: FastVlmForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     classifier: Tensor,
     data: Features,
