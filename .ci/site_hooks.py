@@ -31,6 +31,7 @@ log = logging.getLogger("mkdocs.hooks.site")  # a warning here is an error in st
 PAGES = {
     "trace-format.md": "lvlm_probe/SPEC.md",
     "demo-model.md": "lvlm_probe/demo/README.md",
+    "real-parts-model.md": "examples/real_parts/README.md",
     "changelog.md": "CHANGELOG.md",
     "examples/index.md": "examples/README.md",
     "developing/contributing.md": "CONTRIBUTING.md",
