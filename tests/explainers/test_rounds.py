@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lvlm_probe.explainers import Problem
 from lvlm_probe.explainers.curve_points import QUICK_PASSES, quick_gain
 from lvlm_probe.explainers.igos import PRESETS, IgosSettings
 from lvlm_probe.explainers.igos import rounds as going_on
-from lvlm_probe.explainers.igos.rounds import Judge, Round, rounds
+from lvlm_probe.explainers.igos.rounds import Judge, Round, budget_of, rounds
 from lvlm_probe.metrics import evaluate
 from lvlm_probe.selection import select_tokens
 
@@ -63,6 +64,16 @@ def test_rounds_and_their_checks_stay_within_the_budget(budget: int, own: dict[s
         assert all(later <= 4 * sum(taken[:number]) for number, later in enumerate(taken) if number)
         assert not (settings.refine and planned[1].iterations)  # what most maps lack is order
     assert not (own.get("refine") == 0 and any(one.steps for one in planned))
+
+
+@pytest.mark.parametrize("budget", [64, 100, 120, 196, 400, 1000])
+def test_the_budget_of_the_rounds_taken_gives_just_these(budget: int) -> None:
+    settings = dataclasses.replace(PRESETS["default"], budget=budget)
+    planned = rounds(settings)
+    for number in range(1, len(planned) + 1):
+        used = budget_of(settings, planned[:number])
+        assert (used is None) == (number == 1) and (used or 0) <= budget
+        assert rounds(dataclasses.replace(settings, budget=used)) == planned[:number]
 
 
 def test_without_a_budget_there_is_one_round() -> None:
@@ -196,8 +207,12 @@ def test_the_settings_that_a_map_says_make_it_again(recorded: Callable[[], probe
     first = explain(replay, enough=9.0, budget=70, seed=5)
     first.write(tmp_path / "map.h5")
     stored = probe.Heatmap.read(tmp_path / "map.h5")
-    assert stored.params["budget"] == 70 and stored.params["enough"] == 9.0
+    assert stored.params["budget"] <= 70 and stored.params["enough"] == 9.0
     again = explain(recorded(), seed=5, **stored.params)
     assert np.array_equal(again.values, first.values)
-    assert again.provenance["diagnostics"] == stored.provenance["diagnostics"]
+    assert again.params == stored.params
+    assert again.provenance["diagnostics"]["rounds"] == stored.provenance["diagnostics"]["rounds"]
     assert len(stored.provenance["diagnostics"]["rounds"]) == 2
+    once = explain(recorded(), enough=-1.0)
+    assert once.params["budget"] is None, "one round was enough, and is what these settings make"
+    assert np.array_equal(explain(recorded(), **once.params).values, once.values)

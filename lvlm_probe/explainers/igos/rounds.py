@@ -24,12 +24,14 @@ from lvlm_probe.explainers.controls import center_values
 from lvlm_probe.explainers.curve_points import MIN_GAIN, QUICK_PASSES, quick_gain
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from lvlm_probe.explainers.igos.settings import IgosSettings
     from lvlm_probe.explainers.registry import Problem
 
-__all__ = ["Judge", "Round", "rounds"]
+__all__ = ["Judge", "Round", "budget_of", "rounds"]
 
 HELP = 0.02
 """Gain that a round has to add to be followed by another: quick gains are off by 0.02 in the mean."""
@@ -74,6 +76,13 @@ def rounds(settings: IgosSettings) -> list[Round]:
             return found
         found.append(following)
         spent, left = spent + taken, left - taken
+
+
+def budget_of(settings: IgosSettings, taken: Sequence[Round]) -> int | None:
+    """The budget under which just these first rounds are taken: with it the settings of a map make the same map, and no
+    more work of another answer or of other weights."""
+    passes = sum(one.passes(settings) for one in taken)
+    return passes + QUICK_PASSES * (len(taken) + 1) if len(taken) > 1 else None
 
 
 def _split(settings: IgosSettings, passes: int, number: int) -> Round:
