@@ -87,7 +87,7 @@ def explain(
             "--budget",
             metavar="N",
             min=1,
-            help="Passes forward at most for a map. Default: as many as igos++ finds it needs, 24 to 196.",
+            help="Passes forward at most for a map. Default: as many as igos++ finds it needs, 32 to 188.",
         ),
     ] = None,
     image_number: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import lvlm_probe as probe
 from lvlm_probe import explainers
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import Problem
-from lvlm_probe.explainers.curve_points import QUICK_PASSES, quick_gain
+from lvlm_probe.explainers.curve_points import QUICK_PASSES, quick_areas
 from lvlm_probe.explainers.igos import PRESETS, IgosSettings
 from lvlm_probe.explainers.igos import rounds as going_on
-from lvlm_probe.explainers.igos.rounds import Judge, Round, rounds
+from lvlm_probe.explainers.igos.rounds import Judge, Round, budget_of, rounds
 from lvlm_probe.metrics import evaluate
 from lvlm_probe.selection import select_tokens
 
@@ -65,21 +66,31 @@ def test_rounds_and_their_checks_stay_within_the_budget(budget: int, own: dict[s
     assert not (own.get("refine") == 0 and any(one.steps for one in planned))
 
 
+@pytest.mark.parametrize("budget", [64, 100, 120, 196, 400, 1000])
+def test_the_budget_of_the_rounds_taken_gives_just_these(budget: int) -> None:
+    settings = dataclasses.replace(PRESETS["default"], budget=budget)
+    planned = rounds(settings)
+    for number in range(1, len(planned) + 1):
+        used = budget_of(settings, planned[:number])
+        assert (used is None) == (number == 1) and (used or 0) <= budget
+        assert rounds(dataclasses.replace(settings, budget=used)) == planned[:number]
+
+
 def test_without_a_budget_there_is_one_round() -> None:
     for name, settings in PRESETS.items():
         assert (len(rounds(settings)) > 1) == (name == "default")
     assert sum(one.passes(PRESETS["default"]) for one in rounds(PRESETS["default"])) <= 196
 
 
-def test_the_quick_gain_by_hand() -> None:
+def test_the_quick_areas_by_hand() -> None:
     """A quarter of 10 × 10 cells carries all: what is gone of it at 2, 6, 16 and 40 % is 8, 24, 64 and 100 %."""
     weights = box_weights(10, slice(0, 5), slice(0, 5))
     replay = ToyReplay(weights, size=(100, 100))
     ranked = weights.float() + torch.rand(10, 10, generator=torch.Generator().manual_seed(0)) * 1e-3
     deletion = 0.02 * 0.96 + 0.04 * 0.84 + 0.10 * 0.56 + 0.24 * 0.18
     insertion = 0.02 * 0.04 + 0.04 * 0.16 + 0.10 * 0.44 + 0.24 * 0.82 + 0.60
-    found = quick_gain(problem_of(replay), ranked, torch.ones(10, 10, dtype=torch.bool))
-    assert found == pytest.approx(insertion - deletion, abs=1e-5)
+    found = quick_areas(problem_of(replay), ranked, torch.ones(10, 10, dtype=torch.bool))
+    assert found == pytest.approx((deletion, insertion), abs=1e-5)
     assert replay.passes.forward == QUICK_PASSES
 
 
@@ -111,7 +122,7 @@ def test_it_goes_on_to_the_limit_where_nothing_is_enough(monkeypatch: pytest.Mon
 
 def test_the_best_map_of_all_rounds_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     gains = iter([0.5, 0.6, 0.4, 0.3])
-    monkeypatch.setattr(going_on, "quick_gain", lambda *_: next(gains))
+    monkeypatch.setattr(going_on, "quick_areas", lambda *_: (0.0, next(gains)))
     judge = Judge(problem_of(ToyReplay(BOX)), PRESETS["default"])
     seen = torch.ones(2, 2, dtype=torch.bool)
     for number in range(3):
@@ -136,7 +147,7 @@ def test_the_best_map_of_all_rounds_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
 def test_reasons_to_stop(monkeypatch: pytest.MonkeyPatch, gains: list[float], last: bool, stopped: str | None) -> None:
     """The third number is the gain of the blob in the middle, which is asked for only where it decides."""
     following = iter(gains)
-    monkeypatch.setattr(going_on, "quick_gain", lambda *_: next(following))
+    monkeypatch.setattr(going_on, "quick_areas", lambda *_: (0.0, next(following)))
     judge = Judge(problem_of(ToyReplay(BOX)), PRESETS["default"])
     for _ in gains[:2]:
         judge.take(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), ON_MASK, last=last)
@@ -144,9 +155,22 @@ def test_reasons_to_stop(monkeypatch: pytest.MonkeyPatch, gains: list[float], la
     assert stopped is None or stopped in str(judge.stopped)
 
 
+@pytest.mark.parametrize(
+    ("deletion", "insertion", "enough"), [(0.1, 0.96, True), (0.5, 1.6, False), (-0.2, 0.7, False)]
+)
+def test_an_insertion_above_1_does_not_make_up_for_a_poor_deletion(
+    monkeypatch: pytest.MonkeyPatch, deletion: float, insertion: float, enough: bool
+) -> None:
+    monkeypatch.setattr(going_on, "quick_areas", lambda *_: (deletion, insertion))
+    judge = Judge(problem_of(ToyReplay(BOX)), PRESETS["default"])
+    judge.take(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), ON_MASK, last=False)
+    assert (judge.stopped is not None) is enough
+    assert judge.gains == [insertion - deletion]
+
+
 def test_a_round_on_the_order_alone_says_nothing_of_what_the_mask_may_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     following = iter([0.6, 0.6, 0.6, 0.1])
-    monkeypatch.setattr(going_on, "quick_gain", lambda *_: next(following))
+    monkeypatch.setattr(going_on, "quick_areas", lambda *_: (0.0, next(following)))
     judge = Judge(problem_of(ToyReplay(BOX)), PRESETS["default"])
     for one, stopped in ((ON_MASK, None), (ON_ORDER, None), (ON_MASK, "more passes did not help")):
         judge.take(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), one, last=False)
@@ -196,8 +220,12 @@ def test_the_settings_that_a_map_says_make_it_again(recorded: Callable[[], probe
     first = explain(replay, enough=9.0, budget=70, seed=5)
     first.write(tmp_path / "map.h5")
     stored = probe.Heatmap.read(tmp_path / "map.h5")
-    assert stored.params["budget"] == 70 and stored.params["enough"] == 9.0
+    assert stored.params["budget"] <= 70 and stored.params["enough"] == 9.0
     again = explain(recorded(), seed=5, **stored.params)
     assert np.array_equal(again.values, first.values)
-    assert again.provenance["diagnostics"] == stored.provenance["diagnostics"]
+    assert again.params == stored.params
+    assert again.provenance["diagnostics"]["rounds"] == stored.provenance["diagnostics"]["rounds"]
     assert len(stored.provenance["diagnostics"]["rounds"]) == 2
+    once = explain(recorded(), enough=-1.0)
+    assert once.params["budget"] is None, "one round was enough, and is what these settings make"
+    assert np.array_equal(explain(recorded(), **once.params).values, once.values)

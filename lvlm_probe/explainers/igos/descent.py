@@ -46,7 +46,7 @@ from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.explainers.curve_points import QUICK_PASSES
 from lvlm_probe.explainers.igos.order import draw_levels, refine_order
 from lvlm_probe.explainers.igos.regularizers import bilateral_weights, btv, gnc, guide, l1
-from lvlm_probe.explainers.igos.rounds import Judge, Round, rounds
+from lvlm_probe.explainers.igos.rounds import Judge, Round, budget_of, rounds
 from lvlm_probe.explainers.igos.settings import PRESETS, IgosSettings
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, check_parameters, register
 
@@ -196,7 +196,7 @@ class Optimisation:
         settings, planned = self.settings, rounds(self.settings)
         params = {"preset": self.preset, **dataclasses.asdict(settings), "size": list(self.shape)}
         params |= {"l2": settings.gnc_weight, "guided": self.weights is not None}
-        params |= {"budget": settings.budget if len(planned) > 1 else None}
+        params["budget"] = None
         if not self.seen.any():
             return Outcome(None, params, reason="the model sees no part of this image")
         judge = Judge(self.problem, settings)
@@ -212,6 +212,7 @@ class Optimisation:
             judge.take(heat, self.problem.seen((heat.shape[0], heat.shape[1])), one, last=one is planned[-1])
             if judge.stopped is not None:
                 break
+        params["budget"] = budget_of(settings, planned[: len(judge.gains)])
         return Outcome(judge.best, params, tuple(self.history), diagnostics=judge.told())
 
     def descend(self, one: Round) -> str | None:

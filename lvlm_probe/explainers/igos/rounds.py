@@ -1,9 +1,10 @@
 """When to go on: rounds of iGOS++ until its map is good enough, more passes stop helping, or the budget is spent.
 
 The first round is what the settings say. After it the map's own score is taken at a few points of the deletion and the
-insertion curve (``quick_gain``; ``evaluate`` does not score them again), and so after every round:
+insertion curve (``quick_areas``; ``evaluate`` does not score them again), and so after every round:
 
-* a gain of ``enough`` ends it;
+* a gain of ``enough`` ends it, areas outside [0, 1] counted as 0 and 1: where parts of the image make the words
+  likelier than the whole, a large insertion would hide that deletion is poor;
 * so does a round on the mask that has added less than ``HELP``, once the map is clear of the floors that a verdict has:
   chance (``MIN_GAIN``) and a blob in the middle of the image (``center``);
 * so does the ``budget``.
@@ -21,15 +22,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.explainers.controls import center_values
-from lvlm_probe.explainers.curve_points import MIN_GAIN, QUICK_PASSES, quick_gain
+from lvlm_probe.explainers.curve_points import MIN_GAIN, QUICK_PASSES, quick_areas
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from lvlm_probe.explainers.igos.settings import IgosSettings
     from lvlm_probe.explainers.registry import Problem
 
-__all__ = ["Judge", "Round", "rounds"]
+__all__ = ["Judge", "Round", "budget_of", "rounds"]
 
 HELP = 0.02
 """Gain that a round has to add to be followed by another: quick gains are off by 0.02 in the mean."""
@@ -76,6 +79,13 @@ def rounds(settings: IgosSettings) -> list[Round]:
         spent, left = spent + taken, left - taken
 
 
+def budget_of(settings: IgosSettings, taken: Sequence[Round]) -> int | None:
+    """The budget under which just these first rounds are taken: with it the settings of a map make the same map, and no
+    more work of another answer or of other weights."""
+    passes = sum(one.passes(settings) for one in taken)
+    return passes + QUICK_PASSES * (len(taken) + 1) if len(taken) > 1 else None
+
+
 def _split(settings: IgosSettings, passes: int, number: int) -> Round:
     """The ``number``-th round from 0, of about so many passes."""
     passes, refine = max(0, passes), settings.refine > 0
@@ -100,21 +110,23 @@ class Judge:
         self._problem, self._settings = problem, settings
         self._center: float | None = None
         self._passes: list[int] = []
+        self._bounded = -math.inf
         self.best: torch.Tensor | None = None
         self.gains: list[float] = []
         self.stopped: str | None = None
 
     def take(self, heat: torch.Tensor, seen: torch.Tensor, one: Round, *, last: bool) -> None:
         """Judge the map of a round."""
-        gain, before = quick_gain(self._problem, heat, seen), max(self.gains, default=-math.inf)
+        deletion, insertion = quick_areas(self._problem, heat, seen)
+        gain, before = insertion - deletion, max(self.gains, default=-math.inf)
         self.gains.append(gain)
         self._passes.append(one.passes(self._settings) + sum(self._passes[-1:]))
         if self.best is None or gain > before:
-            self.best = heat
+            self.best, self._bounded = heat, min(insertion, 1.0) - max(deletion, 0.0)
         highest = max(gain, before)
         if math.isnan(gain):
             self.stopped = "there is nothing to measure its score by"
-        elif highest >= self._settings.enough:
+        elif self._bounded >= self._settings.enough:
             self.stopped = f"its insertion − deletion is about {highest:.2f}, which is enough"
         elif last:
             self.stopped = f"the budget of {self._settings.budget} passes is spent"
@@ -124,7 +136,8 @@ class Judge:
     def _of_center(self, heat: torch.Tensor, seen: torch.Tensor) -> float:
         if self._center is None:
             values = center_values((heat.shape[0], heat.shape[1])).masked_fill(~seen, 0.0)
-            self._center = quick_gain(self._problem, values, seen)
+            deletion, insertion = quick_areas(self._problem, values, seen)
+            self._center = insertion - deletion
         return self._center
 
     def told(self) -> dict[str, Any]:
