@@ -422,7 +422,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], right: 
 
 
 @pytest.mark.parametrize(("function", "right", "wrong", "said"), [
-    (descent.Optimisation.run, ", dtype=torch.float32, device=self.device)", ")", "same device"),
+    (descent.Optimisation.__init__, ", dtype=torch.float32, device=self.device)", ")", "same device"),
     (order.refine_order, "slopes.to(masks)", "slopes", "same device"),
     (micro_batches.noise_like, "torch.Generator(pixels.device)", "torch.Generator()", "device type for generator"),
 ], ids=["a mask left on the CPU", "slopes left on the device", "noise from a CPU generator"])  # fmt: skip
