@@ -150,6 +150,24 @@ def test_a_stop_keeps_what_is_there_and_its_page(monkeypatch: pytest.MonkeyPatch
     assert "not finished" in (tmp_path / "selfcheck.html").read_text("utf-8")
 
 
+def test_a_stop_between_answer_and_map_keeps_the_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(work, "questions", lambda *, quick: questions(1, 0))
+    monkeypatch.setattr(work, "methods", lambda: ["center"])
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "explain_one", stopped)
+        assert run("selfcheck", "demo", "--quick", "--out", tmp_path).code == 130
+    answered = stored(tmp_path)["units"]["answer scene 0"]
+    assert answered["right"] and "gain" not in answered
+    monkeypatch.setattr(work, "ask", lambda *_, **__: pytest.fail("it was asked again"))
+    assert run("selfcheck", "demo", "--quick", "--out", tmp_path).code == 0
+    unit = stored(tmp_path)["units"]["answer scene 0"]
+    assert unit["gain"] > 0.8 and unit["trace"] == answered["trace"] and "begun" not in unit
+
+
 def test_a_model_that_is_not_there_is_a_finding(tmp_path: Path) -> None:
     result = run("selfcheck", tmp_path / "nothing", "--out", tmp_path / "out")
     assert result.code == 1

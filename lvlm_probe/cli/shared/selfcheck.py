@@ -53,7 +53,7 @@ from lvlm_probe.pages.selfcheck_page import selfcheck_page
 from lvlm_probe.planning import Meter, expected, pace, plan_for, weight_bytes
 from lvlm_probe.replaying import Replay, replay
 from lvlm_probe.replaying.gradient_flow import gradient_check
-from lvlm_probe.replaying.verification import verify
+from lvlm_probe.replaying.verification import Verification, verify
 from lvlm_probe.selection import select_tokens
 from lvlm_probe.trace import Trace, open_trace
 from lvlm_probe.words import spelled
@@ -246,29 +246,22 @@ class Selfcheck:
     def _answers(self, model: Any, processor: Any) -> None:
         for asked in questions(quick=self.quick):
             name = f"answer {asked.name}"
-            stale = name in self.units and self._trace(self.units[name]) is None
-            self._unit(name, partial(self._answer, asked, model, processor), again=stale)
+            unit = self.units.get(name, {})
+            again = bool(unit.get("begun")) or self._trace(unit) is None
+            self._unit(name, partial(self._answer, name, asked, model, processor), again=again)
 
-    def _answer(self, asked: Asked, model: Any, processor: Any) -> dict[str, Any]:
-        rule = prompt_rule(processor, model)
-        question = asked.question if rule is None or rule.asks else None
-        trace = ask(model, processor, [asked.image], question, self.folder / "traces", max_new_tokens=32)
-        found = verify(trace, model, processor)
-        llr = [None if trace.llr is None else float(trace.llr[word.start : word.stop].sum()) for word in trace.words]
-        shown_tokens = [piece if not flag else "" for piece, flag in zip(trace.tokens, trace.special, strict=True)]
-        spellings, _ = spelled(shown_tokens, trace.words)
-        record = {
-            "trace": trace.path.name,
-            "question": question,
-            "source": asked.source,
-            "expected": [" or ".join(group) for group in asked.words],
-            "answer": trace.answer.strip(),
-            "right": asked.is_right(trace.answer),
-            "words": [[*parts, ratio] for parts, ratio in zip(spellings, llr, strict=True)],
-            "difference": found.largest_difference,
-            "allowed": found.allowed(found.step),
-            "same": found.within(),
-        }
+    def _answer(self, name: str, asked: Asked, model: Any, processor: Any) -> dict[str, Any]:
+        """An answer and its map; a stop between the two keeps the answer."""
+        record = dict(self.units.get(name, {}))
+        trace = self._trace(record)
+        if trace is None:
+            rule = prompt_rule(processor, model)
+            question = asked.question if rule is None or rule.asks else None
+            trace = ask(model, processor, [asked.image], question, self.folder / "traces", max_new_tokens=32)
+            record = {"question": question, **_answered(asked, trace, verify(trace, model, processor))}
+            self.units[name] = {**record, "begun": True}
+            self._save()
+        record.pop("begun", None)
         try:
             player = replay(trace, model, processor)
             stored = self._map(player, MapSettings(DEFAULT_METHOD, {}))
@@ -336,6 +329,24 @@ class Selfcheck:
             return record | _judged(heat, score_one(player, stored, shown=partial(bar, timed=False), **options), None)
         except ProbeError as error:  # what a method cannot do on a model is a result
             return {**record, "refused": str(error)}
+
+
+def _answered(asked: Asked, trace: Trace, found: Verification) -> dict[str, Any]:
+    """What an answer is, and whether its replay says the same."""
+    llr = [None if trace.llr is None else float(trace.llr[word.start : word.stop].sum()) for word in trace.words]
+    shown = ["" if flag else piece for piece, flag in zip(trace.tokens, trace.special, strict=True)]
+    spellings, _ = spelled(shown, trace.words)
+    return {
+        "trace": trace.path.name,
+        "source": asked.source,
+        "expected": [" or ".join(group) for group in asked.words],
+        "answer": trace.answer.strip(),
+        "right": asked.is_right(trace.answer),
+        "words": [[*parts, ratio] for parts, ratio in zip(spellings, llr, strict=True)],
+        "difference": found.largest_difference,
+        "allowed": found.allowed(found.step),
+        "same": found.within(),
+    }
 
 
 def _is_long(player: Replay, name: str) -> bool:
