@@ -26,7 +26,7 @@ from lvlm_probe import _moved
 from lvlm_probe._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lvlm_probe import causal, demo, errors, metrics, sanity, study
+    from lvlm_probe import causal, demo, errors, metrics, sanity, study, video
     from lvlm_probe.asking import Answer, ask
     from lvlm_probe.errors import ProbeError, ProbeWarning
     from lvlm_probe.explainers import Outcome, Problem, explain, methods, register_explainer
@@ -87,9 +87,10 @@ __all__ = [
     "select_tokens",
     "study",
     "verify",
+    "video",
 ]
 
-_ROOMS = ("causal", "demo", "errors", "metrics", "sanity", "study")
+_ROOMS = ("causal", "demo", "errors", "metrics", "sanity", "study", "video")
 """Submodules that come with the first look at them."""
 
 _HOMES = {

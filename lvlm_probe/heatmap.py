@@ -94,6 +94,11 @@ class Heatmap:
     def __bool__(self) -> bool:
         return self.values is not None
 
+    @property
+    def target(self) -> int:
+        """What a mask is laid over to judge it, as ``image=`` of a replay."""
+        return self.image_index
+
     def __repr__(self) -> str:
         if self.values is None:
             return f"<Heatmap {self.method}: none, {self.reason}>"
@@ -372,7 +377,7 @@ def figure(
         ExplainError: no heatmaps, not one score or image per heatmap, another file ending; ``out`` exists.
         ImageError: a heatmap has no image at hand, or one of another size is given.
     """
-    shown = [heats] if isinstance(heats, Heatmap) else list(heats)
+    shown = list(heats) if isinstance(heats, Sequence) else [heats]
     for heat in shown:
         if not isinstance(heat, Heatmap):
             raise ExplainError(f"figure() shows heatmaps, as explain() returns them; got a {type(heat).__name__}")

@@ -27,7 +27,7 @@ SURFACE = {
     "open_store", "open_trace", "plan", "register_explainer", "register_family", "replay", "report", "select_tokens",
     "verify", "Answer", "ask", "figure", "methods", "open_image", "connect", "Server",
 }  # fmt: skip
-ROOMS = {"causal", "demo", "errors", "metrics", "sanity", "study"}
+ROOMS = {"causal", "demo", "errors", "metrics", "sanity", "study", "video"}
 NEVER_AT_THE_TOP = {"LoadError"}  # younger than the rooms
 FORMER = {name: home for name, home in _moved.NAMES.items() if "." not in name}
 

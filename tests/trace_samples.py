@@ -7,6 +7,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from lvlm_probe.trace.clips import Clip
 from lvlm_probe.trace.records import Capture, ImageRecord, PointRecord, RowCapture
 
 ANSWER = ["The", " small", " square", " is", " red", " and", " well", "-", "lit", "."]
@@ -69,10 +70,12 @@ def sample_row(
         },
         images=[sample_image_record(seed=seed + number) for number in range(images)],
         processor_call={"class": "CLIPImageProcessor", "kwargs": {}, "structure": "flat", "backend": "pil"},
+        clips=(Clip(0, images, tuple(range(0, 2 * images, 2)), 4.0, 2 * images, images / 2),),
         image_token_id=7,
         image_positions=np.arange(image_tokens, dtype=np.int64) + 2,
         image_index=np.sort(np.arange(image_tokens, dtype=np.int64) % max(1, images)),
         patch_box=rng.random((image_tokens, 4), np.float32) * 18,
+        patch_frames=np.tile([[0, images - 1]], (image_tokens, 1)),
         token_ids=rng.integers(0, 32_000, tokens),
         tokens=pieces,
         special=np.array([piece == "</s>" for piece in pieces], bool),

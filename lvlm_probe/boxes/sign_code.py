@@ -19,6 +19,7 @@ _SHARE = 1e-3  # of the elements that may be read by several tokens before the c
 _SAMPLE = 8  # tokens that are asked whether they read the whole image,
 _WHOLE = 0.9  # which is this much of its cells
 _FINE = 96  # cells a side of the image that tokens which share elements are told apart by
+_PART = 0.2  # of what a token reads most of, which makes another image one that it reads
 _HEAPED = 0.6  # mean share of the smaller of two boxes that lies in the other
 
 
@@ -107,6 +108,7 @@ def places_of(
         return None
     boxes, images = np.zeros((count, 4), np.float32), np.full(count, -1, np.int64)
     most = np.zeros(count, np.int64)
+    elements = np.zeros((count, len(path.image_sizes)), np.int64)
     for place, (x, y, owner, _) in enumerate(sources):
         asked = clear[place]
         token, shared = code.read(place, asked, 1e-6 if alike else _ROUNDING)
@@ -116,13 +118,22 @@ def places_of(
             mine = ~shared & (owner[asked] == image)
             per_token = np.bincount(token[mine], minlength=count)
             better = per_token > most
+            elements[:, image] += per_token
             most[better], images[better] = per_token[better], image
             for axis, source in enumerate((x, y)):
                 which, low, high = extents(source[asked][mine], token[mine])
                 keep = better[which]
                 boxes[which[keep], axis] = low[keep].clip(0, size[axis])
                 boxes[which[keep], axis + 2] = high[keep].clip(0, size[axis])
-    return Places(boxes, images)
+    return Places(boxes, images, _several(elements))
+
+
+def _several(read: np.ndarray) -> np.ndarray:
+    """First and last image that each token reads, ``(token, 2)``, from how much of each, ``(token, image)``."""
+    seen = (read > _PART * read.max(axis=1, keepdims=True)) & (read > 0)
+    first, last = seen.argmax(axis=1), read.shape[1] - 1 - seen[:, ::-1].argmax(axis=1)
+    found: np.ndarray = np.where(seen.any(axis=1)[:, None], np.stack([first, last], axis=1), -1)
+    return found
 
 
 def extents(source: np.ndarray, token: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -183,7 +194,7 @@ def _one_by_one(
                 "the receptive fields of the image tokens lie over each other (overlapping convolutions), so that none "
                 "of them stands for a part of the image"
             )
-    return Places(boxes, images)
+    return Places(boxes, images, _several(totals))
 
 
 def _on_one_heap(boxes: np.ndarray) -> bool:

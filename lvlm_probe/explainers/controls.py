@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, register
 from lvlm_probe.explainers.scores import check_rules
 
 __all__ = ["center", "center_values", "random"]
@@ -50,8 +50,8 @@ def center(problem: Problem, *, size: int | tuple[int, int] | None = None, sigma
     return Outcome(values, {"size": list(shape), "sigma": sigma})
 
 
-def center_values(shape: tuple[int, int], *, sigma: float = SIGMA) -> torch.Tensor:
-    """The map of ``center`` on a grid, ``(row, col)`` with a highest value of 1."""
-    row, col = ((torch.arange(cells, dtype=torch.float32) + 0.5) / cells - 0.5 for cells in shape)
+def center_values(shape: Shape, *, sigma: float = SIGMA) -> torch.Tensor:
+    """The map of ``center`` on a grid, with a highest value of 1; of a clip the same at all times."""
+    row, col = ((torch.arange(cells, dtype=torch.float32) + 0.5) / cells - 0.5 for cells in shape[-2:])
     values = torch.exp(-(row[:, None].square() + col.square()) / (2 * sigma**2))
-    return values / values.max()
+    return (values / values.max()).expand(shape).clone()

@@ -19,6 +19,7 @@ from lvlm_probe.replaying.baselines import baseline_identity
 if TYPE_CHECKING:
     from lvlm_probe.explainers.registry import Problem
     from lvlm_probe.replaying.protocol import ReplayLike
+    from lvlm_probe.trace.clips import Clip
 
 __all__ = [
     "MIN_GAIN",
@@ -58,7 +59,7 @@ class MaskScores:
     Args:
         replay: the answer on its model, over the baseline that judges.
         indices: the tokens.
-        image: number of the image that is masked.
+        image: number of the image that is masked, or the clip.
         mode: ``"exact"`` sends real composites through the real processor.
         known: what has been scored, which is added to; by default nothing.
     """
@@ -68,7 +69,7 @@ class MaskScores:
         replay: ReplayLike,
         indices: Sequence[int],
         *,
-        image: int,
+        image: int | Clip,
         mode: Literal["fast", "exact"],
         known: Known | None = None,
     ) -> None:
@@ -103,7 +104,9 @@ def facts_of(replay: ReplayLike) -> dict[Any, Any]:
     return cast(Replay, replay).kept.facts if alone else {}
 
 
-def known_scores(replay: ReplayLike, indices: Sequence[int], image: int, mode: Literal["fast", "exact"]) -> Known:
+def known_scores(
+    replay: ReplayLike, indices: Sequence[int], image: int | Clip, mode: Literal["fast", "exact"]
+) -> Known:
     """The masks of these tokens that explaining has scored over this very baseline."""
     key = ("mask scores", baseline_identity(replay.baseline), tuple(indices), image, mode)
     found: Known = facts_of(replay).setdefault(key, {})
@@ -121,11 +124,12 @@ def sample_counts(cells: int, steps: int) -> np.ndarray:
     return np.unique(np.rint(np.linspace(0, cells, steps + 1)).astype(int))
 
 
-def curve_masks(order: np.ndarray, counts: np.ndarray, shape: tuple[int, int], *, insert: bool) -> torch.Tensor:
-    """Masks along a curve ``(point, row, col)``: the first ``count`` cells are 0 in deletion, 1 in insertion."""
+def curve_masks(order: np.ndarray, counts: np.ndarray, shape: tuple[int, ...], *, insert: bool) -> torch.Tensor:
+    """Masks along a curve ``(point, *shape)``: the first ``count`` cells are 0 in deletion, 1 in insertion."""
     position = np.empty(order.size, dtype=np.int64)
     position[order] = np.arange(order.size)
-    touched = torch.from_numpy(position.reshape(shape))[None] < torch.from_numpy(np.asarray(counts))[:, None, None]
+    ends = torch.from_numpy(np.asarray(counts)).reshape(-1, *[1] * len(shape))
+    touched = torch.from_numpy(position.reshape(shape))[None] < ends
     return (touched if insert else ~touched).float()
 
 
@@ -150,8 +154,8 @@ def quick_areas(problem: Problem, values: torch.Tensor, seen: torch.Tensor) -> t
 
     Args:
         problem: what is explained.
-        values: the map, ``(row, col)`` on the CPU.
-        seen: its cells that the model sees, ``(row, col)`` bool.
+        values: the map, ``(row, col)``, or ``(t, row, col)`` of a clip, on the CPU.
+        seen: its cells that the model sees, bool.
     """
     replay, indices = problem.replay, list(problem.selection.indices)
     cells = int(seen.sum())
@@ -163,11 +167,9 @@ def quick_areas(problem: Problem, values: torch.Tensor, seen: torch.Tensor) -> t
         for log_probs in (replay.original_log_probs, replay.baseline_log_probs)
     )
     order = rank(values.numpy(), seen.numpy(), np.random.default_rng(0))
-    masks = torch.cat(
-        [curve_masks(order, counts, (values.shape[0], values.shape[1]), insert=insert) for insert in (False, True)]
-    )
+    masks = torch.cat([curve_masks(order, counts, tuple(values.shape), insert=insert) for insert in (False, True)])
     scores = MaskScores(
-        replay, indices, image=problem.image, mode="fast", known=known_scores(replay, indices, problem.image, "fast")
+        replay, indices, image=problem.target, mode="fast", known=known_scores(replay, indices, problem.target, "fast")
     )
     lost, given = (scores(masks) if len(masks) else torch.zeros(0, 1)).exp().mean(dim=1).numpy().reshape(2, -1)
     fractions = np.array([0, *(counts / cells), 1.0])

@@ -6,7 +6,7 @@ import datetime
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from lvlm_probe._version import versions_of
 from lvlm_probe.errors import ExplainError
@@ -22,7 +22,10 @@ from lvlm_probe.replaying.micro_batches import out_of_memory, ran_out
 from lvlm_probe.selection import TokenSelection, select_tokens
 from lvlm_probe.trace import Trace
 
-__all__ = ["RunPlan", "Tokens", "explain", "selected"]
+if TYPE_CHECKING:
+    from lvlm_probe.trace.clips import Clip
+
+__all__ = ["RunPlan", "Tokens", "explain", "frame_of", "run", "selected"]
 
 Tokens = str | tuple[int, int] | list[int] | Sequence[str] | TokenSelection
 
@@ -97,6 +100,44 @@ def explain(
         OutOfMemory: not even one mask fits; the message says what it would take.
         SelectionError: the answer does not contain the words or span.
     """
+    if frame_of(replay, image) is not None:
+        raise ExplainError(
+            f"image {image} is a frame of a video: probe.video.explain(replay) explains by the whole of it, in time "
+            "and space"
+        )
+    return Heatmap(
+        **run(
+            replay, image, method=method, tokens=tokens, seed=seed, strengthen=strengthen, progress=progress, plan=plan,
+            params=params,
+        ),
+        image_index=image,
+    )  # fmt: skip
+
+
+def frame_of(replay: ReplayLike | Trace, image: int) -> Clip | None:
+    """The video that an image of the prompt is a frame of; ``None`` where it is none."""
+    trace = replay if isinstance(replay, Trace) else replay.trace
+    clips: Sequence[Clip] = getattr(trace, "clips", ())  # an analytic replay need not have any
+    return next((clip for clip in clips if image in clip.images), None)
+
+
+def run(
+    replay: ReplayLike | Trace,
+    target: int | Clip,
+    *,
+    method: str,
+    tokens: Tokens | None,
+    seed: int,
+    strengthen: bool,
+    progress: ProgressChoice,
+    plan: RunPlan | None,
+    params: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Run a method as ``explain`` says, by an image or by a clip; what its heatmap is made of, by name.
+
+    Raises:
+        ExplainError, OutOfMemory, SelectionError: as ``explain``.
+    """
     function = resolve(method)
     check_parameters(method, function, params)
     live = not isinstance(replay, Trace)
@@ -106,6 +147,7 @@ def explain(
     else:
         _refuse_what_it_lacks(method, replay)
         replay = cast(Replay, replay)
+    clip, image = (None, target) if isinstance(target, int) else (target, target.first)
     if not 0 <= image < replay.n_images:
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
     if plan is not None and plan.method != method:
@@ -114,7 +156,7 @@ def explain(
     if live:
         replay = _counted(replay, plan)
         # A method declares its cost by the image and its parameters: no tokens need to be selected for it.
-        problem = Problem(replay, cast(TokenSelection, None), image)
+        problem = Problem(replay, cast(TokenSelection, None), image, clip=clip)
         replay.announce(method, lambda: cost_of(method, problem, params).forward)
     selection = selected(replay, tokens)
     before = _Before(replay) if live else None
@@ -124,30 +166,32 @@ def explain(
         if live and strengthen:
             replay = replay.strengthened(selection.decided)
         with show_progress(progress, f"explaining by {method}") as advance:
-            outcome = _run(function, Problem(replay, selection, image, seed, advance, live), method, params)
-    values = outcome.values
-    if values is not None and (values.ndim != 2 or not bool(((values >= 0) & (values <= 1)).all())):
+            problem = Problem(replay, selection, image, seed, advance, live, clip)
+            outcome = _run(function, problem, method, params)
+    values, axes = outcome.values, 2 if clip is None else 3
+    if values is not None and (values.ndim != axes or not bool(((values >= 0) & (values <= 1)).all())):
         raise ExplainError(
-            f"{method} returned values of shape {tuple(values.shape)} outside [0, 1]; a heatmap is (row, col) in [0, 1]"
+            f"{method} returned values of shape {tuple(values.shape)} outside [0, 1]; a heatmap is "
+            f"{'(row, col)' if clip is None else '(t, row, col)'} in [0, 1]"
         )
     provenance = _provenance(replay, seed, time.perf_counter() - started)
     if before is not None:
         provenance |= before.since(replay, plan)
     if outcome.diagnostics:
         provenance["diagnostics"] = json_ready(outcome.diagnostics, nonfinite=float)
-    return Heatmap(
-        values=None if values is None else values.detach().float().cpu().numpy(),
-        image_size=replay.image_sizes[image],
-        image_index=image,
-        seen=None if values is None else replay.seen(image, (values.shape[0], values.shape[1])).cpu().numpy(),
-        selection=selection,
-        method=method,
-        params=json_ready(outcome.params, nonfinite=float),
-        provenance=provenance,
-        history=tuple(dict(record) for record in outcome.history),
-        reason=outcome.reason,
-        trace=cast(Trace, replay.trace),
-    )
+    looked = Problem(replay, selection, image, clip=clip)
+    return {
+        "values": None if values is None else values.detach().float().cpu().numpy(),
+        "image_size": replay.image_sizes[image],
+        "seen": None if values is None else looked.seen(tuple(values.shape)).numpy(),
+        "selection": selection,
+        "method": method,
+        "params": json_ready(outcome.params, nonfinite=float),
+        "provenance": provenance,
+        "history": tuple(dict(record) for record in outcome.history),
+        "reason": outcome.reason,
+        "trace": cast(Trace, replay.trace),
+    }
 
 
 def selected(replay: Replay, tokens: Tokens | None) -> TokenSelection:

@@ -17,10 +17,10 @@ __all__ = ["input_gradient"]
 
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
-    return Cost("gradient", 1, 1, grids=(problem.grid(params["size"]),))
+    return Cost("gradient", 1, 1, grids=(problem.shape(params["size"]),))
 
 
-@register("input_gradient", needs=("passes", "gradients"), cost=_cost)
+@register("input_gradient", needs=("passes", "gradients"), cost=_cost, clips=True)
 def input_gradient(problem: Problem, *, size: int | tuple[int, int] | None = None, sign: Sign = "absolute") -> Outcome:
     """Gradient × (image − baseline) of the log-likelihood, summed over cells. One forward and backward pass.
 
@@ -36,7 +36,7 @@ def input_gradient(problem: Problem, *, size: int | tuple[int, int] | None = Non
         ExplainError: A parameter out of range, or gradients that are not finite.
     """
     check_rules("input_gradient", sign=sign_rule(sign))
-    shape = problem.grid(size)
+    shape = problem.shape(size)
     params = {"size": list(shape), "sign": sign}
     seen = problem.seen(shape)
     if not seen.any():

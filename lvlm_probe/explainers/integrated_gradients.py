@@ -26,11 +26,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from lvlm_probe.explainers.registry import Cost, Outcome, Problem, batches, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, batches, register
 from lvlm_probe.explainers.scores import (
     NO_SIGHT,
     Sign,
     check_rules,
+    even_masks,
     require_finite,
     scaled,
     sign_rule,
@@ -44,12 +45,12 @@ Rule = Literal["gauss_legendre", "midpoint"]
 
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
-    steps, batch, shape = params["steps"], params["batch"], problem.grid(params["size"])
+    steps, batch, shape = params["steps"], params["batch"], problem.shape(params["size"])
     numbers = 2 * min(batch, steps) * math.prod(shape)
     return Cost("gradient", steps + 2, steps, batches(steps, batch), numbers=numbers, grids=(shape,))
 
 
-@register("integrated_gradients", needs=("passes", "gradients"), cost=_cost)
+@register("integrated_gradients", needs=("passes", "gradients"), cost=_cost, clips=True)
 def integrated_gradients(
     problem: Problem,
     *,
@@ -82,17 +83,15 @@ def integrated_gradients(
         sign=sign_rule(sign),
         batch=whole_rule(batch),
     )
-    shape = problem.grid(size)
+    shape = problem.shape(size)
     params = {"size": list(shape), "steps": steps, "rule": rule, "sign": sign, "batch": batch}
     seen = problem.seen(shape)
     if not seen.any():
         return Outcome(None, params, reason=NO_SIGHT)
     attribution = mean_slope(problem, shape, *nodes(steps, rule), batch=batch, method="integrated_gradients")
     with torch.no_grad():
-        ends = torch.tensor([1.0, 0.0], dtype=torch.float32, device=problem.replay.device)[:, None, None].expand(
-            -1, *shape
-        )
-        log_probs = problem.replay.log_probs(ends, image=problem.image, steps=problem.selection.indices)
+        ends = even_masks([1.0, 0.0], shape).to(problem.replay.device)
+        log_probs = problem.replay.log_probs(ends, image=problem.target, steps=problem.selection.indices)
         whole, nothing = problem.score(log_probs).tolist()
     total, change = float(attribution.sum()), whole - nothing
     diagnostics = {
@@ -116,20 +115,19 @@ def nodes(steps: int, rule: Rule) -> tuple[list[float], list[float]]:
 
 
 def mean_slope(
-    problem: Problem, shape: tuple[int, int], points: list[float], weights: list[float], *, batch: int, method: str
+    problem: Problem, shape: Shape, points: list[float], weights: list[float], *, batch: int, method: str
 ) -> torch.Tensor:
-    """Σ_k w_k ∂f/∂M at the masks that are α_k everywhere, ``(row, col)`` float64 on the CPU, nats."""
+    """Σ_k w_k ∂f/∂M at the masks that are α_k everywhere, of ``shape``, float64 on the CPU, nats."""
     total = torch.zeros(shape, dtype=torch.float64)
     problem.advance(0, len(points))
     for start in range(0, len(points), batch):
         part = slice(start, start + batch)
-        alpha = torch.tensor(points[part], device=problem.replay.device, dtype=torch.float32)
-        masks = alpha[:, None, None].expand(-1, *shape).contiguous()
+        masks = even_masks(points[part], shape).to(problem.replay.device)
         scores, slopes = problem.replay.score_and_grad(
-            masks, problem.score, image=problem.image, steps=problem.selection.indices
+            masks, problem.score, image=problem.target, steps=problem.selection.indices
         )
         require_finite(method, problem, scores, slopes)
         share = torch.tensor(weights[part], dtype=torch.float64)
-        total += torch.einsum("b,brc->rc", share, slopes.cpu().double())
+        total += torch.einsum("b,b...->...", share, slopes.cpu().double())
         problem.advance(min(start + batch, len(points)), len(points))
     return total

@@ -37,13 +37,14 @@ __all__ = ["covers", "occlusion"]
 
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
-    shape, batch = problem.grid(params["size"]), params["batch"]
-    down, right = (-(-(edge + params["patch"] - 1) // params["stride"]) for edge in shape)
-    masks = 1 + down * right
+    shape, batch = problem.shape(params["size"]), params["batch"]
+    masks = 1 + math.prod(-(-(edge + params["patch"] - 1) // params["stride"]) for edge in shape[-2:])
+    if problem.clip is not None:
+        masks = 1 + (masks - 1) * (shape[0] + _lasting(params["lasting"], shape[0]) - 1)
     return Cost("forward", masks, 0, batches(masks, batch), numbers=3 * masks * math.prod(shape), grids=(shape,))
 
 
-@register("occlusion", cost=_cost)
+@register("occlusion", cost=_cost, clips=True)
 @torch.no_grad()
 def occlusion(
     problem: Problem,
@@ -54,6 +55,7 @@ def occlusion(
     soft: float = 0.0,
     score: ScoreKind = "prob",
     batch: int = 64,
+    lasting: int | None = None,
 ) -> Outcome:
     """Importance of a place = how much the selected tokens lose when patches over it are replaced.
 
@@ -66,6 +68,8 @@ def occlusion(
         soft: Width of the ramp around a patch's border, cells; 0 is a hard edge.
         score: ``"prob"`` or ``"geometric"`` mean probability of the tokens, or ``"log"`` likelihood.
         batch: Masks per call of the replay, between two reports of progress.
+        lasting: Of a clip, steps in time for which a patch lasts, by default half of them: what is shown again and
+            again answers the question as long as it can be seen once.
 
     Raises:
         ExplainError: A parameter out of range, or scores that are not finite.
@@ -78,30 +82,39 @@ def occlusion(
         score=score_rule(score),
         batch=whole_rule(batch),
     )
-    rows, cols = problem.grid(size)
-    params = {"size": [rows, cols], "patch": patch, "stride": stride, "soft": soft, "score": score, "batch": batch}
-    seen = problem.seen((rows, cols))
+    shape = problem.shape(size)
+    params = {"size": list(shape), "patch": patch, "stride": stride, "soft": soft, "score": score, "batch": batch}
+    seen = problem.seen(shape)
     if not seen.any():
         return Outcome(None, params, reason=NO_SIGHT)
-    down, right = covers(rows, patch, stride, soft), covers(cols, patch, stride, soft)
-    cover = (down[:, None, :, None] * right[None, :, None, :]).reshape(-1, rows, cols)
-    masks = torch.cat([torch.ones(1, rows, cols, dtype=torch.float32), 1 - cover])
+    down, right = (covers(edge, patch, stride, soft) for edge in shape[-2:])
+    cover = (down[:, None, :, None] * right[None, :, None, :]).reshape(-1, *shape[-2:])
+    if problem.clip is not None:
+        params["lasting"] = _lasting(lasting, shape[0])
+        check_rules("occlusion", lasting=whole_rule(params["lasting"]))
+        when = covers(shape[0], _lasting(lasting, shape[0]))
+        cover = (when[:, None, :, None, None] * cover[None, :, None]).reshape(-1, *shape)
+    masks = torch.cat([torch.ones(1, *shape, dtype=torch.float32), 1 - cover])
     scores = []
     problem.advance(0, len(masks))
     for start in range(0, len(masks), batch):
         part = masks[start : start + batch].to(problem.replay.device)
-        log_probs = problem.replay.log_probs(part, image=problem.image, steps=problem.selection.indices)
+        log_probs = problem.replay.log_probs(part, image=problem.target, steps=problem.selection.indices)
         scores.append(score_of(problem, log_probs, score).cpu().double())
         problem.advance(start + len(part), len(masks))
     f = torch.cat(scores)
     require_finite("occlusion", problem, f)
     drops = f[0] - f[1:]
     weights = cover.double()
-    value = torch.einsum("nrc,n->rc", weights, drops) / weights.sum(dim=0)
+    value = torch.einsum("n...,n->...", weights, drops) / weights.sum(dim=0)
     heat = scaled(value, seen)
     if heat is None:
         return Outcome(None, params, reason="covering a patch anywhere makes the selected words no less likely")
     return Outcome(heat, params, diagnostics={"unit": float(value[seen].max())})
+
+
+def _lasting(wanted: int | None, steps: int) -> int:
+    return max(1, steps // 2) if wanted is None else wanted
 
 
 def covers(cells: int, patch: int, stride: int = 1, soft: float = 0.0) -> torch.Tensor:

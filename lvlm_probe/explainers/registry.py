@@ -44,9 +44,11 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
     from lvlm_probe.trace import Trace
+    from lvlm_probe.trace.clips import Clip
 
 __all__ = [
     "METHODS",
+    "MOST_STEPS",
     "Cost",
     "Explainer",
     "Kind",
@@ -55,6 +57,7 @@ __all__ = [
     "Outcome",
     "Problem",
     "Progress",
+    "Shape",
     "batches",
     "check_parameters",
     "cost_of",
@@ -69,9 +72,18 @@ __all__ = [
 ]
 
 
+Shape = tuple[int, ...]
+"""Cells of a mask: ``(row, col)``, of a clip ``(t, row, col)``."""
+
+MOST_STEPS = 16
+"""Steps in time of a clip's mask by default; a step of a longer clip lasts several frames."""
+
+
 @dataclass(frozen=True)
 class Problem:
-    """What is to be explained: the answer's tokens ``selection`` by image ``image`` of ``replay``.
+    """What is to be explained: the answer's tokens ``selection`` by image ``image`` of ``replay``, or by a ``clip``,
+    whose first frame that image then is. Methods that are registered with ``clips`` ask for ``shape`` in place of
+    ``grid`` and mask ``target``; no others are given one.
 
     ``live`` is False where a trace alone is explained; ``replay`` then is that trace and runs no pass.
     """
@@ -82,6 +94,7 @@ class Problem:
     seed: int = 0
     progress: Progress | None = None
     live: bool = True
+    clip: Clip | None = None
 
     @property
     def trace(self) -> Trace:
@@ -108,6 +121,25 @@ class Problem:
         """Random numbers of this explanation alone: the same seed gives the same ones, whatever ran before."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + offset) % 2**63)
 
+    @property
+    def target(self) -> int | Clip:
+        """What a mask is laid over, as ``image=`` of the replay: the clip where there is one, else the image."""
+        return self.image if self.clip is None else self.clip
+
+    def shape(self, size: int | Sequence[int] | None, *, cells: int = 256) -> Shape:
+        """Mask size: ``grid``'s, and of a clip ``(t, row, col)``: a step in time for each frame, at most
+        ``MOST_STEPS``, unless ``size`` is three numbers.
+        """
+        if self.clip is None:
+            return self.grid(size, cells=cells)
+        if isinstance(size, (tuple, list)) and len(size) == 3:
+            steps, size = size[0], tuple(size[1:])
+            if not isinstance(steps, int) or steps < 1:
+                raise ExplainError(f"a clip's mask has at least one step in time; got {steps!r}")
+        else:
+            steps = min(self.clip.frames, MOST_STEPS)
+        return steps, *self.grid(size, cells=cells)
+
     def grid(self, size: int | Sequence[int] | None, *, cells: int = 256) -> tuple[int, int]:
         """Mask size ``(row, col)``: ``n`` is n × n, ``None`` about ``cells`` cells as square as the image allows."""
         if size is None:
@@ -119,9 +151,14 @@ class Problem:
             raise ExplainError(f"size is a number of cells or (rows, columns), both at least 1; got {size!r}")
         return pair[0], pair[1]
 
-    def seen(self, shape: tuple[int, int]) -> torch.Tensor:
-        """Which cells of a ``(row, col)`` grid on the image the model sees, bool, on the CPU."""
-        return self.replay.seen(self.image, shape).cpu()
+    def seen(self, shape: Shape) -> torch.Tensor:
+        """Which cells of a grid on the image, or of tubes in the clip, the model sees, bool, on the CPU."""
+        if self.clip is None:
+            return self.replay.seen(self.image, (shape[0], shape[1])).cpu()
+        grids = [self.replay.seen(k, (shape[1], shape[2])).cpu() for k in self.clip.images]
+        return torch.stack(
+            [torch.stack([grids[frame] for frame in part]).any(dim=0) for part in self.clip.parts(shape[0])]
+        )
 
     def advance(self, done: int, total: int) -> None:
         """Tells the caller how far the work is."""
@@ -184,7 +221,7 @@ class Cost:
     numbers: int = 0
     about: bool = False
     parts: tuple[Any, ...] = ("decoder",)
-    grids: tuple[tuple[int, int], ...] = ((1, 1),)
+    grids: tuple[Shape, ...] = ((1, 1),)
     queries: int | None = None
     joined: bool = False
     general: tuple[str, str | None] | None = None
@@ -208,6 +245,7 @@ class Method:
     function: Callable[..., Outcome]
     needs: frozenset[Need]
     cost: CostRule | None = None
+    clips: bool = False
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Outcome])
@@ -216,7 +254,7 @@ METHODS: dict[str, Method] = {}
 
 
 def register(
-    name: str, *, needs: Sequence[Need] = ("passes",), cost: CostRule | None = None
+    name: str, *, needs: Sequence[Need] = ("passes",), cost: CostRule | None = None, clips: bool = False
 ) -> Callable[[_Function], _Function]:
     """Registers a function ``(problem, *, …) -> Outcome`` as an explainer under a name.
 
@@ -225,6 +263,7 @@ def register(
         needs: what it takes to run it, see the module.
         cost: what it asks of the model, for ``plan``; without it a plan goes by ``needs`` alone, and the number of
             passes is not known.
+        clips: it takes a problem of a clip too, whose masks and values have an axis of time in front.
 
     Raises:
         ExplainError: Another function holds the name, ``needs`` has an unknown word, or what is registered is no
@@ -253,7 +292,7 @@ def register(
             raise ExplainError(
                 f"the name {name!r} is taken by {_home(holder.function)}; register {_home(function)} under another one"
             )
-        METHODS[name] = Method(function, frozenset(needs), cost)
+        METHODS[name] = Method(function, frozenset(needs), cost, clips)
         return function
 
     return decorate

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lvlm_probe.explainers.registry import Cost, Outcome, Problem, batches, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, batches, register
 from lvlm_probe.explainers.scores import (
     NO_SIGHT,
     ScoreKind,
@@ -42,12 +42,12 @@ __all__ = ["RandomMasks", "estimate", "rise"]
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     masks, batch = params["masks"], params["batch"]
-    shape = problem.grid(params["size"], cells=1024)
+    shape = problem.shape(params["size"], cells=1024)
     numbers = 2 * min(batch, masks) * math.prod(shape)
     return Cost("forward", masks, 0, batches(masks, batch), numbers=numbers, grids=(shape,))
 
 
-@register("rise", cost=_cost)
+@register("rise", cost=_cost, clips=True)
 @torch.no_grad()
 def rise(
     problem: Problem,
@@ -65,7 +65,7 @@ def rise(
     Args:
         problem: The answer's tokens and the image.
         masks: N, random masks.
-        cells: s, knots of a mask along the image, ``n`` or ``(row, col)``.
+        cells: s, knots of a mask along the image, ``n`` or ``(row, col)``; of a clip also ``(t, row, col)``.
         p: Share of the image that a mask keeps.
         size: Cells of masks and heatmap, ``None`` for about 1024 as square as the image allows.
         score: ``"geometric"`` mean of the tokens' probabilities, ``"prob"`` for the arithmetic one, ``"log"``.
@@ -82,8 +82,8 @@ def rise(
         score=score_rule(score),
         batch=whole_rule(batch),
     )
-    knots = problem.grid(cells)
-    shape = problem.grid(size, cells=1024)
+    knots = problem.shape(cells)
+    shape = problem.shape(size, cells=1024)
     params = {"masks": masks, "cells": list(knots), "p": p, "size": list(shape), "score": score, "centred": centred}
     params["batch"] = batch
     seen = problem.seen(shape)
@@ -95,7 +95,7 @@ def rise(
     problem.advance(0, masks)
     for part in parts:
         pictures = drawn.masks(part, shape).to(problem.replay.device)
-        log_probs = problem.replay.log_probs(pictures, image=problem.image, steps=problem.selection.indices)
+        log_probs = problem.replay.log_probs(pictures, image=problem.target, steps=problem.selection.indices)
         scores.append(score_of(problem, log_probs, score).cpu().double())
         problem.advance(part.stop, masks)
     f = torch.cat(scores)
@@ -132,7 +132,7 @@ def estimate(
     average = torch.stack([masks(part).double().sum(dim=0) for part in parts]).sum(dim=0) / number
     first, second = torch.zeros_like(average), torch.zeros_like(average)
     for part in parts:
-        weight = used[part, None, None]
+        weight = used[part].reshape(-1, *[1] * average.ndim)
         # Σ (f − f̄) m is Σ (f − f̄)(m − m̄): the latter is what varies from mask to mask.
         product = weight * (masks(part).double() - (average if centred else 0.0)) / p
         first += product.sum(dim=0)
@@ -144,20 +144,23 @@ def estimate(
 class RandomMasks:
     """Random masks, see the module: the numbers of all of them; the masks themselves are made when asked for."""
 
-    def __init__(self, number: int, knots: tuple[int, int], p: float, generator: torch.Generator) -> None:
+    def __init__(self, number: int, knots: Shape, p: float, generator: torch.Generator) -> None:
         self.knots = knots
         # Two more knots than fit: one for the far end, one for the shift. So every cell has the same distribution.
-        self.bits = (
-            torch.rand(number, knots[0] + 2, knots[1] + 2, generator=generator, dtype=torch.float32) < p
-        ).float()
-        self.shift = torch.rand(number, 2, generator=generator, dtype=torch.float32)
+        more = [count + 2 for count in knots]
+        self.bits = (torch.rand(number, *more, generator=generator, dtype=torch.float32) < p).float()
+        self.shift = torch.rand(number, len(knots), generator=generator, dtype=torch.float32)
 
-    def masks(self, part: slice, shape: tuple[int, int]) -> torch.Tensor:
-        """The masks of ``part`` on a grid of ``shape``, ``(batch, row, col)`` float32 in [0, 1]."""
-        rows, cols = (
-            _tents(self.shift[part, axis], self.knots[axis], shape[axis]) for axis in range(2)
+    def masks(self, part: slice, shape: Shape) -> torch.Tensor:
+        """The masks of ``part`` on a grid of ``shape``, ``(batch, *shape)`` float32 in [0, 1]."""
+        *steps, rows, cols = (
+            _tents(self.shift[part, axis], self.knots[axis], shape[axis]) for axis in range(len(shape))
         )  # (batch, cell, knot)
-        return (rows @ self.bits[part] @ cols.transpose(1, 2)).clamp(0.0, 1.0)
+        bits = self.bits[part]
+        if steps:
+            bits = torch.einsum("ntk,nkrc->ntrc", steps[0], bits)
+            rows, cols = rows[:, None], cols[:, None]
+        return (rows @ bits @ cols.transpose(-1, -2)).clamp(0.0, 1.0)
 
 
 def _tents(shift: torch.Tensor, knots: int, cells: int) -> torch.Tensor:

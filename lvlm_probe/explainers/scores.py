@@ -12,14 +12,14 @@ Heatmaps are scaled to a highest value of 1; the diagnostics say what that 1 sta
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 
 from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProcessorRefused
-from lvlm_probe.explainers.registry import Outcome, Problem
+from lvlm_probe.explainers.registry import Outcome, Problem, Shape
 
 __all__ = [
     "LEAST_SHARE",
@@ -28,6 +28,7 @@ __all__ = [
     "ScoreKind",
     "Sign",
     "check_rules",
+    "even_masks",
     "finish",
     "no_effect",
     "require_finite",
@@ -65,7 +66,8 @@ def no_effect(problem: Problem) -> str | None:
     try:
         if several and problem.live:
             with torch.no_grad():
-                without = replay.log_probs(torch.zeros(1, 1, 1, device=replay.device), image=problem.image)[0]
+                nothing = even_masks([0.0], (1, 1) if problem.clip is None else (1, 1, 1)).to(replay.device)
+                without = replay.log_probs(nothing, image=problem.target)[0]
             moved = replay.original_log_probs - without.to(replay.original_log_probs)
         elif (ratios := replay.llr) is None:
             return None
@@ -78,6 +80,7 @@ def no_effect(problem: Problem) -> str | None:
     if not bool((moved <= allowed).all()):  # NaN has an effect: methods say what is wrong with it
         return None
     name = f"image {problem.image + 1} of {replay.n_images}" if several else "the image"
+    name = name if problem.clip is None else "the clip"
     kind = str(replay.baseline.get("kind") or "baseline")
     what = "with all images" if several and not problem.live else "with it"
     return (
@@ -91,12 +94,12 @@ def _same_picture(problem: Problem) -> str:
     """A way out where the baseline cannot hide anything: it is the image itself."""
     if not problem.live:
         return ""
-    path = problem.replay.path
-    if len(path.baseline_images) <= problem.image:
+    path, mine = problem.replay.path, [problem.image] if problem.clip is None else list(problem.clip.images)
+    if len(path.baseline_images) <= mine[-1]:
         return ""
-    picture, other = path.images[problem.image], path.baseline_images[problem.image]
-    if picture.size != other.size or picture.convert("RGB").tobytes() != other.convert("RGB").tobytes():
-        return ""
+    for picture, other in ((path.images[k], path.baseline_images[k]) for k in mine):
+        if picture.size != other.size or picture.convert("RGB").tobytes() != other.convert("RGB").tobytes():
+            return ""
     return "; its baseline is the image itself: choose another, such as explain(replay.over('blank'))"
 
 
@@ -131,6 +134,12 @@ def scaled(
         order = (raw - low) / (high - low) if high > low else torch.zeros_like(raw)
         heat = (1 - tie_break) * heat + tie_break * order
     return heat.masked_fill(~seen, 0.0).clamp(0.0, 1.0).float()
+
+
+def even_masks(values: Sequence[float], shape: Shape) -> torch.Tensor:
+    """One mask for each value, which it has in all cells, ``(batch, *shape)`` float32 on the CPU."""
+    made = torch.tensor(list(values), dtype=torch.float32).reshape(-1, *[1] * len(shape))
+    return made.expand(-1, *shape).contiguous()
 
 
 def check_rules(method: str, **rules: tuple[object, bool, str]) -> None:

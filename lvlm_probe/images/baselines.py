@@ -8,6 +8,7 @@ the selected words have lost their probability, and the strength that it took is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lvlm_probe.errors import ImageError
+from lvlm_probe.trace.clips import Clip
 
-__all__ = ["BLUR_LADDER", "Baseline", "make_baseline"]
+__all__ = ["BLUR_LADDER", "CLIP_KINDS", "Baseline", "make_baseline", "make_baselines"]
 
 BLUR_LADDER: tuple[float, ...] = (0.15, 0.3, 0.6, math.inf)
 """Blur strengths to try in turn: sigma of the Gaussian relative to the image's long side; the last is its limit, the
@@ -24,6 +26,10 @@ mean colour. The first is a full blur already: words are selected by what it tak
 leaves readable would not be selected at all."""
 
 KINDS = ("blur", "blank", "noise", "mean")
+
+CLIP_KINDS = ("first_frame", "middle_frame", "shuffled_frames")
+"""Baselines of a clip that are made of its own frames: one of them in the place of all, or all in another order. They
+leave what is to be seen and take away motion, or order, alone."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,52 @@ def make_baseline(
     if kind == "mean":
         return Baseline(_mean_colour(rgb), "mean")
     raise ImageError(f"no baseline {kind!r}; choose one of {', '.join(KINDS)}, or give a PIL image of your own.")
+
+
+def make_baselines(
+    images: Sequence[Image.Image],
+    kind: str | Sequence[str | Image.Image],
+    *,
+    clips: Sequence[Clip] = (),
+    strength: float = BLUR_LADDER[0],
+    seed: int = 0,
+) -> list[Baseline]:
+    """Draw the baselines of a prompt's images.
+
+    Args:
+        images: in order, frames of clips among them.
+        kind: as for ``make_baseline``, for all or one each; or one of ``CLIP_KINDS``, which leaves images that are no
+            frames as they are.
+        clips: which images are frames.
+        strength, seed: as for ``make_baseline``; ``seed`` also of the order of shuffled frames.
+
+    Raises:
+        ImageError: there is no such kind, or it is one of clips and there is none.
+    """
+    if not isinstance(kind, str) or kind not in CLIP_KINDS:
+        kinds = [kind] * len(images) if isinstance(kind, str) else list(kind)
+        pairs = zip(images, kinds, strict=True)
+        return [make_baseline(image, each, strength=strength, seed=seed) for image, each in pairs]
+    if not clips:
+        raise ImageError(f"the baseline {kind!r} is made of the frames of a video, and this prompt has none")
+    params: dict[str, Any] = {"seed": int(seed)} if kind == "shuffled_frames" else {}
+    made = [Baseline(image.convert("RGB"), kind, params) for image in images]
+    for number, clip in enumerate(clips):
+        middle = clip.frames // 2 if kind == "middle_frame" else 0
+        order = [middle] * clip.frames if kind != "shuffled_frames" else _shuffled(clip.frames, (seed, number))
+        for place, source in enumerate(order):
+            shown = images[clip.first + source].convert("RGB")
+            made[clip.first + place] = Baseline(shown, kind, params)
+    return made
+
+
+def _shuffled(count: int, seed: tuple[int, int]) -> list[int]:
+    """Another order of ``count`` frames than their own, where there is one."""
+    generator = np.random.default_rng(seed)
+    while True:
+        order: list[int] = generator.permutation(count).tolist()
+        if count < 2 or order != sorted(order):
+            return order
 
 
 def _mean_colour(image: Image.Image) -> Image.Image:

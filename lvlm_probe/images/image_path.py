@@ -23,6 +23,7 @@ from lvlm_probe.images.positions import Geometry
 from lvlm_probe.images.processor import BlackBox, as_rgb, compare_reference
 from lvlm_probe.images.tracing import check_same_layout
 from lvlm_probe.images.whitening import Whitening
+from lvlm_probe.trace.clips import Clip
 
 __all__ = ["ImagePath"]
 
@@ -195,14 +196,15 @@ class ImagePath:
     # -- what comes out ----------------------------------------------------------------------------------------------
 
     def apply(
-        self, mask: Tensor | None, *, image: int | None = None, mode: Literal["fast", "exact"] = "fast"
+        self, mask: Tensor | None, *, image: int | Clip | None = None, mode: Literal["fast", "exact"] = "fast"
     ) -> dict[str, Tensor]:
         """The model's inputs for a batch of masks.
 
         Args:
             mask: ``(batch, row, col)`` or ``(batch, image, row, col)`` in [0, 1] over the original image(s), any
                 resolution; ``None``: the unmasked images, one copy.
-            image: put a ``(batch, row, col)`` mask on this image and leave the others whole.
+            image: put a ``(batch, row, col)`` mask on this image, or ``(batch, t, row, col)`` on this clip, and leave
+                the others whole.
             mode: ``"fast"`` blends the processor's own outputs at traced positions; ``"exact"`` runs the real processor
                 on the real 8-bit composite, one call per mask, with the fast path's gradient.
 

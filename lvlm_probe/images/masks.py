@@ -6,12 +6,20 @@ import torch
 from torch import Tensor
 
 from lvlm_probe.errors import MaskError
+from lvlm_probe.images.clips import over_frames
+from lvlm_probe.trace.clips import Clip
 
 __all__ = ["expand_masks"]
 
 
-def expand_masks(mask: Tensor, n_images: int, image: int | None) -> Tensor:
+def expand_masks(mask: Tensor, n_images: int, image: int | Clip | None) -> Tensor:
     """Check masks and bring them to ``(batch, image, row, col)``.
+
+    Args:
+        mask: ``(batch, row, col)`` for one image, ``(batch, image, row, col)`` for all, ``(batch, t, row, col)`` for a
+            clip; see ``over_frames``.
+        n_images: of the prompt.
+        image: which image or clip it is for, the others being kept whole; ``None``: all.
 
     Raises:
         MaskError: not a floating tensor of 3 or 4 axes in [0, 1], or it does not say which of several images it is for.
@@ -23,6 +31,8 @@ def expand_masks(mask: Tensor, n_images: int, image: int | None) -> Tensor:
     low, high = torch.stack(mask.detach().aminmax()).tolist()  # one wait for the device
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise MaskError(f"a mask lies in [0, 1] (1 keeps the pixel); got values from {low:.4g} to {high:.4g}.")
+    if isinstance(image, Clip):
+        return over_frames(mask, image, n_images)
     if image is not None:
         if not 0 <= image < n_images:
             raise MaskError(f"image={image}, but the prompt has {n_images} image(s), numbered from 0.")

@@ -16,6 +16,7 @@ from lvlm_probe.errors import ImageError, MaskError, ProcessorRefused
 from lvlm_probe.images.baselines import BLUR_LADDER, KINDS
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.images.parity import ParityReport, versions
+from lvlm_probe.trace.clips import Clip
 
 __all__ = ["PixelPath"]
 
@@ -122,7 +123,7 @@ class PixelPath:
         )
 
     def apply(
-        self, mask: Tensor | None, *, image: int | None = None, mode: Literal["fast", "exact"] = "fast"
+        self, mask: Tensor | None, *, image: int | Clip | None = None, mode: Literal["fast", "exact"] = "fast"
     ) -> dict[str, Tensor]:
         """As :meth:`ImagePath.apply <lvlm_probe.images.ImagePath.apply>`; both modes are the same here."""
         if mask is None:

@@ -62,7 +62,8 @@ class BlackBox:
             raise ImageError(f"structure must be 'flat' or 'nested'; got {structure!r}.")
         self._kwargs = {key: value for key, value in call_kwargs.items() if key not in NOT_KEPT}
         self._nested = structure == "nested"
-        self._owner, self._plain = call, plain
+        # Traced geometry lives as long as the user's own object: of a clip's step the video processor in it.
+        self._owner, self._plain = getattr(call, "geometry_owner", call), plain
 
     def __call__(self, images: Sequence[Image.Image], *, prompts: int = 1) -> dict[str, Tensor]:
         """The outputs for one prompt's images, or for ``prompts`` prompts with the same ones each."""
@@ -132,7 +133,9 @@ class BlackBox:
 
     def _token(self, sizes: Sequence[tuple[int, int]], reference: Mapping[str, Tensor]) -> str:
         # Settings are plain values; whatever can be called (a watcher on the instance) is none.
-        settings = {name: value for name, value in getattr(self.call, "__dict__", {}).items() if not callable(value)}
+        settings = getattr(self.call, "geometry_key", None) or {
+            name: value for name, value in getattr(self.call, "__dict__", {}).items() if not callable(value)
+        }
         shapes = {key: list(value.shape) for key, value in reference.items()}
         state = [settings, self._kwargs, self._nested, self._plain, [list(size) for size in sizes], shapes]
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=repr).encode()).hexdigest()
@@ -338,6 +341,7 @@ def processor_settings(image_processor: Any) -> dict[str, Any]:
 _NAMES = (
     "preprocess",
     "image_processor_type",
+    "video_processor_type",
     "processor_class",
     "feature_extractor_type",
     "auto_map",

@@ -99,7 +99,7 @@ class ForcedRecorder(GenerationRecorder):
     def _places(self, row: RowCapture) -> torch.Tensor | None:
         inputs = {name: torch.as_tensor(value) for name, value in row.model_kwargs.items()}
         ids = torch.as_tensor(row.input_ids)[None]
-        return image_places({**inputs, "input_ids": ids}, self.anatomy.image_token_id)
+        return image_places({**inputs, "input_ids": ids}, self.anatomy.placeholders)
 
     def _armed(self, tap: RowTap, places: torch.Tensor | None, replay: Replay, row: RowCapture) -> None:
         """The tap reads the queries that predict the answer's tokens."""

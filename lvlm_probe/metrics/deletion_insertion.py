@@ -39,7 +39,8 @@ import torch
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.curve_points import STEPS, MaskScores, area, curve_masks, normalise, rank, sample_counts
-from lvlm_probe.explainers.scores import CurveScore, too_narrow
+from lvlm_probe.explainers.registry import Shape
+from lvlm_probe.explainers.scores import CurveScore, even_masks, too_narrow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -158,8 +159,8 @@ def curves(
     """Score the answer along the deletion and the insertion curve of ``values``.
 
     Args:
-        values: heatmap, ``(row, col)``.
-        seen: which of its cells reach the model, ``(row, col)`` bool.
+        values: heatmap, ``(row, col)``, or ``(t, row, col)`` of a clip.
+        seen: which of its cells reach the model, bool.
         scores: scores the masks; those that it knows already cost nothing.
         settings: how the curves are drawn.
         decided: those of the tokens whose probability at the two ends is reported; by default all.
@@ -178,7 +179,7 @@ def curves(
     orders = settings.tie_orders
     if orders is None:
         orders = TIE_ORDERS if shared > TIES_THAT_MATTER else 1
-    log_probs = scores(torch.tensor([1.0, 0.0], dtype=torch.float32)[:, None, None].expand(-1, *values.shape))
+    log_probs = scores(even_masks([1.0, 0.0], values.shape))
     ends = _score(log_probs, settings.score)
     original, baseline = (float(end) for end in ends)
     generator = np.random.default_rng(settings.seed)
@@ -193,7 +194,7 @@ def curves(
     # What adaptive sampling left out is not drawn through where there is no curve to stay close to.
     drawn_through = not (adaptive and undefined)
     if drawn_through:
-        shape, tolerance = (values.shape[0], values.shape[1]), settings.tolerance * span if adaptive else None
+        shape, tolerance = values.shape, settings.tolerance * span if adaptive else None
         _fill(drawn, fractions, scores, settings.score, shape, tolerance, progress)
     if undefined is None:
         met = np.concatenate([curve.values[curve.scored] for curve in drawn])
@@ -253,7 +254,7 @@ def _fill(
     fractions: np.ndarray,
     scores: MaskScores,
     score: CurveScore,
-    shape: tuple[int, int],
+    shape: Shape,
     tolerance: float | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -291,8 +292,8 @@ class _Curve:
     def put(self, point: int, value: float) -> None:
         self.values[point], self.scored[point] = value, True
 
-    def mask(self, point: int, shape: tuple[int, int]) -> torch.Tensor:
-        """The mask of a point, ``(1, row, col)``."""
+    def mask(self, point: int, shape: Shape) -> torch.Tensor:
+        """The mask of a point, ``(1, *shape)``."""
         return curve_masks(self.order, self.points[[point]], shape, insert=self.insert)
 
     def missing(self) -> list[int]:

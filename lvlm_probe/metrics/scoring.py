@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from lvlm_probe.explainers.controls import center_values
 from lvlm_probe.explainers.curve_points import STEPS, Known, facts_of, known_scores
 from lvlm_probe.explainers.scores import CurveScore
 from lvlm_probe.files import json_ready
-from lvlm_probe.heatmap import Heatmap, resample
+from lvlm_probe.heatmap import resample
 from lvlm_probe.images import CompositePath
 from lvlm_probe.metrics.deletion_insertion import (
     Curves,
@@ -52,11 +52,37 @@ from lvlm_probe.trace import Trace
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BaselineChoice", "Score", "check_answer", "evaluate", "over_baseline"]
+    from lvlm_probe.selection import TokenSelection
+    from lvlm_probe.trace.clips import Clip
+
+__all__ = ["BaselineChoice", "Explained", "Score", "check_answer", "evaluate", "over_baseline"]
 
 AreaRule = Literal["trapezoid", "release"]
 BaselineChoice = BaselineLike | tuple[str, Mapping[str, Any]]
 AnyReplay = TypeVar("AnyReplay", bound=ReplayLike)
+
+
+class Explained(Protocol):
+    """What is scored: a ``Heatmap``, or that of a clip."""
+
+    @property
+    def values(self) -> np.ndarray | None: ...
+    @property
+    def seen(self) -> np.ndarray | None: ...
+    @property
+    def selection(self) -> TokenSelection: ...
+    @property
+    def image_index(self) -> int: ...
+    @property
+    def target(self) -> int | Clip: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def params(self) -> Mapping[str, Any]: ...
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+    @property
+    def reason(self) -> str | None: ...
 
 
 @dataclass(frozen=True, repr=False)
@@ -214,7 +240,7 @@ _CURVES = ("fractions", "deletion_curve", "insertion_curve", "deletion_raw", "in
 @outside_inference_mode
 @taking_turns
 def evaluate(
-    heat: Heatmap,
+    heat: Explained,
     replay: ReplayLike,
     *,
     baseline: BaselineChoice | None = None,
@@ -235,7 +261,7 @@ def evaluate(
     """Scores a heatmap by deletion and insertion on the tokens it explains, as ``deletion_insertion`` defines them.
 
     Args:
-        heat: The heatmap. One without values gives a score of NaN whose verdict says why.
+        heat: The heatmap, of an image or of a clip. One without values gives a score of NaN whose verdict says why.
         replay: The same answer on its model.
         baseline: What masked-out pixels are replaced by, instead of the baseline that the heatmap was made over, as its
             provenance names it (the replay's own, where it names none): ``"blur"``, ``"blank"``, ``"noise"``,
@@ -277,12 +303,12 @@ def evaluate(
     own = 2 * (settings.steps - 1)
     replay.announce("evaluate", lambda: 2 + own * (tie_orders or 1) * (1 + chance) + center * min(own, _CENTER_PASSES))
     known = _known(shared, replay, heat, mode)
-    scores = MaskScores(replay, heat.selection.indices, image=heat.image_index, mode=mode, known=known)
+    scores = MaskScores(replay, heat.selection.indices, image=heat.target, mode=mode, known=known)
     with replay.shortcuts.held(), show_progress(progress, "deletion and insertion") as advance:
         raw = curves(values, seen, scores, settings, decided=heat.selection.decided, progress=advance)
     areas = _areas(raw, settings)
     gains = _random_gains(values.shape, seen, scores, dataclasses.replace(settings, tie_orders=1), chance, replay)
-    middle = _center_gain(seen, scores, settings, replay, heat.image_index, mode) if center else math.nan
+    middle = _center_gain(seen, scores, settings, replay, heat.target, mode) if center else math.nan
     return Score(
         deletion=areas.deletion,
         insertion=areas.insertion,
@@ -323,7 +349,7 @@ def evaluate(
     )
 
 
-def check_answer(heat: Heatmap, replay: ReplayLike) -> None:
+def check_answer(heat: Explained, replay: ReplayLike) -> None:
     """Refuse a heatmap of another answer or image than the replay's, or a trace. Raises ``ExplainError``."""
     if isinstance(replay, Trace):
         raise ExplainError(
@@ -356,13 +382,15 @@ def _check(settings: CurveSettings, auc: AreaRule, steps: int | None) -> None:
         raise ExplainError(f"steps is at least 1; got {steps}")
 
 
-def _known(shared: dict[Any, Known] | None, replay: ReplayLike, heat: Heatmap, mode: Literal["fast", "exact"]) -> Known:
+def _known(
+    shared: dict[Any, Known] | None, replay: ReplayLike, heat: Explained, mode: Literal["fast", "exact"]
+) -> Known:
     """What has been scored of these tokens: by explaining them, and in an earlier call over the same baseline."""
-    explained = known_scores(replay, heat.selection.indices, heat.image_index, mode)
+    explained = known_scores(replay, heat.selection.indices, heat.target, mode)
     judge = baseline_identity(replay.baseline)
     if shared is None or judge == ("image", None):  # a description that does not tell one image from another
         return dict(explained)
-    key = (replay.trace_id, judge, heat.selection.indices, heat.image_index, mode)
+    key = (replay.trace_id, judge, heat.selection.indices, heat.target, mode)
     found = shared.setdefault(key, {})
     found.update(explained)
     return found
@@ -392,7 +420,7 @@ def _center_gain(
     scores: MaskScores,
     settings: CurveSettings,
     replay: ReplayLike,
-    image: int,
+    image: int | Clip,
     mode: Literal["fast", "exact"],
 ) -> float:
     """Insertion − deletion of the blob in the middle on the grid of ``seen``; once for all views of a replay."""
@@ -400,7 +428,7 @@ def _center_gain(
     facts = facts_of(replay)
     key = ("center", baseline_identity(replay.baseline), tuple(scores.indices), image, mode, seen.shape, settings)
     if key not in facts:
-        values = center_values((seen.shape[0], seen.shape[1])).numpy()
+        values = center_values(seen.shape).numpy()
         with replay.shortcuts.held():
             areas = _areas(curves(values, seen, scores, settings), settings)
         facts[key] = areas.insertion - areas.deletion
@@ -409,7 +437,7 @@ def _center_gain(
 
 def _verdict(
     replay: ReplayLike,
-    heat: Heatmap,
+    heat: Explained,
     raw: Curves,
     areas: _Areas,
     floors: tuple[tuple[float, ...], float],
@@ -436,7 +464,7 @@ def _verdict(
     )
 
 
-def _way_on(heat: Heatmap) -> str:
+def _way_on(heat: Explained) -> str:
     """What may give a better heatmap of the same words; nothing, where nobody can tell."""
     preset = heat.params.get("preset")
     if heat.method != "igos++" or preset is None:
@@ -447,7 +475,7 @@ def _way_on(heat: Heatmap) -> str:
     return f"explain again with {more}preset='thorough' (--param preset=thorough)"
 
 
-def _of(heat: Heatmap, replay: ReplayLike) -> dict[str, Any]:
+def _of(heat: Explained, replay: ReplayLike) -> dict[str, Any]:
     return {
         "trace_id": replay.trace_id,
         "method": heat.method,
@@ -491,11 +519,13 @@ def _areas(raw: Curves, settings: CurveSettings) -> _Areas:
     return _Areas(*areas, low, high)
 
 
-def _on_grid(heat: Heatmap, replay: ReplayLike, grid: int | Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
+def _on_grid(heat: Explained, replay: ReplayLike, grid: int | Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
     assert heat.values is not None
     assert heat.seen is not None
     if grid is None:
         return heat.values, heat.seen
+    if heat.values.ndim == 3:
+        raise ExplainError("a heatmap of a clip is ranked on its own cells: leave grid out, and explain with size=…")
     pair = (grid, grid) if isinstance(grid, int) else tuple(grid)
     if len(pair) != 2 or min(pair) < 1:
         raise ExplainError(f"grid is a number of cells or (rows, columns), both at least 1; got {grid!r}")
@@ -545,7 +575,7 @@ def _replay_difference(replay: ReplayLike, indices: Sequence[int]) -> tuple[floa
     return float(missed[worst]), float(allowed[worst])
 
 
-def _nothing(heat: Heatmap, replay: ReplayLike) -> Score:
+def _nothing(heat: Explained, replay: ReplayLike) -> Score:
     none, verdict = math.nan, judge(empty=heat.reason)
     return Score(none, none, (), (), (), (), (), none, none, none, {}, verdict, provenance=_of(heat, replay))
 

@@ -29,6 +29,7 @@ _MERGER_NAMES = (
 )  # fmt: skip
 # What pixel inputs are called in models that their authors publish beside the weights.
 _PICTURES = frozenset({"image", "images", "picture", "pictures", "img", "imgs", "vision_x"})
+_OF_PIXELS = ("pixel_", "image_", "video_", "high_res_pixel", "flattened_patches")
 _ENCODER_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "image_encoder")
 
 
@@ -41,6 +42,8 @@ class Anatomy:
         mergers: paths of the modules that turn encoder outputs into image-token embeddings.
         decoder: path of the language model (``""`` when the model is its own decoder).
         image_token_id: id of the placeholder token that image features replace, ``None`` where the prompt holds none.
+        video_token_id: id of the one that features of videos replace, where that is another one.
+        takes_clips: whether recordings of videos have been checked for the family (``families.yaml``).
         pixel_names: names of the ``generate`` arguments that carry the image, as far as the model's signatures tell.
         answer_token_type: token type of answer tokens in a teacher-forced pass.
         encoder_decoder: the prompt and its images go into an encoder, and the answer is the decoder's sequence.
@@ -60,6 +63,13 @@ class Anatomy:
     reads_prompt: bool = True
     no_gradient: str = ""
     token_boxes: TokenBoxes | None = None
+    video_token_id: int | None = None
+    takes_clips: bool = False
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Ids of the tokens that features of images and of videos replace."""
+        return tuple(token for token in (self.image_token_id, self.video_token_id) if token is not None)
 
     @property
     def encodes_prompt(self) -> bool:
@@ -71,7 +81,7 @@ class Anatomy:
         if name in self.pixel_names:
             return True
         # A mask of images has an entry per token of the prompt: which image it sees, or is a part of.
-        return not _of_tokens(name) and name.startswith(("pixel_", "image_", "high_res_pixel", "flattened_patches"))
+        return not _of_tokens(name) and name.startswith(_OF_PIXELS)
 
 
 def _declared(model: torch.nn.Module) -> Family:
@@ -121,7 +131,7 @@ def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:
         pixel_names |= {"attention_mask"}  # of patches: the encoder reads nothing else
     image_token_id = family.image_token if isinstance(family.image_token, int) else None
     if family.image_token is None and reads_prompt:
-        image_token_id = _image_token_id(model, processor)
+        image_token_id = _token_id(model, processor, "image")
     return Anatomy(
         encoders=encoders,
         mergers=mergers,
@@ -133,6 +143,9 @@ def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:
         reads_prompt=reads_prompt,
         no_gradient=family.no_gradient,
         token_boxes=family.token_boxes,
+        # Elsewhere a config may name one by default that is a word of the checkpoint's own vocabulary.
+        video_token_id=_token_id(model, None, "video") if family.clips and image_token_id is not None else None,
+        takes_clips=family.clips,
     )
 
 
@@ -257,9 +270,9 @@ def _of_tokens(name: str) -> bool:
 def _pixel_names(model: torch.nn.Module) -> frozenset[str]:
     names: set[str] = set()
     for owner in (model, getattr(model, "base_model", model)):
-        function = getattr(owner, "get_image_features", None)
-        if function is not None:
-            names |= set(inspect.signature(function).parameters)
+        for function in (getattr(owner, f"get_{kind}_features", None) for kind in ("image", "video")):
+            if function is not None:
+                names |= set(inspect.signature(function).parameters)
     names |= {
         name
         for name in inspect.signature(model.forward).parameters
@@ -270,9 +283,10 @@ def _pixel_names(model: torch.nn.Module) -> frozenset[str]:
     )
 
 
-def _image_token_id(model: torch.nn.Module, processor: object | None) -> int | None:
-    for owner, names in ((model.config, ("image_token_id", "image_token_index")), (processor, ("image_token_id",))):
-        for name in names:
+def _token_id(model: torch.nn.Module, processor: object | None, kind: str) -> int | None:
+    names = (f"{kind}_token_id", f"{kind}_token_index")
+    for owner, mine in ((model.config, names), (processor, names[:1])):
+        for name in mine:
             value = getattr(owner, name, None)
             if isinstance(value, int):
                 return value

@@ -36,10 +36,13 @@ class Places:
         boxes: ``(token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the original image; all 0 for a token without
             pixels (a newline, padding).
         images: ``(token,)`` int64, the image of each; -1 for a token without pixels.
+        frames: ``(token, 2)`` int64, first and last image that it reads, where it may be several frames of a clip; its
+            box is in each of them. ``None``: each token reads one image.
     """
 
     boxes: np.ndarray
     images: np.ndarray
+    frames: np.ndarray | None = None
 
 
 TokenBoxes = Callable[[Any, "np.ndarray"], "Places | None"]
@@ -67,6 +70,7 @@ class Family:
             Readers whose encoder is given the image alone are found.
         no_gradient: Why no gradient reaches the image of a model that can be masked all the same.
         unsupported: Why models of the family cannot be probed; ``attach`` refuses with this sentence.
+        clips: Whether videos are recorded; other families' are refused.
     """
 
     encoders: tuple[str, ...] = ()
@@ -81,6 +85,7 @@ class Family:
     no_gradient: str = ""
     begins: Literal["", "input_ids", "text"] = ""
     unsupported: str | None = None
+    clips: bool = False
 
     def __post_init__(self) -> None:
         for name in ("encoders", "mergers", "pixel_names", "needs"):

@@ -20,6 +20,7 @@ from lvlm_probe.errors import ReportError
 from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import Tokens, explain, needs_of, selected
 from lvlm_probe.explainers import methods as known_methods
+from lvlm_probe.explainers.explaining import frame_of
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.heatmap_store import not_made, reason_of
@@ -206,6 +207,11 @@ def _made(
     for answer in answers:
         if not 0 <= image < answer.n_images:
             raise ReportError(f"image={image}, but {answer.trace_id} has {answer.n_images} image(s), counted from 0")
+        if frame_of(answer, image) is not None:
+            raise ReportError(
+                f"image {image} of {answer.trace_id} is a frame of a video, and pages do not compare methods on videos "
+                "yet: probe.video.explain(replay, method=…) and evaluate"
+            )
     selections = [selected(answer, tokens) for answer in answers]
     rows = []
     total, done = len(items) * len(chosen), 0

@@ -14,21 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError
+from lvlm_probe.escaping import counted
+from lvlm_probe.pages.clip_page import clip_page
 from lvlm_probe.pages.samples import gather
 from lvlm_probe.pages.shell import Page, asset, json_for_script, page_text, refuse_existing, write_text
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.metrics import Score
+    from lvlm_probe.video import ClipHeatmap
 
 __all__ = ["report"]
 
 _SCRIPTS = ("draw.js", "answer.js", "trial.js", "theme.js", "page.js")
 _TITLE = "Where the answer came from"
+_CLIP_TITLE = "Where and when the answer came from"
 
 
 def report(
-    heats: Heatmap | Iterable[Heatmap],
+    heats: Heatmap | ClipHeatmap | Iterable[Heatmap] | Iterable[ClipHeatmap],
     *,
     scores: Score | Iterable[Score | None] | None = None,
     out: str | os.PathLike[str],
@@ -41,7 +45,7 @@ def report(
     words. Heatmaps of several traces make a page with several samples.
 
     Args:
-        heats: The heatmaps, in the order of showing; one or many.
+        heats: The heatmaps, in the order of showing; one or many. Those of videos make a page of their own kind.
         scores: What `evaluate` said of each heatmap, in the same order; ``None`` for one that was not evaluated. The
             page says "not checked" of every map without a score.
         out: The file to write. Missing folders are made.
@@ -58,13 +62,14 @@ def report(
     """
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.metrics import Score
+    from lvlm_probe.video import ClipHeatmap
 
     heat_list: list[Any] = list(heats) if isinstance(heats, Iterable) else [heats]
     score_list: list[Any] = list(scores) if isinstance(scores, Iterable) else [scores]
     if scores is None:
         score_list = [None] * len(heat_list)
     for thing in heat_list:
-        if not isinstance(thing, Heatmap):
+        if not isinstance(thing, Heatmap | ClipHeatmap):
             raise ReportError(f"report() shows heatmaps, as explain() returns them; got a {type(thing).__name__}")
     for thing in score_list:
         if not (thing is None or isinstance(thing, Score)):
@@ -76,8 +81,14 @@ def report(
             f"report() was given {len(heat_list)} heatmaps but {len(score_list)} scores: "
             "pass one score per heatmap, in the same order, None where there is none"
         )
+    of_clips = [isinstance(thing, ClipHeatmap) for thing in heat_list]
+    if any(of_clips) and not all(of_clips):
+        raise ReportError("report() was given heatmaps of images and of videos: a page shows one of the two")
     path = Path(out)
     refuse_existing(path, overwrite=overwrite)
+    if all(of_clips):
+        text = clip_page(heat_list, score_list, title or _CLIP_TITLE)
+        return write_text(path, text, overwrite=overwrite, said=counted(len(heat_list), "video"))
     samples = gather(heat_list, score_list)
     text = _fill(samples, title or _TITLE)
     verdicts = collections.Counter(entry["verdict"]["title"].rstrip(".:") for one in samples for entry in one["maps"])

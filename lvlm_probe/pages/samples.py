@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.metrics import Score
+    from lvlm_probe.metrics.scoring import Explained
     from lvlm_probe.trace import Trace
+    from lvlm_probe.video import ClipHeatmap
 
 __all__ = ["answer_of", "gather", "read", "strip_of"]
 
@@ -244,13 +246,13 @@ def _without_curves(score: Score) -> dict[str, Any]:
     }
 
 
-def verdict_of(heat: Heatmap, score: Score | None) -> dict[str, Any]:
+def verdict_of(heat: Heatmap | ClipHeatmap, score: Score | None) -> dict[str, Any]:
     """What to believe of a map: a state, a title, and sentences, one of them where it has few cells."""
     found = _verdict(heat, score)
     return found if heat.coarse is None else {**found, "reasons": [*found["reasons"], _sentence(heat.coarse)]}
 
 
-def _verdict(heat: Heatmap, score: Score | None) -> dict[str, Any]:
+def _verdict(heat: Explained, score: Score | None) -> dict[str, Any]:
     if heat.values is None:
         reason = str(heat.reason or "nothing was selected")
         return {"state": "empty", "title": "No map to show.", "reasons": [_sentence(reason)]}

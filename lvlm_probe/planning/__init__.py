@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.explaining import frame_of
 from lvlm_probe.explainers.registry import Problem, check_parameters, cost_of, resolve
 from lvlm_probe.planning.meter import Meter, parse_bytes, show_bytes, weight_bytes
 from lvlm_probe.planning.plans import MOST, Plan, choose, default_budget, passes_text, table
@@ -91,6 +92,10 @@ def plan_for(
     size = None if memory is None else parse_bytes(memory)
     if not 0 <= image < replay.n_images:
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
+    if frame_of(replay, image) is not None:
+        raise ExplainError(
+            f"image {image} is a frame of a video, and what a method takes on a video is not planned yet"
+        )
     check_parameters(method, resolve(method), params)
     selection: Any = None  # no words are needed to say how much a method takes
     cost = cost_of(method, Problem(replay, selection, image), params)

@@ -7,6 +7,7 @@ share its memory with a camera's buffer. What is handed over is copied.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,23 @@ import torch
 from PIL import Image
 
 from lvlm_probe.errors import ImageError
+from lvlm_probe.trace.clips import MOST_FRAMES, Clip
 from lvlm_probe.trace.image_files import open_image
 
-__all__ = ["Handed", "flatten_images", "hand_over", "look_of", "picture_bytes", "same_picture"]
+__all__ = [
+    "MOST_PIXELS",
+    "Handed",
+    "flatten_images",
+    "hand_over",
+    "hand_over_clips",
+    "look_of",
+    "picture_bytes",
+    "same_picture",
+]
+
+MOST_PIXELS = 100_000_000
+"""Pixels of all frames of one call: 325 of 640 x 480, or 48 of 1920 x 1080. Traces keep frames as images, and a reader
+trusts no file with more."""
 
 _ORIENTATION = 0x0112  # EXIF
 
@@ -31,17 +46,67 @@ class Handed:
         images: copies, in order, flattened; ``None`` where one cannot be brought back to an image.
         groups: number of images per prompt when they were nested (``[[a, b], [c]]``), else ``None``.
         why: what could not be brought back to an image.
+        clips: of a video processor's call, each with its frames counted from the first clip's first.
     """
 
     images: list[Image.Image] | None
     groups: tuple[int, ...] | None
     why: str = ""
+    clips: tuple[Clip, ...] = ()
 
 
 def hand_over(images: Any) -> Handed:
     """The images of a call as they are now: copies that nothing the user does afterwards can reach."""
     pictures, groups, why = _flattened(images)
     return Handed(None if pictures is None else [_kept_copy(picture) for picture in pictures], groups, why)
+
+
+def hand_over_clips(videos: Sequence[Any], metadata: Sequence[Any]) -> Handed:
+    """The frames of a video processor's call, as it sampled them.
+
+    Args:
+        videos: one per clip: a list of frames, or an array ``(frame, row, col, channel)`` or ``(frame, channel, row,
+            col)``.
+        metadata: what the processor knows of each (``fps``, ``total_num_frames``, ``frames_indices``, ``duration``);
+            ``None`` where nothing is known.
+    """
+    pictures: list[Image.Image] = []
+    clips: list[Clip] = []
+    pixels = 0
+    for video, known in zip(videos, metadata, strict=True):
+        if len(video) > MOST_FRAMES:
+            return Handed(None, None, f"a clip of {len(video)} frames, and {MOST_FRAMES} are kept at most")
+        frames = [_picture(frame) for frame in video]
+        if lost := [frame for frame, picture in zip(video, frames, strict=True) if picture is None]:
+            return Handed(None, None, f"a clip whose frames are {_told(lost[0])}, not uint8 images")
+        found = [frame for frame in frames if frame is not None]
+        pixels += sum(frame.width * frame.height for frame in found)
+        if pixels > MOST_PIXELS:
+            size = f"{len(found)} frames of {found[0].width} x {found[0].height}"
+            return Handed(None, None, f"{size}, more than the {MOST_PIXELS // 10**6} million pixels that a trace keeps")
+        clips.append(_clip(len(pictures), len(found), known))
+        pictures += [_kept_copy(frame) for frame in found]
+    return Handed(pictures, tuple(clip.frames for clip in clips), clips=tuple(clips))
+
+
+def _clip(first: int, frames: int, metadata: Any) -> Clip:
+    """A clip with what is known of it; what makes no sense is not."""
+    known: Mapping[str, Any] = metadata if isinstance(metadata, Mapping) else {}
+    indices = known.get("frames_indices")
+    indices = None if indices is None else tuple(int(index) for index in indices)
+    numbers = {
+        name: float(value) if isinstance(value := known.get(name), int | float) and 0 < value < 1e9 else None
+        for name in ("fps", "duration")
+    }
+    total = known.get("total_num_frames")
+    return Clip(
+        first,
+        frames,
+        indices if indices is not None and len(indices) == frames and min(indices) >= 0 else None,
+        numbers["fps"],
+        int(total) if isinstance(total, int) and total > 0 else None,
+        numbers["duration"],
+    )
 
 
 def flatten_images(images: Any) -> tuple[list[Image.Image] | None, tuple[int, ...] | None]:

@@ -114,6 +114,11 @@ class Masking:
             if not isinstance(self.baseline, str):
                 raise ImageError("masked(space='pixels') has no image to lay another one over; name a kind")
             return PixelPath(pixels, dtype=dtype).with_baseline_kind(self.baseline)
+        if any("video" in name for name in pixels):
+            raise MaskError(
+                "masked() lays no mask over a video yet: record the answer, and replay it: "
+                "probe.replay(trace, model, processor).log_probs(mask, image=replay.clips[0])"
+            )
         image_processor = image_processor_of(self.processor)
         if image_processor is None:
             raise self._unknown("no processor was attached: attach(model, processor)")

@@ -23,6 +23,7 @@ from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import AttachError, ImageError, MaskError, ProbeError
 from lvlm_probe.escaping import counted
 from lvlm_probe.hooks import Call, HookSet, caution, shadow_of, within
+from lvlm_probe.images.clips import video_processor_of
 from lvlm_probe.images.processor import OWN_CALL
 from lvlm_probe.images.processor_step import image_processor_of, watched_method
 from lvlm_probe.models.anatomy import Anatomy, examine
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
 __all__ = ["Probe", "Recording", "attach"]
 
 _log = logging.getLogger("lvlm_probe")
+
+_SAMPLES = "_decode_and_sample_videos"
+"""The method of transformers' video processors that opens videos and chooses frames."""
 
 
 def attach(model: torch.nn.Module, processor: object | None = None) -> Probe:
@@ -253,7 +257,7 @@ class Attachment(Target):
     """
 
     def __init__(self, model: torch.nn.Module, processor: object | None, anatomy: Anatomy) -> None:
-        super().__init__(model, processor, anatomy, watch=ProcessorWatch(), boxes={})
+        super().__init__(model, processor, anatomy, watch=ProcessorWatch(), boxes={}, clips=ProcessorWatch())
         self.hooks = HookSet()
         self.recording: Recording | None = None
         self.masking: Masking | None = None
@@ -265,13 +269,18 @@ class Attachment(Target):
         self.hooks.forward_pre(called_model(self.model), self._forward, name="masked", fenced=False)
         if (watched := watched_method(self.processor)) is not None:
             self.hooks.shadow(*watched, self._preprocess)
+        if self.anatomy.takes_clips and (videos := video_processor_of(self.processor)) is not None:
+            self.hooks.shadow(videos, "preprocess", self._preprocess_clips)
+            if callable(getattr(videos, _SAMPLES, None)):
+                self.hooks.shadow(videos, _SAMPLES, ProcessorWatch.sampled)
 
     def close(self) -> None:
         with self.lock:
             self.closed = True
             self.recording = self.masking = None
         self.hooks.remove()
-        self.watch = ProcessorWatch()  # calls that are being recorded still have theirs
+        self.watch = ProcessorWatch()
+        self.clips = ProcessorWatch()  # calls that are being recorded still have theirs
 
     def describe_model(self) -> dict[str, Any]:
         """The model's description and fingerprint as it is now: between two calls weights are trained or switched."""
@@ -311,6 +320,12 @@ class Attachment(Target):
         if within(self) or OWN_CALL.get():
             return original(*args, **kwargs)
         return self.watch.observe(image_processor_of(self.processor), original, args, kwargs, self._unwatched)
+
+    def _preprocess_clips(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        if within(self) or OWN_CALL.get():
+            return original(*args, **kwargs)
+        videos = video_processor_of(self.processor)
+        return self.clips.observe_clips(videos, original, args, kwargs, self._unwatched)
 
     def _unwatched(self, error: Exception) -> None:
         if (recording := self.recording) is not None:

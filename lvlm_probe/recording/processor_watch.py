@@ -18,7 +18,8 @@ import logging
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,9 +27,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lvlm_probe.errors import ImageError
+from lvlm_probe.images.clips import NOT_REPEATED
 from lvlm_probe.images.processor import NOT_KEPT, named_outputs, processor_settings
-from lvlm_probe.recording.handed_images import Handed, hand_over, look_of, picture_bytes, same_picture
+from lvlm_probe.recording.handed_images import (
+    Handed,
+    hand_over,
+    hand_over_clips,
+    look_of,
+    picture_bytes,
+    same_picture,
+)
 from lvlm_probe.recording.recognition import Prints, cover, digest, prints_of, readings, shares_of
+from lvlm_probe.trace.clips import Clip
 
 __all__ = ["KEPT_BYTES", "ProcessorCall", "ProcessorWatch", "describe_call"]
 
@@ -37,6 +48,8 @@ _log = logging.getLogger("lvlm_probe")
 KEPT_BYTES = 512 << 20
 """Bytes of images (and of hashes) that a watch holds: some 500 images of 640 x 480, or 10 of 12 megapixels. The
 latest call is held whatever its size."""
+
+_SAMPLED: ContextVar[list[tuple[Any, Any]] | None] = ContextVar("lvlm_probe_sampled", default=None)
 
 _DIGESTS = 4096  # of calls whose images were let go: 32 bytes each
 
@@ -51,7 +64,7 @@ class ProcessorCall:
         names: the outputs it returned.
         config: the processor's own settings at the call, JSON; ``None`` where they are not known.
         shares: number of images of each call that was joined.
-        why: as in ``Handed``.
+        why, clips: as in ``Handed``.
     """
 
     images: list[Image.Image] | None
@@ -61,6 +74,7 @@ class ProcessorCall:
     config: dict[str, Any] | None = None
     shares: tuple[int, ...] = ()
     why: str = ""
+    clips: tuple[Clip, ...] = ()
 
     @property
     def structure(self) -> str:
@@ -125,6 +139,38 @@ class ProcessorWatch:
             self._miss(error, on_error)
         return result
 
+    def observe_clips(
+        self,
+        video_processor: Any,
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        on_error: Callable[[Exception], None],
+    ) -> Any:
+        """As ``observe``, for a call of a video processor: what is remembered are the frames that it sampled."""
+        sampled: list[tuple[Any, Any]] = []
+        seen = _SAMPLED.set(sampled)
+        try:
+            result = method(*args, **kwargs)
+        finally:
+            _SAMPLED.reset(seen)
+        try:
+            given = args[0] if args else kwargs.get("videos")
+            videos, metadata = sampled[-1] if sampled else _unsampled(given, kwargs)
+            handed = hand_over_clips(videos, [None] * len(videos) if metadata is None else metadata)
+            self.add(handed, kwargs, named_outputs(video_processor, result), video_processor)
+        except Exception as error:
+            self._miss(error, on_error)
+        return result
+
+    @staticmethod
+    def sampled(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the method by which a video processor decodes and samples videos, and note what it returns."""
+        result = method(*args, **kwargs)
+        if (notes := _SAMPLED.get()) is not None and isinstance(result, tuple) and len(result) == 2:
+            notes.append(result)
+        return result
+
     def _miss(self, error: Exception, on_error: Callable[[Exception], None]) -> None:
         _log.debug("a processor call could not be kept", exc_info=error)
         self._missed = f"{type(error).__name__}: {error}"
@@ -146,9 +192,11 @@ class ProcessorWatch:
         if not any(value.is_floating_point() for value in outputs.values()):
             return
         prints = {name: prints_of(value) for name, value in outputs.items()}
-        kept = {name: _copied(value) for name, value in kwargs.items() if name not in NOT_KEPT}
+        moment = NOT_REPEATED if handed.clips else NOT_KEPT
+        kept = {name: _copied(value) for name, value in kwargs.items() if name not in moment}
         config = processor_settings(image_processor)
         call = ProcessorCall(handed.images, handed.groups, kept, frozenset(result), config, why=handed.why)
+        call = replace(call, clips=handed.clips)
         settings = json.dumps([config, kept], sort_keys=True, default=repr)
         with self._lock:
             self._seen += 1
@@ -278,7 +326,7 @@ def _parts(entry: _Kept, outputs: Mapping[str, torch.Tensor], prints: dict[str, 
     if count < 2:
         return parts
     units = [call.groups] if call.groups is not None and len(call.groups) > 1 else []
-    for sizes in (*units, (1,) * count):
+    for sizes in (*units, *([] if call.clips else [(1,) * count])):
         shares = {name: shares_of(value, len(sizes), outputs) for name, value in outputs.items()}
         if any(share is None for share in shares.values()):
             continue
@@ -315,7 +363,34 @@ def _joined(parts: Sequence[_Part]) -> ProcessorCall | None:
         names=names,
         shares=shares,
         why=lost or "",
+        clips=_counted(clip for part in parts for clip in _clips_in(part)),
     )
+
+
+def _clips_in(part: _Part) -> list[Clip]:
+    return [clip for clip in part.call.call.clips if part.pictures.start <= clip.first < part.pictures.stop]
+
+
+def _counted(clips: Iterable[Clip]) -> tuple[Clip, ...]:
+    """Clips one after another, from image 0 on."""
+    made: list[Clip] = []
+    for clip in clips:
+        made.append(replace(clip, first=made[-1].images.stop if made else 0))
+    return tuple(made)
+
+
+def _unsampled(videos: Any, kwargs: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """The clips that a video processor was given, of one that samples none."""
+    if kwargs.get("do_sample_frames"):
+        raise ImageError("which frames this video processor samples cannot be seen")
+    if isinstance(videos, np.ndarray | torch.Tensor):
+        clips = [videos] if videos.ndim == 4 else list(videos)
+    else:
+        flat = list(videos)
+        of_frames = isinstance(flat[0], Image.Image) or getattr(flat[0], "ndim", 0) == 3
+        clips = [flat] if of_frames else flat
+    metadata = kwargs.get("video_metadata")
+    return clips, [metadata] if isinstance(metadata, Mapping) else metadata
 
 
 def _tensor(value: Any) -> torch.Tensor | None:

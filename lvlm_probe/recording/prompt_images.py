@@ -23,6 +23,8 @@ from lvlm_probe.images.processor import (
 from lvlm_probe.images.processor_step import image_processor_of, watched_method
 from lvlm_probe.recording.handed_images import hand_over
 from lvlm_probe.recording.processor_watch import ProcessorCall, ProcessorWatch, describe_call
+from lvlm_probe.recording.prompt_clips import ClipFinder
+from lvlm_probe.trace.clips import Clip
 from lvlm_probe.trace.image_files import encode_picture
 from lvlm_probe.trace.records import ImageRecord
 
@@ -46,6 +48,8 @@ class RowPictures:
     tokens_per_image: list[int] | None = None
     records: list[ImageRecord] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+    clips: tuple[Clip, ...] = ()
+    """Which of the images are frames."""
 
 
 def encoded(row: RowPictures, on_error: Callable[[str, BaseException], None]) -> RowPictures:
@@ -74,6 +78,7 @@ class PictureFinder:
         given: the user's ``images=``.
         image_token_id: for dividing a flat list of images among the prompts of a batch.
         is_pixel_name: whether an input carries the image, so that a mask has to reach it.
+        clips: the calls of its video processor seen so far.
 
     Attributes:
         notes: sentences for the trace.
@@ -89,12 +94,14 @@ class PictureFinder:
         given: Any,
         image_token_id: int | None,
         is_pixel_name: Callable[[str], bool] = lambda name: False,
+        clips: ProcessorWatch | None = None,
     ) -> None:
         # Some image processors return a mask of patches under the name that the prompt's mask has (Kosmos-2.5).
         mine = {name: v for name, v in inputs.items() if name != "attention_mask" or is_pixel_name(name)}
         self._processor, self._watch, self._inputs = processor, watch, mine
         self._is_pixel_name = is_pixel_name
         self._given, self._image_token_id = given, image_token_id
+        self._clips = None if clips is None else ClipFinder(processor, watch, clips, mine, is_pixel_name)
         self.notes: list[str] = []
         self.cautions: list[tuple[str, str]] = []
 
@@ -115,7 +122,22 @@ class PictureFinder:
         finally:
             OWN_CALL.reset(ours)
 
+    def _with_clips(self, batch: int) -> PromptPictures | None:
+        """The images of prompts that hold videos; ``None`` where none does."""
+        if self._clips is None:
+            return None
+        try:
+            found = self._clips.find(batch, given=self._given)
+        except (LookupError, ImageError) as error:
+            raise NotRecorded(f"the prompt holds a video, and {error}; nothing is recorded") from error
+        if found is None:
+            return None
+        rows = [RowPictures(row.images, row.call, inputs=row.inputs, notes=row.notes, clips=row.clips) for row in found]
+        return PromptPictures(rows, [])
+
     def _find(self, batch: int) -> PromptPictures:
+        if (found := self._with_clips(batch)) is not None:
+            return found
         image_processor = image_processor_of(self._processor)
         call = self._watch.find(self._inputs)
         if self._given is not None:

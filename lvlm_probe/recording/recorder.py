@@ -58,7 +58,7 @@ from lvlm_probe.recording.conditions import (
 from lvlm_probe.recording.log_probs import StepLogProbs, StepValues, answer_in, generators
 from lvlm_probe.recording.module_outputs import PointTap
 from lvlm_probe.recording.processor_watch import ProcessorWatch
-from lvlm_probe.recording.prompt_images import NotRecorded, PictureFinder, PromptPictures, encoded
+from lvlm_probe.recording.prompt_images import NotRecorded, PictureFinder, PromptPictures, RowPictures, encoded
 from lvlm_probe.recording.row_inputs import columns_of, image_places, row_inputs
 from lvlm_probe.recording.token_boxes import BoxCache, box_key, place
 from lvlm_probe.replaying import Replay
@@ -98,6 +98,7 @@ class Target:
         anatomy: its parts.
         watch: the processor's calls since ``attach``.
         boxes: token boxes that were found already.
+        clips: the video processor's calls since ``attach``.
     """
 
     model: torch.nn.Module
@@ -105,6 +106,7 @@ class Target:
     anatomy: Anatomy
     watch: ProcessorWatch
     boxes: BoxCache
+    clips: ProcessorWatch
 
 
 class GenerationRecorder:
@@ -125,7 +127,7 @@ class GenerationRecorder:
         self.options = options
         self.notes: list[str] = []
         self.stops = Stops(frozenset(), None)
-        self._watch = target.watch
+        self._watch, self._clips = target.watch, target.clips
         self._hooks = HookSet(on_error, scope=self)
         self._log_probs: list[StepLogProbs] = []
         self._decoder_ids: torch.Tensor | None = None
@@ -169,8 +171,11 @@ class GenerationRecorder:
         pixels = [name for name in self._inputs if self.anatomy.is_pixel_name(name)]
         if reason := adapters_of_this_call(self.model):
             raise NotRecorded(reason)
-        if any("video" in name for name in pixels):
-            raise NotRecorded("the prompt holds a video, and videos are not recorded yet; nothing is recorded")
+        if any("video" in name for name in pixels) and not self.anatomy.takes_clips:
+            raise NotRecorded(
+                f"the prompt holds a video, and videos of {type(self.model).__name__} are not recorded yet; nothing "
+                "is recorded"
+            )
         if not any(self._inputs[name].is_floating_point() for name in pixels):
             raise NotRecorded(without_picture(ids, self.anatomy.image_token_id, kwargs))
         if self.anatomy.encodes_prompt:
@@ -251,7 +256,7 @@ class GenerationRecorder:
             ids: ``(batch, position)`` of the prompts.
             copies: answers to each.
         """
-        found = image_places(self._inputs, self.anatomy.image_token_id)
+        found = image_places(self._inputs, self.anatomy.placeholders)
         if self._compiling or compiled_parts(self.model, self.anatomy.decoder):
             self.notes.append(
                 "attention rows are not recorded: the model is compiled"
@@ -376,6 +381,7 @@ class GenerationRecorder:
             given=self.options.images,
             image_token_id=self.anatomy.image_token_id,
             is_pixel_name=self.anatomy.is_pixel_name,
+            clips=self._clips if self.anatomy.takes_clips else None,
         )
         pictures = finder.find(prompts, on_error=self._on_error)
         self.notes += finder.notes
@@ -419,7 +425,7 @@ class GenerationRecorder:
         kwargs, padded = row_inputs(
             self._inputs, prompt_row, real, mine.inputs, self.anatomy.is_pixel_name, mine.absent
         )
-        places = image_places(self._inputs, self.anatomy.image_token_id)
+        places = image_places(self._inputs, self.anatomy.placeholders)
         taken = ids < 0 if places is None else places[prompt_row]
         positions = (taken if real is None else taken[real]).nonzero()[:, 0].cpu()
         notes = [*self.notes, *pictures.notes, *mine.notes]
@@ -448,7 +454,8 @@ class GenerationRecorder:
             processor_call=mine.call,
             image_token_id=self.anatomy.image_token_id,
             image_positions=positions.numpy().astype(np.int64),
-            image_index=image_spans(positions.numpy(), max(1, len(images)), mine.tokens_per_image),
+            image_index=self._spans(prompt_ids, positions, mine),
+            clips=mine.clips,
             token_ids=token_ids.numpy().astype(np.int64),
             tokens=pieces,
             special=np.asarray(special_flags(tokenizer, token_ids.tolist(), self.stops.eos), dtype=bool),
@@ -457,6 +464,22 @@ class GenerationRecorder:
             notes=notes,
             meta=dict(self.options.meta),
         )
+
+    def _spans(self, prompt_ids: torch.Tensor, positions: torch.Tensor, mine: RowPictures) -> np.ndarray:
+        """The image each image token belongs to, ``(N,)``; of frames by equal shares, until boxes tell."""
+        count = max(1, len(mine.images or []))
+        if not mine.clips:
+            return image_spans(positions.numpy(), count, mine.tokens_per_image)
+        still = mine.clips[0].first
+        video = self.anatomy.video_token_id
+        of_clip = (prompt_ids[positions] == video).numpy() if still and video is not None else None
+        if of_clip is None or not of_clip.any():
+            return np.arange(len(positions)) * count // max(1, len(positions))
+        found = np.zeros(len(positions), np.int64)
+        found[~of_clip] = image_spans(positions.numpy()[~of_clip], still)
+        frames, tokens = count - still, int(of_clip.sum())
+        found[of_clip] = still + np.arange(tokens) * frames // tokens
+        return found
 
     def _question(self, prompt_ids: torch.Tensor, image_positions: torch.Tensor) -> str | None:
         words = torch.ones(len(prompt_ids), dtype=torch.bool)

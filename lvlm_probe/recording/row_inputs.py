@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ __all__ = ["columns_of", "image_places", "row_inputs"]
 _NOT_REPLAYED = ("input_ids", "inputs", "attention_mask", "position_ids", "cache_position", "labels")
 
 
-def image_places(inputs: Mapping[str, Any], token: int | None) -> torch.Tensor | None:
-    """Positions of the prompts that take image features, ``(batch, P)`` bool: those of the image token, or what an
+def image_places(inputs: Mapping[str, Any], tokens: Sequence[int]) -> torch.Tensor | None:
+    """Positions of the prompts that take image features, ``(batch, P)`` bool: those of the ``tokens``, or what an
     input of the family says (Kosmos-2's ``image_embeds_position_mask``); ``None`` where there are none to take.
     """
     ids: torch.Tensor = inputs["input_ids"]
-    if token is not None:
-        return ids == token
+    if tokens:
+        return torch.isin(ids, torch.tensor(tokens, dtype=ids.dtype, device=ids.device))
     masks = [v for name, v in inputs.items() if name.endswith("position_mask") and v.shape == ids.shape]
     return masks[0].to(ids.device) == 1 if masks else None
 

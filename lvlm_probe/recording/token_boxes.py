@@ -46,6 +46,8 @@ def place(row: RowCapture, places: Places | str) -> None:
         place_keys(row, places.boxes, places.images)
         return
     row.patch_box, row.image_index = places.boxes, in_order(places.images, row.image_index)
+    if row.clips and places.frames is not None:
+        row.patch_frames = np.stack([in_order(each, row.image_index) for each in places.frames.T], axis=1)
 
 
 def box_key(row: RowCapture) -> tuple[Any, ...]:
@@ -53,5 +55,8 @@ def box_key(row: RowCapture) -> tuple[Any, ...]:
     sizes = tuple((image.width, image.height) for image in row.images)
     shapes = tuple(sorted((name, tuple(value.shape)) for name, value in row.model_kwargs.items()))
     call = row.processor_call or {}
-    settings = json.dumps([call.get(name) for name in ("class", "structure", "kwargs", "config")], sort_keys=True)
+    names = ("class", "structure", "kwargs", "config", "video")
+    settings = json.dumps(
+        [[call.get(name) for name in names], *((clip.first, clip.frames) for clip in row.clips)], sort_keys=True
+    )
     return sizes, shapes, settings, row.image_index.tobytes()

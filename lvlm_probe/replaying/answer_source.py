@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm_probe.errors import ImageError, ModelMismatch
-from lvlm_probe.images import ImagePath, PixelPath, make_baseline
-from lvlm_probe.images.baselines import KINDS
+from lvlm_probe.images import ImagePath, PixelPath
+from lvlm_probe.images.baselines import CLIP_KINDS, KINDS, make_baselines
+from lvlm_probe.images.clips import step_of
 from lvlm_probe.images.parity import versions
 from lvlm_probe.images.processor import with_settings
 from lvlm_probe.images.processor_step import image_processor_of
@@ -43,7 +44,7 @@ class LiveTrace:
         self.tokens, self.token_ids, self.special = row.tokens, row.token_ids, row.special
         self.input_ids, self.processor_call, self.baseline = row.input_ids, row.processor_call, row.baseline
         self.model_kwargs = dict(row.model_kwargs)
-        self.images = list(images)
+        self.images, self.clips = list(images), row.clips
         self.model: dict[str, Any] = {}
 
 
@@ -70,7 +71,7 @@ def recorded_path(
     params = {name: recorded[name] for name in ("strength", "seed") if recorded.get(name) is not None}
     if recorded.get("limit"):
         params["strength"] = math.inf  # JSON has no infinity
-    if kind not in KINDS:
+    if kind not in KINDS and not (kind in CLIP_KINDS and trace.clips):
         _log.warning(
             "the baseline of %s was an image of the user's, which traces do not keep; using blur", trace.trace_id
         )
@@ -78,12 +79,20 @@ def recorded_path(
     placed: dict[str, Any] = {"device": input_device(model), "dtype": getattr(model, "dtype", torch.float32)}
     image_processor = image_processor_of(processor)
     call = trace.processor_call
+    if trace.clips:
+        image_processor = processor
+        if processor is None or call is None:
+            raise ImageError(f"{trace.path.name} holds a video: replaying it takes the processor that made its inputs")
     if image_processor is None or call is None or not trace.images:
         inputs = PixelPath(pixels, baseline=kind, **params, **placed)
         return inputs, {**recorded, **inputs.description}
-    made = [make_baseline(picture, kind, **params) for picture in trace.images]
+    made = make_baselines(trace.images, kind, clips=trace.clips, **params)
     try:
-        present, changed = with_settings(image_processor, call.get("config") or None)
+        if trace.clips:
+            present, changed = step_of(processor, call, trace.clips)
+            call = {}
+        else:
+            present, changed = with_settings(image_processor, call.get("config") or None)
         settings = ", ".join(f"{name}={value!r}" for name, value in sorted(changed.items()))
         notes = [f"the settings it was recorded with are used, not its present ones: {settings}"] if changed else []
         path = ImagePath.from_processor(

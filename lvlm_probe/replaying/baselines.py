@@ -14,8 +14,9 @@ from typing import Any
 from PIL import Image
 
 from lvlm_probe.errors import ImageError
-from lvlm_probe.images import BLUR_LADDER, CompositePath, ImagePath, PixelPath, make_baseline
-from lvlm_probe.images.baselines import KINDS
+from lvlm_probe.images import BLUR_LADDER, CompositePath, ImagePath, PixelPath
+from lvlm_probe.images.baselines import CLIP_KINDS, KINDS, make_baselines
+from lvlm_probe.trace.clips import Clip
 
 __all__ = ["BaselineLike", "Path", "baseline_identity", "described", "draw", "same_baseline"]
 
@@ -40,7 +41,7 @@ def baseline_identity(baseline: Mapping[str, Any]) -> tuple[Any, ...]:
         if baseline.get("limit") or (strength is not None and math.isinf(strength)):
             return ("mean", None)
         return ("blur", float(BLUR_LADDER[0] if strength is None else strength))
-    return (kind, int(baseline.get("seed") or 0) if kind == "noise" else None)
+    return (kind, int(baseline.get("seed") or 0) if kind in ("noise", "shuffled_frames") else None)
 
 
 def same_baseline(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
@@ -56,7 +57,7 @@ def described(baseline: Mapping[str, Any]) -> tuple[str, float | None, int | Non
         ImageError: it was an image of the user's.
     """
     kind = str(baseline.get("kind", "blur"))
-    if kind not in KINDS:
+    if kind not in (*KINDS, *CLIP_KINDS):
         raise ImageError(
             "this baseline was an image of your own, which a description does not hold, and it is not the one "
             "that this replay has: give the image again, as baseline=… or by replay.over(image) (on the "
@@ -66,7 +67,11 @@ def described(baseline: Mapping[str, Any]) -> tuple[str, float | None, int | Non
 
 
 def draw(
-    path: Path, kinds: Sequence[str | Image.Image], params: Mapping[str, Any], paths: dict[Any, Path]
+    path: Path,
+    kinds: Sequence[str | Image.Image],
+    params: Mapping[str, Any],
+    paths: dict[Any, Path],
+    clips: Sequence[Clip] = (),
 ) -> tuple[Path, dict[str, Any]]:
     """``path`` over another baseline, and that baseline's description.
 
@@ -75,6 +80,7 @@ def draw(
         kinds: one per image.
         params: ``strength`` of a blur, ``seed`` of noise.
         paths: those drawn before, by ``baseline_identity``; gets this one.
+        clips: which images are frames.
 
     Raises:
         ImageError: there is no such baseline, or it is an image of the user's in pixel-input space.
@@ -89,7 +95,7 @@ def draw(
         kind = str(kinds[0])
         there = _cached(paths, {"kind": kind, **params}, lambda: path.with_baseline_kind(kind, **params))
         return there, dict(there.description)
-    made = [make_baseline(image, kind, **params) for image, kind in zip(path.images, kinds, strict=True)]
+    made = make_baselines(path.images, str(kinds[0]) if plain else kinds, clips=clips, **params)
     description: dict[str, Any] = {"kind": made[0].kind, **made[0].params}
     if not plain:
         digest = hashlib.sha256()

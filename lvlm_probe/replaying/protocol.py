@@ -20,6 +20,8 @@ from lvlm_probe.words import Word
 if TYPE_CHECKING:
     from PIL import Image
 
+    from lvlm_probe.trace.clips import Clip
+
 __all__ = ["Elsewhere", "Mode", "Need", "ReplayLike", "Score", "ShortcutsLike"]
 
 Mode = Literal["fast", "exact"]
@@ -120,7 +122,7 @@ class ReplayLike(Protocol):
         self,
         mask: torch.Tensor | None = None,
         *,
-        image: int | None = None,
+        image: int | Clip | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
         mode: Mode = "fast",
@@ -133,7 +135,7 @@ class ReplayLike(Protocol):
         mask: torch.Tensor,
         score: Score,
         *,
-        image: int | None = None,
+        image: int | Clip | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
         micro_batch: int | None = None,

@@ -47,8 +47,8 @@ def check_inputs(trace: TraceLike, model: torch.nn.Module, processor: object | N
     embedding = _embedding(model)
     if embedding is not None:
         # A placeholder of images may be any number: the model replaces it before it looks it up.
-        known = anatomy.image_token_id
-        spared = (prompt < 0) if known is None else (prompt == known)
+        known = torch.tensor(anatomy.placeholders, dtype=prompt.dtype)
+        spared = torch.isin(prompt, known) if len(known) else (prompt < 0)
         for name, ids in (("prompt", prompt[~spared]), ("answer", answer)):
             if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(embedding):
                 what = f"the {name} holds ids from {int(ids.min())} to {int(ids.max())}"

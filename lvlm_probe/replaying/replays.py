@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from lvlm_probe.attention import TapLayer
     from lvlm_probe.replaying.capture import AttentionLayer
     from lvlm_probe.trace import Trace
+    from lvlm_probe.trace.clips import Clip
 
 __all__ = ["Replay"]
 
@@ -276,7 +277,7 @@ class Replay(Views):
         self,
         mask: torch.Tensor | None = None,
         *,
-        image: int | None = None,
+        image: int | Clip | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
         mode: Mode = "fast",
@@ -287,8 +288,8 @@ class Replay(Views):
 
         Args:
             mask: ``(batch, row, col)`` or ``(row, col)`` in [0, 1], 1 = keep; several images: ``(batch, image, row,
-                col)``. ``None`` is the whole image.
-            image: mask this image only and leave the others whole.
+                col)``; with a clip ``(batch, t, row, col)``. ``None`` is the whole image.
+            image: mask this image only, or this one of ``clips``, and leave the others whole.
             noise: standard deviation of Gaussian noise added to the normalised pixel inputs, fresh for every mask.
             generator: source of the noise; the global random state is never touched.
             mode: ``"exact"`` runs the real processor on the real composite (gradient from the traced geometry).
@@ -341,12 +342,13 @@ class Replay(Views):
         return other
 
     def _keys(
-        self, masks: torch.Tensor, image: int | None, mode: Mode, steps: Sequence[int] | None
+        self, masks: torch.Tensor, image: int | Clip | None, mode: Mode, steps: Sequence[int] | None
     ) -> list[str] | None:
         """What a journal knows masks by: everything that decides their numbers."""
         if self.journal is None:
             return None
-        decisive = [self.trace_id, sorted(map(str, self.baseline.items())), image, mode, steps and list(steps)]
+        place = image if image is None or isinstance(image, int) else image.to_dict()
+        decisive = [self.trace_id, sorted(map(str, self.baseline.items())), place, mode, steps and list(steps)]
         decisive += [str(self.model.dtype), self.device.type, list(masks.shape[1:]), self.input_ids.tolist()]
         start = hashlib.sha256(json.dumps(decisive).encode())
         keys = []
@@ -382,7 +384,7 @@ class Replay(Views):
         mask: torch.Tensor,
         score: Score,
         *,
-        image: int | None = None,
+        image: int | Clip | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
         micro_batch: int | None = None,
@@ -592,7 +594,7 @@ class Replay(Views):
     def _forward(
         self,
         masks: torch.Tensor,
-        image: int | None,
+        image: int | Clip | None,
         noise: float,
         seeds: torch.Tensor,
         mode: Mode,
@@ -604,7 +606,7 @@ class Replay(Views):
                 inputs[name] = inputs[name] + noise_like(inputs[name], noise, seeds)
         return self._run(inputs, len(masks), shortcut)
 
-    def _batch_of(self, mask: torch.Tensor, image: int | None) -> torch.Tensor:
+    def _batch_of(self, mask: torch.Tensor, image: int | Clip | None) -> torch.Tensor:
         """The mask as a batch in single precision or more, checked before anything is computed."""
         masks = mask[None] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else mask
         expand_masks(masks, self.n_images, image)

@@ -115,8 +115,8 @@ class Shortcuts:
         self, forcing: TeacherForcing, *, model: torch.nn.Module, anatomy: Anatomy, prompt: torch.Tensor, trace_id: str
     ) -> None:
         self._forcing, self._model, self._anatomy, self._trace_id = forcing, model, anatomy, trace_id
-        token = anatomy.image_token_id
-        found = [] if token is None or anatomy.encoder_decoder else (prompt == token).nonzero()[:, 0].tolist()
+        places = torch.isin(prompt, torch.tensor(anatomy.placeholders, dtype=prompt.dtype))
+        found = [] if anatomy.encoder_decoder else places.nonzero()[:, 0].tolist()
         pays = bool(found) and found[0] * _PAYS >= forcing.length and not forcing.separate
         self.start: int = found[0] if pays else 0
         self.asked = 0

@@ -15,7 +15,7 @@ import torch
 
 from lvlm_probe.errors import ImageError, ReplayError
 from lvlm_probe.images import BLUR_LADDER
-from lvlm_probe.images.baselines import KINDS
+from lvlm_probe.images.baselines import CLIP_KINDS, KINDS
 from lvlm_probe.replaying.baselines import BaselineLike, Path, baseline_identity, described, draw, same_baseline
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import PassCounter
@@ -23,6 +23,8 @@ from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from lvlm_probe.trace.clips import Clip
 
 __all__ = ["Kept", "Views"]
 
@@ -104,6 +106,12 @@ class Views:
         return self.path.n_images
 
     @property
+    def clips(self) -> tuple[Clip, ...]:
+        """Which images are frames of videos, in order. ``image=`` takes a clip where it takes an image: a mask is then
+        ``(batch, t, row, col)``, for any number of steps in time."""
+        return tuple(self.trace.clips)
+
+    @property
     def image_sizes(self) -> list[tuple[int, int]]:
         """``(width, height)`` of each image, pixels."""
         return list(self.path.image_sizes)
@@ -145,10 +153,11 @@ class Views:
         """The same answer over another baseline image Ĩ, as a view; this replay stays what it is.
 
         Args:
-            baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``; the user's own image (one per image); or the
-                description of a baseline, such as a heatmap's ``provenance["baseline"]``.
+            baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``; of a video also ``"first_frame"`` or
+                ``"middle_frame"`` in the place of all frames, or ``"shuffled_frames"``; the user's own image (one per
+                image); or the description of a baseline, such as a heatmap's ``provenance["baseline"]``.
             strength: of a blur: sigma as a share of the long side.
-            seed: of noise.
+            seed: of noise, or of the order of frames.
 
         Raises:
             ImageError: there is no such baseline, or the description is of an image of the user's which this replay
@@ -166,10 +175,11 @@ class Views:
             raise ImageError(
                 f"{len(kinds)} baseline images for a prompt with {self.n_images} images; give one per image"
             )
-        named = isinstance(kinds[0], str) and kinds[0] in KINDS and kinds == kinds[:1] * len(kinds)
+        named = isinstance(kinds[0], str) and kinds[0] in (*KINDS, *CLIP_KINDS) and kinds == kinds[:1] * len(kinds)
         if named and same_baseline({"kind": kinds[0], **params}, self._baseline):
             return self
-        path, description = draw(self.path, kinds, params, self.kept.paths)
+        clips = self.clips if kinds[0] in CLIP_KINDS else ()
+        path, description = draw(self.path, kinds, params, self.kept.paths, clips)
         return self.viewed(path=path, baseline=description)
 
     @outside_inference_mode

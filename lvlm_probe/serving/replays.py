@@ -18,6 +18,7 @@ from lvlm_probe.replaying.protocol import Mode, Need, Score
 from lvlm_probe.replaying.views import Views
 from lvlm_probe.serving.checks import Checks, check_same
 from lvlm_probe.serving.forcing import Forcing
+from lvlm_probe.trace.clips import Clip
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -192,7 +193,7 @@ class ServedReplay(Views):
         self,
         mask: torch.Tensor | None = None,
         *,
-        image: int | None = None,
+        image: int | Clip | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
         mode: Mode = "fast",
@@ -236,7 +237,7 @@ class ServedReplay(Views):
         mask: torch.Tensor,
         score: Score,
         *,
-        image: int | None = None,
+        image: int | Clip | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
         micro_batch: int | None = None,

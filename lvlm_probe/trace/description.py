@@ -17,6 +17,7 @@ import unicodedata
 from lvlm_probe.cards import answer_html, text_html
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import escaped
+from lvlm_probe.trace.clips import Clip
 from lvlm_probe.trace.parts import thumbnail
 from lvlm_probe.trace.schema import row_key
 from lvlm_probe.trace.stored import StoredAnswer
@@ -45,7 +46,12 @@ def describe(trace: StoredAnswer) -> str:
     lines += _field("status", _status(trace))
     lines += _field("model", _model(trace))
     sizes = list(zip(trace.header.image_sizes, trace.header.image_mimes, strict=True))
+    frames = {number for clip in trace.clips for number in clip.images}
+    for clip in trace.clips[:_LINES_SHOWN]:
+        lines += _field("video", _clip(clip))
     for number, (size, mime) in enumerate(sizes[:_LINES_SHOWN]):
+        if number in frames:
+            continue
         nbytes = _size(len(trace.image_record(number).data))
         text = f"{size[0]} x {size[1]} {mime.removeprefix('image/')}, {nbytes}"
         lines += _field("image" if number == 0 else "", text)
@@ -123,6 +129,12 @@ def _model(trace: StoredAnswer) -> str:
 def _prompt(trace: StoredAnswer) -> str:
     header = trace.header
     return f"{header.prompt_tokens} tokens, {header.image_tokens} of them image tokens"
+
+
+def _clip(clip: Clip) -> str:
+    many = f"{clip.frames} frames" + (f" of {clip.total}" if clip.total else "")
+    times = clip.times
+    return many if times is None else f"{many}, from {times[0]:.2f} s to {times[-1]:.2f} s"
 
 
 def _words(trace: StoredAnswer) -> list[str]:

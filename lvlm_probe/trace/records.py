@@ -20,6 +20,7 @@ import numpy as np
 
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.storage.encoding import JSON
+from lvlm_probe.trace.clips import Clip, ClipList
 from lvlm_probe.trace.fields import Array, Field, Integer, Json, Text
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class Layout:
     patch_box: np.ndarray | None
     """``(image_token, 4)`` float32: ``x0, y0, x1, y1`` in original-image pixels."""
     image_token_id: int | None
+    patch_frames: np.ndarray | None = None
+    """``(image_token, 2)`` int64: first and last image that each token stands for, where that may be several frames of
+    a clip; its box is in each of them. ``None``: the one of ``image_index``."""
 
 
 @dataclasses.dataclass(kw_only=True, repr=False)
@@ -104,6 +108,16 @@ class TraceFields:
             about="class, arguments, structure and versions of the image processor's call",
         ),
     ] = None
+    clips: Annotated[
+        tuple[Clip, ...],
+        ClipList(
+            "inputs/clips",
+            optional=True,
+            since="1.1",
+            about="the images that are frames of videos: `clips`, objects with `first`, `frames` and, where known, "
+            "`indices` in the video, its `fps`, `total` frames and `duration` in seconds",
+        ),
+    ] = ()
     image_positions: Annotated[
         np.ndarray, Array("layout/image_positions", "i4", "N", below="P", about="indices into `inputs/input_ids`")
     ] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
@@ -117,6 +131,18 @@ class TraceFields:
     patch_box: Annotated[
         np.ndarray | None,
         Array("layout/patch_box", "f4", "N, 4", optional=True, about="`x0 y0 x1 y1` of each image token"),
+    ] = None
+    patch_frames: Annotated[
+        np.ndarray | None,
+        Array(
+            "layout/patch_frames",
+            "i4",
+            "N, 2",
+            below="images",
+            optional=True,
+            since="1.1",
+            about="first and last image that each image token stands for, where tokens stand for several frames",
+        ),
     ] = None
     token_ids: Annotated[
         np.ndarray, Array("output/token_ids", "i4", "T", about="the generated tokens, special ones included")
@@ -170,7 +196,7 @@ class TraceFields:
     @property
     def layout(self) -> Layout:
         """Where the image tokens are."""
-        return Layout(self.image_positions, self.image_index, self.patch_box, self.image_token_id)
+        return Layout(self.image_positions, self.image_index, self.patch_box, self.image_token_id, self.patch_frames)
 
 
 FIELDS: dict[str, Field] = {
@@ -259,6 +285,8 @@ class TraceLike(Protocol):
     def model(self) -> Mapping[str, JSON]: ...
     @property
     def layout(self) -> Layout: ...
+    @property
+    def clips(self) -> tuple[Clip, ...]: ...
 
 
 @dataclasses.dataclass

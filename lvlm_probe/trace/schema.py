@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 FORMAT = "lvlm_probe.trace"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 ROW_LIMIT = 10_000
 """Traces of one file."""
 ROW_BYTES = 1024

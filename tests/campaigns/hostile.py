@@ -33,6 +33,7 @@ from campaigns.tally import Campaign, Tally
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.trace import Trace, open_store, open_trace, write
+from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION
 
 __all__ = ["CAMPAIGNS", "damaged", "odd_json"]
 
@@ -227,7 +228,7 @@ def forge(path: Path, sources: Sources, rng: random.Random) -> str:
             head[rng.randrange(200)] = rng.randrange(256)
         path.write_bytes(bytes(head[: rng.choice([len(head), rng.randrange(len(head))])]))
         return f"{way} {kind}"
-    write_seal(path, kind, "1.0")
+    write_seal(path, kind, FORMAT_VERSION if kind == FORMAT else "1.0")
     return f"{way} {kind}"
 
 

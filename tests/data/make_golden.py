@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,11 @@ from lvlm_probe.trace.records import FIELDS
 from lvlm_probe.trace.schema import FORMAT_VERSION
 
 HERE = Path(__file__).parent
+
+
+def plain(value: Any) -> Any:
+    """A value of a field as JSON."""
+    return value.tolist() if isinstance(value, np.ndarray) else value.to_dict()
 
 
 def main() -> None:
@@ -72,7 +78,7 @@ def main() -> None:
             }
         )
     found = {"model": capture.model, "created": capture.created, "rows": expected}
-    text = json.dumps(found, ensure_ascii=False, default=lambda array: array.tolist())
+    text = json.dumps(found, ensure_ascii=False, default=plain)
     target.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 

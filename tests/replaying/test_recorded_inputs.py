@@ -14,6 +14,7 @@ import lvlm_probe as probe
 from lvlm_probe.errors import ProbeError, ReplayError
 from lvlm_probe.models.prompts import chat_inputs, placed
 from lvlm_probe.trace import open_trace
+from lvlm_probe.trace.schema import FORMAT_VERSION
 
 ROW = "traces/000000"
 
@@ -32,7 +33,7 @@ def forged(path: Path, data: bytes, change: Callable[[h5py.File], object]) -> Pa
     path.write_bytes(data)
     with h5py.File(path, "r+") as file:
         change(file)
-    write_seal(path, "lvlm_probe.trace", "1.0")
+    write_seal(path, "lvlm_probe.trace", FORMAT_VERSION)
     return path
 
 

@@ -32,9 +32,10 @@ from lvlm_probe.errors import TraceError
 from lvlm_probe.storage.reading import SealedFile
 from lvlm_probe.storage.seal import BLOCK_BYTES
 from lvlm_probe.trace import open_store, open_trace, write
+from lvlm_probe.trace.schema import FORMAT_VERSION
 
 ROW = "traces/000000"
-KIND, VERSION = "lvlm_probe.trace", "1.0"
+KIND, VERSION = "lvlm_probe.trace", FORMAT_VERSION
 
 
 @pytest.fixture(scope="module")
@@ -385,7 +386,7 @@ class TestForged:
                 file.create_group("new_in_later_versions")
             write_seal(path, KIND, version)
             if version == "2.0":
-                assert "format 2.0, and this version of lvlm_probe reads up to 1.0; upgrade" in refusal(path)
+                assert f"format 2.0, and this version of lvlm_probe reads up to {VERSION}; upgrade" in refusal(path)
             else:
                 open_trace(path).verify()
 

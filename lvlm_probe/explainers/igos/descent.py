@@ -30,6 +30,9 @@ cells into a better one, on a grid ``refine_scale`` times as fine (``ordering``)
 steps on the order with two levels each, looks at the score of the map it has, and goes on while that is poor and passes
 help, to 196 at most (``rounds``; ``budget`` sets another limit). ``"fast"`` is the first 24 alone; ``"thorough"`` takes
 196, ``"paper"`` (Eq. 8 alone) 100; ``docs/pareto.md`` says what more passes buy.
+
+**Clips.** The mask has an axis of time in front, (t, row, col); BTV then adds the variation between steps in time,
+weighed by how much the frames look alike there. The number of passes does not depend on the number of frames.
 """
 
 from __future__ import annotations
@@ -45,10 +48,10 @@ from torch.nn import functional
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.explainers.curve_points import QUICK_PASSES
 from lvlm_probe.explainers.igos.order import draw_levels, refine_order
-from lvlm_probe.explainers.igos.regularizers import bilateral_weights, btv, gnc, guide, l1
+from lvlm_probe.explainers.igos.regularizers import CLIP_GUIDE_SIZE, bilateral_weights, btv, gnc, guide, l1
 from lvlm_probe.explainers.igos.rounds import Judge, Round, budget_of, rounds
 from lvlm_probe.explainers.igos.settings import PRESETS, IgosSettings
-from lvlm_probe.explainers.registry import Cost, Outcome, Problem, check_parameters, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, check_parameters, register
 
 __all__ = ["PRESETS", "IgosSettings", "Optimisation", "igos", "igos_plus", "nesterov", "path_masks"]
 
@@ -61,11 +64,11 @@ def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     known = {item.name for item in dataclasses.fields(preset)}
     settings = dataclasses.replace(preset, **{key: value for key, value in params.items() if key in known})
     planned = rounds(settings)
-    shape = problem.grid(settings.size)
+    shape = problem.shape(settings.size)
     grids = [shape]
     groups = {settings.masks_at_once(one.ig_steps) for one in planned if one.iterations}
     if settings.refine:
-        grids.insert(0, (shape[0] * settings.refine_scale, shape[1] * settings.refine_scale))
+        grids.insert(0, _finer(shape, settings.refine_scale))
         groups |= {settings.levels_at_once(one.levels) for one in planned if one.steps}
     least, most = planned[0].passes(settings), sum(one.passes(settings) for one in planned)
     # The score is looked at after each of several rounds, and that of the blob in the middle once.
@@ -86,7 +89,7 @@ def _plus_cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     return _cost(problem, {"preset": "paper", "refine": 0, **params, "masks": 1})
 
 
-@register("igos++", needs=("passes", "gradients"), cost=_cost)
+@register("igos++", needs=("passes", "gradients"), cost=_cost, clips=True)
 def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outcome:
     """Explains by iGOS++; the module's docstring has the method, ``IgosSettings`` the parameters.
 
@@ -112,7 +115,7 @@ def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outco
     return Optimisation(problem, chosen, preset).run()
 
 
-@register("igos+", needs=("passes", "gradients"), cost=_plus_cost)
+@register("igos+", needs=("passes", "gradients"), cost=_plus_cost, clips=True)
 def igos_plus(problem: Problem, *, preset: str = "paper", **settings: Any) -> Outcome:
     """iGOS+ (Khorram et al., 2021): one mask for deletion and insertion, without graduated non-convexity.
 
@@ -137,7 +140,8 @@ def path_masks(
     """The masks whose scores the objective averages.
 
     Args:
-        state: The masks being optimised, ``(1, row, col)`` for Eq. 8 or ``(2, row, col)`` (Mx, My) for Eq. 4.
+        state: The masks being optimised, ``(1, row, col)`` for Eq. 8 or ``(2, row, col)`` (Mx, My) for Eq. 4; of a clip
+            with an axis of time in front of the rows.
         ig_steps: n, masks per term.
         offsets: u of every mask, ``(term, n)`` in [0, 1), for r = (k − u) / n; the two or four terms are Mx, M, My, M.
             By default 0.
@@ -150,7 +154,8 @@ def path_masks(
     deletion = [both] if len(state) == 1 else [state[0], both]
     insertion = [both] if len(state) == 1 else [state[1], both]
     steps = torch.arange(1, ig_steps + 1, device=state.device, dtype=state.dtype).expand(2 * len(deletion), -1)
-    scales = (steps if offsets is None else steps - offsets.to(steps)).div(ig_steps)[:, :, None, None]
+    scales = (steps if offsets is None else steps - offsets.to(steps)).div(ig_steps)
+    scales = scales.reshape(*scales.shape, *[1] * both.ndim)
     given = [scale * mask for scale, mask in zip(scales, [*deletion, *insertion], strict=True)]
     masks = torch.cat([*given[: len(deletion)], *(1 - mask for mask in given[len(deletion) :])])
     signs = torch.ones(len(masks), device=state.device, dtype=state.dtype)
@@ -171,26 +176,39 @@ def nesterov(
     return (point + weight * (point - previous)).clamp(0, 1), point
 
 
+def _finer(shape: Shape, scale: int) -> Shape:
+    """A grid ``scale`` times as fine in space, and as fine in time."""
+    return (*shape[:-2], shape[-2] * scale, shape[-1] * scale)
+
+
 class Optimisation:
     def __init__(self, problem: Problem, settings: IgosSettings, preset: str) -> None:
         self.problem, self.settings, self.preset = problem, settings, preset
-        self.shape = problem.grid(settings.size)
+        self.shape = problem.shape(settings.size)
         self.device = problem.replay.device
         self.seen = problem.seen(self.shape).to(self.device)
-        self.weights: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.weights: tuple[torch.Tensor, ...] | None = None
         if settings.l3 > 0:
             try:
-                picture = guide(problem.replay.image(problem.image))
+                picture = self.guide()
             except (ImageError, IndexError):
                 picture = None  # masks in pixel-input space: no image to guide the bilateral term
             if picture is not None:
-                down, right = bilateral_weights(picture, sigma=settings.sigma, form=settings.btv_form)
-                self.weights = (down.to(self.device), right.to(self.device))
+                weights = bilateral_weights(picture, sigma=settings.sigma, form=settings.btv_form)
+                self.weights = tuple(weight.to(self.device) for weight in weights)
         self.state = torch.full((settings.masks, *self.shape), settings.init, dtype=torch.float32, device=self.device)
         self.previous, self.summed, self.rate = self.state, torch.zeros_like(self.state), settings.lr
         self.iteration = self.done = self.total = 0
         self.ig_steps = settings.ig_steps
         self.history: list[dict[str, float]] = []
+
+    def guide(self) -> torch.Tensor:
+        """What the bilateral term looks at: the image, or the middle frame of each step in time of the clip."""
+        problem = self.problem
+        if problem.clip is None:
+            return guide(problem.replay.image(problem.image))
+        middles = [problem.clip.first + part[len(part) // 2] for part in problem.clip.parts(self.shape[0])]
+        return torch.stack([guide(problem.replay.image(k), size=CLIP_GUIDE_SIZE) for k in middles])
 
     def run(self) -> Outcome:
         settings, planned = self.settings, rounds(self.settings)
@@ -209,7 +227,7 @@ class Optimisation:
             heat = self.ordered(judge.best, one, number)
             if len(planned) == 1:
                 return Outcome(heat, params, tuple(self.history))
-            judge.take(heat, self.problem.seen((heat.shape[0], heat.shape[1])), one, last=one is planned[-1])
+            judge.take(heat, self.problem.seen(tuple(heat.shape)), one, last=one is planned[-1])
             if judge.stopped is not None:
                 break
         params["budget"] = budget_of(settings, planned[: len(judge.gains)])
@@ -244,9 +262,10 @@ class Optimisation:
         heat = self.heat(self.state, self.summed)
         if not settings.refine:
             return heat
-        fine = (self.shape[0] * settings.refine_scale, self.shape[1] * settings.refine_scale)
+        fine = _finer(self.shape, settings.refine_scale)
         seen = self.problem.seen(fine)
-        heat = functional.interpolate(heat[None, None], size=fine, mode="bilinear", align_corners=False)[0, 0]
+        alone = heat.reshape(-1, 1, *self.shape[-2:])  # steps in time, each by itself
+        heat = functional.interpolate(alone, size=fine[-2:], mode="bilinear", align_corners=False).reshape(fine)
         if best is not None:
             heat = (heat + best) / 2 if one.iterations else best
         done = self.done
@@ -278,14 +297,15 @@ class Optimisation:
             scores, slopes = self.problem.replay.score_and_grad(
                 masks.detach(),
                 self.problem.score,
-                image=self.problem.image,
+                image=self.problem.target,
                 noise=self.settings.noise,
                 generator=self.problem.generator(iteration),
                 steps=self.problem.selection.indices,
             )
             scores, slopes = scores.to(signs), slopes.to(masks)
             # d/dM of the mean over r is a vector-Jacobian product: the model's gradient per mask through r · M.
-            (from_scores,) = torch.autograd.grad((signs[:, None, None] * slopes * masks).sum() / self.ig_steps, leaf)
+            along = signs.reshape(-1, *[1] * len(self.shape))
+            (from_scores,) = torch.autograd.grad((along * slopes * masks).sum() / self.ig_steps, leaf)
             terms = self.terms(leaf, iteration)
             penalty = torch.stack(list(terms.values())).sum()
             (from_mask,) = torch.autograd.grad(penalty, leaf)
@@ -346,7 +366,7 @@ class Optimisation:
             masks, signs = path_masks(state, self.ig_steps, self.offsets(iteration))
             log_probs = self.problem.replay.log_probs(
                 masks,
-                image=self.problem.image,
+                image=self.problem.target,
                 noise=self.settings.noise,
                 generator=self.problem.generator(iteration),
                 steps=self.problem.selection.indices,

@@ -34,7 +34,7 @@ def level_sets(height: torch.Tensor, seen: torch.Tensor, levels: Sequence[float]
         softness: T.
     """
     limits = torch.quantile(height.detach()[seen], 1 - torch.tensor(list(levels), dtype=torch.float32))
-    return torch.sigmoid((height[None] - limits[:, None, None]) / softness)
+    return torch.sigmoid((height[None] - limits.reshape(-1, *[1] * height.ndim)) / softness)
 
 
 def draw_levels(
@@ -105,10 +105,10 @@ def refine_order(
             scores, slopes = problem.replay.score_and_grad(
                 masks.detach().to(problem.replay.device),
                 lambda log_probs: score_of(problem, log_probs, "prob"),
-                image=problem.image,
+                image=problem.target,
                 steps=problem.selection.indices,
             )
-            pull = (sign[:, None, None] * slopes.to(masks) * masks).sum() / len(levels)
+            pull = (sign.reshape(-1, *[1] * heat.ndim) * slopes.to(masks) * masks).sum() / len(levels)
             (gradient,) = torch.autograd.grad(pull, leaf)
         if step == 0 or every_step:
             largest = float(gradient[seen].abs().max())

@@ -1,0 +1,74 @@
+"""``explain`` for videos: a method that masks, with a mask over time and space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.explaining import Tokens, run
+from lvlm_probe.explainers.registry import METHODS, resolve
+from lvlm_probe.progress import ProgressChoice
+from lvlm_probe.replaying import Replay
+from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.trace import Trace
+from lvlm_probe.trace.clips import Clip
+from lvlm_probe.video.heatmap import ClipHeatmap
+
+__all__ = ["clip_methods", "clip_of", "explain"]
+
+
+def clip_methods() -> list[str]:
+    """Names of the methods that explain by a video, sorted."""
+    return sorted(name for name, method in METHODS.items() if method.clips)
+
+
+def clip_of(replay: Replay, clip: int) -> Clip:
+    """The video number ``clip`` of the prompt. Raises ``ExplainError`` where it has none such."""
+    if isinstance(replay, Trace):
+        raise ExplainError("a video is explained by running the model: give probe.replay(trace, model, processor)")
+    if not replay.clips:
+        raise ExplainError("the prompt holds no video: probe.explain(replay) explains by an image")
+    if not 0 <= clip < len(replay.clips):
+        raise ExplainError(f"clip={clip}, but the prompt has {len(replay.clips)} video(s), counted from 0")
+    return replay.clips[clip]
+
+
+@outside_inference_mode
+@taking_turns
+def explain(
+    replay: Replay,
+    *,
+    method: str = "igos++",
+    tokens: Tokens | None = None,
+    clip: int = 0,
+    seed: int = 0,
+    strengthen: bool = True,
+    progress: ProgressChoice = None,
+    **params: Any,
+) -> ClipHeatmap:
+    """Explain why a recorded answer about a video says what it says: which places in which frames made the selected
+    tokens likely.
+
+    Args:
+        replay: the recorded answer on its model.
+        method: one of ``clip_methods()``.
+        tokens, seed, strengthen, progress: as for ``lvlm_probe.explain``.
+        clip: number of the video, when the prompt has several; images and other videos stay whole.
+        params: parameters of the method; ``size`` may be ``(steps, rows, columns)``.
+
+    Returns:
+        the heatmap; without values, but with a reason, when nothing is selected or the video plays no part.
+
+    Raises:
+        ExplainError: the prompt has no such video, the method does not explain by one, and as ``lvlm_probe.explain``.
+        OutOfMemory, SelectionError: as ``lvlm_probe.explain``.
+    """
+    mine = clip_of(replay, clip)
+    resolve(method)
+    if not METHODS[method].clips:
+        raise ExplainError(f"{method} does not explain by a video yet; these do: {', '.join(clip_methods())}")
+    made = run(
+        replay, mine, method=method, tokens=tokens, seed=seed, strengthen=strengthen, progress=progress, plan=None,
+        params=params,
+    )  # fmt: skip
+    return ClipHeatmap(**made, clip=mine)

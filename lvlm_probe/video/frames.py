@@ -1,0 +1,234 @@
+"""Which frames: Shapley values of stretches of time, and whether an answer needs motion or the order of frames at all.
+
+The players are stretches of the video, even in time; a coalition is shown and the others are their baseline. The value
+of a coalition is the log-likelihood of the selected tokens, v(S) = f(Φ(I, Ĩ, M_S)), and a stretch's share is (Shapley,
+1953)::
+
+    φ_i = Σ_{S ∌ i} |S|! (n − |S| − 1)! / n! · (v(S ∪ i) − v(S))
+
+Shares add up to f(I) − f(Ĩ). Up to ``EXACT`` stretches all 2^n coalitions are run; above, the mean over random orders
+of the stretches, each order and its reverse, with the standard error of that mean (Castro et al., 2009).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lvlm_probe.cards import in_one_line
+from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.explaining import Tokens, selected
+from lvlm_probe.explainers.scores import check_rules, whole_rule
+from lvlm_probe.progress import ProgressChoice, show_progress
+from lvlm_probe.replaying import Replay
+from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.trace.clips import Clip
+from lvlm_probe.video.explaining import clip_of
+from lvlm_probe.words import ALPHA
+
+__all__ = ["EXACT", "FrameShares", "Order", "order", "which_frames"]
+
+EXACT = 10
+"""Stretches up to which every coalition is run: 1,024 forward passes."""
+_AT_ONCE = 64
+_Values = Callable[[np.ndarray], np.ndarray]  # coalitions (coalition, segment) bool → their values (coalition,)
+
+
+@dataclass(frozen=True, repr=False)
+class FrameShares:
+    """How much each stretch of a video speaks for the selected tokens.
+
+    Attributes:
+        shares: Shapley value of each stretch, ``(segment,)``, nats; they add up to ``total``.
+        error: standard error of each, ``(segment,)``, nats; 0 where every coalition was run.
+        frames: of each stretch, its first frame and the one after its last, counted from the clip's first.
+        total: log-likelihood of the tokens on the whole video less that on its baseline, nats.
+        text: the explained words.
+        passes: forward passes that it took.
+        clip: the video.
+    """
+
+    __repr__ = in_one_line
+
+    shares: tuple[float, ...]
+    error: tuple[float, ...]
+    frames: tuple[tuple[int, int], ...]
+    total: float
+    text: str
+    passes: int
+    clip: Clip
+
+    def __str__(self) -> str:
+        lines = [f"{self.text!r} by stretches of the video, {self.total:+.2f} nats in all ({self.passes} passes)"]
+        largest = max(map(abs, self.shares)) or 1.0
+        for (start, stop), share, error in zip(self.frames, self.shares, self.error, strict=True):
+            times = self.clip.times
+            ends = [f"{start}", f"{stop - 1}"] if times is None else [f"{times[k]:.1f}" for k in (start, stop - 1)]
+            when = " to ".join(dict.fromkeys(ends))
+            when = f"frame {when}" if times is None else f"{when} s"
+            bar = "█" * round(20 * abs(share) / largest)
+            margin = f" ± {error:.2f}" if error else ""
+            lines.append(f"  {when:>18}  {share:+.2f}{margin}  {bar}")
+        return "\n".join(lines)
+
+
+@outside_inference_mode
+@taking_turns
+def which_frames(
+    replay: Replay,
+    *,
+    tokens: Tokens | None = None,
+    clip: int = 0,
+    segments: int | None = None,
+    orders: int = 50,
+    seed: int = 0,
+    progress: ProgressChoice = None,
+) -> FrameShares:
+    """Find how much each stretch of a video speaks for the selected tokens.
+
+    Args:
+        replay: the recorded answer on its model; its baseline stands for what is not shown.
+        tokens: as for ``lvlm_probe.explain``.
+        clip: number of the video, when the prompt has several.
+        segments: stretches, even in time; by default one per frame, at most 8.
+        orders: of more than ``EXACT`` stretches, how many random orders are run, each with its reverse.
+        seed: of the orders.
+        progress: called with (done, total); by default a bar where a person waits, ``False`` for none.
+
+    Raises:
+        ExplainError: the prompt has no such video, no token is selected, or a parameter is out of range.
+    """
+    mine = clip_of(replay, clip)
+    count = min(mine.frames, 8) if segments is None else segments
+    check_rules(
+        "which_frames",
+        segments=(count, whole_rule(count)[1] and count <= mine.frames, f"between 1 and {mine.frames}, its frames"),
+        orders=whole_rule(orders, 2),
+    )
+    replay = replay.counted()
+    selection = selected(replay, tokens)
+    if not selection:
+        raise ExplainError(f"nothing to explain: {selection.reason}")
+    replay = replay.strengthened(selection.decided)
+    ends = np.linspace(0, mine.frames, count + 1).round().astype(int).tolist()
+    of_frame = torch.from_numpy(np.repeat(np.arange(count), np.diff(ends)))
+    steps = list(selection.indices)
+
+    def values(coalitions: np.ndarray) -> np.ndarray:
+        """v of coalitions ``(coalition, segment)`` bool, nats; each different one is run once."""
+        found, back = np.unique(coalitions, axis=0, return_inverse=True)
+        scores = []
+        with torch.no_grad(), replay.shortcuts.held(), show_progress(progress, "which frames") as advance:
+            for start in range(0, len(found), _AT_ONCE):
+                shown = torch.from_numpy(found[start : start + _AT_ONCE]).float()[:, of_frame]
+                masks = shown[:, :, None, None].to(replay.device)
+                log_probs = replay.log_probs(masks, image=mine, steps=steps)
+                scores.append(log_probs[:, steps].sum(1).double().cpu().numpy())
+                if advance is not None:
+                    advance(min(start + _AT_ONCE, len(found)), len(found))
+        every: np.ndarray = np.concatenate(scores)[back.reshape(-1)]
+        return every
+
+    if count <= EXACT:
+        shares, error, total = _exact(values, count)
+    else:
+        shares, error, total = _sampled(values, count, orders, np.random.default_rng(seed))
+    return FrameShares(
+        tuple(shares.tolist()),
+        tuple(error.tolist()),
+        tuple((ends[k], ends[k + 1]) for k in range(count)),
+        total,
+        selection.text,
+        replay.passes.forward,
+        mine,
+    )
+
+
+def _exact(values: _Values, count: int) -> tuple[np.ndarray, np.ndarray, float]:
+    numbers = np.arange(2**count)
+    members = (numbers[:, None] >> np.arange(count) & 1).astype(bool)
+    v = values(members)
+    size = members.sum(1)
+    weight = np.array([math.factorial(k) * math.factorial(count - k - 1) for k in range(count)]) / math.factorial(count)
+    shares = np.zeros(count)
+    for player in range(count):
+        without = numbers[~members[:, player]]
+        shares[player] = (weight[size[without]] * (v[without | 1 << player] - v[without])).sum()
+    return shares, np.zeros(count), float(v[-1] - v[0])
+
+
+def _sampled(
+    values: _Values, count: int, orders: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, float]:
+    drawn = [generator.permutation(count) for _ in range(orders)]
+    pairs = [each for one in drawn for each in (one, one[::-1])]
+    place = np.argsort(pairs, axis=1)  # (order, segment): when each comes
+    shown = place[:, None, :] < np.arange(count + 1)[None, :, None]
+    v = values(shown.reshape(-1, count)).reshape(len(pairs), count + 1)
+    gained = np.take_along_axis(np.diff(v, axis=1), place, axis=1)  # (order, segment)
+    means = gained.reshape(orders, 2, count).mean(1)
+    return means.mean(0), means.std(0, ddof=1) / math.sqrt(orders), float(v[0, -1] - v[0, 0])
+
+
+@dataclass(frozen=True, repr=False)
+class Order:
+    """What the selected tokens lose where a video's frames stay but their motion, or their order, goes.
+
+    Attributes:
+        llr: baseline → log-likelihood ratio of the tokens against it, nats: ``blur`` takes everything away,
+            ``first_frame`` and ``middle_frame`` motion, ``shuffled_frames`` order (mean over the seeds).
+        text: the words.
+    """
+
+    __repr__ = in_one_line
+
+    llr: Mapping[str, float]
+    text: str
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether shuffling the frames costs the tokens more than ``ALPHA`` nats (paper, Eq. 6)."""
+        return self.llr["shuffled_frames"] > ALPHA
+
+    @property
+    def needs_motion(self) -> bool:
+        """Whether showing any one frame all the time costs them more than that."""
+        return min(self.llr["first_frame"], self.llr["middle_frame"]) > ALPHA
+
+    def __str__(self) -> str:
+        needs = "needs the order of frames" if self.needs_order else "does not need the order of frames"
+        more = "and more than one of them" if self.needs_motion else "and is likely by one of them alone"
+        numbers = ", ".join(f"{name} {value:+.2f}" for name, value in self.llr.items())
+        return f"{self.text!r} {needs}, {more} (log-likelihood ratio against {numbers} nats)"
+
+
+@outside_inference_mode
+@taking_turns
+def order(replay: Replay, *, tokens: Tokens | None = None, seeds: int = 3) -> Order:
+    """Ask whether an answer needs a video's motion, or the order of its frames, at all.
+
+    Args:
+        replay: the recorded answer on its model.
+        tokens: as for ``lvlm_probe.explain``.
+        seeds: how many orders of the frames are tried.
+
+    Raises:
+        ExplainError: the prompt holds no video, no token is selected, or a parameter is out of range.
+    """
+    clip_of(replay, 0)
+    check_rules("order", seeds=whole_rule(seeds))
+    selection = selected(replay, tokens)
+    if not selection:
+        raise ExplainError(f"nothing to explain: {selection.reason}")
+    steps = list(selection.indices)
+
+    def ratio(kind: str, seed: int | None = None) -> float:
+        return float(replay.over(kind, seed=seed).llr[steps].sum())
+
+    llr = {kind: ratio(kind) for kind in ("blur", "first_frame", "middle_frame")}
+    llr["shuffled_frames"] = sum(ratio("shuffled_frames", seed) for seed in range(seeds)) / seeds
+    return Order(llr, selection.text)

@@ -1,0 +1,312 @@
+"""ClipHeatmap: which places in which frames of a video made the model say some words.
+
+Values live on a grid over the video, ``(t, row, col)``: cells of the original frames, and even steps in time, which
+need not be frames. Between the middles of two steps they are interpolated, as masks are.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import html
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from lvlm_probe import drawing
+from lvlm_probe.cards import in_one_line
+from lvlm_probe.errors import ExplainError, ImageError
+from lvlm_probe.files import write_whole
+from lvlm_probe.heatmap import PNG_KEY, Heatmap
+from lvlm_probe.images.clips import over_frames
+from lvlm_probe.selection import TokenSelection
+
+if TYPE_CHECKING:
+    from lvlm_probe.trace import Trace
+    from lvlm_probe.trace.clips import Clip
+
+__all__ = ["ClipHeatmap"]
+
+_SHOWN = 12  # frames of a strip
+_SIDE = 180  # longest side of a frame in it, pixels
+_MOVIE_SIDE = 480  # ... and of an animation's
+_GAP, _TEXT, _CURVE = 6, 12, 64  # pixels: between frames, of letters, of the curve below them
+_INK, _PAPER, _LINE = (40, 40, 40), (255, 255, 255), (0, 114, 178)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ClipHeatmap:
+    """The result of explaining a recorded answer by a video.
+
+    Attributes:
+        values: ``(t, row, col)`` float32 in [0, 1], high = important, or ``None``.
+        image_size: ``(width, height)`` of a frame, pixels.
+        clip: the video: which images of the prompt are its frames, and when they are shown.
+        seen: ``(t, row, col)`` bool, cells that reach the model; ``None`` without values.
+        selection, method, params, provenance, history, reason, trace: as of a ``Heatmap``.
+    """
+
+    __repr__ = in_one_line
+
+    values: np.ndarray | None
+    image_size: tuple[int, int]
+    clip: Clip
+    seen: np.ndarray | None = None
+    selection: TokenSelection = field(default_factory=lambda: TokenSelection((), (), (), "joint"))
+    method: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Mapping[str, float], ...] = ()
+    reason: str | None = None
+    trace: Trace | None = None
+
+    def __post_init__(self) -> None:
+        if self.values is None:
+            if not self.reason:
+                raise ExplainError("a heatmap without values needs a reason")
+            return
+        values = np.array(self.values, dtype=np.float32)
+        within = values.ndim == 3 and values.size and np.isfinite(values).all() and values.min() >= 0
+        if not within or values.max() > 1:
+            raise ExplainError(f"heatmap values of a video are (t, row, col) within [0, 1]; got shape {values.shape}")
+        seen = np.ones(values.shape, dtype=bool) if self.seen is None else np.array(self.seen, dtype=bool)
+        if seen.shape != values.shape:
+            raise ExplainError(f"values are {values.shape}, but seen is {seen.shape}")
+        values[~seen] = 0.0
+        for array in (values, seen):
+            array.flags.writeable = False
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "seen", seen)
+
+    def __bool__(self) -> bool:
+        return self.values is not None
+
+    @property
+    def target(self) -> Clip:
+        """What a mask is laid over to judge it, as ``image=`` of a replay."""
+        return self.clip
+
+    @property
+    def image_index(self) -> int:
+        """Number of its first frame among the images of the prompt."""
+        return self.clip.first
+
+    @property
+    def coarse(self) -> str | None:
+        """What a heatmap of few cells cannot say, as a sentence; ``None`` where a frame has enough, or nothing has."""
+        cells = None if self.values is None else drawing.cells_of(self.values.shape[1:])
+        return cells and f"a frame has only {cells}, which are drawn as blocks: smaller regions are not told apart"
+
+    @property
+    def over_time(self) -> np.ndarray:
+        """Mean of the values that the model sees, at each frame, ``(frame,)`` float32."""
+        frames, seen = self._frames(self._values()), self._frames(np.asarray(self.seen, np.float32))
+        curve: np.ndarray = frames.sum((1, 2)) / np.maximum(seen.sum((1, 2)), 1e-9)
+        return curve
+
+    def frame(self, number: int) -> Heatmap:
+        """The heatmap of one frame, counted from the clip's first: an image, for all that shows images.
+
+        Its values are not stretched, so that frames can be compared; judge the video as a whole, not its frames.
+        """
+        if not 0 <= number < self.clip.frames:
+            raise ExplainError(f"frame {number} of a video of {self.clip.frames} frames, counted from 0")
+        of = {name: getattr(self, name) for name in ("image_size", "selection", "method", "params", "trace", "reason")}
+        shown: dict[str, Any] = {}
+        if self.values is not None:
+            shown["values"] = self._frames(self.values)[number].clip(0, 1)
+            shown["seen"] = self._frames(np.asarray(self.seen, np.float32))[number] > 0
+        return Heatmap(
+            **{"values": None, **shown},
+            **of,
+            image_index=self.clip.first + number,
+            provenance={**self.provenance, "frame_of": self.clip.to_dict()},
+            history=self.history,
+        )
+
+    def picture(self, number: int) -> Image.Image:
+        """One frame as the model was shown it, RGB. Raises ``ImageError`` when no trace is at hand."""
+        if self.trace is None:
+            raise ImageError("this heatmap has no frames at hand: its trace was not found beside it")
+        return self.trace.images[self.clip.first + number].convert("RGB")
+
+    def overlay(
+        self, *, alpha: float = 0.8, colormap: str = "inferno", score: drawing.Scored | None = None, mark: bool = True
+    ) -> Image.Image:
+        """A strip of frames with the heatmap over them, and the curve of its mean over time below; RGB.
+
+        Args:
+            alpha: opacity of the most important region, 0 to 1.
+            colormap: name of a matplotlib colour map.
+            score: what ``evaluate`` said of this heatmap: its verdict is drawn into the first frame.
+            mark: without a score, say "not checked" there. ``False``: draw no verdict.
+
+        Raises:
+            ExplainError: there are no values, or no such colour map.
+            ImageError: no frames at hand.
+        """
+        chosen = np.unique(np.linspace(0, self.clip.frames - 1, min(self.clip.frames, _SHOWN)).round().astype(int))
+        stamp = drawing.mark_of(score) if mark else None
+        drawn = [
+            self.shown(number, _SIDE, alpha=alpha, colormap=colormap, mark=stamp if place == 0 else None)
+            for place, number in enumerate(chosen.tolist())
+        ]
+        wide, high = drawn[0].size
+        columns = min(len(drawn), 6)
+        rows = -(-len(drawn) // columns)
+        width = columns * (wide + _GAP) - _GAP
+        row_height = high + _TEXT + 2 * _GAP
+        sheet = Image.new("RGB", (width, rows * row_height + _CURVE + _TEXT + 3 * _GAP), _PAPER)
+        pencil, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT)
+        for place, (number, frame) in enumerate(zip(chosen.tolist(), drawn, strict=True)):
+            at = place % columns * (wide + _GAP), place // columns * row_height
+            sheet.paste(frame, at)
+            pencil.text((at[0], at[1] + high + 2), self.when(number), font=font, fill=_INK)
+        self._curve(sheet, rows * row_height + _GAP, chosen.tolist())
+        return sheet
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        alpha: float = 0.8,
+        colormap: str = "inferno",
+        score: drawing.Scored | None = None,
+        seconds: float | None = None,
+    ) -> Path:
+        """Write the heatmap as a strip (PNG) or as an animation (GIF); returns the path.
+
+        Args:
+            path: its ending says which.
+            alpha, colormap, score: as for ``overlay``.
+            seconds: how long the animation shows a frame; by default as long as the video does, where that is known
+                and between 0.1 and 1.
+
+        Raises:
+            ExplainError: there are no values, or another ending.
+            ImageError: no frames at hand.
+        """
+        target = Path(path)
+        buffer = io.BytesIO()
+        if target.suffix.lower() == ".png":
+            self._write_png(buffer, self.overlay(alpha=alpha, colormap=colormap, score=score))
+        elif target.suffix.lower() == ".gif":
+            frames = [
+                self.shown(number, _MOVIE_SIDE, alpha=alpha, colormap=colormap, mark=drawing.mark_of(score))
+                for number in range(self.clip.frames)
+            ]
+            lasting = self._lasting() if seconds is None else seconds
+            comment = json.dumps({PNG_KEY: self.describe()}, allow_nan=False).encode()
+            frames[0].save(
+                buffer, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 * lasting), loop=0,
+                comment=comment,
+            )  # fmt: skip
+        else:
+            raise ExplainError(f"a heatmap of a video is saved as PNG (a strip) or GIF; got {target.name!r}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, buffer.getvalue())
+        return target
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the values; JSON-ready."""
+        return {
+            "method": self.method,
+            "params": dict(self.params),
+            "selection": self.selection.to_dict(),
+            "image_size": list(self.image_size),
+            "clip": self.clip.to_dict(),
+            "provenance": dict(self.provenance),
+            "history": [dict(record) for record in self.history],
+            "reason": self.reason,
+        }
+
+    def _repr_html_(self) -> str:
+        title = f"{html.escape(self.method[:100])}: {html.escape((self.selection.text or 'nothing selected')[:400])}"
+        if self.values is None:
+            return f"<p><b>{title}</b><br>{html.escape((self.reason or '')[:1000])}</p>"
+        buffer = io.BytesIO()
+        try:
+            self._write_png(buffer, self.overlay())
+        except ImageError as error:
+            return f"<p><b>{title}</b><br>{html.escape(str(error))}</p>"
+        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        grid = " × ".join(map(str, self.values.shape))
+        detail = f"not checked: evaluate(heat, replay) says whether to believe it · grid {grid}"
+        return (
+            f'<figure style="margin:0"><img alt="{title}" src="data:image/png;base64,{data}" style="max-width:100%">'
+            f"<figcaption><b>{title}</b><br><small>{html.escape(detail)}</small></figcaption></figure>"
+        )
+
+    def shown(self, number: int, side: int, **look: Any) -> Image.Image:
+        """One frame with its part of the heatmap, stretched by the highest value of all frames.
+
+        Args:
+            number: of the frame, counted from the clip's first.
+            side: its longest side, pixels.
+            **look: ``alpha``, ``colormap`` and ``mark`` of ``drawing.overlay``.
+        """
+        highest = float(self._values().max()) or 1.0
+        width, height = self.image_size
+        scale = side / max(width, height)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        frame = self.picture(number).resize(size, Image.Resampling.BICUBIC)
+        heat = self.frame(number)
+        assert heat.values is not None
+        values = (heat.values / highest).clip(0, 1)
+        contour = bool(values.max() > 0.5)  # half of the highest of all frames, which this one may not reach
+        return drawing.overlay(frame, values, seen=heat.seen, normalise=False, contour=contour, **look)
+
+    def when(self, number: int) -> str:
+        """When a frame is shown, in words: seconds, or its number where they are not known."""
+        times = self.clip.times
+        return f"frame {number}" if times is None else f"{times[number]:.1f} s"
+
+    # ------------------------------------------------------------------------------------------------------- inside
+
+    def _values(self) -> np.ndarray:
+        if self.values is None:
+            raise ExplainError(f"this heatmap has no values: {self.reason}")
+        return self.values
+
+    def _frames(self, steps: np.ndarray) -> np.ndarray:
+        """Steps in time ``(t, row, col)`` as frames ``(frame, row, col)``, as masks are brought to them."""
+        alone = dataclasses.replace(self.clip, first=0)
+        found: np.ndarray = over_frames(torch.from_numpy(np.array(steps))[None], alone, self.clip.frames)[0].numpy()
+        return found
+
+    def _lasting(self) -> float:
+        times = self.clip.times
+        if times is None or len(times) < 2:
+            return 0.5
+        return min(1.0, max(0.1, (times[-1] - times[0]) / (len(times) - 1)))
+
+    def _curve(self, sheet: Image.Image, top: int, shown: list[int]) -> None:
+        """The mean over time as a line, from 0 to its highest, with a point for each frame that is shown."""
+        curve, pencil = self.over_time, ImageDraw.Draw(sheet)
+        highest, width = float(curve.max()) or 1.0, sheet.width - 1
+        bottom = top + _CURVE
+        pencil.line([(0, bottom), (width, bottom)], fill=(200, 200, 200))
+        across = [round((k + 0.5) / len(curve) * width) for k in range(len(curve))]
+        points = [(x, bottom - round(float(v) / highest * (_CURVE - 4))) for x, v in zip(across, curve, strict=True)]
+        if len(points) > 1:
+            pencil.line(points, fill=_LINE, width=2, joint="curve")
+        for number in shown:
+            x, y = points[number]
+            pencil.ellipse([x - 3, y - 3, x + 3, y + 3], fill=_LINE)
+        font = ImageFont.load_default(_TEXT)
+        told = f"mean of the heatmap in each frame, highest {highest:.2f} at {self.when(int(curve.argmax()))}"
+        pencil.text((0, bottom + _GAP), told, font=font, fill=_INK)
+
+    def _write_png(self, buffer: io.BytesIO, picture: Image.Image) -> None:
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt(PNG_KEY, json.dumps(self.describe(), allow_nan=False))
+        chunks.add_text("Software", "lvlm_probe")
+        picture.save(buffer, format="PNG", pnginfo=chunks)

@@ -1,0 +1,103 @@
+"""Clips for the families that take them: the zoo's own members, with video processors of the tiny models' size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from tiny_models import picture, square
+from zoo import Built, build, load_members
+
+__all__ = ["CLIPS", "FRAMES", "TakesClips", "built", "clip_inputs", "frames"]
+
+FRAMES = 4
+_PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 60 * 90}
+
+
+@dataclass(frozen=True)
+class TakesClips:
+    """How one family is shown a clip.
+
+    Attributes:
+        slot: what stands for a clip in a prompt.
+        videos: makes its video processor, of the size that the tiny model is made for.
+        together: frames that one image token stands for.
+        call: arguments of the video processor's call.
+    """
+
+    slot: str
+    videos: Callable[[], Any]
+    together: int = 1
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _cropped(name: str) -> Callable[[], Any]:
+    return lambda: getattr(transformers, name)(size={"shortest_edge": 56}, crop_size=square())
+
+
+_QWEN = "<|vision_start|><|video_pad|><|vision_end|>"
+_GLM = "<|begin_of_video|><|video|><|end_of_video|>"
+
+
+def _sized(name: str, shortest: int = 4 * 64 * 64, longest: int = 40_000) -> Callable[[], Any]:
+    """A video processor whose size counts the pixels of all frames together."""
+    return lambda: getattr(transformers, name)(size={"shortest_edge": shortest, "longest_edge": longest})
+
+
+CLIPS: dict[str, TakesClips] = {
+    "qwen2_vl": TakesClips(_QWEN, lambda: transformers.Qwen2VLVideoProcessor(size=_PIXELS), 2),
+    "qwen2_5_vl": TakesClips(_QWEN, lambda: transformers.Qwen2VLVideoProcessor(size=_PIXELS), 2),
+    "qwen3_vl": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
+    "qwen3_vl_moe": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
+    "qwen3_5": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
+    "qwen3_5_moe": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
+    "glm4v": TakesClips(_GLM, _sized("Glm4vVideoProcessor"), 2),
+    "glm46v": TakesClips(_GLM, _sized("Glm46VVideoProcessor"), 2),
+    "perception_lm": TakesClips("<|video|>", lambda: transformers.PerceptionLMVideoProcessor(size=square())),
+    "minicpmv4_6": TakesClips("<|video|>", lambda: transformers.MiniCPMV4_6VideoProcessor()),
+    "llava_onevision": TakesClips("<video>", lambda: transformers.LlavaOnevisionVideoProcessor(size=square())),
+    "llava_next_video": TakesClips("<video>", _cropped("LlavaNextVideoVideoProcessor")),
+    "video_llava": TakesClips("<video>", _cropped("VideoLlavaVideoProcessor")),
+    "internvl": TakesClips("<video>", lambda: transformers.InternVLVideoProcessor(size=square())),
+    "smolvlm": TakesClips(
+        "<video>",
+        lambda: transformers.SmolVLMVideoProcessor(
+            size={"longest_edge": 64}, max_image_size={"longest_edge": 64}, do_sample_frames=False
+        ),
+    ),
+}
+
+
+def built(name: str) -> Built:
+    """A member whose video processor makes frames of the tiny model's size."""
+    load_members()
+    made = build(name)
+    made.processor.video_processor = CLIPS[name].videos()
+    return made
+
+
+def frames(count: int = FRAMES, *, seed: int = 0, width: int = 90, height: int = 60) -> np.ndarray:
+    """A clip of smooth random frames, ``(frame, row, col, channel)`` uint8."""
+    return np.stack([np.asarray(picture(width, height, seed=seed + number)) for number in range(count)])
+
+
+def clip_inputs(made: Built, clips: Sequence[np.ndarray], images: Sequence[Any] = (), **call: Any) -> dict[str, Any]:
+    """Model inputs for one prompt of images and then clips, by the family's own processor."""
+    takes = CLIPS[made.member.name]
+    text = made.member.slot * len(images) + takes.slot * len(clips) + " What happens?"
+    metadata = [
+        {"total_num_frames": len(clip), "fps": 2.0, "duration": len(clip) / 2, "frames_indices": list(range(len(clip)))}
+        for clip in clips
+    ]
+    found = made.processor(
+        videos=list(clips),
+        text=[text],
+        return_tensors="pt",
+        videos_kwargs={"do_sample_frames": False, "video_metadata": metadata, **takes.call, **call},
+        **({"images": list(images)} if images else {}),
+    )
+    return {name: value for name, value in found.items() if torch.is_tensor(value)}

@@ -1,0 +1,276 @@
+"""Videos: frames recorded as they were sampled, masks over time and space through the real video processors."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import clips
+import numpy as np
+import pytest
+import torch
+import transformers
+from float64 import in_float64
+from PIL import Image
+from tiny_models import picture
+from zoo import Built, build, load_members
+
+import lvlm_probe as probe
+from lvlm_probe.errors import ImageError, ProbeWarning
+from lvlm_probe.models.families import _of_transformers
+
+_STEP = 3e-6
+_LEVELS = 1.0  # of 255, in the mean: two roundings to 8 bits
+
+
+class Case(NamedTuple):
+    built: Built
+    frames: np.ndarray
+    inputs: dict[str, Any]
+    output: Any
+    trace: Any
+    replay: Any
+
+
+def record(built: Built, directory: Path, given: list[np.ndarray], images: Any = (), **call: Any) -> Case:
+    """One answer about clips, recorded, and its replay."""
+    with probe.attach(built.model, built.processor) as p, p.record(directory) as recording:
+        inputs = clips.clip_inputs(built, given, images, **call)
+        output = built.generate(inputs)
+    assert not recording.faults
+    trace = recording.traces[0]
+    return Case(built, given[0], inputs, output, trace, probe.replay(trace, built.model, built.processor))
+
+
+@pytest.fixture(scope="module", params=list(clips.CLIPS))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return record(clips.built(request.param), tmp_path_factory.mktemp("clips"), [clips.frames()])
+
+
+def composite(mask: torch.Tensor, frames: np.ndarray, baseline: np.ndarray) -> np.ndarray:
+    """Frames masked by hand: each mask enlarged between the middles of its cells, 8 bit."""
+    masks = torch.nn.functional.interpolate(mask[:, None], frames.shape[1:3], mode="bilinear", align_corners=False)
+    weight = masks[:, 0, :, :, None].double().numpy()
+    return np.rint(baseline + weight * (frames.astype(float) - baseline)).astype(np.uint8)
+
+
+def test_every_family_that_records_clips_is_checked_here() -> None:
+    assert {name for name, family in _of_transformers().items() if family.clips} == set(clips.CLIPS)
+
+
+def test_the_trace_holds_the_frames_that_the_processor_sampled_and_when(case: Case) -> None:
+    trace = case.trace
+    trace.verify()
+    (clip,) = trace.clips
+    assert (clip.first, clip.frames, clip.indices, clip.times) == (0, 4, (0, 1, 2, 3), (0.0, 0.5, 1.0, 1.5))
+    assert np.array_equal(np.stack([np.asarray(frame) for frame in trace.images]), case.frames)
+    assert np.array_equal(case.built.generate(case.inputs).sequences, case.output.sequences)
+
+
+def test_a_replay_has_the_log_probabilities_of_generate(case: Case) -> None:
+    model = case.built.model
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in case.inputs.items()}
+    model.double()
+    try:
+        player = probe.replay(case.trace, model, case.built.processor)
+        _ = player.path.report  # the processor runs as it does for everybody
+        with in_float64(model):
+            output = case.built.generate(wide)
+            scores = torch.cat(list(output.logits)).log_softmax(-1)
+            truth = scores.gather(-1, output.sequences[0, -len(scores) :, None])[:, 0]
+            assert float((player.original_log_probs - truth).abs().max()) < 1e-9
+            mask = 0.3 + 0.5 * torch.rand(1, 4, 3, 3, generator=torch.Generator().manual_seed(1)).double()
+            way = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(2)).double()
+            leaf = mask.clone().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(player.log_probs(leaf).sum(), leaf)
+            high, low = (player.log_probs(mask + sign * _STEP * way).sum() for sign in (1, -1))
+            slope = float((high - low) / (2 * _STEP))
+            assert abs(slope - float((gradient * way).sum())) < 1e-4 * float(gradient.norm() * way.norm())
+            assert bool(gradient.flatten(2).norm(dim=2).gt(0).all()), "a frame has no gradient"
+    finally:
+        model.float()
+
+
+def test_a_composite_has_the_pixels_that_the_real_video_processor_makes_of_it(case: Case) -> None:
+    path, built = case.replay.path, case.built
+    mask = torch.rand(4, 5, 7, generator=torch.Generator().manual_seed(3))
+    baseline = np.stack([np.asarray(frame) for frame in path.baseline_images])
+    real = clips.clip_inputs(built, [composite(mask, case.frames, baseline)])
+    exact = path.apply(mask[None], mode="exact")
+    fast = path.apply(mask[None])
+    for name in path.pixel_keys:
+        assert torch.equal(exact[name], real[name])
+        assert fast[name].shape == real[name].shape
+    assert path.report.mean_error < _LEVELS
+
+
+def test_all_kept_and_all_taken_away_are_the_processor_s_own_to_the_last_bit(case: Case) -> None:
+    path = case.replay.path
+    baseline = np.stack([np.asarray(frame) for frame in path.baseline_images])
+    blurred = clips.clip_inputs(case.built, [baseline])
+    for value, real in ((1.0, case.inputs), (0.0, blurred)):
+        made = path.apply(torch.full((1, 4, 2, 3), value))
+        for name in path.pixel_keys:
+            assert torch.equal(made[name], real[name])
+
+
+def test_a_mask_of_fewer_steps_lasts_several_frames(case: Case) -> None:
+    (clip,) = case.replay.clips
+    steps = torch.zeros(1, 2, 1, 1)
+    steps[:, 1] = 1
+    by_hand = torch.tensor([0.0, 0.25, 0.75, 1.0]).reshape(1, 4, 1, 1)
+    made, expected = case.replay.log_probs(steps, image=clip), case.replay.log_probs(by_hand)
+    assert torch.allclose(made, expected, atol=1e-6)
+
+
+def test_an_image_token_knows_its_frames_and_its_box(case: Case) -> None:
+    layout, together = case.trace.layout, clips.CLIPS[case.built.member.name].together
+    placed = layout.patch_box[:, 2] > layout.patch_box[:, 0]
+    found = np.unique(layout.patch_frames[placed], axis=0).tolist()
+    assert found == [[first, first + together - 1] for first in range(0, 4, together)]
+    for first in range(0, 4, together):  # the tokens of each moment cover a point of the frame
+        boxes = layout.patch_box[placed & (layout.patch_frames[:, 0] == first)]
+        inside = (boxes[:, 0] < 40) & (boxes[:, 2] > 40) & (boxes[:, 1] < 25) & (boxes[:, 3] > 25)
+        assert inside.sum() == 1
+
+
+# ---------------------------------------------------------------------------------------------- mixed, several, batched
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "video_llava"])
+def test_images_and_several_clips_stand_side_by_side(name: str, tmp_path: Path) -> None:
+    given = [clips.frames(), clips.frames(seed=9)]
+    case = record(clips.built(name), tmp_path, given, [picture(70, 80, seed=30)])
+    assert [(clip.first, clip.frames) for clip in case.trace.clips] == [(1, 4), (5, 4)]
+    assert len(case.trace.images) == 9
+    assert float((case.replay.original_log_probs - torch.tensor(case.trace.log_probs)).abs().max()) < 1e-4
+    path = case.replay.path
+    for key in path.pixel_keys:
+        source = path.coordinates(key)[2]
+        assert set(source.unique().tolist()) <= ({*range(1, 9)} if "video" in key else {0})
+    _, second = case.replay.clips
+    only = path.apply(torch.zeros(1, 2, 2, 2), image=second)
+    for key in path.pixel_keys:
+        changed = (only[key] != path.inputs[key]).flatten()
+        assert set(path.coordinates(key)[2].flatten()[changed].tolist()) <= {5, 6, 7, 8}
+    assert set(case.trace.image_index.tolist()) == ({0, 1, 3, 5, 7} if name == "qwen2_vl" else {*range(9)})
+
+
+def test_each_prompt_of_a_batch_has_its_clip(tmp_path: Path) -> None:
+    built = clips.built("qwen2_vl")
+    text = clips.CLIPS["qwen2_vl"].slot + " What happens?"
+    given = [clips.frames(), clips.frames(seed=20)]
+    with probe.attach(built.model, built.processor) as p, p.record(tmp_path) as recording:
+        inputs = built.processor(videos=given, text=[text, text], return_tensors="pt", padding=True)
+        built.generate({name: value for name, value in inputs.items() if torch.is_tensor(value)})
+    for trace, frames in zip(recording.traces, given, strict=True):
+        assert np.array_equal(np.stack([np.asarray(frame) for frame in trace.images]), frames)
+        player = probe.replay(trace, built.model, built.processor)
+        assert float((player.original_log_probs - torch.tensor(trace.log_probs)).abs().max()) < 1e-4
+
+
+def test_frames_are_kept_as_they_were_sampled_and_shown(tmp_path: Path) -> None:
+    built = clips.built("llava_onevision")
+    video = clips.frames(8)
+    kept = video.copy()
+    with probe.attach(built.model, built.processor) as p, p.record(tmp_path) as recording:
+        inputs = clips.clip_inputs(built, [video], do_sample_frames=True, num_frames=4)
+        video[:] = 0  # the user's own array, and the user goes on with it
+        built.generate(inputs)
+    (clip,) = recording.traces[0].clips
+    assert clip.frames == 4 and clip.total == 8
+    assert clip.times == tuple(index / 2 for index in clip.indices)
+    for index, frame in zip(clip.indices, recording.traces[0].images, strict=True):
+        assert np.array_equal(np.asarray(frame), kept[index])
+    path = probe.replay(recording.traces[0], built.model, built.processor).path  # which must not sample them again
+    assert torch.equal(path.inputs["pixel_values_videos"], inputs["pixel_values_videos"])
+
+
+def test_frames_may_have_their_channels_first(tmp_path: Path) -> None:
+    built = clips.built("qwen2_vl")
+    given = np.ascontiguousarray(clips.frames().transpose(0, 3, 1, 2))
+    case = record(built, tmp_path, [given], input_data_format="channels_first")
+    assert np.array_equal(np.stack([np.asarray(frame) for frame in case.trace.images]), clips.frames())
+    assert torch.equal(case.replay.path.inputs["pixel_values_videos"], case.inputs["pixel_values_videos"])
+
+
+def test_geometry_is_traced_once_for_videos_of_one_size(tmp_path: Path) -> None:
+    built = clips.built("qwen2_vl")
+    record(built, tmp_path, [clips.frames()])
+    later = {"total_num_frames": 400, "fps": 25.0, "duration": 16.0, "frames_indices": [0, 9, 99, 399]}
+    again = record(built, tmp_path / "again", [clips.frames(seed=40)], video_metadata=[later])
+    assert again.trace.clips[0].times == (0.0, 0.36, 3.96, 15.96)
+    assert again.replay.path.report.runs == 0
+
+
+def test_frames_may_be_pil_images(tmp_path: Path) -> None:
+    built = clips.built("qwen2_vl")
+    shown = [Image.fromarray(frame) for frame in clips.frames()]
+    text = clips.CLIPS["qwen2_vl"].slot + " What happens?"
+    with probe.attach(built.model, built.processor) as p, p.record(tmp_path) as recording:
+        built.generate(dict(built.processor(videos=[shown], text=[text], return_tensors="pt")))
+    assert [frame.tobytes() for frame in recording.traces[0].images] == [frame.tobytes() for frame in shown]
+
+
+# ------------------------------------------------------------------------------------------------- what is refused
+
+
+def refused(built: Built, directory: Path, inputs: Any) -> str:
+    """What a user reads whose video is not recorded; the answer is theirs all the same."""
+    with probe.attach(built.model, built.processor) as p, pytest.warns(ProbeWarning) as said:
+        made = inputs()
+        plain = built.generate(made)
+        with p.record(directory) as recording:
+            seen = built.generate(made)
+    assert torch.equal(plain.sequences, seen.sequences)
+    assert not recording.paths
+    return " ".join(str(item.message) for item in said if issubclass(item.category, ProbeWarning))
+
+
+def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
+    load_members()
+    built = build("video_llama_3")
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 60 * 90}
+    built.processor.video_processor = transformers.VideoLlama3VideoProcessor(size=pixels)
+    text = ["<|vision_start|><|video_pad|><|vision_end|> What happens?"]
+
+    def inputs() -> dict[str, Any]:
+        made = built.processor(videos=[clips.frames()], text=text, return_tensors="pt")
+        return {name: value for name, value in made.items() if torch.is_tensor(value)}
+
+    told = refused(built, tmp_path, inputs)
+    assert "videos of VideoLlama3ForConditionalGeneration are not recorded yet" in told
+
+
+def test_a_video_whose_frames_are_not_known_is_refused(tmp_path: Path) -> None:
+    built = clips.built("qwen2_vl")
+    before = clips.clip_inputs(built, [clips.frames()])
+    assert "holds a video, and the attached processor has made nothing" in refused(built, tmp_path, lambda: before)
+    floats = clips.frames() / np.float32(255)
+    told = refused(built, tmp_path, lambda: clips.clip_inputs(built, [floats]))
+    assert "float32" in told and "nothing is recorded" in told
+
+
+def test_more_pixels_than_a_trace_keeps_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lvlm_probe.recording.handed_images.MOST_PIXELS", 4 * 90 * 60 - 1)
+    built = clips.built("qwen2_vl")
+    told = refused(built, tmp_path, lambda: clips.clip_inputs(built, [clips.frames()]))
+    assert "4 frames of 90 x 60" in told
+
+
+def test_a_clip_is_replayed_by_the_processor_that_has_it(case: Case) -> None:
+    with pytest.raises(ImageError, match="takes the processor"):
+        probe.replay(case.trace, case.built.model, None)
+
+
+def test_a_probe_leaves_nothing_on_the_video_processor(tmp_path: Path) -> None:
+    built = clips.built("qwen2_vl")
+    videos = built.processor.video_processor
+    before = dict(vars(videos))
+    with probe.attach(built.model, built.processor) as p, p.record(tmp_path):
+        built.generate(clips.clip_inputs(built, [clips.frames()]))
+        assert vars(videos) != before
+    assert vars(videos) == before

@@ -1,0 +1,231 @@
+"""Explaining by a video: methods find the frames and the place that a closed form says carry the answer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy_clip import ToyClip, tube_weights
+
+import lvlm_probe as probe
+from lvlm_probe import planning
+from lvlm_probe.errors import ExplainError, ImageError, ReportError
+from lvlm_probe.explainers.igos.regularizers import bilateral_weights, btv, tv
+from lvlm_probe.trace.clips import Clip
+from lvlm_probe.video import ClipHeatmap
+
+TUBE = (slice(4, 6), slice(0, 3), slice(5, 8))
+SETTINGS: dict[str, dict[str, Any]] = {
+    "igos++": {"size": 8},
+    "igos+": {"size": 8, "iterations": 4},
+    "input_gradient": {"size": 8},
+    "integrated_gradients": {"size": 8, "steps": 8},
+    "occlusion": {"size": 8, "lasting": 2},
+    "rise": {"size": 8, "masks": 3000, "cells": (8, 8, 8)},
+}
+
+
+@pytest.fixture
+def toy() -> ToyClip:
+    return ToyClip(tube_weights(8, 8, *TUBE))
+
+
+def test_the_methods_that_explain_by_a_video_are_tested_here() -> None:
+    assert probe.video.clip_methods() == sorted(SETTINGS)
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_method_finds_the_frames_and_the_place(toy: ToyClip, method: str) -> None:
+    heat = probe.video.explain(toy, method=method, progress=False, **SETTINGS[method])
+    assert heat.clip == toy.clips[0]
+    step, row, col = np.unravel_index(int(heat.values.argmax()), heat.values.shape)
+    rows, cols = heat.values.shape[1:]
+    assert step in (4, 5)
+    assert row < 3 * rows / 8
+    assert col >= 5 * cols / 8
+    assert int(heat.over_time.argmax()) in (4, 5)
+    score = probe.evaluate(heat, toy, progress=False)
+    assert score.deletion < 0.2 < 0.8 < score.insertion
+    assert score.params["grid"] == list(heat.values.shape)
+
+
+def test_passes_do_not_depend_on_the_number_of_frames() -> None:
+    counts = []
+    for frames in (4, 12):
+        toy = ToyClip(tube_weights(frames, 4, slice(0, 2), slice(0, 1), slice(0, 1)))
+        heat = probe.video.explain(toy, size=4, progress=False)
+        counts.append(heat.provenance["passes"]["backward"])
+    assert counts == [24, 24]
+
+
+def test_integrated_gradients_add_up_over_time_and_space(toy: ToyClip) -> None:
+    heat = probe.video.explain(toy, method="integrated_gradients", size=(4, 8, 8), steps=60, progress=False)
+    found = heat.provenance["diagnostics"]
+    assert found["change"] == pytest.approx(math.log(0.9 / 0.01), rel=1e-4)
+    assert found["completeness_error"] < 0.02
+    assert heat.values.shape == (4, 8, 8)
+
+
+def test_variation_in_time_counts_where_frames_look_alike() -> None:
+    mask = torch.zeros(3, 2, 2, dtype=torch.float64)
+    mask[1] = 1  # two steps in time, one in space nowhere
+    assert float(tv(mask)) == 1.0
+    still = torch.zeros(3, 3, 4, 4, dtype=torch.float64)
+    assert float(btv(mask, bilateral_weights(still))) == 0.5 * (1 + 1)
+    cut = still.clone()
+    cut[1:] = 10  # another scene
+    assert float(btv(mask, bilateral_weights(cut))) == pytest.approx(0.5 * (1 + 0.5))
+
+
+# --------------------------------------------------------------------------------------------------------- which frames
+
+
+def by_definition(weights: list[float], base: float, original: float) -> list[float]:
+    """Shapley values as means over all orders of the players."""
+
+    def v(players: tuple[int, ...]) -> float:
+        return math.log(base + (original - base) * sum(weights[k] for k in players))
+
+    shares = [0.0] * len(weights)
+    orders = list(itertools.permutations(range(len(weights))))
+    for each in orders:
+        for place, player in enumerate(each):
+            shares[player] += (v(each[: place + 1]) - v(each[:place])) / len(orders)
+    return shares
+
+
+def test_shares_are_the_shapley_values() -> None:
+    cells = torch.tensor([0.05, 0.6, 0.05, 0.3], dtype=torch.float64)
+    toy = ToyClip(cells[:, None, None])
+    found = probe.video.which_frames(toy, progress=False)
+    assert found.shares == pytest.approx(by_definition(cells.tolist(), 0.01, 0.9), abs=1e-5)
+    assert sum(found.shares) == pytest.approx(found.total, abs=1e-5)
+    assert found.error == (0.0,) * 4
+    assert found.passes == 16
+    assert "0.5 s" in str(found)
+
+
+def test_stretches_are_even_and_add_their_frames_up() -> None:
+    cells = torch.full((6,), 1 / 6, dtype=torch.float64)
+    found = probe.video.which_frames(ToyClip(cells[:, None, None]), segments=3, progress=False)
+    assert found.frames == ((0, 2), (2, 4), (4, 6))
+    assert found.shares == pytest.approx([found.total / 3] * 3, abs=1e-5)
+
+
+def test_many_stretches_are_sampled_with_an_error_that_holds() -> None:
+    cells = torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    toy = ToyClip((cells / cells.sum())[:, None, None])
+    truth = probe.video.which_frames(toy, segments=10, progress=False)
+    assert truth.error == (0.0,) * 10
+    found = probe.video.which_frames(toy, segments=12, orders=100, progress=False)
+    exact = by_coalitions((cells / cells.sum()).numpy(), 0.01, 0.9)
+    off = np.abs(np.array(found.shares) - exact) / np.array(found.error)
+    assert off.max() < 5
+    assert sum(found.shares) == pytest.approx(found.total, abs=1e-5)
+
+
+def by_coalitions(weights: np.ndarray, base: float, original: float) -> np.ndarray:
+    """Shapley values as sums over coalitions, by size, from the distribution of what the others carry."""
+    count = len(weights)
+    shares = np.zeros(count)
+    for player in range(count):
+        others = np.delete(weights, player)
+        members = (np.arange(2 ** (count - 1))[:, None] >> np.arange(count - 1)) & 1
+        carried, size = members @ others, members.sum(1)
+        gain = np.log(base + (original - base) * (carried + weights[player]))
+        gain -= np.log(base + (original - base) * carried)
+        means = [gain[size == k].mean() for k in range(count)]  # every size is as likely as any other
+        shares[player] = np.mean(means)
+    return shares
+
+
+# ---------------------------------------------------------------------------------------------------------- the heatmap
+
+
+def test_a_heatmap_is_saved_as_a_strip_and_as_an_animation(toy: ToyClip, tmp_path: Any) -> None:
+    heat = probe.video.explain(toy, method="input_gradient", size=8, progress=False)
+    with Image.open(heat.save(tmp_path / "map.gif")) as movie:
+        assert movie.n_frames == 8
+        assert movie.info["duration"] == 500
+        assert b"input_gradient" in movie.info["comment"]
+        pixels = [np.asarray(frame.convert("RGB"), float) for frame in frames_of(movie)]
+    plain = [np.asarray(frame.resize((480, 480)), float) for frame in toy.trace.images]
+    changed = [float(np.abs(one - other)[:, 240:].mean()) for one, other in zip(pixels, plain, strict=True)]
+    assert set(np.argsort(changed)[-2:].tolist()) == {4, 5}
+    with Image.open(heat.save(tmp_path / "map.png")) as strip:
+        assert "clip" in strip.text["lvlm_probe"]
+    with pytest.raises(ExplainError, match="GIF"):
+        heat.save(tmp_path / "map.jpg")
+    assert "data:image/png" in heat._repr_html_()
+
+
+def frames_of(movie: Image.Image) -> list[Image.Image]:
+    shown = []
+    for number in range(movie.n_frames):
+        movie.seek(number)
+        shown.append(movie.copy().convert("RGB"))
+    return shown
+
+
+def test_one_frame_of_a_heatmap_is_a_heatmap(toy: ToyClip) -> None:
+    heat = probe.video.explain(toy, method="input_gradient", size=(4, 8, 8), progress=False)
+    frame = heat.frame(3)
+    assert frame.image_index == 3
+    assert np.allclose(frame.values, 0.75 * heat.values[1] + 0.25 * heat.values[2], atol=1e-6)
+    with pytest.raises(ExplainError, match="counted from 0"):
+        heat.frame(8)
+
+
+def test_values_are_what_they_say() -> None:
+    clip = Clip(0, 2)
+    with pytest.raises(ExplainError, match=r"\(t, row, col\)"):
+        ClipHeatmap(np.zeros((2, 2)), (4, 4), clip)
+    with pytest.raises(ExplainError, match="needs a reason"):
+        ClipHeatmap(None, (4, 4), clip)
+    with pytest.raises(ImageError, match="no frames at hand"):
+        ClipHeatmap(np.zeros((2, 2, 2)), (4, 4), clip).overlay()
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_what_does_not_explain_by_a_video_says_so(toy: ToyClip) -> None:
+    with pytest.raises(ExplainError, match=r"greedy does not explain by a video yet; these do: igos\+"):
+        probe.video.explain(toy, method="greedy")
+    with pytest.raises(ExplainError, match=r"frame of a video: probe.video.explain"):
+        probe.explain(toy)
+    with pytest.raises(ExplainError, match=r"has 1 video\(s\)"):
+        probe.video.explain(toy, clip=1)
+    with pytest.raises(ExplainError, match="no explainer"):
+        probe.video.explain(toy, method="nothing")
+    with pytest.raises(ExplainError, match="segments is between 1 and 8"):
+        probe.video.which_frames(toy, segments=9)
+    with pytest.raises(ExplainError, match="at least one step in time"):
+        probe.video.explain(toy, method="input_gradient", size=(0, 4, 4))
+    with pytest.raises(ExplainError, match=r"leave grid out"):
+        probe.evaluate(probe.video.explain(toy, method="input_gradient", progress=False), toy, grid=4)
+
+
+def test_pages_that_do_not_know_of_time_say_so(toy: ToyClip, tmp_path: Any) -> None:
+    heat = probe.video.explain(toy, method="input_gradient", size=8, progress=False)
+    with pytest.raises(ReportError, match="compare methods on videos yet"):
+        probe.compare([toy], out=tmp_path / "compare.html")
+    with pytest.raises(ReportError, match="shows one of the two"):
+        probe.report([heat, heat.frame(0)], out=tmp_path / "report.html")  # type: ignore[list-item]
+    with pytest.raises(ExplainError, match="got a ClipHeatmap"):
+        probe.figure(heat)  # type: ignore[arg-type]
+    with pytest.raises(ExplainError, match="not planned yet"):
+        planning.plan_for(toy, "igos++", {})  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_plays_no_part_has_no_heatmap() -> None:
+    toy = ToyClip(torch.zeros(4, 2, 2), original=(0.5,), base=(0.5,))
+    heat = probe.video.explain(toy, tokens=[0], progress=False)
+    assert not heat
+    assert "the clip plays no part" in heat.reason
