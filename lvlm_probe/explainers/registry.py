@@ -15,6 +15,9 @@ reckons with, and a row of ``docs/methods.md`` says the rest. ``needs`` says wha
 * ``"attention"``: the decoder's (or the encoder's) attention weights.
 * ``"activations"``: outputs of modules inside the model.
 
+``takes`` says what it stays right with where log-probabilities cannot be had: ``"bounds"`` on them, or ``"samples"`` of
+the next token (``replaying.protocol.Estimating``); the default is nothing.
+
 A method that needs neither passes nor gradients can be run on a trace alone, without its model (``problem.live`` is
 False then), where the trace holds what it needs.
 """
@@ -38,7 +41,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.models.inputs import index_on
 from lvlm_probe.plugins import check_registration, load_plugins
 from lvlm_probe.progress import Progress
-from lvlm_probe.replaying.protocol import Need
+from lvlm_probe.replaying.protocol import Need, Stand
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -65,6 +68,7 @@ __all__ = [
     "needs_of",
     "register",
     "resolve",
+    "stands_for",
     "summary_of",
 ]
 
@@ -208,6 +212,7 @@ class Method:
     function: Callable[..., Outcome]
     needs: frozenset[Need]
     cost: CostRule | None = None
+    takes: frozenset[Stand] = frozenset()
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Outcome])
@@ -216,7 +221,7 @@ METHODS: dict[str, Method] = {}
 
 
 def register(
-    name: str, *, needs: Sequence[Need] = ("passes",), cost: CostRule | None = None
+    name: str, *, needs: Sequence[Need] = ("passes",), cost: CostRule | None = None, takes: Sequence[Stand] = ()
 ) -> Callable[[_Function], _Function]:
     """Registers a function ``(problem, *, …) -> Outcome`` as an explainer under a name.
 
@@ -225,6 +230,7 @@ def register(
         needs: what it takes to run it, see the module.
         cost: what it asks of the model, for ``plan``; without it a plan goes by ``needs`` alone, and the number of
             passes is not known.
+        takes: in the place of passes, see the module.
 
     Raises:
         ExplainError: Another function holds the name, ``needs`` has an unknown word, or what is registered is no
@@ -253,7 +259,7 @@ def register(
             raise ExplainError(
                 f"the name {name!r} is taken by {_home(holder.function)}; register {_home(function)} under another one"
             )
-        METHODS[name] = Method(function, frozenset(needs), cost)
+        METHODS[name] = Method(function, frozenset(needs), cost, frozenset(takes))
         return function
 
     return decorate
@@ -323,6 +329,11 @@ def find(name: str) -> Callable[..., Outcome]:
 def needs_of(name: str) -> frozenset[Need]:
     """What it takes to run a registered method. Raises ``ExplainError`` for an unknown one."""
     return _method(name).needs
+
+
+def stands_for(name: str) -> frozenset[Stand]:
+    """What a registered method takes in the place of passes. Raises ``ExplainError`` for an unknown one."""
+    return _method(name).takes
 
 
 def cost_of(method: str, problem: Problem, params: Mapping[str, Any]) -> Cost:

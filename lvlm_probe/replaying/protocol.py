@@ -20,12 +20,14 @@ from lvlm_probe.words import Word
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Elsewhere", "Mode", "Need", "ReplayLike", "Score", "ShortcutsLike"]
+__all__ = ["Elsewhere", "Estimating", "Mode", "Need", "ReplayLike", "Score", "ShortcutsLike", "Stand"]
 
 Mode = Literal["fast", "exact"]
 """By the traced geometry, or by the real processor on the real composite."""
 Need = Literal["passes", "gradients", "attention", "activations"]
 """What a method may need of a replay: log-probabilities under masks, their gradients, what is inside the model."""
+Stand = Literal["bounds", "samples"]
+"""What a replay may offer in the place of passes: bounds on log-probabilities, or samples of the next token."""
 Score = Callable[[torch.Tensor], torch.Tensor]
 """Log-probabilities ``(batch, step)`` to scores ``(batch,)``; row i may depend on row i only."""
 
@@ -96,11 +98,11 @@ class ReplayLike(Protocol):
     @property
     def rounding(self) -> torch.Tensor: ...
     @property
-    def offers(self) -> frozenset[Need]: ...
+    def offers(self) -> frozenset[Need | Stand]: ...
     @property
     def origin(self) -> Mapping[str, Any]: ...
 
-    def announce(self, what: str, images: Callable[[], int | None]) -> None: ...
+    def announce(self, what: str, images: Callable[[], int | None], steps: Sequence[int]) -> None: ...
 
     def image(self, k: int = 0) -> Image.Image: ...
 
@@ -139,6 +141,17 @@ class ReplayLike(Protocol):
         micro_batch: int | None = None,
         steps: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@runtime_checkable
+class Estimating(Protocol):
+    """A replay that offers a ``Stand``."""
+
+    def between(
+        self, mask: torch.Tensor, *, image: int | None = None, steps: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least and the most that log P(a_t) can be, ``(batch, step)`` nats each; of samples 0 or −∞, twice."""
+        ...
 
 
 @runtime_checkable

@@ -63,8 +63,10 @@ class Said:
         prompt: what was asked.
         answer: the answer's text, without special tokens.
         token_ids, pieces, special: its tokens, ``(T,)`` each.
+            Where the server names no ids, −1 for each.
         prompt_ids: token ids of the prompt, an image's tokens all there, ``(P,)``; empty where the server does not say.
         log_probs: what the server gave while it generated, ``(T,)``, nats; empty for an answer that was given to it.
+        texts: of its tokens, as the server writes each alone; empty where these are ``pieces``.
         top_log_probs, top_tokens: log P of what was likeliest in the place of each token, and its text; empty where the
             server does not say.
         finish: why it stopped: ``"stop"``, ``"length"``, or what the server says.
@@ -80,6 +82,17 @@ class Said:
     finish: str = "stop"
     top_log_probs: tuple[float, ...] = ()
     top_tokens: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+
+    @property
+    def raw(self) -> tuple[str, ...]:
+        """Texts of the tokens as the server writes them, ``(T,)``."""
+        return self.texts or self.pieces
+
+    def before(self, step: int) -> str:
+        """The answer's text before a token."""
+        there = zip(self.pieces[:step], self.special[:step], strict=True)
+        return "".join(piece for piece, flag in there if not flag)
 
     @property
     def closing(self) -> int:

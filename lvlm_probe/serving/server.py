@@ -21,12 +21,19 @@ from lvlm_probe.images import Baseline, CompositePath, make_baseline
 from lvlm_probe.images.baselines import KINDS
 from lvlm_probe.serving.checks import Checks, check_answer
 from lvlm_probe.serving.forcing import Forcing
-from lvlm_probe.serving.generating import generated, generated_by_sglang, prompt_alone, said_of
+from lvlm_probe.serving.generating import (
+    NoLogProbs,
+    generated,
+    generated_by_sglang,
+    prompt_alone,
+    said_of,
+    walked,
+)
 from lvlm_probe.serving.journal import FILE, Journal
 from lvlm_probe.serving.measuring import QUESTION, Measured, drawn, measured
 from lvlm_probe.serving.messages import PICTURE_FORMAT, Prompt, Said, as_uri
-from lvlm_probe.serving.replays import ServedReplay
-from lvlm_probe.serving.roads import Chat, Road, Untrue, continued, likeliest_in, log_prob_in
+from lvlm_probe.serving.replays import EstimatedReplay, ServedReplay
+from lvlm_probe.serving.roads import Gives, Road, Untrue, continued, likeliest_in, log_prob_in
 from lvlm_probe.serving.transport import Refused, Spent, Transport
 from lvlm_probe.trace import Trace, open_trace, write
 from lvlm_probe.trace.image_files import encode_picture, open_image
@@ -41,6 +48,11 @@ _PROBE_TOKENS = 8
 """Tokens of the answer that capabilities are measured on."""
 _META = "served"
 """Where a trace keeps what is needed to ask the server again."""
+_WHAT: dict[Gives, str] = {
+    "passes": "exact log-probabilities of a given answer",
+    "bounds": "log-probabilities of tokens that are among the likeliest, and bounds on those of others",
+    "samples": "samples alone, whose mean is the probability",
+}
 
 
 def connect(
@@ -60,7 +72,8 @@ def connect(
 ) -> Server:
     """Find out what a server can do: an engine with an OpenAI-compatible API that runs the model somewhere else.
 
-    Costs a dozen small requests: a short answer about a drawn image, and the roads (``serving.roads``) tried on it.
+    Costs a dozen small requests: a short answer about a drawn image, and the roads (``serving.roads``) tried on it;
+    some dozens where the server gives no log-probabilities of a given answer.
 
     Args:
         url: ``http://host:8000``, with or without ``/v1``.
@@ -72,13 +85,14 @@ def connect(
         timeout: seconds that the server may say nothing.
         max_requests: requests in all, these included; ``None``: any number. Methods that would send more end before.
         journal: file of answers that are paid for; by default ``served.jsonl`` beside each trace.
-        road: the only road to use, e.g. ``"chat"``; by default the best that works.
+        road: the only road to use: ``"tokens"``, ``"chat"``, ``"next token"``, ``"top"`` or ``"sampling"``; by default
+            the best that works.
         tell: called with a sentence before a method sends many requests: how many, megabytes, an estimate of the time.
         sleep: waits for some seconds, between two tries.
 
     Raises:
-        ReplayError: the server cannot be reached, has no such model, or gives no log-probabilities of an answer that
-            can be used; the message says what was tried and why not.
+        ReplayError: the server cannot be reached, has no such model, or gives nothing of an answer that can be used;
+            the message says what was tried and why not.
     """
     transport = Transport(
         url,
@@ -126,22 +140,22 @@ class Server:
                 f"{transport.address} is SGLang, which returns no prompt: give the model's processor (not its "
                 "weights), connect(url, processor=AutoProcessor.from_pretrained(…))"
             )
+        self._walks = road is not None and road.startswith("sampling")
         image = drawn()
-        try:
-            said = self._generate(Prompt(QUESTION), [image], _PROBE_TOKENS, {})
-        except Refused as error:
-            raise ReplayError(
-                f"{self.name} does not answer a question about an image with log-probabilities and token ids: {error}"
-            ) from error
+        said = self._first_answer(image, road)
         found = measured(said, [image], self._measuring(), wanted=road, sglang=self._sglang)
         self.measured: tuple[Measured, ...] = tuple(one for _, one in found)
         self._roads = [road for road, one in found if one.works]
         if not self._roads:
-            why = "; ".join(f"{one.road}: {one.reason}" for one in self.measured)
+            why: dict[str | None, list[str]] = {}
+            for one in self.measured:
+                why.setdefault(one.reason, []).append(one.road)
+            told = "; ".join(f"{', '.join(roads)}: {reason}" for reason, roads in why.items())
             raise ReplayError(
-                f"{self.name} gives no log-probabilities of a given answer that could be used ({why}). vLLM gives them "
-                "by default; sampling an API that gives none is not built"
+                f"{self.name} gives no log-probabilities of a given answer that could be used ({told}). vLLM gives "
+                "them by default"
             )
+        self._walks = self.gives == "samples"
 
     # ------------------------------------------------------------------ what it is
 
@@ -163,6 +177,16 @@ class Server:
         return self._roads[0].name
 
     @property
+    def gives(self) -> Gives:
+        """What that road gives: ``"passes"``, exact log-probabilities; ``"bounds"`` on them; ``"samples"``."""
+        return self._roads[0].gives
+
+    @property
+    def what(self) -> str:
+        """What that road gives, in words."""
+        return _WHAT[self.gives]
+
+    @property
     def spent(self) -> Spent:
         """Requests, retries, megabytes so far."""
         return self._transport.spent
@@ -180,14 +204,16 @@ class Server:
     def describe(self) -> str:
         """What it can do, in sentences."""
         lines = [f"{self.name} at {self.engine['url']}"]
+        gives = {road.name: _WHAT[road.gives] for road in self._roads}
         for one in self.measured:
             if one.works:
                 off = "" if one.difference is None else f", {one.difference:.1g} nats from its own generation"
                 used = ", in use" if one.road == self.road else ""
-                lines.append(f"  {one.road}: exact log-probabilities of a given answer{off}{used}")
+                lines.append(f"  {one.road}: {gives[one.road]}{off}{used}")
             else:
                 lines.append(f"  {one.road}: no. {one.reason}")
-        lines.append("  it gives no gradients, attention or activations: rise, occlusion, greedy and floors can be run")
+        can = "rise, occlusion, greedy and floors" if self.gives == "passes" else "rise and floors, nothing else,"
+        lines.append(f"  it gives no gradients, attention or activations: {can} can be run")
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -195,7 +221,7 @@ class Server:
 
     def __repr__(self) -> str:
         roads = ", ".join(one.road for one in self.measured if one.works)
-        return f"<{self.name}: exact log-probabilities ({roads})>"
+        return f"<{self.name}: {self.what} ({roads})>"
 
     def cost(self, requests: int, images: Sequence[Image.Image]) -> str:
         """What requests with such images come to: number, megabytes, and an estimate of the time."""
@@ -257,7 +283,7 @@ class Server:
             max_tokens: length of the answer at most.
             baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or an image: what log-likelihood ratios are
                 taken to.
-            llr: take them, which costs a request.
+            llr: take log-likelihood ratios, which costs a request.
             fields: further fields of every request, e.g. ``{"chat_template_kwargs": {"enable_thinking": False}}``.
             sampling: of the generation; greedy by default.
 
@@ -281,10 +307,14 @@ class Server:
         forcing = self._forcing(said, road, Path(out))
         checks = check_answer(forcing, images, said.log_probs)
         made = [make_baseline(one, baseline) for one in images]
-        lost = forcing.score([lambda: [one.image for one in made]])[0].numpy() if llr else None
+        lost = forcing.score([lambda: [one.image for one in made]])[0].numpy() if llr and said.log_probs else None
+        if road.gives != "passes" and lost is not None and np.isnan(lost[list(forcing.askable)]).any():
+            lost = None
         forcing.confirmed()
         row = self._row(said, images, made[0], lost, given=answer is not None)
         row.notes += left_out
+        if llr and lost is None:
+            row.notes.append(f"log-likelihood ratios are not known: the server gives {_WHAT[road.gives]}")
         row.meta[_META] = self._about(said, road, checks)
         return open_trace(write(Capture([row], self._model(), _now()), out))
 
@@ -345,7 +375,8 @@ class Server:
         params = {name: recorded[name] for name in ("strength", "seed") if recorded.get(name) is not None}
         made = [make_baseline(image, kind, **params) for image in images]
         path = CompositePath(images, [one.image for one in made])
-        return ServedReplay(trace, self, forcing, checks, path, {**recorded, "kind": made[0].kind, **made[0].params})
+        kind_of = ServedReplay if forcing.road.gives == "passes" else EstimatedReplay
+        return kind_of(trace, self, forcing, checks, path, {**recorded, "kind": made[0].kind, **made[0].params})
 
     # ------------------------------------------------------------------ inside
 
@@ -363,7 +394,7 @@ class Server:
             token_ids=np.asarray(said.token_ids, np.int64),
             tokens=list(said.pieces),
             special=np.asarray(said.special, bool),
-            log_probs=np.asarray(said.log_probs, np.float32),
+            log_probs=np.asarray(said.log_probs or [np.nan] * len(said.token_ids), np.float32),
             log_probs_source="teacher_forced" if given else "generation",
             top_log_probs=np.asarray(said.top_log_probs, np.float32) if said.top_log_probs else None,
             top_tokens=list(said.top_tokens) if said.top_log_probs else None,
@@ -376,8 +407,33 @@ class Server:
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         return self._transport.post(path, {"model": self.model, **body})
 
+    def _first_answer(self, image: Image.Image, road: str | None) -> Said:
+        """A short answer of the server's, with log-probabilities where it gives any. Raises ``ReplayError``."""
+        asked: tuple[Any, ...] = (Prompt(QUESTION), [image], _PROBE_TOKENS, {})
+        try:
+            try:
+                return self._generate(*asked)
+            except NoLogProbs as error:
+                if road is not None:
+                    raise
+                self._walks = True
+                try:
+                    return self._generate(*asked)
+                except ReplayError as other:
+                    raise ReplayError(f"{self.name}: {error}; and it cannot be sampled: {other}") from other
+        except Refused as error:
+            raise ReplayError(
+                f"{self.name} does not answer a question about an image with log-probabilities: {error}"
+            ) from error
+
     def _generate(self, prompt: Prompt, images: Sequence[Image.Image], most: int, sampling: dict[str, Any]) -> Said:
         uris = [as_uri(image) for image in images]
+        if self._walks:
+            if sampling:
+                raise ReplayError(
+                    f"{self.name} gives {self.what}: its answer has to be the greedy one, without sampling="
+                )
+            return walked(self._post, prompt, uris, max_tokens=most)
         if not self._sglang:
             return generated(self._post, prompt, uris, max_tokens=most, **sampling)
         ids = self._prompt_ids(prompt, len(images))
@@ -400,6 +456,11 @@ class Server:
         """An answer that was given before, by the tokens that the server makes of it."""
         if not answer.strip():
             raise ReplayError("there is no answer to measure")
+        if self.gives != "passes":
+            raise ReplayError(
+                f"{self.name} gives {self.what}, of what it says itself: an answer that was given before cannot be "
+                "measured through it"
+            )
         uris = [as_uri(image) for image in images]
         before = prompt_alone(self._post, prompt, uris)
         reply = self._post("/v1/chat/completions", continued(prompt, uris, answer, ask={"prompt_logprobs": 1}))
@@ -463,6 +524,8 @@ class Server:
         return {
             "engine": dict(self.engine),
             "road": road.name,
+            "gives": road.gives,
+            **({"texts": list(said.texts)} if said.texts else {}),
             "measured": [vars(one) for one in self.measured],
             "system": said.prompt.system,
             "fields": dict(said.prompt.fields),
@@ -484,10 +547,10 @@ def _fitting(said: Said, road: Road) -> tuple[Said, list[str]]:
     """The answer as the road can hold it, and what was left out."""
     if all(said.special):
         raise ReplayError("the server's answer is empty: there is nothing to explain")
-    if not isinstance(road, Chat) or not said.closing:
+    if road.closing or not said.closing:
         return said, []
     kept = len(said.token_ids) - said.closing
-    names = ("token_ids", "pieces", "special", "log_probs", "top_log_probs", "top_tokens")
+    names = ("token_ids", "pieces", "special", "log_probs", "top_log_probs", "top_tokens", "texts")
     parts = {name: getattr(said, name)[:kept] for name in names}
     left = "".join(said.pieces[kept:]) or "the closing token"
     return dataclasses.replace(said, **parts), [f"{left} is left out: a chat message cannot hold it"]
@@ -495,7 +558,8 @@ def _fitting(said: Said, road: Road) -> tuple[Said, list[str]]:
 
 def _said_of(trace: Trace, known: Mapping[str, Any]) -> Said:
     """The answer of a trace, as it is asked about."""
-    fields, system = known.get("fields"), known.get("system")
+    fields, system, texts = known.get("fields"), known.get("system"), known.get("texts")
+    raw = tuple(map(str, texts)) if isinstance(texts, list | tuple) and len(texts) == len(trace.tokens) else ()
     if trace.question is None:
         raise ReplayError(f"{trace.path.name} does not say what was asked: record it with question=…")
     return Said(
@@ -510,6 +574,7 @@ def _said_of(trace: Trace, known: Mapping[str, Any]) -> Said:
         tuple(trace.special.tolist()),
         tuple(trace.input_ids.tolist()),
         tuple(trace.log_probs.tolist()),
+        texts=raw,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from command_line import run, succeed
-from demo_server import DemoServer
+from demo_server import DemoServer, serving
 
 import lvlm_probe as probe
 from lvlm_probe.importing.meter import Reading, measure
@@ -43,6 +43,20 @@ def test_explain_evaluate_and_compare_through_a_server(
     compared = succeed("evaluate", trace, "--server", behind.url, *options).json
     reasons = {one["method"]: one["reasons"] for one in compared["methods"]}
     assert "does not give" in str(reasons["tmm"]) and page.is_file()
+
+
+def test_a_map_by_less_than_log_probabilities_is_made_and_not_scored(
+    demo: Any, scene: Any, photo_file: Path, tmp_path: Path
+) -> None:
+    with serving(*demo, {"top"}) as behind:
+        behind.fault = lambda number, body: "no_ids"
+        asking = ("--server", behind.url, "--image", photo_file, "--question", scene.question, "--out", tmp_path / "out")
+        failed = run("explain", *asking, *SMALL)
+        assert failed.code == 2 and "--words" in failed.err, failed.err
+        made = succeed("explain", *asking, "--words", "yellow", *SMALL)
+    said = " ".join(made.err.split())
+    assert "bounds on those of others (top (20))" in said and "the map is not scored" in said
+    assert "yellow" in made.out and "not scored" in made.out
 
 
 @pytest.mark.quick

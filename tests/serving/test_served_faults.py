@@ -257,7 +257,7 @@ def test_a_server_that_ignores_log_probabilities_altogether_is_refused_by_its_re
         with pytest.raises(probe.errors.ReplayError, match="does not return token ids"):
             probe.connect(behind.url)
         behind.fault = lambda number, body: None
-        with pytest.raises(probe.errors.ReplayError, match=r"tokens: .*403.*chat: .*ignores.*next token"):
+        with pytest.raises(probe.errors.ReplayError, match=r"tokens: .*403.*next token.*: .*422.*top.*: .*ignores"):
             probe.connect(behind.url)
 
 

@@ -49,5 +49,5 @@ def open_server(url: str | None, name: str | None, *, model: str | None, max_req
     with stage(f"asking {one_line(url, 100)} what it can do"):
         server = connect(url, name, max_requests=None if yes else max_requests, tell=note)
     works = ", ".join(one.road for one in server.measured if one.works)
-    note(f"{server.name}: exact log-probabilities of a given answer ({works}); no gradients, no attention")
+    note(f"{server.name}: {server.what} ({works}); no gradients, no attention")
     return server
