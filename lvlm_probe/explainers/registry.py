@@ -15,8 +15,9 @@ reckons with, and a row of ``docs/methods.md`` says the rest. ``needs`` says wha
 * ``"attention"``: the decoder's (or the encoder's) attention weights.
 * ``"activations"``: outputs of modules inside the model.
 
-``takes`` says what it stays right with where log-probabilities cannot be had: ``"bounds"`` on them, or ``"samples"`` of
-the next token (``replaying.protocol.Estimating``); the default is nothing.
+``takes`` says what it stays right with where that cannot be had: for log-probabilities ``"bounds"`` on them, or
+``"samples"`` of the next token (``replaying.protocol.Estimating``); for attention, recorded ``"rows"``. The default is
+nothing.
 
 A method that needs neither passes nor gradients can be run on a trace alone, without its model (``problem.live`` is
 False then), where the trace holds what it needs.
@@ -230,7 +231,7 @@ def register(
         needs: what it takes to run it, see the module.
         cost: what it asks of the model, for ``plan``; without it a plan goes by ``needs`` alone, and the number of
             passes is not known.
-        takes: in the place of passes, see the module.
+        takes: in the place of what it needs, see the module.
 
     Raises:
         ExplainError: Another function holds the name, ``needs`` has an unknown word, or what is registered is no
@@ -332,7 +333,7 @@ def needs_of(name: str) -> frozenset[Need]:
 
 
 def stands_for(name: str) -> frozenset[Stand]:
-    """What a registered method takes in the place of passes. Raises ``ExplainError`` for an unknown one."""
+    """What a registered method takes in the place of what it needs. Raises ``ExplainError`` for an unknown one."""
     return _method(name).takes
 
 

@@ -26,8 +26,9 @@ Mode = Literal["fast", "exact"]
 """By the traced geometry, or by the real processor on the real composite."""
 Need = Literal["passes", "gradients", "attention", "activations"]
 """What a method may need of a replay: log-probabilities under masks, their gradients, what is inside the model."""
-Stand = Literal["bounds", "samples"]
-"""What a replay may offer in the place of passes: bounds on log-probabilities, or samples of the next token."""
+Stand = Literal["bounds", "samples", "rows"]
+"""What a replay may offer in the place of what a method needs: of passes, bounds on log-probabilities, or samples of
+the next token; of attention, rows that were recorded."""
 Score = Callable[[torch.Tensor], torch.Tensor]
 """Log-probabilities ``(batch, step)`` to scores ``(batch,)``; row i may depend on row i only."""
 

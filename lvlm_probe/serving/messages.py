@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PICTURE_FORMAT", "Prompt", "Said", "aligned", "as_uri", "one_placeholder_each"]
+__all__ = ["PICTURE_FORMAT", "Prompt", "Said", "aligned", "as_uri", "image_token_places", "one_placeholder_each"]
 
 PICTURE_FORMAT = "PNG, level 1"
 """Lossless: JPEG at quality 90 moves log-probabilities by up to 0.9 nats. The default level of PNG takes eight times as
@@ -155,23 +157,46 @@ def one_placeholder_each(prompt_ids: Sequence[int], images: int) -> list[int] | 
     An image's tokens are taken to be the longest run of one id, and all other runs of it. Whoever sends this checks
     what the server makes of it.
     """
-    runs = _runs(prompt_ids)
-    longest = max(runs, key=lambda run: run[1], default=(0, 0))
-    if longest[1] < 2:
+    spans = _image_spans(prompt_ids, images)
+    if spans is None:
         return None
-    placeholder = prompt_ids[longest[0]]
-    spans = [run for run in runs if prompt_ids[run[0]] == placeholder]
-    if len(spans) not in (1, images):
-        if images > 1:
-            return None
-        # Rows of image tokens with a separator after each.
-        spans = [(spans[0][0], spans[-1][0] + spans[-1][1] - spans[0][0])]
+    placeholder = prompt_ids[spans[0][0]]
     each = images if len(spans) == 1 else 1  # images side by side make one run
     short, at = [], 0
     for offset, length in spans:
         short += [*prompt_ids[at:offset], *[placeholder] * each]
         at = offset + length
     return [*short, *prompt_ids[at:]]
+
+
+def image_token_places(prompt_ids: Sequence[int], images: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Positions ``(image_token,)`` of the images' tokens, and the image of each; ``None`` where nobody can tell."""
+    spans = _image_spans(prompt_ids, images)
+    if spans is None:
+        return None
+    placeholder = prompt_ids[spans[0][0]]
+    each = [[at for at in range(start, start + length) if prompt_ids[at] == placeholder] for start, length in spans]
+    if len(each) == 1 and images > 1:  # side by side: parts of one size
+        if len(each[0]) % images:
+            return None
+        each = np.split(np.asarray(each[0]), images)  # type: ignore[assignment]
+    positions = np.concatenate([np.asarray(part, np.int64) for part in each])
+    return positions, np.repeat(np.arange(len(each)), [len(part) for part in each]).astype(np.int64)
+
+
+def _image_spans(ids: Sequence[int], images: int) -> list[tuple[int, int]] | None:
+    """Offset and length of what stands for each image, or of one run of several side by side."""
+    runs = _runs(ids)
+    longest = max(runs, key=lambda run: run[1], default=(0, 0))
+    if longest[1] < 2:
+        return None
+    spans = [run for run in runs if ids[run[0]] == ids[longest[0]]]
+    if len(spans) not in (1, images):
+        if images > 1:
+            return None
+        # Rows of image tokens with a separator after each.
+        spans = [(spans[0][0], spans[-1][0] + spans[-1][1] - spans[0][0])]
+    return spans
 
 
 def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:

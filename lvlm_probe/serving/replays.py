@@ -94,7 +94,7 @@ class ServedReplay(Views):
     """
 
     offers: frozenset[Need | Stand] = frozenset({"passes"})
-    """What methods may ask of it: log-probabilities."""
+    """What methods may ask of it: log-probabilities; attention rows where the trace holds them."""
     gives, fits = "log-probabilities alone", "rise, occlusion or greedy"
     device = torch.device("cpu")
     recomputes = False
@@ -115,6 +115,8 @@ class ServedReplay(Views):
         self.kept.original = torch.tensor(checks.original, dtype=torch.float32)
         self.kept.rounding = torch.tensor(checks.noise, dtype=torch.float32)
         self.shortcuts = _NoShortcuts(self)
+        if trace.attention is not None:
+            self.offers |= {"rows"}
 
     @property
     def masks_at_once(self) -> int:
@@ -283,7 +285,7 @@ class EstimatedReplay(ServedReplay):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         stand: Stand = "samples" if self._forcing.road.gives == "samples" else "bounds"
-        self.offers = frozenset({stand})
+        self.offers = (self.offers - {"passes"}) | {stand}
         self.gives = f"{self._forcing.road.name}, {stand} in the place of log-probabilities"
         self.fits = "rise with tokens=…"
 

@@ -43,6 +43,7 @@ __all__ = [
     "Tokens",
     "Top",
     "Untrue",
+    "check_continued",
     "likeliest_in",
     "log_prob_in",
     "most_probable",
@@ -383,6 +384,12 @@ def _prompt_log_probs(reply: Any, said: Said, held: int) -> dict[int, float]:
             raise Untrue(f"the server gives no log-probability for {what}, id {token}, but for {_short(entry)}")
         found[step] = log_prob_in(_at(entry[str(token)], "logprob"), what)
     return found
+
+
+def check_continued(reply: Any, said: Said) -> None:
+    """Check that a chat has read prompt and answer, but for the closing tokens, as they are. Raises ``Untrue``."""
+    held = len(said.token_ids) - said.closing
+    _same_ids(_at(reply, "prompt_token_ids"), [*said.prompt_ids, *said.token_ids[:held]], "prompt and answer")
 
 
 def likeliest_in(entry: Any, own: str, value: float) -> tuple[float, str]:

@@ -33,7 +33,7 @@ from lvlm_probe.serving.journal import FILE, Journal
 from lvlm_probe.serving.measuring import QUESTION, Measured, drawn, measured
 from lvlm_probe.serving.messages import PICTURE_FORMAT, Prompt, Said, as_uri
 from lvlm_probe.serving.replays import EstimatedReplay, ServedReplay
-from lvlm_probe.serving.roads import Gives, Road, Untrue, continued, likeliest_in, log_prob_in
+from lvlm_probe.serving.roads import Gives, Road, Untrue, check_continued, continued, likeliest_in, log_prob_in
 from lvlm_probe.serving.transport import Refused, Spent, Transport
 from lvlm_probe.trace import Trace, open_trace, write
 from lvlm_probe.trace.image_files import encode_picture, open_image
@@ -377,6 +377,22 @@ class Server:
         path = CompositePath(images, [one.image for one in made])
         kind_of = ServedReplay if forcing.road.gives == "passes" else EstimatedReplay
         return kind_of(trace, self, forcing, checks, path, {**recorded, "kind": made[0].kind, **made[0].params})
+
+    def captured(self, trace: Trace) -> dict[str, Any]:
+        """The server's reply to a trace's prompt and answer, with the queries and keys that vllm-lens captures while
+        they are read; ``lvlm_probe.import_attention`` makes attention rows of them. One request.
+
+        Raises:
+            Untrue: the server reads another prompt or answer.
+            ReplayError: the server does not do that.
+        """
+        about = trace.meta.get(_META)
+        said = _said_of(trace, about if isinstance(about, Mapping) else {})
+        uris = [as_uri(image.convert("RGB")) for image in trace.images]
+        body = continued(said.prompt, uris, said.answer, ask={"vllm_xargs": {"output_qk": "true"}})
+        reply: dict[str, Any] = self._post("/v1/chat/completions", body)
+        check_continued(reply, said)
+        return reply
 
     # ------------------------------------------------------------------ inside
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from captured_qk import as_sent, captures, capturing
 from PIL import Image
 
 FAULTS = {
@@ -40,7 +41,8 @@ class DemoServer(http.server.ThreadingHTTPServer):
     Args:
         model, processor: of the demo.
         routes: those that it has: ``tokens``, ``chat`` (``prompt_logprobs``), ``allowed``, ``bias``, ``top``,
-            ``samples``, ``sglang``. All but the first and the last continue a turn that was begun.
+            ``samples``, ``sglang``, ``lens`` (vllm-lens). All but the first and the last two continue a turn that was
+            begun.
     """
 
     daemon_threads = True
@@ -48,7 +50,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
     def __init__(self, model: Any, processor: Any, routes: set[str] | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.processor = model, processor
-        self.routes = {"tokens", "chat", "allowed", "bias", "top", "samples"} if routes is None else routes
+        self.routes = {"tokens", "chat", "allowed", "bias", "top", "samples", "lens"} if routes is None else routes
         self.luck = torch.Generator().manual_seed(0)
         self.goes_on, self.sees_images, self.flipped = True, True, False
         self.fault: Fault = no_fault
@@ -154,6 +156,10 @@ class DemoServer(http.server.ThreadingHTTPServer):
             reply["prompt_token_ids"] = fault_ids
         if "prompt_logprobs" in body and "chat" in self.routes and fault != "ignored":
             reply["prompt_logprobs"] = self.listed(ids, row, int(body["prompt_logprobs"]), fault)
+        if "lens" in self.routes and (body.get("vllm_xargs") or {}).get("output_qk") == "true":
+            with capturing() as seen:
+                self.log_softmax(ids, images, fault)
+            reply |= as_sent(captures(seen))
         only = None
         if "allowed_token_ids" in body and "allowed" in self.routes:
             only = body["allowed_token_ids"][0]

@@ -50,7 +50,16 @@ def test_a_map_by_less_than_log_probabilities_is_made_and_not_scored(
 ) -> None:
     with serving(*demo, {"top"}) as behind:
         behind.fault = lambda number, body: "no_ids"
-        asking = ("--server", behind.url, "--image", photo_file, "--question", scene.question, "--out", tmp_path / "out")
+        asking = (
+            "--server",
+            behind.url,
+            "--image",
+            photo_file,
+            "--question",
+            scene.question,
+            "--out",
+            tmp_path / "out",
+        )
         failed = run("explain", *asking, *SMALL)
         assert failed.code == 2 and "--words" in failed.err, failed.err
         made = succeed("explain", *asking, "--words", "yellow", *SMALL)

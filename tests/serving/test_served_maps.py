@@ -15,6 +15,7 @@ from demo_server import DemoServer, serving
 
 import lvlm_probe as probe
 from lvlm_probe.explainers import methods, needs_of
+from lvlm_probe.explainers.attention_maps import GENERAL_PROMPT
 from lvlm_probe.replaying.protocol import ReplayLike
 
 ROADS = {
@@ -199,3 +200,40 @@ def test_the_key_is_sent_and_kept_nowhere(
         assert "secret" not in repr(vars(server)) + str(server)
     assert behind.headers[-1]["Authorization"] == "Bearer sk-very-secret"
     assert all(b"sk-very-secret" not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_attention_of_a_served_model_is_that_of_the_model_itself(
+    demo: Any, behind: DemoServer, trace: Any, scene: Any, local: Any, tmp_path: Path
+) -> None:
+    with probe.connect(behind.url) as server:
+        before = server.spent.requests
+        made = probe.import_attention(trace, server, processor=demo[1])
+        assert server.spent.requests == before + 1
+        general = server.ask(scene.image, GENERAL_PROMPT, out=tmp_path, max_tokens=4)
+        general = probe.import_attention(general, server, processor=demo[1])
+        replay = probe.replay(made, server)
+        before = behind.count
+        found = probe.explain(replay, method="attention", tokens=[3])
+        relative = probe.explain(replay, method="relative_attention", tokens=[3], reference=general)
+        with pytest.raises(probe.errors.ExplainError, match="give reference="):
+            probe.explain(replay, method="relative_attention", tokens=[3])
+        with pytest.raises(probe.errors.ExplainError, match="does not give"):
+            probe.explain(replay, method="rollout", tokens=[3])
+        assert behind.count <= before + 3  # log-probabilities on baselines, for the selection
+    assert np.allclose(made.attention.values, local.trace.attention.values, rtol=2e-3, atol=1e-5)
+    assert np.allclose(made.layout.patch_box, local.trace.layout.patch_box, atol=0.01)
+    wanted = probe.explain(local.trace, method="attention", tokens=[3])
+    assert np.abs(found.values - wanted.values).max() < 5e-3
+    asked = probe.ask(*demo, scene.image, GENERAL_PROMPT, max_new_tokens=4, out=tmp_path / "local").trace
+    wanted = probe.explain(local.trace, method="relative_attention", tokens=[3], reference=asked)
+    assert np.abs(relative.values - wanted.values).max() < 2e-2
+
+
+def test_a_server_without_vllm_lens_is_named(demo: Any, scene: Any, tmp_path: Path) -> None:
+    with serving(*demo, {"tokens", "chat"}) as behind, probe.connect(behind.url) as server:
+        trace = server.ask(scene.image, scene.question, out=tmp_path)
+        with pytest.raises(probe.errors.ReplayError, match="runs without vllm-lens"):
+            probe.import_attention(trace, server)
+        behind.fault = lambda number, body: "wrong_ids" if "vllm_xargs" in body else None
+        with pytest.raises(probe.errors.ReplayError, match="other tokens than they are"):
+            probe.import_attention(trace, server)
