@@ -221,7 +221,8 @@ def _check_sampled(forcing: Forcing, images: Sequence[Image.Image]) -> Checks:
 def _spoken(forcing: Forcing, images: Sequence[Image.Image]) -> str:
     """The greedy answer to images, no longer than the answer."""
     said = forcing.said
-    return spoken(forcing.send, said.prompt, [as_uri(image) for image in images], len(said.token_ids))[0]
+    uris = [as_uri(image, forcing.form) for image in images]
+    return spoken(forcing.send, said.prompt, uris, len(said.token_ids))[0]
 
 
 def _likeliest_sum(forcing: Forcing, images: Sequence[Image.Image]) -> float | None:

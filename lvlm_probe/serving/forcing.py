@@ -15,7 +15,7 @@ import torch
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.serving.journal import Journal
-from lvlm_probe.serving.messages import Said, as_uri
+from lvlm_probe.serving.messages import PNG, PictureFormat, Said, as_uri
 from lvlm_probe.serving.roads import Reading, Road
 from lvlm_probe.serving.transport import Spent
 
@@ -42,6 +42,7 @@ class Forcing:
         journal: answers that are paid for.
         workers: sends requests at the same time.
         spent: counts what the journal had.
+        form: what images are sent as.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Forcing:
         journal: Journal,
         workers: concurrent.futures.Executor,
         spent: Spent,
+        form: PictureFormat = PNG,
     ) -> None:
         self.send, self.road, self.said, self.journal = post, road, said, journal
-        self._workers, self._spent = workers, spent
+        self._workers, self._spent, self.form = workers, spent, form
         prompt = said.prompt
         by_id = [list(said.prompt_ids), list(said.token_ids)] if said.prompt_ids else [[], list(said.raw)]
         asked = [prompt.question, prompt.system, dict(prompt.fields), *by_id]
@@ -143,7 +145,7 @@ class Forcing:
             self._spent.reuse()
             return known or {}
         found = dict(known or {})
-        uris = [as_uri(image) for image in images]
+        uris = [as_uri(image, self.form) for image in images]
         for step in wanted:
             path, body = self.road.request(self.said, uris, step)
             values = self.road.read(self.said, self.send(path, body), step)

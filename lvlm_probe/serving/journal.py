@@ -4,7 +4,8 @@ A line is ``{"key": …, "log_probs": {step: nats}}``; ``null`` is −∞, a pai
 key is the SHA-256 of everything that decides the numbers (engine, model, prompt, answer, route, pixels), so whoever
 asks for the same again finds it here: a run that was killed, an ``evaluate`` after an ``explain``, another method that
 meets the same mask. ``{"drop": [keys]}`` takes back what a later check has found untrue. A line that a kill cut in two
-is passed over.
+is passed over. ``{"key": …, "said": {…}}`` is an answer that was given before, by the tokens that the server makes of
+it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.files import causes, open_regular
@@ -41,6 +43,7 @@ class Journal:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._known: dict[str, dict[int, Reading]] = {}
+        self._said: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
         self._file: int | None = None
         if path is not None:
@@ -59,6 +62,17 @@ class Journal:
         with self._lock:
             self._known.setdefault(key, {}).update(values)
             self._write({"key": key, "log_probs": {str(step): _plain(value) for step, value in values.items()}})
+
+    def said(self, key: str) -> dict[str, Any] | None:
+        """What the server makes of an answer; ``None`` where it was not asked."""
+        with self._lock:
+            return self._said.get(key)
+
+    def keep_said(self, key: str, said: dict[str, Any]) -> None:
+        """Keep what the server makes of an answer."""
+        with self._lock:
+            self._said[key] = said
+            self._write({"key": key, "said": said})
 
     def drop(self, keys: Iterable[str]) -> None:
         """Take answers back."""
@@ -90,7 +104,9 @@ class Journal:
             record = json.loads(line)
             for key in record.get("drop", ()):
                 self._known.pop(key, None)
-            if "key" in record:
+            if isinstance(record.get("said"), dict):
+                self._said[str(record["key"])] = record["said"]
+            elif "key" in record:
                 values = {int(step): _read(value) for step, value in record["log_probs"].items()}
                 self._known.setdefault(str(record["key"]), {}).update(values)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -18,6 +18,7 @@ from lvlm_probe.replaying.protocol import Mode, Need, Score, Stand
 from lvlm_probe.replaying.views import Views
 from lvlm_probe.serving.checks import Checks, check_same
 from lvlm_probe.serving.forcing import Forcing, Pictures
+from lvlm_probe.serving.messages import PictureFormat
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +42,7 @@ class Host(Protocol):
     @property
     def at_once(self) -> int: ...
 
-    def cost(self, requests: int, images: Sequence[Image.Image]) -> str: ...
+    def cost(self, requests: int, images: Sequence[Image.Image], form: PictureFormat) -> str: ...
 
     def check_name(self) -> None: ...
 
@@ -151,7 +152,7 @@ class ServedReplay(Views):
             return
         needed = number * self._forcing.requests_for(steps)
         limit, spent = self.server.max_requests, self.server.spent.requests
-        cost = self.server.cost(needed, self.path.images)
+        cost = self.server.cost(needed, self.path.images, self._forcing.form)
         # Some of them may be in the journal; how many, only their images tell.
         if limit is not None and needed - len(self._forcing.journal) > limit - spent:
             raise ReplayError(

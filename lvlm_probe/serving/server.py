@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from PIL import features
 
 from lvlm_probe._version import versions_of
-from lvlm_probe.errors import ImageError, ModelMismatch, ReplayError
-from lvlm_probe.images import Baseline, CompositePath, make_baseline
+from lvlm_probe.errors import ImageError, ModelMismatch, ProcessorRefused, ReplayError
+from lvlm_probe.images import Baseline, CompositePath, ImagePath, make_baseline
 from lvlm_probe.images.baselines import KINDS
-from lvlm_probe.serving.checks import Checks, check_answer
+from lvlm_probe.serving.checks import Checks, check_answer, check_same
 from lvlm_probe.serving.forcing import Forcing
 from lvlm_probe.serving.generating import (
     NoLogProbs,
@@ -31,7 +33,7 @@ from lvlm_probe.serving.generating import (
 )
 from lvlm_probe.serving.journal import FILE, Journal
 from lvlm_probe.serving.measuring import QUESTION, Measured, drawn, measured
-from lvlm_probe.serving.messages import PICTURE_FORMAT, Prompt, Said, as_uri
+from lvlm_probe.serving.messages import PNG, WEBP, PictureFormat, Prompt, Said, as_uri, smaller
 from lvlm_probe.serving.replays import EstimatedReplay, ServedReplay
 from lvlm_probe.serving.roads import Gives, Road, Untrue, check_continued, continued, likeliest_in, log_prob_in
 from lvlm_probe.serving.transport import Refused, Spent, Transport
@@ -78,7 +80,8 @@ def connect(
     Args:
         url: ``http://host:8000``, with or without ``/v1``.
         model: the name that it is served under; may be left out where there is one.
-        processor: the model's processor, without its weights; only SGLang needs it, to make prompts.
+        processor: the model's processor, without its weights: says what the model sees of an image, which is drawn on
+            pages, and makes the prompts of SGLang, which alone needs it.
         key_variable: environment variable of the key, if one is needed. It is sent to ``url``, and kept nowhere.
         concurrency: requests under way at the same time, at most.
         retries: how often a request is sent again when the server is busy or the connection drops.
@@ -156,6 +159,7 @@ class Server:
                 "them by default"
             )
         self._walks = self.gives == "samples"
+        self.takes_webp = self._takes_webp(said, image)
 
     # ------------------------------------------------------------------ what it is
 
@@ -223,9 +227,9 @@ class Server:
         roads = ", ".join(one.road for one in self.measured if one.works)
         return f"<{self.name}: {self.what} ({roads})>"
 
-    def cost(self, requests: int, images: Sequence[Image.Image]) -> str:
+    def cost(self, requests: int, images: Sequence[Image.Image], form: PictureFormat = PNG) -> str:
         """What requests with such images come to: number, megabytes, and an estimate of the time."""
-        megabytes = requests * sum(len(as_uri(image)) for image in images) / 1e6
+        megabytes = requests * sum(len(as_uri(image, form)) for image in images) / 1e6
         said = f"{requests:,} requests, about {megabytes:,.0f} MB"
         if rate := self.spent.per_second:
             return f"{said}, {_duration(requests / rate)}"
@@ -304,7 +308,7 @@ class Server:
             said = self._given(prompt, images, answer, token_ids)
         road = self._road_for(said, len(images))
         said, left_out = _fitting(said, road)
-        forcing = self._forcing(said, road, Path(out))
+        forcing = self._forcing(said, road, Path(out), images)
         checks = check_answer(forcing, images, said.log_probs)
         made = [make_baseline(one, baseline) for one in images]
         lost = forcing.score([lambda: [one.image for one in made]])[0].numpy() if llr and said.log_probs else None
@@ -315,7 +319,7 @@ class Server:
         row.notes += left_out
         if llr and lost is None:
             row.notes.append(f"log-likelihood ratios are not known: the server gives {_WHAT[road.gives]}")
-        row.meta[_META] = self._about(said, road, checks)
+        row.meta[_META] = self._about(said, road, checks, forcing.form)
         return open_trace(write(Capture([row], self._model(), _now()), out))
 
     def measured_answer(
@@ -329,7 +333,8 @@ class Server:
     ) -> RowCapture:
         """An answer that was given before, with its log-probabilities on the images and on their baseline.
 
-        Three requests; the checks of ``ask`` are left to those of ``connect`` and of each reply.
+        Three requests, or as many as the journal of ``connect(…, journal=…)`` lacks; the checks of ``ask`` are left to
+        those of ``connect`` and of each reply.
 
         Args:
             images: of the prompt, RGB.
@@ -341,16 +346,16 @@ class Server:
         Raises:
             ReplayError: the server does not answer, or not about this answer.
         """
-        said = self._given(Prompt(question), images, answer, token_ids)
+        said = self._given_before(Prompt(question), images, answer, token_ids)
         road = self._road_for(said, len(images))
         said, _ = _fitting(said, road)
         made = [make_baseline(one, baseline) for one in images]
-        forcing = self._measuring()(road, said)
+        forcing = self._measuring()(road, said) if self._journal is None else self._forcing(said, road, Path(), images)
         return self._row(
             said, images, made[0], forcing.score([lambda: [one.image for one in made]])[0].numpy(), given=True
         )
 
-    def replayed(self, trace: Trace, *, processor: object | None = None, strict: bool = True) -> ServedReplay:
+    def replayed(self, trace: Trace, *, processor: Any = None, strict: bool = True) -> ServedReplay:
         """The answer of a trace on this server; see ``lvlm_probe.replay``. Costs a few requests of checks."""
         about = trace.meta.get(_META)
         known: Mapping[str, Any] = about if isinstance(about, Mapping) else {}
@@ -365,8 +370,8 @@ class Server:
         if not trace.images:
             raise ImageError(f"{trace.path.name} holds no image: there is nothing to mask")
         said = _said_of(trace, known)
-        forcing = self._forcing(said, self._road_for(said, len(trace.images)), trace.path.parent)
         images = [image.convert("RGB") for image in trace.images]
+        forcing = self._forcing(said, self._road_for(said, len(images)), trace.path.parent, images)
         checks = check_answer(forcing, images, trace.log_probs.tolist(), strict=strict, likeliest=not known)
         forcing.confirmed()
         recorded = dict(trace.baseline or {})
@@ -374,7 +379,8 @@ class Server:
         recorded, kind = (recorded, kind) if kind in KINDS else ({}, "blur")
         params = {name: recorded[name] for name in ("strength", "seed") if recorded.get(name) is not None}
         made = [make_baseline(image, kind, **params) for image in images]
-        path = CompositePath(images, [one.image for one in made])
+        seen = _seen_by(self._processor if processor is None else processor, images)
+        path = CompositePath(images, [one.image for one in made], seen=seen)
         kind_of = ServedReplay if forcing.road.gives == "passes" else EstimatedReplay
         return kind_of(trace, self, forcing, checks, path, {**recorded, "kind": made[0].kind, **made[0].params})
 
@@ -466,6 +472,29 @@ class Server:
         found: list[int] = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
+    def _given_before(
+        self, prompt: Prompt, images: Sequence[Image.Image], answer: str, token_ids: Sequence[int] | None
+    ) -> Said:
+        """``_given``, or what the journal has of it."""
+        if self._journal is None:
+            return self._given(prompt, images, answer, token_ids)
+        journal = self._kept_in(self._journal)
+        about = [prompt.question, answer, list(token_ids or ()), self.identity]
+        digest = hashlib.sha256(json.dumps(about).encode())
+        for image in images:
+            digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
+        key = digest.hexdigest()
+        if (known := journal.said(key)) is not None and (found := _said_in(prompt, answer, known)) is not None:
+            return found
+        said = self._given(prompt, images, answer, token_ids)
+        journal.keep_said(key, {name: list(getattr(said, name)) for name in _SAID})
+        return said
+
+    def _kept_in(self, path: Path) -> Journal:
+        if path not in self._journals:
+            self._journals[path] = Journal(path)
+        return self._journals[path]
+
     def _given(
         self, prompt: Prompt, images: Sequence[Image.Image], answer: str, token_ids: Sequence[int] | None
     ) -> Said:
@@ -515,28 +544,40 @@ class Server:
                 reasons.append(f"{road.name}: {error}")
         raise ReplayError(f"{self.name} cannot be asked about this answer ({'; '.join(reasons)})")
 
-    def _forcing(self, said: Said, road: Road, folder: Path) -> Forcing:
-        at = folder / FILE if self._journal is None else self._journal
-        if at not in self._journals:
-            self._journals[at] = Journal(at)
+    def _forcing(self, said: Said, road: Road, folder: Path, images: Sequence[Image.Image]) -> Forcing:
+        journal = self._kept_in(folder / FILE if self._journal is None else self._journal)
         engine = {name: value for name, value in self.engine.items() if name != "url"}  # it may move
         return Forcing(
             self._post,
             road,
             said,
             engine=engine,
-            journal=self._journals[at],
+            journal=journal,
             workers=self._workers,
             spent=self.spent,
+            form=smaller(images) if self.takes_webp else PNG,
         )
 
-    def _measuring(self) -> Callable[[Road, Said], Forcing]:
+    def _measuring(self, form: PictureFormat = PNG) -> Callable[[Road, Said], Forcing]:
         """Requests of a road that is tried; nothing of it is kept."""
         return lambda road, said: Forcing(
-            self._post, road, said, engine={}, journal=Journal(None), workers=self._workers, spent=self.spent
+            self._post, road, said, engine={}, journal=Journal(None), workers=self._workers, spent=self.spent, form=form
         )
 
-    def _about(self, said: Said, road: Road, checks: Checks) -> dict[str, Any]:
+    def _takes_webp(self, said: Said, image: Image.Image) -> bool:
+        """Whether the server reads the same image in lossless WebP as in PNG."""
+        if not features.check("webp"):
+            return False
+        road = self._roads[0]
+        said, _ = _fitting(said, road)
+        forcing = self._measuring(WEBP)(road, said)
+        try:
+            check_same(forcing, [image], torch.tensor(said.log_probs))
+        except (ReplayError, ModelMismatch):
+            return False
+        return True
+
+    def _about(self, said: Said, road: Road, checks: Checks, form: PictureFormat) -> dict[str, Any]:
         return {
             "engine": dict(self.engine),
             "road": road.name,
@@ -546,7 +587,7 @@ class Server:
             "system": said.prompt.system,
             "fields": dict(said.prompt.fields),
             "checks": checks.to_dict(),
-            "images_as": PICTURE_FORMAT,
+            "images_as": form,
             "concurrency": self._transport.concurrency,
             "spent": dict(vars(self.spent)),
         }
@@ -572,6 +613,18 @@ def _fitting(said: Said, road: Road) -> tuple[Said, list[str]]:
     return dataclasses.replace(said, **parts), [f"{left} is left out: a chat message cannot hold it"]
 
 
+def _seen_by(processor: Any, images: Sequence[Image.Image]) -> Any:
+    """What a processor lets through of images; ``None`` where there is none, or it cannot be watched."""
+    if processor is None:
+        return None
+    try:
+        path = ImagePath.from_processor(processor, images)
+        path.seen(0, (1, 1))
+    except (ImageError, ProcessorRefused):
+        return None
+    return path.seen
+
+
 def _said_of(trace: Trace, known: Mapping[str, Any]) -> Said:
     """The answer of a trace, as it is asked about."""
     fields, system, texts = known.get("fields"), known.get("system"), known.get("texts")
@@ -592,6 +645,19 @@ def _said_of(trace: Trace, known: Mapping[str, Any]) -> Said:
         tuple(trace.log_probs.tolist()),
         texts=raw,
     )
+
+
+_SAID = ("token_ids", "pieces", "special", "prompt_ids", "log_probs", "top_log_probs", "top_tokens", "texts")
+"""What a journal keeps of an answer."""
+
+
+def _said_in(prompt: Prompt, answer: str, kept: Mapping[str, Any]) -> Said | None:
+    """An answer that a journal kept; ``None`` where a line is none of ours."""
+    parts = {name: tuple(kept[name]) if isinstance(kept.get(name), list) else None for name in _SAID}
+    if any(part is None for part in parts.values()):
+        return None
+    whole = [len(parts[name] or ()) for name in _SAID[:3]]
+    return Said(prompt, answer, finish="length", **parts) if len({*whole}) == 1 and whole[0] else None  # type: ignore[arg-type]
 
 
 def _card(transport: Transport, model: str | None) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
         self.model, self.processor = model, processor
         self.routes = {"tokens", "chat", "allowed", "bias", "top", "samples", "lens"} if routes is None else routes
         self.luck = torch.Generator().manual_seed(0)
+        self.takes_webp = True
         self.goes_on, self.sees_images, self.flipped = True, True, False
         self.fault: Fault = no_fault
         self.retry_after: str | None = None
@@ -244,7 +245,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
 def decoded(uri: str) -> Image.Image:
     head, _, data = uri.partition(",")
-    assert head == "data:image/png;base64"
+    assert head in ("data:image/png;base64", "data:image/webp;base64")
     return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
 
 
@@ -297,6 +298,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if body.get("continue_final_message") and not server.routes & {"chat", "allowed", "bias", "top", "samples"}:
             self.say(422, {"error": {"message": "continue_final_message is not supported"}})
+            return
+        if not server.takes_webp and b"image/webp" in json.dumps(body).encode():
+            self.say(400, {"error": {"message": "cannot identify image file"}})
             return
         route = {"/v1/chat/completions": "chat", "/inference/v1/generate": "tokens", "/generate": "sglang"}[self.path]
         if route != "chat" and route not in server.routes:

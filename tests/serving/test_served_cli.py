@@ -114,5 +114,9 @@ def test_the_meter_reads_answers_through_a_server(
     assert page.is_file()
     table = list(csv.DictReader(page.with_suffix(".csv").open(encoding="utf-8")))
     assert [bool(line["reason"]) for line in table] == [False, True, True]
+    before = behind.count
+    again = run("meter", file, "--server", behind.url, "--out", page, "--overwrite")
+    assert again.code == 1 and behind.count - before < 15  # connecting alone: the answers are in the journal
+    assert list(csv.DictReader(page.with_suffix(".csv").open(encoding="utf-8"))) == table
     few = run("meter", file, "--server", behind.url, "--out", tmp_path / "other.html", "--max-requests", "5")
     assert few.code == 2 and "about 9 requests" in " ".join(few.err.split())

@@ -180,7 +180,11 @@ def test_an_answer_that_was_given_before_is_measured_as_such(
 def test_the_trace_of_a_server_says_where_it_is_from(asked: Any, demo: Any) -> None:
     assert "answered by" not in asked.question
     told = asked.meta["served"]
-    assert told["engine"]["engine"] == "vLLM" and told["road"] == "tokens" and told["images_as"].startswith("PNG")
+    assert (
+        told["engine"]["engine"] == "vLLM"
+        and told["road"] == "tokens"
+        and told["images_as"] in ("PNG, level 1", "WebP, lossless")
+    )
     assert told["checks"]["against_generation"] < CLOSE and told["checks"]["image_moves"] > 1
     assert 0.9 < told["checks"]["likeliest_sum"] <= 1.01
     assert asked.status == "complete" and "vLLM" in asked.describe()
@@ -200,6 +204,37 @@ def test_the_key_is_sent_and_kept_nowhere(
         assert "secret" not in repr(vars(server)) + str(server)
     assert behind.headers[-1]["Authorization"] == "Bearer sk-very-secret"
     assert all(b"sk-very-secret" not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_images_are_sent_in_the_smaller_lossless_format_that_the_server_takes(
+    taken: bool, demo: Any, local: Any, masks: torch.Tensor, tmp_path: Path, scene: Any
+) -> None:
+    with serving(*demo, {"tokens"}) as behind:
+        behind.takes_webp = taken
+        with probe.connect(behind.url) as server:
+            assert server.takes_webp is taken
+            replay = probe.replay(server.ask(scene.image, scene.question, out=tmp_path), server)
+            before = len(behind.requests)
+            found = replay.log_probs(masks)
+        sent = [body["content_parts"][0]["url"] for _, body in behind.requests[before:]]
+    told = replay.trace.meta["served"]["images_as"]
+    assert told.startswith("WebP" if taken else "PNG")  # of a drawing of few colours it is smaller
+    assert all(uri.startswith("data:image/webp" if taken else "data:image/png") for uri in sent) and len(sent) == 6
+    assert float((found - local.log_probs(masks, mode="exact")).abs().max()) < CLOSE
+
+
+def test_a_processor_here_says_what_the_model_sees(demo: Any, behind: DemoServer, tmp_path: Path) -> None:
+    image = probe.demo.scenes(1, size=(160, 96))[0].image  # the demo's processor crops the middle
+    with probe.connect(behind.url) as server:
+        trace = server.ask(image, "What color is the cross?", out=tmp_path)
+        blind, knowing = probe.replay(trace, server), probe.replay(trace, server, demo[1])
+        wanted = probe.ask(*demo, image, "What color is the cross?").replay
+        assert bool(blind.seen(0).all())
+        for view in (knowing, knowing.over("mean")):
+            assert torch.equal(view.seen(0, (6, 10)), wanted.seen(0, (6, 10)))
+            assert torch.equal(view.seen(0), wanted.seen(0))
+        assert torch.equal(blind.log_probs(torch.zeros(1, 2, 2)), knowing.log_probs(torch.zeros(1, 2, 2)))
 
 
 def test_attention_of_a_served_model_is_that_of_the_model_itself(
