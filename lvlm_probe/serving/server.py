@@ -329,6 +329,7 @@ class Server:
         answer: str,
         *,
         token_ids: Sequence[int] | None = None,
+        system: str | None = None,
         baseline: str | Image.Image = "blur",
     ) -> RowCapture:
         """An answer that was given before, with its log-probabilities on the images and on their baseline.
@@ -341,12 +342,12 @@ class Server:
             question: the user's turn.
             answer: what was answered.
             token_ids: its tokens, to be checked against the server's.
-            baseline: as for ``ask``.
+            system, baseline: as for ``ask``.
 
         Raises:
             ReplayError: the server does not answer, or not about this answer.
         """
-        said = self._given_before(Prompt(question), images, answer, token_ids)
+        said = self._given_before(Prompt(question, system), images, answer, token_ids)
         road = self._road_for(said, len(images))
         said, _ = _fitting(said, road)
         made = [make_baseline(one, baseline) for one in images]
@@ -479,7 +480,7 @@ class Server:
         if self._journal is None:
             return self._given(prompt, images, answer, token_ids)
         journal = self._kept_in(self._journal)
-        about = [prompt.question, answer, list(token_ids or ()), self.identity]
+        about = [prompt.question, prompt.system, answer, list(token_ids or ()), self.identity]
         digest = hashlib.sha256(json.dumps(about).encode())
         for image in images:
             digest.update(repr((image.mode, image.size)).encode() + image.tobytes())

@@ -473,7 +473,8 @@ def lens_part(env: Path, scenes: int) -> dict[str, Any]:
                 local = probe.ask(model, processor, scene.image, scene.question, out=Path(name) / "local").trace
                 steps = len(made.token_ids)
                 apart = np.abs(made.attention.values - local.attention.values[:steps])
-                maps = [probe.explain(one, method="attention", tokens=[0, steps - 2]).values for one in (made, local)]
+                chosen = [int(np.nanargmax(trace.llr))]
+                maps = [probe.explain(one, method="attention", tokens=chosen).values for one in (made, local)]
                 rows.append(
                     {
                         "scene": scene.index,

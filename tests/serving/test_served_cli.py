@@ -120,3 +120,26 @@ def test_the_meter_reads_answers_through_a_server(
     assert list(csv.DictReader(page.with_suffix(".csv").open(encoding="utf-8"))) == table
     few = run("meter", file, "--server", behind.url, "--out", tmp_path / "other.html", "--max-requests", "5")
     assert few.code == 2 and "about 9 requests" in " ".join(few.err.split())
+
+
+def test_what_was_asked_besides_a_question_is_not_left_out(behind: DemoServer, scene: Any, tmp_path: Path) -> None:
+    scene.image.save(tmp_path / "photo.png")
+    content = [{"type": "image_url", "image_url": {"url": "photo.png"}}, {"type": "text", "text": scene.question}]
+    user = {"role": "user", "content": content}
+    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    asked = {
+        "alone": [user],
+        "system": [{"role": "system", "content": "Be brief."}, user],
+        "turns": [*before, user],
+        "behind": [{**user, "content": content[::-1]}],
+    }
+    reply = {"choices": [{"message": {"role": "assistant", "content": scene.answer}}]}
+    rows = [{"id": name, "request": {"messages": turns}, "response": reply} for name, turns in asked.items()]
+    file = tmp_path / "answers.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    start = len(behind.requests)
+    with probe.connect(behind.url) as server:
+        found = list(measure(file, server))
+    assert [isinstance(one, Reading) for one in found] == [True, True, False, False]
+    systems = [body["messages"][0] for _, body in behind.requests[start:] if "messages" in body]
+    assert sum(turn == {"role": "system", "content": "Be brief."} for turn in systems) >= 2
