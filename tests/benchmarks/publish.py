@@ -649,8 +649,8 @@ def _served(found: Found) -> list[str]:
         lines += told(at(found, name)) if at(found, name) else []
     if batch := at(found, "batch"):
         lines.append(
-            f"* Answers that `vllm run-batch` wrote: {batch['imported']} of {batch['rows']} imported; those of "
-            f"{batch['compared']} have log-probabilities of the engine's own, at most {batch['largest']:.1g} nats away."
+            f"* Answers that `vllm run-batch` wrote: {batch['imported']} of {batch['rows']} imported; for "
+            f"{batch['compared']} the engine gave log-probabilities, at most {batch['largest']:.1g} nats from those here."
         )
     if at(found, "transformers_serve", "refused"):
         lines.append(f"* `transformers serve` is refused: {at(found, 'transformers_serve', 'refused')}")
@@ -670,14 +670,18 @@ def _served_road(found: Found, road: str) -> list[str]:
         if "insertion" in one[name]
     ]
     spent, rate = at(found, road, "spent"), at(found, road, "throughput")
-    exact, fast = rate["server"] / rate["exact_one_by_one"], rate["server"] / rate["fast_by_sixteen"]
-    return [
+    lines = [
         f"* {road}: insertion − deletion of a map through the server and of the local one at most {max(gains):.3f} "
         f"apart; {spent['requests']:,} requests, {spent['retries']:,} of which were sent again.",
-        f"* {road}: masked images per second, eight at a time, are {exact:.2g} times those of exact passes here one by "
-        f"one, and {fast:.2g} times those of fast passes by sixteen (a core each, on a machine with load "
-        f"{rate['load']:.0f}).",
     ]
+    if rate:
+        exact, fast = rate["server"] / rate["exact_one_by_one"], rate["server"] / rate["fast_by_sixteen"]
+        lines.append(
+            f"* {road}: masked images per second, eight at a time, are {exact:.2g} times those of exact passes here "
+            f"one by one, and {fast:.2g} times those of fast passes by sixteen (a core each, on a machine with load "
+            f"{rate['load']:.0f})."
+        )
+    return lines
 
 
 def _served_trouble(found: Found) -> list[str]:
