@@ -650,7 +650,7 @@ def _served(found: Found) -> list[str]:
     if batch := at(found, "batch"):
         lines.append(
             f"* Answers that `vllm run-batch` wrote: {batch['imported']} of {batch['rows']} imported; for "
-            f"{batch['compared']} the engine gave log-probabilities, at most {batch['largest']:.1g} nats from those here."
+            f"{batch['compared']} the engine gave log-probabilities, at most {batch['largest']:.1g} nats away."
         )
     if at(found, "transformers_serve", "refused"):
         lines.append(f"* `transformers serve` is refused: {at(found, 'transformers_serve', 'refused')}")
