@@ -48,9 +48,9 @@ class ShortcutsLike(Protocol):
 
 @runtime_checkable
 class MaskJournal(Protocol):
-    """Keeps the log-probabilities that masks gave, by a key: step → nats."""
+    """Keeps the log-probabilities that masks gave, by a key: step → nats; a pair where they are bounds on one."""
 
-    def get(self, key: str) -> dict[int, float] | None: ...
+    def get(self, key: str) -> Mapping[int, float | tuple[float, float]] | None: ...
 
     def put(self, key: str, values: Mapping[int, float]) -> None: ...
 

@@ -360,12 +360,12 @@ class Replay(Views):
         """The log-probabilities of a call, ``(batch, step)``, where the journal holds it whole."""
         assert self.journal is not None
         rows = [self.journal.get(key) for key in keys]
-        if not rows or any(row is None for row in rows):
+        if not rows or any(row is None or any(isinstance(one, tuple) for one in row.values()) for row in rows):
             return None
         found = torch.full((len(rows), len(self.token_ids)), torch.nan, dtype=torch.float32)
         for place, row in enumerate(rows):
             for step, value in (row or {}).items():
-                found[place, step] = value
+                found[place, step] = torch.tensor(value)
         self.passes.add(forward=len(rows))
         return found.to(self.device)
 
