@@ -36,10 +36,7 @@ campaign: .venv/.installed-dev .venv-tv/.installed  ## what is too long for `mak
 
 served: .venv/.installed-dev  ## a real vLLM server on the CPU against the model itself, for docs/served.md (3.5 GB, half an hour)
 	@test -x .venv-vllm/bin/vllm || integrations/vllm/install .venv-vllm
-	@integrations/vllm/start .venv-vllm lvlm_probe/demo/checkpoint 8101 > .venv-vllm/server.log 2>&1 & server=$$!; trap 'kill $$server' EXIT; \
-		until $(BIN)/python -c 'import urllib.request as u; u.urlopen("http://127.0.0.1:8101/health")' 2> /dev/null; do \
-		kill -0 $$server && sleep 5 || exit 1; done; \
-		$(BIN)/python tests/campaigns/served.py --url http://127.0.0.1:8101 --out tests/benchmarks/results/served.json
+	$(BIN)/python tests/campaigns/served.py --env .venv-vllm --out tests/benchmarks/results/served.json --only all
 	$(BIN)/python tests/benchmarks/publish.py
 
 families: .venv/.installed-dev .venv-tv/.installed  ## all model families, in both environments; writes lvlm_probe/families.json and docs/families.md

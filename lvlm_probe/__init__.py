@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lvlm_probe.explainers import Outcome, Problem, explain, methods, register_explainer
     from lvlm_probe.heatmap import Heatmap, figure
     from lvlm_probe.importing import import_answers
+    from lvlm_probe.importing.captured_attention import import_attention
     from lvlm_probe.metrics import Score, evaluate
     from lvlm_probe.models.families import register_family
     from lvlm_probe.models.loading import load
@@ -72,6 +73,7 @@ __all__ = [
     "explain",
     "figure",
     "import_answers",
+    "import_attention",
     "load",
     "methods",
     "metrics",
@@ -108,6 +110,7 @@ _HOMES = {
     "compare": "pages.comparison",
     "Heatmap": "heatmap",
     "import_answers": "importing",
+    "import_attention": "importing.captured_attention",
     "register_family": "models.families",
     "load": "models.loading",
     "Score": "metrics",

@@ -231,8 +231,9 @@ def select_tokens(
         params["alpha"] = float(alpha)
         if llr is None:
             raise SelectionError(
-                "this trace was recorded with llr=False, so it holds no log-likelihood ratios: "
-                "select on a replay (probe.replay(trace, model, processor)), or use rule='joint', words= or span="
+                "there are no log-likelihood ratios: the trace was recorded with llr=False, or its server gives no "
+                "log-probabilities on a baseline; select on a replay (probe.replay(trace, model, processor)), or use "
+                "rule='joint', words= or span="
             )
         candidates = [index for index, value in enumerate(llr) if value > alpha]
     else:

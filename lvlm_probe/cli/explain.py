@@ -34,7 +34,7 @@ from lvlm_probe.cli.shared.options import (
     TrustRemoteCode,
 )
 from lvlm_probe.cli.shared.servers import MaxRequests, ServedModel, ServerUrl, Yes, open_server
-from lvlm_probe.cli.shared.terminal import open_page, print_json, quoted_path, say, stop, stored_path
+from lvlm_probe.cli.shared.terminal import note, open_page, print_json, quoted_path, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import counted
 
@@ -136,6 +136,14 @@ def explain(
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
     behind = open_server(server, served_model, model=model, max_requests=max_requests, yes=yes)
     chosen = method or ("igos++" if behind is None else "rise")
+    if behind is not None and behind.gives != "passes":
+        if not words and not joint:
+            raise ProbeError(f"{behind.name} gives {behind.what}: name the words to explain, --words TEXT, or --joint")
+        if behind.gives == "samples" and chosen == "rise":
+            params.setdefault("score", "prob")
+        if scores:
+            note(f"the map is not scored: that takes log-probabilities, and {behind.name} gives {behind.what}")
+            scores = False
     settings = MapSettings(chosen, params, image_number, seed, scores, "exact" if exact or behind else "fast")
     loaded: Any
     if trace is None:

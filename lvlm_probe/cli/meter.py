@@ -126,7 +126,8 @@ def meter(
         if path.exists() and not overwrite:
             raise ProbeError(f"{path} exists; name another page with --out, or add --overwrite")
     columns, own_baseline = columns_from(column), baseline_from(baseline)
-    behind = open_server(server, served_model, model=model, max_requests=max_requests, yes=yes)
+    journal = out.with_suffix(".served.jsonl")  # a run that was killed does not ask again
+    behind = open_server(server, served_model, model=model, max_requests=max_requests, yes=yes, journal=journal)
     loaded, processor = (
         (behind, None)
         if behind

@@ -79,7 +79,7 @@ def _read_part(problem: Problem) -> str:
     return "decoder" if len(problem.trace.layout.image_positions) else "cross"
 
 
-@register("attention", needs=["attention"], cost=_cost)
+@register("attention", needs=["attention"], cost=_cost, takes=("rows",))
 def attention(
     problem: Problem,
     *,
@@ -117,7 +117,7 @@ def attention(
     return _painted(problem, tokens, values, size, params, {"sinks_dropped": dropped})
 
 
-@register("relative_attention", needs=["attention"], cost=_relative_cost)
+@register("relative_attention", needs=["attention"], cost=_relative_cost, takes=("rows",))
 def relative_attention(
     problem: Problem,
     *,
@@ -164,7 +164,7 @@ def relative_attention(
             at = tokens.positions if tokens.cross else mine.astype(np.int64)
             general_rows = _replayed_rows(reference, torch.from_numpy(at), [0], cross=tokens.cross)
         params["reference"] = trace.trace_id
-    elif problem.live:
+    elif problem.live and "attention" in problem.replay.offers:
         try:
             asked = problem.replay.reworded(general, question=question)
         except ReplayError as error:
@@ -175,7 +175,7 @@ def relative_attention(
     else:
         raise ExplainError(
             "relative_attention needs a general prompt's attention: give reference= (a trace of a general prompt on "
-            "the same image), or explain a replay, which can ask"
+            "the same image), or explain a replay on the model itself, which can ask"
         )
     below = _chosen(general_rows, [0], layers, heads)
     if below.shape != above.shape:
@@ -209,7 +209,7 @@ def _rows(problem: Problem, tokens: ImageTokens, source: Source, heads: Heads) -
     recorded = _recorded_rows(problem.trace, tokens, problem.image, heads) if source != "replay" else None
     if recorded is not None:
         return recorded
-    if not problem.live or source == "recorded":
+    if not problem.live or source == "recorded" or "attention" not in problem.replay.offers:
         raise ExplainError(
             f"the trace holds no attention rows{_of_heads(heads)}; or explain a replay, which computes them"
         )

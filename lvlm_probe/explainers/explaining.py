@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from lvlm_probe._version import versions_of
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.registry import Outcome, Problem, check_parameters, cost_of, methods, needs_of, resolve
+from lvlm_probe.explainers.registry import (
+    Outcome,
+    Problem,
+    check_parameters,
+    cost_of,
+    methods,
+    needs_of,
+    resolve,
+    stands_for,
+)
 from lvlm_probe.explainers.scores import no_effect
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.files import json_ready
@@ -155,10 +164,10 @@ def run(
     started = time.perf_counter()
     if live:
         replay = _counted(replay, plan)
-        # A method declares its cost by the image and its parameters: no tokens need to be selected for it.
-        problem = Problem(replay, cast(TokenSelection, None), image, clip=clip)
-        replay.announce(method, lambda: cost_of(method, problem, params).forward)
     selection = selected(replay, tokens)
+    if live and selection:
+        problem = Problem(replay, selection, image, clip=clip)
+        replay.announce(method, lambda: cost_of(method, problem, params).forward, selection.indices)
     before = _Before(replay) if live else None
     if not selection:
         outcome = Outcome(None, params, reason=f"nothing to explain: {selection.reason}")
@@ -231,12 +240,15 @@ def _refuse_model_work(method: str) -> None:
 
 
 def _refuse_what_it_lacks(method: str, replay: ReplayLike) -> None:
-    lacking = sorted(needs_of(method) - replay.offers)
-    if lacking:
+    def lacking(name: str) -> list[str]:
+        return [] if stands_for(name) & replay.offers else sorted(needs_of(name) - replay.offers)
+
+    if missing := lacking(method):
+        less = "" if "passes" in replay.offers else f" but for {' and '.join(sorted(replay.offers))}"
+        can = ", ".join(name for name in methods() if needs_of(name) and not lacking(name))
         raise ExplainError(
-            f"{method} needs {' and '.join(lacking)} of the model, which {replay.origin['device']} does not give: "
-            f"use a method that needs log-probabilities alone: "
-            f"{', '.join(name for name in methods() if needs_of(name) == {'passes'})}"
+            f"{method} needs {' and '.join(missing)} of the model, which {replay.origin['device']} does not give"
+            f"{less}: use {can}"
         )
 
 

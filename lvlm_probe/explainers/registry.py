@@ -15,6 +15,10 @@ reckons with, and a row of ``docs/methods.md`` says the rest. ``needs`` says wha
 * ``"attention"``: the decoder's (or the encoder's) attention weights.
 * ``"activations"``: outputs of modules inside the model.
 
+``takes`` says what it stays right with where that cannot be had: for log-probabilities ``"bounds"`` on them, or
+``"samples"`` of the next token (``replaying.protocol.Estimating``); for attention, recorded ``"rows"``. The default is
+nothing.
+
 A method that needs neither passes nor gradients can be run on a trace alone, without its model (``problem.live`` is
 False then), where the trace holds what it needs.
 """
@@ -38,7 +42,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.models.inputs import index_on
 from lvlm_probe.plugins import check_registration, load_plugins
 from lvlm_probe.progress import Progress
-from lvlm_probe.replaying.protocol import Need
+from lvlm_probe.replaying.protocol import Need, Stand
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -68,6 +72,7 @@ __all__ = [
     "needs_of",
     "register",
     "resolve",
+    "stands_for",
     "summary_of",
 ]
 
@@ -246,6 +251,7 @@ class Method:
     needs: frozenset[Need]
     cost: CostRule | None = None
     clips: bool = False
+    takes: frozenset[Stand] = frozenset()
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Outcome])
@@ -254,7 +260,12 @@ METHODS: dict[str, Method] = {}
 
 
 def register(
-    name: str, *, needs: Sequence[Need] = ("passes",), cost: CostRule | None = None, clips: bool = False
+    name: str,
+    *,
+    needs: Sequence[Need] = ("passes",),
+    cost: CostRule | None = None,
+    clips: bool = False,
+    takes: Sequence[Stand] = (),
 ) -> Callable[[_Function], _Function]:
     """Registers a function ``(problem, *, …) -> Outcome`` as an explainer under a name.
 
@@ -264,6 +275,7 @@ def register(
         cost: what it asks of the model, for ``plan``; without it a plan goes by ``needs`` alone, and the number of
             passes is not known.
         clips: it takes a problem of a clip too, whose masks and values have an axis of time in front.
+        takes: in the place of what it needs, see the module.
 
     Raises:
         ExplainError: Another function holds the name, ``needs`` has an unknown word, or what is registered is no
@@ -292,7 +304,7 @@ def register(
             raise ExplainError(
                 f"the name {name!r} is taken by {_home(holder.function)}; register {_home(function)} under another one"
             )
-        METHODS[name] = Method(function, frozenset(needs), cost, clips)
+        METHODS[name] = Method(function, frozenset(needs), cost, clips, frozenset(takes))
         return function
 
     return decorate
@@ -362,6 +374,11 @@ def find(name: str) -> Callable[..., Outcome]:
 def needs_of(name: str) -> frozenset[Need]:
     """What it takes to run a registered method. Raises ``ExplainError`` for an unknown one."""
     return _method(name).needs
+
+
+def stands_for(name: str) -> frozenset[Stand]:
+    """What a registered method takes in the place of what it needs. Raises ``ExplainError`` for an unknown one."""
+    return _method(name).takes
 
 
 def cost_of(method: str, problem: Problem, params: Mapping[str, Any]) -> Cost:

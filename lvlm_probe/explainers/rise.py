@@ -11,6 +11,12 @@ this costs paid for: S = (1 / (N − 1) p) Σ_n (f(m_n) − f̄) · m_n. Its exp
 every cell, exactly, and its variance is far smaller. Both are shown relative to the mean score: a cell is important if
 images that show it do better than images in general.
 
+Of a model that gives bounds on probabilities instead of them (``replaying.protocol.Estimating``), f is the middle of
+the least and the most that a score can be, and half the distance, weighted as f is, bounds by how much S is off. Where
+that is as much as the highest value there is no map. Of one that gives samples, f is the share of the tokens that were
+drawn: its expectation is the mean of their probabilities, so that of S is what it would be, and the standard error has
+the samples' noise in it.
+
 The standard error of S, per cell, is in the diagnostics, in units of the highest value. Expectations of probabilities
 suit this average; those of log-likelihoods are ruled by the few masks under which the words are all but impossible.
 """
@@ -22,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, batches, register
 from lvlm_probe.explainers.scores import (
     NO_SIGHT,
@@ -29,8 +36,8 @@ from lvlm_probe.explainers.scores import (
     check_rules,
     require_finite,
     scaled,
-    score_of,
     score_rule,
+    scores_between,
     whole_rule,
 )
 
@@ -47,7 +54,7 @@ def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     return Cost("forward", masks, 0, batches(masks, batch), numbers=numbers, grids=(shape,))
 
 
-@register("rise", cost=_cost, clips=True)
+@register("rise", cost=_cost, clips=True, takes=("bounds", "samples"))
 @torch.no_grad()
 def rise(
     problem: Problem,
@@ -73,7 +80,8 @@ def rise(
         batch: Masks per call of the replay, between two reports of progress.
 
     Raises:
-        ExplainError: A parameter out of range, or scores that are not finite.
+        ExplainError: A parameter out of range, scores that are not finite, or a kind of score that bounds or samples
+            do not bound or estimate.
     """
     check_rules(
         "rise",
@@ -82,6 +90,7 @@ def rise(
         score=score_rule(score),
         batch=whole_rule(batch),
     )
+    _check_score(problem, score)
     knots = problem.shape(cells)
     shape = problem.shape(size, cells=1024)
     params = {"masks": masks, "cells": list(knots), "p": p, "size": list(shape), "score": score, "centred": centred}
@@ -91,14 +100,14 @@ def rise(
         return Outcome(None, params, reason=NO_SIGHT)
     drawn = RandomMasks(masks, knots, p, problem.generator())
     parts = [slice(start, min(start + batch, masks)) for start in range(0, masks, batch)]
-    scores = []
+    ends = []
     problem.advance(0, masks)
     for part in parts:
         pictures = drawn.masks(part, shape).to(problem.replay.device)
-        log_probs = problem.replay.log_probs(pictures, image=problem.target, steps=problem.selection.indices)
-        scores.append(score_of(problem, log_probs, score).cpu().double())
+        ends.append(torch.stack(scores_between(problem, pictures, score)).cpu().double())
         problem.advance(part.stop, masks)
-    f = torch.cat(scores)
+    low, high = torch.cat(ends, dim=1)
+    f, off = (low + high) / 2, (high - low) / 2
     require_finite("rise", problem, f)
     # Masks are drawn again where they are needed again: at the size of a photo a thousand of them fill the memory.
     value, error = estimate(f, lambda part: drawn.masks(part, shape), parts, p, centred=centred)
@@ -113,7 +122,41 @@ def rise(
         "standard_error_mean": float(error[seen].mean()) / unit,
         "standard_error_max": float(error[seen].max()) / unit,
     }
+    reason = None
+    if off.any():
+        bound = _bound(off, lambda part: drawn.masks(part, shape), parts, p, centred=centred)
+        share, most = float((off > 0).double().mean()), float(bound[relative == relative[seen].max()].max()) / unit
+        diagnostics |= {"bounded_share": share, "bound_max": float(bound[seen].max()) / unit}
+        if most >= 1:
+            reason = (
+                f"the words' tokens are not listed for {share:.0%} of the masked images, and by what is known of those "
+                "no place is certain to matter: choose words that stay likely, or a server that gives log-probabilities"
+            )
+    if reason is not None:
+        return Outcome(None, params, reason=reason, diagnostics=diagnostics)
     return Outcome(heat, params, diagnostics=diagnostics)
+
+
+def _check_score(problem: Problem, score: ScoreKind) -> None:
+    offers = problem.replay.offers
+    if "samples" in offers and score != "prob" and (score == "log" or len(problem.selection) > 1):
+        raise ExplainError(
+            f"rise: by samples the {score!r} score of these tokens would be biased: use score='prob', or a single token"
+        )
+    if "bounds" in offers and score == "log":
+        raise ExplainError("rise: a token that is not listed has no least log-probability: score='prob' or 'geometric'")
+
+
+def _bound(
+    off: torch.Tensor, masks: Callable[[slice], torch.Tensor], parts: Sequence[slice], p: float, *, centred: bool
+) -> torch.Tensor:
+    """By how much S, relative to the mean score, is off at most, ``(row, col)``, when f of every mask is by ``off``."""
+    number = len(off)
+    middle = torch.stack([masks(part).double().sum(dim=0) for part in parts]).sum(dim=0) / number if centred else p
+    total = torch.stack([(off[part, None, None] * (masks(part) - middle).abs()).sum(dim=0) for part in parts]).sum(
+        dim=0
+    )
+    return total / p / (number - 1 if centred else number)
 
 
 def estimate(

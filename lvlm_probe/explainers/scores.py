@@ -20,6 +20,7 @@ import torch
 
 from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProcessorRefused
 from lvlm_probe.explainers.registry import Outcome, Problem, Shape
+from lvlm_probe.replaying.protocol import Estimating
 
 __all__ = [
     "LEAST_SHARE",
@@ -35,6 +36,7 @@ __all__ = [
     "scaled",
     "score_of",
     "score_rule",
+    "scores_between",
     "sign_rule",
     "too_narrow",
     "whole_rule",
@@ -62,6 +64,8 @@ def no_effect(problem: Problem) -> str | None:
     recorded ratios say so, which are those of all images together.
     """
     replay, steps = problem.replay, list(problem.selection.indices)
+    if problem.live and "passes" not in replay.offers:
+        return None
     several = replay.n_images > 1
     try:
         if several and problem.live:
@@ -109,6 +113,17 @@ def score_of(problem: Problem, log_probs: torch.Tensor, kind: ScoreKind) -> torc
         return problem.score(log_probs)
     chosen = problem.chosen(log_probs)
     return chosen.exp().mean(dim=1) if kind == "prob" else chosen.mean(dim=1).exp()
+
+
+def scores_between(problem: Problem, masks: torch.Tensor, kind: ScoreKind) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the most that the scores of masked images can be, ``(batch,)`` each: the same thing twice but where
+    the replay knows log-probabilities within bounds."""
+    replay, steps = problem.replay, problem.selection.indices
+    if isinstance(replay, Estimating):
+        low, high = replay.between(masks, image=problem.image, steps=steps)
+        return score_of(problem, low, kind), score_of(problem, high, kind)
+    found = score_of(problem, replay.log_probs(masks, image=problem.target, steps=steps), kind)
+    return found, found
 
 
 def scaled(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,10 @@ from lvlm_probe.errors import ImageError
 from lvlm_probe.images.parity import ParityReport
 
 __all__ = ["CompositePath", "composited"]
+
+
+Seen = Callable[[int, tuple[int, int] | None], Tensor]
+"""Pixels (or cells of a grid) of an image that reach the model, bool ``(row, col)``."""
 
 
 def composited(masks: Tensor, images: Sequence[Image.Image], baselines: Sequence[Image.Image]) -> list[Image.Image]:
@@ -37,7 +41,8 @@ def composited(masks: Tensor, images: Sequence[Image.Image], baselines: Sequence
 class CompositePath:
     """Masks over the images of a prompt whose processor is elsewhere.
 
-    What a processor there makes of an image (a centre crop) is not known: all of it counts as seen.
+    What a processor there leaves out of an image (a centre crop) is known where somebody here says so; else all of it
+    counts as seen.
 
     Attributes:
         images: of the prompt, RGB.
@@ -45,7 +50,10 @@ class CompositePath:
         report: of the composites, which are exact.
     """
 
-    def __init__(self, images: Sequence[Image.Image], baselines: Sequence[Image.Image]) -> None:
+    def __init__(
+        self, images: Sequence[Image.Image], baselines: Sequence[Image.Image], *, seen: Seen | None = None
+    ) -> None:
+        self._seen = seen
         self.images = [image.convert("RGB") for image in images]
         self.baseline_images = [image.convert("RGB") for image in baselines]
         for image, baseline in zip(self.images, self.baseline_images, strict=True):
@@ -78,10 +86,12 @@ class CompositePath:
 
     def with_baseline(self, images: Sequence[Image.Image]) -> CompositePath:
         """The same images over another baseline, one per image."""
-        return CompositePath(self.images, images)
+        return CompositePath(self.images, images, seen=self._seen)
 
     def seen(self, image: int = 0, shape: tuple[int, int] | None = None) -> Tensor:
-        """True everywhere, ``(row, col)``: nobody here knows what the processor leaves out."""
+        """What reaches the model, ``(row, col)``; True everywhere where nobody here knows what the processor does."""
+        if self._seen is not None:
+            return self._seen(image, shape)
         width, height = self.image_sizes[image]
         return torch.ones(shape or (height, width), dtype=torch.bool)
 

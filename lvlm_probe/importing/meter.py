@@ -304,10 +304,16 @@ def _served_rows(source: Source, server: Server, baseline: str | Image.Image) ->
     def numbers(row: AnswerRow | BadRow) -> _Numbers:
         if isinstance(row, BadRow):
             raise row
-        if row.question is None or row.answer is None:
-            raise BadRow("a server takes a question and an answer as texts, and makes the prompt and the tokens itself")
+        if row.asked is None or row.answer is None:
+            raise BadRow(
+                "a server takes images, a question behind them and an answer as texts, and makes the prompt and the "
+                "tokens itself"
+            )
+        system, question = row.asked
         images = row.open_images(source.places, fetch=source.fetch)
-        made = server.measured_answer(images, row.question, row.answer, token_ids=row.token_ids, baseline=baseline)
+        made = server.measured_answer(
+            images, question, row.answer, token_ids=row.token_ids, system=system, baseline=baseline
+        )
         assert made.baseline_log_probs is not None
         facts = {"id": row.id, "question": row.question, "elsewhere": True, **_shown(row, images)}
         used = _named(made.baseline or {})

@@ -105,6 +105,22 @@ class AnswerRow:
     notes: tuple[str, ...] = ()
     unasked: str = ""
 
+    @property
+    def asked(self) -> tuple[str | None, str] | None:
+        """The system's turn, if any, and the question, where images and then the question are all of the user's turns;
+        ``None`` where more was said, or in another order."""
+        if self.question is None:
+            return None
+        turns = list(self.messages or ())
+        system = None
+        if turns and turns[0]["role"] == "system":
+            system = "\n".join(str(part.get("text", "")) for part in turns.pop(0)["content"])
+        if not turns:
+            return system, self.question
+        kinds = [part["type"] for part in turns[0]["content"]]
+        alone = len(turns) == 1 and turns[0]["role"] == "user" and kinds == ["image"] * (len(kinds) - 1) + ["text"]
+        return (system, self.question) if alone else None
+
     def open_images(self, directories: Sequence[Path], *, fetch: bool = False) -> list[Image.Image]:
         """The images, RGB, from the row itself, from files in ``directories``, or with ``fetch`` from the network.
 

@@ -300,10 +300,11 @@ def evaluate(
     replay = over_baseline(replay, (explained or replay.baseline) if baseline is None else baseline)
     mode = "exact" if isinstance(replay.path, CompositePath) else mode  # real images: there is no other way
     values, seen = _on_grid(heat, replay, grid)
-    own = 2 * (settings.steps - 1)
-    replay.announce("evaluate", lambda: 2 + own * (tie_orders or 1) * (1 + chance) + center * min(own, _CENTER_PASSES))
+    own, steps_of = 2 * (settings.steps - 1), heat.selection.indices
+    images = 2 + own * (tie_orders or 1) * (1 + chance) + center * min(own, _CENTER_PASSES)
+    replay.announce("evaluate", lambda: images, steps_of)
     known = _known(shared, replay, heat, mode)
-    scores = MaskScores(replay, heat.selection.indices, image=heat.target, mode=mode, known=known)
+    scores = MaskScores(replay, steps_of, image=heat.target, mode=mode, known=known)
     with replay.shortcuts.held(), show_progress(progress, "deletion and insertion") as advance:
         raw = curves(values, seen, scores, settings, decided=heat.selection.decided, progress=advance)
     areas = _areas(raw, settings)

@@ -18,8 +18,10 @@ from lvlm_probe.trace.records import PointRecord
 if TYPE_CHECKING:
     from lvlm_probe.trace.records import RowCapture
 
-__all__ = ["CROSS", "KEY_BOX", "KEY_IMAGE", "attention_points", "place_keys"]
+__all__ = ["CROSS", "DECODER_ATTENTION", "DECODER_TEXT_MASS", "KEY_BOX", "KEY_IMAGE", "attention_points", "place_keys"]
 
+DECODER_ATTENTION = "decoder.attention"
+DECODER_TEXT_MASS = "decoder.attention_text_mass"
 CROSS = "decoder.cross_attention"
 KEY_BOX = "decoder.cross_attention_key_box"
 KEY_IMAGE = "decoder.cross_attention_key_image"
@@ -46,8 +48,8 @@ def attention_points(
     axes = ("step", "layer", "head", "image_token")
     mass = rows.text_mass[row][:steps]
     return {
-        "decoder.attention": PointRecord(values[..., :image_tokens], axes, layers, reduce, decoder),
-        "decoder.attention_text_mass": PointRecord(mass, axes[:3], layers, reduce, decoder),
+        DECODER_ATTENTION: PointRecord(values[..., :image_tokens], axes, layers, reduce, decoder),
+        DECODER_TEXT_MASS: PointRecord(mass, axes[:3], layers, reduce, decoder),
     }
 
 

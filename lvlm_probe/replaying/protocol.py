@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace.clips import Clip
 
-__all__ = ["Elsewhere", "Mode", "Need", "ReplayLike", "Score", "ShortcutsLike"]
+__all__ = ["Elsewhere", "Estimating", "Mode", "Need", "ReplayLike", "Score", "ShortcutsLike", "Stand"]
 
 Mode = Literal["fast", "exact"]
 """By the traced geometry, or by the real processor on the real composite."""
 Need = Literal["passes", "gradients", "attention", "activations"]
 """What a method may need of a replay: log-probabilities under masks, their gradients, what is inside the model."""
+Stand = Literal["bounds", "samples", "rows"]
+"""What a replay may offer in the place of what a method needs: of passes, bounds on log-probabilities, or samples of
+the next token; of attention, rows that were recorded."""
 Score = Callable[[torch.Tensor], torch.Tensor]
 """Log-probabilities ``(batch, step)`` to scores ``(batch,)``; row i may depend on row i only."""
 
@@ -47,9 +50,9 @@ class ShortcutsLike(Protocol):
 
 @runtime_checkable
 class MaskJournal(Protocol):
-    """Keeps the log-probabilities that masks gave, by a key: step → nats."""
+    """Keeps the log-probabilities that masks gave, by a key: step → nats; a pair where they are bounds on one."""
 
-    def get(self, key: str) -> dict[int, float] | None: ...
+    def get(self, key: str) -> Mapping[int, float | tuple[float, float]] | None: ...
 
     def put(self, key: str, values: Mapping[int, float]) -> None: ...
 
@@ -98,11 +101,11 @@ class ReplayLike(Protocol):
     @property
     def rounding(self) -> torch.Tensor: ...
     @property
-    def offers(self) -> frozenset[Need]: ...
+    def offers(self) -> frozenset[Need | Stand]: ...
     @property
     def origin(self) -> Mapping[str, Any]: ...
 
-    def announce(self, what: str, images: Callable[[], int | None]) -> None: ...
+    def announce(self, what: str, images: Callable[[], int | None], steps: Sequence[int]) -> None: ...
 
     def image(self, k: int = 0) -> Image.Image: ...
 
@@ -141,6 +144,17 @@ class ReplayLike(Protocol):
         micro_batch: int | None = None,
         steps: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@runtime_checkable
+class Estimating(Protocol):
+    """A replay that offers a ``Stand``."""
+
+    def between(
+        self, mask: torch.Tensor, *, image: int | None = None, steps: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least and the most that log P(a_t) can be, ``(batch, step)`` nats each; of samples 0 or −∞, twice."""
+        ...
 
 
 @runtime_checkable

@@ -37,7 +37,7 @@ from lvlm_probe.replaying.micro_batches import (
     noise_seeds,
     ran_out,
 )
-from lvlm_probe.replaying.protocol import MaskJournal, Mode, Need, Score
+from lvlm_probe.replaying.protocol import MaskJournal, Mode, Need, Score, Stand
 from lvlm_probe.replaying.rewording import reword
 from lvlm_probe.replaying.shortcuts import Shortcuts
 from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, rounding_of
@@ -77,7 +77,7 @@ class Replay(Views):
         shortcuts: what passes leave out when only some ``steps`` are asked for; ``str()`` of it says so.
     """
 
-    offers: frozenset[Need] = frozenset(get_args(Need))
+    offers: frozenset[Need | Stand] = frozenset(get_args(Need))
     """What methods may ask of it: all that there is."""
 
     @outside_inference_mode
@@ -155,7 +155,7 @@ class Replay(Views):
         """Where its passes are run, for the provenance of what is made of them."""
         return {"device": str(self.device)}
 
-    def announce(self, what: str, images: Callable[[], int | None]) -> None:
+    def announce(self, what: str, images: Callable[[], int | None], steps: Sequence[int]) -> None:
         """Be told, before ``what`` runs, how many images it will send through the model: here they cost nothing."""
 
     @property
@@ -362,12 +362,12 @@ class Replay(Views):
         """The log-probabilities of a call, ``(batch, step)``, where the journal holds it whole."""
         assert self.journal is not None
         rows = [self.journal.get(key) for key in keys]
-        if not rows or any(row is None for row in rows):
+        if not rows or any(row is None or any(isinstance(one, tuple) for one in row.values()) for row in rows):
             return None
         found = torch.full((len(rows), len(self.token_ids)), torch.nan, dtype=torch.float32)
         for place, row in enumerate(rows):
             for step, value in (row or {}).items():
-                found[place, step] = value
+                found[place, step] = torch.tensor(value)
         self.passes.add(forward=len(rows))
         return found.to(self.device)
 

@@ -8,6 +8,8 @@ to hold log-probabilities. Here stands what takes requests of its own:
   more than rounding (``allowed``);
 * the sum of the probabilities of the likeliest tokens: above 1 they are none (logits);
 * another image: where not one token changes at all, the images do not arrive;
+* of samples, which have no numbers to compare: the answer once more token by token, and another answer to another
+  image;
 * at the end, the whole image once more, and the server's own name: it may have been started anew with another model.
 """
 
@@ -23,8 +25,9 @@ import torch
 from lvlm_probe.errors import ModelMismatch
 from lvlm_probe.images import make_baseline
 from lvlm_probe.serving.forcing import Forcing
+from lvlm_probe.serving.generating import spoken
 from lvlm_probe.serving.messages import as_uri
-from lvlm_probe.serving.roads import Untrue, most_probable
+from lvlm_probe.serving.roads import Untrue, continued, most_probable, spoken_in
 from lvlm_probe.serving.transport import Refused
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ _ROUNDING = 1e-6
 _SURE = -1e-6
 """Nats: tokens above are so certain that single precision may give them the very same number under two images."""
 _LIKELIEST = 20
+_NO_IMAGE = "the images do not arrive at the model (a proxy may drop them, or the model reads text only)"
 _SUM = 1.01
 
 
@@ -51,19 +55,20 @@ class Checks:
     """What was found out about an answer on a server.
 
     Attributes:
-        original: log P(a_t) on the whole image, ``(step,)``, nats.
-        noise: by how much a second reading differs, ``(step,)``, nats.
+        original: log P(a_t) on the whole image, ``(step,)``, nats; NaN where it is not known.
+        noise: by how much a second reading differs, ``(step,)``, nats; NaN where there is none.
         against_generation: largest difference to what the server gave when it said the answer, nats; ``None`` where it
             did not say it.
         likeliest_sum: largest sum of the probabilities of the 20 likeliest tokens; ``None`` where it cannot be asked.
-        image_moves: largest change when the image is replaced by noise, nats.
+        image_moves: largest change when the image is replaced by noise, nats; ``None`` where only the answer's change
+            is known.
     """
 
     original: tuple[float, ...]
     noise: tuple[float, ...]
     against_generation: float | None
     likeliest_sum: float | None
-    image_moves: float
+    image_moves: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``."""
@@ -99,8 +104,15 @@ def check_answer(
         Untrue: the numbers are not what they are taken for.
         ModelMismatch: they are not those that were recorded.
     """
+    if forcing.road.gives == "samples":
+        return _check_sampled(forcing, images)
     steps = _steps(forcing)
     original = forcing.score([lambda: images], fresh=True)[0]
+    if bool(original.isnan().all()):
+        raise Untrue(
+            "not one token of the answer is among the likeliest in its place: it is an answer of another model, or to "
+            "another prompt"
+        )
     again = forcing.score([lambda: images], steps, fresh=True)[0]
     noise = (original - again).abs()
     worst = float(noise.nan_to_num().max())
@@ -128,6 +140,14 @@ def check_answer(
 
 def check_same(forcing: Forcing, images: Sequence[Image.Image], original: torch.Tensor) -> None:
     """Check at the end of a run that it is still the same model. Raises ``ModelMismatch``."""
+    if forcing.road.gives == "samples":
+        answer = _spoken(forcing, images)
+        if answer != forcing.said.answer:
+            raise ModelMismatch(
+                f"the server now answers {answer[:80]!r}, and {forcing.said.answer[:80]!r} at the start: another model "
+                "was started there meanwhile; what it answered since the last check is forgotten"
+            )
+        return
     again = forcing.score([lambda: images], _steps(forcing), fresh=True)[0]
     if not _within(original, again):
         difference = largest_difference(original, again)
@@ -164,16 +184,45 @@ def _moved(forcing: Forcing, images: Sequence[Image.Image], original: torch.Tens
     moved = 0.0
     for kind in ("noise", "blank"):
         others = [make_baseline(image, kind).image for image in images]
-        found = forcing.score([lambda others=others: others], steps)[0]  # type: ignore[misc]
-        moved = float((found - original).abs().nan_to_num().max())
+        low, high = forcing.between([lambda others=others: others], steps)  # type: ignore[misc]
+        moved = float(torch.maximum(low[0] - original, original - high[0]).nan_to_num().max())
         if moved > 0:
             return moved
     if bool((original < _SURE).any()):
         raise Untrue(
-            "not one token of the answer changes when the image is replaced by noise, or by black: the images do not "
-            "arrive at the model (a proxy may drop them, or the model reads text only)"
+            "not one token of the answer changes when the image is replaced by noise, or by black: " + _NO_IMAGE
         )
     return moved
+
+
+def _check_sampled(forcing: Forcing, images: Sequence[Image.Image]) -> Checks:
+    """Check, without any numbers, that the answer is continued as it was said, and is an answer to the images.
+
+    Raises:
+        Untrue: it is not.
+    """
+    said, uris = forcing.said, [as_uri(image) for image in images]
+    for step in forcing.askable:
+        body = continued(said.prompt, uris, said.before(step), ask={})
+        text = spoken_in(forcing.send("/v1/chat/completions", body))
+        if text != said.raw[step]:
+            raise Untrue(
+                f"the server goes on with {text[:40]!r} after {said.before(step)[-40:]!r}, where the answer has "
+                f"{said.raw[step][:40]!r}: it is another model, another prompt, or it does not continue answers; only "
+                "what it says itself, greedily, can be explained by samples"
+            )
+    kinds = ("noise", "blank")
+    if all(_spoken(forcing, [make_baseline(one, kind).image for one in images]) == said.answer for kind in kinds):
+        raise Untrue("the answer is the same when the image is replaced by noise, or by black: " + _NO_IMAGE)
+    unknown = (math.nan,) * len(said.token_ids)
+    return Checks(unknown, unknown, None, None, None)
+
+
+def _spoken(forcing: Forcing, images: Sequence[Image.Image]) -> str:
+    """The greedy answer to images, no longer than the answer."""
+    said = forcing.said
+    uris = [as_uri(image, forcing.form) for image in images]
+    return spoken(forcing.send, said.prompt, uris, len(said.token_ids))[0]
 
 
 def _likeliest_sum(forcing: Forcing, images: Sequence[Image.Image]) -> float | None:

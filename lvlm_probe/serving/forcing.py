@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import functools
 import hashlib
 import json
 import time
@@ -11,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lvlm_probe.errors import ReplayError
 from lvlm_probe.serving.journal import Journal
-from lvlm_probe.serving.messages import Said, as_uri
-from lvlm_probe.serving.roads import Road
+from lvlm_probe.serving.messages import PNG, PictureFormat, Said, as_uri
+from lvlm_probe.serving.roads import Reading, Road
 from lvlm_probe.serving.transport import Spent
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class Forcing:
         journal: answers that are paid for.
         workers: sends requests at the same time.
         spent: counts what the journal had.
+        form: what images are sent as.
     """
 
     def __init__(
@@ -51,22 +55,43 @@ class Forcing:
         journal: Journal,
         workers: concurrent.futures.Executor,
         spent: Spent,
+        form: PictureFormat = PNG,
     ) -> None:
         self.send, self.road, self.said, self.journal = post, road, said, journal
-        self._workers, self._spent = workers, spent
+        self._workers, self._spent, self.form = workers, spent, form
         prompt = said.prompt
-        asked = [prompt.question, prompt.system, dict(prompt.fields), list(said.prompt_ids), list(said.token_ids)]
+        by_id = [list(said.prompt_ids), list(said.token_ids)] if said.prompt_ids else [[], list(said.raw)]
+        asked = [prompt.question, prompt.system, dict(prompt.fields), *by_id]
         self._content = json.dumps([dict(engine), road.name, *asked], sort_keys=True, default=str).encode()
         self.unchecked: list[str] = []
 
     def requests_for(self, steps: Sequence[int] | None) -> int:
         """Requests that one set of images takes."""
-        return 1 if self.road.every else len(self.said.token_ids if steps is None else steps)
+        return 1 if self.road.every else len(self.askable if steps is None else steps)
+
+    @functools.cached_property
+    def askable(self) -> tuple[int, ...]:
+        """Steps that a road of one token each can ask about."""
+        found = []
+        for step in range(len(self.said.token_ids)):
+            with contextlib.suppress(ReplayError):
+                self.road.request(self.said, [], step)
+                found.append(step)
+        return tuple(found)
 
     def score(
         self, pictures: Sequence[Pictures], steps: Sequence[int] | None = None, *, fresh: bool = False
     ) -> torch.Tensor:
-        """log P(a_t), ``(batch, step)`` float32, NaN for steps that were not asked for or cannot be.
+        """log P(a_t), ``(batch, step)`` float32, NaN for steps that were not asked for, cannot be, or are known within
+        bounds only. Arguments and errors are those of ``between``."""
+        low, high = self.between(pictures, steps, fresh=fresh)
+        return torch.where(low == high, low, torch.nan)
+
+    def between(
+        self, pictures: Sequence[Pictures], steps: Sequence[int] | None = None, *, fresh: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least and the most that log P(a_t) can be, ``(batch, step)`` float32 each, NaN for steps that were not
+        asked for or cannot be; of samples 0, or −∞, twice.
 
         Args:
             pictures: the images of each row.
@@ -90,11 +115,11 @@ class Forcing:
             raise
         if (answered := self._spent.requests - asked) >= _BUSY:
             self._spent.per_second = answered / (time.perf_counter() - started)
-        scores = torch.full((len(rows), len(self.said.token_ids)), torch.nan, dtype=torch.float32)
+        ends = torch.full((2, len(rows), len(self.said.token_ids)), torch.nan, dtype=torch.float32)
         for row, found in enumerate(rows):
             for step, value in found.items():
-                scores[row, step] = value
-        return scores
+                ends[:, row, step] = torch.tensor(value)
+        return ends[0], ends[1]
 
     def confirmed(self) -> None:
         """What was answered so far is known to come from the same model."""
@@ -107,20 +132,20 @@ class Forcing:
 
     # ------------------------------------------------------------------ inside
 
-    def _one(self, draw: Pictures, steps: Sequence[int] | None, fresh: bool) -> dict[int, float]:
+    def _one(self, draw: Pictures, steps: Sequence[int] | None, fresh: bool) -> dict[int, Reading]:
         images = draw()
         key = self._key(images)
         known = None if fresh else self.journal.get(key)
         if self.road.every:
             wanted: list[int | None] = [] if known else [None]
         else:
-            every = range(len(self.said.token_ids)) if steps is None else steps
+            every = self.askable if steps is None else steps
             wanted = [step for step in every if known is None or step not in known]
         if not wanted:
             self._spent.reuse()
             return known or {}
         found = dict(known or {})
-        uris = [as_uri(image) for image in images]
+        uris = [as_uri(image, self.form) for image in images]
         for step in wanted:
             path, body = self.road.request(self.said, uris, step)
             values = self.road.read(self.said, self.send(path, body), step)

@@ -8,19 +8,26 @@ from typing import Any, TypeGuard
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.serving.messages import Prompt, Said, aligned
-from lvlm_probe.serving.roads import Untrue, log_prob_in
+from lvlm_probe.serving.roads import Untrue, continued, log_prob_in, spoken_in
 
-__all__ = ["generated", "generated_by_sglang", "prompt_alone"]
+__all__ = ["NoLogProbs", "generated", "generated_by_sglang", "prompt_alone", "spoken", "walked"]
 
 Post = Callable[[str, dict[str, Any]], Any]
 """Sends a body to a path."""
+_UNNAMED = -1
+"""Stands for the id of a token of which a server says only the text."""
+
+
+class NoLogProbs(Untrue):
+    """An answer that comes without log-probabilities."""
 
 
 def generated(post: Post, prompt: Prompt, images: Sequence[str], *, max_tokens: int, **sampling: Any) -> Said:
     """Let the server answer, greedily unless ``sampling`` says otherwise.
 
     Raises:
-        Untrue: the answer comes without log-probabilities or token ids: nothing could be aligned with it.
+        NoLogProbs: the answer comes without log-probabilities.
+        Untrue: they are not those of its tokens.
         ReplayError: the server does not answer.
     """
     body = {
@@ -38,16 +45,12 @@ def generated(post: Post, prompt: Prompt, images: Sequence[str], *, max_tokens: 
     message, content = choice.get("message"), (choice.get("logprobs") or {}).get("content")
     answer = message.get("content") if isinstance(message, dict) else None
     if not isinstance(content, list) or not content:
-        raise Untrue(
-            "the server answers without log-probabilities: it ignores `logprobs` (as `transformers serve` does), and "
-            "nothing can be measured through it"
+        raise NoLogProbs(
+            "the server answers without log-probabilities: it ignores `logprobs` (as `transformers serve` does)"
         )
     ids, prompt_ids = choice.get("token_ids"), reply.get("prompt_token_ids")
     if not _is_ids(ids) or not _is_ids(prompt_ids):
-        raise Untrue(
-            "the server does not return token ids (`return_token_ids`, vLLM 0.10.2 and newer): nothing can be aligned "
-            "with its answer exactly"
-        )
+        ids, prompt_ids = [_UNNAMED] * len(content), []
     if len(ids) != len(content):
         raise Untrue(f"the server names {len(ids)} tokens and gives log-probabilities of {len(content)}")
     if not isinstance(answer, str):
@@ -61,6 +64,45 @@ def generated(post: Post, prompt: Prompt, images: Sequence[str], *, max_tokens: 
     return dataclasses.replace(
         said, top_log_probs=tuple(value for value, _ in top), top_tokens=tuple(text for _, text in top)
     )
+
+
+def walked(post: Post, prompt: Prompt, images: Sequence[str], *, max_tokens: int) -> Said:
+    """Let a server answer that gives no log-probabilities: once, and once more token by token, which shows where its
+    tokens end, and that it continues an answer that was begun as it would have gone on.
+
+    Costs a request per token.
+
+    Raises:
+        Untrue: it does not continue its answer.
+        ReplayError: it does not answer.
+    """
+    answer, finish = spoken(post, prompt, images, max_tokens)
+    texts: list[str] = []
+    pieces: list[str] = []
+    at = 0
+    while at < len(answer):
+        text = spoken_in(post("/v1/chat/completions", continued(prompt, images, answer[:at], ask={})))
+        piece = next((one for one in (text, f" {text}") if text and answer.startswith(one, at)), None)
+        if piece is None:
+            raise Untrue(
+                f"the server does not go on with an answer that was begun for it (continue_final_message): after "
+                f"{answer[:at][-40:]!r} it says {text[:40]!r}, and said {answer[at : at + 40]!r}"
+            )
+        texts.append(text)
+        pieces.append(piece)
+        at += len(piece)
+    if not pieces:
+        raise ReplayError("the server's answer is empty: there is nothing to explain")
+    steps = len(pieces)
+    said = Said(prompt, answer, (_UNNAMED,) * steps, tuple(pieces), (False,) * steps, (), finish=finish)
+    return dataclasses.replace(said, texts=tuple(texts))
+
+
+def spoken(post: Post, prompt: Prompt, images: Sequence[str], max_tokens: int) -> tuple[str, str]:
+    """A greedy answer's text, and why it stopped. Raises ``Untrue`` where it has none."""
+    body = {**prompt.fields, "temperature": 0, "messages": prompt.messages(images), "max_tokens": max_tokens}
+    reply = post("/v1/chat/completions", body)
+    return spoken_in(reply), str(_first(reply, "choices").get("finish_reason"))
 
 
 def _likeliest(entry: Any, own: str, value: float) -> tuple[float, str]:
@@ -90,7 +132,8 @@ def said_of(
             "tool parser takes a part of it away. Ask with chat_template_kwargs={'enable_thinking': False}, or serve "
             "without the parser"
         )
-    return Said(prompt, answer, tuple(ids), tuple(pieces), tuple(special), tuple(prompt_ids), tuple(values), finish)
+    said = Said(prompt, answer, tuple(ids), tuple(pieces), tuple(special), tuple(prompt_ids), tuple(values), finish)
+    return said if pieces == list(texts) else dataclasses.replace(said, texts=tuple(texts))
 
 
 def prompt_alone(post: Post, prompt: Prompt, images: Sequence[str]) -> tuple[int, ...]:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lvlm_probe.errors import ModelMismatch, ReplayError
+from lvlm_probe.images import make_baseline
 from lvlm_probe.serving.checks import check_answer
 from lvlm_probe.serving.forcing import Forcing
-from lvlm_probe.serving.messages import Said
-from lvlm_probe.serving.roads import ROADS, NextToken, Road, Sglang, Untrue
+from lvlm_probe.serving.messages import Said, as_uri
+from lvlm_probe.serving.roads import ROADS, NextToken, Road, Sglang, Untrue, spoken_in
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,6 +26,8 @@ __all__ = ["QUESTION", "Measured", "drawn", "measured"]
 
 QUESTION = "What color is the circle?"
 """Asked about the drawn image: any model has an ordinary answer to it, which is cut into tokens in one way."""
+_DRAWS = 16
+"""Answers after which a server that never took another token than the likeliest is taken for one that cannot."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def measured(
 ) -> list[tuple[Road, Measured]]:
     """Try the roads, best first, until one works; the exact ones of one request are all tried.
 
+    Of an answer without log-probabilities or token ids, only those that need none are.
+
     Args:
         said: a short answer of the server's to ``images``.
         forcing: makes the requests of a road.
@@ -77,14 +82,27 @@ def measured(
     return found
 
 
+def _lacking(road: Road, said: Said) -> str | None:
+    """What the server does not give of its own answer, and the road needs."""
+    if road.gives != "samples" and not said.log_probs:
+        return "the server answers without log-probabilities: it ignores `logprobs`"
+    if road.by_ids and not said.prompt_ids:
+        return "the server does not return token ids (`return_token_ids`, vLLM 0.10.2 and newer)"
+    return None
+
+
 def _measured(
     road: Road, said: Said, images: Sequence[Image.Image], forcing: Callable[[Road, Said], Forcing]
 ) -> Measured:
+    if reason := _lacking(road, said):
+        return Measured(road.name, False, reason=reason)
     try:
         made = forcing(road, said)
         checks = check_answer(made, images, said.log_probs)
         if isinstance(road, NextToken):
             _shuts_out_afterwards(forcing, road, said, images)
+        if road.gives == "samples":
+            _draws(made, images)
     except (ReplayError, ModelMismatch) as error:
         return Measured(road.name, False, reason=str(error))
     return Measured(road.name, True, difference=checks.against_generation)
@@ -107,6 +125,21 @@ def _shuts_out_afterwards(
             f"the server gives a token that the model did not choose a probability of {math.exp(value):.3g}, beside "
             f"{likely:.3g} of the one it chose: it takes log-probabilities after the others are shut out"
         )
+
+
+def _draws(forcing: Forcing, images: Sequence[Image.Image]) -> None:
+    """Check that at temperature 2, on noise, where models are least sure, answers are not all the likeliest one.
+
+    Raises:
+        Untrue: they are: the server goes by the likeliest token whatever the temperature.
+    """
+    said = forcing.said
+    uris = [as_uri(make_baseline(image, "noise").image) for image in images]
+    path, body = forcing.road.request(said, uris, forcing.askable[0])
+    body["max_tokens"] = 2 * len(said.token_ids)
+    greedy = spoken_in(forcing.send(path, {**body, "temperature": 0}))
+    if all(spoken_in(forcing.send(path, {**body, "temperature": 2})) == greedy for _ in range(_DRAWS)):
+        raise Untrue(f"the server does not sample: {_DRAWS} answers at temperature 2 were all the likeliest one")
 
 
 def drawn() -> Image.Image:

@@ -6,23 +6,51 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PICTURE_FORMAT", "Prompt", "Said", "aligned", "as_uri", "one_placeholder_each"]
+__all__ = [
+    "PNG",
+    "WEBP",
+    "PictureFormat",
+    "Prompt",
+    "Said",
+    "aligned",
+    "as_uri",
+    "image_token_places",
+    "one_placeholder_each",
+    "smaller",
+]
 
-PICTURE_FORMAT = "PNG, level 1"
+PictureFormat = Literal["PNG, level 1", "WebP, lossless"]
 """Lossless: JPEG at quality 90 moves log-probabilities by up to 0.9 nats. The default level of PNG takes eight times as
-long for a tenth less."""
+long for a tenth less; of WebP, the fastest effort is smaller than that for most photographs."""
+PNG: PictureFormat = "PNG, level 1"
+WEBP: PictureFormat = "WebP, lossless"
+_LARGEST_WEBP = 16383
+"""Pixels along a side."""
 
 
-def as_uri(image: Image.Image) -> str:
+def as_uri(image: Image.Image, form: PictureFormat = PNG) -> str:
     """An RGB image as a ``data:`` URI, lossless."""
     file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    if form == WEBP and max(image.size) <= _LARGEST_WEBP:
+        kind = "webp"
+        image.save(file, "WEBP", lossless=True, quality=0, method=0)
+    else:
+        kind = "png"
+        image.save(file, "PNG", compress_level=1)
+    return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def smaller(images: Sequence[Image.Image]) -> PictureFormat:
+    """The format that takes fewer bytes for images."""
+    sizes = {form: sum(len(as_uri(image, form)) for image in images) for form in (PNG, WEBP)}
+    return min(sizes, key=lambda form: sizes[form])
 
 
 @dataclass(frozen=True)
@@ -63,8 +91,10 @@ class Said:
         prompt: what was asked.
         answer: the answer's text, without special tokens.
         token_ids, pieces, special: its tokens, ``(T,)`` each.
+            Where the server names no ids, −1 for each.
         prompt_ids: token ids of the prompt, an image's tokens all there, ``(P,)``; empty where the server does not say.
         log_probs: what the server gave while it generated, ``(T,)``, nats; empty for an answer that was given to it.
+        texts: of its tokens, as the server writes each alone; empty where these are ``pieces``.
         top_log_probs, top_tokens: log P of what was likeliest in the place of each token, and its text; empty where the
             server does not say.
         finish: why it stopped: ``"stop"``, ``"length"``, or what the server says.
@@ -80,6 +110,17 @@ class Said:
     finish: str = "stop"
     top_log_probs: tuple[float, ...] = ()
     top_tokens: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+
+    @property
+    def raw(self) -> tuple[str, ...]:
+        """Texts of the tokens as the server writes them, ``(T,)``."""
+        return self.texts or self.pieces
+
+    def before(self, step: int) -> str:
+        """The answer's text before a token."""
+        there = zip(self.pieces[:step], self.special[:step], strict=True)
+        return "".join(piece for piece, flag in there if not flag)
 
     @property
     def closing(self) -> int:
@@ -142,23 +183,46 @@ def one_placeholder_each(prompt_ids: Sequence[int], images: int) -> list[int] | 
     An image's tokens are taken to be the longest run of one id, and all other runs of it. Whoever sends this checks
     what the server makes of it.
     """
-    runs = _runs(prompt_ids)
-    longest = max(runs, key=lambda run: run[1], default=(0, 0))
-    if longest[1] < 2:
+    spans = _image_spans(prompt_ids, images)
+    if spans is None:
         return None
-    placeholder = prompt_ids[longest[0]]
-    spans = [run for run in runs if prompt_ids[run[0]] == placeholder]
-    if len(spans) not in (1, images):
-        if images > 1:
-            return None
-        # Rows of image tokens with a separator after each.
-        spans = [(spans[0][0], spans[-1][0] + spans[-1][1] - spans[0][0])]
+    placeholder = prompt_ids[spans[0][0]]
     each = images if len(spans) == 1 else 1  # images side by side make one run
     short, at = [], 0
     for offset, length in spans:
         short += [*prompt_ids[at:offset], *[placeholder] * each]
         at = offset + length
     return [*short, *prompt_ids[at:]]
+
+
+def image_token_places(prompt_ids: Sequence[int], images: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Positions ``(image_token,)`` of the images' tokens, and the image of each; ``None`` where nobody can tell."""
+    spans = _image_spans(prompt_ids, images)
+    if spans is None:
+        return None
+    placeholder = prompt_ids[spans[0][0]]
+    each = [[at for at in range(start, start + length) if prompt_ids[at] == placeholder] for start, length in spans]
+    if len(each) == 1 and images > 1:  # side by side: parts of one size
+        if len(each[0]) % images:
+            return None
+        each = np.split(np.asarray(each[0]), images)  # type: ignore[assignment]
+    positions = np.concatenate([np.asarray(part, np.int64) for part in each])
+    return positions, np.repeat(np.arange(len(each)), [len(part) for part in each]).astype(np.int64)
+
+
+def _image_spans(ids: Sequence[int], images: int) -> list[tuple[int, int]] | None:
+    """Offset and length of what stands for each image, or of one run of several side by side."""
+    runs = _runs(ids)
+    longest = max(runs, key=lambda run: run[1], default=(0, 0))
+    if longest[1] < 2:
+        return None
+    spans = [run for run in runs if ids[run[0]] == ids[longest[0]]]
+    if len(spans) not in (1, images):
+        if images > 1:
+            return None
+        # Rows of image tokens with a separator after each.
+        spans = [(spans[0][0], spans[-1][0] + spans[-1][1] - spans[0][0])]
+    return spans
 
 
 def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:

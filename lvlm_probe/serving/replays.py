@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
 
 import torch
 
@@ -14,10 +14,11 @@ from lvlm_probe.images import CompositePath
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.replaying.isolation import outside_inference_mode
 from lvlm_probe.replaying.micro_batches import Limits
-from lvlm_probe.replaying.protocol import Mode, Need, Score
+from lvlm_probe.replaying.protocol import Mode, Need, Score, Stand
 from lvlm_probe.replaying.views import Views
 from lvlm_probe.serving.checks import Checks, check_same
-from lvlm_probe.serving.forcing import Forcing
+from lvlm_probe.serving.forcing import Forcing, Pictures
+from lvlm_probe.serving.messages import PictureFormat
 from lvlm_probe.trace.clips import Clip
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lvlm_probe.serving.transport import Spent
     from lvlm_probe.trace import Trace
 
-__all__ = ["Host", "NotOnAServer", "ServedReplay"]
+__all__ = ["EstimatedReplay", "Host", "NotOnAServer", "ServedReplay"]
 
 
 class Host(Protocol):
@@ -42,7 +43,7 @@ class Host(Protocol):
     @property
     def at_once(self) -> int: ...
 
-    def cost(self, requests: int, images: Sequence[Image.Image]) -> str: ...
+    def cost(self, requests: int, images: Sequence[Image.Image], form: PictureFormat) -> str: ...
 
     def check_name(self) -> None: ...
 
@@ -94,8 +95,9 @@ class ServedReplay(Views):
         shortcuts: what passes leave out: nothing.
     """
 
-    offers: frozenset[Need] = frozenset({"passes"})
-    """What methods may ask of it: log-probabilities."""
+    offers: frozenset[Need | Stand] = frozenset({"passes"})
+    """What methods may ask of it: log-probabilities; attention rows where the trace holds them."""
+    gives, fits = "log-probabilities alone", "rise, occlusion or greedy"
     device = torch.device("cpu")
     recomputes = False
 
@@ -115,6 +117,8 @@ class ServedReplay(Views):
         self.kept.original = torch.tensor(checks.original, dtype=torch.float32)
         self.kept.rounding = torch.tensor(checks.noise, dtype=torch.float32)
         self.shortcuts = _NoShortcuts(self)
+        if trace.attention is not None:
+            self.offers |= {"rows"}
 
     @property
     def masks_at_once(self) -> int:
@@ -127,13 +131,19 @@ class ServedReplay(Views):
         engine = dict(self.server.engine)
         return {
             "device": f"the server of {engine['model']!r}",
-            "server": {**engine, "road": self._forcing.road.name, "mode": "exact", "spent": vars(self.server.spent)},
+            "server": {
+                **engine,
+                "road": self._forcing.road.name,
+                "mode": "exact",
+                "gives": self._forcing.road.gives,
+                "spent": vars(self.server.spent),
+            },
         }
 
     # ------------------------------------------------------------------ what it costs
 
-    def announce(self, what: str, images: Callable[[], int | None]) -> None:
-        """Be told, before ``what`` runs, how many images it will send.
+    def announce(self, what: str, images: Callable[[], int | None], steps: Sequence[int]) -> None:
+        """Be told, before ``what`` runs, how many images it will send, and of which tokens it wants to know.
 
         Raises:
             ReplayError: that is more than ``max_requests`` leave.
@@ -141,9 +151,9 @@ class ServedReplay(Views):
         number = images()
         if not number:
             return
-        needed = number * self._forcing.requests_for(None if self._forcing.road.every else [0])
+        needed = number * self._forcing.requests_for(steps)
         limit, spent = self.server.max_requests, self.server.spent.requests
-        cost = self.server.cost(needed, self.path.images)
+        cost = self.server.cost(needed, self.path.images, self._forcing.form)
         # Some of them may be in the journal; how many, only their images tell.
         if limit is not None and needed - len(self._forcing.journal) > limit - spent:
             raise ReplayError(
@@ -222,15 +232,18 @@ class ServedReplay(Views):
             self._refuse("noise on pixel inputs")
         if mask is None:
             return self.original_log_probs[None]
+        return self._forcing.score(self._drawn(mask, image), None if steps is None else self.wanted(steps))
+
+    def _drawn(self, mask: torch.Tensor, image: int | None) -> list[Pictures]:
+        """The masked images of each row of the batch, when it is their turn."""
         if not isinstance(mask, torch.Tensor):
             raise MaskError(f"a mask is a floating-point tensor; got {type(mask).__name__}.")
         if mask.requires_grad and torch.is_grad_enabled():
             self._refuse("a gradient to the mask")
-        wanted = None if steps is None else self.wanted(steps)
         masks = expand_masks(mask[None] if mask.ndim == 2 else mask, self.n_images, image).detach().clamp(0.0, 1.0)
         path = self.path
         self.passes.add(forward=len(masks))
-        return self._forcing.score([lambda one=one: path.composites(one) for one in masks], wanted)  # type: ignore[misc]
+        return [lambda one=one: path.composites(one) for one in masks]  # type: ignore[misc]
 
     def score_and_grad(
         self,
@@ -252,8 +265,8 @@ class ServedReplay(Views):
 
     def _refuse(self, what: str) -> NoReturn:
         raise NotOnAServer(
-            f"{what} cannot be had of {self.origin['device']}, which gives log-probabilities alone: use rise, "
-            "occlusion or greedy, or replay on the model itself, probe.replay(trace, model, processor)"
+            f"{what} cannot be had of {self.origin['device']}, which gives {self.gives}: use {self.fits}, or replay on "
+            "the model itself, probe.replay(trace, model, processor)"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -263,3 +276,46 @@ class ServedReplay(Views):
 
     def __repr__(self) -> str:
         return f"<ServedReplay of {self.trace_id} on {self.server!r}>"
+
+
+class EstimatedReplay(ServedReplay):
+    """One recorded answer on a server that gives less than log-probabilities: of some tokens bounds, or samples.
+
+    Methods that go by log-probabilities are refused; those that stay right with less ask ``between``.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        stand: Stand = "samples" if self._forcing.road.gives == "samples" else "bounds"
+        self.offers = (self.offers - {"passes"}) | {stand}
+        self.gives = f"{self._forcing.road.name}, {stand} in the place of log-probabilities"
+        self.fits = "rise with tokens=…"
+
+    def between(
+        self, mask: torch.Tensor, *, image: int | None = None, steps: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least and the most that log P(a_t) can be under masked images, ``(batch, step)`` nats each.
+
+        Of samples both are 0 where the token was drawn, and −∞ where not: the mean of exp of either over many draws is
+        the probability.
+
+        Args:
+            mask, image: as for ``log_probs``.
+            steps: the tokens that are wanted; the columns of others are NaN.
+        """
+        return self._forcing.between(self._drawn(mask, image), self.wanted(steps))
+
+    @property
+    def llr(self) -> Any:
+        """``None``: a ratio takes two log-probabilities."""
+        return None
+
+    def strengthened(self, steps: Sequence[int], *, below: float = 0.05) -> Self:
+        """This view: how likely tokens are on a baseline is not known."""
+        return self
+
+    def log_probs(self, mask: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
+        """Those of the whole image, as far as they are known. Raises ``ExplainError`` for any mask."""
+        if mask is None:
+            return self.original_log_probs[None]
+        self._refuse("log-probabilities under masks")

@@ -7,7 +7,14 @@ tokens      vLLM ``/inference/v1/generate`` with the answer's token ids  all tok
 sglang      SGLang ``/generate``, ``input_token_logprobs``               all tokens              the processor, here
 chat        ``prompt_logprobs`` of a continued assistant turn            all but the closing     vLLM
 next token  ``allowed_token_ids`` or ``logit_bias``, ``logprobs``        one token               an answer's token ids
+top         ``top_logprobs`` of the next token                           one, or a bound on it   ``logprobs``
+sampling    the next token at temperature 1                              one token, 0 or 1       nothing
 ==========  ===========================================================  ======================  =====================
+
+All but the first two continue the assistant's turn (``continue_final_message``). On the last two, where a server names
+no token ids either, a token is what its text is: a token that is no whole character cannot be asked about. *Top* knows
+P of a token that is listed, and of any other that it is no larger than the least one listed, nor than what those
+leave. *Sampling* draws the next token and says whether it was the one: 0 or 1, with P as its mean.
 
 A road writes a body and reads a reply, and believes nothing: engines answer 200 with wrong numbers where a field is
 misspelt or unknown, where the answer is cut into other tokens, where an image's tokens are expanded twice, where a
@@ -27,14 +34,20 @@ from lvlm_probe.serving.messages import Prompt, Said, one_placeholder_each
 __all__ = [
     "ROADS",
     "Chat",
+    "Gives",
     "NextToken",
+    "Reading",
     "Road",
+    "Sampled",
     "Sglang",
     "Tokens",
+    "Top",
     "Untrue",
+    "check_continued",
     "likeliest_in",
     "log_prob_in",
     "most_probable",
+    "spoken_in",
 ]
 
 _ROUNDING = 1e-3
@@ -42,6 +55,15 @@ _ROUNDING = 1e-3
 _LEAST = -1e5
 """Nats: engines write −9999 for an impossible token; less is memory that nobody has filled."""
 _BIAS = 30.0
+_SUM = 1.01
+"""Sum of probabilities that rounding in half precision explains."""
+_CUT = "\ufffd"
+"""What servers show of a character that a token holds a part of."""
+
+Gives = Literal["passes", "bounds", "samples"]
+"""Log-probabilities; or, of some tokens, the least and the most they can be; or whether the token was drawn."""
+Reading = float | tuple[float, float]
+"""Log P of a token, nats, or the least and the most that it can be; of a sample 0, or −∞ for another token."""
 
 
 class Untrue(ReplayError):
@@ -55,6 +77,12 @@ class Road(Protocol):
     """What it is called."""
     every: bool
     """Whether one request gives all tokens."""
+    gives: Gives
+    """What it gives of a token."""
+    by_ids: bool
+    """Whether it names tokens by their ids."""
+    closing: bool
+    """Whether it can hold the token that closes the turn."""
 
     def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
         """Path and body that ask for all tokens, or for the one at ``step``.
@@ -64,7 +92,7 @@ class Road(Protocol):
         """
         ...
 
-    def read(self, said: Said, reply: Any, step: int | None) -> dict[int, float]:
+    def read(self, said: Said, reply: Any, step: int | None) -> Mapping[int, Reading]:
         """Log-probabilities in a reply, by step, nats. Raises ``Untrue``."""
         ...
 
@@ -88,7 +116,8 @@ def log_prob_in(value: Any, what: str) -> float:
 class Chat:
     """vLLM's ``prompt_logprobs`` of a chat whose last turn, the assistant's, is continued."""
 
-    name, every = "chat", True
+    name, every, by_ids, closing = "chat", True, True, False
+    gives: Gives = "passes"
 
     def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
         """See ``Road``."""
@@ -109,7 +138,8 @@ class Chat:
 class Tokens:
     """vLLM's tokens in, tokens out: prompt and answer as ids, so that nothing is cut into tokens again."""
 
-    name, every = "tokens", True
+    name, every, by_ids, closing = "tokens", True, True, True
+    gives: Gives = "passes"
 
     def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
         """See ``Road``."""
@@ -140,7 +170,8 @@ class Tokens:
 class Sglang:
     """SGLang's own route. Prompts are made here, by the model's processor."""
 
-    name, every = "sglang", True
+    name, every, by_ids, closing = "sglang", True, True, True
+    gives: Gives = "passes"
 
     def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
         """See ``Road``."""
@@ -179,7 +210,8 @@ class NextToken:
         by: the field that shuts out the others.
     """
 
-    every = False
+    every, by_ids, closing = False, True, True
+    gives: Gives = "passes"
 
     def __init__(self, by: Literal["allowed_token_ids", "logit_bias"]) -> None:
         self.name, self._by = f"next token ({by})", by
@@ -191,11 +223,8 @@ class NextToken:
         only: dict[str, Any] = (
             {"allowed_token_ids": [token]} if self._by == "allowed_token_ids" else {"logit_bias": {str(token): _BIAS}}
         )
-        beginning = "".join(
-            piece for piece, flag in zip(said.pieces[:step], said.special[:step], strict=True) if not flag
-        )
         ask = {**only, "logprobs": True, "top_logprobs": 0}
-        return "/v1/chat/completions", continued(said.prompt, images, beginning, ask=ask)
+        return "/v1/chat/completions", continued(said.prompt, images, said.before(step), ask=ask)
 
     def likeliest(self, body: dict[str, Any], number: int) -> bool:
         """See ``Road``."""
@@ -211,8 +240,101 @@ class NextToken:
         return {step: log_prob_in(_at(entry, "logprob"), f"token {step} of the answer")}
 
 
-ROADS: tuple[Road, ...] = (Tokens(), Sglang(), Chat(), NextToken("allowed_token_ids"), NextToken("logit_bias"))
+class Top:
+    """One token at a time, by what is likeliest in its place; a token that is not listed is known within bounds.
+
+    Args:
+        number: of the likeliest tokens that are asked for; APIs list 20, 5 or 1 at most.
+    """
+
+    every, by_ids, closing = False, False, False
+    gives: Gives = "bounds"
+
+    def __init__(self, number: int) -> None:
+        self.name, self._number = f"top ({number})", number
+
+    def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
+        """See ``Road``."""
+        assert step is not None
+        ask = {"logprobs": True, "top_logprobs": self._number}
+        return "/v1/chat/completions", continued(said.prompt, images, _begun(said, step), ask=ask)
+
+    def likeliest(self, body: dict[str, Any], number: int) -> bool:
+        """See ``Road``."""
+        return False
+
+    def read(self, said: Said, reply: Any, step: int | None) -> dict[int, Reading]:
+        """See ``Road``."""
+        assert step is not None
+        _same_beginning(said, reply, step)
+        entry = _first(_at(_at(_first(_at(reply, "choices")), "logprobs"), "content"))
+        listed = _at(entry, "top_logprobs")
+        if not isinstance(listed, list) or not listed:
+            raise Untrue("the server ignores top_logprobs: it lists no likely tokens")
+        values = [log_prob_in(_at(one, "logprob"), "a likely token") for one in listed]
+        left = 1.0 - sum(map(math.exp, values))
+        if left < 1.0 - _SUM:
+            raise Untrue(f"the probabilities of the likeliest tokens add up to {1 - left:.3g}: they are none")
+        same = [value for one, value in zip(listed, values, strict=True) if _at(one, "token") == said.raw[step]]
+        if same:  # two tokens may be shown by the same text: it is one of them
+            return {step: min(same) if min(same) == max(same) else (min(same), max(same))}
+        return {step: (-math.inf, min(*values, math.log(max(left, 0.0) + _ROUNDING)))}
+
+
+class Sampled:
+    """One token at a time, drawn by the model's probabilities: whether it was the one that is asked about.
+
+    Args:
+        whole: further fields that keep an engine from drawing among the likeliest tokens alone, which is what a model's
+            own generation settings may say.
+    """
+
+    every, by_ids, closing = False, False, False
+    gives: Gives = "samples"
+
+    def __init__(self, name: str, whole: Mapping[str, Any]) -> None:
+        self.name, self._whole = name, {"temperature": 1, "top_p": 1, **whole}
+
+    def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
+        """See ``Road``."""
+        assert step is not None
+        return "/v1/chat/completions", continued(said.prompt, images, _begun(said, step), ask=self._whole)
+
+    def likeliest(self, body: dict[str, Any], number: int) -> bool:
+        """See ``Road``."""
+        return False
+
+    def read(self, said: Said, reply: Any, step: int | None) -> dict[int, Reading]:
+        """See ``Road``."""
+        assert step is not None
+        _same_beginning(said, reply, step)
+        return {step: 0.0 if spoken_in(reply) == said.raw[step] else -math.inf}
+
+
+ROADS: tuple[Road, ...] = (
+    Tokens(),
+    Sglang(),
+    Chat(),
+    NextToken("allowed_token_ids"),
+    NextToken("logit_bias"),
+    Top(20),
+    Top(5),
+    Top(1),
+    Sampled("sampling", {"top_k": -1, "min_p": 0, "repetition_penalty": 1}),
+    Sampled("sampling (top_p alone)", {}),
+)
 """All of them, best first."""
+
+
+def spoken_in(reply: Any) -> str:
+    """The text of a chat's reply. Raises ``Untrue`` where it has none."""
+    message = _at(_first(_at(reply, "choices")), "message")
+    text = _at(message, "content")
+    if text is None and isinstance(message, dict) and not message.get("reasoning_content"):
+        return ""  # the turn was closed at once
+    if not isinstance(text, str):
+        raise Untrue("the server's answer has no text: a reasoning or tool parser may have taken it")
+    return text
 
 
 def continued(prompt: Prompt, images: Sequence[str], beginning: str, *, ask: Mapping[str, Any]) -> dict[str, Any]:
@@ -229,7 +351,23 @@ def continued(prompt: Prompt, images: Sequence[str], beginning: str, *, ask: Map
     }
 
 
+def _begun(said: Said, step: int) -> str:
+    """The answer before a token that is known by its text. Raises ``ReplayError`` for one that has none of its own."""
+    if said.special[step] or not said.raw[step] or _CUT in said.raw[step]:
+        raise ReplayError(
+            f"token {step} of the answer, {said.raw[step]!r}, is no text of whole characters, and this server is asked "
+            "about tokens by their text: leave it out (tokens=…)"
+        )
+    return said.before(step)
+
+
 # ------------------------------------------------------------------------------------------------------------- replies
+
+
+def _same_beginning(said: Said, reply: Any, step: int) -> None:
+    """Check, where the server names ids, that it has continued what it was to continue. Raises ``Untrue``."""
+    if said.prompt_ids:
+        _same_ids(_at(reply, "prompt_token_ids"), [*said.prompt_ids, *said.token_ids[:step]], "prompt and answer")
 
 
 def _prompt_log_probs(reply: Any, said: Said, held: int) -> dict[int, float]:
@@ -246,6 +384,12 @@ def _prompt_log_probs(reply: Any, said: Said, held: int) -> dict[int, float]:
             raise Untrue(f"the server gives no log-probability for {what}, id {token}, but for {_short(entry)}")
         found[step] = log_prob_in(_at(entry[str(token)], "logprob"), what)
     return found
+
+
+def check_continued(reply: Any, said: Said) -> None:
+    """Check that a chat has read prompt and answer, but for the closing tokens, as they are. Raises ``Untrue``."""
+    held = len(said.token_ids) - said.closing
+    _same_ids(_at(reply, "prompt_token_ids"), [*said.prompt_ids, *said.token_ids[:held]], "prompt and answer")
 
 
 def likeliest_in(entry: Any, own: str, value: float) -> tuple[float, str]:

@@ -14,19 +14,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from PIL import features
 
 from lvlm_probe._version import versions_of
-from lvlm_probe.errors import ImageError, ModelMismatch, ReplayError
-from lvlm_probe.images import Baseline, CompositePath, make_baseline
+from lvlm_probe.errors import ImageError, ModelMismatch, ProcessorRefused, ReplayError
+from lvlm_probe.images import Baseline, CompositePath, ImagePath, make_baseline
 from lvlm_probe.images.baselines import KINDS
-from lvlm_probe.serving.checks import Checks, check_answer
+from lvlm_probe.serving.checks import Checks, check_answer, check_same
 from lvlm_probe.serving.forcing import Forcing
-from lvlm_probe.serving.generating import generated, generated_by_sglang, prompt_alone, said_of
+from lvlm_probe.serving.generating import (
+    NoLogProbs,
+    generated,
+    generated_by_sglang,
+    prompt_alone,
+    said_of,
+    walked,
+)
 from lvlm_probe.serving.journal import FILE, Journal
 from lvlm_probe.serving.measuring import QUESTION, Measured, drawn, measured
-from lvlm_probe.serving.messages import PICTURE_FORMAT, Prompt, Said, as_uri
-from lvlm_probe.serving.replays import ServedReplay
-from lvlm_probe.serving.roads import Chat, Road, Untrue, continued, likeliest_in, log_prob_in
+from lvlm_probe.serving.messages import PNG, WEBP, PictureFormat, Prompt, Said, as_uri, smaller
+from lvlm_probe.serving.replays import EstimatedReplay, ServedReplay
+from lvlm_probe.serving.roads import Gives, Road, Untrue, check_continued, continued, likeliest_in, log_prob_in
 from lvlm_probe.serving.transport import Refused, Spent, Transport
 from lvlm_probe.trace import Trace, open_trace, write
 from lvlm_probe.trace.image_files import encode_picture, open_image
@@ -41,6 +50,11 @@ _PROBE_TOKENS = 8
 """Tokens of the answer that capabilities are measured on."""
 _META = "served"
 """Where a trace keeps what is needed to ask the server again."""
+_WHAT: dict[Gives, str] = {
+    "passes": "exact log-probabilities of a given answer",
+    "bounds": "log-probabilities of tokens that are among the likeliest, and bounds on those of others",
+    "samples": "samples alone, whose mean is the probability",
+}
 
 
 def connect(
@@ -60,25 +74,28 @@ def connect(
 ) -> Server:
     """Find out what a server can do: an engine with an OpenAI-compatible API that runs the model somewhere else.
 
-    Costs a dozen small requests: a short answer about a drawn image, and the roads (``serving.roads``) tried on it.
+    Costs a dozen small requests: a short answer about a drawn image, and the roads (``serving.roads``) tried on it;
+    some dozens where the server gives no log-probabilities of a given answer.
 
     Args:
         url: ``http://host:8000``, with or without ``/v1``.
         model: the name that it is served under; may be left out where there is one.
-        processor: the model's processor, without its weights; only SGLang needs it, to make prompts.
+        processor: the model's processor, without its weights: says what the model sees of an image, which is drawn on
+            pages, and makes the prompts of SGLang, which alone needs it.
         key_variable: environment variable of the key, if one is needed. It is sent to ``url``, and kept nowhere.
         concurrency: requests under way at the same time, at most.
         retries: how often a request is sent again when the server is busy or the connection drops.
         timeout: seconds that the server may say nothing.
         max_requests: requests in all, these included; ``None``: any number. Methods that would send more end before.
         journal: file of answers that are paid for; by default ``served.jsonl`` beside each trace.
-        road: the only road to use, e.g. ``"chat"``; by default the best that works.
+        road: the only road to use: ``"tokens"``, ``"chat"``, ``"next token"``, ``"top"`` or ``"sampling"``; by default
+            the best that works.
         tell: called with a sentence before a method sends many requests: how many, megabytes, an estimate of the time.
         sleep: waits for some seconds, between two tries.
 
     Raises:
-        ReplayError: the server cannot be reached, has no such model, or gives no log-probabilities of an answer that
-            can be used; the message says what was tried and why not.
+        ReplayError: the server cannot be reached, has no such model, or gives nothing of an answer that can be used;
+            the message says what was tried and why not.
     """
     transport = Transport(
         url,
@@ -126,22 +143,23 @@ class Server:
                 f"{transport.address} is SGLang, which returns no prompt: give the model's processor (not its "
                 "weights), connect(url, processor=AutoProcessor.from_pretrained(…))"
             )
+        self._walks = road is not None and road.startswith("sampling")
         image = drawn()
-        try:
-            said = self._generate(Prompt(QUESTION), [image], _PROBE_TOKENS, {})
-        except Refused as error:
-            raise ReplayError(
-                f"{self.name} does not answer a question about an image with log-probabilities and token ids: {error}"
-            ) from error
+        said = self._first_answer(image, road)
         found = measured(said, [image], self._measuring(), wanted=road, sglang=self._sglang)
         self.measured: tuple[Measured, ...] = tuple(one for _, one in found)
         self._roads = [road for road, one in found if one.works]
         if not self._roads:
-            why = "; ".join(f"{one.road}: {one.reason}" for one in self.measured)
+            why: dict[str | None, list[str]] = {}
+            for one in self.measured:
+                why.setdefault(one.reason, []).append(one.road)
+            told = "; ".join(f"{', '.join(roads)}: {reason}" for reason, roads in why.items())
             raise ReplayError(
-                f"{self.name} gives no log-probabilities of a given answer that could be used ({why}). vLLM gives them "
-                "by default; sampling an API that gives none is not built"
+                f"{self.name} gives no log-probabilities of a given answer that could be used ({told}). vLLM gives "
+                "them by default"
             )
+        self._walks = self.gives == "samples"
+        self.takes_webp = self._takes_webp(said, image)
 
     # ------------------------------------------------------------------ what it is
 
@@ -163,6 +181,16 @@ class Server:
         return self._roads[0].name
 
     @property
+    def gives(self) -> Gives:
+        """What that road gives: ``"passes"``, exact log-probabilities; ``"bounds"`` on them; ``"samples"``."""
+        return self._roads[0].gives
+
+    @property
+    def what(self) -> str:
+        """What that road gives, in words."""
+        return _WHAT[self.gives]
+
+    @property
     def spent(self) -> Spent:
         """Requests, retries, megabytes so far."""
         return self._transport.spent
@@ -180,14 +208,16 @@ class Server:
     def describe(self) -> str:
         """What it can do, in sentences."""
         lines = [f"{self.name} at {self.engine['url']}"]
+        gives = {road.name: _WHAT[road.gives] for road in self._roads}
         for one in self.measured:
             if one.works:
                 off = "" if one.difference is None else f", {one.difference:.1g} nats from its own generation"
                 used = ", in use" if one.road == self.road else ""
-                lines.append(f"  {one.road}: exact log-probabilities of a given answer{off}{used}")
+                lines.append(f"  {one.road}: {gives[one.road]}{off}{used}")
             else:
                 lines.append(f"  {one.road}: no. {one.reason}")
-        lines.append("  it gives no gradients, attention or activations: rise, occlusion, greedy and floors can be run")
+        can = "rise, occlusion, greedy and floors" if self.gives == "passes" else "rise and floors, nothing else,"
+        lines.append(f"  it gives no gradients, attention or activations: {can} can be run")
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -195,11 +225,11 @@ class Server:
 
     def __repr__(self) -> str:
         roads = ", ".join(one.road for one in self.measured if one.works)
-        return f"<{self.name}: exact log-probabilities ({roads})>"
+        return f"<{self.name}: {self.what} ({roads})>"
 
-    def cost(self, requests: int, images: Sequence[Image.Image]) -> str:
+    def cost(self, requests: int, images: Sequence[Image.Image], form: PictureFormat = PNG) -> str:
         """What requests with such images come to: number, megabytes, and an estimate of the time."""
-        megabytes = requests * sum(len(as_uri(image)) for image in images) / 1e6
+        megabytes = requests * sum(len(as_uri(image, form)) for image in images) / 1e6
         said = f"{requests:,} requests, about {megabytes:,.0f} MB"
         if rate := self.spent.per_second:
             return f"{said}, {_duration(requests / rate)}"
@@ -257,7 +287,7 @@ class Server:
             max_tokens: length of the answer at most.
             baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or an image: what log-likelihood ratios are
                 taken to.
-            llr: take them, which costs a request.
+            llr: take log-likelihood ratios, which costs a request.
             fields: further fields of every request, e.g. ``{"chat_template_kwargs": {"enable_thinking": False}}``.
             sampling: of the generation; greedy by default.
 
@@ -278,14 +308,18 @@ class Server:
             said = self._given(prompt, images, answer, token_ids)
         road = self._road_for(said, len(images))
         said, left_out = _fitting(said, road)
-        forcing = self._forcing(said, road, Path(out))
+        forcing = self._forcing(said, road, Path(out), images)
         checks = check_answer(forcing, images, said.log_probs)
         made = [make_baseline(one, baseline) for one in images]
-        lost = forcing.score([lambda: [one.image for one in made]])[0].numpy() if llr else None
+        lost = forcing.score([lambda: [one.image for one in made]])[0].numpy() if llr and said.log_probs else None
+        if road.gives != "passes" and lost is not None and np.isnan(lost[list(forcing.askable)]).any():
+            lost = None
         forcing.confirmed()
         row = self._row(said, images, made[0], lost, given=answer is not None)
         row.notes += left_out
-        row.meta[_META] = self._about(said, road, checks)
+        if llr and lost is None:
+            row.notes.append(f"log-likelihood ratios are not known: the server gives {_WHAT[road.gives]}")
+        row.meta[_META] = self._about(said, road, checks, forcing.form)
         return open_trace(write(Capture([row], self._model(), _now()), out))
 
     def measured_answer(
@@ -295,32 +329,34 @@ class Server:
         answer: str,
         *,
         token_ids: Sequence[int] | None = None,
+        system: str | None = None,
         baseline: str | Image.Image = "blur",
     ) -> RowCapture:
         """An answer that was given before, with its log-probabilities on the images and on their baseline.
 
-        Three requests; the checks of ``ask`` are left to those of ``connect`` and of each reply.
+        Three requests, or as many as the journal of ``connect(…, journal=…)`` lacks; the checks of ``ask`` are left to
+        those of ``connect`` and of each reply.
 
         Args:
             images: of the prompt, RGB.
             question: the user's turn.
             answer: what was answered.
             token_ids: its tokens, to be checked against the server's.
-            baseline: as for ``ask``.
+            system, baseline: as for ``ask``.
 
         Raises:
             ReplayError: the server does not answer, or not about this answer.
         """
-        said = self._given(Prompt(question), images, answer, token_ids)
+        said = self._given_before(Prompt(question, system), images, answer, token_ids)
         road = self._road_for(said, len(images))
         said, _ = _fitting(said, road)
         made = [make_baseline(one, baseline) for one in images]
-        forcing = self._measuring()(road, said)
+        forcing = self._measuring()(road, said) if self._journal is None else self._forcing(said, road, Path(), images)
         return self._row(
             said, images, made[0], forcing.score([lambda: [one.image for one in made]])[0].numpy(), given=True
         )
 
-    def replayed(self, trace: Trace, *, processor: object | None = None, strict: bool = True) -> ServedReplay:
+    def replayed(self, trace: Trace, *, processor: Any = None, strict: bool = True) -> ServedReplay:
         """The answer of a trace on this server; see ``lvlm_probe.replay``. Costs a few requests of checks."""
         about = trace.meta.get(_META)
         known: Mapping[str, Any] = about if isinstance(about, Mapping) else {}
@@ -335,8 +371,8 @@ class Server:
         if not trace.images:
             raise ImageError(f"{trace.path.name} holds no image: there is nothing to mask")
         said = _said_of(trace, known)
-        forcing = self._forcing(said, self._road_for(said, len(trace.images)), trace.path.parent)
         images = [image.convert("RGB") for image in trace.images]
+        forcing = self._forcing(said, self._road_for(said, len(images)), trace.path.parent, images)
         checks = check_answer(forcing, images, trace.log_probs.tolist(), strict=strict, likeliest=not known)
         forcing.confirmed()
         recorded = dict(trace.baseline or {})
@@ -344,8 +380,26 @@ class Server:
         recorded, kind = (recorded, kind) if kind in KINDS else ({}, "blur")
         params = {name: recorded[name] for name in ("strength", "seed") if recorded.get(name) is not None}
         made = [make_baseline(image, kind, **params) for image in images]
-        path = CompositePath(images, [one.image for one in made])
-        return ServedReplay(trace, self, forcing, checks, path, {**recorded, "kind": made[0].kind, **made[0].params})
+        seen = _seen_by(self._processor if processor is None else processor, images)
+        path = CompositePath(images, [one.image for one in made], seen=seen)
+        kind_of = ServedReplay if forcing.road.gives == "passes" else EstimatedReplay
+        return kind_of(trace, self, forcing, checks, path, {**recorded, "kind": made[0].kind, **made[0].params})
+
+    def captured(self, trace: Trace) -> dict[str, Any]:
+        """The server's reply to a trace's prompt and answer, with the queries and keys that vllm-lens captures while
+        they are read; ``lvlm_probe.import_attention`` makes attention rows of them. One request.
+
+        Raises:
+            Untrue: the server reads another prompt or answer.
+            ReplayError: the server does not do that.
+        """
+        about = trace.meta.get(_META)
+        said = _said_of(trace, about if isinstance(about, Mapping) else {})
+        uris = [as_uri(image.convert("RGB")) for image in trace.images]
+        body = continued(said.prompt, uris, said.answer, ask={"vllm_xargs": {"output_qk": "true"}})
+        reply: dict[str, Any] = self._post("/v1/chat/completions", body)
+        check_continued(reply, said)
+        return reply
 
     # ------------------------------------------------------------------ inside
 
@@ -363,7 +417,7 @@ class Server:
             token_ids=np.asarray(said.token_ids, np.int64),
             tokens=list(said.pieces),
             special=np.asarray(said.special, bool),
-            log_probs=np.asarray(said.log_probs, np.float32),
+            log_probs=np.asarray(said.log_probs or [np.nan] * len(said.token_ids), np.float32),
             log_probs_source="teacher_forced" if given else "generation",
             top_log_probs=np.asarray(said.top_log_probs, np.float32) if said.top_log_probs else None,
             top_tokens=list(said.top_tokens) if said.top_log_probs else None,
@@ -376,8 +430,33 @@ class Server:
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         return self._transport.post(path, {"model": self.model, **body})
 
+    def _first_answer(self, image: Image.Image, road: str | None) -> Said:
+        """A short answer of the server's, with log-probabilities where it gives any. Raises ``ReplayError``."""
+        asked: tuple[Any, ...] = (Prompt(QUESTION), [image], _PROBE_TOKENS, {})
+        try:
+            try:
+                return self._generate(*asked)
+            except NoLogProbs as error:
+                if road is not None:
+                    raise
+                self._walks = True
+                try:
+                    return self._generate(*asked)
+                except ReplayError as other:
+                    raise ReplayError(f"{self.name}: {error}; and it cannot be sampled: {other}") from other
+        except Refused as error:
+            raise ReplayError(
+                f"{self.name} does not answer a question about an image with log-probabilities: {error}"
+            ) from error
+
     def _generate(self, prompt: Prompt, images: Sequence[Image.Image], most: int, sampling: dict[str, Any]) -> Said:
         uris = [as_uri(image) for image in images]
+        if self._walks:
+            if sampling:
+                raise ReplayError(
+                    f"{self.name} gives {self.what}: its answer has to be the greedy one, without sampling="
+                )
+            return walked(self._post, prompt, uris, max_tokens=most)
         if not self._sglang:
             return generated(self._post, prompt, uris, max_tokens=most, **sampling)
         ids = self._prompt_ids(prompt, len(images))
@@ -394,12 +473,40 @@ class Server:
         found: list[int] = self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
         return found
 
+    def _given_before(
+        self, prompt: Prompt, images: Sequence[Image.Image], answer: str, token_ids: Sequence[int] | None
+    ) -> Said:
+        """``_given``, or what the journal has of it."""
+        if self._journal is None:
+            return self._given(prompt, images, answer, token_ids)
+        journal = self._kept_in(self._journal)
+        about = [prompt.question, prompt.system, answer, list(token_ids or ()), self.identity]
+        digest = hashlib.sha256(json.dumps(about).encode())
+        for image in images:
+            digest.update(repr((image.mode, image.size)).encode() + image.tobytes())
+        key = digest.hexdigest()
+        if (known := journal.said(key)) is not None and (found := _said_in(prompt, answer, known)) is not None:
+            return found
+        said = self._given(prompt, images, answer, token_ids)
+        journal.keep_said(key, {name: list(getattr(said, name)) for name in _SAID})
+        return said
+
+    def _kept_in(self, path: Path) -> Journal:
+        if path not in self._journals:
+            self._journals[path] = Journal(path)
+        return self._journals[path]
+
     def _given(
         self, prompt: Prompt, images: Sequence[Image.Image], answer: str, token_ids: Sequence[int] | None
     ) -> Said:
         """An answer that was given before, by the tokens that the server makes of it."""
         if not answer.strip():
             raise ReplayError("there is no answer to measure")
+        if self.gives != "passes":
+            raise ReplayError(
+                f"{self.name} gives {self.what}, of what it says itself: an answer that was given before cannot be "
+                "measured through it"
+            )
         uris = [as_uri(image) for image in images]
         before = prompt_alone(self._post, prompt, uris)
         reply = self._post("/v1/chat/completions", continued(prompt, uris, answer, ask={"prompt_logprobs": 1}))
@@ -438,36 +545,50 @@ class Server:
                 reasons.append(f"{road.name}: {error}")
         raise ReplayError(f"{self.name} cannot be asked about this answer ({'; '.join(reasons)})")
 
-    def _forcing(self, said: Said, road: Road, folder: Path) -> Forcing:
-        at = folder / FILE if self._journal is None else self._journal
-        if at not in self._journals:
-            self._journals[at] = Journal(at)
+    def _forcing(self, said: Said, road: Road, folder: Path, images: Sequence[Image.Image]) -> Forcing:
+        journal = self._kept_in(folder / FILE if self._journal is None else self._journal)
         engine = {name: value for name, value in self.engine.items() if name != "url"}  # it may move
         return Forcing(
             self._post,
             road,
             said,
             engine=engine,
-            journal=self._journals[at],
+            journal=journal,
             workers=self._workers,
             spent=self.spent,
+            form=smaller(images) if self.takes_webp else PNG,
         )
 
-    def _measuring(self) -> Callable[[Road, Said], Forcing]:
+    def _measuring(self, form: PictureFormat = PNG) -> Callable[[Road, Said], Forcing]:
         """Requests of a road that is tried; nothing of it is kept."""
         return lambda road, said: Forcing(
-            self._post, road, said, engine={}, journal=Journal(None), workers=self._workers, spent=self.spent
+            self._post, road, said, engine={}, journal=Journal(None), workers=self._workers, spent=self.spent, form=form
         )
 
-    def _about(self, said: Said, road: Road, checks: Checks) -> dict[str, Any]:
+    def _takes_webp(self, said: Said, image: Image.Image) -> bool:
+        """Whether the server reads the same image in lossless WebP as in PNG."""
+        if not features.check("webp"):
+            return False
+        road = self._roads[0]
+        said, _ = _fitting(said, road)
+        forcing = self._measuring(WEBP)(road, said)
+        try:
+            check_same(forcing, [image], torch.tensor(said.log_probs))
+        except (ReplayError, ModelMismatch):
+            return False
+        return True
+
+    def _about(self, said: Said, road: Road, checks: Checks, form: PictureFormat) -> dict[str, Any]:
         return {
             "engine": dict(self.engine),
             "road": road.name,
+            "gives": road.gives,
+            **({"texts": list(said.texts)} if said.texts else {}),
             "measured": [vars(one) for one in self.measured],
             "system": said.prompt.system,
             "fields": dict(said.prompt.fields),
             "checks": checks.to_dict(),
-            "images_as": PICTURE_FORMAT,
+            "images_as": form,
             "concurrency": self._transport.concurrency,
             "spent": dict(vars(self.spent)),
         }
@@ -484,18 +605,31 @@ def _fitting(said: Said, road: Road) -> tuple[Said, list[str]]:
     """The answer as the road can hold it, and what was left out."""
     if all(said.special):
         raise ReplayError("the server's answer is empty: there is nothing to explain")
-    if not isinstance(road, Chat) or not said.closing:
+    if road.closing or not said.closing:
         return said, []
     kept = len(said.token_ids) - said.closing
-    names = ("token_ids", "pieces", "special", "log_probs", "top_log_probs", "top_tokens")
+    names = ("token_ids", "pieces", "special", "log_probs", "top_log_probs", "top_tokens", "texts")
     parts = {name: getattr(said, name)[:kept] for name in names}
     left = "".join(said.pieces[kept:]) or "the closing token"
     return dataclasses.replace(said, **parts), [f"{left} is left out: a chat message cannot hold it"]
 
 
+def _seen_by(processor: Any, images: Sequence[Image.Image]) -> Any:
+    """What a processor lets through of images; ``None`` where there is none, or it cannot be watched."""
+    if processor is None:
+        return None
+    try:
+        path = ImagePath.from_processor(processor, images)
+        path.seen(0, (1, 1))
+    except (ImageError, ProcessorRefused):
+        return None
+    return path.seen
+
+
 def _said_of(trace: Trace, known: Mapping[str, Any]) -> Said:
     """The answer of a trace, as it is asked about."""
-    fields, system = known.get("fields"), known.get("system")
+    fields, system, texts = known.get("fields"), known.get("system"), known.get("texts")
+    raw = tuple(map(str, texts)) if isinstance(texts, list | tuple) and len(texts) == len(trace.tokens) else ()
     if trace.question is None:
         raise ReplayError(f"{trace.path.name} does not say what was asked: record it with question=…")
     return Said(
@@ -510,7 +644,21 @@ def _said_of(trace: Trace, known: Mapping[str, Any]) -> Said:
         tuple(trace.special.tolist()),
         tuple(trace.input_ids.tolist()),
         tuple(trace.log_probs.tolist()),
+        texts=raw,
     )
+
+
+_SAID = ("token_ids", "pieces", "special", "prompt_ids", "log_probs", "top_log_probs", "top_tokens", "texts")
+"""What a journal keeps of an answer."""
+
+
+def _said_in(prompt: Prompt, answer: str, kept: Mapping[str, Any]) -> Said | None:
+    """An answer that a journal kept; ``None`` where a line is none of ours."""
+    parts = {name: tuple(kept[name]) if isinstance(kept.get(name), list) else None for name in _SAID}
+    if any(part is None for part in parts.values()):
+        return None
+    whole = [len(parts[name] or ()) for name in _SAID[:3]]
+    return Said(prompt, answer, finish="length", **parts) if len({*whole}) == 1 and whole[0] else None  # type: ignore[arg-type]
 
 
 def _card(transport: Transport, model: str | None) -> dict[str, Any]:

@@ -1,31 +1,35 @@
-"""A real engine against the model itself: the same scenes through a vLLM server and here, and through a faulty proxy.
+"""Real engines against the model itself: the same scenes through vLLM servers and here.
 
     integrations/vllm/install .venv-vllm                     # once: an environment of its own, 3.5 GB
-    integrations/vllm/start .venv-vllm CHECKPOINT 8101       # serves it on the loopback
-    python tests/campaigns/served.py --url http://127.0.0.1:8101 --scenes 20 --out tests/benchmarks/results/served.json
+    python tests/campaigns/served.py --env .venv-vllm --out tests/benchmarks/results/served.json
 
-Of every scene: the largest and the mean difference of log-probabilities under 0/1 masks, the rank correlation of maps
-by RISE and occlusion, and the scores of both. Then the first scene once more with a quarter of all requests failing,
-and once more by a run that is killed half-way. ``make served`` does all of it.
+It starts the servers it needs, one after the other, by ``integrations/vllm/start``. Each part of ``PARTS`` is written
+as soon as it is done, and a second call does what is missing; ``--only`` does some again. ``make served`` does it all.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import http.client
 import http.server
 import json
+import os
 import platform
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +38,15 @@ import torch
 
 import lvlm_probe as probe
 from lvlm_probe._version import versions_of
+from lvlm_probe.importing.meter import Reading, measure
+from lvlm_probe.serving.messages import as_uri
 
-RISE: dict[str, Any] = {"method": "rise", "masks": 150, "cells": 5, "strengthen": False}
+ROOT = Path(__file__).parents[2]
+
+RISE: dict[str, Any] = {"method": "rise", "masks": 100, "cells": 5, "strengthen": False}
 METHODS: dict[str, dict[str, Any]] = {
     "rise": RISE,
-    "occlusion": {"method": "occlusion", "size": 10, "strengthen": False},
+    "occlusion": {"method": "occlusion", "size": 8, "strengthen": False},
 }
 
 
@@ -58,7 +66,7 @@ def one_scene(server: Any, model: Any, processor: Any, scene: Any, folder: Path)
     trace = server.ask(scene.image, scene.question, out=folder)
     replay = probe.replay(trace, server)
     answer = probe.ask(model, processor, scene.image, scene.question)
-    local = answer.replay
+    local = answer.replay.over(replay.baseline)  # asking here may have chosen a stronger blur
     masks = torch.rand(32, 8, 8, generator=torch.Generator().manual_seed(scene.index)).round()
     steps = len(trace.token_ids)
     apart = (replay.log_probs(masks) - local.log_probs(masks, mode="exact")[:, :steps]).abs()
@@ -74,7 +82,7 @@ def one_scene(server: Any, model: Any, processor: Any, scene: Any, folder: Path)
         if first.values is None or second.values is None:
             found[name] = {"reason": first.reason, "local_reason": second.reason}
             continue
-        served, here = probe.evaluate(first, replay, steps=25), probe.evaluate(second, local, steps=25, mode="exact")
+        served, here = probe.evaluate(first, replay, steps=12), probe.evaluate(second, local, steps=12, mode="exact")
         found[name] = {
             "spearman": float(np.corrcoef(ranks(first.values), ranks(second.values))[0, 1]),
             "deletion": [served.deletion, here.deletion],
@@ -152,7 +160,7 @@ KILLED = """
 import sys, lvlm_probe as probe
 url, trace, journal = sys.argv[1:]
 with probe.connect(url, journal=journal) as server:
-    probe.explain(probe.replay(probe.open_trace(trace), server), method="rise", masks=150, cells=5, strengthen=False)
+    probe.explain(probe.replay(probe.open_trace(trace), server), method="rise", masks=100, cells=5, strengthen=False)
 """
 
 
@@ -177,32 +185,353 @@ def killed(url: str, scene: Any, folder: Path) -> dict[str, Any]:
     return {"same_map": bool(np.array_equal(whole.values, again.values)), "asked": asked, "reused": reused}
 
 
+METERED = """
+import sys, lvlm_probe as probe
+from lvlm_probe.importing.meter import measure
+url, file, journal = sys.argv[1:]
+with probe.connect(url, journal=journal) as server:
+    list(measure(file, server))
+"""
+
+
+def metered(url: str, scenes: Any, folder: Path) -> dict[str, Any]:
+    """A meter that is killed after ten answers, and goes on."""
+    journal, file = folder / "metered.jsonl", folder / "answers.jsonl"
+    for scene in scenes:
+        scene.image.save(folder / f"{scene.index}.png")
+    rows = [{"image": f"{one.index}.png", "question": one.question, "answer": one.answer} for one in scenes]
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    child = subprocess.Popen([sys.executable, "-c", METERED, url, str(file), str(journal)])
+    while child.poll() is None and (not journal.is_file() or journal.read_bytes().count(b'"said"') < 10):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    with probe.connect(url, journal=journal) as server:
+        before = server.spent.requests
+        found = [one for one in measure(file, server) if isinstance(one, Reading)]
+        asked, reused = server.spent.requests - before, server.spent.reused
+    model, processor = probe.demo.load()
+    local = [one for one in measure(file, model, processor) if isinstance(one, Reading)]
+    apart = [
+        abs(word.llr - other.llr)
+        for one, two in zip(found, local, strict=True)
+        for word, other in zip(one.words, two.words, strict=True)
+    ]
+    return {"answers": len(found), "asked": asked, "reused": reused, "largest_llr_difference": max(apart)}
+
+
+# ------------------------------------------------------------------------------------------------------------- servers
+
+
+@contextlib.contextmanager
+def engine(env: Path, checkpoint: Path | str, *more: str, lens: bool = False) -> Iterator[str]:
+    """A vLLM server on the loopback while the block runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(ROOT / "integrations/vllm/start"), str(env), str(checkpoint), str(port), *more]
+    with running(command, f"http://127.0.0.1:{port}", "/health", {"LENS": "1"} if lens else {}) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def running(command: list[str], url: str, path: str, more: dict[str, str]) -> Iterator[str]:
+    """A server, as soon as it answers; its log beside the results if it does not."""
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **more}
+        )
+        try:
+            while not answers(url + path):
+                if child.poll() is not None:
+                    log.seek(0)
+                    raise SystemExit(f"{command[0]} ended:\n{log.read().decode()[-3000:]}")
+                time.sleep(2)
+            yield url
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
+            child.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+def road_part(road: str, env: Path, scenes: int) -> dict[str, Any]:
+    """Agreement on one road, and its throughput as a ratio to passes here."""
+    model, processor = probe.demo.load()
+    with (
+        engine(env, probe.demo.path()) as url,
+        tempfile.TemporaryDirectory() as name,
+        probe.connect(url, road=road) as server,
+    ):
+        chosen = probe.demo.scenes(scenes)
+        started = time.perf_counter()
+        rows = [one_scene(server, model, processor, scene, Path(name)) for scene in chosen]
+        found = {"scenes": rows, "spent": vars(server.spent).copy(), "seconds": time.perf_counter() - started}
+        engine_facts = {key: value for key, value in server.engine.items() if key not in ("url", "root")}
+        return {
+            **found,
+            "engine": engine_facts,
+            "throughput": throughput(server, model, processor, chosen[0], Path(name)),
+        }
+
+
+def throughput(server: Any, model: Any, processor: Any, scene: Any, folder: Path) -> dict[str, float]:
+    """Masked images per second: through the server at 8 at a time, and here, one and sixteen at a time."""
+    replay = probe.replay(server.ask(scene.image, scene.question, out=folder), server)
+    local = probe.ask(model, processor, scene.image, scene.question).replay
+    masks = torch.rand(64, 8, 8, generator=torch.Generator().manual_seed(99)).round()
+
+    def rate(run: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        run()
+        return len(masks) / (time.perf_counter() - started)
+
+    return {
+        "server": rate(lambda: replay.log_probs(masks)),
+        "exact_one_by_one": rate(lambda: local.log_probs(masks, mode="exact", micro_batch=1)),
+        "fast_by_sixteen": rate(lambda: local.log_probs(masks, micro_batch=16)),
+        "load": os.getloadavg()[0],
+    }
+
+
+def trouble_part(env: Path, scenes: int) -> dict[str, Any]:
+    """Faults on the way, a map and a meter that are killed, and roads that give less than log-probabilities."""
+    chosen = probe.demo.scenes(scenes)
+    with engine(env, probe.demo.path()) as url, tempfile.TemporaryDirectory() as name:
+        return {
+            "faults": through_faults(url, chosen[0], Path(name)),
+            "killed": killed(url, chosen[0], Path(name)),
+            "meter": metered(url, chosen, Path(name)),
+            "less": {
+                road: less(url, road, chosen[0], Path(name) / road) for road in ("top (5)", "top (1)", "sampling")
+            },
+        }
+
+
+def less(url: str, road: str, scene: Any, folder: Path) -> dict[str, Any]:
+    """RISE by bounds or samples against RISE by log-probabilities, with the same masks."""
+    options = {**RISE, "masks": 300, "score": "prob"}
+    with probe.connect(url) as server:
+        replay = probe.replay(server.ask(scene.image, scene.question, out=folder / "exact"), server)
+        words = probe.select_tokens(replay).text
+        exactly = probe.explain(replay, tokens=words, **options)
+    with probe.connect(url, road=road) as server:
+        replay = probe.replay(server.ask(scene.image, scene.question, out=folder), server)
+        before = server.spent.requests
+        found = probe.explain(replay, tokens=words, **options)
+        asked = server.spent.requests - before
+    record = {
+        "words": words,
+        "requests": asked,
+        "diagnostics": found.provenance.get("diagnostics"),
+        "reason": found.reason,
+    }
+    if found.values is not None:
+        record["spearman"] = float(np.corrcoef(ranks(exactly.values), ranks(found.values))[0, 1])
+    return record
+
+
+def batch_part(env: Path, scenes: int) -> dict[str, Any]:
+    """What ``vllm run-batch`` writes, imported here."""
+    model, processor = probe.demo.load()
+    with tempfile.TemporaryDirectory() as name:
+        asked, said = Path(name) / "asked.jsonl", Path(name) / "said.jsonl"
+        with asked.open("w") as file:
+            for scene in probe.demo.scenes(scenes):
+                content = [
+                    {"type": "image_url", "image_url": {"url": as_uri(scene.image)}},
+                    {"type": "text", "text": scene.question},
+                ]
+                body = {"model": "demo", "messages": [{"role": "user", "content": content}], "max_tokens": 32}
+                body |= {"temperature": 0, "logprobs": True, "return_token_ids": True}
+                line = {"custom_id": str(scene.index), "method": "POST", "url": "/v1/chat/completions", "body": body}
+                file.write(json.dumps(line) + "\n")
+        start = [str(ROOT / "integrations/vllm/start"), str(env), str(probe.demo.path()), "run-batch"]
+        subprocess.run([*start, "-i", asked, "-o", said], check=True, stdout=subprocess.DEVNULL)
+        found = probe.import_answers(said, model, processor, Path(name) / "traces", requests=asked)
+        apart = [one.largest_difference for one in found.imported if one.largest_difference is not None]
+        return {
+            "rows": len(said.read_text().splitlines()),
+            "imported": len(found.imported),
+            "compared": len(apart),
+            "rejected": dict(found.reasons),
+            "differing": len(found.differing),
+            "largest": max(apart, default=None),
+            "read_as": found.read_as,
+        }
+
+
+def qwen_part(env: Path, scenes: int) -> dict[str, Any]:
+    """A tiny Qwen2-VL with random weights: other positions, images of any size."""
+    with tempfile.TemporaryDirectory() as name:
+        checkpoint = Path(name) / "qwen"
+        make_qwen(checkpoint)
+        model, processor = probe.load(checkpoint)
+        with engine(env, checkpoint) as url, probe.connect(url, road="tokens") as server:
+            rows = []
+            for scene in probe.demo.scenes(scenes):
+                trace = server.ask(scene.image, scene.question, out=Path(name), max_tokens=8)
+                try:
+                    local = probe.ask(model, processor, scene.image, scene.question, max_new_tokens=8).replay
+                except probe.ProbeError as error:  # random weights say anything, the image token for one
+                    rows.append({"scene": scene.index, "skipped": str(error).rpartition("ReplayError: ")[2][:200]})
+                    continue
+                if trace.token_ids.tolist() != local.token_ids.tolist():
+                    rows.append({"scene": scene.index, "same_tokens": False})
+                    continue
+                replay = probe.replay(trace, server)
+                masks = torch.rand(8, 6, 6, generator=torch.Generator().manual_seed(scene.index)).round()
+                local = local.over(replay.baseline)  # asking here may have chosen a stronger blur
+                apart = (replay.log_probs(masks) - local.log_probs(masks, mode="exact")).abs()
+                row = {"scene": scene.index, "same_tokens": True, "largest": float(apart.max())}
+                rows.append({**row, "mean": float(apart.mean()), "numbers": apart.numel()})
+            said = server.describe()
+            try:  # random answers are cut into other tokens when they are read again
+                chat = probe.connect(url, road="chat").describe()
+            except probe.errors.ReplayError as error:
+                chat = str(error)
+    return {"scenes": rows, "tokens": said.splitlines()[1:], "chat": chat}
+
+
+def make_qwen(directory: Path) -> None:
+    """Save a Qwen2-VL of three layers with the demo's tokenizer; vLLM's attention on CPUs wants heads of 32."""
+    import transformers as hub
+
+    names = (
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<image>",
+        "<|video_pad|>",
+    )  # the demo's tokenizer has an image token
+    tokenizer = hub.AutoTokenizer.from_pretrained(probe.demo.path())
+    tokenizer.add_special_tokens({"additional_special_tokens": list(names)})
+    start, end, image, video = (tokenizer.convert_tokens_to_ids(name) for name in names)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    text = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 1024,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "rope_parameters": rope,
+        "tie_word_embeddings": False,
+    }
+    vision = {"depth": 2, "embed_dim": 128, "hidden_size": 128, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
+    ids = {"image_token_id": image, "video_token_id": video, "vision_start_token_id": start, "vision_end_token_id": end}
+    torch.manual_seed(0)
+    model = hub.Qwen2VLForConditionalGeneration(
+        hub.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    )
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    size = {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}
+    content = (
+        "{% for part in message['content'] %}{% if part['type'] in ('image', 'image_url') %}"
+        "<|vision_start|><image><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    )
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}>{% if message['content'] is string %}"
+        f"{{{{ message['content'] }}}}{{% else %}}{content}{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    hub.Qwen2VLImageProcessor(size=size, patch_size=14).save_pretrained(directory)
+    images = json.loads((directory / "preprocessor_config.json").read_text())
+    images |= {"processor_class": "Qwen2VLProcessor", "image_processor_type": "Qwen2VLImageProcessor"}
+    (directory / "preprocessor_config.json").write_text(json.dumps(images))
+    video = {"video_processor_type": "Qwen2VLVideoProcessor", "processor_class": "Qwen2VLProcessor", "size": size}
+    (directory / "video_preprocessor_config.json").write_text(json.dumps({**video, "patch_size": 14}))
+
+
+def lens_part(env: Path, scenes: int) -> dict[str, Any]:
+    """Attention rows from what vllm-lens captures, against those recorded on the model itself."""
+    model, processor = probe.demo.load()
+    rows = []
+    with engine(env, probe.demo.path(), lens=True) as url, tempfile.TemporaryDirectory() as name:
+        with probe.connect(url) as server:
+            for scene in probe.demo.scenes(scenes):
+                trace = server.ask(scene.image, scene.question, out=name)
+                made = probe.import_attention(trace, server, processor=processor)
+                local = probe.ask(model, processor, scene.image, scene.question, out=Path(name) / "local").trace
+                steps = len(made.token_ids)
+                apart = np.abs(made.attention.values - local.attention.values[:steps])
+                chosen = [int(np.nanargmax(trace.llr))]
+                maps = [probe.explain(one, method="attention", tokens=chosen).values for one in (made, local)]
+                rows.append(
+                    {
+                        "scene": scene.index,
+                        "largest": float(apart.max()),
+                        "boxes": float(np.abs(made.layout.patch_box - local.layout.patch_box).max()),
+                        "spearman": float(np.corrcoef(ranks(maps[0]), ranks(maps[1]))[0, 1]),
+                    }
+                )
+    return {"scenes": rows}
+
+
+def transformers_part(env: Path, scenes: int) -> dict[str, Any]:
+    """What ``transformers serve`` is told."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(env / "bin/transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        (Path(name) / "hub").mkdir()  # it lists what it has fetched, and fails where that is nowhere
+        more = {"HF_HUB_OFFLINE": "1", "HF_HOME": name}
+        stack.enter_context(running([*command, "--device", "cpu"], url, "/health", more))
+        try:
+            with probe.connect(url, str(probe.demo.path())) as server:
+                return {"used": server.describe()}
+        except probe.errors.ReplayError as error:
+            return {"refused": str(error).replace(str(probe.demo.path()), "demo").replace(url, "")}
+
+
+PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    "tokens": functools.partial(road_part, "tokens"),
+    "chat": functools.partial(road_part, "chat"),
+    "trouble": trouble_part,
+    "batch": batch_part,
+    "qwen": qwen_part,
+    "lens": lens_part,
+    "transformers_serve": transformers_part,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--url", required=True)
+    parser.add_argument("--env", type=Path, required=True, help="made by integrations/vllm/install")
     parser.add_argument("--scenes", type=int, default=20)
+    parser.add_argument("--only", help="parts to do again, with commas between them, or all")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model, processor = probe.demo.load()
-    chosen = probe.demo.scenes(options.scenes)
-    record: dict[str, Any] = {
-        "machine": platform.machine(),
-        "versions": versions_of("lvlm-probe", "torch", "transformers"),
-    }
-    for road in ("tokens", "chat"):
-        with tempfile.TemporaryDirectory() as name, probe.connect(options.url, road=road) as server:
-            started, folder = time.perf_counter(), Path(name)
-            record.setdefault("engine", {key: value for key, value in server.engine.items() if key != "url"})
-            rows = [one_scene(server, model, processor, scene, folder) for scene in chosen]
-            record[road] = {"scenes": rows, "spent": vars(server.spent), "seconds": time.perf_counter() - started}
-            print(road, [(row["scene"], row["largest"]) for row in rows], vars(server.spent), flush=True)
-        chosen = chosen[: max(1, len(chosen) // 4)]  # the roads are the same to the last bit, which few scenes show
-    with tempfile.TemporaryDirectory() as name:
-        record["faults"] = through_faults(options.url, chosen[0], Path(name))
-        record["killed"] = killed(options.url, chosen[0], Path(name))
-    print(record["faults"], record["killed"], flush=True)
-    options.out.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    again = list(PARTS) if options.only == "all" else options.only.split(",") if options.only else []
+    for name in again or [name for name in PARTS if name not in record]:
+        record[name] = {**PARTS[name](options.env, options.scenes), "date": time.strftime("%Y-%m-%d")}
+        record |= {
+            "machine": platform.machine(),
+            "versions": versions_of("lvlm-probe", "torch", "transformers"),
+        }
+        print(name, str(record[name])[-400:], flush=True)
+        options.out.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

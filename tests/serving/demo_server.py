@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from captured_qk import as_sent, captures, capturing
 from PIL import Image
 
 FAULTS = {
@@ -39,7 +40,9 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     Args:
         model, processor: of the demo.
-        routes: those that it has: ``tokens``, ``chat`` (``prompt_logprobs``), ``allowed``, ``bias``, ``sglang``.
+        routes: those that it has: ``tokens``, ``chat`` (``prompt_logprobs``), ``allowed``, ``bias``, ``top``,
+            ``samples``, ``sglang``, ``lens`` (vllm-lens). All but the first and the last two continue a turn that was
+            begun.
     """
 
     daemon_threads = True
@@ -47,7 +50,10 @@ class DemoServer(http.server.ThreadingHTTPServer):
     def __init__(self, model: Any, processor: Any, routes: set[str] | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.processor = model, processor
-        self.routes = {"tokens", "chat", "allowed", "bias"} if routes is None else routes
+        self.routes = {"tokens", "chat", "allowed", "bias", "top", "samples", "lens"} if routes is None else routes
+        self.luck = torch.Generator().manual_seed(0)
+        self.takes_webp = True
+        self.goes_on, self.sees_images, self.flipped = True, True, False
         self.fault: Fault = no_fault
         self.retry_after: str | None = None
         self.lists_models = True
@@ -69,7 +75,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     def log_softmax(self, ids: list[int], images: list[Image.Image], fault: str | None) -> torch.Tensor:
         """Log-probabilities of the next token at every position, ``(position, token)``."""
-        if fault == "no_image":
+        if fault == "no_image" or not self.sees_images:
             images = [Image.new("RGB", image.size, (90, 90, 90)) for image in images]
         pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
         batch = torch.tensor([ids])
@@ -78,7 +84,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
             logits = self.model(**inputs).logits[0].float()
         if fault == "logits":
             return logits
-        if fault == "other_model":
+        if fault == "other_model" or self.flipped:
             logits = logits.flip(-1)
         if fault == "half":
             logits = logits * 0.5
@@ -105,19 +111,19 @@ class DemoServer(http.server.ThreadingHTTPServer):
                         part["type"] = "image"
             turns.append({"role": message["role"], "content": content})
         render = self.processor.apply_chat_template
-        if body.get("continue_final_message"):
+        if body.get("continue_final_message") and self.goes_on:
             assert body["add_generation_prompt"] is False
             return render(turns, tokenize=False, continue_final_message=True), images
         return render(turns, tokenize=False, add_generation_prompt=True), images
 
     def generated(
-        self, ids: list[int], images: list[Image.Image], most: int, fault: str | None
+        self, ids: list[int], images: list[Image.Image], most: int, fault: str | None, body: dict[str, Any]
     ) -> tuple[list[int], list[float]]:
         out: list[int] = []
         values: list[float] = []
         while len(out) < most and (not out or out[-1] != EOS):
             row = self.log_softmax([*ids, *out], images, fault)[-1]
-            out.append(int(row.argmax()))
+            out.append(self.next_token(row, body))
             values.append(float(row[out[-1]]))
         return out, values
 
@@ -126,6 +132,20 @@ class DemoServer(http.server.ThreadingHTTPServer):
         return piece.replace("▁", " ")
 
     # ---------------------------------------------------------------- the routes
+
+    def next_token(self, row: torch.Tensor, body: dict[str, Any]) -> int:
+        """The token after a position, as the request wants it chosen."""
+        if "samples" not in self.routes or not body.get("temperature"):
+            return int(row.argmax())
+        weights = (row / body["temperature"]).softmax(-1)
+        with self.lock:
+            return int(torch.multinomial(weights, 1, generator=self.luck))
+
+    def top_of(self, row: torch.Tensor, body: dict[str, Any]) -> list[dict[str, Any]]:
+        """What is listed of the likeliest tokens."""
+        best = row.topk(int(body.get("top_logprobs") or 0) if "top" in self.routes else 0)
+        found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return [{"token": self.decode(index), "logprob": value} for value, index in found]
 
     def chat(self, body: dict[str, Any], fault: str | None) -> dict[str, Any]:
         text, images = self.prompt_text(body)
@@ -137,6 +157,10 @@ class DemoServer(http.server.ThreadingHTTPServer):
             reply["prompt_token_ids"] = fault_ids
         if "prompt_logprobs" in body and "chat" in self.routes and fault != "ignored":
             reply["prompt_logprobs"] = self.listed(ids, row, int(body["prompt_logprobs"]), fault)
+        if "lens" in self.routes and (body.get("vllm_xargs") or {}).get("output_qk") == "true":
+            with capturing() as seen:
+                self.log_softmax(ids, images, fault)
+            reply |= as_sent(captures(seen))
         only = None
         if "allowed_token_ids" in body and "allowed" in self.routes:
             only = body["allowed_token_ids"][0]
@@ -146,7 +170,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
             value = 0.0 if self.biased_before else float(row[-1][only])
             tokens, values = [only], [value]
         else:
-            tokens, values = self.generated(ids, images, body["max_tokens"], fault)
+            tokens, values = self.generated(ids, images, body["max_tokens"], fault, body)
         answer = "".join(self.decode(token) for token in tokens if token != EOS)
         choice: dict[str, Any] = {
             "message": {"role": "assistant", "content": answer},
@@ -157,10 +181,12 @@ class DemoServer(http.server.ThreadingHTTPServer):
                 {
                     "token": self.decode(token),
                     "logprob": value,
-                    "top_logprobs": [{"token": self.decode(token), "logprob": value}],  # greedy: itself
+                    "top_logprobs": [{"token": self.decode(token), "logprob": value}],
                 }
-                for token, value in zip(tokens, values, strict=True)
+                for token, value in zip(tokens, values, strict=True)  # an answer is greedy: the likeliest is itself
             ]
+            if body["max_tokens"] == 1:
+                listed[0]["top_logprobs"] = self.top_of(row[-1], body)
             choice["logprobs"] = {"content": listed}
         if body.get("return_token_ids") and fault != "no_ids":
             choice["token_ids"] = tokens
@@ -190,7 +216,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
         named = self.with_fault(ids, fault)
         entries = [[None, named[0], None]]
         entries += [[float(row[k - 1][ids[k]]), named[k], None] for k in range(1, len(ids))]
-        tokens, values = self.generated(ids, images, body["sampling_params"]["max_new_tokens"], fault)
+        tokens, values = self.generated(ids, images, body["sampling_params"]["max_new_tokens"], fault, {})
         texts = [self.decode(token) for token in tokens]
         meta = {
             "input_token_logprobs": None if fault == "ignored" else entries,
@@ -219,7 +245,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
 def decoded(uri: str) -> Image.Image:
     head, _, data = uri.partition(",")
-    assert head == "data:image/png;base64"
+    assert head in ("data:image/png;base64", "data:image/webp;base64")
     return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
 
 
@@ -269,6 +295,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         if fault is not None and fault.isdigit():
             self.say(int(fault), {"error": {"message": "slow down" if fault == "429" else "no"}}, server.retry_after)
+            return
+        if body.get("continue_final_message") and not server.routes & {"chat", "allowed", "bias", "top", "samples"}:
+            self.say(422, {"error": {"message": "continue_final_message is not supported"}})
+            return
+        if not server.takes_webp and b"image/webp" in json.dumps(body).encode():
+            self.say(400, {"error": {"message": "cannot identify image file"}})
             return
         route = {"/v1/chat/completions": "chat", "/inference/v1/generate": "tokens", "/generate": "sglang"}[self.path]
         if route != "chat" and route not in server.routes:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from command_line import run, succeed
-from demo_server import DemoServer
+from demo_server import DemoServer, serving
 
 import lvlm_probe as probe
 from lvlm_probe.importing.meter import Reading, measure
@@ -43,6 +43,29 @@ def test_explain_evaluate_and_compare_through_a_server(
     compared = succeed("evaluate", trace, "--server", behind.url, *options).json
     reasons = {one["method"]: one["reasons"] for one in compared["methods"]}
     assert "does not give" in str(reasons["tmm"]) and page.is_file()
+
+
+def test_a_map_by_less_than_log_probabilities_is_made_and_not_scored(
+    demo: Any, scene: Any, photo_file: Path, tmp_path: Path
+) -> None:
+    with serving(*demo, {"top"}) as behind:
+        behind.fault = lambda number, body: "no_ids"
+        asking = (
+            "--server",
+            behind.url,
+            "--image",
+            photo_file,
+            "--question",
+            scene.question,
+            "--out",
+            tmp_path / "out",
+        )
+        failed = run("explain", *asking, *SMALL)
+        assert failed.code == 2 and "--words" in failed.err, failed.err
+        made = succeed("explain", *asking, "--words", "yellow", *SMALL)
+    said = " ".join(made.err.split())
+    assert "bounds on those of others (top (20))" in said and "the map is not scored" in said
+    assert "yellow" in made.out and "not scored" in made.out
 
 
 @pytest.mark.quick
@@ -91,5 +114,32 @@ def test_the_meter_reads_answers_through_a_server(
     assert page.is_file()
     table = list(csv.DictReader(page.with_suffix(".csv").open(encoding="utf-8")))
     assert [bool(line["reason"]) for line in table] == [False, True, True]
+    before = behind.count
+    again = run("meter", file, "--server", behind.url, "--out", page, "--overwrite")
+    assert again.code == 1 and behind.count - before < 15  # connecting alone: the answers are in the journal
+    assert list(csv.DictReader(page.with_suffix(".csv").open(encoding="utf-8"))) == table
     few = run("meter", file, "--server", behind.url, "--out", tmp_path / "other.html", "--max-requests", "5")
     assert few.code == 2 and "about 9 requests" in " ".join(few.err.split())
+
+
+def test_what_was_asked_besides_a_question_is_not_left_out(behind: DemoServer, scene: Any, tmp_path: Path) -> None:
+    scene.image.save(tmp_path / "photo.png")
+    content = [{"type": "image_url", "image_url": {"url": "photo.png"}}, {"type": "text", "text": scene.question}]
+    user = {"role": "user", "content": content}
+    before = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    asked = {
+        "alone": [user],
+        "system": [{"role": "system", "content": "Be brief."}, user],
+        "turns": [*before, user],
+        "behind": [{**user, "content": content[::-1]}],
+    }
+    reply = {"choices": [{"message": {"role": "assistant", "content": scene.answer}}]}
+    rows = [{"id": name, "request": {"messages": turns}, "response": reply} for name, turns in asked.items()]
+    file = tmp_path / "answers.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    start = len(behind.requests)
+    with probe.connect(behind.url) as server:
+        found = list(measure(file, server))
+    assert [isinstance(one, Reading) for one in found] == [True, True, False, False]
+    systems = [body["messages"][0] for _, body in behind.requests[start:] if "messages" in body]
+    assert sum(turn == {"role": "system", "content": "Be brief."} for turn in systems) >= 2

@@ -22,6 +22,7 @@ import torch
 from demo_server import DemoServer, serving
 
 import lvlm_probe as probe
+from lvlm_probe.importing.meter import measure
 from lvlm_probe.serving.journal import FILE, Journal
 from lvlm_probe.serving.transport import Refused, Transport
 
@@ -257,7 +258,7 @@ def test_a_server_that_ignores_log_probabilities_altogether_is_refused_by_its_re
         with pytest.raises(probe.errors.ReplayError, match="does not return token ids"):
             probe.connect(behind.url)
         behind.fault = lambda number, body: None
-        with pytest.raises(probe.errors.ReplayError, match=r"tokens: .*403.*chat: .*ignores.*next token"):
+        with pytest.raises(probe.errors.ReplayError, match=r"tokens: .*403.*next token.*: .*422.*top.*: .*ignores"):
             probe.connect(behind.url)
 
 
@@ -405,3 +406,43 @@ def test_more_than_is_allowed_is_said_before_it_is_sent(behind: DemoServer, trac
         assert server.spent.requests <= 40
     with probe.connect(behind.url) as server:  # and it goes on from there
         probe.replay(trace, server).log_probs(torch.zeros(1, 2, 2))
+
+
+METERED = """
+import sys
+import lvlm_probe as probe
+from lvlm_probe.importing.meter import measure
+url, file, journal = sys.argv[1:]
+with probe.connect(url, concurrency=1, journal=journal) as server:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    list(measure(file, server))
+"""
+
+
+def test_a_killed_meter_goes_on_without_asking_twice(behind: DemoServer, scene: Any, demo: Any, tmp_path: Path) -> None:
+    scene.image.save(tmp_path / "photo.png")
+    questions = [scene.question, "What color is the circle?", "Where is the cross?"]
+    rows = [{"image": "photo.png", "question": one, "answer": scene.answer} for one in questions]
+    file, journal = tmp_path / "answers.jsonl", tmp_path / "kept" / "journal.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    command = [sys.executable, "-c", METERED, behind.url, str(file), str(journal)]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None and child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    start = behind.count
+    behind.before = lambda number: child.send_signal(signal.SIGKILL) if number == start + 4 else None
+    child.stdin.write("go\n")
+    child.stdin.flush()
+    assert child.wait() == -signal.SIGKILL
+    child.stdin.close(), child.stdout.close()
+    behind.before = lambda number: None
+    with probe.connect(behind.url, journal=journal) as server:
+        before = server.spent.requests
+        found = list(measure(file, server))
+        # Of nine requests four were answered: three of the first answer, and the second's prompt, which is asked again.
+        assert server.spent.requests - before in (5, 6)
+        before = server.spent.requests
+        assert list(measure(file, server)) == found and server.spent.requests == before
+    with probe.connect(behind.url) as server:
+        assert list(measure(file, server)) == found

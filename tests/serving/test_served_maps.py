@@ -15,6 +15,7 @@ from demo_server import DemoServer, serving
 
 import lvlm_probe as probe
 from lvlm_probe.explainers import methods, needs_of
+from lvlm_probe.explainers.attention_maps import GENERAL_PROMPT
 from lvlm_probe.replaying.protocol import ReplayLike
 
 ROADS = {
@@ -179,7 +180,11 @@ def test_an_answer_that_was_given_before_is_measured_as_such(
 def test_the_trace_of_a_server_says_where_it_is_from(asked: Any, demo: Any) -> None:
     assert "answered by" not in asked.question
     told = asked.meta["served"]
-    assert told["engine"]["engine"] == "vLLM" and told["road"] == "tokens" and told["images_as"].startswith("PNG")
+    assert (
+        told["engine"]["engine"] == "vLLM"
+        and told["road"] == "tokens"
+        and told["images_as"] in ("PNG, level 1", "WebP, lossless")
+    )
     assert told["checks"]["against_generation"] < CLOSE and told["checks"]["image_moves"] > 1
     assert 0.9 < told["checks"]["likeliest_sum"] <= 1.01
     assert asked.status == "complete" and "vLLM" in asked.describe()
@@ -199,3 +204,71 @@ def test_the_key_is_sent_and_kept_nowhere(
         assert "secret" not in repr(vars(server)) + str(server)
     assert behind.headers[-1]["Authorization"] == "Bearer sk-very-secret"
     assert all(b"sk-very-secret" not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_images_are_sent_in_the_smaller_lossless_format_that_the_server_takes(
+    taken: bool, demo: Any, local: Any, masks: torch.Tensor, tmp_path: Path, scene: Any
+) -> None:
+    with serving(*demo, {"tokens"}) as behind:
+        behind.takes_webp = taken
+        with probe.connect(behind.url) as server:
+            assert server.takes_webp is taken
+            replay = probe.replay(server.ask(scene.image, scene.question, out=tmp_path), server)
+            before = len(behind.requests)
+            found = replay.log_probs(masks)
+        sent = [body["content_parts"][0]["url"] for _, body in behind.requests[before:]]
+    told = replay.trace.meta["served"]["images_as"]
+    assert told.startswith("WebP" if taken else "PNG")  # of a drawing of few colours it is smaller
+    assert all(uri.startswith("data:image/webp" if taken else "data:image/png") for uri in sent) and len(sent) == 6
+    assert float((found - local.log_probs(masks, mode="exact")).abs().max()) < CLOSE
+
+
+def test_a_processor_here_says_what_the_model_sees(demo: Any, behind: DemoServer, tmp_path: Path) -> None:
+    image = probe.demo.scenes(1, size=(160, 96))[0].image  # the demo's processor crops the middle
+    with probe.connect(behind.url) as server:
+        trace = server.ask(image, "What color is the cross?", out=tmp_path)
+        blind, knowing = probe.replay(trace, server), probe.replay(trace, server, demo[1])
+        wanted = probe.ask(*demo, image, "What color is the cross?").replay
+        assert bool(blind.seen(0).all())
+        for view in (knowing, knowing.over("mean")):
+            assert torch.equal(view.seen(0, (6, 10)), wanted.seen(0, (6, 10)))
+            assert torch.equal(view.seen(0), wanted.seen(0))
+        assert torch.equal(blind.log_probs(torch.zeros(1, 2, 2)), knowing.log_probs(torch.zeros(1, 2, 2)))
+
+
+def test_attention_of_a_served_model_is_that_of_the_model_itself(
+    demo: Any, behind: DemoServer, trace: Any, scene: Any, local: Any, tmp_path: Path
+) -> None:
+    with probe.connect(behind.url) as server:
+        before = server.spent.requests
+        made = probe.import_attention(trace, server, processor=demo[1])
+        assert server.spent.requests == before + 1
+        general = server.ask(scene.image, GENERAL_PROMPT, out=tmp_path, max_tokens=4)
+        general = probe.import_attention(general, server, processor=demo[1])
+        replay = probe.replay(made, server)
+        before = behind.count
+        found = probe.explain(replay, method="attention", tokens=[3])
+        relative = probe.explain(replay, method="relative_attention", tokens=[3], reference=general)
+        with pytest.raises(probe.errors.ExplainError, match="give reference="):
+            probe.explain(replay, method="relative_attention", tokens=[3])
+        with pytest.raises(probe.errors.ExplainError, match="does not give"):
+            probe.explain(replay, method="rollout", tokens=[3])
+        assert behind.count <= before + 3  # log-probabilities on baselines, for the selection
+    assert np.allclose(made.attention.values, local.trace.attention.values, rtol=2e-3, atol=1e-5)
+    assert np.allclose(made.layout.patch_box, local.trace.layout.patch_box, atol=0.01)
+    wanted = probe.explain(local.trace, method="attention", tokens=[3])
+    assert np.abs(found.values - wanted.values).max() < 5e-3
+    asked = probe.ask(*demo, scene.image, GENERAL_PROMPT, max_new_tokens=4, out=tmp_path / "local").trace
+    wanted = probe.explain(local.trace, method="relative_attention", tokens=[3], reference=asked)
+    assert np.abs(relative.values - wanted.values).max() < 2e-2
+
+
+def test_a_server_without_vllm_lens_is_named(demo: Any, scene: Any, tmp_path: Path) -> None:
+    with serving(*demo, {"tokens", "chat"}) as behind, probe.connect(behind.url) as server:
+        trace = server.ask(scene.image, scene.question, out=tmp_path)
+        with pytest.raises(probe.errors.ReplayError, match="runs without vllm-lens"):
+            probe.import_attention(trace, server)
+        behind.fault = lambda number, body: "wrong_ids" if "vllm_xargs" in body else None
+        with pytest.raises(probe.errors.ReplayError, match="other tokens than they are"):
+            probe.import_attention(trace, server)

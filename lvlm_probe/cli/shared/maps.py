@@ -108,7 +108,8 @@ def show_explained(explained: Explained, replay: Replay) -> None:
     trace = explained.trace
     first = explained.maps[0].read()
     show_question(trace)
-    answer = answer_text(trace.words, trace.tokens, replay.llr.tolist(), first.selection.indices)
+    ratios = None if replay.llr is None else replay.llr.tolist()  # none of a server that gives less
+    answer = answer_text(trace.words, trace.tokens, ratios, first.selection.indices)
     say(("A  ", "dim"), answer)
     if looks := legend(answer):
         say((f"   {looks}", "dim"))

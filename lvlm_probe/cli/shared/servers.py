@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -32,7 +33,9 @@ MaxRequests = Annotated[
 Yes = Annotated[bool, typer.Option("--yes", help="With --server: as many requests as it takes.")]
 
 
-def open_server(url: str | None, name: str | None, *, model: str | None, max_requests: int, yes: bool) -> Server | None:
+def open_server(
+    url: str | None, name: str | None, *, model: str | None, max_requests: int, yes: bool, journal: Path | None = None
+) -> Server | None:
     """Find out what a server can do; ``None`` where none is named.
 
     Raises:
@@ -47,7 +50,7 @@ def open_server(url: str | None, name: str | None, *, model: str | None, max_req
     from lvlm_probe.serving import connect
 
     with stage(f"asking {one_line(url, 100)} what it can do"):
-        server = connect(url, name, max_requests=None if yes else max_requests, tell=note)
+        server = connect(url, name, max_requests=None if yes else max_requests, tell=note, journal=journal)
     works = ", ".join(one.road for one in server.measured if one.works)
-    note(f"{server.name}: exact log-probabilities of a given answer ({works}); no gradients, no attention")
+    note(f"{server.name}: {server.what} ({works}); no gradients, no attention")
     return server
