@@ -99,31 +99,39 @@ def _within(trace: Any, model: Any, processor: Any) -> None:
         raise RuntimeError(f"{found.largest_difference:.2g} nats")
 
 
-def against(truth: Any, replay: Any) -> dict[str, float]:
-    """One answer on both models: how far log-probabilities, gradient and maps are apart."""
-    steps = list(probe.select_tokens(truth).indices)
-    selection = probe.select_tokens(truth)
-    difference = (truth.original_log_probs - replay.original_log_probs).abs().max()
-    found = {"log_probs": float(difference)}
-    methods: dict[str, dict[str, Any]] = {"occlusion": METHODS["occlusion"]}
-    try:
-        slopes = gradient(truth, steps), gradient(replay, steps)
-    except probe.errors.ExplainError:  # a kernel without a derivative
-        pass
-    else:
-        found["gradient"] = float(torch.nn.functional.cosine_similarity(*slopes, dim=0))
-        methods["igos++"] = {}
-    for method, params in methods.items():
-        maps = [
-            probe.explain(one, method=method, tokens=selection, strengthen=False, **params).values
-            for one in (truth, replay)
-        ]
-        if maps[0] is not None and maps[1] is not None:
-            found[method] = float(np.corrcoef(np.ravel(maps[0]), np.ravel(maps[1]))[0, 1])
-    return found
+class Truth:
+    """One answer of the float32 model, with what others are compared with."""
+
+    def __init__(self, replay: Any) -> None:
+        self.replay = replay
+        self.selection = probe.select_tokens(replay)
+        self.gradient = gradient(replay, list(self.selection.indices))
+        self.maps = {method: self.map(replay, method) for method in ("igos++", "occlusion")}
+
+    def map(self, replay: Any, method: str) -> Any:
+        """The map of a method on a model for these tokens."""
+        params = METHODS[method]
+        return probe.explain(replay, method=method, tokens=self.selection, strengthen=False, **params).values
+
+    def against(self, replay: Any) -> dict[str, float]:
+        """How far log-probabilities, gradient and maps of another model are from these."""
+        found = {"log_probs": float((self.replay.original_log_probs - replay.original_log_probs).abs().max())}
+        methods = ["occlusion"]
+        try:
+            slope = gradient(replay, list(self.selection.indices))
+        except probe.errors.ExplainError:  # a kernel without a derivative
+            pass
+        else:
+            found["gradient"] = float(torch.nn.functional.cosine_similarity(self.gradient, slope, dim=0))
+            methods.append("igos++")
+        for method in methods:
+            maps = self.maps[method], self.map(replay, method)
+            if maps[0] is not None and maps[1] is not None:
+                found[method] = float(np.corrcoef(*map(np.ravel, maps))[0, 1])
+        return found
 
 
-def measured(kind: str, tower: bool, scenes: list[Any], truths: list[Any], processor: Any) -> dict[str, Any]:
+def measured(kind: str, tower: bool, scenes: list[Any], truths: list[Truth], processor: Any) -> dict[str, Any]:
     """One quantisation."""
     model = load(kind, tower=tower)
     lines: list[dict[str, float]] = []
@@ -132,11 +140,11 @@ def measured(kind: str, tower: bool, scenes: list[Any], truths: list[Any], proce
         same = 0
         for number, (scene, truth) in enumerate(zip(scenes, truths, strict=True)):
             trace = recorded(model, processor, scene, Path(folder))
-            same += list(trace.token_ids) == list(truth.token_ids)
+            same += list(trace.token_ids) == list(truth.replay.token_ids)
             if not number:
                 replay = probe.replay(trace, model, processor)
                 line["works"] = {"record": trace.status, **parts(replay, trace, model, processor)}
-            lines.append(against(truth, probe.replay(truth.trace, model, processor, strict=False)))
+            lines.append(truth.against(probe.replay(truth.replay.trace, model, processor, strict=False)))
     line["same answers"] = same
     for name in ("log_probs", "gradient", "igos++", "occlusion"):
         values = [one[name] for one in lines if name in one]
@@ -148,7 +156,7 @@ def measured(kind: str, tower: bool, scenes: list[Any], truths: list[Any], proce
 def main(arguments: list[str] | None = None) -> None:
     """Measure what is installed, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=8)
+    parser.add_argument("--scenes", type=int, default=5)
     parser.add_argument("--kinds", nargs="+", help="default: all whose library is there")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quantised.json")
     options = parser.parse_args(arguments)
@@ -160,7 +168,9 @@ def main(arguments: list[str] | None = None) -> None:
     there = ["bfloat16", *(kind for kind, (library, _, _) in known.items() if installed(library))]
     kinds: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        truths = [probe.replay(recorded(plain, processor, scene, Path(folder)), plain, processor) for scene in scenes]
+        truths = [
+            Truth(probe.replay(recorded(plain, processor, scene, Path(folder)), plain, processor)) for scene in scenes
+        ]
         for kind in options.kinds or there:
             for tower in (True, False) if kind in WITHOUT_DERIVATIVE else (True,):
                 name = kind if tower else f"{kind}; language model alone"

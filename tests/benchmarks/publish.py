@@ -397,7 +397,7 @@ def meter_more(found: Found) -> list[str]:
     return lines
 
 
-GPU_MODELS = ("LLaVA-1.5-7B", "LLaVA-OneVision-7B", "Qwen2.5-VL-7B")
+GPU_MODELS = ("LLaVA-1.5-7B", "Qwen2.5-VL-7B", "LLaVA-OneVision-7B")
 GPU_PAPER = {
     "igos++ (paper)": ("iGOS++", 31, 7.0),
     "gradcam": ("Grad-CAM", 20, 1.0),
@@ -484,7 +484,7 @@ SECTIONS: tuple[Section, ...] = (
         "keep each area within 0.005 where curves do not turn, beside making it.", judging, judging_more,
     ),
     Section(
-        "GPU", "gpu.json", "python tests/benchmarks/bench_gpu.py",
+        "GPU", "gpu.json", "tests/benchmarks/gpu_run.sh",
         "Models of 7 billion weights with their true geometry and random weights in bfloat16, against the paper's "
         "Table 9 (which names neither the model nor the chip).", gpu, gpu_more,
     ),
