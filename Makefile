@@ -53,10 +53,11 @@ lint: .venv/.installed-dev  ## ruff and mypy alone
 docs: .venv/.installed-dev  ## the site for users and its reference, into site/; open site/index.html
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/checks docs
 
-figures: .venv/.installed-dev  ## the figures of docs/figures.md, from the scripts that make them (takes a while)
-	@for script in $(filter-out %/bench_gpu.py,$(wildcard tests/benchmarks/bench_*.py)) tests/benchmarks/crash_trace.py; do \
+figures: .venv/.installed-dev .venv-quantised/.installed  ## the figures of docs/figures.md, from the scripts that make them (takes a while)
+	@for script in $(filter-out %/bench_gpu.py %/bench_quantised.py,$(wildcard tests/benchmarks/bench_*.py)) tests/benchmarks/crash_trace.py; do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
-	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BIN)/python tests/benchmarks/bench_gpu.py
+	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || PYTHON=$(BIN)/python tests/benchmarks/gpu_run.sh
+	PYTHONPATH=.venv-quantised $(BIN)/python tests/benchmarks/bench_quantised.py
 	$(BIN)/python tests/benchmarks/publish.py
 
 # Two processes, each with its half of the scenes; a second call goes on where the first was stopped.

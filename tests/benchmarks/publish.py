@@ -708,6 +708,57 @@ def _mean(cell: Found) -> str:
     return f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
 
 
+QUANTISED = re.compile(r"(<!-- quantised -->\n).*?(<!-- /quantised -->)", re.DOTALL)
+_PARTS_THAT_WORK = {
+    "verify": "replay is the recording", "gradients": "6 methods by gradients", "attention": "attention, rollout, tam",
+    "masks": "rise, occlusion, greedy", "evaluate": "evaluate", "knockout": "knockout", "plan": "plan",
+}  # fmt: skip
+
+
+def quantised(text: str, results: Path) -> str:
+    """``docs/reality.md`` with the tables of ``quantised.json`` between its marks."""
+    found = read(results / "quantised.json")
+    lines = _quantised(found) if found else [NOT_MEASURED]
+    return QUANTISED.sub(lambda mark: mark[1] + "\n".join(lines) + "\n" + mark[2], text)
+
+
+def _quantised(found: Found) -> list[str]:
+    """What works on weights of every kind, and how close to single precision it is."""
+    kinds: dict[str, Found] = {name: line for name, line in found["kinds"].items() if "works" in line}
+    lines = [f"| weights | recorded | {' | '.join(_PARTS_THAT_WORK.values())} |"]
+    lines.append("|---" * (2 + len(_PARTS_THAT_WORK)) + "|")
+    for name, line in kinds.items():
+        works = line["works"]
+        recorded = works["record"] + ("" if works["boxes"] else ", no boxes")
+        cells = ["yes" if works[part] == "yes" else "no, says so" for part in _PARTS_THAT_WORK]
+        lines.append(f"| {name} | {recorded} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Against float32, of {found['scenes']} answers: bytes that the model is kept in, and of the same tokens the "
+        "largest difference of log P, the cosine of the gradient of log P to an 8 × 8 mask, and the correlation of maps; "
+        "the median, and the worst answer.",
+        "",
+        "| weights | kept in | log P, nats | gradient, cosine | igos++, r | occlusion, r |",
+        "|---" * 6 + "|",
+    ]
+    for name, line in kinds.items():
+        cells = [percent(line["weights"] / found["float32"])]
+        cells += [_spread(line.get(part), worst) for part, worst in (
+            ("log_probs", "most"), ("gradient", "least"), ("igos++", "least"), ("occlusion", "least"),
+        )]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{library} {version}" for library, version in found["versions"].items())
+    return [*lines, "", f"`{found['command']}`: {found['machine']}; {versions}; {found['date']}."]
+
+
+def _spread(figure: Found | None, worst: str) -> str:
+    if figure is None:
+        return "–"
+    if worst == "most":
+        return f"{figure['median']:.1g}, {figure[worst]:.1g}"
+    return f"{figure['median']:.4f}, {figure[worst]:.3f}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write the page, and the figures of the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -729,6 +780,10 @@ def main(arguments: list[str] | None = None) -> None:
         page_methods = ROOT / "docs" / "methods.md"
         page_methods.write_text(adaptive(page_methods.read_text(encoding="utf-8"), options.results), encoding="utf-8")
         print(f"written to {page_methods}")
+
+        reality = ROOT / "docs" / "reality.md"
+        reality.write_text(quantised(reality.read_text(encoding="utf-8"), options.results), encoding="utf-8")
+        print(f"written to {reality}")
 
 
 if __name__ == "__main__":
