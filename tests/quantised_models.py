@@ -20,8 +20,8 @@ import lvlm_probe as probe
 __all__ = ["KINDS", "METHODS", "WITHOUT_DERIVATIVE", "asked", "installed", "load", "record"]
 
 METHODS: dict[str, dict[str, Any]] = {
-    "igos++": {}, "gradcam": {}, "tmm": {}, "iia": {}, "integrated_gradients": {"steps": 8}, "input_gradient": {},
-    "attention": {}, "rollout": {}, "tam": {}, "rise": {"masks": 32}, "occlusion": {"size": 6},
+    "igos++": {"preset": "fast"}, "gradcam": {}, "tmm": {}, "iia": {}, "integrated_gradients": {"steps": 8},
+    "input_gradient": {}, "attention": {}, "rollout": {}, "tam": {}, "rise": {"masks": 32}, "occlusion": {"size": 6},
     "greedy": {"segments": "grid", "regions": 6},
 }  # fmt: skip
 """Methods, small; the first six differentiate."""

@@ -33,8 +33,8 @@ from lvlm_probe import causal
 from lvlm_probe.causal.knockout import attention_layers, cut_attention
 
 METHODS: dict[str, dict[str, Any]] = {
-    "igos++": {}, "gradcam": {}, "tmm": {}, "iia": {}, "attention": {"source": "replay"}, "relative_attention": {},
-    "rollout": {}, "tam": {}, "rise": {"masks": 16}, "occlusion": {"size": 4},
+    "igos++": {"preset": "fast"}, "gradcam": {}, "tmm": {}, "iia": {}, "attention": {"source": "replay"},
+    "relative_attention": {}, "rollout": {}, "tam": {}, "rise": {"masks": 16}, "occlusion": {"size": 4},
     "greedy": {"segments": "grid", "regions": 6}, "integrated_gradients": {"steps": 6}, "input_gradient": {},
 }  # fmt: skip
 FAMILIES = ("llava", "qwen2_5_vl", "demo", "llava_onevision", "mllama")
@@ -210,6 +210,11 @@ def caches(smoke: Smoke, model: Any, processor: Any) -> None:
         )
 
 
+def fast(replay: Any, selection: Any) -> Any:
+    """The map of igos++ in few passes."""
+    return probe.explain(replay, preset="fast", tokens=selection, strengthen=False).values
+
+
 def half(smoke: Smoke, dtype: torch.dtype) -> None:
     """Half precision on the embedded model, which is sure of its words."""
     name = str(dtype).removeprefix("torch.")
@@ -236,11 +241,9 @@ def half(smoke: Smoke, dtype: torch.dtype) -> None:
     smoke.check(f"{name}: gradient, cosine to single precision", cosine, lambda value: value > 0.98)
     smoke.check(
         f"{name}: igos++, correlation of the map to single precision",
-        lambda: float(np.corrcoef(*(
-            np.ravel(probe.explain(one, tokens=selection, strengthen=False).values) for one in (truth, replay)
-        ))[0, 1]),
+        lambda: float(np.corrcoef(*(np.ravel(fast(one, selection)) for one in (truth, replay)))[0, 1]),
         lambda value: value > 0.9,
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager
@@ -348,22 +351,20 @@ def device_only(smoke: Smoke) -> None:
     smoke.check("a cut where layers run again: gradient off by", cut, lambda value: value < 1e-3)
     smoke.check(
         "igos++ twice, difference of the maps",
-        lambda: difference(*(
-            probe.explain(replay, tokens=selection, strengthen=False).values for _ in range(2)
-        )),
+        lambda: difference(*(fast(replay, selection) for _ in range(2))),
         lambda value: value < MAPS,
-    )  # fmt: skip
+    )
     if smoke.real:
         heat = probe.explain(replay, method="input_gradient", tokens=selection, strengthen=False)
         smoke.check("bytes left behind by evaluate", lambda: left_behind(replay, heat), lambda value: value == 0)
         smoke.check("little memory: what was changed", lambda: little_memory(smoke, replay, selection))
-        planned = probe.plan(replay, method="igos++")
+        planned = probe.plan(replay, method="igos++", preset="fast")
 
         def taken() -> float:
             gc.collect()
             before = torch.cuda.memory_allocated(smoke.device)
             torch.cuda.reset_peak_memory_stats(smoke.device)
-            probe.explain(replay, method="igos++", tokens=selection, strengthen=False, plan=planned)
+            probe.explain(replay, preset="fast", tokens=selection, strengthen=False, plan=planned)
             return planned.peak / (torch.cuda.max_memory_allocated(smoke.device) - before)
 
         smoke.check("planned peak / measured peak, igos++", taken, lambda value: 0.8 < value < 1.3)

@@ -735,8 +735,8 @@ def _quantised(found: Found) -> list[str]:
     lines += [
         "",
         f"Against float32, of {found['scenes']} answers: bytes that the model is kept in, and of the same tokens the "
-        "largest difference of log P, the cosine of the gradient of log P to an 8 × 8 mask, and the correlation of maps; "
-        "the median, and the worst answer.",
+        "largest difference of log P, the cosine of the gradient of log P to an 8 × 8 mask, and the correlation of "
+        "maps; the median, and the worst answer.",
         "",
         "| weights | kept in | log P, nats | gradient, cosine | igos++, r | occlusion, r |",
         "|---" * 6 + "|",
@@ -780,7 +780,6 @@ def main(arguments: list[str] | None = None) -> None:
         page_methods = ROOT / "docs" / "methods.md"
         page_methods.write_text(adaptive(page_methods.read_text(encoding="utf-8"), options.results), encoding="utf-8")
         print(f"written to {page_methods}")
-
         reality = ROOT / "docs" / "reality.md"
         reality.write_text(quantised(reality.read_text(encoding="utf-8"), options.results), encoding="utf-8")
         print(f"written to {reality}")
