@@ -738,16 +738,17 @@ def _quantised(found: Found) -> list[str]:
         "largest difference of log P, the cosine of the gradient of log P to an 8 × 8 mask, and the correlation of "
         "maps; the median, and the worst answer.",
         "",
-        "| weights | kept in | log P, nats | gradient, cosine | igos++, r | occlusion, r |",
-        "|---" * 6 + "|",
+        "| weights | kept in | same answer | log P, nats | gradient, cosine | igos++, r | occlusion, r |",
+        "|---" * 7 + "|",
     ]
     for name, line in kinds.items():
-        cells = [percent(line["weights"] / found["float32"])]
+        cells = [percent(line["weights"] / found["float32"]), f"{line['same answers']} of {found['scenes']}"]
         cells += [_spread(line.get(part), worst) for part, worst in (
             ("log_probs", "most"), ("gradient", "least"), ("igos++", "least"), ("occlusion", "least"),
         )]  # fmt: skip
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    versions = ", ".join(f"{library} {version}" for library, version in found["versions"].items())
+    beside = {library: version for library, version in found["versions"].items() if library not in found["machine"]}
+    versions = ", ".join(f"{library} {version}" for library, version in beside.items())
     return [*lines, "", f"`{found['command']}`: {found['machine']}; {versions}; {found['date']}."]
 
 

@@ -114,6 +114,20 @@ def test_gpu_script_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "| LLaVA-OneVision-7B, tmm: seconds (T-MM in Table 9) | ≤ 2.7 s | not measured | not measured |" in text
 
 
+def test_the_tables_of_quantised_weights() -> None:
+    """Those of the page are those of the file, and a sentence in the place of a map is none."""
+    results = Path(publish.__file__).parent / "results"
+    text = (publish.ROOT / "docs" / "reality.md").read_text("utf-8")
+    assert publish.quantised(text, results) == text
+    kinds = json.loads((results / "quantised.json").read_text("utf-8"))["kinds"]
+    rows = [line for line in text.splitlines() if line.startswith("| torchao int4 |")]
+    assert (
+        kinds["torchao int4"]["works"]["gradients"].startswith("ExplainError")
+        and "gradient" not in kinds["torchao int4"]
+    )
+    assert rows[0].count("no, says so") == 3 and rows[1].count("–") == 2
+
+
 def test_a_step_that_fails_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(sample: Any, *args: Any) -> Any:
         raise ValueError("no kernel image is available")
