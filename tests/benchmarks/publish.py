@@ -742,7 +742,10 @@ def _quantised(found: Found) -> list[str]:
         "|---" * 7 + "|",
     ]
     for name, line in kinds.items():
-        cells = [percent(line["weights"] / found["float32"]), f"{line['same answers']} of {found['scenes']}"]
+        cells = [
+            f"{100 * line['weights'] / found['float32']:.0f}\u00a0%",
+            f"{line['same answers']} of {found['scenes']}",
+        ]
         cells += [_spread(line.get(part), worst) for part, worst in (
             ("log_probs", "most"), ("gradient", "least"), ("igos++", "least"), ("occlusion", "least"),
         )]  # fmt: skip
@@ -757,7 +760,7 @@ def _spread(figure: Found | None, worst: str) -> str:
         return "–"
     if worst == "most":
         return f"{figure['median']:.1g}, {figure[worst]:.1g}"
-    return f"{figure['median']:.4f}, {figure[worst]:.3f}"
+    return f"{figure['median']:.3f}, {figure[worst]:.3f}"
 
 
 def main(arguments: list[str] | None = None) -> None:
