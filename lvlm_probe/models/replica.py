@@ -6,6 +6,7 @@ object of its own for each of the model's, with dictionaries of its own and the 
 pass of ours hangs up, it hangs up there. What differs from the model:
 
 * evaluation mode; parameters are aliases that require no gradient, so that autograd keeps nothing only they would need;
+* 4-bit layers of bitsandbytes can be differentiated where their own kernel cannot;
 * no generation state (``rope_deltas``), nothing compiled, and none of our own hooks and shadows;
 * bound methods, partial and decorated functions, plain containers and callable objects that hold modules hold those of
   the replica, and accelerate's hooks have state of their own.
@@ -39,6 +40,7 @@ from torch import nn
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import NOTHING, beneath
+from lvlm_probe.models.quantised import differentiable
 from lvlm_probe.models.wrappers import is_compiled
 
 __all__ = ["Replica", "duplicated"]
@@ -132,6 +134,10 @@ class _Copier:
             inside = made["_modules"]["_orig_mod"]
             made |= {name: inside.__call__ for name in ("forward", "_forward") if name in made}
         mine = self.copies[module]
+        if (forward := differentiable(mine)) is not None:
+            if "_old_forward" in made:  # accelerate's own stands in front
+                made["_old_forward"] = forward
+            made.setdefault("forward", forward)
         if type(mine) is not type(module):  # parametrizations and sharding swap the class
             mine.__class__ = type(module)
         own = vars(mine)

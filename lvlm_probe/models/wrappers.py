@@ -22,7 +22,6 @@ __all__ = [
     "generating_model",
     "is_compiled",
     "is_peft",
-    "plain_value",
     "stored_value",
 ]
 
@@ -181,19 +180,6 @@ def _walk(
     for name, child in children.items():
         if child is not None:
             yield from _walk(child, path if name == "_orig_mod" else f"{path}{name}.", held)
-
-
-def plain_value(tensor: torch.Tensor) -> torch.Tensor | None:
-    """What a tensor of a class of its own stands for, as an ordinary one: what it dequantises to, or all of a
-    distributed one that lies here; ``None`` where that is not to be had on this process alone."""
-    for way in ("dequantize", "to_local"):
-        try:
-            value = getattr(tensor, way)()
-        except Exception:
-            continue
-        if isinstance(value, torch.Tensor) and value.shape == tensor.shape:
-            return value
-    return None
 
 
 def adapters_of_this_call(model: torch.nn.Module) -> str:

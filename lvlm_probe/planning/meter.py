@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lvlm_probe.errors import ExplainError, ProbeError
+from lvlm_probe.models.quantised import stored_tensors
 
 __all__ = ["Meter", "Reading", "Span", "available", "parse_bytes", "show_bytes", "weight_bytes"]
 
@@ -258,14 +259,15 @@ def available() -> int:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, each storage once; those that are offloaded included."""
+    """Bytes of all parameters and buffers, each storage once; those that are offloaded included, and the scales of
+    quantised ones."""
     counted: dict[Any, int] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in stored_tensors(model):
         size = tensor.numel() * tensor.element_size()
         try:
             storage = tensor.untyped_storage()
             place = storage.data_ptr() if tensor.device.type != "meta" else 0
-        except (RuntimeError, NotImplementedError):  # a subclass that keeps its numbers in tensors of its own
+        except (RuntimeError, NotImplementedError):  # a subclass that does not say what it keeps its numbers in
             place = 0
         counted[place or id(tensor)] = storage.nbytes() if place else size
     return sum(counted.values())

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from lvlm_probe.errors import ModelMismatch
+from lvlm_probe.models.drivers import probed_model
 from lvlm_probe.models.fingerprint import same_fingerprint
+from lvlm_probe.models.quantised import quantisation
 from lvlm_probe.replaying.micro_batches import PassCounter
 from lvlm_probe.replaying.protocol import Elsewhere, ReplayLike
 from lvlm_probe.replaying.recorded_inputs import check_inputs, refused_in_words
@@ -75,9 +77,22 @@ def replay(
             raise ModelMismatch(
                 f"{trace.path.name} was recorded with {trace.model.get('class')} "
                 f"{trace.model.get('model_id') or '(no name)'} (fingerprint {recorded[:12]}…), but this "
-                f"{type(model).__name__} has fingerprint {present[:12]}…; load the recorded model, or pass "
-                f"strict=False to replay the answer on another one"
+                f"{type(model).__name__} has fingerprint {present[:12]}…{_other_weights(trace, model)}; load the "
+                f"recorded model, or pass strict=False to replay the answer on another one"
             )
     check_inputs(trace, model, processor)
     with refused_in_words(trace):
         return Replay(trace, model, processor, gradient_checkpointing=gradient_checkpointing, micro_batch=micro_batch)
+
+
+def _other_weights(trace: Trace, model: torch.nn.Module) -> str:
+    """What a mismatch is due to where one of two models is quantised, or another way; else empty."""
+    recorded = trace.model.get("config")
+    methods = (
+        quantisation(recorded if isinstance(recorded, dict) else {}),
+        quantisation(getattr(probed_model(model), "config", None)),
+    )
+    if methods[0] == methods[1]:
+        return ""
+    then, now = (f"quantised by {method}" if method else "not quantised" for method in methods)
+    return f": the recorded weights were {then}, these are {now}"

@@ -88,7 +88,7 @@ def _compared(
             replay.log_probs(base)  # raises by itself where gradients are not what is wrong
         reason = str(error).strip().splitlines()[0]
         detail = "" if "does not require grad" in reason else f" ({reason})"
-        return GradientCheck(_sentence(modules, modules.stop(), detail))
+        return GradientCheck(_sentence(replay, modules, modules.stop(), detail))
 
     noise = math.nan
 
@@ -117,15 +117,18 @@ def _compared(
         told = off > _AGREE * size + 3 * (abs(measured - previous) + noise)
         previous, step = measured, step / 4  # choices among experts or positions jump: not within a step so small
     detail = f" (along the image the score rises by {measured:.3g}, by its gradient {expected:.3g})"
-    return GradientCheck(_sentence(modules, cut, detail) if cut or told else "", expected, measured, noise)
+    return GradientCheck(_sentence(replay, modules, cut, detail) if cut or told else "", expected, measured, noise)
 
 
-def _sentence(modules: _Modules, layer: str, detail: str) -> str:
+def _sentence(replay: ReplayLike, modules: _Modules, layer: str, detail: str) -> str:
     where = f"stop at {layer}, which computes without autograd" if layer else "are not those of its output"
+    # Where image tokens lie was found by gradients of the encoder; where it was not, these methods have no map.
+    layout, rows = (getattr(replay.trace, name, None) for name in ("layout", "attention"))
+    placed = any(boxes is not None for boxes in (getattr(layout, "patch_box", None), getattr(rows, "key_box", None)))
     return (
         f"the gradients of {modules.name} {where}, so a map made of them would be wrong{detail}; load the model with "
-        f"layers that can be differentiated, or use a method that needs no gradients: occlusion, rise, greedy, or "
-        f"attention, rollout, tam"
+        f"layers that can be differentiated, or use a method that needs no gradients: occlusion, rise, greedy"
+        f"{', attention, rollout, tam' if placed else ''}"
     )
 
 

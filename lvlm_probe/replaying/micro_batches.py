@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from lvlm_probe.errors import OutOfMemory
+from lvlm_probe.models.quantised import stored_tensors
 from lvlm_probe.models.replica import Replica, duplicated
 
 __all__ = [
@@ -128,7 +129,7 @@ def masks_at_once(
 def weights_on_cards(model: torch.nn.Module, device: torch.device) -> dict[torch.device, int]:
     """Every CUDA device that a model lies on, ``device`` first, and the bytes of its weights there."""
     found = Counter({device: 0})
-    for weight in model.parameters():
+    for weight in stored_tensors(model):
         if weight.device.type == "cuda":
             found[weight.device] += weight.numel() * weight.element_size()
     return dict(found)

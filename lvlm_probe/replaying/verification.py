@@ -70,15 +70,22 @@ class Verification:
         return [difference / self.allowed(step) for step, difference in enumerate(differences)]
 
 
-def verify(trace: Trace, model: torch.nn.Module | Elsewhere, processor: object | None = None) -> Verification:
+def verify(
+    trace: Trace, model: torch.nn.Module | Elsewhere, processor: object | None = None, *, strict: bool = True
+) -> Verification:
     """Replay a trace unmasked and compare with what was recorded.
+
+    Args:
+        trace, model, processor: as for ``lvlm_probe.replay``.
+        strict: refuse another model. ``False`` compares with it all the same: weights that are quantised with those
+            that were recorded, for example.
 
     Raises:
         ModelMismatch: it is another model, or the processor makes other inputs.
         ReplayError: the trace holds inputs that the model cannot be run on.
     """
     player: ReplayLike
-    player = replay(trace, model, processor)  # type: ignore[arg-type]  # of either kind
+    player = replay(trace, model, processor, strict=strict)  # type: ignore[arg-type]  # of either kind
     with refused_in_words(trace):
         replayed, rounding = player.original_log_probs, player.rounding
     recorded = torch.tensor(trace.log_probs, dtype=torch.float32)

@@ -82,8 +82,10 @@ def randomised(
         ExplainError: A parameter is quantised, or has no data (meta device, offloaded).
     """
     for name, parameter in weights.items():
-        if parameter.device.type == "meta" or not parameter.is_floating_point():
-            what = "has no data here" if parameter.device.type == "meta" else f"is {parameter.dtype}"
+        own = hasattr(parameter, "__tensor_flatten__")  # of a class that keeps other tensors: torchao, quanto, DTensor
+        if parameter.device.type == "meta" or own or not parameter.is_floating_point():
+            what = f"is {type(parameter).__name__ if own else parameter.dtype}"
+            what = "has no data here" if parameter.device.type == "meta" else what
             raise ExplainError(
                 f"{name} {what}, so it cannot be randomised: load the model whole and unquantised "
                 f"(no device_map, float32 or bfloat16)"

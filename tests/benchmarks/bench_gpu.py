@@ -10,18 +10,23 @@ the weights, and the share of the chip's peak: operations of matrix products and
 ``torch.utils.flop_counter``, per second of the run, relative to the vendor's figure for dense bfloat16. Operations of
 long runs are counted on one iteration and multiplied by the number of passes.
 
-A call begins no new step after ``--seconds`` (540); the next one does what is missing. Writes ``results/gpu.json``.
+Models and steps come in the order of their value. A call begins no new step after ``--seconds`` (540); the next one
+does what is missing. Each figure is written when it is made; what fails is written with its error, and ends nothing.
+Writes ``results/gpu.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import sys
 import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,8 +190,8 @@ _SMALL_DECODER: dict[str, Any] = {
 }  # fmt: skip
 MODELS: dict[str, tuple[str, Callable[[bool], tuple[Any, Any]]]] = {
     "LLaVA-1.5-7B": ("llava", llava),
-    "LLaVA-OneVision-7B": ("llava_onevision", onevision),
     "Qwen2.5-VL-7B": ("qwen2_5_vl", qwen),
+    "LLaVA-OneVision-7B": ("llava_onevision", onevision),
 }
 
 
@@ -368,43 +373,62 @@ def main(arguments: list[str] | None = None) -> None:
         known = json.loads(out.read_text(encoding="utf-8"))
         if known.get("device") == chip.name:  # figures of different chips do not go into one table
             results = known["models"]
+
+    def write() -> None:
+        write_results(out, {
+            "command": "python tests/benchmarks/bench_gpu.py" + (" --small" if options.small else ""),
+            "small": options.small, "device": chip.name, "peak_operations_per_second": chip.peak,
+            "paper": {step: {"name": row[0], "gb": row[1], "seconds": row[2]} for step, row in PAPER.items()},
+            "models": results,
+        })  # fmt: skip
+
     left = 0
     for model in options.models:
-        lines = results.setdefault(model, {}).setdefault("steps", {})
+        result = results.setdefault(model, {})
+        lines = result.setdefault("steps", {})
         # Failed steps are tried again.
         wanted = [
             step for step in (*RECORDINGS, *EXPLANATIONS, CURVES)
             if options.again or "seconds" not in lines.get(step, {})
         ]  # fmt: skip
-        if not wanted or time.perf_counter() - started > options.seconds:
-            left += len(wanted)
-            continue
-        with tempfile.TemporaryDirectory() as directory:
-            sample = Sample(model, chip, options.small, Path(directory))
-            steps = steps_of(sample)
-            for number, step in enumerate(wanted):
-                if time.perf_counter() - started > options.seconds:
-                    left += len(wanted) - number
-                    break
-                try:
-                    lines[step] = steps[step]()
-                except (probe.ProbeError, torch.OutOfMemoryError) as error:
-                    lines[step] = {"error": f"{type(error).__name__}: {error}"[:400]}
-                show(model, step, lines[step])
-                results[model] |= {
-                    "weights": sum(weights.numel() for weights in sample.model.parameters()),
-                    "image_tokens": sample.image_tokens, "answer_tokens": sample.tokens,
-                }  # fmt: skip
-                write_results(out, {
-                    "command": "python tests/benchmarks/bench_gpu.py" + (" --small" if options.small else ""),
-                    "small": options.small, "device": chip.name, "peak_operations_per_second": chip.peak,
-                    "paper": {step: {"name": row[0], "gb": row[1], "seconds": row[2]} for step, row in PAPER.items()},
-                    "models": results,
-                })  # fmt: skip
-            del sample, steps
-        if chip.cuda:
-            torch.cuda.empty_cache()
+        for step, line in measured(model, wanted, chip, options.small, started + options.seconds):
+            if step:
+                lines[step] = line
+                show(model, step, line)
+            else:
+                result.update(line)
+            write()
+        left += sum("seconds" not in lines.get(step, {}) for step in wanted)
     print(f"written to {out}" + (f"; {left} step(s) left: call again" if left else ""))
+
+
+def measured(name: str, wanted: list[str], chip: Chip, small: bool, end: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measure steps of a model, none of which is begun after ``end``: each with its figures or its error, and once the
+    model's own figures with no step."""
+    if not wanted or time.perf_counter() > end:
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        sample: Sample | None = None
+        for step in wanted:
+            if time.perf_counter() > end:
+                break
+            try:
+                if sample is None:
+                    sample = Sample(name, chip, small, Path(directory))
+                    weights = sum(weight.numel() for weight in sample.model.parameters())
+                    yield "", {"weights": weights, "answer_tokens": sample.tokens}
+                line = steps_of(sample)[step]()
+            except Exception as error:
+                traceback.clear_frames(error.__traceback__)  # which hold what was on the device
+                line = {"error": f"{type(error).__name__}: {error}"[:400]}
+            yield step, line
+            if sample is None:
+                break  # nor would it be made for the next step
+            with contextlib.suppress(Exception):
+                yield "", {"image_tokens": sample.image_tokens}
+            if chip.cuda:
+                gc.collect()
+                torch.cuda.empty_cache()
 
 
 def show(model: str, step: str, line: dict[str, Any]) -> None:

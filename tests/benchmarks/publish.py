@@ -397,7 +397,7 @@ def meter_more(found: Found) -> list[str]:
     return lines
 
 
-GPU_MODELS = ("LLaVA-1.5-7B", "LLaVA-OneVision-7B", "Qwen2.5-VL-7B")
+GPU_MODELS = ("LLaVA-1.5-7B", "Qwen2.5-VL-7B", "LLaVA-OneVision-7B")
 GPU_PAPER = {
     "igos++ (paper)": ("iGOS++", 31, 7.0),
     "gradcam": ("Grad-CAM", 20, 1.0),
@@ -484,7 +484,7 @@ SECTIONS: tuple[Section, ...] = (
         "keep each area within 0.005 where curves do not turn, beside making it.", judging, judging_more,
     ),
     Section(
-        "GPU", "gpu.json", "python tests/benchmarks/bench_gpu.py",
+        "GPU", "gpu.json", "tests/benchmarks/gpu_run.sh",
         "Models of 7 billion weights with their true geometry and random weights in bfloat16, against the paper's "
         "Table 9 (which names neither the model nor the chip).", gpu, gpu_more,
     ),
@@ -773,6 +773,61 @@ def _mean(cell: Found) -> str:
     return f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
 
 
+QUANTISED = re.compile(r"(<!-- quantised -->\n).*?(<!-- /quantised -->)", re.DOTALL)
+_PARTS_THAT_WORK = {
+    "verify": "replay is the recording", "gradients": "6 methods by gradients", "attention": "attention, rollout, tam",
+    "masks": "rise, occlusion, greedy", "evaluate": "evaluate", "knockout": "knockout", "plan": "plan",
+}  # fmt: skip
+
+
+def quantised(text: str, results: Path) -> str:
+    """``docs/reality.md`` with the tables of ``quantised.json`` between its marks."""
+    found = read(results / "quantised.json")
+    lines = _quantised(found) if found else [NOT_MEASURED]
+    return QUANTISED.sub(lambda mark: mark[1] + "\n".join(lines) + "\n" + mark[2], text)
+
+
+def _quantised(found: Found) -> list[str]:
+    """What works on weights of every kind, and how close to single precision it is."""
+    kinds: dict[str, Found] = {name: line for name, line in found["kinds"].items() if "works" in line}
+    lines = [f"| weights | recorded | {' | '.join(_PARTS_THAT_WORK.values())} |"]
+    lines.append("|---" * (2 + len(_PARTS_THAT_WORK)) + "|")
+    for name, line in kinds.items():
+        works = line["works"]
+        recorded = works["record"] + ("" if works["boxes"] else ", no boxes")
+        cells = ["yes" if works[part] == "yes" else "no, says so" for part in _PARTS_THAT_WORK]
+        lines.append(f"| {name} | {recorded} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Against float32, of {found['scenes']} answers: bytes that the model is kept in, and of the same tokens the "
+        "largest difference of log P, the cosine of the gradient of log P to an 8 × 8 mask, and the correlation of "
+        "maps; the median, and the worst answer.",
+        "",
+        "| weights | kept in | same answer | log P, nats | gradient, cosine | igos++, r | occlusion, r |",
+        "|---" * 7 + "|",
+    ]
+    for name, line in kinds.items():
+        cells = [
+            f"{100 * line['weights'] / found['float32']:.0f}\u00a0%",
+            f"{line['same answers']} of {found['scenes']}",
+        ]
+        cells += [_spread(line.get(part), worst) for part, worst in (
+            ("log_probs", "most"), ("gradient", "least"), ("igos++", "least"), ("occlusion", "least"),
+        )]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    beside = {library: version for library, version in found["versions"].items() if library not in found["machine"]}
+    versions = ", ".join(f"{library} {version}" for library, version in beside.items())
+    return [*lines, "", f"`{found['command']}`: {found['machine']}; {versions}; {found['date']}."]
+
+
+def _spread(figure: Found | None, worst: str) -> str:
+    if figure is None:
+        return "–"
+    if worst == "most":
+        return f"{figure['median']:.1g}, {figure[worst]:.1g}"
+    return f"{figure['median']:.3f}, {figure[worst]:.3f}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write the page, and the figures of the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -794,6 +849,9 @@ def main(arguments: list[str] | None = None) -> None:
         page_methods = ROOT / "docs" / "methods.md"
         page_methods.write_text(adaptive(page_methods.read_text(encoding="utf-8"), options.results), encoding="utf-8")
         print(f"written to {page_methods}")
+        reality = ROOT / "docs" / "reality.md"
+        reality.write_text(quantised(reality.read_text(encoding="utf-8"), options.results), encoding="utf-8")
+        print(f"written to {reality}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import sys
@@ -137,9 +136,11 @@ def write_results(path: Path, what: dict[str, Any]) -> None:
     record = {
         "machine": machine(),
         "python": platform.python_version(),
-        "lvlm_probe": importlib.metadata.version("lvlm-probe"),
+        "lvlm_probe": probe.__version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         **what,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.part")  # who is stopped while writing keeps what was measured before
+    part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)

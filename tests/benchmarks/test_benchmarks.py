@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,59 @@ def test_gpu_script_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert load(out) == found  # nothing was missing, so nothing was done again
     text = publish.page(tmp_path)
     assert "| LLaVA-OneVision-7B, tmm: seconds (T-MM in Table 9) | ≤ 2.7 s | not measured | not measured |" in text
+
+
+def test_the_tables_of_quantised_weights() -> None:
+    """Those of the page are those of the file, and a sentence in the place of a map is none."""
+    results = Path(publish.__file__).parent / "results"
+    text = (publish.ROOT / "docs" / "reality.md").read_text("utf-8")
+    assert publish.quantised(text, results) == text
+    kinds = json.loads((results / "quantised.json").read_text("utf-8"))["kinds"]
+    rows = [line for line in text.splitlines() if line.startswith("| torchao int4 |")]
+    assert (
+        kinds["torchao int4"]["works"]["gradients"].startswith("ExplainError")
+        and "gradient" not in kinds["torchao int4"]
+    )
+    assert rows[0].count("no, says so") == 3 and rows[1].count("–") == 2
+
+
+def test_a_step_that_fails_ends_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(sample: Any, *args: Any) -> Any:
+        raise ValueError("no kernel image is available")
+
+    monkeypatch.setattr(bench_gpu.Sample, "explained", failing)
+    monkeypatch.setitem(bench_gpu.MODELS, "LLaVA-OneVision-7B", ("llava_onevision", failing))
+    out = tmp_path / "gpu.json"
+    bench_gpu.main(["--small", "--models", "LLaVA-OneVision-7B", "LLaVA-1.5-7B", "--out", str(out)])
+    models = load(out)["models"]
+    told = {"error": "ValueError: no kernel image is available"}
+    assert models["LLaVA-OneVision-7B"]["steps"] == {"generate": told}
+    steps = models["LLaVA-1.5-7B"]["steps"]
+    assert {step for step, line in steps.items() if line == told} == {*bench_gpu.EXPLANATIONS, bench_gpu.CURVES}
+    assert {step for step, line in steps.items() if "seconds" in line} == set(bench_gpu.RECORDINGS)
+    text = publish.page(tmp_path)
+    assert "| gradcam | – | ValueError: no kernel image is available | – | – |" in text
+
+
+def test_the_script_for_ten_minutes_on_a_card(tmp_path: Path) -> None:
+    """On the CPU: its checks of one family, and the figures that an earlier call has left."""
+    done = {step: {"seconds": 1.0} for step in (*bench_gpu.RECORDINGS, *bench_gpu.EXPLANATIONS, bench_gpu.CURVES)}
+    earlier = {"Qwen2.5-VL-7B": {"steps": done}, "LLaVA-OneVision-7B": {"steps": done}}
+    last = {**done, "tmm": {"error": "of another day"}, "gradcam": {}}
+    (tmp_path / "gpu.json").write_text(
+        json.dumps({"device": "CPU", "models": {**earlier, "LLaVA-1.5-7B": {"steps": last}}}), encoding="utf-8"
+    )
+    settings = {**os.environ, "OUT": str(tmp_path), "MINUTES": "30", "PYTHON": sys.executable}
+    script = [str(Path(bench_gpu.__file__).with_name("gpu_run.sh")), "--device", "cpu", "--small"]
+    ended = subprocess.run(script, env=settings, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    checks = json.loads((tmp_path / "gpu-smoke.json").read_text("utf-8"))["checks"]
+    assert {line["result"] for line in checks} == {"ok"} and len(checks) > 25
+    models = load(tmp_path / "gpu.json")["models"]
+    assert {name: models[name] for name in earlier} == earlier
+    steps = models["LLaVA-1.5-7B"]["steps"]
+    assert steps.keys() == done.keys() and all("seconds" in line for line in steps.values())
+    assert steps["tmm"]["passes"] and steps["generate"] == {"seconds": 1.0}
 
 
 @pytest.mark.parametrize("name", bench_gpu.MODELS)

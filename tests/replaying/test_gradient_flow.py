@@ -121,6 +121,38 @@ def test_a_cut_is_said_with_its_place_and_the_way_out(trace: Any, model: Any, wh
     assert probe.explain(replay, method="occlusion", size=3, tokens=(0, 4), strengthen=False)
 
 
+@pytest.mark.parametrize("kind", [Kernel, Opaque])
+@pytest.mark.parametrize("tower", [False, True])
+def test_methods_that_are_named_work(model: Any, tmp_path: Any, kind: type[nn.Module], tower: bool) -> None:
+    """Whole models of inference kernels: recorded without a fault, and told what is left. Attention can be drawn where
+    gradients of the image encoder have said which part of the image each token stands for."""
+    replaced(model, kind, "" if tower else LAYERS)
+    processor = tiny_models.build_processor("llava")
+    with probe.attach(model, processor) as p, p.record(tmp_path) as recording:
+        model.generate(**asked("llava", model, processor), min_new_tokens=4, max_new_tokens=4, do_sample=False)
+    (trace,) = recording.traces
+    assert trace.status == "complete" and trace.llr is not None and trace.attention is not None
+    assert tower == any("no gradient reaches the image tokens" in note for note in trace.notes)
+    replay = probe.replay(trace, model, processor)
+    told = "occlusion, rise, greedy" if tower else "occlusion, rise, greedy, attention, rollout, tam"
+    for method in ("igos++", "tmm", "integrated_gradients"):
+        with pytest.raises(probe.errors.ExplainError, match=f"computes without autograd.*needs no gradients: {told}$"):
+            probe.explain(replay, method=method, tokens=(0, 4), strengthen=False)
+        assert probe.plan(replay, method=method).sentence().endswith(told)
+    for method, params in {"occlusion": {"size": 3}, "rise": {"masks": 8}, "attention": {}, "tam": {}}.items():
+        if tower and method in ("attention", "tam"):
+            with pytest.raises(
+                probe.errors.ExplainError, match=r"no gradient reaches .* 'rise', 'occlusion' or 'greedy'"
+            ):
+                probe.explain(replay, method=method, tokens=(0, 4), strengthen=False, **params)
+        else:
+            probe.explain(replay, method=method, tokens=(0, 4), strengthen=False, **params)
+    heat = probe.explain(replay, method="random", tokens=(0, 4), strengthen=False)
+    assert probe.evaluate(heat, replay, steps=3).original
+    if not tower:
+        assert probe.causal.knockout(replay, heat, draws=1).effects
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "idefics3", "mllama"])
 def test_whole_gradients_are_taken_as_such(name: str, tmp_path: Any) -> None:
     model, processor = tiny_models.build(name)

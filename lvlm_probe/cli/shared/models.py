@@ -31,7 +31,7 @@ def load_model(
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``; by default CUDA where there is one, else the CPU.
             Apple's ``mps`` is taken only when asked for: all that ran on it so far are the tests of a pretended one.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"auto"`` (the checkpoint's). Default: float32 on the
-            CPU, else auto.
+            CPU, else auto, and auto for quantised weights.
         attn: attention implementation, ``"sdpa"`` or ``"eager"``.
         trust_remote_code: run code that comes with the model.
 
@@ -48,16 +48,19 @@ def load_model(
         place = torch_place(device)
         precision = torch_dtype(dtype, place)
         weights = precision if precision == "auto" else getattr(torch, precision)
-        model, processor = load(source, device="cpu", dtype=weights, attn=attn, trust_remote_code=trust_remote_code)
+        weights = weights if dtype is not None else None  # quantised ones have another default
+        try:
+            model, processor = load(source, device=place, dtype=weights, attn=attn, trust_remote_code=trust_remote_code)
+        except (RuntimeError, AssertionError) as error:
+            if isinstance(error, ProbeError):
+                raise
+            raise ProbeError(f"{spec} cannot be put on {place}: {first_line(error)}; try --device cpu") from error
         if getattr(processor, "image_processor", None) is None:
             raise ProbeError(
                 f"{spec} has no image processor, so it takes no images ({type(processor).__name__}); "
                 f"give a vision-language model saved together with its processor"
             )
-        try:
-            return model.to(place).eval(), processor
-        except (RuntimeError, AssertionError) as error:
-            raise ProbeError(f"{spec} cannot be put on {place}: {first_line(error)}; try --device cpu") from error
+        return model, processor
 
 
 def model_source(spec: str) -> str:
