@@ -98,7 +98,9 @@ def _archive(folder: Path, pin: Mapping[str, Any]) -> Path:
                 with urllib.request.urlopen(pin["from"] + pin["file"]) as answer, part.open("wb") as file:
                     shutil.copyfileobj(answer, file)
                 part.rename(path)
-        except (subprocess.CalledProcessError, OSError) as error:
+        except subprocess.CalledProcessError as error:
+            raise FetchError(f"pip could not fetch {wanted} from PyPI; its reason stands above") from error
+        except OSError as error:
             raise FetchError(f"{pin['file']} could not be fetched from {pin['from']}: {error}") from error
     if not path.exists():
         raise FetchError(f"{pin['from']} has no {pin['file']} any more; see {HERE / 'pins.yaml'}")
