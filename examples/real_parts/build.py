@@ -126,8 +126,8 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
             if header.startswith(b"data.tar"):
                 with tarfile.open(fileobj=deb) as tar:
                     for member in tar:
-                        if member.isfile() and (file := tar.extractfile(member)):
-                            yield member.name, file
+                        if member.isfile() and (content := tar.extractfile(member)):
+                            yield member.name, content
                 return
             deb.seek(size + size % 2, 1)
 
@@ -205,7 +205,7 @@ def put_trained(whole: torch.nn.Module, trained: Mapping[str, Tensor], scale: fl
             if name.endswith(".lora_A"):
                 layer = name.removesuffix(".lora_A")
                 weight = weights[f"{layer}.weight"]
-                weight += scale * (trained[f"{layer}.lora_B"].to(weight.dtype) @ value.to(weight.dtype))
+                weight.add_(trained[f"{layer}.lora_B"].to(weight.dtype) @ value.to(weight.dtype), alpha=scale)
             elif not name.endswith(".lora_B"):
                 weights[name].copy_(value)
 
