@@ -42,7 +42,6 @@ __all__ = [
     "SelectionError",
     "StudyError",
     "TraceError",
-    "first_line",
 ]
 
 
@@ -112,9 +111,3 @@ class PluginError(ProbeError):
 
 class ProbeWarning(UserWarning):
     """Something was not recorded or not as good as it could be; the user's own run goes on untouched."""
-
-
-def first_line(error: BaseException, most: int = 500) -> str:
-    """What a library's error says, in one line of at most ``most`` characters, its type first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}"[:most] if lines else type(error).__name__

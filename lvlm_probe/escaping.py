@@ -6,7 +6,7 @@ import re
 import unicodedata
 from typing import Any
 
-__all__ = ["ACTING", "counted", "csv_cell", "escaped", "markdown_text", "one_line", "tex_text", "writable"]
+__all__ = ["ACTING", "counted", "csv_cell", "escaped", "first_line", "markdown_text", "one_line", "tex_text", "writable"]
 
 ACTING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
@@ -52,6 +52,12 @@ def csv_cell(value: Any) -> Any:
 def one_line(text: str) -> str:
     """On one line, without characters that act instead of being seen."""
     return "".join(sign for sign in " ".join(text.split()) if unicodedata.category(sign) not in ("Cc", "Cs"))
+
+
+def first_line(error: BaseException, most: int = 500) -> str:
+    """What a library's error says, in one line of at most ``most`` characters, its type first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}"[:most] if lines else type(error).__name__
 
 
 def markdown_text(text: str) -> str:

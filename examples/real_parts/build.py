@@ -98,7 +98,9 @@ def _archive(folder: Path, pin: Mapping[str, Any]) -> Path:
                 with urllib.request.urlopen(pin["from"] + pin["file"]) as answer, part.open("wb") as file:
                     shutil.copyfileobj(answer, file)
                 part.rename(path)
-        except (subprocess.CalledProcessError, OSError) as error:
+        except subprocess.CalledProcessError as error:
+            raise FetchError(f"pip could not fetch {wanted} from PyPI; its reason stands above") from error
+        except OSError as error:
             raise FetchError(f"{pin['file']} could not be fetched from {pin['from']}: {error}") from error
     if not path.exists():
         raise FetchError(f"{pin['from']} has no {pin['file']} any more; see {HERE / 'pins.yaml'}")
@@ -124,8 +126,8 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
             if header.startswith(b"data.tar"):
                 with tarfile.open(fileobj=deb) as tar:
                     for member in tar:
-                        if member.isfile() and (file := tar.extractfile(member)):
-                            yield member.name, file
+                        if member.isfile() and (content := tar.extractfile(member)):
+                            yield member.name, content
                 return
             deb.seek(size + size % 2, 1)
 
@@ -203,7 +205,7 @@ def put_trained(whole: torch.nn.Module, trained: Mapping[str, Tensor], scale: fl
             if name.endswith(".lora_A"):
                 layer = name.removesuffix(".lora_A")
                 weight = weights[f"{layer}.weight"]
-                weight += scale * (trained[f"{layer}.lora_B"].to(weight.dtype) @ value.to(weight.dtype))
+                weight.add_(trained[f"{layer}.lora_B"].to(weight.dtype) @ value.to(weight.dtype), alpha=scale)
             elif not name.endswith(".lora_B"):
                 weights[name].copy_(value)
 

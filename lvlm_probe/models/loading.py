@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lvlm_probe.errors import LoadError, ProbeError, first_line
+from lvlm_probe.errors import LoadError, ProbeError
+from lvlm_probe.escaping import first_line
 from lvlm_probe.models.families import family_of
 from lvlm_probe.models.quantised import quantisation
 from lvlm_probe.models.requirements import Missing, missing_library

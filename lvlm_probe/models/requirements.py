@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from types import TracebackType
 
-from lvlm_probe.errors import first_line
+from lvlm_probe.escaping import first_line
 
 __all__ = ["EXTRAS", "Missing", "missing_library"]
 

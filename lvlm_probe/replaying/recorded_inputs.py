@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lvlm_probe.errors import ProbeError, ReplayError, first_line
+from lvlm_probe.errors import ProbeError, ReplayError
+from lvlm_probe.escaping import first_line
 from lvlm_probe.models.anatomy import Anatomy, examine
 from lvlm_probe.models.drivers import probed_model
 

@@ -25,7 +25,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lvlm_probe.errors import TraceError, first_line
+from lvlm_probe.errors import TraceError
+from lvlm_probe.escaping import first_line
 from lvlm_probe.files import State, causes, state_of
 from lvlm_probe.storage.encoding import ENCODING_VERSION, JSON, JSON_LIMIT, NAME, parse_json, restore_tensor
 from lvlm_probe.storage.seal import Seal, check_open, open_file, parse_version, trace_error, unreadable

@@ -27,7 +27,8 @@ from lvlm_probe._version import __version__
 from lvlm_probe.cli.shared.answers import ask
 from lvlm_probe.cli.shared.models import load_model, model_source, torch_dtype, torch_place
 from lvlm_probe.cli.shared.terminal import bar, one_line
-from lvlm_probe.errors import ProbeError, first_line
+from lvlm_probe.errors import ProbeError
+from lvlm_probe.escaping import first_line
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cli.shared.models import DEMO, load_model
 from lvlm_probe.cli.shared.terminal import agrees, one_line
-from lvlm_probe.errors import ImageError, ProbeError, TraceError, first_line
+from lvlm_probe.errors import ImageError, ProbeError, TraceError
+from lvlm_probe.escaping import first_line
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cli.shared.terminal import quiet_libraries, stage
-from lvlm_probe.errors import ProbeError, first_line
+from lvlm_probe.errors import ProbeError
+from lvlm_probe.escaping import first_line
 
 if TYPE_CHECKING:
     import torch
