@@ -234,7 +234,7 @@ class ServedReplay(Views):
             return self.original_log_probs[None]
         return self._forcing.score(self._drawn(mask, image), None if steps is None else self.wanted(steps))
 
-    def _drawn(self, mask: torch.Tensor, image: int | None) -> list[Pictures]:
+    def _drawn(self, mask: torch.Tensor, image: int | Clip | None) -> list[Pictures]:
         """The masked images of each row of the batch, when it is their turn."""
         if not isinstance(mask, torch.Tensor):
             raise MaskError(f"a mask is a floating-point tensor; got {type(mask).__name__}.")

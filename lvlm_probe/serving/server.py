@@ -370,6 +370,11 @@ class Server:
                 )
         if not trace.images:
             raise ImageError(f"{trace.path.name} holds no image: there is nothing to mask")
+        if trace.clips:
+            raise ImageError(
+                f"{trace.path.name} holds a video, and a server is sent images alone; replay it on the model itself: "
+                "probe.replay(trace, model, processor)"
+            )
         said = _said_of(trace, known)
         images = [image.convert("RGB") for image in trace.images]
         forcing = self._forcing(said, self._road_for(said, len(images)), trace.path.parent, images)

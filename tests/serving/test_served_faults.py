@@ -20,11 +20,13 @@ import numpy as np
 import pytest
 import torch
 from demo_server import DemoServer, serving
+from trace_samples import sample_capture
 
 import lvlm_probe as probe
 from lvlm_probe.importing.meter import measure
 from lvlm_probe.serving.journal import FILE, Journal
 from lvlm_probe.serving.transport import Refused, Transport
+from lvlm_probe.trace import write
 
 RISE: dict[str, Any] = {"method": "rise", "masks": 24, "cells": 3, "size": 6, "strengthen": False}
 
@@ -267,6 +269,13 @@ def test_log_probabilities_taken_after_the_others_are_shut_out_are_refused(demo:
         behind.biased_before = True
         with pytest.raises(probe.errors.ReplayError, match=r"after the others are shut out|differ by up to"):
             probe.connect(behind.url)
+
+
+def test_a_video_is_refused_before_anything_is_sent(behind: DemoServer, client: Any, tmp_path: Path) -> None:
+    sent = behind.count
+    with pytest.raises(probe.errors.ImageError, match="holds a video"):
+        probe.replay(probe.open_trace(write(sample_capture(), tmp_path)), client, strict=False)
+    assert behind.count == sent
 
 
 def test_another_model_is_refused_by_name_unless_it_is_wanted(behind: DemoServer, trace: Any) -> None:
