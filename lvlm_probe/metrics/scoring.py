@@ -305,11 +305,12 @@ def evaluate(
     replay.announce("evaluate", lambda: images, steps_of)
     known = _known(shared, replay, heat, mode)
     scores = MaskScores(replay, steps_of, image=heat.target, mode=mode, known=known)
-    with replay.shortcuts.held(), show_progress(progress, "deletion and insertion") as advance:
-        raw = curves(values, seen, scores, settings, decided=heat.selection.decided, progress=advance)
-    areas = _areas(raw, settings)
-    gains = _random_gains(values.shape, seen, scores, dataclasses.replace(settings, tie_orders=1), chance, replay)
-    middle = _center_gain(seen, scores, settings, replay, heat.target, mode) if center else math.nan
+    with replay.shortcuts.held():
+        with show_progress(progress, "deletion and insertion") as advance:
+            raw = curves(values, seen, scores, settings, decided=heat.selection.decided, progress=advance)
+        areas = _areas(raw, settings)
+        gains = _random_gains(values.shape, seen, scores, dataclasses.replace(settings, tie_orders=1), chance)
+        middle = _center_gain(seen, scores, settings, replay, heat.target, mode) if center else math.nan
     return Score(
         deletion=areas.deletion,
         insertion=areas.insertion,
@@ -403,15 +404,13 @@ def _random_gains(
     scores: MaskScores,
     settings: CurveSettings,
     chance: int,
-    replay: ReplayLike,
 ) -> tuple[float, ...]:
     """Insertion − deletion of ``chance`` random heatmaps on the grid."""
     generator = np.random.default_rng([settings.seed, 1])
     gains = []
     for _ in range(chance):
         cells = generator.random(shape, dtype=np.float32)
-        with replay.shortcuts.held():
-            areas = _areas(curves(cells, seen, scores, settings), settings)
+        areas = _areas(curves(cells, seen, scores, settings), settings)
         gains.append(areas.insertion - areas.deletion)
     return tuple(gains)
 
@@ -430,8 +429,7 @@ def _center_gain(
     key = ("center", baseline_identity(replay.baseline), tuple(scores.indices), image, mode, seen.shape, settings)
     if key not in facts:
         values = center_values(seen.shape).numpy()
-        with replay.shortcuts.held():
-            areas = _areas(curves(values, seen, scores, settings), settings)
+        areas = _areas(curves(values, seen, scores, settings), settings)
         facts[key] = areas.insertion - areas.deletion
     return float(facts[key])
 
