@@ -151,7 +151,7 @@ def test_the_summary_has_the_marks_that_scripts_fill(mark: str) -> None:
 def test_the_figures_of_the_readme_are_those_of_the_summary() -> None:
     readme, summary = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/figures.md"))
     easy = summary.partition("<!-- tournament easy -->")[2].partition("<!-- /tournament easy -->")[0]
-    gain = re.search(r"^\| igos\+\+ \| ([\d.]+) \[", easy, re.MULTILINE)
+    gain = re.search(r"^\| igos\+\+ \(fast\) \| ([\d.]+) \[", easy, re.MULTILINE)
     families = re.search(r"\*\*(\d+ of \d+)\*\* pass every check", summary)
     assert gain is not None and f"insertion − deletion of {gain[1]} on 200 held-out" in readme
     assert families is not None and f"* {families[1]} families" in readme
