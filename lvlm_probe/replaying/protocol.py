@@ -48,7 +48,6 @@ class ShortcutsLike(Protocol):
         ...
 
 
-@runtime_checkable
 class MaskJournal(Protocol):
     """Keeps the log-probabilities that masks gave, by a key: step → nats; a pair where they are bounds on one."""
 
@@ -57,6 +56,7 @@ class MaskJournal(Protocol):
     def put(self, key: str, values: Mapping[int, float]) -> None: ...
 
 
+@runtime_checkable
 class ReplayLike(Protocol):
     """One answer, as a function of a mask; see ``Replay``, where each of these names is explained."""
 

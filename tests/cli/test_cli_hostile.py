@@ -412,8 +412,8 @@ def test_an_output_that_cannot_say_everything(evil: Path, tmp_path: Path) -> Non
     [
         ("inspect", "lvlm_probe.trace.open_store"),
         ("verify", "lvlm_probe.importing.meter.open_store"),
-        ("inspect", "lvlm_probe.trace.open_trace"),
-        ("verify", "lvlm_probe.trace.open_trace"),
+        ("inspect", "lvlm_probe.trace.open_rows"),
+        ("verify", "lvlm_probe.trace.open_rows"),
     ],
 )
 def test_ctrl_c_ends_without_a_traceback(command: str, where: str, evil: Path) -> None:
