@@ -36,6 +36,7 @@ def sample_row(
     images: int = 1,
     attention: bool = True,
     llr: bool = True,
+    clips: bool = False,
     seed: int = 0,
 ) -> RowCapture:
     """One row; the same arguments give the same row."""
@@ -70,12 +71,12 @@ def sample_row(
         },
         images=[sample_image_record(seed=seed + number) for number in range(images)],
         processor_call={"class": "CLIPImageProcessor", "kwargs": {}, "structure": "flat", "backend": "pil"},
-        clips=(Clip(0, images, tuple(range(0, 2 * images, 2)), 4.0, 2 * images, images / 2),),
+        clips=(Clip(0, images, tuple(range(0, 2 * images, 2)), 4.0, 2 * images, images / 2),) if clips else (),
         image_token_id=7,
         image_positions=np.arange(image_tokens, dtype=np.int64) + 2,
         image_index=np.sort(np.arange(image_tokens, dtype=np.int64) % max(1, images)),
         patch_box=rng.random((image_tokens, 4), np.float32) * 18,
-        patch_frames=np.tile([[0, images - 1]], (image_tokens, 1)),
+        patch_frames=np.tile([[0, images - 1]], (image_tokens, 1)) if clips else None,
         token_ids=rng.integers(0, 32_000, tokens),
         tokens=pieces,
         special=np.array([piece == "</s>" for piece in pieces], bool),

@@ -34,7 +34,7 @@ def plain(value: Any) -> Any:
 def main() -> None:
     import torch
 
-    capture = sample_capture(2, seed=10, tokens=11, images=2)
+    capture = sample_capture(2, seed=10, tokens=11, images=2, clips=True)
     capture.rows[1].model_kwargs = {
         "pixel_values": torch.linspace(-2, 3e30, 24).reshape(2, 3, 4).bfloat16(),
         "image_grid_thw": torch.tensor([[1, 2, 3], [1, 4, 4]]),

@@ -54,15 +54,15 @@ def test_from_a_table_to_tables(tmp_path: Path) -> None:
         "images": "pics",
     }
     file.write_text(
-        text.replace("igos++: {}", "center: {}")
-        .replace("gradcam: {}", "attention: {}")
+        text.replace("igos++: {}", "attention: {}")
+        .replace("gradcam: {}", "relative_attention: {}")
         .replace("max_new_tokens: 64", "max_new_tokens: 24, steps: 4")
     )
     done = succeed("study", "run", file)
     lines = done.out.splitlines()
-    assert "1 model, 1 data set, 3 methods" in lines[0]
+    assert "1 model, 1 data set, 4 methods" in lines[0]
     assert any("an answer takes" in line and "1 of 2 to go" in line for line in lines)
-    assert any("a map takes" in line and "at most 3 to go" in line for line in lines)
+    assert any("a map takes" in line and "at most 4 to go" in line for line in lines)
     assert lines[-2].startswith("next:  lvlm-probe study table") and "lvlm-probe study page" in lines[-1]
     again = succeed("study", "run", file).out
     assert "made: 0 answers, 0 maps" in again and "takes" not in again, "nothing was measured, nothing is foretold"

@@ -54,7 +54,7 @@ def test_what_is_optional_may_be_absent(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(FIELDS))
 def test_every_field_is_written_read_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    row = dataclasses.replace(sample_row(), notes=["a note"], error="an error")
+    row = dataclasses.replace(sample_row(clips=True), notes=["a note"], error="an error")
     path = write(dataclasses.replace(sample_capture(), rows=[row]), tmp_path)
     assert is_stored(path, name)
     open_trace(path).verify()
