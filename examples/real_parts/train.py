@@ -393,8 +393,8 @@ def speak(
         step += 1
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * (min(1, (step - first) / 8) * (0.5 + 0.5 * math.cos(math.pi * done)) + 0.02)
-        count, images = (1, 5) if step % 4 == 0 else (2, 4)
-        drawn = [lesson.draw(rng, count, 0.5) for _ in range(images)]
+        count, images = (1, 5) if step % 2 == 0 else (2, 4)
+        drawn = [lesson.draw(rng, count, 0.7) for _ in range(images)]
         packed = pack(tokenizer, [scenes.questions(objects) for _, objects in drawn])
         loss = answer_loss(model, torch.stack([cells for cells, _ in drawn]), packed)
         loss.backward()
