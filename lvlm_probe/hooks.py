@@ -146,6 +146,32 @@ class _Standing:
         return getattr, (shadow.owner, shadow.name)  # which is how Python pickles a bound method
 
 
+class _Attributes(dict[str, Any]):
+    """The ``__dict__`` of an instance that is no module, while shadows stand in it.
+
+    Settings of processors are what their ``__dict__`` holds: ``repr``, ``to_dict`` and ``save_pretrained`` write a deep
+    copy of it. That copy, and a pickle, is a plain dict of what the instance has of its own.
+    """
+
+    def own(self) -> dict[str, Any]:
+        """Everything but shadows, and but what they stand in front of where that is the instance's own."""
+        found = {}
+        for name, value in list(self.items()):
+            while (below := beneath(value)) is not value:
+                value = below
+            if value is not NOTHING:
+                found[name] = value
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        memo[id(self)] = copied = {}
+        copied.update(copy.deepcopy(self.own(), memo))
+        return copied
+
+    def __reduce__(self) -> Any:
+        return dict, (self.own(),)
+
+
 class Shadow:
     """A callable that stands, from ``put_up`` to ``remove``, on an instance in front of one of its methods.
 
@@ -170,9 +196,12 @@ class Shadow:
     def put_up(self) -> None:
         """Stand in front of the method from now on."""
         self.active = True
+        owner = self.owner
+        if type(vars(owner)) is dict and not isinstance(owner, torch.nn.Module):
+            object.__setattr__(owner, "__dict__", _Attributes(vars(owner)))
         # Through __dict__: torch.nn.Module.__setattr__ is for parameters and modules, and some classes forbid
         # assignment.
-        vars(self.owner)[self.name] = self._call
+        vars(owner)[self.name] = self._call
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a call of the shadowed method does."""
@@ -215,6 +244,8 @@ class Shadow:
             vars(owner)[self.name] = previous
         else:
             del vars(owner)[self.name]
+        if type(vars(owner)) is _Attributes and not any(shadow_of(value) for value in list(vars(owner).values())):
+            object.__setattr__(owner, "__dict__", dict(vars(owner)))
 
 
 def _inherited(

@@ -174,6 +174,25 @@ def test_a_copy_keeps_the_users_own_override():
         assert pickle.loads(pickle.dumps(owner)).say is len
 
 
+@pytest.mark.parametrize("shadows", [1, 2])
+def test_settings_of_a_shadowed_object_are_its_own(shadows):
+    owner = Named("first")
+    owner.parts = {"inner": Named("inner")}
+    with HookSet() as hooks, HookSet() as more:
+        for number in range(shadows):
+            (more if number else hooks).shadow(owner, "say", lambda original: original().upper())
+            hooks.shadow(owner.parts["inner"], "say", lambda original: original().upper())
+        settings = copy.deepcopy(vars(owner))  # as to_dict() of a processor makes it
+        assert type(settings) is dict and set(settings) == {"name", "parts"}
+        assert vars(settings["parts"]["inner"]) == {"name": "inner"}
+        assert set(pickle.loads(pickle.dumps(vars(owner)))) == {"name", "parts"}
+        owner.name = "second"
+        assert owner.say() == "I AM SECOND"
+        hooks.remove()
+        assert owner.say() == ("I am second" if shadows == 1 else "I AM SECOND")
+    assert type(vars(owner)) is dict and set(vars(owner)) == {"name", "parts"}
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_hooks_do_not_act_in_a_copy(copied):
     module = torch.nn.Linear(3, 2)

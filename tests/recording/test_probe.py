@@ -499,6 +499,18 @@ def test_what_is_no_vision_language_model_is_refused():
         probe.attach(LlamaForCausalLM(config))
 
 
+def test_an_attached_processor_says_and_saves_what_it_is(llava, tmp_path):
+    model, processor = llava
+    said, settings = repr(processor), processor.image_processor.to_dict()
+    processor.save_pretrained(tmp_path / "before")
+    with probe.attach(model, processor) as p, p.record(tmp_path / "traces"):
+        assert repr(processor) == said
+        assert processor.image_processor.to_dict() == settings
+        processor.save_pretrained(tmp_path / "attached")
+    for file in (tmp_path / "before").iterdir():
+        assert (tmp_path / "attached" / file.name).read_bytes() == file.read_bytes()
+
+
 def test_a_tokenizer_is_no_processor(llava):
     model, processor = llava
     with pytest.warns(probe.errors.ProbeWarning, match="sees no images.*give the model's processor"):
