@@ -450,16 +450,22 @@ def _places(heats: Sequence[Heatmap]) -> list[tuple[str, str]]:
     return [("", method) for method in methods]
 
 
-def _panel(heat: Heatmap, score: Any, image: Image.Image | None, place: tuple[str, str]) -> drawing.Panel:
-    selection = heat.selection
+def explained_words(selection: TokenSelection) -> list[tuple[str, str, bool]]:
+    """Return the answer word by word: the text before it, the word, and whether it is one that is explained."""
     special = [index in selection.special for index in range(len(selection.tokens))]
-    chosen = set(selection.indices)
-    words = group_words(selection.tokens, special)
-    shown = ["" if flag else piece for piece, flag in zip(selection.tokens, special, strict=True)]
+    words, chosen = group_words(selection.tokens, special), set(selection.indices)
+    texts, _ = spelled(["" if flag else piece for piece, flag in zip(selection.tokens, special, strict=True)], words)
+    return [
+        (before, text, not chosen.isdisjoint(range(word.start, word.stop)))
+        for word, (before, text) in zip(words, texts, strict=True)
+    ]
+
+
+def _panel(heat: Heatmap, score: Any, image: Image.Image | None, place: tuple[str, str]) -> drawing.Panel:
     answer = []
-    for word, (before, text) in zip(words, spelled(shown, words)[0], strict=True):
+    for before, text, explained in explained_words(heat.selection):
         space = before[: len(before) - len(before.lstrip())]  # what else stands there shows nothing
-        answer.append((space + text, not chosen.isdisjoint(range(word.start, word.stop))))
+        answer.append((space + text, explained))
     question = None if heat.trace is None else heat.trace.question or f"Prompt: {heat.trace.prompt}"
     several = 0 if heat.trace is None else len(heat.trace.images)
     which = f" · image {heat.image_index + 1} of {several}" if several > 1 else ""
