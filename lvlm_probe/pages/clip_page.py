@@ -55,7 +55,7 @@ def _section(number: int, heat: ClipHeatmap, score: Score | None) -> tuple[str, 
     )
     if heat.values is None:
         return f'<section class="clip">{head}</section>', {"plain": [], "at": []}
-    chosen = np.unique(np.linspace(0, heat.clip.frames - 1, min(heat.clip.frames, _SHOWN)).round().astype(int)).tolist()
+    chosen = heat.clip.spread(_SHOWN)
     try:
         shown = [data_uri(heat.shown(frame, _SIDE)) for frame in chosen]
         plain = [data_uri(heat.shown(frame, _SIDE, alpha=0.0)) for frame in chosen]

@@ -132,11 +132,11 @@ class ClipHeatmap(HeatGrid):
             ExplainError: there are no values, or no such colour map.
             ImageError: no frames at hand.
         """
-        chosen = np.unique(np.linspace(0, self.clip.frames - 1, min(self.clip.frames, _SHOWN)).round().astype(int))
+        chosen = self.clip.spread(_SHOWN)
         stamp = drawing.mark_of(score) if mark else None
         drawn = [
             self.shown(number, _SIDE, alpha=alpha, colormap=colormap, mark=stamp if place == 0 else None)
-            for place, number in enumerate(chosen.tolist())
+            for place, number in enumerate(chosen)
         ]
         wide, high = drawn[0].size
         columns = min(len(drawn), 6)
@@ -145,11 +145,11 @@ class ClipHeatmap(HeatGrid):
         row_height = high + _TEXT + 2 * _GAP
         sheet = Image.new("RGB", (width, rows * row_height + _CURVE + _TEXT + 3 * _GAP), _PAPER)
         pencil, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT)
-        for place, (number, frame) in enumerate(zip(chosen.tolist(), drawn, strict=True)):
+        for place, (number, frame) in enumerate(zip(chosen, drawn, strict=True)):
             at = place % columns * (wide + _GAP), place // columns * row_height
             sheet.paste(frame, at)
             pencil.text((at[0], at[1] + high + 2), self.when(number), font=font, fill=_INK)
-        self._curve(sheet, rows * row_height + _GAP, chosen.tolist())
+        self._curve(sheet, rows * row_height + _GAP, chosen)
         return sheet
 
     def save(
