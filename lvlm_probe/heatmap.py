@@ -16,7 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -41,8 +41,99 @@ PNG_KEY = "lvlm_probe"
 """Text chunk of a saved PNG that holds the provenance as JSON."""
 
 
+class HeatGrid:
+    """What heatmaps of images and of videos share: values that are checked and frozen, and the way they are told.
+
+    The attributes are fields of the dataclasses, which say what they are of.
+    """
+
+    _axes: ClassVar[tuple[str, ...]]
+    _of: ClassVar[str] = ""
+
+    values: np.ndarray | None
+    image_size: tuple[int, int]
+    seen: np.ndarray | None
+    selection: TokenSelection
+    method: str
+    params: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    history: tuple[Mapping[str, float], ...]
+    reason: str | None
+
+    def __post_init__(self) -> None:
+        if self.values is None:
+            if not self.reason:
+                raise ExplainError("a heatmap without values needs a reason")
+            return
+        values = np.array(self.values, dtype=np.float32)
+        if (
+            values.ndim != len(self._axes)
+            or values.size == 0
+            or not (np.isfinite(values).all() and 0 <= values.min() <= values.max() <= 1)
+        ):
+            axes = ", ".join(self._axes)
+            raise ExplainError(f"heatmap values{self._of} are ({axes}) within [0, 1]; got shape {values.shape}")
+        seen = np.ones(values.shape, dtype=bool) if self.seen is None else np.array(self.seen, dtype=bool)
+        if seen.shape != values.shape:
+            raise ExplainError(f"values are {values.shape}, but seen is {seen.shape}")
+        values[~seen] = 0.0
+        for array in (values, seen):
+            array.flags.writeable = False
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "seen", seen)
+
+    def __bool__(self) -> bool:
+        return self.values is not None
+
+    def describe(self) -> dict[str, Any]:
+        """Everything but the values; JSON-ready."""
+        raise NotImplementedError
+
+    def _described(self, **place: Any) -> dict[str, Any]:
+        """Everything but the values, ``place`` saying which of the prompt's images they are over."""
+        return {
+            "method": self.method,
+            "params": dict(self.params),
+            "selection": self.selection.to_dict(),
+            "image_size": list(self.image_size),
+            **place,
+            "provenance": dict(self.provenance),
+            "history": [dict(record) for record in self.history],
+            "reason": self.reason,
+        }
+
+    def _values(self) -> np.ndarray:
+        if self.values is None:
+            raise ExplainError(f"this heatmap has no values: {self.reason}")
+        return self.values
+
+    def _seen(self) -> np.ndarray:
+        assert self.seen is not None  # set with the values, in __post_init__
+        return self.seen
+
+    def _png(self, picture: Image.Image) -> bytes:
+        """A drawing of it as a PNG that says how it was made."""
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt(PNG_KEY, json.dumps(self.describe(), allow_nan=False))
+        chunks.add_text("Software", "lvlm_probe")
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG", pnginfo=chunks)
+        return buffer.getvalue()
+
+    def _card(self, png: bytes | None, told: str) -> str:
+        """The drawing under its title in a notebook, with what is told of it; without one that alone."""
+        title = f"{html.escape(self.method[:100])}: {html.escape((self.selection.label or 'nothing selected')[:400])}"
+        if png is None:
+            return f"<p><b>{title}</b><br>{html.escape(told[:1000])}</p>"
+        data = base64.b64encode(png).decode("ascii")
+        return (
+            f'<figure style="margin:0"><img alt="{title}" src="data:image/png;base64,{data}" style="max-width:100%">'
+            f"<figcaption><b>{title}</b><br><small>{html.escape(told)}</small></figcaption></figure>"
+        )
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Heatmap:
+class Heatmap(HeatGrid):
     """The result of one explanation.
 
     Attributes:
@@ -58,6 +149,8 @@ class Heatmap:
         trace: The trace explained, while one is at hand; never stored.
     """
 
+    _axes = ("row", "col")
+
     values: np.ndarray | None
     image_size: tuple[int, int]
     image_index: int = 0
@@ -69,30 +162,6 @@ class Heatmap:
     history: tuple[Mapping[str, float], ...] = ()
     reason: str | None = None
     trace: Trace | None = None
-
-    def __post_init__(self) -> None:
-        if self.values is None:
-            if not self.reason:
-                raise ExplainError("a heatmap without values needs a reason")
-            return
-        values = np.array(self.values, dtype=np.float32)
-        if (
-            values.ndim != 2
-            or values.size == 0
-            or not (np.isfinite(values).all() and 0 <= values.min() <= values.max() <= 1)
-        ):
-            raise ExplainError(f"heatmap values are (row, col) within [0, 1]; got shape {values.shape}")
-        seen = np.ones(values.shape, dtype=bool) if self.seen is None else np.array(self.seen, dtype=bool)
-        if seen.shape != values.shape:
-            raise ExplainError(f"values are {values.shape}, but seen is {seen.shape}")
-        values[~seen] = 0.0
-        for array in (values, seen):
-            array.flags.writeable = False
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "seen", seen)
-
-    def __bool__(self) -> bool:
-        return self.values is not None
 
     @property
     def target(self) -> int:
@@ -232,16 +301,7 @@ class Heatmap:
 
     def describe(self) -> dict[str, Any]:
         """Everything but the values: what ``save`` and ``write`` keep. JSON-ready."""
-        return {
-            "method": self.method,
-            "params": dict(self.params),
-            "selection": self.selection.to_dict(),
-            "image_size": list(self.image_size),
-            "image_index": self.image_index,
-            "provenance": dict(self.provenance),
-            "history": [dict(record) for record in self.history],
-            "reason": self.reason,
-        }
+        return self._described(image_index=self.image_index)
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Writes values, provenance and history to an HDF5 file (complete or not at all); returns the path."""
@@ -311,37 +371,15 @@ class Heatmap:
         return None if self.values is None else self._png(self.preview())
 
     def _repr_html_(self) -> str:
-        title = f"{html.escape(self.method[:100])}: {html.escape((self.selection.label or 'nothing selected')[:400])}"
         png = self._repr_png_()
         if png is None:
-            return f"<p><b>{title}</b><br>{html.escape((self.reason or '')[:1000])}</p>"
-        data = base64.b64encode(png).decode("ascii")
+            return self._card(None, self.reason or "")
         passes = self.provenance.get("passes")
         detail = "not checked: evaluate(heat, replay) says whether to believe it · "
         detail += f"trace {str(self.provenance.get('trace_id', ''))[:128]} · grid {self.shape[0]} × {self.shape[1]}"
         if isinstance(passes, Mapping):
             detail += f" · {passes.get('forward', 0)} forward, {passes.get('backward', 0)} backward passes"
-        return (
-            f'<figure style="margin:0"><img alt="{title}" src="data:image/png;base64,{data}" style="max-width:100%">'
-            f"<figcaption><b>{title}</b><br><small>{html.escape(detail)}</small></figcaption></figure>"
-        )
-
-    def _values(self) -> np.ndarray:
-        if self.values is None:
-            raise ExplainError(f"this heatmap has no values: {self.reason}")
-        return self.values
-
-    def _seen(self) -> np.ndarray:
-        assert self.seen is not None  # set with the values, in __post_init__
-        return self.seen
-
-    def _png(self, picture: Image.Image) -> bytes:
-        chunks = PngImagePlugin.PngInfo()
-        chunks.add_itxt(PNG_KEY, json.dumps(self.describe(), allow_nan=False))
-        chunks.add_text("Software", "lvlm_probe")
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG", pnginfo=chunks)
-        return buffer.getvalue()
+        return self._card(png, detail)
 
 
 def figure(
@@ -412,16 +450,22 @@ def _places(heats: Sequence[Heatmap]) -> list[tuple[str, str]]:
     return [("", method) for method in methods]
 
 
-def _panel(heat: Heatmap, score: Any, image: Image.Image | None, place: tuple[str, str]) -> drawing.Panel:
-    selection = heat.selection
+def explained_words(selection: TokenSelection) -> list[tuple[str, str, bool]]:
+    """Return the answer word by word: the text before it, the word, and whether it is one that is explained."""
     special = [index in selection.special for index in range(len(selection.tokens))]
-    chosen = set(selection.indices)
-    words = group_words(selection.tokens, special)
-    shown = ["" if flag else piece for piece, flag in zip(selection.tokens, special, strict=True)]
+    words, chosen = group_words(selection.tokens, special), set(selection.indices)
+    texts, _ = spelled(["" if flag else piece for piece, flag in zip(selection.tokens, special, strict=True)], words)
+    return [
+        (before, text, not chosen.isdisjoint(range(word.start, word.stop)))
+        for word, (before, text) in zip(words, texts, strict=True)
+    ]
+
+
+def _panel(heat: Heatmap, score: Any, image: Image.Image | None, place: tuple[str, str]) -> drawing.Panel:
     answer = []
-    for word, (before, text) in zip(words, spelled(shown, words)[0], strict=True):
+    for before, text, explained in explained_words(heat.selection):
         space = before[: len(before) - len(before.lstrip())]  # what else stands there shows nothing
-        answer.append((space + text, not chosen.isdisjoint(range(word.start, word.stop))))
+        answer.append((space + text, explained))
     question = None if heat.trace is None else heat.trace.question or f"Prompt: {heat.trace.prompt}"
     several = 0 if heat.trace is None else len(heat.trace.images)
     which = f" · image {heat.image_index + 1} of {several}" if several > 1 else ""

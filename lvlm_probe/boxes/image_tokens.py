@@ -156,7 +156,7 @@ def _find(replay: Replay, positions: np.ndarray) -> Places:
         with _entry(replay, positions, ()) as (_, hidden):
             if not hidden.requires_grad:
                 raise _NoGradient(f"no gradient reaches the image tokens of {name} from the pixels")
-    except (RuntimeError, NotImplementedError) as error:  # a kernel without a derivative
+    except RuntimeError as error:  # a kernel without a derivative
         if isinstance(error, ProbeError) or ran_out(error):
             raise
         reason = str(error).strip().splitlines()[0]

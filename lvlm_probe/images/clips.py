@@ -93,10 +93,6 @@ class ClipStep:
             found[other] = value.flatten(0, value.ndim - axes)
         return {**made, **found}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Settings of the video processor."""
-        return processor_settings(self.geometry_owner)
-
 
 def step_of(processor: Any, call: Mapping[str, Any], clips: Sequence[Clip]) -> tuple[ClipStep, dict[str, Any]]:
     """The step of a recorded prompt, with the settings that the processors had then.

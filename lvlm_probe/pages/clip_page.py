@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_probe.errors import ReportError
+from lvlm_probe.heatmap import explained_words
 from lvlm_probe.pages.data_uris import data_uri
 from lvlm_probe.pages.samples import verdict_of
 from lvlm_probe.pages.shell import asset, json_for_script, page_text
-from lvlm_probe.words import group_words, spelled
 
 if TYPE_CHECKING:
     from lvlm_probe.metrics import Score
@@ -55,7 +55,7 @@ def _section(number: int, heat: ClipHeatmap, score: Score | None) -> tuple[str, 
     )
     if heat.values is None:
         return f'<section class="clip">{head}</section>', {"plain": [], "at": []}
-    chosen = np.unique(np.linspace(0, heat.clip.frames - 1, min(heat.clip.frames, _SHOWN)).round().astype(int)).tolist()
+    chosen = heat.clip.spread(_SHOWN)
     try:
         shown = [data_uri(heat.shown(frame, _SIDE)) for frame in chosen]
         plain = [data_uri(heat.shown(frame, _SIDE, alpha=0.0)) for frame in chosen]
@@ -94,15 +94,10 @@ def _section(number: int, heat: ClipHeatmap, score: Score | None) -> tuple[str, 
 
 def _answer(heat: ClipHeatmap) -> str:
     """The answer with the explained words marked."""
-    selection = heat.selection
-    special = [index in selection.special for index in range(len(selection.tokens))]
-    words, chosen = group_words(selection.tokens, special), set(selection.indices)
-    texts, _ = spelled(["" if flag else piece for piece, flag in zip(selection.tokens, special, strict=True)], words)
     parts = []
-    for word, (lead, text) in zip(words, texts, strict=True):
+    for before, text, explained in explained_words(heat.selection):
         told = html.escape(text)
-        explained = not chosen.isdisjoint(range(word.start, word.stop))
-        parts.append(html.escape(lead) + (f"<mark>{told}</mark>" if explained else told))
+        parts.append(html.escape(before) + (f"<mark>{told}</mark>" if explained else told))
     return "".join(parts).strip() or "not known"
 
 

@@ -195,8 +195,9 @@ class ProcessorWatch:
         moment = NOT_REPEATED if handed.clips else NOT_KEPT
         kept = {name: _copied(value) for name, value in kwargs.items() if name not in moment}
         config = processor_settings(image_processor)
-        call = ProcessorCall(handed.images, handed.groups, kept, frozenset(result), config, why=handed.why)
-        call = replace(call, clips=handed.clips)
+        call = ProcessorCall(
+            handed.images, handed.groups, kept, frozenset(result), config, why=handed.why, clips=handed.clips
+        )
         settings = json.dumps([config, kept], sort_keys=True, default=repr)
         with self._lock:
             self._seen += 1

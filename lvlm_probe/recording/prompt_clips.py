@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lvlm_probe.images.clips import ClipStep, step_of
+from lvlm_probe.images.clips import step_of
 from lvlm_probe.images.processor import BlackBox, as_rgb
 from lvlm_probe.recording.processor_watch import ProcessorCall, ProcessorWatch, describe_call
 from lvlm_probe.trace.clips import Clip
@@ -136,9 +136,5 @@ class ClipFinder:
         if lost:
             raise LookupError(f"processor arguments that a trace cannot keep: {', '.join(lost)}")
         step, _ = step_of(self._processor, description, placed)
-        images, _, notes = as_rgb(BlackBox(step, {}, "flat"), [*stills, *frames])
-        return ClipRow(images, placed, description, _tensors(step, images) if alone else {}, notes)
-
-
-def _tensors(step: ClipStep, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
-    return BlackBox(step, {}, "flat")(images)
+        images, made, notes = as_rgb(BlackBox(step, {}, "flat"), [*stills, *frames])
+        return ClipRow(images, placed, description, made if alone else {}, notes)

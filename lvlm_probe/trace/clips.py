@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lvlm_probe.storage.encoding import JSON
 from lvlm_probe.storage.reading import SealedFile
 from lvlm_probe.trace.fields import Json
@@ -62,6 +64,12 @@ class Clip:
         """The frames, counted from its first, that each of some even steps in time has a part of."""
         ends = [(step * self.frames // steps, -(-(step + 1) * self.frames // steps)) for step in range(steps)]
         return [range(start, max(stop, start + 1)) for start, stop in ends]
+
+    def spread(self, most: int) -> list[int]:
+        """Its frames, counted from its first, or where there are more than ``most`` so many, evenly spaced."""
+        shown = np.linspace(0, self.frames - 1, min(self.frames, most)).round().astype(int)
+        found: list[int] = shown.tolist()
+        return found
 
     def to_dict(self) -> dict[str, JSON]:
         """Plain JSON, without what is not known."""

@@ -6,9 +6,7 @@ need not be frames. Between the middles of two steps they are interpolated, as m
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
 import io
 import json
 import os
@@ -19,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 
 from lvlm_probe import drawing
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.files import write_whole
-from lvlm_probe.heatmap import PNG_KEY, Heatmap
+from lvlm_probe.heatmap import PNG_KEY, HeatGrid, Heatmap
 from lvlm_probe.images.clips import over_frames
 from lvlm_probe.selection import TokenSelection
 
@@ -43,7 +41,7 @@ _INK, _PAPER, _LINE = (40, 40, 40), (255, 255, 255), (0, 114, 178)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ClipHeatmap:
+class ClipHeatmap(HeatGrid):
     """The result of explaining a recorded answer by a video.
 
     Attributes:
@@ -54,6 +52,8 @@ class ClipHeatmap:
         selection, method, params, provenance, history, reason, trace: as of a ``Heatmap``.
     """
 
+    _axes = ("t", "row", "col")
+    _of = " of a video"
     __repr__ = in_one_line
 
     values: np.ndarray | None
@@ -67,27 +67,6 @@ class ClipHeatmap:
     history: tuple[Mapping[str, float], ...] = ()
     reason: str | None = None
     trace: Trace | None = None
-
-    def __post_init__(self) -> None:
-        if self.values is None:
-            if not self.reason:
-                raise ExplainError("a heatmap without values needs a reason")
-            return
-        values = np.array(self.values, dtype=np.float32)
-        within = values.ndim == 3 and values.size and np.isfinite(values).all() and values.min() >= 0
-        if not within or values.max() > 1:
-            raise ExplainError(f"heatmap values of a video are (t, row, col) within [0, 1]; got shape {values.shape}")
-        seen = np.ones(values.shape, dtype=bool) if self.seen is None else np.array(self.seen, dtype=bool)
-        if seen.shape != values.shape:
-            raise ExplainError(f"values are {values.shape}, but seen is {seen.shape}")
-        values[~seen] = 0.0
-        for array in (values, seen):
-            array.flags.writeable = False
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "seen", seen)
-
-    def __bool__(self) -> bool:
-        return self.values is not None
 
     @property
     def target(self) -> Clip:
@@ -108,7 +87,7 @@ class ClipHeatmap:
     @property
     def over_time(self) -> np.ndarray:
         """Mean of the values that the model sees, at each frame, ``(frame,)`` float32."""
-        frames, seen = self._frames(self._values()), self._frames(np.asarray(self.seen, np.float32))
+        frames, seen = self._frames(self._values()), self._frames(np.asarray(self._seen(), np.float32))
         curve: np.ndarray = frames.sum((1, 2)) / np.maximum(seen.sum((1, 2)), 1e-9)
         return curve
 
@@ -153,11 +132,11 @@ class ClipHeatmap:
             ExplainError: there are no values, or no such colour map.
             ImageError: no frames at hand.
         """
-        chosen = np.unique(np.linspace(0, self.clip.frames - 1, min(self.clip.frames, _SHOWN)).round().astype(int))
+        chosen = self.clip.spread(_SHOWN)
         stamp = drawing.mark_of(score) if mark else None
         drawn = [
             self.shown(number, _SIDE, alpha=alpha, colormap=colormap, mark=stamp if place == 0 else None)
-            for place, number in enumerate(chosen.tolist())
+            for place, number in enumerate(chosen)
         ]
         wide, high = drawn[0].size
         columns = min(len(drawn), 6)
@@ -166,11 +145,11 @@ class ClipHeatmap:
         row_height = high + _TEXT + 2 * _GAP
         sheet = Image.new("RGB", (width, rows * row_height + _CURVE + _TEXT + 3 * _GAP), _PAPER)
         pencil, font = ImageDraw.Draw(sheet), ImageFont.load_default(_TEXT)
-        for place, (number, frame) in enumerate(zip(chosen.tolist(), drawn, strict=True)):
+        for place, (number, frame) in enumerate(zip(chosen, drawn, strict=True)):
             at = place % columns * (wide + _GAP), place // columns * row_height
             sheet.paste(frame, at)
             pencil.text((at[0], at[1] + high + 2), self.when(number), font=font, fill=_INK)
-        self._curve(sheet, rows * row_height + _GAP, chosen.tolist())
+        self._curve(sheet, rows * row_height + _GAP, chosen)
         return sheet
 
     def save(
@@ -195,9 +174,8 @@ class ClipHeatmap:
             ImageError: no frames at hand.
         """
         target = Path(path)
-        buffer = io.BytesIO()
         if target.suffix.lower() == ".png":
-            self._write_png(buffer, self.overlay(alpha=alpha, colormap=colormap, score=score))
+            content = self._png(self.overlay(alpha=alpha, colormap=colormap, score=score))
         elif target.suffix.lower() == ".gif":
             frames = [
                 self.shown(number, _MOVIE_SIDE, alpha=alpha, colormap=colormap, mark=drawing.mark_of(score))
@@ -205,45 +183,31 @@ class ClipHeatmap:
             ]
             lasting = self._lasting() if seconds is None else seconds
             comment = json.dumps({PNG_KEY: self.describe()}, allow_nan=False).encode()
+            buffer = io.BytesIO()
             frames[0].save(
                 buffer, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 * lasting), loop=0,
                 comment=comment,
             )  # fmt: skip
+            content = buffer.getvalue()
         else:
             raise ExplainError(f"a heatmap of a video is saved as PNG (a strip) or GIF; got {target.name!r}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, buffer.getvalue())
+        write_whole(target, content)
         return target
 
     def describe(self) -> dict[str, Any]:
         """Everything but the values; JSON-ready."""
-        return {
-            "method": self.method,
-            "params": dict(self.params),
-            "selection": self.selection.to_dict(),
-            "image_size": list(self.image_size),
-            "clip": self.clip.to_dict(),
-            "provenance": dict(self.provenance),
-            "history": [dict(record) for record in self.history],
-            "reason": self.reason,
-        }
+        return self._described(clip=self.clip.to_dict())
 
     def _repr_html_(self) -> str:
-        title = f"{html.escape(self.method[:100])}: {html.escape((self.selection.text or 'nothing selected')[:400])}"
         if self.values is None:
-            return f"<p><b>{title}</b><br>{html.escape((self.reason or '')[:1000])}</p>"
-        buffer = io.BytesIO()
+            return self._card(None, self.reason or "")
         try:
-            self._write_png(buffer, self.overlay())
+            png = self._png(self.overlay())
         except ImageError as error:
-            return f"<p><b>{title}</b><br>{html.escape(str(error))}</p>"
-        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+            return self._card(None, str(error))
         grid = " × ".join(map(str, self.values.shape))
-        detail = f"not checked: evaluate(heat, replay) says whether to believe it · grid {grid}"
-        return (
-            f'<figure style="margin:0"><img alt="{title}" src="data:image/png;base64,{data}" style="max-width:100%">'
-            f"<figcaption><b>{title}</b><br><small>{html.escape(detail)}</small></figcaption></figure>"
-        )
+        return self._card(png, f"not checked: evaluate(heat, replay) says whether to believe it · grid {grid}")
 
     def shown(self, number: int, side: int, **look: Any) -> Image.Image:
         """One frame with its part of the heatmap, stretched by the highest value of all frames.
@@ -270,11 +234,6 @@ class ClipHeatmap:
         return f"frame {number}" if times is None else f"{times[number]:.1f} s"
 
     # ------------------------------------------------------------------------------------------------------- inside
-
-    def _values(self) -> np.ndarray:
-        if self.values is None:
-            raise ExplainError(f"this heatmap has no values: {self.reason}")
-        return self.values
 
     def _frames(self, steps: np.ndarray) -> np.ndarray:
         """Steps in time ``(t, row, col)`` as frames ``(frame, row, col)``, as masks are brought to them."""
@@ -304,9 +263,3 @@ class ClipHeatmap:
         font = ImageFont.load_default(_TEXT)
         told = f"mean of the heatmap in each frame, highest {highest:.2f} at {self.when(int(curve.argmax()))}"
         pencil.text((0, bottom + _GAP), told, font=font, fill=_INK)
-
-    def _write_png(self, buffer: io.BytesIO, picture: Image.Image) -> None:
-        chunks = PngImagePlugin.PngInfo()
-        chunks.add_itxt(PNG_KEY, json.dumps(self.describe(), allow_nan=False))
-        chunks.add_text("Software", "lvlm_probe")
-        picture.save(buffer, format="PNG", pnginfo=chunks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ __all__ = ["CLIPS", "FRAMES", "TakesClips", "built", "clip_inputs", "frames"]
 
 FRAMES = 4
 _PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 60 * 90}
+_TOGETHER = {"shortest_edge": 4 * 64 * 64, "longest_edge": 40_000}
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,11 @@ class TakesClips:
         slot: what stands for a clip in a prompt.
         videos: makes its video processor, of the size that the tiny model is made for.
         together: frames that one image token stands for.
-        call: arguments of the video processor's call.
     """
 
     slot: str
     videos: Callable[[], Any]
     together: int = 1
-    call: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _cropped(name: str) -> Callable[[], Any]:
@@ -43,14 +42,14 @@ _QWEN = "<|vision_start|><|video_pad|><|vision_end|>"
 _GLM = "<|begin_of_video|><|video|><|end_of_video|>"
 
 
-def _sized(name: str, shortest: int = 4 * 64 * 64, longest: int = 40_000) -> Callable[[], Any]:
-    """A video processor whose size counts the pixels of all frames together."""
-    return lambda: getattr(transformers, name)(size={"shortest_edge": shortest, "longest_edge": longest})
+def _sized(name: str, pixels: Mapping[str, int] = _TOGETHER) -> Callable[[], Any]:
+    """A video processor whose size counts pixels, by default of all frames together."""
+    return lambda: getattr(transformers, name)(size=dict(pixels))
 
 
 CLIPS: dict[str, TakesClips] = {
-    "qwen2_vl": TakesClips(_QWEN, lambda: transformers.Qwen2VLVideoProcessor(size=_PIXELS), 2),
-    "qwen2_5_vl": TakesClips(_QWEN, lambda: transformers.Qwen2VLVideoProcessor(size=_PIXELS), 2),
+    "qwen2_vl": TakesClips(_QWEN, _sized("Qwen2VLVideoProcessor", _PIXELS), 2),
+    "qwen2_5_vl": TakesClips(_QWEN, _sized("Qwen2VLVideoProcessor", _PIXELS), 2),
     "qwen3_vl": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
     "qwen3_vl_moe": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
     "qwen3_5": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
@@ -87,8 +86,7 @@ def frames(count: int = FRAMES, *, seed: int = 0, width: int = 90, height: int =
 
 def clip_inputs(made: Built, clips: Sequence[np.ndarray], images: Sequence[Any] = (), **call: Any) -> dict[str, Any]:
     """Model inputs for one prompt of images and then clips, by the family's own processor."""
-    takes = CLIPS[made.member.name]
-    text = made.member.slot * len(images) + takes.slot * len(clips) + " What happens?"
+    text = made.member.slot * len(images) + CLIPS[made.member.name].slot * len(clips) + " What happens?"
     metadata = [
         {"total_num_frames": len(clip), "fps": 2.0, "duration": len(clip) / 2, "frames_indices": list(range(len(clip)))}
         for clip in clips
@@ -97,7 +95,7 @@ def clip_inputs(made: Built, clips: Sequence[np.ndarray], images: Sequence[Any] 
         videos=list(clips),
         text=[text],
         return_tensors="pt",
-        videos_kwargs={"do_sample_frames": False, "video_metadata": metadata, **takes.call, **call},
+        videos_kwargs={"do_sample_frames": False, "video_metadata": metadata, **call},
         **({"images": list(images)} if images else {}),
     )
     return {name: value for name, value in found.items() if torch.is_tensor(value)}
