@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import platform
 import time
@@ -165,8 +166,8 @@ def run(
     if live:
         replay = _counted(replay, plan)
     selection = selected(replay, tokens)
+    problem = Problem(replay, selection, image, seed, live=live, clip=clip)
     if live and selection:
-        problem = Problem(replay, selection, image, clip=clip)
         replay.announce(method, lambda: cost_of(method, problem, params).forward, selection.indices)
     before = _Before(replay) if live else None
     if not selection:
@@ -175,7 +176,7 @@ def run(
         if live and strengthen:
             replay = replay.strengthened(selection.decided)
         with show_progress(progress, f"explaining by {method}") as advance:
-            problem = Problem(replay, selection, image, seed, advance, live, clip)
+            problem = dataclasses.replace(problem, replay=replay, progress=advance)
             outcome = _run(function, problem, method, params)
     values, axes = outcome.values, 2 if clip is None else 3
     if values is not None and (values.ndim != axes or not bool(((values >= 0) & (values <= 1)).all())):
@@ -188,11 +189,10 @@ def run(
         provenance |= before.since(replay, plan)
     if outcome.diagnostics:
         provenance["diagnostics"] = json_ready(outcome.diagnostics, nonfinite=float)
-    looked = Problem(replay, selection, image, clip=clip)
     return {
         "values": None if values is None else values.detach().float().cpu().numpy(),
         "image_size": replay.image_sizes[image],
-        "seen": None if values is None else looked.seen(tuple(values.shape)).numpy(),
+        "seen": None if values is None else problem.seen(tuple(values.shape)).numpy(),
         "selection": selection,
         "method": method,
         "params": json_ready(outcome.params, nonfinite=float),

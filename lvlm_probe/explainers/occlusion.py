@@ -38,9 +38,10 @@ __all__ = ["covers", "occlusion"]
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     shape, batch = problem.shape(params["size"]), params["batch"]
-    masks = 1 + math.prod(-(-(edge + params["patch"] - 1) // params["stride"]) for edge in shape[-2:])
+    places = math.prod(-(-(edge + params["patch"] - 1) // params["stride"]) for edge in shape[-2:])
     if problem.clip is not None:
-        masks = 1 + (masks - 1) * (shape[0] + _lasting(params["lasting"], shape[0]) - 1)
+        places *= shape[0] + _lasting(params["lasting"], shape[0]) - 1
+    masks = 1 + places
     return Cost("forward", masks, 0, batches(masks, batch), numbers=3 * masks * math.prod(shape), grids=(shape,))
 
 
@@ -90,9 +91,9 @@ def occlusion(
     down, right = (covers(edge, patch, stride, soft) for edge in shape[-2:])
     cover = (down[:, None, :, None] * right[None, :, None, :]).reshape(-1, *shape[-2:])
     if problem.clip is not None:
-        params["lasting"] = _lasting(lasting, shape[0])
-        check_rules("occlusion", lasting=whole_rule(params["lasting"]))
-        when = covers(shape[0], _lasting(lasting, shape[0]))
+        params["lasting"] = steps = _lasting(lasting, shape[0])
+        check_rules("occlusion", lasting=whole_rule(steps))
+        when = covers(shape[0], steps)
         cover = (when[:, None, :, None, None] * cover[None, :, None]).reshape(-1, *shape)
     masks = torch.cat([torch.ones(1, *shape, dtype=torch.float32), 1 - cover])
     scores = []

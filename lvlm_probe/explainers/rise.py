@@ -122,7 +122,6 @@ def rise(
         "standard_error_mean": float(error[seen].mean()) / unit,
         "standard_error_max": float(error[seen].max()) / unit,
     }
-    reason = None
     if off.any():
         bound = _bound(off, lambda part: drawn.masks(part, shape), parts, p, centred=centred)
         share, most = float((off > 0).double().mean()), float(bound[relative == relative[seen].max()].max()) / unit
@@ -132,8 +131,7 @@ def rise(
                 f"the words' tokens are not listed for {share:.0%} of the masked images, and by what is known of those "
                 "no place is certain to matter: choose words that stay likely, or a server that gives log-probabilities"
             )
-    if reason is not None:
-        return Outcome(None, params, reason=reason, diagnostics=diagnostics)
+            return Outcome(None, params, reason=reason, diagnostics=diagnostics)
     return Outcome(heat, params, diagnostics=diagnostics)
 
 

@@ -107,18 +107,19 @@ def _with_seconds(replay: Replay, found: Plan, image: int) -> Plan:
     if found.forward is None or found.backward is None or found.peak is None or found.offloaded:
         return found
     at_once = found.micro_batch or 1
-    least = found.at_least or (found.forward, found.backward)
-    total, shortest = 0.0, 0.0
     replay = replay.with_settings(gradient_checkpointing=found.gradient_checkpointing)
-    for gradient, most, fewest in (
-        (True, found.backward, least[1]),
-        (False, found.forward - found.backward, least[0] - least[1]),
-    ):
-        if most > 0:
-            call, each = timed(replay, gradient=gradient, image=image, masks=min(3, at_once, most))
-            total += most * each + -(-most // at_once) * call
-            shortest += fewest * each + -(-fewest // at_once) * call
-    return dataclasses.replace(found, seconds=total, seconds_at_least=None if found.at_least is None else shortest)
+
+    def taken(images: int, *, gradient: bool) -> tuple[float, float]:
+        masks = min(3, at_once, images)
+        return timed(replay, gradient=gradient, image=image, masks=masks) if images > 0 else (0.0, 0.0)
+
+    both = taken(found.backward, gradient=True)
+    measured = Pace(taken(found.forward - found.backward, gradient=False), both)
+    return dataclasses.replace(
+        found,
+        seconds=measured.of(found.forward, found.backward, at_once=at_once),
+        seconds_at_least=None if found.at_least is None else measured.of(*found.at_least, at_once=at_once),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Pace:
         if forward is None or backward is None or (backward and self.gradient is None):
             return None
         parts = ((backward, self.gradient or (0.0, 0.0)), (forward - backward, self.forward))
-        return sum(images * each + -(-images // at_once) * call for images, (call, each) in parts if images > 0)
+        return sum((images * each + -(-images // at_once) * call for images, (call, each) in parts if images > 0), 0.0)
 
 
 def pace(replay: Replay, *, image: int = 0) -> Pace:

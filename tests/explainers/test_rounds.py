@@ -36,18 +36,11 @@ def problem_of(replay: ToyReplay) -> Problem:
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], probe.Replay]:
+def recorded() -> Callable[[], probe.Replay]:
     model, processor = probe.demo.load()
     (scene,) = probe.demo.scenes(1, split="eval", start=3)
-    with (
-        probe.attach(model, processor) as attached,
-        attached.record(tmp_path_factory.mktemp("traces"), images=[scene.image]) as recording,
-    ):
-        inputs = processor.apply_chat_template(
-            scene.messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-        model.generate(**inputs, max_new_tokens=20, do_sample=False)
-    return lambda: probe.replay(recording.traces[-1], model, processor)
+    answer = probe.ask(model, processor, scene.image, scene.question)
+    return lambda: probe.replay(answer.trace, model, processor)
 
 
 @pytest.mark.parametrize("budget", [24, 40, 63, 64, 100, 196, 1000])

@@ -113,7 +113,7 @@ def test_scores_are_stored_with_it_and_older_ones_read_without() -> None:
     assert math.isnan(Score.from_dict(record).center_gain)
 
 
-def test_it_is_taken_once_for_all_maps_of_the_same_words(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_it_is_taken_once_for_all_maps_of_the_same_words() -> None:
     model, processor = probe.demo.load()
     (scene,) = probe.demo.scenes(1, split="eval", start=3)
     answer = probe.ask(model, processor, scene.image, scene.question)

@@ -71,13 +71,12 @@ def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
         grids.insert(0, _finer(shape, settings.refine_scale))
         groups |= {settings.levels_at_once(one.levels) for one in planned if one.steps}
     least, most = planned[0].passes(settings), sum(one.passes(settings) for one in planned)
-    # The score is looked at after each of several rounds, and that of the blob in the middle once.
-    looks = QUICK_PASSES if len(planned) > 1 else 0
+    looked = budget_of(settings, planned)  # with looks at the score, where there may be several rounds
     return Cost(
         "gradient",
-        None if settings.line_search else most + looks * (len(planned) + 1),  # it tries steps until one is good
+        None if settings.line_search else looked or most,  # it tries steps until one is good
         most,
-        at_least=(least + looks, least) if looks and not settings.line_search else None,
+        at_least=(least + QUICK_PASSES, least) if looked and not settings.line_search else None,
         groups=tuple(sorted(groups, reverse=True)),
         noise=settings.noise,
         numbers=3 * max(settings.masks_at_once(one.ig_steps) for one in planned) * math.prod(shape),
@@ -187,6 +186,8 @@ class Optimisation:
         self.shape = problem.shape(settings.size)
         self.device = problem.replay.device
         self.seen = problem.seen(self.shape).to(self.device)
+        self.fine = _finer(self.shape, settings.refine_scale) if settings.refine else self.shape  # the heatmap's grid
+        self.fine_seen = problem.seen(self.fine)
         self.weights: tuple[torch.Tensor, ...] | None = None
         if settings.l3 > 0:
             try:
@@ -213,21 +214,20 @@ class Optimisation:
     def run(self) -> Outcome:
         settings, planned = self.settings, rounds(self.settings)
         params = {"preset": self.preset, **dataclasses.asdict(settings), "size": list(self.shape)}
-        params |= {"l2": settings.gnc_weight, "guided": self.weights is not None}
-        params["budget"] = None
+        params |= {"l2": settings.gnc_weight, "guided": self.weights is not None, "budget": None}
         if not self.seen.any():
             return Outcome(None, params, reason="the model sees no part of this image")
         judge = Judge(self.problem, settings)
         for number, one in enumerate(planned):
             self.total += one.iterations + one.steps
-            self.problem.advance(self.done, self.total)
+            self.advance(self.done)
             reason = self.descend(one)
             if reason is not None:
                 return Outcome(None, params, tuple(self.history), reason)
             heat = self.ordered(judge.best, one, number)
             if len(planned) == 1:
                 return Outcome(heat, params, tuple(self.history))
-            judge.take(heat, self.problem.seen(tuple(heat.shape)), one, last=one is planned[-1])
+            judge.take(heat, self.fine_seen, one, last=one is planned[-1])
             if judge.stopped is not None:
                 break
         params["budget"] = budget_of(settings, planned[: len(judge.gains)])
@@ -253,7 +253,7 @@ class Optimisation:
             )
             self.history.append({**record, "rate": used})
             self.iteration += 1
-            self.advance(1)
+            self.advance(self.done + 1)
         return None
 
     def ordered(self, best: torch.Tensor | None, one: Round, number: int) -> torch.Tensor:
@@ -262,32 +262,31 @@ class Optimisation:
         heat = self.heat(self.state, self.summed)
         if not settings.refine:
             return heat
-        fine = _finer(self.shape, settings.refine_scale)
-        seen = self.problem.seen(fine)
         alone = heat.reshape(-1, 1, *self.shape[-2:])  # steps in time, each by itself
-        heat = functional.interpolate(alone, size=fine[-2:], mode="bilinear", align_corners=False).reshape(fine)
+        heat = functional.interpolate(alone, size=self.fine[-2:], mode="bilinear", align_corners=False)
+        heat = heat.reshape(self.fine)
         if best is not None:
             heat = (heat + best) / 2 if one.iterations else best
         done = self.done
         heat, records = refine_order(
             self.problem,
-            heat.masked_fill(~seen, 0.0),
-            seen,
+            heat.masked_fill(~self.fine_seen, 0.0),
+            self.fine_seen,
             plan=self.plan(one, number),
             softness=settings.softness,
             rate=settings.refine_lr,
             momentum=settings.momentum,
-            progress=lambda steps: self.advance(done + steps - self.done),
+            progress=lambda steps: self.advance(done + steps),
             every_step=settings.refine_pace == "each",
             decay=settings.refine_decay,
         )
         self.history += records
         return heat
 
-    def advance(self, steps: int) -> None:
-        """Tell that so many iterations or steps more are done."""
-        self.done += steps
-        self.problem.advance(self.done, self.total)
+    def advance(self, done: int) -> None:
+        """Tell that so many iterations and steps are done."""
+        self.done = done
+        self.problem.advance(done, self.total)
 
     def gradient(self, state: torch.Tensor, iteration: int) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
         """Terms of the objective, and its gradient to the masks from the scores and from the regularisers."""

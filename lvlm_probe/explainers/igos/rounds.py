@@ -135,8 +135,7 @@ class Judge:
 
     def _of_center(self, heat: torch.Tensor, seen: torch.Tensor) -> float:
         if self._center is None:
-            values = center_values(tuple(heat.shape)).masked_fill(~seen, 0.0)
-            deletion, insertion = quick_areas(self._problem, values, seen)
+            deletion, insertion = quick_areas(self._problem, center_values(tuple(heat.shape)), seen)
             self._center = insertion - deletion
         return self._center
 

@@ -141,7 +141,9 @@ def map_unit(
     costed = any(9 in row.tables for row in study.methods.values() if method_content(study, row) == same)
     memory = map_memory(over, method, heat, own, seed=settings.seed, measure=costed)
     if method.behaviour == "release":
-        own_rule = evaluate(heat, over, auc="release", grid=settings.grid, seed=settings.seed, progress=False)
+        own_rule = evaluate(
+            heat, over, auc="release", grid=settings.grid, center=False, seed=settings.seed, progress=False
+        )
         scores["release"] = {"deletion": own_rule.deletion, "insertion": own_rule.insertion}
     record: dict[str, Any] = {
         "map": map_file.name,
