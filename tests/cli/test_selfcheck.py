@@ -116,6 +116,15 @@ def test_another_precision_is_another_check(checked: Checked, monkeypatch: pytes
     assert {one["name"]: one["passed"] for one in result.json["checks"]}["replay"] is True
 
 
+def test_a_model_in_the_folder_where_one_stands(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out, _ = checked
+    monkeypatch.chdir(model)
+    monkeypatch.setattr(work, "questions", lambda *, quick: [])
+    result = run("selfcheck", ".", "--quick", "--out", out.parent / "here")
+    assert result.code == 0, result.out + result.err
+    assert stored(out.parent / "here")["model"]["name"] == "my-model"
+
+
 def test_a_model_whose_gradients_stop_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, processor = probe.demo.load()
     tower = model.model.vision_tower

@@ -157,7 +157,8 @@ class Selfcheck:
     @property
     def name(self) -> str:
         """What the model is called on the page: of a directory its own name alone."""
-        return Path(self.spec).name if Path(self.spec).exists() else self.spec
+        place = Path(self.spec)
+        return (place.name or place.resolve().name) if place.exists() else self.spec
 
     def run(self) -> dict[str, Any]:
         """Make all checks that are missing, and the page. What a check runs into is its result; Ctrl-C is not."""
@@ -234,7 +235,7 @@ class Selfcheck:
         """Write the file; return what stands in it."""
         public = plain({**self.record, "units": self.units})
         text = json.dumps(public)
-        if self.name != self.spec:
+        if Path(self.spec).name not in ("", self.spec):  # not of ".", which stands in every number
             text = text.replace(json.dumps(self.spec)[1:-1], json.dumps(self.name)[1:-1])
         cleaned: dict[str, Any] = json.loads(text)
         self.folder.mkdir(parents=True, exist_ok=True)
