@@ -56,6 +56,8 @@ def selfcheck(
     try:
         record = work.run()
     except KeyboardInterrupt:
+        if not work.begun:  # what an earlier run has written stays
+            raise stop("stopped before the first check; the same command goes on") from None
         work.write()
         raise stop(
             f"stopped; {len(work.units)} checks are kept in {stored_path(folder)}, and the same command goes on"

@@ -159,6 +159,17 @@ def test_a_stop_keeps_what_is_there_and_its_page(monkeypatch: pytest.MonkeyPatch
     assert "not finished" in (tmp_path / "selfcheck.html").read_text("utf-8")
 
 
+def test_a_stop_while_the_model_is_loaded_keeps_what_an_earlier_run_has_written(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out, _ = checked
+    before = stored(out)
+    monkeypatch.setattr(work, "load_model", mock.Mock(side_effect=KeyboardInterrupt))
+    result = run("selfcheck", model, "--quick", "--out", out)
+    assert result.code == 130 and "stopped before the first check" in result.err
+    assert stored(out) == before and before["units"]
+
+
 def test_a_stop_between_answer_and_map_keeps_the_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(work, "questions", lambda *, quick: questions(1, 0))
     monkeypatch.setattr(work, "methods", lambda: ["center"])

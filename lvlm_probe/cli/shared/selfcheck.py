@@ -175,6 +175,11 @@ class Selfcheck:
                 self.record["finished"] = True
         return self.write()
 
+    @property
+    def begun(self) -> bool:
+        """Whether it is known which model is checked, and so what of the folder is of it."""
+        return "key" in self.record
+
     def write(self) -> dict[str, Any]:
         """Write what there is so far, as a file and as a page."""
         public = self._save()
