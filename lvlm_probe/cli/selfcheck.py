@@ -80,12 +80,14 @@ def selfcheck(
 
 def _show(unit: str, record: Mapping[str, Any]) -> None:
     """One check, in a line."""
+    from lvlm_probe.pages.selfcheck_page import of_gradient
+
     if unit == "finding":
         unit, said = str(record["name"]), str(record["text"])
     elif record.get("problem"):
         said = str(record["problem"])
     elif unit == "gradient":
-        said = record["fault"] or f"slope {record['gradient']:.4g}, by finite difference {record['difference']:.4g}"
+        said = of_gradient(record).text
     elif "answer" in record:
         said = f"{'right' if record['right'] else 'not right'}: {record['answer']}"
         said += f"   ({record['verdict'].partition(':')[0]})" if record.get("verdict") else ""

@@ -93,11 +93,13 @@ def test_the_same_command_makes_only_what_is_missing(checked: Checked, monkeypat
         return real(replay, selection, label, settings, *rest, **more)
 
     monkeypatch.setattr(work, "explain_one", explain_one)
-    (out / "selfcheck.json").write_text(
-        json.dumps(before | {"units": {key: unit for key, unit in before["units"].items() if key != "method tmm"}})
-    )
-    assert run("selfcheck", model, "--quick", "--out", out, "--json").code == 0
+    units = {key: unit for key, unit in before["units"].items() if key != "method tmm"}
+    units["gradient"] = {"fault": "", "gradient": None, "difference": None, "noise": None}  # of slopes that are NaN
+    (out / "selfcheck.json").write_text(json.dumps(before | {"units": units}))
+    result = run("selfcheck", model, "--quick", "--out", out)
+    assert result.code == 0, result.err
     assert made == ["tmm"]
+    assert re.search("gradient +not a number", result.out)
     assert stored(out)["units"].keys() == before["units"].keys()
 
 

@@ -230,7 +230,7 @@ class Selfcheck:
         """One unit: found finished, or made; whatever it runs into stands in its place."""
         if again or name not in self.units:
             try:
-                self.units[name] = work()
+                self.units[name] = plain(work())  # as it is read again: no number that JSON has no place for
             except Exception as error:  # the check of the next one goes on
                 self.units[name] = {"problem": reason_of(error)}
             self._save()
