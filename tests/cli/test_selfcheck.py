@@ -101,6 +101,9 @@ def test_the_same_command_makes_only_what_is_missing(checked: Checked, monkeypat
     assert made == ["tmm"]
     assert re.search("gradient +not a number", result.out)
     assert stored(out)["units"].keys() == before["units"].keys()
+    monkeypatch.setattr(work, "pace", lambda *_: pytest.fail("passes were timed for nothing"))
+    again = run("selfcheck", model, "--quick", "--out", out)
+    assert again.code == 0 and "method tmm" in again.out and made == ["tmm"]
 
 
 def test_another_precision_is_another_check(checked: Checked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
