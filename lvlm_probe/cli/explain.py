@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.shared.answers import ask, ask_server
+from lvlm_probe.cli.shared.answers import ask, ask_server, nothing_before
 from lvlm_probe.cli.shared.completion import complete_method
 from lvlm_probe.cli.shared.inputs import (
     ReplayModels,
@@ -156,10 +156,13 @@ def explain(
             if prompt is not None:
                 raise ProbeError("--prompt does not go with --server, which makes the prompt: give --question")
             loaded, processor = behind, None
-            recorded = ask_server(behind, images, question, directory, **asking)
+            with nothing_before():
+                recorded = ask_server(behind, images, question, directory, **asking)
         else:
             loaded, processor = load_model(model or "", **loading)
-            recorded = ask(loaded, processor, images, question, directory, prompt=prompt, files=image or [], **asking)
+            asking |= {"prompt": prompt, "files": image or []}
+            with nothing_before():
+                recorded = ask(loaded, processor, images, question, directory, **asking)
     else:
         if image or question or prompt:
             raise ProbeError("a trace has its own image and question: give either TRACE, or --image and --question")

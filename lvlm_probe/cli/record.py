@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lvlm_probe.cli.shared.answers import ask, show_answer, trace_summary
+from lvlm_probe.cli.shared.answers import ask, nothing_before, show_answer, trace_summary
 from lvlm_probe.cli.shared.inputs import baseline_from, open_images, output_directory
 from lvlm_probe.cli.shared.models import DEMO, load_model
 from lvlm_probe.cli.shared.options import (
@@ -54,18 +54,19 @@ def record(
     directory = output_directory(out)
     own_baseline = baseline_from(baseline) or "blur"
     loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
-    trace = ask(
-        loaded,
-        processor,
-        images,
-        question,
-        directory,
-        prompt=prompt,
-        max_new_tokens=max_new_tokens,
-        attention=attention,
-        baseline=own_baseline,
-        files=image or [],
-    )
+    with nothing_before():
+        trace = ask(
+            loaded,
+            processor,
+            images,
+            question,
+            directory,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            attention=attention,
+            baseline=own_baseline,
+            files=image or [],
+        )
     if as_json:
         print_json(trace_summary(trace))
         return

@@ -56,6 +56,8 @@ def selfcheck(
     try:
         record = work.run()
     except KeyboardInterrupt:
+        if not work.begun:  # what an earlier run has written stays
+            raise stop("stopped before the first check; the same command goes on") from None
         work.write()
         raise stop(
             f"stopped; {len(work.units)} checks are kept in {stored_path(folder)}, and the same command goes on"
@@ -78,12 +80,14 @@ def selfcheck(
 
 def _show(unit: str, record: Mapping[str, Any]) -> None:
     """One check, in a line."""
+    from lvlm_probe.pages.selfcheck_page import of_gradient
+
     if unit == "finding":
         unit, said = str(record["name"]), str(record["text"])
     elif record.get("problem"):
         said = str(record["problem"])
     elif unit == "gradient":
-        said = record["fault"] or f"slope {record['gradient']:.4g}, by finite difference {record['difference']:.4g}"
+        said = of_gradient(record).text
     elif "answer" in record:
         said = f"{'right' if record['right'] else 'not right'}: {record['answer']}"
         said += f"   ({record['verdict'].partition(':')[0]})" if record.get("verdict") else ""

@@ -20,7 +20,7 @@ from lvlm_probe.escaping import counted
 from lvlm_probe.pages.data_uris import data_uri, shrink
 from lvlm_probe.pages.shell import Page, asset, page_text, write_text
 
-__all__ = ["Check", "checks", "selfcheck_page"]
+__all__ = ["Check", "checks", "of_gradient", "selfcheck_page"]
 
 _SIDE = 400
 
@@ -55,7 +55,7 @@ def checks(record: Mapping[str, Any]) -> list[Check]:
         found += [*_of_answers(answers)]
     gradient = units.get("gradient") or {}
     if "fault" in gradient:
-        found.append(Check("gradient", not gradient["fault"], gradient["fault"] or _slopes(gradient)))
+        found.append(of_gradient(gradient))
     tried = {name.partition(" ")[2]: unit for name, unit in units.items() if name.startswith("method ")}
     if tried:
         found += [*_of_methods(tried, quick=bool(record.get("quick")))]
@@ -117,11 +117,19 @@ def _of_methods(tried: Mapping[str, Mapping[str, Any]], *, quick: bool) -> Itera
             )
 
 
-def _slopes(found: Mapping[str, Any]) -> str:
+def of_gradient(found: Mapping[str, Any]) -> Check:
+    """Return what the check of the gradients has found.
+
+    Args:
+        found: the fields of a ``GradientCheck``.
+    """
+    if found["fault"]:
+        return Check("gradient", False, found["fault"])
     if found.get("gradient") is None or found.get("difference") is None:
-        return "not a number"
+        return Check("gradient", True, "not a number")
     text = f"slope along the image {found['gradient']:.5g}, by finite difference {found['difference']:.5g}"
-    return text + (f" (rounding: {found['noise']:.2g})" if found.get("noise") is not None else "")
+    rounding = f" (rounding: {found['noise']:.2g})" if found.get("noise") is not None else ""
+    return Check("gradient", True, text + rounding)
 
 
 def selfcheck_page(

@@ -14,7 +14,7 @@ import torch
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import frame_of
-from lvlm_probe.explainers.registry import Problem, check_parameters, cost_of, resolve
+from lvlm_probe.explainers.registry import Cost, Problem, check_parameters, cost_of, resolve
 from lvlm_probe.planning.meter import Meter, parse_bytes, show_bytes, weight_bytes
 from lvlm_probe.planning.plans import MOST, Plan, choose, default_budget, passes_text, table
 from lvlm_probe.planning.rehearsal import timed
@@ -28,6 +28,7 @@ __all__ = [
     "Meter",
     "Pace",
     "Plan",
+    "cost_for",
     "expected",
     "pace",
     "parse_bytes",
@@ -97,9 +98,14 @@ def plan_for(
             f"image {image} is a frame of a video, and what a method takes on a video is not planned yet"
         )
     check_parameters(method, resolve(method), params)
-    selection: Any = None  # no words are needed to say how much a method takes
-    cost = cost_of(method, Problem(replay, selection, image), params)
+    cost = cost_for(replay, method, params, image=image)
     return choose(replay, method, cost, default_budget(replay, size), image=image)
+
+
+def cost_for(replay: Replay, method: str, params: Mapping[str, Any] | None = None, *, image: int = 0) -> Cost:
+    """Return what a method says that it asks of the model for a replay; nothing is run."""
+    selection: Any = None  # no words are needed to say how much a method takes
+    return cost_of(method, Problem(replay, selection, image), params or {})
 
 
 def _with_seconds(replay: Replay, found: Plan, image: int) -> Plan:
@@ -163,10 +169,9 @@ def expected(replay: Replay, methods: Iterable[str], found: Pace, *, image: int 
     Args:
         found: ``pace(replay)``.
     """
-    selection: Any = None  # no words are needed to say how many passes a method takes
     said: dict[str, float | None] = {}
     for method in methods:
-        cost = cost_of(method, Problem(replay, selection, image), {})
+        cost = cost_for(replay, method, image=image)
         at_once = min(MOST, max(cost.groups, default=1))
         most = 0.0 if cost.kind is None else found.of(cost.forward, cost.backward, at_once=at_once)
         least = most if cost.at_least is None else found.of(*cost.at_least, at_once=at_once)

@@ -424,6 +424,28 @@ def test_ctrl_c_ends_without_a_traceback(command: str, where: str, evil: Path) -
     assert "Traceback" not in result.err
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("record",), "stopped while the model was answering"),
+        (("explain",), "stopped while the model was answering"),
+        (("demo",), "0 finished maps are kept"),
+        (("doctor", "demo"), ""),
+        (("selfcheck", "demo", "--quick"), "0 checks are kept"),
+    ],
+)
+def test_ctrl_c_while_a_model_answers_ends_the_command(command: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    scene = tmp_path / "scene.png"
+    Image.new("RGB", (96, 96), "red").save(scene)
+    if command[0] in ("record", "explain"):
+        command += ("--model", "demo", "--image", str(scene), "--question", "What is it?")
+    command += () if command[0] == "doctor" else ("--out", str(tmp_path / "out"))
+    with mock.patch("lvlm_probe.recording.answering.record_answer", side_effect=KeyboardInterrupt) as asked:
+        result = run(*command)
+    assert result.code == 130 and said in result.err and asked.call_count == 1
+    assert "130" not in result.out + result.err  # not taken for what is wrong with the model
+
+
 def test_command_lines_to_copy_are_quoted(tmp_path: Path) -> None:
     path = tmp_path / "a; rm -rf $HOME"
     assert terminal.quoted_path(path) == f"'{path}'"

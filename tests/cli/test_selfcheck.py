@@ -93,12 +93,17 @@ def test_the_same_command_makes_only_what_is_missing(checked: Checked, monkeypat
         return real(replay, selection, label, settings, *rest, **more)
 
     monkeypatch.setattr(work, "explain_one", explain_one)
-    (out / "selfcheck.json").write_text(
-        json.dumps(before | {"units": {key: unit for key, unit in before["units"].items() if key != "method tmm"}})
-    )
-    assert run("selfcheck", model, "--quick", "--out", out, "--json").code == 0
+    units = {key: unit for key, unit in before["units"].items() if key != "method tmm"}
+    units["gradient"] = {"fault": "", "gradient": None, "difference": None, "noise": None}  # of slopes that are NaN
+    (out / "selfcheck.json").write_text(json.dumps(before | {"units": units}))
+    result = run("selfcheck", model, "--quick", "--out", out)
+    assert result.code == 0, result.err
     assert made == ["tmm"]
+    assert re.search("gradient +not a number", result.out)
     assert stored(out)["units"].keys() == before["units"].keys()
+    monkeypatch.setattr(work, "pace", lambda *_: pytest.fail("passes were timed for nothing"))
+    again = run("selfcheck", model, "--quick", "--out", out)
+    assert again.code == 0 and "method tmm" in again.out and made == ["tmm"]
 
 
 def test_another_precision_is_another_check(checked: Checked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -114,6 +119,15 @@ def test_another_precision_is_another_check(checked: Checked, monkeypatch: pytes
     unit = record["units"]["answer scene 0"]
     assert unit["same"] and unit["right"]
     assert {one["name"]: one["passed"] for one in result.json["checks"]}["replay"] is True
+
+
+def test_a_model_in_the_folder_where_one_stands(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out, _ = checked
+    monkeypatch.chdir(model)
+    monkeypatch.setattr(work, "questions", lambda *, quick: [])
+    result = run("selfcheck", ".", "--quick", "--out", out.parent / "here")
+    assert result.code == 0, result.out + result.err
+    assert stored(out.parent / "here")["model"]["name"] == "my-model"
 
 
 def test_a_model_whose_gradients_stop_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -148,6 +162,17 @@ def test_a_stop_keeps_what_is_there_and_its_page(monkeypatch: pytest.MonkeyPatch
     record = stored(tmp_path)
     assert list(record["units"]) == ["answer scene 0"] and not record["finished"]
     assert "not finished" in (tmp_path / "selfcheck.html").read_text("utf-8")
+
+
+def test_a_stop_while_the_model_is_loaded_keeps_what_an_earlier_run_has_written(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out, _ = checked
+    before = stored(out)
+    monkeypatch.setattr(work, "load_model", mock.Mock(side_effect=KeyboardInterrupt))
+    result = run("selfcheck", model, "--quick", "--out", out)
+    assert result.code == 130 and "stopped before the first check" in result.err
+    assert stored(out) == before and before["units"]
 
 
 def test_a_stop_between_answer_and_map_keeps_the_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

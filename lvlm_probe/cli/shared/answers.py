@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from lvlm_probe.serving import Server
     from lvlm_probe.trace import Trace
 
-__all__ = ["ask", "ask_server", "show_answer", "show_question", "trace_summary"]
+__all__ = ["ask", "ask_server", "nothing_before", "show_answer", "show_question", "trace_summary"]
 
 
 def ask(
@@ -43,23 +44,20 @@ def ask(
     from lvlm_probe.recording.answering import record_answer
 
     options = {"max_new_tokens": max_new_tokens}
-    try:
-        with stage("answering and recording"):
-            trace = record_answer(
-                model,
-                processor,
-                images,
-                question or "",
-                directory,
-                generate=options,
-                prompt=prompt,
-                note=note,
-                attention=attention,
-                baseline=baseline,
-                meta={"image_files": [file.name for file in files]} if files else None,
-            )
-    except KeyboardInterrupt:
-        raise stop("stopped while the model was answering; nothing is left to resume") from None
+    with stage("answering and recording"):
+        trace = record_answer(
+            model,
+            processor,
+            images,
+            question or "",
+            directory,
+            generate=options,
+            prompt=prompt,
+            note=note,
+            attention=attention,
+            baseline=baseline,
+            meta={"image_files": [file.name for file in files]} if files else None,
+        )
     if trace.status == "error":
         raise ProbeError(f"the recording of {trace.path} is faulty: {trace.error}")
     return trace
@@ -77,9 +75,15 @@ def ask_server(
     """Let a server answer, and return the trace. Raises ``ProbeError``."""
     if question is None or not question.strip():
         raise ProbeError('there is no question: add --question "…"')
+    with stage("asking the server"):
+        return server.ask(list(images), question, out=directory, max_tokens=max_new_tokens, baseline=baseline)
+
+
+@contextmanager
+def nothing_before() -> Iterator[None]:
+    """Ask for the first thing that a command makes: Ctrl-C ends it in a sentence, as there is nothing to keep."""
     try:
-        with stage("asking the server"):
-            return server.ask(list(images), question, out=directory, max_tokens=max_new_tokens, baseline=baseline)
+        yield
     except KeyboardInterrupt:
         raise stop("stopped while the model was answering; nothing is left to resume") from None
 

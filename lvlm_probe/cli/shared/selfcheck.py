@@ -50,7 +50,7 @@ from lvlm_probe.models.fingerprint import fingerprint
 from lvlm_probe.models.prompts import prompt_rule
 from lvlm_probe.pages.plain import plain
 from lvlm_probe.pages.selfcheck_page import selfcheck_page
-from lvlm_probe.planning import Meter, expected, pace, plan_for, weight_bytes
+from lvlm_probe.planning import Meter, cost_for, expected, pace, plan_for, weight_bytes
 from lvlm_probe.replaying import Replay, replay
 from lvlm_probe.replaying.gradient_flow import gradient_check
 from lvlm_probe.replaying.verification import Verification, verify
@@ -157,7 +157,8 @@ class Selfcheck:
     @property
     def name(self) -> str:
         """What the model is called on the page: of a directory its own name alone."""
-        return Path(self.spec).name if Path(self.spec).exists() else self.spec
+        place = Path(self.spec)
+        return (place.name or place.resolve().name) if place.exists() else self.spec
 
     def run(self) -> dict[str, Any]:
         """Make all checks that are missing, and the page. What a check runs into is its result; Ctrl-C is not."""
@@ -173,6 +174,11 @@ class Selfcheck:
                 self._methods(model, processor)
                 self.record["finished"] = True
         return self.write()
+
+    @property
+    def begun(self) -> bool:
+        """Whether it is known which model is checked, and so what of the folder is of it."""
+        return "key" in self.record
 
     def write(self) -> dict[str, Any]:
         """Write what there is so far, as a file and as a page."""
@@ -224,7 +230,7 @@ class Selfcheck:
         """One unit: found finished, or made; whatever it runs into stands in its place."""
         if again or name not in self.units:
             try:
-                self.units[name] = work()
+                self.units[name] = plain(work())  # as it is read again: no number that JSON has no place for
             except Exception as error:  # the check of the next one goes on
                 self.units[name] = {"problem": reason_of(error)}
             self._save()
@@ -234,7 +240,7 @@ class Selfcheck:
         """Write the file; return what stands in it."""
         public = plain({**self.record, "units": self.units})
         text = json.dumps(public)
-        if self.name != self.spec:
+        if Path(self.spec).name not in ("", self.spec):  # not of ".", which stands in every number
             text = text.replace(json.dumps(self.spec)[1:-1], json.dumps(self.name)[1:-1])
         cleaned: dict[str, Any] = json.loads(text)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -304,15 +310,14 @@ class Selfcheck:
         self.record["methods_on"] = {"question": trace.question, "answer": trace.answer.strip()}
         player = replay(trace, model, processor)
         self._unit("gradient", lambda: asdict(gradient_check(player, player.replica, player.anatomy.decoder)))
-        names = methods()
-        with stage("timing a few passes"):
-            seconds = expected(player, names, pace(player))
-        names.sort(key=lambda name: math.inf if seconds[name] is None else seconds[name] or 0.0)
-        for name in names:
-            unit = f"method {name}"
-            if self.quick and unit not in self.units and _is_long(player, name):
-                continue
-            self._unit(unit, partial(self._method, player, name, seconds[name]))
+        there = {name: self.units[unit] for name in methods() if (unit := f"method {name}") in self.units}
+        missing = [name for name in methods() if name not in there and not (self.quick and _is_long(player, name))]
+        seconds = {name: (unit.get("planned") or {}).get("seconds") for name, unit in there.items()}
+        if missing:
+            with stage("timing a few passes"):
+                seconds |= expected(player, missing, pace(player))
+        for name in sorted(seconds, key=lambda name: math.inf if seconds[name] is None else seconds[name]):
+            self._unit(f"method {name}", partial(self._method, player, name, seconds[name]))
 
     def _method(self, player: Replay, name: str, seconds: float | None) -> dict[str, Any]:
         """One method: what the plan says of it, what it took, and how good its map is."""
@@ -350,8 +355,8 @@ def _answered(asked: Asked, trace: Trace, found: Verification) -> dict[str, Any]
 
 
 def _is_long(player: Replay, name: str) -> bool:
-    planned = plan_for(player, name, {})
-    return planned.forward is None or planned.forward + (planned.backward or 0) > _QUICK_PASSES
+    cost = cost_for(player, name)
+    return cost.forward is None or cost.forward + (cost.backward or 0) > _QUICK_PASSES
 
 
 def _peak(player: Replay, name: str, heat: Heatmap) -> int | None:
