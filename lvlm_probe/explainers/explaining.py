@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -164,10 +165,13 @@ def run(
     started = time.perf_counter()
     if live:
         replay = _counted(replay, plan)
+        # A method declares its cost by the image and its parameters: no tokens need to be selected for it.
+        problem = Problem(replay, cast(TokenSelection, None), image, clip=clip)
+        images = functools.cache(lambda: cost_of(method, problem, params).forward)
+        replay.announce(method, images, None)
     selection = selected(replay, tokens)
     if live and selection:
-        problem = Problem(replay, selection, image, clip=clip)
-        replay.announce(method, lambda: cost_of(method, problem, params).forward, selection.indices)
+        replay.announce(method, images, selection.indices)
     before = _Before(replay) if live else None
     if not selection:
         outcome = Outcome(None, params, reason=f"nothing to explain: {selection.reason}")

@@ -403,18 +403,32 @@ def test_a_journal_of_a_stranger_is_read_as_such(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- the cost
 
 
-def test_more_than_is_allowed_is_said_before_it_is_sent(behind: DemoServer, trace: Any) -> None:
-    with probe.connect(behind.url, max_requests=40) as server:
+@pytest.mark.parametrize(("road", "limit", "least"), [("tokens", 40, ""), ("next token", 150, "at least ")])
+def test_more_than_is_allowed_is_said_before_it_is_sent(
+    road: str, limit: int, least: str, behind: DemoServer, trace: Any
+) -> None:
+    """Also where it depends on the words, which may take a request to choose."""
+    said: list[str] = []
+    with probe.connect(behind.url, road=road, max_requests=limit, tell=said.append) as server:
         replay = probe.replay(trace, server)
         before = behind.count
-        with pytest.raises(probe.errors.ReplayError, match=r"rise sends 1,000 requests, about \d+ MB.*max_requests=40"):
+        sends = rf"rise sends {least}1,000 requests, about \d+ MB.*max_requests={limit}"
+        with pytest.raises(probe.errors.ReplayError, match=sends):
             probe.explain(replay, method="rise")
-        assert behind.count <= before + 1, "at most that of the baseline, by which the words are chosen"
-        with pytest.raises(probe.errors.ReplayError, match="max_requests=40 are spent"):
+        assert behind.count == before and not said
+        with pytest.raises(probe.errors.ReplayError, match=f"max_requests={limit} are spent"):
             replay.log_probs(torch.rand(60, 3, 3))
-        assert server.spent.requests <= 40
+        assert server.spent.requests <= limit
     with probe.connect(behind.url) as server:  # and it goes on from there
         probe.replay(trace, server).log_probs(torch.zeros(1, 2, 2))
+
+
+@pytest.mark.parametrize(("road", "each"), [("tokens", 1), ("next token", 2)])
+def test_what_a_method_costs_is_said_once(road: str, each: int, behind: DemoServer, trace: Any) -> None:
+    said: list[str] = []
+    with probe.connect(behind.url, road=road, tell=said.append) as server:
+        probe.explain(probe.replay(trace, server), tokens=[2, 3], **RISE)
+    assert [one.partition(" requests")[0] for one in said] == [f"rise: {24 * each}"]
 
 
 METERED = """
