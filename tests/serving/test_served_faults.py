@@ -330,6 +330,24 @@ def test_ctrl_c_keeps_what_was_answered(behind: DemoServer, trace: Any, clean: n
     assert len(asked_now) <= 24 - 10
 
 
+def killed_after(requests: int, script: str, behind: DemoServer, *arguments: Path) -> int:
+    """Run a script until the server has got so many requests of its work, kill it, and return how many it had before.
+
+    The script is given the server's address before its arguments, says that it is ready, and waits for a line.
+    """
+    command = [sys.executable, "-c", script, behind.url, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None and child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        start = behind.count
+        behind.before = lambda number: child.send_signal(signal.SIGKILL) if number == start + requests else None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        assert child.wait() == -signal.SIGKILL
+    behind.before = lambda number: None
+    return start
+
+
 KILLED = """
 import sys, torch
 torch.set_num_threads(1)
@@ -344,16 +362,7 @@ with probe.connect(url, concurrency=1) as server:
 
 
 def test_a_killed_run_goes_on_without_asking_twice(behind: DemoServer, trace: Any, clean: np.ndarray) -> None:
-    command = [sys.executable, "-c", KILLED, behind.url, str(trace.path)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdin is not None and child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    start = behind.count
-    behind.before = lambda number: child.send_signal(signal.SIGKILL) if number == start + 10 else None
-    child.stdin.write("go\n")
-    child.stdin.flush()
-    assert child.wait() == -signal.SIGKILL
-    child.stdin.close(), child.stdout.close()
+    start = killed_after(10, KILLED, behind, trace.path)
     # Ten requests were answered (of one, the kill may have come before its line): each is one line of the journal.
     kept = Journal(trace.path.parent / FILE)
     assert len(kept) >= 9
@@ -449,17 +458,7 @@ def test_a_killed_meter_goes_on_without_asking_twice(behind: DemoServer, scene: 
     rows = [{"image": "photo.png", "question": one, "answer": scene.answer} for one in questions]
     file, journal = tmp_path / "answers.jsonl", tmp_path / "kept" / "journal.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    command = [sys.executable, "-c", METERED, behind.url, str(file), str(journal)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdin is not None and child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    start = behind.count
-    behind.before = lambda number: child.send_signal(signal.SIGKILL) if number == start + 4 else None
-    child.stdin.write("go\n")
-    child.stdin.flush()
-    assert child.wait() == -signal.SIGKILL
-    child.stdin.close(), child.stdout.close()
-    behind.before = lambda number: None
+    killed_after(4, METERED, behind, file, journal)
     with probe.connect(behind.url, journal=journal) as server:
         before = server.spent.requests
         found = list(measure(file, server))
