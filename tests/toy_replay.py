@@ -92,7 +92,7 @@ class ToyReplay:
         other.baseline = {**self.baseline, "mean_probability": mean, "verified": mean < below}
         return other
 
-    def announce(self, what: str, images: Callable[[], int | None], steps: Sequence[int]) -> None:
+    def announce(self, what: str, images: Callable[[], int | None], steps: Sequence[int] | None) -> None:
         """They cost nothing."""
 
     def require_gradients(self) -> None:

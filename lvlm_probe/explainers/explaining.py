@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -165,10 +166,15 @@ def run(
     started = time.perf_counter()
     if live:
         replay = _counted(replay, plan)
+    # A method declares its cost by the image and its parameters: no tokens need to be selected for it.
+    unselected = Problem(replay, cast(TokenSelection, None), image, seed, live=live, clip=clip)
+    images = functools.cache(lambda: cost_of(method, unselected, params).forward)
+    if live:
+        replay.announce(method, images, None)
     selection = selected(replay, tokens)
-    problem = Problem(replay, selection, image, seed, live=live, clip=clip)
+    problem = dataclasses.replace(unselected, selection=selection)
     if live and selection:
-        replay.announce(method, lambda: cost_of(method, problem, params).forward, selection.indices)
+        replay.announce(method, images, selection.indices)
     before = _Before(replay) if live else None
     if not selection:
         outcome = Outcome(None, params, reason=f"nothing to explain: {selection.reason}")

@@ -155,7 +155,7 @@ class Replay(Views):
         """Where its passes are run, for the provenance of what is made of them."""
         return {"device": str(self.device)}
 
-    def announce(self, what: str, images: Callable[[], int | None], steps: Sequence[int]) -> None:
+    def announce(self, what: str, images: Callable[[], int | None], steps: Sequence[int] | None) -> None:
         """Be told, before ``what`` runs, how many images it will send through the model: here they cost nothing."""
 
     @property

@@ -66,8 +66,8 @@ class Forcing:
         self.unchecked: list[str] = []
 
     def requests_for(self, steps: Sequence[int] | None) -> int:
-        """Requests that one set of images takes."""
-        return 1 if self.road.every else len(self.askable if steps is None else steps)
+        """Requests that one set of images takes, at least; ``None`` where the tokens are not known yet."""
+        return 1 if self.road.every or steps is None else len(steps)
 
     @functools.cached_property
     def askable(self) -> tuple[int, ...]:

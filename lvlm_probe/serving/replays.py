@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, Self
@@ -142,8 +143,9 @@ class ServedReplay(Views):
 
     # ------------------------------------------------------------------ what it costs
 
-    def announce(self, what: str, images: Callable[[], int | None], steps: Sequence[int]) -> None:
-        """Be told, before ``what`` runs, how many images it will send, and of which tokens it wants to know.
+    def announce(self, what: str, images: Callable[[], int | None], steps: Sequence[int] | None) -> None:
+        """Be told, before ``what`` runs, how many images it will send, and of which tokens it wants to know; ``None``
+        while these are not chosen, which may send requests itself: of one at least, and nothing is told yet.
 
         Raises:
             ReplayError: that is more than ``max_requests`` leave.
@@ -153,13 +155,18 @@ class ServedReplay(Views):
             return
         needed = number * self._forcing.requests_for(steps)
         limit, spent = self.server.max_requests, self.server.spent.requests
-        cost = self.server.cost(needed, self.path.images, self._forcing.form)
+        left = math.inf if limit is None else max(0, limit - spent)
         # Some of them may be in the journal; how many, only their images tell.
-        if limit is not None and needed - len(self._forcing.journal) > limit - spent:
+        over = needed - len(self._forcing.journal) > left
+        if steps is None and not over:
+            return
+        cost = self.server.cost(needed, self.path.images, self._forcing.form)
+        if over:
+            least = "at least " if steps is None and not self._forcing.road.every else ""
             raise ReplayError(
-                f"{what} sends {cost}, and max_requests={limit} leave {max(0, limit - spent)}: allow "
-                f"{spent + needed} (connect(…, max_requests=…); --max-requests or --yes), or ask for less (masks=… of "
-                "rise, size=… of occlusion, regions=… of greedy)"
+                f"{what} sends {least}{cost}, and max_requests={limit} leave {left}: allow "
+                f"{least}{spent + needed} (connect(…, max_requests=…); --max-requests or --yes), or ask for less "
+                "(masks=… of rise, size=… of occlusion, regions=… of greedy)"
             )
         self.server.tell(f"{what}: {cost}; what has been answered already is not asked again")
 

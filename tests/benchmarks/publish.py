@@ -565,7 +565,6 @@ def _origin(section: Section, found: Found) -> str:
 # --------------------------------------------------------------------------------------------------------- the promises
 
 FIGURE = re.compile(r"(<!-- figure (\w+) -->).*?(<!-- /figure -->)", re.DOTALL)
-TABLE = re.compile(r"(<!-- campaigns -->\n).*?(<!-- /campaigns -->)", re.DOTALL)
 REHEARSAL = "**a rehearsal, of {share} of the cases**; "
 
 
@@ -578,7 +577,14 @@ def promises(text: str, results: Path) -> str:
         return f"{mark[1]}{_tried(campaigns.get(mark[2]))}{mark[3]}"
 
     before = read(results / "campaign-before.json")
-    return TABLE.sub(lambda mark: mark[1] + _campaigns(found, campaigns, before) + mark[2], FIGURE.sub(figure, text))
+    return between(FIGURE.sub(figure, text), "campaigns", _campaigns(found, campaigns, before))
+
+
+def between(text: str, mark: str, lines: Sequence[str]) -> str:
+    """A page with these lines between ``<!-- mark -->`` and ``<!-- /mark -->``; without any, that nothing is known."""
+    told = "\n".join(lines) or NOT_MEASURED
+    place = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    return place.sub(lambda found: f"{found[1]}{told}\n{found[2]}", text)
 
 
 def _tried(one: Found | None) -> str:
@@ -588,9 +594,9 @@ def _tried(one: Found | None) -> str:
     return f"{one['tried']:,} {one['unit']}, {f'**{broken:,} broken**' if broken else '0 broken'}"
 
 
-def _campaigns(found: Found, campaigns: Mapping[str, Found], before: Found) -> str:
+def _campaigns(found: Found, campaigns: Mapping[str, Found], before: Found) -> list[str]:
     if not campaigns:
-        return f"{NOT_MEASURED}\n"
+        return []
     titles = ("campaign", "tried", "broken", "broken before", "also counted; the worst met", "minutes", "commit")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     notes: list[str] = []
@@ -614,18 +620,13 @@ def _campaigns(found: Found, campaigns: Mapping[str, Found], before: Found) -> s
     ]
     if notes:
         lines += ["", "Broken:", "", *notes]
-    return "\n".join(lines) + "\n"
-
-
-SERVED = re.compile(r"(<!-- served -->\n).*?(<!-- /served -->)", re.DOTALL)
+    return lines
 
 
 def served(text: str, results: Path) -> str:
     """``docs/served.md`` with the figures of ``served.json`` between its marks."""
     found = read(results / "served.json")
-    return SERVED.sub(
-        lambda mark: mark[1] + ("\n".join(_served(found)) if found else NOT_MEASURED) + "\n" + mark[2], text
-    )
+    return between(text, "served", _served(found) if found else [])
 
 
 def _served(found: Found) -> list[str]:
@@ -730,13 +731,10 @@ def _served_lens(found: Found) -> list[str]:
     ]
 
 
-ADAPTIVE = re.compile(r"(<!-- adaptive -->\n).*?(<!-- /adaptive -->)", re.DOTALL)
-
-
 def adaptive(text: str, results: Path) -> str:
     """``docs/methods.md`` with what ``adaptive.json`` says of the default of iGOS++ between its marks."""
     found = json.loads(path.read_text(encoding="utf-8")) if (path := results / "adaptive.json").exists() else []
-    return ADAPTIVE.sub(lambda mark: mark[1] + ("\n".join(_adaptive(found)) or NOT_MEASURED) + "\n" + mark[2], text)
+    return between(text, "adaptive", _adaptive(found))
 
 
 def _adaptive(found: Sequence[Found]) -> list[str]:
@@ -773,7 +771,6 @@ def _mean(cell: Found) -> str:
     return f"{cell['mean']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
 
 
-QUANTISED = re.compile(r"(<!-- quantised -->\n).*?(<!-- /quantised -->)", re.DOTALL)
 _PARTS_THAT_WORK = {
     "verify": "replay is the recording", "gradients": "6 methods by gradients", "attention": "attention, rollout, tam",
     "masks": "rise, occlusion, greedy", "evaluate": "evaluate", "knockout": "knockout", "plan": "plan",
@@ -783,8 +780,7 @@ _PARTS_THAT_WORK = {
 def quantised(text: str, results: Path) -> str:
     """``docs/reality.md`` with the tables of ``quantised.json`` between its marks."""
     found = read(results / "quantised.json")
-    lines = _quantised(found) if found else [NOT_MEASURED]
-    return QUANTISED.sub(lambda mark: mark[1] + "\n".join(lines) + "\n" + mark[2], text)
+    return between(text, "quantised", _quantised(found) if found else [])
 
 
 def _quantised(found: Found) -> list[str]:
@@ -839,19 +835,13 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.write_text(page(options.results), encoding="utf-8")
     print(f"written to {options.out}")
     own = ROOT / "docs" / "promises.md" if options.results == parser.get_default("results") else None
-    if (page_of := options.promises or own) is not None:
-        page_of.write_text(promises(page_of.read_text(encoding="utf-8"), options.results), encoding="utf-8")
-        print(f"written to {page_of}")
+    pages = {page_of: promises} if (page_of := options.promises or own) is not None else {}
     if own is not None:
-        page_served = ROOT / "docs" / "served.md"
-        page_served.write_text(served(page_served.read_text(encoding="utf-8"), options.results), encoding="utf-8")
-        print(f"written to {page_served}")
-        page_methods = ROOT / "docs" / "methods.md"
-        page_methods.write_text(adaptive(page_methods.read_text(encoding="utf-8"), options.results), encoding="utf-8")
-        print(f"written to {page_methods}")
-        reality = ROOT / "docs" / "reality.md"
-        reality.write_text(quantised(reality.read_text(encoding="utf-8"), options.results), encoding="utf-8")
-        print(f"written to {reality}")
+        docs = ROOT / "docs"
+        pages |= {docs / "served.md": served, docs / "methods.md": adaptive, docs / "reality.md": quantised}
+    for path, filled in pages.items():
+        path.write_text(filled(path.read_text(encoding="utf-8"), options.results), encoding="utf-8")
+        print(f"written to {path}")
 
 
 if __name__ == "__main__":

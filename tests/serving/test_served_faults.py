@@ -330,6 +330,24 @@ def test_ctrl_c_keeps_what_was_answered(behind: DemoServer, trace: Any, clean: n
     assert len(asked_now) <= 24 - 10
 
 
+def killed_after(requests: int, script: str, behind: DemoServer, *arguments: Path) -> int:
+    """Run a script until the server has got so many requests of its work, kill it, and return how many it had before.
+
+    The script is given the server's address before its arguments, says that it is ready, and waits for a line.
+    """
+    command = [sys.executable, "-c", script, behind.url, *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None and child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        start = behind.count
+        behind.before = lambda number: child.send_signal(signal.SIGKILL) if number == start + requests else None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        assert child.wait() == -signal.SIGKILL
+    behind.before = lambda number: None
+    return start
+
+
 KILLED = """
 import sys, torch
 torch.set_num_threads(1)
@@ -344,16 +362,7 @@ with probe.connect(url, concurrency=1) as server:
 
 
 def test_a_killed_run_goes_on_without_asking_twice(behind: DemoServer, trace: Any, clean: np.ndarray) -> None:
-    command = [sys.executable, "-c", KILLED, behind.url, str(trace.path)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdin is not None and child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    start = behind.count
-    behind.before = lambda number: child.send_signal(signal.SIGKILL) if number == start + 10 else None
-    child.stdin.write("go\n")
-    child.stdin.flush()
-    assert child.wait() == -signal.SIGKILL
-    child.stdin.close(), child.stdout.close()
+    start = killed_after(10, KILLED, behind, trace.path)
     # Ten requests were answered (of one, the kill may have come before its line): each is one line of the journal.
     kept = Journal(trace.path.parent / FILE)
     assert len(kept) >= 9
@@ -403,18 +412,32 @@ def test_a_journal_of_a_stranger_is_read_as_such(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- the cost
 
 
-def test_more_than_is_allowed_is_said_before_it_is_sent(behind: DemoServer, trace: Any) -> None:
-    with probe.connect(behind.url, max_requests=40) as server:
+@pytest.mark.parametrize(("road", "limit", "least"), [("tokens", 40, ""), ("next token", 150, "at least ")])
+def test_more_than_is_allowed_is_said_before_it_is_sent(
+    road: str, limit: int, least: str, behind: DemoServer, trace: Any
+) -> None:
+    """Also where it depends on the words, which may take a request to choose."""
+    said: list[str] = []
+    with probe.connect(behind.url, road=road, max_requests=limit, tell=said.append) as server:
         replay = probe.replay(trace, server)
         before = behind.count
-        with pytest.raises(probe.errors.ReplayError, match=r"rise sends 1,000 requests, about \d+ MB.*max_requests=40"):
+        sends = rf"rise sends {least}1,000 requests, about \d+ MB.*max_requests={limit}"
+        with pytest.raises(probe.errors.ReplayError, match=sends):
             probe.explain(replay, method="rise")
-        assert behind.count <= before + 1, "at most that of the baseline, by which the words are chosen"
-        with pytest.raises(probe.errors.ReplayError, match="max_requests=40 are spent"):
+        assert behind.count == before and not said
+        with pytest.raises(probe.errors.ReplayError, match=f"max_requests={limit} are spent"):
             replay.log_probs(torch.rand(60, 3, 3))
-        assert server.spent.requests <= 40
+        assert server.spent.requests <= limit
     with probe.connect(behind.url) as server:  # and it goes on from there
         probe.replay(trace, server).log_probs(torch.zeros(1, 2, 2))
+
+
+@pytest.mark.parametrize(("road", "each"), [("tokens", 1), ("next token", 2)])
+def test_what_a_method_costs_is_said_once(road: str, each: int, behind: DemoServer, trace: Any) -> None:
+    said: list[str] = []
+    with probe.connect(behind.url, road=road, tell=said.append) as server:
+        probe.explain(probe.replay(trace, server), tokens=[2, 3], **RISE)
+    assert [one.partition(" requests")[0] for one in said] == [f"rise: {24 * each}"]
 
 
 METERED = """
@@ -435,17 +458,7 @@ def test_a_killed_meter_goes_on_without_asking_twice(behind: DemoServer, scene: 
     rows = [{"image": "photo.png", "question": one, "answer": scene.answer} for one in questions]
     file, journal = tmp_path / "answers.jsonl", tmp_path / "kept" / "journal.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    command = [sys.executable, "-c", METERED, behind.url, str(file), str(journal)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert child.stdin is not None and child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    start = behind.count
-    behind.before = lambda number: child.send_signal(signal.SIGKILL) if number == start + 4 else None
-    child.stdin.write("go\n")
-    child.stdin.flush()
-    assert child.wait() == -signal.SIGKILL
-    child.stdin.close(), child.stdout.close()
-    behind.before = lambda number: None
+    killed_after(4, METERED, behind, file, journal)
     with probe.connect(behind.url, journal=journal) as server:
         before = server.spent.requests
         found = list(measure(file, server))
