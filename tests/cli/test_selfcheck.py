@@ -17,6 +17,7 @@ from command_line import Result, run
 import lvlm_probe as probe
 from lvlm_probe.cli.shared import selfcheck as work
 from lvlm_probe.pages.selfcheck_page import checks
+from lvlm_probe.planning import Meter
 
 Checked = tuple[Path, Path, Result]
 
@@ -191,6 +192,17 @@ def test_a_stop_between_answer_and_map_keeps_the_answer(monkeypatch: pytest.Monk
     assert run("selfcheck", "demo", "--quick", "--out", tmp_path).code == 0
     unit = stored(tmp_path)["units"]["answer scene 0"]
     assert unit["gain"] > 0.8 and unit["trace"] == answered["trace"] and "begun" not in unit
+
+
+def test_where_memory_is_not_metered_methods_are_judged_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Meter, "counts", staticmethod(lambda device: False))
+    monkeypatch.setattr(work, "questions", lambda *, quick: questions(1, 0))
+    monkeypatch.setattr(work, "methods", lambda: ["input_gradient"])
+    assert run("selfcheck", "demo", "--out", tmp_path).code == 0
+    method = stored(tmp_path)["units"]["method input_gradient"]
+    assert "refused" not in method and method["gain"] is not None and method["peak"] is None
 
 
 def test_a_model_that_is_not_there_is_a_finding(tmp_path: Path) -> None:

@@ -360,8 +360,8 @@ def _is_long(player: Replay, name: str) -> bool:
 
 
 def _peak(player: Replay, name: str, heat: Heatmap) -> int | None:
-    """Most bytes alive at once beside the weights, of one more run; ``None`` where that would take long."""
-    if float(heat.provenance.get("seconds") or 0.0) > _METERED:
+    """Most bytes alive at once beside the weights, of one more run; ``None`` where that cannot be told or takes long."""
+    if not Meter.counts(player.device) or float(heat.provenance.get("seconds") or 0.0) > _METERED:
         return None
     meter = Meter(player.device)
     with meter.running():
