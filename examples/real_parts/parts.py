@@ -1,7 +1,7 @@
 """Weights of registry packages as unmodified transformers classes: a GGUF reader and the names of each conversion.
 
-`tower` and `language_model` return what `assemble.py` puts together; `dinov2` is the transformer tower of the second
-model. Nothing here downloads; each takes the file that `fetch.py` has laid out.
+`tower` and `language_model` return what `build.py` puts together. Nothing here downloads; each takes the file that it
+has laid out.
 """
 
 from __future__ import annotations

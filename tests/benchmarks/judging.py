@@ -136,7 +136,7 @@ def scene_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch; one per process is best with two shards")
     parser.add_argument("--again", nargs="*", default=[], metavar="NAME", help="make the lines of these anew")
     parser.add_argument("--table", action="store_true", help="only print the tables, from the lines there are")
-    parser.set_defaults(root=Path(out), few=[], few_scenes=0)
+    parser.set_defaults(root=Path(out))
 
 
 def settle(arguments: argparse.Namespace) -> None:

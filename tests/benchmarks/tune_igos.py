@@ -7,7 +7,7 @@
 
 ``--judge`` runs the default (which goes on while passes help), the fixed fast setting and the thorough one on scenes of
 split ``eval``; ``--write`` puts what came of them into ``results/adaptive.json``, one entry per model, which
-``publish.py`` puts into docs/pareto.md. Maps that the tournament has judged on the same scenes with the same seeds are
+``publish.py`` puts into docs/methods.md. Maps that the tournament has judged on the same scenes with the same seeds are
 not made again (``--lines``). One JSON line per scene and setting, so that it goes on where it was stopped.
 """
 
@@ -137,7 +137,7 @@ def table(records: list[dict[str, Any]], names: list[str]) -> None:
             continue
         cells = [f"{np.nanmean([row[column] for row in rows.values()]):.3f}" for column in columns]
         trusted = sum(bool(row.get("trusted")) for row in rows.values())
-        gain = bootstrap_ci([row["insertion"] - row["deletion"] for row in rows.values()])
+        gain = bootstrap_ci([_gain(row) for row in rows.values()])
         common = sorted(set(rows) & set(first))
         change = paired_difference(*([_gain(of[key]) for key in common] for of in (rows, first)))
         print(f"| {name} | {len(rows)} | {' | '.join(cells)} | {trusted} | {gain} | {change} |")

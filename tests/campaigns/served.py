@@ -156,6 +156,15 @@ def through_faults(url: str, scene: Any, folder: Path) -> dict[str, Any]:
     return {"same_map": bool(np.array_equal(clean.values, faulty.values)), "retries": retries, **Faulty.done}
 
 
+def kill_after(count: int, what: bytes, script: str, url: str, source: Path, journal: Path) -> None:
+    """Run a script until its journal holds something so many times, and kill it."""
+    child = subprocess.Popen([sys.executable, "-c", script, url, str(source), str(journal)])
+    while child.poll() is None and (not journal.is_file() or journal.read_bytes().count(what) < count):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+
+
 KILLED = """
 import sys, lvlm_probe as probe
 url, trace, journal = sys.argv[1:]
@@ -170,13 +179,7 @@ def killed(url: str, scene: Any, folder: Path) -> dict[str, Any]:
     with probe.connect(url, journal=folder / "whole.jsonl") as server:
         trace = server.ask(scene.image, scene.question, out=folder)
         whole = probe.explain(probe.replay(trace, server), **RISE)
-    child = subprocess.Popen([sys.executable, "-c", KILLED, url, str(trace.path), str(journal)])
-    lines = 0
-    while child.poll() is None and lines < 60:
-        time.sleep(0.05)
-        lines = journal.read_bytes().count(b"\n") if journal.is_file() else 0
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    kill_after(60, b"\n", KILLED, url, trace.path, journal)
     with probe.connect(url, journal=journal) as server:
         replay = probe.replay(trace, server)
         before = server.spent.requests
@@ -201,11 +204,7 @@ def metered(url: str, scenes: Any, folder: Path) -> dict[str, Any]:
         scene.image.save(folder / f"{scene.index}.png")
     rows = [{"image": f"{one.index}.png", "question": one.question, "answer": one.answer} for one in scenes]
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    child = subprocess.Popen([sys.executable, "-c", METERED, url, str(file), str(journal)])
-    while child.poll() is None and (not journal.is_file() or journal.read_bytes().count(b'"said"') < 10):
-        time.sleep(0.05)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    kill_after(10, b'"said"', METERED, url, file, journal)
     with probe.connect(url, journal=journal) as server:
         before = server.spent.requests
         found = [one for one in measure(file, server) if isinstance(one, Reading)]
@@ -224,25 +223,24 @@ def metered(url: str, scenes: Any, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def engine(env: Path, checkpoint: Path | str, *more: str, lens: bool = False) -> Iterator[str]:
+def engine(env: Path, checkpoint: Path | str, *, lens: bool = False) -> Iterator[str]:
     """A vLLM server on the loopback while the block runs."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(ROOT / "integrations/vllm/start"), str(env), str(checkpoint), str(port), *more]
-    with running(command, f"http://127.0.0.1:{port}", "/health", {"LENS": "1"} if lens else {}) as url:
+    port = free_port()
+    command = [str(ROOT / "integrations/vllm/start"), str(env), str(checkpoint), str(port)]
+    with running(command, port, {"LENS": "1"} if lens else {}) as url:
         yield url
 
 
 @contextlib.contextmanager
-def running(command: list[str], url: str, path: str, more: dict[str, str]) -> Iterator[str]:
-    """A server, as soon as it answers; its log beside the results if it does not."""
+def running(command: list[str], port: int, more: dict[str, str]) -> Iterator[str]:
+    """A server, as soon as it answers; the end of its log if it does not."""
+    url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **more}
         )
         try:
-            while not answers(url + path):
+            while not answers(f"{url}/health"):
                 if child.poll() is not None:
                     log.seek(0)
                     raise SystemExit(f"{command[0]} ended:\n{log.read().decode()[-3000:]}")
@@ -252,6 +250,12 @@ def running(command: list[str], url: str, path: str, more: dict[str, str]) -> It
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGTERM)
             child.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def answers(url: str) -> bool:
@@ -487,15 +491,12 @@ def lens_part(env: Path, scenes: int) -> dict[str, Any]:
 
 def transformers_part(env: Path, scenes: int) -> dict[str, Any]:
     """What ``transformers serve`` is told."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(env / "bin/transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
-    url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         (Path(name) / "hub").mkdir()  # it lists what it has fetched, and fails where that is nowhere
         more = {"HF_HUB_OFFLINE": "1", "HF_HOME": name}
-        stack.enter_context(running([*command, "--device", "cpu"], url, "/health", more))
+        url = stack.enter_context(running([*command, "--device", "cpu"], port, more))
         try:
             with probe.connect(url, str(probe.demo.path())) as server:
                 return {"used": server.describe()}

@@ -7,17 +7,18 @@ python tests/device/table.py --write    # and writes them into docs/reality.md
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch
+from judging import fill
 from test_device import METHODS, load, on_card, record, waits_of_tokens
 
 import lvlm_probe as probe
@@ -25,7 +26,6 @@ from lvlm_probe._version import versions_of
 from lvlm_probe.planning import show_bytes
 
 PAGE = Path(__file__).parents[2] / "docs" / "reality.md"
-MARKS = "<!-- device lane -->\n", "<!-- /device lane -->"
 MODEL = "llava"
 
 
@@ -93,10 +93,7 @@ def main() -> None:
     made = table()
     print(made)
     if asked.write:
-        text = PAGE.read_text(encoding="utf-8")
-        begin, end = MARKS
-        text = re.sub(f"{begin}.*?{end}", lambda _: f"{begin}{made}{end}", text, flags=re.DOTALL)
-        PAGE.write_text(text, encoding="utf-8")
+        fill(PAGE, "device lane", made)
 
 
 if __name__ == "__main__":
