@@ -316,7 +316,7 @@ class Selfcheck:
         if missing:
             with stage("timing a few passes"):
                 seconds |= expected(player, missing, pace(player))
-        for name in sorted(seconds, key=lambda name: math.inf if seconds[name] is None else seconds[name]):
+        for name in sorted(seconds, key=lambda name: _or_infinite(seconds[name])):
             self._unit(f"method {name}", partial(self._method, player, name, seconds[name]))
 
     def _method(self, player: Replay, name: str, seconds: float | None) -> dict[str, Any]:
@@ -334,6 +334,10 @@ class Selfcheck:
             return record | _judged(heat, score_one(player, stored, shown=partial(bar, timed=False), **options), None)
         except ProbeError as error:  # what a method cannot do on a model is a result
             return {**record, "refused": str(error)}
+
+
+def _or_infinite(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
 
 
 def _answered(asked: Asked, trace: Trace, found: Verification) -> dict[str, Any]:
@@ -360,7 +364,7 @@ def _is_long(player: Replay, name: str) -> bool:
 
 
 def _peak(player: Replay, name: str, heat: Heatmap) -> int | None:
-    """Most bytes alive at once beside the weights, of one more run; ``None`` where that cannot be told or takes long."""
+    """Most bytes alive at once beside the weights, of one more run; ``None`` where it takes long or is not metered."""
     if not Meter.counts(player.device) or float(heat.provenance.get("seconds") or 0.0) > _METERED:
         return None
     meter = Meter(player.device)
