@@ -34,7 +34,7 @@ import os
 import sys
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -362,8 +362,9 @@ class Card:
         self.operations: Counter[str] | None = Counter()
         self.live: dict[int, Counter[int]] = {index: Counter() for index in range(count)}
         self.sizes: dict[int, int] = {}
-        self.used = [0] * count
         self.peak = [0] * count
+        self._used = [0] * count
+        self._dropped: deque[tuple[int, int]] = deque()
         self.synchronized = 0
         self._later: list[tuple[Tensor, Tensor]] = []
         self._lock = threading.RLock()
@@ -411,45 +412,60 @@ class Card:
             return
         key, size, index = storage._cdata, storage.nbytes(), tensor.on.index or 0
         with self._lock:
+            self._settle()
             held = self.live[index]
             if not held[key]:
-                if self.memory is not None and self.used[index] + size > self.memory:
-                    free = self.memory - self.used[index]
+                if self.memory is not None and self._used[index] + size > self.memory:
+                    free = self.memory - self._used[index]
                     del held[key]
                     raise torch.OutOfMemoryError(
                         f"CUDA out of memory. Tried to allocate {size} bytes. GPU {index} has a total capacity of "
                         f"{self.memory} bytes of which {free} bytes is free. (in {place_in_package(self.package)})"
                     )
-                self.used[index] += size
+                self._used[index] += size
                 self.sizes[key] = size
-                self.peak[index] = max(self.peak[index], self.used[index])
+                self.peak[index] = max(self.peak[index], self._used[index])
             held[key] += 1
-        weakref.finalize(tensor, self._release, index, key).atexit = False
+        # A finalizer may run within any line, of any thread: it leaves a note.
+        weakref.finalize(tensor, self._dropped.append, (index, key)).atexit = False
 
-    def held(self, index: int = 0) -> int:
-        """Bytes that are really in use: what waits for the collector is collected, and the device's thread has let go.
+    def _settle(self) -> None:
+        while self._dropped:
+            index, key = self._dropped.popleft()
+            held = self.live[index]
+            held[key] -= 1
+            if held[key] <= 0:
+                del held[key]
+                size = self.sizes.pop(key, 0)
+                self._used[index] -= size
+
+    @property
+    def used(self) -> list[int]:
+        """Bytes in use, of each device."""
+        with self._lock:
+            self._settle()
+            return list(self._used)
+
+    def let_go(self, index: int = 0) -> None:
+        """Wait until the device's thread has let go of what it ran.
 
         Backward returns as soon as its result is there. The thread that ran it drops what it still holds of it (the
         gradients it handed over, nodes of the graph) when it next gets the interpreter's lock, which on a busy machine
         is any time later. It does so before it takes up other work, so a backward pass over nothing waits for it.
         """
-        gc.collect()
         if self.own_thread:
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 nothing = torch.zeros(0, device=torch.device(_KIND, index), requires_grad=True)
                 torch.autograd.backward([nothing * 1], [torch.zeros_like(nothing)])
+
+    def held(self, index: int = 0) -> int:
+        """Bytes that are really in use: what waits for the collector is collected, and the device's thread has let go."""
+        gc.collect()
+        self.let_go(index)
         return self.used[index]
 
     def forget_peak(self, index: int) -> None:
         self.peak[index] = self.used[index]
-
-    def _release(self, index: int, key: int) -> None:
-        with self._lock:
-            held = self.live[index]
-            held[key] -= 1
-            if held[key] <= 0:
-                del held[key]
-                self.used[index] -= self.sizes.pop(key, 0)
 
     # -- copies that do not wait
 
@@ -511,6 +527,7 @@ class Card:
         def synchronize(_device: Any = None) -> None:
             card.note("synchronize", "torch.cuda.synchronize")
             card.arrive()
+            card.let_go()
 
         faked = {
             "is_available": lambda: True, "device_count": lambda: card.count, "current_device": lambda: 0,

@@ -299,8 +299,9 @@ def test_a_fingerprint_waits_twice(llava: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["igos++", "tmm", "iia", "rise", "gradcam", "rollout"])
 def test_what_is_planned_is_what_is_taken(method: str, llava: Any, tmp_path: Path) -> None:
+    """Backward in the caller's thread: when a device's own lets go of a pass, and so the peak, is up to the machine."""
     model, processor = llava
-    with on_card(model, float64=False) as card:
+    with on_card(model, float64=False, own_thread=False) as card:
         replay = probe.replay(record("llava", model, processor, tmp_path, llr=False), model, processor)
         params = {"masks": 64} if method == "rise" else {}
         planned = probe.plan(replay, method=method, **params)

@@ -83,9 +83,26 @@ def test_what_the_devices_thread_still_holds_is_not_in_use(seconds: float) -> No
                 leaf = torch.ones(1000, 8, device="cuda", requires_grad=True)
                 torch.autograd.grad((leaf @ weight).sin().sum(), leaf)
                 del leaf
-                assert card.held() == 256
+                torch.cuda.synchronize()
+                assert torch.cuda.memory_allocated() == 256
     finally:
         sys.setswitchinterval(before)
+
+
+def test_a_tensor_that_is_dropped_within_the_count_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector may run between any two steps, and finalizers with it."""
+    with Card() as card:
+        kept = [torch.zeros(10, device="cuda"), torch.zeros(20, device="cuda")]
+
+        class Sizes(dict[int, int]):
+            def pop(self, *key: int) -> int:
+                size = super().pop(*key)
+                kept.clear()
+                return size
+
+        monkeypatch.setattr(card, "sizes", Sizes(card.sizes))
+        del kept[0]
+        assert card.used == [0]
 
 
 def test_double_precision_may_be_missing() -> None:
