@@ -130,8 +130,11 @@ def scene_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--cases", type=Path, help="stored images instead: a folder that photographs.py has written")
     parser.add_argument("--held-out", default=",".join(HELD_OUT), help="baselines that judge too, with commas")
     parser.add_argument(
-        *("--adaptive", "--adaptive-within"),
-        **{"nargs": "?", "type": float, "const": TOLERANCE, "metavar": "SHARE"},
+        "--adaptive",
+        nargs="?",
+        type=float,
+        const=TOLERANCE,
+        metavar="SHARE",
         help=f"few points of the curves, areas within this, by default {TOLERANCE}",
     )
     parser.add_argument("--model", type=Path, help="checkpoint that answers; by default the embedded demo model")

@@ -30,7 +30,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -232,6 +232,7 @@ def summarise(arguments: argparse.Namespace, lines: Lines) -> dict[str, Any]:
         curves = [line for line in made if not line.get("place_alone")]
         rows[name] = {
             "scenes": len(mine),
+            "first": 1 + max(line["number"] for line in mine),
             "maps": len(made),
             "gains": len(curves),
             "reasons": sorted({line["reason"] for line in mine if line.get("reason")})[:3],
@@ -266,44 +267,44 @@ def _mean(lines: list[Line], column: str) -> float | None:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as Markdown, best gain first; floors and the reference last."""
-    rows, leader = summary["methods"], summary["against"]
-    last = (*FLOORS, GROUND_TRUTH)
-    order = sorted(rows, key=lambda name: (name in last, -(rows[name]["gain"] or {"mean": -9})["mean"]))
-    text = [
-        "| heatmap | deletion ↓ | insertion ↑ | gain ↑ | gain, held-out baselines ↑ "
-        f"| {leader} − it: gain | p | held out | p |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows, leader, order = summary["methods"], summary["against"], _order(summary)
+    scored, placed_ = [], []
     for name in order:
         row = rows[name]
-        cells = [shown(row[column]) for column in ("deletion", "insertion", "gain", "held_out")]
-        for column in ("gain", "held_out"):
-            test = row.get("behind", {}).get(column)
-            cells += [shown(test, signed=True), _p(test)] if test else ["–", "–"]
-        text.append(f"| {_named(name, summary)} | {' | '.join(cells)} |")
-    text += [
-        "",
-        "| heatmap | pointing ↑ | without tolerance ↑ | energy ↑ | average precision ↑ | causal agreement ↑ "
-        "| passes: forward + backward | seconds | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in order:
-        row = rows[name]
-        cells = [
-            shown(row[column]) for column in ("pointing", "pointing_strict", "energy", "average_precision", "causal")
-        ]
-        passes = f"{row['forward']:.0f} + {row['backward']:.0f}" if row["forward"] else "none"
-        seconds = "–" if row["seconds"] is None or name == GROUND_TRUTH else f"{row['seconds']:.2f}"
-        memory = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
-        text.append(f"| {_named(name, summary)} | {' | '.join(cells)} | {passes} | {seconds} | {memory} |")
+        cells = {"heatmap": _named(name, summary), "deletion ↓": shown(row["deletion"])}
+        cells |= {"insertion ↑": shown(row["insertion"]), "gain ↑": _gain(row)}
+        cells["gain, held-out baselines ↑"] = shown(row["held_out"])
+        for title, column in ((f"{leader} − it: gain", "gain"), ("held out", "held_out")):
+            cells |= _against(row, column, title)
+        scored.append(cells)
+        cells = {"heatmap": _named(name, summary)}
+        for title, column in (
+            ("pointing ↑", "pointing"),
+            ("without tolerance ↑", "pointing_strict"),
+            ("energy ↑", "energy"),
+            ("average precision ↑", "average_precision"),
+            ("causal agreement ↑", "causal"),
+        ):
+            cells[title] = shown(row[column])
+        cells["passes: forward + backward"] = _passes(row)
+        cells["seconds"] = "–" if row["seconds"] is None or name == GROUND_TRUTH else f"{row['seconds']:.2f}"
+        cells["peak MiB"] = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
+        placed_.append(cells)
     protocol = summary["protocol"]
-    text += [
+    within = f"areas within {protocol['tolerance']}" if "tolerance" in protocol else f"{protocol['steps']} points"
+    others = f"; held out: mean over {', '.join(protocol['held_out'])} ({protocol['held_out_steps']} points)"
+    others = others if protocol["held_out"] else ""
+    peak = " Peak: tensors alive at once, from torch's profiler, mean of a few scenes."
+    peak = peak if "peak MiB" in _heads(placed_) else ""
+    text = [
+        *_markdown(scored),
         "",
-        f"{scenes_sentence(summary)} Gain: insertion − deletion, {protocol['steps']} points, against the baseline that "
-        f"the heatmaps were made with; held out: mean over {', '.join(protocol['held_out'])} "
-        f"({protocol['held_out_steps']} points). p: two-sided sign-flip permutation test of the paired differences, "
+        *_markdown(placed_),
+        "",
+        f"{scenes_sentence(summary)} Gain: insertion − deletion, {within}, against the baseline that "
+        f"the heatmaps were made with{others}. p: two-sided sign-flip permutation test of the paired differences, "
         f"adjusted by Holm for all methods of the column. Pointing: within {POINTING_TOLERANCE} pixels. Seconds: "
-        f"median. Peak: tensors alive at once, from torch's profiler, mean of a few scenes. {summary['machine']}.",
+        f"median.{peak} {summary['machine']}.",
     ]
     missing = [f"{name} {row['maps']} of {row['scenes']}" for name, row in rows.items() if row["maps"] < row["scenes"]]
     if missing:
@@ -319,32 +320,63 @@ def table(summary: dict[str, Any]) -> str:
 def short_table(summary: dict[str, Any]) -> str:
     """The columns that the summary has room for, best gain first; floors and the reference last."""
     rows, leader = summary["methods"], summary["against"]
-    last = (*FLOORS, GROUND_TRUTH)
-    order = sorted(rows, key=lambda name: (name in last, -(rows[name]["gain"] or {"mean": -9})["mean"]))
-    titles = {
-        "held_out": "gain, held-out baselines ↑",
-        "pointing": "pointing ↑",
-        "average_precision": "average precision ↑",
-        "causal": "causal agreement ↑",
-    }
-    columns = [column for column in titles if any(row[column] for row in rows.values())]
-    heads = ["heatmap", "gain ↑", f"{leader} − it", "p", *(titles[column] for column in columns), "passes"]
-    text = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for name in order:
+    lines = []
+    for name in _order(summary):
         row = rows[name]
-        test = row.get("behind", {}).get("gain")
-        passes = f"{row['forward']:.0f} + {row['backward']:.0f}" if row["forward"] else "none"
-        means = ["–" if row[column] is None else f"{row[column]['mean']:.3f}" for column in columns]
-        against = [shown(test, signed=True), _p(test)] if test else ["–", "–"]
-        gain = shown(row["gain"]) + (f" ({row['gains']})" if 0 < row["gains"] < row["maps"] else "")
-        text.append(f"| {_named(name, summary)} | {' | '.join([gain, *against, *means, passes])} |")
-    return "\n".join([*text, "", scenes_sentence(summary)])
+        means = {
+            title: "–" if row[column] is None else f"{row[column]['mean']:.3f}"
+            for title, column in (
+                ("gain, held-out baselines ↑", "held_out"),
+                ("pointing ↑", "pointing"),
+                ("average precision ↑", "average_precision"),
+                ("causal agreement ↑", "causal"),
+            )
+        }
+        cells = {"heatmap": _named(name, summary), "gain ↑": _gain(row), **_against(row, "gain", f"{leader} − it")}
+        lines.append(cells | means | {"passes": _passes(row)})
+    return "\n".join([*_markdown(lines), "", scenes_sentence(summary)])
+
+
+def _order(summary: Mapping[str, Any]) -> list[str]:
+    rows, last = summary["methods"], (*FLOORS, GROUND_TRUTH)
+    return sorted(rows, key=lambda name: (name in last, -(rows[name]["gain"] or {"mean": -9})["mean"]))
+
+
+def _heads(lines: Sequence[Mapping[str, str]]) -> list[str]:
+    """The columns in which some line says something."""
+    return [head for head in lines[0] if any(line[head] != "–" for line in lines)]
+
+
+def _markdown(lines: Sequence[Mapping[str, str]]) -> list[str]:
+    heads = _heads(lines)
+    # Columns of p stand beside others of their name.
+    titles = ["p" if head.endswith(": p") else head for head in heads]
+    return [
+        f"| {' | '.join(titles)} |",
+        "|---" * len(heads) + "|",
+        *(f"| {' | '.join(line[head] for head in heads)} |" for line in lines),
+    ]
+
+
+def _against(row: Mapping[str, Any], column: str, title: str) -> dict[str, str]:
+    """How far the method is behind the one that all are compared with, and p."""
+    test = row.get("behind", {}).get(column)
+    return {title: shown(test, signed=True) if test else "–", f"{title}: p": _p(test) if test else "–"}
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    """Mean and interval, and of how many maps, where others are judged by place alone."""
+    return shown(row["gain"]) + (f" ({row['gains']})" if 0 < row["gains"] < row["maps"] else "")
+
+
+def _passes(row: Mapping[str, Any]) -> str:
+    return f"{row['forward']:.0f} + {row['backward']:.0f}" if row["forward"] else "none"
 
 
 def _named(name: str, summary: Mapping[str, Any]) -> str:
     """A method with the number of its scenes, where those are not all."""
-    scenes = summary["methods"][name]["scenes"]
-    return name if scenes == summary["scenes"] else f"{name} (the first {scenes})"
+    firsts = {one: row["first"] for one, row in summary["methods"].items()}
+    return name if firsts[name] == max(firsts.values()) else f"{name} (the first {firsts[name]})"
 
 
 def _p(test: Mapping[str, Any]) -> str:
@@ -362,7 +394,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     scene_arguments(parser, "runs/tournament")
     parser.add_argument("--methods", default="all", help="names with commas, or all; --methods list shows them")
-    parser.add_argument("--few", default="", help="methods judged on the first scenes only: NAME or NAME=SCENES, commas")
+    parser.add_argument(
+        "--few", default="", help="methods judged on the first scenes only: NAME or NAME=SCENES, commas"
+    )
     parser.add_argument("--few-scenes", type=int, default=20, help="how many those are, where --few does not say")
     parser.add_argument("--place", default="", help="methods judged by place alone from a scene on: NAME or NAME=SCENE")
     parser.add_argument("--place-from", type=int, default=20, help="which scene that is, where --place does not say")
@@ -372,7 +406,9 @@ def main() -> None:
         "--memory", type=int, default=MEMORY_SCENES, help="scenes to measure peak memory on; 0 for none"
     )
     parser.add_argument(
-        "--fill", action="store_true", help="put the tables into docs/tournament.md and docs/figures.md or docs/reality.md"
+        "--fill",
+        action="store_true",
+        help="put the tables into docs/tournament.md and docs/figures.md or docs/reality.md",
     )
     arguments = parser.parse_args()
     settle(arguments)
