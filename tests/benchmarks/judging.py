@@ -57,8 +57,8 @@ PROTOCOL = {
     "causal_draws": CAUSAL_DRAWS,
 }
 
-FEW = {"sampling": "adaptive", "tolerance": 0.01}
-"""How curves are drawn with ``--adaptive``: a quarter of the points, for models that take a second for an image."""
+TOLERANCE = 0.01
+"""How far areas may be off with ``--adaptive``: a quarter of the points, for models that take a second for an image."""
 
 Line = dict[str, Any]
 
@@ -129,7 +129,14 @@ def scene_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--hard", action="store_true", help="hard scenes; give --model as well")
     parser.add_argument("--cases", type=Path, help="stored images instead: a folder that photographs.py has written")
     parser.add_argument("--held-out", default=",".join(HELD_OUT), help="baselines that judge too, with commas")
-    parser.add_argument("--adaptive", action="store_true", help="few points of the curves, areas within 0.01")
+    parser.add_argument(
+        "--adaptive",
+        nargs="?",
+        type=float,
+        const=TOLERANCE,
+        metavar="SHARE",
+        help=f"few points of the curves, areas within this, by default {TOLERANCE}",
+    )
     parser.add_argument("--model", type=Path, help="checkpoint that answers; by default the embedded demo model")
     parser.add_argument("--out", type=Path, help=f"by default {out}/easy or {out}/hard, with -tune for that split")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th scene from the I-th on, I from 0")
@@ -160,6 +167,11 @@ def judges(arguments: argparse.Namespace) -> tuple[str, ...]:
     return tuple(filter(None, arguments.held_out.split(",")))
 
 
+def sampling(tolerance: float | None) -> dict[str, Any]:
+    """How curves are drawn: ``evaluate``'s own way, or by as few points as leave this much of an area open."""
+    return {} if tolerance is None else {"sampling": "adaptive", "tolerance": tolerance}
+
+
 def digest(*parts: Any) -> str:
     """A short name for settings: lines with another one are made again."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -173,15 +185,15 @@ def weights_digest(model: Path | None) -> str:
 
 
 def scenes_to_do(
-    arguments: argparse.Namespace, lines: Lines, keys: Mapping[str, str], *, few: Sequence[str] = ()
+    arguments: argparse.Namespace, lines: Lines, keys: Mapping[str, str], *, wanted: Mapping[str, int] | None = None
 ) -> Iterator[tuple[Line, Case]]:
     """The scenes of this shard that lack a line, with what every line says about its scene.
 
-    Those of ``few`` are wanted on the first ``arguments.few_scenes`` only. All shards count the same scenes
+    ``wanted`` says on how many scenes each is, where not on all. All shards count the same scenes
     (``number``), so that together they judge exactly what one process would.
     """
     shard, shards = arguments.shard
-    wanted = [number for number in range(arguments.scenes) if number % shards == shard]
+    mine = [number for number in range(arguments.scenes) if number % shards == shard]
     by_number = {line["number"]: line for line in lines.latest.values()}
     complete = {
         number
@@ -189,10 +201,10 @@ def scenes_to_do(
         if all(
             lines.has(line["scene"], name, key)
             for name, key in keys.items()
-            if name not in few or number < arguments.few_scenes
+            if number < (wanted or {}).get(name, arguments.scenes)
         )
     }
-    remaining = [number for number in wanted if number not in complete]
+    remaining = [number for number in mine if number not in complete]
     if not remaining:
         return
     # What lies before the first scene to do need not be answered again, as far as some line tells where that is.
@@ -235,14 +247,14 @@ def judged(
     *,
     held_out: Sequence[str] = HELD_OUT,
     causal: bool = True,
-    adaptive: bool = False,
+    adaptive: float | None = None,
 ) -> Line:
-    """Everything a heatmap is judged by, NaN where it cannot be said; with ``adaptive`` on few points of the curves.
+    """Everything a heatmap is judged by, NaN where it cannot be said; areas to within ``adaptive``, where it is given.
 
     ``held_out`` is the mean gain over those held-out baselines that take the words away and are not, by another name,
     the one that the heatmap was made with.
     """
-    how: dict[str, Any] = {"grid": GRID, "tie_orders": TIE_ORDERS, "shared": case.shared, **(FEW if adaptive else {})}
+    how: dict[str, Any] = {"grid": GRID, "tie_orders": TIE_ORDERS, "shared": case.shared, **sampling(adaptive)}
     score = probe.evaluate(heat, case.replay, baseline=case.replay.baseline, steps=STEPS, **how)
     line: Line = {
         "deletion": score.deletion,
@@ -251,13 +263,14 @@ def judged(
         "ties": score.tie_share,
         "trusted": score.verdict.trusted,
         "reasons": list(score.verdict.reasons),
-        **_placed(heat, case.scene.mask),
+        "center": score.center_gain,
+        **placed(heat, case.scene.mask),
     }
     gains = []
     for kind in held_out:
         if kind == "mean" and case.replay.baseline.get("limit"):
             continue
-        other = probe.evaluate(heat, case.replay, baseline=kind, steps=HELD_OUT_STEPS, **how)
+        other = probe.evaluate(heat, case.replay, baseline=kind, steps=HELD_OUT_STEPS, center=False, **how)
         check = other.baseline_check
         if check["original_probability"] - check["mean_probability"] < MIN_CONTRAST:
             continue
@@ -272,7 +285,7 @@ def judged(
     return line
 
 
-def _placed(heat: probe.Heatmap, mask: np.ndarray | None) -> Line:
+def placed(heat: probe.Heatmap, mask: np.ndarray | None) -> Line:
     """Where a heatmap points, nothing where the place is not known."""
     if mask is None:
         return {}
@@ -363,7 +376,7 @@ def scenes_summary(arguments: argparse.Namespace, lines: Lines) -> dict[str, Any
         "passed_over": last["passed_over"],
         "model": "embedded demo model" if arguments.model is None else arguments.model.name,
         "weights": weights_digest(arguments.model),
-        "protocol": PROTOCOL | {"held_out": judges(arguments)} | (FEW if arguments.adaptive else {}),
+        "protocol": PROTOCOL | {"held_out": judges(arguments)} | sampling(arguments.adaptive),
         "machine": machine(),
         "lvlm_probe": probe.__version__,
     }

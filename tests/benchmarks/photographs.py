@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 QUESTION = "What is in the picture?"
 SIDE = 512
 """Longest side of a plain photograph, pixels."""
-_ENDINGS = (".png", ".jpg", ".jpeg")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _FIRST = 9_000_000
 """Seed of the first scene: none that a model is trained on."""
 

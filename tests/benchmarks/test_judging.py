@@ -75,7 +75,7 @@ def dealt(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def arguments(out: Path, shard: tuple[int, int], scenes: int) -> argparse.Namespace:
     return argparse.Namespace(
-        scenes=scenes, shard=shard, split="eval", hard=False, model=None, cases=None, adaptive=False, out=out
+        scenes=scenes, shard=shard, split="eval", hard=False, model=None, cases=None, adaptive=None, out=out
     )
 
 
@@ -172,7 +172,7 @@ def test_tables_say_what_the_lines_say(tmp_path: Path, capsys: pytest.CaptureFix
     lines.add(line(3, "tmm", gain=None, reason="no such layers", kind="colour"))
     wanted = argparse.Namespace(
         out=tmp_path, methods="all", against="igos++", split="eval", hard=False, model=None, cases=None, scenes=12,
-        adaptive=False, held_out="mean,noise",
+        adaptive=None, held_out="mean,noise",
     )  # fmt: skip
     summary = tournament.summarise(wanted, lines)
     assert summary["methods"]["tmm"]["maps"] == 11
@@ -243,6 +243,58 @@ def test_stored_images_are_judged_as_scenes_are(
     monkeypatch.setattr(sys, "argv", [*common, "--cases", str(cases_folder), *few, "--out", str(tmp_path / "stored")])
     tournament.main()
     assert stored.path.read_text("utf-8") == before
+
+
+def test_some_methods_are_judged_by_place_alone_from_a_scene_on(
+    cases_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["x", "--cases", str(cases_folder), "--scenes", "3", "--methods", "random,center", "--place", "random"]
+    common += ["--no-causal", "--memory", "0", "--held-out", "", "--against", "center", "--out", str(tmp_path)]
+
+    def gains(place_from: int) -> dict[str, dict[int, float | None]]:
+        more = ["--place-from", str(place_from), "--adaptive", "0.04"]
+        monkeypatch.setattr(sys, "argv", common + more)
+        tournament.main()
+        lines = judging.Lines(tmp_path)
+        return {name: {found["number"]: found.get("gain") for found in lines.of(name)} for name in lines.names()}
+
+    first = gains(1)
+    assert first["random"][0] is not None
+    assert first["random"] == {0: first["random"][0], 1: None}  # and nobody has marked a place in the third
+    assert judging.Lines(tmp_path).of("random")[1]["pointing"] is not None
+    assert set(first["center"]) == {0, 1, 2} and None not in first["center"].values()
+    text = (tmp_path / "table.md").read_text("utf-8")
+    assert "Judged by place alone from some image on, with as many gains: random 1." in text
+    whole = gains(3)  # now with curves: lines without are made again
+    assert set(whole["random"]) == {0, 1, 2} and None not in whole["random"].values()
+    assert whole["random"][0] == first["random"][0]
+    assert "by place alone" not in (tmp_path / "table.md").read_text("utf-8")
+
+
+def test_composites_have_the_masks_of_the_objects_asked_for() -> None:
+    """Cut-outs of pure colours on black: the pixels of an object are those where its channel is at least half on."""
+    scenes, colours = photographs.recipe(), {"red": 0, "green": 1, "blue": 2}
+    cut_outs = []
+    for word, channel in colours.items():
+        for size in ((90, 120), (130, 40)):  # two that are as high as wide and two that are not: all four places
+            pixels = np.zeros((size[1], size[0], 4), dtype=np.uint8)
+            pixels[..., channel], pixels[: size[1] // 2, :, 3], pixels[:, : size[0] // 3, 3] = 255, 255, 255  # an L
+            cut_outs.append(scenes.CutOut(f"{word}-{size[0]}", word, Image.fromarray(pixels)))
+    found = list(itertools.islice(photographs.composites(cut_outs, [Image.new("RGB", (300, 200))]), 40))
+    for case in found:
+        image, mask = np.asarray(case["picture"]), case["region"]
+        (word,) = case["words"]
+        assert np.array_equal(mask, image[..., colours[word]] >= 128) and mask.any()
+        rows, columns = (axis.mean() / size for axis, size in zip(np.nonzero(mask), mask.shape, strict=True))
+        middle = {"left": columns < 0.5, "right": columns > 0.5, "top": rows < 0.5, "bottom": rows > 0.5}
+        assert middle.get(case["kind"], True)
+        others = {other for other, channel in colours.items() if image[..., channel].any()} - {word}
+        assert len(others) == (case["kind"] != "alone")
+        asked = "in the picture" if case["kind"] == "alone" else f"the {case['kind']}"
+        assert case["question"].endswith(f" {asked}?")
+    assert {case["kind"] for case in found} == {"alone", "left", "right", "top", "bottom"}
+    again = next(itertools.islice(photographs.composites(cut_outs, [Image.new("RGB", (300, 200))]), 7, None))
+    assert again["picture"].tobytes() == found[7]["picture"].tobytes()  # a scene is a function of its number
 
 
 @pytest.mark.quick

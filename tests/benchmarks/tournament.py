@@ -30,7 +30,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,6 @@ import numpy as np
 import torch
 from held_out import POINTING_TOLERANCE, Case, cases
 from judging import (
-    FEW,
     HELD_OUT,
     PROTOCOL,
     Line,
@@ -53,6 +52,8 @@ from judging import (
     judged,
     judges,
     peak_memory,
+    placed,
+    sampling,
     scene_arguments,
     scenes_sentence,
     scenes_summary,
@@ -75,6 +76,7 @@ JUDGES = ("deletion", "insertion", "gain", "held_out", *(f"gain_{kind}" for kind
 PLACES = ("pointing", "pointing_strict", "energy", "average_precision", "iou", "causal")
 MEMORY_SCENES = 3
 ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ def entries() -> dict[str, Entry]:
     return {name: Entry(name, SETTINGS.get(name, {})) for name in methods()} | VARIANTS
 
 
-def measure(case: Case, entry: Entry, arguments: argparse.Namespace) -> Line:
-    """One method on one scene. What it cannot do, and why, is a result too."""
+def measure(case: Case, entry: Entry, arguments: argparse.Namespace, *, curves: bool = True) -> Line:
+    """One method on one scene, without curves by place alone. What it cannot do, and why, is a result too."""
     before = case.replay.passes.forward, case.replay.passes.backward
     started = time.perf_counter()
     try:
@@ -139,18 +141,19 @@ def measure(case: Case, entry: Entry, arguments: argparse.Namespace) -> Line:
     }
     if heat.values is None:
         return {**cost, "reason": heat.reason}
-    return {**cost, "shape": list(heat.shape), **_judged(case, heat, arguments)}
-
-
-def _judged(case: Case, heat: probe.Heatmap, arguments: argparse.Namespace) -> Line:
-    return judged(case, heat, held_out=judges(arguments), causal=arguments.causal, adaptive=arguments.adaptive)
+    rounds = (heat.provenance.get("diagnostics") or {}).get("rounds")
+    cost |= {"shape": list(heat.shape)} if rounds is None else {"shape": list(heat.shape), "rounds": len(rounds)}
+    if not curves:
+        return {**cost, "place_alone": True, **placed(heat, case.scene.mask)}
+    how = {"held_out": judges(arguments), "causal": arguments.causal, "adaptive": arguments.adaptive}
+    return cost | judged(case, heat, **how)
 
 
 def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Entry]) -> None:
     """Makes the lines that are missing."""
     scenes = weights_digest(arguments.model), arguments.split, arguments.hard
-    if arguments.adaptive:
-        scenes = (*scenes, FEW)
+    if arguments.adaptive is not None:
+        scenes = (*scenes, sampling(arguments.adaptive))
     if judges(arguments) != HELD_OUT:
         scenes = (*scenes, judges(arguments))
     if arguments.cases is not None:
@@ -159,26 +162,33 @@ def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Entry
         name: digest(entry.method, dict(entry.params), PROTOCOL, arguments.causal, *scenes)
         for name, entry in chosen.items()
     }
-    for place in [place for place in lines.latest if place[1] in arguments.again]:
-        del lines.latest[place]
+    for place, line in list(lines.latest.items()):
+        if place[1] in arguments.again or (line.get("place_alone") and _curves(place[1], line["number"], arguments)):
+            del lines.latest[place]
     shard, shards = arguments.shard
-    few = [name for name in chosen if name in arguments.few]
-    total = len(range(shard, arguments.scenes, shards)) * (len(chosen) - len(few))
-    total += len(range(shard, min(arguments.scenes, arguments.few_scenes), shards)) * len(few)
+    wanted = {name: min(arguments.scenes, arguments.few.get(name, arguments.scenes)) for name in chosen}
+    total = sum(len(range(shard, scenes, shards)) for scenes in wanted.values())
     done = sum(
         lines.has(line["scene"], line["name"], keys.get(line["name"], ""))
         for line in lines.latest.values()
         if line["number"] < arguments.scenes and line["number"] % shards == shard
     )
     with tqdm(total=total, initial=done, unit="map", smoothing=0, mininterval=5) as bar:
-        for facts, case in scenes_to_do(arguments, lines, keys, few=few):
+        for facts, case in scenes_to_do(arguments, lines, keys, wanted=wanted):
             for name, entry in chosen.items():
-                left_out = name in few and facts["number"] >= arguments.few_scenes
+                left_out = facts["number"] >= wanted[name]
+                curves = _curves(name, facts["number"], arguments)
+                left_out |= not curves and case.scene.mask is None
                 if not left_out and not lines.has(facts["scene"], name, keys[name]):
                     bar.set_postfix_str(f"scene {facts['number']}, {name}", refresh=False)
-                    made = measure(case, entry, arguments)
+                    made = measure(case, entry, arguments, curves=curves)
                     lines.add({**facts, "name": name, "key": keys[name], **made})
                     bar.update()
+
+
+def _curves(name: str, number: int, arguments: argparse.Namespace) -> bool:
+    """Whether a method's map of this scene is judged by deletion and insertion, not by its place alone."""
+    return number < arguments.place.get(name, arguments.scenes)
 
 
 def weigh(arguments: argparse.Namespace, chosen: Mapping[str, Entry]) -> None:
@@ -218,16 +228,19 @@ def summarise(arguments: argparse.Namespace, lines: Lines) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name in names:
         mine = lines.of(name)
-        made = [line for line in mine if line.get("gain") is not None]
+        made = [line for line in mine if line.get("gain") is not None or line.get("place_alone")]
+        curves = [line for line in made if not line.get("place_alone")]
         rows[name] = {
             "scenes": len(mine),
+            "first": 1 + max(line["number"] for line in mine),
             "maps": len(made),
+            "gains": len(curves),
             "reasons": sorted({line["reason"] for line in mine if line.get("reason")})[:3],
             **{column: figure(values_of(made, column).values()) for column in (*JUDGES, *PLACES)},
-            "trusted": float(np.mean([line["trusted"] for line in made])) if made else None,
+            "trusted": float(np.mean([line["trusted"] for line in curves])) if curves else None,
             "by_kind": {
-                kind: figure(line["gain"] for line in made if line["kind"] == kind)
-                for kind in dict.fromkeys(line["kind"] for line in made)
+                kind: figure(line["gain"] for line in curves if line["kind"] == kind)
+                for kind in dict.fromkeys(line["kind"] for line in curves)
             },
             "params": made[-1].get("params", {}) if made else {},
             **{cost: _mean(made, cost) for cost in ("forward", "backward")},
@@ -254,48 +267,51 @@ def _mean(lines: list[Line], column: str) -> float | None:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as Markdown, best gain first; floors and the reference last."""
-    rows, leader = summary["methods"], summary["against"]
-    last = (*FLOORS, GROUND_TRUTH)
-    order = sorted(rows, key=lambda name: (name in last, -(rows[name]["gain"] or {"mean": -9})["mean"]))
-    text = [
-        "| heatmap | deletion ↓ | insertion ↑ | gain ↑ | gain, held-out baselines ↑ "
-        f"| {leader} − it: gain | p | held out | p |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows, leader, order = summary["methods"], summary["against"], _order(summary)
+    scored, placed_ = [], []
     for name in order:
         row = rows[name]
-        cells = [shown(row[column]) for column in ("deletion", "insertion", "gain", "held_out")]
-        for column in ("gain", "held_out"):
-            test = row.get("behind", {}).get(column)
-            cells += [shown(test, signed=True), _p(test)] if test else ["–", "–"]
-        text.append(f"| {_named(name, summary)} | {' | '.join(cells)} |")
-    text += [
-        "",
-        "| heatmap | pointing ↑ | without tolerance ↑ | energy ↑ | average precision ↑ | causal agreement ↑ "
-        "| passes: forward + backward | seconds | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in order:
-        row = rows[name]
-        cells = [
-            shown(row[column]) for column in ("pointing", "pointing_strict", "energy", "average_precision", "causal")
-        ]
-        passes = f"{row['forward']:.0f} + {row['backward']:.0f}" if row["forward"] else "none"
-        seconds = "–" if row["seconds"] is None or name == GROUND_TRUTH else f"{row['seconds']:.2f}"
-        memory = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
-        text.append(f"| {_named(name, summary)} | {' | '.join(cells)} | {passes} | {seconds} | {memory} |")
+        cells = {"heatmap": _named(name, summary), "deletion ↓": shown(row["deletion"])}
+        cells |= {"insertion ↑": shown(row["insertion"]), "gain ↑": _gain(row)}
+        cells["gain, held-out baselines ↑"] = shown(row["held_out"])
+        for title, column in ((f"{leader} − it: gain", "gain"), ("held out", "held_out")):
+            cells |= _against(row, column, title)
+        scored.append(cells)
+        cells = {"heatmap": _named(name, summary)}
+        for title, column in (
+            ("pointing ↑", "pointing"),
+            ("without tolerance ↑", "pointing_strict"),
+            ("energy ↑", "energy"),
+            ("average precision ↑", "average_precision"),
+            ("causal agreement ↑", "causal"),
+        ):
+            cells[title] = shown(row[column])
+        cells["passes: forward + backward"] = _passes(row)
+        cells["seconds"] = "–" if row["seconds"] is None or name == GROUND_TRUTH else f"{row['seconds']:.2f}"
+        cells["peak MiB"] = "–" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
+        placed_.append(cells)
     protocol = summary["protocol"]
-    text += [
+    within = f"areas within {protocol['tolerance']}" if "tolerance" in protocol else f"{protocol['steps']} points"
+    others = f"; held out: mean over {', '.join(protocol['held_out'])} ({protocol['held_out_steps']} points)"
+    others = others if protocol["held_out"] else ""
+    peak = " Peak: tensors alive at once, from torch's profiler, mean of a few scenes."
+    peak = peak if "peak MiB" in _heads(placed_) else ""
+    text = [
+        *_markdown(scored),
         "",
-        f"{scenes_sentence(summary)} Gain: insertion − deletion, {protocol['steps']} points, against the baseline that "
-        f"the heatmaps were made with; held out: mean over {', '.join(protocol['held_out'])} "
-        f"({protocol['held_out_steps']} points). p: two-sided sign-flip permutation test of the paired differences, "
+        *_markdown(placed_),
+        "",
+        f"{scenes_sentence(summary)} Gain: insertion − deletion, {within}, against the baseline that "
+        f"the heatmaps were made with{others}. p: two-sided sign-flip permutation test of the paired differences, "
         f"adjusted by Holm for all methods of the column. Pointing: within {POINTING_TOLERANCE} pixels. Seconds: "
-        f"median. Peak: tensors alive at once, from torch's profiler, mean of a few scenes. {summary['machine']}.",
+        f"median.{peak} {summary['machine']}.",
     ]
     missing = [f"{name} {row['maps']} of {row['scenes']}" for name, row in rows.items() if row["maps"] < row["scenes"]]
     if missing:
         text.append(f"\nScenes without a map are left out: {'; '.join(missing)}.")
+    fewer = [f"{name} {row['gains']}" for name, row in rows.items() if row["gains"] < row["maps"]]
+    if fewer:
+        text.append(f"\nJudged by place alone from some image on, with as many gains: {', '.join(fewer)}.")
     if summary["begun"]:
         text.append(f"\nScenes begun and not judged under every method yet are left out: {summary['begun']}.")
     return "\n".join(text) + "\n"
@@ -304,30 +320,63 @@ def table(summary: dict[str, Any]) -> str:
 def short_table(summary: dict[str, Any]) -> str:
     """The columns that the summary has room for, best gain first; floors and the reference last."""
     rows, leader = summary["methods"], summary["against"]
-    last = (*FLOORS, GROUND_TRUTH)
-    order = sorted(rows, key=lambda name: (name in last, -(rows[name]["gain"] or {"mean": -9})["mean"]))
-    text = [
-        f"| heatmap | gain ↑ | {leader} − it | p | gain, held-out baselines ↑ | pointing ↑ | average precision ↑ "
-        "| causal agreement ↑ | passes |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in order:
+    lines = []
+    for name in _order(summary):
         row = rows[name]
-        test = row.get("behind", {}).get("gain")
-        passes = f"{row['forward']:.0f} + {row['backward']:.0f}" if row["forward"] else "none"
-        means = [
-            "–" if row[column] is None else f"{row[column]['mean']:.3f}"
-            for column in ("held_out", "pointing", "average_precision", "causal")
-        ]
-        against = [shown(test, signed=True), _p(test)] if test else ["–", "–"]
-        text.append(f"| {_named(name, summary)} | {' | '.join([shown(row['gain']), *against, *means, passes])} |")
-    return "\n".join([*text, "", scenes_sentence(summary)])
+        means = {
+            title: "–" if row[column] is None else f"{row[column]['mean']:.3f}"
+            for title, column in (
+                ("gain, held-out baselines ↑", "held_out"),
+                ("pointing ↑", "pointing"),
+                ("average precision ↑", "average_precision"),
+                ("causal agreement ↑", "causal"),
+            )
+        }
+        cells = {"heatmap": _named(name, summary), "gain ↑": _gain(row), **_against(row, "gain", f"{leader} − it")}
+        lines.append(cells | means | {"passes": _passes(row)})
+    return "\n".join([*_markdown(lines), "", scenes_sentence(summary)])
+
+
+def _order(summary: Mapping[str, Any]) -> list[str]:
+    rows, last = summary["methods"], (*FLOORS, GROUND_TRUTH)
+    return sorted(rows, key=lambda name: (name in last, -(rows[name]["gain"] or {"mean": -9})["mean"]))
+
+
+def _heads(lines: Sequence[Mapping[str, str]]) -> list[str]:
+    """The columns in which some line says something."""
+    return [head for head in lines[0] if any(line[head] != "–" for line in lines)]
+
+
+def _markdown(lines: Sequence[Mapping[str, str]]) -> list[str]:
+    heads = _heads(lines)
+    # Columns of p stand beside others of their name.
+    titles = ["p" if head.endswith(": p") else head for head in heads]
+    return [
+        f"| {' | '.join(titles)} |",
+        "|---" * len(heads) + "|",
+        *(f"| {' | '.join(line[head] for head in heads)} |" for line in lines),
+    ]
+
+
+def _against(row: Mapping[str, Any], column: str, title: str) -> dict[str, str]:
+    """How far the method is behind the one that all are compared with, and p."""
+    test = row.get("behind", {}).get(column)
+    return {title: shown(test, signed=True) if test else "–", f"{title}: p": _p(test) if test else "–"}
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    """Mean and interval, and of how many maps, where others are judged by place alone."""
+    return shown(row["gain"]) + (f" ({row['gains']})" if 0 < row["gains"] < row["maps"] else "")
+
+
+def _passes(row: Mapping[str, Any]) -> str:
+    return f"{row['forward']:.0f} + {row['backward']:.0f}" if row["forward"] else "none"
 
 
 def _named(name: str, summary: Mapping[str, Any]) -> str:
     """A method with the number of its scenes, where those are not all."""
-    scenes = summary["methods"][name]["scenes"]
-    return name if scenes == summary["scenes"] else f"{name} (the first {scenes})"
+    firsts = {one: row["first"] for one, row in summary["methods"].items()}
+    return name if firsts[name] == max(firsts.values()) else f"{name} (the first {firsts[name]})"
 
 
 def _p(test: Mapping[str, Any]) -> str:
@@ -335,29 +384,42 @@ def _p(test: Mapping[str, Any]) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def _numbers(text: str, default: int) -> dict[str, int]:
+    """Names with commas, some of them with their own number: ``rise, greedy=5``."""
+    parts = [part.partition("=") for part in text.split(",") if part]
+    return {name.strip(): int(number or default) for name, _, number in parts}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     scene_arguments(parser, "runs/tournament")
     parser.add_argument("--methods", default="all", help="names with commas, or all; --methods list shows them")
-    parser.add_argument("--few", default="", help="names of methods that are judged on the first scenes only")
-    parser.add_argument("--few-scenes", type=int, default=20, help="how many those are")
+    parser.add_argument(
+        "--few", default="", help="methods judged on the first scenes only: NAME or NAME=SCENES, commas"
+    )
+    parser.add_argument("--few-scenes", type=int, default=20, help="how many those are, where --few does not say")
+    parser.add_argument("--place", default="", help="methods judged by place alone from a scene on: NAME or NAME=SCENE")
+    parser.add_argument("--place-from", type=int, default=20, help="which scene that is, where --place does not say")
     parser.add_argument("--against", default="igos++ (fast)", help="the method that all others are compared with")
     parser.add_argument("--no-causal", dest="causal", action="store_false", help="leave causal agreement out")
     parser.add_argument(
         "--memory", type=int, default=MEMORY_SCENES, help="scenes to measure peak memory on; 0 for none"
     )
     parser.add_argument(
-        "--fill", action="store_true", help="put the tables into docs/figures.md and docs/tournament.md"
+        "--fill",
+        action="store_true",
+        help="put the tables into docs/tournament.md and docs/figures.md or docs/reality.md",
     )
     arguments = parser.parse_args()
     settle(arguments)
-    arguments.few = arguments.few.split(",") if arguments.few else []
+    arguments.few = _numbers(arguments.few, arguments.few_scenes)
+    arguments.place = _numbers(arguments.place, arguments.place_from)
     known = entries()
     if arguments.methods == "list":
         print("\n".join(known))
         return
     names = list(known) if arguments.methods == "all" else arguments.methods.split(",")
-    unknown = [name for name in (*names, *arguments.again, *arguments.few) if name not in known]
+    unknown = [name for name in (*names, *arguments.again, *arguments.few, *arguments.place) if name not in known]
     if unknown:
         raise SystemExit(f"no method {unknown[0]!r}; there are {', '.join(known)}")
     chosen = {name: known[name] for name in names}
@@ -370,7 +432,8 @@ def main() -> None:
     if not lines.latest:
         raise SystemExit(f"no lines in {arguments.out}; run without --table first")
     names = [name for name in lines.names() if name in chosen]
-    begun = lines.keep_complete([name for name in names if name not in arguments.few] or names)
+    everywhere = [name for name in names if name not in (*arguments.few, *arguments.place)]
+    begun = lines.keep_complete(everywhere) if everywhere else 0
     if not lines.latest:
         raise SystemExit(f"no scene in {arguments.out} has been judged under every method yet; let it go on")
     summary = {**summarise(arguments, lines), "begun": begun}
@@ -378,8 +441,10 @@ def main() -> None:
     write(arguments.out / "table.md", table(summary))
     if arguments.fill:
         mark = "photographs" if arguments.cases else "hard" if arguments.hard else "easy"
-        if not arguments.cases:
-            fill(ROOT / "docs" / "figures.md", f"tournament {mark}", short_table(summary))
+        page = "reality.md" if arguments.cases else "figures.md"
+        fill(ROOT / "docs" / page, f"tournament {mark}", short_table(summary))
+        if arguments.cases:
+            write(RESULTS / "photographs.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         fill(ROOT / "docs" / "tournament.md", mark, table(summary))
     print(table(summary))
 

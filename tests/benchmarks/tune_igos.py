@@ -4,6 +4,8 @@
     python tests/benchmarks/tune_igos.py --only $ROUNDS --hard --model examples/hard_model
     python tests/benchmarks/tune_igos.py --judge --scenes 200 --write                  # the default on held-out scenes
     python tests/benchmarks/tune_igos.py --judge --scenes 24 --model runs/cambrian --write
+    python tests/benchmarks/tune_igos.py --judge --scenes 12 --model runs/real/model --cases runs/photographs \
+        --adaptive 0.04 --lines runs/tournament/photographs --name "real parts, photographs" --write
 
 ``--judge`` runs the default (which goes on while passes help), the fixed fast setting and the thorough one on scenes of
 split ``eval``; ``--write`` puts what came of them into ``results/adaptive.json``, one entry per model, which
@@ -23,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from held_out import POINTING_TOLERANCE, Case, cases, machine, read_records
-from judging import Lines, figure, shown, weights_digest
+from held_out import Case, cases, machine, read_records
+from judging import TOLERANCE, Lines, figure, placed, sampling, shown, weights_digest
 from tqdm import tqdm
 
 import lvlm_probe as probe
-from lvlm_probe.metrics import bootstrap_ci, energy_in_region, paired_difference, pointing_game
+from lvlm_probe.metrics import bootstrap_ci, paired_difference
 from lvlm_probe.metrics.verdict import CENTER_MARGIN
 
 RESULTS = Path(__file__).parent / "results" / "adaptive.json"
@@ -89,27 +91,30 @@ JUDGED = {"default": "igos++", "fast": "igos++ (fast)", "thorough": "igos++ (tho
 """Settings of ``--judge``, and what the tournament's lines call them."""
 
 
-def measured(case: Case, name: str, grid: int) -> dict[str, Any]:
+def measured(case: Case, name: str, grid: int, adaptive: float | None) -> dict[str, Any]:
     """One setting on one scene."""
     before = case.replay.passes.forward, case.replay.passes.backward
     started = time.perf_counter()
     heat = probe.explain(case.replay, tokens=case.selection, seed=case.scene.index, strengthen=False, **SETTINGS[name])
     seconds = time.perf_counter() - started
     passes = case.replay.passes.forward - before[0], case.replay.passes.backward - before[1]
-    score = probe.evaluate(heat, case.replay, baseline=case.replay.baseline, grid=grid, tie_orders=1)
+    how: dict[str, Any] = {"grid": grid, "tie_orders": 1, **sampling(adaptive)}
+    score = probe.evaluate(heat, case.replay, baseline=case.replay.baseline, **how)
+    diagnostics = heat.provenance.get("diagnostics") or {}
     return {
         "deletion": score.deletion,
         "insertion": score.insertion,
         "center": score.center_gain,
         "trusted": score.verdict.trusted,
         "reasons": list(score.verdict.reasons),
-        "pointing": pointing_game(heat, case.scene.mask, tolerance=POINTING_TOLERANCE),
-        "strict": pointing_game(heat, case.scene.mask),
-        "energy": energy_in_region(heat, case.scene.mask),
+        "pointing": None,
+        "energy": None,
+        **placed(heat, case.scene.mask),
         "forward": passes[0],
         "backward": passes[1],
         "seconds": seconds,
-        **(heat.provenance.get("diagnostics") or {}),
+        **diagnostics,
+        **({"rounds": len(diagnostics["rounds"])} if "rounds" in diagnostics else {}),
     }
 
 
@@ -117,14 +122,15 @@ def tournament_records(directory: Path, scenes: int, weights: str) -> list[dict[
     """What the tournament's lines say of the same settings on its first scenes, by the same model."""
     if not directory.is_dir():
         return []
-    names = {line: setting for setting, line in JUDGED.items() if setting != "default"}
+    names = {line: setting for setting, line in JUDGED.items()}
     lines = [line for name in names for line in Lines(directory).of(name)]
-    found = []
-    for line in lines:
-        if line["number"] < scenes and line.get("gain") is not None:
-            own = {"setting": names[line["name"]], "seconds": None, "strict": line["pointing_strict"]}
-            found.append({**line, **own, "weights": weights})
-    return found
+    return [
+        {"pointing": None, "energy": None, **line, "setting": names[line["name"]], "weights": weights}
+        for line in lines
+        if line["number"] < scenes and line.get("gain") is not None
+        # Lines of the time when a blob in the middle was no floor say too little of the default.
+        if names[line["name"]] != "default" or {"center", "rounds"} <= line.keys()
+    ]
 
 
 def table(records: list[dict[str, Any]], names: list[str]) -> None:
@@ -135,7 +141,8 @@ def table(records: list[dict[str, Any]], names: list[str]) -> None:
     for name, rows in by_setting.items():
         if not rows:
             continue
-        cells = [f"{np.nanmean([row[column] for row in rows.values()]):.3f}" for column in columns]
+        values = [[row[column] for row in rows.values() if row[column] is not None] for column in columns]
+        cells = [f"{np.mean(of):.3f}" if of else "–" for of in values]
         trusted = sum(bool(row.get("trusted")) for row in rows.values())
         gain = bootstrap_ci([_gain(row) for row in rows.values()])
         common = sorted(set(rows) & set(first))
@@ -184,7 +191,7 @@ def summary(records: list[dict[str, Any]], arguments: argparse.Namespace, skippe
         "share_of_thorough": float(np.mean(gains["default"])) / thorough,
         "share_interval": [float(edge) for edge in np.quantile(ratios, (0.025, 0.975))],
         "fast_share_of_thorough": float(np.mean(gains["fast"])) / thorough,
-        "went_on": sum(len(row["rounds"]) > 1 for row in rows["default"]),
+        "went_on": sum(row["rounds"] > 1 for row in rows["default"]),
         "only_thorough_trusted": sum(
             a["trusted"] < b["trusted"] for a, b in zip(rows["default"], rows["thorough"], strict=True)
         ),
@@ -215,12 +222,14 @@ def main() -> None:
     parser.add_argument("--judge", action="store_true", help="the default, fast and thorough, on held-out scenes")
     parser.add_argument("--lines", type=Path, help="the tournament's lines of the same model, for --judge")
     parser.add_argument("--write", action="store_true", help="put the judgement into results/adaptive.json")
+    parser.add_argument("--cases", type=Path, help="stored images instead: a folder that photographs.py has written")
+    parser.add_argument("--adaptive", nargs="?", type=float, const=TOLERANCE, help="areas within this, by few points")
     parser.add_argument("--grid", type=int, default=32, help="cells a side on which all are scored")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     split, names = ("eval", list(JUDGED)) if arguments.judge else ("tune", arguments.only or list(FEW_PASSES))
-    kind = "hard" if arguments.hard else "easy"
+    kind = "hard" if arguments.hard else "easy" if arguments.cases is None else arguments.cases.name
     out = arguments.out or Path("runs/tune") / f"{split}-{kind}-{weights_digest(arguments.model)}"
     out.mkdir(parents=True, exist_ok=True)
     path = out / "settings.jsonl"
@@ -229,13 +238,19 @@ def main() -> None:
         records += tournament_records(arguments.lines, arguments.scenes, weights_digest(arguments.model))
     done = {(record["scene"], record["setting"]) for record in records}
     skipped: Counter[str] = Counter()
-    found = cases(split, arguments.scenes, out / "traces", skipped=skipped, hard=arguments.hard, model=arguments.model)
+    found = cases(
+        *(split, arguments.scenes, out / "traces"),
+        skipped=skipped,
+        hard=arguments.hard,
+        model=arguments.model,
+        images=arguments.cases,
+    )
     for case in tqdm(found, total=arguments.scenes):
         for name in names:
             if (case.scene.index, name) in done:
                 continue
             facts = {"scene": case.scene.index, "kind": case.scene.kind, "setting": name}
-            records.append({**facts, **measured(case, name, arguments.grid)})
+            records.append({**facts, **measured(case, name, arguments.grid, arguments.adaptive)})
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(records[-1]) + "\n")
     print(f"{machine()}; passed over: {dict(skipped)}")
