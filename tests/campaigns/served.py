@@ -277,11 +277,11 @@ def metered(url: str, scenes: Any, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def engine(env: Path, checkpoint: Path | str, *, lens: bool = False) -> Iterator[str]:
+def engine(env: Path, checkpoint: Path | str, *options: str, more: dict[str, str] | None = None) -> Iterator[str]:
     """A vLLM server on the loopback while the block runs."""
     port = free_port()
-    command = [str(ROOT / "integrations/vllm/start"), str(env), str(checkpoint), str(port)]
-    with running(command, port, {"LENS": "1"} if lens else {}) as url:
+    command = [str(ROOT / "integrations/vllm/start"), str(env), str(checkpoint), str(port), *options]
+    with running(command, port, more or {}) as url:
         yield url
 
 
@@ -375,6 +375,60 @@ def less(url: str, road: str, scene: Any, folder: Path) -> dict[str, Any]:
     if found.values is not None:
         record["spearman"] = float(np.corrcoef(ranks(exactly.values), ranks(found.values))[0, 1])
     return record
+
+
+def sampled_part(run: Run) -> dict[str, Any]:
+    """Requests that the middleware copies and such that it passes over, streamed and not: the same answers; and traces
+    of the copies."""
+    more = {"SHARE": "1", "PYTHONPATH": str(ROOT / "integrations/vllm")}
+    option = ("--middleware", "sample_requests.SampleRequests")
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "samples.jsonl"
+        with engine(run.env, probe.demo.path(), *option, more={**more, "SAMPLES": str(file)}) as url:
+            pairs = [
+                [said(url, scene, stream=stream, agent=agent) for agent in ("lvlm-probe", "somebody")]
+                for scene in probe.demo.scenes(run.scenes)
+                for stream in (False, True)
+            ]
+            wait_for(lambda: file.is_file() and file.read_bytes().count(b"\n") >= len(pairs))
+            rows = [json.loads(line)["response"]["choices"][0] for line in file.read_text().splitlines()]
+            making = [sys.executable, str(ROOT / "integrations/vllm/make_traces.py"), str(file), "--server", url]
+            subprocess.run([*making, "--out", str(Path(name) / "traces")], check=False, stdout=subprocess.DEVNULL)
+        return {
+            "asked": len(pairs),
+            "streamed": len(pairs) // 2,
+            "same_answers": sum(one == other for one, other in pairs),
+            "kept": len(rows),
+            "kept_as_answered": sum(
+                row["message"]["content"] == pair[1][0] for row, pair in zip(rows, pairs, strict=False)
+            ),
+            "traces": len(list(probe.open_store(Path(name) / "traces"))),
+        }
+
+
+def said(url: str, scene: Any, *, stream: bool, agent: str) -> tuple[str, list[Any]]:
+    """A server's answer, and all choices of its reply or replies."""
+    content = [
+        {"type": "image_url", "image_url": {"url": as_uri(scene.image)}},
+        {"type": "text", "text": scene.question},
+    ]
+    body = {"model": "demo", "messages": [{"role": "user", "content": content}], "max_tokens": 32, "temperature": 0}
+    body |= {"logprobs": True, "return_token_ids": True, "stream": stream}
+    headers = {"Content-Type": "application/json", "User-Agent": agent}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        text = reply.read().decode()
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")]
+    choices = [one for line in (lines if stream else [text]) for one in json.loads(line)["choices"]]
+    parts = [one["delta"] if stream else one["message"] for one in choices]
+    return "".join(part.get("content") or "" for part in parts), choices
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until something has happened, or so long."""
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def batch_part(run: Run) -> dict[str, Any]:
@@ -501,7 +555,7 @@ def lens_part(run: Run) -> dict[str, Any]:
     """Attention rows from what vllm-lens captures, against those recorded on the model itself."""
     model, processor = probe.demo.load()
     with (
-        engine(run.env, probe.demo.path(), lens=True) as url,
+        engine(run.env, probe.demo.path(), more={"LENS": "1"}) as url,
         tempfile.TemporaryDirectory() as name,
         probe.connect(url) as server,
     ):
@@ -544,6 +598,7 @@ PARTS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "tokens": functools.partial(road_part, "tokens"),
     "chat": functools.partial(road_part, "chat"),
     "trouble": trouble_part,
+    "sampled": sampled_part,
     "batch": batch_part,
     "qwen": qwen_part,
     "lens": lens_part,
