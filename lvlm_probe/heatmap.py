@@ -82,6 +82,29 @@ class HeatGrid:
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "seen", seen)
 
+    @property
+    def uncertainty(self) -> str | None:
+        """By how much an estimated map may be off, as a sentence; ``None`` where its method does not tell (RISE does).
+
+        The standard error is that of the random masks and, on a server that gives samples, of what was drawn; the bound
+        is what a server leaves open that lists the likeliest tokens alone.
+        """
+        found = self.provenance.get("diagnostics")
+        shares = {
+            name: f"{value:.0%}".replace("%", " %") if value >= 0.005 else "under 1 %"
+            for name, value in (found.items() if isinstance(found, Mapping) else ())
+            if isinstance(value, float) and 0 <= value < float("inf")
+        }
+        if self.values is None or not {"standard_error_mean", "standard_error_max"} <= set(shares):
+            return None
+        said = (
+            f"the standard error of the map is {shares['standard_error_mean']} of its peak on average and "
+            f"{shares['standard_error_max']} at most; more masks make it smaller"
+        )
+        if "bound_max" in shares:
+            said += f"; tokens that the server does not list may shift it by at most {shares['bound_max']}"
+        return said
+
     def __bool__(self) -> bool:
         return self.values is not None
 

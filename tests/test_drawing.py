@@ -152,6 +152,22 @@ def test_a_map_of_few_cells_says_so() -> None:
     assert probe.Heatmap(None, (300, 200), reason="nothing").coarse is None
 
 
+def test_an_estimated_map_says_by_how_much_it_may_be_off() -> None:
+    def said(**diagnostics: object) -> str | None:
+        return probe.Heatmap(np.eye(5), (300, 200), method="rise", provenance={"diagnostics": diagnostics}).uncertainty
+
+    errors = {"standard_error_mean": 0.07, "standard_error_max": 0.123}
+    by_masks = said(**errors)
+    assert by_masks is not None and "7 % of its peak on average and 12 % at most" in by_masks
+    assert (
+        said(**errors, bound_max=0.001)
+        == f"{by_masks}; tokens that the server does not list may shift it by at most under 1 %"
+    )
+    assert said() is None and said(unit=0.5) is None
+    for value in (float("nan"), float("inf"), -1.0, "7 %", None):  # anybody may have written the file
+        assert said(**{**errors, "standard_error_max": value}) is None
+
+
 class Scored:
     deletion, insertion = 0.12, 0.91
 

@@ -24,7 +24,7 @@ from lvlm_probe.cli.shared.options import (
     OptionalModel,
     TrustRemoteCode,
 )
-from lvlm_probe.cli.shared.servers import MaxRequests, ServedModel, ServerUrl, Yes, open_server
+from lvlm_probe.cli.shared.servers import MaxRequests, Road, ServedModel, ServerUrl, Yes, open_server
 from lvlm_probe.cli.shared.terminal import bar, print_json, stop
 from lvlm_probe.errors import ProbeError
 
@@ -106,6 +106,7 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     server: ServerUrl = None,
     served_model: ServedModel = None,
+    road: Road = None,
     max_requests: MaxRequests = 2000,
     yes: Yes = False,
     as_json: Json = False,
@@ -121,7 +122,7 @@ def evaluate(
     Example:  lvlm-probe evaluate runs/served --server http://gpu:8000 --methods rise,greedy
     """
     options: dict[str, Any] = {"score": score, "auc": auc, "steps": steps, "chance": chance, "seed": seed, "grid": grid}
-    behind = open_server(server, served_model, model=model, max_requests=max_requests, yes=yes)
+    behind = open_server(server, served_model, model=model, road=road, max_requests=max_requests, yes=yes)
     options["mode"] = "exact" if exact or behind else "fast"  # a server is sent real images
     models = ReplayModels(
         model, server=behind, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code

@@ -33,7 +33,7 @@ from lvlm_probe.cli.shared.options import (
     Row,
     TrustRemoteCode,
 )
-from lvlm_probe.cli.shared.servers import MaxRequests, ServedModel, ServerUrl, Yes, open_server
+from lvlm_probe.cli.shared.servers import MaxRequests, Road, ServedModel, ServerUrl, Yes, open_server
 from lvlm_probe.cli.shared.terminal import note, open_page, print_json, quoted_path, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import counted
@@ -116,6 +116,7 @@ def explain(
     trust_remote_code: TrustRemoteCode = False,
     server: ServerUrl = None,
     served_model: ServedModel = None,
+    road: Road = None,
     max_requests: MaxRequests = 2000,
     yes: Yes = False,
     as_json: Json = False,
@@ -134,7 +135,7 @@ def explain(
     params = parameters(param or []) | ({} if budget is None else {"budget": budget})
     own_baseline = baseline_from(baseline)
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
-    behind = open_server(server, served_model, model=model, max_requests=max_requests, yes=yes)
+    behind = open_server(server, served_model, model=model, road=road, max_requests=max_requests, yes=yes)
     chosen = method or ("igos++" if behind is None else "rise")
     if behind is not None and behind.gives != "passes":
         if not words and not joint:

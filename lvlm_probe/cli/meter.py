@@ -23,7 +23,7 @@ from lvlm_probe.cli.shared.options import (
     TrustRemoteCode,
 )
 from lvlm_probe.cli.shared.rows import Fetch, Format, Requests, Strict, failures, formats_help, tell_refused
-from lvlm_probe.cli.shared.servers import MaxRequests, ServedModel, ServerUrl, Yes, open_server
+from lvlm_probe.cli.shared.servers import MaxRequests, Road, ServedModel, ServerUrl, Yes, open_server
 from lvlm_probe.cli.shared.terminal import bar, note, one_line, open_page, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import counted
@@ -90,6 +90,7 @@ def meter(
     trust_remote_code: TrustRemoteCode = False,
     server: ServerUrl = None,
     served_model: ServedModel = None,
+    road: Road = None,
     max_requests: MaxRequests = 2000,
     yes: Yes = False,
     as_json: Json = False,
@@ -127,7 +128,14 @@ def meter(
             raise ProbeError(f"{path} exists; name another page with --out, or add --overwrite")
     columns, own_baseline = columns_from(column), baseline_from(baseline)
     journal = out.with_suffix(".served.jsonl")  # a run that was killed does not ask again
-    behind = open_server(server, served_model, model=model, max_requests=max_requests, yes=yes, journal=journal)
+    behind = open_server(
+        server, served_model, model=model, road=road, max_requests=max_requests, yes=yes, journal=journal
+    )
+    if behind is not None and behind.gives != "passes":
+        raise ProbeError(
+            f"the meter takes log-probabilities of answers that were given, and {behind.name} gives {behind.what}: "
+            "leave --road out, or use a server that gives them (vLLM)"
+        )
     loaded, processor = (
         (behind, None)
         if behind

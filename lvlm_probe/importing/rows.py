@@ -314,6 +314,11 @@ def _row(
 
 
 def _missing_hint(content: Mapping[str, Any], request: Mapping[str, Any] | None, requests: _Requests | None) -> str:
+    if isinstance(content.get("generated_texts"), list):  # of `vllm bench serve --save-detailed`, in shuffled order
+        return (
+            "; a benchmark's result does not say which image and question a text answers: ask by `vllm run-batch`, or "
+            "keep each request with its reply"
+        )
     if request is None and requests is not None:
         return "; the file of requests has none of its id"
     asks = any(name in content for name in ("choices", "outputs", "response", "meta_info", "index", "doc_id"))

@@ -213,8 +213,7 @@ def _scores(heat: Heatmap, score: Score | None, best: float | None) -> Iterator[
     rows, cols = heat.shape
     facts.append(f"{rows} × {cols}")
     yield f'<p class="facts">{_text(" · ".join(fact.replace(" ", _FIXED_SPACE) for fact in facts))}</p>'
-    if heat.coarse is not None:
-        yield f'<p class="facts">{_told(heat.coarse)}</p>'
+    yield from (f'<p class="facts">{_told(said)}</p>' for said in (heat.coarse, heat.uncertainty) if said is not None)
 
 
 def _doubts(score: Score) -> Iterator[str]:

@@ -247,9 +247,10 @@ def _without_curves(score: Score) -> dict[str, Any]:
 
 
 def verdict_of(heat: Heatmap | ClipHeatmap, score: Score | None) -> dict[str, Any]:
-    """What to believe of a map: a state, a title, and sentences, one of them where it has few cells."""
+    """What to believe of a map: a state, a title, and sentences; also where it has few cells, or is an estimate."""
     found = _verdict(heat, score)
-    return found if heat.coarse is None else {**found, "reasons": [*found["reasons"], _sentence(heat.coarse)]}
+    more = [_sentence(said) for said in (heat.coarse, heat.uncertainty) if said is not None]
+    return {**found, "reasons": [*found["reasons"], *more]}
 
 
 def _verdict(heat: Explained, score: Score | None) -> dict[str, Any]:
@@ -257,9 +258,12 @@ def _verdict(heat: Explained, score: Score | None) -> dict[str, Any]:
         reason = str(heat.reason or "nothing was selected")
         return {"state": "empty", "title": "No map to show.", "reasons": [_sentence(reason)]}
     if score is None:
-        reasons = [
-            "No score came with this map, so nothing says whether to believe it. Run evaluate() and pass its result."
-        ]
+        server = heat.provenance.get("server")
+        gives = server.get("gives") if isinstance(server, Mapping) else None
+        way_out = "Run evaluate() and pass its result."
+        if gives in ("bounds", "samples"):
+            way_out = f"A score takes log-probabilities, and the server gave {gives} alone."
+        reasons = [f"No score came with this map, so nothing says whether to believe it. {way_out}"]
         return {"state": "unchecked", "title": "Not checked.", "reasons": reasons}
     if score.verdict.trusted:
         reasons = ["Removing what the map marks takes the words away, showing only that brings them back."]

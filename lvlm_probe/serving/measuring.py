@@ -53,7 +53,7 @@ def measured(
     images: Sequence[Image.Image],
     forcing: Callable[[Road, Said], Forcing],
     *,
-    wanted: str | None = None,
+    roads: Sequence[Road] = ROADS,
     sglang: bool = False,
 ) -> list[tuple[Road, Measured]]:
     """Try the roads, best first, until one works; the exact ones of one request are all tried.
@@ -63,17 +63,11 @@ def measured(
     Args:
         said: a short answer of the server's to ``images``.
         forcing: makes the requests of a road.
-        wanted: the name of the only road to try.
+        roads: those to try, best first.
         sglang: whether the server is one of SGLang's, and the prompt was made here.
-
-    Raises:
-        ReplayError: there is no such road.
     """
-    chosen = [road for road in ROADS if wanted is None or road.name.split(" (")[0] == wanted or road.name == wanted]
-    if not chosen:
-        raise ReplayError(f"there is no road {wanted!r}; there are {', '.join(road.name for road in ROADS)}")
     found: list[tuple[Road, Measured]] = []
-    for road in chosen:
+    for road in roads:
         if sglang != isinstance(road, Sglang):
             continue
         if not road.every and any(one.works for _, one in found):

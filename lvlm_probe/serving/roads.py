@@ -47,6 +47,7 @@ __all__ = [
     "likeliest_in",
     "log_prob_in",
     "most_probable",
+    "roads_named",
     "spoken_in",
 ]
 
@@ -324,6 +325,24 @@ ROADS: tuple[Road, ...] = (
     Sampled("sampling (top_p alone)", {}),
 )
 """All of them, best first."""
+
+
+def roads_named(name: str | None) -> tuple[Road, ...]:
+    """The roads that a name stands for, best first: ``"tokens"``, ``"chat"``, ``"next token"``, ``"top"``,
+    ``"sampling"``, ``"sglang"``, or one kind of them, as ``"top (5)"``; ``None``: all. As on a command line,
+    ``"next-token"`` and ``"top-k"`` are taken too.
+
+    Raises:
+        ReplayError: there is no such road.
+    """
+    if name is None:
+        return ROADS
+    wanted = " ".join(name.lower().replace("-", " ").replace("top k", "top").split())
+    chosen = tuple(road for road in ROADS if wanted in (road.name, road.name.partition(" (")[0]))
+    if not chosen:
+        known = dict.fromkeys(road.name.partition(" (")[0] for road in ROADS)
+        raise ReplayError(f"there is no road {name!r}; there are {', '.join(known)}; without a name the best is used")
+    return chosen
 
 
 def spoken_in(reply: Any) -> str:

@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -35,7 +35,17 @@ from lvlm_probe.serving.journal import FILE, Journal
 from lvlm_probe.serving.measuring import QUESTION, Measured, drawn, measured
 from lvlm_probe.serving.messages import PNG, WEBP, PictureFormat, Prompt, Said, as_uri, smaller
 from lvlm_probe.serving.replays import EstimatedReplay, ServedReplay
-from lvlm_probe.serving.roads import Gives, Road, Untrue, check_continued, continued, likeliest_in, log_prob_in
+from lvlm_probe.serving.roads import (
+    ROADS,
+    Gives,
+    Road,
+    Untrue,
+    check_continued,
+    continued,
+    likeliest_in,
+    log_prob_in,
+    roads_named,
+)
 from lvlm_probe.serving.transport import Refused, Spent, Transport
 from lvlm_probe.trace import Trace, open_trace, write
 from lvlm_probe.trace.image_files import encode_picture, open_image
@@ -48,6 +58,7 @@ __all__ = ["Server", "connect"]
 
 _PROBE_TOKENS = 8
 """Tokens of the answer that capabilities are measured on."""
+_ANY_ROAD = "Leave the road out (road=, --road): the best that works is used"
 _META = "served"
 """Where a trace keeps what is needed to ask the server again."""
 _WHAT: dict[Gives, str] = {
@@ -88,8 +99,8 @@ def connect(
         timeout: seconds that the server may say nothing.
         max_requests: requests in all, these included; ``None``: any number. Methods that would send more end before.
         journal: file of answers that are paid for; by default ``served.jsonl`` beside each trace.
-        road: the only road to use: ``"tokens"``, ``"chat"``, ``"next token"``, ``"top"`` or ``"sampling"``; by default
-            the best that works.
+        road: the only road to use: ``"tokens"``, ``"chat"``, ``"next token"``, ``"top"`` (or one kind of it, ``"top
+            (5)"``) or ``"sampling"``; by default the best that works.
         tell: called with a sentence before a method sends many requests: how many, megabytes, an estimate of the time.
         sleep: waits for some seconds, between two tries.
 
@@ -97,6 +108,7 @@ def connect(
         ReplayError: the server cannot be reached, has no such model, or gives nothing of an answer that can be used;
             the message says what was tried and why not.
     """
+    roads = roads_named(road)
     transport = Transport(
         url,
         key_variable=key_variable,
@@ -108,7 +120,7 @@ def connect(
     )
     card = _card(transport, model)
     kept = None if journal is None else Path(journal)
-    return Server(transport, card, processor, journal=kept, road=road, tell=tell)
+    return Server(transport, card, processor, journal=kept, roads=roads, tell=tell)
 
 
 class Server:
@@ -128,7 +140,7 @@ class Server:
         processor: Any = None,
         *,
         journal: Path | None = None,
-        road: str | None = None,
+        roads: Sequence[Road] = ROADS,
         tell: Callable[[str], object] | None = None,
     ) -> None:
         self.tell = tell if tell is not None else lambda sentence: None
@@ -143,21 +155,14 @@ class Server:
                 f"{transport.address} is SGLang, which returns no prompt: give the model's processor (not its "
                 "weights), connect(url, processor=AutoProcessor.from_pretrained(…))"
             )
-        self._walks = road is not None and road.startswith("sampling")
+        self._walks = all(one.gives == "samples" for one in roads)
         image = drawn()
-        said = self._first_answer(image, road)
-        found = measured(said, [image], self._measuring(), wanted=road, sglang=self._sglang)
+        said = self._first_answer(image, roads)
+        found = measured(said, [image], self._measuring(), roads=roads, sglang=self._sglang)
         self.measured: tuple[Measured, ...] = tuple(one for _, one in found)
         self._roads = [road for road, one in found if one.works]
         if not self._roads:
-            why: dict[str | None, list[str]] = {}
-            for one in self.measured:
-                why.setdefault(one.reason, []).append(one.road)
-            told = "; ".join(f"{', '.join(roads)}: {reason}" for reason, roads in why.items())
-            raise ReplayError(
-                f"{self.name} gives no log-probabilities of a given answer that could be used ({told}). vLLM gives "
-                "them by default"
-            )
+            self._refuse(roads)
         self._walks = self.gives == "samples"
         self.takes_webp = self._takes_webp(said, image)
 
@@ -435,15 +440,30 @@ class Server:
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         return self._transport.post(path, {"model": self.model, **body})
 
-    def _first_answer(self, image: Image.Image, road: str | None) -> Said:
+    def _refuse(self, roads: Sequence[Road]) -> NoReturn:
+        """Say why none of the roads works."""
+        why: dict[str | None, list[str]] = {}
+        for one in self.measured:
+            why.setdefault(one.reason, []).append(one.road)
+        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in why.items())
+        if roads is ROADS:
+            raise ReplayError(
+                f"{self.name} gives no log-probabilities of a given answer that could be used ({told}). vLLM gives "
+                "them by default"
+            )
+        raise ReplayError(
+            f"{self.name} cannot be asked on this road ({told or 'it is one of another engine'}). {_ANY_ROAD}"
+        )
+
+    def _first_answer(self, image: Image.Image, roads: Sequence[Road]) -> Said:
         """A short answer of the server's, with log-probabilities where it gives any. Raises ``ReplayError``."""
         asked: tuple[Any, ...] = (Prompt(QUESTION), [image], _PROBE_TOKENS, {})
         try:
             try:
                 return self._generate(*asked)
             except NoLogProbs as error:
-                if road is not None:
-                    raise
+                if all(one.gives != "samples" for one in roads):
+                    raise NoLogProbs(f"{self.name}: {error}. {_ANY_ROAD}") from error
                 self._walks = True
                 try:
                     return self._generate(*asked)

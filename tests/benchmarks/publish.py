@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -648,6 +649,12 @@ def _served(found: Found) -> list[str]:
         lines += _served_road(found, road)
     for name, told in (("trouble", _served_trouble), ("qwen", _served_qwen), ("lens", _served_lens)):
         lines += told(at(found, name)) if at(found, name) else []
+    if kept := at(found, "sampled"):
+        lines.append(
+            f"* Middleware `sample_requests`, {kept['asked']} requests, {kept['streamed']} of them streamed: "
+            f"{kept['same_answers']} answered as when nobody looks; {kept['kept']} kept, {kept['kept_as_answered']} of "
+            f"them word for word, {kept['traces']} made traces ({kept['date']})."
+        )
     if batch := at(found, "batch"):
         lines.append(
             f"* Answers that `vllm run-batch` wrote: {batch['imported']} of {batch['rows']} imported; for "
@@ -670,17 +677,22 @@ def _served_road(found: Found, road: str) -> list[str]:
         for name in ("rise", "occlusion")
         if "insertion" in one[name]
     ]
-    spent, rate = at(found, road, "spent"), at(found, road, "throughput")
+    spent = at(found, road, "spent")
+    rates = [one["masked_images_per_second"] for one in at(found, road, "scenes") if "masked_images_per_second" in one]
     lines = [
         f"* {road}: insertion − deletion of a map through the server and of the local one at most {max(gains):.3f} "
         f"apart; {spent['requests']:,} requests, {spent['retries']:,} of which were sent again.",
     ]
-    if rate:
-        exact, fast = rate["server"] / rate["exact_one_by_one"], rate["server"] / rate["fast_by_sixteen"]
+    if rates:
+        told = []
+        for name in ("exact_one_by_one", "fast_by_sixteen"):
+            ratios = [one["server"] / one[name] for one in rates]
+            told.append(f"{statistics.median(ratios):.2g} ({min(ratios):.2g} to {max(ratios):.2g})")
         lines.append(
-            f"* {road}: masked images per second, eight at a time, are {exact:.2g} times those of exact passes here "
-            f"one by one, and {fast:.2g} times those of fast passes by sixteen (a core each, on a machine with load "
-            f"{rate['load']:.0f})."
+            f"* {road}, throughput: masked images per second through the server, eight at a time, are {told[0]} times "
+            f"those of exact passes here one by one, and {told[1]} times those of fast passes by sixteen: median and "
+            f"span of the scenes, both sides one after the other on each, one thread each, on a machine under "
+            f"load {min(one['load'] for one in rates):.0f} to {max(one['load'] for one in rates):.0f}."
         )
     return lines
 

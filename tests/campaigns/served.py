@@ -5,6 +5,7 @@
 
 It starts the servers it needs, one after the other, by ``integrations/vllm/start``. Each part of ``PARTS`` is written
 as soon as it is done, and a second call does what is missing; ``--only`` does some again. ``make served`` does it all.
+Each scene is kept beside ``--out`` in ``.part``: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,45 @@ METHODS: dict[str, dict[str, Any]] = {
     "rise": RISE,
     "occlusion": {"method": "occlusion", "size": 8, "strengthen": False},
 }
+SPENT = ("requests", "retries", "reused", "megabytes", "seconds")
+
+
+class Kept:
+    """What is done so far, in a file: a run that was stopped goes on from there.
+
+    Args:
+        path: of the file.
+        by: versions and number of scenes that it is done with; what was done with others is not used.
+    """
+
+    def __init__(self, path: Path, by: dict[str, Any]) -> None:
+        self._path, self._by = path, by
+        held = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self._done: dict[str, Any] = held["done"] if held.get("by") == by else {}
+
+    def once(self, what: str, do: Callable[[], Any]) -> Any:
+        """What ``do`` returns, or has returned before."""
+        if what not in self._done:
+            self._done[what] = do()
+            new = self._path.with_name(self._path.name + ".new")
+            new.write_text(json.dumps({"by": self._by, "done": self._done}), encoding="utf-8")
+            new.replace(self._path)
+            print(what, "done", flush=True)
+        return self._done[what]
+
+
+@dataclass
+class Run:
+    """What parts are told: the engine's environment, how many scenes, and what is done."""
+
+    env: Path
+    scenes: int
+    kept: Kept
+
+    def each(self, part: str, row: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+        """A row for each scene."""
+        chosen = probe.demo.scenes(self.scenes)
+        return [self.kept.once(f"{part}, scene {scene.index}", functools.partial(row, scene)) for scene in chosen]
 
 
 def exact(replay: Any) -> Any:
@@ -62,32 +103,45 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 
 def one_scene(server: Any, model: Any, processor: Any, scene: Any, folder: Path) -> dict[str, Any]:
-    """Differences between the server and the model itself on one scene."""
+    """Differences between the server and the model itself on one scene, and how fast each was."""
+    before = dict(vars(server.spent))
     trace = server.ask(scene.image, scene.question, out=folder)
     replay = probe.replay(trace, server)
     answer = probe.ask(model, processor, scene.image, scene.question)
     local = answer.replay.over(replay.baseline)  # asking here may have chosen a stronger blur
     masks = torch.rand(32, 8, 8, generator=torch.Generator().manual_seed(scene.index)).round()
-    steps = len(trace.token_ids)
-    apart = (replay.log_probs(masks) - local.log_probs(masks, mode="exact")[:, :steps]).abs()
+    steps, rates = len(trace.token_ids), {"load": os.getloadavg()[0]}
+
+    def timed(name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        started = time.perf_counter()
+        values = run()
+        rates[name] = len(masks) / (time.perf_counter() - started)
+        return values
+
+    served = timed("server", lambda: replay.log_probs(masks))
+    here = timed("exact_one_by_one", lambda: local.log_probs(masks, mode="exact", micro_batch=1))
+    timed("fast_by_sixteen", lambda: local.log_probs(masks, micro_batch=16))
+    apart = (served - here[:, :steps]).abs()
     found: dict[str, Any] = {
         "scene": scene.index,
         "same_tokens": trace.token_ids.tolist() == local.token_ids[:steps].tolist(),
         "largest": float(apart.max()),
         "mean": float(apart.mean()),
         "numbers": apart.numel(),
+        "masked_images_per_second": rates,
     }
     for name, options in METHODS.items():
         first, second = probe.explain(replay, **options), probe.explain(exact(local), **options)
         if first.values is None or second.values is None:
             found[name] = {"reason": first.reason, "local_reason": second.reason}
             continue
-        served, here = probe.evaluate(first, replay, steps=12), probe.evaluate(second, local, steps=12, mode="exact")
+        scores = probe.evaluate(first, replay, steps=12), probe.evaluate(second, local, steps=12, mode="exact")
         found[name] = {
             "spearman": float(np.corrcoef(ranks(first.values), ranks(second.values))[0, 1]),
-            "deletion": [served.deletion, here.deletion],
-            "insertion": [served.insertion, here.insertion],
+            "deletion": [one.deletion for one in scores],
+            "insertion": [one.insertion for one in scores],
         }
+    found["spent"] = {name: value - before[name] for name, value in vars(server.spent).items() if name in SPENT}
     return found
 
 
@@ -223,11 +277,11 @@ def metered(url: str, scenes: Any, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def engine(env: Path, checkpoint: Path | str, *, lens: bool = False) -> Iterator[str]:
+def engine(env: Path, checkpoint: Path | str, *options: str, more: dict[str, str] | None = None) -> Iterator[str]:
     """A vLLM server on the loopback while the block runs."""
     port = free_port()
-    command = [str(ROOT / "integrations/vllm/start"), str(env), str(checkpoint), str(port)]
-    with running(command, port, {"LENS": "1"} if lens else {}) as url:
+    command = [str(ROOT / "integrations/vllm/start"), str(env), str(checkpoint), str(port), *options]
+    with running(command, port, more or {}) as url:
         yield url
 
 
@@ -269,49 +323,27 @@ def answers(url: str) -> bool:
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-def road_part(road: str, env: Path, scenes: int) -> dict[str, Any]:
-    """Agreement on one road, and its throughput as a ratio to passes here."""
+def road_part(road: str, run: Run) -> dict[str, Any]:
+    """Agreement on one road, and its throughput beside that of passes here."""
     model, processor = probe.demo.load()
     with (
-        engine(env, probe.demo.path()) as url,
+        engine(run.env, probe.demo.path()) as url,
         tempfile.TemporaryDirectory() as name,
         probe.connect(url, road=road) as server,
     ):
-        chosen = probe.demo.scenes(scenes)
-        started = time.perf_counter()
-        rows = [one_scene(server, model, processor, scene, Path(name)) for scene in chosen]
-        found = {"scenes": rows, "spent": vars(server.spent).copy(), "seconds": time.perf_counter() - started}
+        rows = run.each(road, lambda scene: one_scene(server, model, processor, scene, Path(name)))
         engine_facts = {key: value for key, value in server.engine.items() if key not in ("url", "root")}
-        return {
-            **found,
-            "engine": engine_facts,
-            "throughput": throughput(server, model, processor, chosen[0], Path(name)),
-        }
-
-
-def throughput(server: Any, model: Any, processor: Any, scene: Any, folder: Path) -> dict[str, float]:
-    """Masked images per second: through the server at 8 at a time, and here, one and sixteen at a time."""
-    replay = probe.replay(server.ask(scene.image, scene.question, out=folder), server)
-    local = probe.ask(model, processor, scene.image, scene.question).replay
-    masks = torch.rand(64, 8, 8, generator=torch.Generator().manual_seed(99)).round()
-
-    def rate(run: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        run()
-        return len(masks) / (time.perf_counter() - started)
-
     return {
-        "server": rate(lambda: replay.log_probs(masks)),
-        "exact_one_by_one": rate(lambda: local.log_probs(masks, mode="exact", micro_batch=1)),
-        "fast_by_sixteen": rate(lambda: local.log_probs(masks, micro_batch=16)),
-        "load": os.getloadavg()[0],
+        "scenes": rows,
+        "spent": {name: sum(row["spent"][name] for row in rows) for name in SPENT},
+        "engine": engine_facts,
     }
 
 
-def trouble_part(env: Path, scenes: int) -> dict[str, Any]:
+def trouble_part(run: Run) -> dict[str, Any]:
     """Faults on the way, a map and a meter that are killed, and roads that give less than log-probabilities."""
-    chosen = probe.demo.scenes(scenes)
-    with engine(env, probe.demo.path()) as url, tempfile.TemporaryDirectory() as name:
+    chosen = probe.demo.scenes(run.scenes)
+    with engine(run.env, probe.demo.path()) as url, tempfile.TemporaryDirectory() as name:
         return {
             "faults": through_faults(url, chosen[0], Path(name)),
             "killed": killed(url, chosen[0], Path(name)),
@@ -345,13 +377,67 @@ def less(url: str, road: str, scene: Any, folder: Path) -> dict[str, Any]:
     return record
 
 
-def batch_part(env: Path, scenes: int) -> dict[str, Any]:
+def sampled_part(run: Run) -> dict[str, Any]:
+    """Requests that the middleware copies and such that it passes over, streamed and not: the same answers; and traces
+    of the copies."""
+    more = {"SHARE": "1", "PYTHONPATH": str(ROOT / "integrations/vllm")}
+    option = ("--middleware", "sample_requests.SampleRequests")
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "samples.jsonl"
+        with engine(run.env, probe.demo.path(), *option, more={**more, "SAMPLES": str(file)}) as url:
+            pairs = [
+                [said(url, scene, stream=stream, agent=agent) for agent in ("lvlm-probe", "somebody")]
+                for scene in probe.demo.scenes(run.scenes)
+                for stream in (False, True)
+            ]
+            wait_for(lambda: file.is_file() and file.read_bytes().count(b"\n") >= len(pairs))
+            rows = [json.loads(line)["response"]["choices"][0] for line in file.read_text().splitlines()]
+            making = [sys.executable, str(ROOT / "integrations/vllm/make_traces.py"), str(file), "--server", url]
+            subprocess.run([*making, "--out", str(Path(name) / "traces")], check=False, stdout=subprocess.DEVNULL)
+        return {
+            "asked": len(pairs),
+            "streamed": len(pairs) // 2,
+            "same_answers": sum(one == other for one, other in pairs),
+            "kept": len(rows),
+            "kept_as_answered": sum(
+                row["message"]["content"] == pair[1][0] for row, pair in zip(rows, pairs, strict=False)
+            ),
+            "traces": len(list(probe.open_store(Path(name) / "traces"))),
+        }
+
+
+def said(url: str, scene: Any, *, stream: bool, agent: str) -> tuple[str, list[Any]]:
+    """A server's answer, and all choices of its reply or replies."""
+    content = [
+        {"type": "image_url", "image_url": {"url": as_uri(scene.image)}},
+        {"type": "text", "text": scene.question},
+    ]
+    body = {"model": "demo", "messages": [{"role": "user", "content": content}], "max_tokens": 32, "temperature": 0}
+    body |= {"logprobs": True, "return_token_ids": True, "stream": stream}
+    headers = {"Content-Type": "application/json", "User-Agent": agent}
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        text = reply.read().decode()
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")]
+    choices = [one for line in (lines if stream else [text]) for one in json.loads(line)["choices"]]
+    parts = [one["delta"] if stream else one["message"] for one in choices]
+    return "".join(part.get("content") or "" for part in parts), choices
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until something has happened, or so long."""
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def batch_part(run: Run) -> dict[str, Any]:
     """What ``vllm run-batch`` writes, imported here."""
     model, processor = probe.demo.load()
     with tempfile.TemporaryDirectory() as name:
         asked, said = Path(name) / "asked.jsonl", Path(name) / "said.jsonl"
         with asked.open("w") as file:
-            for scene in probe.demo.scenes(scenes):
+            for scene in probe.demo.scenes(run.scenes):
                 content = [
                     {"type": "image_url", "image_url": {"url": as_uri(scene.image)}},
                     {"type": "text", "text": scene.question},
@@ -360,7 +446,7 @@ def batch_part(env: Path, scenes: int) -> dict[str, Any]:
                 body |= {"temperature": 0, "logprobs": True, "return_token_ids": True}
                 line = {"custom_id": str(scene.index), "method": "POST", "url": "/v1/chat/completions", "body": body}
                 file.write(json.dumps(line) + "\n")
-        start = [str(ROOT / "integrations/vllm/start"), str(env), str(probe.demo.path()), "run-batch"]
+        start = [str(ROOT / "integrations/vllm/start"), str(run.env), str(probe.demo.path()), "run-batch"]
         subprocess.run([*start, "-i", asked, "-o", said], check=True, stdout=subprocess.DEVNULL)
         found = probe.import_answers(said, model, processor, Path(name) / "traces", requests=asked)
         apart = [one.largest_difference for one in found.imported if one.largest_difference is not None]
@@ -375,36 +461,37 @@ def batch_part(env: Path, scenes: int) -> dict[str, Any]:
         }
 
 
-def qwen_part(env: Path, scenes: int) -> dict[str, Any]:
+def qwen_part(run: Run) -> dict[str, Any]:
     """A tiny Qwen2-VL with random weights: other positions, images of any size."""
     with tempfile.TemporaryDirectory() as name:
         checkpoint = Path(name) / "qwen"
         make_qwen(checkpoint)
         model, processor = probe.load(checkpoint)
-        with engine(env, checkpoint) as url, probe.connect(url, road="tokens") as server:
-            rows = []
-            for scene in probe.demo.scenes(scenes):
-                trace = server.ask(scene.image, scene.question, out=Path(name), max_tokens=8)
-                try:
-                    local = probe.ask(model, processor, scene.image, scene.question, max_new_tokens=8).replay
-                except probe.ProbeError as error:  # random weights say anything, the image token for one
-                    rows.append({"scene": scene.index, "skipped": str(error).rpartition("ReplayError: ")[2][:200]})
-                    continue
-                if trace.token_ids.tolist() != local.token_ids.tolist():
-                    rows.append({"scene": scene.index, "same_tokens": False})
-                    continue
-                replay = probe.replay(trace, server)
-                masks = torch.rand(8, 6, 6, generator=torch.Generator().manual_seed(scene.index)).round()
-                local = local.over(replay.baseline)  # asking here may have chosen a stronger blur
-                apart = (replay.log_probs(masks) - local.log_probs(masks, mode="exact")).abs()
-                row = {"scene": scene.index, "same_tokens": True, "largest": float(apart.max())}
-                rows.append({**row, "mean": float(apart.mean()), "numbers": apart.numel()})
+        with engine(run.env, checkpoint) as url, probe.connect(url, road="tokens") as server:
+            rows = run.each("qwen", lambda scene: qwen_scene(server, model, processor, scene, Path(name)))
             said = server.describe()
             try:  # random answers are cut into other tokens when they are read again
                 chat = probe.connect(url, road="chat").describe()
             except probe.errors.ReplayError as error:
                 chat = str(error)
     return {"scenes": rows, "tokens": said.splitlines()[1:], "chat": chat}
+
+
+def qwen_scene(server: Any, model: Any, processor: Any, scene: Any, folder: Path) -> dict[str, Any]:
+    """Differences of log-probabilities on one scene."""
+    trace = server.ask(scene.image, scene.question, out=folder, max_tokens=8)
+    try:
+        local = probe.ask(model, processor, scene.image, scene.question, max_new_tokens=8).replay
+    except probe.ProbeError as error:  # random weights say anything, the image token for one
+        return {"scene": scene.index, "skipped": str(error).rpartition("ReplayError: ")[2][:200]}
+    if trace.token_ids.tolist() != local.token_ids.tolist():
+        return {"scene": scene.index, "same_tokens": False}
+    replay = probe.replay(trace, server)
+    masks = torch.rand(8, 6, 6, generator=torch.Generator().manual_seed(scene.index)).round()
+    local = local.over(replay.baseline)  # asking here may have chosen a stronger blur
+    apart = (replay.log_probs(masks) - local.log_probs(masks, mode="exact")).abs()
+    row = {"scene": scene.index, "same_tokens": True, "largest": float(apart.max())}
+    return {**row, "mean": float(apart.mean()), "numbers": apart.numel()}
 
 
 def make_qwen(directory: Path) -> None:
@@ -464,35 +551,38 @@ def make_qwen(directory: Path) -> None:
     (directory / "video_preprocessor_config.json").write_text(json.dumps({**video, "patch_size": 14}))
 
 
-def lens_part(env: Path, scenes: int) -> dict[str, Any]:
+def lens_part(run: Run) -> dict[str, Any]:
     """Attention rows from what vllm-lens captures, against those recorded on the model itself."""
     model, processor = probe.demo.load()
-    rows = []
-    with engine(env, probe.demo.path(), lens=True) as url, tempfile.TemporaryDirectory() as name:
-        with probe.connect(url) as server:
-            for scene in probe.demo.scenes(scenes):
-                trace = server.ask(scene.image, scene.question, out=name)
-                made = probe.import_attention(trace, server, processor=processor)
-                local = probe.ask(model, processor, scene.image, scene.question, out=Path(name) / "local").trace
-                steps = len(made.token_ids)
-                apart = np.abs(made.attention.values - local.attention.values[:steps])
-                chosen = [int(np.nanargmax(trace.llr))]
-                maps = [probe.explain(one, method="attention", tokens=chosen).values for one in (made, local)]
-                rows.append(
-                    {
-                        "scene": scene.index,
-                        "largest": float(apart.max()),
-                        "boxes": float(np.abs(made.layout.patch_box - local.layout.patch_box).max()),
-                        "spearman": float(np.corrcoef(ranks(maps[0]), ranks(maps[1]))[0, 1]),
-                    }
-                )
-    return {"scenes": rows}
+    with (
+        engine(run.env, probe.demo.path(), more={"LENS": "1"}) as url,
+        tempfile.TemporaryDirectory() as name,
+        probe.connect(url) as server,
+    ):
+        return {"scenes": run.each("lens", lambda scene: lens_scene(server, model, processor, scene, Path(name)))}
 
 
-def transformers_part(env: Path, scenes: int) -> dict[str, Any]:
+def lens_scene(server: Any, model: Any, processor: Any, scene: Any, folder: Path) -> dict[str, Any]:
+    """Differences of attention rows on one scene."""
+    trace = server.ask(scene.image, scene.question, out=folder)
+    made = probe.import_attention(trace, server, processor=processor)
+    local = probe.ask(model, processor, scene.image, scene.question, out=folder / "local").trace
+    steps = len(made.token_ids)
+    apart = np.abs(made.attention.values - local.attention.values[:steps])
+    chosen = [int(np.nanargmax(trace.llr))]
+    maps = [probe.explain(one, method="attention", tokens=chosen).values for one in (made, local)]
+    return {
+        "scene": scene.index,
+        "largest": float(apart.max()),
+        "boxes": float(np.abs(made.layout.patch_box - local.layout.patch_box).max()),
+        "spearman": float(np.corrcoef(ranks(maps[0]), ranks(maps[1]))[0, 1]),
+    }
+
+
+def transformers_part(run: Run) -> dict[str, Any]:
     """What ``transformers serve`` is told."""
     port = free_port()
-    command = [str(env / "bin/transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
+    command = [str(run.env / "bin/transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         (Path(name) / "hub").mkdir()  # it lists what it has fetched, and fails where that is nowhere
         more = {"HF_HUB_OFFLINE": "1", "HF_HOME": name}
@@ -504,10 +594,11 @@ def transformers_part(env: Path, scenes: int) -> dict[str, Any]:
             return {"refused": str(error).replace(str(probe.demo.path()), "demo").replace(url, "")}
 
 
-PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "tokens": functools.partial(road_part, "tokens"),
     "chat": functools.partial(road_part, "chat"),
     "trouble": trouble_part,
+    "sampled": sampled_part,
     "batch": batch_part,
     "qwen": qwen_part,
     "lens": lens_part,
@@ -515,24 +606,24 @@ PARTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", type=Path, required=True, help="made by integrations/vllm/install")
     parser.add_argument("--scenes", type=int, default=20)
     parser.add_argument("--only", help="parts to do again, with commas between them, or all")
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    versions = versions_of("lvlm-probe", "torch", "transformers")
+    part = options.out.with_suffix(".part")
+    run = Run(options.env, options.scenes, Kept(part, {**versions, "scenes": options.scenes}))
     record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     again = list(PARTS) if options.only == "all" else options.only.split(",") if options.only else []
     for name in again or [name for name in PARTS if name not in record]:
-        record[name] = {**PARTS[name](options.env, options.scenes), "date": time.strftime("%Y-%m-%d")}
-        record |= {
-            "machine": platform.machine(),
-            "versions": versions_of("lvlm-probe", "torch", "transformers"),
-        }
-        print(name, str(record[name])[-400:], flush=True)
+        made = run.kept.once(name, lambda name=name: {**PARTS[name](run), "date": time.strftime("%Y-%m-%d")})
+        record |= {name: made, "machine": platform.machine(), "versions": versions}
         options.out.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

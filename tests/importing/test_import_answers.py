@@ -151,6 +151,7 @@ def test_bad_rows_are_listed_and_do_not_stop_the_rest(demo: Any, served: Any, tm
         ({**good, "image": "text.png"}, "is not an image that can be read"),
         ({**good, "image": "data:image/png;base64,AAAA"}, "data: URI cannot be read"),
         ({"question": "q", "answer": "a"}, "there is no image"),
+        ({"generated_texts": ["a"], "input_lens": [9]}, "does not say which image and question a text answers"),
         ({"image": "0.png", "answer": "a"}, "neither question nor prompt"),
         ({**good, "answer": " "}, "neither an answer nor token_ids"),
         ({**good, "answer": "Ωmega ₿"}, "does not tokenise back"),

@@ -247,6 +247,17 @@ def test_verdicts(tmp_path: Path) -> None:
     assert maps[3]["verdict"]["reasons"] == ["Nothing to explain: no token gains more than 1 nats from the image."]
 
 
+@pytest.mark.parametrize("gives", ["samples", "bounds", "passes"])
+def test_an_estimate_by_a_server_says_its_error_and_why_it_has_no_score(gives: str, tmp_path: Path) -> None:
+    made = samples.heat()
+    diagnostics = {"standard_error_mean": 0.07, "standard_error_max": 0.12}
+    provenance = {**made.provenance, "server": {"gives": gives}, "diagnostics": diagnostics}
+    page = report(dataclasses.replace(made, provenance=provenance), out=tmp_path / "r.html")
+    first, second = data_of(page)["samples"][0]["maps"][0]["verdict"]["reasons"]
+    assert ("evaluate()" in first) == (gives == "passes") and (f"gave {gives} alone" in first) == (gives != "passes")
+    assert second.startswith("The standard error of the map is 7 % of its peak")
+
+
 def test_sanity_checks_stand_beside_the_verdict(tmp_path: Path) -> None:
     step = SanityStep("lm_head", similarity=Similarity(0.97, 0.97, None, 0.1, 0.9))
     heat = samples.heat(samples.trace("a"))

@@ -12,6 +12,7 @@ from command_line import run, succeed
 from demo_server import DemoServer, serving
 
 import lvlm_probe as probe
+from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.importing.meter import Reading, measure
 
 SMALL = ("--param", "masks=12", "--param", "cells=3", "--param", "size=6")
@@ -66,6 +67,7 @@ def test_a_map_by_less_than_log_probabilities_is_made_and_not_scored(
     said = " ".join(made.err.split())
     assert "bounds on those of others (top (20))" in said and "the map is not scored" in said
     assert "yellow" in made.out and "not scored" in made.out
+    assert "the standard error of the map is" in " ".join(made.out.split())
 
 
 @pytest.mark.quick
@@ -78,6 +80,9 @@ def test_what_does_not_go_together_is_said(behind: DemoServer, trace: Any) -> No
     for arguments, said in (
         (("--server", behind.url, "--model", "demo"), "not both"),
         (("--served-model", "demo"), "add --server URL"),
+        (("--road", "chat"), "add --server URL"),
+        (("--server", behind.url, "--road", "rail"), "there are tokens, sglang, chat, next token, top, sampling"),
+        (("--server", behind.url, "--road", "sglang"), "one of another engine"),
         (("--server", behind.url, "--method", "igos++"), "does not give"),
         (("--server", behind.url, "--served-model", "other"), "serves no 'other'"),
         (("--server", behind.url, "--max-requests", "30"), "--max-requests or --yes"),
@@ -85,6 +90,48 @@ def test_what_does_not_go_together_is_said(behind: DemoServer, trace: Any) -> No
     ):
         failed = run("explain", trace.path, *arguments)
         assert failed.code == 2 and said in " ".join(failed.err.split()), failed.err
+
+
+@pytest.mark.parametrize(
+    ("road", "used", "options"),
+    [
+        ("chat", "chat", ()),
+        ("next-token", "next token (allowed_token_ids)", ("--words", "yellow")),
+        ("top-k", "top (20)", ("--words", "yellow")),
+        ("sampling", "sampling", ("--words", "yellow")),
+    ],
+)
+def test_a_road_is_used_that_is_named(
+    road: str, used: str, options: tuple[str, ...], behind: DemoServer, photo_file: Path, scene: Any, tmp_path: Path
+) -> None:
+    asking = ("--image", photo_file, "--question", scene.question, "--out", tmp_path, "--no-scores", *options)
+    made = succeed("explain", "--server", behind.url, "--road", road, *asking, *SMALL, "--json").json
+    (found,) = made["maps"]
+    assert Heatmap.read(found["map"]).provenance["server"]["road"] == used
+    assert probe.open_trace(made["trace"]).meta["served"]["road"] == used
+
+
+def test_a_road_that_does_not_work_is_refused_with_the_way_out(demo: Any, trace: Any, tmp_path: Path) -> None:
+    with serving(*demo, {"top", "samples"}) as behind:
+        failed = run("explain", trace.path, "--server", behind.url, "--road", "tokens")
+        said = " ".join(failed.err.split())
+        assert failed.code == 2 and "cannot be asked on this road (tokens: " in said and "--road" in said, said
+        behind.fault = lambda number, body: "ignored"
+        failed = run("explain", trace.path, "--server", behind.url, "--road", "chat")
+        said = " ".join(failed.err.split())
+        assert failed.code == 2 and "without log-probabilities" in said and "--road" in said, said
+
+
+@pytest.mark.parametrize("road", ["top-k", "sampling"])
+def test_the_meter_is_refused_on_a_road_that_gives_too_little(
+    road: str, behind: DemoServer, photo_file: Path, scene: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    row = {"image": photo_file.name, "question": scene.question, "answer": scene.answer}
+    file.write_text(json.dumps(row), encoding="utf-8")
+    failed = run("meter", file, "--server", behind.url, "--road", road, "--out", tmp_path / "meter.html")
+    said = " ".join(failed.err.split())
+    assert failed.code == 2 and "the meter takes log-probabilities" in said and "--road" in said, said
 
 
 def test_the_meter_reads_answers_through_a_server(

@@ -143,8 +143,9 @@ def show_map(found: MapFile) -> None:
             say(("    ", ""), remark)
         if not score.verdict.trusted:
             say(("    ", ""), (str(score.verdict), "red"))
-    if heat.coarse is not None:
-        say(("    ", ""), heat.coarse)
+    for doubt in (heat.coarse, heat.uncertainty):
+        if doubt is not None:
+            say(("    ", ""), doubt)
     for line in _cost_lines(heat, score):
         say(("    ", ""), (line, "dim"))
     say(("    ", ""), (stored_path(found.overlay_path if found.overlay_path.is_file() else found.path), "dim"))

@@ -13,7 +13,7 @@ from lvlm_probe.errors import ProbeError
 if TYPE_CHECKING:
     from lvlm_probe.serving import Server
 
-__all__ = ["MaxRequests", "ServedModel", "ServerUrl", "Yes", "open_server"]
+__all__ = ["MaxRequests", "Road", "ServedModel", "ServerUrl", "Yes", "open_server"]
 
 ServerUrl = Annotated[
     str | None,
@@ -27,6 +27,15 @@ ServedModel = Annotated[
     str | None,
     typer.Option("--served-model", metavar="NAME", help="What the server calls the model, if it has several."),
 ]
+Road = Annotated[
+    str | None,
+    typer.Option(
+        "--road",
+        metavar="NAME",
+        help="With --server: ask on this road alone: tokens, chat, next-token, top-k or sampling. Default: the best "
+        "that works.",
+    ),
+]
 MaxRequests = Annotated[
     int, typer.Option("--max-requests", min=1, help="With --server: requests at most; --yes lifts the limit.")
 ]
@@ -34,23 +43,33 @@ Yes = Annotated[bool, typer.Option("--yes", help="With --server: as many request
 
 
 def open_server(
-    url: str | None, name: str | None, *, model: str | None, max_requests: int, yes: bool, journal: Path | None = None
+    url: str | None,
+    name: str | None,
+    *,
+    model: str | None,
+    road: str | None,
+    max_requests: int,
+    yes: bool,
+    journal: Path | None = None,
 ) -> Server | None:
     """Find out what a server can do; ``None`` where none is named.
 
     Raises:
-        ProbeError: a model is named too, a name without a server, or the server cannot be used.
+        ProbeError: a model is named too, a name or a road without a server, or the server cannot be used.
     """
     if url is None:
         if name is not None:
             raise ProbeError("--served-model names a model of a server: add --server URL")
+        if road is not None:
+            raise ProbeError("--road says how a server is asked: add --server URL")
         return None
     if model is not None:
         raise ProbeError("give --model or --server, not both: the server runs the model")
     from lvlm_probe.serving import connect
 
     with stage(f"asking {one_line(url, 100)} what it can do"):
-        server = connect(url, name, max_requests=None if yes else max_requests, tell=note, journal=journal)
+        limit = None if yes else max_requests
+        server = connect(url, name, road=road, max_requests=limit, tell=note, journal=journal)
     works = ", ".join(one.road for one in server.measured if one.works)
     note(f"{server.name}: {server.what} ({works}); no gradients, no attention")
     return server
