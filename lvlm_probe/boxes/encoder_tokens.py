@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from lvlm_probe.boxes.painting import source_span
+from lvlm_probe.boxes.painting import have_extent, source_span
 from lvlm_probe.boxes.sign_code import SignCode, extents
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.trace.clips import Clip, images_of
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -39,14 +40,14 @@ _SHARED = 0.3  # of the elements a token reads, which its neighbours may read to
 
 @dataclass(frozen=True)
 class EncoderTokens:
-    """The tokens that one encoder's blocks work on, for one image of the prompt.
+    """The tokens that one encoder's blocks work on, for one image or clip of the prompt.
 
     Attributes:
         encoder: path of the encoder.
         blocks: paths of its blocks, in order.
         shape: leading shape of a block's input without the channels: ``(token,)`` or ``(view, token)``.
-        boxes: ``(view * token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the image; all 0 for a token without
-            pixels (a class token, padding, another image).
+        boxes: ``(view * token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the image, or the tubes of a clip
+            (``painting``); all 0 for a token without pixels (a class token, padding, another image).
     """
 
     encoder: str
@@ -57,7 +58,7 @@ class EncoderTokens:
     @property
     def live(self) -> np.ndarray:
         """Which tokens stand for a part of the image, ``(view * token,)`` bool."""
-        return (self.boxes[:, 2] > self.boxes[:, 0]) & (self.boxes[:, 3] > self.boxes[:, 1])
+        return have_extent(self.boxes)
 
 
 def blocks_of(model: nn.Module, encoder: str) -> tuple[str, ...]:
@@ -129,22 +130,22 @@ class _Stop(Exception):
     """Leaves the model's forward once the module that is looked for has been reached."""
 
 
-def encoder_tokens(replay: Replay, encoder: str, image: int = 0) -> EncoderTokens:
-    """Boxes of the tokens of one encoder, once per replay: one forward pass up to its first block, and back from there
+def encoder_tokens(replay: Replay, encoder: str, target: int | Clip = 0) -> EncoderTokens:
+    """Boxes of the tokens of one encoder, or tubes, once per replay: one forward pass up to its first block, and back from there
     once per binary digit of their number.
 
     Raises:
         ExplainError: There is no processor to trace, or a token of the encoder does not stand for one patch.
     """
-    known, key = replay.kept.facts, ("encoder tokens", encoder, image)
+    known, key = replay.kept.facts, ("encoder tokens", encoder, target)
     if key not in known:
         with torch.enable_grad():
-            known[key] = _find(replay, encoder, image)
+            known[key] = _find(replay, encoder, target)
     found: EncoderTokens = known[key]
     return found
 
 
-def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
+def _find(replay: Replay, encoder: str, target: int | Clip) -> EncoderTokens:
     path = replay.path
     blocks = blocks_of(replay.model, encoder)
     if is_convolutional(replay.model, encoder):
@@ -177,10 +178,10 @@ def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
         raise ExplainError(f"no gradient reaches {encoder} from the pixels: the model runs it without autograd")
     shape = tuple(hidden.shape[:-1])
     count = int(np.prod(shape))
-    boxes = _boxes(hidden.reshape(count, -1), leaves, path, image)
+    boxes = _boxes(hidden.reshape(count, -1), leaves, path, target)
     if boxes is None and hidden.ndim == 3 and len(hidden) > 1:
         # A model that cuts views itself may show a part of the image in several, as a whole and as a crop.
-        parts = [_boxes(view, leaves, path, image) for view in hidden]
+        parts = [_boxes(view, leaves, path, target) for view in hidden]
         known = [part for part in parts if part is not None]
         boxes = np.concatenate(known) if len(known) == len(parts) else None
     if boxes is None:
@@ -191,23 +192,40 @@ def _find(replay: Replay, encoder: str, image: int) -> EncoderTokens:
     return EncoderTokens(encoder, blocks, shape, boxes)
 
 
-def _boxes(hidden: torch.Tensor, leaves: Mapping[str, torch.Tensor], path: Any, image: int) -> np.ndarray | None:
-    """``(token, 4)`` of the tokens of ``hidden``, ``(token, channel)``; ``None``: several read the same elements."""
+def _boxes(
+    hidden: torch.Tensor, leaves: Mapping[str, torch.Tensor], path: Any, target: int | Clip
+) -> np.ndarray | None:
+    """Boxes or tubes of the tokens of ``hidden``, ``(token, channel)``; ``None``: several read the same elements."""
     count = len(hidden)
     code = SignCode(hidden, leaves.values())
-    boxes = np.zeros((count, 4), np.float32)
+    size = _extent(path, target)
+    boxes = np.zeros((count, 2 * len(size)), np.float32)
     for place, name in enumerate(leaves):
         if not code.plain[place].any():
             continue
-        x, y, owner, alive = (part.numpy() for part in path.coordinates(name))
-        clear = (code.plain[place] != 0) & alive & (owner == image)
+        *sources, alive = _sources(path, name, target)
+        clear = (code.plain[place] != 0) & alive
         token, shared = code.read(place, clear)
         if shared.sum() > _SHARED * len(shared):
             return None
-        for axis, (source, size) in enumerate(zip((x, y), path.image_sizes[image], strict=True)):
+        for axis, (source, edge) in enumerate(zip(sources, size, strict=True)):
             found, low, high = extents(source[clear][~shared], token[~shared])
-            boxes[found, axis], boxes[found, axis + 2] = low.clip(0, size), high.clip(0, size)
+            boxes[found, axis], boxes[found, axis + len(size)] = low.clip(0, edge), high.clip(0, edge)
     return boxes
+
+
+def _extent(path: Any, target: int | Clip) -> tuple[int, ...]:
+    """``(width, height)`` of an image, or ``(width, height, frames)`` of a clip."""
+    size: tuple[int, ...] = tuple(path.image_sizes[images_of(target)[0]])
+    return size if isinstance(target, int) else (*size, target.frames)
+
+
+def _sources(path: Any, name: str, target: int | Clip) -> list[np.ndarray]:
+    """Where the elements of a pixel input come from along each axis of ``_extent``, and which come from there, bool."""
+    x, y, owner, alive = (part.numpy() for part in path.coordinates(name))
+    if isinstance(target, int):
+        return [x, y, alive & (owner == target)]
+    return [x, y, owner - target.first + 0.5, alive & np.isin(owner, target.images)]
 
 
 def encoders_of(replay: Replay) -> tuple[str, ...]:
@@ -218,8 +236,9 @@ def encoders_of(replay: Replay) -> tuple[str, ...]:
     return found
 
 
-def feature_map_boxes(replay: Replay, module: str, output: torch.Tensor, image: int) -> np.ndarray:
-    """Boxes of the cells of a convolutional feature map, ``(view * row * col, 4)`` float32, in pixels of the image.
+def feature_map_boxes(replay: Replay, module: str, output: torch.Tensor, target: int | Clip) -> np.ndarray:
+    """Boxes of the cells of a convolutional feature map, ``(view * row * col, 4)`` float32, in pixels of the image; of
+    a clip tubes.
 
     A cell stands for its even share of the pixel input that gave the map: a receptive field's centre, not its reach.
 
@@ -232,21 +251,22 @@ def feature_map_boxes(replay: Replay, module: str, output: torch.Tensor, image: 
     path = replay.path
     views, _, rows, cols = output.shape
     for name in path.pixel_keys if len(path.pixel_keys) == 1 else _read_by(replay, module):
-        x, y, owner, alive = (part.numpy() for part in path.coordinates(name))
-        if x.ndim < 4 or int(np.prod(x.shape[:-3])) != views:
+        parts = _sources(path, name, target)
+        shape = parts[0].shape
+        if len(shape) < 4 or int(np.prod(shape[:-3])) != views:
             continue
-        x, y, mine = (part.reshape(views, *part.shape[-3:]) for part in (x, y, alive & (owner == image)))
-        width, height = path.image_sizes[image]
-        tops = np.linspace(0, x.shape[-2], rows + 1).round().astype(int)
-        lefts = np.linspace(0, x.shape[-1], cols + 1).round().astype(int)
-        boxes = np.zeros((views, rows, cols, 4), np.float32)
+        *sources, mine = (part.reshape(views, *shape[-3:]) for part in parts)
+        size = _extent(path, target)
+        tops = np.linspace(0, shape[-2], rows + 1).round().astype(int)
+        lefts = np.linspace(0, shape[-1], cols + 1).round().astype(int)
+        boxes = np.zeros((views, rows, cols, 2 * len(size)), np.float32)
         for view, row, col in np.ndindex(views, rows, cols):
             part = np.s_[view, :, tops[row] : tops[row + 1], lefts[col] : lefts[col + 1]]
             keep = mine[part]
             if keep.any():
-                across, down = source_span(x[part][keep], width), source_span(y[part][keep], height)
-                boxes[view, row, col] = across[0], down[0], across[1], down[1]
-        return boxes.reshape(-1, 4)
+                spans = [source_span(source[part][keep], edge) for source, edge in zip(sources, size, strict=True)]
+                boxes[view, row, col] = np.concatenate(list(zip(*spans, strict=True)))
+        return boxes.reshape(-1, 2 * len(size))
     raise ExplainError(f"no pixel input has the {views} views of {module}, so its cells cannot be placed")
 
 

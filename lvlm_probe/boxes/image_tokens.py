@@ -8,6 +8,8 @@ the traced geometry of the processor says where in the image they were cut out.
 
 A token that gets nothing once attention is silenced reads the image through attention alone: a resampler's query.
 Where it looks depends on what is in the image, so it has no place, and that is said by name.
+
+A token of a clip may read several frames: its place is a tube (``painting``).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lvlm_probe.boxes.painting import have_extent, tubes
 from lvlm_probe.boxes.sign_code import places_of
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError
 from lvlm_probe.hooks import HookSet
@@ -30,6 +33,7 @@ from lvlm_probe.models.families import Places
 from lvlm_probe.models.wrappers import computes
 from lvlm_probe.replaying.isolation import outside_inference_mode
 from lvlm_probe.replaying.micro_batches import ran_out
+from lvlm_probe.trace.clips import Clip, images_of
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -41,21 +45,21 @@ _KNOWN: weakref.WeakKeyDictionary[Any, dict[bytes, Places]] = weakref.WeakKeyDic
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The tokens of one image in the prompt, or the keys of cross-attention where the prompt holds none.
+    """The tokens of one image or clip in the prompt, or the keys of cross-attention where the prompt holds none.
 
     Attributes:
         positions: ``(image_token,)`` int64, in the prompt; of cross-attention, among its keys.
         rows: ``(image_token,)`` int64, their numbers among the image tokens of all images, in prompt order.
-        boxes: ``(image_token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the original image; an empty box (all 0)
-            for a token that stands for no pixel.
-        size: ``(width, height)`` of the image.
+        boxes: ``(image_token, 4)`` float32, ``x0, y0, x1, y1`` in pixels of the original image, or the tubes of a clip
+            (``painting``); an empty one (all 0) for a token that stands for no pixel.
+        size: ``(width, height)`` of the image, or ``(width, height, frames)`` of the clip.
         cross: they are the keys of cross-attention.
     """
 
     positions: np.ndarray
     rows: np.ndarray
     boxes: np.ndarray
-    size: tuple[int, int]
+    size: tuple[int, ...]
     cross: bool = False
 
     def __len__(self) -> int:
@@ -64,16 +68,16 @@ class ImageTokens:
     @property
     def placed(self) -> ImageTokens:
         """Those that stand for a part of the image: no padding, no newlines."""
-        there = (self.boxes[:, 2] > self.boxes[:, 0]) & (self.boxes[:, 3] > self.boxes[:, 1])
+        there = have_extent(self.boxes)
         return ImageTokens(self.positions[there], self.rows[there], self.boxes[there], self.size, self.cross)
 
 
-def image_tokens(replay: Replay, image: int, *, cross: bool = False, live: bool = True) -> ImageTokens:
-    """The image tokens of image number ``image``, as recorded or, failing that, traced now.
+def image_tokens(replay: Replay, target: int | Clip, *, cross: bool = False, live: bool = True) -> ImageTokens:
+    """The tokens of an image or of a clip, as recorded or, failing that, traced now.
 
     Args:
         replay: the answer on its model, or what stands for it where a trace alone is at hand.
-        image: number of the image.
+        target: number of the image, or the clip.
         cross: where the prompt holds none, the keys of cross-attention will do.
         live: whether the model is at hand, to be asked for boxes that were not recorded.
 
@@ -82,6 +86,7 @@ def image_tokens(replay: Replay, image: int, *, cross: bool = False, live: bool 
     """
     layout = replay.trace.layout  # type: ignore[union-attr]
     cross = cross and len(layout.image_positions) == 0
+    frames: np.ndarray | None = None
     if cross:
         rows = getattr(replay.trace, "attention", None)
         boxes, images = (None, None) if rows is None else (rows.key_box, rows.key_image)
@@ -91,7 +96,7 @@ def image_tokens(replay: Replay, image: int, *, cross: bool = False, live: bool 
             "instance), so nothing can be drawn per token; use a method that works through masks, like 'igos++'"
         )
     else:
-        boxes, images = layout.patch_box, layout.image_index
+        boxes, images, frames = layout.patch_box, layout.image_index, layout.patch_frames
     # Without a processor the replay's image is its pixel inputs, not the one that recorded boxes refer to.
     if live and (boxes is None or isinstance(replay.path, PixelPath)):
         try:
@@ -104,16 +109,21 @@ def image_tokens(replay: Replay, image: int, *, cross: bool = False, live: bool 
                 f"which part of the image each {what} stands for is not known ({error}); use what works through "
                 f"masks, like {remain}, and evaluate"
             ) from error
-        boxes, images = places.boxes, places.images if cross else images
+        boxes, images, frames = places.boxes, places.images if cross else images, places.frames
     if boxes is None or images is None:
         raise ExplainError(
             f"this trace holds no boxes of {'cross-attention’s keys' if cross else 'its image tokens'} (recorded with "
             f"boxes=False, or a layout that is not known); explain a replay instead of the trace: "
             f"probe.replay(trace, model, processor)"
         )
-    mine = np.flatnonzero(images == image)
+    clip = None if isinstance(target, int) else target
+    mine = np.flatnonzero(images == target if clip is None else np.isin(images, clip.images))
     positions = mine if cross else np.asarray(layout.image_positions)[mine].astype(np.int64)
-    return ImageTokens(positions, mine, np.asarray(boxes, dtype=np.float32)[mine], replay.image_sizes[image], cross)
+    own, size = np.asarray(boxes, dtype=np.float32)[mine], replay.image_sizes[images_of(target)[0]]
+    if clip is None:
+        return ImageTokens(positions, mine, own, size, cross)
+    lasting = np.stack([images, images], axis=1) if frames is None else frames
+    return ImageTokens(positions, mine, tubes(own, lasting[mine], clip), (*size, clip.frames), cross)
 
 
 @outside_inference_mode

@@ -3,6 +3,10 @@
 Every method that looks inside the model ends with one number per token. ``paint`` lays them on a grid over the original
 image, each cell the area-weighted mean of the tokens whose boxes it meets, so that merged patches, windows, tiles and
 crops all come back to the pixels they were cut from.
+
+A token of a clip stands for a tube, a box that lasts for some frames. It is a box with a third axis, ``x0, y0, t0, x1,
+y1, t1`` with times in frames from the clip's first, in a clip of ``(width, height, frames)``; grids over it are
+``(t, row, col)``.
 """
 
 from __future__ import annotations
@@ -13,8 +17,9 @@ import numpy as np
 import torch
 
 from lvlm_probe.errors import ExplainError, ImageError
+from lvlm_probe.trace.clips import Clip
 
-__all__ = ["image_spans", "paint", "pitch", "shared_with_cells", "source_span"]
+__all__ = ["have_extent", "image_spans", "paint", "pitch", "shared_with_cells", "source_span", "tubes"]
 
 _FINEST = 1024
 """Cells of a side at most: more than any model has tokens along one. Boxes may come from a stranger's file, and may be
@@ -63,36 +68,77 @@ def shared_with_cells(low: np.ndarray, high: np.ndarray, size: int, cells: int) 
     return shared.clip(min=0)
 
 
-def pitch(boxes: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
-    """The grid ``(row, col)`` over an image of ``size = (width, height)`` with cells as large as a token's box."""
-    extent = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+def have_extent(boxes: np.ndarray) -> np.ndarray:
+    """Which boxes or tubes are of a part of the image or clip, ``(token,)`` bool: no padding, no newlines."""
+    half = boxes.shape[1] // 2
+    there: np.ndarray = np.all(boxes[:, half:] > boxes[:, :half], axis=1)
+    return there
+
+
+def tubes(boxes: np.ndarray, frames: np.ndarray, clip: Clip) -> np.ndarray:
+    """Boxes that last for some frames, ``(token, 6)`` float32; all 0 where a box has no extent.
+
+    Args:
+        boxes: ``(token, 4)``, ``x0, y0, x1, y1`` in pixels.
+        frames: ``(token, 2)``, numbers of the first and the last frame among the images of the prompt.
+    """
+    times = np.stack([frames[:, 0], frames[:, 1] + 1], axis=1).clip(clip.first, clip.images.stop) - clip.first
+    found = np.concatenate([boxes[:, :2], times[:, :1], boxes[:, 2:], times[:, 1:]], axis=1).astype(np.float32)
+    found[~have_extent(boxes)] = 0
+    return found
+
+
+def pitch(boxes: np.ndarray, size: tuple[int, ...]) -> tuple[int, ...]:
+    """The grid over an image or a clip with cells as large as a token's box or tube.
+
+    Args:
+        boxes: ``(token, 4)``, or ``(token, 6)`` of a clip.
+        size: ``(width, height)`` of the image, or ``(width, height, frames)``.
+
+    Returns:
+        ``(row, col)``, or ``(t, row, col)``.
+
+    Raises:
+        ExplainError: none of the tokens has a place.
+    """
+    extent = boxes[have_extent(boxes)]
     if len(extent) == 0:
         raise ExplainError("none of the tokens stands for a part of the image")
-    wide, high = np.median(extent[:, 2] - extent[:, 0]), np.median(extent[:, 3] - extent[:, 1])
-    rows, cols = size[1] / float(high), size[0] / float(wide)
-    return max(1, round(min(rows, _FINEST))), max(1, round(min(cols, _FINEST)))
+    edges = np.median(extent[:, len(size) :] - extent[:, : len(size)], axis=0)
+    return tuple(max(1, round(min(whole / float(edge), _FINEST))) for whole, edge in zip(size, edges, strict=True))[::-1]
 
 
 def paint(
-    values: torch.Tensor, boxes: np.ndarray, size: tuple[int, int], shape: tuple[int, int]
+    values: torch.Tensor, boxes: np.ndarray, size: tuple[int, ...], shape: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lay one value per token on a grid over the image.
+    """Lay one value per token on a grid over the image or the clip.
 
     Args:
         values: ``(token,)``.
-        boxes: ``(token, 4)``, ``x0, y0, x1, y1`` in pixels.
-        size: ``(width, height)`` of the image.
-        shape: ``(row, col)`` of the grid.
+        boxes: ``(token, 4)``, ``x0, y0, x1, y1`` in pixels; of a clip ``(token, 6)``.
+        size: ``(width, height)`` of the image, or ``(width, height, frames)``.
+        shape: ``(row, col)`` of the grid, or ``(t, row, col)``.
 
     Returns:
-        the grid ``(row, col)`` float64, each cell the mean of the tokens it meets, weighted by the area they share, and
+        the grid, float64, each cell the mean of the tokens it meets, weighted by the area they share (and the time), and
         which cells meet any, bool. Where views overlap (tiles, an overview) that is the mean over the views that cover
         a cell, each of the same weight: a view's tokens share the whole cell between them.
     """
-    box = np.asarray(boxes, dtype=np.float64)
-    across = torch.from_numpy(shared_with_cells(box[:, 0], box[:, 2], size[0], shape[1]))
-    down = torch.from_numpy(shared_with_cells(box[:, 1], box[:, 3], size[1], shape[0]))
-    area = torch.einsum("nr,nc->rc", down, across)
-    total = torch.einsum("n,nr,nc->rc", values.detach().cpu().double(), down, across)
+    box, axes = np.asarray(boxes, dtype=np.float64), len(size)
+    across, down, *lasting = (
+        torch.from_numpy(shared_with_cells(box[:, axis], box[:, axes + axis], size[axis], cells))
+        for axis, cells in enumerate(reversed(shape))
+    )
+    given = values.detach().cpu().double()
+    if not lasting:
+        area = torch.einsum("nr,nc->rc", down, across)
+        total = torch.einsum("n,nr,nc->rc", given, down, across)
+    else:  # step by step: a token lasts for few of them
+        area, total = torch.zeros(2, *shape, dtype=torch.float64)
+        for step, share in enumerate(lasting[0].T):
+            live = share > 0
+            at = down[live] * share[live, None], across[live]
+            area[step] = torch.einsum("nr,nc->rc", *at)
+            total[step] = torch.einsum("n,nr,nc->rc", given[live], *at)
     met = area > 1e-9 * max(size)
     return torch.where(met, total / area.clamp(min=1e-12), 0.0), met

@@ -79,7 +79,7 @@ def _read_part(problem: Problem) -> str:
     return "decoder" if len(problem.trace.layout.image_positions) else "cross"
 
 
-@register("attention", needs=["attention"], cost=_cost, takes=("rows",))
+@register("attention", needs=["attention"], cost=_cost, takes=("rows",), clips=True)
 def attention(
     problem: Problem,
     *,
@@ -104,7 +104,7 @@ def attention(
     Raises:
         ExplainError: No attention was recorded and no model is at hand, or a layer or head does not exist.
     """
-    tokens = image_tokens(problem.replay, problem.image, cross=True, live=problem.live)
+    tokens = image_tokens(problem.replay, problem.target, cross=True, live=problem.live)
     rows = _rows(problem, tokens, source, heads)
     chosen = _chosen(rows, problem.selection.indices, layers, heads)
     values, dropped = chosen, 0
@@ -117,7 +117,7 @@ def attention(
     return _painted(problem, tokens, values, size, params, {"sinks_dropped": dropped})
 
 
-@register("relative_attention", needs=["attention"], cost=_relative_cost, takes=("rows",))
+@register("relative_attention", needs=["attention"], cost=_relative_cost, takes=("rows",), clips=True)
 def relative_attention(
     problem: Problem,
     *,
@@ -143,7 +143,7 @@ def relative_attention(
         ExplainError: As ``attention``; the question is not found in the prompt; or neither a model nor a reference is
             at hand.
     """
-    tokens = image_tokens(problem.replay, problem.image, cross=True, live=problem.live)
+    tokens = image_tokens(problem.replay, problem.target, cross=True, live=problem.live)
     rows = _rows(problem, tokens, "auto", heads)
     above = _chosen(rows, problem.selection.indices, layers, heads)
     params: dict[str, Any] = {"layers": layers, "heads": heads}
@@ -151,7 +151,7 @@ def relative_attention(
         raise ExplainError(f"reference is a trace or a replay; got the id {reference!r}: open its trace again")
     if reference is not None:
         trace: Any = reference if isinstance(reference, Trace) else reference.trace
-        recorded = _recorded_rows(trace, tokens, problem.image, heads)
+        recorded = _recorded_rows(trace, tokens, problem.images, heads)
         if recorded is not None:
             general_rows = recorded
         elif isinstance(reference, Trace):
@@ -160,7 +160,7 @@ def relative_attention(
                 f"computes them"
             )
         else:
-            mine = trace.layout.image_positions[trace.layout.image_index == problem.image]
+            mine = trace.layout.image_positions[np.isin(trace.layout.image_index, problem.images)]
             at = tokens.positions if tokens.cross else mine.astype(np.int64)
             general_rows = _replayed_rows(reference, torch.from_numpy(at), [0], cross=tokens.cross)
         params["reference"] = trace.trace_id
@@ -195,7 +195,7 @@ def _painted(
     params: dict[str, Any],
     diagnostics: dict[str, Any],
 ) -> Outcome:
-    shape = pitch(tokens.boxes, tokens.size) if size is None else problem.grid(size)
+    shape = pitch(tokens.boxes, tokens.size) if size is None else problem.shape(size)
     grid, met = paint(values, tokens.boxes, tokens.size, shape)
     return finish(grid, met, {**params, "size": list(shape)}, diagnostics=diagnostics)
 
@@ -206,7 +206,7 @@ def _painted(
 def _rows(problem: Problem, tokens: ImageTokens, source: Source, heads: Heads) -> _Rows:
     if source not in ("auto", "recorded", "replay"):
         raise ExplainError(f"source is 'auto', 'recorded' or 'replay'; got {source!r}")
-    recorded = _recorded_rows(problem.trace, tokens, problem.image, heads) if source != "replay" else None
+    recorded = _recorded_rows(problem.trace, tokens, problem.images, heads) if source != "replay" else None
     if recorded is not None:
         return recorded
     if not problem.live or source == "recorded" or "attention" not in problem.replay.offers:
@@ -225,11 +225,11 @@ def _of_heads(heads: Heads) -> str:
     return " of single heads: record with attention=True, heads='all'"
 
 
-def _recorded_rows(trace: Trace, tokens: ImageTokens, image: int, heads: Heads) -> _Rows | None:
+def _recorded_rows(trace: Trace, tokens: ImageTokens, images: range, heads: Heads) -> _Rows | None:
     rows = getattr(trace, "attention", None)
     if rows is None or (heads != "all" and rows.reduce != "none"):
         return None
-    mine = tokens.positions if tokens.cross else np.flatnonzero(trace.layout.image_index == image)
+    mine = tokens.positions if tokens.cross else np.flatnonzero(np.isin(trace.layout.image_index, images))
     if tokens.cross and mine.max(initial=-1) >= rows.values.shape[-1]:
         raise ExplainError("the keys of cross-attention are not those that were recorded: explain with source='replay'")
     return _Rows(torch.from_numpy(rows.values[..., mine]).double(), tuple(rows.layers), "recorded")
@@ -257,7 +257,7 @@ def _positions(replay: Replay, problem: Problem) -> Tensor:
     where = torch.isin(
         replay.input_ids, problem.replay.input_ids[torch.tensor(layout.image_positions)].unique()
     ).nonzero()[:, 0]
-    return where[torch.tensor(layout.image_index == problem.image)]
+    return where[torch.tensor(np.isin(layout.image_index, problem.images))]
 
 
 # -- which layers and heads

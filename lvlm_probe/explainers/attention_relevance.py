@@ -20,7 +20,7 @@ from lvlm_probe.boxes.encoder_tokens import EncoderTokens, chosen_encoder, encod
 from lvlm_probe.boxes.image_tokens import ImageTokens, image_tokens
 from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.registry import Problem
+from lvlm_probe.explainers.registry import Problem, Shape
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 
@@ -77,14 +77,14 @@ class Walk:
         self.encoder_tokens: EncoderTokens | None = None
         self._vectors: dict[str, Tensor] = {}
         if self.scope != "encoder":
-            self.image_tokens = image_tokens(replay, self.problem.image)
+            self.image_tokens = image_tokens(replay, self.problem.target)
             start = torch.zeros(1, replay.length, dtype=torch.float64)
             # y is a sum over the selected tokens, so one backward pass serves all of them.
             start[0].index_add_(0, self.problem.queries, torch.ones(len(self.problem.queries), dtype=torch.float64))
             self._vectors["decoder"] = start
         if self.scope != "decoder":
             chosen = chosen_encoder(replay, self.encoder)
-            self.encoder_tokens = encoder_tokens(replay, chosen, self.problem.image)
+            self.encoder_tokens = encoder_tokens(replay, chosen, self.problem.target)
             if not self.encoder_tokens.live.any():
                 raise ExplainError(f"no token of {chosen} stands for a part of the image")
 
@@ -156,13 +156,13 @@ class Walk:
         share = inside / inside.sum(dim=1, keepdim=True).clamp(min=1e-12)
         return (above @ share).reshape(shape)
 
-    def values(self) -> tuple[Tensor, np.ndarray, tuple[int, int]]:
-        """Relevance per token, boxes of the tokens, and the grid that suits them.
+    def values(self) -> tuple[Tensor, np.ndarray, Shape]:
+        """Relevance per token, boxes or tubes of the tokens, and the grid that suits them.
 
         Raises:
             ExplainError: No gradient reached any layer of the part that was asked for.
         """
-        size = self.problem.replay.image_sizes[self.problem.image]
+        size = self.problem.extent
         vector = self._vectors.get(self.lowest_part)
         if vector is None or not self.visited:
             raise ExplainError(
@@ -176,20 +176,23 @@ class Walk:
         return vector[0, self.image_tokens.positions], self.image_tokens.boxes, pitch(self.image_tokens.boxes, size)
 
     def painted(self, size: int | tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-        """Those values on a grid over the image (``paint``); ``size=None`` is the tokens' own grid."""
+        """Those values on a grid over the image or clip (``paint``); ``size=None`` is the tokens' own grid."""
         values, boxes, own = self.values()
-        shape = own if size is None else self.problem.grid(size)
-        return paint(values, boxes, self.problem.replay.image_sizes[self.problem.image], shape)
+        shape = own if size is None else self.problem.shape(size)
+        return paint(values, boxes, self.problem.extent, shape)
 
 
 def _inside(first: np.ndarray, second: np.ndarray) -> Tensor:
-    """How much of every box of the second list lies in each box of the first, 0..1, ``(first, second)`` float64.
+    """How much of every box or tube of the second list lies in each of the first, 0..1, ``(first, second)`` float64.
 
     The two lists come from different traces and differ by a hair at their edges: under 2 % is none, over 98 % is all.
     """
     one, two = torch.from_numpy(first).double(), torch.from_numpy(second).double()
-    wide = torch.minimum(one[:, None, 2], two[:, 2]) - torch.maximum(one[:, None, 0], two[:, 0])
-    high = torch.minimum(one[:, None, 3], two[:, 3]) - torch.maximum(one[:, None, 1], two[:, 1])
-    area = (two[:, 2] - two[:, 0]) * (two[:, 3] - two[:, 1])
-    share = wide.clamp(min=0) * high.clamp(min=0) / area.clamp(min=1e-9)
+    shared, area = torch.ones(len(one), len(two), dtype=torch.float64), torch.ones(len(two), dtype=torch.float64)
+    axes = one.shape[1] // 2
+    for low, high in zip(range(axes), range(axes, 2 * axes), strict=True):
+        both = torch.minimum(one[:, None, high], two[:, high]) - torch.maximum(one[:, None, low], two[:, low])
+        shared *= both.clamp(min=0)
+        area *= two[:, high] - two[:, low]
+    share = shared / area.clamp(min=1e-9)
     return torch.where(share < 0.02, 0.0, torch.where(share > 0.98, 1.0, share))

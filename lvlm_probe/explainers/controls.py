@@ -17,20 +17,20 @@ SIGMA = 0.25
 """Standard deviation of the blob in the middle, as a share of the image's edges."""
 
 
-@register("random", needs=(), cost=lambda *_: Cost(None, 0, 0, ()))
+@register("random", needs=(), cost=lambda *_: Cost(None, 0, 0, ()), clips=True)
 def random(problem: Problem, *, size: int | tuple[int, int] | None = None) -> Outcome:
     """Uniform random numbers, one per cell, from the explanation's seed.
 
     ``size``: cells, ``n``, ``(rows, columns)``, or ``None`` for about 256 as square as the image allows.
     """
-    shape = problem.grid(size)
+    shape = problem.shape(size)
     problem.advance(0, 1)
     values = torch.rand(shape, generator=problem.generator(), dtype=torch.float32)
     problem.advance(1, 1)
     return Outcome(values, {"size": list(shape)})
 
 
-@register("center", needs=(), cost=lambda *_: Cost(None, 0, 0, ()))
+@register("center", needs=(), cost=lambda *_: Cost(None, 0, 0, ()), clips=True)
 def center(problem: Problem, *, size: int | tuple[int, int] | None = None, sigma: float = SIGMA) -> Outcome:
     """A Gaussian around the middle of the image, exp(−((x − ½)² + (y − ½)²) / 2σ²), x and y as shares of the image.
 
@@ -43,7 +43,7 @@ def center(problem: Problem, *, size: int | tuple[int, int] | None = None, sigma
         ExplainError: ``sigma`` is not positive.
     """
     check_rules("center", sigma=(sigma, sigma > 0, "positive"))
-    shape = problem.grid(size)
+    shape = problem.shape(size)
     problem.advance(0, 1)
     values = center_values(shape, sigma=sigma)
     problem.advance(1, 1)

@@ -9,6 +9,7 @@ cut them from. Of several encoders each has a map, and the result is their mean.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lvlm_probe.boxes.encoder_tokens import blocks_of, chosen_encoder, encoder_tokens, encoders_of, feature_map_boxes
-from lvlm_probe.boxes.painting import paint, pitch
+from lvlm_probe.boxes.painting import have_extent, paint, pitch
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, register
 from lvlm_probe.explainers.scores import finish
 from lvlm_probe.models.precision import sum_dtype
 
@@ -42,7 +43,7 @@ def weighted_activations(activations: Tensor, gradients: Tensor, live: Tensor) -
     return ((weights * activations.to(wide)).sum(dim=-1).clamp(min=0) * kept[:, :, 0]).cpu().double()
 
 
-@register("gradcam", needs=("passes", "gradients", "activations"), cost=lambda *_: Cost("activations", 1, 1))
+@register("gradcam", needs=("passes", "gradients", "activations"), cost=lambda *_: Cost("activations", 1, 1), clips=True)
 def gradcam(
     problem: Problem,
     *,
@@ -61,7 +62,7 @@ def gradcam(
     Raises:
         ExplainError: The model has no encoder, no gradient reaches it, or the places of its tokens are not known.
     """
-    replay = problem.replay
+    replay, size_of = problem.replay, problem.extent
     encoders = encoders_of(replay)
     if encoder is not None:
         encoders = (chosen_encoder(replay, encoder, encoders),)
@@ -73,9 +74,8 @@ def gradcam(
         encoders = within
     modules = [module for path in encoders for module in candidates[path]]
     with replay.capture(modules=modules) as seen:
-        replay.score_and_grad(torch.ones(1, 1, 1, dtype=torch.float32), problem.score, image=problem.image)
+        replay.score_and_grad(problem.even(torch.ones(1, dtype=torch.float32)), problem.score, image=problem.target)
     problem.advance(1, 1)
-    size_of = replay.image_sizes[problem.image]
     maps: list[tuple[Tensor, np.ndarray]] = []
     used: list[tuple[str, str]] = []
     for path in encoders:
@@ -91,7 +91,7 @@ def gradcam(
         used.append((path, module))
     if not maps:
         raise ExplainError("no gradient of the score reaches any encoder")
-    shape = _finest([boxes for _, boxes in maps], size_of) if size is None else problem.grid(size)
+    shape = _finest([boxes for _, boxes in maps], size_of) if size is None else problem.shape(size)
     painted = [paint(values, boxes, size_of, shape) for values, boxes in maps]
     layers = [module for _, module in used]
     params = {"layer": layers if len(layers) > 1 else layers[0], "encoder": encoder, "size": list(shape)}
@@ -114,23 +114,22 @@ def _map(
 ) -> tuple[Tensor, np.ndarray]:
     """CAM of one encoder's layer: values and boxes of its live tokens."""
     if activations.ndim == 4:  # a convolutional stage, (view, channel, row, col)
-        boxes = feature_map_boxes(problem.replay, module, activations, problem.image)
+        boxes = feature_map_boxes(problem.replay, module, activations, problem.target)
         activations, gradients = (part.flatten(2).transpose(1, 2) for part in (activations, gradients))
     else:
-        boxes = encoder_tokens(problem.replay, encoder, problem.image).boxes
+        boxes = encoder_tokens(problem.replay, encoder, problem.target).boxes
         activations, gradients = (part.reshape(-1, *part.shape[-2:]) for part in (activations, gradients))
     if activations.shape[0] * activations.shape[1] != len(boxes):
         raise ExplainError(
             f"{module} has {activations.shape[0]} × {activations.shape[1]} tokens where the encoder's first block has "
             f"{len(boxes)}: their places are not known; name another layer of {encoder}"
         )
-    live = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    live = have_extent(boxes)
     values = weighted_activations(
         activations, gradients, torch.from_numpy(live).reshape(activations.shape[0], activations.shape[1])
     )
     return values.reshape(-1)[torch.from_numpy(live)], boxes[live]
 
 
-def _finest(boxes: Sequence[np.ndarray], size: tuple[int, int]) -> tuple[int, int]:
-    grids = [pitch(each, size) for each in boxes]
-    return max(grids, key=lambda grid: grid[0] * grid[1])
+def _finest(boxes: Sequence[np.ndarray], size: tuple[int, ...]) -> Shape:
+    return max((pitch(each, size) for each in boxes), key=math.prod)

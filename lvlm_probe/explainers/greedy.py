@@ -19,6 +19,9 @@ one without which F of all regions not yet put at the end is highest. So two reg
 **Heat.** A region's value is the share of F's total rise that was still missing when the region was taken:
 1 − (F(before) − F(∅)) / (max F − F(∅)), F taken as the highest so far. It falls from 1 along the order. Regions that
 add nothing are told apart by rank: heat = (1 − ε) · value + ε · (m − position) / m, ε = 0.001, so no two regions tie.
+
+**Clips** are cut in time first, into even stretches, and each of those in space: by a grid, or by superpixels of all its
+frames together, which follow what moves.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import torch
 
 from lvlm_probe.errors import ExplainError, ImageError
@@ -43,14 +47,21 @@ Segments = Literal["slic", "grid"]
 _RANK_SHARE = 1e-3
 _LONG_SIDE = 224
 """Cells of the long side of a map of superpixels: enough for their borders, and 64 masks of it are 13 MB."""
+_CLIP_SIDE = 112
+"""... of a clip, with its 16 steps in time 51 MB."""
+_STRETCHES = 4
+"""Parts of a clip's time by default: of 64 regions, 16 in space each."""
 
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     regions, batch = params["regions"], params["batch"]
-    count = regions if isinstance(regions, int) else regions[0] * regions[1]
-    width, height = problem.replay.image_sizes[problem.image]
-    scale = min(1.0, _LONG_SIDE / max(width, height)) if params["segments"] == "slic" else 0.0
-    shape = (round(height * scale), round(width * scale)) if scale else problem.grid(None, cells=count)
+    parts = 1 if problem.clip is None else _parts(problem, params["stretches"])
+    count = regions if isinstance(regions, int) else regions[0] * regions[1] * parts
+    if params["segments"] == "slic":
+        width, height = _small(problem)
+        shape = problem.shape((height, width))
+    else:
+        shape = problem.shape(None, cells=max(1, count // parts))
     if params["search"] == "exact":
         passes = count * (count + 1) + 2
     else:
@@ -67,13 +78,14 @@ def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     return Cost("forward", passes, 0, (min(batch, 2 * count),), numbers=numbers, about=True, grids=(shape,))
 
 
-@register("greedy", cost=_cost)
+@register("greedy", cost=_cost, clips=True)
 @torch.no_grad()
 def greedy(
     problem: Problem,
     *,
     segments: Segments = "slic",
     regions: int | tuple[int, int] = 64,
+    stretches: int | None = None,
     search: Search = "fast",
     l1: float = 1.0,
     l2: float = 1.0,
@@ -88,7 +100,9 @@ def greedy(
         problem: The answer's tokens and the image.
         segments: ``"slic"``, superpixels (Achanta et al., 2012, zero-parameter version; needs the extra
             ``superpixels``), or ``"grid"``, rectangles.
-        regions: About how many, or ``(rows, columns)`` of a grid.
+        regions: About how many, or ``(rows, columns)`` of a grid; of a clip in all its stretches together, or
+            ``(rows, columns)`` in each.
+        stretches: Of a clip, even parts of its time, by default at most 4; regions lie within one.
         search: ``"fast"`` or ``"exact"``.
         l1, l2: λ1 and λ2.
         rescan, top, pending: Of the fast search.
@@ -108,9 +122,9 @@ def greedy(
         pending=whole_rule(pending, 0),
         batch=whole_rule(batch, 2),
     )
-    labels = regions_of(problem, segments, regions)
-    shape = (labels.shape[0], labels.shape[1])
-    params = {
+    labels = regions_of(problem, segments, regions, stretches)
+    shape = tuple(labels.shape)
+    params: dict[str, Any] = {
         "segments": segments,
         "regions": list(regions) if isinstance(regions, (tuple, list)) else regions,
         "search": search,
@@ -118,6 +132,8 @@ def greedy(
         "l2": l2,
         "batch": batch,
     }
+    if problem.clip is not None:
+        params["stretches"] = _parts(problem, stretches)
     if search == "fast":
         params |= {"rescan": rescan, "top": top, "pending": pending}
     seen = problem.seen(shape)
@@ -147,39 +163,79 @@ def greedy(
     rank = 1 - torch.arange(len(order), dtype=torch.float32) / len(order)
     value = torch.empty(len(order), dtype=torch.float64)
     value[order] = (1 - _RANK_SHARE) * missing + _RANK_SHARE * rank
-    heat = torch.einsum("mrc,m->rc", inside.double(), value)
+    heat = torch.einsum("m...,m->...", inside.double(), value)
     return Outcome(heat.clamp(0.0, 1.0).float(), params, history, diagnostics=diagnostics)
 
 
-def regions_of(problem: Problem, segments: Segments, regions: int | tuple[int, int]) -> torch.Tensor:
-    """Number of the region of every cell, ``(row, col)`` int64.
+def regions_of(
+    problem: Problem, segments: Segments, regions: int | tuple[int, int], stretches: int | None = None
+) -> torch.Tensor:
+    """Number of the region of every cell, ``(row, col)`` int64, of a clip ``(t, row, col)``.
 
     Raises:
-        ExplainError: scikit-image is missing, there is no image to cut up, or a number of regions below 1.
+        ExplainError: scikit-image is missing, there is no image to cut up, a number of regions below 1, or more
+            stretches than steps in time.
     """
+    clip = problem.clip
+    if clip is None and stretches is not None:
+        raise ExplainError("greedy: stretches are of a clip's time, and this is an image: leave stretches out")
+    parts = 1 if clip is None else _parts(problem, stretches)
+    if isinstance(regions, (tuple, list)) and segments == "grid":
+        number = math.prod(problem.grid(regions))
+    else:
+        number = max(1, _number(regions) // parts)
+    steps = 1 if clip is None else problem.shape(1)[0]
+    bounds = [round(part * steps / parts) for part in range(parts + 1)]
+    spans = list(zip(bounds, bounds[1:], strict=False))
     if segments == "grid":
-        shape = (
-            problem.grid(regions) if isinstance(regions, (tuple, list)) else problem.grid(None, cells=_number(regions))
-        )
-        return torch.arange(shape[0] * shape[1]).reshape(shape)
-    number = _number(regions)
+        shape = problem.grid(regions) if isinstance(regions, (tuple, list)) else problem.grid(None, cells=number)
+        cut = [torch.arange(math.prod(shape)).reshape(1, *shape).expand(stop - start, -1, -1) for start, stop in spans]
+    else:
+        numbers = [0] if clip is None else [part[len(part) // 2] for part in clip.parts(steps)]
+        frames = [_pixels(problem, number) for number in numbers]
+        cut = [_superpixels(frames[start:stop], number) for start, stop in spans]
+    first = 0
+    for place, part in enumerate(cut):
+        cut[place] = part + first
+        first += int(part.max()) + 1
+    labels = torch.cat(cut)
+    return labels[0] if clip is None else labels
+
+
+def _parts(problem: Problem, stretches: int | None) -> int:
+    steps = problem.shape(1)[0]
+    parts = min(_STRETCHES, steps) if stretches is None else stretches
+    check_rules("greedy", stretches=(parts, whole_rule(parts)[1] and parts <= steps, f"between 1 and {steps}"))
+    return parts
+
+
+def _small(problem: Problem) -> tuple[int, int]:
+    """Columns and rows of a map of superpixels."""
+    edges = problem.replay.image_sizes[problem.image]
+    scale = min(1.0, (_LONG_SIDE if problem.clip is None else _CLIP_SIDE) / max(edges))
+    return max(1, round(edges[0] * scale)), max(1, round(edges[1] * scale))
+
+
+def _pixels(problem: Problem, number: int) -> np.ndarray:
+    """The image, or one frame of the clip, small: ``(row, col, channel)`` uint8."""
+    try:
+        picture = problem.replay.image(problem.image + number).convert("RGB")
+    except (ImageError, IndexError) as error:
+        raise ExplainError(f"greedy: no image to cut into superpixels ({error}); use segments='grid'") from error
+    return np.asarray(picture.resize(_small(problem)))
+
+
+def _superpixels(frames: Sequence[np.ndarray], number: int) -> torch.Tensor:
+    """Superpixels of some frames together, ``(t, row, col)`` int64 from 0."""
     try:
         from skimage.segmentation import slic
     except ImportError as error:
         raise ExplainError(
             "greedy: superpixels need scikit-image: pip install 'lvlm-probe[superpixels]', or segments='grid'"
         ) from error
-    import numpy as np
-
-    try:
-        picture = problem.replay.image(problem.image).convert("RGB")
-    except (ImageError, IndexError) as error:
-        raise ExplainError(f"greedy: no image to cut into superpixels ({error}); use segments='grid'") from error
-    scale = min(1.0, _LONG_SIDE / max(picture.size))
-    width, height = (max(1, round(edge * scale)) for edge in picture.size)
-    pixels = np.asarray(picture.resize((width, height)))
+    pixels = np.stack(frames) if len(frames) > 1 else frames[0]
     labels = slic(pixels, n_segments=number, slic_zero=True, start_label=0, channel_axis=-1)
-    return torch.from_numpy(np.asarray(labels, dtype=np.int64))
+    return torch.from_numpy(np.asarray(labels, dtype=np.int64)).reshape(len(frames), *frames[0].shape[:2])
 
 
 def _number(regions: object) -> int:
@@ -210,7 +266,7 @@ class _Worth:
             shown = (chosen @ self.inside).reshape(-1, *self.shape)
             masks = torch.cat([shown, 1 - shown]).to(self.problem.replay.device)
             log_probs = self.problem.replay.log_probs(
-                masks, image=self.problem.image, steps=self.problem.selection.indices
+                masks, image=self.problem.target, steps=self.problem.selection.indices
             )
             probability = score_of(self.problem, log_probs, "prob").cpu().double()
             require_finite("greedy", self.problem, probability)

@@ -38,7 +38,7 @@ def _cost(_problem: Problem, params: Mapping[str, Any]) -> Cost:
     return Cost("relevance", passes, passes, (batch,), splits=False, parts=parts_of(params["scope"]), joined=paper)
 
 
-@register("iia", needs=("passes", "gradients", "attention"), cost=_cost)
+@register("iia", needs=("passes", "gradients", "attention"), cost=_cost, clips=True)
 def iia(
     problem: Problem,
     *,
@@ -118,7 +118,7 @@ def iia(
         if scope != "encoder":
             scaled += seen.tapped.get("decoder", [])[-1:]
         try:
-            replay.score_and_grad(blend[:, None, None], problem.score, image=problem.image, micro_batch=batch)
+            replay.score_and_grad(problem.even(blend), problem.score, image=problem.target, micro_batch=batch)
         except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:
             raise out_of_memory(
                 f"the {batch} points of the path do not fit into memory at once; give points=…", error
@@ -139,5 +139,6 @@ def _last_read(problem: Problem, encoder: str) -> list[str]:
             arrived.append(layer.layer.module)
 
     with problem.replay.capture(attention=["encoder"], visit=arrive):
-        problem.replay.score_and_grad(torch.ones(1, 1, 1, dtype=torch.float32), problem.score, image=problem.image)
+        whole = problem.even(torch.ones(1, dtype=torch.float32))
+        problem.replay.score_and_grad(whole, problem.score, image=problem.target)
     return arrived[:1]

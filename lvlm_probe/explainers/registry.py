@@ -43,6 +43,7 @@ from lvlm_probe.models.inputs import index_on
 from lvlm_probe.plugins import check_registration, load_plugins
 from lvlm_probe.progress import Progress
 from lvlm_probe.replaying.protocol import Need, Stand
+from lvlm_probe.trace.clips import images_of
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -88,7 +89,7 @@ MOST_STEPS = 16
 class Problem:
     """What is to be explained: the answer's tokens ``selection`` by image ``image`` of ``replay``, or by a ``clip``,
     whose first frame that image then is. Methods that are registered with ``clips`` ask for ``shape`` in place of
-    ``grid`` and mask ``target``; no others are given one.
+    ``grid``, and mask ``target``, with ``even`` masks where they mask no place; no others are given one.
 
     ``live`` is False where a trace alone is explained; ``replay`` then is that trace and runs no pass.
     """
@@ -130,6 +131,21 @@ class Problem:
     def target(self) -> int | Clip:
         """What a mask is laid over, as ``image=`` of the replay: the clip where there is one, else the image."""
         return self.image if self.clip is None else self.clip
+
+    @property
+    def images(self) -> range:
+        """Numbers of the images that are explained: one, or the frames of the clip."""
+        return images_of(self.target)
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """``(width, height)`` of the image, pixels; of a clip ``(width, height, frames)``."""
+        size = self.replay.image_sizes[self.image]
+        return size if self.clip is None else (*size, self.clip.frames)
+
+    def even(self, values: torch.Tensor) -> torch.Tensor:
+        """Masks of one cell over the whole ``target``: ``(batch,)`` → ``(batch, 1, 1)``, of a clip ``(batch, 1, 1, 1)``."""
+        return values.reshape(-1, *[1] * len(self.extent))
 
     def shape(self, size: int | Sequence[int] | None, *, cells: int = 256) -> Shape:
         """Mask size: ``grid``'s, and of a clip ``(t, row, col)``: a step in time for each frame, at most

@@ -26,7 +26,7 @@ def _cost(_problem: Problem, params: Mapping[str, Any]) -> Cost:
     return Cost("relevance", 1, 1, parts=parts_of(params["scope"]))
 
 
-@register("rollout", needs=("passes", "attention"), cost=_cost)
+@register("rollout", needs=("passes", "attention"), cost=_cost, clips=True)
 def rollout(
     problem: Problem, *, scope: Scope = "decoder", encoder: int = 0, size: int | tuple[int, int] | None = None
 ) -> Outcome:
@@ -48,12 +48,12 @@ def rollout(
     if scope == "decoder":
         with replay.capture(attention=walk.parts) as seen:
             with torch.no_grad():
-                replay.log_probs(torch.ones(1, 1, 1, dtype=torch.float32), image=problem.image)
+                replay.log_probs(problem.even(torch.ones(1, dtype=torch.float32)), image=problem.target)
             for layer in reversed(seen.layers):
                 walk(layer)
     else:
         with replay.capture(attention=walk.parts, visit=walk) as seen:
-            replay.score_and_grad(torch.ones(1, 1, 1, dtype=torch.float32), problem.score, image=problem.image)
+            replay.score_and_grad(problem.even(torch.ones(1, dtype=torch.float32)), problem.score, image=problem.target)
     problem.advance(1, 1)
     grid, met = walk.painted(size)
     params = {"scope": scope, "encoder": encoder, "size": list(grid.shape)}

@@ -98,7 +98,7 @@ def _same_picture(problem: Problem) -> str:
     """A way out where the baseline cannot hide anything: it is the image itself."""
     if not problem.live:
         return ""
-    path, mine = problem.replay.path, [problem.image] if problem.clip is None else list(problem.clip.images)
+    path, mine = problem.replay.path, list(problem.images)
     if len(path.baseline_images) <= mine[-1]:
         return ""
     for picture, other in ((path.images[k], path.baseline_images[k]) for k in mine):

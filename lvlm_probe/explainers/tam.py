@@ -42,7 +42,7 @@ def _cost(problem: Problem, _params: Mapping[str, Any]) -> Cost:
     return Cost("hidden", 1, 0)
 
 
-@register("tam", needs=["activations"], cost=_cost)
+@register("tam", needs=["activations"], cost=_cost, clips=True)
 def tam(
     problem: Problem, *, interference: bool = True, filtered: bool = True, size: int | tuple[int, int] | None = None
 ) -> Outcome:
@@ -57,10 +57,10 @@ def tam(
         ExplainError: Nothing was recorded and no model is at hand, the model has no plain LM head, or the places of its
             image tokens are not known.
     """
-    tokens = image_tokens(problem.replay, problem.image, live=problem.live)
+    tokens = image_tokens(problem.replay, problem.target, live=problem.live)
     states = _states(problem)
     own = pitch(tokens.boxes, tokens.size)
-    shape = own if size is None else problem.grid(size)
+    shape = own if size is None else problem.shape(size)
     total = torch.zeros(own, dtype=torch.float64)
     scales: list[float] = []
     met = torch.ones(own, dtype=torch.bool)
@@ -70,7 +70,8 @@ def tam(
         grid, met = paint(values, tokens.boxes, tokens.size, own)
         total += _filtered(grid, met) if filtered else grid
     if shape != own:
-        total = functional.interpolate(total[None, None], size=shape, mode="bilinear", align_corners=False)[0, 0]
+        mode = "bilinear" if problem.clip is None else "trilinear"
+        total = functional.interpolate(total[None, None], size=shape, mode=mode, align_corners=False)[0, 0]
         met = problem.seen(shape)
     params = {"interference": interference, "filtered": filtered, "size": list(shape)}
     return finish(total / len(scales), met, params, diagnostics={"interference_scale": scales, "source": states.source})
@@ -127,7 +128,10 @@ def _map(states: _States, image: Tensor, step: int, interference: bool) -> tuple
 
 
 def _filtered(grid: Tensor, met: Tensor) -> Tensor:
-    """The filter within the part of the image that has tokens: the margins of a crop are no values of 0."""
+    """The filter within the part of the image that has tokens: the margins of a crop are no values of 0. Of a clip step
+    by step, since neighbours in time need not show the same."""
+    if grid.ndim == 3:
+        return torch.stack([_filtered(*step) if step[1].any() else step[0] for step in zip(grid, met, strict=True)])
     rows, cols = (met.any(dim=axis).nonzero()[:, 0] for axis in (1, 0))
     inside = slice(int(rows[0]), int(rows[-1]) + 1), slice(int(cols[0]), int(cols[-1]) + 1)
     smooth = torch.zeros_like(grid)

@@ -23,7 +23,7 @@ def _cost(_problem: Problem, params: Mapping[str, Any]) -> Cost:
     return Cost("relevance", 1, 1, parts=parts_of(params["scope"]))
 
 
-@register("tmm", needs=("passes", "gradients", "attention"), cost=_cost)
+@register("tmm", needs=("passes", "gradients", "attention"), cost=_cost, clips=True)
 def tmm(
     problem: Problem,
     *,
@@ -48,7 +48,7 @@ def tmm(
     replay = problem.replay
     with replay.capture(attention=walk.parts, visit=walk) as seen:
         walk.starts_at(next(iter(seen.tapped.get(walk.lowest_part, [])), ""))
-        replay.score_and_grad(torch.ones(1, 1, 1, dtype=torch.float32), problem.score, image=problem.image)
+        replay.score_and_grad(problem.even(torch.ones(1, dtype=torch.float32)), problem.score, image=problem.target)
     problem.advance(1, 1)
     grid, met = walk.painted(size)
     params = {"scope": scope, "last_factor": last_factor, "encoder": encoder, "size": list(grid.shape)}

@@ -37,6 +37,7 @@ class RecordedAnswer:
         said = torch.tensor(trace.log_probs).float()
         self.rounding = rounding_of(said, 1.0, epsilon_of(trace.model.get("torch_dtype")))
         self.baseline = dict(trace.baseline or {})
+        self.clips = tuple(trace.clips)
         self.image_sizes = [picture.size for picture in trace.images]
         self.n_images = len(self.image_sizes)
         if not self.n_images:
@@ -55,7 +56,8 @@ class RecordedAnswer:
         layout = self.trace.layout
         if layout.patch_box is None:
             return torch.ones(shape, dtype=torch.bool)
-        boxes = layout.patch_box[layout.image_index == k]
+        first, last = (layout.image_index,) * 2 if layout.patch_frames is None else layout.patch_frames.T
+        boxes = layout.patch_box[(first <= k) & (k <= last)]
         return paint(torch.zeros(len(boxes), dtype=torch.float32), boxes, self.image_sizes[k], shape)[1]
 
     def __getattr__(self, name: str) -> Any:

@@ -163,7 +163,8 @@ class TeacherForcing:
         inputs: dict[str, Any] = {
             name: value.expand(batch, *value.shape[1:]) for name, value in self._text(shortcut).items()
         }
-        inputs.update(self._other)
+        # Of Qwen2.5-VL, seconds that a patch lasts: one number per clip, not per row.
+        inputs.update({n: v.repeat(batch) if "second_per_grid" in n else v for n, v in self._other.items()})
         inputs.update({name: _to(value, self.device) for name, value in pixel_inputs.items()})
         inputs.update({name: inputs[name].tolist() for name in self._lists & inputs.keys()})
         if self._takes_use_cache:

@@ -13,7 +13,7 @@ from lvlm_probe.storage.encoding import JSON
 from lvlm_probe.storage.reading import SealedFile
 from lvlm_probe.trace.fields import Json
 
-__all__ = ["MOST_FRAMES", "Clip", "ClipList"]
+__all__ = ["MOST_FRAMES", "Clip", "ClipList", "images_of"]
 
 MOST_FRAMES = 1000
 """Frames of one clip: a trace has no more images."""
@@ -96,6 +96,11 @@ class Clip:
         if indices is not None and not (isinstance(indices, list) and all(type(index) is int for index in indices)):
             raise TypeError("the indices of a clip are a list of whole numbers")
         return cls(**whole, **wide, indices=None if indices is None else tuple(indices))  # type: ignore[arg-type]
+
+
+def images_of(target: int | Clip) -> range:
+    """Numbers, among the images of a prompt, of what is explained: one image, or the frames of a clip."""
+    return range(target, target + 1) if isinstance(target, int) else target.images
 
 
 @dataclass(frozen=True)

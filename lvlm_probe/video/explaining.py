@@ -1,4 +1,4 @@
-"""``explain`` for videos: a method that masks, with a mask over time and space."""
+"""``explain`` for videos: methods whose masks, or whose tokens' tubes, have an axis of time."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ def clip_methods() -> list[str]:
     return sorted(name for name, method in METHODS.items() if method.clips)
 
 
-def clip_of(replay: Replay, clip: int) -> Clip:
-    """The video number ``clip`` of the prompt. Raises ``ExplainError`` where it has none such."""
-    if isinstance(replay, Trace):
-        raise ExplainError("a video is explained by running the model: give probe.replay(trace, model, processor)")
+def clip_of(replay: Replay | Trace, clip: int, *, by_trace: bool = False) -> Clip:
+    """The video number ``clip`` of the prompt.
+
+    Raises:
+        ExplainError: it has none such, or a trace is given where it takes the model.
+    """
+    if isinstance(replay, Trace) and not by_trace:
+        raise ExplainError("this takes passes of the model: give probe.replay(trace, model, processor)")
     if not replay.clips:
         raise ExplainError("the prompt holds no video: probe.explain(replay) explains by an image")
     if not 0 <= clip < len(replay.clips):
@@ -36,7 +40,7 @@ def clip_of(replay: Replay, clip: int) -> Clip:
 @outside_inference_mode
 @taking_turns
 def explain(
-    replay: Replay,
+    replay: Replay | Trace,
     *,
     method: str = "igos++",
     tokens: Tokens | None = None,
@@ -50,7 +54,7 @@ def explain(
     tokens likely.
 
     Args:
-        replay: the recorded answer on its model.
+        replay: the recorded answer on its model; the trace alone will do as for ``lvlm_probe.explain``.
         method: one of ``clip_methods()``.
         tokens, seed, strengthen, progress: as for ``lvlm_probe.explain``.
         clip: number of the video, when the prompt has several; images and other videos stay whole.
@@ -63,10 +67,10 @@ def explain(
         ExplainError: the prompt has no such video, the method does not explain by one, and as ``lvlm_probe.explain``.
         OutOfMemory, SelectionError: as ``lvlm_probe.explain``.
     """
-    mine = clip_of(replay, clip)
+    mine = clip_of(replay, clip, by_trace=True)
     resolve(method)
     if not METHODS[method].clips:
-        raise ExplainError(f"{method} does not explain by a video yet; these do: {', '.join(clip_methods())}")
+        raise ExplainError(f"{method} does not explain by a video; these do: {', '.join(clip_methods())}")
     made = run(
         replay, mine, method=method, tokens=tokens, seed=seed, strengthen=strengthen, progress=progress, plan=None,
         params=params,

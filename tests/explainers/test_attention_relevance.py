@@ -216,7 +216,8 @@ def toy_problem() -> Any:
     return SimpleNamespace(
         replay=SimpleNamespace(length=3, image_sizes=[(2, 1)], path=None, trace=SimpleNamespace(layout=layout)),
         queries=torch.tensor([2]),
-        image=0,
+        target=0,
+        extent=(2, 1),
         live=True,
     )
 

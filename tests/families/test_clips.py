@@ -126,6 +126,12 @@ def test_a_mask_of_fewer_steps_lasts_several_frames(case: Case) -> None:
     assert torch.allclose(made, expected, atol=1e-6)
 
 
+def test_masks_go_through_together_as_they_do_alone(case: Case) -> None:
+    masks = torch.rand(3, 4, 2, 2, generator=torch.Generator().manual_seed(5))
+    alone = torch.cat([case.replay.log_probs(mask[None]) for mask in masks])
+    assert torch.allclose(case.replay.log_probs(masks), alone, atol=1e-4)
+
+
 def test_an_image_token_knows_its_frames_and_its_box(case: Case) -> None:
     layout, together = case.trace.layout, clips.CLIPS[case.built.member.name].together
     placed = layout.patch_box[:, 2] > layout.patch_box[:, 0]
