@@ -95,7 +95,7 @@ clean:  ## remove environments and everything generated
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one:  make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "installing into .venv-tv"
 	@test -x .venv-tv/bin/python || $(PYTHON) -m venv .venv-tv
-	@.venv-tv/bin/python $(INSTALL) -e '.[torchvision]' pytest pytest-timeout pytest-xdist grad-cam timm num2words
+	@.venv-tv/bin/python $(INSTALL) -e '.[torchvision,video]' pytest pytest-timeout pytest-xdist grad-cam timm num2words
 	@touch $@
 
 # Libraries of quantised weights, beside .venv and for their tests alone: transformers imports them with every model, for seconds.

@@ -1,4 +1,4 @@
-"""One question about one or more images, from asking to a figure: ``ask`` records, replays and explains in one line.
+"""One question about images or a video, from asking to a figure: ``ask`` records, replays and explains in one line.
 
     answer = probe.ask(model, processor, "photo.jpg", "What is on the table?")
     answer.explain("mug")
@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from lvlm_probe.cards import answer_html, card, text_html
-from lvlm_probe.errors import ProbeError
+from lvlm_probe.errors import ImageError, ProbeError
 from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import explain
 from lvlm_probe.heatmap import Heatmap, figure
@@ -27,6 +29,9 @@ from lvlm_probe.pages import report
 from lvlm_probe.recording.answering import record_answer
 from lvlm_probe.replaying import Replay, replay
 from lvlm_probe.trace.image_files import open_image
+from lvlm_probe.trace.video_files import is_video_name
+from lvlm_probe.video import ClipHeatmap
+from lvlm_probe.video import explain as explain_clip
 
 if TYPE_CHECKING:
     import torch
@@ -41,27 +46,35 @@ __all__ = ["Answer", "ask"]
 def ask(
     model: torch.nn.Module,
     processor: Any,
-    image: Any,
+    image: Any = None,
     question: str = "",
     *,
+    video: Any = None,
+    num_frames: int | None = None,
+    fps: float | None = None,
     out: str | os.PathLike[str] | None = None,
     fetch: bool = False,
     prompt: str | None = None,
     max_new_tokens: int = 128,
     **generate: Any,
 ) -> Answer:
-    """Ask a model about an image, and keep what it takes to explain the answer.
+    """Ask a model about an image or a video, and keep what it takes to explain the answer.
 
-    The prompt is the processor's chat template with the images first and the question after them; decoding is greedy
+    The prompt is the processor's chat template with images first, then videos, then the question; decoding is greedy
     unless ``do_sample=True`` is given. Families without a chat template (BLIP-2, Kosmos-2, Florence-2, ...) are asked
     as their model cards say. For conversations of your own: ``attach`` and ``record``.
 
     Args:
         model: any that ``attach`` takes.
         processor: its processor.
-        image: one image, or a list of several, of any kind that ``open_image`` opens.
+        image: one image, or a list of several, of any kind that ``open_image`` opens. A file named like a video
+            (``.mp4``, ``.webm``, …) is one.
         question: what is asked. Captioners and readers (BLIP, Donut, TrOCR, ...) take none; their task, or how the
             answer begins, is ``prompt``.
+        video: one video, or a list of several: a file (MP4, WebM, GIF, …; ``pip install 'lvlm-probe[video]'``), or an
+            array ``(frame, row, col, channel)`` of uint8; one may also be a list of images.
+        num_frames, fps: how many frames of a video the processor samples, in all or in a second; by default as it does
+            by itself, or of a file 16, where it would take all.
         out: folder to keep the trace in; by default one that goes with the answer.
         fetch: ask the network for images given as URLs.
         prompt: how the question is put, instead: a text with ``{question}`` and, where the processor wants image tokens
@@ -71,18 +84,34 @@ def ask(
 
     Raises:
         AttachError: the model cannot be probed, or is probed already.
-        ImageError: an image cannot be opened.
+        ImageError: an image or a video cannot be opened.
         ProbeError: the question is missing, or the model takes none, or the answer could not be recorded; the message
             says why.
     """
-    images = [open_image(one, fetch=fetch) for one in (image if isinstance(image, list | tuple) else [image])]
+    given = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
+    images = [open_image(one, fetch=fetch) for one in given if not is_video_name(one)]
+    videos = [*filter(is_video_name, given), *_videos(video)]
+    if not images and not videos:
+        raise ImageError("there is nothing to ask about: give image=…, or video=…")
     folder = tempfile.TemporaryDirectory(prefix="lvlm_probe_answer_") if out is None else None
     directory = Path(folder.name) if folder is not None else Path(out or "")
     options = {"max_new_tokens": max_new_tokens, **generate}
-    trace = record_answer(model, processor, images, question, directory, generate=options, prompt=prompt)
+    trace = record_answer(
+        model, processor, images, question, directory, videos=videos, num_frames=num_frames, fps=fps, generate=options,
+        prompt=prompt,
+    )  # fmt: skip
     if trace.status == "error":
         raise ProbeError(f"the recording of {trace.path} is faulty: {trace.error}")
     return Answer(trace, replay(trace, model, processor), folder)
+
+
+def _videos(video: Any) -> list[Any]:
+    """Videos one by one. A list of images is the frames of one."""
+    if video is None:
+        return []
+    if isinstance(video, list | tuple) and not all(isinstance(frame, Image.Image) for frame in video):
+        return list(video)
+    return [video]
 
 
 class Answer:
@@ -96,7 +125,7 @@ class Answer:
     def __init__(self, trace: Trace, replay: Replay, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
         self.trace, self.replay = trace, replay
         self._folder = folder  # the trace goes with the answer
-        self._explained: list[tuple[Heatmap, Score | None]] = []
+        self._explained: list[tuple[Heatmap | ClipHeatmap, Score | None]] = []
 
     @property
     def text(self) -> str:
@@ -109,13 +138,13 @@ class Answer:
         return self.trace.words
 
     @property
-    def explained(self) -> tuple[tuple[Heatmap, Score | None], ...]:
+    def explained(self) -> tuple[tuple[Heatmap | ClipHeatmap, Score | None], ...]:
         """The maps made so far with their scores, in the order of making."""
         return tuple(self._explained)
 
     def explain(
         self, words: str | Sequence[str] | None = None, *, method: str = "igos++", check: bool = True, **options: Any
-    ) -> Heatmap:
+    ) -> Heatmap | ClipHeatmap:
         """Explain the answer or some of its words, and check the map by deletion and insertion.
 
         Args:
@@ -123,18 +152,21 @@ class Answer:
                 ``explain``.
             method: one of ``lvlm-probe methods``.
             check: evaluate the map; otherwise pages and figures say "not checked".
-            **options: ``image``, ``seed``, ``progress`` and the method's parameters.
+            **options: ``image`` or, of a video, ``clip``, ``seed``, ``progress`` and the method's parameters. An answer
+                about a video is explained by that unless ``image`` is given.
 
         Returns:
             The map. Its score is the last of ``explained``.
         """
         tokens: Any = [words] if isinstance(words, str) else words
-        heat = explain(self.replay, method=method, tokens=tokens, **options)
+        by_clip = bool(self.replay.clips) and "image" not in options
+        heat = (explain_clip if by_clip else explain)(self.replay, method=method, tokens=tokens, **options)
         self._explained.append((heat, evaluate(heat, self.replay) if check else None))
         return heat
 
     def figure(self, path: str | os.PathLike[str] | None = None, **look: Any) -> Figure:
         """A figure for print of all maps made so far, of the whole answer if there is none; see ``heatmap.figure``."""
+        heats: Any
         heats, scores = self._shown()
         return figure(heats, scores=scores, out=path, **look)
 
@@ -143,7 +175,7 @@ class Answer:
         heats, scores = self._shown()
         return report(heats, scores=scores, out=path, **options)
 
-    def _shown(self) -> tuple[list[Heatmap], list[Score | None]]:
+    def _shown(self) -> tuple[list[Heatmap | ClipHeatmap], list[Score | None]]:
         if not self._explained:
             self.explain()
         return [heat for heat, _ in self._explained], [score for _, score in self._explained]

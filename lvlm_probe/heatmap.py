@@ -16,7 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -59,6 +59,7 @@ class HeatGrid:
     provenance: Mapping[str, Any]
     history: tuple[Mapping[str, float], ...]
     reason: str | None
+    trace: Trace | None
 
     def __post_init__(self) -> None:
         if self.values is None:
@@ -110,6 +111,59 @@ class HeatGrid:
 
     def describe(self) -> dict[str, Any]:
         """Everything but the values; JSON-ready."""
+        raise NotImplementedError
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Writes values, provenance and history to an HDF5 file (complete or not at all); returns the path."""
+        from lvlm_probe.storage import write_arrays
+
+        target = Path(path)
+        arrays = {} if self.values is None else {"values": self.values, "seen": self._seen()}
+        attrs = self.describe()
+        trace_path = getattr(self.trace, "path", None)
+        if trace_path is not None:
+            # Relative, so that a directory of traces and explanations can be moved, and no private path is stored.
+            attrs["trace_path"] = os.path.relpath(trace_path, target.resolve().parent)
+            attrs["trace_row"] = int(getattr(self.trace, "row", 0))
+        written: Path = write_arrays(target, KIND, VERSION, arrays, attrs)
+        return written
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], *, trace: Trace | None = None) -> Self:
+        """Reads what ``write`` wrote; finds its trace beside it, where it is still there.
+
+        Raises:
+            TraceError: The file is missing, damaged, or no heatmap of this kind.
+        """
+        from lvlm_probe.storage import read_arrays
+
+        source = Path(path)
+        arrays, attrs = read_arrays(source, KIND, version=VERSION)
+        make: Any = cls  # a dataclass, as are all that can be read
+        try:
+            record: Any = attrs
+            heat = make(
+                values=arrays.get("values"),
+                image_size=_stored_size(record["image_size"]),
+                seen=arrays.get("seen"),
+                selection=TokenSelection.from_dict(record["selection"]),
+                method=str(record["method"]),
+                params=dict(record["params"]),
+                provenance=dict(record["provenance"]),
+                history=tuple(dict(item) for item in record["history"]),
+                reason=None if record["reason"] is None else str(record["reason"]),
+                **cls._stored_place(record),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ProbeError) as error:
+            said = f"{type(error).__name__}: {str(error)[:200]}"
+            raise TraceError(f"{source}: not a complete heatmap ({said}); explain the trace again") from error
+        found = trace if trace is not None else _trace_beside(source, attrs, heat.provenance)
+        read: Self = dataclasses.replace(heat, trace=found)
+        return read
+
+    @classmethod
+    def _stored_place(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that say which of the prompt's images a stored heatmap is over, which ``describe`` told."""
         raise NotImplementedError
 
     def _described(self, **place: Any) -> dict[str, Any]:
@@ -326,51 +380,11 @@ class Heatmap(HeatGrid):
         """Everything but the values: what ``save`` and ``write`` keep. JSON-ready."""
         return self._described(image_index=self.image_index)
 
-    def write(self, path: str | os.PathLike[str]) -> Path:
-        """Writes values, provenance and history to an HDF5 file (complete or not at all); returns the path."""
-        from lvlm_probe.storage import write_arrays
-
-        target = Path(path)
-        arrays = {} if self.values is None else {"values": self.values, "seen": self._seen()}
-        attrs = self.describe()
-        trace_path = getattr(self.trace, "path", None)
-        if trace_path is not None:
-            # Relative, so that a directory of traces and explanations can be moved, and no private path is stored.
-            attrs["trace_path"] = os.path.relpath(trace_path, target.resolve().parent)
-            attrs["trace_row"] = int(getattr(self.trace, "row", 0))
-        written: Path = write_arrays(target, KIND, VERSION, arrays, attrs)
-        return written
-
     @classmethod
-    def read(cls, path: str | os.PathLike[str], *, trace: Trace | None = None) -> Heatmap:
-        """Reads what ``write`` wrote; finds its trace beside it, where it is still there.
-
-        Raises:
-            TraceError: The file is missing, damaged, or no heatmap.
-        """
-        from lvlm_probe.storage import read_arrays
-
-        source = Path(path)
-        arrays, attrs = read_arrays(source, KIND, version=VERSION)
-        try:
-            record: Any = attrs
-            heat = cls(
-                values=arrays.get("values"),
-                image_size=_stored_size(record["image_size"]),
-                image_index=_natural(record["image_index"]),
-                seen=arrays.get("seen"),
-                selection=TokenSelection.from_dict(record["selection"]),
-                method=str(record["method"]),
-                params=dict(record["params"]),
-                provenance=dict(record["provenance"]),
-                history=tuple(dict(item) for item in record["history"]),
-                reason=None if record["reason"] is None else str(record["reason"]),
-            )
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ProbeError) as error:
-            said = f"{type(error).__name__}: {str(error)[:200]}"
-            raise TraceError(f"{source}: not a complete heatmap ({said}); explain the trace again") from error
-        found = trace if trace is not None else _trace_beside(source, attrs, heat.provenance)
-        return dataclasses.replace(heat, trace=found)
+    def _stored_place(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        if "clip" in record:
+            raise ValueError("it is of a video: probe.video.ClipHeatmap.read")
+        return {"image_index": _natural(record["image_index"])}
 
     def preview(self, side: int = 640, *, score: drawing.Scored | None = None) -> Image.Image:
         """The overlay with its verdict, made small; on grey where no image is at hand.
@@ -441,7 +455,8 @@ def figure(
     shown = list(heats) if isinstance(heats, Sequence) else [heats]
     for heat in shown:
         if not isinstance(heat, Heatmap):
-            raise ExplainError(f"figure() shows heatmaps, as explain() returns them; got a {type(heat).__name__}")
+            strip = "; save('map.png') draws a strip of frames" if isinstance(heat, HeatGrid) else ""
+            raise ExplainError(f"figure() shows heatmaps of images; got a {type(heat).__name__}{strip}")
     nothing = [None] * len(shown)
     given: list[Any] = list(scores or nothing) if isinstance(scores, Sequence | None) else [scores]
     over: list[Any] = nothing if images is None else list(images)
@@ -516,6 +531,13 @@ def _natural(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{str(value)[:32]!r} is no number of pixels or of an image")
     return value
+
+
+def is_of_clip(path: str | os.PathLike[str]) -> bool:
+    """Whether a stored heatmap is of a video. Raises ``TraceError`` where it is no heatmap."""
+    from lvlm_probe.storage import read_arrays
+
+    return "clip" in read_arrays(path, KIND, version=VERSION)[1]
 
 
 def trace_file_of(path: str | os.PathLike[str]) -> Path | None:

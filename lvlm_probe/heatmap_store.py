@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,13 +30,16 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.explainers import explain, needs_of
+from lvlm_probe.explainers.explaining import frame_of
 from lvlm_probe.files import causes, json_ready, read_small, write_whole
-from lvlm_probe.heatmap import Heatmap, trace_file_of
+from lvlm_probe.heatmap import Heatmap, is_of_clip, trace_file_of
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.progress import ProgressChoice
 from lvlm_probe.replaying import Replay
 from lvlm_probe.serving.journal import Journal
 from lvlm_probe.trace import Trace, open_trace
+from lvlm_probe.video import ClipHeatmap
+from lvlm_probe.video import explain as explain_clip
 
 if TYPE_CHECKING:
     from lvlm_probe.selection import TokenSelection
@@ -112,7 +116,10 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class MapSettings:
-    """Settings of stored maps: what ``explain`` and ``evaluate`` are given besides the tokens."""
+    """Settings of stored maps: what ``explain`` and ``evaluate`` are given besides the tokens.
+
+    An ``image`` that is a frame of a video stands for the whole video.
+    """
 
     method: str
     params: Mapping[str, Any]
@@ -138,9 +145,10 @@ class MapFile:
         """The score as JSON."""
         return self.path.with_suffix(".score.json")
 
-    def read(self) -> Heatmap:
-        """The heatmap, with its trace where that is still beside it. Raises ``TraceError``."""
-        return Heatmap.read(self.path)
+    def read(self) -> Heatmap | ClipHeatmap:
+        """The heatmap, of an image or of a video, with its trace where that is still beside it. Raises
+        ``TraceError``."""
+        return (ClipHeatmap if is_of_clip(self.path) else Heatmap).read(self.path)
 
     def score(self) -> Score | None:
         """The stored score; ``None`` when the map was not scored. Raises ``ProbeError`` for a damaged file."""
@@ -157,7 +165,8 @@ class MapFile:
 
         Args:
             options: of ``evaluate``: score, auc, steps, mode, seed, chance, sampling and tolerance, and grid, the cells
-                of a side. A score of every point is one of adaptive sampling too.
+                of a side, ``None`` where those of the map count. A score of every point is one of adaptive sampling
+                too.
         """
         try:
             score = self.score()
@@ -167,9 +176,10 @@ class MapFile:
             return None
         side = options["grid"]
         wanted = {key: options[key] for key in ("score", "auc", "mode", "seed")}
-        wanted |= {"grid": [side, side], "held_out": False, "center": True}
+        cells = list(score.params.get("grid") or [1]) if side is None else [side, side]
+        wanted |= {"grid": cells, "held_out": False, "center": True}
         if options["auc"] == "trapezoid":
-            wanted["steps"] = min(options["steps"] or 50, side * side)
+            wanted["steps"] = min(options["steps"] or 50, math.prod(cells))
         same = all(score.params.get(key) == value for key, value in wanted.items())
         if "sampling" in score.params:
             tolerance = score.params.get("tolerance")
@@ -181,7 +191,7 @@ class MapFile:
         """Write the score, complete or not at all."""
         write_record(self.score_path, score.to_dict())
 
-    def draw(self, heat: Heatmap, score: Score | None) -> None:
+    def draw(self, heat: Heatmap | ClipHeatmap, score: Score | None) -> None:
         """Draw the overlay with the score's verdict, where there are values to draw."""
         if heat.values is not None:
             heat.save(self.overlay_path, score=score)
@@ -214,21 +224,21 @@ def explain_one(
             shown(f"explaining {label}, {settings.method}") as progress,
             _goes_on(replay, found.path, settings.method) as source,
         ):
-            heat = explain(
-                source,
-                method=settings.method,
-                tokens=selection,
-                image=settings.image,
-                seed=settings.seed,
-                progress=progress,
-                **settings.params,
-            )
-            heat.write(found.path)
+            _explained(source, selection, settings, progress).write(found.path)
     if settings.scored and (not finished or _lacks_score(found)):
         score_one(replay, found, shown=shown, mode=settings.mode)
     if not found.overlay_path.is_file():
         found.draw(found.read(), found.score())
     return found, finished
+
+
+def _explained(
+    replay: Replay, selection: TokenSelection, settings: MapSettings, progress: ProgressChoice
+) -> Heatmap | ClipHeatmap:
+    same: dict[str, Any] = {"method": settings.method, "tokens": selection, "seed": settings.seed, "progress": progress}
+    if (clip := frame_of(replay, settings.image)) is not None:
+        return explain_clip(replay, clip=list(replay.clips).index(clip), **same, **settings.params)
+    return explain(replay, image=settings.image, **same, **settings.params)
 
 
 @contextlib.contextmanager
@@ -351,7 +361,7 @@ def _by_age(files: Iterable[Path]) -> list[Path]:
 def is_map(path: Path) -> bool:
     """Tell whether a file is a heatmap that can be read."""
     try:
-        Heatmap.read(path)
+        MapFile(path).read()
     except TraceError:
         return False
     return True
@@ -369,19 +379,21 @@ def map_name(replay: Replay, selection: TokenSelection, label: str, settings: Ma
     # What separates this baseline from others: parameters, and the pixels, when it is the user's image.
     facts = {key: replay.baseline.get(key) for key in _BASELINE_FACTS}
     pixels = replay.baseline.get("sha256")
+    clip = frame_of(replay, settings.image)
     decisive = [
         replay.trace_id,
         settings.method,
         dict(settings.params),
-        settings.image,
+        settings.image if clip is None else clip.first,
         settings.seed,
         list(selection.indices),
         json.dumps([facts, [pixels] if pixels else []], sort_keys=True),
     ]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
     trace: Any = replay.trace
-    files = trace.meta.get("image_files") if isinstance(getattr(trace, "meta", None), dict) else None
-    file = files[settings.image] if isinstance(files, list) and settings.image < len(files) else ""
+    kind, number = ("image", settings.image) if clip is None else ("video", list(trace.clips).index(clip))
+    files = trace.meta.get(f"{kind}_files") if isinstance(getattr(trace, "meta", None), dict) else None
+    file = files[number] if isinstance(files, list) and number < len(files) else ""
     row = f"row {trace.row}" if getattr(trace, "rows", 1) > 1 else ""
     question = str(getattr(trace, "question", None) or "").lower()
     parts = [Path(str(file)).stem, question, row, settings.method, label or "nothing"]

@@ -1,4 +1,4 @@
-"""``lvlm-probe explain``: from a trace, or from an image and a question, to heatmaps with their scores."""
+"""``lvlm-probe explain``: from a trace, or from an image or a video and a question, to heatmaps with their scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lvlm_probe.cli.shared.inputs import (
     ReplayModels,
     baseline_from,
     find_trace,
-    open_images,
+    open_shown,
     output_directory,
     parameters,
 )
@@ -24,14 +24,17 @@ from lvlm_probe.cli.shared.options import (
     BaselineOption,
     Device,
     Dtype,
+    Fps,
     Images,
     Json,
     MaxNewTokens,
+    NumFrames,
     OptionalModel,
     Prompt,
     Question,
     Row,
     TrustRemoteCode,
+    Videos,
 )
 from lvlm_probe.cli.shared.servers import MaxRequests, Road, ServedModel, ServerUrl, Yes, open_server
 from lvlm_probe.cli.shared.terminal import note, open_page, print_json, quoted_path, say, stop, stored_path
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = ["explain"]
 
+_OF_THE_RECORDING = ("trace", "image", "video", "num_frames", "fps", "question", "prompt", "max_new_tokens")
+
 
 def explain(
     context: typer.Context,
@@ -53,6 +58,9 @@ def explain(
     ] = None,
     model: OptionalModel = None,
     image: Images = None,
+    video: Videos = None,
+    num_frames: NumFrames = None,
+    fps: Fps = None,
     question: Question = None,
     prompt: Prompt = None,
     method: Annotated[
@@ -91,8 +99,13 @@ def explain(
         ),
     ] = None,
     image_number: Annotated[
-        int, typer.Option("--image-number", min=0, help="Which image of the prompt to explain by.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            "--image-number",
+            min=0,
+            help="Which image of the prompt to explain by; a frame stands for its video. Default: 0, or a video.",
+        ),
+    ] = None,
     scores: Annotated[bool, typer.Option(help="Score each map by deletion and insertion.")] = True,
     exact: Annotated[
         bool, typer.Option("--exact", help="Score with the real processor on real composites; slower.")
@@ -121,12 +134,14 @@ def explain(
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Show which regions of the image made the model say its words: a recorded run, or a new one.
+    """Show which regions of an image, or of the frames of a video, made the model say its words: a recorded run, or a
+    new one.
 
     Finished maps are kept: the same command again makes only those that are missing.
 
     Example:  lvlm-probe explain runs/demo --words red
     Example:  lvlm-probe explain --model demo --image scene.png --question "What color is the circle?" --word-maps
+    Example:  lvlm-probe explain --model path/to/model --video clip.mp4 --num-frames 8 --question "What happens?"
     Example:  lvlm-probe explain --server http://gpu:8000 --image scene.png --question "What color is it?"
     """
     from lvlm_probe.cli.shared.maps import Explained, explain_replay, map_summary, open_replay, show_explained
@@ -145,27 +160,29 @@ def explain(
         if scores:
             note(f"the map is not scored: that takes log-probabilities, and {behind.name} gives {behind.what}")
             scores = False
-    settings = MapSettings(chosen, params, image_number, seed, scores, "exact" if exact or behind else "fast")
     loaded: Any
     if trace is None:
         if behind is None and model is None:
             raise ProbeError("give a trace file, or a new run: --model DIR_OR_ID --image FILE --question TEXT")
-        images = open_images(image or [])
+        shown = open_shown(image, video, num_frames=num_frames, fps=fps)
         directory = output_directory(out or Path("runs"))
         asking: dict[str, Any] = {"max_new_tokens": max_new_tokens, "baseline": own_baseline or "blur"}
         if behind is not None:
             if prompt is not None:
                 raise ProbeError("--prompt does not go with --server, which makes the prompt: give --question")
+            if shown.videos:
+                raise ProbeError("a server is sent images, no videos: load the model here, --model DIR_OR_ID")
             loaded, processor = behind, None
             with nothing_before():
-                recorded = ask_server(behind, images, question, directory, **asking)
+                recorded = ask_server(behind, shown.images, question, directory, **asking)
         else:
             loaded, processor = load_model(model or "", **loading)
-            asking |= {"prompt": prompt, "files": image or []}
             with nothing_before():
-                recorded = ask(loaded, processor, images, question, directory, **asking)
+                recorded = ask(
+                    loaded, processor, shown.images, question, directory, shown=shown, prompt=prompt, **asking
+                )
     else:
-        if image or question or prompt:
+        if image or video or question or prompt or num_frames or fps:
             raise ProbeError("a trace has its own image and question: give either TRACE, or --image and --question")
         recorded = find_trace(trace, row)
         directory = output_directory(out) if out is not None else recorded.path.parent
@@ -173,6 +190,9 @@ def explain(
     replay = open_replay(recorded, loaded, processor)
     if own_baseline is not None:
         replay = replay.over(own_baseline)
+    if image_number is None:
+        image_number = recorded.clips[0].first if recorded.clips else 0
+    settings = MapSettings(chosen, params, image_number, seed, scores, "exact" if exact or behind else "fast")
     selection = _select(replay, words=words, alpha=alpha, joint=joint)
     folder = directory / FOLDER
     explained = Explained(recorded, [])
@@ -224,8 +244,7 @@ def _same_command(context: typer.Context, trace: Path) -> str:
     parts = ["lvlm-probe", "explain", stored_path(trace)]
     for option in context.command.params:
         value = context.params.get(option.name or "")
-        of_the_recording = option.name in ("trace", "image", "question", "prompt", "max_new_tokens")
-        if of_the_recording or value == option.default or value is None:
+        if option.name in _OF_THE_RECORDING or value == option.default or value is None:
             continue
         if isinstance(value, bool):
             names = option.opts if value else option.secondary_opts

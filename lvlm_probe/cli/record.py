@@ -1,4 +1,4 @@
-"""``lvlm-probe record``: ask a model a question about an image and keep the run as a trace file."""
+"""``lvlm-probe record``: ask a model a question about an image or a video and keep the run as a trace file."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from typing import Annotated
 import typer
 
 from lvlm_probe.cli.shared.answers import ask, nothing_before, show_answer, trace_summary
-from lvlm_probe.cli.shared.inputs import baseline_from, open_images, output_directory
+from lvlm_probe.cli.shared.inputs import baseline_from, open_shown, output_directory
 from lvlm_probe.cli.shared.models import DEMO, load_model
 from lvlm_probe.cli.shared.options import (
     Attn,
     BaselineOption,
     Device,
     Dtype,
+    Fps,
     Images,
     Json,
     MaxNewTokens,
     Model,
+    NumFrames,
     Prompt,
     Question,
     TrustRemoteCode,
+    Videos,
 )
 from lvlm_probe.cli.shared.terminal import print_json, quoted_path, say, stored_path
 
@@ -32,6 +35,9 @@ __all__ = ["record"]
 def record(
     model: Model,
     image: Images = None,
+    video: Videos = None,
+    num_frames: NumFrames = None,
+    fps: Fps = None,
     question: Question = None,
     prompt: Prompt = None,
     out: Annotated[
@@ -46,11 +52,12 @@ def record(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Ask a model about an image and keep the run as a trace file, which can be explained at any time.
+    """Ask a model about an image or a video and keep the run as a trace file, which can be explained at any time.
 
     Example:  lvlm-probe record --model demo --image scene.png --question "What color is the circle?" --out runs/demo
+    Example:  lvlm-probe record --model path/to/model --video clip.mp4 --num-frames 8 --question "What happens?"
     """
-    images = open_images(image or [])
+    shown = open_shown(image, video, num_frames=num_frames, fps=fps)
     directory = output_directory(out)
     own_baseline = baseline_from(baseline) or "blur"
     loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
@@ -58,14 +65,14 @@ def record(
         trace = ask(
             loaded,
             processor,
-            images,
+            shown.images,
             question,
             directory,
+            shown=shown,
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             attention=attention,
             baseline=own_baseline,
-            files=image or [],
         )
     if as_json:
         print_json(trace_summary(trace))

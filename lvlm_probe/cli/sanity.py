@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -67,6 +67,7 @@ def sanity(
     Example:  lvlm-probe sanity runs/demo --checks weights --stages 1 --json
     """
     from lvlm_probe.cli.shared.maps import map_summary, open_replay, show_map
+    from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.heatmap_store import by_trace, find_maps
 
     names = [name.strip() for name in checks.split(",") if name.strip()]
@@ -79,7 +80,10 @@ def sanity(
         "prompts": {"others": question},
     }
     wanted = {name: options[name] for name in [*names, *(["prompts"] if question else [])]}
-    found = [item for item in find_maps(paths) if item.read().values is not None]
+    stored = find_maps(paths)
+    found = [item for item in stored if isinstance(heat := item.read(), Heatmap) and heat.values is not None]
+    if not found and any(not isinstance(item.read(), Heatmap) for item in stored):
+        raise ProbeError("these maps are of videos, which are not checked for sanity yet")
     if not found:
         raise ProbeError("none of these maps has values, so there is nothing to check; lvlm-probe report says why")
     own_baseline = baseline_from(baseline)
@@ -107,8 +111,8 @@ def sanity(
 def _checked(replay: Replay, item: MapFile, wanted: dict[str, dict[str, Any]]) -> dict[str, SanityCheck]:
     from lvlm_probe import sanity as run
 
-    heat = item.read()
-    results, kept = {}, heat
+    heat = kept = cast("Heatmap", item.read())  # others were left out
+    results = {}
     for name, options in wanted.items():
         with bar(f"checking {name}") as progress:
             results[name] = getattr(run, name)(replay, heat, progress=progress, **options)

@@ -146,15 +146,19 @@ def chat_inputs(
     images: Sequence[Image.Image],
     question: str,
     *,
+    videos: Sequence[Any] = (),
+    sampling: Mapping[str, Any] | None = None,
     rule: PromptRule | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Any:
-    """Inputs for ``generate()``: one user turn with the images first and the question after them.
+    """Inputs for ``generate()``: one user turn with the images first, then the videos, and the question after them.
 
     Args:
         processor: the model's processor.
         images: the images, in order.
         question: what is asked.
+        videos: the videos, in order: paths, arrays or lists of frames.
+        sampling: arguments for its video processor.
         rule: how the prompt is made, as ``prompt_rule`` finds it; by default the processor's chat template.
         note: called with a sentence when there is a rule.
 
@@ -164,14 +168,24 @@ def chat_inputs(
     rule = rule or prompt_rule(processor)
     if rule is None:
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+        content += [{"type": "video", "video": video} for video in videos]
         content.append({"type": "text", "text": question})
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        try:
+            return processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                **({"processor_kwargs": dict(sampling)} if sampling else {}),
+            )
+        except ValueError as error:
+            if not videos or isinstance(error, ProbeError):
+                raise
+            raise ProbeError(
+                f"{type(processor).__name__} does not take the video ({error}); its chat template may know no videos: "
+                "give the prompt by prompt= (command line: --prompt)"
+            ) from error
     name = type(processor).__name__
     if note is not None:
         none = "" if getattr(processor, "chat_template", None) else f"{name} has no chat template; "
@@ -190,31 +204,40 @@ def chat_inputs(
             for part in _SLOTS.split(text):
                 parts += images if part == "{images}" else [part.replace("{question}", question)] if part else []
             return processor(text=[parts], return_tensors="pt")
-        text = _with_tokens(processor, text, len(images)).replace("{question}", question)
-        return processor(images=list(images), text=text, return_tensors="pt")
+        text = _with_tokens(processor, text, len(images), len(videos)).replace("{question}", question)
+        given: dict[str, Any] = {"images": list(images)} if images or not videos else {}
+        if videos:
+            given |= {"videos": list(videos), **(sampling or {})}
+        return processor(**given, text=text, return_tensors="pt")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        told = f" and {len(videos)} video(s)" if videos else ""
         raise ProbeError(
-            f"{name} does not take the prompt {text!r} with {len(images)} image(s): {first}. Give the prompt that the "
-            f"model card documents by prompt= (command line: --prompt), with {{question}} and, where the image token "
-            f"is to be written, {{images}}"
+            f"{name} does not take the prompt {text!r} with {len(images)} image(s){told}: {first}. Give the prompt "
+            f"that the model card documents by prompt= (command line: --prompt), with {{question}} and, where the "
+            f"image token is to be written, {{images}}"
         ) from error
 
 
-def _with_tokens(processor: Any, text: str, count: int) -> str:
-    """The text with image tokens for ``{images}``; on lines of their own where it has a line for them."""
+def _with_tokens(processor: Any, text: str, images: int, videos: int = 0) -> str:
+    """The text with the tokens of images, and then of videos, for ``{images}``; on lines of their own where it has a
+    line for them."""
     if "{images}" not in text:
         return text
-    token = getattr(processor, "image_token", None)
-    token = getattr(token, "content", token)  # a tokenizer's AddedToken
-    if not isinstance(token, str):
-        raise ProbeError(
-            f"{type(processor).__name__} has neither a chat template nor an image token, so it cannot be prompted; "
-            f'say how by prompt= (command line: --prompt), as in "Question: {{question}} Answer:", or set '
-            f"processor.chat_template and save it"
-        )
+    tokens: list[str] = []
+    for which, count in (("an image", images), ("a video", videos)):
+        kind = which.split()[1]
+        token = getattr(processor, f"{kind}_token", None)
+        token = getattr(token, "content", token)  # a tokenizer's AddedToken
+        if count and not isinstance(token, str):
+            raise ProbeError(
+                f"{type(processor).__name__} has neither a chat template nor {which} token, so it cannot "
+                f'be prompted; say how by prompt= (command line: --prompt), as in "Question: {{question}} Answer:", or '
+                f"set processor.chat_template and save it"
+            )
+        tokens += [str(token)] * count
     between = "\n" if "{images}\n" in text else ""
-    return text.replace("{images}", between.join([token] * count))
+    return text.replace("{images}", between.join(tokens))
 
 
 def placed(inputs: Any, model: Any, processor: Any = None) -> Any:

@@ -30,6 +30,8 @@ from lvlm_probe.pages.ranking import Row, Standing, center_gain, standings
 from lvlm_probe.pages.shell import Page, refuse_existing, write_text
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.trace import Trace
+from lvlm_probe.video import ClipHeatmap
+from lvlm_probe.video import explain as explain_clip
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,7 +91,7 @@ class Comparison:
         Raises:
             ImageError: a heatmap has no image at hand.
         """
-        shown = [
+        shown: list[Any] = [
             (dataclasses.replace(heat, provenance={**heat.provenance, "label": name}), score)
             for row in self.rows
             for name, heat, score in zip(self.methods, row.heats, row.scores, strict=True)
@@ -108,7 +110,7 @@ class Comparison:
 
 
 def compare(
-    sources: Replay | Trace | Heatmap | Iterable[Replay | Trace | Heatmap],
+    sources: Replay | Trace | Heatmap | ClipHeatmap | Iterable[Replay | Trace | Heatmap | ClipHeatmap],
     methods: Methods | None = None,
     *,
     scores: Iterable[Score | None] | None = None,
@@ -140,8 +142,9 @@ def compare(
         labels: With heatmaps only: the column of each, in the same order; by default its method.
         out: The file to write. Missing folders are made.
         title: Headline of the page.
-        tokens, image, seed: As for ``explain``; the same for all methods.
-        grid, steps: As for ``evaluate``; ``grid=None`` ranks each heatmap's own cells.
+        tokens, image, seed: As for ``explain``; the same for all methods. An image that is a frame of a video stands
+            for the video, and methods that do not explain by one say so in their place.
+        grid, steps: As for ``evaluate``; ``grid=None`` ranks each heatmap's own cells, as videos are ranked anyway.
         overwrite: Replace ``out`` if it exists; by default only a file that this package wrote, so that a notebook cell
             can run again.
         progress: Called with (done, total) heatmaps; by default a bar where a person waits, ``False``
@@ -161,7 +164,7 @@ def compare(
     refuse_existing(path, overwrite=overwrite)
     if not items:
         raise ReportError("compare() was given nothing: pass replays, traces or heatmaps")
-    ready = [isinstance(item, Heatmap) for item in items]
+    ready = [isinstance(item, Heatmap | ClipHeatmap) for item in items]
     if any(ready) and not all(ready):
         raise ReportError("compare() takes replays and traces, or heatmaps, not both in one call")
     if all(ready):
@@ -207,11 +210,6 @@ def _made(
     for answer in answers:
         if not 0 <= image < answer.n_images:
             raise ReportError(f"image={image}, but {answer.trace_id} has {answer.n_images} image(s), counted from 0")
-        if frame_of(answer, image) is not None:
-            raise ReportError(
-                f"image {image} of {answer.trace_id} is a frame of a video, and pages do not compare methods on videos "
-                "yet: probe.video.explain(replay, method=…) and evaluate"
-            )
     selections = [selected(answer, tokens) for answer in answers]
     rows = []
     total, done = len(items) * len(chosen), 0
@@ -233,12 +231,18 @@ def _made(
 
 def _one(
     item: Any, name: str, method: str, params: Mapping[str, Any], selection: TokenSelection, settings: _Settings
-) -> tuple[Heatmap, Score | None]:
+) -> tuple[Heatmap | ClipHeatmap, Score | None]:
     """One method on one answer. Whatever goes wrong in it is told in its place and costs the others nothing."""
     image, seed = settings.image, settings.seed
     same: dict[str, Any] = {"seed": seed, "progress": False}
+    clip = frame_of(item, image)
     try:
-        heat = explain(item, method=method, tokens=selection, image=image, strengthen=False, **same, **params)
+        asked: dict[str, Any] = {"method": method, "tokens": selection, "strengthen": False, **same, **params}
+        heat: Heatmap | ClipHeatmap
+        if clip is not None and not isinstance(item, Trace):
+            heat = explain_clip(item, clip=list(item.clips).index(clip), **asked)
+        else:
+            heat = explain(item, image=image, **asked)
     except Exception as error:
         heat = not_made(item, method, selection, error, image=image, params=params)
     if name != heat.method:
@@ -246,7 +250,8 @@ def _one(
     if isinstance(item, Trace) or heat.values is None:
         return heat, None
     try:
-        return heat, evaluate(heat, item, grid=settings.grid, steps=settings.steps, **same)
+        grid = settings.grid if clip is None else None  # a video is ranked on the heatmap's own cells
+        return heat, evaluate(heat, item, grid=grid, steps=settings.steps, **same)
     except Exception as error:
         return dataclasses.replace(heat, provenance={**heat.provenance, "not_judged": reason_of(error)}), None
 
@@ -274,7 +279,7 @@ def _chosen(methods: Methods | None, *, live: bool) -> dict[str, tuple[str, Mapp
 
 
 def _gathered(
-    heats: Sequence[Heatmap], scores: Iterable[Score | None] | None, labels: Sequence[str] | None
+    heats: Sequence[Heatmap | ClipHeatmap], scores: Iterable[Score | None] | None, labels: Sequence[str] | None
 ) -> tuple[list[str], list[Row]]:
     """Heatmaps that are there already, in rows of one answer and one set of words."""
     given = [None] * len(heats) if scores is None else list(scores)
@@ -288,7 +293,7 @@ def _gathered(
         if not (score is None or isinstance(score, Score)):
             raise ReportError(f"scores are what evaluate() returns, or None; got a {type(score).__name__}")
     columns = list(dict.fromkeys(names))
-    found: dict[tuple[Any, ...], dict[str, tuple[Heatmap, Score | None]]] = {}
+    found: dict[tuple[Any, ...], dict[str, tuple[Heatmap | ClipHeatmap, Score | None]]] = {}
     for number, (heat, score, name) in enumerate(zip(heats, given, names, strict=True)):
         trace_id = heat.provenance.get("trace_id")
         row = found.setdefault((trace_id or f"untraced {number}", heat.image_index, heat.selection.indices), {})

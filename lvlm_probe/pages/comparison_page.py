@@ -17,6 +17,7 @@ from lvlm_probe.pages.plain import without_folders
 from lvlm_probe.pages.ranking import Row, Standing, center_gain, cost_of
 from lvlm_probe.pages.samples import answer_of, read, strip_of
 from lvlm_probe.pages.shell import asset, page_text
+from lvlm_probe.video import ClipHeatmap
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["filled"]
 
+_FRAMES = 8  # of a video
 _PICTURE_SIDE = 480
 _CELL_SIDE = 336
 _SCENE_WIDTH, _CELL_WIDTH = 236, 168
@@ -68,7 +70,12 @@ def _terms(columns: Sequence[str], rows: Sequence[Row]) -> str:
         )
         return "\n".join(said)
     grids = {tuple(score.params.get("grid") or ()) for _, score in judged}
-    if len(grids) == 1 and (grid := next(iter(grids))):
+    if any(len(grid) == 3 for grid in grids):
+        said.append(
+            "<p>Heatmaps of videos are judged on their own cells, time × rows × columns: methods compare by their "
+            "scores where those are as many, which each cell says below its scores.</p>"
+        )
+    elif len(grids) == 1 and (grid := next(iter(grids))):
         said.append(
             f"<p>All are judged on <b>one grid of {grid[0]} × {grid[1]} cells</b> of equal area, whatever a method's "
             f"own resolution, so that coarse and fine heatmaps take the same share of the image away at a step.</p>"
@@ -125,18 +132,25 @@ def _scene(row: Row) -> str:
     return "\n".join(parts)
 
 
-def _strip(pictures: Sequence[Image.Image] | None, heat: Heatmap) -> str:
+def _strip(pictures: Sequence[Image.Image] | None, heat: Heatmap | ClipHeatmap) -> str:
     """Which of several images is explained, and all of them."""
     if not pictures or len(pictures) < 2:
         return ""
     shown = []
-    for number, source in enumerate(strip_of(pictures)):
-        mark = ' class="explained"' if number == heat.image_index else ""
+    explained = heat.clip.images if isinstance(heat, ClipHeatmap) else [heat.image_index]
+    chosen = list(range(len(pictures)))
+    if isinstance(heat, ClipHeatmap):
+        chosen = sorted({*range(heat.clip.first), *(heat.clip.first + frame for frame in heat.clip.spread(_FRAMES))})
+    for number, source in zip(chosen, strip_of([pictures[number] for number in chosen]), strict=True):
+        mark = ' class="explained"' if number in explained else ""
         told = "the explained one" if mark else "not explained"
         shown.append(f'<img src="{source}"{mark} alt="Image {number + 1}, {told}">')
-    return (
-        f'<p class="facts">Image {heat.image_index + 1} of {len(pictures)}</p><div class="strip">{"".join(shown)}</div>'
-    )
+    what = f"Image {heat.image_index + 1} of {len(pictures)}"
+    if isinstance(heat, ClipHeatmap):
+        what = (
+            f"Video of {counted(heat.clip.frames, 'frame')}, from {heat.when(0)} to {heat.when(heat.clip.frames - 1)}"
+        )
+    return f'<p class="facts">{what}</p><div class="strip">{"".join(shown)}</div>'
 
 
 def _words(answer: Mapping[str, Any]) -> Iterator[str]:
@@ -162,7 +176,7 @@ def _wash(llr: float | None) -> str:
     return f" {'with' if llr > 0 else 'against'}{step}"
 
 
-def _cell(name: str, heat: Heatmap | None, score: Score | None, best: float | None) -> str:
+def _cell(name: str, heat: Heatmap | ClipHeatmap | None, score: Score | None, best: float | None) -> str:
     save = ""
     if heat is not None and heat.values is not None:
         save = (
@@ -182,7 +196,7 @@ def _cell(name: str, heat: Heatmap | None, score: Score | None, best: float | No
     return f'<td class="cell">{"".join(parts)}</td>'
 
 
-def _scores(heat: Heatmap, score: Score | None, best: float | None) -> Iterator[str]:
+def _scores(heat: Heatmap | ClipHeatmap, score: Score | None, best: float | None) -> Iterator[str]:
     if score is None:
         why = heat.provenance.get("not_judged") or "judging needs the model"
         yield f'<p class="facts">Not judged: {_told(str(why), capital=False)}</p>'
@@ -210,8 +224,7 @@ def _scores(heat: Heatmap, score: Score | None, best: float | None) -> Iterator[
     cost, seconds = cost_of(heat), heat.provenance.get("seconds")
     facts = [] if cost is None else [f"{cost[0]} + {cost[1]} passes" if any(cost) else "no pass"]
     facts += [] if seconds is None else [f"{float(seconds):.2f} s"]
-    rows, cols = heat.shape
-    facts.append(f"{rows} × {cols}")
+    facts.append(" × ".join(map(str, () if heat.values is None else heat.values.shape)))
     yield f'<p class="facts">{_text(" · ".join(fact.replace(" ", _FIXED_SPACE) for fact in facts))}</p>'
     yield from (f'<p class="facts">{_told(said)}</p>' for said in (heat.coarse, heat.uncertainty) if said is not None)
 
@@ -275,7 +288,7 @@ def _original(row: Row) -> Image.Image | None:
     for heat in row.heats:
         if heat is not None:
             try:
-                return heat.picture()
+                return heat.picture(0) if isinstance(heat, ClipHeatmap) else heat.picture()
             except ProbeError:
                 continue
     return None

@@ -13,6 +13,7 @@ from lvlm_probe.metrics import Interval, Score, bootstrap_ci
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.video import ClipHeatmap
 
 __all__ = ["Row", "Standing", "center_gain", "cost_of", "counted", "standings"]
 
@@ -27,7 +28,7 @@ class Row:
         scores: Their scores, ``None`` where a heatmap was not judged.
     """
 
-    heats: tuple[Heatmap | None, ...]
+    heats: tuple[Heatmap | ClipHeatmap | None, ...]
     scores: tuple[Score | None, ...]
 
 
@@ -60,7 +61,7 @@ class Standing:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def counted(heat: Heatmap | None, score: Score | None) -> bool:
+def counted(heat: Heatmap | ClipHeatmap | None, score: Score | None) -> bool:
     """Tell whether a score enters means."""
     return bool(heat) and score is not None and math.isfinite(score.gain) and bool(score.verdict.measured)
 
@@ -118,7 +119,7 @@ def _standing(name: str, column: int, rows: Sequence[Row]) -> Standing:
     )
 
 
-def cost_of(heat: Heatmap) -> tuple[int, int] | None:
+def cost_of(heat: Heatmap | ClipHeatmap) -> tuple[int, int] | None:
     """Return forward and backward passes of a heatmap; ``None`` where they are not known."""
     passes = heat.provenance.get("passes")
     return None if not passes else (int(passes.get("forward", 0)), int(passes.get("backward", 0)))

@@ -32,7 +32,7 @@ _CLIP_TITLE = "Where and when the answer came from"
 
 
 def report(
-    heats: Heatmap | ClipHeatmap | Iterable[Heatmap] | Iterable[ClipHeatmap],
+    heats: Heatmap | ClipHeatmap | Iterable[Heatmap | ClipHeatmap],
     *,
     scores: Score | Iterable[Score | None] | None = None,
     out: str | os.PathLike[str],
@@ -83,7 +83,9 @@ def report(
         )
     of_clips = [isinstance(thing, ClipHeatmap) for thing in heat_list]
     if any(of_clips) and not all(of_clips):
-        raise ReportError("report() was given heatmaps of images and of videos: a page shows one of the two")
+        raise ReportError(
+            "report() was given heatmaps of images and of videos: a page shows one of the two, so write one for each"
+        )
     path = Path(out)
     refuse_existing(path, overwrite=overwrite)
     if all(of_clips):

@@ -107,7 +107,7 @@ def read(trace: Trace | None, name: str, notes: list[str]) -> Any:
         return None
 
 
-def answer_of(trace: Trace | None, heat: Heatmap, notes: list[str]) -> dict[str, Any]:
+def answer_of(trace: Trace | None, heat: Explained, notes: list[str]) -> dict[str, Any]:
     """The answer's tokens and words with their numbers, and which of them the first heatmap is about."""
     selection = heat.selection
     pieces = [str(piece) for piece in (read(trace, "tokens", notes) or selection.tokens)]

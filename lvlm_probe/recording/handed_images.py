@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 
 from lvlm_probe.errors import ImageError
-from lvlm_probe.trace.clips import MOST_FRAMES, Clip
+from lvlm_probe.trace.clips import MOST_FRAMES, MOST_PIXELS, Clip
 from lvlm_probe.trace.image_files import open_image
 
 __all__ = [
-    "MOST_PIXELS",
     "Handed",
     "flatten_images",
     "hand_over",
@@ -30,10 +29,6 @@ __all__ = [
     "picture_bytes",
     "same_picture",
 ]
-
-MOST_PIXELS = 100_000_000
-"""Pixels of all frames of one call: 325 of 640 x 480, or 48 of 1920 x 1080. Traces keep frames as images, and a reader
-trusts no file with more."""
 
 _ORIENTATION = 0x0112  # EXIF
 

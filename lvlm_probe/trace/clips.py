@@ -13,10 +13,13 @@ from lvlm_probe.storage.encoding import JSON
 from lvlm_probe.storage.reading import SealedFile
 from lvlm_probe.trace.fields import Json
 
-__all__ = ["MOST_FRAMES", "Clip", "ClipList", "images_of"]
+__all__ = ["MOST_FRAMES", "MOST_PIXELS", "Clip", "ClipList", "images_of"]
 
 MOST_FRAMES = 1000
 """Frames of one clip: a trace has no more images."""
+MOST_PIXELS = 100_000_000
+"""Pixels of all frames of one call: 325 of 640 x 480, or 48 of 1920 x 1080. Traces keep frames as images, and a reader
+trusts no file with more."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,11 @@ from lvlm_probe.files import write_whole
 from lvlm_probe.heatmap import PNG_KEY, HeatGrid, Heatmap
 from lvlm_probe.images.clips import over_frames
 from lvlm_probe.selection import TokenSelection
+from lvlm_probe.trace.clips import Clip
+from lvlm_probe.trace.video_files import encode_video
 
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
-    from lvlm_probe.trace.clips import Clip
 
 __all__ = ["ClipHeatmap"]
 
@@ -132,14 +133,32 @@ class ClipHeatmap(HeatGrid):
             ExplainError: there are no values, or no such colour map.
             ImageError: no frames at hand.
         """
-        chosen = self.clip.spread(_SHOWN)
         stamp = drawing.mark_of(score) if mark else None
+        return self._strip(_SHOWN, 6, _SIDE, stamp, alpha=alpha, colormap=colormap)
+
+    def preview(self, side: int = 640, *, score: drawing.Scored | None = None) -> Image.Image:
+        """A few frames with the heatmap over them and the verdict, in two columns, and the curve; RGB.
+
+        Args:
+            side: width, pixels.
+            score: what ``evaluate`` said of this heatmap; without it, it is "not checked".
+
+        Raises:
+            ExplainError: there are no values.
+            ImageError: no frames at hand.
+        """
+        width, height = self.image_size
+        longest = (side - _GAP) // 2 * max(width, height) // width
+        return self._strip(6, 2, longest, drawing.mark_of(score))
+
+    def _strip(self, most: int, across: int, side: int, stamp: drawing.Mark | None, **look: Any) -> Image.Image:
+        """At most so many frames, evenly spaced, in so many columns, the verdict in the first; the curve below."""
+        chosen = self.clip.spread(most)
         drawn = [
-            self.shown(number, _SIDE, alpha=alpha, colormap=colormap, mark=stamp if place == 0 else None)
-            for place, number in enumerate(chosen)
+            self.shown(number, side, mark=stamp if place == 0 else None, **look) for place, number in enumerate(chosen)
         ]
         wide, high = drawn[0].size
-        columns = min(len(drawn), 6)
+        columns = min(len(drawn), across)
         rows = -(-len(drawn) // columns)
         width = columns * (wide + _GAP) - _GAP
         row_height = high + _TEXT + 2 * _GAP
@@ -161,10 +180,10 @@ class ClipHeatmap(HeatGrid):
         score: drawing.Scored | None = None,
         seconds: float | None = None,
     ) -> Path:
-        """Write the heatmap as a strip (PNG) or as an animation (GIF); returns the path.
+        """Write the heatmap as a strip (PNG) or as an animation (GIF, MP4); returns the path.
 
         Args:
-            path: its ending says which.
+            path: its ending says which. An MP4 takes ``pip install 'lvlm-probe[video]'``.
             alpha, colormap, score: as for ``overlay``.
             seconds: how long the animation shows a frame; by default as long as the video does, where that is known
                 and between 0.1 and 1.
@@ -172,25 +191,23 @@ class ClipHeatmap(HeatGrid):
         Raises:
             ExplainError: there are no values, or another ending.
             ImageError: no frames at hand.
+            ProbeError: an MP4 is asked for, and PyAV is not installed.
         """
         target = Path(path)
-        if target.suffix.lower() == ".png":
+        ending = target.suffix.lower()
+        if ending not in (".png", ".gif", ".mp4"):
+            raise ExplainError(f"a heatmap of a video is saved as PNG (a strip), GIF or MP4; got {target.name!r}")
+        if ending == ".png":
             content = self._png(self.overlay(alpha=alpha, colormap=colormap, score=score))
-        elif target.suffix.lower() == ".gif":
+        else:
             frames = [
                 self.shown(number, _MOVIE_SIDE, alpha=alpha, colormap=colormap, mark=drawing.mark_of(score))
                 for number in range(self.clip.frames)
             ]
             lasting = self._lasting() if seconds is None else seconds
-            comment = json.dumps({PNG_KEY: self.describe()}, allow_nan=False).encode()
-            buffer = io.BytesIO()
-            frames[0].save(
-                buffer, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 * lasting), loop=0,
-                comment=comment,
-            )  # fmt: skip
-            content = buffer.getvalue()
-        else:
-            raise ExplainError(f"a heatmap of a video is saved as PNG (a strip) or GIF; got {target.name!r}")
+            comment = json.dumps({PNG_KEY: self.describe()}, allow_nan=False)
+            movie = encode_video if ending == ".mp4" else _gif
+            content = movie(frames, seconds=lasting, comment=comment)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, content)
         return target
@@ -198,6 +215,12 @@ class ClipHeatmap(HeatGrid):
     def describe(self) -> dict[str, Any]:
         """Everything but the values; JSON-ready."""
         return self._described(clip=self.clip.to_dict())
+
+    @classmethod
+    def _stored_place(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        if "clip" not in record:
+            raise ValueError("it is of an image: Heatmap.read")
+        return {"clip": Clip.from_dict(record["clip"])}
 
     def _repr_html_(self) -> str:
         if self.values is None:
@@ -263,3 +286,12 @@ class ClipHeatmap(HeatGrid):
         font = ImageFont.load_default(_TEXT)
         told = f"mean of the heatmap in each frame, highest {highest:.2f} at {self.when(int(curve.argmax()))}"
         pencil.text((0, bottom + _GAP), told, font=font, fill=_INK)
+
+
+def _gif(frames: Sequence[Image.Image], *, seconds: float, comment: str) -> bytes:
+    buffer = io.BytesIO()
+    frames[0].save(
+        buffer, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 * seconds), loop=0,
+        comment=comment.encode(),
+    )  # fmt: skip
+    return buffer.getvalue()

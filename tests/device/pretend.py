@@ -459,7 +459,7 @@ class Card:
                 torch.autograd.backward([nothing * 1], [torch.zeros_like(nothing)])
 
     def held(self, index: int = 0) -> int:
-        """Bytes that are really in use: what waits for the collector is collected, and the device's thread has let go."""
+        """Bytes in use when the collector has run and the device's thread has let go."""
         gc.collect()
         self.let_go(index)
         return self.used[index]

@@ -77,7 +77,7 @@ def test_what_the_devices_thread_still_holds_is_not_in_use(seconds: float) -> No
     before = sys.getswitchinterval()
     sys.setswitchinterval(seconds)
     try:
-        with Card() as card:
+        with Card():
             weight = torch.ones(8, 8, device="cuda")
             for _ in range(5):
                 leaf = torch.ones(1000, 8, device="cuda", requires_grad=True)

@@ -72,10 +72,13 @@ CLIPS: dict[str, TakesClips] = {
 
 
 def built(name: str) -> Built:
-    """A member whose video processor makes frames of the tiny model's size."""
+    """A member whose video processor makes frames of the tiny model's size, and whose chat template knows videos."""
     load_members()
     made = build(name)
     made.processor.video_processor = CLIPS[name].videos()
+    text = "{% elif part['type'] == 'text' %}"
+    video = "{% elif part['type'] == 'video' %}" + CLIPS[name].slot
+    made.processor.chat_template = made.processor.chat_template.replace(text, video + text)
     return made
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from lvlm_probe.cli.shared.inputs import Shown
     from lvlm_probe.serving import Server
     from lvlm_probe.trace import Trace
 
@@ -27,18 +28,19 @@ def ask(
     question: str | None,
     directory: Path,
     *,
+    shown: Shown | None = None,
     prompt: str | None = None,
     max_new_tokens: int = 128,
     attention: bool = True,
     baseline: str | Image.Image = "blur",
-    files: Sequence[Path] = (),
 ) -> Trace:
     """Generate one answer with the probe attached, and return its trace.
 
     Args:
-        files: where the images come from; their names, without folders, are kept for the names of maps.
+        shown: where the images come from, and the videos after them.
 
     Raises:
+        ImageError: a video cannot be read.
         ProbeError: the run was not recorded, or recording went wrong; the message says why.
     """
     from lvlm_probe.recording.answering import record_answer
@@ -51,12 +53,13 @@ def ask(
             images,
             question or "",
             directory,
+            **({} if shown is None else {"videos": shown.videos, **shown.sampling}),
             generate=options,
             prompt=prompt,
             note=note,
             attention=attention,
             baseline=baseline,
-            meta={"image_files": [file.name for file in files]} if files else None,
+            meta=None if shown is None else dict(shown.files),
         )
     if trace.status == "error":
         raise ProbeError(f"the recording of {trace.path} is faulty: {trace.error}")

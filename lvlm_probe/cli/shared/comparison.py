@@ -56,6 +56,7 @@ from lvlm_probe.progress import roughly
 from lvlm_probe.replaying import Replay
 from lvlm_probe.selection import TokenSelection, select_tokens
 from lvlm_probe.trace import Trace
+from lvlm_probe.video import ClipHeatmap
 
 __all__ = ["compare_methods"]
 
@@ -177,7 +178,7 @@ class _Work:
 
     def __init__(self, traces: Sequence[Trace], methods: Sequence[str], judging: Mapping[str, Any], page: Path) -> None:
         self._traces, self._methods, self._judging, self._page = traces, methods, judging, page
-        self.made: dict[tuple[int, str], tuple[Heatmap, Score | None]] = {}
+        self.made: dict[tuple[int, str], tuple[Heatmap | ClipHeatmap, Score | None]] = {}
         self.failed: dict[str, str] = {}
         self.comparison: Comparison | None = None
         self._expected: dict[str, float | None] = {}
@@ -286,14 +287,14 @@ def _points(judging: Mapping[str, Any]) -> int:
     return 2 + 2 * points
 
 
-def _in_a_line(heat: Heatmap, score: Score | None) -> str:
+def _in_a_line(heat: Heatmap | ClipHeatmap, score: Score | None) -> str:
     if heat.values is None:
         return f"no map, {heat.reason}"
     passes, seconds = heat.provenance.get("passes") or {}, heat.provenance.get("seconds")
     said = ["not judged" if score is None or score.reason else f"gain {score.gain:.3f}"]
     said.append(f"{passes.get('forward', 0)} + {passes.get('backward', 0)} passes")
     said += [] if seconds is None else [f"{seconds:.1f} s"]
-    said += [] if heat.coarse is None else [f"only {heat.shape[0]} × {heat.shape[1]} cells"]
+    said += [] if heat.coarse is None else [f"only {' × '.join(map(str, heat.values.shape))} cells"]
     return ", ".join(said)
 
 
@@ -327,31 +328,39 @@ def _methods(names: str) -> list[str]:
     return chosen
 
 
-def _settings(method: str, judging: Mapping[str, Any]) -> MapSettings:
-    return MapSettings(method, {}, seed=int(judging.get("seed") or 0), scored=False)
+def _settings(answer: _Answer, method: str, judging: Mapping[str, Any]) -> MapSettings:
+    clips = answer.trace.clips
+    image = clips[0].first if clips else 0
+    return MapSettings(method, {}, image, seed=int(judging.get("seed") or 0), scored=False)
+
+
+def _judged(answer: _Answer, judging: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How a map is judged: one of a video on its own cells."""
+    return {**judging, "grid": None} if answer.trace.clips else judging
 
 
 def _is_finished(answer: _Answer, method: str, judging: Mapping[str, Any]) -> bool:
     """Whether the map is there, judged in this way."""
     selection = answer.selection
-    name = map_name(answer.replay, selection, label_of(selection), _settings(method, judging))
+    name = map_name(answer.replay, selection, label_of(selection), _settings(answer, method, judging))
     found = MapFile(answer.trace.path.parent / FOLDER / name)
-    return found.path.is_file() and is_map(found.path) and found.score_taken_by(judging) is not None
+    return found.path.is_file() and is_map(found.path) and found.score_taken_by(_judged(answer, judging)) is not None
 
 
-def _one(answer: _Answer, method: str, judging: Mapping[str, Any]) -> tuple[Heatmap, Score | None]:
+def _one(answer: _Answer, method: str, judging: Mapping[str, Any]) -> tuple[Heatmap | ClipHeatmap, Score | None]:
     """One method on one trace, stored; or a heatmap that says why there is none."""
     replay, selection = answer.replay, answer.selection
     folder = answer.trace.path.parent / FOLDER
     shown = functools.partial(bar, timed=False)
     try:
-        label, settings = label_of(selection), _settings(method, judging)
+        label, settings = label_of(selection), _settings(answer, method, judging)
         found, _ = explain_one(replay, selection, label, settings, folder, shown=shown)
         heat = found.read()
     except Exception as error:  # whatever is wrong with a method, the others go on
         return not_made(replay, method, selection, error), None
     if heat.values is None:
         return heat, None
+    judging = _judged(answer, judging)
     score = found.score_taken_by(judging)
     return heat, score or score_one(replay, found, shown=shown, shared=answer.shared, **judging)
 
@@ -423,7 +432,7 @@ def _record(made: Comparison, traces: Sequence[Trace], judging: Mapping[str, Any
                         "method": method,
                         "tokens": list(heat.selection.indices),
                         "reason": heat.reason,
-                        "cells": None if heat.values is None else list(heat.shape),
+                        "cells": None if heat.values is None else list(heat.values.shape),
                         "passes": heat.provenance.get("passes"),
                         "seconds": heat.provenance.get("seconds"),
                         "score": None if score is None else score.to_dict(),

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,29 +23,72 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ReplayModels",
+    "Shown",
     "baseline_from",
     "columns_from",
     "find_trace",
-    "open_images",
+    "open_shown",
     "output_directory",
     "parameters",
     "rows_of",
 ]
 
 
-def open_images(paths: Sequence[Path]) -> list[Image.Image]:
-    """Open the images. Raises ``ImageError`` for none, or one that is missing or no image."""
-    from lvlm_probe.trace.image_files import open_picture
+@dataclass(frozen=True)
+class Shown:
+    """What a model is shown beside the question, from the options of a command.
 
-    if not paths:
-        raise ImageError("there is no image to explain anything with: add --image FILE")
-    for path in paths:
+    Attributes:
+        images: opened.
+        videos: files, which the model's processor opens.
+        files: names of the files without folders, of images and of videos, as traces keep them.
+    """
+
+    images: list[Image.Image]
+    videos: list[Path]
+    sampling: dict[str, Any]
+    files: dict[str, list[str]]
+
+
+def open_shown(
+    images: Sequence[Path] | None,
+    videos: Sequence[Path] | None = None,
+    *,
+    num_frames: int | None = None,
+    fps: float | None = None,
+) -> Shown:
+    """Open what ``--image`` and ``--video`` name; a video that is given as an image is one.
+
+    Raises:
+        ImageError: nothing is given, or a file is missing or no image.
+        ProbeError: PyAV is needed and not installed.
+    """
+    from lvlm_probe.extras import require
+    from lvlm_probe.trace.image_files import open_picture
+    from lvlm_probe.trace.video_files import is_video_name
+
+    pictures = [path for path in images or [] if not is_video_name(path)]
+    clips = [*(path for path in images or [] if is_video_name(path)), *(videos or [])]
+    if not pictures and not clips:
+        raise ImageError("there is no image to explain anything with: add --image FILE, or --video FILE")
+    for path in (*pictures, *clips):
         if address := re.match(r"(https?):/+", str(path)):  # as a path, it has lost a slash
             url = f"{address[1]}://{str(path)[address.end() :]}"
             raise ImageError(
-                f"--image takes files, and {url} is an address; fetch it first:  curl -LO {shlex.quote(url)}"
+                f"--image and --video take files, and {url} is an address; fetch it first:  curl -LO {shlex.quote(url)}"
             )
-    return [open_picture(path) for path in paths]
+    if clips:  # before the model is loaded
+        require("av", extra="video", purpose=f"the video file {clips[0].name}")
+    for path in clips:
+        if not path.is_file():
+            raise ImageError(f"no video at {path}: {'it is a directory' if path.is_dir() else 'there is no such file'}")
+    names = {"image_files": [path.name for path in pictures], "video_files": [path.name for path in clips]}
+    return Shown(
+        [open_picture(path) for path in pictures],
+        clips,
+        {"num_frames": num_frames, "fps": fps},
+        {kind: found for kind, found in names.items() if found},
+    )
 
 
 def output_directory(path: Path) -> Path:

@@ -21,6 +21,7 @@ from lvlm_probe.pages import report
 from lvlm_probe.replaying import Replay, replay
 from lvlm_probe.selection import TokenSelection, word_selections
 from lvlm_probe.trace import Trace
+from lvlm_probe.video import ClipHeatmap
 from lvlm_probe.words import told_apart
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def map_summary(found: MapFile) -> dict[str, Any]:
         "words": words_of(heat),
         "tokens": list(heat.selection.indices),
         "reason": heat.reason,
-        "cells": None if heat.values is None else list(heat.shape),
+        "cells": None if heat.values is None else list(heat.values.shape),
         "passes": heat.provenance.get("passes"),
         "rounds": (heat.provenance.get("diagnostics") or {}).get("rounds"),
         "seconds": heat.provenance.get("seconds"),
@@ -94,7 +95,7 @@ def map_summary(found: MapFile) -> dict[str, Any]:
     }
 
 
-def words_of(heat: Heatmap) -> str:
+def words_of(heat: Heatmap | ClipHeatmap) -> str:
     """Return the words that a map explains; whole words where its trace is at hand, else the bare tokens."""
     if heat.trace is None:
         return heat.selection.label
@@ -151,7 +152,7 @@ def show_map(found: MapFile) -> None:
     say(("    ", ""), (stored_path(found.overlay_path if found.overlay_path.is_file() else found.path), "dim"))
 
 
-def _cost_lines(heat: Heatmap, score: Score | None) -> Iterator[str]:
+def _cost_lines(heat: Heatmap | ClipHeatmap, score: Score | None) -> Iterator[str]:
     """What the map is compared with, and what it took."""
     if score is not None and math.isfinite(score.center_gain):
         yield f"insertion − deletion {score.gain:.3f}; a blob in the middle of the image has {score.center_gain:.3f}"

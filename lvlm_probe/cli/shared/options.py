@@ -15,12 +15,14 @@ __all__ = [
     "Columns",
     "Device",
     "Dtype",
+    "Fps",
     "Images",
     "ImagesDirectory",
     "Json",
     "Maps",
     "MaxNewTokens",
     "Model",
+    "NumFrames",
     "OpenPage",
     "OptionalModel",
     "Prompt",
@@ -28,6 +30,7 @@ __all__ = [
     "Row",
     "StudyFile",
     "TrustRemoteCode",
+    "Videos",
 ]
 
 _MODEL_HELP = "Model directory, hub id, or 'demo' for the embedded one."
@@ -44,6 +47,22 @@ OptionalModel = Annotated[
 ]
 Images = Annotated[
     list[Path] | None, typer.Option("--image", metavar="FILE", help="The image; repeat it for a prompt with several.")
+]
+Videos = Annotated[
+    list[Path] | None,
+    typer.Option("--video", metavar="FILE", help="A video: MP4, WebM, GIF, …; repeat it for a prompt with several."),
+]
+NumFrames = Annotated[
+    int | None,
+    typer.Option(
+        "--num-frames",
+        metavar="N",
+        min=1,
+        help="How many frames of the video the model is shown. Default: what its processor samples, or 16.",
+    ),
+]
+Fps = Annotated[
+    float | None, typer.Option("--fps", metavar="N", help="The same for each second of it, instead of --num-frames.")
 ]
 Question = Annotated[
     str | None, typer.Option("--question", metavar="TEXT", help="What to ask about the image. Captioners take none.")

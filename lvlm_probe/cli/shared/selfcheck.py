@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -273,7 +273,7 @@ class Selfcheck:
             stored = self._map(player, MapSettings(DEFAULT_METHOD, {}))
         except ProbeError as error:  # the answer stands, whatever keeps it from being explained
             return {**record, "method": DEFAULT_METHOD, "reason": str(error)}
-        return {**record, "map": stored.path.name, **_judged(stored.read(), stored.score(), asked.region)}
+        return {**record, "map": stored.path.name, **_judged(_of_image(stored), stored.score(), asked.region)}
 
     def _map(self, player: Replay, settings: MapSettings) -> MapFile:
         """The map of what the image decides of an answer, stored beside its trace."""
@@ -292,7 +292,7 @@ class Selfcheck:
         """The image of an answer, and its map over it."""
         stored = MapFile(self.folder / "traces" / FOLDER / Path(str(unit.get("map"))).name)
         try:
-            heat = stored.read()
+            heat = _of_image(stored)
             return heat.picture(), None if heat.values is None else heat.preview(400, score=stored.score())
         except ProbeError:
             return None
@@ -326,7 +326,7 @@ class Selfcheck:
             planned = plan_for(player, name, {})
             record["planned"] |= {"peak": planned.peak, "forward": planned.forward, "backward": planned.backward}
             stored = self._map(player, MapSettings(name, {}, scored=False))
-            heat = stored.read()
+            heat = _of_image(stored)
             record["peak"] = _peak(player, name, heat)
             if heat.values is None:
                 return {**record, "refused": heat.reason}
@@ -334,6 +334,11 @@ class Selfcheck:
             return record | _judged(heat, score_one(player, stored, shown=partial(bar, timed=False), **options), None)
         except ProbeError as error:  # what a method cannot do on a model is a result
             return {**record, "refused": str(error)}
+
+
+def _of_image(stored: MapFile) -> Heatmap:
+    """A map of one of the built-in images."""
+    return cast(Heatmap, stored.read())
 
 
 def _or_infinite(seconds: float | None) -> float:
