@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ import ablations
 import judging
 import photographs
 import tournament
+import tune_igos
 
 
 def line(scene: int, name: str, key: str = "k", **facts: Any) -> dict[str, Any]:
@@ -295,6 +297,27 @@ def test_composites_have_the_masks_of_the_objects_asked_for() -> None:
     assert {case["kind"] for case in found} == {"alone", "left", "right", "top", "bottom"}
     again = next(itertools.islice(photographs.composites(cut_outs, [Image.new("RGB", (300, 200))]), 7, None))
     assert again["picture"].tobytes() == found[7]["picture"].tobytes()  # a scene is a function of its number
+
+
+@pytest.mark.quick
+def test_the_default_is_judged_by_the_lines_of_the_tournament(tmp_path: Path) -> None:
+    """Scenes without a mask have no place; on the last, a blob in the middle beats what the fast setting found."""
+    lines = judging.Lines(tmp_path)
+    for scene in range(4):
+        for name, gain, forward in (("igos++", 0.8, 40), ("igos++ (fast)", 0.6, 25), ("igos++ (thorough)", 0.9, 196)):
+            facts = {"gain": gain, "deletion": 0.1, "insertion": 0.1 + gain, "trusted": True, "rounds": 1 + scene % 2}
+            facts |= {"forward": forward, "backward": 24, "center": 0.8 if scene == 3 else 0.3}
+            lines.add(line(scene, name, **facts))
+    lines.add(line(4, "igos++", gain=0.1, deletion=0.1, insertion=0.2, trusted=True))  # of before the floor was known
+    records = tune_igos.tournament_records(tmp_path, 9, "weights")
+    assert len(records) == 12
+    assert len(tune_igos.tournament_records(tmp_path, 2, "weights")) == 6
+    wanted = argparse.Namespace(model=None, name="a model", hard=False)
+    found = tune_igos.summary(records, wanted, Counter())
+    assert found["scenes"] == 4 and found["went_on"] == 2
+    assert found["share_of_thorough"] == pytest.approx(0.8 / 0.9)
+    assert found["settings"]["default"]["forward"]["mean"] == 40
+    assert [one["trusted"] for one in found["settings"].values()] == [4, 3, 4]
 
 
 @pytest.mark.quick

@@ -20,6 +20,7 @@ import datetime
 import json
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -238,13 +239,18 @@ def main() -> None:
         records += tournament_records(arguments.lines, arguments.scenes, weights_digest(arguments.model))
     done = {(record["scene"], record["setting"]) for record in records}
     skipped: Counter[str] = Counter()
-    found = cases(
-        *(split, arguments.scenes, out / "traces"),
-        skipped=skipped,
-        hard=arguments.hard,
-        model=arguments.model,
-        images=arguments.cases,
-    )
+    known = [sum(setting == name for _, setting in done) for name in names]
+    found: Iterable[Case] = ()
+    if min(known) < arguments.scenes:
+        found = cases(
+            *(split, arguments.scenes, out / "traces"),
+            skipped=skipped,
+            hard=arguments.hard,
+            model=arguments.model,
+            images=arguments.cases,
+        )
+    else:  # lines of the tournament say it, and no scene need be answered again
+        skipped.update(max(records, key=lambda record: record.get("number", -1)).get("passed_over", {}))
     for case in tqdm(found, total=arguments.scenes):
         for name in names:
             if (case.scene.index, name) in done:
