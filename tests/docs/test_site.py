@@ -141,9 +141,18 @@ def test_an_empty_site_is_a_fault(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- what scripts write between marks
 
 
-@pytest.mark.parametrize("mark", ["tournament easy", "tournament hard", "families"])
-def test_the_summary_has_the_marks_that_scripts_fill(mark: str) -> None:
-    text = (ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("page", "mark"),
+    [
+        ("figures.md", "tournament easy"),
+        ("figures.md", "tournament hard"),
+        ("figures.md", "families"),
+        ("reality.md", "tournament photographs"),
+        ("tournament.md", "photographs"),
+    ],
+)
+def test_pages_have_the_marks_that_scripts_fill(page: str, mark: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     before, _, rest = text.partition(f"<!-- {mark} -->\n")
     assert before != text and f"<!-- /{mark} -->" in rest
 
