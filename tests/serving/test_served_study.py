@@ -53,7 +53,7 @@ def test_a_server_that_gives_too_little_for_a_study_is_asked_nothing(demo: Any, 
     with serving(*demo, {"top"}) as behind:
         behind.fault = lambda number, body: "no_ids"
         file.write_text(STUDY.format(url=behind.url), encoding="utf-8")
-        with pytest.raises(StudyError, match="model big .* a study goes by log-probabilities"):
+        with pytest.raises(StudyError, match=r"model big .* a study goes by log-probabilities"):
             run_study(read_study(file))
     asked = {body["messages"][0]["content"][-1]["text"] for _, body in behind.requests if "messages" in body}
     assert asked == {QUESTION}  # what connecting asks, and no question of the study's
