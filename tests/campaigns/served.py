@@ -625,6 +625,7 @@ def main(arguments: list[str] | None = None) -> None:
     kept = Kept(part, {**versions, "scenes": options.scenes})
     record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     again = list(PARTS) if options.only == "all" else options.only.split(",") if options.only else []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as up:
         run = Run(options.env, options.scenes, kept, up)
         for name in again or [name for name in PARTS if name not in record]:
