@@ -299,7 +299,7 @@ def running(command: list[str], port: int, more: dict[str, str]) -> Iterator[str
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **more}
+            command, stdout=log, stderr=subprocess.STDOUT, process_group=0, env={**os.environ, **more}
         )
         try:
             while not answers(f"{url}/health"):
