@@ -5,6 +5,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 JOBS ?= 2
 OUT ?= runs/demo
+VLLM ?= .venv-vllm
+SCENES ?= 20
+SERVED ?= tests/benchmarks/results/served.json
 
 BIN := .venv/bin
 INSTALL := -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -34,9 +37,10 @@ campaign: .venv/.installed-dev .venv-tv/.installed  ## what is too long for `mak
 	LVLM_PROBE_ZOO=runs/families $(BIN)/python -m pytest -q -n $(JOBS) tests/families/test_families.py
 	$(BIN)/python tests/campaigns/run.py
 
-served: .venv/.installed-dev  ## a real vLLM server on the CPU against the model itself, for docs/served.md (3.5 GB, half an hour)
-	@test -x .venv-vllm/bin/vllm || integrations/vllm/install .venv-vllm
-	$(BIN)/python tests/campaigns/served.py --env .venv-vllm --out tests/benchmarks/results/served.json --only all
+# To try it:  make served SCENES=1 SERVED=runs/served.json   A second call goes on at the scene where the first was stopped.
+served: .venv/.installed-dev  ## a real vLLM server on the CPU against the model itself, for docs/served.md (3.5 GB, an hour)
+	@test -x $(VLLM)/bin/vllm || integrations/vllm/install $(VLLM)
+	$(BIN)/python tests/campaigns/served.py --env $(VLLM) --scenes $(SCENES) --out $(SERVED) --only all
 	$(BIN)/python tests/benchmarks/publish.py
 
 families: .venv/.installed-dev .venv-tv/.installed  ## all model families, in both environments; writes lvlm_probe/families.json and docs/families.md

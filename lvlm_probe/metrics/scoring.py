@@ -287,7 +287,8 @@ def evaluate(
             ``False`` for none.
 
     Raises:
-        ExplainError: The heatmap is of another answer or image, or a parameter is out of range.
+        ExplainError: The heatmap is of another answer or image, a parameter is out of range, or the replay is one on a
+            server that gives no log-probabilities.
         ImageError: There is no such baseline; or the heatmap was made over an image of the user's, which it does not
             hold, and the replay has another one: give it as ``baseline``, or evaluate on ``replay.over(picture)``.
     """
@@ -296,6 +297,11 @@ def evaluate(
     check_answer(heat, replay)
     if heat.values is None:
         return _nothing(heat, replay)
+    if "passes" not in replay.offers:
+        raise ExplainError(
+            f"a score takes log-probabilities, and {replay.origin['device']} is asked on a road that does not give "
+            "them: leave the road out (road=, --road), or replay on the model itself"
+        )
     explained = heat.provenance.get("baseline")
     replay = over_baseline(replay, (explained or replay.baseline) if baseline is None else baseline)
     mode = "exact" if isinstance(replay.path, CompositePath) else mode  # real images: there is no other way

@@ -680,7 +680,7 @@ def _served_road(found: Found, road: str) -> list[str]:
     spent = at(found, road, "spent")
     rates = [one["masked_images_per_second"] for one in at(found, road, "scenes") if "masked_images_per_second" in one]
     lines = [
-        f"* {road}: insertion − deletion of a map through the server and of the local one at most {max(gains):.3f} "
+        f"* {road}: insertion − deletion of a map through the server and of the local one at most {max(gains):.1g} "
         f"apart; {spent['requests']:,} requests, {spent['retries']:,} of which were sent again.",
     ]
     if rates:
@@ -690,9 +690,9 @@ def _served_road(found: Found, road: str) -> list[str]:
             told.append(f"{statistics.median(ratios):.2g} ({min(ratios):.2g} to {max(ratios):.2g})")
         lines.append(
             f"* {road}, throughput: masked images per second through the server, eight at a time, are {told[0]} times "
-            f"those of exact passes here one by one, and {told[1]} times those of fast passes by sixteen: median and "
-            f"span of the scenes, both sides one after the other on each, one thread each, on a machine under "
-            f"load {min(one['load'] for one in rates):.0f} to {max(one['load'] for one in rates):.0f}."
+            f"those of exact passes here one by one, and {told[1]} times those of fast passes by sixteen (median and "
+            f"span of {len(rates)} scenes; on each, both sides one after the other, one thread each, under a load of "
+            f"{min(one['load'] for one in rates):.0f} to {max(one['load'] for one in rates):.0f})."
         )
     return lines
 

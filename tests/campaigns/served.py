@@ -79,11 +79,28 @@ class Kept:
 
 @dataclass
 class Run:
-    """What parts are told: the engine's environment, how many scenes, and what is done."""
+    """What parts are told: the engine's environment, how many scenes, what is done; and the server that is up."""
 
     env: Path
     scenes: int
     kept: Kept
+    up: contextlib.ExitStack
+    _server: tuple[Any, str] | None = None
+
+    def engine(self, checkpoint: Path | str, *options: str, more: dict[str, str] | None = None) -> str:
+        """The address of a vLLM server on the loopback; the one that is up, if that is like it."""
+        wanted = (str(checkpoint), options, more)
+        if self._server is None or self._server[0] != wanted:
+            self.stop()
+            port = free_port()
+            command = [str(ROOT / "integrations/vllm/start"), str(self.env), str(checkpoint), str(port), *options]
+            self._server = (wanted, self.up.enter_context(running(command, port, more or {})))
+        return self._server[1]
+
+    def stop(self) -> None:
+        """End the server that is up."""
+        self.up.close()
+        self._server = None
 
     def each(self, part: str, row: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
         """A row for each scene."""
@@ -277,21 +294,12 @@ def metered(url: str, scenes: Any, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def engine(env: Path, checkpoint: Path | str, *options: str, more: dict[str, str] | None = None) -> Iterator[str]:
-    """A vLLM server on the loopback while the block runs."""
-    port = free_port()
-    command = [str(ROOT / "integrations/vllm/start"), str(env), str(checkpoint), str(port), *options]
-    with running(command, port, more or {}) as url:
-        yield url
-
-
-@contextlib.contextmanager
 def running(command: list[str], port: int, more: dict[str, str]) -> Iterator[str]:
     """A server, as soon as it answers; the end of its log if it does not."""
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **more}
+            command, stdout=log, stderr=subprocess.STDOUT, process_group=0, env={**os.environ, **more}
         )
         try:
             while not answers(f"{url}/health"):
@@ -326,11 +334,8 @@ def answers(url: str) -> bool:
 def road_part(road: str, run: Run) -> dict[str, Any]:
     """Agreement on one road, and its throughput beside that of passes here."""
     model, processor = probe.demo.load()
-    with (
-        engine(run.env, probe.demo.path()) as url,
-        tempfile.TemporaryDirectory() as name,
-        probe.connect(url, road=road) as server,
-    ):
+    url = run.engine(probe.demo.path())
+    with tempfile.TemporaryDirectory() as name, probe.connect(url, road=road) as server:
         rows = run.each(road, lambda scene: one_scene(server, model, processor, scene, Path(name)))
         engine_facts = {key: value for key, value in server.engine.items() if key not in ("url", "root")}
     return {
@@ -343,7 +348,8 @@ def road_part(road: str, run: Run) -> dict[str, Any]:
 def trouble_part(run: Run) -> dict[str, Any]:
     """Faults on the way, a map and a meter that are killed, and roads that give less than log-probabilities."""
     chosen = probe.demo.scenes(run.scenes)
-    with engine(run.env, probe.demo.path()) as url, tempfile.TemporaryDirectory() as name:
+    url = run.engine(probe.demo.path())
+    with tempfile.TemporaryDirectory() as name:
         return {
             "faults": through_faults(url, chosen[0], Path(name)),
             "killed": killed(url, chosen[0], Path(name)),
@@ -384,16 +390,16 @@ def sampled_part(run: Run) -> dict[str, Any]:
     option = ("--middleware", "sample_requests.SampleRequests")
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "samples.jsonl"
-        with engine(run.env, probe.demo.path(), *option, more={**more, "SAMPLES": str(file)}) as url:
-            pairs = [
-                [said(url, scene, stream=stream, agent=agent) for agent in ("lvlm-probe", "somebody")]
-                for scene in probe.demo.scenes(run.scenes)
-                for stream in (False, True)
-            ]
-            wait_for(lambda: file.is_file() and file.read_bytes().count(b"\n") >= len(pairs))
-            rows = [json.loads(line)["response"]["choices"][0] for line in file.read_text().splitlines()]
-            making = [sys.executable, str(ROOT / "integrations/vllm/make_traces.py"), str(file), "--server", url]
-            subprocess.run([*making, "--out", str(Path(name) / "traces")], check=False, stdout=subprocess.DEVNULL)
+        url = run.engine(probe.demo.path(), *option, more={**more, "SAMPLES": str(file)})
+        pairs = [
+            [said(url, scene, stream=stream, agent=agent) for agent in ("lvlm-probe", "somebody")]
+            for scene in probe.demo.scenes(run.scenes)
+            for stream in (False, True)
+        ]
+        wait_for(lambda: file.is_file() and file.read_bytes().count(b"\n") >= len(pairs))
+        rows = [json.loads(line)["response"]["choices"][0] for line in file.read_text().splitlines()]
+        making = [sys.executable, str(ROOT / "integrations/vllm/make_traces.py"), str(file), "--server", url]
+        subprocess.run([*making, "--out", str(Path(name) / "traces")], check=False, stdout=subprocess.DEVNULL)
         return {
             "asked": len(pairs),
             "streamed": len(pairs) // 2,
@@ -433,6 +439,7 @@ def wait_for(happened: Callable[[], bool], seconds: float = 60) -> None:
 
 def batch_part(run: Run) -> dict[str, Any]:
     """What ``vllm run-batch`` writes, imported here."""
+    run.stop()
     model, processor = probe.demo.load()
     with tempfile.TemporaryDirectory() as name:
         asked, said = Path(name) / "asked.jsonl", Path(name) / "said.jsonl"
@@ -467,7 +474,8 @@ def qwen_part(run: Run) -> dict[str, Any]:
         checkpoint = Path(name) / "qwen"
         make_qwen(checkpoint)
         model, processor = probe.load(checkpoint)
-        with engine(run.env, checkpoint) as url, probe.connect(url, road="tokens") as server:
+        url = run.engine(checkpoint)
+        with probe.connect(url, road="tokens") as server:
             rows = run.each("qwen", lambda scene: qwen_scene(server, model, processor, scene, Path(name)))
             said = server.describe()
             try:  # random answers are cut into other tokens when they are read again
@@ -554,11 +562,8 @@ def make_qwen(directory: Path) -> None:
 def lens_part(run: Run) -> dict[str, Any]:
     """Attention rows from what vllm-lens captures, against those recorded on the model itself."""
     model, processor = probe.demo.load()
-    with (
-        engine(run.env, probe.demo.path(), more={"LENS": "1"}) as url,
-        tempfile.TemporaryDirectory() as name,
-        probe.connect(url) as server,
-    ):
+    url = run.engine(probe.demo.path(), more={"LENS": "1"})
+    with tempfile.TemporaryDirectory() as name, probe.connect(url) as server:
         return {"scenes": run.each("lens", lambda scene: lens_scene(server, model, processor, scene, Path(name)))}
 
 
@@ -581,6 +586,7 @@ def lens_scene(server: Any, model: Any, processor: Any, scene: Any, folder: Path
 
 def transformers_part(run: Run) -> dict[str, Any]:
     """What ``transformers serve`` is told."""
+    run.stop()
     port = free_port()
     command = [str(run.env / "bin/transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -616,13 +622,16 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     versions = versions_of("lvlm-probe", "torch", "transformers")
     part = options.out.with_suffix(".part")
-    run = Run(options.env, options.scenes, Kept(part, {**versions, "scenes": options.scenes}))
+    kept = Kept(part, {**versions, "scenes": options.scenes})
     record: dict[str, Any] = json.loads(options.out.read_text()) if options.out.is_file() else {}
     again = list(PARTS) if options.only == "all" else options.only.split(",") if options.only else []
-    for name in again or [name for name in PARTS if name not in record]:
-        made = run.kept.once(name, lambda name=name: {**PARTS[name](run), "date": time.strftime("%Y-%m-%d")})
-        record |= {name: made, "machine": platform.machine(), "versions": versions}
-        options.out.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as up:
+        run = Run(options.env, options.scenes, kept, up)
+        for name in again or [name for name in PARTS if name not in record]:
+            made = kept.once(name, lambda name=name: {**PARTS[name](run), "date": time.strftime("%Y-%m-%d")})
+            record |= {name: made, "machine": platform.machine(), "versions": versions}
+            options.out.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     part.unlink(missing_ok=True)
 
 

@@ -86,10 +86,11 @@ def kept(path: Path) -> list[Any]:
 
 
 @pytest.mark.quick
-def test_a_request_that_is_drawn_is_a_row_without_its_key(scene: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("root", ["", "/api"])  # vLLM's --root-path
+def test_a_request_that_is_drawn_is_a_row_without_its_key(root: str, scene: Any, tmp_path: Path) -> None:
     path, reply = tmp_path / "samples.jsonl", answer("A cross.")
     middleware = sampling.SampleRequests(answering([reply[:9], reply[9:]]), path=str(path), share=1.0)
-    assert bodies(served(middleware, asked(scene))) == reply
+    assert bodies(served(middleware, asked(scene), path=f"{root}/v1/chat/completions")) == reply
     middleware.close()
     (row,) = kept(path)
     assert row["response"]["choices"][0]["message"]["content"] == "A cross."

@@ -123,9 +123,15 @@ def test_a_road_that_does_not_work_is_refused_with_the_way_out(demo: Any, trace:
 
 
 @pytest.mark.parametrize("road", ["top-k", "sampling"])
-def test_the_meter_is_refused_on_a_road_that_gives_too_little(
+def test_scores_and_the_meter_are_refused_on_a_road_that_gives_too_little(
     road: str, behind: DemoServer, photo_file: Path, scene: Any, tmp_path: Path
 ) -> None:
+    asking = ("--image", photo_file, "--question", scene.question, "--out", tmp_path, "--no-scores", *SMALL, "--json")
+    made = succeed("explain", "--server", behind.url, *asking).json
+    failed = run("evaluate", made["trace"], "--server", behind.url, "--road", road)
+    said = " ".join(failed.err.split())
+    assert failed.code == 2 and "a score takes log-probabilities" in said and "--road" in said, said
+    assert "evaluate:" not in said  # what it would cost is not said of what is refused
     file = tmp_path / "answers.jsonl"
     row = {"image": photo_file.name, "question": scene.question, "answer": scene.answer}
     file.write_text(json.dumps(row), encoding="utf-8")

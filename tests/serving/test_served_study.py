@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from demo_server import DemoServer
+from demo_server import DemoServer, serving
 
 from lvlm_probe.errors import StudyError
+from lvlm_probe.serving.measuring import QUESTION
 from lvlm_probe.study.results import collect
 from lvlm_probe.study.run.runner import run_study
 from lvlm_probe.study.spec import read_study
@@ -44,6 +46,17 @@ def test_a_study_explains_a_model_on_a_server(behind: DemoServer, tmp_path: Path
     before = behind.count
     run_study(study)
     assert behind.count == before  # all is finished: nobody is asked
+
+
+def test_a_server_that_gives_too_little_for_a_study_is_asked_nothing(demo: Any, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    with serving(*demo, {"top"}) as behind:
+        behind.fault = lambda number, body: "no_ids"
+        file.write_text(STUDY.format(url=behind.url), encoding="utf-8")
+        with pytest.raises(StudyError, match=r"model big .* a study goes by log-probabilities"):
+            run_study(read_study(file))
+    asked = {body["messages"][0]["content"][-1]["text"] for _, body in behind.requests if "messages" in body}
+    assert asked == {QUESTION}  # what connecting asks, and no question of the study's
 
 
 @pytest.mark.parametrize(

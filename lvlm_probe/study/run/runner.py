@@ -356,7 +356,11 @@ def _load(study: Study, spec: ModelSpec) -> tuple[Any, Any]:
 
         return demo.load()
     if spec.server is not None:
-        return connect(spec.server, spec.served_model, journal=study.out / JOURNAL), None
+        server = connect(spec.server, spec.served_model, journal=study.out / JOURNAL)
+        if server.gives != "passes":
+            server.close()
+            raise ReplayError(f"a study goes by log-probabilities, and {server.name} gives {server.what}")
+        return server, None
     options: dict[str, Any] = {"dtype": spec.dtype, "attn": spec.attn, "trust_remote_code": study.trust_remote_code}
     if spec.device_map is not None:
         options["device_map"] = spec.device_map
