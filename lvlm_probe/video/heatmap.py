@@ -316,7 +316,7 @@ class ClipHeatmap(HeatGrid):
 
 
 def film_sheet(images: Sequence[Image.Image], clip: Clip) -> Image.Image:
-    """At most eight frames of a clip, evenly spaced, four beside each other, each with when it is shown; RGB.
+    """At most eight frames of a clip, evenly spaced, two beside each other, each with when it is shown; RGB.
 
     Args:
         images: of the prompt.
@@ -325,7 +325,7 @@ def film_sheet(images: Sequence[Image.Image], clip: Clip) -> Image.Image:
     rows, columns = _tiling(len(chosen))
     width, height = images[clip.first].size
     sheet = Image.new("RGB", (columns * width, rows * height), _PAPER)
-    pencil, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(8, width // 8))
+    pencil, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(8, width // 10))
     for place, number in enumerate(chosen):
         left, top = place % columns * width, place // columns * height
         sheet.paste(images[clip.first + number].convert("RGB").resize((width, height)), (left, top))
@@ -337,7 +337,7 @@ def film_sheet(images: Sequence[Image.Image], clip: Clip) -> Image.Image:
 
 def _tiling(count: int) -> tuple[int, int]:
     """Rows and columns of a sheet."""
-    columns = min(count, 4)
+    columns = min(count, 2)
     return -(-count // columns), columns
 
 

@@ -236,7 +236,8 @@ def test_a_study_has_a_column_of_videos(study: Path) -> None:
         "datasets: {rows: {reader: table, source: rows.csv, columns: {video: clip}}}\n"
         "methods: {by gradient: {method: input_gradient, tokens: joint, params: {size: 4}},"
         " by hiding: {method: occlusion, tokens: joint, params: {size: 4}}, other: {method: gradcam, tokens: joint}}\n"
-        "settings: {num_frames: 4, max_new_tokens: 3, words: true, steps: 4}\nfilter: {minimum_drop: 0}\n"
+        "settings: {num_frames: 4, max_new_tokens: 3, baseline: blank, words: true, steps: 4}\n"
+        "filter: {minimum_drop: 0}\n"
     )
     peeked = succeed("study", "peek", "table", study / "rows.csv", "--column", "video=clip")
     assert "a video: ball.mp4" in peeked.out
