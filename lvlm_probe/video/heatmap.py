@@ -143,7 +143,12 @@ class ClipHeatmap(HeatGrid):
         """One frame as the model was shown it, RGB. Raises ``ImageError`` when no trace is at hand."""
         if self.trace is None:
             raise ImageError("this heatmap has no frames at hand: its trace was not found beside it")
-        return self.trace.images[self.clip.first + number].convert("RGB")
+        images = self.trace.images
+        if self.clip.images.stop > len(images):
+            raise ImageError(
+                f"trace {self.provenance.get('trace_id', '')} has {len(images)} images, and not its frames"
+            )
+        return images[self.clip.first + number].convert("RGB")
 
     def overlay(
         self, *, alpha: float = 0.8, colormap: str = "inferno", score: drawing.Scored | None = None, mark: bool = True

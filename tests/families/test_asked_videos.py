@@ -182,6 +182,17 @@ def test_every_command_knows_a_trace_with_a_video(recorded: Path, tmp_path: Path
     assert "frame of a video" in run("plan", recorded, "--model", "m").err
 
 
+def test_frames_are_told_by_their_shares(recorded: Path) -> None:
+    word = open_trace(recorded).words[0].text
+    found = succeed("frames", recorded, "--model", "m", "--words", word, "--json").json
+    assert [one["frames"] for one in found["segments"]] == [[0, 1], [1, 2], [2, 3], [3, 4]]
+    assert sum(one["share"] for one in found["segments"]) == pytest.approx(found["total"], abs=1e-4)
+    assert set(found["llr"]) == {"blur", "first_frame", "middle_frame", "shuffled_frames"}
+    told = succeed("frames", recorded, "--model", "m", "--words", word, "--segments", "2").out
+    assert "0.0 s to 1.0 s" in told
+    assert "the order of frames" in told
+
+
 def test_methods_are_compared_on_a_video(recorded: Path, tmp_path: Path) -> None:
     page = tmp_path / "compare.html"
     result = succeed(
