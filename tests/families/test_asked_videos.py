@@ -189,7 +189,7 @@ def test_frames_are_told_by_their_shares(recorded: Path) -> None:
     assert sum(one["share"] for one in found["segments"]) == pytest.approx(found["total"], abs=1e-4)
     assert set(found["llr"]) == {"blur", "first_frame", "middle_frame", "shuffled_frames"}
     told = succeed("frames", recorded, "--model", "m", "--words", word, "--segments", "2").out
-    assert "0.0 s to 1.0 s" in told
+    assert "0.0 to 1.0 s" in told
     assert "the order of frames" in told
 
 
