@@ -234,13 +234,9 @@ def _written(
     yield f"    limit: 10  # a first run; the table has {more} rows, and without a limit all are used"
     yield "methods:"
     yield "  igos++: {}     # a mask that is optimised: the most careful, and the most passes"
-    if "video" in found:
-        yield "  input_gradient: {}  # one pass forward and one backward"
-        yield "  occlusion: {}  # what the others have to be better than: tubes are hidden one by one"
-    else:
-        yield "  gradcam: {}    # one pass forward and one backward"
-        yield "  random: {}     # what the others have to be better than"
-        yield "  center: {}     # and this, a blob in the middle: photographs have their objects there"
+    yield "  gradcam: {}    # one pass forward and one backward"
+    yield "  random: {}     # what the others have to be better than"
+    yield "  center: {}     # and this, a blob in the middle: photographs have their objects there"
     yield "filter:"
     yield "  minimum_drop: 0.3  # maps of answers that lose this share of their probability without the image; 0: all"
     yield f"settings: {{max_new_tokens: 64{', num_frames: 8' if 'video' in found else ''}}}"

@@ -200,9 +200,7 @@ def test_methods_are_compared_on_a_video(recorded: Path, tmp_path: Path) -> None
         "--words", open_trace(recorded).words[0].text, "--json",
     )  # fmt: skip
     maps = {one["method"]: one for one in result.json["traces"][0]["maps"]}
-    assert maps["gradcam"]["cells"] is None
-    assert "does not explain by a video" in maps["gradcam"]["reason"]
-    assert len(maps["occlusion"]["cells"]) == 3
+    assert all(len(one["cells"]) == 3 for one in maps.values())
     assert maps["occlusion"]["score"] is not None
     text = page.read_text()
     assert "Video of 4 frames, from 0.0 s to 3.0 s" in text
@@ -257,8 +255,8 @@ def test_a_study_has_a_column_of_videos(study: Path) -> None:
     records = [json.loads(file.read_text()) for file in (study / "out" / "maps").glob("*.json")]
     by_method = {record["method"]: record for record in records}
     assert len(records) == 6
-    assert "does not explain by a video" in by_method["gradcam"]["reason"]
-    assert by_method["input_gradient"]["status"] == by_method["occlusion"]["status"] == "done"
+    assert {record["status"] for record in records} == {"done"}
+    assert set(by_method) == {"input_gradient", "occlusion", "gradcam"}
     page = study / "page.html"
     succeed("study", "page", file, "--out", page)
     table = succeed("study", "table", file, "--format", "markdown")

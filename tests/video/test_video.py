@@ -219,7 +219,7 @@ def test_methods_are_compared_on_a_video(toy: ToyClip, tmp_path: Any) -> None:
     )  # fmt: skip
     (row,) = made.rows
     assert [heat.values is not None for heat in row.heats] == [True, True, False]
-    assert "does not explain by a video" in row.heats[2].reason
+    assert "needs activations" in row.heats[2].reason
     assert [list(score.params["grid"]) for score in row.scores[:2]] == [[8, 8, 8]] * 2
     text = made.path.read_text()
     assert "Video of 8 frames, from 0.0 s to 3.5 s" in text
