@@ -134,7 +134,7 @@ def explain(
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Show which regions of an image, or of a video's frames, made the model say its words: of a run that is recorded, or new.
+    """Show which regions of an image, or of a video's frames, made the model say its words: of an answer old or new.
 
     Finished maps are kept: the same command again makes only those that are missing.
 
