@@ -134,8 +134,7 @@ def explain(
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Show which regions of an image, or of the frames of a video, made the model say its words: a recorded run, or a
-    new one.
+    """Show which regions of an image, or of a video's frames, made the model say its words: of an answer old or new.
 
     Finished maps are kept: the same command again makes only those that are missing.
 

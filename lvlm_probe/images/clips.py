@@ -46,7 +46,7 @@ class ClipStep:
         image_call: keyword arguments of its call.
         nested: it is given one list of images per prompt.
         fed_as: outputs of the video processor that the processor around it hands on under another name, with the number
-            of axes that are left (InternVL lays the frames of all clips one after another).
+            of axes that are left (InternVL lays the frames of all clips one after another, behind the images).
     """
 
     def __init__(
@@ -90,7 +90,8 @@ class ClipStep:
         found.pop("video_metadata", None)
         for name, (other, axes) in self._fed_as.items():
             value = found.pop(name)
-            found[other] = value.flatten(0, value.ndim - axes)
+            frames = value.flatten(0, value.ndim - axes)
+            found[other] = _joined(made[other], frames, len(prompts)) if other in made else frames
         return {**made, **found}
 
 
@@ -134,6 +135,12 @@ def step_of(processor: Any, call: Mapping[str, Any], clips: Sequence[Clip]) -> t
     except (AttributeError, TypeError, ValueError) as error:  # a trace may come from anyone
         raise ImageError(f"the recorded call of the video processor makes no sense ({error})") from error
     return step, changed
+
+
+def _joined(stills: Tensor, frames: Tensor, prompts: int) -> Tensor:
+    """Images and then frames of each prompt, under one name."""
+    each = [rows.unflatten(0, (prompts, -1)) for rows in (stills, frames)]
+    return torch.cat(each, dim=1).flatten(0, 1)
 
 
 def _stacked(frames: Sequence[Image.Image]) -> np.ndarray:

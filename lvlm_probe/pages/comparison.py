@@ -239,7 +239,7 @@ def _one(
     try:
         asked: dict[str, Any] = {"method": method, "tokens": selection, "strengthen": False, **same, **params}
         heat: Heatmap | ClipHeatmap
-        if clip is not None and not isinstance(item, Trace):
+        if clip is not None:
             heat = explain_clip(item, clip=list(item.clips).index(clip), **asked)
         else:
             heat = explain(item, image=image, **asked)

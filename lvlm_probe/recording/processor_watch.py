@@ -252,6 +252,13 @@ class ProcessorWatch:
     def __len__(self) -> int:
         return len(self._calls)
 
+    @property
+    def clip_frames(self) -> list[int]:
+        """Numbers of frames of the calls that are held, the latest first."""
+        with self._lock:
+            counts = [sum(clip.frames for clip in entry.call.clips) for entry in reversed(self._calls)]
+        return list(dict.fromkeys(counts))
+
     # ------------------------------------------------------------------ what is found
 
     def find(self, inputs: Mapping[str, Any]) -> ProcessorCall | None:

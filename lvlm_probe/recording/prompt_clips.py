@@ -60,6 +60,7 @@ class ClipFinder:
         self._processor, self._images, self._clips = processor, images, clips
         self._inputs, self._is_pixel_name = inputs, is_pixel_name
         self._fed_as: dict[str, list[Any]] = {}
+        self._stills: ProcessorCall | None = None
 
     def find(self, batch: int, *, given: Any = None) -> list[ClipRow] | None:
         """The rows of the batch; ``None`` where its prompts hold no video.
@@ -103,10 +104,27 @@ class ClipFinder:
                 self._fed_as = {
                     name: [own, self._inputs[own].ndim] for name, own in named.items() if name in call.names
                 }
-        return call
+        return call or self._behind_images()
+
+    def _behind_images(self) -> ProcessorCall | None:
+        """The call that made the clips, whose frames follow images under the images' own name (InternVL)."""
+        for name, value in self._inputs.items():
+            if not (self._is_pixel_name(name) and value.is_floating_point() and value.ndim > 2):
+                continue
+            for frames in self._clips.clip_frames:
+                if not 0 < frames < len(value):
+                    continue
+                call = self._clips.find({f"{name}_videos": value[-frames:]})
+                stills = None if call is None else self._images.find({name: value[:-frames]})
+                if call is not None and stills is not None and stills.images is not None:
+                    self._stills, self._fed_as = stills, {f"{name}_videos": [name, value.ndim]}
+                    return call
+        return None
 
     def _beside(self, call: ProcessorCall) -> ProcessorCall | None:
         """The call that made images beside the clips; ``None`` where there are none."""
+        if self._stills is not None:
+            return self._stills
         fed = [name for name, value in self._inputs.items() if value.is_floating_point() and value.ndim >= 2]
         made = call.names | {own for own, _ in self._fed_as.values()}
         if not any(self._is_pixel_name(name) and name not in made for name in fed):

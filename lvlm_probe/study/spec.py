@@ -126,6 +126,13 @@ class Settings:
     steps: Annotated[int, Key("Points on a deletion or insertion curve, less one.", "50", least=1, most=100_000)] = 50
     max_new_tokens: Annotated[int, Key("Length limit of answers, tokens.", "64", least=1, most=1_000_000)] = 64
     seed: Annotated[int, Key("Of everything random.", "0", least=0, most=2**63 - 1)] = 0
+    num_frames: Annotated[
+        int | None,
+        Key("Frames of a video that models are shown.", "8", "what the processor samples, or 16", least=1, most=1000),
+    ] = None
+    fps: Annotated[
+        float | None, Key("The same for each second of it, instead.", "2", "what the processor samples, or 16", above=0)
+    ] = None
     words: Annotated[bool, Key("Also make one map per selected word, to look at; as many maps more.", "true")] = False
 
 

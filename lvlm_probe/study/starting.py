@@ -16,6 +16,7 @@ from lvlm_probe.study.datasets.files import rows
 from lvlm_probe.study.datasets.own_data import FIELDS, PICTURES
 from lvlm_probe.study.datasets.registry import open_dataset
 from lvlm_probe.study.keys import nearest
+from lvlm_probe.trace.video_files import is_video_name
 
 __all__ = ["Start", "start"]
 
@@ -29,6 +30,7 @@ _NONE = "(none)"
 
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "image": ("image", "images", "img", "image_path", "image_file", "picture", "photo", "file", "filename", "path"),
+    "video": ("video", "clip", "video_path", "video_file"),
     "mask": ("mask", "mask_path", "segmentation", "seg"),
     "boxes": ("boxes", "bboxes", "bbox", "box", "bounding_box", "region"),
     "choices": ("choices", "options", "candidates"),
@@ -65,7 +67,7 @@ def start(data: Path, out: Path, *, model: str | None = None, columns: Mapping[s
         columns: field → column that are known; the others are guessed.
 
     Raises:
-        StudyError: it cannot be read, holds no rows, or no column looks like an image.
+        StudyError: it cannot be read, holds no rows, or no column looks like an image or a video.
     """
     if not data.exists():
         raise StudyError(f"there is no file {data}; name a csv, tsv, json, jsonl or parquet file")
@@ -73,19 +75,20 @@ def start(data: Path, out: Path, *, model: str | None = None, columns: Mapping[s
     if not seen:
         raise StudyError(f"{data} holds no rows")
     found = _guess(seen, columns or {})
-    if "image" not in found:
+    shown = next((field for field in ("image", "video") if field in found), None)
+    if shown is None:
         raise StudyError(
-            f"no column of {data} looks like an image; it has {', '.join(map(repr, seen[0]))}: say which, "
-            "--column image=NAME"
+            f"no column of {data} looks like an image or a video; it has {', '.join(map(repr, seen[0]))}: say which, "
+            "--column image=NAME or video=NAME"
         )
     warnings: list[str] = []
     options: dict[str, Any] = {"columns": {field: name for field, (name, _) in found.items() if field != name}}
     base = data if data.is_dir() else data.parent
-    directory = _directory(base, [row.get(found["image"][0]) for row in seen])
+    directory = _directory(base, [row.get(found[shown][0]) for row in seen])
     if directory is not None:
         options["images"] = directory
     if "question" not in found:
-        options["question"] = "Describe this image."
+        options["question"] = f"Describe this {shown}."
     while True:
         try:
             opened, wrong = _opened(data, options)
@@ -142,6 +145,8 @@ def _fits(field: str, values: Sequence[Any]) -> bool:
     there = [value for value in values if value not in (None, "")]
     if not there:
         return False
+    if field == "video":
+        return _share(is_video_name(value) for value in there) > 0.5
     if field in ("image", "mask"):
         return _share(_is_picture(value) for value in there) > 0.5
     if field == "boxes":
@@ -172,7 +177,7 @@ def _directory(base: Path, values: Sequence[Any]) -> str | None:
 
 
 def _opened(data: Path, options: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """Try the first images: a sentence on how many open, and why one did not."""
+    """Try the first images or videos: a sentence on how many open, and why one did not."""
     samples = list(itertools.islice(open_dataset("table", str(data), **options), _OPENED))
     wrong = []
     for sample in samples:
@@ -180,7 +185,8 @@ def _opened(data: Path, options: Mapping[str, Any]) -> tuple[str, list[str]]:
             sample.load()
         except ProbeError as error:
             wrong.append(str(error))
-    said = f"{len(samples) - len(wrong)} of the first {len(samples)} images open"
+    kind = "videos" if any(sample.video for sample in samples) else "images"
+    said = f"{len(samples) - len(wrong)} of the first {len(samples)} {kind} open"
     return said, [f"{said}: {wrong[0]}"] if wrong else []
 
 
@@ -233,7 +239,7 @@ def _written(
     yield "  center: {}     # and this, a blob in the middle: photographs have their objects there"
     yield "filter:"
     yield "  minimum_drop: 0.3  # maps of answers that lose this share of their probability without the image; 0: all"
-    yield "settings: {max_new_tokens: 64}"
+    yield f"settings: {{max_new_tokens: 64{', num_frames: 8' if 'video' in found else ''}}}"
 
 
 def _quoted(text: str) -> str:

@@ -184,8 +184,8 @@ def _surveyed(av: Any, path: Path, shown: str) -> tuple[VideoFacts, _Packets]:
         fps = (count - 1) / spanned
     if dated and whole > 1.2 * spanned + 1:
         caution(
-            f"{shown} is {whole:.1f} s long, and its video ends after {spanned:.1f} s: the rest was cut off, or is audio "
-            "alone"
+            f"{shown} is {whole:.1f} s long, and its video ends after {spanned:.1f} s: the rest was cut off, or is "
+            "audio alone"
         )
     with _opened(av, path) as (container, stream):
         first = next(container.decode(stream))

@@ -32,9 +32,10 @@ from lvlm_probe.trace.video_files import encode_video
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
-__all__ = ["ClipHeatmap"]
+__all__ = ["ClipHeatmap", "film_sheet"]
 
 _SHOWN = 12  # frames of a strip
+_TILES = 8  # ... and of a sheet
 _SIDE = 180  # longest side of a frame in it, pixels
 _MOVIE_SIDE = 480  # ... and of an animation's
 _GAP, _TEXT, _CURVE = 6, 12, 64  # pixels: between frames, of letters, of the curve below them
@@ -112,11 +113,42 @@ class ClipHeatmap(HeatGrid):
             history=self.history,
         )
 
+    def on_sheet(self) -> Heatmap:
+        """The heatmap over ``film_sheet``: one of an image, for what shows images. Cells without a frame are not
+        seen."""
+        chosen = self.clip.spread(_TILES)
+        rows, columns = _tiling(len(chosen))
+        shown: dict[str, Any] = {"values": None}
+        if self.values is not None:
+            of_frames = (self._frames(self.values).clip(0, 1), self._frames(np.asarray(self.seen, np.float32)) > 0)
+            laid = []
+            for frames in of_frames:
+                high, wide = frames.shape[1:]
+                sheet = np.zeros((rows * high, columns * wide), frames.dtype)
+                for place, number in enumerate(chosen):
+                    top, left = place // columns * high, place % columns * wide
+                    sheet[top : top + high, left : left + wide] = frames[number]
+                laid.append(sheet)
+            shown = {"values": laid[0], "seen": laid[1]}
+        width, height = self.image_size
+        return Heatmap(
+            **shown,
+            image_size=(columns * width, rows * height),
+            image_index=self.clip.first,
+            **{name: getattr(self, name) for name in ("selection", "method", "params", "provenance", "history")},
+            reason=self.reason,
+        )
+
     def picture(self, number: int) -> Image.Image:
         """One frame as the model was shown it, RGB. Raises ``ImageError`` when no trace is at hand."""
         if self.trace is None:
             raise ImageError("this heatmap has no frames at hand: its trace was not found beside it")
-        return self.trace.images[self.clip.first + number].convert("RGB")
+        images = self.trace.images
+        if self.clip.images.stop > len(images):
+            raise ImageError(
+                f"trace {self.provenance.get('trace_id', '')} has {len(images)} images, and not its frames"
+            )
+        return images[self.clip.first + number].convert("RGB")
 
     def overlay(
         self, *, alpha: float = 0.8, colormap: str = "inferno", score: drawing.Scored | None = None, mark: bool = True
@@ -286,6 +318,32 @@ class ClipHeatmap(HeatGrid):
         font = ImageFont.load_default(_TEXT)
         told = f"mean of the heatmap in each frame, highest {highest:.2f} at {self.when(int(curve.argmax()))}"
         pencil.text((0, bottom + _GAP), told, font=font, fill=_INK)
+
+
+def film_sheet(images: Sequence[Image.Image], clip: Clip) -> Image.Image:
+    """At most eight frames of a clip, evenly spaced, two beside each other, each with when it is shown; RGB.
+
+    Args:
+        images: of the prompt.
+    """
+    chosen = clip.spread(_TILES)
+    rows, columns = _tiling(len(chosen))
+    width, height = images[clip.first].size
+    sheet = Image.new("RGB", (columns * width, rows * height), _PAPER)
+    pencil, font = ImageDraw.Draw(sheet), ImageFont.load_default(max(8, width // 10))
+    for place, number in enumerate(chosen):
+        left, top = place % columns * width, place // columns * height
+        sheet.paste(images[clip.first + number].convert("RGB").resize((width, height)), (left, top))
+        when = f"{number}" if clip.times is None else f"{clip.times[number]:.1f} s"
+        pencil.rectangle(pencil.textbbox((left + 2, top + 1), when, font=font), fill=_PAPER)
+        pencil.text((left + 2, top + 1), when, font=font, fill=_INK)
+    return sheet
+
+
+def _tiling(count: int) -> tuple[int, int]:
+    """Rows and columns of a sheet."""
+    columns = min(count, 2)
+    return -(-count // columns), columns
 
 
 def _gif(frames: Sequence[Image.Image], *, seconds: float, comment: str) -> bytes:

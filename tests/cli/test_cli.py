@@ -874,6 +874,20 @@ def test_word_selections_part_the_selection(replayed: probe.Replay) -> None:
         assert all(span.start <= index < span.stop for index in part.indices)
 
 
+def test_a_video_is_refused_in_a_sentence(
+    trace: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "holds no video: lvlm-probe explain" in run("frames", trace, "--model", "demo").err
+    missing = run("record", "--model", "demo", "--video", tmp_path / "none.mp4", "--question", "What?")
+    monkeypatch.setitem(sys.modules, "av", None)
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"film")
+    without = run("record", "--model", "demo", "--image", clip, "--question", "What?")
+    assert "pip install 'lvlm-probe[video]'" in without.err
+    assert missing.code == without.code == 2
+    assert run("record", "--model", "demo", "--image", picture, "--fps", "2", "--question", "What?").code == 2
+
+
 @pytest.mark.quick
 def test_sanity_refuses_in_a_sentence(tmp_path: Path) -> None:
     missing = run("sanity", tmp_path / "none.h5")

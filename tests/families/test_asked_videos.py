@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tiny_models import picture
 from video_samples import film
 
 import lvlm_probe as probe
+from lvlm_probe import open_trace
 from lvlm_probe.errors import ImageError, ProbeError, ProbeWarning
 from lvlm_probe.heatmap_store import find_maps
 from lvlm_probe.trace.video_files import read_video
@@ -81,8 +83,8 @@ def test_a_processor_with_a_rule_of_its_own_is_asked_by_it(video: Path) -> None:
 
 
 def test_images_files_and_arrays_stand_in_one_prompt(qwen: Built, video: Path) -> None:
-    answer = ask(qwen, [picture(70, 80, seed=30), video], video=film(video.with_name("b.gif"), codec="gif", pixels="rgb8"),
-                 num_frames=2)  # fmt: skip
+    moving = film(video.with_name("b.gif"), codec="gif", pixels="rgb8")
+    answer = ask(qwen, [picture(70, 80, seed=30), video], video=moving, num_frames=2)
     assert [(clip.first, clip.frames) for clip in answer.replay.clips] == [(1, 2), (3, 2)]
     frames = clips.frames()
     by_array, by_images = ask(qwen, video=frames), ask(qwen, video=[Image.fromarray(frame) for frame in frames])
@@ -122,7 +124,7 @@ def test_what_cannot_be_shown_says_the_way_out(qwen: Built, video: Path, tmp_pat
     assert "at least one frame" in refused(ProbeError, qwen, video=video, num_frames=0)
     assert "none is given" in refused(ProbeError, qwen, picture(70, 80), num_frames=2)
     assert "give image=…, or video=…" in refused(ImageError, qwen)
-    assert "exceeds total_num_frames" in refused(ImageError, qwen, video=video, num_frames=41)
+    assert "exceeds total_num_frames" in refused(ImageError, clips.built("llava_onevision"), video=video, num_frames=41)
     mute = clips.built("qwen2_vl")
     mute.processor.chat_template = build("qwen2_vl").processor.chat_template
     assert "may know no videos" in refused(ProbeError, mute, video=video)
@@ -144,8 +146,8 @@ def recorded(qwen: Built, video: Path, tmp_path_factory: pytest.TempPathFactory)
             patched.setattr(f"lvlm_probe.cli.{command}.load_model", lambda *_, **__: (qwen.model, qwen.processor))
         out = tmp_path_factory.mktemp("runs")
         made = succeed(
-            "record", "--model", "m", "--video", video, "--num-frames", "4", "--question", "What happens?", "--out", out,
-            "--max-new-tokens", "3", "--json",
+            "record", "--model", "m", "--video", video, "--num-frames", "4", "--question", "What happens?",
+            "--out", out, "--max-new-tokens", "12", "--json",
         )  # fmt: skip
         yield Path(made.json["trace"])
 
@@ -180,15 +182,25 @@ def test_every_command_knows_a_trace_with_a_video(recorded: Path, tmp_path: Path
     assert "frame of a video" in run("plan", recorded, "--model", "m").err
 
 
+def test_frames_are_told_by_their_shares(recorded: Path) -> None:
+    word = open_trace(recorded).words[0].text
+    found = succeed("frames", recorded, "--model", "m", "--words", word, "--json").json
+    assert [one["frames"] for one in found["segments"]] == [[0, 1], [1, 2], [2, 3], [3, 4]]
+    assert sum(one["share"] for one in found["segments"]) == pytest.approx(found["total"], abs=1e-4)
+    assert set(found["llr"]) == {"blur", "first_frame", "middle_frame", "shuffled_frames"}
+    told = succeed("frames", recorded, "--model", "m", "--words", word, "--segments", "2").out
+    assert "0.0 to 1.0 s" in told
+    assert "the order of frames" in told
+
+
 def test_methods_are_compared_on_a_video(recorded: Path, tmp_path: Path) -> None:
     page = tmp_path / "compare.html"
     result = succeed(
-        "evaluate", recorded, "--model", "m", "--methods", "input_gradient,occlusion,gradcam", "--out", page, "--json",
+        "evaluate", recorded, "--model", "m", "--methods", "input_gradient,occlusion,gradcam", "--out", page,
+        "--words", open_trace(recorded).words[0].text, "--json",
     )  # fmt: skip
-    maps = {one["method"]: one for one in result.json["answers"][0]["maps"]}
-    assert maps["gradcam"]["cells"] is None
-    assert "does not explain by a video" in maps["gradcam"]["reason"]
-    assert len(maps["occlusion"]["cells"]) == 3
+    maps = {one["method"]: one for one in result.json["traces"][0]["maps"]}
+    assert all(len(one["cells"]) == 3 for one in maps.values())
     assert maps["occlusion"]["score"] is not None
     text = page.read_text()
     assert "Video of 4 frames, from 0.0 s to 3.0 s" in text
@@ -206,3 +218,49 @@ def test_a_video_may_be_given_as_an_image(recorded: Path, video: Path, tmp_path:
     assert "there is no such file" in nothing.err
     beside = run("explain", recorded, "--video", video)
     assert "a trace has its own" in beside.err
+
+
+# ------------------------------------------------------------------------------------------------------------- studies
+
+
+@pytest.fixture
+def study(qwen: Built, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study of two questions about videos, by a column of that name."""
+    monkeypatch.setattr("lvlm_probe.study.run.runner.load", lambda *_, **__: (qwen.model, qwen.processor))
+    (tmp_path / "ball.mp4").write_bytes(video.read_bytes())
+    rows = "id,clip,question,answer\na,ball.mp4,What happens?,red\nb,ball.mp4,What moves?,red\n"
+    (tmp_path / "rows.csv").write_text(rows)
+    return tmp_path
+
+
+def test_a_study_has_a_column_of_videos(study: Path) -> None:
+    model = study / "model"
+    model.mkdir()
+    file = study / "study.yaml"
+    started = succeed("study", "init", study / "rows.csv", "--model", model, "--out", file)
+    assert "video" in file.read_text(), started.out
+    assert "2 of the first 2 videos open" in file.read_text()
+    file.write_text(
+        f"out: {study / 'out'}\nmodels: {{m: {model}}}\n"
+        "datasets: {rows: {reader: table, source: rows.csv, columns: {video: clip}}}\n"
+        "methods: {by gradient: {method: input_gradient, tokens: joint, params: {size: 4}},"
+        " by hiding: {method: occlusion, tokens: joint, params: {size: 4}}, other: {method: gradcam, tokens: joint}}\n"
+        "settings: {num_frames: 4, max_new_tokens: 3, baseline: blank, words: true, steps: 4}\n"
+        "filter: {minimum_drop: 0}\n"
+    )
+    peeked = succeed("study", "peek", "table", study / "rows.csv", "--column", "video=clip")
+    assert "a video: ball.mp4" in peeked.out
+    done = run("study", "run", file)
+    assert done.code == 0
+    records = [json.loads(file.read_text()) for file in (study / "out" / "maps").glob("*.json")]
+    by_method = {record["method"]: record for record in records}
+    assert len(records) == 6
+    assert {record["status"] for record in records} == {"done"}
+    assert set(by_method) == {"input_gradient", "occlusion", "gradcam"}
+    page = study / "page.html"
+    succeed("study", "page", file, "--out", page)
+    table = succeed("study", "table", file, "--format", "markdown")
+    assert "by gradient" in table.out
+    trace = open_trace(next((study / "out" / "answers").glob("*.h5")))
+    assert trace.clips[0].frames == 4
+    assert page.stat().st_size > 10_000

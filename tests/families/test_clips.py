@@ -165,6 +165,25 @@ def test_images_and_several_clips_stand_side_by_side(name: str, tmp_path: Path) 
     assert set(case.trace.image_index.tolist()) == ({0, 1, 3, 5, 7} if name == "qwen2_vl" else {*range(9)})
 
 
+def test_images_and_clips_may_share_a_name(tmp_path: Path) -> None:
+    still = picture(70, 80, seed=30)
+    case = record(clips.built("internvl"), tmp_path, [clips.frames(), clips.frames(seed=9)], [still])
+    assert [(clip.first, clip.frames) for clip in case.trace.clips] == [(1, 4), (5, 4)]
+    assert [image.size for image in case.trace.images] == [still.size, *[(90, 60)] * 8]
+    assert float((case.replay.original_log_probs - torch.tensor(case.trace.log_probs)).abs().max()) < 1e-4
+    path = case.replay.path
+    assert path.pixel_keys == ("pixel_values",)
+    assert torch.equal(path.apply(torch.ones(1, 9, 2, 2))["pixel_values"], case.inputs["pixel_values"])
+    rows = path.coordinates("pixel_values")[2].flatten(1)
+    assert all(len(row.unique()) == 1 for row in rows)
+    assert [int(row[0]) for row in rows][-8:] == [*range(1, 9)]
+    only = path.apply(torch.zeros(2, 2, 2, 2), image=case.replay.clips[1])["pixel_values"]
+    for masked in only.unflatten(0, (2, -1)):
+        changed = [bool(new.ne(old).any()) for new, old in zip(masked, case.inputs["pixel_values"], strict=True)]
+        assert changed == [*[False] * (len(changed) - 4), *[True] * 4]
+    assert set(case.trace.image_index.tolist()) == {*range(9)}
+
+
 def test_each_prompt_of_a_batch_has_its_clip(tmp_path: Path) -> None:
     built = clips.built("qwen2_vl")
     text = clips.CLIPS["qwen2_vl"].slot + " What happens?"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ from toy_clip import ToyClip, tube_weights
 
 import lvlm_probe as probe
 from lvlm_probe import planning
-from lvlm_probe.errors import ExplainError, ImageError, ReportError
+from lvlm_probe.errors import ExplainError, ImageError, ProbeError, ReportError, TraceError
 from lvlm_probe.explainers.igos.regularizers import bilateral_weights, btv, tv
+from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.heatmap_store import MapFile
 from lvlm_probe.trace.clips import Clip
 from lvlm_probe.video import ClipHeatmap
+from lvlm_probe.video.heatmap import film_sheet
 
 TUBE = (slice(4, 6), slice(0, 3), slice(5, 8))
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -147,7 +151,9 @@ def by_coalitions(weights: np.ndarray, base: float, original: float) -> np.ndarr
 # ---------------------------------------------------------------------------------------------------------- the heatmap
 
 
-def test_a_heatmap_is_saved_as_a_strip_and_as_an_animation(toy: ToyClip, tmp_path: Any) -> None:
+def test_a_heatmap_is_saved_as_a_strip_and_as_an_animation(
+    toy: ToyClip, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heat = probe.video.explain(toy, method="input_gradient", size=8, progress=False)
     with Image.open(heat.save(tmp_path / "map.gif")) as movie:
         assert movie.n_frames == 8
@@ -159,8 +165,13 @@ def test_a_heatmap_is_saved_as_a_strip_and_as_an_animation(toy: ToyClip, tmp_pat
     assert set(np.argsort(changed)[-2:].tolist()) == {4, 5}
     with Image.open(heat.save(tmp_path / "map.png")) as strip:
         assert "clip" in strip.text["lvlm_probe"]
-    with pytest.raises(ExplainError, match="GIF"):
+    with pytest.raises(ExplainError, match="GIF or MP4"):
         heat.save(tmp_path / "map.jpg")
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "av", None)
+        with pytest.raises(ProbeError, match=r"lvlm-probe\[video\]"):
+            heat.save(tmp_path / "map.mp4")
+    assert not (tmp_path / "map.mp4").exists()
     assert "data:image/png" in heat._repr_html_()
 
 
@@ -170,6 +181,51 @@ def frames_of(movie: Image.Image) -> list[Image.Image]:
         movie.seek(number)
         shown.append(movie.copy().convert("RGB"))
     return shown
+
+
+def test_a_heatmap_is_written_and_read(toy: ToyClip, tmp_path: Any) -> None:
+    heat = probe.video.explain(toy, method="input_gradient", size=(4, 8, 8), progress=False)
+    path = heat.write(tmp_path / "map.h5")
+    again = MapFile(path).read()
+    assert isinstance(again, ClipHeatmap)
+    assert np.array_equal(again.values, heat.values)
+    assert np.array_equal(again.seen, heat.seen)
+    assert again.describe() == heat.describe()
+    assert again.clip == toy.clips[0]
+    with pytest.raises(TraceError, match="it is of a video"):
+        Heatmap.read(path)
+    other = heat.frame(2).write(tmp_path / "frame.h5")
+    assert isinstance(MapFile(other).read(), Heatmap)
+    with pytest.raises(TraceError, match="it is of an image"):
+        ClipHeatmap.read(other)
+
+
+def test_a_heatmap_lies_over_a_sheet_of_frames(toy: ToyClip) -> None:
+    heat = probe.video.explain(toy, method="input_gradient", size=8, progress=False)
+    flat, sheet = heat.on_sheet(), film_sheet(toy.trace.images, heat.clip)
+    assert flat.image_size == sheet.size == (2 * 48, 4 * 48)
+    assert flat.shape == (32, 16)
+    for number in range(8):  # two beside each other
+        row, col = number // 2 * 8, number % 2 * 8
+        assert np.allclose(flat.values[row : row + 8, col : col + 8], heat.frame(number).values)
+        colour = sheet.getpixel((col * 6 + 40, row * 6 + 40))
+        assert colour == toy.trace.images[number].getpixel((0, 0))
+
+
+def test_methods_are_compared_on_a_video(toy: ToyClip, tmp_path: Any) -> None:
+    made = probe.compare(
+        [toy], {"input_gradient": {"size": 8}, "occlusion": {"size": 8}, "gradcam": {}}, out=tmp_path / "compare.html",
+        progress=False,
+    )  # fmt: skip
+    (row,) = made.rows
+    assert [heat.values is not None for heat in row.heats] == [True, True, False]
+    assert "needs activations" in row.heats[2].reason
+    assert [list(score.params["grid"]) for score in row.scores[:2]] == [[8, 8, 8]] * 2
+    text = made.path.read_text()
+    assert "Video of 8 frames, from 0.0 s to 3.5 s" in text
+    assert "8\u00a0×\u00a08\u00a0×\u00a08" in text
+    again = probe.compare(list(row.heats[:2]), scores=list(row.scores[:2]), out=tmp_path / "again.html")
+    assert again.methods == ("input_gradient", "occlusion")
 
 
 def test_one_frame_of_a_heatmap_is_a_heatmap(toy: ToyClip) -> None:
@@ -213,11 +269,9 @@ def test_what_does_not_explain_by_a_video_says_so(toy: ToyClip) -> None:
 
 def test_pages_that_do_not_know_of_time_say_so(toy: ToyClip, tmp_path: Any) -> None:
     heat = probe.video.explain(toy, method="input_gradient", size=8, progress=False)
-    with pytest.raises(ReportError, match="compare methods on videos yet"):
-        probe.compare([toy], out=tmp_path / "compare.html")
     with pytest.raises(ReportError, match="shows one of the two"):
         probe.report([heat, heat.frame(0)], out=tmp_path / "report.html")  # type: ignore[list-item]
-    with pytest.raises(ExplainError, match="got a ClipHeatmap"):
+    with pytest.raises(ExplainError, match="a strip of frames"):
         probe.figure(heat)  # type: ignore[arg-type]
     with pytest.raises(ExplainError, match="not planned yet"):
         planning.plan_for(toy, "igos++", {})  # type: ignore[arg-type]

@@ -73,7 +73,7 @@ def peek(
 def _facts(sample: Sample) -> dict[str, Any]:
     try:
         width, height = sample.image.size
-        size = f"{width} x {height}"
+        size = f"{width} x {height}" + ("" if sample.video is None else f", a video: {sample.video().name}")
     except ProbeError as error:
         size = f"not to be had: {error}"
     answer = sample.answer

@@ -17,7 +17,7 @@ from lvlm_probe.files import found_within
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Row", "find_file", "folder", "is_local", "open_image", "read_json", "rows"]
+__all__ = ["Row", "find_file", "find_video", "first_frame", "folder", "is_local", "open_image", "read_json", "rows"]
 
 _KINDS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -133,15 +133,35 @@ def open_image(value: Any, *, where: str, beside: Sequence[Path] = ()) -> Image.
     raise StudyError(f"{where}: there is no image in this row ({type(value).__name__})")
 
 
-def _found(value: str | Path, where: str, directories: Sequence[Path]) -> Path:
+def find_video(value: Any, *, where: str, beside: Sequence[Path] = ()) -> Path:
+    """The file of a video, looked for as images are. Raises ``StudyError``."""
+    if isinstance(value, str | Path) and str(value):
+        return _found(value, where, beside or (Path(),), what="video")
+    raise StudyError(f"{where}: there is no path of a video in this row ({type(value).__name__})")
+
+
+def first_frame(value: Any, *, where: str, beside: Sequence[Path] = ()) -> Image.Image:
+    """The first frame of a video, RGB. Raises ``StudyError``."""
+    from PIL import Image
+
+    from lvlm_probe.trace.video_files import read_video
+
+    try:
+        frames, _, _ = read_video(find_video(value, where=where, beside=beside), lambda _: [0])
+    except ImageError as error:
+        raise StudyError(f"{where}: the video cannot be read: {error}") from error
+    return Image.fromarray(frames[0])
+
+
+def _found(value: str | Path, where: str, directories: Sequence[Path], what: str = "image") -> Path:
     found, outside = found_within(value, directories)
     if found is not None:
         return found
     named = str(value)[:200]
     looked = ", ".join(str(directory.absolute()) for directory in directories)
     if outside:
-        raise StudyError(f"{where}: the image {named} lies outside of {looked}; put it there, or name its directory")
-    raise StudyError(f"{where}: the image {named} is missing (looked in {looked})")
+        raise StudyError(f"{where}: the {what} {named} lies outside of {looked}; put it there, or name its directory")
+    raise StudyError(f"{where}: the {what} {named} is missing (looked in {looked})")
 
 
 def read_json(file: Path) -> Any:

@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lvlm_probe.errors import StudyError
-from lvlm_probe.study.datasets.files import folder, open_image, rows
+from lvlm_probe.study.datasets.files import find_video, first_frame, folder, open_image, rows
 from lvlm_probe.study.datasets.open_ended import lettered, strip_choices, strip_instructions, true_choice
 from lvlm_probe.study.datasets.registry import Sample, register_dataset, replaced
 from lvlm_probe.study.keys import short
+from lvlm_probe.trace.video_files import is_video_name
 
 __all__ = ["FIELDS", "PICTURES", "images", "table"]
 
-Field = Literal["id", "question", "image", "answer", "choices", "group", "boxes", "mask"]
+Field = Literal["id", "question", "image", "video", "answer", "choices", "group", "boxes", "mask"]
 FIELDS: tuple[str, ...] = get_args(Field)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @register_dataset(
     "table",
-    layout="a csv, tsv, json, jsonl or parquet file, or a hub id, one question per row; columns: {image: photo, …} "
-    "says which is which, and `lvlm-probe study init FILE` writes it for you",
+    layout="a csv, tsv, json, jsonl or parquet file, or a hub id, one question per row, about an image or a video; "
+    "columns: {image: photo, …} says which is which, and `lvlm-probe study init FILE` writes it for you",
     relax=lambda sample: replaced(sample, strip_instructions(strip_choices(sample.question))),
 )
 def table(
@@ -40,9 +41,10 @@ def table(
     """One question per row.
 
     Args:
-        columns: Field → column, for fields of another name: id, question, image (a path, or bytes in parquet), answer,
-            choices (a list, or text "(a) … (b) …"), group, boxes ([[x0, y0, x1, y1], …] in pixels) and mask (path of
-            an image, white = the region that decides the answer), e.g. ``columns: {image: photo, answer: truth}``.
+        columns: Field → column, for fields of another name: id, question, image (a path, or bytes in parquet), video (a
+            path, in its place), answer, choices (a list, or text "(a) … (b) …"), group, boxes ([[x0, y0, x1, y1], …] in
+            pixels) and mask (path of an image, white = the region that decides the answer), e.g.
+            ``columns: {image: photo, answer: truth}``.
         question: Asked of every row, where there is no such column, e.g. ``question: "What is this?"``.
         images: Directory that paths are relative to, beside the file's own; a path that leads out of both, by itself
             or by a link, is refused, e.g. ``images: photos``.
@@ -56,6 +58,9 @@ def table(
     beside = (base / images, base) if images else (base,)
     for number, row in enumerate(rows(source, what=f"table {source}", split=split), start=1):
         index = str(row.get(names["id"]) or number)
+        video = row.get(names["video"])
+        value = video or row.column(names["image"])
+        moves = bool(video) or is_video_name(value)
         here = row.where
         asked = question or row.text(names["question"])
         choices = _choices(row.get(names["choices"]), here)
@@ -69,7 +74,8 @@ def table(
         yield Sample(
             id=index,
             question=asked,
-            load=partial(open_image, row.column(names["image"]), where=here, beside=beside),
+            load=partial(first_frame if moves else open_image, value, where=here, beside=beside),
+            video=partial(find_video, value, where=here, beside=beside) if moves else None,
             answer=None if answer in (None, "") else true_choice(str(answer), choices),
             choices=tuple(choices.values()),
             group=None if row.get(names["group"]) in (None, "") else str(row[names["group"]]),

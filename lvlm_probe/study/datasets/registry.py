@@ -16,6 +16,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lvlm_probe.errors import ProbeError, StudyError
@@ -39,7 +40,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image.
+    """One question about one image, or one video.
 
     Attributes:
         id: Name of it within its data set, stable.
@@ -51,6 +52,7 @@ class Sample:
         annotations: What else is known: ``region`` (bool mask ``(row, col)``, or boxes in pixels) that decides the
             answer, ``human`` (human attention maps ``(row, col)``), ``set`` and ``role`` of samples that belong
             together.
+        video: Finds the file of the video, where the question is about one; ``load`` then opens its first frame.
     """
 
     id: str
@@ -60,6 +62,12 @@ class Sample:
     choices: tuple[str, ...] = ()
     group: str | None = None
     annotations: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    video: Callable[[], Path] | None = field(default=None, repr=False)
+
+    @property
+    def shown(self) -> Image.Image | Path:
+        """What the model is shown: the image, or the file of the video. Raises ``StudyError`` without it."""
+        return self.load() if self.video is None else self.video()
 
     @property
     def image(self) -> Image.Image:

@@ -129,13 +129,18 @@ def _sample(results: Results, stored: Stored, key: Key) -> tuple[dict[str, Any],
     by_methods = [_pairs([heats.get((model, row)) for row in rows]) for model in models]
     index["agree"] = {"models": [_mean(pairs) for pairs in by_models], "methods": [_mean(p) for p in by_methods]}
     detail: dict[str, Any] = {
-        "picture": None if opened.picture is None else data_uri(shrink(opened.picture, PICTURE_SIDE), quality=74),
+        "picture": None if opened.picture is None else data_uri(shrink(opened.picture, _wide(opened)), quality=74),
         "words": [_words(opened, records.get(model), model) for model in models],
         "maps": [[_map(stored, opened, key, model, row) for row in rows] for model in models],
         "pairs": {"models": by_models, "methods": by_methods},
         "notes": [_told(note) for note in opened.notes],
     }
     return index, detail
+
+
+def _wide(opened: Opened, side: int = PICTURE_SIDE) -> int:
+    """A side for one image; twice as much for a sheet of frames."""
+    return side * (2 if any(trace.clips for trace in opened.traces.values()) else 1)
 
 
 def _answer(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -182,7 +187,7 @@ def _map(stored: Stored, opened: Opened, key: Key, model: str, row: str) -> dict
     if heat is None:
         return {"none": "the file of the map cannot be read"}
     found: dict[str, Any] = {
-        "values": _encoded(np.asarray(heat.values)),
+        "values": _encoded(np.asarray(heat.values), _wide(opened, MAP_SIDE)),
         "seen": encode_seen(np.asarray(heat.seen)),
         "selected": [] if trace is None else selected_words(trace, heat.selection.indices),
         "text": record.get("text"),
@@ -195,7 +200,7 @@ def _map(stored: Stored, opened: Opened, key: Key, model: str, row: str) -> dict
             if entry.get("map") == "values":
                 found["words"][str(place)] = True  # the answer's map, which explains this word alone
             elif "values" in entry:
-                found["words"][str(place)] = _encoded(entry["values"])
+                found["words"][str(place)] = _encoded(entry["values"], _wide(opened, MAP_SIDE))
             else:
                 found["words"][str(place)] = _told(str(entry.get("reason")))
     return found
@@ -271,11 +276,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return rounded(sum(known) / len(known), 3) if known else None
 
 
-def _encoded(values: np.ndarray) -> dict[str, Any]:
+def _encoded(values: np.ndarray, side: int = MAP_SIDE) -> dict[str, Any]:
     """A map as ``{w, h, data}``: bytes in base64, 255 = its highest value."""
     grid = np.asarray(values, dtype=np.float32)
-    if max(grid.shape) > MAP_SIDE:
-        scale = MAP_SIDE / max(grid.shape)
+    if max(grid.shape) > side:
+        scale = side / max(grid.shape)
         grid = resample(grid, (max(1, round(grid.shape[0] * scale)), max(1, round(grid.shape[1] * scale))))
     peak = float(grid.max())
     packed = np.rint(grid / peak * 255 if peak > 0 else grid).astype(np.uint8)

@@ -6,14 +6,17 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.heatmap import Heatmap, is_of_clip
 from lvlm_probe.study.run.word_maps import read_words
 from lvlm_probe.trace import Trace, open_trace
+from lvlm_probe.video import ClipHeatmap
+from lvlm_probe.video.heatmap import film_sheet
 from lvlm_probe.words import spelled
 
 if TYPE_CHECKING:
@@ -32,9 +35,9 @@ class Opened:
     """The files of one sample, as far as they are at hand.
 
     Attributes:
-        picture: The original image, RGB; ``None`` where no trace holds it.
+        picture: The original image, RGB, or a sheet of a video's frames; ``None`` where no trace holds it.
         traces: model → trace of its answer, where the file can be read.
-        heats: (model, row) → heatmap with values.
+        heats: (model, row) → heatmap with values; of a video the one over its sheet.
         words: (model, row) → word maps as ``read_words`` gives them.
         notes: What could not be read, and why.
     """
@@ -77,6 +80,8 @@ class Stored:
                 trace = open_trace(self.study.out / "answers" / f"{record['key']}.h5")
                 if picture is None and trace.images:
                     picture = trace.images[0].convert("RGB")
+                    if trace.clips:
+                        picture = film_sheet(trace.images, trace.clips[0])
                 traces[model] = trace
             except (ProbeError, OSError) as error:
                 notes.append(f"the trace of {model} cannot be read: {error}")
@@ -87,13 +92,24 @@ class Stored:
                 continue
             file = self.study.out / "maps" / record["map"]
             try:
-                heat = Heatmap.read(file, trace=traces.get(model))
+                heat, entries = _read(file, traces.get(model), record)
                 if heat.values is not None:
-                    heats[model, row] = heat
-                    words[model, row] = read_words(record, file)
+                    heats[model, row], words[model, row] = heat, entries
             except (ProbeError, OSError) as error:
                 notes.append(f"the map of {row} for {model} cannot be read: {error}")
         return Opened(picture, traces, heats, words, tuple(notes))
+
+
+def _read(file: Path, trace: Trace | None, record: Mapping[str, Any]) -> tuple[Heatmap, list[dict[str, Any]]]:
+    """A map and those of its words, all over the sheet where they are of a video."""
+    entries = read_words(record, file)
+    if not is_of_clip(file):
+        return Heatmap.read(file, trace=trace), entries
+    heat = ClipHeatmap.read(file, trace=trace)
+    for entry in entries:
+        if "values" in entry:
+            entry["values"] = dataclasses.replace(heat, values=entry["values"], seen=None).on_sheet().values
+    return heat.on_sheet(), entries
 
 
 def selected_words(trace: Trace, indices: tuple[int, ...]) -> list[int]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
     from lvlm_probe.study.spec import MethodSpec
+    from lvlm_probe.video import ClipHeatmap
 
 __all__ = ["Stopwatch", "machine_name", "map_memory"]
 
@@ -44,7 +45,7 @@ class Stopwatch:
 
 
 def map_memory(
-    player: Replay, method: MethodSpec, heat: Heatmap, tokens: TokenSelection, *, seed: int, measure: bool
+    player: Replay, method: MethodSpec, heat: Heatmap | ClipHeatmap, tokens: TokenSelection, *, seed: int, measure: bool
 ) -> dict[str, Any]:
     """Bytes that a map took, as its provenance has them, and ``weights``, those of the model.
 
@@ -54,7 +55,8 @@ def map_memory(
     found = dict(heat.provenance.get("memory") or {})
     if measure and Meter.counts(player.device):
         over, meter = player.over(heat.provenance["baseline"]), Meter(player.device)
-        problem = Problem(over, tokens, seed=seed)
+        clip = player.clips[0] if player.clips else None
+        problem = Problem(over, tokens, 0 if clip is None else clip.first, seed, clip=clip)
         with over.shortcuts.held(), meter.running():
             resolve(method.method)(problem, **method.params)
         found["measured_peak"] = meter.reading.peak

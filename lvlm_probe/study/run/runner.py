@@ -150,7 +150,8 @@ class Worker:
         known = self._pictures.get(id(sample))
         if known is None or known[0] is not sample:
             try:
-                found = picture_digest(sample.image)
+                settings = self.study.settings
+                found = picture_digest(sample.shown, sampling=(settings.num_frames, settings.fps))
             except Exception:
                 found = "unreadable"
             known = self._pictures[id(sample)] = (sample, found)
@@ -167,7 +168,7 @@ class Worker:
         def work() -> dict[str, Any]:
             model, processor = self.model(name)
             trace_file = self.answers.path(key, ".h5")
-            return answer_unit(self.study, model, processor, sample.image, sample.question, trace_file)
+            return answer_unit(self.study, model, processor, sample.shown, sample.question, trace_file)
 
         self._keep(self.answers, key, {**content, **about}, work)
         return True

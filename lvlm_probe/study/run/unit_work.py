@@ -21,6 +21,7 @@ import torch
 from lvlm_probe.errors import ExplainError, ProbeError
 from lvlm_probe.explainers import explain
 from lvlm_probe.files import part_beside
+from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.importing.drops import drop_of
 from lvlm_probe.metrics import (
     average_precision,
@@ -38,11 +39,12 @@ from lvlm_probe.study.run.token_rules import tokens_by
 from lvlm_probe.study.run.units import method_content
 from lvlm_probe.study.run.word_maps import add_words
 from lvlm_probe.trace import Trace, open_trace
+from lvlm_probe.video import ClipHeatmap
+from lvlm_probe.video import explain as explain_clip
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.study.spec import MethodSpec, Study
 
 __all__ = ["POINTING_TOLERANCE", "answer_unit", "drops", "map_unit"]
@@ -55,13 +57,14 @@ def answer_unit(
     study: Study,
     model: torch.nn.Module | Server,
     processor: Any,
-    picture: Image.Image,
+    picture: Image.Image | Path,
     question: str,
     trace_file: Path,
 ) -> dict[str, Any]:
     """A model's greedy answer, recorded as a trace, and how much of its probability the image is worth.
 
     Args:
+        picture: the image, or the file of a video.
         trace_file: where the trace goes; appears there whole or not at all.
 
     Raises:
@@ -73,10 +76,18 @@ def answer_unit(
     most, baseline = study.settings.max_new_tokens, study.settings.baseline
     try:
         if isinstance(model, Server):
+            if isinstance(picture, Path):
+                raise ProbeError("a server is sent images, no videos: load the model here")
             made = model.ask(picture, question, out=directory, max_tokens=most, baseline=baseline)
         else:
-            options = {"max_new_tokens": most}
-            made = record_answer(model, processor, [picture], question, directory, generate=options, baseline=baseline)
+            shown: dict[str, Any] = {"images": [picture]}
+            if isinstance(picture, Path):
+                settings = study.settings
+                shown = {"images": [], "videos": [picture], "num_frames": settings.num_frames, "fps": settings.fps}
+            made = record_answer(
+                model, processor, question=question, directory=directory, generate={"max_new_tokens": most},
+                baseline=baseline, **shown,
+            )  # fmt: skip
         os.replace(made.path, trace_file)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -129,7 +140,8 @@ def map_unit(
     own = tokens_by(method.tokens, player, alpha=alpha)
     usual = tokens_by("llr", player, alpha=settings.alpha)
     over = player.over(method.baseline or settings.baseline)
-    heat = explain(over, method=method.method, tokens=own, seed=settings.seed, progress=False, **method.params)
+    made = explain_clip if player.clips else explain
+    heat = made(over, method=method.method, tokens=own, seed=settings.seed, progress=False, **method.params)
     heat.write(map_file)
     if not heat:
         empty = {"map": None, "reason": heat.reason, "text": heat.selection.text}
@@ -142,7 +154,7 @@ def map_unit(
     memory = map_memory(over, method, heat, own, seed=settings.seed, measure=costed)
     if method.behaviour == "release":
         own_rule = evaluate(
-            heat, over, auc="release", grid=settings.grid, center=False, seed=settings.seed, progress=False
+            heat, over, auc="release", grid=_grid(study, heat), center=False, seed=settings.seed, progress=False
         )
         scores["release"] = {"deletion": own_rule.deletion, "insertion": own_rule.insertion}
     record: dict[str, Any] = {
@@ -157,7 +169,8 @@ def map_unit(
         record["common"] = _scores(study, dataclasses.replace(heat, selection=usual), common, own_baseline=True)
     elif not usual:
         record["common"] = {"deletion": None, "insertion": None}
-    record |= _places(heat, annotations)
+    if isinstance(heat, Heatmap):  # annotations are of images
+        record |= _places(heat, annotations)
     if settings.words:
         record["words"] = add_words(study, player, method, heat, map_file)
     record["measured"] = {**measured, "memory": memory, **watch.taken(player.device)}
@@ -169,12 +182,18 @@ def open_replay(trace_file: Path, model: torch.nn.Module | Server, processor: An
     return replay(open_trace(trace_file), model, processor)  # type: ignore[arg-type, return-value]
 
 
-def _scores(study: Study, heat: Heatmap, player: Replay, *, own_baseline: bool = False) -> dict[str, Any]:
+def _grid(study: Study, heat: Heatmap | ClipHeatmap) -> int | None:
+    """What a map is ranked on: one of a video on its own cells."""
+    return study.settings.grid if isinstance(heat, Heatmap) else None
+
+
+def _scores(study: Study, heat: Heatmap | ClipHeatmap, player: Replay, *, own_baseline: bool = False) -> dict[str, Any]:
     settings = study.settings
     baseline = player.baseline if own_baseline else None
     score = evaluate(
-        heat, player, baseline=baseline, steps=settings.steps, grid=settings.grid, seed=settings.seed, progress=False
-    )
+        heat, player, baseline=baseline, steps=settings.steps, grid=_grid(study, heat), seed=settings.seed,
+        progress=False,
+    )  # fmt: skip
     return {
         "deletion": score.deletion,
         "insertion": score.insertion,

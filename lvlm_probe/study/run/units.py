@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +46,12 @@ def digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:32]
 
 
-def picture_digest(picture: Image.Image) -> str:
-    """32 hex digits over an image's mode, size and pixels: the same for a PNG and its copy elsewhere."""
+def picture_digest(picture: Image.Image | Path, *, sampling: Sequence[Any] = ()) -> str:
+    """32 hex digits over an image's mode, size and pixels: the same for a PNG and its copy elsewhere; or over a video's
+    file, and how it is sampled."""
+    if isinstance(picture, Path):
+        with picture.open("rb") as file:
+            return digest({"video": hashlib.file_digest(file, "sha256").hexdigest(), "sampling": list(sampling)})
     head = f"{picture.mode}:{picture.size}:".encode()
     return hashlib.sha256(head + picture.tobytes()).hexdigest()[:32]
 

@@ -18,6 +18,8 @@ from lvlm_probe.explainers import explain
 from lvlm_probe.heatmap import KIND, VERSION, Heatmap
 from lvlm_probe.selection import word_selections
 from lvlm_probe.storage import read_arrays, write_arrays
+from lvlm_probe.video import ClipHeatmap
+from lvlm_probe.video import explain as explain_clip
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["add_words", "read_words"]
 
 
-def add_words(study: Study, player: Replay, method: MethodSpec, heat: Heatmap, map_file: Path) -> list[dict[str, Any]]:
+def add_words(
+    study: Study, player: Replay, method: MethodSpec, heat: Heatmap | ClipHeatmap, map_file: Path
+) -> list[dict[str, Any]]:
     """Explain the selected words of a map one by one and add their maps to its file, all or none.
 
     Each word starts from the method's own baseline, as the answer's map did. Where one word is all that is selected,
@@ -49,7 +53,7 @@ def add_words(study: Study, player: Replay, method: MethodSpec, heat: Heatmap, m
             continue
         try:
             over = player.over(method.baseline or study.settings.baseline)
-            word = explain(
+            word = (explain_clip if player.clips else explain)(
                 over, method=method.method, tokens=part, seed=study.settings.seed, progress=False, **method.params
             )
         except (ProbeError, RuntimeError, ValueError) as error:
@@ -67,8 +71,8 @@ def add_words(study: Study, player: Replay, method: MethodSpec, heat: Heatmap, m
 
 
 def read_words(record: Mapping[str, Any], map_file: Path) -> list[dict[str, Any]]:
-    """The word maps of a finished map: entries as ``add_words`` returned them, with ``values``, ``(row, col)`` float32
-    in [0, 1], where there are any. Empty for a study without ``words: true``.
+    """The word maps of a finished map: entries as ``add_words`` returned them, with ``values``, ``(row, col)`` (of a
+    video ``(t, row, col)``) float32 in [0, 1], where there are any. Empty for a study without ``words: true``.
 
     Raises:
         TraceError: the file is missing or damaged.
