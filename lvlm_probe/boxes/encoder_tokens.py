@@ -132,8 +132,8 @@ class _Stop(Exception):
 
 
 def encoder_tokens(replay: Replay, encoder: str, target: int | Clip = 0) -> EncoderTokens:
-    """Boxes of the tokens of one encoder, or tubes, once per replay: one forward pass up to its first block, and back from there
-    once per binary digit of their number.
+    """Boxes or tubes of the tokens of one encoder, once per replay: one forward pass up to its first block, and back
+    from there once per binary digit of their number.
 
     Raises:
         ExplainError: There is no processor to trace, or a token of the encoder does not stand for one patch.

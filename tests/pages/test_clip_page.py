@@ -77,7 +77,7 @@ def test_an_order_is_of_an_answer_on_the_page(heat: Any, tmp_path: Path) -> None
     llr = {"blur": 4.0, "first_frame": 2.0, "middle_frame": 3.0, "shuffled_frames": 2.0}
     with pytest.raises(ReportError, match="an order is of another"):
         probe.report(heat[0], orders=[probe.video.Order(llr, "a", trace_id="another")], out=tmp_path / "a.html")
-    with pytest.raises(ReportError, match="what probe.video.order"):
+    with pytest.raises(ReportError, match=r"what probe\.video\.order"):
         probe.report(heat[0], orders=["order"], out=tmp_path / "a.html")  # type: ignore[list-item]
     assert not list(tmp_path.iterdir())
 

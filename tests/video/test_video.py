@@ -33,7 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rise": {"size": 8, "masks": 3000, "cells": (8, 8, 8)},
     "greedy": {"segments": "grid", "regions": (8, 8), "stretches": 4},
 }
-OVER_TOKENS = {"attention", "relative_attention", "rollout", "tmm", "iia", "gradcam", "tam"}  # tests/families/test_clips
+# in tests/families/test_clips.py
+OVER_TOKENS = {"attention", "relative_attention", "rollout", "tmm", "iia", "gradcam", "tam"}
 FLOORS = {"random", "center"}
 
 
