@@ -6,10 +6,11 @@ the region decides the resolution. Ties count by expectation (pointing game, IoU
 average) or enter together (average precision). None of these needs a model; none says what the model used, only where
 the heatmap points.
 
-**Of a video** the truth is a tube, a region in each frame: a mask ``(frame, row, col)``, or boxes by frame,
-``{4: [box], 5: [box]}``, the frames counted from the clip's first; or frames alone, ``range(4, 6)``. The heatmap's
-steps are brought to the frames as masks are. ``tube_pointing``, ``tube_energy`` and ``tube_iou`` are the pointing game, energy and IoU
-over time and space; ``temporal_pointing`` and ``temporal_iou`` judge the mean of the heatmap in each frame.
+**Of a video** the truth is a tube, a region in each frame: a mask ``(frame, row, col)``, or boxes by frame, ``{4:
+[box], 5: [box]}``, the frames counted from the clip's first; or frames alone, ``range(4, 6)``. The heatmap's steps
+are brought to the frames as masks are. ``tube_pointing``, ``tube_energy`` and ``tube_iou`` are the pointing game,
+energy and IoU over time and space; ``temporal_pointing`` and ``temporal_iou`` judge the mean of the heatmap in each
+frame.
 """
 
 from __future__ import annotations
