@@ -12,8 +12,8 @@ import lvlm_probe as probe
 from lvlm_probe.boxes.image_tokens import _axis, token_places
 from lvlm_probe.boxes.painting import have_extent, image_spans, paint, pitch, tubes
 from lvlm_probe.boxes.sign_code import places_of
-from lvlm_probe.trace.clips import Clip
 from lvlm_probe.recording.token_boxes import in_order
+from lvlm_probe.trace.clips import Clip
 
 
 def test_spans_by_counts_runs_or_shares():

@@ -20,7 +20,7 @@ from zoo import Built, build, load_members
 
 import lvlm_probe as probe
 from lvlm_probe.boxes.encoder_tokens import tokens_that_read
-from lvlm_probe.errors import ImageError, ProbeWarning
+from lvlm_probe.errors import ExplainError, ImageError, ProbeWarning
 from lvlm_probe.models.families import _of_transformers
 
 _STEP = 3e-6
@@ -166,27 +166,24 @@ def test_a_planted_token_lands_in_its_frames_and_its_cell(case: Case, monkeypatc
 def test_methods_over_tokens_explain_by_tubes(case: Case) -> None:
     moments = clips.FRAMES // clips.CLIPS[case.built.member.name].together
     shown = {}
-    for method, source in (
-        ("attention", "recorded"),
-        ("attention", "replay"),
-        ("tmm", ""),
-        ("gradcam", ""),
-        ("tam", ""),
-    ):
+    for method in ("attention recorded", "attention replay", "tmm", "tam", "gradcam"):
+        name, _, source = method.partition(" ")
         more = {"source": source} if source else {}
-        heat = probe.video.explain(case.replay, method=method, tokens=[0, 1], progress=False, **more)
+        if name == "gradcam" and case.built.member.name == "minicpmv4_6":  # merges tokens on the way
+            with pytest.raises(ExplainError, match="their places are not known"):
+                probe.video.explain(case.replay, method=name, tokens=[0, 1], progress=False)
+            continue
+        heat = probe.video.explain(case.replay, method=name, tokens=[0, 1], progress=False, **more)
         assert heat.clip == case.trace.clips[0] and len(heat.values) == moments, method
         assert heat.values.max() == 1.0
-        shown[method, source] = heat.values
-    assert np.allclose(shown["attention", "recorded"], shown["attention", "replay"], atol=0.02)  # kept in float16
-    assert not np.allclose(shown["tmm", ""], shown["attention", "replay"], atol=0.02)
+        shown[method] = heat.values
+    assert np.allclose(shown["attention recorded"], shown["attention replay"], atol=0.02)  # kept in float16
+    assert not np.allclose(shown["tmm"], shown["attention replay"], atol=0.02)
 
 
 def test_tokens_of_the_encoder_know_their_frames(case: Case) -> None:
     """The left of one frame is taken away: the tokens that are given something else are those whose tubes are there."""
-    replay, built, name = case.replay, case.built, case.built.member.name
-    if name == "minicpmv4_6":
-        pytest.skip("its encoder is given one frame after another, packed")
+    replay, built = case.replay, case.built
     (clip,) = replay.clips
     tokens = tokens_that_read(replay, 0, clip)
     found: list[torch.Tensor] = []
@@ -217,8 +214,7 @@ def test_labels_of_frames_are_no_part_of_the_question(name: str, tmp_path: Path)
     built = clips.built(name)
     text = f"<bos>USER: {2 * clips.CLIPS[name].slot}What happens 2 times? ASSISTANT:"
     with probe.attach(built.model, built.processor) as p, p.record(tmp_path) as recording:
-        made = built.processor(videos=[clips.frames(), clips.frames(seed=9)], text=[text], return_tensors="pt")
-        built.generate({key: value for key, value in made.items() if torch.is_tensor(value)})
+        built.generate(clips.clip_inputs(built, [clips.frames(), clips.frames(seed=9)], text=text))
     assert recording.traces[0].question == "What happens 2 times?"
 
 
