@@ -47,6 +47,7 @@ families: .venv/.installed-dev .venv-tv/.installed  ## all model families, in bo
 	.venv-tv/bin/python tests/families/sweep.py --save runs/families
 	.venv-tv/bin/python tests/families/sweep.py --saved runs/families --write
 	$(BIN)/python tests/families/sweep.py --saved runs/families --write
+	.venv-tv/bin/python tests/families/sweep.py --videos
 
 lint: .venv/.installed-dev  ## ruff and mypy alone
 	@PATH="$(CURDIR)/$(BIN):$$PATH" .ci/checks lint types

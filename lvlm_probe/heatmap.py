@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace import Trace
 
-__all__ = ["Heatmap", "figure", "resample"]
+__all__ = ["HeatGrid", "Heatmap", "figure", "resample"]
 
 KIND, VERSION = "heatmap", "1.0"
 PNG_KEY = "lvlm_probe"
@@ -47,7 +47,7 @@ class HeatGrid:
     The attributes are fields of the dataclasses, which say what they are of.
     """
 
-    _axes: ClassVar[tuple[str, ...]]
+    axes: ClassVar[tuple[str, ...]]
     _of: ClassVar[str] = ""
 
     values: np.ndarray | None
@@ -68,11 +68,11 @@ class HeatGrid:
             return
         values = np.array(self.values, dtype=np.float32)
         if (
-            values.ndim != len(self._axes)
+            values.ndim != len(self.axes)
             or values.size == 0
             or not (np.isfinite(values).all() and 0 <= values.min() <= values.max() <= 1)
         ):
-            axes = ", ".join(self._axes)
+            axes = ", ".join(self.axes)
             raise ExplainError(f"heatmap values{self._of} are ({axes}) within [0, 1]; got shape {values.shape}")
         seen = np.ones(values.shape, dtype=bool) if self.seen is None else np.array(self.seen, dtype=bool)
         if seen.shape != values.shape:
@@ -226,7 +226,7 @@ class Heatmap(HeatGrid):
         trace: The trace explained, while one is at hand; never stored.
     """
 
-    _axes = ("row", "col")
+    axes = ("row", "col")
 
     values: np.ndarray | None
     image_size: tuple[int, int]

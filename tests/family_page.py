@@ -24,7 +24,7 @@ def markdown(table: FamilyTable) -> str:
         "trained model of the family is explained. A family that is not in the table may work as well: parts are "
         "found, not listed."
     )
-    header = [*INSTALLS.values(), *CHECKS]
+    header = [*INSTALLS.values(), *CHECKS, "videos"]
     lines = [
         "# Model families",
         "",
@@ -41,12 +41,15 @@ def markdown(table: FamilyTable) -> str:
         "",
         "A figure is the largest over installations and pictures (mostly a small and a larger one, cut into tiles",
         "where a family does that); – means that the check does not apply, **no** that it failed; reasons are below.",
+        "Of videos: how many of the checks of `tests/families/test_clips.py` passed, with torchvision; – means that",
+        "they are refused, or that the family takes none.",
         "",
         f"| family | preprocessing | {' | '.join(header)} |",
         "|---|---|" + "---|" * len(header),
     ]
     for family in lvlms:
         cells = [*(_installed(family, install) for install in INSTALLS), *(_cell(family, check) for check in CHECKS)]
+        cells.append(_videos(family))
         lines.append(f"| {family.name} | {KINDS.get(family.kind, family.kind)} | {' | '.join(cells)} |")
     notes = [
         f"- **{family.name}**, {check}: {' / '.join(family.reasons(check))}"
@@ -54,6 +57,7 @@ def markdown(table: FamilyTable) -> str:
         for check in CHECKS
         if family.verdict(check) is not True and family.reasons(check)
     ]
+    notes += [f"- **{family.name}**, videos: {family.no_videos}" for family in lvlms if family.no_videos]
     if notes:
         lines += ["", "## Reasons", "", *notes]
     lines += ["", "## Not counted", "", "| entry | class | why |", "|---|---|---|"]
@@ -66,6 +70,11 @@ def markdown(table: FamilyTable) -> str:
 def _installed(family: CheckedFamily, install: str) -> str:
     lacks = family.lacks(install)
     return f"needs {', '.join(lacks)}" if lacks else "yes" if family.passes(install) else "**no**"
+
+
+def _videos(family: CheckedFamily) -> str:
+    asked = [passed for passed in family.videos.values() if passed is not None]
+    return "–" if not asked else f"{sum(asked)} of {len(asked)}" if all(asked) else "**no**"
 
 
 def _cell(family: CheckedFamily, check: str) -> str:

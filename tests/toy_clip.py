@@ -25,7 +25,7 @@ class ToyClip(ToyReplay):
     """``ReplayLike`` without a model, of a prompt that is one video; ``weights`` ``(frame, row, col)`` sum to 1."""
 
     def __init__(self, weights: torch.Tensor, **settings: Any) -> None:
-        super().__init__(torch.ones(1, 1), **settings)
+        super().__init__(torch.ones(len(settings.get("original", (0.9,))), 1, 1), **settings)
         self.cells = torch.as_tensor(weights, dtype=torch.float64)
         count = len(self.cells)
         self.clips = (Clip(0, count, tuple(range(count)), 2.0, count, count / 2),)

@@ -33,6 +33,7 @@ __all__ = [
     "encoders_of",
     "feature_map_boxes",
     "is_convolutional",
+    "tokens_that_read",
 ]
 
 _SHARED = 0.3  # of the elements a token reads, which its neighbours may read too (an image resized inside the model)
@@ -131,21 +132,50 @@ class _Stop(Exception):
 
 
 def encoder_tokens(replay: Replay, encoder: str, target: int | Clip = 0) -> EncoderTokens:
-    """Boxes of the tokens of one encoder, or tubes, once per replay: one forward pass up to its first block, and back from there
-    once per binary digit of their number.
+    """Boxes or tubes of the tokens of one encoder, once per replay: one forward pass up to its first block, and back
+    from there once per binary digit of their number.
 
     Raises:
         ExplainError: There is no processor to trace, or a token of the encoder does not stand for one patch.
     """
+    found = _kept(replay, encoder, target)
+    if found is None:
+        raise ExplainError(
+            f"the pass did not reach {blocks_of(replay.model, encoder)[0]}: its encoder takes no part in this answer"
+        )
+    return found
+
+
+def tokens_that_read(replay: Replay, encoder: int | str, target: int | Clip) -> EncoderTokens:
+    """The tokens of the chosen encoder (``chosen_encoder``); of encoder 0, of the first that reads the image or clip.
+
+    Raises:
+        ExplainError: as ``chosen_encoder`` and ``encoder_tokens``, or none reads it.
+    """
+    chosen = chosen_encoder(replay, encoder)
+    for path in encoders_of(replay)[:-1] if encoder == 0 else ():
+        found = _kept(replay, path, target)
+        if found is not None and found.live.any():
+            return found
+    if encoder == 0:
+        chosen = encoders_of(replay)[-1]
+    found = encoder_tokens(replay, chosen, target)
+    if not found.live.any():
+        raise ExplainError(f"no token of {chosen} stands for a part of the image")
+    return found
+
+
+def _kept(replay: Replay, encoder: str, target: int | Clip) -> EncoderTokens | None:
+    """``encoder_tokens``; ``None`` where the pass does not reach the encoder."""
     known, key = replay.kept.facts, ("encoder tokens", encoder, target)
     if key not in known:
         with torch.enable_grad():
             known[key] = _find(replay, encoder, target)
-    found: EncoderTokens = known[key]
+    found: EncoderTokens | None = known[key]
     return found
 
 
-def _find(replay: Replay, encoder: str, target: int | Clip) -> EncoderTokens:
+def _find(replay: Replay, encoder: str, target: int | Clip) -> EncoderTokens | None:
     path = replay.path
     blocks = blocks_of(replay.model, encoder)
     if is_convolutional(replay.model, encoder):
@@ -167,7 +197,7 @@ def _find(replay: Replay, encoder: str, target: int | Clip) -> EncoderTokens:
         with contextlib.suppress(_Stop):
             replay.run_inputs({**inputs, **leaves})
     if not entered:
-        raise ExplainError(f"the pass did not reach {blocks[0]}: its encoder takes no part in this answer")
+        return None
     (hidden,) = entered
     if hidden.ndim not in (2, 3):
         raise ExplainError(

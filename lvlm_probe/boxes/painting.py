@@ -105,7 +105,9 @@ def pitch(boxes: np.ndarray, size: tuple[int, ...]) -> tuple[int, ...]:
     if len(extent) == 0:
         raise ExplainError("none of the tokens stands for a part of the image")
     edges = np.median(extent[:, len(size) :] - extent[:, : len(size)], axis=0)
-    return tuple(max(1, round(min(whole / float(edge), _FINEST))) for whole, edge in zip(size, edges, strict=True))[::-1]
+    return tuple(max(1, round(min(whole / float(edge), _FINEST))) for whole, edge in zip(size, edges, strict=True))[
+        ::-1
+    ]
 
 
 def paint(
@@ -120,7 +122,7 @@ def paint(
         shape: ``(row, col)`` of the grid, or ``(t, row, col)``.
 
     Returns:
-        the grid, float64, each cell the mean of the tokens it meets, weighted by the area they share (and the time), and
+        the grid, float64, each cell the mean of the tokens it meets, weighted by the area and time they share, and
         which cells meet any, bool. Where views overlap (tiles, an overview) that is the mean over the views that cover
         a cell, each of the same weight: a view's tokens share the whole cell between them.
     """

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvlm_probe.boxes.encoder_tokens import EncoderTokens, chosen_encoder, encoder_tokens
+from lvlm_probe.boxes.encoder_tokens import EncoderTokens, tokens_that_read
 from lvlm_probe.boxes.image_tokens import ImageTokens, image_tokens
 from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError
@@ -55,7 +55,7 @@ class Walk:
         normalised: ``v ← v (Ā + I) / rowsum`` (rollout) instead of ``v + vᵀĀ``.
         last_factor: ``"identity"``: the lowest layer is I + Ā_1 as all others; ``"bare"``: Ā_1 alone, the paper's
             wording.
-        encoder: Number or name of the encoder, where a model has several (``chosen_encoder``).
+        encoder: Number or name of the encoder, where a model has several (``tokens_that_read``).
     """
 
     problem: Problem
@@ -83,10 +83,7 @@ class Walk:
             start[0].index_add_(0, self.problem.queries, torch.ones(len(self.problem.queries), dtype=torch.float64))
             self._vectors["decoder"] = start
         if self.scope != "decoder":
-            chosen = chosen_encoder(replay, self.encoder)
-            self.encoder_tokens = encoder_tokens(replay, chosen, self.problem.target)
-            if not self.encoder_tokens.live.any():
-                raise ExplainError(f"no token of {chosen} stands for a part of the image")
+            self.encoder_tokens = tokens_that_read(replay, self.encoder, self.problem.target)
 
     @property
     def parts(self) -> tuple[Literal["decoder", "encoder"], ...]:

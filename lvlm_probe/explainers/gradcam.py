@@ -43,7 +43,9 @@ def weighted_activations(activations: Tensor, gradients: Tensor, live: Tensor) -
     return ((weights * activations.to(wide)).sum(dim=-1).clamp(min=0) * kept[:, :, 0]).cpu().double()
 
 
-@register("gradcam", needs=("passes", "gradients", "activations"), cost=lambda *_: Cost("activations", 1, 1), clips=True)
+@register(
+    "gradcam", needs=("passes", "gradients", "activations"), cost=lambda *_: Cost("activations", 1, 1), clips=True
+)
 def gradcam(
     problem: Problem,
     *,

@@ -20,12 +20,13 @@ one without which F of all regions not yet put at the end is highest. So two reg
 1 − (F(before) − F(∅)) / (max F − F(∅)), F taken as the highest so far. It falls from 1 along the order. Regions that
 add nothing are told apart by rank: heat = (1 − ε) · value + ε · (m − position) / m, ε = 0.001, so no two regions tie.
 
-**Clips** are cut in time first, into even stretches, and each of those in space: by a grid, or by superpixels of all its
-frames together, which follow what moves.
+**Clips** are cut in time first, into even stretches, and each of those in space: by a grid, or by superpixels of all
+its frames together, which follow what moves.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -186,7 +187,7 @@ def regions_of(
         number = max(1, _number(regions) // parts)
     steps = 1 if clip is None else problem.shape(1)[0]
     bounds = [round(part * steps / parts) for part in range(parts + 1)]
-    spans = list(zip(bounds, bounds[1:], strict=False))
+    spans = list(itertools.pairwise(bounds))
     if segments == "grid":
         shape = problem.grid(regions) if isinstance(regions, (tuple, list)) else problem.grid(None, cells=number)
         cut = [torch.arange(math.prod(shape)).reshape(1, *shape).expand(stop - start, -1, -1) for start, stop in spans]

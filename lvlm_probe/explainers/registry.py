@@ -144,7 +144,7 @@ class Problem:
         return size if self.clip is None else (*size, self.clip.frames)
 
     def even(self, values: torch.Tensor) -> torch.Tensor:
-        """Masks of one cell over the whole ``target``: ``(batch,)`` → ``(batch, 1, 1)``, of a clip ``(batch, 1, 1, 1)``."""
+        """Masks of one cell, ``(batch,)`` → ``(batch, 1, 1)``, of a clip ``(batch, 1, 1, 1)``."""
         return values.reshape(-1, *[1] * len(self.extent))
 
     def shape(self, size: int | Sequence[int] | None, *, cells: int = 256) -> Shape:

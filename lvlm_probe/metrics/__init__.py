@@ -2,6 +2,8 @@
 
 * ``evaluate``: deletion and insertion, with a verdict in words.
 * ``pointing_game``, ``energy_in_region``, ``iou``, ``soft_iou``, ``average_precision``: against a known region.
+* ``tube_pointing``, ``tube_energy``, ``tube_iou``, ``temporal_pointing``, ``temporal_iou``: of videos, against a known
+  region in time and space, or known frames.
 * ``human_agreement``, ``rank_correlation``, ``auc_judd``, ``nss``: against where people looked.
 * ``bootstrap_ci``, ``paired_difference``, ``permutation_test``, ``mixed_effects``, ``mean_and_error``, ``auroc``: over
   samples.
@@ -20,6 +22,12 @@ from lvlm_probe.metrics.localization import (
     iou,
     pointing_game,
     soft_iou,
+    temporal_iou,
+    temporal_pointing,
+    tube_energy,
+    tube_iou,
+    tube_mask,
+    tube_pointing,
 )
 from lvlm_probe.metrics.scoring import Score, evaluate
 from lvlm_probe.metrics.similarity import Similarity, compare_maps
@@ -64,6 +72,12 @@ __all__ = [
     "pointing_game",
     "rank_correlation",
     "soft_iou",
+    "temporal_iou",
+    "temporal_pointing",
+    "tube_energy",
+    "tube_iou",
+    "tube_mask",
+    "tube_pointing",
 ]
 
 __getattr__ = names_of(__name__)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.heatmap import HeatGrid, Heatmap
 from lvlm_probe.metrics.similarity import on_grid, spearman
 
 __all__ = ["HumanAgreement", "auc_judd", "human_agreement", "nss", "rank_correlation"]
@@ -196,6 +196,8 @@ def _values(heat: Map) -> np.ndarray:
         if heat.values is None:
             raise ExplainError(f"this heatmap has no values: {heat.reason}")
         return np.asarray(heat.values, dtype=np.float64)
+    if isinstance(heat, HeatGrid):
+        raise ExplainError("human attention is compared with heatmaps of images: give one frame, heat.frame(3)")
     return _checked(heat, "a heatmap")
 
 

@@ -1,27 +1,60 @@
-"""Does a heatmap point at a region that is known? Pointing game, energy, IoU, soft IoU, average precision.
+"""Does a heatmap point at a region that is known, and at a time? Pointing game, energy, IoU, average precision.
 
 A region is a mask, an array ``(row, col)`` of bools, or boxes, a *list* of ``(left, top, right, bottom)`` in pixels of
 the image. The heatmap is brought bilinearly to the region's own pixels first (``heatmap.resample``, as masks are), so
 the region decides the resolution. Ties count by expectation (pointing game, IoU: what breaking them at random gives on
 average) or enter together (average precision). None of these needs a model; none says what the model used, only where
 the heatmap points.
+
+**Of a video** the truth is a tube, a region in each frame: a mask ``(frame, row, col)``, or boxes by frame, ``{4:
+[box], 5: [box]}``, the frames counted from the clip's first; or frames alone, ``range(4, 6)``. The heatmap's steps
+are brought to the frames as masks are. ``tube_pointing``, ``tube_energy`` and ``tube_iou`` are the pointing game,
+energy and IoU over time and space; ``temporal_pointing`` and ``temporal_iou`` judge the mean of the heatmap in each
+frame.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.heatmap import Heatmap, resample
+from lvlm_probe.heatmap import HeatGrid, Heatmap, resample
 
-__all__ = ["average_precision", "boxes_to_mask", "energy_in_region", "iou", "pointing_game", "soft_iou"]
+__all__ = [
+    "average_precision",
+    "boxes_to_mask",
+    "energy_in_region",
+    "iou",
+    "pointing_game",
+    "soft_iou",
+    "temporal_iou",
+    "temporal_pointing",
+    "tube_energy",
+    "tube_iou",
+    "tube_mask",
+    "tube_pointing",
+]
 
 Region = np.ndarray | Sequence[Sequence[float]]
+Tube = np.ndarray | Mapping[int, Sequence[Sequence[float]]]
+Frames = np.ndarray | Sequence[int] | range
+
+
+class OfVideo(Protocol):
+    """The heatmap of a video, as ``probe.video.explain`` returns it."""
+
+    @property
+    def image_size(self) -> tuple[int, int]: ...
+    @property
+    def by_frame(self) -> np.ndarray: ...
+    @property
+    def over_time(self) -> np.ndarray: ...
 
 
 def boxes_to_mask(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
@@ -69,34 +102,22 @@ def pointing_game(heat: Heatmap | np.ndarray, region: Region, *, tolerance: int 
         The probability of a hit; NaN for a constant heatmap, which points nowhere.
     """
     values, inside = _aligned(heat, region)
-    if values.max() == values.min():
-        return float("nan")
     if tolerance > 0:
         wide = functional.max_pool2d(
             torch.from_numpy(inside)[None, None].float(), 2 * tolerance + 1, stride=1, padding=tolerance
         )
         inside = wide[0, 0].numpy() > 0
-    return float(inside[values >= values.max() * (1 - 1e-6)].mean())
+    return _pointing(values, inside)
 
 
 def energy_in_region(heat: Heatmap | np.ndarray, region: Region) -> float:
     """Share of the heatmap's sum that lies in the region, 0 to 1; NaN for a heatmap of zeros."""
-    values, inside = _aligned(heat, region)
-    total = float(values.sum())
-    return float(values[inside].sum()) / total if total > 0 else float("nan")
+    return _energy(*_aligned(heat, region))
 
 
 def iou(heat: Heatmap | np.ndarray, region: Region) -> float:
     """Intersection over union of the region and as many of the highest pixels as the region has; NaN for no region."""
-    values, inside = _aligned(heat, region)
-    wanted = int(inside.sum())
-    if wanted == 0:
-        return float("nan")
-    threshold = np.partition(values.reshape(-1), -wanted)[-wanted]
-    above, tied = values > threshold, values == threshold
-    # Of the tied pixels a random subset fills up the area; its expected part inside is its share inside.
-    hits = (inside & above).sum() + (wanted - above.sum()) * inside[tied].mean()
-    return float(hits / (2 * wanted - hits))
+    return _iou(*_aligned(heat, region))
 
 
 def soft_iou(heat: Heatmap | np.ndarray, region: Region) -> float:
@@ -137,7 +158,156 @@ def average_precision(heat: Heatmap | np.ndarray, region: Region) -> float:
     return float((np.diff(recall, prepend=0.0) * precision).sum())
 
 
+# ------------------------------------------------------------------------------------------------------------ of videos
+
+
+def tube_mask(boxes: Mapping[int, Sequence[Sequence[float]]], frames: int, size: tuple[int, int]) -> np.ndarray:
+    """Boxes by frame as a mask.
+
+    Args:
+        boxes: frame, counted from the clip's first → boxes as ``boxes_to_mask`` takes them; frames left out have none.
+        frames: of the clip.
+        size: ``(width, height)`` of a frame, pixels.
+
+    Returns:
+        ``(frame, row, col)`` bool.
+
+    Raises:
+        ExplainError: there is no such frame, or as ``boxes_to_mask``.
+    """
+    mask = np.zeros((frames, size[1], size[0]), dtype=bool)
+    for frame, region in boxes.items():
+        if not (isinstance(frame, (int, np.integer)) and 0 <= frame < frames):
+            raise ExplainError(f"frame {frame!r} of a video of {frames} frames, counted from 0")
+        mask[frame] = boxes_to_mask(region, size)
+    return mask
+
+
+def tube_pointing(heat: OfVideo | np.ndarray, tube: Tube) -> float:
+    """1 when the highest value of all frames lies in the tube, 0 when not; between, when tied maxima lie on both sides.
+
+    Args:
+        heat: the heatmap of a video, or its values by frame, ``(frame, row, col)``.
+        tube: mask, or boxes by frame.
+
+    Returns:
+        the probability of a hit; NaN for a constant heatmap, which points nowhere.
+    """
+    return _pointing(*_aligned_in_time(heat, tube))
+
+
+def tube_energy(heat: OfVideo | np.ndarray, tube: Tube) -> float:
+    """Share of the heatmap's sum over all frames that lies in the tube, 0 to 1; NaN for a heatmap of zeros."""
+    return _energy(*_aligned_in_time(heat, tube))
+
+
+def tube_iou(heat: OfVideo | np.ndarray, tube: Tube) -> float:
+    """Intersection over union of the tube and as many of all frames' highest pixels as it has; NaN for no tube."""
+    return _iou(*_aligned_in_time(heat, tube))
+
+
+def temporal_pointing(heat: OfVideo | np.ndarray, frames: Frames) -> float:
+    """1 when the frame with the highest mean is one of ``frames``, 0 when not; between, when tied frames are both.
+
+    Args:
+        heat: the heatmap of a video, or its curve ``(frame,)``.
+        frames: numbers counted from the clip's first, or a mask ``(frame,)`` of bools.
+
+    Returns:
+        the probability of a hit; NaN for a heatmap that is the same at all times.
+    """
+    return _pointing(*_over_time(heat, frames))
+
+
+def temporal_iou(heat: OfVideo | np.ndarray, frames: Frames) -> float:
+    """Intersection over union of ``frames`` and as many of the frames with the highest means; NaN for no frames.
+
+    The threshold is the truth's own length, as ``iou`` takes the region's own area: no level has to be chosen, and a
+    heatmap gains nothing by being wide. Arguments as for ``temporal_pointing``.
+    """
+    return _iou(*_over_time(heat, frames))
+
+
+def _aligned_in_time(heat: OfVideo | np.ndarray, tube: Tube) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(heat, np.ndarray):
+        if isinstance(tube, Mapping):
+            raise ExplainError(
+                "boxes are in pixels of a frame, whose size a bare array does not tell: give the heatmap, or a mask, "
+                "tube_mask(boxes, frames, (width, height))"
+            )
+        values = heat
+    else:
+        values = _of_video(heat).by_frame
+    if isinstance(tube, Mapping):
+        assert not isinstance(heat, np.ndarray)
+        inside = tube_mask(tube, len(values), heat.image_size)
+    else:
+        inside = np.asarray(tube).astype(bool)
+    if inside.ndim != 3 or values.ndim != 3 or len(inside) != len(values):
+        raise ExplainError(
+            f"heatmap and tube are (frame, row, col), of as many frames; got {values.shape} and {inside.shape}"
+        )
+    same = values.shape == inside.shape
+    found = values if same else np.stack([resample(np.asarray(each, np.float32), inside.shape[1:]) for each in values])
+    return found.astype(np.float64), inside
+
+
+def _over_time(heat: OfVideo | np.ndarray, frames: Frames) -> tuple[np.ndarray, np.ndarray]:
+    curve = heat if isinstance(heat, np.ndarray) else _of_video(heat).over_time
+    if curve.ndim != 1:
+        raise ExplainError(f"a curve over time is (frame,); got shape {curve.shape}")
+    given = np.asarray(frames)
+    if given.dtype == bool:
+        if given.shape != curve.shape:
+            raise ExplainError(f"a mask of frames has one bool for each of {len(curve)}; got shape {given.shape}")
+        return curve.astype(np.float64), given
+    inside = np.zeros(len(curve), dtype=bool)
+    wrong = [each for each in given.reshape(-1).tolist() if not (isinstance(each, int) and 0 <= each < len(curve))]
+    if wrong:
+        raise ExplainError(f"frame {wrong[0]!r} of a video of {len(curve)} frames, counted from 0")
+    inside[given.reshape(-1).astype(int)] = True
+    return curve.astype(np.float64), inside
+
+
+def _of_video(heat: OfVideo) -> OfVideo:
+    if isinstance(heat, HeatGrid) and heat.axes[0] != "t":
+        raise ExplainError(
+            "this is a heatmap of an image, which has no time: judge it by pointing_game, energy_in_region or iou"
+        )
+    return heat
+
+
+# --------------------------------------------------------------------------------------------------------------- inside
+
+
+def _pointing(values: np.ndarray, inside: np.ndarray) -> float:
+    if values.max() == values.min():
+        return float("nan")
+    return float(inside[values >= values.max() * (1 - 1e-6)].mean())
+
+
+def _energy(values: np.ndarray, inside: np.ndarray) -> float:
+    total = float(values.sum())
+    return float(values[inside].sum()) / total if total > 0 else float("nan")
+
+
+def _iou(values: np.ndarray, inside: np.ndarray) -> float:
+    wanted = int(inside.sum())
+    if wanted == 0:
+        return float("nan")
+    threshold = np.partition(values.reshape(-1), -wanted)[-wanted]
+    above, tied = values > threshold, values == threshold
+    # Of the tied pixels a random subset fills up the area; its expected part inside is its share inside.
+    hits = (inside & above).sum() + (wanted - above.sum()) * inside[tied].mean()
+    return float(hits / (2 * wanted - hits))
+
+
 def _aligned(heat: Heatmap | np.ndarray, region: Region) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(heat, HeatGrid) and heat.axes[0] == "t":
+        raise ExplainError(
+            "this is a heatmap of a video: judge it by tube_pointing, tube_energy, tube_iou, temporal_pointing or "
+            "temporal_iou, or one frame of it, heat.frame(3)"
+        )
     if isinstance(heat, Heatmap) and heat.values is None:
         raise ExplainError(f"this heatmap has no values: {heat.reason}")
     inside = _mask(heat, region)

@@ -59,6 +59,8 @@ def compare_maps(first: Heatmap, second: Heatmap) -> Similarity:
         ProbeError: scipy is missing.
     """
     for heat in (first, second):
+        if heat.axes[0] == "t":
+            raise ExplainError("heatmaps of images are compared: of videos give one frame of each, heat.frame(3)")
         if heat.values is None:
             raise ExplainError(f"there is nothing to compare: a heatmap has no values, because {heat.reason}")
     if tuple(first.image_size) != tuple(second.image_size):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -66,6 +66,8 @@ class CheckedFamily:
         outside: why it is not counted as one, empty where it is.
         runs: one per installation and picture: ``{"install", "larger", "checks": {name: {"passed", "figure",
             "note"}}}``; where the family cannot be loaded, no checks and ``"lacks"``, the libraries to install.
+        videos: check → whether it passed, of videos (``tests/families/test_clips.py``); ``None``: it does not apply.
+        no_videos: why its videos are refused, where that is known.
     """
 
     name: str
@@ -73,6 +75,8 @@ class CheckedFamily:
     kind: str
     outside: str
     runs: tuple[Mapping[str, Any], ...]
+    videos: Mapping[str, bool | None] = field(default_factory=dict)
+    no_videos: str = ""
 
     def lacks(self, install: str) -> tuple[str, ...]:
         """The libraries that are missing in an installation; empty where the family loads."""
@@ -153,7 +157,13 @@ class FamilyTable:
         """The table that ``families.json`` holds."""
         families = tuple(
             CheckedFamily(
-                name, entry["class"], entry.get("kind", ""), entry.get("outside", ""), tuple(entry.get("runs", ()))
+                name,
+                entry["class"],
+                entry.get("kind", ""),
+                entry.get("outside", ""),
+                tuple(entry.get("runs", ())),
+                entry.get("videos", {}),
+                entry.get("no_videos", ""),
             )
             for name, entry in value["families"].items()
         )

@@ -20,7 +20,7 @@ from lvlm_probe.pages.shell import asset, json_for_script, page_text
 
 if TYPE_CHECKING:
     from lvlm_probe.metrics import Score
-    from lvlm_probe.video import ClipHeatmap
+    from lvlm_probe.video import ClipHeatmap, Order
 
 __all__ = ["clip_page"]
 
@@ -29,32 +29,77 @@ _SHOWN = 48  # frames of one heatmap
 _HIGH, _WIDE = 80.0, 1000.0  # of the curve, in units of its own
 
 
-def clip_page(heats: Sequence[ClipHeatmap], scores: Sequence[Score | None], title: str) -> str:
-    """The text of the page. Raises ``ReportError`` where a heatmap has no frames at hand."""
-    parts = [_section(number, *pair) for number, pair in enumerate(zip(heats, scores, strict=True))]
+def clip_page(
+    heats: Sequence[ClipHeatmap], scores: Sequence[Score | None], title: str, *, orders: Sequence[Order] = ()
+) -> str:
+    """The text of the page: an answer with the maps of its words, one shown at a time; without scripts all of them.
+
+    Raises:
+        ReportError: a heatmap has no frames at hand.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, heat in enumerate(heats):
+        groups.setdefault(str(heat.provenance.get("trace_id") or f"untraced {number}"), []).append(number)
+    panels = [_panel(number, *pair) for number, pair in enumerate(zip(heats, scores, strict=True))]
+    sections = []
+    for trace_id, members in groups.items():
+        mine = [order for order in orders if order.trace_id == trace_id]
+        head = _head([heats[number] for number in members], members, mine)
+        body = "\n".join(panels[number][0] for number in members)
+        sections.append(f'<section class="clip">{head}\n{body}</section>')
     return page_text(
         "clip.html",
         title,
         asset("page.css") + asset("clip.css"),
         asset("theme.js") + asset("clip.js"),
         body='<body class="clips">',
-        sections="\n".join(markup for markup, _ in parts),
-        data=json_for_script([plain for _, plain in parts]),
+        sections="\n".join(sections),
+        data=json_for_script([plain for _, plain in panels]),
     )
 
 
-def _section(number: int, heat: ClipHeatmap, score: Score | None) -> tuple[str, dict[str, Any]]:
-    """One heatmap as markup, and its frames without it."""
-    verdict = verdict_of(heat, score)
-    question = None if heat.trace is None else heat.trace.question
+def _head(heats: Sequence[ClipHeatmap], numbers: Sequence[int], orders: Sequence[Order]) -> str:
+    """Question, answer, what it needs of time, and where there are several heatmaps a button for each."""
+    trace = next((heat.trace for heat in heats if heat.trace is not None), None)
+    question = None if trace is None else trace.question
     head = (
         f'<p class="label">Question</p><p class="asked" dir="auto">{html.escape(question or "not known")}</p>'
-        f'<p class="label">Answer</p><p class="said" dir="auto">{_answer(heat)}</p>'
+        f'<p class="label">Answer</p><p class="said" dir="auto">{_answer(heats, numbers)}</p>'
+    )
+    for order in orders:
+        head += f'<p class="needs"><b>{html.escape(order.verdict)}</b> {html.escape(order.reasons)}</p>'
+    if len(heats) > 1:
+        buttons = "".join(
+            f'<button type="button" class="quiet" data-panel="{number}">{html.escape(label)}</button>'
+            for number, label in zip(numbers, _labels(heats), strict=True)
+        )
+        head += f'<p class="choose"><span class="label">Heatmap of</span> {buttons}</p>'
+    return head
+
+
+def _labels(heats: Sequence[ClipHeatmap]) -> list[str]:
+    """What tells the heatmaps of one answer apart: their words, and methods and videos where these differ."""
+    several = len({heat.method for heat in heats}) > 1, len({heat.clip.first for heat in heats}) > 1
+    labels = []
+    for heat in heats:
+        words = [text for _, text, explained in explained_words(heat.selection) if explained]
+        parts = [" ".join(words[:4]) + (" …" if len(words) > 4 else "") or "nothing"]
+        parts += [heat.method] * several[0] + [f"video from image {heat.clip.first + 1}"] * several[1]
+        labels.append(" · ".join(parts))
+    return labels
+
+
+def _panel(number: int, heat: ClipHeatmap, score: Score | None) -> tuple[str, dict[str, Any]]:
+    """One heatmap as markup, and its frames without it."""
+    verdict = verdict_of(heat, score)
+    words = " ".join(text for _, text, explained in explained_words(heat.selection) if explained)
+    head = (
         f'<p class="verdict {verdict["state"]}"><b>{html.escape(verdict["title"])}</b> '
         f"{html.escape(' '.join(verdict['reasons']))}</p>"
     )
+    opening = f'<div class="panel" data-clip="{number}" role="group" aria-label="Heatmap of {html.escape(words)}">'
     if heat.values is None:
-        return f'<section class="clip">{head}</section>', {"plain": [], "at": []}
+        return f"{opening}{head}</div>", {"plain": [], "at": []}
     chosen = heat.clip.spread(_SHOWN)
     try:
         shown = [data_uri(heat.shown(frame, _SIDE)) for frame in chosen]
@@ -79,7 +124,7 @@ def _section(number: int, heat: ClipHeatmap, score: Score | None) -> tuple[str, 
     hottest = int(curve.argmax())
     most = f"highest {float(curve.max()):.2f} at {html.escape(heat.when(hottest))}"
     start = int(curve[chosen].argmax())
-    markup = f"""<section class="clip" data-clip="{number}" aria-label="Heatmap {number + 1}">{head}
+    markup = f"""{opening}{head}
 <div class="player" hidden><img class="large" alt="">
 <div class="controls"><button type="button" class="quiet play">Play</button>
 <label>Time <input type="range" class="time" min="0" max="{len(chosen) - 1}" step="1" value="{start}"></label>
@@ -88,16 +133,27 @@ def _section(number: int, heat: ClipHeatmap, score: Score | None) -> tuple[str, 
 {_curve(curve, chosen)}
 <p class="facts">Mean of the heatmap in each frame, {most}.{told}</p>
 <ol class="frames">{strip}</ol>
-<p class="facts">{html.escape(" · ".join(facts))}</p></section>"""
+<p class="facts">{html.escape(" · ".join(facts))}</p></div>"""
     return markup, {"plain": plain, "at": times, "across": [_across(k, len(curve)) for k in chosen]}
 
 
-def _answer(heat: ClipHeatmap) -> str:
-    """The answer with the explained words marked."""
+def _answer(heats: Sequence[ClipHeatmap], numbers: Sequence[int]) -> str:
+    """The answer with the explained words marked; of several heatmaps a word leads to the one that is most its own."""
+    told = [explained_words(heat.selection) for heat in heats]
+    sizes = [sum(explained for _, _, explained in words) for words in told]
     parts = []
-    for before, text, explained in explained_words(heat.selection):
-        told = html.escape(text)
-        parts.append(html.escape(before) + (f"<mark>{told}</mark>" if explained else told))
+    for place, (before, text, _) in enumerate(told[0]):
+        own = [k for k, words in enumerate(told) if place < len(words) and words[place][2]]
+        parts.append(html.escape(before))
+        word = html.escape(text)
+        if not own:
+            parts.append(word)
+        elif len(heats) == 1:
+            parts.append(f"<mark>{word}</mark>")
+        else:
+            own.sort(key=lambda k: sizes[k])
+            panels = " ".join(str(numbers[k]) for k in own)
+            parts.append(f'<button type="button" class="of" data-panels="{panels}"><mark>{word}</mark></button>')
     return "".join(parts).strip() or "not known"
 
 

@@ -22,7 +22,7 @@ from lvlm_probe.pages.shell import Page, asset, json_for_script, page_text, refu
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.metrics import Score
-    from lvlm_probe.video import ClipHeatmap
+    from lvlm_probe.video import ClipHeatmap, Order
 
 __all__ = ["report"]
 
@@ -35,6 +35,7 @@ def report(
     heats: Heatmap | ClipHeatmap | Iterable[Heatmap | ClipHeatmap],
     *,
     scores: Score | Iterable[Score | None] | None = None,
+    orders: Order | Iterable[Order] = (),
     out: str | os.PathLike[str],
     title: str | None = None,
     overwrite: bool | None = None,
@@ -48,6 +49,7 @@ def report(
         heats: The heatmaps, in the order of showing; one or many. Those of videos make a page of their own kind.
         scores: What `evaluate` said of each heatmap, in the same order; ``None`` for one that was not evaluated. The
             page says "not checked" of every map without a score.
+        orders: Of videos, what `probe.video.order` found: a line under the answers it is of.
         out: The file to write. Missing folders are made.
         title: Headline of the page.
         overwrite: Replace ``out`` if it exists; by default only a file that this package wrote, so that a notebook cell
@@ -57,13 +59,14 @@ def report(
         The path written, which a notebook shows as the page.
 
     Raises:
-        ReportError: no heatmaps, not one score per heatmap, things that are neither; ``out`` exists or cannot be
-            written.
+        ReportError: no heatmaps, not one score per heatmap, things that are neither, an order of another answer;
+            ``out`` exists or cannot be written.
     """
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.metrics import Score
-    from lvlm_probe.video import ClipHeatmap
+    from lvlm_probe.video import ClipHeatmap, Order
 
+    found: list[Any] = [orders] if isinstance(orders, Order) else list(orders)
     heat_list: list[Any] = list(heats) if isinstance(heats, Iterable) else [heats]
     score_list: list[Any] = list(scores) if isinstance(scores, Iterable) else [scores]
     if scores is None:
@@ -86,16 +89,30 @@ def report(
         raise ReportError(
             "report() was given heatmaps of images and of videos: a page shows one of the two, so write one for each"
         )
+    _check_orders(found, heat_list if all(of_clips) else [])
     path = Path(out)
     refuse_existing(path, overwrite=overwrite)
     if all(of_clips):
-        text = clip_page(heat_list, score_list, title or _CLIP_TITLE)
+        text = clip_page(heat_list, score_list, title or _CLIP_TITLE, orders=found)
         return write_text(path, text, overwrite=overwrite, said=counted(len(heat_list), "video"))
     samples = gather(heat_list, score_list)
     text = _fill(samples, title or _TITLE)
     verdicts = collections.Counter(entry["verdict"]["title"].rstrip(".:") for one in samples for entry in one["maps"])
     said = ", ".join(f"{count} × {title[:1].lower()}{title[1:]}" for title, count in verdicts.most_common())
     return write_text(path, text, overwrite=overwrite, said=said)
+
+
+def _check_orders(orders: Sequence[Any], heats: Sequence[ClipHeatmap]) -> None:
+    from lvlm_probe.video import Order
+
+    shown = {str(heat.provenance.get("trace_id")) for heat in heats}
+    for thing in orders:
+        if not isinstance(thing, Order):
+            raise ReportError(f"orders are what probe.video.order() returns; got a {type(thing).__name__}")
+        if thing.trace_id not in shown:
+            raise ReportError(
+                f"an order is of {thing.trace_id or 'an unknown answer'}, and no heatmap of a video on this page is"
+            )
 
 
 def _fill(samples: list[dict[str, Any]], title: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -17,7 +18,48 @@ from lvlm_probe.images.processor import BlackBox, as_rgb
 from lvlm_probe.recording.processor_watch import ProcessorCall, ProcessorWatch, describe_call
 from lvlm_probe.trace.clips import Clip
 
-__all__ = ["ClipFinder", "ClipRow"]
+__all__ = ["ClipFinder", "ClipRow", "labels_of_frames"]
+
+
+def labels_of_frames(ids: Sequence[int], frames: np.ndarray, is_number: Callable[[int], bool]) -> np.ndarray:
+    """What a processor writes around the frames of a clip, such as their times, which is nothing a user asked.
+
+    That is all between two frames, and what equals it in front of the first and behind the last, numbers aside.
+
+    Args:
+        ids: tokens of the prompt.
+        frames: positions of the clip's tokens in it, ascending.
+        is_number: whether a token says a number only.
+
+    Returns:
+        which tokens, ``(token,)`` bool.
+    """
+    found = np.zeros(len(ids), bool)
+    gaps = np.flatnonzero(np.diff(frames) > 1)
+    if not len(gaps):
+        return found
+    first, last = int(frames[0]), int(frames[-1])
+    found[first : last + 1] = True
+    between = list(ids[int(frames[gaps[0]]) + 1 : int(frames[gaps[0] + 1])])
+
+    def shared(place: int, step: int, label: Sequence[int]) -> int:
+        """Tokens from ``place`` on, in one direction, that are the label's; a run of numbers equals another."""
+        start, at = place, 0
+        while at < len(label) and 0 <= place < len(ids):
+            if is_number(label[at]) and is_number(ids[place]):
+                while at < len(label) and is_number(label[at]):
+                    at += 1
+                while 0 <= place < len(ids) and is_number(ids[place]):
+                    place += step
+            elif label[at] == ids[place]:
+                at, place = at + 1, place + step
+            else:
+                break
+        return abs(place - start)
+
+    found[first - shared(first - 1, -1, between[::-1]) : first] = True
+    found[last + 1 : last + 1 + shared(last + 1, 1, between)] = True
+    return found
 
 
 @dataclass(frozen=True)

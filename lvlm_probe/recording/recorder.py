@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -58,12 +58,14 @@ from lvlm_probe.recording.conditions import (
 from lvlm_probe.recording.log_probs import StepLogProbs, StepValues, answer_in, generators
 from lvlm_probe.recording.module_outputs import PointTap
 from lvlm_probe.recording.processor_watch import ProcessorWatch
+from lvlm_probe.recording.prompt_clips import labels_of_frames
 from lvlm_probe.recording.prompt_images import NotRecorded, PictureFinder, PromptPictures, RowPictures, encoded
 from lvlm_probe.recording.row_inputs import columns_of, image_places, row_inputs
 from lvlm_probe.recording.token_boxes import BoxCache, box_key, place
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.answer_source import LiveTrace
 from lvlm_probe.replaying.hidden_states import point_records
+from lvlm_probe.trace.clips import Clip
 from lvlm_probe.trace.image_files import is_constant
 from lvlm_probe.trace.records import Capture, RowCapture
 from lvlm_probe.words import ALPHA
@@ -172,8 +174,9 @@ class GenerationRecorder:
         if reason := adapters_of_this_call(self.model):
             raise NotRecorded(reason)
         if any("video" in name for name in pixels) and not self.anatomy.takes_clips:
+            why = f": {self.anatomy.no_clips}" if self.anatomy.no_clips else " yet"
             raise NotRecorded(
-                f"the prompt holds a video, and videos of {type(self.model).__name__} are not recorded yet; nothing "
+                f"the prompt holds a video, and videos of {type(self.model).__name__} are not recorded{why}; nothing "
                 "is recorded"
             )
         if not any(self._inputs[name].is_floating_point() for name in pixels):
@@ -443,18 +446,19 @@ class GenerationRecorder:
         images = mine.images or []
         trace_id = uuid.uuid4().hex[:16]
         self._images[trace_id] = images
+        spans = self._spans(prompt_ids, positions, mine)
         return RowCapture(
             trace_id=trace_id,
             batch_row=row,
             input_ids=prompt_ids.numpy().astype(np.int64),
             prompt=folded(prompt),
-            question=self.options.question or self._question(prompt_ids, positions),
+            question=self.options.question or self._question(prompt_ids, positions.numpy(), spans, mine.clips),
             model_kwargs=kwargs,
             images=mine.records,
             processor_call=mine.call,
             image_token_id=self.anatomy.image_token_id,
             image_positions=positions.numpy().astype(np.int64),
-            image_index=self._spans(prompt_ids, positions, mine),
+            image_index=spans,
             clips=mine.clips,
             token_ids=token_ids.numpy().astype(np.int64),
             tokens=pieces,
@@ -481,11 +485,23 @@ class GenerationRecorder:
         found[of_clip] = still + np.arange(tokens) * frames // tokens
         return found
 
-    def _question(self, prompt_ids: torch.Tensor, image_positions: torch.Tensor) -> str | None:
-        words = torch.ones(len(prompt_ids), dtype=torch.bool)
-        words[image_positions] = False
+    def _question(
+        self, prompt_ids: torch.Tensor, positions: np.ndarray, spans: np.ndarray, clips: Sequence[Clip]
+    ) -> str | None:
+        ids = prompt_ids.tolist()
+        words = np.ones(len(ids), bool)
+        words[positions] = False
+        tokenizer = tokenizer_of(self.processor)
+
+        def is_number(token: int) -> bool:
+            text = tokenizer.decode([token])
+            return bool(text.strip(" .0123456789") == "" != text.strip(" ."))
+
         try:
-            return question_of(self.processor, prompt_ids[words].tolist())
+            for clip in clips:
+                frames = positions[np.isin(spans, clip.images)]
+                words &= ~labels_of_frames(ids, frames, is_number)
+            return question_of(self.processor, np.asarray(ids)[words].tolist())
         except Exception:  # what a tokenizer makes of a prompt costs the question, not the trace
             return None
 

@@ -182,34 +182,66 @@ class Order:
         llr: baseline → log-likelihood ratio of the tokens against it, nats: ``blur`` takes everything away,
             ``first_frame`` and ``middle_frame`` motion, ``shuffled_frames`` order (mean over the seeds).
         text: the words.
+        shuffles: that ratio for each of the shuffled orders, nats; how far they lie apart is what chance does.
+        noise: most that rounding moves a ratio, nats.
+        trace_id: of the answer.
     """
 
     __repr__ = in_one_line
 
     llr: Mapping[str, float]
     text: str
+    shuffles: tuple[float, ...] = ()
+    noise: float = 0.0
+    trace_id: str = ""
+
+    @property
+    def least(self) -> float:
+        """What a ratio must exceed to count, nats: ``ALPHA`` (paper, Eq. 6), or rounding where that is more."""
+        return max(ALPHA, self.noise)
 
     @property
     def needs_order(self) -> bool:
-        """Whether shuffling the frames costs the tokens more than ``ALPHA`` nats (paper, Eq. 6)."""
-        return self.llr["shuffled_frames"] > ALPHA
+        """Whether shuffling the frames costs the tokens more than ``least``."""
+        return self.llr["shuffled_frames"] > self.least
 
     @property
     def needs_motion(self) -> bool:
         """Whether showing any one frame all the time costs them more than that."""
-        return min(self.llr["first_frame"], self.llr["middle_frame"]) > ALPHA
+        return min(self.llr["first_frame"], self.llr["middle_frame"]) > self.least
+
+    @property
+    def verdict(self) -> str:
+        """What the answer needs, as a sentence."""
+        if self.needs_order:
+            return "This answer needs the order of frames."
+        if self.needs_motion:
+            return "This answer needs several frames, in any order."
+        return "This answer needs neither the order of frames nor more than one of them."
+
+    @property
+    def reasons(self) -> str:
+        """The figures behind the verdict, as a sentence."""
+        shuffled = f"shuffled {self.llr['shuffled_frames']:+.2f}"
+        if len(self.shuffles) > 1:
+            shuffled += f" ({min(self.shuffles):+.2f} to {max(self.shuffles):+.2f} in {len(self.shuffles)} orders)"
+        return (
+            f"Log-likelihood ratio of {self.text!r} against the frames {shuffled}, the first frame all the time "
+            f"{self.llr['first_frame']:+.2f}, the middle one {self.llr['middle_frame']:+.2f}, and a blurred video "
+            f"{self.llr['blur']:+.2f} nats; up to {self.least:.2f} counts as nothing (rounding: {self.noise:.1g})."
+        )
 
     def __str__(self) -> str:
-        needs = "needs the order of frames" if self.needs_order else "does not need the order of frames"
-        more = "and more than one of them" if self.needs_motion else "and is likely by one of them alone"
-        numbers = ", ".join(f"{name} {value:+.2f}" for name, value in self.llr.items())
-        return f"{self.text!r} {needs}, {more} (log-likelihood ratio against {numbers} nats)"
+        return f"{self.verdict} {self.reasons}"
 
 
 @outside_inference_mode
 @taking_turns
 def order(replay: Replay, *, tokens: Tokens | None = None, seeds: int = 3) -> Order:
     """Ask whether an answer needs a video's motion, or the order of its frames, at all.
+
+    Takes a forward pass for the whole video, for each of three baselines, and for each of ``seeds`` orders;
+    ``report(heat, orders=...)`` shows what it found.
 
     Args:
         replay: the recorded answer on its model.
@@ -230,5 +262,7 @@ def order(replay: Replay, *, tokens: Tokens | None = None, seeds: int = 3) -> Or
         return float(replay.over(kind, seed=seed).llr[steps].sum())
 
     llr = {kind: ratio(kind) for kind in ("blur", "first_frame", "middle_frame")}
-    llr["shuffled_frames"] = sum(ratio("shuffled_frames", seed) for seed in range(seeds)) / seeds
-    return Order(llr, selection.text)
+    shuffles = tuple(ratio("shuffled_frames", seed) for seed in range(seeds))
+    llr["shuffled_frames"] = sum(shuffles) / seeds
+    noise = 2 * float(replay.rounding[steps].sum())  # a ratio is of two passes
+    return Order(llr, selection.text, shuffles, noise, replay.trace_id)

@@ -54,7 +54,7 @@ class ClipHeatmap(HeatGrid):
         selection, method, params, provenance, history, reason, trace: as of a ``Heatmap``.
     """
 
-    _axes = ("t", "row", "col")
+    axes = ("t", "row", "col")
     _of = " of a video"
     __repr__ = in_one_line
 
@@ -87,9 +87,18 @@ class ClipHeatmap(HeatGrid):
         return cells and f"a frame has only {cells}, which are drawn as blocks: smaller regions are not told apart"
 
     @property
+    def by_frame(self) -> np.ndarray:
+        """The values of each frame, ``(frame, row, col)`` float32, interpolated between steps as masks are.
+
+        Raises:
+            ExplainError: there are no values.
+        """
+        return self._frames(self._values())
+
+    @property
     def over_time(self) -> np.ndarray:
         """Mean of the values that the model sees, at each frame, ``(frame,)`` float32."""
-        frames, seen = self._frames(self._values()), self._frames(np.asarray(self._seen(), np.float32))
+        frames, seen = self.by_frame, self._frames(np.asarray(self._seen(), np.float32))
         curve: np.ndarray = frames.sum((1, 2)) / np.maximum(seen.sum((1, 2)), 1e-9)
         return curve
 

@@ -10,9 +10,10 @@ from PIL import Image
 
 import lvlm_probe as probe
 from lvlm_probe.boxes.image_tokens import _axis, token_places
-from lvlm_probe.boxes.painting import image_spans, pitch
+from lvlm_probe.boxes.painting import have_extent, image_spans, paint, pitch, tubes
 from lvlm_probe.boxes.sign_code import places_of
 from lvlm_probe.recording.token_boxes import in_order
+from lvlm_probe.trace.clips import Clip
 
 
 def test_spans_by_counts_runs_or_shares():
@@ -214,3 +215,22 @@ def test_a_grid_is_never_finer_than_any_models_tokens() -> None:
     tiny = np.array([[0, 0, 1e-12, 1e-12], [3, 3, 3 + 1e-12, 3 + 1e-12]])
     assert pitch(tiny, (90, 60)) == (1024, 1024)
     assert pitch(np.array([[0.0, 0.0, 30.0, 30.0]]), (90, 60)) == (2, 3)
+
+
+def test_tubes_are_painted_by_the_time_they_share_with_a_step() -> None:
+    clip = Clip(3, 4)
+    boxes = np.array([[0, 0, 8, 4], [0, 0, 8, 4], [0, 4, 8, 8], [0, 0, 0, 0]], np.float32)
+    found = tubes(boxes, np.array([[3, 4], [5, 6], [3, 6], [3, 6]]), clip)
+    assert found.tolist() == [[0, 0, 0, 8, 4, 2], [0, 0, 2, 8, 4, 4], [0, 4, 0, 8, 8, 4], [0] * 6]
+    assert have_extent(found).tolist() == [True, True, True, False]
+    size = (8, 8, 4)
+    assert pitch(found, size) == (2, 2, 1)  # the median lasts two frames
+    values = torch.tensor([1.0, 3.0, 5.0, 9.0])
+    grid, met = paint(values, found, size, (2, 2, 1))
+    assert grid.tolist() == [[[1.0], [5.0]], [[3.0], [5.0]]] and met.all()
+    whole, _ = paint(values, found, size, (1, 1, 1))
+    assert whole.item() == pytest.approx((1 * 2 + 3 * 2 + 5 * 4) / 8)  # by time and area
+    thirds, _ = paint(values, found, size, (3, 2, 1))
+    assert thirds[:, 0, 0].tolist() == pytest.approx([1.0, 2.0, 3.0])  # half of the middle third each
+    early, met = paint(values[:1], found[:1], size, (2, 2, 1))
+    assert met[:, :, 0].tolist() == [[True, False], [False, False]] and early[0, 0, 0] == 1

@@ -212,6 +212,7 @@ def toy_problem() -> Any:
         image_positions=np.array([0, 1]),
         image_index=np.array([0, 0]),
         patch_box=np.array([[0, 0, 1, 1], [1, 0, 2, 1]], np.float32),
+        patch_frames=None,
     )
     return SimpleNamespace(
         replay=SimpleNamespace(length=3, image_sizes=[(2, 1)], path=None, trace=SimpleNamespace(layout=layout)),

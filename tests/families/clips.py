@@ -87,9 +87,11 @@ def frames(count: int = FRAMES, *, seed: int = 0, width: int = 90, height: int =
     return np.stack([np.asarray(picture(width, height, seed=seed + number)) for number in range(count)])
 
 
-def clip_inputs(made: Built, clips: Sequence[np.ndarray], images: Sequence[Any] = (), **call: Any) -> dict[str, Any]:
+def clip_inputs(
+    made: Built, clips: Sequence[np.ndarray], images: Sequence[Any] = (), text: str = "", **call: Any
+) -> dict[str, Any]:
     """Model inputs for one prompt of images and then clips, by the family's own processor."""
-    text = made.member.slot * len(images) + CLIPS[made.member.name].slot * len(clips) + " What happens?"
+    text = text or made.member.slot * len(images) + CLIPS[made.member.name].slot * len(clips) + " What happens?"
     metadata = [
         {"total_num_frames": len(clip), "fps": 2.0, "duration": len(clip) / 2, "frames_indices": list(range(len(clip)))}
         for clip in clips

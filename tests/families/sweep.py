@@ -5,6 +5,7 @@
     python tests/families/sweep.py --saved DIR --write     the same; writes this installation's half of the table
     python tests/families/sweep.py llava qwen2_vl -v       some of them; without --saved they are saved first
     python tests/families/sweep.py llava --larger --only gradient
+    python tests/families/sweep.py --videos                writes the column of videos; needs torchvision (.venv-tv)
 
 `make families` saves once and sweeps in both environments: .venv, the default install, and .venv-tv.
 """
@@ -64,9 +65,37 @@ def outside() -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def write(results: dict[str, list[dict[str, Any]]]) -> None:
+def refused_videos() -> dict[str, str]:
+    """Families whose videos cannot be recorded, and why."""
+    entries = yaml.safe_load((ROOT / "lvlm_probe" / "families.yaml").read_text(encoding="utf-8")).items()
+    return {name: entry["no_clips"] for name, entry in entries if "no_clips" in entry}
+
+
+class Heard:
+    """Hears of every test that is parametrised by a family: family → test → whether it passed, ``None`` if skipped."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, bool | None]] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        test, _, family = report.nodeid.rpartition("::")[2].rstrip("]").partition("[")
+        if family in MEMBERS and (report.when == "call" or not report.passed):
+            found = self.found.setdefault(family, {})
+            found[test.removeprefix("test_")] = None if report.skipped else report.passed
+
+
+def videos_checked() -> dict[str, dict[str, bool | None]]:
+    """What ``test_clips.py`` finds here, by family."""
+    import pytest
+
+    heard = Heard()
+    pytest.main(["-q", "-p", "no:cacheprovider", str(Path(__file__).parent / "test_clips.py")], plugins=[heard])
+    return heard.found
+
+
+def write(results: dict[str, list[dict[str, Any]]], videos: dict[str, dict[str, bool | None]] | None = None) -> None:
     """This installation's runs into the table, the other's as they are; and the pages that are drawn from it."""
-    reasons, classes = outside(), mapping()
+    reasons, classes, refused = outside(), mapping(), refused_videos()
     before = json.loads(TABLE.read_text(encoding="utf-8"))
     families: dict[str, Any] = {}
     for name in sorted(classes):
@@ -76,6 +105,11 @@ def write(results: dict[str, list[dict[str, Any]]]) -> None:
             others = [run for run in kept if run.get("install") not in (INSTALL, None)]
             runs = sorted([*own, *others], key=lambda run: (run["install"], run["larger"]))
             families[name] = {"class": classes[name], "kind": MEMBERS[name].kind, "runs": runs}
+            old = before["families"].get(name, {}).get("videos")
+            if checked_videos := old if videos is None else videos.get(name):
+                families[name]["videos"] = checked_videos
+            if why := refused.get(name):
+                families[name]["no_videos"] = why
         else:
             families[name] = {"class": classes[name], "outside": reasons.get(name, "not in the zoo yet"), "runs": []}
     named = ("transformers", "torch", "pillow", *(("torchvision",) if INSTALL == "torchvision" else ()))
@@ -152,11 +186,16 @@ def main() -> int:
     parser.add_argument("--larger", action="store_true", help="only the larger picture")
     parser.add_argument("--only", nargs="*", default=(), choices=[check.__name__ for check in CHECKS])
     parser.add_argument("--write", action="store_true", help="write what was found into the table; takes all checks")
+    parser.add_argument("--videos", action="store_true", help="check videos alone, and write their column of the table")
     parser.add_argument("-v", "--verbose", action="store_true", help="notes of passed checks too")
     arguments = parser.parse_args()
     if arguments.write and (arguments.save or arguments.larger or arguments.only):
         parser.error("--write takes all checks")
     load_members()
+    if arguments.videos:
+        videos = videos_checked()
+        write({}, videos)
+        return int(any(passed is False for found in videos.values() for passed in found.values()))
     failed = 0
     results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,8 @@ from tiny_models import picture
 from zoo import Built, build, load_members
 
 import lvlm_probe as probe
-from lvlm_probe.errors import ImageError, ProbeWarning
+from lvlm_probe.boxes.encoder_tokens import tokens_that_read
+from lvlm_probe.errors import ExplainError, ImageError, ProbeWarning
 from lvlm_probe.models.families import _of_transformers
 
 _STEP = 3e-6
@@ -141,6 +144,78 @@ def test_an_image_token_knows_its_frames_and_its_box(case: Case) -> None:
         boxes = layout.patch_box[placed & (layout.patch_frames[:, 0] == first)]
         inside = (boxes[:, 0] < 40) & (boxes[:, 2] > 40) & (boxes[:, 1] < 25) & (boxes[:, 3] > 25)
         assert inside.sum() == 1
+
+
+def test_a_planted_token_lands_in_its_frames_and_its_cell(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens stand in the prompt moment by moment, each row by row: the first is in a corner, the last in the other."""
+    trace, moments = case.trace, clips.FRAMES // clips.CLIPS[case.built.member.name].together
+    rows, layout = trace.attention, trace.layout
+    placed = np.flatnonzero(layout.patch_box[:, 2] > layout.patch_box[:, 0]).reshape(moments, -1)
+    for moment, token in itertools.product(range(moments), (0, -1)):
+        values = np.zeros_like(rows.values)
+        values[..., placed[moment, token]] = 1
+        planted = dataclasses.replace(rows, values=values)
+        monkeypatch.setattr(type(trace), "attention", property(lambda _, found=planted: found))
+        heat = probe.video.explain(trace, method="attention", tokens=[0, 1], progress=False)
+        assert len(heat.values) == moments
+        seen = np.argwhere(heat.seen[moment])
+        corner = seen.min(0) if token == 0 else seen.max(0)
+        assert np.unravel_index(heat.values.argmax(), heat.values.shape) == (moment, *corner)
+
+
+def test_methods_over_tokens_explain_by_tubes(case: Case) -> None:
+    moments = clips.FRAMES // clips.CLIPS[case.built.member.name].together
+    shown = {}
+    for method in ("attention recorded", "attention replay", "tmm", "tam", "gradcam"):
+        name, _, source = method.partition(" ")
+        more = {"source": source} if source else {}
+        if name == "gradcam" and case.built.member.name == "minicpmv4_6":  # merges tokens on the way
+            with pytest.raises(ExplainError, match="their places are not known"):
+                probe.video.explain(case.replay, method=name, tokens=[0, 1], progress=False)
+            continue
+        heat = probe.video.explain(case.replay, method=name, tokens=[0, 1], progress=False, **more)
+        assert heat.clip == case.trace.clips[0] and len(heat.values) == moments, method
+        assert heat.values.max() == 1.0
+        shown[method] = heat.values
+    assert np.allclose(shown["attention recorded"], shown["attention replay"], atol=0.02)  # kept in float16
+    assert not np.allclose(shown["tmm"], shown["attention replay"], atol=0.02)
+
+
+def test_tokens_of_the_encoder_know_their_frames(case: Case) -> None:
+    """The left of one frame is taken away: the tokens that are given something else are those whose tubes are there."""
+    replay, built = case.replay, case.built
+    (clip,) = replay.clips
+    tokens = tokens_that_read(replay, 0, clip)
+    found: list[torch.Tensor] = []
+    handle = built.model.get_submodule(tokens.blocks[0]).register_forward_pre_hook(
+        lambda _module, args, kwargs: found.append(next(v for v in (*args, *kwargs.values()) if torch.is_tensor(v))),
+        with_kwargs=True,
+    )
+    mask = torch.ones(1, clips.FRAMES, 1, 2)
+    mask[:, 2, :, 0] = 0
+    try:
+        for given in (torch.ones(1, clips.FRAMES, 1, 2), mask):
+            pixels = replay.path.apply(given)
+            with torch.no_grad():
+                built.model(**{k: pixels.get(k, v) for k, v in case.inputs.items()})
+    finally:
+        handle.remove()
+    whole, without = (value.reshape(len(tokens.boxes), -1) for value in found)
+    moved = ((whole - without).abs().amax(1) > 1e-4).numpy()
+    x0, _, t0, x1, _, t1 = tokens.boxes.T
+    now, edge = (t0 <= 2) & (t1 > 2), 0.75 * replay.image_sizes[0][0]  # of what the mask, interpolated, leaves whole
+    assert moved[tokens.live & now & (x1 < edge - 4)].all()
+    assert not moved[tokens.live & ~(now & (x0 < edge + 4))].any()
+    assert 0 < moved.sum() < tokens.live.sum() / 2
+
+
+@pytest.mark.parametrize("name", ["internvl", "qwen3_vl", "glm4v", "glm46v"])
+def test_labels_of_frames_are_no_part_of_the_question(name: str, tmp_path: Path) -> None:
+    built = clips.built(name)
+    text = f"<bos>USER: {2 * clips.CLIPS[name].slot}What happens 2 times? ASSISTANT:"
+    with probe.attach(built.model, built.processor) as p, p.record(tmp_path) as recording:
+        built.generate(clips.clip_inputs(built, [clips.frames(), clips.frames(seed=9)], text=text))
+    assert recording.traces[0].question == "What happens 2 times?"
 
 
 # ---------------------------------------------------------------------------------------------- mixed, several, batched
@@ -267,7 +342,7 @@ def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
         return {name: value for name, value in made.items() if torch.is_tensor(value)}
 
     told = refused(built, tmp_path, inputs)
-    assert "videos of VideoLlama3ForConditionalGeneration are not recorded yet" in told
+    assert "videos of VideoLlama3ForConditionalGeneration are not recorded: its processor drops frames" in told
 
 
 def test_a_video_whose_frames_are_not_known_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from browser import CHROMIUM, DRIVER, find, settle
 from toy_clip import ToyClip, tube_weights
 
 import lvlm_probe as probe
-from lvlm_probe.errors import ExplainError
+from lvlm_probe.errors import ExplainError, ReportError
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -39,7 +39,7 @@ def test_every_frame_stands_on_the_page_without_scripts(page: Path) -> None:
     assert "highest 0." in text and "at 2.0 s" in text
     assert "The map holds up." in text
     assert HOSTILE not in text
-    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 2
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 3  # question, answer, and the label of its heatmap
     data = json.loads(text[text.index('id="clips">') + 11 :].split("</script>")[0])
     assert len(data[0]["plain"]) == len(data[0]["across"]) == 6
 
@@ -51,6 +51,50 @@ def test_a_heatmap_without_values_says_why(tmp_path: Path) -> None:
     assert "No map to show." in text and "plays no part" in text
     with pytest.raises(ExplainError, match="no values"):
         nothing.save(tmp_path / "none.gif")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An answer of two words, each with a map of its own, and what it needs of time."""
+    toy = ToyClip(tube_weights(4, 4, slice(1, 2), slice(0, 1), slice(2, 4)), tokens=["red", " left"],
+                  original=(0.9, 0.8), base=(0.01, 0.02))  # fmt: skip
+    heats = [probe.video.explain(toy, method="random", size=4, tokens=t, progress=False) for t in ([0, 1], [0], [1])]
+    llr = {"blur": 4.0, "first_frame": 2.0, "middle_frame": 3.0, "shuffled_frames": 2.0}
+    needs = probe.video.Order(llr, "red left", (1.5, 2.5), 0.01, "toy")
+    return probe.report(heats, orders=needs, out=tmp_path_factory.mktemp("words") / "video.html")
+
+
+def test_an_answer_of_several_heatmaps_is_one_section(words: Path) -> None:
+    text = words.read_text(encoding="utf-8")
+    assert text.count('<section class="clip"') == 1 and text.count('class="panel"') == 3
+    assert re.findall(r'data-panels="([\d ]+)"><mark>(\w+)', text) == [("1 0", "red"), ("2 0", "left")]
+    assert re.findall(r'data-panel="\d">([^<]+)<', text) == ["red left", "red", "left"]
+    assert "This answer needs the order of frames." in text
+    assert "(+1.50 to +2.50 in 2 orders)" in text
+
+
+def test_an_order_is_of_an_answer_on_the_page(heat: Any, tmp_path: Path) -> None:
+    llr = {"blur": 4.0, "first_frame": 2.0, "middle_frame": 3.0, "shuffled_frames": 2.0}
+    with pytest.raises(ReportError, match="an order is of another"):
+        probe.report(heat[0], orders=[probe.video.Order(llr, "a", trace_id="another")], out=tmp_path / "a.html")
+    with pytest.raises(ReportError, match=r"what probe\.video\.order"):
+        probe.report(heat[0], orders=["order"], out=tmp_path / "a.html")  # type: ignore[list-item]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="no Chromium: apt-get install chromium chromium-driver")
+@pytest.mark.xdist_group("browser")
+def test_a_word_leads_to_its_frames(words: Path, show: Any) -> None:
+    driver = show(words)
+    panels = driver.find_elements("css selector", ".panel")
+    assert [panel.is_displayed() for panel in panels] == [True, False, False]
+    driver.find_elements("css selector", ".said .of")[1].click()
+    settle(driver)
+    assert [panel.is_displayed() for panel in panels] == [False, False, True]
+    assert find(driver, ".choose button[aria-pressed=true]").text == "left"
+    driver.find_elements("css selector", ".choose button")[0].click()
+    settle(driver)
+    assert [panel.is_displayed() for panel in panels] == [True, False, False]
 
 
 @pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="no Chromium: apt-get install chromium chromium-driver")

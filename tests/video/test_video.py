@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from toy_clip import ToyClip, tube_weights
+from toy_replay import ToyReplay
 
 import lvlm_probe as probe
 from lvlm_probe import planning
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, ReportError, TraceError
+from lvlm_probe.explainers.greedy import regions_of
 from lvlm_probe.explainers.igos.regularizers import bilateral_weights, btv, tv
+from lvlm_probe.explainers.registry import METHODS, Outcome, Problem, register
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.heatmap_store import MapFile
 from lvlm_probe.trace.clips import Clip
@@ -31,7 +35,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "integrated_gradients": {"size": 8, "steps": 8},
     "occlusion": {"size": 8, "lasting": 2},
     "rise": {"size": 8, "masks": 3000, "cells": (8, 8, 8)},
+    "greedy": {"segments": "grid", "regions": (8, 8), "stretches": 4},
 }
+# in tests/families/test_clips.py
+OVER_TOKENS = {"attention", "relative_attention", "rollout", "tmm", "iia", "gradcam", "tam"}
+FLOORS = {"random", "center"}
 
 
 @pytest.fixture
@@ -40,7 +48,7 @@ def toy() -> ToyClip:
 
 
 def test_the_methods_that_explain_by_a_video_are_tested_here() -> None:
-    assert probe.video.clip_methods() == sorted(SETTINGS)
+    assert set(probe.video.clip_methods()) == {*SETTINGS, *OVER_TOKENS, *FLOORS} == set(probe.methods())
 
 
 @pytest.mark.parametrize("method", SETTINGS)
@@ -56,6 +64,51 @@ def test_a_method_finds_the_frames_and_the_place(toy: ToyClip, method: str) -> N
     score = probe.evaluate(heat, toy, progress=False)
     assert score.deletion < 0.2 < 0.8 < score.insertion
     assert score.params["grid"] == list(heat.values.shape)
+
+
+def test_greedy_takes_tubes_in_the_order_of_brute_force() -> None:
+    cells = torch.rand(4, 2, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    toy = ToyClip(cells / cells.sum())
+    options = {"segments": "grid", "regions": (2, 2), "stretches": 2, "search": "exact"}
+    heat = probe.video.explain(toy, method="greedy", progress=False, **options)
+    shares = (cells / cells.sum()).reshape(2, 2, 2, 2).sum(1).flatten().tolist()  # of each stretch and cell
+
+    def worth(taken: list[int]) -> float:
+        only = sum(shares[k] for k in taken)
+        return 2 * (0.01 + 0.89 * only) - 0.01 + 1 - 0.9  # P(only) + 1 − P(all but)
+
+    order: list[int] = []
+    while len(order) < 8:
+        order.append(max(set(range(8)) - set(order), key=lambda k: worth([*order, k])))
+    assert [record["region"] for record in heat.history[1:]] == order
+    assert heat.values.shape == (4, 2, 2)
+    assert np.array_equal(heat.values[0], heat.values[1]) and np.array_equal(heat.values[2], heat.values[3])
+    assert np.argsort(-heat.values[::2].ravel()).tolist() == order
+    assert heat.params["stretches"] == 2
+    with pytest.raises(ExplainError, match="stretches is between 1 and 4"):
+        probe.video.explain(toy, method="greedy", segments="grid", stretches=5)
+    with pytest.raises(ExplainError, match="this is an image"):
+        probe.explain(ToyReplay(torch.full((2, 2), 0.25)), method="greedy", segments="grid", stretches=2)
+
+
+def test_superpixels_of_a_stretch_follow_what_moves() -> None:
+    pytest.importorskip("skimage")
+    frames = []
+    for number in range(4):  # a bright square that moves half its side in a frame
+        pixels = np.full((48, 48, 3), 30, np.uint8)
+        pixels[16:32, 4 + 8 * number : 20 + 8 * number] = 240
+        frames.append(Image.fromarray(pixels))
+    toy = ToyClip(tube_weights(4, 4, slice(0, 4), slice(0, 4), slice(0, 4)))
+    toy.trace.images[:] = frames
+    problem = Problem(toy, None, clip=toy.clips[0])  # type: ignore[arg-type]
+    labels = regions_of(problem, "slic", 24, 1).numpy()
+    assert labels.shape == (4, 48, 48)
+    for frame, image in zip(labels, frames, strict=True):
+        bright = np.asarray(image)[..., 0] > 128
+        of_square = np.isin(frame, np.unique(frame[bright]))
+        assert of_square.sum() < 0.75 * 16 * 40  # regions that stand still would take all of its way
+    apart = regions_of(problem, "slic", 24, 2)
+    assert not set(apart[:2].unique().tolist()) & set(apart[2:].unique().tolist())
 
 
 def test_passes_do_not_depend_on_the_number_of_frames() -> None:
@@ -146,6 +199,39 @@ def by_coalitions(weights: np.ndarray, base: float, original: float) -> np.ndarr
         means = [gain[size == k].mean() for k in range(count)]  # every size is as likely as any other
         shares[player] = np.mean(means)
     return shares
+
+
+# ----------------------------------------------------------------------------------------------------- motion and order
+
+
+class Ordered(ToyClip):
+    """Loses so many nats against each baseline."""
+
+    def __init__(self, **lost: float) -> None:
+        super().__init__(tube_weights(4, 2, slice(0, 1), slice(0, 1), slice(0, 1)))
+        self.lost, self.rounding = lost, torch.full((1,), 0.003)
+
+    def over(self, kind: str, *, seed: int | None = None, **_rest: Any) -> Any:
+        lost = self.lost[kind] + 0.25 * (seed or 0)
+        return SimpleNamespace(llr=torch.tensor([lost]))
+
+
+@pytest.mark.parametrize(
+    ("shuffled", "frozen", "said"),
+    [
+        (2.0, 3.0, "needs the order of frames."),
+        (0.1, 3.0, "needs several frames, in any order."),
+        (0.1, 0.2, "needs neither the order of frames nor more than one of them."),
+    ],
+)
+def test_what_an_answer_needs_of_time(shuffled: float, frozen: float, said: str) -> None:
+    toy = Ordered(blur=4.0, first_frame=frozen, middle_frame=frozen + 1, shuffled_frames=shuffled)
+    found = probe.video.order(toy, tokens=[0])  # type: ignore[arg-type]
+    assert found.verdict.endswith(said)
+    assert found.shuffles == pytest.approx((shuffled, shuffled + 0.25, shuffled + 0.5))
+    assert found.llr["shuffled_frames"] == pytest.approx(shuffled + 0.25)
+    assert found.noise == pytest.approx(0.006) and found.least == 1.0
+    assert f"({shuffled:+.2f} to {shuffled + 0.5:+.2f} in 3 orders)" in str(found)
 
 
 # ---------------------------------------------------------------------------------------------------------- the heatmap
@@ -251,8 +337,13 @@ def test_values_are_what_they_say() -> None:
 
 
 def test_what_does_not_explain_by_a_video_says_so(toy: ToyClip) -> None:
-    with pytest.raises(ExplainError, match=r"greedy does not explain by a video yet; these do: igos\+"):
-        probe.video.explain(toy, method="greedy")
+    assert "stills" not in METHODS
+    register("stills")(lambda problem: Outcome(None, reason="never run"))
+    try:
+        with pytest.raises(ExplainError, match=r"stills does not explain by a video; these do: attention, center"):
+            probe.video.explain(toy, method="stills")
+    finally:
+        del METHODS["stills"]
     with pytest.raises(ExplainError, match=r"frame of a video: probe.video.explain"):
         probe.explain(toy)
     with pytest.raises(ExplainError, match=r"has 1 video\(s\)"):
