@@ -112,7 +112,9 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     said = " ".join(made.warnings)
     assert "'boxes' is not taken for boxes" in said and "0 of the first 1 images open" in said and "gone.png" in said
     assert "boxes" not in made.columns
-    with pytest.raises(StudyError, match=r"no column of .* looks like an image or a video; it has 'a': say which, --column image"):
+    with pytest.raises(
+        StudyError, match=r"no column of .* looks like an image or a video; it has 'a': say which, --column image"
+    ):
         start(written(tmp_path / "none.csv", [{"a": 1}]), tmp_path / "study.yaml")
     with pytest.raises(StudyError, match="there is no column 'fil'; did you mean 'file'"):
         start(data, tmp_path / "study.yaml", columns={"image": "fil"})
