@@ -163,11 +163,25 @@ def _run(arguments: list[str]) -> int:
 def _show_usage(error: Any) -> None:
     from typer.rich_utils import rich_format_error
 
-    error.message = safe(error.message)
+    error.message = safe(error.message) + _without_server(error)
     for name in ("option_name", "param_hint"):
         if isinstance(getattr(error, name, None), str):
             setattr(error, name, safe(getattr(error, name)))
     rich_format_error(error)
+
+
+def _without_server(error: Any) -> str:
+    """The way out where a command was given a server that does not take one; else empty."""
+    context = getattr(error, "ctx", None)
+    if getattr(error, "option_name", None) != "--server" or context is None or context.parent is None:
+        return ""
+    group = context.find_root().command
+    taking = [name for name, one in group.commands.items() if any("--server" in param.opts for param in one.params)]
+    if context.parent.command is not group:
+        return f". A {context.parent.info_name} names its servers in its file: models: {{NAME: {{server: URL}}}}"
+    loads = any(param.name == "model" for param in context.command.params)
+    why = "needs the model itself" if loads else "has no use for a server: leave it out"
+    return f". {context.info_name} {why}. Commands that take a server: {', '.join(sorted(taking))}"
 
 
 def _end(sentence: str, code: int) -> None:

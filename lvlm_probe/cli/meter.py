@@ -129,13 +129,15 @@ def meter(
     columns, own_baseline = columns_from(column), baseline_from(baseline)
     journal = out.with_suffix(".served.jsonl")  # a run that was killed does not ask again
     behind = open_server(
-        server, served_model, model=model, road=road, max_requests=max_requests, yes=yes, journal=journal
+        server,
+        served_model,
+        model=model,
+        road=road,
+        max_requests=max_requests,
+        yes=yes,
+        journal=journal,
+        log_probs_for="the meter",
     )
-    if behind is not None and behind.gives != "passes":
-        raise ProbeError(
-            f"the meter takes log-probabilities of answers that were given, and {behind.name} gives {behind.what}: "
-            "leave --road out, or use a server that gives them (vLLM)"
-        )
     loaded, processor = (
         (behind, None)
         if behind

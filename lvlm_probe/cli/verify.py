@@ -10,7 +10,8 @@ import typer
 
 from lvlm_probe.cli.shared.inputs import ReplayModels, rows_of
 from lvlm_probe.cli.shared.options import Attn, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
-from lvlm_probe.cli.shared.terminal import one_line, print_json, say, stage
+from lvlm_probe.cli.shared.servers import MaxRequests, Road, ServedModel, ServerUrl, Yes, open_server
+from lvlm_probe.cli.shared.terminal import note, one_line, print_json, say, stage
 from lvlm_probe.errors import ModelMismatch, ProbeError, TraceError
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def verify(
         typer.Option(
             "--tolerance",
             min=0.0,
-            help="Largest difference in nats. Default: what rounding may come to (dtype, logits), at least 1e-4.",
+            help="Largest difference in nats. Default: what rounding may come to (dtype, logits), at least 1e-4; of a "
+            "server 0.01 for certain tokens, up to 0.25 for unlikely ones.",
         ),
     ] = None,
     row: Row = None,
@@ -35,13 +37,20 @@ def verify(
     dtype: Dtype = None,
     attn: Attn = None,
     trust_remote_code: TrustRemoteCode = False,
+    server: ServerUrl = None,
+    served_model: ServedModel = None,
+    road: Road = None,
+    max_requests: MaxRequests = 2000,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
     """Replay a trace and state the largest difference to the recorded log-probabilities.
 
-    Exit code 1 when it exceeds the tolerance, or the model is another one than was recorded.
+    Exit code 1 when it exceeds the tolerance, or the model is another one than was recorded. A server tells the model
+    by its name, and shows neither weights nor inputs: its log-probabilities alone are compared, a few requests each.
 
     Example:  lvlm-probe verify runs/demo --model demo
+    Example:  lvlm-probe verify runs/served --server http://gpu:8000
     """
     from lvlm_probe.importing.meter import traces_in
 
@@ -50,7 +59,20 @@ def verify(
     if not traces:
         raise TraceError(f"{path} holds no traces")
     results: list[dict[str, Any]] = []
-    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    behind = open_server(
+        server,
+        served_model,
+        model=model,
+        road=road,
+        max_requests=max_requests,
+        yes=yes,
+        log_probs_for="verify",
+    )
+    if behind is not None:
+        note("compared are log-probabilities: the model is told by its name, its weights and inputs are not seen")
+    models = ReplayModels(
+        model, server=behind, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code
+    )
     for trace in traces:
         if isinstance(trace, ProbeError):
             result = {"trace": None, "ok": False, "difference": None, "sentence": str(trace)}
@@ -69,8 +91,8 @@ def verify(
 
 def _verify_one(trace: Trace, model: Any, processor: Any, tolerance: float | None) -> dict[str, Any]:
     from lvlm_probe.replaying.verification import verify as check
+    from lvlm_probe.serving import Server
 
-    dtype = str(model.dtype).removeprefix("torch.")
     result: dict[str, Any] = {"trace": str(trace.path), "row": trace.row, "tolerance": tolerance, "difference": None}
     trace.verify()
     try:
@@ -86,5 +108,18 @@ def _verify_one(trace: Trace, model: Any, processor: Any, tolerance: float | Non
     said = "not a number" if math.isnan(difference) else f"{difference:.2e} nats"
     where = f"at token {step} ({trace.tokens[step]!r})" if found.steps else ""
     largest = "largest difference" if step == found.step else "difference"
-    sentence = f"{largest} {said} {where}, {found.steps} tokens, tolerance {limit:.2g}, {dtype}"
-    return {**result, "ok": ok, "tolerance": limit, "difference": difference, "step": step, "sentence": sentence}
+    steps = f"{found.steps} of {len(trace.tokens)}" if found.not_given else f"{found.steps}"
+    by = model.name if isinstance(model, Server) else str(model.dtype).removeprefix("torch.")
+    sentence = f"{largest} {said} {where}, {steps} tokens, tolerance {limit:.2g}, {by}"
+    if found.not_given:
+        names = ", ".join(f"{one} ({trace.tokens[one]!r})" for one in found.not_given)
+        sentence += f"; the server cannot be asked about token {names} on this road"
+    return {
+        **result,
+        "ok": ok,
+        "tolerance": limit,
+        "difference": difference,
+        "step": step,
+        "not_given": list(found.not_given),
+        "sentence": sentence,
+    }

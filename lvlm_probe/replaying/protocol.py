@@ -164,3 +164,11 @@ class Elsewhere(Protocol):
     def replayed(self, trace: Any, *, processor: object | None = None, strict: bool = True) -> ReplayLike:
         """The answer of a trace on this model; see ``lvlm_probe.replay``."""
         ...
+
+    def require_log_probs(self, what: str) -> None:
+        """Raise ``ReplayError`` where it gives less of an answer than log-probabilities, which ``what`` takes."""
+        ...
+
+    def allowed(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """How far two readings of tokens may lie apart by rounding, nats, ``(step,)``."""
+        ...

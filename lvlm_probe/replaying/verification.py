@@ -32,8 +32,10 @@ class Verification:
         source: ``"generation"`` or ``"teacher_forced"``, what the recorded values come from.
         steps: number of answer tokens compared.
         differences: of each step, nats, NaN where one of the two is.
-        rounding: what each may come to by rounding (``Replay.rounding``), nats: in bfloat16 tenths for unlikely tokens,
-            and next to nothing for certain ones.
+        rounding: what each may come to by rounding (``Replay.rounding``, ``Server.allowed``), nats: in bfloat16 tenths
+            for unlikely tokens, and next to nothing for certain ones.
+        not_given: steps that a server cannot be asked about, such as the closing token on the chat road: they are not
+            compared, and their difference is NaN.
     """
 
     largest_difference: float
@@ -42,6 +44,7 @@ class Verification:
     steps: int
     differences: tuple[float, ...] = ()
     rounding: tuple[float, ...] = ()
+    not_given: tuple[int, ...] = ()
 
     def within(self, tolerance: float | None = None) -> bool:
         """Whether every difference is at most ``tolerance`` nats, by default its rounding, or 1e-4 where that is more;
@@ -67,7 +70,10 @@ class Verification:
 
     def _ratios(self) -> list[float]:
         differences = self.differences or (self.largest_difference,)
-        return [difference / self.allowed(step) for step, difference in enumerate(differences)]
+        return [
+            0.0 if step in self.not_given else difference / self.allowed(step)
+            for step, difference in enumerate(differences)
+        ]
 
 
 def verify(
@@ -76,21 +82,35 @@ def verify(
     """Replay a trace unmasked and compare with what was recorded.
 
     Args:
-        trace, model, processor: as for ``lvlm_probe.replay``.
+        trace, model, processor: as for ``lvlm_probe.replay``. A server's log-probabilities alone are compared: it tells
+            the model by its name, and shows neither weights nor inputs.
         strict: refuse another model. ``False`` compares with it all the same: weights that are quantised with those
             that were recorded, for example.
 
     Raises:
         ModelMismatch: it is another model, or the processor makes other inputs.
-        ReplayError: the trace holds inputs that the model cannot be run on.
+        ReplayError: the trace holds inputs that the model cannot be run on, or the server gives no log-probabilities.
     """
+    elsewhere = model if isinstance(model, Elsewhere) else None
+    if elsewhere is not None:
+        elsewhere.require_log_probs("verify")
     player: ReplayLike
     player = replay(trace, model, processor, strict=strict)  # type: ignore[arg-type]  # of either kind
     with refused_in_words(trace):
         replayed, rounding = player.original_log_probs, player.rounding
+    not_given = torch.zeros(len(replayed), dtype=torch.bool)
+    if elsewhere is not None:  # a server's number that is none is refused when it is read: here it was not asked for
+        not_given, rounding = replayed.isnan(), torch.maximum(rounding, elsewhere.allowed(replayed))
     recorded = torch.tensor(trace.log_probs, dtype=torch.float32)
     difference = (recorded - replayed).abs()
-    details = trace.log_probs_source, len(recorded), tuple(difference.tolist()), tuple(rounding.tolist())
-    if difference.isnan().any():
-        return Verification(math.nan, int(difference.isnan().nonzero()[0]), *details)
-    return Verification(float(difference.max()), int(difference.argmax()), *details)
+    compared = difference.masked_fill(not_given, -1.0)  # less than any
+    details = (
+        trace.log_probs_source,
+        int((~not_given).sum()),
+        tuple(difference.tolist()),
+        tuple(rounding.tolist()),
+        tuple(not_given.nonzero()[:, 0].tolist()),
+    )
+    if compared.isnan().any():
+        return Verification(math.nan, int(compared.isnan().nonzero()[0]), *details)
+    return Verification(float(compared.max()), int(compared.argmax()), *details)

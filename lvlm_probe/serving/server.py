@@ -21,7 +21,7 @@ from lvlm_probe._version import versions_of
 from lvlm_probe.errors import ImageError, ModelMismatch, ProcessorRefused, ReplayError
 from lvlm_probe.images import Baseline, CompositePath, ImagePath, make_baseline
 from lvlm_probe.images.baselines import KINDS
-from lvlm_probe.serving.checks import Checks, check_answer, check_same
+from lvlm_probe.serving.checks import Checks, allowed, check_answer, check_same
 from lvlm_probe.serving.forcing import Forcing
 from lvlm_probe.serving.generating import (
     NoLogProbs,
@@ -242,6 +242,19 @@ class Server:
             most = requests * latency
             said += f", {_duration(most / self.at_once)} to {_duration(most)}"
         return said
+
+    def require_log_probs(self, what: str) -> None:
+        """Raise ``ReplayError`` where the road gives less of an answer than log-probabilities, which ``what`` takes."""
+        if self.gives != "passes":
+            raise ReplayError(
+                f"{what} takes log-probabilities of a given answer, and {self.name} gives {self.what}: leave the road "
+                "out (road=, --road), or use a server that gives them (vLLM)"
+            )
+
+    def allowed(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """How far two readings of tokens may lie apart by rounding, nats, ``(step,)``: the number format of an engine
+        is not known, so that of half precision is taken."""
+        return allowed(log_probs)
 
     def check_name(self) -> None:
         """Check that it still goes by the name it was found under. Raises ``ModelMismatch``."""

@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 from command_line import run, succeed
 from demo_server import DemoServer, serving
+from forgery import write_seal
 
 import lvlm_probe as probe
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.importing.meter import Reading, measure
+from lvlm_probe.trace.schema import FORMAT_VERSION
 
 SMALL = ("--param", "masks=12", "--param", "cells=3", "--param", "size=6")
 
@@ -196,3 +199,91 @@ def test_what_was_asked_besides_a_question_is_not_left_out(behind: DemoServer, s
     assert [isinstance(one, Reading) for one in found] == [True, True, False, False]
     systems = [body["messages"][0] for _, body in behind.requests[start:] if "messages" in body]
     assert sum(turn == {"role": "system", "content": "Be brief."} for turn in systems) >= 2
+
+
+@pytest.mark.parametrize(
+    ("road", "compared", "left"),
+    [(None, "7 tokens", []), ("chat", "6 of 7 tokens", [6]), ("next-token", "7 tokens", [])],
+)
+def test_verify_compares_what_was_recorded_with_what_the_server_says(
+    road: str | None, compared: str, left: list[int], behind: DemoServer, trace: Any
+) -> None:
+    asking = ("verify", trace.path, "--server", behind.url, *(("--road", road) if road else ()))
+    made = succeed(*asking)
+    said = " ".join((made.out + made.err).split())
+    assert compared in said and "vLLM 0.32.0 serving 'demo'" in said and "weights and inputs are not seen" in said
+    assert ("cannot be asked about token 6 ('</s>')" in said) == bool(left)
+    (one,) = succeed(*asking, "--json").json
+    assert one["ok"] and one["not_given"] == left and one["difference"] < 1e-3 and 0.01 < one["tolerance"] < 0.02
+
+
+def test_verify_takes_what_was_recorded_on_the_model_itself(
+    behind: DemoServer, demo: Any, scene: Any, tmp_path: Path
+) -> None:
+    local = probe.ask(*demo, scene.image, scene.question, max_new_tokens=16, out=tmp_path).trace
+    with probe.connect(behind.url) as server:
+        found = probe.verify(local, server)
+    assert found.within() and found.steps == len(local.tokens) and not found.not_given
+
+
+def test_verify_says_no_to_another_model(behind: DemoServer, trace: Any) -> None:
+    asking = ("verify", trace.path, "--server", behind.url)
+    behind.flipped = True
+    try:
+        failed = run(*asking)
+    finally:
+        behind.flipped = False
+    assert failed.code == 1 and "another model" in " ".join(failed.out.split()), failed.out
+    behind.name = "other"
+    failed = run(*asking)
+    assert failed.code == 1 and "was answered by 'demo'" in " ".join(failed.out.split()), failed.out
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("road", ["top-k", "sampling"])
+def test_verify_refuses_a_road_without_log_probabilities_before_anything_is_sent(
+    road: str, behind: DemoServer, trace: Any
+) -> None:
+    before = behind.count
+    failed = run("verify", trace.path, "--server", behind.url, "--road", road)
+    said = " ".join(failed.err.split())
+    assert failed.code == 2 and f"--road {road} gives none" in said and "leave --road out" in said, said
+    assert behind.count == before
+
+
+def test_verify_refuses_a_server_that_has_nothing_better(demo: Any, trace: Any) -> None:
+    with serving(*demo, {"top"}) as other:
+        with probe.connect(other.url) as server:
+            before = other.count
+            with pytest.raises(probe.errors.ReplayError, match="verify takes log-probabilities"):
+                probe.verify(trace, server)
+            assert other.count == before
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("report", "runs"), "report has no use for a server: leave it out"),
+        (("inspect", "runs"), "inspect has no use for a server"),
+        (("frames", "runs"), "frames needs the model itself"),
+        (("import", "answers.jsonl", "--model", "demo"), "import needs the model itself"),
+        (("study", "run", "study.yaml"), "names its servers in its file"),
+    ],
+)
+def test_a_command_that_takes_no_server_says_so(command: tuple[str, ...], said: str) -> None:
+    failed = run(*command, "--server", "http://gpu:8000")
+    shown = " ".join(failed.err.replace("│", " ").split())
+    assert failed.code == 2 and said in shown, shown
+    assert command[0] == "study" or "evaluate, explain, meter, verify" in shown
+
+
+def test_verify_states_a_difference_and_keeps_to_the_tolerance(behind: DemoServer, trace: Any) -> None:
+    with h5py.File(trace.path, "r+") as file:
+        file["traces/000000/output/log_probs"][1] -= 0.005
+    write_seal(trace.path, "lvlm_probe.trace", FORMAT_VERSION)
+    asking = ("verify", trace.path, "--server", behind.url, "--json")
+    (one,) = succeed(*asking).json  # within what rounding may come to on an engine
+    assert one["step"] == 1 and one["difference"] == pytest.approx(0.005, abs=1e-3)
+    failed = run(*asking, "--tolerance", "1e-3")
+    assert failed.code == 1 and not failed.json[0]["ok"]

@@ -51,8 +51,14 @@ def open_server(
     max_requests: int,
     yes: bool,
     journal: Path | None = None,
+    log_probs_for: str | None = None,
 ) -> Server | None:
     """Find out what a server can do; ``None`` where none is named.
+
+    Args:
+        url, name, model, road, max_requests, yes: the options.
+        journal: as for ``connect``.
+        log_probs_for: what takes log-probabilities of given answers, and can do nothing with less.
 
     Raises:
         ProbeError: a model is named too, a name or a road without a server, or the server cannot be used.
@@ -66,10 +72,17 @@ def open_server(
     if model is not None:
         raise ProbeError("give --model or --server, not both: the server runs the model")
     from lvlm_probe.serving import connect
+    from lvlm_probe.serving.roads import roads_named
 
+    if log_probs_for is not None and all(one.gives != "passes" for one in roads_named(road)):
+        raise ProbeError(
+            f"{log_probs_for} takes log-probabilities of a given answer, and --road {road} gives none: leave --road out"
+        )
     with stage(f"asking {one_line(url, 100)} what it can do"):
         limit = None if yes else max_requests
         server = connect(url, name, road=road, max_requests=limit, tell=note, journal=journal)
+    if log_probs_for is not None:
+        server.require_log_probs(log_probs_for)
     works = ", ".join(one.road for one in server.measured if one.works)
     note(f"{server.name}: {server.what} ({works}); no gradients, no attention")
     return server
