@@ -31,13 +31,15 @@ def walk_over(positions: int) -> Walk:
     count = positions - 1
     boxes = np.stack([np.arange(count), np.zeros(count), np.arange(1, count + 1), np.ones(count)], axis=1)
     layout = SimpleNamespace(
-        image_positions=np.arange(count), image_index=np.zeros(count, int), patch_box=boxes.astype(np.float32)
-    )
+        image_positions=np.arange(count), image_index=np.zeros(count, int), patch_box=boxes.astype(np.float32),
+        patch_frames=None,
+    )  # fmt: skip
     problem: Any = SimpleNamespace(
         trace=(trace := SimpleNamespace(layout=layout)),
         replay=SimpleNamespace(length=positions, image_sizes=[(count, 1)], path=None, trace=trace),
         queries=torch.tensor([count]),
         image=0,
+        target=0,
         live=True,
     )
     return Walk(problem, "decoder", relu_product)

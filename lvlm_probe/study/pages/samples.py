@@ -140,7 +140,7 @@ def _sample(results: Results, stored: Stored, key: Key) -> tuple[dict[str, Any],
 
 def _wide(opened: Opened, side: int = PICTURE_SIDE) -> int:
     """A side for one image; twice as much for a sheet of frames."""
-    return side * (2 if any(trace.clips for trace in opened.traces.values()) else 1)
+    return side * (2 if opened.is_sheet else 1)
 
 
 def _answer(record: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -36,6 +36,7 @@ class Opened:
 
     Attributes:
         picture: The original image, RGB, or a sheet of a video's frames; ``None`` where no trace holds it.
+        is_sheet: Whether it is a sheet.
         traces: model → trace of its answer, where the file can be read.
         heats: (model, row) → heatmap with values; of a video the one over its sheet.
         words: (model, row) → word maps as ``read_words`` gives them.
@@ -47,6 +48,7 @@ class Opened:
     heats: Mapping[tuple[str, str], Heatmap]
     words: Mapping[tuple[str, str], list[dict[str, Any]]]
     notes: tuple[str, ...] = field(default=())
+    is_sheet: bool = False
 
 
 class Stored:
@@ -73,6 +75,7 @@ class Stored:
         notes: list[str] = []
         traces: dict[str, Trace] = {}
         picture: Image.Image | None = None
+        is_sheet = False
         for model, record in self.answers[key].items():
             if record["status"] != "done":
                 continue
@@ -80,7 +83,7 @@ class Stored:
                 trace = open_trace(self.study.out / "answers" / f"{record['key']}.h5")
                 if picture is None and trace.images:
                     picture = trace.images[0].convert("RGB")
-                    if trace.clips:
+                    if is_sheet := bool(trace.clips):
                         picture = film_sheet(trace.images, trace.clips[0])
                 traces[model] = trace
             except (ProbeError, OSError) as error:
@@ -97,7 +100,7 @@ class Stored:
                     heats[model, row], words[model, row] = heat, entries
             except (ProbeError, OSError) as error:
                 notes.append(f"the map of {row} for {model} cannot be read: {error}")
-        return Opened(picture, traces, heats, words, tuple(notes))
+        return Opened(picture, traces, heats, words, tuple(notes), is_sheet)
 
 
 def _read(file: Path, trace: Trace | None, record: Mapping[str, Any]) -> tuple[Heatmap, list[dict[str, Any]]]:
