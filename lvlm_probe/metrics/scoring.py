@@ -299,8 +299,9 @@ def evaluate(
         return _nothing(heat, replay)
     if "passes" not in replay.offers:
         raise ExplainError(
-            f"a score takes log-probabilities, and {replay.origin['device']} is asked on a road that does not give "
-            "them: leave the road out (road=, --road), or replay on the model itself"
+            f"a score takes log-probabilities, and {replay.origin['device']} is asked on a road that gives "
+            f"{' and '.join(sorted(replay.offers)) or 'nothing'} in the place of log-probabilities: leave the road out "
+            "(road=, --road), or replay on the model itself"
         )
     explained = heat.provenance.get("baseline")
     replay = over_baseline(replay, (explained or replay.baseline) if baseline is None else baseline)

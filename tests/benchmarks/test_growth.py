@@ -40,6 +40,7 @@ def walk_over(positions: int) -> Walk:
         queries=torch.tensor([count]),
         image=0,
         target=0,
+        extent=(count, 1),
         live=True,
     )
     return Walk(problem, "decoder", relu_product)
