@@ -58,11 +58,11 @@ def table(
     beside = (base / images, base) if images else (base,)
     for number, row in enumerate(rows(source, what=f"table {source}", split=split), start=1):
         index = str(row.get(names["id"]) or number)
+        here = row.where
+        asked = question or row.text(names["question"])
         video = row.get(names["video"])
         value = video or row.column(names["image"])
         moves = bool(video) or is_video_name(value)
-        here = row.where
-        asked = question or row.text(names["question"])
         choices = _choices(row.get(names["choices"]), here)
         answer = row.get(names["answer"])
         annotations: dict[str, Any] = {}
