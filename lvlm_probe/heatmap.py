@@ -132,6 +132,8 @@ class HeatGrid:
     def read(cls, path: str | os.PathLike[str], *, trace: Trace | None = None) -> Self:
         """Reads what ``write`` wrote; finds its trace beside it, where it is still there.
 
+        ``HeatGrid.read`` reads either kind.
+
         Raises:
             TraceError: The file is missing, damaged, or no heatmap of this kind.
         """
@@ -139,7 +141,8 @@ class HeatGrid:
 
         source = Path(path)
         arrays, attrs = read_arrays(source, KIND, version=VERSION)
-        make: Any = cls  # a dataclass, as are all that can be read
+        kinds = HeatGrid.__subclasses__() if cls is HeatGrid else [cls]
+        make: Any = next((kind for kind in kinds if ("t" in kind.axes) == ("clip" in attrs)), kinds[0])
         try:
             record: Any = attrs
             heat = make(
@@ -152,7 +155,7 @@ class HeatGrid:
                 provenance=dict(record["provenance"]),
                 history=tuple(dict(item) for item in record["history"]),
                 reason=None if record["reason"] is None else str(record["reason"]),
-                **cls._stored_place(record),
+                **make._stored_place(record),
             )
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ProbeError) as error:
             said = f"{type(error).__name__}: {str(error)[:200]}"
@@ -531,13 +534,6 @@ def _natural(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{str(value)[:32]!r} is no number of pixels or of an image")
     return value
-
-
-def is_of_clip(path: str | os.PathLike[str]) -> bool:
-    """Whether a stored heatmap is of a video. Raises ``TraceError`` where it is no heatmap."""
-    from lvlm_probe.storage import read_arrays
-
-    return "clip" in read_arrays(path, KIND, version=VERSION)[1]
 
 
 def trace_file_of(path: str | os.PathLike[str]) -> Path | None:

@@ -26,13 +26,13 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.explainers import explain, needs_of
 from lvlm_probe.explainers.explaining import frame_of
 from lvlm_probe.files import causes, json_ready, read_small, write_whole
-from lvlm_probe.heatmap import Heatmap, is_of_clip, trace_file_of
+from lvlm_probe.heatmap import HeatGrid, Heatmap, trace_file_of
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.progress import ProgressChoice
 from lvlm_probe.replaying import Replay
@@ -145,10 +145,10 @@ class MapFile:
         """The score as JSON."""
         return self.path.with_suffix(".score.json")
 
-    def read(self) -> Heatmap | ClipHeatmap:
+    def read(self, trace: Trace | None = None) -> Heatmap | ClipHeatmap:
         """The heatmap, of an image or of a video, with its trace where that is still beside it. Raises
         ``TraceError``."""
-        return (ClipHeatmap if is_of_clip(self.path) else Heatmap).read(self.path)
+        return cast("Heatmap | ClipHeatmap", HeatGrid.read(self.path, trace=trace))
 
     def score(self) -> Score | None:
         """The stored score; ``None`` when the map was not scored. Raises ``ProbeError`` for a damaged file."""

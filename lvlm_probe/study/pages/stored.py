@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.heatmap import Heatmap, is_of_clip
+from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.heatmap_store import MapFile
 from lvlm_probe.study.run.word_maps import read_words
 from lvlm_probe.trace import Trace, open_trace
-from lvlm_probe.video import ClipHeatmap
 from lvlm_probe.video.heatmap import film_sheet
 from lvlm_probe.words import spelled
 
@@ -106,9 +106,9 @@ class Stored:
 def _read(file: Path, trace: Trace | None, record: Mapping[str, Any]) -> tuple[Heatmap, list[dict[str, Any]]]:
     """A map and those of its words, all over the sheet where they are of a video."""
     entries = read_words(record, file)
-    if not is_of_clip(file):
-        return Heatmap.read(file, trace=trace), entries
-    heat = ClipHeatmap.read(file, trace=trace)
+    heat = MapFile(file).read(trace)
+    if isinstance(heat, Heatmap):
+        return heat, entries
     for entry in entries:
         if "values" in entry:
             entry["values"] = dataclasses.replace(heat, values=entry["values"], seen=None).on_sheet().values
