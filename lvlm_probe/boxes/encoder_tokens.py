@@ -152,16 +152,14 @@ def tokens_that_read(replay: Replay, encoder: int | str, target: int | Clip) -> 
     Raises:
         ExplainError: as ``chosen_encoder`` and ``encoder_tokens``, or none reads it.
     """
-    chosen = chosen_encoder(replay, encoder)
-    for path in encoders_of(replay)[:-1] if encoder == 0 else ():
+    *before, last = encoders_of(replay) if encoder == 0 else (chosen_encoder(replay, encoder),)
+    for path in before:
         found = _kept(replay, path, target)
         if found is not None and found.live.any():
             return found
-    if encoder == 0:
-        chosen = encoders_of(replay)[-1]
-    found = encoder_tokens(replay, chosen, target)
+    found = encoder_tokens(replay, last, target)
     if not found.live.any():
-        raise ExplainError(f"no token of {chosen} stands for a part of the image")
+        raise ExplainError(f"no token of {last} stands for a part of the image")
     return found
 
 

@@ -24,7 +24,7 @@ from lvlm_probe.extras import require
 from lvlm_probe.hooks import caution
 from lvlm_probe.trace.clips import MOST_FRAMES, MOST_PIXELS
 
-__all__ = ["VideoFacts", "encode_video", "is_video_name", "read_video"]
+__all__ = ["VideoFacts", "check_video_file", "encode_video", "is_video_name", "read_video"]
 
 _SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv", ".3gp", ".m2ts", ".mts",
@@ -81,7 +81,7 @@ def read_video(path: str | Path, sampling: Sampling) -> tuple[np.ndarray, tuple[
     """
     path = Path(path)
     av = require("av", extra="video", purpose=f"the video file {path.name}")
-    shown = _checked(path)
+    shown = check_video_file(path)
     with _reading(shown, av):
         facts, packets = _surveyed(av, path, shown)
     if facts.audio:
@@ -111,7 +111,8 @@ class _Packets:
     keys: tuple[int, ...]
 
 
-def _checked(path: Path) -> str:
+def check_video_file(path: Path) -> str:
+    """Return how a path is told in a sentence. Raises ``ImageError`` where there is no file, or an empty one."""
     shown = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}…"
     try:
         there, folder = path.is_file(), path.is_dir()

@@ -65,7 +65,7 @@ def open_shown(
     """
     from lvlm_probe.extras import require
     from lvlm_probe.trace.image_files import open_picture
-    from lvlm_probe.trace.video_files import is_video_name
+    from lvlm_probe.trace.video_files import check_video_file, is_video_name
 
     pictures = [path for path in images or [] if not is_video_name(path)]
     clips = [*(path for path in images or [] if is_video_name(path)), *(videos or [])]
@@ -80,8 +80,7 @@ def open_shown(
     if clips:  # before the model is loaded
         require("av", extra="video", purpose=f"the video file {clips[0].name}")
     for path in clips:
-        if not path.is_file():
-            raise ImageError(f"no video at {path}: {'it is a directory' if path.is_dir() else 'there is no such file'}")
+        check_video_file(path)
     names = {"image_files": [path.name for path in pictures], "video_files": [path.name for path in clips]}
     return Shown(
         [open_picture(path) for path in pictures],
