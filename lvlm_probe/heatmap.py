@@ -155,7 +155,7 @@ class HeatGrid:
                 provenance=dict(record["provenance"]),
                 history=tuple(dict(item) for item in record["history"]),
                 reason=None if record["reason"] is None else str(record["reason"]),
-                **make._stored_place(record),
+                **make.stored_place(record),
             )
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ProbeError) as error:
             said = f"{type(error).__name__}: {str(error)[:200]}"
@@ -165,7 +165,7 @@ class HeatGrid:
         return read
 
     @classmethod
-    def _stored_place(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+    def stored_place(cls, record: Mapping[str, Any]) -> dict[str, Any]:
         """The fields that say which of the prompt's images a stored heatmap is over, which ``describe`` told."""
         raise NotImplementedError
 
@@ -384,7 +384,8 @@ class Heatmap(HeatGrid):
         return self._described(image_index=self.image_index)
 
     @classmethod
-    def _stored_place(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+    def stored_place(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The image's number, by name. Raises ``ValueError`` for a heatmap of a video."""
         if "clip" in record:
             raise ValueError("it is of a video: probe.video.ClipHeatmap.read")
         return {"image_index": _natural(record["image_index"])}

@@ -258,7 +258,8 @@ class ClipHeatmap(HeatGrid):
         return self._described(clip=self.clip.to_dict())
 
     @classmethod
-    def _stored_place(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+    def stored_place(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The clip, by name. Raises ``ValueError`` for a heatmap of an image."""
         if "clip" not in record:
             raise ValueError("it is of an image: Heatmap.read")
         return {"clip": Clip.from_dict(record["clip"])}
