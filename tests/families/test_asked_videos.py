@@ -214,7 +214,9 @@ def test_a_video_may_be_given_as_an_image(recorded: Path, video: Path, tmp_path:
     )  # fmt: skip
     assert made.json["maps"][0]["cells"] == [4, 2, 2]
     assert "audio track" in made.err
-    nothing = run("explain", "--model", "m", "--video", tmp_path / "none.mp4", "--question", "What?")
+    with pytest.MonkeyPatch.context() as patched:  # it is said before the model is loaded
+        patched.setattr("lvlm_probe.cli.explain.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+        nothing = run("explain", "--model", "m", "--video", tmp_path / "none.mp4", "--question", "What?")
     assert "there is no such file" in nothing.err
     beside = run("explain", recorded, "--video", video)
     assert "a trace has its own" in beside.err
