@@ -28,11 +28,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -95,26 +96,32 @@ NUMBER_WEIGHTS = (0.0, 0.3, 0.7, 2.0, 2.5, 2.5)
 """How often a picture is asked about a group of that many objects, against its other groups: large ones are rare."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    words: str = WORDS,
+    others: str = PIECES,
+    special: Sequence[str] = SPECIAL,
+    places: Mapping[str, str] = MappingProxyType({"image_token": "<image>"}),
+) -> PreTrainedTokenizerFast:
     """A Unigram tokenizer over the scenes' words.
 
-    Three long words and the plurals have two pieces; all else falls to characters.
+    Three long words and the plurals have two pieces; all else falls to characters. `places` names the tokens, of those
+    in `special`, that stand for images or videos.
     """
-    pieces = ["▁" + word for word in WORDS.split()] + PIECES.split()
+    pieces = ["▁" + word for word in dict.fromkeys(words.split())] + others.split()
     characters = [c for c in map(chr, range(33, 127)) if c not in ".?,<>|{}[]\\^`~_"] + ["▁", "\n"]
-    vocabulary = [(token, 0.0) for token in SPECIAL] + [(piece, -2.0) for piece in pieces]
+    vocabulary = [(token, 0.0) for token in special] + [(piece, -2.0) for piece in pieces]
     vocabulary += [(character, -12.0) for character in characters]
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=SPECIAL.index("<unk>")))
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=special.index("<unk>")))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
+        extra_special_tokens={**places, "user_token": "<user>", "assistant_token": "<assistant>"},
         padding_side="left",
         model_max_length=512,
         clean_up_tokenization_spaces=False,
@@ -501,14 +508,14 @@ def blur(pixels: np.ndarray, sigma: float, *, reflect: bool) -> np.ndarray:
     """A wide Gaussian blur of ``(112, 112, 3)`` pixels; `sigma` is a fraction of the side. Computed on a 28x28 grid."""
     side = 28
     coarse = pixels.reshape(side, IMAGE_SIDE // side, side, IMAGE_SIDE // side, 3).mean((1, 3))
-    kernel = _blur_matrix(side, round(sigma * side, 2), reflect)
+    kernel = blur_matrix(side, round(sigma * side, 2), reflect)
     soft = np.einsum("ij,jkc,lk->cil", kernel, coarse, kernel, optimize=True)
     grown = F.interpolate(torch.from_numpy(np.ascontiguousarray(soft))[None], size=IMAGE_SIDE, mode="bilinear")
     return grown[0].permute(1, 2, 0).numpy()
 
 
 @lru_cache(maxsize=4096)
-def _blur_matrix(side: int, sigma: float, reflect: bool) -> np.ndarray:
+def blur_matrix(side: int, sigma: float, reflect: bool) -> np.ndarray:
     reach = math.ceil(3 * sigma)
     index = np.arange(side)[:, None] + np.arange(-reach, reach + 1)[None]
     if reflect:
@@ -714,7 +721,7 @@ class Net(nn.Module):
     def answer_loss(self, states: Tensor, batch: Batch) -> Tensor:
         """Cross entropy over all answer positions, those that open a slot's word counting four times."""
         wanted = batch.targets >= 0
-        each = F.cross_entropy(self.llava.lm_head(states[wanted]), batch.targets[wanted], reduction="none")
+        each = F.cross_entropy(self.lm_head(states[wanted]), batch.targets[wanted], reduction="none")
         weight = torch.where(batch.opens[wanted], 1.0, 0.25)
         return (each * weight).sum() / weight.sum()
 
@@ -910,16 +917,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the two towers (needs a C++ compiler)")
     parser.add_argument(
-        "--family", choices=("llava", "cambrian"), default="llava", help="cambrian: see train_cambrian_model.py"
+        "--family",
+        choices=("llava", "cambrian", "video"),
+        default="llava",
+        help="cambrian: see train_cambrian_model.py; video: see train_video_model.py",
     )
     parser.add_argument(
         "--cambrian-steps", type=int, nargs=3, default=(250, 400, 700), help="steps of the stages of --family cambrian"
     )
+    parser.add_argument(
+        "--video-steps", type=int, nargs=3, default=(900, 2200, 3400), help="steps of the stages of --family video"
+    )
+    parser.add_argument("--video-pool", type=int, default=5000, help="number of distinct training clips")
     options = parser.parse_args(arguments)
     if options.family == "cambrian":
         import train_cambrian_model
 
         train_cambrian_model.train(options)
+    elif options.family == "video":
+        import train_video_model
+
+        train_video_model.train(options)
     else:
         train(options)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from lvlm_probe.demo.questions import Item, Layout
 
-__all__ = ["REACH", "footprints", "render", "shade"]
+__all__ = ["REACH", "footprints", "render", "render_frames", "shade"]
 
 REACH = 1.12
 """The farthest any outline gets from its centre, in radii."""
@@ -42,21 +43,29 @@ def render(layout: Layout, size: tuple[int, int] = (336, 336)) -> tuple[Image.Im
 
     Returns the RGB image and, ``(H, W)`` int8, the index of the object that covers at least half of a pixel, or -1.
     """
+    return next(render_frames([layout], size))
+
+
+def render_frames(layouts: Sequence[Layout], size: tuple[int, int]) -> Iterator[tuple[Image.Image, np.ndarray]]:
+    """Draw layouts one after the other, all on the ground of the first."""
     import numpy as np
     from PIL import Image
 
     width, height = size
     side = min(size)
     left, top = (width - side) / 2, (height - side) / 2
-    canvas = _background(layout.texture, size)
-    if layout.pattern:
-        canvas += layout.pattern * _weave(layout.texture, size)
-    ground = _ground(np.random.default_rng(layout.texture)).astype(np.float32)
-    labels = np.full((height, width), -1, dtype=np.int8)
-    for index, item in enumerate(layout.items):
-        x, y, radius = left + item.x * side, top + item.y * side, item.radius * side
-        _draw_item(canvas, labels, index, item, x, y, radius, ground)
-    return Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8)), labels
+    texture, pattern = layouts[0].texture, layouts[0].pattern
+    empty = _background(texture, size)
+    if pattern:
+        empty += pattern * _weave(texture, size)
+    ground = _ground(np.random.default_rng(texture)).astype(np.float32)
+    for layout in layouts:
+        canvas = empty.copy()
+        labels = np.full((height, width), -1, dtype=np.int8)
+        for index, item in enumerate(layout.items):
+            x, y, radius = left + item.x * side, top + item.y * side, item.radius * side
+            _draw_item(canvas, labels, index, item, x, y, radius, ground)
+        yield Image.fromarray(np.clip(canvas + 0.5, 0, 255).astype(np.uint8)), labels
 
 
 def footprints(layout: Layout, side: int) -> np.ndarray:

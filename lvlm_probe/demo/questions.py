@@ -9,6 +9,7 @@ COLOURS: tuple[str, ...] = ("red", "yellow", "green", "cyan", "blue", "purple")
 NUMBERS: tuple[str, ...] = ("no", "one", "two", "three", "four", "five")
 ROWS: tuple[str, ...] = ("top", "bottom")
 COLUMNS: tuple[str, ...] = ("left", "right")
+WAYS: tuple[str, ...] = ("left", "right", "up", "down")
 
 DOMAINS: dict[str, tuple[str, ...]] = {
     "colour": COLOURS,
@@ -16,6 +17,7 @@ DOMAINS: dict[str, tuple[str, ...]] = {
     "number": NUMBERS[1:],
     "row": ROWS,
     "column": COLUMNS,
+    "way": (*WAYS, "nowhere"),
 }
 """The words that a slot of each domain can hold."""
 
@@ -91,6 +93,17 @@ class Query:
     def slots(self) -> tuple[int, ...]:
         """Position of each slot in ``answer.split()``."""
         return tuple(i for i, word in enumerate(self.template.split()) if "{}" in word)
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """``(start, stop)`` of each slot's word in the characters of `answer`."""
+        found: list[tuple[int, int]] = []
+        position = 0
+        for literal, word in zip(self.template.split("{}"), self.words, strict=False):
+            position += len(literal)
+            found.append((position, position + len(word)))
+            position += len(word)
+        return tuple(found)
 
 
 def plural(shape: str) -> str:

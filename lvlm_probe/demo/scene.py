@@ -17,7 +17,7 @@ their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,7 @@ def _scene(split: str, seed: int, index: int, kind: str, size: tuple[int, int], 
         answer=query.answer,
         kind=kind,
         mask=mask,
-        visual_spans=tuple(_spans(query)),
+        visual_spans=query.spans,
         word_masks=word_masks,
         layout=layout,
         split=split,
@@ -151,14 +151,6 @@ def _mask_of(labels: np.ndarray, targets: tuple[int, ...]) -> np.ndarray:
     import numpy as np
 
     return np.isin(labels, targets)
-
-
-def _spans(query: Query) -> Iterator[tuple[int, int]]:
-    position = 0
-    for literal, word in zip(query.template.split("{}"), query.words, strict=False):
-        position += len(literal)
-        yield position, position + len(word)
-        position += len(word)
 
 
 def scene_rng(split: str, seed: int, index: int, *, hard: bool = False) -> np.random.Generator:
