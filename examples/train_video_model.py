@@ -20,8 +20,10 @@ import copy
 import json
 import math
 import signal
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -392,7 +394,7 @@ class Loader:
         position = np.zeros((size, length), dtype=np.int64)
         ids[:, :start], block[:, :start] = self.prefix, 0
         position[:, :start] = [*range(BEFORE), *[0] * VIDEO_TOKENS, self.start - 1]
-        clips, patches, kinds = [], [], []
+        clips, patches, kinds, used = [], [], [], start
         for row in range(size):
             pixels, film, seen, labels = self.clip(veiled, frozen)
             clips.append((pixels - self.mean) / self.std)
@@ -410,6 +412,8 @@ class Loader:
                 block[row, at:stop] = len(kinds[row])
                 position[row, at:stop] = np.arange(self.start, self.start + stop - at)
                 at = stop
+            used = max(used, at)
+        ids, targets, opens, block, position = (each[:, :used] for each in (ids, targets, opens, block, position))
         return Batch(
             pixels=torch.from_numpy(np.stack(clips)),
             ids=torch.from_numpy(ids),
@@ -558,33 +562,41 @@ def held_out(net: Net, loader: Loader, *, batches: int, **drawn: float) -> dict[
 class Progress:
     """Where a run is, on disk: written now and then and when the process is told to end, read when it starts again."""
 
-    def __init__(self, path: Path, net: Net, loaders: dict[str, Loader]) -> None:
-        self.path, self.net, self.loaders = path, net, loaders
-        self.told = False
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told", True))
+    def __init__(self, path: Path, net: Net, loaders: dict[str, Loader], told: threading.Event) -> None:
+        self.path, self.net, self.loaders, self.told = path, net, loaders, told
         self.kept: dict[str, Any] = torch.load(path, weights_only=False) if path.exists() else {}
         if self.kept:
             net.load_state_dict(self.kept["net"])
-            torch.set_rng_state(self.kept["torch"])
             for name, state in self.kept["loaders"].items():
                 loaders[name].rng.bit_generator.state = state
 
     def write(self, stage: int, step: int, optimise: torch.optim.Optimizer) -> None:
         """Keeps everything that the next step depends on. Whole or not at all."""
         part = self.path.with_suffix(".part")
-        torch.save(
-            {
-                "net": self.net.state_dict(), "optimise": optimise.state_dict(), "stage": stage, "step": step,
-                "torch": torch.get_rng_state(),
-                "loaders": {name: loader.rng.bit_generator.state for name, loader in self.loaders.items()},
-            },
-            part,
-        )  # fmt: skip
+        loaders = {name: loader.rng.bit_generator.state for name, loader in self.loaders.items()}
+        kept = {"net": self.net.state_dict(), "optimise": optimise.state_dict(), "stage": stage, "step": step}
+        torch.save({**kept, "loaders": loaders}, part)
         part.replace(self.path)
+
+
+@contextmanager
+def told_to_end() -> Iterator[threading.Event]:
+    """Set when the process gets SIGTERM, which does not end it meanwhile."""
+    told = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def train(options: argparse.Namespace) -> None:
     """Trains the model and writes it, with its processor, to ``options.out``."""
+    with told_to_end() as told:
+        _train(options, told)
+
+
+def _train(options: argparse.Namespace, told: threading.Event) -> None:
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     clock = base.Clock()
@@ -603,7 +615,7 @@ def train(options: argparse.Namespace) -> None:
     check = loader("tune", 300, (2, 3), 10**6, 9)
     parameters = sum(p.numel() for p in net.model.parameters())
     base.log(parameters=parameters, vocabulary=len(processor.tokenizer), seed=options.seed, **clock.read())
-    progress = Progress(options.out / "training.pt", net, {"few": few, "many": many, "check": check})
+    progress = Progress(options.out / "training.pt", net, {"few": few, "many": many, "check": check}, told)
     n1, n2, n3 = (max(2, int(n * options.scale)) for n in options.video_steps)
 
     def draw(stage: int, step: int) -> Batch:
@@ -626,7 +638,7 @@ def train(options: argparse.Namespace) -> None:
 
     for stage, steps, peak, floor in ((1, n1, 2e-3, 0.05), (2, n2, 1.5e-3, 0.5), (3, n3, 1.2e-3, 0.01)):
         run_stage(stage, steps, peak, floor, net, loss_of, progress, options, clock, check, processor)
-        if progress.told:
+        if told.is_set():
             return
     save(net.model, processor, options.out)
     progress.path.unlink()
@@ -666,9 +678,9 @@ def run_stage(
             veiled = held_out(net, check, batches=3, veiled=0.6, absent=0.2) if stage > 2 else {}
             base.log(stage=stage, step=step + 1, clear=clear, veiled=veiled, **clock.read())
             save(net.model, processor, options.out)
-        if progress.told or last or (step + 1) % 200 == 0:
+        if progress.told.is_set() or last or (step + 1) % 200 == 0:
             progress.write(stage, step + 1, optimise)
-        if progress.told:
+        if progress.told.is_set():
             base.log(stage=stage, step=step + 1, stopped=True)
             return
     progress.kept = {}
@@ -682,6 +694,3 @@ def save(model: Any, processor: Any, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     processor.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
-
-
-__all__: Sequence[str] = ["build_model", "build_processor", "train"]

@@ -17,12 +17,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lvlm_probe.demo.clip_scene import CLIP_KINDS, ClipScene, clips
 from lvlm_probe.demo.scene import HARD_KINDS, KINDS, Scene, scenes
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-__all__ = ["HARD_KINDS", "KINDS", "Scene", "load", "path", "scenes"]
+__all__ = ["CLIP_KINDS", "HARD_KINDS", "KINDS", "ClipScene", "Scene", "clips", "load", "path", "scenes"]
 
 
 def path() -> Path:
