@@ -73,7 +73,7 @@ CHAT_TEMPLATE = base.CHAT_TEMPLATE.replace(
     "<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>{% endfor %}",
 )
 WEIGHTS = {"direction": 3.0, "nowhere": 0.6, "appearance": 3.0, "colour": 2.0, "still": 0.5, "order": 3.0}
-"""How often a question is asked against the others of a clip; of what does not move, and does not change, less often."""
+"""How often a question is asked against the others of a clip; of what stays as it is, less often."""
 FILMS = {"direction": 0.30, "appearance": 0.20, "colour": 0.15, "order": 0.35}
 
 
@@ -185,7 +185,7 @@ class Asker:
     def ask(self, film: cs.Film, seen: np.ndarray) -> Iterator[base.Example]:
         """Different examples in random order. `seen` is ``(track, t)``, the part of each object that shows, in 0..1."""
         queries = cs.film_queries(film)
-        weights = np.asarray([WEIGHTS[self._sort(query, film)] for query in queries])
+        weights = np.asarray([WEIGHTS[self.sort_of(query, film)] for query in queries])
         keys = self.rng.random(len(queries)) ** (1 / weights)  # an order that draws by weight
         for number in np.argsort(-keys):
             state = self._state(queries[number], film, seen)
@@ -195,7 +195,7 @@ class Asker:
                 yield example
 
     @staticmethod
-    def _sort(query: cs.ClipQuery, film: cs.Film) -> str:
+    def sort_of(query: cs.ClipQuery, film: cs.Film) -> str:
         if query.words == ("nowhere",):
             return "nowhere"
         (frames, *_) = query.frames.values()
@@ -298,7 +298,7 @@ class Veil(base.Veil):
 
 
 def blur(pixels: np.ndarray, sigma: float, *, reflect: bool) -> np.ndarray:
-    """A wide Gaussian blur of frames ``(t, 84, 84, 3)``; `sigma` is a fraction of the side. Computed on 21 × 21 cells."""
+    """A wide Gaussian blur of frames ``(t, 84, 84, 3)``; `sigma` is a part of the side. Computed on 21 × 21 cells."""
     side = 21
     coarse = pixels.reshape(len(pixels), side, SIDE // side, side, SIDE // side, 3).mean((2, 4))
     kernel = base.blur_matrix(side, round(sigma * side, 2), reflect)
@@ -353,7 +353,7 @@ class Loader:
         self.start = BEFORE + GRID // MERGE + 1  # position of the question's first token
 
     def clip(self, veiled: float, frozen: float) -> tuple[np.ndarray, cs.Film, np.ndarray, np.ndarray]:
-        """One clip: ``(8, 84, 84, 3)`` float32 in 0..255, its film, ``(track, t)`` what shows of each object, labels."""
+        """One clip: ``(8, 84, 84, 3)`` float32 in 0..255, its film, ``(track, t)`` what shows of each track, labels."""
         rng = self.rng
         index, way = int(rng.integers(len(self.pool.films))), int(rng.integers(4))
         film, pixels, labels = self.pool.films[index], self.pool.pixels[index], self.pool.labels[index]
@@ -408,7 +408,9 @@ class Loader:
                 if stop > length:
                     break
                 ids[row, at:stop], targets[row, at:stop], opens[row, at:stop] = written
-                kinds[row].append((Asker._sort(example.query, film) if example.query.frames else "-", all(example.seen)))
+                kinds[row].append(
+                    (Asker.sort_of(example.query, film) if example.query.frames else "-", all(example.seen))
+                )
                 block[row, at:stop] = len(kinds[row])
                 position[row, at:stop] = np.arange(self.start, self.start + stop - at)
                 at = stop

@@ -1,9 +1,9 @@
 """Short synthetic clips with questions, full-sentence answers and ground truth in space and time.
 
 A *film* is two or three of the scenes' coloured shapes, each with what it does in every frame: one moves, appears,
-vanishes or changes its color, two come and go one after the other, the others stand still. `film_queries` lists what can
-be asked about it; a `ClipScene` is one film, drawn, with one question. The three rules of `lvlm_probe.demo.scene` hold,
-and one more: no frame alone tells the answer of a ``direction`` or an ``order``.
+vanishes or changes its color, two come and go one after the other, the others stand still. `film_queries` lists what
+can be asked about it; a `ClipScene` is one film, drawn, with one question. The three rules of `lvlm_probe.demo.scene`
+hold, and one more: no frame alone tells the answer of a ``direction`` or an ``order``.
 
 The truth of a question is the object that decides it, in the frames that do:
 
@@ -284,11 +284,10 @@ def draw_film(rng: np.random.Generator, *, kind: str | None = None, objects: tup
     colours = [str(colour) for colour in rng.choice(COLOURS, len(roles))]
     routes = _routes(rng, roles)
     brief = _moments(rng)
-    tracks = [
-        Track(_acted(rng, role, Item(shape, colour, *ends[0], radius, float(rng.uniform(-0.22, 0.22)), shade(rng, colour)),
-                     ends[1], brief))
-        for role, shape, colour, (ends, radius) in zip(roles, shapes, colours, routes, strict=True)
-    ]  # fmt: skip
+    tracks = []
+    for role, shape, colour, ((start, stop), radius) in zip(roles, shapes, colours, routes, strict=True):
+        item = Item(shape, colour, *start, radius, float(rng.uniform(-0.22, 0.22)), shade(rng, colour))
+        tracks.append(Track(_acted(rng, role, item, stop, brief)))
     order = rng.permutation(len(tracks))
     return Film(tuple(tracks[int(number)] for number in order), int(rng.integers(2**31)))
 
@@ -357,9 +356,7 @@ def _acted(
         steps = int(rng.integers(3, FRAMES))
         begin = int(rng.integers(0, FRAMES - steps))
         done = [min(1.0, max(0.0, (frame - begin) / steps)) for frame in range(FRAMES)]
-        return tuple(
-            replace(item, x=item.x + d * (stop[0] - item.x), y=item.y + d * (stop[1] - item.y)) for d in done
-        )
+        return tuple(replace(item, x=item.x + d * (stop[0] - item.x), y=item.y + d * (stop[1] - item.y)) for d in done)
     return (item,) * FRAMES
 
 
@@ -437,9 +434,7 @@ def film_queries(film: Film) -> list[ClipQuery]:
         coming.setdefault(track.comes, []).append(number)
     for number in coming.get("always", ()):
         track = film.tracks[number]
-        found.append(
-            direction_query(track.any.shape, track.way, (number,), {number: track.moves or track.shown})
-        )
+        found.append(direction_query(track.any.shape, track.way, (number,), {number: track.moves or track.shown}))
         for end, item in (("first", track.items[0]), ("last", track.items[-1])):
             assert item is not None
             alike = tuple(k for k in track.shown if (it := track.items[k]) and it.colour == item.colour)

@@ -63,7 +63,9 @@ class ClipCase:
     selection: TokenSelection
 
 
-def clip_cases(model: Any, processor: Any, split: str, folder: Path, skipped: Counter[str], start: int) -> Iterator[ClipCase]:
+def clip_cases(
+    model: Any, processor: Any, split: str, folder: Path, skipped: Counter[str], start: int
+) -> Iterator[ClipCase]:
     """Clips from number ``start`` on; those answered wrongly, or without a word that rests on them, are passed over."""
     for index in itertools.count(start):
         (clip,) = probe.demo.clips(1, split=split, start=index)
@@ -100,7 +102,7 @@ def of_values(case: ClipCase, values: np.ndarray, method: str) -> ClipHeatmap:
 
 def center(case: ClipCase) -> ClipHeatmap:
     """The blob of the method ``center`` (a quarter of the side), in every frame alike."""
-    steps, rows, cols = GRID
+    _, rows, cols = GRID
     down, across = ((np.arange(n) + 0.5) / n - 0.5 for n in (rows, cols))
     blob = np.exp(-(down[:, None] ** 2 + across[None] ** 2) / (2 * 0.25**2))
     return of_values(case, np.broadcast_to(blob, GRID).copy(), "center")
@@ -193,7 +195,9 @@ def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Calla
             facts = {"scene": case.clip.index, "number": number, "kind": case.clip.kind, "answer": case.clip.answer}
             for name, make in chosen.items():
                 if not lines.has(case.clip.index, name, keys[name]):
-                    lines.add({**facts, "passed_over": dict(skipped), "name": name, "key": keys[name], **measure(case, make)})
+                    lines.add(
+                        {**facts, "passed_over": dict(skipped), "name": name, "key": keys[name], **measure(case, make)}
+                    )
                 bar.update()
             for path in folder.glob("*.h5"):  # a store is read through at every clip
                 path.unlink()
@@ -253,12 +257,20 @@ def table(summary: Mapping[str, Any]) -> str:
     for name in order:
         row = rows[name]
         test = row.get("behind")
-        p = "–" if not test or test["p_holm"] is None else "< 0.001" if test["p_holm"] < 0.001 else f"{test['p_holm']:.3f}"
+        p = (
+            "–"
+            if not test or test["p_holm"] is None
+            else "< 0.001"
+            if test["p_holm"] < 0.001
+            else f"{test['p_holm']:.3f}"
+        )
         passes = f"{row['forward']:.0f} + {row['backward']:.0f}" if row.get("forward") else "none"
         figures = [shown(row[column]) for column in ("energy", "pointing", "pointing_in_time")]
         seconds = "–" if row["seconds"] is None else f"{row['seconds']:.2f}"
         behind = shown(test, signed=True) if test else "–"
-        text.append(f"| {name} | {shown(row['gain'])} | {behind} | {p} | {' | '.join(figures)} | {passes} | {seconds} |")
+        text.append(
+            f"| {name} | {shown(row['gain'])} | {behind} | {p} | {' | '.join(figures)} | {passes} | {seconds} |"
+        )
     skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(summary["passed_over"].items())) or "none"
     text += [
         "",
@@ -271,7 +283,9 @@ def table(summary: Mapping[str, Any]) -> str:
         "|---" * (1 + len(summary["kinds"])) + "|",
     ]
     for name in order:
-        text.append(f"| {name} | {' | '.join(shown(rows[name]['by_kind'][kind]['gain']) for kind in summary['kinds'])} |")
+        text.append(
+            f"| {name} | {' | '.join(shown(rows[name]['by_kind'][kind]['gain']) for kind in summary['kinds'])} |"
+        )
     return "\n".join(text) + "\n"
 
 

@@ -18,7 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import clip_tournament as tournament
 import judging
 
-WHEN, ROWS, COLS = slice(4, 6), slice(0, 12), slice(24, 48)  # of 8 frames of 48 × 48 pixels: two of the toy's 2 × 4 cells
+WHEN, ROWS, COLS = (
+    slice(4, 6),
+    slice(0, 12),
+    slice(24, 48),
+)  # of 8 frames of 48 × 48 pixels: two of the toy's 2 × 4 cells
 
 
 @pytest.fixture

@@ -29,7 +29,9 @@ def same(first: demo.ClipScene, second: demo.ClipScene) -> bool:
 
 def test_a_clip_depends_on_its_number_alone(drawn: list[demo.ClipScene]) -> None:
     assert all(same(again, drawn[3 + k]) for k, again in enumerate(demo.clips(2, split="tune", start=3)))
-    others = [demo.clips(1, **{"split": "tune", **other})[0] for other in ({"split": "eval"}, {"seed": 1}, {"start": 4})]
+    others = [
+        demo.clips(1, **{"split": "tune", **other})[0] for other in ({"split": "eval"}, {"seed": 1}, {"start": 4})
+    ]
     assert not any(same(drawn[0], other) for other in others)
 
 
@@ -95,7 +97,9 @@ def test_an_order_needs_both_objects_and_reverses_when_played_backwards(drawn: l
         wanted = first if "first" in clip.question else last
         assert named_colour(clip.pixels[wanted][clip.mask[wanted]]) == clip.visual_words[0]
         assert not (clip.mask[first] & clip.mask[last]).any()
-        ways = [{q.question: q.words for q in scenery.order_queries(film)} for film in (clip.film, clip.film.reversed())]
+        ways = [
+            {q.question: q.words for q in scenery.order_queries(film)} for film in (clip.film, clip.film.reversed())
+        ]
         forth, back = ways
         assert (forth["What comes first?"], forth["What comes last?"]) == (
             back["What comes last?"],
