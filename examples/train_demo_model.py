@@ -926,7 +926,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--cambrian-steps", type=int, nargs=3, default=(250, 400, 700), help="steps of the stages of --family cambrian"
     )
     parser.add_argument(
-        "--video-steps", type=int, nargs=3, default=(900, 2200, 3400), help="steps of the stages of --family video"
+        "--video-steps", type=int, nargs=3, default=(2400, 2400, 4700), help="steps of the stages of --family video"
     )
     parser.add_argument("--video-pool", type=int, default=5000, help="number of distinct training clips")
     options = parser.parse_args(arguments)

@@ -24,7 +24,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -384,7 +384,8 @@ class Loader:
         self, size: int, *, room: int = 0, veiled: float = 0.0, frozen: float = 0.0, absent: float = 0.0,
         swap: bool = False,
     ) -> Batch:  # fmt: skip
-        """Draws `size` clips with as many questions as fit in `room` tokens each (0: no text)."""
+        """Draws `size` clips with as many questions as fit in `room` tokens each (0: no text, and of each clip only two
+        frames in a row: what stands still looks alike in all of them)."""
         asker = Asker(self.rng, absent=absent)
         start, length = len(self.prefix), len(self.prefix) + room
         ids = np.zeros((size, length), dtype=np.int64)
@@ -397,6 +398,10 @@ class Loader:
         clips, patches, kinds, used = [], [], [], start
         for row in range(size):
             pixels, film, seen, labels = self.clip(veiled, frozen)
+            if not room:
+                pair = slice(first := 2 * int(self.rng.integers(STEPS)), first + 2)
+                pixels, seen, labels = pixels[pair], seen[:, pair], labels[pair]
+                film = replace(film, tracks=tuple(cs.Track(track.items[pair]) for track in film.tracks))
             clips.append((pixels - self.mean) / self.std)
             patches.append(patch_targets(film, labels, seen))
             kinds.append([])
@@ -441,9 +446,9 @@ def visible(film: cs.Film, labels: np.ndarray, shown: np.ndarray) -> np.ndarray:
 
 def by_patch(values: np.ndarray) -> np.ndarray:
     """Frames ``(8, 84, 84)`` by patch, ``(4 * 36, 2 * 14 * 14)``, in the video processor's order."""
-    side = GRID // MERGE
-    cut = values.reshape(STEPS, 2, side, MERGE, PATCH, side, MERGE, PATCH)
-    return cut.transpose(0, 2, 5, 3, 6, 1, 4, 7).reshape(STEPS * PATCHES, -1)
+    side, steps = GRID // MERGE, len(values) // 2
+    cut = values.reshape(steps, 2, side, MERGE, PATCH, side, MERGE, PATCH)
+    return cut.transpose(0, 2, 5, 3, 6, 1, 4, 7).reshape(steps * PATCHES, -1)
 
 
 def patch_targets(film: cs.Film, labels: np.ndarray, seen: np.ndarray) -> dict[str, np.ndarray]:
@@ -452,7 +457,7 @@ def patch_targets(film: cs.Film, labels: np.ndarray, seen: np.ndarray) -> dict[s
     cells = by_patch(labels)
     share = np.stack([(cells == number).mean(1) for number in range(len(film.tracks))], axis=1)
     best, most = share.argmax(1), share.max(1)
-    found = {name: np.full(STEPS * PATCHES, -100) for name in ("shape", "colour", "way")}
+    found = {name: np.full(len(cells), -100) for name in ("shape", "colour", "way")}
     for patch in np.flatnonzero(most >= 0.2):
         track, first = int(best[patch]), patch // PATCHES * 2
         items = [film.tracks[track].items[frame] for frame in (first, first + 1)]
@@ -485,16 +490,16 @@ class Net(nn.Module):
 
     def patches(self, pixels: Tensor) -> Tensor:
         """Output of the tower before tokens are merged, ``(b, 4 * 36, 96)``."""
-        tower, size, side = self.model.model.visual, len(pixels), GRID // MERGE
-        cut = pixels.view(size, STEPS, 2, side, MERGE, PATCH, side, MERGE, PATCH, 3)
-        flat = cut.permute(0, 1, 3, 6, 4, 7, 9, 2, 5, 8).reshape(size * STEPS * PATCHES, -1)
+        tower, size, steps, side = self.model.model.visual, len(pixels), pixels.shape[1] // 2, GRID // MERGE
+        cut = pixels.view(size, steps, 2, side, MERGE, PATCH, side, MERGE, PATCH, 3)
+        flat = cut.permute(0, 1, 3, 6, 4, 7, 9, 2, 5, 8).reshape(size * steps * PATCHES, -1)
         kernel = tower.patch_embed.proj.weight
-        states = (flat @ kernel.flatten(1).T).view(size * STEPS, PATCHES, WIDTH)
+        states = (flat @ kernel.flatten(1).T).view(size * steps, PATCHES, WIDTH)
         cos, sin = tower.rotary_pos_emb(states, self.places())
         for block in tower.blocks:
             states = states + attend(block.attn, block.norm1(states), cos, sin)
             states = states + block.mlp(block.norm2(states))
-        return states.view(size, STEPS * PATCHES, WIDTH)
+        return states.view(size, steps * PATCHES, WIDTH)
 
     @staticmethod
     def places() -> Tensor:
@@ -622,7 +627,7 @@ def _train(options: argparse.Namespace, told: threading.Event) -> None:
 
     def draw(stage: int, step: int) -> Batch:
         if stage == 1:
-            return many.batch(24)
+            return many.batch(48)
         if stage == 2:
             return (few if step < 0.15 * n2 else many).batch(16, room=options.room, absent=0.05, swap=step > 0.4 * n2)
         share = 0.20 + 0.30 * min(1.0, step / (0.5 * n3))
@@ -635,7 +640,7 @@ def _train(options: argparse.Namespace, told: threading.Event) -> None:
             loss, right = net.patch_loss(patches, batch)
             return loss, {"patch_accuracy": [round(value, 3) for value in right]}
         loss = net.answer_loss(net.states(patches, batch), batch)
-        weight = 0.3 * max(0.0, 1 - step / (0.8 * n2)) if stage == 2 else 0.0
+        weight = 0.5 * max(0.0, 1 - step / (0.8 * n2)) if stage == 2 else 0.0
         return (loss + weight * net.patch_loss(patches, batch)[0] if weight else loss), {}
 
     for stage, steps, peak, floor in ((1, n1, 2e-3, 0.05), (2, n2, 1.5e-3, 0.5), (3, n3, 1.2e-3, 0.01)):
@@ -676,8 +681,9 @@ def run_stage(
             base.log(stage=stage, step=step + 1, loss=round(float(np.mean(total)), 4), **found, **clock.read())
             total.clear()
         if stage > 1 and ((step + 1) % options.check == 0 or last):
-            clear = held_out(net, check, batches=4)
-            veiled = held_out(net, check, batches=3, veiled=0.6, absent=0.2) if stage > 2 else {}
+            batches = max(1, int(4 * options.scale))
+            clear = held_out(net, check, batches=batches)
+            veiled = held_out(net, check, batches=batches, veiled=0.6, absent=0.2) if stage > 2 else {}
             base.log(stage=stage, step=step + 1, clear=clear, veiled=veiled, **clock.read())
             save(net.model, processor, options.out)
         if progress.told.is_set() or last or (step + 1) % 200 == 0:

@@ -114,10 +114,10 @@ def explain_a_clip(path: Path, runs: Path) -> None:
     """What the recipe writes is an ordinary checkpoint: it answers, and its answer is recorded and explained."""
     model, processor = AutoModelForImageTextToText.from_pretrained(path), AutoProcessor.from_pretrained(path)
     (clip,) = probe.demo.clips(1, split="tune")
-    prompt = processor.apply_chat_template(
-        clip.messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
     with probe.attach(model, processor) as attached, attached.record(runs) as recording:
+        prompt = processor.apply_chat_template(
+            clip.messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
         model.generate(**prompt)
     replay = probe.replay(recording.traces[0], model, processor)
     (recorded,) = replay.clips
