@@ -41,7 +41,7 @@ def test_the_truth_points_at_itself_and_floors_do_not(case: tournament.ClipCase)
     assert truth["moments"] == 0.25
     assert truth["gain"] > 0.8 > 0.3 > middle["gain"]
     assert middle["pointing"] == 0
-    assert middle["pointing_in_time"] is None  # every frame alike
+    assert np.isnan(middle["pointing_in_time"])  # every frame alike
     assert 0 < middle["energy"] < 0.1
 
 
@@ -68,6 +68,8 @@ def test_a_table_has_the_leader_first_and_kinds_by_themselves(tmp_path: Path) ->
         facts = {"scene": scene, "number": scene, "kind": probe.demo.CLIP_KINDS[scene % 4], "answer": "", "key": "k"}
         cost = {"passed_over": {"answered wrongly": 2}, "forward": 3, "backward": 3, "seconds": 0.5, "moments": 0.5}
         for name, gain in (("igos++", 0.9), ("rise", 0.6), ("random", 0.0)):
+            if name == "rise" and scene >= 8:
+                continue
             figures = {"gain": gain + 0.001 * scene, "deletion": 0.1, "insertion": 0.9, "energy": 0.4, "pointing": 1.0}
             lines.add({**facts, **cost, **figures, "pointing_in_time": None if name == "random" else 1.0, "name": name})
     arguments = SimpleNamespace(split="eval", model=None)
@@ -76,5 +78,6 @@ def test_a_table_has_the_leader_first_and_kinds_by_themselves(tmp_path: Path) ->
     assert summary["methods"]["rise"]["behind"]["mean"] == pytest.approx(0.3)
     text = tournament.table(summary)
     rows = [row.split(" | ")[0].removeprefix("| ") for row in text.splitlines() if row.startswith("| ")]
-    assert rows == ["heatmap", "igos++", "rise", "random", "gain by kind", "igos++", "rise", "random"]
+    methods = ["igos++", "rise (the first 8)", "random"]
+    assert [row for row in rows if row != "---"] == ["heatmap", *methods, "heatmap", *methods, "gain", *methods]
     assert "12 held-out clips; passed over on the way: 2 answered wrongly." in text
