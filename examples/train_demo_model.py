@@ -548,11 +548,15 @@ class Batch:
     kinds: list[list[tuple[str, bool]]] = field(default_factory=list)
 
     def attention(self) -> Tensor:
-        """Who attends to whom, ``(b, 1, length, length)`` bool: the picture, and one's own block up to oneself."""
-        length = self.ids.shape[1]
-        query, key = self.block[:, :, None], self.block[:, None, :]
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        return (causal & ((query == key) | (key == 0)))[:, None]
+        return attention(self.block)
+
+
+def attention(block: Tensor) -> Tensor:
+    """Who attends to whom, ``(b, 1, length, length)`` bool: the picture, and one's own block up to oneself."""
+    length = block.shape[1]
+    query, key = block[:, :, None], block[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return (causal & ((query == key) | (key == 0)))[:, None]
 
 
 class Loader:
@@ -719,11 +723,15 @@ class Net(nn.Module):
         return patches, self.states(patches, batch.ids, batch.attention(), batch.position)
 
     def answer_loss(self, states: Tensor, batch: Batch) -> Tensor:
-        """Cross entropy over all answer positions, those that open a slot's word counting four times."""
         wanted = batch.targets >= 0
-        each = F.cross_entropy(self.lm_head(states[wanted]), batch.targets[wanted], reduction="none")
-        weight = torch.where(batch.opens[wanted], 1.0, 0.25)
-        return (each * weight).sum() / weight.sum()
+        return answer_loss(self.lm_head(states[wanted]), batch.targets[wanted], batch.opens[wanted])
+
+
+def answer_loss(logits: Tensor, targets: Tensor, opens: Tensor) -> Tensor:
+    """Cross entropy over all answer positions, those that open a slot's word counting four times."""
+    each = F.cross_entropy(logits, targets, reduction="none")
+    weight = torch.where(opens, 1.0, 0.25)
+    return (each * weight).sum() / weight.sum()
 
 
 @torch.no_grad()

@@ -196,6 +196,8 @@ class Asker:
 
     @staticmethod
     def sort_of(query: cs.ClipQuery, film: cs.Film) -> str:
+        if not query.frames:
+            return "-"  # of what is not in the clip
         if query.words == ("nowhere",):
             return "nowhere"
         (frames, *_) = query.frames.values()
@@ -321,7 +323,8 @@ class Batch:
     patches: dict[str, Tensor]
     kinds: list[list[tuple[str, bool]]]
 
-    attention = base.Batch.attention
+    def attention(self) -> Tensor:
+        return base.attention(self.block)
 
     def positions(self) -> Tensor:
         """Rotary positions in time, down and across, ``(3, b, length)``."""
@@ -395,7 +398,8 @@ class Loader:
         position = np.zeros((size, length), dtype=np.int64)
         ids[:, :start], block[:, :start] = self.prefix, 0
         position[:, :start] = [*range(BEFORE), *[0] * VIDEO_TOKENS, self.start - 1]
-        clips, patches, kinds, used = [], [], [], start
+        clips, patches, used = [], [], start
+        kinds: list[list[tuple[str, bool]]] = []
         for row in range(size):
             pixels, film, seen, labels = self.clip(veiled, frozen)
             if not room:
@@ -413,9 +417,8 @@ class Loader:
                 if stop > length:
                     break
                 ids[row, at:stop], targets[row, at:stop], opens[row, at:stop] = written
-                kinds[row].append(
-                    (Asker.sort_of(example.query, film) if example.query.frames else "-", all(example.seen))
-                )
+                assert isinstance(example.query, cs.ClipQuery)
+                kinds[row].append((asker.sort_of(example.query, film), all(example.seen)))
                 block[row, at:stop] = len(kinds[row])
                 position[row, at:stop] = np.arange(self.start, self.start + stop - at)
                 at = stop
@@ -534,7 +537,9 @@ class Net(nn.Module):
             right.append(float((logits.detach().argmax(1)[objects] == wanted[objects]).float().mean()))
         return loss, right
 
-    answer_loss = base.Net.answer_loss
+    def answer_loss(self, states: Tensor, batch: Batch) -> Tensor:
+        wanted = batch.targets >= 0
+        return base.answer_loss(self.lm_head(states[wanted]), batch.targets[wanted], batch.opens[wanted])
 
 
 def attend(layer: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -550,7 +555,7 @@ def attend(layer: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out(net: Net, loader: Loader, *, batches: int, **drawn: float) -> dict[str, float]:
+def held_out(net: Net, loader: Loader, *, batches: int, **drawn: Any) -> dict[str, float]:
     """Share of answers whose every token is the most probable one, per kind; ``!kind`` for what cannot be seen."""
     net.eval()
     right: dict[str, list[bool]] = {}

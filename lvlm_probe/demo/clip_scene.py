@@ -184,8 +184,9 @@ class ClipScene:
     @property
     def moments(self) -> np.ndarray:
         """``(t,)`` bool, the frames that the answer needs."""
-        found: np.ndarray = self.mask.any((1, 2))
-        return found
+        import numpy as np
+
+        return np.asarray(self.mask.any((1, 2)))
 
     @property
     def pixels(self) -> np.ndarray:
