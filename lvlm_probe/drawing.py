@@ -65,6 +65,9 @@ FORMATS = ("pdf", "svg", "png", "tiff", "tif")
 WIDTHS: Mapping[str, float] = {"column": 3.5, "text": 7.2}
 """Widths of a figure in inches: one column (89 mm) and the whole page (183 mm) of most journals."""
 
+_FRAME = 0.9
+"""Least width of a video's frame in a figure, inches."""
+
 _SAVING = threading.Lock()
 """What files are made of stands in matplotlib's settings alone, which all threads share."""
 
@@ -125,6 +128,7 @@ def overlay(
     normalise: bool = True,
     contour: bool = True,
     mark: Mark | None = None,
+    peak: float | None = None,
 ) -> Image.Image:
     """A heatmap over an image, at the image's own size, RGB.
 
@@ -138,6 +142,7 @@ def overlay(
         normalise: stretch the values so that the highest is 1.
         contour: outline the region above half of the highest value.
         mark: drawn into the lower left corner.
+        peak: the highest value of a map that this is a part of; by default that of ``values``.
 
     Raises:
         ExplainError: ``alpha`` is no share, or there is no such colour map.
@@ -147,7 +152,7 @@ def overlay(
     table = _colours(colormap)
     width, height = image.size
     grid = _Grid(np.asarray(values), width, height)
-    highest = grid.highest()
+    highest = grid.highest() if peak is None else peak
     scale = 1 / highest if normalise and highest > 0 else 1.0
     line = min(_LINE, max(1, round(max(width, height) / 400))) if contour and highest > 0 and alpha > 0 else 0
     hidden = None if seen is None or bool(np.all(seen)) else _Cells(~np.asarray(seen, dtype=bool), width, height)
@@ -335,6 +340,10 @@ class Panel:
             word where there is some in the answer.
         mark: Its verdict.
         reason: Why there is no map.
+        frames: Of a video, what is drawn in the place of ``image``: its frames in order of time, ``col`` saying when.
+        curve: Of a video, the mean of the map at every frame, ``(frame,)``; drawn below.
+        times: When each of these is, seconds; by number where that is not known.
+        peak: As in ``overlay``.
     """
 
     image: Image.Image
@@ -346,6 +355,10 @@ class Panel:
     answer: Sequence[tuple[str, bool]] = ()
     mark: Mark = dataclasses.field(default_factory=lambda: Mark("not checked"))
     reason: str | None = None
+    frames: Sequence[Panel] = ()
+    curve: Sequence[float] = ()
+    times: Sequence[float] | None = None
+    peak: float | None = None
 
 
 def figure(
@@ -386,7 +399,7 @@ def _placed(panels: Sequence[Panel], columns: int | None) -> list[list[Panel | N
     if len(rows) > 1 and len(cols) > 1 and columns is None and len({(p.row, p.col) for p in panels}) == len(panels):
         known = {(panel.row, panel.col): panel for panel in panels}
         return [[known.get((row, col)) for col in cols] for row in rows]
-    across = columns or min(len(panels), 4)
+    across = columns or (1 if any(panel.frames for panel in panels) else min(len(panels), 4))
     lines = [list(panels[at : at + across]) for at in range(0, len(panels), across)]
     return [[*line, *[None] * (across - len(line))] for line in lines]
 
@@ -500,9 +513,9 @@ class _Sheet:
                 own = max(own, self._words(panel, place, top, wide, draw=False))
             top += own
             top += self.line if not rows or heads is None or number == 0 else 0.0  # titles
-            tall = max(side * panel.image.height / panel.image.width for _, panel in here)
+            tall = max(self._height(panel, side) for _, panel in here)
             for at, panel in here:
-                high = side * panel.image.height / panel.image.width
+                high = self._height(panel, side)
                 boxes.append((panel, left + at * (side + gap), top + (tall - high) / 2, side, high))
             top += tall + 1.5 * self.line
         bar = top + 0.3 * self.line
@@ -600,7 +613,56 @@ class _Sheet:
         height = self._drawn.get_figheight()
         return self._drawn.add_axes((x / self._width, 1 - (y + high) / height, wide / self._width, high / height))
 
+    def _height(self, panel: Panel, wide: float) -> float:
+        """Of a panel of some width, inches."""
+        if not panel.frames:
+            return wide * panel.image.height / panel.image.width
+        columns, _, high = self._film(panel, wide)
+        return -(-len(panel.frames) // columns) * (high + 1.1 * self.line) + (5.4 * self.line if panel.curve else 0.0)
+
+    def _film(self, panel: Panel, wide: float) -> tuple[int, float, float]:
+        """Frames beside each other, and width and height of each, inches."""
+        columns = min(len(panel.frames), max(2, min(6, int(wide / _FRAME))))
+        side = (wide - (columns - 1) * 0.4 * self.line) / columns
+        return columns, side, side * panel.image.height / panel.image.width
+
+    def _frames(self, panel: Panel, x: float, y: float, wide: float, **look: Any) -> None:
+        """The frames of a video, each with when it is shown, and below them the curve over time."""
+        columns, side, high = self._film(panel, wide)
+        row = high + 1.1 * self.line
+        for number, frame in enumerate(panel.frames):
+            left, top = x + number % columns * (side + 0.4 * self.line), y + number // columns * row
+            self._map(frame, left, top, side, high, **look)
+            self.text(
+                left + side / 2, top + high + 0.1 * self.line, frame.col, ha="center", va="top", color="#555555",
+                fontsize=0.85 * self._points,
+            )  # fmt: skip
+        if not panel.curve:
+            return
+        at = range(len(panel.curve)) if panel.times is None else panel.times
+        left = 2.2 * self.line
+        below = -(-len(panel.frames) // columns) * row + 0.3 * self.line
+        axes = self.axes(x + left, y + below, wide - left - 0.2 * self.line, 3.2 * self.line)
+        axes.plot(at, panel.curve, "-o", color="#0072b2", linewidth=1.2, markersize=2.5)
+        axes.set_ylim(0, 1.1 * max(panel.curve) or 1)
+        axes.locator_params(axis="y", nbins=2)
+        axes.tick_params(labelsize=0.85 * self._points, length=2, pad=1)
+        for edge in ("top", "right"):
+            axes.spines[edge].set_visible(False)
+        axes.set_xlabel("frame" if panel.times is None else "seconds", fontsize=0.85 * self._points, labelpad=1)
+        axes.set_ylabel("mean", fontsize=0.85 * self._points, labelpad=1)
+
     def _panel(self, panel: Panel, x: float, y: float, wide: float, high: float, **look: Any) -> None:
+        (self._frames(panel, x, y, wide, **look) if panel.frames else self._map(panel, x, y, wide, high, **look))
+        colour = np.asarray(_COLOURS[panel.mark.verdict]) / 255
+        cells = None if panel.values is None else cells_of(panel.values.shape)
+        few = [cells] if cells else []
+        texts = ("  ".join([str(panel.mark), *few]), "  ".join([panel.mark.verdict, *few]))
+        # A narrow panel has room for less.
+        text = next((one for one in texts if self._measure(one) <= wide), panel.mark.verdict)
+        self.text(x + wide / 2, y + high + 0.2 * self.line, text, ha="center", va="top", color=colour)
+
+    def _map(self, panel: Panel, x: float, y: float, wide: float, high: float, **look: Any) -> None:
         axes = self.axes(x, y, wide, high)
         dpi = look.pop("dpi")
         pixels = max(1, round(wide * dpi)), max(1, round(high * dpi))
@@ -615,15 +677,9 @@ class _Sheet:
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
             )  # fmt: skip
         else:
-            axes.imshow(np.asarray(overlay(image, panel.values, seen=panel.seen, **look)), aspect="auto")
+            drawn = overlay(image, panel.values, seen=panel.seen, peak=panel.peak, **look)
+            axes.imshow(np.asarray(drawn), aspect="auto")
         axes.set_axis_off()
-        colour = np.asarray(_COLOURS[panel.mark.verdict]) / 255
-        cells = None if panel.values is None else cells_of(panel.values.shape)
-        few = [cells] if cells else []
-        texts = ("  ".join([str(panel.mark), *few]), "  ".join([panel.mark.verdict, *few]))
-        # A narrow panel has room for less.
-        text = next((one for one in texts if self._measure(one) <= wide), panel.mark.verdict)
-        self.text(x + wide / 2, y + high + 0.2 * self.line, text, ha="center", va="top", color=colour)
 
     def _legend(self, y: float, alpha: float, colormap: str, contour: bool) -> None:
         wide = min(0.35 * self._width, 1.6)

@@ -26,6 +26,7 @@ from lvlm_probe.drawing import resample
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
 from lvlm_probe.files import in_the_way, write_whole
 from lvlm_probe.selection import TokenSelection
+from lvlm_probe.trace.clips import Clip, images_of
 from lvlm_probe.trace.parts import PIXEL_LIMIT
 from lvlm_probe.words import group_words, spelled
 
@@ -109,6 +110,11 @@ class HeatGrid:
     def __bool__(self) -> bool:
         return self.values is not None
 
+    @property
+    def target(self) -> int | Clip:
+        """What a mask is laid over to judge it, as ``image=`` of a replay."""
+        raise NotImplementedError
+
     def describe(self) -> dict[str, Any]:
         """Everything but the values; JSON-ready."""
         raise NotImplementedError
@@ -181,6 +187,29 @@ class HeatGrid:
             "history": [dict(record) for record in self.history],
             "reason": self.reason,
         }
+
+    def panel(self, score: drawing.Scored | None, image: Image.Image | None, row: str, col: str) -> drawing.Panel:
+        """This heatmap as a part of a figure.
+
+        Args:
+            score: what ``evaluate`` said of it.
+            image: image to draw on instead of the trace's.
+            row, col: texts of its row and column.
+
+        Raises:
+            ImageError: no image at hand, or one of another size.
+        """
+        raise NotImplementedError
+
+    def _on_panel(self, image: Image.Image, which: str, **shown: Any) -> drawing.Panel:
+        """A part of a figure with question, answer and verdict; ``which`` names it among several of a prompt."""
+        answer = []
+        for before, text, explained in explained_words(self.selection):
+            space = before[: len(before) - len(before.lstrip())]  # what else stands there shows nothing
+            answer.append((space + text, explained))
+        question = None if self.trace is None else self.trace.question or f"Prompt: {self.trace.prompt}"
+        shown["col"] += which
+        return drawing.Panel(image.convert("RGB"), question=question, answer=answer, reason=self.reason, **shown)
 
     def _values(self) -> np.ndarray:
         if self.values is None:
@@ -333,6 +362,18 @@ class Heatmap(HeatGrid):
             raise ImageError(f"the heatmap is of an image of {self.image_size} pixels; got one of {picture.size}")
         return picture
 
+    def panel(self, score: drawing.Scored | None, image: Image.Image | None, row: str, col: str) -> drawing.Panel:
+        several = 0 if self.trace is None else len(self.trace.images)
+        return self._on_panel(
+            self.picture_for(image),
+            f" · image {self.image_index + 1} of {several}" if several > 1 else "",
+            values=self.values,
+            row=row,
+            col=col,
+            seen=self.seen,
+            mark=drawing.mark_of(score),
+        )
+
     def figure(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -424,7 +465,7 @@ class Heatmap(HeatGrid):
 
 
 def figure(
-    heats: Heatmap | Sequence[Heatmap],
+    heats: HeatGrid | Sequence[HeatGrid],
     *,
     scores: drawing.Scored | Sequence[drawing.Scored | None] | None = None,
     images: Sequence[Image.Image] | None = None,
@@ -433,7 +474,8 @@ def figure(
     overwrite: bool | None = None,
     **look: Any,
 ) -> Figure:
-    """A figure for print of one or more heatmaps: words beside each other, methods below each other.
+    """A figure for print of one or more heatmaps: words beside each other, methods below each other; of a video a strip
+    of its frames over a curve of the heatmap in time.
 
     Question and answer with the explained words in colour, the verdict of each map or "not checked", a colour bar with
     its unit and a legend of the outline. Saved files carry their provenance in their own metadata.
@@ -458,9 +500,8 @@ def figure(
     """
     shown = list(heats) if isinstance(heats, Sequence) else [heats]
     for heat in shown:
-        if not isinstance(heat, Heatmap):
-            strip = "; save('map.png') draws a strip of frames" if isinstance(heat, HeatGrid) else ""
-            raise ExplainError(f"figure() shows heatmaps of images; got a {type(heat).__name__}{strip}")
+        if not isinstance(heat, HeatGrid):
+            raise ExplainError(f"figure() shows heatmaps; got a {type(heat).__name__}")
     nothing = [None] * len(shown)
     given: list[Any] = list(scores or nothing) if isinstance(scores, Sequence | None) else [scores]
     over: list[Any] = nothing if images is None else list(images)
@@ -469,16 +510,19 @@ def figure(
             raise ExplainError(f"figure() was given {len(shown)} heatmaps but {len(listed)} {name}: pass one for each")
     if out is not None and (there := in_the_way(Path(out), overwrite=overwrite)) is not None:
         raise ExplainError(there)
-    panels = [_panel(*one) for one in zip(shown, given, over, _places(shown), strict=True)]
+    panels = [
+        heat.panel(score, image, *place)
+        for heat, score, image, place in zip(shown, given, over, _places(shown), strict=True)
+    ]
     drawn = drawing.figure(panels, dpi=dpi, **look)
     if out is not None:
         drawing.save_figure(drawn, out, provenance={"heatmaps": [heat.describe() for heat in shown]}, dpi=dpi)
     return drawn
 
 
-def _places(heats: Sequence[Heatmap]) -> list[tuple[str, str]]:
+def _places(heats: Sequence[HeatGrid]) -> list[tuple[str, str]]:
     """Row and column of each heatmap's panel: methods below each other where words differ too, else beside."""
-    answers = [(str(heat.provenance.get("trace_id", "")), heat.image_index) for heat in heats]
+    answers = [(str(heat.provenance.get("trace_id", "")), images_of(heat.target).start) for heat in heats]
     methods = [str(heat.provenance.get("label") or heat.method) for heat in heats]
     words = [heat.selection.label or "whole answer" for heat in heats]
     several = len(set(methods)) > 1
@@ -501,27 +545,6 @@ def explained_words(selection: TokenSelection) -> list[tuple[str, str, bool]]:
         (before, text, not chosen.isdisjoint(range(word.start, word.stop)))
         for word, (before, text) in zip(words, texts, strict=True)
     ]
-
-
-def _panel(heat: Heatmap, score: Any, image: Image.Image | None, place: tuple[str, str]) -> drawing.Panel:
-    answer = []
-    for before, text, explained in explained_words(heat.selection):
-        space = before[: len(before) - len(before.lstrip())]  # what else stands there shows nothing
-        answer.append((space + text, explained))
-    question = None if heat.trace is None else heat.trace.question or f"Prompt: {heat.trace.prompt}"
-    several = 0 if heat.trace is None else len(heat.trace.images)
-    which = f" · image {heat.image_index + 1} of {several}" if several > 1 else ""
-    return drawing.Panel(
-        heat.picture_for(image).convert("RGB"),
-        heat.values,
-        row=place[0],
-        col=place[1] + which,
-        seen=heat.seen,
-        question=question,
-        answer=answer,
-        mark=drawing.mark_of(score),
-        reason=heat.reason,
-    )
 
 
 def _stored_size(value: Any) -> tuple[int, int]:

@@ -23,13 +23,15 @@ from lvlm_probe import drawing
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.files import write_whole
-from lvlm_probe.heatmap import PNG_KEY, HeatGrid, Heatmap
+from lvlm_probe.heatmap import PNG_KEY, HeatGrid, Heatmap, figure
 from lvlm_probe.images.clips import over_frames
 from lvlm_probe.selection import TokenSelection
 from lvlm_probe.trace.clips import Clip
 from lvlm_probe.trace.video_files import encode_video
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from lvlm_probe.trace import Trace
 
 __all__ = ["ClipHeatmap", "film_sheet"]
@@ -212,6 +214,42 @@ class ClipHeatmap(HeatGrid):
         self._curve(sheet, rows * row_height + _GAP, chosen)
         return sheet
 
+    def panel(self, score: drawing.Scored | None, image: Image.Image | None, row: str, col: str) -> drawing.Panel:
+        if image is not None:
+            raise ImageError("images= are of heatmaps of images; a video is drawn on the frames of its trace")
+        clips = 0 if self.trace is None else len(self.trace.clips)
+        which = f" · video from image {self.clip.first + 1}" if clips > 1 else ""
+        shown: dict[str, Any] = {"row": row, "col": col, "mark": drawing.mark_of(score), "values": None}
+        if self.values is not None:
+            peak = float(self.values.max())
+            frames = [(number, self.frame(number)) for number in self.clip.spread(_SHOWN)]
+            shown["frames"] = [
+                drawing.Panel(self.picture(number), heat.values, seen=heat.seen, col=self.when(number), peak=peak)
+                for number, heat in frames
+            ]
+            shown |= {"values": self.values.max(0), "curve": self.over_time.tolist(), "times": self.clip.times}
+        return self._on_panel(self.picture(0), which, **shown)
+
+    def figure(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        score: drawing.Scored | None = None,
+        **look: Any,
+    ) -> Figure:
+        """A figure for print: question, answer, a strip of frames with the heatmap over them, its mean over time,
+        verdict, colour bar; ``figure`` (the function) shows several.
+
+        Args:
+            path: where to save it (PDF, SVG, PNG or TIFF); by default nowhere.
+            score: what ``evaluate`` said of this heatmap; without it the figure says "not checked".
+            **look: ``width``, ``font_size``, ``colormap``, … of ``figure``.
+
+        Raises:
+            ImageError: no frames at hand.
+        """
+        return figure([self], scores=[score], out=path, **look)
+
     def save(
         self,
         path: str | os.PathLike[str],
@@ -282,16 +320,14 @@ class ClipHeatmap(HeatGrid):
             side: its longest side, pixels.
             **look: ``alpha``, ``colormap`` and ``mark`` of ``drawing.overlay``.
         """
-        highest = float(self._values().max()) or 1.0
+        peak = float(self._values().max())
         width, height = self.image_size
         scale = side / max(width, height)
         size = max(1, round(width * scale)), max(1, round(height * scale))
         frame = self.picture(number).resize(size, Image.Resampling.BICUBIC)
         heat = self.frame(number)
         assert heat.values is not None
-        values = (heat.values / highest).clip(0, 1)
-        contour = bool(values.max() > 0.5)  # half of the highest of all frames, which this one may not reach
-        return drawing.overlay(frame, values, seen=heat.seen, normalise=False, contour=contour, **look)
+        return drawing.overlay(frame, heat.values, seen=heat.seen, peak=peak, **look)
 
     def when(self, number: int) -> str:
         """When a frame is shown, in words: seconds, or its number where they are not known."""

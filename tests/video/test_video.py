@@ -261,6 +261,41 @@ def test_a_heatmap_is_saved_as_a_strip_and_as_an_animation(
     assert "data:image/png" in heat._repr_html_()
 
 
+def test_a_figure_has_a_strip_of_frames_and_the_curve_over_time(toy: ToyClip, tmp_path: Any) -> None:
+    toy.trace.question, few = "What is there?", {"size": (8, 4, 4)}
+    heat = probe.video.explain(toy, method="input_gradient", size=8, progress=False)
+    other = probe.video.explain(toy, method="occlusion", lasting=2, progress=False, **few)
+    drawn = heat.figure(tmp_path / "map.pdf", dpi=72)
+    assert b"input_gradient" in (tmp_path / "map.pdf").read_bytes()
+    strip, (curve,) = drawn.axes[:8], [axes for axes in drawn.axes if axes.lines]
+    (line,) = curve.lines
+    assert np.array_equal(line.get_xdata(), toy.clips[0].times)
+    assert np.allclose(line.get_ydata(), heat.over_time)
+    assert [text.get_text() for text in drawn.texts].count("2.5 s") == 1
+    tops = [axes.get_position().y1 for axes in strip]
+    assert len(set(tops)) == 2 and tops == sorted(tops, reverse=True)  # six beside each other, two below
+    painted = [axes.images[0].get_array() for axes in strip]
+    ground = [np.asarray(image, float)[0, 0] for image in toy.trace.images]
+    changed = [np.abs(pixels - colour).max() > 2 for pixels, colour in zip(painted, ground, strict=True)]
+    assert changed == [number in (4, 5) for number in range(8)]  # each stretched by the highest of all
+    both = probe.figure([heat, other], scores=[probe.evaluate(heat, toy, progress=False), None], dpi=72)
+    texts = [text.get_text() for text in both.texts]
+    assert any("holds up" in text for text in texts) and "not checked  4 × 4 cells" in texts
+    assert len([axes for axes in both.axes if axes.lines]) == 2
+
+
+def test_a_frame_is_outlined_at_half_of_the_highest_of_all(toy: ToyClip) -> None:
+    toy.trace.question, values = "Where?", np.zeros((8, 8, 8), np.float32)
+    values[2, :, :4], values[2, :, 4:], values[5, 3, 3] = 0.45, 0.6, 1.0
+    heat = ClipHeatmap(values, (48, 48), toy.clips[0], trace=toy.trace)
+    frame = heat.frame(2).overlay(mark=False, normalise=False, contour=False)
+    outline = np.abs(np.asarray(heat.shown(2, 48), int) - np.asarray(frame, int)).sum(2).any(0)
+    # Between 0.45 and 0.6, one pixel on either side; half of its own highest is 0.3.
+    assert 0 < outline.sum() <= 2 and 20 <= np.flatnonzero(outline).min() <= np.flatnonzero(outline).max() <= 27
+    painted = heat.figure(dpi=72, contour=False).axes[2].images[0].get_array()
+    assert np.abs(painted[0, -1].astype(int) - np.asarray(frame, int)[0, -1]).max() <= 1
+
+
 def frames_of(movie: Image.Image) -> list[Image.Image]:
     shown = []
     for number in range(movie.n_frames):
@@ -358,12 +393,12 @@ def test_what_does_not_explain_by_a_video_says_so(toy: ToyClip) -> None:
         probe.evaluate(probe.video.explain(toy, method="input_gradient", progress=False), toy, grid=4)
 
 
-def test_pages_that_do_not_know_of_time_say_so(toy: ToyClip, tmp_path: Any) -> None:
+def test_what_cannot_be_shown_of_a_video_says_so(toy: ToyClip, tmp_path: Any) -> None:
     heat = probe.video.explain(toy, method="input_gradient", size=8, progress=False)
     with pytest.raises(ReportError, match="shows one of the two"):
         probe.report([heat, heat.frame(0)], out=tmp_path / "report.html")  # type: ignore[list-item]
-    with pytest.raises(ExplainError, match="a strip of frames"):
-        probe.figure(heat)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match="drawn on the frames of its trace"):
+        probe.figure(heat, images=[toy.trace.images[0]])
     with pytest.raises(ExplainError, match="not planned yet"):
         planning.plan_for(toy, "igos++", {})  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
