@@ -21,6 +21,7 @@ torch and transformers are imported inside the commands that need them, so that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -147,10 +148,16 @@ def _taken_out(given: list[str]) -> tuple[list[str], bool, int]:
     return rest or (["--help"] if said else []), "--debug" in said, level
 
 
+@functools.cache
+def _command_line() -> Any:
+    """The commands as they are parsed. Made once: typer reads the signature of every command for it, a tenth of a second."""
+    return typer.main.get_command(app)
+
+
 def _run(arguments: list[str]) -> int:
     """The exit code of a command; an error on the command line is shown with what stands there made safe."""
     try:
-        return int(app(args=arguments, prog_name="lvlm-probe", standalone_mode=False) or 0)
+        return int(_command_line()(args=arguments, prog_name="lvlm-probe", standalone_mode=False) or 0)
     except typer.Abort:
         return 130
     except Exception as error:
