@@ -103,9 +103,10 @@ def pointing_game(heat: Heatmap | np.ndarray, region: Region, *, tolerance: int 
     """
     values, inside = _aligned(heat, region)
     if tolerance > 0:
-        wide = functional.max_pool2d(
-            torch.from_numpy(inside)[None, None].float(), 2 * tolerance + 1, stride=1, padding=tolerance
-        )
+        side, wide = 2 * tolerance + 1, torch.from_numpy(inside)[None, None].float()
+        # A square's maximum is that of its columns' maxima: 2 · side comparisons per pixel instead of side².
+        wide = functional.max_pool2d(wide, (side, 1), stride=1, padding=(tolerance, 0))
+        wide = functional.max_pool2d(wide, (1, side), stride=1, padding=(0, tolerance))
         inside = wide[0, 0].numpy() > 0
     return _pointing(values, inside)
 
