@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lvlm_probe import causal, demo, errors, metrics, sanity, study, video
     from lvlm_probe.asking import Answer, ask
     from lvlm_probe.errors import ProbeError, ProbeWarning
+    from lvlm_probe.evidence import Edit, edit
     from lvlm_probe.explainers import Outcome, Problem, explain, methods, register_explainer
     from lvlm_probe.heatmap import Heatmap, figure
     from lvlm_probe.importing import import_answers
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "Edit",
     "Heatmap",
     "Outcome",
     "Probe",
@@ -68,6 +70,7 @@ __all__ = [
     "compare",
     "connect",
     "demo",
+    "edit",
     "errors",
     "evaluate",
     "explain",
@@ -102,6 +105,8 @@ _HOMES = {
     "open_image": "trace.image_files",
     "ProbeError": "errors",
     "ProbeWarning": "errors",
+    "Edit": "evidence",
+    "edit": "evidence",
     "Outcome": "explainers",
     "Problem": "explainers",
     "explain": "explainers",

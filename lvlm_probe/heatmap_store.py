@@ -21,6 +21,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -190,6 +191,12 @@ class MapFile:
     def write_score(self, score: Score) -> None:
         """Write the score, complete or not at all."""
         write_record(self.score_path, score.to_dict())
+
+    def rewrite(self, heat: Heatmap | ClipHeatmap) -> None:
+        """The map with what was added to its provenance, of the age it was: maps are shown in the order of making."""
+        made = self.path.stat()
+        heat.write(self.path)
+        os.utime(self.path, ns=(made.st_atime_ns, made.st_mtime_ns))
 
     def draw(self, heat: Heatmap | ClipHeatmap, score: Score | None) -> None:
         """Draw the overlay with the score's verdict, where there are values to draw."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -117,15 +116,8 @@ def _checked(replay: Replay, item: MapFile, wanted: dict[str, dict[str, Any]]) -
         with bar(f"checking {name}") as progress:
             results[name] = getattr(run, name)(replay, heat, progress=progress, **options)
         kept = results[name].attached(kept)
-    _rewrite(item, kept)
+    item.rewrite(kept)
     return results
-
-
-def _rewrite(item: MapFile, heat: Heatmap) -> None:
-    """The map with its checks, of the age it was: maps are shown in the order in which they were made."""
-    made = item.path.stat()
-    heat.write(item.path)
-    os.utime(item.path, ns=(made.st_atime_ns, made.st_mtime_ns))
 
 
 def _show(results: dict[str, SanityCheck]) -> None:

@@ -5,6 +5,7 @@
 * ``tube_pointing``, ``tube_energy``, ``tube_iou``, ``temporal_pointing``, ``temporal_iou``: of videos, against a known
   region in time and space, or known frames.
 * ``human_agreement``, ``rank_correlation``, ``auc_judd``, ``nss``: against where people looked.
+* ``amcr``, ``csr``: of regions that correct an answer (``probe.edit``), how large they are.
 * ``bootstrap_ci``, ``paired_difference``, ``permutation_test``, ``mixed_effects``, ``mean_and_error``, ``auroc``: over
   samples.
 
@@ -36,8 +37,10 @@ from lvlm_probe.metrics.statistics import (
     MeanAndError,
     MixedEffects,
     PermutationTest,
+    amcr,
     auroc,
     bootstrap_ci,
+    csr,
     mean_and_error,
     mixed_effects,
     paired_difference,
@@ -54,12 +57,14 @@ __all__ = [
     "Score",
     "Similarity",
     "Verdict",
+    "amcr",
     "auc_judd",
     "auroc",
     "average_precision",
     "bootstrap_ci",
     "boxes_to_mask",
     "compare_maps",
+    "csr",
     "energy_in_region",
     "evaluate",
     "human_agreement",

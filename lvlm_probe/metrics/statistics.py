@@ -2,6 +2,7 @@
 
 * ``bootstrap_ci``, ``paired_difference``: intervals; need numpy only.
 * ``permutation_test``: paired, by flipping signs; scipy's.
+* ``amcr``, ``csr``: of regions that flip an answer, how large they are.
 * ``mixed_effects``: does scale, or architecture, change a score that was taken on the same samples? statsmodels'.
 """
 
@@ -24,8 +25,10 @@ __all__ = [
     "MeanAndError",
     "MixedEffects",
     "PermutationTest",
+    "amcr",
     "auroc",
     "bootstrap_ci",
+    "csr",
     "mean_and_error",
     "mixed_effects",
     "paired_difference",
@@ -147,6 +150,36 @@ def auroc(positives: Sequence[float] | np.ndarray, negatives: Sequence[float] | 
     order = np.sort(below)
     beaten, not_above = (np.searchsorted(order, above, side=side) for side in ("left", "right"))
     return float((beaten + not_above).mean() / (2 * below.size))
+
+
+def amcr(areas: Sequence[float | None]) -> float:
+    """Average minimal correction region: mean area that has to be taken away before a wrong answer is put right.
+
+    Chen et al., 2025 (EAGLE, arXiv 2509.22496). The smaller, the better a map of the wrong word names its cause.
+
+    Args:
+        areas: of each sample the smallest share of the image whose removal corrects it, in [0, 1], ``Edit.correction``;
+            ``None`` where none does, which counts as the whole image.
+
+    Returns:
+        in [0, 1]; NaN without samples.
+    """
+    return float(np.mean([1.0 if area is None else area for area in areas])) if areas else math.nan
+
+
+def csr(areas: Sequence[float | None], *, budget: float = 0.1) -> float:
+    """Correction success rate: share of wrong answers that are put right by at most ``budget`` of the image (CSR@10 %).
+
+    Chen et al., 2025. Samples that no region corrects count as failures; the authors' script leaves them out.
+
+    Args:
+        areas: as for ``amcr``.
+        budget: share of the image, in [0, 1].
+
+    Returns:
+        in [0, 1]; NaN without samples.
+    """
+    return float(np.mean([area is not None and area <= budget for area in areas])) if areas else math.nan
 
 
 def bootstrap_ci(

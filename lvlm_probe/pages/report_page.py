@@ -127,7 +127,8 @@ def _summary(samples: Sequence[Mapping[str, Any]]) -> str:
     for sample in samples:
         verdict = sample["maps"][0]["verdict"]
         checks = [f"{line['title']}. {line['reason']}" for line in sample["maps"][0]["sanity"]]
-        said = " ".join([verdict["title"], *verdict["reasons"], *checks])
+        edits = [line["sentence"] for line in sample["maps"][0]["edits"]]
+        said = " ".join([verdict["title"], *verdict["reasons"], *checks, *edits])
         rows.append(
             f"<p><b>{html.escape(sample['question'] or 'Question not known')}</b><br>"
             f"{html.escape(sample['answer'] or 'Answer not known')}<br>{html.escape(said)}</p>"

@@ -16,6 +16,7 @@ from lvlm_probe.errors import ProbeError
 from lvlm_probe.images import make_baseline
 from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY
 from lvlm_probe.pages.data_uris import data_uri, encode_seen, encode_values, shrink
+from lvlm_probe.pages.edits import edits_of
 from lvlm_probe.pages.plain import nats, plain, probability, without_folders
 from lvlm_probe.words import Word, group_words, spelled, told_apart
 
@@ -192,12 +193,13 @@ def _map(
         "scoring": None if score is None else _without_curves(score),
         "verdict": verdict_of(heat, score),
         "sanity": sanity_of(heat),
+        "edits": edits_of(heat, pictures),
         "provenance": {
             "method": str(heat.method),
             "parameters": plain(dict(heat.params)),
             "selection": {"rule": str(selection.rule), **plain(dict(selection.params))},
             "image_index": int(heat.image_index),
-            **{str(key): plain(value) for key, value in heat.provenance.items() if key != "sanity"},
+            **{str(key): plain(value) for key, value in heat.provenance.items() if key not in ("sanity", "edits")},
         },
     }
 

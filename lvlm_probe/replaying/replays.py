@@ -482,6 +482,32 @@ class Replay(Views):
         shapes), ``(1, step)``; differentiable in them when gradients are enabled."""
         return self._run(dict(pixel_inputs), 1)
 
+    def asked(
+        self, mask: torch.Tensor | None = None, *, image: int | Clip | None = None, mode: Mode = "fast"
+    ) -> dict[str, Any]:
+        """The arguments by which ``generate()`` is asked again, with a masked image.
+
+        Args:
+            mask: one mask, as for ``log_probs``; ``None`` is the whole image.
+            image, mode: as for ``log_probs``.
+
+        Raises:
+            MaskError: wrong shape, type or range.
+            ReplayError: the model is another package's, whose own call alone is known to it.
+        """
+        if isinstance(self.model, Driver):
+            raise ReplayError(
+                f"{type(self.model.original).__name__} generates in a way of its own: ask it again yourself, with "
+                "attach(model, processor).masked(mask) around your call of generate()"
+            )
+        if mask is None:
+            pixels = self.path.inputs
+        else:
+            pixels = self.path.apply(self._batch_of(mask, image), image=image, mode=mode)
+        fed = {name: self._placed(name, value, 1) for name, value in pixels.items() if name in self._fed}
+        fed = {name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in fed.items()}
+        return {**self._forcing.asked(), **fed}
+
     def masked_pass(self, mask: torch.Tensor, shortcut: Shortcut | None = None) -> torch.Tensor:
         """log P(a_t) under one mask ``(1, image, row, col)``, ``(1, step)``, in one pass as it comes: nothing is done
         about memory. What ``shortcut`` leaves out is NaN."""

@@ -219,6 +219,13 @@ class TeacherForcing:
         """Number of positions of the sequence that it takes to predict ``steps``."""
         return self.length - self.steps + steps[-1] + 1
 
+    def asked(self) -> dict[str, Any]:
+        """What ``generate()`` is given beside pixels, the answer not yet said: of one prompt, on the device."""
+        start = self.length - self.steps + 1
+        asked = {n: value[:, :start] if n in self._answering else value for n, value in self._sequence.items()}
+        asked |= {name: _to(value, self.device) for name, value in self._other.items()}
+        return asked | {name: asked[name].tolist() for name in self._lists & asked.keys()}
+
     @property
     def names(self) -> frozenset[str]:
         """Names of the inputs beside pixels."""

@@ -3,7 +3,7 @@
 // ---------------------------------------------------------------- verdict, curves, scores
 
 function drawVerdict() {
-  const { verdict, sanity } = current();
+  const { verdict, sanity, edits } = current();
   page.verdict.className = `banner ${verdict.state}`;
   page.verdict.dataset.state = verdict.state;
   page.verdict.replaceChildren(make("strong", { textContent: verdict.title }));
@@ -22,6 +22,22 @@ function drawVerdict() {
       ),
     ),
   );
+  page.edits.hidden = !edits.length;
+  page.edits.replaceChildren(...edits.map(drawEdit));
+}
+
+/** What the model says with a region taken away: the image it saw, its answer, and the words that changed. */
+function drawEdit({ src, lead, answer, same, flipped, changes, notes }) {
+  const said = same
+    ? make("p", { textContent: "it says the same." })
+    : make("p", {}, "it says ", make("q", { dir: "auto", textContent: answer }));
+  const words = changes.map(([before, after]) =>
+    make("span", {}, make("del", { textContent: before || "nothing" }), " → ", make("ins", { textContent: after || "nothing" })),
+  );
+  const text = make("figcaption", {}, make("b", { textContent: lead }), said, ...words);
+  if (!same && !flipped) text.append(make("p", { textContent: "The explained words stay." }));
+  text.append(...notes.map((note) => make("p", { textContent: note })));
+  return make("figure", {}, ...(src ? [make("img", { src, alt: `${lead}: what the model saw` })] : []), text);
 }
 
 function interpolate(xs, ys, x) {
