@@ -33,7 +33,9 @@ def edits_of(heat: Heatmap | ClipHeatmap, pictures: Sequence[Image.Image]) -> li
         if not isinstance(record, Mapping) or record.get("kind") not in ("remove", "keep"):
             continue
         sentence = str(record.get("sentence") or "")[:_LONGEST]
-        changes = record.get("changes")
+        changes, notes = (
+            value if isinstance(value, list | tuple) else () for value in (record.get("changes"), record.get("notes"))
+        )
         found.append(
             {
                 "src": _shown(heat, record, pictures),
@@ -43,10 +45,10 @@ def edits_of(heat: Heatmap | ClipHeatmap, pictures: Sequence[Image.Image]) -> li
                 "flipped": record.get("flipped") is True,
                 "changes": [
                     [str(part)[:200] for part in pair][:2]
-                    for pair in (changes if isinstance(changes, list | tuple) else ())
+                    for pair in changes
                     if isinstance(pair, list | tuple) and len(pair) == 2
                 ],
-                "notes": [str(note)[:_LONGEST] for note in record.get("notes") or ()][:4],
+                "notes": [str(note)[:_LONGEST] for note in notes[:4]],
                 "sentence": sentence,
             }
         )
