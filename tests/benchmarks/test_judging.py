@@ -221,6 +221,7 @@ def test_stored_images_are_judged_as_scenes_are(
 ) -> None:
     names = ["center", "input_gradient", "random", tournament.GROUND_TRUTH]
     common = ["x", "--scenes", "3", "--methods", ",".join(names), "--no-causal", "--memory", "0", "--against", "center"]
+    common += ["--held-out", "blank", "--adaptive", "0.04"]
     few = ["--few", "random", "--few-scenes", "1"]
     for more in (
         ["--cases", str(cases_folder), *few, "--out", str(tmp_path / "stored")],
