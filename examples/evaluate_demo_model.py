@@ -2,11 +2,12 @@
 
     python examples/evaluate_demo_model.py [--json]
     python examples/evaluate_demo_model.py --model examples/hard_model --hard
+    python examples/evaluate_demo_model.py --model examples/video_model --clips     # needs torchvision
 
 Every answer is generated greedily through the real processor and ``generate()``. Printed are, per kind of question, the
 share of answers that equal the true sentence, with a 95 % Wilson interval; and on other scenes, with every generated
 answer kept, how well LLR = log P(word | picture) - log P(word | blurred picture), summed over a word's pieces, parts
-the words in visual slots from all others (AUROC, 95 % bootstrap interval over scenes).
+the words in visual slots from all others (AUROC, 95 % bootstrap interval over scenes; not of clips).
 """
 
 from __future__ import annotations
@@ -43,22 +44,31 @@ class Word:
         return self.log_prob - self.baseline_log_prob
 
 
-def generate(model: Any, processor: Any, scenes: Sequence[demo.Scene], *, batch: int = 50) -> list[list[int]]:
+def generate(
+    model: Any, processor: Any, scenes: Sequence[demo.Scene | demo.ClipScene], *, batch: int = 50
+) -> list[list[int]]:
     """Greedy answers as token ids, without padding, the end token included."""
     answers: list[list[int]] = []
     for start in range(0, len(scenes), batch):
         part = scenes[start : start + batch]
-        inputs = encode(processor, part, [scene.image for scene in part])
+        inputs = encode(processor, part)
         with torch.inference_mode():
             rows = model.generate(**inputs, max_new_tokens=24)[:, inputs["input_ids"].shape[1] :]
         answers += [[t for t in row if t != processor.tokenizer.pad_token_id] for row in rows.tolist()]
     return answers
 
 
-def encode(processor: Any, scenes: Sequence[demo.Scene], images: Sequence[Image.Image]) -> Any:
-    """The processor's inputs for the scenes' questions about the given pictures."""
+def encode(
+    processor: Any, scenes: Sequence[demo.Scene | demo.ClipScene], images: Sequence[Image.Image] | None = None
+) -> Any:
+    """The processor's inputs for the questions of scenes or clips, about their own or the given pictures."""
     prompts = [processor.apply_chat_template(scene.messages, add_generation_prompt=True) for scene in scenes]
-    return processor(images=list(images), text=prompts, return_tensors="pt", padding=True)
+    shown = {
+        "images": images or [scene.image for scene in scenes if isinstance(scene, demo.Scene)],
+        "videos": [scene.pixels for scene in scenes if isinstance(scene, demo.ClipScene)],
+    }
+    given = {name: list(values) for name, values in shown.items() if values}
+    return processor(**given, text=prompts, return_tensors="pt", padding=True)
 
 
 def blurred(image: Image.Image, sigma: float) -> Image.Image:
@@ -116,11 +126,14 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def exact_match(model: Any, processor: Any, *, n: int, seed: int, hard: bool) -> dict[str, dict[str, Any]]:
-    """Per kind: exact matches among `n` held-out scenes, the interval, and some wrong answers."""
+def exact_match(
+    model: Any, processor: Any, *, n: int, seed: int, hard: bool = False, clips: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Per kind: exact matches among `n` held-out scenes or clips, the interval, and some wrong answers."""
     table: dict[str, dict[str, Any]] = {}
-    for kind in demo.HARD_KINDS if hard else demo.KINDS:
-        scenes = demo.scenes(n, seed=seed, split="eval", kinds=[kind], hard=hard)
+    for kind in demo.CLIP_KINDS if clips else demo.HARD_KINDS if hard else demo.KINDS:
+        drawn: dict[str, Any] = {"seed": seed, "split": "eval", "kinds": [kind]}
+        scenes: Sequence[Any] = demo.clips(n, **drawn) if clips else demo.scenes(n, **drawn, hard=hard)
         said = processor.batch_decode(generate(model, processor, scenes), skip_special_tokens=True)
         wrong = [(s.question, s.answer, a.strip()) for s, a in zip(scenes, said, strict=True) if s.answer != a.strip()]
         right = n - len(wrong)
@@ -174,21 +187,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--clips", action="store_true", help="ask about clips; the LLR is left out")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     started = time.time()
     model, processor = probe.load(options.model)
-    kinds = exact_match(model, processor, n=options.n, seed=options.seed, hard=options.hard)
-    llr = llr_figures(
+    kinds = exact_match(model, processor, n=options.n, seed=options.seed, hard=options.hard, clips=options.clips)
+    llr = {} if options.clips else llr_figures(
         model, processor, n=options.llr_scenes, seed=options.seed + 1, sigma=options.sigma, hard=options.hard
-    )
+    )  # fmt: skip
     figures = {"exact_match": kinds, "llr": llr, "seconds": time.time() - started}
     if options.json:
         print(json.dumps(figures, indent=2))
         return 0
-    print(f"{'kind':8} {'n':>5}  exact   95 % interval")
+    print(f"{'kind':10} {'n':>5}  exact   95 % interval")
     for kind, row in kinds.items():
-        print(f"{kind:8} {row['n']:5}  {row['exact']:.4f}  {row['interval'][0]:.3f} - {row['interval'][1]:.3f}")
+        print(f"{kind:10} {row['n']:5}  {row['exact']:.4f}  {row['interval'][0]:.3f} - {row['interval'][1]:.3f}")
+    if not llr:
+        return 0
     low, high = llr["auroc_interval"]
     print(
         f"\nLLR on {llr['scenes']} scenes, all generated answers kept, blur sigma {llr['sigma']:g} of the side:\n"

@@ -1,6 +1,7 @@
 """Draws the README's picture: three answers of the embedded model, each with the region behind its words.
 
 python examples/overview_picture.py --out docs/overview.jpg
+python examples/overview_picture.py --clips --out docs/video.jpg    # of videos, frame by frame; takes torchvision
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from matplotlib import pyplot
 from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea
 
 import lvlm_probe as probe
+from lvlm_probe.video import ClipHeatmap
 
 SCENES = (("colour", 0), ("where", 4), ("count", 5))  # kind, index of the held-out scene
+CLIPS = (("order", 1), ("direction", 1), ("appearance", 2))
+VIDEO_MODEL = Path(__file__).parent / "video_model"
 
 
 def explained(model: Any, processor: Any, kind: str, start: int, directory: str) -> tuple[Any, Any, Any]:
@@ -67,11 +71,44 @@ def draw(items: list[tuple[Any, Any, Any]], out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
+def draw_clips(model: Any, processor: Any, out: Path) -> None:
+    """For each clip a strip of its frames under the heatmap, and below it the heatmap's share in each frame."""
+    matplotlib.rcParams["font.family"] = "DejaVu Sans"
+    figure = pyplot.figure(figsize=(12, 2.55 * len(CLIPS)), facecolor="white")
+    for part, (kind, start) in zip(figure.subfigures(len(CLIPS), 1), CLIPS, strict=True):
+        clip = probe.demo.clips(1, kinds=[kind], start=start)[0]
+        answer = probe.ask(model, processor, video=clip.pixels, question=clip.question)
+        heat = answer.explain()
+        assert isinstance(heat, ClipHeatmap)
+        shares = heat.over_time / heat.over_time.sum()
+        axes = part.subplots(2, len(shares), height_ratios=(3.4, 1), sharey="row")
+        part.subplots_adjust(left=0.065, right=0.99, top=0.9, bottom=0.1, wspace=0.05, hspace=0.06)
+        part.suptitle(f"{clip.question}   {answer.text.strip()}", fontsize=12, x=0.065, y=0.965, ha="left")
+        for number, (above, below) in enumerate(axes.T):
+            above.imshow(heat.shown(number, 240, mark=None))
+            if clip.moments[number]:
+                whole = (0, 240, 0, 240)
+                above.contour(clip.mask[number], [0.5], colors="white", linewidths=1, linestyles=":", extent=whole)
+            above.set_axis_off()
+            below.bar(0, shares[number], color="#c2410c" if clip.moments[number] else "#999999")
+            below.set(xticks=[0], xticklabels=[f"frame {number}"], xlim=(-0.6, 0.6))
+            below.spines[["top", "right", "left"]].set_visible(False)
+            below.tick_params(left=number == 0, length=0, labelsize=9)
+            below.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
 def main() -> None:
     """Explain and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/overview.jpg"))
+    parser.add_argument("--clips", action="store_true", help="clips and examples/video_model instead")
     options = parser.parse_args()
+    if options.clips:
+        draw_clips(*probe.load(VIDEO_MODEL), options.out)
+        print(options.out)
+        return
     model, processor = probe.demo.load()
     with tempfile.TemporaryDirectory() as directory:
         draw([explained(model, processor, kind, index, directory) for kind, index in SCENES], options.out)

@@ -51,6 +51,7 @@ from judging import (
     figure,
     fill,
     holm,
+    sampling,
     shown,
     values_of,
     weights_digest,
@@ -73,7 +74,11 @@ GRID = (8, 12, 12)
 TOLERANCE = 4  # pixels of 84: the same part of a frame as 15 of 336, which scenes are judged with
 JUDGES = ("gain", "deletion", "insertion", "pointing", "energy", "pointing_in_time", "iou_in_time")
 LEADER = "igos++"
-SETTINGS: dict[str, dict[str, Any]] = {"rise": {"masks": 600}}
+WITHIN = 0.01  # how far an area may be off by drawing a quarter of the points
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rise": {"masks": 600},
+    "greedy": {"segments": "grid", "regions": (4, 4), "stretches": 4},
+}
 VARIANTS: dict[str, dict[str, Any]] = {"igos++ (fast)": {"method": "igos++", "preset": "fast"}}
 FLOORS = ("center", "random")
 TRUTH = "ground truth"
@@ -185,7 +190,7 @@ def measure(case: ClipCase, make: Callable[[ClipCase], ClipHeatmap]) -> Line:
     ranked = replace(heat, values=values, seen=np.ones(GRID, dtype=bool))
     score = probe.evaluate(
         ranked, replay, baseline=case.replay.baseline, steps=STEPS, tie_orders=TIE_ORDERS, center=False,
-        shared=case.shared, progress=False,
+        shared=case.shared, progress=False, **sampling(WITHIN),
     )  # fmt: skip
     judged = {name: getattr(score, name) for name in ("gain", "deletion", "insertion")}
     return {**cost, "shape": list(heat.values.shape), **judged, **placed(heat, case.clip.mask)}
@@ -207,7 +212,7 @@ def placed(heat: ClipHeatmap, mask: np.ndarray) -> Line:
 
 def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Callable[[ClipCase], ClipHeatmap]]) -> None:
     """Makes the lines that are missing, of the clips of this shard."""
-    protocol = GRID, STEPS, TIE_ORDERS, TOLERANCE, weights_digest(arguments.model), arguments.split
+    protocol = GRID, STEPS, TIE_ORDERS, TOLERANCE, WITHIN, weights_digest(arguments.model), arguments.split
     keys = {name: digest(name, SETTINGS.get(name, VARIANTS.get(name, {})), *protocol) for name in chosen}
     model, processor = probe.load(arguments.model)
     skipped: Counter[str] = Counter()
@@ -219,6 +224,7 @@ def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Calla
     with tqdm(total=total, unit="map", smoothing=0, mininterval=5) as bar:
         for number, case in enumerate(found):
             facts = {"scene": case.clip.index, "number": number, "kind": case.clip.kind, "answer": case.clip.answer}
+            facts["baseline"] = dict(case.replay.baseline)
             for name, make in chosen.items() if number % shards == shard else ():
                 if number >= wanted[name]:
                     continue

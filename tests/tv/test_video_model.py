@@ -17,9 +17,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import lvlm_probe as probe
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import evaluate_demo_model as evaluation
 import train_demo_model as recipe
 import train_video_model as video
 
+SHIPPED = Path(video.__file__).parent / "video_model"
 SHORT = ("--family", "video", "--threads", "1", "--scale", "0.001", "--video-pool", "8000", "--check", "2",
          "--video-steps", "2000", "3000", "4000")  # fmt: skip
 
@@ -105,7 +107,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
     made = tmp_path / "whole"
-    assert sum(file.stat().st_size for file in made.iterdir()) < 2_100_000
+    assert sum(file.stat().st_size for file in made.iterdir()) <= 2 * 2**20
     assert json.loads((made / "config.json").read_text())["dtype"] == "float32"
     explain_a_clip(made, tmp_path / "runs")
 
@@ -126,3 +128,13 @@ def explain_a_clip(path: Path, runs: Path) -> None:
     assert np.array_equal(shown, clip.pixels)  # at the model's own size: not a pixel is lost
     heat = probe.video.explain(replay, method="input_gradient", tokens=(0, 2), progress=False)
     assert heat.values is not None and heat.values.shape[0] == 8
+
+
+def test_the_shipped_model_knows_what_it_is_asked() -> None:
+    """A few of the clips that docs/video.md counts; two hundred of each kind are above these floors by themselves."""
+    model, processor = probe.load(SHIPPED)
+    found = evaluation.exact_match(model, processor, n=30, seed=5, clips=True)
+    exact = {kind: row["exact"] for kind, row in found.items()}
+    assert exact["appearance"] + exact["colour"] >= 2 * 0.9
+    assert exact["direction"] + exact["order"] >= 2 * 0.85
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= 2 * 2**20
