@@ -150,7 +150,7 @@ def _taken_out(given: list[str]) -> tuple[list[str], bool, int]:
 
 @functools.cache
 def _command_line() -> Any:
-    """The commands as they are parsed. Made once: typer reads the signature of every command for it, a tenth of a second."""
+    """The commands as they are parsed; made once, as typer reads the signature of every command for it."""
     return typer.main.get_command(app)
 
 

@@ -195,7 +195,17 @@ def test_it_is_kept_with_the_map_and_shown_on_the_page(asked: Asked, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "record", [3, None, [3], [{}], [{"kind": "say"}], {"kind": "remove"}, [{"kind": "keep", "cells": -4, "changes": 9, "notes": 5}]]
+    "record",
+    [
+        3,
+        None,
+        [3],
+        [{}],
+        [{"kind": "say"}],
+        {"kind": "remove"},
+        [{"kind": "keep", "cells": -4, "changes": 9}],
+        [{"kind": "keep", "notes": 5}],
+    ],
 )
 def test_what_a_file_claims_of_edits_is_shown_only_if_it_is_one(asked: Asked, record: object) -> None:
     heat = dataclasses.replace(asked.heat, provenance={**asked.heat.provenance, "edits": record})
