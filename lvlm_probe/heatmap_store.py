@@ -5,6 +5,7 @@ For one trace, all of this stands in ``explanations/`` beside the trace file::
     cat_what-colour-is-the-cat_igos++_red.46bcba4a.h5            the heatmap
     cat_what-colour-is-the-cat_igos++_red.46bcba4a.png           the overlay, to look at
     cat_what-colour-is-the-cat_igos++_red.46bcba4a.score.json    deletion, insertion, verdict
+    clip_red.0c29e1b4.order.json                                 of a video: whether "red" needs the order of frames
 
 The name is for a person: the image's file, the question, the method, the words. The digest is over everything that
 decides the values, the trace included, so a file that exists *is* the result, and an interrupted run goes on where it
@@ -39,7 +40,7 @@ from lvlm_probe.progress import ProgressChoice
 from lvlm_probe.replaying import Replay
 from lvlm_probe.serving.journal import Journal
 from lvlm_probe.trace import Trace, open_trace
-from lvlm_probe.video import ClipHeatmap
+from lvlm_probe.video import ClipHeatmap, Order
 from lvlm_probe.video import explain as explain_clip
 
 if TYPE_CHECKING:
@@ -55,9 +56,11 @@ __all__ = [
     "is_map",
     "map_name",
     "not_made",
+    "orders_of",
     "read_record",
     "reason_of",
     "score_one",
+    "write_order",
     "write_record",
 ]
 
@@ -66,6 +69,7 @@ FOLDER = "explanations"
 LARGEST_RECORD = 64 * 2**20
 """Bytes of a JSON record; a score with its curves, or a unit of a study, takes thousands."""
 
+_ORDER = ".order.json"
 _MASKS = ".masks.jsonl"
 """Ending of what an unfinished map has learnt so far."""
 
@@ -315,6 +319,36 @@ def reason_of(error: Exception) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- finding them
+
+
+def write_order(order: Order, trace: Trace) -> Path:
+    """Keep what an answer needs of a video's time, where ``orders_of`` finds it; returns the file."""
+    digest = hashlib.sha256(json.dumps([order.trace_id, order.text]).encode()).hexdigest()[:8]
+    path = trace.explanations_dir / f"{_for_a_name(trace.path.stem)}_{_for_a_name(order.text)}.{digest}{_ORDER}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_record(path, order.to_dict())
+    return path
+
+
+def orders_of(found: Iterable[MapFile]) -> list[Order]:
+    """Return what is kept on the order of frames, of the answers about videos that these maps explain.
+
+    Raises:
+        ProbeError: what is kept is damaged.
+    """
+    traces = {
+        heat.trace.trace_id: heat.trace for item in found if isinstance(heat := item.read(), ClipHeatmap) and heat.trace
+    }
+    orders = []
+    folders = dict.fromkeys(trace.explanations_dir for trace in traces.values())
+    for path in (file for folder in folders for file in _by_age(folder.glob(f"*{_ORDER}"))):
+        try:
+            order = Order.from_dict(read_record(path) or {})
+        except ProbeError as error:
+            raise ProbeError(f"{path} cannot be read ({error}); delete it and run lvlm-probe frames again") from error
+        if order.trace_id in traces:
+            orders.append(order)
+    return orders
 
 
 def find_maps(paths: Sequence[Path]) -> list[MapFile]:

@@ -155,10 +155,11 @@ def evaluate(
     from lvlm_probe.heatmap_store import by_trace, find_maps, score_one
 
     found = find_maps(paths)
-    own_baseline = baseline_from(baseline)
+    of_traces = by_trace(found)
+    own_baseline = baseline_from(baseline, video=all(trace.clips for trace, _ in of_traces))
     done: list[MapFile] = []
     try:
-        for trace, items in by_trace(found):
+        for trace, items in of_traces:
             replay = open_replay(trace, *models.of(trace))
             if own_baseline is not None:
                 replay = replay.over(own_baseline)

@@ -147,7 +147,6 @@ def explain(
     from lvlm_probe.heatmap_store import FOLDER, MapSettings
 
     params = parameters(param or []) | ({} if budget is None else {"budget": budget})
-    own_baseline = baseline_from(baseline)
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
     behind = open_server(server, served_model, model=model, road=road, max_requests=max_requests, yes=yes)
     chosen = method or ("igos++" if behind is None else "rise")
@@ -164,6 +163,7 @@ def explain(
         if behind is None and model is None:
             raise ProbeError("give a trace file, or a new run: --model DIR_OR_ID --image FILE --question TEXT")
         shown = open_shown(image, video, num_frames=num_frames, fps=fps)
+        own_baseline = baseline_from(baseline, video=bool(shown.videos))
         directory = output_directory(out or Path("runs"))
         asking: dict[str, Any] = {"max_new_tokens": max_new_tokens, "baseline": own_baseline or "blur"}
         if behind is not None:
@@ -184,6 +184,7 @@ def explain(
         if image or video or question or prompt or num_frames or fps:
             raise ProbeError("a trace has its own image and question: give either TRACE, or --image and --question")
         recorded = find_trace(trace, row)
+        own_baseline = baseline_from(baseline, video=bool(recorded.clips))
         directory = output_directory(out) if out is not None else recorded.path.parent
         loaded, processor = ReplayModels(model, server=behind, **loading).of(recorded)
     replay = open_replay(recorded, loaded, processor)

@@ -41,17 +41,19 @@ def frames(
 ) -> None:
     """Show how much each stretch of a video speaks for the answer, and whether it needs motion or the order of frames.
 
-    Shares are Shapley values in nats, exact up to 10 stretches, which take 2^N passes forward.
+    Shares are Shapley values in nats, exact up to 10 stretches, which take 2^N passes forward. What the answer needs of
+    time is kept beside the trace, and lvlm-probe report shows it with the maps.
 
     Example:  lvlm-probe frames runs/video --model path/to/model --words red
     """
     from lvlm_probe import video
     from lvlm_probe.cli.shared.maps import open_replay
+    from lvlm_probe.heatmap_store import write_order
 
     trace = find_trace(path, row)
     if not trace.clips:
         raise ProbeError(f"{path} holds no video: lvlm-probe explain shows which regions of its image count")
-    own_baseline = baseline_from(baseline)
+    own_baseline = baseline_from(baseline, video=True)
     models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     replay = open_replay(trace, *models.of(trace))
     if own_baseline is not None:
@@ -62,6 +64,7 @@ def frames(
         )
     with stage("motion and order"):
         order = video.order(replay, tokens=words)
+    kept = write_order(order, trace)
     if as_json:
         print_json({
             "trace": str(trace.path),
@@ -76,6 +79,7 @@ def frames(
             "llr": dict(order.llr),
             "needs_order": order.needs_order,
             "needs_motion": order.needs_motion,
+            "order": str(kept),
         })  # fmt: skip
         return
     say(str(shares))

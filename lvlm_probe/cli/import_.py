@@ -66,7 +66,7 @@ def import_(
     """
     if not file.is_file():
         raise ProbeError(f"there is no file {file}; give a file of answers (lvlm-probe import --help has the formats)")
-    directory, own_baseline = output_directory(out), baseline_from(baseline) or "blur"
+    directory, own_baseline = output_directory(out), baseline_from(baseline, video=False) or "blur"
     columns = columns_from(column)
     loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     from lvlm_probe.importing import import_answers

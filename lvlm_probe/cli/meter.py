@@ -126,7 +126,7 @@ def meter(
     for path in (out, table):
         if path.exists() and not overwrite:
             raise ProbeError(f"{path} exists; name another page with --out, or add --overwrite")
-    columns, own_baseline = columns_from(column), baseline_from(baseline)
+    columns, own_baseline = columns_from(column), baseline_from(baseline, video=not answers)
     journal = out.with_suffix(".served.jsonl")  # a run that was killed does not ask again
     behind = open_server(
         server,

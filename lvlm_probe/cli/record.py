@@ -59,7 +59,7 @@ def record(
     """
     shown = open_shown(image, video, num_frames=num_frames, fps=fps)
     directory = output_directory(out)
-    own_baseline = baseline_from(baseline) or "blur"
+    own_baseline = baseline_from(baseline, video=bool(shown.videos)) or "blur"
     loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     with nothing_before():
         trace = ask(

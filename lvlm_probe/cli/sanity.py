@@ -85,11 +85,12 @@ def sanity(
         raise ProbeError("these maps are of videos, which are not checked for sanity yet")
     if not found:
         raise ProbeError("none of these maps has values, so there is nothing to check; lvlm-probe report says why")
-    own_baseline = baseline_from(baseline)
+    of_traces = by_trace(found)
+    own_baseline = baseline_from(baseline, video=all(trace.clips for trace, _ in of_traces))
     done: list[tuple[MapFile, dict[str, SanityCheck]]] = []
     models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     try:
-        for trace, items in by_trace(found):
+        for trace, items in of_traces:
             replay = open_replay(trace, *models.of(trace))
             if own_baseline is not None:
                 replay = replay.over(own_baseline)

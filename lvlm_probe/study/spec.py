@@ -42,7 +42,7 @@ __all__ = ["DatasetSpec", "FilterSpec", "MethodSpec", "ModelSpec", "Settings", "
 
 _BEHAVIOUR = Literal["corrected", "release"]
 BEHAVIOURS: tuple[str, ...] = get_args(_BEHAVIOUR)
-_BASELINE = Literal["blur", "blank", "noise", "mean"]
+_BASELINE = Literal["blur", "blank", "noise", "mean", "first_frame", "middle_frame", "shuffled_frames"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Settings:
     """Settings that all maps of a study share."""
 
     alpha: Annotated[float, Key("Threshold of the log-likelihood ratio in nats (paper, Eq. 6).", "1.0")] = 1.0
-    baseline: Annotated[_BASELINE, Key("What hides a part of the image.", "blur")] = "blur"
+    baseline: Annotated[_BASELINE, Key("What hides a part of the image; the last three of videos.", "blur")] = "blur"
     grid: Annotated[int, Key("All maps are ranked on grid × grid cells.", "32", least=1, most=1024)] = 32
     steps: Annotated[int, Key("Points on a deletion or insertion curve, less one.", "50", least=1, most=100_000)] = 50
     max_new_tokens: Annotated[int, Key("Length limit of answers, tokens.", "64", least=1, most=1_000_000)] = 64

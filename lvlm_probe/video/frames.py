@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, selected
 from lvlm_probe.explainers.scores import check_rules, whole_rule
+from lvlm_probe.images.baselines import CLIP_KINDS
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
@@ -35,6 +37,7 @@ __all__ = ["EXACT", "FrameShares", "Order", "order", "which_frames"]
 EXACT = 10
 """Stretches up to which every coalition is run: 1,024 forward passes."""
 _AT_ONCE = 64
+_AGAINST = ("blur", *CLIP_KINDS)
 _Values = Callable[[np.ndarray], np.ndarray]  # coalitions (coalition, segment) bool → their values (coalition,)
 
 
@@ -234,6 +237,20 @@ class Order:
     def __str__(self) -> str:
         return f"{self.verdict} {self.reasons}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**vars(self), "llr": dict(self.llr), "shuffles": list(self.shuffles)}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Order:
+        """Rebuilds what ``to_dict`` wrote. Raises ``ExplainError`` for anything else."""
+        try:
+            llr = {name: float(record["llr"][name]) for name in _AGAINST}
+            shuffles = tuple(float(value) for value in record["shuffles"])
+            return cls(llr, str(record["text"]), shuffles, float(record["noise"]), str(record["trace_id"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ExplainError(f"not a stored order of frames: {error!r}") from error
+
 
 @outside_inference_mode
 @taking_turns
@@ -261,8 +278,8 @@ def order(replay: Replay, *, tokens: Tokens | None = None, seeds: int = 3) -> Or
     def ratio(kind: str, seed: int | None = None) -> float:
         return float(replay.over(kind, seed=seed).llr[steps].sum())
 
-    llr = {kind: ratio(kind) for kind in ("blur", "first_frame", "middle_frame")}
-    shuffles = tuple(ratio("shuffled_frames", seed) for seed in range(seeds))
-    llr["shuffled_frames"] = sum(shuffles) / seeds
+    llr = {kind: ratio(kind) for kind in _AGAINST[:-1]}
+    shuffles = tuple(ratio(_AGAINST[-1], seed) for seed in range(seeds))
+    llr[_AGAINST[-1]] = sum(shuffles) / seeds
     noise = 2 * float(replay.rounding[steps].sum())  # a ratio is of two passes
     return Order(llr, selection.text, shuffles, noise, replay.trace_id)

@@ -888,6 +888,25 @@ def test_a_video_is_refused_in_a_sentence(
     assert run("record", "--model", "demo", "--image", picture, "--fps", "2", "--question", "What?").code == 2
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["explain TRACE", "explain --model demo --image PICTURE --question What?", "evaluate TRACE --methods center",
+     "record --model demo --image PICTURE --question What?", "meter ROWS --model demo", "import ROWS --model demo",
+     "study contradictions pope ROWS --model demo"],
+)  # fmt: skip
+def test_an_image_has_no_frames_to_hide_it_with(
+    command: str, trace: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.csv").write_text("image,question,answer\na.png,What?,red\n")
+    named = {"TRACE": trace, "PICTURE": picture, "ROWS": tmp_path / "rows.csv"}
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*.h5"))
+    said = run(*(named.get(word, word) for word in command.split()), "--baseline", "first_frame")
+    assert said.code == 2
+    assert "first_frame is made of the frames of a video, and there is none here: choose one of blur" in said.err
+    assert set(tmp_path.rglob("*.h5")) == before
+
+
 @pytest.mark.quick
 def test_sanity_refuses_in_a_sentence(tmp_path: Path) -> None:
     missing = run("sanity", tmp_path / "none.h5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import warnings
 from pathlib import Path
@@ -142,7 +143,7 @@ def recorded(qwen: Built, video: Path, tmp_path_factory: pytest.TempPathFactory)
     with pytest.MonkeyPatch.context() as patched:
         for module in ("inputs", "models"):
             patched.setattr(f"lvlm_probe.cli.shared.{module}.load_model", lambda *_, **__: (qwen.model, qwen.processor))
-        for command in ("record", "explain"):
+        for command in ("record", "explain", "meter"):
             patched.setattr(f"lvlm_probe.cli.{command}.load_model", lambda *_, **__: (qwen.model, qwen.processor))
         out = tmp_path_factory.mktemp("runs")
         made = succeed(
@@ -182,7 +183,7 @@ def test_every_command_knows_a_trace_with_a_video(recorded: Path, tmp_path: Path
     assert "frame of a video" in run("plan", recorded, "--model", "m").err
 
 
-def test_frames_are_told_by_their_shares(recorded: Path) -> None:
+def test_frames_are_told_by_their_shares(recorded: Path, tmp_path: Path) -> None:
     word = open_trace(recorded).words[0].text
     found = succeed("frames", recorded, "--model", "m", "--words", word, "--json").json
     assert [one["frames"] for one in found["segments"]] == [[0, 1], [1, 2], [2, 3], [3, 4]]
@@ -191,6 +192,32 @@ def test_frames_are_told_by_their_shares(recorded: Path) -> None:
     told = succeed("frames", recorded, "--model", "m", "--words", word, "--segments", "2").out
     assert "0.0 to 1.0 s" in told
     assert "the order of frames" in told
+    assert succeed("explain", recorded, "--model", "m", "--words", word, "--method", "center").code == 0
+    page = tmp_path / "page.html"
+    succeed("report", recorded.parent, "--out", page)
+    kept = json.loads(Path(found["order"]).read_text())
+    assert kept["llr"] == found["llr"] and kept["text"].strip() == word.strip()
+    assert "the order of frames" in page.read_text() and "Log-likelihood ratio of" in page.read_text()
+    Path(found["order"]).write_text("{}")
+    damaged = run("report", recorded.parent, "--out", page, "--overwrite")
+    Path(found["order"]).unlink()
+    assert "delete it and run lvlm-probe frames again" in damaged.err
+
+
+def test_what_is_hidden_may_be_seen_in_another_order(qwen: Built, recorded: Path, video: Path, tmp_path: Path) -> None:
+    given = ("--model", "m", "--baseline", "shuffled_frames")
+    (made,) = succeed(
+        "explain", recorded, *given, "--joint", "--method", "input_gradient", "--param", "size=2", "--json"
+    ).json["maps"]
+    assert made["baseline"]["kind"] == "shuffled_frames"
+    succeed("meter", recorded.parent, *given, "--out", tmp_path / "meter.html")
+    (row,) = csv.DictReader((tmp_path / "meter.csv").open())
+    assert row["baseline"] == "shuffled_frames"
+    asked = ("--video", video, "--num-frames", "4", "--question", "What?", "--out", tmp_path, "--max-new-tokens", "4")
+    with open_trace(succeed("record", *given, *asked, "--json").json["trace"]) as trace:
+        against = probe.replay(trace, qwen.model, qwen.processor).over("shuffled_frames").llr
+        assert trace.baseline["kind"] == "shuffled_frames" and np.abs(trace.llr - against.numpy()).max() < 1e-4
+        assert not np.allclose(trace.llr, probe.replay(trace, qwen.model, qwen.processor).over("blur").llr.numpy())
 
 
 def test_methods_are_compared_on_a_video(recorded: Path, tmp_path: Path) -> None:

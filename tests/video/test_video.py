@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import sys
 from types import SimpleNamespace
@@ -232,6 +233,9 @@ def test_what_an_answer_needs_of_time(shuffled: float, frozen: float, said: str)
     assert found.llr["shuffled_frames"] == pytest.approx(shuffled + 0.25)
     assert found.noise == pytest.approx(0.006) and found.least == 1.0
     assert f"({shuffled:+.2f} to {shuffled + 0.5:+.2f} in 3 orders)" in str(found)
+    assert probe.video.Order.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    with pytest.raises(ExplainError, match="not a stored order"):
+        probe.video.Order.from_dict({**found.to_dict(), "llr": {"blur": 1.0}})
 
 
 # ---------------------------------------------------------------------------------------------------------- the heatmap

@@ -106,7 +106,7 @@ def compare_methods(
     _refuse_finished(page, overwrite=overwrite)
     judging = {**options, "grid": options.get("grid") or _GRID}
     work = _Work(traces, _methods(names), judging, page)
-    opened = _Opened(models, words, baseline_from(baseline))
+    opened = _Opened(models, words, baseline_from(baseline, video=all(trace.clips for trace in traces)))
     try:
         for again, group in enumerate(work.in_order(opened)):
             for number, trace in enumerate(traces):

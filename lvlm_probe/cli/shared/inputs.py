@@ -195,17 +195,28 @@ def parameters(pairs: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def baseline_from(value: str | None) -> str | Image.Image | None:
-    """Return what ``--baseline`` names: a kind, or an image. Raises ``ProbeError``."""
-    from lvlm_probe.images.baselines import KINDS
+def baseline_from(value: str | None, *, video: bool) -> str | Image.Image | None:
+    """Return what ``--baseline`` names: a kind, or an image.
 
-    if value is None or value in KINDS:
+    Args:
+        video: whether a video is hidden by it: some kinds are made of its frames.
+
+    Raises:
+        ProbeError: there is no such kind, or it is of videos; or no such image.
+    """
+    from lvlm_probe.images.baselines import CLIP_KINDS, KINDS
+
+    kinds = (*KINDS, *CLIP_KINDS) if video else KINDS
+    if value is None or value in kinds:
         return value
+    way_out = f"choose one of {', '.join(kinds)}, or give an image's path"
+    if value in CLIP_KINDS:
+        raise ProbeError(f"--baseline {value} is made of the frames of a video, and there is none here: {way_out}")
     if Path(value).suffix or os.sep in value:
         from lvlm_probe.trace.image_files import open_picture
 
         return open_picture(Path(value))
-    raise ProbeError(f"--baseline {value!r}: choose one of {', '.join(KINDS)}, or give an image's path")
+    raise ProbeError(f"--baseline {value!r}: {way_out}")
 
 
 def columns_from(pairs: list[str] | None) -> dict[str, str]:

@@ -15,7 +15,7 @@ from lvlm_probe.cli.shared.answers import show_question
 from lvlm_probe.cli.shared.terminal import answer_text, bar, one_line, say, shows_looks, stage, stored_path
 from lvlm_probe.escaping import counted
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.heatmap_store import MapFile, MapSettings, explain_one
+from lvlm_probe.heatmap_store import MapFile, MapSettings, explain_one, orders_of
 from lvlm_probe.metrics import Score
 from lvlm_probe.pages import report
 from lvlm_probe.replaying import Replay, replay
@@ -167,5 +167,5 @@ def _cost_lines(heat: Heatmap | ClipHeatmap, score: Score | None) -> Iterator[st
 def write_report(found: Sequence[MapFile], out: Path, *, title: str | None = None, overwrite: bool = False) -> Path:
     """Write the page of stored maps."""
     with stage("writing the report"):
-        heats = [item.read() for item in found]
-        return report(heats, scores=[item.score() for item in found], out=out, title=title, overwrite=overwrite)
+        heats, scores = [item.read() for item in found], [item.score() for item in found]
+        return report(heats, scores=scores, out=out, title=title, overwrite=overwrite, orders=orders_of(found))

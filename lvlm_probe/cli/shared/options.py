@@ -112,8 +112,9 @@ BaselineOption = Annotated[
     typer.Option(
         "--baseline",
         metavar="KIND",
-        autocompletion=choices("blur", "blank", "noise", "mean"),
-        help="What hides a part: blur, blank, noise, mean, or an image's path.",
+        autocompletion=choices("blur", "blank", "noise", "mean", "first_frame", "middle_frame", "shuffled_frames"),
+        help="What hides a part: blur, blank, noise, mean, or an image's path; of a video also first_frame, "
+        "middle_frame, shuffled_frames.",
     ),
 ]
 Maps = Annotated[

@@ -43,7 +43,7 @@ def contradictions(
 
     Example:  lvlm-probe study contradictions pope data/pope --model llava-hf/llava-1.5-7b-hf
     """
-    own_baseline, options = baseline_from(baseline), parameters(param or [])
+    own_baseline, options = baseline_from(baseline, video=False), parameters(param or [])
     loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     from lvlm_probe.study import open_dataset
     from lvlm_probe.study.contradictions import detect, pairs
