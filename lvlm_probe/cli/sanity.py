@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,10 +21,10 @@ from lvlm_probe.cli.shared.terminal import bar, print_json, say, stop
 from lvlm_probe.errors import ProbeError
 
 if TYPE_CHECKING:
-    from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.heatmap_store import MapFile
     from lvlm_probe.replaying import Replay
     from lvlm_probe.sanity import SanityCheck
+    from lvlm_probe.sanity.checks import AnyHeatmap
 
 __all__ = ["sanity"]
 
@@ -66,7 +66,6 @@ def sanity(
     Example:  lvlm-probe sanity runs/demo --checks weights --stages 1 --json
     """
     from lvlm_probe.cli.shared.maps import map_summary, open_replay, show_map
-    from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.heatmap_store import by_trace, find_maps
 
     names = [name.strip() for name in checks.split(",") if name.strip()]
@@ -79,10 +78,7 @@ def sanity(
         "prompts": {"others": question},
     }
     wanted = {name: options[name] for name in [*names, *(["prompts"] if question else [])]}
-    stored = find_maps(paths)
-    found = [item for item in stored if isinstance(heat := item.read(), Heatmap) and heat.values is not None]
-    if not found and any(not isinstance(item.read(), Heatmap) for item in stored):
-        raise ProbeError("these maps are of videos, which are not checked for sanity yet")
+    found = [item for item in find_maps(paths) if item.read().values is not None]
     if not found:
         raise ProbeError("none of these maps has values, so there is nothing to check; lvlm-probe report says why")
     of_traces = by_trace(found)
@@ -111,7 +107,7 @@ def sanity(
 def _checked(replay: Replay, item: MapFile, wanted: dict[str, dict[str, Any]]) -> dict[str, SanityCheck]:
     from lvlm_probe import sanity as run
 
-    heat = kept = cast("Heatmap", item.read())  # others were left out
+    heat = kept = item.read()
     results = {}
     for name, options in wanted.items():
         with bar(f"checking {name}") as progress:

@@ -14,7 +14,8 @@ import numpy as np
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.extras import require
-from lvlm_probe.heatmap import Heatmap, resample
+from lvlm_probe.heatmap import HeatGrid, resample
+from lvlm_probe.trace.clips import images_of
 
 __all__ = ["Similarity", "compare_maps", "on_grid", "spearman"]
 
@@ -31,8 +32,8 @@ class Similarity:
     Attributes:
         rank_correlation: Spearman's ρ over cells, −1 to 1, ties by average ranks; NaN where a map is constant.
         absolute_rank_correlation: |ρ|, as Adebayo et al. (2018) report it too: a map turned upside down is as similar.
-        ssim: Structural similarity (Wang et al., 2004), both maps scaled to a maximum of 1, 7 × 7 windows; ``None``
-            without scikit-image or on fewer than 7 cells a side.
+        ssim: Structural similarity (Wang et al., 2004), both maps scaled to a maximum of 1, 7 × 7 windows, of a video
+            step by step; ``None`` without scikit-image or on fewer than 7 cells a side.
         difference: Mean absolute difference, both maps scaled to a maximum of 1; 0 to 1.
         top_iou: Intersection over union of the two maps' highest fifths; cells tied at the border
             share the places that are left.
@@ -51,16 +52,14 @@ class Similarity:
         }
 
 
-def compare_maps(first: Heatmap, second: Heatmap) -> Similarity:
-    """Compares two heatmaps of one image on the first one's grid; needs scipy.
+def compare_maps(first: HeatGrid, second: HeatGrid) -> Similarity:
+    """Compares two heatmaps of one image, or of one video, on the first one's grid; needs scipy.
 
     Raises:
-        ExplainError: One has no values, or they are of images of different size.
+        ExplainError: One has no values, or they are of images of different size, or of different videos.
         ProbeError: scipy is missing.
     """
     for heat in (first, second):
-        if heat.axes[0] == "t":
-            raise ExplainError("heatmaps of images are compared: of videos give one frame of each, heat.frame(3)")
         if heat.values is None:
             raise ExplainError(f"there is nothing to compare: a heatmap has no values, because {heat.reason}")
     if tuple(first.image_size) != tuple(second.image_size):
@@ -68,10 +67,15 @@ def compare_maps(first: Heatmap, second: Heatmap) -> Similarity:
             f"heatmaps of one image are compared; these are of images of {tuple(first.image_size)} and "
             f"{tuple(second.image_size)} pixels"
         )
-    assert first.seen is not None and second.seen is not None
+    if first.axes != second.axes or len(images_of(first.target)) != len(images_of(second.target)):
+        raise ExplainError(
+            "heatmaps of one video are compared; these are of different ones, or one is of an image: of a video give "
+            "one frame, heat.frame(3)"
+        )
+    assert first.values is not None and first.seen is not None and second.seen is not None
     left = np.asarray(first.values, dtype=np.float64)
-    right = on_grid(np.asarray(second.values), first.shape)
-    seen = first.seen & (on_grid(second.seen.astype(np.float32), first.shape) > 0)
+    right = on_grid(np.asarray(second.values), left.shape)
+    seen = first.seen & (on_grid(second.seen.astype(np.float32), left.shape) > 0)
     if not seen.any():
         raise ExplainError("there is nothing to compare: no cell is seen in both heatmaps")
     rho = spearman(left[seen], right[seen])
@@ -85,11 +89,17 @@ def compare_maps(first: Heatmap, second: Heatmap) -> Similarity:
     )
 
 
-def on_grid(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Brings a map to ``(row, col)`` = ``shape``, float64: bilinear up, area average down, each axis for itself."""
+def on_grid(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Brings a map to ``(row, col)`` or ``(t, row, col)`` = ``shape``, float64: linear up, average down, each axis for
+    itself."""
     values = np.asarray(values, dtype=np.float32)
+    if values.ndim == 3:
+        flat = values.reshape(len(values), -1)
+        steps = on_grid(flat, (shape[0], flat.shape[1])).reshape(shape[0], *values.shape[1:])
+        return np.stack([on_grid(step, shape[1:]) for step in steps])
+    rows, cols = shape
     if values.shape != shape:
-        values = resample(resample(values, (shape[0], values.shape[1])), shape)
+        values = resample(resample(values, (rows, values.shape[1])), (rows, cols))
     return values.astype(np.float64)
 
 
@@ -103,10 +113,14 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _ssim(first: np.ndarray, second: np.ndarray, seen: np.ndarray) -> float | None:
-    if min(first.shape) < _SSIM_WINDOW or importlib.util.find_spec("skimage") is None:
+    if min(first.shape[-2:]) < _SSIM_WINDOW or importlib.util.find_spec("skimage") is None:
         return None
     metrics: Any = require("skimage.metrics", extra="superpixels", purpose="structural similarity")
-    _, local = metrics.structural_similarity(first, second, win_size=_SSIM_WINDOW, data_range=1.0, full=True)
+    local = np.empty_like(first)
+    for step in np.ndindex(first.shape[:-2]):  # of a video each by itself
+        _, local[step] = metrics.structural_similarity(
+            first[step], second[step], win_size=_SSIM_WINDOW, data_range=1.0, full=True
+        )
     return float(local[seen].mean())
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from lvlm_probe.errors import ReportError
 from lvlm_probe.heatmap import explained_words
 from lvlm_probe.pages.data_uris import data_uri
-from lvlm_probe.pages.samples import verdict_of
+from lvlm_probe.pages.samples import sanity_of, verdict_of
 from lvlm_probe.pages.shell import asset, json_for_script, page_text
 
 if TYPE_CHECKING:
@@ -96,6 +96,10 @@ def _panel(number: int, heat: ClipHeatmap, score: Score | None) -> tuple[str, di
     head = (
         f'<p class="verdict {verdict["state"]}"><b>{html.escape(verdict["title"])}</b> '
         f"{html.escape(' '.join(verdict['reasons']))}</p>"
+    )
+    head += "".join(
+        f'<p class="facts {line["state"]}"><b>{html.escape(line["title"])}.</b> {html.escape(line["reason"])}</p>'
+        for line in sanity_of(heat)
     )
     opening = f'<div class="panel" data-clip="{number}" role="group" aria-label="Heatmap of {html.escape(words)}">'
     if heat.values is None:

@@ -23,7 +23,7 @@ from lvlm_probe.words import Word, group_words, spelled, told_apart
 if TYPE_CHECKING:
     from PIL import Image
 
-    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.heatmap import HeatGrid, Heatmap
     from lvlm_probe.metrics import Score
     from lvlm_probe.metrics.scoring import Explained
     from lvlm_probe.trace import Trace
@@ -277,7 +277,7 @@ def _verdict(heat: Explained, score: Score | None) -> dict[str, Any]:
     }
 
 
-def sanity_of(heat: Heatmap) -> list[dict[str, str]]:
+def sanity_of(heat: HeatGrid) -> list[dict[str, str]]:
     """A line for every sanity check that the heatmap carries: its title, its verdict and the verdict's sentence."""
     checks = heat.provenance.get("sanity")
     lines = []

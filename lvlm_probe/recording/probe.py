@@ -398,7 +398,7 @@ class Probe:
             heads: ``"mean"`` over heads or ``"all"`` of them.
             boxes: with attention, also keep which part of the image each image token stands for. On the first image
                 of every size the processor is run some eight times for that, the encoder once and back ten times.
-            baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or an image.
+            baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or an image; of videos as for ``replay.over``.
             points: further module outputs to keep: ``"encoder"``, ``"merger"`` or module path patterns; and
                 ``"hidden"``, the decoder's final hidden states with the LM head's rows of the prompt's and the answer's
                 words (one more pass), from which ``explain(trace, method="tam")`` needs no model.
@@ -430,18 +430,21 @@ class Probe:
         *,
         images: Any = None,
         image: int | None = None,
+        clip: int | None = None,
         baseline: str | Image.Image = "blur",
         mode: Literal["fast", "exact"] = "fast",
         space: Literal["picture", "pixels"] = "picture",
     ) -> Iterator[None]:
-        """Inside the block, ``model(**inputs)`` and ``model.generate(**inputs)`` see the masked image.
+        """Inside the block, ``model(**inputs)`` and ``model.generate(**inputs)`` see the masked image or video.
 
         Args:
-            mask: ``(row, col)`` for every image of the call, or ``(image, row, col)``; 1 keeps, 0 is the baseline. Any
-                loss on ``model(**inputs)`` is differentiable in it.
+            mask: ``(row, col)`` for every image of the call, or ``(image, row, col)``, frames of videos among them; 1
+                keeps, 0 is the baseline. Any loss on ``model(**inputs)`` is differentiable in it.
             images: the original images, where they cannot be taken from the processor call.
             image: mask this image only.
-            baseline: what stands where the mask is 0.
+            clip: mask this video only, counted from 0, by ``(t, row, col)`` or ``(row, col)``. It need not be named
+                where the call has no other and no image.
+            baseline: what stands where the mask is 0, as for ``replay.over``.
             mode: ``"exact"`` runs the real processor on the real composite.
             space: ``"picture"`` refuses a call whose original image is not known; ``"pixels"`` lays the mask on what
                 the processor made of it, without what was cropped away.
@@ -459,10 +462,12 @@ class Probe:
         self.attachment.masking = Masking(
             self.processor,
             self.attachment.watch,
+            self.attachment.clips,
             self.anatomy,
             mask,
             images=images,
             image=image,
+            clip=clip,
             baseline=baseline,
             mode=mode,
             space=space,

@@ -22,6 +22,8 @@ from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics.scoring import check_answer, over_baseline
 from lvlm_probe.metrics.similarity import Similarity, compare_maps
 from lvlm_probe.sanity.stability import Stability
+from lvlm_probe.video import ClipHeatmap
+from lvlm_probe.video import explain as explain_clip
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -32,6 +34,7 @@ __all__ = [
     "LEAST_CELLS",
     "SAME",
     "SIMILAR",
+    "AnyHeatmap",
     "Check",
     "SanityCheck",
     "SanityStep",
@@ -42,6 +45,7 @@ __all__ = [
     "step_of",
 ]
 
+AnyHeatmap = Heatmap | ClipHeatmap
 Check = Literal["weights", "answers", "seeds", "prompts"]
 Verdict = Literal["passes", "fails", "cannot say"]
 
@@ -122,8 +126,8 @@ class SanityCheck:
     threshold: float
     steps: tuple[SanityStep, ...]
     params: Mapping[str, Any]
-    heatmap: Heatmap
-    heatmaps: tuple[Heatmap, ...] = field(default=(), compare=False)
+    heatmap: AnyHeatmap
+    heatmaps: tuple[AnyHeatmap, ...] = field(default=(), compare=False)
     stability: Stability | None = None
 
     def __repr__(self) -> str:
@@ -155,7 +159,7 @@ class SanityCheck:
             "text": heat.selection.text,
         }
 
-    def attached(self, heat: Heatmap | None = None) -> Heatmap:
+    def attached(self, heat: AnyHeatmap | None = None) -> AnyHeatmap:
         """The heatmap with this check in its provenance, ``["sanity"][check]``, where ``write`` keeps it and ``report``
         shows it; ``heat`` for one that has other checks attached already."""
         heat = self.heatmap if heat is None else heat
@@ -164,11 +168,11 @@ class SanityCheck:
         return dataclasses.replace(heat, provenance=provenance)
 
 
-def opened(replay: Replay, heat: Heatmap) -> Replay:
+def opened(replay: Replay, heat: AnyHeatmap) -> Replay:
     """The replay over the baseline that the heatmap was made over.
 
     Raises:
-        ExplainError: the heatmap has no values, is of another answer or image, or its method is not registered.
+        ExplainError: the heatmap has no values, is of another answer, image or video, or its method is not registered.
         ImageError: it was made over an image of the user's that the replay does not have.
         ProbeError: scipy is missing.
     """
@@ -176,13 +180,15 @@ def opened(replay: Replay, heat: Heatmap) -> Replay:
     if heat.values is None:
         raise ExplainError(f"there is no heatmap to check: {heat.reason}")
     check_answer(heat, replay)
+    if isinstance(heat, ClipHeatmap) and heat.clip not in replay.clips:
+        raise ExplainError("the heatmap is of a video that this prompt does not have")
     resolve(heat.method)
     return over_baseline(replay, heat.provenance.get("baseline") or replay.baseline)
 
 
 def again(
-    replay: Replay, heat: Heatmap, *, selection: TokenSelection | None = None, seed: int | None = None
-) -> Heatmap:
+    replay: Replay, heat: AnyHeatmap, *, selection: TokenSelection | None = None, seed: int | None = None
+) -> AnyHeatmap:
     """The heatmap made once more on another replay, as it was made: its method, parameters, tokens and image.
 
     Where the method cannot be run any more the heatmap has no values, and a reason: that is a result here.
@@ -193,36 +199,37 @@ def again(
         params["source"] = "replay"  # what was recorded is of the true model and answer
     own: Any = heat.provenance.get("seed", 0)
     try:
-        made = explain(
-            replay,
-            method=heat.method,
-            tokens=chosen,
-            image=heat.image_index,
-            seed=int(own if seed is None else seed),
-            strengthen=False,
-            progress=False,
-            **params,
-        )
+        how: dict[str, Any] = {"method": heat.method, "tokens": chosen, "seed": int(own if seed is None else seed)}
+        how |= {"strengthen": False, "progress": False, **params}
+        made: AnyHeatmap
+        if isinstance(heat, ClipHeatmap):
+            made = explain_clip(replay, clip=list(replay.clips).index(heat.clip), **how)
+        else:
+            made = explain(replay, image=heat.image_index, **how)
     except ExplainError as error:  # a random model's scores need not be finite
-        return Heatmap(
-            None,
-            heat.image_size,
-            image_index=heat.image_index,
+        reason = f"the method could not be run any more: {error}"
+        return dataclasses.replace(
+            heat,
+            values=None,
+            seen=None,
             selection=chosen,
-            method=heat.method,
-            reason=f"the method could not be run any more: {error}",
+            params={},
+            provenance={},
+            history=(),
+            reason=reason,
+            trace=None,
         )
     return dataclasses.replace(made, trace=heat.trace)
 
 
-def step_of(name: str, original: Heatmap, heat: Heatmap, **details: Any) -> SanityStep:
+def step_of(name: str, original: AnyHeatmap, heat: AnyHeatmap, **details: Any) -> SanityStep:
     """The step of a heatmap under a change, compared with the original."""
     if heat.values is None:
         return SanityStep(name, reason=heat.reason, **details)
     return SanityStep(name, similarity=compare_maps(original, heat), **details)
 
 
-def cannot_say(heat: Heatmap, steps: Sequence[SanityStep]) -> str | None:
+def cannot_say(heat: AnyHeatmap, steps: Sequence[SanityStep]) -> str | None:
     """Why nothing can be told from these steps, as a sentence; ``None`` where something can."""
     assert heat.values is not None
     assert heat.seen is not None

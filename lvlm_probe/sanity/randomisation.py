@@ -26,12 +26,22 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.tokenizers import special_ids
 from lvlm_probe.progress import Progress
 from lvlm_probe.replaying import replay as make_replay
-from lvlm_probe.sanity.checks import SAME, SIMILAR, SanityCheck, SanityStep, Verdict, again, cannot_say, opened, step_of
+from lvlm_probe.sanity.checks import (
+    SAME,
+    SIMILAR,
+    AnyHeatmap,
+    SanityCheck,
+    SanityStep,
+    Verdict,
+    again,
+    cannot_say,
+    opened,
+    step_of,
+)
 from lvlm_probe.sanity.random_weights import How, grouped, randomised, weight_blocks
 
 if TYPE_CHECKING:
@@ -44,7 +54,7 @@ __all__ = ["answers", "judged_answers", "weights"]
 
 def weights(
     replay: Replay,
-    heat: Heatmap,
+    heat: AnyHeatmap,
     *,
     kind: Literal["cascading", "independent"] = "cascading",
     how: How = "normal",
@@ -93,7 +103,7 @@ def weights(
     groups = grouped(weight_blocks(random_model, blocks), stages)
     draws = draws if kind == "cascading" else 1
     steps: list[SanityStep] = []
-    heatmaps: list[Heatmap] = []
+    heatmaps: list[AnyHeatmap] = []
     modules: tuple[str, ...] = ()
     numbers = 0
     drawn: dict[str, torch.nn.Parameter] = {}
@@ -126,7 +136,7 @@ def weights(
 
 def answers(
     replay: Replay,
-    heat: Heatmap,
+    heat: AnyHeatmap,
     *,
     draws: int = 3,
     pool: Sequence[int] | None = None,
@@ -175,7 +185,7 @@ def answers(
     return SanityCheck("answers", verdict, reason, SAME, tuple(steps), params, heat, tuple(heatmaps))
 
 
-def _judged_weights(heat: Heatmap, steps: Sequence[SanityStep], draws: int | None) -> tuple[Verdict, str]:
+def _judged_weights(heat: AnyHeatmap, steps: Sequence[SanityStep], draws: int | None) -> tuple[Verdict, str]:
     """From the last ``draws`` steps, which have all weights random, or from all of them.
 
     A constant heatmap, and none where there was one, is as different as can be.
@@ -192,7 +202,7 @@ def _judged_weights(heat: Heatmap, steps: Sequence[SanityStep], draws: int | Non
     return "passes", said
 
 
-def judged_answers(heat: Heatmap, steps: Sequence[SanityStep]) -> tuple[Verdict, str]:
+def judged_answers(heat: AnyHeatmap, steps: Sequence[SanityStep]) -> tuple[Verdict, str]:
     """The verdict on a heatmap and its sentence, from the heatmaps of other words."""
     if (why := cannot_say(heat, steps)) is not None:
         return "cannot say", why

@@ -12,9 +12,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.progress import Progress
-from lvlm_probe.sanity.checks import AGREEING, Check, SanityCheck, Verdict, again, cannot_say, opened, step_of
+from lvlm_probe.sanity.checks import (
+    AGREEING,
+    AnyHeatmap,
+    Check,
+    SanityCheck,
+    Verdict,
+    again,
+    cannot_say,
+    opened,
+    step_of,
+)
 from lvlm_probe.sanity.stability import stability
 from lvlm_probe.selection import select_tokens
 
@@ -25,7 +34,7 @@ __all__ = ["prompts", "seeds"]
 
 
 def seeds(
-    replay: Replay, heat: Heatmap, *, seeds: int | Sequence[int] = 5, progress: Progress | None = None
+    replay: Replay, heat: AnyHeatmap, *, seeds: int | Sequence[int] = 5, progress: Progress | None = None
 ) -> SanityCheck:
     """Explain the answer again with other seeds: it passes where two maps share half of their highest fifth.
 
@@ -63,7 +72,7 @@ def seeds(
 
 def prompts(
     replay: Replay,
-    heat: Heatmap,
+    heat: AnyHeatmap,
     others: Sequence[str | Replay],
     *,
     question: str | None = None,
@@ -109,7 +118,7 @@ def prompts(
 
 
 def _compared(
-    check: Check, heat: Heatmap, made: list[Heatmap], names: list[str], params: dict[str, Any]
+    check: Check, heat: AnyHeatmap, made: list[AnyHeatmap], names: list[str], params: dict[str, Any]
 ) -> SanityCheck:
     steps = tuple(step_of(name, heat, other) for name, other in zip(names, made, strict=True))
     why, agreed = cannot_say(heat, steps), None

@@ -17,12 +17,13 @@ import torch
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import too_narrow
-from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.heatmap import HeatGrid
 from lvlm_probe.metrics.deletion_insertion import tie_share as _tie_share
 from lvlm_probe.metrics.similarity import compare_maps, on_grid
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
+    from lvlm_probe.trace.clips import Clip
 
 __all__ = ["Completeness", "Stability", "completeness", "stability", "tie_share"]
 
@@ -46,7 +47,7 @@ class Stability:
     top_iou: float
     deviation: float
     missing: int = 0
-    heatmaps: tuple[Heatmap, ...] = field(default=(), compare=False)
+    heatmaps: tuple[HeatGrid, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:
         ranks = "rank correlation undefined, as a map is constant"
@@ -66,7 +67,7 @@ class Stability:
         return {"n": self.n, **ready, "missing": self.missing}
 
 
-def stability(heats: Sequence[Heatmap]) -> Stability:
+def stability(heats: Sequence[HeatGrid]) -> Stability:
     """Compares heatmaps of one image pair by pair, on the grid of the first; needs scipy.
 
     Args:
@@ -83,7 +84,7 @@ def stability(heats: Sequence[Heatmap]) -> Stability:
     rhos = [pair.rank_correlation for pair in pairs]
     scaled = []
     for heat in there:
-        values = on_grid(np.asarray(heat.values), there[0].shape)
+        values = on_grid(np.asarray(heat.values), np.asarray(there[0].values).shape)
         scaled.append(values / max(float(values.max()), 1e-12))
     return Stability(
         n=len(there),
@@ -129,7 +130,7 @@ class Completeness:
 
 
 def completeness(
-    attributions: np.ndarray | torch.Tensor, replay: Replay, indices: Sequence[int], *, image: int = 0
+    attributions: np.ndarray | torch.Tensor, replay: Replay, indices: Sequence[int], *, image: int | Clip = 0
 ) -> Completeness:
     """Compares the sum of signed attributions with the change of f they explain; two forward passes.
 
@@ -139,16 +140,17 @@ def completeness(
         attributions: Signed, any shape, in nats.
         replay: The answer on its model, over the baseline that the attributions refer to.
         indices: The explained tokens; f is the sum of their log-probabilities (paper, Eq. 7).
-        image: The image that is taken away; others stay.
+        image: The image, or the clip, that is taken away; others stay.
     """
-    ends = torch.tensor([1.0, 0.0], dtype=torch.float32, device=replay.device)[:, None, None]
+    ends = torch.tensor([1.0, 0.0], dtype=torch.float32, device=replay.device)
+    ends = ends.reshape(2, *[1] * (2 if isinstance(image, int) else 3))
     with torch.no_grad():
         scores = replay.log_probs(ends, image=image)[:, list(indices)].cpu().double().sum(dim=1)
     total = float(torch.as_tensor(attributions).detach().cpu().double().sum())
     return Completeness(total, float(scores[0] - scores[1]))
 
 
-def tie_share(heat: Heatmap) -> float:
+def tie_share(heat: HeatGrid) -> float:
     """Share of the cells the model sees whose value another such cell has too: their order is not the heatmap's.
 
     Raises ``ExplainError`` when there are no values.

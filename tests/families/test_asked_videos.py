@@ -179,7 +179,11 @@ def test_every_command_knows_a_trace_with_a_video(recorded: Path, tmp_path: Path
     page = tmp_path / "page.html"
     succeed("report", folder, "--out", page)
     assert 'class="clip"' in page.read_text()
-    assert "videos, which are not checked for sanity" in run("sanity", folder, "--model", "m").err
+    done = succeed("sanity", found.path, "--model", "m", "--checks", "weights,seeds", "--stages", "1", "--draws", "1")
+    assert "seeds: passes: the maps are identical: input_gradient draws no random numbers" in done.out
+    assert set(found.read().provenance["sanity"]) == {"weights", "seeds"}
+    succeed("report", folder, "--out", page, "--overwrite")
+    assert "draws no random numbers" in page.read_text()
     assert "frame of a video" in run("plan", recorded, "--model", "m").err
 
 

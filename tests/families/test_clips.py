@@ -20,7 +20,7 @@ from zoo import Built, build, load_members
 
 import lvlm_probe as probe
 from lvlm_probe.boxes.encoder_tokens import tokens_that_read
-from lvlm_probe.errors import ExplainError, ImageError, ProbeWarning
+from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProbeWarning
 from lvlm_probe.models.families import _of_transformers
 
 _STEP = 3e-6
@@ -118,6 +118,26 @@ def test_all_kept_and_all_taken_away_are_the_processor_s_own_to_the_last_bit(cas
         made = path.apply(torch.full((1, 4, 2, 3), value))
         for name in path.pixel_keys:
             assert torch.equal(made[name], real[name])
+
+
+def test_a_call_is_masked_in_time_and_space_as_a_replay_is(case: Case) -> None:
+    built, mask = case.built, torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(6))
+    with probe.attach(built.model, built.processor) as p:
+        own = clips.clip_inputs(built, [case.frames])
+        for baseline in ("blur", "first_frame"):
+            made = case.replay.over(baseline).path.apply(mask[None], image=case.replay.clips[0])
+            output = built.generate(own | {name: made[name] for name in own.keys() & made.keys()})
+            with p.masked(mask, baseline=baseline):
+                masked = built.generate(own)
+            assert torch.equal(masked.sequences, output.sequences)
+            assert all(map(torch.equal, masked.logits, output.logits))
+            assert not torch.equal(masked.logits[0], case.output.logits[0])
+        with p.masked(torch.ones(1, 1)):
+            assert all(map(torch.equal, built.generate(own).logits, case.output.logits))
+        leaf = mask.clone().requires_grad_(True)
+        with p.masked(leaf):
+            built.model(**own).logits.sum().backward()
+        assert bool(leaf.grad.abs().flatten(1).sum(1).gt(0).all())
 
 
 def test_a_mask_of_fewer_steps_lasts_several_frames(case: Case) -> None:
@@ -238,6 +258,28 @@ def test_images_and_several_clips_stand_side_by_side(name: str, tmp_path: Path) 
         changed = (only[key] != path.inputs[key]).flatten()
         assert set(path.coordinates(key)[2].flatten()[changed].tolist()) <= {5, 6, 7, 8}
     assert set(case.trace.image_index.tolist()) == ({0, 1, 3, 5, 7} if name == "qwen2_vl" else {*range(9)})
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
+def test_one_of_several_clips_is_masked(name: str, tmp_path: Path) -> None:
+    given, stills = [clips.frames(), clips.frames(seed=9)], [picture(70, 80, seed=30)]
+    case = record(clips.built(name), tmp_path, given, stills)
+    model, mask = case.built.model, torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(7))
+    before = dict(case.inputs)
+    with probe.attach(model, case.built.processor) as p, torch.no_grad():
+        with pytest.raises(ImageError, match="of this call is not known"), p.masked(mask, clip=1):
+            model(**before)
+        own = clips.clip_inputs(case.built, given, stills)
+        made = case.replay.path.apply(mask[None], image=case.replay.clips[1])
+        with p.masked(mask, clip=1):
+            masked = model(**own).logits
+        assert torch.equal(masked, model(**own | {name: made[name] for name in case.replay.path.pixel_keys}).logits)
+        with pytest.raises(MaskError, match=r"has 2 video\(s\), counted from 0"), p.masked(mask, clip=2):
+            model(**own)
+        with pytest.raises(MaskError, match=r"or clip=k with \(t, row, col\)"), p.masked(mask):
+            model(**own)
+        with pytest.raises(ImageError, match="images= are given beside it"), p.masked(mask, clip=0, images=stills):
+            model(**own)
 
 
 def test_images_and_clips_may_share_a_name(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from lvlm_probe import metrics
 from lvlm_probe.errors import ExplainError
@@ -92,6 +93,21 @@ def test_boxes_by_frame_are_in_pixels_of_the_frames() -> None:
         temporal_pointing(heat, np.ones(3, bool))
 
 
+def test_maps_of_a_video_are_compared_over_time_and_space() -> None:
+    structural_similarity = pytest.importorskip("skimage.metrics").structural_similarity
+    generator = np.random.default_rng(3)
+    first, second = generator.random((2, 8, 7, 9)).astype(np.float32)
+    same = metrics.compare_maps(heat_of(first, 8), heat_of(second, 8))
+    assert same.rank_correlation == pytest.approx(spearmanr(first.ravel(), second.ravel()).statistic)
+    assert same.difference == pytest.approx(np.abs(first / first.max() - second / second.max()).mean(), abs=1e-6)
+    scaled = first / first.max(), second / second.max()
+    steps = [structural_similarity(*pair, data_range=1.0, full=True)[1] for pair in zip(*scaled, strict=True)]
+    assert same.ssim == pytest.approx(np.mean(steps), abs=1e-5)
+    coarse = metrics.compare_maps(heat_of(first[:4], 8), heat_of(second, 8))  # steps of two frames each
+    halved = second.reshape(4, 2, 7, 9).mean(1)
+    assert coarse.rank_correlation == pytest.approx(spearmanr(first[:4].ravel(), halved.ravel()).statistic)
+
+
 def test_metrics_of_images_and_of_videos_name_each_other() -> None:
     video, image = heat_of(np.ones((2, 2, 2)), 2), Heatmap(np.ones((2, 2), np.float32), (40, 20))
     region = np.ones((2, 2), bool)
@@ -107,8 +123,9 @@ def test_metrics_of_images_and_of_videos_name_each_other() -> None:
     for name in ("auc_judd", "nss"):
         with pytest.raises(ExplainError, match="one frame"):
             getattr(metrics, name)(video, region)
-    with pytest.raises(ExplainError, match="one frame of each"):
-        metrics.compare_maps(video, video)
+    for other in (image, heat_of(np.ones((2, 2, 2)), 3)):
+        with pytest.raises(ExplainError, match=r"give one frame, heat.frame\(3\)"):
+            metrics.compare_maps(video, other)
     empty = ClipHeatmap(None, (40, 20), Clip(0, 2), reason="nothing was selected")
     with pytest.raises(ExplainError, match="nothing was selected"):
         tube_pointing(empty, TUBE)

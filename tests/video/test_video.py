@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import spearmanr
 from toy_clip import ToyClip, tube_weights
 from toy_replay import ToyReplay
 
@@ -236,6 +238,26 @@ def test_what_an_answer_needs_of_time(shuffled: float, frozen: float, said: str)
     assert probe.video.Order.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     with pytest.raises(ExplainError, match="not a stored order"):
         probe.video.Order.from_dict({**found.to_dict(), "llr": {"blur": 1.0}})
+
+
+# --------------------------------------------------------------------------------------------------------------- sanity
+
+
+def test_other_random_numbers_make_other_maps_of_a_video(toy: ToyClip, tmp_path: Any) -> None:
+    few = probe.video.explain(toy, method="rise", size=8, masks=20, cells=(4, 4, 4), progress=False)
+    check = probe.sanity.seeds(toy, few, seeds=3)
+    assert {one.values.shape for one in check.heatmaps} == {few.values.shape}
+    maps = [few.values.ravel(), *(one.values.ravel() for one in check.heatmaps)]
+    pairs = [spearmanr(*pair).statistic for pair in itertools.combinations(maps, 2)]
+    assert check.stability.rank_correlation == pytest.approx(np.mean(pairs))
+    probe.report([check.attached()], out=tmp_path / "page.html")
+    assert "Other random numbers:" in (tmp_path / "page.html").read_text()
+    same = probe.sanity.seeds(toy, probe.video.explain(toy, method="input_gradient", size=8, progress=False))
+    assert same.verdict == "passes" and "draws no random numbers" in same.reason
+    with pytest.raises(ExplainError, match="a video that this prompt does not have"):
+        probe.sanity.seeds(toy, dataclasses.replace(few, clip=Clip(1, 7)))
+    whole = probe.sanity.completeness(np.full((4, 2), 1.0), toy, [0], image=toy.clips[0])
+    assert whole.difference == pytest.approx(math.log(0.9 / 0.01), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- the heatmap
