@@ -19,13 +19,17 @@ from lvlm_probe.causal.knockout import attention_layers, cut_attention, cut_thro
 from lvlm_probe.causal.patching import donor_features, patched
 from lvlm_probe.causal.tokens import Queries, placed_tokens, query_positions, token_heat
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.explainers.explaining import frame_of
+from lvlm_probe.heatmap import HeatGrid, Heatmap
 from lvlm_probe.progress import Progress
 from lvlm_probe.replaying.isolation import taking_turns
 from lvlm_probe.selection import TokenSelection, select_tokens
+from lvlm_probe.trace.clips import images_of
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
+    from lvlm_probe.trace.clips import Clip
+    from lvlm_probe.video import ClipHeatmap
 
 __all__ = [
     "SHARES",
@@ -53,7 +57,7 @@ Take = Callable[[np.ndarray, Sequence[int]], torch.Tensor]
 
 def knockout(
     replay: Replay,
-    heat: Heatmap | np.ndarray,
+    heat: Heatmap | ClipHeatmap | np.ndarray,
     *,
     top: float | Sequence[float] | None = None,
     layers: int | Sequence[int] | Literal["all"] | None = None,
@@ -71,7 +75,8 @@ def knockout(
 
     Args:
         replay: The recorded answer on its model, under sdpa or eager attention.
-        heat: The heatmap; or ``(row, col)`` values or a boolean region over the image, with ``tokens`` and ``image``.
+        heat: The heatmap; or ``(row, col)`` values or a boolean region over the image, of a video ``(t, row, col)``,
+            with ``tokens`` and ``image``.
         top: Share of the image tokens to cut, or several: the ones with the highest mean heat, ties in random order. By
             default 0.1; for a boolean region all tokens that it touches.
         layers: Indices of the layers to cut in; by default all.
@@ -83,7 +88,7 @@ def knockout(
         control: ``"random"``: as many image tokens drawn at random from all; ``"bottom"``: those with the least heat.
         draws: Random draws to average.
         tokens: The explained tokens, when ``heat`` is an array; by default those with LLR > 1.
-        image: Number of the image, when ``heat`` is an array.
+        image: Number of the image, when ``heat`` is an array; a frame stands for its video.
         seed: Of draws and ties; the global random state is not touched.
         backend: ``"hooks"``, or ``"nnsight"``, which makes the same cut to the same bits.
         progress: Called with (done, total) passes.
@@ -123,9 +128,9 @@ def knockout(
 @taking_turns
 def patch(
     replay: Replay,
-    heat: Heatmap | np.ndarray,
+    heat: Heatmap | ClipHeatmap | np.ndarray,
     *,
-    donor: Image.Image | None = None,
+    donor: Image.Image | Sequence[Image.Image] | None = None,
     top: float | Sequence[float] | None = None,
     control: Control = "random",
     draws: int = 5,
@@ -143,16 +148,17 @@ def patch(
     Args:
         replay: The recorded answer on its model, with its processor.
         heat, top, control, draws, tokens, image, seed, progress: As for ``knockout``.
-        donor: An image of the same size; by default the baseline image that the heatmap names, else the replay's.
+        donor: An image of the same size, of a video one for each frame or one for all; by default the baseline image
+            that the heatmap names, else the replay's.
 
     Raises:
         ExplainError: As for ``knockout``, or the model gives its decoder no embeddings.
         ImageError: The donor has another size.
     """
     target = target_of(replay, heat, tokens, image)
-    if donor is None and isinstance(heat, Heatmap):
+    if donor is None and isinstance(heat, HeatGrid):
         replay = replay.over(heat.provenance.get("baseline") or replay.baseline)
-    features = donor_features(replay, donor, target.image)
+    features = donor_features(replay, donor, target.place)
 
     def take(rows: np.ndarray, _layers: Sequence[int]) -> torch.Tensor:
         with patched(replay, features, target.tokens.rows[rows]):
@@ -171,7 +177,7 @@ def patch(
 
 def agreement(
     replay: Replay,
-    heat: Heatmap | np.ndarray,
+    heat: Heatmap | ClipHeatmap | np.ndarray,
     *,
     kind: Literal["knockout", "patch"] = "knockout",
     score: Literal["prob", "log"] = "prob",
@@ -195,7 +201,7 @@ def agreement(
     """
     if kind not in ("knockout", "patch"):
         raise ExplainError(f"kind is 'knockout' or 'patch'; got {kind!r}")
-    if isinstance(heat, Heatmap) and heat.values is None:
+    if isinstance(heat, HeatGrid) and heat.values is None:
         return float("nan")
     given = {"top": SHARES, "seed": seed, **settings}
     if kind == "knockout":
@@ -210,25 +216,27 @@ class Target:
     tokens: ImageTokens
     heat: np.ndarray
     selection: TokenSelection
-    image: int
+    place: int | Clip
     region: bool
     method: str
 
 
-def target_of(replay: Replay, heat: Heatmap | np.ndarray, tokens: TokenSelection | None, image: int) -> Target:
+def target_of(
+    replay: Replay, heat: Heatmap | ClipHeatmap | np.ndarray, tokens: TokenSelection | None, image: int
+) -> Target:
     region, method = False, "array"
-    if isinstance(heat, Heatmap):
+    if isinstance(heat, HeatGrid):
         if heat.values is None:
             raise ExplainError(f"this heatmap has no values: {heat.reason}")
-        values, method, image = heat.values, heat.method, heat.image_index
+        values, method, place = heat.values, heat.method, heat.target
         tokens = heat.selection if tokens is None else tokens
     else:
         values = np.asarray(heat)
         region = values.dtype == bool
-        if values.ndim != 2 or values.size == 0 or not np.isfinite(values.astype(np.float64)).all():
-            raise ExplainError(
-                f"heat is a heatmap, or finite values or a boolean region (row, col); got {values.shape}"
-            )
+        clip = frame_of(replay, image)
+        place, axes = (image, "(row, col)") if clip is None else (clip, "(t, row, col)")
+        if values.ndim != axes.count(",") + 1 or not (values.size and np.isfinite(values.astype(np.float64)).all()):
+            raise ExplainError(f"heat is a heatmap, or finite values or a boolean region {axes}; got {values.shape}")
     selection = select_tokens(replay) if tokens is None else tokens
     if selection.tokens != tuple(replay.tokens):
         raise ExplainError(
@@ -237,8 +245,10 @@ def target_of(replay: Replay, heat: Heatmap | np.ndarray, tokens: TokenSelection
         )
     if not selection:
         raise ExplainError(f"there are no explained tokens: {selection.reason}")
-    found = placed_tokens(replay, image)
-    return Target(found, token_heat(values, found.boxes, replay.image_sizes[image]), selection, image, region, method)
+    if not isinstance(place, int) and place not in replay.clips:
+        raise ExplainError("the heatmap is of a video that this prompt does not have")
+    found = placed_tokens(replay, place)
+    return Target(found, token_heat(values, found.boxes, found.size), selection, place, region, method)
 
 
 @contextmanager
@@ -361,7 +371,7 @@ def measure(
             "method": target.method,
             "tokens": measured.steps,
             "text": target.selection.text,
-            "image": target.image,
+            "image": images_of(target.place).start,
             "passes": replay.passes.forward - before,
             "seconds": round(time.perf_counter() - started, 4),
         },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lvlm_probe.errors import ExplainError
+from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.images import PixelPath
+from lvlm_probe.trace.clips import Clip, images_of
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -24,18 +25,25 @@ Features = dict[str, list[Tensor]]
 """What the decoder is given about image tokens: argument → ``(image_token, channel)``; several for layered features."""
 
 
-def donor_features(replay: Replay, donor: Image.Image | None, image: int) -> Features:
-    """Features of the image tokens when image ``image`` is ``donor`` (or the baseline image), as the decoder gets
-    them: outputs of the projector, in the order of the prompt.
+def donor_features(replay: Replay, donor: Image.Image | Sequence[Image.Image] | None, target: int | Clip) -> Features:
+    """Features of the image tokens when an image, by its number, or each frame of a clip is ``donor`` (one for all or
+    one each; or the baseline image), as the decoder gets them: outputs of the projector, in the order of the prompt.
 
     Raises:
         ExplainError: the decoder is not given embeddings.
-        ImageError: the donor has another size.
+        ImageError: the donor has another size, or there is not one for each frame.
     """
     path = replay.path
     assert not isinstance(path, PixelPath)  # refused by image_tokens
     pictures = list(path.images)
-    pictures[image] = path.baseline_images[image] if donor is None else donor
+    places = images_of(target)
+    one_each = slice(places.start, places.stop)
+    if donor is None:
+        donor = path.baseline_images[one_each]
+    donors = [donor] * len(places) if isinstance(donor, Image.Image) else list(donor)
+    if len(donors) != len(places):
+        raise ImageError(f"{len(donors)} donor images for {len(places)}: give one for each, or one for all")
+    pictures[one_each] = donors
     inputs = path.with_baseline(pictures).baseline_inputs
     seen: Features = {}
 

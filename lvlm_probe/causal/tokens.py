@@ -15,21 +15,22 @@ from lvlm_probe.images import PixelPath
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
+    from lvlm_probe.trace.clips import Clip
 
 __all__ = ["Queries", "placed_tokens", "query_positions", "token_heat"]
 
 Queries = Literal["tokens", "answer", "text"]
 
 
-def placed_tokens(replay: Replay, image: int) -> ImageTokens:
-    """The image tokens of image number ``image`` that stand for a part of it.
+def placed_tokens(replay: Replay, target: int | Clip) -> ImageTokens:
+    """The image tokens of an image, by its number, or of a clip that stand for a part of it.
 
     Raises:
         ExplainError: the prompt holds no image tokens, or nobody knows where they belong in the image.
     """
     layout = replay.trace.layout  # type: ignore[union-attr]
-    if not 0 <= image < replay.n_images:
-        raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
+    if isinstance(target, int) and not 0 <= target < replay.n_images:
+        raise ExplainError(f"image={target}, but the prompt has {replay.n_images} image(s), counted from 0")
     if len(layout.image_positions) == 0:
         raise ExplainError(
             f"the prompt of {type(replay.model).__name__} holds no image tokens (the image comes in another way, by "
@@ -40,29 +41,31 @@ def placed_tokens(replay: Replay, image: int) -> ImageTokens:
             "without the processor a heatmap lies over the model's pixel inputs, and image tokens over the image: "
             "replay(trace, model, processor), with the processor attached when it prepared the inputs"
         )
-    found = image_tokens(replay, image).placed
+    found = image_tokens(replay, target).placed
     if len(found) == 0:
-        raise ExplainError(f"no image token stands for a part of image {image}")
+        what = f"image {target}" if isinstance(target, int) else "the video"
+        raise ExplainError(f"no image token stands for a part of {what}")
     return found
 
 
-def token_heat(values: np.ndarray, boxes: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-    """Mean heat of each token's box, cells weighted by the area they share with it.
+def token_heat(values: np.ndarray, boxes: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Mean heat of each token's box or tube, cells weighted by the area, and time, that they share with it.
 
     Args:
-        values: ``(row, col)`` over the whole image.
-        boxes: ``(image_token, 4)`` ``x0, y0, x1, y1`` in pixels, each of some area.
-        image_size: ``(width, height)`` of the image, pixels.
+        values: ``(row, col)`` over the whole image, or ``(t, row, col)`` over the whole clip.
+        boxes: ``(image_token, 4)`` ``x0, y0, x1, y1`` in pixels, each of some area; of a clip ``(image_token, 6)``
+            tubes, ``x0, y0, t0, x1, y1, t1``, times in frames.
+        size: ``(width, height)`` of the image, pixels, or ``(width, height, frames)``.
 
     Returns:
         ``(image_token,)`` float64.
     """
-    rows, cols = values.shape
-    width, height = image_size
-    boxes = boxes.astype(np.float64)
-    across = _shared(boxes[:, 0], boxes[:, 2], width, cols)
-    down = _shared(boxes[:, 1], boxes[:, 3], height, rows)
-    heat: np.ndarray = np.einsum("tr,rc,tc->t", down, np.asarray(values, dtype=np.float64), across)
+    low, high = np.split(boxes.astype(np.float64), 2, axis=1)
+    axes = zip(low.T, high.T, size, values.shape[::-1], strict=True)
+    across, down, *later = (_shared(*axis) for axis in axes)
+    steps = np.asarray(values, dtype=np.float64).reshape(-1, *values.shape[-2:])
+    when = later[0] if later else np.ones((len(boxes), 1))
+    heat: np.ndarray = np.einsum("ts,tr,src,tc->t", when, down, steps, across, optimize=True)
     return heat
 
 

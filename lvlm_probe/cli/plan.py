@@ -55,10 +55,11 @@ def plan(
     trace = find_trace(path, row)
     models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     replay = open_replay(trace, *models.of(trace))
+    image = trace.clips[0].first if trace.clips else 0
     plans, refused = [], {}
     for name in names:
         try:
-            plans.append(planning.plan(replay, method=name, memory=memory, seconds=seconds, **given))
+            plans.append(planning.plan(replay, method=name, memory=memory, image=image, seconds=seconds, **given))
         except ProbeError as error:
             if len(names) == 1:
                 raise

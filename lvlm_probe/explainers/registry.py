@@ -226,7 +226,7 @@ class Cost:
         numbers: numbers in single precision that it keeps itself while a pass runs.
         about: the passes depend on the image; the figures are an estimate.
         parts: whose attention it reads.
-        grids: sizes ``(row, col)`` of the masks it sends.
+        grids: sizes of the masks it sends, ``(row, col)`` or, of a clip, ``(t, row, col)``.
         queries: of how many of the answer's positions it reads attention rows; by default of all.
         joined: of attention and its gradients it multiplies means over the masks, not those of every mask.
         general: another question that it asks, and the question in whose place; ``None`` where it asks none.

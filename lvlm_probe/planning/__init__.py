@@ -23,6 +23,7 @@ from lvlm_probe.replaying import replay as open_replay
 
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
+    from lvlm_probe.trace.clips import Clip
 
 __all__ = [
     "Meter",
@@ -64,7 +65,7 @@ def plan(
         method: Name of a registered explainer.
         memory: What there is for weights and all else: bytes, ``"24GB"`` (10⁹) or ``"24GiB"`` (2³⁰). By default what
             the model's device has free now, beside the weights. It may be that of another machine.
-        image: Number of the image.
+        image: Number of the image; a frame stands for its video.
         seconds: Also time a few passes on this machine, for ``Plan.seconds``.
         params: Parameters of the method, as ``explain`` takes them.
 
@@ -93,19 +94,22 @@ def plan_for(
     size = None if memory is None else parse_bytes(memory)
     if not 0 <= image < replay.n_images:
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
-    if frame_of(replay, image) is not None:
-        raise ExplainError(
-            f"image {image} is a frame of a video, and what a method takes on a video is not planned yet"
-        )
     check_parameters(method, resolve(method), params)
     cost = cost_for(replay, method, params, image=image)
-    return choose(replay, method, cost, default_budget(replay, size), image=image)
+    return choose(replay, method, cost, default_budget(replay, size), target=_target(replay, image))
 
 
 def cost_for(replay: Replay, method: str, params: Mapping[str, Any] | None = None, *, image: int = 0) -> Cost:
     """Return what a method says that it asks of the model for a replay; nothing is run."""
     selection: Any = None  # no words are needed to say how much a method takes
-    return cost_of(method, Problem(replay, selection, image), params or {})
+    clip = frame_of(replay, image)
+    return cost_of(method, Problem(replay, selection, image if clip is None else clip.first, clip=clip), params or {})
+
+
+def _target(replay: Replay, image: int) -> int | Clip:
+    """What a mask is laid over: the image, or the video that it is a frame of."""
+    clip = frame_of(replay, image)
+    return image if clip is None else clip
 
 
 def _with_seconds(replay: Replay, found: Plan, image: int) -> Plan:
@@ -117,7 +121,8 @@ def _with_seconds(replay: Replay, found: Plan, image: int) -> Plan:
 
     def taken(images: int, *, gradient: bool) -> tuple[float, float]:
         masks = min(3, at_once, images)
-        return timed(replay, gradient=gradient, image=image, masks=masks) if images > 0 else (0.0, 0.0)
+        target = _target(replay, image)
+        return timed(replay, gradient=gradient, target=target, masks=masks) if images > 0 else (0.0, 0.0)
 
     both = taken(found.backward, gradient=True)
     measured = Pace(taken(found.forward - found.backward, gradient=False), both)
@@ -155,9 +160,10 @@ class Pace:
 
 def pace(replay: Replay, *, image: int = 0) -> Pace:
     """Time a few passes over one mask and over three. Raises what a forward pass raises."""
-    forward = timed(replay, gradient=False, image=image)
+    target = _target(replay, image)
+    forward = timed(replay, gradient=False, target=target)
     try:
-        gradient = timed(replay, gradient=True, image=image)
+        gradient = timed(replay, gradient=True, target=target)
     except Exception:  # whatever is wrong with gradients: methods that need none go on
         return Pace(forward, None)
     return Pace(forward, gradient)

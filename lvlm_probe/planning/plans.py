@@ -19,6 +19,7 @@ from lvlm_probe.replaying.micro_batches import CPU_BYTES, out_of_memory, ran_out
 if TYPE_CHECKING:
     from lvlm_probe.explainers.registry import Cost
     from lvlm_probe.replaying import Replay
+    from lvlm_probe.trace.clips import Clip
 
 __all__ = ["Budget", "Plan", "choose", "default_budget", "passes_text", "table"]
 
@@ -175,7 +176,7 @@ def _free_on(card: torch.device) -> int:
     return torch.cuda.mem_get_info(card)[0] + idle
 
 
-def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: int = 0) -> Plan:
+def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, target: int | Clip = 0) -> Plan:
     """The settings under which a method fits, cheapest first: whole groups of masks at once, fewer, checkpointing,
     weights elsewhere.
 
@@ -203,7 +204,7 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
         checkpointings.append(True)
     for checkpoint in checkpointings:
         try:
-            found = law(replay, cost, image=image, checkpoint=checkpoint)
+            found = law(replay, cost, target=target, checkpoint=checkpoint)
         except ExplainError as error:
             return dataclasses.replace(base, notes=(str(error),))
         except Exception as error:
@@ -224,7 +225,7 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, image: in
             f"device_map='auto' and less of it on {replay.device}, or use a smaller image",
             failure,
         ) from failure
-    return _elsewhere(replay, base, cost, budget, smallest, own, image)
+    return _elsewhere(replay, base, cost, budget, smallest, own, target)
 
 
 def _asked(replay: Replay, cost: Cost) -> Replay:
@@ -262,7 +263,7 @@ def _elsewhere(
     budget: Budget,
     smallest: Sequence[tuple[int, bool]],
     own: int,
-    image: int,
+    target: int | Clip,
 ) -> Plan:
     """With weights kept off the device, brought one layer at a time; or the error that says what it would take."""
     least, checkpoint = min(smallest)
@@ -282,7 +283,7 @@ def _elsewhere(
         )
     kept = room - least
     offloaded = base.weights - kept
-    found = law(replay, cost, image=image, checkpoint=checkpoint)
+    found = law(replay, cost, target=target, checkpoint=checkpoint)
     there = 0 if replay.device.type != "cuda" else replay.device.index or 0
     load_with = {"device_map": "auto", "max_memory": {there: kept, "cpu": offloaded + largest}}
     plan = _fitted(base, cost, found, Budget(least, least), own, checkpoint, 1 if cost.splits else None)

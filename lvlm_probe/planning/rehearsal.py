@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 
 from lvlm_probe.boxes.encoder_tokens import blocks_of, encoder_tokens, encoders_of
@@ -25,6 +26,7 @@ from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.planning.meter import Meter
 from lvlm_probe.replaying.hidden_states import head_rows, hidden_states, text_tokens
 from lvlm_probe.replaying.micro_batches import ran_out, weights_on_cards
+from lvlm_probe.trace.clips import Clip, images_of
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -50,7 +52,7 @@ class Law:
         return max(0, (budget - self.fixed) // max(1, self.per_mask))
 
 
-def law(replay: Replay, cost: Cost, *, image: int = 0, checkpoint: bool = False) -> Law:
+def law(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint: bool = False) -> Law:
     """Rehearses the pass of a method.
 
     How a mask of each of its grids is brought to the pixels is worked out here and kept by the replay, so that it is no
@@ -59,7 +61,7 @@ def law(replay: Replay, cost: Cost, *, image: int = 0, checkpoint: bool = False)
     Args:
         replay: The answer on its model.
         cost: What the method asks of the model.
-        image: Number of the image.
+        target: Number of the image, or the clip.
         checkpoint: Layers are run again in backward.
 
     Raises:
@@ -68,20 +70,22 @@ def law(replay: Replay, cost: Cost, *, image: int = 0, checkpoint: bool = False)
     """
     with torch.no_grad():
         for grid in cost.grids:
-            replay.path.apply(torch.full((1, *grid), 0.5, dtype=torch.float32, device=replay.device), image=image)
+            replay.path.apply(_half(1, grid, target, replay.device), image=target)
     known = _KNOWN.setdefault(replay.model, {})
     kind, several = cost.kind or "forward", max(cost.groups, default=1) > 1
     shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
     asked = (kind, bool(cost.noise), tuple(cost.parts), tuple(cost.grids[-1]), several, cost.joined, cost.queries)
     on = (replay.length, replay.prompt_length, shapes, str(replay.device), next(replay.model.parameters()).dtype)
-    key = (*asked, image, checkpoint, *on)
+    key = (*asked, target, checkpoint, *on)
     if key not in known:
         replay = replay.with_settings(gradient_checkpointing=checkpoint)
-        rehearse = _Rehearsal(replay, image, cost)
+        rehearse = _Rehearsal(replay, target, cost)
         if kind in ("gradient", "relevance", "activations"):
             replay.require_gradients()
         with torch.no_grad():  # what is made at first use and kept is not the pass's own
-            replay.log_probs(rehearse.masks(1), image=image, micro_batch=1, steps=rehearse.steps)
+            replay.log_probs(rehearse.masks(1), image=target, micro_batch=1, steps=rehearse.steps)
+            if several:
+                replay.path.joined({}, 2)
         known[key] = _several(rehearse, kind) if several else Law(0, rehearse.peak(kind, 1))
     return known[key]
 
@@ -102,24 +106,30 @@ def _several(rehearse: _Rehearsal, kind: Kind) -> Law:
 
 
 def timed(
-    replay: Replay, *, gradient: bool, image: int = 0, grid: tuple[int, int] = (1, 1), masks: int = 3
+    replay: Replay, *, gradient: bool, target: int | Clip = 0, grid: tuple[int, ...] = (1, 1), masks: int = 3
 ) -> tuple[float, float]:
     """Seconds of a call and of each mask in it, forward and with ``gradient`` backward: from a call with one mask and,
     where ``masks`` allows, one with more. The model is warm."""
-    rehearse = _Rehearsal(replay, image, Cost("gradient" if gradient else "forward", grids=(grid,)))
+    rehearse = _Rehearsal(replay, target, Cost("gradient" if gradient else "forward", grids=(grid,)))
     taken = []
     for count in (1, 1, masks) if masks > 1 else (1, 1):  # the first warms up
         started = time.perf_counter()
         if gradient:
-            replay.score_and_grad(rehearse.masks(count), _total, image=image, micro_batch=count, steps=rehearse.steps)
+            replay.score_and_grad(rehearse.masks(count), _total, image=target, micro_batch=count, steps=rehearse.steps)
         else:
             with torch.no_grad():
-                replay.log_probs(rehearse.masks(count), image=image, micro_batch=count, steps=rehearse.steps)
+                replay.log_probs(rehearse.masks(count), image=target, micro_batch=count, steps=rehearse.steps)
         if replay.device.type == "cuda":
             torch.cuda.synchronize(replay.device)
         taken.append(time.perf_counter() - started)
     each = max(taken[2] - taken[1], 0.0) / (masks - 1) if masks > 1 else taken[1]
     return max(taken[1] - each, 0.0), each
+
+
+def _half(count: int, grid: tuple[int, ...], target: int | Clip, device: torch.device) -> torch.Tensor:
+    """Masks that keep half of everything, with an axis of time where they lie on a clip."""
+    steps = () if isinstance(target, int) or len(grid) == 3 else (1,)
+    return torch.full((count, *steps, *grid), 0.5, dtype=torch.float32, device=device)
 
 
 def _total(log_probs: torch.Tensor) -> torch.Tensor:
@@ -133,14 +143,14 @@ class _Rehearsal:
     beginning of the prompt, and what follows the last of them besides.
     """
 
-    def __init__(self, replay: Replay, image: int, cost: Cost) -> None:
-        self.replay, self.image, self.grid = replay, image, cost.grids[-1]
+    def __init__(self, replay: Replay, target: int | Clip, cost: Cost) -> None:
+        self.replay, self.target, self.grid = replay, target, cost.grids[-1]
         self.noise, self.parts, self.joined, self.queries = cost.noise, cost.parts, cost.joined, cost.queries
         self.steps = range(len(replay.token_ids))
         self.cut = False
 
     def masks(self, count: int) -> torch.Tensor:
-        return torch.full((count, *self.grid), 0.5, dtype=torch.float32, device=self.replay.device)
+        return _half(count, self.grid, self.target, self.replay.device)
 
     def peak(self, kind: Kind, count: int) -> int:
         """Bytes. ``cut`` says afterwards that memory ran out on the way, and the masks went through in parts."""
@@ -155,11 +165,11 @@ class _Rehearsal:
         masks, replay = self.masks(count), self.replay
         if gradient:
             replay.score_and_grad(
-                masks, _total, image=self.image, noise=self.noise, micro_batch=count, steps=self.steps
+                masks, _total, image=self.target, noise=self.noise, micro_batch=count, steps=self.steps
             )
         else:
             with torch.no_grad():
-                replay.log_probs(masks, image=self.image, noise=self.noise, micro_batch=count, steps=self.steps)
+                replay.log_probs(masks, image=self.target, noise=self.noise, micro_batch=count, steps=self.steps)
 
     def _forward(self, meter: Meter, count: int) -> int:
         with meter.running():
@@ -208,7 +218,8 @@ class _Rehearsal:
         replay, trace = self.replay, cast(Any, self.replay.trace)
         layout = trace.layout
         steps = torch.arange(replay.prompt_length - 1, replay.length)[: self.queries]
-        tokens = torch.tensor(layout.image_positions)[torch.tensor(layout.image_index) == self.image]
+        own = np.isin(layout.image_index, images_of(self.target))
+        tokens = torch.tensor(layout.image_positions)[torch.from_numpy(own)]
         with meter.running(), replay.capture(attention=self.parts) as seen:
             self._pass(count, gradient=False)
             with meter.span():
@@ -225,7 +236,7 @@ class _Rehearsal:
         encoders = encoders_of(replay)
         for path in encoders:  # found once and kept, see ``grids``
             with suppress(ExplainError):
-                encoder_tokens(replay, path, self.image)
+                encoder_tokens(replay, path, self.target)
         blocks = [module for path in encoders for module in blocks_of(replay.model, path)]
         with meter.running(), replay.capture(modules=blocks) as seen:
             self._pass(count, gradient=True)

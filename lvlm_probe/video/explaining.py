@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.explaining import Tokens, run
+from lvlm_probe.explainers.explaining import RunPlan, Tokens, run
 from lvlm_probe.explainers.registry import METHODS, resolve
 from lvlm_probe.progress import ProgressChoice
 from lvlm_probe.replaying import Replay
@@ -48,6 +48,7 @@ def explain(
     seed: int = 0,
     strengthen: bool = True,
     progress: ProgressChoice = None,
+    plan: RunPlan | None = None,
     **params: Any,
 ) -> ClipHeatmap:
     """Explain why a recorded answer about a video says what it says: which places in which frames made the selected
@@ -56,7 +57,7 @@ def explain(
     Args:
         replay: the recorded answer on its model; the trace alone will do as for ``lvlm_probe.explain``.
         method: one of ``clip_methods()``.
-        tokens, seed, strengthen, progress: as for ``lvlm_probe.explain``.
+        tokens, seed, strengthen, progress, plan: as for ``lvlm_probe.explain``.
         clip: number of the video, when the prompt has several; images and other videos stay whole.
         params: parameters of the method; ``size`` may be ``(steps, rows, columns)``.
 
@@ -72,7 +73,7 @@ def explain(
     if not METHODS[method].clips:
         raise ExplainError(f"{method} does not explain by a video; these do: {', '.join(clip_methods())}")
     made = run(
-        replay, mine, method=method, tokens=tokens, seed=seed, strengthen=strengthen, progress=progress, plan=None,
+        replay, mine, method=method, tokens=tokens, seed=seed, strengthen=strengthen, progress=progress, plan=plan,
         params=params,
     )  # fmt: skip
     return ClipHeatmap(**made, clip=mine)

@@ -73,6 +73,16 @@ def test_token_heat_weighs_cells_by_shared_area():
     assert heat == pytest.approx([0.75])
 
 
+def test_token_heat_of_a_tube_is_the_mean_over_its_pixels_and_frames():
+    values = np.random.default_rng(1).random((2, 4, 5))
+    pixels = np.kron(values, np.ones((3, 6, 4)))  # six frames of 20 x 24 pixels
+    boxes = np.array([[0, 0, 0, 20, 24, 6], [3, 5, 2, 9, 11, 4], [0, 0, 5, 4, 6, 6]], dtype=float)
+    expected = [
+        pixels[int(t0) : int(t1), int(y0) : int(y1), int(x0) : int(x1)].mean() for x0, y0, t0, x1, y1, t1 in boxes
+    ]
+    np.testing.assert_allclose(token_heat(values, boxes, (20, 24, 6)), expected, atol=1e-12)
+
+
 def test_image_tokens_of_one_of_two_pictures(tmp_path):
     replay = record("llava", tmp_path, images=2)
     first, second = placed_tokens(replay, 0), placed_tokens(replay, 1)

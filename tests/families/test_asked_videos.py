@@ -184,7 +184,8 @@ def test_every_command_knows_a_trace_with_a_video(recorded: Path, tmp_path: Path
     assert set(found.read().provenance["sanity"]) == {"weights", "seeds"}
     succeed("report", folder, "--out", page, "--overwrite")
     assert "draws no random numbers" in page.read_text()
-    assert "frame of a video" in run("plan", recorded, "--model", "m").err
+    planned = succeed("plan", recorded, "--model", "m", "--methods", "igos++,occlusion,attention", "--json").json
+    assert {plan["method"] for plan in planned["plans"]} == {"igos++", "occlusion", "attention"}
 
 
 def test_frames_are_told_by_their_shares(recorded: Path, tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from zoo import Built, build, load_members
 import lvlm_probe as probe
 from lvlm_probe.boxes.encoder_tokens import tokens_that_read
 from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProbeWarning
+from lvlm_probe.explainers.registry import Problem, resolve
 from lvlm_probe.models.families import _of_transformers
+from lvlm_probe.planning import Meter
 
 _STEP = 3e-6
 _LEVELS = 1.0  # of 255, in the mean: two roundings to 8 bits
@@ -337,6 +339,46 @@ def test_frames_may_have_their_channels_first(tmp_path: Path) -> None:
     case = record(built, tmp_path, [given], input_data_format="channels_first")
     assert np.array_equal(np.stack([np.asarray(frame) for frame in case.trace.images]), clips.frames())
     assert torch.equal(case.replay.path.inputs["pixel_values_videos"], case.inputs["pixel_values_videos"])
+
+
+def test_what_a_method_takes_on_a_video_is_foretold(tmp_path: Path) -> None:
+    replay = record(clips.built("qwen2_vl"), tmp_path, [clips.frames(width=180, height=120)]).replay
+    for method, params in (("igos++", {"preset": "fast"}), ("tmm", {}), ("rise", {"masks": 16})):
+        planned = probe.plan(replay, method=method, image=2, seconds=False, **params)  # a frame stands for its video
+        view = replay.with_settings(micro_batch=planned.micro_batch)
+        problem, meter = Problem(view, probe.select_tokens(replay, span=None), clip=replay.clips[0]), Meter(view.device)
+        with view.shortcuts.held(), meter.running():
+            resolve(method)(problem, **params)
+        assert abs(planned.peak / meter.reading.peak - 1) < 0.15
+        heat = probe.video.explain(replay, method=method, strengthen=False, progress=False, plan=planned, **params)
+        assert heat.provenance["memory"]["predicted_peak"] == planned.peak
+        assert heat.provenance["passes"]["backward"] == planned.backward
+    assert probe.plan(replay, method="rise", masks=16).seconds > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava_onevision"])
+def test_tokens_under_a_tube_are_cut_and_patched(name: str, tmp_path: Path) -> None:
+    """Features that enter at later layers too (qwen3_vl)."""
+    case = record(clips.built(name), tmp_path, [clips.frames()])
+    replay, region = case.replay, np.zeros((4, 1, 1), bool)
+    region[3] = True  # the last frame, or the pair that it is in
+    selection = probe.select_tokens(replay, rule="joint")
+    other = [Image.fromarray(frame) for frame in clips.frames(seed=40)]
+    effect = probe.causal.patch(replay, region, donor=other, tokens=selection)
+    assert effect.effects[0].tokens == len(case.trace.image_index) // (4 // clips.CLIPS[name].together)
+    assert effect.everything == pytest.approx(float(replay.over(other).baseline_log_probs.sum()), abs=1e-4)
+    same = probe.causal.patch(replay, region, donor=list(case.trace.images), tokens=selection)
+    assert same.effects[0].score == effect.original == same.everything
+    heat = probe.video.explain(replay, method="attention", tokens=selection, progress=False)
+    cut = probe.causal.knockout(replay, heat, top=0.25, sweep=0, draws=2)
+    late = probe.causal.knockout(replay, np.float32(region), top=0.25, sweep=0, draws=2, tokens=selection)
+    assert cut.everything == late.everything != cut.original
+    with pytest.raises(ExplainError, match=r"boolean region \(t, row, col\)"):
+        probe.causal.knockout(replay, region[0], tokens=selection, image=1)
+    with pytest.raises(ImageError, match="2 donor images for 4"):
+        probe.causal.patch(replay, heat, donor=other[:2])
+    with pytest.raises(ExplainError, match="a video that this prompt does not have"):
+        probe.causal.knockout(replay, dataclasses.replace(heat, clip=dataclasses.replace(heat.clip, fps=9.0)))
 
 
 def test_geometry_is_traced_once_for_videos_of_one_size(tmp_path: Path) -> None:
