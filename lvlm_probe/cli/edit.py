@@ -66,10 +66,11 @@ def edit(
     found = [item for item in find_maps(paths) if item.read().values is not None]
     if not found:
         raise ProbeError("none of these maps has values, so no region is hot; lvlm-probe report says why")
-    own_baseline = baseline_from(baseline)
+    of_traces = by_trace(found)
+    own_baseline = baseline_from(baseline, video=all(trace.clips for trace, _ in of_traces))
     models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     done = []
-    for trace, items in by_trace(found):
+    for trace, items in of_traces:
         replay = open_replay(trace, *models.of(trace))
         for item in items:
             heat = item.read()

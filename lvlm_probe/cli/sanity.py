@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lvlm_probe.heatmap_store import MapFile
     from lvlm_probe.replaying import Replay
     from lvlm_probe.sanity import SanityCheck
-    from lvlm_probe.sanity.checks import AnyHeatmap
 
 __all__ = ["sanity"]
 
