@@ -26,7 +26,7 @@ from lvlm_probe import _moved
 from lvlm_probe._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lvlm_probe import causal, demo, errors, metrics, sanity, study, video
+    from lvlm_probe import causal, demo, errors, evidence, metrics, sanity, study, video
     from lvlm_probe.asking import Answer, ask
     from lvlm_probe.errors import ProbeError, ProbeWarning
     from lvlm_probe.evidence import Edit, edit
@@ -73,6 +73,7 @@ __all__ = [
     "edit",
     "errors",
     "evaluate",
+    "evidence",
     "explain",
     "figure",
     "import_answers",
@@ -95,7 +96,7 @@ __all__ = [
     "video",
 ]
 
-_ROOMS = ("causal", "demo", "errors", "metrics", "sanity", "study", "video")
+_ROOMS = ("causal", "demo", "errors", "evidence", "metrics", "sanity", "study", "video")
 """Submodules that come with the first look at them."""
 
 _HOMES = {

@@ -28,7 +28,7 @@ SURFACE = {
     "verify", "Answer", "ask", "figure", "methods", "open_image", "connect", "Server",
     "import_attention", "Edit", "edit",
 }  # fmt: skip
-ROOMS = {"causal", "demo", "errors", "metrics", "sanity", "study", "video"}
+ROOMS = {"causal", "demo", "errors", "evidence", "metrics", "sanity", "study", "video"}
 NEVER_AT_THE_TOP = {"LoadError"}  # younger than the rooms
 FORMER = {name: home for name, home in _moved.NAMES.items() if "." not in name}
 

@@ -192,14 +192,19 @@ def _map(
         "score": None if score is None or empty or score.reason is not None else _score(score),
         "scoring": None if score is None else _without_curves(score),
         "verdict": verdict_of(heat, score),
-        "sanity": sanity_of(heat),
+        "sanity": [*sanity_of(heat), *_said_box(heat)],
+        "box": _box_of(heat),
         "edits": edits_of(heat, pictures),
         "provenance": {
             "method": str(heat.method),
             "parameters": plain(dict(heat.params)),
             "selection": {"rule": str(selection.rule), **plain(dict(selection.params))},
             "image_index": int(heat.image_index),
-            **{str(key): plain(value) for key, value in heat.provenance.items() if key not in ("sanity", "edits")},
+            **{
+                str(key): plain(value)
+                for key, value in heat.provenance.items()
+                if key not in ("sanity", "edits", "box")
+            },
         },
     }
 
@@ -290,6 +295,32 @@ def sanity_of(heat: HeatGrid) -> list[dict[str, str]]:
     return lines
 
 
+def _box_of(heat: Heatmap) -> list[float] | None:
+    """The box (or point) that the answer says, in shares of the image: left, top, right, bottom."""
+    record = heat.provenance.get("box")
+    pixels = record.get("pixels") if isinstance(record, Mapping) else None
+    if not isinstance(pixels, list | tuple) or not all(isinstance(value, int | float) for value in pixels):
+        return None
+    shares = [float(value) / heat.image_size[k % 2] for k, value in enumerate(pixels)]
+    if len(shares) not in (2, 4) or not all(abs(value) < 1e6 for value in shares):
+        return None
+    return shares if len(shares) == 4 else [*shares, *shares]
+
+
+def _said_box(heat: Heatmap) -> list[dict[str, str]]:
+    """Whether the map looks where the answer says, as a line beside those of the sanity checks."""
+    record = heat.provenance.get("box")
+    state = _BOXES.get(str(record.get("verdict"))) if isinstance(record, Mapping) else None
+    if record is None or state is None:
+        return []
+    title = str(record.get("label") or record.get("kind") or "box")[:100]
+    p = record.get("p")
+    if isinstance(p, float):
+        title += f", P {p:.2g}"
+    return [{"state": state, "title": title, "reason": _sentence(str(record.get("sentence") or "")[:600])}]
+
+
+_BOXES = {"agrees": "trusted", "elsewhere": "doubted", "partly": "unchecked", "cannot say": "unchecked"}
 _CHECKS = {
     "weights": "Random weights",
     "answers": "Other words",

@@ -23,6 +23,23 @@ async function drawView() {
   paint(page.view, image, map, { mode: state.mode, opacity: state.opacity, long: 1080 }, shape);
   if (shape.seen) hatch(page.view, shape.seen);
   Object.assign(page.view.dataset, { map: state.map, mode: state.mode, opacity: state.opacity });
+  placeBox();
+}
+
+/** The box, or the point, that the answer says, over the image. */
+function placeBox() {
+  const { box } = current();
+  page.said.hidden = !box;
+  if (!box) return;
+  const [left, top, right, bottom] = box.map((share) => Math.min(1, Math.max(0, share)));
+  const { offsetLeft, offsetTop, clientWidth, clientHeight } = page.view;
+  page.said.classList.toggle("point", box[0] === box[2]);
+  Object.assign(page.said.style, {
+    left: `${offsetLeft + left * clientWidth}px`,
+    top: `${offsetTop + top * clientHeight}px`,
+    width: `${(right - left) * clientWidth}px`,
+    height: `${(bottom - top) * clientHeight}px`,
+  });
 }
 
 function drawBar() {
@@ -316,6 +333,7 @@ addEventListener("resize", () =>
   nextFrame(() => {
     drawChart();
     drawTrial();
+    placeBox();
   }),
 );
 
