@@ -102,6 +102,9 @@ class Member:
 
 MEMBERS: dict[str, Member] = {}
 
+SLOW = frozenset({"gemma3n", "emu3"})
+"""Families whose smallest model takes six seconds and more: `make campaign` has them."""
+
 
 def member(**settings: Any) -> Member:
     """Register a member of the zoo."""
