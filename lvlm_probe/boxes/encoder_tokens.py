@@ -165,6 +165,7 @@ def tokens_that_read(replay: Replay, encoder: int | str, target: int | Clip) -> 
 
 def _kept(replay: Replay, encoder: str, target: int | Clip) -> EncoderTokens | None:
     """``encoder_tokens``; ``None`` where the pass does not reach the encoder."""
+    replay = replay.plain  # one sequence per image
     known, key = replay.kept.facts, ("encoder tokens", encoder, target)
     if key not in known:
         with torch.enable_grad():

@@ -137,6 +137,7 @@ def token_places(replay: Replay, positions: np.ndarray) -> Places:
     Raises:
         ImageError: There is no processor to trace, or the tokens have no place in the image; the message says why.
     """
+    replay = replay.plain  # one sequence per image
     known, key = _KNOWN.setdefault(replay, {}), positions.tobytes()
     if key not in known:
         known[key] = _find(replay, positions)

@@ -37,6 +37,7 @@ from lvlm_probe.replaying.micro_batches import (
     noise_seeds,
     ran_out,
 )
+from lvlm_probe.replaying.own_scores import OwnScore
 from lvlm_probe.replaying.protocol import MaskJournal, Mode, Need, Score, Stand
 from lvlm_probe.replaying.rewording import reword
 from lvlm_probe.replaying.shortcuts import Shortcuts
@@ -59,8 +60,8 @@ _ANSWER_SHOWN = 60
 class Replay(Views):
     """One recorded answer on one live model. Made by ``lvlm_probe.replay``.
 
-    No call changes it. ``over``, ``strengthened``, ``with_settings``, ``counted`` and ``reworded`` give views: other
-    objects on the same model that share what has been computed.
+    No call changes it. ``over``, ``strengthened``, ``with_settings``, ``counted``, ``reworded`` and ``scored`` give
+    views: other objects on the same model that share what has been computed.
 
     Attributes:
         trace, trace_id: what is replayed.
@@ -73,10 +74,12 @@ class Replay(Views):
         limits: how passes are run, and what was changed when memory ran out.
         journal: keeps what masks give (``journalled``); by default nothing does.
         inside: whether somebody looks inside the passes (``capture``).
+        own: the score of the user's own that is one more column of log-probabilities (``scored``); by default none.
         kept: what all views share.
         shortcuts: what passes leave out when only some ``steps`` are asked for; ``str()`` of it says so.
     """
 
+    _plain: Replay | None = None
     offers: frozenset[Need | Stand] = frozenset(get_args(Need))
     """What methods may ask of it: all that there is."""
 
@@ -142,7 +145,13 @@ class Replay(Views):
         """Set what the answer is an answer to: the prompt's token ids, and inputs with one entry for each of them."""
         self._prompt, self._sequence = prompt, sequence
         self._forcing = TeacherForcing(
-            self.replica, input_ids=prompt, token_ids=self.token_ids, sequence_inputs=sequence, **self._settings
+            self.replica,
+            input_ids=prompt,
+            token_ids=self.token_ids,
+            sequence_inputs=sequence,
+            score=self.own,
+            image_positions=torch.isin(prompt, torch.tensor(self.anatomy.placeholders)).nonzero()[:, 0],
+            **self._settings,
         )
         self.shortcuts = Shortcuts(
             self._forcing, model=self.model, anatomy=self.anatomy, prompt=prompt, trace_id=self.trace_id
@@ -161,7 +170,7 @@ class Replay(Views):
     @property
     def prompt_length(self) -> int:
         """P, prompt tokens: answer token t is predicted at position P + t − 1 of the teacher-forced sequence."""
-        return self._forcing.length - self._forcing.steps + 1
+        return self._forcing.prompt_length
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -236,6 +245,41 @@ class Replay(Views):
         other.kept = Kept(paths=self.kept.paths)
         return other
 
+    @outside_inference_mode
+    @taking_turns
+    def scored(self, score: OwnScore) -> Self:
+        """A view whose log-probabilities have one column more, behind the answer's tokens: a score of the user's own.
+
+        ``explain`` and ``evaluate`` make it by themselves where the selected tokens come with a score.
+
+        Args:
+            score: from ``probe.score``, or a ``Contrast``.
+
+        Raises:
+            ReplayError: the answer has not as many tokens as the score reads.
+        """
+        if score == self.own:
+            return self
+        other: Self = copy.copy(self)
+        other.own, other._plain = score, self.plain
+        key = ("scored", score)
+        if key not in self.kept.facts:
+            self.kept.facts[key] = Kept(paths=self.kept.paths)
+        other.kept = self.kept.facts[key]
+        other._ask(self._prompt, self._sequence)
+        return other
+
+    @property
+    def plain(self) -> Replay:
+        """This replay without a score of the user's own."""
+        return self if self._plain is None else self._plain
+
+    @property
+    def rows(self) -> int:
+        """Sequences that go through the model for one mask: more than one where a score asks for other courses of the
+        answer that are longer than a token. ``capture`` sees them one after the other, the answer's own first."""
+        return self._forcing.rows
+
     # ------------------------------------------------------------------ the function
 
     @property
@@ -248,7 +292,10 @@ class Replay(Views):
             if (largest := self._forcing.largest_logit) is not None:
                 rounder = max(self._forcing.epsilon, epsilon_of(self.trace.model.get("torch_dtype")))
                 self.kept.rounding = rounding_of(original, float(largest), rounder)
-            self.kept.likeliest = self._forcing.likeliest
+                if self.own is not None:
+                    token = float(rounding_of(torch.tensor([-math.inf]), float(largest), rounder))
+                    self.kept.rounding[-1] = self.own.rounding(float(original[-1]), token, rounder)
+            self.kept.likeliest, self.kept.runners_up = self._forcing.likeliest, self._forcing.runners_up
             self.kept.original = original
         return self.kept.original.clone()
 
@@ -269,6 +316,14 @@ class Replay(Views):
         _ = self.original_log_probs
         assert self.kept.likeliest is not None
         ids, log_probs = (part.cpu() for part in self.kept.likeliest)
+        return ids.clone(), log_probs.clone()
+
+    @property
+    def runners_up(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the likeliest token besides the one that was said, ``(step,)`` int64 and ``(step,)`` float32."""
+        _ = self.original_log_probs
+        assert self.kept.runners_up is not None
+        ids, log_probs = (part.cpu() for part in self.kept.runners_up)
         return ids.clone(), log_probs.clone()
 
     @outside_inference_mode
@@ -298,7 +353,8 @@ class Replay(Views):
                 (``shortcuts``); the columns of all others are NaN.
 
         Returns:
-            ``(batch, step)`` float32, natural log, with gradient to ``mask`` when it is enabled. Paper, Eq. 1 and 3.
+            ``(batch, step)`` float32, natural log, with gradient to ``mask`` when it is enabled. Paper, Eq. 1 and 3. Of
+            a view that is ``scored`` the last column, one more than the answer has tokens, is the score.
 
         Raises:
             MaskError: wrong shape, type or range.
@@ -350,6 +406,7 @@ class Replay(Views):
         place = image if image is None or isinstance(image, int) else image.to_dict()
         decisive = [self.trace_id, sorted(map(str, self.baseline.items())), place, mode, steps and list(steps)]
         decisive += [str(self.model.dtype), self.device.type, list(masks.shape[1:]), self.input_ids.tolist()]
+        decisive += [] if self.own is None else [self.own.to_dict()]
         start = hashlib.sha256(json.dumps(decisive).encode())
         keys = []
         for mask in masks.detach().float().cpu():
@@ -364,17 +421,17 @@ class Replay(Views):
         rows = [self.journal.get(key) for key in keys]
         if not rows or any(row is None or any(isinstance(one, tuple) for one in row.values()) for row in rows):
             return None
-        found = torch.full((len(rows), len(self.token_ids)), torch.nan, dtype=torch.float32)
+        found = torch.full((len(rows), self.columns), torch.nan, dtype=torch.float32)
         for place, row in enumerate(rows):
             for step, value in (row or {}).items():
                 found[place, step] = torch.tensor(value)
-        self.passes.add(forward=len(rows))
+        self.passes.add(forward=len(rows) * self.rows)
         return found.to(self.device)
 
     def _keep(self, keys: Sequence[str], found: torch.Tensor) -> None:
         assert self.journal is not None
         for key, row in zip(keys, found.detach().cpu().tolist(), strict=True):
-            if all(value <= 0 or math.isnan(value) for value in row):
+            if all(value <= 0 or math.isnan(value) for value in row[: len(self.token_ids)]):
                 self.journal.put(key, {step: value for step, value in enumerate(row) if not math.isnan(value)})
 
     @outside_inference_mode
@@ -416,6 +473,11 @@ class Replay(Views):
                     raise ReplayError(
                         f"score() must return one number per mask, ({len(some)},), not {tuple(scores.shape)}"
                     )
+                if self.own is not None and self._forcing.cut_off:
+                    raise ExplainError(
+                        f"the score {self.own.name!r} hands on no gradient (an argmax, a rounding, a detach): write it "
+                        "without, or use a method that needs no gradients: occlusion, rise, greedy"
+                    )
                 gradient = self._differentiated(scores.sum(), leaf)
             return scores.detach().to(torch.promote_types(scores.dtype, leaf.dtype)), gradient
 
@@ -432,6 +494,9 @@ class Replay(Views):
             ExplainError: it does not; the message says why, or names the layer where it stops, and the methods that
                 need none.
         """
+        if self.own is not None:
+            self.plain.require_gradients()
+            return
         if reason := self.anatomy.no_gradient:
             raise ExplainError(
                 f"{type(self.model).__name__} cannot be explained by gradients: {reason}; use a method that needs "
@@ -458,7 +523,7 @@ class Replay(Views):
             for inside in self.inside:
                 inside.scale = scale if seen else None
             (gradient,) = torch.autograd.grad(total * scale, leaf, retain_graph=again)
-            self.passes.add(backward=len(leaf))
+            self.passes.add(backward=len(leaf) * self.rows)
             return gradient
 
         if not self._half:
@@ -573,7 +638,11 @@ class Replay(Views):
         if steps is None:
             return None
         wanted = self.wanted(steps)
-        return None if self.inside else self.shortcuts.take(self, wanted)
+        if self.own is not None:
+            own = range(len(self.token_ids)) if self.own.steps is None else self.own.steps
+            wanted = tuple(sorted({*own, *wanted} - {len(self.token_ids)}))
+        looked_into = self.inside or (self.own is not None and self.own.states)
+        return None if looked_into else self.shortcuts.take(self, wanted)
 
     def _in_micro_batches(self, masks: torch.Tensor, size: int, run: Run) -> list[Any]:
         return in_micro_batches(
@@ -600,15 +669,19 @@ class Replay(Views):
             raise does_not_fit(what, error, "record the answer with a smaller image") from error
 
     def _run(self, pixel_inputs: dict[str, torch.Tensor], batch: int, shortcut: Shortcut | None = None) -> torch.Tensor:
-        joined = self.path.joined({name: value for name, value in pixel_inputs.items() if name in self._fed}, batch)
-        fed = {name: self._placed(name, value, batch) for name, value in joined.items()}
+        given = {name: value for name, value in pixel_inputs.items() if name in self._fed}
+        if (rows := self.rows) > 1:
+            given = {name: _repeated(value, batch, rows) for name, value in given.items()}
+        joined = self.path.joined(given, batch * rows)
+        fed = {name: self._placed(name, value, batch * rows) for name, value in joined.items()}
         checkpoint = self.recomputes and torch.is_grad_enabled()
-        self.passes.add(forward=batch)
+        self.passes.add(forward=batch * rows)
         log_probs = self._forcing.log_probs(fed, batch=batch, checkpoint=checkpoint, shortcut=shortcut)
         if shortcut is None:
             return log_probs
-        every = log_probs.new_full((batch, len(self.token_ids)), torch.nan)
-        return every.index_copy(1, index_on(every.device, tuple(shortcut.steps)), log_probs)
+        every = log_probs.new_full((batch, self.columns), torch.nan)
+        columns = (*shortcut.steps, *range(len(self.token_ids), self.columns))
+        return every.index_copy(1, index_on(every.device, columns), log_probs)
 
     def _placed(self, name: str, value: torch.Tensor, batch: int) -> torch.Tensor:
         """With an axis of prompts in front, where the processor has put one there and its image processor has not."""
@@ -648,7 +721,7 @@ class Replay(Views):
             self.kept.masks_at_once = masks_at_once(
                 self.model, self.anatomy.encoders, self.path.inputs, self.length, self.device
             )
-        return self.kept.masks_at_once
+        return max(1, self.kept.masks_at_once // self.rows)
 
     @property
     def recomputes(self) -> bool:
@@ -664,3 +737,11 @@ class Replay(Views):
     @property
     def _half(self) -> bool:
         return any(weight.dtype == torch.float16 for weight in self.model.parameters())
+
+
+def _repeated(value: torch.Tensor, batch: int, rows: int) -> torch.Tensor:
+    """Inputs of ``batch`` images, copy after copy, each of them ``rows`` times."""
+    if not value.ndim:
+        return value
+    parts = value.reshape(batch, len(value) // batch, *value.shape[1:])
+    return parts.repeat_interleave(rows, dim=0).flatten(0, 1)

@@ -178,7 +178,7 @@ class Shortcuts:
         known = _KNOWN.setdefault(self._model, {})
         answer = self._forcing.steps
         steps = tuple(range(0, max(1, answer // 2), 2))
-        key = (*circumstances, self.start > 0, answer > 1)
+        key = (*circumstances, self.start > 0, answer > 1, self._forcing.rows)
         found = known.get(key)
         # Another prompt than the one that was measured may pass a limit of the model's (a window, a long context).
         if found is None or not self._holds(view, found, steps):

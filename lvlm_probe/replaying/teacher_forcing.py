@@ -5,6 +5,10 @@ The answer's token t is predicted by the logits at position ``P + t - 1`` of the
 
 A caller that wants only some of the answer's tokens says so by a ``Shortcut``; then the tokens after the last of them
 are left out, only their positions go through the LM head, and what comes before the image may be read from a cache.
+
+A score of the user's own (``own_scores``) is computed in the same pass. Another course of the answer that it asks for
+is a further row of the batch, next to the answer's own: prompt, answer up to where they part, and its tokens but the
+last. Its first token is predicted by the answer's own row, so one of a single token needs none.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from lvlm_probe.models.precision import epsilon_of
 from lvlm_probe.models.replica import Replica
 from lvlm_probe.replaying.isolation import checkpointed, even_gradients, patch_gradients
 from lvlm_probe.replaying.micro_batches import ran_out
+from lvlm_probe.replaying.own_scores import Given, OwnScore
 
 __all__ = ["Shortcut", "TeacherForcing", "rounding_of"]
 
@@ -74,19 +79,26 @@ class TeacherForcing:
         reads_prompt: there is a prompt beside the answer's own sequence; where not, ``input_ids`` are the decoder's.
         image_token_id: the placeholder that image features replace. generate() reads one that the model has said as a
             word; in one pass over prompt and answer the model would look for an image to it.
+        score: a score of the user's own, which is one more column of ``log_probs``.
+        image_positions: positions of the image tokens in the prompt, which that score may read.
 
     Attributes:
+        rows: sequences per image: the answer, and each course of it that parts from it by more than a token.
+        cut_off: whether the score of the last differentiable pass came without a gradient.
         largest_logit: max |logit| over steps and vocabulary, float32, in the last pass over one image and all steps;
             ``None`` before there was one.
         likeliest: of that pass, the likeliest token's id in the place of each token of the answer, and its log P,
             ``(step,)`` each, where the logits are.
+        runners_up: the same of the likeliest token but the answer's own.
         separate: names of ``separate_inputs``.
         epsilon: ε of the number format of that pass: of its logits or of the weights, whichever is the rounder.
     """
 
     largest_logit: torch.Tensor | None = None
     likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
+    runners_up: tuple[torch.Tensor, torch.Tensor] | None = None
     epsilon: float = 0.0
+    cut_off: bool = False
 
     def __init__(
         self,
@@ -101,6 +113,8 @@ class TeacherForcing:
         decoder_input_ids: torch.Tensor | None = None,
         reads_prompt: bool = True,
         image_token_id: int | None = None,
+        score: OwnScore | None = None,
+        image_positions: torch.Tensor | None = None,
     ) -> None:
         if token_ids.numel() == 0:
             raise ReplayError("the answer has no tokens, so there is nothing to replay")
@@ -111,20 +125,24 @@ class TeacherForcing:
             parameters = inspect.signature(model.forward).parameters
         self.steps = int(token_ids.numel())
         self._targets = token_ids.to(self.device).long()
-        self._said_image = decoder_input_ids is None and image_token_id in token_ids[:-1].tolist()
+        self._score = score
+        self._image_positions = torch.zeros(0, dtype=torch.long) if image_positions is None else image_positions
         # What the answer continues: the prompt or, in an encoder-decoder model, the decoder's own beginning.
         start = input_ids if decoder_input_ids is None else decoder_input_ids.flatten()
-        ids = torch.cat([start.long().cpu(), token_ids.long().cpu()[:-1]])
-        self.length = int(ids.numel())
-        asked = ids if decoder_input_ids is None else input_ids.long().cpu()
-        width = int(asked.numel())
+        self.prompt_length = int(start.numel())
+        tails = self._courses(token_ids.long().cpu())
+        self._said_image = decoder_input_ids is None and any(image_token_id in tail.tolist() for tail in tails)
+        ids = torch.stack([torch.cat([start.long().cpu(), tail]) for tail in tails])
+        self.rows, self.length = ids.shape
+        asked = ids if decoder_input_ids is None else input_ids.long().cpu()[None]
+        width = int(asked.shape[1])
         self._sequence: dict[str, torch.Tensor] = {
-            "input_ids" if reads_prompt else "decoder_input_ids": asked[None].to(self.device)
+            "input_ids" if reads_prompt else "decoder_input_ids": asked.to(self.device)
         }
         if reads_prompt:
             self._sequence["attention_mask"] = torch.ones(1, width, dtype=torch.long, device=self.device)
         if decoder_input_ids is not None:
-            self._sequence["decoder_input_ids"] = ids[None].to(self.device)
+            self._sequence["decoder_input_ids"] = ids.to(self.device)
         for name, value in (sequence_inputs or {}).items():
             if name not in self._sequence:
                 self._sequence[name] = _extend(name, value, width, answer_token_type).to(self.device)
@@ -160,28 +178,33 @@ class TeacherForcing:
             Paper, Eq. 1.
         """
         steps = shortcut.steps if shortcut is not None else tuple(range(self.steps))
+        slots = tuple(sorted({*steps, *self._slots}))
+        rows = batch * self.rows
         inputs: dict[str, Any] = {
-            name: value.expand(batch, *value.shape[1:]) for name, value in self._text(shortcut).items()
+            name: value.repeat(batch, *[1] * (value.ndim - 1))
+            if len(value) > 1
+            else value.expand(rows, *value.shape[1:])
+            for name, value in self._text(shortcut, slots).items()
         }
         # Of Qwen2.5-VL, seconds that a patch lasts: one number per clip, not per row.
-        inputs.update({n: v.repeat(batch) if "second_per_grid" in n else v for n, v in self._other.items()})
+        inputs.update({n: v.repeat(rows) if "second_per_grid" in n else v for n, v in self._other.items()})
         inputs.update({name: _to(value, self.device) for name, value in pixel_inputs.items()})
         inputs.update({name: inputs[name].tolist() for name in self._lists & inputs.keys()})
         if self._takes_use_cache:
             inputs["use_cache"] = False
         if shortcut is not None and shortcut.start:
             past = copy.deepcopy(shortcut.past)
-            past.batch_repeat_interleave(batch)
+            past.batch_repeat_interleave(rows)
             inputs |= {self._cache_name: past, "use_cache": True}
             if (places := shortcut.position_ids) is not None:
-                fed = places[..., shortcut.start : self.stop(steps)]
-                inputs["position_ids"] = fed.expand(*fed.shape[:-2], batch, fed.shape[-1])
+                fed = places[..., shortcut.start : self.stop(slots)]
+                inputs["position_ids"] = fed.expand(*fed.shape[:-2], rows, fed.shape[-1])
         with (
             self.replica.use() as replica,
             checkpointed(replica, enabled=checkpoint) as model,
             even_gradients(model),
             patch_gradients(model),
-            self._wanted_positions_only(model, steps, shortcut) as extra,
+            self._wanted_positions_only(model, slots, shortcut) as (extra, states),
         ):
             try:
                 logits = model(**inputs, **extra, return_dict=True).logits
@@ -192,37 +215,115 @@ class TeacherForcing:
                     f"the answer holds the image token itself, to which {type(model).__name__} looks for another "
                     f"image, so this answer cannot be replayed ({error})"
                 ) from error
-        span = steps[-1] - steps[0] + 1
-        if logits.shape[1] != len(steps):  # else the head was given no other positions
+        span = slots[-1] - slots[0] + 1
+        if logits.shape[1] != len(slots):  # else the head was given no other positions
             logits = logits[:, -span:]
-            if logits.shape[1] == span != len(steps):
-                logits = logits[:, [step - steps[0] for step in steps]]
+            if logits.shape[1] == span != len(slots):
+                logits = logits[:, [slot - slots[0] for slot in slots]]
         epsilon = max(epsilon_of(logits.dtype), epsilon_of(getattr(model, "dtype", None)))
         banned = torch.finfo(logits.dtype).min / 2  # what a model fills in for tokens that it never says (Chameleon)
         if logits.dtype != torch.float64:
             logits = logits.float()
-        if logits.shape[0] != batch or logits.shape[1] != len(steps):
+        if logits.shape[0] != rows or logits.shape[1] != len(slots):
             raise ReplayError(
-                f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for {batch} images and "
-                f"{len(steps)} answer tokens; its forward edits the sequence, so this answer cannot be replayed"
+                f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for {rows} images and "
+                f"{len(slots)} answer tokens; its forward edits the sequence, so this answer cannot be replayed"
             )
+        by_row = logits.reshape(batch, self.rows, *logits.shape[1:])
+        logits, known = by_row[:, 0], slots
+        if slots[-1] >= self.steps:  # behind the answer's end are other courses of it alone
+            known = tuple(slot for slot in slots if slot < self.steps)
+            logits = logits[:, : len(known)]
+        targets = self._targets.to(logits.device)[index_on(logits.device, known)]
         if shortcut is None and batch == 1:
-            spoken = logits.detach().masked_fill(logits.detach() < banned, 0.0)
-            self.largest_logit, self.epsilon = spoken.abs().amax().float(), epsilon
-            top = logits.detach()[0].max(-1)
-            self.likeliest = top.indices, (top.values - logits.detach()[0].logsumexp(-1)).float()
-        targets = self._targets.to(logits.device)[index_on(logits.device, tuple(steps))]
+            self._look_at(logits.detach()[0], targets, banned, epsilon)
         picked = logits.gather(-1, targets[None, :, None].expand(batch, -1, 1)).squeeze(-1)
-        return picked - logits.logsumexp(dim=-1)
+        log_probs = picked - logits.logsumexp(dim=-1)
+        if self._score is None:
+            return log_probs
+        own = self._scored(log_probs, by_row, slots, states)
+        return torch.cat([log_probs[:, [known.index(step) for step in steps]], own], dim=1)
+
+    def _look_at(self, logits: torch.Tensor, targets: torch.Tensor, banned: float, epsilon: float) -> None:
+        """Note what rounding depends on, and the likeliest tokens, of one image's logits ``(step, token)``."""
+        spoken = logits.masked_fill(logits < banned, 0.0)
+        self.largest_logit, self.epsilon = spoken.abs().amax().float(), epsilon
+        top, total = logits.topk(2), logits.logsumexp(-1)
+        self.likeliest = top.indices[:, 0], (top.values[:, 0] - total).float()
+        second = (top.indices[:, 0] == targets).long()[:, None]
+        ids, values = (part.gather(1, second)[:, 0] for part in (top.indices, top.values))
+        self.runners_up = ids, (values - total).float()
+
+    # ------------------------------------------------------------------ a score of the user's own
+
+    def _courses(self, answer: torch.Tensor) -> list[torch.Tensor]:
+        """What is fed after the prompt, row by row: the answer but its last token, and so each other course of it that
+        has more than one token; all as long as the longest, which nothing that is read depends on."""
+        others = self._score.others if self._score is not None else ()
+        self._row_of = {
+            other: row for row, other in enumerate(dict.fromkeys(o for o in others if len(o[1]) > 1), start=1)
+        }
+        if late := [step for step, _ in others if step >= self.steps]:
+            raise ReplayError(f"the answer has tokens 0 to {self.steps - 1}; another course begins at {late[0]}")
+        read = range(self.steps) if self._score is None or self._score.steps is None else self._score.steps
+        if read and read[-1] >= self.steps:
+            raise ReplayError(f"the answer has tokens 0 to {self.steps - 1}; {self._score} reads token {read[-1]}")
+        tails = [answer[:-1], *(torch.cat([answer[:s], torch.tensor(ids[:-1])]) for s, ids in self._row_of)]
+        longest = max(map(len, tails))
+        tails = [torch.cat([tail, answer[-1:].expand(longest - len(tail))]) for tail in tails]
+        own = set() if self._score is None else set(read)
+        self._slots = own | {step + place for step, ids in others for place in range(len(ids))}
+        return tails
+
+    def _scored(
+        self,
+        log_probs: torch.Tensor,
+        by_row: torch.Tensor,
+        slots: tuple[int, ...],
+        states: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """The score of each image, ``(batch, 1)``, from log P of the answer's ``slots`` and the logits ``(batch, row,
+        slot, token)`` of all of them."""
+        score = self._score
+        assert score is not None
+        batch = len(log_probs)
+        read = tuple(range(self.steps)) if score.steps is None else score.steps
+        at = [slots.index(step) for step in read]
+        every = log_probs.new_full((batch, self.steps), torch.nan)
+        every = every.index_copy(1, index_on(every.device, read), log_probs[:, at])
+        others = []
+        for step, ids in score.others:
+            rows = [0, *[self._row_of.get((step, ids), 0)] * (len(ids) - 1)]
+            found = by_row[:, rows, [slots.index(step + place) for place in range(len(ids))]]
+            index = torch.tensor(ids, device=found.device)[None, :, None].expand(batch, -1, 1)
+            others.append(found.gather(-1, index)[:, :, 0] - found.logsumexp(dim=-1))
+        if score.states and not states:
+            raise ReplayError("this model has no LM head of its own, so there are no hidden states for a score to read")
+        sequence = self._sequence.get("decoder_input_ids")
+        given = Given(
+            every,
+            read,
+            tuple(others),
+            (self._sequence["input_ids"] if sequence is None else sequence)[0].cpu(),
+            self._image_positions,
+            by_row[:, 0, at],
+            states[0].reshape(batch, self.rows, *states[0].shape[1:])[:, 0] if score.states else None,
+        )
+        found = score(given)
+        if not isinstance(found, torch.Tensor) or found.shape != (batch,):
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise ReplayError(f"the score {score.name!r} must return one number per mask, ({batch},), not {shape}")
+        self.cut_off = log_probs.requires_grad and not found.requires_grad
+        return found[:, None].to(log_probs)
 
     def stop(self, steps: Sequence[int]) -> int:
         """Number of positions of the sequence that it takes to predict ``steps``."""
-        return self.length - self.steps + steps[-1] + 1
+        return self.prompt_length + steps[-1]
 
     def asked(self) -> dict[str, Any]:
         """What ``generate()`` is given beside pixels, the answer not yet said: of one prompt, on the device."""
-        start = self.length - self.steps + 1
-        asked = {n: value[:, :start] if n in self._answering else value for n, value in self._sequence.items()}
+        start = self.prompt_length
+        asked = {n: value[:1, :start] if n in self._answering else value for n, value in self._sequence.items()}
         asked |= {name: _to(value, self.device) for name, value in self._other.items()}
         return asked | {name: asked[name].tolist() for name in self._lists & asked.keys()}
 
@@ -237,18 +338,18 @@ class TeacherForcing:
         Raises:
             Exception: whatever the model says where it cannot be asked that.
         """
-        inputs: dict[str, Any] = {name: value[:, :length] for name, value in self._sequence.items()}
+        inputs: dict[str, Any] = {name: value[:1, :length] for name, value in self._sequence.items()}
         if position_ids is not None:
             inputs["position_ids"] = position_ids[..., :length]
         with torch.no_grad(), self.replica.use() as model:
             keep = {"logits_to_keep": 1} if self._keeps_logits else {}
             return cache_in(model(**inputs, **keep, use_cache=True, return_dict=True))
 
-    def _text(self, shortcut: Shortcut | None) -> dict[str, torch.Tensor]:
-        """Inputs beside the image, one row, up to the last position that is wanted."""
+    def _text(self, shortcut: Shortcut | None, slots: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Inputs beside the image, of one image, up to the last position that is wanted."""
         if shortcut is None:
             return self._sequence
-        stop, start = self.stop(shortcut.steps), shortcut.start
+        stop, start = self.stop(slots), shortcut.start
         return {
             # The mask tells of what is in the cache too.
             name: value[:, 0 if name == "attention_mask" else start : stop] if name in self._answering else value
@@ -258,25 +359,30 @@ class TeacherForcing:
     @contextmanager
     def _wanted_positions_only(
         self, model: torch.nn.Module, steps: Sequence[int], shortcut: Shortcut | None
-    ) -> Iterator[dict[str, int]]:
-        """Only wanted positions through the LM head: by ``logits_to_keep``, and by trimming what the head is given."""
+    ) -> Iterator[tuple[dict[str, int], list[torch.Tensor]]]:
+        """Only wanted positions through the LM head: by ``logits_to_keep``, and by trimming what the head is given,
+        which is kept where a score reads it."""
         hub: Any = model
         head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
         span = steps[-1] - steps[0] + 1
-        extra = {"logits_to_keep": span} if self._keeps_logits else {}
+        whole = self._score is not None and self._score.states
+        states: list[torch.Tensor] = []
+        extra = {"logits_to_keep": span} if self._keeps_logits and not whole else {}
         back = tuple(step - steps[-1] - 1 for step in steps)  # counted from the end, which all of them share
 
         def trim(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            states = args[0]
+            given = args[0]
+            if whole:
+                states.append(given)
             if len(steps) == span:
-                return (states[:, -span:], *args[1:]), kwargs
-            return (states.index_select(1, index_on(states.device, back) + states.shape[1]), *args[1:]), kwargs
+                return (given[:, -span:], *args[1:]), kwargs
+            return (given.index_select(1, index_on(given.device, back) + given.shape[1]), *args[1:]), kwargs
 
-        def narrowed(original: Callable[..., Any], states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            rows = index_on(states.device, back) + states.shape[1]
-            some = original(states.index_select(1, rows), *args, **kwargs)
-            whole = some.new_zeros(*states.shape[:2], *some.shape[2:])
-            return whole.index_copy(1, rows, some)
+        def narrowed(original: Callable[..., Any], given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            rows = index_on(given.device, back) + given.shape[1]
+            some = original(given.index_select(1, rows), *args, **kwargs)
+            every = some.new_zeros(*given.shape[:2], *some.shape[2:])
+            return every.index_copy(1, rows, some)
 
         def of_one_prompt(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             # HunYuanVL counts images over all rows of a batch, and places them by that; here every row is one prompt.
@@ -287,11 +393,11 @@ class TeacherForcing:
             for part in model.modules():
                 if hasattr(part, "get_rope_index"):
                     hooks.shadow(part, "get_rope_index", of_one_prompt)
-            if head is not None and not (self._keeps_logits and len(steps) == span):
+            if head is not None and not (extra and len(steps) == span):
                 hooks.forward_pre(head, trim, name="wanted positions", fenced=False)
             if shortcut is not None and shortcut.narrow:
                 hooks.shadow(model.get_submodule(shortcut.narrow), "forward", narrowed)
-            yield extra
+            yield extra, states
 
 
 def rounding_of(log_probs: torch.Tensor, largest_logit: float, epsilon: float) -> torch.Tensor:

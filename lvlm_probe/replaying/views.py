@@ -19,6 +19,7 @@ from lvlm_probe.images.baselines import CLIP_KINDS, KINDS
 from lvlm_probe.replaying.baselines import BaselineLike, Path, baseline_identity, described, draw, same_baseline
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import PassCounter
+from lvlm_probe.replaying.own_scores import OwnScore
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Kept:
 
     Attributes:
         original, rounding: log P(a_t) on the whole image, and how far rounding may move it.
-        likeliest: what was likeliest in the place of each token, and its log P.
+        likeliest, runners_up: what was likeliest in the place of each token, and its log P; of all, and of all others.
         baseline_log_probs, paths: by ``baseline_identity``: log P̃(a_t), and pixel inputs.
         gradients: what is wrong with gradients; ``None`` before they were looked at.
         masks_at_once: masks per pass, by the rule.
@@ -45,6 +46,7 @@ class Kept:
     original: torch.Tensor | None = None
     rounding: torch.Tensor | None = None
     likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
+    runners_up: tuple[torch.Tensor, torch.Tensor] | None = None
     baseline_log_probs: dict[Any, torch.Tensor] = field(default_factory=dict)
     paths: dict[Any, Path] = field(default_factory=dict)
     gradients: str | None = None
@@ -61,8 +63,10 @@ class Views:
         path: how a mask reaches the images, over this view's baseline.
         passes: images sent through the model so far.
         kept: what all views share.
+        own: a score that is one more column of log-probabilities.
     """
 
+    own: OwnScore | None = None
     path: Any
     _baseline: dict[str, Any]
 
@@ -74,10 +78,15 @@ class Views:
         self.words: list[Word] = group_words(self.tokens, self.special.tolist())
         self.passes, self.kept = PassCounter(), Kept()
 
+    @property
+    def columns(self) -> int:
+        """Columns of log-probabilities: the answer's tokens, and a score of the user's own where there is one."""
+        return len(self.token_ids) + (self.own is not None)
+
     def wanted(self, steps: Sequence[int]) -> tuple[int, ...]:
         """Steps in order, each once. Raises ``ReplayError`` where the answer has no such token."""
         found = tuple(sorted({int(step) for step in steps}))
-        if not found or found[0] < 0 or found[-1] >= len(self.token_ids):
+        if not found or found[0] < 0 or found[-1] >= self.columns:
             raise ReplayError(f"steps are tokens 0 to {len(self.token_ids) - 1} of the answer; got {list(steps)}")
         return found
 
