@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from lvlm_probe.planning import plan
     from lvlm_probe.recording.probe import Probe, Recording, attach
     from lvlm_probe.replaying import Replay, replay
+    from lvlm_probe.replaying.own_scores import Given, score
     from lvlm_probe.replaying.verification import verify
     from lvlm_probe.selection import TokenSelection, select_tokens
     from lvlm_probe.serving import Server, connect
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Answer",
     "Edit",
+    "Given",
     "Heatmap",
     "Outcome",
     "Probe",
@@ -90,6 +92,7 @@ __all__ = [
     "replay",
     "report",
     "sanity",
+    "score",
     "select_tokens",
     "study",
     "verify",
@@ -123,6 +126,8 @@ _HOMES = {
     "evaluate": "metrics",
     "plan": "planning",
     "report": "pages",
+    "Given": "replaying.own_scores",
+    "score": "replaying.own_scores",
     "Replay": "replaying",
     "replay": "replaying",
     "verify": "replaying.verification",

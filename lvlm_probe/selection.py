@@ -8,11 +8,16 @@ information, under teacher forcing::
 
 ``rule="joint"`` takes every token of the answer instead, and a user may name words or a token span. Special tokens
 (``</s>``, ``<|im_end|>``) never join K. An answer from which nothing is selected is a result with a reason.
+
+What is scored is their log-likelihood, unless the selection says otherwise: ``against`` contrasts words with others
+that might have stood in their place, and a score of the user's own may be about any tokens, or none
+(``replaying.own_scores``).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +27,8 @@ import numpy as np
 
 from lvlm_probe.cards import answer_html, card
 from lvlm_probe.errors import SelectionError
+from lvlm_probe.models.tokenizers import display_pieces, tokenizer_of
+from lvlm_probe.replaying.own_scores import Contrast, OwnScore, alternative_ids, stored_score
 from lvlm_probe.words import ALPHA, group_words, told_apart
 
 if TYPE_CHECKING:
@@ -29,7 +36,15 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
     from lvlm_probe.words import Word
 
-__all__ = ["STOP_WORDS", "TokenSelection", "select_tokens", "word_llr", "word_selections"]
+__all__ = [
+    "STOP_WORDS",
+    "Against",
+    "TokenSelection",
+    "scored_selection",
+    "select_tokens",
+    "word_llr",
+    "word_selections",
+]
 
 _STOP_WORDS = (
     "a an the this that these those it its there here is are was were be been being am do does did has have had and or "
@@ -41,7 +56,9 @@ STOP_WORDS: frozenset[str] = frozenset(_STOP_WORDS.split())
 _SPECIAL = "special token"
 """How the reason begins why a special token is skipped."""
 
-Rule = Literal["llr", "joint", "words", "span", "indices"]
+Rule = Literal["llr", "joint", "words", "span", "indices", "score"]
+Against = str | Sequence[str]
+"""Words that might have stood in the place of others; ``"next"``: the token that the model held for next likely."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,12 +69,13 @@ class TokenSelection:
         indices: Positions in the answer, ascending, counted from 0.
         tokens: Display strings of all tokens of the answer, ``(step,)``.
         llr: Log-likelihood ratio of all tokens in nats, ``(step,)``; empty where a trace deferred it.
-        rule: ``"llr"``, ``"joint"``, ``"words"``, ``"span"`` or ``"indices"``.
+        rule: ``"llr"``, ``"joint"``, ``"words"``, ``"span"``, ``"indices"`` or ``"score"``, one of the user's own.
         params: What the rule was given (``alpha``, ``words``, ``span``, ``indices``, ``skip_first``, ``stop_words``).
         skipped: Tokens the rule would have taken but an option or their nature keeps out: index → reason.
         reason: Why nothing is selected, as a sentence; ``None`` when something is.
         special: Indices of special tokens, which are never selected and never shown; by default those that ``skipped``
             calls so.
+        score: What is scored in the place of the tokens' log-likelihood; ``None``: that.
     """
 
     indices: tuple[int, ...]
@@ -68,6 +86,7 @@ class TokenSelection:
     skipped: Mapping[int, str] = field(default_factory=dict)
     reason: str | None = None
     special: tuple[int, ...] = ()
+    score: OwnScore | None = None
 
     def __post_init__(self) -> None:
         if not self.special:
@@ -81,12 +100,18 @@ class TokenSelection:
         return iter(self.indices)
 
     def __bool__(self) -> bool:
-        return bool(self.indices)
+        return bool(self.indices) or self.score is not None
 
     def __repr__(self) -> str:
-        if not self.indices:
+        if not self:
             return f"<TokenSelection {self.rule}: none, {self.reason}>"
-        return f"<TokenSelection {self.rule}: {self.text!r}, {len(self.indices)} of {len(self.tokens)} tokens>"
+        named = self.text if self.score is None else self.label
+        return f"<TokenSelection {self.rule}: {named!r}, {len(self.indices)} of {len(self.tokens)} tokens>"
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Columns of ``log_probs`` that are scored: the tokens', or the one of a score of the user's own."""
+        return self.indices if self.score is None else (len(self.tokens),)
 
     def _repr_html_(self) -> str:
         special = [index in self.special for index in range(len(self.tokens))]
@@ -111,7 +136,10 @@ class TokenSelection:
 
     @property
     def label(self) -> str:
-        """The same, with a number to a word alone that stands earlier in the answer too: ``cat (2nd)``."""
+        """The same, with a number to a word alone that stands earlier in the answer too: ``cat (2nd)``; of a score its
+        name: ``red, not blue``."""
+        if self.score is not None:
+            return self.score.name
         return " … ".join(
             told[0] if len(run) == 1 else "".join(map(self._pieces, run)).strip() for run, told in self._runs()
         )
@@ -146,6 +174,7 @@ class TokenSelection:
             "skipped": {str(index): reason for index, reason in self.skipped.items()},
             "reason": self.reason,
             "special": list(self.special),
+            **({} if self.score is None else {"score": self.score.to_dict()}),
         }
 
     @classmethod
@@ -165,6 +194,7 @@ class TokenSelection:
                 skipped={int(index): str(reason) for index, reason in record["skipped"].items()},
                 reason=record["reason"],
                 special=tuple(int(index) for index in record.get("special", ())),
+                score=stored_score(record["score"]) if record.get("score") else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SelectionError(f"not a stored token selection: {error!r}") from error
@@ -180,6 +210,7 @@ def select_tokens(
     indices: Sequence[int] | None = None,
     skip_first: bool = False,
     stop_words: bool | Collection[str] | None = None,
+    against: Against | None = None,
 ) -> TokenSelection:
     """Selects the tokens of an answer to explain.
 
@@ -192,14 +223,23 @@ def select_tokens(
         indices: Token numbers of the answer, counted from 0, in any order.
         skip_first: Keeps the answer's first token out, which often decides the sentence's structure, not its content.
         stop_words: ``True`` keeps ``STOP_WORDS`` out, a collection its own words; compared by text, ignoring case.
+        against: Words that might have stood in the place of the selected ones, written as they would stand there; of
+            several, any. ``"next"`` is the token that the model held for likeliest but for the first selected one,
+            which is then all that is selected. Where ``words`` are not in the answer and these are, the contrast is
+            read the other way round. See ``Contrast`` for what is scored.
 
     Returns:
         The selection; empty, with a ``reason``, when no token qualifies.
 
     Raises:
         SelectionError: The answer does not contain a word, span or token (the message lists the answer's words), more
-            than one of them are given, or the ratios are needed but were not recorded.
+            than one of them are given, or the ratios are needed but were not recorded; or ``against`` is given for
+            words of several kinds, or on a trace alone.
     """
+    if against is not None:
+        options: dict[str, Any] = {"alpha": alpha, "rule": rule, "span": span, "indices": indices}
+        options |= {"skip_first": skip_first, "stop_words": stop_words}
+        return _contrasted(replay, words, against, options)
     tokens = tuple(str(token) for token in replay.tokens)
     special = np.asarray(replay.special, dtype=bool)
     llr = _ratios(replay, len(tokens))
@@ -248,6 +288,83 @@ def select_tokens(
     reason = None if taken else _why_empty(chosen, alpha, tokens, special, ratios, skipped)
     names = tuple(np.flatnonzero(special).tolist())
     return TokenSelection(taken, tokens, ratios, chosen, params, skipped, reason, names)
+
+
+def _contrasted(
+    replay: ReplayLike | Trace, words: str | Sequence[str] | None, against: Against, options: Mapping[str, Any]
+) -> TokenSelection:
+    """The selection of said words with their contrast; see ``select_tokens``."""
+    others = [against] if isinstance(against, str) else [str(text) for text in against]
+    if not others or not all(text.strip() for text in others):
+        raise SelectionError(f"against is a word that might have stood there, or several; got {against!r}")
+    turned = False
+    try:
+        selection = select_tokens(replay, words=words, **options)
+    except SelectionError as error:
+        if words is None or against == "next":
+            raise
+        wanted = [words] if isinstance(words, str) else list(words)
+        try:
+            selection, others, turned = select_tokens(replay, words=others, **options), wanted, True
+        except SelectionError:
+            raise error from None
+    if not selection:
+        return selection
+    ids = [int(token) for token in replay.token_ids]
+    tokenizer = tokenizer_of(getattr(replay, "processor", None))
+    alternatives: list[tuple[int, ...]]
+    if against == "next":
+        first = selection.indices[0]
+        selection = dataclasses.replace(selection, indices=(first,))
+        if not hasattr(replay, "runners_up"):
+            raise SelectionError("what the model held for next likely takes a replay on the model itself")
+        runner = int(replay.runners_up[0][first])
+        text = display_pieces(tokenizer, [*ids[:first], runner])[-1].strip() or display_pieces(tokenizer, [runner])[0]
+        places, alternatives, others = [(first, first + 1)], [(runner,)], [text]
+    else:
+        places = _places(selection)
+        if tokenizer is None:
+            raise SelectionError(
+                "against takes a tokenizer, and a replay on the model itself: probe.replay(trace, model, processor)"
+            )
+        start, stop = places[0]
+        said = "".join(selection.tokens[start:stop])
+        alternatives = [alternative_ids(tokenizer, ids[start:stop], said, text) for text in others]
+        others = [text.strip() for text in others]
+    start, stop = places[0]
+    said = "".join(selection.tokens[start:stop]).strip()
+    score = Contrast.of(places, alternatives, others, said, turned=turned)
+    return dataclasses.replace(selection, score=score, params={**selection.params, "against": others})
+
+
+def _places(selection: TokenSelection) -> list[tuple[int, int]]:
+    """``(start, stop)`` of the runs of selected tokens. Raises ``SelectionError`` where they are not all one text."""
+    runs = [
+        [index for _, index in group]
+        for _, group in itertools.groupby(enumerate(selection.indices), key=lambda item: item[1] - item[0])
+    ]
+    texts = {"".join(selection.tokens[run[0] : run[-1] + 1]).strip().casefold() for run in runs}
+    if len(texts) > 1:
+        named = ", ".join(map(repr, sorted(texts)))
+        raise SelectionError(f"against stands in the place of one word or phrase, and these are {named}: name one")
+    return [(run[0], run[-1] + 1) for run in runs]
+
+
+def scored_selection(replay: ReplayLike | Trace, score: OwnScore) -> TokenSelection:
+    """The selection that a score of the user's own is: the tokens that it is about, and the score."""
+    tokens, special = tuple(str(token) for token in replay.tokens), np.asarray(replay.special, dtype=bool)
+    llr = _ratios(replay, len(tokens))
+    if any(index >= len(tokens) for index in score.indices):
+        raise SelectionError(f"the answer has tokens 0 to {len(tokens) - 1}; {score.name!r} reads {score.indices}")
+    return TokenSelection(
+        score.indices,
+        tokens,
+        () if llr is None else tuple(float(value) for value in llr),
+        "score",
+        {"score": score.name},
+        special=tuple(np.flatnonzero(special).tolist()),
+        score=score,
+    )
 
 
 def word_llr(words: Sequence[Word], llr: Sequence[float] | np.ndarray) -> list[float]:
@@ -307,7 +424,10 @@ def _find_words(wanted: Sequence[str], tokens: Sequence[str], special: np.ndarra
     for phrase in wanted:
         matches = list(_phrase_pattern(phrase).finditer(answer)) if phrase.strip() else []
         if not matches:
-            raise SelectionError(f"{phrase!r} is not in the answer; its words are {_answer_words(words)}")
+            raise SelectionError(
+                f"{phrase!r} is not in the answer; its words are {_answer_words(words)}. To ask why it does not say "
+                f"so, name what it says in that place, and against={phrase!r}"
+            )
         for match in matches:
             first, last = match.span()
             found.update(

@@ -243,8 +243,8 @@ def target_of(
             f"this explains another answer ({''.join(selection.tokens)[:60]!r}) than the replay's "
             f"({''.join(replay.tokens)[:60]!r})"
         )
-    if not selection:
-        raise ExplainError(f"there are no explained tokens: {selection.reason}")
+    if not selection.indices:
+        raise ExplainError(f"there are no explained tokens: {selection.reason or 'it is a score of no words'}")
     if not isinstance(place, int) and place not in replay.clips:
         raise ExplainError("the heatmap is of a video that this prompt does not have")
     found = placed_tokens(replay, place)

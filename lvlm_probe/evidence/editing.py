@@ -189,8 +189,8 @@ def edit(
         check_answer(heat, replay)
         baseline = (heat.provenance.get("baseline") or replay.baseline) if baseline is None else baseline
     selection = selected(replay, tokens) if tokens is not None or heat is None else heat.selection
-    if not selection:
-        raise ExplainError(f"there are no words to watch: {selection.reason}")
+    if not selection.indices:
+        raise ExplainError(f"there are no words to watch: {selection.reason or 'it is a score of no words'}")
     replay = replay if baseline is None else over_baseline(replay, baseline)
     asking = _Asking(replay, selection, image if heat is None else heat.target, mode, max_new_tokens, until)
     if isinstance(place, str):

@@ -8,7 +8,7 @@ the rows where v is not 0, used, and dropped. Nothing of size layer × head × t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -78,12 +78,30 @@ class Walk:
         self._vectors: dict[str, Tensor] = {}
         if self.scope != "encoder":
             self.image_tokens = image_tokens(replay, self.problem.target)
-            start = torch.zeros(1, replay.length, dtype=torch.float64)
-            # y is a sum over the selected tokens, so one backward pass serves all of them.
-            start[0].index_add_(0, self.problem.queries, torch.ones(len(self.problem.queries), dtype=torch.float64))
+            # y is a sum over the selected tokens, so one backward pass serves all of them; each other course of the
+            # answer that a score reads is a sequence of its own.
+            start = torch.zeros(replay.rows, replay.length, dtype=torch.float64)
+            for row, queries in self._queries():
+                start[row].index_add_(0, queries, torch.ones(len(queries), dtype=torch.float64))
             self._vectors["decoder"] = start
+        if self.scope != "decoder" and replay.rows > 1:
+            raise ExplainError(
+                f"{self.problem.selection.label!r} is scored on {replay.rows} sequences per image, of which the "
+                "encoder is not followed one by one: give scope='decoder', or alternatives of a single token"
+            )
         if self.scope != "decoder":
             self.encoder_tokens = tokens_that_read(replay, self.encoder, self.problem.target)
+
+    def _queries(self) -> Iterator[tuple[int, Tensor]]:
+        """``(sequence, positions that predict what is scored in it)``."""
+        yield 0, self.problem.queries
+        own = self.problem.selection.score
+        if own is None:
+            return
+        first = len(self.problem.trace.input_ids) - 1
+        longer = dict.fromkeys(other for other in own.others if len(other[1]) > 1)
+        for row, (step, ids) in enumerate(longer, start=1):
+            yield row, first + step + torch.arange(1, len(ids))
 
     @property
     def parts(self) -> tuple[Literal["decoder", "encoder"], ...]:
@@ -170,7 +188,11 @@ class Walk:
             boxes = self.encoder_tokens.boxes[live]
             return vector.reshape(-1)[torch.from_numpy(live)], boxes, pitch(boxes, size)
         assert self.image_tokens is not None
-        return vector[0, self.image_tokens.positions], self.image_tokens.boxes, pitch(self.image_tokens.boxes, size)
+        return (
+            vector[:, self.image_tokens.positions].sum(dim=0),
+            self.image_tokens.boxes,
+            pitch(self.image_tokens.boxes, size),
+        )
 
     def painted(self, size: int | tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         """Those values on a grid over the image or clip (``paint``); ``size=None`` is the tokens' own grid."""

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 import torch
 
-from lvlm_probe.explainers.scores import CurveScore, too_narrow
+from lvlm_probe.explainers.scores import Followed, followed, too_narrow
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.baselines import baseline_identity
 
 if TYPE_CHECKING:
     from lvlm_probe.explainers.registry import Problem
+    from lvlm_probe.replaying.own_scores import OwnScore
     from lvlm_probe.replaying.protocol import ReplayLike
     from lvlm_probe.trace.clips import Clip
 
@@ -58,7 +59,7 @@ class MaskScores:
 
     Args:
         replay: the answer on its model, over the baseline that judges.
-        indices: the tokens.
+        indices: the tokens; of a view that is ``scored`` its last column.
         image: number of the image that is masked, or the clip.
         mode: ``"exact"`` sends real composites through the real processor.
         known: what has been scored, which is added to; by default nothing.
@@ -74,6 +75,8 @@ class MaskScores:
         known: Known | None = None,
     ) -> None:
         self._replay, self.indices, self._image, self._mode = replay, list(indices), image, mode
+        own: OwnScore | None = getattr(replay, "own", None)
+        self.own = own if own is not None and self.indices == [len(replay.tokens)] else None
         self._known: Known = {} if known is None else known
 
     def __len__(self) -> int:
@@ -133,7 +136,7 @@ def curve_masks(order: np.ndarray, counts: np.ndarray, shape: tuple[int, ...], *
     return (touched if insert else ~touched).float()
 
 
-def normalise(curve: np.ndarray, *, original: float, baseline: float, score: CurveScore = "prob") -> np.ndarray:
+def normalise(curve: np.ndarray, *, original: float, baseline: float, score: Followed = "prob") -> np.ndarray:
     """(curve − baseline) / (original − baseline); NaN where that divides by next to nothing (``too_narrow``)."""
     if too_narrow(original, baseline, score=score):
         return np.full(np.shape(curve), np.nan)
@@ -157,22 +160,28 @@ def quick_areas(problem: Problem, values: torch.Tensor, seen: torch.Tensor) -> t
         values: the map, ``(row, col)``, or ``(t, row, col)`` of a clip, on the CPU.
         seen: its cells that the model sees, bool.
     """
-    replay, indices = problem.replay, list(problem.selection.indices)
+    replay, indices = problem.replay, list(problem.columns)
+    kind: Followed = "prob" if problem.selection.score is None else problem.selection.score.followed
     cells = int(seen.sum())
     even = sample_counts(cells, STEPS)
     counts = np.unique(even[[min(point, len(even) - 1) for point in _QUICK_POINTS]])
     counts = counts[(counts > 0) & (counts < cells)]
-    original, baseline = (
-        float(log_probs.double()[indices].exp().mean())
-        for log_probs in (replay.original_log_probs, replay.baseline_log_probs)
-    )
+    ends = torch.stack([replay.original_log_probs, replay.baseline_log_probs]).double()[:, indices]
+    original, baseline = followed(ends, kind, problem.selection.score).tolist()
+    if problem.selection.score is not None and original < baseline:
+        top, bottom = baseline, original
+    else:
+        top, bottom = original, baseline
     order = rank(values.numpy(), seen.numpy(), np.random.default_rng(0))
     masks = torch.cat([curve_masks(order, counts, tuple(values.shape), insert=insert) for insert in (False, True)])
     scores = MaskScores(
         replay, indices, image=problem.target, mode="fast", known=known_scores(replay, indices, problem.target, "fast")
     )
-    lost, given = (scores(masks) if len(masks) else torch.zeros(0, 1)).exp().mean(dim=1).numpy().reshape(2, -1)
+    met = followed(scores(masks) if len(masks) else torch.zeros(0, 1), kind, problem.selection.score)
+    lost, given = met.numpy().reshape(2, -1)
     fractions = np.array([0, *(counts / cells), 1.0])
-    low = normalise(np.array([original, *lost, baseline]), original=original, baseline=baseline)
-    high = normalise(np.array([baseline, *given, original]), original=original, baseline=baseline)
+    low, high = (
+        normalise(np.array([start, *between, end]), original=top, baseline=bottom, score=kind)
+        for start, between, end in ((original, lost, baseline), (baseline, given, original))
+    )
     return area(fractions, low), area(fractions, high)

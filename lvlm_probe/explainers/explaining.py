@@ -17,6 +17,7 @@ from lvlm_probe.explainers.registry import (
     Problem,
     check_parameters,
     cost_of,
+    follows_score,
     methods,
     needs_of,
     resolve,
@@ -30,15 +31,16 @@ from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay, ReplayLike
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import out_of_memory, ran_out
-from lvlm_probe.selection import TokenSelection, select_tokens
+from lvlm_probe.replaying.own_scores import OwnScore
+from lvlm_probe.selection import Against, TokenSelection, scored_selection, select_tokens
 from lvlm_probe.trace import Trace
 
 if TYPE_CHECKING:
     from lvlm_probe.trace.clips import Clip
 
-__all__ = ["RunPlan", "Tokens", "explain", "frame_of", "run", "selected"]
+__all__ = ["RunPlan", "Tokens", "explain", "frame_of", "run", "scored_by", "selected"]
 
-Tokens = str | tuple[int, int] | list[int] | Sequence[str] | TokenSelection
+Tokens = str | tuple[int, int] | list[int] | Sequence[str] | TokenSelection | OwnScore
 
 
 class RunPlan(Protocol):
@@ -72,6 +74,7 @@ def explain(
     *,
     method: str = "igos++",
     tokens: Tokens | None = None,
+    against: Against | None = None,
     image: int = 0,
     seed: int = 0,
     strengthen: bool = True,
@@ -89,7 +92,11 @@ def explain(
         method: name of a registered explainer.
         tokens: what to explain: ``None`` for the tokens the image is responsible for (paper, Eq. 6, alpha = 1), a
             word or phrase of the answer, several of them, a token span as a tuple ``(start, stop)``, token numbers as a
-            list ``[0, 3]``, or a selection.
+            list ``[0, 3]``, a selection, or a score of your own (``probe.score``).
+        against: a word that might have stood there, several of which any, or ``"next"`` for the model's own second
+            choice at the first token: why it said the one and not the other. What is explained is log P(said) − log
+            P(not said) (``Contrast``): the map shows what speaks for the said word against the other. With the two
+            exchanged, ``tokens`` not said and ``against`` said, it shows what speaks for the other.
         image: number of the image, when the prompt has several.
         seed: of everything random in the explanation; the global random state is not touched.
         strengthen: blur the replay's baseline harder while the selected tokens keep 5 % of probability on it (paper,
@@ -118,8 +125,8 @@ def explain(
         )
     return Heatmap(
         **run(
-            replay, image, method=method, tokens=tokens, seed=seed, strengthen=strengthen, progress=progress, plan=plan,
-            params=params,
+            replay, image, method=method, tokens=tokens, against=against, seed=seed, strengthen=strengthen,
+            progress=progress, plan=plan, params=params,
         ),
         image_index=image,
     )  # fmt: skip
@@ -143,6 +150,7 @@ def run(
     progress: ProgressChoice,
     plan: RunPlan | None,
     params: Mapping[str, Any],
+    against: Against | None = None,
 ) -> dict[str, Any]:
     """Run a method as ``explain`` says, by an image or by a clip; what its heatmap is made of, by name.
 
@@ -171,10 +179,12 @@ def run(
     images = functools.cache(lambda: cost_of(method, unselected, params).forward)
     if live:
         replay.announce(method, images, None)
-    selection = selected(replay, tokens)
-    problem = dataclasses.replace(unselected, selection=selection)
+    selection = selected(replay, tokens, against)
+    if selection.score is not None:
+        replay = cast(Replay, scored_by(replay, selection, method))
+    problem = dataclasses.replace(unselected, selection=selection, replay=replay)
     if live and selection:
-        replay.announce(method, images, selection.indices)
+        replay.announce(method, images, selection.columns)
     before = _Before(replay) if live else None
     if not selection:
         outcome = Outcome(None, params, reason=f"nothing to explain: {selection.reason}")
@@ -209,10 +219,37 @@ def run(
     }
 
 
-def selected(replay: Replay, tokens: Tokens | None) -> TokenSelection:
-    """The selection that ``explain(replay, tokens=…)`` explains. Raises as ``explain`` does."""
+def scored_by(replay: Any, selection: TokenSelection, method: str | None = None) -> Any:
+    """The replay as a selection scores it: a view with the column of its own score, where it has one.
+
+    Raises:
+        ExplainError: the method follows no score, or the replay is of a model that is not in this process.
+    """
+    score = selection.score
+    if score is None:
+        return replay
+    if method is not None and not follows_score(method):
+        raise ExplainError(
+            f"{method} follows no score, so it has no map of {score.name!r}: it shows where a word looks, whatever "
+            f"else it is compared with; use "
+            f"{', '.join(name for name in methods() if needs_of(name) and follows_score(name))}"
+        )
+    if not isinstance(replay, Replay):
+        raise ExplainError(
+            f"{score.name!r} is scored inside the model's passes, and this is a replay without: load the model here, "
+            "probe.replay(trace, model, processor)"
+        )
+    return replay.scored(score)
+
+
+def selected(replay: Replay, tokens: Tokens | None, against: Against | None = None) -> TokenSelection:
+    """The selection that ``explain(replay, tokens=…, against=…)`` explains. Raises as ``explain`` does."""
+    if against is not None and isinstance(tokens, TokenSelection | OwnScore):
+        raise ExplainError("against goes with words, a span or token numbers; select_tokens(…, against=…) has its own")
     if tokens is None:
-        return select_tokens(replay)
+        return select_tokens(replay, against=against)
+    if isinstance(tokens, OwnScore):
+        return scored_selection(replay, tokens)
     if isinstance(tokens, TokenSelection):
         if tokens.tokens != tuple(replay.tokens):
             raise ExplainError(
@@ -221,17 +258,18 @@ def selected(replay: Replay, tokens: Tokens | None) -> TokenSelection:
             )
         return tokens
     if isinstance(tokens, str):
-        return select_tokens(replay, words=tokens)
+        return select_tokens(replay, words=tokens, against=against)
     items: list[Any] = list(tokens) if isinstance(tokens, Sequence) else []
     if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
         # A tuple of two is a span, as in select_tokens; a list is a list of token numbers, however long.
         if isinstance(tokens, tuple) and len(items) == 2:
-            return select_tokens(replay, span=(items[0], items[1]))
-        return select_tokens(replay, indices=items)
+            return select_tokens(replay, span=(items[0], items[1]), against=against)
+        return select_tokens(replay, indices=items, against=against)
     if items and all(isinstance(item, str) for item in items):
-        return select_tokens(replay, words=items)
+        return select_tokens(replay, words=items, against=against)
     raise ExplainError(
-        f"tokens is a word, several words, a span (start, stop), a list of token numbers or a selection; got {tokens!r}"
+        f"tokens is a word, several words, a span (start, stop), a list of token numbers, a selection or a score; got "
+        f"{tokens!r}"
     )
 
 

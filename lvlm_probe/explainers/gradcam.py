@@ -89,7 +89,8 @@ def gradcam(
                 )
             continue
         module = reached[-1]
-        maps.append(_map(problem, path, module, seen.outputs[module], seen.gradients[module]))
+        given = _of_one_image(seen.outputs[module], seen.gradients[module], replay.rows)
+        maps.append(_map(problem, path, module, *given))
         used.append((path, module))
     if not maps:
         raise ExplainError("no gradient of the score reaches any encoder")
@@ -109,6 +110,15 @@ def gradcam(
         for (path, _), value in zip(used, scaled, strict=True)
     }
     return finish(torch.stack(known).mean(dim=0), met, params, diagnostics={"encoders": each})
+
+
+def _of_one_image(activations: Tensor, gradients: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Activations of an image that went through the model ``rows`` times at once, and the score's gradient to them."""
+    if rows == 1:
+        return activations, gradients
+    axis = 0 if activations.shape[0] % rows == 0 else 1
+    first = activations.chunk(rows, dim=axis)[0]
+    return first, torch.stack(gradients.chunk(rows, dim=axis)).sum(dim=0)
 
 
 def _map(

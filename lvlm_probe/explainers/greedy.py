@@ -266,9 +266,7 @@ class _Worth:
                 chosen[row, list(key)] = 1.0
             shown = (chosen @ self.inside).reshape(-1, *self.shape)
             masks = torch.cat([shown, 1 - shown]).to(self.problem.replay.device)
-            log_probs = self.problem.replay.log_probs(
-                masks, image=self.problem.target, steps=self.problem.selection.indices
-            )
+            log_probs = self.problem.replay.log_probs(masks, image=self.problem.target, steps=self.problem.columns)
             probability = score_of(self.problem, log_probs, "prob").cpu().double()
             require_finite("greedy", self.problem, probability)
             self.pictures += len(masks)

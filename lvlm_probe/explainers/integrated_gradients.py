@@ -91,7 +91,7 @@ def integrated_gradients(
     attribution = mean_slope(problem, shape, *nodes(steps, rule), batch=batch, method="integrated_gradients")
     with torch.no_grad():
         ends = even_masks([1.0, 0.0], shape).to(problem.replay.device)
-        log_probs = problem.replay.log_probs(ends, image=problem.target, steps=problem.selection.indices)
+        log_probs = problem.replay.log_probs(ends, image=problem.target, steps=problem.columns)
         whole, nothing = problem.score(log_probs).tolist()
     total, change = float(attribution.sum()), whole - nothing
     diagnostics = {
@@ -124,7 +124,7 @@ def mean_slope(
         part = slice(start, start + batch)
         masks = even_masks(points[part], shape).to(problem.replay.device)
         scores, slopes = problem.replay.score_and_grad(
-            masks, problem.score, image=problem.target, steps=problem.selection.indices
+            masks, problem.score, image=problem.target, steps=problem.columns
         )
         require_finite(method, problem, scores, slopes)
         share = torch.tensor(weights[part], dtype=torch.float64)

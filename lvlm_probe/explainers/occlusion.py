@@ -100,7 +100,7 @@ def occlusion(
     problem.advance(0, len(masks))
     for start in range(0, len(masks), batch):
         part = masks[start : start + batch].to(problem.replay.device)
-        log_probs = problem.replay.log_probs(part, image=problem.target, steps=problem.selection.indices)
+        log_probs = problem.replay.log_probs(part, image=problem.target, steps=problem.columns)
         scores.append(score_of(problem, log_probs, score).cpu().double())
         problem.advance(start + len(part), len(masks))
     f = torch.cat(scores)

@@ -68,6 +68,7 @@ __all__ = [
     "cost_of",
     "discover",
     "find",
+    "follows_score",
     "methods",
     "names",
     "needs_of",
@@ -109,19 +110,30 @@ class Problem:
 
     @property
     def queries(self) -> torch.Tensor:
-        """Positions of the teacher-forced sequence at which the selected tokens are predicted, ``(token,)`` int64.
+        """Positions of the teacher-forced sequence at which the scored tokens are predicted, ``(token,)`` int64: the
+        selected ones', and those that a score of the user's own reads besides.
 
         Token t of the answer is predicted at P + t − 1, P being the number of prompt tokens.
         """
-        return torch.tensor(self.selection.indices) + (len(self.trace.input_ids) - 1)
+        own = self.selection.score
+        steps = self.selection.indices if own is None else own.steps
+        read = range(len(self.selection.tokens)) if steps is None else steps
+        return torch.tensor(list(read)) + (len(self.trace.input_ids) - 1)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Columns of log-probabilities that are scored, as ``steps=`` of the replay: the selected tokens', or the one
+        that a score of the user's own has."""
+        return self.selection.columns
 
     def score(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """Cumulative log-likelihood of the selected tokens, ``(batch, step)`` → ``(batch,)``, nats. Paper, Eq. 7."""
+        """Cumulative log-likelihood of the selected tokens, ``(batch, step)`` → ``(batch,)``, nats (paper, Eq. 7); or
+        the score that the selection has in its place."""
         return self.chosen(log_probs).sum(dim=1)
 
     def chosen(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """Those of the selected tokens, ``(batch, step)`` → ``(batch, token)``."""
-        return log_probs.index_select(1, index_on(log_probs.device, tuple(map(int, self.selection.indices))))
+        """Those of the selected tokens, ``(batch, step)`` → ``(batch, token)``; or that score, ``(batch, 1)``."""
+        return log_probs.index_select(1, index_on(log_probs.device, tuple(map(int, self.columns))))
 
     def generator(self, offset: int = 0) -> torch.Generator:
         """Random numbers of this explanation alone: the same seed gives the same ones, whatever ran before."""
@@ -390,6 +402,13 @@ def find(name: str) -> Callable[..., Outcome]:
 def needs_of(name: str) -> frozenset[Need]:
     """What it takes to run a registered method. Raises ``ExplainError`` for an unknown one."""
     return _method(name).needs
+
+
+def follows_score(name: str) -> bool:
+    """Tell whether a registered method explains a score, whichever: those do that differentiate it or look at masked
+    images alone, not those that read what they find inside a pass. Raises ``ExplainError`` for an unknown one."""
+    needs = _method(name).needs
+    return "gradients" in needs or not needs & {"attention", "activations"}
 
 
 def stands_for(name: str) -> frozenset[Stand]:

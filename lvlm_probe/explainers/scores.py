@@ -6,6 +6,9 @@
 * ``"prob"``: mean of their probabilities, as the deletion and insertion curves score;
 * ``"geometric"``: exp of the mean log-likelihood, their geometric mean; of methods alone.
 
+A selection with a score of its own is followed by that: as it is by ``"log"``, and by the others as a probability where
+it is one's log-odds (a contrast), else as it is too.
+
 Heatmaps are scaled to a highest value of 1; the diagnostics say what that 1 stands for, ``unit``, in the score's unit.
 """
 
@@ -20,17 +23,20 @@ import torch
 
 from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProcessorRefused
 from lvlm_probe.explainers.registry import Outcome, Problem, Shape
+from lvlm_probe.replaying.own_scores import OwnScore
 from lvlm_probe.replaying.protocol import Estimating
 
 __all__ = [
     "LEAST_SHARE",
     "NO_SIGHT",
     "CurveScore",
+    "Followed",
     "ScoreKind",
     "Sign",
     "check_rules",
     "even_masks",
     "finish",
+    "followed",
     "no_effect",
     "require_finite",
     "scaled",
@@ -43,6 +49,8 @@ __all__ = [
 ]
 
 CurveScore = Literal["log", "prob"]
+Followed = Literal[CurveScore, "own"]
+"""What curves follow: also a score of the user's own that has no unit."""
 ScoreKind = Literal[CurveScore, "geometric"]
 Sign = Literal["positive", "absolute"]
 
@@ -63,7 +71,7 @@ def no_effect(problem: Problem) -> str | None:
     image and on the baseline say so, which a replay keeps; with several it takes one pass more. On a trace alone the
     recorded ratios say so, which are those of all images together.
     """
-    replay, steps = problem.replay, list(problem.selection.indices)
+    replay, steps = problem.replay, list(problem.columns)
     if problem.live and "passes" not in replay.offers:
         return None
     several = replay.n_images > 1
@@ -87,9 +95,11 @@ def no_effect(problem: Problem) -> str | None:
     name = name if problem.clip is None else "the clip"
     kind = str(replay.baseline.get("kind") or "baseline")
     what = "with all images" if several and not problem.live else "with it"
+    own = problem.selection.score
+    scored, unit = ("their log-probabilities move", "nats") if own is None else (f"{own.name!r} moves", "")
     return (
         f"{name} plays no part: the score of these tokens does not change with the image ({what} replaced by the "
-        f"{kind} baseline their log-probabilities move by at most {float(moved.max()):.2g} nats, and rounding by "
+        f"{kind} baseline {scored} by at most {f'{float(moved.max()):.2g} {unit}'.strip()}, and rounding by "
         f"{float(allowed.max()):.2g}){_same_picture(problem)}"
     )
 
@@ -112,13 +122,26 @@ def score_of(problem: Problem, log_probs: torch.Tensor, kind: ScoreKind) -> torc
     if kind == "log":
         return problem.score(log_probs)
     chosen = problem.chosen(log_probs)
+    if (own := problem.selection.score) is not None:
+        bounded = own.bounded(chosen[:, 0])
+        return chosen[:, 0] if bounded is None else bounded
     return chosen.exp().mean(dim=1) if kind == "prob" else chosen.mean(dim=1).exp()
+
+
+def followed(log_probs: torch.Tensor, kind: Followed, own: OwnScore | None) -> torch.Tensor:
+    """What a curve follows at each mask: of log-probabilities ``(batch, token)`` their mean, or that of the
+    probabilities; of a score of its own ``(batch, 1)`` the score, or what it is the log-odds of. Returns ``(batch,)``.
+    """
+    if kind != "prob":
+        return log_probs.mean(dim=1)
+    probability = log_probs.exp() if own is None else own.bounded(log_probs)
+    return (log_probs if probability is None else probability).mean(dim=1)
 
 
 def scores_between(problem: Problem, masks: torch.Tensor, kind: ScoreKind) -> tuple[torch.Tensor, torch.Tensor]:
     """The least and the most that the scores of masked images can be, ``(batch,)`` each: the same thing twice but where
     the replay knows log-probabilities within bounds."""
-    replay, steps = problem.replay, problem.selection.indices
+    replay, steps = problem.replay, problem.columns
     if isinstance(replay, Estimating):
         low, high = replay.between(masks, image=problem.image, steps=steps)
         return score_of(problem, low, kind), score_of(problem, high, kind)
@@ -213,7 +236,7 @@ def finish(
 
 
 def too_narrow(
-    original: float, baseline: float, *, score: CurveScore = "prob", met: np.ndarray | None = None
+    original: float, baseline: float, *, score: Followed = "prob", met: np.ndarray | None = None
 ) -> str | None:
     """Why scores cannot be normalised by their two ends, as a sentence; ``None`` where they can.
 
@@ -223,14 +246,15 @@ def too_narrow(
 
     Args:
         original, baseline: Score of the whole image and of the baseline image.
-        score: ``"prob"`` or ``"log"``.
+        score: ``"prob"`` or ``"log"``; ``"own"`` has no unit and no zero, so there is no share of it.
         met: Scores along the curves; NaN is left out.
     """
     span = abs(original - baseline)
     if not math.isfinite(span):
         return f"the score is not a number with the whole image ({original:g}) or on the baseline ({baseline:g})"
-    lost = span if score == "prob" else -math.expm1(-span)
-    if not lost > 0 or lost < LEAST_SHARE * (abs(original) if score == "prob" else 1.0):
+    lost = -math.expm1(-span) if score == "log" else span
+    whole = {"prob": abs(original), "log": 1.0, "own": 0.0}[score]
+    if not lost > 0 or lost < LEAST_SHARE * whole:
         share = lost / abs(original) if score == "prob" and original else lost
         return (
             f"the whole image decides {share:.2g} of the score ({original:.3g} with it, {baseline:.3g} on the "

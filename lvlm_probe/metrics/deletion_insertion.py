@@ -7,6 +7,8 @@ normalised by their end points (Jiang et al., 2024b; the paper, 4.3): 1 is the w
     s(x) = (score(x) − score(baseline)) / (score(original) − score(baseline))          not clamped
 
 Where the image as a whole decides next to nothing (``too_narrow``) that divides by noise, and the scores are NaN.
+A score of its own (a contrast, one of the user's) may be lower on the image than on the baseline; then 0 is the image
+and 1 the baseline, so that what raises the score is still what a good heatmap shows (``ordered``).
 
 The score is the area under the curve: low is good for deletion, high for insertion, ½ for both is chance.
 
@@ -40,7 +42,7 @@ from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.curve_points import STEPS, MaskScores, area, curve_masks, normalise, rank, sample_counts
 from lvlm_probe.explainers.registry import Shape
-from lvlm_probe.explainers.scores import CurveScore, even_masks, too_narrow
+from lvlm_probe.explainers.scores import Followed, even_masks, followed, too_narrow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,22 +116,31 @@ class CurveSettings:
     """How curves are drawn.
 
     Attributes:
-        score: ``"prob"``, mean probability of the tokens, or ``"log"``, their mean log-likelihood in nats.
+        score: ``"prob"``, mean probability of the tokens, or ``"log"``, their mean log-likelihood in nats; ``"own"``,
+            a score of the user's own as it is.
         steps: points besides the origin.
         release: the released recipe's points instead, over all cells.
         seed: of the order of tied cells.
         tie_orders: random orders of tied cells to average; by default 3 where more than 5 % of cells are tied, else 1.
         sampling: see the module.
         tolerance: see the module.
+        ordered: 0 is the lower and 1 the higher of the two ends, whichever is the baseline.
     """
 
-    score: CurveScore = "prob"
+    score: Followed = "prob"
     steps: int = STEPS
     release: bool = False
     seed: int = 0
     tie_orders: int | None = None
     sampling: Sampling = "full"
     tolerance: float = 0.01
+    ordered: bool = False
+
+    def ends(self, original: float, baseline: float) -> dict[str, float]:
+        """Scores that are 1 and 0 of a normalised curve, as ``original=`` and ``baseline=`` of ``normalise``."""
+        if self.ordered and original < baseline:
+            original, baseline = baseline, original
+        return {"original": original, "baseline": baseline}
 
 
 def tie_share(values: np.ndarray, seen: np.ndarray) -> float:
@@ -180,7 +191,7 @@ def curves(
     if orders is None:
         orders = TIE_ORDERS if shared > TIES_THAT_MATTER else 1
     log_probs = scores(even_masks([1.0, 0.0], values.shape))
-    ends = _score(log_probs, settings.score)
+    ends = _score(log_probs, settings.score, scores)
     original, baseline = (float(end) for end in ends)
     generator = np.random.default_rng(settings.seed)
     # Deletion and insertion, one pair per order: from the whole image to the baseline, and back.
@@ -199,7 +210,8 @@ def curves(
     if undefined is None:
         met = np.concatenate([curve.values[curve.scored] for curve in drawn])
         undefined = too_narrow(original, baseline, score=settings.score, met=met)
-    probability = log_probs[:, [scores.indices.index(step) for step in (decided or scores.indices)]].exp().mean(dim=1)
+    judged = log_probs[:, [scores.indices.index(step) for step in (decided or scores.indices)]]
+    probability = followed(judged, "prob", scores.own)
     pairs = [[curve for curve in drawn if curve.insert is insert] for insert in (False, True)]
     deletion, insertion = (
         np.mean([curve.filled(fractions) if drawn_through else curve.values for curve in pair], axis=0)
@@ -245,7 +257,7 @@ def _area(
     insert: bool,
 ) -> float:
     """The area under one curve, normalised."""
-    curve = normalise(values, original=float(ends[0]), baseline=float(ends[1]), score=settings.score)
+    curve = normalise(values, **settings.ends(float(ends[0]), float(ends[1])), score=settings.score)
     return release_area(points, curve, insert=insert) if settings.release else area(fractions, curve)
 
 
@@ -253,7 +265,7 @@ def _fill(
     drawn: list[_Curve],
     fractions: np.ndarray,
     scores: MaskScores,
-    score: CurveScore,
+    score: Followed,
     shape: Shape,
     tolerance: float | None,
     progress: Callable[[int, int], None] | None,
@@ -272,7 +284,7 @@ def _fill(
         for start in range(0, len(wanted), at_once):
             part = wanted[start : start + at_once]
             masks = torch.cat([curve.mask(point, shape) for curve, point in part])
-            for (curve, point), value in zip(part, _score(scores(masks), score), strict=True):
+            for (curve, point), value in zip(part, _score(scores(masks), score, scores), strict=True):
                 curve.put(point, value)
             done += len(part)
             if progress is not None:
@@ -347,6 +359,6 @@ def release_area(counts: np.ndarray, curve: np.ndarray, *, insert: bool) -> floa
     return float((chunks * scores).sum() / counts[-1])
 
 
-def _score(log_probs: torch.Tensor, kind: CurveScore) -> np.ndarray:
-    scores: np.ndarray = (log_probs.exp() if kind == "prob" else log_probs).mean(dim=1).numpy()
+def _score(log_probs: torch.Tensor, kind: Followed, of: MaskScores) -> np.ndarray:
+    scores: np.ndarray = followed(log_probs, kind, of.own).numpy()
     return scores

@@ -21,7 +21,8 @@ from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.controls import center_values
 from lvlm_probe.explainers.curve_points import STEPS, Known, facts_of, known_scores
-from lvlm_probe.explainers.scores import CurveScore
+from lvlm_probe.explainers.explaining import scored_by
+from lvlm_probe.explainers.scores import CurveScore, Followed
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import resample
 from lvlm_probe.images import CompositePath
@@ -174,7 +175,9 @@ class Score:
     def remarks(self) -> tuple[str, ...]:
         """A sentence for each number that needs one: areas outside [0, 1], a gain level with that of the middle."""
         areas = (("deletion", self.deletion), ("insertion", self.insertion))
-        told = [out_of_range(name, area) for name, area in areas] + [level_with_center(self.gain, self.center_gain)]
+        own = self.params.get("own_score")
+        told = [out_of_range(name, area, own) for name, area in areas]
+        told.append(level_with_center(self.gain, self.center_gain))
         return tuple(one for one in told if one is not None)
 
     def plot(
@@ -268,7 +271,9 @@ def evaluate(
             ``"mean"``, an image (one per image), a kind with its parameters, ``("blur", {"strength": 0.6})``, or a
             description such as ``replay.baseline``.
         steps: Points on each curve besides the origin, 50 by default; ``auc="release"`` has its own.
-        score: ``"prob"``, mean probability of the tokens (as the paper's numbers), or ``"log"``, mean log-likelihood.
+        score: ``"prob"``, mean probability of the tokens (as the paper's numbers), or ``"log"``, mean log-likelihood. A
+            heatmap of a contrast is scored by the contrast, ``"log"``, or P(said) / (P(said) + P(not said)),
+            ``"prob"``; one of a score of your own by that score, whichever is asked for.
         auc: ``"trapezoid"``, or ``"release"`` for comparison with numbers published with the paper.
         mode: ``"exact"`` sends real composites through the real processor.
         grid: Rank cells of this grid, ``n`` or ``(rows, columns)``, instead of the heatmap's own; use one grid when
@@ -295,6 +300,10 @@ def evaluate(
     settings = CurveSettings(score, steps or STEPS, auc == "release", seed, tie_orders, sampling, tolerance)
     _check(settings, auc, steps)
     check_answer(heat, replay)
+    own = heat.selection.score
+    if own is not None:
+        kind: Followed = "own" if own.followed == "own" else score
+        settings = dataclasses.replace(settings, score=kind, ordered=True)
     if heat.values is None:
         return _nothing(heat, replay)
     if "passes" not in replay.offers:
@@ -305,16 +314,18 @@ def evaluate(
         )
     explained = heat.provenance.get("baseline")
     replay = over_baseline(replay, (explained or replay.baseline) if baseline is None else baseline)
+    replay = scored_by(replay, heat.selection)
     mode = "exact" if isinstance(replay.path, CompositePath) else mode  # real images: there is no other way
     values, seen = _on_grid(heat, replay, grid)
-    own, steps_of = 2 * (settings.steps - 1), heat.selection.indices
-    images = 2 + own * (tie_orders or 1) * (1 + chance) + center * min(own, _CENTER_PASSES)
+    inner, steps_of = 2 * (settings.steps - 1), heat.selection.columns
+    images = 2 + inner * (tie_orders or 1) * (1 + chance) + center * min(inner, _CENTER_PASSES)
     replay.announce("evaluate", lambda: images, steps_of)
     known = _known(shared, replay, heat, mode)
     scores = MaskScores(replay, steps_of, image=heat.target, mode=mode, known=known)
     with replay.shortcuts.held():
         with show_progress(progress, "deletion and insertion") as advance:
-            raw = curves(values, seen, scores, settings, decided=heat.selection.decided, progress=advance)
+            decided = heat.selection.decided if own is None else None
+            raw = curves(values, seen, scores, settings, decided=decided, progress=advance)
         areas = _areas(raw, settings)
         gains = _random_gains(values.shape, seen, scores, dataclasses.replace(settings, tie_orders=1), chance)
         middle = _center_gain(seen, scores, settings, replay, heat.target, mode) if center else math.nan
@@ -331,10 +342,8 @@ def evaluate(
         baseline=float(raw.deletion[-1]),
         baseline_check={
             "kind": str(replay.baseline.get("kind")),
-            "mean_probability": raw.baseline_probability,
-            "original_probability": raw.original_probability,
-            "limit": BASELINE_PROBABILITY,
-            "passed": bool(raw.baseline_probability < BASELINE_PROBABILITY),
+            # A score of its own need not be small on the baseline: a contrast is what the model would say unseeing.
+            **({} if own is not None else _hidden(raw)),
             "same_as_explained": _same_baseline(explained, replay.baseline),
         },
         verdict=_verdict(replay, heat, raw, areas, (gains, middle), mode),
@@ -353,9 +362,20 @@ def evaluate(
             "center": center,
             **({} if sampling == "full" else _sampled(raw, tolerance)),
             **({} if raw.undefined is None else {"undefined": raw.undefined}),
+            **({} if own is None else {"own_score": own.name, "followed": settings.score}),
         },
         provenance=_of(heat, replay),
     )
+
+
+def _hidden(raw: Curves) -> dict[str, Any]:
+    """Whether the baseline image hides the words."""
+    return {
+        "mean_probability": raw.baseline_probability,
+        "original_probability": raw.original_probability,
+        "limit": BASELINE_PROBABILITY,
+        "passed": bool(raw.baseline_probability < BASELINE_PROBABILITY),
+    }
 
 
 def check_answer(heat: Explained, replay: ReplayLike) -> None:
@@ -395,11 +415,11 @@ def _known(
     shared: dict[Any, Known] | None, replay: ReplayLike, heat: Explained, mode: Literal["fast", "exact"]
 ) -> Known:
     """What has been scored of these tokens: by explaining them, and in an earlier call over the same baseline."""
-    explained = known_scores(replay, heat.selection.indices, heat.target, mode)
+    explained = known_scores(replay, heat.selection.columns, heat.target, mode)
     judge = baseline_identity(replay.baseline)
     if shared is None or judge == ("image", None):  # a description that does not tell one image from another
         return dict(explained)
-    key = (replay.trace_id, judge, heat.selection.indices, heat.target, mode)
+    key = (replay.trace_id, judge, heat.selection.columns, heat.selection.score, heat.target, mode)
     found = shared.setdefault(key, {})
     found.update(explained)
     return found
@@ -451,6 +471,7 @@ def _verdict(
 ) -> Verdict:
     report = replay.path.report
     difference, tolerated = _replay_difference(replay, heat.selection.indices)
+    own = heat.selection.score
     return judge(
         deletion=areas.deletion,
         insertion=areas.insertion,
@@ -461,6 +482,7 @@ def _verdict(
         random_gains=floors[0],
         center_gain=floors[1],
         undefined=raw.undefined,
+        own_score=None if own is None else _raised(own.name, raw),
         replay_difference=difference,
         replay_tolerance=tolerated,
         parity_error=report.mean_error,
@@ -468,6 +490,11 @@ def _verdict(
         deterministic=report.deterministic,
         way_on=_way_on(heat),
     )
+
+
+def _raised(name: str, raw: Curves) -> tuple[str, float, float, float]:
+    """A score's name, its value on the image and on the baseline, and the highest that parts of the image give it."""
+    return name, float(raw.deletion[0]), float(raw.deletion[-1]), float(np.nanmax(raw.insertion))
 
 
 def _way_on(heat: Explained) -> str:
@@ -487,6 +514,7 @@ def _of(heat: Explained, replay: ReplayLike) -> dict[str, Any]:
         "method": heat.method,
         "tokens": list(heat.selection.indices),
         "text": heat.selection.text,
+        **({} if heat.selection.score is None else {"score": heat.selection.score.name}),
         **({} if "server" not in replay.origin else {"server": replay.origin["server"]}),
     }
 
@@ -515,9 +543,9 @@ def _areas(raw: Curves, settings: CurveSettings) -> _Areas:
     if raw.undefined is not None:
         nothing = np.full(len(raw.fractions), np.nan)
         return _Areas(math.nan, math.nan, nothing, nothing)
-    original, baseline = float(raw.deletion[0]), float(raw.deletion[-1])
-    low = normalise(raw.deletion, original=original, baseline=baseline, score=settings.score)
-    high = normalise(raw.insertion, original=original, baseline=baseline, score=settings.score)
+    ends = settings.ends(float(raw.deletion[0]), float(raw.deletion[-1]))
+    low = normalise(raw.deletion, **ends, score=settings.score)
+    high = normalise(raw.insertion, **ends, score=settings.score)
     if settings.release:
         areas = release_area(raw.counts, low, insert=False), release_area(raw.counts, high, insert=True)
     else:
@@ -571,7 +599,7 @@ def _same_baseline(explained: Mapping[str, Any] | None, scored: Mapping[str, Any
 def _replay_difference(replay: ReplayLike, indices: Sequence[int]) -> tuple[float | None, float]:
     """By how much the replay misses the recording at its worst token, nats, and how much may be rounding there."""
     recorded = getattr(replay.trace, "log_probs", None)
-    if recorded is None:
+    if recorded is None or not len(indices):
         return None, MAX_REPLAY_DIFFERENCE
     chosen = list(indices)
     replayed = replay.original_log_probs.detach().float().cpu().numpy()[chosen]

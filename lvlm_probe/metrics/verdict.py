@@ -96,12 +96,13 @@ class Verdict:
         return cls(bool(record["trusted"]), reasons, None if measured is None else bool(measured))
 
 
-def out_of_range(name: str, area: float) -> str | None:
+def out_of_range(name: str, area: float, own: str | None = None) -> str | None:
     """What an area outside [0, 1] says, as a sentence; ``None`` for one inside.
 
     Args:
         name: ``"deletion"`` or ``"insertion"``.
         area: under the normalised curve.
+        own: name of the score that is followed in the place of the words' probability.
     """
     if not math.isfinite(area) or -_ROUNDING <= area <= 1 + _ROUNDING:
         return None
@@ -109,6 +110,9 @@ def out_of_range(name: str, area: float) -> str | None:
     where, than = ("below 0", "less likely than on the baseline") if area < 0 else (
         "above 1", "likelier than with the whole image"
     )  # fmt: skip
+    if own is not None:
+        beyond = "lower" if area < 0 else "higher"
+        return f"{name} {area:.3g} is {where}: {away}, {own!r} is {beyond} than on the whole image and on the baseline"
     return f"{name} {area:.3g} is {where} (0 is the baseline, 1 the whole image): {away}, the words are {than}"
 
 
@@ -142,6 +146,37 @@ def _little_contrast(original: float, baseline: float) -> str:
     )
 
 
+def _of_probabilities(original: float, baseline: float) -> list[str]:
+    """What the words' probabilities with and without the image say against a heatmap of them."""
+    reasons = []
+    if not original >= MIN_ORIGINAL:
+        reasons.append(
+            f"the model gives these tokens a probability of only {original:.2g} with the whole image in sight"
+        )
+    if not original - baseline >= MIN_CONTRAST:
+        reasons.append(_little_contrast(original, baseline))
+    elif not baseline < BASELINE_PROBABILITY:
+        reasons.append(
+            f"the baseline image still leaves these tokens a probability of {baseline:.2g} "
+            f"(it should be below {BASELINE_PROBABILITY:g}): try another baseline, such as explain(replay.over('mean'))"
+        )
+    return reasons
+
+
+def _nothing_speaks_for(name: str, original: float, baseline: float, highest: float) -> list[str]:
+    """What a score that the image as a whole lowers says of a heatmap of what raises it.
+
+    A map of everything but what lowers the score has a good gain too. Where something in the image does raise it, that
+    alone brings it above the baseline.
+    """
+    if not original < baseline or highest - baseline > CENTER_MARGIN * (baseline - original):
+        return []
+    return [
+        f"nothing in the image speaks for {name!r}: it is {original:.3g} with the image, {baseline:.3g} on the "
+        f"baseline, and no more than {highest:.3g} when what the heatmap marks is shown"
+    ]
+
+
 def judge(
     *,
     empty: str | None = None,
@@ -154,6 +189,7 @@ def judge(
     random_gains: tuple[float, ...] = (),
     center_gain: float = math.nan,
     undefined: str | None = None,
+    own_score: tuple[str, float, float, float] | None = None,
     replay_difference: float | None = None,
     replay_tolerance: float = MAX_REPLAY_DIFFERENCE,
     parity_error: float | None = None,
@@ -173,6 +209,8 @@ def judge(
         random_gains: Insertion − deletion of random heatmaps, when they were asked for; NaN among them does not count.
         center_gain: Insertion − deletion of the blob in the middle of the image; NaN where it was not taken.
         undefined: Why deletion and insertion are NaN, where they are.
+        own_score: Of a score in the place of probabilities, which are not looked at then: its name, its value on the
+            image and on the baseline, and the highest that was met while parts of the image were shown.
         replay_difference: Largest difference to the recorded log-probabilities, nats; ``None`` when unknown.
         replay_tolerance: How large it may be: rounding where that is more than ``MAX_REPLAY_DIFFERENCE``.
         parity_error: Mean grey levels between the fast path and the processor; ``None`` when unknown.
@@ -182,20 +220,10 @@ def judge(
     """
     if empty is not None:
         return Verdict(False, (f"there is no heatmap, because {empty}",))
-    reasons: list[str] = []
-    contrast = original_probability - baseline_probability
-    if not original_probability >= MIN_ORIGINAL:
-        reasons.append(
-            f"the model gives these tokens a probability of only {original_probability:.2g} with the whole image "
-            f"in sight"
-        )
-    if not contrast >= MIN_CONTRAST:
-        reasons.append(_little_contrast(original_probability, baseline_probability))
-    elif not baseline_probability < BASELINE_PROBABILITY:
-        reasons.append(
-            f"the baseline image still leaves these tokens a probability of {baseline_probability:.2g} "
-            f"(it should be below {BASELINE_PROBABILITY:g}): try another baseline, such as explain(replay.over('mean'))"
-        )
+    if own_score is not None:
+        reasons = _nothing_speaks_for(*own_score)
+    else:
+        reasons = _of_probabilities(original_probability, baseline_probability)
     gain, onward = insertion - deletion, f": {way_on}" if way_on else ""
     by_chance = [one for one in random_gains if math.isfinite(one)]
     if not math.isfinite(gain):

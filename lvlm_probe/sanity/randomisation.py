@@ -167,6 +167,8 @@ def answers(
     if draws < 1:
         raise ExplainError(f"draws is at least 1; got {draws}")
     subject = opened(replay, heat)
+    if not heat.selection.indices:
+        raise ExplainError(f"{heat.selection.label!r} is of no words of the answer, so no others can take their place")
     processor = subject.processor
     ids = _vocabulary(subject.model, processor) if pool is None else torch.as_tensor(list(pool), dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)

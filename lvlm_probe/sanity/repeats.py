@@ -13,6 +13,7 @@ import numpy as np
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.progress import Progress
+from lvlm_probe.replaying.own_scores import Contrast
 from lvlm_probe.sanity.checks import (
     AGREEING,
     AnyHeatmap,
@@ -25,7 +26,7 @@ from lvlm_probe.sanity.checks import (
     step_of,
 )
 from lvlm_probe.sanity.stability import stability
-from lvlm_probe.selection import select_tokens
+from lvlm_probe.selection import TokenSelection, scored_selection, select_tokens
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -109,12 +110,24 @@ def prompts(
     for done, other in enumerate(others):
         asked = subject.reworded(other, question=question) if isinstance(other, str) else other.over(subject.baseline)
         same = tuple(asked.tokens) == heat.selection.tokens
-        chosen = heat.selection if same else select_tokens(asked, words=heat.selection.text.split(" … "))
+        chosen = heat.selection if same else _found_again(asked, heat.selection)
         made.append(again(asked, heat, selection=chosen))
         names.append(other if isinstance(other, str) else str(getattr(other.trace, "question", None) or other.trace_id))
         if progress is not None:
             progress(done + 1, len(others))
     return _compared("prompts", heat, made, names, {"prompts": names})
+
+
+def _found_again(replay: Replay, selection: TokenSelection) -> TokenSelection:
+    """The same words, or the same contrast, in another answer."""
+    score = selection.score
+    if score is None:
+        return select_tokens(replay, words=selection.text.split(" … "))
+    if not isinstance(score, Contrast):
+        return scored_selection(replay, score)
+    sides: list[Any] = [score.said, list(score.texts)]
+    words, against = reversed(sides) if score.turned else sides
+    return select_tokens(replay, words=words, against=against)
 
 
 def _compared(

@@ -10,6 +10,7 @@ from lvlm_probe.explainers.registry import METHODS, resolve
 from lvlm_probe.progress import ProgressChoice
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.selection import Against
 from lvlm_probe.trace import Trace
 from lvlm_probe.trace.clips import Clip
 from lvlm_probe.video.heatmap import ClipHeatmap
@@ -44,6 +45,7 @@ def explain(
     *,
     method: str = "igos++",
     tokens: Tokens | None = None,
+    against: Against | None = None,
     clip: int = 0,
     seed: int = 0,
     strengthen: bool = True,
@@ -57,7 +59,7 @@ def explain(
     Args:
         replay: the recorded answer on its model; the trace alone will do as for ``lvlm_probe.explain``.
         method: one of ``clip_methods()``.
-        tokens, seed, strengthen, progress, plan: as for ``lvlm_probe.explain``.
+        tokens, against, seed, strengthen, progress, plan: as for ``lvlm_probe.explain``.
         clip: number of the video, when the prompt has several; images and other videos stay whole.
         params: parameters of the method; ``size`` may be ``(steps, rows, columns)``.
 
@@ -73,7 +75,7 @@ def explain(
     if not METHODS[method].clips:
         raise ExplainError(f"{method} does not explain by a video; these do: {', '.join(clip_methods())}")
     made = run(
-        replay, mine, method=method, tokens=tokens, seed=seed, strengthen=strengthen, progress=progress, plan=plan,
-        params=params,
+        replay, mine, method=method, tokens=tokens, against=against, seed=seed, strengthen=strengthen,
+        progress=progress, plan=plan, params=params,
     )  # fmt: skip
     return ClipHeatmap(**made, clip=mine)

@@ -215,8 +215,9 @@ def toy_problem() -> Any:
         patch_frames=None,
     )
     return SimpleNamespace(
-        replay=SimpleNamespace(length=3, image_sizes=[(2, 1)], path=None, trace=SimpleNamespace(layout=layout)),
+        replay=SimpleNamespace(length=3, rows=1, image_sizes=[(2, 1)], path=None, trace=SimpleNamespace(layout=layout)),
         queries=torch.tensor([2]),
+        selection=SimpleNamespace(score=None),
         target=0,
         extent=(2, 1),
         live=True,

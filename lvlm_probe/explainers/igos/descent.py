@@ -57,6 +57,8 @@ __all__ = ["PRESETS", "IgosSettings", "Optimisation", "igos", "igos_plus", "nest
 
 _ARMIJO = 1e-4
 _LINE_SEARCH_TRIES = 10
+_NATS_OF_A_WORD = 5.0
+"""Log-likelihood ratio of a word that the image decides: of the demo models' words most have 3 to 9."""
 
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
@@ -203,6 +205,16 @@ class Optimisation:
         self.ig_steps = settings.ig_steps
         self.history: list[dict[str, float]] = []
 
+    def scored(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """The score in nats, which the regularisers are weighed against, ``(batch,)``. One of the user's own has no
+        unit: what the image makes of it is taken for that of a word."""
+        score, own = self.problem.score(log_probs), self.problem.selection.score
+        if own is None or own.followed != "own":
+            return score
+        replay = self.problem.replay
+        span = abs(float(replay.original_log_probs[-1] - replay.baseline_log_probs[-1]))
+        return score * (_NATS_OF_A_WORD / span) if span > 0 else score
+
     def guide(self) -> torch.Tensor:
         """What the bilateral term looks at: the image, or the middle frame of each step in time of the clip."""
         problem = self.problem
@@ -295,11 +307,11 @@ class Optimisation:
             masks, signs = path_masks(leaf, self.ig_steps, self.offsets(iteration))
             scores, slopes = self.problem.replay.score_and_grad(
                 masks.detach(),
-                self.problem.score,
+                self.scored,
                 image=self.problem.target,
                 noise=self.settings.noise,
                 generator=self.problem.generator(iteration),
-                steps=self.problem.selection.indices,
+                steps=self.problem.columns,
             )
             scores, slopes = scores.to(signs), slopes.to(masks)
             # d/dM of the mean over r is a vector-Jacobian product: the model's gradient per mask through r · M.
@@ -368,9 +380,9 @@ class Optimisation:
                 image=self.problem.target,
                 noise=self.settings.noise,
                 generator=self.problem.generator(iteration),
-                steps=self.problem.selection.indices,
+                steps=self.problem.columns,
             )
-            scores = (signs * self.problem.score(log_probs).to(signs)).sum() / self.ig_steps
+            scores = (signs * self.scored(log_probs).to(signs)).sum() / self.ig_steps
             return float(scores + torch.stack(list(self.terms(state, iteration).values())).sum())
 
     def move(

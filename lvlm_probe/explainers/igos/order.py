@@ -106,7 +106,7 @@ def refine_order(
                 masks.detach().to(problem.replay.device),
                 lambda log_probs: score_of(problem, log_probs, "prob"),
                 image=problem.target,
-                steps=problem.selection.indices,
+                steps=problem.columns,
             )
             pull = (sign.reshape(-1, *[1] * heat.ndim) * slopes.to(masks) * masks).sum() / len(levels)
             (gradient,) = torch.autograd.grad(pull, leaf)
