@@ -42,6 +42,7 @@ __all__ = [
     "Scored",
     "colour_bar",
     "curve_figure",
+    "difference",
     "figure",
     "figure_bytes",
     "mark_of",
@@ -58,6 +59,8 @@ _STRIP = 1 << 19
 """Pixels of a strip: a few MB of float32 for each step."""
 COARSE = 5
 """Cells along a side below which a map is drawn as blocks: bilinear between so few, it would look like one of many."""
+_SIDES = ("Oranges", "Blues")
+"""Colours of two maps that are drawn against each other: told apart by colour-blind readers, as are those of marks."""
 _HALF = 0.5
 """The outline surrounds what is at least this share of the highest value."""
 
@@ -178,6 +181,42 @@ def overlay(
         drawn.paste(Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)), (0, top))
     if mark is not None and alpha > 0:
         _stamp(drawn, mark, cells_of(np.shape(values)))
+    return drawn
+
+
+def difference(
+    image: Image.Image, first: np.ndarray, second: np.ndarray, *, alpha: float = 0.85, line: bool = True
+) -> Image.Image:
+    """Two heatmaps against each other over an image, at the image's own size, RGB: orange where the first is higher,
+    blue where the second is, the more opaque the further they are apart.
+
+    Args:
+        image: any mode.
+        first, second: ``(row, col)`` in [0, 1], grids over the whole image, each of any resolution; stretched so that
+            its highest is 1.
+        alpha: opacity of a difference of 1.
+        line: outline where they differ by more than a half.
+    """
+    width, height = image.size
+    grids = [_Grid(np.asarray(values), width, height) for values in (first, second)]
+    scales = [1 / highest if highest > 0 else 1.0 for highest in (grid.highest() for grid in grids)]
+    tables = [_colours(name) for name in _SIDES]
+    wide = min(_LINE, max(1, round(max(width, height) / 400))) if line else 0
+    drawn = Image.new("RGB", image.size)
+    step = max(1, _STRIP // width)
+    for top in range(0, height, step):
+        bottom = min(height, top + step)
+        above, below = max(0, top - wide), min(height, bottom + wide)
+        one, other = (grid.rows(above, below) * scale for grid, scale in zip(grids, scales, strict=True))
+        apart, inside = one - other, slice(top - above, bottom - above)
+        pixels = np.asarray(image.crop((0, top, width, bottom)).convert("RGB"), dtype=np.float32)
+        for sign, table in zip((1, -1), tables, strict=True):
+            pixels = _heated(pixels, np.clip(sign * apart[inside], 0, 1), table, alpha)
+            region = sign * apart >= _HALF
+            if wide:
+                rim = _dilated(region, wide)[inside] & ~region[inside]
+                pixels[rim] = 0.25 * pixels[rim] + 0.75 * 255
+        drawn.paste(Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)), (0, top))
     return drawn
 
 

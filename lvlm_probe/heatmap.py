@@ -355,6 +355,26 @@ class Heatmap(HeatGrid):
             contour=contour, mark=drawing.mark_of(score) if mark else None,
         )  # fmt: skip
 
+    def difference(self, other: Heatmap, *, alpha: float = 0.85, image: Image.Image | None = None) -> Image.Image:
+        """This heatmap against another one over the same picture: orange where this one is higher, blue where the other
+        is. Each is stretched so that its highest value is 1.
+
+        Of a contrast, ``explain(replay, tokens="red", against="blue")`` and the same with the two exchanged, it shows
+        what speaks for either side.
+
+        Args:
+            other: A heatmap over the same image, of any resolution.
+            alpha: Opacity of the largest difference, 0 to 1.
+            image: Picture to draw on instead of the trace's.
+
+        Raises:
+            ExplainError: One of them has no values, or they are not over the same image.
+            ImageError: No picture at hand, or one of another size.
+        """
+        if (other.image_size, other.image_index) != (self.image_size, self.image_index):
+            raise ExplainError("a difference is of two heatmaps over the same image; these are over two")
+        return drawing.difference(self.picture_for(image), self._values(), other._values(), alpha=alpha)
+
     def picture_for(self, image: Image.Image | None) -> Image.Image:
         """``image``, which has to be of the heatmap's size, or the one that was explained."""
         picture = self.picture() if image is None else image

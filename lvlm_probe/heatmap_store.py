@@ -430,6 +430,7 @@ def map_name(replay: Replay, selection: TokenSelection, label: str, settings: Ma
         list(selection.indices),
         json.dumps([facts, [pixels] if pixels else []], sort_keys=True),
     ]
+    decisive += [] if selection.score is None else [selection.score.to_dict()]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
     trace: Any = replay.trace
     kind, number = ("image", settings.image) if clip is None else ("video", list(trace.clips).index(clip))

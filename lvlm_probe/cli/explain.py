@@ -77,6 +77,15 @@ def explain(
             "--words", metavar="TEXT", help="Explain this word or phrase of the answer; repeat it for several."
         ),
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--against",
+            metavar="TEXT",
+            help="Why these words and not TEXT in their place: a map for each side. Repeat it for several, any of "
+            "which; 'next' is the model's own second choice.",
+        ),
+    ] = None,
     word_maps: Annotated[
         bool, typer.Option("--word-maps", help="Also make a map of its own for every selected word.")
     ] = False,
@@ -139,6 +148,7 @@ def explain(
     Finished maps are kept: the same command again makes only those that are missing.
 
     Example:  lvlm-probe explain runs/demo --words red
+    Example:  lvlm-probe explain runs/demo --words red --against blue --open
     Example:  lvlm-probe explain --model demo --image scene.png --question "What color is the circle?" --word-maps
     Example:  lvlm-probe explain --model path/to/model --video clip.mp4 --num-frames 8 --question "What happens?"
     Example:  lvlm-probe explain --server http://gpu:8000 --image scene.png --question "What color is it?"
@@ -147,6 +157,8 @@ def explain(
     from lvlm_probe.heatmap_store import FOLDER, MapSettings
 
     params = parameters(param or []) | ({} if budget is None else {"budget": budget})
+    if against and word_maps:
+        raise ProbeError("--against makes a map for each side, and --word-maps one for each word: give either")
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
     behind = open_server(server, served_model, model=model, road=road, max_requests=max_requests, yes=yes)
     chosen = method or ("igos++" if behind is None else "rise")
@@ -193,7 +205,7 @@ def explain(
     if image_number is None:
         image_number = recorded.clips[0].first if recorded.clips else 0
     settings = MapSettings(chosen, params, image_number, seed, scores, "exact" if exact or behind else "fast")
-    selection = _select(replay, words=words, alpha=alpha, joint=joint)
+    selection = _select(replay, words=words, alpha=alpha, joint=joint, against=against)
     folder = directory / FOLDER
     explained = Explained(recorded, [])
     try:
@@ -231,12 +243,15 @@ def _opened(explained: Explained, folder: Path) -> Path:
     return page
 
 
-def _select(replay: Replay, *, words: list[str] | None, alpha: float, joint: bool) -> TokenSelection:
+def _select(
+    replay: Replay, *, words: list[str] | None, alpha: float, joint: bool, against: list[str] | None
+) -> TokenSelection:
     from lvlm_probe.selection import select_tokens
 
+    other = "next" if against == ["next"] else against or None
     if words:
-        return select_tokens(replay, words=words)
-    return select_tokens(replay, alpha=alpha, rule="joint" if joint else "llr")
+        return select_tokens(replay, words=words, against=other)
+    return select_tokens(replay, alpha=alpha, rule="joint" if joint else "llr", against=other)
 
 
 def _same_command(context: typer.Context, trace: Path) -> str:

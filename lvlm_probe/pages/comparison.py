@@ -29,6 +29,7 @@ from lvlm_probe.pages.comparison_page import filled
 from lvlm_probe.pages.ranking import Row, Standing, center_gain, standings
 from lvlm_probe.pages.shell import Page, refuse_existing, write_text
 from lvlm_probe.progress import ProgressChoice, show_progress
+from lvlm_probe.selection import Against
 from lvlm_probe.trace import Trace
 from lvlm_probe.video import ClipHeatmap
 from lvlm_probe.video import explain as explain_clip
@@ -118,6 +119,7 @@ def compare(
     out: str | os.PathLike[str] = "compare.html",
     title: str | None = None,
     tokens: Tokens | None = None,
+    against: Against | None = None,
     image: int = 0,
     grid: int | Sequence[int] | None = GRID,
     steps: int | None = None,
@@ -142,8 +144,8 @@ def compare(
         labels: With heatmaps only: the column of each, in the same order; by default its method.
         out: The file to write. Missing folders are made.
         title: Headline of the page.
-        tokens, image, seed: As for ``explain``; the same for all methods. An image that is a frame of a video stands
-            for the video, and methods that do not explain by one say so in their place.
+        tokens, against, image, seed: As for ``explain``; the same for all methods. An image that is a frame of a video
+            stands for the video, and methods that do not explain by one say so in their place.
         grid, steps: As for ``evaluate``; ``grid=None`` ranks each heatmap's own cells, as videos are ranked anyway.
         overwrite: Replace ``out`` if it exists; by default only a file that this package wrote, so that a notebook cell
             can run again.
@@ -174,7 +176,7 @@ def compare(
     else:
         if scores is not None or labels is not None:
             raise ReportError("scores and labels go with heatmaps; replays are judged here")
-        columns, rows = _made(items, methods, tokens, _Settings(image, seed, grid, steps), progress)
+        columns, rows = _made(items, methods, _Settings(image, seed, grid, steps, tokens, against), progress)
     text = filled(columns, rows, standings(columns, rows), title or _TITLE)
     said = f"{counted(len(columns), 'method')} on {counted(len(rows), 'answer')}"
     return Comparison(write_text(path, text, overwrite=overwrite, said=said), tuple(columns), tuple(rows))
@@ -191,10 +193,12 @@ class _Settings:
     seed: int
     grid: int | Sequence[int] | None
     steps: int | None
+    tokens: Tokens | None = None
+    against: Against | None = None
 
 
 def _made(
-    items: Sequence[Any], methods: Methods | None, tokens: Tokens | None, settings: _Settings, progress: ProgressChoice
+    items: Sequence[Any], methods: Methods | None, settings: _Settings, progress: ProgressChoice
 ) -> tuple[list[str], list[Row]]:
     """Every method on every replay or trace."""
     for item in items:
@@ -210,7 +214,7 @@ def _made(
     for answer in answers:
         if not 0 <= image < answer.n_images:
             raise ReportError(f"image={image}, but {answer.trace_id} has {answer.n_images} image(s), counted from 0")
-    selections = [selected(answer, tokens) for answer in answers]
+    selections = [selected(answer, settings.tokens, settings.against) for answer in answers]
     rows = []
     total, done = len(items) * len(chosen), 0
     with show_progress(progress, "explaining and judging") as advance:
@@ -296,7 +300,8 @@ def _gathered(
     found: dict[tuple[Any, ...], dict[str, tuple[Heatmap | ClipHeatmap, Score | None]]] = {}
     for number, (heat, score, name) in enumerate(zip(heats, given, names, strict=True)):
         trace_id = heat.provenance.get("trace_id")
-        row = found.setdefault((trace_id or f"untraced {number}", heat.image_index, heat.selection.indices), {})
+        words = heat.selection.indices, heat.selection.score
+        row = found.setdefault((trace_id or f"untraced {number}", heat.image_index, words), {})
         if name in row:
             raise ReportError(
                 f"two heatmaps of the same words are called {name!r}: tell them apart with labels=[…], one per heatmap"

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lvlm_probe.drawing import difference, mark_of, overlay
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.images import make_baseline
 from lvlm_probe.metrics.verdict import BASELINE_PROBABILITY
 from lvlm_probe.pages.data_uris import data_uri, encode_seen, encode_values, shrink
 from lvlm_probe.pages.edits import edits_of
 from lvlm_probe.pages.plain import nats, plain, probability, without_folders
+from lvlm_probe.replaying.own_scores import Contrast
 from lvlm_probe.words import Word, group_words, spelled, told_apart
 
 if TYPE_CHECKING:
@@ -87,9 +89,49 @@ def _sample(trace_id: str, group: Sequence[tuple[Heatmap, Score | None]]) -> dic
         "strip": strip_of(pictures) if len(pictures) > 1 else [],
         "baselines": baselines,
         "maps": maps,
+        "sides": _sides(group, pictures),
         "notes": [without_folders(note) for note in dict.fromkeys(notes)],
         "provenance": _recording(trace, trace_id, notes),
     }
+
+
+def _sides(group: Sequence[tuple[Heatmap, Score | None]], pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """Contrasts of which both sides have a map: the two maps, and one against the other, drawn."""
+    found = []
+    scores = {id(heat): score for heat, score in group}
+    for heat in (heat for heat, _ in group if heat.values is not None):
+        own = heat.selection.score
+        if not isinstance(own, Contrast) or own.turned or heat.image_index >= len(pictures):
+            continue
+        same = (heat.method, heat.image_index, own.other_way())
+        other = next(
+            (o for o, _ in group if o and (o.method, o.image_index, o.selection.score) == same), None
+        )  # a heatmap without values is false
+        if other is None:
+            continue
+        small = shrink(pictures[heat.image_index], _BASELINE_SIDE)
+        named = " or ".join(own.texts)
+        drawn = [
+            overlay(small, np.asarray(one.values), seen=one.seen, mark=mark_of(scores[id(one)]))
+            for one in (heat, other)
+        ]
+        drawn.append(difference(small, np.asarray(heat.values), np.asarray(other.values)))
+        captions = [
+            f"Speaks for “{own.said}”, against “{named}”",
+            f"Speaks for “{named}”, against “{own.said}”",
+            f"One against the other: orange for “{own.said}”, blue for “{named}”",
+        ]
+        found.append(
+            {
+                "title": f"Why “{own.said}” and not “{named}”?",
+                "method": str(heat.method),
+                "pictures": [
+                    {"src": data_uri(picture, quality=84), "text": text}
+                    for picture, text in zip(drawn, captions, strict=True)
+                ],
+            }
+        )
+    return found
 
 
 def strip_of(pictures: Sequence[Image.Image]) -> list[str]:
@@ -184,8 +226,12 @@ def _map(
         "image": str(heat.image_index),
         "tokens": [int(index) for index in selection.indices],
         "whole": heat is first
-        or (selection.rule == first.selection.rule and selection.indices == first.selection.indices),
+        or (
+            (selection.rule, selection.indices, selection.score)
+            == (first.selection.rule, first.selection.indices, first.selection.score)
+        ),
         "asked": selection.rule in ("words", "span", "indices") or selection.indices != first.selection.indices,
+        "scored": None if selection.score is None else selection.score.name,
         "values": None if empty else encode_values(np.asarray(heat.values)),
         "reason": str(heat.reason or "") if empty else "",
         "baseline": _baseline(heat, score, pictures, baselines),
@@ -211,7 +257,9 @@ def _map(
 
 def _label(entry: Mapping[str, Any], maps: Sequence[Mapping[str, Any]], words: Sequence[Mapping[str, Any]]) -> str:
     """What the button says: whole answer or the words, plus method and image where the maps differ in them."""
-    if not entry["asked"]:
+    if entry["scored"] is not None:
+        rule = f"“{entry['scored']}”"
+    elif not entry["asked"]:
         rule = "Selected words" if all(other["whole"] for other in maps) else "Whole answer"
     else:
         told = told_apart(Word(str(word["text"]), 0, 0) for word in words)
@@ -239,12 +287,20 @@ def _score(score: Score) -> dict[str, Any]:
         "deletion_raw": curve("deletion_raw"),
         "insertion_raw": curve("insertion_raw"),
         "tie_share": plain(score.tie_share),
-        "unit": "nats" if score.params.get("score") == "log" else "probability",
+        "unit": _unit(score),
+        "own": score.params.get("own_score"),
         "remarks": [_sentence(remark) for remark in score.remarks],
         "best_random": max(gains, default=None),
         "randoms": len(gains),
         "center": plain(float(score.center_gain)),
     }
+
+
+def _unit(score: Score) -> str:
+    """What raw curves are in: nats, a probability, or the unit of a score of the user's own."""
+    if score.params.get("followed") == "own":
+        return "own"
+    return "nats" if score.params.get("score") == "log" else "probability"
 
 
 def _without_curves(score: Score) -> dict[str, Any]:

@@ -5,6 +5,7 @@ This module imports torch; commands import it when they run.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from lvlm_probe.heatmap_store import MapFile, MapSettings, explain_one, orders_o
 from lvlm_probe.metrics import Score
 from lvlm_probe.pages import report
 from lvlm_probe.replaying import Replay, replay
+from lvlm_probe.replaying.own_scores import Contrast
 from lvlm_probe.selection import TokenSelection, word_selections
 from lvlm_probe.trace import Trace
 from lvlm_probe.video import ClipHeatmap
@@ -58,8 +60,12 @@ def open_replay(trace: Trace, model: Any, processor: Any) -> Replay:
 def explain_replay(
     replay: Replay, selection: TokenSelection, settings: MapSettings, folder: Path, *, word_maps: bool
 ) -> Iterator[MapFile]:
-    """Make the map of the selection and, if wanted, one per word; yield each as it is finished."""
+    """Make the map of the selection, of a contrast also the other way round, and, if wanted, one per word; yield each
+    as it is finished."""
     jobs = [(label_of(selection), selection)]
+    if isinstance(selection.score, Contrast):
+        other = dataclasses.replace(selection, score=selection.score.other_way())
+        jobs.append((label_of(other), other))
     if word_maps and selection:
         jobs += [job for job in word_selections(replay, selection) if job[1].indices != selection.indices]
     for label, chosen in jobs:
@@ -68,7 +74,8 @@ def explain_replay(
 
 def label_of(selection: TokenSelection) -> str:
     """Return what a map's file name calls its words."""
-    return selection.label if selection.rule in ("words", "span", "indices") else "answer"
+    named = selection.rule in ("words", "span", "indices") or selection.score is not None
+    return selection.label if named else "answer"
 
 
 def map_summary(found: MapFile) -> dict[str, Any]:
@@ -97,7 +104,7 @@ def map_summary(found: MapFile) -> dict[str, Any]:
 
 def words_of(heat: Heatmap | ClipHeatmap) -> str:
     """Return the words that a map explains; whole words where its trace is at hand, else the bare tokens."""
-    if heat.trace is None:
+    if heat.trace is None or heat.selection.score is not None:
         return heat.selection.label
     chosen, words = set(heat.selection.indices), heat.trace.words
     told = zip(words, told_apart(words), strict=True)

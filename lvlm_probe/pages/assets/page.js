@@ -146,6 +146,8 @@ function chooseMap(index) {
   page.trial.hidden = !drawable || (!map.score && !map.baseline.src);
   page.pair.hidden = !(drawable && map.baseline.src && shape?.src);
   page.trialtext.hidden = !map.score;
+  if (map.score?.own)
+    page.trialtext.textContent = `Take away the most important parts of the image first, or give back only those, and watch “${map.score.own}”. A good map loses it at once and restores it at once.`;
   page.cross.hidden = true;
   page.readout.dataset.idle = drawable
     ? shape?.src
@@ -218,12 +220,39 @@ function chooseSample(index, map = 0) {
   drawAnswer();
   drawLead();
   drawTokens();
+  drawSides();
   watchView();
   for (const [i, button] of [...document.querySelectorAll("#samples button")].entries()) {
     button.setAttribute("aria-current", i === state.sample);
     if (i === state.sample) button.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
   chooseMap(map);
+}
+
+/** Both sides of a contrast, and one against the other. */
+function drawSides() {
+  page.sides.hidden = !sample().sides.length;
+  page.sides.replaceChildren(
+    ...sample().sides.flatMap((side) => [
+      make("h2", { textContent: side.title, dir: "auto" }),
+      make("p", {
+        className: "prose",
+        textContent: `Two maps by ${side.method}: what in the image speaks for one, against the other, and the reverse. Each is drawn up to its own highest value, so the third says where, not by how much, one outweighs the other.`,
+      }),
+      make(
+        "div",
+        { className: "trio" },
+        ...side.pictures.map(({ src, text }) =>
+          make(
+            "figure",
+            {},
+            make("img", { src, alt: text }),
+            make("figcaption", { textContent: text, dir: "auto" }),
+          ),
+        ),
+      ),
+    ]),
+  );
 }
 
 /** All images of the prompt: the one on show is marked, those that are explained can be chosen. */

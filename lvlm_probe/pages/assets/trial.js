@@ -172,7 +172,7 @@ async function drawTrial() {
     ins.setAttribute("cy", y(insertion));
     const words = (curve, normalised) =>
       curve
-        ? `words at ${score.unit === "nats" ? `${decimal(interpolate(score.fractions, curve, f))} nats` : percent(interpolate(score.fractions, curve, f))}`
+        ? `${score.own ?? "words"} at ${inUnit(score, interpolate(score.fractions, curve, f))}`
         : `score ${decimal(normalised)}`;
     page.removedtext.textContent = words(score.deletion_raw, deletion);
     page.restoredtext.textContent = words(score.insertion_raw, insertion);
@@ -246,6 +246,12 @@ function card({ label, value, note, text, gauge, bad, thumb }) {
   return box;
 }
 
+/** A value of what the curves follow. */
+function inUnit(score, value) {
+  if (score.unit === "nats") return `${decimal(value)} nats`;
+  return score.unit === "own" ? decimal(value) : percent(value);
+}
+
 /** What an area outside [0, 1] says, beside its number. */
 function drawRemarks(score) {
   page.remarks.replaceChildren(...(score?.remarks ?? []).map((textContent) => make("p", { textContent })));
@@ -261,7 +267,7 @@ function drawCards() {
       note: "lower is better",
       gauge: { value: score.deletion, colour: "ember", mark: 0.5 },
       bad: score.deletion >= 0.5,
-      text: "How much of the words’ probability is left, on average, while the most important parts are taken away. The mark is 0.5.",
+      text: `How much of ${score.own ? `“${score.own}”` : "the words’ probability"} is left, on average, while the most important parts are taken away. The mark is 0.5.`,
     });
     list.push({
       label: "Insertion",
@@ -272,7 +278,7 @@ function drawCards() {
       text: "How much of it is back, on average, while only the most important parts are returned to the baseline.",
     });
   }
-  if (known(baseline.probability) || baseline.src) {
+  if (known(baseline.probability) || (baseline.src && !score?.own)) {
     const passed = !known(baseline.probability) || baseline.probability < baseline.threshold;
     list.push({
       label: "Baseline check",
