@@ -24,6 +24,7 @@ import torch
 
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.evidence.regions import first_that
 from lvlm_probe.explainers.curve_points import curve_masks, rank
 from lvlm_probe.explainers.explaining import Tokens, selected
 from lvlm_probe.metrics.localization import boxes_to_mask
@@ -272,15 +273,9 @@ def _smallest(
         return at(cells).flipped == (kind == "remove")
 
     with show_progress(progress, "the smallest region that flips") as advance:
-        least, cells = 0, 1
-        while not done(cells) and cells < seen:
-            least, cells = cells, min(2 * cells, seen)
-        if done(cells):
-            while cells - least > 1:
-                middle = (least + cells) // 2
-                least, cells = (least, middle) if done(middle) else (middle, cells)
-        one = at(cells)
-    return dataclasses.replace(one, smallest=done(cells), answers=asking.answers, steps=asking.steps)
+        cells = first_that(done, seen)
+        one = at(cells or seen)
+    return dataclasses.replace(one, smallest=cells is not None, answers=asking.answers, steps=asking.steps)
 
 
 class _Asking:

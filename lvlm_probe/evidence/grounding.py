@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
 
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
@@ -449,6 +450,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[AnswerBox]) -> Image.Image:
     pen = ImageDraw.Draw(drawn)
     line = max(2, round(max(image.size) / 250))
     size = max(11, round(max(image.size) / 45))
+    font = ImageFont.truetype(findfont("DejaVu Sans"), size)  # labels are in any language
     for number, box in enumerate(boxes):
         colour = _COLOURS[number % len(_COLOURS)]
         left, top, right, bottom = box.region
@@ -458,11 +460,11 @@ def draw_boxes(image: Image.Image, boxes: Sequence[AnswerBox]) -> Image.Image:
         shape((left - 1, top - 1, right + 1, bottom + 1), outline=(20, 20, 20), width=line + 2)
         shape((left, top, right, bottom), outline=colour, width=line)
         told = box.label + ("" if box.p is None else f"  P {box.p:.2g}")
-        wide = pen.textbbox((0, 0), told, font_size=size)
+        wide = pen.textbbox((0, 0), told, font=font)
         y = top - 1.5 * size if top > 1.5 * size else bottom + 2
         x = max(0.0, min(left, image.width - wide[2] - 0.6 * size))
         pen.rectangle((x, y, x + wide[2] + 0.6 * size, y + 1.4 * size), fill=colour)
-        pen.text((x + 0.3 * size, y + 0.1 * size), told, fill=(255, 255, 255), font_size=size)
+        pen.text((x + 0.3 * size, y + 0.1 * size), told, fill=(255, 255, 255), font=font)
     return drawn
 
 

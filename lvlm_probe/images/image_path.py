@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from lvlm_probe.errors import ImageError, MaskError, ProbeError, ProbeWarning, ProcessorRefused
 from lvlm_probe.images.baselines import BLUR_LADDER, Baseline, make_baseline
@@ -256,9 +255,7 @@ class ImagePath:
         False: no pixel-input element sees any pixel of that cell (margins of a centre crop).
         """
         seen = self._traced().seen(image)
-        if shape is None:
-            return seen
-        return F.adaptive_max_pool2d(seen[None].float(), shape)[0] > 0
+        return seen.clone() if shape is None else _met(_met(seen, shape[0]).T, shape[1]).T
 
     def coordinates(self, key: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Source of every element of one pixel input: column and row in pixels of the original image, image index, and
@@ -422,3 +419,9 @@ def _checked_size(baseline: object, image: Image.Image) -> Image.Image:
             "make_baseline(image, baseline) scales it."
         )
     return baseline.convert("RGB")
+
+
+def _met(flags: Tensor, cells: int) -> Tensor:
+    """Whether any row in each of so many even stretches is set, ``(cells, col)`` bool."""
+    rows = len(flags)
+    return torch.stack([flags[k * rows // cells : -(-(k + 1) * rows // cells)].any(0) for k in range(cells)])

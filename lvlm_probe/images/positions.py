@@ -61,6 +61,7 @@ class Geometry:
     runs: int
     """Processor calls that the trace took."""
     _samplers: OrderedDict[tuple, tuple[Tensor, Tensor]] = field(default_factory=OrderedDict, repr=False)
+    _seen: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def sampler(
         self, key: str, height: int, width: int, *, device: torch.device, dtype: torch.dtype
@@ -102,6 +103,8 @@ class Geometry:
         Each element covers a box as large as the distance to its neighbours, so that an image that is only scaled down
         counts as seen everywhere and a centre crop leaves its margins unseen.
         """
+        if image in self._seen:
+            return self._seen[image]
         width, height = self.sizes[image]
         edges = torch.zeros(height + 1, width + 1, dtype=torch.int32)
         for geometry in self.keys.values():
@@ -111,7 +114,9 @@ class Geometry:
                 if chosen.any():
                     x, y = geometry.x.reshape(-1)[group][chosen], geometry.y.reshape(-1)[group][chosen]
                     _add_boxes(edges, x, y, width, height)
-        return edges.cumsum(0).cumsum(1)[:height, :width] > 0
+        # In place: on a scanned page every copy is tens of megabytes.
+        self._seen[image] = edges.cumsum_(0).cumsum_(1)[:height, :width] > 0
+        return self._seen[image]
 
 
 def _tiles(geometry: KeyGeometry) -> list[slice]:

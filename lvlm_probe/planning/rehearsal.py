@@ -55,8 +55,9 @@ class Law:
 def law(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint: bool = False) -> Law:
     """Rehearses the pass of a method.
 
-    How a mask of each of its grids is brought to the pixels is worked out here and kept by the replay, so that it is no
-    part of the method's own peak. Where it never sends more than one mask at once, all is counted as one mask's.
+    What of the image is seen, and how a mask of each of its grids is brought to the pixels, is worked out here and kept
+    by the replay, so that it is no part of the method's own peak. Where it never sends more than one mask at once, all
+    is counted as one mask's.
 
     Args:
         replay: The answer on its model.
@@ -69,6 +70,8 @@ def law(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint: bool 
         OutOfMemory, torch.OutOfMemoryError: Not even one mask fits.
     """
     with torch.no_grad():
+        for k in (target,) if isinstance(target, int) else target.images:
+            replay.seen(k, (1, 1))
         for grid in cost.grids:
             replay.path.apply(_half(1, grid, target, replay.device), image=target)
     known = _KNOWN.setdefault(replay.model, {})

@@ -13,6 +13,7 @@ from lvlm_probe.images.composite import composite
 from lvlm_probe.images.positions import Geometry
 from lvlm_probe.images.processor import BlackBox
 from lvlm_probe.images.tracing import trace_geometry
+from lvlm_probe.planning.meter import Meter
 
 
 def trace(processor, sizes, *, structure="flat") -> Geometry:
@@ -120,6 +121,16 @@ def test_seen_is_all_of_a_scaled_image_and_the_middle_of_a_cropped_one() -> None
     assert abs(int(columns[0]) - 150) <= 1
     assert abs(int(columns[-1]) - 449) <= 1
     assert bool(seen[:, 151:449].all())
+
+
+def test_what_is_seen_of_a_page_takes_some_bytes_per_pixel_once() -> None:
+    clip, _ = build("clip")
+    found, meter, again = trace(clip, [(900, 1200)]), Meter(torch.device("cpu")), Meter(torch.device("cpu"))
+    with meter.running():
+        seen = found.seen(0)
+    with again.running():
+        assert found.seen(0) is seen
+    assert again.reading.peak == 0 and meter.reading.peak < 14 * 900 * 1200  # two copies in 64 bits alone are 16
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1), (3, 4), (48, 64), (90, 100)])
