@@ -14,8 +14,9 @@ import torch
 
 import lvlm_probe as probe
 from lvlm_probe import causal
+from lvlm_probe.attention.cutting import attention_layers, cut_attention
 from lvlm_probe.causal import through_nnsight
-from lvlm_probe.causal.knockout import attention_layers, cut_attention, cut_through_nnsight
+from lvlm_probe.causal.through_nnsight import cut_through_nnsight
 from lvlm_probe.causal.tokens import placed_tokens, query_positions
 
 IMPORTED_WITH_THE_PACKAGE = "nnsight" in sys.modules  # before anything here has used it

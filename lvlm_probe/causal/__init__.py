@@ -19,9 +19,9 @@ nnsight, to the same bits; ``points`` needs nnsight (``pip install 'lvlm-probe[c
 
 from __future__ import annotations
 
+from lvlm_probe.attention.cutting import cut_attention
 from lvlm_probe.causal.effects import CausalEffect, Effect
 from lvlm_probe.causal.interventions import agreement, knockout, patch
-from lvlm_probe.causal.knockout import cut_attention
 from lvlm_probe.causal.points import points
 from lvlm_probe.causal.tokens import token_heat
 

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from lvlm_probe.attention.cutting import attention_layers, cut_attention
 from lvlm_probe.boxes.image_tokens import ImageTokens
 from lvlm_probe.causal.effects import CausalEffect, Effect
-from lvlm_probe.causal.knockout import attention_layers, cut_attention, cut_through_nnsight
 from lvlm_probe.causal.patching import donor_features, patched
+from lvlm_probe.causal.through_nnsight import cut_through_nnsight
 from lvlm_probe.causal.tokens import Queries, placed_tokens, query_positions, token_heat
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import frame_of

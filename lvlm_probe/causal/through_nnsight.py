@@ -20,13 +20,18 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 
+from lvlm_probe.attention.cutting import AttentionCut, Layers
 from lvlm_probe.errors import ExplainError, PointNotFound
 
-__all__ = ["edit_inputs", "read_output", "resolve", "run", "wrapped"]
+if TYPE_CHECKING:
+    from lvlm_probe.replaying import Replay
+
+__all__ = ["cut_through_nnsight", "edit_inputs", "read_output", "resolve", "run", "wrapped"]
 
 _Value = TypeVar("_Value")
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -123,6 +128,24 @@ def run(root: Any, function: Callable[[], _Value], workers: Mapping[str, Callabl
     if missed:
         raise ExplainError(f"the pass did not reach {', '.join(missed)}, so there is nothing to see or to change there")
     return results[0]
+
+
+def cut_through_nnsight(
+    replay: Replay, envoys: dict[int, Any], layers: Layers, queries: np.ndarray, keys: np.ndarray
+) -> torch.Tensor:
+    """log P of the answer's tokens under the same cut made through nnsight, ``(step,)``.
+
+    Args:
+        envoys: of ``wrapped`` on the replay's replica.
+    """
+    cut = AttentionCut(queries, keys, replay.length)
+
+    def worker(module: torch.nn.Module) -> Callable[[], None]:
+        return lambda: edit_inputs(envoys[id(module)], lambda args, kwargs: cut(module, args, kwargs))
+
+    with replay.replica.use() as model:
+        workers = {layer.module: worker(model.get_submodule(layer.module)) for layer, _ in layers} if cut else {}
+        return run(envoys[id(model)], lambda: replay.log_probs(None)[0], workers)
 
 
 def edit_inputs(envoy: Any, edit: Callable[[tuple[Any, ...], dict[str, Any]], Inputs]) -> None:

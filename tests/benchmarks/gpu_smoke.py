@@ -30,7 +30,7 @@ import tiny_models
 
 import lvlm_probe as probe
 from lvlm_probe import causal
-from lvlm_probe.causal.knockout import attention_layers, cut_attention
+from lvlm_probe.attention.cutting import attention_layers, cut_attention
 
 METHODS: dict[str, dict[str, Any]] = {
     "igos++": {"preset": "fast"}, "gradcam": {}, "tmm": {}, "iia": {}, "attention": {"source": "replay"},

@@ -20,9 +20,9 @@ from transformers.masking_utils import eager_mask
 
 import lvlm_probe as probe
 from lvlm_probe import causal
+from lvlm_probe.attention.cutting import AttentionCut, attention_layers, cut_attention
 from lvlm_probe.causal import interventions as checks
 from lvlm_probe.causal.effects import agreement_score
-from lvlm_probe.causal.knockout import AttentionCut, attention_layers, cut_attention
 from lvlm_probe.causal.tokens import placed_tokens, query_positions, token_heat
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "paligemma")

@@ -24,7 +24,7 @@ from pretend import Card, put
 import lvlm_probe as probe
 from lvlm_probe import causal
 from lvlm_probe.attention.collection import Collection, Transfers
-from lvlm_probe.causal.knockout import attention_layers, cut_attention
+from lvlm_probe.attention.cutting import attention_layers, cut_attention
 from lvlm_probe.errors import ExplainError, OutOfMemory
 from lvlm_probe.explainers.igos import descent, order
 from lvlm_probe.models.fingerprint import fingerprint

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 import lvlm_probe as probe
-from lvlm_probe.causal.knockout import attention_layers, cut_attention
+from lvlm_probe.attention.cutting import attention_layers, cut_attention
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.models.replica import Replica, duplicated
 

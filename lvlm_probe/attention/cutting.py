@@ -1,4 +1,4 @@
-"""Attention knockout: some queries no longer see some keys, in some layers, before the softmax.
+"""Cut attention: some queries no longer see some keys, in some layers, before the softmax.
 
 A pre-hook on the attention module edits the mask it is given. Under sdpa there often is none (the kernel hides later
 keys itself): then a mask that says the same is built first. The weights of the cut pairs are exactly zero, and the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.hooks import HookSet
 
 if TYPE_CHECKING:
-    from lvlm_probe.replaying import Replay
+    from lvlm_probe.models.replica import Replica
 
-__all__ = ["AttentionCut", "attention_layers", "cut_attention", "cut_through_nnsight"]
+__all__ = ["AttentionCut", "Layers", "attention_layers", "cut_attention"]
 
 _MASK = "attention_mask"
 
@@ -132,8 +132,17 @@ class AttentionCut:
         return mask
 
 
+class _Passes(Protocol):
+    """What runs the passes: a ``Replay``."""
+
+    @property
+    def replica(self) -> Replica: ...
+    @property
+    def length(self) -> int: ...
+
+
 @contextmanager
-def cut_attention(replay: Replay, layers: Layers, queries: np.ndarray, keys: np.ndarray) -> Iterator[None]:
+def cut_attention(replay: _Passes, layers: Layers, queries: np.ndarray, keys: np.ndarray) -> Iterator[None]:
     """Cut attention in the passes that ``replay`` runs in the block, by hooks; nothing at all for an empty cut.
 
     Args:
@@ -165,23 +174,3 @@ def cut_attention(replay: Replay, layers: Layers, queries: np.ndarray, keys: np.
     missed = [layer.module for layer, _ in layers if layer.module not in done]
     if missed:
         raise ExplainError(f"the pass did not reach {', '.join(missed)}, so there is nothing to cut there")
-
-
-def cut_through_nnsight(
-    replay: Replay, envoys: dict[int, Any], layers: Layers, queries: np.ndarray, keys: np.ndarray
-) -> Tensor:
-    """log P of the answer's tokens under the same cut made through nnsight, ``(step,)``.
-
-    Args:
-        envoys: of ``through_nnsight.wrapped`` on the replay's replica.
-    """
-    from lvlm_probe.causal import through_nnsight
-
-    cut = AttentionCut(queries, keys, replay.length)
-
-    def worker(module: nn.Module) -> Callable[[], None]:
-        return lambda: through_nnsight.edit_inputs(envoys[id(module)], lambda args, kwargs: cut(module, args, kwargs))
-
-    with replay.replica.use() as model:
-        workers = {layer.module: worker(model.get_submodule(layer.module)) for layer, _ in layers} if cut else {}
-        return through_nnsight.run(envoys[id(model)], lambda: replay.log_probs(None)[0], workers)
