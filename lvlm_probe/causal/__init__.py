@@ -7,6 +7,8 @@ model instead, take away what it knows about one region of the image, and measur
   that the rest of the row takes over the weight), layer range by layer range.
 * ``patch`` replaces the features of those image tokens, as the decoder receives them, by those of another image.
 * ``agreement`` makes one number per heatmap out of either: 0 as good as tokens drawn at random, 1 at best.
+* ``which_parts`` shares the answer out among the prompt's images, turns or texts; ``modalities`` between image and
+  question.
 * ``points`` reads any module or operation on the way, by path.
 
 Both interventions are measured against a control of equally many image tokens. What they cannot undo: vision encoders
@@ -22,7 +24,21 @@ from __future__ import annotations
 from lvlm_probe.attention.cutting import cut_attention
 from lvlm_probe.causal.effects import CausalEffect, Effect
 from lvlm_probe.causal.interventions import agreement, knockout, patch
+from lvlm_probe.causal.parts import Modalities, PartShares, modalities, which_parts
 from lvlm_probe.causal.points import points
 from lvlm_probe.causal.tokens import token_heat
 
-__all__ = ["CausalEffect", "Effect", "agreement", "cut_attention", "knockout", "patch", "points", "token_heat"]
+__all__ = [
+    "CausalEffect",
+    "Effect",
+    "Modalities",
+    "PartShares",
+    "agreement",
+    "cut_attention",
+    "knockout",
+    "modalities",
+    "patch",
+    "points",
+    "token_heat",
+    "which_parts",
+]

@@ -22,20 +22,20 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.models.anatomy import reads_a_prompt
 from lvlm_probe.models.families import Family, family_of
-from lvlm_probe.models.tokenizers import special_ids, tokenizer_of
+from lvlm_probe.models.tokenizers import display_pieces, special_ids, tokenizer_of
 from lvlm_probe.models.wrappers import generating_model
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PromptRule", "chat_inputs", "placed", "prompt_rule", "question_of"]
+__all__ = ["PromptRule", "chat_inputs", "placed", "prompt_rule", "question_of", "turns_of"]
 
 _MARKS = ("\ue000q\ue001", "\ue000a\ue001", "\ue000r\ue001")
 """Stand for a question, its answer and a further question: signs for private use, which no template changes."""
@@ -274,13 +274,16 @@ def question_of(processor: object | None, token_ids: Sequence[int]) -> str | Non
     around = _around(processor, tokenizer)
     if around is None:
         return None
-    opening, closings = around
     prompt = tokenizer.decode(list(token_ids), skip_special_tokens=False)
     text, places = _squeezed(prompt)
-    if (at := text.rfind(opening)) < 0:
+    if (at := text.rfind(around.opening)) < 0:
         return None
-    start = at + len(opening)
-    stops = [found for closing in closings if (found := text.find(closing, start) if closing else len(text)) > start]
+    start = at + len(around.opening)
+    stops = [
+        found
+        for closing in (around.behind, around.last)
+        if (found := text.find(closing, start) if closing else len(text)) > start
+    ]
     if not stops:
         return None
     turn = prompt[places[start] : places[stops[0] - 1] + 1]
@@ -288,9 +291,57 @@ def question_of(processor: object | None, token_ids: Sequence[int]) -> str | Non
     return re.sub("|".join(map(re.escape, names)), "", turn).strip() if names else turn.strip()
 
 
-def _around(processor: Any, tokenizer: Any) -> tuple[str, tuple[str, ...]] | None:
-    """What stands before a user's words, and what may stand behind the last ones, likeliest first; without white
-    space, which tokenizers change."""
+def turns_of(processor: object | None, token_ids: Sequence[int]) -> list[tuple[str, int, int]]:
+    """The turns of a conversation: who speaks (``"user"``, ``"assistant"``), and start and stop of the tokens; empty
+    where the prompt does not follow the processor's chat template.
+
+    Args:
+        processor: the processor, or its tokenizer.
+        token_ids: the prompt's, those of images left out.
+    """
+    tokenizer = tokenizer_of(processor)
+    around = _around(processor, tokenizer)
+    if around is None or not around.answered or not around.asked_again:
+        return []
+    pieces = ["".join(piece.split()) for piece in display_pieces(tokenizer, token_ids)]
+    text = "".join(pieces)
+    token_at = [token for token, piece in enumerate(pieces) for _ in piece]
+    turns: list[tuple[str, int, int]] = []
+    start = text.find(around.opening)
+    if start < 0:
+        return []
+    start += len(around.opening)
+    for who, closing in itertools.cycle([("user", around.answered), ("assistant", around.asked_again)]):
+        stop = text.find(closing, start)
+        if stop < 0 or (text.endswith(around.behind) and stop > len(text) - len(around.behind)):
+            stop = len(text.removesuffix(around.behind)) if who == "user" else len(text)
+        if stop > start:
+            turns.append((who, token_at[start], token_at[stop - 1] + 1))
+        start = stop + len(closing)
+        if start >= len(text) or text[stop:] == around.behind:
+            break
+    return turns
+
+
+class _Around(NamedTuple):
+    """What stands around the words of a conversation, without white space, which tokenizers change.
+
+    Attributes:
+        opening: before a user's words.
+        behind: behind the last ones, where an answer is asked for.
+        last: behind the last ones, where none is.
+        answered: between a user's words and the answer; empty where that is not known.
+        asked_again: between an answer and a user's next words.
+    """
+
+    opening: str
+    behind: str
+    last: str
+    answered: str = ""
+    asked_again: str = ""
+
+
+def _around(processor: object | None, tokenizer: Any) -> _Around | None:
     place = next((one for one in (processor, tokenizer) if getattr(one, "chat_template", None)), None)
     if place is None:
         return None
@@ -301,13 +352,14 @@ def _around(processor: Any, tokenizer: Any) -> tuple[str, tuple[str, ...]] | Non
         return None
     before, behind = asked.split(question)
     if turns is not None and answer in turns and again in turns:
+        answered = turns[turns.index(question) + len(question) : turns.index(answer)]
         between, last = turns[turns.index(answer) + len(answer) :].split(again)
         # What both have is the beginning of a turn; the rest is a system prompt, or the end of an answer.
         shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before[::-1], between[::-1], strict=False))
-        opening = "".join(sign for sign, _ in shared)[::-1]
+        found = _Around("".join(sign for sign, _ in shared)[::-1], behind, last, answered, between)
     else:
-        opening, last = before, behind
-    return (opening, (behind, last)) if opening else None
+        found = _Around(before, behind, behind)
+    return found if found.opening else None
 
 
 def _rendered(place: Any, turns: Sequence[tuple[str, str]], *, prompted: bool) -> str | None:

@@ -7,11 +7,13 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+import numpy as np
 import torch
 
+from lvlm_probe.attention.cutting import Layers, attention_layers, cut_attention
 from lvlm_probe.cards import answer_html, card, text_html
 from lvlm_probe.errors import ExplainError, ReplayError
 from lvlm_probe.images import PixelPath
@@ -39,7 +41,7 @@ from lvlm_probe.replaying.micro_batches import (
 )
 from lvlm_probe.replaying.own_scores import OwnScore
 from lvlm_probe.replaying.protocol import MaskJournal, Mode, Need, Score, Stand
-from lvlm_probe.replaying.rewording import reword
+from lvlm_probe.replaying.rewording import positions_of, reword
 from lvlm_probe.replaying.shortcuts import Shortcuts
 from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, rounding_of
 from lvlm_probe.replaying.views import Kept, Views
@@ -60,8 +62,8 @@ _ANSWER_SHOWN = 60
 class Replay(Views):
     """One recorded answer on one live model. Made by ``lvlm_probe.replay``.
 
-    No call changes it. ``over``, ``strengthened``, ``with_settings``, ``counted``, ``reworded`` and ``scored`` give
-    views: other objects on the same model that share what has been computed.
+    No call changes it. ``over``, ``strengthened``, ``with_settings``, ``counted``, ``reworded``, ``scored`` and
+    ``without`` give views: other objects on the same model that share what has been computed.
 
     Attributes:
         trace, trace_id: what is replayed.
@@ -75,6 +77,7 @@ class Replay(Views):
         journal: keeps what masks give (``journalled``); by default nothing does.
         inside: whether somebody looks inside the passes (``capture``).
         own: the score of the user's own that is one more column of log-probabilities (``scored``); by default none.
+        unread: positions that no other one reads (``without``), ascending; by default none.
         kept: what all views share.
         shortcuts: what passes leave out when only some ``steps`` are asked for; ``str()`` of it says so.
     """
@@ -101,6 +104,8 @@ class Replay(Views):
         self.limits = Limits(micro_batch, gradient_checkpointing)
         self.inside: tuple[Captured, ...] = ()
         self.journal: MaskJournal | None = None
+        self.unread: tuple[int, ...] = ()
+        self._cut: Layers = []
 
         self.anatomy = examine(model, processor)
         self._read_inputs(check_pixels)
@@ -162,7 +167,7 @@ class Replay(Views):
     @property
     def origin(self) -> dict[str, Any]:
         """Where its passes are run, for the provenance of what is made of them."""
-        return {"device": str(self.device)}
+        return {"device": str(self.device), **({"unread": list(self.unread)} if self.unread else {})}
 
     def announce(self, what: str, images: Callable[[], int | None], steps: Sequence[int] | None) -> None:
         """Be told, before ``what`` runs, how many images it will send through the model: here they cost nothing."""
@@ -229,6 +234,8 @@ class Replay(Views):
                 f"{type(self.model).__name__} reads the question twice: {', '.join(separate)} "
                 "would stay the old one; record another generate() call with the other question instead"
             )
+        if self.unread:
+            raise ReplayError("a view without some of its text asks no other question: reworded() first")
         wanted = question or getattr(self.trace, "question", None) or ""
         if not wanted and (tokenizer := tokenizer_of(self.processor)) is not None:
             wanted = tokenizer.decode(self._prompt.tolist(), skip_special_tokens=True)
@@ -279,6 +286,57 @@ class Replay(Views):
         """Sequences that go through the model for one mask: more than one where a score asks for other courses of the
         answer that are longer than a token. ``capture`` sees them one after the other, the answer's own first."""
         return self._forcing.rows
+
+    @outside_inference_mode
+    def without(self, text: str | Sequence[int] | None = None) -> Self:
+        """The same answer where some of the text is not read, as a view: its tokens stay, but in no layer of the
+        decoder does any other position attend to them.
+
+        Args:
+            text: a text of the prompt as it stands there (its last place); by default the recorded question. Or
+                positions of text in the teacher-forced sequence: answer token t is at ``prompt_length + t``.
+
+        Raises:
+            ReplayError: the prompt does not hold the text, a position is none of a text, the model reads its prompt in
+                another place too, or its attention cannot be cut.
+        """
+        name = type(self.model).__name__
+        if self.anatomy.encodes_prompt or self._settings["separate_inputs"]:
+            raise ReplayError(f"{name} reads its prompt outside its decoder too, where no attention is cut")
+        images = np.asarray(self.trace.layout.image_positions)
+        if len(self._prompt) != len(self.trace.input_ids):
+            raise ReplayError("this view asks another question than was recorded: without() is of the recorded prompt")
+        if text is None or isinstance(text, str):
+            wanted = text if text is not None else getattr(self.trace, "question", None) or ""
+            found = positions_of(self._prompt, images, self.processor, wanted)
+        else:
+            found = np.unique(np.asarray(list(text), dtype=np.int64))
+        unread = np.union1d(found, np.asarray(self.unread, dtype=np.int64))
+        if not len(found) or unread[0] < 0 or unread[-1] >= self.length or np.isin(unread, images).any():
+            raise ReplayError(f"positions of text are 0 to {self.length - 1} but for image tokens; got {found[:8]}")
+        try:
+            with self.replica.use() as model:
+                layers = attention_layers(model, None)
+        except ExplainError as error:
+            raise ReplayError(f"{name} cannot be asked without some of its text: {error}") from error
+        other: Self = self.viewed()
+        other.unread, other._cut = tuple(unread.tolist()), layers
+        other._plain = None if self._plain is None else self._plain.without(found.tolist())
+        other.kept = Kept(paths=self.kept.paths, gradients=self.kept.gradients, masks_at_once=self.kept.masks_at_once)
+        return other
+
+    def _reading(self) -> AbstractContextManager[None]:
+        """In the block passes do not read what is ``unread``.
+
+        What a run of unread tokens hands on to what follows it, by the prediction at its last position, is cut too, but
+        for what that position is: its own token.
+        """
+        if not self.unread:
+            return nullcontext()
+        unread = np.asarray(self.unread)
+        ends = unread[~np.isin(unread + 1, unread)]
+        seen = np.setdiff1d(np.arange(self.length), unread)
+        return cut_attention(self, self._cut, np.union1d(seen, ends[ends > seen[0]]), unread)
 
     # ------------------------------------------------------------------ the function
 
@@ -405,6 +463,7 @@ class Replay(Views):
             return None
         place = image if image is None or isinstance(image, int) else image.to_dict()
         decisive = [self.trace_id, sorted(map(str, self.baseline.items())), place, mode, steps and list(steps)]
+        decisive += [list(self.unread)] if self.unread else []
         decisive += [str(self.model.dtype), self.device.type, list(masks.shape[1:]), self.input_ids.tolist()]
         decisive += [] if self.own is None else [self.own.to_dict()]
         start = hashlib.sha256(json.dumps(decisive).encode())
@@ -641,7 +700,7 @@ class Replay(Views):
         if self.own is not None:
             own = range(len(self.token_ids)) if self.own.steps is None else self.own.steps
             wanted = tuple(sorted({*own, *wanted} - {len(self.token_ids)}))
-        looked_into = self.inside or (self.own is not None and self.own.states)
+        looked_into = self.inside or bool(self.unread) or (self.own is not None and self.own.states)
         return None if looked_into else self.shortcuts.take(self, wanted)
 
     def _in_micro_batches(self, masks: torch.Tensor, size: int, run: Run) -> list[Any]:
@@ -651,7 +710,7 @@ class Replay(Views):
             run,
             limits=self.limits,
             model=self.model,
-            inside=bool(self.inside),
+            inside=bool(self.inside or self.unread),
             where=f"{self.trace_id} does not fit into memory of {self.device}",
         )
 
@@ -676,7 +735,8 @@ class Replay(Views):
         fed = {name: self._placed(name, value, batch * rows) for name, value in joined.items()}
         checkpoint = self.recomputes and torch.is_grad_enabled()
         self.passes.add(forward=batch * rows)
-        log_probs = self._forcing.log_probs(fed, batch=batch, checkpoint=checkpoint, shortcut=shortcut)
+        with self._reading():
+            log_probs = self._forcing.log_probs(fed, batch=batch, checkpoint=checkpoint, shortcut=shortcut)
         if shortcut is None:
             return log_probs
         every = log_probs.new_full((batch, self.columns), torch.nan)
@@ -726,7 +786,9 @@ class Replay(Views):
     @property
     def recomputes(self) -> bool:
         """Whether layers are run again in backward: wanted so, or as memory ran out; not while somebody looks inside,
-        who would see them twice."""
+        who would see them twice, nor where some text is unread, which is so in forward only."""
+        if self.unread:
+            return False
         return self.limits.gradient_checkpointing or (self.limits.recompute and not self.inside)
 
     @property

@@ -1,14 +1,15 @@
-"""Another question in a recorded prompt: which tokens were the question, and what takes their place."""
+"""Texts in a recorded prompt: which tokens they are, and what takes their place where another question is asked."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from lvlm_probe.errors import ReplayError
 
-__all__ = ["reword"]
+__all__ = ["positions_of", "reword"]
 
 
 def reword(prompt: torch.Tensor, processor: object | None, question: str, text: str) -> tuple[int, int, torch.Tensor]:
@@ -26,9 +27,7 @@ def reword(prompt: torch.Tensor, processor: object | None, question: str, text: 
     Raises:
         ReplayError: there is no tokenizer, or no run of tokens reads as the question.
     """
-    tokenizer: Any = getattr(processor, "tokenizer", processor)
-    if not hasattr(tokenizer, "decode"):
-        raise ReplayError("another question needs a tokenizer: replay with the processor")
+    tokenizer = _tokenizer(processor)
     if not question.strip():
         raise ReplayError("the answer is not to a question, so there is no other to ask instead")
     start, stop = _span(prompt.tolist(), tokenizer, question.strip())
@@ -39,6 +38,32 @@ def reword(prompt: torch.Tensor, processor: object | None, question: str, text: 
     if not ids:
         raise ReplayError(f"the tokenizer makes no token of {text!r}")
     return start, stop, torch.tensor(ids, dtype=torch.long)
+
+
+def positions_of(prompt: torch.Tensor, images: np.ndarray, processor: object | None, text: str) -> np.ndarray:
+    """Positions of a text in a prompt, ``(position,)`` int64; the last ones, where it stands there more than once.
+
+    Args:
+        prompt: ``(P,)`` token ids.
+        images: positions of the image tokens, which belong to no text.
+        processor, text: as for ``reword``.
+
+    Raises:
+        ReplayError: there is no tokenizer, or no run of tokens reads as the text.
+    """
+    tokenizer = _tokenizer(processor)
+    if not text.strip():
+        raise ReplayError("which text of the prompt is meant is not known: name it, as it stands in the prompt")
+    written = np.setdiff1d(np.arange(len(prompt)), images)
+    start, stop = _span(prompt[torch.from_numpy(written)].tolist(), tokenizer, text.strip())
+    return written[start:stop]
+
+
+def _tokenizer(processor: object | None) -> Any:
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
+    if not hasattr(tokenizer, "decode"):
+        raise ReplayError("texts of the prompt are found by a tokenizer: replay with the processor")
+    return tokenizer
 
 
 def _span(ids: list[int], tokenizer: Any, question: str) -> tuple[int, int]:
@@ -56,8 +81,8 @@ def _span(ids: list[int], tokenizer: Any, question: str) -> tuple[int, int]:
             if not _opens(wanted, text):
                 break
     raise ReplayError(
-        f"the prompt holds no run of tokens that reads as {question!r}; give the question as it stands in the prompt: "
-        f"question=..."
+        f"the prompt holds no run of tokens that reads as {question!r}; give the text as it stands in the prompt "
+        f"(of a question: question=...)"
     )
 
 

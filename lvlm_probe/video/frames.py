@@ -1,19 +1,13 @@
 """Which frames: Shapley values of stretches of time, and whether an answer needs motion or the order of frames at all.
 
 The players are stretches of the video, even in time; a coalition is shown and the others are their baseline. The value
-of a coalition is the log-likelihood of the selected tokens, v(S) = f(Φ(I, Ĩ, M_S)), and a stretch's share is (Shapley,
-1953)::
-
-    φ_i = Σ_{S ∌ i} |S|! (n − |S| − 1)! / n! · (v(S ∪ i) − v(S))
-
-Shares add up to f(I) − f(Ĩ). Up to ``EXACT`` stretches all 2^n coalitions are run; above, the mean over random orders
-of the stretches, each order and its reverse, with the standard error of that mean (Castro et al., 2009).
+of a coalition is the log-likelihood of the selected tokens, v(S) = f(Φ(I, Ĩ, M_S)), so shares add up to f(I) − f(Ĩ);
+see ``lvlm_probe.explainers.shapley``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +18,7 @@ from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, selected
 from lvlm_probe.explainers.scores import check_rules, whole_rule
+from lvlm_probe.explainers.shapley import EXACT, shapley
 from lvlm_probe.images.baselines import CLIP_KINDS
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
@@ -34,11 +29,7 @@ from lvlm_probe.words import ALPHA
 
 __all__ = ["EXACT", "FrameShares", "Order", "order", "which_frames"]
 
-EXACT = 10
-"""Stretches up to which every coalition is run: 1,024 forward passes."""
-_AT_ONCE = 64
 _AGAINST = ("blur", *CLIP_KINDS)
-_Values = Callable[[np.ndarray], np.ndarray]  # coalitions (coalition, segment) bool → their values (coalition,)
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,59 +113,21 @@ def which_frames(
     steps = list(selection.indices)
 
     def values(coalitions: np.ndarray) -> np.ndarray:
-        """v of coalitions ``(coalition, segment)`` bool, nats; each different one is run once."""
-        found, back = np.unique(coalitions, axis=0, return_inverse=True)
-        scores = []
-        with torch.no_grad(), replay.shortcuts.held(), show_progress(progress, "which frames") as advance:
-            for start in range(0, len(found), _AT_ONCE):
-                shown = torch.from_numpy(found[start : start + _AT_ONCE]).float()[:, of_frame]
-                masks = shown[:, :, None, None].to(replay.device)
-                log_probs = replay.log_probs(masks, image=mine, steps=steps)
-                scores.append(log_probs[:, steps].sum(1).double().cpu().numpy())
-                if advance is not None:
-                    advance(min(start + _AT_ONCE, len(found)), len(found))
-        every: np.ndarray = np.concatenate(scores)[back.reshape(-1)]
-        return every
+        shown = torch.from_numpy(coalitions).float()[:, of_frame]
+        masks = shown[:, :, None, None].to(replay.device)
+        return replay.log_probs(masks, image=mine, steps=steps)[:, steps].sum(1, keepdim=True).double().cpu().numpy()
 
-    if count <= EXACT:
-        shares, error, total = _exact(values, count)
-    else:
-        shares, error, total = _sampled(values, count, orders, np.random.default_rng(seed))
+    with torch.no_grad(), replay.shortcuts.held(), show_progress(progress, "which frames") as advance:
+        found = shapley(values, count, orders=orders, seed=seed, progress=advance)
     return FrameShares(
-        tuple(shares.tolist()),
-        tuple(error.tolist()),
+        tuple(found.shares[:, 0].tolist()),
+        tuple(found.error[:, 0].tolist()),
         tuple((ends[k], ends[k + 1]) for k in range(count)),
-        total,
+        float(found.everyone[0] - found.nobody[0]),
         selection.text,
         replay.passes.forward,
         mine,
     )
-
-
-def _exact(values: _Values, count: int) -> tuple[np.ndarray, np.ndarray, float]:
-    numbers = np.arange(2**count)
-    members = (numbers[:, None] >> np.arange(count) & 1).astype(bool)
-    v = values(members)
-    size = members.sum(1)
-    weight = np.array([math.factorial(k) * math.factorial(count - k - 1) for k in range(count)]) / math.factorial(count)
-    shares = np.zeros(count)
-    for player in range(count):
-        without = numbers[~members[:, player]]
-        shares[player] = (weight[size[without]] * (v[without | 1 << player] - v[without])).sum()
-    return shares, np.zeros(count), float(v[-1] - v[0])
-
-
-def _sampled(
-    values: _Values, count: int, orders: int, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, float]:
-    drawn = [generator.permutation(count) for _ in range(orders)]
-    pairs = [each for one in drawn for each in (one, one[::-1])]
-    place = np.argsort(pairs, axis=1)  # (order, segment): when each comes
-    shown = place[:, None, :] < np.arange(count + 1)[None, :, None]
-    v = values(shown.reshape(-1, count)).reshape(len(pairs), count + 1)
-    gained = np.take_along_axis(np.diff(v, axis=1), place, axis=1)  # (order, segment)
-    means = gained.reshape(orders, 2, count).mean(1)
-    return means.mean(0), means.std(0, ddof=1) / math.sqrt(orders), float(v[0, -1] - v[0, 0])
 
 
 @dataclass(frozen=True, repr=False)
