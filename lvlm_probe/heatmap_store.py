@@ -6,6 +6,7 @@ For one trace, all of this stands in ``explanations/`` beside the trace file::
     cat_what-colour-is-the-cat_igos++_red.46bcba4a.png           the overlay, to look at
     cat_what-colour-is-the-cat_igos++_red.46bcba4a.score.json    deletion, insertion, verdict
     clip_red.0c29e1b4.order.json                                 of a video: whether "red" needs the order of frames
+    cat_what-colour-is-the-cat_images_red.0c71e5aa.evidence.json what else is known of the answer: shares of its parts
 
 The name is for a person: the image's file, the question, the method, the words. The digest is over everything that
 decides the values, the trace included, so a file that exists *is* the result, and an interrupted run goes on where it
@@ -51,9 +52,11 @@ __all__ = [
     "MapFile",
     "MapSettings",
     "by_trace",
+    "evidence_beside",
     "explain_one",
     "find_maps",
     "is_map",
+    "keep_evidence",
     "map_name",
     "not_made",
     "orders_of",
@@ -72,6 +75,9 @@ LARGEST_RECORD = 64 * 2**20
 _ORDER = ".order.json"
 _MASKS = ".masks.jsonl"
 """Ending of what an unfinished map has learnt so far."""
+
+_EVIDENCE = ".evidence.json"
+"""Ending of a record of what else is known of an answer."""
 
 _PART_BYTES = 40
 """Bytes of each part of a file's name: all five and the endings stay below the 255 of the usual file systems."""
@@ -432,14 +438,52 @@ def map_name(replay: Replay, selection: TokenSelection, label: str, settings: Ma
     ]
     decisive += [] if selection.score is None else [selection.score.to_dict()]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    trace: Any = replay.trace
-    kind, number = ("image", settings.image) if clip is None else ("video", list(trace.clips).index(clip))
+    kind, number = ("image", settings.image) if clip is None else ("video", list(replay.trace.clips).index(clip))
+    shown = [settings.method, label or "nothing"]
+    return f"{_named(replay.trace, kind, number, shown)}.{digest}.h5"  # type: ignore[arg-type]
+
+
+def keep_evidence(directory: Path, trace: Trace, kind: str, label: str, record: Mapping[str, Any]) -> Path:
+    """Keep what is known of an answer beside its heatmaps, where ``evidence_beside`` finds it; the same again replaces
+    it.
+
+    Args:
+        directory: where it goes; made if missing.
+        kind: of evidence, for its reader.
+        label: what it is about, for the file name; with the kind it tells it from others of the answer.
+        record: JSON-ready.
+
+    Raises:
+        ProbeError: it cannot be written.
+    """
+    digest = hashlib.sha256(json.dumps([trace.trace_id, kind, label]).encode()).hexdigest()[:8]
+    path = directory / f"{_named(trace, 'image', 0, [kind, label])}.{digest}{_EVIDENCE}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_record(path, {**record, "kind": kind})
+    except OSError as error:
+        raise ProbeError(f"{path} cannot be written: {'; '.join(causes(error))}") from error
+    return path
+
+
+def evidence_beside(found: Iterable[MapFile]) -> dict[Path, dict[str, Any]]:
+    """Return the records that ``keep_evidence`` wrote beside heatmaps, oldest first. Raises ``ProbeError`` for one that
+    is damaged."""
+    folders = dict.fromkeys(item.path.parent for item in found)
+    records: dict[Path, dict[str, Any]] = {}
+    for file in (file for folder in folders for file in _by_age(folder.glob(f"*{_EVIDENCE}"))):
+        if (record := read_record(file, way_out="delete it")) is not None:
+            records[file] = record
+    return records
+
+
+def _named(trace: Trace, kind: str, number: int, more: Sequence[str]) -> str:
+    """For a person: the file of the image or video, the question, and what else is given."""
     files = trace.meta.get(f"{kind}_files") if isinstance(getattr(trace, "meta", None), dict) else None
     file = files[number] if isinstance(files, list) and number < len(files) else ""
     row = f"row {trace.row}" if getattr(trace, "rows", 1) > 1 else ""
     question = str(getattr(trace, "question", None) or "").lower()
-    parts = [Path(str(file)).stem, question, row, settings.method, label or "nothing"]
-    return f"{'_'.join(filter(None, map(_for_a_name, parts)))}.{digest}.h5"
+    return "_".join(filter(None, map(_for_a_name, [Path(str(file)).stem, question, row, *more])))
 
 
 def _for_a_name(text: str) -> str:

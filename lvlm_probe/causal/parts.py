@@ -201,7 +201,8 @@ def _players(replay: ReplayLike, parts: str | Sequence[str]) -> list[_Part]:
     if isinstance(parts, str):
         images = _images(replay) if parts in ("images", "all") else []
         return images + (_turns(_live(replay)) if parts in ("turns", "all") else [])
-    players, live = [], _live(replay)
+    players: list[_Part] = []
+    live = _live(replay)
     for text in parts:
         if not isinstance(text, str):
             raise ExplainError(f"parts are texts as they stand in the prompt; got {text!r}")
@@ -220,7 +221,7 @@ def _live(replay: ReplayLike) -> Replay:
 
 def _images(replay: ReplayLike) -> list[_Part]:
     clips = list(getattr(replay.trace, "clips", ()))
-    players = []
+    players: list[_Part] = []
     for image in range(replay.n_images):
         clip = next((clip for clip in clips if image in clip.images), None)
         if clip is None:
@@ -235,7 +236,7 @@ def _turns(replay: Replay) -> list[_Part]:
     prompt = np.asarray(replay.trace.input_ids)
     written = np.setdiff1d(np.arange(len(prompt)), np.asarray(replay.trace.layout.image_positions))
     tokenizer = tokenizer_of(replay.processor)
-    players = []
+    players: list[_Part] = []
     for who, start, stop in turns_of(replay.processor, prompt[written].tolist()):
         named = set() if tokenizer is None else special_ids(tokenizer)
         mine = [int(place) for place in written[start:stop] if int(prompt[place]) not in named]

@@ -303,9 +303,10 @@ def turns_of(processor: object | None, token_ids: Sequence[int]) -> list[tuple[s
     around = _around(processor, tokenizer)
     if around is None or not around.answered or not around.asked_again:
         return []
-    pieces = ["".join(piece.split()) for piece in display_pieces(tokenizer, token_ids)]
-    text = "".join(pieces)
-    token_at = [token for token, piece in enumerate(pieces) for _ in piece]
+    pieces = display_pieces(tokenizer, token_ids)
+    squeezed = ["".join(piece.split()) for piece in pieces]
+    text = "".join(squeezed)
+    token_at = [token for token, piece in enumerate(squeezed) for _ in piece]
     turns: list[tuple[str, int, int]] = []
     start = text.find(around.opening)
     if start < 0:
@@ -316,7 +317,10 @@ def turns_of(processor: object | None, token_ids: Sequence[int]) -> list[tuple[s
         if stop < 0 or (text.endswith(around.behind) and stop > len(text) - len(around.behind)):
             stop = len(text.removesuffix(around.behind)) if who == "user" else len(text)
         if stop > start:
-            turns.append((who, token_at[start], token_at[stop - 1] + 1))
+            first = token_at[start]
+            while first and not pieces[first - 1]:  # bytes that this one makes a character of
+                first -= 1
+            turns.append((who, first, token_at[stop - 1] + 1))
         start = stop + len(closing)
         if start >= len(text) or text[stop:] == around.behind:
             break

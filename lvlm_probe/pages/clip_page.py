@@ -7,7 +7,8 @@ them large, moves through time and takes the heatmap away.
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from lvlm_probe.errors import ReportError
 from lvlm_probe.heatmap import explained_words
 from lvlm_probe.pages.data_uris import data_uri
+from lvlm_probe.pages.evidence import Evidence, evidence_markup
 from lvlm_probe.pages.samples import sanity_of, verdict_of
 from lvlm_probe.pages.shell import asset, json_for_script, page_text
 
@@ -30,7 +32,12 @@ _HIGH, _WIDE = 80.0, 1000.0  # of the curve, in units of its own
 
 
 def clip_page(
-    heats: Sequence[ClipHeatmap], scores: Sequence[Score | None], title: str, *, orders: Sequence[Order] = ()
+    heats: Sequence[ClipHeatmap],
+    scores: Sequence[Score | None],
+    title: str,
+    *,
+    orders: Sequence[Order] = (),
+    evidence: Mapping[str, Sequence[Evidence]] = types.MappingProxyType({}),
 ) -> str:
     """The text of the page: an answer with the maps of its words, one shown at a time; without scripts all of them.
 
@@ -45,12 +52,12 @@ def clip_page(
     for trace_id, members in groups.items():
         mine = [order for order in orders if order.trace_id == trace_id]
         head = _head([heats[number] for number in members], members, mine)
-        body = "\n".join(panels[number][0] for number in members)
+        body = "\n".join(panels[number][0] for number in members) + evidence_markup(evidence.get(trace_id, []))
         sections.append(f'<section class="clip">{head}\n{body}</section>')
     return page_text(
         "clip.html",
         title,
-        asset("page.css") + asset("clip.css"),
+        asset("page.css") + asset("clip.css") + asset("evidence.css"),
         asset("theme.js") + asset("clip.js"),
         body='<body class="clips">',
         sections="\n".join(sections),

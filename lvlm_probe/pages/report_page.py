@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm_probe.errors import ReportError
 from lvlm_probe.escaping import counted
 from lvlm_probe.pages.clip_page import clip_page
+from lvlm_probe.pages.evidence import Evidence, evidence_markup, evidence_of
 from lvlm_probe.pages.samples import gather
 from lvlm_probe.pages.shell import Page, asset, json_for_script, page_text, refuse_existing, write_text
 
@@ -36,6 +37,7 @@ def report(
     *,
     scores: Score | Iterable[Score | None] | None = None,
     orders: Order | Iterable[Order] = (),
+    evidence: Evidence | Iterable[Evidence] = (),
     out: str | os.PathLike[str],
     title: str | None = None,
     overwrite: bool | None = None,
@@ -50,6 +52,7 @@ def report(
         scores: What `evaluate` said of each heatmap, in the same order; ``None`` for one that was not evaluated. The
             page says "not checked" of every map without a score.
         orders: Of videos, what `probe.video.order` found: a line under the answers it is of.
+        evidence: What `probe.causal.which_parts` and `modalities` found: bars under the answers they are of.
         out: The file to write. Missing folders are made.
         title: Headline of the page.
         overwrite: Replace ``out`` if it exists; by default only a file that this package wrote, so that a notebook cell
@@ -59,8 +62,8 @@ def report(
         The path written, which a notebook shows as the page.
 
     Raises:
-        ReportError: no heatmaps, not one score per heatmap, things that are neither, an order of another answer;
-            ``out`` exists or cannot be written.
+        ReportError: no heatmaps, not one score per heatmap, things that are neither, an order or evidence of another
+            answer; ``out`` exists or cannot be written.
     """
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.metrics import Score
@@ -90,13 +93,17 @@ def report(
             "report() was given heatmaps of images and of videos: a page shows one of the two, so write one for each"
         )
     _check_orders(found, heat_list if all(of_clips) else [])
+    beside = evidence_of(
+        [evidence] if isinstance(evidence, Evidence) else evidence,
+        [str(heat.provenance.get("trace_id")) for heat in heat_list],
+    )
     path = Path(out)
     refuse_existing(path, overwrite=overwrite)
     if all(of_clips):
-        text = clip_page(heat_list, score_list, title or _CLIP_TITLE, orders=found)
+        text = clip_page(heat_list, score_list, title or _CLIP_TITLE, orders=found, evidence=beside)
         return write_text(path, text, overwrite=overwrite, said=counted(len(heat_list), "video"))
     samples = gather(heat_list, score_list)
-    text = _fill(samples, title or _TITLE)
+    text = _fill(samples, title or _TITLE, beside)
     verdicts = collections.Counter(entry["verdict"]["title"].rstrip(".:") for one in samples for entry in one["maps"])
     said = ", ".join(f"{count} × {title[:1].lower()}{title[1:]}" for title, count in verdicts.most_common())
     return write_text(path, text, overwrite=overwrite, said=said)
@@ -115,10 +122,14 @@ def _check_orders(orders: Sequence[Any], heats: Sequence[ClipHeatmap]) -> None:
             )
 
 
-def _fill(samples: list[dict[str, Any]], title: str) -> str:
+def _fill(samples: list[dict[str, Any]], title: str, evidence: Mapping[str, Sequence[Evidence]]) -> str:
     script = "\n".join(asset(name) for name in _SCRIPTS)
     data = json_for_script({"samples": samples})
-    return page_text("page.html", title, asset("page.css"), script, summary=_summary(samples), data=data)
+    markup = [evidence_markup(evidence.get(sample["id"], [])) for sample in samples]
+    sections = "".join(f'<template id="evidence-{k}">{one}</template>' for k, one in enumerate(markup) if one)
+    style = asset("page.css") + (asset("evidence.css") if sections else "")
+    summary = _summary(samples) + "".join(markup)
+    return page_text("page.html", title, style, script, summary=summary, evidence=sections, data=data)
 
 
 def _summary(samples: Sequence[Mapping[str, Any]]) -> str:

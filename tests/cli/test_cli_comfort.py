@@ -257,3 +257,32 @@ def test_completion_imports_no_torch() -> None:
     code += "print(complete_dataset('m'), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "['mmstar', 'mmvp'] False", done.stderr
+
+
+# -------------------------------------------------------------------------------------------------- parts of the prompt
+
+
+def test_which_part_is_told_kept_and_reported(trace: Path) -> None:
+    told = succeed("which", trace, "--model", "demo")
+    assert "image " in told.out and "together " in told.out and "kept in" in told.out
+    found = succeed("which", trace, "--model", "demo", "--parts", "all", "--json").json
+    assert found["parts"][0] == "image 1" and found["parts"][1].startswith("turn 1, user")
+    assert sum(found["shares"]) == pytest.approx(found["total"], abs=1e-6)
+    modal = succeed("which", trace, "--model", "demo", "--parts", "modalities", "--json").json
+    assert len(modal["together"]) == len(modal["words"]) and modal["verdict"]
+    succeed("which", trace, "--model", "demo", "--text", "color")
+    assert len(list((trace.parent / "explanations").glob("*.evidence.json"))) == 3  # the same again replaces
+    succeed("explain", trace, "--model", "demo", "--method", "random", "--no-scores")
+    page = trace.parent / "report.html"
+    succeed("report", trace, "--out", page)
+    assert page.read_text().count('<section class="evidence">') == 2 * 3  # and for a reader without scripts
+
+
+def test_which_part_refuses_in_a_sentence(trace: Path) -> None:
+    for asked, said in (
+        (("--parts", "pages"), "--parts is images, turns, all or modalities"),
+        (("--parts", "all", "--text", "color"), "either --parts or --text"),
+        (("--text", "nowhere"), "no run of tokens that reads as 'nowhere'"),
+    ):
+        result = run("which", trace, "--model", "demo", *asked)
+        assert result.code == 2 and said in result.err.replace("\n", " "), result.err

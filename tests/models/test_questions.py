@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lvlm_probe.models.prompts import question_of
+from lvlm_probe.models.prompts import question_of, turns_of
 
 QWEN = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -92,3 +92,36 @@ def test_a_prompt_of_no_template_has_no_known_question() -> None:
     assert question_of(tokenizer(None), ids(tokenizer(None), "What is this?")) is None
     assert question_of(tokenizer("{{ raise_exception('no') }}"), [5, 6]) is None
     assert question_of(None, [1, 2]) is None
+
+
+@pytest.mark.parametrize("template", [QWEN, GEMMA, MISTRAL, VICUNA], ids=["qwen", "gemma", "mistral", "vicuna"])
+@pytest.mark.parametrize("question", ["What is this?", "图中是什么？", "Read it:\n1. top\n2. bottom"])
+def test_turns_of_a_conversation(template: str, question: str) -> None:
+    found = tokenizer(template)
+    turns = [
+        {"role": "user", "content": "And that?"},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": question},
+    ]
+    for said, prompted in ((turns, True), (turns[:1], True), (turns[2:], True), (turns, False)):
+        prompt = ids(found, found.apply_chat_template(said, tokenize=False, add_generation_prompt=prompted))
+        spans = turns_of(found, prompt)
+        assert [who for who, _, _ in spans] == [turn["role"] for turn in said]
+        told = [found.decode(prompt[start:stop]).removesuffix("</s>") for _, start, stop in spans]
+        told = [text.removesuffix("<|im_end|>").removesuffix("<end_of_turn>").strip() for text in told]
+        assert told == [turn["content"] for turn in said]
+
+
+def test_an_answer_that_begins_with_a_thought_is_no_turn() -> None:
+    found = tokenizer(QWEN.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"))
+    prompt = found.apply_chat_template(
+        [{"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt.endswith("<think>\n")
+    assert [who for who, _, _ in turns_of(found, ids(found, prompt))] == ["user"]
+
+
+def test_a_prompt_of_no_template_has_no_known_turns() -> None:
+    for template in (QWEN, VICUNA, None, "{{ raise_exception('no') }}"):
+        assert turns_of(tokenizer(template), ids(tokenizer(template), "Question: what? Answer:")) == []
+    assert turns_of(None, [1, 2]) == []

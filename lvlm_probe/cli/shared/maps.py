@@ -16,9 +16,10 @@ from lvlm_probe.cli.shared.answers import show_question
 from lvlm_probe.cli.shared.terminal import answer_text, bar, one_line, say, shows_looks, stage, stored_path
 from lvlm_probe.escaping import counted
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.heatmap_store import MapFile, MapSettings, explain_one, orders_of
+from lvlm_probe.heatmap_store import MapFile, MapSettings, evidence_beside, explain_one, orders_of
 from lvlm_probe.metrics import Score
 from lvlm_probe.pages import report
+from lvlm_probe.pages.evidence import evidence_from
 from lvlm_probe.replaying import Replay, replay
 from lvlm_probe.replaying.own_scores import Contrast
 from lvlm_probe.selection import TokenSelection, word_selections
@@ -175,4 +176,8 @@ def write_report(found: Sequence[MapFile], out: Path, *, title: str | None = Non
     """Write the page of stored maps."""
     with stage("writing the report"):
         heats, scores = [item.read() for item in found], [item.score() for item in found]
-        return report(heats, scores=scores, out=out, title=title, overwrite=overwrite, orders=orders_of(found))
+        shown = {heat.provenance.get("trace_id") for heat in heats}
+        records = [record for record in evidence_beside(found).values() if record.get("trace_id") in shown]
+        evidence = [evidence_from(record) for record in records]
+        beside: dict[str, Any] = {"orders": orders_of(found), "evidence": evidence}
+        return report(heats, scores=scores, out=out, title=title, overwrite=overwrite, **beside)

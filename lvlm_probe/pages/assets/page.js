@@ -216,6 +216,8 @@ function chooseSample(index, map = 0) {
   page.save.addEventListener("click", () =>
     make("a", { href: marked().toDataURL("image/png"), download: `${sample().id || "heatmap"}.png` }).click(),
   );
+  const evidence = document.getElementById(`evidence-${state.sample}`);
+  if (evidence) page.evidence.replaceChildren(evidence.content.cloneNode(true));
   drawBar();
   drawAnswer();
   drawLead();

@@ -1,0 +1,101 @@
+"""``lvlm-probe which``: which image, turn or text of the prompt speaks for the answer, and image or question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lvlm_probe.cli.shared.completion import choices
+from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from, find_trace, output_directory
+from lvlm_probe.cli.shared.options import Attn, BaselineOption, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
+from lvlm_probe.cli.shared.terminal import bar, print_json, say, stage, stored_path
+from lvlm_probe.errors import ProbeError
+
+__all__ = ["which"]
+
+
+def which(
+    path: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file, or a directory: its last trace.")],
+    model: OptionalModel = None,
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            "--parts",
+            autocompletion=choices("images", "turns", "all", "modalities"),
+            help="images, turns (of the conversation), all (both), or modalities: image, question or both together. "
+            "Default: images where there are several, else modalities.",
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", metavar="TEXT", help="A text of the prompt as a part, in place of --parts; repeatable."),
+    ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Option("--words", metavar="TEXT", help="Of this word or phrase of the answer; repeatable."),
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option("--question", metavar="TEXT", help="With modalities: the question, where none was recorded."),
+    ] = None,
+    orders: Annotated[
+        int, typer.Option("--orders", min=2, help="Of more than 10 parts: how many random orders are run.")
+    ] = 50,
+    seed: Annotated[int, typer.Option("--seed", help="Of the orders.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="It goes to DIR/explanations (default: beside the trace)."),
+    ] = None,
+    row: Row = None,
+    baseline: BaselineOption = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attn: Attn = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Show how much each image, turn or text of the prompt speaks for the answer, or the image against the question.
+
+    Shares are Shapley values in nats, exact up to 10 parts, which take 2^N passes forward; modalities take four. What
+    is found is kept beside the maps of the trace, and lvlm-probe report shows it.
+
+    Example:  lvlm-probe which runs/pages --model path/to/model --words red
+    Example:  lvlm-probe which runs/demo --parts modalities
+    """
+    from lvlm_probe import causal
+    from lvlm_probe.cli.shared.maps import label_of, open_replay
+    from lvlm_probe.explainers import selected
+    from lvlm_probe.heatmap_store import FOLDER, keep_evidence
+
+    if parts not in (None, "images", "turns", "all", "modalities"):
+        raise ProbeError(f"--parts is images, turns, all or modalities; got {parts!r}")
+    if text and parts:
+        raise ProbeError("give either --parts or --text")
+    trace = find_trace(path, row)
+    folder = (trace.path.parent if out is None else output_directory(out)) / FOLDER
+    own_baseline = baseline_from(baseline)
+    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    replay = open_replay(trace, *models.of(trace))
+    if own_baseline is not None:
+        replay = replay.over(own_baseline)
+    parts = parts or ("images" if replay.n_images > 1 and not trace.clips else "modalities")
+    found: causal.PartShares | causal.Modalities
+    if parts == "modalities" and not text:
+        with stage("image and question"):
+            found = causal.modalities(replay, tokens=words, question=question)
+    else:
+        with bar("which parts") as progress:
+            found = causal.which_parts(replay, text or parts, tokens=words, orders=orders, seed=seed, progress=progress)
+    kind = "modalities" if isinstance(found, causal.Modalities) else "parts"
+    label = f"{'texts' if text else parts} {label_of(selected(replay, words))}"
+    kept = keep_evidence(folder, trace, kind, label, found.to_dict())
+    if as_json:
+        more = {}
+        if isinstance(found, causal.Modalities):
+            more = {name: getattr(found, name) for name in ("image", "question", "together", "verdict")}
+        print_json({"trace": str(trace.path), **found.to_dict(), **more})
+        return
+    say(str(found))
+    say(("kept in  ", "dim"), stored_path(kept))

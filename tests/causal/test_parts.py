@@ -1,0 +1,264 @@
+"""Parts of a prompt: values against plain forward passes made by hand, shares against all orders of the parts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+
+import lvlm_probe as probe
+from lvlm_probe import causal
+from lvlm_probe.causal.parts import Modalities, PartShares
+from lvlm_probe.errors import ExplainError, ReplayError, ReportError
+
+QUESTION = "Is it red"
+
+
+def conversation(images: int) -> list[dict[str, Any]]:
+    """Two questions, the first of them answered; the images stand in the first."""
+    return [
+        {"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": "What is this?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "the small dog"}]},
+        {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
+    ]
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The third turn of a conversation about two images, on a tiny model."""
+    model, processor = tiny_models.build("llava")
+    text = processor.apply_chat_template(conversation(2), add_generation_prompt=True)
+    pictures = [tiny_models.picture(seed=seed) for seed in (0, 1)]
+    with probe.attach(model, processor) as p, p.record(tmp_path_factory.mktemp("talk")) as recording:
+        inputs = processor(images=pictures, text=text, return_tensors="pt")
+        model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    return probe.replay(recording.traces[0], model, processor)
+
+
+def by_hand(replay: Any, shown: tuple[bool, ...], unread: set[int]) -> np.ndarray:
+    """log P of the answer's tokens by one plain pass: the processor on images or their baselines, and a mask written
+    out pair by pair, in which what is unread is seen by nobody else."""
+    pictures = [replay.image(k) if there else replay.baseline_image(k) for k, there in enumerate(shown)]
+    pixels = replay.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    ids = torch.cat([torch.tensor(replay.trace.input_ids).long(), replay.token_ids[:-1]])
+    mask = torch.full((1, 1, len(ids), len(ids)), torch.finfo(torch.float32).min)
+    for query, key in itertools.product(range(len(ids)), repeat=2):
+        ends = query in unread and query + 1 not in unread  # it predicts what follows: blind as well
+        if key <= query and (key not in unread or (query in unread and not ends)):
+            mask[0, 0, query, key] = 0
+    with torch.no_grad():
+        logits = replay.model(input_ids=ids[None], pixel_values=pixels, attention_mask=mask).logits[0]
+    log_probs = logits.double().log_softmax(-1)[len(replay.trace.input_ids) - 1 :]
+    return log_probs.gather(1, replay.token_ids[:, None])[:, 0].numpy()
+
+
+def places(replay: Any, text: str) -> set[int]:
+    """Positions of a text in the prompt, from the tokens' own texts."""
+    ids, tokenizer = replay.trace.input_ids.tolist(), replay.processor.tokenizer
+    for spelled in (text, f" {text}"):
+        wanted = tokenizer(spelled, add_special_tokens=False)["input_ids"]
+        if found := [k for k in range(len(ids)) if ids[k : k + len(wanted)] == wanted]:
+            return set(range(found[0], found[0] + len(wanted)))
+    raise AssertionError(text)
+
+
+# ------------------------------------------------------------------------------------------------- a text is not read
+
+
+@pytest.mark.parametrize("text", ["What is this?", "the small dog", QUESTION])
+def test_a_text_that_is_not_read(talk: Any, text: str) -> None:
+    deaf = talk.without(text)
+    assert set(deaf.unread) == places(talk, text)
+    expected = by_hand(talk, (True, True), places(talk, text))
+    np.testing.assert_allclose(deaf.log_probs(None)[0], expected, atol=1e-4)
+    assert np.abs(expected - talk.log_probs(None)[0].numpy()).max() > 1e-3
+    assert deaf.origin["unread"] == list(deaf.unread) and "unread" not in talk.origin
+
+
+def test_an_answer_token_that_is_not_read(talk: Any) -> None:
+    place = talk.prompt_length + 1
+    found = talk.without([place]).log_probs(None)[0]
+    np.testing.assert_allclose(found, by_hand(talk, (True, True), {place}), atol=1e-4)
+    np.testing.assert_allclose(found[:2], talk.log_probs(None)[0][:2], atol=1e-5)  # it comes later
+
+
+def test_masks_gradients_and_views_are_of_the_deaf_answer(talk: Any) -> None:
+    deaf = talk.without()
+    assert set(deaf.unread) == places(talk, QUESTION)
+    assert set(deaf.without("the small dog").unread) == places(talk, QUESTION) | places(talk, "the small dog")
+    assert torch.equal(deaf.original_log_probs, deaf.log_probs(None)[0])
+    assert not torch.equal(deaf.original_log_probs, talk.original_log_probs)
+    mask = torch.full((3, 2, 2, 2), 0.5)
+    scores, gradient = deaf.score_and_grad(mask, lambda log_probs: log_probs.sum(1))
+    assert torch.allclose(scores, deaf.log_probs(mask).sum(1), atol=1e-4)
+    step = torch.zeros_like(mask)
+    step[:, 0, 0, 0] = 1e-2
+    slope = (deaf.log_probs(mask + step).double().sum(1) - deaf.log_probs(mask - step).double().sum(1)) / 2e-2
+    assert torch.allclose(gradient[:, 0, 0, 0].double(), slope, rtol=0.05, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("nowhere", "no run of tokens"), ([10**6], "positions of text"), ([], "positions of text"), (" ", "name it")],
+)
+def test_what_cannot_be_left_unread(talk: Any, text: Any, said: str) -> None:
+    with pytest.raises(ReplayError, match=said):
+        talk.without(text)
+    with pytest.raises(ReplayError, match="positions of text"):
+        talk.without(talk.trace.layout.image_positions[:1].tolist())
+
+
+def test_a_journal_keeps_the_two_apart(talk: Any) -> None:
+    kept: dict[str, Any] = {}
+
+    class Journal:
+        get, put = staticmethod(kept.get), staticmethod(kept.__setitem__)
+
+    mask = torch.ones(1, 2, 1, 1)
+    with torch.no_grad():
+        whole, deaf = (view.journalled(Journal()).log_probs(mask) for view in (talk, talk.without()))
+    assert len(kept) == 2 and not torch.equal(whole, deaf)
+
+
+# --------------------------------------------------------------------------------------------------------- their shares
+
+
+def test_shares_of_images_and_turns_are_the_mean_over_all_orders(talk: Any) -> None:
+    found = causal.which_parts(talk, "all", tokens=[1, 3], progress=False)
+    assert [part.split(":")[0] for part in found.parts] == [
+        "image 1", "image 2", "turn 1, user", "turn 2, assistant", "turn 3, user",
+    ]  # fmt: skip
+    replay = talk.strengthened(probe.select_tokens(talk, indices=[1, 3]).decided)
+    texts = ["What is this?", "the small dog", QUESTION]
+    v = {}
+    for coalition in itertools.product((False, True), repeat=5):
+        gone = {p for text, there in zip(texts, coalition[2:], strict=True) if not there for p in places(talk, text)}
+        v[coalition] = by_hand(replay, coalition[:2], gone)[[1, 3]].sum()
+    expected = np.zeros(5)
+    orders = list(itertools.permutations(range(5)))
+    for order in orders:
+        for place, player in enumerate(order):
+            there = tuple(k in order[:place] for k in range(5))
+            expected[player] += v[tuple(k in order[: place + 1] for k in range(5))] - v[there]
+    np.testing.assert_allclose(found.shares, expected / len(orders), atol=2e-3)
+    assert sum(found.shares) == pytest.approx(found.total, abs=1e-6)
+    assert found.total == pytest.approx(v[(True,) * 5] - v[(False,) * 5], abs=2e-3)
+    assert found.passes <= 2**5 + 6  # and those on baselines
+    np.testing.assert_allclose(np.sum(found.by_word, axis=0), found.shares, atol=1e-9)
+    assert PartShares.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_texts_of_the_prompt_are_parts(talk: Any) -> None:
+    turns = causal.which_parts(talk, "turns", tokens=[1], progress=False)
+    texts = causal.which_parts(talk, ["What is this?", "the small dog", QUESTION], tokens=[1], progress=False)
+    assert texts.shares == pytest.approx(turns.shares, abs=1e-6)
+    assert texts.parts[0] == "“What is this?”"
+    for parts, said in (("pages", "'images', 'turns'"), ([], "one text or several"), ([QUESTION, "red"], "inside")):
+        with pytest.raises(ExplainError, match=said):
+            causal.which_parts(talk, parts)
+
+
+def test_the_image_that_is_asked_about_has_the_share(demo: Any, tmp_path: Any) -> None:
+    """Of three images the first and the last are blank, which is what their baseline is too."""
+    model, processor = demo
+    scene = probe.demo.scenes(1, seed=3)[0]
+    blank = Image.new("RGB", scene.image.size, (127, 127, 127))
+    messages = [{"role": "user", "content": [*[{"type": "image"}] * 3, {"type": "text", "text": scene.question}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    with probe.attach(model, processor) as p, p.record(tmp_path) as recording:
+        inputs = processor(images=[blank, scene.image, blank], text=text, return_tensors="pt")
+        model.generate(**inputs, max_new_tokens=12)
+    replay = probe.replay(recording.traces[0], model, processor)
+    found = causal.which_parts(replay, progress=False)
+    assert found.parts == ("image 1", "image 2", "image 3")
+    assert abs(found.shares[0]) + abs(found.shares[2]) < 1e-3
+    assert found.shares[1] == pytest.approx(found.total, abs=1e-3) and found.total > 1
+    assert "image 2" in str(found) and f"{found.total:+.2f}" in str(found)
+
+
+# --------------------------------------------------------------------------------------------------- image and question
+
+
+def test_image_question_and_both_together(talk: Any) -> None:
+    found = causal.modalities(talk)
+    replay = talk.strengthened(probe.select_tokens(talk, rule="joint").decided)
+    if probe.select_tokens(talk):
+        replay = talk.strengthened(probe.select_tokens(talk).decided)
+    asked = places(talk, QUESTION)
+    v = {
+        (image, read): by_hand(replay, (image, image), set() if read else asked)
+        for image, read in itertools.product((True, False), repeat=2)
+    }
+    spans = [slice(word.start, word.stop) for word in talk.words]
+
+    def expected(*terms: tuple[int, bool, bool]) -> list[float]:
+        return [sum(sign * v[image, read][span].sum() for sign, image, read in terms) for span in spans]
+
+    assert found.image == pytest.approx(expected((1, True, False), (-1, False, False)), abs=2e-3)
+    assert found.question == pytest.approx(expected((1, False, True), (-1, False, False)), abs=2e-3)
+    together = expected((1, True, True), (-1, False, True), (-1, True, False), (1, False, False))
+    assert found.together == pytest.approx(together, abs=4e-3)
+    np.testing.assert_allclose(
+        np.sum([found.image, found.question, found.together], axis=0), np.subtract(found.both, found.neither), atol=1e-9
+    )
+    assert found.words == tuple(word.text for word in talk.words) and found.asked == QUESTION
+    assert Modalities.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ((-1.0, -1.2, -6.0, -6.0), "The question gives “red” without the image, which adds +0.20 nats"),
+        ((-1.0, -6.0, -1.2, -6.0), "The image gives “red” without the question, which adds +0.20 nats"),
+        ((-1.0, -6.0, -6.0, -6.0), "“red” takes image and question together: +5.00 nats"),
+        ((-1.0, -3.0, -3.0, -9.0), "Image and question say the same of “red”: either would do for 4.00 nats"),
+        ((-1.0, -4.0, -4.0, -7.0), "Image and question add to “red” each on its own"),
+    ],
+)
+def test_the_verdict_says_which(values: tuple[float, ...], said: str) -> None:
+    both, question_only, image_only, neither = ((value,) for value in values)
+    found = Modalities(("red",), (0,), both, image_only, question_only, neither, "What?", 4, "blur", "t")
+    assert found.verdict.startswith(said)
+    assert said in str(found)
+
+
+@pytest.mark.parametrize("record", [{}, {"parts": 3}, {"parts": ["a"], "shares": ["x"]}])
+def test_a_record_that_is_none_is_refused(record: dict[str, Any]) -> None:
+    for kind in (PartShares, Modalities):
+        with pytest.raises(ExplainError, match=f"not a stored {kind.__name__}"):
+            kind.from_dict(record)
+
+
+# ------------------------------------------------------------------------------------------------------------ on pages
+
+
+def test_bars_stand_on_the_page_of_the_answer(talk: Any, tmp_path: Any) -> None:
+    shares = causal.which_parts(talk, "all", tokens=[1, 3], progress=False)
+    parts = causal.modalities(talk)
+    heat = probe.explain(talk, method="random", tokens=[1])
+    page = probe.report([heat], evidence=[shares, parts], out=tmp_path / "page.html").read_text()
+    template = page.split('<template id="evidence-0">')[1].split("</template>")[0]
+    assert "Which part of the prompt?" in template and "Image or question?" in template
+    assert template.count('class="of-image"') == len(shares.parts) + len(parts.words) + 1  # and the key
+    for share in shares.shares:
+        assert f"{share:+.2f}" in template
+    assert "evidence-0" not in probe.report([heat], out=tmp_path / "bare.html").read_text().split("<script>")[0]
+    foreign = Modalities.from_dict({**parts.to_dict(), "trace_id": "other"})
+    for thing, said in ((foreign, "no heatmap on this page is"), ("bars", "got a str")):
+        with pytest.raises(ReportError, match=said):
+            probe.report([heat], evidence=[thing], out=tmp_path / "page.html")
+
+
+def test_texts_on_the_page_are_escaped(talk: Any, tmp_path: Any) -> None:
+    parts = Modalities.from_dict(
+        {**causal.modalities(talk).to_dict(), "words": ["<img src=x onerror=alert(1)>"] * len(talk.words)}
+    )
+    heat = probe.explain(talk, method="random", tokens=[1])
+    page = probe.report([heat], evidence=parts, out=tmp_path / "page.html").read_text()
+    assert "<img src=x" not in page and "&lt;img src=x" in page
