@@ -65,6 +65,10 @@ def evaluate(
     chance: Annotated[
         int, typer.Option("--chance", min=0, help="Also score this many random maps; the verdict must beat them.")
     ] = 0,
+    synergy: Annotated[
+        bool,
+        typer.Option("--synergy", help="Also score what image and question give together (F_syn); 11 passes more."),
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of tie-breaking and random maps.")] = 0,
     methods: Annotated[
         str | None,
@@ -123,11 +127,15 @@ def evaluate(
     """
     options: dict[str, Any] = {"score": score, "auc": auc, "steps": steps, "chance": chance, "seed": seed, "grid": grid}
     behind = open_server(server, served_model, model=model, road=road, max_requests=max_requests, yes=yes)
+    if synergy and methods is None:
+        options["synergy"] = True
     options["mode"] = "exact" if exact or behind else "fast"  # a server is sent real images
     models = ReplayModels(
         model, server=behind, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code
     )
     if methods is not None:
+        if synergy:
+            raise ProbeError("--synergy is of stored maps: leave --methods out")
         from lvlm_probe.cli.shared.comparison import compare_methods
 
         if not full and steps is None and auc == "trapezoid":

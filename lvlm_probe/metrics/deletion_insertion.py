@@ -61,12 +61,16 @@ __all__ = [
     "release_area",
     "release_counts",
     "sample_counts",
+    "synergy",
 ]
 
 Sampling = Literal["full", "adaptive"]
 
 TIES_THAT_MATTER = 0.05
 TIE_ORDERS = 3
+SYNERGY_STEPS = 10
+"""Points of the curve of F_syn besides the origin. They are among the 50 of deletion, so only the images without the
+question are new: 11 passes."""
 _MASK_NUMBERS_AT_ONCE = 2**24
 _FIRST_INTERVALS = 8
 """Intervals an adaptive curve starts with: even, so that a turn of some width is met."""
@@ -245,6 +249,29 @@ def curves(
         undefined=undefined,
         tie_spread=spread,
     )
+
+
+def synergy(
+    values: np.ndarray, seen: np.ndarray, heard: MaskScores, deaf: MaskScores, settings: CurveSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    """What image and question give together, as the image is taken away in the order of ``values``.
+
+    With v the score with the question heard and u the same with the question unread, I_p the image without the first
+    share p of its cells::
+
+        F_syn(p) = v(I) − v(I_p) − u(I) + u(I_p)          Ky et al., arXiv:2605.22168, for the image's side
+
+    Args:
+        values, seen, settings: as for ``curves``; ties are in the order that it draws first.
+        heard, deaf: score masks with and without the question.
+
+    Returns:
+        shares p and F_syn(p), ``(point,)`` each; 0 at p = 0, and at p = 1 the same for every heatmap.
+    """
+    points = sample_counts(int(seen.sum()), SYNERGY_STEPS)
+    masks = curve_masks(rank(values, seen, np.random.default_rng(settings.seed)), points, values.shape, insert=False)
+    with_question, without = (_score(scores(masks), settings.score) for scores in (heard, deaf))
+    return points / points[-1], (with_question[0] - with_question) - (without[0] - without)
 
 
 def _area(

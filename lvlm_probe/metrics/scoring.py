@@ -36,6 +36,7 @@ from lvlm_probe.metrics.deletion_insertion import (
     normalise,
     release_area,
 )
+from lvlm_probe.metrics.deletion_insertion import synergy as synergy_curve
 from lvlm_probe.metrics.verdict import (
     BASELINE_PROBABILITY,
     MAX_REPLAY_DIFFERENCE,
@@ -45,6 +46,7 @@ from lvlm_probe.metrics.verdict import (
     out_of_range,
 )
 from lvlm_probe.progress import ProgressChoice, show_progress
+from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.protocol import ReplayLike
@@ -103,6 +105,9 @@ class Score:
         random_gains: Insertion − deletion of random heatmaps, when ``chance`` asked for them.
         center_gain: Insertion − deletion of the blob in the middle (method ``center``) on the same grid, by as few
             points as tell it from the heatmap's; NaN where it was not taken.
+        synergy: Area under F_syn along deletion, when ``synergy`` asked for it, in the unit of the raw curves: how much
+            of what image and question give together goes with the cells that the heatmap puts first. ``params`` has
+            the curve, whose last point, the same for all heatmaps, is all that there is.
         params: How it was scored (score, auc, steps, grid, mode, seed, tie_orders, tie_spread, held_out); with adaptive
             sampling also the images it took, the error bound of both areas and how far their curves turn (see
             ``deletion_insertion``).
@@ -123,6 +128,7 @@ class Score:
     verdict: Verdict
     random_gains: tuple[float, ...] = ()
     center_gain: float = math.nan
+    synergy: float = math.nan
     params: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -178,7 +184,16 @@ class Score:
         own = self.params.get("own_score")
         told = [out_of_range(name, area, own) for name, area in areas]
         told.append(level_with_center(self.gain, self.center_gain))
+        told.append(None if math.isnan(self.synergy) else self._together())
         return tuple(one for one in told if one is not None)
+
+    def _together(self) -> str:
+        curve = self.params["synergy"]["curve"]
+        unit = "nats" if self.params.get("score") == "log" else "probability"
+        return (
+            f"image and question together give {curve[-1]:.3f} of {unit} that neither gives alone; along deletion by "
+            f"the map {self.synergy:.3f} of it is gone on average (F_syn)"
+        )
 
     def plot(
         self,
@@ -218,8 +233,8 @@ class Score:
     def from_dict(cls, record: Mapping[str, Any]) -> Score:
         """Rebuilds what ``to_dict`` wrote. Raises ``ExplainError`` for anything else."""
         try:
-            known = {item.name: record[item.name] for item in dataclasses.fields(cls) if item.name != "center_gain"}
-            known["center_gain"] = _number(record.get("center_gain"))  # scores of 0.1 have none
+            known = {item.name: record[item.name] for item in dataclasses.fields(cls) if item.name not in _LATER}
+            known |= {name: _number(record.get(name)) for name in _LATER}
             for name in ("deletion", "insertion", "tie_share", "original", "baseline"):
                 known[name] = _number(known[name])
             for name in _CURVES:
@@ -237,6 +252,7 @@ leave so much open are within 0.03 of all of them. It is compared with a larger 
 _CENTER_PASSES = 40
 """Images that may take: some 16 to 22 for gentle curves, some more where a small thing stands right in the middle."""
 
+_LATER = ("center_gain", "synergy")  # scores of before have none
 _CURVES = ("fractions", "deletion_curve", "insertion_curve", "deletion_raw", "insertion_raw", "random_gains")
 
 
@@ -258,6 +274,7 @@ def evaluate(
     seed: int = 0,
     sampling: Sampling = "full",
     tolerance: float = 0.01,
+    synergy: bool | str = False,
     shared: dict[Any, Known] | None = None,
     progress: ProgressChoice = None,
 ) -> Score:
@@ -286,6 +303,9 @@ def evaluate(
         sampling: ``"full"`` scores every point of the curves; ``"adaptive"`` as few as keep each area within
             ``tolerance`` of the full curve's, for curves that do not turn; ``params`` then has the error bound.
         tolerance: Largest error bound of an area under adaptive sampling.
+        synergy: Also score what image and question give together (F_syn), in 11 passes more in which the question is
+            not read (``Replay.without``): a text, or ``True`` for the recorded question. Where the question alone gives
+            the words, deletion and insertion say little of the two.
         shared: A dictionary that is handed to several calls about one answer while its model stays as it is: what two
             heatmaps are both asked for, the ends of the curves and the random heatmaps of ``chance``, is scored once.
         progress: Called with (done, total) images of the heatmap's own curves; by default a bar where a person waits,
@@ -320,6 +340,7 @@ def evaluate(
     inner, steps_of = 2 * (settings.steps - 1), heat.selection.columns
     images = 2 + inner * (tie_orders or 1) * (1 + chance) + center * min(inner, _CENTER_PASSES)
     replay.announce("evaluate", lambda: images, steps_of)
+    deaf = _deaf(replay, synergy)
     known = _known(shared, replay, heat, mode)
     scores = MaskScores(replay, steps_of, image=heat.target, mode=mode, known=known)
     with replay.shortcuts.held():
@@ -329,6 +350,10 @@ def evaluate(
         areas = _areas(raw, settings)
         gains = _random_gains(values.shape, seen, scores, dataclasses.replace(settings, tie_orders=1), chance)
         middle = _center_gain(seen, scores, settings, replay, heat.target, mode) if center else math.nan
+        together = None
+        if deaf is not None:
+            unread = MaskScores(deaf, steps_of, image=heat.target, mode=mode)
+            together = synergy_curve(values, seen, scores, unread, settings)
     return Score(
         deletion=areas.deletion,
         insertion=areas.insertion,
@@ -349,6 +374,7 @@ def evaluate(
         verdict=_verdict(replay, heat, raw, areas, (gains, middle), mode),
         random_gains=gains,
         center_gain=middle,
+        synergy=math.nan if together is None else area(*together),
         params={
             "score": score,
             "auc": auc,
@@ -363,6 +389,11 @@ def evaluate(
             **({} if sampling == "full" else _sampled(raw, tolerance)),
             **({} if raw.undefined is None else {"undefined": raw.undefined}),
             **({} if own is None else {"own_score": own.name, "followed": settings.score}),
+            **(
+                {}
+                if together is None
+                else {"synergy": {"fractions": together[0].tolist(), "curve": together[1].tolist()}}
+            ),
         },
         provenance=_of(heat, replay),
     )
@@ -376,6 +407,21 @@ def _hidden(raw: Curves) -> dict[str, Any]:
         "limit": BASELINE_PROBABILITY,
         "passed": bool(raw.baseline_probability < BASELINE_PROBABILITY),
     }
+
+
+def _points(together: tuple[np.ndarray, np.ndarray]) -> dict[str, list[float]]:
+    return {"fractions": together[0].tolist(), "curve": together[1].tolist()}
+
+
+def _deaf(replay: ReplayLike, synergy: bool | str) -> Replay | None:
+    """The view that does not read the question, where it is asked for."""
+    if synergy is False:
+        return None
+    if not isinstance(replay, Replay):
+        raise ExplainError(
+            "synergy takes passes inside the model that do not read the question: replay on the model itself"
+        )
+    return replay.without(None if synergy is True else synergy)
 
 
 def check_answer(heat: Explained, replay: ReplayLike) -> None:

@@ -293,6 +293,8 @@ def _score(score: Score) -> dict[str, Any]:
         "best_random": max(gains, default=None),
         "randoms": len(gains),
         "center": plain(float(score.center_gain)),
+        "synergy": plain(float(score.synergy)),
+        "together": plain((score.params.get("synergy") or {}).get("curve", [None])[-1]),
     }
 
 

@@ -228,6 +228,54 @@ def test_the_verdict_says_which(values: tuple[float, ...], said: str) -> None:
     assert said in str(found)
 
 
+def test_what_image_and_question_give_together_along_deletion(talk: Any, tmp_path: Any) -> None:
+    """F_syn of images whose first cells are gone, from plain log-probabilities; its end is that of ``modalities``."""
+    cells = np.arange(16, dtype=np.float32).reshape(4, 4)[::-1].copy() / 15
+    tokens = probe.select_tokens(talk, indices=[1, 3])
+    replay = talk.strengthened(tokens.decided)
+    heat = probe.Heatmap(
+        cells, talk.image_sizes[0], seen=np.ones((4, 4), bool), selection=tokens, method="by hand",
+        provenance={"baseline": replay.baseline},
+    )  # fmt: skip
+    before = talk.passes.forward
+    plain = probe.evaluate(heat, talk, score="log", center=False)
+    took = talk.passes.forward - before
+    score = probe.evaluate(heat, talk, score="log", center=False, synergy=True)
+    assert talk.passes.forward - before - took <= took + 11
+    gone = [round(16 * k / 10) for k in range(11)]
+    masks = torch.stack([torch.from_numpy(cells * 15 < 15.5 - count).float() for count in gone])
+    with torch.no_grad():
+        heard, deaf = (
+            view.log_probs(masks, image=0).double()[:, [1, 3]].mean(1).numpy() for view in (replay, replay.without())
+        )
+    expected = heard[0] - heard - deaf[0] + deaf
+    assert score.params["synergy"]["fractions"] == pytest.approx([count / 16 for count in gone])
+    np.testing.assert_allclose(score.params["synergy"]["curve"], expected, atol=1e-4)
+    assert score.synergy == pytest.approx(np.trapezoid(expected, [count / 16 for count in gone]), abs=1e-4)
+    assert any("together give" in remark for remark in score.remarks)
+    assert (plain.deletion, plain.insertion) == (score.deletion, score.insertion) and np.isnan(plain.synergy)
+    again = probe.Score.from_dict(json.loads(json.dumps(score.to_dict())))
+    assert again.synergy == score.synergy
+    assert np.isnan(probe.Score.from_dict({k: v for k, v in plain.to_dict().items() if k != "synergy"}).synergy)
+    with pytest.raises(ReplayError, match="no run of tokens"):
+        probe.evaluate(heat, talk, synergy="nowhere")
+    page = probe.report([heat], scores=[score], out=tmp_path / "page.html").read_text()
+    assert f'"synergy":{score.synergy:.4g}'[:14] in page
+
+
+def test_the_end_of_that_curve_is_what_the_two_give_together(demo: Any, tmp_path: Any) -> None:
+    model, processor = demo
+    scene = probe.demo.scenes(1, seed=3)[0]
+    answer = probe.ask(model, processor, scene.image, scene.question, out=tmp_path)
+    replay = answer.replay
+    tokens = probe.select_tokens(replay)
+    heat = probe.explain(replay, method="input_gradient", tokens=tokens)
+    score = probe.evaluate(heat, replay, score="log", steps=10, center=False, synergy=True)
+    together = causal.modalities(replay, tokens=tokens)
+    assert len(tokens) == 1
+    assert score.params["synergy"]["curve"][-1] == pytest.approx(together.totals[2], abs=1e-3)
+
+
 @pytest.mark.parametrize("record", [{}, {"parts": 3}, {"parts": ["a"], "shares": ["x"]}])
 def test_a_record_that_is_none_is_refused(record: dict[str, Any]) -> None:
     for kind in (PartShares, Modalities):

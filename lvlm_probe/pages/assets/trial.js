@@ -326,6 +326,13 @@ function drawCards() {
       text: "Insertion minus deletion. The mark is what a blob in the middle of the image has, made without looking: a map that is level with it may only say that things stand in the middle.",
     });
   }
+  if (score && known(score.synergy))
+    list.push({
+      label: "Image and question together",
+      value: decimal(score.synergy),
+      note: `all there is: ${decimal(score.together)}`,
+      text: "What neither gives alone (F_syn): its mean as the map’s cells are taken away, the first ones first. The nearer to all there is, the more of it the map puts first; where there is nothing, the question or the image alone gives the words.",
+    });
   const { passes, diagnostics } = current().provenance;
   if (known(passes?.forward))
     list.push({
