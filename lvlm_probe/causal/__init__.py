@@ -26,6 +26,7 @@ from lvlm_probe.causal.effects import CausalEffect, Effect
 from lvlm_probe.causal.interventions import agreement, knockout, patch
 from lvlm_probe.causal.parts import Modalities, PartShares, modalities, which_parts
 from lvlm_probe.causal.points import points
+from lvlm_probe.causal.reasoning import Step, Steps, check_steps, find_steps
 from lvlm_probe.causal.tokens import token_heat
 
 __all__ = [
@@ -33,8 +34,12 @@ __all__ = [
     "Effect",
     "Modalities",
     "PartShares",
+    "Step",
+    "Steps",
     "agreement",
+    "check_steps",
     "cut_attention",
+    "find_steps",
     "knockout",
     "modalities",
     "patch",

@@ -6,14 +6,14 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import CurveScore
 
-__all__ = ["CausalEffect", "Effect", "agreement_score"]
+__all__ = ["CausalEffect", "Effect", "Recorded", "agreement_score"]
 
 MINIMUM_ROOM = 0.05
 """Of the area between 0 and 1: how much earlier than the controls' loss the answer could be lost at all. An agreement
@@ -21,6 +21,29 @@ is a share of that; below it, the scatter of five draws is more."""
 
 MINIMUM_DROP = 0.05
 """Mean probability that taking away all image tokens must cost before a share of it means anything."""
+
+
+class Recorded:
+    """A result that goes into a JSON record and comes back from it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; ``from_dict`` is the inverse."""
+        return dataclasses.asdict(cast(Any, self))
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Self:
+        """Rebuild what ``to_dict`` wrote. Raises ``ExplainError`` for anything else."""
+        try:
+            given = {item.name: _tuples(record[item.name]) for item in dataclasses.fields(cast(Any, cls))}
+            made = cls(**given)
+            str(made)  # numbers that are none, or too few of them
+            return made
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ExplainError(f"not a stored {cls.__name__}: {error!r}") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

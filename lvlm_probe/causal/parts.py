@@ -19,15 +19,15 @@ They add up to v(I, T) − v(Ĩ, T̃). ``together`` is what neither gives alone;
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import cast
 
 import numpy as np
 import torch
 
 from lvlm_probe.cards import in_one_line
+from lvlm_probe.causal.effects import Recorded
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, selected
 from lvlm_probe.explainers.scores import check_rules, whole_rule
@@ -47,31 +47,8 @@ _NAMED = 40
 _BAR = 20
 
 
-class _Recorded:
-    """A result that goes into a JSON record and comes back from it."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; ``from_dict`` is the inverse."""
-        return dataclasses.asdict(cast(Any, self))
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Rebuild what ``to_dict`` wrote. Raises ``ExplainError`` for anything else."""
-        try:
-            given = {item.name: _tuples(record[item.name]) for item in dataclasses.fields(cast(Any, cls))}
-            made = cls(**given)
-            str(made)  # numbers that are none, or too few of them
-            return made
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ExplainError(f"not a stored {cls.__name__}: {error!r}") from error
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
 @dataclass(frozen=True, repr=False)
-class PartShares(_Recorded):
+class PartShares(Recorded):
     """How much each part of a prompt speaks for the selected tokens.
 
     Attributes:
@@ -257,7 +234,7 @@ def _named(text: str) -> str:
 
 
 @dataclass(frozen=True, repr=False)
-class Modalities(_Recorded):
+class Modalities(Recorded):
     """What image and question give to each word of an answer, alone and together.
 
     Attributes:

@@ -46,7 +46,7 @@ def which(
     seed: Annotated[int, typer.Option("--seed", help="Of the orders.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="It goes to DIR/explanations (default: beside the trace)."),
+        typer.Option("--out", metavar="DIR", help="Kept in DIR/explanations (default: beside the trace)."),
     ] = None,
     row: Row = None,
     baseline: BaselineOption = None,

@@ -52,7 +52,8 @@ def report(
         scores: What `evaluate` said of each heatmap, in the same order; ``None`` for one that was not evaluated. The
             page says "not checked" of every map without a score.
         orders: Of videos, what `probe.video.order` found: a line under the answers it is of.
-        evidence: What `probe.causal.which_parts` and `modalities` found: bars under the answers they are of.
+        evidence: What `which_parts`, `modalities`, `find_steps` and `check_steps` of `probe.causal` found: bars, and a
+            strip of steps, under the answers they are of.
         out: The file to write. Missing folders are made.
         title: Headline of the page.
         overwrite: Replace ``out`` if it exists; by default only a file that this package wrote, so that a notebook cell
@@ -103,7 +104,14 @@ def report(
         text = clip_page(heat_list, score_list, title or _CLIP_TITLE, orders=found, evidence=beside)
         return write_text(path, text, overwrite=overwrite, said=counted(len(heat_list), "video"))
     samples = gather(heat_list, score_list)
-    text = _fill(samples, title or _TITLE, beside)
+    mine = {
+        sample["id"]: evidence_markup(
+            beside.get(sample["id"], []),
+            [heat for heat in heat_list if str(heat.provenance.get("trace_id")) == sample["id"]],
+        )
+        for sample in samples
+    }
+    text = _fill(samples, title or _TITLE, [mine[sample["id"]] for sample in samples])
     verdicts = collections.Counter(entry["verdict"]["title"].rstrip(".:") for one in samples for entry in one["maps"])
     said = ", ".join(f"{count} × {title[:1].lower()}{title[1:]}" for title, count in verdicts.most_common())
     return write_text(path, text, overwrite=overwrite, said=said)
@@ -122,13 +130,12 @@ def _check_orders(orders: Sequence[Any], heats: Sequence[ClipHeatmap]) -> None:
             )
 
 
-def _fill(samples: list[dict[str, Any]], title: str, evidence: Mapping[str, Sequence[Evidence]]) -> str:
+def _fill(samples: list[dict[str, Any]], title: str, evidence: Sequence[str]) -> str:
     script = "\n".join(asset(name) for name in _SCRIPTS)
     data = json_for_script({"samples": samples})
-    markup = [evidence_markup(evidence.get(sample["id"], [])) for sample in samples]
-    sections = "".join(f'<template id="evidence-{k}">{one}</template>' for k, one in enumerate(markup) if one)
+    sections = "".join(f'<template id="evidence-{k}">{one}</template>' for k, one in enumerate(evidence) if one)
     style = asset("page.css") + (asset("evidence.css") if sections else "")
-    summary = _summary(samples) + "".join(markup)
+    summary = _summary(samples) + "".join(evidence)
     return page_text("page.html", title, style, script, summary=summary, evidence=sections, data=data)
 
 

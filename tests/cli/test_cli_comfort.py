@@ -286,3 +286,25 @@ def test_which_part_refuses_in_a_sentence(trace: Path) -> None:
     ):
         result = run("which", trace, "--model", "demo", *asked)
         assert result.code == 2 and said in result.err.replace("\n", " "), result.err
+
+
+def test_steps_are_told_kept_and_reported(trace: Path) -> None:
+    page = trace.parent / "steps.html"
+    told = succeed("steps", trace, "--page", page)
+    assert "kept in" in told.out and page.read_text().count('<section class="evidence">') == 2
+    assert run("steps", trace, "--page", page).code == 2
+    found = succeed("steps", trace, "--json").json
+    assert found["steps"] and found["passes"] == 0 and "verdict" in found
+    for asked, said in (
+        (("--step", "1"), "go with --check"),
+        (("--model", "demo", "--check", "--step", "9"), "before the conclusion"),
+    ):
+        result = run("steps", trace, *asked)
+        assert result.code == 2 and said in result.err.replace("\n", " ")
+
+
+def test_evaluate_says_what_image_and_question_give_together(trace: Path) -> None:
+    succeed("explain", trace, "--model", "demo", "--method", "random", "--no-scores")
+    (found,) = succeed("evaluate", trace, "--model", "demo", "--steps", "10", "--synergy", "--json").json
+    assert len(found["score"]["params"]["synergy"]["curve"]) == 11 and found["score"]["synergy"] is not None
+    assert "leave --methods out" in run("evaluate", trace, "--methods", "random", "--synergy").err.replace("\n", " ")

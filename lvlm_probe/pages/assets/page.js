@@ -218,6 +218,14 @@ function chooseSample(index, map = 0) {
   );
   const evidence = document.getElementById(`evidence-${state.sample}`);
   if (evidence) page.evidence.replaceChildren(evidence.content.cloneNode(true));
+  for (const frame of page.evidence.querySelectorAll("[data-tokens]")) {
+    const [start, stop] = frame.dataset.tokens.split("-").map(Number);
+    frame.addEventListener("click", () => {
+      const inside = (map) => map.values && map.tokens.length && map.tokens.every((t) => start <= t && t < stop);
+      chooseMap(sample().maps.findIndex(inside));
+      page.view.scrollIntoView({ block: "center" });
+    });
+  }
   drawBar();
   drawAnswer();
   drawLead();
