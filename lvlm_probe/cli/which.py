@@ -75,7 +75,7 @@ def which(
         raise ProbeError("give either --parts or --text")
     trace = find_trace(path, row)
     folder = (trace.path.parent if out is None else output_directory(out)) / FOLDER
-    own_baseline = baseline_from(baseline)
+    own_baseline = baseline_from(baseline, video=bool(trace.clips))
     models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     replay = open_replay(trace, *models.of(trace))
     if own_baseline is not None:
@@ -89,7 +89,7 @@ def which(
         with bar("which parts") as progress:
             found = causal.which_parts(replay, text or parts, tokens=words, orders=orders, seed=seed, progress=progress)
     kind = "modalities" if isinstance(found, causal.Modalities) else "parts"
-    label = f"{'texts' if text else parts} {label_of(selected(replay, words))}"
+    label = " ".join(["texts" if text else parts, label_of(selected(replay, words)), baseline or ""]).strip()
     kept = keep_evidence(folder, trace, kind, label, found.to_dict())
     if as_json:
         more = {}

@@ -104,14 +104,7 @@ def report(
         text = clip_page(heat_list, score_list, title or _CLIP_TITLE, orders=found, evidence=beside)
         return write_text(path, text, overwrite=overwrite, said=counted(len(heat_list), "video"))
     samples = gather(heat_list, score_list)
-    mine = {
-        sample["id"]: evidence_markup(
-            beside.get(sample["id"], []),
-            [heat for heat in heat_list if str(heat.provenance.get("trace_id")) == sample["id"]],
-        )
-        for sample in samples
-    }
-    text = _fill(samples, title or _TITLE, [mine[sample["id"]] for sample in samples])
+    text = _fill(samples, title or _TITLE, heat_list, beside)
     verdicts = collections.Counter(entry["verdict"]["title"].rstrip(".:") for one in samples for entry in one["maps"])
     said = ", ".join(f"{count} × {title[:1].lower()}{title[1:]}" for title, count in verdicts.most_common())
     return write_text(path, text, overwrite=overwrite, said=said)
@@ -130,12 +123,18 @@ def _check_orders(orders: Sequence[Any], heats: Sequence[ClipHeatmap]) -> None:
             )
 
 
-def _fill(samples: list[dict[str, Any]], title: str, evidence: Sequence[str]) -> str:
+def _fill(
+    samples: list[dict[str, Any]], title: str, heats: Sequence[Heatmap], evidence: Mapping[str, Sequence[Evidence]]
+) -> str:
     script = "\n".join(asset(name) for name in _SCRIPTS)
     data = json_for_script({"samples": samples})
-    sections = "".join(f'<template id="evidence-{k}">{one}</template>' for k, one in enumerate(evidence) if one)
+    summary, sections = _summary(samples), ""
+    for number, sample in enumerate(samples):
+        if found := evidence.get(sample["id"]):
+            own = [heat for heat in heats if heat.provenance.get("trace_id") == sample["id"]]
+            sections += f'<template id="evidence-{number}">{evidence_markup(found, own)}</template>'
+            summary += evidence_markup(found)
     style = asset("page.css") + (asset("evidence.css") if sections else "")
-    summary = _summary(samples) + "".join(evidence)
     return page_text("page.html", title, style, script, summary=summary, evidence=sections, data=data)
 
 
