@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from toy_clip import ToyClip, tube_weights
 
 import lvlm_probe as probe
 from lvlm_probe import causal
@@ -164,6 +165,7 @@ def test_texts_of_the_prompt_are_parts(talk: Any) -> None:
             causal.which_parts(talk, parts)
 
 
+@pytest.mark.filterwarnings("ignore:every pixel:lvlm_probe.errors.ProbeWarning")
 def test_the_image_that_is_asked_about_has_the_share(demo: Any, tmp_path: Any) -> None:
     """Of three images the first and the last are blank, which is what their baseline is too."""
     model, processor = demo
@@ -182,7 +184,32 @@ def test_the_image_that_is_asked_about_has_the_share(demo: Any, tmp_path: Any) -
     assert "image 2" in str(found) and f"{found.total:+.2f}" in str(found)
 
 
+def test_a_video_is_one_part() -> None:
+    toy = ToyClip(tube_weights(4, 2, slice(1, 3), slice(0, 1), slice(0, 2)))
+    found = causal.which_parts(toy, tokens=[0], progress=False)
+    assert found.parts == ("video 1",) and found.passes == 2
+    assert found.shares[0] == pytest.approx(np.log(0.9 / 0.01), abs=1e-5)
+    for parts in ("turns", "all", ["a text"]):
+        with pytest.raises(ExplainError, match="replay on the model itself"):
+            causal.which_parts(toy, parts)
+
+
 # --------------------------------------------------------------------------------------------------- image and question
+
+
+def test_where_the_text_alone_answers(tmp_path: Any) -> None:
+    """No image reaches the decoder of this model: all is the question's, and nothing is of both together."""
+    model, processor = tiny_models.build("llava", seed=1)
+    with torch.no_grad():
+        for weight in model.model.multi_modal_projector.parameters():
+            weight.zero_()
+    with probe.attach(model, processor) as p, p.record(tmp_path) as recording:
+        inputs = tiny_models.inputs("llava", model, processor, [tiny_models.picture()], QUESTION)
+        model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    found = causal.modalities(probe.replay(recording.traces[0], model, processor))
+    assert not any(found.image) and not any(found.together)
+    assert found.question == pytest.approx(np.subtract(found.both, found.neither), abs=1e-6) and any(found.question)
+    assert found.verdict.startswith("The question gives")
 
 
 def test_image_question_and_both_together(talk: Any) -> None:
