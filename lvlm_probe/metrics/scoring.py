@@ -389,11 +389,7 @@ def evaluate(
             **({} if sampling == "full" else _sampled(raw, tolerance)),
             **({} if raw.undefined is None else {"undefined": raw.undefined}),
             **({} if own is None else {"own_score": own.name, "followed": settings.score}),
-            **(
-                {}
-                if together is None
-                else {"synergy": {"fractions": together[0].tolist(), "curve": together[1].tolist()}}
-            ),
+            **({} if together is None else {"synergy": _points(together)}),
         },
         provenance=_of(heat, replay),
     )
