@@ -270,7 +270,7 @@ def synergy(
     """
     points = sample_counts(int(seen.sum()), SYNERGY_STEPS)
     masks = curve_masks(rank(values, seen, np.random.default_rng(settings.seed)), points, values.shape, insert=False)
-    with_question, without = (_score(scores(masks), settings.score) for scores in (heard, deaf))
+    with_question, without = (_score(one(masks), settings.score, one) for one in (heard, deaf))
     return points / points[-1], (with_question[0] - with_question) - (without[0] - without)
 
 

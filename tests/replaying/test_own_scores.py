@@ -59,6 +59,22 @@ def test_a_contrast_is_that_of_plain_forwards(name: str) -> None:
     assert float(one.log_probs(None)[0, -1]) == pytest.approx(float(own - each[0]), abs=2e-4)
 
 
+@pytest.mark.parametrize("lengths", [(1, 2), (4, 6)])
+def test_a_score_and_text_that_is_not_read_go_together(lengths: tuple[int, int]) -> None:
+    """In either order of asking; also where other courses make the sequence longer."""
+    replay = inside.replay("llava")
+    contrast = Contrast.of([PLACE], other_ids(replay, *lengths), ["a", "b"], "said")
+    unread = [int(replay.length) - 1 - len(replay.token_ids)]  # text of the prompt's end
+    one, other = replay.scored(contrast).without(unread), replay.without(unread).scored(contrast)
+    with torch.no_grad():
+        here, there, whole = (view.log_probs(MASKS) for view in (one, other, replay.scored(contrast)))
+        plain, deaf = one.plain.log_probs(MASKS), replay.without(unread).log_probs(MASKS)
+    torch.testing.assert_close(here, there, atol=2e-5, rtol=0)
+    torch.testing.assert_close(here[:, :-1], deaf, atol=2e-5, rtol=0)
+    torch.testing.assert_close(plain, deaf, atol=0, rtol=0)
+    assert float((here - whole)[:, -1].abs().max()) > 1e-4
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_masks_are_scored_alone_and_together(name: str) -> None:
     """Whatever goes through the model at once, and whatever passes leave out; every sequence is a counted pass."""
