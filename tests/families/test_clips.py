@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import clips
+import inside
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,10 @@ from zoo import Built, build, load_members
 
 import lvlm_probe as probe
 from lvlm_probe.boxes.encoder_tokens import tokens_that_read
+from lvlm_probe.boxes.image_tokens import image_tokens
+from lvlm_probe.boxes.painting import paint
 from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProbeWarning
+from lvlm_probe.explainers.attention_maps import GENERAL_PROMPT
 from lvlm_probe.explainers.registry import Problem, resolve
 from lvlm_probe.models.families import _of_transformers
 from lvlm_probe.planning import Meter
@@ -201,6 +205,56 @@ def test_methods_over_tokens_explain_by_tubes(case: Case) -> None:
         shown[method] = heat.values
     assert np.allclose(shown["attention recorded"], shown["attention replay"], atol=0.02)  # kept in float16
     assert not np.allclose(shown["tmm"], shown["attention replay"], atol=0.02)
+
+
+def means(run: inside.Scored, decoder: str) -> list[torch.Tensor]:
+    """A of each decoder layer, mean over heads, ``(query, key)`` float64, lowest first."""
+    return [call.weights[0].double().mean(0) for call in run.of(decoder)]
+
+
+def between(replay: probe.Replay, share: float) -> dict[str, torch.Tensor]:
+    """r·I + (1 − r)·Ĩ in the model's own pixel inputs."""
+    first, last, keys = replay.path.baseline_inputs, replay.path.inputs, replay.path.pixel_keys
+    return {name: first[name] + share * (last[name] - first[name]) if name in keys else last[name] for name in last}
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_methods_over_attention_are_dense_products_on_tubes(name: str, tmp_path: Path) -> None:
+    """Against attention and its gradients as an eager model's own autograd has them."""
+    steps, question = [0, 1], "What happens?"
+    case, twin = record(clips.built(name), tmp_path, [clips.frames()]), clips.built(name)
+    twin.model.set_attn_implementation("eager")
+    eager, decoder = probe.replay(case.trace, twin.model, twin.processor), case.replay.anatomy.decoder
+    tokens, queries = image_tokens(case.replay, case.replay.clips[0]), eager.prompt_length - 1 + torch.tensor(steps)
+    truth = inside.dense(eager, steps)
+    layers, one = means(truth, decoder), torch.eye(eager.length, dtype=torch.float64)
+    assert len(layers) == twin.model.config.get_text_config().num_hidden_layers
+    rolled = one
+    for layer in layers:
+        rolled = (layer + one) / (layer + one).sum(1, keepdim=True) @ rolled
+    runs = [inside.dense(eager, steps, between(eager, point / 3)).of(decoder) for point in range(4)]
+    gradients = [
+        torch.stack([call.gradient[0].double() for call in calls]).mean(0) for calls in zip(*runs, strict=True)
+    ]
+    shown = [call.weights[0].double() for call in runs[-1]]
+    relevance = [(gradient * own).clamp(min=0).mean(0) for gradient, own in zip(gradients, shown, strict=True)]
+    asked = eager.reworded(GENERAL_PROMPT, question=question)
+    moved = torch.isin(asked.input_ids, eager.input_ids[tokens.positions].unique()).nonzero()[:, 0]
+    general = torch.stack(means(inside.dense(asked, steps), decoder)).mean(0)[asked.prompt_length - 1, moved]
+    wanted = {
+        "rollout": rolled[queries].sum(0)[tokens.positions],
+        "iia": inside.chefer(relevance)[queries].sum(0)[tokens.positions],
+        "relative_attention": torch.stack(layers).mean(0)[queries].mean(0)[tokens.positions] / general,
+    }
+    params: dict[str, Any] = {"iia": {"points": 4}, "relative_attention": {"question": question}}
+    for method, values in wanted.items():
+        heat = probe.video.explain(
+            case.replay, method=method, tokens=steps, strengthen=False, progress=False, **params.get(method, {})
+        )
+        grid, met = paint(values, tokens.boxes, tokens.size, heat.values.shape)
+        low, high = grid[met].min(), grid[met].max()
+        within = 2e-3 if method == "relative_attention" else 1e-4  # rows are recorded in float16
+        assert np.abs(heat.values - torch.where(met, (grid - low) / (high - low), 0.0).numpy()).max() < within, method
 
 
 def test_tokens_of_the_encoder_know_their_frames(case: Case) -> None:
