@@ -54,6 +54,10 @@ CLIPS: dict[str, TakesClips] = {
     "qwen3_vl_moe": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
     "qwen3_5": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
     "qwen3_5_moe": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
+    "qwen2_5_omni_thinker": TakesClips(_QWEN, _sized("Qwen2VLVideoProcessor", _PIXELS), 2),
+    "qwen3_omni_moe_thinker": TakesClips(
+        _QWEN, lambda: transformers.Qwen2VLVideoProcessor(size=dict(_PIXELS), patch_size=16), 2
+    ),
     "glm4v": TakesClips(_GLM, _sized("Glm4vVideoProcessor"), 2),
     "glm46v": TakesClips(_GLM, _sized("Glm46VVideoProcessor"), 2),
     "perception_lm": TakesClips("<|video|>", lambda: transformers.PerceptionLMVideoProcessor(size=square())),
