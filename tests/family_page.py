@@ -57,7 +57,6 @@ def markdown(table: FamilyTable) -> str:
         for check in CHECKS
         if family.verdict(check) is not True and family.reasons(check)
     ]
-    notes += [f"- **{family.name}**, videos: {family.no_videos}" for family in lvlms if family.no_videos]
     if notes:
         lines += ["", "## Reasons", "", *notes]
     lines += ["", "## Not counted", "", "| entry | class | why |", "|---|---|---|"]

@@ -44,7 +44,6 @@ class Anatomy:
         image_token_id: id of the placeholder token that image features replace, ``None`` where the prompt holds none.
         video_token_id: id of the one that features of videos replace, where that is another one.
         takes_clips: whether recordings of videos have been checked for the family (``families.yaml``).
-        no_clips: why they cannot be made.
         pixel_names: names of the ``generate`` arguments that carry the image, as far as the model's signatures tell.
         answer_token_type: token type of answer tokens in a teacher-forced pass.
         encoder_decoder: the prompt and its images go into an encoder, and the answer is the decoder's sequence.
@@ -66,7 +65,6 @@ class Anatomy:
     token_boxes: TokenBoxes | None = None
     video_token_id: int | None = None
     takes_clips: bool = False
-    no_clips: str = ""
 
     @property
     def placeholders(self) -> tuple[int, ...]:
@@ -148,7 +146,6 @@ def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:
         # Elsewhere a config may name one by default that is a word of the checkpoint's own vocabulary.
         video_token_id=_token_id(model, None, "video") if family.clips and image_token_id is not None else None,
         takes_clips=family.clips,
-        no_clips=family.no_clips,
     )
 
 

@@ -71,7 +71,6 @@ class Family:
         no_gradient: Why no gradient reaches the image of a model that can be masked all the same.
         unsupported: Why models of the family cannot be probed; ``attach`` refuses with this sentence.
         clips: Whether videos are recorded; other families' are refused.
-        no_clips: Why they cannot be, as a clause; empty where nobody has tried.
     """
 
     encoders: tuple[str, ...] = ()
@@ -87,7 +86,6 @@ class Family:
     begins: Literal["", "input_ids", "text"] = ""
     unsupported: str | None = None
     clips: bool = False
-    no_clips: str = ""
 
     def __post_init__(self) -> None:
         for name in ("encoders", "mergers", "pixel_names", "needs"):

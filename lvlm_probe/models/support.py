@@ -67,7 +67,6 @@ class CheckedFamily:
         runs: one per installation and picture: ``{"install", "larger", "checks": {name: {"passed", "figure",
             "note"}}}``; where the family cannot be loaded, no checks and ``"lacks"``, the libraries to install.
         videos: check → whether it passed, of videos (``tests/families/test_clips.py``); ``None``: it does not apply.
-        no_videos: why its videos are refused, where that is known.
     """
 
     name: str
@@ -76,7 +75,6 @@ class CheckedFamily:
     outside: str
     runs: tuple[Mapping[str, Any], ...]
     videos: Mapping[str, bool | None] = field(default_factory=dict)
-    no_videos: str = ""
 
     def lacks(self, install: str) -> tuple[str, ...]:
         """The libraries that are missing in an installation; empty where the family loads."""
@@ -163,7 +161,6 @@ class FamilyTable:
                 entry.get("outside", ""),
                 tuple(entry.get("runs", ())),
                 entry.get("videos", {}),
-                entry.get("no_videos", ""),
             )
             for name, entry in value["families"].items()
         )

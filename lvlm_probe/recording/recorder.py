@@ -174,10 +174,9 @@ class GenerationRecorder:
         if reason := adapters_of_this_call(self.model):
             raise NotRecorded(reason)
         if any("video" in name for name in pixels) and not self.anatomy.takes_clips:
-            why = f": {self.anatomy.no_clips}" if self.anatomy.no_clips else " yet"
             raise NotRecorded(
-                f"the prompt holds a video, and videos of {type(self.model).__name__} are not recorded{why}; nothing "
-                "is recorded"
+                f"the prompt holds a video, and videos of {type(self.model).__name__} are not recorded yet; nothing is "
+                "recorded"
             )
         if not any(self._inputs[name].is_floating_point() for name in pixels):
             raise NotRecorded(without_picture(ids, self.anatomy.image_token_id, kwargs))

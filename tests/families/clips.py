@@ -25,13 +25,15 @@ class TakesClips:
 
     Attributes:
         slot: what stands for a clip in a prompt.
-        videos: makes its video processor, of the size that the tiny model is made for.
+        videos: makes its video processor, of the size that the tiny model is made for; ``None``: the member's own is.
         together: frames that one image token stands for.
+        long: checked where time does not count (``campaign``).
     """
 
     slot: str
-    videos: Callable[[], Any]
+    videos: Callable[[], Any] | None
     together: int = 1
+    long: bool = False
 
 
 def _cropped(name: str) -> Callable[[], Any]:
@@ -72,6 +74,29 @@ CLIPS: dict[str, TakesClips] = {
             size={"longest_edge": 64}, max_image_size={"longest_edge": 64}, do_sample_frames=False
         ),
     ),
+    # The long checks alone.
+    "cosmos3_omni": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2, long=True),
+    "dots3_note": TakesClips("<|img|><|video_pad|><|endofimg|>", None, long=True),
+    "ernie4_5_vl_moe": TakesClips("<|IMAGE_START|><|VIDEO_PLACEHOLDER|><|IMAGE_END|>", None, 2, long=True),
+    "exaone4_5": TakesClips(_QWEN, _sized("Qwen2VLVideoProcessor", _PIXELS), 2, long=True),
+    "hyperclovax_vision_v2": TakesClips(_QWEN, _sized("Qwen2VLVideoProcessor", _PIXELS), 2, long=True),
+    "lfm3_vl": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2, long=True),
+    "qwen4_exp": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2, long=True),
+    "cohere_compass": TakesClips(
+        "<|VISION_START|><|VIDEO_PAD|><|VISION_END|>", _sized("CohereCompassVideoProcessor"), 2, long=True
+    ),
+    "minicpmv4_7": TakesClips("<|video|>", None, long=True),
+    "minicpm_ocr": TakesClips("<|video|>", None, long=True),
+    "glm4v_moe": TakesClips(_GLM, _sized("Glm4vVideoProcessor"), 2, long=True),
+    "glm_ocr": TakesClips(_GLM, _sized("Glm46VVideoProcessor"), 2, long=True),
+    "glm5_next": TakesClips(_GLM, _sized("Glm5NextVideoProcessor"), 2, long=True),
+    "muse_glimmer": TakesClips("<|video|>", None, 2, long=True),
+    "gemma4": TakesClips("<|video|>", lambda: transformers.Gemma4VideoProcessor(patch_size=4), long=True),
+    "video_llama_3": TakesClips(
+        _QWEN,
+        lambda: transformers.VideoLlama3VideoProcessor(size=dict(_TOGETHER), use_token_compression=False),
+        long=True,
+    ),
 }
 
 
@@ -79,7 +104,8 @@ def built(name: str) -> Built:
     """A member whose video processor makes frames of the tiny model's size, and whose chat template knows videos."""
     load_members()
     made = build(name)
-    made.processor.video_processor = CLIPS[name].videos()
+    if CLIPS[name].videos is not None:
+        made.processor.video_processor = CLIPS[name].videos()
     text = "{% elif part['type'] == 'text' %}"
     video = "{% elif part['type'] == 'video' %}" + CLIPS[name].slot
     made.processor.chat_template = made.processor.chat_template.replace(text, video + text)
@@ -104,7 +130,7 @@ def clip_inputs(
         videos=list(clips),
         text=[text],
         return_tensors="pt",
-        videos_kwargs={"do_sample_frames": False, "video_metadata": metadata, **call},
+        videos_kwargs={"do_sample_frames": False, "video_metadata": metadata, "return_metadata": True, **call},
         **({"images": list(images)} if images else {}),
     )
     return {name: value for name, value in found.items() if torch.is_tensor(value)}

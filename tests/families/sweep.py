@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -65,12 +65,6 @@ def outside() -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def refused_videos() -> dict[str, str]:
-    """Families whose videos cannot be recorded, and why."""
-    entries = yaml.safe_load((ROOT / "lvlm_probe" / "families.yaml").read_text(encoding="utf-8")).items()
-    return {name: entry["no_clips"] for name, entry in entries if "no_clips" in entry}
-
-
 class Heard:
     """Hears of every test that is parametrised by a family: family → test → whether it passed, ``None`` if skipped."""
 
@@ -84,18 +78,19 @@ class Heard:
             found[test.removeprefix("test_")] = None if report.skipped else report.passed
 
 
-def videos_checked() -> dict[str, dict[str, bool | None]]:
-    """What ``test_clips.py`` finds here, by family."""
+def videos_checked(families: Sequence[str]) -> dict[str, dict[str, bool | None]]:
+    """What ``test_clips.py`` finds here, by family; of all where none is named."""
     import pytest
 
-    heard = Heard()
-    pytest.main(["-q", "-p", "no:cacheprovider", str(Path(__file__).parent / "test_clips.py")], plugins=[heard])
+    heard, tests = Heard(), str(Path(__file__).parent / "test_clips.py")
+    named = ["-k", " or ".join(f"[{name}]" for name in families)] if families else []
+    pytest.main(["-q", "-p", "no:cacheprovider", *named, tests], plugins=[heard])
     return heard.found
 
 
 def write(results: dict[str, list[dict[str, Any]]], videos: dict[str, dict[str, bool | None]] | None = None) -> None:
     """This installation's runs into the table, the other's as they are; and the pages that are drawn from it."""
-    reasons, classes, refused = outside(), mapping(), refused_videos()
+    reasons, classes = outside(), mapping()
     before = json.loads(TABLE.read_text(encoding="utf-8"))
     families: dict[str, Any] = {}
     for name in sorted(classes):
@@ -106,10 +101,8 @@ def write(results: dict[str, list[dict[str, Any]]], videos: dict[str, dict[str, 
             runs = sorted([*own, *others], key=lambda run: (run["install"], run["larger"]))
             families[name] = {"class": classes[name], "kind": MEMBERS[name].kind, "runs": runs}
             old = before["families"].get(name, {}).get("videos")
-            if checked_videos := old if videos is None else videos.get(name):
+            if checked_videos := (videos or {}).get(name, old):
                 families[name]["videos"] = checked_videos
-            if why := refused.get(name):
-                families[name]["no_videos"] = why
         else:
             families[name] = {"class": classes[name], "outside": reasons.get(name, "not in the zoo yet"), "runs": []}
     named = ("transformers", "torch", "pillow", *(("torchvision",) if INSTALL == "torchvision" else ()))
@@ -194,7 +187,7 @@ def main() -> int:
         parser.error("--write takes all checks")
     load_members()
     if arguments.videos:
-        videos = videos_checked()
+        videos = videos_checked(arguments.families)
         write({}, videos)
         return int(any(passed is False for found in videos.values() for passed in found.values()))
     failed = 0

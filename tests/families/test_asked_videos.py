@@ -25,6 +25,7 @@ import lvlm_probe as probe
 from lvlm_probe import open_trace
 from lvlm_probe.errors import ImageError, ProbeError, ProbeWarning
 from lvlm_probe.heatmap_store import find_maps
+from lvlm_probe.metrics import tube_energy, tube_iou, tube_pointing
 from lvlm_probe.trace.video_files import read_video
 from lvlm_probe.video import ClipHeatmap
 
@@ -130,8 +131,8 @@ def test_what_cannot_be_shown_says_the_way_out(qwen: Built, video: Path, tmp_pat
     mute.processor.chat_template = build("qwen2_vl").processor.chat_template
     assert "may know no videos" in refused(ProbeError, mute, video=video)
     load_members()
-    other = build("video_llama_3")
-    assert "VideoLlama3ForConditionalGeneration are not recorded yet" in refused(ProbeError, other, video=video)
+    other = build("gemma4_unified")
+    assert "Gemma4UnifiedForConditionalGeneration are not recorded yet" in refused(ProbeError, other, video=video)
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -262,7 +263,8 @@ def study(qwen: Built, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A study of two questions about videos, by a column of that name."""
     monkeypatch.setattr("lvlm_probe.study.run.runner.load", lambda *_, **__: (qwen.model, qwen.processor))
     (tmp_path / "ball.mp4").write_bytes(video.read_bytes())
-    rows = "id,clip,question,answer\na,ball.mp4,What happens?,red\nb,ball.mp4,What moves?,red\n"
+    boxes = '"{""0"": [[0, 0, 45, 60]], ""20"": []}"'
+    rows = f"id,clip,question,answer,boxes\na,ball.mp4,What happens?,red,{boxes}\nb,ball.mp4,What moves?,red,\n"
     (tmp_path / "rows.csv").write_text(rows)
     return tmp_path
 
@@ -291,6 +293,14 @@ def test_a_study_has_a_column_of_videos(study: Path) -> None:
     assert len(records) == 6
     assert {record["status"] for record in records} == {"done"}
     assert set(by_method) == {"input_gradient", "occlusion", "gradcam"}
+    placed = [record for record in records if "pointing" in record]
+    assert len(placed) == 3
+    for record in placed:
+        heat = ClipHeatmap.read(study / "out" / "maps" / record["map"])
+        tube = np.zeros((4, 60, 90), bool)
+        tube[:2, :, :45] = True  # frames 0, 10, 20 and 30 of the file are shown
+        assert record["energy"] == pytest.approx(tube_energy(heat, tube))
+        assert record["pointing"] == tube_pointing(heat, tube) and record["iou"] == pytest.approx(tube_iou(heat, tube))
     page = study / "page.html"
     succeed("study", "page", file, "--out", page)
     table = succeed("study", "table", file, "--format", "markdown")

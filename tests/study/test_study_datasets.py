@@ -323,6 +323,20 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
         list(open_dataset("table", str(file)))
 
 
+def test_boxes_of_a_video_hold_from_a_frame_on(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    boxes: Any = {"20": [], "3": [[1, 2, 3, 4]], "0": [5, 6, 7, 8]}
+    for given in (boxes, json.dumps(boxes)):
+        file.write_text(json.dumps({"question": "q", "video": "a.mp4", "boxes": given}))
+        (sample,) = open_dataset("table", str(file))
+        assert sample.annotations == {"region": {0: [(5, 6, 7, 8)], 3: [(1, 2, 3, 4)], 20: []}}
+        assert list(sample.annotations["region"]) == [0, 3, 20]
+    for wrong in ([[1, 2, 3, 4]], {"-1": [[1, 2, 3, 4]]}, {"first": [[1, 2, 3, 4]]}, {"0": []}, {"0": [[1, 2]]}):
+        file.write_text(json.dumps({"question": "q", "video": "a.mp4", "boxes": wrong}))
+        with pytest.raises(StudyError, match=r"row 1: boxes (of a video are|are \[\[x0)"):
+            list(open_dataset("table", str(file)))
+
+
 def test_a_folder_of_pictures(tmp_path: Path) -> None:
     for name in ("b/2.png", "a/1.jpg", "top.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -43,7 +43,8 @@ def table(
     Args:
         columns: Field → column, for fields of another name: id, question, image (a path, or bytes in parquet), video (a
             path, in its place), answer, choices (a list, or text "(a) … (b) …"), group, boxes ([[x0, y0, x1, y1], …] in
-            pixels) and mask (path of an image, white = the region that decides the answer), e.g.
+            pixels; of a video by the frame of the file from which on they hold) and mask (path of an image, white = the
+            region that decides the answer), e.g.
             ``columns: {image: photo, answer: truth}``.
         question: Asked of every row, where there is no such column, e.g. ``question: "What is this?"``.
         images: Directory that paths are relative to, beside the file's own; a path that leads out of both, by itself
@@ -67,8 +68,8 @@ def table(
         answer = row.get(names["answer"])
         annotations: dict[str, Any] = {}
         if row.get(names["boxes"]):
-            annotations["region"] = _boxes(row[names["boxes"]], here)
-        elif row.get(names["mask"]):
+            annotations["region"] = (_boxes_in_time if moves else _boxes)(row[names["boxes"]], here)
+        elif row.get(names["mask"]) and not moves:
             picture = open_image(row[names["mask"]], where=here, beside=beside)
             annotations["region"] = _white(picture)
         yield Sample(
@@ -129,6 +130,21 @@ def _boxes(value: Any, where: str) -> list[tuple[float, ...]]:
         shown = short(value, 200)
         raise StudyError(f"{where}: boxes are [[x0, y0, x1, y1], …] in pixels; got {shown} ({error})") from error
     return found
+
+
+def _boxes_in_time(value: Any, where: str) -> dict[int, list[tuple[float, ...]]]:
+    """Boxes by the frame of the file from which on they hold, in order; none there end those before."""
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+        starts = sorted((int(frame), boxes) for frame, boxes in given.items())
+        if not starts or starts[0][0] < 0 or not any(boxes for _, boxes in starts):
+            raise ValueError("no boxes, or frames below 0")
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise StudyError(
+            f'{where}: boxes of a video are {{"12": [[x0, y0, x1, y1], …], "40": []}}, in pixels, by the frame of the '
+            f"file from which on they hold; got {short(value, 200)} ({error})"
+        ) from error
+    return {frame: _boxes(boxes, where) if boxes else [] for frame, boxes in starts}
 
 
 def _white(picture: Any) -> Any:

@@ -30,6 +30,9 @@ from lvlm_probe.metrics import (
     human_agreement,
     iou,
     pointing_game,
+    tube_energy,
+    tube_iou,
+    tube_pointing,
 )
 from lvlm_probe.recording.answering import record_answer
 from lvlm_probe.replaying import Replay, replay
@@ -169,8 +172,7 @@ def map_unit(
         record["common"] = _scores(study, dataclasses.replace(heat, selection=usual), common, own_baseline=True)
     elif not usual:
         record["common"] = {"deletion": None, "insertion": None}
-    if isinstance(heat, Heatmap):  # annotations are of images
-        record |= _places(heat, annotations)
+    record |= _places(heat, annotations) if isinstance(heat, Heatmap) else _places_in_time(heat, annotations)
     if settings.words:
         record["words"] = add_words(study, player, method, heat, map_file)
     record["measured"] = {**measured, "memory": memory, **watch.taken(player.device)}
@@ -203,6 +205,18 @@ def _scores(study: Study, heat: Heatmap | ClipHeatmap, player: Replay, *, own_ba
         "trusted": score.verdict.trusted,
         "verdict": str(score.verdict),
     }
+
+
+def _places_in_time(heat: ClipHeatmap, annotations: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores against the boxes of a video, of each frame those that hold at its number in the file."""
+    region = annotations.get("region")
+    if not isinstance(region, Mapping) or heat.clip.indices is None:
+        return {}
+    begun = [[start for start in region if start <= index] for index in heat.clip.indices]
+    tube = {number: region[max(starts)] for number, starts in enumerate(begun) if starts and region[max(starts)]}
+    if not tube:
+        return {}  # none of the frames that were sampled shows it
+    return {"pointing": tube_pointing(heat, tube), "energy": tube_energy(heat, tube), "iou": tube_iou(heat, tube)}
 
 
 def _places(heat: Heatmap, annotations: Mapping[str, Any]) -> dict[str, Any]:
