@@ -17,7 +17,8 @@ import numpy as np
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.curve_points import MaskScores, curve_masks, known_scores, rank
-from lvlm_probe.explainers.scores import even_masks, too_narrow
+from lvlm_probe.explainers.explaining import scored_by
+from lvlm_probe.explainers.scores import Followed, even_masks, followed, too_narrow
 from lvlm_probe.metrics import Score
 from lvlm_probe.metrics.scoring import check_answer, over_baseline
 
@@ -114,9 +115,9 @@ def region(source: ReplayLike | Score, heat: Heatmap, *, keep: float = 0.9) -> R
 
 
 def _on_curve(score: Score, heat: Heatmap, keep: float, seen: int) -> tuple[int, float]:
-    if score.provenance.get("tokens") != list(heat.selection.indices) or score.provenance.get("trace_id") != (
-        heat.provenance.get("trace_id")
-    ):
+    own = heat.selection.score
+    of_heat = [heat.provenance.get("trace_id"), list(heat.selection.indices), None if own is None else own.name]
+    if [score.provenance.get(name) for name in ("trace_id", "tokens", "score")] != of_heat:
         raise ExplainError("this score is of another answer or of other words than the map: evaluate(heat, replay)")
     assert heat.values is not None
     if list(score.params.get("grid") or ()) != list(heat.values.shape):
@@ -131,18 +132,20 @@ def _on_curve(score: Score, heat: Heatmap, keep: float, seen: int) -> tuple[int,
 def _searched(replay: ReplayLike, heat: Heatmap, keep: float, order: np.ndarray, seen: int) -> tuple[int, float, int]:
     check_answer(heat, replay)
     assert heat.values is not None
-    shape, tokens = heat.values.shape, heat.selection.indices
+    shape, own = heat.values.shape, heat.selection.score
+    kind: Followed = "own" if own is not None and own.followed == "own" else "prob"  # as evaluate does
     replay = over_baseline(replay, heat.provenance.get("baseline") or replay.baseline)
-    before = replay.passes.forward
-    known = known_scores(replay, tokens, heat.image_index, "fast")
-    scores = MaskScores(replay, tokens, image=heat.image_index, mode="fast", known=known)
-    original, baseline = scores(even_masks([1.0, 0.0], shape)).exp().mean(dim=1).tolist()
-    if why := too_narrow(original, baseline):
+    replay, columns, before = scored_by(replay, heat.selection), heat.selection.columns, replay.passes.forward
+    known = known_scores(replay, columns, heat.image_index, "fast")
+    scores = MaskScores(replay, columns, image=heat.image_index, mode="fast", known=known)
+    original, baseline = followed(scores(even_masks([1.0, 0.0], shape)), kind, own).tolist()
+    if why := too_narrow(original, baseline, score=kind):
         raise ExplainError(f"no share of the score can be told: {why}")
+    bottom = baseline if own is None else min(original, baseline)  # 0 and 1 of the curves of evaluate
 
     def kept(count: int) -> float:
-        alone = scores(curve_masks(order, np.array([count]), shape, insert=True)).exp().mean()
-        return (float(alone) - baseline) / (original - baseline)
+        alone = followed(scores(curve_masks(order, np.array([count]), shape, insert=True)), kind, own)
+        return (float(alone[0]) - bottom) / (original - baseline if own is None else abs(original - baseline))
 
     count = first_that(lambda cells: kept(cells) >= keep, seen) or seen
     return count, kept(count), replay.passes.forward - before

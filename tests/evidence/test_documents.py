@@ -158,6 +158,21 @@ def test_the_region_is_that_of_the_score_by_passes_and_by_its_curve(read: ToyRep
     assert 0 < region(read, heat, keep=0.99).passes <= 2 * 8 + 2
 
 
+def test_the_region_of_a_contrast_keeps_the_contrast(demo: tuple[Any, Any], tmp_path: Path) -> None:
+    scene = probe.demo.scenes(1, kinds=["pair"])[0]
+    answer = probe.ask(*demo, scene.image, scene.question, out=tmp_path)
+    options = {"method": "occlusion", "size": 6, "progress": False}
+    heat = probe.explain(answer.replay, tokens="green", against="yellow", **options)
+    score = probe.evaluate(heat, answer.replay, steps=heat.values.size, progress=False)
+    found, free = region(answer.replay, heat), region(score, heat)
+    assert free.passes == 0 and found.kept >= 0.9 and free.kept >= 0.9
+    point = np.isclose(score.fractions, found.cells.sum() / heat.seen.sum()).argmax()
+    assert found.kept == pytest.approx(score.insertion_curve[point], abs=1e-4)
+    said = probe.explain(answer.replay, tokens="green", **options)
+    with pytest.raises(ExplainError, match="other words"):
+        region(score, said)
+
+
 def test_what_has_no_region_says_why(read: ToyReplay) -> None:
     heat = _heat(read, "total")
     with pytest.raises(ExplainError, match="a share of the score"):
