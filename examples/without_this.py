@@ -22,6 +22,7 @@ with tempfile.TemporaryDirectory() as runs:
     baseline = answer.replay.over(heat.provenance["baseline"]).baseline_image()
     panels = [(heat.overlay(mark=False), f"{scene.question}\n{answer.text}")]
 for edit in edits:
+    assert edit.mask is not None and baseline is not None  # of a region by a map, over an image that is known
     print(f"{edit}  ({edit.answers} answers, {edit.steps} tokens)")
     shown = Image.fromarray((255 * edit.mask).astype("uint8")).resize(scene.image.size, Image.Resampling.BILINEAR)
     where = edit.sentence.partition(" it says ")[0]
