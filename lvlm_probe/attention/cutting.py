@@ -31,16 +31,21 @@ _MASK = "attention_mask"
 Layers = list[tuple[TapLayer, nn.Module]]
 
 
-def attention_layers(model: nn.Module, layers: int | Sequence[int] | str | None) -> Layers:
+def attention_layers(model: nn.Module, layers: int | Sequence[int] | str | None, *, of_text: bool = False) -> Layers:
     """The decoder's attention layers to cut, in order.
 
     Args:
         layers: ``None`` or ``"all"``, a layer's index, or several (a ``range`` too), counted from 0.
+        of_text: text is to be cut: layers of cross-attention, whose keys are states of the image, stay as they are.
 
     Raises:
         ExplainError: one of them does not exist, or its attention cannot be cut (the message says why).
     """
     found, unreadable = discover(model)
+    if of_text:
+        for layer, _ in discover(model, cross=True)[0]:
+            if layer.kind == "cross":
+                unreadable.pop(layer.module, None)
     for layer, module in found:
         if _MASK not in inspect.signature(type(module).forward).parameters:
             unreadable[layer.module] = f"{type(module).__name__} takes no {_MASK}"

@@ -316,7 +316,7 @@ class Replay(Views):
             raise ReplayError(f"positions of text are 0 to {self.length - 1} but for image tokens; got {found[:8]}")
         try:
             with self.replica.use() as model:
-                layers = attention_layers(model, None)
+                layers = attention_layers(model, None, of_text=True)
         except ExplainError as error:
             raise ReplayError(f"{name} cannot be asked without some of its text: {error}") from error
         other: Self = self.viewed()

@@ -82,6 +82,29 @@ def test_a_text_that_is_not_read(talk: Any, text: str) -> None:
     assert deaf.origin["unread"] == list(deaf.unread) and "unread" not in talk.origin
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "paligemma", "mllama"])
+def test_what_an_unread_text_says_makes_no_difference(name: str, tmp_path: Any) -> None:
+    """In decoders that look both ways, number positions their own way, or read the image by cross-attention."""
+    model, processor = tiny_models.build(name)
+    with probe.attach(model, processor) as p, p.record(tmp_path) as recording:
+        inputs = tiny_models.inputs(name, model, processor, [tiny_models.picture()], "What is this?")
+        model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    replay = probe.replay(recording.traces[0], model, processor)
+    deaf = replay.without()
+    before = [view.log_probs(None)[0] for view in (replay, deaf)]
+
+    def other_words(_module: Any, _args: Any, states: torch.Tensor) -> torch.Tensor:
+        states = states.clone()
+        states[:, list(deaf.unread)] += 3 * torch.randn(states.shape[-1], generator=torch.Generator().manual_seed(0))
+        return states
+
+    hook = model.get_input_embeddings().register_forward_hook(other_words)
+    after = [view.log_probs(None)[0] for view in (replay, deaf)]
+    hook.remove()
+    assert (before[0] - after[0]).abs().max() > 1e-3
+    assert torch.allclose(before[1], after[1], atol=1e-5)
+
+
 def test_an_answer_token_that_is_not_read(talk: Any) -> None:
     place = talk.prompt_length + 1
     found = talk.without([place]).log_probs(None)[0]

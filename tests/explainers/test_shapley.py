@@ -86,3 +86,10 @@ def test_more_players_are_sampled_with_an_error_that_holds() -> None:
     np.testing.assert_allclose(found.shares.sum(0), found.everyone - found.nobody, atol=1e-12)
     again = shapley(values, players, orders=60, seed=1)
     np.testing.assert_array_equal(found.shares, again.shares)
+
+
+def test_an_order_and_its_reverse_make_up_for_each_other() -> None:
+    """Where a player's gain grows with those who are there, v = |S|², the two together are the share exactly."""
+    found = shapley(lambda coalitions: (coalitions.sum(1, keepdims=True) ** 2).astype(float), 12, orders=2)
+    np.testing.assert_allclose(found.shares, 12)
+    np.testing.assert_allclose(found.error, 0, atol=1e-12)
