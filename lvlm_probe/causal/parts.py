@@ -40,7 +40,7 @@ from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.selection import TokenSelection, select_tokens, word_selections
 from lvlm_probe.words import ALPHA
 
-__all__ = ["Modalities", "PartShares", "modalities", "which_parts"]
+__all__ = ["Modalities", "PartShares", "modalities", "which_parts", "words_of"]
 
 _NAMED = 40
 """Characters of a text by which a part is called."""
@@ -132,7 +132,7 @@ def which_parts(
     check_rules("which_parts", orders=whole_rule(orders, 2))
     players = _players(replay, parts)
     replay = replay.counted()
-    selection = selected(cast(Replay, replay), tokens)
+    selection = words_of(cast(Replay, replay), tokens)
     if not selection:
         raise ExplainError(f"nothing to explain: {selection.reason}")
     replay = replay.strengthened(selection.decided)
@@ -170,6 +170,16 @@ def which_parts(
         baseline=str(replay.baseline.get("kind") or "unknown"),
         trace_id=replay.trace_id,
     )
+
+
+def words_of(replay: Replay, tokens: Tokens | None) -> TokenSelection:
+    """The selection, which is one of words alone. Raises ``ExplainError`` where it has a score of its own."""
+    selection = selected(replay, tokens)
+    if selection.score is not None:
+        raise ExplainError(
+            f"this is measured by log-likelihood, and {selection.score.name!r} is another score: select the words alone"
+        )
+    return selection
 
 
 def _players(replay: ReplayLike, parts: str | Sequence[str]) -> list[_Part]:
@@ -338,7 +348,7 @@ def modalities(replay: Replay, *, tokens: Tokens | None = None, question: str | 
         ReplayError: the prompt does not hold the question, or its text cannot be left unread.
     """
     replay = _live(replay).counted()
-    selection: TokenSelection = selected(replay, tokens)
+    selection = words_of(replay, tokens)
     if not selection and tokens is None:
         selection = select_tokens(replay, rule="joint")
     if not selection or not replay.words:

@@ -30,8 +30,9 @@ import torch
 from lvlm_probe.attention.cutting import attention_layers, cut_attention
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.causal.effects import Recorded
+from lvlm_probe.causal.parts import words_of
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.explaining import Tokens, selected
+from lvlm_probe.explainers.explaining import Tokens
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
@@ -319,7 +320,7 @@ def check_steps(
     """
     replay = replay.counted()
     found = find_steps(replay)
-    selection = selected(replay, found.steps[-1].span if tokens is None else tokens)
+    selection = words_of(replay, found.steps[-1].span if tokens is None else tokens)
     if not selection:
         raise ExplainError(f"there is no conclusion to measure: {selection.reason}")
     conclusion = list(selection.indices)

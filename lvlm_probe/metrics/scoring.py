@@ -190,6 +190,7 @@ class Score:
     def _together(self) -> str:
         curve = self.params["synergy"]["curve"]
         unit = "nats" if self.params.get("score") == "log" else "probability"
+        unit = repr(self.params["own_score"]) if self.params.get("followed") == "own" else unit
         return (
             f"image and question together give {curve[-1]:.3f} of {unit} that neither gives alone; along deletion by "
             f"the map {self.synergy:.3f} of it is gone on average (F_syn)"

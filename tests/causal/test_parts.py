@@ -326,6 +326,29 @@ def test_the_end_of_that_curve_is_what_the_two_give_together(demo: Any, tmp_path
     assert score.params["synergy"]["curve"][-1] == pytest.approx(together.totals[2], abs=1e-3)
 
 
+def test_a_contrast_has_what_the_two_give_it_together(demo: Any, tmp_path: Any) -> None:
+    model, processor = demo
+    scene = probe.demo.scenes(1, seed=3)[0]
+    replay = probe.ask(model, processor, scene.image, scene.question, out=tmp_path).replay
+    (word,) = probe.select_tokens(replay).indices
+    other = "blue" if "blue" not in replay.tokens[word] else "red"
+    heat = probe.explain(replay, method="input_gradient", tokens=[word], against=other)
+    score = probe.evaluate(heat, replay, steps=10, center=False, synergy=True)
+    ends = torch.tensor([1.0, 0.0])[:, None, None]
+    base = replay.strengthened(heat.selection.decided)
+    with torch.no_grad():
+        heard, deaf = (
+            view.scored(heat.selection.score).log_probs(ends)[:, -1].sigmoid() for view in (base, base.without())
+        )
+    expected = float(heard[0] - heard[1] - deaf[0] + deaf[1])
+    assert score.params["synergy"]["curve"][-1] == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(ReplayError, match="without\\(\\) first"):
+        base.scored(heat.selection.score).without()
+    for asked in (causal.which_parts, causal.modalities):
+        with pytest.raises(ExplainError, match="measured by log-likelihood"):
+            asked(replay, tokens=heat.selection)
+
+
 @pytest.mark.parametrize("record", [{}, {"parts": 3}, {"parts": ["a"], "shares": ["x"]}])
 def test_a_record_that_is_none_is_refused(record: dict[str, Any]) -> None:
     for kind in (PartShares, Modalities):
