@@ -18,6 +18,7 @@ from lvlm_probe.errors import ExplainError, SelectionError
 from lvlm_probe.explainers.attention_relevance import Walk, relu_product
 from lvlm_probe.explainers.registry import Problem, follows_score
 from lvlm_probe.heatmap_store import MapSettings, explain_one, score_one
+from lvlm_probe.metrics.verdict import judge
 from lvlm_probe.replaying.own_scores import Contrast
 from lvlm_probe.selection import TokenSelection, select_tokens
 
@@ -254,6 +255,17 @@ def test_a_command_makes_a_map_for_each_side(asked: Any, tmp_path: Path) -> None
     assert "Why “yellow” and not “cyan”?" in page.read_text(encoding="utf-8")
     refused = command_line.run(*command, "--word-maps")
     assert (refused.code != 0, "give either" in refused.err) == (True, True)
+
+
+def test_a_side_that_nothing_in_the_image_speaks_for_is_not_trusted() -> None:
+    """A map of everything but the other side's object has a good gain too: what it marks has to raise the score above
+    what it is without the image."""
+    measured = {"deletion": 0.02, "insertion": 0.98}
+    idle = judge(**measured, own_score=("blue, not red", 0.1, 0.7, 0.71))
+    assert not idle.trusted
+    assert "nothing in the image speaks for 'blue, not red'" in str(idle)
+    assert judge(**measured, own_score=("blue, not red", 0.1, 0.7, 0.9)).trusted
+    assert judge(**measured, own_score=("red, not blue", 0.7, 0.1, 0.7)).trusted
 
 
 def test_methods_are_compared_on_a_contrast(asked: Any, tmp_path: Path) -> None:

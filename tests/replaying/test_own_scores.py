@@ -95,6 +95,33 @@ def test_masks_are_scored_alone_and_together(name: str) -> None:
     assert torch.isnan(scored.log_probs(MASKS, steps=[2])[:, 0]).all()
 
 
+class Noted(dict[str, Any]):
+    """A journal in memory."""
+
+    def put(self, key: str, values: Any) -> None:
+        self[key] = values
+
+
+def test_a_journal_keeps_scores_apart() -> None:
+    """And gives each back to the bit, without the model; the answer's tokens have entries of their own."""
+    replay, journal = inside.replay("llava"), Noted()
+    first, second = (Contrast.of([PLACE], [ids], ["a"], "said") for ids in other_ids(replay, 1, 2))
+    with torch.no_grad():
+        wanted = [replay.scored(score).log_probs(MASKS) for score in (first, second)]
+        for _ in range(2):
+            found = [replay.scored(score).journalled(journal).log_probs(MASKS) for score in (first, second)]
+            assert all(torch.equal(*pair) for pair in zip(wanted, found, strict=True))
+        assert replay.journalled(journal).log_probs(MASKS).shape == (3, 5)
+    assert len(journal) == 3 * len(MASKS)
+    assert float((wanted[0] - wanted[1])[:, -1].abs().min()) > 1e-3
+
+
+def test_fewer_masks_go_through_at_once_where_each_is_several_sequences() -> None:
+    replay = inside.replay("llava")
+    scored = replay.scored(Contrast.of([PLACE], other_ids(replay, 2, 3), ["a", "b"], "said"))
+    assert scored.masks_at_once == max(1, replay.masks_at_once // 3) < replay.masks_at_once
+
+
 def test_the_gradient_equals_central_differences() -> None:
     """On a float64 model, with a further sequence per mask."""
     model, processor = tiny_models.build("llava")
