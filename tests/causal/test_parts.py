@@ -342,8 +342,6 @@ def test_a_contrast_has_what_the_two_give_it_together(demo: Any, tmp_path: Any) 
         )
     expected = float(heard[0] - heard[1] - deaf[0] + deaf[1])
     assert score.params["synergy"]["curve"][-1] == pytest.approx(expected, abs=1e-4)
-    with pytest.raises(ReplayError, match="without\\(\\) first"):
-        base.scored(heat.selection.score).without()
     for asked in (causal.which_parts, causal.modalities):
         with pytest.raises(ExplainError, match="measured by log-likelihood"):
             asked(replay, tokens=heat.selection)
