@@ -72,6 +72,25 @@ def test_a_question_sees_no_other_question_of_its_clip(untrained: tuple[video.Ne
     assert not torch.allclose(after[~kept], before[~kept])
 
 
+def test_the_tower_alone_is_shown_two_frames_and_what_is_under_their_patches(
+    untrained: tuple[video.Net, Any, video.Loader],
+) -> None:
+    net, processor, loader = untrained
+    again = video.Loader(loader.pool, loader.writer, processor.video_processor, seed=0)
+    for _ in range(8):  # some of a later moment, in which something has moved
+        again.rng.bit_generator.state = loader.rng.bit_generator.state
+        batch = loader.batch(1)
+        pixels, film, seen, labels = again.clip(0.0, 0.0)
+        whole = torch.from_numpy((pixels - loader.mean) / loader.std)
+        pairs = [k for k in range(video.STEPS) if torch.equal(whole[2 * k : 2 * k + 2], batch.pixels[0])]
+        under = slice(pairs[0] * video.PATCHES, (pairs[0] + 1) * video.PATCHES)
+        for name, wanted in video.patch_targets(film, labels, seen).items():
+            assert batch.patches[name][0].tolist() == wanted[under].tolist()
+        with torch.no_grad():
+            alone, together = net.patches(batch.pixels), net.patches(whole[None])
+        torch.testing.assert_close(alone, together[:, under])
+
+
 def test_what_cannot_be_seen_is_answered_hidden(untrained: tuple[video.Net, Any, video.Loader]) -> None:
     _, processor, loader = untrained
     film = loader.pool.films[0]
@@ -133,7 +152,7 @@ def explain_a_clip(path: Path, runs: Path) -> None:
 def test_the_shipped_model_knows_what_it_is_asked() -> None:
     """A few of the clips that docs/video.md counts; two hundred of each kind are above these floors by themselves."""
     model, processor = probe.load(SHIPPED)
-    found = evaluation.exact_match(model, processor, n=30, seed=5, clips=True)
+    found = evaluation.exact_match(model, processor, n=60, seed=5, clips=True)
     exact = {kind: row["exact"] for kind, row in found.items()}
     assert exact["appearance"] + exact["colour"] >= 2 * 0.9
     assert exact["direction"] + exact["order"] >= 2 * 0.85
