@@ -133,7 +133,7 @@ def _panel(number: int, heat: ClipHeatmap, score: Score | None) -> tuple[str, di
     if score is not None and score.reason is None:
         facts.append(f"deletion {score.deletion:.2f}, insertion {score.insertion:.2f}")
     hottest = int(curve.argmax())
-    most = f"highest {float(curve.max()):.2f} at {html.escape(heat.when(hottest))}"
+    most = f"highest {float(curve.max()):.2g} at {html.escape(heat.when(hottest))}"
     start = int(curve[chosen].argmax())
     markup = f"""{opening}{head}
 <div class="player" hidden><img class="large" alt="">

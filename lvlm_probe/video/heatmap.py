@@ -362,7 +362,7 @@ class ClipHeatmap(HeatGrid):
             x, y = points[number]
             pencil.ellipse([x - 3, y - 3, x + 3, y + 3], fill=_LINE)
         font = ImageFont.load_default(_TEXT)
-        told = f"mean of the heatmap in each frame, highest {highest:.2f} at {self.when(int(curve.argmax()))}"
+        told = f"mean of the heatmap in each frame, highest {highest:.2g} at {self.when(int(curve.argmax()))}"
         pencil.text((0, bottom + _GAP), told, font=font, fill=_INK)
 
 
