@@ -75,11 +75,11 @@ TOLERANCE = 4  # pixels of 84: the same part of a frame as 15 of 336, which scen
 JUDGES = ("gain", "deletion", "insertion", "pointing", "energy", "pointing_in_time", "iou_in_time")
 LEADER = "igos++"
 WITHIN = 0.01  # how far an area may be off by drawing a quarter of the points
-SETTINGS: dict[str, dict[str, Any]] = {
-    "rise": {"masks": 600},
-    "greedy": {"segments": "grid", "regions": (4, 4), "stretches": 4},
+SETTINGS: dict[str, dict[str, Any]] = {"rise": {"masks": 600}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "igos++ (fast)": {"method": "igos++", "preset": "fast"},
+    "greedy (exact)": {"method": "greedy", "search": "exact"},
 }
-VARIANTS: dict[str, dict[str, Any]] = {"igos++ (fast)": {"method": "igos++", "preset": "fast"}}
 FLOORS = ("center", "random")
 TRUTH = "ground truth"
 
@@ -304,8 +304,8 @@ def table(summary: Mapping[str, Any]) -> str:
         *_markdown(["heatmap", "pointing ↑", "energy ↑", "pointing in time ↑", "IoU in time ↑"], placed_),
         *_markdown(["gain", *kinds], by_kind),
         f"{summary['clips']} {split} clips; passed over on the way: {skipped}. Mean [95 % bootstrap interval]. Gain: "
-        f"insertion − deletion over tubes, {STEPS} points, ranked on {' × '.join(map(str, GRID))} cells. p: two-sided "
-        "sign-flip permutation test of the paired gains, adjusted by Holm. Pointing: within "
+        f"insertion − deletion over tubes, areas within {WITHIN}, ranked on {' × '.join(map(str, GRID))} cells. p: "
+        "two-sided sign-flip permutation test of the paired gains, adjusted by Holm. Pointing: within "
         f"{TOLERANCE} pixels; in time, chance hits {summary['moments']:.2f}, as large a part of the frames is needed. "
         f"Seconds: median. {summary['machine']}.",
     ]

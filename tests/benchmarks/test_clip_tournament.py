@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,3 +82,10 @@ def test_a_table_has_the_leader_first_and_kinds_by_themselves(tmp_path: Path) ->
     methods = ["igos++", "rise (the first 8)", "random"]
     assert [row for row in rows if row != "---"] == ["heatmap", *methods, "heatmap", *methods, "gain", *methods]
     assert "12 held-out clips; passed over on the way: 2 answered wrongly." in text
+
+
+def test_the_page_shows_the_table_of_the_summary_that_is_kept() -> None:
+    summary = json.loads(tournament.RESULTS.read_text(encoding="utf-8"))
+    page = (tournament.ROOT / "docs" / "video.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- tournament -->\n")[2].partition("\n<!-- /tournament -->")[0]
+    assert shown == tournament.table(summary).strip()

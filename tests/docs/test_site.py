@@ -149,6 +149,7 @@ def test_an_empty_site_is_a_fault(tmp_path: Path) -> None:
         ("figures.md", "families"),
         ("reality.md", "tournament photographs"),
         ("tournament.md", "photographs"),
+        ("video.md", "tournament"),
     ],
 )
 def test_pages_have_the_marks_that_scripts_fill(page: str, mark: str) -> None:
