@@ -17,7 +17,7 @@ from toy_replay import ToyReplay
 
 import lvlm_probe as probe
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.evidence import Field, export, fields, locate, region
+from lvlm_probe.evidence import export, fields, locate, region
 from lvlm_probe.evidence.regions import first_that, polygons_of
 from lvlm_probe.heatmap import Heatmap
 
@@ -101,6 +101,12 @@ def test_outlines_enclose_exactly_the_cells_and_part_what_touches_at_a_corner() 
         assert len(boxes) == sum(area > 0 for area in signed) == _parts(cells)
         for (row, col), inside in np.ndenumerate(cells):
             assert _inside(rings, 4 * col + 2, 4 * row + 2) == inside
+
+
+def test_parts_that_touch_at_a_corner_are_not_joined_whichever_is_met_first() -> None:
+    cells = np.array([[1, 0, 0], [1, 0, 1], [1, 1, 0]], bool)
+    for turned in (cells, cells[::-1], cells[:, ::-1], cells[::-1, ::-1], cells.T):
+        assert len(polygons_of(turned, (3, 3))[1]) == 2
 
 
 def _parts(cells: np.ndarray) -> int:
@@ -221,18 +227,21 @@ def test_a_report_draws_the_place(places: list[Any], tmp_path: Path) -> None:
         assert [line["title"] for line in drawn["sanity"]] == [f"{place.field}, P 0.81"]
 
 
-def test_the_page_is_the_one_that_the_value_hangs_on() -> None:
-    from lvlm_probe.evidence.documents import _by_page
+class TwoPages(ToyReplay):
+    """A reader of two pages, whose second one has all values."""
 
-    class Pages:
-        n_images, device = 3, torch.device("cpu")
-        original_log_probs = torch.tensor([-0.1, -0.2])
+    def log_probs(self, mask: Any = None, *, image: int | None = None, **options: Any) -> torch.Tensor:
+        if image == 0:
+            return self.original_log_probs.double().expand(len(mask), -1)
+        return super().log_probs(mask, image=image, **options)
 
-        def log_probs(self, mask: torch.Tensor, *, image: int, steps: list[int]) -> torch.Tensor:
-            assert not mask.any()
-            return torch.tensor([[-0.1, -0.2 - [0.0, 5.0, 1.0][image]]])
 
-    assert _by_page(Pages(), Field("total", "12", (1,))) == pytest.approx((0.0, 5.0, 1.0))  # type: ignore[arg-type]
+def test_the_page_is_the_one_that_the_value_hangs_on(read: ToyReplay) -> None:
+    pages = TwoPages(read.weights, original=[0.9] * 11, base=[0.01] * 11, tokens=PIECES, size=SIZE)
+    pages.trace, pages.n_images, pages.image_sizes = read.trace, 2, [SIZE, SIZE]
+    (place,) = locate(pages, names=["total"], method="occlusion", progress=False)
+    assert place.page == place.region.image == 1
+    assert place.without == pytest.approx((0.0, 2 * np.log(0.9 / 0.01)), abs=1e-5)
 
 
 def test_files_that_other_tools_read(places: list[Any], tmp_path: Path) -> None:

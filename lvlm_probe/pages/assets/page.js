@@ -29,12 +29,12 @@ async function drawView() {
 /** The box, or the point, that the answer says, over the image. */
 function placeBox() {
   const { box } = current();
-  page.said.hidden = !box;
+  page.stated.hidden = !box;
   if (!box) return;
   const [left, top, right, bottom] = box.map((share) => Math.min(1, Math.max(0, share)));
   const { offsetLeft, offsetTop, clientWidth, clientHeight } = page.view;
-  page.said.classList.toggle("point", box[0] === box[2]);
-  Object.assign(page.said.style, {
+  page.stated.classList.toggle("point", box[0] === box[2]);
+  Object.assign(page.stated.style, {
     left: `${offsetLeft + left * clientWidth}px`,
     top: `${offsetTop + top * clientHeight}px`,
     width: `${(right - left) * clientWidth}px`,
