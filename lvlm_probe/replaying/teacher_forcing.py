@@ -360,14 +360,17 @@ class TeacherForcing:
     def _wanted_positions_only(
         self, model: torch.nn.Module, steps: Sequence[int], shortcut: Shortcut | None
     ) -> Iterator[tuple[dict[str, int], list[torch.Tensor]]]:
-        """Only wanted positions through the LM head: by ``logits_to_keep``, and by trimming what the head is given,
-        which is kept where a score reads it."""
+        """Only wanted positions through the LM head, by trimming what it is given, which is kept where a score reads it.
+
+        ``logits_to_keep`` is for models whose head is not found: with it some drop all other positions before their
+        last layers (Gemma 4), where whoever looks inside would miss them.
+        """
         hub: Any = model
         head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
         span = steps[-1] - steps[0] + 1
         whole = self._score is not None and self._score.states
         states: list[torch.Tensor] = []
-        extra = {"logits_to_keep": span} if self._keeps_logits and not whole else {}
+        extra = {"logits_to_keep": span} if self._keeps_logits and head is None else {}
         back = tuple(step - steps[-1] - 1 for step in steps)  # counted from the end, which all of them share
 
         def trim(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -393,7 +396,7 @@ class TeacherForcing:
             for part in model.modules():
                 if hasattr(part, "get_rope_index"):
                     hooks.shadow(part, "get_rope_index", of_one_prompt)
-            if head is not None and not (extra and len(steps) == span):
+            if head is not None:
                 hooks.forward_pre(head, trim, name="wanted positions", fenced=False)
             if shortcut is not None and shortcut.narrow:
                 hooks.shadow(model.get_submodule(shortcut.narrow), "forward", narrowed)

@@ -6,6 +6,7 @@ Which shortcuts a family allows is found by the package; what is known of the fa
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,3 +66,20 @@ def test_all_cuts_together_equal_the_plain_pass(name: str, tmp_path: Path, monke
     assert off < 1e-4 and gradient_off < 1e-3
     assert "later tokens cut" in str(replay.shortcuts)
     assert ("cache" in str(replay.shortcuts)) == (name in WITH_CACHE)
+
+
+def test_layers_that_can_drop_positions_keep_them_for_who_looks_inside(tmp_path: Path) -> None:
+    """Gemma 4's last layers take keys and values of others, and run on ``logits_to_keep`` positions where told so."""
+    replay = recorded("gemma4_unified", tmp_path)
+    seen: dict[str, tuple[int, int]] = {}
+
+    def visit(layer: Any) -> None:
+        if layer.part == "decoder":
+            seen[layer.layer.module] = (layer.queries, layer.keys)
+
+    with replay.capture(attention=["decoder"], visit=visit):
+        replay.score_and_grad(torch.ones(1, 1, 4, 4), lambda log_probs: log_probs.sum(1))
+    assert len(seen) == 4 and set(seen.values()) == {(replay.length, replay.length)}
+    for method in ("attention", "tmm", "rollout", "iia"):
+        settings = {"source": "replay"} if method == "attention" else {}
+        assert probe.explain(replay, method=method, tokens=[0], **settings).values is not None
