@@ -360,7 +360,7 @@ class TeacherForcing:
     def _wanted_positions_only(
         self, model: torch.nn.Module, steps: Sequence[int], shortcut: Shortcut | None
     ) -> Iterator[tuple[dict[str, int], list[torch.Tensor]]]:
-        """Only wanted positions through the LM head, by trimming what it is given, which is kept where a score reads it.
+        """Only wanted positions through the LM head, by trimming what it is given, which a score may read.
 
         ``logits_to_keep`` is for models whose head is not found: with it some drop all other positions before their
         last layers (Gemma 4), where whoever looks inside would miss them.

@@ -92,6 +92,9 @@ CLIPS: dict[str, TakesClips] = {
     "glm5_next": TakesClips(_GLM, _sized("Glm5NextVideoProcessor"), 2, long=True),
     "muse_glimmer": TakesClips("<|video|>", None, 2, long=True),
     "gemma4": TakesClips("<|video|>", lambda: transformers.Gemma4VideoProcessor(patch_size=4), long=True),
+    "gemma4_unified": TakesClips(
+        "<|video|>", lambda: transformers.Gemma4UnifiedVideoProcessor(patch_size=4), long=True
+    ),
     "video_llama_3": TakesClips(
         _QWEN,
         lambda: transformers.VideoLlama3VideoProcessor(size=dict(_TOGETHER), use_token_compression=False),
