@@ -14,6 +14,7 @@ import typer
 from lvlm_probe.cli.shared.completion import choices, complete_methods
 from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from
 from lvlm_probe.cli.shared.options import (
+    AgainstOption,
     Attn,
     BaselineOption,
     Device,
@@ -83,6 +84,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--words", metavar="TEXT", help="With --methods: explain this word of every answer; repeatable."),
     ] = None,
+    against: AgainstOption = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -145,6 +147,7 @@ def evaluate(
             methods,
             models,
             words=words,
+            against=against,
             baseline=baseline,
             page=out,
             overwrite=overwrite,
@@ -154,10 +157,10 @@ def evaluate(
             options=options,
         )
         return
-    if words or out is not None or overwrite or full or wide or open_it:
+    if words or against or out is not None or overwrite or full or wide or open_it:
         raise ProbeError(
-            "--words, --out, --overwrite, --full, --wide and --open go with --methods: add it, e.g. --methods "
-            "igos++,gradcam"
+            "--words, --against, --out, --overwrite, --full, --wide and --open go with --methods: add it, e.g. "
+            "--methods igos++,gradcam"
         )
     from lvlm_probe.cli.shared.maps import map_summary, open_replay, show_map
     from lvlm_probe.heatmap_store import by_trace, find_maps, score_one

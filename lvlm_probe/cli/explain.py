@@ -12,6 +12,7 @@ from lvlm_probe.cli.shared.answers import ask, ask_server, nothing_before
 from lvlm_probe.cli.shared.completion import complete_method
 from lvlm_probe.cli.shared.inputs import (
     ReplayModels,
+    alternatives,
     baseline_from,
     find_trace,
     open_shown,
@@ -20,6 +21,7 @@ from lvlm_probe.cli.shared.inputs import (
 )
 from lvlm_probe.cli.shared.models import load_model
 from lvlm_probe.cli.shared.options import (
+    AgainstOption,
     Attn,
     BaselineOption,
     Device,
@@ -77,15 +79,7 @@ def explain(
             "--words", metavar="TEXT", help="Explain this word or phrase of the answer; repeat it for several."
         ),
     ] = None,
-    against: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--against",
-            metavar="TEXT",
-            help="Why these words and not TEXT in their place: a map for each side. Repeat it for several, any of "
-            "which; 'next' is the model's own second choice.",
-        ),
-    ] = None,
+    against: AgainstOption = None,
     word_maps: Annotated[
         bool, typer.Option("--word-maps", help="Also make a map of its own for every selected word.")
     ] = False,
@@ -248,7 +242,7 @@ def _select(
 ) -> TokenSelection:
     from lvlm_probe.selection import select_tokens
 
-    other = "next" if against == ["next"] else against or None
+    other = alternatives(against)
     if words:
         return select_tokens(replay, words=words, against=other)
     return select_tokens(replay, alpha=alpha, rule="joint" if joint else "llr", against=other)

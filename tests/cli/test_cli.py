@@ -659,6 +659,20 @@ def test_what_methods_are_both_asked_for_is_scored_once(trace: Path, monkeypatch
     assert images("input_gradient", "igos+") - images("input_gradient") <= 2 * 5
 
 
+def test_methods_are_compared_by_a_contrast(trace: Path) -> None:
+    """Methods that follow no score say so, and the others are judged by it; maps of the words alone are other maps."""
+    named = ("evaluate", trace, "--methods", "input_gradient,attention,random", "--steps", "6", "--overwrite", "--json")
+    plain, made = succeed(*named).json, succeed(*named, "--against", "next").json
+    folder = trace.parent / "explanations"
+    labels = [probe.Heatmap.read(file).selection.score for file in sorted(folder.glob("*.h5"))]
+    assert sum(label is not None for label in labels) == 2 and len(labels) >= 5
+    found = {one["method"]: one for one in made["methods"]}
+    assert found["attention"]["maps"] == 0 and found["random"]["maps"] == found["input_gradient"]["maps"] == 1
+    before = {one["method"]: one for one in plain["methods"]}
+    assert before["attention"]["maps"] == 1
+    assert found["input_gradient"]["gain"] != before["input_gradient"]["gain"]
+
+
 def test_maps_of_explain_are_used_by_evaluate(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     succeed("explain", trace, "--method", "random")
     monkeypatch.setattr(heatmap_store, "explain", lambda *_, **__: pytest.fail("a finished map was made again"))
@@ -692,6 +706,7 @@ def test_a_method_that_cannot_run_leaves_the_others_alone(trace: Path, monkeypat
         (("--methods", " , "), "--methods names none; write all, or some of: attention"),
         (("--methods", "random", "--words", "zebra"), "'zebra' is not in the answer"),
         (("--words", "red"), "go with --methods"),
+        (("--against", "red"), "go with --methods"),
         (("--out", "page.html"), "go with --methods"),
     ],
 )

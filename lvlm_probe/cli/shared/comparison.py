@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from
+from lvlm_probe.cli.shared.inputs import ReplayModels, alternatives, baseline_from
 from lvlm_probe.cli.shared.maps import label_of, open_replay
 from lvlm_probe.cli.shared.terminal import (
     bar,
@@ -76,6 +76,7 @@ def compare_methods(
     models: ReplayModels,
     *,
     words: list[str] | None,
+    against: list[str] | None,
     baseline: str | None,
     page: Path | None,
     overwrite: bool,
@@ -91,6 +92,7 @@ def compare_methods(
 
     Args:
         names: methods with commas between, or ``"all"``.
+        words, against: what every map explains, by default the words that the image decides.
         models: what the traces are replayed on.
         wide: print every column, however narrow the terminal.
         open_it: open the page in the browser.
@@ -106,7 +108,8 @@ def compare_methods(
     _refuse_finished(page, overwrite=overwrite)
     judging = {**options, "grid": options.get("grid") or _GRID}
     work = _Work(traces, _methods(names), judging, page)
-    opened = _Opened(models, words, baseline_from(baseline, video=all(trace.clips for trace in traces)))
+    asked = {"words": words or None, "against": alternatives(against)}
+    opened = _Opened(models, asked, baseline_from(baseline, video=all(trace.clips for trace in traces)))
     try:
         for again, group in enumerate(work.in_order(opened)):
             for number, trace in enumerate(traces):
@@ -157,8 +160,8 @@ class _Answer:
 class _Opened:
     """The answers, one open at a time: a replay holds what it has worked out."""
 
-    def __init__(self, models: ReplayModels, words: list[str] | None, baseline: Any) -> None:
-        self._models, self._words, self._baseline = models, words, baseline
+    def __init__(self, models: ReplayModels, asked: Mapping[str, Any], baseline: Any) -> None:
+        self._models, self._asked, self._baseline = models, asked, baseline
         self._last: _Answer | None = None
 
     def of(self, trace: Trace) -> _Answer:
@@ -166,10 +169,7 @@ class _Opened:
             replay = open_replay(trace, *self._models.of(trace))
             if self._baseline is not None:
                 replay = replay.over(self._baseline)
-            words = self._words
-            self._last = _Answer(
-                trace, replay, select_tokens(replay, words=words) if words else select_tokens(replay), {}
-            )
+            self._last = _Answer(trace, replay, select_tokens(replay, **self._asked), {})
         return self._last
 
 

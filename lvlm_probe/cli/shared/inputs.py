@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ReplayModels",
     "Shown",
+    "alternatives",
     "baseline_from",
     "columns_from",
     "find_trace",
@@ -193,6 +194,11 @@ def parameters(pairs: Sequence[str]) -> dict[str, Any]:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ProbeError(f"--param {pair!r}: the value cannot be read ({first_line(error)})") from error
     return found
+
+
+def alternatives(given: list[str] | None) -> str | list[str] | None:
+    """Return what ``--against`` names, as ``select_tokens`` takes it."""
+    return "next" if given == ["next"] else given or None
 
 
 def baseline_from(value: str | None, *, video: bool) -> str | Image.Image | None:

@@ -10,6 +10,7 @@ import typer
 from lvlm_probe.cli.shared.completion import choices
 
 __all__ = [
+    "AgainstOption",
     "Attn",
     "BaselineOption",
     "Columns",
@@ -31,6 +32,16 @@ __all__ = [
     "StudyFile",
     "TrustRemoteCode",
     "Videos",
+]
+
+AgainstOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--against",
+        metavar="TEXT",
+        help="Why these words and not TEXT in their place. Repeat it for several, any of which; 'next' is the model's "
+        "own second choice.",
+    ),
 ]
 
 _MODEL_HELP = "Model directory, hub id, or 'demo' for the embedded one."
