@@ -36,7 +36,8 @@ def walk_over(positions: int) -> Walk:
     )  # fmt: skip
     problem: Any = SimpleNamespace(
         trace=(trace := SimpleNamespace(layout=layout)),
-        replay=SimpleNamespace(length=positions, image_sizes=[(count, 1)], path=None, trace=trace),
+        replay=SimpleNamespace(length=positions, rows=1, image_sizes=[(count, 1)], path=None, trace=trace),
+        selection=SimpleNamespace(score=None),
         queries=torch.tensor([count]),
         image=0,
         target=0,

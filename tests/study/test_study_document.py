@@ -118,7 +118,7 @@ def test_the_document_says_what_was_run_and_holds_every_table(results: Results) 
     text = document(results, command="lvlm-probe study table x.yaml --document x.md")
     assert text.startswith("# The demo study\n\nMade by `lvlm-probe study table x.yaml --document x.md` on 20")
     assert results.study.about in text
-    assert "**Run.** 2 answers (0 failed) and 32 maps (0 without values, 0 failed, 0 to do), on " in text
+    assert "**Run.** 1 answer (0 failed) and 16 maps (0 without values, 0 failed, 0 to do), on " in text
     assert re.search(r"[\d.]+ minutes of processor time, judging included", text)
     headings = re.findall(r"^## (Table \d|Figure 5|Reproduction ledger)", text, flags=re.MULTILINE)
     assert headings == [*(f"Table {number}" for number in range(1, 10)), "Figure 5", "Reproduction ledger"]

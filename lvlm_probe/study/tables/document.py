@@ -11,7 +11,7 @@ from typing import Any
 
 from lvlm_probe._version import versions_of
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.escaping import markdown_text
+from lvlm_probe.escaping import counted, markdown_text
 from lvlm_probe.study.results import Results
 from lvlm_probe.study.run.units import digest, method_content
 from lvlm_probe.study.tables.cells import filter_notes
@@ -86,7 +86,7 @@ def _run(results: Results) -> str:
             f"{processor / 60:.1f} minutes of processor time, judging included"
         )
     lines = [
-        f"**Run.** {answered.count('done')} answers ({answered.count('failed')} failed) and {len(maps) - empty} maps "
+        f"**Run.** {counted(answered.count('done'), 'answer')} ({answered.count('failed')} failed) and {counted(len(maps) - empty, 'map')} "
         f"({empty} without values, {len(unique) - len(maps)} failed, {_wanted(results) - len(unique)} to do), "
         f"on {markdown_text('; '.join(name for name, _ in machines.most_common())) or 'a machine that was not noted'}. "
         f"The units took: {took}."
