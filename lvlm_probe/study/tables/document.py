@@ -86,8 +86,8 @@ def _run(results: Results) -> str:
             f"{processor / 60:.1f} minutes of processor time, judging included"
         )
     lines = [
-        f"**Run.** {counted(answered.count('done'), 'answer')} ({answered.count('failed')} failed) and {counted(len(maps) - empty, 'map')} "
-        f"({empty} without values, {len(unique) - len(maps)} failed, {_wanted(results) - len(unique)} to do), "
+        f"**Run.** {counted(answered.count('done'), 'answer')} ({answered.count('failed')} failed) and "
+        f"{counted(len(maps) - empty, 'map')} ({empty} without values, {len(unique) - len(maps)} failed, {_wanted(results) - len(unique)} to do), "
         f"on {markdown_text('; '.join(name for name, _ in machines.most_common())) or 'a machine that was not noted'}. "
         f"The units took: {took}."
     ]
