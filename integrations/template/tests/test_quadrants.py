@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from lvlm_probe_template.quadrants import quadrants, quarters
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import Problem
+from lvlm_probe.selection import TokenSelection
 
 
 class LinearReplay:
@@ -28,7 +27,7 @@ class LinearReplay:
 
 
 def problem(weight: torch.Tensor, **more: object) -> Problem:
-    selection = SimpleNamespace(indices=(0,))
+    selection = TokenSelection(indices=(0,), tokens=("red",), llr=(), rule="indices")
     return Problem(LinearReplay(weight), selection, **more)  # type: ignore[arg-type]
 
 

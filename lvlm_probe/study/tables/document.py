@@ -87,7 +87,8 @@ def _run(results: Results) -> str:
         )
     lines = [
         f"**Run.** {counted(answered.count('done'), 'answer')} ({answered.count('failed')} failed) and "
-        f"{counted(len(maps) - empty, 'map')} ({empty} without values, {len(unique) - len(maps)} failed, {_wanted(results) - len(unique)} to do), "
+        f"{counted(len(maps) - empty, 'map')} ({empty} without values, {len(unique) - len(maps)} failed, "
+        f"{_wanted(results) - len(unique)} to do), "
         f"on {markdown_text('; '.join(name for name, _ in machines.most_common())) or 'a machine that was not noted'}. "
         f"The units took: {took}."
     ]
