@@ -131,8 +131,8 @@ def test_what_cannot_be_shown_says_the_way_out(qwen: Built, video: Path, tmp_pat
     mute.processor.chat_template = build("qwen2_vl").processor.chat_template
     assert "may know no videos" in refused(ProbeError, mute, video=video)
     load_members()
-    other = build("gemma4_unified")
-    assert "Gemma4UnifiedForConditionalGeneration are not recorded yet" in refused(ProbeError, other, video=video)
+    other = build("muse_spark")
+    assert "MuseSparkForConditionalGeneration are not recorded yet" in refused(ProbeError, other, video=video)
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -505,16 +505,15 @@ def refused(built: Built, directory: Path, inputs: Any) -> str:
 
 def test_other_families_are_refused_by_name(tmp_path: Path) -> None:
     load_members()
-    built = build("gemma4_unified")
-    built.processor.video_processor = transformers.Gemma4UnifiedVideoProcessor(patch_size=4)
+    built = build("muse_spark")
 
     def inputs() -> dict[str, Any]:
-        whole = {"videos": [clips.frames()], "do_sample_frames": False, "return_tensors": "pt"}
+        whole = {"videos": [clips.frames()], "do_sample_frames": False, "return_tensors": "pt", "return_metadata": True}
         made = built.processor(text=["<|video|> What happens?"], **whole)
         return {name: value for name, value in made.items() if torch.is_tensor(value)}
 
     told = refused(built, tmp_path, inputs)
-    assert "videos of Gemma4UnifiedForConditionalGeneration are not recorded yet" in told
+    assert "videos of MuseSparkForConditionalGeneration are not recorded yet" in told
 
 
 def test_tokens_that_are_dropped_by_content_are_not_masked(tmp_path: Path) -> None:
