@@ -307,7 +307,8 @@ def test_inside_a_trace_of_the_users_own_it_is_refused(tmp_path):
     with mine.trace(fn=lambda: replay.log_probs(None)) as tracer:
         with tracer.invoke():
             logits = mine.lm_head.output.save()
-    assert logits.shape[1] == len(replay.tokens)
+    said = logits[0, -len(replay.tokens) :].float().log_softmax(-1)[range(len(replay.tokens)), replay.token_ids]
+    torch.testing.assert_close(said, replay.original_log_probs.cpu(), atol=1e-5, rtol=0)
 
 
 def test_only_this_module_imports_nnsight():
