@@ -326,10 +326,14 @@ def check_steps(
     conclusion = list(selection.indices)
     before = [number for number, step in enumerate(found) if step.stop <= conclusion[0]]
     wanted = before if steps is None else sorted(set(steps))
+    if not before:
+        raise ExplainError(
+            f"no step of {len(found)} ends before the conclusion {selection.text!r}, so there is none to check: "
+            "name a later conclusion by tokens=, or map the answer as a whole"
+        )
     if not wanted or not set(wanted) <= set(before):
         raise ExplainError(
-            f"steps are checked that end before the conclusion {selection.text!r}: {before or 'there are none'} of "
-            f"{len(found)}; got {list(steps or [])}"
+            f"steps are checked that end before the conclusion {selection.text!r}: {before}; got {list(steps or [])}"
         )
     images = np.asarray(replay.trace.layout.image_positions)
     checked = list(found.steps)
