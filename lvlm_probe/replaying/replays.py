@@ -57,6 +57,8 @@ __all__ = ["Replay"]
 
 _ANSWER_SHOWN = 60
 """Characters of an answer that one line shows."""
+_SCORES = 32
+"""Scores of the user's own of which results are kept: a loop over thousands of them ends with no more."""
 
 
 class Replay(Views):
@@ -269,11 +271,11 @@ class Replay(Views):
             return self
         other: Self = copy.copy(self)
         other.own, other._plain = score, self.plain
-        key = ("scored", score)
-        if key not in self.kept.facts:
-            self.kept.facts[key] = Kept(paths=self.kept.paths)
-        other.kept = self.kept.facts[key]
         other._ask(self._prompt, self._sequence)
+        known = self.kept.scored
+        other.kept = known[score] = known.pop(score, Kept(paths=self.kept.paths))
+        if len(known) > _SCORES:
+            del known[next(iter(known))]
         return other
 
     @property

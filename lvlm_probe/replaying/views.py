@@ -40,6 +40,7 @@ class Kept:
         baseline_log_probs, paths: by ``baseline_identity``: log P̃(a_t), and pixel inputs.
         gradients: what is wrong with gradients; ``None`` before they were looked at.
         masks_at_once: masks per pass, by the rule.
+        scored: the same of views with a score of the user's own, those asked for last at the end.
         facts: what others find out about this answer on this model, by a key of theirs.
     """
 
@@ -51,6 +52,7 @@ class Kept:
     paths: dict[Any, Path] = field(default_factory=dict)
     gradients: str | None = None
     masks_at_once: int | None = None
+    scored: dict[OwnScore, Kept] = field(default_factory=dict)
     facts: dict[Any, Any] = field(default_factory=dict)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import inside
@@ -114,6 +116,28 @@ def test_a_journal_keeps_scores_apart() -> None:
         assert replay.journalled(journal).log_probs(MASKS).shape == (3, 5)
     assert len(journal) == 3 * len(MASKS)
     assert float((wanted[0] - wanted[1])[:, -1].abs().min()) > 1e-3
+
+
+def test_a_loop_over_scores_ends_with_the_last_of_them() -> None:
+    """Results and functions of the others are gone; what is asked again of those that are left costs no pass."""
+    replay, functions = inside.replay("llava"), []
+
+    def asked(number: int) -> OwnScore:
+        made = OwnScore(str(number), lambda given: given.log_probs[:, 0] * number, (0,))
+        functions.append(weakref.ref(made.function))
+        assert float(replay.scored(made).original_log_probs[-1]) <= 0
+        return made
+
+    first = asked(0)
+    for number in range(1, 40):
+        asked(number)
+        replay.scored(first)
+    gc.collect()
+    left = [number for number, function in enumerate(functions) if function() is not None]
+    assert left == [0, *range(9, 40)]
+    before = replay.passes.forward
+    _ = replay.scored(first).original_log_probs
+    assert replay.passes.forward == before
 
 
 def test_fewer_masks_go_through_at_once_where_each_is_several_sequences() -> None:
