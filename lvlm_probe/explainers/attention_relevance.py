@@ -99,8 +99,7 @@ class Walk:
         if own is None:
             return
         first = len(self.problem.trace.input_ids) - 1
-        longer = dict.fromkeys(other for other in own.others if len(other[1]) > 1)
-        for row, (step, ids) in enumerate(longer, start=1):
+        for row, (step, ids) in enumerate(own.longer, start=1):
             yield row, first + step + torch.arange(1, len(ids))
 
     @property

@@ -116,9 +116,8 @@ class Problem:
         Token t of the answer is predicted at P + t − 1, P being the number of prompt tokens.
         """
         own = self.selection.score
-        steps = self.selection.indices if own is None else own.steps
-        read = range(len(self.selection.tokens)) if steps is None else steps
-        return torch.tensor(list(read)) + (len(self.trace.input_ids) - 1)
+        read = self.selection.indices if own is None else own.read(len(self.selection.tokens))
+        return torch.tensor(read) + (len(self.trace.input_ids) - 1)
 
     @property
     def columns(self) -> tuple[int, ...]:

@@ -111,6 +111,16 @@ class OwnScore:
         """Tokens of the answer that the score is about."""
         return self.steps or ()
 
+    def read(self, count: int) -> tuple[int, ...]:
+        """Tokens whose logits it reads, of an answer that has so many."""
+        return tuple(range(count)) if self.steps is None else self.steps
+
+    @property
+    def longer(self) -> tuple[Other, ...]:
+        """Other courses of more than a token, each once: the sequences that go through the model behind the answer's
+        own, in this order."""
+        return tuple(dict.fromkeys(other for other in self.others if len(other[1]) > 1))
+
     followed: ClassVar[Literal["own", "prob"]] = "own"
     """What curves follow by default: the score, or the probability whose log-odds it is."""
 

@@ -700,8 +700,7 @@ class Replay(Views):
             return None
         wanted = self.wanted(steps)
         if self.own is not None:
-            own = range(len(self.token_ids)) if self.own.steps is None else self.own.steps
-            wanted = tuple(sorted({*own, *wanted} - {len(self.token_ids)}))
+            wanted = tuple(sorted({*self.own.read(len(self.token_ids)), *wanted} - {len(self.token_ids)}))
         looked_into = self.inside or bool(self.unread) or (self.own is not None and self.own.states)
         return None if looked_into else self.shortcuts.take(self, wanted)
 

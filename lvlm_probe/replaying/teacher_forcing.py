@@ -134,6 +134,7 @@ class TeacherForcing:
         self._said_image = decoder_input_ids is None and any(image_token_id in tail.tolist() for tail in tails)
         ids = torch.stack([torch.cat([start.long().cpu(), tail]) for tail in tails])
         self.rows, self.length = ids.shape
+        self._ids = ids[0]
         asked = ids if decoder_input_ids is None else input_ids.long().cpu()[None]
         width = int(asked.shape[1])
         self._sequence: dict[str, torch.Tensor] = {
@@ -259,21 +260,18 @@ class TeacherForcing:
     def _courses(self, answer: torch.Tensor) -> list[torch.Tensor]:
         """What is fed after the prompt, row by row: the answer but its last token, and so each other course of it that
         has more than one token; all as long as the longest, which nothing that is read depends on."""
-        others = self._score.others if self._score is not None else ()
-        self._row_of = {
-            other: row for row, other in enumerate(dict.fromkeys(o for o in others if len(o[1]) > 1), start=1)
-        }
-        if late := [step for step, _ in others if step >= self.steps]:
+        score, self._slots = self._score, frozenset[int]()
+        if score is None:
+            return [answer[:-1]]
+        if late := [step for step, _ in score.others if step >= self.steps]:
             raise ReplayError(f"the answer has tokens 0 to {self.steps - 1}; another course begins at {late[0]}")
-        read = range(self.steps) if self._score is None or self._score.steps is None else self._score.steps
+        read = score.read(self.steps)
         if read and read[-1] >= self.steps:
-            raise ReplayError(f"the answer has tokens 0 to {self.steps - 1}; {self._score} reads token {read[-1]}")
-        tails = [answer[:-1], *(torch.cat([answer[:s], torch.tensor(ids[:-1])]) for s, ids in self._row_of)]
+            raise ReplayError(f"the answer has tokens 0 to {self.steps - 1}; {score} reads token {read[-1]}")
+        self._slots = frozenset(read).union(step + place for step, ids in score.others for place in range(len(ids)))
+        tails = [answer[:-1], *(torch.cat([answer[:step], torch.tensor(ids[:-1])]) for step, ids in score.longer)]
         longest = max(map(len, tails))
-        tails = [torch.cat([tail, answer[-1:].expand(longest - len(tail))]) for tail in tails]
-        own = set() if self._score is None else set(read)
-        self._slots = own | {step + place for step, ids in others for place in range(len(ids))}
-        return tails
+        return [torch.cat([tail, answer[-1:].expand(longest - len(tail))]) for tail in tails]
 
     def _scored(
         self,
@@ -287,24 +285,23 @@ class TeacherForcing:
         score = self._score
         assert score is not None
         batch = len(log_probs)
-        read = tuple(range(self.steps)) if score.steps is None else score.steps
+        read = score.read(self.steps)
         at = [slots.index(step) for step in read]
         every = log_probs.new_full((batch, self.steps), torch.nan)
         every = every.index_copy(1, index_on(every.device, read), log_probs[:, at])
-        others = []
+        others, row_of = [], {other: row for row, other in enumerate(score.longer, start=1)}
         for step, ids in score.others:
-            rows = [0, *[self._row_of.get((step, ids), 0)] * (len(ids) - 1)]
+            rows = [0, *[row_of.get((step, ids), 0)] * (len(ids) - 1)]
             found = by_row[:, rows, [slots.index(step + place) for place in range(len(ids))]]
             index = torch.tensor(ids, device=found.device)[None, :, None].expand(batch, -1, 1)
             others.append(found.gather(-1, index)[:, :, 0] - found.logsumexp(dim=-1))
         if score.states and not states:
             raise ReplayError("this model has no LM head of its own, so there are no hidden states for a score to read")
-        sequence = self._sequence.get("decoder_input_ids")
         given = Given(
             every,
             read,
             tuple(others),
-            (self._sequence["input_ids"] if sequence is None else sequence)[0].cpu(),
+            self._ids,
             self._image_positions,
             by_row[:, 0, at],
             states[0].reshape(batch, self.rows, *states[0].shape[1:])[:, 0] if score.states else None,
