@@ -29,7 +29,7 @@ import torch
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.causal.effects import Recorded
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.explaining import Tokens, selected
+from lvlm_probe.explainers.explaining import Tokens, words_of
 from lvlm_probe.explainers.scores import check_rules, whole_rule
 from lvlm_probe.explainers.shapley import shapley
 from lvlm_probe.models.prompts import turns_of
@@ -37,10 +37,10 @@ from lvlm_probe.models.tokenizers import special_ids, tokenizer_of
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay, ReplayLike
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
-from lvlm_probe.selection import TokenSelection, select_tokens, word_selections
+from lvlm_probe.selection import select_tokens, word_selections
 from lvlm_probe.words import ALPHA
 
-__all__ = ["Modalities", "PartShares", "modalities", "which_parts", "words_of"]
+__all__ = ["Modalities", "PartShares", "modalities", "which_parts"]
 
 _NAMED = 40
 """Characters of a text by which a part is called."""
@@ -170,16 +170,6 @@ def which_parts(
         baseline=str(replay.baseline.get("kind") or "unknown"),
         trace_id=replay.trace_id,
     )
-
-
-def words_of(replay: Replay, tokens: Tokens | None) -> TokenSelection:
-    """The selection, which is one of words alone. Raises ``ExplainError`` where it has a score of its own."""
-    selection = selected(replay, tokens)
-    if selection.score is not None:
-        raise ExplainError(
-            f"this is measured by log-likelihood, and {selection.score.name!r} is another score: select the words alone"
-        )
-    return selection
 
 
 def _players(replay: ReplayLike, parts: str | Sequence[str]) -> list[_Part]:

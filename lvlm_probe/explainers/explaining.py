@@ -38,7 +38,7 @@ from lvlm_probe.trace import Trace
 if TYPE_CHECKING:
     from lvlm_probe.trace.clips import Clip
 
-__all__ = ["RunPlan", "Tokens", "explain", "frame_of", "run", "scored_by", "selected"]
+__all__ = ["RunPlan", "Tokens", "explain", "frame_of", "run", "scored_by", "selected", "words_of"]
 
 Tokens = str | tuple[int, int] | list[int] | Sequence[str] | TokenSelection | OwnScore
 
@@ -271,6 +271,16 @@ def selected(replay: Replay, tokens: Tokens | None, against: Against | None = No
         f"tokens is a word, several words, a span (start, stop), a list of token numbers, a selection or a score; got "
         f"{tokens!r}"
     )
+
+
+def words_of(replay: Replay, tokens: Tokens | None) -> TokenSelection:
+    """The selection, which is one of words alone. Raises ``ExplainError`` where it has a score of its own."""
+    selection = selected(replay, tokens)
+    if selection.score is not None:
+        raise ExplainError(
+            f"this is measured by log-likelihood, and {selection.score.name!r} is another score: select the words alone"
+        )
+    return selection
 
 
 def _refuse_model_work(method: str) -> None:

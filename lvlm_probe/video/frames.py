@@ -16,7 +16,7 @@ import torch
 
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.explaining import Tokens, selected
+from lvlm_probe.explainers.explaining import Tokens, words_of
 from lvlm_probe.explainers.scores import check_rules, whole_rule
 from lvlm_probe.explainers.shapley import EXACT, shapley
 from lvlm_probe.images.baselines import CLIP_KINDS
@@ -104,7 +104,7 @@ def which_frames(
         orders=whole_rule(orders, 2),
     )
     replay = replay.counted()
-    selection = selected(replay, tokens)
+    selection = words_of(replay, tokens)
     if not selection:
         raise ExplainError(f"nothing to explain: {selection.reason}")
     replay = replay.strengthened(selection.decided)
@@ -223,7 +223,7 @@ def order(replay: Replay, *, tokens: Tokens | None = None, seeds: int = 3) -> Or
     """
     clip_of(replay, 0)
     check_rules("order", seeds=whole_rule(seeds))
-    selection = selected(replay, tokens)
+    selection = words_of(replay, tokens)
     if not selection:
         raise ExplainError(f"nothing to explain: {selection.reason}")
     steps = list(selection.indices)

@@ -412,6 +412,9 @@ def test_what_does_not_explain_by_a_video_says_so(toy: ToyClip) -> None:
         probe.video.explain(toy, method="nothing")
     with pytest.raises(ExplainError, match="segments is between 1 and 8"):
         probe.video.which_frames(toy, segments=9)
+    for ask in (probe.video.which_frames, probe.video.order):
+        with pytest.raises(ExplainError, match="'sharp' is another score: select the words alone"):
+            ask(toy, tokens=probe.score(lambda given: given.log_probs[:, 0], name="sharp", steps=[0]))
     with pytest.raises(ExplainError, match="at least one step in time"):
         probe.video.explain(toy, method="input_gradient", size=(0, 4, 4))
     with pytest.raises(ExplainError, match=r"leave grid out"):
