@@ -28,6 +28,7 @@ __all__ = [
     "STEPS",
     "MaskScores",
     "area",
+    "curve_ends",
     "curve_masks",
     "facts_of",
     "known_scores",
@@ -143,6 +144,14 @@ def normalise(curve: np.ndarray, *, original: float, baseline: float, score: Fol
     return (np.asarray(curve, dtype=np.float64) - baseline) / (original - baseline)
 
 
+def curve_ends(original: float, baseline: float, *, ordered: bool) -> dict[str, float]:
+    """Scores that are 1 and 0 of a normalised curve, as ``original=`` and ``baseline=`` of ``normalise``; ``ordered``:
+    the higher and the lower of the two, whichever is the baseline."""
+    if ordered and original < baseline:
+        original, baseline = baseline, original
+    return {"original": original, "baseline": baseline}
+
+
 def area(fractions: np.ndarray, curve: np.ndarray) -> float:
     """Area under a curve by the trapezoidal rule on its own x-axis."""
     widths = np.diff(fractions)
@@ -160,28 +169,25 @@ def quick_areas(problem: Problem, values: torch.Tensor, seen: torch.Tensor) -> t
         values: the map, ``(row, col)``, or ``(t, row, col)`` of a clip, on the CPU.
         seen: its cells that the model sees, bool.
     """
-    replay, indices = problem.replay, list(problem.columns)
-    kind: Followed = "prob" if problem.selection.score is None else problem.selection.score.followed
+    replay, indices, own = problem.replay, list(problem.columns), problem.selection.score
+    kind: Followed = "prob" if own is None else own.followed
     cells = int(seen.sum())
     even = sample_counts(cells, STEPS)
     counts = np.unique(even[[min(point, len(even) - 1) for point in _QUICK_POINTS]])
     counts = counts[(counts > 0) & (counts < cells)]
     ends = torch.stack([replay.original_log_probs, replay.baseline_log_probs]).double()[:, indices]
-    original, baseline = followed(ends, kind, problem.selection.score).tolist()
-    if problem.selection.score is not None and original < baseline:
-        top, bottom = baseline, original
-    else:
-        top, bottom = original, baseline
+    original, baseline = followed(ends, kind, own).tolist()
+    by = curve_ends(original, baseline, ordered=own is not None)
     order = rank(values.numpy(), seen.numpy(), np.random.default_rng(0))
     masks = torch.cat([curve_masks(order, counts, tuple(values.shape), insert=insert) for insert in (False, True)])
     scores = MaskScores(
         replay, indices, image=problem.target, mode="fast", known=known_scores(replay, indices, problem.target, "fast")
     )
-    met = followed(scores(masks) if len(masks) else torch.zeros(0, 1), kind, problem.selection.score)
+    met = followed(scores(masks) if len(masks) else torch.zeros(0, 1), kind, own)
     lost, given = met.numpy().reshape(2, -1)
     fractions = np.array([0, *(counts / cells), 1.0])
     low, high = (
-        normalise(np.array([start, *between, end]), original=top, baseline=bottom, score=kind)
+        normalise(np.array([start, *between, end]), **by, score=kind)
         for start, between, end in ((original, lost, baseline), (baseline, given, original))
     )
     return area(fractions, low), area(fractions, high)

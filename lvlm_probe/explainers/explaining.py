@@ -180,8 +180,7 @@ def run(
     if live:
         replay.announce(method, images, None)
     selection = selected(replay, tokens, against)
-    if selection.score is not None:
-        replay = cast(Replay, scored_by(replay, selection, method))
+    replay = cast(Replay, scored_by(replay, selection, method))
     problem = dataclasses.replace(unselected, selection=selection, replay=replay)
     if live and selection:
         replay.announce(method, images, selection.columns)

@@ -121,11 +121,10 @@ def score_of(problem: Problem, log_probs: torch.Tensor, kind: ScoreKind) -> torc
     """Scores of masked images, ``(batch, step)`` → ``(batch,)``; see the module for the kinds."""
     if kind == "log":
         return problem.score(log_probs)
-    chosen = problem.chosen(log_probs)
-    if (own := problem.selection.score) is not None:
-        bounded = own.bounded(chosen[:, 0])
-        return chosen[:, 0] if bounded is None else bounded
-    return chosen.exp().mean(dim=1) if kind == "prob" else chosen.mean(dim=1).exp()
+    chosen, own = problem.chosen(log_probs), problem.selection.score
+    if kind == "geometric" and own is None:
+        return chosen.mean(dim=1).exp()
+    return followed(chosen, "prob", own)
 
 
 def followed(log_probs: torch.Tensor, kind: Followed, own: OwnScore | None) -> torch.Tensor:

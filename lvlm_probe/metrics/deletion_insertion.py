@@ -40,7 +40,16 @@ import torch
 
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.curve_points import STEPS, MaskScores, area, curve_masks, normalise, rank, sample_counts
+from lvlm_probe.explainers.curve_points import (
+    STEPS,
+    MaskScores,
+    area,
+    curve_ends,
+    curve_masks,
+    normalise,
+    rank,
+    sample_counts,
+)
 from lvlm_probe.explainers.registry import Shape
 from lvlm_probe.explainers.scores import Followed, even_masks, followed, too_narrow
 
@@ -141,10 +150,8 @@ class CurveSettings:
     ordered: bool = False
 
     def ends(self, original: float, baseline: float) -> dict[str, float]:
-        """Scores that are 1 and 0 of a normalised curve, as ``original=`` and ``baseline=`` of ``normalise``."""
-        if self.ordered and original < baseline:
-            original, baseline = baseline, original
-        return {"original": original, "baseline": baseline}
+        """``curve_ends`` by these settings."""
+        return curve_ends(original, baseline, ordered=self.ordered)
 
 
 def tie_share(values: np.ndarray, seen: np.ndarray) -> float:
