@@ -138,7 +138,6 @@ def which_parts(
     replay = replay.strengthened(selection.decided)
     words = word_selections(replay, selection)
     columns = [selection.indices, *(word.indices for _, word in words)]
-    whole = np.ones(replay.n_images)
     hidden = np.array([np.isin(np.arange(replay.n_images), player.images) for player in players])
     texts = [player.positions for player in players]
     steps = list(selection.indices)
@@ -150,8 +149,8 @@ def which_parts(
         for some in dict.fromkeys(unread):
             rows = [number for number, one in enumerate(unread) if one == some]
             view = cast(Replay, replay).without(some) if some else replay
-            shown = whole * ~(absent[rows].astype(int) @ hidden.astype(int)).astype(bool)
-            masks = torch.from_numpy(shown).float()[:, :, None, None].to(view.device)
+            shown = torch.from_numpy(~(absent[rows] @ hidden))
+            masks = shown.float()[:, :, None, None].to(view.device)
             log_probs = view.log_probs(masks, steps=steps).double().cpu().numpy()
             found[rows] = np.stack([log_probs[:, list(column)].sum(1) for column in columns], axis=1)
         return found
