@@ -271,9 +271,11 @@ class Replay(Views):
             return self
         other: Self = copy.copy(self)
         other.own, other._plain = score, self.plain
-        other._ask(self._prompt, self._sequence)
         known = self.kept.scored
-        other.kept = known[score] = known.pop(score, Kept(paths=self.kept.paths))
+        if (found := known.pop(score, None)) is None:
+            other._ask(self._prompt, self._sequence)
+            found = Kept(paths=self.kept.paths), other._forcing, other.shortcuts
+        other.kept, other._forcing, other.shortcuts = known[score] = found
         if len(known) > _SCORES:
             del known[next(iter(known))]
         return other

@@ -20,6 +20,8 @@ from lvlm_probe.replaying.baselines import BaselineLike, Path, baseline_identity
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import PassCounter
 from lvlm_probe.replaying.own_scores import OwnScore
+from lvlm_probe.replaying.shortcuts import Shortcuts
+from lvlm_probe.replaying.teacher_forcing import TeacherForcing
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
@@ -40,7 +42,8 @@ class Kept:
         baseline_log_probs, paths: by ``baseline_identity``: log P̃(a_t), and pixel inputs.
         gradients: what is wrong with gradients; ``None`` before they were looked at.
         masks_at_once: masks per pass, by the rule.
-        scored: the same of views with a score of the user's own, those asked for last at the end.
+        scored: of views with a score of the user's own, those asked for last at the end: results of theirs, their
+            teacher-forced pass, and its shortcuts.
         facts: what others find out about this answer on this model, by a key of theirs.
     """
 
@@ -52,7 +55,7 @@ class Kept:
     paths: dict[Any, Path] = field(default_factory=dict)
     gradients: str | None = None
     masks_at_once: int | None = None
-    scored: dict[OwnScore, Kept] = field(default_factory=dict)
+    scored: dict[OwnScore, tuple[Kept, TeacherForcing, Shortcuts]] = field(default_factory=dict)
     facts: dict[Any, Any] = field(default_factory=dict)
 
 

@@ -140,6 +140,18 @@ def test_a_loop_over_scores_ends_with_the_last_of_them() -> None:
     assert replay.passes.forward == before
 
 
+def test_what_passes_leave_out_is_looked_for_once_for_a_score() -> None:
+    replay = inside.replay("llava")
+    contrast = Contrast.of([PLACE], other_ids(replay, 2), ["a"], "said")
+    passes, found = [], []
+    for _ in range(2):
+        before = replay.passes.forward
+        found.append(replay.counted().scored(contrast).log_probs(MASKS, steps=[len(replay.tokens)]))
+        passes.append(replay.passes.forward - before)
+    assert passes[0] > passes[1] == 2 * len(MASKS)
+    assert torch.equal(found[0][:, -1], found[1][:, -1])
+
+
 def test_fewer_masks_go_through_at_once_where_each_is_several_sequences() -> None:
     replay = inside.replay("llava")
     scored = replay.scored(Contrast.of([PLACE], other_ids(replay, 2, 3), ["a", "b"], "said"))
