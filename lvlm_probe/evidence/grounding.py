@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 from lvlm_probe.cards import in_one_line
@@ -446,6 +445,8 @@ def check_box(box: AnswerBox, heat: Heatmap) -> BoxCheck:
 
 def draw_boxes(image: Image.Image, boxes: Sequence[AnswerBox]) -> Image.Image:
     """The image, RGB, with the boxes and points drawn on it: label and P(box), each in a colour of its own."""
+    from matplotlib.font_manager import findfont
+
     drawn = image.convert("RGB").copy()
     pen = ImageDraw.Draw(drawn)
     line = max(2, round(max(image.size) / 250))
