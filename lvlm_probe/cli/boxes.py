@@ -10,7 +10,17 @@ import typer
 
 from lvlm_probe.cli.shared.completion import choices, complete_method
 from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, parameters
-from lvlm_probe.cli.shared.options import Attn, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
+from lvlm_probe.cli.shared.options import (
+    Attn,
+    Device,
+    Dtype,
+    Json,
+    MethodParameters,
+    OptionalModel,
+    Row,
+    TraceOrDirectory,
+    TrustRemoteCode,
+)
 from lvlm_probe.cli.shared.terminal import one_line, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -21,7 +31,7 @@ __all__ = ["boxes"]
 
 
 def boxes(
-    path: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file, or a directory: its last trace.")],
+    path: TraceOrDirectory,
     convention: Annotated[
         str | None,
         typer.Option(
@@ -38,9 +48,7 @@ def boxes(
     method: Annotated[
         str, typer.Option("--method", autocompletion=complete_method, help="With --maps: which explainer.")
     ] = "igos++",
-    param: Annotated[
-        list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method; repeatable.")
-    ] = None,
+    param: MethodParameters = None,
     row: Row = None,
     device: Device = None,
     dtype: Dtype = None,

@@ -30,6 +30,7 @@ from lvlm_probe.cli.shared.options import (
     Images,
     Json,
     MaxNewTokens,
+    MethodParameters,
     NumFrames,
     OptionalModel,
     Prompt,
@@ -89,9 +90,7 @@ def explain(
     joint: Annotated[
         bool, typer.Option("--joint", help="Explain every token of the answer instead of selected ones.")
     ] = False,
-    param: Annotated[
-        list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method; repeatable.")
-    ] = None,
+    param: MethodParameters = None,
     budget: Annotated[
         int | None,
         typer.Option(

@@ -9,7 +9,17 @@ import typer
 
 from lvlm_probe.cli.shared.completion import choices, complete_method
 from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, parameters
-from lvlm_probe.cli.shared.options import Attn, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
+from lvlm_probe.cli.shared.options import (
+    Attn,
+    Device,
+    Dtype,
+    Json,
+    MethodParameters,
+    OptionalModel,
+    Row,
+    TraceOrDirectory,
+    TrustRemoteCode,
+)
 from lvlm_probe.cli.shared.terminal import one_line, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -17,7 +27,7 @@ __all__ = ["fields"]
 
 
 def fields(
-    path: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file, or a directory: its last trace.")],
+    path: TraceOrDirectory,
     name: Annotated[
         list[str] | None, typer.Option("--name", metavar="PATH", help="Only this field, as it is listed; repeatable.")
     ] = None,
@@ -41,9 +51,7 @@ def fields(
     method: Annotated[
         str, typer.Option("--method", autocompletion=complete_method, help="With --out: which explainer.")
     ] = "igos++",
-    param: Annotated[
-        list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method; repeatable.")
-    ] = None,
+    param: MethodParameters = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     row: Row = None,
     device: Device = None,

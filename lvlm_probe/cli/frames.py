@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from, find_trace
-from lvlm_probe.cli.shared.options import Attn, BaselineOption, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
+from lvlm_probe.cli.shared.options import (
+    Attn,
+    BaselineOption,
+    Device,
+    Dtype,
+    Json,
+    OptionalModel,
+    Row,
+    TrustRemoteCode,
+    Words,
+)
 from lvlm_probe.cli.shared.terminal import bar, print_json, say, stage
 from lvlm_probe.errors import ProbeError
 
@@ -18,10 +28,7 @@ __all__ = ["frames"]
 def frames(
     path: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace of a video, or a directory: its last trace.")],
     model: OptionalModel = None,
-    words: Annotated[
-        list[str] | None,
-        typer.Option("--words", metavar="TEXT", help="Of this word or phrase of the answer; repeatable."),
-    ] = None,
+    words: Words = None,
     clip: Annotated[int, typer.Option("--clip", min=0, help="Which video of the prompt.")] = 0,
     segments: Annotated[
         int | None,

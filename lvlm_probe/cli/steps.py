@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, output_directory
-from lvlm_probe.cli.shared.options import Attn, Device, Dtype, Json, OpenPage, OptionalModel, Row, TrustRemoteCode
+from lvlm_probe.cli.shared.options import (
+    Attn,
+    Device,
+    Dtype,
+    Json,
+    KeptIn,
+    OpenPage,
+    OptionalModel,
+    Row,
+    TraceOrDirectory,
+    TrustRemoteCode,
+)
 from lvlm_probe.cli.shared.terminal import bar, open_page, print_json, say, stage, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -23,7 +34,7 @@ _SHOWN = 48
 
 
 def steps(
-    path: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file, or a directory: its last trace.")],
+    path: TraceOrDirectory,
     model: OptionalModel = None,
     check: Annotated[
         bool, typer.Option("--check", help="Ask the model what the conclusion loses without each step; 2 passes each.")
@@ -41,10 +52,7 @@ def steps(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it exists.")] = False,
     open_it: OpenPage = False,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="DIR", help="Kept in DIR/explanations (default: beside the trace)."),
-    ] = None,
+    out: KeptIn = None,
     row: Row = None,
     device: Device = None,
     dtype: Dtype = None,

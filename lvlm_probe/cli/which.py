@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lvlm_probe.cli.shared.completion import choices
 from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from, find_trace, output_directory
-from lvlm_probe.cli.shared.options import Attn, BaselineOption, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
+from lvlm_probe.cli.shared.options import (
+    Attn,
+    BaselineOption,
+    Device,
+    Dtype,
+    Json,
+    KeptIn,
+    OptionalModel,
+    Row,
+    TraceOrDirectory,
+    TrustRemoteCode,
+    Words,
+)
 from lvlm_probe.cli.shared.terminal import bar, print_json, say, stage, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -17,7 +28,7 @@ __all__ = ["which"]
 
 
 def which(
-    path: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace file, or a directory: its last trace.")],
+    path: TraceOrDirectory,
     model: OptionalModel = None,
     parts: Annotated[
         str | None,
@@ -32,10 +43,7 @@ def which(
         list[str] | None,
         typer.Option("--text", metavar="TEXT", help="A text of the prompt as a part, in place of --parts; repeatable."),
     ] = None,
-    words: Annotated[
-        list[str] | None,
-        typer.Option("--words", metavar="TEXT", help="Of this word or phrase of the answer; repeatable."),
-    ] = None,
+    words: Words = None,
     question: Annotated[
         str | None,
         typer.Option("--question", metavar="TEXT", help="With modalities: the question, where none was recorded."),
@@ -44,10 +52,7 @@ def which(
         int, typer.Option("--orders", min=2, help="Of more than 10 parts: how many random orders are run.")
     ] = 50,
     seed: Annotated[int, typer.Option("--seed", help="Of the orders.")] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="DIR", help="Kept in DIR/explanations (default: beside the trace)."),
-    ] = None,
+    out: KeptIn = None,
     row: Row = None,
     baseline: BaselineOption = None,
     device: Device = None,

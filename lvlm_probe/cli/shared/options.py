@@ -20,8 +20,10 @@ __all__ = [
     "Images",
     "ImagesDirectory",
     "Json",
+    "KeptIn",
     "Maps",
     "MaxNewTokens",
+    "MethodParameters",
     "Model",
     "NumFrames",
     "OpenPage",
@@ -30,8 +32,10 @@ __all__ = [
     "Question",
     "Row",
     "StudyFile",
+    "TraceOrDirectory",
     "TrustRemoteCode",
     "Videos",
+    "Words",
 ]
 
 AgainstOption = Annotated[
@@ -130,6 +134,20 @@ BaselineOption = Annotated[
 ]
 Maps = Annotated[
     list[Path], typer.Argument(metavar="PATH...", help="Maps, traces (their maps), or directories (all maps in them).")
+]
+TraceOrDirectory = Annotated[
+    Path, typer.Argument(metavar="TRACE", help="A trace file, or a directory: its last trace.")
+]
+KeptIn = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="Kept in DIR/explanations (default: beside the trace)."),
+]
+Words = Annotated[
+    list[str] | None,
+    typer.Option("--words", metavar="TEXT", help="Of this word or phrase of the answer; repeatable."),
+]
+MethodParameters = Annotated[
+    list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method; repeatable.")
 ]
 OpenPage = Annotated[bool, typer.Option("--open", help="Open the page in the browser.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
