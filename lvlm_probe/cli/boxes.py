@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -73,25 +72,20 @@ def boxes(
     said: list[str] = [""] * len(found)
     if maps and found:
         from lvlm_probe.cli.shared.maps import explain_replay, open_replay
-        from lvlm_probe.heatmap_store import FOLDER, MapSettings
+        from lvlm_probe.heatmap_store import MapSettings
         from lvlm_probe.selection import select_tokens
 
-        loading: dict[str, Any] = {
-            "device": device,
-            "dtype": dtype,
-            "attn": attn,
-            "trust_remote_code": trust_remote_code,
-        }
-        replay = open_replay(trace, *ReplayModels(model, **loading).of(trace))
+        models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+        replay = open_replay(trace, *models.of(trace))
         settings = MapSettings(method, parameters(param or []), image_number)
         for number, box in enumerate(found):
             selection = select_tokens(replay, indices=box.tokens)
-            (item,) = explain_replay(replay, selection, settings, trace.path.parent / FOLDER, word_maps=False)
-            heat = cast("Heatmap", item.read())
+            (item,) = explain_replay(replay, selection, settings, trace.explanations_dir, word_maps=False)
+            heat = cast("Heatmap", item.read(trace))
             records[number]["map"], said[number] = str(item.path), heat.reason or box.fault or ""
             if heat.values is not None and box.fault is None:
                 check = check_box(box, heat)
-                item.rewrite(dataclasses.replace(check.attached(heat), trace=trace))
+                item.rewrite(check.attached(heat))
                 records[number]["verdict"], said[number] = check.verdict, check.sentence
     if as_json:
         print_json(records)

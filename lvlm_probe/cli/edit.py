@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +19,6 @@ from lvlm_probe.cli.shared.options import (
 )
 from lvlm_probe.cli.shared.terminal import bar, one_line, print_json, say
 from lvlm_probe.errors import ProbeError
-
-if TYPE_CHECKING:
-    from lvlm_probe.heatmap import Heatmap
 
 __all__ = ["edit"]
 
@@ -74,15 +71,16 @@ def edit(
         replay = open_replay(trace, *models.of(trace))
         for item in items:
             heat = item.read()
-            with bar(f"asking again without {one_line(words_of(heat), 60)}") as progress:
+            words = words_of(heat)
+            with bar(f"asking again without {one_line(words, 60)}") as progress:
                 result = ask_again(
                     replay, heat, **place, until=until, baseline=own_baseline, mode="exact" if exact else "fast",
                     progress=progress,
                 )  # fmt: skip
-            item.rewrite(result.attached(cast("Heatmap", heat)))
-            done.append({"map": str(item.path), "words": words_of(heat), **result.to_dict()})
+            item.rewrite(result.attached(heat))
+            done.append({"map": str(item.path), "words": words, **result.to_dict()})
             if not as_json:
-                say((one_line(words_of(heat), 300), "bold"), f"  {one_line(result.sentence, 600)}")
+                say((one_line(words, 300), "bold"), f"  {one_line(result.sentence, 600)}")
                 for note in result.notes:
                     say(("    ", ""), one_line(note, 600))
                 say(("    ", ""), (f"{result.answers} answers, {result.steps} tokens", "dim"))

@@ -86,8 +86,8 @@ def fields(
         raise ProbeError(f"{out} exists; add --overwrite, or name another file with --out")
     from lvlm_probe.cli.shared.maps import open_replay
 
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
-    replay = open_replay(trace, *ReplayModels(model, **loading).of(trace))
+    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    replay = open_replay(trace, *models.of(trace))
     places = locate(replay, found, names=name, method=method, keep=keep, **parameters(param or []))
     files = trace.meta.get("image_files") if isinstance(trace.meta, dict) else None
     named = [str(file) for file in files] if isinstance(files, list) and len(files) == len(trace.images) else None

@@ -76,7 +76,7 @@ def steps(
     if page is not None and page.is_file() and not overwrite:
         raise ProbeError(f"{page} exists; add --overwrite, or name another file with --page")
     trace = find_trace(path, row)
-    folder = (trace.path.parent if out is None else output_directory(out)) / FOLDER
+    folder = trace.explanations_dir if out is None else output_directory(out) / FOLDER
     if check:
         from lvlm_probe.cli.shared.maps import open_replay
 

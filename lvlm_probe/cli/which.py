@@ -79,7 +79,7 @@ def which(
     if text and parts:
         raise ProbeError("give either --parts or --text")
     trace = find_trace(path, row)
-    folder = (trace.path.parent if out is None else output_directory(out)) / FOLDER
+    folder = trace.explanations_dir if out is None else output_directory(out) / FOLDER
     own_baseline = baseline_from(baseline, video=bool(trace.clips))
     models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     replay = open_replay(trace, *models.of(trace))

@@ -121,7 +121,7 @@ class Edit:
             "sentence": self.sentence,
         }
 
-    def attached(self, heat: Heatmap) -> Heatmap:
+    def attached(self, heat: Heatmap | ClipHeatmap) -> Heatmap | ClipHeatmap:
         """The heatmap with this in its provenance, ``["edits"]``, where ``write`` keeps it and ``report`` shows it; one
         of the same region is replaced."""
         own = self.to_dict()
