@@ -107,6 +107,16 @@ def test_a_clicked_word_shows_its_own_map(show: Any, one: Path) -> None:
     np.testing.assert_array_equal(pixels(driver), whole)
 
 
+def test_each_map_says_what_its_curves_watch(show: Any, tmp_path: Path) -> None:
+    heats, scores = samples.page()
+    scores[1] = samples.score(params={"score": "prob", "followed": "own", "own_score": "cat over dog"})
+    driver = show(report(heats, scores=scores, out=tmp_path / "report.html"))
+    for map_, watched in ((1, "“cat over dog”"), (0, "the probability of the explained words")):
+        driver.find_elements("css selector", "[data-ref=maps] button")[map_].click()
+        settle(driver)
+        assert f"and watch {watched}. A good map" in " ".join(text(driver, "trialtext").split())
+
+
 def test_a_word_without_a_map_says_how_to_get_one(show: Any, one: Path) -> None:
     driver = show(one)
     before = pixels(driver)

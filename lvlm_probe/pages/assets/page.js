@@ -146,8 +146,7 @@ function chooseMap(index) {
   page.trial.hidden = !drawable || (!map.score && !map.baseline.src);
   page.pair.hidden = !(drawable && map.baseline.src && shape?.src);
   page.trialtext.hidden = !map.score;
-  if (map.score?.own)
-    page.trialtext.textContent = `Take away the most important parts of the image first, or give back only those, and watch “${map.score.own}”. A good map loses it at once and restores it at once.`;
+  page.watched.textContent = map.score?.own ? `“${map.score.own}”` : "the probability of the explained words";
   page.cross.hidden = true;
   page.readout.dataset.idle = drawable
     ? shape?.src
