@@ -239,8 +239,8 @@ def locate(
 ) -> list[Place]:
     """Find where values of an answer stand: page, box, polygon and verdict of each.
 
-    A value takes one map of its tokens and its score, whose insertion curve gives the region at no further pass; of k
-    pages, k passes more.
+    A value takes one map of its tokens and its score, whose insertion curve gives the region at no further pass. Of k
+    pages, k passes more say on which page each value stands, however many values there are.
 
     Args:
         replay: the recorded answer on its model.
@@ -262,8 +262,7 @@ def locate(
         chosen = [one for one in chosen if one.name in names]
     progress = options.get("progress")
     places = []
-    for one in chosen:
-        lost = _by_page(replay, one) if replay.n_images > 1 else ()
+    for one, lost in zip(chosen, _by_page(replay, chosen), strict=True):
         page = int(np.argmax(lost)) if lost else 0
         selection = select_tokens(replay, indices=one.tokens)
         heat = explain(replay, method=method, tokens=selection, image=page, **options)
@@ -278,16 +277,19 @@ def locate(
     return places
 
 
-def _by_page(replay: ReplayLike, one: Field) -> tuple[float, ...]:
-    """What a value's log P loses without each page, nats."""
-    steps = list(one.tokens)
+def _by_page(replay: ReplayLike, found: Sequence[Field]) -> list[tuple[float, ...]]:
+    """What the log P of each value loses without each page, nats; nothing where there is one page."""
+    if replay.n_images == 1 or not found:
+        return [()] * len(found)
+    steps = sorted({token for one in found for token in one.tokens})
     nothing = even_masks([0.0], (1, 1)).to(replay.device)
-    whole = float(replay.original_log_probs[steps].sum())
+    whole = replay.original_log_probs
     with torch.no_grad():
-        return tuple(
-            whole - float(replay.log_probs(nothing, image=page, steps=steps)[0, steps].sum())
-            for page in range(replay.n_images)
-        )
+        without = [replay.log_probs(nothing, image=page, steps=steps)[0] for page in range(replay.n_images)]
+    return [
+        tuple(float(whole[list(one.tokens)].sum()) - float(page[list(one.tokens)].sum()) for page in without)
+        for one in found
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- export

@@ -230,7 +230,10 @@ def test_a_report_draws_the_place(places: list[Any], tmp_path: Path) -> None:
 class TwoPages(ToyReplay):
     """A reader of two pages, whose second one has all values."""
 
+    pages_taken_away = 0
+
     def log_probs(self, mask: Any = None, *, image: int | None = None, **options: Any) -> torch.Tensor:
+        self.pages_taken_away += mask.shape == (1, 1, 1)
         if image == 0:
             return self.original_log_probs.double().expand(len(mask), -1)
         return super().log_probs(mask, image=image, **options)
@@ -242,6 +245,10 @@ def test_the_page_is_the_one_that_the_value_hangs_on(read: ToyReplay) -> None:
     (place,) = locate(pages, names=["total"], method="occlusion", progress=False)
     assert place.page == place.region.image == 1
     assert place.without == pytest.approx((0.0, 2 * np.log(0.9 / 0.01)), abs=1e-5)
+    pages.pages_taken_away = 0
+    values = locate(pages, method="random", progress=False)
+    assert len(values) == 2 and all(one.page == 1 for one in values) and values[1].without == place.without
+    assert pages.pages_taken_away == 2  # each page once for both values
 
 
 def test_files_that_other_tools_read(places: list[Any], tmp_path: Path) -> None:
