@@ -23,7 +23,7 @@ import torch
 
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.evidence.regions import Region, region
+from lvlm_probe.evidence.regions import Region, region, twice_the_area
 from lvlm_probe.explainers import explain
 from lvlm_probe.explainers.scores import even_masks
 from lvlm_probe.files import in_the_way, json_ready, write_whole
@@ -428,7 +428,7 @@ def _coco(placed: _Placed, files: Sequence[str]) -> dict[str, Any]:
     annotations = []
     for number, (place, here) in enumerate(placed):
         left, top, right, bottom = here.box
-        outer = [ring for ring in here.polygons if _signed(ring) > 0]
+        outer = [ring for ring in here.polygons if twice_the_area(ring) > 0]
         annotations.append(
             {
                 "id": number + 1,
@@ -450,8 +450,3 @@ def _coco(placed: _Placed, files: Sequence[str]) -> dict[str, Any]:
         "categories": [{"id": k, "name": name or "value"} for name, k in categories.items()],
         "annotations": annotations,
     }
-
-
-def _signed(ring: Sequence[tuple[float, float]]) -> float:
-    """Twice the area of an outline; negative around a hole."""
-    return sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(ring, [*ring[1:], ring[0]], strict=True))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.replaying import ReplayLike
 
-__all__ = ["Region", "first_that", "polygons_of", "region"]
+__all__ = ["Region", "first_that", "polygons_of", "region", "twice_the_area"]
 
 Ring = tuple[tuple[float, float], ...]
 
@@ -190,13 +190,16 @@ def polygons_of(cells: np.ndarray, size: tuple[int, int]) -> tuple[tuple[Ring, .
     across, down = size[0] / cells.shape[1], size[1] / cells.shape[0]
     rings, boxes = [], []
     while edges:
-        corners = _ring(edges)
-        rings.append(tuple((col * across, row * down) for row, col in corners))
-        turned = sum(a[1] * b[0] - b[1] * a[0] for a, b in zip(corners, [*corners[1:], corners[0]], strict=True))
-        if turned > 0:  # clockwise, y down
+        rings.append(tuple((col * across, row * down) for row, col in _ring(edges)))
+        if twice_the_area(rings[-1]) > 0:
             xs, ys = zip(*rings[-1], strict=True)
             boxes.append((min(xs), min(ys), max(xs), max(ys)))
     return tuple(rings), tuple(boxes)
+
+
+def twice_the_area(ring: Ring) -> float:
+    """Twice the area in an outline of ``polygons_of``; negative around a hole."""
+    return sum(a[0] * b[1] - b[0] * a[1] for a, b in zip(ring, (*ring[1:], ring[0]), strict=True))
 
 
 def _ring(edges: dict[tuple[int, int], list[tuple[int, int]]]) -> list[tuple[int, int]]:
