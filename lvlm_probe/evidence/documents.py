@@ -23,6 +23,7 @@ import torch
 
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.evidence.grounding import known_of, tokens_at
 from lvlm_probe.evidence.regions import Region, region, twice_the_area
 from lvlm_probe.explainers import explain
 from lvlm_probe.explainers.scores import even_masks
@@ -155,19 +156,11 @@ def fields(trace: Trace) -> list[Field]:
     ends = np.cumsum([len(piece) for piece in pieces])
     found = []
     for name, start, stop in _leaves_in(text):
-        tokens = range(int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, stop)) + 1)
-        found.append((name, text[start:stop], tuple(tokens)))
+        found.append((name, text[start:stop], tuple(tokens_at(ends, start, stop))))
     if not found:
         found = [("", word.text, tuple(range(word.start, word.stop))) for word in trace.words]
 
-    def total(values: np.ndarray | None, tokens: tuple[int, ...]) -> float | None:
-        return None if values is None else float(np.asarray(values, np.float64)[list(tokens)].sum())
-
-    return [
-        Field(name, value, tokens, total(trace.log_probs, tokens), total(trace.llr, tokens))
-        for name, value, tokens in found
-        if tokens and value
-    ]
+    return [Field(name, value, tokens, *known_of(trace, tokens)) for name, value, tokens in found if tokens and value]
 
 
 def _leaves_in(text: str) -> list[tuple[str, int, int]]:

@@ -35,6 +35,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import explain
+from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics.localization import boxes_to_mask, energy_in_region, iou, pointing_game
 
@@ -42,7 +43,18 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import ReplayLike
     from lvlm_probe.trace import Trace
 
-__all__ = ["CONVENTIONS", "AnswerBox", "BoxCheck", "Convention", "answer_boxes", "box_maps", "check_box", "draw_boxes"]
+__all__ = [
+    "CONVENTIONS",
+    "AnswerBox",
+    "BoxCheck",
+    "Convention",
+    "answer_boxes",
+    "box_maps",
+    "check_box",
+    "draw_boxes",
+    "known_of",
+    "tokens_at",
+]
 
 Convention = Literal["1", "100", "999", "1000", "1024", "bins", "pixels", "model pixels"]
 CONVENTIONS: dict[str, str] = {
@@ -184,8 +196,7 @@ class BoxCheck:
         """The heatmap with this in its provenance, ``["box"]``, where ``write`` keeps it and ``report`` shows it."""
         record = {"verdict": self.verdict, "sentence": self.sentence, "energy": self.energy, "area": self.area}
         record |= {"iou": self.iou, "pointing": self.pointing, **self.box.to_dict()}
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        return dataclasses.replace(heat, provenance={**heat.provenance, "box": finite})
+        return dataclasses.replace(heat, provenance={**heat.provenance, "box": json_ready(record)})
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -213,7 +224,6 @@ def answer_boxes(trace: Trace, *, boxes: Convention | None = None, image: int = 
     ends = np.cumsum([len(piece) for piece in pieces])
     size = trace.images[image].size
     family = str((trace.model.get("config") or {}).get("model_type", ""))  # type: ignore[union-attr]
-    log_probs, llr = trace.log_probs, trace.llr
     found = []
     for one in _found(text, family):
         convention = boxes or one.convention
@@ -225,7 +235,8 @@ def answer_boxes(trace: Trace, *, boxes: Convention | None = None, image: int = 
             )
         numbers = one.numbers
         pixels = _in_pixels(numbers, convention, size, lambda: _model_size(trace, image))
-        tokens = sorted({k for start, stop in one.spans for k in _tokens(ends, start, stop)})
+        tokens = sorted({k for start, stop in one.spans for k in tokens_at(ends, start, stop)})
+        log_p, llr = known_of(trace, tokens)
         found.append(
             AnswerBox(
                 kind="box" if len(numbers) == 4 else "point",
@@ -236,8 +247,8 @@ def answer_boxes(trace: Trace, *, boxes: Convention | None = None, image: int = 
                 image=image,
                 image_size=size,
                 tokens=tuple(tokens),
-                log_p=None if log_probs is None else float(np.asarray(log_probs, np.float64)[tokens].sum()),
-                llr=None if llr is None else float(np.asarray(llr, np.float64)[tokens].sum()),
+                log_p=log_p,
+                llr=llr,
                 fault=_fault(pixels, size),
             )
         )
@@ -353,9 +364,18 @@ def _label(text: str, match: re.Match[str]) -> str:
         return found[1]
 
 
-def _tokens(ends: np.ndarray, start: int, stop: int) -> range:
-    """Tokens that hold characters ``[start, stop)`` of the answer."""
+def tokens_at(ends: np.ndarray, start: int, stop: int) -> range:
+    """Tokens that hold characters ``[start, stop)`` of the answer, whose tokens stop before ``ends``, ``(step,)``."""
     return range(int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, stop, side="left")) + 1)
+
+
+def known_of(trace: Trace, tokens: Sequence[int]) -> tuple[float | None, float | None]:
+    """log P of tokens, given the answer before them, and their ratio: sums, nats; ``None`` where not recorded."""
+    log_p, llr = (
+        None if values is None else float(np.asarray(values, np.float64)[list(tokens)].sum())
+        for values in (trace.log_probs, trace.llr)
+    )
+    return log_p, llr
 
 
 def _in_pixels(
