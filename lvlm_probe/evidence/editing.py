@@ -193,7 +193,8 @@ def edit(
     if not selection.indices:
         raise ExplainError(f"there are no words to watch: {selection.reason or 'it is a score of no words'}")
     replay = replay if baseline is None else over_baseline(replay, baseline)
-    asking = _Asking(replay, selection, image if heat is None else heat.target, mode, max_new_tokens, until)
+    target = image if heat is None else heat.target
+    asking = _Asking(replay, selection, target, mode, max_new_tokens, until)
     if isinstance(place, str):
         assert heat is not None
         return _smallest(asking, heat, kind, progress)
@@ -205,7 +206,8 @@ def edit(
         return asking.edited(mask, kind=kind, area=area, cells=cells)
     region, boxes = place
     if region is None:
-        region = boxes_to_mask(boxes, replay.image_sizes[asking.image] if isinstance(asking.image, int) else (1, 1))
+        assert isinstance(target, int)
+        region = boxes_to_mask(boxes, replay.image_sizes[target])
     mask = torch.from_numpy(region == (kind == "keep")).float()
     return asking.edited(mask, kind=kind, area=float(region.mean()), boxes=boxes)
 
@@ -217,7 +219,7 @@ def _asked(heat: Any, remove: Place | None, keep: Place | None) -> tuple[Literal
     kind: Literal["remove", "keep"] = "remove" if keep is None else "keep"
     place: Any = "smallest" if remove is keep is None else (remove if keep is None else keep)
     by_map = isinstance(place, (str, int, float))
-    if by_map and place != "smallest" and not (not isinstance(place, (str, bool)) and 0 < place <= 1):
+    if by_map and place != "smallest" and (isinstance(place, (str, bool)) or not 0 < place <= 1):
         raise ExplainError(
             f"{kind} is a share of the image in (0, 1], 'smallest', boxes in pixels or a mask; got {place!r}"
         )
@@ -227,7 +229,7 @@ def _asked(heat: Any, remove: Place | None, keep: Place | None) -> tuple[Literal
         if heat.values is None:
             raise ExplainError(f"this heatmap has no values: {heat.reason}")
         return kind, place if isinstance(place, str) else float(place)
-    if heat is not None and heat.values is not None and heat.values.ndim != 2:
+    if heat is not None and heat.axes[0] == "t":
         raise ExplainError("a region of a video is taken by its map: give a share, or 'smallest'")
     if isinstance(place, np.ndarray):
         if place.ndim != 2 or not place.astype(bool).any():
@@ -290,7 +292,7 @@ class _Asking:
         max_new_tokens: int | None,
         until: Callable[[str], bool] | str | None,
     ) -> None:
-        self._replay, self._selection, self.image, self._mode = replay, selection, image, mode
+        self._replay, self._selection, self._image, self._mode = replay, selection, image, mode
         self._until = until
         self._whole = replay.asked()
         self._model: Any = duplicated(replay.model)
@@ -299,8 +301,7 @@ class _Asking:
         ended = int(replay.token_ids[-1]) in self._stops.eos
         self._limit = max_new_tokens or (max(_LEAST_TOKENS, 2 * steps) if ended else steps)
         self.answers = self.steps = 0
-        tokenizer = tokenizer_of(replay.processor)
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer_of(replay.processor)
         chosen = set(selection.indices)
         self._words = replay.words
         self._watched = {
@@ -308,10 +309,7 @@ class _Asking:
             for number, word in enumerate(replay.words)
             if not chosen.isdisjoint(range(word.start, word.stop))
         }  # fmt: skip
-        special = replay.special.tolist()
-        self._original = "".join(
-            piece for piece, flag in zip(replay.tokens, special, strict=True) if not flag
-        ).strip()  # fmt: skip
+        self._original = _text(replay.tokens, replay.special.tolist())
         self.notes: tuple[str, ...] = ()
         self._check()
 
@@ -357,12 +355,11 @@ class _Asking:
         self._replay.passes.add(forward=1)
         pieces = display_pieces(self._tokenizer, ids.tolist())
         special = special_flags(self._tokenizer, ids.tolist(), self._stops.eos)
-        answer = "".join("" if flag else piece for piece, flag in zip(pieces, special, strict=True)).strip()
-        return answer, group_words(pieces, special)
+        return _text(pieces, special), group_words(pieces, special)
 
     def edited(self, mask: torch.Tensor, **facts: Any) -> Edit:
         """What the model says under one mask."""
-        inputs = self._replay.asked(mask[None].to(self._replay.device), image=self.image, mode=self._mode)
+        inputs = self._replay.asked(mask[None].to(self._replay.device), image=self._image, mode=self._mode)
         answer, words = self._said(inputs)
         changes, gone = _compared(self._words, words, self._watched)
         return Edit(
@@ -377,6 +374,11 @@ class _Asking:
             mask=mask.numpy(),
             **facts,
         )
+
+
+def _text(pieces: Sequence[str], special: Sequence[bool]) -> str:
+    """An answer without special tokens."""
+    return "".join(piece for piece, flag in zip(pieces, special, strict=True) if not flag).strip()
 
 
 @contextlib.contextmanager
