@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from lvlm_probe.trace.clips import Clip
     from lvlm_probe.video import ClipHeatmap
 
-__all__ = ["Edit", "edit"]
+__all__ = ["Edit", "edit", "mask_by_map"]
 
 Place = float | Literal["smallest"] | np.ndarray | Sequence[Sequence[float]]
 """A share of the map's cells, the hottest first; the smallest region that flips; a mask; or boxes in pixels."""
@@ -202,8 +202,7 @@ def edit(
         assert heat is not None
         assert heat.values is not None
         cells = min(max(1, round(place * heat.values.size)), _cells_of(heat))
-        mask, area = _by_map(heat, cells, kind)
-        return asking.edited(mask, kind=kind, area=area, cells=cells)
+        return asking.by_map(heat, cells, kind)
     region, boxes = place
     if region is None:
         assert isinstance(target, int)
@@ -240,13 +239,12 @@ def _asked(heat: Any, remove: Place | None, keep: Place | None) -> tuple[Literal
     return kind, (None, boxes)
 
 
-def _by_map(heat: Heatmap | ClipHeatmap, cells: int, kind: str) -> tuple[torch.Tensor, float]:
-    """The mask without (or of nothing but) the hottest cells, and their share of the image."""
+def mask_by_map(heat: Heatmap | ClipHeatmap, cells: int, kind: str) -> torch.Tensor:
+    """The mask without the hottest cells, or with ``"keep"`` of nothing but them, on the map's grid."""
     assert heat.values is not None
     assert heat.seen is not None
     order = rank(heat.values, heat.seen, np.random.default_rng(0))
-    mask = curve_masks(order, np.array([cells]), heat.values.shape, insert=kind == "keep")[0]
-    return mask, cells / heat.values.size
+    return curve_masks(order, np.array([cells]), heat.values.shape, insert=kind == "keep")[0]
 
 
 def _cells_of(heat: Heatmap | ClipHeatmap) -> int:
@@ -265,8 +263,7 @@ def _smallest(
 
     def at(cells: int) -> Edit:
         if cells not in found:
-            mask, area = _by_map(heat, cells, kind)
-            found[cells] = asking.edited(mask, kind=kind, area=area, cells=cells)
+            found[cells] = asking.by_map(heat, cells, kind)
             if advance is not None:
                 advance(len(found) + 1, most)
         return found[cells]
@@ -356,6 +353,11 @@ class _Asking:
         pieces = display_pieces(self._tokenizer, ids.tolist())
         special = special_flags(self._tokenizer, ids.tolist(), self._stops.eos)
         return _text(pieces, special), group_words(pieces, special)
+
+    def by_map(self, heat: Heatmap | ClipHeatmap, cells: int, kind: Literal["remove", "keep"]) -> Edit:
+        """What the model says without the hottest cells of a map, or with nothing but them."""
+        assert heat.values is not None
+        return self.edited(mask_by_map(heat, cells, kind), kind=kind, area=cells / heat.values.size, cells=cells)
 
     def edited(self, mask: torch.Tensor, **facts: Any) -> Edit:
         """What the model says under one mask."""
