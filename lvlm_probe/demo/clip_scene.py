@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.demo.drawing import REACH, render_frames, shade
 from lvlm_probe.demo.questions import COLOURS, SHAPES, WAYS, Item, Layout, Query
+from lvlm_probe.demo.scene import dealt, rng_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +48,6 @@ CLIP_KINDS: tuple[str, ...] = ("direction", "appearance", "colour", "order")
 FRAMES = 8
 FRAMES_PER_SECOND = 4.0
 
-_SPLITS = {"train": 6, "tune": 7, "eval": 8}  # numbers that no split of scenes has
 _RADIUS = (0.115, 0.155)
 _GAP = 0.03  # smallest distance between the reaches of two objects, at any time, as a fraction of the shorter side
 _WAY = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -220,16 +220,8 @@ def clips(
     Raises:
         ValueError: an unknown split or kind, a negative number of clips, or frames under 32 pixels.
     """
-    kinds = CLIP_KINDS if kinds is None else tuple(kinds)
-    if split not in _SPLITS:
-        raise ValueError(f"unknown split {split!r}; there are {', '.join(_SPLITS)}")
-    if unknown := [kind for kind in kinds if kind not in CLIP_KINDS] or not kinds:
-        raise ValueError(f"unknown kinds {unknown!r}; there are {', '.join(CLIP_KINDS)}")
-    if n < 0 or start < 0:
-        raise ValueError(f"cannot draw {n} clips from index {start}")
-    if min(size) < 32:
-        raise ValueError(f"frames of {size[0]}x{size[1]} pixels are too small to read; the shorter side must be >= 32")
-    return [_clip(split, seed, index, kinds[index % len(kinds)], size) for index in range(start, start + n)]
+    asked = dealt("clips", n, start, kinds=kinds, known=CLIP_KINDS, split=split, size=size)
+    return [_clip(split, seed, index, kind, size) for index, kind in asked]
 
 
 def _clip(split: str, seed: int, index: int, kind: str, size: tuple[int, int]) -> ClipScene:
@@ -266,9 +258,7 @@ def truth(query: ClipQuery, labels: np.ndarray) -> np.ndarray:
 
 def clip_rng(split: str, seed: int, index: int) -> np.random.Generator:
     """The generator that a clip is drawn from."""
-    import numpy as np
-
-    return np.random.default_rng(np.random.SeedSequence([_SPLITS[split], seed, index]))
+    return rng_of(2, split, seed, index)
 
 
 def draw_film(rng: np.random.Generator, *, kind: str | None = None, objects: tuple[int, int] = (2, 3)) -> Film:

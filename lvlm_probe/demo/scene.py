@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-__all__ = ["HARD_KINDS", "KINDS", "RADIUS", "SPLITS", "Scene", "draw_layout", "scene_rng", "scenes"]
+__all__ = ["HARD_KINDS", "KINDS", "RADIUS", "SPLITS", "Scene", "dealt", "draw_layout", "rng_of", "scene_rng", "scenes"]
 
 __getattr__ = names_of(__name__)
 
@@ -41,7 +41,7 @@ HARD_KINDS: tuple[str, ...] = (*KINDS, "which")
 """The same for hard scenes."""
 
 SPLITS: dict[str, int] = {"train": 0, "tune": 1, "eval": 2}
-"""Split name to the number that starts its seed sequence."""
+"""Split name to the number that starts its seed sequence; of hard scenes and of clips see `rng_of`."""
 
 RADIUS: tuple[float, float] = (0.088, 0.150)
 """Smallest and largest object radius, as a fraction of the image's shorter side."""
@@ -103,16 +103,35 @@ def scenes(
         ValueError: an unknown split or kind, a negative number of scenes, or an image under 32 pixels.
     """
     known = HARD_KINDS if hard else KINDS
+    asked = dealt("scenes", n, start, kinds=kinds, known=known, split=split, size=size)
+    return [_scene(split, seed, index, kind, size, hard) for index, kind in asked]
+
+
+def dealt(
+    what: str,
+    n: int,
+    start: int,
+    *,
+    kinds: Sequence[str] | None,
+    known: Sequence[str],
+    split: str,
+    size: tuple[int, int],
+) -> list[tuple[int, str]]:
+    """Number and kind of `n` scenes or clips, as `what` calls them, from number `start` on.
+
+    Raises:
+        ValueError: they cannot be drawn; see `scenes`.
+    """
     kinds = known if kinds is None else tuple(kinds)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
     if unknown := [kind for kind in kinds if kind not in known] or not kinds:
         raise ValueError(f"unknown kinds {unknown!r}; there are {', '.join(known)}")
     if n < 0 or start < 0:
-        raise ValueError(f"cannot draw {n} scenes from index {start}")
+        raise ValueError(f"cannot draw {n} {what} from index {start}")
     if min(size) < 32:
-        raise ValueError(f"a scene of {size[0]}x{size[1]} pixels is too small to read; the shorter side must be >= 32")
-    return [_scene(split, seed, index, kinds[index % len(kinds)], size, hard) for index in range(start, start + n)]
+        raise ValueError(f"{what} of {size[0]}x{size[1]} pixels are too small to read; the shorter side must be >= 32")
+    return [(index, kinds[index % len(kinds)]) for index in range(start, start + n)]
 
 
 def _scene(split: str, seed: int, index: int, kind: str, size: tuple[int, int], hard: bool) -> Scene:
@@ -155,10 +174,15 @@ def _mask_of(labels: np.ndarray, targets: tuple[int, ...]) -> np.ndarray:
 
 def scene_rng(split: str, seed: int, index: int, *, hard: bool = False) -> np.random.Generator:
     """The generator that a scene is drawn from."""
+    return rng_of(1 if hard else 0, split, seed, index)
+
+
+def rng_of(series: int, split: str, seed: int, index: int) -> np.random.Generator:
+    """The generator of one scene or clip: series 0 are plain scenes, 1 hard ones, 2 clips, each with split numbers of
+    its own."""
     import numpy as np
 
-    number = SPLITS[split] + (len(SPLITS) if hard else 0)
-    return np.random.default_rng(np.random.SeedSequence([number, seed, index]))
+    return np.random.default_rng(np.random.SeedSequence([SPLITS[split] + series * len(SPLITS), seed, index]))
 
 
 def draw_layout(rng: np.random.Generator, *, objects: tuple[int, int] = (3, 5), group: int | None = None) -> Layout:
