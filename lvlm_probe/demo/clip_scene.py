@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = [
-    "CLIP_KINDS", "FRAMES", "FRAMES_PER_SECOND", "ClipQuery", "ClipScene", "Film", "Track", "clips", "draw_film",
+    "CLIP_KINDS", "FRAMES", "ClipQuery", "ClipScene", "Film", "Track", "clips", "draw_film",
     "film_queries", "order_queries",
 ]  # fmt: skip
 
@@ -46,7 +46,6 @@ CLIP_KINDS: tuple[str, ...] = ("direction", "appearance", "colour", "order")
 """Every kind of question, in the order in which `clips` deals them."""
 
 FRAMES = 8
-FRAMES_PER_SECOND = 4.0
 
 _RADIUS = (0.115, 0.155)
 _GAP = 0.03  # smallest distance between the reaches of two objects, at any time, as a fraction of the shorter side
@@ -261,9 +260,8 @@ def clip_rng(split: str, seed: int, index: int) -> np.random.Generator:
     return rng_of(2, split, seed, index)
 
 
-def draw_film(rng: np.random.Generator, *, kind: str | None = None, objects: tuple[int, int] = (2, 3)) -> Film:
-    """A film of which a question of a kind can be asked, or of any; its objects never touch each other."""
-    kind = str(rng.choice(CLIP_KINDS)) if kind is None else kind
+def draw_film(rng: np.random.Generator, *, kind: str, objects: tuple[int, int] = (2, 3)) -> Film:
+    """A film of which a question of a kind can be asked; its objects never touch each other."""
     count = int(rng.integers(objects[0], objects[1] + 1))
     if kind == "order":
         roles = ["earlier", "later", "still"][: max(2, count)]
