@@ -17,7 +17,7 @@ import math
 import os
 import threading
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -157,65 +157,76 @@ def overlay(
     grid = _Grid(np.asarray(values), width, height)
     highest = grid.highest() if peak is None else peak
     scale = 1 / highest if normalise and highest > 0 else 1.0
-    line = min(_LINE, max(1, round(max(width, height) / 400))) if contour and highest > 0 and alpha > 0 else 0
+    line = _line_of(image) if contour and highest > 0 and alpha > 0 else 0
     hidden = None if seen is None or bool(np.all(seen)) else _Cells(~np.asarray(seen, dtype=bool), width, height)
-    drawn = Image.new("RGB", image.size)
-    step = max(1, _STRIP // width)
-    for top in range(0, height, step):
-        bottom = min(height, top + step)
-        strip = image.crop((0, top, width, bottom)).convert("RGB")
-        pixels = np.asarray(strip, dtype=np.float32)
-        first, last = max(0, top - line), min(height, bottom + line)
-        inside = slice(top - first, bottom - first)
-        around = grid.rows(first, last)
-        value = around[inside] * scale
-        pixels = _heated(pixels, value, table, alpha)
+
+    def paint(pixels: np.ndarray, above: int, below: int, inside: slice) -> np.ndarray:
+        around = grid.rows(above, below)
+        pixels = _heated(pixels, around[inside] * scale, table, alpha)
         if line:
             region = around >= _HALF * highest
             outer = _dilated(region, line)[inside] & ~region[inside]
             inner = _dilated(~region, line)[inside] & region[inside]
             for where, level in ((inner, 255.0), (outer, 20.0)):
                 pixels[where] = 0.25 * pixels[where] + 0.75 * level
-        if hidden is not None:
-            pixels = _hatched(pixels, hidden, top, bottom)
-        drawn.paste(Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)), (0, top))
+        return pixels if hidden is None else _hatched(pixels, hidden, above + inside.start, above + inside.stop)
+
+    drawn = _in_strips(image, line, paint)
     if mark is not None and alpha > 0:
         _stamp(drawn, mark, cells_of(np.shape(values)))
     return drawn
 
 
-def difference(
-    image: Image.Image, first: np.ndarray, second: np.ndarray, *, alpha: float = 0.85, line: bool = True
-) -> Image.Image:
+def difference(image: Image.Image, first: np.ndarray, second: np.ndarray, *, alpha: float = 0.85) -> Image.Image:
     """Two heatmaps against each other over an image, at the image's own size, RGB: orange where the first is higher,
-    blue where the second is, the more opaque the further they are apart.
+    blue where the second is, the more opaque the further they are apart; outlined where that is more than a half.
 
     Args:
         image: any mode.
         first, second: ``(row, col)`` in [0, 1], grids over the whole image, each of any resolution; stretched so that
             its highest is 1.
         alpha: opacity of a difference of 1.
-        line: outline where they differ by more than a half.
     """
-    width, height = image.size
-    grids = [_Grid(np.asarray(values), width, height) for values in (first, second)]
+    grids = [_Grid(np.asarray(values), *image.size) for values in (first, second)]
     scales = [1 / highest if highest > 0 else 1.0 for highest in (grid.highest() for grid in grids)]
     tables = [_colours(name) for name in _SIDES]
-    wide = min(_LINE, max(1, round(max(width, height) / 400))) if line else 0
+    line = _line_of(image)
+
+    def paint(pixels: np.ndarray, above: int, below: int, inside: slice) -> np.ndarray:
+        one, other = (grid.rows(above, below) * scale for grid, scale in zip(grids, scales, strict=True))
+        for apart, table in zip((one - other, other - one), tables, strict=True):
+            pixels = _heated(pixels, np.clip(apart[inside], 0, 1), table, alpha)
+            region = apart >= _HALF
+            rim = _dilated(region, line)[inside] & ~region[inside]
+            pixels[rim] = 0.25 * pixels[rim] + 0.75 * 255
+        return pixels
+
+    return _in_strips(image, line, paint)
+
+
+def _line_of(image: Image.Image) -> int:
+    """Width of an outline, pixels."""
+    return min(_LINE, max(1, round(max(image.size) / 400)))
+
+
+def _in_strips(
+    image: Image.Image, line: int, paint: Callable[[np.ndarray, int, int, slice], np.ndarray]
+) -> Image.Image:
+    """An image painted strip by strip, RGB.
+
+    Args:
+        line: rows beyond a strip that its outline depends on.
+        paint: a strip's new pixels, from its pixels ``(row, col, channel)`` float32, the first row that it may look at,
+            the one after the last, and which of these rows are the strip's.
+    """
+    width, height = image.size
     drawn = Image.new("RGB", image.size)
     step = max(1, _STRIP // width)
     for top in range(0, height, step):
         bottom = min(height, top + step)
-        above, below = max(0, top - wide), min(height, bottom + wide)
-        one, other = (grid.rows(above, below) * scale for grid, scale in zip(grids, scales, strict=True))
-        apart, inside = one - other, slice(top - above, bottom - above)
+        above, below = max(0, top - line), min(height, bottom + line)
         pixels = np.asarray(image.crop((0, top, width, bottom)).convert("RGB"), dtype=np.float32)
-        for sign, table in zip((1, -1), tables, strict=True):
-            pixels = _heated(pixels, np.clip(sign * apart[inside], 0, 1), table, alpha)
-            region = sign * apart >= _HALF
-            if wide:
-                rim = _dilated(region, wide)[inside] & ~region[inside]
-                pixels[rim] = 0.25 * pixels[rim] + 0.75 * 255
+        pixels = paint(pixels, above, below, slice(top - above, bottom - above))
         drawn.paste(Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)), (0, top))
     return drawn
 
