@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lvlm_probe.errors import ProbeError, TraceError
-from lvlm_probe.explainers import explain, needs_of
-from lvlm_probe.explainers.explaining import frame_of
+from lvlm_probe.explainers import needs_of
+from lvlm_probe.explainers.explaining import frame_of, target_of
 from lvlm_probe.files import causes, json_ready, read_small, write_whole
 from lvlm_probe.heatmap import HeatGrid, Heatmap, trace_file_of
 from lvlm_probe.metrics import Score, evaluate
@@ -42,7 +42,7 @@ from lvlm_probe.replaying import Replay
 from lvlm_probe.serving.journal import Journal
 from lvlm_probe.trace import Trace, open_trace
 from lvlm_probe.video import ClipHeatmap, Order
-from lvlm_probe.video import explain as explain_clip
+from lvlm_probe.video.explaining import explain_by
 
 if TYPE_CHECKING:
     from lvlm_probe.selection import TokenSelection
@@ -241,21 +241,20 @@ def explain_one(
             shown(f"explaining {label}, {settings.method}") as progress,
             _goes_on(replay, found.path, settings.method) as source,
         ):
-            _explained(source, selection, settings, progress).write(found.path)
+            explain_by(
+                source,
+                target=target_of(source, settings.image),
+                method=settings.method,
+                tokens=selection,
+                seed=settings.seed,
+                progress=progress,
+                **settings.params,
+            ).write(found.path)
     if settings.scored and (not finished or _lacks_score(found)):
         score_one(replay, found, shown=shown, mode=settings.mode)
     if not found.overlay_path.is_file():
         found.draw(found.read(), found.score())
     return found, finished
-
-
-def _explained(
-    replay: Replay, selection: TokenSelection, settings: MapSettings, progress: ProgressChoice
-) -> Heatmap | ClipHeatmap:
-    same: dict[str, Any] = {"method": settings.method, "tokens": selection, "seed": settings.seed, "progress": progress}
-    if (clip := frame_of(replay, settings.image)) is not None:
-        return explain_clip(replay, clip=list(replay.clips).index(clip), **same, **settings.params)
-    return explain(replay, image=settings.image, **same, **settings.params)
 
 
 @contextlib.contextmanager

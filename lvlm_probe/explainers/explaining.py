@@ -38,7 +38,7 @@ from lvlm_probe.trace import Trace
 if TYPE_CHECKING:
     from lvlm_probe.trace.clips import Clip
 
-__all__ = ["RunPlan", "Tokens", "explain", "frame_of", "run", "scored_by", "selected", "words_of"]
+__all__ = ["RunPlan", "Tokens", "explain", "frame_of", "run", "scored_by", "selected", "target_of", "words_of"]
 
 Tokens = str | tuple[int, int] | list[int] | Sequence[str] | TokenSelection | OwnScore
 
@@ -137,6 +137,12 @@ def frame_of(replay: ReplayLike | Trace, image: int) -> Clip | None:
     trace = replay if isinstance(replay, Trace) else replay.trace
     clips: Sequence[Clip] = getattr(trace, "clips", ())  # an analytic replay need not have any
     return next((clip for clip in clips if image in clip.images), None)
+
+
+def target_of(replay: ReplayLike | Trace, image: int) -> int | Clip:
+    """What an image of the prompt is explained by: itself, or the video that it is a frame of."""
+    clip = frame_of(replay, image)
+    return image if clip is None else clip
 
 
 def run(

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError
 from lvlm_probe.escaping import counted
-from lvlm_probe.explainers import Tokens, explain, needs_of, selected
+from lvlm_probe.explainers import Tokens, needs_of, selected
 from lvlm_probe.explainers import methods as known_methods
-from lvlm_probe.explainers.explaining import frame_of
+from lvlm_probe.explainers.explaining import target_of
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.heatmap_store import not_made, reason_of
@@ -32,7 +32,7 @@ from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.selection import Against
 from lvlm_probe.trace import Trace
 from lvlm_probe.video import ClipHeatmap
-from lvlm_probe.video import explain as explain_clip
+from lvlm_probe.video.explaining import explain_by
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -239,14 +239,10 @@ def _one(
     """One method on one answer. Whatever goes wrong in it is told in its place and costs the others nothing."""
     image, seed = settings.image, settings.seed
     same: dict[str, Any] = {"seed": seed, "progress": False}
-    clip = frame_of(item, image)
+    target = target_of(item, image)
     try:
         asked: dict[str, Any] = {"method": method, "tokens": selection, "strengthen": False, **same, **params}
-        heat: Heatmap | ClipHeatmap
-        if clip is not None:
-            heat = explain_clip(item, clip=list(item.clips).index(clip), **asked)
-        else:
-            heat = explain(item, image=image, **asked)
+        heat = explain_by(item, target=target, **asked)
     except Exception as error:
         heat = not_made(item, method, selection, error, image=image, params=params)
     if name != heat.method:
@@ -254,7 +250,7 @@ def _one(
     if isinstance(item, Trace) or heat.values is None:
         return heat, None
     try:
-        grid = settings.grid if clip is None else None  # a video is ranked on the heatmap's own cells
+        grid = settings.grid if isinstance(target, int) else None  # a video is ranked on the heatmap's own cells
         return heat, evaluate(heat, item, grid=grid, steps=settings.steps, **same)
     except Exception as error:
         return dataclasses.replace(heat, provenance={**heat.provenance, "not_judged": reason_of(error)}), None

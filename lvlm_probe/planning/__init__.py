@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.explaining import frame_of
+from lvlm_probe.explainers.explaining import frame_of, target_of
 from lvlm_probe.explainers.registry import Cost, Problem, check_parameters, cost_of, resolve
 from lvlm_probe.planning.meter import Meter, parse_bytes, show_bytes, weight_bytes
 from lvlm_probe.planning.plans import MOST, Plan, choose, default_budget, passes_text, table
@@ -23,7 +23,6 @@ from lvlm_probe.replaying import replay as open_replay
 
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
-    from lvlm_probe.trace.clips import Clip
 
 __all__ = [
     "Meter",
@@ -96,7 +95,7 @@ def plan_for(
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
     check_parameters(method, resolve(method), params)
     cost = cost_for(replay, method, params, image=image)
-    return choose(replay, method, cost, default_budget(replay, size), target=_target(replay, image))
+    return choose(replay, method, cost, default_budget(replay, size), target=target_of(replay, image))
 
 
 def cost_for(replay: Replay, method: str, params: Mapping[str, Any] | None = None, *, image: int = 0) -> Cost:
@@ -104,12 +103,6 @@ def cost_for(replay: Replay, method: str, params: Mapping[str, Any] | None = Non
     selection: Any = None  # no words are needed to say how much a method takes
     clip = frame_of(replay, image)
     return cost_of(method, Problem(replay, selection, image if clip is None else clip.first, clip=clip), params or {})
-
-
-def _target(replay: Replay, image: int) -> int | Clip:
-    """What a mask is laid over: the image, or the video that it is a frame of."""
-    clip = frame_of(replay, image)
-    return image if clip is None else clip
 
 
 def _with_seconds(replay: Replay, found: Plan, image: int) -> Plan:
@@ -121,7 +114,7 @@ def _with_seconds(replay: Replay, found: Plan, image: int) -> Plan:
 
     def taken(images: int, *, gradient: bool) -> tuple[float, float]:
         masks = min(3, at_once, images)
-        target = _target(replay, image)
+        target = target_of(replay, image)
         return timed(replay, gradient=gradient, target=target, masks=masks) if images > 0 else (0.0, 0.0)
 
     both = taken(found.backward, gradient=True)
@@ -160,7 +153,7 @@ class Pace:
 
 def pace(replay: Replay, *, image: int = 0) -> Pace:
     """Time a few passes over one mask and over three. Raises what a forward pass raises."""
-    target = _target(replay, image)
+    target = target_of(replay, image)
     forward = timed(replay, gradient=False, target=target)
     try:
         gradient = timed(replay, gradient=True, target=target)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers import explain, resolve
+from lvlm_probe.explainers import resolve
 from lvlm_probe.extras import require
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap
@@ -23,7 +23,7 @@ from lvlm_probe.metrics.scoring import check_answer, over_baseline
 from lvlm_probe.metrics.similarity import Similarity, compare_maps
 from lvlm_probe.sanity.stability import Stability
 from lvlm_probe.video import ClipHeatmap
-from lvlm_probe.video import explain as explain_clip
+from lvlm_probe.video.explaining import explain_by
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
@@ -199,13 +199,16 @@ def again(
         params["source"] = "replay"  # what was recorded is of the true model and answer
     own: Any = heat.provenance.get("seed", 0)
     try:
-        how: dict[str, Any] = {"method": heat.method, "tokens": chosen, "seed": int(own if seed is None else seed)}
-        how |= {"strengthen": False, "progress": False, **params}
-        made: AnyHeatmap
-        if isinstance(heat, ClipHeatmap):
-            made = explain_clip(replay, clip=list(replay.clips).index(heat.clip), **how)
-        else:
-            made = explain(replay, image=heat.image_index, **how)
+        made = explain_by(
+            replay,
+            target=heat.target,
+            method=heat.method,
+            tokens=chosen,
+            seed=int(own if seed is None else seed),
+            strengthen=False,
+            progress=False,
+            **params,
+        )
     except ExplainError as error:  # a random model's scores need not be finite
         reason = f"the method could not be run any more: {error}"
         return dataclasses.replace(

@@ -6,7 +6,9 @@ from typing import Any
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import RunPlan, Tokens, run
+from lvlm_probe.explainers.explaining import explain as explain_image
 from lvlm_probe.explainers.registry import METHODS, resolve
+from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.progress import ProgressChoice
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
@@ -15,7 +17,7 @@ from lvlm_probe.trace import Trace
 from lvlm_probe.trace.clips import Clip
 from lvlm_probe.video.heatmap import ClipHeatmap
 
-__all__ = ["clip_methods", "clip_of", "explain"]
+__all__ = ["clip_methods", "clip_of", "explain", "explain_by"]
 
 
 def clip_methods() -> list[str]:
@@ -79,3 +81,10 @@ def explain(
         progress=progress, plan=plan, params=params,
     )  # fmt: skip
     return ClipHeatmap(**made, clip=mine)
+
+
+def explain_by(replay: Replay | Trace, *, target: int | Clip, **asked: Any) -> Heatmap | ClipHeatmap:
+    """Explain by an image of the prompt or by one of its videos; ``asked`` is what ``explain`` takes besides."""
+    if isinstance(target, int):
+        return explain_image(replay, image=target, **asked)
+    return explain(replay, clip=list(replay.clips).index(target), **asked)

@@ -25,6 +25,7 @@ from lvlm_probe.errors import ImageError, ProbeError
 from lvlm_probe.heatmap_store import MapFile
 from lvlm_probe.models.prompts import chat_inputs
 from lvlm_probe.selection import word_selections
+from lvlm_probe.video.explaining import explain_by
 
 QUICK = tuple(f"--param={pair}" for pair in ("iterations=2", "ig_steps=3", "size=8", "refine=0"))
 COMMANDS = [
@@ -278,7 +279,7 @@ def test_explain_evaluate_report(scene: Any, trace: Path, tmp_path: Path, monkey
 
     stamps = [file.stat().st_mtime_ns for file in files]
     with monkeypatch.context() as patch:
-        patch.setattr(heatmap_store, "explain", lambda *_, **__: pytest.fail("a finished map was made again"))
+        patch.setattr(heatmap_store, "explain_by", lambda *_, **__: pytest.fail("a finished map was made again"))
         patch.setattr(heatmap_store, "evaluate", lambda *_, **__: pytest.fail("a finished map was scored again"))
         again = succeed("explain", trace, "--word-maps", *QUICK, "--json").json
     assert again == made
@@ -436,7 +437,7 @@ def two_traces(recorded: Path, tmp_path: Path) -> Path:
 
 def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = two_traces / "comparison.html"
-    real, made = probe.explain, []
+    real, made = explain_by, []
 
     def explain(replay: Any, **options: Any) -> Any:
         if len(made) == 4:
@@ -445,7 +446,7 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
         return real(replay, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(heatmap_store, "explain", explain)
+        patch.setattr(heatmap_store, "explain_by", explain)
         stopped = run("evaluate", two_traces, "--methods", SWIFT, "--steps", "8")
     assert stopped.code == 130
     assert "4 finished maps are kept" in stopped.err
@@ -484,7 +485,7 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
     assert refused.code == 2
     assert "exists; add --overwrite" in refused.err
     with monkeypatch.context() as patch:
-        patch.setattr(heatmap_store, "explain", lambda *_, **__: pytest.fail("a finished map was made again"))
+        patch.setattr(heatmap_store, "explain_by", lambda *_, **__: pytest.fail("a finished map was made again"))
         patch.setattr(heatmap_store, "evaluate", lambda *_, **__: pytest.fail("a finished map was scored again"))
         again = succeed("evaluate", two_traces, "--methods", SWIFT, "--steps", "8", "--overwrite", "--json").json
     assert again["methods"] == stored["methods"]
@@ -596,7 +597,7 @@ def test_a_comparison_that_is_killed_leaves_a_page_of_what_was_finished(
 ) -> None:
     from lvlm_probe.cli.shared import comparison
 
-    real, made = probe.explain, []
+    real, made = explain_by, []
 
     class Killed(BaseException):
         """Nobody catches it, as nobody catches SIGKILL."""
@@ -607,13 +608,13 @@ def test_a_comparison_that_is_killed_leaves_a_page_of_what_was_finished(
         made.append(options["method"])
         return real(replay, **options)
 
-    monkeypatch.setattr(heatmap_store, "explain", explain)
+    monkeypatch.setattr(heatmap_store, "explain_by", explain)
     monkeypatch.setattr(comparison, "_PAGE_EVERY", 0.0)
     with pytest.raises(Killed):
         succeed("evaluate", trace, "--methods", SWIFT, "--steps", "4")
     page = trace.parent / "comparison.html"
     assert re.search("[12] of 3 maps so far", page.read_text("utf-8"))  # how often it is written is the clock's
-    monkeypatch.setattr(heatmap_store, "explain", real)
+    monkeypatch.setattr(heatmap_store, "explain_by", real)
     succeed("evaluate", trace, "--methods", SWIFT, "--steps", "4")  # without --overwrite
     assert "so far" not in page.read_text("utf-8")
 
@@ -675,7 +676,7 @@ def test_methods_are_compared_by_a_contrast(trace: Path) -> None:
 
 def test_maps_of_explain_are_used_by_evaluate(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     succeed("explain", trace, "--method", "random")
-    monkeypatch.setattr(heatmap_store, "explain", lambda *_, **__: pytest.fail("a finished map was made again"))
+    monkeypatch.setattr(heatmap_store, "explain_by", lambda *_, **__: pytest.fail("a finished map was made again"))
     out = trace.parent / "new" / "page.html"
     made = succeed("evaluate", trace, "--methods", "random", "--out", out, "--json").json
     assert made["methods"][0]["maps"] == 1
@@ -683,14 +684,14 @@ def test_maps_of_explain_are_used_by_evaluate(trace: Path, monkeypatch: pytest.M
 
 
 def test_a_method_that_cannot_run_leaves_the_others_alone(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = probe.explain
+    real = explain_by
 
     def explain(replay: Any, **options: Any) -> Any:
         if options["method"] == "center":
             raise RuntimeError("no centre to be found")
         return real(replay, **options)
 
-    monkeypatch.setattr(heatmap_store, "explain", explain)
+    monkeypatch.setattr(heatmap_store, "explain_by", explain)
     result = succeed("evaluate", trace, "--methods", "center,random", "--words", "is", "--steps", "4")
     assert "center made no map on any trace: something unexpected happened, RuntimeError: no centre" in result.err
     page = (trace.parent / "comparison.html").read_text("utf-8")
