@@ -70,7 +70,7 @@ def law(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint: bool 
         OutOfMemory, torch.OutOfMemoryError: Not even one mask fits.
     """
     with torch.no_grad():
-        for k in (target,) if isinstance(target, int) else target.images:
+        for k in images_of(target):
             replay.seen(k, (1, 1))
         for grid in cost.grids:
             replay.path.apply(_half(1, grid, target, replay.device), image=target)
@@ -79,7 +79,7 @@ def law(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint: bool 
     shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
     asked = (kind, bool(cost.noise), tuple(cost.parts), tuple(cost.grids[-1]), several, cost.joined, cost.queries)
     on = (replay.length, replay.prompt_length, shapes, str(replay.device), next(replay.model.parameters()).dtype)
-    key = (*asked, target, checkpoint, *on)
+    key = (*asked, isinstance(target, int), images_of(target), checkpoint, *on)  # not when a video's frames are shown
     if key not in known:
         replay = replay.with_settings(gradient_checkpointing=checkpoint)
         rehearse = _Rehearsal(replay, target, cost)

@@ -27,7 +27,8 @@ from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProbeWarning,
 from lvlm_probe.explainers.attention_maps import GENERAL_PROMPT
 from lvlm_probe.explainers.registry import Problem, resolve
 from lvlm_probe.models.families import _of_transformers
-from lvlm_probe.planning import Meter
+from lvlm_probe.planning import Meter, cost_for
+from lvlm_probe.planning.rehearsal import law
 
 _STEP = 3e-6
 _LEVELS = 1.0  # of 255, in the mean: two roundings to 8 bits
@@ -443,6 +444,9 @@ def test_what_a_method_takes_on_a_video_is_foretold(tmp_path: Path) -> None:
         assert heat.provenance["memory"]["predicted_peak"] == planned.peak
         assert heat.provenance["passes"]["backward"] == planned.backward
     assert probe.plan(replay, method="rise", masks=16).seconds > 0
+    view, later = replay.counted(), dataclasses.replace(replay.clips[0], fps=9.0)
+    law(view, cost_for(view, "rise", {"masks": 16}), target=later)
+    assert view.passes.forward == 0  # known of a video of the same shape, whenever its frames are shown
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava_onevision"])
