@@ -328,25 +328,19 @@ def reason_of(error: Exception) -> str:
 
 def write_order(order: Order, trace: Trace) -> Path:
     """Keep what an answer needs of a video's time, where ``orders_of`` finds it; returns the file."""
-    digest = hashlib.sha256(json.dumps([order.trace_id, order.text]).encode()).hexdigest()[:8]
-    path = trace.explanations_dir / f"{_for_a_name(trace.path.stem)}_{_for_a_name(order.text)}.{digest}{_ORDER}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_record(path, order.to_dict())
-    return path
+    name = f"{_for_a_name(trace.path.stem)}_{_for_a_name(order.text)}"
+    return _keep(trace.explanations_dir, name, [order.trace_id, order.text], _ORDER, order.to_dict())
 
 
-def orders_of(found: Iterable[MapFile]) -> list[Order]:
-    """Return what is kept on the order of frames, of the answers about videos that these maps explain.
+def orders_of(heats: Iterable[Heatmap | ClipHeatmap]) -> list[Order]:
+    """Return what is kept on the order of frames, of the answers about videos that these heatmaps explain.
 
     Raises:
         ProbeError: what is kept is damaged.
     """
-    traces = {
-        heat.trace.trace_id: heat.trace for item in found if isinstance(heat := item.read(), ClipHeatmap) and heat.trace
-    }
+    traces = {heat.trace.trace_id: heat.trace for heat in heats if isinstance(heat, ClipHeatmap) and heat.trace}
     orders = []
-    folders = dict.fromkeys(trace.explanations_dir for trace in traces.values())
-    for path in (file for folder in folders for file in _by_age(folder.glob(f"*{_ORDER}"))):
+    for path in _kept(_ORDER, (trace.explanations_dir for trace in traces.values())):
         try:
             order = Order.from_dict(read_record(path) or {})
         except ProbeError as error:
@@ -455,25 +449,34 @@ def keep_evidence(directory: Path, trace: Trace, kind: str, label: str, record: 
     Raises:
         ProbeError: it cannot be written.
     """
-    digest = hashlib.sha256(json.dumps([trace.trace_id, kind, label]).encode()).hexdigest()[:8]
-    path = directory / f"{_named(trace, 'image', 0, [kind, label])}.{digest}{_EVIDENCE}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_record(path, {**record, "kind": kind})
-    except OSError as error:
-        raise ProbeError(f"{path} cannot be written: {'; '.join(causes(error))}") from error
-    return path
+    name, about = _named(trace, "image", 0, [kind, label]), [trace.trace_id, kind, label]
+    return _keep(directory, name, about, _EVIDENCE, {**record, "kind": kind})
 
 
 def evidence_beside(found: Iterable[MapFile]) -> dict[Path, dict[str, Any]]:
     """Return the records that ``keep_evidence`` wrote beside heatmaps, oldest first. Raises ``ProbeError`` for one that
     is damaged."""
-    folders = dict.fromkeys(item.path.parent for item in found)
     records: dict[Path, dict[str, Any]] = {}
-    for file in (file for folder in folders for file in _by_age(folder.glob(f"*{_EVIDENCE}"))):
+    for file in _kept(_EVIDENCE, (item.path.parent for item in found)):
         if (record := read_record(file, way_out="delete it")) is not None:
             records[file] = record
     return records
+
+
+def _keep(directory: Path, name: str, about: Sequence[str], ending: str, record: Mapping[str, Any]) -> Path:
+    """Write a record beside heatmaps; ``about`` tells it from others of its kind."""
+    path = directory / f"{name}.{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]}{ending}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_record(path, record)
+    except OSError as error:
+        raise ProbeError(f"{path} cannot be written: {'; '.join(causes(error))}") from error
+    return path
+
+
+def _kept(ending: str, folders: Iterable[Path]) -> list[Path]:
+    """The files of such an ending, folder by folder, in each oldest first."""
+    return [file for folder in dict.fromkeys(folders) for file in _by_age(folder.glob(f"*{ending}"))]
 
 
 def _named(trace: Trace, kind: str, number: int, more: Sequence[str]) -> str:

@@ -179,5 +179,5 @@ def write_report(found: Sequence[MapFile], out: Path, *, title: str | None = Non
         shown = {heat.provenance.get("trace_id") for heat in heats}
         records = [record for record in evidence_beside(found).values() if record.get("trace_id") in shown]
         evidence = [evidence_from(record) for record in records]
-        beside: dict[str, Any] = {"orders": orders_of(found), "evidence": evidence}
+        beside: dict[str, Any] = {"orders": orders_of(heats), "evidence": evidence}
         return report(heats, scores=scores, out=out, title=title, overwrite=overwrite, **beside)
