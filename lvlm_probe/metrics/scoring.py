@@ -21,7 +21,7 @@ from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.controls import center_values
 from lvlm_probe.explainers.curve_points import STEPS, Known, facts_of, known_scores
-from lvlm_probe.explainers.explaining import scored_by
+from lvlm_probe.explainers.explaining import frame_of, scored_by
 from lvlm_probe.explainers.scores import CurveScore, Followed
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import resample
@@ -422,7 +422,7 @@ def _deaf(replay: ReplayLike, synergy: bool | str) -> Replay | None:
 
 
 def check_answer(heat: Explained, replay: ReplayLike) -> None:
-    """Refuse a heatmap of another answer or image than the replay's, or a trace. Raises ``ExplainError``."""
+    """Refuse a heatmap of another answer, image or video than the replay's, or a trace. Raises ``ExplainError``."""
     if isinstance(replay, Trace):
         raise ExplainError(
             "a heatmap is scored by running the model, and this is a trace: evaluate(heat, probe.replay(trace, model, "
@@ -433,6 +433,8 @@ def check_answer(heat: Explained, replay: ReplayLike) -> None:
             f"this heatmap explains another answer ({''.join(heat.selection.tokens)[:60]!r}) than the replay's "
             f"({''.join(replay.tokens)[:60]!r})"
         )
+    if not isinstance(heat.target, int) and frame_of(replay, heat.target.first) != heat.target:
+        raise ExplainError("the heatmap is of a video that this prompt does not have")
 
 
 def _check(settings: CurveSettings, auc: AreaRule, steps: int | None) -> None:

@@ -255,6 +255,8 @@ def test_other_random_numbers_make_other_maps_of_a_video(toy: ToyClip, tmp_path:
     assert same.verdict == "passes" and "draws no random numbers" in same.reason
     with pytest.raises(ExplainError, match="a video that this prompt does not have"):
         probe.sanity.seeds(toy, dataclasses.replace(few, clip=Clip(1, 7)))
+    with pytest.raises(ExplainError, match="a video that this prompt does not have"):
+        probe.evaluate(dataclasses.replace(few, clip=Clip(1, 7)), toy)
     whole = probe.sanity.completeness(np.full((4, 2), 1.0), toy, [0], image=toy.clips[0])
     assert whole.difference == pytest.approx(math.log(0.9 / 0.01), abs=1e-5)
 
