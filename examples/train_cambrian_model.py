@@ -16,11 +16,8 @@ The plugin ``integrations/cambrian`` has to be installed, or to be on ``PYTHONPA
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -256,11 +253,8 @@ class Net(nn.Module):
         return None, states
 
     def answer_loss(self, states: Tensor, batch: base.Batch) -> Tensor:
-        """Cross entropy over all answer positions, those that open a slot's word counting four times."""
         wanted = batch.targets >= 0
-        each = F.cross_entropy(self.lm_head(states[wanted]), batch.targets[wanted], reduction="none")
-        weight = torch.where(batch.opens[wanted], 1.0, 0.25)
-        return (each * weight).sum() / weight.sum()
+        return base.answer_loss(self.lm_head(states[wanted]), batch.targets[wanted], batch.opens[wanted])
 
 
 def sc_side() -> int:
@@ -345,7 +339,7 @@ def train(options: argparse.Namespace) -> None:
                 clear = base.held_out(net, check, batches=6, veiled=0.0, absent=0.0)
                 veiled = base.held_out(net, check, batches=4, veiled=0.6, absent=0.2)
                 base.log(stage=stage, step=step + 1, clear=clear, veiled=veiled, **clock.read())
-                save(model, processor, options.out)
+                base.save_halved(model, processor, options.out)
 
     named = list(net.named_parameters())
     fresh = tuple(f"model.model.vision_towers.{tower}." for tower in (0, 2, 3))
@@ -353,7 +347,7 @@ def train(options: argparse.Namespace) -> None:
     run(1, n1, 2e-3, [(n, p) for n, p in named if n.startswith((*fresh, "heads."))], patches)
     run(2, n2, 2e-3, [(n, p) for n, p in named if n.startswith((*fresh, *CONNECTOR))], features)
     run(3, n3, 1e-3, [(n, p) for n, p in named if not n.startswith("heads.")], answers)
-    save(model, processor, options.out)
+    base.save_halved(model, processor, options.out)
     base.log(stage="done", out=str(options.out), **clock.read())
 
 
@@ -369,12 +363,3 @@ def parts_of(trained: list[tuple[str, nn.Parameter]]) -> list[list[nn.Parameter]
         place = name.find("vision_towers.")
         parts.setdefault(name[place : place + 15] if place >= 0 else "", []).append(parameter)
     return list(parts.values())
-
-
-def save(model: Any, processor: Any, out: Path) -> None:
-    """Writes the checkpoint in half precision, the configuration asking for single precision on loading."""
-    copy.deepcopy(model).half().save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
-    config["dtype"] = "float32"
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    processor.save_pretrained(out)

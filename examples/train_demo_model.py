@@ -735,12 +735,14 @@ def answer_loss(logits: Tensor, targets: Tensor, opens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def held_out(net: Any, loader: Loader, *, batches: int, veiled: float, absent: float) -> dict[str, float]:
+def held_out(
+    net: Any, loader: Any, *, batches: int, room: int = 150, veiled: float = 0.0, absent: float = 0.0
+) -> dict[str, float]:
     """Share of answers whose every token is the most probable one, per kind; ``!kind`` for what cannot be seen."""
     net.eval()
     right: dict[str, list[bool]] = {}
     for _ in range(batches):
-        batch = loader.batch(32, room=150, veiled=veiled, absent=absent)
+        batch = loader.batch(32, room=room, veiled=veiled, absent=absent)
         _, states = net(batch)
         predicted = net.lm_head(states).argmax(-1)
         wrong = (predicted != batch.targets) & (batch.targets >= 0)
@@ -762,13 +764,18 @@ def with_hub_names(path: Path) -> None:
         for name, weight in weights.items()
     }
     save_file(named, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # which the one before had
 
 
 def save(net: Net, processor: LlavaProcessor, out: Path) -> None:
-    """Writes the checkpoint: the file in half precision, the configuration asking for single precision on loading."""
-    half = copy.deepcopy(net.llava).half()
-    half.save_pretrained(out)
+    """Writes the checkpoint with the names of the hub."""
+    save_halved(net.llava, processor, out)
     with_hub_names(out / "model.safetensors")
+
+
+def save_halved(model: Any, processor: Any, out: Path) -> None:
+    """Writes a checkpoint: the file in half precision, the configuration asking for single precision on loading."""
+    copy.deepcopy(model).half().save_pretrained(out)
     config = json.loads((out / "config.json").read_text())
     config["dtype"] = "float32"
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

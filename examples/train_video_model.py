@@ -16,8 +16,6 @@ needs. A run that was stopped goes on where it was when it is started again.
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import math
 import signal
 import threading
@@ -554,23 +552,6 @@ def attend(layer: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return found
 
 
-@torch.no_grad()
-def held_out(net: Net, loader: Loader, *, batches: int, **drawn: Any) -> dict[str, float]:
-    """Share of answers whose every token is the most probable one, per kind; ``!kind`` for what cannot be seen."""
-    net.eval()
-    right: dict[str, list[bool]] = {}
-    for _ in range(batches):
-        batch = loader.batch(32, room=120, **drawn)
-        predicted = net.lm_head(net(batch)[1]).argmax(-1)
-        wrong = (predicted != batch.targets) & (batch.targets >= 0)
-        for row, kinds in enumerate(batch.kinds):
-            for number, (kind, seen) in enumerate(kinds, start=1):
-                name = kind if seen else "!" + kind
-                right.setdefault(name, []).append(not bool(wrong[row][batch.block[row] == number].any()))
-    net.train()
-    return {name: round(float(np.mean(right[name])), 3) for name in sorted(right)}
-
-
 class Progress:
     """Where a run is, on disk: written now and then and when the process is told to end, read when it starts again."""
 
@@ -652,7 +633,7 @@ def _train(options: argparse.Namespace, told: threading.Event) -> None:
         run_stage(stage, steps, peak, floor, net, loss_of, progress, options, clock, check, processor)
         if told.is_set():
             return
-    save(net.model, processor, options.out)
+    base.save_halved(net.model, processor, options.out)
     progress.path.unlink()
     base.log(stage="done", out=str(options.out), **clock.read())
 
@@ -686,24 +667,14 @@ def run_stage(
             base.log(stage=stage, step=step + 1, loss=round(float(np.mean(total)), 4), **found, **clock.read())
             total.clear()
         if stage > 1 and ((step + 1) % options.check == 0 or last):
-            batches = max(1, int(4 * options.scale))
-            clear = held_out(net, check, batches=batches)
-            veiled = held_out(net, check, batches=batches, veiled=0.6, absent=0.2) if stage > 2 else {}
+            drawn = {"batches": max(1, int(4 * options.scale)), "room": 120}
+            clear = base.held_out(net, check, **drawn)
+            veiled = base.held_out(net, check, **drawn, veiled=0.6, absent=0.2) if stage > 2 else {}
             base.log(stage=stage, step=step + 1, clear=clear, veiled=veiled, **clock.read())
-            save(net.model, processor, options.out)
+            base.save_halved(net.model, processor, options.out)
         if progress.told.is_set() or last or (step + 1) % 200 == 0:
             progress.write(stage, step + 1, optimise)
         if progress.told.is_set():
             base.log(stage=stage, step=step + 1, stopped=True)
             return
     progress.kept = {}
-
-
-def save(model: Any, processor: Any, out: Path) -> None:
-    """Writes the checkpoint in half precision, the configuration asking for single precision on loading."""
-    copy.deepcopy(model).half().save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
-    config["dtype"] = "float32"
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    processor.save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)
