@@ -46,18 +46,21 @@ from judging import (
     TIE_ORDERS,
     Line,
     Lines,
+    bar_of,
     comparison,
     digest,
     figure,
     fill,
     holm,
+    numbers_of,
     sampling,
+    scenes_to_do,
+    settle,
     shown,
     values_of,
     weights_digest,
     write,
 )
-from tqdm import tqdm
 
 import lvlm_probe as probe
 from lvlm_probe.demo import ClipScene
@@ -88,15 +91,21 @@ TRUTH = "ground truth"
 class ClipCase:
     """A clip whose answer is right and rests on it, with its words and a verified baseline."""
 
-    clip: ClipScene
+    scene: ClipScene
     replay: Replay
     selection: TokenSelection
     shared: dict[Any, Any] = field(default_factory=dict)
 
 
-def clip_cases(model: Any, processor: Any, split: str, folder: Path, skipped: Counter[str]) -> Iterator[ClipCase]:
-    """Clips in order; those answered wrongly, or without a word that rests on them, are passed over."""
-    for index in itertools.count():
+def clip_cases(
+    split: str, wanted: int, folder: Path, *, skipped: Counter[str], after: int, model: Any, processor: Any
+) -> Iterator[ClipCase]:
+    """Clips in order, from ``after + 1`` on; those answered wrongly, or without a word that rests on them, are passed
+    over."""
+    found = 0
+    for index in itertools.count(after + 1):
+        if found == wanted:
+            return
         (clip,) = probe.demo.clips(1, split=split, start=index)
         with probe.attach(model, processor) as attached, attached.record(folder) as recording:
             prompt = processor.apply_chat_template(
@@ -112,6 +121,7 @@ def clip_cases(model: Any, processor: Any, split: str, folder: Path, skipped: Co
         if not selection:
             skipped["no token with LLR > 1"] += 1
             continue
+        found += 1
         yield ClipCase(clip, replay.strengthened(selection.indices), selection)
 
 
@@ -120,7 +130,7 @@ def of_values(case: ClipCase, values: np.ndarray, method: str) -> ClipHeatmap:
     (recorded,) = case.replay.clips
     return ClipHeatmap(
         (values / max(float(values.max()), 1e-9)).astype(np.float32),
-        case.clip.frames[0].size,
+        case.scene.frames[0].size,
         recorded,
         seen=np.ones(values.shape, dtype=bool),
         selection=case.selection,
@@ -139,25 +149,27 @@ def center(case: ClipCase) -> ClipHeatmap:
 
 def random(case: ClipCase) -> ClipHeatmap:
     """Noise."""
-    return of_values(case, np.random.default_rng(case.clip.index).random(GRID), "random")
+    return of_values(case, np.random.default_rng(case.scene.index).random(GRID), "random")
 
 
 def truth(case: ClipCase) -> ClipHeatmap:
     """The truth itself: for comparison, not the best there could be, as within it all cells are tied."""
-    mask = torch.from_numpy(case.clip.mask)[None].float()
+    mask = torch.from_numpy(case.scene.mask)[None].float()
     return of_values(case, torch.nn.functional.adaptive_avg_pool2d(mask, GRID[1:])[0].numpy(), TRUTH)
 
 
 def by_frame(case: ClipCase) -> ClipHeatmap:
     """Shapley values of the frames; what speaks against the words counts as nothing."""
-    found = probe.video.which_frames(case.replay, tokens=case.selection, segments=len(case.clip.frames), progress=False)
+    found = probe.video.which_frames(
+        case.replay, tokens=case.selection, segments=len(case.scene.frames), progress=False
+    )
     return of_values(case, np.asarray(found.shares).clip(0)[:, None, None], "which_frames")
 
 
 def explained(case: ClipCase, *, method: str, **settings: Any) -> ClipHeatmap:
     """A heatmap by a method of the registry."""
     return probe.video.explain(
-        case.replay, method=method, tokens=case.selection, seed=case.clip.index, strengthen=False, progress=False,
+        case.replay, method=method, tokens=case.selection, seed=case.scene.index, strengthen=False, progress=False,
         **settings,
     )  # fmt: skip
 
@@ -193,7 +205,7 @@ def measure(case: ClipCase, make: Callable[[ClipCase], ClipHeatmap]) -> Line:
         shared=case.shared, progress=False, **sampling(WITHIN),
     )  # fmt: skip
     judged = {name: getattr(score, name) for name in ("gain", "deletion", "insertion")}
-    return {**cost, "shape": list(heat.values.shape), **judged, **placed(heat, case.clip.mask)}
+    return {**cost, "shape": list(heat.values.shape), **judged, **placed(heat, case.scene.mask)}
 
 
 def placed(heat: ClipHeatmap, mask: np.ndarray) -> Line:
@@ -214,27 +226,16 @@ def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Calla
     """Makes the lines that are missing, of the clips of this shard."""
     protocol = GRID, STEPS, TIE_ORDERS, TOLERANCE, WITHIN, weights_digest(arguments.model), arguments.split
     keys = {name: digest(name, SETTINGS.get(name, VARIANTS.get(name, {})), *protocol) for name in chosen}
+    wanted = {name: min(arguments.scenes, arguments.few.get(name, arguments.scenes)) for name in chosen}
     model, processor = probe.load(arguments.model)
-    skipped: Counter[str] = Counter()
-    shard, shards = arguments.shard
-    folder = arguments.out / f"traces-{shard}of{shards}"
-    found = itertools.islice(clip_cases(model, processor, arguments.split, folder, skipped), arguments.clips)
-    wanted = {name: min(arguments.clips, arguments.few.get(name, arguments.clips)) for name in chosen}
-    total = sum(len(range(shard, clips, shards)) for clips in wanted.values())
-    with tqdm(total=total, unit="map", smoothing=0, mininterval=5) as bar:
-        for number, case in enumerate(found):
-            facts = {"scene": case.clip.index, "number": number, "kind": case.clip.kind, "answer": case.clip.answer}
-            facts["baseline"] = dict(case.replay.baseline)
-            for name, make in chosen.items() if number % shards == shard else ():
-                if number >= wanted[name]:
-                    continue
-                if not lines.has(case.clip.index, name, keys[name]):
-                    bar.set_postfix_str(f"clip {number}, {name}", refresh=False)
-                    made = measure(case, make)
-                    lines.add({**facts, "passed_over": dict(skipped), "name": name, "key": keys[name], **made})
-                bar.update()
-            for path in folder.glob("*.h5"):  # a store is read through at every clip
-                path.unlink()
+    deal = partial(clip_cases, model=model, processor=processor)
+    with bar_of(arguments, lines, keys, wanted) as bar:
+        for facts, case in scenes_to_do(arguments, lines, keys, wanted=wanted, deal=deal):
+            for name, make in chosen.items():
+                if facts["number"] < wanted[name] and not lines.has(facts["scene"], name, keys[name]):
+                    bar.set_postfix_str(f"clip {facts['number']}, {name}", refresh=False)
+                    lines.add({**facts, "name": name, "key": keys[name], **measure(case, make)})
+                    bar.update()
 
 
 def summarise(arguments: argparse.Namespace, lines: Lines) -> dict[str, Any]:
@@ -322,7 +323,9 @@ def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="what train_demo_model.py --family video has written")
-    parser.add_argument("--clips", type=int, default=120, help="how many; answered rightly, all kinds of question")
+    parser.add_argument(
+        "--clips", dest="scenes", type=int, default=120, help="how many; answered rightly, all kinds of question"
+    )
     parser.add_argument("--split", choices=("eval", "tune"), default="eval", help="held out, or kept for tuning")
     parser.add_argument("--methods", default="all", help="names with commas, or all")
     parser.add_argument(
@@ -334,12 +337,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the tables, from the lines there are")
     parser.add_argument("--fill", action="store_true", help="keep the summary and put the tables into docs/video.md")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    shard, _, shards = arguments.shard.partition("/")
-    arguments.shard = int(shard), int(shards or 1)
-    arguments.few = {
-        name: int(clips) for name, _, clips in (part.partition("=") for part in arguments.few.split(",") if part)
-    }
+    settle(arguments)
+    arguments.few = numbers_of(arguments.few, arguments.scenes)
     known = entries()
     names = list(known) if arguments.methods == "all" else arguments.methods.split(",")
     if unknown := [name for name in (*names, *arguments.few) if name not in known]:

@@ -13,13 +13,15 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from held_out import POINTING_TOLERANCE, Case, cases, machine
+from tqdm import tqdm
 
 import lvlm_probe as probe
 from lvlm_probe.metrics import (
@@ -158,7 +160,7 @@ def settle(arguments: argparse.Namespace) -> None:
         folder = ("hard" if arguments.hard else "easy") + ("-tune" if arguments.split == "tune" else "")
         arguments.out = arguments.root / folder
     if arguments.model is not None and not arguments.model.is_dir():
-        raise SystemExit(f"--model: there is no folder {arguments.model}; examples/train_hard_model.py writes one")
+        raise SystemExit(f"--model: there is no folder {arguments.model}; the recipes of examples/ write one")
     torch.set_num_threads(arguments.threads)
 
 
@@ -184,13 +186,37 @@ def weights_digest(model: Path | None) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in names)).hexdigest()[:12]
 
 
+def numbers_of(text: str, default: int) -> dict[str, int]:
+    """Names with commas, some of them with their own number: ``rise, greedy=5``."""
+    parts = [part.partition("=") for part in text.split(",") if part]
+    return {name.strip(): int(number or default) for name, _, number in parts}
+
+
+def bar_of(arguments: argparse.Namespace, lines: Lines, keys: Mapping[str, str], wanted: Mapping[str, int]) -> Any:
+    """A progress bar over the lines of this shard, from those that there are; ``wanted``: scenes of each entry."""
+    shard, shards = arguments.shard
+    done = sum(
+        lines.has(line["scene"], line["name"], keys.get(line["name"], ""))
+        for line in lines.latest.values()
+        if line["number"] < arguments.scenes and line["number"] % shards == shard
+    )
+    total = sum(len(range(shard, scenes, shards)) for scenes in wanted.values())
+    return tqdm(total=total, initial=done, unit="map", smoothing=0, mininterval=5)
+
+
 def scenes_to_do(
-    arguments: argparse.Namespace, lines: Lines, keys: Mapping[str, str], *, wanted: Mapping[str, int] | None = None
-) -> Iterator[tuple[Line, Case]]:
+    arguments: argparse.Namespace,
+    lines: Lines,
+    keys: Mapping[str, str],
+    *,
+    wanted: Mapping[str, int] | None = None,
+    deal: Callable[..., Iterator[Any]] | None = None,
+) -> Iterator[tuple[Line, Any]]:
     """The scenes of this shard that lack a line, with what every line says about its scene.
 
-    ``wanted`` says on how many scenes each is, where not on all. All shards count the same scenes
-    (``number``), so that together they judge exactly what one process would.
+    ``wanted`` says on how many scenes each is, where not on all; ``deal`` makes cases as ``held_out.cases`` does, by
+    default that. All shards count the same scenes (``number``), so that together they judge exactly what one process
+    would.
     """
     shard, shards = arguments.shard
     mine = [number for number in range(arguments.scenes) if number % shards == shard]
@@ -213,17 +239,9 @@ def scenes_to_do(
     skipped: Counter[str] = Counter(before["passed_over"]) if before else Counter()
     folder = arguments.out / f"traces-{shard}of{shards}"
     folder.mkdir(parents=True, exist_ok=True)
-    found = cases(
-        arguments.split,
-        remaining[-1] - number,
-        folder,
-        skipped=skipped,
-        after=before["scene"] if before else -1,
-        hard=arguments.hard,
-        model=arguments.model,
-        images=arguments.cases,
-    )
-    for case in found:
+    deal = deal or partial(cases, hard=arguments.hard, model=arguments.model, images=arguments.cases)
+    after = before["scene"] if before else -1
+    for case in deal(arguments.split, remaining[-1] - number, folder, skipped=skipped, after=after):
         number += 1
         if number in remaining:
             yield (

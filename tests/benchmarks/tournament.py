@@ -44,6 +44,7 @@ from judging import (
     PROTOCOL,
     Line,
     Lines,
+    bar_of,
     comparison,
     digest,
     figure,
@@ -51,6 +52,7 @@ from judging import (
     holm,
     judged,
     judges,
+    numbers_of,
     peak_memory,
     placed,
     sampling,
@@ -165,15 +167,8 @@ def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Entry
     for place, line in list(lines.latest.items()):
         if place[1] in arguments.again or (line.get("place_alone") and _curves(place[1], line["number"], arguments)):
             del lines.latest[place]
-    shard, shards = arguments.shard
     wanted = {name: min(arguments.scenes, arguments.few.get(name, arguments.scenes)) for name in chosen}
-    total = sum(len(range(shard, scenes, shards)) for scenes in wanted.values())
-    done = sum(
-        lines.has(line["scene"], line["name"], keys.get(line["name"], ""))
-        for line in lines.latest.values()
-        if line["number"] < arguments.scenes and line["number"] % shards == shard
-    )
-    with tqdm(total=total, initial=done, unit="map", smoothing=0, mininterval=5) as bar:
+    with bar_of(arguments, lines, keys, wanted) as bar:
         for facts, case in scenes_to_do(arguments, lines, keys, wanted=wanted):
             for name, entry in chosen.items():
                 left_out = facts["number"] >= wanted[name]
@@ -384,12 +379,6 @@ def _p(test: Mapping[str, Any]) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _numbers(text: str, default: int) -> dict[str, int]:
-    """Names with commas, some of them with their own number: ``rise, greedy=5``."""
-    parts = [part.partition("=") for part in text.split(",") if part]
-    return {name.strip(): int(number or default) for name, _, number in parts}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     scene_arguments(parser, "runs/tournament")
@@ -412,8 +401,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     settle(arguments)
-    arguments.few = _numbers(arguments.few, arguments.few_scenes)
-    arguments.place = _numbers(arguments.place, arguments.place_from)
+    arguments.few = numbers_of(arguments.few, arguments.few_scenes)
+    arguments.place = numbers_of(arguments.place, arguments.place_from)
     known = entries()
     if arguments.methods == "list":
         print("\n".join(known))
