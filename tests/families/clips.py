@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,18 +28,25 @@ class TakesClips:
         videos: makes its video processor, of the size that the tiny model is made for; ``None``: the member's own is.
         together: frames that one image token stands for.
         long: checked where time does not count (``campaign``).
+        refused: why it is refused, by method; ``encoder``: what tokens of its encoder know.
+        seen_by_gradcam: frames that a token of Grad-CAM's layer stands for, where not as many as an image token.
     """
 
     slot: str
     videos: Callable[[], Any] | None
     together: int = 1
     long: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+    seen_by_gradcam: int | None = None
 
 
 def _cropped(name: str) -> Callable[[], Any]:
     return lambda: getattr(transformers, name)(size={"shortest_edge": 56}, crop_size=square())
 
 
+_MERGES = {"gradcam": "their places are not known"}  # the encoder, tokens on the way
+_NO_ENCODER = "has no vision encoder of its own"
+_NO_AUTOGRAD = "which computes without autograd"
 _QWEN = "<|vision_start|><|video_pad|><|vision_end|>"
 _GLM = "<|begin_of_video|><|video|><|end_of_video|>"
 
@@ -63,7 +70,7 @@ CLIPS: dict[str, TakesClips] = {
     "glm4v": TakesClips(_GLM, _sized("Glm4vVideoProcessor"), 2),
     "glm46v": TakesClips(_GLM, _sized("Glm46VVideoProcessor"), 2),
     "perception_lm": TakesClips("<|video|>", lambda: transformers.PerceptionLMVideoProcessor(size=square())),
-    "minicpmv4_6": TakesClips("<|video|>", lambda: transformers.MiniCPMV4_6VideoProcessor()),
+    "minicpmv4_6": TakesClips("<|video|>", lambda: transformers.MiniCPMV4_6VideoProcessor(), refused=_MERGES),
     "llava_onevision": TakesClips("<video>", lambda: transformers.LlavaOnevisionVideoProcessor(size=square())),
     "llava_next_video": TakesClips("<video>", _cropped("LlavaNextVideoVideoProcessor")),
     "video_llava": TakesClips("<video>", _cropped("VideoLlavaVideoProcessor")),
@@ -76,8 +83,12 @@ CLIPS: dict[str, TakesClips] = {
     ),
     # The long checks alone.
     "cosmos3_omni": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2, long=True),
-    "dots3_note": TakesClips("<|img|><|video_pad|><|endofimg|>", None, long=True),
-    "ernie4_5_vl_moe": TakesClips("<|IMAGE_START|><|VIDEO_PLACEHOLDER|><|IMAGE_END|>", None, 2, long=True),
+    "dots3_note": TakesClips(
+        "<|img|><|video_pad|><|endofimg|>", None, long=True, refused={"tmm": _NO_AUTOGRAD, "gradcam": _NO_AUTOGRAD}
+    ),
+    "ernie4_5_vl_moe": TakesClips(  # pairs frames behind Grad-CAM's layer
+        "<|IMAGE_START|><|VIDEO_PLACEHOLDER|><|IMAGE_END|>", None, 2, long=True, seen_by_gradcam=1
+    ),
     "exaone4_5": TakesClips(_QWEN, _sized("Qwen2VLVideoProcessor", _PIXELS), 2, long=True),
     "hyperclovax_vision_v2": TakesClips(_QWEN, _sized("Qwen2VLVideoProcessor", _PIXELS), 2, long=True),
     "lfm3_vl": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2, long=True),
@@ -85,7 +96,7 @@ CLIPS: dict[str, TakesClips] = {
     "cohere_compass": TakesClips(
         "<|VISION_START|><|VIDEO_PAD|><|VISION_END|>", _sized("CohereCompassVideoProcessor"), 2, long=True
     ),
-    "minicpmv4_7": TakesClips("<|video|>", None, long=True),
+    "minicpmv4_7": TakesClips("<|video|>", None, long=True, refused=_MERGES),
     "minicpm_ocr": TakesClips("<|video|>", None, long=True),
     "glm4v_moe": TakesClips(_GLM, _sized("Glm4vVideoProcessor"), 2, long=True),
     "glm_ocr": TakesClips(_GLM, _sized("Glm46VVideoProcessor"), 2, long=True),
@@ -93,7 +104,10 @@ CLIPS: dict[str, TakesClips] = {
     "muse_glimmer": TakesClips("<|video|>", None, 2, long=True),
     "gemma4": TakesClips("<|video|>", lambda: transformers.Gemma4VideoProcessor(patch_size=4), long=True),
     "gemma4_unified": TakesClips(
-        "<|video|>", lambda: transformers.Gemma4UnifiedVideoProcessor(patch_size=4), long=True
+        "<|video|>",
+        lambda: transformers.Gemma4UnifiedVideoProcessor(patch_size=4),
+        long=True,
+        refused={"gradcam": _NO_ENCODER, "encoder": _NO_ENCODER},
     ),
     "video_llama_3": TakesClips(
         _QWEN,

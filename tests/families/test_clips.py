@@ -195,27 +195,19 @@ def test_a_planted_token_lands_in_its_frames_and_its_cell(case: Case, monkeypatc
         assert np.unravel_index(heat.values.argmax(), heat.values.shape) == (moment, *corner)
 
 
-_MERGING = ("minicpmv4_6", "minicpmv4_7")
-"""Families whose encoder merges tokens on the way."""
-
-
 def test_methods_over_tokens_explain_by_tubes(case: Case) -> None:
-    family = case.built.member.name
-    moments = clips.FRAMES // clips.CLIPS[family].together
-    refused = {("gradcam", name): "their places are not known" for name in _MERGING}
-    refused |= {(method, "dots3_note"): "which computes without autograd" for method in ("tmm", "gradcam")}
-    refused["gradcam", "gemma4_unified"] = "has no vision encoder of its own"
+    takes = clips.CLIPS[case.built.member.name]
     shown = {}
     for method in ("attention recorded", "attention replay", "tmm", "tam", "gradcam"):
         name, _, source = method.partition(" ")
         more = {"source": source} if source else {}
-        if why := refused.get((name, family)):
+        if why := takes.refused.get(name):
             with pytest.raises(ExplainError, match=why):
                 probe.video.explain(case.replay, method=name, tokens=[0, 1], progress=False)
             continue
         heat = probe.video.explain(case.replay, method=name, tokens=[0, 1], progress=False, **more)
-        own = clips.FRAMES if (name, family) == ("gradcam", "ernie4_5_vl_moe") else moments  # pairs frames behind it
-        assert heat.clip == case.trace.clips[0] and len(heat.values) == own, method
+        together = takes.seen_by_gradcam if name == "gradcam" and takes.seen_by_gradcam else takes.together
+        assert heat.clip == case.trace.clips[0] and len(heat.values) == clips.FRAMES // together, method
         assert heat.values.max() == 1.0
         shown[method] = heat.values
     assert np.allclose(shown["attention recorded"], shown["attention replay"], atol=0.02)  # kept in float16
@@ -276,8 +268,8 @@ def test_tokens_of_the_encoder_know_their_frames(case: Case) -> None:
     """The left of one frame is taken away: the tokens that are given something else are those whose tubes are there."""
     replay, built = case.replay, case.built
     (clip,) = replay.clips
-    if built.member.name == "gemma4_unified":
-        with pytest.raises(ExplainError, match="has no vision encoder of its own"):
+    if why := clips.CLIPS[built.member.name].refused.get("encoder"):
+        with pytest.raises(ExplainError, match=why):
             tokens_that_read(replay, 0, clip)
         return
     tokens = tokens_that_read(replay, 0, clip)
