@@ -18,6 +18,7 @@ from lvlm_probe.attention.layers import TapLayer
 from lvlm_probe.explainers.attention_relevance import Walk, relu_product
 from lvlm_probe.planning.meter import Meter
 from lvlm_probe.replaying.capture import AttentionLayer
+from lvlm_probe.selection import TokenSelection
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -37,7 +38,7 @@ def walk_over(positions: int) -> Walk:
     problem: Any = SimpleNamespace(
         trace=(trace := SimpleNamespace(layout=layout)),
         replay=SimpleNamespace(length=positions, rows=1, image_sizes=[(count, 1)], path=None, trace=trace),
-        selection=SimpleNamespace(score=None),
+        selection=TokenSelection(indices=(0,), tokens=(" red",), llr=(), rule="indices"),
         queries=torch.tensor([count]),
         image=0,
         target=0,

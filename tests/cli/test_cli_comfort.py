@@ -24,6 +24,7 @@ from lvlm_probe.cli.shared.terminal import bar, show_table
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.heatmap_store import MapFile, MapSettings, find_maps
 from lvlm_probe.progress import Lines
+from lvlm_probe.selection import TokenSelection
 
 QUICK = tuple(f"--param={pair}" for pair in ("iterations=2", "ig_steps=3", "size=8", "refine=0"))
 
@@ -193,7 +194,7 @@ def test_maps_are_found_by_their_trace_whatever_they_are_called(trace: Path, tmp
 def test_hostile_texts_make_safe_names(file: Any, question: Any) -> None:
     trace = SimpleNamespace(meta={"image_files": [file]}, question=question, rows=1, path=Path("t.h5"))
     replay: Any = SimpleNamespace(trace=trace, trace_id="t", baseline={})
-    chosen: Any = SimpleNamespace(indices=(1,), score=None)
+    chosen = TokenSelection(indices=(1,), tokens=(" The", " red"), llr=(), rule="indices")
     name = heatmap_store.map_name(replay, chosen, "wörd /../ \u202e" * 30, MapSettings("a/b method" * 20, {}))
     assert len(os.fsencode(name.replace(".h5", ".score.json"))) < 200
     assert re.fullmatch(r"[\w+-]+\.[0-9a-f]{8}\.h5", name) and not name.startswith("-")
@@ -202,7 +203,7 @@ def test_hostile_texts_make_safe_names(file: Any, question: Any) -> None:
 def test_parts_are_ended_at_a_word() -> None:
     trace = SimpleNamespace(meta={}, question="What is the colour of the very large umbrella on the beach?", rows=1)
     replay: Any = SimpleNamespace(trace=trace, trace_id="t", baseline={})
-    chosen: Any = SimpleNamespace(indices=(1,), score=None)
+    chosen = TokenSelection(indices=(1,), tokens=(" The", " red"), llr=(), rule="indices")
     name = heatmap_store.map_name(replay, chosen, "red", MapSettings("rise", {}))
     assert name.startswith("what-is-the-colour-of-the-very-large_rise_red.")
 

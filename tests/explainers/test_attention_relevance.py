@@ -19,7 +19,7 @@ from lvlm_probe.errors import ExplainError, OutOfMemory
 from lvlm_probe.explainers.attention_relevance import Walk, relu_product
 from lvlm_probe.explainers.registry import Problem
 from lvlm_probe.replaying.capture import AttentionLayer
-from lvlm_probe.selection import select_tokens
+from lvlm_probe.selection import TokenSelection, select_tokens
 
 DECODER = "model.language_model"
 ONE = torch.ones(1, 1, 1)
@@ -217,7 +217,7 @@ def toy_problem() -> Any:
     return SimpleNamespace(
         replay=SimpleNamespace(length=3, rows=1, image_sizes=[(2, 1)], path=None, trace=SimpleNamespace(layout=layout)),
         queries=torch.tensor([2]),
-        selection=SimpleNamespace(score=None),
+        selection=TokenSelection(indices=(0,), tokens=(" red",), llr=(), rule="indices"),
         target=0,
         extent=(2, 1),
         live=True,
