@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,9 @@ from torch import Tensor
 
 import lvlm_probe as probe
 
-__all__ = ["QUESTION", "SPAN", "Dense", "Scored", "chefer", "dense", "record", "replay", "trace"]
+__all__ = [
+    "QUESTION", "SPAN", "Dense", "Scored", "answering", "chefer", "dense", "other_ids", "record", "replay", "trace",
+]  # fmt: skip
 
 QUESTION = "What is this?"
 SPAN = (1, 4)
@@ -57,6 +60,21 @@ def trace(name: str, *, images: int = 1) -> Any:
 def replay(name: str, *, images: int = 1, attention: str = "sdpa") -> Any:
     """A fresh replay; the model below it is shared and must be left as it is."""
     return probe.replay(*_recorded(name, images, attention))
+
+
+def answering(replay: Any, ids: Sequence[int]) -> Any:
+    """A view of a replay in which the same prompt was answered by other tokens, which no trace has."""
+    other = copy.copy(replay)
+    other.token_ids, other.tokens = torch.tensor(ids), [str(token) for token in ids]
+    other._ask(other._prompt, other._sequence)
+    return other
+
+
+def other_ids(replay: Any, *lengths: int) -> list[tuple[int, ...]]:
+    """Alternatives of so many tokens, none of them said."""
+    said = replay.token_ids.tolist()
+    drawn = [token for token in range(300, 400) if token not in said]
+    return [tuple(drawn[7 * n : 7 * n + length]) for n, length in enumerate(lengths)]
 
 
 @dataclass

@@ -17,6 +17,7 @@ import lvlm_probe as probe
 from lvlm_probe import causal
 from lvlm_probe.causal.parts import Modalities, PartShares
 from lvlm_probe.errors import ExplainError, ReplayError, ReportError
+from lvlm_probe.serving.journal import Journal
 
 QUESTION = "Is it red"
 
@@ -139,15 +140,11 @@ def test_what_cannot_be_left_unread(talk: Any, text: Any, said: str) -> None:
 
 
 def test_a_journal_keeps_the_two_apart(talk: Any) -> None:
-    kept: dict[str, Any] = {}
-
-    class Journal:
-        get, put = staticmethod(kept.get), staticmethod(kept.__setitem__)
-
+    journal = Journal(None)
     mask = torch.ones(1, 2, 1, 1)
     with torch.no_grad():
-        whole, deaf = (view.journalled(Journal()).log_probs(mask) for view in (talk, talk.without()))
-    assert len(kept) == 2 and not torch.equal(whole, deaf)
+        whole, deaf = (view.journalled(journal).log_probs(mask) for view in (talk, talk.without()))
+    assert len(journal) == 2 and not torch.equal(whole, deaf)
 
 
 # --------------------------------------------------------------------------------------------------------- their shares
@@ -313,29 +310,29 @@ def test_what_image_and_question_give_together_along_deletion(talk: Any, tmp_pat
     assert f'"synergy":{score.synergy:.4g}'[:14] in page
 
 
-def test_the_end_of_that_curve_is_what_the_two_give_together(demo: Any, tmp_path: Any) -> None:
-    model, processor = demo
+@pytest.fixture(scope="module")
+def answered(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The demo model's answer about one scene."""
     scene = probe.demo.scenes(1, seed=3)[0]
-    answer = probe.ask(model, processor, scene.image, scene.question, out=tmp_path)
-    replay = answer.replay
-    tokens = probe.select_tokens(replay)
-    heat = probe.explain(replay, method="input_gradient", tokens=tokens)
-    score = probe.evaluate(heat, replay, score="log", steps=10, center=False, synergy=True)
-    together = causal.modalities(replay, tokens=tokens)
+    return probe.ask(*demo, scene.image, scene.question, out=tmp_path_factory.mktemp("answered")).replay
+
+
+def test_the_end_of_that_curve_is_what_the_two_give_together(answered: Any) -> None:
+    tokens = probe.select_tokens(answered)
+    heat = probe.explain(answered, method="input_gradient", tokens=tokens)
+    score = probe.evaluate(heat, answered, score="log", steps=10, center=False, synergy=True)
+    together = causal.modalities(answered, tokens=tokens)
     assert len(tokens) == 1
     assert score.params["synergy"]["curve"][-1] == pytest.approx(together.totals[2], abs=1e-3)
 
 
-def test_a_contrast_has_what_the_two_give_it_together(demo: Any, tmp_path: Any) -> None:
-    model, processor = demo
-    scene = probe.demo.scenes(1, seed=3)[0]
-    replay = probe.ask(model, processor, scene.image, scene.question, out=tmp_path).replay
-    (word,) = probe.select_tokens(replay).indices
-    other = "blue" if "blue" not in replay.tokens[word] else "red"
-    heat = probe.explain(replay, method="input_gradient", tokens=[word], against=other)
-    score = probe.evaluate(heat, replay, steps=10, center=False, synergy=True)
+def test_a_contrast_has_what_the_two_give_it_together(answered: Any) -> None:
+    (word,) = probe.select_tokens(answered).indices
+    other = "blue" if "blue" not in answered.tokens[word] else "red"
+    heat = probe.explain(answered, method="input_gradient", tokens=[word], against=other)
+    score = probe.evaluate(heat, answered, steps=10, center=False, synergy=True)
     ends = torch.tensor([1.0, 0.0])[:, None, None]
-    base = replay.strengthened(heat.selection.decided)
+    base = answered.strengthened(heat.selection.decided)
     with torch.no_grad():
         heard, deaf = (
             view.scored(heat.selection.score).log_probs(ends)[:, -1].sigmoid() for view in (base, base.without())
@@ -344,7 +341,7 @@ def test_a_contrast_has_what_the_two_give_it_together(demo: Any, tmp_path: Any) 
     assert score.params["synergy"]["curve"][-1] == pytest.approx(expected, abs=1e-4)
     for asked in (causal.which_parts, causal.modalities):
         with pytest.raises(ExplainError, match="measured by log-likelihood"):
-            asked(replay, tokens=heat.selection)
+            asked(answered, tokens=heat.selection)
 
 
 @pytest.mark.parametrize("record", [{}, {"parts": 3}, {"parts": ["a"], "shares": ["x"]}])

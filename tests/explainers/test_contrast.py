@@ -39,19 +39,12 @@ SMALL: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def asked(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, str, Any]:
     """A scene with a cyan object beside the yellow one that is asked about: replay, scene, other colour, its item."""
-    model, processor = demo
     scene = probe.demo.scenes(1, kinds=["colour"])[0]
-    form = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    with (
-        probe.attach(model, processor) as p,
-        p.record(tmp_path_factory.mktemp("contrast"), question=scene.question) as made,
-    ):
-        inputs = processor.apply_chat_template(scene.messages, **form)
-        model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    answer = probe.ask(*demo, scene.image, scene.question, out=tmp_path_factory.mktemp("contrast"))
     other = next(item for item in scene.layout.items if item.colour == "cyan")
     assert scene.visual_words == ("yellow",)
-    assert "yellow" in made.traces[-1].answer
-    return probe.replay(made.traces[-1], model, processor), scene, "cyan", other
+    assert "yellow" in answer.text
+    return answer.replay, scene, "cyan", other
 
 
 def inside_share(heat: Any, mask: np.ndarray) -> float:
@@ -306,8 +299,7 @@ def test_relevance_through_two_sequences_is_the_sum_of_both() -> None:
     """An alternative of three tokens: its first is read next to the said one, the rest in a sequence of its own, whose
     relevance is that of the same tokens in a replay of that answer."""
     replay = inside.replay("llava")
-    said = replay.token_ids.tolist()
-    ids = tuple(token for token in range(300, 330) if token not in said)[:3]
+    (ids,) = inside.other_ids(replay, 3)
     whole = torch.ones(1, 1, 1)
 
     def walked(source: Any, selection: TokenSelection, sign: float) -> torch.Tensor:
@@ -322,10 +314,7 @@ def test_relevance_through_two_sequences_is_the_sum_of_both() -> None:
         dataclasses.replace(plain, score=Contrast.of([(1, 2)], [tokens], ["other"], "said"))
         for tokens in (ids, ids[:1])
     )
-    tail = inside.replay("llava")
-    tail.token_ids = torch.tensor([said[0], *ids])
-    tail.tokens = ["a", "b", "c", "d"]
-    tail._ask(tail._prompt, tail._sequence)
+    tail = inside.answering(inside.replay("llava"), [int(replay.token_ids[0]), *ids])
     rest = dataclasses.replace(plain, indices=(2, 3), tokens=tuple(tail.tokens))
     together = walked(replay, three, 1.0)
     apart = walked(replay, one, 1.0) + walked(tail, rest, -1.0)
@@ -335,8 +324,7 @@ def test_relevance_through_two_sequences_is_the_sum_of_both() -> None:
 def test_a_long_alternative_has_maps_of_every_kind() -> None:
     """With a sequence more per image, which is counted; the encoder's attention is refused by name."""
     replay = inside.replay("qwen2_5_vl")
-    said = replay.token_ids.tolist()
-    ids = tuple(token for token in range(300, 330) if token not in said)[:3]
+    (ids,) = inside.other_ids(replay, 3)
     score = Contrast.of([(1, 2)], [ids], ["other"], "said")
     selection = dataclasses.replace(select_tokens(replay, indices=[1]), score=score)
     for method in ("gradcam", "tmm", "input_gradient", "input_gradient"):  # the first pass tries shortcuts
@@ -351,7 +339,7 @@ def test_grad_cam_adds_up_the_gradients_of_all_sequences() -> None:
     """The map of a long alternative equals the one whose gradient is that of the sum, by the encoder's one output."""
     replay = inside.replay("llava")
     said = replay.token_ids.tolist()
-    ids = tuple(token for token in range(300, 330) if token not in said)[:2]
+    (ids,) = inside.other_ids(replay, 2)
     selection = dataclasses.replace(
         select_tokens(replay, indices=[1]), score=Contrast.of([(1, 2)], [ids], ["other"], "said")
     )
@@ -360,9 +348,7 @@ def test_grad_cam_adds_up_the_gradients_of_all_sequences() -> None:
     module = heat.params["layer"]
     gradients = []
     for answer, steps in (([said[0], *ids], (1, 2)), (said, (1,))):
-        other = inside.replay("llava")
-        other.token_ids = torch.tensor(answer)
-        other._ask(other._prompt, other._sequence)
+        other = inside.answering(inside.replay("llava"), answer)
         with other.capture(modules=[module]) as seen:
             other.score_and_grad(torch.ones(1, 1, 1), lambda found, steps=steps: found[:, list(steps)].sum(dim=1))
         gradients.append(seen.gradients[module])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 import torch
 from zoo import build, load_members
@@ -33,10 +33,7 @@ def test_alternatives_of_any_length_are_scored_as_they_are_alone(name: str, tmp_
     masks = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
 
     def alone(answer: list[int]) -> Any:
-        other = copy.copy(replay)
-        other.token_ids = torch.tensor(answer)
-        other._ask(other._prompt, other._sequence)
-        return other.log_probs(masks)
+        return inside.answering(replay, answer).log_probs(masks)
 
     with torch.no_grad():
         own = alone(said)

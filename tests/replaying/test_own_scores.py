@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from inside import other_ids
 
 import lvlm_probe as probe
 from lvlm_probe.errors import ExplainError, ReplayError, SelectionError
 from lvlm_probe.replaying.own_scores import Contrast, OwnScore, alternative_ids
 from lvlm_probe.selection import TokenSelection
+from lvlm_probe.serving.journal import Journal
 
 MASKS = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(1))
 PLACE = (1, 3)
@@ -35,13 +37,6 @@ def forward(name: str, replay: Any, answer: list[int]) -> torch.Tensor:
     with torch.no_grad():
         logits = model(**inputs).logits[0, prompt.shape[1] - 1 : -1].float()
     return logits.log_softmax(-1)[range(len(answer)), answer]
-
-
-def other_ids(replay: Any, *lengths: int) -> list[tuple[int, ...]]:
-    """Alternatives of so many tokens, none of them said."""
-    said = replay.token_ids.tolist()
-    drawn = [token for token in range(300, 400) if token not in said]
-    return [tuple(drawn[7 * n : 7 * n + length]) for n, length in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "idefics3", "mllama"])
@@ -97,16 +92,9 @@ def test_masks_are_scored_alone_and_together(name: str) -> None:
     assert torch.isnan(scored.log_probs(MASKS, steps=[2])[:, 0]).all()
 
 
-class Noted(dict[str, Any]):
-    """A journal in memory."""
-
-    def put(self, key: str, values: Any) -> None:
-        self[key] = values
-
-
 def test_a_journal_keeps_scores_apart() -> None:
     """And gives each back to the bit, without the model; the answer's tokens have entries of their own."""
-    replay, journal = inside.replay("llava"), Noted()
+    replay, journal = inside.replay("llava"), Journal(None)
     first, second = (Contrast.of([PLACE], [ids], ["a"], "said") for ids in other_ids(replay, 1, 2))
     with torch.no_grad():
         wanted = [replay.scored(score).log_probs(MASKS) for score in (first, second)]
