@@ -276,8 +276,8 @@ class Replay(Views):
             other._ask(self._prompt, self._sequence)
             found = Kept(paths=self.kept.paths), other._forcing, other.shortcuts
         other.kept, other._forcing, other.shortcuts = known[score] = found
-        if len(known) > _SCORES:
-            del known[next(iter(known))]
+        for oldest in list(known)[:-_SCORES]:
+            known.pop(oldest, None)  # another thread may have done so
         return other
 
     @property
