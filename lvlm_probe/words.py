@@ -18,7 +18,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-__all__ = ["ALPHA", "Word", "group_words", "spelled", "told_apart"]
+__all__ = ["ALPHA", "Word", "group_words", "settled_words", "spelled", "told_apart"]
 
 ALPHA = 1.0
 """LLR above which a token of the answer is the image's doing, nats (paper, Eq. 6)."""
@@ -91,6 +91,19 @@ def group_words(pieces: Sequence[str], special: Sequence[bool]) -> list[Word]:
         last_unit = units[-1]
     # Empty pieces at the very end were cut off in the middle of a character: they stay with the word before them.
     close(len(shown))
+    return words
+
+
+def settled_words(pieces: Sequence[str], special: Sequence[bool]) -> list[Word]:
+    """Return those of the words of an answer that grows which no text behind it can change; arguments as above."""
+    words = group_words(pieces, special)
+    shown = [" " if flag else piece for piece, flag in zip(pieces, special, strict=True)]
+    while words:
+        behind = "".join(shown[words[-1].stop :])
+        # What the last character is (the point of 3.5, or a full stop) may depend on the one that follows it.
+        if behind[:1].isspace() or len(behind) > 1:
+            break
+        words.pop()
     return words
 
 

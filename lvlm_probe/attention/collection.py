@@ -9,7 +9,8 @@ device: rows are copied to the CPU once, or whenever a budget is full, and the h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import threading
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -108,6 +109,8 @@ class Collection:
     on_device: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     waiting: dict[int, _Waiting] = field(default_factory=dict)
     _joined: tuple[list[Tensor], Tensor] | None = None
+    _moving: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    """Held while rows go from ``waiting`` to ``steps`` and on, by whoever moves them or looks from another thread."""
 
     def advance(self, layer: int, queries: int) -> None:
         """Count the positions of one more pass of a layer."""
@@ -186,9 +189,12 @@ class Collection:
 
     def settle(self, layer: int) -> None:
         """Compute the rows that wait in one layer."""
-        known = self.waiting.pop(layer, None)
-        if known is None:
-            return
+        with self._moving:
+            if (known := self.waiting.pop(layer, None)) is not None:
+                self.add(layer, self._made(known))
+
+    def _made(self, known: _Waiting) -> Tensor:
+        """The rows of queries that wait, ``(batch, head|1, step, column)`` float32."""
         device, keys = known.key.device, known.key.shape[2]
         if known.masks:
             mask = self._join(known.masks, known.lengths, keys)
@@ -208,8 +214,24 @@ class Collection:
         )
         if self.heads == "mean":  # before columns are taken: of one row instead of as many as there are heads
             weights = weights.mean(dim=1, keepdim=True)
-        rows = take_columns(weights, self.to("columns", device))
-        self.add(layer, rows)
+        return take_columns(weights, self.to("columns", device))
+
+    def peek(self, layer: int, start: int, stop: int) -> Tensor:
+        """Rows of a layer's steps ``[start, stop)``, ``(batch, step, head|1, column)`` float32 on the CPU, as many as
+        there are; the collection goes on as if nobody had looked. In any thread, for steps that are past."""
+        with self._moving:
+            self.transfers.settle()
+            ready = [rows[0] for rows, _ in self.flushed.get(layer, ())] + self.steps.get(layer, [])
+            found, passed = [], 0
+            for rows in ready:
+                found.append(rows[:, max(0, start - passed) : max(0, stop - passed)].float().cpu())
+                passed += rows.shape[1]
+            if (known := self.waiting.get(layer)) is not None and stop > passed:
+                some = slice(max(0, start - passed), stop - passed)
+                part = replace(known, queries=known.queries[some], lengths=known.lengths[some], masks=known.masks[some])
+                rows = self._made(part).transpose(1, 2)
+                found.append((rows.mean(dim=2, keepdim=True) if self.heads == "mean" else rows).cpu())
+        return torch.cat(found, dim=1) if found else torch.zeros(0, 0, 0, 0)
 
     def _join(self, masks: list[Tensor], lengths: list[int], keys: int) -> Tensor:
         """The masks of several steps, ``(batch|1, head|1, step, keys)``: later keys are hidden from earlier steps.
@@ -239,16 +261,17 @@ class Collection:
 
     def flush(self) -> None:
         """Send everything to the CPU, one copy per layer: the values, and the mass outside the columns."""
-        for layer in list(self.waiting):
-            self.settle(layer)
-        self._joined = None
-        self.transfers.settle()  # the copies of the flush before, which are long there
-        for layer, parts in self.steps.items():
-            rows = torch.cat(parts, dim=1)
-            copies = self.transfers.copy(rows.to(self.dtype)), self.transfers.copy(1.0 - rows.sum(dim=-1))
-            self.flushed.setdefault(layer, []).append(copies)
-        self.steps.clear()
-        self.held = 0
+        with self._moving:
+            for layer in list(self.waiting):
+                self.settle(layer)
+            self._joined = None
+            self.transfers.settle()  # the copies of the flush before, which are long there
+            for layer, parts in self.steps.items():
+                rows = torch.cat(parts, dim=1)
+                copies = self.transfers.copy(rows.to(self.dtype)), self.transfers.copy(1.0 - rows.sum(dim=-1))
+                self.flushed.setdefault(layer, []).append(copies)
+            self.steps.clear()
+            self.held = 0
 
     def finish(self) -> dict[int, tuple[Tensor, Tensor]]:
         """Layer → values ``(batch, step, head, key)`` and mass outside the columns ``(batch, step, head)``, on the

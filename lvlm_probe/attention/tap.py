@@ -239,6 +239,20 @@ class RowTap:
             missing=missing,
         )
 
+    def peek(self, start: int, stop: int) -> Tensor | None:
+        """Look at rows of steps ``[start, stop)`` that are past, in any thread, while collecting goes on.
+
+        Returns:
+            ``(batch, step, layer, head|1, key)`` float32 on the CPU, of the layers that have them all; ``None`` where
+            none has, or nothing is collected now.
+        """
+        if (armed := self._armed) is None:
+            return None
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            found = [armed.peek(number, start, stop) for number in range(len(self.layers))]
+        whole = [rows for rows in found if rows.shape[1] == stop - start]
+        return torch.stack(whole, dim=2) if whole and stop > start else None
+
     # -- inside the model's forward pass
 
     def observe(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 __all__ = [
+    "Spelling",
     "Stops",
     "decoder_prompt",
     "display_pieces",
@@ -19,6 +20,7 @@ __all__ = [
     "own_prompt",
     "positional",
     "settings_of",
+    "special_among",
     "special_flags",
     "special_ids",
     "stops_of",
@@ -46,23 +48,52 @@ def display_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     A byte-level token that only begins a character adds nothing; the token that completes the character shows it.
     Without a tokenizer a piece is the id in angle brackets.
     """
-    ids = [int(token) for token in token_ids]
-    if tokenizer is None:
-        return [f"<{token}>" for token in ids]
-    pieces: list[str] = []
-    start, shown = 0, 0  # the window [start, shown) is context already displayed; decoding it again keeps spaces right
-    for end in range(1, len(ids) + 1):
-        before = _decode(tokenizer, ids[start:shown])
-        now = _decode(tokenizer, ids[start:end])
-        if now.endswith(_REPLACEMENT) and end < len(ids):
-            pieces.append("")
-            if (settled := end - _WAITING) > shown:  # no character that began there is completed any more
-                pieces[settled - 1] = _decode(tokenizer, ids[start:settled])[len(before) :]
-                start, shown = shown, settled
-            continue
-        pieces.append(now[len(before) :])
-        start, shown = shown, end
-    return pieces
+    spelling = Spelling(tokenizer)
+    for token in token_ids:
+        spelling.add(token)
+    spelling.end()
+    return spelling.pieces
+
+
+class Spelling:
+    """``display_pieces`` of an answer that grows.
+
+    Attributes:
+        pieces: the texts so far, ``(step,)``. Those at the end that are empty may be filled in by tokens to come.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.pieces: list[str] = []
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        # The window [start, shown) is context already displayed; decoding it again keeps spaces right.
+        self._start, self._shown = 0, 0
+
+    def add(self, token: int) -> None:
+        """One more token."""
+        if self._tokenizer is None:
+            self.pieces.append(f"<{int(token)}>")
+            return
+        end = len(self._ids)
+        if (settled := end - _WAITING) > self._shown:  # no character that began there is completed any more
+            self.pieces[settled - 1] = self._decoded(settled)
+            self._start, self._shown = self._shown, settled
+        self._ids.append(int(token))
+        text = self._decoded(end + 1)
+        whole = not text.endswith(_REPLACEMENT)
+        self.pieces.append(text if whole else "")
+        if whole:
+            self._start, self._shown = self._shown, end + 1
+
+    def end(self) -> None:
+        """There are no more tokens: what was begun is shown as it is."""
+        if self._shown < len(self._ids):
+            self.pieces[-1] = self._decoded(len(self._ids))
+
+    def _decoded(self, end: int) -> str:
+        """The text of the tokens before ``end`` that are not shown yet."""
+        before = _decode(self._tokenizer, self._ids[self._start : self._shown])
+        return _decode(self._tokenizer, self._ids[self._start : end])[len(before) :]
 
 
 def top_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
@@ -84,8 +115,13 @@ def special_flags(tokenizer: Any, token_ids: Sequence[int], also: Iterable[int] 
     its decoder spells (``<0x0A>``) instead of joining them to characters. Added tokens that are not marked special
     (``<loc_12>``) belong to the answer.
     """
+    return list(map(special_among(tokenizer, also), token_ids))
+
+
+def special_among(tokenizer: Any, also: Iterable[int] = ()) -> Callable[[int], bool]:
+    """``special_flags`` of one token after another."""
     special = set(also) | special_ids(tokenizer)
-    return [int(token) in special or _spelled_byte(tokenizer, int(token)) for token in token_ids]
+    return lambda token: int(token) in special or _spelled_byte(tokenizer, int(token))
 
 
 def special_ids(tokenizer: Any) -> set[int]:

@@ -94,6 +94,22 @@ class StepLogProbs:
         )
         self._chosen.append(chosen)
 
+    def chosen(self, step: int, token: torch.Tensor) -> float | None:
+        """log P of token number ``step``, nats, as soon as it is chosen (and not when the next step shows it).
+
+        Args:
+            step: how many tokens stand before it in the answer.
+            token: ``(batch,)`` token id.
+
+        Returns:
+            ``None`` where passes and tokens have not been one to one so far.
+        """
+        if self._pending is None or len(self._values) != step or len(self._pending) != len(token):
+            return None
+        self._take(token)
+        self._pending = None
+        return float(self._values[-1].log_probs[0])
+
     def result(self, generated: torch.Tensor) -> StepValues | None:
         """The values of ``generated`` ``(batch, step)``; ``None`` unless every step was seen with its token."""
         steps = generated.shape[1]

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +31,8 @@ from lvlm_probe.images.processor_step import image_processor_of, watched_method
 from lvlm_probe.models.anatomy import Anatomy, examine
 from lvlm_probe.models.drivers import called_model, probed_model
 from lvlm_probe.models.fingerprint import describe_model, undescribed
-from lvlm_probe.models.tokenizers import tokenizer_of
+from lvlm_probe.models.inputs import input_device
+from lvlm_probe.models.tokenizers import settings_of, tokenizer_of
 from lvlm_probe.models.wrappers import generating_model, is_compiled
 from lvlm_probe.recording.conditions import without_autocast
 from lvlm_probe.recording.handed_images import flatten_images
@@ -37,6 +40,7 @@ from lvlm_probe.recording.masked_calls import Masking
 from lvlm_probe.recording.processor_watch import ProcessorWatch
 from lvlm_probe.recording.prompt_images import NotRecorded
 from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions, Target
+from lvlm_probe.recording.stream import Feed, Stream, settings_here
 from lvlm_probe.trace import Trace, open_rows, open_trace, write
 from lvlm_probe.trace.records import Capture
 
@@ -46,6 +50,9 @@ if TYPE_CHECKING:
 __all__ = ["Probe", "Recording", "attach"]
 
 _log = logging.getLogger("lvlm_probe")
+
+_STREAMED: ContextVar[tuple[Feed, Recording] | None] = ContextVar("lvlm_probe_streamed", default=None)
+"""The stream whose ``generate()`` this is, in its own thread, and what records it."""
 
 _SAMPLES = "_decode_and_sample_videos"
 """The method of transformers' video processors that opens videos and chooses frames."""
@@ -130,10 +137,15 @@ class Recording:
                 stacklevel=3,
             )
 
-    def run(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], feed: Feed | None = None) -> Any:
         """Record one ``generate()`` call. Whatever goes wrong in here, the user gets what ``generate`` returns.
 
         Calls of several threads are recorded side by side: everything here but ``self`` belongs to this one.
+
+        Args:
+            original: the user's ``generate``.
+            args, kwargs: its arguments.
+            feed: of the stream that shows the answer as it is generated.
         """
         owner = self._attachment
         self._met = True
@@ -160,17 +172,23 @@ class Recording:
         except BaseException:  # Ctrl-C while hooks were being hung up
             recorder.abort()
             raise
+        if feed is not None:
+            kwargs = feed.begin(recorder if ready else None, kwargs)
         try:
             with Call(recorder):
                 output = original(*args, **kwargs)
         except BaseException:
             recorder.abort()
             raise
+        if feed is not None:
+            feed.generated()
         if not ready:
             self.faults += faults
             return output
         try:
-            self._keep(recorder, output, faults, fault)
+            path = self._keep(recorder, output, faults, fault)
+            if feed is not None:
+                feed.kept(path)
         except NotRecorded as reason:
             self.warn_once(str(reason)[:40], str(reason))
         except Exception as error:
@@ -181,7 +199,7 @@ class Recording:
             self.faults += faults
         return output
 
-    def _keep(self, recorder: GenerationRecorder, output: Any, faults: list[str], fault: Any) -> None:
+    def _keep(self, recorder: GenerationRecorder, output: Any, faults: list[str], fault: Any) -> Path:
         interrupted: KeyboardInterrupt | None = None
         # Nothing here draws from the global random state, which is all threads' own: passes run in eval mode, noise has
         # generators of ours.
@@ -206,9 +224,15 @@ class Recording:
         if faults:
             for row in capture.rows:
                 row.status, row.error = "error", "; ".join(faults)
-        self.paths.append(write(capture, self.directory))
+        path = write(capture, self.directory)
+        self.paths.append(path)
         if interrupted is not None:
             raise interrupted
+        return path
+
+    def of(self, attachment: Attachment) -> bool:
+        """Whether this records what is attached there."""
+        return self._attachment is attachment
 
     def give_up(self, error: Exception) -> None:
         """Say that a ``generate()`` call is not recorded because of an error that nothing else has caught."""
@@ -289,6 +313,9 @@ class Attachment(Target):
     def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         # Looked up once: other threads come and go.
         masking, recording = self.masking, self.recording
+        feed, streamed = _STREAMED.get() or (None, None)
+        if streamed is not None and streamed.of(self):
+            recording = streamed
         if masking is not None and not within(self):
             # Not fenced: a mask the user asked for and did not get would be a silent lie.
             with Call(self):
@@ -301,7 +328,7 @@ class Attachment(Target):
             if within(self):
                 return once(*args, **kwargs)
             with Call(self):
-                return once(*args, **kwargs) if recording is None else recording.run(once, args, kwargs)
+                return once(*args, **kwargs) if recording is None else recording.run(once, args, kwargs, feed)
         except Exception as error:
             if once.error is not None:
                 raise once.error from None
@@ -422,6 +449,73 @@ class Probe:
             images, llr, attention, boxes, heads, baseline, tuple(points), question, dict(meta or {})
         )
         return Recording(self.attachment, directory, options, self)
+
+    def stream(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        /,
+        *,
+        by: Literal["word", "token"] = "word",
+        record: Mapping[str, Any] | None = None,
+        **generate: Any,
+    ) -> Stream:
+        """Generate one answer, recorded, and get its words as they are said.
+
+        ``for word in p.stream(**inputs, max_new_tokens=64): print(word, end="")``. The model generates in a thread of
+        its own and does not wait for the loop. Words come with log P and attention; log-likelihood ratios take the
+        baseline pass, which begins when the answer is complete: the loop ends when the trace is written, and
+        ``Stream.words`` and ``Stream.trace`` have them. The answer is that of ``generate()`` to the last bit, and the
+        trace that of ``record``.
+
+        Args:
+            path: directory for the trace; by default that of the recording that is running, or else a temporary one
+                that goes with the stream.
+            by: ``"word"``, or ``"token"`` for every token, special ones included.
+            record: options of ``record``, where ``path`` is not that of a running recording.
+            **generate: arguments of ``model.generate``, for one prompt.
+
+        Raises:
+            ProbeError: more than one answer is asked for, the probe is detached or masked, or the directory cannot be
+                written. What ``generate()`` raises comes out of the loop.
+        """
+        attachment = self.attachment
+        if by not in ("word", "token"):
+            raise ProbeError(f"by={by!r}: a stream gives words or tokens; by is 'word' or 'token'")
+        self._check_streams(generate)
+        recording, folder = attachment.recording if path is None else None, None
+        if recording is None:
+            if path is None:
+                folder = tempfile.TemporaryDirectory(prefix="lvlm_probe_stream_")
+            recording = self.record(folder.name if folder is not None else path or "", **(record or {}))
+        elif record:
+            raise ProbeError(f"record={dict(record)}: the recording that is running has its options; give a path too")
+        settings, model = settings_here(input_device(attachment.model)), self.model
+
+        def run(feed: Feed) -> None:
+            _STREAMED.set((feed, recording))
+            with settings():
+                model.generate(**generate)  # type: ignore[operator]
+
+        return Stream(run, self.processor, by, folder)
+
+    def _check_streams(self, generate: Mapping[str, Any]) -> None:
+        """Raises ``ProbeError`` where a ``generate()`` call cannot be shown as a stream."""
+        if self.attachment.closed:
+            raise AttachError("the probe was detached; attach again to stream")
+        if self.attachment.masking is not None:
+            raise ProbeError("a masked generation is not recorded, so it has no stream: leave the masked() block first")
+        setting = settings_of(self.attachment.model, generate)
+        ids = generate.get("input_ids", generate.get("inputs"))
+        prompts = len(ids) if isinstance(ids, torch.Tensor) else 1
+        answers, beams = (int(setting(name, 1)) for name in ("num_return_sequences", "num_beams"))
+        if prompts * answers > 1:
+            raise ProbeError(
+                f"a stream shows one answer, and {prompts * answers} are asked for: give one prompt, or record() them"
+            )
+        if beams > 1:
+            raise ProbeError(
+                f"beam search ({beams} beams) goes back on words that it has said: num_beams=1, or record()"
+            )
 
     @contextmanager
     def masked(

@@ -129,6 +129,7 @@ class GenerationRecorder:
         self.options = options
         self.notes: list[str] = []
         self.stops = Stops(frozenset(), None)
+        self.cut_by: str | None = None  # who ended the generation from outside, as a part of a sentence
         self._watch, self._clips = target.watch, target.clips
         self._hooks = HookSet(on_error, scope=self)
         self._log_probs: list[StepLogProbs] = []
@@ -301,6 +302,21 @@ class GenerationRecorder:
         if self._tap is not None:
             self._tap.remove()
 
+    # ------------------------------------------------------------------ while it runs
+
+    def chosen(self, step: int, token: torch.Tensor) -> float | None:
+        """log P of token number ``step`` of the answer, nats, now that it is chosen; ``token`` is ``(batch,)``.
+        ``None`` where it cannot be read before the end."""
+        values = [reader.chosen(step, token) for reader in self._log_probs]
+        return next((value for value in values if value is not None), None)
+
+    def attention_so_far(self, start: int, stop: int) -> np.ndarray | None:
+        """Attention of tokens ``[start, stop)`` of an answer that goes on, their and all heads' mean, ``(layer,
+        image_token)`` float32; ``None`` where no rows are read, or the answer is complete."""
+        tap = self._tap
+        rows = None if tap is None else tap.peek(start, stop)
+        return None if rows is None else rows[0].mean(dim=(0, 2)).numpy()
+
     # ------------------------------------------------------------------ after the call
 
     def finish(self, output: Any) -> Capture:
@@ -439,6 +455,7 @@ class GenerationRecorder:
         pieces = display_pieces(tokenizer, token_ids.tolist())
         ended = self.ending(token_ids, "" if tokenizer is None else "".join(pieces))
         unlike = [*self._other_conditions, *padded_behind(real)]
+        cut = ended is not None and self.cut_by is not None
         notes += [*([ended] if ended else []), *forced_because(unlike)]
         read = prompt_ids.tolist()
         prompt = tokenizer.decode(read) if tokenizer is not None else ""
@@ -449,6 +466,7 @@ class GenerationRecorder:
         return RowCapture(
             trace_id=trace_id,
             batch_row=row,
+            status="stopped" if cut else "complete",
             input_ids=prompt_ids.numpy().astype(np.int64),
             prompt=folded(prompt),
             question=self.options.question or self._question(prompt_ids, positions.numpy(), spans, mine.clips),
@@ -506,7 +524,10 @@ class GenerationRecorder:
 
     def ending(self, token_ids: torch.Tensor, text: str) -> str | None:
         """A note on how the answer ends; ``None`` where there is nothing to say."""
-        return self.stops.told(token_ids.tolist(), text)
+        told = self.stops.told(token_ids.tolist(), text)
+        if told is None or self.cut_by is None:
+            return told
+        return f"the answer was stopped after {len(token_ids)} tokens by {self.cut_by}"
 
     def add_attention(self, capture: RowCapture, attention: Rows, row: int) -> None:
         """Enter the attention rows of one batch row, or a note on why there are none."""

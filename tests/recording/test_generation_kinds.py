@@ -56,6 +56,21 @@ def test_log_probs_come_from_the_logits_of_the_call_itself(name, tmp_path):
     assert len(trace.top_tokens) == 4
 
 
+@pytest.mark.parametrize("name", ["florence2", "blip-2", "kosmos-2"])
+def test_a_stream_shows_the_tokens_of_the_trace_as_they_are_said(name, tmp_path):
+    """Also where ``generate()`` begins with embeddings, or with a decoder's own prompt."""
+    built, _, _, _, trace = _recorded(name, tmp_path)
+    with probe.attach(built.model, built.processor) as attached:
+        given = {**built.inputs([built.picture()]), **built.member.answer}
+        stream = attached.stream(
+            tmp_path, **given, by="token", max_new_tokens=4, min_new_tokens=4, do_sample=False, record={"llr": False}
+        )
+        said = list(stream)
+    assert [token for word in said for token in word.token_ids] == trace.token_ids.tolist()
+    assert np.allclose([word.log_prob for word in said], trace.log_probs, atol=1e-6)
+    assert np.array_equal(stream.trace.log_probs, trace.log_probs)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_several_masks_at_once_are_the_masks_one_by_one(name, tmp_path):
     built, _, _, _, trace = _recorded(name, tmp_path)
