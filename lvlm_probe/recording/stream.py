@@ -138,8 +138,8 @@ class Feed:
             if not self.complete.is_set():
                 return None
             self.ended.wait()  # they are on their way to the trace
-        rows = None if self.trace is None else self.trace.attention
-        return None if rows is None else rows.values[start:stop].mean(axis=(0, 2))
+        kept = None if self.trace is None else self.trace.attention
+        return None if kept is None else kept.values[start:stop].mean(axis=(0, 2))
 
 
 class Stream(Iterator[StreamedWord]):
