@@ -128,30 +128,34 @@ def build_tokenizer(
     )
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(
+    tokenizer: PreTrainedTokenizerFast | None = None, *, side: int = IMAGE_SIDE, patch: int = PATCH
+) -> LlavaProcessor:
     """The processor of the released LLaVA models, at this model's picture size."""
     image_processor = image_processing_pil_clip.CLIPImageProcessorPil(
-        size={"shortest_edge": IMAGE_SIDE}, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
     )
     return LlavaProcessor(
         image_processor=image_processor,
-        tokenizer=build_tokenizer(),
-        patch_size=PATCH,
+        tokenizer=tokenizer or build_tokenizer(),
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The untrained model, initialised so that so small a tower sees positions from the start."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, *, side: int = IMAGE_SIDE, patch: int = PATCH, layers: int = 3
+) -> LlavaForConditionalGeneration:
+    """The untrained model, initialised so that so small a tower, of that many layers, sees positions from the start."""
     vision = CLIPVisionConfig(
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        image_size=IMAGE_SIDE,
-        patch_size=PATCH,
+        image_size=side,
+        patch_size=patch,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -170,7 +174,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         vision_config=vision,
         text_config=text,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=(side // patch) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
@@ -186,21 +190,22 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     with torch.no_grad():
         tower = model.model.vision_tower
         table = next(p for name, p in tower.named_parameters() if name.endswith("position_embedding.weight"))
-        table.copy_(torch.cat([torch.zeros(1, HIDDEN), sincos_table()]))
+        table.copy_(torch.cat([torch.zeros(1, HIDDEN), sincos_table(side // patch)]))
         for name, parameter in tower.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 parameter.mul_(2)
     return model
 
 
-def sincos_table(std: float = 0.2) -> Tensor:
-    """Two-dimensional sine-cosine positions of the patches, ``(64, 128)``, scaled to standard deviation `std`."""
+def sincos_table(grid: int = GRID, std: float = 0.2) -> Tensor:
+    """Two-dimensional sine-cosine positions of `grid` × `grid` patches, ``(patch, 128)``, scaled to standard deviation
+    `std`."""
     quarter = HIDDEN // 4
     frequency = 1.0 / 30 ** (torch.arange(quarter) / quarter)
-    angle = torch.arange(GRID)[:, None] * frequency
+    angle = torch.arange(grid)[:, None] * frequency
     wave = torch.cat([angle.sin(), angle.cos()], dim=1)
-    table = torch.cat([wave[:, None].expand(GRID, GRID, -1), wave[None].expand(GRID, GRID, -1)], dim=2).reshape(
-        IMAGE_TOKENS, HIDDEN
+    table = torch.cat([wave[:, None].expand(grid, grid, -1), wave[None].expand(grid, grid, -1)], dim=2).reshape(
+        grid * grid, HIDDEN
     )
     return (table - table.mean(0)) / table.std() * std
 
@@ -271,7 +276,7 @@ class Writer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
-        self.pieces: Callable[[str], tuple[int, ...]] = lru_cache(maxsize=None)(self._pieces)
+        self.pieces: Callable[[str], tuple[int, ...]] = lru_cache(maxsize=2**16)(self._pieces)
         self.assistant = tokenizer.convert_tokens_to_ids("<assistant>")
         self.eos = tokenizer.eos_token_id
 
@@ -438,9 +443,10 @@ class Asker:
 class Veil:
     """Blends pictures with pictures of nothing, as an explainer's masks do."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(self, rng: np.random.Generator, side: int = IMAGE_SIDE) -> None:
         self.rng = rng
-        centres = (np.arange(IMAGE_SIDE, dtype=np.float32) + 0.5) / IMAGE_SIDE
+        self.side = side
+        centres = (np.arange(side, dtype=np.float32) + 0.5) / side
         self.ys, self.xs = np.meshgrid(centres, centres, indexing="ij")
 
     def mask(self, layout: questions.Layout) -> np.ndarray:
@@ -483,10 +489,10 @@ class Veil:
                 rng.standard_normal((1, 1, side, side)).astype(np.float32)
             )
         mode = "nearest" if rng.random() < 0.25 else "bilinear"
-        return F.interpolate(cells.clamp(0, 1), size=(IMAGE_SIDE, IMAGE_SIDE), mode=mode)[0, 0].numpy()
+        return F.interpolate(cells.clamp(0, 1), size=(self.side, self.side), mode=mode)[0, 0].numpy()
 
     def baseline(self, pixels: np.ndarray) -> np.ndarray:
-        """A version of ``(112, 112, 3)`` float32 pixels in which nothing can be seen."""
+        """A version of ``(side, side, 3)`` float32 pixels in which nothing can be seen."""
         rng = self.rng
         way = rng.choice(5, p=[0.60, 0.12, 0.08, 0.08, 0.12])
         if way == 0:
@@ -505,12 +511,13 @@ class Veil:
 
 
 def blur(pixels: np.ndarray, sigma: float, *, reflect: bool) -> np.ndarray:
-    """A wide Gaussian blur of ``(112, 112, 3)`` pixels; `sigma` is a fraction of the side. Computed on a 28x28 grid."""
-    side = 28
-    coarse = pixels.reshape(side, IMAGE_SIDE // side, side, IMAGE_SIDE // side, 3).mean((1, 3))
+    """A wide Gaussian blur of ``(side, side, 3)`` pixels; `sigma` is a fraction of the side. Computed on cells of 4x4
+    pixels."""
+    side = len(pixels) // 4
+    coarse = pixels.reshape(side, 4, side, 4, 3).mean((1, 3))
     kernel = blur_matrix(side, round(sigma * side, 2), reflect)
     soft = np.einsum("ij,jkc,lk->cil", kernel, coarse, kernel, optimize=True)
-    grown = F.interpolate(torch.from_numpy(np.ascontiguousarray(soft))[None], size=IMAGE_SIDE, mode="bilinear")
+    grown = F.interpolate(torch.from_numpy(np.ascontiguousarray(soft))[None], size=len(pixels), mode="bilinear")
     return grown[0].permute(1, 2, 0).numpy()
 
 
@@ -933,9 +940,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="torch.compile the two towers (needs a C++ compiler)")
     parser.add_argument(
         "--family",
-        choices=("llava", "cambrian", "video"),
+        choices=("llava", "cambrian", "video", "document"),
         default="llava",
-        help="cambrian: see train_cambrian_model.py; video: see train_video_model.py",
+        help="cambrian: see train_cambrian_model.py; video and document likewise",
     )
     parser.add_argument(
         "--cambrian-steps", type=int, nargs=3, default=(250, 400, 700), help="steps of the stages of --family cambrian"
@@ -944,6 +951,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--video-steps", type=int, nargs=3, default=(2400, 2400, 4700), help="steps of the stages of --family video"
     )
     parser.add_argument("--video-pool", type=int, default=5000, help="number of distinct training clips")
+    parser.add_argument(
+        "--document-steps", type=int, nargs=3, default=(1000, 1000, 1500), help="steps of --family document"
+    )
+    parser.add_argument("--document-pool", type=int, default=10000, help="number of distinct training documents")
     options = parser.parse_args(arguments)
     if options.family == "cambrian":
         import train_cambrian_model
@@ -953,6 +964,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import train_video_model
 
         train_video_model.train(options)
+    elif options.family == "document":
+        import train_document_model
+
+        train_document_model.train(options)
     else:
         train(options)
     return 0

@@ -479,6 +479,8 @@ def patch_targets(film: cs.Film, labels: np.ndarray, seen: np.ndarray) -> dict[s
 class Net(nn.Module):
     """The training view of the model: the same modules, the frames' attention as one batch."""
 
+    tower = ".visual."  # in the names of what the first stage trains
+
     def __init__(self, model: Qwen2VLForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
@@ -646,7 +648,7 @@ def run_stage(
     kept = progress.kept
     if kept and kept["stage"] > stage:
         return
-    trained = [(n, p) for n, p in net.named_parameters() if stage > 1 or ".visual." in n or n.startswith("head.")]
+    trained = [(n, p) for n, p in net.named_parameters() if stage > 1 or net.tower in n or n.startswith("head.")]
     optimise = base.optimiser(trained)
     first = 0
     if kept and kept["stage"] == stage:

@@ -18,12 +18,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvlm_probe.demo.clip_scene import CLIP_KINDS, ClipScene, clips
+from lvlm_probe.demo.document_scene import DOCUMENT_KINDS, DocumentScene, documents
 from lvlm_probe.demo.scene import HARD_KINDS, KINDS, Scene, scenes
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-__all__ = ["CLIP_KINDS", "HARD_KINDS", "KINDS", "ClipScene", "Scene", "clips", "load", "path", "scenes"]
+__all__ = [
+    "CLIP_KINDS",
+    "DOCUMENT_KINDS",
+    "HARD_KINDS",
+    "KINDS",
+    "ClipScene",
+    "DocumentScene",
+    "Scene",
+    "clips",
+    "documents",
+    "load",
+    "path",
+    "scenes",
+]
 
 
 def path() -> Path:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from lvlm_probe.demo.questions import Item, Layout
 
-__all__ = ["REACH", "footprints", "render", "render_frames", "shade"]
+__all__ = ["REACH", "background", "footprints", "render", "render_frames", "shade"]
 
 REACH = 1.12
 """The farthest any outline gets from its centre, in radii."""
@@ -55,7 +55,7 @@ def render_frames(layouts: Sequence[Layout], size: tuple[int, int]) -> Iterator[
     side = min(size)
     left, top = (width - side) / 2, (height - side) / 2
     texture, pattern = layouts[0].texture, layouts[0].pattern
-    empty = _background(texture, size)
+    empty = background(texture, size)
     if pattern:
         empty += pattern * _weave(texture, size)
     ground = _ground(np.random.default_rng(texture)).astype(np.float32)
@@ -164,8 +164,8 @@ def _outline(shape: str, angle: float) -> list[tuple[float, float]]:
     return [(px * c - py * s, px * s + py * c) for px, py in points]
 
 
-def _background(texture: int, size: tuple[int, int]) -> np.ndarray:
-    """A muted, mottled ground with a fine grain, ``(H, W, 3)`` float32 in 0..255."""
+def background(texture: int, size: tuple[int, int]) -> np.ndarray:
+    """Paint a muted, mottled ground with a fine grain, ``(H, W, 3)`` float32 in 0..255."""
     import numpy as np
     from PIL import Image
 

@@ -100,7 +100,7 @@ class Query:
         found: list[tuple[int, int]] = []
         position = 0
         for literal, word in zip(self.template.split("{}"), self.words, strict=False):
-            position += len(literal)
+            position += len(literal.format())  # of doubled braces one
             found.append((position, position + len(word)))
             position += len(word)
         return tuple(found)
