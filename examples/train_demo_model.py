@@ -146,12 +146,17 @@ def build_processor(
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, *, side: int = IMAGE_SIDE, patch: int = PATCH, layers: int = 3
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    side: int = IMAGE_SIDE,
+    patch: int = PATCH,
+    hidden: int = HIDDEN,
+    layers: int = 3,
 ) -> LlavaForConditionalGeneration:
     """The untrained model, initialised so that so small a tower, of that many layers, sees positions from the start."""
     vision = CLIPVisionConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         image_size=side,
@@ -159,8 +164,8 @@ def build_model(
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=512,
@@ -190,22 +195,22 @@ def build_model(
     with torch.no_grad():
         tower = model.model.vision_tower
         table = next(p for name, p in tower.named_parameters() if name.endswith("position_embedding.weight"))
-        table.copy_(torch.cat([torch.zeros(1, HIDDEN), sincos_table(side // patch)]))
+        table.copy_(torch.cat([torch.zeros(1, hidden), sincos_table(side // patch, hidden)]))
         for name, parameter in tower.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 parameter.mul_(2)
     return model
 
 
-def sincos_table(grid: int = GRID, std: float = 0.2) -> Tensor:
-    """Two-dimensional sine-cosine positions of `grid` × `grid` patches, ``(patch, 128)``, scaled to standard deviation
-    `std`."""
-    quarter = HIDDEN // 4
+def sincos_table(grid: int = GRID, hidden: int = HIDDEN, std: float = 0.2) -> Tensor:
+    """Two-dimensional sine-cosine positions of `grid` × `grid` patches, ``(patch, hidden)``, scaled to standard
+    deviation `std`."""
+    quarter = hidden // 4
     frequency = 1.0 / 30 ** (torch.arange(quarter) / quarter)
     angle = torch.arange(grid)[:, None] * frequency
     wave = torch.cat([angle.sin(), angle.cos()], dim=1)
     table = torch.cat([wave[:, None].expand(grid, grid, -1), wave[None].expand(grid, grid, -1)], dim=2).reshape(
-        grid * grid, HIDDEN
+        grid * grid, hidden
     )
     return (table - table.mean(0)) / table.std() * std
 
@@ -952,9 +957,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--video-pool", type=int, default=5000, help="number of distinct training clips")
     parser.add_argument(
-        "--document-steps", type=int, nargs=3, default=(1000, 1000, 1500), help="steps of --family document"
+        "--document-steps", type=int, nargs=3, default=(900, 800, 1200), help="steps of --family document"
     )
-    parser.add_argument("--document-pool", type=int, default=10000, help="number of distinct training documents")
+    parser.add_argument("--document-pool", type=int, default=5000, help="number of distinct training documents")
     options = parser.parse_args(arguments)
     if options.family == "cambrian":
         import train_cambrian_model

@@ -40,8 +40,8 @@ def fields(
         typer.Option(
             "--format",
             metavar="NAME",
-            autocompletion=choices("json", "hocr", "w3c", "coco"),
-            help="Of --out: json, hocr, w3c, coco. Default: hocr for .hocr and .html, else json.",
+            autocompletion=choices("json", "hocr", "w3c", "coco", "docling"),
+            help="Of --out: json, hocr, w3c, coco, docling. Default: hocr for .hocr and .html, else json.",
         ),
     ] = None,
     keep: Annotated[

@@ -5,7 +5,8 @@
 * ``answer_boxes`` reads the boxes and points that an answer holds, ``box_maps`` makes a map for each, ``check_box``
   says whether the map looks where the answer says, and ``draw_boxes`` draws them.
 * ``region`` is the smallest area of a map that keeps most of the score; ``fields`` are the values of an answer,
-  ``locate`` finds where each stands on which page, and ``export`` writes that as JSON, hOCR, W3C annotations or COCO.
+  ``locate`` finds where each stands on which page, and ``export`` writes that as JSON, hOCR, W3C annotations,
+  COCO or a DoclingDocument.
 """
 
 from __future__ import annotations

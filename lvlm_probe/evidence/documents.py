@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Field", "Place", "export", "fields", "locate"]
 
-Format = Literal["json", "hocr", "w3c", "coco"]
-FORMATS: tuple[Format, ...] = ("json", "hocr", "w3c", "coco")
+Format = Literal["json", "hocr", "w3c", "coco", "docling"]
+FORMATS: tuple[Format, ...] = ("json", "hocr", "w3c", "coco", "docling")
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')
 _SPACE = re.compile(r"[ \t\r\n]*")
 _PLAIN = re.compile(r"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|true|false|null")
@@ -302,8 +302,9 @@ def export(
         places: of ``locate``. Those without a region are in ``"json"`` alone.
         path: the file.
         format: ``"json"``, everything; ``"hocr"``; ``"w3c"``, a page of Web Annotations (box and SVG outline of each);
-            or ``"coco"``, boxes and outer outlines, without holes. By default hOCR for ``.hocr`` and ``.html``, else
-            JSON.
+            ``"coco"``, boxes and outer outlines, without holes; or ``"docling"``, a ``DoclingDocument`` of docling-core:
+            a text item for each value with its provenance (page, box, origin at the top left), and the fields' names
+            as key-value pairs. By default hOCR for ``.hocr`` and ``.html``, else JSON.
         files: names of the pages' image files, for the files that name them; by default ``page-1.png``, ….
         overwrite: replace the file if it exists.
 
@@ -328,7 +329,7 @@ def export(
         text = _hocr(placed, names)
     else:
         made = {"json": lambda: [place.to_dict() for place in places], "w3c": lambda: _w3c(placed, names),
-                "coco": lambda: _coco(placed, names)}[kind]()  # fmt: skip
+                "coco": lambda: _coco(placed, names), "docling": lambda: _docling(placed, target.stem)}[kind]()  # fmt: skip
         text = json.dumps(json_ready(made), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, text)
@@ -443,3 +444,43 @@ def _coco(placed: _Placed, files: Sequence[str]) -> dict[str, Any]:
         "categories": [{"id": k, "name": name or "value"} for name, k in categories.items()],
         "annotations": annotations,
     }
+
+
+def _docling(placed: _Placed, name: str) -> dict[str, Any]:
+    """A DoclingDocument (schema 1.3.0): of each value a text item with its place, of each name a pair with it."""
+    sizes = {place.page: here.image_size for place, here in placed}
+    texts: list[dict[str, Any]] = []
+    cells: list[dict[str, Any]] = []
+    links: list[dict[str, Any]] = []
+    for number, (place, here) in enumerate(placed):
+        value, own = place.field.value, {"$ref": f"#/texts/{number}"}
+        box = dict(zip("ltrb", here.box, strict=True)) | {"coord_origin": "TOPLEFT"}
+        stands = {"page_no": place.page + 1, "bbox": box, "charspan": [0, len(value)]}
+        said = {"text": value, "orig": value}
+        texts.append(_node(f"#/texts/{number}", parent="#/body", label="text", prov=[stands], **said))
+        if place.field.name:
+            key = {"text": place.field.name, "orig": place.field.name}
+            cells.append({"label": "key", "cell_id": len(cells), **key})
+            cells.append({"label": "value", "cell_id": len(cells), **said, "prov": stands, "item_ref": own})
+            links.append({"label": "to_value", "source_cell_id": len(cells) - 2, "target_cell_id": len(cells) - 1})
+    graph = {"cells": cells, "links": links}
+    pairs = [_node("#/key_value_items/0", parent="#/body", label="key_value_region", prov=[], graph=graph)]
+    items = [*texts, *(pairs if cells else ())]
+    return {
+        "schema_name": "DoclingDocument",
+        "version": "1.3.0",
+        "name": name,
+        "body": _node("#/body", [item["self_ref"] for item in items], name="_root_", label="unspecified"),
+        "texts": texts,
+        "key_value_items": pairs if cells else [],
+        "pages": {
+            str(page + 1): {"page_no": page + 1, "size": {"width": width, "height": height}}
+            for page, (width, height) in sorted(sizes.items())
+        },
+    }
+
+
+def _node(ref: str, children: Sequence[str] = (), *, parent: str | None = None, **content: Any) -> dict[str, Any]:
+    """A node of a DoclingDocument, which refers to others by JSON pointers."""
+    above = {} if parent is None else {"parent": {"$ref": parent}}
+    return {"self_ref": ref, **above, "children": [{"$ref": child} for child in children], **content}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import xml.etree.ElementTree as ElementTree
@@ -271,9 +272,44 @@ def test_files_that_other_tools_read(places: list[Any], tmp_path: Path) -> None:
     assert w3c["@context"] == "http://www.w3.org/ns/anno.jsonld" and w3c["items"][1]["body"][0]["value"] == "12.40"
 
 
-def test_hocr_is_xml_whatever_the_values_are(places: list[Any], tmp_path: Path) -> None:
-    import dataclasses
+def test_docling_reads_each_value_its_name_and_its_box(places: list[Any], tmp_path: Path) -> None:
+    written = json.loads(export(places, tmp_path / "bill.json", format="docling").read_text("utf-8"))
+    left, top, right, bottom = places[1].region.box
+    stands = {
+        "page_no": 1,
+        "bbox": {"l": left, "t": top, "r": right, "b": bottom, "coord_origin": "TOPLEFT"},
+        "charspan": [0, len("12.40")],
+    }
+    assert written["texts"][1] == {
+        "self_ref": "#/texts/1", "parent": {"$ref": "#/body"}, "children": [], "label": "text", "prov": [stands],
+        "text": "12.40", "orig": "12.40",
+    }  # fmt: skip
+    assert written["pages"] == {"1": {"page_no": 1, "size": {"width": SIZE[0], "height": SIZE[1]}}}
+    graph = written["key_value_items"][0]["graph"]
+    by_id = {cell["cell_id"]: cell for cell in graph["cells"]}
+    pairs = {by_id[e["source_cell_id"]]["text"]: by_id[e["target_cell_id"]] for e in graph["links"]}
+    assert list(pairs) == ["shop", "total"] and pairs["total"]["prov"] == stands
+    assert pairs["total"]["item_ref"] == {"$ref": "#/texts/1"}
+    plain = [dataclasses.replace(place, field=dataclasses.replace(place.field, name="")) for place in places]
+    assert json.loads(export(plain, tmp_path / "b", format="docling").read_text("utf-8"))["key_value_items"] == []
 
+
+def test_docling_core_itself_takes_the_file(places: list[Any], tmp_path: Path) -> None:
+    docling = pytest.importorskip("docling_core.types.doc")
+    read = docling.DoclingDocument.load_from_json(export(places, tmp_path / "bill.json", format="docling"))
+    items = [item for item, _ in read.iterate_items()]
+    assert [item.text for item in items[:2]] == ["Corner Café", "12.40"]
+    (stands,) = items[1].prov
+    assert stands.bbox.to_top_left_origin(SIZE[1]).as_tuple() == places[1].region.box
+    assert read.pages[stands.page_no].size.as_tuple() == SIZE
+    graph = items[2].graph
+    assert [(graph.cells[e.source_cell_id].text, graph.cells[e.target_cell_id].text) for e in graph.links] == [
+        ("shop", "Corner Café"), ("total", "12.40")
+    ]  # fmt: skip
+    assert "12.40" in read.export_to_markdown()
+
+
+def test_hocr_is_xml_whatever_the_values_are(places: list[Any], tmp_path: Path) -> None:
     hostile = dataclasses.replace(places[0], field=dataclasses.replace(places[0].field, value="<b>&\"' </span>"))
     page = export([hostile, places[1]], tmp_path / "page.hocr", files=['a"b.png'])
     words = [one for one in ElementTree.parse(page).iter() if one.get("class") == "ocrx_word"]
