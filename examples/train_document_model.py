@@ -1,7 +1,7 @@
 """Trains a document reader on the demo's receipts, tables and forms: ``train_demo_model.py --family document``.
 
-The model is the demo model's ``LlavaForConditionalGeneration`` with smaller patches, three quarters as wide, and one layer more in its tower. It
-is trained in three stages, like the demo model:
+The model is the demo model's ``LlavaForConditionalGeneration`` with smaller patches, three quarters as wide, and with one
+layer more in its tower. It is trained in three stages, like the demo model:
 
 1. the tower alone, on which character is under every patch, to which value or label it belongs, and the how-many-eth of
    its text it is (a throw-away linear head);
@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from lvlm_probe.demo import document_scene as dd
-from lvlm_probe.demo import questions
 
 SIDE = 120
 PATCH = 10
@@ -307,7 +306,7 @@ class Loader:
 def readable(prints: Print, shown: np.ndarray, shift: tuple[int, int]) -> list[bool | None]:
     """Whether each text can be read: all of its figures or letters; not, where one of them is gone; else ``None``."""
     seen: list[bool | None] = []
-    boxes = np.round(prints.boxes + [*shift, *shift]).astype(int).clip(0, SIDE)
+    boxes = np.round(prints.boxes + np.asarray([*shift, *shift])).astype(int).clip(0, SIDE)
     for number in range(int(prints.text.max()) + 1):
         parts = [shown[top:bottom, left:right].mean() for left, top, right, bottom in boxes[prints.text == number]]
         seen.append(True if min(parts) >= 0.6 else False if min(parts) <= 0.15 else None)

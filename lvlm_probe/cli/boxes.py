@@ -36,7 +36,7 @@ def boxes(
         typer.Option(
             "--boxes",
             metavar="KIND",
-            autocompletion=choices("1", "100", "999", "1000", "1024", "bins", "pixels", "model pixels"),
+            autocompletion=choices("1", "100", "999", "1000", "1024", "bins", "cells", "pixels", "model pixels"),
             help="What the numbers are relative to, where the answer does not tell: pixels, 'model pixels', 1000, …",
         ),
     ] = None,

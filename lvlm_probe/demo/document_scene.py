@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from lvlm_probe.demo.drawing import background
@@ -62,7 +63,7 @@ class Printed:
         """Box of each character, (left, top, right, bottom) in sides of the page."""
         ends = [self.x + width_of(self.text[:n]) * self.size for n in range(len(self.text) + 1)]
         top = self.y - _CAPITAL * self.size
-        return tuple((a, top, b, self.y) for a, b in zip(ends, ends[1:], strict=False))
+        return tuple((a, top, b, self.y) for a, b in pairwise(ends))
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -74,7 +75,7 @@ class Printed:
 class Page:
     """A document without its pixels.
 
-    `rules` are lines, (left, top, right, bottom) in sides of the page; `texture` seeds the table that the paper lies on.
+    `rules` are lines, (left, top, right, bottom) in sides of the page; `texture` seeds the table under the paper.
     """
 
     layout: Literal["receipt", "table", "form"]

@@ -302,9 +302,9 @@ def export(
         places: of ``locate``. Those without a region are in ``"json"`` alone.
         path: the file.
         format: ``"json"``, everything; ``"hocr"``; ``"w3c"``, a page of Web Annotations (box and SVG outline of each);
-            ``"coco"``, boxes and outer outlines, without holes; or ``"docling"``, a ``DoclingDocument`` of docling-core:
-            a text item for each value with its provenance (page, box, origin at the top left), and the fields' names
-            as key-value pairs. By default hOCR for ``.hocr`` and ``.html``, else JSON.
+            ``"coco"``, boxes and outer outlines, without holes; or ``"docling"``, a ``DoclingDocument``: a text item
+            with its provenance (page, box, origin at the top left) for each value, and a pair of name and value for
+            each field. By default hOCR for ``.hocr`` and ``.html``, else JSON.
         files: names of the pages' image files, for the files that name them; by default ``page-1.png``, ….
         overwrite: replace the file if it exists.
 
@@ -328,8 +328,12 @@ def export(
     if kind == "hocr":
         text = _hocr(placed, names)
     else:
-        made = {"json": lambda: [place.to_dict() for place in places], "w3c": lambda: _w3c(placed, names),
-                "coco": lambda: _coco(placed, names), "docling": lambda: _docling(placed, target.stem)}[kind]()  # fmt: skip
+        made = {
+            "json": lambda: [place.to_dict() for place in places],
+            "w3c": lambda: _w3c(placed, names),
+            "coco": lambda: _coco(placed, names),
+            "docling": lambda: _docling(placed, target.stem),
+        }[kind]()
         text = json.dumps(json_ready(made), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, text)

@@ -10,6 +10,8 @@ Families write coordinates in ways of their own, and relative to things of their
 | ``"bbox_2d": [x, y, x, y]``, ``"point_2d": [x, y]`` (Qwen2.5-VL) | x y x y | ``model pixels`` |
 | the same (Qwen3-VL and later) | x y x y | ``1000`` |
 | ``<loc_12><loc_40>…`` (Florence-2), the middles of a thousand bins | x y x y | ``bins`` |
+| the same, six or more that are no boxes: the corners of a quad or polygon, its box around it | x y x y … | ``bins`` |
+| ``<object><patch_index_0044><patch_index_0863></object>`` (Kosmos-2), two cells | x y x y | ``cells`` |
 | ``<loc0123><loc0456>…`` (PaliGemma) | y x y x | ``1024`` |
 | ``<point x="6.2" y="40.1">``, ``<points x1= y1= x2= …>`` (Molmo) | x y | ``100`` |
 | ``[0.1, 0.25, 0.3, 0.5]``, decimals of at most 1 | x y x y | ``1`` |
@@ -56,7 +58,7 @@ __all__ = [
     "tokens_at",
 ]
 
-Convention = Literal["1", "100", "999", "1000", "1024", "bins", "pixels", "model pixels"]
+Convention = Literal["1", "100", "999", "1000", "1024", "bins", "cells", "pixels", "model pixels"]
 CONVENTIONS: dict[str, str] = {
     "1": "shares of the image, 0 to 1",
     "100": "per cent of the image",
@@ -64,6 +66,7 @@ CONVENTIONS: dict[str, str] = {
     "1000": "thousandths of the image",
     "1024": "1,024ths of the image",
     "bins": "the middle of one of a thousand bins",
+    "cells": "columns and rows of 32 × 32 cells, the first and the last one of the box",
     "pixels": "pixels of the original image",
     "model pixels": "pixels of the image as the processor resized it",
 }
@@ -79,6 +82,7 @@ _TWO, _FOUR = (rf"\[{_NUMBER}{rf',{_NUMBER}' * more}\]" for more in (1, 3))
 _FOURS = [re.compile(form) for form in (rf"{_PAIR}\s*,?\s*{_PAIR}", _FOUR, r"\s*(\d+) (\d+) (\d+) (\d+)\s*")]
 _LABEL = re.compile(r'"(?:label|name|text|text_content|caption)"\s*:\s*"((?:[^"\\]|\\.)*)"')
 _THOUSANDTHS_JSON = re.compile(r"qwen(?!2_5)")
+_CELLS = 32  # of a side of Kosmos-2's grid
 _LONGEST = 200_000
 """Characters of an answer that are looked at."""
 
@@ -91,7 +95,7 @@ class AnswerBox:
         kind: ``"box"`` or ``"point"``.
         pixels: ``(left, top, right, bottom)``, or ``(x, y)``, in pixels of the original image; not cut off at its edge.
         label: what the answer says is there; empty where it does not say.
-        numbers: as they stand in the answer, in the order x, y.
+        numbers: as they stand in the answer, in the order x, y; of a polygon all of them, of cells column and row.
         convention: what they are relative to: a name in ``CONVENTIONS``.
         image: number of the image.
         image_size: its ``(width, height)``, pixels.
@@ -239,7 +243,7 @@ def answer_boxes(trace: Trace, *, boxes: Convention | None = None, image: int = 
         log_p, llr = known_of(trace, tokens)
         found.append(
             AnswerBox(
-                kind="box" if len(numbers) == 4 else "point",
+                kind="point" if len(numbers) == 2 else "box",
                 pixels=pixels,
                 label=one.label,
                 numbers=numbers,
@@ -311,12 +315,31 @@ def _tagged(text: str, _family: str) -> Iterator[_Found]:
 
 def _locations(text: str, _family: str) -> Iterator[_Found]:
     """Florence-2, whose label goes before, and PaliGemma, whose label follows."""
-    for match in re.finditer(r"<loc_(\d+)>" * 4, text):
-        label = re.search(r"([^<>]*)$", re.sub(r"(<loc_\d+>)+$", "", text[: match.start()]))
-        yield _made(match, (1, 2, 3, 4), "" if label is None else label[1], "bins")
+    for run in re.finditer(r"(?:<loc_\d+>){4,}", text):
+        label = re.search(r"([^<>]*)$", text[: run.start()])
+        told = "" if label is None else label[1]
+        fours = list(re.compile(r"<loc_(\d+)>" * 4).finditer(text, *run.span()))
+        count = run[0].count("<loc_")
+        boxes = all(int(one[1]) <= int(one[3]) and int(one[2]) <= int(one[4]) for one in fours)
+        if count % 2 == 0 and count > 4 and not (boxes and count % 4 == 0):  # the corners of a quad, or of a polygon
+            polygon = re.compile(r"<loc_(\d+)>" * count).match(text, run.start())
+            assert polygon is not None
+            yield _made(polygon, range(1, count + 1), told, "bins")
+            continue
+        for match in fours:
+            yield _made(match, (1, 2, 3, 4), told, "bins")
     for match in re.finditer(r"<loc(\d{4})>" * 4, text):
         label = re.match(r"([^<;]*)", text[match.end() :])
         yield _made(match, (1, 2, 3, 4), "" if label is None else label[1], "1024", swapped=True)
+
+
+def _cells(text: str, _family: str) -> Iterator[_Found]:
+    """Kosmos-2: the first and the last of 32 × 32 cells, counted along the rows; several boxes of one phrase."""
+    for tag in re.finditer(r"(?:<phrase>([^<]*)</phrase>)?<object>(.*?)(?:</object>|$)", text, re.DOTALL):
+        for match in re.compile(r"<patch_index_(\d{4})><patch_index_(\d{4})>").finditer(text, *tag.span(2)):
+            numbers = tuple(float(part) for group in (1, 2) for part in divmod(int(match[group]), _CELLS)[::-1])
+            spans = (match.span(1), match.span(2))
+            yield _Found(match.start(), match[0], numbers, spans, (tag[1] or "").strip(), "cells")
 
 
 def _percent(text: str, _family: str) -> Iterator[_Found]:
@@ -346,7 +369,7 @@ def _plain(text: str, _family: str) -> Iterator[_Found]:
             yield _made(match, groups, _label(text, match), "1" if unit else None)
 
 
-_FORMATS: tuple[Callable[[str, str], Iterator[_Found]], ...] = (_tagged, _locations, _percent, _named, _plain)
+_FORMATS: tuple[Callable[[str, str], Iterator[_Found]], ...] = (_tagged, _locations, _cells, _percent, _named, _plain)
 
 
 def _label(text: str, match: re.Match[str]) -> str:
@@ -378,18 +401,23 @@ def known_of(trace: Trace, tokens: Sequence[int]) -> tuple[float | None, float |
     return log_p, llr
 
 
+_WHOLES = {"bins": 1000.0, "cells": float(_CELLS)}
+
+
 def _in_pixels(
     numbers: Sequence[float], convention: str, size: tuple[int, int], model_size: Callable[[], tuple[int, int]]
 ) -> tuple[float, ...]:
+    if len(numbers) > 4:  # around a polygon
+        xs, ys = numbers[::2], numbers[1::2]
+        numbers = (min(xs), min(ys), max(xs), max(ys))
     if convention == "pixels":
         return tuple(numbers)
-    shift = 0.5 if convention == "bins" else 0.0
-    whole: tuple[float, float]
-    if convention == "model pixels":
-        whole = model_size()
-    else:
-        whole = (1000.0, 1000.0) if convention == "bins" else (float(convention), float(convention))
-    return tuple((number + shift) / whole[k % 2] * size[k % 2] for k, number in enumerate(numbers))
+    whole = model_size() if convention == "model pixels" else (_WHOLES.get(convention) or float(convention),) * 2
+    shifts = (0.5 if convention == "bins" else 0.0,) * 4
+    if convention == "cells":  # from middle to middle, but of a row or column of them from edge to edge
+        thin = numbers[0] == numbers[2] or numbers[1] == numbers[3]
+        shifts = (0.0, 0.0, 1.0, 1.0) if thin else (0.5,) * 4
+    return tuple((number + shifts[k]) / whole[k % 2] * size[k % 2] for k, number in enumerate(numbers))
 
 
 def _model_size(trace: Trace, image: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +65,18 @@ CASES = [
         "<loc0256><loc0128><loc0512><loc1024> cat",
         "paligemma", "cat", (128, 256, 1024, 512), (50, 50, 400, 100), "1024",
     ),
+    (  # a quad of text: its four corners clockwise, here of a line that climbs a little
+        "</s><s>TOTAL 7.45<loc_100><loc_210><loc_300><loc_190><loc_302><loc_240><loc_102><loc_260></s>",
+        "florence2", "TOTAL 7.45", (100, 210, 300, 190, 302, 240, 102, 260), (40.2, 38.1, 121, 52.1), "bins",
+    ),
+    (
+        "<grounding> An image of<phrase> a snowman</phrase><object><patch_index_0044><patch_index_0863></object>.",
+        "kosmos-2", "a snowman", (12, 1, 31, 26), (156.25, 9.375, 393.75, 165.625), "cells",
+    ),
+    (
+        "<object><patch_index_0005><patch_index_0005></object>",
+        "kosmos-2", "", (5, 0, 5, 0), (62.5, 0, 75, 6.25), "cells",
+    ),
     ('<point x="63.5" y="44.5" alt="the mat">mat</point>', "molmo", "the mat", (63.5, 44.5), (254, 89), "100"),
     ("It is at [0.1, 0.25, 0.3, 0.5].", "llava", "", (0.1, 0.25, 0.3, 0.5), (40, 50, 120, 100), "1"),
 ]  # fmt: skip
@@ -78,9 +91,9 @@ def test_an_answer_of_every_family(
     (box,) = answer_boxes(trace)
     assert (box.label, box.numbers, box.convention, box.fault) == (label, numbers, convention, None)
     assert box.pixels == pytest.approx(pixels)
-    assert box.kind == ("box" if len(numbers) == 4 else "point")
+    assert box.kind == ("point" if len(numbers) == 2 else "box")
     written = "".join(trace.tokens[token] for token in box.tokens)
-    digits = [f"{number:g}" for number in numbers]
+    digits = re.findall(r"\d+", "".join(re.findall(r"<patch_index_\d+>", text))) or [f"{n:g}" for n in numbers]
     assert all(number in written for number in digits)
     assert box.log_p == pytest.approx(-0.1 * len(box.tokens)) and box.p == pytest.approx(math.exp(box.log_p))
     assert box.llr == pytest.approx(2.0 * len(box.tokens))
@@ -93,7 +106,42 @@ def test_several_boxes_stand_in_the_order_of_the_answer() -> None:
     assert [box.numbers for box in answer_boxes(answered(text))] == [(10, 20), (30.5, 40)]
     text = "car<loc_1><loc_2><loc_3><loc_4><loc_5><loc_6><loc_7><loc_8>dog<loc_9><loc_9><loc_10><loc_10>"
     assert [box.label for box in answer_boxes(answered(text, "florence2"))] == ["car", "car", "dog"]
+    text = "a line<loc_10><loc_10><loc_20><loc_10><loc_20><loc_15><loc_10><loc_15>b<loc_5><loc_9><loc_6><loc_9><loc_5><loc_8>"
+    assert [(box.label, len(box.numbers)) for box in answer_boxes(answered(text, "florence2"))] == [
+        ("a line", 8),
+        ("b", 6),
+    ]
+    text = (
+        "<phrase> two dogs</phrase><object><patch_index_0000><patch_index_0033></delimiter_of_multi_objects/>"
+        "<patch_index_0066><patch_index_1023></object> play"
+    )
+    found = answer_boxes(answered(text, "kosmos-2"))
+    assert [(box.label, box.numbers) for box in found] == [
+        ("two dogs", (0, 0, 1, 1)), ("two dogs", (2, 2, 31, 31))
+    ]  # fmt: skip
     assert answer_boxes(answered("Nothing (1,2),(3,4) of the kind, in [1, 2, 3] rows of [1, 2, 3, 4, 5].")) == []
+
+
+def test_cells_and_quads_stand_where_the_models_own_processors_put_them() -> None:
+    from transformers.models.florence2.processing_florence2 import Florence2PostProcessor
+    from transformers.models.kosmos2.processing_kosmos2 import patch_index_to_coordinate
+
+    generator = np.random.default_rng(0)
+    for first, last in [(7, 7), (3, 99), (64, 70), *np.sort(generator.integers(0, 1024, (20, 2))).tolist()]:
+        text = f"<object><patch_index_{first:04}><patch_index_{last:04}></object>"
+        (box,) = answer_boxes(answered(text, "kosmos-2"))
+        edges = np.array(patch_index_to_coordinate(first, last, 32)) * (*SIZE, *SIZE)
+        assert box.pixels == pytest.approx(tuple(edges))
+    own = Florence2PostProcessor({}, SimpleNamespace(all_special_tokens=[]))
+    for _ in range(20):
+        left, top, wide, high, lean = (int(value) for value in generator.integers(20, 300, 5))
+        corners = [left, top + lean, left + wide, top, left + wide, top + high, left, top + lean + high]
+        text = "So<loc_" + "><loc_".join(map(str, corners)) + ">"
+        (read,) = own.parse_ocr_from_text_and_spans(text, None, SIZE)
+        (box,) = answer_boxes(answered(text, "florence2"))
+        xs, ys = read["quad_box"][::2], read["quad_box"][1::2]
+        around = (min(xs), min(ys), max(xs), max(ys))  # in whole pixels, cut off
+        assert box.pixels == pytest.approx(around, abs=1) and box.label == read["text"]
 
 
 def test_only_the_tokens_of_the_numbers_count() -> None:
