@@ -106,11 +106,10 @@ def test_several_boxes_stand_in_the_order_of_the_answer() -> None:
     assert [box.numbers for box in answer_boxes(answered(text))] == [(10, 20), (30.5, 40)]
     text = "car<loc_1><loc_2><loc_3><loc_4><loc_5><loc_6><loc_7><loc_8>dog<loc_9><loc_9><loc_10><loc_10>"
     assert [box.label for box in answer_boxes(answered(text, "florence2"))] == ["car", "car", "dog"]
-    text = "a line<loc_10><loc_10><loc_20><loc_10><loc_20><loc_15><loc_10><loc_15>b<loc_5><loc_9><loc_6><loc_9><loc_5><loc_8>"
-    assert [(box.label, len(box.numbers)) for box in answer_boxes(answered(text, "florence2"))] == [
-        ("a line", 8),
-        ("b", 6),
-    ]
+    text = "a line" + "".join(f"<loc_{place}>" for place in (10, 10, 20, 10, 20, 15, 10, 15))
+    text += "b" + "".join(f"<loc_{place}>" for place in (5, 9, 6, 9, 5, 8))
+    found = answer_boxes(answered(text, "florence2"))
+    assert [(box.label, len(box.numbers)) for box in found] == [("a line", 8), ("b", 6)]
     text = (
         "<phrase> two dogs</phrase><object><patch_index_0000><patch_index_0033></delimiter_of_multi_objects/>"
         "<patch_index_0066><patch_index_1023></object> play"
