@@ -1,7 +1,7 @@
 """Trains a document reader on the demo's receipts, tables and forms: ``train_demo_model.py --family document``.
 
-The model is the demo model's ``LlavaForConditionalGeneration``, three quarters as wide, with smaller patches and one more
-layer in its tower. It is trained in three stages, like the demo model:
+The model is the demo model's ``LlavaForConditionalGeneration``, three quarters as wide, with smaller patches and one
+more layer in its tower. It is trained in three stages, like the demo model:
 
 1. the tower alone, on which character is under every patch, to which value or label it belongs, and the how-many-eth of
    its text it is (a throw-away linear head);

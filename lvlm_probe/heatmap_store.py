@@ -53,8 +53,10 @@ __all__ = [
     "MapSettings",
     "by_trace",
     "evidence_beside",
+    "evidence_path",
     "explain_one",
     "find_maps",
+    "going_on",
     "is_map",
     "keep_evidence",
     "map_name",
@@ -259,13 +261,20 @@ def explain_one(
 
 @contextlib.contextmanager
 def _goes_on(replay: Replay, path: Path, method: str) -> Iterator[Replay]:
-    """The replay for a map; of a method that sends masks and nothing else, one that remembers what they gave.
-
-    What a stop leaves of it stands beside the map, and goes when the map is there or cannot be made.
-    """
+    """The replay for a map; of a method that sends masks and nothing else, one that remembers what they gave."""
     if needs_of(method) != {"passes"} or not isinstance(replay, Replay):
         yield replay
         return
+    with going_on(replay, path) as source:
+        yield source
+
+
+@contextlib.contextmanager
+def going_on(replay: Replay, path: Path) -> Iterator[Replay]:
+    """A replay that remembers what masks gave, for work whose end is a file.
+
+    What a stop leaves of it stands beside that file, and goes when the work is done or cannot be done.
+    """
     journal = Journal(path.with_suffix(_MASKS))
     try:
         yield replay.journalled(journal)
@@ -329,7 +338,8 @@ def reason_of(error: Exception) -> str:
 def write_order(order: Order, trace: Trace) -> Path:
     """Keep what an answer needs of a video's time, where ``orders_of`` finds it; returns the file."""
     name = f"{_for_a_name(trace.path.stem)}_{_for_a_name(order.text)}"
-    return _keep(trace.explanations_dir, name, [order.trace_id, order.text], _ORDER, order.to_dict())
+    path = _beside(trace.explanations_dir, name, [order.trace_id, order.text], _ORDER)
+    return _keep(path, order.to_dict())
 
 
 def orders_of(heats: Iterable[Heatmap | ClipHeatmap]) -> list[Order]:
@@ -449,8 +459,12 @@ def keep_evidence(directory: Path, trace: Trace, kind: str, label: str, record: 
     Raises:
         ProbeError: it cannot be written.
     """
-    name, about = _named(trace, "image", 0, [kind, label]), [trace.trace_id, kind, label]
-    return _keep(directory, name, about, _EVIDENCE, {**record, "kind": kind})
+    return _keep(evidence_path(directory, trace, kind, label), {**record, "kind": kind})
+
+
+def evidence_path(directory: Path, trace: Trace, kind: str, label: str) -> Path:
+    """Return where ``keep_evidence`` keeps it."""
+    return _beside(directory, _named(trace, "image", 0, [kind, label]), [trace.trace_id, kind, label], _EVIDENCE)
 
 
 def evidence_beside(found: Iterable[MapFile]) -> dict[Path, dict[str, Any]]:
@@ -463,11 +477,14 @@ def evidence_beside(found: Iterable[MapFile]) -> dict[Path, dict[str, Any]]:
     return records
 
 
-def _keep(directory: Path, name: str, about: Sequence[str], ending: str, record: Mapping[str, Any]) -> Path:
-    """Write a record beside heatmaps; ``about`` tells it from others of its kind."""
-    path = directory / f"{name}.{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]}{ending}"
+def _beside(directory: Path, name: str, about: Sequence[str], ending: str) -> Path:
+    """A file beside heatmaps; ``about`` tells it from others of its kind."""
+    return directory / f"{name}.{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]}{ending}"
+
+
+def _keep(path: Path, record: Mapping[str, Any]) -> Path:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_record(path, record)
     except OSError as error:
         raise ProbeError(f"{path} cannot be written: {'; '.join(causes(error))}") from error

@@ -290,6 +290,12 @@ def select_tokens(
     return TokenSelection(taken, tokens, ratios, chosen, params, skipped, reason, names)
 
 
+_NOT_HERE = (
+    "against= is scored inside the model's passes, and this is an answer without them (of a server, or a trace alone): "
+    "load the model here, probe.replay(trace, model, processor)"
+)
+
+
 def _contrasted(
     replay: ReplayLike | Trace, words: str | Sequence[str] | None, against: Against, options: Mapping[str, Any]
 ) -> TokenSelection:
@@ -317,16 +323,14 @@ def _contrasted(
         first = selection.indices[0]
         selection = dataclasses.replace(selection, indices=(first,))
         if not hasattr(replay, "runners_up"):
-            raise SelectionError("what the model held for next likely takes a replay on the model itself")
+            raise SelectionError(_NOT_HERE)
         runner = int(replay.runners_up[0][first])
         text = display_pieces(tokenizer, [*ids[:first], runner])[-1].strip() or display_pieces(tokenizer, [runner])[0]
         places, alternatives, others = [(first, first + 1)], [(runner,)], [text]
     else:
         places = _places(selection)
         if tokenizer is None:
-            raise SelectionError(
-                "against takes a tokenizer, and a replay on the model itself: probe.replay(trace, model, processor)"
-            )
+            raise SelectionError(_NOT_HERE)
         start, stop = places[0]
         said = "".join(selection.tokens[start:stop])
         alternatives = [alternative_ids(tokenizer, ids[start:stop], said, text) for text in others]

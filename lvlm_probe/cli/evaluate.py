@@ -128,7 +128,9 @@ def evaluate(
     Example:  lvlm-probe evaluate runs/served --server http://gpu:8000 --methods rise,greedy
     """
     options: dict[str, Any] = {"score": score, "auc": auc, "steps": steps, "chance": chance, "seed": seed, "grid": grid}
-    behind = open_server(server, served_model, model=model, road=road, max_requests=max_requests, yes=yes)
+    behind = open_server(
+        server, served_model, model=model, road=road, max_requests=max_requests, yes=yes, against=against
+    )
     if synergy and methods is None:
         options["synergy"] = True
     options["mode"] = "exact" if exact or behind else "fast"  # a server is sent real images

@@ -153,7 +153,9 @@ def explain(
     if against and word_maps:
         raise ProbeError("--against makes a map for each side, and --word-maps one for each word: give either")
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
-    behind = open_server(server, served_model, model=model, road=road, max_requests=max_requests, yes=yes)
+    behind = open_server(
+        server, served_model, model=model, road=road, max_requests=max_requests, yes=yes, against=against
+    )
     chosen = method or ("igos++" if behind is None else "rise")
     if behind is not None and behind.gives != "passes":
         if not words and not joint:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lvlm_probe.cli.shared.completion import complete_methods
-from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, parameters
-from lvlm_probe.cli.shared.options import Attn, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
+from lvlm_probe.cli.shared.inputs import ReplayModels, alternatives, find_trace, parameters
+from lvlm_probe.cli.shared.options import AgainstOption, Attn, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
 from lvlm_probe.cli.shared.terminal import note, print_json, show
 from lvlm_probe.errors import ProbeError
 
@@ -33,6 +33,10 @@ def plan(
         list[str] | None,
         typer.Option("--param", metavar="NAME=VALUE", help="Parameter of the method (of a single one); repeatable."),
     ] = None,
+    words: Annotated[
+        list[str] | None, typer.Option("--words", metavar="TEXT", help="With --against: the words of the contrast.")
+    ] = None,
+    against: AgainstOption = None,
     seconds: Annotated[bool, typer.Option(help="Also time a few passes on this machine.")] = True,
     row: Row = None,
     device: Device = None,
@@ -44,6 +48,7 @@ def plan(
     """Predict peak memory, passes and time of methods on a recorded answer, measured on a few small passes.
 
     Example:  lvlm-probe plan runs/demo --methods igos++,gradcam,tmm --memory 24GB
+    Example:  lvlm-probe plan runs/demo --words purple --against red
     """
     from lvlm_probe import explainers, planning
     from lvlm_probe.cli.shared.maps import open_replay
@@ -52,6 +57,9 @@ def plan(
     given = parameters(param or [])
     if given and len(names) > 1:
         raise ProbeError("--param goes with one method: name it with --methods")
+    if words and not against:
+        raise ProbeError("a plan is for all words of the answer; --words goes with --against")
+    contrast: Any = {"tokens": words or None, "against": alternatives(against)} if against else {}
     trace = find_trace(path, row)
     models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
     replay = open_replay(trace, *models.of(trace))
@@ -59,7 +67,8 @@ def plan(
     plans, refused = [], {}
     for name in names:
         try:
-            plans.append(planning.plan(replay, method=name, memory=memory, image=image, seconds=seconds, **given))
+            asked = {"memory": memory, "image": image, "seconds": seconds, **contrast, **given}
+            plans.append(planning.plan(replay, method=name, **asked))
         except ProbeError as error:
             if len(names) == 1:
                 raise

@@ -20,7 +20,7 @@ from lvlm_probe.cli.shared.options import (
     TraceOrDirectory,
     TrustRemoteCode,
 )
-from lvlm_probe.cli.shared.terminal import bar, open_page, print_json, say, stage, stored_path
+from lvlm_probe.cli.shared.terminal import bar, open_page, print_json, say, stage, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def steps(
     """Show an answer step by step: how much of each the image is responsible for, and which one decides the end.
 
     Thoughts, sentences, numbered lines and tool calls are steps. Without --check no model is loaded. What is found is
-    kept beside the maps of the trace, and lvlm-probe report shows it.
+    kept beside the maps of the trace, and lvlm-probe report shows it; a --check that is stopped begins again.
 
     Example:  lvlm-probe steps runs/demo --page steps.html
     Example:  lvlm-probe steps runs/demo --model demo --check
@@ -84,7 +84,13 @@ def steps(
         replay = open_replay(trace, *models.of(trace))
         with bar("checking steps") as progress:
             chosen = None if only is None else [number - 1 for number in only]
-            found = causal.check_steps(replay, steps=chosen, tokens=words, progress=progress)
+            try:
+                found = causal.check_steps(replay, steps=chosen, tokens=words, progress=progress)
+            except KeyboardInterrupt:
+                raise stop(
+                    "stopped; nothing was written, and what was kept before is as it was. The same command begins "
+                    "again (2 passes for each step; --step N checks one)"
+                ) from None
     else:
         found = causal.find_steps(trace)
     kept = keep_evidence(folder, trace, "steps", "checked" if check else "recorded", found.to_dict())

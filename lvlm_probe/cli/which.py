@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ from lvlm_probe.cli.shared.options import (
     TrustRemoteCode,
     Words,
 )
-from lvlm_probe.cli.shared.terminal import bar, print_json, say, stage, stored_path
+from lvlm_probe.cli.shared.terminal import bar, print_json, say, stage, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
 __all__ = ["which"]
@@ -64,7 +64,7 @@ def which(
     """Show how much each image, turn or text of the prompt speaks for the answer, or the image against the question.
 
     Shares are Shapley values in nats, exact up to 10 parts, which take 2^N passes forward; modalities take four. What
-    is found is kept beside the maps of the trace, and lvlm-probe report shows it.
+    is found is kept beside the maps of the trace, and lvlm-probe report shows it. Stopped, the same command goes on.
 
     Example:  lvlm-probe which runs/pages --model path/to/model --words red
     Example:  lvlm-probe which runs/demo --parts modalities
@@ -72,7 +72,7 @@ def which(
     from lvlm_probe import causal
     from lvlm_probe.cli.shared.maps import label_of, open_replay
     from lvlm_probe.explainers import selected
-    from lvlm_probe.heatmap_store import FOLDER, keep_evidence
+    from lvlm_probe.heatmap_store import FOLDER, evidence_path, going_on, keep_evidence
 
     if parts not in (None, "images", "turns", "all", "modalities"):
         raise ProbeError(f"--parts is images, turns, all or modalities; got {parts!r}")
@@ -87,14 +87,22 @@ def which(
         replay = replay.over(own_baseline)
     parts = parts or ("images" if replay.n_images > 1 and not trace.clips else "modalities")
     found: causal.PartShares | causal.Modalities
-    if parts == "modalities" and not text:
+    kind = "modalities" if parts == "modalities" and not text else "parts"
+    label = " ".join(["texts" if text else parts, label_of(selected(replay, words)), baseline or ""]).strip()
+    if kind == "modalities":
         with stage("image and question"):
             found = causal.modalities(replay, tokens=words, question=question)
     else:
-        with bar("which parts") as progress:
-            found = causal.which_parts(replay, text or parts, tokens=words, orders=orders, seed=seed, progress=progress)
-    kind = "modalities" if isinstance(found, causal.Modalities) else "parts"
-    label = " ".join(["texts" if text else parts, label_of(selected(replay, words)), baseline or ""]).strip()
+        asked: dict[str, Any] = {"tokens": words, "orders": orders, "seed": seed}
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with (
+                bar("which parts") as progress,
+                going_on(replay, evidence_path(folder, trace, kind, label)) as source,
+            ):
+                found = causal.which_parts(source, text or parts, progress=progress, **asked)
+        except KeyboardInterrupt:
+            raise stop("stopped; what was found is kept, and the same command goes on from there") from None
     kept = keep_evidence(folder, trace, kind, label, found.to_dict())
     if as_json:
         more = {}

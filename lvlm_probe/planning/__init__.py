@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.explaining import frame_of, target_of
+from lvlm_probe.explainers.explaining import Tokens, frame_of, scored_by, selected, target_of
 from lvlm_probe.explainers.registry import Cost, Problem, check_parameters, cost_of, resolve
+from lvlm_probe.explainers.scores import no_effect
 from lvlm_probe.planning.meter import Meter, parse_bytes, show_bytes, weight_bytes
 from lvlm_probe.planning.plans import MOST, Plan, choose, default_budget, passes_text, table
 from lvlm_probe.planning.rehearsal import timed
@@ -22,6 +23,7 @@ from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying import replay as open_replay
 
 if TYPE_CHECKING:
+    from lvlm_probe.selection import Against
     from lvlm_probe.trace import Trace
 
 __all__ = [
@@ -50,6 +52,8 @@ def plan(
     memory: int | str | None = None,
     image: int = 0,
     seconds: bool = True,
+    tokens: Tokens | None = None,
+    against: Against | None = None,
     **params: Any,
 ) -> Plan:
     """Predicts what explaining a recorded answer will take, and chooses settings under which it fits.
@@ -66,6 +70,8 @@ def plan(
             the model's device has free now, beside the weights. It may be that of another machine.
         image: Number of the image; a frame stands for its video.
         seconds: Also time a few passes on this machine, for ``Plan.seconds``.
+        tokens, against: A contrast, or a score of your own, as for ``explain``. Each alternative of more than one token
+            is a sequence more for every mask. Plain words change nothing: a plan is for all words of the answer.
         params: Parameters of the method, as ``explain`` takes them.
 
     Returns:
@@ -73,7 +79,8 @@ def plan(
 
     Raises:
         OutOfMemory: It does not fit, whatever is chosen; the message says what it would take.
-        ExplainError: Unknown method or parameter.
+        ExplainError: Unknown method or parameter, or one that follows no score.
+        SelectionError: As ``explain``.
         ProbeError: ``memory`` is no size.
     """
     if isinstance(model, Replay):
@@ -82,6 +89,11 @@ def plan(
         raise ExplainError("plan(model, trace, processor) needs the recorded answer; or give a replay: plan(replay)")
     else:
         replay = open_replay(trace, model, processor)
+    if tokens is not None or against is not None:
+        selection = selected(replay, tokens, against)
+        replay = scored_by(replay, selection, method)
+        if selection.score is not None:
+            no_effect(Problem(replay, selection, image, clip=frame_of(replay, image)))  # its ends, which are kept
     found = plan_for(replay, method, params, memory=memory, image=image)
     return _with_seconds(replay, found, image) if seconds else found
 
@@ -95,7 +107,14 @@ def plan_for(
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
     check_parameters(method, resolve(method), params)
     cost = cost_for(replay, method, params, image=image)
-    return choose(replay, method, cost, default_budget(replay, size), target=target_of(replay, image))
+    found = choose(replay, method, cost, default_budget(replay, size), target=target_of(replay, image))
+    least = found.at_least
+    return dataclasses.replace(
+        found,
+        forward=None if found.forward is None else found.forward * replay.rows,
+        backward=None if found.backward is None else found.backward * replay.rows,
+        at_least=None if least is None else (least[0] * replay.rows, least[1] * replay.rows),
+    )
 
 
 def cost_for(replay: Replay, method: str, params: Mapping[str, Any] | None = None, *, image: int = 0) -> Cost:
@@ -110,6 +129,8 @@ def _with_seconds(replay: Replay, found: Plan, image: int) -> Plan:
     if found.forward is None or found.backward is None or found.peak is None or found.offloaded:
         return found
     at_once = found.micro_batch or 1
+    forward, backward = found.forward // replay.rows, found.backward // replay.rows  # masks, as they are timed
+    least = None if found.at_least is None else [images // replay.rows for images in found.at_least]
     replay = replay.with_settings(gradient_checkpointing=found.gradient_checkpointing)
 
     def taken(images: int, *, gradient: bool) -> tuple[float, float]:
@@ -117,12 +138,12 @@ def _with_seconds(replay: Replay, found: Plan, image: int) -> Plan:
         target = target_of(replay, image)
         return timed(replay, gradient=gradient, target=target, masks=masks) if images > 0 else (0.0, 0.0)
 
-    both = taken(found.backward, gradient=True)
-    measured = Pace(taken(found.forward - found.backward, gradient=False), both)
+    both = taken(backward, gradient=True)
+    measured = Pace(taken(forward - backward, gradient=False), both)
     return dataclasses.replace(
         found,
-        seconds=measured.of(found.forward, found.backward, at_once=at_once),
-        seconds_at_least=None if found.at_least is None else measured.of(*found.at_least, at_once=at_once),
+        seconds=measured.of(forward, backward, at_once=at_once),
+        seconds_at_least=None if least is None else measured.of(*least, at_once=at_once),
     )
 
 

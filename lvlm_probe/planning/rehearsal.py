@@ -78,8 +78,10 @@ def law(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint: bool 
     kind, several = cost.kind or "forward", max(cost.groups, default=1) > 1
     shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
     asked = (kind, bool(cost.noise), tuple(cost.parts), tuple(cost.grids[-1]), several, cost.joined, cost.queries)
-    on = (replay.length, replay.prompt_length, shapes, str(replay.device), next(replay.model.parameters()).dtype)
-    key = (*asked, isinstance(target, int), images_of(target), checkpoint, *on)  # not when a video's frames are shown
+    sent = (replay.rows, replay.length, replay.prompt_length, shapes)
+    on = (str(replay.device), next(replay.model.parameters()).dtype)
+    # Not when a video's frames are shown.
+    key = (*asked, isinstance(target, int), images_of(target), checkpoint, *sent, *on)
     if key not in known:
         replay = replay.with_settings(gradient_checkpointing=checkpoint)
         rehearse = _Rehearsal(replay, target, cost)

@@ -18,7 +18,7 @@ import pytest
 from command_line import run, succeed
 
 import lvlm_probe as probe
-from lvlm_probe import heatmap_store
+from lvlm_probe import causal, heatmap_store
 from lvlm_probe.cli.shared import terminal
 from lvlm_probe.cli.shared.terminal import bar, show_table
 from lvlm_probe.errors import ProbeError
@@ -287,6 +287,41 @@ def test_which_part_refuses_in_a_sentence(trace: Path) -> None:
     ):
         result = run("which", trace, "--model", "demo", *asked)
         assert result.code == 2 and said in result.err.replace("\n", " "), result.err
+
+
+def test_which_part_goes_on_and_a_check_of_steps_loses_nothing(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    stop_after: int | None = 7
+
+    def stopping(real: Any) -> Any:
+        def run_it(self: probe.Replay, *given: Any) -> Any:
+            ran.append(1)
+            if stop_after is not None and len(ran) > stop_after:
+                raise KeyboardInterrupt
+            return real(self, *given)
+
+        return run_it
+
+    for name in ("_in_micro_batches", "_whole_pass"):
+        monkeypatch.setattr(probe.Replay, name, stopping(getattr(probe.Replay, name)))
+    folder = trace.parent / "explanations"
+    command = ("which", trace, "--model", "demo", *(p for text in ("What", "color", "the") for p in ("--text", text)))
+    stopped = run(*command)
+    assert stopped.code == 130 and "the same command goes on from there" in " ".join(stopped.err.split())
+    assert len(list(folder.glob("*.masks.jsonl"))) == 1 and not list(folder.glob("*.json"))
+    stop_after = None
+    ran.clear()
+    resumed, after = succeed(*command, "--json").json, len(ran)
+    assert not list(folder.glob("*.masks.jsonl"))
+    ran.clear()
+    assert succeed(*command, "--json").json == resumed and len(ran) >= after + 4  # 8 coalitions, some were there
+
+    succeed("steps", trace)
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr(causal, "check_steps", mock.Mock(side_effect=KeyboardInterrupt))
+    stopped = run("steps", trace, "--model", "demo", "--check")
+    assert stopped.code == 130 and "The same command begins again" in " ".join(stopped.err.split())
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_steps_are_told_kept_and_reported(trace: Path) -> None:

@@ -155,6 +155,23 @@ def test_a_prediction_comes_true_within_15_per_cent(replay: probe.Replay, method
     assert heat.provenance["passes"] == {"forward": planned.forward, "backward": planned.backward}
 
 
+@pytest.mark.parametrize(("against", "rows"), [("cyan", 1), ("purple", 2), (["purple", "triangle", "cyan"], 3)])
+@pytest.mark.parametrize(
+    ("method", "params"), [("igos++", {"preset": "fast"}), ("rise", {"masks": 32, "size": 8}), ("tmm", {})]
+)
+def test_a_contrast_is_planned_with_a_sequence_for_each_longer_alternative(
+    replay: probe.Replay, method: str, params: dict[str, Any], against: Any, rows: int
+) -> None:
+    asked = {"tokens": [word.text for word in replay.words][-1], "against": against}
+    plain = probe.plan(replay, method=method, seconds=False, **params)
+    planned = probe.plan(replay, method=method, seconds=False, **asked, **params)
+    assert (planned.forward, planned.backward) == (rows * plain.forward, rows * plain.backward)
+    heat = probe.explain(replay, method=method, strengthen=False, plan=planned, **asked, **params)
+    assert heat.provenance["passes"] == {"forward": planned.forward, "backward": planned.backward}
+    if rows > 1:
+        assert planned.peak > 1.2 * plain.peak
+
+
 @pytest.mark.campaign
 def test_a_scanned_page_takes_what_is_predicted(recorded: tuple[Any, Any, Any], tmp_path: Path) -> None:
     _, model, processor = recorded

@@ -95,6 +95,14 @@ def test_what_does_not_go_together_is_said(behind: DemoServer, trace: Any) -> No
         assert failed.code == 2 and said in " ".join(failed.err.split()), failed.err
 
 
+def test_a_contrast_is_refused_before_anything_is_sent(behind: DemoServer, trace: Any) -> None:
+    before = behind.count
+    for command in (("explain",), ("evaluate", "--methods", "rise")):
+        failed = run(*command, trace.path, "--server", behind.url, "--words", "yellow", "--against", "cyan")
+        assert failed.code == 2 and "--model DIR_OR_ID in place of --server" in " ".join(failed.err.split())
+    assert behind.count == before
+
+
 @pytest.mark.parametrize(
     ("road", "used", "options"),
     [

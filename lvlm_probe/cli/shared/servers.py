@@ -52,6 +52,7 @@ def open_server(
     yes: bool,
     journal: Path | None = None,
     log_probs_for: str | None = None,
+    against: list[str] | None = None,
 ) -> Server | None:
     """Find out what a server can do; ``None`` where none is named.
 
@@ -59,9 +60,10 @@ def open_server(
         url, name, model, road, max_requests, yes: the options.
         journal: as for ``connect``.
         log_probs_for: what takes log-probabilities of given answers, and can do nothing with less.
+        against: words of a contrast, which no server scores.
 
     Raises:
-        ProbeError: a model is named too, a name or a road without a server, or the server cannot be used.
+        ProbeError: a model or a contrast is named too, a name or a road without a server, or the server cannot be used.
     """
     if url is None:
         if name is not None:
@@ -71,6 +73,11 @@ def open_server(
         return None
     if model is not None:
         raise ProbeError("give --model or --server, not both: the server runs the model")
+    if against:
+        raise ProbeError(
+            "--against is scored inside the model's passes, which a server does not give: load the model here, --model "
+            "DIR_OR_ID in place of --server"
+        )
     from lvlm_probe.serving import connect
     from lvlm_probe.serving.roads import roads_named
 
