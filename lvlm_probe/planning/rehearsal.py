@@ -78,7 +78,7 @@ def law(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint: bool 
     kind, several = cost.kind or "forward", max(cost.groups, default=1) > 1
     shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
     asked = (kind, bool(cost.noise), tuple(cost.parts), tuple(cost.grids[-1]), several, cost.joined, cost.queries)
-    sent = (replay.rows, replay.length, replay.prompt_length, shapes)
+    sent = (replay.own, replay.length, replay.prompt_length, shapes)
     on = (str(replay.device), next(replay.model.parameters()).dtype)
     # Not when a video's frames are shown.
     key = (*asked, isinstance(target, int), images_of(target), checkpoint, *sent, *on)

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from lvlm_probe import demo
-from lvlm_probe.demo import document_scene as dd
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import train_demo_model as base
@@ -156,7 +155,7 @@ def test_what_cannot_be_read_is_answered_hidden(untrained: tuple[recipe.Net, Any
     assert told["Read the date and the total."].seen == (True, False)
 
     def written(example: base.Example, **options: Any) -> str:
-        ids, targets, _ = loader.writer.write(example, **options)
+        _ids, targets, _opens = loader.writer.write(example, **options)
         return str(loader.writer.tokenizer.decode([token for token in targets if token >= 0]))
 
     date = page.texts[page.find("date")].text
