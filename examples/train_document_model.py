@@ -385,7 +385,7 @@ def _train(options: argparse.Namespace, told: threading.Event) -> None:
         video.run_stage(stage, steps, peak, floor, net, loss_of, progress, options, clock, check, processor)
         if told.is_set():
             return
-    video.save(net.model, processor, options.out)
+    base.save_halved(net.model, processor, options.out)
     base.with_hub_names(options.out / "model.safetensors")
     (options.out / "model.safetensors").chmod(0o644)
     progress.path.unlink()

@@ -557,7 +557,7 @@ def attend(layer: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Progress:
     """Where a run is, on disk: written now and then and when the process is told to end, read when it starts again."""
 
-    def __init__(self, path: Path, net: Net, loaders: dict[str, Loader], told: threading.Event) -> None:
+    def __init__(self, path: Path, net: Net, loaders: dict[str, Any], told: threading.Event) -> None:
         self.path, self.net, self.loaders, self.told = path, net, loaders, told
         self.kept: dict[str, Any] = torch.load(path, weights_only=False) if path.exists() else {}
         if self.kept:
@@ -642,7 +642,7 @@ def _train(options: argparse.Namespace, told: threading.Event) -> None:
 
 def run_stage(
     stage: int, steps: int, peak: float, floor: float, net: Net, loss_of: Any, progress: Progress,
-    options: argparse.Namespace, clock: base.Clock, check: Loader, processor: Qwen2VLProcessor,
+    options: argparse.Namespace, clock: base.Clock, check: Any, processor: Any,
 ) -> None:  # fmt: skip
     """One stage, from where it was left."""
     kept = progress.kept
