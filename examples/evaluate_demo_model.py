@@ -3,11 +3,12 @@
     python examples/evaluate_demo_model.py [--json]
     python examples/evaluate_demo_model.py --model examples/hard_model --hard
     python examples/evaluate_demo_model.py --model examples/video_model --clips     # needs torchvision
+    python examples/evaluate_demo_model.py --model examples/document_model --documents
 
 Every answer is generated greedily through the real processor and ``generate()``. Printed are, per kind of question, the
 share of answers that equal the true sentence, with a 95 % Wilson interval; and on other scenes, with every generated
 answer kept, how well LLR = log P(word | picture) - log P(word | blurred picture), summed over a word's pieces, parts
-the words in visual slots from all others (AUROC, 95 % bootstrap interval over scenes; not of clips).
+the words in visual slots from all others (AUROC, 95 % bootstrap interval over scenes; not of clips and documents).
 """
 
 from __future__ import annotations
@@ -29,6 +30,15 @@ from PIL import Image, ImageFilter
 import lvlm_probe as probe
 from lvlm_probe import demo
 
+Asked = demo.Scene | demo.ClipScene | demo.DocumentScene
+DRAWN = {
+    "scenes": (demo.scenes, demo.KINDS),
+    "hard": (lambda n, **drawn: demo.scenes(n, **drawn, hard=True), demo.HARD_KINDS),
+    "clips": (demo.clips, demo.CLIP_KINDS),
+    "documents": (demo.documents, demo.DOCUMENT_KINDS),
+}
+"""What can be asked about: how it is drawn, and the kinds of questions."""
+
 
 @dataclass
 class Word:
@@ -44,27 +54,23 @@ class Word:
         return self.log_prob - self.baseline_log_prob
 
 
-def generate(
-    model: Any, processor: Any, scenes: Sequence[demo.Scene | demo.ClipScene], *, batch: int = 50
-) -> list[list[int]]:
+def generate(model: Any, processor: Any, scenes: Sequence[Asked], *, batch: int = 50) -> list[list[int]]:
     """Greedy answers as token ids, without padding, the end token included."""
     answers: list[list[int]] = []
     for start in range(0, len(scenes), batch):
         part = scenes[start : start + batch]
         inputs = encode(processor, part)
         with torch.inference_mode():
-            rows = model.generate(**inputs, max_new_tokens=24)[:, inputs["input_ids"].shape[1] :]
+            rows = model.generate(**inputs, max_new_tokens=32)[:, inputs["input_ids"].shape[1] :]
         answers += [[t for t in row if t != processor.tokenizer.pad_token_id] for row in rows.tolist()]
     return answers
 
 
-def encode(
-    processor: Any, scenes: Sequence[demo.Scene | demo.ClipScene], images: Sequence[Image.Image] | None = None
-) -> Any:
-    """The processor's inputs for the questions of scenes or clips, about their own or the given pictures."""
+def encode(processor: Any, scenes: Sequence[Asked], images: Sequence[Image.Image] | None = None) -> Any:
+    """The processor's inputs for the questions of scenes, clips or documents, about their own or the given pictures."""
     prompts = [processor.apply_chat_template(scene.messages, add_generation_prompt=True) for scene in scenes]
     shown = {
-        "images": images or [scene.image for scene in scenes if isinstance(scene, demo.Scene)],
+        "images": images or [scene.image for scene in scenes if not isinstance(scene, demo.ClipScene)],
         "videos": [scene.pixels for scene in scenes if isinstance(scene, demo.ClipScene)],
     }
     given = {name: list(values) for name, values in shown.items() if values}
@@ -126,14 +132,13 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def exact_match(
-    model: Any, processor: Any, *, n: int, seed: int, hard: bool = False, clips: bool = False
-) -> dict[str, dict[str, Any]]:
-    """Per kind: exact matches among `n` held-out scenes or clips, the interval, and some wrong answers."""
+def exact_match(model: Any, processor: Any, *, n: int, seed: int, of: str = "scenes") -> dict[str, dict[str, Any]]:
+    """Per kind: exact matches among `n` held-out scenes, clips or documents, the interval, and some wrong answers."""
     table: dict[str, dict[str, Any]] = {}
-    for kind in demo.CLIP_KINDS if clips else demo.HARD_KINDS if hard else demo.KINDS:
-        drawn: dict[str, Any] = {"seed": seed, "split": "eval", "kinds": [kind]}
-        scenes: Sequence[Any] = demo.clips(n, **drawn) if clips else demo.scenes(n, **drawn, hard=hard)
+    draw: Any
+    draw, known = DRAWN[of]
+    for kind in known:
+        scenes: Sequence[Any] = draw(n, seed=seed, split="eval", kinds=[kind])
         said = processor.batch_decode(generate(model, processor, scenes), skip_special_tokens=True)
         wrong = [(s.question, s.answer, a.strip()) for s, a in zip(scenes, said, strict=True) if s.answer != a.strip()]
         right = n - len(wrong)
@@ -188,12 +193,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--clips", action="store_true", help="ask about clips; the LLR is left out")
+    parser.add_argument("--documents", action="store_true", help="ask about documents; the LLR is left out")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     started = time.time()
     model, processor = probe.load(options.model)
-    kinds = exact_match(model, processor, n=options.n, seed=options.seed, hard=options.hard, clips=options.clips)
-    llr = {} if options.clips else llr_figures(
+    of = next((name for name in ("hard", "clips", "documents") if getattr(options, name)), "scenes")
+    kinds = exact_match(model, processor, n=options.n, seed=options.seed, of=of)
+    llr = {} if of in ("clips", "documents") else llr_figures(
         model, processor, n=options.llr_scenes, seed=options.seed + 1, sigma=options.sigma, hard=options.hard
     )  # fmt: skip
     figures = {"exact_match": kinds, "llr": llr, "seconds": time.time() - started}

@@ -152,7 +152,7 @@ def explain_a_clip(path: Path, runs: Path) -> None:
 def test_the_shipped_model_knows_what_it_is_asked() -> None:
     """A few of the clips that docs/video.md counts; two hundred of each kind are above these floors by themselves."""
     model, processor = probe.load(SHIPPED)
-    found = evaluation.exact_match(model, processor, n=60, seed=5, clips=True)
+    found = evaluation.exact_match(model, processor, n=60, seed=5, of="clips")
     exact = {kind: row["exact"] for kind, row in found.items()}
     assert exact["appearance"] + exact["colour"] >= 2 * 0.9
     assert exact["direction"] + exact["order"] >= 2 * 0.85
