@@ -20,6 +20,7 @@ import lvlm_probe as probe
 from lvlm_probe.evidence import AnswerBox
 
 HERE = Path(__file__).parent
+DOCUMENT_MODEL = HERE / "document_model"
 HOT, COLD, PLAIN = "#c2410c", "#0369a1", "#78716c"
 
 
@@ -93,6 +94,25 @@ def says_here() -> Any:
     return sheet(panels)
 
 
+def where_on_the_page() -> Any:
+    """A receipt, the map of a value in its answer, and the boxes of both values."""
+    scene = next(one for one in probe.demo.documents(16, kinds=["record"]) if one.page.layout == "receipt")
+    answer = probe.ask(*probe.load(DOCUMENT_MODEL), scene.image, scene.question)
+    places = probe.evidence.locate(answer.replay, progress=False)
+    boxes = [
+        AnswerBox("box", place.region.box, str(place.field), (), "pixels", 0, scene.image.size, ())
+        for place in places
+        if place.region is not None
+    ]
+    return sheet(
+        [
+            (scene.image, wrapped(f"{scene.question} {answer.text}")),
+            (places[-1].heat.overlay(), f"Why “{places[-1].field.value}”?"),
+            (probe.evidence.draw_boxes(scene.image, boxes), "Value → box, 90 % of the score"),
+        ]
+    )
+
+
 def which_part() -> Any:
     """Two images and a question, with the share of each."""
     scenes = probe.demo.scenes(2, kinds=["colour"])[::-1]
@@ -159,6 +179,7 @@ def wrapped(text: str, most: int = 36) -> str:
 PICTURES: dict[str, Callable[[], Any]] = {
     "region": which_region,
     "box": says_here,
+    "page": where_on_the_page,
     "part": which_part,
     "modalities": image_or_question,
     "steps": which_step,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import lvlm_probe as probe
 from lvlm_probe import demo
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
@@ -123,6 +124,15 @@ def test_training_sees_what_the_model_sees_through_its_processor(
         trained = net.lm_head(net(batch)[1])[0, first][:length]
     torch.testing.assert_close(trained, real, atol=2e-5, rtol=1e-5)
     assert real.std() > 0.1  # not two of nothing
+
+
+def test_the_recipe_runs_and_what_it_writes_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ("--scale", "0.003", "--document-pool", "3000", "--check", "2", "--room", "60", "--threads", "1")
+    assert base.main(["--family", "document", "--out", str(tmp_path), *short]) == 0
+    assert '"stage": "done"' in capsys.readouterr().out and not (tmp_path / "training.pt").exists()
+    model, processor = probe.load(tmp_path)
+    (scene,) = demo.documents(1)
+    assert probe.ask(model, processor, scene.image, scene.question, max_new_tokens=2).replay.n_images == 1
 
 
 def test_the_tower_is_taught_the_character_under_each_patch(
