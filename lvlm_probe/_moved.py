@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["MOVED", "NAMES", "install", "names_of"]
+__all__ = ["MOVED", "NAMES", "install", "names_of", "renamed"]
 
 MOVED = {
     "_nnsight": "causal.through_nnsight",
@@ -260,3 +260,15 @@ def names_of(module: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"{_PACKAGE}.{home}"), name)
 
     return lookup
+
+
+def renamed(old: str, new: str) -> property:
+    """An attribute or method of a class by its ``old`` name, which warns and gives that of the ``new`` one."""
+
+    def former(instance: Any) -> Any:
+        kind = type(instance).__name__
+        told = f"{kind}.{old} is called {kind}.{new} now; the old name goes with the next release"
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return getattr(instance, new)
+
+    return property(former)

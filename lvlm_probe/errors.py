@@ -82,7 +82,7 @@ class ReplayError(ProbeError):
 
 
 class OutOfMemory(ReplayError):
-    """Not even one mask fits into memory, or not even the whole picture; the message says what to reduce."""
+    """Not even one mask fits into memory, or not even the whole image; the message says what to reduce."""
 
 
 class PointNotFound(ProbeError):

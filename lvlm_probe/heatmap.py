@@ -1,6 +1,6 @@
-"""Heatmap: which regions of a picture made the model say some words, with everything needed to say how it was made.
+"""Heatmap: which regions of an image made the model say some words, with everything needed to say how it was made.
 
-Values live on a grid over the *original* picture, 0 to 1, high = important. Cells that no pixel input of the model
+Values live on a grid over the *original* image, 0 to 1, high = important. Cells that no pixel input of the model
 sees are 0 and known as such (``seen``). A heatmap of nothing, when no token was selected, has ``values=None`` and a
 ``reason``.
 """
@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from lvlm_probe import drawing
+from lvlm_probe._moved import renamed
 from lvlm_probe.drawing import resample
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
 from lvlm_probe.files import in_the_way, write_whole
@@ -201,6 +202,8 @@ class HeatGrid:
         """
         raise NotImplementedError
 
+    picture = renamed("picture", "image")
+
     def _on_panel(self, image: Image.Image, which: str, **shown: Any) -> drawing.Panel:
         """A part of a figure with question, answer and verdict; ``which`` names it among several of a prompt."""
         answer = []
@@ -220,13 +223,13 @@ class HeatGrid:
         assert self.seen is not None  # set with the values, in __post_init__
         return self.seen
 
-    def _png(self, picture: Image.Image) -> bytes:
+    def _png(self, drawn: Image.Image) -> bytes:
         """A drawing of it as a PNG that says how it was made."""
         chunks = PngImagePlugin.PngInfo()
         chunks.add_itxt(PNG_KEY, json.dumps(self.describe(), allow_nan=False))
         chunks.add_text("Software", "lvlm_probe")
         buffer = io.BytesIO()
-        picture.save(buffer, format="PNG", pnginfo=chunks)
+        drawn.save(buffer, format="PNG", pnginfo=chunks)
         return buffer.getvalue()
 
     def _card(self, png: bytes | None, told: str) -> str:
@@ -246,8 +249,8 @@ class Heatmap(HeatGrid):
     """The result of one explanation.
 
     Attributes:
-        values: ``(row, col)`` float32 in [0, 1] over the original picture, high = important, or ``None``.
-        image_size: ``(width, height)`` of the original picture, pixels.
+        values: ``(row, col)`` float32 in [0, 1] over the original image, high = important, or ``None``.
+        image_size: ``(width, height)`` of the original image, pixels.
         image_index: Its number in the prompt, from 0.
         seen: ``(row, col)`` bool, cells that reach the model; ``None`` without values.
         selection: The tokens that are explained.
@@ -297,12 +300,12 @@ class Heatmap(HeatGrid):
         return cells and f"the map has only {cells}, which are drawn as blocks: smaller regions are not told apart"
 
     def upsampled(self) -> np.ndarray:
-        """Values brought bilinearly to the picture's pixels, ``(height, width)`` float32, as masks are."""
+        """Values brought bilinearly to the image's pixels, ``(height, width)`` float32, as masks are."""
         width, height = self.image_size
         return resample(self._values(), (height, width))
 
-    def picture(self) -> Image.Image:
-        """The original picture, RGB. Raises ``ImageError`` when no trace is at hand."""
+    def image(self) -> Image.Image:
+        """The original image, RGB. Raises ``ImageError`` when no trace is at hand."""
         if self.trace is None:
             raise ImageError(
                 "this heatmap has no image at hand: its trace was not found beside it; "
@@ -315,10 +318,10 @@ class Heatmap(HeatGrid):
                 f"watched: attach the processor before it prepares the inputs, record with images=[...], or draw on an "
                 f"image of your own with overlay(image=...)"
             )
-        picture = images[self.image_index].convert("RGB")
-        if picture.size != tuple(self.image_size):
-            raise ImageError(f"the heatmap is of an image of {self.image_size} pixels, the trace's has {picture.size}")
-        return picture
+        found = images[self.image_index].convert("RGB")
+        if found.size != tuple(self.image_size):
+            raise ImageError(f"the heatmap is of an image of {self.image_size} pixels, the trace's has {found.size}")
+        return found
 
     def overlay(
         self,
@@ -331,32 +334,37 @@ class Heatmap(HeatGrid):
         score: drawing.Scored | None = None,
         mark: bool = True,
     ) -> Image.Image:
-        """The heatmap over the original picture, at the picture's own size.
+        """The heatmap over the original image, at the image's own size.
 
-        Opacity grows with importance, so the picture stays visible where little matters; regions the model never saw
+        Opacity grows with importance, so the image stays visible where little matters; regions the model never saw
         are greyed and hatched.
 
         Args:
             alpha: Opacity of the most important region, 0 to 1.
             colormap: Name of a matplotlib colour map.
-            image: Picture to draw on instead of the trace's.
+            image: image to draw on instead of the trace's.
             normalise: Stretch the values so that the highest is 1.
-            contour: Outline the region above half of the highest value, which reads on pictures of any colour.
+            contour: Outline the region above half of the highest value, which reads on images of any colour.
             score: What ``evaluate`` said of this heatmap: its verdict is drawn into the corner.
             mark: Without a score, say "not checked" there. ``False``: draw no verdict.
 
         Raises:
             ExplainError: There are no values, or no such colour map.
-            ImageError: No picture at hand, or one of another size.
+            ImageError: no image at hand, or one of another size.
         """
-        picture = self.picture_for(image)
         return drawing.overlay(
-            picture, self._values(), seen=self._seen(), alpha=alpha, colormap=colormap, normalise=normalise,
-            contour=contour, mark=drawing.mark_of(score) if mark else None,
-        )  # fmt: skip
+            self.image_for(image),
+            self._values(),
+            seen=self._seen(),
+            alpha=alpha,
+            colormap=colormap,
+            normalise=normalise,
+            contour=contour,
+            mark=drawing.mark_of(score) if mark else None,
+        )
 
     def difference(self, other: Heatmap, *, alpha: float = 0.85, image: Image.Image | None = None) -> Image.Image:
-        """This heatmap against another one over the same picture: orange where this one is higher, blue where the other
+        """This heatmap against another one over the same image: orange where this one is higher, blue where the other
         is. Each is stretched so that its highest value is 1.
 
         Of a contrast, ``explain(replay, tokens="red", against="blue")`` and the same with the two exchanged, it shows
@@ -365,27 +373,27 @@ class Heatmap(HeatGrid):
         Args:
             other: A heatmap over the same image, of any resolution.
             alpha: Opacity of the largest difference, 0 to 1.
-            image: Picture to draw on instead of the trace's.
+            image: image to draw on instead of the trace's.
 
         Raises:
             ExplainError: One of them has no values, or they are not over the same image.
-            ImageError: No picture at hand, or one of another size.
+            ImageError: no image at hand, or one of another size.
         """
         if (other.image_size, other.image_index) != (self.image_size, self.image_index):
             raise ExplainError("a difference is of two heatmaps over the same image; these are over two")
-        return drawing.difference(self.picture_for(image), self._values(), other._values(), alpha=alpha)
+        return drawing.difference(self.image_for(image), self._values(), other._values(), alpha=alpha)
 
-    def picture_for(self, image: Image.Image | None) -> Image.Image:
+    def image_for(self, image: Image.Image | None) -> Image.Image:
         """``image``, which has to be of the heatmap's size, or the one that was explained."""
-        picture = self.picture() if image is None else image
-        if picture.size != tuple(self.image_size):
-            raise ImageError(f"the heatmap is of an image of {self.image_size} pixels; got one of {picture.size}")
-        return picture
+        found = self.image() if image is None else image
+        if found.size != tuple(self.image_size):
+            raise ImageError(f"the heatmap is of an image of {self.image_size} pixels; got one of {found.size}")
+        return found
 
     def panel(self, score: drawing.Scored | None, image: Image.Image | None, row: str, col: str) -> drawing.Panel:
         several = 0 if self.trace is None else len(self.trace.images)
         return self._on_panel(
-            self.picture_for(image),
+            self.image_for(image),
             f" · image {self.image_index + 1} of {several}" if several > 1 else "",
             values=self.values,
             row=row,
@@ -464,10 +472,10 @@ class Heatmap(HeatGrid):
         scale = min(1.0, side / max(self.image_size))
         width, height = (max(1, round(length * scale)) for length in self.image_size)
         try:
-            picture = self.picture().resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+            shown = self.image().resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
         except ProbeError:  # none at hand, or one that cannot be read
-            picture = Image.new("RGB", (width, height), (128, 128, 128))
-        return dataclasses.replace(self, image_size=(width, height)).overlay(image=picture, score=score)
+            shown = Image.new("RGB", (width, height), (128, 128, 128))
+        return dataclasses.replace(self, image_size=(width, height)).overlay(image=shown, score=score)
 
     def _repr_png_(self) -> bytes | None:
         return None if self.values is None else self._png(self.preview())

@@ -1,6 +1,6 @@
 """Which tokens of an answer to explain: the set K of the paper, Eq. 6.
 
-The picture's part in one token is its log-likelihood ratio between the image and a baseline image without visual
+The image's part in one token is its log-likelihood ratio between the image and a baseline image without visual
 information, under teacher forcing::
 
     LLR_t = log P(a_t | a_<t; I, Q) − log P(a_t | a_<t; Ĩ, Q)            natural logarithm, "nats"
@@ -122,9 +122,9 @@ class TokenSelection:
 
     @property
     def decided(self) -> tuple[int, ...]:
-        """The selected tokens that the picture decides (LLR > 1), or all of them where it decides none.
+        """The selected tokens that the image decides (LLR > 1), or all of them where it decides none.
 
-        The baseline check looks at these: the later pieces of a word follow from its first one, whatever the picture.
+        The baseline check looks at these: the later pieces of a word follow from its first one, whatever the image.
         """
         return tuple(index for index in self.indices if self.llr and self.llr[index] > 1.0) or self.indices
 
@@ -380,7 +380,7 @@ def word_llr(words: Sequence[Word], llr: Sequence[float] | np.ndarray) -> list[f
 def word_selections(replay: ReplayLike, selection: TokenSelection) -> list[tuple[str, TokenSelection]]:
     """The selection word by word: ``(word, its selected tokens)``, in order; equal words are told apart by a number.
 
-    A word keeps its unselected tokens out: the "low" of "yellow" follows from the "yel" whatever the picture shows.
+    A word keeps its unselected tokens out: the "low" of "yellow" follows from the "yel" whatever the image shows.
     """
     parts: list[tuple[str, TokenSelection]] = []
     for word, told in zip(replay.words, told_apart(replay.words), strict=True):

@@ -39,7 +39,7 @@ def markdown(table: FamilyTable) -> str:
         "",
         "## Family by family",
         "",
-        "A figure is the largest over installations and pictures (mostly a small and a larger one, cut into tiles",
+        "A figure is the largest over installations and images (mostly a small and a larger one, cut into tiles",
         "where a family does that); – means that the check does not apply, **no** that it failed; reasons are below.",
         "Of videos: how many of the checks of `tests/families/test_clips.py` passed, with torchvision; – means that",
         "they are refused, or that the family takes none.",

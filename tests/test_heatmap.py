@@ -42,6 +42,12 @@ def heat() -> Heatmap:
 # ---------------------------------------------------------------- values
 
 
+def test_what_was_called_a_picture_is_found_by_its_old_name_with_a_warning(heat: Heatmap) -> None:
+    with pytest.warns(DeprecationWarning, match=r"Heatmap\.picture is called Heatmap\.image now"):
+        assert heat.picture().tobytes() == heat.image().tobytes() == PICTURE.tobytes()
+    assert "picture" not in {field.name for field in dataclasses.fields(heat)}
+
+
 def test_values_are_frozen_float32_and_cells_out_of_sight_zero() -> None:
     seen = np.ones((2, 2), dtype=bool)
     seen[0, 0] = False

@@ -172,7 +172,7 @@ def patch(
         Measured(take, list(target.selection.indices), progress),
         Draws(control, draws, seed),
         counts=counts_of(top, target),
-        params={"donor": "baseline" if donor is None else "picture", "where": "projector output"},
+        params={"donor": "baseline" if donor is None else "image", "where": "projector output"},
     )
 
 

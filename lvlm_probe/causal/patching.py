@@ -35,7 +35,7 @@ def donor_features(replay: Replay, donor: Image.Image | Sequence[Image.Image] | 
     """
     path = replay.path
     assert not isinstance(path, PixelPath)  # refused by image_tokens
-    pictures = list(path.images)
+    images = list(path.images)
     places = images_of(target)
     one_each = slice(places.start, places.stop)
     if donor is None:
@@ -43,8 +43,8 @@ def donor_features(replay: Replay, donor: Image.Image | Sequence[Image.Image] | 
     donors = [donor] * len(places) if isinstance(donor, Image.Image) else list(donor)
     if len(donors) != len(places):
         raise ImageError(f"{len(donors)} donor images for {len(places)}: give one for each, or one for all")
-    pictures[one_each] = donors
-    inputs = path.with_baseline(pictures).baseline_inputs
+    images[one_each] = donors
+    inputs = path.with_baseline(images).baseline_inputs
     seen: Features = {}
 
     def look(features: Features) -> None:

@@ -153,7 +153,7 @@ def greedy(
         {"regions": float(length), "worth": float(value), "region": float(order[length - 1]) if length else -1.0}
         for length, value in enumerate(track)
     )
-    diagnostics = {"regions": len(order), "pictures": worth.pictures, "worth_of_all": float(track[-1])}
+    diagnostics = {"regions": len(order), "images": worth.images, "worth_of_all": float(track[-1])}
     diagnostics["worth_of_nothing"] = float(track[0])
     highest = track.cummax(dim=0).values
     rise = highest[-1] - track[0]
@@ -220,10 +220,10 @@ def _small(problem: Problem) -> tuple[int, int]:
 def _pixels(problem: Problem, number: int) -> np.ndarray:
     """The image, or one frame of the clip, small: ``(row, col, channel)`` uint8."""
     try:
-        picture = problem.replay.image(problem.image + number).convert("RGB")
+        image = problem.replay.image(problem.image + number).convert("RGB")
     except (ImageError, IndexError) as error:
         raise ExplainError(f"greedy: no image to cut into superpixels ({error}); use segments='grid'") from error
-    return np.asarray(picture.resize(_small(problem)))
+    return np.asarray(image.resize(_small(problem)))
 
 
 def _superpixels(frames: Sequence[np.ndarray], number: int) -> torch.Tensor:
@@ -253,7 +253,7 @@ class _Worth:
         self.inside = inside.flatten(1).float()
         self.shape = inside.shape[1:]
         self.regions = len(inside)
-        self.pictures = 0
+        self.images = 0
         self.known: dict[frozenset[int], float] = {}
 
     def of(self, sets: Sequence[Sequence[int]]) -> list[float]:
@@ -269,7 +269,7 @@ class _Worth:
             log_probs = self.problem.replay.log_probs(masks, image=self.problem.target, steps=self.problem.columns)
             probability = score_of(self.problem, log_probs, "prob").cpu().double()
             require_finite("greedy", self.problem, probability)
-            self.pictures += len(masks)
+            self.images += len(masks)
             only, without = probability.chunk(2)
             for key, value in zip(part, self.l1 * only + self.l2 * (1 - without), strict=True):
                 self.known[key] = float(value)

@@ -103,8 +103,8 @@ def rise(
     ends = []
     problem.advance(0, masks)
     for part in parts:
-        pictures = drawn.masks(part, shape).to(problem.replay.device)
-        ends.append(torch.stack(scores_between(problem, pictures, score)).cpu().double())
+        drawn_masks = drawn.masks(part, shape).to(problem.replay.device)
+        ends.append(torch.stack(scores_between(problem, drawn_masks, score)).cpu().double())
         problem.advance(part.stop, masks)
     low, high = torch.cat(ends, dim=1)
     f, off = (low + high) / 2, (high - low) / 2

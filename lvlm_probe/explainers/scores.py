@@ -100,19 +100,19 @@ def no_effect(problem: Problem) -> str | None:
     return (
         f"{name} plays no part: the score of these tokens does not change with the image ({what} replaced by the "
         f"{kind} baseline {scored} by at most {f'{float(moved.max()):.2g} {unit}'.strip()}, and rounding by "
-        f"{float(allowed.max()):.2g}){_same_picture(problem)}"
+        f"{float(allowed.max()):.2g}){_same_image(problem)}"
     )
 
 
-def _same_picture(problem: Problem) -> str:
+def _same_image(problem: Problem) -> str:
     """A way out where the baseline cannot hide anything: it is the image itself."""
     if not problem.live:
         return ""
     path, mine = problem.replay.path, list(problem.images)
     if len(path.baseline_images) <= mine[-1]:
         return ""
-    for picture, other in ((path.images[k], path.baseline_images[k]) for k in mine):
-        if picture.size != other.size or picture.convert("RGB").tobytes() != other.convert("RGB").tobytes():
+    for image, other in ((path.images[k], path.baseline_images[k]) for k in mine):
+        if image.size != other.size or image.convert("RGB").tobytes() != other.convert("RGB").tobytes():
             return ""
     return "; its baseline is the image itself: choose another, such as explain(replay.over('blank'))"
 

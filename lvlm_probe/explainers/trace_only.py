@@ -38,7 +38,7 @@ class RecordedAnswer:
         self.rounding = rounding_of(said, 1.0, epsilon_of(trace.model.get("torch_dtype")))
         self.baseline = dict(trace.baseline or {})
         self.clips = tuple(trace.clips)
-        self.image_sizes = [picture.size for picture in trace.images]
+        self.image_sizes = [image.size for image in trace.images]
         self.n_images = len(self.image_sizes)
         if not self.n_images:
             raise ExplainError(

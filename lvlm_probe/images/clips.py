@@ -78,8 +78,8 @@ class ClipStep:
         call, image_call = self._calls
         made: dict[str, Any] = {}
         if still and self._images is not None:
-            pictures = [list(prompt[:still]) for prompt in prompts]
-            given: list[Any] = pictures if self._nested else [image for prompt in pictures for image in prompt]
+            stills = [list(prompt[:still]) for prompt in prompts]
+            given: list[Any] = stills if self._nested else [image for prompt in stills for image in prompt]
             made |= named_outputs(self._images, self._images(images=given, return_tensors="pt", **image_call))
         videos = [_stacked(prompt[clip.first : clip.images.stop]) for prompt in prompts for clip in self.clips]
         metadata = [_metadata(clip) for clip in self.clips] * len(prompts)
@@ -117,9 +117,9 @@ def step_of(processor: Any, call: Mapping[str, Any], clips: Sequence[Clip]) -> t
         )
     of_video: Mapping[str, Any] = call.get("video") or {}
     present, changed = with_settings(videos, of_video.get("config"))
-    pictures = None
+    image_processor = None
     if clips[0].first:
-        pictures, others = with_settings(processor.image_processor, call.get("config"))
+        image_processor, others = with_settings(processor.image_processor, call.get("config"))
         changed = {**others, **changed}
     try:
         fed_as = {name: (str(other), int(axes)) for name, (other, axes) in (of_video.get("fed_as") or {}).items()}
@@ -127,7 +127,7 @@ def step_of(processor: Any, call: Mapping[str, Any], clips: Sequence[Clip]) -> t
             present,
             clips,
             of_video.get("kwargs") or {},
-            image_processor=pictures,
+            image_processor=image_processor,
             image_call=call.get("kwargs"),
             nested=call.get("structure") == "nested",
             fed_as=fed_as,

@@ -32,7 +32,7 @@ def composited(masks: Tensor, images: Sequence[Image.Image], baselines: Sequence
         fine = F.interpolate(
             mask[None, None].float().cpu(), size=(image.height, image.width), mode="bilinear", align_corners=False
         )[0, 0, :, :, None].numpy()
-        first, last = (np.asarray(picture, dtype=np.float32) for picture in (baseline, image))
+        first, last = (np.asarray(one, dtype=np.float32) for one in (baseline, image))
         blend = np.rint(first + (last - first) * fine).clip(0, 255).astype(np.uint8)
         out.append(Image.fromarray(blend))
     return out

@@ -74,9 +74,9 @@ class PixelPath:
         self.description = _description(baseline, strength, seed)
         self.inputs = self._place(self._original)
         self.baseline_inputs = self._place(self._blurred)
-        self.images = [_picture(image) for image in self._original]
+        self.images = [_viewable(image) for image in self._original]
         self.baseline_images = [
-            _picture(low, like=image) for low, image in zip(self._blurred, self._original, strict=True)
+            _viewable(low, like=image) for low, image in zip(self._blurred, self._original, strict=True)
         ]
 
     def with_baseline_kind(self, kind: str, *, strength: float = BLUR_LADDER[0], seed: int = 0) -> PixelPath:
@@ -204,7 +204,7 @@ def _gaussian(length: int, sigma: float) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def _picture(pixels: Tensor, like: Tensor | None = None) -> Image.Image:
+def _viewable(pixels: Tensor, like: Tensor | None = None) -> Image.Image:
     """An image to look at: each channel stretched over its own range (of ``like``), since the normalisation is not
     known."""
     scale = pixels if like is None else like

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from lvlm_probe.images.processor import OWN_CALL, named_outputs
 
-__all__ = ["PictureStep", "image_processor_of", "picture_step", "watched_method"]
+__all__ = ["ImageStep", "image_processor_of", "image_step", "watched_method"]
 
 _METHOD = "_process_images"
 """The method of ``ProcessorMixin`` that makes the image inputs of a call."""
 
-_known: MutableMapping[Any, PictureStep | None] = weakref.WeakKeyDictionary()
+_known: MutableMapping[Any, ImageStep | None] = weakref.WeakKeyDictionary()
 
 
-class PictureStep:
+class ImageStep:
     """The image step of one processor, called as an image processor is."""
 
     def __init__(self, processor: Any) -> None:
@@ -46,7 +46,7 @@ class PictureStep:
         return made
 
 
-def picture_step(processor: object | None) -> PictureStep | None:
+def image_step(processor: object | None) -> ImageStep | None:
     """The image step of a processor that makes pixel inputs of its own; ``None`` of one that only hands on.
 
     Asked once per processor that has such a step of its own, with a small grey image.
@@ -64,11 +64,11 @@ def picture_step(processor: object | None) -> PictureStep | None:
 
 
 def image_processor_of(processor: object | None) -> Any:
-    """The image processor inside a processor, or the step that stands in for it (``PictureStep``); an image processor
+    """The image processor inside a processor, or the step that stands in for it (``ImageStep``); an image processor
     is its own; ``None`` stays ``None``."""
     if processor is None:
         return None
-    step = picture_step(processor)
+    step = image_step(processor)
     inner = step if step is not None else getattr(processor, "image_processor", None)
     return inner if inner is not None else processor
 
@@ -76,13 +76,13 @@ def image_processor_of(processor: object | None) -> Any:
 def watched_method(processor: object | None) -> tuple[Any, str] | None:
     """Whose method makes the pixel inputs, and its name; ``None`` where there is none to watch."""
     image_processor = image_processor_of(processor)
-    if isinstance(image_processor, PictureStep):
+    if isinstance(image_processor, ImageStep):
         return processor, _METHOD
     return (image_processor, "preprocess") if callable(getattr(image_processor, "preprocess", None)) else None
 
 
-def _found(processor: Any, inner: Callable[..., Any]) -> PictureStep | None:
-    step = PictureStep(processor)
+def _found(processor: Any, inner: Callable[..., Any]) -> ImageStep | None:
+    step = ImageStep(processor)
     ours = OWN_CALL.set(True)
     try:
         plain = named_outputs(inner, inner(images=[_grey()], return_tensors="pt"))

@@ -122,7 +122,7 @@ def import_answers(
         model: the model that answered, or the one to replay the answers on.
         processor: its processor.
         out: directory for the traces; existing ones stay, and rows that are there already are passed over.
-        images: directory that the pictures' paths are relative to, beside the file's own. A path that leads out of
+        images: directory that the images' paths are relative to, beside the file's own. A path that leads out of
             both, by itself or by a link, is refused: name the directory here if it is meant.
         columns: field → name, for fields of other names; dots lead into objects.
         format: a kind of file, a shape of rows, or both with a comma between them (``"csv,vlmevalkit"``), where they
@@ -131,7 +131,7 @@ def import_answers(
         fetch: ask the network for images that are given by URL.
         llr: also compute log-likelihood ratios (one more pass per row); ``False`` leaves them for later.
         attention: record decoder attention from answer tokens to image tokens.
-        baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or a picture.
+        baseline: ``"blur"``, ``"blank"``, ``"noise"``, ``"mean"``, or an image.
         limit: rows to look at, at most.
         tell: called with (rows done, rows in all).
 

@@ -1,4 +1,4 @@
-"""How far the probability of an answer falls without the picture, and which class of answers that makes it.
+"""How far the probability of an answer falls without the image, and which class of answers that makes it.
 
 With LLR_t the log-likelihood ratio of token t (paper, Eq. 6) and sums over the T tokens that are not special:
 
@@ -6,8 +6,8 @@ With LLR_t the log-likelihood ratio of token t (paper, Eq. 6) and sums over the 
 * ``drop_normalised`` = 1 − exp(−Σ LLR_t / T), the same with P the geometric mean over tokens, which does not depend on
   the answer's length (paper, Table 1, which leaves open which of the two it means).
 
-The ``band`` is the paper's division of a drop in Table 1: below 30 % the answer hardly needed the picture
-(``"habit"``), above 70 % it came from it (``"picture"``), between them it is ``"mixed"``.
+The ``band`` is the paper's division of a drop in Table 1: below 30 % the answer hardly needed the image
+(``"habit"``), above 70 % it came from it (``"image"``), between them it is ``"mixed"``.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ __all__ = ["BANDS", "Drop", "band_of", "drop_of"]
 BANDS = (0.3, 0.7)
 """Edges of the bands: those of the paper's Table 1."""
 
-Band = Literal["habit", "mixed", "picture", "unknown"]
+Band = Literal["habit", "mixed", "image", "unknown"]
 
 
 @dataclass(frozen=True)
 class Drop:
-    """What the picture is worth to one answer; the module's docstring defines the numbers.
+    """What the image is worth to one answer; the module's docstring defines the numbers.
 
     Attributes:
-        log_prob, baseline_log_prob: of the answer, nats, with the picture and on the baseline picture.
-        drop, drop_normalised: at most 1, and negative where the answer is likelier without the picture; NaN where a
+        log_prob, baseline_log_prob: of the answer, nats, with the image and on the baseline image.
+        drop, drop_normalised: at most 1, and negative where the answer is likelier without the image; NaN where a
             log-probability is.
     """
 
@@ -51,7 +51,7 @@ def drop_of(
     """The drop of one answer.
 
     Args:
-        log_probs: log P(a_t) with the picture, ``(step,)``, nats.
+        log_probs: log P(a_t) with the image, ``(step,)``, nats.
         llr: log-likelihood ratios, ``(step,)``, nats.
         special: which are special tokens, ``(step,)``; these do not count.
 
@@ -70,11 +70,11 @@ def band_of(drop: float) -> Band:
     """The band of a drop; ``"unknown"`` for NaN."""
     if math.isnan(drop):
         return "unknown"
-    return "habit" if drop < BANDS[0] else "mixed" if drop <= BANDS[1] else "picture"
+    return "habit" if drop < BANDS[0] else "mixed" if drop <= BANDS[1] else "image"
 
 
 def _fall(ratio: float) -> float:
-    """1 − exp(−ratio); −inf where the answer is beyond all numbers likelier without the picture."""
+    """1 − exp(−ratio); −inf where the answer is beyond all numbers likelier without the image."""
     try:
         return -math.expm1(-ratio)
     except OverflowError:

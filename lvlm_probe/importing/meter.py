@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 THUMBNAIL = 88
-"""Longest side of the picture that a reading keeps, pixels."""
+"""Longest side of the image that a reading keeps, pixels."""
 _LONGEST_NAME = 1024
 """Characters of an image's source that are looked at for its name."""
 
@@ -81,7 +81,7 @@ class Reading:
         elsewhere: the answer was given by another engine than the model that was measured.
         differs: how what that engine gives differs from this model, where it did not run the same; else empty.
         image: name of the image's file, without folders; of several with commas; empty where it came without one.
-        picture: small, for showing.
+        thumbnail: the image, small, for showing.
     """
 
     source: str
@@ -98,7 +98,7 @@ class Reading:
     elsewhere: bool = False
     differs: str = ""
     image: str = ""
-    picture: Image.Image | None = field(default=None, repr=False, compare=False)
+    thumbnail: Image.Image | None = field(default=None, repr=False, compare=False)
 
     @functools.cached_property
     def figures(self) -> Figures:
@@ -336,7 +336,7 @@ def _traces(
         facts = {
             "id": (imported or {}).get("id"),
             "question": trace.question or trace.prompt,
-            "picture": _picture(trace),
+            "thumbnail": _thumbnail(trace),
             "image": _names(trace.meta.get("image_files") or ()),
             "elsewhere": imported is not None,
             "baseline": used,
@@ -391,7 +391,7 @@ def _named(baseline: Mapping[str, Any]) -> str:
     return f"{kind} {strength:g}" if isinstance(strength, int | float) else kind
 
 
-def _picture(trace: Trace) -> Image.Image | None:
+def _thumbnail(trace: Trace) -> Image.Image | None:
     with contextlib.suppress(ProbeError, OSError):
         return _small(trace.image)
     return None
@@ -399,7 +399,7 @@ def _picture(trace: Trace) -> Image.Image | None:
 
 def _shown(row: AnswerRow, images: Sequence[Image.Image]) -> dict[str, Any]:
     """What a person knows the image by."""
-    return {"image": _names(row.images), "picture": _small(images[0])}
+    return {"image": _names(row.images), "thumbnail": _small(images[0])}
 
 
 def _names(sources: Iterable[object]) -> str:

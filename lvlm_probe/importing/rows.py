@@ -43,14 +43,14 @@ from lvlm_probe.files import found_within
 from lvlm_probe.importing.refusals import BadRow, reason_of, shortened
 from lvlm_probe.importing.row_files import FILES, TABLES, count_rows, kind_of, line_at, lines_of, parsed, rows_in
 from lvlm_probe.importing.shapes import FIELDS, IDS, SHAPES, fields_of, is_request, keys_of
-from lvlm_probe.trace.image_files import decode_picture, open_image
+from lvlm_probe.trace.image_files import decode_image, open_image
 
 if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["FIELDS", "AnswerRow", "BadRow", "Source", "count_rows", "read_rows", "reason_of"]
 
-_LARGEST_PICTURES = 2**29
+_LARGEST_IMAGES = 2**29
 """Pixels of a row's images together: 1.5 GB as RGB."""
 
 _NOT_GIVEN = -9998.0
@@ -131,8 +131,8 @@ class AnswerRow:
         for source in self.images:
             opened.append(_open(source, directories, fetch))
             pixels += opened[-1].width * opened[-1].height
-            if pixels > _LARGEST_PICTURES:
-                raise BadRow(f"the {len(self.images)} images have more than {_LARGEST_PICTURES} pixels together")
+            if pixels > _LARGEST_IMAGES:
+                raise BadRow(f"the {len(self.images)} images have more than {_LARGEST_IMAGES} pixels together")
         return opened
 
 
@@ -481,7 +481,7 @@ def _is_id(value: Any) -> bool:
 def _open(source: str | bytes, directories: Sequence[Path], fetch: bool) -> Image.Image:
     if isinstance(source, bytes):
         try:
-            return decode_picture(source)
+            return decode_image(source)
         except ProbeError as error:
             raise BadRow(f"the image in the row cannot be read: {error}") from error
     if source.startswith("data:"):
@@ -516,7 +516,7 @@ def _from_file(text: str, directories: Sequence[Path]) -> Image.Image:
         raise BadRow(f"the image {shown} lies outside of {looked}; name its directory: images=, --images DIR")
     if (data := _of_base64(text)) is not None:
         with suppress(ProbeError):
-            return decode_picture(data)
+            return decode_image(data)
     if not _may_be_path(text):
         raise BadRow(f"the image {shown} is missing: it is neither the path of a file nor an image in base64")
     raise BadRow(f"the image {shown} is missing (looked in {looked}; another place: --images DIR)")

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from lvlm_probe._moved import renamed
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.curve_points import (
@@ -98,7 +99,7 @@ class Curves:
         tie_spread: Standard deviation of insertion − deletion over those orders; 0 without ties, NaN where there are
             ties and one order, or no areas.
         original_probability, baseline_probability: Mean probability of the decided tokens at the two ends.
-        pictures: How many different images were scored.
+        images: How many different images were scored.
         error_bound: How far the areas under the normalised deletion and insertion curve may be from the full curves';
             0 where every point was scored. A bound for curves that are monotone between scored points.
         turns: How far the normalised curves go the wrong way, up in deletion and down in insertion, summed over the
@@ -117,11 +118,13 @@ class Curves:
     tie_orders: int
     original_probability: float
     baseline_probability: float
-    pictures: int = 0
+    images: int = 0
     error_bound: tuple[float, float] = (0.0, 0.0)
     turns: tuple[float, float] = (0.0, 0.0)
     undefined: str | None = None
     tie_spread: float = 0.0
+
+    pictures = renamed("pictures", "images")
 
 
 @dataclass(frozen=True)
@@ -250,7 +253,7 @@ def curves(
         tie_orders=orders,
         original_probability=float(probability[0]),
         baseline_probability=float(probability[1]),
-        pictures=len(scores) - before,
+        images=len(scores) - before,
         error_bound=(0.0, 0.0) if undefined else (bounds[0] / span, bounds[1] / span),
         turns=(0.0, 0.0) if undefined else (turns[0] / span, turns[1] / span),
         undefined=undefined,

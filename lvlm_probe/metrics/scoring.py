@@ -316,7 +316,7 @@ def evaluate(
         ExplainError: The heatmap is of another answer or image, a parameter is out of range, or the replay is one on a
             server that gives no log-probabilities.
         ImageError: There is no such baseline; or the heatmap was made over an image of the user's, which it does not
-            hold, and the replay has another one: give it as ``baseline``, or evaluate on ``replay.over(picture)``.
+            hold, and the replay has another one: give it as ``baseline``, or evaluate on ``replay.over(image)``.
     """
     settings = CurveSettings(score, steps or STEPS, auc == "release", seed, tie_orders, sampling, tolerance)
     _check(settings, auc, steps)
@@ -569,7 +569,7 @@ def _sampled(raw: Curves, tolerance: float) -> dict[str, Any]:
     return {
         "sampling": "adaptive",
         "tolerance": tolerance,
-        "pictures": raw.pictures,
+        "images": raw.images,
         "error_bound": dict(zip(names, raw.error_bound, strict=True)),
         "turns": dict(zip(names, raw.turns, strict=True)),
     }

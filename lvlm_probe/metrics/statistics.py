@@ -318,7 +318,7 @@ def mixed_effects(
     Args:
         records: One per score, e.g. ``{"sample": "q17", "scale": "7b", "score": 0.78}``.
         formula: Of the full model, e.g. ``"score ~ C(scale)"``.
-        group: Field of the sample (question, picture) that scores share.
+        group: Field of the sample (question, image) that scores share.
         null: Of the null model; by default the score alone, ``"score ~ 1"``.
         level: Coverage of the intervals of the effects.
 

@@ -28,7 +28,7 @@ _MERGER_NAMES = (
     "image_to_text_projection", "embed_vision", "connector", "aligner", "projector", "merger", "resampler",
 )  # fmt: skip
 # What pixel inputs are called in models that their authors publish beside the weights.
-_PICTURES = frozenset({"image", "images", "picture", "pictures", "img", "imgs", "vision_x"})
+_IMAGE_INPUTS = frozenset({"image", "images", "picture", "pictures", "img", "imgs", "vision_x"})
 _OF_PIXELS = ("pixel_", "image_", "video_", "high_res_pixel", "flattened_patches")
 _ENCODER_NAMES = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "image_encoder")
 
@@ -276,7 +276,7 @@ def _pixel_names(model: torch.nn.Module) -> frozenset[str]:
     names |= {
         name
         for name in inspect.signature(model.forward).parameters
-        if "pixel" in name or (name.startswith("image_") and not _of_tokens(name)) or name in _PICTURES
+        if "pixel" in name or (name.startswith("image_") and not _of_tokens(name)) or name in _IMAGE_INPUTS
     }
     return frozenset(
         names - {"self", "kwargs", "return_dict", "vision_feature_layer", "vision_feature_select_strategy"}

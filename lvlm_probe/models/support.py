@@ -24,13 +24,13 @@ CHECKS: Mapping[str, str] = {
     "generation": "tokens and logits of generate() with a recording probe equal those without, to the last bit",
     "replay": "recorded and replayed log-probabilities equal those of generate()'s own logits (in float64 ≤ 1e-9 nats; "
     "shown: in float32, as far as rounding on the machine at hand allows), and equal masks give equal rows",
-    "pixels": "a random mask through the traced geometry equals the real processor on the masked picture (≤ 2 levels "
+    "pixels": "a random mask through the traced geometry equals the real processor on the masked image (≤ 2 levels "
     "of 255 in the mean)",
     "gradient": "the gradient to the mask is not zero and in float64 equals finite differences (≤ 1e-5); shown: how "
     "far the float32 one is from it (≤ 1 %)",
     "attention": "recorded attention rows equal those of the same model under eager attention (≤ 5e-5 beside the "
     "rounding of the float16 that they are kept in)",
-    "geometry": "light one region of the picture: the image tokens that move are those whose box covers it",
+    "geometry": "light one region of the image: the image tokens that move are those whose box covers it",
     "checkpointing": "the gradient with gradient checkpointing equals the one without, or it is refused",
     "detach": "after detach() nothing is left on model or processor",
 }
@@ -64,7 +64,7 @@ class CheckedFamily:
         model_class: the model class.
         kind: preprocessing, a letter of ``KINDS``; empty where it is not an LVLM.
         outside: why it is not counted as one, empty where it is.
-        runs: one per installation and picture: ``{"install", "larger", "checks": {name: {"passed", "figure",
+        runs: one per installation and image: ``{"install", "larger", "checks": {name: {"passed", "figure",
             "note"}}}``; where the family cannot be loaded, no checks and ``"lacks"``, the libraries to install.
         videos: check → whether it passed, of videos (``tests/families/test_clips.py``); ``None``: it does not apply.
     """

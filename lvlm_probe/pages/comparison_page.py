@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["filled"]
 
 _FRAMES = 8  # of a video
-_PICTURE_SIDE = 480
+_IMAGE_SIDE = 480
 _CELL_SIDE = 336
 _SCENE_WIDTH, _CELL_WIDTH = 236, 168
 _LONG_ANSWER = 260
@@ -111,7 +111,7 @@ def _scene(row: Row) -> str:
     notes: list[str] = []
     answer = answer_of(trace, heat, notes)
     question, prompt = (str(read(trace, name, notes) or "") for name in ("question", "prompt"))
-    parts = [_picture(_original(row), _PICTURE_SIDE, "The image"), _strip(read(trace, "images", notes), heat)]
+    parts = [_shown(_original(row), _IMAGE_SIDE, "The image"), _strip(read(trace, "images", notes), heat)]
     if question or prompt:
         label = "" if question else '<span class="label">Prompt</span> '
         parts.append(f'<p class="question" dir="auto">{label}{_text(question or prompt)}</p>')
@@ -132,20 +132,20 @@ def _scene(row: Row) -> str:
     return "\n".join(parts)
 
 
-def _strip(pictures: Sequence[Image.Image] | None, heat: Heatmap | ClipHeatmap) -> str:
+def _strip(images: Sequence[Image.Image] | None, heat: Heatmap | ClipHeatmap) -> str:
     """Which of several images is explained, and all of them."""
-    if not pictures or len(pictures) < 2:
+    if not images or len(images) < 2:
         return ""
     shown = []
     explained = heat.clip.images if isinstance(heat, ClipHeatmap) else [heat.image_index]
-    chosen = list(range(len(pictures)))
+    chosen = list(range(len(images)))
     if isinstance(heat, ClipHeatmap):
         chosen = sorted({*range(heat.clip.first), *(heat.clip.first + frame for frame in heat.clip.spread(_FRAMES))})
-    for number, source in zip(chosen, strip_of([pictures[number] for number in chosen]), strict=True):
+    for number, source in zip(chosen, strip_of([images[number] for number in chosen]), strict=True):
         mark = ' class="explained"' if number in explained else ""
         told = "the explained one" if mark else "not explained"
         shown.append(f'<img src="{source}"{mark} alt="Image {number + 1}, {told}">')
-    what = f"Image {heat.image_index + 1} of {len(pictures)}"
+    what = f"Image {heat.image_index + 1} of {len(images)}"
     if isinstance(heat, ClipHeatmap):
         what = (
             f"Video of {counted(heat.clip.frames, 'frame')}, from {heat.when(0)} to {heat.when(heat.clip.frames - 1)}"
@@ -191,7 +191,7 @@ def _cell(name: str, heat: Heatmap | ClipHeatmap | None, score: Score | None, be
     elif heat.values is None:
         parts.append(f'<p class="none"><b>No heatmap</b>{_told(str(heat.reason))}</p>')
     else:
-        parts.append(_picture(heat.preview(_CELL_SIDE, score=score), _CELL_SIDE, f"Heatmap of {name} over the image"))
+        parts.append(_shown(heat.preview(_CELL_SIDE, score=score), _CELL_SIDE, f"Heatmap of {name} over the image"))
         parts += _scores(heat, score, best)
     return f'<td class="cell">{"".join(parts)}</td>'
 
@@ -288,13 +288,13 @@ def _original(row: Row) -> Image.Image | None:
     for heat in row.heats:
         if heat is not None:
             try:
-                return heat.picture(0) if isinstance(heat, ClipHeatmap) else heat.picture()
+                return heat.image(0) if isinstance(heat, ClipHeatmap) else heat.image()
             except ProbeError:
                 continue
     return None
 
 
-def _picture(image: Image.Image | None, side: int, alt: str) -> str:
+def _shown(image: Image.Image | None, side: int, alt: str) -> str:
     if image is None:
         return '<p class="facts">The image itself is not at hand.</p>'
     small = shrink(image, side)

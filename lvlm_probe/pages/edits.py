@@ -26,7 +26,7 @@ _MOST = 12  # edits of one map
 _LONGEST = 2000
 
 
-def edits_of(heat: Heatmap | ClipHeatmap, pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
+def edits_of(heat: Heatmap | ClipHeatmap, shown: Sequence[Image.Image]) -> list[dict[str, Any]]:
     """Every edit that the heatmap carries; what is no edit is left out, as anybody may have written the file."""
     records = heat.provenance.get("edits")
     edits = [
@@ -34,7 +34,7 @@ def edits_of(heat: Heatmap | ClipHeatmap, pictures: Sequence[Image.Image]) -> li
         for record in (records[:_MOST] if isinstance(records, list | tuple) else ())
         if isinstance(record, Mapping) and record.get("kind") in ("remove", "keep")
     ]
-    images = _images(heat, pictures) if edits else None
+    images = _images(heat, shown) if edits else None
     found = []
     for record in edits:
         sentence = str(record.get("sentence") or "")[:_LONGEST]
@@ -60,36 +60,36 @@ def edits_of(heat: Heatmap | ClipHeatmap, pictures: Sequence[Image.Image]) -> li
     return found
 
 
-def _images(heat: Heatmap | ClipHeatmap, pictures: Sequence[Image.Image]) -> tuple[Image.Image, Image.Image] | None:
+def _images(heat: Heatmap | ClipHeatmap, shown: Sequence[Image.Image]) -> tuple[Image.Image, Image.Image] | None:
     """The image and its baseline, small; ``None`` where one of them cannot be made again."""
     facts = heat.provenance.get("baseline")
-    if not isinstance(heat, Heatmap) or heat.values is None or heat.image_index >= len(pictures):
+    if not isinstance(heat, Heatmap) or heat.values is None or heat.image_index >= len(shown):
         return None
     if not isinstance(facts, Mapping) or not facts.get("kind"):
         return None
-    picture = shrink(pictures[heat.image_index], _SIDE)
+    image = shrink(shown[heat.image_index], _SIDE)
     try:
         kind, strength, seed = described(facts)
         settings: dict[str, Any] = {
             name: value for name, value in (("strength", strength), ("seed", seed)) if value is not None
         }
-        return picture, make_baseline(picture, kind, **settings).image
+        return image, make_baseline(image, kind, **settings).image
     except (ProbeError, TypeError, ValueError):
         return None
 
 
 def _shown(
-    heat: Heatmap | ClipHeatmap, record: Mapping[str, Any], picture: Image.Image, baseline: Image.Image
+    heat: Heatmap | ClipHeatmap, record: Mapping[str, Any], image: Image.Image, baseline: Image.Image
 ) -> str | None:
     """What the model saw, small; ``None`` where the mask cannot be made again."""
     try:
-        mask = _mask(heat, record, picture.size)
+        mask = _mask(heat, record, image.size)
     except (ProbeError, TypeError, ValueError):
         return None
     if mask is None:
         return None
     share = Image.fromarray(np.uint8(np.rint(255 * mask)))
-    seen = Image.composite(picture, baseline, share)
+    seen = Image.composite(image, baseline, share)
     drawn = np.array(seen)
     # Around the region, dark and light, so that it is found on images of any colour.
     for width, grey in ((5, 30), (3, 255)):

@@ -56,12 +56,12 @@ def write_page(
     """
     path = Path(out)
     refuse_existing(path, overwrite=overwrite)
-    pictures: dict[bytes, int] = {}
+    known: dict[bytes, int] = {}
     sources: list[str] = []
-    rows = [_row(reading, pictures, sources) for reading in readings]
+    rows = [_row(reading, known, sources) for reading in readings]
     data = {
         "rows": rows,
-        "pictures": sources,
+        "images": sources,
         "worst": [
             [word.text, word.instead, rounded(word.surprise, 1), readings.index(reading)]
             for word, reading in worst_words(readings)[:_WORST]
@@ -85,7 +85,7 @@ def write_page(
     return path
 
 
-def _row(reading: Reading, pictures: dict[bytes, int], sources: list[str]) -> dict[str, Any]:
+def _row(reading: Reading, known: dict[bytes, int], sources: list[str]) -> dict[str, Any]:
     texts, _ = spelled(reading.pieces, reading.words)
     figures = reading.figures
     sentences = [sentence.origin for sentence in reading.sentences]
@@ -103,7 +103,7 @@ def _row(reading: Reading, pictures: dict[bytes, int], sources: list[str]) -> di
         "bound": reading.bound,
         "baseline": reading.baseline,
         "elsewhere": reading.elsewhere,
-        "picture": _picture(reading, pictures, sources),
+        "image": _image(reading, known, sources),
     }
 
 
@@ -115,16 +115,16 @@ def _numbers(word: MeteredWord) -> list[Any]:
     return [rounded(word.llr), "beyond all numbers" if behind is None else behind, word.instead]
 
 
-def _picture(reading: Reading, known: dict[bytes, int], sources: list[str]) -> int | None:
+def _image(reading: Reading, known: dict[bytes, int], sources: list[str]) -> int | None:
     """The number of the image among those of the page; questions on one image share it."""
     from lvlm_probe.pages.data_uris import data_uri
 
-    if reading.picture is None:
+    if reading.thumbnail is None:
         return None
-    key = repr(reading.picture.size).encode() + reading.picture.tobytes()
+    key = repr(reading.thumbnail.size).encode() + reading.thumbnail.tobytes()
     if key not in known:
         known[key] = len(sources)
-        sources.append(data_uri(reading.picture, quality=70))
+        sources.append(data_uri(reading.thumbnail, quality=70))
     return known[key]
 
 

@@ -70,38 +70,38 @@ def _sample(trace_id: str, group: Sequence[tuple[Heatmap, Score | None]]) -> dic
         )
     answer = answer_of(trace, heats[0], notes)
     baselines: dict[str, str | None] = {}
-    pictures = read(trace, "images", notes) or []
-    maps = [_map(heat, score, pictures, heats[0], baselines) for heat, score in group]
+    images = read(trace, "images", notes) or []
+    maps = [_map(heat, score, images, heats[0], baselines) for heat, score in group]
     for entry in maps:
         entry["label"] = _label(entry, maps, answer["words"])
     if trace is not None and read(trace, "status", notes) == "error":
         notes.append(f"The recording is marked as faulty: {read(trace, 'error', notes) or 'no reason given'}")
-    if trace is not None and len(pictures) <= max(heat.image_index for heat in heats):
+    if trace is not None and len(images) <= max(heat.image_index for heat in heats):
         notes.append("The image itself is not in the trace: it was recorded without a processor and without images=.")
-    images = {str(index): _image(pictures, index, heats) for index in sorted({heat.image_index for heat in heats})}
+    shown = {str(index): _image(images, index, heats) for index in sorted({heat.image_index for heat in heats})}
     question = read(trace, "question", notes)
     return {
         "id": trace_id,
         "question": str(question or read(trace, "prompt", notes) or ""),
         "asked": "Question" if question or trace is None else "Prompt",
         **answer,
-        "images": images,
-        "strip": strip_of(pictures) if len(pictures) > 1 else [],
+        "images": shown,
+        "strip": strip_of(images) if len(images) > 1 else [],
         "baselines": baselines,
         "maps": maps,
-        "sides": _sides(group, pictures),
+        "sides": _sides(group, images),
         "notes": [without_folders(note) for note in dict.fromkeys(notes)],
         "provenance": _recording(trace, trace_id, notes),
     }
 
 
-def _sides(group: Sequence[tuple[Heatmap, Score | None]], pictures: Sequence[Image.Image]) -> list[dict[str, Any]]:
+def _sides(group: Sequence[tuple[Heatmap, Score | None]], images: Sequence[Image.Image]) -> list[dict[str, Any]]:
     """Contrasts of which both sides have a map: the two maps, and one against the other, drawn."""
     found = []
     scores = {id(heat): score for heat, score in group}
     for heat in (heat for heat, _ in group if heat.values is not None):
         own = heat.selection.score
-        if not isinstance(own, Contrast) or own.turned or heat.image_index >= len(pictures):
+        if not isinstance(own, Contrast) or own.turned or heat.image_index >= len(images):
             continue
         same = (heat.method, heat.image_index, own.other_way())
         other = next(
@@ -109,7 +109,7 @@ def _sides(group: Sequence[tuple[Heatmap, Score | None]], pictures: Sequence[Ima
         )  # a heatmap without values is false
         if other is None:
             continue
-        small = shrink(pictures[heat.image_index], _BASELINE_SIDE)
+        small = shrink(images[heat.image_index], _BASELINE_SIDE)
         named = " or ".join(own.texts)
         drawn = [
             overlay(small, np.asarray(one.values), seen=one.seen, mark=mark_of(scores[id(one)]))
@@ -125,18 +125,18 @@ def _sides(group: Sequence[tuple[Heatmap, Score | None]], pictures: Sequence[Ima
             {
                 "title": f"Why “{own.said}” and not “{named}”?",
                 "method": str(heat.method),
-                "pictures": [
-                    {"src": data_uri(picture, quality=84), "text": text}
-                    for picture, text in zip(drawn, captions, strict=True)
+                "drawn": [
+                    {"src": data_uri(image, quality=84), "text": text}
+                    for image, text in zip(drawn, captions, strict=True)
                 ],
             }
         )
     return found
 
 
-def strip_of(pictures: Sequence[Image.Image]) -> list[str]:
+def strip_of(images: Sequence[Image.Image]) -> list[str]:
     """All images of a prompt, small, as ``data:`` URIs."""
-    return [data_uri(shrink(picture, _THUMB_SIDE), quality=72) for picture in pictures]
+    return [data_uri(shrink(image, _THUMB_SIDE), quality=72) for image in images]
 
 
 def read(trace: Trace | None, name: str, notes: list[str]) -> Any:
@@ -156,13 +156,13 @@ def answer_of(trace: Trace | None, heat: Explained, notes: list[str]) -> dict[st
     pieces = [str(piece) for piece in (read(trace, "tokens", notes) or selection.tokens)]
     steps = len(pieces)
     special = _flags(read(trace, "special", notes), pieces, selection.skipped)
-    with_picture = _column(read(trace, "log_probs", notes), steps)
+    with_image = _column(read(trace, "log_probs", notes), steps)
     recorded = _column(read(trace, "baseline_log_probs", notes), steps)
     # The selection's ratios are the replayed ones, on the baseline that was really used: they go first.
     ratios = _column(selection.llr, steps)
     if not np.isfinite(ratios).any():
-        ratios = with_picture - recorded
-    without = with_picture - ratios
+        ratios = with_image - recorded
+    without = with_image - ratios
     words = group_words(pieces, special)
     shown = ["" if flag else piece for piece, flag in zip(pieces, special, strict=True)]
     texts, tail = spelled(shown, words)
@@ -174,7 +174,7 @@ def answer_of(trace: Trace | None, heat: Explained, notes: list[str]) -> dict[st
                 "text": text,
                 "before": before,
                 "tokens": list(range(word.start, word.stop)),
-                "p": probability(with_picture[span].sum()),
+                "p": probability(with_image[span].sum()),
                 "p0": probability(without[span].sum()),
                 "llr": nats(ratios[span].sum()),
             }
@@ -185,7 +185,7 @@ def answer_of(trace: Trace | None, heat: Explained, notes: list[str]) -> dict[st
         "tail": tail,
         "tokens": [
             {"text": piece, "special": flag, "p": probability(a), "p0": probability(b), "llr": nats(c)}
-            for piece, flag, a, b, c in zip(pieces, special, with_picture, without, ratios, strict=True)
+            for piece, flag, a, b, c in zip(pieces, special, with_image, without, ratios, strict=True)
         ],
         "whole": [int(index) for index in selection.indices],
         "rule": str(selection.rule),
@@ -215,7 +215,7 @@ def _column(values: Any, steps: int) -> np.ndarray:
 def _map(
     heat: Heatmap,
     score: Score | None,
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     first: Heatmap,
     baselines: dict[str, str | None],
 ) -> dict[str, Any]:
@@ -234,13 +234,13 @@ def _map(
         "scored": None if selection.score is None else selection.score.name,
         "values": None if empty else encode_values(np.asarray(heat.values)),
         "reason": str(heat.reason or "") if empty else "",
-        "baseline": _baseline(heat, score, pictures, baselines),
+        "baseline": _baseline(heat, score, images, baselines),
         "score": None if score is None or empty or score.reason is not None else _score(score),
         "scoring": None if score is None else _without_curves(score),
         "verdict": verdict_of(heat, score),
         "sanity": [*sanity_of(heat), *_said_box(heat)],
         "box": _box_of(heat),
-        "edits": edits_of(heat, pictures),
+        "edits": edits_of(heat, images),
         "provenance": {
             "method": str(heat.method),
             "parameters": plain(dict(heat.params)),
@@ -394,7 +394,7 @@ def _sentence(text: str) -> str:
 
 
 def _baseline(
-    heat: Heatmap, score: Score | None, pictures: Sequence[Image.Image], baselines: dict[str, str | None]
+    heat: Heatmap, score: Score | None, images: Sequence[Image.Image], baselines: dict[str, str | None]
 ) -> dict[str, Any]:
     """What the baseline was, and whether it hides the explained words; its small image goes into `baselines`."""
     facts = dict(heat.provenance.get("baseline") or {})
@@ -407,36 +407,34 @@ def _baseline(
         kind, settings = "mean", {}
     else:
         name = ", ".join([kind, *(f"{key} {plain(value)}" for key, value in settings.items())])
-    picture = f"{heat.image_index}: {name}"
-    if heat.values is not None and picture not in baselines:
-        baselines[picture] = _baseline_picture(pictures, heat.image_index, kind, settings)
+    shown = f"{heat.image_index}: {name}"
+    if heat.values is not None and shown not in baselines:
+        baselines[shown] = _remade(images, heat.image_index, kind, settings)
     return {
         "name": name,
         "probability": plain(measured),
         "original": plain(check.get("original_probability")),
         "threshold": plain(check.get("limit", BASELINE_PROBABILITY)),
-        "picture": picture,
+        "image": shown,
     }
 
 
-def _baseline_picture(
-    pictures: Sequence[Image.Image], index: int, kind: str, settings: Mapping[str, Any]
-) -> str | None:
+def _remade(images: Sequence[Image.Image], index: int, kind: str, settings: Mapping[str, Any]) -> str | None:
     """The baseline, made again from its description; None where that is not possible (a user's own image)."""
-    if kind not in ("blur", "blank", "noise", "mean") or index >= len(pictures):
+    if kind not in ("blur", "blank", "noise", "mean") or index >= len(images):
         return None
-    return data_uri(shrink(make_baseline(pictures[index], kind, **settings).image, _BASELINE_SIDE), quality=78)
+    return data_uri(shrink(make_baseline(images[index], kind, **settings).image, _BASELINE_SIDE), quality=78)
 
 
-def _image(pictures: Sequence[Image.Image], index: int, heats: Sequence[Heatmap]) -> dict[str, Any]:
+def _image(images: Sequence[Image.Image], index: int, heats: Sequence[Heatmap]) -> dict[str, Any]:
     heat = next(heat for heat in heats if heat.image_index == index)
     width, height = heat.image_size
     entry: dict[str, Any] = {"src": None, "thumb": None, "w": int(width), "h": int(height), "seen": None}
     if heat.seen is not None:
         entry["seen"] = encode_seen(np.asarray(heat.seen))
-    if index < len(pictures):
-        entry["src"] = data_uri(shrink(pictures[index]))
-        entry["thumb"] = data_uri(shrink(pictures[index], _THUMB_SIDE), quality=72)
+    if index < len(images):
+        entry["src"] = data_uri(shrink(images[index]))
+        entry["thumb"] = data_uri(shrink(images[index], _THUMB_SIDE), quality=72)
     return entry
 
 

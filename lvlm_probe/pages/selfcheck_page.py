@@ -182,8 +182,8 @@ def _check(one: Check) -> str:
     return f'<tr class="{kind}">{cells}</tr>'
 
 
-def _answer(unit: Mapping[str, Any], pictures: tuple[Image.Image, Image.Image | None] | None) -> str:
-    original, heat = pictures or (None, None)
+def _answer(unit: Mapping[str, Any], pair: tuple[Image.Image, Image.Image | None] | None) -> str:
+    original, heat = pair or (None, None)
     images = [_image(original, "The image")] if original is not None else []
     images += [_image(heat, f"Map of {unit['method']} over the image")] if heat is not None else []
     right = '<em class="yes">right</em>' if unit["right"] else '<em class="no">not what was expected</em>'

@@ -24,7 +24,7 @@ __all__ = [
     "other_conditions",
     "padded_behind",
     "without_autocast",
-    "without_picture",
+    "without_image",
 ]
 
 
@@ -130,7 +130,7 @@ def _usual(given: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None) ->
     return bool(((given.to(ids.device) == counted) | (real == 0)).all())
 
 
-def without_picture(ids: torch.Tensor, image_token: int | None, kwargs: Mapping[str, Any]) -> str:
+def without_image(ids: torch.Tensor, image_token: int | None, kwargs: Mapping[str, Any]) -> str:
     """The reason why a call without pixel inputs is not recorded."""
     cache = cache_in(kwargs)
     length = getattr(cache, "get_seq_length", None)

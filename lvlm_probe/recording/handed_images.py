@@ -25,9 +25,9 @@ __all__ = [
     "flatten_images",
     "hand_over",
     "hand_over_clips",
+    "image_bytes",
     "look_of",
-    "picture_bytes",
-    "same_picture",
+    "same_image",
 ]
 
 _ORIENTATION = 0x0112  # EXIF
@@ -52,8 +52,8 @@ class Handed:
 
 def hand_over(images: Any) -> Handed:
     """The images of a call as they are now: copies that nothing the user does afterwards can reach."""
-    pictures, groups, why = _flattened(images)
-    return Handed(None if pictures is None else [_kept_copy(picture) for picture in pictures], groups, why)
+    found, groups, why = _flattened(images)
+    return Handed(None if found is None else [_kept_copy(image) for image in found], groups, why)
 
 
 def hand_over_clips(videos: Sequence[Any], metadata: Sequence[Any]) -> Handed:
@@ -65,23 +65,23 @@ def hand_over_clips(videos: Sequence[Any], metadata: Sequence[Any]) -> Handed:
         metadata: what the processor knows of each (``fps``, ``total_num_frames``, ``frames_indices``, ``duration``);
             ``None`` where nothing is known.
     """
-    pictures: list[Image.Image] = []
+    kept: list[Image.Image] = []
     clips: list[Clip] = []
     pixels = 0
     for video, known in zip(videos, metadata, strict=True):
         if len(video) > MOST_FRAMES:
             return Handed(None, None, f"a clip of {len(video)} frames, and {MOST_FRAMES} are kept at most")
-        frames = [_picture(frame) for frame in video]
-        if lost := [frame for frame, picture in zip(video, frames, strict=True) if picture is None]:
+        frames = [_opened(frame) for frame in video]
+        if lost := [frame for frame, image in zip(video, frames, strict=True) if image is None]:
             return Handed(None, None, f"a clip whose frames are {_told(lost[0])}, not uint8 images")
         found = [frame for frame in frames if frame is not None]
         pixels += sum(frame.width * frame.height for frame in found)
         if pixels > MOST_PIXELS:
             size = f"{len(found)} frames of {found[0].width} x {found[0].height}"
             return Handed(None, None, f"{size}, more than the {MOST_PIXELS // 10**6} million pixels that a trace keeps")
-        clips.append(_clip(len(pictures), len(found), known))
-        pictures += [_kept_copy(frame) for frame in found]
-    return Handed(pictures, tuple(clip.frames for clip in clips), clips=tuple(clips))
+        clips.append(_clip(len(kept), len(found), known))
+        kept += [_kept_copy(frame) for frame in found]
+    return Handed(kept, tuple(clip.frames for clip in clips), clips=tuple(clips))
 
 
 def _clip(first: int, frames: int, metadata: Any) -> Clip:
@@ -106,8 +106,8 @@ def _clip(first: int, frames: int, metadata: Any) -> Clip:
 
 def flatten_images(images: Any) -> tuple[list[Image.Image] | None, tuple[int, ...] | None]:
     """Images in order, and their number per prompt when nested; images are ``None`` if one cannot be recovered."""
-    pictures, groups, _ = _flattened(images)
-    return pictures, groups
+    found, groups, _ = _flattened(images)
+    return found, groups
 
 
 def _flattened(images: Any) -> tuple[list[Image.Image] | None, tuple[int, ...] | None, str]:
@@ -116,14 +116,14 @@ def _flattened(images: Any) -> tuple[list[Image.Image] | None, tuple[int, ...] |
         flat: list[Any] = _unstacked(images)
     elif images and all(isinstance(item, list | tuple) for item in images):
         groups = tuple(len(item) for item in images)
-        flat = [picture for item in images for picture in item]
+        flat = [image for item in images for image in item]
     else:
         flat = list(images)
-    pictures = [_picture(item) for item in flat]
-    lost = [item for item, picture in zip(flat, pictures, strict=True) if picture is None]
+    found = [_opened(item) for item in flat]
+    lost = [item for item, image in zip(flat, found, strict=True) if image is None]
     if lost:
         return None, groups, _told(lost[0])
-    return [picture for picture in pictures if picture is not None], groups, ""
+    return [image for image in found if image is not None], groups, ""
 
 
 def _unstacked(images: Any) -> list[Any]:
@@ -137,7 +137,7 @@ def _told(value: Any) -> str:
     return f"an object of type {type(value).__name__}"
 
 
-def _picture(value: Any) -> Image.Image | None:
+def _opened(value: Any) -> Image.Image | None:
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, str | bytes | Path):  # a file or its bytes, which processors open themselves
@@ -165,7 +165,7 @@ def _kept_copy(image: Image.Image) -> Image.Image:
     return made
 
 
-def same_picture(one: Image.Image, other: Image.Image) -> bool:
+def same_image(one: Image.Image, other: Image.Image) -> bool:
     """Whether two images are equal in pixels, palette, transparency and which way up they are."""
     if _turned(one) != _turned(other) or one.info.get("transparency") != other.info.get("transparency"):
         return False
@@ -180,7 +180,7 @@ def _turned(image: Image.Image) -> int:
         return 1
 
 
-def picture_bytes(image: Image.Image) -> int:
+def image_bytes(image: Image.Image) -> int:
     """Memory that a decoded image takes."""
     deep = {"1": 1, "L": 1, "P": 1, "LA": 4, "I;16": 2}
     return image.width * image.height * deep.get(image.mode, 4)

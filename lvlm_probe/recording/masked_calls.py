@@ -43,7 +43,7 @@ class Masking:
         clip: int | None,
         baseline: str | Image.Image,
         mode: Literal["fast", "exact"],
-        space: Literal["picture", "pixels"] = "picture",
+        space: Literal["image", "pixels"] = "image",
     ) -> None:
         self.processor, self.watch, self.clips, self.anatomy = processor, watch, clips, anatomy
         self.mask, self.space = mask, space
@@ -119,7 +119,7 @@ class Masking:
             if known.keys() == pixels.keys() and all(_alike(known[name], value) for name, value in pixels.items()):
                 return path, clips
         dtype = next(value.dtype for value in pixels.values() if value.is_floating_point())
-        found = self._of_clips(pixels) if self.space == "picture" else None
+        found = self._of_clips(pixels) if self.space == "image" else None
         path, clips = (self._make_path(pixels, dtype), ()) if found is None else self._clip_path(found, pixels, dtype)
         # Copies: the same tensor with other values in it is another image.
         self._paths.append(({name: value.detach().clone() for name, value in pixels.items()}, path, clips))

@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -527,7 +528,7 @@ class Probe:
         clip: int | None = None,
         baseline: str | Image.Image = "blur",
         mode: Literal["fast", "exact"] = "fast",
-        space: Literal["picture", "pixels"] = "picture",
+        space: Literal["image", "pixels"] = "image",
     ) -> Iterator[None]:
         """Inside the block, ``model(**inputs)`` and ``model.generate(**inputs)`` see the masked image or video.
 
@@ -540,7 +541,7 @@ class Probe:
                 where the call has no other and no image.
             baseline: what stands where the mask is 0, as for ``replay.over``.
             mode: ``"exact"`` runs the real processor on the real composite.
-            space: ``"picture"`` refuses a call whose original image is not known; ``"pixels"`` lays the mask on what
+            space: ``"image"`` refuses a call whose original image is not known; ``"pixels"`` lays the mask on what
                 the processor made of it, without what was cropped away.
 
         Raises:
@@ -548,8 +549,11 @@ class Probe:
         """
         if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
             raise MaskError("a mask is a floating-point tensor with values in [0, 1]")
-        if space not in ("picture", "pixels"):
-            raise MaskError(f"space is 'picture' or 'pixels'; got {space!r}")
+        if space == "picture":
+            warnings.warn("space='picture' is called 'image' now", DeprecationWarning, stacklevel=3)
+            space = "image"
+        if space not in ("image", "pixels"):
+            raise MaskError(f"space is 'image' or 'pixels'; got {space!r}")
         if self.attachment.closed:
             raise AttachError("the probe was detached; attach again")
         before = self.attachment.masking
@@ -592,8 +596,8 @@ class Probe:
 
     @staticmethod
     def _check_images(images: Any) -> None:
-        pictures, _ = flatten_images(images)
-        if pictures is None:
+        found, _ = flatten_images(images)
+        if found is None:
             raise ImageError(
                 "images= takes images as open_image() does: PIL images, uint8 arrays, paths, bytes (nested in one list "
                 "per prompt for batches)"

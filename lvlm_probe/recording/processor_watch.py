@@ -34,9 +34,9 @@ from lvlm_probe.recording.handed_images import (
     Handed,
     hand_over,
     hand_over_clips,
+    image_bytes,
     look_of,
-    picture_bytes,
-    same_picture,
+    same_image,
 )
 from lvlm_probe.recording.recognition import Prints, cover, digest, prints_of, readings, shares_of
 from lvlm_probe.trace.clips import Clip
@@ -84,11 +84,11 @@ class ProcessorCall:
 
 @dataclass(frozen=True)
 class _Part:
-    """Outputs that stand for ``pictures`` of a call: all of them, those of one prompt, or one."""
+    """Outputs that stand for ``images`` of a call: all of them, those of one prompt, or one."""
 
     call: _Kept
     prints: dict[str, Prints]
-    pictures: slice
+    images: slice
     groups: tuple[int, ...] | None
 
 
@@ -97,7 +97,7 @@ class _Kept:
     call: ProcessorCall
     settings: str
     parts: list[_Part] = field(default_factory=list)
-    pictures: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
     size: int = 0
 
 
@@ -109,7 +109,7 @@ class ProcessorWatch:
         self._lock = threading.Lock()
         self._calls: deque[_Kept] = deque()  # oldest first
         self._bytes = 0
-        self._pictures: dict[int, tuple[Any, Image.Image, int]] = {}  # by id: look, image, in how many calls
+        self._kept_images: dict[int, tuple[Any, Image.Image, int]] = {}  # by id: look, image, in how many calls
         self._looks: dict[Any, list[int]] = {}
         self._forgotten: OrderedDict[bytes, None] = OrderedDict()
         self._returned: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
@@ -217,32 +217,32 @@ class ProcessorWatch:
         """The image, or an equal one that is held already: one image is often asked many questions."""
         look = look_of(image)
         for number in self._looks.get(look, []):
-            _, known, count = self._pictures[number]
-            if known is image or same_picture(known, image):
-                self._pictures[number] = look, known, count + 1
-                entry.pictures.append(number)
+            _, known, count = self._kept_images[number]
+            if known is image or same_image(known, image):
+                self._kept_images[number] = look, known, count + 1
+                entry.images.append(number)
                 return known
         number = id(image)
-        self._pictures[number] = look, image, 1
+        self._kept_images[number] = look, image, 1
         self._looks.setdefault(look, []).append(number)
-        self._bytes += picture_bytes(image)
-        entry.pictures.append(number)
+        self._bytes += image_bytes(image)
+        entry.images.append(number)
         return image
 
     def _forget(self) -> None:
         entry = self._calls.popleft()
         self._bytes -= entry.size
         self._dropped += 1
-        for number in entry.pictures:
-            look, image, count = self._pictures[number]
+        for number in entry.images:
+            look, image, count = self._kept_images[number]
             if count > 1:
-                self._pictures[number] = look, image, count - 1
+                self._kept_images[number] = look, image, count - 1
                 continue
-            del self._pictures[number]
+            del self._kept_images[number]
             self._looks[look].remove(number)
             if not self._looks[look]:
                 del self._looks[look]
-            self._bytes -= picture_bytes(image)
+            self._bytes -= image_bytes(image)
         for name, prints in entry.parts[0].prints.items():
             for dtype, rows in prints.items():
                 self._forgotten[digest(name, dtype, rows)] = None
@@ -361,9 +361,9 @@ def _joined(parts: Sequence[_Part]) -> ProcessorCall | None:
         return None
     names = frozenset(name for part in parts for name in part.call.call.names)
     lost = next((part.call.call.why for part in parts if part.call.call.images is None), None)
-    images = [image for part in parts for image in (part.call.call.images or [])[part.pictures]]
+    images = [image for part in parts for image in (part.call.call.images or [])[part.images]]
     groups = None if parts[0].groups is None else tuple(size for part in parts for size in part.groups or ())
-    shares = tuple(part.pictures.stop - part.pictures.start for part in parts)
+    shares = tuple(part.images.stop - part.images.start for part in parts)
     return replace(
         first.call,
         images=None if lost is not None else images,
@@ -376,7 +376,7 @@ def _joined(parts: Sequence[_Part]) -> ProcessorCall | None:
 
 
 def _clips_in(part: _Part) -> list[Clip]:
-    return [clip for clip in part.call.call.clips if part.pictures.start <= clip.first < part.pictures.stop]
+    return [clip for clip in part.call.call.clips if part.images.start <= clip.first < part.images.stop]
 
 
 def _counted(clips: Iterable[Clip]) -> tuple[Clip, ...]:

@@ -123,10 +123,10 @@ class ClipFinder:
             raise LookupError(f"it was given to the processor as {call.why}")
         if given is not None:
             raise LookupError("images= are given beside it; leave them out, for the processor's calls are known")
-        pictures = self._beside(call)
+        stills_call = self._beside(call)
         if batch == 1:
-            return [self._row(call, call.clips, call.images, pictures, alone=False)]
-        if pictures is not None or len(call.clips) != batch:
+            return [self._row(call, call.clips, call.images, stills_call, alone=False)]
+        if stills_call is not None or len(call.clips) != batch:
             raise LookupError(
                 f"which of {len(call.clips)} clips belongs to which of {batch} prompts cannot be told; record one "
                 "prompt at a time"
@@ -171,27 +171,27 @@ class ClipFinder:
         made = call.names | {own for own, _ in self._fed_as.values()}
         if not any(self._is_pixel_name(name) and name not in made for name in fed):
             return None
-        pictures = self._images.find(self._inputs)
-        if pictures is None or pictures.images is None:
+        stills_call = self._images.find(self._inputs)
+        if stills_call is None or stills_call.images is None:
             raise LookupError("which images stand beside it is not known; prepare them in the same call")
-        return pictures
+        return stills_call
 
     def _row(
         self,
         call: ProcessorCall,
         clips: Sequence[Clip],
         frames: Sequence[Image.Image],
-        pictures: ProcessorCall | None,
+        stills_call: ProcessorCall | None,
         *,
         alone: bool,
     ) -> ClipRow:
-        stills = [] if pictures is None else list(pictures.images or [])
+        stills = [] if stills_call is None else list(stills_call.images or [])
         placed = tuple(replace(clip, first=clip.first + len(stills)) for clip in clips)
         described, lost = describe_call(self._processor.video_processor, call)
         described |= {"fed_as": self._fed_as} if self._fed_as else {}
         description = {**described, "structure": "flat", "video": described}
-        if pictures is not None:
-            of_images, more = describe_call(self._processor.image_processor, pictures)
+        if stills_call is not None:
+            of_images, more = describe_call(self._processor.image_processor, stills_call)
             description, lost = {**of_images, "video": described}, lost + more
         if lost:
             raise LookupError(f"processor arguments that a trace cannot keep: {', '.join(lost)}")

@@ -25,10 +25,10 @@ from lvlm_probe.recording.handed_images import hand_over
 from lvlm_probe.recording.processor_watch import ProcessorCall, ProcessorWatch, describe_call
 from lvlm_probe.recording.prompt_clips import ClipFinder
 from lvlm_probe.trace.clips import Clip
-from lvlm_probe.trace.image_files import encode_picture
+from lvlm_probe.trace.image_files import encode_image
 from lvlm_probe.trace.records import ImageRecord
 
-__all__ = ["NotRecorded", "PictureFinder", "PromptPictures", "RowPictures", "encoded"]
+__all__ = ["ImageFinder", "NotRecorded", "PromptImages", "RowImages", "encoded"]
 
 _ORIENTATION = 0x0112  # EXIF
 
@@ -38,7 +38,7 @@ class NotRecorded(Exception):
 
 
 @dataclass(frozen=True)
-class RowPictures:
+class RowImages:
     images: list[Image.Image] | None = None
     call: dict[str, Any] | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -52,23 +52,23 @@ class RowPictures:
     """Which of the images are frames."""
 
 
-def encoded(row: RowPictures, on_error: Callable[[str, BaseException], None]) -> RowPictures:
+def encoded(row: RowImages, on_error: Callable[[str, BaseException], None]) -> RowImages:
     """The row with its images as files; without any where one cannot be made into a file: the answer is known all the
     same."""
     try:
-        return replace(row, records=[ImageRecord(*encode_picture(image), *image.size) for image in row.images or []])
+        return replace(row, records=[ImageRecord(*encode_image(image), *image.size) for image in row.images or []])
     except Exception as error:
-        on_error("pictures", error)
-        return RowPictures(notes=(f"no image is kept, for it cannot be encoded: {type(error).__name__}: {error}",))
+        on_error("images", error)
+        return RowImages(notes=(f"no image is kept, for it cannot be encoded: {type(error).__name__}: {error}",))
 
 
 @dataclass(frozen=True)
-class PromptPictures:
-    rows: list[RowPictures]
+class PromptImages:
+    rows: list[RowImages]
     notes: list[str]
 
 
-class PictureFinder:
+class ImageFinder:
     """Finds the images of a ``generate()`` call: from ``images=``, or from the processor call that made its inputs.
 
     Args:
@@ -105,7 +105,7 @@ class PictureFinder:
         self.notes: list[str] = []
         self.cautions: list[tuple[str, str]] = []
 
-    def find(self, batch: int, on_error: Callable[[str, BaseException], None]) -> PromptPictures:
+    def find(self, batch: int, on_error: Callable[[str, BaseException], None]) -> PromptImages:
         """The images of each of ``batch`` prompts; none where the search fails, which ``on_error`` is told.
 
         Raises:
@@ -117,12 +117,12 @@ class PictureFinder:
         except NotRecorded:
             raise
         except Exception as error:
-            on_error("pictures", error)
-            return self._without(batch, "pictures", f"no image is kept: {type(error).__name__}: {error}", warn=False)
+            on_error("images", error)
+            return self._without(batch, "images", f"no image is kept: {type(error).__name__}: {error}", warn=False)
         finally:
             OWN_CALL.reset(ours)
 
-    def _with_clips(self, batch: int) -> PromptPictures | None:
+    def _with_clips(self, batch: int) -> PromptImages | None:
         """The images of prompts that hold videos; ``None`` where none does."""
         if self._clips is None:
             return None
@@ -132,10 +132,10 @@ class PictureFinder:
             raise NotRecorded(f"the prompt holds a video, and {error}; nothing is recorded") from error
         if found is None:
             return None
-        rows = [RowPictures(row.images, row.call, inputs=row.inputs, notes=row.notes, clips=row.clips) for row in found]
-        return PromptPictures(rows, [])
+        rows = [RowImages(row.images, row.call, inputs=row.inputs, notes=row.notes, clips=row.clips) for row in found]
+        return PromptImages(rows, [])
 
-    def _find(self, batch: int) -> PromptPictures:
+    def _find(self, batch: int) -> PromptImages:
         if (found := self._with_clips(batch)) is not None:
             return found
         image_processor = image_processor_of(self._processor)
@@ -162,22 +162,20 @@ class PictureFinder:
         groups = self._groups(call, batch, image_processor)
         rows, start = [], 0
         for count in groups:
-            rows.append(
-                self._row_pictures(call, call.images[start : start + count], image_processor, single=batch == 1)
-            )
+            rows.append(self._row_images(call, call.images[start : start + count], image_processor, single=batch == 1))
             start += count
-        return PromptPictures(rows, [])
+        return PromptImages(rows, [])
 
-    def _unknown(self, batch: int, image_processor: Any, call: ProcessorCall | None) -> PromptPictures:
+    def _unknown(self, batch: int, image_processor: Any, call: ProcessorCall | None) -> PromptImages:
         if image_processor is None:
             note = "no processor was attached and no images= were given: masks live in pixel-input space"
-            return PromptPictures([RowPictures() for _ in range(batch)], [note])
+            return PromptImages([RowImages() for _ in range(batch)], [note])
         if watched_method(self._processor) is None:
             note = (
                 f"{type(self._processor).__name__} has no preprocess() that could be watched, and no images= were "
                 f"given: masks live in pixel-input space"
             )
-            return PromptPictures([RowPictures() for _ in range(batch)], [note])
+            return PromptImages([RowImages() for _ in range(batch)], [note])
         if call is not None:
             why = (
                 f"the image was given to the processor as {call.why}, which cannot be brought back to an image; "
@@ -186,11 +184,11 @@ class PictureFinder:
             return self._without(batch, "unreadable", why)
         return self._without(batch, *self._watch.why(self._inputs))
 
-    def _without(self, batch: int, kind: str, why: str, *, warn: bool = True) -> PromptPictures:
+    def _without(self, batch: int, kind: str, why: str, *, warn: bool = True) -> PromptImages:
         why = why.rstrip(".")
         if warn:
             self.cautions.append((kind, f"a trace without its image: {why}"))
-        return PromptPictures([RowPictures() for _ in range(batch)], [f"{why}: masks live in pixel-input space"])
+        return PromptImages([RowImages() for _ in range(batch)], [f"{why}: masks live in pixel-input space"])
 
     def _beside(self, call: ProcessorCall) -> list[str]:
         """Images that the model was fed and this call did not make."""
@@ -278,13 +276,13 @@ class PictureFinder:
                     return found
         return 0
 
-    def _row_pictures(
+    def _row_images(
         self, call: ProcessorCall, images: Sequence[Image.Image], image_processor: Any, *, single: bool
-    ) -> RowPictures:
+    ) -> RowImages:
         if image_processor is None:
-            return RowPictures(images=[image.convert("RGB") for image in images])
+            return RowImages(images=[image.convert("RGB") for image in images])
         if not images:
-            return RowPictures(images=[])
+            return RowImages(images=[])
         description, lost = describe_call(image_processor, call)
         if lost:
             self.notes.append(
@@ -302,7 +300,7 @@ class PictureFinder:
             inputs = _outputs(image_processor, given, call.kwargs)
             absent = call.names - inputs.keys()
         tokens = self._tokens_per_image(images, call.kwargs) if len(images) > 1 else None
-        return RowPictures(list(images), description, dict(call.kwargs), inputs, absent, tokens)
+        return RowImages(list(images), description, dict(call.kwargs), inputs, absent, tokens)
 
 
 def _outputs(image_processor: Any, images: Any, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -53,13 +53,13 @@ from lvlm_probe.recording.conditions import (
     offloads_its_cache,
     other_conditions,
     padded_behind,
-    without_picture,
+    without_image,
 )
 from lvlm_probe.recording.log_probs import StepLogProbs, StepValues, answer_in, generators
 from lvlm_probe.recording.module_outputs import PointTap
 from lvlm_probe.recording.processor_watch import ProcessorWatch
 from lvlm_probe.recording.prompt_clips import labels_of_frames
-from lvlm_probe.recording.prompt_images import NotRecorded, PictureFinder, PromptPictures, RowPictures, encoded
+from lvlm_probe.recording.prompt_images import ImageFinder, NotRecorded, PromptImages, RowImages, encoded
 from lvlm_probe.recording.row_inputs import columns_of, image_places, row_inputs
 from lvlm_probe.recording.token_boxes import BoxCache, box_key, place
 from lvlm_probe.replaying import Replay
@@ -180,7 +180,7 @@ class GenerationRecorder:
                 "recorded"
             )
         if not any(self._inputs[name].is_floating_point() for name in pixels):
-            raise NotRecorded(without_picture(ids, self.anatomy.image_token_id, kwargs))
+            raise NotRecorded(without_image(ids, self.anatomy.image_token_id, kwargs))
         if self.anatomy.encodes_prompt:
             self._decoder_ids = decoder_prompt(self.model, kwargs.get("decoder_input_ids"), setting, ids)
             self._inputs["decoder_input_ids"] = self._decoder_ids
@@ -392,7 +392,7 @@ class GenerationRecorder:
         """
         prompts = len(self._inputs["input_ids"])
         copies = len(generated) // prompts
-        finder = PictureFinder(
+        finder = ImageFinder(
             self.processor,
             self._watch,
             self._inputs,
@@ -401,20 +401,20 @@ class GenerationRecorder:
             is_pixel_name=self.anatomy.is_pixel_name,
             clips=self._clips if self.anatomy.takes_clips else None,
         )
-        pictures = finder.find(prompts, on_error=self._on_error)
+        prompt_images = finder.find(prompts, on_error=self._on_error)
         self.notes += finder.notes
         self.cautions += finder.cautions
         tokenizer = tokenizer_of(self.processor)
         rows = []
         for row in range(len(generated)):
-            if pictures.rows[row // copies].images == []:
+            if prompt_images.rows[row // copies].images == []:
                 self.notes.append(f"row {row} of the batch has no image and is not recorded")
                 continue
             length = self.stops.answer_length(generated[row].tolist())
             if length == 0:
                 self.notes.append(f"row {row} of the batch generated nothing and is not recorded")
                 continue
-            capture = self._row(row, row // copies, generated[row, :length].cpu(), pictures, tokenizer)
+            capture = self._row(row, row // copies, generated[row, :length].cpu(), prompt_images, tokenizer)
             if values is not None and capture.log_probs_source == "generation":
                 own = StepValues(*(each[row, :length] for each in values))
                 capture.log_probs = own.log_probs.numpy()
@@ -430,13 +430,13 @@ class GenerationRecorder:
         return rows
 
     def _row(
-        self, row: int, prompt_row: int, token_ids: torch.Tensor, pictures: PromptPictures, tokenizer: Any
+        self, row: int, prompt_row: int, token_ids: torch.Tensor, prompt_images: PromptImages, tokenizer: Any
     ) -> RowCapture:
         ids = self._inputs["input_ids"][prompt_row]
         mask = self._inputs.get("attention_mask")
         real = mask[prompt_row].bool() if mask is not None and mask.shape == self._inputs["input_ids"].shape else None
         prompt_ids = (ids[real] if real is not None else ids).cpu()
-        mine = encoded(pictures.rows[prompt_row], self._on_error)
+        mine = encoded(prompt_images.rows[prompt_row], self._on_error)
         if any(is_constant(image) for image in mine.images or []):
             told = "every pixel of an image that the model was shown has the same colour: check how it was loaded"
             self.cautions.append(("constant", told))
@@ -446,7 +446,7 @@ class GenerationRecorder:
         places = image_places(self._inputs, self.anatomy.placeholders)
         taken = ids < 0 if places is None else places[prompt_row]
         positions = (taken if real is None else taken[real]).nonzero()[:, 0].cpu()
-        notes = [*self.notes, *pictures.notes, *mine.notes]
+        notes = [*self.notes, *prompt_images.notes, *mine.notes]
         if padded:
             notes.append(
                 "in its batch this row ran beside images that only fill it up, which this model sees; its "
@@ -486,7 +486,7 @@ class GenerationRecorder:
             meta=dict(self.options.meta),
         )
 
-    def _spans(self, prompt_ids: torch.Tensor, positions: torch.Tensor, mine: RowPictures) -> np.ndarray:
+    def _spans(self, prompt_ids: torch.Tensor, positions: torch.Tensor, mine: RowImages) -> np.ndarray:
         """The image each image token belongs to, ``(N,)``; of frames by equal shares, until boxes tell."""
         count = max(1, len(mine.images or []))
         if not mine.clips:

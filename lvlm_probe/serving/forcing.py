@@ -15,19 +15,19 @@ import torch
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.serving.journal import Journal
-from lvlm_probe.serving.messages import PNG, PictureFormat, Said, as_uri
+from lvlm_probe.serving.messages import PNG, ImageFormat, Said, as_uri
 from lvlm_probe.serving.roads import Reading, Road
 from lvlm_probe.serving.transport import Spent
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Forcing", "Pictures"]
+__all__ = ["DrawImages", "Forcing"]
 
 _BUSY = 16
 """Requests of one batch from which on it says how many a server answers in a second."""
 
-Pictures = Callable[[], Sequence["Image.Image"]]
+DrawImages = Callable[[], Sequence["Image.Image"]]
 """Draws the images of one request, RGB, when it is its turn."""
 
 
@@ -55,7 +55,7 @@ class Forcing:
         journal: Journal,
         workers: concurrent.futures.Executor,
         spent: Spent,
-        form: PictureFormat = PNG,
+        form: ImageFormat = PNG,
     ) -> None:
         self.send, self.road, self.said, self.journal = post, road, said, journal
         self._workers, self._spent, self.form = workers, spent, form
@@ -80,21 +80,21 @@ class Forcing:
         return tuple(found)
 
     def score(
-        self, pictures: Sequence[Pictures], steps: Sequence[int] | None = None, *, fresh: bool = False
+        self, images: Sequence[DrawImages], steps: Sequence[int] | None = None, *, fresh: bool = False
     ) -> torch.Tensor:
         """log P(a_t), ``(batch, step)`` float32, NaN for steps that were not asked for, cannot be, or are known within
         bounds only. Arguments and errors are those of ``between``."""
-        low, high = self.between(pictures, steps, fresh=fresh)
+        low, high = self.between(images, steps, fresh=fresh)
         return torch.where(low == high, low, torch.nan)
 
     def between(
-        self, pictures: Sequence[Pictures], steps: Sequence[int] | None = None, *, fresh: bool = False
+        self, images: Sequence[DrawImages], steps: Sequence[int] | None = None, *, fresh: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The least and the most that log P(a_t) can be, ``(batch, step)`` float32 each, NaN for steps that were not
         asked for or cannot be; of samples 0, or −∞, twice.
 
         Args:
-            pictures: the images of each row.
+            images: the images of each row.
             steps: the tokens that are wanted; ``None``: all.
             fresh: ask even where the journal has it, and keep nothing.
 
@@ -103,7 +103,7 @@ class Forcing:
             ReplayError: the server is not there, or the requests are spent.
         """
         asked, started = self._spent.requests, time.perf_counter()
-        work = [self._workers.submit(self._one, one, steps, fresh) for one in pictures]
+        work = [self._workers.submit(self._one, one, steps, fresh) for one in images]
         try:
             done, _ = concurrent.futures.wait(work, return_when=concurrent.futures.FIRST_EXCEPTION)
             for one in done:
@@ -132,7 +132,7 @@ class Forcing:
 
     # ------------------------------------------------------------------ inside
 
-    def _one(self, draw: Pictures, steps: Sequence[int] | None, fresh: bool) -> dict[int, Reading]:
+    def _one(self, draw: DrawImages, steps: Sequence[int] | None, fresh: bool) -> dict[int, Reading]:
         images = draw()
         key = self._key(images)
         known = None if fresh else self.journal.get(key)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PNG",
     "WEBP",
-    "PictureFormat",
+    "ImageFormat",
     "Prompt",
     "Said",
     "aligned",
@@ -26,16 +26,16 @@ __all__ = [
     "smaller",
 ]
 
-PictureFormat = Literal["PNG, level 1", "WebP, lossless"]
+ImageFormat = Literal["PNG, level 1", "WebP, lossless"]
 """Lossless: JPEG at quality 90 moves log-probabilities by up to 0.9 nats. The default level of PNG takes eight times as
 long for a tenth less; of WebP, the fastest effort is smaller than that for most photographs."""
-PNG: PictureFormat = "PNG, level 1"
-WEBP: PictureFormat = "WebP, lossless"
+PNG: ImageFormat = "PNG, level 1"
+WEBP: ImageFormat = "WebP, lossless"
 _LARGEST_WEBP = 16383
 """Pixels along a side."""
 
 
-def as_uri(image: Image.Image, form: PictureFormat = PNG) -> str:
+def as_uri(image: Image.Image, form: ImageFormat = PNG) -> str:
     """An RGB image as a ``data:`` URI, lossless."""
     file = io.BytesIO()
     if form == WEBP and max(image.size) <= _LARGEST_WEBP:
@@ -47,7 +47,7 @@ def as_uri(image: Image.Image, form: PictureFormat = PNG) -> str:
     return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def smaller(images: Sequence[Image.Image]) -> PictureFormat:
+def smaller(images: Sequence[Image.Image]) -> ImageFormat:
     """The format that takes fewer bytes for images."""
     sizes = {form: sum(len(as_uri(image, form)) for image in images) for form in (PNG, WEBP)}
     return min(sizes, key=lambda form: sizes[form])

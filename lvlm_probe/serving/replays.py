@@ -18,8 +18,8 @@ from lvlm_probe.replaying.micro_batches import Limits
 from lvlm_probe.replaying.protocol import Mode, Need, Score, Stand
 from lvlm_probe.replaying.views import Views
 from lvlm_probe.serving.checks import Checks, check_same
-from lvlm_probe.serving.forcing import Forcing, Pictures
-from lvlm_probe.serving.messages import PictureFormat
+from lvlm_probe.serving.forcing import DrawImages, Forcing
+from lvlm_probe.serving.messages import ImageFormat
 from lvlm_probe.trace.clips import Clip
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Host(Protocol):
     @property
     def at_once(self) -> int: ...
 
-    def cost(self, requests: int, images: Sequence[Image.Image], form: PictureFormat) -> str: ...
+    def cost(self, requests: int, images: Sequence[Image.Image], form: ImageFormat) -> str: ...
 
     def check_name(self) -> None: ...
 
@@ -241,7 +241,7 @@ class ServedReplay(Views):
             return self.original_log_probs[None]
         return self._forcing.score(self._drawn(mask, image), None if steps is None else self.wanted(steps))
 
-    def _drawn(self, mask: torch.Tensor, image: int | Clip | None) -> list[Pictures]:
+    def _drawn(self, mask: torch.Tensor, image: int | Clip | None) -> list[DrawImages]:
         """The masked images of each row of the batch, when it is their turn."""
         if not isinstance(mask, torch.Tensor):
             raise MaskError(f"a mask is a floating-point tensor; got {type(mask).__name__}.")

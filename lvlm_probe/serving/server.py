@@ -33,7 +33,7 @@ from lvlm_probe.serving.generating import (
 )
 from lvlm_probe.serving.journal import FILE, Journal
 from lvlm_probe.serving.measuring import QUESTION, Measured, drawn, measured
-from lvlm_probe.serving.messages import PNG, WEBP, PictureFormat, Prompt, Said, as_uri, smaller
+from lvlm_probe.serving.messages import PNG, WEBP, ImageFormat, Prompt, Said, as_uri, smaller
 from lvlm_probe.serving.replays import EstimatedReplay, ServedReplay
 from lvlm_probe.serving.roads import (
     ROADS,
@@ -48,7 +48,7 @@ from lvlm_probe.serving.roads import (
 )
 from lvlm_probe.serving.transport import Refused, Spent, Transport
 from lvlm_probe.trace import Trace, open_trace, write
-from lvlm_probe.trace.image_files import encode_picture, open_image
+from lvlm_probe.trace.image_files import encode_image, open_image
 from lvlm_probe.trace.records import Capture, ImageRecord, RowCapture
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ class Server:
         roads = ", ".join(one.road for one in self.measured if one.works)
         return f"<{self.name}: {self.what} ({roads})>"
 
-    def cost(self, requests: int, images: Sequence[Image.Image], form: PictureFormat = PNG) -> str:
+    def cost(self, requests: int, images: Sequence[Image.Image], form: ImageFormat = PNG) -> str:
         """What requests with such images come to: number, megabytes, and an estimate of the time."""
         megabytes = requests * sum(len(as_uri(image, form)) for image in images) / 1e6
         said = f"{requests:,} requests, about {megabytes:,.0f} MB"
@@ -446,7 +446,7 @@ class Server:
             top_tokens=list(said.top_tokens) if said.top_log_probs else None,
             baseline_log_probs=lost,
             baseline={"kind": baseline.kind, **baseline.params},
-            images=[ImageRecord(*encode_picture(one), one.width, one.height) for one in images],
+            images=[ImageRecord(*encode_image(one), one.width, one.height) for one in images],
             notes=[f"the answer was given by {self.name}, and nothing was recorded inside the model"],
         )
 
@@ -597,7 +597,7 @@ class Server:
             form=smaller(images) if self.takes_webp else PNG,
         )
 
-    def _measuring(self, form: PictureFormat = PNG) -> Callable[[Road, Said], Forcing]:
+    def _measuring(self, form: ImageFormat = PNG) -> Callable[[Road, Said], Forcing]:
         """Requests of a road that is tried; nothing of it is kept."""
         return lambda road, said: Forcing(
             self._post, road, said, engine={}, journal=Journal(None), workers=self._workers, spent=self.spent, form=form
@@ -616,7 +616,7 @@ class Server:
             return False
         return True
 
-    def _about(self, said: Said, road: Road, checks: Checks, form: PictureFormat) -> dict[str, Any]:
+    def _about(self, said: Said, road: Road, checks: Checks, form: ImageFormat) -> dict[str, Any]:
         return {
             "engine": dict(self.engine),
             "road": road.name,

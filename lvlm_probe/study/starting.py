@@ -13,7 +13,7 @@ from typing import Any
 from lvlm_probe.errors import ProbeError, StudyError
 from lvlm_probe.escaping import one_line
 from lvlm_probe.study.datasets.files import rows
-from lvlm_probe.study.datasets.own_data import FIELDS, PICTURES
+from lvlm_probe.study.datasets.own_data import FIELDS, IMAGE_SUFFIXES
 from lvlm_probe.study.datasets.registry import open_dataset
 from lvlm_probe.study.keys import nearest
 from lvlm_probe.trace.video_files import is_video_name
@@ -148,7 +148,7 @@ def _fits(field: str, values: Sequence[Any]) -> bool:
     if field == "video":
         return _share(is_video_name(value) for value in there) > 0.5
     if field in ("image", "mask"):
-        return _share(_is_picture(value) for value in there) > 0.5
+        return _share(_is_image(value) for value in there) > 0.5
     if field == "boxes":
         return _share(str(value).lstrip().startswith(("[", "(")) for value in there) > 0.5
     if field == "id":
@@ -156,10 +156,10 @@ def _fits(field: str, values: Sequence[Any]) -> bool:
     return all(isinstance(value, str | int | float | list | tuple) for value in there)
 
 
-def _is_picture(value: Any) -> bool:
+def _is_image(value: Any) -> bool:
     if isinstance(value, Mapping):
         return "bytes" in value or "path" in value
-    return isinstance(value, bytes) or (isinstance(value, str) and value.lower().endswith(PICTURES))
+    return isinstance(value, bytes) or (isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES))
 
 
 def _share(flags: Iterator[bool]) -> float:

@@ -17,7 +17,7 @@ from lvlm_probe.errors import ImageError
 from lvlm_probe.hooks import caution
 from lvlm_probe.trace.parts import IMAGE_FORMATS
 
-__all__ = ["decode_picture", "encode_picture", "is_constant", "open_image", "open_picture"]
+__all__ = ["decode_image", "encode_image", "is_constant", "open_image", "open_image_file"]
 
 _DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _LARGEST = 256 << 20
@@ -29,7 +29,7 @@ _TIMEOUT = 60.0
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
-def encode_picture(image: Image.Image) -> tuple[bytes, str]:
+def encode_image(image: Image.Image) -> tuple[bytes, str]:
     """An image as an encoded file and its MIME type; decoding gives the same pixels.
 
     The bytes of the file it was opened from are used when they still decode to these pixels (a JPEG stays as small as
@@ -78,22 +78,22 @@ def open_image(source: Any, *, fetch: bool = False) -> Image.Image:
         with _reading(f"an array of {source.dtype} and shape {source.shape}"):
             return _shown(_of_array(source), "the array")
     if isinstance(source, bytes | bytearray | memoryview):
-        return decode_picture(bytes(source))
+        return decode_image(bytes(source))
     if isinstance(source, str) and (text := source.strip()):
         if text.startswith("data:"):
-            return decode_picture(_of_uri(text))
+            return decode_image(_of_uri(text))
         if text.startswith(("http://", "https://")):
-            return decode_picture(_fetched(text, fetch))
+            return decode_image(_fetched(text, fetch))
         if len(text) > 255 and (data := _of_base64(text)) is not None:  # no file has so long a name
-            return decode_picture(data)
+            return decode_image(data)
     if isinstance(source, str | Path):
-        return open_picture(source)
+        return open_image_file(source)
     raise ImageError(
         f"an image is a path, bytes, a data: URI, base64, a PIL image or an array; got a {type(source).__name__}"
     )
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_image_file(path: str | Path) -> Image.Image:
     """Open an image file as ``open_image`` does.
 
     Raises:
@@ -110,7 +110,7 @@ def open_picture(path: str | Path) -> Image.Image:
     return _rgb(path, str(path))
 
 
-def decode_picture(data: bytes) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     """Open the image in the bytes of a file as ``open_image`` does. Raises ``ImageError``."""
     return _rgb(io.BytesIO(data), f"a file of {len(data)} bytes")
 

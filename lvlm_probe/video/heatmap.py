@@ -150,7 +150,7 @@ class ClipHeatmap(HeatGrid):
             reason=self.reason,
         )
 
-    def picture(self, number: int) -> Image.Image:
+    def image(self, number: int) -> Image.Image:
         """One frame as the model was shown it, RGB. Raises ``ImageError`` when no trace is at hand."""
         if self.trace is None:
             raise ImageError("this heatmap has no frames at hand: its trace was not found beside it")
@@ -224,11 +224,11 @@ class ClipHeatmap(HeatGrid):
             peak = float(self.values.max())
             frames = [(number, self.frame(number)) for number in self.clip.spread(_SHOWN)]
             shown["frames"] = [
-                drawing.Panel(self.picture(number), heat.values, seen=heat.seen, col=self.when(number), peak=peak)
+                drawing.Panel(self.image(number), heat.values, seen=heat.seen, col=self.when(number), peak=peak)
                 for number, heat in frames
             ]
             shown |= {"values": self.values.max(0), "curve": self.over_time.tolist(), "times": self.clip.times}
-        return self._on_panel(self.picture(0), which, **shown)
+        return self._on_panel(self.image(0), which, **shown)
 
     def figure(
         self,
@@ -324,7 +324,7 @@ class ClipHeatmap(HeatGrid):
         width, height = self.image_size
         scale = side / max(width, height)
         size = max(1, round(width * scale)), max(1, round(height * scale))
-        frame = self.picture(number).resize(size, Image.Resampling.BICUBIC)
+        frame = self.image(number).resize(size, Image.Resampling.BICUBIC)
         heat = self.frame(number)
         assert heat.values is not None
         return drawing.overlay(frame, heat.values, seen=heat.seen, peak=peak, **look)

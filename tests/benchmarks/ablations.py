@@ -3,7 +3,7 @@
     python tests/benchmarks/ablations.py
     python tests/benchmarks/ablations.py --hard --model examples/hard_model --shard 0/2
 
-Whatever tokens a heatmap was made for, it is judged on the words that only the picture can tell
+Whatever tokens a heatmap was made for, it is judged on the words that only the image can tell
 (``Scene.visual_spans``): a selection that takes the wrong words is scored on the right ones. Heatmaps are those of the
 paper's objective alone (Eq. 8): what iGOS++ here does to the order of cells after it would hide what is compared.
 
@@ -11,7 +11,7 @@ paper's objective alone (Eq. 8): what iGOS++ here does to the order of cells aft
   (n = 2; 3 keywords, a quarter of the words for answers over 10), each mapped onto the tokens of all its occurrences.
 * Table 5, λ2 of the graduated non-convexity, 0 to 10, for both readings of the term (sum of squares, norm).
 * Table 6, the threshold α of the LLR.
-* Table 7, the baseline picture: judged against the one that the heatmap was made with, and against the blur.
+* Table 7, the baseline image: judged against the one that the heatmap was made with, and against the blur.
 
 One JSON line per scene and setting: it can be stopped and goes on where it was. ``summary.json`` and ``table.md`` are
 written at the end, and by ``--table`` at any time.
@@ -92,12 +92,12 @@ TITLES = {
     3: "Table 3: token selection",
     5: "Table 5: weight of the graduated non-convexity term",
     6: "Table 6: threshold of the log-likelihood ratio, nats",
-    7: "Table 7: baseline picture",
+    7: "Table 7: baseline image",
 }
 
 
 def true_words(case: Case) -> TokenSelection:
-    """The tokens of the words that only the picture can tell, pieces of words included."""
+    """The tokens of the words that only the image can tell, pieces of words included."""
     pieces = ["" if special else piece for piece, special in zip(case.replay.tokens, case.replay.special, strict=True)]
     ends = np.cumsum([len(piece) for piece in pieces])
     text = "".join(pieces)
@@ -242,7 +242,7 @@ def table(summary: dict[str, Any]) -> str:
         text.append("")
     text.append(
         f"{scenes_sentence(summary)} Every heatmap is iGOS++'s (Eq. 8 alone, without the refinement of the order) "
-        f"and is judged on the words that only the picture can tell, {summary['protocol']['steps']} points, whatever "
+        f"and is judged on the words that only the image can tell, {summary['protocol']['steps']} points, whatever "
         "it was made for. In Table 5 each reading is compared with its own λ2 = 0.1. Table 7: judged by the baseline "
         "it was made with, then by the blur. Precision and recall: of the "
         f"selected tokens, against the true ones. p: two-sided sign-flip permutation test of paired differences, Holm "

@@ -263,7 +263,7 @@ def measure(name: str, directory: str, *, rounds: int, n: int) -> dict[str, Any]
         "curves": curves,
         "points": points,
         "adaptive": {
-            "pictures": adaptive.params["pictures"],
+            "pictures": adaptive.params["images"],
             "error_bound": adaptive.params["error_bound"],
             "turns": adaptive.params["turns"],
             "differences": [adaptive.deletion - full.deletion, adaptive.insertion - full.insertion],

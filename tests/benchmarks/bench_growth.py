@@ -236,7 +236,7 @@ def table(result: Line) -> str:
         return "–" if found is None else f"{found['all']:.2f} ({found['last']:.2f})"
 
     rows = [
-        "| | time, larger picture | peak memory, larger picture | time, longer answer | peak memory, longer answer "
+        "| | time, larger image | peak memory, larger image | time, longer answer | peak memory, longer answer "
         f"| at {largest:,} image tokens |",
         "|---|---|---|---|---|---|",
     ]
@@ -249,7 +249,7 @@ def table(result: Line) -> str:
     layer, beyond = pictures["tmm"]["layer"], pictures["tmm"]["beyond"]
     rows += [
         "",
-        f"Exponents of growth (slopes of log against log) over {len(GRIDS)} pictures of 144 to {largest:,} image "
+        f"Exponents of growth (slopes of log against log) over {len(GRIDS)} images of 144 to {largest:,} image "
         f"tokens with {ANSWER} answer tokens, and over {len(ANSWERS)} answers of {ANSWERS[0]} to {ANSWERS[-1]} tokens "
         f"about 144 image tokens; in brackets between the two largest. Qwen2-VL with random weights, "
         f"{DECODER['num_hidden_layers']} decoder layers of {DECODER['num_attention_heads']} heads, float32, one mask "

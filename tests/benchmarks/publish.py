@@ -189,7 +189,7 @@ def recording_more(found: Found) -> list[str]:
             note = f"{1e6 * seconds / found['tokens']:,.0f} µs per token" if part in inside["per_token"] else "once"
             lines.append(f"| {part} | {percent(seconds / found['plain_cpu_seconds'])} | {note} |")
     once = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in found["once"].items())
-    return [*lines, "", f"Paid once per recording, or per picture size, and not in the figures above: {once}."]
+    return [*lines, "", f"Paid once per recording, or per image size, and not in the figures above: {once}."]
 
 
 GROWTH_BOUND = 1.1
@@ -466,7 +466,7 @@ SECTIONS: tuple[Section, ...] = (
     ),
     Section(
         "Growth", "growth.json", "python tests/benchmarks/bench_growth.py",
-        "How time and memory grow with the picture's and the answer's length.", growth, growth_more,
+        "How time and memory grow with the image's and the answer's length.", growth, growth_more,
     ),
     Section(
         "Store", "store.json", "python tests/benchmarks/bench_store.py",

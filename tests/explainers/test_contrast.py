@@ -285,7 +285,7 @@ def test_a_page_shows_both_sides_and_their_difference(asked: Any, tmp_path: Path
     (sample,) = gather(sides, [None, None])
     (side,) = sample["sides"]
     assert side["title"] == "Why “yellow” and not “cyan”?"
-    assert [picture["src"][:11] for picture in side["pictures"]] == ["data:image/"] * 3
+    assert [picture["src"][:11] for picture in side["drawn"]] == ["data:image/"] * 3
     assert [entry["label"] for entry in sample["maps"]] == ["“yellow, not cyan”", "“cyan, not yellow”"]
     assert gather(sides[:1], [None])[0]["sides"] == []
     page = probe.report(sides, out=tmp_path / "page.html")

@@ -61,7 +61,7 @@ def test_exact_search_equals_brute_force_on_six_regions(seed: int, lambdas: tupl
     before = replay.passes.forward
     options = {"segments": "grid", "regions": (2, 3), "tokens": (0, 2)}
     heat = explain(replay, method="greedy", search="exact", l1=lambdas[0], l2=lambdas[1], **options)
-    assert replay.passes.forward - before == 6 * 7 + 2 == heat.provenance["diagnostics"]["pictures"]
+    assert replay.passes.forward - before == 6 * 7 + 2 == heat.provenance["diagnostics"]["images"]
     assert [record["region"] for record in heat.history[1:]] == order
     assert np.allclose([record["worth"] for record in heat.history], track, atol=1e-6)
     assert np.argsort(-heat.values.ravel(), kind="stable").tolist() == order
@@ -81,7 +81,7 @@ def test_fast_search_without_short_cuts_is_the_exact_one(seed: int) -> None:
     assert np.array_equal(exact.values, full.values)
     fast = explain(replay, rescan=2, top=2, pending=2, **options)
     assert sorted(record["region"] for record in fast.history[1:]) == list(range(6))
-    assert fast.provenance["diagnostics"]["pictures"] < exact.provenance["diagnostics"]["pictures"]
+    assert fast.provenance["diagnostics"]["images"] < exact.provenance["diagnostics"]["images"]
 
 
 class Covering(ToyReplay):
@@ -140,7 +140,7 @@ def test_fast_search_costs_a_fraction_and_finds_the_box() -> None:
     heat = explain(
         ToyReplay(box), method="greedy", segments="grid", regions=64, progress=lambda a, b: told.append((a, b))
     )
-    assert heat.provenance["passes"]["forward"] == heat.provenance["diagnostics"]["pictures"] < 1500
+    assert heat.provenance["passes"]["forward"] == heat.provenance["diagnostics"]["images"] < 1500
     assert len(np.unique(heat.values)) == 64
     inside = box.numpy() > 0
     assert heat.values[inside].min() > heat.values[~inside].max()

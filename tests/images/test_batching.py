@@ -14,7 +14,7 @@ from PIL import Image
 
 from lvlm_probe.images import ImagePath
 from lvlm_probe.images.batching import Joint, joints_of
-from lvlm_probe.images.processor_step import PictureStep, image_processor_of, picture_step, watched_method
+from lvlm_probe.images.processor_step import ImageStep, image_processor_of, image_step, watched_method
 from lvlm_probe.recording.row_inputs import row_inputs
 
 
@@ -122,7 +122,7 @@ class _HandingOn(_Finishing):
 def test_a_processor_that_finishes_the_pixel_inputs_is_masked_through_its_own_step() -> None:
     processor = _Finishing()
     step = image_processor_of(processor)
-    assert isinstance(step, PictureStep) and image_processor_of(processor) is step
+    assert isinstance(step, ImageStep) and image_processor_of(processor) is step
     assert watched_method(processor) == (processor, "_process_images")
     path = ImagePath.from_processor(step, [_noise(1)])
     assert path.pixel_keys == ("image_patches",)
@@ -133,13 +133,13 @@ def test_a_processor_that_finishes_the_pixel_inputs_is_masked_through_its_own_st
 
 def test_a_processor_that_hands_on_is_not() -> None:
     processor = _HandingOn()
-    assert picture_step(processor) is None
+    assert image_step(processor) is None
     assert watched_method(processor) == (processor.image_processor, "preprocess")
 
 
 def test_the_step_does_not_keep_its_processor_alive() -> None:
     processor = _Finishing()
-    picture_step(processor)
+    image_step(processor)
     gone = weakref.ref(processor)
     del processor
     gc.collect()

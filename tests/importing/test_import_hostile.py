@@ -21,7 +21,7 @@ from lvlm_probe.importing import REJECTED, import_answers, row_files, rows
 from lvlm_probe.importing.meter import Reading, Unread, measure
 from lvlm_probe.importing.rows import AnswerRow, BadRow, count_rows, read_rows
 from lvlm_probe.trace import open_store
-from lvlm_probe.trace.image_files import open_picture
+from lvlm_probe.trace.image_files import open_image_file
 
 ROW = {"image": "ok.png", "question": "What color is the circle?", "answer": "The circle is red."}
 GOOD = json.dumps(ROW)
@@ -149,7 +149,7 @@ def test_a_line_that_is_too_long_to_hold(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_pictures_that_would_fill_the_memory(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "_LARGEST_PICTURES", 3 * 112 * 112)
+    monkeypatch.setattr(rows, "_LARGEST_IMAGES", 3 * 112 * 112)
     file = place / "many.jsonl"
     file.write_text(row(image=["ok.png"] * 4))
     ((_, found),) = read_rows(file)
@@ -172,10 +172,10 @@ def test_only_formats_that_are_pixels_are_opened(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
     os.replace(tmp_path / "a.eps", tmp_path / "a.png")
     with pytest.raises(ImageError, match="not an image that can be read"):
-        open_picture(tmp_path / "a.png")
+        open_image_file(tmp_path / "a.png")
     for name in ("a\0b.png", "a" * 5000):
         with pytest.raises(ImageError, match="there is no such file"):
-            open_picture(tmp_path / name)
+            open_image_file(tmp_path / name)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -189,7 +189,7 @@ def test_broken_pictures_are_refused_in_words(form: str, tmp_path: Path) -> None
         blob[(step * 37) % len(blob)] ^= 0xFF
         (tmp_path / "a.png").write_bytes(bytes(blob[: len(blob) - (step % 3) * len(blob) // 5]))
         with contextlib.suppress(ImageError):
-            assert open_picture(tmp_path / "a.png").mode == "RGB"
+            assert open_image_file(tmp_path / "a.png").mode == "RGB"
 
 
 def test_two_imports_into_one_directory_take_each_row_once(place: Path, tmp_path: Path) -> None:

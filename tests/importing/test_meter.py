@@ -200,7 +200,7 @@ def test_a_file_costs_one_extra_pass_per_answer(demo: Any, asked: Path) -> None:
     store = probe.open_store(asked / "traces")
     for one, trace in zip((first, second), store, strict=True):
         assert isinstance(one, Reading)
-        assert one.elsewhere and one.answer == trace.answer and one.picture is not None
+        assert one.elsewhere and one.answer == trace.answer and one.thumbnail is not None
         replay = probe.replay(trace, model, processor).over("blur")
         ratios = (torch.tensor(trace.log_probs) - replay.baseline_log_probs)[~replay.special]
         counted = [word for word in one.words if word.origin is not None]
@@ -323,8 +323,8 @@ def test_page(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>"
     picture = Image.new("RGB", (8, 8), (200, 0, 0))
     readings = [
-        reading(question=evil, picture=picture),
-        reading([0.0] * 6, picture=picture.copy(), elsewhere=True, baseline="blur 0.15"),
+        reading(question=evil, thumbnail=picture),
+        reading([0.0] * 6, thumbnail=picture.copy(), elsewhere=True, baseline="blur 0.15"),
         surprised(top_tokens=[evil] * 6, top_log_probs=[*TOP[:3], math.inf, *TOP[4:]]),
     ]
     path = write_page(readings, tmp_path / "page.html", unread=[Unread("line 9", f"/home/ada/x/y.png {evil}")])
@@ -332,7 +332,7 @@ def test_page(tmp_path: Path) -> None:
     assert "<script>alert(1)" not in text and "/home/ada" not in text and "{{" not in text
     data = data_of(path)
     assert [row["question"] for row in data["rows"]] == [evil, "What is it?", "What is it?"]
-    assert [row["picture"] for row in data["rows"]] == [0, 0, None] and len(data["pictures"]) == 1
+    assert [row["image"] for row in data["rows"]] == [0, 0, None] and len(data["images"]) == 1
     assert [row["origin"] for row in data["rows"]] == ["image", "habit", "unlikely"]
     assert data["rows"][2]["counts"] == [3, 1, 1, 1] and data["rows"][2]["words"][2][3:] == ["beyond all numbers", evil]
     assert data["worst"] == [["cat", evil, None, 2]]
@@ -349,7 +349,7 @@ def test_thousands_of_answers_are_one_small_file(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     pictures = [Image.fromarray(generator.integers(0, 255, (88, 66, 3), dtype=np.uint8)) for _ in range(20)]
     readings = [
-        reading(generator.normal(1, 2, 6).tolist(), source=f"line {n}", picture=pictures[n % 20]) for n in range(5000)
+        reading(generator.normal(1, 2, 6).tolist(), source=f"line {n}", thumbnail=pictures[n % 20]) for n in range(5000)
     ]
     path = write_page(ranked(readings), tmp_path / "page.html")
     assert len(data_of(path)["rows"]) == 5000

@@ -63,7 +63,7 @@ def test_the_bound_holds_for_monotone_curves(rises: list[float], power: int, tol
     assert max(adaptive.error_bound) <= tolerance
     assert full.error_bound == (0, 0)
     assert adaptive.turns == pytest.approx((0, 0), abs=1e-12)
-    assert adaptive.pictures <= full.pictures
+    assert adaptive.images <= full.images
 
 
 def test_the_bound_of_one_interval_is_attained() -> None:
@@ -76,7 +76,7 @@ def test_the_bound_of_one_interval_is_attained() -> None:
     assert found.error_bound == pytest.approx((31 / 2 / 256, 31 / 2 / 256))
     off = normalised_areas(found, 0.8) - normalised_areas(exact, 0.8)
     assert np.abs(off) == pytest.approx([31 / 2 / 256, 31 / 2 / 256])
-    assert found.pictures == 2 + 2 * 7
+    assert found.images == 2 + 2 * 7
 
 
 @pytest.mark.quick
@@ -85,7 +85,7 @@ def test_a_heatmap_that_is_right_at_once_takes_few_pictures() -> None:
     heat = Heatmap(BOX.numpy() + 1e-3 * VALUES, (64, 64), selection=select_tokens(replay), method="test")
     full = evaluate(heat, replay, grid=16)
     adaptive = evaluate(heat, replay, grid=16, sampling="adaptive", tolerance=0.01)
-    assert adaptive.params["pictures"] < 0.35 * (2 + 2 * 49)
+    assert adaptive.params["images"] < 0.35 * (2 + 2 * 49)
     assert adaptive.deletion == pytest.approx(full.deletion, abs=0.01)
     assert adaptive.insertion == pytest.approx(full.insertion, abs=0.01)
     assert len(adaptive.fractions) == len(full.fractions)
@@ -101,9 +101,9 @@ def test_a_heatmap_that_is_right_at_once_takes_few_pictures() -> None:
 def test_a_linear_curve_takes_nearly_all_points() -> None:
     """There is nothing to skip: the bound of m even intervals is 1 / (2 m), less what the outer cells fix."""
     found = run(ByCount(np.linspace(0.1, 0.9, 257)), sampling="adaptive", tolerance=0.01)
-    assert found.pictures > 0.5 * (2 + 2 * 49)
+    assert found.images > 0.5 * (2 + 2 * 49)
     few = run(ByCount(np.linspace(0.1, 0.9, 257)), sampling="adaptive", tolerance=0.1)
-    assert few.pictures == 2 + 2 * 7
+    assert few.images == 2 + 2 * 7
 
 
 def test_a_curve_that_turns_says_so_and_its_figure_is_an_estimate() -> None:
@@ -162,4 +162,4 @@ def test_what_cannot_be_sampled_is_refused() -> None:
 
 def test_equal_ends_take_two_pictures() -> None:
     found = run(ByCount(np.full(257, 0.5)), sampling="adaptive")
-    assert found.pictures == 2 and found.error_bound == (0, 0)
+    assert found.images == 2 and found.error_bound == (0, 0)

@@ -294,7 +294,7 @@ def test_curves_and_baseline_check(tmp_path: Path) -> None:
     assert entry["baseline"]["probability"] == pytest.approx(0.033)
     assert entry["baseline"]["threshold"] == 0.05
     assert entry["baseline"]["name"] == "blur, strength 0.1"
-    assert sample["baselines"][entry["baseline"]["picture"]].startswith("data:image/")
+    assert sample["baselines"][entry["baseline"]["image"]].startswith("data:image/")
 
 
 def test_blur_at_its_limit_is_drawn_as_the_mean_colour(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_blur_at_its_limit_is_drawn_as_the_mean_colour(tmp_path: Path) -> None:
     sample = data_of(report(heats, out=tmp_path / "r.html"))["samples"][0]
     entry = sample["maps"][0]["baseline"]
     assert entry["name"] == "blur, down to the mean colour"
-    shown = Image.open(io.BytesIO(base64.b64decode(sample["baselines"][entry["picture"]].split(",")[1])))
+    shown = Image.open(io.BytesIO(base64.b64decode(sample["baselines"][entry["image"]].split(",")[1])))
     assert np.ptp(np.asarray(shown).reshape(-1, 3).astype(int), axis=0).max() == 0
 
 

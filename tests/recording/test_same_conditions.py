@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 import lvlm_probe as probe
 from lvlm_probe.models.fingerprint import describe_model, fingerprint, same_fingerprint
-from lvlm_probe.recording.conditions import offloads_its_cache, other_conditions, without_picture
+from lvlm_probe.recording.conditions import offloads_its_cache, other_conditions, without_image
 from lvlm_probe.recording.log_probs import StepLogProbs
 
 
@@ -196,7 +196,8 @@ def test_masked_refuses_a_picture_that_is_not_known(llava):
     with torch.no_grad(), probe.attach(model, processor) as p:
         whole = model(**before).logits
         with (
-            p.masked(mask),
+            pytest.warns(DeprecationWarning, match="called 'image' now"),
+            p.masked(mask, space="picture"),
             pytest.raises(probe.errors.ImageError, match=r"made nothing since attach.*images=\[image\].*pixels"),
         ):
             model(**before)
@@ -573,7 +574,7 @@ def test_a_cache_counts_by_its_older_and_its_newer_name(llava, name):
     inputs, states = ask(llava), torch.zeros(1, 2, 7, 4)
     cache = DynamicCache()
     cache.update(states, states, 0)
-    assert "goes on from a key-value cache (7 positions)" in without_picture(inputs["input_ids"], None, {name: cache})
+    assert "goes on from a key-value cache (7 positions)" in without_image(inputs["input_ids"], None, {name: cache})
     settings = {}.get
     cache.offloading = True
     assert offloads_its_cache(settings, {name: cache}) and not offloads_its_cache(settings, {name: None})
@@ -619,7 +620,7 @@ def test_a_picture_that_cannot_be_encoded_leaves_the_answer(llava, tmp_path, mon
     def broken(*_):
         raise OSError("no room")
 
-    monkeypatch.setattr("lvlm_probe.recording.prompt_images.encode_picture", broken)
+    monkeypatch.setattr("lvlm_probe.recording.prompt_images.encode_image", broken)
     with pytest.warns(probe.ProbeWarning, match="marked status='error'"):
         (trace,) = record(llava, tmp_path)
     assert trace.status == "error" and "no room" in trace.error and len(trace.token_ids) == 4

@@ -84,7 +84,7 @@ def study(tmp_path: Path) -> Study:
     Records(tmp_path / "models").write(
         model_stamp(made, made.models["m"]), {"model": "m", "source": "demo", "fingerprint": "f"}
     )
-    content = answer_content(made, "d", "1", made.models["m"], "f", picture="p", question="What is it?")
+    content = answer_content(made, "d", "1", made.models["m"], "f", image="p", question="What is it?")
     Records(tmp_path / "answers").write(digest(content), {**content, **ANSWER})
     asked = map_content(made, digest(content), made.methods["row"])
     Records(tmp_path / "maps").write(digest(asked), {**asked, **MAP})
@@ -233,6 +233,6 @@ def test_records_changed_at_random_are_taken_or_refused(kind: str, study: Study)
 @pytest.mark.parametrize("sample", ["²", "9" * 5000, "٣", "", "007"])
 def test_any_name_of_a_sample_has_its_place(sample: str, study: Study) -> None:
     model = study.models["m"]
-    content = answer_content(study, "d", sample, model, "f", picture="p", question="What is it?")
+    content = answer_content(study, "d", sample, model, "f", image="p", question="What is it?")
     Records(study.out / "answers").write(digest(content), {**content, **ANSWER})
     assert {record["sample"] for record in collect(study).answers} == {"1", sample}

@@ -201,7 +201,7 @@ def test_files_that_are_gone_are_told(with_words: Study, tmp_path: Path) -> None
     moved = dataclasses.replace(results, study=dataclasses.replace(results.study, out=tmp_path / "elsewhere"))
     data = data_of(write_page(moved, tmp_path / "page.html"))
     detail = data["details"][0]
-    assert detail["picture"] is None and any("cannot be read" in note for note in detail["notes"])
+    assert detail["image"] is None and any("cannot be read" in note for note in detail["notes"])
     assert detail["words"][0] == {"words": [], "tail": data["samples"][0]["answers"][0]["text"]}
     assert "elsewhere/" not in json.dumps(data)
 
@@ -368,7 +368,7 @@ def test_sets_of_hallusion_bench(tmp_path: Path) -> None:
     first, asked, edited = data["samples"]
     assert "ref" not in first and asked["ref"] == edited["ref"] == 0
     changed = data["details"][1]["change"]
-    assert changed["region"] is None and not changed["picture"] and changed["reason"] == "it is the same image"
+    assert changed["region"] is None and not changed["image"] and changed["reason"] == "it is the same image"
     assert ["Which", "new"] in changed["question"] and changed["truth"] is True
     changed = data["details"][2]["change"]
     assert changed["question"] is None and changed["truth"] is False

@@ -51,7 +51,7 @@ def results(study: Study) -> Results:
     for model, spec in study.models.items():
         models.write(model, {"model": model, "source": spec.source, "fingerprint": "f"})
         for sample, drop in DROPS.items():
-            content = answer_content(study, "d", sample, spec, "f", picture="p" + sample, question="q")
+            content = answer_content(study, "d", sample, spec, "f", image="p" + sample, question="q")
             made = {"status": "done", "answer": "red", "drop": drop, "drop_normalised": drop / 2}
             about = {"true_answer": "red" if sample != "3" else "blue", "choices": [], "group": "colour"}
             key = digest(content)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lvlm_probe.errors import StudyError
 from lvlm_probe.study.run.sample_filter import is_correct, verdict
-from lvlm_probe.study.run.units import Records, answer_content, digest, map_content, picture_digest
+from lvlm_probe.study.run.units import Records, answer_content, digest, image_digest, map_content
 from lvlm_probe.study.spec import DatasetSpec, FilterSpec, MethodSpec, ModelSpec, Settings, Study
 
 
@@ -38,14 +38,14 @@ def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else() -
     model = ModelSpec("m", "demo")
 
     def answer(study_: Study = PLAIN, model_: ModelSpec = model, **changes: str) -> str:
-        given = {"dataset": "d", "sample": "1", "fingerprint": "f", "picture": "p", "question": "q", **changes}
+        given = {"dataset": "d", "sample": "1", "fingerprint": "f", "image": "p", "question": "q", **changes}
         dataset, sample, fingerprint = given.pop("dataset"), given.pop("sample"), given.pop("fingerprint")
         return digest(answer_content(study_, dataset, sample, model_, fingerprint, **given))
 
     same = answer()
     assert same == answer(model_=dataclasses.replace(model, group="g", device="cuda"))
     assert same == answer(study(settings=Settings(grid=7, alpha=3)))
-    others = [answer(**{name: "else"}) for name in ("dataset", "sample", "fingerprint", "picture", "question")]
+    others = [answer(**{name: "else"}) for name in ("dataset", "sample", "fingerprint", "image", "question")]
     others += [answer(model_=dataclasses.replace(model, **change)) for change in ({"dtype": "bfloat16"}, {"name": "n"})]
     others += [answer(study(settings=Settings(baseline="blank"))), answer(study(settings=Settings(max_new_tokens=5)))]
     assert len({same, *others}) == 1 + len(others)
@@ -66,10 +66,10 @@ def test_a_picture_is_known_by_its_pixels(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
     picture.save(tmp_path / "copy.png")
-    assert picture_digest(picture) == picture_digest(Image.open(tmp_path / "copy.png"))
+    assert image_digest(picture) == image_digest(Image.open(tmp_path / "copy.png"))
     pixels[2, 2, 1] ^= 1
-    assert picture_digest(picture) != picture_digest(Image.fromarray(pixels))
-    assert picture_digest(picture) != picture_digest(picture.transpose(Image.Transpose.ROTATE_90))
+    assert image_digest(picture) != image_digest(Image.fromarray(pixels))
+    assert image_digest(picture) != image_digest(picture.transpose(Image.Transpose.ROTATE_90))
 
 
 def test_records_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

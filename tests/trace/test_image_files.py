@@ -10,14 +10,14 @@ import tiny_models
 from PIL import Image
 
 import lvlm_probe as probe
-from lvlm_probe.trace.image_files import encode_picture, open_picture
+from lvlm_probe.trace.image_files import encode_image, open_image_file
 
 
 @pytest.mark.quick
 def test_the_users_own_file_is_kept(tmp_path):
     path = tmp_path / "photo.jpg"
     tiny_models.picture().save(path, quality=80)
-    data, mime = encode_picture(Image.open(path))
+    data, mime = encode_image(Image.open(path))
     assert data == path.read_bytes() and mime == "image/jpeg"
 
 
@@ -27,7 +27,7 @@ def test_a_file_that_changed_since_is_not(tmp_path):
     image = Image.open(path)
     image.load()
     tiny_models.picture(seed=2).save(path)
-    data, mime = encode_picture(image)
+    data, mime = encode_image(image)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(tiny_models.picture(seed=1)))
     assert mime == "image/png"
 
@@ -35,16 +35,16 @@ def test_a_file_that_changed_since_is_not(tmp_path):
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
 def test_pixels_survive(mode):
     image = tiny_models.picture().convert(mode)
-    stored = Image.open(io.BytesIO(encode_picture(image)[0]))
+    stored = Image.open(io.BytesIO(encode_image(image)[0]))
     assert np.array_equal(np.asarray(stored.convert("RGB")), np.asarray(image.convert("RGB")))
 
 
 def test_what_is_no_picture(tmp_path):
     with pytest.raises(probe.errors.ImageError, match="no such file"):
-        open_picture(tmp_path / "none.png")
+        open_image_file(tmp_path / "none.png")
     with pytest.raises(probe.errors.ImageError, match="directory"):
-        open_picture(tmp_path)
+        open_image_file(tmp_path)
     text = tmp_path / "text.png"
     text.write_text("hello")
     with pytest.raises(probe.errors.ImageError, match="not an image"):
-        open_picture(text)
+        open_image_file(text)

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 import lvlm_probe as probe
-from lvlm_probe.trace.image_files import encode_picture, is_constant, open_image
+from lvlm_probe.trace.image_files import encode_image, is_constant, open_image
 
 PICTURE = tiny_models.picture()
 
@@ -156,9 +156,9 @@ def test_the_source_is_left_alone_and_a_file_of_the_users_is_kept_as_it_is(tmp_p
     assert np.array_equal(np.asarray(own), np.asarray(PICTURE))
     path = tmp_path / "photo.jpg"
     path.write_bytes(oriented(1))
-    assert encode_picture(open_image(path)) == (path.read_bytes(), "image/jpeg")
+    assert encode_image(open_image(path)) == (path.read_bytes(), "image/jpeg")
     path.write_bytes(oriented(6))
-    data, mime = encode_picture(open_image(path))
+    data, mime = encode_image(open_image(path))
     assert mime == "image/png" and Image.open(io.BytesIO(data)).size == PICTURE.size[::-1]
 
 

@@ -22,7 +22,7 @@ from lvlm_probe.study.run.units import digest, map_content
 from lvlm_probe.study.spec import Study
 from lvlm_probe_ray.jobs import About, Job, Outcome, Task
 
-__all__ = ["Beacon", "UnitWorker", "keep_files", "loaded_sample", "map_units", "read_files", "without_picture"]
+__all__ = ["Beacon", "UnitWorker", "keep_files", "loaded_sample", "map_units", "read_files", "without_image"]
 
 
 class Beacon:
@@ -179,7 +179,7 @@ def loaded_sample(sample: Sample) -> Sample:
         return dataclasses.replace(sample, load=_Given(None, kind, str(error)))
 
 
-def without_picture(sample: Sample) -> Sample:
+def without_image(sample: Sample) -> Sample:
     """A sample that can be sent where its picture is not needed: maps are made from the answer's trace."""
     return dataclasses.replace(sample, load=_Given(None, StudyError, "the picture was not sent"))
 

@@ -21,7 +21,7 @@ from lvlm_probe.models.fingerprint import library_versions
 from lvlm_probe.study.datasets.registry import Sample
 from lvlm_probe.study.run.runner import Told, Worker, samples_of
 from lvlm_probe.study.spec import Study
-from lvlm_probe_ray.actor import Beacon, UnitWorker, keep_files, loaded_sample, map_units, read_files, without_picture
+from lvlm_probe_ray.actor import Beacon, UnitWorker, keep_files, loaded_sample, map_units, read_files, without_image
 from lvlm_probe_ray.cluster import connected, has_gpus, room_for
 from lvlm_probe_ray.jobs import About, Job, Lost, Outcome, Task
 from lvlm_probe_ray.options import Need, read_options
@@ -140,7 +140,7 @@ class _Run:
             files = read_files(self.study.out, "answers", job.key)
             for unit in map_units(self.study, job):
                 files |= read_files(self.study.out, "maps", unit)
-        sample = loaded_sample(job.sample) if job.kind == "answer" else without_picture(job.sample)
+        sample = loaded_sample(job.sample) if job.kind == "answer" else without_image(job.sample)
         return Task(dataclasses.replace(job, sample=sample), self.books.fingerprint(job.model), files)
 
     # ------------------------------------------------------------------ what comes back

@@ -65,14 +65,14 @@ def open_shown(
         ProbeError: PyAV is needed and not installed.
     """
     from lvlm_probe.extras import require
-    from lvlm_probe.trace.image_files import open_picture
+    from lvlm_probe.trace.image_files import open_image_file
     from lvlm_probe.trace.video_files import check_video_file, is_video_name
 
-    pictures = [path for path in images or [] if not is_video_name(path)]
+    files = [path for path in images or [] if not is_video_name(path)]
     clips = [*(path for path in images or [] if is_video_name(path)), *(videos or [])]
-    if not pictures and not clips:
+    if not files and not clips:
         raise ImageError("there is no image to explain anything with: add --image FILE, or --video FILE")
-    for path in (*pictures, *clips):
+    for path in (*files, *clips):
         if address := re.match(r"(https?):/+", str(path)):  # as a path, it has lost a slash
             url = f"{address[1]}://{str(path)[address.end() :]}"
             raise ImageError(
@@ -82,9 +82,9 @@ def open_shown(
         require("av", extra="video", purpose=f"the video file {clips[0].name}")
     for path in clips:
         check_video_file(path)
-    names = {"image_files": [path.name for path in pictures], "video_files": [path.name for path in clips]}
+    names = {"image_files": [path.name for path in files], "video_files": [path.name for path in clips]}
     return Shown(
-        [open_picture(path) for path in pictures],
+        [open_image_file(path) for path in files],
         clips,
         {"num_frames": num_frames, "fps": fps},
         {kind: found for kind, found in names.items() if found},
@@ -219,9 +219,9 @@ def baseline_from(value: str | None, *, video: bool) -> str | Image.Image | None
     if value in CLIP_KINDS:
         raise ProbeError(f"--baseline {value} is made of the frames of a video, and there is none here: {way_out}")
     if Path(value).suffix or os.sep in value:
-        from lvlm_probe.trace.image_files import open_picture
+        from lvlm_probe.trace.image_files import open_image_file
 
-        return open_picture(Path(value))
+        return open_image_file(Path(value))
     raise ProbeError(f"--baseline {value!r}: {way_out}")
 
 

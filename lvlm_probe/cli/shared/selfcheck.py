@@ -115,8 +115,8 @@ def questions(*, quick: bool = False) -> list[Asked]:
     folder = None if spec is None or spec.origin is None else Path(spec.origin).parent / "data"
     for name, words in list(_PHOTOGRAPHS.items())[: 1 if quick else None]:
         if folder is not None and (folder / name).is_file():
-            with Image.open(folder / name) as picture:
-                image = picture.convert("RGB")
+            with Image.open(folder / name) as file:
+                image = file.convert("RGB")
             image.thumbnail((_LONG_SIDE, _LONG_SIDE))
             question = "What is in the image?"
             title = f"photograph {Path(name).stem.partition('_')[0]}"
@@ -293,7 +293,7 @@ class Selfcheck:
         stored = MapFile(self.folder / "traces" / FOLDER / Path(str(unit.get("map"))).name)
         try:
             heat = _of_image(stored)
-            return heat.picture(), None if heat.values is None else heat.preview(400, score=stored.score())
+            return heat.image(), None if heat.values is None else heat.preview(400, score=stored.score())
         except ProbeError:
             return None
 

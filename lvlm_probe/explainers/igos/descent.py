@@ -193,11 +193,11 @@ class Optimisation:
         self.weights: tuple[torch.Tensor, ...] | None = None
         if settings.l3 > 0:
             try:
-                picture = self.guide()
+                guide = self.guide()
             except (ImageError, IndexError):
-                picture = None  # masks in pixel-input space: no image to guide the bilateral term
-            if picture is not None:
-                weights = bilateral_weights(picture, sigma=settings.sigma, form=settings.btv_form)
+                guide = None  # masks in pixel-input space: no image to guide the bilateral term
+            if guide is not None:
+                weights = bilateral_weights(guide, sigma=settings.sigma, form=settings.btv_form)
                 self.weights = tuple(weight.to(self.device) for weight in weights)
         self.state = torch.full((settings.masks, *self.shape), settings.init, dtype=torch.float32, device=self.device)
         self.previous, self.summed, self.rate = self.state, torch.zeros_like(self.state), settings.lr

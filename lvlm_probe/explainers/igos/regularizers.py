@@ -54,12 +54,12 @@ def tv(mask: torch.Tensor, *, beta: float = 2.0) -> torch.Tensor:
 
 
 def bilateral_weights(
-    picture: torch.Tensor, *, sigma: float = 0.01, form: BilateralForm = "symmetric"
+    image: torch.Tensor, *, sigma: float = 0.01, form: BilateralForm = "symmetric"
 ) -> tuple[torch.Tensor, ...]:
     """How much a pixel and its neighbour look alike, in [0, 1].
 
     Args:
-        picture: Guide ``(channel, row, col)`` in normalised pixels (``guide``), of a clip ``(t, channel, row, col)``.
+        image: Guide ``(channel, row, col)`` in normalised pixels (``guide``), of a clip ``(t, channel, row, col)``.
         sigma: Divisor of the squared difference.
         form: With Δ the difference of neighbours, ``"symmetric"`` is exp(−mean_channel(Δ²) / σ) on both axes;
             ``"igos_release"`` is exp(−(mean_channel Δ)² / σ) vertically and mean_channel(exp(−Δ² / σ)) horizontally,
@@ -69,8 +69,8 @@ def bilateral_weights(
         Weights of vertical ``(row − 1, col)`` and of horizontal neighbours ``(row, col − 1)``, of a clip each with an
         axis of time in front, and of neighbours in time ``(t − 1, row, col)``, which are symmetric.
     """
-    down, right = _vertical(picture), _horizontal(picture)
-    later = () if picture.ndim == 3 else (torch.exp(-picture.diff(dim=0).square().mean(-3) / sigma),)
+    down, right = _vertical(image), _horizontal(image)
+    later = () if image.ndim == 3 else (torch.exp(-image.diff(dim=0).square().mean(-3) / sigma),)
     if form == "symmetric":
         return torch.exp(-down.square().mean(-3) / sigma), torch.exp(-right.square().mean(-3) / sigma), *later
     return torch.exp(-down.mean(-3).square() / sigma), torch.exp(-right.square() / sigma).mean(-3), *later
@@ -102,11 +102,11 @@ def btv(mask: torch.Tensor, weights: tuple[torch.Tensor, ...] | None = None, *, 
     return 0.5 * total
 
 
-def guide(picture: Image.Image, *, size: int = GUIDE_SIZE) -> torch.Tensor:
+def guide(image: Image.Image, *, size: int = GUIDE_SIZE) -> torch.Tensor:
     """The image at ``size`` × ``size``, normalised with CLIP's statistics, ``(channel, row, col)`` float32."""
     from PIL import Image as PILImage
 
-    resized = picture.convert("RGB").resize((size, size), PILImage.Resampling.BICUBIC)
+    resized = image.convert("RGB").resize((size, size), PILImage.Resampling.BICUBIC)
     values = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).reshape(size, size, 3)
     scaled = values.permute(2, 0, 1).float() / 255
     return (scaled - torch.tensor(_MEAN, dtype=torch.float32)[:, None, None]) / torch.tensor(

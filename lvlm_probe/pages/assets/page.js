@@ -2,7 +2,7 @@
 
 const report = JSON.parse(document.getElementById("data").textContent);
 for (const entry of report.samples)
-  for (const map of entry.maps) map.baseline.src = entry.baselines[map.baseline.picture] ?? null;
+  for (const map of entry.maps) map.baseline.src = entry.baselines[map.baseline.image] ?? null;
 const tip = document.getElementById("tip");
 const state = { sample: -1, map: 0, mode: "heat", opacity: 0.7, fraction: 0.1, probe: null, timer: 0 };
 let page = {}; // the elements of the sample on show, by data-ref
@@ -251,7 +251,7 @@ function drawSides() {
       make(
         "div",
         { className: "trio" },
-        ...side.pictures.map(({ src, text }) =>
+        ...side.drawn.map(({ src, text }) =>
           make(
             "figure",
             {},
@@ -275,9 +275,9 @@ function drawStrip() {
     make("p", { className: "label", textContent: `${number(on)}: the one on show` }),
     ...strip.map((src, i) => {
       const map = maps.findIndex((one) => Number(one.image) === i);
-      const picture = make("img", { src, alt: map < 0 ? `${number(i)}, not explained` : number(i) });
-      if (map < 0) return make("span", {}, picture);
-      const button = make("button", { type: "button", "aria-pressed": i === on }, picture);
+      const image = make("img", { src, alt: map < 0 ? `${number(i)}, not explained` : number(i) });
+      if (map < 0) return make("span", {}, image);
+      const button = make("button", { type: "button", "aria-pressed": i === on }, image);
       button.addEventListener("click", () => {
         if (i === Number(current().image)) return;
         chooseMap(map);

@@ -4,7 +4,7 @@
   "use strict";
   const CHUNK = 60;
   const NAMES = { unlikely: "Not this model", habit: "From habit", image: "From the image", unknown: "Not known" };
-  const { rows, pictures, worst } = JSON.parse(document.getElementById("data").textContent);
+  const { rows, images, worst } = JSON.parse(document.getElementById("data").textContent);
   rows.forEach((row, place) => {
     row.place = place;
     row.text = `${row.question}\n${row.answer}\n${row.id ?? ""}\n${row.source}\n`.toLowerCase();
@@ -37,8 +37,8 @@
   function line(row) {
     const made = $("row").content.cloneNode(true);
     const ref = (name) => made.querySelector(`[data-ref="${name}"]`);
-    if (row.picture === null) ref("picture").removeAttribute("src");
-    else ref("picture").src = pictures[row.picture];
+    if (row.image === null) ref("image").removeAttribute("src");
+    else ref("image").src = images[row.image];
     ref("question").textContent = row.question;
     const said = ref("said");
     let most = null;

@@ -177,7 +177,7 @@
         return;
       }
       const images = row.element.querySelector(".originals");
-      for (const source of new Set(row.cells.map((cell) => cell.detail.picture)))
+      for (const source of new Set(row.cells.map((cell) => cell.detail.image)))
         if (source) images.append(make("img", { src: source, alt: "The image", decoding: "async" }));
       if (!images.children.length) images.append(make("p", { className: "facts", textContent: "The image is not at hand." }));
       for (const note of new Set(row.cells.flatMap((cell) => cell.detail.notes)))
@@ -278,7 +278,7 @@
       const [values, caption] = showing(row, cell);
       cell.caption.textContent = caption;
       cell.canvas.setAttribute("aria-label", `${cell.name}: ${caption}`);
-      cell.image ??= await openImage(cell.detail.picture);
+      cell.image ??= await openImage(cell.detail.image);
       if (row.turn !== turn || !row.near) return;
       drawMap(cell.canvas, cell.image, cell.sample.size ?? [4, 3], mapOf(cell), values, cell.detail.change?.region, state.heat);
     }

@@ -177,7 +177,7 @@ function changes(change, look, same, fooled, base) {
     const lift = known(times) ? ` (${times.toFixed(1)} × its area)` : "";
     tell(`${share(look.mass)} of the map on the changed ${share(look.area)} of the image${lift}`, times >= 1.5 ? "good" : times < 1 ? "bad" : "");
     if (known(look.mass_before)) tell(`before the change ${share(look.mass_before)} of the map lay there`);
-  } else if (change.picture && change.reason) tell(change.reason);
+  } else if (change.image && change.reason) tell(change.reason);
   if (look && (known(look.rank_correlation) || known(look.top_iou)))
     tell(`maps of both: rank correlation ${decimal(look.rank_correlation)}, hottest fifth shared ${share(look.top_iou)}`);
   return list;

@@ -119,7 +119,7 @@ def open_image(value: Any, *, where: str, beside: Sequence[Path] = ()) -> Image.
     """
     from PIL import Image
 
-    from lvlm_probe.trace.image_files import open_image, open_picture
+    from lvlm_probe.trace.image_files import open_image, open_image_file
 
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -127,7 +127,7 @@ def open_image(value: Any, *, where: str, beside: Sequence[Path] = ()) -> Image.
         if isinstance(value, Image.Image | bytes | bytearray):
             return open_image(value)
         if isinstance(value, str | Path) and str(value):
-            return open_picture(_found(value, where, beside or (Path(),)))
+            return open_image_file(_found(value, where, beside or (Path(),)))
     except (ImageError, OSError, ValueError) as error:
         raise StudyError(f"{where}: the image cannot be read: {error}") from error
     raise StudyError(f"{where}: there is no image in this row ({type(value).__name__})")

@@ -17,11 +17,11 @@ from lvlm_probe.study.datasets.registry import Sample, register_dataset, replace
 from lvlm_probe.study.keys import short
 from lvlm_probe.trace.video_files import is_video_name
 
-__all__ = ["FIELDS", "PICTURES", "images", "table"]
+__all__ = ["FIELDS", "IMAGE_SUFFIXES", "images", "table"]
 
 Field = Literal["id", "question", "image", "video", "answer", "choices", "group", "boxes", "mask"]
 FIELDS: tuple[str, ...] = get_args(Field)
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @register_dataset(
@@ -70,8 +70,8 @@ def table(
         if row.get(names["boxes"]):
             annotations["region"] = (_boxes_in_time if moves else _boxes)(row[names["boxes"]], here)
         elif row.get(names["mask"]) and not moves:
-            picture = open_image(row[names["mask"]], where=here, beside=beside)
-            annotations["region"] = _white(picture)
+            mask = open_image(row[names["mask"]], where=here, beside=beside)
+            annotations["region"] = _white(mask)
         yield Sample(
             id=index,
             question=asked,
@@ -95,9 +95,9 @@ def images(source: str, *, split: str | None = None, question: str = "Describe t
         StudyError: there is no such directory, or no image in it.
     """
     path = folder(source, "images")
-    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in PICTURES]
+    found = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in IMAGE_SUFFIXES]
     if not found:
-        raise StudyError(f"images: {source} holds no images ({', '.join(PICTURES)})")
+        raise StudyError(f"images: {source} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     for file in found:
         name = file.relative_to(path)
         yield Sample(
@@ -147,7 +147,7 @@ def _boxes_in_time(value: Any, where: str) -> dict[int, list[tuple[float, ...]]]
     return {frame: _boxes(boxes, where) if boxes else [] for frame, boxes in starts}
 
 
-def _white(picture: Any) -> Any:
+def _white(image: Any) -> Any:
     import numpy as np
 
-    return np.asarray(picture.convert("L")) > 127
+    return np.asarray(image.convert("L")) > 127

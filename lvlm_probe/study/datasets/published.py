@@ -40,7 +40,7 @@ def _with_choices(question: str, choices: dict[str, str]) -> str:
     )
 
 
-def _picture(value: Any, where: str, *beside: Path) -> Callable[[], Image.Image]:
+def _loader(value: Any, where: str, *beside: Path) -> Callable[[], Image.Image]:
     return partial(open_image, value, where=where, beside=beside)
 
 
@@ -68,7 +68,7 @@ def mmvp(source: str, *, split: str | None = None) -> Iterator[Sample]:
         yield Sample(
             id=index,
             question=_with_choices(question, choices),
-            load=_picture(value, f"MMVP, question {index}", *folders, path),
+            load=_loader(value, f"MMVP, question {index}", *folders, path),
             answer=true_choice(str(true), choices),
             choices=tuple(choices.values()),
             group=None,
@@ -110,7 +110,7 @@ def cv_bench(source: str, *, split: str | None = None, task: str | None = None) 
         yield Sample(
             id=index,
             question=str(row.get("prompt") or _with_choices(question, choices)),
-            load=_picture(value, f"CV-Bench, {index}", *beside),
+            load=_loader(value, f"CV-Bench, {index}", *beside),
             answer=true_choice(row.text("answer"), choices),
             choices=tuple(texts),
             group=kind,
@@ -142,7 +142,7 @@ def mmstar(source: str, *, split: str | None = None, category: str | None = None
         yield Sample(
             id=index,
             question=question,
-            load=_picture(row.column("image"), f"MMStar, {index}", *beside),
+            load=_loader(row.column("image"), f"MMStar, {index}", *beside),
             answer=true_choice(row.text("answer"), choices),
             choices=tuple(choices.values()),
             group=group,
@@ -165,7 +165,7 @@ def llava_bench(source: str, *, split: str | None = None) -> Iterator[Sample]:
         yield Sample(
             id=index,
             question=row.text("text"),
-            load=_picture(name, f"LLaVA-Bench, {index}", path / "images", path),
+            load=_loader(name, f"LLaVA-Bench, {index}", path / "images", path),
             group=row.text("category"),
         )
 
@@ -199,10 +199,10 @@ def vqa_hat(
         raise StudyError(f"{file} is no question file of VQA v1 (an object with questions): {error!r}") from error
     answers = _vqa_answers(path, split)
     humans: dict[str, list[Path]] = {}
-    for picture in sorted((path / maps if maps else path).rglob("*.png")):
-        found = re.fullmatch(r"(\d+)(?:_\d+)?", picture.stem)
+    for human in sorted((path / maps if maps else path).rglob("*.png")):
+        found = re.fullmatch(r"(\d+)(?:_\d+)?", human.stem)
         if found:
-            humans.setdefault(found[1], []).append(picture)
+            humans.setdefault(found[1], []).append(human)
     if not humans:
         raise StudyError(f"VQA-HAT: {path / maps if maps else path} holds no human maps <question id>.png")
     photos = {photo.stem[-12:]: photo for photo in sorted((path / images if images else path).rglob("*.jpg"))}
@@ -214,7 +214,7 @@ def vqa_hat(
         yield Sample(
             id=index,
             question=str(entry["question"]),
-            load=_picture(photos.get(image, f"*_{image}.jpg"), where, path / images if images else path),
+            load=_loader(photos.get(image, f"*_{image}.jpg"), where, path / images if images else path),
             answer=answers.get(index),
             annotations={"human": [_grey(file, where, path / maps if maps else path) for file in humans[index]]},
         )
@@ -279,7 +279,7 @@ def hallusion_bench(source: str, *, split: str | None = None) -> Iterator[Sample
         yield Sample(
             id=index,
             question=row.text("question"),
-            load=_picture(value, f"HallusionBench, {index}", *beside),
+            load=_loader(value, f"HallusionBench, {index}", *beside),
             answer={"1": "yes", "0": "no"}.get(true, true),
             choices=("yes", "no") if true in ("0", "1") else (),
             group=f"{category}/{subcategory}",
@@ -319,7 +319,7 @@ def pope(source: str, *, split: str | None = None) -> Iterator[Sample]:
             yield Sample(
                 id=index,
                 question=row.text("text", "question").strip(),
-                load=_picture(row.column("image"), f"POPE, {index}", *beside),
+                load=_loader(row.column("image"), f"POPE, {index}", *beside),
                 answer=label,
                 choices=("yes", "no"),
                 group=group,
@@ -356,7 +356,7 @@ def hal_loc(source: str, *, split: str | None = None) -> Iterator[Sample]:
             yield Sample(
                 id=f"{group}-{number}",
                 question=row.text("prompt").strip(),
-                load=_picture(image if "." in image else f"{image}.jpg", row.where, *beside),
+                load=_loader(image if "." in image else f"{image}.jpg", row.where, *beside),
                 answer=row.text("source_text").strip(),
                 group=group,
                 annotations={"contradiction": row.text("hallucinated_text").strip()},

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["gather", "rank_correlation"]
 
-PICTURE_SIDE = 336
+IMAGE_SIDE = 336
 """Longest side of an embedded image, pixels."""
 
 MAP_SIDE = 48
@@ -120,7 +120,7 @@ def _sample(results: Results, stored: Stored, key: Key) -> tuple[dict[str, Any],
         "question": about["question"],
         "truth": truth if truth is None or isinstance(truth, str) else " / ".join(dict.fromkeys(map(str, truth))),
         "dropped": _told(results.dropped.get(key[0], {}).get(key[1])),
-        "size": None if opened.picture is None else list(opened.picture.size),
+        "size": None if opened.image is None else list(opened.image.size),
         "answers": [_answer(records.get(model)) for model in models],
         "maps": [[_scores(stored.maps.get(key, {}).get((model, row))) for row in rows] for model in models],
     }
@@ -129,7 +129,7 @@ def _sample(results: Results, stored: Stored, key: Key) -> tuple[dict[str, Any],
     by_methods = [_pairs([heats.get((model, row)) for row in rows]) for model in models]
     index["agree"] = {"models": [_mean(pairs) for pairs in by_models], "methods": [_mean(p) for p in by_methods]}
     detail: dict[str, Any] = {
-        "picture": None if opened.picture is None else data_uri(shrink(opened.picture, _wide(opened)), quality=74),
+        "image": None if opened.image is None else data_uri(shrink(opened.image, _wide(opened)), quality=74),
         "words": [_words(opened, records.get(model), model) for model in models],
         "maps": [[_map(stored, opened, key, model, row) for row in rows] for model in models],
         "pairs": {"models": by_models, "methods": by_methods},
@@ -138,7 +138,7 @@ def _sample(results: Results, stored: Stored, key: Key) -> tuple[dict[str, Any],
     return index, detail
 
 
-def _wide(opened: Opened, side: int = PICTURE_SIDE) -> int:
+def _wide(opened: Opened, side: int = IMAGE_SIDE) -> int:
     """A side for one image; twice as much for a sheet of frames."""
     return side * (2 if opened.is_sheet else 1)
 
@@ -217,8 +217,8 @@ def _compare(stored: Stored, key: Key, other: Key, index: dict[str, Any], detail
     region = Region(None, "it is the same image")
     if about["picture"] != before["picture"]:
         region = Region(None, "an image is not at hand")
-        if here.picture is not None and there.picture is not None:
-            region = changed_region(there.picture, here.picture)
+        if here.image is not None and there.image is not None:
+            region = changed_region(there.image, here.image)
     differ = about.get("true_answer") != before.get("true_answer")
     same: list[bool | None] = []
     for model in study.models:
@@ -240,7 +240,7 @@ def _compare(stored: Stored, key: Key, other: Key, index: dict[str, Any], detail
         asked = [list(part) for part in question_diff(before["question"], about["question"])]
     detail["change"] = {
         "question": asked,
-        "picture": about["picture"] != before["picture"],
+        "image": about["picture"] != before["picture"],
         "region": None if region.mask is None else _bits(region.mask),
         "share": rounded(region.share, 4),
         "reason": region.reason,

@@ -35,7 +35,7 @@ class Opened:
     """The files of one sample, as far as they are at hand.
 
     Attributes:
-        picture: The original image, RGB, or a sheet of a video's frames; ``None`` where no trace holds it.
+        image: the original image, RGB, or a sheet of a video's frames; ``None`` where no trace holds it.
         is_sheet: Whether it is a sheet.
         traces: model → trace of its answer, where the file can be read.
         heats: (model, row) → heatmap with values; of a video the one over its sheet.
@@ -43,7 +43,7 @@ class Opened:
         notes: What could not be read, and why.
     """
 
-    picture: Image.Image | None
+    image: Image.Image | None
     traces: Mapping[str, Trace]
     heats: Mapping[tuple[str, str], Heatmap]
     words: Mapping[tuple[str, str], list[dict[str, Any]]]
@@ -74,17 +74,17 @@ class Stored:
     def _open(self, key: Key) -> Opened:
         notes: list[str] = []
         traces: dict[str, Trace] = {}
-        picture: Image.Image | None = None
+        image: Image.Image | None = None
         is_sheet = False
         for model, record in self.answers[key].items():
             if record["status"] != "done":
                 continue
             try:
                 trace = open_trace(self.study.out / "answers" / f"{record['key']}.h5")
-                if picture is None and trace.images:
-                    picture = trace.images[0].convert("RGB")
+                if image is None and trace.images:
+                    image = trace.images[0].convert("RGB")
                     if is_sheet := bool(trace.clips):
-                        picture = film_sheet(trace.images, trace.clips[0])
+                        image = film_sheet(trace.images, trace.clips[0])
                 traces[model] = trace
             except (ProbeError, OSError) as error:
                 notes.append(f"the trace of {model} cannot be read: {error}")
@@ -100,7 +100,7 @@ class Stored:
                     heats[model, row], words[model, row] = heat, entries
             except (ProbeError, OSError) as error:
                 notes.append(f"the map of {row} for {model} cannot be read: {error}")
-        return Opened(picture, traces, heats, words, tuple(notes), is_sheet)
+        return Opened(image, traces, heats, words, tuple(notes), is_sheet)
 
 
 def _read(file: Path, trace: Trace | None, record: Mapping[str, Any]) -> tuple[Heatmap, list[dict[str, Any]]]:

@@ -24,7 +24,7 @@ from lvlm_probe.serving import JOURNAL, Server, connect
 from lvlm_probe.study.datasets.registry import Sample, open_dataset
 from lvlm_probe.study.run.sample_filter import verdict
 from lvlm_probe.study.run.unit_work import answer_unit, map_unit, open_replay
-from lvlm_probe.study.run.units import Records, answer_content, digest, map_content, model_stamp, picture_digest
+from lvlm_probe.study.run.units import Records, answer_content, digest, image_digest, map_content, model_stamp
 from lvlm_probe.study.run.word_maps import add_words
 from lvlm_probe.study.spec import ModelSpec, Study
 
@@ -79,7 +79,7 @@ class Worker:
         self._held: tuple[str, Any, Any] | None = None
         self._prints: dict[str, str] = {}
         # By identity; the sample is held beside its digest, so that no other one can take its place in memory.
-        self._pictures: dict[int, tuple[Sample, str]] = {}
+        self._images: dict[int, tuple[Sample, str]] = {}
 
     # ------------------------------------------------------------------ models
 
@@ -140,21 +140,21 @@ class Worker:
             sample.id,
             spec,
             self.fingerprint(name),
-            picture=self._picture(sample),
+            image=self._image(sample),
             question=sample.question,
         )
         return digest(content), content
 
-    def _picture(self, sample: Sample) -> str:
+    def _image(self, sample: Sample) -> str:
         """Digest of a sample's image. Every key of every model holds it, and it is taken once."""
-        known = self._pictures.get(id(sample))
+        known = self._images.get(id(sample))
         if known is None or known[0] is not sample:
             try:
                 settings = self.study.settings
-                found = picture_digest(sample.shown, sampling=(settings.num_frames, settings.fps))
+                found = image_digest(sample.shown, sampling=(settings.num_frames, settings.fps))
             except Exception:
                 found = "unreadable"
-            known = self._pictures[id(sample)] = (sample, found)
+            known = self._images[id(sample)] = (sample, found)
         return known[1]
 
     def answer(self, name: str, dataset: str, sample: Sample) -> bool:

@@ -60,14 +60,14 @@ def answer_unit(
     study: Study,
     model: torch.nn.Module | Server,
     processor: Any,
-    picture: Image.Image | Path,
+    image: Image.Image | Path,
     question: str,
     trace_file: Path,
 ) -> dict[str, Any]:
     """A model's greedy answer, recorded as a trace, and how much of its probability the image is worth.
 
     Args:
-        picture: the image, or the file of a video.
+        image: an image, or the file of a video.
         trace_file: where the trace goes; appears there whole or not at all.
 
     Raises:
@@ -79,14 +79,14 @@ def answer_unit(
     most, baseline = study.settings.max_new_tokens, study.settings.baseline
     try:
         if isinstance(model, Server):
-            if isinstance(picture, Path):
+            if isinstance(image, Path):
                 raise ProbeError("a server is sent images, no videos: load the model here")
-            made = model.ask(picture, question, out=directory, max_tokens=most, baseline=baseline)
+            made = model.ask(image, question, out=directory, max_tokens=most, baseline=baseline)
         else:
-            shown: dict[str, Any] = {"images": [picture]}
-            if isinstance(picture, Path):
+            shown: dict[str, Any] = {"images": [image]}
+            if isinstance(image, Path):
                 settings = study.settings
-                shown = {"images": [], "videos": [picture], "num_frames": settings.num_frames, "fps": settings.fps}
+                shown = {"images": [], "videos": [image], "num_frames": settings.num_frames, "fps": settings.fps}
             made = record_answer(
                 model, processor, question=question, directory=directory, generate={"max_new_tokens": most},
                 baseline=baseline, **shown,

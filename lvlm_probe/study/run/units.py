@@ -29,11 +29,11 @@ __all__ = [
     "Records",
     "answer_content",
     "digest",
+    "image_digest",
     "map_content",
     "method_content",
     "model_content",
     "model_stamp",
-    "picture_digest",
 ]
 
 VERSION = 1
@@ -46,24 +46,24 @@ def digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:32]
 
 
-def picture_digest(picture: Image.Image | Path, *, sampling: Sequence[Any] = ()) -> str:
+def image_digest(image: Image.Image | Path, *, sampling: Sequence[Any] = ()) -> str:
     """32 hex digits over an image's mode, size and pixels: the same for a PNG and its copy elsewhere; or over a video's
     file, and how it is sampled."""
-    if isinstance(picture, Path):
-        with picture.open("rb") as file:
+    if isinstance(image, Path):
+        with image.open("rb") as file:
             return digest({"video": hashlib.file_digest(file, "sha256").hexdigest(), "sampling": list(sampling)})
-    head = f"{picture.mode}:{picture.size}:".encode()
-    return hashlib.sha256(head + picture.tobytes()).hexdigest()[:32]
+    head = f"{image.mode}:{image.size}:".encode()
+    return hashlib.sha256(head + image.tobytes()).hexdigest()[:32]
 
 
 def answer_content(
-    study: Study, dataset: str, sample: str, model: ModelSpec, fingerprint: str, *, picture: str, question: str
+    study: Study, dataset: str, sample: str, model: ModelSpec, fingerprint: str, *, image: str, question: str
 ) -> dict[str, Any]:
     """All that one model's answer to one sample depends on.
 
     Args:
         fingerprint: of the model's weights (``identity.fingerprint``), so that weights trained on make new units.
-        picture: ``picture_digest`` of the image.
+        image: ``image_digest`` of the image.
     """
     return {
         "unit": "answer",
@@ -71,7 +71,7 @@ def answer_content(
         "model": model.name,
         "dataset": dataset,
         "sample": sample,
-        "picture": picture,
+        "picture": image,  # the name in keys of units that are kept
         "question": question,
         **model_content(study, model, fingerprint),
     }

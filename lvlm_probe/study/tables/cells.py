@@ -73,7 +73,7 @@ def scored(records: Iterable[Mapping[str, Any]], skips: Counter[str]) -> list[Ma
         if gain(record) is not None:
             found.append(record)
         else:
-            skips[f"no score: {record.get('verdict') or 'the picture has no say'}"] += 1
+            skips[f"no score: {record.get('verdict') or 'the image has no say'}"] += 1
     return found
 
 
