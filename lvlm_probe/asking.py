@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lvlm_probe.cards import answer_html, card, text_html
-from lvlm_probe.errors import ImageError, ProbeError
+from lvlm_probe.errors import ImageError
 from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import explain
 from lvlm_probe.heatmap import Heatmap, figure
@@ -100,8 +100,6 @@ def ask(
         model, processor, images, question, directory, videos=videos, num_frames=num_frames, fps=fps, generate=options,
         prompt=prompt,
     )  # fmt: skip
-    if trace.status == "error":
-        raise ProbeError(f"the recording of {trace.path} is faulty: {trace.error}")
     return Answer(trace, replay(trace, model, processor), folder)
 
 

@@ -590,14 +590,13 @@ def _natural(value: Any) -> int:
 
 def trace_file_of(path: str | os.PathLike[str]) -> Path | None:
     """Return the trace file that a stored heatmap is of, whether or not it is there; ``None`` where none is named."""
-    from lvlm_probe.storage import read_arrays
+    from lvlm_probe.storage import read_attrs
 
     source = Path(path)
     try:
-        _, attrs = read_arrays(source, KIND, version=VERSION)
+        return _named_trace(source, read_attrs(source, KIND, version=VERSION))
     except TraceError:
         return None
-    return _named_trace(source, attrs)
 
 
 def _named_trace(source: Path, attrs: Mapping[str, Any]) -> Path | None:

@@ -185,6 +185,7 @@ class _Importer:
         self._directory, self._source = directory, source
         self._known: dict[str, list[ImportedAnswer]] = {}
         self.differing: list[ImportedAnswer] = []
+        self._store = open_store(directory)
         self._read: set[Path] = set()
         self._seen: dict[str, int] = {}
 
@@ -241,9 +242,8 @@ class _Importer:
 
     def _look(self) -> None:
         """Finds the rows that have a trace in the directory, by key; files are read once."""
-        for path in open_store(self._directory).files:
-            if path in self._read:
-                continue
+        self._store.refresh()  # what it knows already it does not look at again, file by file
+        for path in [path for path in self._store.files if path not in self._read]:
             self._read.add(path)
             with contextlib.suppress(ProbeError):  # a damaged file does not count: its row is imported again
                 for trace in open_rows(path):

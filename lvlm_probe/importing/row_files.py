@@ -23,7 +23,7 @@ from lvlm_probe.errors import StudyError
 from lvlm_probe.extras import require
 from lvlm_probe.importing.refusals import BadRow, shortened
 
-__all__ = ["FILES", "TABLES", "count_rows", "kind_of", "line_at", "lines_of", "parsed", "rows_in"]
+__all__ = ["FILES", "TABLES", "count_rows", "json_lines", "kind_of", "line_at", "lines_of", "parsed", "rows_in"]
 
 FILES = {
     "jsonl": "JSON lines",
@@ -155,7 +155,7 @@ def rows_in(path: str | Path, kind: str) -> Iterator[_Row]:
     path = Path(path)
     try:
         if kind == "jsonl":
-            yield from _json_lines(path)
+            yield from json_lines(path)
         elif kind == "json":
             yield from _json(path)
         elif kind == "parquet":
@@ -218,7 +218,8 @@ def _object(value: Any) -> dict[str, Any] | BadRow:
     return value if isinstance(value, dict) else BadRow(f"a row is an object, not {type(value).__name__}")
 
 
-def _json_lines(path: Path) -> Iterator[_Row]:
+def json_lines(path: Path) -> Iterator[_Row]:
+    """The objects of JSON lines with their numbers, or why a line holds none. Raises ``OSError``."""
     with path.open("rb") as file:
         for line, data in enumerate(lines_of(file), start=1):
             if data is None:

@@ -63,12 +63,12 @@ def record_answer(
         **record: further options of ``Probe.record``.
 
     Returns:
-        the trace, whose ``status`` may be an error.
+        the trace.
 
     Raises:
         AttachError: the model cannot be probed, or is probed already.
         ImageError: a video cannot be read.
-        ProbeError: nothing was recorded; the message says why.
+        ProbeError: nothing was recorded, or the recording is faulty; the message says why.
     """
     sampling = _sampling(num_frames, fps, videos)
     rule = prompt_rule(processor, model, prompt=prompt)
@@ -90,7 +90,10 @@ def record_answer(
             model.generate(**inputs, **{"do_sample": False, **generate})  # type: ignore[operator]
         if not recording.paths:
             raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no image"))
-        return recording.traces[-1]
+        trace = recording.traces[-1]
+        if trace.status == "error":
+            raise ProbeError(f"the recording of {trace.path.name} is faulty: {trace.error}")
+        return trace
 
 
 def _sampling(num_frames: int | None, fps: float | None, videos: Sequence[Any]) -> dict[str, Any]:

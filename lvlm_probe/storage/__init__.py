@@ -6,8 +6,8 @@
 * :mod:`~lvlm_probe.storage.arrays`: files of named arrays, for explanations
 """
 
-from lvlm_probe.storage.arrays import read_arrays, write_arrays
+from lvlm_probe.storage.arrays import read_arrays, read_attrs, write_arrays
 from lvlm_probe.storage.encoding import JSON
 from lvlm_probe.storage.reading import SealedFile, open_sealed
 
-__all__ = ["JSON", "SealedFile", "open_sealed", "read_arrays", "write_arrays"]
+__all__ = ["JSON", "SealedFile", "open_sealed", "read_arrays", "read_attrs", "write_arrays"]

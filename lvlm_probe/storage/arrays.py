@@ -12,13 +12,13 @@ import numpy as np
 
 from lvlm_probe._version import __version__
 from lvlm_probe.storage.encoding import JSON, NAME, put_array, put_json, put_text
-from lvlm_probe.storage.reading import open_sealed
+from lvlm_probe.storage.reading import SealedFile, open_sealed
 from lvlm_probe.storage.seal import sealed_writer, trace_error
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["read_arrays", "write_arrays"]
+__all__ = ["read_arrays", "read_attrs", "write_arrays"]
 
 
 def write_arrays(
@@ -64,9 +64,7 @@ def read_arrays(
     ``TraceError`` for damaged, foreign or hostile files.
     """
     with open_sealed(path, f"lvlm_probe.{kind}", version) as file:
-        attrs = file.json("attrs")
-        if not isinstance(attrs, dict):
-            raise file.error("attrs", f"settings by name are expected, this is a {type(attrs).__name__}")
+        attrs = _attrs(file)
         arrays: dict[str, np.ndarray] = {}
         for name in file.named("arrays"):
             key = f"arrays/{name}"
@@ -74,3 +72,16 @@ def read_arrays(
             if file.text(key, "dtype", "") == "bool":
                 arrays[name] = arrays[name].astype(bool)
     return arrays, attrs
+
+
+def read_attrs(path: str | os.PathLike[str], kind: str, *, version: str = "1.0") -> dict[str, JSON]:
+    """Reads the settings alone, as ``read_arrays`` does."""
+    with open_sealed(path, f"lvlm_probe.{kind}", version) as file:
+        return _attrs(file)
+
+
+def _attrs(file: SealedFile) -> dict[str, JSON]:
+    attrs = file.json("attrs")
+    if not isinstance(attrs, dict):
+        raise file.error("attrs", f"settings by name are expected, this is a {type(attrs).__name__}")
+    return attrs

@@ -54,13 +54,14 @@ class TraceStore(Sequence[Trace]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._names: list[str] = []
         self._entries: list[_Entry] = []
         self.refresh()
 
     def refresh(self) -> None:
         """Looks at the directory again."""
         if self.path.is_file():
-            self._entries = [_entry(self.path)]
+            self._names, self._entries = [self.path.name], [_entry(self.path)]
             return
         try:
             with os.scandir(self.path) as listing:
@@ -71,8 +72,9 @@ class TraceStore(Sequence[Trace]):
         except (OSError, ValueError, MemoryError) as error:
             what, way_out = causes(error)
             raise trace_error(self.path, "", f"it cannot be listed: {what}", way_out) from error
-        known = {entry.path.name: entry for entry in self._entries}
-        self._entries = [known.get(name) or _entry(self.path / name) for name in names if not name.startswith(".")]
+        names = [name for name in names if not name.startswith(".")]
+        known = dict(zip(self._names, self._entries, strict=True))
+        self._names, self._entries = names, [known.get(name) or _entry(self.path / name) for name in names]
 
     @property
     def files(self) -> tuple[Path, ...]:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lvlm_probe.errors import ImageError, StudyError
 from lvlm_probe.extras import require
 from lvlm_probe.files import found_within
+from lvlm_probe.importing.refusals import BadRow
+from lvlm_probe.importing.row_files import json_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -201,18 +203,11 @@ def _csv(file: Path) -> Iterator[dict[str, Any]]:
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise StudyError(f"{file}, line {number}: not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise StudyError(f"{file}, line {number}: a row is an object, not {type(row).__name__}")
-                yield row
-    except (OSError, UnicodeDecodeError) as error:
+        for number, row in json_lines(file):
+            if isinstance(row, BadRow):
+                raise StudyError(f"{file}, line {number}: {row}")
+            yield row
+    except OSError as error:
         raise StudyError(f"{file} cannot be read: {error}") from error
 
 

@@ -95,8 +95,6 @@ def answer_unit(
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     trace = open_trace(trace_file)
-    if trace.status == "error":
-        raise ProbeError(f"the recording is faulty: {trace.error}")
     return {
         "answer": trace.answer,
         "tokens": len(trace.token_ids),
