@@ -40,6 +40,7 @@ from lvlm_probe.metrics.deletion_insertion import synergy as synergy_curve
 from lvlm_probe.metrics.verdict import (
     BASELINE_PROBABILITY,
     MAX_REPLAY_DIFFERENCE,
+    Measured,
     Verdict,
     judge,
     level_with_center,
@@ -327,12 +328,7 @@ def evaluate(
         settings = dataclasses.replace(settings, score=kind, ordered=True)
     if heat.values is None:
         return _nothing(heat, replay)
-    if "passes" not in replay.offers:
-        raise ExplainError(
-            f"a score takes log-probabilities, and {replay.origin['device']} is asked on a road that gives "
-            f"{' and '.join(sorted(replay.offers)) or 'nothing'} in the place of log-probabilities: leave the road out "
-            "(road=, --road), or replay on the model itself"
-        )
+    _check_offers(replay)
     explained = heat.provenance.get("baseline")
     replay = over_baseline(replay, (explained or replay.baseline) if baseline is None else baseline)
     replay = scored_by(replay, heat.selection)
@@ -356,16 +352,7 @@ def evaluate(
             unread = MaskScores(deaf, steps_of, image=heat.target, mode=mode)
             together = synergy_curve(values, seen, scores, unread, settings)
     return Score(
-        deletion=areas.deletion,
-        insertion=areas.insertion,
-        fractions=tuple(raw.fractions.tolist()),
-        deletion_curve=tuple(areas.deletion_curve.tolist()),
-        insertion_curve=tuple(areas.insertion_curve.tolist()),
-        deletion_raw=tuple(raw.deletion.tolist()),
-        insertion_raw=tuple(raw.insertion.tolist()),
-        tie_share=raw.tie_share,
-        original=float(raw.deletion[0]),
-        baseline=float(raw.deletion[-1]),
+        **_numbers(raw, areas),
         baseline_check={
             "kind": str(replay.baseline.get("kind")),
             # A score of its own need not be small on the baseline: a contrast is what the model would say unseeing.
@@ -394,6 +381,22 @@ def evaluate(
         },
         provenance=_of(heat, replay),
     )
+
+
+def _numbers(raw: Curves, areas: _Areas) -> dict[str, Any]:
+    """Curves and areas, as a ``Score`` holds them."""
+    return {
+        "deletion": areas.deletion,
+        "insertion": areas.insertion,
+        "fractions": tuple(raw.fractions.tolist()),
+        "deletion_curve": tuple(areas.deletion_curve.tolist()),
+        "insertion_curve": tuple(areas.insertion_curve.tolist()),
+        "deletion_raw": tuple(raw.deletion.tolist()),
+        "insertion_raw": tuple(raw.insertion.tolist()),
+        "tie_share": raw.tie_share,
+        "original": float(raw.deletion[0]),
+        "baseline": float(raw.deletion[-1]),
+    }
 
 
 def _hidden(raw: Curves) -> dict[str, Any]:
@@ -435,6 +438,15 @@ def check_answer(heat: Explained, replay: ReplayLike) -> None:
         )
     if not isinstance(heat.target, int) and frame_of(replay, heat.target.first) != heat.target:
         raise ExplainError("the heatmap is of a video that this prompt does not have")
+
+
+def _check_offers(replay: ReplayLike) -> None:
+    if "passes" not in replay.offers:
+        raise ExplainError(
+            f"a score takes log-probabilities, and {replay.origin['device']} is asked on a road that gives "
+            f"{' and '.join(sorted(replay.offers)) or 'nothing'} in the place of log-probabilities: leave the road out "
+            "(road=, --road), or replay on the model itself"
+        )
 
 
 def _check(settings: CurveSettings, auc: AreaRule, steps: int | None) -> None:
@@ -517,7 +529,7 @@ def _verdict(
     report = replay.path.report
     difference, tolerated = _replay_difference(replay, heat.selection.indices)
     own = heat.selection.score
-    return judge(
+    measured = Measured(
         deletion=areas.deletion,
         insertion=areas.insertion,
         original_probability=raw.original_probability,
@@ -535,6 +547,7 @@ def _verdict(
         deterministic=report.deterministic,
         way_on=_way_on(heat),
     )
+    return judge(measured)
 
 
 def _raised(name: str, raw: Curves) -> tuple[str, float, float, float]:

@@ -14,7 +14,7 @@ from typing import Any
 from lvlm_probe.explainers.curve_points import MIN_GAIN
 from lvlm_probe.words import ALPHA
 
-__all__ = ["Verdict", "judge", "out_of_range"]
+__all__ = ["Measured", "Verdict", "judge", "out_of_range"]
 
 BASELINE_PROBABILITY = 0.05
 """The paper's own demand on the baseline image (A.1): selected tokens keep less than 5 % of probability on it."""
@@ -177,57 +177,75 @@ def _nothing_speaks_for(name: str, original: float, baseline: float, highest: fl
     ]
 
 
-def judge(
-    *,
-    empty: str | None = None,
-    deletion: float = math.nan,
-    insertion: float = math.nan,
-    original_probability: float = math.nan,
-    baseline_probability: float = math.nan,
-    tie_share: float = 0.0,
-    tie_spread: float = 0.0,
-    random_gains: tuple[float, ...] = (),
-    center_gain: float = math.nan,
-    undefined: str | None = None,
-    own_score: tuple[str, float, float, float] | None = None,
-    replay_difference: float | None = None,
-    replay_tolerance: float = MAX_REPLAY_DIFFERENCE,
-    parity_error: float | None = None,
-    parity_mode: str = "fast",
-    deterministic: bool = True,
-    way_on: str = "",
-) -> Verdict:
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one heatmap, and how far the measuring itself can be trusted.
+
+    Attributes:
+        empty: why there is no heatmap; nothing else is looked at then.
+        deletion, insertion: normalised areas.
+        original_probability, baseline_probability: mean probability of the selected tokens on the image and on the
+            baseline.
+        tie_share: share of seen cells that have the value of another.
+        tie_spread: standard deviation of insertion − deletion over random orders of them; NaN when unknown.
+        random_gains: insertion − deletion of random heatmaps, when they were asked for; NaN among them does not count.
+        center_gain: insertion − deletion of the blob in the middle of the image; NaN where it was not taken.
+        undefined: why deletion and insertion are NaN, where they are.
+        own_score: of a score in the place of probabilities, which are not looked at then: its name, its value on the
+            image and on the baseline, and the highest that was met while parts of the image were shown.
+        replay_difference: largest difference to the recorded log-probabilities, nats; ``None`` when unknown.
+        replay_tolerance: how large it may be: rounding where that is more than ``MAX_REPLAY_DIFFERENCE``.
+        parity_error: mean grey levels between the fast path and the processor; ``None`` when unknown.
+        parity_mode: ``"exact"`` scores went through the real processor, so parity does not matter.
+        deterministic: whether the processor makes the same inputs twice.
+        way_on: what may give a better heatmap, said where this one is too poor.
+    """
+
+    empty: str | None = None
+    deletion: float = math.nan
+    insertion: float = math.nan
+    original_probability: float = math.nan
+    baseline_probability: float = math.nan
+    tie_share: float = 0.0
+    tie_spread: float = 0.0
+    random_gains: tuple[float, ...] = ()
+    center_gain: float = math.nan
+    undefined: str | None = None
+    own_score: tuple[str, float, float, float] | None = None
+    replay_difference: float | None = None
+    replay_tolerance: float = MAX_REPLAY_DIFFERENCE
+    parity_error: float | None = None
+    parity_mode: str = "fast"
+    deterministic: bool = True
+    way_on: str = ""
+
+
+def judge(measured: Measured | None = None, /, **numbers: Any) -> Verdict:
     """The verdict on one heatmap.
 
     Args:
-        empty: Why there is no heatmap; nothing else is looked at then.
-        deletion, insertion: Normalised areas.
-        original_probability, baseline_probability: Mean probability of the selected tokens on the image and on the
-            baseline.
-        tie_share: Share of seen cells that have the value of another.
-        tie_spread: Standard deviation of insertion − deletion over random orders of them; NaN when unknown.
-        random_gains: Insertion − deletion of random heatmaps, when they were asked for; NaN among them does not count.
-        center_gain: Insertion − deletion of the blob in the middle of the image; NaN where it was not taken.
-        undefined: Why deletion and insertion are NaN, where they are.
-        own_score: Of a score in the place of probabilities, which are not looked at then: its name, its value on the
-            image and on the baseline, and the highest that was met while parts of the image were shown.
-        replay_difference: Largest difference to the recorded log-probabilities, nats; ``None`` when unknown.
-        replay_tolerance: How large it may be: rounding where that is more than ``MAX_REPLAY_DIFFERENCE``.
-        parity_error: Mean grey levels between the fast path and the processor; ``None`` when unknown.
-        parity_mode: ``"exact"`` scores went through the real processor, so parity does not matter.
-        deterministic: Whether the processor makes the same inputs twice.
-        way_on: What may give a better heatmap, said where this one is too poor.
+        measured: of the heatmap.
+        **numbers: its attributes, in its place.
     """
-    if empty is not None:
-        return Verdict(False, (f"there is no heatmap, because {empty}",))
-    if own_score is not None:
-        reasons = _nothing_speaks_for(*own_score)
+    measured = measured or Measured(**numbers)
+    if measured.empty is not None:
+        return Verdict(False, (f"there is no heatmap, because {measured.empty}",))
+    if measured.own_score is not None:
+        reasons = _nothing_speaks_for(*measured.own_score)
     else:
-        reasons = _of_probabilities(original_probability, baseline_probability)
-    gain, onward = insertion - deletion, f": {way_on}" if way_on else ""
-    by_chance = [one for one in random_gains if math.isfinite(one)]
+        reasons = _of_probabilities(measured.original_probability, measured.baseline_probability)
+    reasons += _of_areas(measured) + _of_measuring(measured)
+    return Verdict(not reasons, tuple(reasons))
+
+
+def _of_areas(measured: Measured) -> list[str]:
+    """What insertion − deletion says against a heatmap, by itself and beside heatmaps made without looking."""
+    gain, onward = measured.insertion - measured.deletion, f": {measured.way_on}" if measured.way_on else ""
+    by_chance = [one for one in measured.random_gains if math.isfinite(one)]
+    reasons = []
     if not math.isfinite(gain):
-        reasons.append("deletion and insertion are undefined" + (f": {undefined}" if undefined else ""))
+        undefined = f": {measured.undefined}" if measured.undefined else ""
+        reasons.append(f"deletion and insertion are undefined{undefined}")
     elif gain < MIN_GAIN:
         reasons.append(
             f"insertion − deletion is {gain:.2f}, not clearly above the 0 of a random heatmap (threshold {MIN_GAIN:g})"
@@ -238,26 +256,33 @@ def judge(
             f"insertion − deletion is {gain:.2f}, and one of {len(by_chance)} random heatmaps reached "
             f"{max(by_chance):.2f}{onward}"
         )
-    if center_gain - gain > CENTER_MARGIN:
+    if measured.center_gain - gain > CENTER_MARGIN:
         reasons.append(
             f"insertion − deletion is {gain:.2f}, and a blob in the middle of the image, made without looking, "
-            f"has {center_gain:.2f}{onward}"
+            f"has {measured.center_gain:.2f}{onward}"
         )
-    if tie_spread > MAX_TIE_SPREAD:
+    if measured.tie_spread > MAX_TIE_SPREAD:
         reasons.append(
-            f"{tie_share:.0%} of the cells are tied with others, and insertion − deletion varies by ±{tie_spread:.2f} "
-            f"with their order"
+            f"{measured.tie_share:.0%} of the cells are tied with others, and insertion − deletion varies by "
+            f"±{measured.tie_spread:.2f} with their order"
         )
-    if replay_difference is not None and not replay_difference <= replay_tolerance:
+    return reasons
+
+
+def _of_measuring(measured: Measured) -> list[str]:
+    """What speaks against the numbers themselves."""
+    difference, error = measured.replay_difference, measured.parity_error
+    reasons = []
+    if difference is not None and not difference <= measured.replay_tolerance:
         reasons.append(
-            f"the replay differs from the recording by {replay_difference:.2g} nats on these tokens (rounding explains "
-            f"{replay_tolerance:.2g}): check that model, dtype and processor are the recorded ones"
+            f"the replay differs from the recording by {difference:.2g} nats on these tokens (rounding explains "
+            f"{measured.replay_tolerance:.2g}): check that model, dtype and processor are the recorded ones"
         )
-    if not deterministic:
+    if not measured.deterministic:
         reasons.append("the image processor does not make the same inputs twice")
-    if parity_mode == "fast" and parity_error is not None and not parity_error <= MAX_PARITY_ERROR:
+    if measured.parity_mode == "fast" and error is not None and not error <= MAX_PARITY_ERROR:
         reasons.append(
-            f"masked images differ from what the processor would make by {parity_error:.1f} grey levels in the mean: "
+            f"masked images differ from what the processor would make by {error:.1f} grey levels in the mean: "
             f"evaluate with mode='exact'"
         )
-    return Verdict(not reasons, tuple(reasons))
+    return reasons
