@@ -248,37 +248,24 @@ def select_tokens(
         raise SelectionError(
             f"give words, a span or token numbers, not both: words={words!r}, span={span!r}, indices={indices!r}"
         )
-
     chosen: Rule
     if words is not None:
-        chosen = "words"
-        wanted = [words] if isinstance(words, str) else list(words)
+        chosen, wanted = "words", [words] if isinstance(words, str) else list(words)
         params["words"] = wanted
         candidates = _find_words(wanted, tokens, special, replay.words)
     elif span is not None:
-        chosen = "span"
-        candidates = _span_indices(span, tokens, replay.words)
+        chosen, candidates = "span", _span_indices(span, tokens, replay.words)
         params["span"] = [candidates[0], candidates[-1] + 1]
     elif indices is not None:
-        chosen = "indices"
-        candidates = _numbers(indices, tokens, replay.words)
+        chosen, candidates = "indices", _numbers(indices, tokens, replay.words)
         params["indices"] = candidates
     elif rule == "joint":
-        chosen = "joint"
-        candidates = list(range(len(tokens)))
+        chosen, candidates = "joint", list(range(len(tokens)))
     elif rule == "llr":
-        chosen = "llr"
+        chosen, candidates = "llr", _above(alpha, llr)
         params["alpha"] = float(alpha)
-        if llr is None:
-            raise SelectionError(
-                "there are no log-likelihood ratios: the trace was recorded with llr=False, or its server gives no "
-                "log-probabilities on a baseline; select on a replay (probe.replay(trace, model, processor)), or use "
-                "rule='joint', words= or span="
-            )
-        candidates = [index for index, value in enumerate(llr) if value > alpha]
     else:
         raise SelectionError(f"unknown rule {rule!r}: use 'llr' or 'joint', or give words= or span=")
-
     stops = STOP_WORDS if stop_words is True else frozenset(word.casefold() for word in (stop_words or ()))
     params["stop_words"] = sorted(stops) if stops and stop_words is not True else bool(stops)
     by_option = _skipped_by_option(tokens, special, replay.words, skip_first=skip_first, stops=stops)
@@ -294,6 +281,17 @@ _NOT_HERE = (
     "against= is scored inside the model's passes, and this is an answer without them (of a server, or a trace alone): "
     "load the model here, probe.replay(trace, model, processor)"
 )
+
+
+def _above(alpha: float, llr: np.ndarray | None) -> list[int]:
+    """The tokens whose log-likelihood ratio is above a threshold. Raises ``SelectionError`` where none is known."""
+    if llr is None:
+        raise SelectionError(
+            "there are no log-likelihood ratios: the trace was recorded with llr=False, or its server gives no "
+            "log-probabilities on a baseline; select on a replay (probe.replay(trace, model, processor)), or use "
+            "rule='joint', words= or span="
+        )
+    return [index for index, value in enumerate(llr) if value > alpha]
 
 
 def _contrasted(

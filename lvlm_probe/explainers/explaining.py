@@ -36,6 +36,8 @@ from lvlm_probe.selection import Against, TokenSelection, scored_selection, sele
 from lvlm_probe.trace import Trace
 
 if TYPE_CHECKING:
+    import torch
+
     from lvlm_probe.trace.clips import Clip
 
 __all__ = ["RunPlan", "Tokens", "explain", "frame_of", "run", "scored_by", "selected", "target_of", "words_of"]
@@ -199,12 +201,8 @@ def run(
         with show_progress(progress, f"explaining by {method}") as advance:
             problem = dataclasses.replace(problem, replay=replay, progress=advance)
             outcome = _run(function, problem, method, params)
-    values, axes = outcome.values, 2 if clip is None else 3
-    if values is not None and (values.ndim != axes or not bool(((values >= 0) & (values <= 1)).all())):
-        raise ExplainError(
-            f"{method} returned values of shape {tuple(values.shape)} outside [0, 1]; a heatmap is "
-            f"{'(row, col)' if clip is None else '(t, row, col)'} in [0, 1]"
-        )
+    values = outcome.values
+    _check_values(values, method, 2 if clip is None else 3)
     provenance = _provenance(replay, seed, time.perf_counter() - started)
     if before is not None:
         provenance |= before.since(replay, plan)
@@ -222,6 +220,14 @@ def run(
         "reason": outcome.reason,
         "trace": cast(Trace, replay.trace),
     }
+
+
+def _check_values(values: torch.Tensor | None, method: str, axes: int) -> None:
+    if values is not None and (values.ndim != axes or not bool(((values >= 0) & (values <= 1)).all())):
+        raise ExplainError(
+            f"{method} returned values of shape {tuple(values.shape)} outside [0, 1]; a heatmap is "
+            f"{'(row, col)' if axes == 2 else '(t, row, col)'} in [0, 1]"
+        )
 
 
 def scored_by(replay: Any, selection: TokenSelection, method: str | None = None) -> Any:

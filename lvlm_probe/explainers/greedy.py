@@ -161,11 +161,15 @@ def greedy(
         reason = "no set of regions makes the selected words more likely than none"
         return Outcome(None, params, history, reason, diagnostics)
     missing = 1 - (highest[:-1] - track[0]) / rise
+    return Outcome(_painted(inside, order, missing), params, history, diagnostics=diagnostics)
+
+
+def _painted(inside: torch.Tensor, order: list[int], missing: torch.Tensor) -> torch.Tensor:
+    """Each region's value over its cells: the share of the rise that was missing before it, and its rank."""
     rank = 1 - torch.arange(len(order), dtype=torch.float32) / len(order)
     value = torch.empty(len(order), dtype=torch.float64)
     value[order] = (1 - _RANK_SHARE) * missing + _RANK_SHARE * rank
-    heat = torch.einsum("m...,m->...", inside.double(), value)
-    return Outcome(heat.clamp(0.0, 1.0).float(), params, history, diagnostics=diagnostics)
+    return torch.einsum("m...,m->...", inside.double(), value).clamp(0.0, 1.0).float()
 
 
 def regions_of(

@@ -62,18 +62,8 @@ def iia(
             the images of a batch to one sequence, or the points did not stay in one batch.
         OutOfMemory: The points do not fit into memory at once.
     """
-    if variant not in ("paper", "iia2"):
-        raise ExplainError(f"variant is 'paper' or 'iia2'; got {variant!r}")
     count = points if points is not None else (11 if variant == "paper" else 6)
-    if count < 2:
-        raise ExplainError(f"points is at least 2, both ends of the path; got {count}")
-    if variant == "iia2" and last_factor != "identity":
-        raise ExplainError("last_factor belongs to variant='paper'; 'iia2' joins its layers by rollout")
-    path = torch.linspace(0, 1, count, dtype=torch.float32)
-    if variant == "paper":
-        blend, scale = path, None
-    else:
-        blend, scale = path.repeat_interleave(count), path.repeat(count)
+    blend, scale = _path(variant, count, last_factor)
     batch = len(blend)
     scaled: list[str] = []
     scales: dict[torch.device, Tensor] = {}
@@ -105,11 +95,7 @@ def iia(
         return output * factor.reshape(-1, *[1] * (output.ndim - 1))
 
     walk = Walk(problem, scope, bar, normalised=variant == "iia2", last_factor=last_factor, encoder=encoder)
-    if walk.encoder_tokens is not None and len(walk.encoder_tokens.shape) == 1:
-        raise ExplainError(
-            f"{walk.encoder_tokens.encoder} joins all images of a batch to one sequence, so the points of the path "
-            f"cannot be told apart in it; give scope='decoder', or use 'tmm', which goes through this encoder"
-        )
+    _check_batched(walk)
     replay = problem.replay.over("blank") if variant == "iia2" else problem.replay
     if variant == "iia2" and scope == "encoder":
         scaled += _last_read(problem, walk.lowest_part)
@@ -128,6 +114,29 @@ def iia(
     params: dict[str, Any] = {"variant": variant, "points": count, "scope": scope, "encoder": encoder}
     params |= {"last_factor": last_factor, "size": list(grid.shape)}
     return finish(grid, met, params, diagnostics={"layers": walk.layers, "unreadable": dict(seen.unreadable)})
+
+
+def _check_batched(walk: Walk) -> None:
+    if walk.encoder_tokens is not None and len(walk.encoder_tokens.shape) == 1:
+        raise ExplainError(
+            f"{walk.encoder_tokens.encoder} joins all images of a batch to one sequence, so the points of the path "
+            f"cannot be told apart in it; give scope='decoder', or use 'tmm', which goes through this encoder"
+        )
+
+
+def _path(variant: str, count: int, last_factor: str) -> tuple[Tensor, Tensor | None]:
+    """The points: how much of the image is there, and by what the last layer's output is scaled. Raises
+    ``ExplainError``."""
+    if variant not in ("paper", "iia2"):
+        raise ExplainError(f"variant is 'paper' or 'iia2'; got {variant!r}")
+    if count < 2:
+        raise ExplainError(f"points is at least 2, both ends of the path; got {count}")
+    path = torch.linspace(0, 1, count, dtype=torch.float32)
+    if variant == "paper":
+        return path, None
+    if last_factor != "identity":
+        raise ExplainError("last_factor belongs to variant='paper'; 'iia2' joins its layers by rollout")
+    return path.repeat_interleave(count), path.repeat(count)
 
 
 def _last_read(problem: Problem, encoder: str) -> list[str]:

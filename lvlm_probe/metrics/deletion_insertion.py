@@ -235,14 +235,8 @@ def curves(
     bounds = [float(np.mean([curve.open(fractions).sum() for curve in pair])) for pair in pairs]
     spread = 0.0
     if shared > 0:
-        spread = math.nan
-        if orders > 1 and drawn_through and undefined is None:
-            gains = [
-                _area(high.filled(fractions), points, fractions, settings, ends, insert=True)
-                - _area(low.filled(fractions), points, fractions, settings, ends, insert=False)
-                for low, high in zip(*pairs, strict=True)
-            ]
-            spread = float(np.std(gains, ddof=1))
+        known = orders > 1 and drawn_through and undefined is None
+        spread = _spread(pairs, points, fractions, settings, ends) if known else math.nan
     turns = [float(np.mean([curve.turns(sign if curve.insert else -sign) for curve in pair])) for pair in pairs]
     return Curves(
         fractions=fractions,
@@ -259,6 +253,18 @@ def curves(
         undefined=undefined,
         tie_spread=spread,
     )
+
+
+def _spread(
+    pairs: list[list[_Curve]], points: np.ndarray, fractions: np.ndarray, settings: CurveSettings, ends: np.ndarray
+) -> float:
+    """Standard deviation of insertion − deletion over the orders that the curves are drawn in."""
+    gains = [
+        _area(high.filled(fractions), points, fractions, settings, ends, insert=True)
+        - _area(low.filled(fractions), points, fractions, settings, ends, insert=False)
+        for low, high in zip(*pairs, strict=True)
+    ]
+    return float(np.std(gains, ddof=1))
 
 
 def synergy(

@@ -331,23 +331,10 @@ def mixed_effects(
         ProbeError: statsmodels is missing.
     """
     api = require("statsmodels.regression.mixed_linear_model", extra="stats", purpose="a mixed-effects model")
-    pandas = require("pandas", extra="stats", purpose="a mixed-effects model")
     stats = require("scipy.stats", extra="stats", purpose="a mixed-effects model")
     score = formula.partition("~")[0].strip()
-    frame = pandas.DataFrame.from_records([dict(record) for record in records])
-    if frame.empty or group not in frame or score not in frame:
-        raise ValueError(
-            f"records need the fields {group!r} and {score!r}; they have {sorted(map(str, frame.columns))}"
-        )
-    used = [str(name) for name in frame if name == group or re.search(rf"\b{re.escape(str(name))}\b", formula)]
-    missing = [name for name in used if frame[name].isna().any()]
-    if missing:
-        raise ValueError(f"records without a value in {', '.join(missing)}: leave them out before, and say how many")
+    frame = _frame(records, formula, score, group)
     groups = int(frame[group].nunique())
-    if groups < 2:
-        raise ValueError(f"a random intercept per {group!r} needs at least two of them; got {groups}")
-    if frame[score].nunique() < 2:
-        raise ValueError(f"all {len(frame)} scores are equal, so there is nothing to test")
     smaller = null if null is not None else f"{score} ~ 1"
     models = [_model(api.MixedLM, text, frame, group) for text in (formula, smaller)]
     degrees = int(models[0].exog.shape[1] - models[1].exog.shape[1])
@@ -376,6 +363,25 @@ def mixed_effects(
             f"intercept per {group} ({groups}), maximum likelihood, {len(frame)} records"
         ),
     )
+
+
+def _frame(records: Sequence[Mapping[str, Any]], formula: str, score: str, group: str) -> Any:
+    """The records as a data frame. Raises ``ValueError`` where no model of this formula can be fitted to them."""
+    pandas = require("pandas", extra="stats", purpose="a mixed-effects model")
+    frame = pandas.DataFrame.from_records([dict(record) for record in records])
+    if frame.empty or group not in frame or score not in frame:
+        raise ValueError(
+            f"records need the fields {group!r} and {score!r}; they have {sorted(map(str, frame.columns))}"
+        )
+    used = [str(name) for name in frame if name == group or re.search(rf"\b{re.escape(str(name))}\b", formula)]
+    missing = [name for name in used if frame[name].isna().any()]
+    if missing:
+        raise ValueError(f"records without a value in {', '.join(missing)}: leave them out before, and say how many")
+    if (groups := int(frame[group].nunique())) < 2:
+        raise ValueError(f"a random intercept per {group!r} needs at least two of them; got {groups}")
+    if frame[score].nunique() < 2:
+        raise ValueError(f"all {len(frame)} scores are equal, so there is nothing to test")
+    return frame
 
 
 def _model(mixed: Any, formula: str, frame: Any, group: str) -> Any:

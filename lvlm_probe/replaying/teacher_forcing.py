@@ -180,6 +180,52 @@ class TeacherForcing:
         """
         steps = shortcut.steps if shortcut is not None else tuple(range(self.steps))
         slots = tuple(sorted({*steps, *self._slots}))
+        inputs = self._inputs(pixel_inputs, batch, shortcut, slots)
+        with (
+            self.replica.use() as replica,
+            checkpointed(replica, enabled=checkpoint) as model,
+            even_gradients(model),
+            patch_gradients(model),
+            self._wanted_positions_only(model, slots, shortcut) as (extra, states),
+        ):
+            try:
+                logits = model(**inputs, **extra, return_dict=True).logits
+            except (ValueError, RuntimeError, IndexError) as error:
+                if not self._said_image or ran_out(error):
+                    raise
+                raise ReplayError(
+                    f"the answer holds the image token itself, to which {type(model).__name__} looks for another "
+                    f"image, so this answer cannot be replayed ({error})"
+                ) from error
+        logits = _of_slots(logits, slots)
+        epsilon = max(epsilon_of(logits.dtype), epsilon_of(getattr(model, "dtype", None)))
+        banned = torch.finfo(logits.dtype).min / 2  # what a model fills in for tokens that it never says (Chameleon)
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        if logits.shape[:2] != (batch * self.rows, len(slots)):
+            raise ReplayError(
+                f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for {batch * self.rows} images "
+                f"and {len(slots)} answer tokens; its forward edits the sequence, so this answer cannot be replayed"
+            )
+        by_row = logits.reshape(batch, self.rows, *logits.shape[1:])
+        logits, known = by_row[:, 0], slots
+        if slots[-1] >= self.steps:  # behind the answer's end are other courses of it alone
+            known = tuple(slot for slot in slots if slot < self.steps)
+            logits = logits[:, : len(known)]
+        targets = self._targets.to(logits.device)[index_on(logits.device, known)]
+        if shortcut is None and batch == 1:
+            self._look_at(logits.detach()[0], targets, banned, epsilon)
+        picked = logits.gather(-1, targets[None, :, None].expand(batch, -1, 1)).squeeze(-1)
+        log_probs = picked - logits.logsumexp(dim=-1)
+        if self._score is None:
+            return log_probs
+        own = self._scored(log_probs, by_row, slots, states)
+        return torch.cat([log_probs[:, [known.index(step) for step in steps]], own], dim=1)
+
+    def _inputs(
+        self, pixel_inputs: Mapping[str, torch.Tensor], batch: int, shortcut: Shortcut | None, slots: Sequence[int]
+    ) -> dict[str, Any]:
+        """What the model is fed: the text once per image, and what is cached where the pass begins behind it."""
         rows = batch * self.rows
         inputs: dict[str, Any] = {
             name: value.repeat(batch, *[1] * (value.ndim - 1))
@@ -200,50 +246,7 @@ class TeacherForcing:
             if (places := shortcut.position_ids) is not None:
                 fed = places[..., shortcut.start : self.stop(slots)]
                 inputs["position_ids"] = fed.expand(*fed.shape[:-2], rows, fed.shape[-1])
-        with (
-            self.replica.use() as replica,
-            checkpointed(replica, enabled=checkpoint) as model,
-            even_gradients(model),
-            patch_gradients(model),
-            self._wanted_positions_only(model, slots, shortcut) as (extra, states),
-        ):
-            try:
-                logits = model(**inputs, **extra, return_dict=True).logits
-            except (ValueError, RuntimeError, IndexError) as error:
-                if not self._said_image or ran_out(error):
-                    raise
-                raise ReplayError(
-                    f"the answer holds the image token itself, to which {type(model).__name__} looks for another "
-                    f"image, so this answer cannot be replayed ({error})"
-                ) from error
-        span = slots[-1] - slots[0] + 1
-        if logits.shape[1] != len(slots):  # else the head was given no other positions
-            logits = logits[:, -span:]
-            if logits.shape[1] == span != len(slots):
-                logits = logits[:, [slot - slots[0] for slot in slots]]
-        epsilon = max(epsilon_of(logits.dtype), epsilon_of(getattr(model, "dtype", None)))
-        banned = torch.finfo(logits.dtype).min / 2  # what a model fills in for tokens that it never says (Chameleon)
-        if logits.dtype != torch.float64:
-            logits = logits.float()
-        if logits.shape[0] != rows or logits.shape[1] != len(slots):
-            raise ReplayError(
-                f"{type(model).__name__} returned logits of shape {tuple(logits.shape)} for {rows} images and "
-                f"{len(slots)} answer tokens; its forward edits the sequence, so this answer cannot be replayed"
-            )
-        by_row = logits.reshape(batch, self.rows, *logits.shape[1:])
-        logits, known = by_row[:, 0], slots
-        if slots[-1] >= self.steps:  # behind the answer's end are other courses of it alone
-            known = tuple(slot for slot in slots if slot < self.steps)
-            logits = logits[:, : len(known)]
-        targets = self._targets.to(logits.device)[index_on(logits.device, known)]
-        if shortcut is None and batch == 1:
-            self._look_at(logits.detach()[0], targets, banned, epsilon)
-        picked = logits.gather(-1, targets[None, :, None].expand(batch, -1, 1)).squeeze(-1)
-        log_probs = picked - logits.logsumexp(dim=-1)
-        if self._score is None:
-            return log_probs
-        own = self._scored(log_probs, by_row, slots, states)
-        return torch.cat([log_probs[:, [known.index(step) for step in steps]], own], dim=1)
+        return inputs
 
     def _look_at(self, logits: torch.Tensor, targets: torch.Tensor, banned: float, epsilon: float) -> None:
         """Note what rounding depends on, and the likeliest tokens, of one image's logits ``(step, token)``."""
@@ -433,6 +436,16 @@ def _extend(name: str, value: torch.Tensor, length: int, answer_token_type: int)
     elif name.endswith("position_mask"):  # which positions are the image's: none of the answer's
         tail = torch.zeros_like(tail)
     return torch.cat([value, tail], dim=1)
+
+
+def _of_slots(logits: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+    """Logits of the wanted positions, where the head has run over more than these."""
+    span = slots[-1] - slots[0] + 1
+    if logits.shape[1] != len(slots):
+        logits = logits[:, -span:]
+        if logits.shape[1] == span != len(slots):
+            logits = logits[:, [slot - slots[0] for slot in slots]]
+    return logits
 
 
 def _to(value: Any, device: torch.device) -> Any:
