@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from importlib import metadata
 
 __version__ = "0.1.0"
 
@@ -16,6 +15,8 @@ def versions_of(*names: str) -> dict[str, str]:
 
 @functools.cache
 def _installed(name: str) -> str | None:
+    from importlib import metadata  # two thirds of what `import lvlm_probe` would take
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

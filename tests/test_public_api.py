@@ -95,7 +95,8 @@ def test_after_one_or_two_arguments_everything_is_keyword_only() -> None:
 
 def test_import_is_cheap() -> None:
     code = (
-        "import sys, lvlm_probe; lvlm_probe.ProbeError; lvlm_probe.errors.MaskError;"
+        "import sys, lvlm_probe; assert 'importlib.metadata' not in sys.modules;"
+        "lvlm_probe.ProbeError; lvlm_probe.errors.MaskError;"
         "from lvlm_probe import errors, words, plugins;"
         "print(sorted({'torch', 'transformers', 'h5py', 'matplotlib', 'PIL', 'numpy', 'rich'} & set(sys.modules)))"
     )

@@ -33,7 +33,7 @@ def answers() -> list[Reading]:
     return ranked(
         [
             reading(
-                generator.normal(0.5, 1.0, 6).tolist(), source=f"line {n}", question=f"Question {n}?", picture=picture
+                generator.normal(0.5, 1.0, 6).tolist(), source=f"line {n}", question=f"Question {n}?", thumbnail=picture
             )
             for n in range(3000)
         ]

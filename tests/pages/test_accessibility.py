@@ -57,7 +57,7 @@ def _meter(folder: Path) -> Path:
     pieces, log_probs = ["The", " red", " car", "."], [-0.1] * 4
     readings = [
         read_answer(
-            pieces, [False] * 4, log_probs, [ratio] * 4, source="a.jsonl", id=None, question="?", picture=picture
+            pieces, [False] * 4, log_probs, [ratio] * 4, source="a.jsonl", id=None, question="?", thumbnail=picture
         )
         for ratio in (-1.0, 0.2, 4.0)
     ]

@@ -37,8 +37,8 @@
   function line(row) {
     const made = $("row").content.cloneNode(true);
     const ref = (name) => made.querySelector(`[data-ref="${name}"]`);
-    if (row.image === null) ref("image").removeAttribute("src");
-    else ref("image").src = images[row.image];
+    if (row.image === null) ref("thumbnail").removeAttribute("src");
+    else ref("thumbnail").src = images[row.image];
     ref("question").textContent = row.question;
     const said = ref("said");
     let most = null;
