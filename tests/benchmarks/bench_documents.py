@@ -63,6 +63,7 @@ def measured(scene: Any, answer: Any) -> Iterator[dict[str, Any]]:
             "pointing_value": bool(own[peak]),
             "pointing_either": bool(line[peak]),
             "energy": float(hot[own].sum() / hot.sum()),
+            "energy_either": float(hot[line].sum() / hot.sum()),
             "share": float(own.mean()),
             "covered": float((region & own).sum() / own.sum()),
             "iou_value": overlap(region, own),

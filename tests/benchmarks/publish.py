@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -453,6 +454,45 @@ def gpu_more(found: Found) -> list[str]:
     return lines
 
 
+DOCUMENTS_READ = 0.9
+DOCUMENTS_POINTING = 0.9
+
+
+def documents(found: Found) -> list[Goal]:
+    read = found.get("read") or dict.fromkeys(("date", "total", "price", "record"))
+    goals = [
+        Goal(f"answers read to the letter, {kind}", at(row, "exact"), DOCUMENTS_READ, ratio, at_least=True)
+        for kind, row in read.items()
+    ]
+    where = "maps of values that are highest in the value's box or its label's"
+    return [*goals, Goal(where, at(found, "pointing_either"), DOCUMENTS_POINTING, ratio, at_least=True)]
+
+
+def documents_more(found: Found) -> list[str]:
+    if not found:
+        return []
+    counts = {key: Counter(found[key]) for key in ("says_own", "says_other")}
+    told = {key: ", ".join(f"{name} {number}" for name, number in sorted(counts[key].items())) for key in counts}
+    return [
+        f"{found['values']} values of rightly read answers about {found['documents']} documents, {found['placed']} "
+        "with a place, by the default method. The box of a value is "
+        f"{percent(found['share'])} of the page in the mean.",
+        "",
+        "| | mean |",
+        "|---|---|",
+        f"| highest in the value's own box | {ratio(found['pointing_value'])} |",
+        f"| share of the map in the value's box; in label's or value's | {ratio(found['energy'])}; "
+        f"{ratio(found['energy_either'])} |",
+        f"| part of the value's box that the region has (90 % of the score) | {ratio(found['covered'])} |",
+        f"| area of the region | {percent(found['area'])} |",
+        f"| IoU of the region and the value's box; both boxes | {ratio(found['iou_value'])}; "
+        f"{ratio(found['iou_either'])} |",
+        f"| maps that nothing speaks against | {ratio(found['trusted'])} |",
+        f"| `check_box` of the value's own box | {told['says_own']} |",
+        f"| `check_box` of another value's box | {told['says_other']} |",
+    ]
+
+
 SECTIONS: tuple[Section, ...] = (
     Section(
         "Explaining", "engine.json", "python tests/benchmarks/bench_engine.py",
@@ -483,6 +523,13 @@ SECTIONS: tuple[Section, ...] = (
         "Judging", "judging.json", "python tests/benchmarks/bench_judging.py",
         "What it takes to judge a map in `lvlm-probe evaluate --methods`, which scores as few points of the curves as "
         "keep each area within 0.005 where curves do not turn, beside making it.", judging, judging_more,
+    ),
+    Section(
+        "Documents", "documents.json", "python tests/benchmarks/bench_documents.py",
+        "Whether the document reader of `examples/document_model` reads held-out receipts, tables and forms, and "
+        "whether the map of a value stands where it is printed "
+        "([Evidence](evidence.md#a-reader-whose-pages-are-known)).",
+        documents, documents_more,
     ),
     Section(
         "GPU", "gpu.json", "tests/benchmarks/gpu_run.sh",
