@@ -99,16 +99,16 @@ def where_on_the_page() -> Any:
     scene = next(one for one in probe.demo.documents(16, kinds=["record"]) if one.page.layout == "receipt")
     answer = probe.ask(*probe.load(DOCUMENT_MODEL), scene.image, scene.question)
     places = probe.evidence.locate(answer.replay, progress=False)
-    boxes = [
-        AnswerBox("box", place.region.box, str(place.field), (), "pixels", 0, scene.image.size, ())
-        for place in places
-        if place.region is not None
-    ]
+    drawn = scene.image
+    for place, colour in zip(places, (COLD, HOT), strict=True):
+        if place.region is not None:
+            drawn = outlined(drawn, place.region.polygons, colour)
+    told = ", ".join(f"{place.field.value} {name}" for place, name in zip(places, ("blue", "red"), strict=True))
     return sheet(
         [
             (scene.image, wrapped(f"{scene.question} {answer.text}")),
-            (places[-1].heat.overlay(), f"Why “{places[-1].field.value}”?"),
-            (probe.evidence.draw_boxes(scene.image, boxes), "Value → box, 90 % of the score"),
+            (places[-1].heat.overlay(score=places[-1].score), f"Why “{places[-1].field.value}”?"),
+            (drawn, wrapped(f"What keeps 90 % of the score: {told}")),
         ]
     )
 

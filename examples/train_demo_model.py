@@ -957,7 +957,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--video-pool", type=int, default=5000, help="number of distinct training clips")
     parser.add_argument(
-        "--document-steps", type=int, nargs=3, default=(900, 2000, 1500), help="steps of --family document"
+        "--document-steps", type=int, nargs=3, default=(900, 2000, 2100), help="steps of --family document"
     )
     parser.add_argument("--document-pool", type=int, default=5000, help="number of distinct training documents")
     options = parser.parse_args(arguments)

@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lvlm_probe as probe
 from lvlm_probe import demo
+from lvlm_probe.evidence import AnswerBox, check_box, fields, locate
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
+import evaluate_demo_model as evaluation
 import train_demo_model as base
 import train_document_model as recipe
+
+SHIPPED = Path(recipe.__file__).parent / "document_model"
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +178,50 @@ def test_what_cannot_be_read_is_answered_hidden(untrained: tuple[recipe.Net, Any
     assert written(told["What is the date?"], swap=np.random.default_rng(1)) == f"The date is {date}.</s>"
     swapped = written(told["What is the total?"], swap=np.random.default_rng(1))
     assert swapped.count("hidden") == 3  # a target for each figure, whatever is said before it
+
+
+# ------------------------------------------------------------------------------------------------------ what it made
+
+
+@pytest.fixture(scope="module")
+def reader() -> tuple[Any, Any]:
+    return probe.load(SHIPPED)
+
+
+def test_the_reader_is_small_and_an_ordinary_model(reader: tuple[Any, Any]) -> None:
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 2**21
+    assert type(reader[0]).__name__ == "LlavaForConditionalGeneration"
+    weights = load_file(SHIPPED / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    assert sum(parameter.numel() for parameter in reader[0].parameters()) == 660_384
+    torch.manual_seed(0)
+    built = recipe.build_model(recipe.build_processor().tokenizer)
+    assert {k: v.shape for k, v in built.state_dict().items()} == {
+        k: v.shape for k, v in reader[0].state_dict().items()
+    }
+
+
+def test_it_reads_documents_that_it_has_not_seen(reader: tuple[Any, Any]) -> None:
+    found = evaluation.exact_match(*reader, n=12, seed=11, of="documents")
+    assert sum(row["exact"] for row in found.values()) / len(found) >= 0.85, found
+
+
+def test_the_map_of_a_value_stands_on_the_value(reader: tuple[Any, Any]) -> None:
+    pointed, verdicts = [], []
+    for scene in demo.documents(4, seed=12, kinds=["total", "date"]):
+        answer = probe.ask(*reader, scene.image, scene.question)
+        if answer.text != scene.answer:
+            continue
+        (one,) = (one for one in fields(answer.trace) if one.value == scene.visual_words[0])
+        (place,) = locate(answer.replay, [one], preset="fast", progress=False, judge={"steps": 12})
+        (name,) = scene.names
+        boxes = [scene.boxes[name], scene.labels[name]]
+        pointed.append(probe.metrics.pointing_game(place.heat, boxes))
+        other = next(box for key, box in scene.boxes.items() if key != name)
+        for box in (scene.boxes[name], other):
+            given = AnswerBox("box", box, "", box, "pixels", 0, scene.image.size, ())
+            verdicts.append(check_box(given, place.heat).lift)
+        assert place.region is not None and place.region.area < 0.25
+    assert len(pointed) >= 3 and np.mean(pointed) > 0.6, pointed
+    own, others = np.array(verdicts[::2]), np.array(verdicts[1::2])
+    assert (own > others + 0.05).mean() > 0.6 and np.median(own) > 0.1, (own, others)  # the label takes its part
