@@ -132,7 +132,7 @@ def test_training_sees_what_the_model_sees_through_its_processor(
 
 
 def test_the_recipe_runs_and_what_it_writes_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = ("--scale", "0.003", "--document-pool", "3000", "--check", "2", "--room", "60", "--threads", "1")
+    short = ("--scale", "0.001", "--document-pool", "9000", "--check", "100", "--room", "60", "--threads", "1")
     assert base.main(["--family", "document", "--out", str(tmp_path), *short]) == 0
     assert '"stage": "done"' in capsys.readouterr().out and not (tmp_path / "training.pt").exists()
     model, processor = probe.load(tmp_path)
