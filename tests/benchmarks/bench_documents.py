@@ -24,7 +24,7 @@ import torch
 from random_model import write_results
 
 import lvlm_probe as probe
-from lvlm_probe.evidence import AnswerBox, Field, check_box, fields, locate
+from lvlm_probe.evidence import AnswerBox, BoxCheck, Field, check_box, fields, locate
 from lvlm_probe.metrics import boxes_to_mask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,8 +89,10 @@ def measured(scene: Any, answer: Any) -> Iterator[dict[str, Any]]:
             "iou_either": overlap(region, line),
             "iou_box": overlap(boxes_to_mask([place.region.box], size), boxes_to_mask([around(value, label)], size)),
             "area": place.region.area,
-            "says_own": said(value, place.heat, size),
-            "says_other": said(other, place.heat, size),
+            "lift_own": (own_box := checked(value, place.heat, size)).lift,
+            "lift_other": (other_box := checked(other, place.heat, size)).lift,
+            "says_own": own_box.verdict,
+            "says_other": other_box.verdict,
         }
 
 
@@ -104,9 +106,9 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
     return float((one & other).sum() / (one | other).sum())
 
 
-def said(box: Box, heat: Any, size: tuple[int, int]) -> str:
+def checked(box: Box, heat: Any, size: tuple[int, int]) -> BoxCheck:
     """What ``check_box`` says of a box as if the answer held it."""
-    return check_box(AnswerBox("box", box, "", box, "pixels", 0, size, ()), heat).verdict
+    return check_box(AnswerBox("box", box, "", box, "pixels", 0, size, ()), heat)
 
 
 def main() -> None:
@@ -132,6 +134,8 @@ def main() -> None:
         "placed": len(placed),
         **{key: float(np.mean([line[key] for line in placed])) for key in numbers},
         **{key: dict(Counter(line[key] for line in placed)) for key in ("says_own", "says_other")},
+        "lift_own_least": min(line["lift_own"] for line in placed),
+        "lift_other_most": max(line["lift_other"] for line in placed),
         "pointing_by_layout": {
             layout: float(np.mean([line["pointing_either"] for line in placed if line["layout"] == layout]))
             for layout in sorted({line["layout"] for line in placed})

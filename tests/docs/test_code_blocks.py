@@ -101,6 +101,7 @@ def prepared(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     first.image.save(folder / "data" / "mine" / "0.png")
     (folder / "path" / "to").mkdir(parents=True)
     (folder / "path" / "to" / "model").symlink_to(probe.demo.path(), target_is_directory=True)
+    (folder / "examples").symlink_to(ROOT / "examples", target_is_directory=True)
     replay = probe.replay(trace, model, processor)
     names = {
         "probe": probe,
