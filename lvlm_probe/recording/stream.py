@@ -286,33 +286,39 @@ class Stream(Iterator[StreamedWord]):
             self._context += words[-1].start
 
     def _word(self, word: Word, before: str = "") -> StreamedWord:
-        places = slice(word.start, word.stop)
-        values = self._log_probs[places]
+        values = self._log_probs[word.start : word.stop]
         known = [value for value in values if value is not None]
-        total, rows = (sum(known), self._feed.attention) if len(known) == len(values) else (None, None)
-        kind = self.by == "token" and self._special[word.start]
-        span = word.text, word.start, word.stop
-        return StreamedWord(*span, before, tuple(self._ids[places]), total, None, kind, rows)
+        total = sum(known) if len(known) == len(values) else None
+        return self._streamed(word, before, self._ids, self._special, total, None)
+
+    def _streamed(
+        self,
+        word: Word,
+        before: str,
+        ids: Sequence[int],
+        special: Sequence[bool],
+        log_prob: float | None,
+        llr: float | None,
+    ) -> StreamedWord:
+        kind = self.by == "token" and bool(special[word.start])
+        rows = None if log_prob is None else self._feed.attention
+        span = tuple(ids[word.start : word.stop])
+        return StreamedWord(word.text, word.start, word.stop, before, span, log_prob, llr, kind, rows)
 
     def _of_trace(self, trace: Trace) -> tuple[StreamedWord, ...]:
         """The words, or tokens, of a trace."""
-        pieces, special, llr = trace.tokens, trace.special.tolist(), trace.llr
-
-        def of(word: Word, lead: str) -> StreamedWord:
-            places = slice(word.start, word.stop)
-            ids, log_prob = tuple(trace.token_ids[places].tolist()), float(trace.log_probs[places].sum())
-            ratio = None if llr is None else float(llr[places].sum())
-            kind = self.by == "token" and special[word.start]
-            span = word.text, word.start, word.stop
-            return StreamedWord(*span, lead, ids, log_prob, ratio, kind, self._feed.attention)
-
+        pieces, special, ids, llr = trace.tokens, trace.special.tolist(), trace.token_ids.tolist(), trace.llr
+        words = trace.words
+        before = [lead for lead, _ in spelled(_without(pieces, special), words)[0]]
         if self.by == "token":
             words = [Word(piece, step, step + 1) for step, piece in enumerate(pieces)]
             before = [""] * len(words)
-        else:
-            words = trace.words
-            before = [lead for lead, _ in spelled(_without(pieces, special), words)[0]]
-        return tuple(map(of, words, before))
+        found = []
+        for word, lead in zip(words, before, strict=True):
+            own = slice(word.start, word.stop)
+            ratio = None if llr is None else float(llr[own].sum())
+            found.append(self._streamed(word, lead, ids, special, float(trace.log_probs[own].sum()), ratio))
+        return tuple(found)
 
 
 def _without(pieces: Sequence[str], special: Sequence[bool]) -> list[str]:
