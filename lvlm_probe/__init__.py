@@ -82,6 +82,7 @@ __all__ = [
     "import_answers",
     "import_attention",
     "load",
+    "log",
     "methods",
     "metrics",
     "open_image",
@@ -98,6 +99,7 @@ __all__ = [
     "study",
     "verify",
     "video",
+    "widget",
 ]
 
 _ROOMS = ("causal", "demo", "errors", "evidence", "metrics", "sanity", "study", "video")
@@ -127,6 +129,8 @@ _HOMES = {
     "evaluate": "metrics",
     "plan": "planning",
     "report": "pages",
+    "log": "pages.loggers",
+    "widget": "pages.widget",
     "Given": "replaying.own_scores",
     "score": "replaying.own_scores",
     "Replay": "replaying",

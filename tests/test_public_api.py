@@ -26,7 +26,7 @@ SURFACE = {
     "TokenSelection", "Trace", "TraceStore", "attach", "compare", "evaluate", "explain", "import_answers", "load",
     "open_store", "open_trace", "plan", "register_explainer", "register_family", "replay", "report", "select_tokens",
     "verify", "Answer", "ask", "figure", "methods", "open_image", "connect", "Server",
-    "import_attention", "Edit", "edit", "score", "Given", "Stream",
+    "import_attention", "Edit", "edit", "score", "Given", "Stream", "widget", "log",
 }  # fmt: skip
 ROOMS = {"causal", "demo", "errors", "evidence", "metrics", "sanity", "study", "video"}
 NEVER_AT_THE_TOP = {"LoadError"}  # younger than the rooms

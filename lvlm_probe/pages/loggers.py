@@ -1,0 +1,166 @@
+"""Heatmaps and scores in the loggers of experiments: Weights & Biases, MLflow, TensorBoard.
+
+A run is known by the package of its class, and only that package is imported: it is there, or there would be no run.
+All three get the same: the overlay with its verdict, the numbers of the score, a table of the answer's words, and the
+report as one self-contained page.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lvlm_probe.errors import ProbeError
+from lvlm_probe.pages.report_page import report
+from lvlm_probe.pages.samples import answer_of, verdict_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.metrics import Score
+
+__all__ = ["log"]
+
+_COLUMNS = ("word", "P", "P without the image", "LLR (nats)", "explained")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What is logged of one heatmap, the same for every logger."""
+
+    name: str
+    step: int | None
+    ending: str  # of files that are kept by step
+    image: Image.Image | None
+    numbers: Mapping[str, float]
+    words: Sequence[Sequence[Any]]
+    told: str
+    page: Path
+
+
+def log(
+    heat: Heatmap, score: Score | None = None, run: Any = None, *, name: str = "lvlm_probe", step: int | None = None
+) -> None:
+    """Log a heatmap and what ``evaluate`` said of it to a run of Weights & Biases, MLflow or TensorBoard.
+
+    The run gets the image under the map with its verdict, ``deletion``, ``insertion``, ``gain`` and ``trusted`` (1 or
+    0) of the score, the answer's words with probability and log-likelihood ratio as a table, and the report page as an
+    artefact (of TensorBoard, which has none: a file in its log directory). Where there is no map, the reason is logged.
+
+    Args:
+        heat: as ``explain`` returns it.
+        score: what ``evaluate`` said of it; without one the map says "not checked".
+        run: what ``wandb.init()`` or ``mlflow.start_run()`` returned, or a ``SummaryWriter``.
+        name: what the entries are called, ``name/map``, ``name/gain`` …; maps that are followed over steps keep theirs.
+        step: of training; by default none, or the logger's own.
+
+    Raises:
+        ProbeError: it is no run of a logger that is known.
+    """
+    send = next((_LOGGERS[package] for package in _packages(run) if package in _LOGGERS), None)
+    if send is None:
+        raise ProbeError(
+            f"log() takes the run of a logger: what wandb.init() or mlflow.start_run() returned, or a SummaryWriter of "
+            f"TensorBoard; got a {type(run).__module__}.{type(run).__qualname__}"
+        )
+    with tempfile.TemporaryDirectory(prefix="lvlm_probe_log_") as folder:
+        entry = _entry(heat, score, name, step, Path(folder))
+        send(run, entry)
+
+
+def _packages(run: object) -> list[str]:
+    """Top-level packages of a run's classes; ``torch``'s and ``tensorboardX``'s writers are TensorBoard's."""
+    modules = [kind.__module__ for kind in type(run).__mro__]
+    return [
+        "tensorboard" if ".tensorboard" in module or "tensorboardX" in module else module.partition(".")[0]
+        for module in modules
+    ]
+
+
+def _entry(heat: Heatmap, score: Score | None, name: str, step: int | None, folder: Path) -> _Entry:
+    verdict, notes = verdict_of(heat, score), list[str]()
+    answer = answer_of(heat.trace, heat, notes)
+    chosen = set(heat.selection.indices)
+    rows = [
+        (word["text"], word["p"], word["p0"], word["llr"], bool(chosen & set(word["tokens"])))
+        for word in answer["words"]
+    ]
+    numbers: dict[str, float] = {}
+    if score is not None and score.reason is None:
+        found = {"deletion": score.deletion, "insertion": score.insertion, "gain": score.gain}
+        numbers = {key: float(value) for key, value in found.items() if np.isfinite(value)}
+        numbers["trusted"] = float(score.verdict.trusted)
+    ending = "" if step is None else f"-{step}"
+    page = report([heat], scores=[score], out=folder / f"{name.replace('/', '_')}{ending}.html")
+    image = None if heat.values is None else heat.preview(1024, score=score)
+    told = " ".join([f"{heat.method}, “{heat.selection.text}”: {verdict['title']}", *verdict["reasons"]])
+    return _Entry(name, step, ending, image, numbers, rows, told, page)
+
+
+def _to_wandb(run: Any, entry: _Entry) -> None:
+    import wandb
+
+    told: dict[str, Any] = {f"{entry.name}/{key}": value for key, value in entry.numbers.items()}
+    if entry.image is not None:
+        told[f"{entry.name}/map"] = wandb.Image(entry.image, caption=entry.told)
+    told[f"{entry.name}/words"] = wandb.Table(columns=list(_COLUMNS), data=[list(row) for row in entry.words])
+    told[f"{entry.name}/verdict"] = entry.told
+    run.log(told, step=entry.step)
+    kept = wandb.Artifact(f"{entry.name.replace('/', '_')}-{run.id}", type="lvlm_probe")
+    kept.add_file(str(entry.page), name=entry.page.name)
+    run.log_artifact(kept)
+
+
+def _to_mlflow(run: Any, entry: _Entry) -> None:
+    import mlflow
+
+    client, identity = mlflow.MlflowClient(), run.info.run_id
+    for key, value in entry.numbers.items():
+        client.log_metric(identity, f"{entry.name}/{key}", value, step=entry.step or 0)
+    if entry.image is not None:
+        client.log_image(identity, entry.image, f"{entry.name}/map{entry.ending}.png")
+    table = {"columns": list(_COLUMNS), "data": [list(row) for row in entry.words]}  # as its own log_table() writes it
+    client.log_dict(identity, table, f"{entry.name}/words{entry.ending}.json")
+    client.log_text(identity, entry.told, f"{entry.name}/verdict{entry.ending}.txt")
+    client.log_artifact(identity, str(entry.page), entry.name)
+
+
+def _to_tensorboard(run: Any, entry: _Entry) -> None:
+    for key, value in entry.numbers.items():
+        run.add_scalar(f"{entry.name}/{key}", value, entry.step)
+    if entry.image is not None:
+        run.add_image(f"{entry.name}/map", np.asarray(entry.image), entry.step, dataformats="HWC")
+    kept = Path(getattr(run, "log_dir", None) or run.logdir) / "lvlm_probe" / entry.page.name
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_bytes(entry.page.read_bytes())
+    table = "\n".join(
+        "| " + " | ".join(map(_cell, row)) + " |" for row in (_COLUMNS, ["---"] * len(_COLUMNS), *entry.words)
+    )
+    run.add_text(
+        f"{entry.name}/words", f"{_cell(entry.told)}\n\n{table}\n\n{_cell(f'lvlm_probe/{kept.name}')}", entry.step
+    )
+    run.flush()
+
+
+def _cell(value: Any) -> str:
+    """A cell of a Markdown table, in which a word of an answer is text."""
+    if value is None or isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "".join(
+        f"\\{sign}" if sign in "\\`*_{}[]()#+!|<>~" else " " if sign in "\r\n" else sign for sign in str(value)
+    )
+
+
+_LOGGERS: dict[str, Callable[[Any, _Entry], None]] = {
+    "wandb": _to_wandb,
+    "mlflow": _to_mlflow,
+    "tensorboard": _to_tensorboard,
+}
