@@ -8,11 +8,14 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
+
+import numpy as np
 
 from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import TraceError
 from lvlm_probe.escaping import counted
+from lvlm_probe.extras import require
 from lvlm_probe.files import DAY, causes, orphans, remove_orphans
 from lvlm_probe.storage.reading import open_sealed
 from lvlm_probe.storage.seal import trace_error
@@ -200,6 +203,69 @@ class TraceStore(Sequence[Trace]):
 
         return [summary for summary in found if fits(summary)]
 
+    def to_dataset(self, *, on_error: Callable[[TraceError], None] | None = None, **options: Any) -> Any:
+        """Make a Hugging Face ``datasets.Dataset`` of the traces, a row each, oldest first.
+
+        Columns: ``trace_id``, ``created``, ``status``, ``model``, ``question``, ``answer``, ``images`` (the original
+        files), ``words`` (``text``, ``start``, ``stop``, and, summed over their tokens in nats, ``log_prob`` and
+        ``llr``, null where it was not recorded), ``file`` and ``row``. Needs ``pip install 'lvlm-probe[study]'``.
+
+        Args:
+            on_error: hears of files that cannot be read, which are left out.
+            **options: of ``datasets.Dataset.from_generator``, as ``cache_dir``.
+
+        Raises:
+            TraceError: a file cannot be read, and there is no ``on_error``.
+            ProbeError: ``datasets`` is not installed.
+        """
+        datasets = require("datasets", extra="study", purpose="a Hugging Face dataset")
+        # Part of what the cached copy is known by: a file that was replaced is read again.
+        states = [(str(entry.path), os.stat(entry.path).st_mtime_ns) for entry in self._entries]
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for path, _ in states:
+                try:
+                    for row in range(Trace(path).rows):
+                        yield _as_row(Trace(path, row))
+                except TraceError as error:
+                    if on_error is None:
+                        raise
+                    on_error(error)
+
+        text, number, count = (datasets.Value(kind) for kind in ("string", "float32", "int32"))
+        word = {"text": text, "start": count, "stop": count, "log_prob": number, "llr": number}
+        columns = datasets.Features(
+            {
+                **dict.fromkeys(("trace_id", "created", "status", "model", "question", "answer"), text),
+                "images": [datasets.Image()],
+                "words": [word],
+                "file": text,
+                "row": count,
+            }
+        )
+        try:
+            return datasets.Dataset.from_generator(rows, features=columns, **options)
+        except datasets.exceptions.DatasetGenerationError as error:
+            if isinstance(error.__cause__, TraceError):
+                raise error.__cause__ from None
+            raise
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, **options: Any) -> Any:
+        """Upload ``to_dataset()`` to the Hugging Face hub: questions, answers and images go with it.
+
+        Args:
+            repo_id: ``"owner/name"``.
+            private: only the owner sees it; ``False`` publishes images and texts.
+            **options: of ``datasets.Dataset.push_to_hub`` (``token``, ``revision``, …).
+
+        Returns:
+            what that returns, the commit.
+
+        Raises:
+            TraceError, ProbeError: as ``to_dataset``.
+        """
+        return self.to_dataset().push_to_hub(repo_id, private=private, **options)
+
     def orphans(self, *, min_age: float = DAY) -> list[Path]:
         """Lists the ``.part`` files left by processes that were killed, also those in ``explanations/``.
 
@@ -215,6 +281,33 @@ class TraceStore(Sequence[Trace]):
     @property
     def _folders(self) -> tuple[Path, Path]:
         return self.path, self.path / "explanations"
+
+
+def _as_row(trace: Trace) -> dict[str, Any]:
+    """A trace as ``to_dataset`` has it."""
+    llr = trace.llr
+
+    def total(values: np.ndarray | None, start: int, stop: int) -> float | None:
+        found = None if values is None else float(values[start:stop].sum())
+        return found if found is not None and np.isfinite(found) else None
+
+    return {
+        **{name: str(getattr(trace, name)) for name in ("trace_id", "created", "status", "answer")},
+        "model": str(trace.model.get("model_id") or trace.model.get("class") or ""),
+        "question": trace.question if trace.question is not None else trace.prompt,
+        "images": [
+            {"bytes": trace.image_record(number).data, "path": None} for number in range(len(trace.header.image_sizes))
+        ],
+        "words": [
+            {
+                "text": word.text, "start": word.start, "stop": word.stop,
+                "log_prob": total(trace.log_probs, word.start, word.stop), "llr": total(llr, word.start, word.stop),
+            }
+            for word in trace.words
+        ],
+        "file": trace.path.name,
+        "row": trace.row,
+    }  # fmt: skip
 
 
 def _moment(time: str | datetime.datetime | None) -> datetime.datetime | None:
