@@ -39,8 +39,11 @@ if TYPE_CHECKING:
     from lvlm_probe.models.loading import load
     from lvlm_probe.pages import report
     from lvlm_probe.pages.comparison import compare
+    from lvlm_probe.pages.loggers import log
+    from lvlm_probe.pages.widget import widget
     from lvlm_probe.planning import plan
     from lvlm_probe.recording.probe import Probe, Recording, attach
+    from lvlm_probe.recording.stream import Stream
     from lvlm_probe.replaying import Replay, replay
     from lvlm_probe.replaying.own_scores import Given, score
     from lvlm_probe.replaying.verification import verify

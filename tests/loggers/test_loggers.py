@@ -35,6 +35,14 @@ def numbers(score):
     }
 
 
+@pytest.mark.quick
+def test_what_is_no_run_is_refused(explained):
+    """Also where no logger is installed."""
+    for thing in ({}, None, "run"):
+        with pytest.raises(probe.ProbeError, match=rf"what wandb\.init\(\) .* got a builtins\.{type(thing).__name__}"):
+            probe.log(*explained, thing)
+
+
 def test_tensorboard(explained, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
@@ -128,13 +136,11 @@ def test_wandb(explained, tmp_path, monkeypatch):
     assert said["lvlm_probe/words/nrows"] == 5 and "lvlm_probe-2.html" in kept
 
 
-def test_what_is_no_run_and_what_is_no_map(explained, tmp_path):
+def test_what_is_no_map(explained, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from torch.utils.tensorboard import SummaryWriter
 
-    heat, score = explained
-    with pytest.raises(probe.ProbeError, match=r"what wandb\.init\(\) .* got a builtins\.dict"):
-        probe.log(heat, score, {})
+    heat, _ = explained
     nothing = type(heat)(**{**vars(heat), "values": None, "reason": "no word depends on the image"})
     with SummaryWriter(str(tmp_path)) as writer:
         probe.log(nothing, None, writer)
