@@ -209,6 +209,10 @@ def test_a_map_of_one_value_has_the_boxs_area_in_it_and_none_over_it() -> None:
     check = check_box(box, even)
     assert check.energy == pytest.approx(check.area) == 0.25
     assert check.lift == pytest.approx(0, abs=1e-6)
+    for brighter, verdict in ((1.1, "elsewhere"), (1.5, "partly"), (3.0, "agrees")):  # lifts of 0.02, 0.11 and 0.33
+        values = np.ones((8, 8), np.float32)
+        values[:4, :4] *= brighter
+        assert check_box(box, Heatmap(values / values.max(), SIZE)).verdict == verdict
 
 
 def test_boxes_are_drawn_where_they_are() -> None:
