@@ -13,7 +13,6 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-gc.disable()  # until every file is imported, see `pytest_collection_finish`
 
 import numpy as np
 import pytest
@@ -43,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until every file is imported
     if config.getoption("--every-module"):
         config.pluginmanager.register(EveryModule())
 

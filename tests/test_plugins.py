@@ -12,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import new_process
 import pytest
 from command_line import succeed
 from plugin_site import Install
@@ -40,10 +41,8 @@ def test_importing_the_package_loads_no_plugin(install: Install) -> None:
     install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
     path = os.pathsep.join(sys.path)
     code = "import sys, lvlm_probe, lvlm_probe.plugins, lvlm_probe.explainers; print('good_plugin' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "False"
+    result = new_process.run(code, env={**os.environ, "PYTHONPATH": path})
+    assert result.stdout.strip() == "False", result.stderr
 
 
 def test_a_plugin_is_loaded_once_and_registers(install: Install) -> None:
@@ -148,12 +147,7 @@ row, col = np.unravel_index(heat.values.argmax(), heat.shape)
 near = ((rows / height * 8 - row - .5) ** 2 + (cols / width * 8 - col - .5) ** 2).min()
 print("distance", near ** .5)
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "runs")],
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-    )
+    result = new_process.run(code, str(tmp_path / "runs"), env={**os.environ, "PYTHONPATH": str(site)})
     assert result.returncode == 0, result.stderr
     # The strongest cell lies on, or next to, the object that decides the answer.
     assert float(result.stdout.split("distance")[1]) < 1.5

@@ -13,6 +13,7 @@ import tomllib
 import types
 from pathlib import Path
 
+import new_process
 import pytest
 
 import lvlm_probe as probe
@@ -134,9 +135,8 @@ def test_typed_package() -> None:
 
 
 def fresh(code: str) -> str:
-    """What a new process prints that shows every warning of ours."""
-    command = [sys.executable, "-W", "always::DeprecationWarning", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """What a process prints that has imported nothing of ours."""
+    done = new_process.run(code)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import new_process
 import numpy as np
 import pytest
 import torch
@@ -823,11 +824,7 @@ cli.main()
 def test_ctrl_c_keeps_finished_maps_and_says_how_to_go_on(scene: Any, picture: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "explanations"
     options = ("--image", picture, "--question", scene.question, "--out", tmp_path / "runs", "--word-maps", *QUICK)
-    process = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, "explain", "--model", "demo", *map(str, options)],
-        capture_output=True,
-        text=True,
-    )
+    process = new_process.run(INTERRUPTED, "explain", "--model", "demo", *map(str, options))
     err = process.stderr
     assert process.returncode == 130, err
     assert "Traceback" not in err

@@ -6,11 +6,10 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from textwrap import indent
 
+import new_process
 import pytest
 
 import lvlm_probe
@@ -101,14 +100,13 @@ def test_the_edits_of_the_page_are_all_the_code_it_takes(tmp_path: Path) -> None
     edit("recording/recorder.py", last, last + indent(argument, 12 * " "))
     edit("trace/schema.py", f'FORMAT_VERSION = "{FORMAT_VERSION}"', 'FORMAT_VERSION = "1.1"')
 
-    def python(*arguments: str) -> str:
-        result = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True,
-                                env={**os.environ, "PYTHONPATH": str(tmp_path)})  # fmt: skip
+    def python(code: str, argument: str) -> str:
+        result = new_process.run(code, argument, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)})
         assert result.returncode == 0, result.stderr
         return result.stdout
 
     shutil.copy(ROOT / "tests" / "trace" / "spec_table.py", tmp_path)
-    python("spec_table.py", "--write")
+    python("import runpy; runpy.run_path('spec_table.py', run_name='__main__')", "--write")
     assert "| `output/finish_reason` ? | JSON text |  | 1.1 |" in (copy / "SPEC.md").read_text(encoding="utf-8")
-    said = python("-c", USE, str(GOLDEN / "golden-1.0.h5"))
+    said = python(USE, str(GOLDEN / "golden-1.0.h5"))
     assert json.loads(said.splitlines()[-1]) == ["limit", "token", None]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import _thread
 import email.utils
 import json
+import os
 import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import new_process
 import numpy as np
 import pytest
 import torch
@@ -335,14 +336,16 @@ def killed_after(requests: int, script: str, behind: DemoServer, *arguments: Pat
 
     The script is given the server's address before its arguments, says that it is ready, and waits for a line.
     """
-    command = [sys.executable, "-c", script, behind.url, *map(str, arguments)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdin is not None and child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
+    with tempfile.TemporaryDirectory() as folder:
+        go, said, error = (Path(folder) / name for name in ("go", "said", "error"))
+        os.mkfifo(go)
+        os.mkfifo(said)
+        child = new_process.start(script, behind.url, *map(str, arguments), streams=(go, said, error))
+        with said.open() as lines:
+            assert lines.readline() == "ready\n", error.read_text()
         start = behind.count
-        behind.before = lambda number: child.send_signal(signal.SIGKILL) if number == start + requests else None
-        child.stdin.write("go\n")
-        child.stdin.flush()
+        behind.before = lambda number: os.kill(child.number, signal.SIGKILL) if number == start + requests else None
+        go.write_text("go\n")
         assert child.wait() == -signal.SIGKILL
     behind.before = lambda number: None
     return start

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import h5py
+import new_process
 import pytest
 from spec_table import SPEC, with_table
 from trace_samples import sample_capture, sample_row
@@ -124,5 +123,5 @@ def test_a_row_of_the_table_is_all_that_a_new_field_takes(tmp_path: Path) -> Non
     records.write_text(text.replace("\n    error: Annotated[", ROW), encoding="utf-8")
     tests = Path(__file__).parents[1]
     code = USE.format(tests=str(tests), trace=str(tests / "trace"), out=str(tmp_path / "out"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = new_process.run(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
