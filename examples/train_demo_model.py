@@ -841,7 +841,10 @@ def train(options: argparse.Namespace) -> None:
         n = max(1, int(n * options.scale))
         return Pool.draw("train", n, objects=objects, offset=offset, workers=options.threads, **extra)
 
-    check = loader(Pool.draw("tune", 320, objects=(3, 5), offset=10**6, workers=options.threads), 9)
+    part = min(1.0, options.scale)
+    check = loader(
+        Pool.draw("tune", max(16, int(320 * part)), objects=(3, 5), offset=10**6, workers=options.threads), 9
+    )
     parameters = sum(p.numel() for p in net.llava.parameters())
     log(parameters=parameters, vocabulary=len(processor.tokenizer), threads=options.threads, seed=options.seed)
 
@@ -882,8 +885,9 @@ def train(options: argparse.Namespace) -> None:
                 log(stage=stage, step=step + 1, **{name: round(total / count, 4)}, **clock.read())
                 total = 0.0
             if stage > 1 and ((step + 1) % options.check == 0 or last):
-                clear = held_out(net, check, batches=6, veiled=0.0, absent=0.0)
-                veiled = held_out(net, check, batches=4, veiled=0.6, absent=0.2) if stage > 2 else {}
+                clear = held_out(net, check, batches=max(1, int(6 * part)), veiled=0.0, absent=0.0)
+                few = max(1, int(4 * part))
+                veiled = held_out(net, check, batches=few, veiled=0.6, absent=0.2) if stage > 2 else {}
                 log(stage=stage, step=step + 1, clear=clear, veiled=veiled, **clock.read())
                 save(net, processor, options.out)
 

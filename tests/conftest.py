@@ -52,8 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave the million objects of torch, transformers and the test files themselves, which live to the end, out of every
-    later collection of garbage: looking them through took a tenth of the time."""
+    """Leave the objects of torch, transformers and the test files themselves, which live to the end, out of every later
+    collection of garbage: looking through them took a tenth of the time."""
     gc.collect()
     gc.freeze()
     gc.enable()
