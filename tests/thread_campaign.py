@@ -29,7 +29,7 @@ __all__ = ["METHODS", "Counts", "Subject", "left_behind", "run", "subjects"]
 
 METHODS: dict[str, dict[str, Any]] = {
     "attention": {}, "center": {}, "gradcam": {}, "greedy": {"segments": "grid", "regions": 6},
-    "igos+": {"iterations": 2}, "igos++": {"iterations": 2}, "iia": {}, "input_gradient": {},
+    "igos+": {"iterations": 2}, "igos++": {"iterations": 2}, "iia": {"points": 3}, "input_gradient": {},
     "integrated_gradients": {"steps": 2}, "occlusion": {"size": (4, 5)}, "random": {}, "relative_attention": {},
     "rise": {"masks": 8}, "rollout": {}, "tam": {}, "tmm": {},
 }  # fmt: skip

@@ -20,6 +20,7 @@ import bench_gpu
 import bench_meter
 import bench_recording
 import bench_store
+import gpu_smoke
 import publish
 
 HEAD = {"machine": "a machine, 1 thread(s)", "python": "3.11", "lvlm_probe": "0.1.0", "date": "2026-11-25"}
@@ -147,17 +148,24 @@ def test_a_step_that_fails_ends_no_other(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_script_for_ten_minutes_on_a_card(tmp_path: Path) -> None:
-    """On the CPU: its checks of one family, and the figures that an earlier call has left."""
+    """On the CPU: its checks of one family, and the figures that an earlier call has left; what it starts runs here."""
     done = {step: {"seconds": 1.0} for step in (*bench_gpu.RECORDINGS, *bench_gpu.EXPLANATIONS, bench_gpu.CURVES)}
     earlier = {"Qwen2.5-VL-7B": {"steps": done}, "LLaVA-OneVision-7B": {"steps": done}}
     last = {**done, "tmm": {"error": "of another day"}, "gradcam": {}}
     (tmp_path / "gpu.json").write_text(
         json.dumps({"device": "CPU", "models": {**earlier, "LLaVA-1.5-7B": {"steps": last}}}), encoding="utf-8"
     )
-    settings = {**os.environ, "OUT": str(tmp_path), "MINUTES": "30", "PYTHON": sys.executable}
+    python, started = tmp_path / "python", tmp_path / "started"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {started}\n', encoding="utf-8")
+    python.chmod(0o755)
+    settings = {**os.environ, "OUT": str(tmp_path), "MINUTES": "30", "PYTHON": str(python)}
     script = [str(Path(bench_gpu.__file__).with_name("gpu_run.sh")), "--device", "cpu", "--small"]
     ended = subprocess.run(script, env=settings, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    smoke, bench = (line.split() for line in started.read_text(encoding="utf-8").splitlines())
+    assert [smoke[0], bench[0]] == ["tests/benchmarks/gpu_smoke.py", "tests/benchmarks/bench_gpu.py"]
+    assert gpu_smoke.main(smoke[1:]) == 0
+    bench_gpu.main(bench[1:])
     checks = json.loads((tmp_path / "gpu-smoke.json").read_text("utf-8"))["checks"]
     assert {line["result"] for line in checks} == {"ok"} and len(checks) > 25
     models = load(tmp_path / "gpu.json")["models"]

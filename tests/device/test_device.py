@@ -33,18 +33,25 @@ from lvlm_probe.replaying import capture, micro_batches
 from lvlm_probe.replaying.capture import AttentionLayer
 
 METHODS: dict[str, dict[str, Any]] = {
-    "igos++": {}, "igos+": {"iterations": 1, "ig_steps": 2}, "gradcam": {}, "tmm": {}, "iia": {},
+    "igos++": {"iterations": 3}, "igos+": {"iterations": 1, "ig_steps": 2}, "gradcam": {}, "tmm": {}, "iia": {},
     "attention": {"source": "replay"}, "relative_attention": {}, "rollout": {}, "tam": {}, "rise": {"masks": 8},
     "occlusion": {"size": 3}, "greedy": {"segments": "grid", "regions": 4}, "integrated_gradients": {"steps": 4},
     "input_gradient": {}, "center": {}, "random": {},
 }  # fmt: skip
-FAMILIES = ("demo", "llava", "qwen2_5_vl", "llava_onevision", "mllama")
+FAMILIES = ("demo", "qwen2_5_vl", "llava_onevision", "mllama", pytest.param("llava", marks=pytest.mark.campaign))
+"""Of llava the tests of Apple's devices and of two cards hold the same."""
 
 
 @pytest.fixture(scope="module")
 def llava() -> tuple[Any, Any]:
     """A model on the CPU, and its processor."""
     return load("llava")
+
+
+@pytest.fixture(scope="module")
+def llava_on_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What its road gives there."""
+    return road("llava", lambda model: model, tmp_path_factory.mktemp("cpu"))
 
 
 @contextlib.contextmanager
@@ -147,12 +154,11 @@ def spread(model: Any, decoder: tuple[int, int] = (0, 1)) -> None:
     dispatch_model(model, {path: f"cuda:{index}" for path, index in places.items()}, main_device="cuda:0")
 
 
-def test_a_model_on_two_devices(tmp_path: Path) -> None:
-    there = road("llava", lambda model: model, tmp_path / "cpu")
+def test_a_model_on_two_devices(llava_on_the_cpu: dict[str, Any], tmp_path: Path) -> None:
     with Card(count=2) as card:
-        here = road("llava", spread, tmp_path / "device")
+        here = road("llava", spread, tmp_path)
     assert not card.mixed and min(card.peak) > 0
-    agree(here, there)
+    agree(here, llava_on_the_cpu)
 
 
 def test_a_plan_looks_at_every_card(tmp_path: Path) -> None:
@@ -191,9 +197,8 @@ def test_a_plan_leaves_the_users_own_peak(llava: Any, tmp_path: Path) -> None:
         assert torch.cuda.max_memory_allocated() == before
 
 
-def test_apples_devices_are_taken_when_asked_for(llava: Any, tmp_path: Path) -> None:
+def test_apples_devices_are_taken_when_asked_for(llava: Any, llava_on_the_cpu: dict[str, Any], tmp_path: Path) -> None:
     """The road is the same; only how much memory is taken cannot be planned, which is said."""
-    there = road("llava", lambda model: model, tmp_path / "cpu")
     model, processor = llava
     with Card(kind="mps", float64=False) as card:
         assert torch.backends.mps.is_available() and default_device().type == "cpu"
@@ -202,7 +207,7 @@ def test_apples_devices_are_taken_when_asked_for(llava: Any, tmp_path: Path) -> 
         planned = probe.plan(model, record("llava", model, processor, tmp_path), processor)
         model.to("cpu")
     assert not card.mixed and not card.doubles
-    agree(here, there)
+    agree(here, llava_on_the_cpu)
     assert planned.peak is None and "cannot be metered" in planned.sentence()
 
 
@@ -313,7 +318,7 @@ def test_what_is_planned_is_what_is_taken(method: str, llava: Any, tmp_path: Pat
     assert 0.85 * (taken - 4_500_000) <= planned.peak <= 1.2 * taken
 
 
-@pytest.mark.parametrize(("method", "params"), [("integrated_gradients", {"steps": 16}), ("rise", {"masks": 16})])
+@pytest.mark.parametrize(("method", "params"), [("integrated_gradients", {"steps": 8}), ("rise", {"masks": 8})])
 def test_what_does_not_fit_is_done_in_smaller_parts(method: str, params: Any, llava: Any, tmp_path: Path) -> None:
     """Backward in the caller's thread: torch ends the process where memory runs out in a device's own."""
     model, processor = llava
@@ -390,9 +395,9 @@ def test_a_cut_holds_where_layers_run_again(tmp_path: Path) -> None:
 
 def test_nothing_is_left_on_the_device(tmp_path: Path) -> None:
     """Of answers that were recorded and asked everything."""
-    model, processor = load("demo")
+    model, processor = load("llava")
     with on_card(model) as card:
-        trace = record("demo", model, processor, tmp_path, tokens=8, points=["hidden"])
+        trace = record("llava", model, processor, tmp_path, tokens=4, points=["hidden"])
         held = flat_memory.cycles(trace, model, processor, tmp_path, count=3, alive=card.held)
     assert held[2] == held[1], held
 

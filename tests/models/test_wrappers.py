@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from marks import campaign
 from tiny_models import picture
 
 import lvlm_probe as probe
@@ -311,8 +312,18 @@ def offloaded(name: str, how: str, directory: Path) -> tuple[Any, Any, Any]:
     return loaded.eval(), plain.eval(), processor
 
 
-@pytest.mark.parametrize("how", ["cpu", "disk", "split", "from_pretrained"])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "internvl", "mllama"])
+HOW = ("cpu", "disk", "split", "from_pretrained")
+OTHERS = ("qwen2_5_vl", "gemma3", "internvl", "mllama")
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *(("llava", how) for how in HOW),
+        *((name, "split") for name in OTHERS),
+        *campaign(*((name, how) for name in OTHERS for how in HOW if how != "split")),
+    ],
+)
 def test_an_offloaded_model_is_what_it_is_in_memory(name, how, tmp_path):
     if name == "mllama" and how in ("cpu", "disk"):
         pytest.skip("accelerate itself cannot run mllama's vision_model with its gates offloaded")
@@ -449,8 +460,15 @@ def test_a_copy_of_a_watched_processor_is_not_watched(tmp_path):
 HALF = ["llava", "qwen2_5_vl", "gemma3", "internvl", "llava_next", "qwen3_vl", "idefics3", "paligemma", "mllama"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.bfloat16) for name in HALF),
+        ("llava", torch.float16),
+        *campaign(*((name, torch.float16) for name in HALF[1:])),
+    ],
+    ids=str,
+)
 def test_half_precision(name, dtype, tmp_path):
     whole, processor = tiny_models.build(name)
     model, _ = tiny_models.build(name)
@@ -511,7 +529,10 @@ def conversation(processor: Any, turns: list[tuple[int, str, str]]) -> str:
     return processor.apply_chat_template(messages, add_generation_prompt=True)
 
 
-MANY = ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "llava_next", "llava_onevision", "idefics3", "mllama"]
+MANY = [
+    *("llava", "qwen2_5_vl", "llava_next", "idefics3", "mllama"),
+    *campaign("qwen3_vl", "gemma3", "internvl", "llava_onevision"),
+]
 BOXES = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "llava_next", "llava_onevision", "idefics3")
 NESTED = ("gemma3", "idefics3", "mllama", "paligemma")
 SIZES = [(90, 60), (60, 90), (120, 40), (56, 56)]
@@ -675,7 +696,7 @@ def compile_in_place(model: Any, backend: str) -> None:
     model.compile(backend=backend)
 
 
-WAYS = [compile_in_place, compile_forward, compile_decoder, compile_tower, compile_layers]
+WAYS = [compile_forward, compile_tower, compile_layers, *campaign(compile_in_place, compile_decoder)]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -22,9 +22,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "igos+": {"iterations": 2, "ig_steps": 3},
     "integrated_gradients": {"steps": 6, "batch": 4},
     "input_gradient": {},
-    "rise": {"masks": 24, "batch": 10},
-    "occlusion": {"size": 6},
-    "greedy": {"segments": "grid", "regions": (3, 3)},
+    "rise": {"masks": 12, "batch": 5},
+    "occlusion": {"size": 8},
+    "greedy": {"segments": "grid", "regions": (2, 3)},
 }
 FAMILIES = {
     "demo": "mlp at wanted positions",

@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ FAULTS = {
     "noisy",
 }  # fmt: skip
 Fault = Callable[[int, dict[str, Any]], str | None]
+Drawn = tuple[tuple[int, int], bytes]
+"""An image: its size and its pixels."""
 IMAGE = 4
 EOS = 2
 
@@ -33,6 +36,16 @@ EOS = 2
 def no_fault(number: int, body: dict[str, Any]) -> str | None:
     """Nothing is wrong."""
     return None
+
+
+@lru_cache(maxsize=1000)  # of 50 kB each; most requests are those of another test, or the beginning of the same answer
+def logits_of(model: Any, processor: Any, ids: tuple[int, ...], images: tuple[Drawn, ...]) -> torch.Tensor:
+    """Of the next token at every position, ``(position, token)``."""
+    drawn = [Image.frombytes("RGB", size, pixels) for size, pixels in images]
+    pixels = processor.image_processor(images=drawn, return_tensors="pt")["pixel_values"]
+    batch = torch.tensor([ids])
+    with torch.no_grad():
+        return model(input_ids=batch, attention_mask=torch.ones_like(batch), pixel_values=pixels).logits[0].float()
 
 
 class DemoServer(http.server.ThreadingHTTPServer):
@@ -73,15 +86,16 @@ class DemoServer(http.server.ThreadingHTTPServer):
 
     # ---------------------------------------------------------------- the model
 
-    def log_softmax(self, ids: list[int], images: list[Image.Image], fault: str | None) -> torch.Tensor:
-        """Log-probabilities of the next token at every position, ``(position, token)``."""
+    def log_softmax(
+        self, ids: list[int], images: list[Image.Image], fault: str | None, *, known: bool = True
+    ) -> torch.Tensor:
+        """Log-probabilities of the next token at every position, ``(position, token)``; unless ``known``, by a pass."""
         if fault == "no_image" or not self.sees_images:
             images = [Image.new("RGB", image.size, (90, 90, 90)) for image in images]
-        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        batch = torch.tensor([ids])
-        inputs = {"input_ids": batch, "attention_mask": torch.ones_like(batch), "pixel_values": pixels}
-        with self.lock, torch.no_grad():
-            logits = self.model(**inputs).logits[0].float()
+        drawn = tuple((image.size, image.tobytes()) for image in images)
+        with self.lock:
+            run = logits_of if known else logits_of.__wrapped__
+            logits = run(self.model, self.processor, tuple(ids), drawn)
         if fault == "logits":
             return logits
         if fault == "other_model" or self.flipped:
@@ -159,7 +173,7 @@ class DemoServer(http.server.ThreadingHTTPServer):
             reply["prompt_logprobs"] = self.listed(ids, row, int(body["prompt_logprobs"]), fault)
         if "lens" in self.routes and (body.get("vllm_xargs") or {}).get("output_qk") == "true":
             with capturing() as seen:
-                self.log_softmax(ids, images, fault)
+                self.log_softmax(ids, images, fault, known=False)
             reply |= as_sent(captures(seen))
         only = None
         if "allowed_token_ids" in body and "allowed" in self.routes:

@@ -101,7 +101,7 @@ def test_what_one_process_finds_and_what_was_done_before(cluster: Any, tmp_path:
     assert len({line["node"] for line in lines}) == 2, "both machines have worked"
     assert left_over(shared) == []
 
-    apart = study_in(tmp_path / "apart", data, shared=False)
+    apart = study_in(tmp_path / "apart", data, shared=False, workers=1)
     # A part of it was done by the other engine before.
     assert run_study(apart, limit=1)["answers"] == 1
     counts = engine_named("ray")(apart)
@@ -128,7 +128,8 @@ def test_workers_that_die_in_a_unit(cluster: Any, tmp_path: Path) -> None:
         f"  always: {{method: dies_always, params: {{log: {tmp_path / 'log'}}}}}\n"
     )
     path = plugin_path(tmp_path / "plugin")
-    study = study_in(tmp_path / "s", methods, attempts=2, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    environment = {"env_vars": {"PYTHONPATH": path}}
+    study = study_in(tmp_path / "s", methods, attempts=2, workers=1, runtime_env=environment)
     with pytest.warns(ProbeWarning, match="was lost: .* given to another one"):
         counts = engine_named("ray")(study, limit=1)
     assert (tmp_path / "flag").exists()
@@ -183,6 +184,7 @@ def test_stopped_by_the_person_and_resumed(cluster: Any, tmp_path: Path) -> None
     assert left_over(study) == []
     assert len(list((study.out / "answers").glob("*.json"))) == 2
     done.touch()
+    study = dataclasses.replace(study, engine_options={**study.engine_options, "workers": 1})
     assert engine_named("ray")(study) == {"finished": 2, "maps": 2}
     assert len(list(collect(study).chosen())) == 2
 
