@@ -31,9 +31,9 @@ datasets:
   scenes: {reader: demo, source: eval, limit: 4}
 methods:
   input_gradient: {}
-  occlusion: {params: {size: 4}}
+  occlusion: {params: {size: 6}}
   joint: {method: input_gradient, tokens: joint, tables: [2, 3]}
-settings: {grid: 16, steps: 10, max_new_tokens: 24}
+settings: {grid: 8, steps: 5, max_new_tokens: 24}
 """
 TWO = YAML.replace("limit: 4", "limit: 2")
 
@@ -91,7 +91,7 @@ def test_what_is_found(finished: Study) -> None:
     replay = probe.replay(trace, *probe.demo.load())
     again = probe.explain(replay, method="input_gradient")
     np.testing.assert_array_equal(heat.values, again.values)
-    score = probe.evaluate(again, replay, grid=16, steps=10)
+    score = probe.evaluate(again, replay, grid=8, steps=5)
     assert (record["deletion"], record["insertion"]) == pytest.approx((score.deletion, score.insertion))
     joint = [record for record in results.chosen(row="joint") if "common" in record]
     assert joint, "a row that explains other tokens is judged by the study's tokens too"
