@@ -395,9 +395,9 @@ def test_a_cut_holds_where_layers_run_again(tmp_path: Path) -> None:
 
 def test_nothing_is_left_on_the_device(tmp_path: Path) -> None:
     """Of answers that were recorded and asked everything."""
-    model, processor = load("llava")
+    model, processor = load("demo")
     with on_card(model) as card:
-        trace = record("llava", model, processor, tmp_path, tokens=4, points=["hidden"])
+        trace = record("demo", model, processor, tmp_path, tokens=8, points=["hidden"])
         held = flat_memory.cycles(trace, model, processor, tmp_path, count=3, alive=card.held)
     assert held[2] == held[1], held
 
