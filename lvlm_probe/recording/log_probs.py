@@ -37,6 +37,8 @@ class StepLogProbs:
         self._pending: torch.Tensor | None = None
         self._chosen: list[torch.Tensor] = []
         self._values: list[StepValues] = []
+        self._fed: tuple[int, torch.Tensor] | None = None  # positions of the newest pass, and its last token ids
+        self._early: tuple[list[int], StepValues] | None = None  # what ``chosen`` has read of it
 
     def hang(
         self, module: torch.nn.Module, hooks: HookSet, *, compiled: bool, on_error: Callable[[str, BaseException], None]
@@ -60,7 +62,7 @@ class StepLogProbs:
 
         def made(original: Callable[..., Any], outputs: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                self._pending = outputs.logits[:, -1].clone()
+                self._pending, self._early = outputs.logits[:, -1].clone(), None
             except Exception as error:
                 on_error("log_probs", error)
             return original(outputs, *args, **kwargs)
@@ -77,38 +79,51 @@ class StepLogProbs:
         self._feed(ids)
         # Not a view: it would keep the logits of the whole prompt alive, and a model that runs as a CUDA graph, or with
         # buffers of its own, writes the next step's logits where this step's are.
-        self._pending = logits[:, -1].clone()
+        self._pending, self._early = logits[:, -1].clone(), None
 
     def _feed(self, ids: torch.Tensor | None) -> None:
         if self._pending is not None and ids is not None:
             self._take(ids[:, -1])
+        self._fed = None if ids is None else (ids.shape[1], ids[:, -1])
 
     def _take(self, chosen: torch.Tensor) -> None:
         assert self._pending is not None
-        chosen = chosen.to(self._pending.device)
-        scores = self._pending.float()
+        early, self._early = self._early, None
+        known = early is not None and early[0] == chosen.tolist()
+        self._values.append(early[1] if early is not None and known else self._read(self._pending, chosen))
+        self._chosen.append(chosen.to(self._pending.device))
+
+    @staticmethod
+    def _read(pending: torch.Tensor, chosen: torch.Tensor) -> StepValues:
+        """The values of chosen tokens ``(batch,)`` in logits ``(batch, vocabulary)``."""
+        scores = pending.float()
         whole = scores.logsumexp(-1)
         top = scores.max(-1)
-        self._values.append(
-            StepValues(scores.gather(-1, chosen[:, None])[:, 0] - whole, top.values - whole, top.indices)
-        )
-        self._chosen.append(chosen)
+        picked = scores.gather(-1, chosen.to(scores.device)[:, None])[:, 0]
+        return StepValues(picked - whole, top.values - whole, top.indices)
 
-    def chosen(self, step: int, token: torch.Tensor) -> float | None:
-        """log P of token number ``step``, nats, as soon as it is chosen (and not when the next step shows it).
+    def chosen(self, step: int, ids: torch.Tensor) -> float | None:
+        """log P of token number ``step``, nats, as soon as it is chosen; what is recorded waits for the next step.
 
         Args:
             step: how many tokens stand before it in the answer.
-            token: ``(batch,)`` token id.
+            ids: ``(1, position)`` of what was generated from and what was generated, this token the last.
 
         Returns:
-            ``None`` where passes and tokens have not been one to one so far.
+            ``None`` where the newest pass was not one that ends at the token before, or earlier ones were not.
         """
-        if self._pending is None or len(self._values) != step or len(self._pending) != len(token):
+        if self._pending is None or len(self._values) != step or len(self._pending) != len(ids):
             return None
-        self._take(token)
-        self._pending = None
-        return float(self._values[-1].log_probs[0])
+        if self._fed is None:  # embeddings, with which only the prompt is given
+            usual = step == 0
+        else:  # passes over guessed tokens are longer
+            count, last = self._fed
+            usual = count in (1, ids.shape[1] - 1) and torch.equal(last.to(ids.device), ids[:, -2])
+        if not usual:
+            return None
+        values = self._read(self._pending, ids[:, -1])
+        self._early = ids[:, -1].tolist(), values
+        return float(values.log_probs[0])
 
     def result(self, generated: torch.Tensor) -> StepValues | None:
         """The values of ``generated`` ``(batch, step)``; ``None`` unless every step was seen with its token."""

@@ -506,8 +506,8 @@ class Probe:
         if self.attachment.masking is not None:
             raise ProbeError("a masked generation is not recorded, so it has no stream: leave the masked() block first")
         setting = settings_of(self.attachment.model, generate)
-        ids = generate.get("input_ids", generate.get("inputs"))
-        prompts = len(ids) if isinstance(ids, torch.Tensor) else 1
+        names = ("input_ids", "inputs", getattr(self.attachment.model, "main_input_name", ""))
+        prompts = next((len(generate[name]) for name in names if isinstance(generate.get(name), torch.Tensor)), 1)
         answers, beams = (int(setting(name, 1)) for name in ("num_return_sequences", "num_beams"))
         if prompts * answers > 1:
             raise ProbeError(

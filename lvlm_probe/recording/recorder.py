@@ -304,10 +304,10 @@ class GenerationRecorder:
 
     # ------------------------------------------------------------------ while it runs
 
-    def chosen(self, step: int, token: torch.Tensor) -> float | None:
-        """log P of token number ``step`` of the answer, nats, now that it is chosen; ``token`` is ``(batch,)``.
-        ``None`` where it cannot be read before the end."""
-        values = [reader.chosen(step, token) for reader in self._log_probs]
+    def chosen(self, step: int, ids: torch.Tensor) -> float | None:
+        """log P of token number ``step`` of the answer, nats, now that it is chosen, the last of ``ids`` ``(1,
+        position)``; ``None`` where it cannot be read before the end."""
+        values = (reader.chosen(step, ids) for reader in self._log_probs)
         return next((value for value in values if value is not None), None)
 
     def attention_so_far(self, start: int, stop: int) -> np.ndarray | None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from transformers import StoppingCriteriaList
 
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.models.tokenizers import Spelling, special_among, tokenizer_of
@@ -74,18 +75,21 @@ class Feed:
         tokens: ``(token id, log P or None)`` of each token, and ``None`` when there are no more.
         stop: set when the reader has gone.
         cut: whether that ended the generation.
-        recorder: what records the call; ``None`` where it is not recorded.
+        recorder: what records the call; ``None`` where it is not recorded, and after it.
+        ends: end-of-sequence ids.
         complete: set when all tokens are there.
         ended: set when the call has returned, and its trace is written.
         trace: what was recorded.
         error: what ``generate()`` raised.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
+        self._folder = folder  # where the trace has no directory of its own: it goes with all that may look at it
         self.tokens: queue.SimpleQueue[tuple[int, float | None] | None] = queue.SimpleQueue()
         self.stop = threading.Event()
         self.cut = False
         self.recorder: GenerationRecorder | None = None
+        self.ends: frozenset[int] = frozenset()
         self.complete, self.ended = threading.Event(), threading.Event()
         self.trace: Trace | None = None
         self.error: BaseException | None = None
@@ -95,7 +99,9 @@ class Feed:
     def begin(self, recorder: GenerationRecorder | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of ``generate()`` with this criterion among them."""
         self.recorder = recorder
-        return {**kwargs, "stopping_criteria": [*(kwargs.get("stopping_criteria") or ()), self]}
+        if recorder is not None:
+            self.ends = recorder.stops.eos
+        return {**kwargs, "stopping_criteria": StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), self])}
 
     def __call__(self, ids: torch.Tensor, scores: object = None, **_: Any) -> torch.Tensor:
         """Hand on the tokens that are new in ``ids`` ``(1, position)``; whether to stop, ``(1,)`` bool."""
@@ -117,7 +123,7 @@ class Feed:
         alone = self.recorder is not None and len(new) == 1
         for token in new:
             step, self._seen = self._seen - self._first, self._seen + 1
-            self.tokens.put((token, self.recorder.chosen(step, ids[:, -1]) if alone and self.recorder else None))
+            self.tokens.put((token, self.recorder.chosen(step, ids) if alone and self.recorder else None))
 
     def generated(self) -> None:
         """Say that there are no more tokens."""
@@ -132,8 +138,8 @@ class Feed:
 
     def attention(self, start: int, stop: int) -> np.ndarray | None:
         """``StreamedWord.attention`` of these tokens."""
-        if not self.ended.is_set() and self.recorder is not None:
-            if (rows := self.recorder.attention_so_far(start, stop)) is not None:
+        if (recorder := self.recorder) is not None:
+            if (rows := recorder.attention_so_far(start, stop)) is not None:
                 return rows
             if not self.complete.is_set():
                 return None
@@ -161,8 +167,7 @@ class Stream(Iterator[StreamedWord]):
         folder: tempfile.TemporaryDirectory[str] | None,
     ) -> None:
         self.by = by
-        self._feed = feed = Feed()
-        self._folder = folder  # a trace without a directory of its own goes with the stream
+        self._feed = feed = Feed(folder)
         self._tokenizer = tokenizer_of(processor)
         self._spelling = Spelling(self._tokenizer)
         self._is_special: Callable[[int], bool] | None = None
@@ -182,6 +187,7 @@ class Stream(Iterator[StreamedWord]):
             except BaseException as error:
                 feed.error = error
             finally:
+                feed.recorder = None  # with the inputs of the call
                 feed.ended.set()
                 feed.tokens.put(None)
 
@@ -259,8 +265,7 @@ class Stream(Iterator[StreamedWord]):
 
     def _take(self, token: int, log_prob: float | None) -> None:
         if self._is_special is None:
-            recorder = self._feed.recorder
-            self._is_special = special_among(self._tokenizer, recorder.stops.eos if recorder is not None else ())
+            self._is_special = special_among(self._tokenizer, self._feed.ends)
         self._spelling.add(token)
         self._ids.append(token)
         self._special.append(self._is_special(token))

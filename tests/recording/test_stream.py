@@ -188,6 +188,35 @@ def test_a_fault_of_ours_costs_log_p_and_not_the_answer(attached, monkeypatch):
     assert not np.isnan(stream.trace.log_probs).any()
 
 
+def test_tokens_that_come_several_at_a_time(attached, tmp_path):
+    """Which passes they come from is known at the end: until then they have no log P."""
+    p, inputs = attached
+    more = {"max_new_tokens": 12, "prompt_lookup_num_tokens": 2, "do_sample": False}
+    with p.record(tmp_path) as recording:
+        p.model.generate(**inputs, **more)
+    stream = p.stream(**inputs, **more, by="token")
+    said = list(stream)
+    same(stream.trace, recording.traces[0])
+    assert [token for word in said for token in word.token_ids] == stream.trace.token_ids.tolist()
+    assert [word.text for word in said] == stream.trace.tokens and stream.trace.log_probs_source == "teacher_forced"
+    assert None in [word.log_prob for word in said]
+    for word, value in zip(said, stream.trace.log_probs, strict=True):
+        assert word.log_prob is None or word.log_prob == pytest.approx(float(value), abs=1e-5)
+    assert all(word.log_prob is not None for word in stream.words)
+
+
+def test_what_was_needed_for_the_call_is_let_go(attached):
+    p, inputs = attached
+    stream = p.stream(**inputs, max_new_tokens=3)
+    words = list(stream)
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is GenerationRecorder]
+    rows = stream.trace.attention.values
+    del stream
+    gc.collect()
+    assert np.array_equal(words[0].attention, rows[:1].mean((0, 2))), "a word keeps the trace that it is of"
+
+
 def test_what_another_thread_generates_is_not_in_the_stream(attached, tmp_path):
     p, inputs = attached
     other = probe.demo.scenes(2)[1]
