@@ -94,6 +94,13 @@ def test_after_one_or_two_arguments_everything_is_keyword_only() -> None:
         assert len(positional) <= (3 if name == "replay" else 2), f"{name} takes {positional} by position"
 
 
+def test_what_is_imported_on_first_use_is_known_to_type_checkers_and_to_the_reference() -> None:
+    tree = ast.parse(Path(probe.__file__).read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    told = {alias.asname or alias.name for node in imports for alias in node.names}
+    assert not set(probe.__all__) - told
+
+
 def test_import_is_cheap() -> None:
     code = (
         "import sys, lvlm_probe; assert 'importlib.metadata' not in sys.modules;"
