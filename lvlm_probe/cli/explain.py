@@ -210,7 +210,7 @@ def explain(
         kept = f"{counted(len(explained.maps), 'finished map')}"
         again = _same_command(context, recorded.path)
         raise stop(f"stopped; {kept} kept in {stored_path(folder)}. Go on with:  {again}") from None
-    page = _opened(explained, folder) if open_it else None
+    page = _opened(explained) if open_it else None
     if as_json:
         print_json(
             {
@@ -228,7 +228,7 @@ def explain(
         say("next:  ", f"lvlm-probe report {quoted_path(folder)} --out report.html --open")
 
 
-def _opened(explained: Explained, folder: Path) -> Path:
+def _opened(explained: Explained) -> Path:
     """Write the page of these maps beside the first one, and open it in the browser."""
     from lvlm_probe.cli.shared.maps import write_report
 

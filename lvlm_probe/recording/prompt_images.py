@@ -159,7 +159,7 @@ class ImageFinder:
             except ImageError as error:
                 told = "the images given as images= are not the ones the pixel inputs were made from: "
                 return self._without(batch, "images", f"{told if self._given is not None else ''}{error}")
-        groups = self._groups(call, batch, image_processor)
+        groups = self._groups(call, batch)
         rows, start = [], 0
         for count in groups:
             rows.append(self._row_images(call, call.images[start : start + count], image_processor, single=batch == 1))
@@ -213,7 +213,7 @@ class ImageFinder:
             raise ImageError(f"{name} makes no pixel inputs of them alone ({type(error).__name__}: {error})") from error
         return compare_reference(run, images, made, self._inputs, name, because=" (another backend or dtype)")
 
-    def _groups(self, call: ProcessorCall, batch: int, image_processor: Any) -> tuple[int, ...]:
+    def _groups(self, call: ProcessorCall, batch: int) -> tuple[int, ...]:
         """How many images each row of the batch has."""
         assert call.images is not None
         if call.groups is not None and len(call.groups) == batch:
