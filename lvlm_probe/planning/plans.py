@@ -121,11 +121,11 @@ def passes_text(forward: int | None, backward: int | None, at_least: tuple[int, 
     if forward is None:
         return "–"
     least = at_least or (None, None)
-    return f"{_range(forward, least[0])} + {_range(backward, least[1])}"
+    return f"{_range(forward, least[0], ',.0f')} + {_range(backward, least[1], ',.0f')}"
 
 
-def _range(most: float | None, least: float | None) -> str:
-    return f"{most:.3g}" if least is None else f"{least:.3g}–{most:.3g}"
+def _range(most: float | None, least: float | None, form: str = ".3g") -> str:
+    return f"{most:{form}}" if least is None else f"{least:{form}}–{most:{form}}"
 
 
 def table(plans: Sequence[Plan]) -> str:

@@ -70,6 +70,16 @@ def test_verbose_shows_what_is_logged_and_only_then(trace: Path) -> None:
     assert "DEBUG:lvlm_probe" not in succeed(*asked).err  # each command anew
 
 
+def test_a_contrast_is_planned_with_its_sequences(trace: Path) -> None:
+    asked = ("plan", trace, "--model", "demo", "--no-seconds", "--methods", "rise,attention", "--json")
+    word = str(probe.open_trace(trace).words[-2].text)
+    found = succeed(*asked, "--words", word, "--against", "a purple triangle").json
+    (plain, _), (contrast,) = succeed(*asked).json["plans"], found["plans"]
+    assert contrast["forward"] == 2 * plain["forward"] and "follows no score" in found["refused"]["attention"]
+    refused = run(*asked, "--words", word)
+    assert refused.code == 2 and "--words goes with --against" in refused.err
+
+
 def test_a_word_behind_two_dashes_is_no_option_of_ours(tmp_path: Path) -> None:
     assert "-v" in run("inspect", "--", "-v").err.replace("\n", " ")
 

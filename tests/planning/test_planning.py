@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import threading
 import weakref
@@ -261,6 +262,7 @@ def test_a_plan_reads_well_and_goes_into_json(replay: probe.Replay) -> None:
     assert "passes" in text and "masks at once" in text
     assert json.loads(json.dumps(found.to_dict()))["total"] == found.total
     assert "integrated_gradients" in table([found])
+    assert " 2,000 + 0 " in table([dataclasses.replace(found, forward=2000, backward=0)])
 
 
 def test_wrong_questions(replay: probe.Replay, recorded: tuple[Any, Any, Any]) -> None:
