@@ -77,7 +77,7 @@ LOOKS_THERE = 0.25
 nothing of the box has its area's share of the energy there, 0 on this scale; one that lies inside it has 1."""
 LOOKS_ELSEWHERE = 0.05
 """Of the same way, up to which it looks elsewhere: maps of values on documents whose boxes are known have 0.01 in the
-mean in another value's box, and 0.21 in their own (``tests/benchmarks/bench_documents.py``)."""
+mean in another value's box, and 0.2 in their own (``tests/benchmarks/bench_documents.py``)."""
 
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _PAIR = rf"\({_NUMBER},{_NUMBER}\)"
