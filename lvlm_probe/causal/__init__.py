@@ -9,6 +9,7 @@ model instead, take away what it knows about one region of the image, and measur
 * ``agreement`` makes one number per heatmap out of either: 0 as good as tokens drawn at random, 1 at best.
 * ``which_parts`` shares the answer out among the prompt's images, turns or texts; ``modalities`` between image and
   question.
+* ``logit_lens`` reads words off the states of image tokens, layer by layer.
 * ``points`` reads any module or operation on the way, by path.
 
 Both interventions are measured against a control of equally many image tokens. What they cannot undo: vision encoders
@@ -24,6 +25,7 @@ from __future__ import annotations
 from lvlm_probe.attention.cutting import cut_attention
 from lvlm_probe.causal.effects import CausalEffect, Effect
 from lvlm_probe.causal.interventions import agreement, knockout, patch
+from lvlm_probe.causal.logit_lens import LogitLens, logit_lens
 from lvlm_probe.causal.parts import Modalities, PartShares, modalities, which_parts
 from lvlm_probe.causal.points import points
 from lvlm_probe.causal.reasoning import Step, Steps, check_steps, find_steps
@@ -32,6 +34,7 @@ from lvlm_probe.causal.tokens import token_heat
 __all__ = [
     "CausalEffect",
     "Effect",
+    "LogitLens",
     "Modalities",
     "PartShares",
     "Step",
@@ -41,6 +44,7 @@ __all__ = [
     "cut_attention",
     "find_steps",
     "knockout",
+    "logit_lens",
     "modalities",
     "patch",
     "points",
