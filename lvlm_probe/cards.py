@@ -66,6 +66,7 @@ def answer_html(
     *,
     llr: Sequence[float] | None = None,
     marked: Collection[int] = (),
+    clickable: bool = False,
 ) -> str:
     """The words of an answer as HTML: warm the more the image decides them, cool the more it speaks against them.
 
@@ -74,12 +75,13 @@ def answer_html(
         special: whether a token is a special one, ``(step,)``; those are not shown.
         llr: log-likelihood ratios in nats, ``(step,)``; what is not finite counts as the scale's end, or as nothing.
         marked: indices of tokens whose words are underlined.
+        clickable: each word is a button that holds its number, ``data-word``.
     """
     words = group_words(tokens, special)
     texts, tail = spelled(["" if flag else piece for piece, flag in zip(tokens, special, strict=True)], words)
     chosen = set(marked)
     parts = []
-    for word, (lead, text) in zip(words[:_WORDS], texts, strict=False):
+    for number, (word, (lead, text)) in enumerate(zip(words[:_WORDS], texts, strict=False)):
         look = title = ""
         if llr is not None and len(llr):
             ratio = sum(_finite(value) for value in llr[word.start : word.stop])
@@ -89,7 +91,11 @@ def answer_html(
             title = f' title="{ratio:+.2f} nats"'
         if not chosen.isdisjoint(range(word.start, word.stop)):
             look += ";text-decoration:underline"
-        parts.append(f'{text_html(lead)}<span style="{look.lstrip(";")}"{title}>{text_html(text)}</span>')
+        begin, end = "<span", "</span>"
+        if clickable:
+            pressed = str(not chosen.isdisjoint(range(word.start, word.stop))).lower()
+            begin, end = f'<button type="button" data-word="{number}" aria-pressed="{pressed}"', "</button>"
+        parts.append(f'{text_html(lead)}{begin} style="{look.lstrip(";")}"{title}>{text_html(text)}{end}')
     parts.append(text_html(f" … ({len(words) - _WORDS} more words)" if len(words) > _WORDS else tail))
     return f'<p dir="auto" style="font-size:1.1em;margin:.3em 0">{"".join(parts)}</p>'
 

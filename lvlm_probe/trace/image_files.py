@@ -93,11 +93,14 @@ def open_image(source: Any, *, fetch: bool = False) -> Image.Image:
     )
 
 
-def open_image_file(path: str | Path) -> Image.Image:
+def open_image_file(path: str | Path, *, most_pixels: int | None = None) -> Image.Image:
     """Open an image file as ``open_image`` does.
 
+    Args:
+        most_pixels: refuse an image of more, before it is decoded.
+
     Raises:
-        ImageError: there is no such file, or it is not an image.
+        ImageError: there is no such file, it is not an image, or it has too many pixels.
     """
     path = Path(path)
     try:
@@ -107,7 +110,7 @@ def open_image_file(path: str | Path) -> Image.Image:
     if not there:
         shown = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}…"
         raise ImageError(f"no image at {shown}: {'it is a directory' if folder else 'there is no such file'}")
-    return _rgb(path, str(path))
+    return _rgb(path, str(path), most_pixels)
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -115,10 +118,15 @@ def decode_image(data: bytes) -> Image.Image:
     return _rgb(io.BytesIO(data), f"a file of {len(data)} bytes")
 
 
-def _rgb(source: Path | io.BytesIO, what: str) -> Image.Image:
+def _rgb(source: Path | io.BytesIO, what: str, most_pixels: int | None = None) -> Image.Image:
     """Only formats that are pixels: Pillow would also hand a PostScript file to an interpreter."""
     formats = _formats()
     with _reading(what, source), Image.open(source, formats=formats) as image:
+        if most_pixels is not None and image.width * image.height > most_pixels:
+            raise ImageError(
+                f"{what} has {image.width} × {image.height} pixels, and {most_pixels / 1e6:.0f} million are the most "
+                "here: make the image smaller"
+            )
         image.load()
         return _shown(image, what, keep=True)
 

@@ -1,0 +1,330 @@
+"""What the app does for its visitors: answer, explain, check, hide a part, look inside; each a call without looks.
+
+Models are loaded once and belong to everybody; one request at a time runs on them (``Service.turn``), and others wait.
+Everything else belongs to one visitor: each has a folder of traces of its own, named by a digest of a secret that the
+visitor's browser keeps, and a trace is opened by its name inside that folder alone. What a visitor sends is an image,
+which Pillow decodes within ``Limits``, text, and numbers; no file of a visitor is opened as anything else.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from lvlm_probe.app.answering import answer_growing
+from lvlm_probe.causal import logit_lens
+from lvlm_probe.errors import ImageError, ProbeError
+from lvlm_probe.evidence import edit
+from lvlm_probe.explainers import explain, methods, needs_of
+from lvlm_probe.heatmap_store import MapFile, MapSettings, Shown, explain_one, find_maps, score_one
+from lvlm_probe.images import make_baseline
+from lvlm_probe.pages import report
+from lvlm_probe.replaying import replay
+from lvlm_probe.selection import TokenSelection, select_tokens
+from lvlm_probe.serving import Server
+from lvlm_probe.trace import Trace, TraceSummary, open_store, open_trace
+from lvlm_probe.trace.image_files import open_image_file
+
+if TYPE_CHECKING:
+    from lvlm_probe.causal import LogitLens
+    from lvlm_probe.heatmap import Heatmap
+    from lvlm_probe.metrics import Score
+
+__all__ = ["Limits", "Service"]
+
+_REPLAYS = 8
+"""Answers that are ready to be explained; one more, and the one that was asked for longest ago is opened anew."""
+_SECRET = re.compile(r"[0-9a-f]{32}")
+_CONTROLS = frozenset({"random", "center"})
+"""Floors of tables, which explain nothing."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a visitor may ask for.
+
+    Attributes:
+        file_bytes: of an uploaded image.
+        pixels: of an image, counted before it is decoded.
+        question: characters.
+        answer: tokens of an answer at most.
+        waiting: requests that wait; one more is told to come back.
+        answers: kept in all where the folder is a temporary one; beyond that the oldest go.
+    """
+
+    file_bytes: int = 20_000_000
+    pixels: int = 40_000_000
+    question: int = 4_000
+    answer: int = 128
+    waiting: int = 32
+    answers: int = 1_000
+
+
+class Service:
+    """Models, and what visitors ask of them.
+
+    Args:
+        models: name → (model, processor), or a server (``connect``) in their place; the first is the default.
+        store: folder of the traces, one below it for each visitor; by default a temporary one, which goes with the
+            process.
+        limits: of visitors.
+
+    Attributes:
+        turn: held by whoever runs on a model.
+    """
+
+    def __init__(
+        self, models: Mapping[str, Any], *, store: str | Path | None = None, limits: Limits = Limits()
+    ) -> None:
+        if not models:
+            raise ProbeError("there is no model to serve: Service({name: (model, processor)})")
+        self.models, self.limits = dict(models), limits
+        self._temporary = None if store is not None else tempfile.TemporaryDirectory(prefix="lvlm_probe_app_")
+        self.folder = Path(self._temporary.name if self._temporary else store or "")
+        self.turn = threading.Lock()
+        self.scratch = tempfile.mkdtemp(prefix="lvlm_probe_pages_")
+        self._replays: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._written: collections.deque[Path] = collections.deque()
+
+    # ------------------------------------------------------------------ visitors
+
+    @staticmethod
+    def new_visitor() -> str:
+        """Return the secret of a new visitor."""
+        return secrets.token_hex(16)
+
+    def folder_of(self, visitor: str) -> Path:
+        """Return the folder of a visitor's traces. Raises ``ProbeError`` for what is no visitor's secret."""
+        if not isinstance(visitor, str) or not _SECRET.fullmatch(visitor):
+            raise ProbeError("this page has lost its visitor: load it again")
+        return self.folder / hashlib.sha256(visitor.encode()).hexdigest()[:16]
+
+    def history(self, visitor: str) -> list[TraceSummary]:
+        """Return a visitor's answers, newest first; files that cannot be read are left out."""
+        folder = self.folder_of(visitor)
+        return open_store(folder).find(on_error=lambda error: None)[::-1] if folder.is_dir() else []
+
+    def open(self, visitor: str, name: str) -> Trace:
+        """Open a visitor's trace by its file name. Raises ``ProbeError`` where the visitor has none of that name."""
+        found = next((one for one in self.history(visitor) if one.path.name == name), None)
+        if found is None:
+            raise ProbeError("there is no such answer among yours: ask again")
+        return found.open()
+
+    # ------------------------------------------------------------------ asking
+
+    def open_upload(self, path: str | Path) -> Image.Image:
+        """Open an uploaded image within the limits. Raises ``ImageError`` with a sentence for the visitor."""
+        size = Path(path).stat().st_size
+        if size > self.limits.file_bytes:
+            raise ImageError(
+                f"this file has {size / 1e6:.1f} MB, and {self.limits.file_bytes / 1e6:.0f} MB is the most here: save "
+                "the image smaller"
+            )
+        try:
+            return open_image_file(path, most_pixels=self.limits.pixels)
+        except ImageError as error:
+            raise ImageError(str(error).replace(str(path), "this file")) from error.__cause__
+
+    def ask(
+        self, name: str, image: Image.Image | None, question: str, visitor: str, stop: threading.Event | None = None
+    ) -> Iterator[str | Trace]:
+        """Ask a model about an image: yields the answer so far as it grows, and the trace at last.
+
+        Args:
+            name: of the model.
+            stop: ends the answer early when it is set; what was said until then is the answer.
+
+        Raises:
+            ProbeError: there is no image or no question, they are too large, or the model could not be asked.
+        """
+        model = self._model(name)
+        folder = self.folder_of(visitor)
+        if image is None:
+            raise ImageError("there is no image yet: upload one, or take one of the gallery")
+        if len(question) > self.limits.question:
+            raise ProbeError(f"the question has {len(question)} characters, and {self.limits.question} is the most")
+        if isinstance(model, Server):
+            with self.turn:
+                found: Any = iter([model.ask(image, question, out=folder, max_tokens=self.limits.answer)])
+        else:
+            options: dict[str, Any] = {"most": self.limits.answer, "stop": stop or threading.Event()}
+            found = answer_growing(self.turn, model[0], model[1], image, question, folder, **options)
+        for one in found:
+            if isinstance(one, Trace):
+                if one.status == "error":
+                    raise ProbeError(f"the recording is faulty: {one.error}")
+                self._keep_few(one.path)
+            yield one
+
+    def _model(self, name: str) -> Any:
+        if name not in self.models:
+            raise ProbeError(f"there is no model {name[:80]!r} here; there are {', '.join(self.models)}")
+        return self.models[name]
+
+    def _keep_few(self, path: Path) -> None:
+        """The oldest answers of a temporary folder go: strangers must not fill the disk."""
+        self._written.append(path)
+        while self._temporary is not None and len(self._written) > self.limits.answers:
+            old = self._written.popleft()
+            if old.is_file():
+                for found in _maps(open_trace(old)):
+                    for file in (found.path, found.overlay_path, found.score_path):
+                        file.unlink(missing_ok=True)
+            old.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------ explaining
+
+    def methods(self, name: str) -> list[str]:
+        """Return the methods that a model can be explained by, the default first."""
+        model = self._model(name)
+        given = {"passes"} if isinstance(model, Server) else {"passes", "gradients", "attention", "activations"}
+        best = "rise" if isinstance(model, Server) else "igos++"
+        found = [one for one in methods() if needs_of(one) <= given and one not in _CONTROLS]
+        return sorted(found, key=lambda one: one != best)
+
+    def replay(self, name: str, trace: Trace) -> Any:
+        """Return the replay of a trace on its model; the last few are kept. Raises ``ProbeError``."""
+        key = f"{name} {trace.path}"
+        if key not in self._replays:
+            model = self._model(name)
+            self._replays[key] = replay(trace, *(model if isinstance(model, tuple) else (model,)))
+            while len(self._replays) > _REPLAYS:
+                self._replays.popitem(last=False)
+        self._replays.move_to_end(key)
+        return self._replays[key]
+
+    def explain(self, name: str, trace: Trace, word: int | None, method: str, shown: Shown | None = None) -> MapFile:
+        """Explain a word of an answer, by its number, or what the image decides of all of it; kept beside the trace.
+
+        Raises:
+            ProbeError: no such word or method, or the method cannot run on this model.
+        """
+        if method not in self.methods(name):
+            raise ProbeError(f"{name} cannot be explained by {method[:40]!r}; take one of {self.methods(name)}")
+        with self.turn:
+            source = self.replay(name, trace)
+            chosen = selection_of(source, word)
+            label = "answer" if word is None else chosen.label
+            settings = MapSettings(method, {}, scored=False)
+            more = {} if shown is None else {"shown": shown}
+            return explain_one(source, chosen, label, settings, trace.explanations_dir, **more)[0]
+
+    def check(self, name: str, trace: Trace, found: MapFile, shown: Shown | None = None) -> Score:
+        """Score a map by deletion and insertion; what was scored before is not scored again. Raises ``ProbeError``."""
+        if (score := found.score()) is not None:
+            return score
+        with self.turn:
+            more = {} if shown is None else {"shown": shown}
+            return score_one(self.replay(name, trace), found, **more)
+
+    def page(self, trace: Trace, out: Path) -> Path:
+        """Write the page of all maps of an answer. Raises ``ProbeError``, also where there are none yet."""
+        if not (found := _maps(trace)):
+            raise ProbeError("there is no map of this answer yet: click a word, or explain the whole answer")
+        return report([one.read() for one in found], scores=[one.score() for one in found], out=out, overwrite=True)
+
+    # ------------------------------------------------------------------ asking again, looking inside
+
+    def say_again(
+        self, name: str, trace: Trace, region: np.ndarray, kind: Literal["keep", "remove"]
+    ) -> tuple[str, Image.Image]:
+        """Ask again with nothing but a region of the image, or without it.
+
+        Args:
+            region: ``(row, col)`` bool over the image, of any resolution.
+
+        Returns:
+            What it says then, in a sentence, and the image that it saw.
+
+        Raises:
+            ProbeError: nothing is painted, or the model cannot be asked again.
+        """
+        if not region.any():
+            raise ProbeError("nothing is painted yet: take the brush, and paint over a part of the image")
+        model = self._model(name)
+        whole = trace.image
+        shown = Image.fromarray(region if kind == "keep" else ~region).convert("L").resize(whole.size)
+        seen = Image.composite(whole, make_baseline(whole).image, shown)
+        with self.turn:
+            if isinstance(model, Server):
+                with tempfile.TemporaryDirectory() as folder:
+                    again = model.ask(seen, trace.question or "", out=folder, max_tokens=self.limits.answer, llr=False)
+                    share = f"{region.mean():.0%} of the image"
+                    before = f"With nothing but this {share}" if kind == "keep" else f"Without this {share}"
+                    return f"{before} it says “{again.answer}”.", seen
+            words = [n for word in trace.words for n in range(word.start, word.stop)]
+            return edit(self.replay(name, trace), tokens=words, **{kind: region}).sentence, seen  # type: ignore[arg-type]
+
+    def attention(self, name: str, trace: Trace, word: int | None, layer: int | None, head: int | None) -> Heatmap:
+        """Attention of a word, or of the whole answer, to the image: as recorded; of a single head by one more pass.
+
+        Raises:
+            ProbeError: there is no such layer or head, or nothing is known of attention (a server).
+        """
+        if isinstance(self._model(name), Server):
+            raise ProbeError(
+                f"{name} runs on a server, which gives no attention: serve the model itself, --model DIR_OR_ID"
+            )
+        wanted: dict[str, Any] = {"layers": "all" if layer is None else layer, "heads": "all" if head is None else head}
+        chosen = selection_of(trace, word, everything=True)
+        rows = trace.attention
+        if rows is not None and (head is None or rows.reduce == "none"):
+            return explain(trace, method="attention", tokens=chosen, **wanted)
+        with self.turn:
+            return explain(self.replay(name, trace), method="attention", tokens=chosen, progress=False, **wanted)
+
+    def heads(self, name: str) -> int:
+        """Return how many attention heads a layer of a model has; 0 where that is not known (a server)."""
+        model = self._model(name)
+        config = getattr(model[0], "config", None) if isinstance(model, tuple) else None
+        text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+        return int(getattr(text, "num_attention_heads", 0) or 0)
+
+    def lens(self, name: str, trace: Trace) -> LogitLens:
+        """Return the logit lens at image tokens. Raises ``ProbeError``."""
+        if isinstance(self._model(name), Server):
+            raise ProbeError(
+                f"{name} runs on a server, which shows nothing of its layers: serve the model itself, --model DIR_OR_ID"
+            )
+        with self.turn:
+            return logit_lens(self.replay(name, trace))
+
+    def close(self) -> None:
+        """Delete what is temporary."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+def selection_of(source: Any, word: int | None, *, everything: bool = False) -> TokenSelection:
+    """Select a word of an answer by its number; without one what the image decides, or with ``everything`` all of it.
+
+    Raises:
+        ProbeError: the answer has no such word.
+    """
+    if word is None:
+        return select_tokens(source, rule="joint" if everything or source.llr is None else "llr")
+    words = source.words
+    if not isinstance(word, int) or not 0 <= word < len(words):
+        raise ProbeError(f"the answer has {len(words)} words, and none of number {word}")
+    return select_tokens(source, span=(words[word].start, words[word].stop))
+
+
+def _maps(trace: Trace) -> list[MapFile]:
+    try:
+        return find_maps([trace.path])
+    except ProbeError:
+        return []
