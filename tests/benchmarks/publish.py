@@ -889,6 +889,33 @@ def _spread(figure: Found | None, worst: str) -> str:
     return f"{figure['median']:.3f}, {figure[worst]:.3f}"
 
 
+def app(text: str, results: Path) -> str:
+    """``docs/guides/app.md`` with the latencies of ``app.json`` between its marks."""
+    found = read(results / "app.json")
+    return between(text, "app figures", _app(found) if found else [])
+
+
+def _app(found: Found) -> list[str]:
+    """When the first word of an answer is there, and when it is coloured."""
+    lines = ["| | plain streaming | the app |", "|---|---|---|"]
+    for what, told in (("first", "first word"), ("whole", "whole answer"), ("coloured", "coloured words")):
+        cells = [found["seconds"].get(f"{kind}_{what}") for kind in ("plain", "app")]
+        lines.append(f"| {told} | {' | '.join('–' if cell is None else milliseconds(1e3 * cell) for cell in cells)} |")
+    model = "the embedded model" if found["model"] == "demo" else found["model"]
+    first, coloured = (found["of_plain_first"][what] for what in ("first", "coloured"))
+    return [
+        *lines,
+        "",
+        f"Median of {len(found['rounds'])} questions to {model}, asked in turn, from the question on. Of the time to "
+        f"plain streaming's first word, the app's takes {first:.1f} times, its first coloured one {coloured:.1f} "
+        "times: it waits for the whole answer, the pass on the baseline image and the trace on disk. The first image "
+        "of a size took "
+        f"{milliseconds(1e3 * found['first_image_of_a_size']['coloured'])}.",
+        "",
+        f"`{found['command']}`: {found['machine']}; {found['date']}.",
+    ]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write the page, and the figures of the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -904,6 +931,7 @@ def main(arguments: list[str] | None = None) -> None:
     if own is not None:
         docs = ROOT / "docs"
         pages |= {docs / "served.md": served, docs / "methods.md": adaptive, docs / "reality.md": quantised}
+        pages |= {docs / "guides" / "app.md": app}
     for path, filled in pages.items():
         path.write_text(filled(path.read_text(encoding="utf-8"), options.results), encoding="utf-8")
         print(f"written to {path}")

@@ -15,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_app
 import bench_engine
 import bench_gpu
 import bench_meter
@@ -113,6 +114,18 @@ def test_gpu_script_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert load(out) == found  # nothing was missing, so nothing was done again
     text = publish.page(tmp_path)
     assert "| LLaVA-OneVision-7B, tmm: seconds (T-MM in Table 9) | ≤ 2.7 s | not measured | not measured |" in text
+
+
+def test_latencies_of_the_app(tmp_path: Path) -> None:
+    bench_app.main(["--rounds", "2", "--tokens", "8", "--out", str(tmp_path / "app.json")])
+    found = load(tmp_path / "app.json")
+    for one in found["rounds"]:
+        assert one["app"]["coloured"] > one["app"]["whole"] >= one["app"]["first"] > 0
+        assert one["plain"].keys() == {"first", "whole"}
+    text = publish.app("<!-- app figures -->\n<!-- /app figures -->", tmp_path)
+    assert "Median of 2 questions to the embedded model" in text
+    guide, results = Path(publish.ROOT / "docs" / "guides" / "app.md"), Path(publish.__file__).parent / "results"
+    assert publish.app(guide.read_text(encoding="utf-8"), results) == guide.read_text(encoding="utf-8")
 
 
 def test_the_tables_of_quantised_weights() -> None:
