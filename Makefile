@@ -120,3 +120,13 @@ clean:  ## remove environments and everything generated
 		importlib-metadata zipp opentelemetry-api opentelemetry-sdk opentelemetry-proto \
 		opentelemetry-semantic-conventions python-dotenv sqlparse tensorboard absl-py grpcio werkzeug
 	@touch $@
+
+# Gradio and what it brings, above .venv: it takes no pillow of 13, with which everything else is tested.
+.venv-app/.installed: pyproject.toml constraints.txt .venv/.installed-dev
+	@echo "installing Gradio into .venv-app"
+	@test -x .venv-app/bin/python || $(BIN)/python -m venv .venv-app
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+		> "$$(.venv-app/bin/python -c 'import site; print(site.getsitepackages()[0])')/above.pth"
+	@sed '/^pillow==/d' constraints.txt > .venv-app/constraints.txt
+	@.venv-app/bin/python -m pip install -q --disable-pip-version-check -c .venv-app/constraints.txt 'gradio>=6.20,<7'
+	@touch $@
