@@ -21,6 +21,7 @@ import bench_gpu
 import bench_meter
 import bench_recording
 import bench_store
+import bench_stream
 import gpu_smoke
 import publish
 
@@ -38,6 +39,13 @@ def load(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     assert {"machine", "python", "lvlm_probe", "date", "command"} <= found.keys()
     return found
+
+
+def test_stream(tmp_path: Path) -> None:
+    bench_stream.main(["--small", "--tokens", "3", "--rounds", "2", "--out", str(tmp_path / "stream.json")])
+    found = load(tmp_path / "stream.json")
+    assert found["overheads"].keys() == set(bench_stream.KINDS) and found["plain_cpu_seconds"] > 0
+    assert all(one["least"] <= one["overhead"] <= one["most"] for one in found["overheads"].values())
 
 
 def test_recording(tmp_path: Path) -> None:
