@@ -136,9 +136,11 @@ def _to_tensorboard(run: Any, entry: _Entry) -> None:
         run.add_scalar(f"{entry.name}/{key}", value, entry.step)
     if entry.image is not None:
         run.add_image(f"{entry.name}/map", np.asarray(entry.image), entry.step, dataformats="HWC")
-    kept = Path(getattr(run, "log_dir", None) or run.logdir) / "lvlm_probe" / entry.page.name
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_bytes(entry.page.read_bytes())
+    folder = str(getattr(run, "log_dir", None) or run.logdir)
+    kept = Path(folder) / "lvlm_probe" / entry.page.name
+    if "://" not in folder:  # a bucket, which the writer alone can write to
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(entry.page.read_bytes())
     table = "\n".join(
         "| " + " | ".join(map(_cell, row)) + " |" for row in (_COLUMNS, ["---"] * len(_COLUMNS), *entry.words)
     )
