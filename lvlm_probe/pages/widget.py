@@ -20,6 +20,7 @@ from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics import Score
 from lvlm_probe.pages.data_uris import data_uri, shrink
 from lvlm_probe.pages.samples import verdict_of
+from lvlm_probe.pages.shell import asset
 from lvlm_probe.selection import word_llr
 from lvlm_probe.words import Word, spelled
 
@@ -73,105 +74,121 @@ def widget(
     return _kind()(trace, zip(given, judged, strict=True), explain)
 
 
+class _Answer:
+    """What an ``AnswerWidget`` does; what it is made of comes with anywidget (``_kind``)."""
+
+    question: Any
+    maps: Any
+    word: Any
+    status: Any
+    observe: Any
+
+    def __init__(
+        self,
+        trace: Trace,
+        heats: Iterable[tuple[Heatmap, Score | None]],
+        explain: Callable[[Word], Explained] | None,
+    ) -> None:
+        self.trace, self._explain = trace, explain
+        self._words = trace.words
+        self.heats: dict[int, Heatmap] = {}
+        self.scores: dict[int, Score | None] = {}
+        words, tail = answer_words(trace)
+        picture = data_uri(shrink(trace.image, _SIDE)) if trace.images else ""
+        beneath: Any = super()
+        beneath.__init__(question=trace.question or trace.prompt, words=words, tail=tail, image=picture)
+        for heat, score in heats:
+            self._keep(_word_of(self._words, heat), heat, score)
+        self._shown({"new": -1})
+        self.observe(self._shown, "word")
+
+    def in_answer(self, proposal: Mapping[str, Any]) -> int:
+        """A value for ``word``, checked."""
+        import traitlets
+
+        number = int(proposal["value"])
+        if not -1 <= number < len(self._words):
+            raise traitlets.TraitError(f"there is no word {number}: the answer has {len(self._words)} words, or -1")
+        return number
+
+    @property
+    def heat(self) -> Heatmap | None:
+        """The map on show."""
+        return self.heats.get(self.word)
+
+    @property
+    def score(self) -> Score | None:
+        """What ``evaluate`` said of it."""
+        return self.scores.get(self.word)
+
+    def _keep(self, number: int, heat: Heatmap, score: Score | None) -> None:
+        self.heats[number], self.scores[number] = heat, score
+        if heat.values is not None:
+            self.maps = {**self.maps, str(number): data_uri(heat.preview(_SIDE, score=score))}
+
+    def _shown(self, change: Mapping[str, Any]) -> None:
+        number = int(change["new"])
+        if number >= 0 and number not in self.heats and self._explain is not None:
+            word = self._words[number]
+            self.status = f"Explaining “{word.text}” …"
+            try:
+                found = self._explain(word)
+                self._keep(number, *(found if isinstance(found, tuple) else (found, None)))
+            except ProbeError as error:
+                self.status = f"No map of “{word.text}”: {error}"
+                return
+            except BaseException as error:  # the notebook shows it, and the widget does not say that it goes on
+                self.status = f"No map of “{word.text}”: {type(error).__name__}"
+                raise
+        self.status = self._said(number)
+
+    def _said(self, number: int) -> str:
+        heat = self.heats.get(number)
+        if heat is None:
+            if number < 0:
+                return "Click a word to see where it came from." if self.heats or self._explain else ""
+            return f"No map of “{self._words[number].text}” was given: widget(trace, heats, explain=…) makes it."
+        verdict = verdict_of(heat, self.scores.get(number))
+        return " ".join([f"{heat.method}, “{heat.selection.text}”. {verdict['title']}", *verdict["reasons"]])
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        beneath: Any = super()
+        found = beneath._repr_mimebundle_(**options)
+        data, more = found if isinstance(found, tuple) else (found, {})
+        return {**(data or {}), "text/html": self._repr_html_()}, more
+
+    def _repr_html_(self) -> str:
+        """The answer where there are no widgets: its words, and the map on show."""
+        heat = self.heat
+        if heat is not None:
+            return heat._repr_html_()
+        llr = None if self.trace.llr is None else self.trace.llr.tolist()
+        return card(self.question, answer_html(self.trace.tokens, self.trace.special.tolist(), llr=llr))
+
+
 @functools.cache
 def _kind() -> Any:
-    """The class, which is made when anywidget is wanted."""
+    """The class of the widget, which is made when one is wanted."""
     import anywidget
     import traitlets
 
-    from lvlm_probe.pages.shell import asset
+    def synced(trait: Any) -> Any:
+        return trait.tag(sync=True)
 
-    class AnswerWidget(anywidget.AnyWidget):
-        """See ``widget``."""
-
-        _esm, _css = asset("widget.js"), asset("widget.css")
-        question = traitlets.Unicode().tag(sync=True)
-        words: Any = traitlets.List().tag(sync=True)
-        tail = traitlets.Unicode().tag(sync=True)
-        image = traitlets.Unicode().tag(sync=True)
-        maps = traitlets.Dict().tag(sync=True)
-        word = traitlets.Int(-1).tag(sync=True)
-        status = traitlets.Unicode().tag(sync=True)
-
-        def __init__(
-            self,
-            trace: Trace,
-            heats: Iterable[tuple[Heatmap, Score | None]],
-            explain: Callable[[Word], Explained] | None,
-        ) -> None:
-            self.trace, self._explain = trace, explain
-            self._words = trace.words
-            self.heats: dict[int, Heatmap] = {}
-            self.scores: dict[int, Score | None] = {}
-            words, tail = answer_words(trace)
-            picture = data_uri(shrink(trace.image, _SIDE)) if trace.images else ""
-            super().__init__(question=trace.question or trace.prompt, words=words, tail=tail, image=picture)
-            for heat, score in heats:
-                self._keep(_word_of(self._words, heat), heat, score)
-            self._shown({"new": -1})
-            self.observe(self._shown, "word")
-
-        @traitlets.validate("word")
-        def _in_answer(self, proposal: Mapping[str, Any]) -> int:
-            number = int(proposal["value"])
-            if not -1 <= number < len(self._words):
-                raise traitlets.TraitError(f"there is no word {number}: the answer has {len(self._words)} words, or -1")
-            return number
-
-        @property
-        def heat(self) -> Heatmap | None:
-            """The map on show."""
-            return self.heats.get(self.word)
-
-        @property
-        def score(self) -> Score | None:
-            """What ``evaluate`` said of it."""
-            return self.scores.get(self.word)
-
-        def _keep(self, number: int, heat: Heatmap, score: Score | None) -> None:
-            self.heats[number], self.scores[number] = heat, score
-            if heat.values is not None:
-                self.maps = {**self.maps, str(number): data_uri(heat.preview(_SIDE, score=score))}
-
-        def _shown(self, change: Mapping[str, Any]) -> None:
-            number = int(change["new"])
-            if number >= 0 and number not in self.heats and self._explain is not None:
-                word = self._words[number]
-                self.status = f"Explaining “{word.text}” …"
-                try:
-                    found = self._explain(word)
-                    self._keep(number, *(found if isinstance(found, tuple) else (found, None)))
-                except ProbeError as error:
-                    self.status = f"No map of “{word.text}”: {error}"
-                    return
-                except BaseException as error:  # the notebook shows it, and the widget does not say that it goes on
-                    self.status = f"No map of “{word.text}”: {type(error).__name__}"
-                    raise
-            self.status = self._said(number)
-
-        def _said(self, number: int) -> str:
-            heat = self.heats.get(number)
-            if heat is None:
-                if number < 0:
-                    return "Click a word to see where it came from." if self.heats or self._explain else ""
-                return f"No map of “{self._words[number].text}” was given: widget(trace, heats, explain=…) makes it."
-            verdict = verdict_of(heat, self.scores.get(number))
-            return " ".join([f"{heat.method}, “{heat.selection.text}”. {verdict['title']}", *verdict["reasons"]])
-
-        def _repr_mimebundle_(self, **options: Any) -> Any:
-            found = super()._repr_mimebundle_(**options)
-            data, more = found if isinstance(found, tuple) else (found, {})
-            return {**(data or {}), "text/html": self._repr_html_()}, more
-
-        def _repr_html_(self) -> str:
-            """The answer where there are no widgets: its words, and the map on show."""
-            heat = self.heat
-            if heat is not None:
-                return heat._repr_html_()
-            llr = None if self.trace.llr is None else self.trace.llr.tolist()
-            return card(self.question, answer_html(self.trace.tokens, self.trace.special.tolist(), llr=llr))
-
-    return AnswerWidget
+    return type(
+        "AnswerWidget",
+        (_Answer, anywidget.AnyWidget),
+        {
+            "__doc__": "See ``widget``.",
+            "_esm": asset("widget.js"),
+            "_css": asset("widget.css"),
+            **{name: synced(traitlets.Unicode()) for name in ("question", "tail", "image", "status")},
+            "words": synced(traitlets.List()),
+            "maps": synced(traitlets.Dict()),
+            "word": synced(traitlets.Int(-1)),
+            "_checked": traitlets.validate("word")(_Answer.in_answer),
+        },
+    )
 
 
 def answer_words(trace: Trace) -> tuple[list[dict[str, Any]], str]:

@@ -141,12 +141,8 @@ class Recording:
     def run(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any], feed: Feed | None = None) -> Any:
         """Record one ``generate()`` call. Whatever goes wrong in here, the user gets what ``generate`` returns.
 
-        Calls of several threads are recorded side by side: everything here but ``self`` belongs to this one.
-
-        Args:
-            original: the user's ``generate``.
-            args, kwargs: its arguments.
-            feed: of the stream that shows the answer as it is generated.
+        Calls of several threads are recorded side by side: everything here but ``self`` belongs to this one. ``feed``
+        is that of the stream that shows the answer as it is generated.
         """
         owner = self._attachment
         self._met = True
