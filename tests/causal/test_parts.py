@@ -258,6 +258,7 @@ def test_image_question_and_both_together(talk: Any) -> None:
     assert Modalities.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("values", "said"),
     [

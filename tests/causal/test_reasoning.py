@@ -41,6 +41,7 @@ def split(text: str, special: tuple[str, ...] = ()) -> list[tuple[str, str]]:
     return [(step.kind, step.text) for step in steps]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -63,6 +63,20 @@ def test_quiet_leaves_results_and_errors(trace: Path) -> None:
     assert "error: " in run("inspect", trace.parent / "nowhere.h5", "--quiet").err
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(f"{name} FILE" for name in ("boxes", "edit", "fields", "frames", "steps", "which")),
+        "study init FILE",
+        "study contradictions pope FILE --model demo",
+    ],
+)
+def test_a_file_that_is_not_there_is_told_in_a_sentence(line: str, tmp_path: Path) -> None:
+    found = run(*line.replace("FILE", str(tmp_path / "nowhere.h5")).split())
+    assert found.code and "nowhere.h5" in found.err and "Traceback" not in found.err and not found.out
+
+
 def test_verbose_shows_what_is_logged_and_only_then(trace: Path) -> None:
     asked = ("plan", trace, "--model", "demo", "--no-seconds")
     assert "DEBUG:lvlm_probe" not in succeed(*asked).err

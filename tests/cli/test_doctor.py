@@ -105,6 +105,7 @@ def test_weights_that_do_not_fit_are_not_loaded() -> None:
     assert found["answer"]["text"].startswith("not tried")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("spec", "said"),
     [("/no/such/place", "no model directory at"), ("demo\0", "NUL"), ("text only", "no vision-language model")],

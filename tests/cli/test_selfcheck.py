@@ -205,6 +205,7 @@ def test_where_memory_is_not_metered_methods_are_judged_all_the_same(
     assert "refused" not in method and method["gain"] is not None and method["peak"] is None
 
 
+@pytest.mark.quick
 def test_a_model_that_is_not_there_is_a_finding(tmp_path: Path) -> None:
     result = run("selfcheck", tmp_path / "nothing", "--out", tmp_path / "out")
     assert result.code == 1

@@ -135,6 +135,7 @@ def test_nothing_hides_what_the_answer_needs(drawn: list[demo.ClipScene]) -> Non
             assert max(areas) - min(areas) < 0.12 * max(areas)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

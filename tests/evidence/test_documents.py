@@ -130,6 +130,7 @@ def _inside(rings: Any, x: float, y: float) -> bool:
     return bool(crossed % 2)
 
 
+@pytest.mark.quick
 def test_a_search_finds_the_edge_in_few_questions() -> None:
     for edge, most in itertools.product((1, 2, 3, 7, 64, 100), (100, 128)):
         asked: list[int] = []

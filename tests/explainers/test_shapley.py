@@ -38,6 +38,7 @@ def by_permutations(table: np.ndarray, players: int) -> np.ndarray:
     return shares / math.factorial(players)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("players", [1, 2, 3, 6])
 def test_exact_shares_are_the_mean_over_all_orders(players: int) -> None:
     table, met = a_game(players), []

@@ -92,6 +92,7 @@ def test_images_stand_before_the_frames_of_several_clips() -> None:
     assert {name: len(value) for name, value in twice.items()} == {"pixel_values": 2, "pixel_values_videos": 4}
 
 
+@pytest.mark.quick
 def test_time_is_interpolated_between_the_middles_of_steps() -> None:
     steps = torch.tensor([0.0, 1.0]).reshape(1, 2, 1, 1)
     frames = over_frames(steps, Clip(1, 4), 6)

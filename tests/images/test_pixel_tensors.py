@@ -115,6 +115,7 @@ def test_lists_of_bfloat16_tensors_are_recognised_and_ragged_ones_do_not_disturb
     assert len(watch) == 0
 
 
+@pytest.mark.quick
 def test_ragged_pixels_and_whitened_pictures_are_refused_in_words() -> None:
     def ragged(images: Any, return_tensors: str = "pt") -> dict[str, Any]:
         return {"pixel_values": [torch.rand(3, 4, 4), torch.rand(3, 5, 4)]}

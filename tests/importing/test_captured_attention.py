@@ -74,7 +74,13 @@ def test_a_window_a_cap_and_a_sink_are_what_a_kernel_makes_of_them(recorded: Any
     assert made.attention.text_mass[1, layer, head] == pytest.approx(float(wanted.sum() - images.sum()), abs=1e-5)
 
 
-@pytest.mark.parametrize("family", sorted(set(tiny_models.FAMILIES) - {"mllama"}))
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.quick if family == "llava" else ())
+        for family in sorted(set(tiny_models.FAMILIES) - {"mllama"})
+    ],
+)
 def test_boxes_by_the_processor_alone_are_those_that_the_model_has_or_refused(family: str, tmp_path: Path) -> None:
     model, processor = tiny_models.build(family)
     trace = probe.ask(model, processor, tiny_models.picture(), "What?", out=tmp_path, max_new_tokens=1).trace
@@ -86,6 +92,7 @@ def test_boxes_by_the_processor_alone_are_those_that_the_model_has_or_refused(fa
     assert np.allclose(places.boxes, trace.layout.patch_box, atol=0.01)
 
 
+@pytest.mark.quick
 def test_what_was_captured_of_something_else_is_refused(recorded: Any, tmp_path: Path) -> None:
     trace, _, found = recorded
 

@@ -44,6 +44,7 @@ def test_every_frame_stands_on_the_page_without_scripts(page: Path) -> None:
     assert len(data[0]["plain"]) == len(data[0]["across"]) == 6
 
 
+@pytest.mark.quick
 def test_a_heatmap_without_values_says_why(tmp_path: Path) -> None:
     toy = ToyClip(tube_weights(2, 1, slice(0, 1), slice(0, 1), slice(0, 1)), original=(0.5,), base=(0.5,))
     nothing = probe.video.explain(toy, tokens=[0], progress=False)

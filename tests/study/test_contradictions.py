@@ -41,6 +41,7 @@ def sample(**facts: Any) -> Sample:
     return Sample(**{"id": "1", "question": "q", "load": lambda: Image.new("RGB", (8, 8)), **facts})
 
 
+@pytest.mark.quick
 def test_what_is_paired() -> None:
     found = pairs(
         [

@@ -100,6 +100,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert start(tmp_path / "x.parquet", tmp_path / "study.yaml").columns["image"] == "photo"
 
 
+@pytest.mark.quick
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     rows = [{"file": "gone.png", "boxes": "[here]", "label: # odd": "x"}]
     data = written(tmp_path / "x.csv", rows)

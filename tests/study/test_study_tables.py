@@ -341,6 +341,7 @@ def _printed_cells() -> Any:
                     yield from sets.values()
 
 
+@pytest.mark.quick
 def test_all_forms(results: Results, tmp_path: Path) -> None:
     table = make_table(results, "2")
     made = table.write(tmp_path / "tables")

@@ -169,6 +169,7 @@ def test_shares_are_the_shapley_values() -> None:
     assert "0.5 s" in str(found)
 
 
+@pytest.mark.quick
 def test_stretches_are_even_and_add_their_frames_up() -> None:
     cells = torch.full((6,), 1 / 6, dtype=torch.float64)
     found = probe.video.which_frames(ToyClip(cells[:, None, None]), segments=3, progress=False)
@@ -376,6 +377,7 @@ def test_methods_are_compared_on_a_video(toy: ToyClip, tmp_path: Any) -> None:
     assert again.methods == ("input_gradient", "occlusion")
 
 
+@pytest.mark.quick
 def test_one_frame_of_a_heatmap_is_a_heatmap(toy: ToyClip) -> None:
     heat = probe.video.explain(toy, method="input_gradient", size=(4, 8, 8), progress=False)
     frame = heat.frame(3)
