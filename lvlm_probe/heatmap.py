@@ -214,7 +214,8 @@ class HeatGrid:
         shown["col"] += which
         return drawing.Panel(image.convert("RGB"), question=question, answer=answer, reason=self.reason, **shown)
 
-    def _values(self) -> np.ndarray:
+    def known_values(self) -> np.ndarray:
+        """The values. Raises ``ExplainError`` where there are none, with the reason."""
         if self.values is None:
             raise ExplainError(f"this heatmap has no values: {self.reason}")
         return self.values
@@ -290,7 +291,7 @@ class Heatmap(HeatGrid):
     @property
     def shape(self) -> tuple[int, int]:
         """Grid ``(row, col)``. Raises ``ExplainError`` when there are no values."""
-        rows, cols = self._values().shape
+        rows, cols = self.known_values().shape
         return rows, cols
 
     @property
@@ -302,7 +303,7 @@ class Heatmap(HeatGrid):
     def upsampled(self) -> np.ndarray:
         """Values brought bilinearly to the image's pixels, ``(height, width)`` float32, as masks are."""
         width, height = self.image_size
-        return resample(self._values(), (height, width))
+        return resample(self.known_values(), (height, width))
 
     def image(self) -> Image.Image:
         """The original image, RGB. Raises ``ImageError`` when no trace is at hand."""
@@ -354,7 +355,7 @@ class Heatmap(HeatGrid):
         """
         return drawing.overlay(
             self.image_for(image),
-            self._values(),
+            self.known_values(),
             seen=self._seen(),
             alpha=alpha,
             colormap=colormap,
@@ -381,7 +382,7 @@ class Heatmap(HeatGrid):
         """
         if (other.image_size, other.image_index) != (self.image_size, self.image_index):
             raise ExplainError("a difference is of two heatmaps over the same image; these are over two")
-        return drawing.difference(self.image_for(image), self._values(), other._values(), alpha=alpha)
+        return drawing.difference(self.image_for(image), self.known_values(), other.known_values(), alpha=alpha)
 
     def image_for(self, image: Image.Image | None) -> Image.Image:
         """``image``, which has to be of the heatmap's size, or the one that was explained."""

@@ -227,9 +227,7 @@ def target_of(
 ) -> Target:
     region, method = False, "array"
     if isinstance(heat, HeatGrid):
-        if heat.values is None:
-            raise ExplainError(f"this heatmap has no values: {heat.reason}")
-        values, method, place = heat.values, heat.method, heat.target
+        values, method, place = heat.known_values(), heat.method, heat.target
         tokens = heat.selection if tokens is None else tokens
     else:
         values = np.asarray(heat)

@@ -225,8 +225,7 @@ def _asked(heat: Any, remove: Place | None, keep: Place | None) -> tuple[Literal
     if by_map:
         if heat is None:
             raise ExplainError("which cells are hottest is what a heatmap says: edit(replay, heat), or give boxes")
-        if heat.values is None:
-            raise ExplainError(f"this heatmap has no values: {heat.reason}")
+        heat.known_values()
         return kind, place if isinstance(place, str) else float(place)
     if heat is not None and heat.axes[0] == "t":
         raise ExplainError("a region of a video is taken by its map: give a share, or 'smallest'")

@@ -91,20 +91,19 @@ def region(source: ReplayLike | Score, heat: Heatmap, *, keep: float = 0.9) -> R
         ExplainError: the map has no values or is of a video, the score is another map's or has no curve, or the image
             as a whole decides too little of the score for shares of it.
     """
-    if heat.values is None:
-        raise ExplainError(f"this heatmap has no values: {heat.reason}")
-    if heat.values.ndim != 2:
+    values = heat.known_values()
+    if values.ndim != 2:
         raise ExplainError("a region is of an image, and this heatmap is of a video: take one frame, heat.frame(3)")
     if not 0 < keep <= 1:
         raise ExplainError(f"keep is a share of the score in (0, 1]; got {keep!r}")
     assert heat.seen is not None
-    order = rank(heat.values, heat.seen, np.random.default_rng(0))
+    order = rank(values, heat.seen, np.random.default_rng(0))
     seen = int(heat.seen.sum())
     if isinstance(source, Score):
         count, kept, passes = (*_on_curve(source, heat, keep, seen), 0)
     else:
         count, kept, passes = _searched(source, heat, keep, order, seen)
-    cells = np.zeros(heat.values.shape, dtype=bool)
+    cells = np.zeros(values.shape, dtype=bool)
     cells.flat[order[:count]] = True
     rings, boxes = polygons_of(cells, heat.image_size)
     edges = np.array(boxes)

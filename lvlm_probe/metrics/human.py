@@ -23,7 +23,7 @@ import numpy as np
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import HeatGrid, Heatmap
-from lvlm_probe.metrics.similarity import on_grid, spearman
+from lvlm_probe.metrics.similarity import grid_of, on_grid, spearman
 
 __all__ = ["HumanAgreement", "auc_judd", "human_agreement", "nss", "rank_correlation"]
 
@@ -171,10 +171,7 @@ def _top(human: np.ndarray, share: float) -> np.ndarray:
 
 
 def _both(heat: Map, human: np.ndarray, grid: int | tuple[int, int]) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    pair = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ExplainError(f"grid is a number of cells or (rows, columns), both at least 1; got {grid!r}")
-    cells = (int(pair[0]), int(pair[1]))
+    cells = grid_of(grid)
     values, target = _values(heat), _checked(human, "human attention")
     _same_proportions(heat, target.shape)
     return on_grid(values, cells), on_grid(target, cells), cells
@@ -193,9 +190,7 @@ def _on_fixations(heat: Map, fixations: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def _values(heat: Map) -> np.ndarray:
     if isinstance(heat, Heatmap):
-        if heat.values is None:
-            raise ExplainError(f"this heatmap has no values: {heat.reason}")
-        return np.asarray(heat.values, dtype=np.float64)
+        return np.asarray(heat.known_values(), dtype=np.float64)
     if isinstance(heat, HeatGrid):
         raise ExplainError("human attention is compared with heatmaps of images: give one frame, heat.frame(3)")
     return _checked(heat, "a heatmap")

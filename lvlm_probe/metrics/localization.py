@@ -309,8 +309,8 @@ def _aligned(heat: Heatmap | np.ndarray, region: Region) -> tuple[np.ndarray, np
             "this is a heatmap of a video: judge it by tube_pointing, tube_energy, tube_iou, temporal_pointing or "
             "temporal_iou, or one frame of it, heat.frame(3)"
         )
-    if isinstance(heat, Heatmap) and heat.values is None:
-        raise ExplainError(f"this heatmap has no values: {heat.reason}")
+    if isinstance(heat, Heatmap):
+        heat.known_values()
     inside = _mask(heat, region)
     if isinstance(heat, Heatmap):
         width, height = heat.image_size

@@ -37,6 +37,7 @@ from lvlm_probe.metrics.deletion_insertion import (
     release_area,
 )
 from lvlm_probe.metrics.deletion_insertion import synergy as synergy_curve
+from lvlm_probe.metrics.similarity import grid_of
 from lvlm_probe.metrics.verdict import (
     BASELINE_PROBABILITY,
     MAX_REPLAY_DIFFERENCE,
@@ -618,11 +619,8 @@ def _on_grid(heat: Explained, replay: ReplayLike, grid: int | Sequence[int] | No
         return heat.values, heat.seen
     if heat.values.ndim == 3:
         raise ExplainError("a heatmap of a clip is ranked on its own cells: leave grid out, and explain with size=…")
-    pair = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ExplainError(f"grid is a number of cells or (rows, columns), both at least 1; got {grid!r}")
-    seen = replay.seen(heat.image_index, (pair[0], pair[1])).cpu().numpy()
-    return resample(heat.values, (pair[0], pair[1])), seen
+    pair = grid_of(grid)
+    return resample(heat.values, pair), replay.seen(heat.image_index, pair).cpu().numpy()
 
 
 def over_baseline(replay: AnyReplay, baseline: BaselineChoice) -> AnyReplay:

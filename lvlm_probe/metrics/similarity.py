@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from lvlm_probe.extras import require
 from lvlm_probe.heatmap import HeatGrid, resample
 from lvlm_probe.trace.clips import images_of
 
-__all__ = ["Similarity", "compare_maps", "on_grid", "spearman"]
+__all__ = ["Similarity", "compare_maps", "grid_of", "on_grid", "spearman"]
 
 TOP_SHARE = 0.2
 """Share of the cells that counts as the top of a map."""
@@ -87,6 +88,14 @@ def compare_maps(first: HeatGrid, second: HeatGrid) -> Similarity:
         difference=float(np.abs(scaled[0] - scaled[1])[seen].mean()),
         top_iou=_top_iou(left[seen], right[seen]),
     )
+
+
+def grid_of(grid: int | Sequence[int]) -> tuple[int, int]:
+    """A grid given as a number of cells or as ``(rows, columns)``. Raises ``ExplainError``."""
+    pair = (grid, grid) if isinstance(grid, int) else tuple(grid)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ExplainError(f"grid is a number of cells or (rows, columns), both at least 1; got {grid!r}")
+    return int(pair[0]), int(pair[1])
 
 
 def on_grid(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -155,7 +155,6 @@ def tie_share(heat: HeatGrid) -> float:
 
     Raises ``ExplainError`` when there are no values.
     """
-    if heat.values is None:
-        raise ExplainError(f"this heatmap has no values: {heat.reason}")
+    values = heat.known_values()
     assert heat.seen is not None
-    return _tie_share(heat.values, heat.seen)
+    return _tie_share(values, heat.seen)

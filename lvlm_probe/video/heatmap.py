@@ -95,7 +95,7 @@ class ClipHeatmap(HeatGrid):
         Raises:
             ExplainError: there are no values.
         """
-        return self._frames(self._values())
+        return self._frames(self.known_values())
 
     @property
     def over_time(self) -> np.ndarray:
@@ -320,7 +320,7 @@ class ClipHeatmap(HeatGrid):
             side: its longest side, pixels.
             **look: ``alpha``, ``colormap`` and ``mark`` of ``drawing.overlay``.
         """
-        peak = float(self._values().max())
+        peak = float(self.known_values().max())
         width, height = self.image_size
         scale = side / max(width, height)
         size = max(1, round(width * scale)), max(1, round(height * scale))
