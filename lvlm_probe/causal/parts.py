@@ -343,10 +343,10 @@ def modalities(replay: Replay, *, tokens: Tokens | None = None, question: str | 
     if not selection or not replay.words:
         raise ExplainError(f"nothing to explain: {selection.reason or 'the answer has no words'}")
     replay = replay.strengthened(selection.decided)
-    deaf = replay.without(question)
+    unread = replay.without(question)
     ends = torch.tensor([1.0, 0.0], device=replay.device)[:, None, None, None].expand(-1, replay.n_images, 1, 1)
     with torch.no_grad():
-        found = [view.log_probs(ends).double().cpu().numpy() for view in (replay, deaf)]
+        found = [view.log_probs(ends).double().cpu().numpy() for view in (replay, unread)]
     (both, question_only), (image_only, neither) = found
 
     def by_word(values: np.ndarray) -> tuple[float, ...]:

@@ -341,8 +341,8 @@ def check_steps(
         for done, number in enumerate(wanted, 1):
             step = found.steps[number]
             places = np.arange(step.start, step.stop) + replay.prompt_length
-            deaf = replay.without(places.tolist()).log_probs(None)[0]
-            unread = whole - float(deaf[conclusion].double().sum())
+            without = replay.without(places.tolist()).log_probs(None)[0]
+            unread = whole - float(without[conclusion].double().sum())
             unseen = None
             if len(images):
                 # Where its tokens are predicted, and where they stand.

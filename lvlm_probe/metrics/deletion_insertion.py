@@ -268,25 +268,25 @@ def _spread(
 
 
 def synergy(
-    values: np.ndarray, seen: np.ndarray, heard: MaskScores, deaf: MaskScores, settings: CurveSettings
+    values: np.ndarray, seen: np.ndarray, whole: MaskScores, unread: MaskScores, settings: CurveSettings
 ) -> tuple[np.ndarray, np.ndarray]:
     """What image and question give together, as the image is taken away in the order of ``values``.
 
-    With v the score with the question heard and u the same with the question unread, I_p the image without the first
+    With v the score with the question read and u the same with the question unread, I_p the image without the first
     share p of its cells::
 
         F_syn(p) = v(I) − v(I_p) − u(I) + u(I_p)          Ky et al., arXiv:2605.22168, for the image's side
 
     Args:
         values, seen, settings: as for ``curves``; ties are in the order that it draws first.
-        heard, deaf: score masks with and without the question.
+        whole, unread: score masks with and without the question.
 
     Returns:
         shares p and F_syn(p), ``(point,)`` each; 0 at p = 0, and at p = 1 the same for every heatmap.
     """
     points = sample_counts(int(seen.sum()), SYNERGY_STEPS)
     masks = curve_masks(rank(values, seen, np.random.default_rng(settings.seed)), points, values.shape, insert=False)
-    with_question, without = (_score(one(masks), settings.score, one) for one in (heard, deaf))
+    with_question, without = (_score(one(masks), settings.score, one) for one in (whole, unread))
     return points / points[-1], (with_question[0] - with_question) - (without[0] - without)
 
 

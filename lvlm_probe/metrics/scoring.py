@@ -338,7 +338,7 @@ def evaluate(
     inner, steps_of = 2 * (settings.steps - 1), heat.selection.columns
     images = 2 + inner * (tie_orders or 1) * (1 + chance) + center * min(inner, _CENTER_PASSES)
     replay.announce("evaluate", lambda: images, steps_of)
-    deaf = _deaf(replay, synergy)
+    view = _unread(replay, synergy)
     known = _known(shared, replay, heat, mode)
     scores = MaskScores(replay, steps_of, image=heat.target, mode=mode, known=known)
     with replay.shortcuts.held():
@@ -349,8 +349,8 @@ def evaluate(
         gains = _random_gains(values.shape, seen, scores, dataclasses.replace(settings, tie_orders=1), chance)
         middle = _center_gain(seen, scores, settings, replay, heat.target, mode) if center else math.nan
         together = None
-        if deaf is not None:
-            unread = MaskScores(deaf, steps_of, image=heat.target, mode=mode)
+        if view is not None:
+            unread = MaskScores(view, steps_of, image=heat.target, mode=mode)
             together = synergy_curve(values, seen, scores, unread, settings)
     return Score(
         **_numbers(raw, areas),
@@ -414,7 +414,7 @@ def _points(together: tuple[np.ndarray, np.ndarray]) -> dict[str, list[float]]:
     return {"fractions": together[0].tolist(), "curve": together[1].tolist()}
 
 
-def _deaf(replay: ReplayLike, synergy: bool | str) -> Replay | None:
+def _unread(replay: ReplayLike, synergy: bool | str) -> Replay | None:
     """The view that does not read the question, where it is asked for."""
     if synergy is False:
         return None

@@ -13,7 +13,7 @@ import torch
 from lvlm_probe.errors import ExplainError, OutOfMemory, ReplayError
 from lvlm_probe.files import json_ready
 from lvlm_probe.planning.meter import available, show_bytes, weight_bytes
-from lvlm_probe.planning.rehearsal import Law, law
+from lvlm_probe.planning.rehearsal import CostModel, cost_model
 from lvlm_probe.replaying.micro_batches import CPU_BYTES, out_of_memory, ran_out, weights_on_cards
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def choose(replay: Replay, method: str, cost: Cost, budget: Budget, *, target: i
         checkpointings.append(True)
     for checkpoint in checkpointings:
         try:
-            found = law(replay, cost, target=target, checkpoint=checkpoint)
+            found = cost_model(replay, cost, target=target, checkpoint=checkpoint)
         except ExplainError as error:
             return dataclasses.replace(base, notes=(str(error),))
         except Exception as error:
@@ -238,7 +238,9 @@ def _asked(replay: Replay, cost: Cost) -> Replay:
         return replay  # the method says itself why it cannot
 
 
-def _fitted(base: Plan, cost: Cost, found: Law, budget: Budget, own: int, checkpoint: bool, given: int | None) -> Plan:
+def _fitted(
+    base: Plan, cost: Cost, found: CostModel, budget: Budget, own: int, checkpoint: bool, given: int | None
+) -> Plan:
     most = max(cost.groups, default=1)
     size = most
     if cost.splits:
@@ -283,7 +285,7 @@ def _elsewhere(
         )
     kept = room - least
     offloaded = base.weights - kept
-    found = law(replay, cost, target=target, checkpoint=checkpoint)
+    found = cost_model(replay, cost, target=target, checkpoint=checkpoint)
     there = 0 if replay.device.type != "cuda" else replay.device.index or 0
     load_with = {"device_map": "auto", "max_memory": {there: kept, "cpu": offloaded + largest}}
     plan = _fitted(base, cost, found, Budget(least, least), own, checkpoint, 1 if cost.splits else None)

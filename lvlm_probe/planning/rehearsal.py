@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.replaying.capture import AttentionLayer
 
-__all__ = ["Law", "law", "timed"]
+__all__ = ["CostModel", "cost_model", "timed"]
 
-_KNOWN: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], Law]] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], CostModel]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class Law:
+class CostModel:
     """Peak of a pass over b masks: ``fixed + b · per_mask`` bytes above what is alive anyway."""
 
     fixed: int
@@ -52,7 +52,7 @@ class Law:
         return max(0, (budget - self.fixed) // max(1, self.per_mask))
 
 
-def law(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint: bool = False) -> Law:
+def cost_model(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint: bool = False) -> CostModel:
     """Rehearses the pass of a method.
 
     What of the image is seen, and how a mask of each of its grids is brought to the pixels, is worked out here and kept
@@ -91,11 +91,11 @@ def law(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint: bool 
             replay.log_probs(rehearse.masks(1), image=target, micro_batch=1, steps=rehearse.steps)
             if several:
                 replay.path.joined({}, 2)
-        known[key] = _several(rehearse, kind) if several else Law(0, rehearse.peak(kind, 1))
+        known[key] = _several(rehearse, kind) if several else CostModel(0, rehearse.peak(kind, 1))
     return known[key]
 
 
-def _several(rehearse: _Rehearsal, kind: Kind) -> Law:
+def _several(rehearse: _Rehearsal, kind: Kind) -> CostModel:
     """From two and three masks, or from one where memory runs out or all but runs out with more."""
     try:
         two = rehearse.peak(kind, 2)
@@ -103,11 +103,11 @@ def _several(rehearse: _Rehearsal, kind: Kind) -> Law:
             three = rehearse.peak(kind, 3)
             if not rehearse.cut:
                 per_mask = max(three - two, 1)
-                return Law(two - 2 * per_mask, per_mask)
+                return CostModel(two - 2 * per_mask, per_mask)
     except (RuntimeError, MemoryError, OutOfMemory) as error:
         if not (ran_out(error) or isinstance(error, OutOfMemory)):
             raise
-    return Law(0, rehearse.peak(kind, 1))
+    return CostModel(0, rehearse.peak(kind, 1))
 
 
 def timed(

@@ -189,17 +189,17 @@ class Shortcuts:
 
     def _measured(self, view: View, steps: tuple[int, ...]) -> _Found:
         """The most that gives what the plain pass gives."""
-        heard: dict[str, Any] = {}
+        observed: dict[str, Any] = {}
         try:
-            with self._listening(heard):
+            with self._observing(observed):
                 plain, slope = _differentiated(view, None, steps)
         except Exception as error:
             if ran_out(error):
                 raise
             return _Found(None)  # the caller's own pass says what is wrong
-        self._position_ids = heard.get("position_ids")
+        self._position_ids = observed.get("position_ids")
         most, most_gradient = self._tolerance
-        for way in self._ways(heard.get("narrow")):
+        for way in self._ways(observed.get("narrow")):
             try:
                 mine, my_slope = _differentiated(view, self._shortcut(way, steps), steps)
             except Exception as error:
@@ -228,12 +228,12 @@ class Shortcuts:
         """Whether a way that is known to work on this model gives this prompt's log-probabilities too."""
         if found.way is None or not found.way.prefix:
             return True
-        heard: dict[str, Any] = {}
+        observed: dict[str, Any] = {}
         try:
             with torch.no_grad():
-                with self._listening(heard):
+                with self._observing(observed):
                     plain = view.masked_pass(_pattern(view))[:, list(steps)]
-                self._position_ids = heard.get("position_ids")
+                self._position_ids = observed.get("position_ids")
                 mine = view.masked_pass(_pattern(view), self._shortcut(found.way, steps))[:, list(steps)]
         except Exception as error:
             if ran_out(error):
@@ -260,7 +260,7 @@ class Shortcuts:
         )
 
     @contextmanager
-    def _listening(self, heard: dict[str, Any]) -> Iterator[None]:
+    def _observing(self, observed: dict[str, Any]) -> Iterator[None]:
         """Observe, in a plain pass, how positions are numbered, and which part of the last layer takes one position at
         a time for all that can be seen: one tensor in, one of the same length out, nothing beside it."""
         length, decoder = self._forcing.length, self._anatomy.decoder
@@ -268,7 +268,7 @@ class Shortcuts:
         def numbers(_module: torch.nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
             places = kwargs.get("position_ids")
             if isinstance(places, torch.Tensor) and places.ndim >= 2 and places.shape[-2:] == (1, length):
-                heard["position_ids"] = places.detach().clone()
+                observed["position_ids"] = places.detach().clone()
 
         sizes: dict[str, int] = {}
 
@@ -290,7 +290,7 @@ class Shortcuts:
                     hooks.forward(child, part(path), name="last layer")
             yield
         if sizes:
-            heard["narrow"] = max(sizes, key=lambda path: sizes[path])
+            observed["narrow"] = max(sizes, key=lambda path: sizes[path])
 
 
 def _pattern(view: View) -> torch.Tensor:

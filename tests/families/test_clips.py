@@ -28,7 +28,7 @@ from lvlm_probe.explainers.attention_maps import GENERAL_PROMPT
 from lvlm_probe.explainers.registry import Problem, resolve
 from lvlm_probe.models.families import _of_transformers
 from lvlm_probe.planning import Meter, cost_for
-from lvlm_probe.planning.rehearsal import law
+from lvlm_probe.planning.rehearsal import cost_model
 
 _STEP = 3e-6
 _LEVELS = 1.0  # of 255, in the mean: two roundings to 8 bits
@@ -437,7 +437,7 @@ def test_what_a_method_takes_on_a_video_is_foretold(tmp_path: Path) -> None:
         assert heat.provenance["passes"]["backward"] == planned.backward
     assert probe.plan(replay, method="rise", masks=16).seconds > 0
     view, later = replay.counted(), dataclasses.replace(replay.clips[0], fps=9.0)
-    law(view, cost_for(view, "rise", {"masks": 16}), target=later)
+    cost_model(view, cost_for(view, "rise", {"masks": 16}), target=later)
     assert view.passes.forward == 0  # known of a video of the same shape, whenever its frames are shown
 
 
