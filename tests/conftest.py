@@ -23,9 +23,9 @@ from plugin_site import install  # noqa: F401  (a fixture)
 
 PACKAGE = Path(__file__).parents[1] / "lvlm_probe"
 LONGEST = (
-    "test_wrappers", "test_image_path", "test_cli", "test_study_document", "test_deletion_insertion",
-    "test_study_pages", "test_hard_scenes", "test_shortcuts_explainers", "test_study_run", "test_probe", "test_plugins",
-    "test_nnsight", "test_code_blocks",
+    "test_cli", "test_wrappers", "test_code_blocks", "test_image_path", "test_shortcuts_explainers", "test_selfcheck",
+    "test_judging", "test_benchmarks", "test_study_run", "test_study_pages", "test_hard_scenes", "test_threads",
+    "test_probe", "test_plugins", "test_nnsight",
 )  # fmt: skip
 """Files that take ten seconds and more, which are begun first, so that no process is left with one at the end."""
 

@@ -47,7 +47,10 @@ def ask(trace: Any, model: torch.nn.Module, processor: Any, folder: Path) -> lis
     assert len(recording.traces) == 1 and not recording.faults
     replay = probe.replay(trace, model, processor)
     mask = torch.full((2, 3, 3), 0.5, device=replay.device)
-    heats = [probe.explain(replay, method=method, **params) for method, params in METHODS.items()]
+    heats = [
+        probe.explain(replay, method=method, strengthen=method == "igos++", **params)
+        for method, params in METHODS.items()
+    ]
     scores = [probe.evaluate(heat, replay, steps=3) for heat in heats[:3]]
     probe.report(heats[:3], scores=scores, out=folder / "report.html", overwrite=True)
     probe.compare([replay], methods=["center"], out=folder / "compare.html", overwrite=True, steps=3)

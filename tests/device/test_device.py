@@ -19,6 +19,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from marks import campaign
 from pretend import Card, put
 
 import lvlm_probe as probe
@@ -38,8 +39,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "occlusion": {"size": 3}, "greedy": {"segments": "grid", "regions": 4}, "integrated_gradients": {"steps": 4},
     "input_gradient": {}, "center": {}, "random": {},
 }  # fmt: skip
-FAMILIES = ("demo", "qwen2_5_vl", "llava_onevision", "mllama", pytest.param("llava", marks=pytest.mark.campaign))
-"""Of llava the tests of Apple's devices and of two cards hold the same."""
+FAMILIES = ("demo", "qwen2_5_vl", "mllama", *campaign("llava", "llava_onevision"))
+"""Of llava the tests of Apple's devices and of two cards hold the same, and mllama has tiles as well."""
 
 
 @pytest.fixture(scope="module")
