@@ -28,6 +28,7 @@ from lvlm_probe.app import Limits, Service, application
 pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'lvlm-probe[app]'")
 import httpx
 import uvicorn
+from gradio import processing_utils
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
@@ -128,34 +129,25 @@ def test_one_who_did_not_ask_has_nothing(url: str) -> None:
         one.predict("../../etc", api_name="/history")
 
 
-def test_nothing_is_fetched_decoded_or_read_for_a_stranger(url: str, service: Service, tmp_path: Path) -> None:
-    asked: list[str] = []
+def test_nothing_is_fetched_decoded_or_read_for_a_stranger(
+    url: str, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradio itself would fetch an address that is given as the path of a file."""
+    fetched: list[str] = []
 
-    class Elsewhere(threading.Thread):
-        """An address that notes who comes."""
+    async def fetch(address: str, **_: Any) -> str:
+        fetched.append(address)
+        probe.demo.scenes(1)[0].image.save(tmp_path / "a.png")
+        return str(tmp_path / "a.png")
 
-        def __init__(self) -> None:
-            super().__init__(daemon=True)
-            self.socket = socket.create_server(("127.0.0.1", 0))
-            self.start()
-
-        def run(self) -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    connection, _ = self.socket.accept()
-                    asked.append("somebody")
-                    connection.close()
-
-    elsewhere = Elsewhere()
-    address = f"http://127.0.0.1:{elsewhere.socket.getsockname()[1]}/a.png"
-    secret = service.new_visitor()
-    for path in (address, address.replace("127.0.0.1", "localhost"), "/etc/passwd", str(tmp_path / "a.png")):
-        picture = {"path": path, "url": address, "meta": {"_type": "gradio.FileData"}}
-        body = {"data": ["demo", picture, "what?", secret]}
+    monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", fetch)
+    secret, address = service.new_visitor(), "https://example.org/a.png"
+    for path in (address, address.upper(), "/etc/passwd", str(tmp_path / "a.png")):
+        view = {"path": path, "url": address, "meta": {"_type": "gradio.FileData"}}
+        body = {"data": ["demo", view, "what?", secret]}
         event = httpx.post(f"{url}gradio_api/call/ask_answer", json=body, timeout=WAIT).json()["event_id"]
         assert "event: error" in httpx.get(f"{url}gradio_api/call/ask_answer/{event}", timeout=WAIT).text
-    elsewhere.socket.close()
-    assert asked == []
+    assert fetched == []
     assert service.history(secret) == []
 
 
