@@ -113,11 +113,13 @@ def test_a_plugin_that_looks_into_the_registry_while_loading_does_not_recurse(in
 
 
 @pytest.mark.quick
-def test_explain_finds_a_plugin_method_by_itself(install: Install) -> None:
+@pytest.mark.parametrize("look", ["resolve", "needs_of", "follows_score", "stands_for", "summary_of"])
+def test_whoever_asks_first_finds_a_plugin_method(install: Install, look: str) -> None:
     install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
-    from lvlm_probe.explainers import resolve
+    from lvlm_probe.explainers import registry
 
-    assert resolve("from_plugin").__module__ == "good_plugin"
+    getattr(registry, look)("from_plugin")
+    assert registry.resolve("from_plugin").__module__ == "good_plugin"
 
 
 def test_the_template_plugin_really_installs_and_explains(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def methods(as_json: Json = False) -> None:
 
 def _describe(name: str) -> dict[str, Any]:
     from lvlm_probe.explainers import needs_of
-    from lvlm_probe.explainers.registry import find, summary_of
+    from lvlm_probe.explainers.registry import resolve, summary_of
 
-    function, needs = find(name), needs_of(name)
+    function, needs = resolve(name), needs_of(name)
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # a plugin's, in C

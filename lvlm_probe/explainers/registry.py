@@ -67,7 +67,6 @@ __all__ = [
     "check_parameters",
     "cost_of",
     "discover",
-    "find",
     "follows_score",
     "methods",
     "names",
@@ -380,7 +379,7 @@ def summary_of(name: str) -> str:
     Our own modules say at the top what their method is, and the function what it takes; where several methods share a
     module, each function says it, unless it points to the module.
     """
-    function = find(name)
+    function = resolve(name)
     own = inspect.getdoc(function) or ""
     home = str(getattr(function, "__module__", ""))
     module = sys.modules.get(home)
@@ -393,8 +392,9 @@ def summary_of(name: str) -> str:
     return re.split(r"(?<=[.!?]) (?=[A-Z])", paragraph)[0] or "(no description)"
 
 
-def find(name: str) -> Callable[..., Outcome]:
-    """The explainer registered under a name. Raises ``ExplainError`` that lists all methods, closest first."""
+def resolve(name: str) -> Callable[..., Outcome]:
+    """The explainer of a name, those of installed plugins included. Raises ``ExplainError`` that lists all methods,
+    closest first."""
     return _method(name).function
 
 
@@ -420,7 +420,7 @@ def cost_of(method: str, problem: Problem, params: Mapping[str, Any]) -> Cost:
 
     Of a method that declares no cost the number of passes is not known.
     """
-    function = find(method)
+    function = resolve(method)
     rule, needs = METHODS[method].cost, METHODS[method].needs
     if rule is not None:
         parameters = inspect.signature(function).parameters.values()
@@ -434,15 +434,10 @@ def cost_of(method: str, problem: Problem, params: Mapping[str, Any]) -> Cost:
     return Cost("hidden" if "activations" in needs else "forward" if "passes" in needs else None)
 
 
-def resolve(name: str) -> Callable[..., Outcome]:
-    """The explainer of a name, those of installed plugins included. Raises ``ExplainError`` for an unknown one."""
+def _method(name: str) -> Method:
     # Plugins are looked for only when a name is not our own: importing them may take long.
     if name not in METHODS:
         load_plugins()
-    return find(name)
-
-
-def _method(name: str) -> Method:
     try:
         return METHODS[name]
     except KeyError:

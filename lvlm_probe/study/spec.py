@@ -357,7 +357,7 @@ class _Reader:
 
     def method(self, name: str, key: yaml.Node, node: yaml.Node) -> MethodSpec:
         from lvlm_probe.explainers import methods
-        from lvlm_probe.explainers.registry import check_parameters, find
+        from lvlm_probe.explainers.registry import check_parameters, resolve
 
         what = f"method {name}"
         values = {"method": self.plain(node)} if _is_text(node) else self.values(node, MethodSpec, what)[0]
@@ -366,7 +366,7 @@ class _Reader:
             hint = nearest(spec.method, methods())
             raise self.wrong(key, f"{what}: there is no explainer {short(spec.method)}; {hint}")
         try:
-            check_parameters(spec.method, find(spec.method), spec.params)
+            check_parameters(spec.method, resolve(spec.method), spec.params)
         except ExplainError as error:
             raise self.wrong(node, f"{what}: {error}") from error
         return spec

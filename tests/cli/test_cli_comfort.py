@@ -271,7 +271,7 @@ def test_names_read_off_the_source_are_those_that_are_registered() -> None:
     from lvlm_probe.study import readers
     from lvlm_probe.study.tables.paper import TABLES
 
-    own = [name for name in explainers.methods() if registry.find(name).__module__.startswith("lvlm_probe.")]
+    own = [name for name in explainers.methods() if registry.resolve(name).__module__.startswith("lvlm_probe.")]
     assert complete_method("") == own
     assert set(complete_dataset("")) <= set(readers()) and len(complete_dataset("")) >= 8
     assert set(TABLES) <= set(NAMES)

@@ -19,13 +19,13 @@ from lvlm_probe.explainers import registry
 ROOT = Path(__file__).parents[2]
 METHODS_PAGE = ROOT / "docs" / "methods.md"
 HOW_TO = (ROOT / "docs" / "developing" / "add-a-method.md").read_text(encoding="utf-8")
-BUILT_IN = [name for name in explainers.methods() if registry.find(name).__module__.startswith(explainers.__name__)]
+BUILT_IN = [name for name in explainers.methods() if registry.resolve(name).__module__.startswith(explainers.__name__)]
 TESTS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "explainers").glob("test_*.py")}
 
 
 def faults(name: str) -> list[str]:
     """What a built-in method lacks, as sentences; step by step of the page."""
-    function = registry.find(name)
+    function = registry.resolve(name)
     said = list(of_file(name, function, sys.modules[function.__module__]))
     rows = [line for line in METHODS_PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     if not any(f"`{name}`" in row.split("|")[1] for row in rows):
@@ -64,7 +64,7 @@ def windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
     monkeypatch.setattr(explainers, "__path__", [*explainers.__path__, str(tmp_path)])
     registry.discover(explainers.__path__, explainers.__name__)
-    yield registry.find("windows")
+    yield registry.resolve("windows")
     del sys.modules[f"{explainers.__name__}.windows"], explainers.windows  # type: ignore[attr-defined]
 
 

@@ -48,7 +48,7 @@ def rows() -> dict[str, tuple[list[str], str]]:
 
 
 def built_in() -> list[str]:
-    return [name for name in registry.names() if registry.find(name).__module__.startswith("lvlm_probe.explainers.")]
+    return [name for name in registry.names() if registry.resolve(name).__module__.startswith("lvlm_probe.explainers.")]
 
 
 @pytest.mark.quick
@@ -59,8 +59,8 @@ def test_the_page_has_a_row_for_every_method_of_the_package_and_no_other() -> No
 def test_every_method_declares_its_cost_and_says_what_it_is() -> None:
     for name in built_in():
         assert registry.METHODS[name].cost is not None, f"{name} has no cost: @register({name!r}, cost=...)"
-        module = sys.modules[registry.find(name).__module__]
-        assert inspect.getdoc(registry.find(name)) and inspect.getdoc(module), name
+        module = sys.modules[registry.resolve(name).__module__]
+        assert inspect.getdoc(registry.resolve(name)) and inspect.getdoc(module), name
 
 
 def test_a_method_is_there_because_its_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
