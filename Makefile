@@ -35,7 +35,7 @@ campaign: .venv/.installed-dev .venv-tv/.installed .venv-quantised/.installed  #
 	.venv-tv/bin/python tests/families/sweep.py --save runs/families
 	LVLM_PROBE_ZOO=runs/families .venv-tv/bin/python -m pytest -q -n $(JOBS) tests/families tests/tv
 	LVLM_PROBE_ZOO=runs/families $(BIN)/python -m pytest -q -n $(JOBS) tests/families/test_families.py
-	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) MARK=campaign .ci/checks ray device quantised multi_encoder template tests
+	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) MARK=campaign .ci/checks ray device quantised multi_encoder template captum tests
 	$(BIN)/python tests/campaigns/run.py
 
 # To try it:  make served SCENES=1 SERVED=runs/served.json   A second call goes on at the scene where the first was stopped.
