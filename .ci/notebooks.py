@@ -5,7 +5,7 @@
 
 Compared are words, not figures: processors round differently. Of every cell the outputs have to be of the same kinds,
 in the same order; texts are equal once each number is read as "a number" (NaN is none); images have the same format.
-What goes to stderr is not compared.
+What goes to stderr is not compared, nor are widgets: bars of progress are one or the other.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ LARGEST = 500_000
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _NUMBER = re.compile(r"[-+−]?\d+(\.\d+)?(e[-+]?\d+)?")
+_WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def executed(path: Path) -> Any:
@@ -48,12 +49,24 @@ def executed(path: Path) -> Any:
 def kinds(cell: Any) -> list[tuple[str, ...]]:
     """What a cell put out, in order: texts with every number replaced by one sign, and the formats of all else."""
     found: list[tuple[str, ...]] = []
-    for output in cell.get("outputs", ()):
+    for output in lasting(cell):
         if output.output_type != "stream":
             found.append((output.output_type, *sorted(output.get("data", ()))))
-        elif output.name != "stderr":
-            found.append((output.name, _NUMBER.sub("<number>", " ".join(output.text.split()))))
+            continue
+        text = _NUMBER.sub("<number>", " ".join(output.text.split()))
+        if found and found[-1][0] == output.name:  # a bar came between
+            text = f"{found.pop()[1]} {text}"
+        found.append((output.name, text))
     return found
+
+
+def lasting(cell: Any) -> list[Any]:
+    """Outputs that are there to be read: neither stderr nor widgets."""
+    return [
+        output
+        for output in cell.get("outputs", ())
+        if output.get("name") != "stderr" and _WIDGET not in output.get("data", ())
+    ]
 
 
 def differences(stored: Any, new: Any) -> Iterator[str]:
@@ -64,11 +77,11 @@ def differences(stored: Any, new: Any) -> Iterator[str]:
 
 
 def bare(notebook: Any) -> Any:
-    """Without times of execution, which change with every run, and without stderr."""
+    """Without times of execution, which change with every run, and without what does not last."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = lasting(cell)
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec",)} | {"language_info": {"name": "python"}}
     return notebook
 
