@@ -283,7 +283,7 @@ def test_a_command_that_takes_no_server_says_so(command: tuple[str, ...], said: 
     failed = run(*command, "--server", "http://gpu:8000")
     shown = " ".join(failed.err.replace("│", " ").split())
     assert failed.code == 2 and said in shown, shown
-    assert command[0] == "study" or "evaluate, explain, meter, verify" in shown
+    assert command[0] == "study" or "evaluate, explain, meter, serve, verify" in shown
 
 
 def test_verify_states_a_difference_and_keeps_to_the_tolerance(behind: DemoServer, trace: Any) -> None:
