@@ -1,9 +1,10 @@
-"""The training recipe of the guide: the probe changes nothing about the training, and sees what training changes."""
+"""Recipes of the guide keep their promises: training goes on as without a probe, a benchmark has the same answers."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,3 +38,30 @@ def test_a_training_with_maps_is_the_training_without(demo, tmp_path, monkeypatc
     assert first.model["adapter"] == second.model["adapter"] == "default"
     assert first.model["fingerprint"] != second.model["fingerprint"]
     assert first.log_probs.tolist() != second.log_probs.tolist()
+
+
+def test_a_benchmark_has_the_same_answers_and_traces_that_say_of_what(demo, tmp_path):
+    model, processor = demo
+    (code,) = re.findall(r"```python\n(def recorded\(lm.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    names = {"probe": probe}
+    exec(code, names)
+    scenes = probe.demo.scenes(3)
+
+    def generate_until(requests):  # as a model of lmms-eval has it: a list of requests to a list of answers
+        answers = []
+        for request in requests:
+            inputs = processor.apply_chat_template(
+                scenes[request.doc_id].messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+                return_tensors="pt",
+            )  # fmt: skip
+            ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+            answers += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return answers
+
+    requests = [SimpleNamespace(task_name=task, doc_id=number) for number, task in ((2, "b"), (0, "a"), (1, "a"))]
+    lm = SimpleNamespace(generate_until=generate_until)
+    answers = generate_until(requests)
+    assert names["recorded"](lm, model, processor, tmp_path, llr=False).generate_until(requests) == answers
+    traces = list(probe.open_store(tmp_path))
+    assert [(t.meta["task"], t.meta["doc_id"]) for t in traces] == [(r.task_name, r.doc_id) for r in requests]
+    assert [trace.answer for trace in traces] == answers
