@@ -387,6 +387,5 @@ def _train(options: argparse.Namespace, told: threading.Event) -> None:
             return
     base.save_halved(net.model, processor, options.out)
     base.with_hub_names(options.out / "model.safetensors")
-    (options.out / "model.safetensors").chmod(0o644)
     progress.path.unlink()
     base.log(stage="done", out=str(options.out), **clock.read())

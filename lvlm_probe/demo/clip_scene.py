@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.demo.drawing import REACH, render_frames, shade
 from lvlm_probe.demo.questions import COLOURS, SHAPES, WAYS, Item, Layout, Query
-from lvlm_probe.demo.scene import dealt, rng_of
+from lvlm_probe.demo.scene import Posed, dealt, rng_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -156,7 +156,7 @@ class ClipQuery(Query):
 
 
 @dataclass(frozen=True, eq=False)
-class ClipScene:
+class ClipScene(Posed):
     """A clip, a question, and the answer that the clip decides.
 
     `frames` are RGB; `mask` is ``(t, H, W)`` bool, True on the objects that the answer needs in the frames in which it
@@ -176,11 +176,6 @@ class ClipScene:
     index: int
 
     @property
-    def visual_words(self) -> tuple[str, ...]:
-        """The words at `visual_spans`."""
-        return tuple(self.answer[start:stop] for start, stop in self.visual_spans)
-
-    @property
     def moments(self) -> np.ndarray:
         """``(t,)`` bool, the frames that the answer needs."""
         import numpy as np
@@ -195,10 +190,9 @@ class ClipScene:
         return np.stack([np.asarray(frame) for frame in self.frames])
 
     @property
-    def messages(self) -> list[dict[str, Any]]:
-        """The question as chat messages for ``processor.apply_chat_template``."""
-        content = [{"type": "video", "video": self.pixels}, {"type": "text", "text": self.question}]
-        return [{"role": "user", "content": content}]
+    def shown(self) -> dict[str, Any]:
+        """The clip, as a part of a chat message."""
+        return {"type": "video", "video": self.pixels}
 
 
 def clips(

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lvlm_probe.demo.drawing import background
 from lvlm_probe.demo.questions import Query
+from lvlm_probe.demo.scene import Posed, dealt, rng_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +43,6 @@ DOCUMENT_KINDS: tuple[str, ...] = ("date", "total", "price", "record")
 GOODS: tuple[str, ...] = ("tea", "milk", "rice", "soup", "cake", "fish", "salt", "plum")
 """What has a price."""
 
-_SPLITS = {"train": 9, "tune": 10, "eval": 11}  # numbers that no split of scenes and clips has
 _CAPITAL = 0.72  # height of capitals and figures, in font sizes
 _EDGE = 0.045  # least distance of print from the edge of the page, as a fraction of its side
 
@@ -176,7 +176,7 @@ def record_query(values: tuple[str, str], targets: tuple[int, int]) -> Query:
 
 
 @dataclass(frozen=True, eq=False)
-class DocumentScene:
+class DocumentScene(Posed):
     """A document, a question, and the answer that the document decides.
 
     `image` is RGB. `boxes` are, by name (``"date"``, ``"total"``, ``"tea"``, …), where each value of the page is
@@ -200,17 +200,6 @@ class DocumentScene:
     seed: int
     index: int
 
-    @property
-    def visual_words(self) -> tuple[str, ...]:
-        """The words at `visual_spans`."""
-        return tuple(self.answer[start:stop] for start, stop in self.visual_spans)
-
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """The question as chat messages for ``processor.apply_chat_template``."""
-        content = [{"type": "image", "image": self.image}, {"type": "text", "text": self.question}]
-        return [{"role": "user", "content": content}]
-
 
 def documents(
     n: int,
@@ -230,16 +219,8 @@ def documents(
     Raises:
         ValueError: an unknown split or kind, a negative number of documents, or a side under 96 pixels.
     """
-    kinds = DOCUMENT_KINDS if kinds is None else tuple(kinds)
-    if split not in _SPLITS:
-        raise ValueError(f"unknown split {split!r}; there are {', '.join(_SPLITS)}")
-    if unknown := [kind for kind in kinds if kind not in DOCUMENT_KINDS] or not kinds:
-        raise ValueError(f"unknown kinds {unknown!r}; there are {', '.join(DOCUMENT_KINDS)}")
-    if n < 0 or start < 0:
-        raise ValueError(f"cannot draw {n} documents from index {start}")
-    if side < 96:
-        raise ValueError(f"a document of {side} pixels is too small to read; its side must be >= 96")
-    return [_document(split, seed, index, kinds[index % len(kinds)], side) for index in range(start, start + n)]
+    asked = dealt("documents", n, start, kinds=kinds, known=DOCUMENT_KINDS, split=split, size=(side, side), least=96)
+    return [_document(split, seed, index, kind, side) for index, kind in asked]
 
 
 def _document(split: str, seed: int, index: int, kind: str, side: int) -> DocumentScene:
@@ -285,9 +266,7 @@ def _mask_of(box: tuple[float, float, float, float], side: int) -> np.ndarray:
 
 def document_rng(split: str, seed: int, index: int) -> np.random.Generator:
     """The generator that a document is drawn from."""
-    import numpy as np
-
-    return np.random.default_rng(np.random.SeedSequence([_SPLITS[split], seed, index]))
+    return rng_of(3, split, seed, index)
 
 
 @lru_cache(maxsize=4096)

@@ -30,7 +30,19 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-__all__ = ["HARD_KINDS", "KINDS", "RADIUS", "SPLITS", "Scene", "dealt", "draw_layout", "rng_of", "scene_rng", "scenes"]
+__all__ = [
+    "HARD_KINDS",
+    "KINDS",
+    "RADIUS",
+    "SPLITS",
+    "Posed",
+    "Scene",
+    "dealt",
+    "draw_layout",
+    "rng_of",
+    "scene_rng",
+    "scenes",
+]
 
 __getattr__ = names_of(__name__)
 
@@ -49,8 +61,32 @@ RADIUS: tuple[float, float] = (0.088, 0.150)
 _GAP = 0.022  # smallest distance between two outlines, as a fraction of the shorter side
 
 
+class Posed:
+    """A question about what is shown, its answer, and where in the answer the words are that decide it."""
+
+    image: Image.Image
+    question: str
+    answer: str
+    visual_spans: tuple[tuple[int, int], ...]
+
+    @property
+    def visual_words(self) -> tuple[str, ...]:
+        """The words at `visual_spans`."""
+        return tuple(self.answer[start:stop] for start, stop in self.visual_spans)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The question as chat messages for ``processor.apply_chat_template``."""
+        return [{"role": "user", "content": [self.shown, {"type": "text", "text": self.question}]}]
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """What is shown, as a part of a chat message."""
+        return {"type": "image", "image": self.image}
+
+
 @dataclass(frozen=True, eq=False)
-class Scene:
+class Scene(Posed):
     """An image, a question, and the answer that the image decides.
 
     `image` is RGB; `mask` is ``(H, W)`` bool, True on the objects that the answer needs; `visual_spans` are the
@@ -69,17 +105,6 @@ class Scene:
     split: str
     seed: int
     index: int
-
-    @property
-    def visual_words(self) -> tuple[str, ...]:
-        """The words at `visual_spans`."""
-        return tuple(self.answer[start:stop] for start, stop in self.visual_spans)
-
-    @property
-    def messages(self) -> list[dict[str, Any]]:
-        """The question as chat messages for ``processor.apply_chat_template``."""
-        content = [{"type": "image", "image": self.image}, {"type": "text", "text": self.question}]
-        return [{"role": "user", "content": content}]
 
 
 def scenes(
@@ -116,8 +141,9 @@ def dealt(
     known: Sequence[str],
     split: str,
     size: tuple[int, int],
+    least: int = 32,
 ) -> list[tuple[int, str]]:
-    """Number and kind of `n` scenes or clips, as `what` calls them, from number `start` on.
+    """Number and kind of `n` scenes, clips or documents, as `what` calls them, from number `start` on.
 
     Raises:
         ValueError: they cannot be drawn; see `scenes`.
@@ -129,8 +155,10 @@ def dealt(
         raise ValueError(f"unknown kinds {unknown!r}; there are {', '.join(known)}")
     if n < 0 or start < 0:
         raise ValueError(f"cannot draw {n} {what} from index {start}")
-    if min(size) < 32:
-        raise ValueError(f"{what} of {size[0]}x{size[1]} pixels are too small to read; the shorter side must be >= 32")
+    if min(size) < least:
+        raise ValueError(
+            f"{what} of {size[0]}x{size[1]} pixels are too small to read; the shorter side must be >= {least}"
+        )
     return [(index, kinds[index % len(kinds)]) for index in range(start, start + n)]
 
 
@@ -178,8 +206,8 @@ def scene_rng(split: str, seed: int, index: int, *, hard: bool = False) -> np.ra
 
 
 def rng_of(series: int, split: str, seed: int, index: int) -> np.random.Generator:
-    """The generator of one scene or clip: series 0 are plain scenes, 1 hard ones, 2 clips, each with split numbers of
-    its own."""
+    """The generator of one scene, clip or document: series 0 are plain scenes, 1 hard ones, 2 clips, 3 documents, each
+    with split numbers of its own."""
     import numpy as np
 
     return np.random.default_rng(np.random.SeedSequence([SPLITS[split] + series * len(SPLITS), seed, index]))
