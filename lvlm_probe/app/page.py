@@ -12,12 +12,10 @@ import dataclasses
 import functools
 import html
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -363,9 +361,7 @@ class _Page:
         return self.shown(opened)
 
     def on_save(self, _shown: Any, now: _Open | None) -> str:
-        opened = _opened(now)
-        folder = Path(tempfile.mkdtemp(prefix="page_", dir=self.service.scratch))
-        return str(self.service.page(opened.trace, folder / "where-the-answer-came-from.html"))
+        return str(self.service.page(_opened(now).trace))
 
     def on_canvas(self, now: _Open | None) -> tuple[Any, ...]:
         if now is None:

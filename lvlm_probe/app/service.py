@@ -176,14 +176,17 @@ class Service:
 
     def _keep_few(self, path: Path) -> None:
         """The oldest answers of a temporary folder go: strangers must not fill the disk."""
+        if self._temporary is None:
+            return
         self._written.append(path)
-        while self._temporary is not None and len(self._written) > self.limits.answers:
+        while len(self._written) > self.limits.answers:
             old = self._written.popleft()
             if old.is_file():
                 for found in _maps(open_trace(old)):
                     for file in (found.path, found.overlay_path, found.score_path):
                         file.unlink(missing_ok=True)
             old.unlink(missing_ok=True)
+            shutil.rmtree(self._page_of(old).parent, ignore_errors=True)
 
     # ------------------------------------------------------------------ explaining
 
@@ -230,11 +233,17 @@ class Service:
             more = {} if shown is None else {"shown": shown}
             return score_one(self.replay(name, trace), found, **more)
 
-    def page(self, trace: Trace, out: Path) -> Path:
-        """Write the page of all maps of an answer. Raises ``ProbeError``, also where there are none yet."""
+    def page(self, trace: Trace, out: Path | None = None) -> Path:
+        """Write the page of all maps of an answer, by default over the one before. Raises ``ProbeError``, also where
+        there are no maps yet."""
         if not (found := _maps(trace)):
             raise ProbeError("there is no map of this answer yet: click a word, or explain the whole answer")
+        out = out or self._page_of(trace.path)
         return report([one.read() for one in found], scores=[one.score() for one in found], out=out, overwrite=True)
+
+    def _page_of(self, trace: Path) -> Path:
+        folder = hashlib.sha256(str(trace).encode()).hexdigest()[:32]
+        return Path(self.scratch) / folder / "where-the-answer-came-from.html"
 
     # ------------------------------------------------------------------ asking again, looking inside
 

@@ -252,7 +252,10 @@ def test_strangers_do_not_fill_a_temporary_folder(demo: Any, scene: Any) -> None
     visitor = service.new_visitor()
     first = asked(service, scene, visitor)
     service.explain("demo", first, None, "input_gradient")
+    assert service.page(first) == service.page(first)  # saved again, it is no further file
+    assert len(list(Path(service.scratch).rglob("*.html"))) == 1
     kept = [asked(service, scene, visitor) for _ in range(2)]
+    assert list(Path(service.scratch).iterdir()) == []
     assert {one.path for one in service.history(visitor)} == {one.path for one in kept}
     assert list(first.explanations_dir.iterdir()) == []
     folder, scratch = service.folder, Path(service.scratch)
