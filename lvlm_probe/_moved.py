@@ -12,9 +12,11 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
-__all__ = ["MOVED", "NAMES", "install", "names_of", "renamed"]
+__all__ = ["MOVED", "NAMES", "grouped", "install", "names_of", "renamed"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 MOVED = {
     "_nnsight": "causal.through_nnsight",
@@ -260,6 +262,34 @@ def names_of(module: str) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"{_PACKAGE}.{home}"), name)
 
     return lookup
+
+
+def grouped(parameter: str, kind: type[Any]) -> Callable[[_Function], _Function]:
+    """Let a function take by themselves, with a warning, what are fields of one of its parameters now.
+
+    Args:
+        parameter: its name; it holds a ``kind``.
+        kind: a dataclass whose fields were keyword arguments once.
+    """
+    import dataclasses
+    import functools
+
+    fields = {field.name for field in dataclasses.fields(kind)}
+
+    def of(function: _Function) -> _Function:
+        @functools.wraps(function)
+        def called(*args: Any, **named: Any) -> Any:
+            former = {name: named.pop(name) for name in sorted(fields & named.keys())}
+            if former:
+                now = f"{parameter}={kind.__name__}({', '.join(f'{name}=…' for name in former)})"
+                told = f"{', '.join(former)} of {function.__name__}() are given as {now}"
+                warnings.warn(f"{told}; the old way goes with the next release", DeprecationWarning, stacklevel=2)
+                named[parameter] = dataclasses.replace(named.get(parameter, kind()), **former)
+            return function(*args, **named)
+
+        return cast(_Function, called)
+
+    return of
 
 
 def renamed(old: str, new: str) -> property:

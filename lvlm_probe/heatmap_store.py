@@ -36,7 +36,7 @@ from lvlm_probe.explainers import needs_of
 from lvlm_probe.explainers.explaining import frame_of, target_of
 from lvlm_probe.files import causes, json_ready, read_small, write_whole
 from lvlm_probe.heatmap import HeatGrid, Heatmap, trace_file_of
-from lvlm_probe.metrics import Score, evaluate
+from lvlm_probe.metrics import CurveRule, Score, evaluate
 from lvlm_probe.progress import ProgressChoice
 from lvlm_probe.replaying import Replay
 from lvlm_probe.serving.journal import Journal
@@ -177,9 +177,8 @@ class MapFile:
         """The stored score, where it was taken in this very way; else ``None``.
 
         Args:
-            options: of ``evaluate``: score, auc, steps, mode, seed, chance, sampling and tolerance, and grid, the cells
-                of a side, ``None`` where those of the map count. A score of every point is one of adaptive sampling
-                too.
+            options: of ``evaluate``: score, steps, mode, chance, curve, and grid, the cells of a side, ``None`` where
+                those of the map count. A score of every point is one of adaptive sampling too.
         """
         try:
             score = self.score()
@@ -188,16 +187,17 @@ class MapFile:
         if score is None:
             return None
         side = options["grid"]
-        wanted = {key: options[key] for key in ("score", "auc", "mode", "seed")}
+        curve: CurveRule = options["curve"]
+        wanted = {"score": options["score"], "auc": curve.auc, "mode": options["mode"], "seed": curve.seed}
         cells = list(score.params.get("grid") or [1]) if side is None else [side, side]
         wanted |= {"grid": cells, "held_out": False, "center": True}
-        if options["auc"] == "trapezoid":
+        if not curve.release:
             wanted["steps"] = min(options["steps"] or 50, math.prod(cells))
         same = all(score.params.get(key) == value for key, value in wanted.items())
         if "sampling" in score.params:
             tolerance = score.params.get("tolerance")
-            near = isinstance(tolerance, float) and tolerance <= float(options.get("tolerance", 0.0))
-            same = same and near and options.get("sampling") == "adaptive"
+            near = isinstance(tolerance, float) and tolerance <= curve.tolerance
+            same = same and near and curve.sampling == "adaptive"
         return score if same and len(score.random_gains) == options["chance"] else None
 
     def write_score(self, score: Score) -> None:

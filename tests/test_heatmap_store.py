@@ -27,6 +27,7 @@ from lvlm_probe.heatmap_store import (
     score_one,
     write_record,
 )
+from lvlm_probe.metrics import CurveRule
 from lvlm_probe.recording.answering import record_answer
 from lvlm_probe.selection import select_tokens
 
@@ -90,8 +91,8 @@ def test_what_is_no_file_among_maps_is_left_out(stored: Path) -> None:
 
 def test_a_score_is_taken_again_when_it_was_taken_in_another_way(stored: Path) -> None:
     found = MapFile(stored / "new.h5")
-    asked: dict[str, Any] = {"score": "prob", "auc": "trapezoid", "mode": "fast", "seed": 0, "steps": 8, "chance": 0}
-    asked["grid"] = 16
+    asked: dict[str, Any] = {"score": "prob", "mode": "fast", "steps": 8, "chance": 0, "grid": 16}
+    asked["curve"] = CurveRule()
     assert found.score() is None and found.score_taken_by(asked) is None
     params = {
         "score": "prob",
@@ -107,7 +108,8 @@ def test_a_score_is_taken_again_when_it_was_taken_in_another_way(stored: Path) -
     found.write_score(samples.score(params={**params, "held_out": False, "center": False}, random_gains=()))
     assert found.score_taken_by(asked) is None, "the floor of the middle was not taken"
     found.write_score(samples.score(params={**params, "held_out": False}, random_gains=()))
-    for change in ({"grid": 8}, {"steps": 9}, {"auc": "release"}, {"chance": 2}, {"seed": 1}):
+    others = ({"curve": CurveRule(auc="release")}, {"curve": CurveRule(seed=1)})
+    for change in ({"grid": 8}, {"steps": 9}, {"chance": 2}, *others):
         assert found.score_taken_by({**asked, **change}) is None
     found.score_path.write_text("{")
     assert found.score_taken_by(asked) is None

@@ -24,6 +24,7 @@ from PIL import Image
 
 import lvlm_probe as probe
 from lvlm_probe.attention.dispatch import is_view
+from lvlm_probe.metrics import CurveRule
 
 __all__ = ["METHODS", "Counts", "Subject", "left_behind", "run", "subjects"]
 
@@ -86,7 +87,7 @@ class Subject:
 
     def evaluate(self, index: int, replay: Any = None) -> tuple[float, float]:
         given = self.replay(index) if replay is None else replay
-        score = probe.evaluate(self.quiet_map(index, "gradcam"), given, steps=3, tie_orders=1, chance=0)
+        score = probe.evaluate(self.quiet_map(index, "gradcam"), given, steps=3, curve=CurveRule(tie_orders=1))
         return score.deletion, score.insertion
 
     def replay(self, index: int) -> Any:

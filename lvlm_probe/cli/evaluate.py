@@ -6,6 +6,7 @@ and scores are stored as ``explain`` stores them, one file each, so an interrupt
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,7 +128,12 @@ def evaluate(
     Example:  lvlm-probe evaluate runs/demo --methods igos++,gradcam,tmm --out compare.html
     Example:  lvlm-probe evaluate runs/served --server http://gpu:8000 --methods rise,greedy
     """
-    options: dict[str, Any] = {"score": score, "auc": auc, "steps": steps, "chance": chance, "seed": seed, "grid": grid}
+    from lvlm_probe.metrics import CurveRule
+
+    curve = CurveRule(auc=auc, seed=seed)  # type: ignore[arg-type]  # it says what it knows
+    if methods is not None and not full and steps is None and not curve.release:
+        curve = dataclasses.replace(curve, sampling="adaptive", tolerance=_TOLERANCE)
+    options: dict[str, Any] = {"score": score, "steps": steps, "chance": chance, "grid": grid, "curve": curve}
     behind = open_server(
         server, served_model, model=model, road=road, max_requests=max_requests, yes=yes, against=against
     )
@@ -142,8 +148,6 @@ def evaluate(
             raise ProbeError("--synergy is of stored maps: leave --methods out")
         from lvlm_probe.cli.shared.comparison import compare_methods
 
-        if not full and steps is None and auc == "trapezoid":
-            options |= {"sampling": "adaptive", "tolerance": _TOLERANCE}
         compare_methods(
             paths,
             methods,

@@ -15,6 +15,7 @@ scipy and statsmodels (``pip install 'lvlm-probe[stats]'``) are imported by the 
 from __future__ import annotations
 
 from lvlm_probe._moved import names_of
+from lvlm_probe.metrics.deletion_insertion import CurveRule
 from lvlm_probe.metrics.human import HumanAgreement, auc_judd, human_agreement, nss, rank_correlation
 from lvlm_probe.metrics.localization import (
     average_precision,
@@ -49,6 +50,7 @@ from lvlm_probe.metrics.statistics import (
 from lvlm_probe.metrics.verdict import Verdict
 
 __all__ = [
+    "CurveRule",
     "HumanAgreement",
     "Interval",
     "MeanAndError",

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "CurveRule",
     "CurveSettings",
     "Curves",
     "MaskScores",
@@ -67,6 +68,7 @@ __all__ = [
     "curve_masks",
     "curves",
     "normalise",
+    "one_of",
     "rank",
     "release_area",
     "release_counts",
@@ -74,6 +76,7 @@ __all__ = [
     "synergy",
 ]
 
+AreaRule = Literal["trapezoid", "release"]
 Sampling = Literal["full", "adaptive"]
 
 TIES_THAT_MATTER = 0.05
@@ -127,29 +130,59 @@ class Curves:
     pictures = renamed("pictures", "images")
 
 
-@dataclass(frozen=True)
-class CurveSettings:
-    """How curves are drawn.
+@dataclass(frozen=True, kw_only=True)
+class CurveRule:
+    """How curves are sampled and their areas taken.
+
+    Attributes:
+        auc: ``"trapezoid"``, or ``"release"`` for comparison with numbers published with the paper.
+        tie_orders: random orders of tied cells to average; by default 3 where more than 5 % of cells are tied, else 1.
+        seed: of the order of tied cells, and of the random heatmaps that ``evaluate(chance=n)`` scores.
+        sampling: ``"full"`` scores every point of the curves; ``"adaptive"`` as few as keep each area within
+            ``tolerance`` of the full curve's, for curves that do not turn.
+        tolerance: largest error bound of an area under adaptive sampling.
+
+    Raises:
+        ExplainError: a field is out of range.
+    """
+
+    auc: AreaRule = "trapezoid"
+    tie_orders: int | None = None
+    seed: int = 0
+    sampling: Sampling = "full"
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise ExplainError(f"tolerance is a positive share of the area; got {self.tolerance!r}")
+        one_of("auc", self.auc, "trapezoid", "release")
+        one_of("sampling", self.sampling, "full", "adaptive")
+
+    @property
+    def release(self) -> bool:
+        """Whether points and areas are those of the released recipe, over all cells."""
+        return self.auc == "release"
+
+
+def one_of(name: str, value: object, *known: str) -> None:
+    """Raise ``ExplainError`` for a value that is not known."""
+    if value not in known:
+        raise ExplainError(f"{name} is {' or '.join(map(repr, known))}; got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveSettings(CurveRule):
+    """How curves are drawn, and what of.
 
     Attributes:
         score: ``"prob"``, mean probability of the tokens, or ``"log"``, their mean log-likelihood in nats; ``"own"``,
             a score of the user's own as it is.
-        steps: points besides the origin.
-        release: the released recipe's points instead, over all cells.
-        seed: of the order of tied cells.
-        tie_orders: random orders of tied cells to average; by default 3 where more than 5 % of cells are tied, else 1.
-        sampling: see the module.
-        tolerance: see the module.
+        steps: points besides the origin; the released recipe has its own.
         ordered: 0 is the lower and 1 the higher of the two ends, whichever is the baseline.
     """
 
     score: Followed = "prob"
     steps: int = STEPS
-    release: bool = False
-    seed: int = 0
-    tie_orders: int | None = None
-    sampling: Sampling = "full"
-    tolerance: float = 0.01
     ordered: bool = False
 
     def ends(self, original: float, baseline: float) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from lvlm_probe import drawing
+from lvlm_probe._moved import grouped
 from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.controls import center_values
@@ -27,13 +28,14 @@ from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import resample
 from lvlm_probe.images import CompositePath
 from lvlm_probe.metrics.deletion_insertion import (
+    CurveRule,
     Curves,
     CurveSettings,
     MaskScores,
-    Sampling,
     area,
     curves,
     normalise,
+    one_of,
     release_area,
 )
 from lvlm_probe.metrics.deletion_insertion import synergy as synergy_curve
@@ -62,7 +64,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BaselineChoice", "Explained", "Score", "check_answer", "evaluate", "over_baseline"]
 
-AreaRule = Literal["trapezoid", "release"]
 BaselineChoice = BaselineLike | tuple[str, Mapping[str, Any]]
 AnyReplay = TypeVar("AnyReplay", bound=ReplayLike)
 
@@ -255,10 +256,12 @@ leave so much open are within 0.03 of all of them. It is compared with a larger 
 _CENTER_PASSES = 40
 """Images that may take: some 16 to 22 for gentle curves, some more where a small thing stands right in the middle."""
 
+_RULE = CurveRule()
 _LATER = ("center_gain", "synergy")  # scores of before have none
 _CURVES = ("fractions", "deletion_curve", "insertion_curve", "deletion_raw", "insertion_raw", "random_gains")
 
 
+@grouped("curve", CurveRule)
 @outside_inference_mode
 @taking_turns
 def evaluate(
@@ -268,16 +271,12 @@ def evaluate(
     baseline: BaselineChoice | None = None,
     steps: int | None = None,
     score: CurveScore = "prob",
-    auc: AreaRule = "trapezoid",
     mode: Literal["fast", "exact"] = "fast",
     grid: int | Sequence[int] | None = None,
     chance: int = 0,
     center: bool = True,
-    tie_orders: int | None = None,
-    seed: int = 0,
-    sampling: Sampling = "full",
-    tolerance: float = 0.01,
     synergy: bool | str = False,
+    curve: CurveRule = _RULE,
     shared: dict[Any, Known] | None = None,
     progress: ProgressChoice = None,
 ) -> Score:
@@ -290,25 +289,22 @@ def evaluate(
             provenance names it (the replay's own, where it names none): ``"blur"``, ``"blank"``, ``"noise"``,
             ``"mean"``, an image (one per image), a kind with its parameters, ``("blur", {"strength": 0.6})``, or a
             description such as ``replay.baseline``.
-        steps: Points on each curve besides the origin, 50 by default; ``auc="release"`` has its own.
+        steps: Points on each curve besides the origin, 50 by default.
         score: ``"prob"``, mean probability of the tokens (as the paper's numbers), or ``"log"``, mean log-likelihood. A
             heatmap of a contrast is scored by the contrast, ``"log"``, or P(said) / (P(said) + P(not said)),
             ``"prob"``; one of a score of your own by that score, whichever is asked for.
-        auc: ``"trapezoid"``, or ``"release"`` for comparison with numbers published with the paper.
         mode: ``"exact"`` sends real composites through the real processor.
         grid: Rank cells of this grid, ``n`` or ``(rows, columns)``, instead of the heatmap's own; use one grid when
             methods of different resolution are compared.
         chance: Also score this many random heatmaps on the same grid; the verdict then demands to beat them.
         center: Also score the blob in the middle of the image (method ``center``) on the same grid, once for all
             heatmaps of the same words, in some 16 to 30 passes; the verdict objects to a heatmap that is worse.
-        tie_orders: Random orders of tied cells to average; by default 3 where more than 5 % of cells are tied.
-        seed: Of tie-breaking and random heatmaps.
-        sampling: ``"full"`` scores every point of the curves; ``"adaptive"`` as few as keep each area within
-            ``tolerance`` of the full curve's, for curves that do not turn; ``params`` then has the error bound.
-        tolerance: Largest error bound of an area under adaptive sampling.
         synergy: Also score what image and question give together (F_syn), in 11 passes more in which the question is
             not read (``Replay.without``): a text, or ``True`` for the recorded question. Where the question alone gives
             the words, deletion and insertion say little of the two.
+        curve: How curves are sampled and areas taken, ``probe.metrics.CurveRule(sampling="adaptive", tolerance=0.01)``:
+            the rule of the areas, the order of tied cells, the seed, and whether every point is scored; with adaptive
+            sampling ``params`` has the error bound.
         shared: A dictionary that is handed to several calls about one answer while its model stays as it is: what two
             heatmaps are both asked for, the ends of the curves and the random heatmaps of ``chance``, is scored once.
         progress: Called with (done, total) images of the heatmap's own curves; by default a bar where a person waits,
@@ -320,8 +316,8 @@ def evaluate(
         ImageError: There is no such baseline; or the heatmap was made over an image of the user's, which it does not
             hold, and the replay has another one: give it as ``baseline``, or evaluate on ``replay.over(image)``.
     """
-    settings = CurveSettings(score, steps or STEPS, auc == "release", seed, tie_orders, sampling, tolerance)
-    _check(settings, auc, steps)
+    _check(curve, score, steps)
+    settings = CurveSettings(**vars(curve), score=score, steps=steps or STEPS)
     check_answer(heat, replay)
     own = heat.selection.score
     if own is not None:
@@ -336,7 +332,7 @@ def evaluate(
     mode = "exact" if isinstance(replay.path, CompositePath) else mode  # real images: there is no other way
     values, seen = _on_grid(heat, replay, grid)
     inner, steps_of = 2 * (settings.steps - 1), heat.selection.columns
-    images = 2 + inner * (tie_orders or 1) * (1 + chance) + center * min(inner, _CENTER_PASSES)
+    images = 2 + inner * (curve.tie_orders or 1) * (1 + chance) + center * min(inner, _CENTER_PASSES)
     replay.announce("evaluate", lambda: images, steps_of)
     view = _unread(replay, synergy)
     known = _known(shared, replay, heat, mode)
@@ -366,16 +362,16 @@ def evaluate(
         synergy=math.nan if together is None else area(*together),
         params={
             "score": score,
-            "auc": auc,
+            "auc": curve.auc,
             "steps": len(raw.fractions) - 1,
             "grid": list(values.shape),
             "mode": mode,
-            "seed": seed,
+            "seed": curve.seed,
             "tie_orders": raw.tie_orders,
             "tie_spread": raw.tie_spread if math.isfinite(raw.tie_spread) else None,
             "held_out": baseline is not None,
             "center": center,
-            **({} if sampling == "full" else _sampled(raw, tolerance)),
+            **({} if curve.sampling == "full" else _sampled(raw, curve.tolerance)),
             **({} if raw.undefined is None else {"undefined": raw.undefined}),
             **({} if own is None else {"own_score": own.name, "followed": settings.score}),
             **({} if together is None else {"synergy": _points(together)}),
@@ -450,21 +446,13 @@ def _check_offers(replay: ReplayLike) -> None:
         )
 
 
-def _check(settings: CurveSettings, auc: AreaRule, steps: int | None) -> None:
+def _check(curve: CurveRule, score: CurveScore, steps: int | None) -> None:
     """Raises ``ExplainError`` where settings do not go together."""
-    if auc == "release" and steps is not None:
+    if curve.release and steps is not None:
         raise ExplainError("auc='release' has its own steps (chunks of a fiftieth of the cells): leave steps out")
-    if auc == "release" and settings.sampling != "full":
+    if curve.release and curve.sampling != "full":
         raise ExplainError("auc='release' is defined on all of its points: leave sampling='full'")
-    if not settings.tolerance > 0:
-        raise ExplainError(f"tolerance is a positive share of the area; got {settings.tolerance!r}")
-    for value, name, known in (
-        (settings.score, "score", ("prob", "log")),
-        (auc, "auc", ("trapezoid", "release")),
-        (settings.sampling, "sampling", ("full", "adaptive")),
-    ):
-        if value not in known:
-            raise ExplainError(f"{name} is {' or '.join(map(repr, known))}; got {value!r}")
+    one_of("score", score, "prob", "log")
     if steps is not None and steps < 1:
         raise ExplainError(f"steps is at least 1; got {steps}")
 

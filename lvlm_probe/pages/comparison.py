@@ -24,7 +24,7 @@ from lvlm_probe.explainers.explaining import target_of
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.heatmap_store import not_made, reason_of
-from lvlm_probe.metrics import Score, evaluate
+from lvlm_probe.metrics import CurveRule, Score, evaluate
 from lvlm_probe.pages.comparison_page import filled
 from lvlm_probe.pages.ranking import Row, Standing, center_gain, standings
 from lvlm_probe.pages.shell import Page, refuse_existing, write_text
@@ -251,7 +251,7 @@ def _one(
         return heat, None
     try:
         grid = settings.grid if isinstance(target, int) else None  # a video is ranked on the heatmap's own cells
-        return heat, evaluate(heat, item, grid=grid, steps=settings.steps, **same)
+        return heat, evaluate(heat, item, grid=grid, steps=settings.steps, curve=CurveRule(seed=seed), progress=False)
     except Exception as error:
         return dataclasses.replace(heat, provenance={**heat.provenance, "not_judged": reason_of(error)}), None
 

@@ -48,7 +48,7 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import lvlm_probe as probe
-from lvlm_probe.metrics import evaluate
+from lvlm_probe.metrics import CurveRule, evaluate
 
 NOISE = 0.2
 RECIPE_ITERATIONS, RECIPE_N = 5, 10
@@ -248,7 +248,7 @@ def measure(name: str, directory: str, *, rounds: int, n: int) -> dict[str, Any]
     scores: dict[str, Any] = {}
 
     def scored(sampling: str) -> None:
-        scores[sampling] = evaluate(marked, replay, steps=points - 1, tie_orders=1, sampling=sampling)
+        scores[sampling] = evaluate(marked, replay, steps=points - 1, curve=CurveRule(tie_orders=1, sampling=sampling))
 
     recipe_curves = Recipe(replay, list(selection.indices))
     curves = alternating(

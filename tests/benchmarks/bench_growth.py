@@ -46,6 +46,7 @@ from random_model import PATCH, asked, random_qwen, recorded, write_results
 
 import lvlm_probe as probe
 from lvlm_probe.explainers.attention_relevance import Walk
+from lvlm_probe.metrics import CurveRule
 
 ROOT = Path(__file__).resolve().parents[2]
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -138,7 +139,7 @@ def measure(model: Any, processor: Any, grid: tuple[int, int], answer: int) -> l
             note(method, seconds / passes, peak, per_passes=passes, **more)
 
         def curves() -> Any:
-            return probe.evaluate(heat, replay, steps=CURVE_STEPS, grid=8, tie_orders=1)
+            return probe.evaluate(heat, replay, steps=CURVE_STEPS, grid=8, curve=CurveRule(tie_orders=1))
 
         before = replay.passes.forward
         curves()

@@ -21,6 +21,7 @@ from random_model import write_results
 
 import lvlm_probe as probe
 from lvlm_probe.explainers import methods
+from lvlm_probe.metrics import CurveRule
 
 SEARCHES = ("greedy", "rise", "occlusion")
 TOLERANCE = 0.005
@@ -42,9 +43,8 @@ def measured(scene: Any, model: Any, processor: Any) -> list[dict[str, Any]]:
         if heat.values is None:
             continue
         counts.append(_images(replay))
-        few = probe.evaluate(
-            heat, replay, grid=GRID, sampling="adaptive", tolerance=TOLERANCE, shared=shared, progress=False
-        )
+        adaptive = CurveRule(sampling="adaptive", tolerance=TOLERANCE)
+        few = probe.evaluate(heat, replay, grid=GRID, curve=adaptive, shared=shared, progress=False)
         counts.append(_images(replay))
         full = probe.evaluate(heat, replay, grid=GRID, progress=False)
         counts.append(_images(replay))

@@ -48,12 +48,12 @@ from judging import (
     Lines,
     bar_of,
     comparison,
+    curve_rule,
     digest,
     figure,
     fill,
     holm,
     numbers_of,
-    sampling,
     scenes_to_do,
     settle,
     shown,
@@ -201,8 +201,8 @@ def measure(case: ClipCase, make: Callable[[ClipCase], ClipHeatmap]) -> Line:
     values = np.stack([resample(frame, GRID[1:]) for frame in heat.by_frame])
     ranked = replace(heat, values=values, seen=np.ones(GRID, dtype=bool))
     score = probe.evaluate(
-        ranked, replay, baseline=case.replay.baseline, steps=STEPS, tie_orders=TIE_ORDERS, center=False,
-        shared=case.shared, progress=False, **sampling(WITHIN),
+        ranked, replay, baseline=case.replay.baseline, steps=STEPS, center=False,
+        shared=case.shared, progress=False, curve=curve_rule(WITHIN),
     )  # fmt: skip
     judged = {name: getattr(score, name) for name in ("gain", "deletion", "insertion")}
     return {**cost, "shape": list(heat.values.shape), **judged, **placed(heat, case.scene.mask)}

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import lvlm_probe as probe
 from lvlm_probe.metrics import (
+    CurveRule,
     average_precision,
     bootstrap_ci,
     energy_in_region,
@@ -174,6 +175,11 @@ def sampling(tolerance: float | None) -> dict[str, Any]:
     return {} if tolerance is None else {"sampling": "adaptive", "tolerance": tolerance}
 
 
+def curve_rule(tolerance: float | None) -> CurveRule:
+    """``sampling``, of one order of tied cells."""
+    return CurveRule(tie_orders=TIE_ORDERS, **sampling(tolerance))
+
+
 def digest(*parts: Any) -> str:
     """A short name for settings: lines with another one are made again."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -272,7 +278,7 @@ def judged(
     ``held_out`` is the mean gain over those held-out baselines that take the words away and are not, by another name,
     the one that the heatmap was made with.
     """
-    how: dict[str, Any] = {"grid": GRID, "tie_orders": TIE_ORDERS, "shared": case.shared, **sampling(adaptive)}
+    how: dict[str, Any] = {"grid": GRID, "curve": curve_rule(adaptive), "shared": case.shared}
     score = probe.evaluate(heat, case.replay, baseline=case.replay.baseline, steps=STEPS, **how)
     line: Line = {
         "deletion": score.deletion,

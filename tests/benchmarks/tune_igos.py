@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from held_out import Case, cases, machine, read_records
-from judging import TOLERANCE, Lines, figure, placed, sampling, shown, weights_digest
+from judging import TOLERANCE, Lines, curve_rule, figure, placed, shown, weights_digest
 from tqdm import tqdm
 
 import lvlm_probe as probe
@@ -99,7 +99,7 @@ def measured(case: Case, name: str, grid: int, adaptive: float | None) -> dict[s
     heat = probe.explain(case.replay, tokens=case.selection, seed=case.scene.index, strengthen=False, **SETTINGS[name])
     seconds = time.perf_counter() - started
     passes = case.replay.passes.forward - before[0], case.replay.passes.backward - before[1]
-    how: dict[str, Any] = {"grid": grid, "tie_orders": 1, **sampling(adaptive)}
+    how: dict[str, Any] = {"grid": grid, "curve": curve_rule(adaptive)}
     score = probe.evaluate(heat, case.replay, baseline=case.replay.baseline, **how)
     diagnostics = heat.provenance.get("diagnostics") or {}
     return {

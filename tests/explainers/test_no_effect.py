@@ -27,6 +27,7 @@ from lvlm_probe.causal.effects import agreement_score
 from lvlm_probe.explainers import methods
 from lvlm_probe.explainers.scores import LEAST_SHARE, too_narrow
 from lvlm_probe.metrics import (
+    CurveRule,
     Interval,
     bootstrap_ci,
     evaluate,
@@ -180,7 +181,7 @@ def test_the_share_below_which_there_is_no_score(score: Any) -> None:
             found = evaluate(heat, replay, score=score, steps=4)
             assert math.isfinite(found.gain) is defined and (found.reason is None) is defined
             assert np.isfinite(found.deletion_curve).all() == defined
-            adaptive = evaluate(heat, replay, score=score, sampling="adaptive")
+            adaptive = evaluate(heat, replay, score=score, curve=CurveRule(sampling="adaptive"))
             assert math.isfinite(adaptive.gain) is defined
             assert np.isnan(adaptive.deletion_raw).any() == (not defined), "nothing is drawn that was not scored"
 
@@ -398,7 +399,7 @@ def test_constant_tied_and_single_cell_maps_are_scored(strict: Any, values: Any,
     heat = dataclasses.replace(
         probe.explain(replay, method="random"), values=values.astype(np.float32), seen=np.ones(values.shape, bool)
     )
-    found = evaluate(heat, replay, auc=auc, score=score)
+    found = evaluate(heat, replay, curve=CurveRule(auc=auc), score=score)
     assert math.isfinite(found.gain) and 0 <= found.tie_share <= 1
     if values.size == 1 and auc == "trapezoid":
         assert (found.deletion, found.insertion) == (0.5, 0.5) and not found.verdict.trusted
@@ -431,7 +432,7 @@ def test_values_that_are_not_numbers_are_refused_or_said(strict: Any) -> None:
     replay = Broken(BOX)
     heat = probe.Heatmap(np.eye(4, dtype=np.float32), (64, 64), selection=probe.select_tokens(replay))
     for sampling in ("full", "adaptive"):
-        score = evaluate(heat, replay, sampling=sampling)  # type: ignore[arg-type]
+        score = evaluate(heat, replay, curve=CurveRule(sampling=sampling))  # type: ignore[arg-type]
         assert math.isnan(score.gain) and "not numbers" in str(score.reason) and not score.verdict.measured
 
 

@@ -14,7 +14,7 @@ from toy_replay import ToyReplay, box_weights
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics import Score, evaluate
-from lvlm_probe.metrics.deletion_insertion import Curves, CurveSettings, MaskScores, area, curves
+from lvlm_probe.metrics.deletion_insertion import CurveRule, Curves, CurveSettings, MaskScores, area, curves
 from lvlm_probe.selection import select_tokens
 
 BOX = box_weights(16, slice(2, 6), slice(8, 12))  # 16 of 256 cells
@@ -84,7 +84,7 @@ def test_a_heatmap_that_is_right_at_once_takes_few_pictures() -> None:
     replay = ToyReplay(BOX)
     heat = Heatmap(BOX.numpy() + 1e-3 * VALUES, (64, 64), selection=select_tokens(replay), method="test")
     full = evaluate(heat, replay, grid=16)
-    adaptive = evaluate(heat, replay, grid=16, sampling="adaptive", tolerance=0.01)
+    adaptive = evaluate(heat, replay, grid=16, curve=CurveRule(sampling="adaptive", tolerance=0.01))
     assert adaptive.params["images"] < 0.35 * (2 + 2 * 49)
     assert adaptive.deletion == pytest.approx(full.deletion, abs=0.01)
     assert adaptive.insertion == pytest.approx(full.insertion, abs=0.01)
@@ -142,8 +142,8 @@ def test_random_heatmaps_do_not_score_the_ends_again() -> None:
 def test_ties_are_averaged_over_orders_under_adaptive_sampling_too() -> None:
     replay = ToyReplay(BOX)
     heat = Heatmap(np.round(VALUES, 1), (64, 64), selection=select_tokens(replay), method="test")
-    full = evaluate(heat, replay, seed=3)
-    adaptive = evaluate(heat, replay, seed=3, sampling="adaptive", tolerance=0.02)
+    full = evaluate(heat, replay, curve=CurveRule(seed=3))
+    adaptive = evaluate(heat, replay, curve=CurveRule(seed=3, sampling="adaptive", tolerance=0.02))
     assert adaptive.params["tie_orders"] == 3
     assert abs(adaptive.deletion - full.deletion) <= adaptive.params["error_bound"]["deletion"] <= 0.02
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_sampled_is_refused() -> None:
         ({"sampling": "adaptive", "tolerance": 0.0}, "tolerance is a positive share"),
     ):
         with pytest.raises(ExplainError, match=message):
-            evaluate(heat, replay, **options)  # type: ignore[arg-type]
+            evaluate(heat, replay, curve=CurveRule(**options))  # type: ignore[arg-type]
 
 
 def test_equal_ends_take_two_pictures() -> None:

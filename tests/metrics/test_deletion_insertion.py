@@ -18,7 +18,7 @@ from trace_samples import sample_capture
 
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.metrics import Score, evaluate
+from lvlm_probe.metrics import CurveRule, Score, evaluate
 from lvlm_probe.metrics.deletion_insertion import (
     area,
     curve_masks,
@@ -194,7 +194,7 @@ def test_mirroring_scorer_and_heatmap_together_changes_nothing() -> None:
 
 def test_a_constant_heatmap_is_chance_and_is_called_tied() -> None:
     replay = ToyReplay(BOX)
-    score = evaluate(heat_of(replay, np.full((16, 16), 0.5)), replay, tie_orders=60)
+    score = evaluate(heat_of(replay, np.full((16, 16), 0.5)), replay, curve=CurveRule(tie_orders=60))
     assert score.tie_share == 1.0
     assert abs(score.deletion - 0.5) < 0.05
     assert abs(score.insertion - 0.5) < 0.05
@@ -223,16 +223,16 @@ def test_ties_count_where_the_score_hangs_on_their_order() -> None:
     narrow = ToyReplay(torch.from_numpy(one))
     blind = np.zeros((16, 16), dtype=np.float32)
     blind[12:, 12:] = np.linspace(0.5, 1, 16).reshape(4, 4)
-    hangs = evaluate(heat_of(narrow, blind), narrow, tie_orders=6)
+    hangs = evaluate(heat_of(narrow, blind), narrow, curve=CurveRule(tie_orders=6))
     assert hangs.params["tie_spread"] > 0.05
     assert any("with their order" in reason for reason in hangs.verdict.reasons)
-    assert evaluate(heat_of(narrow, blind), narrow, tie_orders=1).params["tie_spread"] is None
+    assert evaluate(heat_of(narrow, blind), narrow, curve=CurveRule(tie_orders=1)).params["tie_spread"] is None
 
 
 def test_the_spread_over_tie_orders_is_that_of_scores_of_one_order_each() -> None:
     replay, values = ToyReplay(BOX), np.round(np.random.default_rng(8).random((16, 16)) * 3) / 3
     for auc in ("trapezoid", "release"):
-        together = evaluate(heat_of(replay, values), replay, tie_orders=5, seed=4, auc=auc)
+        together = evaluate(heat_of(replay, values), replay, curve=CurveRule(tie_orders=5, seed=4, auc=auc))
         assert together.params["tie_spread"] > 0
         # The same generator gives the same orders, one after the other.
         generator, gains = np.random.default_rng(4), []
@@ -241,17 +241,26 @@ def test_the_spread_over_tie_orders_is_that_of_scores_of_one_order_each() -> Non
             for _curve in ("deletion", "insertion"):
                 order = np.empty(256)
                 order[rank(values, np.ones((16, 16), dtype=bool), generator)] = np.arange(256, 0, -1) / 256
-                pair.append(evaluate(heat_of(replay, order.reshape(16, 16)), replay, auc=auc))
+                pair.append(evaluate(heat_of(replay, order.reshape(16, 16)), replay, curve=CurveRule(auc=auc)))
             gains.append(pair[1].insertion - pair[0].deletion)
         assert together.gain == pytest.approx(np.mean(gains), abs=1e-6)
         assert together.params["tie_spread"] == pytest.approx(np.std(gains, ddof=1), abs=1e-6)
 
 
+def test_the_rule_of_the_curves_may_be_given_the_old_way_for_one_release() -> None:
+    replay, values = ToyReplay(BOX), np.full((16, 16), 0.5)
+    with pytest.warns(DeprecationWarning, match=r"seed, tie_orders of evaluate\(\) .*=CurveRule\(seed=…, "):
+        old = evaluate(heat_of(replay, values), replay, seed=1, tie_orders=2)  # type: ignore[call-arg]
+    assert old == evaluate(heat_of(replay, values), replay, curve=CurveRule(seed=1, tie_orders=2))
+    with pytest.raises(TypeError, match="tie_order"):
+        evaluate(heat_of(replay, values), replay, tie_order=2)  # type: ignore[call-arg]
+
+
 def test_ties_are_reproducible_by_seed() -> None:
     replay, values = ToyReplay(BOX), np.full((16, 16), 0.5)
-    first = evaluate(heat_of(replay, values), replay, seed=1)
-    assert first.deletion == evaluate(heat_of(replay, values), replay, seed=1).deletion
-    assert first.deletion != evaluate(heat_of(replay, values), replay, seed=2).deletion
+    first = evaluate(heat_of(replay, values), replay, curve=CurveRule(seed=1))
+    assert first.deletion == evaluate(heat_of(replay, values), replay, curve=CurveRule(seed=1)).deletion
+    assert first.deletion != evaluate(heat_of(replay, values), replay, curve=CurveRule(seed=2)).deletion
 
 
 def test_cells_out_of_sight_do_not_flatter() -> None:
@@ -267,14 +276,14 @@ def test_cells_out_of_sight_do_not_flatter() -> None:
     assert score.deletion == pytest.approx(0.5, abs=1e-6)
     assert score.insertion == pytest.approx(0.5, abs=1e-6)
     # The released rule counts them: the same heatmap looks far better than it is.
-    assert evaluate(heat, replay, auc="release").deletion < 0.27
+    assert evaluate(heat, replay, curve=CurveRule(auc="release")).deletion < 0.27
 
 
 def test_release_rule_end_to_end() -> None:
     replay = ToyReplay(torch.full((32, 32), 1 / 1024))
     heat = heat_of(replay, np.random.default_rng(0).random((32, 32)))
     replay.passes.forward = 0
-    score = evaluate(heat, replay, auc="release", center=False)
+    score = evaluate(heat, replay, curve=CurveRule(auc="release"), center=False)
     assert score.deletion == pytest.approx(0.494, abs=5e-4)
     assert score.insertion == pytest.approx(0.510, abs=5e-4)
     assert len(score.fractions) == 53
@@ -445,14 +454,15 @@ def test_refusals() -> None:
     with pytest.raises(ExplainError, match="another answer"):
         evaluate(heat, other)
     for options, message in [
-        ({"auc": "simpson"}, "auc is"),
         ({"score": "logit"}, "score is"),
         ({"steps": 0}, "steps is at least 1"),
-        ({"auc": "release", "steps": 10}, "leave steps out"),
+        ({"curve": CurveRule(auc="release"), "steps": 10}, "leave steps out"),
         ({"grid": (4,)}, "grid is"),
     ]:
         with pytest.raises(ExplainError, match=message):
             evaluate(heat, replay, **options)
+    with pytest.raises(ExplainError, match="auc is"):
+        CurveRule(auc="simpson")  # type: ignore[arg-type]
     blind = Heatmap(BOX.numpy(), (64, 64), seen=np.zeros((16, 16), bool), selection=select_tokens(replay))
     with pytest.raises(ExplainError, match="sees none"):
         evaluate(blind, replay)

@@ -283,7 +283,7 @@ def _refuse_finished(page: Path, *, overwrite: bool) -> None:
 
 def _points(judging: Mapping[str, Any]) -> int:
     """Images that it takes to judge a map, about."""
-    points = (judging.get("steps") or 50) if judging.get("sampling") != "adaptive" else 15
+    points = (judging.get("steps") or 50) if judging["curve"].sampling != "adaptive" else 15
     return 2 + 2 * points
 
 
@@ -331,7 +331,7 @@ def _methods(names: str) -> list[str]:
 def _settings(answer: _Answer, method: str, judging: Mapping[str, Any]) -> MapSettings:
     clips = answer.trace.clips
     image = clips[0].first if clips else 0
-    return MapSettings(method, {}, image, seed=int(judging.get("seed") or 0), scored=False)
+    return MapSettings(method, {}, image, seed=judging["curve"].seed, scored=False)
 
 
 def _judged(answer: _Answer, judging: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -45,7 +45,7 @@ from lvlm_probe.heatmap_store import (
     score_one,
     write_record,
 )
-from lvlm_probe.metrics import Score, energy_in_region, pointing_game
+from lvlm_probe.metrics import CurveRule, Score, energy_in_region, pointing_game
 from lvlm_probe.models.fingerprint import fingerprint
 from lvlm_probe.models.prompts import prompt_rule
 from lvlm_probe.pages.plain import plain
@@ -330,7 +330,7 @@ class Selfcheck:
             record["peak"] = _peak(player, name, heat)
             if heat.values is None:
                 return {**record, "refused": heat.reason}
-            options = {"grid": 32, "sampling": "adaptive", "tolerance": 0.005}
+            options = {"grid": 32, "curve": CurveRule(sampling="adaptive", tolerance=0.005)}
             return record | _judged(heat, score_one(player, stored, shown=partial(bar, timed=False), **options), None)
         except ProbeError as error:  # what a method cannot do on a model is a result
             return {**record, "refused": str(error)}

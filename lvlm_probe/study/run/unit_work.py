@@ -24,6 +24,7 @@ from lvlm_probe.files import part_beside
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.importing.drops import drop_of
 from lvlm_probe.metrics import (
+    CurveRule,
     average_precision,
     energy_in_region,
     evaluate,
@@ -155,7 +156,12 @@ def map_unit(
     memory = map_memory(over, method, heat, own, seed=settings.seed, measure=costed)
     if method.behaviour == "release":
         own_rule = evaluate(
-            heat, over, auc="release", grid=_grid(study, heat), center=False, seed=settings.seed, progress=False
+            heat,
+            over,
+            grid=_grid(study, heat),
+            center=False,
+            curve=CurveRule(auc="release", seed=settings.seed),
+            progress=False,
         )
         scores["release"] = {"deletion": own_rule.deletion, "insertion": own_rule.insertion}
     record: dict[str, Any] = {
@@ -191,8 +197,8 @@ def _scores(study: Study, heat: Heatmap | ClipHeatmap, player: Replay, *, own_ba
     settings = study.settings
     baseline = player.baseline if own_baseline else None
     score = evaluate(
-        heat, player, baseline=baseline, steps=settings.steps, grid=_grid(study, heat), seed=settings.seed,
-        progress=False,
+        heat, player, baseline=baseline, steps=settings.steps, grid=_grid(study, heat),
+        curve=CurveRule(seed=settings.seed),         progress=False,
     )  # fmt: skip
     return {
         "deletion": score.deletion,
