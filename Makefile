@@ -97,11 +97,13 @@ clean:  ## remove environments and everything generated
 	@touch $@
 
 # The second environment is for what needs torchvision: processors, timm's towers, pytorch-grad-cam. The zoo lives here.
+# Quantus as well, which needs the OpenCV that grad-cam brings; it asks for a second one, hence without dependencies.
 .venv-tv/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one:  make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "installing into .venv-tv"
 	@test -x .venv-tv/bin/python || $(PYTHON) -m venv .venv-tv
 	@.venv-tv/bin/python $(INSTALL) -e '.[torchvision,video]' pytest pytest-timeout pytest-xdist grad-cam timm num2words
+	@.venv-tv/bin/python $(INSTALL) --no-deps quantus cachetools pandas scikit-image imageio lazy-loader tifffile
 	@touch $@
 
 # Libraries of quantised weights, beside .venv and for their tests alone: transformers imports them with every model, for seconds.
