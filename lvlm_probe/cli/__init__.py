@@ -33,6 +33,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from lvlm_probe.cli.shared.options import spelled_out
 from lvlm_probe.cli.shared.terminal import guard_streams, note, safe, set_verbosity
 from lvlm_probe.errors import ProbeError
 
@@ -109,7 +110,7 @@ def _add_commands(group: typer.Typer, package: ModuleType) -> None:
         else:
             bare = getattr(module, "RUNS_BARE", False)
             add = group.command(name=name, cls=_Command, no_args_is_help=not bare, help=getattr(module, "HELP", None))
-            add(getattr(module, found[name].name))
+            add(spelled_out(getattr(module, found[name].name)))
 
 
 _add_commands(app, sys.modules[__name__])

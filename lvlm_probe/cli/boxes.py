@@ -9,17 +9,7 @@ import typer
 
 from lvlm_probe.cli.shared.completion import choices, complete_method
 from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, parameters
-from lvlm_probe.cli.shared.options import (
-    Attn,
-    Device,
-    Dtype,
-    Json,
-    MethodParameters,
-    OptionalModel,
-    Row,
-    TraceOrDirectory,
-    TrustRemoteCode,
-)
+from lvlm_probe.cli.shared.options import Json, Loading, MethodParameters, OptionalModel, Row, TraceOrDirectory
 from lvlm_probe.cli.shared.terminal import one_line, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -49,10 +39,7 @@ def boxes(
     ] = "igos++",
     param: MethodParameters = None,
     row: Row = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """List the boxes and points that an answer holds, in pixels, with their probability. Only --maps takes a model.
@@ -75,7 +62,7 @@ def boxes(
         from lvlm_probe.heatmap_store import MapSettings
         from lvlm_probe.selection import select_tokens
 
-        models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+        models = ReplayModels(model, loading)
         replay = open_replay(trace, *models.of(trace))
         settings = MapSettings(method, parameters(param or []), image_number)
         for number, box in enumerate(found):

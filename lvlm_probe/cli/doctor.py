@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lvlm_probe.cli.shared.checkup import Finding, environment, mending, model_checks
-from lvlm_probe.cli.shared.options import Attn, Device, Dtype, Json, TrustRemoteCode
+from lvlm_probe.cli.shared.options import Json, Loading
 from lvlm_probe.cli.shared.terminal import print_json, quiet_libraries, say, wrapped
 
 __all__ = ["RUNS_BARE", "doctor"]
@@ -28,10 +28,7 @@ def doctor(
     attempt: Annotated[
         bool, typer.Option("--try/--no-try", help="Load the model, and record a short answer about a drawn image.")
     ] = True,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """Check the environment and a model: what works, what does not, and the command that mends it.
@@ -46,9 +43,7 @@ def doctor(
         quiet_libraries()
     of_model: Iterable[Finding] = ()
     if model is not None:
-        of_model = model_checks(
-            model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code, attempt=attempt
-        )
+        of_model = model_checks(model, **vars(loading), attempt=attempt)
     found: list[Finding] = []
     for one in itertools.chain(environment(), of_model):
         found.append(one)

@@ -7,16 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from
-from lvlm_probe.cli.shared.options import (
-    Attn,
-    BaselineOption,
-    Device,
-    Dtype,
-    Json,
-    Maps,
-    OptionalModel,
-    TrustRemoteCode,
-)
+from lvlm_probe.cli.shared.options import BaselineOption, Json, Loading, Maps, OptionalModel
 from lvlm_probe.cli.shared.terminal import bar, one_line, print_json, say
 from lvlm_probe.errors import ProbeError
 
@@ -40,10 +31,7 @@ def edit(
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="By the real processor on real composites; slower.")] = False,
     baseline: BaselineOption = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """Ask the model again without the region that a map marks: the smallest that changes the words, or one you name.
@@ -65,7 +53,7 @@ def edit(
         raise ProbeError("none of these maps has values, so no region is hot; lvlm-probe report says why")
     of_traces = by_trace(found)
     own_baseline = baseline_from(baseline, video=all(trace.clips for trace, _ in of_traces))
-    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    models = ReplayModels(model, loading)
     done = []
     for trace, items in of_traces:
         replay = open_replay(trace, *models.of(trace))

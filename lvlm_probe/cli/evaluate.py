@@ -7,26 +7,15 @@ and scores are stored as ``explain`` stores them, one file each, so an interrupt
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.shared.completion import choices, complete_methods
+from lvlm_probe.cli.shared.completion import choices
 from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from
-from lvlm_probe.cli.shared.options import (
-    AgainstOption,
-    Attn,
-    BaselineOption,
-    Device,
-    Dtype,
-    Json,
-    Maps,
-    OpenPage,
-    OptionalModel,
-    TrustRemoteCode,
-)
-from lvlm_probe.cli.shared.servers import MaxRequests, Road, ServedModel, ServerUrl, Yes, open_server
+from lvlm_probe.cli.shared.options import BaselineOption, Comparing, Json, Loading, Maps, OptionalModel
+from lvlm_probe.cli.shared.servers import Served
 from lvlm_probe.cli.shared.terminal import bar, print_json, stop
 from lvlm_probe.errors import ProbeError
 
@@ -39,9 +28,10 @@ _TOLERANCE = 0.005
 """Of adaptive sampling: below what separates methods of one rank, for a quarter of the passes."""
 
 
-def evaluate(
-    paths: Maps,
-    model: OptionalModel = None,
+@dataclass(frozen=True)
+class Judging:
+    """How maps are judged."""
+
     score: Annotated[
         str,
         typer.Option(
@@ -49,7 +39,7 @@ def evaluate(
             autocompletion=choices("prob", "log"),
             help="prob: mean probability of the words; log: log-likelihood.",
         ),
-    ] = "prob",
+    ] = "prob"
     auc: Annotated[
         str,
         typer.Option(
@@ -57,65 +47,42 @@ def evaluate(
             autocompletion=choices("trapezoid", "release"),
             help="trapezoid, or release: to compare with the paper's release.",
         ),
-    ] = "trapezoid",
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Points on each curve. Default: 50.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="The real processor on real composites; slower.")] = False,
+    ] = "trapezoid"
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Points on each curve. Default: 50.")] = None
+    exact: Annotated[bool, typer.Option("--exact", help="The real processor on real composites; slower.")] = False
     grid: Annotated[
         int | None,
         typer.Option("--grid", min=1, help="Rank N × N cells instead of each map's own. With --methods: 32."),
-    ] = None,
+    ] = None
     chance: Annotated[
         int, typer.Option("--chance", min=0, help="Also score this many random maps; the verdict must beat them.")
-    ] = 0,
+    ] = 0
     synergy: Annotated[
         bool,
         typer.Option("--synergy", help="Also score what image and question give together (F_syn); 11 passes more."),
-    ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of tie-breaking and random maps.")] = 0,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            "--methods",
-            metavar="NAMES",
-            autocompletion=complete_methods,
-            help="Explain the traces by these methods first (commas between, or all), and compare them on one page.",
-        ),
-    ] = None,
-    words: Annotated[
-        list[str] | None,
-        typer.Option("--words", metavar="TEXT", help="With --methods: explain this word of every answer; repeatable."),
-    ] = None,
-    against: AgainstOption = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            metavar="FILE",
-            help="With --methods: the page; scores as JSON beside it. Default: comparison.html beside the traces.",
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="With --methods: replace the page if it exists.")
-    ] = False,
-    full: Annotated[
-        bool,
-        typer.Option(
-            "--full",
-            help="With --methods: score all points of the curves. Default: few, areas within 0.005 unless curves turn.",
-        ),
-    ] = False,
-    wide: Annotated[bool, typer.Option("--wide", help="With --methods: print every column of the table.")] = False,
-    open_it: OpenPage = False,
+    ] = False
+    seed: Annotated[int, typer.Option("--seed", help="Of tie-breaking and random maps.")] = 0
+
+    def options(self, *, comparing: Comparing, served: bool) -> dict[str, Any]:
+        """Arguments of ``probe.evaluate``. Raises ``ExplainError`` for what it does not know."""
+        from lvlm_probe.metrics import CurveRule
+
+        curve = CurveRule(auc=self.auc, seed=self.seed)  # type: ignore[arg-type]  # it says what it knows
+        if comparing.methods is not None and not comparing.full and self.steps is None and not curve.release:
+            curve = dataclasses.replace(curve, sampling="adaptive", tolerance=_TOLERANCE)
+        mode = "exact" if self.exact or served else "fast"  # a server is sent real images
+        given = {"score": self.score, "steps": self.steps, "chance": self.chance, "grid": self.grid}
+        return {**given, "curve": curve, "mode": mode, **({"synergy": True} if self.synergy else {})}
+
+
+def evaluate(
+    paths: Maps,
+    model: OptionalModel = None,
+    judging: Judging = Judging(),
+    comparing: Comparing = Comparing(),
     baseline: BaselineOption = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
-    server: ServerUrl = None,
-    served_model: ServedModel = None,
-    road: Road = None,
-    max_requests: MaxRequests = 2000,
-    yes: Yes = False,
+    loading: Loading = Loading(),
+    served: Served = Served(),
     as_json: Json = False,
 ) -> None:
     """Score stored maps by deletion and insertion, and say which not to trust. Stored scores are replaced.
@@ -128,42 +95,17 @@ def evaluate(
     Example:  lvlm-probe evaluate runs/demo --methods igos++,gradcam,tmm --out compare.html
     Example:  lvlm-probe evaluate runs/served --server http://gpu:8000 --methods rise,greedy
     """
-    from lvlm_probe.metrics import CurveRule
-
-    curve = CurveRule(auc=auc, seed=seed)  # type: ignore[arg-type]  # it says what it knows
-    if methods is not None and not full and steps is None and not curve.release:
-        curve = dataclasses.replace(curve, sampling="adaptive", tolerance=_TOLERANCE)
-    options: dict[str, Any] = {"score": score, "steps": steps, "chance": chance, "grid": grid, "curve": curve}
-    behind = open_server(
-        server, served_model, model=model, road=road, max_requests=max_requests, yes=yes, against=against
-    )
-    if synergy and methods is None:
-        options["synergy"] = True
-    options["mode"] = "exact" if exact or behind else "fast"  # a server is sent real images
-    models = ReplayModels(
-        model, server=behind, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code
-    )
-    if methods is not None:
-        if synergy:
+    behind = served.open(model=model, against=comparing.against)
+    options = judging.options(comparing=comparing, served=behind is not None)
+    models = ReplayModels(model, loading, server=behind)
+    if comparing.methods is not None:
+        if judging.synergy:
             raise ProbeError("--synergy is of stored maps: leave --methods out")
         from lvlm_probe.cli.shared.comparison import compare_methods
 
-        compare_methods(
-            paths,
-            methods,
-            models,
-            words=words,
-            against=against,
-            baseline=baseline,
-            page=out,
-            overwrite=overwrite,
-            wide=wide,
-            open_it=open_it,
-            as_json=as_json,
-            options=options,
-        )
+        compare_methods(paths, comparing, models, baseline=baseline, as_json=as_json, options=options)
         return
-    if words or against or out is not None or overwrite or full or wide or open_it:
+    if comparing != Comparing():
         raise ProbeError(
             "--words, --against, --out, --overwrite, --full, --wide and --open go with --methods: add it, e.g. "
             "--methods igos++,gradcam"
@@ -177,9 +119,7 @@ def evaluate(
     done: list[MapFile] = []
     try:
         for trace, items in of_traces:
-            replay = open_replay(trace, *models.of(trace))
-            if own_baseline is not None:
-                replay = replay.over(own_baseline)
+            replay = open_replay(trace, *models.of(trace), own_baseline)
             for item in items:
                 score_one(replay, item, shown=bar, **options)
                 done.append(item)

@@ -22,24 +22,16 @@ from lvlm_probe.cli.shared.inputs import (
 from lvlm_probe.cli.shared.models import load_model
 from lvlm_probe.cli.shared.options import (
     AgainstOption,
-    Attn,
+    Asked,
     BaselineOption,
-    Device,
-    Dtype,
-    Fps,
-    Images,
     Json,
+    Loading,
     MaxNewTokens,
     MethodParameters,
-    NumFrames,
     OptionalModel,
-    Prompt,
-    Question,
     Row,
-    TrustRemoteCode,
-    Videos,
 )
-from lvlm_probe.cli.shared.servers import MaxRequests, Road, ServedModel, ServerUrl, Yes, open_server
+from lvlm_probe.cli.shared.servers import Served
 from lvlm_probe.cli.shared.terminal import note, open_page, print_json, quoted_path, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import counted
@@ -48,6 +40,7 @@ if TYPE_CHECKING:
     from lvlm_probe.cli.shared.maps import Explained
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
+    from lvlm_probe.serving import Server
 
 __all__ = ["explain"]
 
@@ -60,12 +53,7 @@ def explain(
         Path | None, typer.Argument(metavar="[TRACE]", help="A trace file, or a directory: its last trace.")
     ] = None,
     model: OptionalModel = None,
-    image: Images = None,
-    video: Videos = None,
-    num_frames: NumFrames = None,
-    fps: Fps = None,
-    question: Question = None,
-    prompt: Prompt = None,
+    asked: Asked = Asked(),
     method: Annotated[
         str | None,
         typer.Option(
@@ -125,15 +113,8 @@ def explain(
     row: Row = None,
     baseline: BaselineOption = None,
     max_new_tokens: MaxNewTokens = 128,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
-    server: ServerUrl = None,
-    served_model: ServedModel = None,
-    road: Road = None,
-    max_requests: MaxRequests = 2000,
-    yes: Yes = False,
+    loading: Loading = Loading(),
+    served: Served = Served(),
     as_json: Json = False,
 ) -> None:
     """Show which regions of an image, or of a video's frames, made the model say its words: of an answer old or new.
@@ -152,10 +133,7 @@ def explain(
     params = parameters(param or []) | ({} if budget is None else {"budget": budget})
     if against and word_maps:
         raise ProbeError("--against makes a map for each side, and --word-maps one for each word: give either")
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
-    behind = open_server(
-        server, served_model, model=model, road=road, max_requests=max_requests, yes=yes, against=against
-    )
+    behind = served.open(model=model, against=against)
     chosen = method or ("igos++" if behind is None else "rise")
     if behind is not None and behind.gives != "passes":
         if not words and not joint:
@@ -165,38 +143,17 @@ def explain(
         if scores:
             note(f"the map is not scored: that takes log-probabilities, and {behind.name} gives {behind.what}")
             scores = False
-    loaded: Any
     if trace is None:
-        if behind is None and model is None:
-            raise ProbeError("give a trace file, or a new run: --model DIR_OR_ID --image FILE --question TEXT")
-        shown = open_shown(image, video, num_frames=num_frames, fps=fps)
-        own_baseline = baseline_from(baseline, video=bool(shown.videos))
         directory = output_directory(out or Path("runs"))
-        asking: dict[str, Any] = {"max_new_tokens": max_new_tokens, "baseline": own_baseline or "blur"}
-        if behind is not None:
-            if prompt is not None:
-                raise ProbeError("--prompt does not go with --server, which makes the prompt: give --question")
-            if shown.videos:
-                raise ProbeError("a server is sent images, no videos: load the model here, --model DIR_OR_ID")
-            loaded, processor = behind, None
-            with nothing_before():
-                recorded = ask_server(behind, shown.images, question, directory, **asking)
-        else:
-            loaded, processor = load_model(model or "", **loading)
-            with nothing_before():
-                recorded = ask(
-                    loaded, processor, shown.images, question, directory, shown=shown, prompt=prompt, **asking
-                )
+        replay = _new_replay(model, behind, loading, asked, directory, baseline=baseline, max_new_tokens=max_new_tokens)
     else:
-        if image or video or question or prompt or num_frames or fps:
+        if any(vars(asked).values()):
             raise ProbeError("a trace has its own image and question: give either TRACE, or --image and --question")
-        recorded = find_trace(trace, row)
-        own_baseline = baseline_from(baseline, video=bool(recorded.clips))
-        directory = output_directory(out) if out is not None else recorded.path.parent
-        loaded, processor = ReplayModels(model, server=behind, **loading).of(recorded)
-    replay = open_replay(recorded, loaded, processor)
-    if own_baseline is not None:
-        replay = replay.over(own_baseline)
+        found = find_trace(trace, row)
+        directory = output_directory(out) if out is not None else found.path.parent
+        own_baseline = baseline_from(baseline, video=bool(found.clips))
+        replay = open_replay(found, *ReplayModels(model, loading, server=behind).of(found), own_baseline)
+    recorded = replay.trace
     if image_number is None:
         image_number = recorded.clips[0].first if recorded.clips else 0
     settings = MapSettings(chosen, params, image_number, seed, scores, "exact" if exact or behind else "fast")
@@ -204,8 +161,8 @@ def explain(
     folder = directory / FOLDER
     explained = Explained(recorded, [])
     try:
-        for found in explain_replay(replay, selection, settings, folder, word_maps=word_maps):
-            explained.maps.append(found)
+        for made in explain_replay(replay, selection, settings, folder, word_maps=word_maps):
+            explained.maps.append(made)
     except KeyboardInterrupt:
         kept = f"{counted(len(explained.maps), 'finished map')}"
         again = _same_command(context, recorded.path)
@@ -226,6 +183,40 @@ def explain(
         say("report: ", (stored_path(page), "bold"))
     else:
         say("next:  ", f"lvlm-probe report {quoted_path(folder)} --out report.html --open")
+
+
+def _new_replay(
+    model: str | None,
+    behind: Server | None,
+    loading: Loading,
+    asked: Asked,
+    directory: Path,
+    *,
+    baseline: str | None,
+    max_new_tokens: int,
+) -> Replay:
+    """Ask the model, or the server in its place, and return the replay of the answer."""
+    from lvlm_probe.cli.shared.maps import open_replay
+
+    if behind is None and model is None:
+        raise ProbeError("give a trace file, or a new run: --model DIR_OR_ID --image FILE --question TEXT")
+    shown = open_shown(asked)
+    own_baseline = baseline_from(baseline, video=bool(shown.videos))
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "baseline": own_baseline or "blur"}
+    if behind is not None:
+        if asked.prompt is not None:
+            raise ProbeError("--prompt does not go with --server, which makes the prompt: give --question")
+        if shown.videos:
+            raise ProbeError("a server is sent images, no videos: load the model here, --model DIR_OR_ID")
+        with nothing_before():
+            recorded = ask_server(behind, shown.images, asked.question, directory, **options)
+        return open_replay(recorded, behind, None, own_baseline)
+    loaded, processor = load_model(model or "", **vars(loading))
+    with nothing_before():
+        recorded = ask(
+            loaded, processor, shown.images, asked.question, directory, shown=shown, prompt=asked.prompt, **options
+        )
+    return open_replay(recorded, loaded, processor, own_baseline)
 
 
 def _opened(explained: Explained) -> Path:

@@ -9,17 +9,7 @@ import typer
 
 from lvlm_probe.cli.shared.completion import choices, complete_method
 from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, parameters
-from lvlm_probe.cli.shared.options import (
-    Attn,
-    Device,
-    Dtype,
-    Json,
-    MethodParameters,
-    OptionalModel,
-    Row,
-    TraceOrDirectory,
-    TrustRemoteCode,
-)
+from lvlm_probe.cli.shared.options import Json, Loading, MethodParameters, OptionalModel, Row, TraceOrDirectory
 from lvlm_probe.cli.shared.terminal import one_line, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -54,10 +44,7 @@ def fields(
     param: MethodParameters = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     row: Row = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """List the values of an answer with their probability, of JSON by their path; with --out, where each stands.
@@ -86,7 +73,7 @@ def fields(
         raise ProbeError(f"{out} exists; add --overwrite, or name another file with --out")
     from lvlm_probe.cli.shared.maps import open_replay
 
-    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    models = ReplayModels(model, loading)
     replay = open_replay(trace, *models.of(trace))
     places = locate(replay, found, names=name, method=method, keep=keep, **parameters(param or []))
     files = trace.meta.get("image_files") if isinstance(trace.meta, dict) else None

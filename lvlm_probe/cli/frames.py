@@ -8,17 +8,7 @@ from typing import Annotated
 import typer
 
 from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from, find_trace
-from lvlm_probe.cli.shared.options import (
-    Attn,
-    BaselineOption,
-    Device,
-    Dtype,
-    Json,
-    OptionalModel,
-    Row,
-    TrustRemoteCode,
-    Words,
-)
+from lvlm_probe.cli.shared.options import BaselineOption, Json, Loading, OptionalModel, Row, Words
 from lvlm_probe.cli.shared.terminal import bar, print_json, say, stage
 from lvlm_probe.errors import ProbeError
 
@@ -40,10 +30,7 @@ def frames(
     seed: Annotated[int, typer.Option("--seed", help="Of the orders.")] = 0,
     row: Row = None,
     baseline: BaselineOption = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """Show how much each stretch of a video speaks for the answer, and whether it needs motion or the order of frames.
@@ -61,10 +48,8 @@ def frames(
     if not trace.clips:
         raise ProbeError(f"{path} holds no video: lvlm-probe explain shows which regions of its image count")
     own_baseline = baseline_from(baseline, video=True)
-    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
-    replay = open_replay(trace, *models.of(trace))
-    if own_baseline is not None:
-        replay = replay.over(own_baseline)
+    models = ReplayModels(model, loading)
+    replay = open_replay(trace, *models.of(trace), own_baseline)
     with bar("which frames") as progress:
         shares = video.which_frames(
             replay, tokens=words, clip=clip, segments=segments, orders=orders, seed=seed, progress=progress

@@ -7,20 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.shared.inputs import baseline_from, columns_from, output_directory
+from lvlm_probe.cli.shared.inputs import baseline_from, output_directory
 from lvlm_probe.cli.shared.models import load_model
-from lvlm_probe.cli.shared.options import (
-    Attn,
-    BaselineOption,
-    Columns,
-    Device,
-    Dtype,
-    ImagesDirectory,
-    Json,
-    Model,
-    TrustRemoteCode,
-)
-from lvlm_probe.cli.shared.rows import Fetch, Format, Requests, Strict, failures, formats_help, tell_refused
+from lvlm_probe.cli.shared.options import BaselineOption, Json, Loading, Model
+from lvlm_probe.cli.shared.rows import AnswerRows, failures, formats_help, tell_refused
 from lvlm_probe.cli.shared.terminal import bar, note, print_json, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -36,20 +26,12 @@ def import_(
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Directory for the traces; an existing one is added to.")
     ] = Path("runs"),
-    images: ImagesDirectory = None,
-    column: Columns = None,
-    format: Format = None,
-    requests: Requests = None,
-    fetch: Fetch = False,
-    strict: Strict = False,
+    rows: AnswerRows = AnswerRows(),
     llr: Annotated[bool, typer.Option(help="Log-likelihood ratios: one more pass per row.")] = True,
     attention: Annotated[bool, typer.Option(help="Keep decoder attention from answer tokens to image tokens.")] = True,
     baseline: BaselineOption = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows to look at, at most.")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """Make traces of answers that were recorded elsewhere, by replaying them with teacher forcing on a local model.
@@ -67,8 +49,8 @@ def import_(
     if not file.is_file():
         raise ProbeError(f"there is no file {file}; give a file of answers (lvlm-probe import --help has the formats)")
     directory, own_baseline = output_directory(out), baseline_from(baseline, video=False) or "blur"
-    columns = columns_from(column)
-    loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    reading = rows.reading()
+    loaded, processor = load_model(model, **vars(loading))
     from lvlm_probe.importing import import_answers
 
     try:
@@ -78,11 +60,7 @@ def import_(
                 loaded,
                 processor,
                 directory,
-                images=images,
-                columns=columns,
-                format=format,
-                requests=requests,
-                fetch=fetch,
+                **reading,
                 llr=llr,
                 attention=attention,
                 baseline=own_baseline,
@@ -95,7 +73,7 @@ def import_(
         len(result.imported) + len(result.present),
         len(result.rejected),
         [f"line {made.line}" for made in result.differing],
-        strict=strict,
+        strict=rows.strict,
     )
     if as_json:
         print_json({**_summary(result), "failed": failed})

@@ -9,21 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvlm_probe.cli.shared.inputs import baseline_from, columns_from
+from lvlm_probe.cli.shared.inputs import baseline_from
 from lvlm_probe.cli.shared.models import load_model
-from lvlm_probe.cli.shared.options import (
-    Attn,
-    BaselineOption,
-    Columns,
-    Device,
-    Dtype,
-    ImagesDirectory,
-    Json,
-    OpenPage,
-    TrustRemoteCode,
-)
-from lvlm_probe.cli.shared.rows import Fetch, Format, Requests, Strict, failures, formats_help, tell_refused
-from lvlm_probe.cli.shared.servers import MaxRequests, Road, ServedModel, ServerUrl, Yes, open_server
+from lvlm_probe.cli.shared.options import BaselineOption, Json, Loading, OpenPage
+from lvlm_probe.cli.shared.rows import AnswerRows, failures, formats_help, tell_refused
+from lvlm_probe.cli.shared.servers import Served
 from lvlm_probe.cli.shared.terminal import bar, note, one_line, open_page, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import counted
@@ -75,24 +65,12 @@ def meter(
         ),
     ] = None,
     baseline: BaselineOption = None,
-    images: ImagesDirectory = None,
-    column: Columns = None,
-    format: Format = None,
-    requests: Requests = None,
-    fetch: Fetch = False,
-    strict: Strict = False,
+    rows: AnswerRows = AnswerRows(),
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Answers to look at, at most.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page and the csv.")] = False,
     open_it: OpenPage = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
-    server: ServerUrl = None,
-    served_model: ServedModel = None,
-    road: Road = None,
-    max_requests: MaxRequests = 2000,
-    yes: Yes = False,
+    loading: Loading = Loading(),
+    served: Served = Served(),
     as_json: Json = False,
 ) -> None:
     """Tell which words came from the image, which from habit, and which this model would not have said.
@@ -114,11 +92,14 @@ def meter(
     Example:  lvlm-probe meter answers.jsonl --model llava-hf/llava-1.5-7b-hf --out meter.html
     Example:  lvlm-probe meter answers.jsonl --server http://gpu:8000
     """
+    from lvlm_probe.importing.meter import write_csv
+    from lvlm_probe.pages.prior import write_page
+
     limits = _limits(fail_on or [])
     if not (source.is_file() or source.is_dir()):  # neither a pipe nor a device
         raise ProbeError(f"there is no {source}; give a file of answers or a directory of traces")
     answers = source.is_file() and source.suffix != ".h5"
-    if answers and model is None and server is None:
+    if answers and model is None and served.server is None:
         raise ProbeError(
             f"{source} holds answers, which have to go through a model: add --model DIR_OR_ID or --server URL"
         )
@@ -126,69 +107,15 @@ def meter(
     for path in (out, table):
         if path.exists() and not overwrite:
             raise ProbeError(f"{path} exists; name another page with --out, or add --overwrite")
-    columns, own_baseline = columns_from(column), baseline_from(baseline, video=not answers)
+    options: dict[str, Any] = {**rows.reading(), "alpha": alpha, "threshold": threshold, "limit": limit}
+    options["baseline"] = baseline_from(baseline, video=not answers)
     journal = out.with_suffix(".served.jsonl")  # a run that was killed does not ask again
-    behind = open_server(
-        server,
-        served_model,
-        model=model,
-        road=road,
-        max_requests=max_requests,
-        yes=yes,
-        journal=journal,
-        log_probs_for="the meter",
-    )
-    loaded, processor = (
-        (behind, None)
-        if behind
-        else load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
-        if model
-        else (None, None)
-    )
-    from lvlm_probe.importing.meter import Reading, Unread, measure, ranked, write_csv
-    from lvlm_probe.importing.refusals import by_kind
-    from lvlm_probe.importing.rows import Source
-    from lvlm_probe.pages.prior import write_page
-
-    found: list[Reading | Unread] = []
-    if answers:
-        read = Source(source, columns, format, requests, images)
-        note(f"{source.name} is read as {read.recognised()}")
-    total = min(read.count() if answers else _size(source), limit or 2**62)
-    if behind is not None and answers and not yes and _REQUESTS * total > max_requests:
-        raise ProbeError(
-            f"{total:,} answers take about {_REQUESTS * total:,} requests, more than --max-requests {max_requests:,}: "
-            "add --yes, or --limit"
-        )
-    try:
-        with bar(f"measuring {source.name}") as advance:
-            for one in measure(
-                source,
-                loaded,
-                processor,
-                alpha=alpha,
-                threshold=threshold,
-                baseline=own_baseline,
-                images=images,
-                columns=columns,
-                format=format,
-                requests=requests,
-                fetch=fetch,
-                limit=limit,
-            ):
-                found.append(one)
-                advance(len(found), max(total, len(found)))
-    except KeyboardInterrupt:
-        note(f"stopped after {len(found)} of {total}; the page shows these")
-    readings = ranked([one for one in found if isinstance(one, Reading)])
-    unread = [one for one in found if isinstance(one, Unread)]
-    tell_refused(
-        [f"{one.source}: {one.reason}" for one in unread],
-        "could not be measured; the csv names them",
-        by_kind(one.reason for one in unread),
-    )
-    if not readings:
-        raise ProbeError(f"none of the {len(found)} answers in {source} could be measured")
+    behind = served.open(model=model, journal=journal, log_probs_for="the meter")
+    loaded = (behind, None) if model is None else load_model(model, **vars(loading))
+    total = min(_answers_in(source, rows) if answers else _size(source), limit or 2**62)
+    if behind is not None and answers:
+        _check_requests(total, served)
+    readings, unread = _measured(source, loaded, total, options)
     write_csv(readings, table, unread=unread)
     write_page(readings, out, unread=unread, overwrite=overwrite)
     if open_it:
@@ -196,8 +123,8 @@ def meter(
     failed = _failed(limits, readings, unread)
     if answers:
         differing = [one.source for one in readings if one.differs]
-        refused = 0 if limits and not strict else len(unread)  # who names limits names that of unread answers too
-        failed += failures(len(readings), refused, differing, strict=strict)
+        refused = 0 if limits and not rows.strict else len(unread)  # who names limits names that of unread answers too
+        failed += failures(len(readings), refused, differing, strict=rows.strict)
     if as_json:
         print_json({**_summary(readings, unread, out, table), "failed": failed})
     else:
@@ -211,6 +138,50 @@ def meter(
 
 
 HELP = formats_help(meter)
+
+
+def _answers_in(source: Path, rows: AnswerRows) -> int:
+    """Count the answers of a file, and say how it is read."""
+    from lvlm_probe.importing.rows import Source
+
+    read = Source(source, rows.columns, rows.format, rows.requests, rows.images)
+    note(f"{source.name} is read as {read.recognised()}")
+    return read.count()
+
+
+def _check_requests(total: int, served: Served) -> None:
+    if not served.yes and _REQUESTS * total > served.max_requests:
+        raise ProbeError(
+            f"{total:,} answers take about {_REQUESTS * total:,} requests, more than --max-requests "
+            f"{served.max_requests:,}: add --yes, or --limit"
+        )
+
+
+def _measured(
+    source: Path, loaded: tuple[Any, Any], total: int, options: Mapping[str, Any]
+) -> tuple[list[Reading], list[Unread]]:
+    """The answers that could be measured, the worst first, and the others; Ctrl-C leaves those so far."""
+    from lvlm_probe.importing.meter import Reading, Unread, measure, ranked
+    from lvlm_probe.importing.refusals import by_kind
+
+    found: list[Reading | Unread] = []
+    try:
+        with bar(f"measuring {source.name}") as advance:
+            for one in measure(source, *loaded, **options):
+                found.append(one)
+                advance(len(found), max(total, len(found)))
+    except KeyboardInterrupt:
+        note(f"stopped after {len(found)} of {total}; the page shows these")
+    readings = ranked([one for one in found if isinstance(one, Reading)])
+    unread = [one for one in found if isinstance(one, Unread)]
+    tell_refused(
+        [f"{one.source}: {one.reason}" for one in unread],
+        "could not be measured; the csv names them",
+        by_kind(one.reason for one in unread),
+    )
+    if not readings:
+        raise ProbeError(f"none of the {len(found)} answers in {source} could be measured")
+    return readings, unread
 
 
 def _limits(given: Sequence[str]) -> dict[str, float]:

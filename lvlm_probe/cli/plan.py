@@ -9,7 +9,7 @@ import typer
 
 from lvlm_probe.cli.shared.completion import complete_methods
 from lvlm_probe.cli.shared.inputs import ReplayModels, alternatives, find_trace, parameters
-from lvlm_probe.cli.shared.options import AgainstOption, Attn, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
+from lvlm_probe.cli.shared.options import AgainstOption, Json, Loading, OptionalModel, Row
 from lvlm_probe.cli.shared.terminal import note, print_json, show
 from lvlm_probe.errors import ProbeError
 
@@ -39,10 +39,7 @@ def plan(
     against: AgainstOption = None,
     seconds: Annotated[bool, typer.Option(help="Also time a few passes on this machine.")] = True,
     row: Row = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """Predict peak memory, passes and time of methods on a recorded answer, measured on a few small passes.
@@ -61,7 +58,7 @@ def plan(
         raise ProbeError("a plan is for all words of the answer; --words goes with --against")
     contrast: Any = {"tokens": words or None, "against": alternatives(against)} if against else {}
     trace = find_trace(path, row)
-    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    models = ReplayModels(model, loading)
     replay = open_replay(trace, *models.of(trace))
     image = trace.clips[0].first if trace.clips else 0
     plans, refused = [], {}

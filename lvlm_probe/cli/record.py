@@ -11,22 +11,7 @@ import typer
 from lvlm_probe.cli.shared.answers import ask, nothing_before, show_answer, trace_summary
 from lvlm_probe.cli.shared.inputs import baseline_from, open_shown, output_directory
 from lvlm_probe.cli.shared.models import DEMO, load_model
-from lvlm_probe.cli.shared.options import (
-    Attn,
-    BaselineOption,
-    Device,
-    Dtype,
-    Fps,
-    Images,
-    Json,
-    MaxNewTokens,
-    Model,
-    NumFrames,
-    Prompt,
-    Question,
-    TrustRemoteCode,
-    Videos,
-)
+from lvlm_probe.cli.shared.options import Asked, BaselineOption, Json, Loading, MaxNewTokens, Model
 from lvlm_probe.cli.shared.terminal import print_json, quoted_path, say, stored_path
 
 __all__ = ["record"]
@@ -34,22 +19,14 @@ __all__ = ["record"]
 
 def record(
     model: Model,
-    image: Images = None,
-    video: Videos = None,
-    num_frames: NumFrames = None,
-    fps: Fps = None,
-    question: Question = None,
-    prompt: Prompt = None,
+    asked: Asked = Asked(),
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Directory for the trace; an existing one is added to.")
     ] = Path("runs"),
     max_new_tokens: MaxNewTokens = 128,
     attention: Annotated[bool, typer.Option(help="Keep decoder attention from answer tokens to image tokens.")] = True,
     baseline: BaselineOption = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """Ask a model about an image or a video and keep the run as a trace file, which can be explained at any time.
@@ -57,19 +34,19 @@ def record(
     Example:  lvlm-probe record --model demo --image scene.png --question "What color is the circle?" --out runs/demo
     Example:  lvlm-probe record --model path/to/model --video clip.mp4 --num-frames 8 --question "What happens?"
     """
-    shown = open_shown(image, video, num_frames=num_frames, fps=fps)
+    shown = open_shown(asked)
     directory = output_directory(out)
     own_baseline = baseline_from(baseline, video=bool(shown.videos)) or "blur"
-    loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    loaded, processor = load_model(model, **vars(loading))
     with nothing_before():
         trace = ask(
             loaded,
             processor,
             shown.images,
-            question,
+            asked.question,
             directory,
             shown=shown,
-            prompt=prompt,
+            prompt=asked.prompt,
             max_new_tokens=max_new_tokens,
             attention=attention,
             baseline=own_baseline,

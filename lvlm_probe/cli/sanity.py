@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from
-from lvlm_probe.cli.shared.options import (
-    Attn,
-    BaselineOption,
-    Device,
-    Dtype,
-    Json,
-    Maps,
-    OptionalModel,
-    TrustRemoteCode,
-)
+from lvlm_probe.cli.shared.options import BaselineOption, Json, Loading, Maps, OptionalModel
 from lvlm_probe.cli.shared.terminal import bar, print_json, say, stop
 from lvlm_probe.errors import ProbeError
 
@@ -50,10 +41,7 @@ def sanity(
     seeds: Annotated[int, typer.Option("--seeds", min=2, help="seeds: how many maps are compared.")] = 5,
     seed: Annotated[int, typer.Option("--seed", help="Of random weights and of other words.")] = 0,
     baseline: BaselineOption = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """Check whether stored maps depend on the model and on the words, and come out the same with other random numbers.
@@ -83,12 +71,10 @@ def sanity(
     of_traces = by_trace(found)
     own_baseline = baseline_from(baseline, video=all(trace.clips for trace, _ in of_traces))
     done: list[tuple[MapFile, dict[str, SanityCheck]]] = []
-    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    models = ReplayModels(model, loading)
     try:
         for trace, items in of_traces:
-            replay = open_replay(trace, *models.of(trace))
-            if own_baseline is not None:
-                replay = replay.over(own_baseline)
+            replay = open_replay(trace, *models.of(trace), own_baseline)
             for item in items:
                 done.append((item, _checked(replay, item, wanted)))
                 if not as_json:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lvlm_probe.cli.shared.completion import choices
-from lvlm_probe.cli.shared.options import Attn, Device, Dtype, Json, OpenPage, TrustRemoteCode
+from lvlm_probe.cli.shared.options import Json, Loading, OpenPage
 from lvlm_probe.cli.shared.terminal import one_line, open_page, print_json, quiet_libraries, say, stop, stored_path
 
 __all__ = ["selfcheck"]
@@ -29,10 +29,7 @@ def selfcheck(
         Path | None, typer.Option("--out", metavar="DIR", help="Where all of it goes. Default: runs/selfcheck/MODEL.")
     ] = None,
     open_it: OpenPage = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """Check on built-in images that a model is recorded, replayed and explained rightly, and write a page to send.
@@ -48,11 +45,11 @@ def selfcheck(
     from lvlm_probe.cli.shared.selfcheck import Selfcheck
     from lvlm_probe.pages.selfcheck_page import checks
 
-    loading = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
     folder = out or Path("runs") / "selfcheck" / (re.sub(r"[^\w.-]+", "-", model.rstrip("/\\")).strip("-.") or "model")
     if out is None and Path(model).exists():
         folder = folder.parent / Path(model).resolve().name
-    work = Selfcheck(model, folder, quick=quick, loading=loading, tell=lambda *unit: None if as_json else _show(*unit))
+    tell = (lambda *_: None) if as_json else _show
+    work = Selfcheck(model, folder, quick=quick, loading=vars(loading), tell=tell)
     try:
         record = work.run()
     except KeyboardInterrupt:

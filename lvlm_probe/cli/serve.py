@@ -9,8 +9,8 @@ import typer
 
 from lvlm_probe.cli.shared.completion import choices
 from lvlm_probe.cli.shared.models import DEMO, load_model
-from lvlm_probe.cli.shared.options import Attn, Device, Dtype, MaxNewTokens, TrustRemoteCode
-from lvlm_probe.cli.shared.servers import MaxRequests, Road, ServedModel, ServerUrl, Yes, open_server
+from lvlm_probe.cli.shared.options import Loading, MaxNewTokens
+from lvlm_probe.cli.shared.servers import Served
 from lvlm_probe.cli.shared.terminal import note, one_line, say
 from lvlm_probe.extras import require
 
@@ -42,15 +42,8 @@ def serve(
     ] = None,
     max_mb: Annotated[int, typer.Option("--max-mb", min=1, help="Largest image that can be uploaded, MB.")] = 20,
     max_new_tokens: MaxNewTokens = 128,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
-    server: ServerUrl = None,
-    served_model: ServedModel = None,
-    road: Road = None,
-    max_requests: MaxRequests = 100_000,
-    yes: Yes = False,
+    loading: Loading = Loading(),
+    served: Served = Served(max_requests=100_000),
 ) -> None:
     """Serve an app in the browser: ask about images, click words, see maps. Needs the extra app.
 
@@ -62,15 +55,12 @@ def serve(
     from lvlm_probe.app import Limits, Service
     from lvlm_probe.app import serve as serve_app
 
-    behind = open_server(
-        server, served_model, model=" ".join(model or []) or None, road=road, max_requests=max_requests, yes=yes
-    )
+    behind = served.open(model=" ".join(model or []) or None)
     sources: dict[str, Any] = {}
     if behind is not None:
         sources[behind.name] = behind
-    loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn": attn, "trust_remote_code": trust_remote_code}
     for spec in dict.fromkeys(model or ([DEMO] if behind is None else [])):
-        sources[spec if spec == DEMO else Path(spec).name or spec] = load_model(spec, **loading)
+        sources[spec if spec == DEMO else Path(spec).name or spec] = load_model(spec, **vars(loading))
     service = Service(sources, store=store, limits=Limits(file_bytes=max_mb * 1_000_000, answer=max_new_tokens))
     if host not in ("127.0.0.1", "localhost", "::1"):
         note(f"listening on {one_line(host)}: whoever reaches this machine can ask the model")

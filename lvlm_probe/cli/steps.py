@@ -8,18 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, output_directory
-from lvlm_probe.cli.shared.options import (
-    Attn,
-    Device,
-    Dtype,
-    Json,
-    KeptIn,
-    OpenPage,
-    OptionalModel,
-    Row,
-    TraceOrDirectory,
-    TrustRemoteCode,
-)
+from lvlm_probe.cli.shared.options import Json, KeptIn, Loading, OpenPage, OptionalModel, Row, TraceOrDirectory
 from lvlm_probe.cli.shared.terminal import bar, open_page, print_json, say, stage, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -54,10 +43,7 @@ def steps(
     open_it: OpenPage = False,
     out: KeptIn = None,
     row: Row = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """Show an answer step by step: how much of each the image is responsible for, and which one decides the end.
@@ -80,7 +66,7 @@ def steps(
     if check:
         from lvlm_probe.cli.shared.maps import open_replay
 
-        models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+        models = ReplayModels(model, loading)
         replay = open_replay(trace, *models.of(trace))
         with bar("checking steps") as progress:
             chosen = None if only is None else [number - 1 for number in only]

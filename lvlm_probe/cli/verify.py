@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvlm_probe.cli.shared.inputs import ReplayModels, rows_of
-from lvlm_probe.cli.shared.options import Attn, Device, Dtype, Json, OptionalModel, Row, TrustRemoteCode
-from lvlm_probe.cli.shared.servers import MaxRequests, Road, ServedModel, ServerUrl, Yes, open_server
+from lvlm_probe.cli.shared.options import Json, Loading, OptionalModel, Row
+from lvlm_probe.cli.shared.servers import Served
 from lvlm_probe.cli.shared.terminal import note, one_line, print_json, say, stage
 from lvlm_probe.errors import ModelMismatch, ProbeError, TraceError
 
@@ -33,15 +33,8 @@ def verify(
         ),
     ] = None,
     row: Row = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
-    server: ServerUrl = None,
-    served_model: ServedModel = None,
-    road: Road = None,
-    max_requests: MaxRequests = 2000,
-    yes: Yes = False,
+    loading: Loading = Loading(),
+    served: Served = Served(),
     as_json: Json = False,
 ) -> None:
     """Replay a trace and state the largest difference to the recorded log-probabilities.
@@ -59,20 +52,10 @@ def verify(
     if not traces:
         raise TraceError(f"{path} holds no traces")
     results: list[dict[str, Any]] = []
-    behind = open_server(
-        server,
-        served_model,
-        model=model,
-        road=road,
-        max_requests=max_requests,
-        yes=yes,
-        log_probs_for="verify",
-    )
+    behind = served.open(model=model, log_probs_for="verify")
     if behind is not None:
         note("compared are log-probabilities: the model is told by its name, its weights and inputs are not seen")
-    models = ReplayModels(
-        model, server=behind, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code
-    )
+    models = ReplayModels(model, loading, server=behind)
     for trace in traces:
         if isinstance(trace, ProbeError):
             result = {"trace": None, "ok": False, "difference": None, "sentence": str(trace)}

@@ -9,16 +9,13 @@ import typer
 from lvlm_probe.cli.shared.completion import choices
 from lvlm_probe.cli.shared.inputs import ReplayModels, baseline_from, find_trace, output_directory
 from lvlm_probe.cli.shared.options import (
-    Attn,
     BaselineOption,
-    Device,
-    Dtype,
     Json,
     KeptIn,
+    Loading,
     OptionalModel,
     Row,
     TraceOrDirectory,
-    TrustRemoteCode,
     Words,
 )
 from lvlm_probe.cli.shared.terminal import bar, print_json, say, stage, stop, stored_path
@@ -55,10 +52,7 @@ def which(
     out: KeptIn = None,
     row: Row = None,
     baseline: BaselineOption = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """Show how much each image, turn or text of the prompt speaks for the answer, or the image against the question.
@@ -81,10 +75,8 @@ def which(
     trace = find_trace(path, row)
     folder = trace.explanations_dir if out is None else output_directory(out) / FOLDER
     own_baseline = baseline_from(baseline, video=bool(trace.clips))
-    models = ReplayModels(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
-    replay = open_replay(trace, *models.of(trace))
-    if own_baseline is not None:
-        replay = replay.over(own_baseline)
+    models = ReplayModels(model, loading)
+    replay = open_replay(trace, *models.of(trace), own_baseline)
     parts = parts or ("images" if replay.n_images > 1 and not trace.clips else "modalities")
     found: causal.PartShares | causal.Modalities
     kind = "modalities" if parts == "modalities" and not text else "parts"

@@ -256,7 +256,6 @@ leave so much open are within 0.03 of all of them. It is compared with a larger 
 _CENTER_PASSES = 40
 """Images that may take: some 16 to 22 for gentle curves, some more where a small thing stands right in the middle."""
 
-_RULE = CurveRule()
 _LATER = ("center_gain", "synergy")  # scores of before have none
 _CURVES = ("fractions", "deletion_curve", "insertion_curve", "deletion_raw", "insertion_raw", "random_gains")
 
@@ -276,7 +275,7 @@ def evaluate(
     chance: int = 0,
     center: bool = True,
     synergy: bool | str = False,
-    curve: CurveRule = _RULE,
+    curve: CurveRule = CurveRule(),
     shared: dict[Any, Known] | None = None,
     progress: ProgressChoice = None,
 ) -> Score:

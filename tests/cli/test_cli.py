@@ -622,8 +622,10 @@ def test_a_comparison_that_is_killed_leaves_a_page_of_what_was_finished(
 
 def test_methods_are_judged_on_few_points_whose_bound_is_stored(trace: Path) -> None:
     named = ("evaluate", trace, "--methods", "input_gradient,center", "--chance", "2", "--overwrite", "--json")
-    few = succeed(*named).json["traces"][0]["maps"]
-    full = succeed(*named, "--full").json["traces"][0]["maps"]
+    quick, whole = succeed(*named).json, succeed(*named, "--full").json
+    judged = {"score": "prob", "auc": "trapezoid", "steps": None, "chance": 2, "grid": 32, "mode": "fast", "seed": 0}
+    assert whole["judged"] == judged and quick["judged"] == {**judged, "sampling": "adaptive", "tolerance": 0.005}
+    few, full = quick["traces"][0]["maps"], whole["traces"][0]["maps"]
     for one, other in zip(few, full, strict=True):
         params = one["score"]["params"]
         assert params["sampling"] == "adaptive" and "sampling" not in other["score"]["params"]

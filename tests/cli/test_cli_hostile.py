@@ -23,6 +23,7 @@ from PIL import Image
 
 from lvlm_probe import cli
 from lvlm_probe.cli.shared import inputs, models, terminal
+from lvlm_probe.cli.shared.options import Loading
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.heatmap_store import MapFile
 from lvlm_probe.metrics import Score
@@ -320,13 +321,13 @@ def test_one_agreement_is_for_one_name(tmp_path: Path, monkeypatch: pytest.Monke
     asked: list[str] = []
     monkeypatch.setattr(inputs, "agrees", lambda question: asked.append(question) or True)
     monkeypatch.setattr(inputs, "load_model", lambda spec, **options: (spec, options["dtype"]))
-    found = inputs.ReplayModels(None, dtype="float32")
+    found = inputs.ReplayModels(None, Loading(dtype="float32"))
     from lvlm_probe.trace import open_trace
 
     traces = [open_trace(write(evil_capture(name), tmp_path)) for name in ("a/b", "a/b", "c/d", "a/b")]
     assert [found.of(trace)[0] for trace in traces] == ["a/b", "a/b", "c/d", "a/b"]
     assert len(asked) == 2
-    assert inputs.ReplayModels("x", dtype="float32").of(traces[0]) == ("x", "float32")
+    assert inputs.ReplayModels("x", Loading(dtype="float32")).of(traces[0]) == ("x", "float32")
 
 
 def test_code_of_a_model_runs_for_whoever_asks(owner: tuple[Path, Path]) -> None:

@@ -16,6 +16,7 @@ import typer
 
 import lvlm_probe as probe
 from lvlm_probe import cli
+from lvlm_probe.cli.shared.options import Loading, spelled_out
 
 ROOT = Path(__file__).parents[2]
 HOW_TO = (ROOT / "docs" / "developing" / "add-a-command.md").read_text(encoding="utf-8")
@@ -63,6 +64,20 @@ def faults(line: str, function: Callable[..., None]) -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_a_command_has_a_file_help_and_a_test(line: str) -> None:
     assert not faults(line, commands()[line])
+
+
+def test_options_that_go_together_are_spelled_out_where_they_stand() -> None:
+    asked: list[object] = []
+
+    def command(path: Path, loading: Loading = Loading(dtype="auto"), last: int = 3) -> None:
+        asked.extend([path, loading, last])
+
+    spelled = spelled_out(command)
+    parameters = inspect.signature(spelled).parameters
+    assert list(parameters) == ["path", "device", "dtype", "attn", "trust_remote_code", "last"]
+    assert parameters["dtype"].default == "auto" and parameters["device"].annotation.__metadata__[0].help
+    spelled(path=Path("x"), device="mps", dtype="auto", attn=None, trust_remote_code=True, last=4)
+    assert asked == [Path("x"), Loading("mps", "auto", None, True), 4]
 
 
 def test_a_forgotten_step_is_found() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from lvlm_probe.cli.shared.inputs import ReplayModels, alternatives, baseline_from
 from lvlm_probe.cli.shared.maps import label_of, open_replay
+from lvlm_probe.cli.shared.options import Comparing
 from lvlm_probe.cli.shared.terminal import (
     bar,
     note,
@@ -72,31 +73,23 @@ _IMPORTANCE = (0, 1, 4, 2, 3, 5, 6, 7)
 
 def compare_methods(
     paths: Sequence[Path],
-    names: str,
+    asked: Comparing,
     models: ReplayModels,
     *,
-    words: list[str] | None,
-    against: list[str] | None,
     baseline: str | None,
-    page: Path | None,
-    overwrite: bool,
-    wide: bool,
-    open_it: bool,
     as_json: bool,
     options: Mapping[str, Any],
 ) -> None:
-    """Explain and score the traces behind ``paths`` by every method of ``names``; print means, write the page.
+    """Explain and score the traces behind ``paths`` by every method that is asked for; print means, write the page.
 
     Quick methods come first, on all traces. The page is written anew while slow ones go on, so that there is one of
     what is finished whenever the work ends.
 
     Args:
-        names: methods with commas between, or ``"all"``.
-        words, against: what every map explains, by default the words that the image decides.
+        asked: the methods, what every map explains, and the page.
         models: what the traces are replayed on.
-        wide: print every column, however narrow the terminal.
-        open_it: open the page in the browser.
-        page: the file to write; by default ``comparison.html`` beside the traces. Scores go beside it as JSON.
+        baseline: the option of this name.
+        as_json: print the comparison for programs.
         options: of ``evaluate``; the grid is 32 where it leaves it open.
 
     Raises:
@@ -104,12 +97,12 @@ def compare_methods(
             error: its reason stands in its place.
     """
     traces = _traces(paths)
-    page = page or (paths[0] if paths[0].is_dir() else paths[0].parent) / _PAGE
-    _refuse_finished(page, overwrite=overwrite)
+    page = asked.out or (paths[0] if paths[0].is_dir() else paths[0].parent) / _PAGE
+    _refuse_finished(page, overwrite=asked.overwrite)
     judging = {**options, "grid": options.get("grid") or _GRID}
-    work = _Work(traces, _methods(names), judging, page)
-    asked = {"words": words or None, "against": alternatives(against)}
-    opened = _Opened(models, asked, baseline_from(baseline, video=all(trace.clips for trace in traces)))
+    work = _Work(traces, _methods(asked.methods or ""), judging, page)
+    selected = {"words": asked.words or None, "against": alternatives(asked.against)}
+    opened = _Opened(models, selected, baseline_from(baseline, video=all(trace.clips for trace in traces)))
     try:
         for again, group in enumerate(work.in_order(opened)):
             for number, trace in enumerate(traces):
@@ -127,14 +120,14 @@ def compare_methods(
         ) from None
     with stage("writing the page"):
         record = work.write(finished=True)
-    if open_it:
+    if asked.open_it:
         open_page(page)
     if as_json:
         print_json(record)
         return
     made = work.comparison
     assert made is not None
-    _show(made, wide=wide)
+    _show(made, wide=asked.wide)
     for method, reason in work.failed.items():
         count = sum(heat.method == method and heat.values is None for heat, _ in work.made.values())
         where = "any trace" if count == len(traces) else f"{count} of {len(traces)} traces"
@@ -160,16 +153,14 @@ class _Answer:
 class _Opened:
     """The answers, one open at a time: a replay holds what it has worked out."""
 
-    def __init__(self, models: ReplayModels, asked: Mapping[str, Any], baseline: Any) -> None:
-        self._models, self._asked, self._baseline = models, asked, baseline
+    def __init__(self, models: ReplayModels, selected: Mapping[str, Any], baseline: Any) -> None:
+        self._models, self._selected, self._baseline = models, selected, baseline
         self._last: _Answer | None = None
 
     def of(self, trace: Trace) -> _Answer:
         if self._last is None or self._last.trace is not trace:
-            replay = open_replay(trace, *self._models.of(trace))
-            if self._baseline is not None:
-                replay = replay.over(self._baseline)
-            self._last = _Answer(trace, replay, select_tokens(replay, **self._asked), {})
+            replay = open_replay(trace, *self._models.of(trace), self._baseline)
+            self._last = _Answer(trace, replay, select_tokens(replay, **self._selected), {})
         return self._last
 
 
@@ -399,13 +390,21 @@ def _interval(interval: Interval | None) -> str:
     return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
+def _in_words(judging: Mapping[str, Any]) -> dict[str, Any]:
+    """How maps were judged, for programs."""
+    curve = vars(judging["curve"])
+    left_out = {"tie_orders"} | ({"sampling", "tolerance"} if curve["sampling"] == "full" else set())
+    rest = {name: value for name, value in judging.items() if name != "curve"}
+    return rest | {name: value for name, value in curve.items() if name not in left_out}
+
+
 def _record(made: Comparison, traces: Sequence[Trace], judging: Mapping[str, Any]) -> dict[str, Any]:
     """The comparison for programs."""
     return {
         "page": str(made.path),
         "grid": judging["grid"],
         "center_gain": made.center_gain,
-        "judged": dict(judging),
+        "judged": _in_words(judging),
         "methods": [
             {
                 "method": one.method,

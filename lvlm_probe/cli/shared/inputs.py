@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.cli.shared.models import DEMO, load_model
+from lvlm_probe.cli.shared.options import Asked, Loading
 from lvlm_probe.cli.shared.terminal import agrees, one_line
 from lvlm_probe.errors import ImageError, ProbeError, TraceError
 from lvlm_probe.escaping import first_line
@@ -51,13 +52,7 @@ class Shown:
     files: dict[str, list[str]]
 
 
-def open_shown(
-    images: Sequence[Path] | None,
-    videos: Sequence[Path] | None = None,
-    *,
-    num_frames: int | None = None,
-    fps: float | None = None,
-) -> Shown:
+def open_shown(asked: Asked) -> Shown:
     """Open what ``--image`` and ``--video`` name; a video that is given as an image is one.
 
     Raises:
@@ -68,8 +63,8 @@ def open_shown(
     from lvlm_probe.trace.image_files import open_image_file
     from lvlm_probe.trace.video_files import check_video_file, is_video_name
 
-    files = [path for path in images or [] if not is_video_name(path)]
-    clips = [*(path for path in images or [] if is_video_name(path)), *(videos or [])]
+    files = [path for path in asked.image or [] if not is_video_name(path)]
+    clips = [*(path for path in asked.image or [] if is_video_name(path)), *(asked.video or [])]
     if not files and not clips:
         raise ImageError("there is no image to explain anything with: add --image FILE, or --video FILE")
     for path in (*files, *clips):
@@ -86,7 +81,7 @@ def open_shown(
     return Shown(
         [open_image_file(path) for path in files],
         clips,
-        {"num_frames": num_frames, "fps": fps},
+        {"num_frames": asked.num_frames, "fps": asked.fps},
         {kind: found for kind, found in names.items() if found},
     )
 
@@ -124,11 +119,11 @@ class ReplayModels:
         spec: the model that the user has named; ``None`` takes what a trace names, once the user has agreed to it. A
             trace may come from anybody, and what it names may be any directory of this machine, or be fetched from the
             network.
+        loading: how it is loaded.
         server: one that runs the model, in its place.
-        loading: device, dtype, attn and trust_remote_code of ``load_model``.
     """
 
-    def __init__(self, spec: str | None, *, server: Server | None = None, **loading: Any) -> None:
+    def __init__(self, spec: str | None, loading: Loading = Loading(), *, server: Server | None = None) -> None:
         self._spec, self._server, self._loading = spec, server, loading
         self._agreed: set[str] = set()
         self._loaded: tuple[str, tuple[Any, Any]] | None = None
@@ -140,7 +135,7 @@ class ReplayModels:
         name = self._spec if self._spec is not None else self._named(trace)
         if self._loaded is None or self._loaded[0] != name:
             self._loaded = None  # the old one goes before the new one comes
-            self._loaded = (name, load_model(name, **self._loading))
+            self._loaded = (name, load_model(name, **vars(self._loading)))
         return self._loaded[1]
 
     def _named(self, trace: Trace) -> str:

@@ -28,6 +28,7 @@ from lvlm_probe.video import ClipHeatmap
 from lvlm_probe.words import told_apart
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.text import Text
 
 __all__ = [
@@ -52,10 +53,11 @@ class Explained:
     maps: list[MapFile]
 
 
-def open_replay(trace: Trace, model: Any, processor: Any) -> Replay:
-    """Open the replay of a trace, with a line that says so when it takes long."""
+def open_replay(trace: Trace, model: Any, processor: Any, baseline: str | Image.Image | None = None) -> Replay:
+    """Open the replay of a trace, with a line that says so when it takes long; over a baseline where one is given."""
     with stage("replaying the trace"):
-        return replay(trace, model, processor)
+        opened = replay(trace, model, processor)
+    return opened if baseline is None else opened.over(baseline)
 
 
 def explain_replay(

@@ -1,41 +1,44 @@
-"""Options that several commands share, each written once."""
+"""Options that several commands share, each written once.
+
+Options that always go together are one parameter, whose type is a dataclass of them (``Loading``, ``Asked``). The
+command line has each field by itself (``spelled_out``).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from lvlm_probe.cli.shared.completion import choices
+from lvlm_probe.cli.shared.completion import choices, complete_methods
 
 __all__ = [
     "AgainstOption",
-    "Attn",
+    "Asked",
     "BaselineOption",
     "Columns",
-    "Device",
-    "Dtype",
-    "Fps",
-    "Images",
+    "Comparing",
     "ImagesDirectory",
     "Json",
     "KeptIn",
+    "Loading",
     "Maps",
     "MaxNewTokens",
     "MethodParameters",
     "Model",
-    "NumFrames",
     "OpenPage",
     "OptionalModel",
-    "Prompt",
-    "Question",
     "Row",
     "StudyFile",
     "TraceOrDirectory",
     "TrustRemoteCode",
-    "Videos",
     "Words",
+    "spelled_out",
 ]
 
 AgainstOption = Annotated[
@@ -60,14 +63,14 @@ OptionalModel = Annotated[
         help=f"{_MODEL_HELP} Left out: the trace's own, if you agree.",
     ),
 ]
-Images = Annotated[
+_Images = Annotated[
     list[Path] | None, typer.Option("--image", metavar="FILE", help="The image; repeat it for a prompt with several.")
 ]
-Videos = Annotated[
+_Videos = Annotated[
     list[Path] | None,
     typer.Option("--video", metavar="FILE", help="A video: MP4, WebM, GIF, …; repeat it for a prompt with several."),
 ]
-NumFrames = Annotated[
+_NumFrames = Annotated[
     int | None,
     typer.Option(
         "--num-frames",
@@ -76,13 +79,13 @@ NumFrames = Annotated[
         help="How many frames of the video the model is shown. Default: what its processor samples, or 16.",
     ),
 ]
-Fps = Annotated[
+_Fps = Annotated[
     float | None, typer.Option("--fps", metavar="N", help="The same for each second of it, instead of --num-frames.")
 ]
-Question = Annotated[
+_Question = Annotated[
     str | None, typer.Option("--question", metavar="TEXT", help="What to ask about the image. Captioners take none.")
 ]
-Prompt = Annotated[
+_Prompt = Annotated[
     str | None,
     typer.Option(
         "--prompt",
@@ -91,7 +94,7 @@ Prompt = Annotated[
         "for image tokens, {images}. Of a captioner or reader: its task, or how the answer begins.",
     ),
 ]
-Device = Annotated[
+_Device = Annotated[
     str | None,
     typer.Option(
         "--device",
@@ -100,7 +103,7 @@ Device = Annotated[
         help="cpu, cuda, cuda:1, mps. Default: cuda if any.",
     ),
 ]
-Dtype = Annotated[
+_Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
@@ -109,7 +112,7 @@ Dtype = Annotated[
         help="float32, bfloat16, float16, auto. Default: float32 on the CPU, else auto.",
     ),
 ]
-Attn = Annotated[
+_Attn = Annotated[
     str | None,
     typer.Option(
         "--attn",
@@ -163,3 +166,91 @@ ImagesDirectory = Annotated[
 StudyFile = Annotated[
     Path, typer.Argument(metavar="STUDY.yaml", help="The study: models, data sets, methods, settings.")
 ]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded, as ``load_model`` takes it."""
+
+    device: _Device = None
+    dtype: _Dtype = None
+    attn: _Attn = None
+    trust_remote_code: TrustRemoteCode = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a model is asked, and shown."""
+
+    image: _Images = None
+    video: _Videos = None
+    num_frames: _NumFrames = None
+    fps: _Fps = None
+    question: _Question = None
+    prompt: _Prompt = None
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """Methods that are compared on the same answers, and the page of it."""
+
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            metavar="NAMES",
+            autocompletion=complete_methods,
+            help="Explain the traces by these methods first (commas between, or all), and compare them on one page.",
+        ),
+    ] = None
+    words: Annotated[
+        list[str] | None,
+        typer.Option("--words", metavar="TEXT", help="With --methods: explain this word of every answer; repeatable."),
+    ] = None
+    against: AgainstOption = None
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="With --methods: the page; scores as JSON beside it. Default: comparison.html beside the traces.",
+        ),
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --methods: replace the page if it exists.")] = (
+        False
+    )
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="With --methods: score all points of the curves. Default: few, areas within 0.005 unless curves turn.",
+        ),
+    ] = False
+    wide: Annotated[bool, typer.Option("--wide", help="With --methods: print every column of the table.")] = False
+    open_it: OpenPage = False
+
+
+def spelled_out(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that is given the fields of its groups of options, each as a parameter of its own."""
+    signature = inspect.signature(command, eval_str=True)
+    groups = {name: one for name, one in signature.parameters.items() if dataclasses.is_dataclass(one.annotation)}
+    if not groups:
+        return command
+    spelled: list[inspect.Parameter] = []
+    for name, one in signature.parameters.items():
+        if name in groups:
+            hints = get_type_hints(one.annotation, include_extras=True)
+            fields = vars(one.default).items()
+            spelled += [one.replace(name=key, annotation=hints[key], default=value) for key, value in fields]
+        else:
+            spelled.append(one)
+
+    def called(**given: Any) -> None:
+        for name, one in groups.items():
+            given[name] = one.annotation(**{key: given.pop(key) for key in vars(one.default)})
+        command(**given)
+
+    called.__name__, called.__module__, called.__doc__ = command.__name__, command.__module__, command.__doc__
+    called.__annotations__ = {one.name: one.annotation for one in spelled}
+    called.__signature__ = signature.replace(parameters=spelled)  # type: ignore[attr-defined]
+    return called

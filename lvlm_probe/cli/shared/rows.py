@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from lvlm_probe.cli.shared.inputs import columns_from
+from lvlm_probe.cli.shared.options import Columns, ImagesDirectory
 from lvlm_probe.cli.shared.terminal import note
 
-__all__ = ["FORMATS", "REFUSED", "Fetch", "Format", "Requests", "Strict", "failures", "formats_help", "tell_refused"]
+__all__ = ["FORMATS", "REFUSED", "AnswerRows", "failures", "formats_help", "tell_refused"]
 
 _SHOWN = 5
 
@@ -57,7 +60,7 @@ FORMATS: dict[str, tuple[str, str]] = {
 }
 """Shape → what is read, and a line that is."""
 
-Format = Annotated[
+_Format = Annotated[
     str | None,
     typer.Option(
         "--format",
@@ -65,16 +68,38 @@ Format = Annotated[
         help="A format below, a kind of file (csv, …) or both: csv,llava. Default: by content.",
     ),
 ]
-Requests = Annotated[
+_Requests = Annotated[
     Path | None,
     typer.Option(
         "--requests", metavar="FILE", help="What was asked, joined by id: batch input, questions, a data set's tsv."
     ),
 ]
-Fetch = Annotated[bool, typer.Option("--fetch", help="Ask the network for images that are given by URL.")]
-Strict = Annotated[
+_Fetch = Annotated[bool, typer.Option("--fetch", help="Ask the network for images that are given by URL.")]
+_Strict = Annotated[
     bool, typer.Option("--strict", help="Exit code 1 for any refused row; else for more than a tenth of them.")
 ]
+
+
+@dataclass(frozen=True)
+class AnswerRows:
+    """How the rows of a file of answers are read, and when their command has failed."""
+
+    images: ImagesDirectory = None
+    column: Columns = None
+    format: _Format = None
+    requests: _Requests = None
+    fetch: _Fetch = False
+    strict: _Strict = False
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Field → its name in the file. Raises ``ProbeError``."""
+        return columns_from(self.column)
+
+    def reading(self) -> dict[str, Any]:
+        """Arguments of ``import_answers`` and ``measure``. Raises ``ProbeError``."""
+        given = {key: value for key, value in vars(self).items() if key not in ("column", "strict")}
+        return {**given, "columns": self.columns}
 
 
 def formats_help(command: Callable[..., None]) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from lvlm_probe.cli.shared.inputs import baseline_from, parameters
 from lvlm_probe.cli.shared.models import load_model
-from lvlm_probe.cli.shared.options import Attn, BaselineOption, Device, Dtype, Json, Model, TrustRemoteCode
+from lvlm_probe.cli.shared.options import BaselineOption, Json, Loading, Model
 from lvlm_probe.cli.shared.rows import tell_refused
 from lvlm_probe.cli.shared.terminal import bar, print_json, say
 from lvlm_probe.errors import ProbeError
@@ -29,10 +29,7 @@ def contradictions(
     param: Annotated[
         list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="Option of the reader; repeatable.")
     ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    attn: Attn = None,
-    trust_remote_code: TrustRemoteCode = False,
+    loading: Loading = Loading(),
     as_json: Json = False,
 ) -> None:
     """Measure how well the meter tells answers that contradict their image, on data that has both kinds.
@@ -44,7 +41,7 @@ def contradictions(
     Example:  lvlm-probe study contradictions pope data/pope --model llava-hf/llava-1.5-7b-hf
     """
     own_baseline, options = baseline_from(baseline, video=False), parameters(param or [])
-    loaded, processor = load_model(model, device=device, dtype=dtype, attn=attn, trust_remote_code=trust_remote_code)
+    loaded, processor = load_model(model, **vars(loading))
     from lvlm_probe.study import open_dataset
     from lvlm_probe.study.contradictions import detect, pairs
 
