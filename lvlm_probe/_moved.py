@@ -14,8 +14,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
-__all__ = ["MOVED", "NAMES", "grouped", "install", "names_of", "renamed"]
-
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 MOVED = {

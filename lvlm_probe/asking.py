@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
     from lvlm_probe.words import Word
 
-__all__ = ["Answer", "ask"]
-
 
 def ask(
     model: torch.nn.Module,

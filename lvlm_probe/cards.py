@@ -15,8 +15,6 @@ from typing import Any
 from lvlm_probe.escaping import escaped
 from lvlm_probe.words import group_words, spelled
 
-__all__ = ["answer_html", "card", "in_one_line", "text_html"]
-
 _TEXT, _ITEMS = 60, 8
 """Characters of a text, and members of a list, that one line shows."""
 _CARD_TEXT, _WORDS = 4000, 2000

@@ -32,25 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "COARSE",
-    "FORMATS",
-    "WIDTHS",
-    "Curved",
-    "Mark",
-    "Panel",
-    "Scored",
-    "colour_bar",
-    "curve_figure",
-    "difference",
-    "figure",
-    "figure_bytes",
-    "mark_of",
-    "overlay",
-    "resample",
-    "save_figure",
-]
-
 # Dark ends of perceptually uniform maps vanish in shadows; opacity already says "little", so colour starts brighter.
 _COLOUR_FLOOR = 0.25
 _LINE = 25

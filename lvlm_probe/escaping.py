@@ -6,18 +6,6 @@ import re
 import unicodedata
 from typing import Any
 
-__all__ = [
-    "ACTING",
-    "counted",
-    "csv_cell",
-    "escaped",
-    "first_line",
-    "markdown_text",
-    "one_line",
-    "tex_text",
-    "writable",
-]
-
 ACTING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f\ud800-\udfff]"

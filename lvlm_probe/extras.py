@@ -7,8 +7,6 @@ from typing import Any
 
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["require"]
-
 
 def require(module: str, *, extra: str, purpose: str) -> Any:
     """Imports a module of an optional library. Raises ``ProbeError`` that names the extra to install."""

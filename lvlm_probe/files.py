@@ -26,25 +26,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "DAY",
-    "NUMBER_DIGITS",
-    "NotRegularFile",
-    "State",
-    "causes",
-    "found_within",
-    "in_the_way",
-    "is_ours",
-    "json_ready",
-    "open_regular",
-    "orphans",
-    "part_beside",
-    "read_small",
-    "remove_orphans",
-    "state_of",
-    "write_whole",
-]
-
 State = tuple[int, int, int]
 """Inode, bytes, and time of change in ns: what differs when another file was put in a file's place."""
 

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace import Trace
 
-__all__ = ["HeatGrid", "Heatmap", "figure", "resample"]
-
 KIND, VERSION = "heatmap", "1.0"
 PNG_KEY = "lvlm_probe"
 """Text chunk of a saved PNG that holds the provenance as JSON."""

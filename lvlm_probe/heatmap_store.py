@@ -47,28 +47,6 @@ from lvlm_probe.video.explaining import explain_by
 if TYPE_CHECKING:
     from lvlm_probe.selection import TokenSelection
 
-__all__ = [
-    "FOLDER",
-    "MapFile",
-    "MapSettings",
-    "by_trace",
-    "evidence_beside",
-    "evidence_path",
-    "explain_one",
-    "find_maps",
-    "going_on",
-    "is_map",
-    "keep_evidence",
-    "map_name",
-    "not_made",
-    "orders_of",
-    "read_record",
-    "reason_of",
-    "score_one",
-    "write_order",
-    "write_record",
-]
-
 FOLDER = "explanations"
 
 LARGEST_RECORD = 64 * 2**20

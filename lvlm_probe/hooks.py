@@ -36,18 +36,6 @@ import torch
 
 from lvlm_probe.errors import ProbeWarning
 
-__all__ = [
-    "NOTHING",
-    "Call",
-    "HookSet",
-    "Shadow",
-    "beneath",
-    "caution",
-    "first_tensor",
-    "shadow_of",
-    "within",
-]
-
 _log = logging.getLogger("lvlm_probe")
 
 OnError = Callable[[str, BaseException], None]

@@ -29,8 +29,6 @@ from typing import Any
 
 from lvlm_probe.errors import PluginError, ProbeError, ProbeWarning
 
-__all__ = ["GROUP", "Plugin", "check_registration", "installed_plugins", "load_plugins"]
-
 GROUP = "lvlm_probe.plugins"
 """The entry-point group that plugins stand in."""
 

@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from typing import TypeAlias
 
-__all__ = ["Lines", "Progress", "ProgressChoice", "duration", "roughly", "show_progress"]
-
 Progress: TypeAlias = "Callable[[int, int], None]"
 """Called with (done, total) in the work's own unit."""
 ProgressChoice: TypeAlias = "Progress | bool | None"

@@ -36,16 +36,6 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
     from lvlm_probe.words import Word
 
-__all__ = [
-    "STOP_WORDS",
-    "Against",
-    "TokenSelection",
-    "scored_selection",
-    "select_tokens",
-    "word_llr",
-    "word_selections",
-]
-
 _STOP_WORDS = (
     "a an the this that these those it its there here is are was were be been being am do does did has have had and or "
     "but nor so of in on at to from by with for as than then which who what where"

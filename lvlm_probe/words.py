@@ -18,8 +18,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-__all__ = ["ALPHA", "Word", "group_words", "settled_words", "spelled", "told_apart"]
-
 ALPHA = 1.0
 """LLR above which a token of the answer is the image's doing, nats (paper, Eq. 6)."""
 

@@ -156,7 +156,12 @@ def test_a_module_is_found_under_its_old_name_with_a_warning(old: str) -> None:
     assert isinstance(module, types.ModuleType)
     homes = [importlib.import_module(f"lvlm_probe.{home}") for home in _moved.MOVED[old].split()]
     for home in homes:
-        for name in getattr(home, "__all__", ()):
+        names = getattr(home, "__all__", None) or [
+            name
+            for name, value in vars(home).items()
+            if not name.startswith("_") and getattr(value, "__module__", None) == home.__name__
+        ]
+        for name in names:
             assert any(getattr(module, name) is getattr(one, name) for one in homes if hasattr(one, name))
 
 

@@ -16,8 +16,6 @@ from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.recording.answering import record_answer
 from lvlm_probe.trace import Trace
 
-__all__ = ["answer_growing"]
-
 
 class _Growing(TextStreamer):
     """Puts the text so far where it is read."""

@@ -33,8 +33,6 @@ from lvlm_probe.pages.plain import plain, without_folders
 from lvlm_probe.pages.samples import verdict_of
 from lvlm_probe.trace import Trace
 
-__all__ = ["application", "serve"]
-
 _SIDE = 900
 """Longest side of an image on the page, pixels."""
 _MASK = 64

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-__all__ = ["Fence"]
-
 _POLICY = "; ".join(
     [
         "default-src 'self'",

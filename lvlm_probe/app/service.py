@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.metrics import Score
 
-__all__ = ["Limits", "Service"]
-
 _REPLAYS = 8
 """Answers that are ready to be explained; one more, and the one that was asked for longest ago is opened anew."""
 _SECRET = re.compile(r"[0-9a-f]{32}")

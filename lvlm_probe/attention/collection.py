@@ -20,8 +20,6 @@ from lvlm_probe.attention.layers import LayerKind
 from lvlm_probe.attention.rows import attention_rows, take_columns
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["Collection", "Transfers"]
-
 _MOST_WAITING = 256  # queries; rows of more steps at once would take more memory than they save time
 
 

@@ -24,8 +24,6 @@ from lvlm_probe.hooks import HookSet
 if TYPE_CHECKING:
     from lvlm_probe.models.replica import Replica
 
-__all__ = ["AttentionCut", "Layers", "attention_layers", "cut_attention"]
-
 _MASK = "attention_mask"
 
 Layers = list[tuple[TapLayer, nn.Module]]

@@ -21,8 +21,6 @@ from transformers import AttentionInterface
 
 from lvlm_probe.attention.layers import eager_of, registry_of
 
-__all__ = ["NAME", "AttentionCall", "ConfigView", "Observer", "is_view", "lead", "observing", "release", "unobserved"]
-
 NAME = "lvlm_probe"
 """Of the one function in transformers' registry of attention functions."""
 

@@ -14,8 +14,6 @@ from torch import nn
 
 from lvlm_probe.models.anatomy import text_stack
 
-__all__ = ["LayerKind", "TapLayer", "discover", "eager_of", "registry_of"]
-
 _CROSS = re.compile(r"cross|encoder_attn|encoder_decoder_att|encdecatt", re.IGNORECASE)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attention_rows", "take_columns", "take_rows"]
-
 
 def attention_rows(
     query: Tensor,

@@ -20,8 +20,6 @@ from lvlm_probe.attention.layers import TapLayer, discover
 from lvlm_probe.attention.rows import attention_rows, take_columns, take_rows
 from lvlm_probe.errors import AttachError, ProbeError
 
-__all__ = ["RowTap", "Rows"]
-
 logger = logging.getLogger("lvlm_probe")
 
 

@@ -25,17 +25,6 @@ from lvlm_probe.trace.clips import Clip, images_of
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = [
-    "EncoderTokens",
-    "blocks_of",
-    "chosen_encoder",
-    "encoder_tokens",
-    "encoders_of",
-    "feature_map_boxes",
-    "is_convolutional",
-    "tokens_that_read",
-]
-
 _SHARED = 0.3  # of the elements a token reads, which its neighbours may read too (an image resized inside the model)
 
 

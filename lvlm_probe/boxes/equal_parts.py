@@ -17,8 +17,6 @@ from lvlm_probe.errors import ImageError
 from lvlm_probe.images import ImagePath
 from lvlm_probe.models.families import Places
 
-__all__ = ["places_in_order"]
-
 
 def places_in_order(path: ImagePath, tokens: int) -> Places:
     """Places of the image tokens of a prompt, made by its processor alone.

@@ -38,8 +38,6 @@ from lvlm_probe.trace.clips import Clip, images_of
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["ImageTokens", "image_tokens", "token_places"]
-
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[bytes, Places]] = weakref.WeakKeyDictionary()
 
 

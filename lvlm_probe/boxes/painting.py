@@ -19,8 +19,6 @@ import torch
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.trace.clips import Clip
 
-__all__ = ["have_extent", "image_spans", "paint", "pitch", "shared_with_cells", "source_span", "tubes"]
-
 _FINEST = 1024
 """Cells of a side at most: more than any model has tokens along one. Boxes may come from a stranger's file, and may be
 as small there as numbers get."""

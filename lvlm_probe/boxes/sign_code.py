@@ -12,8 +12,6 @@ import torch
 from lvlm_probe.errors import ImageError
 from lvlm_probe.models.families import Places
 
-__all__ = ["SignCode", "extents", "places_of"]
-
 _ROUNDING = 0.05  # of a ratio that is a sign, whatever precision the model runs in
 _SHARE = 1e-3  # of the elements that may be read by several tokens before the code is given up
 _SAMPLE = 8  # tokens that are asked whether they read the whole image,

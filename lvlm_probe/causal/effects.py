@@ -13,8 +13,6 @@ import numpy as np
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import CurveScore
 
-__all__ = ["CausalEffect", "Effect", "Recorded", "agreement_score"]
-
 MINIMUM_ROOM = 0.05
 """Of the area between 0 and 1: how much earlier than the controls' loss the answer could be lost at all. An agreement
 is a share of that; below it, the scatter of five draws is more."""

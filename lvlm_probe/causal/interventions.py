@@ -32,19 +32,6 @@ if TYPE_CHECKING:
     from lvlm_probe.trace.clips import Clip
     from lvlm_probe.video import ClipHeatmap
 
-__all__ = [
-    "SHARES",
-    "Draws",
-    "Measured",
-    "Target",
-    "agreement",
-    "counts_of",
-    "knockout",
-    "measure",
-    "patch",
-    "target_of",
-]
-
 SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Shares of the image tokens at which ``agreement`` samples its curves."""
 

@@ -28,8 +28,6 @@ from lvlm_probe.replaying import Replay
 if TYPE_CHECKING:
     from lvlm_probe.replaying import ReplayLike
 
-__all__ = ["LogitLens", "logit_lens"]
-
 _TOLERANCE = 0.05
 """Nats by which the lens behind the last layer may differ from the model's own log P of the answer: what half precision
 rounds. Where the answer is not certain, scaled or capped logits differ by far more."""

@@ -40,8 +40,6 @@ from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.selection import select_tokens, word_selections
 from lvlm_probe.words import ALPHA
 
-__all__ = ["Modalities", "PartShares", "modalities", "which_parts"]
-
 _NAMED = 40
 """Characters of a text by which a part is called."""
 _BAR = 20

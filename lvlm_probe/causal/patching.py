@@ -19,8 +19,6 @@ from lvlm_probe.trace.clips import Clip, images_of
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["Features", "donor_features", "patched"]
-
 Features = dict[str, list[Tensor]]
 """What the decoder is given about image tokens: argument → ``(image_token, channel)``; several for layered features."""
 

@@ -13,8 +13,6 @@ from lvlm_probe.models.anatomy import find_modules
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["points"]
-
 
 def points(replay: Replay, wanted: Sequence[str], *, mask: torch.Tensor | None = None) -> dict[str, Any]:
     """Outputs of modules and of operations inside their forward, in one pass over prompt and answer.

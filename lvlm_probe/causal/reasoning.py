@@ -38,8 +38,6 @@ from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.trace import Trace
 from lvlm_probe.words import ALPHA
 
-__all__ = ["Step", "Steps", "check_steps", "find_steps"]
-
 Kind = Literal["thought", "call", "answer"]
 
 _TAG = re.compile(

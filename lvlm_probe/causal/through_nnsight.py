@@ -31,8 +31,6 @@ from lvlm_probe.errors import ExplainError, PointNotFound
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["cut_through_nnsight", "edit_inputs", "read_output", "resolve", "run", "wrapped"]
-
 _Value = TypeVar("_Value")
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 

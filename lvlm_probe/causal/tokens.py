@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from lvlm_probe.selection import TokenSelection
     from lvlm_probe.trace.clips import Clip
 
-__all__ = ["Queries", "placed_tokens", "query_positions", "token_heat"]
-
 Queries = Literal["tokens", "answer", "text"]
 
 

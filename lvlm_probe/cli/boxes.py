@@ -16,8 +16,6 @@ from lvlm_probe.errors import ProbeError
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
 
-__all__ = ["boxes"]
-
 
 def boxes(
     path: TraceOrDirectory,

@@ -18,8 +18,6 @@ from lvlm_probe.errors import ProbeError
 if TYPE_CHECKING:
     from lvlm_probe.demo import Scene
 
-__all__ = ["RUNS_BARE", "demo"]
-
 RUNS_BARE = True
 
 

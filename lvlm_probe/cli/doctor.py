@@ -13,8 +13,6 @@ from lvlm_probe.cli.shared.checkup import Finding, environment, mending, model_c
 from lvlm_probe.cli.shared.options import Json, Loading
 from lvlm_probe.cli.shared.terminal import print_json, quiet_libraries, say, wrapped
 
-__all__ = ["RUNS_BARE", "doctor"]
-
 RUNS_BARE = True
 
 _MARKS = {"ok": ("✓", "green"), "note": ("–", "yellow"), "mend": ("✗", "bold red")}

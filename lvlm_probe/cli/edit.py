@@ -11,8 +11,6 @@ from lvlm_probe.cli.shared.options import BaselineOption, Json, Loading, Maps, O
 from lvlm_probe.cli.shared.terminal import bar, one_line, print_json, say
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["edit"]
-
 
 def edit(
     paths: Maps,

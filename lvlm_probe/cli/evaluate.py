@@ -22,8 +22,6 @@ from lvlm_probe.errors import ProbeError
 if TYPE_CHECKING:
     from lvlm_probe.heatmap_store import MapFile
 
-__all__ = ["evaluate"]
-
 _TOLERANCE = 0.005
 """Of adaptive sampling: below what separates methods of one rank, for a quarter of the passes."""
 

@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from lvlm_probe.selection import TokenSelection
     from lvlm_probe.serving import Server
 
-__all__ = ["explain"]
-
 _OF_THE_RECORDING = ("trace", "image", "video", "num_frames", "fps", "question", "prompt", "max_new_tokens")
 
 

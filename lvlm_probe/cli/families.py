@@ -10,8 +10,6 @@ from lvlm_probe.cli.shared.completion import complete_family
 from lvlm_probe.cli.shared.options import Json
 from lvlm_probe.cli.shared.terminal import print_json, say, width, wrapped
 
-__all__ = ["RUNS_BARE", "families"]
-
 RUNS_BARE = True
 
 _VERDICTS = {True: ("yes", "green"), False: ("no", "bold red"), None: ("–", "dim")}

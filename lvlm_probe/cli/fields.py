@@ -13,8 +13,6 @@ from lvlm_probe.cli.shared.options import Json, Loading, MethodParameters, Optio
 from lvlm_probe.cli.shared.terminal import one_line, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["fields"]
-
 
 def fields(
     path: TraceOrDirectory,

@@ -12,8 +12,6 @@ from lvlm_probe.cli.shared.options import BaselineOption, Json, Loading, Optiona
 from lvlm_probe.cli.shared.terminal import bar, print_json, say, stage
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["frames"]
-
 
 def frames(
     path: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace of a video, or a directory: its last trace.")],

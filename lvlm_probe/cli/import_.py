@@ -17,8 +17,6 @@ from lvlm_probe.errors import ProbeError
 if TYPE_CHECKING:
     from lvlm_probe.importing import Imported
 
-__all__ = ["import_"]
-
 
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Answers, with their images and questions.")],

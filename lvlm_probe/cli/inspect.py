@@ -13,8 +13,6 @@ from lvlm_probe.cli.shared.options import Json, Row
 from lvlm_probe.cli.shared.terminal import note, one_line, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["inspect"]
-
 _LISTED = 300
 """Characters of a question or an answer in a list; ``inspect FILE`` and ``--json`` have them whole."""
 

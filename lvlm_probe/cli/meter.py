@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.importing.meter import Reading, Unread
 
-__all__ = ["meter"]
-
 _SHOWN = 5
 _REQUESTS = 3
 """Requests that an answer takes on a server: its prompt, the answer on the image, and on the baseline."""

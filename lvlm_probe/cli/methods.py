@@ -8,8 +8,6 @@ from typing import Any
 from lvlm_probe.cli.shared.options import Json
 from lvlm_probe.cli.shared.terminal import one_line, print_json, quiet_libraries, say, wrapped
 
-__all__ = ["RUNS_BARE", "methods"]
-
 RUNS_BARE = True
 
 _ORDER = ("passes", "gradients", "attention", "activations")

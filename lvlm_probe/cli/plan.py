@@ -13,8 +13,6 @@ from lvlm_probe.cli.shared.options import AgainstOption, Json, Loading, Optional
 from lvlm_probe.cli.shared.terminal import note, print_json, show
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["plan"]
-
 
 def plan(
     path: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace, or a directory whose last one is taken.")],

@@ -14,8 +14,6 @@ from lvlm_probe.cli.shared.models import DEMO, load_model
 from lvlm_probe.cli.shared.options import Asked, BaselineOption, Json, Loading, MaxNewTokens, Model
 from lvlm_probe.cli.shared.terminal import print_json, quoted_path, say, stored_path
 
-__all__ = ["record"]
-
 
 def record(
     model: Model,

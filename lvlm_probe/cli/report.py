@@ -12,8 +12,6 @@ from lvlm_probe.cli.shared.terminal import open_page, print_json, say, stored_pa
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import counted
 
-__all__ = ["report"]
-
 
 def report(
     paths: Maps,

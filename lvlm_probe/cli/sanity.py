@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.sanity import SanityCheck
 
-__all__ = ["sanity"]
-
 _CHECKS = ("weights", "answers", "seeds")
 _MARKS = {"passes": ("✓", "green"), "fails": ("✗", "red"), "cannot say": ("–", "yellow")}
 

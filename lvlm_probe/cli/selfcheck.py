@@ -13,8 +13,6 @@ from lvlm_probe.cli.shared.completion import choices
 from lvlm_probe.cli.shared.options import Json, Loading, OpenPage
 from lvlm_probe.cli.shared.terminal import one_line, open_page, print_json, quiet_libraries, say, stop, stored_path
 
-__all__ = ["selfcheck"]
-
 _LABEL = 22
 
 

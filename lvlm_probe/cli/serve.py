@@ -14,8 +14,6 @@ from lvlm_probe.cli.shared.servers import Served
 from lvlm_probe.cli.shared.terminal import note, one_line, say
 from lvlm_probe.extras import require
 
-__all__ = ["RUNS_BARE", "serve"]
-
 RUNS_BARE = True
 
 

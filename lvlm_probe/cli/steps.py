@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from lvlm_probe.causal import Steps
     from lvlm_probe.trace import Trace
 
-__all__ = ["steps"]
-
 _SHOWN = 48
 """Steps that get a small map on the page: those of the highest ratios."""
 

@@ -17,8 +17,6 @@ from lvlm_probe.errors import ModelMismatch, ProbeError, TraceError
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
-__all__ = ["verify"]
-
 
 def verify(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A trace, or a directory of traces.")],

@@ -21,8 +21,6 @@ from lvlm_probe.cli.shared.options import (
 from lvlm_probe.cli.shared.terminal import bar, print_json, say, stage, stop, stored_path
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["which"]
-
 
 def which(
     path: TraceOrDirectory,

@@ -37,11 +37,6 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-__all__ = [
-    "CLIP_KINDS", "FRAMES", "ClipQuery", "ClipScene", "Film", "Track", "clips", "draw_film",
-    "film_queries", "order_queries",
-]  # fmt: skip
-
 CLIP_KINDS: tuple[str, ...] = ("direction", "appearance", "colour", "order")
 """Every kind of question, in the order in which `clips` deals them."""
 

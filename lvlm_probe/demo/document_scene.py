@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-__all__ = ["DOCUMENT_KINDS", "GOODS", "DocumentScene", "Page", "Printed", "document_rng", "documents", "draw_page"]
-
 DOCUMENT_KINDS: tuple[str, ...] = ("date", "total", "price", "record")
 """Every kind of question, in the order in which `documents` deals them."""
 

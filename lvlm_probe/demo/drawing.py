@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.demo.questions import Item, Layout
 
-__all__ = ["REACH", "background", "footprints", "render", "render_frames", "shade"]
-
 REACH = 1.12
 """The farthest any outline gets from its centre, in radii."""
 _OVERSAMPLE = 4

@@ -42,8 +42,6 @@ from lvlm_probe.demo.questions import queries as plain_queries
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["HARD", "NEAR", "Ranges", "draw_layout", "draw_question", "hidden_shares", "queries"]
-
 NEAR = 0.06
 """Largest distance between the reaches of an object and its look-alike, as a fraction of the shorter side."""
 

@@ -30,20 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-__all__ = [
-    "HARD_KINDS",
-    "KINDS",
-    "RADIUS",
-    "SPLITS",
-    "Posed",
-    "Scene",
-    "dealt",
-    "draw_layout",
-    "rng_of",
-    "scene_rng",
-    "scenes",
-]
-
 __getattr__ = names_of(__name__)
 
 KINDS: tuple[str, ...] = ("colour", "shape", "count", "where", "pair", "cell")

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import ReplayLike
     from lvlm_probe.trace import Trace
 
-__all__ = ["FORMATS", "Field", "Place", "export", "fields", "locate"]
-
 Format = Literal["json", "hocr", "w3c", "coco", "docling"]
 FORMATS: tuple[Format, ...] = ("json", "hocr", "w3c", "coco", "docling")
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\.)*"')

@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from lvlm_probe.trace.clips import Clip
     from lvlm_probe.video import ClipHeatmap
 
-__all__ = ["Edit", "edit", "mask_by_map"]
-
 Place = float | Literal["smallest"] | np.ndarray | Sequence[Sequence[float]]
 """A share of the map's cells, the hottest first; the smallest region that flips; a mask; or boxes in pixels."""
 _LEAST_TOKENS = 32

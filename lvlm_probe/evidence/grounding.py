@@ -45,19 +45,6 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import ReplayLike
     from lvlm_probe.trace import Trace
 
-__all__ = [
-    "CONVENTIONS",
-    "AnswerBox",
-    "BoxCheck",
-    "Convention",
-    "answer_boxes",
-    "box_maps",
-    "check_box",
-    "draw_boxes",
-    "known_of",
-    "tokens_at",
-]
-
 Convention = Literal["1", "100", "999", "1000", "1024", "bins", "cells", "pixels", "model pixels"]
 CONVENTIONS: dict[str, str] = {
     "1": "shares of the image, 0 to 1",

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.replaying import ReplayLike
 
-__all__ = ["Region", "first_that", "polygons_of", "region", "twice_the_area"]
-
 Ring = tuple[tuple[float, float], ...]
 
 

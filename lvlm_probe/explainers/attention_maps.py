@@ -30,8 +30,6 @@ from lvlm_probe.explainers.scores import finish
 from lvlm_probe.replaying import Replay
 from lvlm_probe.trace import Trace
 
-__all__ = ["GENERAL_PROMPT", "SINK_DEVIATIONS", "attention", "relative_attention"]
-
 SINK_DEVIATIONS = 3.0
 GENERAL_PROMPT = "Write a general description of the image."
 

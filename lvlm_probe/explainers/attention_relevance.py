@@ -24,8 +24,6 @@ from lvlm_probe.explainers.registry import Problem, Shape
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 
-__all__ = ["Scope", "Walk", "parts_of", "relu_product"]
-
 Scope = Literal["decoder", "encoder", "both"]
 
 Bar = Callable[[AttentionLayer, Tensor], Tensor]

@@ -11,8 +11,6 @@ import torch
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, register
 from lvlm_probe.explainers.scores import check_rules
 
-__all__ = ["center", "center_values", "random"]
-
 SIGMA = 0.25
 """Standard deviation of the blob in the middle, as a share of the image's edges."""
 

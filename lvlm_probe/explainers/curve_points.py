@@ -22,22 +22,6 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying.protocol import ReplayLike
     from lvlm_probe.trace.clips import Clip
 
-__all__ = [
-    "MIN_GAIN",
-    "QUICK_PASSES",
-    "STEPS",
-    "MaskScores",
-    "area",
-    "curve_ends",
-    "curve_masks",
-    "facts_of",
-    "known_scores",
-    "normalise",
-    "quick_areas",
-    "rank",
-    "sample_counts",
-]
-
 STEPS = 50
 """Points on a curve besides the origin."""
 

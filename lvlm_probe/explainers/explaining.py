@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace.clips import Clip
 
-__all__ = ["RunPlan", "Tokens", "explain", "frame_of", "run", "scored_by", "selected", "target_of", "words_of"]
-
 Tokens = str | tuple[int, int] | list[int] | Sequence[str] | TokenSelection | OwnScore
 
 

@@ -23,8 +23,6 @@ from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, regist
 from lvlm_probe.explainers.scores import finish
 from lvlm_probe.models.precision import sum_dtype
 
-__all__ = ["gradcam", "weighted_activations"]
-
 
 def weighted_activations(activations: Tensor, gradients: Tensor, live: Tensor) -> Tensor:
     """ReLU(Σ_c w_c A_c) with w_c the mean gradient over the live tokens of a view.

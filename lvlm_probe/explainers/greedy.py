@@ -40,8 +40,6 @@ from lvlm_probe.explainers.scores import NO_SIGHT, check_rules, require_finite, 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Search", "Segments", "greedy", "regions_of"]
-
 Search = Literal["fast", "exact"]
 Segments = Literal["slic", "grid"]
 

@@ -27,8 +27,6 @@ from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 from lvlm_probe.replaying.micro_batches import out_of_memory
 
-__all__ = ["iia"]
-
 
 def _cost(_problem: Problem, params: Mapping[str, Any]) -> Cost:
     paper = params["variant"] == "paper"

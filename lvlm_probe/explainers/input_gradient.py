@@ -13,8 +13,6 @@ from lvlm_probe.explainers.integrated_gradients import mean_slope
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import NO_SIGHT, Sign, check_rules, scaled, sign_rule
 
-__all__ = ["input_gradient"]
-
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     return Cost("gradient", 1, 1, grids=(problem.shape(params["size"]),))

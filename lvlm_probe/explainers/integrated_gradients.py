@@ -39,8 +39,6 @@ from lvlm_probe.explainers.scores import (
     whole_rule,
 )
 
-__all__ = ["Rule", "integrated_gradients", "mean_slope", "nodes"]
-
 Rule = Literal["gauss_legendre", "midpoint"]
 
 

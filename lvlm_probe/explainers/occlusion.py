@@ -33,8 +33,6 @@ from lvlm_probe.explainers.scores import (
     whole_rule,
 )
 
-__all__ = ["covers", "occlusion"]
-
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     shape, batch = problem.shape(params["size"]), params["batch"]

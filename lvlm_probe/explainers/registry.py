@@ -51,33 +51,6 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
     from lvlm_probe.trace.clips import Clip
 
-__all__ = [
-    "METHODS",
-    "MOST_STEPS",
-    "Cost",
-    "Explainer",
-    "Kind",
-    "Method",
-    "Need",
-    "Outcome",
-    "Problem",
-    "Progress",
-    "Shape",
-    "batches",
-    "check_parameters",
-    "cost_of",
-    "discover",
-    "follows_score",
-    "methods",
-    "names",
-    "needs_of",
-    "register",
-    "resolve",
-    "stands_for",
-    "summary_of",
-]
-
-
 Shape = tuple[int, ...]
 """Cells of a mask: ``(row, col)``, of a clip ``(t, row, col)``."""
 

@@ -44,8 +44,6 @@ from lvlm_probe.explainers.scores import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["RandomMasks", "estimate", "rise"]
-
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     masks, batch = params["masks"], params["batch"]

@@ -17,8 +17,6 @@ from lvlm_probe.explainers.scores import finish
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 
-__all__ = ["rollout"]
-
 
 def _cost(_problem: Problem, params: Mapping[str, Any]) -> Cost:
     if params["scope"] == "decoder":

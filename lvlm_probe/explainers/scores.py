@@ -26,28 +26,6 @@ from lvlm_probe.explainers.registry import Outcome, Problem, Shape
 from lvlm_probe.replaying.own_scores import OwnScore
 from lvlm_probe.replaying.protocol import Estimating
 
-__all__ = [
-    "LEAST_SHARE",
-    "NO_SIGHT",
-    "CurveScore",
-    "Followed",
-    "ScoreKind",
-    "Sign",
-    "check_rules",
-    "even_masks",
-    "finish",
-    "followed",
-    "no_effect",
-    "require_finite",
-    "scaled",
-    "score_of",
-    "score_rule",
-    "scores_between",
-    "sign_rule",
-    "too_narrow",
-    "whole_rule",
-]
-
 CurveScore = Literal["log", "prob"]
 Followed = Literal[CurveScore, "own"]
 """What curves follow: also a score of the user's own that has no unit."""

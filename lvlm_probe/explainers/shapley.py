@@ -22,8 +22,6 @@ import numpy as np
 
 from lvlm_probe.progress import Progress
 
-__all__ = ["EXACT", "Shapley", "Values", "shapley"]
-
 EXACT = 10
 """Players up to which every coalition is valued: 1,024 of them, about as many as 50 orders and their reverses meet."""
 

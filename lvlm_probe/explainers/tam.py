@@ -32,8 +32,6 @@ from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import finish
 from lvlm_probe.replaying.hidden_states import HIDDEN, ROWS, head_rows, hidden_states, text_tokens
 
-__all__ = ["interference_scale", "rank_gaussian", "tam"]
-
 
 def _cost(problem: Problem, _params: Mapping[str, Any]) -> Cost:
     if {HIDDEN, ROWS} <= set(getattr(problem.trace, "points", ())):

@@ -16,8 +16,6 @@ from lvlm_probe.explainers.attention_relevance import Scope, Walk, parts_of, rel
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import finish
 
-__all__ = ["tmm"]
-
 
 def _cost(_problem: Problem, params: Mapping[str, Any]) -> Cost:
     return Cost("relevance", 1, 1, parts=parts_of(params["scope"]))

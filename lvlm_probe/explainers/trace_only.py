@@ -17,8 +17,6 @@ from lvlm_probe.replaying.teacher_forcing import rounding_of
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
-__all__ = ["RecordedAnswer"]
-
 
 @dataclass
 class RecordedAnswer:

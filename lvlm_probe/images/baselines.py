@@ -18,8 +18,6 @@ from PIL import Image, ImageFilter
 from lvlm_probe.errors import ImageError
 from lvlm_probe.trace.clips import Clip
 
-__all__ = ["BLUR_LADDER", "CLIP_KINDS", "Baseline", "make_baseline", "make_baselines"]
-
 BLUR_LADDER: tuple[float, ...] = (0.15, 0.3, 0.6, math.inf)
 """Blur strengths to try in turn: sigma of the Gaussian relative to the image's long side; the last is its limit, the
 mean colour. The first is a full blur already: words are selected by what it takes away, and a word that a light blur

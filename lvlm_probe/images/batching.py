@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Joint", "joints_of"]
-
 _ROUNDING = 1e-2  # normalised levels: a batch may be resized by another kernel than a single image
 
 

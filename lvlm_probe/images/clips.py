@@ -20,8 +20,6 @@ from lvlm_probe.errors import ImageError, MaskError
 from lvlm_probe.images.processor import named_outputs, processor_settings, with_settings
 from lvlm_probe.trace.clips import Clip
 
-__all__ = ["NOT_REPEATED", "ClipStep", "over_frames", "step_of", "video_processor_of"]
-
 NOT_REPEATED = (
     "videos", "return_tensors", "device", "do_sample_frames", "video_metadata", "return_metadata", "input_data_format",
 )  # fmt: skip

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from lvlm_probe.images.positions import Geometry
 
-__all__ = ["composite"]
-
 
 def composite(
     mask: Tensor, geometry: Geometry, key: str, *, original: Tensor, baseline: Tensor, dtype: torch.dtype

@@ -13,9 +13,6 @@ from torch.nn import functional as F
 from lvlm_probe.errors import ImageError
 from lvlm_probe.images.parity import ParityReport
 
-__all__ = ["CompositePath", "composited"]
-
-
 Seen = Callable[[int, tuple[int, int] | None], Tensor]
 """Pixels (or cells of a grid) of an image that reach the model, bool ``(row, col)``."""
 

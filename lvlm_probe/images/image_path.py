@@ -24,8 +24,6 @@ from lvlm_probe.images.tracing import check_same_layout
 from lvlm_probe.images.whitening import Whitening
 from lvlm_probe.trace.clips import Clip
 
-__all__ = ["ImagePath"]
-
 
 class ImagePath:
     """The differentiable road from masks over one prompt's images to the model's inputs.

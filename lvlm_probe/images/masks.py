@@ -9,8 +9,6 @@ from lvlm_probe.errors import MaskError
 from lvlm_probe.images.clips import over_frames
 from lvlm_probe.trace.clips import Clip
 
-__all__ = ["expand_masks"]
-
 
 def expand_masks(mask: Tensor, n_images: int, image: int | Clip | None) -> Tensor:
     """Check masks and bring them to ``(batch, image, row, col)``.

@@ -12,8 +12,6 @@ from torch import Tensor
 from lvlm_probe._version import versions_of
 from lvlm_probe.images.positions import Geometry
 
-__all__ = ["ParityReport", "backend_of", "level_errors", "versions"]
-
 WARN_LEVELS = 2.0
 """Mean error in 1/255 levels above which the fast path is warned about."""
 REFUSE_LEVELS = 8.0

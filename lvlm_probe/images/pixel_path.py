@@ -18,8 +18,6 @@ from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.images.parity import ParityReport, versions
 from lvlm_probe.trace.clips import Clip
 
-__all__ = ["PixelPath"]
-
 
 class PixelPath:
     """The interface of :class:`~lvlm_probe.images.ImagePath` over ``pixel_values`` ``(image, channel, row, col)``.

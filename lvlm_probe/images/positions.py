@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Geometry", "KeyGeometry"]
-
 _MAX_SAMPLERS = 2
 
 

@@ -22,20 +22,6 @@ from lvlm_probe.errors import ImageError, ProcessorRefused
 from lvlm_probe.images.positions import Geometry
 from lvlm_probe.images.tracing import trace_geometry
 
-__all__ = [
-    "NOT_KEPT",
-    "OWN_CALL",
-    "BlackBox",
-    "as_rgb",
-    "compare_reference",
-    "named_outputs",
-    "one_prompt_more",
-    "processor_settings",
-    "resampling_bounds",
-    "whole_numbers",
-    "with_settings",
-]
-
 NOT_KEPT = ("images", "return_tensors", "device")
 """Arguments of a processor call that are of the moment: what it was given, and where its outputs were wanted."""
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from lvlm_probe.images.processor import OWN_CALL, named_outputs
 
-__all__ = ["ImageStep", "image_processor_of", "image_step", "watched_method"]
-
 _METHOD = "_process_images"
 """The method of ``ProcessorMixin`` that makes the image inputs of a call."""
 

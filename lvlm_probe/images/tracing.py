@@ -34,8 +34,6 @@ from torch import Tensor
 from lvlm_probe.errors import ProcessorRefused
 from lvlm_probe.images.positions import Geometry, KeyGeometry
 
-__all__ = ["Run", "check_same_layout", "trace_geometry"]
-
 Run = Callable[[Sequence[Image.Image]], dict[str, Tensor]]
 """The unmodified processor: one prompt's images in, named tensors out."""
 

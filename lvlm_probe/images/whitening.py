@@ -20,8 +20,6 @@ from torch.nn import functional as F
 from lvlm_probe.errors import ProcessorRefused
 from lvlm_probe.images.processor import BlackBox
 
-__all__ = ["Whitening"]
-
 _AGREE = 1e-3
 """Of a standard deviation: how far a processor's outputs may be from those that its statistics predict."""
 

@@ -33,8 +33,6 @@ from lvlm_probe.serving import Server, image_token_places
 from lvlm_probe.trace import Trace, open_trace, write
 from lvlm_probe.trace.records import FIELDS, Capture, PointRecord, RowCapture
 
-__all__ = ["import_attention"]
-
 _DTYPES = {
     ("float32", "torch.float32"): torch.float32,
     ("float16", "torch.float16"): torch.float16,

@@ -21,8 +21,6 @@ import numpy as np
 
 from lvlm_probe.errors import ExplainError
 
-__all__ = ["BANDS", "Drop", "band_of", "drop_of"]
-
 BANDS = (0.3, 0.7)
 """Edges of the bands: those of the paper's Table 1."""
 

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.recording.probe import Probe
 
-__all__ = ["MORE_THAN_ROUNDING", "Difference", "ForcedRecorder", "difference", "forced", "said_by"]
-
 MORE_THAN_ROUNDING = 0.1
 """Mean difference, nats per token, beyond which two engines do not run the same thing in another precision."""
 

@@ -43,20 +43,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.recording.probe import Probe
 
-__all__ = [
-    "Reading",
-    "Unread",
-    "answer_numbers",
-    "columns_of",
-    "measure",
-    "ranked",
-    "read_answer",
-    "read_numbers",
-    "traces_in",
-    "worst_words",
-    "write_csv",
-]
-
 THUMBNAIL = 88
 """Longest side of the image that a reading keeps, pixels."""
 _LONGEST_NAME = 1024

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import writable
 
-__all__ = ["BadRow", "by_kind", "reason_of", "shortened"]
-
 _SHOWN = 400
 """Characters of a reason: what stands in a row may be megabytes."""
 

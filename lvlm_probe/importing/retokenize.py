@@ -12,8 +12,6 @@ from typing import Any
 
 from lvlm_probe.importing.rows import BadRow
 
-__all__ = ["answer_tokens", "checked_ids"]
-
 _SPACE = "▁"
 """The sign for a space of SentencePiece models, which is not shown where it comes first."""
 

@@ -23,8 +23,6 @@ from lvlm_probe.errors import StudyError
 from lvlm_probe.extras import require
 from lvlm_probe.importing.refusals import BadRow, shortened
 
-__all__ = ["FILES", "TABLES", "count_rows", "json_lines", "kind_of", "line_at", "lines_of", "parsed", "rows_in"]
-
 FILES = {
     "jsonl": "JSON lines",
     "json": "JSON",

@@ -48,8 +48,6 @@ from lvlm_probe.trace.image_files import decode_image, open_image
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["FIELDS", "AnswerRow", "BadRow", "Source", "count_rows", "read_rows", "reason_of"]
-
 _LARGEST_IMAGES = 2**29
 """Pixels of a row's images together: 1.5 GB as RGB."""
 

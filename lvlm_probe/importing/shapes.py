@@ -17,8 +17,6 @@ from typing import Any
 
 from lvlm_probe.importing.refusals import BadRow, shortened
 
-__all__ = ["FIELDS", "IDS", "SHAPES", "fields_of", "found_in", "is_request", "keys_of"]
-
 FIELDS: dict[str, tuple[str, ...]] = {
     "image": ("image", "images", "image_path", "image_file"),
     "question": ("question",),

@@ -29,8 +29,6 @@ import numpy as np
 from lvlm_probe.selection import word_llr
 from lvlm_probe.words import ALPHA, Word, group_words
 
-__all__ = ["LEAST_FROM_IMAGE", "ORIGINS", "SURPRISE", "Figures", "MeteredWord", "Origin", "metered", "sentences"]
-
 SURPRISE = 3.0
 """Nats, a twentieth of the likeliest token's probability: what min-p sampling (Nguyen et al., 2024), with its base of
 0.05, never draws. Of the demo model's own words none is above it, of the planted ones nearly all; docs/benchmarks.md

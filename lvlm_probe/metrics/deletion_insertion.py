@@ -58,24 +58,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-__all__ = [
-    "CurveRule",
-    "CurveSettings",
-    "Curves",
-    "MaskScores",
-    "Sampling",
-    "area",
-    "curve_masks",
-    "curves",
-    "normalise",
-    "one_of",
-    "rank",
-    "release_area",
-    "release_counts",
-    "sample_counts",
-    "synergy",
-]
-
 AreaRule = Literal["trapezoid", "release"]
 Sampling = Literal["full", "adaptive"]
 

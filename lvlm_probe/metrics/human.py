@@ -25,8 +25,6 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import HeatGrid, Heatmap
 from lvlm_probe.metrics.similarity import grid_of, on_grid, spearman
 
-__all__ = ["HumanAgreement", "auc_judd", "human_agreement", "nss", "rank_correlation"]
-
 Map = Heatmap | np.ndarray
 
 GRID = 14

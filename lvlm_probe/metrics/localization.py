@@ -26,21 +26,6 @@ from torch.nn import functional
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import HeatGrid, Heatmap, resample
 
-__all__ = [
-    "average_precision",
-    "boxes_to_mask",
-    "energy_in_region",
-    "iou",
-    "pointing_game",
-    "soft_iou",
-    "temporal_iou",
-    "temporal_pointing",
-    "tube_energy",
-    "tube_iou",
-    "tube_mask",
-    "tube_pointing",
-]
-
 Region = np.ndarray | Sequence[Sequence[float]]
 Tube = np.ndarray | Mapping[int, Sequence[Sequence[float]]]
 Frames = np.ndarray | Sequence[int] | range

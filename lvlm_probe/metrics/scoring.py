@@ -62,8 +62,6 @@ if TYPE_CHECKING:
     from lvlm_probe.selection import TokenSelection
     from lvlm_probe.trace.clips import Clip
 
-__all__ = ["BaselineChoice", "Explained", "Score", "check_answer", "evaluate", "over_baseline"]
-
 BaselineChoice = BaselineLike | tuple[str, Mapping[str, Any]]
 AnyReplay = TypeVar("AnyReplay", bound=ReplayLike)
 

@@ -18,8 +18,6 @@ from lvlm_probe.extras import require
 from lvlm_probe.heatmap import HeatGrid, resample
 from lvlm_probe.trace.clips import images_of
 
-__all__ = ["Similarity", "compare_maps", "grid_of", "on_grid", "spearman"]
-
 TOP_SHARE = 0.2
 """Share of the cells that counts as the top of a map."""
 

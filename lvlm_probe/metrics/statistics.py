@@ -20,21 +20,6 @@ import numpy as np
 
 from lvlm_probe.extras import require
 
-__all__ = [
-    "Interval",
-    "MeanAndError",
-    "MixedEffects",
-    "PermutationTest",
-    "amcr",
-    "auroc",
-    "bootstrap_ci",
-    "csr",
-    "mean_and_error",
-    "mixed_effects",
-    "paired_difference",
-    "permutation_test",
-]
-
 _NUMBERS_AT_ONCE = 2**22
 
 

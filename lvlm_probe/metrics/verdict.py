@@ -14,8 +14,6 @@ from typing import Any
 from lvlm_probe.explainers.curve_points import MIN_GAIN
 from lvlm_probe.words import ALPHA
 
-__all__ = ["Measured", "Verdict", "judge", "out_of_range"]
-
 BASELINE_PROBABILITY = 0.05
 """The paper's own demand on the baseline image (A.1): selected tokens keep less than 5 % of probability on it."""
 

@@ -20,8 +20,6 @@ from lvlm_probe.errors import AttachError, PointNotFound
 from lvlm_probe.models.drivers import Driver
 from lvlm_probe.models.families import Family, TokenBoxes, family_of
 
-__all__ = ["Anatomy", "examine", "find_modules", "reads_a_prompt", "text_stack"]
-
 # Sub-strings under which model authors file the module between encoder and decoder, most specific first.
 _MERGER_NAMES = (
     "multi_modal_projector", "multimodal_projector", "mm_projector", "vision_projection", "visual_projection",

@@ -25,18 +25,6 @@ from lvlm_probe.models.families import Family, built_in
 from lvlm_probe.models.wrappers import generating_model
 from lvlm_probe.plugins import check_registration, load_plugins
 
-__all__ = [
-    "Driver",
-    "Original",
-    "attributes",
-    "called_model",
-    "collapsed",
-    "expanded",
-    "open_gates",
-    "probed_model",
-    "register_original",
-]
-
 
 class Driver(torch.nn.Module):
     """A model of another package in the shape of a transformers model; subclass it in a plugin.

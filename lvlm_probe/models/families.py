@@ -25,8 +25,6 @@ from lvlm_probe.plugins import check_registration, load_plugins
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Family", "Places", "TokenBoxes", "built_in", "family_of", "register_family"]
-
 
 @dataclass(frozen=True)
 class Places:

@@ -24,8 +24,6 @@ from lvlm_probe.models.drivers import called_model, probed_model
 from lvlm_probe.models.quantised import is_packed, plain_value, stored_shape
 from lvlm_probe.models.wrappers import active_adapters, computing_buffers, computing_parameters, stored_value
 
-__all__ = ["describe_model", "fingerprint", "library_versions", "same_fingerprint", "undescribed"]
-
 _log = logging.getLogger("lvlm_probe")
 _SAMPLES = 64
 

@@ -11,8 +11,6 @@ import torch
 
 from lvlm_probe.models.wrappers import execution_device
 
-__all__ = ["CACHE_NAMES", "cache_in", "index_on", "input_device", "is_separate", "list_inputs"]
-
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """What models call their key-value cache: transformers' own ``cache`` since 5.24, and as the second before."""
 

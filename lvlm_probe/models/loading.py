@@ -28,8 +28,6 @@ from lvlm_probe.plugins import load_plugins
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["ONE_LOAD", "default_device", "load", "load_processor", "loading", "located", "missing", "without_weights"]
-
 ONE_LOAD = threading.RLock()
 """Held while transformers makes a model. It replaces ``PreTrainedModel.tie_weights`` and torch's default dtype for the
 whole process meanwhile, and puts back what it found: of two loads at once the second one puts back what the first had

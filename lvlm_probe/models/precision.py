@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["epsilon_of", "sum_dtype"]
-
 
 def epsilon_of(dtype: torch.dtype | str | None) -> float:
     """ε of a floating-point format, by its type or name; 0 for everything else."""

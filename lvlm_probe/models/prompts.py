@@ -35,8 +35,6 @@ from lvlm_probe.models.wrappers import generating_model
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PromptRule", "chat_inputs", "placed", "prompt_rule", "question_of", "turns_of"]
-
 _MARKS = ("\ue000q\ue001", "\ue000a\ue001", "\ue000r\ue001")
 """Stand for a question, its answer and a further question: signs for private use, which no template changes."""
 

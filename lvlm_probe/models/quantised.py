@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["differentiable", "is_packed", "plain_value", "quantisation", "stored_shape", "stored_tensors"]
-
 _BESIDE = ("quant_state", "SCB", "absmax", "state2", "offset")
 """Names under which bitsandbytes keeps scales beside a weight, and inside what it keeps there."""
 

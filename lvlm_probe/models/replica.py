@@ -43,8 +43,6 @@ from lvlm_probe.hooks import NOTHING, beneath
 from lvlm_probe.models.quantised import differentiable
 from lvlm_probe.models.wrappers import is_compiled
 
-__all__ = ["Replica", "duplicated"]
-
 # State that generate() leaves on a module for its own next call (M-RoPE offsets).
 _GENERATION_STATE = ("rope_deltas",)
 

@@ -18,8 +18,6 @@ from types import TracebackType
 
 from lvlm_probe.escaping import first_line
 
-__all__ = ["EXTRAS", "Missing", "missing_library"]
-
 EXTRAS = ("torchvision", "timm", "num2words")
 """Libraries of processors and towers that are extras of this package, by the library's own name."""
 

@@ -16,8 +16,6 @@ from typing import Any
 
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["CHECKS", "INSTALLS", "KINDS", "CheckedFamily", "FamilyTable", "family_table", "summary"]
-
 CHECKS: Mapping[str, str] = {
     "asked": "the prompt that `probe.ask` and the command line make, by the chat template or the family's rule, is "
     "taken by the processor and answered",

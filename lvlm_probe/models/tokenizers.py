@@ -10,24 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "Spelling",
-    "Stops",
-    "decoder_prompt",
-    "display_pieces",
-    "folded",
-    "named_inputs",
-    "own_prompt",
-    "positional",
-    "settings_of",
-    "special_among",
-    "special_flags",
-    "special_ids",
-    "stops_of",
-    "tokenizer_of",
-    "top_pieces",
-]
-
 _REPLACEMENT = "�"
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _WAITING = 3

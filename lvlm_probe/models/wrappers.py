@@ -10,21 +10,6 @@ import torch
 
 from lvlm_probe.errors import AttachError
 
-__all__ = [
-    "active_adapters",
-    "adapters_of_this_call",
-    "compiled_parts",
-    "computes",
-    "computing_buffers",
-    "computing_parameters",
-    "every_module",
-    "execution_device",
-    "generating_model",
-    "is_compiled",
-    "is_peft",
-    "stored_value",
-]
-
 
 def is_compiled(model: object) -> bool:
     """Whether this is the wrapper that ``torch.compile(model)`` returns."""

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from lvlm_probe.metrics import Score
     from lvlm_probe.video import ClipHeatmap, Order
 
-__all__ = ["clip_page"]
-
 _SIDE = 480  # pixels of a frame
 _SHOWN = 48  # frames of one heatmap
 _HIGH, _WIDE = 80.0, 1000.0  # of the curve, in units of its own

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
 
-__all__ = ["DEFAULT_METHODS", "Comparison", "Row", "Standing", "compare"]
-
 DEFAULT_METHODS = (
     "igos++",
     "integrated_gradients",

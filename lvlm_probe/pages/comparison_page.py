@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.metrics import Interval, Score
 
-__all__ = ["filled"]
-
 _FRAMES = 8  # of a video
 _IMAGE_SIDE = 480
 _CELL_SIDE = 336

@@ -8,8 +8,6 @@ import io
 import numpy as np
 from PIL import Image
 
-__all__ = ["LONG_SIDE", "data_uri", "encode_seen", "encode_values", "packed_bits", "shrink"]
-
 LONG_SIDE = 1024
 """Longest side of an embedded image, in pixels."""
 

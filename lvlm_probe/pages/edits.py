@@ -19,8 +19,6 @@ from lvlm_probe.replaying.baselines import described
 if TYPE_CHECKING:
     from lvlm_probe.video import ClipHeatmap
 
-__all__ = ["edits_of"]
-
 _SIDE = 320
 _MOST = 12  # edits of one map
 _LONGEST = 2000

@@ -18,8 +18,6 @@ from lvlm_probe.pages.data_uris import data_uri, shrink
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
 
-__all__ = ["Evidence", "evidence_from", "evidence_markup", "evidence_of"]
-
 Evidence = PartShares | Modalities | Steps
 """What may stand on the page of an answer beside its maps."""
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.metrics import Score
 
-__all__ = ["log"]
-
 _COLUMNS = ("word", "P", "P without the image", "LLR (nats)", "explained")
 
 

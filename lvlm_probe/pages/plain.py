@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["nats", "plain", "probability", "rounded", "without_folders"]
-
 _ABSOLUTE_PATH = re.compile(
     r"""(?<![\w.:/\\~])                # not the tail of a URL or of a relative path
         (?:~|[A-Za-z]:)?               # a home directory or a drive

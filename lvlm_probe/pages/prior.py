@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from lvlm_probe.importing.meter import Reading, Unread
     from lvlm_probe.importing.word_origins import MeteredWord
 
-__all__ = ["write_page"]
-
 DEFAULT_TITLE = "From the image, or from habit?"
 _ORIGINS: dict[str, str] = {
     "unlikely": "not from this model",

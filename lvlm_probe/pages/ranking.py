@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.video import ClipHeatmap
 
-__all__ = ["Row", "Standing", "center_gain", "cost_of", "counted", "standings"]
-
 
 @dataclass(frozen=True)
 class Row:

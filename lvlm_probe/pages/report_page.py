@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from lvlm_probe.metrics import Score
     from lvlm_probe.video import ClipHeatmap, Order
 
-__all__ = ["report"]
-
 _SCRIPTS = ("draw.js", "answer.js", "trial.js", "theme.js", "page.js")
 _TITLE = "Where the answer came from"
 _CLIP_TITLE = "Where and when the answer came from"

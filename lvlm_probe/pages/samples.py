@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
     from lvlm_probe.video import ClipHeatmap
 
-__all__ = ["answer_of", "gather", "read", "strip_of"]
-
 _THUMB_SIDE = 160
 _BASELINE_SIDE = 448
 _MODEL_FACTS = (

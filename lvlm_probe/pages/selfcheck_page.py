@@ -20,8 +20,6 @@ from lvlm_probe.escaping import counted
 from lvlm_probe.pages.data_uris import data_uri, shrink
 from lvlm_probe.pages.shell import Page, asset, page_text, write_text
 
-__all__ = ["Check", "checks", "of_gradient", "selfcheck_page"]
-
 _SIDE = 400
 
 

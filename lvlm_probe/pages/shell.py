@@ -24,8 +24,6 @@ from lvlm_probe._version import __version__
 from lvlm_probe.errors import ReportError
 from lvlm_probe.files import in_the_way, write_whole
 
-__all__ = ["Page", "asset", "json_for_script", "page_text", "refuse_existing", "without_script", "write_text"]
-
 _PLAIN_ROWS = 50
 _FRAMED = 8_000_000
 """Bytes of the largest page that a notebook gets as a whole."""

@@ -27,8 +27,6 @@ from lvlm_probe.words import Word, spelled
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
-__all__ = ["answer_words", "widget"]
-
 _SIDE = 640
 Explained = Heatmap | tuple[Heatmap, Score | None]
 

@@ -26,8 +26,6 @@ import torch
 from lvlm_probe.errors import ExplainError, ProbeError
 from lvlm_probe.models.quantised import stored_tensors
 
-__all__ = ["Meter", "Reading", "Span", "available", "parse_bytes", "show_bytes", "weight_bytes"]
-
 _SPAN = "lvlm_probe.span"
 _ERROR = 2
 """torch's log level that leaves out warnings."""

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.trace.clips import Clip
 
-__all__ = ["Budget", "Plan", "choose", "default_budget", "passes_text", "table"]
-
 MOST = 64
 """Beyond this many masks at once nothing gets faster."""
 _INSIDE = ("relevance", "rollout", "rows", "activations", "hidden")

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.replaying.capture import AttentionLayer
 
-__all__ = ["CostModel", "cost_model", "timed"]
-
 _KNOWN: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], CostModel]] = weakref.WeakKeyDictionary()
 
 

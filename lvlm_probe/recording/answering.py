@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace import Trace
 
-__all__ = ["EVENLY", "record_answer"]
-
 EVENLY = 16
 """Frames of a file, evenly spaced, that are shown to a model whose processor would else take all there are."""
 

@@ -18,8 +18,6 @@ from lvlm_probe.trace.records import PointRecord
 if TYPE_CHECKING:
     from lvlm_probe.trace.records import RowCapture
 
-__all__ = ["CROSS", "DECODER_ATTENTION", "DECODER_TEXT_MASS", "KEY_BOX", "KEY_IMAGE", "attention_points", "place_keys"]
-
 DECODER_ATTENTION = "decoder.attention"
 DECODER_TEXT_MASS = "decoder.attention_text_mass"
 CROSS = "decoder.cross_attention"

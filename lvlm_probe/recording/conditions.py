@@ -17,16 +17,6 @@ from lvlm_probe.models.inputs import cache_in, input_device
 from lvlm_probe.models.tokenizers import Stops
 from lvlm_probe.models.wrappers import every_module
 
-__all__ = [
-    "compiles_itself",
-    "forced_because",
-    "inferred_mask",
-    "other_conditions",
-    "padded_behind",
-    "without_autocast",
-    "without_image",
-]
-
 
 def inferred_mask(model: Any, inputs: Mapping[str, torch.Tensor], stops: Stops) -> torch.Tensor | None:
     """The attention mask ``(batch, position)`` that ``generate()`` makes for itself where none is given: padding tokens

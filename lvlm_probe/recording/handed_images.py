@@ -20,16 +20,6 @@ from lvlm_probe.errors import ImageError
 from lvlm_probe.trace.clips import MOST_FRAMES, MOST_PIXELS, Clip
 from lvlm_probe.trace.image_files import open_image
 
-__all__ = [
-    "Handed",
-    "flatten_images",
-    "hand_over",
-    "hand_over_clips",
-    "image_bytes",
-    "look_of",
-    "same_image",
-]
-
 _ORIENTATION = 0x0112  # EXIF
 
 

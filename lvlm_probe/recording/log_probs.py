@@ -9,8 +9,6 @@ import torch
 
 from lvlm_probe.hooks import HookSet
 
-__all__ = ["StepLogProbs", "StepValues", "answer_in", "generators"]
-
 
 class StepValues(NamedTuple):
     """What was read off the logits of the steps, ``(batch, step)`` each.

@@ -24,8 +24,6 @@ from lvlm_probe.trace.clips import Clip
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Masking"]
-
 
 class Masking:
     """The state of one ``Probe.masked`` block."""

@@ -11,8 +11,6 @@ from lvlm_probe.hooks import HookSet, first_tensor
 from lvlm_probe.models.anatomy import Anatomy, find_modules
 from lvlm_probe.trace.records import PointRecord
 
-__all__ = ["PointTap"]
-
 
 class PointTap:
     """Keeps the first output of chosen modules during one ``generate()`` call (the pass that sees the image).

@@ -48,8 +48,6 @@ from lvlm_probe.trace.records import Capture
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Probe", "Recording", "attach"]
-
 _log = logging.getLogger("lvlm_probe")
 
 _STREAMED: ContextVar[tuple[Feed, Recording] | None] = ContextVar("lvlm_probe_streamed", default=None)

@@ -41,8 +41,6 @@ from lvlm_probe.recording.handed_images import (
 from lvlm_probe.recording.recognition import Prints, cover, digest, prints_of, readings, shares_of
 from lvlm_probe.trace.clips import Clip
 
-__all__ = ["KEPT_BYTES", "ProcessorCall", "ProcessorWatch", "describe_call"]
-
 _log = logging.getLogger("lvlm_probe")
 
 KEPT_BYTES = 512 << 20

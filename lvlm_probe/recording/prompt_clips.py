@@ -18,8 +18,6 @@ from lvlm_probe.images.processor import BlackBox, as_rgb
 from lvlm_probe.recording.processor_watch import ProcessorCall, ProcessorWatch, describe_call
 from lvlm_probe.trace.clips import Clip
 
-__all__ = ["ClipFinder", "ClipRow", "labels_of_frames"]
-
 
 def labels_of_frames(ids: Sequence[int], frames: np.ndarray, is_number: Callable[[int], bool]) -> np.ndarray:
     """What a processor writes around the frames of a clip, such as their times, which is nothing a user asked.

@@ -28,8 +28,6 @@ from lvlm_probe.trace.clips import Clip
 from lvlm_probe.trace.image_files import encode_image
 from lvlm_probe.trace.records import ImageRecord
 
-__all__ = ["ImageFinder", "NotRecorded", "PromptImages", "RowImages", "encoded"]
-
 _ORIENTATION = 0x0112  # EXIF
 
 

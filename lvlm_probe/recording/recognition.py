@@ -15,8 +15,6 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-__all__ = ["Prints", "Rows", "cover", "digest", "prints_of", "readings", "shares_of"]
-
 _ROW = 8  # bytes of a row's hash
 _HALVES = (torch.bfloat16, torch.float16)
 

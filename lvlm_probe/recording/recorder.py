@@ -70,8 +70,6 @@ from lvlm_probe.trace.image_files import is_constant
 from lvlm_probe.trace.records import Capture, RowCapture
 from lvlm_probe.words import ALPHA
 
-__all__ = ["GenerationRecorder", "RecordOptions", "Target"]
-
 _BOXES_KEPT = 64
 
 

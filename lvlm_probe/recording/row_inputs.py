@@ -10,8 +10,6 @@ import torch
 from lvlm_probe.models.inputs import is_separate
 from lvlm_probe.recording.prompt_images import NotRecorded
 
-__all__ = ["columns_of", "image_places", "row_inputs"]
-
 # Rebuilt from the tokens by every replay, or of no use to one.
 _NOT_REPLAYED = ("input_ids", "inputs", "attention_mask", "position_ids", "cache_position", "labels")
 

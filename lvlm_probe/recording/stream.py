@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.recording.recorder import GenerationRecorder
 
-__all__ = ["Feed", "Stream", "StreamedWord", "settings_here"]
-
 
 @dataclass(frozen=True)
 class StreamedWord(Word):

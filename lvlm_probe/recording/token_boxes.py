@@ -13,8 +13,6 @@ from lvlm_probe.recording.attention_points import place_keys
 if TYPE_CHECKING:
     from lvlm_probe.trace.records import RowCapture
 
-__all__ = ["BoxCache", "box_key", "in_order", "place"]
-
 BoxCache = dict[tuple[Any, ...], Places | str]
 """Places of image tokens that are known already, or why they have none; finding out runs the processor and the model's
 encoder."""

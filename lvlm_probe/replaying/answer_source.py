@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
     from lvlm_probe.trace.records import RowCapture
 
-__all__ = ["LiveTrace", "recorded_path"]
-
 _log = logging.getLogger("lvlm_probe")
 
 

@@ -18,8 +18,6 @@ from lvlm_probe.images import BLUR_LADDER, CompositePath, ImagePath, PixelPath
 from lvlm_probe.images.baselines import CLIP_KINDS, KINDS, make_baselines
 from lvlm_probe.trace.clips import Clip
 
-__all__ = ["BaselineLike", "Path", "baseline_identity", "described", "draw", "same_baseline"]
-
 BaselineLike = str | Image.Image | Sequence[str | Image.Image] | Mapping[str, Any]
 """A kind, an image of the user's (one per image), or the description of a baseline (``replay.baseline``)."""
 

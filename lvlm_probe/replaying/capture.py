@@ -26,8 +26,6 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.hooks import HookSet, first_tensor
 from lvlm_probe.models.anatomy import find_modules
 
-__all__ = ["AttentionLayer", "Captured", "capture"]
-
 _BLOCK_NUMBERS = 2**24
 """Numbers of one block of attention weights, at most (64 MiB in float32)."""
 _BLOCK_ROWS = 128

@@ -23,8 +23,6 @@ from lvlm_probe.models.replica import Replica
 from lvlm_probe.replaying.micro_batches import ran_out
 from lvlm_probe.replaying.protocol import ReplayLike
 
-__all__ = ["GradientCheck", "gradient_check"]
-
 _AGREE = 0.1
 """Slopes that differ by less of their size are the same one: what a finite difference may leave out by curvature."""
 _AGREE_CUT = 0.02

@@ -15,8 +15,6 @@ from lvlm_probe.models.replica import Replica
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["HIDDEN", "ROWS", "head_rows", "hidden_states", "point_records", "text_tokens"]
-
 HIDDEN = "decoder.hidden"
 """Name of the point that holds hidden states, ``(position, channel)``."""
 ROWS = "decoder.head_rows"

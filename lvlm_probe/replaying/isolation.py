@@ -19,8 +19,6 @@ from lvlm_probe.models.inputs import CACHE_NAMES
 from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.wrappers import every_module
 
-__all__ = ["checkpointed", "even_gradients", "outside_inference_mode", "patch_gradients", "taking_turns"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

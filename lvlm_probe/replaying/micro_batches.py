@@ -24,22 +24,6 @@ from lvlm_probe.errors import OutOfMemory
 from lvlm_probe.models.quantised import stored_tensors
 from lvlm_probe.models.replica import Replica, duplicated
 
-__all__ = [
-    "CPU_BYTES",
-    "Limits",
-    "PassCounter",
-    "Recomputed",
-    "Run",
-    "does_not_fit",
-    "in_micro_batches",
-    "masks_at_once",
-    "noise_like",
-    "noise_seeds",
-    "out_of_memory",
-    "ran_out",
-    "weights_on_cards",
-]
-
 _log = logging.getLogger("lvlm_probe")
 
 CPU_BYTES = 768 << 20

@@ -26,8 +26,6 @@ import torch
 from lvlm_probe.errors import ReplayError, SelectionError
 from lvlm_probe.plugins import load_plugins
 
-__all__ = ["Contrast", "Given", "OwnScore", "alternative_ids", "score", "stored_score"]
-
 Other = tuple[int, tuple[int, ...]]
 """Another course of the answer: from this token on, these token ids."""
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace.clips import Clip
 
-__all__ = ["Elsewhere", "Estimating", "Mode", "Need", "ReplayLike", "Score", "ShortcutsLike", "Stand"]
-
 Mode = Literal["fast", "exact"]
 """By the traced geometry, or by the real processor on the real composite."""
 Need = Literal["passes", "gradients", "attention", "activations"]

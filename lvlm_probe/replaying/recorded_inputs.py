@@ -21,8 +21,6 @@ from lvlm_probe.models.drivers import probed_model
 if TYPE_CHECKING:
     from lvlm_probe.trace.records import TraceLike
 
-__all__ = ["check_inputs", "refused_in_words"]
-
 _MOST_PATCHES = 2**22
 """Patches of all images of a prompt: more than any model has context for."""
 

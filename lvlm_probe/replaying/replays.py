@@ -52,9 +52,6 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
     from lvlm_probe.trace.clips import Clip
 
-__all__ = ["Replay"]
-
-
 _ANSWER_SHOWN = 60
 """Characters of an answer that one line shows."""
 _SCORES = 32

@@ -9,8 +9,6 @@ import torch
 
 from lvlm_probe.errors import ReplayError
 
-__all__ = ["positions_of", "reword"]
-
 
 def reword(prompt: torch.Tensor, processor: object | None, question: str, text: str) -> tuple[int, int, torch.Tensor]:
     """Find the question in a prompt, and the tokens of another text.

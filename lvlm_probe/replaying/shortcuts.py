@@ -34,8 +34,6 @@ from lvlm_probe.models.wrappers import every_module
 from lvlm_probe.replaying.micro_batches import PassCounter, ran_out
 from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing
 
-__all__ = ["Shortcuts", "View"]
-
 _log = logging.getLogger("lvlm_probe")
 
 _PAYS = 16

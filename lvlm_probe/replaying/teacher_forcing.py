@@ -32,8 +32,6 @@ from lvlm_probe.replaying.isolation import checkpointed, even_gradients, patch_g
 from lvlm_probe.replaying.micro_batches import ran_out
 from lvlm_probe.replaying.own_scores import Given, OwnScore
 
-__all__ = ["Shortcut", "TeacherForcing", "rounding_of"]
-
 _OWN_ROUND = 1.5
 """Roundings to the model's number format between two runs, in units of ε · max |logit|: half a step of the logit in
 each run, and half a step of the states that it is made of. Between cached decoding and one pass over tiny models of two

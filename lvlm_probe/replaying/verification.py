@@ -15,9 +15,6 @@ from lvlm_probe.replaying.recorded_inputs import refused_in_words
 if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
-__all__ = ["FLOOR", "Verification", "verify"]
-
-
 FLOOR = 1e-4
 """Nats that are the same in any number format: 0.01 % in probability, far below what any figure here shows."""
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace.clips import Clip
 
-__all__ = ["Kept", "Views"]
-
 
 @dataclass
 class Kept:

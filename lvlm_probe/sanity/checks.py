@@ -29,22 +29,6 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
 
-__all__ = [
-    "AGREEING",
-    "LEAST_CELLS",
-    "SAME",
-    "SIMILAR",
-    "AnyHeatmap",
-    "Check",
-    "SanityCheck",
-    "SanityStep",
-    "Verdict",
-    "again",
-    "cannot_say",
-    "opened",
-    "step_of",
-]
-
 AnyHeatmap = Heatmap | ClipHeatmap
 Check = Literal["weights", "answers", "seeds", "prompts"]
 Verdict = Literal["passes", "fails", "cannot say"]

@@ -17,8 +17,6 @@ from lvlm_probe.sanity.stability import Stability, stability
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["SanityReport", "answer_randomisation", "over_prompts", "over_seeds", "weight_randomisation"]
-
 SanityReport = SanityCheck
 _WEIGHTS = ("kind", "how", "blocks", "stages", "draws", "seed", "progress")
 _ANSWERS = ("draws", "pool", "seed", "progress")

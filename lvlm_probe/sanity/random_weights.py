@@ -20,8 +20,6 @@ import torch
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.models.anatomy import examine, find_modules
 
-__all__ = ["How", "grouped", "randomised", "weight_blocks"]
-
 How = Literal["normal", "permute"]
 Weights = dict[str, torch.nn.Parameter]
 """Path → parameter."""

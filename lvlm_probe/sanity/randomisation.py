@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from lvlm_probe.selection import TokenSelection
     from lvlm_probe.trace import Trace
 
-__all__ = ["answers", "judged_answers", "weights"]
-
 
 def weights(
     replay: Replay,

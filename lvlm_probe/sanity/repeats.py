@@ -31,8 +31,6 @@ from lvlm_probe.selection import TokenSelection, scored_selection, select_tokens
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["prompts", "seeds"]
-
 
 def seeds(
     replay: Replay, heat: AnyHeatmap, *, seeds: int | Sequence[int] = 5, progress: Progress | None = None

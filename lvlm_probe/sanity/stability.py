@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.trace.clips import Clip
 
-__all__ = ["Completeness", "Stability", "completeness", "stability", "tie_share"]
-
 
 @dataclass(frozen=True, repr=False)
 class Stability:

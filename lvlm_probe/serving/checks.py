@@ -33,8 +33,6 @@ from lvlm_probe.serving.transport import Refused
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["TOLERANCE", "Checks", "allowed", "check_answer", "check_same", "largest_difference"]
-
 TOLERANCE = 0.25
 """Nats between two readings of an unlikely token. In float32 they agree to 1e-5; in bfloat16, where each pass of
 another shape rounds in its own way, unlikely tokens come to 0.1. Another prompt or model is nats away."""

@@ -22,8 +22,6 @@ from lvlm_probe.serving.transport import Spent
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["DrawImages", "Forcing"]
-
 _BUSY = 16
 """Requests of one batch from which on it says how many a server answers in a second."""
 

@@ -10,8 +10,6 @@ from lvlm_probe.errors import ReplayError
 from lvlm_probe.serving.messages import Prompt, Said, aligned
 from lvlm_probe.serving.roads import Untrue, continued, log_prob_in, spoken_in
 
-__all__ = ["NoLogProbs", "generated", "generated_by_sglang", "prompt_alone", "spoken", "walked"]
-
 Post = Callable[[str, dict[str, Any]], Any]
 """Sends a body to a path."""
 _UNNAMED = -1

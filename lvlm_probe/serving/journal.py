@@ -22,8 +22,6 @@ from lvlm_probe.errors import ReplayError
 from lvlm_probe.files import causes, open_regular
 from lvlm_probe.serving.roads import Reading
 
-__all__ = ["FILE", "Journal"]
-
 FILE = "served.jsonl"
 """Its name beside the traces."""
 

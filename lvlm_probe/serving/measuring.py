@@ -22,8 +22,6 @@ from lvlm_probe.serving.roads import ROADS, NextToken, Road, Sglang, Untrue, spo
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["QUESTION", "Measured", "drawn", "measured"]
-
 QUESTION = "What color is the circle?"
 """Asked about the drawn image: any model has an ordinary answer to it, which is cut into tokens in one way."""
 _DRAWS = 16

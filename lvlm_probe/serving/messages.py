@@ -13,19 +13,6 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "PNG",
-    "WEBP",
-    "ImageFormat",
-    "Prompt",
-    "Said",
-    "aligned",
-    "as_uri",
-    "image_token_places",
-    "one_placeholder_each",
-    "smaller",
-]
-
 ImageFormat = Literal["PNG, level 1", "WebP, lossless"]
 """Lossless: JPEG at quality 90 moves log-probabilities by up to 0.9 nats. The default level of PNG takes eight times as
 long for a tenth less; of WebP, the fastest effort is smaller than that for most photographs."""

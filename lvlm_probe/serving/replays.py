@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from lvlm_probe.serving.transport import Spent
     from lvlm_probe.trace import Trace
 
-__all__ = ["EstimatedReplay", "Host", "NotOnAServer", "ServedReplay"]
-
 
 class Host(Protocol):
     """What a replay asks of the server it runs on; see ``Server``."""

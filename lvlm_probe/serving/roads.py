@@ -31,26 +31,6 @@ from typing import Any, Literal, Protocol
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.serving.messages import Prompt, Said, one_placeholder_each
 
-__all__ = [
-    "ROADS",
-    "Chat",
-    "Gives",
-    "NextToken",
-    "Reading",
-    "Road",
-    "Sampled",
-    "Sglang",
-    "Tokens",
-    "Top",
-    "Untrue",
-    "check_continued",
-    "likeliest_in",
-    "log_prob_in",
-    "most_probable",
-    "roads_named",
-    "spoken_in",
-]
-
 _ROUNDING = 1e-3
 """Nats above 0 that a log-probability may have by rounding in half precision."""
 _LEAST = -1e5

@@ -54,8 +54,6 @@ from lvlm_probe.trace.records import Capture, ImageRecord, RowCapture
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Server", "connect"]
-
 _PROBE_TOKENS = 8
 """Tokens of the answer that capabilities are measured on."""
 _ANY_ROAD = "Leave the road out (road=, --road): the best that works is used"

@@ -31,8 +31,6 @@ from typing import Any
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.escaping import one_line
 
-__all__ = ["Refused", "Spent", "Transport"]
-
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _BUSY = frozenset({429, 503})
 _LARGEST = 512 << 20

@@ -18,8 +18,6 @@ from lvlm_probe.storage.seal import sealed_writer, trace_error
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["read_arrays", "read_attrs", "write_arrays"]
-
 
 def write_arrays(
     path: str | os.PathLike[str],

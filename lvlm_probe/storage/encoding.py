@@ -20,23 +20,6 @@ from lvlm_probe.files import NUMBER_DIGITS, json_ready
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "CHUNK_BYTES",
-    "ENCODING_VERSION",
-    "JSON",
-    "JSON_DEPTH",
-    "JSON_LIMIT",
-    "NAME",
-    "NUMBER_DIGITS",
-    "as_array",
-    "json_text",
-    "parse_json",
-    "put_array",
-    "put_json",
-    "put_text",
-    "restore_tensor",
-]
-
 JSON: TypeAlias = Any
 """A value that ``json`` can write: dict with string keys, list, str, int, float, bool or None."""
 

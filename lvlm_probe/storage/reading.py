@@ -31,8 +31,6 @@ from lvlm_probe.files import State, causes, state_of
 from lvlm_probe.storage.encoding import ENCODING_VERSION, JSON, JSON_LIMIT, NAME, parse_json, restore_tensor
 from lvlm_probe.storage.seal import Seal, check_open, open_file, parse_version, trace_error, unreadable
 
-__all__ = ["MEMBER_LIMIT", "RANK_LIMIT", "TEXT_LIMIT", "SealedFile", "open_sealed"]
-
 RANK_LIMIT = 8
 """Axes of an array."""
 TEXT_LIMIT = 2**16

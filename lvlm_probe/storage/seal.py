@@ -26,18 +26,6 @@ from lvlm_probe.errors import TraceError
 from lvlm_probe.escaping import writable
 from lvlm_probe.files import NotRegularFile, causes, open_regular, write_whole
 
-__all__ = [
-    "BLOCK_BYTES",
-    "CHECKSUM_LIMIT",
-    "Seal",
-    "check_open",
-    "open_file",
-    "parse_version",
-    "sealed_writer",
-    "trace_error",
-    "unreadable",
-]
-
 BLOCK_BYTES = 512
 CHECKSUM_LIMIT = 2**30
 """Files up to this size are hashed when they are opened (about 2 GB/s); larger ones only when asked to."""

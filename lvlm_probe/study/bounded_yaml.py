@@ -17,8 +17,6 @@ import yaml
 
 from lvlm_probe.errors import StudyError
 
-__all__ = ["WrongYaml", "compose", "plain"]
-
 LARGEST_FILE = 2**20
 """Bytes; a study of a hundred rows takes ten thousand."""
 

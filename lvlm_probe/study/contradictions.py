@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-__all__ = ["Detection", "Pair", "detect", "pairs", "planted_words"]
-
 
 @dataclass(frozen=True)
 class Pair:

@@ -26,8 +26,6 @@ from lvlm_probe.study.run.units import digest, method_content
 from lvlm_probe.study.spec import MethodSpec, Study
 from lvlm_probe.study.tables.table import Cell, Table
 
-__all__ = ["Forecast", "Line", "forecast"]
-
 SIDE = 448
 """Pixels of the square image that passes are counted for where no sample has been measured."""
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-__all__ = ["Key", "WrongValue", "arguments", "checked", "default_text", "kind_of", "nearest", "parts", "short"]
-
 
 @dataclass(frozen=True)
 class Key:

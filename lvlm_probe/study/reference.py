@@ -11,8 +11,6 @@ from lvlm_probe.study.datasets.registry import options_of, readers
 from lvlm_probe.study.keys import Key, default_text, kind_of, parts
 from lvlm_probe.study.spec import DatasetSpec, FilterSpec, MethodSpec, ModelSpec, Settings, Study
 
-__all__ = ["Entry", "keys_page", "study_keys"]
-
 _SECTIONS: tuple[tuple[str, type], ...] = (
     ("", Study),
     ("models.NAME.", ModelSpec),

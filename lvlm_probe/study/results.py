@@ -12,9 +12,6 @@ from lvlm_probe.study.run.sample_filter import is_correct, verdict
 from lvlm_probe.study.run.units import Records, method_content, model_content, model_stamp
 from lvlm_probe.study.spec import ModelSpec, Study
 
-__all__ = ["Results", "collect"]
-
-
 _UNKNOWN = dict.fromkeys(("true_answer", "group", "drop", "drop_normalised", "map", "deletion", "insertion"))
 """Entries that a record may lack."""
 

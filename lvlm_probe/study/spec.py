@@ -38,8 +38,6 @@ from lvlm_probe.study.bounded_yaml import WrongYaml, compose, plain
 from lvlm_probe.study.datasets.registry import checked_option, options_of, readers
 from lvlm_probe.study.keys import Key, WrongValue, checked, nearest, parts, short
 
-__all__ = ["DatasetSpec", "FilterSpec", "MethodSpec", "ModelSpec", "Settings", "Study", "read_study"]
-
 _BEHAVIOUR = Literal["corrected", "release"]
 BEHAVIOURS: tuple[str, ...] = get_args(_BEHAVIOUR)
 _BASELINE = Literal["blur", "blank", "noise", "mean", "first_frame", "middle_frame", "shuffled_frames"]

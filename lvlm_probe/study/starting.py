@@ -18,8 +18,6 @@ from lvlm_probe.study.datasets.registry import open_dataset
 from lvlm_probe.study.keys import nearest
 from lvlm_probe.trace.video_files import is_video_name
 
-__all__ = ["Start", "start"]
-
 _LOOKED_AT = 200
 """Rows that columns are guessed from."""
 _OPENED = 5

@@ -13,8 +13,6 @@ from lvlm_probe.storage.encoding import JSON
 from lvlm_probe.storage.reading import SealedFile
 from lvlm_probe.trace.fields import Json
 
-__all__ = ["MOST_FRAMES", "MOST_PIXELS", "Clip", "ClipList", "images_of"]
-
 MOST_FRAMES = 1000
 """Frames of one clip: a trace has no more images."""
 MOST_PIXELS = 100_000_000

@@ -23,8 +23,6 @@ from lvlm_probe.trace.schema import row_key
 from lvlm_probe.trace.stored import StoredAnswer
 from lvlm_probe.words import ALPHA
 
-__all__ = ["describe", "to_html"]
-
 _WIDTH = 80
 _LABEL = 10
 _BAR = 24

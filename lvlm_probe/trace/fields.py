@@ -19,8 +19,6 @@ import numpy as np
 from lvlm_probe.storage.encoding import put_array, put_json, put_text
 from lvlm_probe.storage.reading import SealedFile
 
-__all__ = ["Array", "Field", "Integer", "Json", "Text"]
-
 _IN_MEMORY = {"i4": "int64", "f4": "float32", "u1": "bool"}
 _BEYOND = {"P": "it points outside the prompt:", "images": "it names images"}
 _JSON = {"text": str, "object": dict, "list of texts": list}

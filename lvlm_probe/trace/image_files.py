@@ -17,8 +17,6 @@ from lvlm_probe.errors import ImageError
 from lvlm_probe.hooks import caution
 from lvlm_probe.trace.parts import IMAGE_FORMATS
 
-__all__ = ["decode_image", "encode_image", "is_constant", "open_image", "open_image_file"]
-
 _DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _LARGEST = 256 << 20
 """Bytes of a file from the network."""

@@ -32,8 +32,6 @@ from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, row_count, row_key
 if TYPE_CHECKING:
     from lvlm_probe.trace.reader import Trace
 
-__all__ = ["INDEX_NAME", "Index", "TraceSummary", "read_summaries"]
-
 INDEX_NAME = ".index.jsonl"
 _TEXT = 2000
 """Characters of a question or an answer that are kept."""

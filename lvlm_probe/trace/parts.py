@@ -20,20 +20,6 @@ from lvlm_probe.storage.seal import trace_error
 from lvlm_probe.trace.records import ImageRecord
 from lvlm_probe.trace.schema import RowHeader
 
-__all__ = [
-    "FREE_PIXELS",
-    "FREE_PIXELS_TOGETHER",
-    "IMAGE_FORMATS",
-    "PIXELS_PER_BYTE",
-    "PIXEL_LIMIT",
-    "AttentionRows",
-    "check_pixels",
-    "decode",
-    "read_attention",
-    "read_image",
-    "thumbnail",
-]
-
 PIXEL_LIMIT = 178_956_970
 """Pixels of one image (Pillow's own limit for a decompression bomb): about 700 MB as RGB."""
 FREE_PIXELS = 40_000_000

@@ -20,8 +20,6 @@ from lvlm_probe.trace.stored import StoredAnswer
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Trace", "open_rows", "open_trace"]
-
 
 def open_trace(path: str | os.PathLike[str], row: int = 0) -> Trace:
     """Opens one trace of a file; ``row`` counts the rows of the batch, negative from the end.

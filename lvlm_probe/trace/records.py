@@ -27,21 +27,6 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-__all__ = [
-    "FIELDS",
-    "MODEL_JSON",
-    "MODEL_TEXT",
-    "Capture",
-    "ImageRecord",
-    "Layout",
-    "PointRecord",
-    "RowCapture",
-    "TraceFields",
-    "TraceLike",
-    "default_of",
-    "is_recorded",
-]
-
 MODEL_TEXT = ("model_id", "revision", "class", "adapter", "attn_implementation", "torch_dtype", "fingerprint")
 MODEL_JSON = ("config", "generation_config", "versions")
 """What is kept of ``Capture.model`` as text and as JSON of its own; the rest of it goes into one object, ``more``."""

@@ -8,20 +8,6 @@ from typing import Any
 from lvlm_probe.storage.reading import SealedFile
 from lvlm_probe.trace.records import FIELDS, MODEL_TEXT
 
-__all__ = [
-    "FORMAT",
-    "FORMAT_VERSION",
-    "IMAGE_LIMIT",
-    "ROW_BYTES",
-    "ROW_LIMIT",
-    "PointHeader",
-    "RowHeader",
-    "row_count",
-    "row_key",
-    "validate",
-    "validate_row",
-]
-
 FORMAT = "lvlm_probe.trace"
 FORMAT_VERSION = "1.1"
 ROW_LIMIT = 10_000

@@ -23,8 +23,6 @@ from lvlm_probe.trace.index import Index, TraceSummary
 from lvlm_probe.trace.reader import Trace
 from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, ROW_LIMIT, validate
 
-__all__ = ["TraceStore", "open_store"]
-
 _OWN_NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z-\d+-[0-9a-f]{8}\.b(?P<rows>[1-9]\d{0,5})\.h5")
 
 

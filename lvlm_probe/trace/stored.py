@@ -20,8 +20,6 @@ from lvlm_probe.trace.records import FIELDS, JSON, MODEL_JSON, MODEL_TEXT, Image
 from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, RowHeader, row_key, validate, validate_row
 from lvlm_probe.words import Word, group_words
 
-__all__ = ["StoredAnswer"]
-
 
 class StoredAnswer(TraceFields):
     """An answer and what belongs to it, as ``Trace`` reads it; see there."""

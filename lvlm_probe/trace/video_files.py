@@ -24,8 +24,6 @@ from lvlm_probe.extras import require
 from lvlm_probe.hooks import caution
 from lvlm_probe.trace.clips import MOST_FRAMES, MOST_PIXELS
 
-__all__ = ["VideoFacts", "check_video_file", "encode_video", "is_video_name", "read_video"]
-
 _SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv", ".3gp", ".m2ts", ".mts",
 )  # fmt: skip

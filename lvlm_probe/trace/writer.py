@@ -30,8 +30,6 @@ from lvlm_probe.trace.records import (
 )
 from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, row_key, validate, validate_row
 
-__all__ = ["write"]
-
 
 class _Clock:
     """Time stamps that never repeat and never go back within a process, even when the system's clock does."""

@@ -17,8 +17,6 @@ from lvlm_probe.trace import Trace
 from lvlm_probe.trace.clips import Clip
 from lvlm_probe.video.heatmap import ClipHeatmap
 
-__all__ = ["clip_methods", "clip_of", "explain", "explain_by"]
-
 
 def clip_methods() -> list[str]:
     """Names of the methods that explain by a video, sorted."""

@@ -18,7 +18,7 @@ from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, words_of
 from lvlm_probe.explainers.scores import check_rules, whole_rule
-from lvlm_probe.explainers.shapley import EXACT, shapley
+from lvlm_probe.explainers.shapley import shapley
 from lvlm_probe.images.baselines import CLIP_KINDS
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
@@ -26,8 +26,6 @@ from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.trace.clips import Clip
 from lvlm_probe.video.explaining import clip_of
 from lvlm_probe.words import ALPHA
-
-__all__ = ["EXACT", "FrameShares", "Order", "order", "which_frames"]
 
 _AGAINST = ("blur", *CLIP_KINDS)
 

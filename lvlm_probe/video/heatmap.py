@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.trace import Trace
 
-__all__ = ["ClipHeatmap", "film_sheet"]
-
 _SHOWN = 12  # frames of a strip
 _TILES = 8  # ... and of a sheet
 _SIDE = 180  # longest side of a frame in it, pixels

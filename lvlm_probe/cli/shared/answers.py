@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from lvlm_probe.serving import Server
     from lvlm_probe.trace import Trace
 
-__all__ = ["ask", "ask_server", "nothing_before", "show_answer", "show_question", "trace_summary"]
-
 
 def ask(
     model: torch.nn.Module,

@@ -33,8 +33,6 @@ from lvlm_probe.escaping import first_line
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["Finding", "environment", "mending", "model_checks", "version_of"]
-
 _PYTHON = (3, 11)
 _MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 """Required distributions whose module has another name."""

@@ -59,8 +59,6 @@ from lvlm_probe.selection import TokenSelection, select_tokens
 from lvlm_probe.trace import Trace
 from lvlm_probe.video import ClipHeatmap
 
-__all__ = ["compare_methods"]
-
 _GRID = 32
 _LONG = 30.0
 """Seconds from which a method is announced before it runs."""

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable
 from importlib import resources
 from importlib.resources.abc import Traversable
 
-__all__ = ["choices", "complete_dataset", "complete_family", "complete_method", "complete_methods"]
-
 Completion = Callable[[str], list[str]]
 
 

@@ -22,19 +22,6 @@ if TYPE_CHECKING:
     from lvlm_probe.serving import Server
     from lvlm_probe.trace import Trace
 
-__all__ = [
-    "ReplayModels",
-    "Shown",
-    "alternatives",
-    "baseline_from",
-    "columns_from",
-    "find_trace",
-    "open_shown",
-    "output_directory",
-    "parameters",
-    "rows_of",
-]
-
 
 @dataclass(frozen=True)
 class Shown:

@@ -31,19 +31,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from rich.text import Text
 
-__all__ = [
-    "Explained",
-    "explain_replay",
-    "label_of",
-    "legend",
-    "map_summary",
-    "open_replay",
-    "show_explained",
-    "show_map",
-    "words_of",
-    "write_report",
-]
-
 
 @dataclass
 class Explained:

@@ -11,8 +11,6 @@ from lvlm_probe.escaping import first_line
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DEMO", "load_model", "model_source", "torch_dtype", "torch_place"]
-
 DEMO = "demo"
 """The name of the embedded model, wherever a model is asked for."""
 

@@ -17,30 +17,6 @@ import typer
 
 from lvlm_probe.cli.shared.completion import choices, complete_methods
 
-__all__ = [
-    "AgainstOption",
-    "Asked",
-    "BaselineOption",
-    "Columns",
-    "Comparing",
-    "ImagesDirectory",
-    "Json",
-    "KeptIn",
-    "Loading",
-    "Maps",
-    "MaxNewTokens",
-    "MethodParameters",
-    "Model",
-    "OpenPage",
-    "OptionalModel",
-    "Row",
-    "StudyFile",
-    "TraceOrDirectory",
-    "TrustRemoteCode",
-    "Words",
-    "spelled_out",
-]
-
 AgainstOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -15,8 +15,6 @@ from lvlm_probe.cli.shared.inputs import columns_from
 from lvlm_probe.cli.shared.options import Columns, ImagesDirectory
 from lvlm_probe.cli.shared.terminal import note
 
-__all__ = ["FORMATS", "REFUSED", "AnswerRows", "failures", "formats_help", "tell_refused"]
-
 _SHOWN = 5
 
 REFUSED = 0.1

@@ -58,8 +58,6 @@ from lvlm_probe.selection import select_tokens
 from lvlm_probe.trace import Trace, open_trace
 from lvlm_probe.words import spelled
 
-__all__ = ["Asked", "Selfcheck", "questions"]
-
 DEFAULT_METHOD = "igos++"
 POINTING_TOLERANCE = 15
 """Pixels by which the highest value may miss the object, as customary (Zhang et al., 2018)."""

@@ -14,8 +14,6 @@ from lvlm_probe.errors import ProbeError
 if TYPE_CHECKING:
     from lvlm_probe.serving import Server
 
-__all__ = ["Served"]
-
 _Url = Annotated[
     str | None,
     typer.Option(

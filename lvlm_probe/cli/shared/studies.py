@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from lvlm_probe.study.results import Results
     from lvlm_probe.study.spec import Study
 
-__all__ = ["show_state", "study_in"]
-
 
 def study_in(file: Path, *, trust_remote_code: bool = False) -> Study:
     """Read a study. Raises ``StudyError``."""

@@ -37,31 +37,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.words import Word
 
-__all__ = [
-    "agrees",
-    "answer_text",
-    "bar",
-    "guard_streams",
-    "note",
-    "one_line",
-    "open_page",
-    "print_json",
-    "quiet_libraries",
-    "quoted_path",
-    "safe",
-    "say",
-    "set_verbosity",
-    "show",
-    "show_table",
-    "shows_looks",
-    "stage",
-    "stop",
-    "stored_path",
-    "tell",
-    "width",
-    "wrapped",
-]
-
 _log = logging.getLogger("lvlm_probe")
 
 _SLOW = 2.0

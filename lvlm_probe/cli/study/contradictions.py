@@ -15,8 +15,6 @@ from lvlm_probe.cli.shared.rows import tell_refused
 from lvlm_probe.cli.shared.terminal import bar, print_json, say
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["contradictions"]
-
 
 def contradictions(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of the data set; `study datasets` lists them.")],

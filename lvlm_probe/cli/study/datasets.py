@@ -5,8 +5,6 @@ from __future__ import annotations
 from lvlm_probe.cli.shared.options import Json
 from lvlm_probe.cli.shared.terminal import print_json, say
 
-__all__ = ["RUNS_BARE", "datasets"]
-
 RUNS_BARE = True
 
 

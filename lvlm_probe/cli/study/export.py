@@ -11,8 +11,6 @@ from lvlm_probe.cli.shared.options import StudyFile
 from lvlm_probe.cli.shared.studies import study_in
 from lvlm_probe.cli.shared.terminal import say, stored_path
 
-__all__ = ["export"]
-
 
 def export(
     file: StudyFile,

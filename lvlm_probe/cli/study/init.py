@@ -13,8 +13,6 @@ from lvlm_probe.cli.shared.terminal import note, one_line, quiet_libraries, quot
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.files import write_whole
 
-__all__ = ["init"]
-
 
 def init(
     data: Annotated[Path, typer.Argument(metavar="FILE", help="csv, tsv, json, jsonl or parquet, a question per row.")],

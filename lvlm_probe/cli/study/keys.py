@@ -11,8 +11,6 @@ from lvlm_probe.cli.shared.options import Json
 from lvlm_probe.cli.shared.terminal import print_json, say
 from lvlm_probe.errors import ProbeError
 
-__all__ = ["RUNS_BARE", "keys"]
-
 RUNS_BARE = True
 
 

@@ -12,8 +12,6 @@ from lvlm_probe.cli.shared.options import OpenPage, StudyFile
 from lvlm_probe.cli.shared.studies import study_in
 from lvlm_probe.cli.shared.terminal import bar, open_page, say, stored_path
 
-__all__ = ["page"]
-
 
 def page(
     file: StudyFile,

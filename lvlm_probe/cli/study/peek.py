@@ -16,8 +16,6 @@ from lvlm_probe.errors import ProbeError
 if TYPE_CHECKING:
     from lvlm_probe.study import Sample
 
-__all__ = ["peek"]
-
 
 def peek(
     name: Annotated[

@@ -10,8 +10,6 @@ from lvlm_probe.cli.shared.options import Json, StudyFile, TrustRemoteCode
 from lvlm_probe.cli.shared.studies import study_in
 from lvlm_probe.cli.shared.terminal import print_json, quiet_libraries, say, show, width
 
-__all__ = ["plan"]
-
 
 def plan(
     file: StudyFile,

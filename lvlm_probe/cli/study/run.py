@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from lvlm_probe.study.run.runner import Told
     from lvlm_probe.study.spec import Study
 
-__all__ = ["run"]
-
 
 def run(
     file: StudyFile,

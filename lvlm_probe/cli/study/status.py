@@ -6,8 +6,6 @@ from lvlm_probe.cli.shared.options import Json, StudyFile
 from lvlm_probe.cli.shared.studies import show_state, study_in
 from lvlm_probe.cli.shared.terminal import print_json
 
-__all__ = ["status"]
-
 
 def status(file: StudyFile, as_json: Json = False) -> None:
     """Show how far a study is, what the filter keeps, and what failed.

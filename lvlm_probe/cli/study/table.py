@@ -17,9 +17,6 @@ from lvlm_probe.files import write_whole
 if TYPE_CHECKING:
     from lvlm_probe.study.results import Results
 
-__all__ = ["NAMES", "table"]
-
-
 _FORMS = ("text", "markdown", "csv", "latex")
 NAMES = ("1", "2", "3", "4", "5", "6", "7", "8", "9", "figure5", "ledger")
 

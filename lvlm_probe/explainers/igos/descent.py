@@ -53,8 +53,6 @@ from lvlm_probe.explainers.igos.rounds import Judge, Round, budget_of, rounds
 from lvlm_probe.explainers.igos.settings import PRESETS, IgosSettings
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, check_parameters, register
 
-__all__ = ["PRESETS", "IgosSettings", "Optimisation", "igos", "igos_plus", "nesterov", "path_masks"]
-
 _ARMIJO = 1e-4
 _LINE_SEARCH_TRIES = 10
 _NATS_OF_A_WORD = 5.0

@@ -21,8 +21,6 @@ import torch
 from lvlm_probe.explainers.registry import Problem
 from lvlm_probe.explainers.scores import score_of
 
-__all__ = ["draw_levels", "level_sets", "refine_order"]
-
 
 def level_sets(height: torch.Tensor, seen: torch.Tensor, levels: Sequence[float], softness: float) -> torch.Tensor:
     """Soft level sets S_q of a height, ``(level, row, col)`` in [0, 1]; differentiable in it, its limits held fixed.

@@ -14,8 +14,6 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["CLIP_GUIDE_SIZE", "BilateralForm", "L2Form", "bilateral_weights", "btv", "gnc", "guide", "l1", "tv"]
-
 L2Form = Literal["sum_sq", "norm"]
 BilateralForm = Literal["symmetric", "igos_release"]
 

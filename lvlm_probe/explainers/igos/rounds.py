@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from lvlm_probe.explainers.igos.settings import IgosSettings
     from lvlm_probe.explainers.registry import Problem
 
-__all__ = ["Judge", "Round", "budget_of", "rounds"]
-
 HELP = 0.02
 """Gain that a round has to add to be followed by another: quick gains are off by 0.02 in the mean."""
 

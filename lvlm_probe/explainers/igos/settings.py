@@ -10,8 +10,6 @@ from typing import Literal
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.igos.regularizers import BilateralForm, L2Form
 
-__all__ = ["PRESETS", "IgosSettings"]
-
 
 @dataclass(frozen=True)
 class IgosSettings:

@@ -10,8 +10,6 @@ from lvlm_probe.demo.scene import SPLITS, Scene, scene_rng, scenes
 from lvlm_probe.errors import StudyError
 from lvlm_probe.study.datasets.registry import Sample, register_dataset
 
-__all__ = ["demo_scenes"]
-
 
 @register_dataset("demo", layout="nothing: source is the split of the scenes (train, tune or eval)")
 def demo_scenes(

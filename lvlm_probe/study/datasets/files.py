@@ -19,8 +19,6 @@ from lvlm_probe.importing.row_files import json_lines
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Row", "find_file", "find_video", "first_frame", "folder", "is_local", "open_image", "read_json", "rows"]
-
 _KINDS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 

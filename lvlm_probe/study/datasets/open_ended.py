@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["inline_choices", "lettered", "strip_choices", "strip_instructions", "true_choice"]
-
 _LETTERED = re.compile(r"\(?\b([A-Za-z])\s*[).:]\s*(.+?)(?=(?:[\s,;]*\(?\b[A-Za-z]\s*[).:]\s)|$)", re.DOTALL)
 # Only whole sentences: "What did he choose as his word?" is a question and stays one.
 _INSTRUCTION = re.compile(

@@ -17,8 +17,6 @@ from lvlm_probe.study.datasets.registry import Sample, register_dataset, replace
 from lvlm_probe.study.keys import short
 from lvlm_probe.trace.video_files import is_video_name
 
-__all__ = ["FIELDS", "IMAGE_SUFFIXES", "images", "table"]
-
 Field = Literal["id", "question", "image", "video", "answer", "choices", "group", "boxes", "mask"]
 FIELDS: tuple[str, ...] = get_args(Field)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -25,8 +25,6 @@ from lvlm_probe.study.datasets.registry import Sample, register_dataset, replace
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["cv_bench", "hal_loc", "hallusion_bench", "llava_bench", "mmstar", "mmvp", "pope", "vqa_hat"]
-
 
 def _open_ended(sample: Sample) -> Sample:
     """Without choices and instructions."""

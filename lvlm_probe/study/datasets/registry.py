@@ -26,17 +26,6 @@ from lvlm_probe.study.keys import Key, WrongValue, arguments, checked, nearest
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "Reader",
-    "Sample",
-    "checked_option",
-    "open_dataset",
-    "options_of",
-    "reader_named",
-    "readers",
-    "register_dataset",
-]
-
 
 @dataclass(frozen=True)
 class Sample:

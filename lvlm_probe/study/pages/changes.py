@@ -23,8 +23,6 @@ from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics import compare_maps, energy_in_region
 from lvlm_probe.study.run.sample_filter import is_correct
 
-__all__ = ["ORIGINAL", "Region", "changed_region", "looking", "order_of", "question_diff", "references", "stance"]
-
 ORIGINAL = "original"
 _ROLES = (ORIGINAL, "counterfactual question", "counterfactual image")
 

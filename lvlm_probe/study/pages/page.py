@@ -28,8 +28,6 @@ from lvlm_probe.study.pages.stored import with_sets
 if TYPE_CHECKING:
     from lvlm_probe.study.results import Results
 
-__all__ = ["MOST", "PART", "VIEWS", "write_page"]
-
 MOST = 300
 """Samples that one file holds; more make a folder."""
 

@@ -26,8 +26,6 @@ from lvlm_probe.study.tables.cells import objection
 if TYPE_CHECKING:
     from lvlm_probe.study.results import Results
 
-__all__ = ["gather", "rank_correlation"]
-
 IMAGE_SIDE = 336
 """Longest side of an embedded image, pixels."""
 

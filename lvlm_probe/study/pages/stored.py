@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.study.results import Results
 
-__all__ = ["Key", "Opened", "Stored", "selected_words", "with_sets", "words_of"]
-
 Key = tuple[str, str]
 """Data set and sample id."""
 

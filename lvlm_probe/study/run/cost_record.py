@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from lvlm_probe.study.spec import MethodSpec
     from lvlm_probe.video import ClipHeatmap
 
-__all__ = ["Stopwatch", "machine_name", "map_memory"]
-
 
 class Stopwatch:
     """Started when made; ``taken`` is JSON-ready."""

@@ -16,8 +16,6 @@ from lvlm_probe.study.run.runner import Told, run_study
 if TYPE_CHECKING:
     from lvlm_probe.study.spec import Study
 
-__all__ = ["Engine", "engine_named", "engines", "register_engine"]
-
 
 class Engine(Protocol):
     """The type of what ``register_engine`` takes."""

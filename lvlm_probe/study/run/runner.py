@@ -28,8 +28,6 @@ from lvlm_probe.study.run.units import Records, answer_content, digest, image_di
 from lvlm_probe.study.run.word_maps import add_words
 from lvlm_probe.study.spec import ModelSpec, Study
 
-__all__ = ["Told", "Worker", "run_study", "samples_of"]
-
 _log = logging.getLogger("lvlm_probe")
 
 

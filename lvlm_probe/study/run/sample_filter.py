@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lvlm_probe.study.spec import Study
 
-__all__ = ["is_correct", "verdict"]
-
 
 def verdict(study: Study, records: Mapping[str, Mapping[str, Any] | None]) -> str | None:
     """Say why a sample gets no maps, ``None`` when it gets them: every model must have answered, and the answer's

@@ -11,8 +11,6 @@ from lvlm_probe.selection import TokenSelection, select_tokens
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
-__all__ = ["keywords", "tokens_by"]
-
 
 def keywords(answer: str) -> list[str]:
     """Keywords of an answer by YAKE (Campos et al., 2020), phrases of up to two words, best first: three, or a quarter

@@ -51,8 +51,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.study.spec import MethodSpec, Study
 
-__all__ = ["POINTING_TOLERANCE", "answer_unit", "drops", "map_unit"]
-
 POINTING_TOLERANCE = 15
 """Pixels by which the highest point may miss the region: the margin of the pointing game (Zhang et al., 2018)."""
 

@@ -25,17 +25,6 @@ if TYPE_CHECKING:
 
     from lvlm_probe.study.spec import MethodSpec, ModelSpec, Study
 
-__all__ = [
-    "Records",
-    "answer_content",
-    "digest",
-    "image_digest",
-    "map_content",
-    "method_content",
-    "model_content",
-    "model_stamp",
-]
-
 VERSION = 1
 """Of what a unit computes: results of another version are not taken over."""
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.study.spec import MethodSpec, Study
 
-__all__ = ["add_words", "read_words"]
-
 
 def add_words(
     study: Study, player: Replay, method: MethodSpec, heat: Heatmap | ClipHeatmap, map_file: Path

@@ -12,20 +12,6 @@ from typing import Any
 from lvlm_probe.metrics import Interval, Verdict, bootstrap_ci
 from lvlm_probe.study.results import Results
 
-__all__ = [
-    "LEAST_SPAN",
-    "doubtful",
-    "filter_notes",
-    "gain",
-    "mean",
-    "number",
-    "objection",
-    "scored",
-    "share",
-    "skipped",
-    "spans",
-]
-
 LEAST_SPAN = 0.05
 """Probability that the explained tokens have to lose on the baseline for a normalised score to mean anything: what is
 divided by less is noise. It is the paper's own limit for what a baseline may leave (A.1)."""

@@ -20,8 +20,6 @@ from lvlm_probe.study.tables.ledger import ledger
 from lvlm_probe.study.tables.paper import TABLES, make_table
 from lvlm_probe.study.tables.table import Cell, Table
 
-__all__ = ["document"]
-
 
 def document(results: Results, *, command: str, annotations: Path | None = None) -> str:
     """The document.

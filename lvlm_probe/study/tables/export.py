@@ -14,8 +14,6 @@ from lvlm_probe.escaping import csv_cell
 from lvlm_probe.files import write_whole
 from lvlm_probe.study.results import Results
 
-__all__ = ["export", "state"]
-
 _ANSWER = (
     "dataset sample model status question answer true_answer correct group log_prob baseline_log_prob drop "
     "drop_normalised error reason"

@@ -14,8 +14,6 @@ from lvlm_probe.study.results import Results
 from lvlm_probe.study.tables.cells import objection
 from lvlm_probe.study.tables.table import Cell, Table
 
-__all__ = ["figure5"]
-
 _ALL = "all categories"
 
 

@@ -22,8 +22,6 @@ from lvlm_probe.study.tables.cells import objection, share
 from lvlm_probe.study.tables.table import Cell, Table
 from lvlm_probe.study.tables.tables8_9 import peak_memory
 
-__all__ = ["any_run", "ledger", "printed"]
-
 TABLE_9_MODEL = "LLaVA-1.5-7b"
 _MEASURES = {
     1: ("< 30 %", "30–70 %"),

@@ -29,8 +29,6 @@ from lvlm_probe.study.tables.table import Cell, Table
 from lvlm_probe.study.tables.table4 import table4
 from lvlm_probe.study.tables.tables8_9 import table8, table9
 
-__all__ = ["TABLES", "make_table"]
-
 _NO_NUMBER = "the answer's probability is no number (half precision overflows?)"
 
 

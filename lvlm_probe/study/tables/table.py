@@ -32,8 +32,6 @@ from lvlm_probe.study.tables.typeset import Line, Printed, Rank, set_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FORMS", "Cell", "Table"]
-
 Cell = str | int | float | Interval | None
 FORMS = ("markdown", "csv", "latex", "pdf", "figure")
 _FOLDS = (1000, 20, 14, 9, 1)

@@ -16,8 +16,6 @@ from lvlm_probe.study.tables.table import Cell, Table
 if TYPE_CHECKING:
     from lvlm_probe.study.spec import ModelSpec
 
-__all__ = ["table4"]
-
 
 def table4(results: Results) -> Table:
     """Models side by side under one method, with tests of the decoder's scale and of the vision architecture."""

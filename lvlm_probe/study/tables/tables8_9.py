@@ -16,8 +16,6 @@ from lvlm_probe.study.results import Results
 from lvlm_probe.study.tables.cells import doubtful, filter_notes, mean, objection, skipped
 from lvlm_probe.study.tables.table import Cell, Table
 
-__all__ = ["peak_memory", "table8", "table9"]
-
 
 def table8(results: Results) -> Table:
     """Agreement with human attention, of the rows that name Table 8, or of all rows where none does."""

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Line", "Printed", "set_table"]
-
 Rank = Literal["best", "second"] | None
 _INK, _GREY, _RULE = "#111111", "#5a5a5a", "#b5bac2"
 _GAP = 14.0
