@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import struct
@@ -18,6 +19,7 @@ import torch
 
 import lvlm_probe as probe
 from lvlm_probe.app import Limits, Service, application
+from lvlm_probe.app.handlers import Handlers
 from lvlm_probe.errors import ImageError, ProbeError
 from lvlm_probe.models.prompts import chat_inputs
 
@@ -71,6 +73,26 @@ def test_without_gradio_the_page_says_what_to_install(service: Service, monkeypa
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ProbeError, match=r"pip install 'lvlm-probe\[app\]'"):
         application(service)
+
+
+@pytest.mark.quick
+def test_what_a_visitor_clicks_is_explained_and_shown_without_a_page(service: Service, scene: Any) -> None:
+    # Of the sentence "The cross is yellow." the word 3 is the colour, which the image decides.
+    visitor = service.new_visitor()
+    name = asked(service, scene, visitor).path.name
+    on = Handlers(service, None, [scene])
+    opened, words, view, facts = on.on_open(None, {"name": name}, "demo", visitor)
+    assert "data-word" in words and "Click a word" in facts and view.size == scene.image.size
+    with pytest.raises(ProbeError, match="no word"):
+        on.on_word(None, {"word": "<b>"}, opened, "input_gradient")
+
+    def shown(_title: str) -> Any:
+        return contextlib.nullcontext(lambda done, total: None)
+
+    explained, words, view, facts = on.on_word(shown, {"word": "3"}, opened, "input_gradient")
+    assert explained.word == 3 and 'aria-pressed="true"' in words
+    assert view.tobytes() != scene.image.tobytes()
+    assert "<dd>input_gradient</dd>" in facts and "Press “Check this map”" in facts
 
 
 def test_an_answer_that_is_stopped_ends_there(service: Service, scene: Any) -> None:
