@@ -65,3 +65,33 @@ def test_a_benchmark_has_the_same_answers_and_traces_that_say_of_what(demo, tmp_
     traces = list(probe.open_store(tmp_path))
     assert [(t.meta["task"], t.meta["doc_id"]) for t in traces] == [(r.task_name, r.doc_id) for r in requests]
     assert [trace.answer for trace in traces] == answers
+
+
+def test_rows_of_a_data_set_have_the_same_answers_and_traces_that_say_of_what(demo, tmp_path):
+    model, processor = demo
+    (code,) = re.findall(r"```python\n(def recorded_rows\(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    names = {"probe": probe}
+    exec(code, names)
+    rows = [{"index": 10 + n, "image": s.image, "question": s.question} for n, s in enumerate(probe.demo.scenes(3))]
+
+    def build_prompt(line, **options):  # as data sets and models of VLMEvalKit have it: a row to a message
+        return [{"type": "image", "value": line["image"]}, {"type": "text", "value": line["question"]}]
+
+    def generate(message, dataset=None):
+        content = [{"type": part["type"], part["type"]: part["value"]} for part in message]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        ids = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    answers = [generate(build_prompt(line)) for line in rows]
+    lm, data = SimpleNamespace(generate=generate, build_prompt=build_prompt), SimpleNamespace(build_prompt=build_prompt)
+    recorded = names["recorded_rows"](lm, data, model, processor, tmp_path, llr=False)
+    for maker in (data, lm):
+        found = [recorded.generate(message=maker.build_prompt(line), dataset="scenes") for line in rows]
+        assert found == answers
+    traces = list(probe.open_store(tmp_path))
+    assert [trace.meta for trace in traces] == [{"dataset": "scenes", "index": str(line["index"])} for line in rows] * 2
+    assert [trace.answer for trace in traces] == answers * 2
