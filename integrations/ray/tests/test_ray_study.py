@@ -151,14 +151,15 @@ def test_workers_that_die_in_a_unit(cluster: Any, tmp_path: Path) -> None:
 
 
 def test_stopped_by_the_person_and_resumed(cluster: Any, tmp_path: Path) -> None:
-    """Ctrl-C: a line that says how to go on, no worker left behind, and the next run does only what is missing."""
+    """Ctrl-C: a line that says how to go on, no worker left behind, and the next run, here of the other engine, does
+    only what is missing."""
     pipe, done = tmp_path / "told", tmp_path / "done"
     os.mkfifo(pipe)
     path = plugin_path(tmp_path / "plugin")
     text = (
         "datasets: {scenes: {reader: demo, source: eval, limit: 2}}\n"
         f"methods: {{held: {{method: waits, params: {{told: {pipe}, done: {done}}}}}}}\n"
-        f"engine_options: {{runtime_env: {{env_vars: {{PYTHONPATH: '{path}'}}}}}}\n"
+        f"engine_options: {{workers: 1, runtime_env: {{env_vars: {{PYTHONPATH: '{path}'}}}}}}\n"
     )
     (tmp_path / "study.yaml").write_text(HEAD + text, encoding="utf-8")
     study = read_study(tmp_path / "study.yaml")
@@ -184,8 +185,7 @@ def test_stopped_by_the_person_and_resumed(cluster: Any, tmp_path: Path) -> None
     assert left_over(study) == []
     assert len(list((study.out / "answers").glob("*.json"))) == 2
     done.touch()
-    study = dataclasses.replace(study, engine_options={**study.engine_options, "workers": 1})
-    assert engine_named("ray")(study) == {"finished": 2, "maps": 2}
+    assert run_study(study) == {"finished": 2, "maps": 2}
     assert len(list(collect(study).chosen())) == 2
 
 
