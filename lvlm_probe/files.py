@@ -57,7 +57,7 @@ class NotRegularFile(OSError):
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def part_beside(path: Path) -> Path:
+def part_path(path: Path) -> Path:
     """Returns a name beside ``path`` for what becomes it: ``NAME.PROCESS-RANDOM.part``, NAME cut where it is long."""
     tail = f".{os.getpid()}-{secrets.token_hex(8)}.part"
     room = _NAME_BYTES - len(tail)
@@ -131,7 +131,7 @@ def in_the_way(path: Path, *, overwrite: bool | None) -> str | None:
 def _create(target: Path, mode: int) -> tuple[Path, int]:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     for left in reversed(range(_TRIES)):
-        part = part_beside(target)
+        part = part_path(target)
         try:
             return part, os.open(part, flags | getattr(os, "O_CLOEXEC", 0), mode)
         except FileExistsError:

@@ -425,7 +425,7 @@ def map_name(replay: Replay, selection: TokenSelection, label: str, settings: Ma
 
 
 def keep_evidence(directory: Path, trace: Trace, kind: str, label: str, record: Mapping[str, Any]) -> Path:
-    """Keep what is known of an answer beside its heatmaps, where ``evidence_beside`` finds it; the same again replaces
+    """Keep what is known of an answer beside its heatmaps, where ``stored_evidence`` finds it; the same again replaces
     it.
 
     Args:
@@ -445,7 +445,7 @@ def evidence_path(directory: Path, trace: Trace, kind: str, label: str) -> Path:
     return _beside(directory, _named(trace, "image", 0, [kind, label]), [trace.trace_id, kind, label], _EVIDENCE)
 
 
-def evidence_beside(found: Iterable[MapFile]) -> dict[Path, dict[str, Any]]:
+def stored_evidence(found: Iterable[MapFile]) -> dict[Path, dict[str, Any]]:
     """Return the records that ``keep_evidence`` wrote beside heatmaps, oldest first. Raises ``ProbeError`` for one that
     is damaged."""
     records: dict[Path, dict[str, Any]] = {}

@@ -29,7 +29,7 @@ from lvlm_probe.cards import answer_html, card
 from lvlm_probe.errors import SelectionError
 from lvlm_probe.models.tokenizers import display_pieces, tokenizer_of
 from lvlm_probe.replaying.own_scores import Contrast, OwnScore, alternative_ids, stored_score
-from lvlm_probe.words import ALPHA, group_words, told_apart
+from lvlm_probe.words import ALPHA, distinct_texts, group_words
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying.protocol import ReplayLike
@@ -140,7 +140,7 @@ class TokenSelection:
         words = group_words(self.tokens, [index in self.special for index in range(len(self.tokens))])
         runs: list[tuple[list[Word], list[str]]] = []
         previous = None
-        for number, (word, told) in enumerate(zip(words, told_apart(words), strict=True)):
+        for number, (word, told) in enumerate(zip(words, distinct_texts(words), strict=True)):
             if chosen.isdisjoint(range(word.start, word.stop)):
                 continue
             if previous is None or number != previous + 1:
@@ -371,7 +371,7 @@ def word_selections(replay: ReplayLike, selection: TokenSelection) -> list[tuple
     A word keeps its unselected tokens out: the "low" of "yellow" follows from the "yel" whatever the image shows.
     """
     parts: list[tuple[str, TokenSelection]] = []
-    for word, told in zip(replay.words, told_apart(replay.words), strict=True):
+    for word, told in zip(replay.words, distinct_texts(replay.words), strict=True):
         indices = tuple(index for index in selection.indices if word.start <= index < word.stop)
         if indices:
             parts.append((told, dataclasses.replace(selection, indices=indices)))

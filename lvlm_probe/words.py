@@ -92,7 +92,7 @@ def group_words(pieces: Sequence[str], special: Sequence[bool]) -> list[Word]:
     return words
 
 
-def settled_words(pieces: Sequence[str], special: Sequence[bool]) -> list[Word]:
+def complete_words(pieces: Sequence[str], special: Sequence[bool]) -> list[Word]:
     """Return those of the words of an answer that grows which no text behind it can change; arguments as above."""
     words = group_words(pieces, special)
     shown = [" " if flag else piece for piece, flag in zip(pieces, special, strict=True)]
@@ -105,7 +105,7 @@ def settled_words(pieces: Sequence[str], special: Sequence[bool]) -> list[Word]:
     return words
 
 
-def told_apart(words: Iterable[Word]) -> list[str]:
+def distinct_texts(words: Iterable[Word]) -> list[str]:
     """Return the words' texts, with a number to one that stands earlier in the answer too: ``cat``, ``cat (2nd)``."""
     times: Counter[str] = Counter()
     told = []

@@ -23,7 +23,7 @@ from lvlm_probe.files import (
     json_ready,
     open_regular,
     orphans,
-    part_beside,
+    part_path,
     read_small,
     remove_orphans,
 )
@@ -68,7 +68,7 @@ def test_a_link_at_the_part_is_not_followed(tmp_path: Path, monkeypatch: pytest.
     victim.write_bytes(b"precious")
     names = iter(["0" * 16, "0" * 16, "1" * 16])
     monkeypatch.setattr(files.secrets, "token_hex", lambda _: next(names))
-    planted = part_beside(tmp_path / "a.txt")
+    planted = part_path(tmp_path / "a.txt")
     planted.symlink_to(victim)
     write(tmp_path / "a.txt", b"mine")
     assert victim.read_bytes() == b"precious"
@@ -108,7 +108,7 @@ def test_a_file_that_becomes_a_pipe_meanwhile_is_refused(tmp_path: Path, monkeyp
 def test_a_long_name_has_a_part_too(tmp_path: Path) -> None:
     path = tmp_path / ("ä" * 125 + ".html")
     write(path, b"x")
-    assert len(os.fsencode(part_beside(path).name)) <= 255
+    assert len(os.fsencode(part_path(path).name)) <= 255
     assert path.read_bytes() == b"x"
 
 
@@ -124,7 +124,7 @@ def test_parts_of_every_kind_are_found_again(tmp_path: Path) -> None:
         part.write_bytes(b"x")
     folder = tmp_path / f"page.{child.pid}-0123456789abcdef.part"
     (folder / "data").mkdir(parents=True)
-    mine = part_beside(tmp_path / "x.html")
+    mine = part_path(tmp_path / "x.html")
     mine.write_bytes(b"x")
     (tmp_path / "download.part").write_bytes(b"x")
     assert orphans([tmp_path]) == []  # young

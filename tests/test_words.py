@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvlm_probe.words import Word, group_words, told_apart
+from lvlm_probe.words import Word, distinct_texts, group_words
 
 
 def texts(pieces: list[str], special: list[bool] | None = None) -> list[str]:
@@ -112,10 +112,10 @@ def test_words_partition_what_can_be_seen(tokens: list[tuple[str, bool]]) -> Non
 @pytest.mark.quick
 def test_equal_words_are_told_apart_by_their_number() -> None:
     said = group_words(["A", " cat", " and", " a", " tom", " cat", ",", " Cat", ",", "图", "图"], [False] * 11)
-    assert told_apart(said) == [
+    assert distinct_texts(said) == [
         *("A", "cat", "and", "a (2nd)", "tom", "cat (2nd)", ",", "Cat (3rd)", ", (2nd)", "图", "图 (2nd)")
     ]
-    numbers = told_apart([Word("x", 0, 0)] * 113)
+    numbers = distinct_texts([Word("x", 0, 0)] * 113)
     assert [numbers[place] for place in (3, 10, 11, 12, 20, 21, 110, 111)] == [
         f"x ({number})" for number in ("4th", "11th", "12th", "13th", "21st", "22nd", "111th", "112th")
     ]

@@ -43,7 +43,7 @@ class ToyReplay:
         assert len(self.tokens) == steps == len(self.probability) == len(self.base_probability)
         self.special = torch.tensor(list(special) if special is not None else [False] * steps)
         self.token_ids = torch.arange(steps)
-        self.shortcuts = SimpleNamespace(asked=0, held=nullcontext)  # it takes none
+        self.shortcuts = SimpleNamespace(asked=0, caching=nullcontext)  # it takes none
         self.words = group_words(self.tokens, self.special.tolist())
         self.trace_id = "toy"
         self.image_sizes = [size]

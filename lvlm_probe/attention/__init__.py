@@ -8,7 +8,7 @@ One function is registered for the process, and the tap gives its name to the de
 each of them ``config`` becomes a thin view of the same config object that differs in ``_attn_implementation`` alone.
 The registered function first calls whatever the untouched config asks for (sdpa, eager) with the very same arguments
 and returns its result untouched; then, where a tap is armed by this very caller, it computes the wanted rows on the
-side. Several taps may lead the same modules; the last one out restores them.
+side. Several taps may redirect the same modules; the last one out restores them.
 
 No config is ever written. So masks are built exactly as before (``create_causal_mask`` reads the text model's config,
 which still says "sdpa"), vision towers are not involved, ``set_attn_implementation`` in mid-air simply takes effect,

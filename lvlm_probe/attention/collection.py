@@ -74,7 +74,7 @@ class Transfers:
         self._under_way.append(place)
         return place
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Wait for all copies begun so far, and put them into ordinary memory."""
         for event in self._events.values():
             event.synchronize()
@@ -160,7 +160,7 @@ class Collection:
             mask = mask[:, :, -1:].clone()
         known = self.waiting.get(layer)
         if known is not None and known.masked_by != (None if mask is None else mask.dtype):
-            self.settle(layer)
+            self.compute(layer)
             known = None
         if known is None:
             masks = [] if mask is None else [mask]
@@ -170,7 +170,7 @@ class Collection:
         if mask is not None:
             known.masks.append(mask)
         if len(known.queries) >= _MOST_WAITING:
-            self.settle(layer)
+            self.compute(layer)
 
     def wait_again(self, layer: int, query: Tensor, key: Tensor, scaling: float | None) -> bool:
         """``wait`` for one more step without a mask after others, and all that is to be noted of it: most of the steps
@@ -185,7 +185,7 @@ class Collection:
         known.note(query.detach() if query.requires_grad else query, key)
         return True
 
-    def settle(self, layer: int) -> None:
+    def compute(self, layer: int) -> None:
         """Compute the rows that wait in one layer."""
         with self._moving:
             if (known := self.waiting.pop(layer, None)) is not None:
@@ -218,7 +218,7 @@ class Collection:
         """Rows of a layer's steps ``[start, stop)``, ``(batch, step, head|1, column)`` float32 on the CPU, as many as
         there are; the collection goes on as if nobody had looked. In any thread, for steps that are past."""
         with self._moving:
-            self.transfers.settle()
+            self.transfers.finish()
             ready = [rows[0] for rows, _ in self.flushed.get(layer, ())] + self.steps.get(layer, [])
             found, passed = [], 0
             for rows in ready:
@@ -249,7 +249,7 @@ class Collection:
 
     def add(self, layer: int, rows: Tensor) -> None:
         """Take rows ``(batch, head, step, key)`` float32 of one layer; means over heads are taken here."""
-        self.settle(layer)  # steps stay in order
+        self.compute(layer)  # steps stay in order
         rows = rows.transpose(1, 2)
         rows = rows.mean(dim=2, keepdim=True) if self.heads == "mean" else rows.contiguous()
         self.steps.setdefault(layer, []).append(rows)
@@ -261,9 +261,9 @@ class Collection:
         """Send everything to the CPU, one copy per layer: the values, and the mass outside the columns."""
         with self._moving:
             for layer in list(self.waiting):
-                self.settle(layer)
+                self.compute(layer)
             self._joined = None
-            self.transfers.settle()  # the copies of the flush before, which are long there
+            self.transfers.finish()  # the copies of the flush before, which are long there
             for layer, parts in self.steps.items():
                 rows = torch.cat(parts, dim=1)
                 copies = self.transfers.copy(rows.to(self.dtype)), self.transfers.copy(1.0 - rows.sum(dim=-1))
@@ -275,7 +275,7 @@ class Collection:
         """Layer → values ``(batch, step, head, key)`` and mass outside the columns ``(batch, step, head)``, on the
         CPU."""
         self.flush()
-        self.transfers.settle()
+        self.transfers.finish()
         return {
             layer: (torch.cat([rows[0] for rows, _ in parts], dim=1), torch.cat([mass[0] for _, mass in parts], dim=1))
             for layer, parts in self.flushed.items()

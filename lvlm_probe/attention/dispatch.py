@@ -1,8 +1,8 @@
 """Dispatch of attention layers to an observed function, and back, with no config written.
 
 The function is registered once for the process and stays: a layer that has just read its name still finds it when the
-last observer has gone. A layer may be led by several observers at once; the last one out gives it its config back. Who
-hears of a call is told by the caller's context (``observing``): layers of a shared model run for many callers.
+last observer has gone. A layer may be redirected by several observers at once; the last one out restores its config.
+Who hears of a call is told by the caller's context (``observing``): layers of a shared model run for many callers.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ImplementationName(str):
 class ConfigView:
     """A config seen with another ``_attn_implementation``; everything else reads and writes the config itself.
 
-    It counts who leads its module, and knows the module: a duplicate of the module has the same view.
+    It counts who has redirected its module, and knows the module: a duplicate of the module has the same view.
     """
 
     __slots__ = ("__weakref__", "tap_attend", "tap_config", "tap_count", "tap_module")
@@ -161,11 +161,11 @@ class Observer(Protocol):
     ) -> Any: ...
 
 
-def lead(modules: Iterable[nn.Module], led: list[ConfigView]) -> None:
+def redirect(modules: Iterable[nn.Module], redirected: list[ConfigView]) -> None:
     """Lead attention modules to the function that shows their calls to who is ``observing``.
 
     Args:
-        led: gets an entry for each module as it is led, for ``release``; also when this is interrupted half-way.
+        redirected: gets an entry for each module in its turn, for ``release``; also when this is interrupted half-way.
     """
     with _LOCK:
         if NAME not in AttentionInterface._global_mapping:
@@ -174,16 +174,16 @@ def lead(modules: Iterable[nn.Module], led: list[ConfigView]) -> None:
             view = module.__dict__["config"]
             if not is_view(view):
                 view = ConfigView(module)
-            led.append(view)
+            redirected.append(view)
             object.__setattr__(view, "tap_count", view.tap_count + 1)
             module.__dict__["config"] = view
 
 
-def release(led: list[ConfigView]) -> None:
-    """Give the modules' own configs back where nobody else leads them; calling it again does nothing."""
+def release(redirected: list[ConfigView]) -> None:
+    """Give the modules' own configs back where nobody else has redirected them; calling it again does nothing."""
     with _LOCK:
-        while led:
-            view = led.pop()
+        while redirected:
+            view = redirected.pop()
             object.__setattr__(view, "tap_count", view.tap_count - 1)
             module = view.tap_module()
             if view.tap_count < 1 and module is not None and module.__dict__.get("config") is view:
@@ -207,11 +207,11 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *ar
     Inside a compiled graph nothing is observed. The view may be gone since the layer has read its name.
     """
     view: Any = module.__dict__.get("config")
-    led = is_view(view)
-    implementation = (view.tap_config if led else view)._attn_implementation
-    registry, eager = view.tap_attend if led else (registry_of(module), eager_of(module))
+    redirected = is_view(view)
+    implementation = (view.tap_config if redirected else view)._attn_implementation
+    registry, eager = view.tap_attend if redirected else (registry_of(module), eager_of(module))
     result = registry.get_interface(implementation, eager)(module, query, key, value, *args, **kwargs)
-    if led and not torch.compiler.is_compiling():
+    if redirected and not torch.compiler.is_compiling():
         for reference in _OBSERVERS.get():
             observer: Observer | None = reference()
             if observer is None:

@@ -15,7 +15,7 @@ import torch
 from torch import BoolTensor, LongTensor, Tensor, nn
 
 from lvlm_probe.attention.collection import Collection
-from lvlm_probe.attention.dispatch import AttentionCall, ConfigView, lead, observing, release, unobserved
+from lvlm_probe.attention.dispatch import AttentionCall, ConfigView, observing, redirect, release, unobserved
 from lvlm_probe.attention.layers import TapLayer, discover
 from lvlm_probe.attention.rows import attention_rows, take_columns, take_rows
 from lvlm_probe.errors import AttachError, ProbeError
@@ -71,8 +71,8 @@ class RowTap:
         self._armed: Collection | None = None
         self._thread = 0
         self._installed = False
-        self._led: list[ConfigView] = []
-        weakref.finalize(self, release, self._led).atexit = False
+        self._redirected: list[ConfigView] = []
+        weakref.finalize(self, release, self._redirected).atexit = False
 
     # -- installing
 
@@ -85,14 +85,14 @@ class RowTap:
         """Route the decoder's attention layers through the tap, beside others that may be there. Idempotent."""
         if not self._installed:
             self._installed = True
-            lead([module for reference in self._modules if (module := reference()) is not None], self._led)
+            redirect([module for reference in self._modules if (module := reference()) is not None], self._redirected)
         return self
 
     def remove(self) -> None:
         """Put every module's own config back, if no other tap is left. Idempotent; disarms."""
         self.disarm()
         self._installed = False
-        release(self._led)
+        release(self._redirected)
 
     def __enter__(self) -> RowTap:
         return self.install()

@@ -18,7 +18,7 @@ from lvlm_probe.images import ImagePath
 from lvlm_probe.models.families import Places
 
 
-def places_in_order(path: ImagePath, tokens: int) -> Places:
+def boxes_in_order(path: ImagePath, tokens: int) -> Places:
     """Places of the image tokens of a prompt, made by its processor alone.
 
     Args:

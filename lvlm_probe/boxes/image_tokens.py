@@ -3,8 +3,8 @@
 Layouts are many: tiles in front of or behind an overview, newline tokens, padding that is cut away, shuffled pixels,
 windows, merge groups. One question answers all of them: which elements of the pixel inputs does the feature that enters
 the decoder at this token come from? Attention between patches would mix every answer, so it is silenced, outside the
-decoder, for one forward pass up to the decoder's first block; from there ``places_of`` goes back to the pixels, and
-the traced geometry of the processor says where in the image they were cut out.
+decoder, for one forward pass up to the decoder's first block; from there ``boxes_by_sign_code`` goes back to the
+pixels, and the traced geometry of the processor says where in the image they were cut out.
 
 A token that gets nothing once attention is silenced reads the image through attention alone: a resampler's query.
 Where it looks depends on what is in the image, so it has no place, and that is said by name.
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from lvlm_probe.boxes.painting import have_extent, tubes
-from lvlm_probe.boxes.sign_code import places_of
+from lvlm_probe.boxes.sign_code import boxes_by_sign_code
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.images import ImagePath, PixelPath
@@ -98,7 +98,7 @@ def image_tokens(replay: Replay, target: int | Clip, *, cross: bool = False, liv
     # Without a processor the replay's image is its pixel inputs, not the one that recorded boxes refer to.
     if live and (boxes is None or isinstance(replay.path, PixelPath)):
         try:
-            places = token_places(replay, layout.image_positions)
+            places = find_token_boxes(replay, layout.image_positions)
         except ImageError as error:
             what = "key of cross-attention" if cross else "image token"
             none = replay.anatomy.no_gradient or isinstance(error, _NoGradient)
@@ -125,7 +125,7 @@ def image_tokens(replay: Replay, target: int | Clip, *, cross: bool = False, liv
 
 
 @outside_inference_mode
-def token_places(replay: Replay, positions: np.ndarray) -> Places:
+def find_token_boxes(replay: Replay, positions: np.ndarray) -> Places:
     """Places of the tokens at ``positions`` of the prompt: one pass up to the decoder, and back from there once per
     binary digit of their number (once per token where tokens share patches).
 
@@ -159,7 +159,11 @@ def _find(replay: Replay, positions: np.ndarray) -> Places:
     try:
         for silenced in (outside, inner) if len(inner) < len(outside) else (outside,):
             with _entry(replay, positions, silenced) as (leaves, hidden):
-                found = places_of(hidden, leaves, path, alike=silenced is not outside) if hidden.requires_grad else None
+                found = (
+                    boxes_by_sign_code(hidden, leaves, path, alike=silenced is not outside)
+                    if hidden.requires_grad
+                    else None
+                )
                 if found is not None:
                     return found
         with _entry(replay, positions, ()) as (_, hidden):

@@ -73,7 +73,7 @@ class SignCode:
         return token, shared
 
 
-def places_of(
+def boxes_by_sign_code(
     hidden: torch.Tensor, leaves: Mapping[str, torch.Tensor], path: Any, *, alike: bool = False
 ) -> Places | None:
     """Places of tokens that depend on few elements of the pixel inputs each, by their sign code; where several tokens

@@ -153,7 +153,7 @@ def which_parts(
             found[rows] = np.stack([log_probs[:, list(column)].sum(1) for column in columns], axis=1)
         return found
 
-    with torch.no_grad(), replay.shortcuts.held(), show_progress(progress, "which parts") as advance:
+    with torch.no_grad(), replay.shortcuts.caching(), show_progress(progress, "which parts") as advance:
         game = shapley(values, len(players), orders=orders, seed=seed, progress=advance)
     return PartShares(
         parts=tuple(player.name for player in players),

@@ -331,7 +331,7 @@ def _run(function: Callable[..., Outcome], problem: Problem, method: str, params
     if not problem.live:
         return function(problem, **params)
     replay = problem.replay
-    with replay.shortcuts.held():
+    with replay.shortcuts.caching():
         if "gradients" in needs_of(method):
             replay.require_gradients()
         try:

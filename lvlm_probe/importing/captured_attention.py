@@ -24,12 +24,12 @@ import numpy as np
 import torch
 
 from lvlm_probe.attention.rows import attention_rows
-from lvlm_probe.boxes.equal_parts import places_in_order
+from lvlm_probe.boxes.equal_parts import boxes_in_order
 from lvlm_probe.errors import ImageError, ProcessorRefused, ReplayError
 from lvlm_probe.extras import require
 from lvlm_probe.images import ImagePath
 from lvlm_probe.recording.attention_points import DECODER_ATTENTION, DECODER_TEXT_MASS
-from lvlm_probe.serving import Server, image_token_places
+from lvlm_probe.serving import Server, image_token_positions
 from lvlm_probe.trace import Trace, open_trace, write
 from lvlm_probe.trace.records import FIELDS, Capture, PointRecord, RowCapture
 
@@ -96,7 +96,7 @@ def _places(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """Where the image tokens are in the prompt, and of which image each is."""
     if len(trace.layout.image_positions):
         return np.asarray(trace.image_positions), np.asarray(trace.image_index)
-    found = image_token_places(trace.input_ids.tolist(), len(trace.images))
+    found = image_token_positions(trace.input_ids.tolist(), len(trace.images))
     if found is None:
         raise ReplayError(f"the prompt of {trace.path.name} does not show where its images' tokens stand")
     return found
@@ -109,7 +109,7 @@ def _place(row: RowCapture, trace: Trace, processor: Any) -> None:
         return
     try:
         path = ImagePath.from_processor(processor, list(trace.images))
-        places = places_in_order(path, len(row.image_positions))
+        places = boxes_in_order(path, len(row.image_positions))
     except (ImageError, ProcessorRefused) as error:
         row.notes.append(f"no boxes for the image tokens: {error}")
         return

@@ -26,7 +26,7 @@ from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.recording.log_probs import generators
 from lvlm_probe.recording.prompt_images import NotRecorded
 from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions, Target
-from lvlm_probe.recording.row_inputs import columns_of, image_places
+from lvlm_probe.recording.row_inputs import columns_of, image_token_mask
 from lvlm_probe.replaying import Replay
 from lvlm_probe.trace.reader import Trace
 from lvlm_probe.trace.records import Capture, RowCapture
@@ -97,7 +97,7 @@ class ForcedRecorder(GenerationRecorder):
     def _places(self, row: RowCapture) -> torch.Tensor | None:
         inputs = {name: torch.as_tensor(value) for name, value in row.model_kwargs.items()}
         ids = torch.as_tensor(row.input_ids)[None]
-        return image_places({**inputs, "input_ids": ids}, self.anatomy.placeholders)
+        return image_token_mask({**inputs, "input_ids": ids}, self.anatomy.placeholders)
 
     def _armed(self, tap: RowTap, places: torch.Tensor | None, replay: Replay, row: RowCapture) -> None:
         """The tap reads the queries that predict the answer's tokens."""

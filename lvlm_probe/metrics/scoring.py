@@ -334,7 +334,7 @@ def evaluate(
     view = _unread(replay, synergy)
     known = _known(shared, replay, heat, mode)
     scores = MaskScores(replay, steps_of, image=heat.target, mode=mode, known=known)
-    with replay.shortcuts.held():
+    with replay.shortcuts.caching():
         with show_progress(progress, "deletion and insertion") as advance:
             decided = heat.selection.decided if own is None else None
             raw = curves(values, seen, scores, settings, decided=decided, progress=advance)

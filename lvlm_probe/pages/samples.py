@@ -20,7 +20,7 @@ from lvlm_probe.pages.data_uris import data_uri, encode_seen, encode_values, shr
 from lvlm_probe.pages.edits import edits_of
 from lvlm_probe.pages.plain import nats, plain, probability, without_folders
 from lvlm_probe.replaying.own_scores import Contrast
-from lvlm_probe.words import Word, group_words, spelled, told_apart
+from lvlm_probe.words import Word, distinct_texts, group_words, spelled
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -260,7 +260,7 @@ def _label(entry: Mapping[str, Any], maps: Sequence[Mapping[str, Any]], words: S
     elif not entry["asked"]:
         rule = "Selected words" if all(other["whole"] for other in maps) else "Whole answer"
     else:
-        told = told_apart(Word(str(word["text"]), 0, 0) for word in words)
+        told = distinct_texts(Word(str(word["text"]), 0, 0) for word in words)
         chosen = [text for word, text in zip(words, told, strict=True) if set(word["tokens"]) & set(entry["tokens"])]
         rule = f"“{' '.join(chosen[:4])}{' …' if len(chosen) > 4 else ''}”"
     if len({other["method"] for other in maps}) > 1:

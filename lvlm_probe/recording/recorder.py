@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from lvlm_probe.attention import Rows, RowTap
-from lvlm_probe.boxes.image_tokens import token_places
+from lvlm_probe.boxes.image_tokens import find_token_boxes
 from lvlm_probe.boxes.painting import image_spans
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.hooks import HookSet
@@ -60,7 +60,7 @@ from lvlm_probe.recording.module_outputs import PointTap
 from lvlm_probe.recording.processor_watch import ProcessorWatch
 from lvlm_probe.recording.prompt_clips import labels_of_frames
 from lvlm_probe.recording.prompt_images import ImageFinder, NotRecorded, PromptImages, RowImages, encoded
-from lvlm_probe.recording.row_inputs import columns_of, image_places, row_inputs
+from lvlm_probe.recording.row_inputs import columns_of, image_token_mask, row_inputs
 from lvlm_probe.recording.token_boxes import BoxCache, box_key, place
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.answer_source import LiveTrace
@@ -257,7 +257,7 @@ class GenerationRecorder:
             ids: ``(batch, position)`` of the prompts.
             copies: answers to each.
         """
-        found = image_places(self._inputs, self.anatomy.placeholders)
+        found = image_token_mask(self._inputs, self.anatomy.placeholders)
         if self._compiling or compiled_parts(self.model, self.anatomy.decoder):
             self.notes.append(
                 "attention rows are not recorded: the model is compiled"
@@ -441,7 +441,7 @@ class GenerationRecorder:
         kwargs, padded = row_inputs(
             self._inputs, prompt_row, real, mine.inputs, self.anatomy.is_pixel_name, mine.absent
         )
-        places = image_places(self._inputs, self.anatomy.placeholders)
+        places = image_token_mask(self._inputs, self.anatomy.placeholders)
         taken = ids < 0 if places is None else places[prompt_row]
         positions = (taken if real is None else taken[real]).nonzero()[:, 0].cpu()
         notes = [*self.notes, *prompt_images.notes, *mine.notes]
@@ -583,7 +583,7 @@ class GenerationRecorder:
             if len(self._boxes) >= _BOXES_KEPT:
                 self._boxes.clear()
             try:
-                known = token_places(replay, row.image_positions)
+                known = find_token_boxes(replay, row.image_positions)
             except ProbeError as error:
                 known = str(error)
             self._boxes[key] = known

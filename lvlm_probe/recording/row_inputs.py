@@ -14,7 +14,7 @@ from lvlm_probe.recording.prompt_images import NotRecorded
 _NOT_REPLAYED = ("input_ids", "inputs", "attention_mask", "position_ids", "cache_position", "labels")
 
 
-def image_places(inputs: Mapping[str, Any], tokens: Sequence[int]) -> torch.Tensor | None:
+def image_token_mask(inputs: Mapping[str, Any], tokens: Sequence[int]) -> torch.Tensor | None:
     """Positions of the prompts that take image features, ``(batch, P)`` bool: those of the ``tokens``, or what an
     input of the family says (Kosmos-2's ``image_embeds_position_mask``); ``None`` where there are none to take.
     """

@@ -27,7 +27,7 @@ from transformers import StoppingCriteriaList
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.models.tokenizers import Spelling, special_among, tokenizer_of
 from lvlm_probe.trace import Trace, open_trace
-from lvlm_probe.words import Word, group_words, settled_words, spelled
+from lvlm_probe.words import Word, complete_words, group_words, spelled
 
 if TYPE_CHECKING:
     import tempfile
@@ -272,7 +272,7 @@ class Stream(Iterator[StreamedWord]):
             step = len(self._ids) - 1
             self._ready.append(self._word(Word(self._spelling.pieces[step], step, step + 1)))
         else:
-            self._group(settled_words)
+            self._group(complete_words)
 
     def _group(self, words_of: Callable[[Sequence[str], Sequence[bool]], list[Word]]) -> None:
         """Put the words that are complete into ``_ready``."""

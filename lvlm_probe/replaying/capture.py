@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvlm_probe.attention.dispatch import AttentionCall, ConfigView, lead, observing, release, unobserved
+from lvlm_probe.attention.dispatch import AttentionCall, ConfigView, observing, redirect, release, unobserved
 from lvlm_probe.attention.layers import TapLayer, discover
 from lvlm_probe.attention.rows import attention_rows, take_rows
 from lvlm_probe.errors import ExplainError
@@ -261,7 +261,7 @@ def capture(
     """
     seen = Captured(visit=visit, edit=edit)
     tapped = _tap(model, encoders, seen, attention)
-    led: list[ConfigView] = []
+    redirected: list[ConfigView] = []
     with HookSet() as hooks:
         try:
             hooks.forward_pre(model, seen.begin, name="capture", fenced=False)
@@ -269,12 +269,12 @@ def capture(
                 for path, module in find_modules(model, pattern):
                     hooks.forward(module, seen.watch(path), name=f"capture {path}", fenced=False)
             if tapped:
-                lead(tapped, led)
+                redirect(tapped, redirected)
                 observing(seen)
             yield seen
         finally:
             unobserved(seen)
-            release(led)
+            release(redirected)
 
 
 def _tap(model: nn.Module, encoders: Sequence[str], seen: Captured, attention: Sequence[str]) -> list[nn.Module]:

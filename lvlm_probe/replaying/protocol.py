@@ -41,7 +41,7 @@ class ShortcutsLike(Protocol):
         """Number of calls that have asked for some tokens only."""
         ...
 
-    def held(self) -> AbstractContextManager[None]:
+    def caching(self) -> AbstractContextManager[None]:
         """In the block the model does not change, and what is before the image is computed once."""
         ...
 

@@ -7,7 +7,7 @@ computes:
 * logits are wanted at the wanted tokens' positions only, and so is what stands after the last mixing of positions, the
   last layer's MLP;
 * tokens before the first image token do not see the image: their keys and values are computed once per call, or once
-  while the shortcuts are ``held``, and read from the model's own cache.
+  while the shortcuts are ``caching``, and read from the model's own cache.
 
 None of this holds for every architecture (a beginning that attends both ways, positions that are numbered by what is
 fed, state that no cache hands on, layers in parallel), and names of families do not tell. So the first use on a model
@@ -128,7 +128,7 @@ class Shortcuts:
         return str(self.way) if self.way is not None else "plain passes"
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def caching(self) -> Iterator[None]:
         """In the block the model does not change, and what is before the image is computed once."""
         outermost = self._pasts is None
         if outermost:

@@ -19,8 +19,8 @@ one answer; ``checks`` asks for what shows that the numbers are true; ``measurin
 """
 
 from lvlm_probe.serving.journal import FILE as JOURNAL
-from lvlm_probe.serving.messages import image_token_places
+from lvlm_probe.serving.messages import image_token_positions
 from lvlm_probe.serving.replays import ServedReplay
 from lvlm_probe.serving.server import Server, connect
 
-__all__ = ["JOURNAL", "ServedReplay", "Server", "connect", "image_token_places"]
+__all__ = ["JOURNAL", "ServedReplay", "Server", "connect", "image_token_positions"]

@@ -182,7 +182,7 @@ def one_placeholder_each(prompt_ids: Sequence[int], images: int) -> list[int] | 
     return [*short, *prompt_ids[at:]]
 
 
-def image_token_places(prompt_ids: Sequence[int], images: int) -> tuple[np.ndarray, np.ndarray] | None:
+def image_token_positions(prompt_ids: Sequence[int], images: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Positions ``(image_token,)`` of the images' tokens, and the image of each; ``None`` where nobody can tell."""
     spans = _image_spans(prompt_ids, images)
     if spans is None:

@@ -60,7 +60,7 @@ class _NoShortcuts:
         self._replay, self._inside, self._lock = replay, 0, threading.Lock()
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def caching(self) -> Iterator[None]:
         """In the block the model does not change: what was answered in it is checked at its end, or, where blocks of
         several threads or methods overlap, at that of the last one."""
         with self._lock:

@@ -325,6 +325,14 @@ def roads_named(name: str | None) -> tuple[Road, ...]:
     return chosen
 
 
+def no_log_probs(what: str, who: str, gives: str) -> ReplayError:
+    """What is raised where ``what`` takes log-probabilities of a given answer, and ``who`` gives something else."""
+    return ReplayError(
+        f"{what} takes log-probabilities of a given answer, and {who} gives {gives}: leave the road out (road=, "
+        "--road), or use a server that gives them (vLLM)"
+    )
+
+
 def spoken_in(reply: Any) -> str:
     """The text of a chat's reply. Raises ``Untrue`` where it has none."""
     message = _at(_first(_at(reply, "choices")), "message")

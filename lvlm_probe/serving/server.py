@@ -44,6 +44,7 @@ from lvlm_probe.serving.roads import (
     continued,
     likeliest_in,
     log_prob_in,
+    no_log_probs,
     roads_named,
 )
 from lvlm_probe.serving.transport import Refused, Spent, Transport
@@ -244,10 +245,7 @@ class Server:
     def require_log_probs(self, what: str) -> None:
         """Raise ``ReplayError`` where the road gives less of an answer than log-probabilities, which ``what`` takes."""
         if self.gives != "passes":
-            raise ReplayError(
-                f"{what} takes log-probabilities of a given answer, and {self.name} gives {self.what}: leave the road "
-                "out (road=, --road), or use a server that gives them (vLLM)"
-            )
+            raise no_log_probs(what, self.name, self.what)
 
     def allowed(self, log_probs: torch.Tensor) -> torch.Tensor:
         """How far two readings of tokens may lie apart by rounding, nats, ``(step,)``: the number format of an engine

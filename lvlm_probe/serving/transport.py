@@ -86,7 +86,7 @@ class _Gate:
         self._inside = self._epoch = self._calm = 0
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[int]:
+    def slot(self) -> Iterator[int]:
         """A place among those under way; yields the number of halvings so far."""
         with self._turn:
             self._turn.wait_for(lambda: self._inside < self.limit)
@@ -187,7 +187,7 @@ class Transport:
 
     def _answered(self, verb: str, path: str, data: bytes | None) -> Any:
         for attempt in range(self._retries + 1):
-            with self._gate.held() as epoch:
+            with self._gate.slot() as epoch:
                 started = time.perf_counter()
                 status, text, after = self._once(verb, path, data)
                 seconds = time.perf_counter() - started

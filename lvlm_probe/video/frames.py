@@ -115,7 +115,7 @@ def which_frames(
         masks = shown[:, :, None, None].to(replay.device)
         return replay.log_probs(masks, image=mine, steps=steps)[:, steps].sum(1, keepdim=True).double().cpu().numpy()
 
-    with torch.no_grad(), replay.shortcuts.held(), show_progress(progress, "which frames") as advance:
+    with torch.no_grad(), replay.shortcuts.caching(), show_progress(progress, "which frames") as advance:
         found = shapley(values, count, orders=orders, seed=seed, progress=advance)
     return FrameShares(
         tuple(found.shares[:, 0].tolist()),

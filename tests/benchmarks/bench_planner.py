@@ -71,7 +71,7 @@ def compare(name: str, replay: Any, methods: dict[str, dict[str, Any]]) -> list[
             micro_batch=planned.micro_batch, gradient_checkpointing=planned.gradient_checkpointing
         )
         meter = Meter(replay.device)
-        with view.shortcuts.held(), meter.running():
+        with view.shortcuts.caching(), meter.running():
             resolve(method)(Problem(view, selection), **params)
         predicted, measured = planned.peak, meter.reading.peak
         lines.append({

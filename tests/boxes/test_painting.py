@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import lvlm_probe as probe
-from lvlm_probe.boxes.image_tokens import _axis, token_places
+from lvlm_probe.boxes.image_tokens import _axis, find_token_boxes
 from lvlm_probe.boxes.painting import have_extent, image_spans, paint, pitch, tubes
-from lvlm_probe.boxes.sign_code import places_of
+from lvlm_probe.boxes.sign_code import boxes_by_sign_code
 from lvlm_probe.recording.token_boxes import in_order
 from lvlm_probe.trace.clips import Clip
 
@@ -48,7 +48,7 @@ def places(cells: torch.nn.Module, path=None):
     leaf = torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     made = cells(leaf)
     hidden = torch.cat([torch.zeros(1, made.shape[1]), made.permute(0, 2, 3, 1).flatten(0, 2)])  # a newline in front
-    return places_of(hidden, {"pixel_values": leaf}, path or GridPath())
+    return boxes_by_sign_code(hidden, {"pixel_values": leaf}, path or GridPath())
 
 
 def test_grid_boxes_by_hand():
@@ -75,11 +75,11 @@ def test_tokens_that_all_read_everything_have_no_place(alike):
     leaf = torch.rand(2, 1, 3, 3).requires_grad_(True)
     hidden = leaf.sum() * torch.rand(4, 5, generator=torch.Generator().manual_seed(1))
     if alike:
-        assert places_of(hidden, {"pixel_values": leaf}, GridPath(), alike=True) is None
+        assert boxes_by_sign_code(hidden, {"pixel_values": leaf}, GridPath(), alike=True) is None
     else:  # as very wide receptive fields do
         with pytest.raises(probe.errors.ImageError, match="lie over each other"):
-            places_of(hidden, {"pixel_values": leaf}, GridPath())
-    assert places_of(torch.zeros(4, 5) + 0 * leaf.sum(), {"pixel_values": leaf}, GridPath()) is None
+            boxes_by_sign_code(hidden, {"pixel_values": leaf}, GridPath())
+    assert boxes_by_sign_code(torch.zeros(4, 5) + 0 * leaf.sum(), {"pixel_values": leaf}, GridPath()) is None
 
 
 def test_attention_has_the_place_of_all_it_reads_however_little_of_it():
@@ -87,10 +87,10 @@ def test_attention_has_the_place_of_all_it_reads_however_little_of_it():
     looks = torch.softmax(12 * torch.eye(3)[:, [0, 1, 2]], dim=1)  # 1e-5 of the attention is elsewhere
     leaf = torch.rand(2, 1, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     rows = leaf[0, 0].matmul(looks.T).reshape(9, 1) * torch.ones(1, 5)  # a window is a row of the first picture
-    found = places_of(rows, {"pixel_values": leaf}, GridPath(), alike=True)
+    found = boxes_by_sign_code(rows, {"pixel_values": leaf}, GridPath(), alike=True)
     assert np.allclose(found.boxes, np.repeat([[0, 0.5, 6, 1.5], [0, 2.5, 6, 3.5], [0, 4.5, 6, 5.5]], 3, axis=0))
     whole = torch.softmax(12 * torch.eye(9), dim=1) @ leaf[0, 0].reshape(9, 1) * torch.ones(1, 5)
-    assert places_of(whole, {"pixel_values": leaf}, GridPath(), alike=True) is None
+    assert boxes_by_sign_code(whole, {"pixel_values": leaf}, GridPath(), alike=True) is None
 
 
 def test_sequences_stand_on_any_axis():
@@ -158,10 +158,10 @@ def test_places_of_several_tiled_pictures_in_bfloat16(name, tmp_path):
     assert np.array_equal(np.sort(layout.image_index), layout.image_index)
     replay = probe.replay(trace, model.bfloat16(), processor, strict=False)
     hooks, state = count_hooks(model), torch.random.get_rng_state()
-    coarse = token_places(replay, layout.image_positions)
+    coarse = find_token_boxes(replay, layout.image_positions)
     assert np.array_equal(coarse.boxes, layout.patch_box)
     saving = probe.replay(trace, model, processor, strict=False, gradient_checkpointing=True)
-    assert np.array_equal(token_places(saving, layout.image_positions).boxes, layout.patch_box)
+    assert np.array_equal(find_token_boxes(saving, layout.image_positions).boxes, layout.patch_box)
     assert count_hooks(model) == hooks and torch.equal(torch.random.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters()) and not model.training
 
@@ -179,7 +179,7 @@ def test_cross_attention_keys_have_places_too(tmp_path):
     )  # two whole tiles of 56 × 56, each 4 × 4 patches and a class token
     with probe.attach(model, processor) as p, p.record(tmp_path) as recording:
         model.generate(**tiny_models.inputs("mllama", model, processor, [grey], "What?"), max_new_tokens=2)
-    found = token_places(probe.replay(recording.traces[0], model, processor), np.zeros(0, int))
+    found = find_token_boxes(probe.replay(recording.traces[0], model, processor), np.zeros(0, int))
     live = found.images >= 0
     sides = np.array(
         [[x, y, x + 14, y + 14] for tile in (0, 56) for y in range(0, 56, 14) for x in range(tile, tile + 56, 14)]

@@ -454,7 +454,7 @@ def test_a_wait_in_a_token_is_seen(llava: Any, tmp_path: Path, monkeypatch: pyte
 
 def test_a_copy_that_is_read_too_early_is_seen(llava: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = llava
-    plant(monkeypatch, Transfers.settle, "event.synchronize()", "pass")
+    plant(monkeypatch, Transfers.finish, "event.synchronize()", "pass")
     with on_card(model):
         trace = record("llava", model, processor, tmp_path, llr=False)
     assert np.isnan(trace.attention.values).any()

@@ -429,7 +429,7 @@ def test_what_a_method_takes_on_a_video_is_foretold(tmp_path: Path) -> None:
         planned = probe.plan(replay, method=method, image=2, seconds=False, **params)  # a frame stands for its video
         view = replay.with_settings(micro_batch=planned.micro_batch)
         problem, meter = Problem(view, probe.select_tokens(replay, span=None), clip=replay.clips[0]), Meter(view.device)
-        with view.shortcuts.held(), meter.running():
+        with view.shortcuts.caching(), meter.running():
             resolve(method)(problem, **params)
         assert abs(planned.peak / meter.reading.peak - 1) < 0.15
         heat = probe.video.explain(replay, method=method, strengthen=False, progress=False, plan=planned, **params)

@@ -13,7 +13,7 @@ import torch
 from captured_qk import as_sent, captures, capturing
 
 import lvlm_probe as probe
-from lvlm_probe.boxes.equal_parts import places_in_order
+from lvlm_probe.boxes.equal_parts import boxes_in_order
 from lvlm_probe.images import ImagePath
 
 HALF = 2.0**-11  # rows are kept in half precision
@@ -85,7 +85,7 @@ def test_boxes_by_the_processor_alone_are_those_that_the_model_has_or_refused(fa
     model, processor = tiny_models.build(family)
     trace = probe.ask(model, processor, tiny_models.picture(), "What?", out=tmp_path, max_new_tokens=1).trace
     try:
-        places = places_in_order(ImagePath.from_processor(processor, list(trace.images)), len(trace.image_positions))
+        places = boxes_in_order(ImagePath.from_processor(processor, list(trace.images)), len(trace.image_positions))
     except (probe.errors.ImageError, probe.errors.ProcessorRefused):
         assert family not in ("llava", "qwen2_vl", "qwen2_5_vl")
         return

@@ -126,7 +126,7 @@ def metered(replay: probe.Replay, method: str, plan: Plan, tokens: Any = None, *
     view = replay.with_settings(micro_batch=plan.micro_batch, gradient_checkpointing=plan.gradient_checkpointing)
     problem = Problem(view, probe.select_tokens(replay, span=tokens))
     meter = Meter(replay.device)
-    with view.shortcuts.held(), meter.running():
+    with view.shortcuts.caching(), meter.running():
         resolve(method)(problem, **params)
     return meter.reading.peak
 

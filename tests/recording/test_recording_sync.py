@@ -193,8 +193,8 @@ def test_copies_are_read_only_after_they_have_arrived(monkeypatch: pytest.Monkey
             places = [transfers.copy(source), transfers.copy(source)]
             begun = [place[0] for place in places]
             assert order == ["record", "record"]
-            transfers.settle()
-            transfers.settle()  # nothing is left to wait for
+            transfers.finish()
+            transfers.finish()  # nothing is left to wait for
     assert order == ["record", "record", "synchronize"]
     assert asked == [{"pin_memory": True}] * 2
     assert not waits.seen

@@ -232,7 +232,7 @@ def test_recording_leaves_the_random_numbers_of_others(subject: Subject, tmp_pat
 # ------------------------------------------------------------------------------------------------------- interrupts
 
 
-@pytest.mark.parametrize("where", ["arm", "install", "lead", "hook", "registered"])
+@pytest.mark.parametrize("where", ["arm", "install", "redirect", "hook", "registered"])
 def test_an_interrupt_while_hooks_are_hung_up(subject: Subject, tmp_path: Path, monkeypatch: Any, where: str) -> None:
     from lvlm_probe.attention import tap
 
@@ -247,9 +247,9 @@ def test_an_interrupt_while_hooks_are_hung_up(subject: Subject, tmp_path: Path, 
 
     if where in ("arm", "install"):
         monkeypatch.setattr(RowTap, where, interrupted)
-    elif where == "lead":  # when the views are there already, and nobody has been told
-        lead = tap.lead
-        monkeypatch.setattr(tap, "lead", lambda *args: (lead(*args), interrupted()))
+    elif where == "redirect":  # when the views are there already, and nobody has been told
+        redirect = tap.redirect
+        monkeypatch.setattr(tap, "redirect", lambda *args: (redirect(*args), interrupted()))
     elif where == "hook":
         monkeypatch.setattr(torch.nn.Module, "register_forward_hook", interrupted)
     else:

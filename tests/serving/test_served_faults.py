@@ -72,7 +72,7 @@ def test_two_threads_with_one_replay_get_what_each_gets_alone(
         replay.check = lambda: checks.append(1)
 
         def work() -> np.ndarray:
-            with replay.shortcuts.held():
+            with replay.shortcuts.caching():
                 together.wait()  # both are inside
                 heat = probe.explain(replay, **RISE)
             assert heat.values is not None

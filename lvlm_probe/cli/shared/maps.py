@@ -16,7 +16,7 @@ from lvlm_probe.cli.shared.answers import show_question
 from lvlm_probe.cli.shared.terminal import answer_text, bar, one_line, say, shows_looks, stage, stored_path
 from lvlm_probe.escaping import counted
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.heatmap_store import MapFile, MapSettings, evidence_beside, explain_one, orders_of
+from lvlm_probe.heatmap_store import MapFile, MapSettings, explain_one, orders_of, stored_evidence
 from lvlm_probe.metrics import Score
 from lvlm_probe.pages import report
 from lvlm_probe.pages.evidence import evidence_from
@@ -25,7 +25,7 @@ from lvlm_probe.replaying.own_scores import Contrast
 from lvlm_probe.selection import TokenSelection, word_selections
 from lvlm_probe.trace import Trace
 from lvlm_probe.video import ClipHeatmap
-from lvlm_probe.words import told_apart
+from lvlm_probe.words import distinct_texts
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,7 +97,7 @@ def words_of(heat: Heatmap | ClipHeatmap) -> str:
     if heat.trace is None or heat.selection.score is not None:
         return heat.selection.label
     chosen, words = set(heat.selection.indices), heat.trace.words
-    told = zip(words, told_apart(words), strict=True)
+    told = zip(words, distinct_texts(words), strict=True)
     return " … ".join(text for word, text in told if chosen.intersection(range(word.start, word.stop)))
 
 
@@ -166,7 +166,7 @@ def write_report(found: Sequence[MapFile], out: Path, *, title: str | None = Non
     with stage("writing the report"):
         heats, scores = [item.read() for item in found], [item.score() for item in found]
         shown = {heat.provenance.get("trace_id") for heat in heats}
-        records = [record for record in evidence_beside(found).values() if record.get("trace_id") in shown]
+        records = [record for record in stored_evidence(found).values() if record.get("trace_id") in shown]
         evidence = [evidence_from(record) for record in records]
         beside: dict[str, Any] = {"orders": orders_of(heats), "evidence": evidence}
         return report(heats, scores=scores, out=out, title=title, overwrite=overwrite, **beside)

@@ -85,13 +85,10 @@ class Served:
                 "--model DIR_OR_ID in place of --server"
             )
         from lvlm_probe.serving import connect
-        from lvlm_probe.serving.roads import roads_named
+        from lvlm_probe.serving.roads import no_log_probs, roads_named
 
         if log_probs_for is not None and all(one.gives != "passes" for one in roads_named(self.road)):
-            raise ProbeError(
-                f"{log_probs_for} takes log-probabilities of a given answer, and --road {self.road} gives none: leave "
-                "--road out"
-            )
+            raise no_log_probs(log_probs_for, f"--road {self.road}", "none")
         with stage(f"asking {one_line(self.server, 100)} what it can do"):
             limit = None if self.yes else self.max_requests
             server = connect(

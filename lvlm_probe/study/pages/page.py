@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError, StudyError
-from lvlm_probe.files import part_beside
+from lvlm_probe.files import part_path
 from lvlm_probe.pages.shell import asset, json_for_script, page_text, refuse_existing, without_script, write_text
 from lvlm_probe.progress import Progress
 from lvlm_probe.study.pages.changes import TOLERANCE
@@ -94,7 +94,7 @@ def _folder(results: Results, out: Path, view: str, *, overwrite: bool, tell: Pr
         if found and not (overwrite and all(_OURS.fullmatch(name) for name in found)):
             why = "exists; pass overwrite" if all(_OURS.fullmatch(name) for name in found) else "holds other things"
             raise ReportError(f"cannot write the page: {out} {why}, or name another folder")
-    part = part_beside(out)
+    part = part_path(out)
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()  # never into one that stands there

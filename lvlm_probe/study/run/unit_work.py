@@ -20,7 +20,7 @@ import torch
 
 from lvlm_probe.errors import ExplainError, ProbeError
 from lvlm_probe.explainers import explain
-from lvlm_probe.files import part_beside
+from lvlm_probe.files import part_path
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.importing.drops import drop_of
 from lvlm_probe.metrics import (
@@ -74,7 +74,7 @@ def answer_unit(
     """
     watch = Stopwatch()
     # A name of its own: machines that share the directory may both do a unit that one seemed to have lost.
-    directory = part_beside(trace_file)
+    directory = part_path(trace_file)
     most, baseline = study.settings.max_new_tokens, study.settings.baseline
     try:
         if isinstance(model, Server):
