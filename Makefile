@@ -31,11 +31,11 @@ test:  ## lint, types, all tests in both environments, quantised weights, logger
 quick: .venv/.installed-dev  ## lint, types, one core idea of every module (a minute); for every commit
 	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) .ci/checks lint types quick
 
-campaign: .venv/.installed-dev .venv-tv/.installed .venv-quantised/.installed  ## what is too long for `make test`: kills, forgeries, threads, all families (hours)
+campaign: .venv/.installed-dev .venv-tv/.installed .venv-quantised/.installed .venv-loggers/.installed  ## what is too long for `make test`: kills, forgeries, threads, all families (hours)
 	.venv-tv/bin/python tests/families/sweep.py --save runs/families
 	LVLM_PROBE_ZOO=runs/families .venv-tv/bin/python -m pytest -q -n $(JOBS) tests/families tests/tv
 	LVLM_PROBE_ZOO=runs/families $(BIN)/python -m pytest -q -n $(JOBS) tests/families/test_families.py
-	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) MARK=campaign .ci/checks ray device quantised multi_encoder template captum tests
+	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) MARK=campaign .ci/checks ray device quantised multi_encoder template captum loggers tests
 	$(BIN)/python tests/campaigns/run.py
 
 # To try it:  make served SCENES=1 SERVED=runs/served.json   A second call goes on at the scene where the first was stopped.

@@ -1,8 +1,9 @@
-"""Heatmaps and scores in the loggers of experiments: Weights & Biases, MLflow, TensorBoard.
+"""Heatmaps and scores in the loggers of experiments, Weights & Biases, MLflow and TensorBoard, and in FiftyOne.
 
 A run is known by the package of its class, and only that package is imported: it is there, or there would be no run.
-All three get the same: the overlay with its verdict, the numbers of the score, a table of the answer's words, and the
-report as one self-contained page.
+The three loggers get the same: the overlay with its verdict, the numbers of the score, a table of the answer's words,
+and the report as one self-contained page. A sample of FiftyOne, whose app draws itself, gets map, region and words as
+labels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lvlm_probe.errors import ProbeError
+from lvlm_probe.errors import ExplainError, ProbeError
+from lvlm_probe.evidence import region
 from lvlm_probe.pages.report_page import report
 from lvlm_probe.pages.samples import answer_of, verdict_of
 
@@ -40,23 +42,30 @@ class _Entry:
     words: Sequence[Sequence[Any]]
     told: str
     page: Path
+    values: np.ndarray | None  # of the map, (row, col)
+    text: str  # what it explains
+    region: np.ndarray | None  # cells that keep most of the score, (row, col) bool
 
 
 def log(
     heat: Heatmap, score: Score | None = None, run: Any = None, *, name: str = "lvlm_probe", step: int | None = None
 ) -> None:
-    """Log a heatmap and what ``evaluate`` said of it to a run of Weights & Biases, MLflow or TensorBoard.
+    """Log a heatmap and what ``evaluate`` said of it to Weights & Biases, MLflow, TensorBoard or a sample of FiftyOne.
 
     The run gets the image under the map with its verdict, ``deletion``, ``insertion``, ``gain`` and ``trusted`` (1 or
     0) of the score, the answer's words with probability and log-likelihood ratio as a table, and the report page as an
     artefact (of TensorBoard, which has none: a file in its log directory). Where there is no map, the reason is logged.
+    A sample gets fields: ``name_map``, a ``Heatmap``; ``name_words``, ``Classifications`` with P as confidence, ``llr``
+    and ``explained``; ``name_region``, a ``Detections`` with the cells that keep 90 % of a score; the numbers; and
+    ``name_verdict``.
 
     Args:
         heat: as ``explain`` returns it.
         score: what ``evaluate`` said of it; without one the map says "not checked".
-        run: what ``wandb.init()`` or ``mlflow.start_run()`` returned, or a ``SummaryWriter``.
+        run: what ``wandb.init()`` or ``mlflow.start_run()`` returned, a ``SummaryWriter``, or a ``fiftyone.Sample`` of
+            the image.
         name: what the entries are called, ``name/map``, ``name/gain`` …; maps that are followed over steps keep theirs.
-        step: of training; by default none, or the logger's own.
+        step: of training; by default none, or the logger's own. Of a sample it stands in the names, ``name_3_map``.
 
     Raises:
         ProbeError: it is no run of a logger that is known.
@@ -64,8 +73,8 @@ def log(
     send = next((_LOGGERS[package] for package in _packages(run) if package in _LOGGERS), None)
     if send is None:
         raise ProbeError(
-            f"log() takes the run of a logger: what wandb.init() or mlflow.start_run() returned, or a SummaryWriter of "
-            f"TensorBoard; got a {type(run).__module__}.{type(run).__qualname__}"
+            f"log() takes the run of a logger: what wandb.init() or mlflow.start_run() returned, a SummaryWriter of "
+            f"TensorBoard, or a Sample of FiftyOne; got a {type(run).__module__}.{type(run).__qualname__}"
         )
     with tempfile.TemporaryDirectory(prefix="lvlm_probe_log_") as folder:
         entry = _entry(heat, score, name, step, Path(folder))
@@ -98,7 +107,19 @@ def _entry(heat: Heatmap, score: Score | None, name: str, step: int | None, fold
     page = report([heat], scores=[score], out=folder / f"{name.replace('/', '_')}{ending}.html")
     image = None if heat.values is None else heat.preview(1024, score=score)
     told = " ".join([f"{heat.method}, “{heat.selection.text}”: {verdict['title']}", *verdict["reasons"]])
-    return _Entry(name, step, ending, image, numbers, rows, told, page)
+    return _Entry(
+        name, step, ending, image, numbers, rows, told, page, heat.values, heat.selection.text, _kept_by(heat, score)
+    )
+
+
+def _kept_by(heat: Heatmap, score: Score | None) -> np.ndarray | None:
+    """The cells that keep most of a score, read off its curve; ``None`` where it has none."""
+    if score is None or heat.values is None:
+        return None
+    try:
+        return region(score, heat).cells
+    except ExplainError:
+        return None
 
 
 def _to_wandb(run: Any, entry: _Entry) -> None:
@@ -148,6 +169,34 @@ def _to_tensorboard(run: Any, entry: _Entry) -> None:
     run.flush()
 
 
+def _to_fiftyone(sample: Any, entry: _Entry) -> None:
+    import fiftyone
+
+    name = entry.name if entry.step is None else f"{entry.name}_{entry.step}"
+    if entry.values is not None:
+        sample[f"{name}_map"] = fiftyone.Heatmap(map=entry.values, range=[0.0, 1.0])
+    words = [
+        fiftyone.Classification(label=text.strip(), confidence=p, p0=p0, llr=llr, explained=explained)
+        for text, p, p0, llr, explained in entry.words
+    ]
+    sample[f"{name}_words"] = fiftyone.Classifications(classifications=words)
+    if entry.region is not None:
+        sample[f"{name}_region"] = fiftyone.Detections(detections=[_detection(fiftyone, entry.region, entry.text)])
+    for key, value in entry.numbers.items():
+        sample[f"{name}_{key}"] = bool(value) if key == "trusted" else value
+    sample[f"{name}_verdict"] = entry.told
+    if sample.in_dataset:
+        sample.save()
+
+
+def _detection(fiftyone: Any, cells: np.ndarray, label: str) -> Any:
+    """Cells ``(row, col)`` as a box in shares of the image, with the cells in it as its mask."""
+    (rows, cols), (height, width) = np.nonzero(cells), cells.shape
+    top, left, bottom, right = (int(edge) for edge in (rows.min(), cols.min(), rows.max() + 1, cols.max() + 1))
+    box = [left / width, top / height, (right - left) / width, (bottom - top) / height]
+    return fiftyone.Detection(label=label, bounding_box=box, mask=cells[top:bottom, left:right])
+
+
 def _cell(value: Any) -> str:
     """A cell of a Markdown table, in which a word of an answer is text."""
     if value is None or isinstance(value, bool):
@@ -163,4 +212,5 @@ _LOGGERS: dict[str, Callable[[Any, _Entry], None]] = {
     "wandb": _to_wandb,
     "mlflow": _to_mlflow,
     "tensorboard": _to_tensorboard,
+    "fiftyone": _to_fiftyone,
 }
