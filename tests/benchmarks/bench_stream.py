@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_stream.py                  # some ten minutes in one thread
     python tests/benchmarks/bench_stream.py --small          # a tiny model: that everything runs
+    python tests/benchmarks/bench_stream.py --lag 16         # prints what log-likelihood ratios by chunks would cost
 
 As in ``bench_recording.py``: two copies on one core, a token each in turn, which change places from round to round; a
 figure is the median over pairs of rounds of the geometric mean of their ratios. Counted is the processor time from the
@@ -93,12 +94,49 @@ PLACES: dict[Any, Any] = {}
 """Places of image tokens, which are found once per size of image."""
 
 
+def lag(model: Any, asked: dict[str, Any], tokens: int, chunk: int) -> dict[str, float]:
+    """Processor seconds of ratios that come every ``chunk`` tokens, from the model's cache of the baseline image.
+
+    Returns:
+        ``step``: one token of ``generate()``; ``begin``: prompt and baseline image into a cache; ``each``: one chunk
+        behind it; ``once``: the one pass over all tokens that comes at the end.
+    """
+    prompt = asked["input_ids"].shape[1]
+
+    def seconds(run: Callable[[], Any]) -> tuple[Any, float]:
+        started = time.process_time()
+        return run(), time.process_time() - started
+
+    def generate(count: int) -> Any:
+        return model.generate(**asked, min_new_tokens=count, max_new_tokens=count, do_sample=False)
+
+    with torch.no_grad():
+        answer, whole = seconds(lambda: generate(tokens))
+        _, first = seconds(lambda: generate(1))
+        said = answer[:, prompt:]
+        begun, begin = seconds(lambda: model(**asked, use_cache=True, logits_to_keep=1))
+        each = []
+        for start in range(0, tokens - chunk + 1, chunk):
+            part = {
+                "input_ids": said[:, start : start + chunk],
+                "attention_mask": torch.ones(1, prompt + start + chunk, dtype=torch.long),
+                "past_key_values": begun.past_key_values,
+            }
+            each.append(seconds(lambda part=part: model(**part, use_cache=True))[1])  # type: ignore[misc]
+        ids = torch.cat([asked["input_ids"], said[:, :-1]], dim=1)
+        forced = {**asked, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        _, once = seconds(lambda: model(**forced, use_cache=False, logits_to_keep=tokens))
+    step = (whole - first) / (tokens - 1)
+    return {"step": step, "begin": begin, "each": statistics.median(each), "once": once}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=8, help="an even number")
     parser.add_argument("--small", action="store_true", help="a tiny model: figures mean nothing, but everything runs")
+    parser.add_argument("--lag", type=int, help="tokens per chunk; measures that alone, and writes nothing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "stream.json")
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
@@ -109,6 +147,16 @@ def main(arguments: list[str] | None = None) -> None:
     asked = [
         tiny_models.inputs("llava", each, processor, [tiny_models.picture(edge, edge)], QUESTION) for each in copies
     ]
+    if options.lag:
+        rounds = [lag(model, asked[0], options.tokens, options.lag) for _ in range(options.rounds)]
+        told = {name: 1000 * statistics.median(each[name] for each in rounds) for name in rounds[0]}
+        chunks = options.tokens // options.lag
+        print(
+            f"a token {told['step']:.0f} ms; the pass at the end {told['once']:.0f} ms; by {chunks} chunks of "
+            f"{options.lag} {told['begin'] + chunks * told['each']:.0f} ms: {told['begin']:.0f} ms before the first "
+            f"({told['begin'] / told['step']:.0f} tokens' time), {told['each']:.0f} ms for each"
+        )
+        return
     ratios: dict[str, list[float]] = {kind: [] for kind in KINDS}
     seconds: list[float] = []
     before = os.getloadavg()[0]

@@ -48,6 +48,11 @@ def test_stream(tmp_path: Path) -> None:
     assert all(one["least"] <= one["overhead"] <= one["most"] for one in found["overheads"].values())
 
 
+def test_lag_of_a_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_stream.main(["--small", "--lag", "2", "--tokens", "5", "--rounds", "1"])
+    assert "by 2 chunks of 2" in capsys.readouterr().out
+
+
 def test_recording(tmp_path: Path) -> None:
     bench_recording.main(["--small", "--tokens", "3", "--rounds", "2", "--out", str(tmp_path / "recording.json")])
     found = load(tmp_path / "recording.json")
