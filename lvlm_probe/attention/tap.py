@@ -112,7 +112,6 @@ class RowTap:
         queries: Literal["last"] | LongTensor | Tensor = "last",
         heads: Literal["mean", "all"] = "mean",
         dtype: torch.dtype = torch.float16,
-        past_length: int = 0,
         prompt_length: int | None = None,
         cross_keys: int | None = None,
         budget_bytes: int = 256 * 2**20,
@@ -129,7 +128,6 @@ class RowTap:
                 ``(batch, step)``: those rows of the first forward pass, all of which it must contain.
             heads: ``"mean"`` averages over heads, ``"all"`` keeps them.
             dtype: of the collected values; the arithmetic is float32 throughout.
-            past_length: positions that the key/value cache already holds when the first pass starts.
             prompt_length: with ``"last"``: passes that end before this position (chunks of a prefill) give no step.
             cross_keys: how many keys cross-attention has to have, where that is known.
             budget_bytes: rows wait on the model's device; above this many bytes they are moved to the CPU.
@@ -173,10 +171,10 @@ class RowTap:
             dtype=dtype,
             prompt_length=prompt_length,
             budget=budget_bytes,
-            end=past_length,
+            end=0,
             cross_keys=cross_keys,
             holds_keys=holds_keys,
-            seen=dict.fromkeys(range(len(self.layers)), past_length),
+            seen=dict.fromkeys(range(len(self.layers)), 0),
         )
 
     @property

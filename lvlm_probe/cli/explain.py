@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,6 +46,37 @@ if TYPE_CHECKING:
 _OF_THE_RECORDING = ("trace", "image", "video", "num_frames", "fps", "question", "prompt", "max_new_tokens")
 
 
+@dataclass(frozen=True)
+class Selecting:
+    """What of the answer is explained."""
+
+    words: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--words", metavar="TEXT", help="Explain this word or phrase of the answer; repeat it for several."
+        ),
+    ] = None
+    against: AgainstOption = None
+    word_maps: Annotated[
+        bool, typer.Option("--word-maps", help="Also make a map of its own for every selected word.")
+    ] = False
+    alpha: Annotated[
+        float, typer.Option("--alpha", help="Select tokens whose log-likelihood ratio exceeds this, nats.")
+    ] = 1.0
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Explain every token of the answer instead of selected ones.")
+    ] = False
+
+    def of(self, replay: Replay) -> TokenSelection:
+        """The tokens of an answer. Raises ``SelectionError``."""
+        from lvlm_probe.selection import select_tokens
+
+        other = alternatives(self.against)
+        if self.words:
+            return select_tokens(replay, words=self.words, against=other)
+        return select_tokens(replay, alpha=self.alpha, rule="joint" if self.joint else "llr", against=other)
+
+
 def explain(
     context: typer.Context,
     trace: Annotated[
@@ -60,22 +92,7 @@ def explain(
             help="Which explainer; plugins add more. Default: igos++; with --server rise, it has no gradients.",
         ),
     ] = None,
-    words: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--words", metavar="TEXT", help="Explain this word or phrase of the answer; repeat it for several."
-        ),
-    ] = None,
-    against: AgainstOption = None,
-    word_maps: Annotated[
-        bool, typer.Option("--word-maps", help="Also make a map of its own for every selected word.")
-    ] = False,
-    alpha: Annotated[
-        float, typer.Option("--alpha", help="Select tokens whose log-likelihood ratio exceeds this, nats.")
-    ] = 1.0,
-    joint: Annotated[
-        bool, typer.Option("--joint", help="Explain every token of the answer instead of selected ones.")
-    ] = False,
+    selecting: Selecting = Selecting(),
     param: MethodParameters = None,
     budget: Annotated[
         int | None,
@@ -129,12 +146,12 @@ def explain(
     from lvlm_probe.heatmap_store import FOLDER, MapSettings
 
     params = parameters(param or []) | ({} if budget is None else {"budget": budget})
-    if against and word_maps:
+    if selecting.against and selecting.word_maps:
         raise ProbeError("--against makes a map for each side, and --word-maps one for each word: give either")
-    behind = served.open(model=model, against=against)
+    behind = served.open(model=model, against=selecting.against)
     chosen = method or ("igos++" if behind is None else "rise")
     if behind is not None and behind.gives != "passes":
-        if not words and not joint:
+        if not selecting.words and not selecting.joint:
             raise ProbeError(f"{behind.name} gives {behind.what}: name the words to explain, --words TEXT, or --joint")
         if behind.gives == "samples" and chosen == "rise":
             params.setdefault("score", "prob")
@@ -155,11 +172,11 @@ def explain(
     if image_number is None:
         image_number = recorded.clips[0].first if recorded.clips else 0
     settings = MapSettings(chosen, params, image_number, seed, scores, "exact" if exact or behind else "fast")
-    selection = _select(replay, words=words, alpha=alpha, joint=joint, against=against)
+    selection = selecting.of(replay)
     folder = directory / FOLDER
     explained = Explained(recorded, [])
     try:
-        for made in explain_replay(replay, selection, settings, folder, word_maps=word_maps):
+        for made in explain_replay(replay, selection, settings, folder, word_maps=selecting.word_maps):
             explained.maps.append(made)
     except KeyboardInterrupt:
         kept = f"{counted(len(explained.maps), 'finished map')}"
@@ -225,17 +242,6 @@ def _opened(explained: Explained) -> Path:
     write_report(explained.maps, page, overwrite=True)
     open_page(page)
     return page
-
-
-def _select(
-    replay: Replay, *, words: list[str] | None, alpha: float, joint: bool, against: list[str] | None
-) -> TokenSelection:
-    from lvlm_probe.selection import select_tokens
-
-    other = alternatives(against)
-    if words:
-        return select_tokens(replay, words=words, against=other)
-    return select_tokens(replay, alpha=alpha, rule="joint" if joint else "llr", against=other)
 
 
 def _same_command(context: typer.Context, trace: Path) -> str:

@@ -168,10 +168,7 @@ def import_answers(
                 raise  # the disk takes no more, and would not take the next one either
             except Exception as error:
                 _log.debug("line %d of %s is not imported", line, asked.path, exc_info=True)
-                rejected[line] = reason = reason_of(error)
-                named = row.id if isinstance(row, AnswerRow) else None
-                rejects.write(json.dumps({"line": line, "id": named, "reason": reason}, ensure_ascii=False) + "\n")
-                rejects.flush()
+                rejected[line] = _rejected(rejects, line, row, error)
             if tell is not None:
                 tell(number, max(number, total))
     return Imported(directory, tuple(imported), tuple(present), rejected, tuple(importer.differing), read_as)
@@ -250,6 +247,14 @@ class _Importer:
                     found = said_by(trace)
                     if found is not None:
                         self._known.setdefault(str(found.get("key")), []).append(_of_trace(path, found))
+
+
+def _rejected(file: TextIO, line: int, row: AnswerRow | BadRow, error: Exception) -> str:
+    """Write why a row is not taken over; return it."""
+    reason, named = reason_of(error), row.id if isinstance(row, AnswerRow) else None
+    file.write(json.dumps({"line": line, "id": named, "reason": reason}, ensure_ascii=False) + "\n")
+    file.flush()
+    return reason
 
 
 def _of_trace(path: Path, facts: Mapping[str, Any]) -> ImportedAnswer:
