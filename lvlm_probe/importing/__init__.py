@@ -33,7 +33,7 @@ from lvlm_probe.importing.refusals import by_kind
 from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, Source, read_rows, reason_of
 from lvlm_probe.recording.probe import Probe, attach
 from lvlm_probe.recording.recorder import RecordOptions
-from lvlm_probe.trace import open_rows, open_store, write
+from lvlm_probe.trace import open_rows, write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -182,8 +182,7 @@ class _Importer:
         self._directory, self._source = directory, source
         self._known: dict[str, list[ImportedAnswer]] = {}
         self.differing: list[ImportedAnswer] = []
-        self._store = open_store(directory)
-        self._read: set[Path] = set()
+        self._read: set[str] = set()
         self._seen: dict[str, int] = {}
 
     def close(self) -> None:
@@ -231,7 +230,7 @@ class _Importer:
             "differs": found.serious,
         }
         path = write(capture, self._directory)
-        self._read.add(path)
+        self._read.add(path.name)
         answer = ImportedAnswer(row.line, path, found.largest, found.mean, found.serious)
         self._known.setdefault(key, []).append(answer)
         self.differing += [answer] if answer.differs else []
@@ -239,9 +238,11 @@ class _Importer:
 
     def _look(self) -> None:
         """Finds the rows that have a trace in the directory, by key; files are read once."""
-        self._store.refresh()  # what it knows already it does not look at again, file by file
-        for path in [path for path in self._store.files if path not in self._read]:
-            self._read.add(path)
+        for name in sorted(set(os.listdir(self._directory)) - self._read):
+            self._read.add(name)
+            if not name.endswith(".h5") or name.startswith("."):
+                continue
+            path = self._directory / name
             with contextlib.suppress(ProbeError):  # a damaged file does not count: its row is imported again
                 for trace in open_rows(path):
                     found = said_by(trace)
