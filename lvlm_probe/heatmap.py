@@ -14,7 +14,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -41,10 +41,11 @@ PNG_KEY = "lvlm_probe"
 """Text chunk of a saved PNG that holds the provenance as JSON."""
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class HeatGrid:
     """What heatmaps of images and of videos share: values that are checked and frozen, and the way they are told.
 
-    The attributes are fields of the dataclasses, which say what they are of.
+    ``Heatmap`` says what the fields are.
     """
 
     axes: ClassVar[tuple[str, ...]]
@@ -52,14 +53,15 @@ class HeatGrid:
 
     values: np.ndarray | None
     image_size: tuple[int, int]
-    seen: np.ndarray | None
-    selection: TokenSelection
-    method: str
-    params: Mapping[str, Any]
-    provenance: Mapping[str, Any]
-    history: tuple[Mapping[str, float], ...]
-    reason: str | None
-    trace: Trace | None
+    _: KW_ONLY
+    seen: np.ndarray | None = None
+    selection: TokenSelection = field(default_factory=lambda: TokenSelection((), (), (), "joint"))
+    method: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[Mapping[str, float], ...] = ()
+    reason: str | None = None
+    trace: Trace | None = None
 
     def __post_init__(self) -> None:
         if self.values is None:
@@ -262,17 +264,7 @@ class Heatmap(HeatGrid):
 
     axes = ("row", "col")
 
-    values: np.ndarray | None
-    image_size: tuple[int, int]
     image_index: int = 0
-    seen: np.ndarray | None = None
-    selection: TokenSelection = field(default_factory=lambda: TokenSelection((), (), (), "joint"))
-    method: str = ""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    history: tuple[Mapping[str, float], ...] = ()
-    reason: str | None = None
-    trace: Trace | None = None
 
     @property
     def target(self) -> int:

@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,12 @@ from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.files import write_whole
 from lvlm_probe.heatmap import PNG_KEY, HeatGrid, Heatmap, figure
 from lvlm_probe.images.clips import over_frames
-from lvlm_probe.selection import TokenSelection
 from lvlm_probe.trace.clips import Clip
 from lvlm_probe.trace.video_files import encode_video
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lvlm_probe.trace import Trace
 
 _SHOWN = 12  # frames of a strip
 _TILES = 8  # ... and of a sheet
@@ -58,17 +56,7 @@ class ClipHeatmap(HeatGrid):
     _of = " of a video"
     __repr__ = in_one_line
 
-    values: np.ndarray | None
-    image_size: tuple[int, int]
     clip: Clip
-    seen: np.ndarray | None = None
-    selection: TokenSelection = field(default_factory=lambda: TokenSelection((), (), (), "joint"))
-    method: str = ""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    history: tuple[Mapping[str, float], ...] = ()
-    reason: str | None = None
-    trace: Trace | None = None
 
     @property
     def target(self) -> Clip:
