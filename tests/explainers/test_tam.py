@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import inside
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from scipy.ndimage import generic_filter
 from scipy.optimize import minimize_scalar
+from scipy.stats import norm
 from torch import Tensor
 
 import lvlm_probe as probe
@@ -51,21 +54,29 @@ def test_rank_gaussian_by_hand():
     assert not rank_gaussian(torch.zeros(2, 2)).any()
 
 
+def filtered_by_scipy(grid: np.ndarray) -> np.ndarray:
+    """The filter as scipy runs it over windows of its own making, edges repeated."""
+
+    def middle(window: np.ndarray) -> float:
+        ranked = np.sort(window)
+        weights = (
+            norm.pdf(np.arange(9), loc=4, scale=ranked.std() / ranked.mean()) if ranked.std() > 0 else np.eye(9)[4]
+        )
+        return float(np.average(ranked, weights=weights))
+
+    found: np.ndarray = generic_filter(grid.astype(np.float64), middle, size=3, mode="nearest")
+    return found
+
+
 def test_rank_gaussian_everywhere():
-    """Every window spelled out, edges repeated; also a single row."""
-    for shape in ((4, 6), (1, 5)):
+    """Against scipy's filter; also a single row, and a part in which all is the same."""
+    for shape in ((4, 6), (1, 5), (7, 7)):
         grid = torch.rand(shape, generator=torch.Generator().manual_seed(1)).numpy().astype(np.float64)
-        padded = np.pad(grid, 1, mode="edge")
-        wanted = np.zeros(shape)
-        for row, col in np.ndindex(shape):
-            window = np.sort(padded[row : row + 3, col : col + 3].ravel())
-            width = window.std() / window.mean()
-            weights = np.exp(-0.5 * ((np.arange(9) - 4) / width) ** 2)
-            wanted[row, col] = (weights * window).sum() / weights.sum()
-        assert np.allclose(rank_gaussian(torch.from_numpy(grid)).numpy(), wanted)
+        grid[:, 4:] = 0.5
+        assert np.allclose(rank_gaussian(torch.from_numpy(grid)).numpy(), filtered_by_scipy(grid))
 
 
-def spelled_out(replay, *, interference: bool) -> np.ndarray:
+def spelled_out(replay, *, interference: bool, filtered: Callable[[np.ndarray], np.ndarray] = np.asarray) -> np.ndarray:
     """The method's formulas, token after token, on the model's own last hidden state and LM head; ``(token,)``."""
     model, trace = replay.model, replay.trace
     ids = torch.cat([replay.input_ids, replay.token_ids])
@@ -92,7 +103,7 @@ def spelled_out(replay, *, interference: bool) -> np.ndarray:
                 shared += score / sum(scores) * (hidden[image] @ head[ids[j]]).clamp(min=0)
             scale = minimize_scalar(lambda s, a=own, b=shared: float(((a - s * b) ** 2).sum()), tol=1e-12).x
             own = (own - scale * shared).clamp(min=0)
-        total += own.numpy()
+        total += filtered(own.numpy())
     return total
 
 
@@ -108,6 +119,35 @@ def test_the_map_is_the_formula(name, interference):
     y, x = (boxes[:, 1] + boxes[:, 3]) / 2 / 60 * rows, (boxes[:, 0] + boxes[:, 2]) / 2 / 90 * cols
     assert np.allclose(heat.values[y.astype(int), x.astype(int)], wanted, atol=0.02)  # recorded in half precision
     assert heat.provenance["diagnostics"]["source"] == "recorded"
+
+
+def test_the_whole_map_of_several_words_is_the_formula():
+    """Interference and filter of each word's map, then their mean: none of it by the package's own code."""
+    replay = inside.replay("llava")
+    wanted = spelled_out(replay, interference=True, filtered=lambda own: filtered_by_scipy(own.reshape(4, 4)).ravel())
+    wanted = (wanted - wanted.min()) / (wanted.max() - wanted.min())
+    assert len(range(*inside.SPAN)) > 1
+    assert np.allclose(explain(replay).values[:, 1:5], wanted.reshape(4, 4), atol=0.02)  # recorded in half precision
+
+
+def test_nothing_reads_what_it_reads():
+    """Behind the last layer states of image tokens can be anything: the answer's log-probabilities stay as they are."""
+    replay = inside.replay("llava")
+    decoder = replay.model.get_submodule(replay.anatomy.decoder)
+    image = torch.tensor(replay.trace.layout.image_positions)
+
+    def scramble(_module, _args, output):
+        output.last_hidden_state[:, image] = 100 * torch.randn_like(output.last_hidden_state[:, image])
+        return output
+
+    with torch.no_grad():
+        before = replay.run_inputs(dict(replay.path.inputs))
+        hook = decoder.register_forward_hook(scramble)
+        try:
+            after = replay.run_inputs(dict(replay.path.inputs))
+        finally:
+            hook.remove()
+    assert torch.equal(before, after)
 
 
 def test_the_filter_is_applied_to_every_words_map():
