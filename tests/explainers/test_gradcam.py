@@ -38,6 +38,20 @@ def test_the_map_by_hand():
     assert torch.allclose(two[1], torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64))  # weights of its own
 
 
+def test_each_patch_by_its_own_gradient_by_hand():
+    """Two channels: 1·1 − 3·0, 2·1 − 1·3 and 3·½ + 0·½ of the three live tokens: 1, −1 and 1.5."""
+    activations = torch.tensor([[[1.0, 0.0], [1.0, 3.0], [0.5, 0.5], [9.0, 0.0]]])
+    gradients = torch.tensor([[[1.0, -3.0], [2.0, -1.0], [3.0, 0.0], [50.0, 50.0]]])
+    live = torch.tensor([[True, True, True, False]])
+    cut, absolute = (
+        weighted_activations(activations, gradients, live, pooled=False, sign=sign) for sign in ("positive", "absolute")
+    )
+    assert cut.tolist() == [[1.0, 0.0, 1.5, 0.0]]
+    assert absolute.tolist() == [[1.0, 1.0, 1.5, 0.0]]
+    with pytest.raises(ExplainError, match="sign is 'positive' or 'absolute'"):
+        explain(inside.replay("llava"), sign="both")
+
+
 @pytest.mark.parametrize(
     ("name", "block"),
     [
@@ -55,6 +69,26 @@ def test_the_layer_is_found(name, block):
     heat = explain(replay)
     assert heat.params["layer"].endswith(block)
     assert inside.own_passes(replay, "gradcam") == {"forward": 1, "backward": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [("llava", None), ("qwen2_vl", "merger.ln_q"), ("paligemma", "post_layernorm"), ("mllama", None)],
+)
+def test_unpooled_it_is_read_behind_the_norm(name, norm):
+    """In front of one Σ_c ∂y/∂A_c A_c is 0, whatever is in the image: a norm does not see how long its input is."""
+    replay = inside.replay(name)
+    block = explain(replay).params["layer"]
+    layer = explain(replay, pooled=False).params["layer"]
+    assert layer.endswith(norm) if norm else layer == block or "layernorm_post" in layer
+    share = {}
+    with replay.capture(modules=[block, layer]) as seen:
+        replay.score_and_grad(torch.ones(1, 1, 1), lambda log_probs: log_probs[:, slice(*inside.SPAN)].sum(1))
+    for module in (block, layer):
+        products = (seen.outputs[module] * seen.gradients[module]).double()
+        share[module] = float(products.sum(dim=-1).abs().sum() / products.abs().sum())
+    assert share[layer] > 0.02
+    assert norm is None or share[block] < 1e-3
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl", "paligemma"])
@@ -162,7 +196,7 @@ def test_tiles_are_pasted_back_where_they_were_cut(monkeypatch):
     quarters = [np.s_[:, :], np.s_[:30, :45], np.s_[:30, 45:], np.s_[30:, :45], np.s_[30:, 45:]]
     for view, quarter in enumerate(quarters):
 
-        def one(activations, gradients, live, view=view):
+        def one(activations, gradients, live, view=view, **_how):
             values = torch.zeros(live.shape, dtype=torch.float64)
             values[view] = 1
             return values * live

@@ -37,10 +37,12 @@ class Answering(torch.nn.Module):
         return log_probs[torch.arange(len(log_probs)), self._ids[self._prompt :]][None]
 
 
+@pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize(("name", "class_tokens"), [("llava", 1), ("paligemma", 0)])
-def test_same_layer_same_map(name: str, class_tokens: int) -> None:
+def test_same_layer_same_map(name: str, class_tokens: int, pooled: bool) -> None:
+    """Grad-CAM, and HiResCAM, whose weights are no means."""
     replay = inside.replay(name)
-    heat = probe.explain(replay, method="gradcam", tokens=inside.SPAN, strengthen=False)
+    heat = probe.explain(replay, method="gradcam", tokens=inside.SPAN, strengthen=False, pooled=pooled)
 
     def reshape(tensor: torch.Tensor) -> torch.Tensor:
         kept = tensor[:, class_tokens:]
@@ -53,7 +55,8 @@ def test_same_layer_same_map(name: str, class_tokens: int) -> None:
     def target(output: torch.Tensor) -> torch.Tensor:
         return output[slice(*inside.SPAN)].sum()
 
-    with pytorch_grad_cam.GradCAM(Answering(replay), [layer], reshape_transform=reshape) as cam:
+    theirs_is = pytorch_grad_cam.GradCAM if pooled else pytorch_grad_cam.HiResCAM
+    with theirs_is(Answering(replay), [layer], reshape_transform=reshape) as cam:
         cam(pixels, targets=[target])
         seen = cam.activations_and_grads
         raw = cam.get_cam_image(pixels, layer, [target], seen.activations[0].numpy(), seen.gradients[0].numpy(), False)
@@ -70,7 +73,8 @@ def test_same_layer_same_map(name: str, class_tokens: int) -> None:
     activations, gradients = captured.outputs[heat.params["layer"]], captured.gradients[heat.params["layer"]]
     live = torch.ones(activations.shape[:2], dtype=torch.bool)
     live[:, :class_tokens] = False
-    values = weighted_activations(activations, gradients, live)[0, class_tokens:].reshape(theirs.shape).numpy()
+    values = weighted_activations(activations, gradients, live, pooled=pooled)[0, class_tokens:]
+    values = values.reshape(theirs.shape).numpy()
     assert np.abs(values - np.maximum(raw[0], 0)).max() <= 1e-5 * max(1.0, float(values.max()))
     scaled = (values - values.min()) / (values.max() - values.min())
     assert np.abs(scaled - theirs).max() <= 1e-5
