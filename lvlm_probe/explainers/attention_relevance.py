@@ -40,6 +40,36 @@ def relu_product(layer: AttentionLayer, rows: Tensor) -> Tensor:
     return (layer.weights(rows) * layer.weight_gradient(rows)).clamp_(min=0).mean(dim=1, dtype=sum_dtype(layer.device))
 
 
+def query_rows(problem: Problem) -> Iterator[tuple[int, Tensor]]:
+    """``(sequence, positions that predict what is scored in it)``: the answer, then other courses of it that a score
+    reads."""
+    yield 0, problem.queries
+    own = problem.selection.score
+    if own is None:
+        return
+    first = len(problem.trace.input_ids) - 1
+    for row, (step, ids) in enumerate(own.longer, start=1):
+        yield row, first + step + torch.arange(1, len(ids))
+
+
+def whole_sequence(layer: AttentionLayer, length: int) -> None:
+    """Raises ``ExplainError`` where a layer does not attend over the tokens that are known, or a window of them."""
+    if layer.keys != layer.queries or layer.start + layer.queries > length:
+        raise ExplainError(
+            f"{layer.layer.module} attends over {layer.keys} keys for {layer.queries} queries from position "
+            f"{layer.start} on, where {length} tokens are known: relevance cannot be carried through it"
+        )
+
+
+def same_views(layer: AttentionLayer, ran: int, known: int) -> None:
+    """Raises ``ExplainError`` where a layer ran on another number of sequences than is known."""
+    if ran != known:
+        raise ExplainError(
+            f"{layer.layer.module} ran on {ran} sequences where {known} are known (windows as batch entries): "
+            f"relevance cannot be carried through it"
+        )
+
+
 @dataclass
 class Walk:
     """Carries the relevance vector down the layers; an instance is what ``Replay.capture`` takes as ``visit``.
@@ -54,6 +84,7 @@ class Walk:
         last_factor: ``"identity"``: the lowest layer is I + Ā_1 as all others; ``"bare"``: Ā_1 alone, the paper's
             wording.
         encoder: Number or name of the encoder, where a model has several (``tokens_that_read``).
+        shares: What each position of ``query_rows`` counts, ``(position,)``; by default all the same.
     """
 
     problem: Problem
@@ -62,6 +93,7 @@ class Walk:
     normalised: bool = False
     last_factor: Literal["identity", "bare"] = "identity"
     encoder: int | str = 0
+    shares: Tensor | None = None
     visited: list[str] = field(default_factory=list)
     _lowest: str = field(default="", init=False, repr=False)
 
@@ -79,8 +111,11 @@ class Walk:
             # y is a sum over the selected tokens, so one backward pass serves all of them; each other course of the
             # answer that a score reads is a sequence of its own.
             start = torch.zeros(replay.rows, replay.length, dtype=torch.float64)
-            for row, queries in self._queries():
-                start[row].index_add_(0, queries, torch.ones(len(queries), dtype=torch.float64))
+            at = 0
+            for row, queries in query_rows(self.problem):
+                shares = torch.ones(len(queries)) if self.shares is None else self.shares[at : at + len(queries)]
+                start[row].index_add_(0, queries, shares.double())
+                at += len(queries)
             self._vectors["decoder"] = start
         if self.scope != "decoder" and replay.rows > 1:
             raise ExplainError(
@@ -89,16 +124,6 @@ class Walk:
             )
         if self.scope != "decoder":
             self.encoder_tokens = tokens_that_read(replay, self.encoder, self.problem.target)
-
-    def _queries(self) -> Iterator[tuple[int, Tensor]]:
-        """``(sequence, positions that predict what is scored in it)``."""
-        yield 0, self.problem.queries
-        own = self.problem.selection.score
-        if own is None:
-            return
-        first = len(self.problem.trace.input_ids) - 1
-        for row, (step, ids) in enumerate(own.longer, start=1):
-            yield row, first + step + torch.arange(1, len(ids))
 
     @property
     def parts(self) -> tuple[Literal["decoder", "encoder"], ...]:
@@ -127,11 +152,7 @@ class Walk:
         if vector is None:
             vector = self._vectors[layer.part] = self._encoder_start()
         stop = layer.start + layer.queries
-        if layer.keys != layer.queries or stop > vector.shape[1]:
-            raise ExplainError(
-                f"{layer.layer.module} attends over {layer.keys} keys for {layer.queries} queries from position "
-                f"{layer.start} on, where {vector.shape[1]} tokens are known: relevance cannot be carried through it"
-            )
+        whole_sequence(layer, vector.shape[1])
         present = vector[:, layer.start : stop]
         carried = present.to(layer.device, sum_dtype(layer.device))
         total = torch.zeros_like(carried)
@@ -142,11 +163,7 @@ class Walk:
         for rows in torch.cat(blocks).to(layer.device).split([len(rows) for rows in blocks if len(rows)]):
             share = carried[:, rows]
             bar = self.bar(layer, rows)
-            if bar.shape[0] != vector.shape[0]:
-                raise ExplainError(
-                    f"{layer.layer.module} ran on {bar.shape[0]} sequences where {vector.shape[0]} are known (windows "
-                    f"as batch entries): relevance cannot be carried through it"
-                )
+            same_views(layer, bar.shape[0], vector.shape[0])
             if self.normalised:
                 share = share / (1 + bar.sum(dim=-1))
             if not bare:
