@@ -1,0 +1,111 @@
+"""Attention flow (Abnar and Zuidema, 2020): how much could flow to each image token if attention were pipes.
+
+Tokens of every layer are nodes, and position i of a layer is joined to position j of the layer below by a pipe as wide
+as ½ mean_h A_ij, and ½ more where i = j, for the residual stream. The value of an image token is the greatest flow from
+the positions that predict the words, in the top layer, to that token in the lowest: what rollout multiplies, flow lets
+through side by side, and no pipe carries more than it holds. It does not know which word it explains.
+
+One maximum flow for each image token, found by ``scipy.sparse.csgraph.maximum_flow`` on whole numbers: widths are
+multiples of 2⁻²⁰. The attention of all layers is in the graph, mean over heads, so memory grows with layers × tokens²,
+and time with that times the image tokens: for small models, or ``layers=``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lvlm_probe.boxes.image_tokens import image_tokens
+from lvlm_probe.boxes.painting import paint, pitch
+from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.attention_relevance import query_rows, same_views, whole_sequence
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
+from lvlm_probe.explainers.scores import check_rules, finish, whole_rule
+from lvlm_probe.extras import require
+from lvlm_probe.models.precision import sum_dtype
+from lvlm_probe.replaying.capture import AttentionLayer
+
+__all__ = ["MOST_PIPES", "UNIT", "attention_flow", "flows"]
+
+UNIT = 2**20
+"""Whole numbers for a width of 1: a mean attention weight below a millionth is no pipe."""
+MOST_PIPES = 2 * 10**9
+"""Pipes times image tokens, at most: about an hour on one core."""
+
+
+def flows(maps: list[Tensor], queries: Tensor, targets: Tensor) -> Tensor:
+    """The greatest flow from some tokens of the top layer to each of some tokens of the lowest.
+
+    Args:
+        maps: attention of each layer, mean over heads, lowest first, ``(token, token)``.
+        queries: ``(query,)`` int64, where it comes from, as much as each lets through.
+        targets: ``(target,)`` int64.
+
+    Returns:
+        ``(target,)`` float64, in units of a width of 1.
+
+    Raises:
+        ProbeError: there is no scipy.
+        ExplainError: there are more pipes than ``MOST_PIPES``.
+    """
+    sparse = require("scipy.sparse", extra="stats", purpose="attention flow")
+    graph = require("scipy.sparse.csgraph", extra="stats", purpose="attention flow")
+    length, depth = len(maps[0]), len(maps)
+    rows, columns, widths = [], [], []
+    for level, attention in enumerate(maps, start=1):
+        wide = (UNIT * (attention + torch.eye(length, dtype=attention.dtype)) / 2).round().long()
+        above, below = wide.nonzero(as_tuple=True)
+        rows.append(above + level * length)
+        columns.append(below + (level - 1) * length)
+        widths.append(wide[above, below])
+    source = (depth + 1) * length
+    rows.append(torch.full_like(queries, source))
+    columns.append(queries + depth * length)
+    widths.append(torch.full_like(queries, UNIT))
+    at, to, width = (torch.cat(parts).numpy() for parts in (rows, columns, widths))
+    if len(at) * len(targets) > MOST_PIPES:
+        raise ExplainError(
+            f"attention flow solves {len(targets)} maximum flows over {len(at)} pipes each, which takes hours: give "
+            f"fewer layers=…, or use 'rollout', which follows the same attention"
+        )
+    pipes = sparse.csr_matrix((width.astype("int32"), (at, to)), shape=(source + 1, source + 1))
+    found = [graph.maximum_flow(pipes, source, int(target)).flow_value for target in targets]
+    return torch.tensor(found, dtype=torch.float64) / UNIT
+
+
+@register("attention_flow", needs=("passes", "attention"), cost=lambda *_: Cost("rollout", 1, 0), clips=True)
+def attention_flow(
+    problem: Problem, *, layers: int | None = None, size: int | tuple[int, int] | None = None
+) -> Outcome:
+    """Explains by attention flow. One forward pass, and a maximum flow for each image token.
+
+    Args:
+        layers: How many of the decoder's layers, from the top; by default all.
+        size: Grid of the heatmap, by default the tokens' own.
+
+    Raises:
+        ExplainError: The model's attention cannot be read, the places of its tokens are not known, or its graph is too
+            large.
+        ProbeError: There is no scipy.
+    """
+    check_rules("attention_flow", **({} if layers is None else {"layers": whole_rule(layers)}))
+    replay = problem.replay
+    tokens = image_tokens(replay, problem.target)
+    with replay.capture(attention=["decoder"]) as seen, torch.no_grad():
+        replay.log_probs(problem.even(torch.ones(1, dtype=torch.float32)), image=problem.target)
+        maps = [_mean(layer, replay.length, replay.rows) for layer in seen.layers[-layers if layers else 0 :]]
+    ((_, queries),) = list(query_rows(problem))[:1]
+    values = flows(maps, queries.unique(), torch.from_numpy(tokens.positions))
+    problem.advance(1, 1)
+    shape = pitch(tokens.boxes, tokens.size) if size is None else problem.shape(size)
+    grid, met = paint(values, tokens.boxes, tokens.size, shape)
+    diagnostics = {"layers": len(maps), "unreadable": dict(seen.unreadable)}
+    return finish(grid, met, {"layers": layers, "size": list(shape)}, diagnostics=diagnostics)
+
+
+def _mean(layer: AttentionLayer, length: int, views: int) -> Tensor:
+    """The first sequence's attention of a whole layer, mean over heads, ``(token, token)`` float64 on the CPU."""
+    whole_sequence(layer, length)
+    same_views(layer, layer.batch, views)
+    wide = sum_dtype(layer.device)
+    return torch.cat([layer.weights(rows)[0].mean(dim=0, dtype=wide).cpu() for rows in layer.blocks()]).double()
