@@ -118,6 +118,9 @@ VARIANTS: dict[str, Entry] = {
     "igos++ (thorough)": Entry("igos++", {"preset": "thorough"}),
     "igos++ (release)": Entry("igos++", {"preset": "release"}),
     "iia (authors')": Entry("iia", {"variant": "iia2"}),
+    "gradcam (unpooled)": Entry("gradcam", {"pooled": False, "sign": "absolute"}),
+    "gradient_value (cosine)": Entry("gradient_value", {"weights": "cosine", "sign": "positive"}),
+    "refined (earlier words)": Entry("refined", {"earlier": 4}),
     GROUND_TRUTH: Entry(None),
 }
 

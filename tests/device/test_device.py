@@ -37,7 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "igos++": {"iterations": 3}, "igos+": {"iterations": 1, "ig_steps": 2}, "gradcam": {}, "tmm": {}, "iia": {},
     "attention": {"source": "replay"}, "relative_attention": {}, "rollout": {}, "tam": {}, "rise": {"masks": 8},
     "occlusion": {"size": 3}, "greedy": {"segments": "grid", "regions": 4}, "integrated_gradients": {"steps": 4},
-    "input_gradient": {}, "center": {}, "random": {},
+    "input_gradient": {}, "center": {}, "random": {}, "gradient_attention": {}, "weighted_tmm": {}, "refined": {},
+    "gradient_value": {"weights": "cosine"}, "attention_flow": {"layers": 2},
 }  # fmt: skip
 FAMILIES = ("demo", "qwen2_5_vl", "mllama", *campaign("llava", "llava_onevision"))
 """Of llava the tests of Apple's devices and of two cards hold the same, and mllama has tiles as well."""

@@ -24,6 +24,7 @@ from lvlm_probe.boxes.encoder_tokens import tokens_that_read
 from lvlm_probe.boxes.image_tokens import image_tokens
 from lvlm_probe.boxes.painting import paint
 from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProbeWarning, ProcessorRefused
+from lvlm_probe.explainers.attention_flow import flows
 from lvlm_probe.explainers.attention_maps import GENERAL_PROMPT
 from lvlm_probe.explainers.registry import Problem, resolve
 from lvlm_probe.models.families import _of_transformers
@@ -31,6 +32,8 @@ from lvlm_probe.planning import Meter, cost_for
 from lvlm_probe.planning.rehearsal import cost_model
 
 _STEP = 3e-6
+_LIKE = {"gradient_attention": "tmm", "weighted_tmm": "tmm", "attention_flow": "rollout", "refined": "attention"}
+"""Methods over tokens that a model refuses where it refuses another."""
 _LEVELS = 1.0  # of 255, in the mean: two roundings to 8 bits
 
 
@@ -198,10 +201,10 @@ def test_a_planted_token_lands_in_its_frames_and_its_cell(case: Case, monkeypatc
 def test_methods_over_tokens_explain_by_tubes(case: Case) -> None:
     takes = clips.CLIPS[case.built.member.name]
     shown = {}
-    for method in ("attention recorded", "attention replay", "tmm", "tam", "gradcam"):
+    for method in ("attention recorded", "attention replay", "tmm", "tam", "gradcam", *_LIKE):
         name, _, source = method.partition(" ")
         more = {"source": source} if source else {}
-        if why := takes.refused.get(name):
+        if why := takes.refused.get(_LIKE.get(name, name)):
             with pytest.raises(ExplainError, match=why):
                 probe.video.explain(case.replay, method=name, tokens=[0, 1], progress=False)
             continue
@@ -217,6 +220,15 @@ def test_methods_over_tokens_explain_by_tubes(case: Case) -> None:
 def means(run: inside.Scored, decoder: str) -> list[torch.Tensor]:
     """A of each decoder layer, mean over heads, ``(query, key)`` float64, lowest first."""
     return [call.weights[0].double().mean(0) for call in run.of(decoder)]
+
+
+def read(calls: list[inside.Dense], queries: torch.Tensor, columns: np.ndarray) -> torch.Tensor:
+    """Σ_t g_t Σ_lh w_lh E_lh of image tokens, ``gradient_attention``'s formulas, ``(image_token,)`` float64."""
+    products = torch.stack([(call.weights * call.gradient)[0].double().clamp(min=0) for call in calls])
+    rows = products[:, :, queries]  # (layer, head, query, key)
+    seen, whole = rows[..., columns], rows.sum(-1)
+    words = torch.einsum("lhq,lhqk->qk", seen.sum(-1) / whole, seen)
+    return (seen.sum((0, 1, 3)) / whole.sum((0, 1))) @ words
 
 
 def between(replay: probe.Replay, share: float) -> dict[str, torch.Tensor]:
@@ -252,13 +264,20 @@ def test_methods_over_attention_are_dense_products_on_tubes(name: str, tmp_path:
         "rollout": rolled[queries].sum(0)[tokens.positions],
         "iia": inside.chefer(relevance)[queries].sum(0)[tokens.positions],
         "relative_attention": torch.stack(layers).mean(0)[queries].mean(0)[tokens.positions] / general,
+        "gradient_attention": read(truth.of(decoder), queries, tokens.positions),
+        "attention_flow": flows(layers, queries, torch.from_numpy(tokens.positions)),
     }
     params: dict[str, Any] = {"iia": {"points": 4}, "relative_attention": {"question": question}}
-    for method, values in wanted.items():
+    inner = tokens_that_read(case.replay, 0, case.replay.clips[0])
+    reached = [call for call in truth.of(inner.encoder) if call.gradient is not None]
+    last = [call for call in reached if call.module == reached[-1].module]
+    columns = torch.cat([(call.weights * call.gradient).double().sum((1, 2)).abs().flatten() for call in last])
+    places = dict.fromkeys(wanted, (tokens.boxes, tokens.size)) | {"gradient_value": (inner.boxes, tokens.size)}
+    for method, values in (wanted | {"gradient_value": columns}).items():
         heat = probe.video.explain(
             case.replay, method=method, tokens=steps, strengthen=False, progress=False, **params.get(method, {})
         )
-        grid, met = paint(values, tokens.boxes, tokens.size, heat.values.shape)
+        grid, met = paint(values, *places[method], heat.values.shape)
         low, high = grid[met].min(), grid[met].max()
         within = 2e-3 if method == "relative_attention" else 1e-4  # rows are recorded in float16
         assert np.abs(heat.values - torch.where(met, (grid - low) / (high - low), 0.0).numpy()).max() < within, method

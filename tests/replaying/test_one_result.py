@@ -36,6 +36,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "attention": {},
     "relative_attention": {},
     "tam": {},
+    "gradient_attention": {},
+    "weighted_tmm": {},
+    "gradient_value": {},
+    "attention_flow": {},
+    "refined": {"of": "tmm", "earlier": 1},
     "random": {},
     "center": {},
 }

@@ -40,7 +40,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"segments": "grid", "regions": (8, 8), "stretches": 4},
 }
 # in tests/families/test_clips.py
-OVER_TOKENS = {"attention", "relative_attention", "rollout", "tmm", "iia", "gradcam", "tam"}
+OVER_TOKENS = {
+    "attention", "relative_attention", "rollout", "tmm", "iia", "gradcam", "tam",
+    "gradient_attention", "weighted_tmm", "gradient_value", "attention_flow", "refined",
+}  # fmt: skip
 FLOORS = {"random", "center"}
 
 
