@@ -12,9 +12,13 @@ and time with that times the image tokens: for small models, or ``layers=``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lvlm_probe.attention.layers import discover
 from lvlm_probe.boxes.image_tokens import image_tokens
 from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError
@@ -73,7 +77,14 @@ def flows(maps: list[Tensor], queries: Tensor, targets: Tensor) -> Tensor:
     return torch.tensor(found, dtype=torch.float64) / UNIT
 
 
-@register("attention_flow", needs=("passes", "attention"), cost=lambda *_: Cost("rollout", 1, 0), clips=True)
+def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
+    depth = params["layers"] or len(discover(problem.replay.model)[0])
+    pipes = depth * problem.replay.length * (problem.replay.length + 1) // 2
+    # Maps in double precision, ends and widths of pipes as 64-bit numbers, and their joined copies.
+    return Cost("rollout", 1, 0, numbers=2 * depth * problem.replay.length**2 + 12 * pipes)
+
+
+@register("attention_flow", needs=("passes", "attention"), cost=_cost, clips=True)
 def attention_flow(
     problem: Problem, *, layers: int | None = None, size: int | tuple[int, int] | None = None
 ) -> Outcome:

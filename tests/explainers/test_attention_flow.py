@@ -14,6 +14,7 @@ import lvlm_probe as probe
 from lvlm_probe.errors import ExplainError, ProbeError
 from lvlm_probe.explainers import attention_flow as module
 from lvlm_probe.explainers.attention_flow import UNIT, flows
+from lvlm_probe.explainers.registry import Problem, cost_of
 
 DECODER = "model.language_model"
 
@@ -69,6 +70,14 @@ def test_on_a_model_it_is_networkx_on_an_eager_models_maps() -> None:
     fewer = probe.explain(replay, method="attention_flow", tokens=inside.SPAN, strengthen=False, layers=1)
     assert fewer.provenance["diagnostics"]["layers"] == 1
     assert np.abs(fewer.values - heat.values).max() > 0.01
+
+
+def test_a_plan_counts_the_graph() -> None:
+    """It is of layers × tokens², which no pass is."""
+    replay = inside.replay("llava")
+    problem = Problem(replay, None)  # type: ignore[arg-type]
+    three, one = (cost_of("attention_flow", problem, params).numbers for params in ({}, {"layers": 1}))
+    assert three == 3 * one > 2 * 3 * replay.length**2
 
 
 def test_a_single_layer_lets_through_half_of_its_attention() -> None:
