@@ -29,8 +29,6 @@ from lvlm_probe.extras import require
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 
-__all__ = ["MOST_PIPES", "UNIT", "attention_flow", "flows"]
-
 UNIT = 2**20
 """Whole numbers for a width of 1: a mean attention weight below a millionth is no pipe."""
 MOST_PIPES = 2 * 10**9

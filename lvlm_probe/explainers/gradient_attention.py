@@ -30,8 +30,6 @@ from lvlm_probe.explainers.scores import finish
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 
-__all__ = ["Reading", "gradient_attention", "reading_of"]
-
 
 @dataclass
 class Reading:

@@ -32,8 +32,6 @@ from lvlm_probe.explainers.scores import Sign, check_rules, finish, sign_rule
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 
-__all__ = ["Weights", "columns_of", "gradient_value"]
-
 Weights = Literal["attention", "cosine"]
 
 

@@ -40,8 +40,6 @@ from lvlm_probe.explainers.registry import (
 from lvlm_probe.explainers.scores import check_rules, finish, whole_rule
 from lvlm_probe.selection import select_tokens
 
-__all__ = ["accounted_for", "over_scales", "refined"]
-
 
 def over_scales(values: Tensor, scales: Sequence[int]) -> Tensor:
     """The mean of moving averages over windows of these sizes, edges repeated.

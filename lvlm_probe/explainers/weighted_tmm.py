@@ -28,8 +28,6 @@ from lvlm_probe.explainers.scores import check_rules, finish
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 
-__all__ = ["head_weights", "weighted_tmm"]
-
 
 def head_weights(layer: AttentionLayer, temperature: float) -> tuple[Tensor, float]:
     """w_lh, ``(view, head)`` float64 on the layer's device where it has that, and S_l; see the module."""
