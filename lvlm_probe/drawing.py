@@ -614,15 +614,7 @@ class _Sheet:
         return (len(lines) + 0.15) * self.line
 
     def wrapped(self, text: str, wide: float) -> Iterator[str]:
-        line = ""
-        for word in text.split():
-            longer = f"{line} {word}".strip()
-            if line and self._measure(longer) > wide:
-                yield line
-                longer = word
-            line = longer
-        if line:
-            yield line
+        return wrap_words(text, wide, self._measure)
 
     def _measure(self, text: str, **look: Any) -> float:
         from matplotlib.text import Text
@@ -724,6 +716,19 @@ class _Sheet:
         room = self._width - wide - 0.06 * self._width
         for number, line in enumerate(self.wrapped(text, room)):
             self.text(wide + 0.05 * self._width, y + (number - 0.15) * self.line, line, va="top", color="#333333")
+
+
+def wrap_words(text: str, width: float, measure: Callable[[str], float]) -> Iterator[str]:
+    """Yield the lines of a text that are as wide as they may be, by a measure of their width."""
+    line = ""
+    for word in text.split():
+        longer = f"{line} {word}".strip()
+        if line and measure(longer) > width:
+            yield line
+            longer = word
+        line = longer
+    if line:
+        yield line
 
 
 class Curved(Scored, Protocol):

@@ -16,7 +16,7 @@ hide text; separators of lines; halves of characters."""
 
 def counted(number: int, noun: str) -> str:
     """Say how many there are of what: "1 map", "2 maps"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def escaped(text: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -36,7 +36,7 @@ _FIXED_SPACE = "\u00a0"
 def filled(columns: Sequence[str], rows: Sequence[Row], standings: Sequence[Standing], title: str) -> str:
     """The whole page as text: one row per answer, one column per method, and all answers together below."""
     widths = f'<col width="{_SCENE_WIDTH}">' + f'<col width="{_CELL_WIDTH}">' * len(columns)
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in columns)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
     body = "\n".join(_row(columns, row) for row in rows)
     # The attribute, as the page's policy admits no style of an element's own.
     width = _SCENE_WIDTH + _CELL_WIDTH * len(columns)
@@ -81,7 +81,7 @@ def _terms(columns: Sequence[str], rows: Sequence[Row]) -> str:
     else:
         named = ", ".join(sorted(f"{grid[0]} × {grid[1]}" for grid in grids if grid))
         said.append(
-            f'<p class="warning">The scores were taken on different grids ({_text(named or "unknown")}), so methods '
+            f'<p class="warning">The scores were taken on different grids ({escape(named or "unknown")}), so methods '
             f"are not comparable by them: take them again with evaluate(heat, replay, grid=32).</p>"
         )
     ways = {tuple(str(score.params.get(key)) for key in ("score", "auc", "steps", "mode")) for _, score in judged}
@@ -112,7 +112,7 @@ def _scene(row: Row) -> str:
     parts = [_shown(_original(row), _IMAGE_SIDE, "The image"), _strip(read(trace, "images", notes), heat)]
     if question or prompt:
         label = "" if question else '<span class="label">Prompt</span> '
-        parts.append(f'<p class="question" dir="auto">{label}{_text(question or prompt)}</p>')
+        parts.append(f'<p class="question" dir="auto">{label}{escape(question or prompt)}</p>')
     long = " long" if len(answer["answer"]) > _LONG_ANSWER else ""
     parts.append(f'<p class="said{long}" dir="auto">{"".join(_words(answer))}</p>')
     score = next((score for score in row.scores if score is not None and score.baseline_check), None)
@@ -121,7 +121,7 @@ def _scene(row: Row) -> str:
     if score is not None:
         kept = score.baseline_check.get("mean_probability")
         probability = "" if kept is None else f": the explained words keep {_percent(float(kept))} of probability on it"
-        kind = _text(str(score.baseline_check.get("kind") or "unknown"))
+        kind = escape(str(score.baseline_check.get("kind") or "unknown"))
         parts.append(f'<p class="facts">Baseline {kind}{probability}.</p>')
         if math.isfinite(score.center_gain):
             floor = f"A blob in the middle of the image, made without looking, has a gain of {score.center_gain:.2f}."
@@ -153,17 +153,17 @@ def _strip(images: Sequence[Image.Image] | None, heat: Heatmap | ClipHeatmap) ->
 
 def _words(answer: Mapping[str, Any]) -> Iterator[str]:
     if not answer["words"]:
-        yield _text(answer["answer"] or "Answer not known")
+        yield escape(answer["answer"] or "Answer not known")
         return
     for word in answer["words"]:
-        yield _text(word["before"])
+        yield escape(word["before"])
         pieces = []
         for position, token in enumerate(word["tokens"]):
             piece = str(answer["tokens"][token]["text"])
             explained = ' class="k"' if token in answer["whole"] else ""
-            pieces.append(f"<span{explained}>{_text(piece if position else piece.lstrip())}</span>")
+            pieces.append(f"<span{explained}>{escape(piece if position else piece.lstrip())}</span>")
         yield f'<span class="word{_wash(word["llr"])}">{"".join(pieces)}</span>'
-    yield _text(answer["tail"])
+    yield escape(answer["tail"])
 
 
 def _wash(llr: float | None) -> str:
@@ -179,11 +179,11 @@ def _cell(name: str, heat: Heatmap | ClipHeatmap | None, score: Score | None, be
     if heat is not None and heat.values is not None:
         save = (
             '<button type="button" class="quiet save" '
-            f'data-name="{_text(f"{name} {heat.selection.label[:40]}".strip())}" '
-            f'aria-label="Save the heatmap of {_text(name)}">Save</button>'
+            f'data-name="{escape(f"{name} {heat.selection.label[:40]}".strip())}" '
+            f'aria-label="Save the heatmap of {escape(name)}">Save</button>'
         )
     # Names of methods may be broken at their underscores, and there only.
-    parts = [f'<p class="name"><span>{_text(name).replace("_", "_<wbr>")}</span>{save}</p>']
+    parts = [f'<p class="name"><span>{escape(name).replace("_", "_<wbr>")}</span>{save}</p>']
     if heat is None:
         parts.append('<p class="none">No heatmap was given.</p>')
     elif heat.values is None:
@@ -223,7 +223,7 @@ def _scores(heat: Heatmap | ClipHeatmap, score: Score | None, best: float | None
     facts = [] if cost is None else [f"{cost[0]} + {cost[1]} passes" if any(cost) else "no pass"]
     facts += [] if seconds is None else [f"{float(seconds):.2f} s"]
     facts.append(" × ".join(map(str, () if heat.values is None else heat.values.shape)))
-    yield f'<p class="facts">{_text(" · ".join(fact.replace(" ", _FIXED_SPACE) for fact in facts))}</p>'
+    yield f'<p class="facts">{escape(" · ".join(fact.replace(" ", _FIXED_SPACE) for fact in facts))}</p>'
     yield from (f'<p class="facts">{_told(said)}</p>' for said in (heat.coarse, heat.uncertainty) if said is not None)
 
 
@@ -238,7 +238,7 @@ def _standings(found: Sequence[Standing], answers: int, middle: float | None) ->
     lines = []
     floor = "" if middle is None else f" A blob in the middle of the image has a gain of {middle:.3f} in the mean."
     for one in found:
-        cells = [f'<td class="name">{_text(one.method)}</td>']
+        cells = [f'<td class="name">{escape(one.method)}</td>']
         cells += [
             f'<td class="number">{"–" if value is None else _interval(value)}</td>'
             for value in (one.gain, one.deletion, one.insertion)
@@ -265,7 +265,7 @@ def _standings(found: Sequence[Standing], answers: int, middle: float | None) ->
 def _left_out(found: Sequence[Standing]) -> str:
     """Which scores enter no mean, and why."""
     items = [
-        f"<li>{_text(one.method)}: {count} × {_told(reason)}</li>"
+        f"<li>{escape(one.method)}: {count} × {_told(reason)}</li>"
         for one in found
         for reason, count in one.left_out.items()
     ]
@@ -296,12 +296,8 @@ def _shown(image: Image.Image | None, side: int, alt: str) -> str:
     if image is None:
         return '<p class="facts">The image itself is not at hand.</p>'
     small = shrink(image, side)
-    return f'<img src="{data_uri(small, quality=82)}" width="{small.width}" height="{small.height}" alt="{_text(alt)}">'
-
-
-def _text(text: str) -> str:
-    """Text as the page may show it: no markup of its own."""
-    return html.escape(text)
+    size = f'width="{small.width}" height="{small.height}"'
+    return f'<img src="{data_uri(small, quality=82)}" {size} alt="{escape(alt)}">'
 
 
 def _told(text: str, *, capital: bool = True) -> str:
@@ -309,7 +305,7 @@ def _told(text: str, *, capital: bool = True) -> str:
     text = without_folders(text.strip())
     if capital and text.split(" ")[0].isalpha():
         text = text[:1].upper() + text[1:]
-    return _text(text + ("" if text.endswith((".", "!", "?")) else "."))
+    return escape(text + ("" if text.endswith((".", "!", "?")) else "."))
 
 
 def _percent(share: float) -> str:

@@ -6,11 +6,11 @@ built-in images, answers about them and numbers; nothing of the machine but the 
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +171,12 @@ def _facts(record: Mapping[str, Any]) -> str:
         size = f"{millions / 1000:.3g} billion" if millions >= 1000 else f"{millions:.3g} million"
         said = [f"{model['class']}, {size} parameters in {model['dtype']}"]
         said += [f"on {model['device']}, attention by {model['attention']}", record["made_by"]]
-    return _text("; ".join(str(one) for one in said))
+    return escape("; ".join(str(one) for one in said))
 
 
 def _check(one: Check) -> str:
     kind, mark = {True: ("good", "✓"), False: ("bad", "✗"), None: ("plain", "–")}[one.passed]
-    cells = f'<td class="mark">{mark}</td><th scope="row">{_text(one.name)}</th><td>{_text(one.text)}</td>'
+    cells = f'<td class="mark">{mark}</td><th scope="row">{escape(one.name)}</th><td>{escape(one.text)}</td>'
     return f'<tr class="{kind}">{cells}</tr>'
 
 
@@ -186,7 +186,7 @@ def _answer(unit: Mapping[str, Any], pair: tuple[Image.Image, Image.Image | None
     images += [_image(heat, f"Map of {unit['method']} over the image")] if heat is not None else []
     right = '<em class="yes">right</em>' if unit["right"] else '<em class="no">not what was expected</em>'
     words = "".join(
-        _text(before) + (f'<b title="{ratio:.1f} nats">{_text(word)}</b>' if (ratio or 0.0) > 1 else _text(word))
+        escape(before) + (f'<b title="{ratio:.1f} nats">{escape(word)}</b>' if (ratio or 0.0) > 1 else escape(word))
         for before, word, ratio in unit["words"]
     )
     facts = [
@@ -200,8 +200,8 @@ def _answer(unit: Mapping[str, Any], pair: tuple[Image.Image, Image.Image | None
         facts.append(f"{unit['method']}: gain {unit['gain']:.2f}, {unit['verdict'].partition(':')[0]}")
     if unit.get("pointing") is not None:
         facts.append("points at the object" if unit["pointing"] >= 0.5 else "points beside the object")
-    question = _text(str(unit["question"] or "no question (a captioner)"))
-    listed = "".join(f"<li>{_text(str(fact))}</li>" for fact in facts)
+    question = escape(str(unit["question"] or "no question (a captioner)"))
+    listed = "".join(f"<li>{escape(str(fact))}</li>" for fact in facts)
     return (
         f'<article><div class="pair">{"".join(images)}</div><p class="asked">{question}</p>'
         f'<p class="said" dir="auto">{words} {right}</p><ul class="facts">{listed}</ul></article>'
@@ -210,7 +210,8 @@ def _answer(unit: Mapping[str, Any], pair: tuple[Image.Image, Image.Image | None
 
 def _image(image: Image.Image, alt: str) -> str:
     small = shrink(image, _SIDE)
-    return f'<img src="{data_uri(small, quality=82)}" width="{small.width}" height="{small.height}" alt="{_text(alt)}">'
+    size = f'width="{small.width}" height="{small.height}"'
+    return f'<img src="{data_uri(small, quality=82)}" {size} alt="{escape(alt)}">'
 
 
 def _methods(record: Mapping[str, Any], units: Mapping[str, Mapping[str, Any]]) -> str:
@@ -222,7 +223,7 @@ def _methods(record: Mapping[str, Any], units: Mapping[str, Mapping[str, Any]]) 
     head = "".join(f'<th scope="col"{" class=number" if place else ""}>{one}</th>' for place, one in enumerate(heads))
     order = sorted(tried, key=lambda name: ("seconds" not in tried[name], tried[name].get("seconds") or 0.0, name))
     rows = "\n".join(_method(name, tried[name]) for name in order)
-    asked = _text(f"{on.get('question') or ''} {on.get('answer') or ''}")
+    asked = escape(f"{on.get('question') or ''} {on.get('answer') or ''}")
     return (
         f'<section><h2>Methods, on one answer</h2><p class="prose">{asked} All are ranked on 32 × 32 cells. Memory: '
         "tensors alive at once beside the weights; – where it was not metered, as the method takes long.</p>"
@@ -234,7 +235,7 @@ def _methods(record: Mapping[str, Any], units: Mapping[str, Mapping[str, Any]]) 
 def _method(name: str, unit: Mapping[str, Any]) -> str:
     said = unit.get("problem") or unit.get("refused") or unit.get("reason")
     if said:
-        return f'<tr><td>{_text(name)}</td><td colspan="8">no map: {_text(str(said))}</td></tr>'
+        return f'<tr><td>{escape(name)}</td><td colspan="8">no map: {escape(str(said))}</td></tr>'
     planned = unit.get("planned") or {}
     cells = [
         "–" if unit.get("gain") is None else f"{unit['gain']:.3f}",
@@ -244,12 +245,12 @@ def _method(name: str, unit: Mapping[str, Any]) -> str:
         *(_seconds(one) for one in (unit["seconds"], planned.get("seconds"))),
         *(_bytes(one) for one in (unit.get("peak"), planned.get("peak"))),
     ]
-    return f"<tr><td>{_text(name)}</td>" + "".join(f'<td class="number">{_text(one)}</td>' for one in cells) + "</tr>"
+    return f"<tr><td>{escape(name)}</td>" + "".join(f'<td class="number">{escape(one)}</td>' for one in cells) + "</tr>"
 
 
 def _findings(found: Sequence[Mapping[str, Any]]) -> str:
     rows = [
-        f'<tr><th scope="row">{_text(str(one["name"]))}</th><td>{_text(str(one["text"]))}</td></tr>' for one in found
+        f'<tr><th scope="row">{escape(str(one["name"]))}</th><td>{escape(str(one["text"]))}</td></tr>' for one in found
     ]
     return f"<table><tbody>{''.join(rows)}</tbody></table>"
 
@@ -270,7 +271,3 @@ def _bytes(value: float | None) -> str:
     from lvlm_probe.planning import show_bytes
 
     return "–" if value is None else show_bytes(value)
-
-
-def _text(text: str) -> str:
-    return html.escape(text)

@@ -21,6 +21,7 @@ from lvlm_probe._version import versions_of
 from lvlm_probe.errors import ImageError, ModelMismatch, ProcessorRefused, ReplayError
 from lvlm_probe.images import Baseline, CompositePath, ImagePath, make_baseline
 from lvlm_probe.images.baselines import KINDS
+from lvlm_probe.progress import roughly
 from lvlm_probe.serving.checks import Checks, allowed, check_answer, check_same
 from lvlm_probe.serving.forcing import Forcing
 from lvlm_probe.serving.generating import (
@@ -236,10 +237,10 @@ class Server:
         megabytes = requests * sum(len(as_uri(image, form)) for image in images) / 1e6
         said = f"{requests:,} requests, about {megabytes:,.0f} MB"
         if rate := self.spent.per_second:
-            return f"{said}, {_duration(requests / rate)}"
+            return f"{said}, {roughly(requests / rate)}"
         if latency := self._transport.latency:  # of requests one by one: how many it takes at once is to be seen
             most = requests * latency
-            said += f", {_duration(most / self.at_once)} to {_duration(most)}"
+            said += f", {roughly(most / self.at_once)} to {roughly(most)}"
         return said
 
     def require_log_probs(self, what: str) -> None:
@@ -731,10 +732,6 @@ def _named(transport: Transport, card: Mapping[str, Any]) -> dict[str, Any]:
             break
     known["engine"] = known["engine"] or (f"a server of {owner}" if owner else "an OpenAI-compatible server")
     return known
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:,.0f} s" if seconds < 100 else f"{seconds / 60:,.0f} min"
 
 
 def _now() -> str:

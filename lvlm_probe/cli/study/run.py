@@ -25,6 +25,7 @@ from lvlm_probe.cli.shared.terminal import (
 )
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import counted
+from lvlm_probe.progress import roughly
 
 if TYPE_CHECKING:
     from lvlm_probe.study.run.runner import Told
@@ -121,25 +122,17 @@ class _Lines:
     def _first(self, told: Told, left: int, half: int) -> None:
         """The cost, by the first units that were made."""
         if told.kind == "answers":
-            said = f"an answer takes {told.seconds:.2g} s: {left} of {half} to go, {_span(left * told.seconds)}"
+            said = f"an answer takes {told.seconds:.2g} s: {left} of {half} to go, about {roughly(left * told.seconds)}"
             self._write(f"{said}; then at most {half * len(self._study.methods)} maps, which are timed when they begin")
         else:
             each = told.seconds / told.made
             said = f"a map takes {each:.2g} s, judged: at most {left * len(self._study.methods)} to go"
-            self._write(f"{said}, {_span(left * len(self._study.methods) * each)}")
+            self._write(f"{said}, about {roughly(left * len(self._study.methods) * each)}")
 
 
 def _aside(line: str) -> None:
     """A line that is no result."""
     typer.echo(safe(line), err=True)
-
-
-def _span(seconds: float) -> str:
-    """A time that is not known better than that."""
-    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 1.5 * size:
-            return f"about {seconds / size:.1f} {name}"
-    return f"about {max(1, round(seconds))} seconds"
 
 
 def _shard(text: str | None) -> tuple[int, int]:

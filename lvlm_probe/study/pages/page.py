@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError, StudyError
+from lvlm_probe.escaping import counted
 from lvlm_probe.files import part_path
 from lvlm_probe.pages.shell import asset, json_for_script, page_text, refuse_existing, without_script, write_text
 from lvlm_probe.progress import Progress
@@ -169,8 +170,8 @@ def _lead(results: Results, head: dict[str, Any]) -> str:
     dropped = sum(1 for index in samples if index["dropped"])
     said = [f"<p>{html.escape(study.about)}</p>"] if study.about else []
     numbers = {"sample": len(samples), "model": len(study.models), "method": len(study.methods), "map": done}
-    counts = [_many(number, noun) for noun, number in numbers.items()]
-    kept = f" {_many(dropped, 'sample')} without maps: the study’s filter drops them." if dropped else ""
+    counts = [counted(number, noun) for noun, number in numbers.items()]
+    kept = f" {counted(dropped, 'sample')} without maps: the study’s filter drops them." if dropped else ""
     said.append(f"<p><b>{', '.join(counts)}.</b>{kept}</p>")
     if with_words:
         some = "" if with_words == done else f" for {with_words} of the {done} maps"
@@ -197,7 +198,3 @@ def _plain(head: dict[str, Any]) -> str:
         ]
         rows.append(f"<p><b>{html.escape(index['question'])}</b><br>{'<br>'.join(answers)}</p>")
     return without_script(rows, len(rows))
-
-
-def _many(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"

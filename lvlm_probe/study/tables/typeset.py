@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lvlm_probe.drawing import wrap_words
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -112,15 +114,7 @@ class _Page:
         return float(width) * 72 / _FINE
 
     def _wrapped(self, text: str, size: float, *, bold: bool = False) -> Iterator[str]:
-        line = ""
-        for word in text.split():
-            longer = f"{line} {word}".strip()
-            if line and self._wide(longer, size, bold=bold) > 0.97 * self._width:
-                yield line
-                longer = word
-            line = longer
-        if line:
-            yield line
+        return wrap_words(text, 0.97 * self._width, lambda line: self._wide(line, size, bold=bold))
 
     def _rule(self, y: float, width: float, colour: str = _INK) -> None:
         self._rules.append((0.0, self._width, y, width, colour))
