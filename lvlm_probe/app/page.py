@@ -49,7 +49,10 @@ def application(service: Service) -> Any:
         neutral_hue="slate",
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
-    ).set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")
+    ).set(
+        body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400",
+        button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
+    )  # fmt: skip
     gr.mount_gradio_app(
         outer, blocks, path="/", theme=theme, css=_asset("app.css"), show_error=False, run_history=False,
         ssr_mode=False, max_file_size=service.limits.file_bytes, footer_links=[], enable_monitoring=False, pwa=False,
@@ -142,7 +145,7 @@ class _Page:
             "", js_on_load=_asset("clicks.js"), elem_classes="lp-words", elem_id=f"words-{side}", min_height=48
         )
         height = 380 if side == "answer" else 280
-        view = gr.Image(label="Map", interactive=False, height=height, buttons=["fullscreen", "download"])
+        view = _image(gr, "Map", height, "fullscreen", "download")
         with gr.Row(equal_height=True, elem_classes="lp-tools"):
             method = gr.Dropdown(self.service.methods(self.names[0]), label="Method", min_width=140)
             whole = gr.Button("Explain all of it", size="sm", min_width=100)
@@ -170,7 +173,7 @@ class _Page:
                 paint = {"html_template": _asset("paint.html"), "js_on_load": _asset("paint.js")}
                 canvas = gr.HTML({"src": "", "cells": MASK_CELLS}, **paint)
             with gr.Column(min_width=260):
-                seen = gr.Image(label="What the model saw", interactive=False, height=320, buttons=[])
+                seen = _image(gr, "What the model saw", 320)
         mask = gr.State("")
         with gr.Row():
             keep = gr.Button("If it sees only this?", variant="primary")
@@ -178,7 +181,9 @@ class _Page:
         said = gr.HTML("", elem_classes="lp-words", elem_id="said-part")
         shown = [canvas, mask, said, seen]
         panel["state"].change(self.do.on_canvas, panel["state"], shown, api_name=False, queue=False)
-        canvas.input(self.do.said(self.do.on_painted, clicked=True), None, mask, api_name=False, queue=False)
+        # Gradio by itself drops a stroke that ends before the one before it has arrived.
+        painted = self.do.said(self.do.on_painted, clicked=True)
+        canvas.input(painted, None, mask, api_name=False, queue=False, trigger_mode="multiple")
         for button, kind in ((keep, "keep"), (remove, "remove")):
             again = functools.partial(self.do.on_again, kind)
             button.click(self.do.said(again), [panel["state"], mask], [said, seen], api_name=f"{kind}_part", **_MODEL)
@@ -195,7 +200,7 @@ class _Page:
             layer = gr.Dropdown(["all"], value="all", label="Layer", min_width=100)
             head = gr.Dropdown(["all"], value="all", label="Head", min_width=100)
             show = gr.Button("Show", variant="primary", size="sm", min_width=80)
-        view = gr.Image(label="Attention", interactive=False, height=380, buttons=["fullscreen"])
+        view = _image(gr, "Attention", 380, "fullscreen")
         facts = gr.HTML("", elem_classes="lp-facts")
         panel["state"].change(self.do.on_rows, panel["state"], [layer, head], api_name=False, queue=False)
         inputs = [panel["state"], layer, head]
@@ -214,7 +219,7 @@ class _Page:
         with gr.Row(equal_height=True, elem_classes="lp-tools"):
             read = gr.Button("Read the layers", variant="primary", size="sm", min_width=100)
             layer = gr.Slider(0, 1, step=1, label="Layer", visible=False, min_width=200)
-        view = gr.Image(label="Words at image tokens", interactive=False, height=420, buttons=["fullscreen"])
+        view = _image(gr, "Words at image tokens", 420, "fullscreen")
         table = gr.HTML("", elem_classes="lp-facts", elem_id="lens-table")
         shown = [lens, layer, view, table]
         read.click(self.do.said(self.do.on_lens), panel["state"], shown, api_name="lens", **_MODEL)
@@ -254,12 +259,17 @@ def _told(gr: Any, text: str) -> None:
     gr.HTML(f"<p>{text}</p>", elem_classes="lp-facts")
 
 
+def _image(gr: Any, label: str, height: int, *buttons: str) -> Any:
+    """An image of the page's own, with a name for who does not see it."""
+    return gr.Image(label=label, alt_text=label, interactive=False, height=height, buttons=list(buttons))
+
+
 def _upload(gr: Any, service: Service, **look: Any) -> Any:
     """Gradio's image field, which decodes nothing beyond the limits, and fetches nothing from the network.
 
     Its methods are replaced on the field itself: of every subclass Gradio writes a stub file beside this module.
     """
-    field = gr.Image(**look)
+    field = gr.Image(alt_text=look["label"], **look)
     move = field.async_move_resource_to_block_cache
 
     def preprocess(payload: Any) -> Image.Image | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib.util
 import io
 import json
 import socket
@@ -55,7 +56,7 @@ def served(app: Any) -> Iterator[str]:
         thread.start()
         assert started.wait(120)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-        server.should_exit = True
+        server.should_exit = server.force_exit = True  # a browser keeps its connection open
         thread.join(30)
 
 
@@ -186,24 +187,102 @@ def test_the_space_is_an_app(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------------ in a browser
 
 
-@pytest.fixture
-def visit(driver: Any, url: str) -> Iterator[Any]:
-    """Opens the page and gives a way to wait; afterwards no complaint in the console, no request to anywhere else."""
-    from selenium.common.exceptions import StaleElementReferenceException
-    from selenium.webdriver.support.ui import WebDriverWait
+class Visit:
+    """The page in a browser, and a way to wait for what it shows."""
 
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def __call__(self, condition: Any) -> Any:
+        from selenium.common.exceptions import StaleElementReferenceException
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        stale = [StaleElementReferenceException]  # drawn anew between the look and the reading
+        return WebDriverWait(self.driver, WAIT, ignored_exceptions=stale).until(lambda _: condition())
+
+    def all_of(self, selector: str) -> list[Any]:
+        return [one for one in self.driver.find_elements("css selector", selector) if one.is_displayed()]
+
+    def press(self, text: str) -> None:
+        script = """
+            const all = document.querySelectorAll("button:not([tabindex='-1'])"); // tabs are measured on copies
+            const shown = [...all].filter((one) => one.offsetParent);
+            const found = shown.find((one) => one.textContent.trim() === arguments[0]);
+            if (found) found.click();
+            return Boolean(found);
+        """
+        self(lambda: self.driver.execute_script(script, text))
+
+    def picture(self, label: str) -> np.ndarray:
+        """The image under a label, as the browser was sent it."""
+        script = """
+            const block = [...document.querySelectorAll("label, [data-testid=block-label]")].find(
+              (one) => one.textContent.trim() === arguments[0] && one.offsetParent);
+            const image = block && block.closest(".block").querySelector("img");
+            if (!image || !image.complete || !image.naturalWidth) return null;
+            const canvas = document.createElement("canvas");
+            [canvas.width, canvas.height] = [99, 99];
+            canvas.getContext("2d").drawImage(image, 0, 0, 99, 99);
+            return canvas.toDataURL("image/png").split(",")[1];
+        """
+        found = self(lambda: self.driver.execute_script(script, label))
+        return np.asarray(Image.open(io.BytesIO(base64.b64decode(found))).convert("RGB")).astype(float)
+
+    def keys(self, *keys: str) -> None:
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def tab_to(self, selector: str, text: str = "") -> None:
+        """Press Tab until what has the focus fits."""
+        script = """
+            const one = document.activeElement;
+            return one.matches(arguments[0]) && one.textContent.includes(arguments[1]);
+        """
+        for _ in range(100):
+            if self.driver.execute_script(script, selector, text):
+                return
+            self.keys("\ue004")
+        raise AssertionError(f"Tab comes to no {selector} {text!r}")
+
+    def violations(self) -> list[str]:
+        """What axe-core says against the page as it stands, light and dark, when nothing fades any more.
+
+        Gradio's own box for an image that is not there has a name and no role.
+        """
+        axe = importlib.util.find_spec("axe_playwright_python")
+        if axe is None or axe.origin is None:
+            pytest.skip("no axe-core: pip install axe-playwright-python")
+        self.driver.set_script_timeout(WAIT)
+        self.driver.execute_script(Path(axe.origin).with_name("axe.min.js").read_text(encoding="utf-8"))
+        run = """
+            const done = arguments[0];
+            const still = () => document.getAnimations().every((one) => one.playState !== "running");
+            const run = () => axe.run({exclude: [["div.empty[aria-label]"]]}).then(done);
+            const wait = () => (still() ? run() : setTimeout(wait, 50));
+            requestAnimationFrame(wait);
+        """
+        found = []
+        for scheme in ("dark", "light"):
+            self.driver.execute_script("document.body.classList.toggle('dark', arguments[0])", scheme == "dark")
+            result = self.driver.execute_async_script(run)
+            assert len(result["passes"]) > 10
+            found += [
+                f"{scheme} {one['id']}: {node['html'][:200]}" for one in result["violations"] for node in one["nodes"]
+            ]
+        return found
+
+
+@pytest.fixture
+def visit(driver: Any, url: str) -> Iterator[Visit]:
+    """Opens the page; afterwards no complaint in the console, no request to anywhere else."""
     driver.get_log("browser")
     driver.get_log("performance")
     driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 1280, "height": 1400, "deviceScaleFactor": 1, "mobile": False}
     )
     driver.get(url)
-
-    def wait(condition: Any) -> Any:
-        stale = [StaleElementReferenceException]  # drawn anew between the look and the reading
-        return WebDriverWait(driver, WAIT, ignored_exceptions=stale).until(lambda _: condition())
-
-    yield wait
+    yield Visit(driver)
     assert driver.get_log("browser") == []
     assert [one for one in requests_of(driver) if not one.startswith((url, "blob:", *OWN))] == []
 
@@ -211,36 +290,41 @@ def visit(driver: Any, url: str) -> Iterator[Any]:
 @pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="no Chromium: apt-get install chromium chromium-driver")
 @pytest.mark.xdist_group("browser")
 class TestInABrowser:
+    def test_the_keyboard_is_enough_and_no_rule_of_axe_is_broken(self, visit: Any) -> None:
+        enter, left, right, down = "\ue007", "\ue012", "\ue014", "\ue015"
+        visit(lambda: visit.all_of(".lp-scenes button img"))
+        assert visit.violations() == []
+        visit.tab_to(".lp-scenes button")
+        visit.keys(enter)
+        question = probe.demo.scenes(1)[0].question
+        visit(lambda: any(one.get_attribute("value") == question for one in visit.all_of("textarea, input")))
+        visit.tab_to("button", "Ask")
+        visit.keys(enter)
+        visit(lambda: len(visit.all_of("#words-answer button[data-word]")) == 5)
+        visit.tab_to("#words-answer button", "yellow")
+        visit.keys(enter)
+        visit(lambda: "Not checked" in visit.all_of("#facts-answer")[0].text)
+        assert visit.violations() == []
+        visit.press("Only this part")
+        visit(lambda: visit.all_of(".lp-paint canvas"))
+        visit.tab_to(".lp-paint canvas")
+        visit.keys(*[right] * 7, *[down] * 6)  # from the middle to the cross, in steps of a brush's radius
+        for _ in range(4):
+            visit.keys(" ", right, right, " ", left, left, down)
+        assert visit.violations() == []
+        visit.tab_to("button", "And without this?")
+
+        def said_without() -> str:  # the last stroke may be on its way to the server
+            visit.keys(enter)
+            visit(lambda: "Without this" in visit.all_of("#said-part")[0].text)
+            return str(visit.all_of("#said-part")[0].text)
+
+        visit(lambda: "yellow" in said_without())  # it was said, and is no more
+
     def test_ask_click_a_word_check_paint_and_look_inside(self, driver: Any, visit: Any) -> None:
         from selenium.webdriver.common.action_chains import ActionChains
 
-        def all_of(selector: str) -> list[Any]:
-            return [one for one in driver.find_elements("css selector", selector) if one.is_displayed()]
-
-        def press(text: str) -> None:
-            script = """
-                const all = document.querySelectorAll("button:not([tabindex='-1'])"); // tabs are measured on copies
-                const shown = [...all].filter((one) => one.offsetParent);
-                const found = shown.find((one) => one.textContent.trim() === arguments[0]);
-                if (found) found.click();
-                return Boolean(found);
-            """
-            visit(lambda: driver.execute_script(script, text))
-
-        def picture(label: str) -> np.ndarray:
-            """The image under a label, as the browser was sent it."""
-            script = """
-                const block = [...document.querySelectorAll("label, [data-testid=block-label]")].find(
-                  (one) => one.textContent.trim() === arguments[0] && one.offsetParent);
-                const image = block && block.closest(".block").querySelector("img");
-                if (!image || !image.complete || !image.naturalWidth) return null;
-                const canvas = document.createElement("canvas");
-                [canvas.width, canvas.height] = [99, 99];
-                canvas.getContext("2d").drawImage(image, 0, 0, 99, 99);
-                return canvas.toDataURL("image/png").split(",")[1];
-            """
-            found = visit(lambda: driver.execute_script(script, label))
-            return np.asarray(Image.open(io.BytesIO(base64.b64decode(found))).convert("RGB")).astype(float)
+        all_of, press, picture = visit.all_of, visit.press, visit.picture
 
         visit(lambda: all_of(".lp-scenes button img"))[0].click()
         question = probe.demo.scenes(1)[0].question
