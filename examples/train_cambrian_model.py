@@ -288,6 +288,7 @@ def train(options: argparse.Namespace) -> None:
     def pool(split: str, n: int, offset: int) -> base.Pool:
         return base.Pool.draw(split, n, objects=(3, 5), offset=offset, workers=options.threads)
 
+    scale = min(1.0, options.scale)
     check = loader(pool("tune", max(32, int(320 * options.scale)), 10**6), 9)
     source = loader(pool("train", max(1, int(options.pool * options.scale)), 0), 1)
     base.log(parameters=sum(p.numel() for p in model.parameters()), threads=options.threads, seed=options.seed)
@@ -336,8 +337,8 @@ def train(options: argparse.Namespace) -> None:
                 base.log(stage=stage, step=step + 1, loss=round(total / (step % 50 + 1), 4), **found, **clock.read())
                 total = 0.0
             if stage > 1 and ((step + 1) % options.check == 0 or last):
-                clear = base.held_out(net, check, batches=6, veiled=0.0, absent=0.0)
-                veiled = base.held_out(net, check, batches=4, veiled=0.6, absent=0.2)
+                clear = base.held_out(net, check, batches=max(1, int(6 * scale)), veiled=0.0, absent=0.0)
+                veiled = base.held_out(net, check, batches=max(1, int(4 * scale)), veiled=0.6, absent=0.2)
                 base.log(stage=stage, step=step + 1, clear=clear, veiled=veiled, **clock.read())
                 base.save_halved(model, processor, options.out)
 
