@@ -14,7 +14,7 @@ import lvlm_probe as probe
 from lvlm_probe import causal
 
 METHODS: dict[str, dict[str, Any]] = {
-    "igos++": {"iterations": 3},
+    "igos++": {"preset": "fast"},
     "gradcam": {},
     "tmm": {},
     "iia": {"points": 2},
