@@ -174,7 +174,7 @@ def test_a_step_that_fails_ends_no_other(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_script_for_ten_minutes_on_a_card(tmp_path: Path) -> None:
-    """On the CPU: its checks of one family, and the figures that an earlier call has left; what it starts runs here."""
+    """On the CPU: the figures that an earlier call has left; what it starts is started here."""
     done = {step: {"seconds": 1.0} for step in (*bench_gpu.RECORDINGS, *bench_gpu.EXPLANATIONS, bench_gpu.CURVES)}
     earlier = {"Qwen2.5-VL-7B": {"steps": done}, "LLaVA-OneVision-7B": {"steps": done}}
     last = {**done, "tmm": {"error": "of another day"}, "gradcam": {}}
@@ -190,10 +190,8 @@ def test_the_script_for_ten_minutes_on_a_card(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     smoke, bench = (line.split() for line in started.read_text(encoding="utf-8").splitlines())
     assert [smoke[0], bench[0]] == ["tests/benchmarks/gpu_smoke.py", "tests/benchmarks/bench_gpu.py"]
-    assert gpu_smoke.main(smoke[1:]) == 0
+    assert gpu_smoke.main([*smoke[1:], "--seconds", "0"]) == 0  # tests/device runs its checks
     bench_gpu.main(bench[1:])
-    checks = json.loads((tmp_path / "gpu-smoke.json").read_text("utf-8"))["checks"]
-    assert {line["result"] for line in checks} == {"ok"} and len(checks) > 25
     models = load(tmp_path / "gpu.json")["models"]
     assert {name: models[name] for name in earlier} == earlier
     steps = models["LLaVA-1.5-7B"]["steps"]
