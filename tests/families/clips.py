@@ -60,13 +60,8 @@ CLIPS: dict[str, TakesClips] = {
     "qwen2_vl": TakesClips(_QWEN, _sized("Qwen2VLVideoProcessor", _PIXELS), 2),
     "qwen2_5_vl": TakesClips(_QWEN, _sized("Qwen2VLVideoProcessor", _PIXELS), 2),
     "qwen3_vl": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
-    "qwen3_vl_moe": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
     "qwen3_5": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
-    "qwen3_5_moe": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2),
     "qwen2_5_omni_thinker": TakesClips(_QWEN, _sized("Qwen2VLVideoProcessor", _PIXELS), 2),
-    "qwen3_omni_moe_thinker": TakesClips(
-        _QWEN, lambda: transformers.Qwen2VLVideoProcessor(size=dict(_PIXELS), patch_size=16), 2
-    ),
     "glm4v": TakesClips(_GLM, _sized("Glm4vVideoProcessor"), 2),
     "glm46v": TakesClips(_GLM, _sized("Glm46VVideoProcessor"), 2),
     "perception_lm": TakesClips("<|video|>", lambda: transformers.PerceptionLMVideoProcessor(size=square())),
@@ -82,6 +77,11 @@ CLIPS: dict[str, TakesClips] = {
         ),
     ),
     # The long checks alone.
+    "qwen3_vl_moe": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2, long=True),
+    "qwen3_5_moe": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2, long=True),
+    "qwen3_omni_moe_thinker": TakesClips(
+        _QWEN, lambda: transformers.Qwen2VLVideoProcessor(size=dict(_PIXELS), patch_size=16), 2, long=True
+    ),
     "cosmos3_omni": TakesClips(_QWEN, _sized("Qwen3VLVideoProcessor"), 2, long=True),
     "dots3_note": TakesClips(
         "<|img|><|video_pad|><|endofimg|>", None, long=True, refused={"tmm": _NO_AUTOGRAD, "gradcam": _NO_AUTOGRAD}

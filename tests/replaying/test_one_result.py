@@ -14,6 +14,7 @@ import flat_memory
 import numpy as np
 import pytest
 import torch
+from marks import campaign
 from PIL import Image
 
 import lvlm_probe as probe
@@ -257,7 +258,9 @@ def plainly(recorded: Any) -> list[Any]:
     return everything(recorded)
 
 
-@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize(
+    "surroundings", ["no_grad", "inference_mode", "bfloat16", "float64", *campaign("set_grad_enabled", "float16")]
+)
 def test_modes_and_default_dtypes_change_no_bit(recorded: Any, plainly: list[Any], surroundings: str) -> None:
     with SURROUNDINGS[surroundings]():
         found = everything(recorded)
