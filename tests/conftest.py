@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
-from browser import driver, show  # noqa: F401  (fixtures)
+from browser import CHROMIUM, DRIVER, driver, show  # noqa: F401  (two of them fixtures)
 from PIL import Image
 from plugin_site import install  # noqa: F401  (a fixture)
 
@@ -49,6 +49,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+    if CHROMIUM is None or DRIVER is None:
+        absent = pytest.mark.skip(reason="no Chromium: apt-get install chromium chromium-driver")
+        for item in items:
+            if "driver" in getattr(item, "fixturenames", ()):
+                item.add_marker(absent)
 
 
 def pytest_collection_finish() -> None:

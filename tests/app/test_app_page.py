@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, DRIVER, OWN
+from browser import OWN
 from browser import requests as requests_of
 from PIL import Image
 
@@ -287,7 +287,6 @@ def visit(driver: Any, url: str) -> Iterator[Visit]:
     assert [one for one in requests_of(driver) if not one.startswith((url, "blob:", *OWN))] == []
 
 
-@pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="no Chromium: apt-get install chromium chromium-driver")
 @pytest.mark.xdist_group("browser")
 class TestInABrowser:
     def test_the_keyboard_is_enough_and_no_rule_of_axe_is_broken(self, visit: Any) -> None:

@@ -11,16 +11,12 @@ from PIL import Image
 
 pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 
-from browser import CHROMIUM, DRIVER
 from test_meter import TOP, reading, surprised
 
 from lvlm_probe.importing.meter import Reading, ranked
 from lvlm_probe.pages.prior import write_page
 
 pytestmark = [
-    pytest.mark.skipif(
-        CHROMIUM is None or DRIVER is None, reason="no Chromium: apt-get install chromium chromium-driver"
-    ),
     pytest.mark.xdist_group("browser"),
     pytest.mark.browser,
 ]

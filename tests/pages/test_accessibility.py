@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import report_samples as samples
 import study_samples
-from browser import CHROMIUM, DRIVER, settle
+from browser import settle
 from PIL import Image
 
 from lvlm_probe.importing.meter import ranked, read_answer
@@ -22,9 +22,6 @@ from lvlm_probe.study.pages import write_page
 AXE = importlib.util.find_spec("axe_playwright_python")
 
 pytestmark = [
-    pytest.mark.skipif(
-        CHROMIUM is None or DRIVER is None, reason="no Chromium: apt-get install chromium chromium-driver"
-    ),
     pytest.mark.skipif(AXE is None, reason="no axe-core: pip install axe-playwright-python"),
     pytest.mark.xdist_group("browser"),
     pytest.mark.browser,

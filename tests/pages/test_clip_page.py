@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, DRIVER, find, settle
+from browser import find, settle
 from toy_clip import ToyClip, tube_weights
 
 import lvlm_probe as probe
@@ -83,7 +83,6 @@ def test_an_order_is_of_an_answer_on_the_page(heat: Any, tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="no Chromium: apt-get install chromium chromium-driver")
 @pytest.mark.xdist_group("browser")
 def test_a_word_leads_to_its_frames(words: Path, show: Any) -> None:
     driver = show(words)
@@ -98,7 +97,6 @@ def test_a_word_leads_to_its_frames(words: Path, show: Any) -> None:
     assert [panel.is_displayed() for panel in panels] == [True, False, False]
 
 
-@pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="no Chromium: apt-get install chromium chromium-driver")
 @pytest.mark.xdist_group("browser")
 def test_time_is_moved_through_and_the_heatmap_taken_away(page: Path, show: Any) -> None:
     driver = show(page)

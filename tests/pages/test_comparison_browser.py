@@ -14,16 +14,10 @@ from PIL import Image
 
 pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 
-from browser import CHROMIUM, DRIVER
 
 from lvlm_probe.pages.comparison import compare
 
-pytestmark = [
-    pytest.mark.skipif(
-        CHROMIUM is None or DRIVER is None, reason="no Chromium: apt-get install chromium chromium-driver"
-    ),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.xdist_group("browser")
 
 
 @pytest.fixture(scope="module")

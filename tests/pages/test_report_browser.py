@@ -12,17 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import report_samples as samples
-from browser import CHROMIUM, DRIVER, find, pixels, settle, text
+from browser import find, pixels, settle, text
 from PIL import Image
 
 from lvlm_probe.pages import report
 
-pytestmark = [
-    pytest.mark.skipif(
-        CHROMIUM is None or DRIVER is None, reason="no Chromium: apt-get install chromium chromium-driver"
-    ),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.xdist_group("browser")
 
 
 def word(driver: Any, wanted: str) -> Any:

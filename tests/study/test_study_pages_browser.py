@@ -11,14 +11,10 @@ import study_samples
 
 pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
 
-from browser import CHROMIUM, DRIVER
 
 from lvlm_probe.study.pages import write_page
 
 pytestmark = [
-    pytest.mark.skipif(
-        CHROMIUM is None or DRIVER is None, reason="no Chromium: apt-get install chromium chromium-driver"
-    ),
     pytest.mark.xdist_group("browser"),
     pytest.mark.browser,
 ]
