@@ -72,7 +72,9 @@ def _works(node: ast.AST) -> bool:
 
 
 class EveryModule:
-    """Fails a run in which no function of some module of the package has been called by a test."""
+    """Fails a run in which no function of some module of the package has been called by a test that is marked `quick`.
+
+    Where tests run in several processes, each tells the first one what it has called."""
 
     def __init__(self) -> None:
         self._run: set[str] = set()
@@ -86,7 +88,9 @@ class EveryModule:
                 self._run.add(code.co_filename)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self) -> Any:
+    def pytest_runtest_call(self, item: pytest.Item) -> Any:
+        if item.get_closest_marker("quick") is None:
+            return (yield)
         before = sys.gettrace()
         sys.settrace(self._called)
         try:
@@ -94,8 +98,16 @@ class EveryModule:
         finally:
             sys.settrace(before)
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        self._run.update(getattr(node, "workeroutput", {}).get("called", ()))  # none of one that has crashed
+
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["called"] = sorted(name for name in self._run if name.startswith(str(PACKAGE)))
+            self.missing = []
+            return
         self.missing = [
             path.relative_to(PACKAGE).as_posix()
             for path in sorted(PACKAGE.rglob("*.py"))

@@ -50,6 +50,7 @@ def test_the_greatest_flow_is_the_least_cut(seed: int) -> None:
         assert float(found[target]) == pytest.approx(least, abs=20 / UNIT)
 
 
+@pytest.mark.quick
 def test_on_a_model_it_is_networkx_on_an_eager_models_maps() -> None:
     replay = inside.replay("llava")
     calls = inside.dense(inside.replay("llava", attention="eager")).of(DECODER)

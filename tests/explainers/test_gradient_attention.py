@@ -60,6 +60,7 @@ def test_the_values_are_the_formula(name: str, filtered: bool) -> None:
     assert inside.own_passes(replay, "gradient_attention") == {"forward": 1, "backward": 1}
 
 
+@pytest.mark.quick
 def test_a_word_that_reads_text_counts_little() -> None:
     """The weighted map leans towards the word that reads more off the image."""
     replay = inside.replay("llava")

@@ -38,6 +38,7 @@ def test_attention_weights_give_the_columns_of_attention_times_gradient(sign: st
     assert inside.own_passes(replay, "gradient_value", sign=sign) == {"forward": 1, "backward": 1}
 
 
+@pytest.mark.quick
 def test_cosines_are_those_of_queries_and_keys_taken_out_by_hooks() -> None:
     """Σ_j Σ_c ∂y/∂O_jc λ_ji V_ic, token by token, from the projections' own outputs; O is what out_proj is given."""
     replay = inside.replay("llava")

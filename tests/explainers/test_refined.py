@@ -87,6 +87,7 @@ def test_the_map_is_the_methods_own_less_what_earlier_words_account_for(replay: 
     assert own("refined", explained, earlier=9).provenance["diagnostics"]["earlier_words"] == len(before)
 
 
+@pytest.mark.quick
 def test_any_method_goes_through_it_and_passes_are_counted() -> None:
     replay = ToyReplay(
         torch.stack([box_weights(8, slice(0, 3), slice(0, 3)), box_weights(8, slice(4, 7), slice(4, 7))]),

@@ -58,6 +58,7 @@ def test_the_map_is_the_dense_product(name: str, temperature: float) -> None:
     assert inside.own_passes(replay, "weighted_tmm") == {"forward": 2, "backward": 2}
 
 
+@pytest.mark.quick
 def test_it_is_not_tmm_and_heads_matter() -> None:
     replay = inside.replay("llava")
     soft, sharp, plain = (
