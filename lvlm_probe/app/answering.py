@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def answer_growing(
     turn: threading.Lock,
     model: Any,
     processor: Any,
-    image: Image.Image,
+    images: Sequence[Image.Image],
     question: str,
     folder: Path,
     *,
@@ -64,7 +64,7 @@ def answer_growing(
             options["streamer"] = _Growing(tokenizer, said.put)
         try:
             with turn:
-                trace = record_answer(model, processor, [image], question, folder, generate=options)
+                trace = record_answer(model, processor, images, question, folder, generate=options)
             said.put(trace)  # when the next one may run
         except BaseException as error:
             said.put(error)

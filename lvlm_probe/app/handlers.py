@@ -30,12 +30,17 @@ from lvlm_probe.trace import Trace
 
 @dataclass(frozen=True)
 class _Open:
-    """What a visitor has open on one panel: an answer, and of it the word and the map on show."""
+    """What a visitor has open on one panel: an answer, and of it the word, the map and the image on show."""
 
     model: str
     trace: Trace
     word: int | None = None
     found: MapFile | None = None
+    number: int = 0
+
+    @property
+    def image(self) -> Image.Image:
+        return self.trace.images[self.number]
 
 
 class Handlers:
@@ -86,10 +91,10 @@ class Handlers:
             return str(visitor)
         return self.service.new_visitor()
 
-    def on_scene(self, _shown: Any, click: Mapping[str, Any]) -> tuple[Image.Image, str]:
+    def on_scene(self, _shown: Any, click: Mapping[str, Any]) -> tuple[Image.Image | str | None, ...]:
         number = str(click.get("scene", ""))
         scene = self.scenes[int(number) % len(self.scenes) if number.isdecimal() else 0]
-        return scene.image, scene.question
+        return scene.image, scene.question, *[None] * (self.service.limits.images - 1)
 
     def on_model(self, _shown: Any, model: str) -> Any:
         methods = self.service.methods(model)
@@ -98,10 +103,10 @@ class Handlers:
     def on_typed(self, own: Any, first: Any) -> str:
         return str(own or "").strip() or str(first or "")
 
-    def on_ask(self, model: str, image: Any, question: Any, visitor: str) -> Iterator[tuple[Any, ...]]:
+    def on_ask(self, model: str, image: Any, question: Any, visitor: str, *more: Any) -> Iterator[tuple[Any, ...]]:
         keep, stop = self.gr.skip(), threading.Event()
         try:
-            for found in self.service.ask(model, image, str(question or ""), visitor, stop):
+            for found in self.service.ask(model, [image, *more], str(question or ""), visitor, stop):
                 if isinstance(found, Trace):
                     yield self.shown(_Open(model, found))
                 elif found:
@@ -122,8 +127,19 @@ class Handlers:
 
     def explained(self, shown: Any, now: _Open | None, word: int | None, method: str) -> tuple[Any, ...]:
         opened = _opened(now)
-        found = self.service.explain(opened.model, opened.trace, word, method, shown)
+        found = self.service.explain(opened.model, opened.trace, word, method, shown, image=opened.number)
         return self.shown(dataclasses.replace(opened, word=word, found=found))
+
+    def on_images(self, now: _Open | None) -> Any:
+        """The choice of an image, where there are several."""
+        numbers = [str(number + 1) for number in range(1 if now is None else len(now.trace.header.image_sizes))]
+        return self.gr.Radio(numbers, value="1" if now is None else str(now.number + 1), visible=len(numbers) > 1)
+
+    def on_image(self, _shown: Any, now: _Open | None, choice: Any) -> tuple[Any, ...]:
+        opened, number = _opened(now), (_number(choice) or 0) - 1
+        if not 0 <= number < len(opened.trace.header.image_sizes):
+            raise ProbeError(f"the question has no image {str(choice)[:40]!r}")
+        return self.shown(dataclasses.replace(opened, number=number, found=None))
 
     def on_check(self, shown: Any, now: _Open | None) -> tuple[Any, ...]:
         opened = _opened(now)
@@ -138,7 +154,7 @@ class Handlers:
     def on_canvas(self, now: _Open | None) -> tuple[Any, ...]:
         if now is None:
             return self.gr.skip(), "", "", None
-        return {"src": data_uri(shrink(now.trace.image, SIDE)), "cells": MASK_CELLS}, "", "", None
+        return {"src": data_uri(shrink(now.image, SIDE)), "cells": MASK_CELLS}, "", "", None
 
     def on_painted(self, _shown: Any, click: Mapping[str, Any]) -> str:
         mask = str(click.get("mask", ""))
@@ -148,7 +164,7 @@ class Handlers:
         opened = _opened(now)
         cells = [one == "1" for one in mask] or [False] * MASK_CELLS**2
         region = np.array(cells).reshape(MASK_CELLS, MASK_CELLS)
-        said, seen = self.service.say_again(opened.model, opened.trace, region, kind)
+        said, seen = self.service.say_again(opened.model, opened.trace, region, kind, image=opened.number)
         return f'<p dir="auto">{text_html(said)}</p>', shrink(seen, SIDE)
 
     def on_rows(self, now: _Open | None) -> tuple[Any, Any]:
@@ -162,37 +178,36 @@ class Handlers:
 
     def on_attention(self, _shown: Any, now: _Open | None, layer: Any, head: Any) -> tuple[Any, ...]:
         opened = _opened(now)
-        heat = self.service.attention(opened.model, opened.trace, opened.word, _number(layer), _number(head))
-        return (heat.preview(SIDE) if heat.values is not None else shrink(opened.trace.image, SIDE)), facts_of(
-            heat, None
-        )
+        which: dict[str, Any] = {"layer": _number(layer), "head": _number(head), "image": opened.number}
+        heat = self.service.attention(opened.model, opened.trace, opened.word, **which)
+        return heat.preview(SIDE) if heat.values is not None else shrink(opened.image, SIDE), facts_of(heat, None)
 
     def on_lens(self, _shown: Any, now: _Open | None) -> tuple[Any, ...]:
         opened = _opened(now)
-        lens = self.service.lens(opened.model, opened.trace)
+        lens = self.service.lens(opened.model, opened.trace, image=opened.number)
         last = len(lens.words) - 1
         said = "".join(f"<p>{text_html(note)}</p>" for note in (*lens.notes, "Click a cell to see it in every layer."))
         return (
-            (opened.trace, lens), self.gr.Slider(0, max(1, last), value=last, visible=last > 0),
-            lens_view(opened.trace.image, lens, last), said,
+            (opened.trace, opened.number, lens), self.gr.Slider(0, max(1, last), value=last, visible=last > 0),
+            lens_view(opened.image, lens, last), said,
         )  # fmt: skip
 
     def on_layer(self, _shown: Any, now: _Open | None, found: Any, layer: Any) -> Image.Image:
-        trace, lens = self.read_lens(now, found)
-        return lens_view(trace.image, lens, max(0, min(_number(layer) or 0, len(lens.words) - 1)))
+        image, lens = self.read_lens(now, found)
+        return lens_view(image, lens, max(0, min(_number(layer) or 0, len(lens.words) - 1)))
 
     def on_cell(self, _shown: Any, click: Mapping[str, Any], now: _Open | None, found: Any) -> str:
-        trace, lens = self.read_lens(now, found)
+        image, lens = self.read_lens(now, found)
         index = click.get("index")
         if not isinstance(index, list) or len(index) != 2 or not all(isinstance(one, int | float) for one in index):
             raise ProbeError("that is no place in the image")
-        scale = max(trace.image.size) / SIDE
+        scale = max(image.size) / SIDE
         return lens_table(lens, lens.at(index[0] * scale, index[1] * scale))
 
-    def read_lens(self, now: _Open | None, found: Any) -> tuple[Trace, Any]:
-        if found is None or now is None or found[0] != now.trace:
+    def read_lens(self, now: _Open | None, found: Any) -> tuple[Image.Image, Any]:
+        if found is None or now is None or found[:2] != (now.trace, now.number):
             raise ProbeError("the layers of this answer are not read yet: press “Read the layers”")
-        return found  # type: ignore[no-any-return]
+        return now.image, found[2]
 
     def on_history(self, _shown: Any, visitor: str) -> str:
         rows = "".join(
@@ -210,7 +225,7 @@ class Handlers:
         """What the panel shows of an answer: state, words, map, facts."""
         trace = now.trace
         marked: set[int] = set()
-        view, facts = shrink(trace.image, SIDE), "<p>Click a word to see its map.</p>"
+        view, facts = shrink(now.image, SIDE), "<p>Click a word to see its map.</p>"
         if trace.llr is None:
             facts = "<p>Words are not coloured: no log-likelihood ratios are known here. Click one for its map.</p>"
         if now.found is not None:

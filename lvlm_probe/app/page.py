@@ -98,6 +98,14 @@ class _Page:
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
                     image = _upload(gr, self.service, label="Image", sources=["upload", "clipboard"], height=300)
+                    with gr.Accordion("More images", open=False), gr.Row():
+                        more = [
+                            _upload(
+                                gr, self.service, label=f"Image {number}", sources=["upload", "clipboard"], height=180
+                            )
+                            for number in range(2, self.service.limits.images + 1)
+                        ]
+                    images = [image, *more]
                     scenes = gr.HTML(self.thumbnails(), js_on_load=_asset("clicks.js"), elem_classes="lp-scenes")
                     question = gr.Textbox(label="Question", placeholder="What color is the circle?", lines=1)
                     model = self.model_choice()
@@ -106,7 +114,7 @@ class _Page:
                         stop = gr.Button("Stop", min_width=80)
                 with gr.Column(scale=3, min_width=320), gr.Tabs():
                     with gr.Tab("Answer"):
-                        panel = self.panel(model, image, question, visitor, [ask.click, question.submit], stop)
+                        panel = self.panel(model, images, question, visitor, [ask.click, question.submit], stop)
                     with gr.Tab("Only this part"):
                         self.part(panel)
                     with gr.Tab("Attention"):
@@ -114,11 +122,11 @@ class _Page:
                     with gr.Tab("Layers"):
                         self.lens(panel)
                     with gr.Tab("Compare"):
-                        self.compare(image, question, visitor)
+                        self.compare(images, question, visitor)
                     with gr.Tab("History") as history:
                         self.history(history, panel, visitor)
             on_scene = self.do.said(self.do.on_scene, clicked=True)
-            scenes.click(on_scene, None, [image, question], api_name=False, queue=False)
+            scenes.click(on_scene, None, [image, question, *more], api_name=False, queue=False)
         page.queue(max_size=self.service.limits.waiting, api_open=False)
         return page
 
@@ -136,7 +144,15 @@ class _Page:
         return self.gr.Dropdown(self.names, value=self.names[0], label="Model", visible=several, min_width=120)
 
     def panel(
-        self, model: Any, image: Any, question: Any, visitor: Any, asks: list[Any], stop: Any, *, side: str = "answer"
+        self,
+        model: Any,
+        images: list[Any],
+        question: Any,
+        visitor: Any,
+        asks: list[Any],
+        stop: Any,
+        *,
+        side: str = "answer",
     ) -> dict[str, Any]:
         """An answer with its words, the map of the clicked one, and what is known of it."""
         gr = self.gr
@@ -144,6 +160,8 @@ class _Page:
         words = gr.HTML(
             "", js_on_load=_asset("clicks.js"), elem_classes="lp-words", elem_id=f"words-{side}", min_height=48
         )
+        numbers = [str(number + 1) for number in range(self.service.limits.images)]
+        which = gr.Radio(numbers, value="1", label="Image", visible=False, elem_id=f"image-{side}")
         height = 380 if side == "answer" else 280
         view = _image(gr, "Map", height, "fullscreen", "download")
         with gr.Row(equal_height=True, elem_classes="lp-tools"):
@@ -154,7 +172,10 @@ class _Page:
         facts = gr.HTML("", elem_classes="lp-facts", elem_id=f"facts-{side}")
         file = gr.DownloadButton(visible="hidden", elem_id=f"page-{side}")
         shown = [state, words, view, facts]
-        asked = gr.on(asks, self.do.on_ask, [model, image, question, visitor], shown, api_name=f"ask_{side}", **_MODEL)
+        given = [model, images[0], question, visitor, *images[1:]]
+        asked = gr.on(asks, self.do.on_ask, given, shown, api_name=f"ask_{side}", **_MODEL)
+        state.change(self.do.on_images, state, which, api_name=False, queue=False)
+        which.input(self.do.said(self.do.on_image), [state, which], shown, api_name=f"image_{side}", queue=False)
         stop.click(None, cancels=[asked], api_name=False)
         words.click(self.do.said(self.do.on_word, clicked=True), [state, method], shown, api_name=False, **_MODEL)
         whole.click(self.do.said(self.do.on_whole), [state, method], shown, api_name=f"explain_{side}", **_MODEL)
@@ -226,8 +247,8 @@ class _Page:
         layer.release(self.do.said(self.do.on_layer), [panel["state"], lens, layer], view, api_name=False)
         view.select(self.do.said(self.do.on_cell, clicked=True), [panel["state"], lens], table, api_name=False)
 
-    def compare(self, image: Any, question: Any, visitor: Any) -> None:
-        """Two panels on one image."""
+    def compare(self, images: list[Any], question: Any, visitor: Any) -> None:
+        """Two panels on the same images."""
         gr = self.gr
         _told(gr, "The same image, two models or two questions: each side is asked and explained by itself.")
         with gr.Row():
@@ -242,7 +263,7 @@ class _Page:
                     asked = gr.State("")
                     typed, both = [own.change, question.change], [own, question]
                     gr.on(typed, self.do.on_typed, both, asked, api_name=False, queue=False)
-                    self.panel(choice, image, asked, visitor, [ask.click], stop, side=side)
+                    self.panel(choice, images, asked, visitor, [ask.click], stop, side=side)
 
     def history(self, tab: Any, panel: Mapping[str, Any], visitor: Any) -> None:
         """The visitor's earlier answers; a click opens one."""

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,6 +56,7 @@ class Limits:
     Attributes:
         file_bytes: of an uploaded image.
         pixels: of an image, counted before it is decoded.
+        images: of one question.
         question: characters.
         answer: tokens of an answer at most.
         waiting: requests that wait; one more is told to come back.
@@ -64,6 +65,7 @@ class Limits:
 
     file_bytes: int = 20_000_000
     pixels: int = 40_000_000
+    images: int = 3
     question: int = 4_000
     answer: int = 128
     waiting: int = 32
@@ -137,12 +139,18 @@ class Service:
             raise ImageError(str(error).replace(str(path), "this file")) from error.__cause__
 
     def ask(
-        self, name: str, image: Image.Image | None, question: str, visitor: str, stop: threading.Event | None = None
+        self,
+        name: str,
+        images: Image.Image | Sequence[Image.Image | None] | None,
+        question: str,
+        visitor: str,
+        stop: threading.Event | None = None,
     ) -> Iterator[str | Trace]:
-        """Ask a model about an image: yields the answer so far as it grows, and the trace at last.
+        """Ask a model about an image, or several: yields the answer so far as it grows, and the trace at last.
 
         Args:
             name: of the model.
+            images: one, or several in the order in which the model sees them; ``None`` among them is none.
             stop: ends the answer early when it is set; what was said until then is the answer.
 
         Raises:
@@ -150,16 +158,19 @@ class Service:
         """
         model = self._model(name)
         folder = self.folder_of(visitor)
-        if image is None:
+        given = [one for one in ([images] if isinstance(images, Image.Image) else images or ()) if one is not None]
+        if not given:
             raise ImageError("there is no image yet: upload one, or take one of the gallery")
+        if len(given) > self.limits.images:
+            raise ImageError(f"these are {len(given)} images, and {self.limits.images} is the most of one question")
         if len(question) > self.limits.question:
             raise ProbeError(f"the question has {len(question)} characters, and {self.limits.question} is the most")
         if isinstance(model, Server):
             with self.turn:
-                found: Any = iter([model.ask(image, question, out=folder, max_tokens=self.limits.answer)])
+                found: Any = iter([model.ask(given, question, out=folder, max_tokens=self.limits.answer)])
         else:
             options: dict[str, Any] = {"most": self.limits.answer, "stop": stop or threading.Event()}
-            found = answer_growing(self.turn, model[0], model[1], image, question, folder, **options)
+            found = answer_growing(self.turn, model[0], model[1], given, question, folder, **options)
         for one in found:
             if isinstance(one, Trace):
                 if one.status == "error":
@@ -207,11 +218,17 @@ class Service:
         self._replays.move_to_end(key)
         return self._replays[key]
 
-    def explain(self, name: str, trace: Trace, word: int | None, method: str, shown: Shown | None = None) -> MapFile:
+    def explain(
+        self, name: str, trace: Trace, word: int | None, method: str, shown: Shown | None = None, *, image: int = 0
+    ) -> MapFile:
         """Explain a word of an answer, by its number, or what the image decides of all of it; kept beside the trace.
 
+        Args:
+            name: of the model.
+            image: number of the image that the map is of.
+
         Raises:
-            ProbeError: no such word or method, or the method cannot run on this model.
+            ProbeError: no such word, image or method, or the method cannot run on this model.
         """
         if method not in self.methods(name):
             raise ProbeError(f"{name} cannot be explained by {method[:40]!r}; take one of {self.methods(name)}")
@@ -219,7 +236,7 @@ class Service:
             source = self.replay(name, trace)
             chosen = selection_of(source, word)
             label = "answer" if word is None else chosen.label
-            settings = MapSettings(method, {}, scored=False)
+            settings = MapSettings(method, {}, image=image, scored=False)
             more = {} if shown is None else {"shown": shown}
             return explain_one(source, chosen, label, settings, trace.explanations_dir, **more)[0]
 
@@ -246,12 +263,13 @@ class Service:
     # ------------------------------------------------------------------ asking again, looking inside
 
     def say_again(
-        self, name: str, trace: Trace, region: np.ndarray, kind: Literal["keep", "remove"]
+        self, name: str, trace: Trace, region: np.ndarray, kind: Literal["keep", "remove"], *, image: int = 0
     ) -> tuple[str, Image.Image]:
         """Ask again with nothing but a region of the image, or without it.
 
         Args:
             region: ``(row, col)`` bool over the image, of any resolution.
+            image: its number; others stay as they are.
 
         Returns:
             What it says then, in a sentence, and the image that it saw.
@@ -262,20 +280,29 @@ class Service:
         if not region.any():
             raise ProbeError("nothing is painted yet: take the brush, and paint over a part of the image")
         model = self._model(name)
-        whole = trace.image
+        images = list(trace.images)
+        whole = images[image]
         shown = Image.fromarray(region if kind == "keep" else ~region).convert("L").resize(whole.size)
         seen = Image.composite(whole, make_baseline(whole).image, shown)
         with self.turn:
             if isinstance(model, Server):
                 with tempfile.TemporaryDirectory() as folder:
-                    again = model.ask(seen, trace.question or "", out=folder, max_tokens=self.limits.answer, llr=False)
+                    again = model.ask(
+                        [*images[:image], seen, *images[image + 1 :]],
+                        trace.question or "",
+                        out=folder,
+                        max_tokens=self.limits.answer,
+                        llr=False,
+                    )
                     share = f"{region.mean():.0%} of the image"
                     before = f"With nothing but this {share}" if kind == "keep" else f"Without this {share}"
                     return f"{before} it says “{again.answer}”.", seen
             words = [n for word in trace.words for n in range(word.start, word.stop)]
-            return edit(self.replay(name, trace), tokens=words, **{kind: region}).sentence, seen  # type: ignore[arg-type]
+            return edit(self.replay(name, trace), tokens=words, image=image, **{kind: region}).sentence, seen  # type: ignore[arg-type]
 
-    def attention(self, name: str, trace: Trace, word: int | None, layer: int | None, head: int | None) -> Heatmap:
+    def attention(
+        self, name: str, trace: Trace, word: int | None, layer: int | None, head: int | None, *, image: int = 0
+    ) -> Heatmap:
         """Attention of a word, or of the whole answer, to the image: as recorded; of a single head by one more pass.
 
         Raises:
@@ -289,9 +316,10 @@ class Service:
         chosen = selection_of(trace, word, everything=True)
         rows = trace.attention
         if rows is not None and (head is None or rows.reduce == "none"):
-            return explain(trace, method="attention", tokens=chosen, **wanted)
+            return explain(trace, method="attention", tokens=chosen, image=image, **wanted)
         with self.turn:
-            return explain(self.replay(name, trace), method="attention", tokens=chosen, progress=False, **wanted)
+            source = self.replay(name, trace)
+            return explain(source, method="attention", tokens=chosen, image=image, progress=False, **wanted)
 
     def heads(self, name: str) -> int:
         """Return how many attention heads a layer of a model has; 0 where that is not known (a server)."""
@@ -300,14 +328,14 @@ class Service:
         text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
         return int(getattr(text, "num_attention_heads", 0) or 0)
 
-    def lens(self, name: str, trace: Trace) -> LogitLens:
-        """Return the logit lens at image tokens. Raises ``ProbeError``."""
+    def lens(self, name: str, trace: Trace, *, image: int = 0) -> LogitLens:
+        """Return the logit lens at tokens of an image. Raises ``ProbeError``."""
         if isinstance(self._model(name), Server):
             raise ProbeError(
                 f"{name} runs on a server, which shows nothing of its layers: serve the model itself, --model DIR_OR_ID"
             )
         with self.turn:
-            return logit_lens(self.replay(name, trace))
+            return logit_lens(self.replay(name, trace), image=image)
 
     def close(self) -> None:
         """Delete what is temporary."""

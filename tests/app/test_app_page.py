@@ -95,7 +95,7 @@ def test_visitors_at_once_get_their_own_answers_pictures_and_pages(
     def visit(number: int) -> None:
         one, secret = client(url), service.new_visitor()
         words, *_ = one.predict(
-            "demo", handle_file(files[number]), scenes[number].question, secret, api_name="/ask_answer"
+            "demo", handle_file(files[number]), scenes[number].question, secret, None, None, api_name="/ask_answer"
         )
         _, picture, facts = one.predict("input_gradient", api_name="/explain_answer")
         page = Path(one.predict(api_name="/page_answer")).read_text(encoding="utf-8")
@@ -119,6 +119,32 @@ def test_visitors_at_once_get_their_own_answers_pictures_and_pages(
         assert json.dumps(scene.question) in page
         assert history.count("data-name") == 1
         assert scene.question in history
+
+
+def test_of_several_images_each_has_its_map(url: str, service: Service, demo: Any, files: list[Path]) -> None:
+    one, secret, question = client(url), service.new_visitor(), "What color is the cross?"
+    one.predict("demo", handle_file(files[0]), question, secret, handle_file(files[1]), None, api_name="/ask_answer")
+    (summary,) = service.history(secret)
+    trace, views = summary.open(), []
+    assert [np.asarray(image).mean() for image in trace.images] == [
+        np.asarray(Image.open(path).convert("RGB")).mean() for path in files[:2]
+    ]
+    for number in ("1", "2"):
+        _, plain, facts = one.predict(number, api_name="/image_answer")
+        assert "Click a word" in facts
+        assert np.abs(small(plain) - small(files[int(number) - 1])).mean() < 3
+        views.append(one.predict("input_gradient", api_name="/explain_answer")[1])
+    source = probe.replay(trace, *demo)
+    for image, view in enumerate(views):
+        heat = probe.explain(source, method="input_gradient", image=image)
+        assert np.abs(small(view) - np.asarray(heat.preview(900).resize((99, 99))).astype(float)).mean() < 3
+    with pytest.raises(AppError, match="has no image"):
+        one.predict("3", api_name="/image_answer")
+
+
+def small(path: str | Path) -> np.ndarray:
+    """An image as it is compared: the browser is sent WebP."""
+    return np.asarray(Image.open(path).convert("RGB").resize((99, 99))).astype(float)
 
 
 def test_one_who_did_not_ask_has_nothing(url: str) -> None:
@@ -145,9 +171,10 @@ def test_nothing_is_fetched_decoded_or_read_for_a_stranger(
     secret, address = service.new_visitor(), "https://example.org/a.png"
     for path in (address, address.upper(), "/etc/passwd", str(tmp_path / "a.png")):
         view = {"path": path, "url": address, "meta": {"_type": "gradio.FileData"}}
-        body = {"data": ["demo", view, "what?", secret]}
-        event = httpx.post(f"{url}gradio_api/call/ask_answer", json=body, timeout=WAIT).json()["event_id"]
-        assert "event: error" in httpx.get(f"{url}gradio_api/call/ask_answer/{event}", timeout=WAIT).text
+        for first, second in ((view, None), (None, view)):
+            body = {"data": ["demo", first, "what?", secret, second, None]}
+            event = httpx.post(f"{url}gradio_api/call/ask_answer", json=body, timeout=WAIT).json()["event_id"]
+            assert "event: error" in httpx.get(f"{url}gradio_api/call/ask_answer/{event}", timeout=WAIT).text
     assert fetched == []
     assert service.history(secret) == []
 
@@ -166,7 +193,7 @@ def test_what_is_too_large_is_refused(url: str, tmp_path: Path) -> None:
 def test_hostile_text_is_text(url: str, service: Service, files: list[Path]) -> None:
     question = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
     one, secret = client(url), service.new_visitor()
-    words, *_ = one.predict("demo", handle_file(files[0]), question, secret, api_name="/ask_answer")
+    words, *_ = one.predict("demo", handle_file(files[0]), question, secret, None, None, api_name="/ask_answer")
     history = one.predict(secret, api_name="/history")
     assert "<img" not in words + history
     assert "<script" not in words + history

@@ -163,6 +163,31 @@ def test_a_word_is_explained_once_and_checked_on_request(service: Service, trace
         service.explain("demo", trace, None, "../igos")
 
 
+def test_several_images_are_asked_about_and_explained_one_by_one(demo: Any, service: Service, visitor: str) -> None:
+    first, second = (one.image for one in probe.demo.scenes(2))
+    *_, trace = service.ask("demo", [first, None, second], "What color is the cross?", visitor)
+    assert [image.tobytes() for image in trace.images] == [image.tobytes() for image in (first, second)]
+    assert trace.answer == probe.ask(*demo, [first, second], "What color is the cross?").text
+    number = len(trace.words) - 2
+    found = [service.explain("demo", trace, number, "input_gradient", image=image) for image in (0, 1)]
+    heats = [one.read() for one in found]
+    span = (trace.words[number].start, trace.words[number].stop)
+    for image, heat in enumerate(heats):
+        alone = probe.explain(probe.replay(trace, *demo), method="input_gradient", tokens=span, image=image)
+        assert heat.image_index == image and np.array_equal(heat.values, alone.values)
+    assert not np.array_equal(heats[0].values, heats[1].values)
+    region = np.zeros((8, 8), bool)
+    region[:4] = True
+    said, seen = service.say_again("demo", trace, region, "remove", image=1)
+    assert said.startswith("Without this 50 % of the image")
+    pixels, shown = np.asarray(second), np.asarray(seen)
+    assert np.array_equal(shown[200:], pixels[200:]) and not np.array_equal(shown[:100], pixels[:100])
+    assert service.attention("demo", trace, number, None, None, image=1).image_index == 1
+    assert len(service.lens("demo", trace, image=1).boxes) == (trace.image_index == 1).sum()
+    with pytest.raises(ProbeError, match="4 images, and 3 is the most"):
+        next(service.ask("demo", [first] * 4, "what?", visitor))
+
+
 def test_a_page_takes_a_map(service: Service, scene: Any) -> None:
     fresh = asked(service, scene, service.new_visitor())
     with pytest.raises(ProbeError, match="click a word"):
