@@ -14,6 +14,7 @@ from transformers import StoppingCriteriaList, TextStreamer
 
 from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.recording.answering import record_answer
+from lvlm_probe.recording.token_boxes import BoxCache
 from lvlm_probe.trace import Trace
 
 
@@ -38,6 +39,7 @@ def answer_growing(
     folder: Path,
     *,
     most: int,
+    boxes: BoxCache,
     stop: threading.Event,
 ) -> Iterator[str | Trace]:
     """Yield the text so far, word by word, and the trace when it is written.
@@ -48,6 +50,7 @@ def answer_growing(
         turn: held while the model runs.
         folder: of the trace.
         most: length of the answer at most, tokens.
+        boxes: as for ``record_answer``.
         stop: ends the answer when it is set; so does leaving the iterator.
 
     Raises:
@@ -64,7 +67,7 @@ def answer_growing(
             options["streamer"] = _Growing(tokenizer, said.put)
         try:
             with turn:
-                trace = record_answer(model, processor, images, question, folder, generate=options)
+                trace = record_answer(model, processor, images, question, folder, generate=options, boxes=boxes)
             said.put(trace)  # when the next one may run
         except BaseException as error:
             said.put(error)

@@ -31,6 +31,7 @@ from lvlm_probe.explainers import explain, methods, needs_of
 from lvlm_probe.heatmap_store import MapFile, MapSettings, Shown, explain_one, find_maps, score_one
 from lvlm_probe.images import make_baseline
 from lvlm_probe.pages import report
+from lvlm_probe.recording.token_boxes import BoxCache
 from lvlm_probe.replaying import replay
 from lvlm_probe.selection import TokenSelection, select_tokens
 from lvlm_probe.serving import Server
@@ -95,6 +96,7 @@ class Service:
         self.folder = Path(self._temporary.name if self._temporary else store or "")
         self.turn = threading.Lock()
         self.scratch = tempfile.mkdtemp(prefix="lvlm_probe_pages_")
+        self._boxes: dict[str, BoxCache] = {}  # of all answers of a model
         self._replays: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._written: collections.deque[Path] = collections.deque()
 
@@ -169,7 +171,8 @@ class Service:
             with self.turn:
                 found: Any = iter([model.ask(given, question, out=folder, max_tokens=self.limits.answer)])
         else:
-            options: dict[str, Any] = {"most": self.limits.answer, "stop": stop or threading.Event()}
+            boxes = self._boxes.setdefault(name, {})
+            options: dict[str, Any] = {"most": self.limits.answer, "boxes": boxes, "stop": stop or threading.Event()}
             found = answer_growing(self.turn, model[0], model[1], given, question, folder, **options)
         for one in found:
             if isinstance(one, Trace):

@@ -20,6 +20,7 @@ from lvlm_probe.hooks import Call, HookSet, caution
 from lvlm_probe.images.clips import video_processor_of
 from lvlm_probe.models.prompts import chat_inputs, placed, prompt_rule
 from lvlm_probe.recording.probe import Probe, attach
+from lvlm_probe.recording.token_boxes import BoxCache
 from lvlm_probe.trace.video_files import VideoFacts, read_video
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def record_answer(
     fps: float | None = None,
     prompt: str | None = None,
     note: Callable[[str], None] | None = None,
+    boxes: BoxCache | None = None,
     **record: Any,
 ) -> Trace:
     """Record a model's answer to a question about images and videos, greedy unless ``generate`` says otherwise.
@@ -58,6 +60,7 @@ def record_answer(
         prompt: how the prompt is made, with ``{question}`` and ``{images}``; by default the processor's chat template,
             or the rule of the model's family. A rule is kept in ``trace.meta["prompt_rule"]``.
         note: called with a sentence where the prompt is not made by a chat template.
+        boxes: token boxes that earlier answers of this model have found, which is added to; by default none.
         **record: further options of ``Probe.record``.
 
     Returns:
@@ -75,6 +78,8 @@ def record_answer(
     if rule is not None:
         record["meta"] = {**(record.get("meta") or {}), "prompt_rule": rule.text}
     with attach(model, processor) as probe:
+        if boxes is not None:
+            probe.attachment.boxes = boxes
         shown = [_as_given(video) for video in videos]
         if shown:
             _check_takes_videos(probe)

@@ -95,6 +95,20 @@ def test_what_a_visitor_clicks_is_explained_and_shown_without_a_page(service: Se
     assert "<dd>input_gradient</dd>" in facts and "Press “Check this map”" in facts
 
 
+def test_where_image_tokens_lie_is_found_once_for_all_who_ask(
+    service: Service, scene: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *_, first = service.ask("demo", scene.image, scene.question, service.new_visitor())
+
+    def again(*_: object) -> None:
+        raise AssertionError("found anew")
+
+    monkeypatch.setattr("lvlm_probe.recording.recorder.find_token_boxes", again)
+    *_, second = service.ask("demo", scene.image.rotate(90), scene.question, service.new_visitor())
+    assert second.status == "complete" and second.path != first.path
+    assert np.array_equal(first.patch_box, second.patch_box) and first.patch_box.shape == (64, 4)
+
+
 def test_an_answer_that_is_stopped_ends_there(service: Service, scene: Any) -> None:
     stop = threading.Event()
     stop.set()
