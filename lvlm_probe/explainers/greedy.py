@@ -6,19 +6,27 @@ The image is cut into regions. A set S of them is worth::
 
 P is the mean probability of the selected tokens; what is not shown is the baseline image. The search starts with
 nothing and takes, again and again, the region that raises F most. For a submodular monotone F, the first k regions are
-worth at least 1 − 1/e of the best k (Nemhauser et al., 1978); a model's P is neither, so this is a heuristic on models,
-and lazy evaluation of gains, which needs submodularity to be exact, is not used.
+worth at least 1 − 1/e of the best k (Nemhauser et al., 1978); a model's P is neither, so this is a heuristic on models.
 
-**Exact** search tries every region left in every round: m (m + 1) + 2 images for m regions, 4,162 for 64.
+**Exact** search tries every region left in every round: about m (m + 1) images for m regions, 1,640 for 40.
 
-**Fast** search (default) tries every region left in every ``rescan``-th round only, and else the ``top`` ones by their
-last known gains. Every round it also settles one region at the other end: of the ``pending`` regions of least gain, the
-one without which F of all regions not yet put at the end is highest. So two regions are settled per round, with about
-1,400 images for 64 regions.
+**Windowed** search (default) hides every region alone once, and ranks regions by what that takes from F. A round tries
+the first ``window`` of the ranking and takes the best; the others fall to where their new gain puts them. When two
+rounds together have added less than ``enough`` leaves of the rise of F, one round tries all regions left; when that
+happens again, the search ends. It also ends when ``enough`` of the rise is there, and neither the last round nor P's
+limit of 1 promises as much more (parts of an image may make the words likelier than the whole). Without a round over
+all that were left, each of those is then shown beside what was taken, and follows in the order of that: a region that
+speaks against the words comes last. That is about 2 m images and 2 · ``window`` for each region taken.
+
+**At any time** what has been taken, followed by the ranking, is a map: with ``budget=n`` the search ends before it
+sends more than n images, and the map is the best so far. F of the regions taken gives insertion − deletion of that map
+at no further pass, over the share of cells that they cover, with a straight line over the rest; the last point of this
+curve in the heatmap's diagnostics knows some more points of the rest.
 
 **Heat.** A region's value is the share of F's total rise that was still missing when the region was taken:
-1 − (F(before) − F(∅)) / (max F − F(∅)), F taken as the highest so far. It falls from 1 along the order. Regions that
-add nothing are told apart by rank: heat = (1 − ε) · value + ε · (m − position) / m, ε = 0.001, so no two regions tie.
+1 − (F(before) − F(∅)) / (max F − F(∅)), F taken as the highest so far. It falls from 1 along the order; regions that
+were not taken have what was missing at the end. Regions of one value are told apart by rank:
+heat = (1 − ε) · value + ε · (m − position) / m, ε = 0.001, so no two regions tie.
 
 **Clips** are cut in time first, into even stretches, and each of those in space: by a grid, or by superpixels of all
 its frames together, which follow what moves.
@@ -28,22 +36,30 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from lvlm_probe.errors import ExplainError, ImageError
+from lvlm_probe.explainers.curve_points import area, curve_ends, normalise
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import NO_SIGHT, check_rules, require_finite, score_of, whole_rule
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
-Search = Literal["fast", "exact"]
+    from lvlm_probe.explainers.scores import Followed
+
+Search = Literal["windowed", "exact"]
 Segments = Literal["slic", "grid"]
 
 _RANK_SHARE = 1e-3
+_PATIENCE = 2
+"""Rounds that together have to add something, for another to follow."""
+_REST = (0.1, 0.3, 0.6)
+"""Shares of the regions not taken at which the finished map is scored."""
 _LONG_SIDE = 224
 """Cells of the long side of a map of superpixels: enough for their borders, and 64 masks of it are 13 MB."""
 _CLIP_SIDE = 112
@@ -61,20 +77,14 @@ def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
         shape = problem.shape((height, width))
     else:
         shape = problem.shape(None, cells=max(1, count // parts))
-    if params["search"] == "exact":
-        passes = count * (count + 1) + 2
+    if params["search"] == "exact" or params["window"] >= count:
+        passes, least = count * (count + 1), None
     else:
-        left, rounds, sets = count, 0, 1
-        while left > 0:
-            sets += left if rounds % params["rescan"] == 0 else min(params["top"], left)
-            left -= 1
-            if left and params["pending"]:
-                sets += min(params["pending"], left)
-                left -= 1
-            rounds += 1
-        passes = 2 * (sets + count // 2)
+        passes, least = 2 * (count + 1 + len(_REST)) + 2 * params["window"] * count, (count + 2, 0)
+    passes = min(passes, params["budget"] or passes)
     numbers = (batch // 2 + count) * math.prod(shape)
-    return Cost("forward", passes, 0, (min(batch, 2 * count),), numbers=numbers, about=True, grids=(shape,))
+    groups = (min(batch, 2 * count),)
+    return Cost("forward", passes, 0, groups, numbers=numbers, about=True, grids=(shape,), at_least=least)
 
 
 @register("greedy", cost=_cost, clips=True)
@@ -83,14 +93,14 @@ def greedy(
     problem: Problem,
     *,
     segments: Segments = "slic",
-    regions: int | tuple[int, int] = 64,
+    regions: int | tuple[int, int] = 40,
     stretches: int | None = None,
-    search: Search = "fast",
+    search: Search = "windowed",
     l1: float = 1.0,
     l2: float = 1.0,
-    rescan: int = 5,
-    top: int = 10,
-    pending: int = 8,
+    window: int = 6,
+    enough: float = 0.98,
+    budget: int | None = None,
     batch: int = 64,
 ) -> Outcome:
     """Greedy search over regions; the module's docstring has the method.
@@ -102,23 +112,26 @@ def greedy(
         regions: About how many, or ``(rows, columns)`` of a grid; of a clip in all its stretches together, or
             ``(rows, columns)`` in each.
         stretches: Of a clip, even parts of its time, by default at most 4; regions lie within one.
-        search: ``"fast"`` or ``"exact"``.
+        search: ``"windowed"`` or ``"exact"``.
         l1, l2: λ1 and λ2.
-        rescan, top, pending: Of the fast search.
+        window: Regions tried per round of the windowed search.
+        enough: Share of the rise of F at which the windowed search ends; above 1 it goes on to the last region.
+        budget: Images at most; the map is the best that was found with them.
         batch: Masks per call of the replay.
 
     Raises:
-        ExplainError: A parameter out of range, scores that are not finite, or superpixels that cannot be had.
+        ExplainError: A parameter out of range, a budget that has no room for a look at each region, scores that are not
+            finite, or superpixels that cannot be had.
     """
     check_rules(
         "greedy",
         segments=(segments, segments in get_args(Segments), "'slic' or 'grid'"),
-        search=(search, search in get_args(Search), "'fast' or 'exact'"),
+        search=(search, search in get_args(Search), "'windowed' or 'exact'"),
         l1=(l1, l1 >= 0, "not negative"),
         l2=(l2, l2 >= 0 and l1 + l2 > 0, "not negative, and not 0 when l1 is"),
-        rescan=whole_rule(rescan),
-        top=whole_rule(top),
-        pending=whole_rule(pending, 0),
+        window=whole_rule(window),
+        enough=(enough, 0 < enough < math.inf, "a positive number"),
+        budget=(budget, budget is None or whole_rule(budget)[1], "a whole number of at least 1, or None"),
         batch=whole_rule(batch, 2),
     )
     labels = regions_of(problem, segments, regions, stretches)
@@ -129,37 +142,47 @@ def greedy(
         "search": search,
         "l1": l1,
         "l2": l2,
+        "budget": budget,
         "batch": batch,
     }
     if problem.clip is not None:
         params["stretches"] = _parts(problem, stretches)
-    if search == "fast":
-        params |= {"rescan": rescan, "top": top, "pending": pending}
+    if search == "windowed":
+        params |= {"window": window, "enough": enough}
     seen = problem.seen(shape)
     if not seen.any():
         return Outcome(None, params, reason=NO_SIGHT)
     # Regions out of the model's sight are left alone: nothing can be said about them.
     inside = torch.stack([labels == number for number in labels[seen].unique().tolist()])
-    worth = _Worth(problem, inside, l1, l2, batch)
-    if search == "exact":
-        order = _exact(worth)
-    else:
-        order = _fast(worth, rescan=rescan, top=top, pending=pending)
-    prefixes = [order[:length] for length in range(len(order) + 1)]
-    track = torch.tensor(worth.of(prefixes), dtype=torch.float64)
+    worth = _Worth(problem, inside, l1, l2, batch, budget)
+    found = _searched(worth, len(inside), math.inf) if search == "exact" else _searched(worth, window, enough)
+    return _outcome(worth, found, params)
+
+
+def _outcome(worth: _Worth, found: _Found, params: Mapping[str, Any]) -> Outcome:
+    """The map of what was found, with its curve."""
+    track = torch.tensor(found.track, dtype=torch.float64)
+    everything = worth.of([range(worth.regions)])[0]
     history = tuple(
-        {"regions": float(length), "worth": float(value), "region": float(order[length - 1]) if length else -1.0}
-        for length, value in enumerate(track)
+        {"regions": float(length), "worth": float(value), "region": float(found.order[length - 1]) if length else -1.0}
+        for length, value in enumerate(found.track)
     )
-    diagnostics = {"regions": len(order), "images": worth.images, "worth_of_all": float(track[-1])}
-    diagnostics["worth_of_nothing"] = float(track[0])
+    diagnostics = {
+        "regions": worth.regions,
+        "images": worth.images,
+        "worth_of_nothing": found.track[0],
+        "worth_of_all": everything,
+        "curve": found.curve,
+        "stopped": found.stopped,
+    }
     highest = track.cummax(dim=0).values
-    rise = highest[-1] - track[0]
+    rise = max(float(highest[-1]), everything) - track[0]
     if not rise > 0:
         reason = "no set of regions makes the selected words more likely than none"
         return Outcome(None, params, history, reason, diagnostics)
-    missing = 1 - (highest[:-1] - track[0]) / rise
-    return Outcome(_painted(inside, order, missing), params, history, diagnostics=diagnostics)
+    missing = 1 - (highest - track[0]) / rise
+    before = torch.cat([missing[:-1], missing[-1:].expand(worth.regions - len(track) + 1)])
+    return Outcome(_painted(worth.inside, found.order, before), params, history, diagnostics=diagnostics)
 
 
 def _painted(inside: torch.Tensor, order: list[int], missing: torch.Tensor) -> torch.Tensor:
@@ -248,74 +271,161 @@ def _number(regions: object) -> int:
 
 
 class _Worth:
-    """F of sets of regions, each set evaluated once."""
+    """F of sets of regions, each image sent once.
 
-    def __init__(self, problem: Problem, inside: torch.Tensor, l1: float, l2: float, batch: int) -> None:
-        self.problem, self.l1, self.l2, self.batch = problem, l1, l2, batch
-        self.inside = inside.flatten(1).float()
-        self.shape = inside.shape[1:]
+    Attributes:
+        inside: cells of every region, ``(region, *shape)`` bool.
+        images: sent so far.
+    """
+
+    def __init__(
+        self, problem: Problem, inside: torch.Tensor, l1: float, l2: float, batch: int, budget: int | None
+    ) -> None:
+        self.problem, self.l1, self.l2, self.batch, self.budget = problem, l1, l2, batch, budget
+        self.inside = inside
         self.regions = len(inside)
         self.images = 0
-        self.known: dict[frozenset[int], float] = {}
+        self._known: dict[frozenset[int], float] = {}
+        cells = inside.flatten(1).sum(dim=1).double()
+        self._share = (cells / cells.sum()).tolist()
 
-    def of(self, sets: Sequence[Sequence[int]]) -> list[float]:
-        keys = [frozenset(members) for members in sets]
-        new = [key for key in dict.fromkeys(keys) if key not in self.known]
-        for start in range(0, len(new), self.batch // 2):
-            part = new[start : start + self.batch // 2]
-            chosen = torch.zeros(len(part), self.regions, dtype=torch.float32)
-            for row, key in enumerate(part):
-                chosen[row, list(key)] = 1.0
-            shown = (chosen @ self.inside).reshape(-1, *self.shape)
-            masks = torch.cat([shown, 1 - shown]).to(self.problem.replay.device)
-            log_probs = self.problem.replay.log_probs(masks, image=self.problem.target, steps=self.problem.columns)
-            probability = score_of(self.problem, log_probs, "prob").cpu().double()
-            require_finite("greedy", self.problem, probability)
-            self.images += len(masks)
-            only, without = probability.chunk(2)
-            for key, value in zip(part, self.l1 * only + self.l2 * (1 - without), strict=True):
-                self.known[key] = float(value)
-        return [self.known[key] for key in keys]
+    def of(self, sets: Sequence[Collection[int]]) -> list[float]:
+        """F of some sets."""
+        only, without = self.shown(sets), self.shown(self.others(sets))
+        return [self.l1 * one + self.l2 * (1 - other) for one, other in zip(only, without, strict=True)]
+
+    def others(self, sets: Sequence[Collection[int]]) -> list[frozenset[int]]:
+        """All regions but those of each set."""
+        return [frozenset(range(self.regions)) - frozenset(members) for members in sets]
+
+    def affords(self, sets: Sequence[Collection[int]]) -> bool:
+        """Whether the budget has room for showing these alone."""
+        return self.budget is None or self.images + len(set(map(frozenset, sets)) - self._known.keys()) <= self.budget
+
+    def gain(self, order: Sequence[int], lengths: Sequence[int]) -> float:
+        """Insertion − deletion of a map of this order, from F of so many first regions, straight between them; NaN
+        where there is nothing to normalise by."""
+        prefixes = [order[:length] for length in (*lengths, self.regions)]
+        fractions = [sum(self._share[region] for region in prefix) for prefix in prefixes]
+        own = self.problem.selection.score
+        kind: Followed = "prob" if own is None else own.followed
+        given, lost = self.shown(prefixes), self.shown(self.others(prefixes))
+        by = curve_ends(given[-1], given[0], ordered=own is not None)
+        high, low = (normalise(np.array(values), **by, score=kind) for values in (given, lost))
+        return area(np.array(fractions), high - low)
 
     def settled(self, done: int) -> None:
         self.problem.advance(done, self.regions)
 
+    def shown(self, sets: Sequence[Collection[int]]) -> list[float]:
+        """P with nothing but these regions."""
+        keys = list(map(frozenset, sets))
+        new = [key for key in dict.fromkeys(keys) if key not in self._known]
+        for start in range(0, len(new), self.batch):
+            part = new[start : start + self.batch]
+            chosen = torch.zeros(len(part), self.regions, dtype=torch.float32)
+            for row, key in enumerate(part):
+                chosen[row, list(key)] = 1.0
+            masks = (chosen @ self.inside.flatten(1).float()).reshape(-1, *self.inside.shape[1:])
+            log_probs = self.problem.replay.log_probs(
+                masks.to(self.problem.replay.device), image=self.problem.target, steps=self.problem.columns
+            )
+            probability = score_of(self.problem, log_probs, "prob").cpu().double()
+            require_finite("greedy", self.problem, probability)
+            self.images += len(masks)
+            self._known |= dict(zip(part, probability.tolist(), strict=True))
+        return [self._known[key] for key in keys]
 
-def _exact(worth: _Worth) -> list[int]:
-    order: list[int] = []
+
+@dataclass(frozen=True)
+class _Found:
+    """What a search found.
+
+    Attributes:
+        order: all regions; those that were taken first.
+        track: F of the regions taken, from none of them on.
+        curve: after every round images sent, regions taken, and insertion − deletion of the map so far.
+        stopped: why it ended, as a sentence.
+    """
+
+    order: list[int]
+    track: list[float]
+    curve: list[dict[str, float]]
+    stopped: str
+
+
+def _searched(worth: _Worth, window: int, enough: float) -> _Found:
+    left, taken = set(range(worth.regions)), list[int]()
+    first = [[region] for region in left]
+    look = [*first, *worth.others(first)] if window >= worth.regions else worth.others(first) if worth.l2 else first
+    if not worth.affords([[], left, *look]):
+        raise ExplainError(
+            f"greedy: a budget of {worth.budget} images is less than the {len(look) + 2} that a first look at "
+            f"{worth.regions} regions takes; fewer regions=… take less"
+        )
+    nothing, everything = worth.of([[], left])
+    gains = _alone(worth) if window < worth.regions else {}
+    track, curve = [nothing], list[dict[str, float]]()
+    stopped = "every region has its place"
     worth.settled(0)
-    while len(order) < worth.regions:
-        left = [region for region in range(worth.regions) if region not in order]
-        values = worth.of([[*order, region] for region in left])
-        order.append(left[max(range(len(left)), key=values.__getitem__)])
-        worth.settled(len(order))
-    return order
 
+    def ranked() -> list[int]:
+        return sorted(left, key=lambda region: (-gains.get(region, 0.0), region))
 
-def _fast(worth: _Worth, *, rescan: int, top: int, pending: int) -> list[int]:
-    front: list[int] = []
-    back: list[int] = []  # the least important last
-    last: dict[int, float] = {}
-    left = set(range(worth.regions))
-    rounds = 0
-    worth.settled(0)
+    def told(lengths: Sequence[int], order: Sequence[int]) -> None:
+        gain = worth.gain(order, lengths)
+        curve.append({"images": float(worth.images), "regions": float(len(taken)), "gain": gain})
+
+    size, looked = window, 0  # how many regions taken when all that were left were tried
     while left:
-        # Gains of different rounds are gains over different sets; their order is all that is used.
-        by_gain = sorted(left, key=lambda region: (-last.get(region, 0.0), region))
-        tried = sorted(left) if rounds % rescan == 0 else by_gain[:top]
-        values = worth.of([[*front, region] for region in tried])
-        base = worth.of([front])[0]
-        last |= {region: value - base for region, value in zip(tried, values, strict=True)}
-        best = tried[max(range(len(tried)), key=values.__getitem__)]
-        front.append(best)
+        tried = ranked()[:size]
+        sets = [[*taken, region] for region in tried]
+        if not worth.affords([*sets, *worth.others(sets)]):
+            stopped = f"the budget of {worth.budget} images is spent"
+            break
+        values = dict(zip(tried, worth.of(sets), strict=True))
+        gains |= {region: value - track[-1] for region, value in values.items()}
+        best = max(values, key=lambda region: (values[region], -region))
+        taken.append(best)
         left.discard(best)
-        if left and pending:
-            weak = sorted(left, key=lambda region: (last.get(region, 0.0), region))[:pending]
-            kept = [*front, *left]
-            losses = worth.of([[region for region in kept if region != out] for out in weak])
-            worst = weak[max(range(len(weak)), key=losses.__getitem__)]
-            back.insert(0, worst)
-            left.discard(worst)
-        rounds += 1
-        worth.settled(len(front) + len(back))
-    return front + back
+        track.append(values[best])
+        told(range(len(track)), [*taken, *ranked()])
+        worth.settled(len(taken))
+        if left and enough <= 1:
+            reached, rise = max(track) - nothing, max(*track, everything) - nothing
+            little = (1 - enough) * rise
+            if reached >= enough * rise > 0 and min(track[-1] - track[-2], worth.l1 + worth.l2 - track[-1]) <= little:
+                stopped = f"{reached / rise:.1%} of what the regions can tell is there"
+                break
+            vain = len(taken) - looked >= _PATIENCE and max(track) - max(track[:-_PATIENCE]) < little
+            if vain and looked:
+                stopped = "more regions did not help"
+                break
+            size, looked = (len(left), len(taken) + 1) if vain else (window, looked)
+    rest = ranked() if looked else _beside(worth, taken, ranked())
+    lengths = sorted({len(taken) + round(share * len(rest)) for share in _REST} - {len(taken), worth.regions})
+    some = [[*taken, *rest][:length] for length in lengths]
+    if some and worth.affords([*some, *worth.others(some)]):
+        told([*range(len(track)), *lengths], [*taken, *rest])
+    worth.settled(worth.regions)
+    return _Found([*taken, *rest], track, curve, stopped)
+
+
+def _beside(worth: _Worth, taken: Sequence[int], rest: list[int]) -> list[int]:
+    """What was not taken, in the order of P of each beside what was, where F looks at that and the budget has room."""
+    sets = [[*taken, region] for region in rest]
+    if not (worth.l1 and worth.affords(sets)):
+        return rest
+    found = dict(zip(rest, worth.shown(sets), strict=True))
+    return sorted(rest, key=lambda region: -found[region])
+
+
+def _alone(worth: _Worth) -> dict[int, float]:
+    """What hiding each region alone takes from F; where F does not look at that, what showing it adds."""
+    each = [[region] for region in range(worth.regions)]
+    nothing, everything = worth.shown([[], range(worth.regions)])
+    if worth.l2:
+        rises = [everything - value for value in worth.shown(worth.others(each))]
+    else:
+        rises = [value - nothing for value in worth.shown(each)]
+    return {region: (worth.l2 or worth.l1) * rise for region, rise in enumerate(rises)}

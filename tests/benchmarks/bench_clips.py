@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_clips.py    # needs torchvision; a minute on one core
 
 A tiny Qwen2-VL with random weights is shown 4 to 64 frames of 90 × 60 pixels, 6 image tokens for every two frames, and
-explained by iGOS++ (preset "fast", whose passes are fixed, and a mask of 8 × 8 cells), and by fast greedy search over
+explained by iGOS++ (preset "fast", whose passes are fixed, and a mask of 8 × 8 cells), and by greedy search over
 16 regions of a grid in 4 stretches of time. What grows here with the frames is the length of the prompt; the share of
 the vision encoder is that of the tiny model.
 

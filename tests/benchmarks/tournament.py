@@ -13,8 +13,8 @@ Every method explains the same tokens against the same verified baseline and is 
 * causal agreement: is attention to the image tokens it marks what the answer hangs on (``probe.causal.agreement``);
 * passes, seconds, and, on a few scenes, peak memory of tensors.
 
-Methods that may take any number of passes are given somewhat more work than iGOS++: RISE 600 masks, the greedy search
-32 superpixels, some 650 forward passes each, a backward pass counting as two. Everything else runs with its defaults.
+RISE, which may take any number of passes, is given 600 masks, somewhat more work than iGOS++ with a backward pass
+counting as two. Everything else runs with its defaults.
 
 Slow methods may be judged on the first scenes only (``--few``); their rows say on how many, and they are compared with
 others on those.
@@ -110,7 +110,6 @@ class Entry:
 SETTINGS: dict[str, dict[str, Any]] = {
     "igos++": {"preset": "default"},  # said, as lines of the time when that was the fixed fast one are not its
     "rise": {"masks": 600},
-    "greedy": {"regions": 32},
 }
 
 VARIANTS: dict[str, Entry] = {
