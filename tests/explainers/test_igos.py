@@ -317,7 +317,8 @@ def test_two_masks_draw_their_own_places_on_the_path() -> None:
 
 
 def test_presets_and_their_passes() -> None:
-    for preset, passes in (("default", 24), ("fast", 24), ("thorough", 196), ("paper", 100), ("release", 100)):
+    # The default takes a second round: no map of a box of twelve cells has what is enough, as they count alike.
+    for preset, passes in (("default", 48), ("fast", 24), ("thorough", 196), ("paper", 100), ("release", 100)):
         replay = ToyReplay(BOX)
         heat = explain(replay, preset=preset)
         assert replay.passes.backward == passes, preset

@@ -77,6 +77,33 @@ def test_the_level_sets_are_scored_by_the_mean_probability_of_the_words() -> Non
     assert records[0]["probability_shown"] == pytest.approx(given, abs=1e-6)
 
 
+def test_every_level_pulls_as_hard_as_the_others() -> None:
+    """``pace="level"``: gradients of the levels, found by finite differences, have one size before they are added."""
+    replay, heat = ToyReplay(WEIGHTS), torch.rand(4, 4, generator=torch.Generator().manual_seed(2))
+    rank = heat.flatten().argsort().argsort().reshape(4, 4) / 15
+    height, levels = (heat / heat.max() + rank) / 2, (0.06, 0.5)
+    sum_of_slopes = torch.zeros(4, 4)
+    for level in levels:
+        limit = torch.quantile(height, 1 - level)
+
+        def objective(at: torch.Tensor, limit: torch.Tensor = limit) -> float:
+            shown = torch.sigmoid((at - limit) / 0.1)
+            taken, given = replay.log_probs(torch.stack([1 - shown, shown])).double().exp().mean(dim=1).tolist()
+            return taken - given
+
+        slope = torch.zeros(4, 4)
+        for place in np.ndindex(4, 4):
+            shift = torch.zeros(4, 4)
+            shift[place] = 1e-2
+            slope[place] = (objective(height + shift) - objective(height - shift)) / 2e-2
+        sum_of_slopes += slope / slope.abs().max()
+    step = height - 0.3 / sum_of_slopes.abs().max() * sum_of_slopes
+    found, _ = refined(replay, heat, plan=[levels], pace="level")
+    together, _ = refined(replay, heat, plan=[levels], pace="each")
+    assert not torch.equal(found, together)
+    assert found.flatten().argsort().tolist() == step.flatten().argsort().tolist()
+
+
 def test_the_values_stay_and_their_order_improves() -> None:
     replay = ToyReplay(WEIGHTS, base=(0.001,))
     heat = torch.rand(4, 4, generator=torch.Generator().manual_seed(0))  # knows nothing
@@ -133,7 +160,7 @@ def test_each_step_of_its_own_pace_moves_by_the_rate_and_decays() -> None:
             return super().score_and_grad(masks, *args, **kwargs)
 
     plan = [(0.25,), (0.25,), (0.25,)]
-    refined(Watching(WEIGHTS), heat, plan=plan, momentum=1e9, every_step=True, decay=True)
+    refined(Watching(WEIGHTS), heat, plan=plan, momentum=1e9, pace="each", decay=True)
     for before, after, expected in ((0, 1, 0.3), (1, 2, 0.2)):
         change = heights[after] - heights[before]
         # The limit of the level set moves along with H; differences between cells do not know of it.
@@ -176,7 +203,7 @@ def test_refining_raises_insertion_over_deletion() -> None:
         ({"path": "line"}, "path is 'grid' or 'stratified'"),
         ({"refine_levels": 7}, "refine_levels is 1 to the number of levels"),
         ({"refine_levels": 0}, "refine_levels is 1 to the number of levels"),
-        ({"refine_pace": "second"}, "refine_pace is 'first' or 'each'"),
+        ({"refine_pace": "second"}, "refine_pace is 'first', 'each' or 'level'"),
     ],
 )
 def test_refusals(settings: dict[str, object], message: str) -> None:

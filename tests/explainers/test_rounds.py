@@ -24,6 +24,8 @@ from lvlm_probe.metrics import evaluate
 from lvlm_probe.selection import select_tokens
 
 ON_MASK, ON_ORDER = Round(1, 4, 4, 2), Round(0, 4, 6, 2)
+LONG = Round(3, 8, 5, None)
+"""108 passes, 4.5 times those of a first round."""
 BOX = box_weights(8, slice(2, 4), slice(5, 7))
 
 
@@ -89,7 +91,7 @@ def test_the_quick_areas_by_hand() -> None:
 
 def test_a_good_map_is_the_fast_one_and_costs_a_look_more() -> None:
     replay, fast = ToyReplay(BOX), ToyReplay(BOX)
-    heat, first = explain(replay), explain(fast, preset="fast")
+    heat, first = explain(replay, enough=0.85), explain(fast, preset="fast")
     assert np.array_equal(heat.values, first.values) and heat.history == first.history
     assert (replay.passes.forward, replay.passes.backward) == (24 + QUICK_PASSES, 24)
     said = heat.provenance["diagnostics"]
@@ -119,44 +121,51 @@ def test_the_best_map_of_all_rounds_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
     judge = Judge(problem_of(ToyReplay(BOX)), PRESETS["default"])
     seen = torch.ones(2, 2, dtype=torch.bool)
     for number in range(3):
-        judge.take(torch.full((2, 2), float(number)), seen, ON_MASK, last=False)
+        judge.take(torch.full((2, 2), float(number)), seen, [ON_MASK, ON_MASK])
         assert float(judge.best[0, 0]) == min(number, 1)
     assert judge.stopped == "more passes did not help"  # 0.3, the last of the gains, was the blob's in the middle
 
 
 @pytest.mark.parametrize(
-    ("gains", "last", "stopped"),
+    ("gains", "following", "stopped"),
     [
-        ([0.9], False, "enough"),
-        ([0.5], False, None),
-        ([0.5, 0.51, 0.1], False, "did not help"),
-        ([0.5, 0.53], False, None),
-        ([0.2, 0.2, 0.1], False, None),  # chance is not beaten: on, though passes did not help
-        ([0.5, 0.5, 0.48], False, None),  # nor is the middle
-        ([0.2], True, "budget of 196"),
-        ([float("nan")], False, "nothing to measure"),
+        ([0.96], ON_MASK, "enough"),
+        ([0.94], ON_MASK, None),
+        ([0.86], LONG, "enough"),  # 4.5 · (0.98 − 0.95) is 0.135, and less is missing
+        ([0.84], LONG, None),
+        ([0.5, 0.51, 0.1], ON_MASK, "did not help"),
+        ([0.5, 0.53], ON_MASK, None),
+        ([0.2, 0.2, 0.1], ON_MASK, None),  # chance is not beaten: on, though passes did not help
+        ([0.5, 0.5, 0.48], ON_MASK, None),  # nor is the middle
+        ([0.2], None, "budget of 196"),
+        ([0.96], None, "budget of 196"),
+        ([float("nan")], ON_MASK, "nothing to measure"),
     ],
 )
-def test_reasons_to_stop(monkeypatch: pytest.MonkeyPatch, gains: list[float], last: bool, stopped: str | None) -> None:
+def test_reasons_to_stop(
+    monkeypatch: pytest.MonkeyPatch, gains: list[float], following: Round | None, stopped: str | None
+) -> None:
     """The third number is the gain of the blob in the middle, which is asked for only where it decides."""
-    following = iter(gains)
-    monkeypatch.setattr(going_on, "quick_areas", lambda *_: (0.0, next(following)))
+    met = iter(gains)
+    monkeypatch.setattr(going_on, "quick_areas", lambda *_: (0.0, next(met)))
     judge = Judge(problem_of(ToyReplay(BOX)), PRESETS["default"])
     for _ in gains[:2]:
-        judge.take(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), ON_MASK, last=last)
+        judge.take(
+            torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), [ON_MASK, *([following] if following else [])]
+        )
     assert (judge.stopped is None) == (stopped is None)
     assert stopped is None or stopped in str(judge.stopped)
 
 
 @pytest.mark.parametrize(
-    ("deletion", "insertion", "enough"), [(0.1, 0.96, True), (0.5, 1.6, False), (-0.2, 0.7, False)]
+    ("deletion", "insertion", "enough"), [(0.02, 0.98, True), (0.5, 1.6, False), (-0.3, 0.7, False)]
 )
 def test_an_insertion_above_1_does_not_make_up_for_a_poor_deletion(
     monkeypatch: pytest.MonkeyPatch, deletion: float, insertion: float, enough: bool
 ) -> None:
     monkeypatch.setattr(going_on, "quick_areas", lambda *_: (deletion, insertion))
     judge = Judge(problem_of(ToyReplay(BOX)), PRESETS["default"])
-    judge.take(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), ON_MASK, last=False)
+    judge.take(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), [ON_MASK, ON_ORDER])
     assert (judge.stopped is not None) is enough
     assert judge.gains == [insertion - deletion]
 
@@ -166,7 +175,7 @@ def test_a_round_on_the_order_alone_says_nothing_of_what_the_mask_may_gain(monke
     monkeypatch.setattr(going_on, "quick_areas", lambda *_: (0.0, next(following)))
     judge = Judge(problem_of(ToyReplay(BOX)), PRESETS["default"])
     for one, stopped in ((ON_MASK, None), (ON_ORDER, None), (ON_MASK, "more passes did not help")):
-        judge.take(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), one, last=False)
+        judge.take(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), [one, ON_MASK])
         assert judge.stopped == stopped
     assert [round_["passes"] for round_ in judge.told()["rounds"]] == [24, 48, 72]
 

@@ -237,7 +237,7 @@ class Optimisation:
             heat = self.ordered(judge.best, one, number)
             if len(planned) == 1:
                 return Outcome(heat, params, tuple(self.history))
-            judge.take(heat, self.fine_seen, one, last=one is planned[-1])
+            judge.take(heat, self.fine_seen, planned[number : number + 2])
             if judge.stopped is not None:
                 break
         params["budget"] = budget_of(settings, planned[: len(judge.gains)])
@@ -287,7 +287,7 @@ class Optimisation:
             rate=settings.refine_lr,
             momentum=settings.momentum,
             progress=lambda steps: self.advance(done + steps),
-            every_step=settings.refine_pace == "each",
+            pace=settings.refine_pace if number == 0 else "level",
             decay=settings.refine_decay,
         )
         self.history += records

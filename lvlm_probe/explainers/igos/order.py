@@ -15,11 +15,20 @@ knockout and another baseline do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
 from lvlm_probe.explainers.registry import Problem
 from lvlm_probe.explainers.scores import score_of
+
+Pace = Literal["first", "each", "level"]
+"""What sets the length of a step on the order: the gradient of the first step, its own, or that of each level by
+itself."""
+
+
+_FLAT = 1e-4
+"""Probability per unit of height: the slope below which a level says nothing of the order."""
 
 
 def level_sets(height: torch.Tensor, seen: torch.Tensor, levels: Sequence[float], softness: float) -> torch.Tensor:
@@ -66,7 +75,7 @@ def refine_order(
     rate: float,
     momentum: float,
     progress: Callable[[int], None],
-    every_step: bool = False,
+    pace: Pace = "first",
     decay: bool = False,
 ) -> tuple[torch.Tensor, list[dict[str, float]]]:
     """A heatmap's own values, handed out in an order refined on its level sets.
@@ -80,8 +89,10 @@ def refine_order(
         rate: Length of the first step's largest change of H, whose range is 1 at first.
         momentum: Of Nesterov's e = i / (i + momentum).
         progress: Called with the number of steps done.
-        every_step: The largest change is ``rate`` at every step, for steps that see few levels each: gradients of
-            different levels differ in size, and the first would set the pace of all.
+        pace: ``"first"``: later steps are as long as their gradient is against the first one's. ``"each"``: the largest
+            change is ``rate`` at every step, for steps that see few levels each: gradients of different levels differ
+            in size, and the first would set the pace of all. ``"level"``: so it is, and the levels of a step have
+            gradients of one size, or the steepest of them would have it alone.
         decay: Steps shorten linearly, step i of n to 1 − i / n: what single levels pull back and forth averages out.
 
     Returns:
@@ -106,11 +117,16 @@ def refine_order(
                 image=problem.target,
                 steps=problem.columns,
             )
-            pull = (sign.reshape(-1, *[1] * heat.ndim) * slopes.to(masks) * masks).sum() / len(levels)
-            (gradient,) = torch.autograd.grad(pull, leaf)
-        if step == 0 or every_step:
+            pulls = (sign.reshape(-1, *[1] * heat.ndim) * slopes.to(masks) * masks).flatten(1).sum(dim=1)
+            pulls = pulls.reshape(2, -1).sum(dim=0) / len(levels)
+            if pace == "level":
+                parts = [torch.autograd.grad(pull, leaf, retain_graph=True)[0] for pull in pulls]
+                gradient = torch.stack([part / part[seen].abs().max().clamp(min=_FLAT) for part in parts]).sum(dim=0)
+            else:
+                (gradient,) = torch.autograd.grad(pulls.sum(), leaf)
+        if step == 0 or pace != "first":
             largest = float(gradient[seen].abs().max())
-            if largest == 0 and not every_step:
+            if largest == 0 and pace == "first":
                 break
             step = rate / largest if largest > 0 else 0.0
         point = height - step * (1 - iteration / len(plan) if decay else 1.0) * gradient

@@ -3,8 +3,10 @@
 The first round is what the settings say. After it the map's own score is taken at a few points of the deletion and the
 insertion curve (``quick_areas``; ``evaluate`` does not score them again), and so after every round:
 
-* a gain of ``enough`` ends it, areas outside [0, 1] counted as 0 and 1: where parts of the image make the words
-  likelier than the whole, a large insertion would hide that deletion is poor;
+* what is missing to the gain of a perfect map ends it where it is little for the passes that the next round takes: no
+  more than ``enough`` leaves, for a round as long as the first, and in proportion for a longer one. Areas outside
+  [0, 1] count as 0 and 1: where parts of the image make the words likelier than the whole, a large insertion would
+  hide that deletion is poor;
 * so does a round on the mask that has added less than ``HELP``, once the map is clear of the floors that a verdict has:
   chance (``MIN_GAIN``) and a blob in the middle of the image (``center``);
 * so does the ``budget``.
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.explainers.controls import center_values
-from lvlm_probe.explainers.curve_points import MIN_GAIN, QUICK_PASSES, quick_areas
+from lvlm_probe.explainers.curve_points import MIN_GAIN, QUICK_PASSES, STEPS, quick_areas
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
     from lvlm_probe.explainers.igos.settings import IgosSettings
     from lvlm_probe.explainers.registry import Problem
+
+PERFECT = 1 - 1 / STEPS
+"""Insertion − deletion where the first point of both curves decides all: their trapezoid keeps more than that away."""
 
 HELP = 0.02
 """Gain that a round has to add to be followed by another: quick gains are off by 0.02 in the mean."""
@@ -113,8 +118,9 @@ class Judge:
         self.gains: list[float] = []
         self.stopped: str | None = None
 
-    def take(self, heat: torch.Tensor, seen: torch.Tensor, one: Round, *, last: bool) -> None:
-        """Judge the map of a round."""
+    def take(self, heat: torch.Tensor, seen: torch.Tensor, coming: Sequence[Round]) -> None:
+        """Judge the map of a round, the first of ``coming``; the second would follow, where there is one."""
+        one, *following = coming
         deletion, insertion = quick_areas(self._problem, heat, seen)
         gain, before = insertion - deletion, max(self.gains, default=-math.inf)
         self.gains.append(gain)
@@ -124,12 +130,17 @@ class Judge:
         highest = max(gain, before)
         if math.isnan(gain):
             self.stopped = "there is nothing to measure its score by"
-        elif self._bounded >= self._settings.enough:
+        elif following and PERFECT - self._bounded <= self._worth(following[0]):
             self.stopped = f"its insertion − deletion is about {highest:.2f}, which is enough"
-        elif last:
+        elif not following:
             self.stopped = f"the budget of {self._settings.budget} passes is spent"
         elif one.iterations and gain < before + HELP and highest >= MARGIN + max(MIN_GAIN, self._of_center(heat, seen)):
             self.stopped = "more passes did not help"
+
+    def _worth(self, following: Round) -> float:
+        """What has to be missing for a round to follow."""
+        length = following.passes(self._settings) / self._passes[0]
+        return (PERFECT - self._settings.enough) * length
 
     def _of_center(self, heat: torch.Tensor, seen: torch.Tensor) -> float:
         if self._center is None:

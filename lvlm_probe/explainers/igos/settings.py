@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.igos.order import Pace
 from lvlm_probe.explainers.igos.regularizers import BilateralForm, L2Form
 
 
@@ -38,10 +39,12 @@ class IgosSettings:
         softness: T of the level sets.
         refine_lr: Length of the first step on H, relative to its range of 1.
         refine_levels: Levels per step, dealt out so that each comes up as often as any other; ``None``: all of them.
-        refine_pace: The largest change of H is ``refine_lr`` at the ``"first"`` step, or at ``"each"``.
+        refine_pace: The largest change of H is ``refine_lr`` at the ``"first"`` step, at ``"each"``, or at each with
+            one size for the gradients of every ``"level"``, as in all rounds after the first.
         refine_decay: Steps on H shorten linearly.
         budget: Passes forward at most, as many rounds as the map needs (``rounds``); ``None`` is one round.
-        enough: Insertion − deletion, by a quick estimate, after which no round follows.
+        enough: Insertion − deletion, by a quick estimate, after which no round as long as the first follows; a longer
+            one follows a map that lacks as much more (``rounds``).
     """
 
     masks: Literal[1, 2] = 1
@@ -70,10 +73,10 @@ class IgosSettings:
     softness: float = 0.05
     refine_lr: float = 0.3
     refine_levels: int | None = None
-    refine_pace: Literal["first", "each"] = "first"
+    refine_pace: Pace = "first"
     refine_decay: bool = False
     budget: int | None = None
-    enough: float = 0.85
+    enough: float = 0.95
 
     def __post_init__(self) -> None:
         rules = (
@@ -101,7 +104,7 @@ class IgosSettings:
                 self.refine_levels is None or 1 <= self.refine_levels <= len(self.levels),
                 "refine_levels is 1 to the number of levels",
             ),
-            (self.refine_pace in ("first", "each"), "refine_pace is 'first' or 'each'"),
+            (self.refine_pace in get_args(Pace), "refine_pace is 'first', 'each' or 'level'"),
             (math.isfinite(self.enough), "enough is a number"),
             (self.budget is None or self.budget >= 1, "budget is at least 1"),
         )
