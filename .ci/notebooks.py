@@ -10,6 +10,7 @@ What goes to stderr is not compared, nor are widgets: bars of progress are one o
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -31,18 +33,19 @@ _NUMBER = re.compile(r"[-+−]?\d+(\.\d+)?(e[-+]?\d+)?")
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-def executed(path: Path) -> Any:
-    """The notebook, executed in an empty folder. Raises ``CellExecutionError``."""
+def executed(path: Path, kernel: AsyncKernelManager, folder: Path) -> Any:
+    """The notebook, executed in a new folder and without the names of another one. Raises ``CellExecutionError``."""
     notebook = nbformat.read(path, as_version=4)
-    with tempfile.TemporaryDirectory() as folder:
-        NotebookClient(
-            notebook,
-            kernel_name="python3",
-            coalesce_streams=True,
-            timeout=1800,
-            startup_timeout=600,  # seconds; what hangs, as no notebook is judged by its time
-            resources={"metadata": {"path": folder}},
-        ).execute()
+    folder.mkdir()
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {folder}"))
+    NotebookClient(
+        notebook,
+        km=kernel,
+        coalesce_streams=True,
+        timeout=1800,
+        startup_timeout=600,  # seconds; what hangs, as no notebook is judged by its time
+    ).execute()
+    del notebook.cells[0]
     return notebook
 
 
@@ -86,25 +89,34 @@ def bare(notebook: Any) -> Any:
     return notebook
 
 
+def said_of(path: Path, kernel: AsyncKernelManager, folder: Path, *, write: bool) -> list[str]:
+    """What is wrong with a notebook; with `write` the new outputs are kept."""
+    said: list[str] = []
+    try:
+        new = executed(path, kernel, folder)
+    except CellExecutionError as error:
+        said.append(_COLOUR.sub("", str(error)))
+    else:
+        if write:
+            nbformat.write(bare(new), path)
+        else:
+            said += differences(nbformat.read(path, as_version=4), new)
+    if path.stat().st_size > LARGEST:
+        said.append(f"{path.stat().st_size:,} bytes; at most {LARGEST:,}: show fewer or smaller images")
+    return said
+
+
 def main() -> int:
     """Checks or writes all notebooks; the exit status is 1 when one fails."""
     os.environ.update(HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_OFFLINE="1")
     failed = False
-    for path in sorted(EXAMPLES.glob("*.ipynb")):
-        said: list[str] = []
-        try:
-            new = executed(path)
-        except CellExecutionError as error:
-            said.append(_COLOUR.sub("", str(error)))
-        else:
-            if "--write" in sys.argv[1:]:
-                nbformat.write(bare(new), path)
-            else:
-                said += differences(nbformat.read(path, as_version=4), new)
-        if path.stat().st_size > LARGEST:
-            said.append(f"{path.stat().st_size:,} bytes; at most {LARGEST:,}: show fewer or smaller images")
-        print(f"{path.name}: {'FAILED' if said else 'ok'}", *said, sep="\n  ", flush=True)
-        failed |= bool(said)
+    kernel = AsyncKernelManager(kernel_name="python3")  # one for all: each would import torch, which takes seconds
+    with tempfile.TemporaryDirectory() as folder:
+        for path in sorted(EXAMPLES.glob("*.ipynb")):
+            said = said_of(path, kernel, Path(folder) / path.stem, write="--write" in sys.argv[1:])
+            print(f"{path.name}: {'FAILED' if said else 'ok'}", *said, sep="\n  ", flush=True)
+            failed |= bool(said)
+        asyncio.run(kernel.shutdown_kernel(now=True))
     return int(failed)
 
 
