@@ -120,6 +120,10 @@ def agree(here: dict[str, Any], there: dict[str, Any]) -> None:
     for step, value in there.items():
         if isinstance(value, str):
             assert here[step] == value, step
+        elif step == "igos++":  # its values say an order of cells, in which two that round alike may change places
+            ours, theirs = np.asarray(here[step]), np.asarray(value)
+            np.testing.assert_allclose(np.sort(ours, axis=None), np.sort(theirs, axis=None), atol=2e-3, err_msg=step)
+            assert np.abs(ours - theirs).mean() < 2e-3, step
         else:
             np.testing.assert_allclose(np.asarray(here[step]), np.asarray(value), atol=2e-3, err_msg=step)
 
