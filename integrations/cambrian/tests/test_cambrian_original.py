@@ -230,7 +230,7 @@ def test_the_gradient_of_the_mask_is_the_difference_quotient(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("method", "params"),
     [
-        ("igos++", {"size": 4, "iterations": 2}),
+        ("igos++", {"preset": "fast", "size": 4}),
         ("integrated_gradients", {"steps": 4, "size": 4}),
         ("rise", {"masks": 8, "size": 4}),
         ("gradcam", {}),

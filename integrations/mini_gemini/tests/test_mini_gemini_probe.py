@@ -255,7 +255,7 @@ def test_attention_rows_are_eager_attention(kind: str) -> None:
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("igos++", {"size": 8, "iterations": 3}),
+        ("igos++", {"preset": "fast", "size": 8}),
         ("integrated_gradients", {"steps": 6}),
         ("rise", {"masks": 40}),
         ("gradcam", {}),
