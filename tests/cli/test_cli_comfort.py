@@ -263,6 +263,7 @@ def test_completion(line: str, offered: list[str]) -> None:
     assert completed("lvlm-probe", *line.split()) == offered
 
 
+@pytest.mark.quick
 def test_names_read_off_the_source_are_those_that_are_registered() -> None:
     from lvlm_probe import explainers
     from lvlm_probe.cli.shared.completion import complete_dataset, complete_method
