@@ -8,15 +8,15 @@ P is the mean probability of the selected tokens; what is not shown is the basel
 nothing and takes, again and again, the region that raises F most. For a submodular monotone F, the first k regions are
 worth at least 1 − 1/e of the best k (Nemhauser et al., 1978); a model's P is neither, so this is a heuristic on models.
 
-**Exact** search tries every region left in every round: about m (m + 1) images for m regions, 1,640 for 40.
+**Exact** search tries every region left in every round: about m (m + 1) images for m regions, 1,056 for 32.
 
 **Windowed** search (default) hides every region alone once, and ranks regions by what that takes from F. A round tries
 the first ``window`` of the ranking and takes the best; the others fall to where their new gain puts them. When two
 rounds together have added less than ``enough`` leaves of the rise of F, one round tries all regions left; when that
 happens again, the search ends. It also ends when ``enough`` of the rise is there, and neither the last round nor P's
-limit of 1 promises as much more (parts of an image may make the words likelier than the whole). Without a round over
-all that were left, each of those is then shown beside what was taken, and follows in the order of that: a region that
-speaks against the words comes last. That is about 2 m images and 2 · ``window`` for each region taken.
+limit of 1 promises as much more (parts of an image may make the words likelier than the whole). Regions that are left
+follow in the order of F with each of them more, which is tried for that where no round tried them all. That is about
+3 m images and 2 · ``window`` for each region taken.
 
 **At any time** what has been taken, followed by the ranking, is a map: with ``budget=n`` the search ends before it
 sends more than n images, and the map is the best so far. F of the regions taken gives insertion − deletion of that map
@@ -80,7 +80,7 @@ def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     if params["search"] == "exact" or params["window"] >= count:
         passes, least = count * (count + 1), None
     else:
-        passes, least = 2 * (count + 1 + len(_REST)) + 2 * params["window"] * count, (count + 2, 0)
+        passes, least = 3 * count + 2 * (1 + len(_REST)) + 2 * params["window"] * count, (count + 2, 0)
     passes = min(passes, params["budget"] or passes)
     numbers = (batch // 2 + count) * math.prod(shape)
     groups = (min(batch, 2 * count),)
@@ -93,12 +93,12 @@ def greedy(
     problem: Problem,
     *,
     segments: Segments = "slic",
-    regions: int | tuple[int, int] = 40,
+    regions: int | tuple[int, int] = 32,
     stretches: int | None = None,
     search: Search = "windowed",
     l1: float = 1.0,
     l2: float = 1.0,
-    window: int = 6,
+    window: int = 4,
     enough: float = 0.98,
     budget: int | None = None,
     batch: int = 64,
@@ -402,22 +402,16 @@ def _searched(worth: _Worth, window: int, enough: float) -> _Found:
                 stopped = "more regions did not help"
                 break
             size, looked = (len(left), len(taken) + 1) if vain else (window, looked)
-    rest = ranked() if looked else _beside(worth, taken, ranked())
+    beside = [[*taken, region] for region in sorted(left)]
+    if beside and not looked and worth.affords([*beside, *worth.others(beside)]):
+        gains |= dict(zip(sorted(left), worth.of(beside), strict=True))
+    rest = ranked()
     lengths = sorted({len(taken) + round(share * len(rest)) for share in _REST} - {len(taken), worth.regions})
     some = [[*taken, *rest][:length] for length in lengths]
     if some and worth.affords([*some, *worth.others(some)]):
         told([*range(len(track)), *lengths], [*taken, *rest])
     worth.settled(worth.regions)
     return _Found([*taken, *rest], track, curve, stopped)
-
-
-def _beside(worth: _Worth, taken: Sequence[int], rest: list[int]) -> list[int]:
-    """What was not taken, in the order of P of each beside what was, where F looks at that and the budget has room."""
-    sets = [[*taken, region] for region in rest]
-    if not (worth.l1 and worth.affords(sets)):
-        return rest
-    found = dict(zip(rest, worth.shown(sets), strict=True))
-    return sorted(rest, key=lambda region: -found[region])
 
 
 def _alone(worth: _Worth) -> dict[int, float]:

@@ -124,8 +124,8 @@ def shown(replay: ToyReplay, cells: set[int]) -> float:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("lambdas", [(1.0, 1.0), (1.0, 0.0), (0.5, 1.0)])
 def test_windowed_search_by_hand(seed: int, lambdas: tuple[float, float]) -> None:
-    """The first region is the better of the two that hiding alone ranks first; what is left stands in the order of P
-    beside it."""
+    """The first region is the better of the two that hiding alone ranks first; what is left stands in the order of F
+    with it."""
     replay, everything, (l1, l2) = Interacting(seed), set(range(6)), lambdas
 
     def worth(cells: set[int]) -> float:
@@ -145,7 +145,7 @@ def test_windowed_search_by_hand(seed: int, lambdas: tuple[float, float]) -> Non
         [worth(set(order[:length])) for length in range(taken + 1)], abs=1e-6
     )
     assert taken < 6
-    beside = {cell: shown(replay, {*order[:taken], cell}) for cell in order[taken:]}
+    beside = {cell: worth({*order[:taken], cell}) for cell in order[taken:]}
     assert order[taken:] == sorted(beside, key=lambda cell: -beside[cell])
 
 
@@ -238,7 +238,7 @@ def test_the_search_ends_when_the_box_is_found() -> None:
         ToyReplay(box), method="greedy", segments="grid", regions=64, progress=lambda a, b: told.append((a, b))
     )
     said = heat.provenance["diagnostics"]
-    assert heat.provenance["passes"]["forward"] == said["images"] <= 2 * (64 + 1 + 3) + 2 * 6 * 7
+    assert heat.provenance["passes"]["forward"] == said["images"] <= 3 * 64 + 2 * (1 + 3) + 2 * 4 * 7
     assert said["stopped"].startswith("100.0% of what")
     assert [point["regions"] for point in said["curve"]] == [1, 2, 3, 4, 5, 6, 7, 7]  # the box, one in vain, the map
     assert len(np.unique(heat.values)) == 64
