@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from marks import campaign
 
 import lvlm_probe as probe
 from lvlm_probe.errors import ExplainError, OutOfMemory, ProbeError
@@ -156,7 +157,9 @@ def test_a_prediction_comes_true_within_15_per_cent(replay: probe.Replay, method
     assert heat.provenance["passes"] == {"forward": planned.forward, "backward": planned.backward}
 
 
-@pytest.mark.parametrize(("against", "rows"), [("cyan", 1), ("purple", 2), (["purple", "triangle", "cyan"], 3)])
+@pytest.mark.parametrize(
+    ("against", "rows"), [("cyan", 1), (["purple", "triangle", "cyan"], 3), *campaign(("purple", 2))]
+)
 @pytest.mark.parametrize(
     ("method", "params"), [("igos++", {"preset": "fast"}), ("rise", {"masks": 32, "size": 8}), ("tmm", {})]
 )
