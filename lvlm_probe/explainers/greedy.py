@@ -58,7 +58,7 @@ Segments = Literal["slic", "grid"]
 _RANK_SHARE = 1e-3
 _PATIENCE = 2
 """Rounds that together have to add something, for another to follow."""
-_REST = (0.1, 0.3, 0.6)
+_REST = (0.15, 0.5)
 """Shares of the regions not taken at which the finished map is scored."""
 _LONG_SIDE = 224
 """Cells of the long side of a map of superpixels: enough for their borders, and 64 masks of it are 13 MB."""

@@ -802,6 +802,10 @@ def adaptive(text: str, results: Path) -> str:
     return between(text, "adaptive", _adaptive(found))
 
 
+_NEAREST = 7
+"""Other maps that the default of iGOS++ is compared with in words."""
+
+
 def _adaptive(found: Sequence[Found]) -> list[str]:
     """The default beside the fixed settings, model by model."""
     if not found:
@@ -829,7 +833,17 @@ def _adaptive(found: Sequence[Found]) -> list[str]:
         )
         lines.append(f"| {' | '.join(cells)} |")
     machines = dict.fromkeys(f"{one['machine']}, {one['date']}" for one in found)
-    return [*lines, "", f"Held-out answers; mean [95 % bootstrap interval]. {'; '.join(machines)}."]
+    lines += ["", f"Held-out answers; mean [95 % bootstrap interval]. {'; '.join(machines)}."]
+    for one in found:
+        others = sorted(one.get("ahead_of", {}).items(), key=lambda item: item[1]["mean"])
+        if others:
+            near = ", ".join(
+                f"{name} {cell['mean']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
+                + ("" if cell["n"] == one["scenes"] else f" ({cell['n']} answers)")
+                for name, cell in others[:_NEAREST]
+            )
+            lines += ["", f"Gain of the default less that of others, the nearest first, {one['model']}: {near}."]
+    return lines
 
 
 def _mean(cell: Found) -> str:

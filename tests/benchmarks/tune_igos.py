@@ -27,7 +27,17 @@ from typing import Any
 import numpy as np
 import torch
 from held_out import Case, cases, machine, read_records
-from judging import TOLERANCE, Lines, curve_rule, figure, placed, shown, weights_digest
+from judging import (
+    TOLERANCE,
+    Lines,
+    comparison,
+    curve_rule,
+    figure,
+    placed,
+    shown,
+    values_of,
+    weights_digest,
+)
 from tqdm import tqdm
 
 import lvlm_probe as probe
@@ -56,9 +66,11 @@ FEW_PASSES: dict[str, dict[str, Any]] = {
 # When to go on.
 ROUNDS: dict[str, dict[str, Any]] = {
     "default": {},
-    "enough at 0.6": {"enough": 0.6},
-    "enough at 0.75": {"enough": 0.75},
-    "enough at 0.92": {"enough": 0.92},
+    "enough at 0.85": {"enough": 0.85},
+    "enough at 0.93": {"enough": 0.93},
+    "always two rounds": {"enough": 9.0, "budget": 72},
+    "all rounds": {"enough": 9.0},
+    "one pull for each level from the first round": {"refine_pace": "level"},
 }
 
 # Variations of the thorough preset.
@@ -196,7 +208,16 @@ def summary(records: list[dict[str, Any]], arguments: argparse.Namespace, skippe
         "only_thorough_trusted": sum(
             a["trusted"] < b["trusted"] for a, b in zip(rows["default"], rows["thorough"], strict=True)
         ),
+        "ahead_of": {} if arguments.lines is None else ahead_of(arguments.lines, rows["default"]),
     }
+
+
+def ahead_of(directory: Path, default: list[dict[str, Any]]) -> dict[str, Any]:
+    """The default's gain less that of each other map of the tournament, on the scenes that both have been judged on."""
+    lines = Lines(directory)
+    own = {row["scene"]: _gain(row) for row in default}
+    names = [name for name in lines.names() if name != JUDGED["default"]]
+    return {name: comparison(own, values_of(lines.of(name), "gain")) for name in names}
 
 
 def _resampled(pairs: np.ndarray, times: int = 2000) -> np.ndarray:

@@ -238,7 +238,7 @@ def test_the_search_ends_when_the_box_is_found() -> None:
         ToyReplay(box), method="greedy", segments="grid", regions=64, progress=lambda a, b: told.append((a, b))
     )
     said = heat.provenance["diagnostics"]
-    assert heat.provenance["passes"]["forward"] == said["images"] <= 3 * 64 + 2 * (1 + 3) + 2 * 4 * 7
+    assert heat.provenance["passes"]["forward"] == said["images"] <= 3 * 64 + 2 * (1 + 2) + 2 * 4 * 7
     assert said["stopped"].startswith("100.0% of what")
     assert [point["regions"] for point in said["curve"]] == [1, 2, 3, 4, 5, 6, 7, 7]  # the box, one in vain, the map
     assert len(np.unique(heat.values)) == 64
