@@ -38,7 +38,8 @@ def test_a_healthy_model_is_tried_and_every_method_runs() -> None:
     assert "64 image tokens" in found["recorded"]["text"]
     assert "3 layers × 1 heads" in found["recorded"]["text"]
     assert found["boxes"]["text"].startswith("known for 64 of 64")
-    assert found["methods"]["text"].startswith("16 of 16")
+    count = len(probe.methods())
+    assert found["methods"]["text"].startswith(f"{count} of {count}")
     assert "<image>×64" in found["prompt"]["text"] and "What is in the image?" in found["prompt"]["text"]
 
 
