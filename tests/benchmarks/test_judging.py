@@ -313,8 +313,10 @@ def test_the_default_is_judged_by_the_lines_of_the_tournament(tmp_path: Path) ->
     records = tune_igos.tournament_records(tmp_path, 9, "weights")
     assert len(records) == 12
     assert len(tune_igos.tournament_records(tmp_path, 2, "weights")) == 6
-    wanted = argparse.Namespace(model=None, name="a model", hard=False)
+    wanted = argparse.Namespace(model=None, name="a model", hard=False, lines=tmp_path)
     found = tune_igos.summary(records, wanted, Counter())
+    ahead = {name: pair["mean"] for name, pair in found["ahead_of"].items()}
+    assert ahead == {"igos++ (fast)": pytest.approx(0.2), "igos++ (thorough)": pytest.approx(-0.1)}
     assert found["scenes"] == 4 and found["went_on"] == 2
     assert found["share_of_thorough"] == pytest.approx(0.8 / 0.9)
     assert found["settings"]["default"]["forward"]["mean"] == 40
