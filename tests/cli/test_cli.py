@@ -325,6 +325,11 @@ def test_explain_says_what_a_map_took_and_keeps_to_a_budget(trace: Path) -> None
     assert re.search(r"insertion − deletion [\d.]+; a blob in the middle of the image has -?[\d.]+", shown)
     shown = " ".join(succeed("explain", trace).out.split())
     assert re.search(r"\d+ forward and \d+ backward passes in \d rounds?: \w+", shown)
+    searched = ("explain", trace, "--method", "greedy", "--param", "segments=grid", "--param", "regions=6")
+    shown = " ".join(
+        succeed(*searched, "--param", "budget=10").out.split()
+    )  # a method that ends early, and has no rounds
+    assert re.search(r"\d+ forward and \d+ backward passes: the budget of 10 images is spent", shown)
     made = succeed("explain", trace, "--json").json["maps"][0]
     assert made["rounds"][0]["passes"] == 24 and isinstance(made["center_gain"], float)
     refused = run("explain", trace, "--method", "random", "--budget", "24")

@@ -153,11 +153,13 @@ def _cost_lines(heat: Heatmap | ClipHeatmap, score: Score | None) -> Iterator[st
     """What the map is compared with, and what it took."""
     if score is not None and math.isfinite(score.center_gain):
         yield f"insertion − deletion {score.gain:.3f}; a blob in the middle of the image has {score.center_gain:.3f}"
-    passes, rounds = heat.provenance.get("passes"), heat.provenance.get("diagnostics") or {}
+    passes, told = heat.provenance.get("passes"), heat.provenance.get("diagnostics") or {}
     if passes and any(passes.values()):
         said = f"{passes['forward']} forward and {passes['backward']} backward passes"
-        if "stopped" in rounds:
-            said += f" in {counted(len(rounds['rounds']), 'round')}: {rounds['stopped']}"
+        if "rounds" in told:
+            said += f" in {counted(len(told['rounds']), 'round')}"
+        if told.get("stopped"):
+            said += f": {told['stopped']}"
         yield said
 
 
