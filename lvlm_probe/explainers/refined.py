@@ -114,7 +114,7 @@ def refined(
     check_rules(
         "refined",
         of=(of, of != "refined", "the name of another method"),
-        scales=(scales, len(scales) > 0 and all(whole_rule(side)[1] for side in scales), "window sizes of at least 1"),
+        scales=(scales, _are_sides(scales), "a list of window sizes, whole numbers of at least 1"),
         earlier=whole_rule(earlier, 0),
     )
     given = dict(params or {})
@@ -141,6 +141,10 @@ def refined(
     seen = problem.seen(tuple(values.shape))
     diagnostics = {"of": dict(own.diagnostics), "earlier_words": len(others), "taken_away": weights.tolist()}
     return finish(values, seen, _params(of, scales, earlier, own), diagnostics=diagnostics)
+
+
+def _are_sides(scales: object) -> bool:
+    return isinstance(scales, (list, tuple)) and len(scales) > 0 and all(whole_rule(side)[1] for side in scales)
 
 
 def _params(of: str, scales: Sequence[int], earlier: int, own: Outcome) -> dict[str, Any]:

@@ -110,8 +110,9 @@ def test_any_method_goes_through_it_and_passes_are_counted() -> None:
         ({"of": "refined"}, "of is the name of another method"),
         ({"of": "tamm"}, "no explainer 'tamm'"),
         ({"of": "tmm", "params": {"depth": 1}}, "tmm takes no parameter 'depth'"),
-        ({"scales": ()}, "scales is window sizes"),
-        ({"scales": (0,)}, "scales is window sizes"),
+        ({"scales": ()}, "scales is a list of window sizes"),
+        ({"scales": 3}, "scales is a list of window sizes"),
+        ({"scales": (0,)}, "scales is a list of window sizes"),
         ({"earlier": -1}, "earlier is a whole number of at least 0"),
     ],
 )
