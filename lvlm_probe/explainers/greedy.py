@@ -276,6 +276,7 @@ class _Worth:
     Attributes:
         inside: cells of every region, ``(region, *shape)`` bool.
         images: sent so far.
+        limit: F cannot be above it; none where a score of the user's own is no probability.
     """
 
     def __init__(
@@ -285,6 +286,9 @@ class _Worth:
         self.inside = inside
         self.regions = len(inside)
         self.images = 0
+        own = problem.selection.score
+        self._followed: Followed = "prob" if own is None else own.followed
+        self.limit = l1 + l2 if self._followed == "prob" else math.inf
         self._known: dict[frozenset[int], float] = {}
         cells = inside.flatten(1).sum(dim=1).double()
         self._share = (cells / cells.sum()).tolist()
@@ -307,11 +311,9 @@ class _Worth:
         where there is nothing to normalise by."""
         prefixes = [order[:length] for length in (*lengths, self.regions)]
         fractions = [sum(self._share[region] for region in prefix) for prefix in prefixes]
-        own = self.problem.selection.score
-        kind: Followed = "prob" if own is None else own.followed
         given, lost = self.shown(prefixes), self.shown(self.others(prefixes))
-        by = curve_ends(given[-1], given[0], ordered=own is not None)
-        high, low = (normalise(np.array(values), **by, score=kind) for values in (given, lost))
+        by = curve_ends(given[-1], given[0], ordered=self.problem.selection.score is not None)
+        high, low = (normalise(np.array(values), **by, score=self._followed) for values in (given, lost))
         return area(np.array(fractions), high - low)
 
     def settled(self, done: int) -> None:
@@ -394,7 +396,7 @@ def _searched(worth: _Worth, window: int, enough: float) -> _Found:
         if left and enough <= 1:
             reached, rise = max(track) - nothing, max(*track, everything) - nothing
             little = (1 - enough) * rise
-            if reached >= enough * rise > 0 and min(track[-1] - track[-2], worth.l1 + worth.l2 - track[-1]) <= little:
+            if reached >= enough * rise > 0 and min(track[-1] - track[-2], worth.limit - track[-1]) <= little:
                 stopped = f"{reached / rise:.1%} of what the regions can tell is there"
                 break
             vain = len(taken) - looked >= _PATIENCE and max(track) - max(track[:-_PATIENCE]) < little

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -13,9 +14,10 @@ from toy_replay import ToyReplay, box_weights
 
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.explainers import Problem, explain
-from lvlm_probe.explainers.greedy import regions_of
+from lvlm_probe.explainers.greedy import greedy, regions_of
 from lvlm_probe.explainers.registry import cost_of
 from lvlm_probe.metrics import evaluate
+from lvlm_probe.replaying.own_scores import OwnScore
 from lvlm_probe.selection import select_tokens
 
 
@@ -316,3 +318,18 @@ def test_what_superpixels_need_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
     with pytest.raises(ExplainError, match=r"pip install 'lvlm-probe\[superpixels\]', or segments='grid'"):
         explain(ToyReplay(torch.ones(2, 2) / 4), method="greedy")
+
+
+def test_a_score_that_is_no_probability_has_no_limit_of_one() -> None:
+    """The first region alone is worth more than all together: with P's limit of 1 the search would end behind it."""
+    parts = torch.tensor([10.0, 5.0, 4.0, -6.0, -6.0, -6.0], dtype=torch.float64)
+
+    class Sums(ToyReplay):
+        def log_probs(self, mask=None, **_):  # type: ignore[no-untyped-def]
+            return (mask.double().flatten(1) @ parts[:, None]).expand(-1, 4)
+
+    replay = Sums(torch.full((1, 2, 3), 1 / 6))
+    own = OwnScore("sum", lambda given: given.log_probs.sum(dim=1), (0,))
+    selection = dataclasses.replace(select_tokens(replay, indices=[0]), score=own)
+    found = greedy(Problem(replay, selection), segments="grid", regions=(2, 3), window=2)
+    assert [record["region"] for record in found.history[1:4]] == [0, 1, 2]
