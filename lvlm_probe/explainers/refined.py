@@ -113,9 +113,10 @@ def refined(
     """
     check_rules(
         "refined",
-        of=(of, of != "refined", "the name of another method"),
+        of=(of, isinstance(of, str) and of != "refined", "the name of another method"),
         scales=(scales, _are_sides(scales), "a list of window sizes, whole numbers of at least 1"),
         earlier=whole_rule(earlier, 0),
+        params=(params, params is None or isinstance(params, Mapping), "parameters by name"),
     )
     given = dict(params or {})
     _check(problem, of, given)

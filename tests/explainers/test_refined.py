@@ -108,6 +108,8 @@ def test_any_method_goes_through_it_and_passes_are_counted() -> None:
     ("params", "message"),
     [
         ({"of": "refined"}, "of is the name of another method"),
+        ({"of": 3}, "of is the name of another method"),
+        ({"of": "tmm", "params": 3}, "params is parameters by name"),
         ({"of": "tamm"}, "no explainer 'tamm'"),
         ({"of": "tmm", "params": {"depth": 1}}, "tmm takes no parameter 'depth'"),
         ({"scales": ()}, "scales is a list of window sizes"),
