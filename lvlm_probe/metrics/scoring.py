@@ -445,6 +445,8 @@ def _check_offers(replay: ReplayLike) -> None:
 
 def _check(curve: CurveRule, score: CurveScore, steps: int | None) -> None:
     """Raises ``ExplainError`` where settings do not go together."""
+    if not isinstance(curve, CurveRule):
+        raise ExplainError(f"curve is a probe.metrics.CurveRule(…); got {curve!r}")
     if curve.release and steps is not None:
         raise ExplainError("auc='release' has its own steps (chunks of a fiftieth of the cells): leave steps out")
     if curve.release and curve.sampling != "full":

@@ -457,6 +457,7 @@ def test_refusals() -> None:
         ({"score": "logit"}, "score is"),
         ({"steps": 0}, "steps is at least 1"),
         ({"curve": CurveRule(auc="release"), "steps": 10}, "leave steps out"),
+        ({"curve": "adaptive"}, "curve is a probe.metrics.CurveRule"),
         ({"grid": (4,)}, "grid is"),
     ]:
         with pytest.raises(ExplainError, match=message):
