@@ -422,8 +422,13 @@ def batches(total: int, batch: int) -> tuple[int, ...]:
     return tuple(sorted({min(batch, total), total % batch or batch}))
 
 
+_KINDS = {"bool": "True or False", "float": "a number"}
+"""Annotations of parameters that hold no text: one is true whatever it says, and compares with no number."""
+
+
 def check_parameters(name: str, known: Sequence[str] | Callable[..., Outcome], params: Mapping[str, Any]) -> None:
-    """Raises ``ExplainError`` when a method does not take one of the parameters; names the closest it does take.
+    """Raises ``ExplainError`` when a method does not take one of the parameters, and names the closest it does take; or
+    where one is no number or no bool that has to be.
 
     ``known`` is their names, or the method itself; one that takes any (``**settings``) checks for itself.
     """
@@ -434,7 +439,13 @@ def check_parameters(name: str, known: Sequence[str] | Callable[..., Outcome], p
             return
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature):
             return
-        known = [parameter.name for parameter in signature if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+        named = {one.name: one for one in signature if one.kind is inspect.Parameter.KEYWORD_ONLY}
+        known = list(named)
+        for parameter in sorted(params.keys() & named.keys()):
+            kind, value = named[parameter].annotation, params[parameter]
+            wanted = _KINDS.get(str(getattr(kind, "__name__", kind)))
+            if wanted and (value is None or isinstance(value, str | Mapping | Sequence)):
+                raise ExplainError(f"{name}: {parameter} is {wanted}; got {parameter}={value!r}")
     for parameter in params:
         if parameter not in known:
             raise ExplainError(f"{name} takes no parameter {parameter!r}{_closest(parameter, known)}")

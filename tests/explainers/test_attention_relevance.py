@@ -414,6 +414,8 @@ def test_iia_says_where_points_cannot_be_told_apart():
         ("iia", {"points": 1}, "points is at least 2"),
         ("iia", {"variant": "iia2", "last_factor": "bare"}, "belongs to variant='paper'"),
         ("tmm", {"depth": 3}, "takes no parameter 'depth'"),
+        ("weighted_tmm", {"temperature": "high"}, "weighted_tmm: temperature is a number; got temperature='high'"),
+        ("gradient_attention", {"filtered": "no"}, "gradient_attention: filtered is True or False"),
     ],
 )
 @pytest.mark.quick
