@@ -178,7 +178,7 @@ def _outcome(worth: _Worth, found: _Found, params: Mapping[str, Any]) -> Outcome
     highest = track.cummax(dim=0).values
     rise = max(float(highest[-1]), everything) - track[0]
     if not rise > 0:
-        reason = "no set of regions makes the selected words more likely than none"
+        reason = "no set of regions that was tried makes the selected words more likely than none"
         return Outcome(None, params, history, reason, diagnostics)
     missing = 1 - (highest - track[0]) / rise
     before = torch.cat([missing[:-1], missing[-1:].expand(worth.regions - len(track) + 1)])

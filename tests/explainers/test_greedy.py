@@ -279,7 +279,7 @@ def test_no_rise_is_a_reason() -> None:
         ToyReplay(torch.ones(1, 1), original=[0.4], base=[0.5]), method="greedy", segments="grid", tokens=(0, 1)
     )
     assert flat.values is None
-    assert "no set of regions" in str(flat.reason)
+    assert "no set of regions that was tried" in str(flat.reason)
 
 
 @pytest.mark.parametrize(
