@@ -18,13 +18,13 @@ import numpy as np
 
 from lvlm_probe.errors import ExplainError, ProbeError
 from lvlm_probe.evidence import region
+from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.pages.report_page import report
 from lvlm_probe.pages.samples import answer_of, verdict_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from lvlm_probe.heatmap import Heatmap
     from lvlm_probe.metrics import Score
 
 _COLUMNS = ("word", "P", "P without the image", "LLR (nats)", "explained")
@@ -68,8 +68,12 @@ def log(
         step: of training; by default none, or the logger's own. Of a sample it stands in the names, ``name_3_map``.
 
     Raises:
-        ProbeError: it is no run of a logger that is known.
+        ProbeError: it is no run of a logger that is known, or no heatmap of an image.
     """
+    if not isinstance(heat, Heatmap):
+        raise ProbeError(
+            f"log() takes a heatmap of an image, got a {type(heat).__name__}; of a clip log its frames, heat.frame(k)"
+        )
     send = next((_LOGGERS[package] for package in _packages(run) if package in _LOGGERS), None)
     if send is None:
         raise ProbeError(
