@@ -20,11 +20,10 @@ from torch import Tensor
 
 from lvlm_probe.attention.layers import discover
 from lvlm_probe.boxes.image_tokens import image_tokens
-from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.attention_relevance import query_rows, same_views, whole_sequence
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
-from lvlm_probe.explainers.scores import check_rules, finish, whole_rule
+from lvlm_probe.explainers.scores import check_rules, of_tokens, whole_rule
 from lvlm_probe.extras import require
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
@@ -101,15 +100,13 @@ def attention_flow(
     replay = problem.replay
     tokens = image_tokens(replay, problem.target)
     with replay.capture(attention=["decoder"]) as seen, torch.no_grad():
-        replay.log_probs(problem.even(torch.ones(1, dtype=torch.float32)), image=problem.target)
+        replay.log_probs(problem.whole, image=problem.target)
         maps = [_mean(layer, replay.length, replay.rows) for layer in seen.layers[-layers if layers else 0 :]]
     ((_, queries),) = list(query_rows(problem))[:1]
     values = flows(maps, queries.unique(), torch.from_numpy(tokens.positions))
     problem.advance(1, 1)
-    shape = pitch(tokens.boxes, tokens.size) if size is None else problem.shape(size)
-    grid, met = paint(values, tokens.boxes, tokens.size, shape)
     diagnostics = {"layers": len(maps), "unreadable": dict(seen.unreadable)}
-    return finish(grid, met, {"layers": layers, "size": list(shape)}, diagnostics=diagnostics)
+    return of_tokens(problem, values, tokens.boxes, size, {"layers": layers}, diagnostics=diagnostics)
 
 
 def _mean(layer: AttentionLayer, length: int, views: int) -> Tensor:

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from lvlm_probe.boxes.image_tokens import ImageTokens, image_tokens
-from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError, ReplayError
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
-from lvlm_probe.explainers.scores import finish
+from lvlm_probe.explainers.scores import of_tokens
 from lvlm_probe.replaying import Replay
 from lvlm_probe.trace import Trace
 
@@ -112,7 +111,7 @@ def attention(
     elif sinks != "keep":
         raise ExplainError(f"sinks is 'keep' or 'drop'; got {sinks!r}")
     params = {"layers": layers, "heads": heads, "sinks": sinks, "source": rows.source}
-    return _painted(problem, tokens, values, size, params, {"sinks_dropped": dropped})
+    return of_tokens(problem, values, tokens.boxes, size, params, diagnostics={"sinks_dropped": dropped})
 
 
 @register("relative_attention", needs=["attention"], cost=_relative_cost, takes=("rows",), clips=True)
@@ -182,20 +181,7 @@ def relative_attention(
         )
     # A floor well under any softmax weight that matters, so that a token nobody looks at does not explode.
     floor = float(below.mean()) * 1e-3
-    return _painted(problem, tokens, above / below.clamp(min=floor), size, params, {})
-
-
-def _painted(
-    problem: Problem,
-    tokens: ImageTokens,
-    values: Tensor,
-    size: int | tuple[int, int] | None,
-    params: dict[str, Any],
-    diagnostics: dict[str, Any],
-) -> Outcome:
-    shape = pitch(tokens.boxes, tokens.size) if size is None else problem.shape(size)
-    grid, met = paint(values, tokens.boxes, tokens.size, shape)
-    return finish(grid, met, {**params, "size": list(shape)}, diagnostics=diagnostics)
+    return of_tokens(problem, above / below.clamp(min=floor), tokens.boxes, size, params)
 
 
 # -- where rows come from

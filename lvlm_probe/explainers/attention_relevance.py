@@ -35,9 +35,14 @@ def parts_of(scope: Scope) -> tuple[Literal["decoder", "encoder"], ...]:
     return ("decoder", "encoder") if scope == "both" else (scope,)
 
 
+def relu_products(layer: AttentionLayer, rows: Tensor) -> Tensor:
+    """ReLU(dA ⊙ A) of every head, ``(view, head, row, key)``."""
+    return (layer.weights(rows) * layer.weight_gradient(rows)).clamp_(min=0)
+
+
 def relu_product(layer: AttentionLayer, rows: Tensor) -> Tensor:
     """Ā = mean over heads of ReLU(dA ⊙ A), ``(view, row, key)``, float64 on the CPU. Chefer et al. (2021), Eq. 5."""
-    return (layer.weights(rows) * layer.weight_gradient(rows)).clamp_(min=0).mean(dim=1, dtype=sum_dtype(layer.device))
+    return relu_products(layer, rows).mean(dim=1, dtype=sum_dtype(layer.device))
 
 
 def query_rows(problem: Problem) -> Iterator[tuple[int, Tensor]]:
@@ -68,6 +73,20 @@ def same_views(layer: AttentionLayer, ran: int, known: int) -> None:
             f"{layer.layer.module} ran on {ran} sequences where {known} are known (windows as batch entries): "
             f"relevance cannot be carried through it"
         )
+
+
+def one_sequence(problem: Problem, way_out: str) -> None:
+    """Raises ``ExplainError`` where a score reads several sequences: an encoder is followed through one."""
+    if problem.replay.rows > 1:
+        raise ExplainError(
+            f"{problem.selection.label!r} is scored on {problem.replay.rows} sequences per image, of which the encoder "
+            f"is not followed one by one: {way_out}"
+        )
+
+
+def no_gradient(part: str) -> ExplainError:
+    """What is raised where no relevance has arrived in the attention of a part of the model."""
+    return ExplainError(f"the score has no gradient to the attention of the {part}: nothing can be said about it")
 
 
 @dataclass
@@ -117,12 +136,8 @@ class Walk:
                 start[row].index_add_(0, queries, shares.double())
                 at += len(queries)
             self._vectors["decoder"] = start
-        if self.scope != "decoder" and replay.rows > 1:
-            raise ExplainError(
-                f"{self.problem.selection.label!r} is scored on {replay.rows} sequences per image, of which the "
-                "encoder is not followed one by one: give scope='decoder', or alternatives of a single token"
-            )
         if self.scope != "decoder":
+            one_sequence(self.problem, "give scope='decoder', or alternatives of a single token")
             self.encoder_tokens = tokens_that_read(replay, self.encoder, self.problem.target)
 
     @property
@@ -194,9 +209,7 @@ class Walk:
         size = self.problem.extent
         vector = self._vectors.get(self.lowest_part)
         if vector is None or not self.visited:
-            raise ExplainError(
-                f"the score has no gradient to the attention of the {self.scope}: nothing can be said about it"
-            )
+            raise no_gradient(self.scope)
         if self.encoder_tokens is not None:
             live = self.encoder_tokens.live
             boxes = self.encoder_tokens.boxes[live]

@@ -92,7 +92,7 @@ def gradcam(
         encoders = within
     modules = [module for path in encoders for module in (*candidates[path], *norms[path])]
     with replay.capture(modules=modules) as seen:
-        replay.score_and_grad(problem.even(torch.ones(1, dtype=torch.float32)), problem.score, image=problem.target)
+        replay.score_and_grad(problem.whole, problem.score, image=problem.target)
     problem.advance(1, 1)
     maps: list[tuple[Tensor, np.ndarray]] = []
     used: list[tuple[str, str]] = []

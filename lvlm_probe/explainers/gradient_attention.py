@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 
 from lvlm_probe.boxes.image_tokens import ImageTokens, image_tokens
-from lvlm_probe.boxes.painting import paint, pitch
-from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.attention_relevance import query_rows, same_views, whole_sequence
+from lvlm_probe.explainers.attention_relevance import no_gradient, query_rows, relu_products, same_views, whole_sequence
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
-from lvlm_probe.explainers.scores import finish
+from lvlm_probe.explainers.scores import of_tokens
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 
@@ -69,7 +67,7 @@ class Reading:
         wide, at = sum_dtype(layer.device), 0
         for sequence, queries in self._rows:
             rows = queries.to(layer.device)
-            product = (layer.weights(rows) * layer.weight_gradient(rows)).clamp_(min=0)[sequence].to(wide)
+            product = relu_products(layer, rows)[sequence].to(wide)
             seen, whole = product[..., columns], product.sum(dim=-1)  # (head, position, image_token), (head, position)
             mine = slice(at, at + len(queries))
             share = seen.sum(dim=-1) / whole.clamp(min=torch.finfo(wide).tiny)
@@ -85,10 +83,9 @@ def reading_of(problem: Problem, *, filtered: bool = True) -> Reading:
     """Run one pass forward and backward on the whole image, and return what was read. Raises ``ExplainError``."""
     reading = Reading(problem, image_tokens(problem.replay, problem.target), filtered)
     with problem.replay.capture(attention=["decoder"], visit=reading):
-        whole = problem.even(torch.ones(1, dtype=torch.float32))
-        problem.replay.score_and_grad(whole, problem.score, image=problem.target)
+        problem.replay.score_and_grad(problem.whole, problem.score, image=problem.target)
     if not reading.layers:
-        raise ExplainError("the score has no gradient to the attention of the decoder: nothing can be said about it")
+        raise no_gradient("decoder")
     return reading
 
 
@@ -113,9 +110,6 @@ def gradient_attention(
     reading = reading_of(problem, filtered=filtered)
     problem.advance(1, 1)
     shares = reading.shares if filtered else torch.ones_like(reading.shares)
-    boxes, extent = reading.tokens.boxes, problem.extent
-    shape = pitch(boxes, extent) if size is None else problem.shape(size)
-    grid, met = paint(shares @ reading.maps, boxes, extent, shape)
-    params = {"filtered": filtered, "size": list(shape)}
+    values, boxes = shares @ reading.maps, reading.tokens.boxes
     diagnostics = {"layers": reading.layers, "share_on_image": reading.shares.tolist()}
-    return finish(grid, met, params, diagnostics=diagnostics)
+    return of_tokens(problem, values, boxes, size, {"filtered": filtered}, diagnostics=diagnostics)

@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lvlm_probe.boxes.encoder_tokens import EncoderTokens, tokens_that_read
-from lvlm_probe.boxes.painting import paint, pitch
+from lvlm_probe.boxes.encoder_tokens import tokens_that_read
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.attention_relevance import same_views, whole_sequence
+from lvlm_probe.explainers.attention_relevance import one_sequence, same_views, whole_sequence
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
-from lvlm_probe.explainers.scores import Sign, check_rules, finish, sign_rule
+from lvlm_probe.explainers.scores import Sign, check_rules, of_tokens, sign_rule
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 
@@ -95,11 +94,7 @@ def gradient_value(
         sign=sign_rule(sign),
     )
     replay = problem.replay
-    if replay.rows > 1:
-        raise ExplainError(
-            f"{problem.selection.label!r} is scored on {replay.rows} sequences per image, of which the encoder is not "
-            "followed one by one: give alternatives of a single token"
-        )
+    one_sequence(problem, "give alternatives of a single token")
     tokens = tokens_that_read(replay, encoder, problem.target)
     shape = tokens.shape if len(tokens.shape) == 2 else (1, *tokens.shape)
     live = torch.from_numpy(tokens.live).reshape(shape)
@@ -117,25 +112,10 @@ def gradient_value(
         total[:, mine] += columns_of(layer, live[:, mine], weights).cpu().double()
 
     with replay.capture(attention=["encoder"], visit=visit):
-        replay.score_and_grad(problem.even(torch.ones(1, dtype=torch.float32)), problem.score, image=problem.target)
+        replay.score_and_grad(problem.whole, problem.score, image=problem.target)
     problem.advance(1, 1)
     if not read:
         raise ExplainError(f"no gradient of the score reaches the attention of {tokens.encoder}")
     values = total.abs() if sign == "absolute" else total.clamp(min=0)
-    return _painted(
-        problem, tokens, values[live], size, {"weights": weights, "sign": sign, "encoder": encoder}, read[0]
-    )
-
-
-def _painted(
-    problem: Problem,
-    tokens: EncoderTokens,
-    values: Tensor,
-    size: int | tuple[int, int] | None,
-    params: Mapping[str, Any],
-    module: str,
-) -> Outcome:
-    boxes = tokens.boxes[tokens.live]
-    shape = pitch(boxes, problem.extent) if size is None else problem.shape(size)
-    grid, met = paint(values, boxes, problem.extent, shape)
-    return finish(grid, met, {**params, "size": list(shape)}, diagnostics={"layer": module})
+    params = {"weights": weights, "sign": sign, "encoder": encoder}
+    return of_tokens(problem, values[live], tokens.boxes[tokens.live], size, params, diagnostics={"layer": read[0]})

@@ -146,6 +146,5 @@ def _last_read(problem: Problem, encoder: str) -> list[str]:
             arrived.append(layer.layer.module)
 
     with problem.replay.capture(attention=["encoder"], visit=arrive):
-        whole = problem.even(torch.ones(1, dtype=torch.float32))
-        problem.replay.score_and_grad(whole, problem.score, image=problem.target)
+        problem.replay.score_and_grad(problem.whole, problem.score, image=problem.target)
     return arrived[:1]

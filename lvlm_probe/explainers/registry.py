@@ -130,6 +130,11 @@ class Problem:
         """Masks of one cell, ``(batch,)`` → ``(batch, 1, 1)``, of a clip ``(batch, 1, 1, 1)``."""
         return values.reshape(-1, *[1] * len(self.extent))
 
+    @property
+    def whole(self) -> torch.Tensor:
+        """The mask that shows all of it: one cell, ``(1, 1, 1)``, of a clip ``(1, 1, 1, 1)``."""
+        return self.even(torch.ones(1, dtype=torch.float32))
+
     def shape(self, size: int | Sequence[int] | None, *, cells: int = 256) -> Shape:
         """Mask size: ``grid``'s, and of a clip ``(t, row, col)``: a step in time for each frame, at most
         ``MOST_STEPS``, unless ``size`` is three numbers.

@@ -46,12 +46,12 @@ def rollout(
     if scope == "decoder":
         with replay.capture(attention=walk.parts) as seen:
             with torch.no_grad():
-                replay.log_probs(problem.even(torch.ones(1, dtype=torch.float32)), image=problem.target)
+                replay.log_probs(problem.whole, image=problem.target)
             for layer in reversed(seen.layers):
                 walk(layer)
     else:
         with replay.capture(attention=walk.parts, visit=walk) as seen:
-            replay.score_and_grad(problem.even(torch.ones(1, dtype=torch.float32)), problem.score, image=problem.target)
+            replay.score_and_grad(problem.whole, problem.score, image=problem.target)
     problem.advance(1, 1)
     grid, met = walk.painted(size)
     params = {"scope": scope, "encoder": encoder, "size": list(grid.shape)}

@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProcessorRefused
 from lvlm_probe.explainers.registry import Outcome, Problem, Shape
 from lvlm_probe.replaying.own_scores import OwnScore
@@ -210,6 +211,29 @@ def finish(
         return Outcome(None, params, reason="the method gives every region of the image the same value")
     scaled = torch.where(met, (grid - low) / (high - low), 0.0)
     return Outcome(scaled.clamp(0, 1), params, diagnostics=diagnostics or {})
+
+
+def of_tokens(
+    problem: Problem,
+    values: torch.Tensor,
+    boxes: np.ndarray,
+    size: int | tuple[int, int] | None,
+    params: Mapping[str, object],
+    *,
+    diagnostics: Mapping[str, object] | None = None,
+) -> Outcome:
+    """An outcome from one value per token (``paint``, ``finish``).
+
+    Args:
+        values, boxes: ``(token,)``, and ``(token, 4)`` or of a clip ``(token, 6)``.
+        size: Grid of the heatmap; ``None`` is the tokens' own. It is added to ``params``.
+
+    Raises:
+        ExplainError: Values are not finite, or no token has a place.
+    """
+    shape = pitch(boxes, problem.extent) if size is None else problem.shape(size)
+    grid, met = paint(values, boxes, problem.extent, shape)
+    return finish(grid, met, {**params, "size": list(shape)}, diagnostics=diagnostics)
 
 
 def too_narrow(

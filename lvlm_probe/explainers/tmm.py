@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
-
 from lvlm_probe.explainers.attention_relevance import Scope, Walk, parts_of, relu_product
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import finish
@@ -46,7 +44,7 @@ def tmm(
     replay = problem.replay
     with replay.capture(attention=walk.parts, visit=walk) as seen:
         walk.starts_at(next(iter(seen.tapped.get(walk.lowest_part, [])), ""))
-        replay.score_and_grad(problem.even(torch.ones(1, dtype=torch.float32)), problem.score, image=problem.target)
+        replay.score_and_grad(problem.whole, problem.score, image=problem.target)
     problem.advance(1, 1)
     grid, met = walk.painted(size)
     params = {"scope": scope, "last_factor": last_factor, "encoder": encoder, "size": list(grid.shape)}

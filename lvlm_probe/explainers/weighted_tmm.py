@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from lvlm_probe.boxes.image_tokens import image_tokens
-from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.attention_relevance import Walk
+from lvlm_probe.explainers.attention_relevance import Walk, no_gradient, relu_products
 from lvlm_probe.explainers.gradient_attention import Reading
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import check_rules, finish
@@ -57,7 +56,7 @@ def weighted_tmm(problem: Problem, *, temperature: float = 1.0, size: int | tupl
         ExplainError: The model's attention cannot be read, or the places of its tokens are not known.
     """
     check_rules("weighted_tmm", temperature=(temperature, 0 < temperature < float("inf"), "a number above 0"))
-    replay, whole = problem.replay, problem.even(torch.ones(1, dtype=torch.float32))
+    replay = problem.replay
     reading = Reading(problem, image_tokens(replay, problem.target))
     heads: dict[str, Tensor] = {}
     totals: dict[str, float] = {}
@@ -67,15 +66,15 @@ def weighted_tmm(problem: Problem, *, temperature: float = 1.0, size: int | tupl
         heads[layer.layer.module], totals[layer.layer.module] = head_weights(layer, temperature)
 
     with replay.capture(attention=["decoder"], visit=weigh):
-        replay.score_and_grad(whole, problem.score, image=problem.target)
+        replay.score_and_grad(problem.whole, problem.score, image=problem.target)
     problem.advance(1, 2)
     total = sum(totals.values())
     if not total > 0:
-        raise ExplainError("the score has no gradient to the attention of the decoder: nothing can be said about it")
+        raise no_gradient("decoder")
 
     def bar(layer: AttentionLayer, rows: Tensor) -> Tensor:
         wide = sum_dtype(layer.device)
-        product = (layer.weights(rows) * layer.weight_gradient(rows)).clamp_(min=0).to(wide)
+        product = relu_products(layer, rows).to(wide)
         fused = torch.einsum("vh,vhrk->vrk", heads[layer.layer.module].to(wide), product)
         return (
             totals[layer.layer.module] / total * fused / fused.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
@@ -83,7 +82,7 @@ def weighted_tmm(problem: Problem, *, temperature: float = 1.0, size: int | tupl
 
     walk = Walk(problem, "decoder", bar, shares=reading.shares)
     with replay.capture(attention=["decoder"], visit=walk) as seen:
-        replay.score_and_grad(whole, problem.score, image=problem.target)
+        replay.score_and_grad(problem.whole, problem.score, image=problem.target)
     problem.advance(2, 2)
     grid, met = walk.painted(size)
     diagnostics = {
