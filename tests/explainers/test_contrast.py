@@ -331,8 +331,9 @@ def test_a_long_alternative_has_maps_of_every_kind() -> None:
         heat = probe.explain(replay, tokens=selection, method=method, strengthen=False)
         assert heat.values is not None
     assert heat.provenance["passes"] == {"forward": 2, "backward": 2}
-    with pytest.raises(ExplainError, match="alternatives of a single token"):
-        probe.explain(replay, tokens=selection, method="tmm", scope="encoder", strengthen=False)
+    for method, params in (("tmm", {"scope": "encoder"}), ("gradient_value", {})):
+        with pytest.raises(ExplainError, match=r"scored on 2 sequences .* alternatives of a single token"):
+            probe.explain(replay, tokens=selection, method=method, strengthen=False, **params)
 
 
 def test_grad_cam_adds_up_the_gradients_of_all_sequences() -> None:
