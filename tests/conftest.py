@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, DRIVER, driver, show  # noqa: F401  (two of them fixtures)
+from draws import pytest_runtest_call, pytest_runtest_setup  # noqa: F401  (hooks)
 from PIL import Image
 from plugin_site import install  # noqa: F401  (a fixture)
 

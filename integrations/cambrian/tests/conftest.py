@@ -7,7 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[3] / "tests"))
 
 import lvlm_probe_cambrian
+from draws import pytest_runtest_call, pytest_runtest_setup  # noqa: F401  (hooks)
 
 lvlm_probe_cambrian.register()

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lvlm_probe_captum
 import pytest
+from draws import pytest_runtest_call, pytest_runtest_setup  # noqa: F401  (hooks)
 
 import lvlm_probe as probe
 

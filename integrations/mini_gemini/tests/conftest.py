@@ -11,5 +11,6 @@ sys.path.append(str(Path(__file__).parents[3] / "tests"))
 
 import lvlm_probe_mini_gemini
 import torchvision_shim  # noqa: F401  (before anything imports torchvision, where it is installed)
+from draws import pytest_runtest_call, pytest_runtest_setup  # noqa: F401  (hooks)
 
 lvlm_probe_mini_gemini.register()
