@@ -165,8 +165,7 @@ def _embedding(module: torch.nn.Conv2d | torch.nn.Conv3d) -> Callable[..., torch
 
     def forward(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         pixels = args[0] if len(args) == 1 and not kwargs else kwargs.get("input")
-        plain = pixels is None or pixels.ndim != axes + 2 or not pixels.requires_grad
-        if plain or torch.is_autocast_enabled("cpu"):
+        if pixels is None or pixels.ndim != axes + 2 or not pixels.requires_grad:
             return original(*args, **kwargs)
         return _Patches.apply(pixels, original, module.weight)
 
@@ -178,7 +177,7 @@ class _Patches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, pixels: torch.Tensor, original: Any, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        ctx.weight, ctx.edges = weight.detach(), pixels.shape[2:]
+        ctx.weight, ctx.edges, ctx.dtype = weight.detach(), pixels.shape[2:], pixels.dtype
         return original(pixels)
 
     @staticmethod
@@ -187,7 +186,8 @@ class _Patches(torch.autograd.Function):
         out, _, *kernel = weight_shape = ctx.weight.shape
         batch, grid, axes = len(gradient), gradient.shape[2:], len(kernel)
         columns = gradient.reshape(batch, out, -1).transpose(1, 2).reshape(-1, out)
-        pixels = (columns @ ctx.weight.reshape(out, -1)).reshape(batch, *grid, *weight_shape[1:])
+        weight = ctx.weight.reshape(out, -1).to(gradient.dtype)  # under autocast the gradient is in half precision
+        pixels = (columns @ weight).to(ctx.dtype).reshape(batch, *grid, *weight_shape[1:])
         # (batch, patches…, channel, kernel…) to (batch, channel, patch, kernel, patch, kernel, …)
         order = [0, axes + 1, *(place for axis in range(axes) for place in (1 + axis, axes + 2 + axis))]
         covered = [patches * edge for patches, edge in zip(grid, kernel, strict=True)]

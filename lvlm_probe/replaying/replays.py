@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import math
@@ -41,6 +42,7 @@ from lvlm_probe.replaying.micro_batches import (
 )
 from lvlm_probe.replaying.own_scores import OwnScore
 from lvlm_probe.replaying.protocol import MaskJournal, Mode, Need, Score, Stand
+from lvlm_probe.replaying.reduced_precision import ReducedPrecision, check_reducible
 from lvlm_probe.replaying.rewording import positions_of, reword
 from lvlm_probe.replaying.shortcuts import Shortcuts
 from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, rounding_of
@@ -61,8 +63,8 @@ _SCORES = 32
 class Replay(Views):
     """One recorded answer on one live model. Made by ``lvlm_probe.replay``.
 
-    No call changes it. ``over``, ``strengthened``, ``with_settings``, ``counted``, ``reworded``, ``scored`` and
-    ``without`` give views: other objects on the same model that share what has been computed.
+    No call changes it. ``over``, ``strengthened``, ``with_settings``, ``counted``, ``reworded``, ``scored``,
+    ``without`` and ``computed_in`` give views: other objects on the same model that share what has been computed.
 
     Attributes:
         trace, trace_id: what is replayed.
@@ -77,6 +79,7 @@ class Replay(Views):
         inside: whether somebody looks inside the passes (``capture``).
         own: the score of the user's own that is one more column of log-probabilities (``scored``); by default none.
         unread: positions that no other one reads (``without``), ascending; by default none.
+        reduced: the number format that passes compute in (``computed_in``); by default the model's own.
         kept: what all views share.
         shortcuts: what passes leave out when only some ``steps`` are asked for; ``str()`` of it says so.
     """
@@ -104,6 +107,7 @@ class Replay(Views):
         self.inside: tuple[Captured, ...] = ()
         self.journal: MaskJournal | None = None
         self.unread: tuple[int, ...] = ()
+        self.reduced: ReducedPrecision | None = None
         self._cut: Layers = []
 
         self.anatomy = examine(model, processor)
@@ -157,8 +161,11 @@ class Replay(Views):
             image_positions=torch.isin(prompt, torch.tensor(self.anatomy.placeholders)).nonzero()[:, 0],
             **self._settings,
         )
-        self.shortcuts = Shortcuts(
-            self._forcing, model=self.model, anatomy=self.anatomy, prompt=prompt, trace_id=self.trace_id
+        self.shortcuts = self._own_shortcuts()
+
+    def _own_shortcuts(self) -> Shortcuts:
+        return Shortcuts(
+            self._forcing, model=self.model, anatomy=self.anatomy, prompt=self._prompt, trace_id=self.trace_id
         )
 
     # ------------------------------------------------------------------ what is replayed
@@ -166,7 +173,9 @@ class Replay(Views):
     @property
     def origin(self) -> dict[str, Any]:
         """Where its passes are run, for the provenance of what is made of them."""
-        return {"device": str(self.device), **({"unread": list(self.unread)} if self.unread else {})}
+        made: dict[str, Any] = {"device": str(self.device)}
+        made |= {"unread": list(self.unread)} if self.unread else {}
+        return made | ({"computed_in": self.reduced.dtype} if self.reduced is not None else {})
 
     def announce(self, what: str, images: Callable[[], int | None], steps: Sequence[int] | None) -> None:
         """Be told, before ``what`` runs, how many images it will send through the model: here they cost nothing."""
@@ -249,6 +258,7 @@ class Replay(Views):
         }
         other._ask(torch.cat([self._prompt[:start], ids, self._prompt[stop:]]), sequence)
         other.kept = Kept(paths=self.kept.paths)
+        other._plain = None if self._plain is None else self._plain.reworded(text, question=question)
         return other
 
     @outside_inference_mode
@@ -277,9 +287,31 @@ class Replay(Views):
             known.pop(oldest, None)  # another thread may have done so
         return other
 
+    @outside_inference_mode
+    @taking_turns
+    def computed_in(self, dtype: str = "bfloat16") -> Self:
+        """A view whose passes compute in a smaller number format, with a counter of its own: to search by, where
+        ``explain(search_dtype=…)`` makes it by itself. log P on the whole image and on the baseline stay the model's.
+
+        Args:
+            dtype: ``"bfloat16"``. Processors without instructions for it may take longer than in float32.
+
+        Raises:
+            ExplainError: another format, or the model is not in float32.
+        """
+        check_reducible(self.model, dtype)
+        _ = self.original_log_probs, self.baseline_log_probs
+        other: Self = self.counted()
+        other._plain = self.plain
+        other.shortcuts = shortcuts = self._own_shortcuts()
+        other.reduced = ReducedPrecision(dtype, self.device, lambda: shortcuts.held)
+        known = dict(self.kept.baseline_log_probs)
+        other.kept = dataclasses.replace(self.kept, baseline_log_probs=known, scored={}, facts={})
+        return other
+
     @property
     def plain(self) -> Replay:
-        """This replay without a score of the user's own."""
+        """This replay without a score of the user's own, computed as the model does."""
         return self if self._plain is None else self._plain
 
     @property
@@ -325,6 +357,15 @@ class Replay(Views):
         other._plain = None if self._plain is None else self._plain.without(found.tolist())
         other.kept = Kept(paths=self.kept.paths, gradients=self.kept.gradients, masks_at_once=self.kept.masks_at_once)
         return other
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """In the block passes compute in the number format of this view."""
+        if self.reduced is None:
+            yield
+            return
+        with self.replica.use() as model, self.reduced.passes(model):
+            yield
 
     def _reading(self) -> AbstractContextManager[None]:
         """In the block passes do not read what is ``unread``.
@@ -465,6 +506,7 @@ class Replay(Views):
         place = image if image is None or isinstance(image, int) else image.to_dict()
         decisive = [self.trace_id, sorted(map(str, self.baseline.items())), place, mode, steps and list(steps)]
         decisive += [list(self.unread)] if self.unread else []
+        decisive += [self.reduced.dtype] if self.reduced is not None else []
         decisive += [str(self.model.dtype), self.device.type, list(masks.shape[1:]), self.input_ids.tolist()]
         decisive += [] if self.own is None else [self.own.to_dict()]
         start = hashlib.sha256(json.dumps(decisive).encode())
@@ -554,7 +596,7 @@ class Replay(Views):
             ExplainError: it does not; the message says why, or names the layer where it stops, and the methods that
                 need none.
         """
-        if self.own is not None:
+        if self.plain is not self:
             self.plain.require_gradients()
             return
         if reason := self.anatomy.no_gradient:
@@ -701,7 +743,10 @@ class Replay(Views):
         if self.own is not None:
             wanted = tuple(sorted({*self.own.read(len(self.token_ids)), *wanted} - {len(self.token_ids)}))
         looked_into = self.inside or bool(self.unread) or (self.own is not None and self.own.states)
-        return None if looked_into else self.shortcuts.take(self, wanted)
+        if looked_into:
+            return None
+        with self._computing():
+            return self.shortcuts.take(self, wanted)
 
     def _in_micro_batches(self, masks: torch.Tensor, size: int, run: Run) -> list[Any]:
         return in_micro_batches(
@@ -735,7 +780,7 @@ class Replay(Views):
         fed = {name: self._placed(name, value, batch * rows) for name, value in joined.items()}
         checkpoint = self.recomputes and torch.is_grad_enabled()
         self.passes.add(forward=batch * rows)
-        with self._reading():
+        with self._reading(), self._computing():
             log_probs = self._forcing.log_probs(fed, batch=batch, checkpoint=checkpoint, shortcut=shortcut)
         if shortcut is None:
             return log_probs

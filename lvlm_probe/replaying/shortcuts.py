@@ -104,6 +104,7 @@ class Shortcuts:
     Attributes:
         start: positions before the first image token; 0 where a cache of them would not pay.
         asked: how many calls have asked for some tokens only.
+        held: what is kept while the model does not change, by keys of whose it is; ``None`` unless ``caching``.
         way: what is left out; ``None`` before the first use, and where the plain pass is all that works.
         log_probs, gradient: how far that is from the plain pass, as measured on this model: largest difference, nats;
             length of the gradients' difference as a share of the gradient's.
@@ -122,7 +123,7 @@ class Shortcuts:
         self.log_probs = self.gradient = 0.0
         self._circumstances: Any = None
         self._position_ids: torch.Tensor | None = None
-        self._pasts: dict[bool, Any] | None = None
+        self.held: dict[Any, Any] | None = None
 
     def __str__(self) -> str:
         return str(self.way) if self.way is not None else "plain passes"
@@ -130,14 +131,14 @@ class Shortcuts:
     @contextmanager
     def caching(self) -> Iterator[None]:
         """In the block the model does not change, and what is before the image is computed once."""
-        outermost = self._pasts is None
+        outermost = self.held is None
         if outermost:
-            self._pasts = {}
+            self.held = {}
         try:
             yield
         finally:
             if outermost:
-                self._pasts = None
+                self.held = None
 
     def take(self, view: View, steps: tuple[int, ...]) -> Shortcut | None:
         """The parts that passes of ``view`` for the tokens ``steps`` leave out; ``None``: nothing.
@@ -163,16 +164,16 @@ class Shortcuts:
         if not way.prefix:
             return Shortcut(steps, narrow=way.narrow)
         places = self._position_ids if way.numbered else None
-        past = None if self._pasts is None else self._pasts.get(way.numbered)
+        past = None if self.held is None else self.held.get(way.numbered)
         if past is None:
             past = self._forcing.past(self.start, position_ids=places)
-            if self._pasts is not None:
-                self._pasts[way.numbered] = past
+            if self.held is not None:
+                self.held[way.numbered] = past
         return Shortcut(steps, start=self.start, past=past, position_ids=places, narrow=way.narrow)
 
     def _find(self, view: View, circumstances: Any) -> None:
-        if self._pasts:
-            self._pasts.clear()
+        if self.held:
+            self.held.clear()
         known = _KNOWN.setdefault(self._model, {})
         answer = self._forcing.steps
         steps = tuple(range(0, max(1, answer // 2), 2))
@@ -241,7 +242,14 @@ class Shortcuts:
 
     @property
     def _tolerance(self) -> tuple[float, float]:
-        return _TOLERANCE.get(getattr(self._model, "dtype", torch.float32), _TOLERANCE[torch.float32])
+        kind: Any = self._autocast or getattr(self._model, "dtype", torch.float32)
+        return _TOLERANCE.get(kind, _TOLERANCE[torch.float32])
+
+    @property
+    def _autocast(self) -> torch.dtype | None:
+        """What passes of this thread are cast to."""
+        kind = self._forcing.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def _present(self, view: View) -> tuple[Any, ...]:
         """What a way that was found may depend on besides the weights, which it does not."""
@@ -253,7 +261,7 @@ class Shortcuts:
             getattr(self._model, "dtype", None),
             view.n_images,
             tuple(sorted(self._forcing.names)),
-            torch.is_autocast_enabled(view.device.type),
+            self._autocast,
             hung,
         )
 

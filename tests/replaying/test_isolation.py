@@ -45,6 +45,27 @@ def test_it_is_the_convolutions_own(name):
     assert "forward" not in vars(module)
 
 
+@pytest.mark.parametrize("name", ["square", "frames"])
+def test_under_autocast_it_is_the_convolutions_own(name):
+    """Both round their products to bfloat16, in another order."""
+    module, shape = SHAPES[name]
+    module = module.float().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(shape, generator=generator)
+    weights = torch.randn(module(pixels).shape, generator=generator)
+
+    def cast(given):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(given)
+
+    output, expected = slope(cast, pixels, weights)
+    with patch_gradients(torch.nn.Sequential(module)):
+        mine_output, mine = slope(cast, pixels, weights)
+    assert torch.equal(mine_output, output) and output.dtype == torch.bfloat16
+    assert mine.dtype == expected.dtype == torch.float32
+    assert torch.allclose(mine, expected, atol=0.02, rtol=0.02)
+
+
 @pytest.mark.parametrize(
     "module",
     [
