@@ -108,6 +108,23 @@ class HeatGrid:
             said += f"; tokens that the server does not list may shift it by at most {shares['bound_max']}"
         return said
 
+    @property
+    def search_dtype(self) -> str | None:
+        """The number format that its method searched in; ``None`` is the model's own."""
+        found = self.provenance.get("search")
+        return str(found["dtype"]) if isinstance(found, Mapping) and "dtype" in found else None
+
+    @property
+    def cost(self) -> str:
+        """The passes that it took, as a phrase; empty where they are not known."""
+        passes, search = self.provenance.get("passes"), self.provenance.get("search")
+        if not isinstance(passes, Mapping):
+            return ""
+        said = f"{passes.get('forward', 0)} forward and {passes.get('backward', 0)} backward passes"
+        if self.search_dtype is None or not isinstance(search, Mapping):
+            return said
+        return f"{said}, {search.get('forward', 0)} and {search.get('backward', 0)} of them in {self.search_dtype}"
+
     def __bool__(self) -> bool:
         return self.values is not None
 
@@ -475,11 +492,10 @@ class Heatmap(HeatGrid):
         png = self._repr_png_()
         if png is None:
             return self._card(None, self.reason or "")
-        passes = self.provenance.get("passes")
         detail = "not checked: evaluate(heat, replay) says whether to believe it · "
         detail += f"trace {str(self.provenance.get('trace_id', ''))[:128]} · grid {self.shape[0]} × {self.shape[1]}"
-        if isinstance(passes, Mapping):
-            detail += f" · {passes.get('forward', 0)} forward, {passes.get('backward', 0)} backward passes"
+        if self.cost:
+            detail += f" · {self.cost}"
         return self._card(png, detail)
 
 

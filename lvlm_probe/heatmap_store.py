@@ -109,7 +109,8 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 class MapSettings:
     """Settings of stored maps: what ``explain`` and ``evaluate`` are given besides the tokens.
 
-    An ``image`` that is a frame of a video stands for the whole video.
+    An ``image`` that is a frame of a video stands for the whole video. ``search_dtype`` is the format that the method
+    searches in, ``None`` the model's own.
     """
 
     method: str
@@ -118,6 +119,7 @@ class MapSettings:
     seed: int = 0
     scored: bool = True
     mode: str = "fast"
+    search_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,7 @@ def explain_one(
                 tokens=selection,
                 seed=settings.seed,
                 progress=progress,
+                search_dtype=settings.search_dtype,
                 **settings.params,
             ).write(found.path)
     if settings.scored and (not finished or _lacks_score(found)):
@@ -418,6 +421,7 @@ def map_name(replay: Replay, selection: TokenSelection, label: str, settings: Ma
         json.dumps([facts, [pixels] if pixels else []], sort_keys=True),
     ]
     decisive += [] if selection.score is None else [selection.score.to_dict()]
+    decisive += [] if settings.search_dtype is None else [settings.search_dtype]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True, default=str).encode()).hexdigest()[:8]
     kind, number = ("image", settings.image) if clip is None else ("video", list(replay.trace.clips).index(clip))
     shown = [settings.method, label or "nothing"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvlm_probe.cli.shared.answers import ask, ask_server, nothing_before
-from lvlm_probe.cli.shared.completion import complete_method
+from lvlm_probe.cli.shared.completion import choices, complete_method
 from lvlm_probe.cli.shared.inputs import (
     ReplayModels,
     alternatives,
@@ -103,6 +103,16 @@ def explain(
             help="Passes forward at most for a map. Default: as many as igos++ finds it needs, 32 to 188.",
         ),
     ] = None,
+    search_dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--search-dtype",
+            metavar="NAME",
+            autocompletion=choices("bfloat16"),
+            help="bfloat16: search the map in it, and measure it as ever. Of a float32 model; slower on processors "
+            "without bfloat16 instructions.",
+        ),
+    ] = None,
     image_number: Annotated[
         int | None,
         typer.Option(
@@ -171,7 +181,8 @@ def explain(
     recorded = replay.trace
     if image_number is None:
         image_number = recorded.clips[0].first if recorded.clips else 0
-    settings = MapSettings(chosen, params, image_number, seed, scores, "exact" if exact or behind else "fast")
+    mode = "exact" if exact or behind else "fast"
+    settings = MapSettings(chosen, params, image_number, seed, scores, mode, search_dtype)
     selection = selecting.of(replay)
     folder = directory / FOLDER
     explained = Explained(recorded, [])

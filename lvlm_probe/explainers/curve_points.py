@@ -153,7 +153,7 @@ def quick_areas(problem: Problem, values: torch.Tensor, seen: torch.Tensor) -> t
         values: the map, ``(row, col)``, or ``(t, row, col)`` of a clip, on the CPU.
         seen: its cells that the model sees, bool.
     """
-    replay, indices, own = problem.replay, list(problem.columns), problem.selection.score
+    replay, indices, own = problem.measuring, list(problem.columns), problem.selection.score
     kind: Followed = "prob" if own is None else own.followed
     cells = int(seen.sum())
     even = sample_counts(cells, STEPS)

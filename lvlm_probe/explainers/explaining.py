@@ -32,6 +32,7 @@ from lvlm_probe.replaying import Replay, ReplayLike
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import out_of_memory, ran_out
 from lvlm_probe.replaying.own_scores import OwnScore
+from lvlm_probe.replaying.reduced_precision import check_reducible
 from lvlm_probe.selection import Against, TokenSelection, scored_selection, select_tokens
 from lvlm_probe.trace import Trace
 
@@ -80,6 +81,7 @@ def explain(
     strengthen: bool = True,
     progress: ProgressChoice = None,
     plan: RunPlan | None = None,
+    search_dtype: str | None = None,
     **params: Any,
 ) -> Heatmap:
     """Explain why a recorded answer says what it says: which regions of the image made the selected tokens likely.
@@ -104,17 +106,22 @@ def explain(
         progress: called with (done, total); by default a bar where a person waits, ``False`` for none.
         plan: how to run it, from ``lvlm_probe.plan``: masks at once, and whether layers are run again in backward. By
             default the replay's ``micro_batch``, or a rule; when memory runs out, half as many at once.
+        search_dtype: ``"bfloat16"`` lets the method's own passes compute in it on a model in float32: faster where the
+            processor has instructions for it, by a map that is not quite the same. What selects tokens and baseline,
+            and what maps are compared and scored by, is computed as ever. ``None`` computes everything as the model
+            does.
         params: parameters of the method.
 
     Returns:
         The heatmap; without values, but with a reason, when nothing is selected or the image plays no part: the
         selected tokens' log-probabilities move by no more than rounding when it alone is replaced by its baseline.
         ``provenance["passes"]`` counts every image that went through the model for it: selecting tokens,
-        strengthening the baseline and measuring included, as far as nothing before has found the same out.
+        strengthening the baseline and measuring included, as far as nothing before has found the same out;
+        ``provenance["search"]`` says how many of them were computed in ``search_dtype``, where one is given.
 
     Raises:
-        ExplainError: unknown method or parameter, the method cannot run here, or it needs gradients and the model's
-            are not whole.
+        ExplainError: unknown method or parameter, the method cannot run here, it needs gradients and the model's are
+            not whole, or the model cannot be computed in ``search_dtype``.
         OutOfMemory: not even one mask fits; the message says what it would take.
         SelectionError: the answer does not contain the words or span.
     """
@@ -126,7 +133,7 @@ def explain(
     return Heatmap(
         **run(
             replay, image, method=method, tokens=tokens, against=against, seed=seed, strengthen=strengthen,
-            progress=progress, plan=plan, params=params,
+            progress=progress, plan=plan, search_dtype=search_dtype, params=params,
         ),
         image_index=image,
     )  # fmt: skip
@@ -157,6 +164,7 @@ def run(
     plan: RunPlan | None,
     params: Mapping[str, Any],
     against: Against | None = None,
+    search_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Run a method as ``explain`` says, by an image or by a clip; what its heatmap is made of, by name.
 
@@ -166,6 +174,8 @@ def run(
     function = resolve(method)
     check_parameters(method, function, params)
     live = not isinstance(replay, Trace)
+    if search_dtype is not None:
+        _check_search(replay, search_dtype)
     if isinstance(replay, Trace):
         _refuse_model_work(method)
         replay = cast(Replay, RecordedAnswer(replay))
@@ -198,12 +208,14 @@ def run(
             replay = replay.strengthened(selection.decided)
         with show_progress(progress, f"explaining by {method}") as advance:
             problem = dataclasses.replace(problem, replay=replay, progress=advance)
+            if search_dtype is not None:
+                problem = dataclasses.replace(problem, replay=replay.computed_in(search_dtype), exact=replay)
             outcome = _run(function, problem, method, params)
     values = outcome.values
     _check_values(values, method, 2 if clip is None else 3)
     provenance = _provenance(replay, seed, time.perf_counter() - started)
     if before is not None:
-        provenance |= before.since(replay, plan)
+        provenance |= before.since(problem, plan)
     if outcome.diagnostics:
         provenance["diagnostics"] = json_ready(outcome.diagnostics, nonfinite=float)
     return {
@@ -323,6 +335,15 @@ def _counted(replay: Replay, plan: RunPlan | None) -> Replay:
     return counted.with_settings(micro_batch=plan.micro_batch, gradient_checkpointing=plan.gradient_checkpointing)
 
 
+def _check_search(replay: ReplayLike | Trace, dtype: str) -> None:
+    if not isinstance(replay, Replay):
+        raise ExplainError(
+            f"search_dtype={dtype!r} is for passes of a model in this process, and this is explained without: leave "
+            "search_dtype out, or load the model here, probe.replay(trace, model, processor)"
+        )
+    check_reducible(replay.model, dtype)
+
+
 def _run(function: Callable[..., Outcome], problem: Problem, method: str, params: Mapping[str, Any]) -> Outcome:
     """The method's outcome, or the reason why the image plays no part."""
     reason = no_effect(problem)
@@ -331,12 +352,17 @@ def _run(function: Callable[..., Outcome], problem: Problem, method: str, params
     if not problem.live:
         return function(problem, **params)
     replay = problem.replay
-    with replay.shortcuts.caching():
+    with problem.measuring.shortcuts.caching(), replay.shortcuts.caching():
         if "gradients" in needs_of(method):
             replay.require_gradients()
         try:
             return function(problem, **params)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, NotImplementedError, MemoryError) as error:
+            if problem.exact is not None and not ran_out(error):
+                raise ExplainError(
+                    f"{type(replay.model).__name__} has kernels that do not go along with a search in another number "
+                    f"format ({str(error).strip().splitlines()[0]}): leave search_dtype out"
+                ) from error
             if not ran_out(error):
                 raise
             raise out_of_memory(
@@ -354,8 +380,14 @@ class _Before:
         self.shortcuts = replay.shortcuts
         self.asked, self.recovered = self.shortcuts.asked, len(replay.limits.recovered)
 
-    def since(self, replay: Replay, plan: RunPlan | None) -> dict[str, Any]:
-        """What passes left out, how they were run, and what was changed when memory ran out."""
+    def since(self, problem: Problem, plan: RunPlan | None) -> dict[str, Any]:
+        """What passes left out, how they were run and in which format, and what was changed when memory ran out."""
+        replay, search = problem.measuring, {}
+        if problem.exact is not None and (reduced := problem.replay.reduced) is not None:
+            spent = problem.replay.passes
+            search["search"] = {"dtype": reduced.dtype, "forward": spent.forward, "backward": spent.backward}
+            if problem.replay.shortcuts.asked:
+                search["search"]["shortcuts"] = str(problem.replay.shortcuts)
         memory: dict[str, Any] = {
             "micro_batch": replay.masks_at_once,
             "gradient_checkpointing": replay.recomputes,
@@ -366,7 +398,7 @@ class _Before:
         memory |= {"recovered": recovered} if recovered else {}
         # Also where passes could leave out nothing, which the text says.
         left_out = {"shortcuts": str(self.shortcuts)} if self.shortcuts.asked > self.asked else {}
-        return {**left_out, "memory": memory}
+        return {**left_out, **search, "memory": memory}
 
 
 def _provenance(replay: Replay, seed: int, seconds: float) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def integrated_gradients(
     attribution = mean_slope(problem, shape, *nodes(steps, rule), batch=batch, method="integrated_gradients")
     with torch.no_grad():
         ends = even_masks([1.0, 0.0], shape).to(problem.replay.device)
-        log_probs = problem.replay.log_probs(ends, image=problem.target, steps=problem.columns)
+        log_probs = problem.measuring.log_probs(ends, image=problem.target, steps=problem.columns)
         whole, nothing = problem.score(log_probs).tolist()
     total, change = float(attribution.sum()), whole - nothing
     diagnostics = {

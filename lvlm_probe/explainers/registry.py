@@ -65,6 +65,8 @@ class Problem:
     ``grid``, and mask ``target``, with ``even`` masks where they mask no place; no others are given one.
 
     ``live`` is False where a trace alone is explained; ``replay`` then is that trace and runs no pass.
+
+    Where ``replay`` searches in a smaller number format, ``exact`` is the same replay in the model's own.
     """
 
     replay: Replay
@@ -74,11 +76,17 @@ class Problem:
     progress: Progress | None = None
     live: bool = True
     clip: Clip | None = None
+    exact: Replay | None = None
 
     @property
     def trace(self) -> Trace:
         """The recording, where what was recorded is read."""
         return self.replay.trace  # type: ignore[return-value]
+
+    @property
+    def measuring(self) -> Replay:
+        """The replay by whose passes maps are compared and reported on, in the model's own number format."""
+        return self.replay if self.exact is None else self.exact
 
     @property
     def queries(self) -> torch.Tensor:

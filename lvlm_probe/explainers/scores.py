@@ -50,7 +50,7 @@ def no_effect(problem: Problem) -> str | None:
     image and on the baseline say so, which a replay keeps; with several it takes one pass more. On a trace alone the
     recorded ratios say so, which are those of all images together.
     """
-    replay, steps = problem.replay, list(problem.columns)
+    replay, steps = problem.measuring, list(problem.columns)
     if problem.live and "passes" not in replay.offers:
         return None
     several = replay.n_images > 1

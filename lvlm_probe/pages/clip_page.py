@@ -126,8 +126,7 @@ def _panel(number: int, heat: ClipHeatmap, score: Score | None) -> tuple[str, di
     left = heat.clip.frames - len(chosen)
     told = f" {left} of {heat.clip.frames} frames are left out here." if left else ""
     facts = [heat.method, f"grid {' × '.join(map(str, heat.values.shape))}"]
-    passes = heat.provenance.get("passes") or {}
-    facts.append(f"{passes.get('forward', 0)} forward and {passes.get('backward', 0)} backward passes")
+    facts.append(heat.cost or "0 forward and 0 backward passes")
     if score is not None and score.reason is None:
         facts.append(f"deletion {score.deletion:.2f}, insertion {score.insertion:.2f}")
     hottest = int(curve.argmax())

@@ -189,6 +189,7 @@ def again(
             seed=int(own if seed is None else seed),
             strengthen=False,
             progress=False,
+            search_dtype=heat.search_dtype,
             **params,
         )
     except ExplainError as error:  # a random model's scores need not be finite

@@ -51,6 +51,7 @@ def explain(
     strengthen: bool = True,
     progress: ProgressChoice = None,
     plan: RunPlan | None = None,
+    search_dtype: str | None = None,
     **params: Any,
 ) -> ClipHeatmap:
     """Explain why a recorded answer about a video says what it says: which places in which frames made the selected
@@ -59,7 +60,7 @@ def explain(
     Args:
         replay: the recorded answer on its model; the trace alone will do as for ``lvlm_probe.explain``.
         method: one of ``clip_methods()``.
-        tokens, against, seed, strengthen, progress, plan: as for ``lvlm_probe.explain``.
+        tokens, against, seed, strengthen, progress, plan, search_dtype: as for ``lvlm_probe.explain``.
         clip: number of the video, when the prompt has several; images and other videos stay whole.
         params: parameters of the method; ``size`` may be ``(steps, rows, columns)``.
 
@@ -76,7 +77,7 @@ def explain(
         raise ExplainError(f"{method} does not explain by a video; these do: {', '.join(clip_methods())}")
     made = run(
         replay, mine, method=method, tokens=tokens, against=against, seed=seed, strengthen=strengthen,
-        progress=progress, plan=plan, params=params,
+        progress=progress, plan=plan, search_dtype=search_dtype, params=params,
     )  # fmt: skip
     return ClipHeatmap(**made, clip=mine)
 

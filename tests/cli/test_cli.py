@@ -319,6 +319,19 @@ def test_the_score_of_a_stored_map_is_the_score_it_was_made_with(trace: Path) ->
     assert scored["insertion"] == pytest.approx(made["insertion"], abs=1e-5)
 
 
+def test_explain_searches_in_bfloat16_and_says_so(trace: Path) -> None:
+    """A map of its own beside the one in float32, scored in float32."""
+    asked = ("explain", trace, *QUICK, "--json")
+    plain, found = (succeed(*asked, *more).json["maps"][0] for more in ((), ("--search-dtype", "bfloat16")))
+    assert plain["search"] is None and plain["map"] != found["map"]
+    assert found["search"]["dtype"] == "bfloat16" and 0 < found["search"]["backward"] <= found["passes"]["backward"]
+    assert found["search"]["forward"] < found["passes"]["forward"]
+    shown = " ".join(succeed("explain", trace, *QUICK, "--search-dtype", "bfloat16").out.split())
+    assert re.search(r"\d+ forward and \d+ backward passes, \d+ and \d+ of them in bfloat16", shown)
+    refused = run("explain", trace, *QUICK, "--search-dtype", "float16")
+    assert refused.code == 2 and "a search is computed in bfloat16" in refused.err
+
+
 def test_explain_says_what_a_map_took_and_keeps_to_a_budget(trace: Path) -> None:
     shown = " ".join(succeed("explain", trace, "--budget", "24").out.split())
     assert re.search(r"\d+ forward and \d+ backward passes", shown) and "round" not in shown

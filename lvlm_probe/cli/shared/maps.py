@@ -80,6 +80,7 @@ def map_summary(found: MapFile) -> dict[str, Any]:
         "reason": heat.reason,
         "cells": None if heat.values is None else list(heat.values.shape),
         "passes": heat.provenance.get("passes"),
+        "search": heat.provenance.get("search"),
         "rounds": (heat.provenance.get("diagnostics") or {}).get("rounds"),
         "seconds": heat.provenance.get("seconds"),
         "baseline": heat.provenance.get("baseline"),
@@ -155,7 +156,7 @@ def _cost_lines(heat: Heatmap | ClipHeatmap, score: Score | None) -> Iterator[st
         yield f"insertion − deletion {score.gain:.3f}; a blob in the middle of the image has {score.center_gain:.3f}"
     passes, told = heat.provenance.get("passes"), heat.provenance.get("diagnostics") or {}
     if passes and any(passes.values()):
-        said = f"{passes['forward']} forward and {passes['backward']} backward passes"
+        said = heat.cost
         if "rounds" in told:
             said += f" in {counted(len(told['rounds']), 'round')}"
         if told.get("stopped"):
