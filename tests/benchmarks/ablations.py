@@ -270,8 +270,7 @@ def main() -> None:
             name: digest(dataclasses.asdict(setting), EQUATION_8, PROTOCOL, weights, arguments.split, arguments.hard)
             for name, setting in chosen.items()
         }
-        for place in [place for place in lines.latest if place[1] in arguments.again]:
-            del lines.latest[place]
+        lines.forget(arguments.again)
         total = len(range(arguments.shard[0], arguments.scenes, arguments.shard[1]))
         with tqdm(unit="scene", total=total, smoothing=0, mininterval=5) as bar:
             for facts, case in scenes_to_do(arguments, lines, keys):

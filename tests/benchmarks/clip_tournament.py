@@ -46,6 +46,7 @@ from judging import (
     TIE_ORDERS,
     Line,
     Lines,
+    again_argument,
     bar_of,
     comparison,
     curve_rule,
@@ -227,6 +228,7 @@ def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Calla
     protocol = GRID, STEPS, TIE_ORDERS, TOLERANCE, WITHIN, weights_digest(arguments.model), arguments.split
     keys = {name: digest(name, SETTINGS.get(name, VARIANTS.get(name, {})), *protocol) for name in chosen}
     wanted = {name: min(arguments.scenes, arguments.few.get(name, arguments.scenes)) for name in chosen}
+    lines.forget(arguments.again)
     model, processor = probe.load(arguments.model)
     deal = partial(clip_cases, model=model, processor=processor)
     with bar_of(arguments, lines, keys, wanted) as bar:
@@ -331,6 +333,7 @@ def main() -> None:
     parser.add_argument(
         "--few", default="", metavar="NAME=CLIPS", help="methods judged on the first clips only, commas"
     )
+    again_argument(parser)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "clip-tournament")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th clip from the I-th on, I from 0")
     parser.add_argument("--threads", type=int, default=1, help="of torch; one per process is best with two shards")
@@ -341,7 +344,7 @@ def main() -> None:
     arguments.few = numbers_of(arguments.few, arguments.scenes)
     known = entries()
     names = list(known) if arguments.methods == "all" else arguments.methods.split(",")
-    if unknown := [name for name in (*names, *arguments.few) if name not in known]:
+    if unknown := [name for name in (*names, *arguments.few, *arguments.again) if name not in known]:
         raise SystemExit(f"no method {unknown[0]!r}; there are {', '.join(known)}")
     if not arguments.table:
         play(arguments, Lines(arguments.out, arguments.shard), {name: known[name] for name in names})

@@ -103,6 +103,10 @@ class Lines:
         key = max(mine, key=lambda line: line["time"])["key"] if mine else ""
         return sorted((line for line in mine if line["key"] == key), key=lambda line: line["scene"])
 
+    def forget(self, names: Sequence[str]) -> None:
+        """Forgets the lines of these entries, so that they are made anew; the files keep them."""
+        self.latest = {place: line for place, line in self.latest.items() if place[1] not in names}
+
     def keep_complete(self, names: Sequence[str]) -> int:
         """Forgets scenes that not each of these entries has judged yet, and says how many those were: all are compared
         on one set of scenes."""
@@ -144,9 +148,14 @@ def scene_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--out", type=Path, help=f"by default {out}/easy or {out}/hard, with -tune for that split")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th scene from the I-th on, I from 0")
     parser.add_argument("--threads", type=int, default=1, help="of torch; one per process is best with two shards")
-    parser.add_argument("--again", nargs="*", default=[], metavar="NAME", help="make the lines of these anew")
+    again_argument(parser)
     parser.add_argument("--table", action="store_true", help="only print the tables, from the lines there are")
     parser.set_defaults(root=Path(out))
+
+
+def again_argument(parser: argparse.ArgumentParser) -> None:
+    """The option that says which lines are made anew, as the library has changed since."""
+    parser.add_argument("--again", nargs="*", default=[], metavar="NAME", help="make the lines of these anew")
 
 
 def settle(arguments: argparse.Namespace) -> None:

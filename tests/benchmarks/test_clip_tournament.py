@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def case() -> tournament.ClipCase:
     toy = ToyClip(tube_weights(8, 4, WHEN, slice(0, 1), slice(2, 4)))
     mask = np.zeros((8, SIDE, SIDE), dtype=bool)
     mask[WHEN, ROWS, COLS] = True
-    clip: Any = SimpleNamespace(index=3, mask=mask, frames=toy.trace.images, kind="order")
+    clip: Any = SimpleNamespace(index=3, mask=mask, frames=toy.trace.images, kind="order", answer="a")
     return tournament.ClipCase(clip, toy, probe.select_tokens(toy))  # type: ignore[arg-type]
 
 
@@ -82,6 +83,26 @@ def test_a_table_has_the_leader_first_and_kinds_by_themselves(tmp_path: Path) ->
     methods = ["igos++", "rise (the first 8)", "random"]
     assert [row for row in rows if row != "---"] == ["heatmap", *methods, "heatmap", *methods, "gain", *methods]
     assert "12 held-out clips; passed over on the way: 2 answered wrongly." in text
+
+
+def test_lines_are_made_anew_where_that_is_asked_for(
+    case: tournament.ClipCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "load", lambda folder: (None, None))
+    monkeypatch.setattr(tournament, "clip_cases", lambda *_, **__: iter([case]))
+    made: list[str] = []
+
+    def measure(_: Any, make: Any) -> dict[str, Any]:
+        made.append(make())
+        return {"gain": 0.5}
+
+    monkeypatch.setattr(tournament, "measure", measure)
+    options = argparse.Namespace(scenes=1, few={}, shard=(0, 1), model=tournament.MODEL, split="eval", out=tmp_path)
+    for again in ([], [], ["center"]):
+        options.again = again
+        chosen: Any = {name: (lambda name=name: name) for name in ("center", "random")}
+        tournament.play(options, judging.Lines(tmp_path), chosen)
+    assert made == ["center", "random", "center"]
 
 
 def test_the_page_shows_the_table_of_the_summary_that_is_kept() -> None:

@@ -54,6 +54,17 @@ def test_lines_survive_being_cut_off_and_the_latest_counts(tmp_path: Path) -> No
     assert [found["gain"] for found in last.of("a")] == [0.1]
 
 
+def test_entries_are_forgotten_until_they_are_made_anew(tmp_path: Path) -> None:
+    lines = judging.Lines(tmp_path)
+    for scene, name in ((0, "a"), (0, "b"), (1, "a")):
+        lines.add(line(scene, name, gain=0.5))
+    lines.forget(["a"])
+    assert lines.names() == ["b"] and not lines.has(0, "a", "k")
+    lines.add(line(0, "a", gain=0.6))
+    assert [found["gain"] for found in lines.of("a")] == [0.6]
+    assert [found["gain"] for found in judging.Lines(tmp_path).of("a")] == [0.6, 0.5]  # the files keep them
+
+
 @pytest.fixture
 def dealt(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Scenes of which every third is answered wrongly, and which of them were answered."""

@@ -166,8 +166,9 @@ def play(arguments: argparse.Namespace, lines: Lines, chosen: Mapping[str, Entry
         name: digest(entry.method, dict(entry.params), PROTOCOL, arguments.causal, *scenes)
         for name, entry in chosen.items()
     }
+    lines.forget(arguments.again)
     for place, line in list(lines.latest.items()):
-        if place[1] in arguments.again or (line.get("place_alone") and _curves(place[1], line["number"], arguments)):
+        if line.get("place_alone") and _curves(place[1], line["number"], arguments):
             del lines.latest[place]
     wanted = {name: min(arguments.scenes, arguments.few.get(name, arguments.scenes)) for name in chosen}
     with bar_of(arguments, lines, keys, wanted) as bar:
