@@ -204,6 +204,20 @@ def test_tables_say_what_the_lines_say(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Scenes without a map are left out: tmm 11 of 12." in text
 
 
+@pytest.mark.parametrize("mark", ["easy", "hard"])
+def test_peaks_of_the_page_are_those_that_are_kept(mark: str) -> None:
+    kept = json.loads((tournament.RESULTS / mark / "memory.json").read_text("utf-8"))
+    page = (tournament.ROOT / "docs" / "tournament.md").read_text("utf-8")
+    text = page.partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
+    rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ")]
+    first = next(number for number, row in enumerate(rows) if row[-1] == "peak MiB")
+    shown = {row[0].partition(" (the first")[0]: row[-1] for row in rows[first + 1 :]}
+    assert {name: f"{np.mean(peaks) / 2**20:.1f}" for name, peaks in kept.items()} == {
+        name: peak for name, peak in shown.items() if peak != "–"
+    }
+    assert {name for name, peak in shown.items() if peak == "–"} == {tournament.GROUND_TRUTH, "greedy (650 images)"}
+
+
 def test_only_scenes_that_every_method_has_judged_are_compared(tmp_path: Path) -> None:
     lines = judging.Lines(tmp_path)
     for scene, name in ((0, "a"), (0, "b"), (1, "a"), (2, "b"), (3, "a"), (3, "b")):
