@@ -29,7 +29,7 @@ import torchvision_shim  # noqa: E402, F401  (before anything imports torchvisio
 import yaml  # noqa: E402
 from checks import CHECKS, Verdict, run_checks  # noqa: E402
 from family_page import markdown  # noqa: E402
-from zoo import INSTALL, MEMBERS, SLOW, Install, Member, load_members, opened, save  # noqa: E402
+from zoo import INSTALL, MEMBERS, Install, Member, load_members, opened, save  # noqa: E402
 
 from lvlm_probe.errors import LoadError  # noqa: E402
 from lvlm_probe.models.requirements import missing_library  # noqa: E402
@@ -175,7 +175,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="by default all")
     parser.add_argument("--save", metavar="DIR", type=Path, help="save them there, and do nothing else")
-    parser.add_argument("--without-slow", action="store_true", help="leave out what `make test` does not take")
     parser.add_argument("--saved", metavar="DIR", type=Path, help="where they were saved")
     parser.add_argument("--larger", action="store_true", help="only the larger picture")
     parser.add_argument("--only", nargs="*", default=(), choices=[check.__name__ for check in CHECKS])
@@ -193,7 +192,7 @@ def main() -> int:
     failed = 0
     results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in arguments.families or sorted(set(MEMBERS) - (SLOW if arguments.without_slow else set())):
+        for name in arguments.families or sorted(MEMBERS):
             folder = arguments.save or arguments.saved or Path(scratch)
             if arguments.saved is None:
                 save(name, folder / name)

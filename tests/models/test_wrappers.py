@@ -696,7 +696,7 @@ def compile_in_place(model: Any, backend: str) -> None:
     model.compile(backend=backend)
 
 
-WAYS = [compile_forward, compile_tower, *campaign(compile_layers, compile_in_place, compile_decoder)]
+WAYS = [compile_layers, compile_tower, *campaign(compile_forward, compile_in_place, compile_decoder)]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -202,6 +202,7 @@ def test_a_model_that_no_worker_can_load(cluster: Any, tmp_path: Path) -> None:
         engine_named("ray")(study)
 
 
+@pytest.mark.campaign
 def test_a_machine_that_goes_away(cluster: Any, tmp_path: Path) -> None:
     """It is gone for good with a unit in work, and no room is left for its worker: the other one does everything."""
     (victim,) = cluster.worker_nodes
