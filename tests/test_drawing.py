@@ -64,7 +64,7 @@ def whole(image: Image.Image, values: np.ndarray, seen: np.ndarray, *, alpha: fl
     ("size", "grid"), [((90, 60), (6, 9)), ((641, 1203), (32, 32)), ((1500, 900), (7, 5)), ((40, 40), (1, 1))]
 )
 def test_strips_give_what_whole_arrays_give(size: tuple[int, int], grid: tuple[int, int], monkeypatch) -> None:
-    monkeypatch.setattr(drawing, "_STRIP", 7 * size[0])  # many strips, and one that is not full
+    monkeypatch.setattr(drawing.overlays, "_STRIP", 7 * size[0])  # many strips, and one that is not full
     image, values = picture(*size), RNG.random(grid)
     seen = RNG.random(grid) > 0.25
     values[~seen] = 0
