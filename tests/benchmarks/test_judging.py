@@ -298,6 +298,21 @@ def test_some_methods_are_judged_by_place_alone_from_a_scene_on(
     assert whole["random"][0] == first["random"][0]
     assert "by place alone" not in (tmp_path / "table.md").read_text("utf-8")
 
+    # Tables go where the folder of the lines is named, and nowhere else.
+    monkeypatch.setattr(tournament, "ROOT", tmp_path)
+    monkeypatch.setattr(tournament, "RESULTS", tmp_path)
+    (tmp_path / "docs").mkdir()
+    marks = {"reality.md": f"tournament {tmp_path.name}", "tournament.md": tmp_path.name}
+    for page, mark in marks.items():
+        text = f"<!-- other -->\n<!-- /other -->\n<!-- {mark} -->\n<!-- /{mark} -->\n"
+        (tmp_path / "docs" / page).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", [*common, "--table", "--fill"])
+    tournament.main()
+    for page in marks:
+        filled = (tmp_path / "docs" / page).read_text("utf-8")
+        assert "| center |" in filled and filled.startswith("<!-- other -->\n<!-- /other -->\n")
+    assert json.loads((tmp_path / f"{tmp_path.name}.json").read_text("utf-8"))["scenes"] == 3
+
 
 def test_composites_have_the_masks_of_the_objects_asked_for() -> None:
     """Cut-outs of pure colours on black: the pixels of an object are those where its channel is at least half on."""

@@ -400,7 +400,7 @@ def main() -> None:
     parser.add_argument(
         "--fill",
         action="store_true",
-        help="put the tables into docs/tournament.md and docs/figures.md or docs/reality.md",
+        help="put the tables where the pages (tournament, figures or reality) name the folder of --out",
     )
     arguments = parser.parse_args()
     settle(arguments)
@@ -432,11 +432,11 @@ def main() -> None:
     write(arguments.out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     write(arguments.out / "table.md", table(summary))
     if arguments.fill:
-        mark = "photographs" if arguments.cases else "hard" if arguments.hard else "easy"
+        mark = arguments.out.name
         page = "reality.md" if arguments.cases else "figures.md"
         fill(ROOT / "docs" / page, f"tournament {mark}", short_table(summary))
         if arguments.cases:
-            write(RESULTS / "photographs.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+            write(RESULTS / f"{mark}.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         fill(ROOT / "docs" / "tournament.md", mark, table(summary))
     print(table(summary))
 
