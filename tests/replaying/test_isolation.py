@@ -6,6 +6,7 @@ import pytest
 import tiny_models
 import torch
 
+from lvlm_probe.hooks import HookSet, shadow_of
 from lvlm_probe.replaying.isolation import patch_gradients
 
 SHAPES = {
@@ -43,6 +44,17 @@ def test_it_is_the_convolutions_own(name):
     assert torch.allclose(mine, expected, atol=1e-12, rtol=0)
     assert torch.equal(named[0], output) and torch.equal(named[1], mine)
     assert "forward" not in vars(module)
+
+
+def test_a_shadow_of_ours_stays_below():
+    module = torch.nn.Conv2d(3, 8, 4, stride=4).requires_grad_(False)
+    with HookSet() as hooks:
+        hooks.shadow(module, "forward", lambda original, given: 2 * original(given))
+        with patch_gradients(module):
+            output, _ = slope(module, torch.ones(1, 3, 8, 8), 1.0)
+            taken = shadow_of(vars(module)["forward"])
+            assert taken is not None and taken.had_own
+    assert torch.equal(output, 2 * module(torch.ones(1, 3, 8, 8)))
 
 
 @pytest.mark.parametrize("name", ["square", "frames"])

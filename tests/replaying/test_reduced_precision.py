@@ -74,22 +74,33 @@ def test_linear_layers_multiply_in_bfloat16_and_weights_stay(unchanged: bool) ->
     assert "forward" not in vars(first)
 
 
+def test_convolutions_stay_in_float32() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 5))
+    model.requires_grad_(False)
+    given = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    with ReducedPrecision("bfloat16", torch.device("cpu"), dict).passes(model):
+        low, found = model[0](given), model[1](model[0](given))
+        assert low.dtype == torch.bfloat16 == model[2](found).dtype
+    assert torch.equal(found, functional.conv2d(low.float(), model[1].weight, model[1].bias))
+    assert "forward" not in vars(model[1])
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "mllama"])
-def test_passes_are_those_of_autocast_and_the_replay_stays_what_it_is(name: str, tmp_path: Path) -> None:
+def test_passes_are_near_those_of_autocast_and_the_replay_stays_what_it_is(name: str, tmp_path: Path) -> None:
     replay = tiny(name, tmp_path)
     exact, original = replay.log_probs(MASKS), replay.original_log_probs
     view = replay.computed_in("bfloat16")
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = replay.log_probs(MASKS)
+    with torch.autocast("cpu", torch.bfloat16):  # rounds convolutions too
+        near = replay.log_probs(MASKS)
         _, slopes = replay.score_and_grad(MASKS, score)
     before = replay.passes.forward, view.passes.forward
     found = view.log_probs(MASKS)
     with view.shortcuts.caching():
         kept = view.log_probs(MASKS)
         _, mine = view.score_and_grad(MASKS, score)
-    assert torch.equal(found, expected) and torch.equal(kept, expected) and found.dtype == torch.float32
-    assert not torch.equal(found, exact)
-    assert functional.cosine_similarity(mine.flatten(1), slopes.flatten(1)).min() > 0.9999
+    assert torch.equal(kept, found) and found.dtype == torch.float32
+    assert not torch.equal(found, exact) and (found - exact).abs().max() <= 2 * (near - exact).abs().max() < 0.5
+    assert functional.cosine_similarity(mine.flatten(1), slopes.flatten(1)).min() > 0.9
     assert torch.equal(view.original_log_probs, original) and torch.equal(view.llr, replay.llr)
     assert torch.equal(replay.log_probs(MASKS), exact)
     assert (replay.passes.forward - before[0], view.passes.forward - before[1]) == (12, 9)
