@@ -64,12 +64,15 @@ _LONG_SIDE = 224
 """Cells of the long side of a map of superpixels: enough for their borders, and 64 masks of it are 13 MB."""
 _CLIP_SIDE = 112
 """... of a clip, with its 16 steps in time 51 MB."""
+_REGIONS, _CLIP_REGIONS = 32, 64
+"""Regions by default: of an image, and of a clip, whose stretches have 16 each. With eight, which are half as many
+passes, maps of drawn clips have less gain and leave more of their heat beside the object (docs/video.md)."""
 _STRETCHES = 4
-"""Parts of a clip's time by default: of 64 regions, 16 in space each."""
+"""Parts of a clip's time by default."""
 
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
-    regions, batch = params["regions"], params["batch"]
+    regions, batch = _wanted(problem, params["regions"]), params["batch"]
     parts = 1 if problem.clip is None else _parts(problem, params["stretches"])
     count = regions if isinstance(regions, int) else regions[0] * regions[1] * parts
     if params["segments"] == "slic":
@@ -93,7 +96,7 @@ def greedy(
     problem: Problem,
     *,
     segments: Segments = "slic",
-    regions: int | tuple[int, int] = 32,
+    regions: int | tuple[int, int] | None = None,
     stretches: int | None = None,
     search: Search = "windowed",
     l1: float = 1.0,
@@ -110,7 +113,7 @@ def greedy(
         segments: ``"slic"``, superpixels (Achanta et al., 2012, zero-parameter version; needs the extra
             ``superpixels``), or ``"grid"``, rectangles.
         regions: About how many, or ``(rows, columns)`` of a grid; of a clip in all its stretches together, or
-            ``(rows, columns)`` in each.
+            ``(rows, columns)`` in each. By default 32 of an image, 64 of a clip.
         stretches: Of a clip, even parts of its time, by default at most 4; regions lie within one.
         search: ``"windowed"`` or ``"exact"``.
         l1, l2: λ1 and λ2.
@@ -134,6 +137,7 @@ def greedy(
         budget=(budget, budget is None or whole_rule(budget)[1], "a whole number of at least 1, or None"),
         batch=whole_rule(batch, 2),
     )
+    regions = _wanted(problem, regions)
     labels = regions_of(problem, segments, regions, stretches)
     shape = tuple(labels.shape)
     params: dict[str, Any] = {
@@ -226,6 +230,12 @@ def regions_of(
         first += int(part.max()) + 1
     labels = torch.cat(cut)
     return labels[0] if clip is None else labels
+
+
+def _wanted(problem: Problem, regions: int | tuple[int, int] | None) -> int | tuple[int, int]:
+    if regions is None:
+        return _REGIONS if problem.clip is None else _CLIP_REGIONS
+    return regions
 
 
 def _parts(problem: Problem, stretches: int | None) -> int:

@@ -22,7 +22,7 @@ import lvlm_probe as probe
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, ReportError, TraceError
 from lvlm_probe.explainers.greedy import regions_of
 from lvlm_probe.explainers.igos.regularizers import bilateral_weights, btv, tv
-from lvlm_probe.explainers.registry import METHODS, Outcome, Problem, register
+from lvlm_probe.explainers.registry import METHODS, Outcome, Problem, cost_of, register
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.heatmap_store import MapFile
 from lvlm_probe.trace.clips import Clip
@@ -94,6 +94,16 @@ def test_greedy_takes_tubes_in_the_order_of_brute_force() -> None:
         probe.video.explain(toy, method="greedy", segments="grid", stretches=5)
     with pytest.raises(ExplainError, match="this is an image"):
         probe.explain(ToyReplay(torch.full((2, 2), 0.25)), method="greedy", segments="grid", stretches=2)
+
+
+def test_greedy_cuts_each_stretch_of_a_clip_in_sixteen_by_default(toy: ToyClip) -> None:
+    clip = probe.video.explain(toy, method="greedy", segments="grid", progress=False)
+    image = probe.explain(ToyReplay(torch.full((8, 8), 1 / 64)), method="greedy", segments="grid", progress=False)
+    for heat, regions in ((clip, 4 * 16), (image, 32)):
+        assert heat.params["regions"] == regions
+        assert heat.provenance["diagnostics"]["regions"] == pytest.approx(regions, rel=0.15)  # a grid of about as many
+    cost = cost_of("greedy", Problem(toy, None, clip=toy.clips[0]), {"segments": "grid"})  # type: ignore[arg-type]
+    assert cost.at_least == (64 + 2, 0)
 
 
 def test_superpixels_of_a_stretch_follow_what_moves() -> None:
