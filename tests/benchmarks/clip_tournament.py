@@ -83,6 +83,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"rise": {"masks": 600}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "igos++ (fast)": {"method": "igos++", "preset": "fast"},
     "greedy (exact)": {"method": "greedy", "search": "exact"},
+    "greedy (32 regions)": {"method": "greedy", "regions": 32},
 }
 FLOORS = ("center", "random")
 TRUTH = "ground truth"
