@@ -279,7 +279,7 @@ class Attachment(Target):
         super().__init__(model, processor, anatomy, watch=ProcessorWatch(), boxes={}, clips=ProcessorWatch())
         self.hooks = HookSet()
         self.recording: Recording | None = None
-        self.masking: Masking | None = None
+        self._maskings: tuple[Masking, ...] = ()
         self.closed = False
         self.lock = threading.RLock()
 
@@ -296,10 +296,25 @@ class Attachment(Target):
     def close(self) -> None:
         with self.lock:
             self.closed = True
-            self.recording = self.masking = None
+            self.recording, self._maskings = None, ()
         self.hooks.remove()
         self.watch = ProcessorWatch()
         self.clips = ProcessorWatch()  # calls that are being recorded still have theirs
+
+    @property
+    def masking(self) -> Masking | None:
+        """The ``masked`` block in force: of those that are open, in whatever threads, the one entered last."""
+        return self._maskings[-1] if self._maskings else None
+
+    def mask(self, masking: Masking) -> None:
+        """Enter a ``masked`` block."""
+        with self.lock:
+            self._maskings = (*self._maskings, masking)
+
+    def unmask(self, masking: Masking) -> None:
+        """Leave a block, which need not be the one entered last: threads leave theirs in any order."""
+        with self.lock:
+            self._maskings = tuple(one for one in self._maskings if one is not masking)
 
     def describe_model(self) -> dict[str, Any]:
         """The model's description and fingerprint as it is now: between two calls weights are trained or switched."""
@@ -550,8 +565,7 @@ class Probe:
             raise MaskError(f"space is 'image' or 'pixels'; got {space!r}")
         if self.attachment.closed:
             raise AttachError("the probe was detached; attach again")
-        before = self.attachment.masking
-        self.attachment.masking = Masking(
+        masking = Masking(
             self.processor,
             self.attachment.watch,
             self.attachment.clips,
@@ -564,10 +578,11 @@ class Probe:
             mode=mode,
             space=space,
         )
+        self.attachment.mask(masking)
         try:
             yield
         finally:
-            self.attachment.masking = before
+            self.attachment.unmask(masking)
 
     def detach(self) -> None:
         """Remove everything this probe hung on the model and its processor; calling it again does nothing."""

@@ -157,6 +157,18 @@ def test_every_caller_is_masked(subject: Subject) -> None:
     assert same(own, subject.masked[0]) and same(others[0], subject.masked[1])
 
 
+def test_masks_that_are_left_in_the_order_they_were_entered(subject: Subject) -> None:
+    """Two threads' blocks overlap: the one that stays open is in force, and after both nothing is masked."""
+    with probe.attach(subject.model, subject.processor) as attached:
+        first, second = attached.masked(torch.zeros(4, 4)), attached.masked(subject.mask)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert same(subject.generate(0), subject.masked[0])
+        second.__exit__(None, None, None)
+        assert same(subject.generate(0), subject.answers[0])
+
+
 def test_a_context_taken_along_is_another_call(subject: Subject, tmp_path: Path) -> None:
     """Servers hand copies of a context on, made inside generate(); what runs in them later is not nested in it."""
     copies: list[contextvars.Context] = []
