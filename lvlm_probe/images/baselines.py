@@ -8,7 +8,7 @@ the selected words have lost their probability, and the strength that it took is
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,19 @@ class Baseline:
     image: Image.Image
     kind: str
     params: dict[str, Any] = field(default_factory=dict)
+
+
+def check_baseline(kind: object) -> None:
+    """Raise ``ImageError`` for what no baseline is made of, whatever the image: a kind, an image, a description, or one
+    for each image."""
+    for each in kind if isinstance(kind, list | tuple) else [kind]:
+        if not isinstance(each, Image.Image | Mapping) and each not in (*KINDS, *CLIP_KINDS):
+            raise no_baseline(each)
+
+
+def no_baseline(kind: object) -> ImageError:
+    """What is raised where there is no such kind."""
+    return ImageError(f"no baseline {kind!r}; choose one of {', '.join(KINDS)}, or give a PIL image of your own.")
 
 
 def make_baseline(
@@ -81,7 +94,7 @@ def make_baseline(
         return Baseline(Image.fromarray(pixels), "noise", {"seed": int(seed)})
     if kind == "mean":
         return Baseline(_mean_colour(rgb), "mean")
-    raise ImageError(f"no baseline {kind!r}; choose one of {', '.join(KINDS)}, or give a PIL image of your own.")
+    raise no_baseline(kind)
 
 
 def make_baselines(

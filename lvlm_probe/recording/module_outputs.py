@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,19 @@ import torch
 from lvlm_probe.hooks import HookSet, first_tensor
 from lvlm_probe.models.anatomy import Anatomy, find_modules
 from lvlm_probe.trace.records import PointRecord
+
+HIDDEN = "hidden"
+"""The point that is no module's output: hidden states, computed by a pass of their own."""
+
+
+def modules_of(
+    model: torch.nn.Module, anatomy: Anatomy, points: Sequence[str]
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield path and module of each point but ``HIDDEN``. Raises ``PointNotFound``, as ``PointTap``."""
+    for point in points:
+        if point != HIDDEN:
+            for pattern in {"encoder": anatomy.encoders, "merger": anatomy.mergers}.get(point, (point,)):
+                yield from find_modules(model, pattern)
 
 
 class PointTap:
@@ -26,11 +39,8 @@ class PointTap:
 
     def __init__(self, model: torch.nn.Module, anatomy: Anatomy, points: Sequence[str], hooks: HookSet) -> None:
         self._kept: dict[str, torch.Tensor] = {}
-        for point in points:
-            patterns: Sequence[str] = {"encoder": anatomy.encoders, "merger": anatomy.mergers}.get(point, (point,))
-            for pattern in patterns:
-                for path, module in find_modules(model, pattern):
-                    hooks.forward(module, self._keep(f"{path}.output"), name=f"point {path}")
+        for path, module in modules_of(model, anatomy, points):
+            hooks.forward(module, self._keep(f"{path}.output"), name=f"point {path}")
 
     def _keep(self, name: str) -> Any:
         def hook(_module: torch.nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -38,6 +38,7 @@ from lvlm_probe.models.wrappers import generating_model, is_compiled
 from lvlm_probe.recording.conditions import without_autocast
 from lvlm_probe.recording.handed_images import flatten_images
 from lvlm_probe.recording.masked_calls import Masking
+from lvlm_probe.recording.module_outputs import modules_of
 from lvlm_probe.recording.processor_watch import ProcessorWatch
 from lvlm_probe.recording.prompt_images import NotRecorded
 from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions, Target
@@ -419,7 +420,7 @@ class Probe:
         heads: Literal["mean", "all"] = "mean",
         boxes: bool = True,
         baseline: str | Image.Image = "blur",
-        points: tuple[str, ...] = (),
+        points: str | Sequence[str] = (),
         question: str | None = None,
         meta: Mapping[str, Any] | None = None,
     ) -> Recording:
@@ -444,9 +445,10 @@ class Probe:
             meta: JSON to keep with the traces.
 
         Raises:
-            ProbeError: the directory cannot be written.
+            ProbeError: the directory cannot be written, or an option is none.
+            PointNotFound: a point that no module has; ImageError: no such baseline, or ``images`` that are none.
         """
-        directory = Path(path)
+        directory = _folder(path)
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -455,8 +457,19 @@ class Probe:
             raise ProbeError(f"traces cannot be written to {directory}: no permission; name another directory")
         if images is not None:
             self._check_images(images)
+        points = (points,) if isinstance(points, str) else tuple(points)
+        for _ in modules_of(self.attachment.model, self.anatomy, points):
+            pass  # a name that no module has is said now, not when an answer is there
         options = RecordOptions(
-            images, llr, attention, boxes, heads, baseline, tuple(points), question, dict(meta or {})
+            images,
+            llr,
+            attention,
+            boxes,
+            heads,
+            baseline,
+            points,
+            question,
+            dict(meta) if isinstance(meta, Mapping) else meta or {},
         )
         return Recording(self.attachment, directory, options, self)
 
@@ -515,7 +528,7 @@ class Probe:
         if self.attachment.masking is not None:
             raise ProbeError("a masked generation is not recorded, so it has no stream: leave the masked() block first")
         setting = settings_of(self.attachment.model, generate)
-        names = ("input_ids", "inputs", getattr(self.attachment.model, "main_input_name", ""))
+        names = ("input_ids", "inputs", "inputs_embeds", getattr(self.attachment.model, "main_input_name", ""))
         prompts = next((len(generate[name]) for name in names if isinstance(generate.get(name), torch.Tensor)), 1)
         answers, beams = (int(setting(name, 1)) for name in ("num_return_sequences", "num_beams"))
         if prompts * answers > 1:
@@ -611,3 +624,14 @@ class Probe:
                 "images= takes images as open_image() does: PIL images, uint8 arrays, paths, bytes (nested in one list "
                 "per prompt for batches)"
             )
+
+
+def _folder(path: Any) -> Path:
+    """The directory that is named. Raises ``ProbeError`` for what names none, such as the inputs of a model."""
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise ProbeError(
+            f"the directory for traces is a path; got a {type(path).__name__} (inputs of the model go by "
+            f"name, **inputs)"
+        ) from error

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from lvlm_probe.boxes.image_tokens import find_token_boxes
 from lvlm_probe.boxes.painting import image_spans
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.images.baselines import check_baseline
 from lvlm_probe.images.processor import whole_numbers
 from lvlm_probe.models.anatomy import Anatomy
 from lvlm_probe.models.drivers import Driver
@@ -56,7 +57,7 @@ from lvlm_probe.recording.conditions import (
     without_image,
 )
 from lvlm_probe.recording.log_probs import StepLogProbs, StepValues, answer_in, generators
-from lvlm_probe.recording.module_outputs import PointTap
+from lvlm_probe.recording.module_outputs import HIDDEN, PointTap
 from lvlm_probe.recording.processor_watch import ProcessorWatch
 from lvlm_probe.recording.prompt_clips import labels_of_frames
 from lvlm_probe.recording.prompt_images import ImageFinder, NotRecorded, PromptImages, RowImages, encoded
@@ -72,6 +73,8 @@ from lvlm_probe.words import ALPHA
 
 _BOXES_KEPT = 64
 
+Heads = Literal["mean", "all"]
+
 
 @dataclass(frozen=True)
 class RecordOptions:
@@ -81,11 +84,19 @@ class RecordOptions:
     llr: bool = True
     attention: bool = True
     boxes: bool = True
-    heads: Literal["mean", "all"] = "mean"
+    heads: Heads = "mean"
     baseline: str | Image.Image = "blur"
     points: tuple[str, ...] = ()
     question: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse now what would cost the answer its record when it is there. Raises ``ProbeError``."""
+        if self.heads not in get_args(Heads):
+            raise ProbeError(f"heads is 'mean' or 'all'; got {self.heads!r}")
+        if not isinstance(self.meta, Mapping):
+            raise ProbeError(f"meta is a mapping, names to JSON values; got {self.meta!r:.80}")
+        check_baseline(self.baseline)
 
 
 @dataclass
@@ -203,9 +214,8 @@ class GenerationRecorder:
             self._log_probs.append(StepLogProbs())
             graph = self._compiling or module._compiled_call_impl is not None
             self._log_probs[-1].hang(module, self._hooks, compiled=graph, on_error=self._on_error)
-        points = [point for point in self.options.points if point != "hidden"]
-        if points:
-            self._points = PointTap(self.model, self.anatomy, points, self._hooks)
+        if self.options.points:
+            self._points = PointTap(self.model, self.anatomy, self.options.points, self._hooks)
         if self.options.attention:
             try:
                 self.arm_attention(ids, int(setting("num_return_sequences", 1)))
@@ -567,7 +577,7 @@ class GenerationRecorder:
 
     def _complete(self, row: RowCapture) -> None:
         missing = bool(np.isnan(row.log_probs).any())
-        hidden = "hidden" in self.options.points
+        hidden = HIDDEN in self.options.points
         boxes = self.options.boxes and (self.options.attention or hidden) and bool(row.images)
         boxes = boxes and (len(row.image_positions) > 0 or CROSS in row.points)
         key = box_key(row) if boxes else ()

@@ -728,6 +728,37 @@ def test_masked_generation_is_not_recorded(llava, tmp_path):
     assert recording.paths == []
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"heads": "median"}, "heads is 'mean' or 'all'; got 'median'"),
+        ({"baseline": "grey"}, "no baseline 'grey'; choose one of blur"),
+        ({"baseline": ["blur", 3]}, "no baseline 3"),
+        ({"points": "encodr"}, "no module matches 'encodr'"),
+        ({"points": ("hidden", "encodr")}, "no module matches 'encodr'"),
+        ({"meta": ["a"]}, "meta is a mapping"),
+    ],
+)
+def test_options_that_are_none_are_said_before_there_is_an_answer(llava, tmp_path, options, said):
+    model, processor = llava
+    with probe.attach(model, processor) as p:
+        with pytest.raises(probe.ProbeError, match=said):
+            p.record(tmp_path, **options)
+        with pytest.raises(probe.ProbeError, match=said):
+            p.stream(tmp_path, record=options, **ask(model, processor))
+        for verb in (p.record, p.stream):
+            with pytest.raises(probe.ProbeError, match=r"a path; got a BatchFeature \(inputs of the model go by name"):
+                verb(ask(model, processor))
+
+
+def test_one_point_may_be_given_as_a_text(llava, tmp_path):
+    model, processor = llava
+    with probe.attach(model, processor) as p:
+        with p.record(tmp_path, points="merger", llr=False, boxes=False) as recording:
+            generate(model, ask(model, processor))
+    assert "model.multi_modal_projector.output" in recording.traces[0].points
+
+
 def test_masks_that_do_not_fit(llava):
     model, processor = llava
     with probe.attach(model, processor) as p:
