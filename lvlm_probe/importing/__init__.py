@@ -20,7 +20,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -139,6 +139,9 @@ def import_answers(
         ProbeError: the file cannot be read, the directory cannot be written, or the model cannot be attached to.
         TraceError: the disk does not take a trace.
     """
+    if limit is not None and limit < 0:
+        raise ProbeError(f"limit is a number of rows; got {limit}")
+    options = RecordOptions(llr=llr, attention=attention, boxes=attention, baseline=baseline)
     asked = Source.of(source, columns=columns, format=format, requests=requests, images=images, fetch=fetch)
     directory, read_as = Path(out), asked.recognised()  # a file that cannot be read is said before anything is written
     total = asked.count()
@@ -156,10 +159,7 @@ def import_answers(
             try:
                 if isinstance(row, BadRow):
                     raise row
-                options = RecordOptions(
-                    llr=llr, attention=attention, boxes=attention, baseline=baseline, question=row.question
-                )
-                made = importer.take(row, options)
+                made = importer.take(row, replace(options, question=row.question))
                 if made is None:
                     present.append(line)
                 else:

@@ -57,6 +57,18 @@ def row_of(**fields: Any) -> AnswerRow:
     return AnswerRow(**{**known, **fields})
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"), [({"limit": -1}, "limit is a number of rows"), ({"baseline": "grey"}, "no baseline 'grey'")]
+)
+def test_what_no_row_could_be_imported_with_is_said_at_once(
+    demo: Any, served: Any, tmp_path: Path, asked: dict[str, Any], said: str
+) -> None:
+    directory, _, rows = served
+    with pytest.raises(ProbeError, match=said):
+        import_answers(jsonl(directory / "served.jsonl", rows), *demo, tmp_path / "new", **asked)
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_import_is_what_generate_recorded(demo: Any, served: Any, tmp_path: Path) -> None:
     directory, traces, rows = served
     result = import_answers(jsonl(directory / "served.jsonl", rows), *demo, tmp_path)
