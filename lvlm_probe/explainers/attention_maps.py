@@ -179,6 +179,11 @@ def relative_attention(
         raise ExplainError(
             f"the reference has {len(below)} image tokens where this answer has {len(above)}: it is of another image"
         )
+    if not bool(below.any()):
+        raise ExplainError(
+            f"nothing to be relative to: the general prompt's last position has no attention to image {problem.image} "
+            f"(it may look at another image alone); use 'attention'"
+        )
     # A floor well under any softmax weight that matters, so that a token nobody looks at does not explode.
     floor = float(below.mean()) * 1e-3
     return of_tokens(problem, above / below.clamp(min=floor), tokens.boxes, size, params)

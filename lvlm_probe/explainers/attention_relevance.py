@@ -127,15 +127,6 @@ class Walk:
         self._vectors: dict[str, Tensor] = {}
         if self.scope != "encoder":
             self.image_tokens = image_tokens(replay, self.problem.target)
-            # y is a sum over the selected tokens, so one backward pass serves all of them; each other course of the
-            # answer that a score reads is a sequence of its own.
-            start = torch.zeros(replay.rows, replay.length, dtype=torch.float64)
-            at = 0
-            for row, queries in query_rows(self.problem):
-                shares = torch.ones(len(queries)) if self.shares is None else self.shares[at : at + len(queries)]
-                start[row].index_add_(0, queries, shares.double())
-                at += len(queries)
-            self._vectors["decoder"] = start
         if self.scope != "decoder":
             one_sequence(self.problem, "give scope='decoder', or alternatives of a single token")
             self.encoder_tokens = tokens_that_read(replay, self.encoder, self.problem.target)
@@ -163,9 +154,7 @@ class Walk:
             return  # another encoder
         if layer.part == "decoder" and self.scope == "encoder":
             return
-        vector = self._vectors.get(layer.part)
-        if vector is None:
-            vector = self._vectors[layer.part] = self._encoder_start()
+        vector = self._vector(layer.part)
         stop = layer.start + layer.queries
         whole_sequence(layer, vector.shape[1])
         present = vector[:, layer.start : stop]
@@ -188,6 +177,23 @@ class Walk:
         vector[:, layer.start : stop] = total.cpu()
         self.visited.append(layer.layer.module)
 
+    def _vector(self, part: str) -> Tensor:
+        """What has been carried down to a layer of this part, ``(sequence or view, token)``."""
+        if part not in self._vectors:
+            self._vectors[part] = self._decoder_start() if part == "decoder" else self._encoder_start()
+        return self._vectors[part]
+
+    def _decoder_start(self) -> Tensor:
+        # y is a sum over the selected tokens, so one backward pass serves all of them; each other course of the answer
+        # that a score reads is a sequence of its own.
+        start = torch.zeros(self.problem.replay.rows, self.problem.replay.length, dtype=torch.float64)
+        at = 0
+        for row, queries in query_rows(self.problem):
+            shares = torch.ones(len(queries)) if self.shares is None else self.shares[at : at + len(queries)]
+            start[row].index_add_(0, queries, shares.double())
+            at += len(queries)
+        return start
+
     def _encoder_start(self) -> Tensor:
         tokens = self.encoder_tokens
         assert tokens is not None
@@ -195,7 +201,7 @@ class Walk:
         shape = tokens.shape if len(tokens.shape) == 2 else (1, *tokens.shape)
         if self.image_tokens is None:
             return (live.double() / live.sum()).reshape(shape)
-        above = self._vectors["decoder"][0, self.image_tokens.positions]
+        above = self._vector("decoder")[0, self.image_tokens.positions]
         inside = _inside(self.image_tokens.boxes, tokens.boxes)
         share = inside / inside.sum(dim=1, keepdim=True).clamp(min=1e-12)
         return (above @ share).reshape(shape)

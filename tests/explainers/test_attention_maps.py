@@ -271,6 +271,9 @@ def test_a_token_that_nobody_looks_at_does_not_explode(monkeypatch):
     monkeypatch.setitem(reference.__dict__, "attention", type(rows)(changed, rows.layers, rows.text_mass, rows.reduce))
     heat = explain(trace, "relative_attention", reference=reference)
     assert np.isfinite(heat.values).all()
+    changed[...] = 0
+    with pytest.raises(ExplainError, match="has no attention to image 0"):
+        explain(trace, "relative_attention", reference=reference)
 
 
 def test_the_second_picture_of_a_prompt():

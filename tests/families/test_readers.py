@@ -151,6 +151,16 @@ def test_a_task_prompt_takes_a_question() -> None:
     assert not torch.equal(other.original_log_probs, answer.replay.original_log_probs)
 
 
+@pytest.mark.parametrize("method", ["tmm", "rollout", "iia", "weighted_tmm"])
+def test_a_decoder_that_reads_through_its_encoder_has_no_relevance_of_image_tokens(tmp_path: Path, method: str) -> None:
+    built = build("t5gemma2", "pil")
+    with probe.attach(built.model, built.processor) as attached, attached.record(tmp_path, llr=False) as recording:
+        built.generate(built.inputs([built.picture()]))
+    replay = probe.replay(recording.traces[0], built.model, built.processor)
+    with pytest.raises(ExplainError, match="reads the image through its encoder"):
+        probe.explain(replay, method=method, tokens=(0, 2))
+
+
 def test_a_reader_is_recorded_and_explained_at_the_command_line(tmp_path: Path) -> None:
     built = build("vision-encoder-decoder", "pil")
     built.processor.chat_template = None
