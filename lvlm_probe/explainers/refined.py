@@ -167,7 +167,7 @@ def _check(problem: Problem, of: str, given: Mapping[str, Any]) -> None:
 
 def _earlier(problem: Problem, most: int) -> list[list[int]]:
     """Tokens of the words in front of the first explained one that are not written as one of those is."""
-    first = min(problem.selection.indices)
-    mine = {problem.selection.tokens[index].strip() for index in problem.selection.indices}
-    before = [word for word in problem.replay.words if word.stop <= first and word.text not in mine]
+    first, words = min(problem.selection.indices), problem.replay.words
+    mine = {word.text for word in words if not set(range(word.start, word.stop)).isdisjoint(problem.selection.indices)}
+    before = [word for word in words if word.stop <= first and word.text not in mine]
     return [list(range(word.start, word.stop)) for word in before[max(0, len(before) - most) :]] if most else []

@@ -104,6 +104,18 @@ def test_any_method_goes_through_it_and_passes_are_counted() -> None:
     assert heat.provenance["passes"]["forward"] - alone.provenance["passes"]["forward"] == own
 
 
+def test_a_word_that_was_said_before_is_not_taken_away() -> None:
+    """Of several tokens too, as words often are."""
+    spot = box_weights(8, slice(0, 3), slice(0, 3))
+    other = box_weights(8, slice(4, 7), slice(4, 7))
+    replay = ToyReplay(
+        torch.stack([spot, spot, other, spot, spot]),
+        original=[0.9] * 5, base=[0.01] * 5, tokens=[" tur", "quoise", " and", " tur", "quoise"],
+    )  # fmt: skip
+    heat = probe.explain(replay, method="refined", tokens=[3, 4], earlier=9, of="occlusion", params={"size": 4})
+    assert heat.provenance["diagnostics"]["earlier_words"] == 1
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [
