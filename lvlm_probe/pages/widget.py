@@ -65,9 +65,6 @@ def widget(
         raise ReportError(
             f"widget() was given {len(given)} heatmaps but {len(judged)} scores: pass one for each, or None"
         )
-    for heat in given:
-        if not isinstance(heat, Heatmap) or heat.provenance.get("trace_id") != trace.trace_id:
-            raise ReportError(f"widget() shows heatmaps of its trace, {trace.trace_id}; got {heat!r:.200}")
     require("anywidget", extra="widget", purpose="a widget")
     return _kind()(trace, zip(given, judged, strict=True), explain)
 
@@ -96,6 +93,7 @@ class _Answer:
         beneath: Any = super()
         beneath.__init__(question=trace.question or trace.prompt, words=words, tail=tail, image=picture)
         for heat, score in heats:
+            _check(trace, heat)
             self._keep(_word_of(self._words, heat), heat, score)
         self._shown({"new": -1})
         self.observe(self._shown, "word")
@@ -131,7 +129,9 @@ class _Answer:
             self.status = f"Explaining “{word.text}” …"
             try:
                 found = self._explain(word)
-                self._keep(number, *(found if isinstance(found, tuple) else (found, None)))
+                heat, score = found if isinstance(found, tuple) else (found, None)
+                _check(self.trace, heat)
+                self._keep(number, heat, score)
             except ProbeError as error:
                 self.status = f"No map of “{word.text}”: {error}"
                 return
@@ -202,6 +202,12 @@ def answer_words(trace: Trace) -> tuple[list[dict[str, Any]], str]:
         told += "" if ratio is None else f", {ratio:+.2f} nats from the image"
         found.append({"text": text, "before": before, "llr": ratio, "told": told})
     return found, tail
+
+
+def _check(trace: Trace, heat: object) -> None:
+    """Raises ``ReportError`` for what is no heatmap of this trace."""
+    if not isinstance(heat, Heatmap) or heat.provenance.get("trace_id") != trace.trace_id:
+        raise ReportError(f"widget() shows heatmaps of its trace, {trace.trace_id}; got {heat!r:.200}")
 
 
 def _word_of(words: Sequence[Word], heat: Heatmap) -> int:

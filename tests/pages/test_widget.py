@@ -90,6 +90,10 @@ def test_what_cannot_be_shown_is_said(answered):
     other = type(heat)(**{**vars(heat), "provenance": {**heat.provenance, "trace_id": "other"}})
     with pytest.raises(probe.ProbeError, match="heatmaps of its trace"):
         probe.widget(trace, other)
+    for unlike in (other, None, "red"):
+        widget = probe.widget(trace, explain=lambda word, found=unlike: found)
+        widget.word = 0
+        assert widget.heat is None and widget.status.startswith("No map of “The”: widget() shows heatmaps of its trace")
 
 
 STUB = """<!doctype html><meta charset="utf-8"><title>widget</title><style>%s</style><body><div id="at"></div>
