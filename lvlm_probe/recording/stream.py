@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import queue
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -54,7 +55,18 @@ class StreamedWord(Word):
     log_prob: float | None = None
     llr: float | None = None
     special: bool = False
-    _attention: Callable[[int, int], np.ndarray | None] | None = field(default=None, repr=False, compare=False)
+
+    # No field: what it asks belongs to the thread that generates, and goes into no dictionary or file.
+    _attention: ClassVar[Any] = None  # (start, stop) → rows
+
+    def reading(self, attention: Callable[[int, int], np.ndarray | None] | None) -> StreamedWord:
+        """This word, with what gives the attention of tokens ``[start, stop)``."""
+        object.__setattr__(self, "_attention", attention)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        rows = self.attention  # a copy has them, as far as they are known now
+        return {**self.__dict__, "_attention": None if rows is None else functools.partial(_as_read, rows)}
 
     @property
     def attention(self) -> np.ndarray | None:
@@ -306,7 +318,7 @@ class Stream(Iterator[StreamedWord]):
         kind = self.by == "token" and bool(special[word.start])
         rows = None if log_prob is None else self._feed.attention
         span = tuple(ids[word.start : word.stop])
-        return StreamedWord(word.text, word.start, word.stop, before, span, log_prob, llr, kind, rows)
+        return StreamedWord(word.text, word.start, word.stop, before, span, log_prob, llr, kind).reading(rows)
 
     def _of_trace(self, trace: Trace) -> tuple[StreamedWord, ...]:
         """The words, or tokens, of a trace."""
@@ -322,6 +334,10 @@ class Stream(Iterator[StreamedWord]):
             ratio = None if llr is None else float(llr[own].sum())
             found.append(self._streamed(word, lead, ids, special, float(trace.log_probs[own].sum()), ratio))
         return tuple(found)
+
+
+def _as_read(rows: np.ndarray, _start: int, _stop: int) -> np.ndarray:
+    return rows
 
 
 def _without(pieces: Sequence[str], special: Sequence[bool]) -> list[str]:

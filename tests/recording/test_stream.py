@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
+import json
+import pickle
 import queue
 import threading
 import warnings
@@ -83,6 +87,15 @@ def test_the_answer_and_its_trace_are_those_without_a_stream(attached, tmp_path,
         assert before.llr is None and after.llr == pytest.approx(float(plain.llr[of_it].sum()))
         assert before.log_prob == pytest.approx(float(plain.log_probs[of_it].sum()), abs=1e-6)
         assert before.token_ids == after.token_ids == tuple(plain.token_ids[of_it])
+
+
+def test_words_go_into_queues_files_and_json(attached):
+    p, inputs = attached
+    stream = p.stream(**inputs, max_new_tokens=12)
+    for word in (*stream, *stream.words):
+        for other in (pickle.loads(pickle.dumps(word)), copy.deepcopy(word)):
+            assert other == word and np.array_equal(other.attention, word.attention)
+        assert json.loads(json.dumps(dataclasses.asdict(word)))["log_prob"] == word.log_prob
 
 
 def test_words_come_with_their_attention_while_the_model_generates(attached, monkeypatch):
