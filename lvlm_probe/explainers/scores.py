@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Literal, get_args
 
 import numpy as np
@@ -177,7 +178,7 @@ def score_rule(score: object) -> tuple[object, bool, str]:
 
 def whole_rule(number: object, at_least: int = 1) -> tuple[object, bool, str]:
     """The rule of a count, for ``check_rules``."""
-    holds = isinstance(number, int) and not isinstance(number, bool) and number >= at_least
+    holds = isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= at_least
     return number, holds, f"a whole number of at least {at_least}"
 
 

@@ -33,6 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -52,7 +53,7 @@ from lvlm_probe.explainers.curve_points import (
     sample_counts,
 )
 from lvlm_probe.explainers.registry import Shape
-from lvlm_probe.explainers.scores import Followed, even_masks, followed, too_narrow
+from lvlm_probe.explainers.scores import Followed, check_rules, even_masks, followed, too_narrow, whole_rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -135,8 +136,13 @@ class CurveRule:
     tolerance: float = 0.01
 
     def __post_init__(self) -> None:
-        if not self.tolerance > 0:
-            raise ExplainError(f"tolerance is a positive share of the area; got {self.tolerance!r}")
+        positive = isinstance(self.tolerance, Real) and self.tolerance > 0
+        check_rules(
+            "evaluate",
+            tolerance=(self.tolerance, positive, "a positive share of the area"),
+            tie_orders=whole_rule(1 if self.tie_orders is None else self.tie_orders),
+            seed=whole_rule(self.seed, 0),
+        )
         one_of("auc", self.auc, "trapezoid", "release")
         one_of("sampling", self.sampling, "full", "adaptive")
 

@@ -23,7 +23,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.controls import center_values
 from lvlm_probe.explainers.curve_points import STEPS, Known, facts_of, known_scores
 from lvlm_probe.explainers.explaining import frame_of, scored_by
-from lvlm_probe.explainers.scores import CurveScore, Followed
+from lvlm_probe.explainers.scores import CurveScore, Followed, check_rules, whole_rule
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import resample
 from lvlm_probe.images import CompositePath
@@ -313,7 +313,7 @@ def evaluate(
         ImageError: There is no such baseline; or the heatmap was made over an image of the user's, which it does not
             hold, and the replay has another one: give it as ``baseline``, or evaluate on ``replay.over(image)``.
     """
-    _check(curve, score, steps)
+    _check(curve, score, steps, chance)
     settings = CurveSettings(**vars(curve), score=score, steps=steps or STEPS)
     check_answer(heat, replay)
     own = heat.selection.score
@@ -425,6 +425,8 @@ def check_answer(heat: Explained, replay: ReplayLike) -> None:
             "a heatmap is scored by running the model, and this is a trace: evaluate(heat, probe.replay(trace, model, "
             "processor))"
         )
+    if not hasattr(heat, "selection"):
+        raise ExplainError(f"a heatmap is what explain() returns; got a {type(heat).__name__}")
     if heat.selection.tokens != tuple(replay.tokens) or heat.image_index >= replay.n_images:
         raise ExplainError(
             f"this heatmap explains another answer ({''.join(heat.selection.tokens)[:60]!r}) than the replay's "
@@ -443,7 +445,7 @@ def _check_offers(replay: ReplayLike) -> None:
         )
 
 
-def _check(curve: CurveRule, score: CurveScore, steps: int | None) -> None:
+def _check(curve: CurveRule, score: CurveScore, steps: int | None, chance: int) -> None:
     """Raises ``ExplainError`` where settings do not go together."""
     if not isinstance(curve, CurveRule):
         raise ExplainError(f"curve is a probe.metrics.CurveRule(…); got {curve!r}")
@@ -452,8 +454,7 @@ def _check(curve: CurveRule, score: CurveScore, steps: int | None) -> None:
     if curve.release and curve.sampling != "full":
         raise ExplainError("auc='release' is defined on all of its points: leave sampling='full'")
     one_of("score", score, "prob", "log")
-    if steps is not None and steps < 1:
-        raise ExplainError(f"steps is at least 1; got {steps}")
+    check_rules("evaluate", steps=whole_rule(1 if steps is None else steps), chance=whole_rule(chance, 0))
 
 
 def _known(

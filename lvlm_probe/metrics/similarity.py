@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.scores import whole_rule
 from lvlm_probe.extras import require
 from lvlm_probe.heatmap import HeatGrid, resample
 from lvlm_probe.trace.clips import images_of
@@ -90,8 +91,8 @@ def compare_maps(first: HeatGrid, second: HeatGrid) -> Similarity:
 
 def grid_of(grid: int | Sequence[int]) -> tuple[int, int]:
     """A grid given as a number of cells or as ``(rows, columns)``. Raises ``ExplainError``."""
-    pair = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    if len(pair) != 2 or min(pair) < 1:
+    pair = tuple(grid) if isinstance(grid, Iterable) else (grid, grid)
+    if len(pair) != 2 or not all(whole_rule(edge)[1] for edge in pair):
         raise ExplainError(f"grid is a number of cells or (rows, columns), both at least 1; got {grid!r}")
     return int(pair[0]), int(pair[1])
 

@@ -455,15 +455,28 @@ def test_refusals() -> None:
         evaluate(heat, other)
     for options, message in [
         ({"score": "logit"}, "score is"),
-        ({"steps": 0}, "steps is at least 1"),
+        ({"steps": 0}, "steps is a whole number of at least 1"),
+        ({"steps": 2.5}, "steps is a whole number of at least 1"),
+        ({"chance": -1}, "chance is a whole number of at least 0"),
+        ({"chance": "2"}, "chance is a whole number of at least 0"),
+        ({"grid": 2.5}, "grid is a number of cells"),
         ({"curve": CurveRule(auc="release"), "steps": 10}, "leave steps out"),
         ({"curve": "adaptive"}, "curve is a probe.metrics.CurveRule"),
         ({"grid": (4,)}, "grid is"),
     ]:
         with pytest.raises(ExplainError, match=message):
             evaluate(heat, replay, **options)
-    with pytest.raises(ExplainError, match="auc is"):
-        CurveRule(auc="simpson")  # type: ignore[arg-type]
+    with pytest.raises(ExplainError, match=r"what explain\(\) returns; got a ndarray"):
+        evaluate(BOX.numpy(), replay)  # type: ignore[arg-type]
+    for rule, message in [
+        ({"auc": "simpson"}, "auc is"),
+        ({"tie_orders": 0}, "tie_orders is a whole number of at least 1"),
+        ({"tie_orders": 2.5}, "tie_orders is a whole number"),
+        ({"seed": -1}, "seed is a whole number of at least 0"),
+        ({"tolerance": "0.1"}, "tolerance is a positive share"),
+    ]:
+        with pytest.raises(ExplainError, match=message):
+            CurveRule(**rule)
     blind = Heatmap(BOX.numpy(), (64, 64), seen=np.zeros((16, 16), bool), selection=select_tokens(replay))
     with pytest.raises(ExplainError, match="sees none"):
         evaluate(blind, replay)
