@@ -22,6 +22,7 @@ from lvlm_probe.explainers.registry import (
     needs_of,
     resolve,
     stands_for,
+    told_by_kind,
 )
 from lvlm_probe.explainers.scores import no_effect
 from lvlm_probe.explainers.trace_only import RecordedAnswer
@@ -172,6 +173,7 @@ def run(
         ExplainError, OutOfMemory, SelectionError: as ``explain``.
     """
     function = resolve(method)
+    params = {name: _plain(value) for name, value in params.items()}
     check_parameters(method, function, params)
     live = not isinstance(replay, Trace)
     if search_dtype is not None:
@@ -192,7 +194,12 @@ def run(
         replay = _counted(replay, plan)
     # A method declares its cost by the image and its parameters: no tokens need to be selected for it.
     unselected = Problem(replay, cast(TokenSelection, None), image, seed, live=live, clip=clip)
-    images = functools.cache(lambda: cost_of(method, unselected, params).forward)
+
+    @functools.cache
+    def images() -> int | None:
+        with told_by_kind(method, function, params):
+            return cost_of(method, unselected, params).forward
+
     if live:
         replay.announce(method, images, None)
     selection = selected(replay, tokens, against)
@@ -230,6 +237,11 @@ def run(
         "reason": outcome.reason,
         "trace": cast(Trace, replay.trace),
     }
+
+
+def _plain(value: Any) -> Any:
+    """A number of an array library, as Python's own."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _check_values(values: torch.Tensor | None, method: str, axes: int) -> None:
@@ -350,13 +362,15 @@ def _run(function: Callable[..., Outcome], problem: Problem, method: str, params
     if reason is not None:
         return Outcome(None, params, reason=reason)
     if not problem.live:
-        return function(problem, **params)
+        with told_by_kind(method, function, params):
+            return function(problem, **params)
     replay = problem.replay
     with problem.measuring.shortcuts.caching(), replay.shortcuts.caching():
         if "gradients" in needs_of(method):
             replay.require_gradients()
         try:
-            return function(problem, **params)
+            with told_by_kind(method, function, params):
+                return function(problem, **params)
         except (RuntimeError, NotImplementedError, MemoryError) as error:
             if problem.exact is not None and not ran_out(error):
                 raise ExplainError(

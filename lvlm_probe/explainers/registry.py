@@ -29,16 +29,19 @@ import difflib
 import html
 import importlib
 import inspect
+import numbers
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, get_args
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
 import torch
 
-from lvlm_probe.errors import ExplainError
+from lvlm_probe.errors import ExplainError, ProbeError
 from lvlm_probe.models.inputs import index_on
 from lvlm_probe.plugins import check_registration, load_plugins
 from lvlm_probe.progress import Progress
@@ -462,6 +465,72 @@ def check_parameters(name: str, known: Sequence[str] | Callable[..., Outcome], p
     for parameter in params:
         if parameter not in known:
             raise ExplainError(f"{name} takes no parameter {parameter!r}{_closest(parameter, known)}")
+
+
+@contextmanager
+def told_by_kind(name: str, function: Callable[..., object], params: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, an error of Python's that a parameter of the wrong kind makes is one that names the parameter.
+
+    A method says in words of its own what is out of range; that a text or a list stands for a number, it need not look
+    for.
+
+    Raises:
+        ExplainError: a parameter is not of the kind that the method's annotation names.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, ValueError, IndexError) as error:
+        kinds = {} if isinstance(error, ProbeError) else _kinds_of(function)
+        for parameter in params.keys() & kinds.keys():
+            if not _is_of(params[parameter], kinds[parameter]):
+                raise ExplainError(
+                    f"{name}: {parameter} is {_said(kinds[parameter])}; got {parameter}={params[parameter]!r:.200}"
+                ) from error
+        raise
+
+
+def _kinds_of(function: Callable[..., object]) -> dict[str, Any]:
+    """The annotations of a method's parameters by name; none where they cannot be read."""
+    try:
+        signature = inspect.signature(function, eval_str=True).parameters.values()
+    except Exception:  # names that are known to type checkers alone, of a plugin
+        return {}
+    return {one.name: one.annotation for one in signature if one.annotation is not inspect.Parameter.empty}
+
+
+_TOLD = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of the kind that an annotation names; what is neither number, text nor list is not judged."""
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin in (Any, object) or not (inner or origin is None or isinstance(origin, type)):
+        return True
+    if origin in (Union, UnionType):
+        return any(_is_of(value, each) for each in inner)
+    if origin is Literal:
+        return any(type(value) is type(each) for each in inner)
+    if origin in (None, type(None)):
+        return value is None
+    if origin in (int, float):
+        return isinstance(value, numbers.Integral if origin is int else numbers.Real) and not isinstance(value, bool)
+    if origin in (bool, str) or origin is Mapping:
+        return isinstance(value, origin)
+    if origin in (tuple, list, Sequence):
+        of = [each for each in inner if each is not Ellipsis]
+        return isinstance(value, list | tuple) and all(any(_is_of(one, each) for each in of or [Any]) for one in value)
+    return not isinstance(value, bool | numbers.Real | str | Mapping | list | tuple | None)
+
+
+def _said(kind: Any) -> str:
+    origin, inner = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(_said, inner)))
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if origin in (tuple, list, Sequence):
+        return f"a list, each {_said(inner[0])}" if inner else "a list"
+    return _TOLD.get(origin) or f"a {getattr(origin, '__name__', origin)}"
 
 
 def _closest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:

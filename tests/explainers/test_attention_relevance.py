@@ -17,7 +17,7 @@ from lvlm_probe.attention import TapLayer
 from lvlm_probe.attention.dispatch import AttentionCall
 from lvlm_probe.errors import ExplainError, OutOfMemory
 from lvlm_probe.explainers.attention_relevance import Walk, relu_product
-from lvlm_probe.explainers.registry import Problem
+from lvlm_probe.explainers.registry import Problem, told_by_kind
 from lvlm_probe.replaying.capture import AttentionLayer
 from lvlm_probe.selection import TokenSelection, select_tokens
 
@@ -416,6 +416,20 @@ def test_iia_says_where_points_cannot_be_told_apart():
         ("tmm", {"depth": 3}, "takes no parameter 'depth'"),
         ("weighted_tmm", {"temperature": "high"}, "weighted_tmm: temperature is a number; got temperature='high'"),
         ("gradient_attention", {"filtered": "no"}, "gradient_attention: filtered is True or False"),
+        ("iia", {"points": "10"}, "iia: points is a whole number or None; got points='10'"),
+        ("gradcam", {"encoder": [0]}, r"gradcam: encoder is .*a whole number or a text.*; got encoder=\[0\]"),
+        (
+            "attention",
+            {"layers": 1.5},
+            "attention: layers is 'all' or .* or a list, each a whole number; got layers=1.5",
+        ),
+        ("attention", {"heads": True}, "attention: heads is .*; got heads=True"),
+        ("relative_attention", {"general": 3}, "relative_attention: general is a text; got general=3"),
+        ("relative_attention", {"reference": 3}, "reference is a Trace or a Replay or None; got reference=3"),
+        ("tam", {"size": True}, "tam: size is a whole number or a list, each a whole number or None; got size=True"),
+        ("igos++", {"gamma": "2"}, r"igos\+\+: gamma is a number; got gamma='2'"),
+        ("igos++", {"budget": "30"}, r"igos\+\+: budget is a whole number or None; got budget='30'"),
+        ("igos++", {"preset": ["fast"]}, r"igos\+\+: preset is a text"),
     ],
 )
 @pytest.mark.quick
@@ -423,6 +437,20 @@ def test_wrong_parameters_are_refused(method, params, message):
     replay = inside.replay("llava")
     with pytest.raises(ExplainError, match=message):
         explain(replay, method, **params)
+
+
+def test_numbers_of_an_array_library_are_numbers():
+    replay = inside.replay("llava")
+    for size in (np.int64(6), torch.tensor(6)):
+        assert np.array_equal(explain(replay, "tmm", size=size).values, explain(replay, "tmm", size=6).values)
+
+
+def test_an_error_that_no_parameter_made_is_not_told_as_one():
+    def method(problem, *, size: int = 3):
+        raise TypeError("a fault of the method's own")
+
+    with pytest.raises(TypeError, match="own"), told_by_kind("mine", method, {"size": 4}):
+        method(None, size=4)
 
 
 def test_sizes_repeat_and_no_state_stays():

@@ -51,7 +51,7 @@ from lvlm_probe.explainers.igos.order import draw_levels, refine_order
 from lvlm_probe.explainers.igos.regularizers import CLIP_GUIDE_SIZE, bilateral_weights, btv, gnc, guide, l1
 from lvlm_probe.explainers.igos.rounds import Judge, Round, budget_of, rounds
 from lvlm_probe.explainers.igos.settings import PRESETS, IgosSettings
-from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, check_parameters, register
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, check_parameters, register, told_by_kind
 
 _ARMIJO = 1e-4
 _LINE_SEARCH_TRIES = 10
@@ -104,14 +104,15 @@ def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outco
         raise ExplainError(f"igos++ has no preset {preset!r}; there are {', '.join(map(repr, PRESETS))}")
     settings.pop("guided", None)  # what a heatmap says beside its settings, so that its params can be given again
     check_parameters("igos++", [item.name for item in dataclasses.fields(IgosSettings)] + ["preset"], settings)
-    chosen = dataclasses.replace(PRESETS[preset], **settings)
-    own = rounds(chosen)[0].passes(chosen)
-    if settings.get("budget") is not None and settings["budget"] < own:
-        raise ExplainError(
-            f"igos++: a budget of {settings['budget']} passes is less than the {own} of the first round; "
-            f"a smaller one has fewer ig_steps (now {chosen.ig_steps}) or refine steps (now {chosen.refine})"
-        )
-    return Optimisation(problem, chosen, preset).run()
+    with told_by_kind("igos++", IgosSettings, settings):
+        chosen = dataclasses.replace(PRESETS[preset], **settings)
+        own = rounds(chosen)[0].passes(chosen)
+        if settings.get("budget") is not None and settings["budget"] < own:
+            raise ExplainError(
+                f"igos++: a budget of {settings['budget']} passes is less than the {own} of the first round; "
+                f"a smaller one has fewer ig_steps (now {chosen.ig_steps}) or refine steps (now {chosen.refine})"
+            )
+        return Optimisation(problem, chosen, preset).run()
 
 
 @register("igos+", needs=("passes", "gradients"), cost=_plus_cost, clips=True)
