@@ -660,10 +660,12 @@ def test_boxes_can_be_left_out(llava, tmp_path):
 
 
 @pytest.mark.quick
-def test_unknown_point_is_a_note_and_not_a_crash(llava, tmp_path):
+def test_a_point_that_is_gone_is_a_note_and_not_a_crash(llava, tmp_path):
     model, processor = llava
-    with probe.attach(model, processor) as p, p.record(tmp_path, points=("model.nowhere.*",)) as recording:
-        with pytest.warns(probe.ProbeWarning, match="closest"):
+    model.further = torch.nn.Identity()
+    with probe.attach(model, processor) as p, p.record(tmp_path, points=("further",)) as recording:
+        del model.further
+        with pytest.warns(probe.ProbeWarning, match="no module matches .further."):
             model.generate(**ask(model, processor), max_new_tokens=2, do_sample=False)
     assert recording.paths == []
 
