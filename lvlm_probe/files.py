@@ -266,11 +266,11 @@ def found_within(path: str | os.PathLike[str], folders: Sequence[Path]) -> tuple
 
 def read_small(path: str | os.PathLike[str], *, limit: int) -> bytes:
     """Reads a regular file of at most ``limit`` bytes. Raises ``OSError``, with ``EFBIG`` for a larger one."""
-    with open_regular(path) as file:
+    with io.BufferedReader(open_regular(path)) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise OSError(errno.EFBIG, f"it has {size} bytes, more than {limit}", os.fspath(path))
-        data = io.BufferedReader(file).read(limit + 1)
+        data = file.read(limit + 1)
     if len(data) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit} bytes", os.fspath(path))
     return data
