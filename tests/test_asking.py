@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,15 @@ def test_another_template_several_images_and_paths(tmp_path):
     assert answer.trace.question == "Which is brighter?"
     assert "<b>" not in answer._repr_html_()
     assert "nats" in answer._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("family", "mark"),
+    [("llava", "<image>"), ("gemma3", "<start_of_image>"), ("gemma3", "<image_soft_token>"), ("mllama", "<|image|>")],
+)
+def test_a_question_that_holds_the_mark_of_an_image_is_refused(family, mark):
+    with pytest.raises(probe.ProbeError, match=f"the question holds {re.escape(repr(mark))}"):
+        ask(*tiny_models.build(family), tiny_models.picture(), f"What is in {mark} here?", max_new_tokens=2)
 
 
 def test_refusals(demo, scene):

@@ -139,6 +139,27 @@ def _begun(processor: Any, images: Sequence[Image.Image], text: str, rule: Promp
     return inputs
 
 
+_MARKS = ("image_token", "boi_token", "video_token")
+
+
+def check_question(processor: Any, question: str, image_token_id: int | None) -> None:
+    """Refuse a question that holds what stands for an image in the model's prompt.
+
+    Raises:
+        ProbeError: it does; the processor, or the model, would look for an image in its place.
+    """
+    marks = {getattr(processor, name, None) for name in _MARKS}
+    tokenizer = tokenizer_of(processor)
+    if image_token_id is not None and hasattr(tokenizer, "convert_ids_to_tokens"):
+        marks.add(tokenizer.convert_ids_to_tokens(image_token_id))
+    for mark in marks:
+        if isinstance(mark, str) and mark and mark in question:
+            raise ProbeError(
+                f"the question holds {mark!r}, which stands for an image in this model's prompt and is put there for "
+                f"each image that is given: leave it out"
+            )
+
+
 def chat_inputs(
     processor: Any,
     images: Sequence[Image.Image],

@@ -18,7 +18,7 @@ import numpy as np
 from lvlm_probe.errors import ImageError, ProbeError
 from lvlm_probe.hooks import Call, HookSet, caution
 from lvlm_probe.images.clips import video_processor_of
-from lvlm_probe.models.prompts import chat_inputs, placed, prompt_rule
+from lvlm_probe.models.prompts import chat_inputs, check_question, placed, prompt_rule
 from lvlm_probe.recording.probe import Probe, attach
 from lvlm_probe.recording.token_boxes import BoxCache
 from lvlm_probe.trace.video_files import VideoFacts, read_video
@@ -83,6 +83,7 @@ def record_answer(
         shown = [_as_given(video) for video in videos]
         if shown:
             _check_takes_videos(probe)
+        check_question(processor, question, probe.anatomy.image_token_id)
         given = None if shown else list(images)  # of a prompt with videos they are known by the processor's calls
         with probe.record(directory, images=given, question=question or None, **record) as recording:
             with _decoding(processor, num_frames, note or caution) if shown else contextlib.nullcontext():
