@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -288,8 +288,8 @@ def _contrasted(
     replay: ReplayLike | Trace, words: str | Sequence[str] | None, against: Against, options: Mapping[str, Any]
 ) -> TokenSelection:
     """The selection of said words with their contrast; see ``select_tokens``."""
-    others = [against] if isinstance(against, str) else [str(text) for text in against]
-    if not others or not all(text.strip() for text in others):
+    others = [against] if isinstance(against, str) else list(against) if isinstance(against, Iterable) else []
+    if not others or not all(isinstance(text, str) and text.strip() for text in others):
         raise SelectionError(f"against is a word that might have stood there, or several; got {against!r}")
     turned = False
     try:

@@ -330,7 +330,7 @@ def alternative_ids(tokenizer: Any, said: Sequence[int], pieces: str, text: str)
         text: the alternative.
 
     Raises:
-        SelectionError: the tokenizer has no tokens for it.
+        SelectionError: the tokenizer has no tokens for it, or unknown ones.
     """
 
     def ids_of(words: str) -> tuple[int, ...]:
@@ -343,4 +343,10 @@ def alternative_ids(tokenizer: Any, said: Sequence[int], pieces: str, text: str)
     found = ids_of(lead + text.strip()) if text.strip() else ()
     if not found:
         raise SelectionError(f"the tokenizer makes no token of {text!r}")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown in found and getattr(tokenizer, "unk_token", "") not in text:
+        raise SelectionError(
+            f"the tokenizer cannot write {text!r}, it reads {tokenizer.decode(list(found))!r}: name a word that this "
+            f"model could say"
+        )
     return found

@@ -149,6 +149,16 @@ def test_the_models_own_second_choice(asked: Any) -> None:
         select_tokens(replay, words="next", against="cyan")
 
 
+def test_a_word_that_the_tokenizer_cannot_write_is_no_alternative(asked: Any) -> None:
+    """It would be a contrast with the unknown token."""
+    replay, *_ = asked
+    word = replay.words[0].text
+    with pytest.raises(SelectionError, match=r"cannot write '十'.*<unk>"):
+        probe.explain(replay, method="input_gradient", tokens=word, against="十")
+    with pytest.raises(SelectionError, match="against is a word"):
+        probe.explain(replay, method="input_gradient", tokens=word, against=3)
+
+
 def test_words_that_were_not_said(asked: Any) -> None:
     """Named first they turn the contrast round, where what they stand against was said; else the way out is told."""
     replay, _, cyan, _ = asked
