@@ -24,7 +24,7 @@ from lvlm_probe.explainers.registry import (
     stands_for,
     told_by_kind,
 )
-from lvlm_probe.explainers.scores import no_effect
+from lvlm_probe.explainers.scores import check_rules, no_effect, whole_rule
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap
@@ -126,6 +126,8 @@ def explain(
         OutOfMemory: not even one mask fits; the message says what it would take.
         SelectionError: the answer does not contain the words or span.
     """
+    check_rules("explain", image=whole_rule(image, 0))
+    image = int(image)
     if frame_of(replay, image) is not None:
         raise ExplainError(
             f"image {image} is a frame of a video: probe.video.explain(replay) explains by the whole of it, in time "
@@ -194,12 +196,7 @@ def run(
         replay = _counted(replay, plan)
     # A method declares its cost by the image and its parameters: no tokens need to be selected for it.
     unselected = Problem(replay, cast(TokenSelection, None), image, seed, live=live, clip=clip)
-
-    @functools.cache
-    def images() -> int | None:
-        with told_by_kind(method, function, params):
-            return cost_of(method, unselected, params).forward
-
+    images = functools.cache(lambda: cost_of(method, unselected, params).forward)
     if live:
         replay.announce(method, images, None)
     selection = selected(replay, tokens, against)

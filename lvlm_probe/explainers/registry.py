@@ -414,7 +414,8 @@ def cost_of(method: str, problem: Problem, params: Mapping[str, Any]) -> Cost:
     if rule is not None:
         parameters = inspect.signature(function).parameters.values()
         defaults = {item.name: item.default for item in parameters if item.default is not item.empty}
-        return rule(problem, {**defaults, **params})
+        with told_by_kind(method, function, params):
+            return rule(problem, {**defaults, **params})
     if "gradients" in needs:
         kind: Kind = "relevance" if "attention" in needs else "activations" if "activations" in needs else "gradient"
         return Cost(kind)
@@ -424,6 +425,8 @@ def cost_of(method: str, problem: Problem, params: Mapping[str, Any]) -> Cost:
 
 
 def _method(name: str) -> Method:
+    if not isinstance(name, str):
+        raise ExplainError(f"a method is named by a text, such as 'igos++'; got {name!r:.80}")
     # Plugins are looked for only when a name is not our own: importing them may take long.
     if name not in METHODS:
         load_plugins()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, overload
 
 import torch
 
-from lvlm_probe.errors import ModelMismatch
+from lvlm_probe.errors import ModelMismatch, ReplayError
 from lvlm_probe.models.drivers import probed_model
 from lvlm_probe.models.fingerprint import same_fingerprint
 from lvlm_probe.models.quantised import quantisation
@@ -68,8 +68,14 @@ def replay(
         ProcessorRefused: masks cannot be carried through this processor.
         ReplayError: the trace holds inputs that the model cannot be run on.
     """
+    if not hasattr(trace, "trace_id"):
+        raise ReplayError(f"a trace is what open_trace() or a store gives; got a {type(trace).__name__}")
     if isinstance(model, Elsewhere):
         return model.replayed(trace, processor=processor, strict=strict)
+    if not isinstance(model, torch.nn.Module):
+        raise ReplayError(
+            f"the model is what from_pretrained() or probe.load() gives, or a server; got a {type(model).__name__}"
+        )
     recorded = str(trace.model.get("fingerprint") or "")
     if strict and recorded:
         same, present = same_fingerprint(model, recorded)

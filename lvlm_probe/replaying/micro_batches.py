@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lvlm_probe.errors import OutOfMemory
+from lvlm_probe.errors import OutOfMemory, ReplayError
 from lvlm_probe.models.quantised import stored_tensors
 from lvlm_probe.models.replica import Replica, duplicated
 
@@ -69,6 +69,11 @@ class Limits:
     gradient_checkpointing: bool = False
     recovered: list[str] = field(default_factory=list)
     recompute: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ``ReplayError`` for what is no number of masks."""
+        if self.micro_batch is not None and not (isinstance(self.micro_batch, int) and self.micro_batch >= 1):
+            raise ReplayError(f"micro_batch is a number of masks, at least 1; got {self.micro_batch!r}")
 
 
 def masks_at_once(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 
+import inside
 import numpy as np
 import pytest
 import tiny_models
@@ -480,3 +481,21 @@ def test_captum_explains_a_replay_as_any_function(demo, tmp_path):
     assert float(found.sum()) == pytest.approx(gain, rel=0.05)
     inside = torch.nn.functional.adaptive_avg_pool2d(torch.tensor(scene.mask)[None].float(), (8, 8))
     assert float((found * (inside > 0)).sum()) > 0.5 * gain
+
+
+def test_what_is_no_trace_model_number_of_masks_or_image_is_told() -> None:
+    trace, (model, processor) = inside.trace("llava"), tiny_models.build("llava")
+    cases = [(str(trace.path), model, "a trace is what"), (trace, processor, "the model is what"), (trace, None, "the")]
+    for first, second, said in cases:
+        with pytest.raises(probe.errors.ReplayError, match=said):
+            probe.replay(first, second, processor)  # type: ignore[arg-type]
+    for count in (0, -1, 2.5, "4"):
+        with pytest.raises(probe.errors.ReplayError, match="micro_batch is a number of masks, at least 1"):
+            probe.replay(trace, model, processor, micro_batch=count)  # type: ignore[arg-type]
+    replay = inside.replay("llava")
+    for image in ("0", 1.0, None, -1):
+        with pytest.raises(probe.errors.ExplainError, match="image is a whole number of at least 0"):
+            probe.explain(replay, method="attention", tokens=inside.SPAN, image=image)  # type: ignore[arg-type]
+    for method in (None, ["rise"]):
+        with pytest.raises(probe.errors.ExplainError, match="a method is named by a text"):
+            probe.explain(replay, method=method)  # type: ignore[arg-type]
