@@ -4,6 +4,7 @@
     python tests/benchmarks/bench_engine.py --models demo
     python tests/benchmarks/bench_engine.py --timed-n 4     # shorter: iterations with n = 4 are timed
     python tests/benchmarks/bench_engine.py --threads 1     # processor seconds in one thread
+    python tests/benchmarks/bench_engine.py --profile --threads 1   # adds where our own time goes
 
 Both sides run side by side in one process, on the same model, words, picture, baseline and number of passes:
 
@@ -45,6 +46,7 @@ from typing import Any
 import torch
 from random_model import MID_SIZE, random_llava, write_results
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import lvlm_probe as probe
@@ -308,6 +310,38 @@ def peaks(name: str, n: int) -> dict[str, int]:
     return found
 
 
+KERNELS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_convolution", "aten::convolution"),
+    "attention": ("aten::_scaled_dot_product",),
+}
+"""Beginnings of the names of kernels."""
+
+
+def kernels(run: Callable[[], Any]) -> dict[str, float]:
+    """Shares of the time of a run, by kinds of kernels; what was done before is not done in it."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        run()
+    taken = dict.fromkeys((*KERNELS, "everything else"), 0.0)
+    for event in seen.key_averages():
+        kind = next((kind for kind, names in KERNELS.items() if event.key.startswith(names)), "everything else")
+        taken[kind] += event.self_cpu_time_total
+    return {kind: value / sum(taken.values()) for kind, value in taken.items()}
+
+
+def profiled(name: str, directory: str) -> dict[str, dict[str, float]]:
+    """Where the engine's time goes, in an iteration and in a stretch of a curve."""
+    replay, steps = MODELS[name](directory)
+    engine, mask = Engine(replay, steps), torch.rand(16, 16, generator=torch.Generator().manual_seed(0))
+    n = RECIPE_N if name == "demo" else 1
+
+    def curve() -> None:
+        with torch.no_grad(), replay.shortcuts.caching():
+            replay.log_probs(torch.rand(2 * n, 32, 32).round(), steps=steps)
+
+    return {"iteration": kernels(lambda: engine.iteration(mask, n)), "curves": kernels(curve)}
+
+
 def ratios(line: dict[str, Any]) -> dict[str, float]:
     """Ours to the recipe's."""
     found: dict[str, float] = {}
@@ -325,6 +359,7 @@ def main() -> None:
     parser.add_argument("--timed-n", type=int, help="another n for the timing, to keep it short")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="of models that have been measured, where the time goes")
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "SIDE"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "engine.json")
     options = parser.parse_args()
@@ -338,7 +373,11 @@ def main() -> None:
     if options.out.exists():  # of the models that are not measured now
         results = json.loads(options.out.read_text(encoding="utf-8"))["models"]
     before = os.getloadavg()[0]
-    for name in options.models:
+    for name in options.models if options.profile else ():
+        with tempfile.TemporaryDirectory() as directory:
+            results[name]["kernels"] = profiled(name, directory)
+            print(name, results[name]["kernels"])
+    for name in () if options.profile else options.models:
         with tempfile.TemporaryDirectory() as directory:
             rounds = options.rounds * (3 if name == "demo" else 1)  # which takes a second
             line = measure(name, directory, rounds=rounds, n=options.timed_n or options.n)
@@ -362,6 +401,9 @@ def main() -> None:
         line["load_average"] = [before, os.getloadavg()[0]]
         line["command"] = " ".join(["python tests/benchmarks/bench_engine.py", *sys.argv[1:]])
         write_results(options.out, {"command": "python tests/benchmarks/bench_engine.py", "models": results})
+    if options.profile:  # of the run that was measured
+        kept = json.loads(options.out.read_text(encoding="utf-8"))
+        options.out.write_text(json.dumps({**kept, "models": results}, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,27 @@ def engine_more(found: Found) -> list[str]:
         "*arithmetic* are floating-point operations; *frugal* sends four masks at once.",
         "",
         *lines,
+        *_where(models, names),
     ]
+
+
+def _where(models: Found, names: Sequence[str]) -> list[str]:
+    """Where the engine's time goes, of the models that were profiled."""
+    lines: list[str] = []
+    for name in names:
+        for what, shares in (at(models, name, "kernels") or {}).items():
+            told = ", ".join(f"{kind} {percent(share)}" for kind, share in shares.items())
+            lines.append(f"| {_MODELS.get(name, name)}, {what} | {told} |")
+    if not lines:
+        return []
+    said = (
+        "Where that time goes (`bench_engine.py --profile`, one thread). What is left is arithmetic: every layer of "
+        "tower and decoder sees each masked image anew, as attention carries a cell that changes into all tokens from "
+        "the first layer on, so that no windows of the tower and no prefix but that before the image can be used "
+        "again. What lies under the goals of 0.50 and 0.25 is cheaper arithmetic: "
+        "[bfloat16](#searching-in-bfloat16), for a search."
+    )
+    return ["", said, "", "| | shares |", "|---|---|", *lines]
 
 
 def recording(found: Found) -> list[Goal]:
@@ -499,11 +519,65 @@ def documents_more(found: Found) -> list[str]:
     ]
 
 
+_SEARCHED = {"demo": "the embedded model, held-out scenes", "real parts": "real parts, photographs"}
+
+
+def search(found: Found) -> list[Goal]:
+    return [
+        Goal(f"{what} in bfloat16 to float32, {_SEARCHED.get(model, model)}", ours / theirs, None, ratio)
+        for model, line in (found.get("models") or {}).items()
+        for what, name in (("a pass forward", "forward"), ("a pass forward and backward", "backward"))
+        if (ours := at(line, "pass", f"{name} bfloat16")) and (theirs := at(line, "pass", f"{name} float32"))
+    ]
+
+
+def search_more(found: Found) -> list[str]:
+    lines: list[str] = []
+    for model, line in (found.get("models") or {}).items():
+        told = line["pass"]
+        lines += [
+            f"{_SEARCHED.get(model, model)}: at random masks the score differs by {told['nats']:.2g} nats at most, and "
+            f"gradients have a cosine of {told['cosine']:.4f} (medians of {told['n']}). Gain in brackets with its "
+            "interval, over images; its difference is paired.",
+            "",
+            "| method | images | gain, float32 | bfloat16 − float32 | correlation of maps, median, least | time |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, row in line.items():
+            if name == "pass":
+                continue
+            gain, off = row["float32"]["gain"], row["difference"]
+            lines.append(
+                f"| {name} | {row['n']} | {gain['estimate']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}] | "
+                f"{off['estimate']:+.3f} [{off['low']:+.3f}, {off['high']:+.3f}] | {row['correlation']:.3f}, "
+                f"{row['least_correlation']:.3f} | {row['seconds_ratio']:.2f} |"
+            )
+        lines.append("")
+    for model, ways in (found.get("tried") or {}).items():
+        lines += [
+            f"Tried besides, on {_SEARCHED.get(model, model)}: plain passes of seven images, seconds of the processor "
+            "an image, and how far log P of the answer's tokens is off in the mean. Linear layers in int8 are hardly "
+            "faster than bfloat16, have no gradient, and give other numbers; `torch.compile` of the decoder's layers "
+            "gains next to nothing where matrix products take nearly all the time. Neither was kept.",
+            "",
+            "| | seconds | nats a token |",
+            "|---|---|---|",
+            *(f"| {way} | {one['seconds']:.3f} | {one['nats']:.2g} |" for way, one in ways.items()),
+            "",
+        ]
+    return lines
+
+
 SECTIONS: tuple[Section, ...] = (
     Section(
         "Explaining", "engine.json", "python tests/benchmarks/bench_engine.py",
         "The engine against a plain loop that does what the recipe published with the paper does, on the same model, "
         "words and passes; ours relative to it.", engine, engine_more,
+    ),
+    Section(
+        "Searching in bfloat16", "search.json", "python tests/benchmarks/bench_search.py",
+        "`explain(search_dtype=\"bfloat16\")` beside the float32 one on the same answers, both maps scored in float32; "
+        "seconds of the processor in one thread, on a processor with AVX512-BF16.", search, search_more,
     ),
     Section(
         "Recording", "recording.json", "python tests/benchmarks/bench_recording.py",

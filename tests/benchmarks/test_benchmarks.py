@@ -20,6 +20,7 @@ import bench_engine
 import bench_gpu
 import bench_meter
 import bench_recording
+import bench_search
 import bench_store
 import bench_stream
 import gpu_smoke
@@ -39,6 +40,30 @@ def load(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text("utf-8"))
     assert {"machine", "python", "lvlm_probe", "date", "command"} <= found.keys()
     return found
+
+
+def test_search(tmp_path: Path) -> None:
+    asked = ["--scenes", "1", "--methods", "integrated_gradients", "--out", str(tmp_path)]
+    bench_search.main([*asked, "--results", str(tmp_path / "search.json")])
+    found = load(tmp_path / "search.json")["models"]["demo"]
+    assert found["pass"]["n"] == found["integrated_gradients"]["n"] == 1 and found["pass"]["cosine"] > 0.9
+    shown = publish.page(tmp_path)
+    assert f"| integrated_gradients | 1 | {found['integrated_gradients']['float32']['gain']['estimate']:.3f} [" in shown
+    assert "| a pass forward in bfloat16 to float32, the embedded model, held-out scenes | – | " in shown
+    before = (tmp_path / "demo.jsonl").read_bytes()
+    bench_search.main([*asked, "--results", str(tmp_path / "search.json")])  # what is kept is not measured again
+    assert (tmp_path / "demo.jsonl").read_bytes() == before
+
+
+def test_where_the_time_goes(tmp_path: Path) -> None:
+    def run() -> None:
+        torch.rand(300, 300) @ torch.rand(300, 300)
+
+    shares = bench_engine.kernels(run)
+    assert sum(shares.values()) == pytest.approx(1) and 0 < shares["matrix products"] < 1 and shares["attention"] == 0
+    line = {"ratios": {"iteration": 0.25}, "load_average": [1.0], "threads": 1, "kernels": {"curves": {"x": 0.5}}}
+    put(tmp_path, "engine.json", models={"demo": line})
+    assert "| the embedded model, curves | x 50.0 % |" in publish.page(tmp_path)
 
 
 def test_stream(tmp_path: Path) -> None:
