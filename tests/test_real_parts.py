@@ -20,6 +20,8 @@ import yaml
 from PIL import Image
 from torch import nn
 from transformers import (
+    Dinov2Config,
+    Dinov2Model,
     EfficientNetConfig,
     EfficientNetForImageClassification,
     LlamaConfig,
@@ -178,6 +180,92 @@ def test_an_efficientnet_lite_becomes_the_class_with_its_gates_open() -> None:
     x = torch.rand(2, block.expansion.expand_conv.in_channels, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(block(x), _lite(source, x, index))
+
+
+def _message(*fields: tuple[int, int | bytes]) -> bytes:
+    """A protobuf message; integers are varints."""
+
+    def varint(value: int) -> bytes:
+        return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
+
+    return b"".join(
+        varint(number << 3) + varint(value)
+        if isinstance(value, int)
+        else varint(number << 3 | 2) + varint(len(value)) + value
+        for number, value in fields
+    )
+
+
+def _initialiser(name: str, value: torch.Tensor) -> tuple[int, bytes]:
+    dims = [(1, size) for size in value.shape]
+    return 5, _message(*dims, (2, 1), (8, name.encode()), (9, value.numpy().astype("<f4").tobytes()))
+
+
+def _node(operator: str, name: str, *inputs: str) -> tuple[int, bytes]:
+    return 1, _message(*((1, one.encode()) for one in inputs), (2, b"out"), (3, name.encode()), (4, operator.encode()))
+
+
+def test_an_onnx_graph_is_read_by_the_numbers_of_its_fields(tmp_path: Path) -> None:
+    # By hand: a field is its number times 8 plus its kind (0 an integer, 1 and 5 of fixed size, 2 with a length).
+    tensor = bytes([0x0A, 2, 2, 1, 0x10, 1, 0x42, 1]) + b"w" + bytes([0x4A, 8]) + struct.pack("<2f", 1.5, -2.0)
+    whole = bytes([0x10, 7, 0x42, 1]) + b"i" + bytes([0x4A, 8]) + bytes(8)  # of integers: left out
+    node = bytes([0x0A, 1]) + b"x" + bytes([0x0A, 1]) + b"w" + bytes([0x1A, 2]) + b"/n" + bytes([0x22, 3]) + b"Mul"
+    graph = bytes([0x0A, len(node)]) + node + bytes([0x2A, len(tensor)]) + tensor + bytes([0x2A, len(whole)]) + whole
+    path = tmp_path / "tiny.onnx"
+    fixed = bytes([0x7D]) + bytes(4) + bytes([0x79]) + bytes(8)  # fields 15, of four and of eight bytes
+    path.write_bytes(bytes([0x08, 0x88, 0x01]) + fixed + bytes([0x3A, len(graph)]) + graph)
+    nodes, tensors = parts.read_onnx(path)
+    assert nodes == [("Mul", "/n", ["x", "w"])]
+    assert {name: value.tolist() for name, value in tensors.items()} == {"w": [[1.5], [-2.0]]}
+
+
+@pytest.fixture(scope="module")
+def dino() -> Dinov2Model:
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=128, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2, image_size=518, patch_size=14,
+        initializer_range=0.2, layerscale_value=0.7,
+    )  # fmt: skip
+    return Dinov2Model(config).eval()
+
+
+@pytest.fixture(scope="module")
+def exported(dino: Dinov2Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ONNX file that torch's exporter makes of `dino`, as far as it is read."""
+    fields = []
+    named = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value"}
+    named |= {"o_proj": "output.dense"}
+    for i, (name, value) in enumerate(dino.state_dict().items()):
+        for ours, theirs in named.items():
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        if value.ndim == 2 and name.endswith(".weight"):
+            fields.append(_initialiser(f"onnx::MatMul_{i}", value.T.contiguous()))
+            fields.append(
+                _node(
+                    "MatMul",
+                    f"/backbone/{name.removesuffix('.weight').replace('.', '/')}/MatMul",
+                    "x",
+                    f"onnx::MatMul_{i}",
+                )
+            )
+        elif name.endswith("position_embeddings"):
+            for operator, part in (("Concat", value[:, :1]), ("Reshape", value[:, 1:])):
+                fields.append(_initialiser(f"onnx::{operator}_{i}", part))
+                fields.append(_node(operator, f"/backbone/embeddings/{operator}", f"onnx::{operator}_{i}"))
+        elif not name.endswith("mask_token"):
+            fields.append(_initialiser(f"backbone.{name}", value))
+    path = tmp_path_factory.mktemp("onnx") / "dino.onnx"
+    path.write_bytes(_message((1, 8), (7, _message(*fields, _initialiser("decoder.bias", torch.zeros(2))))))
+    return path
+
+
+def test_the_first_layers_of_an_exported_dinov2_see_what_the_original_sees(dino: Dinov2Model, exported: Path) -> None:
+    x = torch.randn(2, 3, 126, 126)
+    for layers in (1, 2):
+        tower = parts.dinov2(exported, layers, 126)
+        with torch.no_grad():
+            wanted = dino(x, output_hidden_states=True).hidden_states[layers]
+            torch.testing.assert_close(tower(x).last_hidden_state, wanted)
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,27 @@
-"""Weights of registry packages as unmodified transformers classes: a GGUF reader and the names of each conversion.
+"""Weights of registry packages as unmodified transformers classes: readers of GGUF and ONNX, names of each conversion.
 
-`tower` and `language_model` return what `build.py` puts together. Nothing here downloads; each takes the file that it
-has laid out.
+`tower`, `dinov2` and `language_model` return what `build.py` puts together. Nothing here downloads; each takes the file
+that it has laid out.
 """
 
 from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     EfficientNetConfig,
     EfficientNetForImageClassification,
+    InternVLVisionConfig,
+    InternVLVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -226,4 +229,133 @@ def tower(path: Path) -> EfficientNetForImageClassification:
     model = EfficientNetForImageClassification(config).eval()
     source = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(efficientnet_weights(source, model.state_dict()))
+    return model
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a protobuf message: number, and an integer or bytes."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        size, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """Seven bits a byte, the lowest first, and where the next value begins."""
+    value, shift, more = 0, 0, True
+    while more:
+        value |= (data[at] & 127) << shift
+        more, at, shift = data[at] >= 128, at + 1, shift + 7
+    return value, at
+
+
+def read_onnx(path: Path) -> tuple[list[tuple[str, str, list[str]]], dict[str, Tensor]]:
+    """Return the nodes of an ONNX graph, ``(operator, name, inputs)``, and its float32 initialisers by name.
+
+    Numbers of fields are those of onnx.proto: ``ModelProto.graph`` 7; ``GraphProto.node`` 1, ``initializer`` 5;
+    ``NodeProto.input`` 1, ``name`` 3, ``op_type`` 4; ``TensorProto.dims`` 1, ``data_type`` 2, ``name`` 8,
+    ``raw_data`` 9.
+    """
+    (graph,) = (value for number, value in _fields(path.read_bytes()) if number == 7)
+    nodes, tensors = [], {}
+    for number, value in _fields(graph):
+        found: dict[int, list[Any]] = {}
+        if number in (1, 5):
+            for inner, content in _fields(value):
+                found.setdefault(inner, []).append(content)
+        if number == 1:
+            operator, name = (b"".join(found.get(field, [])).decode() for field in (4, 3))
+            nodes.append((operator, name, [one.decode() for one in found.get(1, [])]))
+        elif number == 5 and found[2] == [1] and 9 in found:
+            shape = [size for one in found.get(1, []) for size in (_packed(one) if isinstance(one, bytes) else [one])]
+            values = np.frombuffer(found[9][0], np.float32).copy()
+            tensors[found[8][0].decode()] = torch.from_numpy(values).reshape(shape)
+    return nodes, tensors
+
+
+def _packed(data: bytes) -> list[int]:
+    at, found = 0, []
+    while at < len(data):
+        value, at = _varint(data, at)
+        found.append(value)
+    return found
+
+
+def dinov2_weights(
+    nodes: list[tuple[str, str, list[str]]], tensors: Mapping[str, Tensor], layers: int
+) -> dict[str, Tensor]:
+    """Return an `InternVLVisionModel`'s state from an exported DINOv2 that stands under ``backbone``.
+
+    The export keeps the names of biases and norms. The weight of a linear layer has lost its name and is transposed: it
+    is known by the path of the node that multiplies with it.
+    """
+    weights = {name.removeprefix("backbone."): value for name, value in tensors.items() if name.startswith("backbone.")}
+    positions = []
+    for operator, name, inputs in nodes:
+        path = name.removeprefix("/backbone/")
+        if operator == "MatMul" and path != name and inputs[1] in tensors:
+            weights[path.removesuffix("/MatMul").replace("/", ".") + ".weight"] = tensors[inputs[1]].T.contiguous()
+        elif operator in ("Concat", "Reshape") and path.startswith("embeddings/") and inputs[0] in tensors:
+            positions.append(tensors[inputs[0]])  # of the class token, then of the patches
+    named = {
+        "norm1.": "layernorm_before.",
+        "norm2.": "layernorm_after.",
+        "attention.attention.query.": "attention.q_proj.",
+        "attention.attention.key.": "attention.k_proj.",
+        "attention.attention.value.": "attention.v_proj.",
+        "attention.output.dense.": "attention.projection_layer.",
+        "layer_scale1.lambda1": "lambda_1",
+        "layer_scale2.lambda1": "lambda_2",
+        "mlp.": "mlp.",
+    }
+    state = {
+        "embeddings.cls_token": weights["embeddings.cls_token"],
+        "embeddings.position_embeddings": torch.cat(sorted(positions, key=lambda one: one.shape[1]), 1),
+    }
+    for name, value in weights.items():
+        if name.startswith("embeddings.patch_embeddings."):
+            state[name] = value
+        elif name.startswith("encoder.layer."):
+            _, _, number, rest = name.split(".", 3)
+            theirs = next(key for key in named if rest.startswith(key))
+            if int(number) < layers:
+                state[f"encoder.layer.{number}.{named[theirs]}{rest.removeprefix(theirs)}"] = value
+    return state
+
+
+def dinov2(path: Path, layers: int, side: int) -> InternVLVisionModel:
+    """Return the first layers of the DINOv2 of an ONNX file, with no norm behind them, float32 in eval mode.
+
+    Args:
+        path: the file
+        layers: how many
+        side: of the square images, pixels
+    """
+    nodes, tensors = read_onnx(path)
+    state = dinov2_weights(nodes, tensors, layers)
+    channels = state["embeddings.cls_token"].shape[2]
+    positions = state["embeddings.position_embeddings"]
+    patch, old = state["embeddings.patch_embeddings.projection.weight"].shape[2], round((positions.shape[1] - 1) ** 0.5)
+    grid = positions[:, 1:].reshape(1, old, old, channels).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(side // patch, side // patch), mode="bicubic", align_corners=False)
+    state["embeddings.position_embeddings"] = torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+    config = InternVLVisionConfig(
+        hidden_size=channels,
+        intermediate_size=state["encoder.layer.0.mlp.fc1.bias"].shape[0],
+        num_hidden_layers=layers,
+        num_attention_heads=channels // 64,
+        attention_bias=True,
+        image_size=(side, side),
+        patch_size=(patch, patch),
+        use_mean_pooling=True,  # no norm behind the last layer
+    )
+    model = InternVLVisionModel(config).eval()
+    model.load_state_dict(state)
     return model
