@@ -11,10 +11,13 @@ TOWER ?= efficientnet
 SERVED ?= tests/benchmarks/results/served.json
 
 BIN := .venv/bin
-INSTALL := -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+INSTALL := -m pip install -q --disable-pip-version-check -c constraints.txt
 
-# What was installed there, as bytecode: by all cores, where pip spends half of its time on one. Some files are no Python.
-bytecode = $(BIN)/python -m compileall -qq -j 0 $1 || true
+made = test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one:  make PYTHON=/path/to/python3.11"; exit 1; }; \
+	test -x $1/bin/python || $(PYTHON) -m venv $1
+
+# Bytecode of what was installed without, by all cores: pip makes it by one, tests of packages too, in half of its time.
+bytecode = $(BIN)/python -m compileall -qq -j 0 -x '/tests/' $1 || true
 
 # An environment above .venv: it has what .venv has, and what is installed into it.
 above = test -x $1/bin/python || $(BIN)/python -m venv $1; \
@@ -94,46 +97,43 @@ clean:  ## remove environments and everything generated
 
 # torchvision stays out of .venv: the package has to work without it, and `make demo` shows that it does.
 .venv/.installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one:  make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "installing into .venv"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python $(INSTALL) -e .
+	@$(call made,.venv)
+	@$(BIN)/python $(INSTALL) --no-compile -e .
 	@$(call bytecode,.venv/lib)
 	@touch $@
 
-.venv/.installed-dev: .venv/.installed
-	@echo "installing the development tools into .venv"
-	@$(BIN)/python $(INSTALL) --no-build-isolation -e '.[dev]' 'ray>=2.60,<3'
+.venv/.installed-dev: pyproject.toml constraints.txt
+	@echo "installing into .venv, with the development tools"
+	@$(call made,.venv)
+	@$(BIN)/python $(INSTALL) --no-compile -e '.[dev]' 'ray>=2.60,<3'
 	@$(call bytecode,.venv/lib)
-	@touch $@
+	@touch .venv/.installed $@
 
 # The second environment is for what needs torchvision: processors, timm's towers, pytorch-grad-cam. The zoo lives here.
 # Quantus as well, which needs the OpenCV that grad-cam brings; it asks for a second one, hence without dependencies.
 .venv-tv/.installed: pyproject.toml constraints.txt .venv/.installed-dev
 	@echo "installing torchvision and what needs it into .venv-tv"
 	@$(call above,.venv-tv)
-	@.venv-tv/bin/python $(INSTALL) --no-build-isolation -e '.[torchvision,video]' grad-cam timm num2words
+	@.venv-tv/bin/python $(INSTALL) -e '.[torchvision,video]' grad-cam timm num2words
 	@.venv-tv/bin/python $(INSTALL) --no-deps quantus cachetools pandas scikit-image imageio lazy-loader tifffile
-	@$(call bytecode,.venv-tv/lib)
 	@touch $@
 
 # Libraries of quantised weights, beside .venv and for their tests alone: transformers imports them with every model, for seconds.
 # HQQ would else look for a CUDA compiler.
-.venv-quantised/.installed: constraints.txt .venv/.installed
+.venv-quantised/.installed: constraints.txt .venv/.installed-dev
 	@echo "installing libraries of quantised weights into .venv-quantised"
 	@DISABLE_CUDA=1 $(BIN)/python $(INSTALL) --no-deps --upgrade --target .venv-quantised \
 		bitsandbytes torchao hqq einops termcolor optimum-quanto ninja
-	@$(call bytecode,.venv-quantised)
 	@touch $@
 
 # Loggers of experiments, likewise: they bring servers and clients that nothing else here needs.
-.venv-loggers/.installed: constraints.txt .venv/.installed
+.venv-loggers/.installed: constraints.txt .venv/.installed-dev
 	@echo "installing loggers into .venv-loggers"
 	@$(BIN)/python $(INSTALL) --no-deps --upgrade --target .venv-loggers \
 		wandb gitpython gitdb smmap mlflow-skinny cachetools databricks-sdk google-auth fastapi starlette \
 		importlib-metadata zipp opentelemetry-api opentelemetry-sdk opentelemetry-proto \
 		opentelemetry-semantic-conventions python-dotenv sqlparse tensorboard absl-py grpcio werkzeug
-	@$(call bytecode,.venv-loggers)
 	@touch $@
 
 # Gradio and what it brings, above .venv: it takes no pillow of 13, with which everything else is tested.
@@ -142,5 +142,4 @@ clean:  ## remove environments and everything generated
 	@$(call above,.venv-app)
 	@sed '/^pillow==/d' constraints.txt > .venv-app/constraints.txt
 	@.venv-app/bin/python $(subst -c constraints.txt,-c .venv-app/constraints.txt,$(INSTALL)) 'gradio>=6.20,<7'
-	@$(call bytecode,.venv-app/lib)
 	@touch $@

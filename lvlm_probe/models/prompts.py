@@ -139,7 +139,7 @@ def _begun(processor: Any, images: Sequence[Image.Image], text: str, rule: Promp
     return inputs
 
 
-_MARKS = ("image_token", "boi_token", "video_token")
+_IMAGE_MARKS = ("image_token", "boi_token", "video_token")
 
 
 def check_question(processor: Any, question: str, image_token_id: int | None) -> None:
@@ -148,7 +148,7 @@ def check_question(processor: Any, question: str, image_token_id: int | None) ->
     Raises:
         ProbeError: it does; the processor, or the model, would look for an image in its place.
     """
-    marks = {getattr(processor, name, None) for name in _MARKS}
+    marks = {getattr(processor, name, None) for name in _IMAGE_MARKS}
     tokenizer = tokenizer_of(processor)
     if image_token_id is not None and hasattr(tokenizer, "convert_ids_to_tokens"):
         marks.add(tokenizer.convert_ids_to_tokens(image_token_id))

@@ -141,6 +141,7 @@ def test_the_main_road_without_double_precision(name: str, tmp_path: Path) -> No
 def test_every_method_is_on_the_road() -> None:
     assert set(METHODS) == set(probe.methods())
     page = (Path(__file__).parents[2] / "docs" / "reality.md").read_text(encoding="utf-8")
+    page = page.partition("<!-- device lane -->")[2].partition("<!-- /device lane -->")[0]
     assert sorted(METHODS) == re.findall(r"^\| `(\S+)` \| \d", page, flags=re.MULTILINE)
 
 
