@@ -16,6 +16,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -72,7 +73,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         """Raises ``ReplayError`` for what is no number of masks."""
-        if self.micro_batch is not None and not (isinstance(self.micro_batch, int) and self.micro_batch >= 1):
+        count: object = self.micro_batch
+        if count is not None and not (isinstance(count, Integral) and int(count) >= 1):
             raise ReplayError(f"micro_batch is a number of masks, at least 1; got {self.micro_batch!r}")
 
 

@@ -449,7 +449,7 @@ def test_blur_is_strengthened_until_the_words_are_gone(llava, monkeypatch):
 
 def test_counts_passes(tmp_path):
     trace, model, processor = record("llava", tmp_path)
-    replay = probe.replay(trace, model, processor, micro_batch=4)
+    replay = probe.replay(trace, model, processor, micro_batch=np.int64(4))  # numbers of NumPy are numbers
     with torch.no_grad():
         replay.log_probs(torch.rand(6, 4, 4))
     replay.score_and_grad(torch.rand(3, 4, 4), lambda log_probs: log_probs.sum(1))
