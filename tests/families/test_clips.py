@@ -283,6 +283,17 @@ def test_methods_over_attention_are_dense_products_on_tubes(name: str, tmp_path:
         assert np.abs(heat.values - torch.where(met, (grid - low) / (high - low), 0.0).numpy()).max() < within, method
 
 
+def test_a_clip_is_searched_in_bfloat16(tmp_path: Path) -> None:
+    """On a decoder without experts, which bfloat16 may send a token to others."""
+    replay = record(clips.built("qwen2_vl"), tmp_path, [clips.frames()]).replay
+    asked: dict[str, Any] = {"method": "rise", "masks": 8, "tokens": [0, 1], "strengthen": False, "progress": False}
+    exact, searched = (probe.video.explain(replay, **asked, **more) for more in ({}, {"search_dtype": "bfloat16"}))
+    assert (exact.search_dtype, searched.search_dtype) == (None, "bfloat16")
+    assert searched.provenance["search"]["forward"] > 0
+    assert np.corrcoef(exact.values.ravel(), searched.values.ravel())[0, 1] > 0.9
+    assert not np.array_equal(exact.values, searched.values)
+
+
 def test_tokens_of_the_encoder_know_their_frames(case: Case) -> None:
     """The left of one frame is taken away: the tokens that are given something else are those whose tubes are there."""
     replay, built = case.replay, case.built
