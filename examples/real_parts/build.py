@@ -267,27 +267,21 @@ def join(
         tokenizer: one that has the image tokens
     """
     language_model = _with_image_tokens(language_model, tokenizer)
-    common = {"text_config": language_model.config, "tie_word_embeddings": True}
+    choice = TOWERS["dinov2" if isinstance(tower, InternVLVisionModel) else "efficientnet"]
+    common = {
+        "text_config": language_model.config,
+        "image_token_id": tokenizer.convert_tokens_to_ids(choice.token),
+        "image_seq_length": choice.cells,
+        "tie_word_embeddings": True,
+    }
     if isinstance(tower, InternVLVisionModel):
-        choice, weights = TOWERS["dinov2"], tower.state_dict()
-        config = InternVLConfig(
-            vision_config=tower.config,
-            image_token_id=tokenizer.convert_tokens_to_ids(choice.token),
-            image_seq_length=choice.cells,
-            **common,
-        )
-        whole = InternVLForConditionalGeneration(config).float().eval()
+        weights = tower.state_dict()
+        whole = InternVLForConditionalGeneration(InternVLConfig(vision_config=tower.config, **common)).float().eval()
     else:
-        choice, weights = TOWERS["efficientnet"], tower.efficientnet.state_dict()
+        weights = tower.efficientnet.state_dict()
         vision = tower.config.__class__(**{**tower.config.to_dict(), "image_size": HEIGHT})
         vision.hidden_size = tower.config.hidden_dim  # FastVlm reads it under this name
-        config = FastVlmConfig(
-            vision_config=vision,
-            image_token_id=tokenizer.convert_tokens_to_ids(choice.token),
-            image_seq_length=choice.cells,
-            **common,
-        )
-        whole = FastVlmForConditionalGeneration(config).float().eval()
+        whole = FastVlmForConditionalGeneration(FastVlmConfig(vision_config=vision, **common)).float().eval()
     whole.model.language_model.load_state_dict(language_model.model.state_dict())
     whole.model.vision_tower.load_state_dict(weights)
     whole.tie_weights()
