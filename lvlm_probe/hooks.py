@@ -249,6 +249,13 @@ def shadow_of(function: object) -> Shadow | None:
     return getattr(function, "__lvlm_probe_shadow__", None)
 
 
+def replaced(owner: object, name: str) -> bool:
+    """Whether an instance has a method of its own that is no shadow, as a module whose weights accelerate brings when
+    they are needed has a ``forward``."""
+    found = vars(owner).get(name)
+    return found is not None and shadow_of(found) is None
+
+
 class _Hanging:
     """A hook as it is registered. In a deep copy or a pickle of its module it is a hook that does nothing.
 

@@ -96,7 +96,7 @@ def attention_flow(
             large.
         ProbeError: There is no scipy.
     """
-    check_rules("attention_flow", **({} if layers is None else {"layers": whole_rule(layers)}))
+    check_rules("attention_flow", layers=whole_rule(layers, or_none=True))
     replay = problem.replay
     tokens = image_tokens(replay, problem.target)
     with replay.capture(attention=["decoder"]) as seen, torch.no_grad():

@@ -134,7 +134,7 @@ def greedy(
         l2=(l2, l2 >= 0 and l1 + l2 > 0, "not negative, and not 0 when l1 is"),
         window=whole_rule(window),
         enough=(enough, 0 < enough < math.inf, "a positive number"),
-        budget=(budget, budget is None or whole_rule(budget)[1], "a whole number of at least 1, or None"),
+        budget=whole_rule(budget, or_none=True),
         batch=whole_rule(batch, 2),
     )
     regions = _wanted(problem, regions)

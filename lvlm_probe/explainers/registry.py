@@ -441,7 +441,7 @@ def batches(total: int, batch: int) -> tuple[int, ...]:
     return tuple(sorted({min(batch, total), total % batch or batch}))
 
 
-_KINDS = {"bool": "True or False", "float": "a number"}
+_AT_ONCE = {"bool": bool, "float": float}
 """Annotations of parameters that hold no text: one is true whatever it says, and compares with no number."""
 
 
@@ -458,13 +458,12 @@ def check_parameters(name: str, known: Sequence[str] | Callable[..., Outcome], p
             return
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature):
             return
-        named = {one.name: one for one in signature if one.kind is inspect.Parameter.KEYWORD_ONLY}
+        named = {one.name: one.annotation for one in signature if one.kind is inspect.Parameter.KEYWORD_ONLY}
         known = list(named)
         for parameter in sorted(params.keys() & named.keys()):
-            kind, value = named[parameter].annotation, params[parameter]
-            wanted = _KINDS.get(str(getattr(kind, "__name__", kind)))
-            if wanted and (value is None or isinstance(value, str | Mapping | Sequence)):
-                raise ExplainError(f"{name}: {parameter} is {wanted}; got {parameter}={value!r}")
+            kind, value = _AT_ONCE.get(str(getattr(named[parameter], "__name__", named[parameter]))), params[parameter]
+            if kind and (value is None or isinstance(value, str | Mapping | Sequence)):
+                raise _wrong_kind(name, parameter, kind, value)
     for parameter in params:
         if parameter not in known:
             raise ExplainError(f"{name} takes no parameter {parameter!r}{_closest(parameter, known)}")
@@ -486,10 +485,12 @@ def told_by_kind(name: str, function: Callable[..., object], params: Mapping[str
         kinds = {} if isinstance(error, ProbeError) else _kinds_of(function)
         for parameter in params.keys() & kinds.keys():
             if not _is_of(params[parameter], kinds[parameter]):
-                raise ExplainError(
-                    f"{name}: {parameter} is {_said(kinds[parameter])}; got {parameter}={params[parameter]!r:.200}"
-                ) from error
+                raise _wrong_kind(name, parameter, kinds[parameter], params[parameter]) from error
         raise
+
+
+def _wrong_kind(name: str, parameter: str, kind: Any, value: object) -> ExplainError:
+    return ExplainError(f"{name}: {parameter} is {_said(kind)}; got {parameter}={value!r:.200}")
 
 
 def _kinds_of(function: Callable[..., object]) -> dict[str, Any]:

@@ -176,10 +176,11 @@ def score_rule(score: object) -> tuple[object, bool, str]:
     return score, score in get_args(ScoreKind), "'log', 'prob' or 'geometric'"
 
 
-def whole_rule(number: object, at_least: int = 1) -> tuple[object, bool, str]:
-    """The rule of a count, for ``check_rules``."""
+def whole_rule(number: object, at_least: int = 1, *, or_none: bool = False) -> tuple[object, bool, str]:
+    """The rule of a count, or of one that may be ``None``, for ``check_rules``."""
     holds = isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= at_least
-    return number, holds, f"a whole number of at least {at_least}"
+    rule = f"a whole number of at least {at_least}"
+    return (number, holds or number is None, f"{rule}, or None") if or_none else (number, holds, rule)
 
 
 def require_finite(method: str, problem: Problem, *numbers: torch.Tensor) -> None:

@@ -140,7 +140,7 @@ class CurveRule:
         check_rules(
             "evaluate",
             tolerance=(self.tolerance, positive, "a positive share of the area"),
-            tie_orders=whole_rule(1 if self.tie_orders is None else self.tie_orders),
+            tie_orders=whole_rule(self.tie_orders, or_none=True),
             seed=whole_rule(self.seed, 0),
         )
         one_of("auc", self.auc, "trapezoid", "release")

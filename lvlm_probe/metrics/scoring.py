@@ -454,7 +454,7 @@ def _check(curve: CurveRule, score: CurveScore, steps: int | None, chance: int) 
     if curve.release and curve.sampling != "full":
         raise ExplainError("auc='release' is defined on all of its points: leave sampling='full'")
     one_of("score", score, "prob", "log")
-    check_rules("evaluate", steps=whole_rule(1 if steps is None else steps), chance=whole_rule(chance, 0))
+    check_rules("evaluate", steps=whole_rule(steps, or_none=True), chance=whole_rule(chance, 0))
 
 
 def _known(

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from lvlm_probe.errors import ReplayError
-from lvlm_probe.hooks import HookSet, shadow_of
+from lvlm_probe.hooks import HookSet, replaced
 from lvlm_probe.models.inputs import CACHE_NAMES
 from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.wrappers import every_module
@@ -150,8 +150,7 @@ def patch_gradients(model: torch.nn.Module) -> Iterator[None]:
 def _cuts_patches(module: torch.nn.Conv2d | torch.nn.Conv3d) -> bool:
     return (
         type(module) in (torch.nn.Conv2d, torch.nn.Conv3d)
-        # accelerate brings the weights of such a module when they are needed
-        and ("forward" not in vars(module) or shadow_of(vars(module)["forward"]) is not None)
+        and not replaced(module, "forward")
         and module.stride == module.kernel_size
         and not isinstance(module.padding, str)
         and not any(module.padding)

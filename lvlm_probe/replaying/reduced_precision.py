@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.hooks import HookSet
+from lvlm_probe.hooks import HookSet, replaced
 from lvlm_probe.models.quantised import stored_tensors
 from lvlm_probe.models.wrappers import every_module
 
@@ -90,7 +90,7 @@ def _widened(value: Any) -> Any:
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return (
         type(module) is nn.Linear
-        and "forward" not in vars(module)  # accelerate brings the weights of such a module when they are needed
+        and not replaced(module, "forward")
         and type(module.weight) in (nn.Parameter, torch.Tensor)
         and not module.weight.requires_grad
     )
