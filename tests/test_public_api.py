@@ -225,3 +225,16 @@ def test_no_private_name_is_imported_from_another_module() -> None:
                 private = {alias.name for alias in node.names if re.match("_(?!_)", alias.name)} - MODULES
                 where = path.relative_to(PACKAGE).as_posix()
                 assert not private, f"{where}:{node.lineno} imports {private}: make it public"
+
+
+def test_no_module_binds_a_name_twice() -> None:
+    """Of functions ruff says so (F811); of constants nobody does, and functions above read the later one."""
+    for path in source_files():
+        bound = [
+            target.id
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            if isinstance(target, ast.Name)
+        ]
+        assert len(set(bound)) == len(bound), f"{path.relative_to(PACKAGE)}: {[n for n in bound if bound.count(n) > 1]}"
