@@ -12,6 +12,7 @@ does not change: the same numbers to the last bit, for half the memory of the mo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeGuard
@@ -54,6 +55,15 @@ class ReducedPrecision:
 
     def __init__(self, dtype: str, device: torch.device, held: Callable[[], dict[Any, Any] | None]) -> None:
         self.dtype, self._device, self._held = dtype, device, held
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the weights that were cast and are kept now; of several devices, on the one that holds most."""
+        found: Counter[torch.device] = Counter()
+        for place, value in (self._held() or {}).items():
+            if isinstance(place, tuple) and place[0] == self.dtype:
+                found[value.device] += value.nbytes
+        return max(found.values(), default=0)
 
     @contextmanager
     def passes(self, model: nn.Module) -> Iterator[None]:

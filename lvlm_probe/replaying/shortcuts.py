@@ -131,14 +131,16 @@ class Shortcuts:
     @contextmanager
     def caching(self) -> Iterator[None]:
         """In the block the model does not change, and what is before the image is computed once."""
-        outermost = self.held is None
-        if outermost:
-            self.held = {}
+        if self.held is not None:
+            yield
+            return
+        held: dict[Any, Any] = {}
+        self.held = held
         try:
             yield
         finally:
-            if outermost:
-                self.held = None
+            self.held = None
+            held.clear()  # hooks of past passes know it, and may wait for the collector
 
     def take(self, view: View, steps: tuple[int, ...]) -> Shortcut | None:
         """The parts that passes of ``view`` for the tokens ``steps`` leave out; ``None``: nothing.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,24 @@ def test_maps_are_near_and_their_scores_are_exact(demo: Any, method: str) -> Non
     if method == "igos++":  # what rounds are compared by is exact, and not scored again
         (gain, *_) = (one["gain"] for one in heat.provenance["diagnostics"]["rounds"])
         assert search["forward"] == passes["forward"] - 8 * len(heat.provenance["diagnostics"]["rounds"]) and gain > 0.3
+
+
+def test_cast_weights_go_with_the_block(replay: probe.Replay) -> None:
+    view = replay.computed_in()
+    gc.collect()
+    gc.disable()
+    try:
+        with view.shortcuts.caching():
+            view.score_and_grad(MASKS, score)
+            assert view.reduced is not None and view.shortcuts.held is not None
+            linear = {(module.weight.data_ptr(), module.weight.numel()) for module in replay.model.modules()
+                      if type(module) is torch.nn.Linear}  # fmt: skip
+            assert view.reduced.kept == 2 * sum(count for _, count in linear)
+            cast = [weakref.ref(one) for one in view.shortcuts.held.values() if isinstance(one, torch.Tensor)]
+            assert len(cast) == len(linear)
+        assert view.reduced.kept == 0 and not any(one() is not None for one in cast)
+    finally:
+        gc.enable()
 
 
 def test_the_search_keeps_nothing_for_passes_in_float32(replay: probe.Replay) -> None:
