@@ -33,7 +33,7 @@ from lvlm_probe.replaying import Replay, ReplayLike
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import out_of_memory, ran_out
 from lvlm_probe.replaying.own_scores import OwnScore
-from lvlm_probe.replaying.reduced_precision import check_reducible
+from lvlm_probe.replaying.reduced_precision import check_reducible, told_kernels
 from lvlm_probe.selection import Against, TokenSelection, scored_selection, select_tokens
 from lvlm_probe.trace import Trace
 
@@ -59,6 +59,10 @@ class RunPlan(Protocol):
     @property
     def gradient_checkpointing(self) -> bool:
         """Whether layers are run again in backward."""
+
+    @property
+    def search_dtype(self) -> str | None:
+        """The number format that the method searches in; ``None`` is the model's own."""
 
     @property
     def peak(self) -> int | None:
@@ -178,8 +182,7 @@ def run(
     params = {name: _plain(value) for name, value in params.items()}
     check_parameters(method, function, params)
     live = not isinstance(replay, Trace)
-    if search_dtype is not None:
-        _check_search(replay, search_dtype)
+    check_search(replay, search_dtype)
     if isinstance(replay, Trace):
         _refuse_model_work(method)
         replay = cast(Replay, RecordedAnswer(replay))
@@ -189,8 +192,13 @@ def run(
     clip, image = (None, target) if isinstance(target, int) else (target, target.first)
     if not 0 <= image < replay.n_images:
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
-    if plan is not None and plan.method != method:
-        raise ExplainError(f"this plan is of {plan.method!r}, not of {method!r}: plan(replay, method={method!r})")
+    if plan is not None and (plan.method, plan.search_dtype) != (method, search_dtype):
+        planned, wanted = (
+            f"{name!r}" + ("" if dtype is None else f" searched in {dtype}")
+            for name, dtype in ((plan.method, plan.search_dtype), (method, search_dtype))
+        )
+        searched = "" if search_dtype is None else f", search_dtype={search_dtype!r}"
+        raise ExplainError(f"this plan is of {planned}, not of {wanted}: plan(replay, method={method!r}{searched})")
     started = time.perf_counter()
     if live:
         replay = _counted(replay, plan)
@@ -211,9 +219,7 @@ def run(
         if live and strengthen:
             replay = replay.strengthened(selection.decided)
         with show_progress(progress, f"explaining by {method}") as advance:
-            problem = dataclasses.replace(problem, replay=replay, progress=advance)
-            if search_dtype is not None:
-                problem = dataclasses.replace(problem, replay=replay.computed_in(search_dtype), exact=replay)
+            problem = dataclasses.replace(problem, replay=replay, progress=advance).searched_in(search_dtype)
             outcome = _run(function, problem, method, params)
     values = outcome.values
     _check_values(values, method, 2 if clip is None else 3)
@@ -344,7 +350,10 @@ def _counted(replay: Replay, plan: RunPlan | None) -> Replay:
     return counted.with_settings(micro_batch=plan.micro_batch, gradient_checkpointing=plan.gradient_checkpointing)
 
 
-def _check_search(replay: ReplayLike | Trace, dtype: str) -> None:
+def check_search(replay: ReplayLike | Trace, dtype: str | None) -> None:
+    """Raise ``ExplainError`` where a method cannot search in the number format ``dtype``; ``None`` is the model's."""
+    if dtype is None:
+        return
     if not isinstance(replay, Replay):
         raise ExplainError(
             f"search_dtype={dtype!r} is for passes of a model in this process, and this is explained without: leave "
@@ -362,7 +371,7 @@ def _run(function: Callable[..., Outcome], problem: Problem, method: str, params
         with told_by_kind(method, function, params):
             return function(problem, **params)
     replay = problem.replay
-    with problem.measuring.shortcuts.caching(), replay.shortcuts.caching():
+    with problem.caching():
         if "gradients" in needs_of(method):
             replay.require_gradients()
         try:
@@ -370,10 +379,7 @@ def _run(function: Callable[..., Outcome], problem: Problem, method: str, params
                 return function(problem, **params)
         except (RuntimeError, NotImplementedError, MemoryError) as error:
             if problem.exact is not None and not ran_out(error):
-                raise ExplainError(
-                    f"{type(replay.model).__name__} has kernels that do not go along with a search in another number "
-                    f"format ({str(error).strip().splitlines()[0]}): leave search_dtype out"
-                ) from error
+                raise told_kernels(replay.model, error) from error
             if not ran_out(error):
                 raise
             raise out_of_memory(

@@ -35,7 +35,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
@@ -90,6 +90,19 @@ class Problem:
     def measuring(self) -> Replay:
         """The replay by whose passes maps are compared and reported on, in the model's own number format."""
         return self.replay if self.exact is None else self.exact
+
+    def searched_in(self, dtype: str | None) -> Problem:
+        """The same, where the method searches in the number format ``dtype`` (``Replay.computed_in``) and measures as
+        before; ``None`` leaves all as it is. Raises ``ExplainError`` as that does."""
+        if dtype is None:
+            return self
+        return replace(self, replay=self.replay.computed_in(dtype), exact=self.measuring)
+
+    @contextmanager
+    def caching(self) -> Iterator[None]:
+        """In the block the model does not change: its passes, to search and to measure, share what they can."""
+        with self.measuring.shortcuts.caching(), self.replay.shortcuts.caching():
+            yield
 
     @property
     def queries(self) -> torch.Tensor:

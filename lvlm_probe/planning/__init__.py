@@ -21,6 +21,8 @@ from lvlm_probe.planning.plans import MOST, Plan, choose, default_budget, passes
 from lvlm_probe.planning.rehearsal import timed
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying import replay as open_replay
+from lvlm_probe.replaying.micro_batches import ran_out
+from lvlm_probe.replaying.reduced_precision import told_kernels
 
 if TYPE_CHECKING:
     from lvlm_probe.selection import Against
@@ -54,6 +56,7 @@ def plan(
     seconds: bool = True,
     tokens: Tokens | None = None,
     against: Against | None = None,
+    search_dtype: str | None = None,
     **params: Any,
 ) -> Plan:
     """Predicts what explaining a recorded answer will take, and chooses settings under which it fits.
@@ -72,6 +75,8 @@ def plan(
         seconds: Also time a few passes on this machine, for ``Plan.seconds``.
         tokens, against: A contrast, or a score of your own, as for ``explain``. Each alternative of more than one token
             is a sequence more for every mask. Plain words change nothing: a plan is for all words of the answer.
+        search_dtype: As for ``explain``: memory counts the weights that a search in it keeps, seconds are those of
+            passes in it, also for the few that measure.
         params: Parameters of the method, as ``explain`` takes them.
 
     Returns:
@@ -79,7 +84,8 @@ def plan(
 
     Raises:
         OutOfMemory: It does not fit, whatever is chosen; the message says what it would take.
-        ExplainError: Unknown method or parameter, or one that follows no score.
+        ExplainError: Unknown method or parameter, one that follows no score, or the model cannot be computed in
+            ``search_dtype``.
         SelectionError: As ``explain``.
         ProbeError: ``memory`` is no size.
     """
@@ -94,14 +100,25 @@ def plan(
         replay = scored_by(replay, selection, method)
         if selection.score is not None:
             no_effect(Problem(replay, selection, image, clip=frame_of(replay, image)))  # its ends, which are kept
-    found = plan_for(replay, method, params, memory=memory, image=image)
-    return _with_seconds(replay, found, image) if seconds else found
+    if search_dtype is None:
+        found = plan_for(replay, method, params, memory=memory, image=image)
+        return _with_seconds(replay, found, image) if seconds else found
+    replay = replay.computed_in(search_dtype)
+    try:
+        with replay.shortcuts.caching():  # as in ``explain``, where cast weights are kept
+            found = plan_for(replay, method, params, memory=memory, image=image)
+            found = _with_seconds(replay, found, image) if seconds else found
+    except (RuntimeError, NotImplementedError) as error:
+        if ran_out(error):
+            raise
+        raise told_kernels(replay.model, error) from error
+    return dataclasses.replace(found, search_dtype=search_dtype)
 
 
 def plan_for(
     replay: Replay, method: str, params: Mapping[str, Any], *, memory: int | str | None = None, image: int = 0
 ) -> Plan:
-    """``plan`` of a replay, without timing."""
+    """``plan`` of a replay, in the number format of its passes, without timing."""
     size = None if memory is None else parse_bytes(memory)
     if not 0 <= image < replay.n_images:
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")

@@ -61,6 +61,7 @@ class Plan:
         at_least: Forward and backward images where a method that may stop early does so at once; ``None`` where it
             always takes the same.
         seconds_at_least: ``seconds`` of these.
+        search_dtype: The number format that the method searches in; ``None`` is the model's own.
     """
 
     method: str
@@ -80,6 +81,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     at_least: tuple[int, int] | None = None
     seconds_at_least: float | None = None
+    search_dtype: str | None = None
 
     @property
     def total(self) -> int | None:
@@ -106,6 +108,8 @@ class Plan:
             words.append(f"{show_bytes(self.offloaded)} of weights offloaded")
         if self.attention:
             words.append(f"attention {self.attention}")
+        if self.search_dtype:
+            words.append(f"searched in {self.search_dtype}")
         return ", ".join([*words, *self.notes])
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,6 +138,7 @@ def table(plans: Sequence[Plan]) -> str:
         settings = [name for name, on in (("checkpointing", one.gradient_checkpointing),) if on]
         settings += [f"offload {show_bytes(one.offloaded)}"] if one.offloaded else []
         settings += [f"attention {one.attention}"] if one.attention else []
+        settings += [f"searched in {one.search_dtype}"] if one.search_dtype else []
         rows.append(
             (
                 one.method,

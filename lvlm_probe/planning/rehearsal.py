@@ -77,7 +77,8 @@ def cost_model(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint
     shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
     asked = (kind, bool(cost.noise), tuple(cost.parts), tuple(cost.grids[-1]), several, cost.joined, cost.queries)
     sent = (replay.own, replay.length, replay.prompt_length, shapes)
-    on = (str(replay.device), next(replay.model.parameters()).dtype)
+    searched = None if replay.reduced is None else replay.reduced.dtype
+    on = (str(replay.device), next(replay.model.parameters()).dtype, searched)
     # Not when a video's frames are shown.
     key = (*asked, isinstance(target, int), images_of(target), checkpoint, *sent, *on)
     if key not in known:
@@ -89,7 +90,9 @@ def cost_model(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint
             replay.log_probs(rehearse.masks(1), image=target, micro_batch=1, steps=rehearse.steps)
             if several:
                 replay.path.joined({}, 2)
-        known[key] = _several(rehearse, kind) if several else CostModel(0, rehearse.peak(kind, 1))
+        kept = 0 if replay.reduced is None else replay.reduced.kept  # there beside every pass of a search
+        found = _several(rehearse, kind) if several else CostModel(0, rehearse.peak(kind, 1))
+        known[key] = CostModel(kept + found.fixed, found.per_mask)
     return known[key]
 
 

@@ -44,6 +44,14 @@ def check_reducible(model: nn.Module, dtype: str) -> None:
         )
 
 
+def told_kernels(model: nn.Module, error: BaseException) -> ExplainError:
+    """The error to raise where a pass in another number format failed, and not for want of memory."""
+    return ExplainError(
+        f"{type(model).__name__} has kernels that do not go along with a search in another number format "
+        f"({str(error).strip().splitlines()[0]}): leave search_dtype out"
+    )
+
+
 class ReducedPrecision:
     """Passes that compute in a smaller number format.
 

@@ -125,9 +125,9 @@ def test_weights_are_counted_once() -> None:
 def metered(replay: probe.Replay, method: str, plan: Plan, tokens: Any = None, **params: Any) -> int:
     """The most bytes that were alive at once while a method ran as planned."""
     view = replay.with_settings(micro_batch=plan.micro_batch, gradient_checkpointing=plan.gradient_checkpointing)
-    problem = Problem(view, probe.select_tokens(replay, span=tokens))
+    problem = Problem(view, probe.select_tokens(replay, span=tokens)).searched_in(plan.search_dtype)
     meter = Meter(replay.device)
-    with view.shortcuts.caching(), meter.running():
+    with problem.caching(), meter.running():
         resolve(method)(problem, **params)
     return meter.reading.peak
 
@@ -155,6 +155,41 @@ def test_a_prediction_comes_true_within_15_per_cent(replay: probe.Replay, method
     heat = probe.explain(replay, method=method, strengthen=False, plan=planned, **params)
     assert heat.provenance["memory"]["predicted_peak"] == planned.peak
     assert heat.provenance["passes"] == {"forward": planned.forward, "backward": planned.backward}
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [("igos++", {"preset": "fast"}), ("gradcam", {}), ("rise", {"masks": 32}), ("rollout", {}),
+     *campaign(("integrated_gradients", {"steps": 16}), ("tmm", {}), ("iia", {"points": 4}), ("occlusion", {"size": 6}),
+               ("attention", {"source": "replay"}))],
+)  # fmt: skip
+def test_a_search_is_planned_with_the_weights_that_it_keeps(
+    replay: probe.Replay, method: str, params: dict[str, Any]
+) -> None:
+    plain = probe.plan(replay, method=method, seconds=False, **params)
+    planned = probe.plan(replay, method=method, seconds=False, search_dtype="bfloat16", **params)
+    peak = metered(replay, method, planned, **params)
+    assert abs(planned.peak / peak - 1) < 0.15 and planned.fixed > plain.fixed
+    assert probe.plan(replay, method=method, seconds=False, **params).peak == plain.peak, "kept by number format"
+    heat = probe.explain(
+        replay, method=method, strengthen=False, plan=planned, search_dtype="bfloat16", progress=False, **params
+    )
+    assert heat.provenance["memory"]["predicted_peak"] == planned.peak
+    assert heat.provenance["passes"] == {"forward": planned.forward, "backward": planned.backward}
+
+
+def test_a_plan_says_what_it_searches_in_and_is_of_no_other_search(replay: probe.Replay) -> None:
+    planned = probe.plan(replay, method="input_gradient", search_dtype="bfloat16")
+    assert planned.to_dict()["search_dtype"] == "bfloat16" and planned.seconds
+    assert "searched in bfloat16" in planned.sentence() and "searched in bfloat16" in table([planned])
+    told = r"of 'input_gradient' searched in bfloat16, not of 'input_gradient': plan\(replay, method='input_gradient'\)"
+    with pytest.raises(ExplainError, match=told):
+        probe.explain(replay, method="input_gradient", plan=planned)
+    plain = dataclasses.replace(planned, search_dtype=None)
+    with pytest.raises(ExplainError, match=r"not of 'input_gradient' searched in bfloat16: .*search_dtype='bfloat16'"):
+        probe.explain(replay, method="input_gradient", plan=plain, search_dtype="bfloat16")
+    with pytest.raises(ExplainError, match="computed in bfloat16, or in the model's own format; got 'int8'"):
+        probe.plan(replay, search_dtype="int8")
 
 
 @pytest.mark.parametrize(

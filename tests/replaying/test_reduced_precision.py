@@ -268,3 +268,8 @@ def test_kernels_that_do_not_go_along_are_told(replay: probe.Replay, demo: Any) 
         pytest.raises(ExplainError, match=r"kernels that do not go along .*'BFloat16'.*: leave search_dtype out"),
     ):
         probe.explain(replay, method="occlusion", size=2, search_dtype="bfloat16", progress=False)
+    with (
+        projector.register_forward_hook(kernel),
+        pytest.raises(ExplainError, match=r"kernels that do not go along .*'BFloat16'.*: leave search_dtype out"),
+    ):
+        probe.plan(replay, method="occlusion", size=2, search_dtype="bfloat16", seconds=False)
