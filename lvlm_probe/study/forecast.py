@@ -285,7 +285,7 @@ def _measured(
 def _planned(study: Study, player: Replay, line: Line, one_pass: float, memory: int | str | None) -> Line:
     spec = study.methods[line.rows[0]]
     try:
-        found = planning.plan(player, method=spec.method, memory=memory, **spec.params)
+        found = planning.plan(player, memory=memory, **spec.asked)
     except ProbeError as error:
         return dataclasses.replace(line, problem=str(error))
     return dataclasses.replace(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lvlm_probe.study.run.sample_filter import is_correct, verdict
-from lvlm_probe.study.run.units import Records, method_content, model_content, model_stamp
+from lvlm_probe.study.run.units import UNSAID, Records, method_content, model_content, model_stamp
 from lvlm_probe.study.spec import ModelSpec, Study
 
 _UNKNOWN = dict.fromkeys(("true_answer", "group", "drop", "drop_normalised", "map", "deletion", "insertion"))
@@ -89,7 +89,7 @@ def collect(study: Study) -> Results:
         if answer is None:
             continue
         for name, expected in rows.items():
-            if _holds(record, expected):
+            if _holds({**UNSAID, **record}, expected):
                 record = {**_UNKNOWN, **record}
                 if record["status"] == "done":
                     map_records.require(key, record, *(["reason"] if record["map"] is None else ["passes", "measured"]))

@@ -15,6 +15,7 @@
       igos++: {}
       paper: {method: igos++, params: {preset: paper}}
       joint: {method: igos++, tokens: joint}        # a method with its own token rule or baseline
+      quick: {method: igos++, search_dtype: bfloat16}
     settings: {alpha: 1.0, baseline: blur, grid: 32, steps: 50, seed: 0}
     filter: {minimum_drop: 0.3, normalised: false}
 
@@ -40,6 +41,7 @@ from lvlm_probe.study.keys import Key, WrongValue, checked, nearest, parts, shor
 
 _BEHAVIOUR = Literal["corrected", "release"]
 BEHAVIOURS: tuple[str, ...] = get_args(_BEHAVIOUR)
+_SEARCH = Literal["bfloat16"]
 _BASELINE = Literal["blur", "blank", "noise", "mean", "first_frame", "middle_frame", "shuffled_frames"]
 
 
@@ -107,11 +109,24 @@ class MethodSpec:
     baseline: Annotated[
         _BASELINE | None, Key("Kind of image that it is made against.", "blank", "the study's settings.baseline")
     ] = None
+    search_dtype: Annotated[
+        _SEARCH | None,
+        Key(
+            "Number format that the method searches in, on models in float32; all scores are computed as ever.",
+            "bfloat16",
+            "the model's own",
+        ),
+    ] = None
     tables: Annotated[tuple[int, ...], Key("The paper's tables that the row belongs to.", "[2, 3]")] = (2,)
     paper: Annotated[str | None, Key("What the paper calls the row, for the ledger.", "iGOS++")] = None
     behaviour: Annotated[_BEHAVIOUR, Key("release: as the published code does, for the ledger.", "release")] = (
         "corrected"
     )
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What ``explain`` and ``plan`` are given of the row, besides what it explains."""
+        return {"method": self.method, "search_dtype": self.search_dtype, **self.params}
 
 
 @dataclass(frozen=True)

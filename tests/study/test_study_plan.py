@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from test_study_datasets import CV_ROW, encoded, parquet
 from lvlm_probe.errors import StudyError
 from lvlm_probe.study.forecast import forecast
 from lvlm_probe.study.run.runner import run_study, samples_of
-from lvlm_probe.study.spec import DatasetSpec, Study, read_study
+from lvlm_probe.study.spec import DatasetSpec, MethodSpec, Study, read_study
 from lvlm_probe.study.tables.ledger import printed
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -67,11 +68,16 @@ def test_without_a_model_units_and_passes_are_counted(study: Study) -> None:
 
 @pytest.mark.quick
 def test_measured_it_says_memory_and_hours_and_keeps_the_answers(study: Study) -> None:
+    low = MethodSpec("low", "input_gradient", search_dtype="bfloat16")
     study = dataclasses.replace(
-        study, models={"demo": study.models["demo"]}, datasets={"scenes": study.datasets["scenes"]}
+        study,
+        models={"demo": study.models["demo"]},
+        datasets={"scenes": study.datasets["scenes"]},
+        methods={**study.methods, "low": low},
     )
     found = forecast(study, measure=True)
     lines = {line.rows[0]: line for line in found.lines}
+    assert (lines["low"].peak or 0) > (lines["input_gradient"].peak or math.inf), "with weights that it casts"
     assert lines["igos++"].passes == (188, 156, (32, 24))
     igos = lines["igos++"]
     assert igos.peak is not None and igos.total is not None and igos.seconds is not None

@@ -17,9 +17,11 @@ from PIL import Image
 
 import lvlm_probe as probe
 from lvlm_probe.errors import StudyError
+from lvlm_probe.selection import word_selections
 from lvlm_probe.study.results import collect
 from lvlm_probe.study.run.runner import run_study
 from lvlm_probe.study.run.units import Records
+from lvlm_probe.study.run.word_maps import read_words
 from lvlm_probe.study.spec import Study, read_study
 from lvlm_probe.study.tables.export import export, state
 from lvlm_probe.study.tables.paper import make_table
@@ -97,6 +99,31 @@ def test_what_is_found(finished: Study) -> None:
     assert joint, "a row that explains other tokens is judged by the study's tokens too"
     table = make_table(results, "2")
     assert [row[3] for row in table.rows] == [4, 4, 4]
+
+
+def test_a_row_may_search_in_bfloat16(tmp_path: Path) -> None:
+    rows = "  exact: {method: input_gradient, tokens: joint}\n"
+    rows += "  low: {method: input_gradient, tokens: joint, search_dtype: bfloat16, tables: [9]}\n"
+    rows += "settings: {words: true, "
+    more = study_in(tmp_path, YAML[: YAML.index("  input_gradient")] + rows + YAML.partition("settings: {")[2])
+    assert run_study(more, limit=1)["maps"] == 2
+    (record,) = collect(more).chosen(row="low")
+    (exact,) = collect(more).chosen(row="exact")
+    heat, plain = (probe.Heatmap.read(more.out / "maps" / one["map"]) for one in (record, exact))
+    assert (heat.search_dtype, plain.search_dtype) == ("bfloat16", None)
+    assert heat.values is not None and plain.values is not None and not np.array_equal(heat.values, plain.values)
+    assert np.corrcoef(heat.values.ravel(), plain.values.ravel())[0, 1] > 0.95
+    replay = probe.replay(probe.open_trace(more.out / "answers" / f"{record['answer']}.h5"), *probe.demo.load())
+    score = probe.evaluate(heat, replay, grid=8, steps=5)
+    assert (record["deletion"], record["insertion"]) == pytest.approx((score.deletion, score.insertion))
+    stored = [
+        one for one in read_words(record, more.out / "maps" / record["map"]) if one.get("map", "values") != "values"
+    ]
+    parts = [part for _, part in word_selections(replay, heat.selection) if list(part.indices) == stored[0]["tokens"]]
+    word = probe.explain(replay, method="input_gradient", tokens=parts[0], search_dtype="bfloat16", progress=False)
+    np.testing.assert_array_equal(stored[0]["values"], word.values)
+    searched = record["measured"]["memory"]["measured_peak"]
+    assert searched == pytest.approx(probe.plan(replay, **more.methods["low"].asked).peak, rel=0.15)
 
 
 def test_one_method_more_does_only_what_is_new(finished: Study, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_a_whole_study(tmp_path: Path) -> None:
         (("method: igos++", "method: igos"), 9, "there is no explainer 'igos'"),
         (("tokens: joint", "tokens: all"), 9, "tokens is one of llr, joint, keywords"),
         (("tables: [2, 3]", "tables: [two]"), 9, "list of whole numbers"),
+        (("tokens: joint", "search_dtype: float16"), 9, "search_dtype is one of bfloat16, not 'float16'"),
         (("steps: 20", "steps: 0"), 11, "steps is at least 1"),
         (("minimum_drop: 0.5", "minimum_drop: 50"), 12, "between 0 and 1"),
         (("normalised: true", "normalised: 1"), 12, "normalised is true or false"),

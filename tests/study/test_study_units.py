@@ -57,9 +57,10 @@ def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else() -
 
     assert a_map() == a_map(name="another row of the same", tables=(3,)) == a_map(alpha=1.0) == a_map(baseline="blur")
     changed = [a_map(answer="b"), a_map(method="rise"), a_map(params={"size": 8}), a_map(tokens="joint")]
-    changed += [a_map(alpha=2.0), a_map(baseline="noise"), a_map(behaviour="release")]
+    changed += [a_map(alpha=2.0), a_map(baseline="noise"), a_map(behaviour="release"), a_map(search_dtype="bfloat16")]
     changed += [a_map(study(settings=Settings(**{name: 9}))) for name in ("grid", "steps", "seed")]
     assert len({a_map(), *changed}) == 1 + len(changed)
+    assert "search_dtype" not in map_content(PLAIN, "a", method), "keys of units that are kept stay what they were"
 
 
 def test_a_picture_is_known_by_its_pixels(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def map_memory(
         over, meter = player.over(heat.provenance["baseline"]), Meter(player.device)
         clip = player.clips[0] if player.clips else None
         problem = Problem(over, tokens, 0 if clip is None else clip.first, seed, clip=clip)
-        with over.shortcuts.caching(), meter.running():
+        problem = problem.searched_in(method.search_dtype)
+        with problem.caching(), meter.running():
             resolve(method.method)(problem, **method.params)
         found["measured_peak"] = meter.reading.peak
     here = "activations" in player.offers  # else it runs on a server

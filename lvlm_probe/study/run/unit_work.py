@@ -141,7 +141,7 @@ def map_unit(
     usual = tokens_by("llr", player, alpha=settings.alpha)
     over = player.over(method.baseline or settings.baseline)
     made = explain_clip if player.clips else explain
-    heat = made(over, method=method.method, tokens=own, seed=settings.seed, progress=False, **method.params)
+    heat = made(over, tokens=own, seed=settings.seed, progress=False, **method.asked)
     heat.write(map_file)
     if not heat:
         empty = {"map": None, "reason": heat.reason, "text": heat.selection.text}

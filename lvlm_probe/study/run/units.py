@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 VERSION = 1
 """Of what a unit computes: results of another version are not taken over."""
 
+UNSAID: Mapping[str, Any] = {"search_dtype": None}
+"""What keys and records of maps leave out where it is so, as older ones know nothing of it."""
+
 
 def digest(content: Mapping[str, Any]) -> str:
     """32 hex digits over JSON-ready content, whatever the order of its names."""
@@ -79,7 +82,8 @@ def model_content(study: Study, model: ModelSpec, fingerprint: str) -> dict[str,
 
 def map_content(study: Study, answer: str, method: MethodSpec) -> dict[str, Any]:
     """All that one method's map of one answer, and its scores, depend on; ``answer`` is the answer's key."""
-    return {"unit": "map", "version": VERSION, "answer": answer, **method_content(study, method)}
+    content = {"unit": "map", "version": VERSION, "answer": answer, **method_content(study, method)}
+    return {name: value for name, value in content.items() if name not in UNSAID or value != UNSAID[name]}
 
 
 def method_content(study: Study, method: MethodSpec) -> dict[str, Any]:
@@ -89,6 +93,7 @@ def method_content(study: Study, method: MethodSpec) -> dict[str, Any]:
         "method": method.method,
         "behaviour": method.behaviour,
         "params": dict(method.params),
+        "search_dtype": method.search_dtype,
         "tokens": method.tokens,
         "alpha": settings.alpha if method.alpha is None else method.alpha,
         "map_baseline": method.baseline or settings.baseline,
@@ -197,7 +202,7 @@ _ENTRIES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a text",
         _is_text,
         "status error reason model dataset sample image question answer fingerprint source group role text verdict "
-        "map machine human_failed words_failed",
+        "map machine human_failed words_failed search_dtype",
     ),
     (
         "a number",

@@ -52,7 +52,7 @@ def add_words(
         try:
             over = player.over(method.baseline or study.settings.baseline)
             word = (explain_clip if player.clips else explain)(
-                over, method=method.method, tokens=part, seed=study.settings.seed, progress=False, **method.params
+                over, tokens=part, seed=study.settings.seed, progress=False, **method.asked
             )
         except (ProbeError, RuntimeError, ValueError) as error:
             entry["reason"] = str(error).strip().partition("\n")[0] or type(error).__name__
