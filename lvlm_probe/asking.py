@@ -148,8 +148,8 @@ class Answer:
                 ``explain``.
             method: one of ``lvlm-probe methods``.
             check: evaluate the map; otherwise pages and figures say "not checked".
-            **options: ``image`` or, of a video, ``clip``, ``seed``, ``progress`` and the method's parameters. An answer
-                about a video is explained by that unless ``image`` is given.
+            **options: ``image`` or, of a video, ``clip``, ``seed``, ``progress``, ``search_dtype`` and the method's
+                parameters. An answer about a video is explained by that unless ``image`` is given.
 
         Returns:
             The map. Its score is the last of ``explained``.

@@ -9,7 +9,15 @@ import typer
 
 from lvlm_probe.cli.shared.completion import choices, complete_method
 from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, parameters
-from lvlm_probe.cli.shared.options import Json, Loading, MethodParameters, OptionalModel, Row, TraceOrDirectory
+from lvlm_probe.cli.shared.options import (
+    Json,
+    Loading,
+    MethodParameters,
+    OptionalModel,
+    Row,
+    SearchDtype,
+    TraceOrDirectory,
+)
 from lvlm_probe.cli.shared.terminal import one_line, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -36,6 +44,7 @@ def boxes(
         str, typer.Option("--method", autocompletion=complete_method, help="With --maps: which explainer.")
     ] = "igos++",
     param: MethodParameters = None,
+    search_dtype: SearchDtype = None,
     row: Row = None,
     loading: Loading = Loading(),
     as_json: Json = False,
@@ -62,7 +71,7 @@ def boxes(
 
         models = ReplayModels(model, loading)
         replay = open_replay(trace, *models.of(trace))
-        settings = MapSettings(method, parameters(param or []), image_number)
+        settings = MapSettings(method, parameters(param or []), image_number, search_dtype=search_dtype)
         for number, box in enumerate(found):
             selection = select_tokens(replay, indices=box.tokens)
             (item,) = explain_replay(replay, selection, settings, trace.explanations_dir, word_maps=False)

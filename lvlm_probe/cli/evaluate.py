@@ -105,8 +105,8 @@ def evaluate(
         return
     if comparing != Comparing():
         raise ProbeError(
-            "--words, --against, --out, --overwrite, --full, --wide and --open go with --methods: add it, e.g. "
-            "--methods igos++,gradcam"
+            "--words, --against, --search-dtype, --out, --overwrite, --full, --wide and --open go with --methods: add "
+            "it, e.g. --methods igos++,gradcam"
         )
     from lvlm_probe.cli.shared.maps import map_summary, open_replay, show_map
     from lvlm_probe.heatmap_store import by_trace, find_maps, score_one

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvlm_probe.cli.shared.answers import ask, ask_server, nothing_before
-from lvlm_probe.cli.shared.completion import choices, complete_method
+from lvlm_probe.cli.shared.completion import complete_method
 from lvlm_probe.cli.shared.inputs import (
     ReplayModels,
     alternatives,
@@ -31,6 +31,7 @@ from lvlm_probe.cli.shared.options import (
     MethodParameters,
     OptionalModel,
     Row,
+    SearchDtype,
 )
 from lvlm_probe.cli.shared.servers import Served
 from lvlm_probe.cli.shared.terminal import note, open_page, print_json, quoted_path, say, stop, stored_path
@@ -103,16 +104,7 @@ def explain(
             help="Passes forward at most for a map. Default: as many as igos++ finds it needs, 32 to 188.",
         ),
     ] = None,
-    search_dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--search-dtype",
-            metavar="NAME",
-            autocompletion=choices("bfloat16"),
-            help="bfloat16: search the map in it, and measure it as ever. Of a float32 model; slower on processors "
-            "without bfloat16 instructions.",
-        ),
-    ] = None,
+    search_dtype: SearchDtype = None,
     image_number: Annotated[
         int | None,
         typer.Option(

@@ -9,7 +9,15 @@ import typer
 
 from lvlm_probe.cli.shared.completion import choices, complete_method
 from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, parameters
-from lvlm_probe.cli.shared.options import Json, Loading, MethodParameters, OptionalModel, Row, TraceOrDirectory
+from lvlm_probe.cli.shared.options import (
+    Json,
+    Loading,
+    MethodParameters,
+    OptionalModel,
+    Row,
+    SearchDtype,
+    TraceOrDirectory,
+)
 from lvlm_probe.cli.shared.terminal import one_line, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -40,6 +48,7 @@ def fields(
         str, typer.Option("--method", autocompletion=complete_method, help="With --out: which explainer.")
     ] = "igos++",
     param: MethodParameters = None,
+    search_dtype: SearchDtype = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     row: Row = None,
     loading: Loading = Loading(),
@@ -73,7 +82,8 @@ def fields(
 
     models = ReplayModels(model, loading)
     replay = open_replay(trace, *models.of(trace))
-    places = locate(replay, found, names=name, method=method, keep=keep, **parameters(param or []))
+    how = {"method": method, "search_dtype": search_dtype, **parameters(param or [])}
+    places = locate(replay, found, names=name, keep=keep, **how)
     files = trace.meta.get("image_files") if isinstance(trace.meta, dict) else None
     named = [str(file) for file in files] if isinstance(files, list) and len(files) == len(trace.images) else None
     export(places, out, format=cast(Any, kind), files=named, overwrite=overwrite)

@@ -9,7 +9,7 @@ import typer
 
 from lvlm_probe.cli.shared.completion import complete_methods
 from lvlm_probe.cli.shared.inputs import ReplayModels, alternatives, find_trace, parameters
-from lvlm_probe.cli.shared.options import AgainstOption, Json, Loading, OptionalModel, Row
+from lvlm_probe.cli.shared.options import AgainstOption, Json, Loading, OptionalModel, Row, SearchDtype
 from lvlm_probe.cli.shared.terminal import note, print_json, show
 from lvlm_probe.errors import ProbeError
 
@@ -35,6 +35,7 @@ def plan(
         list[str] | None, typer.Option("--words", metavar="TEXT", help="With --against: the words of the contrast.")
     ] = None,
     against: AgainstOption = None,
+    search_dtype: SearchDtype = None,
     seconds: Annotated[bool, typer.Option(help="Also time a few passes on this machine.")] = True,
     row: Row = None,
     loading: Loading = Loading(),
@@ -63,7 +64,7 @@ def plan(
     for name in names:
         try:
             asked = {"memory": memory, "image": image, "seconds": seconds, **contrast, **given}
-            plans.append(planning.plan(replay, method=name, **asked))
+            plans.append(planning.plan(replay, method=name, search_dtype=search_dtype, **asked))
         except ProbeError as error:
             if len(names) == 1:
                 raise

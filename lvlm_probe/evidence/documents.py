@@ -240,7 +240,7 @@ def locate(
         method: how they are mapped.
         keep: share of the score that the region keeps.
         judge: further arguments of ``evaluate``.
-        **options: further arguments of ``explain``: seed, progress, parameters of the method.
+        **options: further arguments of ``explain``: seed, progress, search_dtype, parameters of the method.
 
     Raises:
         ExplainError: there is no field of a name, or as ``explain``.

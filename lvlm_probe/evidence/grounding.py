@@ -446,7 +446,7 @@ def box_maps(replay: ReplayLike, boxes: Sequence[AnswerBox], **options: Any) -> 
     Args:
         replay: the recorded answer on its model.
         boxes: of ``answer_boxes``.
-        **options: of ``lvlm_probe.explain``: method, seed, progress and parameters.
+        **options: of ``lvlm_probe.explain``: method, seed, progress, search_dtype and parameters.
 
     Raises:
         ExplainError: as ``explain``.

@@ -20,7 +20,7 @@ from lvlm_probe.errors import ReportError
 from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import Tokens, needs_of, selected
 from lvlm_probe.explainers import methods as known_methods
-from lvlm_probe.explainers.explaining import target_of
+from lvlm_probe.explainers.explaining import check_search, target_of
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.heatmap_store import not_made, reason_of
@@ -122,6 +122,7 @@ def compare(
     grid: int | Sequence[int] | None = GRID,
     steps: int | None = None,
     seed: int = 0,
+    search_dtype: str | None = None,
     overwrite: bool | None = None,
     progress: ProgressChoice = None,
 ) -> Comparison:
@@ -142,8 +143,9 @@ def compare(
         labels: With heatmaps only: the column of each, in the same order; by default its method.
         out: The file to write. Missing folders are made.
         title: Headline of the page.
-        tokens, against, image, seed: As for ``explain``; the same for all methods. An image that is a frame of a video
-            stands for the video, and methods that do not explain by one say so in their place.
+        tokens, against, image, seed, search_dtype: As for ``explain``; the same for all methods, but for a label that
+            has ``search_dtype`` among its parameters. An image that is a frame of a video stands for the video, and
+            methods that do not explain by one say so in their place.
         grid, steps: As for ``evaluate``; ``grid=None`` ranks each heatmap's own cells, as videos are ranked anyway.
         overwrite: Replace ``out`` if it exists; by default only a file that this package wrote, so that a notebook cell
             can run again.
@@ -156,7 +158,7 @@ def compare(
     Raises:
         ReportError: Nothing to compare, things that are neither of the three, or mixed; ``out`` exists or cannot be
             written.
-        ExplainError: There is no method of that name.
+        ExplainError: There is no method of that name, or an answer cannot be searched in ``search_dtype``.
         SelectionError: An answer does not contain the words ``tokens``.
     """
     items: list[Any] = list(sources) if isinstance(sources, Iterable) else [sources]
@@ -174,7 +176,8 @@ def compare(
     else:
         if scores is not None or labels is not None:
             raise ReportError("scores and labels go with heatmaps; replays are judged here")
-        columns, rows = _made(items, methods, _Settings(image, seed, grid, steps, tokens, against), progress)
+        settings = _Settings(image, seed, grid, steps, tokens, against, search_dtype)
+        columns, rows = _made(items, methods, settings, progress)
     text = filled(columns, rows, standings(columns, rows), title or _TITLE)
     said = f"{counted(len(columns), 'method')} on {counted(len(rows), 'answer')}"
     return Comparison(write_text(path, text, overwrite=overwrite, said=said), tuple(columns), tuple(rows))
@@ -193,6 +196,7 @@ class _Settings:
     steps: int | None
     tokens: Tokens | None = None
     against: Against | None = None
+    search_dtype: str | None = None
 
 
 def _made(
@@ -205,6 +209,8 @@ def _made(
                 f"compare() takes replays (probe.replay(trace, model, processor)), traces or heatmaps; got a "
                 f"{type(item).__name__}"
             )
+    for item in items:
+        check_search(item, settings.search_dtype)
     chosen = _chosen(methods, live=any(not isinstance(item, Trace) for item in items))
     # Before the work, so that words that are not in an answer are told at once.
     answers: list[Any] = [RecordedAnswer(item) if isinstance(item, Trace) else item for item in items]
@@ -236,7 +242,7 @@ def _one(
 ) -> tuple[Heatmap | ClipHeatmap, Score | None]:
     """One method on one answer. Whatever goes wrong in it is told in its place and costs the others nothing."""
     image, seed = settings.image, settings.seed
-    same: dict[str, Any] = {"seed": seed, "progress": False}
+    same: dict[str, Any] = {"seed": seed, "search_dtype": settings.search_dtype, "progress": False}
     target = target_of(item, image)
     try:
         asked: dict[str, Any] = {"method": method, "tokens": selection, "strengthen": False, **same, **params}

@@ -221,6 +221,7 @@ def _scores(heat: Heatmap | ClipHeatmap, score: Score | None, best: float | None
             yield from _doubts(score)
     cost, seconds = cost_of(heat), heat.provenance.get("seconds")
     facts = [] if cost is None else [f"{cost[0]} + {cost[1]} passes" if any(cost) else "no pass"]
+    facts += [] if heat.search_dtype is None or cost is None or not any(cost) else [f"searched in {heat.search_dtype}"]
     facts += [] if seconds is None else [f"{float(seconds):.2f} s"]
     facts.append(" × ".join(map(str, () if heat.values is None else heat.values.shape)))
     yield f'<p class="facts">{escape(" · ".join(fact.replace(" ", _FIXED_SPACE) for fact in facts))}</p>'

@@ -515,6 +515,23 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
     assert other.json["traces"][0]["maps"][0]["score"]["params"]["grid"] == [16, 16]
 
 
+def test_a_search_in_bfloat16_makes_other_maps_beside_the_exact_ones(recorded: Path, tmp_path: Path) -> None:
+    trace = tmp_path / recorded.name
+    shutil.copy(recorded, trace)
+    asked = ("evaluate", trace, "--methods", "input_gradient", "--steps", "4", "--overwrite", "--json")
+    exact = succeed(*asked).json["traces"][0]["maps"][0]
+    low = succeed(*asked, "--search-dtype", "bfloat16").json["traces"][0]["maps"][0]
+    assert exact["search"] is None and low["search"]["dtype"] == "bfloat16" and low["search"]["backward"] >= 1
+    kept = sorted((tmp_path / "explanations").glob("*.h5"), key=lambda file: file.stat().st_mtime_ns)
+    assert [probe.Heatmap.read(file).search_dtype for file in kept] == [None, "bfloat16"]
+    assert succeed(*asked).json["traces"][0]["maps"][0] == exact and len(kept) == 2
+    assert "computed in bfloat16" in run(*asked, "--search-dtype", "int8").err
+    assert "--search-dtype" in run("evaluate", trace, "--search-dtype", "bfloat16").err
+    planned = ("plan", trace, "--no-seconds", "--methods", "input_gradient", "--json")
+    assert succeed(*planned, "--search-dtype", "bfloat16").json["plans"][0]["search_dtype"] == "bfloat16"
+    assert succeed(*planned).json["plans"][0]["search_dtype"] is None
+
+
 def test_equal_words_and_few_cells_are_said_at_the_command_line(tmp_path: Path) -> None:
     (scene,) = probe.demo.scenes(1)
     scene.image.save(tmp_path / "a.png")

@@ -37,6 +37,8 @@ def test_boxes_are_listed_drawn_and_mapped(trace: Path, tmp_path: Path) -> None:
     (record,) = succeed("boxes", trace, "--boxes", "pixels", *options, "--json").json
     assert record["pixels"] == [10, 20, 330, 320] and record["verdict"] in ("agrees", "partly", "elsewhere")
     assert MapFile(Path(record["map"])).read().provenance["box"]["verdict"] == record["verdict"]
+    (low,) = succeed("boxes", trace, "--boxes", "pixels", *options, "--search-dtype", "bfloat16", "--json").json
+    assert MapFile(Path(low["map"])).read().search_dtype == "bfloat16" and low["map"] != record["map"]
 
 
 def test_it_refuses_in_a_sentence(trace: Path, tmp_path: Path) -> None:

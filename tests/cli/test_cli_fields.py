@@ -39,6 +39,7 @@ def test_it_refuses_in_a_sentence(trace: Path, tmp_path: Path) -> None:
     for wrong, said in (
         ([trace, "--out", there], "--overwrite"),
         ([trace, "--format", "coco"], "--out FILE"),
+        ([trace, "--out", tmp_path / "x.json", "--model", "demo", "--search-dtype", "int8"], "got 'int8'"),
         ([trace, "--out", tmp_path / "x.json", "--name", "tip", "--model", "demo"], "no field 'tip'"),
         ([tmp_path / "none.h5"], "none.h5"),
     ):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import report_samples as samples
 import torch
@@ -320,6 +321,24 @@ def test_the_embedded_model_under_the_usual_methods(demo: Any, recorded: Any, tm
     assert {tuple(score.params["grid"]) for score in made.rows[0].scores if score} == {(32, 32)}
     assert {heat.shape for heat in made.rows[0].heats if heat} >= {(8, 8), (16, 16)}
     assert len({str(heat.provenance["baseline"]) for heat in made.rows[0].heats if heat}) == 1
+
+
+def test_a_search_in_bfloat16_is_one_of_all_methods_or_of_a_label(demo: Any, recorded: Any, tmp_path: Path) -> None:
+    replay = probe.replay(recorded, *demo)
+    named: Any = {"input_gradient": {}, "exact": {"method": "input_gradient", "search_dtype": None}, "random": {}}
+    made = compare(replay, named, search_dtype="bfloat16", steps=4, out=tmp_path / "a.html", progress=False)
+    (row,) = made.rows
+    low, exact, random = row.heats
+    assert [heat.search_dtype for heat in row.heats if heat] == ["bfloat16", None, "bfloat16"]
+    assert low and exact and random and not np.array_equal(low.values, exact.values)
+    over = replay.strengthened(low.selection.decided)
+    alone = probe.explain(over, method="input_gradient", search_dtype="bfloat16", strengthen=False, progress=False)
+    np.testing.assert_array_equal(low.values, alone.values)
+    assert made.path.read_text("utf-8").count("searched\u00a0in\u00a0bfloat16") == 1, "random runs no pass"
+    for source, said in ((recorded, "is for passes of a model"), (replay, "got 'int8'")):
+        with pytest.raises(ExplainError, match=said):
+            compare(source, ["random"], search_dtype="int8", out=tmp_path / "b.html", progress=False)
+    assert not (tmp_path / "b.html").exists()
 
 
 def test_a_figure_of_all_heatmaps_with_their_verdicts(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import methods as known_methods
 from lvlm_probe.explainers import needs_of
+from lvlm_probe.explainers.explaining import check_search
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.heatmap_store import (
     FOLDER,
@@ -100,7 +101,8 @@ def compare_methods(
     judging = {**options, "grid": options.get("grid") or _GRID}
     work = _Work(traces, _methods(asked.methods or ""), judging, page)
     selected = {"words": asked.words or None, "against": alternatives(asked.against)}
-    opened = _Opened(models, selected, baseline_from(baseline, video=all(trace.clips for trace in traces)))
+    own_baseline = baseline_from(baseline, video=all(trace.clips for trace in traces))
+    opened = _Opened(models, selected, own_baseline, asked.search_dtype)
     try:
         for again, group in enumerate(work.in_order(opened)):
             for number, trace in enumerate(traces):
@@ -139,26 +141,32 @@ class _Answer:
     """A trace that is being explained.
 
     Attributes:
+        search_dtype: number format that methods search in.
         shared: what methods that are judged alike share (``evaluate``).
     """
 
     trace: Trace
     replay: Replay
     selection: TokenSelection
+    search_dtype: str | None
     shared: dict[Any, Any]
 
 
 class _Opened:
     """The answers, one open at a time: a replay holds what it has worked out."""
 
-    def __init__(self, models: ReplayModels, selected: Mapping[str, Any], baseline: Any) -> None:
-        self._models, self._selected, self._baseline = models, selected, baseline
+    def __init__(
+        self, models: ReplayModels, selected: Mapping[str, Any], baseline: Any, search_dtype: str | None
+    ) -> None:
+        self._models, self._selected, self._baseline, self._search_dtype = models, selected, baseline, search_dtype
         self._last: _Answer | None = None
 
     def of(self, trace: Trace) -> _Answer:
         if self._last is None or self._last.trace is not trace:
             replay = open_replay(trace, *self._models.of(trace), self._baseline)
-            self._last = _Answer(trace, replay, select_tokens(replay, **self._selected), {})
+            check_search(replay, self._search_dtype)
+            selection = select_tokens(replay, **self._selected)
+            self._last = _Answer(trace, replay, selection, self._search_dtype, {})
         return self._last
 
 
@@ -320,7 +328,7 @@ def _methods(names: str) -> list[str]:
 def _settings(answer: _Answer, method: str, judging: Mapping[str, Any]) -> MapSettings:
     clips = answer.trace.clips
     image = clips[0].first if clips else 0
-    return MapSettings(method, {}, image, seed=judging["curve"].seed, scored=False)
+    return MapSettings(method, {}, image, seed=judging["curve"].seed, scored=False, search_dtype=answer.search_dtype)
 
 
 def _judged(answer: _Answer, judging: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -431,6 +439,7 @@ def _record(made: Comparison, traces: Sequence[Trace], judging: Mapping[str, Any
                         "reason": heat.reason,
                         "cells": None if heat.values is None else list(heat.values.shape),
                         "passes": heat.provenance.get("passes"),
+                        "search": heat.provenance.get("search"),
                         "seconds": heat.provenance.get("seconds"),
                         "score": None if score is None else score.to_dict(),
                     }

@@ -128,6 +128,16 @@ Words = Annotated[
 MethodParameters = Annotated[
     list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method; repeatable.")
 ]
+SearchDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--search-dtype",
+        metavar="NAME",
+        autocompletion=choices("bfloat16"),
+        help="bfloat16: search maps in it, and measure them as ever. Of a float32 model; slower on processors without "
+        "bfloat16 instructions.",
+    ),
+]
 OpenPage = Annotated[bool, typer.Option("--open", help="Open the page in the browser.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for programs.")]
 Row = Annotated[int | None, typer.Option("--row", min=0, help="Which row of a batch, counted from 0.")]
@@ -184,6 +194,7 @@ class Comparing:
         typer.Option("--words", metavar="TEXT", help="With --methods: explain this word of every answer; repeatable."),
     ] = None
     against: AgainstOption = None
+    search_dtype: SearchDtype = None
     out: Annotated[
         Path | None,
         typer.Option(
