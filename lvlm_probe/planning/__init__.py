@@ -6,8 +6,9 @@ them (``rehearsal``, ``meter``), and scales what it finds by the cost that the m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,19 +101,26 @@ def plan(
         replay = scored_by(replay, selection, method)
         if selection.score is not None:
             no_effect(Problem(replay, selection, image, clip=frame_of(replay, image)))  # its ends, which are kept
-    if search_dtype is None:
+    with _searching(replay, search_dtype) as replay:
         found = plan_for(replay, method, params, memory=memory, image=image)
-        return _with_seconds(replay, found, image) if seconds else found
-    replay = replay.computed_in(search_dtype)
+        found = _with_seconds(replay, found, image) if seconds else found
+    return dataclasses.replace(found, search_dtype=search_dtype)
+
+
+@contextlib.contextmanager
+def _searching(replay: Replay, dtype: str | None) -> Iterator[Replay]:
+    """The replay that a method searches by; in the block weights that it casts are kept, as they are in ``explain``."""
+    if dtype is None:
+        yield replay
+        return
+    replay = replay.computed_in(dtype)
     try:
-        with replay.shortcuts.caching():  # as in ``explain``, where cast weights are kept
-            found = plan_for(replay, method, params, memory=memory, image=image)
-            found = _with_seconds(replay, found, image) if seconds else found
+        with replay.shortcuts.caching():
+            yield replay
     except (RuntimeError, NotImplementedError) as error:
         if ran_out(error):
             raise
         raise told_kernels(replay.model, error) from error
-    return dataclasses.replace(found, search_dtype=search_dtype)
 
 
 def plan_for(
@@ -189,14 +197,16 @@ class Pace:
         return sum((images * each + -(-images // at_once) * call for images, (call, each) in parts if images > 0), 0.0)
 
 
-def pace(replay: Replay, *, image: int = 0) -> Pace:
-    """Time a few passes over one mask and over three. Raises what a forward pass raises."""
+def pace(replay: Replay, *, image: int = 0, search_dtype: str | None = None) -> Pace:
+    """Time a few passes, of a search in ``search_dtype``, over one mask and over three. Raises what a forward pass
+    raises."""
     target = target_of(replay, image)
-    forward = timed(replay, gradient=False, target=target)
-    try:
-        gradient = timed(replay, gradient=True, target=target)
-    except Exception:  # whatever is wrong with gradients: methods that need none go on
-        return Pace(forward, None)
+    with _searching(replay, search_dtype) as replay:
+        forward = timed(replay, gradient=False, target=target)
+        try:
+            gradient = timed(replay, gradient=True, target=target)
+        except Exception:  # whatever is wrong with gradients: methods that need none go on
+            return Pace(forward, None)
     return Pace(forward, gradient)
 
 

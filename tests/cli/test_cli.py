@@ -20,7 +20,7 @@ from command_line import run, succeed
 from PIL import Image
 
 import lvlm_probe as probe
-from lvlm_probe import cli, heatmap_store
+from lvlm_probe import cli, heatmap_store, planning
 from lvlm_probe.cli.shared.inputs import parameters
 from lvlm_probe.errors import ImageError, ProbeError
 from lvlm_probe.heatmap_store import MapFile
@@ -515,7 +515,9 @@ def test_evaluate_compares_methods_and_goes_on_where_it_was(two_traces: Path, mo
     assert other.json["traces"][0]["maps"][0]["score"]["params"]["grid"] == [16, 16]
 
 
-def test_a_search_in_bfloat16_makes_other_maps_beside_the_exact_ones(recorded: Path, tmp_path: Path) -> None:
+def test_a_search_in_bfloat16_makes_other_maps_beside_the_exact_ones(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trace = tmp_path / recorded.name
     shutil.copy(recorded, trace)
     asked = ("evaluate", trace, "--methods", "input_gradient", "--steps", "4", "--overwrite", "--json")
@@ -525,6 +527,18 @@ def test_a_search_in_bfloat16_makes_other_maps_beside_the_exact_ones(recorded: P
     kept = sorted((tmp_path / "explanations").glob("*.h5"), key=lambda file: file.stat().st_mtime_ns)
     assert [probe.Heatmap.read(file).search_dtype for file in kept] == [None, "bfloat16"]
     assert succeed(*asked).json["traces"][0]["maps"][0] == exact and len(kept) == 2
+    formats: list[Any] = []
+    timed = planning.timed
+
+    def watched(by: probe.Replay, **how: Any) -> Any:
+        formats.append(by.reduced and by.reduced.dtype)
+        return timed(by, **how)
+
+    with monkeypatch.context() as patch:  # what it will take is timed in the format of the search
+        patch.setattr(planning, "timed", watched)
+        named = ("evaluate", trace, "--methods", "gradcam,center", "--steps", "4", "--overwrite")
+        succeed(*named, "--search-dtype", "bfloat16")
+    assert formats == [None, None, "bfloat16", "bfloat16"]
     assert "computed in bfloat16" in run(*asked, "--search-dtype", "int8").err
     assert "--search-dtype" in run("evaluate", trace, "--search-dtype", "bfloat16").err
     planned = ("plan", trace, "--no-seconds", "--methods", "input_gradient", "--json")
@@ -834,7 +848,7 @@ def test_a_truncated_trace_is_named(command: str, share: float, trace: Path) -> 
 # that the moment does not depend on how fast the machine is.
 INTERRUPTED = """
 import contextlib, os, signal, torch
-from lvlm_probe import cli, heatmap_store
+from lvlm_probe import cli, heatmap_store, planning
 from lvlm_probe.cli.shared import maps
 
 torch.set_num_threads(1)

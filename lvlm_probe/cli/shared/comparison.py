@@ -198,9 +198,12 @@ class _Work:
         try:
             with stage("timing a few passes"):
                 found = pace(first.replay)
+                searching = found
+                if first.search_dtype is not None:
+                    searching = pace(first.replay, search_dtype=first.search_dtype)
         except ProbeError:
             return [list(self._methods)]  # whatever is wrong, methods say it themselves
-        expected = expected_seconds(first.replay, missing, found)
+        expected = expected_seconds(first.replay, missing, searching)
         judging = found.of(_points(self._judging), at_once=16) or 0.0
         self._expected = {name: None if one is None else one + judging for name, one in expected.items()}
         known = {name: one for name, one in self._expected.items() if one is not None}
