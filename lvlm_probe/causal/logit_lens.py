@@ -99,13 +99,15 @@ def logit_lens(replay: ReplayLike, *, image: int = 0, top: int = 5) -> LogitLens
                 f"the layers of {decoder} do not give one state per token of prompt and answer, which the lens reads"
             )
         norm = _last_norm(model, decoder, seen.outputs, layers[-1], others)
-        head = _head(model)
+        head, end = _head(model), seen.outputs[decoder].device
 
         def read(state: Tensor, positions: np.ndarray) -> Tensor:
-            return head(norm(state[0, torch.as_tensor(positions, device=state.device)])).float().log_softmax(dim=-1)
+            rows = state[0, torch.as_tensor(positions, device=state.device)].to(end)  # layers may be on several devices
+            return head(norm(rows)).float().log_softmax(dim=-1)
 
         best = [read(state, tokens.positions).topk(top, dim=-1) for state in states if state is not None]
-        said = read(states[-1], answer).gather(1, replay.token_ids.to(own.device)[:, None])[:, 0]  # type: ignore[arg-type]
+        spoken = read(states[-1], answer)  # type: ignore[arg-type]
+        said = spoken.gather(1, replay.token_ids.to(spoken.device)[:, None])[:, 0]
     off = float((said.cpu() - own.cpu().float()).abs().max())
     ids = torch.stack([found.indices for found in best]).cpu().numpy()
     pieces = top_pieces(tokenizer_of(replay.processor), ids.ravel().tolist())
@@ -145,11 +147,10 @@ def _decoder(replay: Replay) -> tuple[str, list[str], list[str]]:
 def _last_norm(model: nn.Module, decoder: str, outputs: dict[str, Tensor], last: str, others: list[str]) -> Any:
     """The child of the decoder that makes its output of the last layer's."""
     final = outputs[decoder]
-    if torch.equal(outputs[last], final):
-        return nn.Identity()
-    for path in others:
-        if (found := outputs.get(path)) is not None and found.shape == final.shape and torch.equal(found, final):
-            return model.get_submodule(path)
+    for path, module in ((last, nn.Identity()), *((path, model.get_submodule(path)) for path in others)):
+        found = outputs.get(path)
+        if found is not None and found.shape == final.shape and torch.equal(found.to(final.device), final):
+            return module
     raise ExplainError(
         f"no child of {decoder} gives what it gives itself: its last norm, which the lens needs, is not found"
     )

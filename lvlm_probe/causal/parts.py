@@ -149,7 +149,7 @@ def which_parts(
             view = cast(Replay, replay).without(some) if some else replay
             shown = torch.from_numpy(~(absent[rows] @ hidden))
             masks = shown.float()[:, :, None, None].to(view.device)
-            log_probs = view.log_probs(masks, steps=steps).double().cpu().numpy()
+            log_probs = view.log_probs(masks, steps=steps).cpu().double().numpy()
             found[rows] = np.stack([log_probs[:, list(column)].sum(1) for column in columns], axis=1)
         return found
 
@@ -344,7 +344,7 @@ def modalities(replay: Replay, *, tokens: Tokens | None = None, question: str | 
     unread = replay.without(question)
     ends = torch.tensor([1.0, 0.0], device=replay.device)[:, None, None, None].expand(-1, replay.n_images, 1, 1)
     with torch.no_grad():
-        found = [view.log_probs(ends).double().cpu().numpy() for view in (replay, unread)]
+        found = [view.log_probs(ends).cpu().double().numpy() for view in (replay, unread)]
     (both, question_only), (image_only, neither) = found
 
     def by_word(values: np.ndarray) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lvlm_probe.errors import ProcessorRefused
 from lvlm_probe.images.processor import BlackBox
+from lvlm_probe.models.precision import sum_dtype
 
 _AGREE = 1e-3
 """Of a standard deviation: how far a processor's outputs may be from those that its statistics predict."""
@@ -34,6 +35,8 @@ class Whitening:
 
     def __init__(self, processor: BlackBox, images: Sequence[Image.Image], baselines: Sequence[Image.Image]) -> None:
         self._name = processor.name
+        # Statistics are sums over B less its mean: squares of small numbers, which float32 can subtract.
+        self._centers: list[float] = []
         self._sums: list[tuple[Tensor, Tensor, Tensor]] = []  # of each image: of x - B, 2 B (x - B) and (x - B)^2
         self._fixed: list[tuple[float, float, int]] = []  # sum of B, of B^2, and how many values
         self._corners: list[tuple[int, int]] = []  # where the image begins in the frame that is normalised
@@ -42,12 +45,15 @@ class Whitening:
             whole, ground = _frame(processor, image), _frame(processor, baseline)
             rise = whole - ground
             shown = _shown_height(image, whole)
+            self._centers.append(float(ground.mean()))
+            ground -= self._centers[-1]
             self._sums.append((rise.sum(0), 2 * (ground * rise).sum(0), (rise * rise).sum(0)))
             self._fixed.append((float(ground.sum()), float((ground * ground).sum()), ground.numel()))
             self._corners.append((whole.shape[1] - shown, shown))
 
     def statistics(self, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each masked image, ``(batch, image)`` float64 each; differentiable.
+        """Mean and standard deviation of each masked image, ``(batch, image)`` each, in the number format of the masks'
+        device (``sum_dtype``); differentiable.
 
         Args:
             masks: ``(batch, image, row, col)``.
@@ -57,16 +63,16 @@ class Whitening:
             zip(self._sums, self._fixed, strict=True)
         ):
             start, height = self._corners[place]
-            mask = masks[:, place : place + 1].double()
+            mask = masks[:, place : place + 1].to(sum_dtype(masks.device))
             fine = F.interpolate(mask, size=(height, first.shape[1]), mode="bilinear", align_corners=False)[:, 0]
             rows = slice(start, start + height)
-            at = [values[rows].to(fine.device) for values in (first, cross, square)]
+            at = [values[rows].to(fine.device, fine.dtype) for values in (first, cross, square)]
             mean = (total + (fine * at[0]).sum((1, 2))) / count
             second = (squares + (fine * at[1]).sum((1, 2)) + (fine * fine * at[2]).sum((1, 2))) / count
             deviation = (second - mean * mean).clamp_min(0.0)
             # An even image has no deviation; its square root has no slope there.
             deviation = torch.where(deviation > 0, deviation, 1.0).sqrt() * (deviation > 0)
-            means.append(mean)
+            means.append(self._centers[place] + mean)
             deviations.append((self.correction * deviation).clamp_min(count**-0.5))
         return torch.stack(means, dim=1), torch.stack(deviations, dim=1)
 

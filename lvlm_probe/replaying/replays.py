@@ -558,7 +558,8 @@ class Replay(Views):
                 of what it is given, and no others.
 
         Returns:
-            scores ``(batch,)`` and the gradient of each mask's own score to that mask, shaped like ``mask``.
+            scores ``(batch,)``, float32 whatever type masks are of, and the gradient of each mask's own score to that
+            mask, shaped like ``mask``.
         """
         masks = self._batch_of(mask, image).detach()
         if not self.inside:  # hooks that stand would take the passes of a check for the caller's
@@ -581,7 +582,7 @@ class Replay(Views):
                         "without, or use a method that needs no gradients: occlusion, rise, greedy"
                     )
                 gradient = self._differentiated(scores.sum(), leaf)
-            return scores.detach().to(torch.promote_types(scores.dtype, leaf.dtype)), gradient
+            return scores.detach().to(torch.promote_types(scores.dtype, torch.float32)), gradient
 
         found = self._in_micro_batches(masks, size, one)
         scores, gradients = (torch.cat(parts) for parts in zip(*found, strict=True))

@@ -113,7 +113,8 @@ def which_frames(
     def values(coalitions: np.ndarray) -> np.ndarray:
         shown = torch.from_numpy(coalitions).float()[:, of_frame]
         masks = shown[:, :, None, None].to(replay.device)
-        return replay.log_probs(masks, image=mine, steps=steps)[:, steps].sum(1, keepdim=True).double().cpu().numpy()
+        log_probs = replay.log_probs(masks, image=mine, steps=steps).cpu().double()
+        return log_probs[:, steps].sum(1, keepdim=True).numpy()
 
     with torch.no_grad(), replay.shortcuts.caching(), show_progress(progress, "which frames") as advance:
         found = shapley(values, count, orders=orders, seed=seed, progress=advance)

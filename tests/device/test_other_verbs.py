@@ -1,0 +1,88 @@
+"""What the main road of ``test_device`` leaves aside, on the same devices: verbs that look at parts of the prompt, at
+frames or at the states of image tokens, processors with statistics of their own, and masks of other types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from pretend import Card
+from test_device import llava, on_card, record, spread  # noqa: F401  (a fixture)
+from toy_clip import ToyClip, tube_weights
+
+import lvlm_probe as probe
+from lvlm_probe import causal
+from lvlm_probe.images.whitening import Whitening
+
+
+def verbs(model: Any, processor: Any, folder: Path) -> dict[str, Any]:
+    """What they give, as numbers."""
+    replay = probe.replay(record("llava", model, processor, folder, tokens=4), model, processor)
+    selection = probe.select_tokens(replay, span=(0, 3))
+    shares = causal.which_parts(replay, tokens=selection, progress=False)
+    ends = causal.modalities(replay, tokens=selection)
+    scores, _ = replay.score_and_grad(torch.eye(3, dtype=torch.float64)[None], lambda log_probs: log_probs.sum(dim=1))
+    assert scores.dtype == torch.float32
+    return {
+        "parts": shares.shares, "modalities": [ends.both, ends.image_only, ends.question_only, ends.neither],
+        "lens": causal.logit_lens(replay).probabilities, "a mask in float64": scores.cpu().numpy(),
+    }  # fmt: skip
+
+
+def test_verbs_without_double_precision(llava: Any, tmp_path: Path) -> None:  # noqa: F811
+    there = verbs(*llava, tmp_path / "cpu")
+    with on_card(llava[0], float64=False) as card:
+        here = verbs(*llava, tmp_path / "device")
+    assert not card.mixed and not card.doubles
+    for name, value in there.items():
+        np.testing.assert_allclose(np.asarray(here[name]), np.asarray(value), atol=1e-4, err_msg=name)
+
+
+class ClipOnACard(ToyClip):
+    """Its log-probabilities are where a model's would be."""
+
+    device = torch.device("cuda", 0)
+
+    def log_probs(self, mask: torch.Tensor | None = None, **settings: Any) -> torch.Tensor:
+        return super().log_probs(None if mask is None else mask.cpu(), **settings).to("cuda")
+
+
+def test_frames_without_double_precision() -> None:
+    weights = tube_weights(4, 2, slice(1, 3), slice(0, 1), slice(0, 2))
+    there = probe.video.which_frames(ToyClip(weights), progress=False)
+    with Card(float64=False) as card:
+        here = probe.video.which_frames(ClipOnACard(weights), progress=False)
+    assert not card.doubles
+    np.testing.assert_allclose(here.shares, there.shares, atol=1e-6)
+
+
+@pytest.mark.parametrize("low", [(90, 10, 200), (121, 121, 121)])
+def test_statistics_of_an_image_without_double_precision(low: tuple[int, int, int]) -> None:
+    """Of an even image too, whose deviation is the small difference of two large numbers."""
+    from PIL import Image
+
+    image, baseline = Image.new("RGB", (40, 30), (120, 121, 121)), Image.new("RGB", (40, 30), low)
+    plain = SimpleNamespace(name="a processor", settings={}, call=None)
+    mask = torch.rand(1, 1, 3, 4, generator=torch.Generator().manual_seed(0))
+    statistics = Whitening(plain, [image], [baseline]).statistics
+    with Card(float64=False) as card:
+        found = [value.cpu().double() for value in statistics(mask.to("cuda"))]
+    assert not card.doubles
+    for here, there in zip(found, statistics(mask), strict=True):
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-4)
+
+
+def test_a_logit_lens_through_layers_on_two_devices(llava: Any, tmp_path: Path) -> None:  # noqa: F811
+    trace = record("llava", *llava, tmp_path, llr=False)
+    there = causal.logit_lens(probe.replay(trace, *llava))
+    model, processor = tiny_models.build("llava")
+    with Card(count=2) as card:
+        spread(model)
+        here = causal.logit_lens(probe.replay(trace, model, processor))
+    assert not card.mixed
+    np.testing.assert_allclose(here.probabilities, there.probabilities, atol=1e-5)
