@@ -34,7 +34,7 @@ from lvlm_probe.models.tokenizers import display_pieces, special_flags, stops_of
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import outside_inference_mode
-from lvlm_probe.replaying.micro_batches import ran_out
+from lvlm_probe.replaying.micro_batches import does_not_fit, ran_out
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ def edit(
     Raises:
         ExplainError: heat and region do not go together, the model cannot be asked again, or without any change it does
             not say the words (the answer was sampled).
+        OutOfMemory: the model cannot be asked in the memory there is.
         ReplayError: the model is another package's, whose call is not known.
     """
     kind, place = _asked(heat, remove, keep)
@@ -332,9 +333,13 @@ class _Asking:
         try:
             with torch.no_grad(), _without_sampling(self._model):
                 output = self._model.generate(**inputs, **settings)
-        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        except (TypeError, ValueError, IndexError, RuntimeError, MemoryError) as error:
             if ran_out(error):
-                raise
+                what = (
+                    f"an answer of up to {self._limit} tokens does not fit into memory of {self._replay.device} beside "
+                    f"the {self._replay.prompt_length} tokens of its prompt"
+                )
+                raise does_not_fit(what, error, "give a smaller max_new_tokens=…, or a smaller image") from error
             name = type(self._replay.model).__name__
             raise ExplainError(
                 f"generate() of {name} cannot be called again with what the trace holds ({error}): ask it yourself, "

@@ -377,8 +377,8 @@ def _run(function: Callable[..., Outcome], problem: Problem, method: str, params
         try:
             with told_by_kind(method, function, params):
                 return function(problem, **params)
-        except (RuntimeError, NotImplementedError, MemoryError) as error:
-            if problem.exact is not None and not ran_out(error):
+        except Exception as error:
+            if problem.exact is not None and isinstance(error, RuntimeError) and not ran_out(error):
                 raise told_kernels(replay.model, error) from error
             if not ran_out(error):
                 raise

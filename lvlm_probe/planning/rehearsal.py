@@ -105,7 +105,7 @@ def _several(rehearse: _Rehearsal, kind: Kind) -> CostModel:
             if not rehearse.cut:
                 per_mask = max(three - two, 1)
                 return CostModel(two - 2 * per_mask, per_mask)
-    except (RuntimeError, MemoryError, OutOfMemory) as error:
+    except Exception as error:
         if not (ran_out(error) or isinstance(error, OutOfMemory)):
             raise
     return CostModel(0, rehearse.peak(kind, 1))

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lvlm_probe.errors import OutOfMemory, ReplayError
+from lvlm_probe.errors import OutOfMemory, ProbeError, ReplayError
 from lvlm_probe.models.quantised import stored_tensors
 from lvlm_probe.models.replica import Replica, duplicated
 
@@ -131,14 +131,23 @@ _FRAMES_TOLD = 8
 _RAN_OUT = (
     "can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED", "valid cuDNN algorit",
     "HOST_ALLOCATION_FAILED", "NVML_SUCCESS == r", "insufficient resources", "INSUFFICIENT_RESOURCES",
-    "OUT_OF_DEVICE_MEMORY", "OUT_OF_HOST_MEMORY",
+    "OUT_OF_DEVICE_MEMORY", "OUT_OF_HOST_MEMORY", "bad_alloc", "NOT_INITIALIZED when calling `cublasCreate",
 )  # fmt: skip
 
 
-def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; on the CPU and in accelerators' libraries a RuntimeError does."""
-    told = isinstance(error, RuntimeError) and any(words in str(error) for words in _RAN_OUT)
-    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
+def ran_out(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out, or one that it was raised from, or one of a group; on the CPU and in
+    accelerators' libraries a RuntimeError does. What this package says itself is final: it has tried already."""
+    met: list[BaseException] = []  # an error may have been raised from itself
+    while error is not None and error not in met and not isinstance(error, ProbeError):
+        told = isinstance(error, RuntimeError) and any(words in str(error) for words in _RAN_OUT)
+        if told or isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(error, BaseExceptionGroup) and any(map(ran_out, error.exceptions)):
+            return True
+        met.append(error)
+        error = error.__cause__
+    return False
 
 
 def out_of_memory(sentence: str, error: BaseException | None) -> OutOfMemory:
@@ -200,7 +209,7 @@ def in_micro_batches(
         part = slice(start, start + count)
         try:
             results.append(run(masks[part], part))
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             if not ran_out(error):
                 raise
             recomputes = inside or limits.gradient_checkpointing or limits.recompute

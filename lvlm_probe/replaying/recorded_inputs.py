@@ -17,6 +17,7 @@ from lvlm_probe.errors import ProbeError, ReplayError
 from lvlm_probe.escaping import first_line
 from lvlm_probe.models.anatomy import Anatomy, examine
 from lvlm_probe.models.drivers import probed_model
+from lvlm_probe.replaying.micro_batches import does_not_fit, ran_out
 
 if TYPE_CHECKING:
     from lvlm_probe.trace.records import TraceLike
@@ -89,11 +90,16 @@ def refused_in_words(trace: TraceLike) -> Iterator[None]:
     """Turns what a model or a processor raises on the inputs of ``trace`` into ``ReplayError``."""
     try:
         yield
-    except (ProbeError, torch.OutOfMemoryError):
+    except ProbeError:
         raise
     # What a model raises on inputs of the wrong kind is of any of these types. What our own code raises by mistake is
     # told as such too, with the error itself behind it.
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        if ran_out(error):
+            what = f"what the model reads of {trace.path.name} does not fit into memory"
+            raise does_not_fit(what, error, "record the answer with a smaller image") from error
         raise _refusal(trace, f"the model does not take it ({first_line(error, 200)})") from error
 
 

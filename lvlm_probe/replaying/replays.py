@@ -647,8 +647,8 @@ class Replay(Views):
     @outside_inference_mode
     def run_inputs(self, pixel_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """log P(a_t) for one image given as the model's own pixel inputs (``replay.path.inputs``, or tensors of their
-        shapes), ``(1, step)``; differentiable in them when gradients are enabled."""
-        return self._run(dict(pixel_inputs), 1)
+        shapes), ``(1, step)``; differentiable in them when gradients are enabled. Raises ``OutOfMemory``."""
+        return self._whole_pass(dict(pixel_inputs))
 
     def asked(
         self, mask: torch.Tensor | None = None, *, image: int | Clip | None = None, mode: Mode = "fast"
@@ -761,15 +761,16 @@ class Replay(Views):
         )
 
     def _whole_pass(self, pixel_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """One pass over one image without a gradient. Raises ``OutOfMemory`` where it does not fit."""
+        """One pass over one image. Raises ``OutOfMemory`` where it does not fit."""
         try:
             return self._run(pixel_inputs, 1)
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             if not ran_out(error):
                 raise
             what = (
                 f"one pass over the {self.prompt_length} prompt and {len(self.token_ids)} answer tokens of "
-                f"{self.trace_id} does not fit into memory of {self.device}, even without a mask or gradients"
+                f"{self.trace_id} does not fit into memory of {self.device}, even without a mask"
+                f"{'' if torch.is_grad_enabled() else ' or gradients'}"
             )
             raise does_not_fit(what, error, "record the answer with a smaller image") from error
 
@@ -809,6 +810,8 @@ class Replay(Views):
         if noise:
             for name in self.path.pixel_keys:
                 inputs[name] = inputs[name] + noise_like(inputs[name], noise, seeds)
+        if shortcut is not None and self.recomputes and torch.is_grad_enabled():  # since memory ran out in this call
+            shortcut = Shortcut(shortcut.steps)
         return self._run(inputs, len(masks), shortcut)
 
     def _batch_of(self, mask: torch.Tensor, image: int | Clip | None) -> torch.Tensor:

@@ -152,7 +152,7 @@ class Shortcuts:
         if circumstances != self._circumstances:
             try:
                 self._find(view, circumstances)
-            except (RuntimeError, MemoryError) as error:
+            except Exception as error:
                 if not ran_out(error):
                     raise
                 _log.debug("%s: no memory to try shortcuts", self._trace_id)

@@ -17,6 +17,7 @@ import torch
 from marks import campaign
 
 import lvlm_probe as probe
+from lvlm_probe import causal
 from lvlm_probe.errors import ExplainError, OutOfMemory, ProbeError
 from lvlm_probe.explainers import Problem, resolve
 from lvlm_probe.planning import Pace, Plan, expected, parse_bytes, show_bytes, table, weight_bytes
@@ -314,6 +315,12 @@ def test_wrong_questions(replay: probe.Replay, recorded: tuple[Any, Any, Any]) -
         probe.plan(replay, image=3)
 
 
+def raised(error: BaseException, cause: BaseException) -> BaseException:
+    """The error, as raised from another one."""
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -329,6 +336,12 @@ def test_wrong_questions(replay: probe.Replay, recorded: tuple[Any, Any, Any]) -
         (RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"), True),
         (RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (raised(ValueError("the layer failed"), MemoryError()), True),
+        (ExceptionGroup("two of four", [ValueError("shapes"), torch.OutOfMemoryError("CUDA out of memory")]), True),
+        (raised(OutOfMemory("one mask does not fit"), MemoryError()), False),
+        (raised(ValueError("the layer failed"), KeyError("weights")), False),
         (RuntimeError("shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
     ],
@@ -356,6 +369,60 @@ def test_explaining_goes_on_when_memory_runs_out(replay: probe.Replay) -> None:
     assert max(sizes) > 3
     assert any("at once instead of" in step for step in found.provenance["memory"]["recovered"])
     np.testing.assert_allclose(found.values, expected.values, atol=2e-4)
+
+
+def test_memory_runs_out_behind_another_error(replay: probe.Replay) -> None:
+    """As wrappers raise one of their own from it."""
+    expected = replay.log_probs(torch.rand(4, 3, 3, generator=torch.Generator().manual_seed(0)))
+
+    def small(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        if len(kwargs["pixel_values"]) > 1:
+            raise ValueError("a wrapper failed") from torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = replay.model.register_forward_pre_hook(small, with_kwargs=True)
+    try:
+        view = replay.with_settings(micro_batch=4)
+        found = view.log_probs(torch.rand(4, 3, 3, generator=torch.Generator().manual_seed(0)))
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+LAYER = "model.language_model.layers.0"
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda replay, heat: causal.logit_lens(replay),
+        lambda replay, heat: causal.patch(replay, heat, draws=1),
+        lambda replay, heat: replay.run_inputs(dict(replay.path.inputs)),
+        lambda replay, heat: probe.edit(replay, heat, remove=0.3),
+    ],
+    ids=["logit lens", "patch", "run_inputs", "edit"],
+)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=["card", "host"])
+def test_verbs_beyond_masks_say_that_memory_ran_out(replay: probe.Replay, verb: Any, error: BaseException) -> None:
+    heat = probe.explain(replay, method="input_gradient", strengthen=False)
+
+    def full(*_: Any) -> None:
+        raise error
+
+    handle = replay.model.get_submodule(LAYER).register_forward_pre_hook(full)
+    try:
+        with pytest.raises(OutOfMemory, match="does not fit into memory of cpu"):
+            verb(replay, heat)
+    finally:
+        handle.remove()
+
+
+def test_a_trace_that_does_not_fit_is_not_called_wrong(recorded: tuple[Any, Any, Any], monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr("lvlm_probe.replaying.replays.TeacherForcing", full)
+    with pytest.raises(OutOfMemory, match="does not fit into memory"):
+        probe.replay(*recorded)
 
 
 def test_nothing_fits(replay: probe.Replay) -> None:

@@ -336,3 +336,30 @@ def test_memory_that_runs_out_in_the_check_leaves_plain_passes(llava, monkeypatc
     with torch.no_grad():
         replay.log_probs(masks(1), steps=[1])
     assert "cache" in str(replay.shortcuts)  # tried again once there is memory
+
+
+def test_memory_that_runs_out_in_a_call_ends_its_shortcuts(llava):
+    """Layers that run again in backward can neither read a cache of the beginning nor be narrowed, and the call had
+    begun with both."""
+    mask, steps, full = masks(1), [1, 3], []
+
+    def score(log_probs):
+        return log_probs[:, steps].sum(dim=1)
+
+    def out_of_memory(_module, _args):
+        if full and torch.is_grad_enabled():
+            raise full.pop()
+
+    wanted = llava.score_and_grad(mask, score)
+    view = llava.with_settings()
+    handle = llava.model.get_submodule(llava.anatomy.decoder).layers[1].register_forward_pre_hook(out_of_memory)
+    try:
+        view.score_and_grad(mask, score, steps=steps)
+        assert "cache" in str(view.shortcuts) and "at wanted positions" in str(view.shortcuts)
+        full.append(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"))
+        found = view.score_and_grad(mask, score, steps=steps)
+    finally:
+        handle.remove()
+    assert not full and view.limits.recompute
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
