@@ -22,7 +22,7 @@ from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.models.anatomy import examine
 from lvlm_probe.models.drivers import Driver, probed_model
 from lvlm_probe.models.inputs import index_on, is_separate
-from lvlm_probe.models.precision import epsilon_of
+from lvlm_probe.models.precision import differentiate_scaled, epsilon_of
 from lvlm_probe.models.replica import Replica
 from lvlm_probe.models.tokenizers import tokenizer_of
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
@@ -581,7 +581,7 @@ class Replay(Views):
                         f"the score {self.own.name!r} hands on no gradient (an argmax, a rounding, a detach): write it "
                         "without, or use a method that needs no gradients: occlusion, rise, greedy"
                     )
-                gradient = self._differentiated(scores.sum(), leaf)
+                gradient = self._differentiated(scores, leaf)
             return scores.detach().to(torch.promote_types(scores.dtype, torch.float32)), gradient
 
         found = self._in_micro_batches(masks, size, one)
@@ -615,32 +615,28 @@ class Replay(Views):
         if self.kept.gradients:
             raise ExplainError(self.kept.gradients)
 
-    def _differentiated(self, total: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-        """Gradient of ``total`` to ``leaf``.
+    def _differentiated(self, scores: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+        """Gradient of each score, ``(batch,)``, to its row of ``leaf``.
 
-        In half precision small gradients would be rounded to nothing on their way: the score is multiplied by a power
-        of two, smaller ones where it is too much. Who reads the gradients inside sees those of the scale that is kept.
+        In half precision scores are scaled on their way. Who reads the gradients inside sees those of the scale that is
+        kept, one for all rows.
         """
 
-        def backward(scale: float, *, seen: bool, again: bool) -> torch.Tensor:
+        def backward(scales: torch.Tensor | float, *, seen: float | None = None, again: bool = True) -> torch.Tensor:
             for inside in self.inside:
-                inside.scale = scale if seen else None
-            (gradient,) = torch.autograd.grad(total * scale, leaf, retain_graph=again)
+                inside.scale = seen
+            total = (scores * (scales.to(scores) if isinstance(scales, torch.Tensor) else scales)).sum()
+            (gradient,) = torch.autograd.grad(total, leaf, retain_graph=again)
             self.passes.add(backward=len(leaf) * self.rows)
             return gradient
 
         if not self._half:
-            return backward(1.0, seen=True, again=False)
-        scale, others = 2.0**12, [2.0**6, 1.0]
-        gradient = backward(scale, seen=False, again=True)
-        if not gradient.any():
-            others = [2.0**24, scale]
-        while others and not (gradient.isfinite().all() and gradient.any()):
-            scale = others.pop(0)
-            gradient = backward(scale, seen=False, again=True)
+            return backward(1.0, seen=1.0, again=False)
+        gradient, scales = differentiate_scaled(backward, len(leaf), together=bool(self.inside))
         if self.inside:
-            gradient = backward(scale, seen=True, again=False)
-        return gradient / scale
+            scale = float(scales[0])
+            gradient = backward(scale, seen=scale, again=False) / scale
+        return gradient
 
     # ------------------------------------------------------------------ inside the model
 

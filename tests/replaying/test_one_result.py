@@ -328,6 +328,27 @@ def test_small_slopes_survive_half_precision(recorded: Any) -> None:
     assert int((half == 0).sum()) <= int((exact == 0).sum())
 
 
+def test_a_certain_word_keeps_its_slopes_beside_an_uncertain_one(recorded: Any) -> None:
+    """Of one model in float16: what a mask gives does not depend on the others of its batch."""
+    trace, _, processor = recorded
+    model = probe.demo.load()[0]
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3.0)
+    replay = probe.replay(trace, model.half(), processor, strict=False)
+    masks = torch.stack([torch.full((8, 8), 1.0), torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) / 2])
+    step = int(replay.original_log_probs.argmax())
+
+    def score(log_probs: torch.Tensor) -> torch.Tensor:
+        return log_probs[:, step]
+
+    _, both = replay.score_and_grad(masks, score)
+    for mask, beside in zip(masks, both, strict=True):
+        _, alone = replay.score_and_grad(mask[None], score)
+        assert alone.any() and int((beside == 0).sum()) == int((alone == 0).sum())
+        one, other = (slopes.flatten() / slopes.abs().max() for slopes in (alone, beside))
+        assert float(torch.nn.functional.cosine_similarity(one, other, dim=0)) > 0.99
+
+
 def test_the_cli_takes_no_device_by_itself_that_lacks_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     from lvlm_probe.cli.shared import models
 
