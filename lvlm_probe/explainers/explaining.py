@@ -24,7 +24,7 @@ from lvlm_probe.explainers.registry import (
     stands_for,
     told_by_kind,
 )
-from lvlm_probe.explainers.scores import check_rules, no_effect, whole_rule
+from lvlm_probe.explainers.scores import NO_SIGHT, check_rules, no_effect, no_slope, whole_rule
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap
@@ -376,7 +376,10 @@ def _run(function: Callable[..., Outcome], problem: Problem, method: str, params
             replay.require_gradients()
         try:
             with told_by_kind(method, function, params):
-                return function(problem, **params)
+                outcome = function(problem, **params)
+            if outcome.values is None and outcome.reason != NO_SIGHT and "gradients" in needs_of(method):
+                outcome = dataclasses.replace(outcome, reason=no_slope(problem) or outcome.reason)
+            return outcome
         except Exception as error:
             if problem.exact is not None and isinstance(error, RuntimeError) and not ran_out(error):
                 raise told_kernels(replay.model, error) from error

@@ -84,6 +84,21 @@ def no_effect(problem: Problem) -> str | None:
     )
 
 
+def no_slope(problem: Problem) -> str | None:
+    """Why a method by gradients has found nothing, as a sentence, where they are zero in every cell of the whole image,
+    as of words that are certain to the last digit. ``None`` where they are not. One pass forward and backward.
+    """
+    whole = even_masks([1.0], (1, 1) if problem.clip is None else (1, 1, 1)).to(problem.replay.device)
+    _, slopes = problem.replay.score_and_grad(whole, problem.score, image=problem.target, steps=problem.columns)
+    if bool(slopes.any()):
+        return None
+    return (
+        "the score's gradient is zero in every cell of the whole image, which says nothing of its regions: a score at "
+        "its end within the model's number format (words with a probability of 1) has no slope; use a method that "
+        "needs no gradients: occlusion, rise, greedy"
+    )
+
+
 def _same_image(problem: Problem) -> str:
     """A way out where the baseline cannot hide anything: it is the image itself."""
     if not problem.live:

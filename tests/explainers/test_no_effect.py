@@ -151,6 +151,24 @@ def test_tokens_that_move_against_each_other_are_moved() -> None:
     assert probe.explain(still, method="random", tokens=(0, 2), strengthen=False).values is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_word_that_is_certain_to_the_last_digit_has_no_slope(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Which is no word of regions: the baseline takes hundreds of nats."""
+    model, processor = tiny_models.build("llava")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3000.0 if dtype == torch.float16 else 1e6)
+    model.to(dtype)
+    with probe.attach(model, processor) as p, p.record(tmp_path) as recording:
+        inputs = tiny_models.inputs("llava", model, processor, [tiny_models.picture()], "What is on the left?")
+        model.generate(**inputs.to(dtype), max_new_tokens=3, do_sample=False)
+    replay = probe.replay(recording.traces[0], model, processor)
+    assert not replay.original_log_probs.any() and float(replay.llr.max()) > 100
+    for method in ("input_gradient", "gradcam", "tmm", "gradient_value"):
+        heat = probe.explain(replay, method=method, tokens=(0, 3))
+        assert heat.values is None and "gradient is zero in every cell" in str(heat.reason), method
+    assert probe.explain(replay, method="occlusion", size=3, tokens=(0, 3)).values is not None
+
+
 # ------------------------------------------------------------------------------------- dividing by next to nothing
 
 
