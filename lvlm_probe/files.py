@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lvlm_probe.errors import ProbeError
+
 State = tuple[int, int, int]
 """Inode, bytes, and time of change in ns: what differs when another file was put in a file's place."""
 
@@ -52,6 +54,13 @@ _MARKS = (
 
 class NotRegularFile(OSError):
     """A directory, pipe, device or socket where a file is wanted."""
+
+
+def path_of(path: object, what: str, error: type[ProbeError]) -> Path:
+    """A path as users give it. Raises ``error``, which says that ``what`` is one, where it is none."""
+    if not isinstance(path, str | os.PathLike):
+        raise error(f"{what} is named by its path; got a {type(path).__name__}")
+    return Path(path)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from lvlm_probe import drawing
 from lvlm_probe._moved import renamed
 from lvlm_probe.drawing import resample
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
-from lvlm_probe.files import in_the_way, write_whole
+from lvlm_probe.files import in_the_way, path_of, write_whole
 from lvlm_probe.selection import TokenSelection
 from lvlm_probe.trace.clips import Clip, images_of
 from lvlm_probe.trace.parts import PIXEL_LIMIT
@@ -163,7 +163,7 @@ class HeatGrid:
         """
         from lvlm_probe.storage import read_arrays
 
-        source = Path(path)
+        source = path_of(path, "a stored heatmap", TraceError)
         arrays, attrs = read_arrays(source, KIND, version=VERSION)
         kinds = HeatGrid.__subclasses__() if cls is HeatGrid else [cls]
         make: Any = next((kind for kind in kinds if ("t" in kind.axes) == ("clip" in attrs)), kinds[0])
@@ -394,6 +394,8 @@ class Heatmap(HeatGrid):
     def image_for(self, image: Image.Image | None) -> Image.Image:
         """``image``, which has to be of the heatmap's size, or the one that was explained."""
         found = self.image() if image is None else image
+        if not isinstance(found, Image.Image):
+            raise ImageError(f"an image to draw on is a PIL image; got a {type(found).__name__}")
         if found.size != tuple(self.image_size):
             raise ImageError(f"the heatmap is of an image of {self.image_size} pixels; got one of {found.size}")
         return found

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -226,6 +228,8 @@ def select_tokens(
             than one of them are given, or the ratios are needed but were not recorded; or ``against`` is given for
             words of several kinds, or on a trace alone.
     """
+    if not hasattr(replay, "tokens"):
+        raise SelectionError(f"words are selected on a replay or a trace; got a {type(replay).__name__}")
     if against is not None:
         options: dict[str, Any] = {"alpha": alpha, "rule": rule, "span": span, "indices": indices}
         options |= {"skip_first": skip_first, "stop_words": stop_words}
@@ -281,6 +285,8 @@ def _above(alpha: float, llr: np.ndarray | None) -> list[int]:
             "log-probabilities on a baseline; select on a replay (probe.replay(trace, model, processor)), or use "
             "rule='joint', words= or span="
         )
+    if isinstance(alpha, bool) or not isinstance(alpha, Real) or math.isnan(alpha):
+        raise SelectionError(f"alpha is a number of nats that a token has to gain from the image; got {alpha!r}")
     return [index for index, value in enumerate(llr) if value > alpha]
 
 

@@ -43,6 +43,7 @@ Take = Callable[[np.ndarray, Sequence[int]], torch.Tensor]
 """Image tokens (numbers among ``ImageTokens``) and layers → log P of the answer's tokens without them, ``(step,)``."""
 
 
+@taking_turns
 def knockout(
     replay: Replay,
     heat: Heatmap | ClipHeatmap | np.ndarray,

@@ -69,9 +69,11 @@ class Mark:
 
 
 def mark_of(score: Scored | None) -> Mark:
-    """The mark of a score; ``None`` was not checked."""
+    """The mark of a score; ``None`` was not checked. Raises ``ExplainError`` for what is no score."""
     if score is None:
         return Mark("not checked")
+    if not hasattr(score, "verdict"):
+        raise ExplainError(f"a score is what evaluate() returns, or None; got a {type(score).__name__}")
     return Mark("holds up" if score.verdict.trusted else "do not trust", score.deletion, score.insertion)
 
 

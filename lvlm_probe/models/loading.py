@@ -20,6 +20,7 @@ import torch
 
 from lvlm_probe.errors import LoadError, ProbeError
 from lvlm_probe.escaping import first_line
+from lvlm_probe.files import path_of
 from lvlm_probe.models.families import family_of
 from lvlm_probe.models.quantised import quantisation
 from lvlm_probe.models.requirements import Missing, missing_library
@@ -114,6 +115,7 @@ def located(source: str | os.PathLike[str]) -> str:
     Raises:
         LoadError: it is neither a model directory nor the form of a hub id.
     """
+    path_of(source, "a model", LoadError)
     spec = os.fspath(source)
     if "\0" in spec:
         raise LoadError("a model is a directory or a hub id (owner/name); this name has a NUL in it")

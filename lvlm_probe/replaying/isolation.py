@@ -32,6 +32,11 @@ def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def turn(*args: P.args, **kwargs: P.kwargs) -> R:
         replay = args[place] if place < len(args) else kwargs.get(name)
+        if name == "replay" and not hasattr(replay, "trace_id"):  # a trace, too, will do for some
+            raise ReplayError(
+                f"{function.__name__}() works on a replay, probe.replay(trace, model, processor); got a "
+                f"{type(replay).__name__}"
+            )
         replica = getattr(replay, "replica", None)
         with contextlib.nullcontext() if replica is None else replica.use():
             return function(*args, **kwargs)

@@ -467,7 +467,7 @@ class Replay(Views):
         masks = self._batch_of(mask, image)
         seeds = noise_seeds(len(masks), noise, generator)
         shortcut = self._shortcut(steps)
-        size = micro_batch or self.masks_at_once
+        size = Limits(micro_batch).micro_batch or self.masks_at_once
 
         def run(some: torch.Tensor, part: slice) -> torch.Tensor:
             return self._forward(some, image, noise, seeds[part], mode, shortcut)
@@ -566,7 +566,7 @@ class Replay(Views):
             self.require_gradients()
         seeds = noise_seeds(len(masks), noise, generator)
         shortcut = self._shortcut(steps)
-        size = micro_batch or self.masks_at_once
+        size = Limits(micro_batch).micro_batch or self.masks_at_once
 
         def one(some: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
             leaf = some.detach().requires_grad_(True)

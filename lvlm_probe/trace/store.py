@@ -16,7 +16,7 @@ from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import TraceError
 from lvlm_probe.escaping import counted
 from lvlm_probe.extras import require
-from lvlm_probe.files import DAY, causes, orphans, remove_orphans
+from lvlm_probe.files import DAY, causes, orphans, path_of, remove_orphans
 from lvlm_probe.storage.reading import open_sealed
 from lvlm_probe.storage.seal import trace_error
 from lvlm_probe.trace.index import Index, TraceSummary
@@ -54,7 +54,7 @@ class TraceStore(Sequence[Trace]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = path_of(path, "a directory of traces", TraceError)
         self._names: list[str] = []
         self._entries: list[_Entry] = []
         self.refresh()

@@ -6,13 +6,12 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from lvlm_probe.errors import ImageError
-from lvlm_probe.files import State
+from lvlm_probe.errors import ImageError, TraceError
+from lvlm_probe.files import State, path_of
 from lvlm_probe.storage.reading import SealedFile, open_sealed
 from lvlm_probe.storage.seal import Seal, trace_error
 from lvlm_probe.trace.parts import read_image
@@ -25,7 +24,7 @@ class StoredAnswer(TraceFields):
     """An answer and what belongs to it, as ``Trace`` reads it; see there."""
 
     def __init__(self, path: str | os.PathLike[str], row: int = 0) -> None:
-        self.path = Path(path)
+        self.path = path_of(path, "a file of traces", TraceError)
         self._asked_row = row
         self._known: tuple[Seal, State] | None = None
         self._closed = False

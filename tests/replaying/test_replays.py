@@ -493,9 +493,53 @@ def test_what_is_no_trace_model_number_of_masks_or_image_is_told() -> None:
         with pytest.raises(probe.errors.ReplayError, match="micro_batch is a number of masks, at least 1"):
             probe.replay(trace, model, processor, micro_batch=count)  # type: ignore[arg-type]
     replay = inside.replay("llava")
+    with pytest.raises(probe.errors.ReplayError, match="micro_batch is a number of masks, at least 1"):
+        replay.log_probs(torch.ones(3, 2, 2), micro_batch=-1)
+    with pytest.raises(probe.errors.ReplayError, match="micro_batch is a number of masks, at least 1"):
+        replay.score_and_grad(torch.ones(3, 2, 2), lambda found: found.sum(dim=1), micro_batch=-1)
     for image in ("0", 1.0, None, -1):
         with pytest.raises(probe.errors.ExplainError, match="image is a whole number of at least 0"):
             probe.explain(replay, method="attention", tokens=inside.SPAN, image=image)  # type: ignore[arg-type]
     for method in (None, ["rise"]):
         with pytest.raises(probe.errors.ExplainError, match="a method is named by a text"):
             probe.explain(replay, method=method)  # type: ignore[arg-type]
+
+
+VERBS = [
+    probe.explain, probe.causal.which_parts, probe.causal.modalities, probe.causal.check_steps, probe.video.explain,
+    probe.video.which_frames, probe.video.order, probe.select_tokens,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: f"{verb.__module__.split('.')[1]}.{verb.__name__}")
+@pytest.mark.parametrize("wrong", [None, 3, "runs/a.h5"])
+def test_what_is_no_replay_is_told(verb, wrong):
+    with pytest.raises(probe.ProbeError, match=rf"replay.*; got a {type(wrong).__name__}"):
+        verb(wrong)
+
+
+def test_what_is_no_replay_or_score_beside_a_heatmap_is_told():
+    heat = probe.explain(inside.replay("llava"), method="center", tokens=inside.SPAN)
+    for verb in (probe.causal.knockout, probe.causal.patch):
+        with pytest.raises(probe.ProbeError, match=r"replay.*; got a NoneType"):
+            verb(None, heat)
+    with pytest.raises(probe.ProbeError, match=r"replay.*; got a int"):
+        probe.evaluate(heat, 3)
+    for draw in (lambda: probe.figure([heat], scores=[3]), lambda: heat.overlay(score=3), lambda: heat.figure(score=3)):
+        with pytest.raises(probe.ProbeError, match="a score is what evaluate"):
+            draw()
+    with pytest.raises(probe.ProbeError, match="an image to draw on is a PIL image; got a int"):
+        probe.figure([heat], images=[3])
+
+
+@pytest.mark.parametrize("verb", [probe.open_trace, probe.open_store, probe.Heatmap.read, probe.load])
+@pytest.mark.parametrize("wrong", [None, 3, b"runs", []])
+def test_what_is_no_path_is_told(verb, wrong):
+    with pytest.raises(probe.ProbeError, match="is named by its path; got a "):
+        verb(wrong)
+
+
+@pytest.mark.parametrize("alpha", ["x", None, float("nan"), [1.0], True])
+def test_what_is_no_number_of_nats_is_told(alpha):
+    with pytest.raises(probe.ProbeError, match="alpha is a number of nats"):
+        probe.select_tokens(inside.replay("llava"), alpha=alpha)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 from lvlm_probe.errors import ExplainError
@@ -79,7 +80,9 @@ class IgosSettings:
     enough: float = 0.95
 
     def __post_init__(self) -> None:
+        counts = ("iterations", "ig_steps", "refine", "refine_scale", "refine_levels", "budget")
         rules = (
+            *((_is_whole(getattr(self, name)), f"{name} is a whole number") for name in counts),
             (self.masks in (1, 2), "masks is 1 (Eq. 8) or 2 (Eq. 4)"),
             (self.iterations >= 1, "iterations is at least 1"),
             (self.ig_steps >= 1, "ig_steps is at least 1"),
@@ -127,6 +130,11 @@ class IgosSettings:
     def gnc_weight(self) -> float:
         """λ2 as used."""
         return self.l2 if self.l2 is not None else (0.1 if self.masks == 1 else 0.0)
+
+
+def _is_whole(count: object) -> bool:
+    """Whether it is a whole number, of any library, or ``None``, which what takes none breaks on."""
+    return count is None or (isinstance(count, Integral) and not isinstance(count, bool))
 
 
 _FAST = IgosSettings(
