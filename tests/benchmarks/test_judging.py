@@ -204,6 +204,44 @@ def test_tables_say_what_the_lines_say(tmp_path: Path, capsys: pytest.CaptureFix
     assert "Scenes without a map are left out: tmm 11 of 12." in text
 
 
+@pytest.mark.quick
+def test_the_table_says_what_the_default_is_ahead_of(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    lines = judging.Lines(tmp_path)
+    default = rng.uniform(0.7, 0.9, 12)
+    gains = {
+        "igos++": default,
+        "igos++ (thorough)": default + 0.05,  # a preset of its own
+        "tmm": default - rng.uniform(0.2, 0.3, 12),
+        "rise": default - rng.uniform(0.05, 0.1, 12),
+        "greedy": default - np.where(np.arange(12) < 6, 0.1, -0.08),  # behind in the mean, but not surely
+        "random": default - 2 * default,
+        tournament.GROUND_TRUTH: default,
+    }
+    for name, values in gains.items():
+        for scene, gain in enumerate(values):
+            facts = {"gain": gain, "deletion": 0.1, "insertion": 0.1 + gain, "kind": "colour", "trusted": True}
+            held_out = {"held_out": gain + (0.2 if name == "igos++" else 0.0)} if name != "tmm" else {}
+            lines.add(line(scene, name, forward=1, backward=1, seconds=1.0, params={}, **facts, **held_out))
+    wanted = argparse.Namespace(
+        out=tmp_path, methods="all", against="igos++", split="eval", hard=False, model=None, cases=None, scenes=12,
+        adaptive=None, held_out="mean,noise",
+    )  # fmt: skip
+    summary = {**tournament.summarise(wanted, lines), "begun": 0}
+    (said,) = (
+        one for one in tournament.table(summary).splitlines() if one.startswith("Is `igos++` ahead of every other")
+    )
+    behind = {name: float((default - gains[name]).mean()) for name in ("rise", "greedy")}
+    assert f"By gain: not of `greedy`, {behind['greedy']:+.3f} [-" in said
+    assert f"; the nearest that it is ahead of is `rise`, {behind['rise']:+.3f} [+" in said
+    assert (
+        f"By held-out baselines: yes; the nearest that it is ahead of is `greedy`, {behind['greedy'] + 0.2:+.3f}"
+        in said
+    )
+    few = {**summary, "ahead": {"gain": {}, "held_out": {}}}
+    assert "ahead of every other" not in tournament.table(few)
+
+
 @pytest.mark.parametrize("mark", ["easy", "hard"])
 def test_peaks_of_the_page_are_those_that_are_kept(mark: str) -> None:
     kept = json.loads((tournament.RESULTS / mark / "memory.json").read_text("utf-8"))

@@ -72,6 +72,7 @@ import lvlm_probe as probe
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import methods
 
+DEFAULT = "igos++"
 GROUND_TRUTH = "ground-truth mask"
 FLOORS = ("random", "center")
 JUDGES = ("deletion", "insertion", "gain", "held_out", *(f"gain_{kind}" for kind in HELD_OUT))
@@ -256,7 +257,16 @@ def summarise(arguments: argparse.Namespace, lines: Lines) -> dict[str, Any]:
         adjusted = holm(rivals)
         for name, test in tests.items():
             rows[name].setdefault("behind", {})[column] = test and {**test, "p_holm": adjusted.get(name)}
-    return {**scenes_summary(arguments, lines), "against": leader, "methods": rows}
+    ahead = {column: _default_against_others(lines, names, column) for column in ("gain", "held_out")}
+    return {**scenes_summary(arguments, lines), "against": leader, "methods": rows, "ahead": ahead}
+
+
+def _default_against_others(lines: Lines, names: Sequence[str], column: str) -> dict[str, Any]:
+    """The default method against every other one, its own presets and floors left out, paired by scene."""
+    known, default = entries(), values_of(lines.of(DEFAULT), column)
+    others = [name for name in names if name not in FLOORS and (name not in known or known[name].method != DEFAULT)]
+    tests = {name: comparison(default, values_of(lines.of(name), column)) for name in others if name != GROUND_TRUTH}
+    return {name: test for name, test in tests.items() if test is not None}
 
 
 def _mean(lines: list[Line], column: str) -> float | None:
@@ -304,6 +314,8 @@ def table(summary: dict[str, Any]) -> str:
         f"adjusted by Holm for all methods of the column. Pointing: within {POINTING_TOLERANCE} pixels. Seconds: "
         f"median.{peak} {summary['machine']}.",
     ]
+    if said := _ahead(summary["ahead"]):
+        text.append(f"\n{said}")
     missing = [f"{name} {row['maps']} of {row['scenes']}" for name, row in rows.items() if row["maps"] < row["scenes"]]
     if missing:
         text.append(f"\nScenes without a map are left out: {'; '.join(missing)}.")
@@ -333,6 +345,21 @@ def short_table(summary: dict[str, Any]) -> str:
         cells = {"heatmap": _named(name, summary), "gain ↑": _gain(row), **_against(row, "gain", f"{leader} − it")}
         lines.append(cells | means | {"passes": _passes(row)})
     return "\n".join([*_markdown(lines), "", scenes_sentence(summary)])
+
+
+def _ahead(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Whether the default method is ahead of every other one, in sentences; empty where it was compared with none."""
+    said = []
+    for title, column in (("gain", "gain"), ("held-out baselines", "held_out")):
+        tests = {name: shown(test, signed=True) for name, test in found[column].items()}
+        level = [name for name, test in found[column].items() if test["low"] <= 0]
+        behind = sorted(tests.keys() - level, key=lambda name: found[column][name]["mean"])
+        if tests:
+            answer = f"not of {' and '.join(f'`{name}`, {tests[name]}' for name in level)}" if level else "yes"
+            nearest = f"; the nearest that it is ahead of is `{behind[0]}`, {tests[behind[0]]}" if behind else ""
+            said.append(f"By {title}: {answer}{nearest}.")
+    asked = f"Is `{DEFAULT}` ahead of every other method, paired by scene, with its whole 95 % interval?"
+    return " ".join([asked, *said, "Its own presets are not asked."]) if said else ""
 
 
 def _order(summary: Mapping[str, Any]) -> list[str]:
