@@ -21,7 +21,7 @@ def selfcheck(
         str, typer.Argument(metavar="MODEL", help="Model directory, hub id, or 'demo'.", autocompletion=choices("demo"))
     ],
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few questions, and only methods that take few passes.")
+        bool, typer.Option("--quick", help="Few questions; methods that take few passes, scored by few points.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where all of it goes. Default: runs/selfcheck/MODEL.")

@@ -112,7 +112,10 @@ def test_another_precision_is_another_check(checked: Checked, monkeypatch: pytes
     shutil.copytree(out, tmp_path / "out")
     monkeypatch.setattr(work, "questions", lambda *, quick: questions(1, 0))
     monkeypatch.setattr(work, "methods", lambda: ["center"])
+    curves, score = [], work.score_one
+    monkeypatch.setattr(work, "score_one", lambda *args, **how: curves.append(how["curve"]) or score(*args, **how))
     result = run("selfcheck", model, "--quick", "--dtype", "bfloat16", "--out", tmp_path / "out", "--json")
+    assert [(curve.tolerance, curve.tie_orders) for curve in curves] == [(0.02, 1)]  # quick: by few points
     record = stored(tmp_path / "out")
     assert record["model"]["dtype"] == "bfloat16" and set(record["units"]) == {
         *("answer scene 0", "gradient", "method center")
