@@ -21,6 +21,7 @@ from lvlm_probe.causal.through_nnsight import cut_through_nnsight
 from lvlm_probe.causal.tokens import Queries, placed_tokens, query_positions, token_heat
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import frame_of
+from lvlm_probe.explainers.scores import check_finite
 from lvlm_probe.heatmap import HeatGrid, Heatmap
 from lvlm_probe.progress import Progress
 from lvlm_probe.replaying.isolation import taking_turns
@@ -338,6 +339,8 @@ def measure(
     original, everything = measured.scores(order[:0], layers), measured.scores(order, layers)
     effects = tuple(measured.effect(order, others, count, layers) for count in counts)
     windows = tuple(measured.effect(order, others, counts[0], within) for within in ranges)
+    found = [original[0], everything[0], *(number for one in effects for number in (one.score, *one.control))]
+    check_finite(kind, replay.trace_id, np.array(found))
     return CausalEffect(
         kind=kind,
         original=original[0],

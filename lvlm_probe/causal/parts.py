@@ -30,7 +30,7 @@ from lvlm_probe.cards import in_one_line
 from lvlm_probe.causal.effects import Recorded
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, words_of
-from lvlm_probe.explainers.scores import check_rules, whole_rule
+from lvlm_probe.explainers.scores import check_finite, check_rules, whole_rule
 from lvlm_probe.explainers.shapley import shapley
 from lvlm_probe.models.prompts import turns_of
 from lvlm_probe.models.tokenizers import special_ids, tokenizer_of
@@ -150,6 +150,7 @@ def which_parts(
             shown = torch.from_numpy(~(absent[rows] @ hidden))
             masks = shown.float()[:, :, None, None].to(view.device)
             log_probs = view.log_probs(masks, steps=steps).cpu().double().numpy()
+            check_finite("which_parts", view.trace_id, log_probs[:, steps])
             found[rows] = np.stack([log_probs[:, list(column)].sum(1) for column in columns], axis=1)
         return found
 
@@ -345,6 +346,7 @@ def modalities(replay: Replay, *, tokens: Tokens | None = None, question: str | 
     ends = torch.tensor([1.0, 0.0], device=replay.device)[:, None, None, None].expand(-1, replay.n_images, 1, 1)
     with torch.no_grad():
         found = [view.log_probs(ends).cpu().double().numpy() for view in (replay, unread)]
+    check_finite("modalities", replay.trace_id, *found)
     (both, question_only), (image_only, neither) = found
 
     def by_word(values: np.ndarray) -> tuple[float, ...]:

@@ -32,6 +32,7 @@ from lvlm_probe.cards import in_one_line
 from lvlm_probe.causal.effects import Recorded
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, words_of
+from lvlm_probe.explainers.scores import check_finite
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
@@ -346,6 +347,7 @@ def check_steps(
                 # Where its tokens are predicted, and where they stand.
                 blind = _without_image(replay, np.arange(places[0] - 1, places[-1] + 1), images)
                 unseen = whole - float(blind[conclusion].double().sum())
+            check_finite("check_steps", replay.trace_id, np.array([unread, unseen or 0.0]))
             checked[number] = dataclasses.replace(step, unread=unread, unseen=unseen)
             if advance is not None:
                 advance(1 + 2 * done, 1 + 2 * len(wanted))

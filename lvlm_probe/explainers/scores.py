@@ -200,10 +200,15 @@ def whole_rule(number: object, at_least: int = 1, *, or_none: bool = False) -> t
 
 def require_finite(method: str, problem: Problem, *numbers: torch.Tensor) -> None:
     """Raises ``ExplainError`` when scores or gradients are not finite."""
-    if not all(bool(item.isfinite().all()) for item in numbers):
+    check_finite(method, problem.replay.trace_id, *numbers)
+
+
+def check_finite(what: str, trace_id: str, *numbers: torch.Tensor | np.ndarray) -> None:
+    """``require_finite`` of anything else that measures by the model: no sentence can be made of such numbers."""
+    if not all(bool(torch.as_tensor(item).isfinite().all()) for item in numbers):
         raise ExplainError(
-            f"{method} met scores or gradients that are not finite on {problem.replay.trace_id}: load the model in "
-            f"float32 (or bfloat16 instead of float16)"
+            f"{what} met scores or gradients that are not finite on {trace_id}: load the model in float32 (or bfloat16 "
+            f"instead of float16)"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, words_of
-from lvlm_probe.explainers.scores import check_rules, whole_rule
+from lvlm_probe.explainers.scores import check_finite, check_rules, whole_rule
 from lvlm_probe.explainers.shapley import shapley
 from lvlm_probe.images.baselines import CLIP_KINDS
 from lvlm_probe.progress import ProgressChoice, show_progress
@@ -113,8 +113,9 @@ def which_frames(
     def values(coalitions: np.ndarray) -> np.ndarray:
         shown = torch.from_numpy(coalitions).float()[:, of_frame]
         masks = shown[:, :, None, None].to(replay.device)
-        log_probs = replay.log_probs(masks, image=mine, steps=steps).cpu().double()
-        return log_probs[:, steps].sum(1, keepdim=True).numpy()
+        log_probs = replay.log_probs(masks, image=mine, steps=steps).cpu().double()[:, steps]
+        check_finite("which_frames", replay.trace_id, log_probs)
+        return log_probs.sum(1, keepdim=True).numpy()
 
     with torch.no_grad(), replay.shortcuts.caching(), show_progress(progress, "which frames") as advance:
         found = shapley(values, count, orders=orders, seed=seed, progress=advance)
@@ -228,7 +229,9 @@ def order(replay: Replay, *, tokens: Tokens | None = None, seeds: int = 3) -> Or
     steps = list(selection.indices)
 
     def ratio(kind: str, seed: int | None = None) -> float:
-        return float(replay.over(kind, seed=seed).llr[steps].sum())
+        ratios = replay.over(kind, seed=seed).llr[steps]
+        check_finite("order", replay.trace_id, ratios)
+        return float(ratios.sum())
 
     llr = {kind: ratio(kind) for kind in _AGAINST[:-1]}
     shuffles = tuple(ratio(_AGAINST[-1], seed) for seed in range(seeds))

@@ -23,6 +23,7 @@ from PIL import Image
 from toy_replay import ToyReplay, box_weights
 
 import lvlm_probe as probe
+from lvlm_probe import causal
 from lvlm_probe.causal.effects import agreement_score
 from lvlm_probe.explainers import methods
 from lvlm_probe.explainers.scores import LEAST_SHARE, too_narrow
@@ -167,6 +168,32 @@ def test_a_word_that_is_certain_to_the_last_digit_has_no_slope(dtype: torch.dtyp
         heat = probe.explain(replay, method=method, tokens=(0, 3))
         assert heat.values is None and "gradient is zero in every cell" in str(heat.reason), method
     assert probe.explain(replay, method="occlusion", size=3, tokens=(0, 3)).values is not None
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda replay, heat: causal.knockout(replay, heat, draws=1),
+        lambda replay, heat: causal.patch(replay, heat, draws=1),
+        lambda replay, heat: causal.modalities(replay, tokens=(0, 2)),
+        lambda replay, heat: causal.which_parts(replay, tokens=(0, 2), progress=False),
+    ],
+    ids=["knockout", "patch", "modalities", "which_parts"],
+)
+def test_no_sentence_is_made_of_numbers_that_are_none(verb: Any, tmp_path: Path) -> None:
+    """As in float16, where the image's features overflow: "the answer does not depend on them" was said of them."""
+    model, processor = tiny_models.build("llava")
+    with probe.attach(model, processor) as p, p.record(tmp_path) as recording:
+        inputs = tiny_models.inputs("llava", model, processor, [tiny_models.picture()], "What is on the left?")
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    replay = probe.replay(recording.traces[0], model, processor)
+    heat = probe.explain(replay, method="center", tokens=(0, 2))
+    broken = model.lm_head.register_forward_hook(lambda _module, _args, output: output * torch.nan)
+    try:
+        with pytest.raises(probe.errors.ExplainError, match=r"not finite on .*: load the model in float32"):
+            verb(probe.replay(recording.traces[0], model, processor), heat)
+    finally:
+        broken.remove()
 
 
 # ------------------------------------------------------------------------------------- dividing by next to nothing
