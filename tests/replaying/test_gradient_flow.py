@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 import lvlm_probe as probe
+from lvlm_probe.replaying.gradient_flow import gradient_check
 
 
 class Kernel(nn.Module):
@@ -197,3 +200,35 @@ def test_what_carries_no_gradient_and_does_not_matter_is_no_cut(trace: Any, mode
 
     projector.forward = watched
     probe.replay(trace, model, tiny_models.build_processor("llava"), strict=False).require_gradients()
+
+
+class Bent:
+    """A score that is half as steep from ``bend`` on, on both sides of where it is differentiated; it says that it is
+    ``said`` times as steep there as it is."""
+
+    n_images, device = 1, torch.device("cpu")
+    trace = SimpleNamespace(layout=None, attention=None)
+
+    def __init__(self, slope: float, bend: float, said: float = 1.0) -> None:
+        self.slope, self.bend, self.said = slope, bend, said
+
+    def score_and_grad(self, masks: torch.Tensor, _score: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.base = masks
+        slopes = torch.zeros_like(masks)
+        slopes[0] = self.said * self.slope
+        return torch.zeros(len(masks)), slopes
+
+    def log_probs(self, masks: torch.Tensor) -> torch.Tensor:
+        away = (masks - self.base)[0].double().sum()
+        bent = away.clamp(-self.bend, self.bend)
+        return (self.slope * (bent + 0.5 * (away - bent)) - 2.0).reshape(1, 1).expand(len(masks), 1)
+
+
+@pytest.mark.parametrize(("said", "fault"), [(1.0, False), (3.0, True)])
+def test_a_bend_that_rounding_hides_is_no_fault(said: float, fault: bool) -> None:
+    """A flat score of a photograph: finite differences of two steps agreed with one another and not with the gradient,
+    and before one small enough for the bend was reached, rounding was a tenth of it."""
+    replica = SimpleNamespace(use=lambda: contextlib.nullcontext(nn.Linear(1, 1)))
+    found = gradient_check(Bent(0.00105, 0.0132, said), replica, "decoder")  # type: ignore[arg-type]
+    assert 0.1 * abs(found.difference) < found.noise < abs(found.difference)
+    assert bool(found.fault) == fault
