@@ -119,7 +119,7 @@ class Plan:
 
 
 def passes_text(forward: int | None, backward: int | None, at_least: tuple[int, int] | None = None) -> str:
-    """Forward and backward passes as tables show them, ``32–196 + 24–140`` where they depend on the map."""
+    """Forward and backward passes as tables show them, ``32–196 + 24–156`` where they depend on the map."""
     if forward is None:
         return "–"
     least = at_least or (None, None)
