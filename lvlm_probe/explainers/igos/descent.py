@@ -66,10 +66,10 @@ def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     planned = rounds(settings)
     shape = problem.shape(settings.size)
     grids = [shape]
-    groups = {settings.masks_at_once}
+    groups = {settings.masks_at_once(one.ig_steps) for one in planned if one.iterations}
     if settings.refine:
         grids.insert(0, _finer(shape, settings.refine_scale))
-        groups.add(settings.levels_at_once)
+        groups |= {settings.levels_at_once(one.levels) for one in planned if one.steps}
     least, most = planned[0].passes(settings), sum(one.passes(settings) for one in planned)
     looked = budget_of(settings, planned)  # with looks at the score, where there may be several rounds
     return Cost(
@@ -79,7 +79,7 @@ def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
         at_least=(least + QUICK_PASSES, least) if looked and not settings.line_search else None,
         groups=tuple(sorted(groups, reverse=True)),
         noise=settings.noise,
-        numbers=3 * settings.masks_at_once * math.prod(shape),
+        numbers=3 * max(settings.masks_at_once(one.ig_steps) for one in planned) * math.prod(shape),
         grids=tuple(grids),
     )
 
@@ -201,6 +201,7 @@ class Optimisation:
         self.state = torch.full((settings.masks, *self.shape), settings.init, dtype=torch.float32, device=self.device)
         self.previous, self.summed, self.rate = self.state, torch.zeros_like(self.state), settings.lr
         self.iteration = self.done = self.total = 0
+        self.ig_steps = settings.ig_steps
         self.history: list[dict[str, float]] = []
 
     def scored(self, log_probs: torch.Tensor) -> torch.Tensor:
@@ -245,6 +246,7 @@ class Optimisation:
 
     def descend(self, one: Round) -> str | None:
         """Go on with the mask; why that cannot be done, as a sentence, or ``None``."""
+        self.ig_steps = one.ig_steps
         for _ in range(one.iterations):
             record, from_scores, from_mask = self.gradient(self.state, self.iteration)
             gradient = from_scores + from_mask
@@ -266,15 +268,16 @@ class Optimisation:
         return None
 
     def ordered(self, best: torch.Tensor | None, one: Round, number: int) -> torch.Tensor:
-        """The map of a round, on the grid of its order: that of the mask, or the best map so far, refined."""
+        """The map of a round, on the grid of its order: that of the mask, and of the best map so far, refined."""
         settings = self.settings
+        heat = self.heat(self.state, self.summed)
         if not settings.refine:
-            return self.heat(self.state, self.summed)
-        heat = best
-        if heat is None:
-            steps = self.heat(self.state, self.summed).reshape(-1, 1, *self.shape[-2:])  # in time, each by itself
-            steps = functional.interpolate(steps, size=self.fine[-2:], mode="bilinear", align_corners=False)
-            heat = steps.reshape(self.fine)
+            return heat
+        alone = heat.reshape(-1, 1, *self.shape[-2:])  # steps in time, each by itself
+        heat = functional.interpolate(alone, size=self.fine[-2:], mode="bilinear", align_corners=False)
+        heat = heat.reshape(self.fine)
+        if best is not None:
+            heat = (heat + best) / 2 if one.iterations else best
         done = self.done
         heat, records = refine_order(
             self.problem,
@@ -300,7 +303,7 @@ class Optimisation:
         """Terms of the objective, and its gradient to the masks from the scores and from the regularisers."""
         leaf = state.detach().requires_grad_(True)
         with torch.enable_grad():
-            masks, signs = path_masks(leaf, self.settings.ig_steps, self.offsets(iteration))
+            masks, signs = path_masks(leaf, self.ig_steps, self.offsets(iteration))
             scores, slopes = self.problem.replay.score_and_grad(
                 masks.detach(),
                 self.scored,
@@ -312,7 +315,7 @@ class Optimisation:
             scores, slopes = scores.to(signs), slopes.to(masks)
             # d/dM of the mean over r is a vector-Jacobian product: the model's gradient per mask through r · M.
             along = signs.reshape(-1, *[1] * len(self.shape))
-            (from_scores,) = torch.autograd.grad((along * slopes * masks).sum() / self.settings.ig_steps, leaf)
+            (from_scores,) = torch.autograd.grad((along * slopes * masks).sum() / self.ig_steps, leaf)
             terms = self.terms(leaf, iteration)
             penalty = torch.stack(list(terms.values())).sum()
             (from_mask,) = torch.autograd.grad(penalty, leaf)
@@ -336,8 +339,8 @@ class Optimisation:
             )
         record = {
             "iteration": float(iteration),
-            "deletion": float(of_masks[signs > 0].sum() / self.settings.ig_steps),
-            "insertion": float(of_masks[signs < 0].sum() / self.settings.ig_steps),
+            "deletion": float(of_masks[signs > 0].sum() / self.ig_steps),
+            "insertion": float(of_masks[signs < 0].sum() / self.ig_steps),
             **known,
         }
         record["objective"] = record["deletion"] - record["insertion"] + record.pop("penalty")
@@ -345,18 +348,18 @@ class Optimisation:
 
     def plan(self, one: Round, number: int) -> list[tuple[float, ...]]:
         """Levels of every step on the order in a round."""
-        levels, per_step = self.settings.levels, self.settings.refine_levels
-        if per_step is None:
+        levels = self.settings.levels
+        if one.levels is None:
             return [tuple(levels)] * one.steps
         generator = self.problem.generator(2_000 + number)
-        return draw_levels(levels, steps=one.steps, per_step=per_step, generator=generator)
+        return draw_levels(levels, steps=one.steps, per_step=one.levels, generator=generator)
 
     def offsets(self, iteration: int) -> torch.Tensor | None:
         """u of every mask of an iteration, the same whenever they are asked for."""
         if self.settings.path == "grid":
             return None
         generator = self.problem.generator(1_000 + iteration)
-        return torch.rand(2 * self.settings.masks, self.settings.ig_steps, generator=generator, dtype=torch.float32)
+        return torch.rand(2 * self.settings.masks, self.ig_steps, generator=generator, dtype=torch.float32)
 
     def terms(self, state: torch.Tensor, iteration: int) -> dict[str, torch.Tensor]:
         """The regularisers with their weights, on the final mask (Mx ⊙ My with two)."""
@@ -370,7 +373,7 @@ class Optimisation:
     def objective(self, state: torch.Tensor, iteration: int) -> float:
         """Eq. 8 or Eq. 4 at a state, under the very noise that ``gradient`` met in this iteration."""
         with torch.no_grad():
-            masks, signs = path_masks(state, self.settings.ig_steps, self.offsets(iteration))
+            masks, signs = path_masks(state, self.ig_steps, self.offsets(iteration))
             log_probs = self.problem.replay.log_probs(
                 masks,
                 image=self.problem.target,
@@ -378,7 +381,7 @@ class Optimisation:
                 generator=self.problem.generator(iteration),
                 steps=self.problem.columns,
             )
-            scores = (signs * self.scored(log_probs).to(signs)).sum() / self.settings.ig_steps
+            scores = (signs * self.scored(log_probs).to(signs)).sum() / self.ig_steps
             return float(scores + torch.stack(list(self.terms(state, iteration).values())).sum())
 
     def move(

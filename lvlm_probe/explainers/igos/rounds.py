@@ -3,17 +3,18 @@
 The first round is what the settings say. After it the map's own score is taken at a few points of the deletion and the
 insertion curve (``quick_areas``; ``evaluate`` does not score them again), and so after every round:
 
-* what is missing to the gain of a perfect map ends it where it is little for the passes so far: no more than what
-  ``enough`` leaves after the first round, four times that after the second, k² times after the k-th. Areas outside
-  [0, 1] count as 0 and 1: where parts of the image make the words likelier than the whole, a large insertion would hide
-  that deletion is poor;
-* so does a round that has added less than ``HELP``, once the map is clear of the floors that a verdict has: chance
-  (``MIN_GAIN``) and a blob in the middle of the image (``center``);
+* what is missing to the gain of a perfect map ends it where it is little for the passes that the next round takes: no
+  more than ``enough`` leaves, for a round as long as the first, and in proportion for a longer one. Areas outside
+  [0, 1] count as 0 and 1: where parts of the image make the words likelier than the whole, a large insertion would
+  hide that deletion is poor;
+* so does a round on the mask that has added less than ``HELP``, once the map is clear of the floors that a verdict has:
+  chance (``MIN_GAIN``) and a blob in the middle of the image (``center``);
 * so does the ``budget``.
 
-Further rounds take as many passes as the first, or what the budget leaves, all of them on the order of the best map so
-far, over levels that each draws anew: on scenes and photographs kept for tuning that is what most maps lacked, and one
-such round did as much for them as 108 passes on mask and order. The best map of all rounds is the result.
+The second round takes as many passes as the first, all of them on the order of the map: on scenes kept for tuning that
+is what most maps lacked. Further ones take twice what all before them took, or all that is left where that is less than
+twice their own; half goes on with the mask, over twice as many masks an iteration, and half on the order, over all
+levels a step, which starts between that mask and the best map so far. The best map of all rounds is the result.
 """
 
 from __future__ import annotations
@@ -45,33 +46,40 @@ MARGIN = 0.05
 
 @dataclass(frozen=True)
 class Round:
-    """Iterations on the mask, and steps on the order after them."""
+    """Iterations on the mask, and steps on the order after them.
+
+    Attributes:
+        iterations, ig_steps: of the mask, and masks per term of its integrated gradient.
+        steps, levels: on the order, and its levels per step; ``None``: all of them.
+    """
 
     iterations: int
+    ig_steps: int
     steps: int
+    levels: int | None
 
     def passes(self, settings: IgosSettings) -> int:
         """Images sent forward and backward."""
-        return self.iterations * settings.masks_at_once + self.steps * settings.levels_at_once
+        masks, levels = settings.masks_at_once(self.ig_steps), settings.levels_at_once(self.levels)
+        return self.iterations * masks + self.steps * levels
 
 
 def rounds(settings: IgosSettings) -> list[Round]:
     """All rounds that the budget has room for, its checks included; the first one alone where there is no budget, or
     no room for a second."""
-    first = Round(settings.iterations, settings.refine)
-    found, length = [first], first.passes(settings)
+    first = Round(settings.iterations, settings.ig_steps, settings.refine, settings.refine_levels)
+    found, spent = [first], first.passes(settings)
     if settings.budget is None:
         return found
-    left = settings.budget - length - 2 * QUICK_PASSES  # the first check, and that of the blob in the middle
-    while left >= 2 * QUICK_PASSES:  # no round is shorter than its check
-        passes = min(length, left - QUICK_PASSES)
-        order = Round(0, passes // settings.levels_at_once)
-        following = order if settings.refine else Round(passes // settings.masks_at_once, 0)
-        if not following.passes(settings):
-            break
+    left = settings.budget - spent - 2 * QUICK_PASSES  # the first check, and that of the blob in the middle
+    while True:
+        left -= QUICK_PASSES
+        wanted = spent if len(found) == 1 else 2 * spent
+        following = _split(settings, left if left < 2 * wanted and len(found) > 1 else min(left, wanted), len(found))
+        if not (taken := following.passes(settings)):
+            return found
         found.append(following)
-        left -= QUICK_PASSES + following.passes(settings)
-    return found
+        spent, left = spent + taken, left - taken
 
 
 def budget_of(settings: IgosSettings, taken: Sequence[Round]) -> int | None:
@@ -79,6 +87,17 @@ def budget_of(settings: IgosSettings, taken: Sequence[Round]) -> int | None:
     more work of another answer or of other weights."""
     passes = sum(one.passes(settings) for one in taken)
     return passes + QUICK_PASSES * (len(taken) + 1) if len(taken) > 1 else None
+
+
+def _split(settings: IgosSettings, passes: int, number: int) -> Round:
+    """The ``number``-th round from 0, of about so many passes."""
+    passes, refine = max(0, passes), settings.refine > 0
+    more = 1 if number == 1 else 2
+    ig_steps, levels = more * settings.ig_steps, settings.refine_levels if number == 1 else None
+    on_mask = passes if not refine else 0 if number == 1 else passes // 2
+    iterations = on_mask // settings.masks_at_once(ig_steps)
+    rest = passes - iterations * settings.masks_at_once(ig_steps)
+    return Round(iterations, ig_steps, rest // settings.levels_at_once(levels) if refine else 0, levels)
 
 
 class Judge:
@@ -111,16 +130,17 @@ class Judge:
         highest = max(gain, before)
         if math.isnan(gain):
             self.stopped = "there is nothing to measure its score by"
-        elif following and PERFECT - self._bounded <= self._worth():
+        elif following and PERFECT - self._bounded <= self._worth(following[0]):
             self.stopped = f"its insertion − deletion is about {highest:.2f}, which is enough"
         elif not following:
             self.stopped = f"the budget of {self._settings.budget} passes is spent"
-        elif gain < before + HELP and highest >= MARGIN + max(MIN_GAIN, self._of_center(heat, seen)):
+        elif one.iterations and gain < before + HELP and highest >= MARGIN + max(MIN_GAIN, self._of_center(heat, seen)):
             self.stopped = "more passes did not help"
 
-    def _worth(self) -> float:
-        """What has to be missing for another round."""
-        return (PERFECT - self._settings.enough) * len(self.gains) ** 2
+    def _worth(self, following: Round) -> float:
+        """What has to be missing for a round to follow."""
+        length = following.passes(self._settings) / self._passes[0]
+        return (PERFECT - self._settings.enough) * length
 
     def _of_center(self, heat: torch.Tensor, seen: torch.Tensor) -> float:
         if self._center is None:

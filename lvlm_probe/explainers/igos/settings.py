@@ -44,8 +44,8 @@ class IgosSettings:
             one size for the gradients of every ``"level"``, as in all rounds after the first.
         refine_decay: Steps on H shorten linearly.
         budget: Passes forward at most, as many rounds as the map needs (``rounds``); ``None`` is one round.
-        enough: Insertion − deletion, by a quick estimate, at which the first round is the last; after the k-th one k²
-            times as much may be missing (``rounds``).
+        enough: Insertion − deletion, by a quick estimate, after which no round as long as the first follows; a longer
+            one follows a map that lacks as much more (``rounds``).
     """
 
     masks: Literal[1, 2] = 1
@@ -116,15 +116,13 @@ class IgosSettings:
                 name = rule.split()[0].rstrip(",")
                 raise ExplainError(f"igos++: {rule}; got {name}={getattr(self, name)!r}")
 
-    @property
-    def masks_at_once(self) -> int:
-        """Masks of an iteration, all of which go forward and backward."""
-        return 2 * self.masks * self.ig_steps
+    def masks_at_once(self, ig_steps: int) -> int:
+        """Masks of an iteration with so many per term, all of which go forward and backward."""
+        return 2 * self.masks * ig_steps
 
-    @property
-    def levels_at_once(self) -> int:
-        """Masks of a step on the order."""
-        return 2 * (self.refine_levels or len(self.levels))
+    def levels_at_once(self, levels: int | None) -> int:
+        """Masks of a step on the order with so many levels."""
+        return 2 * (levels or len(self.levels))
 
     @property
     def gnc_weight(self) -> float:
