@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 
 import lvlm_probe as probe
 from lvlm_probe.asking import Answer, ask
@@ -102,3 +103,11 @@ def test_refusals(demo, scene):
     with pytest.raises(probe.errors.ImageError, match="fetch=True"):
         ask(*demo, "https://example.com/cat.png", "What?")
     assert not hasattr(demo[0].generate, "__lvlm_probe_shadow__")  # nothing is left attached
+
+
+def test_an_answer_of_no_token_is_not_called_one_without_an_image():
+    model, processor = tiny_models.build("llava")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(torch.nan)  # whose likeliest token is the first, padding
+    with pytest.warns(probe.ProbeWarning), pytest.raises(probe.ProbeError, match="returned no new token"):
+        ask(model, processor, tiny_models.picture(), "What is on the left?", max_new_tokens=3)

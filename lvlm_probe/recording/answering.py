@@ -93,7 +93,8 @@ def record_answer(
             inputs = placed(made, model, processor)
             model.generate(**inputs, **{"do_sample": False, **generate})  # type: ignore[operator]
         if not recording.paths:
-            raise ProbeError("nothing was recorded: " + ("; ".join(recording.faults) or "the model saw no image"))
+            why = recording.faults or recording.passed_over or ["the model saw no image"]
+            raise ProbeError("nothing was recorded: " + "; ".join(why))
         trace = recording.traces[-1]
         if trace.status == "error":
             raise ProbeError(f"the recording of {trace.path.name} is faulty: {trace.error}")

@@ -83,12 +83,14 @@ class Recording:
         directory: where the files go.
         paths: the files written so far, oldest first.
         faults: what went wrong inside hooks, as sentences; the user's generation was not affected.
+        passed_over: why calls are not recorded that there is nothing to record of, as sentences.
     """
 
     def __init__(self, attachment: Attachment, directory: Path, options: RecordOptions, probe: Probe) -> None:
         self.directory = directory
         self.paths: list[Path] = []
         self.faults: list[str] = []
+        self.passed_over: list[str] = []
         self._attachment = attachment
         self._probe: Probe | None = probe  # dropping the last reference to it detaches, which is not yet
         self._options = options
@@ -159,6 +161,7 @@ class Recording:
             ready = True
         except NotRecorded as reason:
             recorder.abort()
+            self.passed_over.append(str(reason))
             self.warn_once(str(reason)[:40], str(reason))
         except Exception as error:
             recorder.abort()
@@ -186,6 +189,7 @@ class Recording:
             if feed is not None:
                 feed.kept(path)
         except NotRecorded as reason:
+            self.passed_over.append(str(reason))
             self.warn_once(str(reason)[:40], str(reason))
         except Exception as error:
             _log.debug("recording failed", exc_info=True)
