@@ -123,7 +123,7 @@ def test_the_example_of_the_documentation_is_a_study(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text("\n".join(line.removeprefix("    ") for line in block.splitlines()))
     study = read_study(path)
-    assert set(study.methods) == {"igos++", "paper", "joint"}
+    assert set(study.methods) == {"igos++", "quick", "paper", "joint"}
     scenes = study.datasets["scenes"]
     (sample,) = itertools.islice(open_dataset(scenes.reader, scenes.source), 1)
     assert sample.image.size

@@ -228,4 +228,4 @@ def test_no_effect_is_a_reason() -> None:
     flat = ToyReplay(torch.zeros(4, 4))
     heat = probe.explain(flat, method="captum:integrated_gradients", tokens=(0, 1))
     assert heat.values is None
-    assert "no cell of the image speaks for" in str(heat.reason)
+    assert "gradient is zero in every cell of the whole image" in str(heat.reason)
