@@ -83,7 +83,7 @@ class Recording:
         directory: where the files go.
         paths: the files written so far, oldest first.
         faults: what went wrong inside hooks, as sentences; the user's generation was not affected.
-        passed_over: why calls are not recorded that there is nothing to record of, as sentences.
+        passed_over: why calls are not recorded that there is nothing to record of, as sentences, each once.
     """
 
     def __init__(self, attachment: Attachment, directory: Path, options: RecordOptions, probe: Probe) -> None:
@@ -161,8 +161,7 @@ class Recording:
             ready = True
         except NotRecorded as reason:
             recorder.abort()
-            self.passed_over.append(str(reason))
-            self.warn_once(str(reason)[:40], str(reason))
+            self._pass_over(str(reason))
         except Exception as error:
             recorder.abort()
             _log.debug("recording could not begin", exc_info=True)
@@ -189,8 +188,7 @@ class Recording:
             if feed is not None:
                 feed.kept(path)
         except NotRecorded as reason:
-            self.passed_over.append(str(reason))
-            self.warn_once(str(reason)[:40], str(reason))
+            self._pass_over(str(reason))
         except Exception as error:
             _log.debug("recording failed", exc_info=True)
             fault("finish", error, "but there is no trace of it")
@@ -198,6 +196,11 @@ class Recording:
             recorder.abort()
             self.faults += faults
         return output
+
+    def _pass_over(self, reason: str) -> None:
+        if reason not in self.passed_over:  # a thousand calls without an image are one sentence
+            self.passed_over.append(reason)
+        self.warn_once(reason[:40], reason)
 
     def _keep(self, recorder: GenerationRecorder, output: Any, faults: list[str], fault: Any) -> Path:
         interrupted: KeyboardInterrupt | None = None

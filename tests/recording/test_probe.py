@@ -341,6 +341,8 @@ def test_text_only_prompt_warns_once_and_goes_on(llava, tmp_path):
     assert not [warning for warning in again if issubclass(warning.category, probe.ProbeWarning)]
     assert torch.equal(expected, found)
     assert recording.paths == [] and list(tmp_path.iterdir()) == []
+    (reason,) = recording.passed_over  # once, however many calls there are
+    assert "no image" in reason
 
 
 # --------------------------------------------------------------------------------------------- where pictures come from
