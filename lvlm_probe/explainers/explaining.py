@@ -8,6 +8,7 @@ import functools
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from lvlm_probe._version import versions_of
@@ -33,7 +34,7 @@ from lvlm_probe.replaying import Replay, ReplayLike
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import out_of_memory, ran_out
 from lvlm_probe.replaying.own_scores import OwnScore
-from lvlm_probe.replaying.reduced_precision import check_reducible, told_kernels
+from lvlm_probe.replaying.reduced_precision import check_reducible, told_by_kernels
 from lvlm_probe.selection import Against, TokenSelection, scored_selection, select_tokens
 from lvlm_probe.trace import Trace
 
@@ -375,14 +376,13 @@ def _run(function: Callable[..., Outcome], problem: Problem, method: str, params
         if "gradients" in needs_of(method):
             replay.require_gradients()
         try:
-            with told_by_kind(method, function, params):
-                outcome = function(problem, **params)
-            if outcome.values is None and outcome.reason != NO_SIGHT and "gradients" in needs_of(method):
-                outcome = dataclasses.replace(outcome, reason=no_slope(problem) or outcome.reason)
-            return outcome
+            with nullcontext() if problem.exact is None else told_by_kernels(replay.model):
+                with told_by_kind(method, function, params):
+                    outcome = function(problem, **params)
+                if outcome.values is None and outcome.reason != NO_SIGHT and "gradients" in needs_of(method):
+                    outcome = dataclasses.replace(outcome, reason=no_slope(problem) or outcome.reason)
+                return outcome
         except Exception as error:
-            if problem.exact is not None and isinstance(error, RuntimeError) and not ran_out(error):
-                raise told_kernels(replay.model, error) from error
             if not ran_out(error):
                 raise
             raise out_of_memory(

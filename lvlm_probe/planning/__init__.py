@@ -22,8 +22,7 @@ from lvlm_probe.planning.plans import MOST, Plan, choose, default_budget, passes
 from lvlm_probe.planning.rehearsal import timed
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying import replay as open_replay
-from lvlm_probe.replaying.micro_batches import ran_out
-from lvlm_probe.replaying.reduced_precision import told_kernels
+from lvlm_probe.replaying.reduced_precision import told_by_kernels
 
 if TYPE_CHECKING:
     from lvlm_probe.selection import Against
@@ -114,13 +113,8 @@ def _searching(replay: Replay, dtype: str | None) -> Iterator[Replay]:
         yield replay
         return
     replay = replay.computed_in(dtype)
-    try:
-        with replay.shortcuts.caching():
-            yield replay
-    except (RuntimeError, NotImplementedError) as error:
-        if ran_out(error):
-            raise
-        raise told_kernels(replay.model, error) from error
+    with told_by_kernels(replay.model), replay.shortcuts.caching():
+        yield replay
 
 
 def plan_for(

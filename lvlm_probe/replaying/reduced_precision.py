@@ -26,6 +26,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.hooks import HookSet, replaced
 from lvlm_probe.models.quantised import stored_tensors
 from lvlm_probe.models.wrappers import every_module
+from lvlm_probe.replaying.micro_batches import ran_out
 
 DTYPES = {"bfloat16": torch.bfloat16}
 """Number formats of a search, by name. Not float16, whose range gradients fall out of on their way."""
@@ -44,12 +45,19 @@ def check_reducible(model: nn.Module, dtype: str) -> None:
         )
 
 
-def told_kernels(model: nn.Module, error: BaseException) -> ExplainError:
-    """The error to raise where a pass in another number format failed, and not for want of memory."""
-    return ExplainError(
-        f"{type(model).__name__} has kernels that do not go along with a search in another number format "
-        f"({str(error).strip().splitlines()[0]}): leave search_dtype out"
-    )
+@contextmanager
+def told_by_kernels(model: nn.Module) -> Iterator[None]:
+    """In the block a pass of ``model`` in another number format that fails, and not for want of memory, raises
+    ``ExplainError``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ran_out(error):
+            raise
+        raise ExplainError(
+            f"{type(model).__name__} has kernels that do not go along with a search in another number format "
+            f"({str(error).strip().splitlines()[0]}): leave search_dtype out"
+        ) from error
 
 
 class ReducedPrecision:
