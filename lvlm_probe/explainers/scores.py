@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def no_effect(problem: Problem) -> str | None:
     try:
         if several and problem.live:
             with torch.no_grad():
-                nothing = even_masks([0.0], (1, 1) if problem.clip is None else (1, 1, 1)).to(replay.device)
+                nothing = torch.zeros_like(problem.whole).to(replay.device)
                 without = replay.log_probs(nothing, image=problem.target)[0]
             moved = replay.original_log_probs - without.to(replay.original_log_probs)
         elif (ratios := replay.llr) is None:
@@ -88,7 +88,7 @@ def no_slope(problem: Problem) -> str | None:
     """Why a method by gradients has found nothing, as a sentence, where they are zero in every cell of the whole image,
     as of words that are certain to the last digit. ``None`` where they are not. One pass forward and backward.
     """
-    whole = even_masks([1.0], (1, 1) if problem.clip is None else (1, 1, 1)).to(problem.replay.device)
+    whole = problem.whole.to(problem.replay.device)
     _, slopes = problem.replay.score_and_grad(whole, problem.score, image=problem.target, steps=problem.columns)
     if bool(slopes.any()):
         return None
@@ -191,9 +191,14 @@ def score_rule(score: object) -> tuple[object, bool, str]:
     return score, score in get_args(ScoreKind), "'log', 'prob' or 'geometric'"
 
 
+def is_whole(number: object) -> TypeGuard[Integral]:
+    """Whether it is a whole number, of any library."""
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
 def whole_rule(number: object, at_least: int = 1, *, or_none: bool = False) -> tuple[object, bool, str]:
     """The rule of a count, or of one that may be ``None``, for ``check_rules``."""
-    holds = isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= at_least
+    holds = is_whole(number) and int(number) >= at_least
     rule = f"a whole number of at least {at_least}"
     return (number, holds or number is None, f"{rule}, or None") if or_none else (number, holds, rule)
 

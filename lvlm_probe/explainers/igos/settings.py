@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Literal, get_args
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.igos.order import Pace
 from lvlm_probe.explainers.igos.regularizers import BilateralForm, L2Form
+from lvlm_probe.explainers.scores import is_whole
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,11 @@ class IgosSettings:
     enough: float = 0.95
 
     def __post_init__(self) -> None:
-        counts = ("iterations", "ig_steps", "refine", "refine_scale", "refine_levels", "budget")
+        names = ("iterations", "ig_steps", "refine", "refine_scale", "refine_levels", "budget")
+        counts = {name: getattr(self, name) for name in names}
         rules = (
-            *((_is_whole(getattr(self, name)), f"{name} is a whole number") for name in counts),
+            # None breaks below on what takes none.
+            *((count is None or is_whole(count), f"{name} is a whole number") for name, count in counts.items()),
             (self.masks in (1, 2), "masks is 1 (Eq. 8) or 2 (Eq. 4)"),
             (self.iterations >= 1, "iterations is at least 1"),
             (self.ig_steps >= 1, "ig_steps is at least 1"),
@@ -128,11 +130,6 @@ class IgosSettings:
     def gnc_weight(self) -> float:
         """λ2 as used."""
         return self.l2 if self.l2 is not None else (0.1 if self.masks == 1 else 0.0)
-
-
-def _is_whole(count: object) -> bool:
-    """Whether it is a whole number, of any library, or ``None``, which what takes none breaks on."""
-    return count is None or (isinstance(count, Integral) and not isinstance(count, bool))
 
 
 _FAST = IgosSettings(
