@@ -263,9 +263,10 @@ def summarise(arguments: argparse.Namespace, lines: Lines) -> dict[str, Any]:
 
 def _default_against_others(lines: Lines, names: Sequence[str], column: str) -> dict[str, Any]:
     """The default method against every other one, its own presets and floors left out, paired by scene."""
-    known, default = entries(), values_of(lines.of(DEFAULT), column)
-    others = [name for name in names if name not in FLOORS and (name not in known or known[name].method != DEFAULT)]
-    tests = {name: comparison(default, values_of(lines.of(name), column)) for name in others if name != GROUND_TRUTH}
+    default = values_of(lines.of(DEFAULT), column)
+    own = {name for name, entry in entries().items() if entry.method == DEFAULT}
+    others = [name for name in names if name not in (*FLOORS, GROUND_TRUTH, *own)]
+    tests = {name: comparison(default, values_of(lines.of(name), column)) for name in others}
     return {name: test for name, test in tests.items() if test is not None}
 
 
