@@ -11,7 +11,7 @@ from toy_replay import ToyReplay
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import Problem, explain
-from lvlm_probe.explainers.igos.order import draw_levels, level_sets, refine_order
+from lvlm_probe.explainers.igos.order import draw_grids, draw_levels, level_sets, over_cells, refine_order
 from lvlm_probe.metrics import evaluate
 from lvlm_probe.selection import select_tokens
 
@@ -63,6 +63,64 @@ def test_a_step_goes_down_the_gradient_of_the_objective() -> None:
         slope[place] = (objective(height + shift) - objective(height - shift)) / 2e-3
     step = height - 0.3 / slope.abs().max() * slope
     found, _ = refined(replay, heat, iterations=1)
+    assert found.flatten().argsort().tolist() == step.flatten().argsort().tolist()
+
+
+def test_heights_over_coarser_cells_are_means_of_what_is_seen() -> None:
+    height = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, -1.0]])
+    seen = height >= 0
+    found, there = over_cells(height, seen, (1, 2))
+    assert found.tolist() == [[pytest.approx((1 + 2 + 5 + 6) / 4), pytest.approx((3 + 4 + 7) / 3)]]
+    assert there.tolist() == [[True, True]]
+    half = torch.tensor([[False, False, True, True]]).expand(2, 4)
+    found, there = over_cells(height.clamp(min=0), half, (2, 2))
+    assert there.tolist() == [[False, True], [False, True]]
+    assert found.tolist() == [[-1.0, 3.5], [-1.0, 3.5]]
+    clip = torch.arange(16.0).reshape(2, 2, 4)  # steps in time stay apart
+    assert over_cells(clip, torch.ones_like(clip, dtype=torch.bool), (2, 1, 2))[0].tolist() == [
+        [[2.5, 4.5]],
+        [[10.5, 12.5]],
+    ]
+
+
+def test_every_second_step_sees_the_order_on_cells_drawn_anew() -> None:
+    def drawn(seed: int) -> list[tuple[int, ...]]:
+        generator = torch.Generator().manual_seed(seed)
+        return draw_grids((3, 32, 20), steps=60, shares=(0.4, 0.9), generator=generator)
+
+    grids = drawn(0)
+    assert grids == drawn(0) != drawn(1)
+    assert set(grids[::2]) == {(3, 32, 20)}
+    others = grids[1::2]
+    assert len(set(others)) > 20
+    assert all(time == 3 and 13 <= rows <= 29 and 8 <= columns <= 18 for time, rows, columns in others)
+    assert draw_grids((2, 2), steps=2, shares=(0.1, 0.1), generator=torch.Generator())[1] == (1, 1)
+
+
+def test_a_step_on_coarser_cells_goes_down_the_gradient_of_what_they_show() -> None:
+    replay, heat = ToyReplay(WEIGHTS), torch.rand(4, 4, generator=torch.Generator().manual_seed(4))
+    rank = heat.flatten().argsort().argsort().reshape(4, 4) / 15
+    height = (heat / heat.max() + rank) / 2
+
+    def means(of: torch.Tensor) -> torch.Tensor:
+        return of.reshape(2, 2, 2, 2).mean(dim=(1, 3))  # 2 × 2 cells of 2 × 2 each
+
+    limits = torch.quantile(means(height), 1 - torch.tensor(LEVELS))
+
+    def objective(at: torch.Tensor) -> float:
+        shown = torch.sigmoid((means(at)[None] - limits[:, None, None]) / 0.1)
+        probability = replay.log_probs(torch.cat([1 - shown, shown])).double().exp().mean(dim=1)
+        return float((probability[:2] - probability[2:]).mean())
+
+    slope = torch.zeros(4, 4)
+    for place in np.ndindex(4, 4):
+        shift = torch.zeros(4, 4)
+        shift[place] = 1e-2
+        slope[place] = (objective(height + shift) - objective(height - shift)) / 2e-2
+    step = height - 0.3 / slope.abs().max() * slope
+    found, _ = refined(replay, heat, iterations=1, grids=[(2, 2)])
+    own, _ = refined(replay, heat, iterations=1)
+    assert not torch.equal(found, own)
     assert found.flatten().argsort().tolist() == step.flatten().argsort().tolist()
 
 
@@ -202,6 +260,8 @@ def test_refining_raises_insertion_over_deletion() -> None:
         ({"refine_lr": 0.0}, "refine_lr is positive"),
         ({"path": "line"}, "path is 'grid' or 'stratified'"),
         ({"refine_levels": 7}, "refine_levels is 1 to the number of levels"),
+        ({"refine_cells": (0.0, 1.0)}, "refine_cells are two shares above 0 and up to 1"),
+        ({"refine_cells": (0.9, 0.5)}, "refine_cells are two shares above 0 and up to 1"),
         ({"refine_levels": 0}, "refine_levels is 1 to the number of levels"),
         ({"refine_pace": "second"}, "refine_pace is 'first', 'each' or 'level'"),
     ],

@@ -131,8 +131,11 @@ def test_the_best_map_of_all_rounds_is_kept(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ([0.96], ON_MASK, "enough"),
         ([0.94], ON_MASK, None),
-        ([0.86], LONG, "enough"),  # 4.5 · (0.98 − 0.95) is 0.135, and less is missing
-        ([0.84], LONG, None),
+        ([0.6, 0.38, 0.1], LONG, "about 0.60, and the next round would be long"),  # 4.5² · (0.98 − 0.95) is 0.61
+        ([0.3, 0.41, 0.1], LONG, "about 0.41, and the next round would be long"),
+        ([0.3, 0.36, -0.4], LONG, None),
+        ([0.6, 0.7, 0.66], LONG, None),  # not clear of the middle
+        ([0.3, 0.39, 0.1], LONG, None),  # nor of chance
         ([0.5, 0.51, 0.1], ON_MASK, "did not help"),
         ([0.5, 0.53], ON_MASK, None),
         ([0.2, 0.2, 0.1], ON_MASK, None),  # chance is not beaten: on, though passes did not help

@@ -47,7 +47,7 @@ from torch.nn import functional
 
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.explainers.curve_points import QUICK_PASSES
-from lvlm_probe.explainers.igos.order import draw_levels, refine_order
+from lvlm_probe.explainers.igos.order import draw_grids, draw_levels, refine_order
 from lvlm_probe.explainers.igos.regularizers import CLIP_GUIDE_SIZE, bilateral_weights, btv, gnc, guide, l1
 from lvlm_probe.explainers.igos.rounds import Judge, Round, budget_of, rounds
 from lvlm_probe.explainers.igos.settings import PRESETS, IgosSettings
@@ -284,6 +284,7 @@ class Optimisation:
             heat.masked_fill(~self.fine_seen, 0.0),
             self.fine_seen,
             plan=self.plan(one, number),
+            grids=self.grids(one, number),
             softness=settings.softness,
             rate=settings.refine_lr,
             momentum=settings.momentum,
@@ -353,6 +354,12 @@ class Optimisation:
             return [tuple(levels)] * one.steps
         generator = self.problem.generator(2_000 + number)
         return draw_levels(levels, steps=one.steps, per_step=one.levels, generator=generator)
+
+    def grids(self, one: Round, number: int) -> list[Shape] | None:
+        """Cells of every step on the order in a round; ``None``: always its own."""
+        shares = self.settings.refine_cells
+        generator = self.problem.generator(3_000 + number)
+        return shares and draw_grids(self.fine, steps=one.steps, shares=shares, generator=generator)
 
     def offsets(self, iteration: int) -> torch.Tensor | None:
         """u of every mask of an iteration, the same whenever they are asked for."""

@@ -1,13 +1,14 @@
 """The order of a heatmap, refined on what a heatmap is used for.
 
-Whoever uses a heatmap takes its highest cells first, until enough of the image is covered. A mask's objective does
-not
+Whoever uses a heatmap takes its highest cells first, until enough of the image is covered. A mask's objective does not
 see that order: along r · M all cells come and go together. Here H is a height per cell, S_q its soft level set over the
 highest share q of the cells, S_q = σ((H − H_q) / T), and gradient steps are taken on H for::
 
     min_H  mean_q  P(Φ(I, Ĩ, 1 − S_q)) − P(Φ(I, Ĩ, S_q))
 
-P is the mean probability of the selected tokens, Φ(I, Ĩ, M) = I ⊙ M + Ĩ ⊙ (1 − M) (paper, Eq. 3). Deletion and
+P is the mean probability of the selected tokens, Φ(I, Ĩ, M) = I ⊙ M + Ĩ ⊙ (1 − M) (paper, Eq. 3). Some steps may see
+the order on other cells, coarser ones that are drawn anew each time, as means of H over their area: edges of one grid
+of cells are a pattern of their own, and an order can be made to suit a network's answer to that pattern. Deletion and
 insertion are sums of just such terms, so they say less about a map refined like this than pointing, average precision,
 knockout and another baseline do.
 """
@@ -18,8 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+from torch.nn import functional
 
-from lvlm_probe.explainers.registry import Problem
+from lvlm_probe.explainers.registry import Problem, Shape
 from lvlm_probe.explainers.scores import score_of
 
 Pace = Literal["first", "each", "level"]
@@ -65,12 +67,36 @@ def draw_levels(
     return plan
 
 
+def draw_grids(shape: Shape, *, steps: int, shares: tuple[float, float], generator: torch.Generator) -> list[Shape]:
+    """Cells on which each of some steps sees an order of ``shape``: every second step, from the second on, on coarser
+    ones, with a share of the rows and one of the columns that are drawn from ``shares``; the others on its own.
+    """
+    low, high = shares
+    grids = [shape] * steps
+    for step in range(1, steps, 2):
+        rows, columns = (torch.rand(2, generator=generator) * (high - low) + low).tolist()
+        grids[step] = (*shape[:-2], max(1, round(rows * shape[-2])), max(1, round(columns * shape[-1])))
+    return grids
+
+
+def over_cells(height: torch.Tensor, seen: torch.Tensor, grid: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of a height over the coarser cells of a grid, of what is seen alone, and which of them are seen at all;
+    differentiable in it."""
+    if tuple(height.shape) == tuple(grid):
+        return height, seen
+    # Every step in time of a clip by itself.
+    weights, values = (part.to(height).reshape(-1, 1, *height.shape[-2:]) for part in (seen, height * seen))
+    share, summed = (functional.adaptive_avg_pool2d(part, grid[-2:]).reshape(grid) for part in (weights, values))
+    return torch.where(share > 0, summed / share.clamp(min=torch.finfo(share.dtype).tiny), -1.0), share > 0
+
+
 def refine_order(
     problem: Problem,
     heat: torch.Tensor,
     seen: torch.Tensor,
     *,
     plan: Sequence[Sequence[float]],
+    grids: Sequence[Shape] | None = None,
     softness: float,
     rate: float,
     momentum: float,
@@ -85,6 +111,7 @@ def refine_order(
         heat: ``(row, col)`` in [0, 1], on the CPU.
         seen: Cells that the model sees; the others stay as they are.
         plan: Levels q of each gradient step, which takes two forward and backward passes per level.
+        grids: Cells on which each step sees the order, at most as many as it has along an edge; ``None``: always its own.
         softness: T.
         rate: Length of the first step's largest change of H, whose range is 1 at first.
         momentum: Of Nesterov's e = i / (i + momentum).
@@ -109,7 +136,7 @@ def refine_order(
         sign = torch.tensor([1.0, -1.0], dtype=torch.float32).repeat_interleave(len(levels))
         leaf = height.clone().requires_grad_(True)
         with torch.enable_grad():
-            shown = level_sets(leaf, seen, levels, softness)
+            shown = level_sets(*over_cells(leaf, seen, grids[iteration] if grids else leaf.shape), levels, softness)
             masks = torch.cat([1 - shown, shown])
             scores, slopes = problem.replay.score_and_grad(
                 masks.detach().to(problem.replay.device),

@@ -4,12 +4,13 @@ The first round is what the settings say. After it the map's own score is taken 
 insertion curve (``quick_areas``; ``evaluate`` does not score them again), and so after every round:
 
 * what is missing to the gain of a perfect map ends it where it is little for the passes that the next round takes: no
-  more than ``enough`` leaves, for a round as long as the first, and in proportion for a longer one. Areas outside
-  [0, 1] count as 0 and 1: where parts of the image make the words likelier than the whole, a large insertion would
-  hide that deletion is poor;
-* so does a round on the mask that has added less than ``HELP``, once the map is clear of the floors that a verdict has:
-  chance (``MIN_GAIN``) and a blob in the middle of the image (``center``);
-* so does the ``budget``.
+  more than ``enough`` leaves, for a round as long as the first, and by the square of its length for a longer one, as
+  late passes add less than early ones. Areas outside [0, 1] count as 0 and 1: where parts of the image make the words
+  likelier than the whole, a large insertion would hide that deletion is poor;
+* so does a round on the mask that has added less than ``HELP``;
+* but a map that is not clear of the floors that a verdict has, chance (``MIN_GAIN``) and a blob in the middle of the
+  image (``center``), is gone on with;
+* the ``budget`` ends it.
 
 The second round takes as many passes as the first, all of them on the order of the map: on scenes kept for tuning that
 is what most maps lacked. Further ones take twice what all before them took, or all that is left where that is less than
@@ -130,17 +131,23 @@ class Judge:
         highest = max(gain, before)
         if math.isnan(gain):
             self.stopped = "there is nothing to measure its score by"
-        elif following and PERFECT - self._bounded <= self._worth(following[0]):
-            self.stopped = f"its insertion − deletion is about {highest:.2f}, which is enough"
         elif not following:
             self.stopped = f"the budget of {self._settings.budget} passes is spent"
-        elif one.iterations and gain < before + HELP and highest >= MARGIN + max(MIN_GAIN, self._of_center(heat, seen)):
+        elif self._bounded >= self._settings.enough:
+            self.stopped = f"its insertion − deletion is about {highest:.2f}, which is enough"
+        elif self._little_missing(following[0]) and self._clear(highest, heat, seen):
+            self.stopped = f"its insertion − deletion is about {highest:.2f}, and the next round would be long"
+        elif one.iterations and gain < before + HELP and self._clear(highest, heat, seen):
             self.stopped = "more passes did not help"
 
-    def _worth(self, following: Round) -> float:
-        """What has to be missing for a round to follow."""
+    def _little_missing(self, following: Round) -> bool:
+        """Whether less is missing than the passes of the round that would follow are worth."""
         length = following.passes(self._settings) / self._passes[0]
-        return (PERFECT - self._settings.enough) * length
+        return PERFECT - self._bounded <= (PERFECT - self._settings.enough) * length**2
+
+    def _clear(self, gain: float, heat: torch.Tensor, seen: torch.Tensor) -> bool:
+        """Whether a gain is clear of the floors."""
+        return gain >= MARGIN + max(MIN_GAIN, self._of_center(heat, seen))
 
     def _of_center(self, heat: torch.Tensor, seen: torch.Tensor) -> float:
         if self._center is None:

@@ -36,6 +36,8 @@ class IgosSettings:
         tie_break: ε above; 0 switches it off.
         refine: Iterations on the order; 0 leaves it as the mask has it.
         refine_scale: Cells of the refined heatmap per cell of the mask, along each edge.
+        refine_cells: Least and largest share of those cells along an edge on which every second step sees the order, drawn
+            anew each time, so that it suits no one grid of cells; ``None``: always its own.
         levels: Shares q of the image whose level sets are scored.
         softness: T of the level sets.
         refine_lr: Length of the first step on H, relative to its range of 1.
@@ -45,7 +47,7 @@ class IgosSettings:
         refine_decay: Steps on H shorten linearly.
         budget: Passes forward at most, as many rounds as the map needs (``rounds``); ``None`` is one round.
         enough: Insertion − deletion, by a quick estimate, after which no round as long as the first follows; a longer
-            one follows a map that lacks as much more (``rounds``).
+            one follows a map that lacks much more, or is not clear of chance and of a blob in the middle (``rounds``).
     """
 
     masks: Literal[1, 2] = 1
@@ -70,6 +72,7 @@ class IgosSettings:
     tie_break: float = 1e-3
     refine: int = 8
     refine_scale: int = 2
+    refine_cells: tuple[float, float] | None = None
     levels: tuple[float, ...] = (0.01, 0.02, 0.04, 0.08, 0.16, 0.3)
     softness: float = 0.05
     refine_lr: float = 0.3
@@ -101,6 +104,11 @@ class IgosSettings:
             (0 <= self.tie_break <= 0.5, "tie_break is in [0, 0.5]"),
             (self.refine >= 0, "refine is not negative"),
             (self.refine_scale >= 1, "refine_scale is at least 1"),
+            (
+                self.refine_cells is None
+                or (len(self.refine_cells) == 2 and 0 < self.refine_cells[0] <= self.refine_cells[1] <= 1),
+                "refine_cells are two shares above 0 and up to 1, the smaller first",
+            ),
             (len(self.levels) > 0 and all(0 < q < 1 for q in self.levels), "levels are shares between 0 and 1"),
             (self.softness > 0, "softness is positive"),
             (self.refine_lr > 0, "refine_lr is positive"),
@@ -141,6 +149,7 @@ _FAST = IgosSettings(
     refine_pace="each",
     refine_decay=True,
     refine_lr=0.4,
+    refine_cells=(0.4, 1.0),
 )
 """Chosen on some twenty tuning scenes among settings of about 25 passes (tests/benchmarks/tune_igos.py)."""
 
