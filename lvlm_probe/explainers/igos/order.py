@@ -111,7 +111,7 @@ def refine_order(
         heat: ``(row, col)`` in [0, 1], on the CPU.
         seen: Cells that the model sees; the others stay as they are.
         plan: Levels q of each gradient step, which takes two forward and backward passes per level.
-        grids: Cells on which each step sees the order, at most as many as it has along an edge; ``None``: always its own.
+        grids: Cells on which each step sees the order, no finer ones than its own; ``None``: always its own.
         softness: T.
         rate: Length of the first step's largest change of H, whose range is 1 at first.
         momentum: Of Nesterov's e = i / (i + momentum).

@@ -36,8 +36,8 @@ class IgosSettings:
         tie_break: ε above; 0 switches it off.
         refine: Iterations on the order; 0 leaves it as the mask has it.
         refine_scale: Cells of the refined heatmap per cell of the mask, along each edge.
-        refine_cells: Least and largest share of those cells along an edge on which every second step sees the order, drawn
-            anew each time, so that it suits no one grid of cells; ``None``: always its own.
+        refine_cells: Least and largest share of those cells along an edge on which every second step sees the order,
+            drawn anew each time, so that it suits no one grid of cells; ``None``: always its own.
         levels: Shares q of the image whose level sets are scored.
         softness: T of the level sets.
         refine_lr: Length of the first step on H, relative to its range of 1.
