@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.explainers import needs_of
-from lvlm_probe.explainers.explaining import frame_of, target_of
+from lvlm_probe.explainers.explaining import Recipe, frame_of, target_of
 from lvlm_probe.files import causes, json_ready, read_small, write_whole
 from lvlm_probe.heatmap import HeatGrid, Heatmap, trace_file_of
 from lvlm_probe.metrics import CurveRule, Score, evaluate
@@ -106,20 +106,15 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class MapSettings:
-    """Settings of stored maps: what ``explain`` and ``evaluate`` are given besides the tokens.
+class MapSettings(Recipe):
+    """Settings of stored maps: how they are made, by which image, and whether and in which ``mode`` they are scored.
 
-    An ``image`` that is a frame of a video stands for the whole video. ``search_dtype`` is the format that the method
-    searches in, ``None`` the model's own.
+    An ``image`` that is a frame of a video stands for the whole video.
     """
 
-    method: str
-    params: Mapping[str, Any]
     image: int = 0
-    seed: int = 0
     scored: bool = True
     mode: str = "fast"
-    search_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -226,12 +221,9 @@ def explain_one(
             explain_by(
                 source,
                 target=target_of(source, settings.image),
-                method=settings.method,
                 tokens=selection,
-                seed=settings.seed,
                 progress=progress,
-                search_dtype=settings.search_dtype,
-                **settings.params,
+                **settings.asked,
             ).write(found.path)
     if settings.scored and (not finished or _lacks_score(found)):
         score_one(replay, found, shown=shown, mode=settings.mode)

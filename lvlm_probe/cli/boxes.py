@@ -7,17 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lvlm_probe.cli.shared.completion import choices, complete_method
-from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, parameters
-from lvlm_probe.cli.shared.options import (
-    Json,
-    Loading,
-    MethodParameters,
-    OptionalModel,
-    Row,
-    SearchDtype,
-    TraceOrDirectory,
-)
+from lvlm_probe.cli.shared.completion import choices
+from lvlm_probe.cli.shared.inputs import Making, ReplayModels, find_trace
+from lvlm_probe.cli.shared.options import Json, Loading, OptionalModel, Row, TraceOrDirectory
 from lvlm_probe.cli.shared.terminal import one_line, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -40,11 +32,7 @@ def boxes(
     draw: Annotated[Path | None, typer.Option("--draw", metavar="FILE", help="Draw them on the image, a PNG.")] = None,
     maps: Annotated[bool, typer.Option("--maps", help="Also map each, and say whether it looks there.")] = False,
     model: OptionalModel = None,
-    method: Annotated[
-        str, typer.Option("--method", autocompletion=complete_method, help="With --maps: which explainer.")
-    ] = "igos++",
-    param: MethodParameters = None,
-    search_dtype: SearchDtype = None,
+    making: Making = Making(),
     row: Row = None,
     loading: Loading = Loading(),
     as_json: Json = False,
@@ -71,7 +59,7 @@ def boxes(
 
         models = ReplayModels(model, loading)
         replay = open_replay(trace, *models.of(trace))
-        settings = MapSettings(method, parameters(param or []), image_number, search_dtype=search_dtype)
+        settings = MapSettings(**vars(making.recipe()), image=image_number)
         for number, box in enumerate(found):
             selection = select_tokens(replay, indices=box.tokens)
             (item,) = explain_replay(replay, selection, settings, trace.explanations_dir, word_maps=False)

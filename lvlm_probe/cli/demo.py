@@ -46,7 +46,7 @@ def demo(
     started = time.perf_counter()
     drawn = _scenes(scenes, seed)
     model, processor = load_model(DEMO)
-    settings = MapSettings(method="igos++", params={})
+    settings = MapSettings()
     results: list[maps.Explained] = []
     made: list[MapFile] = []
     try:

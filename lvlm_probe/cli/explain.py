@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvlm_probe.cli.shared.answers import ask, ask_server, nothing_before
-from lvlm_probe.cli.shared.completion import complete_method
 from lvlm_probe.cli.shared.inputs import (
+    Making,
     ReplayModels,
     alternatives,
     baseline_from,
     find_trace,
     open_shown,
     output_directory,
-    parameters,
 )
 from lvlm_probe.cli.shared.models import load_model
 from lvlm_probe.cli.shared.options import (
@@ -28,10 +28,8 @@ from lvlm_probe.cli.shared.options import (
     Json,
     Loading,
     MaxNewTokens,
-    MethodParameters,
     OptionalModel,
     Row,
-    SearchDtype,
 )
 from lvlm_probe.cli.shared.servers import Served
 from lvlm_probe.cli.shared.terminal import note, open_page, print_json, quoted_path, say, stop, stored_path
@@ -85,26 +83,8 @@ def explain(
     ] = None,
     model: OptionalModel = None,
     asked: Asked = Asked(),
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            autocompletion=complete_method,
-            help="Which explainer; plugins add more. Default: igos++; with --server rise, it has no gradients.",
-        ),
-    ] = None,
     selecting: Selecting = Selecting(),
-    param: MethodParameters = None,
-    budget: Annotated[
-        int | None,
-        typer.Option(
-            "--budget",
-            metavar="N",
-            min=1,
-            help="Passes forward at most for a map. Default: as many as igos++ finds it needs, 32 to 188.",
-        ),
-    ] = None,
-    search_dtype: SearchDtype = None,
+    making: Making = Making(),
     image_number: Annotated[
         int | None,
         typer.Option(
@@ -117,7 +97,6 @@ def explain(
     exact: Annotated[
         bool, typer.Option("--exact", help="Score with the real processor on real composites; slower.")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -147,16 +126,15 @@ def explain(
     from lvlm_probe.cli.shared.maps import Explained, explain_replay, map_summary, open_replay, show_explained
     from lvlm_probe.heatmap_store import FOLDER, MapSettings
 
-    params = parameters(param or []) | ({} if budget is None else {"budget": budget})
     if selecting.against and selecting.word_maps:
         raise ProbeError("--against makes a map for each side, and --word-maps one for each word: give either")
     behind = served.open(model=model, against=selecting.against)
-    chosen = method or ("igos++" if behind is None else "rise")
+    recipe = making.recipe("igos++" if behind is None else "rise")
     if behind is not None and behind.gives != "passes":
         if not selecting.words and not selecting.joint:
             raise ProbeError(f"{behind.name} gives {behind.what}: name the words to explain, --words TEXT, or --joint")
-        if behind.gives == "samples" and chosen == "rise":
-            params.setdefault("score", "prob")
+        if behind.gives == "samples" and recipe.method == "rise":
+            recipe = dataclasses.replace(recipe, params={"score": "prob", **recipe.params})
         if scores:
             note(f"the map is not scored: that takes log-probabilities, and {behind.name} gives {behind.what}")
             scores = False
@@ -174,7 +152,7 @@ def explain(
     if image_number is None:
         image_number = recorded.clips[0].first if recorded.clips else 0
     mode = "exact" if exact or behind else "fast"
-    settings = MapSettings(chosen, params, image_number, seed, scores, mode, search_dtype)
+    settings = MapSettings(**vars(recipe), image=image_number, scored=scores, mode=mode)
     selection = selecting.of(replay)
     folder = directory / FOLDER
     explained = Explained(recorded, [])

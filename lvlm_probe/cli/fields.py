@@ -7,17 +7,9 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from lvlm_probe.cli.shared.completion import choices, complete_method
-from lvlm_probe.cli.shared.inputs import ReplayModels, find_trace, parameters
-from lvlm_probe.cli.shared.options import (
-    Json,
-    Loading,
-    MethodParameters,
-    OptionalModel,
-    Row,
-    SearchDtype,
-    TraceOrDirectory,
-)
+from lvlm_probe.cli.shared.completion import choices
+from lvlm_probe.cli.shared.inputs import Making, ReplayModels, find_trace
+from lvlm_probe.cli.shared.options import Json, Loading, OptionalModel, Row, TraceOrDirectory
 from lvlm_probe.cli.shared.terminal import one_line, print_json, say, stored_path
 from lvlm_probe.errors import ProbeError
 
@@ -44,11 +36,7 @@ def fields(
         float, typer.Option("--keep", metavar="SHARE", help="Share of the score that a value's region keeps.")
     ] = 0.9,
     model: OptionalModel = None,
-    method: Annotated[
-        str, typer.Option("--method", autocompletion=complete_method, help="With --out: which explainer.")
-    ] = "igos++",
-    param: MethodParameters = None,
-    search_dtype: SearchDtype = None,
+    making: Making = Making(),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
     row: Row = None,
     loading: Loading = Loading(),
@@ -82,8 +70,7 @@ def fields(
 
     models = ReplayModels(model, loading)
     replay = open_replay(trace, *models.of(trace))
-    how = {"method": method, "search_dtype": search_dtype, **parameters(param or [])}
-    places = locate(replay, found, names=name, keep=keep, **how)
+    places = locate(replay, found, names=name, keep=keep, **making.recipe().asked)
     files = trace.meta.get("image_files") if isinstance(trace.meta, dict) else None
     named = [str(file) for file in files] if isinstance(files, list) and len(files) == len(trace.images) else None
     export(places, out, format=cast(Any, kind), files=named, overwrite=overwrite)

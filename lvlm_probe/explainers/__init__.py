@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from lvlm_probe.explainers.explaining import Tokens, explain, selected
+from lvlm_probe.explainers.explaining import Recipe, Tokens, explain, selected
 from lvlm_probe.explainers.registry import Outcome, Problem, discover, methods, needs_of, register, resolve
 
 __all__ = [
     "Outcome",
     "Problem",
+    "Recipe",
     "Tokens",
     "explain",
     "methods",

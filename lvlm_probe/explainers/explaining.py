@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from lvlm_probe._version import versions_of
@@ -44,6 +45,28 @@ if TYPE_CHECKING:
     from lvlm_probe.trace.clips import Clip
 
 Tokens = str | tuple[int, int] | list[int] | Sequence[str] | TokenSelection | OwnScore
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How maps are made, whatever answer, words and image they are of.
+
+    Attributes:
+        method: name of a registered explainer.
+        params: parameters of the method.
+        seed: of everything random.
+        search_dtype: number format that the method searches in; ``None`` is the model's own.
+    """
+
+    method: str = "igos++"
+    params: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    search_dtype: str | None = None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The same, as arguments of ``explain``."""
+        return {"method": self.method, "seed": self.seed, "search_dtype": self.search_dtype, **self.params}
 
 
 class RunPlan(Protocol):
@@ -140,11 +163,17 @@ def explain(
         )
     return Heatmap(
         **run(
-            replay, image, method=method, tokens=tokens, against=against, seed=seed, strengthen=strengthen,
-            progress=progress, plan=plan, search_dtype=search_dtype, params=params,
+            replay,
+            image,
+            Recipe(method, params, seed, search_dtype),
+            tokens=tokens,
+            against=against,
+            strengthen=strengthen,
+            progress=progress,
+            plan=plan,
         ),
         image_index=image,
-    )  # fmt: skip
+    )
 
 
 def frame_of(replay: ReplayLike | Trace, image: int) -> Clip | None:
@@ -163,24 +192,22 @@ def target_of(replay: ReplayLike | Trace, image: int) -> int | Clip:
 def run(
     replay: ReplayLike | Trace,
     target: int | Clip,
+    recipe: Recipe,
     *,
-    method: str,
     tokens: Tokens | None,
-    seed: int,
+    against: Against | None,
     strengthen: bool,
     progress: ProgressChoice,
     plan: RunPlan | None,
-    params: Mapping[str, Any],
-    against: Against | None = None,
-    search_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Run a method as ``explain`` says, by an image or by a clip; what its heatmap is made of, by name.
 
     Raises:
         ExplainError, OutOfMemory, SelectionError: as ``explain``.
     """
+    method, seed, search_dtype = recipe.method, recipe.seed, recipe.search_dtype
     function = resolve(method)
-    params = {name: _plain(value) for name, value in params.items()}
+    params = {name: _plain(value) for name, value in recipe.params.items()}
     check_parameters(method, function, params)
     live = not isinstance(replay, Trace)
     check_search(replay, search_dtype)

@@ -20,7 +20,7 @@ from lvlm_probe.errors import ReportError
 from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import Tokens, needs_of, selected
 from lvlm_probe.explainers import methods as known_methods
-from lvlm_probe.explainers.explaining import check_search, target_of
+from lvlm_probe.explainers.explaining import Recipe, check_search, target_of
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.heatmap_store import not_made, reason_of
@@ -176,8 +176,8 @@ def compare(
     else:
         if scores is not None or labels is not None:
             raise ReportError("scores and labels go with heatmaps; replays are judged here")
-        settings = _Settings(image, seed, grid, steps, tokens, against, search_dtype)
-        columns, rows = _made(items, methods, settings, progress)
+        usual = Recipe(seed=seed, search_dtype=search_dtype)
+        columns, rows = _made(items, methods, usual, _Settings(image, grid, steps, tokens, against), progress)
     text = filled(columns, rows, standings(columns, rows), title or _TITLE)
     said = f"{counted(len(columns), 'method')} on {counted(len(rows), 'answer')}"
     return Comparison(write_text(path, text, overwrite=overwrite, said=said), tuple(columns), tuple(rows))
@@ -191,16 +191,14 @@ class _Settings:
     """Settings that are the same for all methods."""
 
     image: int
-    seed: int
     grid: int | Sequence[int] | None
     steps: int | None
-    tokens: Tokens | None = None
-    against: Against | None = None
-    search_dtype: str | None = None
+    tokens: Tokens | None
+    against: Against | None
 
 
 def _made(
-    items: Sequence[Any], methods: Methods | None, settings: _Settings, progress: ProgressChoice
+    items: Sequence[Any], methods: Methods | None, usual: Recipe, settings: _Settings, progress: ProgressChoice
 ) -> tuple[list[str], list[Row]]:
     """Every method on every replay or trace."""
     for item in items:
@@ -210,8 +208,8 @@ def _made(
                 f"{type(item).__name__}"
             )
     for item in items:
-        check_search(item, settings.search_dtype)
-    chosen = _chosen(methods, live=any(not isinstance(item, Trace) for item in items))
+        check_search(item, usual.search_dtype)
+    chosen = _chosen(methods, usual, live=any(not isinstance(item, Trace) for item in items))
     # Before the work, so that words that are not in an answer are told at once.
     answers: list[Any] = [RecordedAnswer(item) if isinstance(item, Trace) else item for item in items]
     image = settings.image
@@ -228,8 +226,8 @@ def _made(
             if selection and not isinstance(item, Trace):
                 item = item.strengthened(selection.decided)  # once: all methods explain against one baseline
             pairs = []
-            for name, (method, params) in chosen.items():
-                pairs.append(_one(item, name, method, params, selection, settings))
+            for name, recipe in chosen.items():
+                pairs.append(_one(item, name, recipe, selection, settings))
                 done += 1
                 if advance is not None:
                     advance(done, total)
@@ -238,30 +236,29 @@ def _made(
 
 
 def _one(
-    item: Any, name: str, method: str, params: Mapping[str, Any], selection: TokenSelection, settings: _Settings
+    item: Any, name: str, recipe: Recipe, selection: TokenSelection, settings: _Settings
 ) -> tuple[Heatmap | ClipHeatmap, Score | None]:
     """One method on one answer. Whatever goes wrong in it is told in its place and costs the others nothing."""
-    image, seed = settings.image, settings.seed
-    same: dict[str, Any] = {"seed": seed, "search_dtype": settings.search_dtype, "progress": False}
-    target = target_of(item, image)
+    target = target_of(item, settings.image)
     try:
-        asked: dict[str, Any] = {"method": method, "tokens": selection, "strengthen": False, **same, **params}
+        asked: dict[str, Any] = {"tokens": selection, "strengthen": False, "progress": False, **recipe.asked}
         heat = explain_by(item, target=target, **asked)
     except Exception as error:
-        heat = not_made(item, method, selection, error, image=image, params=params)
+        heat = not_made(item, recipe.method, selection, error, image=settings.image, params=recipe.params)
     if name != heat.method:
         heat = dataclasses.replace(heat, provenance={**heat.provenance, "label": name})
     if isinstance(item, Trace) or heat.values is None:
         return heat, None
     try:
         grid = settings.grid if isinstance(target, int) else None  # a video is ranked on the heatmap's own cells
-        return heat, evaluate(heat, item, grid=grid, steps=settings.steps, curve=CurveRule(seed=seed), progress=False)
+        curve = CurveRule(seed=recipe.seed)
+        return heat, evaluate(heat, item, grid=grid, steps=settings.steps, curve=curve, progress=False)
     except Exception as error:
         return dataclasses.replace(heat, provenance={**heat.provenance, "not_judged": reason_of(error)}), None
 
 
-def _chosen(methods: Methods | None, *, live: bool) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Label → method and parameters. Raises ``ExplainError`` for an unknown name."""
+def _chosen(methods: Methods | None, usual: Recipe, *, live: bool) -> dict[str, Recipe]:
+    """Label → how its maps are made. Raises ``ExplainError`` for an unknown name."""
     everything = known_methods()  # plugins register when they are looked for
     if methods is None:
         alone = [name for name in everything if not {"passes", "gradients"} & needs_of(name)]
@@ -271,12 +268,12 @@ def _chosen(methods: Methods | None, *, live: bool) -> dict[str, tuple[str, Mapp
     elif isinstance(methods, str):
         methods = [methods]
     settings = methods if isinstance(methods, Mapping) else {name: {} for name in methods}
-    chosen: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    chosen: dict[str, Recipe] = {}
     for label, params in settings.items():
         params = dict(params)
         method = str(params.pop("method", label))
         needs_of(method)
-        chosen[str(label)] = method, params
+        chosen[str(label)] = dataclasses.replace(usual, method=method, params=params)
     if not chosen:
         raise ReportError("compare() was given no methods; leave methods out for a usual set, or name some")
     return chosen

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.explaining import RunPlan, Tokens, run
+from lvlm_probe.explainers.explaining import Recipe, RunPlan, Tokens, run
 from lvlm_probe.explainers.explaining import explain as explain_image
 from lvlm_probe.explainers.registry import METHODS, resolve
 from lvlm_probe.heatmap import Heatmap
@@ -76,9 +76,15 @@ def explain(
     if not METHODS[method].clips:
         raise ExplainError(f"{method} does not explain by a video; these do: {', '.join(clip_methods())}")
     made = run(
-        replay, mine, method=method, tokens=tokens, against=against, seed=seed, strengthen=strengthen,
-        progress=progress, plan=plan, search_dtype=search_dtype, params=params,
-    )  # fmt: skip
+        replay,
+        mine,
+        Recipe(method, params, seed, search_dtype),
+        tokens=tokens,
+        against=against,
+        strengthen=strengthen,
+        progress=progress,
+        plan=plan,
+    )
     return ClipHeatmap(**made, clip=mine)
 
 

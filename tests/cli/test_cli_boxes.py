@@ -37,8 +37,12 @@ def test_boxes_are_listed_drawn_and_mapped(trace: Path, tmp_path: Path) -> None:
     (record,) = succeed("boxes", trace, "--boxes", "pixels", *options, "--json").json
     assert record["pixels"] == [10, 20, 330, 320] and record["verdict"] in ("agrees", "partly", "elsewhere")
     assert MapFile(Path(record["map"])).read().provenance["box"]["verdict"] == record["verdict"]
-    (low,) = succeed("boxes", trace, "--boxes", "pixels", *options, "--search-dtype", "bfloat16", "--json").json
-    assert MapFile(Path(low["map"])).read().search_dtype == "bfloat16" and low["map"] != record["map"]
+    made = ("--search-dtype", "bfloat16", "--seed", "3")
+    (low,) = succeed("boxes", trace, "--boxes", "pixels", *options, *made, "--json").json
+    heat = MapFile(Path(low["map"])).read()
+    assert (heat.search_dtype, heat.provenance["seed"]) == ("bfloat16", 3) and low["map"] != record["map"]
+    refused = run("boxes", trace, "--boxes", "pixels", *options, "--budget", "9")
+    assert refused.code == 2 and "occlusion takes no parameter 'budget'" in refused.err
 
 
 def test_it_refuses_in_a_sentence(trace: Path, tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def _methods(names: str) -> list[str]:
 def _settings(answer: _Answer, method: str, judging: Mapping[str, Any]) -> MapSettings:
     clips = answer.trace.clips
     image = clips[0].first if clips else 0
-    return MapSettings(method, {}, image, seed=judging["curve"].seed, scored=False, search_dtype=answer.search_dtype)
+    return MapSettings(method, {}, judging["curve"].seed, answer.search_dtype, image, scored=False)
 
 
 def _judged(answer: _Answer, judging: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,10 +8,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from lvlm_probe.cli.shared.completion import complete_method
 from lvlm_probe.cli.shared.models import DEMO, load_model
-from lvlm_probe.cli.shared.options import Asked, Loading
+from lvlm_probe.cli.shared.options import Asked, Loading, SearchDtype
 from lvlm_probe.cli.shared.terminal import agrees, one_line
 from lvlm_probe.errors import ImageError, ProbeError, TraceError
 from lvlm_probe.escaping import first_line
@@ -19,8 +22,45 @@ from lvlm_probe.escaping import first_line
 if TYPE_CHECKING:
     from PIL import Image
 
+    from lvlm_probe.explainers import Recipe
     from lvlm_probe.serving import Server
     from lvlm_probe.trace import Trace
+
+
+@dataclass(frozen=True)
+class Making:
+    """How maps are made."""
+
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            autocompletion=complete_method,
+            help="Which explainer; plugins add more. Default: igos++; on a server rise, it has no gradients.",
+        ),
+    ] = None
+    param: Annotated[
+        list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method; repeatable.")
+    ] = None
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            "--budget",
+            metavar="N",
+            min=1,
+            help="Passes forward at most for a map. Default: as many as igos++ finds it needs, 32 to 188.",
+        ),
+    ] = None
+    search_dtype: SearchDtype = None
+    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0
+
+    def recipe(self, usual: str = "igos++") -> Recipe:
+        """What maps are made by, of the method ``usual`` where none is named. Raises ``ProbeError`` for a ``--param``
+        that cannot be read."""
+        from lvlm_probe.explainers import Recipe
+
+        params = parameters(self.param or []) | ({} if self.budget is None else {"budget": self.budget})
+        return Recipe(self.method or usual, params, self.seed, self.search_dtype)
 
 
 @dataclass(frozen=True)

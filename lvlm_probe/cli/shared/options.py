@@ -125,9 +125,6 @@ Words = Annotated[
     list[str] | None,
     typer.Option("--words", metavar="TEXT", help="Of this word or phrase of the answer; repeatable."),
 ]
-MethodParameters = Annotated[
-    list[str] | None, typer.Option("--param", metavar="NAME=VALUE", help="A parameter of the method; repeatable.")
-]
 SearchDtype = Annotated[
     str | None,
     typer.Option(
