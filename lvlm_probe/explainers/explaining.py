@@ -24,12 +24,12 @@ from lvlm_probe.explainers.registry import (
     needs_of,
     resolve,
     stands_for,
-    told_by_kind,
 )
 from lvlm_probe.explainers.scores import NO_SIGHT, check_rules, no_effect, no_slope, whole_rule
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.kinds import is_whole, told_by_kind
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay, ReplayLike
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
@@ -324,7 +324,7 @@ def selected(replay: Replay, tokens: Tokens | None, against: Against | None = No
     if isinstance(tokens, str):
         return select_tokens(replay, words=tokens, against=against)
     items: list[Any] = list(tokens) if isinstance(tokens, Sequence) else []
-    if items and all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+    if items and all(map(is_whole, items)):
         # A tuple of two is a span, as in select_tokens; a list is a list of token numbers, however long.
         if isinstance(tokens, tuple) and len(items) == 2:
             return select_tokens(replay, span=(items[0], items[1]), against=against)

@@ -29,19 +29,18 @@ import difflib
 import html
 import importlib
 import inspect
-import numbers
 import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 
-from lvlm_probe.errors import ExplainError, ProbeError
+from lvlm_probe.errors import ExplainError
+from lvlm_probe.kinds import is_whole, told_by_kind, wrong_kind
 from lvlm_probe.models.inputs import index_on
 from lvlm_probe.plugins import check_registration, load_plugins
 from lvlm_probe.progress import Progress
@@ -167,11 +166,11 @@ class Problem:
             return self.grid(size, cells=cells)
         if isinstance(size, (tuple, list)) and len(size) == 3:
             steps, size = size[0], tuple(size[1:])
-            if not isinstance(steps, int) or steps < 1:
+            if not is_whole(steps) or int(steps) < 1:
                 raise ExplainError(f"a clip's mask has at least one step in time; got {steps!r}")
         else:
             steps = min(self.clip.frames, MOST_STEPS)
-        return steps, *self.grid(size, cells=cells)
+        return int(steps), *self.grid(size, cells=cells)
 
     def grid(self, size: int | Sequence[int] | None, *, cells: int = 256) -> tuple[int, int]:
         """Mask size ``(row, col)``: ``n`` is n × n, ``None`` about ``cells`` cells as square as the image allows."""
@@ -180,9 +179,9 @@ class Problem:
             rows = max(1, round((cells * height / width) ** 0.5))
             return rows, max(1, round(cells / rows))
         pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-        if len(pair) != 2 or not all(isinstance(edge, int) and edge >= 1 for edge in pair):
+        if len(pair) != 2 or not all(is_whole(edge) and int(edge) >= 1 for edge in pair):
             raise ExplainError(f"size is a number of cells or (rows, columns), both at least 1; got {size!r}")
-        return pair[0], pair[1]
+        return int(pair[0]), int(pair[1])
 
     def seen(self, shape: Shape) -> torch.Tensor:
         """Which cells of a grid on the image, or of tubes in the clip, the model sees, bool, on the CPU."""
@@ -263,12 +262,6 @@ class Cost:
 
 CostRule = Callable[["Problem", Mapping[str, Any]], Cost]
 """The cost of a method on a problem (its image; no selection yet) with all its parameters, defaults included."""
-
-
-class Explainer(Protocol):
-    """The signature of a registered method; its parameters are keyword-only."""
-
-    def __call__(self, problem: Problem, /, **params: Any) -> Outcome: ...
 
 
 @dataclass(frozen=True)
@@ -476,78 +469,10 @@ def check_parameters(name: str, known: Sequence[str] | Callable[..., Outcome], p
         for parameter in sorted(params.keys() & named.keys()):
             kind, value = _AT_ONCE.get(str(getattr(named[parameter], "__name__", named[parameter]))), params[parameter]
             if kind and (value is None or isinstance(value, str | Mapping | Sequence)):
-                raise _wrong_kind(name, parameter, kind, value)
+                raise wrong_kind(name, parameter, kind, value)
     for parameter in params:
         if parameter not in known:
             raise ExplainError(f"{name} takes no parameter {parameter!r}{_closest(parameter, known)}")
-
-
-@contextmanager
-def told_by_kind(name: str, function: Callable[..., object], params: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, an error of Python's that a parameter of the wrong kind makes is one that names the parameter.
-
-    A method says in words of its own what is out of range; that a text or a list stands for a number, it need not look
-    for.
-
-    Raises:
-        ExplainError: a parameter is not of the kind that the method's annotation names.
-    """
-    try:
-        yield
-    except (TypeError, AttributeError, ValueError, IndexError) as error:
-        kinds = {} if isinstance(error, ProbeError) else _kinds_of(function)
-        for parameter in params.keys() & kinds.keys():
-            if not _is_of(params[parameter], kinds[parameter]):
-                raise _wrong_kind(name, parameter, kinds[parameter], params[parameter]) from error
-        raise
-
-
-def _wrong_kind(name: str, parameter: str, kind: Any, value: object) -> ExplainError:
-    return ExplainError(f"{name}: {parameter} is {_said(kind)}; got {parameter}={value!r:.200}")
-
-
-def _kinds_of(function: Callable[..., object]) -> dict[str, Any]:
-    """The annotations of a method's parameters by name; none where they cannot be read."""
-    try:
-        signature = inspect.signature(function, eval_str=True).parameters.values()
-    except Exception:  # names that are known to type checkers alone, of a plugin
-        return {}
-    return {one.name: one.annotation for one in signature if one.annotation is not inspect.Parameter.empty}
-
-
-_TOLD = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", type(None): "None"}
-
-
-def _is_of(value: object, kind: Any) -> bool:
-    """Whether a value is of the kind that an annotation names; what is neither number, text nor list is not judged."""
-    origin, inner = get_origin(kind) or kind, get_args(kind)
-    if origin in (Any, object) or not (inner or origin is None or isinstance(origin, type)):
-        return True
-    if origin in (Union, UnionType):
-        return any(_is_of(value, each) for each in inner)
-    if origin is Literal:
-        return any(type(value) is type(each) for each in inner)
-    if origin in (None, type(None)):
-        return value is None
-    if origin in (int, float):
-        return isinstance(value, numbers.Integral if origin is int else numbers.Real) and not isinstance(value, bool)
-    if origin in (bool, str) or origin is Mapping:
-        return isinstance(value, origin)
-    if origin in (tuple, list, Sequence):
-        of = [each for each in inner if each is not Ellipsis]
-        return isinstance(value, list | tuple) and all(any(_is_of(one, each) for each in of or [Any]) for one in value)
-    return not isinstance(value, bool | numbers.Real | str | Mapping | list | tuple | None)
-
-
-def _said(kind: Any) -> str:
-    origin, inner = get_origin(kind) or kind, get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(map(_said, inner)))
-    if origin is Literal:
-        return " or ".join(map(repr, inner))
-    if origin in (tuple, list, Sequence):
-        return f"a list, each {_said(inner[0])}" if inner else "a list"
-    return _TOLD.get(origin) or f"a {getattr(origin, '__name__', origin)}"
 
 
 def _closest(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ import torch
 from lvlm_probe.boxes.painting import paint, pitch
 from lvlm_probe.errors import ExplainError, ImageError, MaskError, ProcessorRefused
 from lvlm_probe.explainers.registry import Outcome, Problem, Shape
+from lvlm_probe.kinds import is_whole
 from lvlm_probe.replaying.own_scores import OwnScore
 from lvlm_probe.replaying.protocol import Estimating
 
@@ -189,11 +189,6 @@ def sign_rule(sign: object) -> tuple[object, bool, str]:
 def score_rule(score: object) -> tuple[object, bool, str]:
     """The rule of a ``score`` parameter, for ``check_rules``."""
     return score, score in get_args(ScoreKind), "'log', 'prob' or 'geometric'"
-
-
-def is_whole(number: object) -> TypeGuard[Integral]:
-    """Whether it is a whole number, of any library."""
-    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def whole_rule(number: object, at_least: int = 1, *, or_none: bool = False) -> tuple[object, bool, str]:

@@ -43,6 +43,7 @@ from lvlm_probe.files import found_within
 from lvlm_probe.importing.refusals import BadRow, reason_of, shortened
 from lvlm_probe.importing.row_files import FILES, TABLES, count_rows, kind_of, line_at, lines_of, parsed, rows_in
 from lvlm_probe.importing.shapes import FIELDS, IDS, SHAPES, fields_of, is_request, keys_of
+from lvlm_probe.kinds import is_whole
 from lvlm_probe.trace.image_files import decode_image, open_image
 
 if TYPE_CHECKING:
@@ -473,7 +474,7 @@ def _name(value: Any) -> str | None:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return is_whole(value) and int(value) >= 0
 
 
 def _open(source: str | bytes, directories: Sequence[Path], fetch: bool) -> Image.Image:

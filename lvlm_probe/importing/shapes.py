@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lvlm_probe.importing.refusals import BadRow, shortened
+from lvlm_probe.kinds import is_whole
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "image": ("image", "images", "image_path", "image_file"),
@@ -322,7 +323,7 @@ def _ending(said: Mapping[str, Any]) -> dict[str, Any]:
         finish = finish.get("type")
     if not isinstance(finish, str):
         return {}
-    own = known and (matched is None or (isinstance(matched, int) and not isinstance(matched, bool)))
+    own = known and (matched is None or is_whole(matched))
     return {"finish": shortened(finish, 40), "ended": finish == "stop" and own}
 
 

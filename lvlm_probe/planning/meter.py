@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lvlm_probe.errors import ExplainError, ProbeError
+from lvlm_probe.kinds import is_whole
 from lvlm_probe.models.quantised import stored_tensors
 
 _SPAN = "lvlm_probe.span"
@@ -273,8 +274,8 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 def parse_bytes(size: int | str) -> int:
     """Bytes of ``"24GB"`` (10⁹), ``"24GiB"`` (2³⁰), ``"512M"``, or a number. Raises ``ProbeError`` for all else."""
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
+    if is_whole(size) and int(size) > 0:
+        return int(size)
     found = _SIZE.fullmatch(size) if isinstance(size, str) else None
     if found is None or float(found[1]) <= 0:
         raise ProbeError(f"memory is a number of bytes or a size such as '24GB' or '512MiB'; got {size!r}")

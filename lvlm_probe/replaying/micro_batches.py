@@ -16,12 +16,12 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 import torch
 
 from lvlm_probe.errors import OutOfMemory, ProbeError, ReplayError
+from lvlm_probe.kinds import is_whole
 from lvlm_probe.models.quantised import stored_tensors
 from lvlm_probe.models.replica import Replica, duplicated
 
@@ -74,7 +74,7 @@ class Limits:
     def __post_init__(self) -> None:
         """Raises ``ReplayError`` for what is no number of masks."""
         count: object = self.micro_batch
-        if count is not None and not (isinstance(count, Integral) and int(count) >= 1):
+        if count is not None and not (is_whole(count) and int(count) >= 1):
             raise ReplayError(f"micro_batch is a number of masks, at least 1; got {self.micro_batch!r}")
 
 

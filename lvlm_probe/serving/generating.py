@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 from lvlm_probe.errors import ReplayError
+from lvlm_probe.kinds import is_whole
 from lvlm_probe.serving.messages import Prompt, Said, aligned
 from lvlm_probe.serving.roads import Untrue, continued, log_prob_in, spoken_in
 
@@ -178,8 +179,4 @@ def _first(reply: Any, name: str) -> dict[str, Any]:
 
 
 def _is_ids(value: Any) -> TypeGuard[list[int]]:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value)
-    )
+    return isinstance(value, list) and bool(value) and all(is_whole(one) and int(one) >= 0 for one in value)

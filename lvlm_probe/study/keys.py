@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from lvlm_probe.kinds import is_whole
+
 
 @dataclass(frozen=True)
 class Key:
@@ -112,7 +114,7 @@ def checked(hint: Any, value: Any, key: Key | None = None) -> Any:
             raise WrongValue(f"is one of {', '.join(get_args(wanted))}, not {short(value)}")
     elif origin is tuple:
         items = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        if not all(map(is_whole, items)):
             raise WrongValue(f"is a list of whole numbers, not {short(value)}")
         return tuple(items)
     elif isinstance(origin, type) and issubclass(origin, Mapping):

@@ -489,7 +489,7 @@ def test_what_is_no_trace_model_number_of_masks_or_image_is_told() -> None:
     for first, second, said in cases:
         with pytest.raises(probe.errors.ReplayError, match=said):
             probe.replay(first, second, processor)  # type: ignore[arg-type]
-    for count in (0, -1, 2.5, "4"):
+    for count in (0, -1, 2.5, "4", True):
         with pytest.raises(probe.errors.ReplayError, match="micro_batch is a number of masks, at least 1"):
             probe.replay(trace, model, processor, micro_batch=count)  # type: ignore[arg-type]
     replay = inside.replay("llava")
