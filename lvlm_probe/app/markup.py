@@ -17,12 +17,8 @@ MASK_CELLS = 64
 """Cells of the painted mask along a side."""
 
 
-def facts_of(heat: Any, score: Any, *, way_out: str = "Press “Check this map”.") -> str:
-    """Method, settings and verdict of a map, as HTML.
-
-    Args:
-        way_out: what is said of a map that was not checked.
-    """
+def facts_of(heat: Any, score: Any) -> str:
+    """Method, settings and verdict of a map, as HTML; of one that was not checked, how to."""
     verdict = verdict_of(heat, score)
     settings = ", ".join(f"{key} {plain(value)}" for key, value in heat.params.items())
     passes = heat.provenance.get("passes") or {}
@@ -37,7 +33,7 @@ def facts_of(heat: Any, score: Any, *, way_out: str = "Press “Check this map�
             ("Scores", f"deletion {score.deletion:.3f} (low is good), insertion {score.insertion:.3f} (high is good)")
         )
     listed = "".join(f"<dt>{name}</dt><dd>{text_html(value)}</dd>" for name, value in rows)
-    reasons = " ".join(verdict["reasons"]) if score is not None or heat.values is None else way_out
+    reasons = " ".join(verdict["reasons"]) if score is not None or heat.values is None else "Press “Check this map”."
     return (
         f'<p class="lp-verdict lp-{verdict["state"]}"><b>{text_html(verdict["title"])}</b> {text_html(reasons)}</p>'
         f"<dl>{listed}</dl><details><summary>Settings</summary>{text_html(settings)}</details>"

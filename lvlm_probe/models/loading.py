@@ -156,36 +156,6 @@ def _why(source: str | os.PathLike[str], error: Exception) -> str:
     return f"{spec} cannot be loaded as a vision-language model with a processor: {first}"
 
 
-def missing(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> tuple[Missing, ...]:
-    """Find the libraries that a saved model lacks here, by opening its processor and its class without the weights.
-
-    Args:
-        source: a model directory or a hub id.
-        trust_remote_code: run the code that comes with the model.
-
-    Returns:
-        what stands in the way of the processor, then of the model; nothing where both can be had, or where what
-        stands in the way is no library.
-    """
-    found: list[Missing] = []
-    for attempt in (load_processor, _model_on_meta):
-        try:
-            attempt(source, trust_remote_code=trust_remote_code)
-        except Exception as error:
-            if (library := missing_library(error)) is not None and library not in found:
-                found.append(library)
-    return tuple(found)
-
-
-def _model_on_meta(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> torch.nn.Module:
-    """A saved model's modules without its weights: what its class needs, in a moment."""
-    from transformers import AutoConfig
-
-    _register_family(source)
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    return without_weights(config, trust_remote_code=trust_remote_code)
-
-
 def without_weights(
     config: PreTrainedConfig, *, trust_remote_code: bool = False, attn: str | None = None
 ) -> torch.nn.Module:

@@ -3,7 +3,7 @@
 transformers declares what a class needs and raises when it is not there, but by errors of several kinds: a video
 processor's ``ImportError``, a ``ValueError`` from the choice of an image processor, and, where a library is installed
 and does not import, ``Could not import module 'LlamaConfig'`` with the reason hidden in the chain. ``missing_library``
-reads them all; ``missing`` in ``loading`` tries a saved model without its weights.
+reads them all.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from transformers.utils import is_torchvision_available
 
 import lvlm_probe as probe
 from lvlm_probe.errors import LoadError
-from lvlm_probe.models.loading import missing
 from lvlm_probe.models.requirements import EXTRAS, Missing, missing_library
 
 ROOT = Path(__file__).parents[2]
@@ -51,15 +50,11 @@ def renamed(saved: Path, where: Path, **settings: str) -> Path:
 )
 def test_a_processor_without_its_library_is_refused_in_a_sentence(settings, library, part, saved, tmp_path):
     model = renamed(saved, tmp_path / "model", **settings)
-    assert missing(model) == (Missing(library, part),)
     with pytest.raises(LoadError) as refusal:
         probe.load(model)
     assert f'{part} needs {library}, which is not installed: pip install "lvlm-probe[{library}]"' in str(refusal.value)
     assert refusal.value.__cause__ is not None
-
-
-def test_nothing_is_missing_of_a_model_that_can_be_loaded(saved):
-    assert missing(saved) == ()
+    assert missing_library(refusal.value) == Missing(library, part)
 
 
 def test_a_library_that_does_not_import_is_named_with_the_reason(tmp_path):
@@ -72,16 +67,16 @@ def test_a_library_that_does_not_import_is_named_with_the_reason(tmp_path):
     (described / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
     program = (
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}]\n"
-        "import lvlm_probe as probe\nfrom lvlm_probe.models.loading import missing\n"
+        "import lvlm_probe as probe\nfrom lvlm_probe.models.requirements import missing_library\n"
         "try: probe.demo.load()\n"
-        "except probe.errors.LoadError as error: print(error); print(repr(error.__cause__.__cause__))\n"
-        "print([one.library for one in missing(probe.demo.path())])\n"
+        "except probe.errors.LoadError as error:\n"
+        "    print(error, repr(error.__cause__.__cause__), missing_library(error).library, sep='\\n')\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     said, cause, found = done.stdout.splitlines()
     assert "torchvision 0.1 is installed and cannot be imported beside torch" in said
     assert "operator torchvision::nms does not exist" in said and "pip uninstall torchvision" in said
-    assert cause.startswith("RuntimeError") and found == "['torchvision']"
+    assert cause.startswith("RuntimeError") and found == "torchvision"
 
 
 @pytest.mark.parametrize("error", [ValueError("a shape is wrong"), OSError("no such file"), KeyError("torchvision")])

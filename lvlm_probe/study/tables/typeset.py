@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Rank = Literal["best", "second"] | None
 _INK, _GREY, _RULE = "#111111", "#5a5a5a", "#b5bac2"
+_POINTS, _SMALL, _STEP = 8.0, 6.4, 13.2
+"""Size of the letters, of those of intervals and notes, and from line to line."""
 _GAP = 14.0
 """Points between two columns."""
 _BESIDE = 6.0
@@ -50,7 +52,6 @@ def set_table(
     *,
     labels: int,
     notes: Sequence[str],
-    font_size: float = 8,
 ) -> Figure:
     """The table with its title above and its notes below.
 
@@ -60,9 +61,8 @@ def set_table(
         lines: its rows.
         labels: how many of the first columns are texts, set flush left.
         notes: sentences below it.
-        font_size: points.
     """
-    return _Page(title, columns, lines, labels, notes, font_size).drawn
+    return _Page(title, columns, lines, labels, notes).drawn
 
 
 class _Page:
@@ -75,20 +75,17 @@ class _Page:
         lines: Sequence[Line],
         labels: int,
         notes: Sequence[str],
-        font_size: float,
     ) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         self.drawn = Figure(figsize=(1, 1), dpi=_FINE)
         self._renderer = FigureCanvasAgg(self.drawn).get_renderer()
-        self._points, self._step = font_size, 1.65 * font_size
-        self._small = 0.8 * font_size
         self._labels = labels
         self._widths = [
             (
                 max(self._wide(line.cells[place].text, bold=True) for line in lines) if lines else 0.0,
-                max(self._wide(line.cells[place].beside, self._small) for line in lines) if lines else 0.0,
+                max(self._wide(line.cells[place].beside, _SMALL) for line in lines) if lines else 0.0,
             )
             for place in range(len(columns))
         ]
@@ -109,7 +106,7 @@ class _Page:
 
         if not text:
             return 0.0
-        font = FontProperties(size=size or self._points, weight="bold" if bold else "normal")
+        font = FontProperties(size=size or _POINTS, weight="bold" if bold else "normal")
         width, _, _ = self._renderer.get_text_width_height_descent(text, font, ismath=False)
         return float(width) * 72 / _FINE
 
@@ -121,36 +118,36 @@ class _Page:
 
     def _fill(self, title: str, columns: Sequence[str], lines: Sequence[Line], notes: Sequence[str]) -> float:
         y = 0.0
-        for text in self._wrapped(title, self._points * 1.1, bold=True):
-            y += self._step
-            self._parts.append((0.0, y, text, {"size": self._points * 1.1, "weight": "bold"}))
-        y += 0.6 * self._step
+        for text in self._wrapped(title, _POINTS * 1.1, bold=True):
+            y += _STEP
+            self._parts.append((0.0, y, text, {"size": _POINTS * 1.1, "weight": "bold"}))
+        y += 0.6 * _STEP
         self._rule(y, 1.0)
-        y += self._step
+        y += _STEP
         for place, name in enumerate(columns):
             self._heading(place, y, name)
-        y += 0.45 * self._step
+        y += 0.45 * _STEP
         self._rule(y, 0.6)
         before: Sequence[Printed] = ()
         for number, line in enumerate(lines):
             if line.begins and number:
-                y += 0.4 * self._step
+                y += 0.4 * _STEP
                 self._rule(y, 0.4, _RULE)
-            y += self._step
+            y += _STEP
             for place, cell in enumerate(line.cells):
                 # A label stands where it changes.
                 same = place < self._labels - 1 and not line.begins and before and before[place] == cell
                 if not same:
                     self._cell(place, y, cell)
             before = line.cells
-        y += 0.45 * self._step
+        y += 0.45 * _STEP
         self._rule(y, 1.0)
-        y += 0.3 * self._step
+        y += 0.3 * _STEP
         for note in notes:
-            for text in self._wrapped(note, self._small):
-                y += 1.35 * self._small
-                self._parts.append((0.0, y, text, {"size": self._small, "color": _GREY}))
-            y += 0.3 * self._small
+            for text in self._wrapped(note, _SMALL):
+                y += 1.35 * _SMALL
+                self._parts.append((0.0, y, text, {"size": _SMALL, "color": _GREY}))
+            y += 0.3 * _SMALL
         return y
 
     def _heading(self, place: int, y: float, name: str) -> None:
@@ -166,21 +163,21 @@ class _Page:
         right = self._lefts[place] + self._spans[place]
         beside = self._widths[place][1]
         if cell.beside:
-            self._parts.append((right, y, cell.beside, {"ha": "right", "size": self._small, "color": _GREY}))
+            self._parts.append((right, y, cell.beside, {"ha": "right", "size": _SMALL, "color": _GREY}))
         end = right - (beside + _BESIDE if beside else 0)
         self._parts.append((end, y, cell.text, {**style, "ha": "right"}))
         if cell.rank == "second":
-            self._rules.append((end - self._wide(cell.text), end, y + 0.22 * self._points, 0.6, _INK))
+            self._rules.append((end - self._wide(cell.text), end, y + 0.22 * _POINTS, 0.6, _INK))
 
     def _draw(self, height: float) -> None:
         from matplotlib.lines import Line2D
 
-        edge = 0.8 * self._points
+        edge = 0.8 * _POINTS
         wide, high = self._width + 2 * edge, height + 2 * edge
         self.drawn.set_dpi(100)
         self.drawn.set_size_inches(wide / 72, high / 72)
         for x, y, text, style in self._parts:
-            given = {"size": self._points, "color": _INK, "va": "baseline", **style}
+            given = {"size": _POINTS, "color": _INK, "va": "baseline", **style}
             self.drawn.text((edge + x) / wide, 1 - (edge + y) / high, text, parse_math=False, **given)
         for start, end, y, width, colour in self._rules:
             at = 1 - (edge + y) / high
