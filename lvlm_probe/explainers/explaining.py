@@ -7,7 +7,7 @@ import datetime
 import functools
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -205,33 +205,17 @@ def run(
     Raises:
         ExplainError, OutOfMemory, SelectionError: as ``explain``.
     """
-    method, seed, search_dtype = recipe.method, recipe.seed, recipe.search_dtype
-    function = resolve(method)
+    method, live = recipe.method, not isinstance(replay, Trace)
     params = {name: _plain(value) for name, value in recipe.params.items()}
-    check_parameters(method, function, params)
-    live = not isinstance(replay, Trace)
-    check_search(replay, search_dtype)
-    if isinstance(replay, Trace):
-        _refuse_model_work(method)
-        replay = cast(Replay, RecordedAnswer(replay))
-    else:
-        _refuse_what_it_lacks(method, replay)
-        replay = cast(Replay, replay)
+    replay = _checked(replay, dataclasses.replace(recipe, params=params), plan)
     clip, image = (None, target) if isinstance(target, int) else (target, target.first)
     if not 0 <= image < replay.n_images:
         raise ExplainError(f"image={image}, but the prompt has {replay.n_images} image(s), counted from 0")
-    if plan is not None and (plan.method, plan.search_dtype) != (method, search_dtype):
-        planned, wanted = (
-            f"{name!r}" + ("" if dtype is None else f" searched in {dtype}")
-            for name, dtype in ((plan.method, plan.search_dtype), (method, search_dtype))
-        )
-        searched = "" if search_dtype is None else f", search_dtype={search_dtype!r}"
-        raise ExplainError(f"this plan is of {planned}, not of {wanted}: plan(replay, method={method!r}{searched})")
     started = time.perf_counter()
     if live:
         replay = _counted(replay, plan)
     # A method declares its cost by the image and its parameters: no tokens need to be selected for it.
-    unselected = Problem(replay, cast(TokenSelection, None), image, seed, live=live, clip=clip)
+    unselected = Problem(replay, cast(TokenSelection, None), image, recipe.seed, live=live, clip=clip)
     images = functools.cache(lambda: cost_of(method, unselected, params).forward)
     if live:
         replay.announce(method, images, None)
@@ -247,11 +231,11 @@ def run(
         if live and strengthen:
             replay = replay.strengthened(selection.decided)
         with show_progress(progress, f"explaining by {method}") as advance:
-            problem = dataclasses.replace(problem, replay=replay, progress=advance).searched_in(search_dtype)
-            outcome = _run(function, problem, method, params)
+            problem = dataclasses.replace(problem, replay=replay, progress=advance).searched_in(recipe.search_dtype)
+            outcome = _run(problem, method, params)
     values = outcome.values
     _check_values(values, method, 2 if clip is None else 3)
-    provenance = _provenance(replay, seed, time.perf_counter() - started)
+    provenance = _provenance(replay, recipe.seed, time.perf_counter() - started)
     if before is not None:
         provenance |= before.since(problem, plan)
     if outcome.diagnostics:
@@ -268,6 +252,25 @@ def run(
         "reason": outcome.reason,
         "trace": cast(Trace, replay.trace),
     }
+
+
+def _checked(replay: ReplayLike | Trace, recipe: Recipe, plan: RunPlan | None) -> Replay:
+    """What a method runs on. Raises ``ExplainError`` where it cannot, or not as the recipe or the plan has it."""
+    method, dtype = recipe.method, recipe.search_dtype
+    check_parameters(method, resolve(method), recipe.params)
+    check_search(replay, dtype)
+    if isinstance(replay, Trace):
+        _refuse_model_work(method)
+    else:
+        _refuse_what_it_lacks(method, replay)
+    if plan is not None and (plan.method, plan.search_dtype) != (method, dtype):
+        planned, wanted = (
+            f"{name!r}" + ("" if searched is None else f" searched in {searched}")
+            for name, searched in ((plan.method, plan.search_dtype), (method, dtype))
+        )
+        more = "" if dtype is None else f", search_dtype={dtype!r}"
+        raise ExplainError(f"this plan is of {planned}, not of {wanted}: plan(replay, method={method!r}{more})")
+    return cast(Replay, RecordedAnswer(replay) if isinstance(replay, Trace) else replay)
 
 
 def _plain(value: Any) -> Any:
@@ -390,8 +393,9 @@ def check_search(replay: ReplayLike | Trace, dtype: str | None) -> None:
     check_reducible(replay.model, dtype)
 
 
-def _run(function: Callable[..., Outcome], problem: Problem, method: str, params: Mapping[str, Any]) -> Outcome:
+def _run(problem: Problem, method: str, params: Mapping[str, Any]) -> Outcome:
     """The method's outcome, or the reason why the image plays no part."""
+    function = resolve(method)
     reason = no_effect(problem)
     if reason is not None:
         return Outcome(None, params, reason=reason)
