@@ -29,10 +29,10 @@ from lvlm_probe.boxes.sign_code import boxes_by_sign_code
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.images import ImagePath, PixelPath
+from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.families import Places
 from lvlm_probe.models.wrappers import computes
 from lvlm_probe.replaying.isolation import outside_inference_mode
-from lvlm_probe.replaying.micro_batches import ran_out
 from lvlm_probe.trace.clips import Clip, images_of
 
 if TYPE_CHECKING:

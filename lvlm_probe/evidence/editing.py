@@ -29,12 +29,12 @@ from lvlm_probe.explainers.curve_points import curve_masks, rank
 from lvlm_probe.explainers.explaining import Tokens, selected
 from lvlm_probe.metrics.localization import boxes_to_mask
 from lvlm_probe.metrics.scoring import BaselineChoice, check_answer, over_baseline
+from lvlm_probe.models.exhaustion import does_not_fit, ran_out
 from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.tokenizers import display_pieces, special_flags, stops_of, tokenizer_of
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import outside_inference_mode
-from lvlm_probe.replaying.micro_batches import does_not_fit, ran_out
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:

@@ -23,9 +23,9 @@ from lvlm_probe.errors import ExplainError, OutOfMemory
 from lvlm_probe.explainers.attention_relevance import Scope, Walk, parts_of
 from lvlm_probe.explainers.registry import Cost, Outcome, Problem, register
 from lvlm_probe.explainers.scores import finish
+from lvlm_probe.models.exhaustion import out_of_memory
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
-from lvlm_probe.replaying.micro_batches import out_of_memory
 
 
 def _cost(_problem: Problem, params: Mapping[str, Any]) -> Cost:

@@ -12,9 +12,10 @@ import torch
 
 from lvlm_probe.errors import ExplainError, OutOfMemory, ReplayError
 from lvlm_probe.files import json_ready
+from lvlm_probe.models.exhaustion import out_of_memory, ran_out
 from lvlm_probe.planning.meter import available, show_bytes, weight_bytes
 from lvlm_probe.planning.rehearsal import CostModel, cost_model
-from lvlm_probe.replaying.micro_batches import CPU_BYTES, out_of_memory, ran_out, weights_on_cards
+from lvlm_probe.replaying.micro_batches import CPU_BYTES, weights_on_cards
 
 if TYPE_CHECKING:
     from lvlm_probe.explainers.registry import Cost

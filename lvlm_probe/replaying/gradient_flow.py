@@ -19,8 +19,8 @@ import torch
 
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.replica import Replica
-from lvlm_probe.replaying.micro_batches import ran_out
 from lvlm_probe.replaying.protocol import ReplayLike
 
 _AGREE = 0.1

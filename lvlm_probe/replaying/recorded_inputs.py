@@ -17,7 +17,7 @@ from lvlm_probe.errors import ProbeError, ReplayError
 from lvlm_probe.escaping import first_line
 from lvlm_probe.models.anatomy import Anatomy, examine
 from lvlm_probe.models.drivers import probed_model
-from lvlm_probe.replaying.micro_batches import does_not_fit, ran_out
+from lvlm_probe.models.exhaustion import does_not_fit, ran_out
 
 if TYPE_CHECKING:
     from lvlm_probe.trace.records import TraceLike

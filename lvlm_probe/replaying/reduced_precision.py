@@ -24,9 +24,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.hooks import HookSet, replaced
+from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.quantised import stored_tensors
 from lvlm_probe.models.wrappers import every_module
-from lvlm_probe.replaying.micro_batches import ran_out
 
 DTYPES = {"bfloat16": torch.bfloat16}
 """Number formats of a search, by name. Not float16, whose range gradients fall out of on their way."""

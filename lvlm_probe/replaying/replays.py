@@ -21,6 +21,7 @@ from lvlm_probe.images import PixelPath
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.models.anatomy import examine
 from lvlm_probe.models.drivers import Driver, probed_model
+from lvlm_probe.models.exhaustion import does_not_fit, ran_out
 from lvlm_probe.models.inputs import index_on, is_separate
 from lvlm_probe.models.precision import differentiate_scaled, epsilon_of
 from lvlm_probe.models.replica import Replica
@@ -33,12 +34,10 @@ from lvlm_probe.replaying.micro_batches import (
     Limits,
     Recomputed,
     Run,
-    does_not_fit,
     in_micro_batches,
     masks_at_once,
     noise_like,
     noise_seeds,
-    ran_out,
 )
 from lvlm_probe.replaying.own_scores import OwnScore
 from lvlm_probe.replaying.protocol import MaskJournal, Mode, Need, Score, Stand

@@ -30,8 +30,9 @@ import torch
 
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.models.anatomy import Anatomy, text_stack
+from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.wrappers import every_module
-from lvlm_probe.replaying.micro_batches import PassCounter, ran_out
+from lvlm_probe.replaying.micro_batches import PassCounter
 from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing
 
 _log = logging.getLogger("lvlm_probe")

@@ -25,11 +25,11 @@ import torch
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.inputs import cache_in, index_on, input_device, list_inputs
 from lvlm_probe.models.precision import epsilon_of
 from lvlm_probe.models.replica import Replica
 from lvlm_probe.replaying.isolation import checkpointed, even_gradients, patch_gradients
-from lvlm_probe.replaying.micro_batches import ran_out
 from lvlm_probe.replaying.own_scores import Given, OwnScore
 
 _OWN_ROUND = 1.5

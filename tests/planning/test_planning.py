@@ -20,9 +20,9 @@ import lvlm_probe as probe
 from lvlm_probe import causal
 from lvlm_probe.errors import ExplainError, OutOfMemory, ProbeError
 from lvlm_probe.explainers import Problem, resolve
+from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.planning import Pace, Plan, expected, parse_bytes, show_bytes, table, weight_bytes
 from lvlm_probe.planning.meter import Meter
-from lvlm_probe.replaying.micro_batches import ran_out
 
 
 @pytest.fixture(scope="module")
