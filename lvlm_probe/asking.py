@@ -25,6 +25,7 @@ from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import explain
 from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.metrics import Score, evaluate
+from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.pages import report
 from lvlm_probe.recording.answering import record_answer
 from lvlm_probe.replaying import Replay, replay
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from lvlm_probe.words import Word
 
 
+@told_out_of_memory
 def ask(
     model: torch.nn.Module,
     processor: Any,

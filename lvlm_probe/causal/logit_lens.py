@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.causal.tokens import placed_tokens
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.tokenizers import tokenizer_of, top_pieces
 from lvlm_probe.replaying import Replay
 
@@ -66,6 +67,7 @@ class LogitLens:
         return int(np.lexsort(((high - low).prod(axis=1), np.square(off).sum(axis=1)))[0])
 
 
+@told_out_of_memory
 def logit_lens(replay: ReplayLike, *, image: int = 0, top: int = 5) -> LogitLens:
     """Read words off the states of image tokens, behind every layer of the decoder; one forward pass.
 

@@ -29,7 +29,7 @@ from lvlm_probe.explainers.curve_points import curve_masks, rank
 from lvlm_probe.explainers.explaining import Tokens, selected
 from lvlm_probe.metrics.localization import boxes_to_mask
 from lvlm_probe.metrics.scoring import BaselineChoice, check_answer, over_baseline
-from lvlm_probe.models.exhaustion import does_not_fit, ran_out
+from lvlm_probe.models.exhaustion import does_not_fit, ran_out, told_out_of_memory
 from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.tokenizers import display_pieces, special_flags, stops_of, tokenizer_of
 from lvlm_probe.progress import ProgressChoice, show_progress
@@ -134,6 +134,7 @@ class Edit:
 
 
 @outside_inference_mode
+@told_out_of_memory
 def edit(
     replay: Replay,
     heat: Heatmap | ClipHeatmap | None = None,

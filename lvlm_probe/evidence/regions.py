@@ -21,6 +21,7 @@ from lvlm_probe.explainers.explaining import scored_by
 from lvlm_probe.explainers.scores import Followed, even_masks, followed, too_narrow
 from lvlm_probe.metrics import Score
 from lvlm_probe.metrics.scoring import check_answer, over_baseline
+from lvlm_probe.models.exhaustion import told_out_of_memory
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
@@ -75,6 +76,7 @@ class Region:
         return f"{100 * self.kept:.0f} % of the score stays with {100 * self.area:.2g} % of the image, in ({place})"
 
 
+@told_out_of_memory
 def region(source: ReplayLike | Score, heat: Heatmap, *, keep: float = 0.9) -> Region:
     """Find the smallest area of a map's ranked cells that keeps a share of the score.
 

@@ -27,6 +27,8 @@ from lvlm_probe.models.exhaustion import out_of_memory
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.replaying.capture import AttentionLayer
 
+_TOO_MANY = "the {} points of the path do not fit into memory at once; give points=…"
+
 
 def _cost(_problem: Problem, params: Mapping[str, Any]) -> Cost:
     paper = params["variant"] == "paper"
@@ -69,9 +71,10 @@ def iia(
     def per_point(layer: AttentionLayer, value: Tensor) -> Tensor:
         """``(point * view, head, row, key)`` → ``(point, view, head, row, key)``."""
         if layer.batch % batch:
+            if len(replay.limits.recovered) > recovered:
+                raise OutOfMemory(too_many)
             raise ExplainError(
-                f"the {batch} points of the path did not stay in one batch (micro-batches, or memory ran out); "
-                f"give fewer points than {count}"
+                f"the {batch} points of the path did not stay in one batch; give fewer points than {count}"
             )
         return value.reshape(batch, layer.batch // batch, *value.shape[1:])
 
@@ -95,6 +98,7 @@ def iia(
     walk = Walk(problem, scope, bar, normalised=variant == "iia2", last_factor=last_factor, encoder=encoder)
     _check_batched(walk)
     replay = problem.replay.over("blank") if variant == "iia2" else problem.replay
+    recovered, too_many = len(replay.limits.recovered), _TOO_MANY.format(batch)
     if variant == "iia2" and scope == "encoder":
         scaled += _last_read(problem, walk.lowest_part)
     with replay.capture(attention=walk.parts, visit=walk, edit=scale_last if scale is not None else None) as seen:
@@ -104,9 +108,7 @@ def iia(
         try:
             replay.score_and_grad(problem.even(blend), problem.score, image=problem.target, micro_batch=batch)
         except (torch.OutOfMemoryError, MemoryError, OutOfMemory) as error:
-            raise out_of_memory(
-                f"the {batch} points of the path do not fit into memory at once; give points=…", error
-            ) from error
+            raise out_of_memory(too_many, error) from error
     problem.advance(1, 1)
     grid, met = walk.painted(size)
     params: dict[str, Any] = {"variant": variant, "points": count, "scope": scope, "encoder": encoder}

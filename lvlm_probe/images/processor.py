@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from lvlm_probe.errors import ImageError, ProcessorRefused
 from lvlm_probe.images.positions import Geometry
 from lvlm_probe.images.tracing import trace_geometry
+from lvlm_probe.models.exhaustion import ran_out
 
 NOT_KEPT = ("images", "return_tensors", "device")
 """Arguments of a processor call that are of the moment: what it was given, and where its outputs were wanted."""
@@ -58,6 +59,8 @@ class BlackBox:
         try:
             out = self.call(images=given, return_tensors="pt", **self._kwargs)
         except Exception as error:
+            if ran_out(error):
+                raise
             sizes = ", ".join(f"{image.width}x{image.height} {image.mode}" for image in images)
             raise ImageError(
                 f"{self.name} cannot process {sizes}: {type(error).__name__}: {error}. The same call fails outside "

@@ -55,7 +55,7 @@ def out_of_memory(sentence: str, error: BaseException | None) -> OutOfMemory:
 
 def does_not_fit(what: str, error: BaseException, way_out: str) -> OutOfMemory:
     """``out_of_memory`` of a pass: what did not fit, the device's own words, and the ways out."""
-    reason = str(error).strip().split("\n")[0]
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
     advice = f"load the model in bfloat16 or with device_map='auto', or {way_out}"
     return out_of_memory(f"{what} ({reason}); {advice}", error)
 

@@ -21,6 +21,7 @@ import torch
 from lvlm_probe._version import versions_of
 from lvlm_probe.files import json_ready
 from lvlm_probe.models.drivers import called_model, probed_model
+from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.quantised import is_packed, plain_value, stored_shape
 from lvlm_probe.models.wrappers import active_adapters, computing_buffers, computing_parameters, stored_value
 
@@ -72,8 +73,10 @@ def _sampled(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> bytes:
     if tensor.device.type != "meta" and not is_packed(tensor):
         try:
             return _values(tensor)
-        except Exception:  # a subclass: quantised or distributed weights, which need not know how to be indexed
-            pass
+        except Exception as error:
+            if ran_out(error):
+                raise
+            # A subclass: quantised or distributed weights, which need not know how to be indexed.
     state = (None if tensor.is_inference() else tensor._version, tensor.dtype)
     known = _REMEMBERED.setdefault(module, {}).get(name)
     if known is None or known[0]() is not tensor or known[1] != state:

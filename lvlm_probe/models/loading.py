@@ -21,6 +21,7 @@ import torch
 from lvlm_probe.errors import LoadError, ProbeError
 from lvlm_probe.escaping import first_line
 from lvlm_probe.files import path_of
+from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.families import family_of
 from lvlm_probe.models.quantised import quantisation
 from lvlm_probe.models.requirements import Missing, missing_library
@@ -103,9 +104,9 @@ def loading(source: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except (ProbeError, MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, ProbeError) or ran_out(error):
+            raise
         raise LoadError(_why(source, error)) from error
 
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from lvlm_probe.models.exhaustion import ran_out
+
 _BESIDE = ("quant_state", "SCB", "absmax", "state2", "offset")
 """Names under which bitsandbytes keeps scales beside a weight, and inside what it keeps there."""
 
@@ -40,7 +42,9 @@ def plain_value(tensor: torch.Tensor) -> torch.Tensor | None:
     for way in ("dequantize", "to_local"):
         try:
             value = getattr(tensor, way)()
-        except Exception:
+        except Exception as error:
+            if ran_out(error):
+                raise
             continue
         if isinstance(value, torch.Tensor) and value.shape == tensor.shape:
             return value

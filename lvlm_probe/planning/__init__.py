@@ -17,6 +17,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, frame_of, scored_by, selected, target_of
 from lvlm_probe.explainers.registry import Cost, Problem, check_parameters, cost_of, resolve
 from lvlm_probe.explainers.scores import no_effect
+from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.planning.meter import Meter, parse_bytes, show_bytes, weight_bytes
 from lvlm_probe.planning.plans import MOST, Plan, choose, default_budget, passes_text, table
 from lvlm_probe.planning.rehearsal import timed
@@ -45,6 +46,7 @@ __all__ = [
 ]
 
 
+@told_out_of_memory
 def plan(
     model: torch.nn.Module | Replay,
     trace: Trace | None = None,

@@ -13,6 +13,7 @@ import torch
 
 from lvlm_probe.errors import ModelMismatch, ReplayError
 from lvlm_probe.models.drivers import probed_model
+from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.fingerprint import same_fingerprint
 from lvlm_probe.models.quantised import quantisation
 from lvlm_probe.replaying.micro_batches import PassCounter
@@ -42,6 +43,7 @@ def replay(
 def replay(trace: Trace, model: Elsewhere, processor: object | None = None, *, strict: bool = True) -> ReplayLike: ...
 
 
+@told_out_of_memory
 def replay(
     trace: Trace,
     model: torch.nn.Module | Elsewhere,

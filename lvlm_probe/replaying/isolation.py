@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet, replaced
+from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.inputs import CACHE_NAMES
 from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.wrappers import every_module
@@ -24,7 +25,9 @@ R = TypeVar("R")
 
 
 def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
-    """For a function of a ``replay``: calls with the same replay, or views of it, take turns, whole calls at a time."""
+    """For a function of a ``replay``: calls with the same replay, or views of it, take turns, whole calls at a time.
+    Memory that runs out in one is told as ``OutOfMemory``."""
+    function = told_out_of_memory(function)
     names = list(inspect.signature(function).parameters)
     name = "replay" if "replay" in names else "self"
     place = names.index(name)

@@ -150,18 +150,18 @@ class Shortcuts:
         """
         self.asked += 1
         circumstances = self._present(view)
-        if circumstances != self._circumstances:
-            try:
+        try:
+            if circumstances != self._circumstances:
                 self._find(view, circumstances)
-            except Exception as error:
-                if not ran_out(error):
-                    raise
-                _log.debug("%s: no memory to try shortcuts", self._trace_id)
+            if self.way is None:
                 return None
-        if self.way is None:
+            way = replace(self.way, prefix=False, narrow=None) if view.recomputes else self.way
+            return self._shortcut(way, steps)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            _log.debug("%s: no memory for shortcuts", self._trace_id)
             return None
-        way = replace(self.way, prefix=False, narrow=None) if view.recomputes else self.way
-        return self._shortcut(way, steps)
 
     def _shortcut(self, way: _Way, steps: tuple[int, ...]) -> Shortcut:
         if not way.prefix:

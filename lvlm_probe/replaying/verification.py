@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.replaying import replay
 from lvlm_probe.replaying.protocol import Elsewhere, ReplayLike
 from lvlm_probe.replaying.recorded_inputs import refused_in_words
@@ -73,6 +74,7 @@ class Verification:
         ]
 
 
+@told_out_of_memory
 def verify(
     trace: Trace, model: torch.nn.Module | Elsewhere, processor: object | None = None, *, strict: bool = True
 ) -> Verification:

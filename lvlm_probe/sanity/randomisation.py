@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.tokenizers import special_ids
 from lvlm_probe.progress import Progress
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
 
+@told_out_of_memory
 def weights(
     replay: Replay,
     heat: AnyHeatmap,
@@ -132,6 +134,7 @@ def weights(
     return SanityCheck("weights", verdict, reason, SIMILAR, tuple(steps), params, heat, tuple(heatmaps))
 
 
+@told_out_of_memory
 def answers(
     replay: Replay,
     heat: AnyHeatmap,

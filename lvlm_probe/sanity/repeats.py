@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.progress import Progress
 from lvlm_probe.replaying.own_scores import Contrast
 from lvlm_probe.sanity.checks import (
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
 
+@told_out_of_memory
 def seeds(
     replay: Replay, heat: AnyHeatmap, *, seeds: int | Sequence[int] = 5, progress: Progress | None = None
 ) -> SanityCheck:
@@ -69,6 +71,7 @@ def seeds(
     return _compared("seeds", heat, made, [f"seed {seed}" for seed in others], {"seeds": [own, *others]})
 
 
+@told_out_of_memory
 def prompts(
     replay: Replay,
     heat: AnyHeatmap,

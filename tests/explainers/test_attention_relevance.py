@@ -389,7 +389,7 @@ def test_iia_refuses_points_that_do_not_stay_in_one_batch(monkeypatch):
         return run(self, pixel_inputs, batch, shortcut)
 
     monkeypatch.setattr(type(replay), "_run", small)
-    with pytest.raises(ExplainError, match=r"did not stay in one batch.*fewer points"):
+    with pytest.raises(OutOfMemory, match=r"5 points of the path do not fit.*points="):
         explain(replay, "iia", points=5)
     assert explain(replay, "iia", points=3).values is not None
     monkeypatch.setattr(type(replay), "_run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
