@@ -68,12 +68,12 @@ def draw_levels(
 
 
 def draw_grids(shape: Shape, *, steps: int, shares: tuple[float, float], generator: torch.Generator) -> list[Shape]:
-    """Cells on which each of some steps sees an order of ``shape``: every second step, from the second on, on coarser
+    """Cells on which each of some steps sees an order of ``shape``: every second step, from the first on, on coarser
     ones, with a share of the rows and one of the columns that are drawn from ``shares``; the others on its own.
     """
     low, high = shares
     grids = [shape] * steps
-    for step in range(1, steps, 2):
+    for step in range(0, steps, 2):
         rows, columns = (torch.rand(2, generator=generator) * (high - low) + low).tolist()
         grids[step] = (*shape[:-2], max(1, round(rows * shape[-2])), max(1, round(columns * shape[-1])))
     return grids
@@ -86,7 +86,9 @@ def over_cells(height: torch.Tensor, seen: torch.Tensor, grid: Shape) -> tuple[t
         return height, seen
     # Every step in time of a clip by itself.
     weights, values = (part.to(height).reshape(-1, 1, *height.shape[-2:]) for part in (seen, height * seen))
-    share, summed = (functional.adaptive_avg_pool2d(part, grid[-2:]).reshape(grid) for part in (weights, values))
+    share, summed = (
+        functional.adaptive_avg_pool2d(part, (grid[-2], grid[-1])).reshape(grid) for part in (weights, values)
+    )
     return torch.where(share > 0, summed / share.clamp(min=torch.finfo(share.dtype).tiny), -1.0), share > 0
 
 
