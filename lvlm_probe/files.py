@@ -82,7 +82,7 @@ def write_whole(
     When it fails nothing remains, and what was there is as it was. A link at ``path`` is replaced, not followed.
 
     Args:
-        path: in a folder that exists; no pipe, device or folder.
+        path: no pipe, device or folder; missing folders above it are made.
         data: the content; text as UTF-8, line ends as they are, halves of surrogate pairs as their escapes.
         fsync: waits until the disk has the file and its name, so that a power cut does not take them.
         mode: permissions, less the umask.
@@ -94,6 +94,7 @@ def write_whole(
     view = memoryview(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         _refuse_irregular(os.stat(target), target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     part, descriptor = _create(target, mode)
     try:
         with io.FileIO(descriptor, "w") as file:

@@ -261,6 +261,29 @@ class HeatGrid:
             f"<figcaption><b>{title}</b><br><small>{html.escape(told)}</small></figcaption></figure>"
         )
 
+    def figure(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        score: drawing.Scored | None = None,
+        image: Image.Image | None = None,
+        **look: Any,
+    ) -> Figure:
+        """A figure for print: question, answer, map (of a video a strip of frames, and its mean over time), verdict,
+        colour bar; ``figure`` (the function) shows several.
+
+        Args:
+            path: where to save it (PDF, SVG, PNG or TIFF); by default nowhere.
+            score: what ``evaluate`` said of this heatmap; without it the figure says "not checked".
+            image: image to draw on instead of the trace's; none of a video.
+            **look: ``width``, ``font_size``, ``colormap``, … of ``figure``.
+
+        Raises:
+            ImageError: no image, or none of the frames, at hand.
+        """
+        images = None if image is None else [image]
+        return figure([self], scores=[score], images=images, out=path, **look)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Heatmap(HeatGrid):
@@ -412,28 +435,6 @@ class Heatmap(HeatGrid):
             mark=drawing.mark_of(score),
         )
 
-    def figure(
-        self,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        score: drawing.Scored | None = None,
-        image: Image.Image | None = None,
-        **look: Any,
-    ) -> Figure:
-        """A figure for print: question, answer, map, verdict, colour bar; ``figure`` (the function) shows several.
-
-        Args:
-            path: where to save it (PDF, SVG, PNG or TIFF); by default nowhere.
-            score: what ``evaluate`` said of this heatmap; without it the figure says "not checked".
-            image: image to draw on instead of the trace's.
-            **look: ``width``, ``font_size``, ``colormap``, … of ``figure``.
-
-        Raises:
-            ImageError: no image at hand.
-        """
-        images = None if image is None else [image]
-        return figure([self], scores=[score], images=images, out=path, **look)
-
     def save(
         self,
         path: str | os.PathLike[str],
@@ -454,7 +455,6 @@ class Heatmap(HeatGrid):
         if target.suffix.lower() != ".png":
             raise ExplainError(f"an overlay is saved as PNG; got {target.name!r}: figure(...) makes PDF, SVG and TIFF")
         content = self._png(self.overlay(alpha, colormap, score=score))
-        target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, content)
         return target
 

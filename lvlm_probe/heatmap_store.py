@@ -458,7 +458,6 @@ def _beside(directory: Path, name: str, about: Sequence[str], ending: str) -> Pa
 
 def _keep(path: Path, record: Mapping[str, Any]) -> Path:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_record(path, record)
     except OSError as error:
         raise ProbeError(f"{path} cannot be written: {'; '.join(causes(error))}") from error

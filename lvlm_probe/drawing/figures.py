@@ -525,5 +525,4 @@ def save_figure(drawn: Figure, path: str | os.PathLike[str], *, provenance: Mapp
     target = Path(path)
     told = json.dumps(provenance, ensure_ascii=True, allow_nan=False)
     content = figure_bytes(drawn, target.name, provenance=told, dpi=dpi)
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, content)

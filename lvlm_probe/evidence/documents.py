@@ -333,7 +333,6 @@ def export(
             "docling": lambda: _docling(placed, target.stem),
         }[kind]()
         text = json.dumps(json_ready(made), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, text)
     return target
 

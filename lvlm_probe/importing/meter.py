@@ -434,7 +434,6 @@ def write_csv(readings: Sequence[Reading], path: str | os.PathLike[str], *, unre
     for one in unread:
         writer.writerow({"source": csv_cell(one.source), "reason": csv_cell(one.reason)})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, file.getvalue())
     except OSError as error:
         raise StudyError(f"{path} cannot be written: {error}") from error

@@ -80,7 +80,6 @@ def write_text(path: Path, text: str, *, overwrite: bool | None, said: str = "")
         its path, which a notebook shows as the page.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         refuse_existing(path, overwrite=overwrite)
         write_whole(path, text)
     except OSError as error:

@@ -184,7 +184,6 @@ def sealed_writer(path: Path, kind: str, version: str, *, nbytes: int, fsync: bo
         content = image.getbuffer()
         digest = hashlib.sha256(content[BLOCK_BYTES:]).hexdigest()
         content[:BLOCK_BYTES] = Seal(kind, version, len(content), digest).to_block()
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content, fsync=fsync)
     except (OSError, MemoryError, RuntimeError) as error:  # HDF5 reports what it cannot encode as RuntimeError too
         what, way_out = causes(error)

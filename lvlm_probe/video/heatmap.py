@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +23,10 @@ from lvlm_probe import drawing
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.files import write_whole
-from lvlm_probe.heatmap import PNG_KEY, HeatGrid, Heatmap, figure
+from lvlm_probe.heatmap import PNG_KEY, HeatGrid, Heatmap
 from lvlm_probe.images.clips import over_frames
 from lvlm_probe.trace.clips import Clip
 from lvlm_probe.trace.video_files import encode_video
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 _SHOWN = 12  # frames of a strip
 _TILES = 8  # ... and of a sheet
@@ -216,26 +212,6 @@ class ClipHeatmap(HeatGrid):
             shown |= {"values": self.values.max(0), "curve": self.over_time.tolist(), "times": self.clip.times}
         return self._on_panel(self.image(0), which, **shown)
 
-    def figure(
-        self,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        score: drawing.Scored | None = None,
-        **look: Any,
-    ) -> Figure:
-        """A figure for print: question, answer, a strip of frames with the heatmap over them, its mean over time,
-        verdict, colour bar; ``figure`` (the function) shows several.
-
-        Args:
-            path: where to save it (PDF, SVG, PNG or TIFF); by default nowhere.
-            score: what ``evaluate`` said of this heatmap; without it the figure says "not checked".
-            **look: ``width``, ``font_size``, ``colormap``, … of ``figure``.
-
-        Raises:
-            ImageError: no frames at hand.
-        """
-        return figure([self], scores=[score], out=path, **look)
-
     def save(
         self,
         path: str | os.PathLike[str],
@@ -273,7 +249,6 @@ class ClipHeatmap(HeatGrid):
             comment = json.dumps({PNG_KEY: self.describe()}, allow_nan=False)
             movie = encode_video if ending == ".mp4" else _gif
             content = movie(frames, seconds=lasting, comment=comment)
-        target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, content)
         return target
 

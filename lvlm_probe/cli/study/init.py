@@ -34,7 +34,6 @@ def init(
     if out.exists() and not overwrite:
         raise ProbeError(f"{stored_path(out)} is there already; name another --out, or add --overwrite")
     made = start(data, out, model=model, columns=columns_from(column))
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, made.text)
     read_study(out)
     for field, name in made.columns.items():

@@ -94,6 +94,5 @@ def _write_document(results: Results, file: Path, target: Path, annotations: Pat
 
     command = f"lvlm-probe study table {file.as_posix()} --document {target.as_posix()}"
     command += "" if annotations is None else f" --annotations {annotations.as_posix()}"
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, document(results, command=command, annotations=annotations))
     say("document: ", (stored_path(target), "bold"))
