@@ -13,6 +13,7 @@ place meanwhile.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import math
@@ -184,6 +185,19 @@ def json_ready(value: Any, *, nonfinite: Callable[[float], Any] = lambda _: None
         made = [json_ready(item, nonfinite=nonfinite) for item in value]
         return sorted(made, key=str) if isinstance(value, set | frozenset) else made
     return str(value)
+
+
+def record_of(value: Any, *without: str) -> dict[str, Any]:
+    """Return the fields of a dataclass by name, but for some, as JSON has them: NaN and the infinities as null, another
+    dataclass as its ``to_dict`` or else its own fields."""
+
+    def told(item: Any) -> Any:
+        if dataclasses.is_dataclass(item):
+            return item.to_dict() if hasattr(item, "to_dict") else record_of(item)
+        return list(map(told, item)) if isinstance(item, tuple | list) else item
+
+    names = (item.name for item in dataclasses.fields(value) if item.name not in without)
+    return {name: json_ready(told(getattr(value, name))) for name in names}
 
 
 # --- what was left behind ---------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ import numpy as np
 
 from lvlm_probe.cards import answer_html, card
 from lvlm_probe.errors import SelectionError
+from lvlm_probe.files import record_of
 from lvlm_probe.models.tokenizers import display_pieces, tokenizer_of
 from lvlm_probe.replaying.own_scores import Contrast, OwnScore, alternative_ids, stored_score
 from lvlm_probe.words import ALPHA, distinct_texts, group_words
@@ -157,17 +158,7 @@ class TokenSelection:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``TokenSelection.from_dict`` is the inverse."""
-        return {
-            "indices": list(self.indices),
-            "tokens": list(self.tokens),
-            "llr": [value if np.isfinite(value) else None for value in self.llr],
-            "rule": self.rule,
-            "params": dict(self.params),
-            "skipped": {str(index): reason for index, reason in self.skipped.items()},
-            "reason": self.reason,
-            "special": list(self.special),
-            **({} if self.score is None else {"score": self.score.to_dict()}),
-        }
+        return record_of(self, *(["score"] if self.score is None else []))
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> TokenSelection:

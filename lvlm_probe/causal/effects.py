@@ -12,6 +12,7 @@ import numpy as np
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import CurveScore
+from lvlm_probe.files import json_ready, record_of
 
 MINIMUM_ROOM = 0.05
 """Of the area between 0 and 1: how much earlier than the controls' loss the answer could be lost at all. An agreement
@@ -26,7 +27,7 @@ class Recorded:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``from_dict`` is the inverse."""
-        return dataclasses.asdict(cast(Any, self))
+        return record_of(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
@@ -157,14 +158,8 @@ class CausalEffect:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``; derived numbers included."""
-        agreement = self.agreement
-        return {
-            **dataclasses.asdict(self),
-            "drop": self.drop,
-            "control_drop": self.control_drop,
-            "agreement": None if math.isnan(agreement) else agreement,
-            "reason": self.reason,
-        }
+        derived = {name: getattr(self, name) for name in ("drop", "control_drop", "agreement", "reason")}
+        return {**record_of(self), **json_ready(derived)}
 
 
 def agreement_score(

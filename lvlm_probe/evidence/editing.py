@@ -27,6 +27,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.evidence.regions import first_that
 from lvlm_probe.explainers.curve_points import curve_masks, rank
 from lvlm_probe.explainers.explaining import Tokens, selected
+from lvlm_probe.files import record_of
 from lvlm_probe.metrics.localization import boxes_to_mask
 from lvlm_probe.metrics.scoring import BaselineChoice, check_answer, over_baseline
 from lvlm_probe.models.exhaustion import does_not_fit, ran_out, told_out_of_memory
@@ -110,14 +111,7 @@ class Edit:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: everything but the mask."""
-        record = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "mask"}
-        return {
-            **record,
-            "changes": [list(pair) for pair in self.changes],
-            "boxes": [list(box) for box in self.boxes],
-            "notes": list(self.notes),
-            "sentence": self.sentence,
-        }
+        return {**record_of(self, "mask"), "sentence": self.sentence}
 
     def attached(self, heat: Heatmap | ClipHeatmap) -> Heatmap | ClipHeatmap:
         """The heatmap with this in its provenance, ``["edits"]``, where ``write`` keeps it and ``report`` shows it; one

@@ -37,7 +37,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import explain
-from lvlm_probe.files import json_ready
+from lvlm_probe.files import json_ready, record_of
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics.localization import boxes_to_mask, energy_in_region, iou, pointing_game
 
@@ -125,10 +125,7 @@ class AnswerBox:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        record = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in record.items()} | {
-            "p": self.p
-        }
+        return {**record_of(self), "p": self.p}
 
     def __str__(self) -> str:
         place = ", ".join(f"{value:.0f}" for value in self.pixels)

@@ -7,7 +7,6 @@ score that ``evaluate`` has taken holds that curve: then no pass is run.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.curve_points import MaskScores, curve_masks, known_scores, rank
 from lvlm_probe.explainers.explaining import scored_by
 from lvlm_probe.explainers.scores import Followed, even_masks, followed, too_narrow
+from lvlm_probe.files import record_of
 from lvlm_probe.metrics import Score
 from lvlm_probe.metrics.scoring import check_answer, over_baseline
 from lvlm_probe.models.exhaustion import told_out_of_memory
@@ -62,14 +62,7 @@ class Region:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        record = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name != "cells"}
-        return {
-            **record,
-            "box": list(self.box),
-            "boxes": [list(box) for box in self.boxes],
-            "polygons": [[list(point) for point in ring] for ring in self.polygons],
-            "image_size": list(self.image_size),
-        }
+        return record_of(self, "cells")
 
     def __str__(self) -> str:
         place = ", ".join(f"{edge:.0f}" for edge in self.box)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lvlm_probe._version import versions_of
+from lvlm_probe.files import record_of
 from lvlm_probe.images.positions import Geometry
 
 WARN_LEVELS = 2.0
@@ -57,20 +58,7 @@ class ParityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {
-            "engine": self.engine,
-            "processor": self.processor,
-            "backend": self.backend,
-            "mean_error": self.mean_error,
-            "max_error": self.max_error,
-            "deterministic": self.deterministic,
-            "coverage": list(self.coverage),
-            "pixel_keys": list(self.pixel_keys),
-            "runs": self.runs,
-            "seconds": self.seconds,
-            "versions": dict(self.versions),
-            "notes": list(self.notes),
-        }
+        return record_of(self)
 
 
 def level_errors(fast: Mapping[str, Tensor], real: Mapping[str, Tensor], geometry: Geometry) -> tuple[float, float]:

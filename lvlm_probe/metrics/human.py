@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.files import record_of
 from lvlm_probe.heatmap import HeatGrid, Heatmap
 from lvlm_probe.metrics.similarity import grid_of, on_grid, spearman
 
@@ -52,17 +53,7 @@ class HumanAgreement:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``."""
-        numbers = {
-            "soft_iou": self.soft_iou,
-            "rank_correlation": self.rank_correlation,
-            "auc_judd": self.auc_judd,
-            "nss": self.nss,
-            "fixated": self.fixated,
-        }
-        return {
-            **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
-            "grid": list(self.grid),
-        }
+        return record_of(self)
 
 
 def human_agreement(

@@ -24,7 +24,7 @@ from lvlm_probe.explainers.controls import center_values
 from lvlm_probe.explainers.curve_points import STEPS, Known, facts_of, known_scores
 from lvlm_probe.explainers.explaining import frame_of, scored_by
 from lvlm_probe.explainers.scores import CurveScore, Followed, check_rules, whole_rule
-from lvlm_probe.files import json_ready
+from lvlm_probe.files import record_of
 from lvlm_probe.heatmap import resample
 from lvlm_probe.images import CompositePath
 from lvlm_probe.metrics.deletion_insertion import (
@@ -228,8 +228,7 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``; ``Score.from_dict`` is the inverse."""
-        record = {item.name: json_ready(getattr(self, item.name)) for item in dataclasses.fields(self)}
-        return {**record, "verdict": self.verdict.to_dict()}
+        return record_of(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Score:
@@ -359,22 +358,29 @@ def evaluate(
         synergy=math.nan if together is None else area(*together),
         params={
             "score": score,
-            "auc": curve.auc,
-            "steps": len(raw.fractions) - 1,
             "grid": list(values.shape),
             "mode": mode,
-            "seed": curve.seed,
-            "tie_orders": raw.tie_orders,
-            "tie_spread": raw.tie_spread if math.isfinite(raw.tie_spread) else None,
             "held_out": baseline is not None,
             "center": center,
-            **({} if curve.sampling == "full" else _sampled(raw, curve.tolerance)),
-            **({} if raw.undefined is None else {"undefined": raw.undefined}),
+            **_rule_of(curve, raw),
             **({} if own is None else {"own_score": own.name, "followed": settings.score}),
             **({} if together is None else {"synergy": _points(together)}),
         },
         provenance=_of(heat, replay),
     )
+
+
+def _rule_of(curve: CurveRule, raw: Curves) -> dict[str, Any]:
+    """How curves were sampled and areas taken, as a ``Score`` holds it."""
+    return {
+        "auc": curve.auc,
+        "steps": len(raw.fractions) - 1,
+        "seed": curve.seed,
+        "tie_orders": raw.tie_orders,
+        "tie_spread": raw.tie_spread if math.isfinite(raw.tie_spread) else None,
+        **({} if curve.sampling == "full" else _sampled(raw, curve.tolerance)),
+        **({} if raw.undefined is None else {"undefined": raw.undefined}),
+    }
 
 
 def _numbers(raw: Curves, areas: _Areas) -> dict[str, Any]:

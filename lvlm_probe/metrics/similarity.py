@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import whole_rule
 from lvlm_probe.extras import require
+from lvlm_probe.files import record_of
 from lvlm_probe.heatmap import HeatGrid, resample
 from lvlm_probe.trace.clips import images_of
 
@@ -47,9 +48,7 @@ class Similarity:
 
     def to_dict(self) -> dict[str, float | None]:
         """JSON-ready, NaN as ``None``."""
-        return {
-            name: None if value is None or math.isnan(value) else float(value) for name, value in asdict(self).items()
-        }
+        return record_of(self)
 
 
 def compare_maps(first: HeatGrid, second: HeatGrid) -> Similarity:

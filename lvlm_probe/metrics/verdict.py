@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lvlm_probe.explainers.curve_points import MIN_GAIN
+from lvlm_probe.files import record_of
 from lvlm_probe.words import ALPHA
 
 BASELINE_PROBABILITY = 0.05
@@ -77,7 +78,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``Verdict.from_dict`` is the inverse."""
-        return {"trusted": self.trusted, "reasons": list(self.reasons), "measured": bool(self.measured)}
+        return record_of(self)
 
     @classmethod
     def from_text(cls, text: str) -> Verdict:

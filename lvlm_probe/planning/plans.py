@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lvlm_probe.errors import ExplainError, OutOfMemory, ReplayError
-from lvlm_probe.files import json_ready
+from lvlm_probe.files import record_of
 from lvlm_probe.models.exhaustion import out_of_memory, ran_out
 from lvlm_probe.planning.meter import available, show_bytes, weight_bytes
 from lvlm_probe.planning.rehearsal import CostModel, cost_model
@@ -115,8 +115,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        record = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        return {**record, "load_with": json_ready(self.load_with), "notes": list(self.notes), "total": self.total}
+        return {**record_of(self), "total": self.total}
 
 
 def passes_text(forward: int | None, backward: int | None, at_least: tuple[int, int] | None = None) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import resolve
 from lvlm_probe.extras import require
-from lvlm_probe.files import json_ready
+from lvlm_probe.files import json_ready, record_of
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.metrics.scoring import check_answer, over_baseline
 from lvlm_probe.metrics.similarity import Similarity, compare_maps
@@ -78,13 +78,7 @@ class SanityStep:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {
-            "name": self.name,
-            "modules": list(self.modules),
-            "weights": self.weights,
-            "similarity": None if self.similarity is None else self.similarity.to_dict(),
-            "reason": self.reason,
-        }
+        return record_of(self)
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,13 +123,7 @@ class SanityCheck:
         """JSON-ready: everything but the heatmaps."""
         heat = self.heatmap
         return {
-            "check": self.check,
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "threshold": self.threshold,
-            "steps": [step.to_dict() for step in self.steps],
-            "params": json_ready(self.params),
-            "stability": None if self.stability is None else self.stability.to_dict(),
+            **record_of(self, "heatmap", "heatmaps"),
             "method": heat.method,
             "method_params": json_ready(heat.params),
             "trace_id": heat.provenance.get("trace_id"),

@@ -17,6 +17,7 @@ import torch
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import too_narrow
+from lvlm_probe.files import json_ready, record_of
 from lvlm_probe.heatmap import HeatGrid
 from lvlm_probe.metrics.deletion_insertion import tie_share as _tie_share
 from lvlm_probe.metrics.similarity import compare_maps, on_grid
@@ -55,14 +56,7 @@ class Stability:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``."""
-        numbers = {
-            "rank_correlation": self.rank_correlation,
-            "lowest_rank_correlation": self.lowest_rank_correlation,
-            "top_iou": self.top_iou,
-            "deviation": self.deviation,
-        }
-        ready = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        return {"n": self.n, **ready, "missing": self.missing}
+        return record_of(self, "heatmaps")
 
 
 def stability(heats: Sequence[HeatGrid]) -> Stability:
@@ -119,12 +113,7 @@ class Completeness:
 
     def to_dict(self) -> dict[str, float | None]:
         """JSON-ready, NaN as ``None``."""
-        error = self.error
-        return {
-            "total": self.total,
-            "difference": self.difference,
-            "error": error if math.isfinite(error) else None,
-        }
+        return {**record_of(self), "error": json_ready(self.error)}
 
 
 def completeness(

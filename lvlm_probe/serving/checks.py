@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lvlm_probe.errors import ModelMismatch
+from lvlm_probe.files import record_of
 from lvlm_probe.images import make_baseline
 from lvlm_probe.serving.forcing import Forcing
 from lvlm_probe.serving.generating import spoken
@@ -70,10 +71,7 @@ class Checks:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, NaN as ``None``."""
-        found = asdict(self)
-        for name in ("original", "noise"):
-            found[name] = [None if math.isnan(value) else value for value in found[name]]
-        return found
+        return record_of(self)
 
 
 def allowed(log_probs: torch.Tensor) -> torch.Tensor:

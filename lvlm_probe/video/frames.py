@@ -19,6 +19,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, words_of
 from lvlm_probe.explainers.scores import check_finite, check_rules, whole_rule
 from lvlm_probe.explainers.shapley import shapley
+from lvlm_probe.files import record_of
 from lvlm_probe.images.baselines import CLIP_KINDS
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
@@ -192,7 +193,7 @@ class Order:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**vars(self), "llr": dict(self.llr), "shuffles": list(self.shuffles)}
+        return record_of(self)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Order:
