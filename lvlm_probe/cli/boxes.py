@@ -53,12 +53,11 @@ def boxes(
     records: list[dict[str, Any]] = [box.to_dict() for box in found]
     said: list[str] = [""] * len(found)
     if maps and found:
-        from lvlm_probe.cli.shared.maps import explain_replay, open_replay
+        from lvlm_probe.cli.shared.maps import explain_replay
         from lvlm_probe.heatmap_store import MapSettings
         from lvlm_probe.selection import select_tokens
 
-        models = ReplayModels(model, loading)
-        replay = open_replay(trace, *models.of(trace))
+        replay = ReplayModels(model, loading).replay(trace)
         settings = MapSettings(**vars(making.recipe()), image=image_number)
         for number, box in enumerate(found):
             selection = select_tokens(replay, indices=box.tokens)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lvlm_probe.cli.shared.answers import ask, trace_summary
-from lvlm_probe.cli.shared.inputs import output_directory
+from lvlm_probe.cli.shared.inputs import open_replay, output_directory
 from lvlm_probe.cli.shared.models import DEMO, load_model
 from lvlm_probe.cli.shared.options import Json, OpenPage
 from lvlm_probe.cli.shared.terminal import open_page, print_json, say, stop, stored_path
@@ -54,7 +54,7 @@ def demo(
             if scenes > 1 and not as_json:
                 say((f"scene {number} of {scenes}", "dim"))
             trace = ask(model, processor, [scene.image], scene.question, directory)
-            replay = maps.open_replay(trace, model, processor)
+            replay = open_replay(trace, model, processor)
             result = maps.Explained(trace, [])
             results.append(result)
             selection = select_tokens(replay)

@@ -40,7 +40,7 @@ def edit(
     Example:  lvlm-probe edit runs/demo --keep 0.1
     """
     from lvlm_probe import edit as ask_again
-    from lvlm_probe.cli.shared.maps import open_replay, words_of
+    from lvlm_probe.cli.shared.maps import words_of
     from lvlm_probe.heatmap_store import by_trace, find_maps
 
     if (remove is not None) + (keep is not None) + bool(box) > 1:
@@ -54,7 +54,7 @@ def edit(
     models = ReplayModels(model, loading)
     done = []
     for trace, items in of_traces:
-        replay = open_replay(trace, *models.of(trace))
+        replay = models.replay(trace)
         for item in items:
             heat = item.read()
             words = words_of(heat)

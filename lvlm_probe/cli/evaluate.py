@@ -108,7 +108,7 @@ def evaluate(
             "--words, --against, --search-dtype, --out, --overwrite, --full, --wide and --open go with --methods: add "
             "it, e.g. --methods igos++,gradcam"
         )
-    from lvlm_probe.cli.shared.maps import map_summary, open_replay, show_map
+    from lvlm_probe.cli.shared.maps import map_summary, show_map
     from lvlm_probe.heatmap_store import by_trace, find_maps, score_one
 
     found = find_maps(paths)
@@ -117,7 +117,7 @@ def evaluate(
     done: list[MapFile] = []
     try:
         for trace, items in of_traces:
-            replay = open_replay(trace, *models.of(trace), own_baseline)
+            replay = models.replay(trace, own_baseline)
             for item in items:
                 score_one(replay, item, shown=bar, **options)
                 done.append(item)

@@ -17,6 +17,7 @@ from lvlm_probe.cli.shared.inputs import (
     alternatives,
     baseline_from,
     find_trace,
+    open_replay,
     open_shown,
     output_directory,
 )
@@ -38,6 +39,7 @@ from lvlm_probe.escaping import counted
 
 if TYPE_CHECKING:
     from lvlm_probe.cli.shared.maps import Explained
+    from lvlm_probe.explainers import Recipe
     from lvlm_probe.replaying import Replay
     from lvlm_probe.selection import TokenSelection
     from lvlm_probe.serving import Server
@@ -123,21 +125,14 @@ def explain(
     Example:  lvlm-probe explain --model path/to/model --video clip.mp4 --num-frames 8 --question "What happens?"
     Example:  lvlm-probe explain --server http://gpu:8000 --image scene.png --question "What color is it?"
     """
-    from lvlm_probe.cli.shared.maps import Explained, explain_replay, map_summary, open_replay, show_explained
+    from lvlm_probe.cli.shared.maps import Explained, explain_replay
     from lvlm_probe.heatmap_store import FOLDER, MapSettings
 
     if selecting.against and selecting.word_maps:
         raise ProbeError("--against makes a map for each side, and --word-maps one for each word: give either")
     behind = served.open(model=model, against=selecting.against)
-    recipe = making.recipe("igos++" if behind is None else "rise")
-    if behind is not None and behind.gives != "passes":
-        if not selecting.words and not selecting.joint:
-            raise ProbeError(f"{behind.name} gives {behind.what}: name the words to explain, --words TEXT, or --joint")
-        if behind.gives == "samples" and recipe.method == "rise":
-            recipe = dataclasses.replace(recipe, params={"score": "prob", **recipe.params})
-        if scores:
-            note(f"the map is not scored: that takes log-probabilities, and {behind.name} gives {behind.what}")
-            scores = False
+    recipe = making.recipe() if behind is None else _on_server(behind, making, selecting, scores=scores)
+    scores = scores and (behind is None or behind.gives == "passes")
     if trace is None:
         directory = output_directory(out or Path("runs"))
         replay = _new_replay(model, behind, loading, asked, directory, baseline=baseline, max_new_tokens=max_new_tokens)
@@ -147,7 +142,7 @@ def explain(
         found = find_trace(trace, row)
         directory = output_directory(out) if out is not None else found.path.parent
         own_baseline = baseline_from(baseline, video=bool(found.clips))
-        replay = open_replay(found, *ReplayModels(model, loading, server=behind).of(found), own_baseline)
+        replay = ReplayModels(model, loading, server=behind).replay(found, own_baseline)
     recorded = replay.trace
     if image_number is None:
         image_number = recorded.clips[0].first if recorded.clips else 0
@@ -163,12 +158,32 @@ def explain(
         kept = f"{counted(len(explained.maps), 'finished map')}"
         again = _same_command(context, recorded.path)
         raise stop(f"stopped; {kept} kept in {stored_path(folder)}. Go on with:  {again}") from None
-    page = _opened(explained) if open_it else None
+    _tell(explained, replay, page=_opened(explained) if open_it else None, as_json=as_json)
+
+
+def _on_server(behind: Server, making: Making, selecting: Selecting, *, scores: bool) -> Recipe:
+    """What maps are made by on a server, by what it gives. Raises ``ProbeError``."""
+    recipe = making.recipe("rise")
+    if behind.gives == "passes":
+        return recipe
+    if not selecting.words and not selecting.joint:
+        raise ProbeError(f"{behind.name} gives {behind.what}: name the words to explain, --words TEXT, or --joint")
+    if scores:
+        note(f"the map is not scored: that takes log-probabilities, and {behind.name} gives {behind.what}")
+    if behind.gives == "samples" and recipe.method == "rise":
+        return dataclasses.replace(recipe, params={"score": "prob", **recipe.params})
+    return recipe
+
+
+def _tell(explained: Explained, replay: Replay, *, page: Path | None, as_json: bool) -> None:
+    """Print the maps, for programs or for a person, and where their page is or how it is made."""
+    from lvlm_probe.cli.shared.maps import map_summary, show_explained
+
     if as_json:
         print_json(
             {
-                "trace": str(recorded.path),
-                "answer": recorded.answer,
+                "trace": str(explained.trace.path),
+                "answer": explained.trace.answer,
                 "report": None if page is None else str(page),
                 "maps": [map_summary(item) for item in explained.maps],
             }
@@ -178,6 +193,7 @@ def explain(
     if page is not None:
         say("report: ", (stored_path(page), "bold"))
     else:
+        folder = explained.maps[0].path.parent
         say("next:  ", f"lvlm-probe report {quoted_path(folder)} --out report.html --open")
 
 
@@ -192,8 +208,6 @@ def _new_replay(
     max_new_tokens: int,
 ) -> Replay:
     """Ask the model, or the server in its place, and return the replay of the answer."""
-    from lvlm_probe.cli.shared.maps import open_replay
-
     if behind is None and model is None:
         raise ProbeError("give a trace file, or a new run: --model DIR_OR_ID --image FILE --question TEXT")
     shown = open_shown(asked)

@@ -66,10 +66,8 @@ def fields(
         return
     if out.is_file() and not overwrite:
         raise ProbeError(f"{out} exists; add --overwrite, or name another file with --out")
-    from lvlm_probe.cli.shared.maps import open_replay
 
-    models = ReplayModels(model, loading)
-    replay = open_replay(trace, *models.of(trace))
+    replay = ReplayModels(model, loading).replay(trace)
     places = locate(replay, found, names=name, keep=keep, **making.recipe().asked)
     files = trace.meta.get("image_files") if isinstance(trace.meta, dict) else None
     named = [str(file) for file in files] if isinstance(files, list) and len(files) == len(trace.images) else None

@@ -39,15 +39,13 @@ def frames(
     Example:  lvlm-probe frames runs/video --model path/to/model --words red
     """
     from lvlm_probe import video
-    from lvlm_probe.cli.shared.maps import open_replay
     from lvlm_probe.heatmap_store import write_order
 
     trace = find_trace(path, row)
     if not trace.clips:
         raise ProbeError(f"{path} holds no video: lvlm-probe explain shows which regions of its image count")
     own_baseline = baseline_from(baseline, video=True)
-    models = ReplayModels(model, loading)
-    replay = open_replay(trace, *models.of(trace), own_baseline)
+    replay = ReplayModels(model, loading).replay(trace, own_baseline)
     with bar("which frames") as progress:
         shares = video.which_frames(
             replay, tokens=words, clip=clip, segments=segments, orders=orders, seed=seed, progress=progress

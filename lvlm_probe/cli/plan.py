@@ -47,7 +47,6 @@ def plan(
     Example:  lvlm-probe plan runs/demo --words purple --against red
     """
     from lvlm_probe import explainers, planning
-    from lvlm_probe.cli.shared.maps import open_replay
 
     names = explainers.methods() if methods == "all" else [name.strip() for name in methods.split(",")]
     given = parameters(param or [])
@@ -57,8 +56,7 @@ def plan(
         raise ProbeError("a plan is for all words of the answer; --words goes with --against")
     contrast: Any = {"tokens": words or None, "against": alternatives(against)} if against else {}
     trace = find_trace(path, row)
-    models = ReplayModels(model, loading)
-    replay = open_replay(trace, *models.of(trace))
+    replay = ReplayModels(model, loading).replay(trace)
     image = trace.clips[0].first if trace.clips else 0
     plans, refused = [], {}
     for name in names:

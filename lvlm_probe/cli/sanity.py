@@ -50,7 +50,7 @@ def sanity(
     Example:  lvlm-probe sanity runs/demo
     Example:  lvlm-probe sanity runs/demo --checks weights --stages 1 --json
     """
-    from lvlm_probe.cli.shared.maps import map_summary, open_replay, show_map
+    from lvlm_probe.cli.shared.maps import map_summary, show_map
     from lvlm_probe.heatmap_store import by_trace, find_maps
 
     names = [name.strip() for name in checks.split(",") if name.strip()]
@@ -72,7 +72,7 @@ def sanity(
     models = ReplayModels(model, loading)
     try:
         for trace, items in of_traces:
-            replay = open_replay(trace, *models.of(trace), own_baseline)
+            replay = models.replay(trace, own_baseline)
             for item in items:
                 done.append((item, _checked(replay, item, wanted)))
                 if not as_json:

@@ -62,10 +62,7 @@ def steps(
     trace = find_trace(path, row)
     folder = trace.explanations_dir if out is None else output_directory(out) / FOLDER
     if check:
-        from lvlm_probe.cli.shared.maps import open_replay
-
-        models = ReplayModels(model, loading)
-        replay = open_replay(trace, *models.of(trace))
+        replay = ReplayModels(model, loading).replay(trace)
         with bar("checking steps") as progress:
             chosen = None if only is None else [number - 1 for number in only]
             try:

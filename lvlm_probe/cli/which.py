@@ -62,7 +62,7 @@ def which(
     Example:  lvlm-probe which runs/demo --parts modalities
     """
     from lvlm_probe import causal
-    from lvlm_probe.cli.shared.maps import label_of, open_replay
+    from lvlm_probe.cli.shared.maps import label_of
     from lvlm_probe.explainers import selected
     from lvlm_probe.heatmap_store import FOLDER, evidence_path, going_on, keep_evidence
 
@@ -73,8 +73,7 @@ def which(
     trace = find_trace(path, row)
     folder = trace.explanations_dir if out is None else output_directory(out) / FOLDER
     own_baseline = baseline_from(baseline, video=bool(trace.clips))
-    models = ReplayModels(model, loading)
-    replay = open_replay(trace, *models.of(trace), own_baseline)
+    replay = ReplayModels(model, loading).replay(trace, own_baseline)
     parts = parts or ("images" if replay.n_images > 1 and not trace.clips else "modalities")
     found: causal.PartShares | causal.Modalities
     kind = "modalities" if parts == "modalities" and not text else "parts"

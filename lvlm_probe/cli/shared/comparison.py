@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm_probe.cli.shared.inputs import ReplayModels, alternatives, baseline_from
-from lvlm_probe.cli.shared.maps import label_of, open_replay
+from lvlm_probe.cli.shared.maps import label_of
 from lvlm_probe.cli.shared.options import Comparing
 from lvlm_probe.cli.shared.terminal import (
     bar,
@@ -163,7 +163,7 @@ class _Opened:
 
     def of(self, trace: Trace) -> _Answer:
         if self._last is None or self._last.trace is not trace:
-            replay = open_replay(trace, *self._models.of(trace), self._baseline)
+            replay = self._models.replay(trace, self._baseline)
             check_search(replay, self._search_dtype)
             selection = select_tokens(replay, **self._selected)
             self._last = _Answer(trace, replay, selection, self._search_dtype, {})

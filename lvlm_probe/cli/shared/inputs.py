@@ -15,7 +15,7 @@ import typer
 from lvlm_probe.cli.shared.completion import complete_method
 from lvlm_probe.cli.shared.models import DEMO, load_model
 from lvlm_probe.cli.shared.options import Asked, Loading, SearchDtype
-from lvlm_probe.cli.shared.terminal import agrees, one_line
+from lvlm_probe.cli.shared.terminal import agrees, one_line, stage
 from lvlm_probe.errors import ImageError, ProbeError, TraceError
 from lvlm_probe.escaping import first_line
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lvlm_probe.explainers import Recipe
+    from lvlm_probe.replaying import Replay
     from lvlm_probe.serving import Server
     from lvlm_probe.trace import Trace
 
@@ -165,6 +166,10 @@ class ReplayModels:
             self._loaded = (name, load_model(name, **vars(self._loading)))
         return self._loaded[1]
 
+    def replay(self, trace: Trace, baseline: str | Image.Image | None = None) -> Replay:
+        """Open the replay of a trace, over a baseline where one is given. Raises ``ProbeError``, also as ``of``."""
+        return open_replay(trace, *self.of(trace), baseline)
+
     def _named(self, trace: Trace) -> str:
         named = str(trace.model.get("model_id") or "")
         # A demo trace names the package directory of the machine it was made on; the model is the same everywhere.
@@ -187,6 +192,15 @@ class ReplayModels:
             )
         self._agreed.add(named)
         return named
+
+
+def open_replay(trace: Trace, model: Any, processor: Any, baseline: str | Image.Image | None = None) -> Replay:
+    """Open the replay of a trace, with a line that says so when it takes long; over a baseline where one is given."""
+    from lvlm_probe.replaying import replay
+
+    with stage("replaying the trace"):
+        opened = replay(trace, model, processor)
+    return opened if baseline is None else opened.over(baseline)
 
 
 def _is_directory(name: str) -> bool:

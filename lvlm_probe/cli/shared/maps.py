@@ -20,7 +20,7 @@ from lvlm_probe.heatmap_store import MapFile, MapSettings, explain_one, orders_o
 from lvlm_probe.metrics import Score
 from lvlm_probe.pages import report
 from lvlm_probe.pages.evidence import evidence_from
-from lvlm_probe.replaying import Replay, replay
+from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.own_scores import Contrast
 from lvlm_probe.selection import TokenSelection, word_selections
 from lvlm_probe.trace import Trace
@@ -28,7 +28,6 @@ from lvlm_probe.video import ClipHeatmap
 from lvlm_probe.words import distinct_texts
 
 if TYPE_CHECKING:
-    from PIL import Image
     from rich.text import Text
 
 
@@ -38,13 +37,6 @@ class Explained:
 
     trace: Trace
     maps: list[MapFile]
-
-
-def open_replay(trace: Trace, model: Any, processor: Any, baseline: str | Image.Image | None = None) -> Replay:
-    """Open the replay of a trace, with a line that says so when it takes long; over a baseline where one is given."""
-    with stage("replaying the trace"):
-        opened = replay(trace, model, processor)
-    return opened if baseline is None else opened.over(baseline)
 
 
 def explain_replay(
