@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import answer_html, card, text_html
 from lvlm_probe.errors import ImageError
 from lvlm_probe.escaping import counted
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from lvlm_probe.words import Word
 
 
+@naming_arguments
 @told_out_of_memory
 def ask(
     model: torch.nn.Module,

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.causal.tokens import placed_tokens
 from lvlm_probe.errors import ExplainError
@@ -67,6 +68,7 @@ class LogitLens:
         return int(np.lexsort(((high - low).prod(axis=1), np.square(off).sum(axis=1)))[0])
 
 
+@naming_arguments
 @told_out_of_memory
 def logit_lens(replay: ReplayLike, *, image: int = 0, top: int = 5) -> LogitLens:
     """Read words off the states of image tokens, behind every layer of the decoder; one forward pass.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.models.anatomy import find_modules
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
 
+@naming_arguments
 def points(replay: Replay, wanted: Sequence[str], *, mask: torch.Tensor | None = None) -> dict[str, Any]:
     """Outputs of modules and of operations inside their forward, in one pass over prompt and answer.
 

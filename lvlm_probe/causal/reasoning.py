@@ -27,6 +27,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.attention.cutting import attention_layers, cut_attention
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.causal.effects import Recorded
@@ -174,6 +175,7 @@ def _highest(values: Sequence[float | None]) -> int | None:
     return -max(known)[1] if known else None
 
 
+@naming_arguments
 def find_steps(source: Trace | Replay) -> Steps:
     """Split an answer into steps, with what its trace recorded of each. No pass of the model is run on a trace.
 

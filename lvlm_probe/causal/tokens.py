@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.boxes.image_tokens import ImageTokens, image_tokens
 from lvlm_probe.boxes.painting import shared_with_cells
 from lvlm_probe.errors import ExplainError
@@ -46,6 +47,7 @@ def placed_tokens(replay: Replay, target: int | Clip) -> ImageTokens:
     return found
 
 
+@naming_arguments
 def token_heat(values: np.ndarray, boxes: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
     """Mean heat of each token's box or tube, cells weighted by the area, and time, that they share with it.
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.evidence.grounding import known_of, tokens_at
@@ -147,6 +148,7 @@ class Place:
 # -------------------------------------------------------------------------------------------------------------- fields
 
 
+@naming_arguments
 def fields(trace: Trace) -> list[Field]:
     """The values of a recorded answer: of JSON in it every leaf by its path, else its words. No model is needed."""
     pieces = [str(piece) for piece in trace.tokens]
@@ -218,6 +220,7 @@ def _skip(text: str, at: int) -> int:
 # -------------------------------------------------------------------------------------------------------------- places
 
 
+@naming_arguments
 def locate(
     replay: ReplayLike,
     found: Sequence[Field] | None = None,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.evidence.regions import first_that
@@ -127,6 +128,7 @@ class Edit:
         return dataclasses.replace(heat, provenance={**heat.provenance, "edits": [*kept, own]})
 
 
+@naming_arguments
 @outside_inference_mode
 @told_out_of_memory
 def edit(

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import explain
@@ -193,6 +194,7 @@ class BoxCheck:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
+@naming_arguments
 def answer_boxes(trace: Trace, *, boxes: Convention | None = None, image: int = 0) -> list[AnswerBox]:
     """The boxes and points that a recorded answer holds, in its order; no model is needed.
 
@@ -437,6 +439,7 @@ def _fault(pixels: Sequence[float], size: tuple[int, int]) -> str | None:
 # ------------------------------------------------------------------------------------------------------ maps, drawings
 
 
+@naming_arguments
 def box_maps(replay: ReplayLike, boxes: Sequence[AnswerBox], **options: Any) -> list[Heatmap]:
     """One map for each box, of the tokens of its numbers, which carries whether it looks there.
 
@@ -455,6 +458,7 @@ def box_maps(replay: ReplayLike, boxes: Sequence[AnswerBox], **options: Any) -> 
     return made
 
 
+@naming_arguments
 def check_box(box: AnswerBox, heat: Heatmap) -> BoxCheck:
     """Compare a box with a map: does the answer look where it says? No model is run.
 
@@ -478,6 +482,7 @@ def check_box(box: AnswerBox, heat: Heatmap) -> BoxCheck:
     )  # fmt: skip
 
 
+@naming_arguments
 def draw_boxes(image: Image.Image, boxes: Sequence[AnswerBox]) -> Image.Image:
     """The image, RGB, with the boxes and points drawn on it: label and P(box), each in a colour of its own."""
     from matplotlib.font_manager import findfont

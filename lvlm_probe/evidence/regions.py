@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.curve_points import MaskScores, curve_masks, known_scores, rank
@@ -69,6 +70,7 @@ class Region:
         return f"{100 * self.kept:.0f} % of the score stays with {100 * self.area:.2g} % of the image, in ({place})"
 
 
+@naming_arguments
 @told_out_of_memory
 def region(source: ReplayLike | Score, heat: Heatmap, *, keep: float = 0.9) -> Region:
     """Find the smallest area of a map's ranked cells that keeps a share of the score.

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.attention.rows import attention_rows
 from lvlm_probe.boxes.equal_parts import boxes_in_order
 from lvlm_probe.errors import ImageError, ProcessorRefused, ReplayError
@@ -43,6 +44,7 @@ _LARGEST = 4 << 30
 """Bytes of queries or keys: 64 layers of 32,000 positions with 8 heads of 128 in half precision."""
 
 
+@naming_arguments
 def import_attention(
     trace: Trace,
     captured: Server | Mapping[str, Any],

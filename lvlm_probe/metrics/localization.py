@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import HeatGrid, Heatmap, resample
 
@@ -74,6 +75,7 @@ def boxes_to_mask(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> np
     return mask
 
 
+@naming_arguments
 def pointing_game(heat: Heatmap | np.ndarray, region: Region, *, tolerance: int = 0) -> float:
     """1 when the highest value lies in the region, 0 when not; between, when tied maxima lie on both sides.
 
@@ -96,16 +98,19 @@ def pointing_game(heat: Heatmap | np.ndarray, region: Region, *, tolerance: int 
     return _pointing(values, inside)
 
 
+@naming_arguments
 def energy_in_region(heat: Heatmap | np.ndarray, region: Region) -> float:
     """Share of the heatmap's sum that lies in the region, 0 to 1; NaN for a heatmap of zeros."""
     return _energy(*_aligned(heat, region))
 
 
+@naming_arguments
 def iou(heat: Heatmap | np.ndarray, region: Region) -> float:
     """Intersection over union of the region and as many of the highest pixels as the region has; NaN for no region."""
     return _iou(*_aligned(heat, region))
 
 
+@naming_arguments
 def soft_iou(heat: Heatmap | np.ndarray, region: Region) -> float:
     """Intersection over union without a threshold: Σ min(h, g) / Σ max(h, g) over pixels (Ruzicka similarity).
 
@@ -122,6 +127,7 @@ def soft_iou(heat: Heatmap | np.ndarray, region: Region) -> float:
     return float(np.minimum(values, target).sum() / np.maximum(values, target).sum())
 
 
+@naming_arguments
 def average_precision(heat: Heatmap | np.ndarray, region: Region) -> float:
     """Pixel-wise average precision: how well the values tell pixels of the region from the others.
 
@@ -169,6 +175,7 @@ def tube_mask(boxes: Mapping[int, Sequence[Sequence[float]]], frames: int, size:
     return mask
 
 
+@naming_arguments
 def tube_pointing(heat: OfVideo | np.ndarray, tube: Tube) -> float:
     """1 when the highest value of all frames lies in the tube, 0 when not; between, when tied maxima lie on both sides.
 
@@ -182,16 +189,19 @@ def tube_pointing(heat: OfVideo | np.ndarray, tube: Tube) -> float:
     return _pointing(*_aligned_in_time(heat, tube))
 
 
+@naming_arguments
 def tube_energy(heat: OfVideo | np.ndarray, tube: Tube) -> float:
     """Share of the heatmap's sum over all frames that lies in the tube, 0 to 1; NaN for a heatmap of zeros."""
     return _energy(*_aligned_in_time(heat, tube))
 
 
+@naming_arguments
 def tube_iou(heat: OfVideo | np.ndarray, tube: Tube) -> float:
     """Intersection over union of the tube and as many of all frames' highest pixels as it has; NaN for no tube."""
     return _iou(*_aligned_in_time(heat, tube))
 
 
+@naming_arguments
 def temporal_pointing(heat: OfVideo | np.ndarray, frames: Frames) -> float:
     """1 when the frame with the highest mean is one of ``frames``, 0 when not; between, when tied frames are both.
 
@@ -205,6 +215,7 @@ def temporal_pointing(heat: OfVideo | np.ndarray, frames: Frames) -> float:
     return _pointing(*_over_time(heat, frames))
 
 
+@naming_arguments
 def temporal_iou(heat: OfVideo | np.ndarray, frames: Frames) -> float:
     """Intersection over union of ``frames`` and as many of the frames with the highest means; NaN for no frames.
 

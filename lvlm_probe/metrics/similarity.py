@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import whole_rule
 from lvlm_probe.extras import require
@@ -51,6 +52,7 @@ class Similarity:
         return record_of(self)
 
 
+@naming_arguments
 def compare_maps(first: HeatGrid, second: HeatGrid) -> Similarity:
     """Compares two heatmaps of one image, or of one video, on the first one's grid; needs scipy.
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import answer_html, card
 from lvlm_probe.errors import ProbeError, ReportError
 from lvlm_probe.extras import require
@@ -31,6 +32,7 @@ _SIDE = 640
 Explained = Heatmap | tuple[Heatmap, Score | None]
 
 
+@naming_arguments
 def widget(
     trace: Trace,
     heats: Heatmap | Iterable[Heatmap] = (),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, frame_of, scored_by, selected, target_of
 from lvlm_probe.explainers.registry import Cost, Problem, check_parameters, cost_of, resolve
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 
+@naming_arguments
 @told_out_of_memory
 def plan(
     model: torch.nn.Module | Replay,

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet, replaced
 from lvlm_probe.models.exhaustion import told_out_of_memory
@@ -26,8 +27,8 @@ R = TypeVar("R")
 
 def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
     """For a function of a ``replay``: calls with the same replay, or views of it, take turns, whole calls at a time.
-    Memory that runs out in one is told as ``OutOfMemory``."""
-    function = told_out_of_memory(function)
+    Memory that runs out in one is told as ``OutOfMemory``, and an argument of the wrong kind by its name."""
+    function = told_out_of_memory(naming_arguments(function))
     names = list(inspect.signature(function).parameters)
     name = "replay" if "replay" in names else "self"
     place = names.index(name)

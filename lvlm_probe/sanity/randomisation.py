@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.replica import duplicated
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from lvlm_probe.trace import Trace
 
 
+@naming_arguments
 @told_out_of_memory
 def weights(
     replay: Replay,
@@ -134,6 +136,7 @@ def weights(
     return SanityCheck("weights", verdict, reason, SIMILAR, tuple(steps), params, heat, tuple(heatmaps))
 
 
+@naming_arguments
 @told_out_of_memory
 def answers(
     replay: Replay,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.progress import Progress
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
 
 
+@naming_arguments
 @told_out_of_memory
 def seeds(
     replay: Replay, heat: AnyHeatmap, *, seeds: int | Sequence[int] = 5, progress: Progress | None = None
@@ -71,6 +73,7 @@ def seeds(
     return _compared("seeds", heat, made, [f"seed {seed}" for seed in others], {"seeds": [own, *others]})
 
 
+@naming_arguments
 @told_out_of_memory
 def prompts(
     replay: Replay,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import too_narrow
 from lvlm_probe.files import json_ready, record_of
@@ -59,6 +60,7 @@ class Stability:
         return record_of(self, "heatmaps")
 
 
+@naming_arguments
 def stability(heats: Sequence[HeatGrid]) -> Stability:
     """Compares heatmaps of one image pair by pair, on the grid of the first; needs scipy.
 
@@ -116,6 +118,7 @@ class Completeness:
         return {**record_of(self), "error": json_ready(self.error)}
 
 
+@naming_arguments
 def completeness(
     attributions: np.ndarray | torch.Tensor, replay: Replay, indices: Sequence[int], *, image: int | Clip = 0
 ) -> Completeness:
@@ -137,6 +140,7 @@ def completeness(
     return Completeness(total, float(scores[0] - scores[1]))
 
 
+@naming_arguments
 def tie_share(heat: HeatGrid) -> float:
     """Share of the cells the model sees whose value another such cell has too: their order is not the heatmap's.
 

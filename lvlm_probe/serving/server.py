@@ -18,6 +18,7 @@ import torch
 from PIL import features
 
 from lvlm_probe._version import versions_of
+from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ImageError, ModelMismatch, ProcessorRefused, ReplayError
 from lvlm_probe.images import Baseline, CompositePath, ImagePath, make_baseline
 from lvlm_probe.images.baselines import KINDS
@@ -68,6 +69,7 @@ _WHAT: dict[Gives, str] = {
 }
 
 
+@naming_arguments
 def connect(
     url: str,
     model: str | None = None,
