@@ -198,7 +198,7 @@ def test_what_explaining_has_scored_is_not_scored_again(recorded: Callable[[], p
     costs, gains = [], []
     for preset in ("fast", "default"):
         replay = recorded()
-        heat = explain(replay, preset=preset, tokens=[len(replay.tokens) - 3])
+        heat = explain(replay, preset=preset, enough=0.5, tokens=[len(replay.tokens) - 3])
         before = replay.passes.forward
         gains.append(evaluate(heat, replay).gain)
         costs.append(replay.passes.forward - before)
