@@ -17,6 +17,11 @@ def is_whole(number: object) -> TypeGuard[Integral]:
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
+def plain_number(value: Any) -> Any:
+    """Return a number of an array library as Python's own, and anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
 @contextmanager
 def told_by_kind(name: str, function: Callable[..., object], params: Mapping[str, Any]) -> Iterator[None]:
     """Inside, an error of Python's that a parameter of the wrong kind makes is one that names the parameter.

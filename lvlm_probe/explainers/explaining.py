@@ -29,7 +29,7 @@ from lvlm_probe.explainers.scores import NO_SIGHT, check_rules, no_effect, no_sl
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.files import json_ready
 from lvlm_probe.heatmap import Heatmap
-from lvlm_probe.kinds import is_whole, told_by_kind
+from lvlm_probe.kinds import is_whole, plain_number, told_by_kind
 from lvlm_probe.models.exhaustion import out_of_memory, ran_out
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay, ReplayLike
@@ -206,7 +206,7 @@ def run(
         ExplainError, OutOfMemory, SelectionError: as ``explain``.
     """
     method, live = recipe.method, not isinstance(replay, Trace)
-    params = {name: _plain(value) for name, value in recipe.params.items()}
+    params = {name: plain_number(value) for name, value in recipe.params.items()}
     replay = _checked(replay, dataclasses.replace(recipe, params=params), plan)
     clip, image = (None, target) if isinstance(target, int) else (target, target.first)
     if not 0 <= image < replay.n_images:
@@ -271,11 +271,6 @@ def _checked(replay: ReplayLike | Trace, recipe: Recipe, plan: RunPlan | None) -
         more = "" if dtype is None else f", search_dtype={dtype!r}"
         raise ExplainError(f"this plan is of {planned}, not of {wanted}: plan(replay, method={method!r}{more})")
     return cast(Replay, RecordedAnswer(replay) if isinstance(replay, Trace) else replay)
-
-
-def _plain(value: Any) -> Any:
-    """A number of an array library, as Python's own."""
-    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _check_values(values: torch.Tensor | None, method: str, axes: int) -> None:

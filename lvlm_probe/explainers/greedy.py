@@ -85,9 +85,9 @@ def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
     else:
         passes, least = 3 * count + 2 * (1 + len(_REST)) + 2 * params["window"] * count, (count + 2, 0)
     passes = min(passes, params["budget"] or passes)
-    numbers = (batch // 2 + count) * math.prod(shape)
-    groups = (min(batch, 2 * count),)
-    return Cost("forward", passes, 0, groups, numbers=numbers, about=True, grids=(shape,), at_least=least)
+    most = min(batch, max(2, count))  # each region alone, or all but one; first none and all
+    numbers = (most + count) * math.prod(shape)
+    return Cost("forward", passes, 0, (most,), numbers=numbers, about=True, grids=(shape,), at_least=least)
 
 
 @register("greedy", cost=_cost, clips=True)

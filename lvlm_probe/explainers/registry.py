@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 import torch
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.kinds import is_whole, told_by_kind, wrong_kind
+from lvlm_probe.kinds import is_whole, plain_number, told_by_kind, wrong_kind
 from lvlm_probe.models.inputs import index_on
 from lvlm_probe.plugins import check_registration, load_plugins
 from lvlm_probe.progress import Progress
@@ -420,8 +420,13 @@ def cost_of(method: str, problem: Problem, params: Mapping[str, Any]) -> Cost:
     if rule is not None:
         parameters = inspect.signature(function).parameters.values()
         defaults = {item.name: item.default for item in parameters if item.default is not item.empty}
-        with told_by_kind(method, function, params):
-            return rule(problem, {**defaults, **params})
+        params = {name: plain_number(value) for name, value in params.items()}
+        try:
+            with told_by_kind(method, function, params):
+                return rule(problem, {**defaults, **params})
+        except ZeroDivisionError as error:
+            zeros = " and ".join(f"{name}=0" for name, value in params.items() if isinstance(value, int) and not value)
+            raise ExplainError(f"{method}: {zeros} is too little; give at least 1") from error
     if "gradients" in needs:
         kind: Kind = "relevance" if "attention" in needs else "activations" if "activations" in needs else "gradient"
         return Cost(kind)

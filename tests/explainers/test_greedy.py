@@ -251,12 +251,18 @@ def test_the_search_ends_when_the_box_is_found() -> None:
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 
-def test_a_plan_holds_what_is_taken() -> None:
-    replay = ToyReplay(box_weights(8, slice(1, 3), slice(4, 7)))
+def test_a_plan_holds_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay, sent = ToyReplay(box_weights(8, slice(1, 3), slice(4, 7))), list[int]()
+    log_probs = ToyReplay.log_probs
+    monkeypatch.setattr(
+        ToyReplay, "log_probs", lambda self, mask, **given: sent.append(len(mask)) or log_probs(self, mask, **given)
+    )
     problem = Problem(replay, select_tokens(replay))
-    for params in ({}, {"search": "exact"}, {"budget": 150}, {"window": 1}):
+    for params in ({}, {"search": "exact"}, {"budget": 150}, {"window": 1}, {"batch": 12}):
         cost = cost_of("greedy", problem, {"segments": "grid", "regions": 64, **params})
+        sent.clear()
         taken = explain(replay, method="greedy", segments="grid", regions=64, **params).provenance["passes"]["forward"]
+        assert max(sent) == max(cost.groups), params
         assert (cost.at_least or (0,))[0] <= taken <= cost.forward, params
         assert (cost.at_least is None) == ("search" in params)
 

@@ -309,6 +309,9 @@ def test_wrong_questions(replay: probe.Replay, recorded: tuple[Any, Any, Any]) -
         probe.plan(replay, method="igos")
     with pytest.raises(ExplainError, match="takes no parameter"):
         probe.plan(replay, method="rise", maskes=3)
+    for method, name in (("rise", "batch"), ("occlusion", "stride"), ("integrated_gradients", "batch")):
+        with pytest.raises(ExplainError, match=f"{method}: {name}=0 is too little"):
+            probe.plan(replay, method=method, seconds=False, **{name: 0})
     with pytest.raises(ExplainError, match="needs the recorded answer"):
         probe.plan(recorded[1])
     with pytest.raises(ExplainError, match="image=3"):
