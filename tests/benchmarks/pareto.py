@@ -2,15 +2,18 @@
 
     python tests/benchmarks/pareto.py --scenes 100            # makes what is missing, then the figure
     python tests/benchmarks/pareto.py --table                 # the figure alone
+    python tests/benchmarks/pareto.py --table --also "hard scenes=runs/tournament/hard"
 
 Settings of iGOS++ between its presets, and integrated gradients with few steps, are judged here; all other points are
 the tournament's own lines (runs/tournament/easy), on the same scenes. A pass is one image sent forward; where it was
-sent back as well, that is in the same column. Writes docs/pareto.png and docs/pareto.md.
+sent back as well, that is in the same column. ``--also`` adds a table for the tournament's lines of another model, each
+method on the scenes that it was judged on there. Writes docs/pareto.png and docs/pareto.md.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ FROM_TOURNAMENT = (
     "igos++ (thorough)", "igos++ (release)", "igos+", "integrated_gradients", "input_gradient", "rise",
     "greedy", "occlusion", "tmm", "iia", "gradcam",
 )  # fmt: skip
+NO_METHOD = ("random", "center", tournament.GROUND_TRUTH)
 OURS = ("igos++, 12 passes", "igos++ (fast)", "igos++", "igos++ (thorough)")
 """The line of the figure, from few passes to many; another point lies under the default and is in the table alone."""
 
@@ -36,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     scene_arguments(parser, "runs/pareto")
     parser.add_argument("--tournament", type=Path, default=Path("runs/tournament/easy"), help="where its lines are")
+    parser.add_argument("--also", nargs="*", default=[], metavar="NAME=FOLDER", help="lines of other models")
     parser.set_defaults(scenes=100, causal=False, few={}, place={})
     arguments = parser.parse_args()
     settle(arguments)
@@ -48,22 +53,37 @@ def main() -> None:
     scenes = {line["scene"] for line in lines.latest.values()}
     if not scenes:
         raise SystemExit("no scene has been judged under every setting yet; run without --table first")
-    rows = []
-    for name in (*ENTRIES, *FROM_TOURNAMENT):
-        found = [line for line in (lines if name in ENTRIES else others).of(name) if line["scene"] in scenes]
-        made = [line for line in found if line.get("gain") is not None]
-        if made:
-            rows.append(_row(name, made))
-    reference = next((row for row in rows if row["name"] == "igos+"), None)
-    for row in rows:
-        if reference is not None and row is not reference:
-            row["against"] = comparison(row["gains"], reference["gains"])
-    rows.sort(key=lambda row: row["passes"])
+    rows = rows_of({**dict.fromkeys(FROM_TOURNAMENT, others), **dict.fromkeys(ENTRIES, lines)}, scenes)
+    compare(rows, "igos+")
+    more = {}
+    for name, _, folder in (each.partition("=") for each in arguments.also):
+        found = Lines(Path(folder))
+        more[name] = rows_of({each: found for each in found.names() if each not in NO_METHOD})
+        compare(more[name], tournament.DEFAULT)
     summary = scenes_summary(arguments, lines)
     root = tournament.ROOT / "docs"
     _draw(rows, root / "pareto.png", len(scenes))
-    write(root / "pareto.md", _text(rows, summary))
-    print(_text(rows, summary))
+    text = _text(rows, summary) + "".join(section(name, rows) for name, rows in more.items())
+    write(root / "pareto.md", text)
+    print(text)
+
+
+def rows_of(lines: Mapping[str, Lines], scenes: Set[int] | None = None) -> list[dict[str, Any]]:
+    """A row for each entry that has scores, of few passes first; on these scenes where they are given."""
+    rows = []
+    for name, found in lines.items():
+        of = [line for line in found.of(name) if scenes is None or line["scene"] in scenes]
+        if made := [line for line in of if line.get("gain") is not None]:
+            rows.append(_row(name, made))
+    return sorted(rows, key=lambda row: row["passes"])
+
+
+def compare(rows: list[dict[str, Any]], reference: str) -> None:
+    """How far each other row is ahead of one of them, in ``against``."""
+    known = next((row for row in rows if row["name"] == reference), None)
+    for row in rows:
+        if known is not None and row is not known:
+            row["against"] = comparison(row["gains"], known["gains"])
 
 
 def _row(name: str, made: list[dict[str, Any]]) -> dict[str, Any]:
@@ -79,7 +99,7 @@ def _row(name: str, made: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _text(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
-    text = [
+    lines = [
         "# What passes buy",
         "",
         "Printed by `python tests/benchmarks/pareto.py`, which says at its top what is measured. The scenes are held",
@@ -87,23 +107,42 @@ def _text(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         "",
         "![Insertion − deletion against passes](pareto.png)",
         "",
-        "| heatmap | passes: forward + backward | gain ↑ | less igos+ (Eq. 8, 100 passes) | held-out baselines ↑ "
-        "| pointing ↑ | average precision ↑ |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [shown(row[column]) for column in ("held_out", "pointing", "average_precision")]
-        against = shown(row.get("against"), signed=True)
-        text.append(
-            f"| {row['name']} | {row['passes']:.0f} + {row['backward']:.0f} | {shown(row['gain'])} | {against} "
-            f"| {' | '.join(cells)} |"
-        )
-    text += [
+        *_table(rows, "igos+ (Eq. 8, 100 passes)"),
         "",
         f"{summary['scenes']} plain scenes of split {summary['split']}, {summary['model']}. Mean [95 % bootstrap "
         f"interval]; differences are paired by scene. {summary['machine']}.",
     ]
-    return "\n".join(text) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def section(name: str, rows: list[dict[str, Any]]) -> str:
+    most = max(len(row["gains"]) for row in rows)
+    lines = [
+        "",
+        f"## {name[:1].upper()}{name[1:]}",
+        "",
+        *_table(rows, tournament.DEFAULT),
+        "",
+        f"{most} images; differences are paired, on the images that both were judged on.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: list[dict[str, Any]], reference: str) -> list[str]:
+    table = [
+        f"| heatmap | passes: forward + backward | gain ↑ | less {reference} | held-out baselines ↑ | pointing ↑ "
+        "| average precision ↑ |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    most = max(len(row["gains"]) for row in rows)
+    for row in rows:
+        cells = [shown(row[column]) for column in ("held_out", "pointing", "average_precision")]
+        first = "" if len(row["gains"]) == most else f" (the first {len(row['gains'])})"
+        table.append(
+            f"| {row['name']}{first} | {row['passes']:.0f} + {row['backward']:.0f} | {shown(row['gain'])} "
+            f"| {shown(row.get('against'), signed=True)} | {' | '.join(cells)} |"
+        )
+    return table
 
 
 def _draw(rows: list[dict[str, Any]], path: Path, scenes: int) -> None:

@@ -24,7 +24,9 @@ import bench_search
 import bench_store
 import bench_stream
 import gpu_smoke
+import pareto
 import publish
+from judging import Lines
 
 HEAD = {"machine": "a machine, 1 thread(s)", "python": "3.11", "lvlm_probe": "0.1.0", "date": "2026-11-25"}
 
@@ -403,3 +405,21 @@ def test_the_page_in_docs_is_the_one_that_the_results_give() -> None:
     assert docs.read_text("utf-8") == publish.page(Path(publish.__file__).parent / "results"), (
         "docs/benchmarks.md is not that of tests/benchmarks/results: run python tests/benchmarks/publish.py"
     )
+
+
+def test_what_passes_buy_on_another_model(tmp_path: Path) -> None:
+    lines = Lines(tmp_path)
+    judged = {"key": "k", "held_out": None, "pointing": 1.0, "average_precision": 0.5, "backward": 0}
+    gains = {"igos++": [0.9, 0.8, 0.7], "rise": [0.6, 0.5], "random": [0.0, 0.0, 0.0]}
+    for name, found in gains.items():
+        for scene, gain in enumerate(found):
+            lines.add({**judged, "scene": scene, "name": name, "gain": gain, "forward": 10 if name == "rise" else 80})
+    rows = pareto.rows_of({name: lines for name in lines.names() if name != "random"})
+    pareto.compare(rows, "igos++")
+    assert [(row["name"], row["passes"]) for row in rows] == [("rise", 10), ("igos++", 80)]
+    assert rows[0]["against"]["mean"] == pytest.approx(-0.3) and "against" not in rows[1]
+    page = pareto.section("photographs", rows)
+    assert "## Photographs" in page and "| rise (the first 2) | 10 + 0 |" in page and "| igos++ | 80 + 0 |" in page
+    assert "3 images" in page
+    few = pareto.rows_of({"igos++": lines}, scenes={2})
+    assert few[0]["gain"]["mean"] == pytest.approx(0.7)
