@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.serving.messages import Prompt, Said, one_placeholder_each
@@ -51,18 +51,18 @@ class Untrue(ReplayError):
     """A reply whose numbers are not those of the answer that was asked about."""
 
 
-class Road(Protocol):
+class Road:
     """How the log-probabilities of an answer are asked for."""
 
     name: str
     """What it is called."""
-    every: bool
+    every: bool = False
     """Whether one request gives all tokens."""
-    gives: Gives
+    gives: Gives = "passes"
     """What it gives of a token."""
-    by_ids: bool
+    by_ids: bool = False
     """Whether it names tokens by their ids."""
-    closing: bool
+    closing: bool = False
     """Whether it can hold the token that closes the turn."""
 
     def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
@@ -71,15 +71,15 @@ class Road(Protocol):
         Raises:
             ReplayError: this answer cannot be asked about on this road.
         """
-        ...
+        raise NotImplementedError
 
     def read(self, said: Said, reply: Any, step: int | None) -> Mapping[int, Reading]:
         """Log-probabilities in a reply, by step, nats. Raises ``Untrue``."""
-        ...
+        raise NotImplementedError
 
     def likeliest(self, body: dict[str, Any], number: int) -> bool:
         """Make a request ask for the likeliest tokens of each position too; whether it can."""
-        ...
+        return False
 
 
 def log_prob_in(value: Any, what: str) -> float:
@@ -94,36 +94,30 @@ def log_prob_in(value: Any, what: str) -> float:
     return min(float(value), 0.0)
 
 
-class Chat:
+class Chat(Road):
     """vLLM's ``prompt_logprobs`` of a chat whose last turn, the assistant's, is continued."""
 
-    name, every, by_ids, closing = "chat", True, True, False
-    gives: Gives = "passes"
+    name, every, by_ids = "chat", True, True
 
     def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
-        """See ``Road``."""
         body = continued(said.prompt, images, said.answer, ask={"prompt_logprobs": 0})
         return "/v1/chat/completions", body
 
     def likeliest(self, body: dict[str, Any], number: int) -> bool:
-        """See ``Road``."""
         body["prompt_logprobs"] = number
         return True
 
     def read(self, said: Said, reply: Any, step: int | None) -> dict[int, float]:
-        """See ``Road``."""
         held = len(said.token_ids) - said.closing  # a turn that is continued has not been closed
         return _prompt_log_probs(reply, said, held)
 
 
-class Tokens:
+class Tokens(Road):
     """vLLM's tokens in, tokens out: prompt and answer as ids, so that nothing is cut into tokens again."""
 
     name, every, by_ids, closing = "tokens", True, True, True
-    gives: Gives = "passes"
 
     def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
-        """See ``Road``."""
         short = one_placeholder_each(said.prompt_ids, len(images))
         if short is None:
             raise ReplayError(
@@ -139,23 +133,19 @@ class Tokens:
         }
 
     def likeliest(self, body: dict[str, Any], number: int) -> bool:
-        """See ``Road``."""
         body["sampling_params"]["prompt_logprobs"] = number
         return True
 
     def read(self, said: Said, reply: Any, step: int | None) -> dict[int, float]:
-        """See ``Road``."""
         return _prompt_log_probs(reply, said, len(said.token_ids))
 
 
-class Sglang:
+class Sglang(Road):
     """SGLang's own route. Prompts are made here, by the model's processor."""
 
     name, every, by_ids, closing = "sglang", True, True, True
-    gives: Gives = "passes"
 
     def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
-        """See ``Road``."""
         return "/generate", {
             "input_ids": [*said.prompt_ids, *said.token_ids],
             "image_data": list(images),
@@ -164,12 +154,7 @@ class Sglang:
             "sampling_params": {"max_new_tokens": 1, "temperature": 0},
         }
 
-    def likeliest(self, body: dict[str, Any], number: int) -> bool:
-        """See ``Road``."""
-        return False
-
     def read(self, said: Said, reply: Any, step: int | None) -> dict[int, float]:
-        """See ``Road``."""
         entries = _at(_at(reply, "meta_info"), "input_token_logprobs")
         steps = len(said.token_ids)
         # An image's placeholder stands for its many tokens there, so only the rest of the prompt can be compared.
@@ -182,7 +167,7 @@ class Sglang:
         }
 
 
-class NextToken:
+class NextToken(Road):
     """One token at a time: the answer so far is continued by the token that is asked for and by no other.
 
     Engines take log-probabilities before they shut out all others; whether this one does is measured.
@@ -191,14 +176,12 @@ class NextToken:
         by: the field that shuts out the others.
     """
 
-    every, by_ids, closing = False, True, True
-    gives: Gives = "passes"
+    by_ids, closing = True, True
 
     def __init__(self, by: Literal["allowed_token_ids", "logit_bias"]) -> None:
         self.name, self._by = f"next token ({by})", by
 
     def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
-        """See ``Road``."""
         assert step is not None
         token = said.token_ids[step]
         only: dict[str, Any] = (
@@ -207,12 +190,7 @@ class NextToken:
         ask = {**only, "logprobs": True, "top_logprobs": 0}
         return "/v1/chat/completions", continued(said.prompt, images, said.before(step), ask=ask)
 
-    def likeliest(self, body: dict[str, Any], number: int) -> bool:
-        """See ``Road``."""
-        return False
-
     def read(self, said: Said, reply: Any, step: int | None) -> dict[int, float]:
-        """See ``Road``."""
         assert step is not None
         _same_ids(_at(reply, "prompt_token_ids"), [*said.prompt_ids, *said.token_ids[:step]], "prompt and answer")
         choice = _first(_at(reply, "choices"))
@@ -221,31 +199,24 @@ class NextToken:
         return {step: log_prob_in(_at(entry, "logprob"), f"token {step} of the answer")}
 
 
-class Top:
+class Top(Road):
     """One token at a time, by what is likeliest in its place; a token that is not listed is known within bounds.
 
     Args:
         number: of the likeliest tokens that are asked for; APIs list 20, 5 or 1 at most.
     """
 
-    every, by_ids, closing = False, False, False
-    gives: Gives = "bounds"
+    gives = "bounds"
 
     def __init__(self, number: int) -> None:
         self.name, self._number = f"top ({number})", number
 
     def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
-        """See ``Road``."""
         assert step is not None
         ask = {"logprobs": True, "top_logprobs": self._number}
         return "/v1/chat/completions", continued(said.prompt, images, _begun(said, step), ask=ask)
 
-    def likeliest(self, body: dict[str, Any], number: int) -> bool:
-        """See ``Road``."""
-        return False
-
     def read(self, said: Said, reply: Any, step: int | None) -> dict[int, Reading]:
-        """See ``Road``."""
         assert step is not None
         _same_beginning(said, reply, step)
         entry = _first(_at(_at(_first(_at(reply, "choices")), "logprobs"), "content"))
@@ -262,7 +233,7 @@ class Top:
         return {step: (-math.inf, min(*values, math.log(max(left, 0.0) + _ROUNDING)))}
 
 
-class Sampled:
+class Sampled(Road):
     """One token at a time, drawn by the model's probabilities: whether it was the one that is asked about.
 
     Args:
@@ -270,23 +241,16 @@ class Sampled:
             own generation settings may say.
     """
 
-    every, by_ids, closing = False, False, False
-    gives: Gives = "samples"
+    gives = "samples"
 
     def __init__(self, name: str, whole: Mapping[str, Any]) -> None:
         self.name, self._whole = name, {"temperature": 1, "top_p": 1, **whole}
 
     def request(self, said: Said, images: Sequence[str], step: int | None) -> tuple[str, dict[str, Any]]:
-        """See ``Road``."""
         assert step is not None
         return "/v1/chat/completions", continued(said.prompt, images, _begun(said, step), ask=self._whole)
 
-    def likeliest(self, body: dict[str, Any], number: int) -> bool:
-        """See ``Road``."""
-        return False
-
     def read(self, said: Said, reply: Any, step: int | None) -> dict[int, Reading]:
-        """See ``Road``."""
         assert step is not None
         _same_beginning(said, reply, step)
         return {step: 0.0 if spoken_in(reply) == said.raw[step] else -math.inf}
