@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from lvlm_probe.errors import ImageError
+from lvlm_probe.images.masks import MaskedImages
 from lvlm_probe.images.parity import ParityReport
 
 Seen = Callable[[int, tuple[int, int] | None], Tensor]
@@ -35,7 +35,7 @@ def composited(masks: Tensor, images: Sequence[Image.Image], baselines: Sequence
     return out
 
 
-class CompositePath:
+class CompositePath(MaskedImages):
     """Masks over the images of a prompt whose processor is elsewhere.
 
     What a processor there leaves out of an image (a centre crop) is known where somebody here says so; else all of it
@@ -71,26 +71,13 @@ class CompositePath:
             notes=("images are masked as 8-bit images before the server's own processor sees them",),
         )
 
-    @property
-    def n_images(self) -> int:
-        """Number of images."""
-        return len(self.images)
-
-    @property
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """``(width, height)`` of each image, pixels."""
-        return [image.size for image in self.images]
-
     def with_baseline(self, images: Sequence[Image.Image]) -> CompositePath:
         """The same images over another baseline, one per image."""
         return CompositePath(self.images, images, seen=self._seen)
 
     def seen(self, image: int = 0, shape: tuple[int, int] | None = None) -> Tensor:
         """What reaches the model, ``(row, col)``; True everywhere where nobody here knows what the processor does."""
-        if self._seen is not None:
-            return self._seen(image, shape)
-        width, height = self.image_sizes[image]
-        return torch.ones(shape or (height, width), dtype=torch.bool)
+        return super().seen(image, shape) if self._seen is None else self._seen(image, shape)
 
     def composites(self, masks: Tensor) -> list[Image.Image]:
         """The images of one mask per image, ``(image, row, col)``."""

@@ -16,7 +16,7 @@ from lvlm_probe.images.baselines import BLUR_LADDER, Baseline, make_baseline
 from lvlm_probe.images.batching import Joint, joints_of
 from lvlm_probe.images.composite import composite
 from lvlm_probe.images.composite_path import composited
-from lvlm_probe.images.masks import expand_masks
+from lvlm_probe.images.masks import MaskedImages, expand_masks
 from lvlm_probe.images.parity import REFUSE_LEVELS, WARN_LEVELS, ParityReport, backend_of, level_errors, versions
 from lvlm_probe.images.positions import Geometry
 from lvlm_probe.images.processor import BlackBox, as_rgb, compare_reference
@@ -25,7 +25,7 @@ from lvlm_probe.images.whitening import Whitening
 from lvlm_probe.trace.clips import Clip
 
 
-class ImagePath:
+class ImagePath(MaskedImages):
     """The differentiable road from masks over one prompt's images to the model's inputs.
 
     Build it with :meth:`from_processor`. A mask is 1 where the original pixel is kept and 0 where the
@@ -128,15 +128,6 @@ class ImagePath:
         )
 
     # -- what goes in ------------------------------------------------------------------------------------------------
-
-    @property
-    def n_images(self) -> int:
-        return len(self.images)
-
-    @property
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """``(width, height)`` of each original image."""
-        return [image.size for image in self.images]
 
     @property
     def baseline_images(self) -> list[Image.Image]:

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lvlm_probe.errors import MaskError
 from lvlm_probe.images.clips import over_frames
 from lvlm_probe.trace.clips import Clip
+
+
+class MaskedImages:
+    """The images of a prompt that masks are laid over: what all roads from a mask to the model have.
+
+    Attributes:
+        images: in order; what the model is fed as images, where the originals are not known.
+    """
+
+    images: Sequence[Image.Image]
+
+    @property
+    def n_images(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    @property
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """``(width, height)`` of each image, pixels."""
+        return [image.size for image in self.images]
+
+    def seen(self, image: int = 0, shape: tuple[int, int] | None = None) -> Tensor:
+        """Pixels (or cells of a grid of ``shape``) of an image that reach the model, bool ``(row, col)``: all of it."""
+        width, height = self.image_sizes[image]
+        return torch.ones(shape or (height, width), dtype=torch.bool)
 
 
 def expand_masks(mask: Tensor, n_images: int, image: int | Clip | None) -> Tensor:

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from lvlm_probe.errors import ImageError, MaskError, ProcessorRefused
 from lvlm_probe.images.baselines import BLUR_LADDER, KINDS
-from lvlm_probe.images.masks import expand_masks
+from lvlm_probe.images.masks import MaskedImages, expand_masks
 from lvlm_probe.images.parity import ParityReport, versions
 from lvlm_probe.trace.clips import Clip
 
 
-class PixelPath:
+class PixelPath(MaskedImages):
     """The interface of :class:`~lvlm_probe.images.ImagePath` over ``pixel_values`` ``(image, channel, row, col)``.
 
     A mask covers what the model was fed, not the original image: what the processor cropped away is not there, and
@@ -90,15 +90,6 @@ class PixelPath:
         )
 
     @property
-    def n_images(self) -> int:
-        return len(self.images)
-
-    @property
-    def image_sizes(self) -> list[tuple[int, int]]:
-        """``(width, height)`` of each pixel input."""
-        return [image.size for image in self.images]
-
-    @property
     def pixel_keys(self) -> tuple[str, ...]:
         return (self._key,)
 
@@ -142,11 +133,6 @@ class PixelPath:
         """As :meth:`ImagePath.joined <lvlm_probe.images.ImagePath.joined>`, with no processor to learn from: inputs are
         joined along the first axis."""
         return dict(inputs)
-
-    def seen(self, image: int = 0, shape: tuple[int, int] | None = None) -> Tensor:
-        """True everywhere: the model sees all of its own inputs."""
-        width, height = self.image_sizes[image]
-        return torch.ones(shape or (height, width), dtype=torch.bool)
 
     def coordinates(self, key: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Column, row, image index and liveness of every element of ``pixel_values``."""
