@@ -239,6 +239,30 @@ def test_igos_refines_on_a_finer_grid_and_counts_its_passes() -> None:
     assert [record.get("refinement") for record in heat.history] == [None, None, 0.0, 1.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("settings", "seen_on"),
+    [
+        ({"preset": "fast", "size": 10}, [(10, 10), "coarser", (20, 20), "coarser", (20, 20)]),
+        ({"preset": "fast", "size": 10, "refine_cells": None}, [(10, 10), *[(20, 20)] * 4]),
+        ({"preset": "fast", "size": 10, "refine_cells": (0.5, 0.5)}, [(10, 10), *[(10, 10), (20, 20)] * 2]),
+        ({"preset": "thorough", "size": 4, "iterations": 1, "refine": 2}, [(4, 4), (8, 8), (8, 8)]),
+    ],
+)
+def test_cells_that_the_order_is_seen_on(settings: dict[str, Any], seen_on: list[Any]) -> None:
+    grids: list[tuple[int, ...]] = []
+
+    class Watching(ToyReplay):
+        def score_and_grad(self, masks: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            grids.append(tuple(masks.shape[1:]))
+            return super().score_and_grad(masks, *args, **kwargs)
+
+    heat = explain(Watching(WEIGHTS, base=(0.001,)), **settings)
+    assert heat.shape == grids[-1]
+    coarser = {grid for grid in grids[1::2] if grid not in ((10, 10), (20, 20), (8, 8))}
+    assert ["coarser" if grid in coarser else grid for grid in grids] == seen_on
+    assert all(8 <= edge <= 20 for grid in coarser for edge in grid)
+
+
 @pytest.mark.quick
 def test_refining_raises_insertion_over_deletion() -> None:
     gains = []
