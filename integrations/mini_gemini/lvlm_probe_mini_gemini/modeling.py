@@ -229,7 +229,7 @@ class MiniGeminiModel(MiniGeminiPreTrainedModel):
                 f"the prompt has {count} image placeholders, but {features.shape[0]} picture(s) give {wanted} features "
                 f"({features.shape[1]} each); prepare prompt and pictures in one call of the model's own processor"
             )
-        return found.unsqueeze(-1)
+        return found.unsqueeze(-1).to(features.device)  # parts of the model may lie on several cards
 
 
 class _WithinVocabulary(LogitsProcessorList):
