@@ -28,7 +28,7 @@ from lvlm_probe.evidence.grounding import known_of, tokens_at
 from lvlm_probe.evidence.regions import Region, region, twice_the_area
 from lvlm_probe.explainers import explain
 from lvlm_probe.explainers.scores import even_masks
-from lvlm_probe.files import in_the_way, json_ready, write_whole
+from lvlm_probe.files import in_the_way, json_ready, path_of, write_whole
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.selection import select_tokens
 
@@ -315,7 +315,7 @@ def export(
     Raises:
         ExplainError: there is no such format, too few files, or the file exists.
     """
-    target = Path(path)
+    target = path_of(path, "the file", ExplainError)
     kind = format or ("hocr" if target.suffix.lower() in (".hocr", ".html") else "json")
     if kind not in FORMATS:
         raise ExplainError(f"format is one of {', '.join(FORMATS)}; got {kind!r}")

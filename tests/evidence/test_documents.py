@@ -319,6 +319,8 @@ def test_hocr_is_xml_whatever_the_values_are(places: list[Any], tmp_path: Path) 
     with pytest.raises(ExplainError, match="exists"):
         export(places, page)
     export(places, page, overwrite=True)
+    with pytest.raises(ExplainError, match="the file is named by its path; got a NoneType"):
+        export(places, None)  # type: ignore[arg-type]
     with pytest.raises(ExplainError, match="format is one of"):
         export(places, tmp_path / "x", format="pdf")  # type: ignore[arg-type]
     with pytest.raises(ExplainError, match="one for each"):
