@@ -36,7 +36,7 @@ PAGES = [
     ),
 ]
 BLOCK = re.compile(
-    r"^(?P<mark><!-- not run: .+ -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^(?P<mark><!-- not run: [^\n]+ -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 RUN = ("python", "sh")
 
@@ -210,6 +210,8 @@ def test_the_code_of_a_page_runs(
 def test_blocks_are_found() -> None:
     assert {"README.md", "docs/index.md", "docs/guides/own-model.md", "docs/methods.md"} <= set(guides())
     assert sum(block.language == "python" and block.run for page in PAGES for block in blocks(page)) > 20
+    for page in PAGES:  # two marks on a page hide nothing that stands between them
+        assert len(blocks(page)) == (ROOT / page).read_text(encoding="utf-8").count("\n```") // 2, page
 
 
 @pytest.mark.parametrize(
