@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import answer_html, card, text_html
 from lvlm_probe.errors import ImageError
 from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import explain
 from lvlm_probe.heatmap import Heatmap, figure
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.pages import report

@@ -14,9 +14,9 @@ from PIL import Image
 from toy_replay import ToyReplay
 
 import lvlm_probe as probe
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError, ProbeError
 from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.kinds import naming_arguments
 
 KINDS = ("Replay", "Trace", "Heatmap", "HeatGrid", "OfVideo", "AnswerBox", "Image.Image")
 ROOMS = (probe, probe.causal, probe.evidence, probe.metrics, probe.sanity, probe.video)

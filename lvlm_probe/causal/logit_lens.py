@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.causal.tokens import placed_tokens
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.tokenizers import tokenizer_of, top_pieces
 from lvlm_probe.replaying import Replay

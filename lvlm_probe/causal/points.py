@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.models.anatomy import find_modules
 
 if TYPE_CHECKING:

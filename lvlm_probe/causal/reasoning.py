@@ -27,13 +27,13 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.attention.cutting import attention_layers, cut_attention
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.causal.effects import Recorded
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, words_of
 from lvlm_probe.explainers.scores import check_finite
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns

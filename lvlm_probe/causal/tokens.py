@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.boxes.image_tokens import ImageTokens, image_tokens
 from lvlm_probe.boxes.painting import shared_with_cells
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.images import PixelPath
+from lvlm_probe.kinds import naming_arguments
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.evidence.grounding import known_of, tokens_at
@@ -29,6 +28,7 @@ from lvlm_probe.evidence.regions import Region, region, twice_the_area
 from lvlm_probe.explainers import explain
 from lvlm_probe.explainers.scores import even_masks
 from lvlm_probe.files import in_the_way, json_ready, path_of, write_whole
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.selection import select_tokens
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.evidence.regions import first_that
 from lvlm_probe.explainers.curve_points import curve_masks, rank
 from lvlm_probe.explainers.explaining import Tokens, selected
 from lvlm_probe.files import record_of
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics.localization import boxes_to_mask
 from lvlm_probe.metrics.scoring import BaselineChoice, check_answer, over_baseline
 from lvlm_probe.models.exhaustion import does_not_fit, ran_out, told_out_of_memory

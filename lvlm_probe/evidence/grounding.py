@@ -34,12 +34,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import explain
 from lvlm_probe.files import json_ready, record_of
 from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics.localization import boxes_to_mask, energy_in_region, iou, pointing_game
 
 if TYPE_CHECKING:

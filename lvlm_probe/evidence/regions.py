@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.curve_points import MaskScores, curve_masks, known_scores, rank
 from lvlm_probe.explainers.explaining import scored_by
 from lvlm_probe.explainers.scores import Followed, even_masks, followed, too_narrow
 from lvlm_probe.files import record_of
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics import Score
 from lvlm_probe.metrics.scoring import check_answer, over_baseline
 from lvlm_probe.models.exhaustion import told_out_of_memory

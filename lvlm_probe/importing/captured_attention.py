@@ -23,12 +23,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.attention.rows import attention_rows
 from lvlm_probe.boxes.equal_parts import boxes_in_order
 from lvlm_probe.errors import ImageError, ProcessorRefused, ReplayError
 from lvlm_probe.extras import require
 from lvlm_probe.images import ImagePath
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.recording.attention_points import DECODER_ATTENTION, DECODER_TEXT_MASS
 from lvlm_probe.serving import Server, image_token_positions
 from lvlm_probe.trace import Trace, open_trace, write

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import HeatGrid, Heatmap, resample
+from lvlm_probe.kinds import naming_arguments
 
 Region = np.ndarray | Sequence[Sequence[float]]
 Tube = np.ndarray | Mapping[int, Sequence[Sequence[float]]]

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import whole_rule
 from lvlm_probe.extras import require
 from lvlm_probe.files import record_of
 from lvlm_probe.heatmap import HeatGrid, resample
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.trace.clips import images_of
 
 TOP_SHARE = 0.2

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.cards import answer_html, card
 from lvlm_probe.errors import ProbeError, ReportError
 from lvlm_probe.extras import require
 from lvlm_probe.heatmap import Heatmap
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics import Score
 from lvlm_probe.pages.data_uris import data_uri, shrink
 from lvlm_probe.pages.samples import verdict_of

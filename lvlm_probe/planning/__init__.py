@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, frame_of, scored_by, selected, target_of
 from lvlm_probe.explainers.registry import Cost, Problem, check_parameters, cost_of, resolve
 from lvlm_probe.explainers.scores import no_effect
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.planning.meter import Meter, parse_bytes, show_bytes, weight_bytes
 from lvlm_probe.planning.plans import MOST, Plan, choose, default_budget, passes_text, table

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet, replaced
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.inputs import CACHE_NAMES
 from lvlm_probe.models.replica import duplicated

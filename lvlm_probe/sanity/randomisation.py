@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.tokenizers import special_ids

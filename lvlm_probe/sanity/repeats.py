@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.progress import Progress
 from lvlm_probe.replaying.own_scores import Contrast

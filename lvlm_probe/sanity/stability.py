@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import too_narrow
 from lvlm_probe.files import json_ready, record_of
 from lvlm_probe.heatmap import HeatGrid
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics.deletion_insertion import tie_share as _tie_share
 from lvlm_probe.metrics.similarity import compare_maps, on_grid
 

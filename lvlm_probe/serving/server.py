@@ -18,10 +18,10 @@ import torch
 from PIL import features
 
 from lvlm_probe._version import versions_of
-from lvlm_probe.arguments import naming_arguments
 from lvlm_probe.errors import ImageError, ModelMismatch, ProcessorRefused, ReplayError
 from lvlm_probe.images import Baseline, CompositePath, ImagePath, make_baseline
 from lvlm_probe.images.baselines import KINDS
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.progress import roughly
 from lvlm_probe.serving.checks import Checks, allowed, check_answer, check_same
 from lvlm_probe.serving.forcing import Forcing
