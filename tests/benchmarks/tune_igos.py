@@ -70,6 +70,9 @@ ROUNDS: dict[str, dict[str, Any]] = {
     "enough at 0.93": {"enough": 0.93},
     "always two rounds": {"enough": 9.0, "budget": 72},
     "all rounds": {"enough": 9.0},
+    "long rounds below 0.78": {"enough": 0.97},
+    "the order on its own cells": {"refine_cells": None},
+    "the order on other cells by a little": {"refine_cells": (0.7, 1.0)},
     "one pull for each level from the first round": {"refine_pace": "level"},
 }
 
