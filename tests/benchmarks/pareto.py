@@ -137,7 +137,7 @@ def _table(rows: list[dict[str, Any]], reference: str) -> list[str]:
     most = max(len(row["gains"]) for row in rows)
     for row in rows:
         cells = [shown(row[column]) for column in ("held_out", "pointing", "average_precision")]
-        first = "" if len(row["gains"]) == most else f" (the first {len(row['gains'])})"
+        first = "" if len(row["gains"]) == most else f" (on {len(row['gains'])})"
         table.append(
             f"| {row['name']}{first} | {row['passes']:.0f} + {row['backward']:.0f} | {shown(row['gain'])} "
             f"| {shown(row.get('against'), signed=True)} | {' | '.join(cells)} |"

@@ -419,7 +419,7 @@ def test_what_passes_buy_on_another_model(tmp_path: Path) -> None:
     assert [(row["name"], row["passes"]) for row in rows] == [("rise", 10), ("igos++", 80)]
     assert rows[0]["against"]["mean"] == pytest.approx(-0.3) and "against" not in rows[1]
     page = pareto.section("photographs", rows)
-    assert "## Photographs" in page and "| rise (the first 2) | 10 + 0 |" in page and "| igos++ | 80 + 0 |" in page
+    assert "## Photographs" in page and "| rise (on 2) | 10 + 0 |" in page and "| igos++ | 80 + 0 |" in page
     assert "3 images" in page
     few = pareto.rows_of({"igos++": lines}, scenes={2})
     assert few[0]["gain"]["mean"] == pytest.approx(0.7)
