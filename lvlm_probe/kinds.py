@@ -137,7 +137,7 @@ def naming_arguments(function: Callable[P, R]) -> Callable[P, R]:
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except Exception as error:
+        except (TypeError, AttributeError, ValueError, LookupError) as error:
             if not isinstance(error, ProbeError):
                 _name_wrong(function.__name__, signature, args, kwargs, error)
             raise

@@ -238,6 +238,7 @@ class Cost:
         about: the passes depend on the image; the figures are an estimate.
         parts: whose attention it reads.
         grids: sizes of the masks it sends, ``(row, col)`` or, of a clip, ``(t, row, col)``.
+        drawn: the finest of further sizes, which are not known before it runs; ``None`` where there are none.
         queries: of how many of the answer's positions it reads attention rows; by default of all.
         joined: of attention and its gradients it multiplies means over the masks, not those of every mask.
         general: another question that it asks, and the question in whose place; ``None`` where it asks none.
@@ -254,6 +255,7 @@ class Cost:
     about: bool = False
     parts: tuple[Any, ...] = ("decoder",)
     grids: tuple[Shape, ...] = ((1, 1),)
+    drawn: Shape | None = None
     queries: int | None = None
     joined: bool = False
     general: tuple[str, str | None] | None = None

@@ -55,8 +55,8 @@ def cost_model(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint
     """Rehearses the pass of a method.
 
     What of the image is seen, and how a mask of each of its grids is brought to the pixels, is worked out here and kept
-    by the replay, so that it is no part of the method's own peak. Where it never sends more than one mask at once, all
-    is counted as one mask's.
+    by the replay, so that it is no part of the method's own peak; of grids that are drawn later it is. Where it never
+    sends more than one mask at once, all is counted as one mask's.
 
     Args:
         replay: The answer on its model.
@@ -76,7 +76,16 @@ def cost_model(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint
     known = _KNOWN.setdefault(replay.model, {})
     kind, several = cost.kind or "forward", max(cost.groups, default=1) > 1
     shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
-    asked = (kind, bool(cost.noise), tuple(cost.parts), tuple(cost.grids[-1]), several, cost.joined, cost.queries)
+    asked = (
+        kind,
+        bool(cost.noise),
+        tuple(cost.parts),
+        tuple(cost.grids[-1]),
+        several,
+        cost.joined,
+        cost.queries,
+        cost.drawn,
+    )
     sent = (replay.own, replay.length, replay.prompt_length, shapes)
     searched = None if replay.reduced is None else replay.reduced.dtype
     on = (str(replay.device), next(replay.model.parameters()).dtype, searched)
@@ -92,6 +101,7 @@ def cost_model(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint
             if several:
                 replay.path.joined({}, 2)
         kept = 0 if replay.reduced is None else replay.reduced.kept  # there beside every pass of a search
+        kept += 0 if cost.drawn is None else rehearse.brought(cost.drawn)
         found = _several(rehearse, kind) if several else CostModel(0, rehearse.peak(kind, 1))
         known[key] = CostModel(kept + found.fixed, found.per_mask)
     return known[key]
@@ -162,11 +172,22 @@ class _Rehearsal:
     def peak(self, kind: Kind, count: int) -> int:
         """Bytes. ``cut`` says afterwards that memory ran out on the way, and the masks went through in parts."""
         recovered = len(self.replay.limits.recovered)
-        device = self.replay.device
-        meter = Meter(*weights_on_cards(self.replay.model, device)) if device.type == "cuda" else Meter(device)
-        peak: int = getattr(self, f"_{kind}")(meter, count)
+        peak: int = getattr(self, f"_{kind}")(self._meter(), count)
         self.cut = len(self.replay.limits.recovered) > recovered
         return peak
+
+    def brought(self, grid: tuple[int, ...]) -> int:
+        """Bytes kept of how masks of another grid, a little coarser than this, reach the pixels."""
+        meter, other = self._meter(), (*grid[:-2], *(max(1, edge - 1) for edge in grid[-2:]))
+        with torch.no_grad(), meter.running():
+            self.replay.path.apply(_half(1, other, self.target, self.replay.device), image=self.target)
+            with meter.span():
+                torch.ones(1)
+        return meter.reading.spans[0].before
+
+    def _meter(self) -> Meter:
+        device = self.replay.device
+        return Meter(*weights_on_cards(self.replay.model, device)) if device.type == "cuda" else Meter(device)
 
     def _pass(self, count: int, *, gradient: bool) -> None:
         masks, replay = self.masks(count), self.replay

@@ -29,7 +29,7 @@ Need = Literal["passes", "gradients", "attention", "activations"]
 Stand = Literal["bounds", "samples", "rows"]
 """What a replay may offer in the place of what a method needs: of passes, bounds on log-probabilities, or samples of
 the next token; of attention, rows that were recorded."""
-Score = Callable[[torch.Tensor], torch.Tensor]
+ScoreFunction = Callable[[torch.Tensor], torch.Tensor]
 """Log-probabilities ``(batch, step)`` to scores ``(batch,)``; row i may depend on row i only."""
 
 
@@ -134,7 +134,7 @@ class ReplayLike(Protocol):
     def score_and_grad(
         self,
         mask: torch.Tensor,
-        score: Score,
+        score: ScoreFunction,
         *,
         image: int | Clip | None = None,
         noise: float = 0.0,

@@ -40,7 +40,7 @@ from lvlm_probe.replaying.micro_batches import (
     noise_seeds,
 )
 from lvlm_probe.replaying.own_scores import OwnScore
-from lvlm_probe.replaying.protocol import MaskJournal, Mode, Need, Score, Stand
+from lvlm_probe.replaying.protocol import MaskJournal, Mode, Need, ScoreFunction, Stand
 from lvlm_probe.replaying.reduced_precision import ReducedPrecision, check_reducible
 from lvlm_probe.replaying.rewording import positions_of, reword
 from lvlm_probe.replaying.shortcuts import Shortcuts
@@ -540,7 +540,7 @@ class Replay(Views):
     def score_and_grad(
         self,
         mask: torch.Tensor,
-        score: Score,
+        score: ScoreFunction,
         *,
         image: int | Clip | None = None,
         noise: float = 0.0,

@@ -15,7 +15,7 @@ from lvlm_probe.images import CompositePath
 from lvlm_probe.images.masks import expand_masks
 from lvlm_probe.replaying.isolation import outside_inference_mode
 from lvlm_probe.replaying.micro_batches import Limits
-from lvlm_probe.replaying.protocol import Mode, Need, Score, Stand
+from lvlm_probe.replaying.protocol import Mode, Need, ScoreFunction, Stand
 from lvlm_probe.replaying.views import Views
 from lvlm_probe.serving.checks import Checks, check_same
 from lvlm_probe.serving.forcing import DrawImages, Forcing
@@ -253,7 +253,7 @@ class ServedReplay(Views):
     def score_and_grad(
         self,
         mask: torch.Tensor,
-        score: Score,
+        score: ScoreFunction,
         *,
         image: int | Clip | None = None,
         noise: float = 0.0,

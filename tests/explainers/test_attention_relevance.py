@@ -426,7 +426,7 @@ def test_iia_says_where_points_cannot_be_told_apart():
         ("attention", {"heads": True}, "attention: heads is .*; got heads=True"),
         ("relative_attention", {"general": 3}, "relative_attention: general is a text; got general=3"),
         ("relative_attention", {"reference": 3}, "reference is a Trace or a Replay or None; got reference=3"),
-        ("tam", {"size": True}, "tam: size is a whole number or a list, each a whole number or None; got size=True"),
+        ("tam", {"size": True}, r"size is a number of cells or \(rows, columns\), both at least 1; got True"),
         ("igos++", {"gamma": "2"}, r"igos\+\+: gamma is a number; got gamma='2'"),
         ("igos++", {"budget": "30"}, r"igos\+\+: budget is a whole number or None; got budget='30'"),
         ("igos++", {"preset": ["fast"]}, r"igos\+\+: preset is a text"),

@@ -81,6 +81,7 @@ def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
         noise=settings.noise,
         numbers=3 * max(settings.masks_at_once(one.ig_steps) for one in planned) * math.prod(shape),
         grids=tuple(grids),
+        drawn=grids[0] if settings.refine and settings.refine_cells else None,
     )
 
 

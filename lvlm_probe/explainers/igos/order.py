@@ -74,7 +74,7 @@ def draw_grids(shape: Shape, *, steps: int, shares: tuple[float, float], generat
     low, high = shares
     grids = [shape] * steps
     for step in range(0, steps, 2):
-        rows, columns = (torch.rand(2, generator=generator) * (high - low) + low).tolist()
+        rows, columns = (torch.rand(2, generator=generator, dtype=torch.float32) * (high - low) + low).tolist()
         grids[step] = (*shape[:-2], max(1, round(rows * shape[-2])), max(1, round(columns * shape[-1])))
     return grids
 
