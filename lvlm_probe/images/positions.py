@@ -6,12 +6,33 @@ import functools
 import math
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
 _MAX_SAMPLERS = 2
+
+
+def of_the_last(known: OrderedDict[K, V], key: K, make: Callable[[], V], *, most: int) -> V:
+    """The value of a key, made where it is none of the ``most`` that were asked for last; those are kept.
+
+    Threads may ask at once: each step here is whole, and another may have let go of a key after any of them.
+    """
+    value = known.get(key)
+    if value is None:
+        value = known[key] = make()
+    with suppress(KeyError):
+        known.move_to_end(key)
+        while len(known) > most:
+            known.popitem(last=False)
+    return value
 
 
 @dataclass(frozen=True)
@@ -71,9 +92,15 @@ class Geometry:
         (row + .5) / height)`` of the image; beyond the outermost centres the mask is constant.
         """
         token = (key, height, width, device, dtype)
-        if token in self._samplers:
-            self._samplers.move_to_end(token)
-            return self._samplers[token]
+
+        def made() -> tuple[Tensor, Tensor]:
+            return self._sampler(key, height, width, device=device, dtype=dtype)
+
+        return of_the_last(self._samplers, token, made, most=_MAX_SAMPLERS * len(self.keys))
+
+    def _sampler(
+        self, key: str, height: int, width: int, *, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         geometry = self.keys[key]
         sizes = torch.tensor(self.sizes, dtype=torch.float32)
         image = geometry.image.reshape(-1).long()
@@ -85,11 +112,7 @@ class Geometry:
         right, below = int(width > 1), width * int(height > 1)
         columns = torch.stack([first, first + right, first + below, first + below + right], dim=1)
         weights = torch.stack([(1 - down) * (1 - along), (1 - down) * along, down * (1 - along), down * along], dim=1)
-        pair = _sparse_pair(columns, weights.to(dtype), len(self.sizes) * height * width, device)
-        self._samplers[token] = pair
-        while len(self._samplers) > _MAX_SAMPLERS * len(self.keys):
-            self._samplers.popitem(last=False)
-        return pair
+        return _sparse_pair(columns, weights.to(dtype), len(self.sizes) * height * width, device)
 
     def as_whitened(self) -> Geometry:
         """The same positions, of a processor that normalises each image by its own statistics behind them."""

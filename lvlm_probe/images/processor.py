@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lvlm_probe.errors import ImageError, ProcessorRefused
-from lvlm_probe.images.positions import Geometry
+from lvlm_probe.images.positions import Geometry, of_the_last
 from lvlm_probe.images.tracing import trace_geometry
 from lvlm_probe.models.exhaustion import ran_out
 
@@ -111,14 +111,13 @@ class BlackBox:
             known = _geometries.setdefault(self._owner, OrderedDict())
         except TypeError:  # not hashable or not weakly referable: trace each time
             known = OrderedDict()
-        if token in known:
-            known.move_to_end(token)
-            return known[token], False
-        geometry = trace_geometry(self, sizes, reference, name=self.name)
-        known[token] = geometry
-        while len(known) > _CACHED_SIZES:
-            known.popitem(last=False)
-        return geometry, True
+        traced: list[Geometry] = []
+
+        def trace() -> Geometry:
+            traced.append(trace_geometry(self, sizes, reference, name=self.name))
+            return traced[0]
+
+        return of_the_last(known, token, trace, most=_CACHED_SIZES), bool(traced)
 
     def _token(self, sizes: Sequence[tuple[int, int]], reference: Mapping[str, Tensor]) -> str:
         # Settings are plain values; whatever can be called (a watcher on the instance) is none.
