@@ -131,7 +131,6 @@ def naming_arguments(function: Callable[P, R]) -> Callable[P, R]:
 
     Such an argument is named in an ``ExplainError``; a default is of the right kind.
     """
-    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -139,14 +138,15 @@ def naming_arguments(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except (TypeError, AttributeError, ValueError, LookupError) as error:
             if not isinstance(error, ProbeError):
-                _name_wrong(function.__name__, signature, args, kwargs, error)
+                _name_wrong(function, args, kwargs, error)
             raise
 
     return named
 
 
-def _name_wrong(name: str, signature: inspect.Signature, args: Any, kwargs: Any, error: Exception) -> None:
+def _name_wrong(function: Callable[..., object], args: Any, kwargs: Any, error: Exception) -> None:
     """Raise ``ExplainError`` from ``error`` where an argument is of another kind."""
+    name, signature = function.__name__, inspect.signature(function)
     try:
         given = signature.bind(*args, **kwargs).arguments
     except TypeError:

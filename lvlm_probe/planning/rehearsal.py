@@ -76,16 +76,8 @@ def cost_model(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint
     known = _KNOWN.setdefault(replay.model, {})
     kind, several = cost.kind or "forward", max(cost.groups, default=1) > 1
     shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
-    asked = (
-        kind,
-        bool(cost.noise),
-        tuple(cost.parts),
-        tuple(cost.grids[-1]),
-        several,
-        cost.joined,
-        cost.queries,
-        cost.drawn,
-    )
+    grids = tuple(cost.grids[-1]), cost.drawn
+    asked = (kind, bool(cost.noise), tuple(cost.parts), *grids, several, cost.joined, cost.queries)
     sent = (replay.own, replay.length, replay.prompt_length, shapes)
     searched = None if replay.reduced is None else replay.reduced.dtype
     on = (str(replay.device), next(replay.model.parameters()).dtype, searched)
@@ -101,7 +93,8 @@ def cost_model(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint
             if several:
                 replay.path.joined({}, 2)
         kept = 0 if replay.reduced is None else replay.reduced.kept  # there beside every pass of a search
-        kept += 0 if cost.drawn is None else rehearse.brought(cost.drawn)
+        if cost.drawn is not None:
+            kept += rehearse.brought(cost.drawn)
         found = _several(rehearse, kind) if several else CostModel(0, rehearse.peak(kind, 1))
         known[key] = CostModel(kept + found.fixed, found.per_mask)
     return known[key]

@@ -17,7 +17,8 @@ from lvlm_probe.attention import TapLayer
 from lvlm_probe.attention.dispatch import AttentionCall
 from lvlm_probe.errors import ExplainError, OutOfMemory
 from lvlm_probe.explainers.attention_relevance import Walk, relu_product
-from lvlm_probe.explainers.registry import Problem, told_by_kind
+from lvlm_probe.explainers.registry import Problem
+from lvlm_probe.kinds import told_by_kind
 from lvlm_probe.replaying.capture import AttentionLayer
 from lvlm_probe.selection import TokenSelection, select_tokens
 

@@ -51,7 +51,8 @@ from lvlm_probe.explainers.igos.order import draw_grids, draw_levels, refine_ord
 from lvlm_probe.explainers.igos.regularizers import CLIP_GUIDE_SIZE, bilateral_weights, btv, gnc, guide, l1
 from lvlm_probe.explainers.igos.rounds import Judge, Round, budget_of, rounds
 from lvlm_probe.explainers.igos.settings import PRESETS, IgosSettings
-from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, check_parameters, register, told_by_kind
+from lvlm_probe.explainers.registry import Cost, Outcome, Problem, Shape, check_parameters, register
+from lvlm_probe.kinds import told_by_kind
 
 _ARMIJO = 1e-4
 _LINE_SEARCH_TRIES = 10
@@ -359,8 +360,9 @@ class Optimisation:
     def grids(self, one: Round, number: int) -> list[Shape] | None:
         """Cells of every step on the order in a round; ``None``: always its own."""
         shares = self.settings.refine_cells
-        generator = self.problem.generator(3_000 + number)
-        return shares and draw_grids(self.fine, steps=one.steps, shares=shares, generator=generator)
+        if shares is None:
+            return None
+        return draw_grids(self.fine, steps=one.steps, shares=shares, generator=self.problem.generator(3_000 + number))
 
     def offsets(self, iteration: int) -> torch.Tensor | None:
         """u of every mask of an iteration, the same whenever they are asked for."""

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.igos.order import Pace
 from lvlm_probe.explainers.igos.regularizers import BilateralForm, L2Form
-from lvlm_probe.explainers.scores import is_whole
+from lvlm_probe.kinds import is_whole
 
 
 @dataclass(frozen=True)
