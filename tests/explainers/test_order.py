@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,16 @@ def refined(
     )
 
 
+def slope_of(objective: Callable[[torch.Tensor], float], at: torch.Tensor, *, by: float = 1e-2) -> torch.Tensor:
+    """The slope along every cell, by central differences."""
+    slope = torch.zeros_like(at)
+    for place in np.ndindex(*at.shape):
+        shift = torch.zeros_like(at)
+        shift[place] = by
+        slope[place] = (objective(at + shift) - objective(at - shift)) / (2 * by)
+    return slope
+
+
 def test_level_sets_by_hand() -> None:
     height = torch.tensor([[0.0, 0.25, 0.5, 0.75, 1.0]])
     (found,) = level_sets(height, torch.ones(1, 5, dtype=torch.bool), [0.25], softness=0.25)
@@ -56,11 +67,7 @@ def test_a_step_goes_down_the_gradient_of_the_objective() -> None:
         probability = replay.log_probs(torch.cat([1 - shown, shown])).exp().mean(dim=1)
         return float((probability[:2] - probability[2:]).mean())
 
-    slope = torch.zeros(4, 4)
-    for place in np.ndindex(4, 4):
-        shift = torch.zeros(4, 4)
-        shift[place] = 1e-3
-        slope[place] = (objective(height + shift) - objective(height - shift)) / 2e-3
+    slope = slope_of(objective, height, by=1e-3)
     step = height - 0.3 / slope.abs().max() * slope
     found, _ = refined(replay, heat, iterations=1)
     assert found.flatten().argsort().tolist() == step.flatten().argsort().tolist()
@@ -112,11 +119,7 @@ def test_a_step_on_coarser_cells_goes_down_the_gradient_of_what_they_show() -> N
         probability = replay.log_probs(torch.cat([1 - shown, shown])).double().exp().mean(dim=1)
         return float((probability[:2] - probability[2:]).mean())
 
-    slope = torch.zeros(4, 4)
-    for place in np.ndindex(4, 4):
-        shift = torch.zeros(4, 4)
-        shift[place] = 1e-2
-        slope[place] = (objective(height + shift) - objective(height - shift)) / 2e-2
+    slope = slope_of(objective, height)
     step = height - 0.3 / slope.abs().max() * slope
     found, _ = refined(replay, heat, iterations=1, grids=[(2, 2)])
     own, _ = refined(replay, heat, iterations=1)
@@ -149,11 +152,7 @@ def test_every_level_pulls_as_hard_as_the_others() -> None:
             taken, given = replay.log_probs(torch.stack([1 - shown, shown])).double().exp().mean(dim=1).tolist()
             return taken - given
 
-        slope = torch.zeros(4, 4)
-        for place in np.ndindex(4, 4):
-            shift = torch.zeros(4, 4)
-            shift[place] = 1e-2
-            slope[place] = (objective(height + shift) - objective(height - shift)) / 2e-2
+        slope = slope_of(objective, height)
         sum_of_slopes += slope / slope.abs().max()
     step = height - 0.3 / sum_of_slopes.abs().max() * sum_of_slopes
     found, _ = refined(replay, heat, plan=[levels], pace="level")
