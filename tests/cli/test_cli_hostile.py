@@ -345,7 +345,7 @@ def test_every_command_that_loads_a_model_says_whether_code_runs() -> None:
     source = "".join(path.read_text() for path in (Path(cli.__file__).parent.parent).rglob("*.py"))
     calls = re.findall(r"(?:Auto\w+|processor_class\))\.from_pretrained\(([^()]*(?:\([^()]*\))*[^()]*)\)", source)
     loading = [call for call in calls if "path()" in call or "source" in call]
-    assert len(loading) >= 4
+    assert len(loading) == 4
     assert all("trust_remote_code=" in call or "**options" in call for call in loading), loading
 
 
