@@ -80,11 +80,15 @@ def differences(stored: Any, new: Any) -> Iterator[str]:
 
 
 def bare(notebook: Any) -> Any:
-    """Without times of execution, which change with every run, and without what does not last."""
+    """Without times of execution, which change with every run, and without what does not last; cells are counted
+    from 1."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":
-            cell.outputs = lasting(cell)
+    for number, cell in enumerate((cell for cell in notebook.cells if cell.cell_type == "code"), start=1):
+        cell.execution_count, cell.outputs = number, lasting(cell)
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = number
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec",)} | {"language_info": {"name": "python"}}
     return notebook
 
