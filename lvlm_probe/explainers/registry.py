@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 """Cells of a mask: ``(row, col)``, of a clip ``(t, row, col)``."""
 
+_FINE = 1 << 16
+"""Cells that a mask may have on any image, however small."""
+
 MOST_STEPS = 16
 """Steps in time of a clip's mask by default; a step of a longer clip lasts several frames."""
 
@@ -181,7 +184,14 @@ class Problem:
         pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
         if len(pair) != 2 or not all(is_whole(edge) and int(edge) >= 1 for edge in pair):
             raise ExplainError(f"size is a number of cells or (rows, columns), both at least 1; got {size!r}")
-        return int(pair[0]), int(pair[1])
+        rows, columns = map(int, pair)
+        width, height = self.replay.image_sizes[self.image]
+        if rows * columns > max(width * height, _FINE):
+            raise ExplainError(
+                f"size={size!r} is {rows} x {columns} cells, more than the {width} x {height} pixels of the image; "
+                "None is about 256 cells"
+            )
+        return rows, columns
 
     def seen(self, shape: Shape) -> torch.Tensor:
         """Which cells of a grid on the image, or of tubes in the clip, the model sees, bool, on the CPU."""

@@ -195,10 +195,10 @@ class Pace:
         return sum((images * each + -(-images // at_once) * call for images, (call, each) in parts if images > 0), 0.0)
 
 
-def pace(replay: Replay, *, image: int = 0, search_dtype: str | None = None) -> Pace:
+def pace(replay: Replay, *, search_dtype: str | None = None) -> Pace:
     """Time a few passes, of a search in ``search_dtype``, over one mask and over three. Raises what a forward pass
     raises."""
-    target = target_of(replay, image)
+    target = target_of(replay, 0)
     with _searching(replay, search_dtype) as replay:
         forward = timed(replay, gradient=False, target=target)
         try:
@@ -208,7 +208,7 @@ def pace(replay: Replay, *, image: int = 0, search_dtype: str | None = None) -> 
     return Pace(forward, gradient)
 
 
-def expected(replay: Replay, methods: Iterable[str], found: Pace, *, image: int = 0) -> dict[str, float | None]:
+def expected(replay: Replay, methods: Iterable[str], found: Pace) -> dict[str, float | None]:
     """Return about how many seconds methods take with their defaults; ``None`` where a method does not say.
 
     Args:
@@ -216,7 +216,7 @@ def expected(replay: Replay, methods: Iterable[str], found: Pace, *, image: int 
     """
     said: dict[str, float | None] = {}
     for method in methods:
-        cost = cost_for(replay, method, image=image)
+        cost = cost_for(replay, method)
         at_once = min(MOST, max(cost.groups, default=1))
         most = 0.0 if cost.kind is None else found.of(cost.forward, cost.backward, at_once=at_once)
         least = most if cost.at_least is None else found.of(*cost.at_least, at_once=at_once)

@@ -428,6 +428,11 @@ def test_iia_says_where_points_cannot_be_told_apart():
         ("relative_attention", {"general": 3}, "relative_attention: general is a text; got general=3"),
         ("relative_attention", {"reference": 3}, "reference is a Trace or a Replay or None; got reference=3"),
         ("tam", {"size": True}, r"size is a number of cells or \(rows, columns\), both at least 1; got True"),
+        (
+            "center",
+            {"size": 10**9},
+            r"size=1000000000 is 1000000000 x 1000000000 cells, more than the \d+ x \d+ pixels",
+        ),
         ("igos++", {"gamma": "2"}, r"igos\+\+: gamma is a number; got gamma='2'"),
         ("igos++", {"budget": "30"}, r"igos\+\+: budget is a whole number or None; got budget='30'"),
         ("igos++", {"preset": ["fast"]}, r"igos\+\+: preset is a text"),
@@ -438,6 +443,11 @@ def test_wrong_parameters_are_refused(method, params, message):
     replay = inside.replay("llava")
     with pytest.raises(ExplainError, match=message):
         explain(replay, method, **params)
+
+
+def test_a_plan_refuses_more_cells_than_pixels():
+    with pytest.raises(ExplainError, match=r"more than the .* pixels of the image"):
+        probe.plan(inside.replay("llava"), "occlusion", size=(10**9, 3))
 
 
 def test_numbers_of_an_array_library_are_numbers():
