@@ -26,6 +26,7 @@ from lvlm_probe._moved import renamed
 from lvlm_probe.drawing import resample
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
 from lvlm_probe.files import in_the_way, path_of, write_whole
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.selection import TokenSelection
 from lvlm_probe.trace.clips import Clip, images_of
 from lvlm_probe.trace.parts import PIXEL_LIMIT
@@ -501,6 +502,7 @@ class Heatmap(HeatGrid):
         return self._card(png, detail)
 
 
+@naming_arguments
 def figure(
     heats: HeatGrid | Sequence[HeatGrid],
     *,

@@ -7,9 +7,9 @@ methods by their types (``told_by_kind``), arguments of public verbs by what suc
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -113,17 +113,31 @@ _HAS: dict[str, tuple[tuple[str, ...], str]] = {
     "AnyHeatmap": _HEATMAP,
     "HeatGrid": _HEATMAP,
     "Trace": (("token_ids", "layout"), "a recorded answer, probe.open_trace(path)"),
+    "TokenSelection": (("indices",), "tokens, probe.select_tokens(trace, …)"),
     "Score": (("insertion", "deletion"), "a score, probe.evaluate(heat, replay)"),
+    "RunPlan": (("micro_batch",), "a plan, probe.plan(replay)"),
     "AnswerBox": (("region", "fault"), "a box of probe.evidence.answer_boxes(trace)"),
     "Image": (("convert", "size"), "an image, probe.open_image(path)"),
     "OfVideo": (("by_frame",), "a heatmap of a video, probe.video.explain(replay)"),
     "ndarray": (("__len__",), "an array"),
     "Tensor": (("__len__",), "an array"),
     "Region": (("__len__",), "a mask (row, col), or boxes (left, top, right, bottom)"),
+    "Boxes": (("__len__",), "boxes (left, top, right, bottom)"),
+    "BoxesByFrame": (("items",), "boxes by frame, {0: [(left, top, right, bottom)]}"),
     "Frames": (("__len__",), "numbers of frames, or a mask over them"),
+    "Progress": (("__call__",), "a function of how many are done, and of how many"),
+    "Callable": (("__call__",), "a function"),
+    "Mapping": (("items",), "a dictionary"),
+    "dict": (("items",), "a dictionary"),
+    "PathLike": (("__fspath__",), "a path"),
     "str": (("casefold",), "a text"),
+    "int": (("__index__",), "a whole number"),
+    "float": (("__float__",), "a number"),
+    "bool": (("__bool__", "__and__"), "True or False"),
 }
 """What a thing of a kind has, and how it is come by; a replay has ``log_probs``. Only a text is a text."""
+
+_SEVERAL = frozenset({"Sequence", "Iterable", "Collection", "list", "tuple", "set"})
 
 
 def naming_arguments(function: Callable[P, R]) -> Callable[P, R]:
@@ -136,7 +150,7 @@ def naming_arguments(function: Callable[P, R]) -> Callable[P, R]:
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except (TypeError, AttributeError, ValueError, LookupError) as error:
+        except (TypeError, AttributeError, ValueError, LookupError, RuntimeError) as error:
             if not isinstance(error, ProbeError):
                 _name_wrong(function, args, kwargs, error)
             raise
@@ -153,28 +167,67 @@ def _name_wrong(function: Callable[..., object], args: Any, kwargs: Any, error: 
         return  # one is missing, which Python says well
     for parameter, value in given.items():
         known = signature.parameters[parameter]
-        kinds = str(known.annotation).split(" | ")
-        if value is not known.default and not any(_has_what(value, kind) for kind in kinds):
-            told = " or ".join(dict.fromkeys(_HAS[_inner(kind)][1] for kind in kinds if kind != "None"))
-            several = "several of them, each " * any("[" in kind for kind in kinds)
-            raise ExplainError(f"{name}(): {parameter} is {several}{told}; got a {type(value).__name__}") from error
+        if known.kind in (known.VAR_POSITIONAL, known.VAR_KEYWORD) or value is known.default:
+            continue
+        kinds = [_choices(kind, function) for kind in _parts(str(known.annotation), "|")]
+        if not any(_has_what(value, kind) for kind in kinds):
+            raise ExplainError(f"{name}(): {parameter} is {_told(kinds)}; got a {type(value).__name__}") from error
 
 
-def _inner(kind: str) -> str:
-    """The last name of an annotation: of ``torch.nn.Module`` ``Module``, of ``Sequence[Heatmap]`` ``Heatmap``."""
-    return re.findall(r"\w+", kind)[-1]
+def _choices(kind: str, function: Callable[..., object]) -> str:
+    """An annotation, where it is the name of a ``Literal`` in the function's module that ``Literal``."""
+    meant = getattr(inspect.unwrap(function), "__globals__", {}).get(kind)
+    return f"Literal[{', '.join(map(repr, get_args(meant)))}]" if get_origin(meant) is Literal else kind
+
+
+def _parts(text: str, mark: str) -> list[str]:
+    """The parts of an annotation between marks that are in no brackets."""
+    found, depth = [""], 0
+    for letter in text:
+        depth += (letter == "[") - (letter == "]")
+        if letter == mark and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [part.strip() for part in found]
+
+
+def _split(kind: str) -> tuple[str, list[str]]:
+    """The last name of an annotation, and what is in its brackets: of ``abc.Sequence[int | str]`` ``Sequence``, and
+    ``int`` and ``str``."""
+    name, _, inside = kind.partition("[")
+    each = [
+        one for part in _parts(inside.removesuffix("]"), ",") for one in _parts(part, "|") if one not in ("", "...")
+    ]
+    return name.rpartition(".")[2], each
+
+
+def _told(kinds: Iterable[str]) -> str:
+    """The kinds of an argument as a text."""
+    said = []
+    for kind in kinds:
+        name, inside = _split(kind)
+        if name == "Literal":
+            said += inside
+        elif name in _SEVERAL:
+            said.append("several of them" + f", each {_told(inside)}" * bool(inside))
+        elif name != "None":
+            said.append(_HAS[name][1] if name in _HAS else f"a {name}")
+    return " or ".join(dict.fromkeys(said))
 
 
 def _has_what(value: object, kind: str) -> bool:
     """Whether a value has what those of a kind have; ``True`` for kinds that are not known here."""
-    if kind == "None":
+    name, inside = _split(kind)
+    if name == "None":
         return value is None
-    if _inner(kind) not in _HAS or kind.startswith(("dict", "Mapping")):
-        return True
-    if "[" not in kind:
-        return _fits(value, _inner(kind))
-    several = isinstance(value, Iterable) and not isinstance(value, str | dict)
-    return several and all(_fits(one, _inner(kind)) for one in value)  # type: ignore[attr-defined]
+    if name == "Literal":
+        return any(type(value) is type(each) and value == each for each in map(ast.literal_eval, inside))
+    if name in _SEVERAL:
+        if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
+            return False
+        return not inside or all(any(_has_what(one, each) for each in inside) for one in value)
+    return name not in _HAS or (value is not None and _fits(value, name))
 
 
 def _fits(value: object, kind: str) -> bool:

@@ -30,6 +30,7 @@ import numpy as np
 from lvlm_probe.cards import answer_html, card
 from lvlm_probe.errors import SelectionError
 from lvlm_probe.files import record_of
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.models.tokenizers import display_pieces, tokenizer_of
 from lvlm_probe.replaying.own_scores import Contrast, OwnScore, alternative_ids, stored_score
 from lvlm_probe.words import ALPHA, distinct_texts, group_words
@@ -183,6 +184,7 @@ class TokenSelection:
             raise SelectionError(f"not a stored token selection: {error!r}") from error
 
 
+@naming_arguments
 def select_tokens(
     replay: ReplayLike | Trace,
     *,

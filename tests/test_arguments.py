@@ -72,3 +72,57 @@ def test_what_is_said() -> None:
         shown("broken")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="missing"):
         shown()  # type: ignore[call-arg]
+
+
+OTHERS: list[tuple[Any, dict[str, Any], str]] = [
+    (probe.evaluate, {"mode": ["fast"]}, "mode is 'fast' or 'exact'; got a list"),
+    (probe.evaluate, {"synergy": 3.5}, "synergy is True or False or a text; got a float"),
+    (probe.explain, {"seed": 3.5}, "seed is a whole number; got a float"),
+    (probe.explain, {"plan": "fast"}, r"plan is a plan, probe.plan\(replay\); got a str"),
+    (
+        probe.evidence.edit,
+        {"remove": object()},
+        "remove is a share of the image .* boxes in pixels or a mask; got <object",
+    ),
+    (probe.sanity.answers, {"progress": 3}, "progress is a function of how many are done.*; got a int"),
+    (
+        probe.causal.knockout,
+        {"queries": 3.5},
+        "queries is 'tokens' or 'answer' or 'text' or several of them",
+    ),
+    (probe.causal.knockout, {"tokens": 3}, r"tokens is tokens, probe.select_tokens\(trace, …\); got a int"),
+    (probe.causal.logit_lens, {"top": -1}, "top is a whole number of at least 1; got -1"),
+    (probe.figure, {"dpi": "high"}, "dpi is a number; got a str"),
+    (probe.figure, {"images": 3}, "images is several of them, each an image.*; got a int"),
+    (probe.report, {"title": 3}, "title is a text; got a int"),
+    (probe.open_trace, {"row": "1"}, "row is a whole number; got a str"),
+    (probe.select_tokens, {"words": 3}, "words is a text or several of them, each a text; got a int"),
+    (
+        probe.select_tokens,
+        {"stop_words": 3.5},
+        "stop_words is True or False or several of them.*; got a float",
+    ),
+    (probe.metrics.paired_difference, {"level": "high"}, "level is a number; got a str"),
+    (probe.metrics.permutation_test, {"resamples": [5]}, "resamples is a whole number; got a list"),
+    (probe.metrics.boxes_to_mask, {"boxes": None}, r"boxes is boxes \(left, top, right, bottom\); got a NoneType"),
+    (probe.metrics.boxes_to_mask, {"size": 7}, "size is several of them, each a whole number; got a int"),
+    (probe.metrics.tube_mask, {"boxes": [(0, 0, 1, 1)]}, "boxes is boxes by frame, {0: .*}; got a list"),
+]
+
+
+@pytest.mark.parametrize(("function", "wrong", "message"), OTHERS, ids=[f"{f.__name__}-{[*w]}" for f, w, _ in OTHERS])
+def test_an_option_of_a_wrong_kind_is_told(function: Any, wrong: dict[str, Any], message: str, tmp_path: Any) -> None:
+    model, processor = probe.demo.load()
+    scene = probe.demo.scenes(1)[0]
+    answer = probe.ask(model, processor, scene.image, scene.question, out=tmp_path)
+    replay = probe.replay(answer.trace, model, processor)
+    heat = probe.explain(replay, method="center")
+    has = {
+        "replay": replay, "heat": heat, "heats": heat, "trace": answer.trace, "out": tmp_path / "page.html",
+        "path": answer.trace.path, "first": [0.1, 0.4, 0.3], "second": [0.2, 0.3, 0.1],
+        "frames": 3, "size": (4, 4), "boxes": [],
+    }  # fmt: skip
+    parameters = inspect.signature(function).parameters.values()
+    given = {one.name: has[one.name] for one in parameters if one.default is one.empty and one.name in has}
+    with pytest.raises(ExplainError, match=message):
+        function(**{**given, **wrong})

@@ -23,6 +23,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import frame_of
 from lvlm_probe.explainers.scores import check_finite
 from lvlm_probe.heatmap import HeatGrid, Heatmap
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.progress import Progress
 from lvlm_probe.replaying.isolation import taking_turns
 from lvlm_probe.selection import TokenSelection, select_tokens
@@ -165,6 +166,7 @@ def patch(
     )
 
 
+@naming_arguments
 def agreement(
     replay: Replay,
     heat: Heatmap | ClipHeatmap | np.ndarray,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.causal.tokens import placed_tokens
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.kinds import naming_arguments
+from lvlm_probe.kinds import is_whole, naming_arguments
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.tokenizers import tokenizer_of, top_pieces
 from lvlm_probe.replaying import Replay
@@ -83,9 +83,11 @@ def logit_lens(replay: ReplayLike, *, image: int = 0, top: int = 5) -> LogitLens
         top: how many tokens for each.
 
     Raises:
-        ExplainError: the model is not at hand (a server), its prompt holds no image tokens, or its decoder does not
-            consist of layers, a last norm and a linear head.
+        ExplainError: ``top`` is no whole number of at least 1, the model is not at hand (a server), its prompt holds no
+            image tokens, or its decoder does not consist of layers, a last norm and a linear head.
     """
+    if not is_whole(top) or int(top) < 1:
+        raise ExplainError(f"top is a whole number of at least 1; got {top!r}")
     if not isinstance(replay, Replay):
         raise ExplainError(
             "the logit lens looks inside the model, and this replay is one without it: replay the trace on the model, "
@@ -109,7 +111,7 @@ def logit_lens(replay: ReplayLike, *, image: int = 0, top: int = 5) -> LogitLens
             rows = state[0, torch.as_tensor(positions, device=state.device)].to(end)  # layers may be on several devices
             return head(norm(rows)).float().log_softmax(dim=-1)
 
-        best = [read(state, tokens.positions).topk(top, dim=-1) for state in states if state is not None]
+        best = [read(state, tokens.positions).topk(int(top), dim=-1) for state in states if state is not None]
         spoken = read(states[-1], answer)  # type: ignore[arg-type]
         said = spoken.gather(1, replay.token_ids.to(spoken.device)[:, None])[:, 0]
     off = float((said.cpu() - own.cpu().float()).abs().max())

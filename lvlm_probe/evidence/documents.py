@@ -289,6 +289,7 @@ def _by_page(replay: ReplayLike, found: Sequence[Field]) -> list[tuple[float, ..
 # -------------------------------------------------------------------------------------------------------------- export
 
 
+@naming_arguments
 def export(
     places: Sequence[Place],
     path: str | os.PathLike[str],

@@ -214,7 +214,11 @@ def _asked(heat: Any, remove: Place | None, keep: Place | None) -> tuple[Literal
     kind: Literal["remove", "keep"] = "remove" if keep is None else "keep"
     place: Any = "smallest" if remove is keep is None else (remove if keep is None else keep)
     by_map = isinstance(place, (str, int, float))
-    if by_map and place != "smallest" and (isinstance(place, (str, bool)) or not 0 < place <= 1):
+    if by_map:
+        known = place == "smallest" or (not isinstance(place, (str, bool)) and 0 < place <= 1)
+    else:
+        known = isinstance(place, (np.ndarray, Sequence))
+    if not known:
         raise ExplainError(
             f"{kind} is a share of the image in (0, 1], 'smallest', boxes in pixels or a mask; got {place!r}"
         )

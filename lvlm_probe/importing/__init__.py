@@ -31,6 +31,7 @@ from lvlm_probe.escaping import writable
 from lvlm_probe.importing.forced_recorder import MORE_THAN_ROUNDING, difference, forced, said_by
 from lvlm_probe.importing.refusals import by_kind
 from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, Source, read_rows, reason_of
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.recording.probe import Probe, attach
 from lvlm_probe.recording.recorder import RecordOptions
 from lvlm_probe.trace import open_rows, write
@@ -93,6 +94,7 @@ class Imported:
         return by_kind(self.rejected.values())
 
 
+@naming_arguments
 def import_answers(
     source: str | os.PathLike[str],
     model: torch.nn.Module,

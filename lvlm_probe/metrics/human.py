@@ -24,6 +24,7 @@ import numpy as np
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.files import record_of
 from lvlm_probe.heatmap import HeatGrid, Heatmap
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics.similarity import grid_of, on_grid, spearman
 
 Map = Heatmap | np.ndarray
@@ -56,6 +57,7 @@ class HumanAgreement:
         return record_of(self)
 
 
+@naming_arguments
 def human_agreement(
     heat: Map,
     human: np.ndarray,
@@ -92,6 +94,7 @@ def human_agreement(
     )
 
 
+@naming_arguments
 def rank_correlation(heat: Map, human: np.ndarray, *, grid: int | tuple[int, int] = GRID) -> float:
     """Spearman's ρ between two maps of one image over the cells of a common grid (Das et al., 2016); needs scipy.
 
@@ -102,6 +105,7 @@ def rank_correlation(heat: Map, human: np.ndarray, *, grid: int | tuple[int, int
     return spearman(values.reshape(-1), target.reshape(-1))
 
 
+@naming_arguments
 def auc_judd(heat: Map, fixations: np.ndarray) -> float:
     """AUC of Judd et al. (2009): how well the heatmap tells fixated pixels from all others; ½ is chance.
 
@@ -127,6 +131,7 @@ def auc_judd(heat: Map, fixations: np.ndarray) -> float:
     return float((np.diff(x) * (y[1:] + y[:-1]) / 2).sum())
 
 
+@naming_arguments
 def nss(heat: Map, fixations: np.ndarray) -> float:
     """Normalised scanpath saliency (Peters et al., 2005): mean of the standardised heatmap over fixated pixels.
 

@@ -27,8 +27,10 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.heatmap import HeatGrid, Heatmap, resample
 from lvlm_probe.kinds import naming_arguments
 
-Region = np.ndarray | Sequence[Sequence[float]]
-Tube = np.ndarray | Mapping[int, Sequence[Sequence[float]]]
+Boxes = Sequence[Sequence[float]]
+BoxesByFrame = Mapping[int, Boxes]
+Region = np.ndarray | Boxes
+Tube = np.ndarray | BoxesByFrame
 Frames = np.ndarray | Sequence[int] | range
 
 
@@ -43,7 +45,8 @@ class OfVideo(Protocol):
     def over_time(self) -> np.ndarray: ...
 
 
-def boxes_to_mask(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
+@naming_arguments
+def boxes_to_mask(boxes: Boxes, size: tuple[int, int]) -> np.ndarray:
     """The union of boxes as a mask.
 
     Args:
@@ -153,7 +156,8 @@ def average_precision(heat: Heatmap | np.ndarray, region: Region) -> float:
 # ------------------------------------------------------------------------------------------------------------ of videos
 
 
-def tube_mask(boxes: Mapping[int, Sequence[Sequence[float]]], frames: int, size: tuple[int, int]) -> np.ndarray:
+@naming_arguments
+def tube_mask(boxes: BoxesByFrame, frames: int, size: tuple[int, int]) -> np.ndarray:
     """Boxes by frame as a mask.
 
     Args:

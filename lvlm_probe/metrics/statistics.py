@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lvlm_probe.extras import require
+from lvlm_probe.kinds import naming_arguments
 
 _NUMBERS_AT_ONCE = 2**22
 
@@ -104,6 +105,7 @@ class MixedEffects:
         return f"p = {self.p_value:.3g}, χ²({self.degrees}) = {self.statistic:.3f}: {self.definition}"
 
 
+@naming_arguments
 def mean_and_error(values: Sequence[float] | np.ndarray) -> MeanAndError:
     """Mean over samples and its standard error s/√n (s with n − 1; NaN for one sample), values that are not finite left
     out and counted.
@@ -119,6 +121,7 @@ def mean_and_error(values: Sequence[float] | np.ndarray) -> MeanAndError:
     return MeanAndError(float(there.mean()), error, int(there.size), int(data.size - there.size))
 
 
+@naming_arguments
 def auroc(positives: Sequence[float] | np.ndarray, negatives: Sequence[float] | np.ndarray) -> float:
     """Area under the ROC curve: the probability that a positive is above a negative, ties counted half.
 
@@ -137,6 +140,7 @@ def auroc(positives: Sequence[float] | np.ndarray, negatives: Sequence[float] | 
     return float((beaten + not_above).mean() / (2 * below.size))
 
 
+@naming_arguments
 def amcr(areas: Sequence[float | None]) -> float:
     """Average minimal correction region: mean area that has to be taken away before a wrong answer is put right.
 
@@ -152,6 +156,7 @@ def amcr(areas: Sequence[float | None]) -> float:
     return float(np.mean([1.0 if area is None else area for area in areas])) if areas else math.nan
 
 
+@naming_arguments
 def csr(areas: Sequence[float | None], *, budget: float = 0.1) -> float:
     """Correction success rate: share of wrong answers that are put right by at most ``budget`` of the image (CSR@10 %).
 
@@ -167,6 +172,7 @@ def csr(areas: Sequence[float | None], *, budget: float = 0.1) -> float:
     return float(np.mean([area is not None and area <= budget for area in areas])) if areas else math.nan
 
 
+@naming_arguments
 def bootstrap_ci(
     values: Sequence[float] | np.ndarray,
     *,
@@ -214,6 +220,7 @@ def bootstrap_ci(
     return Interval(estimate, float(low), float(high), level, data.size)
 
 
+@naming_arguments
 def paired_difference(
     first: Sequence[float] | np.ndarray,
     second: Sequence[float] | np.ndarray,
@@ -235,6 +242,7 @@ def paired_difference(
     return bootstrap_ci(left - right, level=level, resamples=resamples, seed=seed)
 
 
+@naming_arguments
 def permutation_test(
     first: Sequence[float] | np.ndarray,
     second: Sequence[float] | np.ndarray,
@@ -279,6 +287,7 @@ def permutation_test(
     return PermutationTest(difference, float(result.pvalue), int(left.size), exact)
 
 
+@naming_arguments
 def mixed_effects(
     records: Sequence[Mapping[str, Any]],
     formula: str,

@@ -21,6 +21,7 @@ import torch
 from lvlm_probe.errors import LoadError, ProbeError
 from lvlm_probe.escaping import first_line
 from lvlm_probe.files import path_of
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.families import family_of
 from lvlm_probe.models.quantised import quantisation
@@ -36,6 +37,7 @@ whole process meanwhile, and puts back what it found: of two loads at once the s
 put there, and from then on no model of the process has its weights tied."""
 
 
+@naming_arguments
 def load(
     source: str | os.PathLike[str],
     *,

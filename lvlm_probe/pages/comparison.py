@@ -24,6 +24,7 @@ from lvlm_probe.explainers.explaining import Recipe, check_search, target_of
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.heatmap_store import not_made, reason_of
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics import CurveRule, Score, evaluate
 from lvlm_probe.pages.comparison_page import filled
 from lvlm_probe.pages.ranking import Row, Standing, center_gain, standings
@@ -108,6 +109,7 @@ class Comparison:
         return standings(self.methods, self.rows)
 
 
+@naming_arguments
 def compare(
     sources: Replay | Trace | Heatmap | ClipHeatmap | Iterable[Replay | Trace | Heatmap | ClipHeatmap],
     methods: Methods | None = None,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm_probe.errors import ReportError
 from lvlm_probe.escaping import counted
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.pages.clip_page import clip_page
 from lvlm_probe.pages.evidence import Evidence, evidence_markup, evidence_of
 from lvlm_probe.pages.samples import gather
@@ -30,6 +31,7 @@ _TITLE = "Where the answer came from"
 _CLIP_TITLE = "Where and when the answer came from"
 
 
+@naming_arguments
 def report(
     heats: Heatmap | ClipHeatmap | Iterable[Heatmap | ClipHeatmap],
     *,

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.models.anatomy import examine, find_modules
 
 How = Literal["normal", "permute"]
@@ -25,6 +26,7 @@ Weights = dict[str, torch.nn.Parameter]
 """Path → parameter."""
 
 
+@naming_arguments
 def weight_blocks(model: torch.nn.Module, blocks: Sequence[str] | None = None) -> dict[str, Weights]:
     """The model's weights in blocks, from the output to the input: block → (path → parameter).
 

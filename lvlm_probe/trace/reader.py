@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from lvlm_probe.errors import PointNotFound
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.trace import description
 from lvlm_probe.trace.parts import AttentionRows, check_pixels, decode, read_attention
 from lvlm_probe.trace.records import FIELDS, PointRecord
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
+@naming_arguments
 def open_trace(path: str | os.PathLike[str], row: int = 0) -> Trace:
     """Opens one trace of a file; ``row`` counts the rows of the batch, negative from the end.
 

@@ -17,6 +17,7 @@ from lvlm_probe.errors import TraceError
 from lvlm_probe.escaping import counted
 from lvlm_probe.extras import require
 from lvlm_probe.files import DAY, causes, orphans, path_of, remove_orphans
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.storage.reading import open_sealed
 from lvlm_probe.storage.seal import trace_error
 from lvlm_probe.trace.index import Index, TraceSummary
@@ -26,6 +27,7 @@ from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, ROW_LIMIT, validate
 _OWN_NAME = re.compile(r"\d{8}T\d{6}\.\d{6}Z-\d+-[0-9a-f]{8}\.b(?P<rows>[1-9]\d{0,5})\.h5")
 
 
+@naming_arguments
 def open_store(path: str | os.PathLike[str]) -> TraceStore:
     """Opens a directory of traces (or a single trace file) without opening any file in it.
 
