@@ -17,6 +17,7 @@ the user's calls by itself is the user's module: the numbers are the same, hooks
 
 The replica follows the model. Before a pass its attributes are compared with those it was made from, object by object;
 what has changed (an adapter switched, a hook added, a layer replaced) is made anew, and weights are looked up again.
+Changes after which passes may give something else are counted: whoever keeps results lets go of them then.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,7 @@ from torch import nn
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import NOTHING, beneath
+from lvlm_probe.models.fingerprint import fingerprint
 from lvlm_probe.models.quantised import differentiable
 from lvlm_probe.models.wrappers import is_compiled
 
@@ -72,7 +74,9 @@ class _Copier:
         self.copies: dict[nn.Module, nn.Module] = {}
         self.configs: dict[int, tuple[Any, Any]] = {}
         self.seen: dict[nn.Module, list[Any]] = {}
-        """Module → what its copy was made from, for ``_standing``."""
+        """Module → what its copy was made from, for ``changed``."""
+        self.made: dict[nn.Module, list[Any]] = {}
+        """Module → what its copy was made of besides weights; nothing of ours is in it."""
         self.reached: dict[nn.Module, dict[nn.Module, None]] = {}
         """Module → the modules that its attributes hold."""
         self._bare, self.own_configs = bare, configs
@@ -141,6 +145,7 @@ class _Copier:
         own = vars(mine)
         own.clear()
         own.update(made)
+        self.made[module] = _parts(made)
         for container in self._held:
             self.seen[module] += _items(container)
 
@@ -153,8 +158,7 @@ class _Copier:
                 now += [*entries, *entries.values()]
         for container in self._containers[module]:
             now += _items(container)
-        same = len(now) == len(known) and all(map(operator.is_, now, known))
-        return not same or type(module) is not type(self.copies[module])
+        return not _same(now, known) or type(module) is not type(self.copies[module])
 
     def forget_unreachable(self, root: nn.Module) -> None:
         """Let go of modules that the model no longer holds."""
@@ -166,7 +170,7 @@ class _Copier:
                 live[module] = None
                 waiting += self.reached.get(module, ())
         for module in [module for module in self.copies if module not in live]:
-            for table in (self.copies, self.seen, self.reached, self._containers):
+            for table in (self.copies, self.seen, self.made, self.reached, self._containers):
                 table.pop(module, None)
 
     def _renewed(self, value: Any, name: str = "") -> Any:
@@ -285,6 +289,30 @@ class _Copier:
         return self._hook_state.setdefault(id(value), (value, made))[1]
 
 
+def _parts(made: dict[str, Any]) -> list[Any]:
+    """Attributes of a module besides its weights; of containers, which may be made anew each time, what is in them."""
+    found: list[Any] = []
+    for name, value in made.items():
+        if name not in ("_parameters", "_buffers") and not name.endswith(("_with_kwargs", "_always_called")):
+            found += [name, *(_items(value) if type(value) in _CONTAINERS else (value,))]
+    return found
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def _state_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What changes when another tensor stands there, or its values are written to."""
+    if tensor.device.type == "meta":  # kept elsewhere between passes
+        return ()
+    try:
+        place = tensor.data_ptr()
+    except Exception:  # a subclass, whose values lie in other tensors
+        place = 0
+    return id(tensor), None if tensor.is_inference() else tensor._version, place, tensor.dtype, tensor.device
+
+
 def _items(container: Any) -> list[Any]:
     return [*container, *container.values()] if isinstance(container, dict) else list(container)
 
@@ -323,7 +351,13 @@ class Replica:
     Args:
         model: the user's.
         own_configs: passes change the model's configs, so that the replica has some of its own.
+
+    Attributes:
+        changes: how often the model was found to be another one than before, by its weights or what it is made of.
+        on_change: called when it is found so, before any pass; raises where there is to be none.
     """
+
+    on_change: Callable[[], None] | None = None
 
     def __init__(self, model: nn.Module, *, own_configs: bool = False) -> None:
         self._live = model
@@ -333,19 +367,25 @@ class Replica:
         self._instead = threading.local()
         self._copier.copied(model)
         self._return_weights()
+        self._state: list[Any] | None = self._state_now()
+        self.changes, self._values = 0, ""
         _EVERY.add(self)
 
     @contextmanager
-    def use(self) -> Iterator[nn.Module]:
+    def use(self, *, look: bool = False) -> Iterator[nn.Module]:
         """The replica for passes in the block; other threads that want it wait for the end of the block.
 
         What the user does with the model is seen when the outermost block begins.
+
+        Args:
+            look: notice weights, too, that were written to through ``.data``: of these nothing tells but their values,
+                which takes a few milliseconds.
 
         Yields:
             the replica's root, of the same class as the model and with the same paths in it.
 
         Raises:
-            ReplayError: the thread whose block it is waits for this one.
+            ReplayError: the thread whose block it is waits for this one. And what ``on_change`` raises.
         """
         if (own := getattr(self._instead, "model", None)) is not None:
             yield own
@@ -356,6 +396,8 @@ class Replica:
             try:
                 if not depth:
                     self._follow()
+                    if look:
+                        self.look()
                 self._depth, self._holder = depth + 1, threading.get_ident()
                 yield self._copier.copies[self._live]
             finally:
@@ -393,10 +435,13 @@ class Replica:
             copier = self._copier = _Copier(bare=True, configs=copier.own_configs)
             copier.copied(self._live)
         changed = [module for module, mine in copier.copies.items() if mine is not module and copier.changed(module)]
+        before = [copier.made[module] for module in changed]
         for module in changed:
             copier.fill(module)
+        same = all(_same(parts, copier.made[module]) for parts, module in zip(before, changed, strict=True))
         if changed:
             copier.forget_unreachable(self._live)
+        self._note(self._state_now(), others=bool(swapped) or not same)
         for config, mine in copier.configs.values():
             vars(mine).clear()
             vars(mine).update(vars(config))
@@ -408,6 +453,34 @@ class Replica:
                     own[name] = None
             if mine is not module and (weights := module._parameters):
                 own["_parameters"] = {name: _alias(weight, aliases) for name, weight in weights.copy().items()}
+
+    def look(self) -> None:
+        """Compare values of the weights with those of the last time."""
+        values = fingerprint(self._live)
+        self._note(self._state, others=self._values not in ("", values))
+        self._values = values
+
+    def _note(self, state: list[Any] | None, *, others: bool) -> None:
+        """Count a change of the state, or of ``others``. One that ``on_change`` refuses is found again next time."""
+        if not others and state == self._state:
+            return
+        self._state, self._values = None, ""
+        if self.on_change is not None:
+            self.on_change()
+        self._state = state
+        self.changes += 1
+
+    def _state_now(self) -> list[Any]:
+        """What tells the weights from others and from what they were, and by which attention layers compute."""
+        found: list[Any] = []
+        for module in self._copier.copies:
+            fleeting = module._non_persistent_buffers_set  # recomputed by the model itself, as by rotary embeddings
+            kept = [tensor for name, tensor in module._buffers.copy().items() if name not in fleeting]
+            kept += module._parameters.copy().values()
+            found += [_state_of(tensor) for tensor in kept if tensor is not None]
+            if "config" in vars(module):
+                found.append(getattr(module.config, "_attn_implementation", None))
+        return found
 
     def _return_weights(self) -> None:
         """Between passes the replica keeps no weights alive that the model has let go of (``model.to(...)``)."""

@@ -27,6 +27,7 @@ R = TypeVar("R")
 
 def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
     """For a function of a ``replay``: calls with the same replay, or views of it, take turns, whole calls at a time.
+    What is no method of its own (``explain``) looks at the model's weights first (``Replica.use``).
     Memory that runs out in one is told as ``OutOfMemory``, and an argument of the wrong kind by its name."""
     function = told_out_of_memory(naming_arguments(function))
     names = list(inspect.signature(function).parameters)
@@ -42,7 +43,7 @@ def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
                 f"{type(replay).__name__}"
             )
         replica = getattr(replay, "replica", None)
-        with contextlib.nullcontext() if replica is None else replica.use():
+        with contextlib.nullcontext() if replica is None else replica.use(look=name == "replay"):
             return function(*args, **kwargs)
 
     return turn

@@ -45,7 +45,7 @@ from lvlm_probe.replaying.reduced_precision import ReducedPrecision, check_reduc
 from lvlm_probe.replaying.rewording import positions_of, reword
 from lvlm_probe.replaying.shortcuts import Shortcuts
 from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, rounding_of
-from lvlm_probe.replaying.views import Kept, Views
+from lvlm_probe.replaying.views import Views
 
 if TYPE_CHECKING:
     from lvlm_probe.attention import TapLayer
@@ -62,8 +62,10 @@ _SCORES = 32
 class Replay(Views):
     """One recorded answer on one live model. Made by ``lvlm_probe.replay``.
 
-    No call changes it. ``over``, ``strengthened``, ``with_settings``, ``counted``, ``reworded``, ``scored``,
-    ``without`` and ``computed_in`` give views: other objects on the same model that share what has been computed.
+    No call changes it, and none mixes two models: where the model has changed since the last call, nothing that
+    was found before counts, and weights that are no longer the recorded ones are refused, as by ``replay``. ``over``,
+    ``strengthened``, ``with_settings``, ``counted``, ``reworded``, ``scored``, ``without`` and ``computed_in`` give
+    views: other objects on the same model that share what has been computed.
 
     Attributes:
         trace, trace_id: what is replayed.
@@ -98,9 +100,9 @@ class Replay(Views):
         micro_batch: int | None = None,
         check_pixels: bool = True,
     ) -> None:
-        super().__init__(trace)
         self.model = model = probed_model(model, processor)
         self.replica = Replica(model, own_configs=isinstance(model, Driver))
+        super().__init__(trace)
         self.processor = processor
         self.limits = Limits(micro_batch, gradient_checkpointing)
         self.inside: tuple[Captured, ...] = ()
@@ -112,6 +114,10 @@ class Replay(Views):
         self.anatomy = examine(model, processor)
         self._read_inputs(check_pixels)
         self.device = self._forcing.device
+
+    @property
+    def _changes(self) -> int:
+        return self.replica.changes
 
     def _read_inputs(self, check_pixels: bool) -> None:
         """Sort the inputs of the recording by what becomes of them in a pass."""
@@ -256,7 +262,7 @@ class Replay(Views):
             for name, value in self._sequence.items()
         }
         other._ask(torch.cat([self._prompt[:start], ids, self._prompt[stop:]]), sequence)
-        other.kept = Kept(paths=self.kept.paths)
+        other.kept = self.kept.anew()
         other._plain = None if self._plain is None else self._plain.reworded(text, question=question)
         return other
 
@@ -280,7 +286,7 @@ class Replay(Views):
         known = self.kept.scored
         if (found := known.pop(score, None)) is None:
             other._ask(self._prompt, self._sequence)
-            found = Kept(paths=self.kept.paths), other._forcing, other.shortcuts
+            found = self.kept.anew(), other._forcing, other.shortcuts
         other.kept, other._forcing, other.shortcuts = known[score] = found
         for oldest in list(known)[:-_SCORES]:
             known.pop(oldest, None)  # another thread may have done so
@@ -354,7 +360,7 @@ class Replay(Views):
         other: Self = self.viewed()
         other.unread, other._cut = tuple(unread.tolist()), layers
         other._plain = None if self._plain is None else self._plain.without(found.tolist())
-        other.kept = Kept(paths=self.kept.paths, gradients=self.kept.gradients, masks_at_once=self.kept.masks_at_once)
+        other.kept = self.kept.anew(gradients=self.kept.gradients, masks_at_once=self.kept.masks_at_once)
         return other
 
     @contextmanager

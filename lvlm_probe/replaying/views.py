@@ -1,6 +1,7 @@
 """What a replay says of its answer, and its views: the same answer over another baseline, with a counter of its own.
 
-A replay is a value: no call changes it. A view is another object that shares what has been computed (``Kept``).
+A replay is a value: no call changes it. A view is another object that shares what has been computed (``Kept``), of the
+model as it is: of one that has changed nothing is kept.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Kept:
         scored: of views with a score of the user's own, those asked for last at the end: results of theirs, their
             teacher-forced pass, and its shortcuts.
         facts: what others find out about this answer on this model, by a key of theirs.
+        changes: how often the model had changed (``Replica.changes``) when they were found.
     """
 
     original: torch.Tensor | None = None
@@ -55,6 +57,17 @@ class Kept:
     masks_at_once: int | None = None
     scored: dict[OwnScore, tuple[Kept, TeacherForcing, Shortcuts]] = field(default_factory=dict)
     facts: dict[Any, Any] = field(default_factory=dict)
+    changes: int = 0
+
+    def of(self, changes: int) -> Kept:
+        """These results; of a model that has changed since, none, over the same pixel inputs."""
+        if changes != self.changes:
+            vars(self).update(vars(self.anew(changes=changes)))
+        return self
+
+    def anew(self, **known: Any) -> Kept:
+        """No results but ``known`` ones, over the same pixel inputs: those of another question on the same model."""
+        return Kept(**{"paths": self.paths, "changes": self.changes, **known})
 
 
 class Views:
@@ -80,6 +93,20 @@ class Views:
         self.special = torch.tensor(trace.special).bool()
         self.words: list[Word] = group_words(self.tokens, self.special.tolist())
         self.passes, self.kept = PassCounter(), Kept()
+
+    @property
+    def kept(self) -> Kept:
+        """What all views share; nothing yet, where the model has changed since."""
+        return self._kept.of(self._changes)
+
+    @kept.setter
+    def kept(self, kept: Kept) -> None:
+        self._kept = kept
+
+    @property
+    def _changes(self) -> int:
+        """How often the model has changed."""
+        return 0
 
     @property
     def columns(self) -> int:

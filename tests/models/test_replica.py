@@ -88,13 +88,35 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_it_follows_the_model(pair: Pair, change: str) -> None:
     replica = Replica(pair)
-    with replica.use() as own:
-        before = own(ONES)
+    for _ in range(2):
+        with replica.use(look=True) as own:
+            before = own(ONES)
+    assert not replica.changes
     CHANGES[change](pair)
     value = ONES.to(pair.first.weight.dtype if hasattr(pair.first, "weight") else torch.float32)
-    with replica.use() as own:
-        assert torch.equal(own(value), pair(value)) and own(value).dtype == pair(value).dtype
-        assert not torch.equal(own(value), before)
+    for _ in range(2):
+        with replica.use(look=True) as own:
+            assert torch.equal(own(value), pair(value)) and own(value).dtype == pair(value).dtype
+            assert not torch.equal(own(value), before)
+    assert replica.changes == 1
+
+
+NO_CHANGES: dict[str, Any] = {
+    "training mode": lambda pair: pair.eval(),
+    "state of generate()": lambda pair: setattr(pair, "rope_deltas", torch.ones(1)),
+    "flags of weights": lambda pair: pair.requires_grad_(False),
+    "gradients": lambda pair: pair(ONES).sum().backward(),
+    "hooks of ours": lambda pair: HookSet().forward(pair.second, lambda *_: None, name="one"),
+    "a shadow of ours": lambda pair: HookSet().shadow(pair.second, "forward", lambda original, value: original(value)),
+}
+
+
+@pytest.mark.parametrize("change", NO_CHANGES)
+def test_what_changes_no_pass_is_no_change(pair: Pair, change: str) -> None:
+    replica = Replica(pair)
+    NO_CHANGES[change](pair)
+    with replica.use(look=True):
+        assert not replica.changes
 
 
 def test_a_hook_that_is_gone_is_gone(pair: Pair) -> None:

@@ -396,6 +396,63 @@ def test_same_weights_in_bfloat16_are_the_same_model(llava):
     assert replay.log_probs(torch.rand(1, 4, 4)).dtype == torch.float32
 
 
+def scaled(factor):
+    def change(model):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(factor)
+
+    return change
+
+
+CHANGES = {
+    "weights in place": scaled(0.5),
+    "weights through .data": lambda model: model.lm_head.weight.data.mul_(0.5),
+    "other weights": lambda model: setattr(model.lm_head, "weight", torch.nn.Parameter(model.lm_head.weight * 0.5)),
+    "a layer that does more": lambda model: model.lm_head.register_forward_hook(lambda _m, _a, logits: logits * 0.5),
+    "another precision": lambda model: model.to(torch.bfloat16),
+    "another attention": lambda model: model.set_attn_implementation("eager"),
+}
+
+
+def asked(replay):
+    """What is kept of an answer, and what is made of it."""
+    heat = probe.explain(replay, method="occlusion", size=3, tokens=(0, 2))
+    score = probe.evaluate(heat, replay, steps=3)
+    return repr([heat.values.tolist(), score.to_dict(), replay.llr.tolist(), replay.rounding.tolist()])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_has_changed_is_asked_anew(llava, change):
+    model, processor = tiny_models.build("llava")
+    replay = probe.replay(llava.trace, model, processor, strict=False)
+    before = asked(replay)
+    assert asked(replay) == before
+    CHANGES[change](model)
+    assert asked(replay) == asked(probe.replay(llava.trace, model, processor, strict=False)) != before
+
+
+@pytest.mark.parametrize("how", ["weights in place", "weights through .data"])
+def test_weights_that_are_no_longer_the_recorded_ones_are_refused_until_they_are_back(llava, how):
+    model, processor = tiny_models.build("llava")
+    replay = probe.replay(llava.trace, model, processor)
+    before = asked(replay)
+    CHANGES[how](model)
+    for _ in range(2):
+        with pytest.raises(probe.errors.ModelMismatch, match="fingerprint"):
+            asked(replay)
+    scaled(2)(model)
+    assert asked(replay) == before
+
+
+def test_a_model_that_has_gone_elsewhere_is_said(llava, monkeypatch):
+    model, processor = tiny_models.build("llava")
+    replay = probe.replay(llava.trace, model, processor, strict=False)
+    model.lm_head.weight.data = model.lm_head.weight.clone()  # as model.to(device) does
+    monkeypatch.setattr(player, "input_device", lambda _model: torch.device("cuda:1"))
+    with pytest.raises(probe.errors.ReplayError, match="gone from cpu to cuda:1 since"):
+        replay.log_probs(torch.ones(1, 3, 3))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_masks_in_half_precision_cost_the_scores_none(llava, dtype):
     """Their gradient comes in their own precision, and is not rounded to nothing where the score is small."""

@@ -20,7 +20,7 @@ class Replica:
         self.log: list[str] = []
 
     @contextmanager
-    def use(self):
+    def use(self, *, look=False):
         self.log.append("begins")
         yield
         self.log.append("ends")
@@ -58,8 +58,8 @@ def held(tmp_path, monkeypatch):
     own = replay.replica.use
 
     @contextmanager
-    def use():
-        with own() as replica:
+    def use(*, look=False):
+        with own(look=look) as replica:
             depth[0] += 1
             try:
                 yield replica
