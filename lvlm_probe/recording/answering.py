@@ -85,7 +85,8 @@ def record_answer(
             _check_takes_videos(probe)
         check_question(processor, question, probe.anatomy.image_token_id)
         given = None if shown else list(images)  # of a prompt with videos they are known by the processor's calls
-        with probe.record(directory, images=given, question=question or None, **record) as recording:
+        recording = probe.record(directory, images=given, question=question or None, **record)
+        with recording.alone():  # others may generate with the model meanwhile
             with _decoding(processor, num_frames, note or caution) if shown else contextlib.nullcontext():
                 made = chat_inputs(
                     processor, images, question, videos=shown, sampling=sampling, rule=rule, note=note

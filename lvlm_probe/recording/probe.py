@@ -51,8 +51,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lvlm_probe")
 
-_STREAMED: ContextVar[tuple[Feed, Recording] | None] = ContextVar("lvlm_probe_streamed", default=None)
-"""The stream whose ``generate()`` this is, in its own thread, and what records it."""
+_OWN: ContextVar[tuple[Recording, Feed | None] | None] = ContextVar("lvlm_probe_own_recording", default=None)
+"""What records the ``generate()`` of this thread alone, whatever others record; and the stream whose ``generate()`` it
+is."""
 
 _SAMPLES = "_decode_and_sample_videos"
 """The method of transformers' video processors that opens videos and chooses frames."""
@@ -101,6 +102,15 @@ class Recording:
     def traces(self) -> list[Trace]:
         """The traces written so far, opened; one per batch row."""
         return [trace for path in self.paths for trace in open_rows(path)]
+
+    @contextmanager
+    def alone(self, feed: Feed | None = None) -> Iterator[Recording]:
+        """Record what this thread generates in the block, in its context, and nothing of others."""
+        before = _OWN.set((self, feed))
+        try:
+            yield self
+        finally:
+            _OWN.reset(before)
 
     def __repr__(self) -> str:
         faults = f", {counted(len(self.faults), 'fault')}" if self.faults else ""
@@ -330,10 +340,8 @@ class Attachment(Target):
 
     def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         # Looked up once: other threads come and go.
-        masking, recording = self.masking, self.recording
-        feed, streamed = _STREAMED.get() or (None, None)
-        if streamed is not None and streamed.of(self):
-            recording = streamed
+        masking = self.masking
+        recording, feed = self._recording_here()
         if masking is not None and not within(self):
             # Not fenced: a mask the user asked for and did not get would be a silent lie.
             with Call(self):
@@ -354,6 +362,11 @@ class Attachment(Target):
                 recording.give_up(error)
             return once.output if once.returned else original(*args, **kwargs)
 
+    def _recording_here(self) -> tuple[Recording | None, Feed | None]:
+        """What records a call of this thread, and the stream that shows it."""
+        own, feed = _OWN.get() or (None, None)
+        return (own, feed) if own is not None and own.of(self) else (self.recording, None)
+
     def _forward(self, _module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Not fenced: a mask the user asked for and did not get would be a silent lie.
         masking = self.masking
@@ -373,7 +386,7 @@ class Attachment(Target):
         return self.clips.observe_clips(videos, original, args, kwargs, self._unwatched)
 
     def _unwatched(self, error: Exception) -> None:
-        if (recording := self.recording) is not None:
+        if (recording := self._recording_here()[0]) is not None:
             recording.faults.append(f"processor watch: {error}")
             recording.warn_once("watch", f"the processor call could not be watched: {error}")
 
@@ -522,8 +535,7 @@ class Probe:
         settings, model = settings_here(input_device(attachment.model)), self.model
 
         def run(feed: Feed) -> None:
-            _STREAMED.set((feed, recording))
-            with settings():
+            with recording.alone(feed), settings():
                 model.generate(**generate)  # type: ignore[operator]
 
         return Stream(run, self.processor, by, folder)

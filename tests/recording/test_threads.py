@@ -25,6 +25,7 @@ from lvlm_probe.attention import RowTap
 from lvlm_probe.attention.dispatch import NAME
 from lvlm_probe.errors import AttachError
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.recording import Recording
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,35 @@ def test_two_generations_at_once_are_two_traces(subject: Subject, tmp_path: Path
         assert trace.images[0].tobytes() == alone.images[0].tobytes()
         assert np.array_equal(trace.log_probs, alone.log_probs) and trace.status == "complete"
         assert np.array_equal(trace.attention.values, alone.attention.values)
+
+
+def test_what_others_generate_meanwhile_is_not_what_was_asked(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one begins inside the call of ``ask``, and ends when that has returned and nothing is read yet."""
+    asked, said = threading.Event(), []
+    other = threading.Thread(target=lambda: said.append(generate(subject, 1, lambda step: step > 1 or asked.wait())))
+    read = Recording.traces.fget
+
+    def look(_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if other.ident is None:
+            began.set()
+            other.start()
+        return scores
+
+    def late(recording: Recording) -> Any:
+        asked.set()
+        other.join()
+        return read(recording)
+
+    began = threading.Event()
+    monkeypatch.setattr(Recording, "traces", property(late))
+    question = subject.question or "What color is the cross?"
+    options = {"max_new_tokens": 3, "logits_processor": [look]}
+    answer = probe.ask(subject.model, subject.processor, subject.pictures[0], question, out=tmp_path, **options)
+    assert began.is_set() and same(said[0], subject.answers[1])
+    assert answer.trace.images[0].tobytes() == subject.pictures[0].convert("RGB").tobytes()
+    assert len(answer.trace.token_ids) == 3 and len(list(tmp_path.glob("*.h5"))) == 1
 
 
 def test_tasks_of_one_loop(subject: Subject, tmp_path: Path) -> None:
