@@ -7,13 +7,15 @@ half minute at most. ``progress=False`` is silence, and a function is called wit
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from lvlm_probe.errors import unheard
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -117,8 +119,13 @@ def _somebody_waits() -> bool:
 
 
 def _bar(title: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tqdm's own, about widgets that are not installed
-        from tqdm.auto import tqdm
+    _import_bars()
+    from tqdm.auto import tqdm
 
-        return tqdm(desc=title, delay=PATIENCE, leave=False)
+    return tqdm(desc=title, delay=PATIENCE, leave=False)
+
+
+@functools.cache
+def _import_bars() -> None:
+    with unheard():  # tqdm says, where it is imported, that widgets are not installed
+        import tqdm.auto  # noqa: F401

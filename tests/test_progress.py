@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import logging
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +41,31 @@ def waiting() -> Iterator[io.StringIO]:
     at_once = mock.patch("tqdm.auto.tqdm", functools.partial(tqdm, mininterval=0))
     with at_once, mock.patch.object(progress, "PATIENCE", 0), mock.patch.object(sys, "stderr", screen):
         yield screen
+
+
+def test_bars_of_two_threads_leave_the_users_warnings_alone() -> None:
+    made = {"first": threading.Event(), "second": threading.Event()}
+    shown = {title: threading.Event() for title in made}
+
+    def bar(desc: str, **_: Any) -> Any:
+        made[desc].set()
+        assert shown[desc].wait(60)
+        return contextlib.nullcontext(mock.Mock())
+
+    def show(title: str) -> None:
+        with show_progress(None, title):
+            pass
+
+    before = warnings.filters.copy()
+    with waiting(), mock.patch("tqdm.auto.tqdm", bar):
+        threads = {title: threading.Thread(target=show, args=(title,)) for title in made}
+        for title, thread in threads.items():
+            thread.start()
+            assert made[title].wait(60)
+        for title, thread in threads.items():
+            shown[title].set()
+            thread.join()
+    assert warnings.filters == before
 
 
 def test_lines_come_every_half_minute_with_the_time_left() -> None:

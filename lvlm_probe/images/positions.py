@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -13,6 +12,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from lvlm_probe.errors import unheard
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -197,9 +198,7 @@ def _sparse(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, i
 
 @functools.cache
 def _hear_of_csr() -> None:
-    """Have torch say once, and unheard, that the layout is in beta. Filters of warnings are the whole process's: they
-    are not to be touched whenever a thread of ours needs a matrix."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(CSR|invariant).*")
+    """Have torch say once, and unheard, that the layout is in beta."""
+    with unheard(".*(CSR|invariant).*"):
         empty = torch.zeros(2, dtype=torch.int32)
         torch.sparse_csr_tensor(empty, empty[:0], torch.zeros(0), (1, 1), check_invariants=False)
