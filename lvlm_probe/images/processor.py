@@ -155,10 +155,10 @@ def named_outputs(image_processor: Any, out: Any) -> dict[str, Any]:
     return {str(names[0]): out}
 
 
-def one_prompt_more(made: Tensor, given: Tensor) -> bool:
-    """Whether the processor around an image processor has put a first axis in front, the prompts, of which there is
-    one (Idefics)."""
-    return given.shape == (1, *made.shape)
+def by_prompt(made: Tensor, given: Tensor) -> bool:
+    """Whether the processor around an image processor has put an axis in front, the prompts, which have equally many
+    images each (Idefics)."""
+    return made.ndim > 0 and given.shape[:2].numel() == len(made) and given.shape[2:] == made.shape[1:]
 
 
 def as_rgb(
@@ -240,8 +240,8 @@ def compare_reference(
         if key not in fed:
             continue
         given = fed[key]
-        if one_prompt_more(value, given):
-            given = given[0]
+        if by_prompt(value, given):
+            given = given.flatten(0, 1)
         if given.shape != value.shape:
             raise ImageError(
                 f"{name}: for these images {key!r} has shape {tuple(value.shape)}, but the model was run on "

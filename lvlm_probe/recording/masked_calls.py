@@ -12,7 +12,7 @@ from lvlm_probe.errors import ImageError, MaskError
 from lvlm_probe.images import ImagePath, PixelPath
 from lvlm_probe.images.baselines import make_baselines
 from lvlm_probe.images.clips import step_of
-from lvlm_probe.images.processor import with_settings
+from lvlm_probe.images.processor import by_prompt, with_settings
 from lvlm_probe.images.processor_step import image_processor_of
 from lvlm_probe.models.anatomy import Anatomy
 from lvlm_probe.models.drivers import Driver
@@ -85,7 +85,9 @@ class Masking:
         changed = dict(inputs)
         for name in path.pixel_keys:
             if name in changed:
-                changed[name] = made[name].to(device=changed[name].device, dtype=changed[name].dtype)
+                value, given = made[name], changed[name]
+                value = value.reshape(given.shape) if by_prompt(value, given) else value
+                changed[name] = value.to(device=given.device, dtype=given.dtype)
         return changed
 
     def _mask_for(self, path: Any, clips: Sequence[Clip]) -> tuple[torch.Tensor, int | Clip | None]:

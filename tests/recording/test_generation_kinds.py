@@ -82,6 +82,21 @@ def test_several_masks_at_once_are_the_masks_one_by_one(name, tmp_path):
     assert (together[0] - together[1]).abs().max() > 1e-3  # the picture matters
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_call_under_a_mask_is_what_a_replay_makes_of_it(name, tmp_path):
+    """Also where the processor returns an axis more than its image processor."""
+    built, picture, _, _, trace = _recorded(name, tmp_path)
+    mask = torch.rand(5, 5, generator=torch.Generator().manual_seed(0))
+    with probe.attach(built.model, built.processor) as attached:
+        inputs = built.inputs([picture])
+        with attached.masked(mask):
+            masked = built.generate(inputs)
+    said = masked.logits[0].log_softmax(-1)[0, int(trace.token_ids[0])]
+    mine = probe.replay(trace, built.model, built.processor).log_probs(mask)[0, 0]
+    assert torch.allclose(mine, said, atol=1e-4)
+    assert abs(float(said) - trace.log_probs[0]) > 1e-3  # the picture matters
+
+
 @pytest.mark.parametrize("name", ENCODER_DECODER)
 def test_an_encoder_decoder_answer_is_forced_through_the_decoder(name, tmp_path):
     built, picture, plain, _, trace = _recorded(name, tmp_path)
