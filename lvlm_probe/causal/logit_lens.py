@@ -26,6 +26,7 @@ from lvlm_probe.kinds import is_whole, naming_arguments
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.tokenizers import tokenizer_of, top_pieces
 from lvlm_probe.replaying import Replay
+from lvlm_probe.replaying.hidden_states import one_per_token
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import ReplayLike
@@ -99,8 +100,9 @@ def logit_lens(replay: ReplayLike, *, image: int = 0, top: int = 5) -> LogitLens
     with replay.replica.use() as model, torch.no_grad():
         with replay.capture(modules=[*layers, *others, decoder]) as seen:
             own = replay.run_inputs(dict(replay.path.inputs))[0]
-        states = [seen.outputs.get(path) for path in layers]
-        if any(one is None or one.ndim != 3 or one.shape[1] != replay.length for one in states):
+        given = map(seen.outputs.get, layers)
+        states = [state for state in given if one_per_token(state, replay)]
+        if len(states) < len(layers):
             raise ExplainError(
                 f"the layers of {decoder} do not give one state per token of prompt and answer, which the lens reads"
             )
@@ -111,8 +113,8 @@ def logit_lens(replay: ReplayLike, *, image: int = 0, top: int = 5) -> LogitLens
             rows = state[0, torch.as_tensor(positions, device=state.device)].to(end)  # layers may be on several devices
             return head(norm(rows)).float().log_softmax(dim=-1)
 
-        best = [read(state, tokens.positions).topk(int(top), dim=-1) for state in states if state is not None]
-        spoken = read(states[-1], answer)  # type: ignore[arg-type]
+        best = [read(state, tokens.positions).topk(int(top), dim=-1) for state in states]
+        spoken = read(states[-1], answer)
         said = spoken.gather(1, replay.token_ids.to(spoken.device)[:, None])[:, 0]
     off = float((said.cpu() - own.cpu().float()).abs().max())
     ids = torch.stack([found.indices for found in best]).cpu().numpy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -36,11 +36,19 @@ def hidden_states(replay: Replay) -> Tensor:
     with replay.capture(modules=[path]) as seen, torch.no_grad():
         replay.run_inputs(dict(replay.path.inputs))
     found = seen.outputs.get(path)
-    if found is None or found.ndim != 3 or found.shape[1] != replay.length:
+    if not one_per_token(found, replay):
         raise ExplainError(
             f"{path} of {type(replay.model).__name__} does not give one hidden state per token of prompt and answer"
         )
     return found[0].cpu()
+
+
+def one_per_token(states: Tensor | None, replay: Replay) -> TypeGuard[Tensor]:
+    """Whether states are of prompt and answer, ``(1, position, channel)``: a decoder whose prompt goes into an encoder
+    has those of the answer alone."""
+    if replay.anatomy.encodes_prompt or states is None:
+        return False
+    return states.ndim == 3 and states.shape[1] == replay.length
 
 
 def head_rows(model: nn.Module, ids: Tensor) -> Tensor:

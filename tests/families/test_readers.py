@@ -151,14 +151,32 @@ def test_a_task_prompt_takes_a_question() -> None:
     assert not torch.equal(other.original_log_probs, answer.replay.original_log_probs)
 
 
-@pytest.mark.parametrize("method", ["tmm", "rollout", "iia", "weighted_tmm"])
-def test_a_decoder_that_reads_through_its_encoder_has_no_relevance_of_image_tokens(tmp_path: Path, method: str) -> None:
-    built = build("t5gemma2", "pil")
-    with probe.attach(built.model, built.processor) as attached, attached.record(tmp_path, llr=False) as recording:
+@pytest.fixture(scope="module")
+def read_through_the_encoder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    built, folder = build("t5gemma2", "pil"), tmp_path_factory.mktemp("t5gemma2")
+    points = {"llr": False, "points": ["hidden"]}
+    with probe.attach(built.model, built.processor) as attached, attached.record(folder, **points) as recording:
         built.generate(built.inputs([built.picture()]))
-    replay = probe.replay(recording.traces[0], built.model, built.processor)
+    (trace,) = recording.traces
+    return probe.replay(trace, built.model, built.processor)
+
+
+@pytest.mark.parametrize("method", ["tmm", "rollout", "iia", "weighted_tmm"])
+def test_a_decoder_that_reads_through_its_encoder_has_no_relevance_of_image_tokens(
+    read_through_the_encoder: Any, method: str
+) -> None:
     with pytest.raises(ExplainError, match="reads the image through its encoder"):
-        probe.explain(replay, method=method, tokens=(0, 2))
+        probe.explain(read_through_the_encoder, method=method, tokens=(0, 2))
+
+
+def test_a_decoder_that_reads_through_its_encoder_has_no_states_of_the_prompt(read_through_the_encoder: Any) -> None:
+    """Those of the answer, which are all that it has, are not recorded for them, nor read."""
+    (note,) = [note for note in read_through_the_encoder.trace.notes if "hidden" in note]
+    assert "one hidden state per token" in note
+    with pytest.raises(ExplainError, match="one hidden state per token of prompt and answer"):
+        probe.explain(read_through_the_encoder, method="tam", tokens=(0, 2))
+    with pytest.raises(ExplainError, match="one state per token of prompt and answer"):
+        probe.causal.logit_lens(read_through_the_encoder)
 
 
 def test_a_reader_is_recorded_and_explained_at_the_command_line(tmp_path: Path) -> None:
