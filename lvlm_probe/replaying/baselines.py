@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from lvlm_probe.errors import ImageError
 from lvlm_probe.images import BLUR_LADDER, CompositePath, ImagePath, PixelPath
 from lvlm_probe.images.baselines import CLIP_KINDS, KINDS, make_baselines
+from lvlm_probe.images.positions import of_the_last
 from lvlm_probe.trace.clips import Clip
 
 BaselineLike = str | Image.Image | Sequence[str | Image.Image] | Mapping[str, Any]
@@ -68,7 +70,7 @@ def draw(
     path: Path,
     kinds: Sequence[str | Image.Image],
     params: Mapping[str, Any],
-    paths: dict[Any, Path],
+    paths: OrderedDict[Any, Path],
     clips: Sequence[Clip] = (),
 ) -> tuple[Path, dict[str, Any]]:
     """``path`` over another baseline, and that baseline's description.
@@ -103,10 +105,5 @@ def draw(
     return _cached(paths, description, lambda: path.with_baseline([item.image for item in made])), description
 
 
-def _cached(paths: dict[Any, Path], description: Mapping[str, Any], make: Callable[[], Any]) -> Any:
-    identity = baseline_identity(description)
-    if identity not in paths:
-        while len(paths) >= _PATHS_KEPT:
-            paths.pop(next(iter(paths)))
-        paths[identity] = make()
-    return paths[identity]
+def _cached(paths: OrderedDict[Any, Path], description: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+    return of_the_last(paths, baseline_identity(description), make, most=_PATHS_KEPT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -52,7 +53,7 @@ class Kept:
     likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
     runners_up: tuple[torch.Tensor, torch.Tensor] | None = None
     baseline_log_probs: dict[Any, torch.Tensor] = field(default_factory=dict)
-    paths: dict[Any, Path] = field(default_factory=dict)
+    paths: OrderedDict[Any, Path] = field(default_factory=OrderedDict)
     gradients: str | None = None
     masks_at_once: int | None = None
     scored: dict[OwnScore, tuple[Kept, TeacherForcing, Shortcuts]] = field(default_factory=dict)

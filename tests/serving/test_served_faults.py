@@ -10,7 +10,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,6 +83,22 @@ def test_two_threads_with_one_replay_get_what_each_gets_alone(
         assert torch.equal(replay.baseline_log_probs, there)
     assert all(np.array_equal(values, clean) for values in maps)
     assert checks == [1]
+
+
+class _Shared(OrderedDict[Any, Any]):
+    """What a thread puts in here another one lets go of at once."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        self.clear()
+
+
+def test_a_baseline_that_another_thread_lets_go_of_is_there_for_who_asked(behind: DemoServer, trace: Any) -> None:
+    """Nothing makes threads take turns here, as on a model itself."""
+    with probe.connect(behind.url) as server:
+        replay = probe.replay(trace, server)
+        replay.kept.paths = _Shared()
+        assert replay.over("mean").baseline == {"kind": "mean"} and not replay.kept.paths
 
 
 # ---------------------------------------------------------------------------------------------------- faults that pass
