@@ -394,13 +394,14 @@ class Replay(Views):
         """Replayed log P(a_t) on the whole image, ``(step,)`` float32 on the CPU. Paper, Eq. 1."""
         if self.kept.original is None:
             original = self.log_probs(None)[0].cpu()
-            if (largest := self._forcing.largest_logit) is not None:
-                rounder = max(self._forcing.epsilon, epsilon_of(self.trace.model.get("torch_dtype")))
+            seen = self._forcing.seen
+            if (largest := seen.largest_logit) is not None:
+                rounder = max(seen.epsilon, epsilon_of(self.trace.model.get("torch_dtype")))
                 self.kept.rounding = rounding_of(original, float(largest), rounder)
                 if self.own is not None:
                     token = float(rounding_of(torch.tensor([-math.inf]), float(largest), rounder))
                     self.kept.rounding[-1] = self.own.rounding(float(original[-1]), token, rounder)
-            self.kept.likeliest, self.kept.runners_up = self._forcing.likeliest, self._forcing.runners_up
+            self.kept.likeliest, self.kept.runners_up = seen.likeliest, seen.runners_up
             self.kept.original = original
         return self.kept.original.clone()
 
@@ -581,7 +582,7 @@ class Replay(Views):
                     raise ReplayError(
                         f"score() must return one number per mask, ({len(some)},), not {tuple(scores.shape)}"
                     )
-                if self.own is not None and self._forcing.cut_off:
+                if self.own is not None and self._forcing.seen.cut_off:
                     raise ExplainError(
                         f"the score {self.own.name!r} hands on no gradient (an argmax, a rounding, a detach): write it "
                         "without, or use a method that needs no gradients: occlusion, rise, greedy"

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,6 +64,26 @@ class Shortcut:
     narrow: str | None = None
 
 
+class Seen(threading.local):
+    """What passes of one thread have shown; those that run again in a backward pass wait for no other thread's.
+
+    Attributes:
+        cut_off: whether the score of the last differentiable pass came without a gradient.
+        largest_logit: max |logit| over steps and vocabulary, float32, in the last pass over one image and all steps;
+            ``None`` before there was one.
+        likeliest: of that pass, the likeliest token's id in the place of each token of the answer, and its log P,
+            ``(step,)`` each, where the logits are.
+        runners_up: the same of the likeliest token but the answer's own.
+        epsilon: ε of the number format of that pass: of its logits or of the weights, whichever is the rounder.
+    """
+
+    largest_logit: torch.Tensor | None = None
+    likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
+    runners_up: tuple[torch.Tensor, torch.Tensor] | None = None
+    epsilon: float = 0.0
+    cut_off: bool = False
+
+
 class TeacherForcing:
     """The teacher-forced pass over one prompt and one answer, for any number of images at once.
 
@@ -82,21 +103,9 @@ class TeacherForcing:
 
     Attributes:
         rows: sequences per image: the answer, and each course of it that parts from it by more than a token.
-        cut_off: whether the score of the last differentiable pass came without a gradient.
-        largest_logit: max |logit| over steps and vocabulary, float32, in the last pass over one image and all steps;
-            ``None`` before there was one.
-        likeliest: of that pass, the likeliest token's id in the place of each token of the answer, and its log P,
-            ``(step,)`` each, where the logits are.
-        runners_up: the same of the likeliest token but the answer's own.
+        seen: what this thread's last passes have shown beside log-probabilities.
         separate: names of ``separate_inputs``.
-        epsilon: ε of the number format of that pass: of its logits or of the weights, whichever is the rounder.
     """
-
-    largest_logit: torch.Tensor | None = None
-    likeliest: tuple[torch.Tensor, torch.Tensor] | None = None
-    runners_up: tuple[torch.Tensor, torch.Tensor] | None = None
-    epsilon: float = 0.0
-    cut_off: bool = False
 
     def __init__(
         self,
@@ -116,7 +125,7 @@ class TeacherForcing:
     ) -> None:
         if token_ids.numel() == 0:
             raise ReplayError("the answer has no tokens, so there is nothing to replay")
-        self.replica = model if isinstance(model, Replica) else Replica(model)
+        self.replica, self.seen = model if isinstance(model, Replica) else Replica(model), Seen()
         with self.replica.use() as model:
             self.device = input_device(model)
             self._lists = list_inputs(model)
@@ -249,12 +258,13 @@ class TeacherForcing:
     def _look_at(self, logits: torch.Tensor, targets: torch.Tensor, banned: float, epsilon: float) -> None:
         """Note what rounding depends on, and the likeliest tokens, of one image's logits ``(step, token)``."""
         spoken = logits.masked_fill(logits < banned, 0.0)
-        self.largest_logit, self.epsilon = spoken.abs().amax().float(), epsilon
+        seen = self.seen
+        seen.largest_logit, seen.epsilon = spoken.abs().amax().float(), epsilon
         top, total = logits.topk(2), logits.logsumexp(-1)
-        self.likeliest = top.indices[:, 0], (top.values[:, 0] - total).float()
+        seen.likeliest = top.indices[:, 0], (top.values[:, 0] - total).float()
         second = (top.indices[:, 0] == targets).long()[:, None]
         ids, values = (part.gather(1, second)[:, 0] for part in (top.indices, top.values))
-        self.runners_up = ids, (values - total).float()
+        seen.runners_up = ids, (values - total).float()
 
     # ------------------------------------------------------------------ a score of the user's own
 
@@ -311,7 +321,7 @@ class TeacherForcing:
         if not isinstance(found, torch.Tensor) or found.shape != (batch,):
             shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
             raise ReplayError(f"the score {score.name!r} must return one number per mask, ({batch},), not {shape}")
-        self.cut_off = log_probs.requires_grad and not found.requires_grad
+        self.seen.cut_off = log_probs.requires_grad and not found.requires_grad
         return found[:, None].to(log_probs)
 
     def stop(self, steps: Sequence[int]) -> int:

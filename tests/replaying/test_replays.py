@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 
 import inside
@@ -15,6 +16,7 @@ import lvlm_probe as probe
 from lvlm_probe import replaying as player
 from lvlm_probe.explainers import registry
 from lvlm_probe.images import BLUR_LADDER
+from lvlm_probe.replaying import replays
 from lvlm_probe.replaying.isolation import checkpointed
 from lvlm_probe.replaying.teacher_forcing import TeacherForcing
 
@@ -394,6 +396,25 @@ def test_same_weights_in_bfloat16_are_the_same_model(llava):
     replay = probe.replay(llava.trace, model.to(torch.bfloat16), processor)
     assert torch.allclose(replay.original_log_probs, llava.original_log_probs, atol=0.3)
     assert replay.log_probs(torch.rand(1, 4, 4)).dtype == torch.float32
+
+
+def test_a_backward_pass_of_another_thread_leaves_what_is_said_of_the_whole_image(llava, monkeypatch):
+    """It waits for nobody, so it comes between a pass over the whole image and what is read off that."""
+    expected, fresh = llava.likeliest, probe.replay(llava.trace, llava.model, llava.processor)
+    mask = torch.zeros(2, 3, 3, requires_grad=True)
+    loss = fresh.log_probs(mask, micro_batch=1).sum()
+    plain = replays.rounding_of
+
+    def late(*args):
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+        return plain(*args)
+
+    monkeypatch.setattr(replays, "rounding_of", late)
+    found = fresh.likeliest
+    assert mask.grad is not None and torch.equal(fresh.rounding, llava.rounding)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def scaled(factor):
