@@ -19,15 +19,10 @@
 
     ProbeWarning              the one warning category                          (UserWarning)
 
-A message says what happened, where, and what to do about it. Beside them: ``unheard``, a block without warnings.
+A message says what happened, where, and what to do about it.
 """
 
 from __future__ import annotations
-
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 __all__ = [
     "AttachError",
@@ -48,8 +43,6 @@ __all__ = [
     "StudyError",
     "TraceError",
 ]
-
-_UNHEARD = threading.RLock()
 
 
 class ProbeError(Exception):
@@ -118,15 +111,3 @@ class PluginError(ProbeError):
 
 class ProbeWarning(UserWarning):
     """Something was not recorded or not as good as it could be; the user's own run goes on untouched."""
-
-
-@contextmanager
-def unheard(message: str = "") -> Iterator[None]:
-    """No warning that begins with ``message``, a regular expression, in the block: for what is done once in a process.
-
-    Filters of warnings belong to all threads. Two that change them at once and put back what they found leave those of
-    one of them for good; so one block at a time, and none around what is done again and again.
-    """
-    with _UNHEARD, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=message)
-        yield

@@ -23,7 +23,6 @@ import functools
 import inspect
 import logging
 import operator
-import os
 import threading
 import types
 import warnings
@@ -35,14 +34,13 @@ from typing import Any
 import torch
 
 from lvlm_probe.errors import ProbeWarning
+from lvlm_probe.process import lock
 
 _log = logging.getLogger("lvlm_probe")
 
 OnError = Callable[[str, BaseException], None]
 
-_LOCK = threading.RLock()  # torch numbers its hooks without one
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_LOCK._at_fork_reinit)  # type: ignore[attr-defined]
+_LOCK = lock()  # torch numbers its hooks without one
 
 _CALLS: ContextVar[tuple[Call, ...]] = ContextVar("lvlm_probe_calls", default=())
 

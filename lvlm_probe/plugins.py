@@ -19,7 +19,6 @@ along; one that changes other packages has changed them. Uninstall such a one.
 from __future__ import annotations
 
 import logging
-import threading
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from lvlm_probe.errors import PluginError, ProbeError, ProbeWarning
+from lvlm_probe.process import lock
 
 GROUP = "lvlm_probe.plugins"
 """The entry-point group that plugins stand in."""
@@ -61,7 +61,7 @@ class _Cache:
     """The plugins of this process. The lock is re-entrant: a plugin may look into a registry while it registers."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = lock()
         self.plugins: dict[str, Plugin] | None = None
 
     def clear(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lvlm_probe.errors import unheard
+from lvlm_probe.process import unheard
 
 if TYPE_CHECKING:
     from typing import TypeAlias

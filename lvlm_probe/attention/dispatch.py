@@ -7,8 +7,6 @@ Who hears of a call is told by the caller's context (``observing``): layers of a
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
 from collections.abc import Iterable
 from contextvars import ContextVar
@@ -20,13 +18,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from lvlm_probe.attention.layers import eager_of, registry_of
+from lvlm_probe.process import lock
 
 NAME = "lvlm_probe"
 """Of the one function in transformers' registry of attention functions."""
 
-_LOCK = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_LOCK._at_fork_reinit)  # type: ignore[attr-defined]
+_LOCK = lock()
 
 _OBSERVERS: ContextVar[tuple[weakref.ref[Any], ...]] = ContextVar("lvlm_probe_observers", default=())
 

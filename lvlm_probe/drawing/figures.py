@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import os
-import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from PIL import Image
 from lvlm_probe.drawing.overlays import MARK_COLOURS, Mark, Scored, cells_of, colour_bar, mark_of, overlay
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.files import write_whole
+from lvlm_probe.process import lock
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ WIDTHS: Mapping[str, float] = {"column": 3.5, "text": 7.2}
 _FRAME = 0.9
 """Least width of a video's frame in a figure, inches."""
 
-_SAVING = threading.Lock()
+_SAVING = lock()
 """What files are made of stands in matplotlib's settings alone, which all threads share."""
 
 

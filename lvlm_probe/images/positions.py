@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lvlm_probe.errors import unheard
+from lvlm_probe.process import unheard
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")

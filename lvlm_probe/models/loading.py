@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +26,12 @@ from lvlm_probe.models.families import family_of
 from lvlm_probe.models.quantised import quantisation
 from lvlm_probe.models.requirements import Missing, missing_library
 from lvlm_probe.plugins import load_plugins
+from lvlm_probe.process import lock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-ONE_LOAD = threading.RLock()
+ONE_LOAD = lock()
 """Held while transformers makes a model. It replaces ``PreTrainedModel.tie_weights`` and torch's default dtype for the
 whole process meanwhile, and puts back what it found: of two loads at once the second one puts back what the first had
 put there, and from then on no model of the process has its weights tied."""

@@ -44,6 +44,7 @@ from lvlm_probe.hooks import NOTHING, beneath
 from lvlm_probe.models.fingerprint import fingerprint
 from lvlm_probe.models.quantised import differentiable
 from lvlm_probe.models.wrappers import is_compiled
+from lvlm_probe.process import lock
 
 # State that generate() leaves on a module for its own next call (M-RoPE offsets).
 _GENERATION_STATE = ("rope_deltas",)
@@ -362,7 +363,7 @@ class Replica:
     def __init__(self, model: nn.Module, *, own_configs: bool = False) -> None:
         self._live = model
         self._copier = _Copier(bare=True, configs=own_configs)
-        self._lock = threading.RLock()
+        self._lock = lock()
         self._depth, self._holder = 0, 0
         self._instead = threading.local()
         self._copier.copied(model)
@@ -490,7 +491,7 @@ class Replica:
 
     def after_fork(self) -> None:
         """In a forked process: what other threads held is held by nobody."""
-        self._lock, self._depth = threading.RLock(), 0
+        self._depth = 0
         self._copier.seen = {module: [] for module in self._copier.seen}  # what they have hung up is taken down
 
 

@@ -13,7 +13,6 @@ import ctypes
 import os
 import re
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ import torch
 from lvlm_probe.errors import ExplainError, ProbeError
 from lvlm_probe.kinds import is_whole
 from lvlm_probe.models.quantised import stored_tensors
+from lvlm_probe.process import lock
 
 _SPAN = "lvlm_probe.span"
 _ERROR = 2
@@ -179,7 +179,7 @@ def _raise_peak(card: torch.device, peak: int) -> None:
             torch.empty(peak - torch.cuda.memory_allocated(card), dtype=torch.uint8, device=card)
 
 
-_QUIET = threading.Lock()
+_QUIET = lock()
 _quieted: list[int] = []
 """The allocator's log level before, once for each meter that runs just now."""
 

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import tempfile
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from lvlm_probe.models.fingerprint import describe_model, undescribed
 from lvlm_probe.models.inputs import input_device
 from lvlm_probe.models.tokenizers import settings_of, tokenizer_of
 from lvlm_probe.models.wrappers import generating_model, is_compiled
+from lvlm_probe.process import lock
 from lvlm_probe.recording.conditions import without_autocast
 from lvlm_probe.recording.handed_images import flatten_images
 from lvlm_probe.recording.masked_calls import Masking
@@ -299,7 +299,7 @@ class Attachment(Target):
         self.recording: Recording | None = None
         self._maskings: tuple[Masking, ...] = ()
         self.closed = False
-        self.lock = threading.RLock()
+        self.lock = lock()
 
     def open(self) -> None:
         self.hooks.shadow(called_model(self.model), "generate", self._generate)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,6 +29,7 @@ from PIL import Image
 from lvlm_probe.errors import ImageError
 from lvlm_probe.images.clips import NOT_REPEATED
 from lvlm_probe.images.processor import NOT_KEPT, named_outputs, processor_settings
+from lvlm_probe.process import lock
 from lvlm_probe.recording.handed_images import (
     Handed,
     hand_over,
@@ -104,7 +104,7 @@ class ProcessorWatch:
 
     def __init__(self, *, kept_bytes: int = KEPT_BYTES) -> None:
         self._budget = kept_bytes
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._calls: deque[_Kept] = deque()  # oldest first
         self._bytes = 0
         self._kept_images: dict[int, tuple[Any, Image.Image, int]] = {}  # by id: look, image, in how many calls

@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.files import causes, open_regular
+from lvlm_probe.process import lock
 from lvlm_probe.serving.roads import Reading
 
 FILE = "served.jsonl"
@@ -42,7 +42,7 @@ class Journal:
         self.path = path
         self._known: dict[str, dict[int, Reading]] = {}
         self._said: dict[str, dict[str, Any]] = {}
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._file: int | None = None
         if path is not None:
             self._read(path)

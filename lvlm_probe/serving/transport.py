@@ -30,6 +30,7 @@ from typing import Any
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.escaping import one_line
+from lvlm_probe.process import lock
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _BUSY = frozenset({429, 503})
@@ -40,7 +41,7 @@ _LONGEST_WAIT = 120.0
 _SHOWN = 300
 
 
-_COUNTING = threading.Lock()
+_COUNTING = lock()
 
 
 class Refused(ReplayError):

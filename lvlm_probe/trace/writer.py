@@ -6,7 +6,6 @@ import datetime
 import hashlib
 import os
 import secrets
-import threading
 from pathlib import Path
 
 import h5py
@@ -14,6 +13,7 @@ import numpy as np
 
 from lvlm_probe._version import __version__
 from lvlm_probe.errors import TraceError
+from lvlm_probe.process import lock
 from lvlm_probe.storage.encoding import ENCODING_VERSION, json_text, put_array, put_json, put_text
 from lvlm_probe.storage.reading import SealedFile
 from lvlm_probe.storage.seal import sealed_writer
@@ -35,13 +35,8 @@ class _Clock:
     """Time stamps that never repeat and never go back within a process, even when the system's clock does."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._last = datetime.datetime.min.replace(tzinfo=datetime.UTC)
-        # A fork may happen while another thread holds the lock; the child would wait for ever.
-        os.register_at_fork(after_in_child=self._renew_lock)
-
-    def _renew_lock(self) -> None:
-        self._lock = threading.Lock()
 
     def stamp(self) -> str:
         with self._lock:

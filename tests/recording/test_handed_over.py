@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import warnings
 
@@ -13,6 +15,7 @@ from PIL import Image, ImageDraw, ImageSequence
 from transformers import pipeline
 
 import lvlm_probe as probe
+from lvlm_probe.recording import processor_watch
 from lvlm_probe.recording.handed_images import hand_over
 from lvlm_probe.recording.processor_watch import ProcessorWatch
 
@@ -233,6 +236,37 @@ def test_why_a_call_is_not_known():
     assert watch.why({"pixel_values": torch.rand(1, 3, 4, 4)})[0] == "unknown"
     made[0]["pixel_values"].add_(1)
     assert watch.why(made[0])[0] == "changed"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_worker_that_is_forked_while_a_call_is_kept_waits_for_nobody(llava, monkeypatch):
+    """A worker of a data loader, whose processor calls are watched too."""
+    model, processor = llava
+    keeping, forked, plain = threading.Event(), threading.Event(), processor_watch.look_of
+
+    def look(image):
+        keeping.set()
+        forked.wait()
+        return plain(image)
+
+    with probe.attach(model, processor):
+        monkeypatch.setattr(processor_watch, "look_of", look)
+        thread = threading.Thread(target=ask, args=(llava,))
+        thread.start()
+        keeping.wait()
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)  # who waits here waits for ever
+            forked.set()
+            try:
+                ask(llava)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        forked.set()
+        thread.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_watch_serves_many_threads():

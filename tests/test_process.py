@@ -1,0 +1,58 @@
+"""What belongs to the whole process: locks across a fork, and filters of warnings."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from pathlib import Path
+
+import pytest
+
+import lvlm_probe
+from lvlm_probe.process import lock, unheard
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_finds_a_lock_open_that_another_thread_held() -> None:
+    shared, held, done = lock(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with shared:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if shared.acquire(blocking=False) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not shared.acquire(blocking=False)
+    done.set()
+    thread.join()
+    assert shared.acquire(blocking=False)
+
+
+def test_every_lock_is_one_that_a_fork_opens() -> None:
+    """But for those whose threads no forked process has: what is under way at a server, and the app's visitors."""
+    found = {
+        path.name
+        for path in Path(lvlm_probe.__file__).parent.rglob("*.py")
+        if any(f"threading.{kind}()" in path.read_text(encoding="utf-8") for kind in ("Lock", "RLock", "Condition"))
+    }
+    assert found == {"process.py", "transport.py", "replays.py", "service.py", "through_nnsight.py"}
+
+
+def test_warnings_are_not_heard_in_the_block_alone() -> None:
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        before = warnings.filters.copy()
+        with unheard("of old"):
+            warnings.warn("of old, nobody hears", stacklevel=1)
+            warnings.warn("but this", stacklevel=1)
+        assert warnings.filters == before
+        with unheard():
+            warnings.warn("nor this", stacklevel=1)
+    assert [str(one.message) for one in heard] == ["but this"]
