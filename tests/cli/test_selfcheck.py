@@ -16,6 +16,7 @@ from command_line import Result, run
 
 import lvlm_probe as probe
 from lvlm_probe.cli.shared import selfcheck as work
+from lvlm_probe.errors import OutOfMemory
 from lvlm_probe.pages.selfcheck_page import checks
 from lvlm_probe.planning import Meter
 
@@ -206,6 +207,31 @@ def test_where_memory_is_not_metered_methods_are_judged_all_the_same(
     assert run("selfcheck", "demo", "--out", tmp_path).code == 0
     method = stored(tmp_path)["units"]["method input_gradient"]
     assert "refused" not in method and method["gain"] is not None and method["peak"] is None
+
+
+@pytest.mark.parametrize("where", ["pace", "replay"])
+def test_memory_that_runs_out_between_checks_leaves_the_others(
+    where: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While passes are timed it is for each method to say what it takes; without a replay there are no methods."""
+    replays, real = [], work.replay
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        if where == "pace" or replays:
+            raise OutOfMemory("one mask does not fit")
+        replays.append(real(*arguments, **options))
+        return replays[-1]
+
+    monkeypatch.setattr(work, where, full)
+    monkeypatch.setattr(work, "questions", lambda *, quick: questions(1, 0))
+    monkeypatch.setattr(work, "methods", lambda: ["center"])
+    result = run("selfcheck", "demo", "--quick", "--out", tmp_path)
+    units = stored(tmp_path)["units"]
+    assert units["answer scene 0"]["gain"] > 0.8 and (tmp_path / "selfcheck.html").is_file()
+    if where == "pace":
+        assert result.code == 0 and units["method center"]["gain"] is not None
+    else:
+        assert result.code == 1 and units["methods"] == {"problem": "one mask does not fit"}
 
 
 @pytest.mark.quick

@@ -16,6 +16,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -309,13 +310,20 @@ class Selfcheck:
         if trace is None:
             return
         self.record["methods_on"] = {"question": trace.question, "answer": trace.answer.strip()}
-        player = replay(trace, model, processor)
+        try:
+            player = replay(trace, model, processor)
+        except ProbeError as error:  # in memory that an answer had
+            self.units["methods"] = {"problem": str(error)}
+            self._tell("methods", self.units["methods"])
+            return
         self._unit("gradient", lambda: asdict(gradient_check(player, player.replica, player.anatomy.decoder)))
         there = {name: self.units[unit] for name in methods() if (unit := f"method {name}") in self.units}
         missing = [name for name in methods() if name not in there and not (self.quick and _is_long(player, name))]
         seconds = {name: (unit.get("planned") or {}).get("seconds") for name, unit in there.items()}
+        seconds |= dict.fromkeys(missing)
         if missing:
-            with stage("timing a few passes"):
+            # What goes wrong there, methods say themselves.
+            with stage("timing a few passes"), suppress(ProbeError):
                 seconds |= expected(player, missing, pace(player))
         for name in sorted(seconds, key=lambda name: _or_infinite(seconds[name])):
             self._unit(f"method {name}", partial(self._method, player, name, seconds[name]))
