@@ -54,7 +54,7 @@ def answer_growing(
         stop: ends the answer when it is set; so does leaving the iterator.
 
     Raises:
-        ProbeError: as ``record_answer``.
+        OutOfMemory, ProbeError: as ``record_answer``.
     """
     said: queue.SimpleQueue[str | Trace | BaseException] = queue.SimpleQueue()
 

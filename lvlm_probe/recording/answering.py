@@ -18,6 +18,7 @@ import numpy as np
 from lvlm_probe.errors import ImageError, ProbeError
 from lvlm_probe.hooks import Call, HookSet, caution
 from lvlm_probe.images.clips import video_processor_of
+from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.prompts import chat_inputs, check_question, placed, prompt_rule
 from lvlm_probe.recording.probe import Probe, attach
 from lvlm_probe.recording.token_boxes import BoxCache
@@ -33,6 +34,7 @@ EVENLY = 16
 """Frames of a file, evenly spaced, that are shown to a model whose processor would else take all there are."""
 
 
+@told_out_of_memory
 def record_answer(
     model: torch.nn.Module,
     processor: Any,
@@ -69,6 +71,7 @@ def record_answer(
     Raises:
         AttachError: the model cannot be probed, or is probed already.
         ImageError: a video cannot be read.
+        OutOfMemory: the model cannot answer in the memory there is.
         ProbeError: nothing was recorded, or the recording is faulty; the message says why.
     """
     sampling = _sampling(num_frames, fps, videos)

@@ -17,7 +17,9 @@ from toy_clip import ToyClip, tube_weights
 
 import lvlm_probe as probe
 from lvlm_probe import causal
+from lvlm_probe.errors import OutOfMemory
 from lvlm_probe.images.whitening import Whitening
+from lvlm_probe.recording.answering import record_answer
 
 
 def verbs(model: Any, processor: Any, folder: Path) -> dict[str, Any]:
@@ -86,3 +88,15 @@ def test_a_logit_lens_through_layers_on_two_devices(llava: Any, tmp_path: Path) 
         here = causal.logit_lens(probe.replay(trace, model, processor))
     assert not card.mixed
     np.testing.assert_allclose(here.probabilities, there.probabilities, atol=1e-5)
+
+
+def test_an_answer_that_does_not_fit_is_told(llava: Any, tmp_path: Path) -> None:  # noqa: F811
+    """To a visitor of the app, at the command line and in the row of a study: each records an answer in this way."""
+    model, processor = llava
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    answer = model, processor, [tiny_models.picture()], "What is on the left?", tmp_path
+    with on_card(model, memory=weights + 20_000) as card:
+        with pytest.raises(OutOfMemory, match="smaller image"):
+            record_answer(*answer, generate={"max_new_tokens": 2})
+        assert card.held() <= weights + 8192
+    assert not list(tmp_path.iterdir()) and "generate" not in vars(model)
