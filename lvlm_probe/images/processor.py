@@ -51,13 +51,20 @@ class BlackBox:
         self._nested = structure == "nested"
         # Traced geometry lives as long as the user's own object: of a clip's step the video processor in it.
         self._owner, self._plain = getattr(call, "geometry_owner", call), plain
+        self._then = processor_settings(call)
+
+    @property
+    def _present(self) -> Callable[..., Any]:
+        """The image processor with the settings that it had when this was made, whatever it is set to by now."""
+        present: Callable[..., Any] = with_settings(self.call, self._then)[0]
+        return present
 
     def __call__(self, images: Sequence[Image.Image], *, prompts: int = 1) -> dict[str, Tensor]:
         """The outputs for one prompt's images, or for ``prompts`` prompts with the same ones each."""
         given: list[Any] = [list(images)] * prompts if self._nested else list(images) * prompts
         ours = OWN_CALL.set(True)
         try:
-            out = self.call(images=given, return_tensors="pt", **self._kwargs)
+            out = self._present(images=given, return_tensors="pt", **self._kwargs)
         except Exception as error:
             if ran_out(error):
                 raise
@@ -98,7 +105,8 @@ class BlackBox:
         """The same processor, told to leave grey levels as they are."""
         made = BlackBox(self.call, self._kwargs, "nested" if self._nested else "flat", plain=True)
         # Not do_normalize=False: Kosmos-2.5's cannot cut whole numbers into patches.
-        made.call = call = copy.copy(self.call)
+        made.call = call = copy.copy(self._present)
+        made._then = {}  # this one is nobody else's
         for name in [name for name, value in vars(call).items() if callable(value)]:
             delattr(call, name)  # a watcher would run the original
         call.normalize = _as_floats  # type: ignore[attr-defined]
@@ -121,8 +129,9 @@ class BlackBox:
 
     def _token(self, sizes: Sequence[tuple[int, int]], reference: Mapping[str, Tensor]) -> str:
         # Settings are plain values; whatever can be called (a watcher on the instance) is none.
-        settings = getattr(self.call, "geometry_key", None) or {
-            name: value for name, value in getattr(self.call, "__dict__", {}).items() if not callable(value)
+        present = self._present
+        settings = getattr(present, "geometry_key", None) or {
+            name: value for name, value in getattr(present, "__dict__", {}).items() if not callable(value)
         }
         shapes = {key: list(value.shape) for key, value in reference.items()}
         state = [settings, self._kwargs, self._nested, self._plain, [list(size) for size in sizes], shapes]

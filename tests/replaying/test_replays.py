@@ -391,6 +391,30 @@ def test_other_settings_give_way_to_the_recorded_ones_and_another_processor_is_r
         probe.replay(llava.trace, llava.model, tiny_models.build_processor("qwen2_vl"))
 
 
+def resized(image_processor):
+    image_processor.size = {"shortest_edge": 84}
+    image_processor.crop_size = {"height": 84, "width": 84}
+
+
+SETTINGS = {
+    "another size": resized,
+    "another size in place": lambda image_processor: vars(image_processor.crop_size).update(height=84, width=84),
+    "another mean": lambda image_processor: setattr(image_processor, "image_mean", [0.1, 0.2, 0.3]),
+}
+
+
+@pytest.mark.parametrize("change", SETTINGS)
+def test_settings_that_change_while_a_replay_is_open_are_the_next_ones(llava, change):
+    processor, mask = tiny_models.build_processor("llava"), torch.full((1, 4, 4), 0.5)
+
+    def asked(replay):
+        return [replay.over("mean").log_probs(mask), replay.log_probs(mask, mode="exact"), replay.seen(0, (5, 5))]
+
+    replay, expected = probe.replay(llava.trace, llava.model, processor), asked(llava)
+    SETTINGS[change](processor.image_processor)
+    assert all(torch.equal(one, other) for one, other in zip(asked(replay), expected, strict=True))
+
+
 def test_same_weights_in_bfloat16_are_the_same_model(llava):
     model, processor = tiny_models.build("llava")
     replay = probe.replay(llava.trace, model.to(torch.bfloat16), processor)
