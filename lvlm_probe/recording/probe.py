@@ -55,6 +55,8 @@ _OWN: ContextVar[tuple[Recording, Feed | None] | None] = ContextVar("lvlm_probe_
 """What records the ``generate()`` of this thread alone, whatever others record; and the stream whose ``generate()`` it
 is."""
 
+_ATTACHING = lock()
+
 _SAMPLES = "_decode_and_sample_videos"
 """The method of transformers' video processors that opens videos and chooses frames."""
 
@@ -406,12 +408,7 @@ class Probe:
                 "this is the wrapper that torch.compile(model) returns; attach the model itself before compiling "
                 "it, or use model.compile(), which compiles in place"
             )
-        inner = generating_model(model)
-        present = shadow_of(vars(inner).get("generate")) if hasattr(inner, "__dict__") else None
-        if present is not None and present.active:
-            raise AttachError(
-                f"a probe is attached to this {type(model).__name__} already; use that one, or call its detach() first"
-            )
+        _check_alone(model)
         if tokenizer_of(processor) is processor is not None and image_processor_of(processor) is processor:
             # Models with code of their own may have nothing else: their images are made elsewhere.
             caution(
@@ -420,14 +417,16 @@ class Probe:
                 f"is one"
             )
         self.model, self.processor = model, processor
-        inner = probed_model(inner, processor)
+        inner = probed_model(generating_model(model), processor)
         self.anatomy = examine(inner, processor)
         self.attachment = Attachment(inner, processor, self.anatomy)
-        try:
-            self.attachment.open()
-        except BaseException:
-            self.attachment.close()
-            raise
+        with _ATTACHING:
+            _check_alone(model)  # another thread may have come first while the model was looked at
+            try:
+                self.attachment.open()
+            except BaseException:
+                self.attachment.close()
+                raise
         self._finalizer = weakref.finalize(self, self.attachment.close)
 
     def record(
@@ -643,6 +642,16 @@ class Probe:
                 "images= takes images as open_image() does: PIL images, uint8 arrays, paths, bytes (nested in one list "
                 "per prompt for batches)"
             )
+
+
+def _check_alone(model: torch.nn.Module) -> None:
+    """Raise ``AttachError`` where a probe is attached."""
+    inner = generating_model(model)
+    present = shadow_of(vars(inner).get("generate")) if hasattr(inner, "__dict__") else None
+    if present is not None and present.active:
+        raise AttachError(
+            f"a probe is attached to this {type(model).__name__} already; use that one, or call its detach() first"
+        )
 
 
 def _folder(path: Any) -> Path:

@@ -26,6 +26,7 @@ from lvlm_probe.attention.dispatch import NAME
 from lvlm_probe.errors import AttachError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.recording import Recording
+from lvlm_probe.recording import probe as recording_probe
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +239,23 @@ def test_detaching_while_others_generate(subject: Subject, tmp_path: Path) -> No
     assert len(recording.paths) == 1 and not recording.faults
     assert same(subject.generate(1), subject.answers[1])
     assert len(recording.paths) == 1
+
+
+def test_one_probe_at_a_time(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread attaches while this one looks at what the model is made of."""
+    found, plain = [], recording_probe.examine
+
+    def late(*given: Any) -> Any:
+        monkeypatch.setattr(recording_probe, "examine", plain)
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(probe.attach, subject.model, subject.processor).result())
+        return plain(*given)
+
+    monkeypatch.setattr(recording_probe, "examine", late)
+    with pytest.raises(AttachError, match="use that one"):
+        probe.attach(subject.model, subject.processor)
+    with found[0]:
+        assert same(subject.generate(0), subject.answers[0])
 
 
 def test_one_recording_at_a_time(subject: Subject, tmp_path: Path) -> None:
