@@ -26,6 +26,7 @@ import math
 import os
 import re
 import shlex
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -377,8 +378,15 @@ def _maps_behind(path: Path) -> Iterator[MapFile]:
 
 
 def _by_age(files: Iterable[Path]) -> list[Path]:
-    """Oldest first, so that the whole answer's map comes before those of its words; links to nowhere are left out."""
-    return sorted(filter(Path.is_file, files), key=lambda file: (file.stat().st_mtime_ns, file.name))
+    """Oldest first, so that the whole answer's map comes before those of its words; links to nowhere are left out, and
+    what others delete meanwhile."""
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            state = file.stat()
+            if stat.S_ISREG(state.st_mode):
+                found.append((state.st_mtime_ns, file.name, file))
+    return [file for *_, file in sorted(found)]
 
 
 def is_map(path: Path) -> bool:

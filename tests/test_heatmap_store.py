@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,22 @@ def stored(tmp_path: Path) -> Path:
         samples.heat(samples.trace()).write(folder / f"{name}.h5")
         os.utime(folder / f"{name}.h5", (second, second))
     return folder
+
+
+def test_a_map_that_goes_while_it_is_listed_spoils_no_list(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread or process deletes it, as the app does with the oldest answers of its visitors."""
+    samples.heat(samples.trace()).write(stored / "going.h5")
+    plain = Path.glob
+
+    def listed(folder: Path, pattern: str) -> Iterator[Path]:
+        yield from sorted(plain(folder, pattern))
+        (stored / "going.h5").unlink()
+
+    monkeypatch.setattr(Path, "glob", listed)
+    found = find_maps([stored])
+    assert [item.path.stem for item in found if item.path.is_file()] == ["old", "new"]
+    with pytest.raises(TraceError, match="going"):
+        next(item for item in found if not item.path.is_file()).read()
 
 
 def test_a_record_is_what_json_holds(tmp_path: Path) -> None:
