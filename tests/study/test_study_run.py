@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import lvlm_probe as probe
 from lvlm_probe.errors import StudyError
 from lvlm_probe.selection import word_selections
 from lvlm_probe.study.results import collect
-from lvlm_probe.study.run.runner import run_study
+from lvlm_probe.study.run.runner import Worker, run_study
 from lvlm_probe.study.run.units import Records
 from lvlm_probe.study.run.word_maps import read_words
 from lvlm_probe.study.spec import Study, read_study
@@ -234,3 +235,9 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     study = study_in(tmp_path, YAML.replace("demo: demo", "other: {source: no/such/model/here}"))
     with pytest.raises(StudyError, match=r"model other \(no/such/model/here\) cannot be loaded"):
         run_study(study)
+
+
+def test_the_embedded_model_too_is_loaded_as_is_asked(tmp_path: Path) -> None:
+    study = study_in(tmp_path, YAML.replace("demo: demo", "low: {source: demo, dtype: bfloat16, attn: eager}"))
+    model, _ = Worker(study).model("low")
+    assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager"

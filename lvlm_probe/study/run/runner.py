@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lvlm_probe import demo
 from lvlm_probe.errors import ReplayError, StudyError
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.models.fingerprint import fingerprint
@@ -350,10 +351,6 @@ def run_study(
 
 
 def _load(study: Study, spec: ModelSpec) -> tuple[Any, Any]:
-    if spec.source == "demo":
-        from lvlm_probe import demo
-
-        return demo.load()
     if spec.server is not None:
         server = connect(spec.server, spec.served_model, journal=study.out / JOURNAL)
         if server.gives != "passes":
@@ -365,7 +362,7 @@ def _load(study: Study, spec: ModelSpec) -> tuple[Any, Any]:
         options["device_map"] = spec.device_map
     else:
         options["device"] = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load(study.located(spec.source), **options)
+    return load(demo.path() if spec.source == "demo" else study.located(spec.source), **options)
 
 
 def _first_line(error: BaseException) -> str:
