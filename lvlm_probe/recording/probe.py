@@ -220,8 +220,6 @@ class Recording:
         # generators of ours.
         with torch.no_grad(), without_autocast(self._attachment.model):
             capture = recorder.finish(output)
-            for caution_ in recorder.cautions:
-                self.warn_once(*caution_)
             try:
                 recorder.complete(capture)
             except KeyboardInterrupt as stop:
@@ -229,6 +227,8 @@ class Recording:
                 self._note(capture, "the baseline pass was interrupted; replay gives the log-likelihood ratios")
             except Exception as error:
                 fault("teacher-forced pass", error)
+            for caution_ in recorder.cautions:
+                self.warn_once(*caution_)
             try:
                 capture.model = self._attachment.describe_model()
             except Exception as error:  # it costs the description, not the answer

@@ -23,12 +23,13 @@ from PIL import Image
 from lvlm_probe.attention import Rows, RowTap
 from lvlm_probe.boxes.image_tokens import find_token_boxes
 from lvlm_probe.boxes.painting import image_spans
-from lvlm_probe.errors import ProbeError
+from lvlm_probe.errors import OutOfMemory, ProbeError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.images.baselines import check_baseline
 from lvlm_probe.images.processor import whole_numbers
 from lvlm_probe.models.anatomy import Anatomy
 from lvlm_probe.models.drivers import Driver
+from lvlm_probe.models.exhaustion import does_not_fit, ran_out
 from lvlm_probe.models.inputs import list_inputs
 from lvlm_probe.models.prompts import question_of
 from lvlm_probe.models.tokenizers import (
@@ -561,7 +562,15 @@ class GenerationRecorder:
         """
         start = time.perf_counter()
         for row in capture.rows:
-            self._complete(row)
+            try:
+                self._complete(row)
+            except Exception as error:
+                full = _out_of_memory(error)
+                if full is None or np.isnan(row.log_probs).any():
+                    raise
+                # It costs what this pass would have given, not the answer.
+                row.notes.append(f"recorded without log-likelihood ratios: {full}")
+                self.cautions.append(("memory", row.notes[-1]))
         capture.seconds["teacher_forced"] = time.perf_counter() - start
 
     def take_log_probs(self, row: RowCapture, replay: Replay) -> None:
@@ -593,10 +602,14 @@ class GenerationRecorder:
             if len(self._boxes) >= _BOXES_KEPT:
                 self._boxes.clear()
             try:
-                known = find_token_boxes(replay, row.image_positions)
-            except ProbeError as error:
-                known = str(error)
-            self._boxes[key] = known
+                known = self._boxes[key] = find_token_boxes(replay, row.image_positions)
+            except Exception as error:
+                full = _out_of_memory(error)
+                if full is None and not isinstance(error, ProbeError):
+                    raise
+                known = str(full or error)
+                if full is None:  # memory that is missing now is there another time
+                    self._boxes[key] = known
             place(row, known)
         if hidden:
             try:
@@ -611,3 +624,11 @@ class GenerationRecorder:
             replay = replay.strengthened(selected)
             row.baseline_log_probs = replay.baseline_log_probs.numpy()
             row.baseline = dict(replay.baseline)
+
+
+def _out_of_memory(error: Exception) -> OutOfMemory | None:
+    """What to say of an error in a pass behind the answer, if memory ran out there."""
+    if isinstance(error, OutOfMemory):
+        return error
+    way_out = "record with llr=False, boxes=False"
+    return does_not_fit("memory ran out behind the answer", error, way_out) if ran_out(error) else None

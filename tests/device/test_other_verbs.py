@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 from pretend import Card
-from test_device import llava, on_card, record, spread  # noqa: F401  (a fixture)
+from test_device import ask, llava, on_card, record, spread  # noqa: F401  (a fixture)
 from toy_clip import ToyClip, tube_weights
 
 import lvlm_probe as probe
@@ -100,3 +100,28 @@ def test_an_answer_that_does_not_fit_is_told(llava: Any, tmp_path: Path) -> None
             record_answer(*answer, generate={"max_new_tokens": 2})
         assert card.held() <= weights + 8192
     assert not list(tmp_path.iterdir()) and "generate" not in vars(model)
+
+
+def test_an_answer_behind_which_memory_runs_out_is_kept(llava: Any, tmp_path: Path) -> None:  # noqa: F811
+    """Without what the passes behind it would have given; and the next one, where there is memory, has all."""
+    model, processor = llava
+
+    def recorded(attached: probe.Probe, **settings: Any) -> probe.Trace:
+        with attached.record(tmp_path, **settings) as recording:
+            model.generate(**ask("llava", model, processor), min_new_tokens=3, max_new_tokens=3, do_sample=False)
+        return recording.traces[-1]
+
+    with on_card(model, own_thread=False) as card, probe.attach(model, processor) as attached:
+        card.peak[0] = card.held()
+        plain = recorded(attached, llr=False, boxes=False)
+        card.memory = card.peak[0]
+        with pytest.warns(probe.ProbeWarning, match=r"without log-likelihood ratios: .*load the model in bfloat16"):
+            short = recorded(attached)
+        card.memory = None
+        whole = recorded(attached)
+    assert short.status == "complete" and short.llr is None and short.layout.patch_box is None
+    for missing in ("no boxes for the image tokens: memory ran out", "without log-likelihood ratios: "):
+        assert any(missing in note for note in short.notes), short.notes
+    assert np.array_equal(short.log_probs, plain.log_probs)
+    np.testing.assert_allclose(short.attention.values, plain.attention.values)
+    assert whole.llr is not None and whole.layout.patch_box is not None

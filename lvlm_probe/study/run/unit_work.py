@@ -115,7 +115,8 @@ def drops(trace: Trace) -> dict[str, float]:
         ExplainError: the trace holds no baseline pass, or no token but special ones.
     """
     if trace.llr is None:
-        raise ExplainError("the trace holds no log-likelihood ratios, so nothing says what the image is worth")
+        why = "".join(f" ({note})" for note in trace.notes if "log-likelihood ratios" in note)
+        raise ExplainError(f"the trace holds no log-likelihood ratios{why}, so nothing says what the image is worth")
     found = dataclasses.asdict(drop_of(trace.log_probs, trace.llr, trace.special))
     return {name: max(value, -sys.float_info.max) for name, value in found.items()}
 
