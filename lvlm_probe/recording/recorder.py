@@ -306,10 +306,14 @@ class GenerationRecorder:
         )  # fmt: skip
 
     def abort(self) -> None:
-        """The call failed or was interrupted: take everything down, keep nothing."""
+        """The call is over, or failed, or was interrupted: take everything down, keep nothing.
+
+        The hooks and this hold each other until the collector comes by, which does not know what memory a device has.
+        """
         self._hooks.remove()
         if self._tap is not None:
             self._tap.remove()
+        self._inputs, self._log_probs, self._points, self._tap = {}, [], None, None
 
     # ------------------------------------------------------------------ while it runs
 

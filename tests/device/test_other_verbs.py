@@ -3,6 +3,8 @@ frames or at the states of image tokens, processors with statistics of their own
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,3 +127,23 @@ def test_an_answer_behind_which_memory_runs_out_is_kept(llava: Any, tmp_path: Pa
     assert np.array_equal(short.log_probs, plain.log_probs)
     np.testing.assert_allclose(short.attention.values, plain.attention.values)
     assert whole.llr is not None and whole.layout.patch_box is not None
+
+
+def test_a_recording_holds_nothing_of_the_device_until_the_collector_comes(
+    llava: Any,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Nor does one that failed: pixels are large, and the collector counts objects."""
+    model, processor = llava
+    with on_card(model) as card, probe.attach(model, processor) as attached:
+        inputs = ask("llava", model, processor)
+        for tokens in (2, -1):
+            before = card.held()
+            gc.disable()
+            try:
+                with contextlib.suppress(ValueError), attached.record(tmp_path):
+                    model.generate(**inputs, min_new_tokens=0, max_new_tokens=tokens, do_sample=False)
+            finally:
+                gc.enable()
+            card.let_go()
+            assert card.used[0] <= before + 4096, tokens
