@@ -53,7 +53,8 @@ class Journal:
     def get(self, key: str) -> dict[int, Reading] | None:
         """Log-probabilities by step; ``None`` for what was not asked."""
         with self._lock:
-            return self._known.get(key)
+            known = self._known.get(key)
+            return None if known is None else dict(known)
 
     def put(self, key: str, values: Mapping[int, Reading]) -> None:
         """Keep an answer; when this returns, a kill does not lose it."""

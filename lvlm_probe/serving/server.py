@@ -529,9 +529,8 @@ class Server:
         return said
 
     def _kept_in(self, path: Path) -> Journal:
-        if path not in self._journals:
-            self._journals[path] = Journal(path)
-        return self._journals[path]
+        known = self._journals.get(path)
+        return self._journals.setdefault(path, Journal(path)) if known is None else known
 
     def _given(
         self, prompt: Prompt, images: Sequence[Image.Image], answer: str, token_ids: Sequence[int] | None

@@ -25,6 +25,7 @@ from trace_samples import sample_capture
 
 import lvlm_probe as probe
 from lvlm_probe.importing.meter import measure
+from lvlm_probe.serving import server as server_module
 from lvlm_probe.serving.journal import FILE, Journal
 from lvlm_probe.serving.transport import Refused, Transport
 from lvlm_probe.trace import write
@@ -426,6 +427,34 @@ def test_a_journal_of_a_stranger_is_read_as_such(tmp_path: Path) -> None:
     planted.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(probe.errors.ReplayError, match="cannot be written"):
         Journal(planted).put("g", {0: -1.0})
+
+
+def test_what_a_journal_gave_stays_as_it_is_when_another_thread_adds_to_it() -> None:
+    journal = Journal(None)
+    journal.put("a", {0: -1.0, 1: -2.0})
+    found = journal.get("a")
+    assert found is not None
+    journal.put("a", {2: -3.0})
+    assert found == {0: -1.0, 1: -2.0} and journal.get("a") == {**found, 2: -3.0}
+
+
+def test_threads_that_open_answers_of_one_folder_share_its_journal(
+    behind: DemoServer, trace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one of them pays for the other one has."""
+    together = threading.Barrier(2, timeout=60)
+
+    def opened(path: Path | None) -> Journal:
+        together.wait()  # neither has one yet
+        return Journal(path)
+
+    with probe.connect(behind.url) as server, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(server_module, "Journal", opened)
+        work = [pool.submit(probe.replay, trace, server) for _ in range(2)]
+        first, second = (done.result() for done in work)
+        mask = torch.zeros(1, 3, 3)
+        there, asked = first.log_probs(mask), server.spent.requests
+        assert torch.equal(second.log_probs(mask), there) and server.spent.requests == asked
 
 
 # ------------------------------------------------------------------------------------------------------------- the cost
