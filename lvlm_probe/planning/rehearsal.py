@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,7 @@ import torch
 from lvlm_probe.boxes.encoder_tokens import blocks_of, encoder_tokens, encoders_of
 from lvlm_probe.errors import ExplainError, OutOfMemory
 from lvlm_probe.explainers.registry import Cost, Kind
+from lvlm_probe.images.positions import of_the_last
 from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.planning.meter import Meter
@@ -33,7 +35,11 @@ if TYPE_CHECKING:
     from lvlm_probe.replaying import Replay
     from lvlm_probe.replaying.capture import AttentionLayer
 
-_KNOWN: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple[Any, ...], CostModel]] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[torch.nn.Module, OrderedDict[tuple[Any, ...], CostModel]] = (
+    weakref.WeakKeyDictionary()
+)
+_MOST = 256
+"""Costs kept for a model: those of a dozen answers by all methods. One of a score of the user's own holds that."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def cost_model(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint
             replay.seen(k, (1, 1))
         for grid in cost.grids:
             replay.path.apply(_half(1, grid, target, replay.device), image=target)
-    known = _KNOWN.setdefault(replay.model, {})
+    known = _KNOWN.setdefault(replay.model, OrderedDict())
     kind, several = cost.kind or "forward", max(cost.groups, default=1) > 1
     shapes = tuple((name, tuple(value.shape)) for name, value in sorted(replay.path.inputs.items()))
     grids = tuple(cost.grids[-1]), cost.drawn
@@ -83,21 +89,24 @@ def cost_model(replay: Replay, cost: Cost, *, target: int | Clip = 0, checkpoint
     on = (str(replay.device), next(replay.model.parameters()).dtype, searched)
     # Not when a video's frames are shown.
     key = (*asked, isinstance(target, int), images_of(target), checkpoint, *sent, *on)
-    if key not in known:
-        replay = replay.with_settings(gradient_checkpointing=checkpoint)
-        rehearse = _Rehearsal(replay, target, cost)
-        if kind in ("gradient", "relevance", "activations"):
-            replay.require_gradients()
-        with torch.no_grad():  # what is made at first use and kept is not the pass's own
-            replay.log_probs(rehearse.masks(1), image=target, micro_batch=1, steps=rehearse.steps)
-            if several:
-                replay.path.joined({}, 2)
-        kept = 0 if replay.reduced is None else replay.reduced.kept  # there beside every pass of a search
-        if cost.drawn is not None:
-            kept += rehearse.brought(cost.drawn)
-        found = _several(rehearse, kind) if several else CostModel(0, rehearse.peak(kind, 1))
-        known[key] = CostModel(kept + found.fixed, found.per_mask)
-    return known[key]
+    return of_the_last(known, key, lambda: _metered(replay, cost, target, kind, several, checkpoint), most=_MOST)
+
+
+def _metered(replay: Replay, cost: Cost, target: int | Clip, kind: Kind, several: bool, checkpoint: bool) -> CostModel:
+    """``cost_model`` by passes."""
+    replay = replay.with_settings(gradient_checkpointing=checkpoint)
+    rehearse = _Rehearsal(replay, target, cost)
+    if kind in ("gradient", "relevance", "activations"):
+        replay.require_gradients()
+    with torch.no_grad():  # what is made at first use and kept is not the pass's own
+        replay.log_probs(rehearse.masks(1), image=target, micro_batch=1, steps=rehearse.steps)
+        if several:
+            replay.path.joined({}, 2)
+    kept = 0 if replay.reduced is None else replay.reduced.kept  # there beside every pass of a search
+    if cost.drawn is not None:
+        kept += rehearse.brought(cost.drawn)
+    found = _several(rehearse, kind) if several else CostModel(0, rehearse.peak(kind, 1))
+    return CostModel(kept + found.fixed, found.per_mask)
 
 
 def _several(rehearse: _Rehearsal, kind: Kind) -> CostModel:

@@ -20,8 +20,9 @@ import lvlm_probe as probe
 from lvlm_probe import causal
 from lvlm_probe.errors import ExplainError, OutOfMemory, ProbeError
 from lvlm_probe.explainers import Problem, resolve
+from lvlm_probe.explainers.registry import Cost
 from lvlm_probe.models.exhaustion import ran_out
-from lvlm_probe.planning import Pace, Plan, expected, parse_bytes, show_bytes, table, weight_bytes
+from lvlm_probe.planning import Pace, Plan, expected, parse_bytes, rehearsal, show_bytes, table, weight_bytes
 from lvlm_probe.planning.meter import Meter
 
 
@@ -156,6 +157,24 @@ def test_a_prediction_comes_true_within_15_per_cent(replay: probe.Replay, method
     heat = probe.explain(replay, method=method, strengthen=False, plan=planned, **params)
     assert heat.provenance["memory"]["predicted_peak"] == planned.peak
     assert heat.provenance["passes"] == {"forward": planned.forward, "backward": planned.backward}
+
+
+def test_plans_of_scores_that_are_gone_keep_nothing_of_them(
+    replay: probe.Replay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A score of the user's own may hold anything, and a loop over answers has one for each."""
+    monkeypatch.setattr(rehearsal, "_MOST", 1)
+
+    def planned() -> weakref.ref[Any]:
+        held = torch.ones(1)
+        mine = probe.score(lambda given: given.log_probs[:, 0] * held, name="mine", steps=[0])
+        rehearsal.cost_model(replay.scored(mine), Cost("forward", grids=((3, 3),)))
+        replay.kept.scored.clear()
+        return weakref.ref(held)
+
+    first, last = planned(), planned()
+    gc.collect()
+    assert first() is None and last() is not None
 
 
 @pytest.mark.parametrize(
