@@ -167,7 +167,8 @@ def named_outputs(image_processor: Any, out: Any) -> dict[str, Any]:
 def by_prompt(made: Tensor, given: Tensor) -> bool:
     """Whether the processor around an image processor has put an axis in front, the prompts, which have equally many
     images each (Idefics)."""
-    return made.ndim > 0 and given.shape[:2].numel() == len(made) and given.shape[2:] == made.shape[1:]
+    more = made.ndim > 0 and given.ndim == made.ndim + 1
+    return more and given.shape[:2].numel() == len(made) and given.shape[2:] == made.shape[1:]
 
 
 def as_rgb(
