@@ -455,9 +455,9 @@ class Replica:
             if mine is not module and (weights := module._parameters):
                 own["_parameters"] = {name: _alias(weight, aliases) for name, weight in weights.copy().items()}
 
-    def look(self) -> None:
-        """Compare values of the weights with those of the last time."""
-        values = fingerprint(self._live)
+    def look(self, values: str = "") -> None:
+        """Compare values of the weights, or their fingerprint ``values``, with those of the last time."""
+        values = values or fingerprint(self._live)
         self._note(self._state, others=self._values not in ("", values))
         self._values = values
 

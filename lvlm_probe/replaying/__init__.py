@@ -8,11 +8,12 @@ geometry and the unmodified model to the log-probabilities of the recorded answe
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import TYPE_CHECKING, overload
 
 import torch
 
-from lvlm_probe.errors import ModelMismatch, ReplayError
+from lvlm_probe.errors import ModelMismatch, ProbeWarning, ReplayError
 from lvlm_probe.models.drivers import probed_model
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.fingerprint import same_fingerprint
@@ -62,14 +63,13 @@ def replay(
         model: the model that was recorded, loaded again in any process; or the server that runs it
             (``lvlm_probe.connect``), which gives log-probabilities and no gradients.
         processor: its processor, or its image processor; without it masks live in pixel-input space.
-        strict: refuse another model, and, whenever the replay is used, weights that have become others since.
-            ``False`` replays the answer on them all the same, e.g. to compare two models.
+        strict: refuse another model, and warn where its weights have become others since. ``False`` replays the answer
+            on it all the same, e.g. to compare two models.
         gradient_checkpointing: trade time for memory in gradient passes.
         micro_batch: masks per forward pass; by default as many as one rule says (``micro_batches``).
 
     Raises:
-        ModelMismatch: the fingerprint differs from the recorded one, or the processor makes other inputs. What the
-            replay is asked raises it too, where the model has been changed since.
+        ModelMismatch: the fingerprint differs from the recorded one, or the processor makes other inputs.
         ImageError: the trace holds no image a mask could cover.
         ProcessorRefused: masks cannot be carried through this processor.
         ReplayError: the trace holds inputs that the model cannot be run on.
@@ -82,18 +82,18 @@ def replay(
         raise ReplayError(
             f"the model is what from_pretrained() or probe.load() gives, or a server; got a {type(model).__name__}"
         )
-    if strict:
-        _check_model(trace, model)
+    present = _check_model(trace, model) if strict else ""
     check_inputs(trace, model, processor)
     with refused_in_words(trace):
         made = Replay(trace, model, processor, gradient_checkpointing=gradient_checkpointing, micro_batch=micro_batch)
-    made.replica.look()
+    made.replica.look(present if made.model is model else "")
     made.replica.on_change = functools.partial(_check_again, trace, model, made.device, strict)
     return made
 
 
-def _check_model(trace: Trace, model: torch.nn.Module) -> None:
-    """Refuse another model than the recorded one. Raises ``ModelMismatch``."""
+def _check_model(trace: Trace, model: torch.nn.Module) -> str:
+    """Return the model's fingerprint; empty, where the trace has none. Raises ``ModelMismatch`` for another model than
+    the recorded one."""
     recorded = str(trace.model.get("fingerprint") or "")
     same, present = same_fingerprint(model, recorded) if recorded else (True, "")
     if not same:
@@ -103,14 +103,18 @@ def _check_model(trace: Trace, model: torch.nn.Module) -> None:
             f"{type(model).__name__} has fingerprint {present[:12]}…{_other_weights(trace, model)}; load the "
             f"recorded model, or pass strict=False to replay the answer on another one"
         )
+    return present
 
 
 def _check_again(trace: Trace, model: torch.nn.Module, device: torch.device, strict: bool) -> None:
-    """What ``replay`` checks, of a model that has changed since. Raises ``ModelMismatch`` or ``ReplayError``."""
+    """What ``replay`` checks, of a model that has changed since: warns of other weights. Raises ``ReplayError``."""
     if (now := input_device(probed_model(model))) != device:
         raise ReplayError(f"the model has gone from {device} to {now} since this replay was opened: open it again")
     if strict:
-        _check_model(trace, model)
+        try:
+            _check_model(trace, model)
+        except ModelMismatch as other:
+            warnings.warn(f"the model has changed since this replay was opened: {other}", ProbeWarning, stacklevel=2)
 
 
 def _other_weights(trace: Trace, model: torch.nn.Module) -> str:

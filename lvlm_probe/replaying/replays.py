@@ -63,7 +63,7 @@ class Replay(Views):
     """One recorded answer on one live model. Made by ``lvlm_probe.replay``.
 
     No call changes it, and none mixes two models: where the model has changed since the last call, nothing that
-    was found before counts, and weights that are no longer the recorded ones are refused, as by ``replay``. ``over``,
+    was found before counts, and of weights that are no longer the recorded ones a warning tells. ``over``,
     ``strengthened``, ``with_settings``, ``counted``, ``reworded``, ``scored``, ``without`` and ``computed_in`` give
     views: other objects on the same model that share what has been computed.
 
