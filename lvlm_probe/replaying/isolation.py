@@ -29,11 +29,12 @@ def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
     """For a function of a ``replay``: calls with the same replay, or views of it, take turns, whole calls at a time.
     What is no method of its own (``explain``) looks at the model's weights first (``Replica.use``).
     Memory that runs out in one is told as ``OutOfMemory``, and an argument of the wrong kind by its name."""
-    function = told_out_of_memory(naming_arguments(function))
+    function = naming_arguments(function)
     names = list(inspect.signature(function).parameters)
     name = "replay" if "replay" in names else "self"
     place = names.index(name)
 
+    @told_out_of_memory
     @functools.wraps(function)
     def turn(*args: P.args, **kwargs: P.kwargs) -> R:
         replay = args[place] if place < len(args) else kwargs.get(name)

@@ -18,6 +18,7 @@ import torch
 from lvlm_probe.errors import ImageError, ReplayError
 from lvlm_probe.images import BLUR_LADDER
 from lvlm_probe.images.baselines import CLIP_KINDS, KINDS
+from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.replaying.baselines import BaselineLike, Path, baseline_identity, described, draw, same_baseline
 from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
 from lvlm_probe.replaying.micro_batches import PassCounter
@@ -176,6 +177,7 @@ class Views:
         return images[k] if images else None
 
     @property
+    @told_out_of_memory
     def llr(self) -> torch.Tensor:
         """Log-likelihood ratio per token, ``(step,)`` nats. Paper, Eq. 6."""
         return self.original_log_probs - self.baseline_log_probs

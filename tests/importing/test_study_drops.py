@@ -47,7 +47,7 @@ def test_beyond_all_numbers() -> None:
 @pytest.mark.quick
 def test_a_study_says_the_same() -> None:
     log_probs, llr, special = np.array([-0.1, -0.2, -3.0]), np.array([1.5, -0.25, 9.0]), np.array([False, False, True])
-    trace: Any = SimpleNamespace(log_probs=log_probs, llr=llr, special=special)
+    trace: Any = SimpleNamespace(log_probs=log_probs, llr=llr, special=special, notes=())
     assert working.drops(trace) == dataclasses.asdict(drop_of(log_probs, llr, special))
     trace.llr = np.array([-1e4, 0.0, 0.0])
     assert math.isfinite(working.drops(trace)["drop"]), "a record holds no infinity, and still says which way it went"
