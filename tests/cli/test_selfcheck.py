@@ -82,8 +82,11 @@ def test_what_is_sent_holds_no_folder_and_loads_nothing(checked: Checked) -> Non
     assert "replay" in page and "integrated_gradients" in page
 
 
-def test_the_same_command_makes_only_what_is_missing(checked: Checked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_command_makes_only_what_is_missing(
+    checked: Checked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     model, out, _ = checked
+    out = shutil.copytree(out, tmp_path / "out")
     before = stored(out)
     monkeypatch.setattr(work, "questions", lambda *, quick: questions(1))
     monkeypatch.setattr(work, "ask", lambda *_, **__: pytest.fail("it was asked again"))
