@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -32,6 +34,13 @@ def replay(demo, tmp_path_factory) -> probe.Replay:
     return probe.ask(*demo, scene.image, scene.question, out=tmp_path_factory.mktemp("traces")).replay
 
 
+@contextmanager
+def exact(replay: probe.Replay) -> Iterator[probe.Replay]:
+    """The same answer in float64, by a replay that has kept nothing in float32."""
+    with in_float64(replay.model):
+        yield probe.replay(replay.trace, replay.model, replay.processor, strict=False)
+
+
 @pytest.fixture
 def toy() -> ToyReplay:
     """log P = log(0.1 + 0.8 Σ w m), of a place alone that no symmetry hides."""
@@ -45,7 +54,7 @@ def values_of(heat) -> np.ndarray:
 
 
 def test_integrated_gradients_equal_ours_in_float64(replay) -> None:
-    with in_float64(replay.model):
+    with exact(replay) as replay:
         options = {"tokens": (0, 3), "strengthen": False, "size": (5, 6), "steps": 6, "sign": "absolute"}
         for ours, theirs in (("midpoint", "riemann_middle"), ("gauss_legendre", "gausslegendre")):
             mine = probe.explain(replay, method="integrated_gradients", rule=ours, **options)
@@ -62,7 +71,7 @@ def test_integrated_gradients_equal_ours_in_float64(replay) -> None:
 
 def test_gradient_at_the_whole_image_equals_ours(replay) -> None:
     options = {"tokens": (0, 3), "strengthen": False, "size": 6}
-    with in_float64(replay.model):
+    with exact(replay) as replay:
         probe.explain(replay, method="input_gradient", **options)  # what is known of the answer, in this type
         ours, theirs = (
             probe.explain(replay, method=m, **options) for m in ("input_gradient", "captum:input_x_gradient")
@@ -142,8 +151,8 @@ def test_the_forward_function_is_for_all_of_captum(replay) -> None:
     (f(leaf) * weight).sum().backward()
     step = torch.zeros_like(masks)
     step[1, 2, 1] = 1e-2
-    with in_float64(replay.model):  # by a replay that has kept nothing in float32
-        g = forward(probe.replay(replay.trace, replay.model, replay.processor, strict=False), tokens=(0, 2))
+    with exact(replay) as in_64:
+        g = forward(in_64, tokens=(0, 2))
         moved = float((g(masks + step) - g(masks - step))[1]) / 2e-2
     assert float(leaf.grad[1, 2, 1]) == pytest.approx(-2 * moved, rel=2e-2, abs=1e-3)
     saliency = attr.Saliency(f).attribute(torch.ones(1, 4, 4).requires_grad_())
