@@ -1,4 +1,4 @@
-"""What belongs to the whole process: locks across a fork, and filters of warnings."""
+"""What threads of a process share: locks, across a fork too, things kept for the next who asks, filters of warnings."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 
 _LOCKS: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -31,6 +35,22 @@ def _open_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_open_all)
+
+
+def of_the_last(known: OrderedDict[K, V], key: K, make: Callable[[], V], *, most: int) -> V:
+    """The value of a key, made where it is none of the ``most`` that were asked for last; those are kept.
+
+    Threads may ask at once: each step here is whole, and another may have let go of a key after any of them.
+    """
+    value = known.get(key)
+    if value is None:
+        value = known[key] = make()
+    with suppress(KeyError):
+        known.move_to_end(key)
+        while len(known) > most:
+            known.popitem(last=False)
+    return value
+
 
 _UNHEARD = lock()
 

@@ -1,16 +1,17 @@
-"""What belongs to the whole process: locks across a fork, and filters of warnings."""
+"""What threads of a process share: locks, things kept for the next who asks, filters of warnings."""
 
 from __future__ import annotations
 
 import os
 import threading
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 
 import lvlm_probe
-from lvlm_probe.process import lock, unheard
+from lvlm_probe.process import lock, of_the_last, unheard
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -43,6 +44,17 @@ def test_every_lock_is_one_that_a_fork_opens() -> None:
         if any(f"threading.{kind}()" in path.read_text(encoding="utf-8") for kind in ("Lock", "RLock", "Condition"))
     }
     assert found == {"process.py", "transport.py", "replays.py", "service.py", "through_nnsight.py"}
+
+
+def test_what_was_asked_for_last_is_kept() -> None:
+    made: list[str] = []
+    known: OrderedDict[str, str] = OrderedDict()
+
+    def asked(key: str) -> str:
+        return of_the_last(known, key, lambda: made.append(key) or key.upper(), most=2)
+
+    assert [asked(key) for key in "abacab"] == ["A", "B", "A", "C", "A", "B"]
+    assert "".join(made) == "abcb" and list(known) == ["a", "b"]
 
 
 def test_warnings_are_not_heard_in_the_block_alone() -> None:

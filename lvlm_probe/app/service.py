@@ -31,6 +31,7 @@ from lvlm_probe.explainers import explain, methods, needs_of
 from lvlm_probe.heatmap_store import MapFile, MapSettings, Shown, explain_one, find_maps, score_one
 from lvlm_probe.images import make_baseline
 from lvlm_probe.pages import report
+from lvlm_probe.process import of_the_last
 from lvlm_probe.recording.token_boxes import BoxCache
 from lvlm_probe.replaying import replay
 from lvlm_probe.selection import TokenSelection, select_tokens
@@ -212,14 +213,12 @@ class Service:
 
     def replay(self, name: str, trace: Trace) -> Any:
         """Return the replay of a trace on its model; the last few are kept. Raises ``ProbeError``."""
-        key = f"{name} {trace.path}"
-        if key not in self._replays:
+
+        def opened() -> Any:
             model = self._model(name)
-            self._replays[key] = replay(trace, *(model if isinstance(model, tuple) else (model,)))
-            while len(self._replays) > _REPLAYS:
-                self._replays.popitem(last=False)
-        self._replays.move_to_end(key)
-        return self._replays[key]
+            return replay(trace, *(model if isinstance(model, tuple) else (model,)))
+
+        return of_the_last(self._replays, f"{name} {trace.path}", opened, most=_REPLAYS)
 
     def explain(
         self, name: str, trace: Trace, word: int | None, method: str, shown: Shown | None = None, *, image: int = 0

@@ -5,35 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lvlm_probe.process import unheard
-
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
+from lvlm_probe.process import of_the_last, unheard
 
 _MAX_SAMPLERS = 2
-
-
-def of_the_last(known: OrderedDict[K, V], key: K, make: Callable[[], V], *, most: int) -> V:
-    """The value of a key, made where it is none of the ``most`` that were asked for last; those are kept.
-
-    Threads may ask at once: each step here is whole, and another may have let go of a key after any of them.
-    """
-    value = known.get(key)
-    if value is None:
-        value = known[key] = make()
-    with suppress(KeyError):
-        known.move_to_end(key)
-        while len(known) > most:
-            known.popitem(last=False)
-    return value
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lvlm_probe.errors import ImageError, ProcessorRefused
-from lvlm_probe.images.positions import Geometry, of_the_last
+from lvlm_probe.images.positions import Geometry
 from lvlm_probe.images.tracing import trace_geometry
 from lvlm_probe.models.exhaustion import ran_out
+from lvlm_probe.process import of_the_last
 
 NOT_KEPT = ("images", "return_tensors", "device")
 """Arguments of a processor call that are of the moment: what it was given, and where its outputs were wanted."""

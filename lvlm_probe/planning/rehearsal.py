@@ -23,10 +23,10 @@ import torch
 from lvlm_probe.boxes.encoder_tokens import blocks_of, encoder_tokens, encoders_of
 from lvlm_probe.errors import ExplainError, OutOfMemory
 from lvlm_probe.explainers.registry import Cost, Kind
-from lvlm_probe.images.positions import of_the_last
 from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.precision import sum_dtype
 from lvlm_probe.planning.meter import Meter
+from lvlm_probe.process import of_the_last
 from lvlm_probe.replaying.hidden_states import head_rows, hidden_states, text_tokens
 from lvlm_probe.replaying.micro_batches import weights_on_cards
 from lvlm_probe.trace.clips import Clip, images_of

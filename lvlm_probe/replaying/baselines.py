@@ -17,7 +17,7 @@ from PIL import Image
 from lvlm_probe.errors import ImageError
 from lvlm_probe.images import BLUR_LADDER, CompositePath, ImagePath, PixelPath
 from lvlm_probe.images.baselines import CLIP_KINDS, KINDS, make_baselines
-from lvlm_probe.images.positions import of_the_last
+from lvlm_probe.process import of_the_last
 from lvlm_probe.trace.clips import Clip
 
 BaselineLike = str | Image.Image | Sequence[str | Image.Image] | Mapping[str, Any]

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
@@ -26,6 +27,7 @@ from lvlm_probe.models.inputs import index_on, is_separate
 from lvlm_probe.models.precision import differentiate_scaled, epsilon_of
 from lvlm_probe.models.replica import Replica
 from lvlm_probe.models.tokenizers import tokenizer_of
+from lvlm_probe.process import of_the_last
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
 from lvlm_probe.replaying.capture import Captured, capture
 from lvlm_probe.replaying.gradient_flow import gradient_check
@@ -45,7 +47,7 @@ from lvlm_probe.replaying.reduced_precision import ReducedPrecision, check_reduc
 from lvlm_probe.replaying.rewording import positions_of, reword
 from lvlm_probe.replaying.shortcuts import Shortcuts
 from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing, rounding_of
-from lvlm_probe.replaying.views import Views
+from lvlm_probe.replaying.views import Kept, Views
 
 if TYPE_CHECKING:
     from lvlm_probe.attention import TapLayer
@@ -283,13 +285,13 @@ class Replay(Views):
             return self
         other: Self = copy.copy(self)
         other.own, other._plain = score, self.plain
-        known = self.kept.scored
-        if (found := known.pop(score, None)) is None:
+
+        def asked() -> tuple[Kept, TeacherForcing, Shortcuts]:
             other._ask(self._prompt, self._sequence)
-            found = self.kept.anew(), other._forcing, other.shortcuts
-        other.kept, other._forcing, other.shortcuts = known[score] = found
-        for oldest in list(known)[:-_SCORES]:
-            known.pop(oldest, None)  # another thread may have done so
+            return self.kept.anew(), other._forcing, other.shortcuts
+
+        found = of_the_last(self.kept.scored, score, asked, most=_SCORES)
+        other.kept, other._forcing, other.shortcuts = found
         return other
 
     @outside_inference_mode
@@ -311,7 +313,7 @@ class Replay(Views):
         other.shortcuts = shortcuts = self._own_shortcuts()
         other.reduced = ReducedPrecision(dtype, self.device, lambda: shortcuts.held)
         known = dict(self.kept.baseline_log_probs)
-        other.kept = dataclasses.replace(self.kept, baseline_log_probs=known, scored={}, facts={})
+        other.kept = dataclasses.replace(self.kept, baseline_log_probs=known, scored=OrderedDict(), facts={})
         return other
 
     @property

@@ -57,7 +57,7 @@ class Kept:
     paths: OrderedDict[Any, Path] = field(default_factory=OrderedDict)
     gradients: str | None = None
     masks_at_once: int | None = None
-    scored: dict[OwnScore, tuple[Kept, TeacherForcing, Shortcuts]] = field(default_factory=dict)
+    scored: OrderedDict[OwnScore, tuple[Kept, TeacherForcing, Shortcuts]] = field(default_factory=OrderedDict)
     facts: dict[Any, Any] = field(default_factory=dict)
     changes: int = 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from lvlm_probe.errors import ProcessorRefused
 from lvlm_probe.images.composite import composite
-from lvlm_probe.images.positions import Geometry, of_the_last
+from lvlm_probe.images.positions import Geometry
 from lvlm_probe.images.processor import BlackBox
 from lvlm_probe.images.tracing import trace_geometry
 from lvlm_probe.planning.meter import Meter
@@ -189,17 +188,6 @@ def test_refusals_name_the_processor_and_the_reason() -> None:
         trace_geometry(box, [(64, 48)], box([image]), name=box.name)
     with pytest.raises(ProcessorRefused, match=r"Fourier: .*could not be located"):
         trace(Fourier(), [(64, 48)])
-
-
-def test_what_was_asked_for_last_is_kept() -> None:
-    made: list[str] = []
-    known: OrderedDict[str, str] = OrderedDict()
-
-    def asked(key: str) -> str:
-        return of_the_last(known, key, lambda: made.append(key) or key.upper(), most=2)
-
-    assert [asked(key) for key in "abacab"] == ["A", "B", "A", "C", "A", "B"]
-    assert "".join(made) == "abcb" and list(known) == ["a", "b"]
 
 
 def test_threads_may_share_the_sampling_matrices() -> None:
