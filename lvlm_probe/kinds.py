@@ -169,46 +169,43 @@ def _name_wrong(function: Callable[..., object], args: Any, kwargs: Any, error: 
         known = signature.parameters[parameter]
         if known.kind in (known.VAR_POSITIONAL, known.VAR_KEYWORD) or value is known.default:
             continue
-        kinds = [_choices(kind, function) for kind in _parts(str(known.annotation), "|")]
+        kinds = _kinds(known.annotation, function)
         if not any(_has_what(value, kind) for kind in kinds):
             raise ExplainError(f"{name}(): {parameter} is {_told(kinds)}; got a {type(value).__name__}") from error
 
 
-def _choices(kind: str, function: Callable[..., object]) -> str:
-    """An annotation, where it is the name of a ``Literal`` in the function's module that ``Literal``."""
-    meant = getattr(inspect.unwrap(function), "__globals__", {}).get(kind)
-    return f"Literal[{', '.join(map(repr, get_args(meant)))}]" if get_origin(meant) is Literal else kind
+def _kinds(annotation: object, function: Callable[..., object]) -> list[ast.expr]:
+    """The kinds that an annotation joins by ``|``; the name of a ``Literal`` in the function's module is that one."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    found = []
+    for kind in _joined(ast.parse(text, mode="eval").body):
+        meant = names.get(kind.id) if isinstance(kind, ast.Name) else None
+        choices = f"Literal[{', '.join(map(repr, get_args(meant)))}]" if get_origin(meant) is Literal else None
+        found.append(kind if choices is None else ast.parse(choices, mode="eval").body)
+    return found
 
 
-def _parts(text: str, mark: str) -> list[str]:
-    """The parts of an annotation between marks that are in no brackets."""
-    found, depth = [""], 0
-    for letter in text:
-        depth += (letter == "[") - (letter == "]")
-        if letter == mark and depth == 0:
-            found.append("")
-        else:
-            found[-1] += letter
-    return [part.strip() for part in found]
+def _joined(kind: ast.expr) -> list[ast.expr]:
+    return [*_joined(kind.left), *_joined(kind.right)] if isinstance(kind, ast.BinOp) else [kind]
 
 
-def _split(kind: str) -> tuple[str, list[str]]:
+def _split(kind: ast.expr) -> tuple[str, list[ast.expr]]:
     """The last name of an annotation, and what is in its brackets: of ``abc.Sequence[int | str]`` ``Sequence``, and
     ``int`` and ``str``."""
-    name, _, inside = kind.partition("[")
-    each = [
-        one for part in _parts(inside.removesuffix("]"), ",") for one in _parts(part, "|") if one not in ("", "...")
-    ]
-    return name.rpartition(".")[2], each
+    outer, inside = (kind.value, kind.slice) if isinstance(kind, ast.Subscript) else (kind, ast.Tuple([]))
+    parts = inside.elts if isinstance(inside, ast.Tuple) else [inside]
+    name = ast.unparse(outer).rpartition(".")[2]
+    return name, [one for part in parts for one in _joined(part) if ast.unparse(one) != "..."]
 
 
-def _told(kinds: Iterable[str]) -> str:
+def _told(kinds: Iterable[ast.expr]) -> str:
     """The kinds of an argument as a text."""
-    said = []
+    said: list[str] = []
     for kind in kinds:
         name, inside = _split(kind)
         if name == "Literal":
-            said += inside
+            said += map(ast.unparse, inside)
         elif name in _SEVERAL:
             said.append("several of them" + f", each {_told(inside)}" * bool(inside))
         elif name != "None":
@@ -216,7 +213,7 @@ def _told(kinds: Iterable[str]) -> str:
     return " or ".join(dict.fromkeys(said))
 
 
-def _has_what(value: object, kind: str) -> bool:
+def _has_what(value: object, kind: ast.expr) -> bool:
     """Whether a value has what those of a kind have; ``True`` for kinds that are not known here."""
     name, inside = _split(kind)
     if name == "None":

@@ -74,6 +74,12 @@ def test_what_is_said() -> None:
         shown()  # type: ignore[call-arg]
 
 
+@pytest.fixture(scope="module")
+def answer(demo: Any, tmp_path_factory: Any) -> Any:
+    scene = probe.demo.scenes(1)[0]
+    return probe.ask(*demo, scene.image, scene.question, out=tmp_path_factory.mktemp("answer"))
+
+
 OTHERS: list[tuple[Any, dict[str, Any], str]] = [
     (probe.evaluate, {"mode": ["fast"]}, "mode is 'fast' or 'exact'; got a list"),
     (probe.evaluate, {"synergy": 3.5}, "synergy is True or False or a text; got a float"),
@@ -111,11 +117,10 @@ OTHERS: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("function", "wrong", "message"), OTHERS, ids=[f"{f.__name__}-{[*w]}" for f, w, _ in OTHERS])
-def test_an_option_of_a_wrong_kind_is_told(function: Any, wrong: dict[str, Any], message: str, tmp_path: Any) -> None:
-    model, processor = probe.demo.load()
-    scene = probe.demo.scenes(1)[0]
-    answer = probe.ask(model, processor, scene.image, scene.question, out=tmp_path)
-    replay = probe.replay(answer.trace, model, processor)
+def test_an_option_of_a_wrong_kind_is_told(
+    function: Any, wrong: dict[str, Any], message: str, answer: Any, tmp_path: Any
+) -> None:
+    replay = answer.replay
     heat = probe.explain(replay, method="center")
     has = {
         "replay": replay, "heat": heat, "heats": heat, "trace": answer.trace, "out": tmp_path / "page.html",
