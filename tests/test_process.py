@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import warnings
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+from forks import HAS_FORK, entered_elsewhere, holds_in_a_fork
 
 import lvlm_probe
 from lvlm_probe.process import lock, of_the_last, unheard
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not HAS_FORK, reason="no fork here")
 def test_a_forked_process_finds_a_lock_open_that_another_thread_held() -> None:
-    shared, held, done = lock(), threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with shared:
-            held.set()
-            done.wait()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if shared.acquire(blocking=False) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert not shared.acquire(blocking=False)
-    done.set()
-    thread.join()
+    shared = lock()
+    with entered_elsewhere(shared):
+        assert holds_in_a_fork(lambda: shared.acquire(blocking=False))
+        assert not shared.acquire(blocking=False)
     assert shared.acquire(blocking=False)
 
 

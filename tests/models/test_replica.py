@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
 import threading
 import types
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import inside
 import pytest
 import torch
+from forks import HAS_FORK, entered_elsewhere, holds_in_a_fork
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
@@ -294,30 +296,23 @@ def test_threads_take_turns(pair: Pair) -> None:
     assert order == ["first", "other"]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not HAS_FORK, reason="no fork here")
 def test_a_forked_process_waits_for_nobody(pair: Pair) -> None:
     """Another thread was in the middle of a pass, with a hook hung up."""
-    replica, hung, done = Replica(pair), threading.Event(), threading.Event()
+    replica = Replica(pair)
 
-    def other() -> None:
+    @contextmanager
+    def hooked() -> Iterator[None]:
         with replica.use() as own, HookSet() as hooks:
             hooks.forward(own, lambda *_: torch.zeros(1), name="zero")
-            hung.set()
-            done.wait()
+            yield
 
-    thread = threading.Thread(target=other)
-    thread.start()
-    hung.wait()
-    child = os.fork()
-    if child == 0:
-        try:
-            with replica.use() as own:
-                os._exit(0 if torch.equal(own(ONES), pair(ONES)) else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    done.set()
-    thread.join()
+    def equal() -> bool:
+        with replica.use() as own:
+            return torch.equal(own(ONES), pair(ONES))
+
+    with entered_elsewhere(hooked()):
+        assert holds_in_a_fork(equal)
 
 
 # ------------------------------------------------------------------------------------------------------- backward

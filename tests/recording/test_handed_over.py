@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import warnings
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from forks import HAS_FORK, holds_in_a_fork
 from PIL import Image, ImageDraw, ImageSequence
 from transformers import pipeline
 
@@ -238,7 +237,7 @@ def test_why_a_call_is_not_known():
     assert watch.why(made[0])[0] == "changed"
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.skipif(not HAS_FORK, reason="no fork here")
 def test_a_worker_that_is_forked_while_a_call_is_kept_waits_for_nobody(llava, monkeypatch):
     """A worker of a data loader, whose processor calls are watched too."""
     model, processor = llava
@@ -254,19 +253,16 @@ def test_a_worker_that_is_forked_while_a_call_is_kept_waits_for_nobody(llava, mo
         thread = threading.Thread(target=ask, args=(llava,))
         thread.start()
         keeping.wait()
-        child = os.fork()
-        if child == 0:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(60)  # who waits here waits for ever
-            forked.set()
-            try:
-                ask(llava)
-                os._exit(0)
-            finally:
-                os._exit(1)
+
+        def asked() -> bool:
+            forked.set()  # the fork's own, which the thread does not see
+            ask(llava)
+            return True
+
+        held = holds_in_a_fork(asked)
         forked.set()
         thread.join()
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert held
 
 
 def test_a_watch_serves_many_threads():

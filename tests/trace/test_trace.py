@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from forks import holds_in_a_fork
 from PIL import Image
 from trace_samples import ANSWER, sample_capture, sample_image, sample_row
 
@@ -226,10 +227,7 @@ def test_a_fork_and_threads_read_the_same_trace(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert seen == [True] * 8
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if trace.answer and np.array_equal(Trace(trace.path).log_probs, expected) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    assert holds_in_a_fork(lambda: trace.answer and np.array_equal(Trace(trace.path).log_probs, expected))
 
 
 class TestWrite:
