@@ -29,7 +29,7 @@ from lvlm_probe.explainers.curve_points import curve_masks, rank
 from lvlm_probe.explainers.explaining import Tokens, selected
 from lvlm_probe.files import record_of
 from lvlm_probe.kinds import naming_arguments
-from lvlm_probe.metrics.localization import boxes_to_mask
+from lvlm_probe.metrics.localization import as_mask, boxes_to_mask
 from lvlm_probe.metrics.scoring import BaselineChoice, check_answer, over_baseline
 from lvlm_probe.models.exhaustion import does_not_fit, ran_out, told_out_of_memory
 from lvlm_probe.models.replica import duplicated
@@ -230,9 +230,10 @@ def _asked(heat: Any, remove: Place | None, keep: Place | None) -> tuple[Literal
     if heat is not None and heat.axes[0] == "t":
         raise ExplainError("a region of a video is taken by its map: give a share, or 'smallest'")
     if isinstance(place, np.ndarray):
-        if place.ndim != 2 or not place.astype(bool).any():
+        mask = as_mask(place, kind)
+        if mask.ndim != 2 or not mask.any():
             raise ExplainError(f"a region is a mask (row, col) with something in it; got shape {place.shape}")
-        return kind, (place.astype(bool), ())
+        return kind, (mask, ())
     single = len(place) == 4 and all(np.ndim(edge) == 0 for edge in place)
     boxes = tuple(tuple(map(float, box)) for box in ([place] if single else place))
     return kind, (None, boxes)

@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional
 
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.explainers.scores import check_rules, whole_rule
 from lvlm_probe.heatmap import HeatGrid, Heatmap, resample
 from lvlm_probe.kinds import naming_arguments
 
@@ -92,6 +93,7 @@ def pointing_game(heat: Heatmap | np.ndarray, region: Region, *, tolerance: int 
         The probability of a hit; NaN for a constant heatmap, which points nowhere.
     """
     values, inside = _aligned(heat, region)
+    check_rules("pointing_game", tolerance=whole_rule(tolerance, 0))
     if tolerance > 0:
         side, wide = 2 * tolerance + 1, torch.from_numpy(inside)[None, None].float()
         # A square's maximum is that of its columns' maxima: 2 · side comparisons per pixel instead of side².
@@ -124,6 +126,7 @@ def soft_iou(heat: Heatmap | np.ndarray, region: Region) -> float:
         0 to 1; NaN for no region, or a heatmap of zeros.
     """
     values, inside = _aligned(heat, region)
+    _not_negative(values)
     if values.max() <= 0 or not inside.any():
         return float("nan")
     values, target = values / values.max(), inside.astype(np.float64)
@@ -229,6 +232,33 @@ def temporal_iou(heat: OfVideo | np.ndarray, frames: Frames) -> float:
     return _iou(*_over_time(heat, frames))
 
 
+def as_mask(given: np.ndarray, name: str = "a region") -> np.ndarray:
+    """Bools of an array that stands for a mask: bools already, or zeros and one other value, of any shape.
+
+    Args:
+        given: the array.
+        name: what the error calls it.
+
+    Raises:
+        ExplainError: it is graded, holds labels, is empty or not of finite numbers.
+    """
+    mask = np.asarray(given)
+    if mask.dtype == bool and mask.size:
+        return mask
+    if not (mask.size and np.issubdtype(mask.dtype, np.number) and np.isfinite(mask).all()):
+        raise ExplainError(
+            f"{name} as an array is a mask of bools, or of zeros and one other number; got {mask.dtype} "
+            f"of shape {mask.shape}"
+        )
+    inside = mask != 0
+    if inside.any() and np.ptp(chosen := mask[inside]):
+        raise ExplainError(
+            f"{name} as an array is a mask, bools or zeros and one other value; this one has {chosen.min()} to "
+            f"{chosen.max()} in it. Say which are inside (mask > 0.5, labels == 3); boxes are given as a list"
+        )
+    return inside
+
+
 def _aligned_in_time(heat: OfVideo | np.ndarray, tube: Tube) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(heat, np.ndarray):
         if isinstance(tube, Mapping):
@@ -236,14 +266,14 @@ def _aligned_in_time(heat: OfVideo | np.ndarray, tube: Tube) -> tuple[np.ndarray
                 "boxes are in pixels of a frame, whose size a bare array does not tell: give the heatmap, or a mask, "
                 "tube_mask(boxes, frames, (width, height))"
             )
-        values = heat
+        values = _finite(heat)
     else:
         values = _of_video(heat).by_frame
     if isinstance(tube, Mapping):
         assert not isinstance(heat, np.ndarray)
         inside = tube_mask(tube, len(values), heat.image_size)
     else:
-        inside = np.asarray(tube).astype(bool)
+        inside = as_mask(tube, "a tube")
     if inside.ndim != 3 or values.ndim != 3 or len(inside) != len(values):
         raise ExplainError(
             f"heatmap and tube are (frame, row, col), of as many frames; got {values.shape} and {inside.shape}"
@@ -254,7 +284,7 @@ def _aligned_in_time(heat: OfVideo | np.ndarray, tube: Tube) -> tuple[np.ndarray
 
 
 def _over_time(heat: OfVideo | np.ndarray, frames: Frames) -> tuple[np.ndarray, np.ndarray]:
-    curve = heat if isinstance(heat, np.ndarray) else _of_video(heat).over_time
+    curve = _finite(heat) if isinstance(heat, np.ndarray) else _of_video(heat).over_time
     if curve.ndim != 1:
         raise ExplainError(f"a curve over time is (frame,); got shape {curve.shape}")
     given = np.asarray(frames)
@@ -284,10 +314,12 @@ def _of_video(heat: OfVideo) -> OfVideo:
 def _pointing(values: np.ndarray, inside: np.ndarray) -> float:
     if values.max() == values.min():
         return float("nan")
-    return float(inside[values >= values.max() * (1 - 1e-6)].mean())
+    highest = values.max()
+    return float(inside[values >= highest - 1e-6 * abs(highest)].mean())
 
 
 def _energy(values: np.ndarray, inside: np.ndarray) -> float:
+    _not_negative(values)
     total = float(values.sum())
     return float(values[inside].sum()) / total if total > 0 else float("nan")
 
@@ -319,7 +351,7 @@ def _aligned(heat: Heatmap | np.ndarray, region: Region) -> tuple[np.ndarray, np
             raise ExplainError(f"the region {inside.shape} is not of the image's proportions {(height, width)}")
         grid = np.asarray(heat.values)
     else:
-        grid = np.asarray(heat, dtype=np.float32)
+        grid = _finite(heat)
     if inside.ndim != 2 or grid.ndim != 2:
         raise ExplainError(f"heatmap and region are (row, col); got {grid.shape} and {inside.shape}")
     return (grid if grid.shape == inside.shape else resample(grid, inside.shape)).astype(np.float64), inside
@@ -340,4 +372,20 @@ def _mask(heat: Heatmap | np.ndarray, region: Region) -> np.ndarray:
             f"an array is a mask, and one of {mask.shape} with values up to {mask.max()} looks like boxes: give boxes "
             f"as a list (boxes.tolist()), a mask as bools"
         )
-    return mask.astype(bool)
+    return as_mask(mask)
+
+
+def _finite(heat: np.ndarray) -> np.ndarray:
+    """The values of a bare array, float32."""
+    values = np.asarray(heat)
+    if not (values.size and values.dtype.kind in "biuf" and np.isfinite(values).all()):
+        raise ExplainError(f"a heatmap as an array has finite numbers; got {values.dtype} of shape {values.shape}")
+    return values.astype(np.float32)
+
+
+def _not_negative(values: np.ndarray) -> None:
+    if values.min() < 0:
+        raise ExplainError(
+            f"shares of a heatmap are of values that are not negative; got {values.min():.3g}: give its positive part, "
+            f"or use pointing_game, iou or average_precision, which look at the order alone"
+        )

@@ -152,8 +152,12 @@ def amcr(areas: Sequence[float | None]) -> float:
 
     Returns:
         in [0, 1]; NaN without samples.
+
+    Raises:
+        ValueError: an area is no share of an image.
     """
-    return float(np.mean([1.0 if area is None else area for area in areas])) if areas else math.nan
+    taken = _shares(areas)
+    return float(np.mean([1.0 if area is None else area for area in taken])) if taken else math.nan
 
 
 @naming_arguments
@@ -168,8 +172,21 @@ def csr(areas: Sequence[float | None], *, budget: float = 0.1) -> float:
 
     Returns:
         in [0, 1]; NaN without samples.
+
+    Raises:
+        ValueError: an area is no share of an image.
     """
-    return float(np.mean([area is not None and area <= budget for area in areas])) if areas else math.nan
+    if not 0 <= budget <= 1:
+        raise ValueError(f"budget is a share of the image, from 0 to 1; got {budget!r}")
+    taken = _shares(areas)
+    return float(np.mean([area is not None and area <= budget for area in taken])) if taken else math.nan
+
+
+def _shares(areas: Sequence[float | None]) -> list[float | None]:
+    for area in areas:
+        if area is not None and not 0 <= area <= 1:
+            raise ValueError(f"areas are shares of the image, from 0 to 1, or None; got {area!r}")
+    return list(areas)
 
 
 @naming_arguments
@@ -187,14 +204,15 @@ def bootstrap_ci(
     Args:
         values: ``(sample,)``. Not finite is refused: leave samples without a value out before, and say how many.
         statistic: Maps ``(…, sample)`` to ``(…,)``; the mean by default.
-        level: Coverage.
+        level: Coverage, between 0 and 1.
         resamples: Number of bootstrap samples.
         method: ``"percentile"``, or ``"bca"``, bias-corrected and accelerated, for skewed statistics of few samples.
         seed: Of the resampling.
 
     Raises:
-        ValueError: No values, NaN among them, or an unknown method.
+        ValueError: No values, NaN among them, an unknown method, or a number that is out of its range.
     """
+    _check(level=level, resamples=resamples)
     data = np.asarray(values, dtype=np.float64).reshape(-1)
     if data.size == 0 or not np.isfinite(data).all():
         raise ValueError(
@@ -220,6 +238,13 @@ def bootstrap_ci(
     return Interval(estimate, float(low), float(high), level, data.size)
 
 
+def _check(*, level: float = 0.95, resamples: int = 1) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level is a share between 0 and 1, both exclusive; got {level!r}")
+    if resamples < 1:
+        raise ValueError(f"resamples is a number of at least 1; got {resamples!r}")
+
+
 @naming_arguments
 def paired_difference(
     first: Sequence[float] | np.ndarray,
@@ -234,11 +259,13 @@ def paired_difference(
     Pairing takes out what makes samples differ from one another: two methods are told apart with far fewer samples.
 
     Raises:
-        ValueError: The two differ in length.
+        ValueError: The two differ in length, or as for ``bootstrap_ci``.
     """
     left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if left.shape != right.shape:
         raise ValueError(f"paired samples come in equal numbers; got {left.shape} and {right.shape}")
+    if np.isinf(left).any() or np.isinf(right).any():
+        raise ValueError("differences are of finite numbers; an infinite one is among them")
     return bootstrap_ci(left - right, level=level, resamples=resamples, seed=seed)
 
 
@@ -261,16 +288,17 @@ def permutation_test(
         seed: Of the flips.
 
     Raises:
-        ValueError: The two differ in length, are empty or hold NaN.
+        ValueError: The two differ in length, are empty or hold NaN, or there are no flips.
         ProbeError: scipy is missing.
     """
+    _check(resamples=resamples)
     left, right = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if left.shape != right.shape or left.ndim != 1:
         raise ValueError(f"paired samples come in equal numbers; got {left.shape} and {right.shape}")
     if left.size == 0 or not np.isfinite(left).all() or not np.isfinite(right).all():
         raise ValueError(f"a permutation test needs pairs of numbers; got {left.size} pairs, NaN among them or none")
     stats = require("scipy.stats", extra="stats", purpose="a permutation test")
-    exact = 2.0**left.size <= resamples
+    exact = left.size <= math.log2(resamples)
     difference = float((left - right).mean())
     if left.size == 1:  # scipy refuses it; two flips, both as extreme
         return PermutationTest(difference, 1.0, 1, True)
@@ -321,9 +349,10 @@ def mixed_effects(
 
     Raises:
         ValueError: No records, a field that is missing, NaN, fewer than two groups, a formula that cannot be read, or a
-            null model that is not smaller, or scores that are all equal.
+            null model that is not smaller, scores that are all equal, or a level out of its range.
         ProbeError: statsmodels is missing.
     """
+    _check(level=level)
     api = require("statsmodels.regression.mixed_linear_model", extra="stats", purpose="a mixed-effects model")
     stats = require("scipy.stats", extra="stats", purpose="a mixed-effects model")
     score = formula.partition("~")[0].strip()

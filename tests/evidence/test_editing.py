@@ -118,6 +118,7 @@ def test_amcr_and_csr_count_what_is_never_corrected() -> None:
         ({"keep": "largest"}, "a share of the image"),
         ({"remove": True}, "a share of the image"),
         ({"remove": np.zeros((4, 4))}, "something in it"),
+        ({"keep": np.linspace(0, 1, 16).reshape(4, 4)}, "keep as an array is a mask"),
         ({"remove": [(400, 0, 500, 20)]}, "outside the image"),
     ],
 )

@@ -100,6 +100,48 @@ def test_refusals() -> None:
         iou(np.ones(4), REGION)
 
 
+METRICS = (pointing_game, energy_in_region, iou, soft_iou, average_precision)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("values", [np.nan, np.inf, 1j, "x", None])
+def test_arrays_that_are_no_heatmap(metric, values) -> None:
+    heat = np.where(REGION, values, np.zeros((4, 4), dtype=np.asarray(values).dtype))
+    with pytest.raises(ExplainError, match="finite numbers"):
+        metric(heat, REGION)
+    with pytest.raises(ExplainError, match="finite numbers"):
+        metric(np.zeros((0, 4)), REGION)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_what_looks_at_the_order_alone_takes_values_below_zero(metric) -> None:
+    values = np.random.default_rng(0).random((4, 4))
+    if metric in (energy_in_region, soft_iou):
+        with pytest.raises(ExplainError, match="not negative"):
+            metric(values - 2, REGION)
+    else:
+        assert metric(values - 2, REGION) == metric(values, REGION)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_array_that_stands_for_a_region_has_two_values(metric) -> None:
+    region, values = np.pad(REGION, 1), np.random.default_rng(0).random((6, 6))
+    for mask in (region.astype(np.uint8) * 255, region.astype(np.float32), region.astype(int)):
+        assert metric(values, mask) == metric(values, region)
+    graded, labels = np.where(region, 0.7, 0.1), np.where(region, 2, 0) + np.eye(6, dtype=int)
+    for none, said in ((graded, "mask > 0.5"), (labels, "labels == 3"), (np.where(region, 1, np.nan), "mask of bools")):
+        with pytest.raises(ExplainError, match=said):
+            metric(values, none)
+    with pytest.raises(ExplainError, match="shape"):
+        metric(values, np.zeros((0, 0), dtype=bool))
+
+
+@pytest.mark.parametrize("tolerance", [-1, True])
+def test_a_tolerance_is_a_count_of_pixels(tolerance) -> None:
+    with pytest.raises(ExplainError, match="tolerance is a whole number of at least 0"):
+        pointing_game(np.eye(4), REGION, tolerance=tolerance)
+
+
 def test_resample_is_bilinear_up_and_area_down() -> None:
     row = np.array([[0.0, 1.0]])
     assert resample(row, (1, 4))[0].tolist() == pytest.approx([0.0, 0.25, 0.75, 1.0])

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 
 import numpy as np
 import pytest
 
 from lvlm_probe.errors import ProbeError
-from lvlm_probe.metrics.statistics import Interval, bootstrap_ci, mixed_effects, paired_difference, permutation_test
+from lvlm_probe.metrics.statistics import (
+    Interval,
+    amcr,
+    bootstrap_ci,
+    csr,
+    mixed_effects,
+    paired_difference,
+    permutation_test,
+)
 
 SKEWED = np.random.default_rng(0).exponential(size=40)
 
@@ -91,6 +100,43 @@ def test_refusals() -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("level", [0, 1, -0.5, 95, float("nan")])
+def test_a_level_is_a_share(level) -> None:
+    for test in (bootstrap_ci, lambda values, **given: paired_difference(values, values, **given)):
+        with pytest.raises(ValueError, match="level is a share"):
+            test([1.0, 2.0, 3.0], level=level)
+
+
+@pytest.mark.parametrize("resamples", [0, -1])
+def test_nothing_is_told_without_a_resample(resamples) -> None:
+    with pytest.raises(ValueError, match="resamples is a number of at least 1"):
+        bootstrap_ci([1.0, 2.0], resamples=resamples)
+    with pytest.raises(ValueError, match="resamples is a number of at least 1"):
+        permutation_test([1.0, 2.0], [2.0, 1.0], resamples=resamples)
+
+
+def test_differences_of_infinite_numbers_are_none() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        paired_difference([1.0, math.inf], [1.0, math.inf])
+
+
+def test_a_permutation_test_of_more_pairs_than_a_float_can_count_the_flips_of() -> None:
+    first = np.random.default_rng(0).normal(size=1100)
+    result = permutation_test(first, first + 1, resamples=99)
+    assert (result.n, result.exact, result.difference) == (1100, False, pytest.approx(-1))
+    assert result.p_value == pytest.approx(2 / 100)
+
+
+@pytest.mark.parametrize("area", [1.5, -0.1, math.nan, math.inf])
+def test_areas_are_shares(area) -> None:
+    for measure in (amcr, csr):
+        with pytest.raises(ValueError, match="areas are shares"):
+            measure([0.2, None, area])
+    with pytest.raises(ValueError, match="budget is a share"):
+        csr([0.2], budget=area)
+    assert amcr(np.array([0.2, 0.4])) == pytest.approx(0.3)
+
+
 def test_permutation_test_counts_all_flips_of_few_pairs() -> None:
     first, second = np.array([0.5, 0.9, 0.4, 0.8, 0.7]), np.array([0.4, 0.7, 0.5, 0.3, 0.6])
     differences = first - second
