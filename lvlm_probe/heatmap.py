@@ -478,8 +478,10 @@ class Heatmap(HeatGrid):
             score: what ``evaluate`` said of this heatmap; without it, it is "not checked".
 
         Raises:
-            ExplainError: there are no values.
+            ExplainError: there are no values, or ``side`` is no number of pixels.
         """
+        if not side >= 1:
+            raise ExplainError(f"side is a number of pixels, at least 1; got {side!r}")
         scale = min(1.0, side / max(self.image_size))
         width, height = (max(1, round(length * scale)) for length in self.image_size)
         try:

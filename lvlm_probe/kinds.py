@@ -159,7 +159,7 @@ def naming_arguments(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _name_wrong(function: Callable[..., object], args: Any, kwargs: Any, error: Exception) -> None:
-    """Raise ``ExplainError`` from ``error`` where an argument is of another kind."""
+    """Raise ``ExplainError`` from ``error`` where an argument is of another kind, or a seed that is none."""
     name, signature = function.__name__, inspect.signature(function)
     try:
         given = signature.bind(*args, **kwargs).arguments
@@ -172,6 +172,8 @@ def _name_wrong(function: Callable[..., object], args: Any, kwargs: Any, error: 
         kinds = _kinds(known.annotation, function)
         if not any(_has_what(value, kind) for kind in kinds):
             raise ExplainError(f"{name}(): {parameter} is {_told(kinds)}; got a {type(value).__name__}") from error
+        if parameter == "seed" and is_whole(value) and int(value) < 0:  # which only some generators take
+            raise ExplainError(f"{name}(): seed is a whole number of at least 0; got {value!r}") from error
 
 
 def _kinds(annotation: object, function: Callable[..., object]) -> list[ast.expr]:
@@ -231,6 +233,8 @@ def _fits(value: object, kind: str) -> bool:
     """Whether there are the attributes of a kind; no property is read for it."""
     if isinstance(value, str) and kind != "str":
         return False
+    if isinstance(value, Real) and kind == "bool":
+        return isinstance(value, bool)
     dynamic = hasattr(type(value), "__getattr__")
     return all(
         inspect.getattr_static(value, name, _NOTHING) is not _NOTHING or (dynamic and hasattr(value, name))

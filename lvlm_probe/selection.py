@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -253,6 +254,8 @@ def select_tokens(
         params["alpha"] = float(alpha)
     else:
         raise SelectionError(f"unknown rule {rule!r}: use 'llr' or 'joint', or give words= or span=")
+    if isinstance(stop_words, str):  # it has letters as a collection has words
+        raise SelectionError(f"stop_words is True, False or several words; got {stop_words!r}")
     stops = STOP_WORDS if stop_words is True else frozenset(word.casefold() for word in (stop_words or ()))
     params["stop_words"] = sorted(stops) if stops and stop_words is not True else bool(stops)
     by_option = _skipped_by_option(tokens, special, replay.words, skip_first=skip_first, stops=stops)
@@ -448,7 +451,7 @@ def _joins_words(character: str) -> bool:
 
 def _span_indices(span: tuple[int, int], tokens: Sequence[str], words: Sequence[Word]) -> list[int]:
     try:
-        start, stop = (int(edge) for edge in span)
+        start, stop = (operator.index(edge) for edge in span)
     except (TypeError, ValueError) as error:
         raise SelectionError(f"a span is (start, stop), two token positions; got {span!r}") from error
     if not 0 <= start < stop <= len(tokens):
@@ -461,7 +464,7 @@ def _span_indices(span: tuple[int, int], tokens: Sequence[str], words: Sequence[
 
 
 def _numbers(indices: Sequence[int], tokens: Sequence[str], words: Sequence[Word]) -> list[int]:
-    found = sorted({int(index) for index in indices})
+    found = sorted({operator.index(index) if hasattr(index, "__index__") else -1 for index in indices})
     if not found or found[0] < 0 or found[-1] >= len(tokens):
         spans = ", ".join(f"{word.text.strip()!r} ({word.start}, {word.stop})" for word in words) or "none"
         raise SelectionError(

@@ -14,7 +14,7 @@ from PIL import Image
 from toy_replay import ToyReplay
 
 import lvlm_probe as probe
-from lvlm_probe.errors import ExplainError, ProbeError
+from lvlm_probe.errors import ExplainError, ProbeError, ReplayError, SelectionError
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.kinds import naming_arguments
 
@@ -98,7 +98,25 @@ OTHERS: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (probe.causal.knockout, {"tokens": 3}, r"tokens is tokens, probe.select_tokens\(trace, …\); got a int"),
     (probe.causal.logit_lens, {"top": -1}, "top is a whole number of at least 1; got -1"),
+    (probe.causal.logit_lens, {"top": 10**6}, "the model has .* tokens; got top=1000000"),
+    (probe.causal.knockout, {"seed": -1}, r"knockout\(\): seed is a whole number of at least 0; got -1"),
+    (probe.compare, {"grid": 0}, "grid is a number of cells .*; got 0"),
+    (probe.compare, {"steps": -1}, "steps is a whole number of at least 1.*; got steps=-1"),
+    (probe.compare, {"seed": -1}, "seed is a whole number of at least 0; got seed=-1"),
+    (
+        probe.edit,
+        {"max_new_tokens": 0, "remove": [(0, 0, 9, 9)]},
+        "max_new_tokens is a whole number of at least 1, or None",
+    ),
+    (probe.sanity.weights, {"blocks": []}, "blocks is empty"),
+    (probe.sanity.answers, {"pool": [-1, 5]}, r"pool holds token ids, 0 to \d+; got \[-1, 5\]"),
+    (probe.sanity.completeness, {"attributions": np.full((2, 2), np.nan)}, "attributions are finite numbers"),
     (probe.figure, {"dpi": "high"}, "dpi is a number; got a str"),
+    (probe.figure, {"dpi": 0}, "dpi is 10 to 10,000 pixels per inch; got 0"),
+    (probe.figure, {"dpi": float("nan")}, "dpi is 10 to 10,000"),
+    (probe.figure, {"font_size": -1}, "font_size is 1 to 100 points; got -1"),
+    (probe.figure, {"columns": 1.5}, "columns is 1 to 100 panels side by side; got 1.5"),
+    (probe.figure, {"columns": 90}, "no room for its panels"),
     (probe.figure, {"images": 3}, "images is several of them, each an image.*; got a int"),
     (probe.report, {"title": 3}, "title is a text; got a int"),
     (probe.open_trace, {"row": "1"}, "row is a whole number; got a str"),
@@ -108,6 +126,7 @@ OTHERS: list[tuple[Any, dict[str, Any], str]] = [
         {"stop_words": 3.5},
         "stop_words is True or False or several of them.*; got a float",
     ),
+    (probe.select_tokens, {"stop_words": 3}, "stop_words is True or False or several of them.*; got a int"),
     (probe.metrics.paired_difference, {"level": "high"}, "level is a number; got a str"),
     (probe.metrics.permutation_test, {"resamples": [5]}, "resamples is a whole number; got a list"),
     (probe.metrics.boxes_to_mask, {"boxes": None}, r"boxes is boxes \(left, top, right, bottom\); got a NoneType"),
@@ -125,9 +144,38 @@ def test_an_option_of_a_wrong_kind_is_told(
     has = {
         "replay": replay, "heat": heat, "heats": heat, "trace": answer.trace, "out": tmp_path / "page.html",
         "path": answer.trace.path, "first": [0.1, 0.4, 0.3], "second": [0.2, 0.3, 0.1],
-        "frames": 3, "size": (4, 4), "boxes": [],
+        "frames": 3, "size": (4, 4), "boxes": [], "sources": replay, "indices": [0], "attributions": np.ones(4),
     }  # fmt: skip
     parameters = inspect.signature(function).parameters.values()
     given = {one.name: has[one.name] for one in parameters if one.default is one.empty and one.name in has}
     with pytest.raises(ExplainError, match=message):
         function(**{**given, **wrong})
+
+
+def test_numbers_out_of_range_are_told(answer: Any) -> None:
+    replay, heat = answer.replay, probe.explain(answer.replay, method="center")
+    for given, message in (
+        ({"indices": [0.5]}, "token numbers are 0 to"),
+        ({"span": (0.5, 2)}, r"a span is \(start, stop\)"),
+        ({"stop_words": "the"}, "stop_words is True, False or several words; got 'the'"),
+    ):
+        with pytest.raises(SelectionError, match=message):
+            probe.select_tokens(replay, **given)
+    for wrong in ([], [-1], [99], [0.5]):
+        with pytest.raises(ExplainError, match="indices are tokens 0 to"):
+            probe.sanity.completeness(np.ones(4), replay, wrong)
+        with pytest.raises(ReplayError, match="steps are tokens 0 to"):
+            replay.log_probs(torch.ones(1, 4, 4), steps=wrong)
+        if wrong:
+            with pytest.raises(ReplayError, match="steps are tokens 0 to"):
+                replay.strengthened(wrong)
+    for below in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ReplayError, match="below is a probability"):
+            replay.strengthened([0], below=below)
+    for noise in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ReplayError, match="noise is a standard deviation"):
+            replay.log_probs(torch.ones(1, 4, 4), noise=noise)
+    for side in (0, -1, float("nan")):
+        with pytest.raises(ExplainError, match="side is a number of pixels"):
+            heat.preview(side)
+    assert probe.select_tokens(replay, indices=torch.tensor([1, 0])).indices == (0, 1)

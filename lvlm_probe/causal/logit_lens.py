@@ -84,8 +84,9 @@ def logit_lens(replay: ReplayLike, *, image: int = 0, top: int = 5) -> LogitLens
         top: how many tokens for each.
 
     Raises:
-        ExplainError: ``top`` is no whole number of at least 1, the model is not at hand (a server), its prompt holds no
-            image tokens, or its decoder does not consist of layers, a last norm and a linear head.
+        ExplainError: ``top`` is no whole number from 1 to as many tokens as there are, the model is not at hand (a
+            server), its prompt holds no image tokens, or its decoder does not consist of layers, a last norm and a
+            linear head.
     """
     if not is_whole(top) or int(top) < 1:
         raise ExplainError(f"top is a whole number of at least 1; got {top!r}")
@@ -113,8 +114,10 @@ def logit_lens(replay: ReplayLike, *, image: int = 0, top: int = 5) -> LogitLens
             rows = state[0, torch.as_tensor(positions, device=state.device)].to(end)  # layers may be on several devices
             return head(norm(rows)).float().log_softmax(dim=-1)
 
-        best = [read(state, tokens.positions).topk(int(top), dim=-1) for state in states]
         spoken = read(states[-1], answer)
+        if int(top) > (words := spoken.shape[-1]):
+            raise ExplainError(f"the model has {words:,} tokens; got top={top}")
+        best = [read(state, tokens.positions).topk(int(top), dim=-1) for state in states]
         said = spoken.gather(1, replay.token_ids.to(spoken.device)[:, None])[:, 0]
     off = float((said.cpu() - own.cpu().float()).abs().max())
     ids = torch.stack([found.indices for found in best]).cpu().numpy()

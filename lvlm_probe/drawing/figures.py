@@ -19,6 +19,7 @@ from PIL import Image
 from lvlm_probe.drawing.overlays import MARK_COLOURS, Mark, Scored, cells_of, colour_bar, mark_of, overlay
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.files import write_whole
+from lvlm_probe.kinds import is_whole
 from lvlm_probe.process import lock
 
 if TYPE_CHECKING:
@@ -95,10 +96,11 @@ def figure(
         dpi: pixels per inch of the images in it.
 
     Raises:
-        ExplainError: no panels, or no such width.
+        ExplainError: no panels, no such width, a number out of its range, or no room for the panels.
     """
     if not panels:
         raise ExplainError("a figure shows heatmaps: give at least one")
+    _check(font_size=font_size, dpi=dpi, columns=1 if columns is None else columns)
     drawn, grid = _blank(width), _placed(panels, columns)
     _Sheet(drawn, grid, font_size).fill(alpha=alpha, colormap=colormap, contour=contour, dpi=dpi)
     return drawn
@@ -313,6 +315,8 @@ class _Sheet:
 
     def axes(self, x: float, y: float, wide: float, high: float) -> Axes:
         height = self._drawn.get_figheight()
+        if not (wide > 0 and high > 0):
+            raise ExplainError("the figure has no room for its panels: give it width, fewer columns or smaller letters")
         return self._drawn.add_axes((x / self._width, 1 - (y + high) / height, wide / self._width, high / height))
 
     def _height(self, panel: Panel, wide: float) -> float:
@@ -431,6 +435,7 @@ def curve_figure(score: Curved, *, width: str | float = "column", font_size: flo
         width: as in ``figure``.
         font_size: points.
     """
+    _check(font_size=font_size)
     drawn = _blank(width)
     sheet = _Sheet(drawn, [], font_size)
     line, inches = sheet.line, drawn.get_figwidth()
@@ -464,6 +469,19 @@ def curve_figure(score: Curved, *, width: str | float = "column", font_size: flo
     return drawn
 
 
+_RANGES: Mapping[str, tuple[int, int, str]] = {
+    "font_size": (1, 100, "points"), "dpi": (10, 10_000, "pixels per inch"), "columns": (1, 100, "panels side by side"),
+}  # fmt: skip
+
+
+def _check(**numbers: float) -> None:
+    """Raise ``ExplainError`` for a number out of its range."""
+    for name, value in numbers.items():
+        low, high, of = _RANGES[name]
+        if not low <= value <= high or (name == "columns" and not is_whole(value)):
+            raise ExplainError(f"{name} is {low} to {high:,} {of}; got {value!r}")
+
+
 def _blank(width: str | float) -> Figure:
     """A figure of a width that belongs to no window. Raises ``ExplainError`` for no such width."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -487,13 +505,14 @@ def figure_bytes(drawn: Figure, name: str, *, provenance: str, dpi: float = 300)
         dpi: pixels per inch, for PNG and TIFF.
 
     Raises:
-        ExplainError: another ending.
+        ExplainError: another ending, or ``dpi`` out of its range.
     """
     import matplotlib
 
     ending = Path(name).suffix.lower().removeprefix(".")
     if ending not in FORMATS:
         raise ExplainError(f"a figure is saved as {', '.join(FORMATS[:-1])}; got {name!r}")
+    _check(dpi=dpi)
     options: dict[str, Any]
     if ending == "pdf":
         options = {"metadata": {"Creator": "lvlm_probe", "Subject": provenance, "CreationDate": None}}

@@ -27,6 +27,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.evidence.regions import first_that
 from lvlm_probe.explainers.curve_points import curve_masks, rank
 from lvlm_probe.explainers.explaining import Tokens, selected
+from lvlm_probe.explainers.scores import check_rules, whole_rule
 from lvlm_probe.files import record_of
 from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics.localization import as_mask, boxes_to_mask
@@ -190,6 +191,7 @@ def edit(
         raise ExplainError(f"there are no words to watch: {selection.reason or 'it is a score of no words'}")
     replay = replay if baseline is None else over_baseline(replay, baseline)
     target = image if heat is None else heat.target
+    check_rules("edit", max_new_tokens=whole_rule(max_new_tokens, or_none=True))
     asking = _Asking(replay, selection, target, mode, max_new_tokens, until)
     if isinstance(place, str):
         assert heat is not None

@@ -21,11 +21,13 @@ from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import Tokens, needs_of, selected
 from lvlm_probe.explainers import methods as known_methods
 from lvlm_probe.explainers.explaining import Recipe, check_search, target_of
+from lvlm_probe.explainers.scores import check_rules, whole_rule
 from lvlm_probe.explainers.trace_only import RecordedAnswer
 from lvlm_probe.heatmap import Heatmap, figure
 from lvlm_probe.heatmap_store import not_made, reason_of
 from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics import CurveRule, Score, evaluate
+from lvlm_probe.metrics.similarity import grid_of
 from lvlm_probe.pages.comparison_page import filled
 from lvlm_probe.pages.ranking import Row, Standing, center_gain, standings
 from lvlm_probe.pages.shell import Page, refuse_existing, write_text
@@ -160,7 +162,8 @@ def compare(
     Raises:
         ReportError: Nothing to compare, things that are neither of the three, or mixed; ``out`` exists or cannot be
             written.
-        ExplainError: There is no method of that name, or an answer cannot be searched in ``search_dtype``.
+        ExplainError: There is no method of that name, ``grid``, ``steps`` or ``seed`` is out of its range, or an answer
+            cannot be searched in ``search_dtype``.
         SelectionError: An answer does not contain the words ``tokens``.
     """
     items: list[Any] = list(sources) if isinstance(sources, Iterable) else [sources]
@@ -178,6 +181,9 @@ def compare(
     else:
         if scores is not None or labels is not None:
             raise ReportError("scores and labels go with heatmaps; replays are judged here")
+        check_rules("compare", steps=whole_rule(steps, or_none=True), seed=whole_rule(seed, 0))
+        if grid is not None:
+            grid = grid_of(grid)
         usual = Recipe(seed=seed, search_dtype=search_dtype)
         columns, rows = _made(items, methods, usual, _Settings(image, grid, steps, tokens, against), progress)
     text = filled(columns, rows, standings(columns, rows), title or _TITLE)

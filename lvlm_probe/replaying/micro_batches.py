@@ -235,7 +235,12 @@ class Recomputed(torch.autograd.Function):
 
 
 def noise_seeds(count: int, noise: float, generator: torch.Generator | None) -> torch.Tensor:
-    """One noise seed per mask, so that results do not depend on how masks are grouped into micro-batches."""
+    """One noise seed per mask, so that results do not depend on how masks are grouped into micro-batches.
+
+    Raises ``ReplayError`` for a deviation that is none.
+    """
+    if not 0 <= noise < math.inf:
+        raise ReplayError(f"noise is a standard deviation, finite and not negative; got {noise!r}")
     if not noise:
         return torch.zeros(count, dtype=torch.long)
     if generator is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ class Views:
 
     def wanted(self, steps: Sequence[int]) -> tuple[int, ...]:
         """Steps in order, each once. Raises ``ReplayError`` where the answer has no such token."""
-        found = tuple(sorted({int(step) for step in steps}))
+        found = tuple(sorted({operator.index(step) if hasattr(step, "__index__") else -1 for step in steps}))
         if not found or found[0] < 0 or found[-1] >= self.columns:
             raise ReplayError(f"steps are tokens 0 to {len(self.token_ids) - 1} of the answer; got {list(steps)}")
         return found
@@ -232,10 +233,15 @@ class Views:
 
         Only a blurred baseline is made stronger; of several that do not reach ``below`` the best is taken. The view's
         ``baseline`` says ``mean_probability`` and whether it is ``verified``.
+
+        Raises:
+            ReplayError: the answer has no such token, or ``below`` is no probability.
         """
-        index = torch.as_tensor(list(steps), dtype=torch.long)
-        if index.numel() == 0:
+        if not 0 <= below <= 1:
+            raise ReplayError(f"below is a probability, 0 to 1; got {below!r}")
+        if len(steps) == 0:
             return self
+        index = torch.as_tensor(self.wanted(steps), dtype=torch.long)
         own = self._baseline
         current = math.inf if own.get("limit") else float(own.get("strength") or 0.0)
         harder = [rung for rung in BLUR_LADDER if rung > current] if own.get("kind") == "blur" else []

@@ -36,7 +36,10 @@ def weight_blocks(model: torch.nn.Module, blocks: Sequence[str] | None = None) -
 
     Raises:
         PointNotFound: A pattern of ``blocks`` matches no module.
+        ExplainError: There are no patterns.
     """
+    if blocks is not None and not blocks:
+        raise ExplainError("blocks is empty: name modules by patterns, or leave it out for all of the model")
     if blocks is None:
         names = _ordered(model)
     else:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.kinds import naming_arguments
+from lvlm_probe.kinds import is_whole, naming_arguments
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.tokenizers import special_ids
@@ -174,6 +174,9 @@ def answers(
     if not heat.selection.indices:
         raise ExplainError(f"{heat.selection.label!r} is of no words of the answer, so no others can take their place")
     processor = subject.processor
+    known = cast(Any, subject.model).get_input_embeddings().weight.shape[0]
+    if pool is not None and not all(is_whole(token) and 0 <= int(token) < known for token in pool):
+        raise ExplainError(f"pool holds token ids, 0 to {known - 1}; got {list(pool)[:8]}")
     ids = _vocabulary(subject.model, processor) if pool is None else torch.as_tensor(list(pool), dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
     steps, heatmaps = [], []

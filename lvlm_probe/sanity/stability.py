@@ -19,7 +19,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import too_narrow
 from lvlm_probe.files import json_ready, record_of
 from lvlm_probe.heatmap import HeatGrid
-from lvlm_probe.kinds import naming_arguments
+from lvlm_probe.kinds import is_whole, naming_arguments, plain_number
 from lvlm_probe.metrics.deletion_insertion import tie_share as _tie_share
 from lvlm_probe.metrics.similarity import compare_maps, on_grid
 
@@ -131,12 +131,23 @@ def completeness(
         replay: The answer on its model, over the baseline that the attributions refer to.
         indices: The explained tokens; f is the sum of their log-probabilities (paper, Eq. 7).
         image: The image, or the clip, that is taken away; others stay.
+
+    Raises:
+        ExplainError: Attributions are not finite, or the answer has no such tokens.
+        ReplayError: The prompt has no such image.
     """
+    given = torch.as_tensor(np.array(attributions) if isinstance(attributions, np.ndarray) else attributions)
+    if not (given.numel() and bool(given.isfinite().all())):
+        raise ExplainError(f"attributions are finite numbers, one or more; got shape {tuple(given.shape)}")
     ends = torch.tensor([1.0, 0.0], dtype=torch.float32, device=replay.device)
     ends = ends.reshape(2, *[1] * (2 if isinstance(image, int) else 3))
     with torch.no_grad():
-        scores = replay.log_probs(ends, image=image)[:, list(indices)].cpu().double().sum(dim=1)
-    total = float(torch.as_tensor(attributions).detach().cpu().double().sum())
+        log_probs = replay.log_probs(ends, image=image)
+    wanted, last = [plain_number(index) for index in indices], log_probs.shape[1] - 1
+    if not wanted or not all(is_whole(index) and 0 <= int(index) <= last for index in wanted):
+        raise ExplainError(f"indices are tokens 0 to {last} of the answer; got {list(indices)}")
+    scores = log_probs[:, wanted].cpu().double().sum(dim=1)
+    total = float(given.detach().cpu().double().sum())
     return Completeness(total, float(scores[0] - scores[1]))
 
 
