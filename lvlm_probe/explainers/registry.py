@@ -253,6 +253,7 @@ class Cost:
         joined: of attention and its gradients it multiplies means over the masks, not those of every mask.
         general: another question that it asks, and the question in whose place; ``None`` where it asks none.
         at_least: forward and backward where the method may stop early; ``None`` where it does not.
+        beside: seconds of its own, beside the passes, by a processor core of 2020 or so; a guess.
     """
 
     kind: Kind | None
@@ -270,6 +271,7 @@ class Cost:
     joined: bool = False
     general: tuple[str, str | None] | None = None
     at_least: tuple[int, int] | None = None
+    beside: float = 0.0
 
 
 CostRule = Callable[["Problem", Mapping[str, Any]], Cost]

@@ -106,7 +106,8 @@ def plan(
             no_effect(Problem(replay, selection, image, clip=frame_of(replay, image)))  # its ends, which are kept
     with _searching(replay, search_dtype) as replay:
         found = plan_for(replay, method, params, memory=memory, image=image)
-        found = _with_seconds(replay, found, image) if seconds else found
+        if seconds:
+            found = _with_seconds(replay, found, image, cost_for(replay, method, params, image=image).beside)
     return dataclasses.replace(found, search_dtype=search_dtype)
 
 
@@ -147,8 +148,8 @@ def cost_for(replay: Replay, method: str, params: Mapping[str, Any] | None = Non
     return cost_of(method, Problem(replay, selection, image if clip is None else clip.first, clip=clip), params or {})
 
 
-def _with_seconds(replay: Replay, found: Plan, image: int) -> Plan:
-    """With seconds, from timed calls with one mask and with three, or as many as go through at once."""
+def _with_seconds(replay: Replay, found: Plan, image: int, beside: float) -> Plan:
+    """With seconds, from timed calls with one mask and with three, or as many as go through at once, and ``beside``."""
     if found.forward is None or found.backward is None or found.peak is None or found.offloaded:
         return found
     at_once = found.micro_batch or 1
@@ -163,9 +164,10 @@ def _with_seconds(replay: Replay, found: Plan, image: int) -> Plan:
 
     both = taken(backward, gradient=True)
     measured = Pace(taken(forward - backward, gradient=False), both)
+    all_passes = measured.of(forward, backward, at_once=at_once)
     return dataclasses.replace(
         found,
-        seconds=measured.of(forward, backward, at_once=at_once),
+        seconds=None if all_passes is None else all_passes + beside,
         seconds_at_least=None if least is None else measured.of(*least, at_once=at_once),
     )
 
@@ -221,5 +223,5 @@ def expected(replay: Replay, methods: Iterable[str], found: Pace) -> dict[str, f
         most = 0.0 if cost.kind is None else found.of(cost.forward, cost.backward, at_once=at_once)
         least = most if cost.at_least is None else found.of(*cost.at_least, at_once=at_once)
         # Of a method that stops when its map is good enough nobody knows when: half-way.
-        said[method] = None if most is None or least is None else (most + least) / 2
+        said[method] = None if most is None or least is None else (most + least) / 2 + cost.beside
     return said

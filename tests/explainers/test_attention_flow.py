@@ -15,6 +15,7 @@ from lvlm_probe.errors import ExplainError, ProbeError
 from lvlm_probe.explainers import attention_flow as module
 from lvlm_probe.explainers.attention_flow import UNIT, flows
 from lvlm_probe.explainers.registry import Problem, cost_of
+from lvlm_probe.planning import Pace, expected
 
 DECODER = "model.language_model"
 
@@ -79,6 +80,16 @@ def test_a_plan_counts_the_graph() -> None:
     problem = Problem(replay, None)  # type: ignore[arg-type]
     three, one = (cost_of("attention_flow", problem, params).numbers for params in ({}, {"layers": 1}))
     assert three == 3 * one > 2 * 3 * replay.length**2
+
+
+def test_a_plan_says_that_flows_take_time_beside_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay = inside.replay("llava")
+    targets = len(replay.trace.layout.image_positions)
+    pipes = 3 * replay.length * (replay.length + 1) // 2
+    monkeypatch.setattr(module, "_PACE", 10.0)
+    planned = probe.plan(replay, method="attention_flow")
+    assert planned.seconds is not None and planned.seconds >= pipes * targets * 10
+    assert expected(replay, ["attention_flow"], Pace((0.0, 0.0), None)) == {"attention_flow": pipes * targets * 10}
 
 
 def test_a_single_layer_lets_through_half_of_its_attention() -> None:
