@@ -355,6 +355,7 @@ class Heatmap(HeatGrid):
             raise ImageError(f"the heatmap is of an image of {self.image_size} pixels, the trace's has {found.size}")
         return found
 
+    @naming_arguments
     def overlay(
         self,
         alpha: float = 0.8,

@@ -143,11 +143,16 @@ _SEVERAL = frozenset({"Sequence", "Iterable", "Collection", "list", "tuple", "se
 def naming_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """A verb from which no error of Python's comes for an argument of another kind than its annotation says.
 
-    Such an argument is named in an ``ExplainError``; a default is of the right kind.
+    Such an argument is named in an ``ExplainError``; a default is of the right kind. Of switches, ``bool``, a text or
+    ``None`` is told at once, as either would do for one.
     """
+    switches = {name for name, kind in function.__annotations__.items() if kind in ("bool", bool)}
 
     @functools.wraps(function)
     def named(*args: P.args, **kwargs: P.kwargs) -> R:
+        for switch in switches & kwargs.keys():
+            if (value := kwargs[switch]) is None or isinstance(value, str):
+                raise ExplainError(f"{function.__name__}(): {switch} is True or False; got {value!r}")
         try:
             return function(*args, **kwargs)
         except (TypeError, AttributeError, ValueError, LookupError, RuntimeError) as error:

@@ -152,6 +152,19 @@ def test_an_option_of_a_wrong_kind_is_told(
         function(**{**given, **wrong})
 
 
+def test_a_switch_is_no_text(answer: Any, demo: Any, tmp_path: Any) -> None:
+    """Which would be one that is on, whatever it says."""
+    heat = probe.explain(answer.replay, method="center")
+    with pytest.raises(ExplainError, match=r"explain\(\): strengthen is True or False; got 'no'"):
+        probe.explain(answer.replay, strengthen="no")  # type: ignore[arg-type]
+    with pytest.raises(ExplainError, match="contour is True or False; got None"):
+        heat.overlay(contour=None)  # type: ignore[arg-type]
+    with probe.attach(*demo) as attached:
+        with pytest.raises(ExplainError, match=r"record\(\): attention is True or False; got 'mean'"):
+            attached.record(tmp_path, attention="mean")  # type: ignore[arg-type]
+    assert heat.overlay(contour=np.bool_(False)).tobytes() == heat.overlay(contour=0).tobytes()  # type: ignore[arg-type]
+
+
 def test_numbers_out_of_range_are_told(answer: Any) -> None:
     replay, heat = answer.replay, probe.explain(answer.replay, method="center")
     for given, message in (

@@ -28,6 +28,7 @@ from lvlm_probe.hooks import Call, HookSet, caution, shadow_of, within
 from lvlm_probe.images.clips import video_processor_of
 from lvlm_probe.images.processor import OWN_CALL
 from lvlm_probe.images.processor_step import image_processor_of, watched_method
+from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.models.anatomy import Anatomy, examine
 from lvlm_probe.models.drivers import called_model, probed_model
 from lvlm_probe.models.fingerprint import describe_model, undescribed
@@ -429,6 +430,7 @@ class Probe:
                 raise
         self._finalizer = weakref.finalize(self, self.attachment.close)
 
+    @naming_arguments
     def record(
         self,
         path: str | os.PathLike[str],
