@@ -669,6 +669,21 @@ def test_a_comparison_that_is_killed_leaves_a_page_of_what_was_finished(
     assert "so far" not in page.read_text("utf-8")
 
 
+def test_a_comparison_that_is_stopped_between_its_page_and_its_scores_goes_on(
+    trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lvlm_probe.cli.shared import comparison
+
+    command = ("evaluate", trace, "--methods", "center,random", "--steps", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison, "_record", mock.Mock(side_effect=KeyboardInterrupt))
+        assert run(*command).code == 130
+    page = trace.parent / "comparison.html"
+    assert page.exists()
+    succeed(*command)  # without --overwrite
+    assert json.loads(page.with_suffix(".json").read_text("utf-8"))["finished"]
+
+
 def test_methods_are_judged_on_few_points_whose_bound_is_stored(trace: Path) -> None:
     named = ("evaluate", trace, "--methods", "input_gradient,center", "--chance", "2", "--overwrite", "--json")
     quick, whole = succeed(*named).json, succeed(*named, "--full").json

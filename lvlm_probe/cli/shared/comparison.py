@@ -250,6 +250,9 @@ class _Work:
         """Write the page and the scores of what is there; return the latter, ``None`` where there is nothing."""
         if not self.made or not (self._changed or finished):
             return None
+        results = self._page.with_suffix(".json")
+        if self.comparison is None:  # a page that a stop leaves without its scores is gone on with, too
+            write_record(results, {"finished": False})
         rank = {name: place for place, name in enumerate(self._methods)}
         keys = sorted(self.made, key=lambda key: (key[0], rank[key[1]]))
         title = (
@@ -264,7 +267,7 @@ class _Work:
         )
         begun = [self._traces[number] for number in dict.fromkeys(number for number, _ in keys)]
         record = {"finished": finished, **_record(self.comparison, begun, self._judging)}
-        write_record(self._page.with_suffix(".json"), record)
+        write_record(results, record)
         self._changed = False
         return record
 
