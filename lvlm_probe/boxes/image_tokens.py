@@ -32,7 +32,7 @@ from lvlm_probe.images import ImagePath, PixelPath
 from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.families import Places
 from lvlm_probe.models.wrappers import computes
-from lvlm_probe.replaying.isolation import outside_inference_mode
+from lvlm_probe.replaying.isolation import outside_modes
 from lvlm_probe.trace.clips import Clip, images_of
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def image_tokens(replay: Replay, target: int | Clip, *, cross: bool = False, liv
     return ImageTokens(positions, mine, tubes(own, lasting[mine], clip), (*size, clip.frames), cross)
 
 
-@outside_inference_mode
+@outside_modes
 def find_token_boxes(replay: Replay, positions: np.ndarray) -> Places:
     """Places of the tokens at ``positions`` of the prompt: one pass up to the decoder, and back from there once per
     binary digit of their number (once per token where tokens share patches).

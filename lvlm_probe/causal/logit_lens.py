@@ -27,6 +27,7 @@ from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.tokenizers import tokenizer_of, top_pieces
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.hidden_states import one_per_token
+from lvlm_probe.replaying.isolation import outside_modes
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import ReplayLike
@@ -70,6 +71,7 @@ class LogitLens:
 
 
 @naming_arguments
+@outside_modes
 @told_out_of_memory
 def logit_lens(replay: ReplayLike, *, image: int = 0, top: int = 5) -> LogitLens:
     """Read words off the states of image tokens, behind every layer of the decoder; one forward pass.

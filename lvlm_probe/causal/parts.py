@@ -36,7 +36,7 @@ from lvlm_probe.models.prompts import turns_of
 from lvlm_probe.models.tokenizers import special_ids, tokenizer_of
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay, ReplayLike
-from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.replaying.isolation import taking_turns
 from lvlm_probe.selection import select_tokens, word_selections
 from lvlm_probe.words import ALPHA
 
@@ -99,7 +99,6 @@ class _Part:
     positions: tuple[int, ...] = ()
 
 
-@outside_inference_mode
 @taking_turns
 def which_parts(
     replay: ReplayLike,
@@ -317,7 +316,6 @@ class Modalities(Recorded):
         return "\n".join(lines)
 
 
-@outside_inference_mode
 @taking_turns
 def modalities(replay: Replay, *, tokens: Tokens | None = None, question: str | None = None) -> Modalities:
     """Ask whether the words of an answer come from the image, from the question, or take both.

@@ -36,7 +36,7 @@ from lvlm_probe.explainers.scores import check_finite
 from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
-from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.replaying.isolation import taking_turns
 from lvlm_probe.trace import Trace
 from lvlm_probe.words import ALPHA
 
@@ -295,7 +295,6 @@ def _thinks(tag: re.Match[str]) -> bool:
     return not tag["fence"] and (tag["name"] or "think").lower() not in (*_CALLS, "answer")
 
 
-@outside_inference_mode
 @taking_turns
 def check_steps(
     replay: Replay,

@@ -37,7 +37,7 @@ from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.tokenizers import display_pieces, special_flags, stops_of, tokenizer_of
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
-from lvlm_probe.replaying.isolation import outside_inference_mode
+from lvlm_probe.replaying.isolation import outside_modes
 from lvlm_probe.words import Word, group_words
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Edit:
 
 
 @naming_arguments
-@outside_inference_mode
+@outside_modes
 @told_out_of_memory
 def edit(
     replay: Replay,

@@ -23,6 +23,7 @@ from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics import Score
 from lvlm_probe.metrics.scoring import check_answer, over_baseline
 from lvlm_probe.models.exhaustion import told_out_of_memory
+from lvlm_probe.replaying.isolation import outside_modes
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
@@ -71,6 +72,7 @@ class Region:
 
 
 @naming_arguments
+@outside_modes
 @told_out_of_memory
 def region(source: ReplayLike | Score, heat: Heatmap, *, keep: float = 0.9) -> Region:
     """Find the smallest area of a map's ranked cells that keeps a share of the score.

@@ -33,7 +33,7 @@ from lvlm_probe.kinds import is_whole, plain_number, told_by_kind
 from lvlm_probe.models.exhaustion import out_of_memory, ran_out
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay, ReplayLike
-from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.replaying.isolation import taking_turns
 from lvlm_probe.replaying.own_scores import OwnScore
 from lvlm_probe.replaying.reduced_precision import check_reducible, told_by_kernels
 from lvlm_probe.selection import Against, TokenSelection, scored_selection, select_tokens
@@ -97,7 +97,6 @@ class RunPlan(Protocol):
         """Bytes of the model's weights."""
 
 
-@outside_inference_mode
 @taking_turns
 def explain(
     replay: ReplayLike | Trace,

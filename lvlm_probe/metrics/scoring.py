@@ -52,7 +52,7 @@ from lvlm_probe.metrics.verdict import (
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.baselines import BaselineLike, baseline_identity
-from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.replaying.isolation import taking_turns
 from lvlm_probe.replaying.protocol import ReplayLike
 from lvlm_probe.trace import Trace
 
@@ -258,7 +258,6 @@ _CURVES = ("fractions", "deletion_curve", "insertion_curve", "deletion_raw", "in
 
 
 @grouped("curve", CurveRule)
-@outside_inference_mode
 @taking_turns
 def evaluate(
     heat: Explained,

@@ -24,6 +24,7 @@ from lvlm_probe.planning.plans import MOST, Plan, choose, default_budget, passes
 from lvlm_probe.planning.rehearsal import timed
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying import replay as open_replay
+from lvlm_probe.replaying.isolation import outside_modes
 from lvlm_probe.replaying.reduced_precision import told_by_kernels
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ __all__ = [
 
 
 @naming_arguments
+@outside_modes
 @told_out_of_memory
 def plan(
     model: torch.nn.Module | Replay,

@@ -19,6 +19,7 @@ from lvlm_probe.models.drivers import Driver
 from lvlm_probe.recording.handed_images import Handed, hand_over
 from lvlm_probe.recording.processor_watch import ProcessorWatch
 from lvlm_probe.recording.prompt_clips import ClipFinder, ClipRow
+from lvlm_probe.replaying.isolation import outside_modes
 from lvlm_probe.trace.clips import Clip
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Masking:
             )
         return self.replace(kwargs)
 
+    @outside_modes
     def replace(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The same model inputs with masked pixels."""
         pixels = {

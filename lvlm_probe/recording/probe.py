@@ -44,6 +44,7 @@ from lvlm_probe.recording.processor_watch import ProcessorWatch
 from lvlm_probe.recording.prompt_images import NotRecorded
 from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions, Target
 from lvlm_probe.recording.stream import Feed, Stream, settings_here
+from lvlm_probe.replaying.isolation import outside_modes
 from lvlm_probe.trace import Trace, open_rows, open_trace, write
 from lvlm_probe.trace.records import Capture
 
@@ -215,6 +216,7 @@ class Recording:
             self.passed_over.append(reason)
         self.warn_once(reason[:40], reason)
 
+    @outside_modes
     def _keep(self, recorder: GenerationRecorder, output: Any, faults: list[str], fault: Any) -> Path:
         interrupted: KeyboardInterrupt | None = None
         # Nothing here draws from the global random state, which is all threads' own: passes run in eval mode, noise has

@@ -19,6 +19,7 @@ from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.fingerprint import same_fingerprint
 from lvlm_probe.models.inputs import input_device
 from lvlm_probe.models.quantised import quantisation
+from lvlm_probe.replaying.isolation import outside_modes
 from lvlm_probe.replaying.micro_batches import PassCounter
 from lvlm_probe.replaying.protocol import Elsewhere, ReplayLike
 from lvlm_probe.replaying.recorded_inputs import check_inputs, refused_in_words
@@ -46,6 +47,7 @@ def replay(
 def replay(trace: Trace, model: Elsewhere, processor: object | None = None, *, strict: bool = True) -> ReplayLike: ...
 
 
+@outside_modes
 @told_out_of_memory
 def replay(
     trace: Trace,

@@ -25,15 +25,38 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def outside_modes(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs outside of the modes of torch that its caller may be in: with gradients off instead of in
+    ``torch.inference_mode``, and with the CPU as the default device.
+
+    Tensors made in inference mode cannot be differentiated ever after, so nothing that is kept may be made there. And
+    what is made without naming a device, such as the draws of a generator, belongs on the CPU.
+    """
+
+    @functools.wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with contextlib.ExitStack() as stack:
+            if torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+            if torch.get_default_device().type != "cpu":
+                stack.enter_context(torch.device("cpu"))
+            return function(*args, **kwargs)
+
+    return outside
+
+
 def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
     """For a function of a ``replay``: calls with the same replay, or views of it, take turns, whole calls at a time.
     What is no method of its own (``explain``) looks at the model's weights first (``Replica.use``).
-    Memory that runs out in one is told as ``OutOfMemory``, and an argument of the wrong kind by its name."""
+    They run outside of the caller's modes (``outside_modes``). Memory that runs out in one is told as ``OutOfMemory``,
+    and an argument of the wrong kind by its name."""
     function = naming_arguments(function)
     names = list(inspect.signature(function).parameters)
     name = "replay" if "replay" in names else "self"
     place = names.index(name)
 
+    @outside_modes
     @told_out_of_memory
     @functools.wraps(function)
     def turn(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -48,22 +71,6 @@ def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return turn
-
-
-def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """A function that runs outside of ``torch.inference_mode``, where a caller of it is inside, with gradients off.
-
-    Tensors made inside cannot be differentiated ever after, so nothing that is kept may be made there.
-    """
-
-    @functools.wraps(function)
-    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return outside
 
 
 @contextmanager

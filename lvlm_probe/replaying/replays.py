@@ -31,7 +31,7 @@ from lvlm_probe.process import of_the_last
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
 from lvlm_probe.replaying.capture import Captured, capture
 from lvlm_probe.replaying.gradient_flow import gradient_check
-from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.replaying.isolation import outside_modes, taking_turns
 from lvlm_probe.replaying.micro_batches import (
     Limits,
     Recomputed,
@@ -91,7 +91,7 @@ class Replay(Views):
     offers: frozenset[Need | Stand] = frozenset(get_args(Need))
     """What methods may ask of it: all that there is."""
 
-    @outside_inference_mode
+    @outside_modes
     def __init__(
         self,
         trace: Trace | LiveTrace,
@@ -268,7 +268,6 @@ class Replay(Views):
         other._plain = None if self._plain is None else self._plain.reworded(text, question=question)
         return other
 
-    @outside_inference_mode
     @taking_turns
     def scored(self, score: OwnScore) -> Self:
         """A view whose log-probabilities have one column more, behind the answer's tokens: a score of the user's own.
@@ -294,7 +293,6 @@ class Replay(Views):
         other.kept, other._forcing, other.shortcuts = found
         return other
 
-    @outside_inference_mode
     @taking_turns
     def computed_in(self, dtype: str = "bfloat16") -> Self:
         """A view whose passes compute in a smaller number format, with a counter of its own: to search by, where
@@ -327,7 +325,7 @@ class Replay(Views):
         answer that are longer than a token. ``capture`` sees them one after the other, the answer's own first."""
         return self._forcing.rows
 
-    @outside_inference_mode
+    @outside_modes
     def without(self, text: str | Sequence[int] | None = None) -> Self:
         """The same answer where some of the text is not read, as a view: its tokens stay, but in no layer of the
         decoder does any other position attend to them.
@@ -390,7 +388,6 @@ class Replay(Views):
     # ------------------------------------------------------------------ the function
 
     @property
-    @outside_inference_mode
     @taking_turns
     def original_log_probs(self) -> torch.Tensor:
         """Replayed log P(a_t) on the whole image, ``(step,)`` float32 on the CPU. Paper, Eq. 1."""
@@ -434,7 +431,6 @@ class Replay(Views):
         ids, log_probs = (part.cpu() for part in self.kept.runners_up)
         return ids.clone(), log_probs.clone()
 
-    @outside_inference_mode
     @taking_turns
     def log_probs(
         self,
@@ -544,7 +540,6 @@ class Replay(Views):
             if all(value <= 0 or math.isnan(value) for value in row[: len(self.token_ids)]):
                 self.journal.put(key, {step: value for step, value in enumerate(row) if not math.isnan(value)})
 
-    @outside_inference_mode
     @taking_turns
     def score_and_grad(
         self,
@@ -596,7 +591,6 @@ class Replay(Views):
         scores, gradients = (torch.cat(parts) for parts in zip(*found, strict=True))
         return scores, gradients.reshape(mask.shape if mask.ndim > 2 else masks.shape).to(mask.dtype)
 
-    @outside_inference_mode
     @taking_turns
     def require_gradients(self) -> None:
         """Check, once for all views, that the score's gradient arrives at the image whole.
@@ -648,7 +642,7 @@ class Replay(Views):
 
     # ------------------------------------------------------------------ inside the model
 
-    @outside_inference_mode
+    @outside_modes
     def run_inputs(self, pixel_inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """log P(a_t) for one image given as the model's own pixel inputs (``replay.path.inputs``, or tensors of their
         shapes), ``(1, step)``; differentiable in them when gradients are enabled. Raises ``OutOfMemory``."""

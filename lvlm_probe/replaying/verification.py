@@ -10,6 +10,7 @@ import torch
 
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.replaying import replay
+from lvlm_probe.replaying.isolation import outside_modes
 from lvlm_probe.replaying.protocol import Elsewhere, ReplayLike
 from lvlm_probe.replaying.recorded_inputs import refused_in_words
 
@@ -74,6 +75,7 @@ class Verification:
         ]
 
 
+@outside_modes
 @told_out_of_memory
 def verify(
     trace: Trace, model: torch.nn.Module | Elsewhere, processor: object | None = None, *, strict: bool = True

@@ -21,7 +21,7 @@ from lvlm_probe.images import BLUR_LADDER
 from lvlm_probe.images.baselines import CLIP_KINDS, KINDS
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.replaying.baselines import BaselineLike, Path, baseline_identity, described, draw, same_baseline
-from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.replaying.isolation import outside_modes, taking_turns
 from lvlm_probe.replaying.micro_batches import PassCounter
 from lvlm_probe.replaying.own_scores import OwnScore
 from lvlm_probe.replaying.shortcuts import Shortcuts
@@ -133,7 +133,6 @@ class Views:
         raise NotImplementedError
 
     @property
-    @outside_inference_mode
     @taking_turns
     def baseline_log_probs(self) -> torch.Tensor:
         """log P̃(a_t) on the baseline image, ``(step,)`` float32 on the CPU."""
@@ -178,6 +177,7 @@ class Views:
         return images[k] if images else None
 
     @property
+    @outside_modes
     @told_out_of_memory
     def llr(self) -> torch.Tensor:
         """Log-likelihood ratio per token, ``(step,)`` nats. Paper, Eq. 6."""
@@ -190,7 +190,6 @@ class Views:
         other._baseline = self._baseline if baseline is None else dict(baseline)
         return other
 
-    @outside_inference_mode
     @taking_turns
     def over(self, baseline: BaselineLike = "blur", *, strength: float | None = None, seed: int | None = None) -> Self:
         """The same answer over another baseline image Ĩ, as a view; this replay stays what it is.
@@ -225,7 +224,6 @@ class Views:
         path, description = draw(self.path, kinds, params, self.kept.paths, clips)
         return self.viewed(path=path, baseline=description)
 
-    @outside_inference_mode
     @taking_turns
     def strengthened(self, steps: Sequence[int], *, below: float = 0.05) -> Self:
         """A view over a blur so strong that the mean probability of the answer tokens ``steps`` is under ``below``

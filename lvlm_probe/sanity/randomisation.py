@@ -32,6 +32,7 @@ from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.tokenizers import special_ids
 from lvlm_probe.progress import Progress
 from lvlm_probe.replaying import replay as make_replay
+from lvlm_probe.replaying.isolation import outside_modes
 from lvlm_probe.sanity.checks import (
     SAME,
     SIMILAR,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 
 @naming_arguments
+@outside_modes
 @told_out_of_memory
 def weights(
     replay: Replay,
@@ -137,6 +139,7 @@ def weights(
 
 
 @naming_arguments
+@outside_modes
 @told_out_of_memory
 def answers(
     replay: Replay,

@@ -15,6 +15,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.progress import Progress
+from lvlm_probe.replaying.isolation import outside_modes
 from lvlm_probe.replaying.own_scores import Contrast
 from lvlm_probe.sanity.checks import (
     AGREEING,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 
 @naming_arguments
+@outside_modes
 @told_out_of_memory
 def seeds(
     replay: Replay, heat: AnyHeatmap, *, seeds: int | Sequence[int] = 5, progress: Progress | None = None
@@ -74,6 +76,7 @@ def seeds(
 
 
 @naming_arguments
+@outside_modes
 @told_out_of_memory
 def prompts(
     replay: Replay,

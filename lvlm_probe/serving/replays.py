@@ -13,7 +13,7 @@ import torch
 from lvlm_probe.errors import ExplainError, MaskError, ReplayError
 from lvlm_probe.images import CompositePath
 from lvlm_probe.images.masks import expand_masks
-from lvlm_probe.replaying.isolation import outside_inference_mode
+from lvlm_probe.replaying.isolation import outside_modes
 from lvlm_probe.replaying.micro_batches import Limits
 from lvlm_probe.replaying.protocol import Mode, Need, ScoreFunction, Stand
 from lvlm_probe.replaying.views import Views
@@ -203,7 +203,7 @@ class ServedReplay(Views):
         assert self.kept.rounding is not None
         return self.kept.rounding.clone()
 
-    @outside_inference_mode
+    @outside_modes
     def log_probs(
         self,
         mask: torch.Tensor | None = None,

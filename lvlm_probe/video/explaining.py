@@ -11,7 +11,7 @@ from lvlm_probe.explainers.registry import METHODS, resolve
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.progress import ProgressChoice
 from lvlm_probe.replaying import Replay
-from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.replaying.isolation import taking_turns
 from lvlm_probe.selection import Against
 from lvlm_probe.trace import Trace
 from lvlm_probe.trace.clips import Clip
@@ -38,7 +38,6 @@ def clip_of(replay: Replay | Trace, clip: int, *, by_trace: bool = False) -> Cli
     return replay.clips[clip]
 
 
-@outside_inference_mode
 @taking_turns
 def explain(
     replay: Replay | Trace,

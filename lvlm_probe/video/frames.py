@@ -23,7 +23,7 @@ from lvlm_probe.files import record_of
 from lvlm_probe.images.baselines import CLIP_KINDS
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
-from lvlm_probe.replaying.isolation import outside_inference_mode, taking_turns
+from lvlm_probe.replaying.isolation import taking_turns
 from lvlm_probe.trace.clips import Clip
 from lvlm_probe.video.explaining import clip_of
 from lvlm_probe.words import ALPHA
@@ -69,7 +69,6 @@ class FrameShares:
         return "\n".join(lines)
 
 
-@outside_inference_mode
 @taking_turns
 def which_frames(
     replay: Replay,
@@ -206,7 +205,6 @@ class Order:
             raise ExplainError(f"not a stored order of frames: {error!r}") from error
 
 
-@outside_inference_mode
 @taking_turns
 def order(replay: Replay, *, tokens: Tokens | None = None, seeds: int = 3) -> Order:
     """Ask whether an answer needs a video's motion, or the order of its frames, at all.

@@ -42,6 +42,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils import _device
 from torch.utils._pytree import tree_map_only
 
 __all__ = ["Card", "OnDevice", "put"]
@@ -641,15 +642,23 @@ def _with_index(function: Any, name: str) -> Any:
                     tree_map_only(OnDevice, lambda item: item.item() if item.dim() == 0 else item.tolist(), args[0]),
                     *args[1:],
                 )
-            where = kwargs.get("device")
+            where = indexed(kwargs.get("device") or _default())
             if where is not None and torch.device(where).type == _KIND:
                 grad = kwargs.pop("requires_grad", False)
-                del kwargs["device"]
-                made = function(*args, **kwargs).to(where)
+                kwargs.pop("device", None)
+                with torch._C.DisableTorchFunction():  # which would ask for the default device
+                    made = function(*args, **kwargs)
+                made = made.to(where)
                 return made.requires_grad_(True) if grad else made
         return function(*args, **kwargs)
 
     return called
+
+
+def _default() -> torch.device | None:
+    """The default device, where there is one."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return next((mode.device for mode in reversed(modes) if isinstance(mode, _device.DeviceContext)), None)
 
 
 def _is(item: Any, where: torch.device) -> bool:
@@ -713,4 +722,5 @@ def _register() -> None:
                     _MADE[0].impl(full, _maker(function), key)
 
 
+_device._device_constructors()  # is kept, with torch's own functions and not those of a card
 _register()  # at once: autograd counts the devices there are when it runs for the first time

@@ -105,7 +105,8 @@ def road(name: str, place: Callable[[Any], Any], folder: Path) -> dict[str, Any]
     found["evaluate"] = [score.original, score.baseline]
     with contextlib.suppress(ExplainError):
         found["knockout"] = [effect.score for effect in causal.knockout(replay, heat, draws=1, sweep=2).effects]
-    mask = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0)).to(replay.device).requires_grad_(True)
+    mask = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0), device="cpu")
+    mask = mask.to(replay.device).requires_grad_(True)
     replay.log_probs(mask, micro_batch=2, noise=0.1).sum().backward()
     assert mask.grad is not None
     found["gradient"] = mask.grad.cpu().numpy()
@@ -136,6 +137,19 @@ def test_the_main_road_without_double_precision(name: str, tmp_path: Path) -> No
         here = road(name, lambda model: model.to("cuda"), tmp_path / "device")
     assert not card.mixed and not card.doubles
     agree(here, there)
+
+
+def test_the_main_road_where_tensors_are_made_on_the_device(llava_on_the_cpu: dict[str, Any], tmp_path: Path) -> None:
+    """As after ``torch.set_default_device("cuda")``, with which model cards begin."""
+    with Card() as card, contextlib.ExitStack() as stack:
+
+        def place(model: Any) -> None:
+            model.to("cuda")
+            stack.enter_context(torch.device("cuda"))
+
+        here = road("llava", place, tmp_path)
+    assert not card.mixed
+    agree(here, llava_on_the_cpu)
 
 
 def test_every_method_is_on_the_road() -> None:

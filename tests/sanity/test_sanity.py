@@ -112,6 +112,14 @@ def test_every_family_has_blocks_for_all_weights(name: str) -> None:
     assert any(word in list(blocks)[-1] for word in ("vis", "embed", "patch"))
 
 
+def test_weights_that_are_drawn_in_inference_mode_are_those_drawn_outside(replay) -> None:
+    heat = probe.explain(replay, method="test gradient")
+    with torch.inference_mode():
+        inside = weights(replay, heat, stages=1, draws=1)
+    assert inside.to_dict() == weights(replay, heat, stages=1, draws=1).to_dict()
+    assert inside.steps[0].similarity is not None
+
+
 def test_chosen_blocks_and_stages(recorded) -> None:
     _, model, _ = recorded
     chosen = weight_blocks(model, ["lm_head", "model.language_model.layers.*.mlp"])
