@@ -20,7 +20,6 @@ import dataclasses
 import itertools
 import math
 import operator
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -34,7 +33,7 @@ from lvlm_probe.files import record_of
 from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.models.tokenizers import display_pieces, tokenizer_of
 from lvlm_probe.replaying.own_scores import Contrast, OwnScore, alternative_ids, stored_score
-from lvlm_probe.words import ALPHA, distinct_texts, group_words
+from lvlm_probe.words import ALPHA, distinct_texts, group_words, phrase_spans, written_alike
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying.protocol import ReplayLike
@@ -204,7 +203,8 @@ def select_tokens(
         replay: A replay, or a trace that holds the log-likelihood ratios (no model needed then).
         alpha: Threshold on the LLR in nats, exclusive (paper: 1). Used by ``rule="llr"`` only.
         rule: ``"llr"`` (paper, Eq. 6) or ``"joint"``, every token of the answer.
-        words: A word or phrase of the answer, or several; every occurrence is taken, whatever its case.
+        words: A word or phrase of the answer, or several; every occurrence as whole words is taken, whatever its case:
+            ``3`` is not in 3.5, and ``known`` is a part of ``well-known`` where it stands nowhere by itself.
         span: ``(start, stop)``, a token span of the answer, stop exclusive.
         indices: Token numbers of the answer, counted from 0, in any order.
         skip_first: Keeps the answer's first token out, which often decides the sentence's structure, not its content.
@@ -411,19 +411,19 @@ def _answer_words(words: Sequence[Word]) -> str:
 
 
 def _find_words(wanted: Sequence[str], tokens: Sequence[str], special: np.ndarray, words: Sequence[Word]) -> list[int]:
-    pieces = ["" if is_special else piece for piece, is_special in zip(tokens, special, strict=True)]
+    # A special token reads as one space, as it does where words are told apart; accents are written in several ways.
+    pieces = [" " if is_special else written_alike(piece) for piece, is_special in zip(tokens, special, strict=True)]
     starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(int)
     answer = "".join(pieces)
     found: set[int] = set()
     for phrase in wanted:
-        matches = list(_phrase_pattern(phrase).finditer(answer)) if phrase.strip() else []
+        matches = phrase_spans(written_alike(phrase), answer)
         if not matches:
             raise SelectionError(
                 f"{phrase!r} is not in the answer; its words are {_answer_words(words)}. To ask why it does not say "
                 f"so, name what it says in that place, and against={phrase!r}"
             )
-        for match in matches:
-            first, last = match.span()
+        for first, last in matches:
             found.update(
                 index
                 for index in range(len(pieces))
@@ -431,22 +431,6 @@ def _find_words(wanted: Sequence[str], tokens: Sequence[str], special: np.ndarra
                 if starts[index] < last and (starts[index + 1] > first or (not pieces[index] and starts[index] > first))
             )
     return sorted(index for index in found if not special[index])
-
-
-def _phrase_pattern(phrase: str) -> re.Pattern[str]:
-    """Matches the phrase as whole words, any run of white space between them; scripts without spaces match anywhere."""
-    body = r"\s+".join(re.escape(part) for part in phrase.split())
-    stripped = phrase.strip()
-    before = r"(?<!\w)" if _joins_words(stripped[0]) else ""
-    after = r"(?!\w)" if _joins_words(stripped[-1]) else ""
-    return re.compile(before + body + after, re.IGNORECASE)
-
-
-def _joins_words(character: str) -> bool:
-    unspaced = (
-        "\u0e00" <= character <= "\u0eff" or "\u2e80" <= character <= "\u9fff" or "\uf900" <= character <= "\ufaff"
-    )
-    return bool(re.match(r"\w", character)) and not unspaced
 
 
 def _span_indices(span: tuple[int, int], tokens: Sequence[str], words: Sequence[Word]) -> list[int]:

@@ -14,9 +14,12 @@ full stop. The rules, on the characters of the joined answer:
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 ALPHA = 1.0
 """LLR above which a token of the answer is the image's doing, nats (paper, Eq. 6)."""
@@ -37,6 +40,10 @@ _IDEOGRAPHS = (
     (0xFF66, 0xFF9D),
     (0x20000, 0x323AF),
 )
+# Scripts written without spaces whose words have several letters: Thai, Lao, Tibetan, Burmese, Khmer.
+_UNSPACED = ((0x0E00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0xA9E0, 0xA9FF), (0xAA60, 0xAA7F))
+_ZERO_WIDTH_JOINER = "\u200d"
+_ALIKE = {ord("’"): "'", ord("‐"): "-", ord("‑"): "-", 0xFE0F: None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +139,50 @@ def spelled(pieces: Sequence[str], words: Iterable[Word]) -> tuple[list[tuple[st
         found.append((before, text.strip()))
         end = word.stop
     return found, "".join(pieces[end:]).rstrip()
+
+
+def phrase_spans(phrase: str, text: str) -> list[tuple[int, int]]:
+    """``(start, stop)``, in characters, of a phrase in a text, as whole words and whatever its case, any run of white
+    space between them; where it stands nowhere so, as parts of words with a hyphen or an apostrophe.
+
+    Both are taken as ``written_alike`` writes them.
+    """
+    if not phrase.strip():
+        return []
+    cut = _cuts(text)
+    body = r"\s+".join(map(re.escape, phrase.split()))
+    spans = [match.span() for match in re.finditer(body, text, re.IGNORECASE)]
+    spans = [(start, stop) for start, stop in spans if "whole" not in (cut[start], cut[stop])]
+    return [(start, stop) for start, stop in spans if cut[start] is cut[stop] is None] or spans
+
+
+def written_alike(text: str) -> str:
+    """A text with its accents, apostrophes, hyphens and emoji written in one way of several that look alike."""
+    return unicodedata.normalize("NFD", text.translate(_ALIKE))
+
+
+def _cuts(text: str) -> list[Literal["whole", "part"] | None]:
+    """What a cut in front of each character goes through, and one behind the last: ``(character + 1,)``.
+
+    ``"whole"``: letters of one word, digits of one number, a character and its marks, an emoji. ``"part"``: the sign
+    that joins parts of one word (``well-known``). ``None``: nothing, as between words, signs, and letters of scripts
+    without spaces, whose words only a reader can tell.
+    """
+    kinds = _kinds(text)
+    found: list[Literal["whole", "part"] | None] = [None]
+    for at, (before, char) in enumerate(itertools.pairwise(text), start=1):
+        marked = unicodedata.category(char)[0] == "M" or 0x1F3FB <= ord(char) <= 0x1F3FF  # an accent, a skin colour
+        if marked or _ZERO_WIDTH_JOINER in (before, char):
+            found.append("whole")
+        elif kinds[at - 1 : at + 1] != [_LETTER, _LETTER] or _unspaced(before) or _unspaced(char):
+            found.append(None)
+        else:
+            found.append("part" if before in _JOINS_LETTERS or char in _JOINS_LETTERS else "whole")
+    return [*found, None]
+
+
+def _unspaced(char: str) -> bool:
+    return any(low <= ord(char) <= high for low, high in _UNSPACED)
 
 
 def _units(text: str) -> list[int]:

@@ -89,6 +89,43 @@ def test_every_occurrence_of_a_word_and_no_part_of_a_longer_one() -> None:
     assert select_tokens(replay, words="red").indices == (0, 6)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "phrase", "indices"),
+    [
+        (["3", ".", "5", " or", " 3"], "3", (4,)),  # another number
+        (["1", ",", "000", " at", " 12", ":", "30", " 30"], "30", (7,)),
+        ([" well", "-", "known", " well"], "well", (3,)),  # the word itself before a part of another
+        ([" well", "-", "known"], "known", (2,)),
+        (["the cat", "\u2019s"], "cat", (0,)),
+        (["cafe", "\u0301", " cafe"], "cafe", (2,)),  # an accent that is a character of its own
+        ([" कि", "ताब", " क"], "क", (2,)),
+        (["👍", "🏽", " 👍"], "👍", (2,)),
+        (["👨", "\u200d", "👩", " 👩"], "👩", (3,)),
+        (["caf\u00e9"], "cafe\u0301", (0,)),  # one text, written in two ways
+        (["don", "\u2019t"], "don't", (0, 1)),
+        (["❤"], "❤\ufe0f", (0,)),
+        (["red", "中", "文"], "red", (0,)),
+        (["Wait", "...", " what"], ".", (1,)),
+        (["\U00020000\U00020001"], "\U00020001", (0,)),
+    ],
+)
+def test_a_phrase_stands_where_a_reader_sees_it(tokens: list[str], phrase: str, indices: tuple[int, ...]) -> None:
+    replay = ToyReplay(
+        torch.full((len(tokens), 2, 2), 0.25), original=[0.9] * len(tokens), base=[0.1] * len(tokens), tokens=tokens
+    )
+    assert select_tokens(replay, words=phrase).indices == indices
+
+
+def test_no_phrase_reaches_into_a_number_or_across_a_special_token() -> None:
+    tokens, special = ["3", ".", "5", " re", "<x>", "d"], [False] * 4 + [True, False]
+    replay = ToyReplay(torch.full((6, 2, 2), 0.25), original=[0.9] * 6, base=[0.1] * 6, tokens=tokens, special=special)
+    assert [word.text for word in replay.words] == ["3.5", "re", "d"]
+    for phrase in ("5", "red"):
+        with pytest.raises(SelectionError, match="is not in the answer"):
+            select_tokens(replay, words=phrase)
+    assert select_tokens(replay, words="re d").indices == (3, 5)
+
+
 def test_unspaced_scripts_match_inside_a_run() -> None:
     tokens = ["一只", "红", "色的", "猫"]
     replay = ToyReplay(torch.full((4, 2, 2), 0.25), original=[0.9] * 4, base=[0.1] * 4, tokens=tokens)

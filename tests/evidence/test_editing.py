@@ -94,6 +94,7 @@ def test_until_asks_for_a_word_or_by_a_function(asked: Asked) -> None:
     for until in ("HIDDEN", lambda answer: "hidden" in answer):
         assert probe.edit(asked.replay, asked.heat, remove=cross, until=until).flipped
     assert not probe.edit(asked.replay, asked.heat, remove=cross, until="purple").flipped
+    assert not probe.edit(asked.replay, asked.heat, remove=cross, until="hid").flipped, "a part of another word"
 
 
 def test_a_map_that_flips_nothing_says_so(asked: Asked) -> None:

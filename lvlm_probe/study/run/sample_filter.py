@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
+
+from lvlm_probe.words import phrase_spans, written_alike
 
 if TYPE_CHECKING:
     from lvlm_probe.study.spec import Study
+
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_STRAY = re.compile(r"(?<!\d)[.:]|[.:](?!\d)")
 
 
 def verdict(study: Study, records: Mapping[str, Mapping[str, Any] | None]) -> str | None:
@@ -35,9 +41,10 @@ def verdict(study: Study, records: Mapping[str, Mapping[str, Any] | None]) -> st
 def is_correct(answer: str, truth: str | Sequence[str] | None, choices: Sequence[str] = ()) -> bool | None:
     """Tell whether a free-form answer holds the true one, by rule; ``None`` where no rule can tell.
 
-    Case, punctuation, articles and white space do not count. With choices: the answer must hold the true choice's text
-    and none of the others', texts that are part of the true one left aside. Without: it must be the true answer, or
-    hold it as whole words, whatever stands around it. Several true answers (VQA): one of them.
+    Case, punctuation, articles, white space and the commas of thousands do not count. With choices: the answer must
+    hold the true choice's text and none of the others', texts that are part of the true one left aside. Without: it
+    must be the true answer, or hold it as whole words, whatever stands around it. Several true answers (VQA): one of
+    them.
     """
     if truth is None or (isinstance(truth, str) and not truth.strip()):
         return None
@@ -51,9 +58,11 @@ def is_correct(answer: str, truth: str | Sequence[str] | None, choices: Sequence
 
 
 def _plain(text: str) -> str:
-    words = re.sub(r"[^\w\s%.]|\.(?!\d)", " ", text.casefold()).split()
+    text = _THOUSANDS.sub("", written_alike(text.casefold()))
+    kept = (sign if sign.isalnum() or sign in "_%.:" or category(sign)[0] == "M" else " " for sign in text)
+    words = _STRAY.sub(" ", "".join(kept)).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
 def _holds(text: str, part: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None
+    return bool(phrase_spans(part, text))
