@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -358,7 +359,11 @@ def _chat(processor: Any, row: AnswerRow, images: Sequence[Image.Image], rule: P
             f"{type(processor).__name__} has no chat template, and the row has {len(turns)} messages; give the prompt"
         )
     goes_on = turns[-1]["role"] == "assistant"
-    form = {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
+    form: dict[str, Any] = {"continue_final_message": True} if goes_on else {"add_generation_prompt": True}
+    # A name that the template does not know has no effect in an engine, and would be the processor's here.
+    known = re.findall(r"\w+", str(processor.chat_template))
+    form |= {name: value for name, value in row.template.items() if name == "tools" or name in known}
+    form |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     as_text = [
         turn if any(part["type"] == "image" for part in turn["content"])
         else {**turn, "content": "".join(part["text"] for part in turn["content"])}
@@ -367,7 +372,7 @@ def _chat(processor: Any, row: AnswerRow, images: Sequence[Image.Image], rule: P
     refusal: Exception | None = None
     for given in (turns, as_text):  # some templates take a system message, or every one without images, as text only
         try:
-            return processor.apply_chat_template(given, tokenize=True, return_dict=True, return_tensors="pt", **form)
+            return processor.apply_chat_template(given, **form)
         except Exception as error:  # a template raises what it likes
             refusal = refusal or error
     raise BadRow(f"the chat template of {type(processor).__name__} does not take the messages: {refusal}") from refusal

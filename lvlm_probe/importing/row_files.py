@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import codecs
 import csv
-import io
 import itertools
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -268,19 +267,23 @@ def _csv(path: Path, *, tabs: bool) -> Iterator[_Row]:
     and is raised for good."""
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
     with path.open("r", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        header_line = file.readline(2**20)
-        commas = "\t" if tabs else ";" if header_line.count(";") > header_line.count(",") else ","
-        names = next(csv.reader(io.StringIO(header_line), delimiter=commas), [])
+        first = file.readline(2**20)
+        commas = "\t" if tabs else ";" if first.count(";") > first.count(",") else ","
+        # Strict: a quote that is not closed would take the rows behind it for its text.
+        records = csv.reader(itertools.chain([first], file), delimiter=commas, strict=True)
+        try:
+            names = [name.strip() for name in next(records, [])]
+        except csv.Error as error:
+            raise StudyError(f"the header of {path} cannot be read as csv: {error}") from error
         if not names:
             raise StudyError(f"{path} has no header: the first line names the columns")
-        records = csv.reader(file, delimiter=commas)
         for number in itertools.count(2):
             try:
                 cells = next(records)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield number, BadRow(f"it cannot be read as csv: {error}")
+                yield number, BadRow(f"it cannot be read as csv: {error}; is there a quote that is not closed?")
                 continue
             if any(cell.strip() for cell in cells):
                 yield number, _record(names, cells)
@@ -291,7 +294,19 @@ def _record(names: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
         return BadRow(f"it has {len(cells)} cells, and the header {len(names)}: is there a comma that is not quoted?")
     if any("\udc80" <= sign <= "\udcff" for cell in cells for sign in cell[:2000]):
         return BadRow("not UTF-8; save the table as UTF-8")
-    return {name.strip(): cell for name, cell in zip(names, cells, strict=False) if cell != ""}
+    return _named(names, cells)
+
+
+def _named(names: Sequence[str], cells: Sequence[Any]) -> dict[str, Any] | BadRow:
+    """The filled cells by the names of their columns, of which two may have one name."""
+    row: dict[str, Any] = {}
+    for name, cell in zip(names, cells, strict=False):
+        if not name or cell is None or cell == "":
+            continue
+        if row.get(name, cell) != cell:
+            return BadRow(f"two columns are named {shortened(name, 40)!r}, and they differ: rename one")
+        row[name] = cell
+    return row
 
 
 def _parquet(path: Path) -> Iterator[_Row]:
@@ -315,7 +330,7 @@ def _xlsx(path: Path) -> Iterator[_Row]:
         records = book.worksheets[0].iter_rows(values_only=True)
         names = [str(cell).strip() if cell is not None else "" for cell in next(records, ())]
         for number, cells in enumerate(records, start=2):
-            row = {name: cell for name, cell in zip(names, cells, strict=False) if name and cell not in (None, "")}
+            row = _named(names, cells)
             if row:
                 yield number, row
     except OSError:

@@ -76,6 +76,7 @@ class AnswerRow:
         id, engine: what the row says of itself.
         messages: the turns before the answer, as a chat template takes them, without the images; ``None`` where there
             is a question alone.
+        template: what the chat template is given besides (``enable_thinking``, tools), by name.
         prompt_ids: the prompt's tokens in the engine.
         finish: why the answer ended, in the engine's word.
         ended: whether it ended by a token of the model's own, which a text does not show.
@@ -96,6 +97,7 @@ class AnswerRow:
     id: str | None = None
     engine: str | None = None
     messages: tuple[Mapping[str, Any], ...] | None = None
+    template: Mapping[str, Any] = field(default_factory=dict)
     prompt_ids: tuple[int, ...] | None = None
     finish: str | None = None
     ended: bool = False
@@ -108,7 +110,7 @@ class AnswerRow:
     def asked(self) -> tuple[str | None, str] | None:
         """The system's turn, if any, and the question, where images and then the question are all of the user's turns;
         ``None`` where more was said, or in another order."""
-        if self.question is None:
+        if self.question is None or self.template:
             return None
         turns = list(self.messages or ())
         system = None
@@ -387,6 +389,7 @@ def _checked(line: int, content: Mapping[str, Any], found: dict[str, Any], has: 
         id=_name(found["id"]),
         engine=_name(found["engine"]),
         messages=None if found["messages"] is None else tuple(found["messages"]),
+        template=found["template"] or {},
         prompt_ids=tuple(prompt_ids) if whole else None,
         finish=found["finish"],
         ended=bool(found["ended"]),

@@ -67,7 +67,20 @@ _LIKE = {
 }
 """Names that others use, for a hint; too uncertain to be taken unasked."""
 
-_MORE = ("messages", "prompt_ids", "finish", "ended", "scored", "reasoning")
+_MORE = ("messages", "template", "prompt_ids", "finish", "ended", "scored", "reasoning")
+_IMAGE = "<image>"
+"""The place of an image in a text of LLaVA's, and of many after it."""
+
+_NO_SWITCH = (
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+    "return_tensors",
+)
+"""Arguments beside the switches of a chat template."""
+
 _NOTHING_SAID = dict.fromkeys(("answer", "token_ids", "logprobs"))
 """Where a response is, what the row calls so beside it is something else: the truth, or a setting of the request."""
 
@@ -88,7 +101,7 @@ def fields_of(
     shape: str | None = None,
 ) -> dict[str, Any]:
     """The fields of a row by name, ``None`` where there is none: those of ``FIELDS``, and of its shape ``messages``,
-    ``prompt_ids``, ``finish``, ``ended``, ``scored``, ``reasoning``, ``notes`` and ``shape``.
+    ``template``, ``prompt_ids``, ``finish``, ``ended``, ``scored``, ``reasoning``, ``notes`` and ``shape``.
 
     Args:
         content: the row.
@@ -269,7 +282,7 @@ def _conversation(conversations: Any) -> list[dict[str, Any]]:
 def _slots(text: Any) -> list[dict[str, Any]]:
     """A text with ``<image>`` in it as parts of a message."""
     parts: list[dict[str, Any]] = []
-    pieces = re.split(r"\s*<image>\s*", text) if isinstance(text, str) else []
+    pieces = re.split(rf"\s*{_IMAGE}\s*", text) if isinstance(text, str) else []
     for number, piece in enumerate(pieces):
         parts += [{"type": "image"}] * (number > 0)
         parts += [{"type": "text", "text": piece}] * bool(piece)
@@ -347,26 +360,43 @@ def _take_question(fields: dict[str, Any], content: Mapping[str, Any], request: 
         body = inner if isinstance(inner, Mapping) else asked
         messages = found_in(body, ("messages", "input"))
         if isinstance(messages, list) and fields["messages"] is None:
-            fields["messages"] = _objects(messages)
+            fields["messages"], fields["template"] = _objects(messages), _template(body)
             limit = found_in(body, ("max_completion_tokens", "max_tokens"))
         if asked is request and fields["messages"] is None and isinstance(body.get("conversations"), list):
             turns = _conversation(body["conversations"])
             fields["messages"] = turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns
         if asked is not content:
             _take_plain(fields, body, asked=True)
+    if not fields["messages"] and _IMAGE in str(fields["question"]) and not fields["prompt"]:
+        fields["messages"] = [{"role": "user", "content": fields["question"]}]
     if fields["messages"]:
         _take_messages(fields, scores=isinstance(limit, int) and limit <= 1)
     else:
         fields["messages"] = fields["scored"] = None
 
 
+def _template(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a request gives the chat template besides the messages: switches, and tools.
+
+    Raises ``BadRow`` for what changes the images, or is a template itself: it would run here.
+    """
+    for name, what in (("mm_processor_kwargs", "how images are processed"), ("chat_template", "a chat template")):
+        if body.get(name):
+            raise BadRow(f"the request sets {what} ({name}): set it on the processor, and leave it out of the row")
+    given = body.get("chat_template_kwargs")
+    switches = given if isinstance(given, Mapping) else {}
+    if odd := [name for name, value in switches.items() if not isinstance(value, bool | str) or name in _NO_SWITCH]:
+        raise BadRow(f"chat_template_kwargs holds {shortened(odd[0], 40)!r}: switches and texts are taken")
+    return {**switches, **({"tools": body["tools"]} if body.get("tools") else {})} or None
+
+
 def _take_messages(fields: dict[str, Any], *, scores: bool) -> None:
     """Turns, their images, and the answer where it is the last of them: given, or given to be scored."""
-    turns, given = _turns(fields["messages"])
+    turns, given = _turns(fields["messages"], beside=fields["image"] is not None)
     if turns[-1]["role"] != "assistant" or not (fields["answer"] is None or (fields["scored"] and scores)):
         fields["scored"] = None
     else:
-        fields["answer"] = _text(turns.pop())
+        fields["answer"] = "".join(part["text"] for part in turns.pop()["content"] if part["type"] == "text")
         fields.update(dict.fromkeys(("finish", "ended")))
         if fields["scored"]:  # the other values are of the token that the engine had to add
             fields.update(dict.fromkeys(("token_ids", "logprobs", "reasoning")))
@@ -389,10 +419,17 @@ def _take_plain(fields: dict[str, Any], content: Mapping[str, Any], *, asked: bo
         fields["prompt"] = content["text"]  # a question where no image stands in it
 
 
-def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """Messages with texts and places for images, and the images, ``None`` where a place has none. Raises ``BadRow``."""
-    turns, images = [], []
+def _turns(messages: Sequence[Mapping[str, Any]], *, beside: bool) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Messages with texts and places for images, and the images, ``None`` where a place has none.
+
+    Images that stand ``beside`` messages without any have their places where a text says ``<image>``. Raises
+    ``BadRow``.
+    """
+    turns: list[dict[str, Any]] = []
+    images: list[Any] = []
     for message in messages:
+        if message.get("tool_calls"):
+            raise BadRow("a turn before the answer calls a tool: images and texts are read")
         content = message.get("content")
         parts: list[dict[str, Any]] = []
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else _objects(content):
@@ -405,19 +442,30 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]],
             else:
                 raise BadRow(f"a message holds {shortened(kind, 40)!r}: images and texts are read")
         turns.append({"role": str(message.get("role") or "user")[:40], "content": parts})
+    if beside and not images:
+        for turn in turns:
+            if any(_IMAGE in part["text"] for part in turn["content"]):
+                turn["content"] = [piece for part in turn["content"] for piece in _slots(part["text"])]
+        images = [None for turn in turns for part in turn["content"] if part["type"] == "image"]
     return turns, images
 
 
 def _filled(given: list[Any], images: Any, turns: list[dict[str, Any]]) -> list[Any] | None:
-    """The images of the messages; places without one take those beside them, and without places they come first."""
+    """The images of the messages; places without one take those beside them, and without places they come first.
+
+    Raises ``BadRow`` where there are not as many of either.
+    """
     beside = images if isinstance(images, list) else [] if images is None else [images]
     if not given:
         first = next((turn for turn in turns if turn["role"] == "user"), None)
         if first is not None:
             first["content"] = [{"type": "image"}] * len(beside) + first["content"]
         return beside or None
+    places = sum(image is None for image in given)
+    if places and len(beside) != places:
+        raise BadRow(f"{len(beside)} images beside the messages, which have places for {places}")
     waiting = iter(beside)
-    return [next(waiting, None) if image is None else image for image in given]
+    return [next(waiting) if image is None else image for image in given]
 
 
 def _text(turn: Mapping[str, Any]) -> str:

@@ -243,6 +243,53 @@ def test_llava_answers_and_questions(demo: Any, answers: list[Served], place: Pa
     checked(demo, file, answers, end=False, requests=lines(place / "questions.jsonl", questions))
 
 
+def test_a_mark_in_a_text_is_the_place_of_an_image(demo: Any, answers: list[Served], place: Path) -> None:
+    """As LLaMA-Factory and ms-swift write it, and in a question; the answer in parts is one text."""
+
+    def row(one: Served, number: int) -> dict[str, Any]:
+        if number == 0:
+            return {"image": f"{one.name}.png", "question": f"<image>\n{one.question}", "answer": one.text}
+        half = len(one.text) // 2
+        said = [{"type": "text", "text": part} for part in (one.text[:half], one.text[half:])]
+        asked = {"role": "user", "content": f"<image>{one.question}"}
+        return {"images": [f"{one.name}.png"], "messages": [asked, {"role": "assistant", "content": said}]}
+
+    file = lines(place / "a.jsonl", [row(one, number) for number, one in enumerate(answers)])
+    checked(demo, file, answers, end=False)
+
+
+def test_a_request_s_switches_and_tools_reach_the_template(
+    demo: Any, answers: list[Served], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, processor = demo
+    template = processor.chat_template + "{% if enable_thinking %} circle{% endif %}{% if tools %} star{% endif %}"
+    monkeypatch.setattr(processor, "chat_template", template)
+    more = {"chat_template_kwargs": {"enable_thinking": True, "truncation": True}, "tools": [{"type": "function"}]}
+    rows = [{"request": {**chat_request(answers[0]), **given}, **chat_response(answers[0])} for given in ({}, more)]
+    result = import_answers(lines(place / "a.jsonl", rows), *demo, place / "out", **QUICK)
+    plain, switched = (probe.open_trace(made.path).input_ids.tolist() for made in result.imported)
+    assert processor.tokenizer.decode(switched[len(plain) :]).split() == ["circle", "star"]
+    ((_, row),) = read_rows(lines(place / "b.jsonl", rows[1:]))
+    assert isinstance(row, AnswerRow) and row.asked is None, "a server would make another prompt of it"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("image,question,answer,answer\na.png,q,red,blue\nb.png,q,,red\n", ["two columns are named 'answer'", "red"]),
+        ('image,question,answer\na.png,q,"red\nb.png,q,blue\n', ["a quote that is not closed"]),
+        ('image,question,answer\na.png,q,"red" x\nb.png,q,blue\n', ["a quote that is not closed", "blue"]),
+        ('image,question,answer,"the\nscore"\na.png,q,red,1\n', ["red"]),
+    ],
+)
+def test_a_cell_is_what_stands_in_it(text: str, found: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    rows = [row for _, row in read_rows(tmp_path / "a.csv")]
+    assert len(rows) == len(found)
+    for row, wanted in zip(rows, found, strict=True):
+        assert row.answer == wanted if isinstance(row, AnswerRow) else wanted in str(row)
+
+
 def test_lmms_eval(demo: Any, answers: list[Served], place: Path) -> None:
     rows = [
         {
@@ -439,6 +486,7 @@ def test_one_broken_item_of_an_array_costs_itself(tmp_path: Path) -> None:
 
 
 BASE = {"image": "x.png", "question": "q", "answer": "a"}
+MARKED = [{"role": "user", "content": "<image>\nq"}]
 REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "another column": ({"image": "x.png", "question": "q", "prediction": "a"}, r"--column answer=prediction$"),
     "another image column": ({"img": "x.png", "question": "q", "answer": "a"}, r"is it 'img'\? --column image=img"),
@@ -454,6 +502,14 @@ REASONS: dict[str, tuple[dict[str, Any], str]] = {
         {**BASE, "choices": [{"message": {"content": "a", "reasoning_content": "Hm."}}]}, "return_token_ids: true",
     ),
     "video": ({**BASE, "messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "holds 'video_url'"),
+    "a tool before": ({**BASE, "messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "calls a tool"),
+    "images without places": ({**BASE, "image": ["x.png", "y.png"], "messages": MARKED}, "2 images .* places for 1"),
+    "places without images": ({**BASE, "question": "<image><image>q"}, "1 images .* places for 2"),
+    "settings of images": ({**BASE, "request": {"messages": MARKED, "mm_processor_kwargs": {"a": 1}}}, "how images"),
+    "a template of its own": ({**BASE, "request": {"messages": MARKED, "chat_template": "{{ 1 }}"}}, "a chat template"),
+    "a switch that is none": (
+        {**BASE, "request": {"messages": MARKED, "chat_template_kwargs": {"images": [1]}}}, "holds 'images'",
+    ),
 }  # fmt: skip
 
 
