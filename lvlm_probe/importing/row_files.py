@@ -160,7 +160,7 @@ def rows_in(path: str | Path, kind: str) -> Iterator[_Row]:
         elif kind == "xlsx":
             yield from _xlsx(path)
         else:
-            yield from _csv(path, tabs=kind == "tsv")
+            yield from csv_rows(path, tabs=kind == "tsv")
     except OSError as error:
         raise StudyError(f"{path} cannot be read: {error}; give a file of answers") from error
 
@@ -262,9 +262,12 @@ def _next_object(text: str, broken: int) -> int:
     return len(text) if found is None else found.end()
 
 
-def _csv(path: Path, *, tabs: bool) -> Iterator[_Row]:
-    """A header, and a row per record. Cells hold images as base64: the module's own limit is one for all users of it,
-    and is raised for good."""
+def csv_rows(path: Path, *, tabs: bool, empty: bool = False) -> Iterator[_Row]:
+    """The records below a header, by its names; with ``empty`` a cell without anything is ``""``, else left out.
+
+    Cells hold images as base64: the module's own limit is one for all users of it, and is raised for good. Raises
+    ``OSError``, and ``StudyError`` where there is no header.
+    """
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
     with path.open("r", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = file.readline(2**20)
@@ -286,7 +289,11 @@ def _csv(path: Path, *, tabs: bool) -> Iterator[_Row]:
                 yield number, BadRow(f"it cannot be read as csv: {error}; is there a quote that is not closed?")
                 continue
             if any(cell.strip() for cell in cells):
-                yield number, _record(names, cells)
+                row = _record(names, cells)
+                yield (
+                    number,
+                    {**dict.fromkeys(filter(None, names), ""), **row} if empty and isinstance(row, dict) else row,
+                )
 
 
 def _record(names: list[str], cells: list[str]) -> dict[str, Any] | BadRow:

@@ -323,6 +323,49 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
         list(open_dataset("table", str(file)))
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"question": None}], "row 1: there is nothing in column 'question'"),
+        ([{"question": float("nan")}], "nothing in column 'question'"),
+        ([{"question": " "}], "nothing in column 'question'"),
+        ([{"id": 7}, {"id": "7"}], "row 2: the id '7' stands in row 1 too"),
+        ([{"answer": True}], "an answer is a text"),
+        ([{"answer": 1, "choices": ["red", "blue"]}], "'1' is none of the choices, red, blue"),
+        ([{"boxes": [[0.1, 0.2, 0.5, 1]]}], "in pixels; got .*shares of the image"),
+        ([{"question": "What is in <image>?"}], "the question holds <image>"),
+    ],
+)
+def test_what_a_table_does_not_say_is_not_made_up(tmp_path: Path, rows: list[dict[str, Any]], said: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"image": "a.png", "question": "q", **row}) + "\n" for row in rows))
+    with pytest.raises(StudyError, match=said):
+        list(open_dataset("table", str(file)))
+
+
+def test_ids_and_answers_of_a_table_are_what_stands_there(tmp_path: Path) -> None:
+    """An index that begins at 0, whole numbers beside missing ones, several answers, a choice that is a letter."""
+    answers: list[Any] = [3.0, float("nan"), ["red", "scarlet"], "A", ""]
+    rows = [{"id": number, "question": "<image>\nq", "answer": answer} for number, answer in enumerate(answers)]
+    rows[3]["choices"] = ["B", "A"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"image": "a.png", **row}) + "\n" for row in rows))
+    found = list(open_dataset("table", str(file)))
+    assert [sample.id for sample in found] == ["0", "1", "2", "3", "4"]
+    assert [sample.answer for sample in found] == ["3", None, ("red", "scarlet"), "A", None]
+    assert {sample.question for sample in found} == {"q"}
+    file = tmp_path / "rows.csv"
+    for text, said in {
+        "image,question,answer\na.png\n": "nothing in column 'question'",
+        "image,question,answer,answer\na.png,q,red,blue\n": "row 2: two columns are named 'answer'",
+        'image,question,answer\na.png,q,"red\nb.png,q,blue\n': "row 2: .* a quote that is not closed",
+        "image,question\na.png,q,blue\n": "row 2: it has 3 cells, and the header 2",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(StudyError, match=said):
+            list(open_dataset("table", str(file)))
+
+
 def test_boxes_of_a_video_hold_from_a_frame_on(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     boxes: Any = {"20": [], "3": [[1, 2, 3, 4]], "0": [5, 6, 7, 8]}

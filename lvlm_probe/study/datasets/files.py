@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
 import json
 import os
@@ -14,7 +13,7 @@ from lvlm_probe.errors import ImageError, StudyError
 from lvlm_probe.extras import require
 from lvlm_probe.files import found_within
 from lvlm_probe.importing.refusals import BadRow
-from lvlm_probe.importing.row_files import json_lines
+from lvlm_probe.importing.row_files import csv_rows, json_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,8 +63,12 @@ class Row(dict[str, Any]):
         raise StudyError(f"{self.where}: there is no column {wanted}; it has {', '.join(map(repr, self))}")
 
     def text(self, *names: str) -> str:
-        """The same as text."""
-        return str(self.column(*names))
+        """The same as text. Raises ``StudyError`` also where nothing stands in it: tables say so by null or NaN."""
+        value = self.column(*names)
+        if value is None or value != value:
+            raise StudyError(f"{self.where}: there is nothing in column {next(n for n in names if n in self)!r}")
+        # Whole numbers beside a missing one are read as 3.0.
+        return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def rows(source: str | Path, *, what: str, split: str | None = None, config: str | None = None) -> Iterator[Row]:
@@ -193,9 +196,11 @@ def _files(path: Path, split: str | None) -> list[Path]:
 
 def _csv(file: Path) -> Iterator[dict[str, Any]]:
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            yield from csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ",")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        for number, row in csv_rows(file, tabs=file.suffix == ".tsv", empty=True):
+            if isinstance(row, BadRow):
+                raise StudyError(f"{file}, row {number}: {row}")
+            yield row
+    except OSError as error:
         raise StudyError(f"{file} cannot be read: {error}") from error
 
 

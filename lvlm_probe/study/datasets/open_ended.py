@@ -46,7 +46,10 @@ def strip_instructions(question: str) -> str:
 
 
 def true_choice(answer: str, choices: dict[str, str]) -> str:
-    """The text of the true choice: ``"(b)"``, ``"B"`` or ``"B. Closed"`` with its choices is ``"Closed"``."""
+    """The text of the true choice: ``"(b)"``, ``"B"`` or ``"B. Closed"`` with its choices is ``"Closed"``; a text that
+    is a choice is that one."""
+    if answer.strip() in choices.values():
+        return answer.strip()
     found = re.fullmatch(r"\s*(?:\(([A-Za-z])\)|([A-Za-z])[.:)]|([A-Za-z])\s*$)\s*.*", answer, re.DOTALL)
     letter = next((part for part in found.groups() if part), "").lower() if found else ""
     return choices.get(letter, answer.strip())

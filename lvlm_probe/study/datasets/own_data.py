@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lvlm_probe.errors import StudyError
-from lvlm_probe.study.datasets.files import find_video, first_frame, folder, open_image, rows
+from lvlm_probe.study.datasets.files import Row, find_video, first_frame, folder, open_image, rows
 from lvlm_probe.study.datasets.open_ended import lettered, strip_choices, strip_instructions, true_choice
 from lvlm_probe.study.datasets.registry import Sample, register_dataset, replaced
 from lvlm_probe.study.keys import short
@@ -55,15 +56,26 @@ def table(
     path = Path(os.path.expanduser(source))
     base = path if path.is_dir() else path.parent
     beside = (base / images, base) if images else (base,)
+    seen: dict[str, int] = {}
     for number, row in enumerate(rows(source, what=f"table {source}", split=split), start=1):
-        index = str(row.get(names["id"]) or number)
         here = row.where
+        index = str(number) if _nothing(row.get(names["id"])) else row.text(names["id"])
+        if index in seen:
+            raise StudyError(
+                f"{here}: the {names['id']} {short(index)} stands in row {seen[index]} too, and results are kept "
+                "by it; name a column that tells the rows apart (columns: {id: …})"
+            )
+        seen[index] = number
         asked = question or row.text(names["question"])
+        asked = asked.strip().removeprefix("<image>").lstrip() if asked.lstrip().startswith("<image>") else asked
+        if "<image>" in asked:
+            raise StudyError(f"{here}: the question holds <image>; the image stands before it: leave the mark out")
+        if not asked.strip():
+            raise StudyError(f"{here}: there is nothing in column {names['question']!r}")
         video = row.get(names["video"])
         value = video or row.column(names["image"])
         moves = bool(video) or is_video_name(value)
         choices = _choices(row.get(names["choices"]), here)
-        answer = row.get(names["answer"])
         annotations: dict[str, Any] = {}
         if row.get(names["boxes"]):
             annotations["region"] = (_boxes_in_time if moves else _boxes)(row[names["boxes"]], here)
@@ -75,9 +87,9 @@ def table(
             question=asked,
             load=partial(first_frame if moves else open_image, value, where=here, beside=beside),
             video=partial(find_video, value, where=here, beside=beside) if moves else None,
-            answer=None if answer in (None, "") else true_choice(str(answer), choices),
+            answer=_answer(row, names["answer"], choices),
             choices=tuple(choices.values()),
-            group=None if row.get(names["group"]) in (None, "") else str(row[names["group"]]),
+            group=None if _nothing(row.get(names["group"])) else row.text(names["group"]),
             annotations=annotations,
         )
 
@@ -106,6 +118,29 @@ def images(source: str, *, split: str | None = None, question: str = "Describe t
         )
 
 
+def _nothing(value: Any) -> bool:
+    """Whether a cell is empty; tables say so by null, by NaN or by no text."""
+    return value is None or value == "" or value != value
+
+
+def _answer(row: Row, name: str, choices: Mapping[str, str]) -> str | tuple[str, ...] | None:
+    """The true answer, several where it is a list; ``None`` without one."""
+    value = row.get(name)
+    if _nothing(value) or value == []:
+        return None
+    if isinstance(value, bool | Mapping):
+        raise StudyError(f"{row.where}: an answer is a text, or a list of texts; got {short(value, 60)}")
+    if isinstance(value, list | tuple):
+        return tuple(true_choice(str(item), dict(choices)) for item in value)
+    found = true_choice(row.text(name), dict(choices))
+    if choices and found not in choices.values() and re.fullmatch(r"\d+|\W*[A-Za-z]\W*", found):
+        raise StudyError(
+            f"{row.where}: the answer {found!r} is none of the choices, {', '.join(choices.values())}, nor the letter "
+            "of one"
+        )
+    return found
+
+
 def _choices(value: Any, where: str) -> dict[str, str]:
     if value is None or value == "":
         return {}
@@ -124,6 +159,8 @@ def _boxes(value: Any, where: str) -> list[tuple[float, ...]]:
         found = [tuple(float(edge) for edge in box) for box in given]
         if not found or any(len(box) != 4 or not all(map(math.isfinite, box)) for box in found):
             raise ValueError("not four numbers each")
+        if all(0 <= edge <= 1 for box in found for edge in box) and any(edge % 1 for box in found for edge in box):
+            raise ValueError("shares of the image")
     except (TypeError, ValueError, LookupError, OverflowError, RecursionError) as error:
         shown = short(value, 200)
         raise StudyError(f"{where}: boxes are [[x0, y0, x1, y1], …] in pixels; got {shown} ({error})") from error
