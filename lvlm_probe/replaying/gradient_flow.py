@@ -21,6 +21,7 @@ from lvlm_probe.errors import ProbeError
 from lvlm_probe.hooks import HookSet
 from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.replica import Replica
+from lvlm_probe.replaying.isolation import autocast_dtype
 from lvlm_probe.replaying.protocol import ReplayLike
 
 _AGREE = 0.1
@@ -133,8 +134,8 @@ def _sentence(replay: ReplayLike, modules: _Modules, layer: str, detail: str) ->
 
 def _rounding(model: torch.nn.Module, device: torch.device) -> float:
     """The unit of rounding of what the model computes with; of bfloat16 where it is quantised."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.finfo(torch.get_autocast_dtype(device.type)).eps
+    if (cast := autocast_dtype(device)) is not None:
+        return torch.finfo(cast).eps
     kinds = {weight.dtype for weight in model.parameters()}
     kinds |= {value.dtype for value in model.buffers() if value.dtype in (torch.int8, torch.uint8)}
     return max((torch.finfo(kind if kind.is_floating_point else torch.bfloat16).eps for kind in kinds), default=1e-7)

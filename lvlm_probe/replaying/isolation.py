@@ -46,6 +46,11 @@ def outside_modes(function: Callable[P, R]) -> Callable[P, R]:
     return outside
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return what ``torch.autocast`` of the caller casts to on a device, ``None`` where it is not on."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def taking_turns(function: Callable[P, R]) -> Callable[P, R]:
     """For a function of a ``replay``: calls with the same replay, or views of it, take turns, whole calls at a time.
     What is no method of its own (``explain``) looks at the model's weights first (``Replica.use``).

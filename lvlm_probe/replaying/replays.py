@@ -31,7 +31,7 @@ from lvlm_probe.process import of_the_last
 from lvlm_probe.replaying.answer_source import LiveTrace, recorded_path
 from lvlm_probe.replaying.capture import Captured, capture
 from lvlm_probe.replaying.gradient_flow import gradient_check
-from lvlm_probe.replaying.isolation import outside_modes, taking_turns
+from lvlm_probe.replaying.isolation import autocast_dtype, outside_modes, taking_turns
 from lvlm_probe.replaying.micro_batches import (
     Limits,
     Recomputed,
@@ -118,8 +118,8 @@ class Replay(Views):
         self.device = self._forcing.device
 
     @property
-    def _changes(self) -> int:
-        return self.replica.changes
+    def _changes(self) -> tuple[int, torch.dtype | None]:
+        return self.replica.changes, autocast_dtype(self.device)
 
     def _read_inputs(self, check_pixels: bool) -> None:
         """Sort the inputs of the recording by what becomes of them in a pass."""

@@ -32,6 +32,7 @@ from lvlm_probe.hooks import HookSet
 from lvlm_probe.models.anatomy import Anatomy, text_stack
 from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.wrappers import every_module
+from lvlm_probe.replaying.isolation import autocast_dtype
 from lvlm_probe.replaying.micro_batches import PassCounter
 from lvlm_probe.replaying.teacher_forcing import Shortcut, TeacherForcing
 
@@ -245,14 +246,8 @@ class Shortcuts:
 
     @property
     def _tolerance(self) -> tuple[float, float]:
-        kind: Any = self._autocast or getattr(self._model, "dtype", torch.float32)
+        kind: Any = autocast_dtype(self._forcing.device) or getattr(self._model, "dtype", torch.float32)
         return _TOLERANCE.get(kind, _TOLERANCE[torch.float32])
-
-    @property
-    def _autocast(self) -> torch.dtype | None:
-        """What passes of this thread are cast to."""
-        kind = self._forcing.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def _present(self, view: View) -> tuple[Any, ...]:
         """What a way that was found may depend on besides the weights, which it does not."""
@@ -264,7 +259,7 @@ class Shortcuts:
             getattr(self._model, "dtype", None),
             view.n_images,
             tuple(sorted(self._forcing.names)),
-            self._autocast,
+            autocast_dtype(self._forcing.device),
             hung,
         )
 

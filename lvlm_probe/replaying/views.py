@@ -47,7 +47,8 @@ class Kept:
         scored: of views with a score of the user's own, those asked for last at the end: results of theirs, their
             teacher-forced pass, and its shortcuts.
         facts: what others find out about this answer on this model, by a key of theirs.
-        changes: how often the model had changed (``Replica.changes``) when they were found.
+        changes: how often the model had changed (``Replica.changes``), and what passes were cast to by the caller, when
+            they were found.
     """
 
     original: torch.Tensor | None = None
@@ -60,10 +61,10 @@ class Kept:
     masks_at_once: int | None = None
     scored: OrderedDict[OwnScore, tuple[Kept, TeacherForcing, Shortcuts]] = field(default_factory=OrderedDict)
     facts: dict[Any, Any] = field(default_factory=dict)
-    changes: int = 0
+    changes: tuple[int, torch.dtype | None] = (0, None)
 
-    def of(self, changes: int) -> Kept:
-        """These results; of a model that has changed since, none, over the same pixel inputs."""
+    def of(self, changes: tuple[int, torch.dtype | None]) -> Kept:
+        """These results; of a model that has changed since, or computes otherwise, none, over the same pixel inputs."""
         if changes != self.changes:
             vars(self).update(vars(self.anew(changes=changes)))
         return self
@@ -99,7 +100,7 @@ class Views:
 
     @property
     def kept(self) -> Kept:
-        """What all views share; nothing yet, where the model has changed since."""
+        """What all views share; nothing yet, where the model has changed since, or the caller's autocast."""
         return self._kept.of(self._changes)
 
     @kept.setter
@@ -107,9 +108,9 @@ class Views:
         self._kept = kept
 
     @property
-    def _changes(self) -> int:
-        """How often the model has changed."""
-        return 0
+    def _changes(self) -> tuple[int, torch.dtype | None]:
+        """How often the model has changed, and what the caller's autocast has passes computed in."""
+        return 0, None
 
     @property
     def columns(self) -> int:

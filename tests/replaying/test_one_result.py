@@ -285,6 +285,16 @@ def test_a_replay_opened_in_inference_mode_serves_outside_and_the_other_way_roun
     inside.score_and_grad(mask, lambda log_probs: log_probs.sum(dim=1))  # a mask that was made there
 
 
+def test_what_was_found_under_autocast_stays_there(recorded: Any) -> None:
+    replay, outside = probe.replay(*recorded), probe.replay(*recorded).llr
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = replay.llr
+    assert not torch.equal(inside, outside)
+    assert torch.equal(replay.llr, outside)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(replay.llr, inside)
+
+
 def test_answers_recorded_in_inference_mode_lack_nothing(demo: Any, tmp_path: Path) -> None:
     model, processor = demo
     scene = probe.demo.scenes(1)[0]
