@@ -98,6 +98,8 @@ def test_a_question_that_holds_the_mark_of_an_image_is_refused(family, mark):
 def test_refusals(demo, scene):
     with pytest.raises(probe.ProbeError, match="no question"):
         ask(*demo, scene.image, "  ")
+    with pytest.raises(probe.ProbeError, match="half of a character"):
+        ask(*demo, scene.image, "a \ud800")
     with pytest.raises(probe.errors.ImageError, match="no such file"):
         ask(*demo, "nowhere.png", "What?")
     with pytest.raises(probe.errors.ImageError, match="fetch=True"):

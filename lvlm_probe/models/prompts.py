@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.escaping import writable
 from lvlm_probe.models.anatomy import reads_a_prompt
 from lvlm_probe.models.families import Family, family_of
 from lvlm_probe.models.tokenizers import display_pieces, special_ids, tokenizer_of
@@ -143,11 +144,13 @@ _IMAGE_MARKS = ("image_token", "boi_token", "video_token")
 
 
 def check_question(processor: Any, question: str, image_token_id: int | None) -> None:
-    """Refuse a question that holds what stands for an image in the model's prompt.
+    """Refuse a question that holds what stands for an image in the model's prompt, or what no tokenizer reads.
 
     Raises:
         ProbeError: it does; the processor, or the model, would look for an image in its place.
     """
+    if writable(question) != question:
+        raise ProbeError(f"the question holds half of a character ({writable(question)!r}): leave it out")
     marks = {getattr(processor, name, None) for name in _IMAGE_MARKS}
     tokenizer = tokenizer_of(processor)
     if image_token_id is not None and hasattr(tokenizer, "convert_ids_to_tokens"):

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal, overload
 import torch
 
 from lvlm_probe.errors import ReplayError, SelectionError
+from lvlm_probe.escaping import writable
 from lvlm_probe.plugins import load_plugins
 
 Other = tuple[int, tuple[int, ...]]
@@ -336,6 +337,8 @@ def alternative_ids(tokenizer: Any, said: Sequence[int], pieces: str, text: str)
     def ids_of(words: str) -> tuple[int, ...]:
         return tuple(map(int, tokenizer(words, add_special_tokens=False)["input_ids"]))
 
+    if writable(text) != text:
+        raise SelectionError(f"{writable(text)!r} holds half of a character, which no tokenizer reads")
     own = pieces[: len(pieces) - len(pieces.lstrip())]
     # Some tokenizers put a space in front themselves: what gives the said tokens back is the right way to write.
     leads = list(dict.fromkeys((own, "", " ")))

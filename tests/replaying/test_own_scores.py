@@ -342,3 +342,5 @@ def test_an_alternative_is_written_as_the_said_word_is() -> None:
     assert tokenizer.decode(alternative_ids(dummy_prefix, ids, " red", "blue")) == " blue"
     with pytest.raises(SelectionError, match="makes no token"):
         alternative_ids(tokenizer, ids, " red", " ")
+    with pytest.raises(SelectionError, match="half of a character"):
+        alternative_ids(tokenizer, ids, " red", "\ud800")
