@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from lvlm_probe.heatmap_store import MapFile
 from lvlm_probe.pages.data_uris import data_uri, shrink
 from lvlm_probe.pages.plain import without_folders
 from lvlm_probe.trace import Trace
+
+_log = logging.getLogger("lvlm_probe")
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,24 @@ class Handlers:
     def __init__(self, service: Service, gr: Any, scenes: list[Scene]) -> None:
         self.service, self.gr, self.scenes = service, gr, scenes
 
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """In the block every error is what a visitor reads: a ``ProbeError`` as its sentence, any other by its kind.
+
+        The log has that one whole.
+        """
+        try:
+            yield
+        except ProbeError as error:
+            raise refusal(self.gr, error) from error
+        except Exception as error:
+            _log.exception("a request of a visitor failed")
+            told = f"something unexpected happened ({type(error).__name__}): try it again in another way"
+            raise refusal(self.gr, ProbeError(told)) from error
+
     def said(self, handler: Callable[..., Any], *, clicked: bool = False) -> Callable[..., Any]:
         """A handler as Gradio calls it: it is given what shows how far it is, and what was clicked; a visitor reads its
-        ``ProbeError`` as a sentence."""
+        errors as sentences."""
         gr = self.gr
 
         idle = gr.Progress()  # Gradio knows by the default that progress is wanted
@@ -67,10 +85,8 @@ class Handlers:
             def shown(title: str) -> Iterator[Any]:
                 yield lambda done, total: progress((done, total), desc=title)
 
-            try:
+            with self.refusing():
                 return handler(shown, *args)
-            except ProbeError as error:
-                raise refusal(gr, error) from error
 
         if clicked:
 
@@ -106,13 +122,12 @@ class Handlers:
     def on_ask(self, model: str, image: Any, question: Any, visitor: str, *more: Any) -> Iterator[tuple[Any, ...]]:
         keep, stop = self.gr.skip(), threading.Event()
         try:
-            for found in self.service.ask(model, [image, *more], str(question or ""), visitor, stop):
-                if isinstance(found, Trace):
-                    yield self.shown(_Open(model, found))
-                elif found:
-                    yield keep, f'<p dir="auto" class="lp-growing">{text_html(found)}</p>', keep, keep
-        except ProbeError as error:
-            raise refusal(self.gr, error) from error
+            with self.refusing():
+                for found in self.service.ask(model, [image, *more], str(question or ""), visitor, stop):
+                    if isinstance(found, Trace):
+                        yield self.shown(_Open(model, found))
+                    elif found:
+                        yield keep, f'<p dir="auto" class="lp-growing">{text_html(found)}</p>', keep, keep
         finally:
             stop.set()
 

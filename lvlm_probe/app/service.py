@@ -9,6 +9,7 @@ which Pillow decodes within ``Limits``, text, and numbers; no file of a visitor 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import re
 import secrets
@@ -194,8 +195,8 @@ class Service:
         self._written.append(path)
         while len(self._written) > self.limits.answers:
             old = self._written.popleft()
-            if old.is_file():
-                for found in _maps(open_trace(old)):
+            with contextlib.suppress(ProbeError):  # one that is damaged or gone is no fault of this answer's
+                for found in find_maps([open_trace(old).path]):
                     for file in (found.path, found.overlay_path, found.score_path):
                         file.unlink(missing_ok=True)
             old.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import itertools
 import struct
 import sys
 import threading
+import types
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -323,6 +324,38 @@ def test_strangers_do_not_fill_a_temporary_folder(demo: Any, scene: Any) -> None
     service.close()
     assert not folder.exists()
     assert not scratch.exists()
+
+
+def test_a_damaged_answer_costs_nobody_else_theirs(demo: Any, scene: Any) -> None:
+    service = Service({"demo": demo}, limits=Limits(answers=1))
+    damaged = asked(service, scene, service.new_visitor()).path
+    damaged.write_bytes(b"no trace")
+    assert asked(service, scene, service.new_visitor()).answer
+    assert not damaged.exists()
+    service.close()
+
+
+class Refused(Exception):
+    """Gradio's error, without Gradio."""
+
+    def __init__(self, told: str, **_: Any) -> None:
+        super().__init__(told)
+
+
+@pytest.mark.parametrize("sent", [[], None, 3, {"name": []}], ids=repr)
+def test_a_request_of_any_shape_ends_in_a_sentence(
+    service: Service, sent: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on = Handlers(service, types.SimpleNamespace(Progress=str, skip=str, Error=Refused), [])
+    with pytest.raises(Refused, match=r"something unexpected happened|no such answer"):
+        on.said(on.on_open)(None, sent, "demo", service.new_visitor())
+    question = on.on_ask("demo", probe.demo.scenes(1)[0].image, "half \ud800 a character", service.new_visitor())
+    with pytest.raises(Refused, match="half of a character"):
+        list(question)
+    monkeypatch.setattr(Service, "ask", lambda *_: 1 / 0)
+    with pytest.raises(Refused, match="ZeroDivisionError"):
+        list(on.on_ask("demo", None, "", ""))
+    assert "1 / 0" in caplog.text
 
 
 def test_a_store_keeps_what_was_asked(demo: Any, scene: Any, tmp_path: Path) -> None:
