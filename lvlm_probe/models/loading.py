@@ -68,9 +68,10 @@ def load(
 
     Raises:
         LoadError: there is no such model, it is no vision-language model, or a library that it needs is missing or
-            broken; the message says what to install.
+            broken, and the message says what to install; no such device or number format is here.
     """
-    place = default_device() if device is None else torch.device(device)
+    place = _device(device)
+    dtype = _number_format(dtype)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if attn is not None:
         options["attn_implementation"] = attn
@@ -91,6 +92,28 @@ def load(
         with ONE_LOAD:
             model = AutoModelForImageTextToText.from_pretrained(source, **options).eval()
     return model if "device_map" in options else model.to(place), processor
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    """The device, before anything is loaded for it. Raises ``LoadError`` where it is not here."""
+    if device is None:
+        return default_device()
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch that was built without
+        raise LoadError(
+            f"no device {device!r} is here ({first_line(error, 120)}): give another one, as cpu or cuda:1, or none"
+        ) from error
+    return place
+
+
+def _number_format(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """What weights can be computed in. Raises ``LoadError`` for anything else."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype in (None, "auto") or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return dtype if found is None else found
+    raise LoadError(f"dtype is 'auto', float32, bfloat16, float16 or another floating-point format; got {dtype!r}")
 
 
 def default_device() -> torch.device:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 import lvlm_probe as probe
+from lvlm_probe.errors import LoadError
 from lvlm_probe.models import loading
 
 
@@ -77,6 +78,27 @@ def test_a_load_holds_the_lock_while_transformers_works(monkeypatch):
         with pytest.raises(OSError, match="no model today"):
             load()
     assert held == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"device": "gpu"}, "no device 'gpu' is here"),
+        ({"device": -1}, "no device -1 is here"),
+        ({"device": "xpu:7"}, "no device 'xpu:7' is here"),
+        ({"dtype": "fp16"}, "dtype is 'auto', float32, bfloat16, float16 .*; got 'fp16'"),
+        ({"dtype": torch.int8}, "got torch.int8"),
+    ],
+)
+def test_what_is_not_here_is_told_before_anything_is_loaded(given, said, monkeypatch):
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(LoadError, match=said):
+        probe.load(probe.demo.path(), **given)
+
+
+def test_a_number_format_may_be_named():
+    for named in ("bfloat16", "torch.bfloat16"):
+        assert probe.load(probe.demo.path(), device="cpu", dtype=named)[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
