@@ -61,6 +61,7 @@ def boxes_to_mask(boxes: Boxes, size: tuple[int, int]) -> np.ndarray:
     Raises:
         ExplainError: A box is not four finite numbers, is empty, or lies outside the image altogether.
     """
+    check_rules("boxes_to_mask", size=_size_rule(size))
     width, height = size
     mask = np.zeros((height, width), dtype=bool)
     for box in boxes:
@@ -90,7 +91,7 @@ def pointing_game(heat: Heatmap | np.ndarray, region: Region, *, tolerance: int 
             photographs (Zhang et al., 2018).
 
     Returns:
-        The probability of a hit; NaN for a constant heatmap, which points nowhere.
+        The probability of a hit; NaN for a constant heatmap, which points nowhere, and for no region.
     """
     values, inside = _aligned(heat, region)
     check_rules("pointing_game", tolerance=whole_rule(tolerance, 0))
@@ -105,7 +106,10 @@ def pointing_game(heat: Heatmap | np.ndarray, region: Region, *, tolerance: int 
 
 @naming_arguments
 def energy_in_region(heat: Heatmap | np.ndarray, region: Region) -> float:
-    """Share of the heatmap's sum that lies in the region, 0 to 1; NaN for a heatmap of zeros."""
+    """Share of the heatmap's sum that lies in the region, 0 to 1; NaN for a heatmap of zeros.
+
+    Raises ``ExplainError`` for one with values below 0.
+    """
     return _energy(*_aligned(heat, region))
 
 
@@ -174,6 +178,7 @@ def tube_mask(boxes: BoxesByFrame, frames: int, size: tuple[int, int]) -> np.nda
     Raises:
         ExplainError: there is no such frame, or as ``boxes_to_mask``.
     """
+    check_rules("tube_mask", frames=whole_rule(frames), size=_size_rule(size))
     mask = np.zeros((frames, size[1], size[0]), dtype=bool)
     for frame, region in boxes.items():
         if not (isinstance(frame, (int, np.integer)) and 0 <= frame < frames):
@@ -191,7 +196,7 @@ def tube_pointing(heat: OfVideo | np.ndarray, tube: Tube) -> float:
         tube: mask, or boxes by frame.
 
     Returns:
-        the probability of a hit; NaN for a constant heatmap, which points nowhere.
+        the probability of a hit; NaN for a constant heatmap, which points nowhere, and for no tube.
     """
     return _pointing(*_aligned_in_time(heat, tube))
 
@@ -217,7 +222,7 @@ def temporal_pointing(heat: OfVideo | np.ndarray, frames: Frames) -> float:
         frames: numbers counted from the clip's first, or a mask ``(frame,)`` of bools.
 
     Returns:
-        the probability of a hit; NaN for a heatmap that is the same at all times.
+        the probability of a hit; NaN for a heatmap that is the same at all times, and for no frames.
     """
     return _pointing(*_over_time(heat, frames))
 
@@ -230,6 +235,10 @@ def temporal_iou(heat: OfVideo | np.ndarray, frames: Frames) -> float:
     heatmap gains nothing by being wide. Arguments as for ``temporal_pointing``.
     """
     return _iou(*_over_time(heat, frames))
+
+
+def _size_rule(size: tuple[int, int]) -> tuple[object, bool, str]:
+    return size, len(size) == 2 and all(whole_rule(edge)[1] for edge in size), "(width, height), both at least 1"
 
 
 def as_mask(given: np.ndarray, name: str = "a region") -> np.ndarray:
@@ -312,7 +321,7 @@ def _of_video(heat: OfVideo) -> OfVideo:
 
 
 def _pointing(values: np.ndarray, inside: np.ndarray) -> float:
-    if values.max() == values.min():
+    if values.max() == values.min() or not inside.any():
         return float("nan")
     highest = values.max()
     return float(inside[values >= highest - 1e-6 * abs(highest)].mean())

@@ -25,6 +25,7 @@ from lvlm_probe.errors import ExplainError, ImageError
 from lvlm_probe.files import write_whole
 from lvlm_probe.heatmap import PNG_KEY, HeatGrid, Heatmap
 from lvlm_probe.images.clips import over_frames
+from lvlm_probe.kinds import is_whole
 from lvlm_probe.trace.clips import Clip
 from lvlm_probe.trace.video_files import encode_video
 
@@ -91,8 +92,7 @@ class ClipHeatmap(HeatGrid):
 
         Its values are not stretched, so that frames can be compared; judge the video as a whole, not its frames.
         """
-        if not 0 <= number < self.clip.frames:
-            raise ExplainError(f"frame {number} of a video of {self.clip.frames} frames, counted from 0")
+        self._known_frame(number)
         of = {name: getattr(self, name) for name in ("image_size", "selection", "method", "params", "trace", "reason")}
         shown: dict[str, Any] = {}
         if self.values is not None:
@@ -133,7 +133,13 @@ class ClipHeatmap(HeatGrid):
         )
 
     def image(self, number: int) -> Image.Image:
-        """One frame as the model was shown it, RGB. Raises ``ImageError`` when no trace is at hand."""
+        """One frame as the model was shown it, RGB.
+
+        Raises:
+            ExplainError: there is no such frame.
+            ImageError: no trace is at hand.
+        """
+        self._known_frame(number)
         if self.trace is None:
             raise ImageError("this heatmap has no frames at hand: its trace was not found beside it")
         images = self.trace.images
@@ -169,9 +175,11 @@ class ClipHeatmap(HeatGrid):
             score: what ``evaluate`` said of this heatmap; without it, it is "not checked".
 
         Raises:
-            ExplainError: there are no values.
+            ExplainError: there are no values, or ``side`` is no number of pixels.
             ImageError: no frames at hand.
         """
+        if not side >= 1:
+            raise ExplainError(f"side is a number of pixels, at least 1; got {side!r}")
         width, height = self.image_size
         longest = (side - _GAP) // 2 * max(width, height) // width
         return self._strip(6, 2, longest, drawing.mark_of(score))
@@ -296,6 +304,10 @@ class ClipHeatmap(HeatGrid):
         return f"frame {number}" if times is None else f"{times[number]:.1f} s"
 
     # ------------------------------------------------------------------------------------------------------- inside
+
+    def _known_frame(self, number: int) -> None:
+        if not (is_whole(number) and 0 <= int(number) < self.clip.frames):
+            raise ExplainError(f"frame {number!r} of a video of {self.clip.frames} frames, counted from 0")
 
     def _frames(self, steps: np.ndarray) -> np.ndarray:
         """Steps in time ``(t, row, col)`` as frames ``(frame, row, col)``, as masks are brought to them."""

@@ -16,6 +16,9 @@ from lvlm_probe.metrics.localization import (
     iou,
     pointing_game,
     soft_iou,
+    temporal_pointing,
+    tube_mask,
+    tube_pointing,
 )
 
 REGION = np.zeros((4, 4), dtype=bool)
@@ -134,6 +137,23 @@ def test_an_array_that_stands_for_a_region_has_two_values(metric) -> None:
             metric(values, none)
     with pytest.raises(ExplainError, match="shape"):
         metric(values, np.zeros((0, 0), dtype=bool))
+
+
+def test_no_heatmap_points_into_no_region() -> None:
+    values = np.random.default_rng(0).random((4, 4))
+    assert np.isnan(pointing_game(values, np.zeros((4, 4), dtype=bool)))
+    assert np.isnan(temporal_pointing(values[0], []))
+    assert np.isnan(tube_pointing(values[None], np.zeros((1, 4, 4), dtype=bool)))
+
+
+@pytest.mark.parametrize("size", [(8,), (0, 8), (-1, 8), (8, 8, 3)])
+def test_a_size_is_width_and_height(size) -> None:
+    with pytest.raises(ExplainError, match=r"size is \(width, height\), both at least 1"):
+        boxes_to_mask([(0, 0, 1, 1)], size)
+    with pytest.raises(ExplainError, match=r"size is \(width, height\), both at least 1"):
+        tube_mask({0: [(0, 0, 1, 1)]}, 3, size)
+    with pytest.raises(ExplainError, match="frames is a whole number of at least 1"):
+        tube_mask({}, 0, (8, 8))
 
 
 @pytest.mark.parametrize("tolerance", [-1, True])

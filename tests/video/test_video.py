@@ -396,8 +396,12 @@ def test_one_frame_of_a_heatmap_is_a_heatmap(toy: ToyClip) -> None:
     frame = heat.frame(3)
     assert frame.image_index == 3
     assert np.allclose(frame.values, 0.75 * heat.values[1] + 0.25 * heat.values[2], atol=1e-6)
-    with pytest.raises(ExplainError, match="counted from 0"):
-        heat.frame(8)
+    for number in (8, -1, 0.5, None, "1"):  # of a negative one another image of the prompt was shown
+        for shown in (heat.frame, heat.image):
+            with pytest.raises(ExplainError, match="counted from 0"):
+                shown(number)
+    with pytest.raises(ExplainError, match="side is a number of pixels"):
+        heat.preview(0)
 
 
 def test_values_are_what_they_say() -> None:
