@@ -176,7 +176,7 @@ class TokenSelection:
                 rule=record["rule"],
                 params=dict(record["params"]),
                 skipped={int(index): str(reason) for index, reason in record["skipped"].items()},
-                reason=record["reason"],
+                reason=None if record["reason"] is None else str(record["reason"]),
                 special=tuple(int(index) for index in record.get("special", ())),
                 score=stored_score(record["score"]) if record.get("score") else None,
             )

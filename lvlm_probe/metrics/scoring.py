@@ -240,9 +240,12 @@ class Score:
                 known[name] = _number(known[name])
             for name in _CURVES:
                 known[name] = tuple(_number(value) for value in known[name])
+            if len({len(known[name]) for name in ("fractions", "deletion_curve", "insertion_curve")}) > 1:
+                raise ValueError("its curves are not of one length")
             known["verdict"] = Verdict.from_dict(known["verdict"])
+            known["params"] = dict(known["params"])
             return cls(**known)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ExplainError(f"not a stored score: {error!r}") from error
 
 

@@ -445,6 +445,15 @@ def test_a_score_survives_json() -> None:
     assert Score.from_dict(record) == score
     with pytest.raises(ExplainError, match="not a stored score"):
         Score.from_dict({"deletion": 1})
+    for name, wrong in (
+        ("verdict", None),
+        ("verdict", "held"),
+        ("params", [1]),
+        ("fractions", []),
+        ("deletion", "low"),
+    ):
+        with pytest.raises(ExplainError, match="not a stored score"):
+            Score.from_dict({**record, name: wrong})
 
 
 def test_refusals() -> None:
