@@ -30,7 +30,7 @@ def in_one_line(thing: Any) -> str:
 
 
 def _brief(value: Any) -> str:
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if hasattr(value, "dtype") and hasattr(value, "shape"):  # a heatmap without values has no shape to tell
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, bytes):
         return f"{len(value)} bytes"

@@ -121,6 +121,15 @@ def test_one_line_of_anything() -> None:
     )
 
 
+def test_one_line_of_what_holds_a_heatmap_without_values() -> None:
+    @dataclasses.dataclass
+    class Holding:
+        heat: Any
+
+    told = in_one_line(Holding(probe.Heatmap(None, (300, 200), reason="nothing to explain")))
+    assert told.startswith("Holding(heat=") and "nothing to explain" in told
+
+
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     capture = sample_capture()
     capture.rows[0].tokens[1], capture.rows[0].question = HOSTILE, HOSTILE
