@@ -29,6 +29,7 @@ from lvlm_probe.recording.prompt_images import NotRecorded
 from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions, Target
 from lvlm_probe.recording.row_inputs import columns_of, image_token_mask
 from lvlm_probe.replaying import Replay
+from lvlm_probe.replaying.isolation import outside_modes
 from lvlm_probe.trace.reader import Trace
 from lvlm_probe.trace.records import Capture, RowCapture
 
@@ -112,6 +113,7 @@ class ForcedRecorder(GenerationRecorder):
         )
 
 
+@outside_modes
 def forced(probe: Probe, row: AnswerRow, images: Sequence[Image.Image], options: RecordOptions) -> Capture:
     """The capture of an answer that was said elsewhere, on the attached model.
 

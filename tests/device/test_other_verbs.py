@@ -47,6 +47,15 @@ def test_verbs_without_double_precision(llava: Any, tmp_path: Path) -> None:  # 
         np.testing.assert_allclose(np.asarray(here[name]), np.asarray(value), atol=1e-4, err_msg=name)
 
 
+def test_answers_are_imported_where_tensors_are_made_on_the_device(llava: Any, tmp_path: Path) -> None:  # noqa: F811
+    tiny_models.picture().save(tmp_path / "image.png")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"image": "image.png", "question": "What is on the left?", "answer": "a red circle"}\n')
+    with on_card(llava[0]), torch.device("cuda"):
+        found = probe.import_answers(rows, *llava, out=tmp_path / "imported")
+    assert not found.rejected and len(found.imported) == 1
+
+
 class ClipOnACard(ToyClip):
     """Its log-probabilities are where a model's would be."""
 
