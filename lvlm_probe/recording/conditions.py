@@ -120,18 +120,34 @@ def _usual(given: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None) ->
     return bool(((given.to(ids.device) == counted) | (real == 0)).all())
 
 
+def cached_images(ids: torch.Tensor, image_token: int | None, kwargs: Mapping[str, Any]) -> str:
+    """The reason why a call is not recorded whose pixel inputs are those of its last images alone, as a key-value cache
+    holds the ones before; empty where it holds none."""
+    held = _positions_in(cache_in(kwargs))
+    tokens = int((ids[:, :held] == image_token).sum()) if image_token is not None else 0
+    return _only_cached(held, tokens) if tokens else ""
+
+
+def _positions_in(cache: Any) -> int:
+    length = getattr(cache, "get_seq_length", None)
+    return int(length()) if callable(length) else 0
+
+
+def _only_cached(held: int, tokens: int) -> str:
+    told = f"{tokens} image tokens stand for images" if tokens else "an earlier turn may have had images"
+    return (
+        f"this turn goes on from a key-value cache ({held} positions), and {'its ' if tokens else ''}{told} that only "
+        "the cache holds; nothing is recorded. Record this turn without the cache: generate() over the conversation "
+        "with its images"
+    )
+
+
 def without_image(ids: torch.Tensor, image_token: int | None, kwargs: Mapping[str, Any]) -> str:
     """The reason why a call without pixel inputs is not recorded."""
-    cache = cache_in(kwargs)
-    length = getattr(cache, "get_seq_length", None)
-    held = int(length()) if callable(length) else 0
+    held = _positions_in(cache_in(kwargs))
     tokens = int((ids == image_token).sum()) if image_token is not None else 0
     if held:
-        told = f"its {tokens} image tokens stand for images" if tokens else "an earlier turn may have had images"
-        return (
-            f"this turn goes on from a key-value cache ({held} positions), and {told} that only the cache holds; "
-            f"nothing is recorded. Record this turn without the cache: generate() over the conversation with its images"
-        )
+        return _only_cached(held, tokens)
     if tokens:
         return (
             f"the prompt holds {tokens} image tokens, but no pixel inputs were given to generate(); nothing is "

@@ -137,6 +137,8 @@ def _opened(value: Any) -> Image.Image | None:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().numpy() if value.dtype == torch.uint8 else None
     if isinstance(value, np.ndarray) and value.dtype == np.uint8:
+        if value.ndim == 3 and {value.shape[0], value.shape[2]} <= {1, 3, 4}:
+            return None  # rows or channels first: transformers guesses, and each of its processors otherwise
         if value.ndim == 3 and value.shape[0] in (3, 4) and value.shape[2] not in (3, 4):
             value = value.transpose(1, 2, 0)
         if value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (3, 4)):

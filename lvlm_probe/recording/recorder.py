@@ -49,6 +49,7 @@ from lvlm_probe.models.tokenizers import (
 from lvlm_probe.models.wrappers import adapters_of_this_call, compiled_parts
 from lvlm_probe.recording.attention_points import CROSS, attention_points
 from lvlm_probe.recording.conditions import (
+    cached_images,
     compiles_itself,
     forced_because,
     inferred_mask,
@@ -191,6 +192,8 @@ class GenerationRecorder:
             )
         if not any(self._inputs[name].is_floating_point() for name in pixels):
             raise NotRecorded(without_image(ids, self.anatomy.image_token_id, kwargs))
+        if not self.anatomy.encodes_prompt and (reason := cached_images(ids, self.anatomy.image_token_id, kwargs)):
+            raise NotRecorded(reason)
         if self.anatomy.encodes_prompt:
             self._decoder_ids = decoder_prompt(self.model, kwargs.get("decoder_input_ids"), setting, ids)
             self._inputs["decoder_input_ids"] = self._decoder_ids

@@ -94,6 +94,14 @@ def test_arrays_that_are_written_over(shape):
     assert all(image.any() for image in before)
 
 
+@pytest.mark.parametrize("shape", [(3, 90, 3), (3, 60, 4), (4, 90, 3), (1, 90, 3)])
+def test_an_array_that_may_be_rows_or_channels_first_is_no_image(shape):
+    """transformers takes the first axis for channels, where it can, and then reads another image than NumPy's rows."""
+    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    handed = hand_over([array])
+    assert handed.images is None and str(shape) in handed.why
+
+
 def test_a_photograph_keeps_its_file_and_its_rotation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

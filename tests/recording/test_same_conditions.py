@@ -567,6 +567,30 @@ def test_a_second_turn_on_a_cache(llava, tmp_path):
     assert len(recording.paths) == 1
 
 
+def test_a_second_turn_on_a_cache_with_an_image_of_its_own(llava, tmp_path):
+    """The pixel inputs are those of the second image alone; what stands before the first one may be in a cache."""
+    model, processor = llava
+    two = ask(llava, [tiny_models.picture(seed=seed) for seed in (0, 1)])
+    second, ids = two["pixel_values"][1:], two["input_ids"]
+    first = int((ids[0] == model.config.image_token_id).nonzero()[0])
+    with probe.attach(model, processor) as p, p.record(tmp_path, llr=False, boxes=False) as recording:
+        for stop in (first + 16, first):
+            cache = DynamicCache(config=model.config.get_text_config())
+            pixels = two["pixel_values"][:1] if stop > first else None
+            with torch.no_grad():
+                model(input_ids=ids[:, :stop], pixel_values=pixels, past_key_values=cache)
+            given = {**two, "pixel_values": second if stop > first else two["pixel_values"]}
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model.generate(**given, past_key_values=cache, max_new_tokens=3, do_sample=False)
+            told = [str(warning.message) for warning in caught if warning.category is probe.ProbeWarning]
+            assert any("16 image tokens stand for images that only the cache holds" in one for one in told) is (
+                stop > first
+            )
+    (trace,) = recording.traces
+    assert len(trace.image_positions) == 32
+
+
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_cache_counts_by_its_older_and_its_newer_name(llava, name):
     """``generate()`` takes the one up to transformers 5.23, the other since."""
