@@ -52,6 +52,15 @@ def one_line(text: str) -> str:
     return "".join(sign for sign in " ".join(text.split()) if unicodedata.category(sign) not in ("Cc", "Cs"))
 
 
+_UNDRAWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+def drawable(text: str) -> str:
+    """With the replacement character for what no font draws and no XML may hold: control characters, halves of
+    characters, what Unicode calls no characters."""
+    return _UNDRAWN.sub("\ufffd", text)
+
+
 def first_line(error: BaseException, most: int = 500) -> str:
     """What a library's error says, in one line of at most ``most`` characters, its type first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -8,6 +8,7 @@ import re
 import threading
 import unicodedata
 import warnings
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -263,6 +264,15 @@ def test_files_carry_their_provenance(heats, tmp_path, ending) -> None:
     before = data
     heats[0].figure(path, score=Scored(True), width="column", dpi=100)
     assert path.read_bytes() == before  # the same figure is the same file, and replaces it
+
+
+def test_an_svg_with_signs_that_xml_has_not_can_be_read(tmp_path) -> None:
+    """A model may say any byte; XML 1.0 has no control characters, and no U+FFFE."""
+    odd = "re\x00d \x1b[31m \ufffe x"
+    panels = [Panel(picture(30, 20), None, row=odd, col=odd, question=odd, answer=[(odd, True)], reason=odd)]
+    data = drawing.figure_bytes(drawing.figure(panels), "a.svg", provenance="{}")
+    texts = "".join(ElementTree.fromstring(data).itertext())
+    assert "re\ufffdd" in texts and "no map" in texts
 
 
 def test_a_map_that_is_none_says_why(heats) -> None:

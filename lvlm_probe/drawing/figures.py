@@ -18,6 +18,7 @@ from PIL import Image
 
 from lvlm_probe.drawing.overlays import MARK_COLOURS, Mark, Scored, cells_of, colour_bar, mark_of, overlay
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.escaping import drawable
 from lvlm_probe.files import write_whole
 from lvlm_probe.kinds import is_whole
 from lvlm_probe.process import lock
@@ -301,7 +302,7 @@ class _Sheet:
         from matplotlib.text import Text
 
         probe = Text(
-            0, 0, text, fontsize=self._points, weight=look.get("weight", "normal"), parse_math=False,
+            0, 0, drawable(text), fontsize=self._points, weight=look.get("weight", "normal"), parse_math=False,
             fontfamily=self._families,
         )  # fmt: skip
         probe.set_figure(self._drawn)
@@ -311,7 +312,7 @@ class _Sheet:
     def text(self, x: float, y: float, text: str, **look: Any) -> None:
         height = self._drawn.get_figheight()
         look = {"fontsize": self._points, "parse_math": False, "fontfamily": self._families, **look}
-        self._drawn.text(x / self._width, 1 - y / height, text, **look)
+        self._drawn.text(x / self._width, 1 - y / height, drawable(text), **look)
 
     def axes(self, x: float, y: float, wide: float, high: float) -> Axes:
         height = self._drawn.get_figheight()
@@ -377,8 +378,9 @@ class _Sheet:
         image = image.resize(pixels, Image.Resampling.BICUBIC, reducing_gap=2.0)
         if panel.values is None:
             axes.imshow(np.asarray(image.convert("L").convert("RGB")), aspect="auto")
+            reason = drawable(f"no map: {panel.reason or 'none'}")
             axes.text(
-                0.5, 0.5, "\n".join(self.wrapped(f"no map: {panel.reason or 'none'}", 0.9 * wide)), ha="center",
+                0.5, 0.5, "\n".join(self.wrapped(reason, 0.9 * wide)), ha="center",
                 va="center", fontsize=self._points, transform=axes.transAxes, parse_math=False,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85},
             )  # fmt: skip
