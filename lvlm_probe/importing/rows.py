@@ -333,7 +333,8 @@ def _of_cell(name: str, value: Any) -> Any:
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 return read(value.strip())
     if name in ("answer", "question", "prompt") and isinstance(value, int | float) and not isinstance(value, bool):
-        return None if value != value else str(value)
+        # Whole numbers beside a missing one are read as 3.0.
+        return None if value != value else str(int(value) if isinstance(value, float) and value.is_integer() else value)
     return value
 
 

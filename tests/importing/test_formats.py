@@ -393,6 +393,18 @@ def test_parquet(demo: Any, answers: list[Served], place: Path) -> None:
     assert len(again.present) == len(answers)
 
 
+def test_whole_numbers_beside_a_missing_one_stay_whole(tmp_path: Path) -> None:
+    """As pandas writes them, a column of answers with a gap is of floats."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [{**BASE, "answer": answer} for answer in (3.0, 2.5, None)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = [row for _, row in read_rows(tmp_path / "a.parquet")]
+    assert [row.answer for row in found if isinstance(row, AnswerRow)] == ["3", "2.5"]
+    assert isinstance(found[2], BadRow)
+
+
 def test_xlsx(demo: Any, answers: list[Served], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
