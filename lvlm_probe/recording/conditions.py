@@ -53,6 +53,10 @@ def other_conditions(model: Any, inputs: Mapping[str, torch.Tensor], kwargs: Map
     cache = cache_in(kwargs)
     if kwargs.get("cache_implementation") == "quantized" or type(cache).__name__.startswith("Quantized"):
         found.append("the cache was quantised")
+    if held := _positions_in(cache):
+        found.append(f"a key-value cache was given that held {held} positions already")
+    if kwargs.get("encoder_outputs") is not None:
+        found.append("encoder_outputs were given")
     return found
 
 

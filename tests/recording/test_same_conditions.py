@@ -567,6 +567,24 @@ def test_a_second_turn_on_a_cache(llava, tmp_path):
     assert len(recording.paths) == 1
 
 
+def test_a_cache_of_another_prompt_is_no_side_of_a_ratio(llava, tmp_path):
+    """generate() takes a cache's word for what stands before; a replay reads the prompt itself."""
+    model, processor = llava
+    inputs = ask(llava)
+    first = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0])
+    cache = DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad():
+        model(input_ids=inputs["input_ids"][:, :first] + 7, past_key_values=cache)
+    with probe.attach(model, processor) as p, p.record(tmp_path, images=[tiny_models.picture(90, 60)]) as recording:
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    (trace,) = recording.traces
+    assert trace.log_probs_source == "teacher_forced"
+    assert any(f"a key-value cache was given that held {first} positions" in note for note in trace.notes)
+    replay = probe.replay(trace, model, processor)
+    np.testing.assert_allclose(np.asarray(trace.llr), replay.llr.numpy(), atol=1e-4)
+    assert "encoder_outputs were given" in other_conditions(model, inputs, {"encoder_outputs": (torch.zeros(1),)})
+
+
 def test_a_second_turn_on_a_cache_with_an_image_of_its_own(llava, tmp_path):
     """The pixel inputs are those of the second image alone; what stands before the first one may be in a cache."""
     model, processor = llava
@@ -602,7 +620,10 @@ def test_a_cache_counts_by_its_older_and_its_newer_name(llava, name):
     settings = {}.get
     cache.offloading = True
     assert offloads_its_cache(settings, {name: cache}) and not offloads_its_cache(settings, {name: None})
-    assert other_conditions(model, inputs, {name: cache}) == []
+    assert other_conditions(model, inputs, {name: cache}) == [
+        "a key-value cache was given that held 7 positions already"
+    ]
+    assert other_conditions(model, inputs, {name: DynamicCache()}) == []
     quantised = type("QuantizedCache", (DynamicCache,), {})()
     assert other_conditions(model, inputs, {name: quantised}) == ["the cache was quantised"]
 
