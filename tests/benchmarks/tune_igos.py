@@ -3,7 +3,7 @@
     python tests/benchmarks/tune_igos.py --scenes 40                                   # settings of few passes
     python tests/benchmarks/tune_igos.py --only $ROUNDS --hard --model examples/hard_model
     python tests/benchmarks/tune_igos.py --judge --scenes 200 --write                  # the default on held-out scenes
-    python tests/benchmarks/tune_igos.py --judge --scenes 24 --model runs/cambrian --write
+    python tests/benchmarks/tune_igos.py --judge --scenes 60 --model runs/cambrian --write
     python tests/benchmarks/tune_igos.py --judge --scenes 12 --model runs/real/model --cases runs/photographs \
         --adaptive 0.04 --lines runs/tournament/photographs --name "real parts, photographs" --write
 
