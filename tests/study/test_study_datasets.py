@@ -366,6 +366,30 @@ def test_ids_and_answers_of_a_table_are_what_stands_there(tmp_path: Path) -> Non
             list(open_dataset("table", str(file)))
 
 
+def test_a_mask_is_what_is_white_or_the_lighter_of_two_colours(tmp_path: Path) -> None:
+    """0 and 255, 0 and 1, and a palette whose second colour is a dark red (PASCAL VOC) mean the same."""
+    inside = np.zeros((8, 12), np.uint8)
+    inside[2:4, 3:6] = 1
+    voc = Image.fromarray(inside, "P")
+    voc.putpalette([0, 0, 0, 128, 0, 0])
+    soft = Image.fromarray(inside * 200)
+    soft.putpixel((0, 0), 40)  # a third level, as JPEG and soft edges have
+    kinds = [Image.fromarray(inside * 255), Image.fromarray(inside), Image.fromarray(inside.astype(bool)), voc, soft]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"image": "a.png", "question": "q", "mask": "m.png"}))
+    for kind in kinds:
+        kind.save(tmp_path / "m.png")
+        (sample,) = open_dataset("table", str(file))
+        assert np.array_equal(sample.annotations["region"], inside == 1)
+    labels = inside.copy()
+    labels[6, 6] = 2
+    black, white = Image.new("L", (12, 8)), Image.new("L", (12, 8), 255)
+    for none, said in ((Image.fromarray(labels), "nowhere white"), (black, "nowhere white"), (white, "white all over")):
+        none.save(tmp_path / "m.png")
+        with pytest.raises(StudyError, match=f"row 1: the mask is {said}"):
+            list(open_dataset("table", str(file)))
+
+
 def test_boxes_of_a_video_hold_from_a_frame_on(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     boxes: Any = {"20": [], "3": [[1, 2, 3, 4]], "0": [5, 6, 7, 8]}

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lvlm_probe.errors import StudyError
 from lvlm_probe.study.datasets.files import Row, find_video, first_frame, folder, open_image, rows
@@ -17,6 +17,10 @@ from lvlm_probe.study.datasets.open_ended import lettered, strip_choices, strip_
 from lvlm_probe.study.datasets.registry import Sample, register_dataset, replaced
 from lvlm_probe.study.keys import short
 from lvlm_probe.trace.video_files import is_video_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
 
 Field = Literal["id", "question", "image", "video", "answer", "choices", "group", "boxes", "mask"]
 FIELDS: tuple[str, ...] = get_args(Field)
@@ -81,7 +85,7 @@ def table(
             annotations["region"] = (_boxes_in_time if moves else _boxes)(row[names["boxes"]], here)
         elif row.get(names["mask"]) and not moves:
             mask = open_image(row[names["mask"]], where=here, beside=beside)
-            annotations["region"] = _white(mask)
+            annotations["region"] = _white(mask, here)
         yield Sample(
             id=index,
             question=asked,
@@ -182,7 +186,14 @@ def _boxes_in_time(value: Any, where: str) -> dict[int, list[tuple[float, ...]]]
     return {frame: _boxes(boxes, where) if boxes else [] for frame, boxes in starts}
 
 
-def _white(image: Any) -> Any:
+def _white(mask: Image.Image, where: str) -> np.ndarray:
+    """The region of a mask, ``(row, col)`` bool: what is white, or of two colours (0 and 1) the lighter."""
     import numpy as np
 
-    return np.asarray(image.convert("L")) > 127
+    levels = np.asarray(mask.convert("L"))
+    found = np.unique(levels)
+    white = levels == found[-1] if len(found) == 2 else levels > 127
+    if white.all() or not white.any():
+        told = "white all over" if white.all() else "nowhere white"
+        raise StudyError(f"{where}: the mask is {told}; white is the region that decides the answer, the rest is black")
+    return white
