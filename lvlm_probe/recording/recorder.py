@@ -68,6 +68,7 @@ from lvlm_probe.recording.token_boxes import BoxCache, box_key, place
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.answer_source import LiveTrace
 from lvlm_probe.replaying.hidden_states import point_records
+from lvlm_probe.replaying.verification import FLOOR
 from lvlm_probe.trace.clips import Clip
 from lvlm_probe.trace.image_files import is_constant
 from lvlm_probe.trace.records import Capture, RowCapture
@@ -153,6 +154,7 @@ class GenerationRecorder:
         self._boxes = target.boxes
         self._inputs: dict[str, Any] = {}
         self._images: dict[str, list[Image.Image]] = {}
+        self._padded: set[str] = set()  # the traces whose prompt ran beside longer ones
         self._other_conditions: list[str] = []
         self._compiling = self._offloading = False
         self.cautions: list[tuple[str, str]] = []
@@ -478,6 +480,7 @@ class GenerationRecorder:
         images = mine.images or []
         trace_id = uuid.uuid4().hex[:16]
         self._images[trace_id] = images
+        self._padded |= {trace_id} if real is not None and not bool(real.all()) else set()
         spans = self._spans(prompt_ids, positions, mine)
         return RowCapture(
             trace_id=trace_id,
@@ -563,9 +566,9 @@ class GenerationRecorder:
     def complete(self, capture: Capture) -> None:
         """Add what needs further passes: log-likelihood ratios, boxes of image tokens, hidden states.
 
-        Baseline log-probabilities (paper, Eq. 6) take one pass per row; the baseline is blurred harder until the
-        selected tokens keep less than 5 % probability (paper, A.1). Log-probabilities themselves are computed where
-        the hook saw none.
+        Baseline log-probabilities (paper, Eq. 6) take one pass per row, and one more where its prompt was padded; the
+        baseline is blurred harder until the selected tokens keep less than 5 % probability (paper, A.1).
+        Log-probabilities themselves are computed where the hook saw none.
         """
         start = time.perf_counter()
         for row in capture.rows:
@@ -625,12 +628,28 @@ class GenerationRecorder:
             except ProbeError as error:
                 row.notes.append(f"no hidden states: {error}")
         if self.options.llr:
+            if row.trace_id in self._padded and row.log_probs_source == "generation":
+                self._settle(row, replay)
             replay = replay.over(self.options.baseline)
             llr = torch.as_tensor(row.log_probs) - replay.baseline_log_probs
             selected = ((llr > ALPHA) & ~replay.special).nonzero()[:, 0].tolist()
             replay = replay.strengthened(selected)
             row.baseline_log_probs = replay.baseline_log_probs.numpy()
             row.baseline = dict(replay.baseline)
+
+    def _settle(self, row: RowCapture, replay: Replay) -> None:
+        """Take the log-probabilities of a pass without padding, where padding has changed them by more than rounding.
+
+        Most models mask it and number positions without it. Some number it all the same (Florence-2), or number the
+        answer behind it (Kosmos-2), and the other side of the ratio is a pass without.
+        """
+        apart = (torch.as_tensor(row.log_probs) - replay.original_log_probs).abs()
+        if bool((apart <= replay.rounding.clamp(min=FLOOR)).all()):
+            return
+        self.take_log_probs(row, replay)
+        row.log_probs_source = "teacher_forced"
+        why = f"the prompt was padded, which moves this model's log-probabilities (by {float(apart.max()):.2g} nats)"
+        row.notes += forced_because([why])
 
 
 def _out_of_memory(error: Exception) -> OutOfMemory | None:

@@ -1,9 +1,11 @@
-"""A batch of masks gives what each gives by itself, also where images are not stacked on the first axis."""
+"""A batch gives what each of its rows gives by itself: of masks, also where images are not stacked on the first axis,
+and of prompts, also where a model counts padding."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from zoo import build, load_members
@@ -27,3 +29,24 @@ def test_two_masks_in_one_call_are_two_calls(tmp_path: Path, name: str, larger: 
     assert (apart[0] - apart[1]).abs().max() > 1e-3  # the masks differ, and the model sees it
     assert torch.allclose(together, apart, atol=1e-5)
     assert torch.allclose(gradient, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "moved"), [("florence2", True), ("kosmos-2", True), ("llava", False)])
+def test_both_sides_of_a_ratio_are_of_the_prompt_without_padding(tmp_path: Path, name: str, moved: bool) -> None:
+    built = build(name, "pil")
+    pictures = [built.picture(seed=seed) for seed in (1, 2)]
+    questions = ["What is it?", "How many red shapes are there, and where?"]
+    if built.member.templated:
+        turns = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}] for q in questions]
+        questions = [built.processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+    with probe.attach(built.model, built.processor) as attached, attached.record(tmp_path) as recording:
+        inputs = built.processor(
+            text=questions, images=pictures, padding=True, padding_side="left", return_tensors="pt", **built.member.call
+        )
+        built.generate(inputs)
+    short, long = recording.traces
+    assert long.log_probs_source == "generation"
+    assert short.log_probs_source == ("teacher_forced" if moved else "generation")
+    assert any("the prompt was padded, which moves" in note for note in short.notes) is moved
+    replay = probe.replay(short, built.model, built.processor)
+    np.testing.assert_allclose(np.asarray(short.llr), replay.llr.numpy(), atol=2e-4)
