@@ -621,7 +621,12 @@ class Probe:
 
     def detach(self) -> None:
         """Remove everything this probe hung on the model and its processor; calling it again does nothing."""
-        self._finalizer()
+        try:
+            self.attachment.close()
+        except BaseException:  # Ctrl-C half-way
+            self.attachment.close()
+            raise
+        self._finalizer.detach()
 
     @property
     def attached(self) -> bool:

@@ -15,6 +15,7 @@ from transformers import TextStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lvlm_probe as probe
+from lvlm_probe.hooks import Shadow
 from lvlm_probe.images import ImagePath
 from lvlm_probe.recording.probe import Attachment
 from lvlm_probe.recording.recorder import GenerationRecorder
@@ -620,6 +621,24 @@ def test_a_fault_in_any_hook_leaves_the_output_alone(llava, tmp_path, monkeypatc
         assert largest_difference(recording.traces[0], model, processor) <= 1e-4
     else:
         assert recording.paths == []
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_interrupted_while_it_is_detached_it_is_detached_all_the_same(llava, monkeypatch, presses):
+    model, processor = llava
+    real, left = Shadow.remove, [KeyboardInterrupt()] * presses
+
+    def interrupted(self):
+        if left:
+            raise left.pop()
+        real(self)
+
+    monkeypatch.setattr(Shadow, "remove", interrupted)
+    with pytest.raises(KeyboardInterrupt), probe.attach(model, processor) as p:
+        pass
+    p.detach()  # for who presses again in what the first one led to
+    assert "generate" not in vars(model)
+    probe.attach(model, processor).detach()
 
 
 def test_interrupt_in_the_baseline_pass_keeps_the_answer(llava, tmp_path, monkeypatch):
