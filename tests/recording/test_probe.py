@@ -414,6 +414,7 @@ def same(before, after):
 
 def test_detach_leaves_nothing(llava, tmp_path):
     model, processor = llava
+    recorded(model, processor, ask, tmp_path)  # our attention function is registered once for the process
     before = snapshot(model, processor)
     p = probe.attach(model, processor)
     with p.record(tmp_path):
