@@ -299,8 +299,20 @@ def judged(
         "center": score.center_gain,
         **placed(heat, case.scene.mask),
     }
+    line |= by_held_out(heat, case, held_out, how)
+    if causal:
+        try:
+            line["causal"] = probe.causal.agreement(replay=case.replay, heat=heat, draws=CAUSAL_DRAWS)
+        except probe.ProbeError as error:
+            line |= {"causal": math.nan, "not_causal": str(error)}
+    return line
+
+
+def by_held_out(heat: probe.Heatmap, case: Case, kinds: Sequence[str], how: Mapping[str, Any]) -> Line:
+    """Scores over baselines that the heatmap was not made with, and their mean gain, ``held_out``."""
+    line: Line = {}
     gains = []
-    for kind in held_out:
+    for kind in kinds:
         if kind == "mean" and case.replay.baseline.get("limit"):
             continue
         other = probe.evaluate(heat, case.replay, baseline=kind, steps=HELD_OUT_STEPS, center=False, **how)
@@ -309,13 +321,7 @@ def judged(
             continue
         line |= {f"deletion_{kind}": other.deletion, f"insertion_{kind}": other.insertion, f"gain_{kind}": other.gain}
         gains.append(other.gain)
-    line["held_out"] = float(np.mean(gains)) if gains else math.nan
-    if causal:
-        try:
-            line["causal"] = probe.causal.agreement(replay=case.replay, heat=heat, draws=CAUSAL_DRAWS)
-        except probe.ProbeError as error:
-            line |= {"causal": math.nan, "not_causal": str(error)}
-    return line
+    return {**line, "held_out": float(np.mean(gains)) if gains else math.nan}
 
 
 def placed(heat: probe.Heatmap, mask: np.ndarray | None) -> Line:

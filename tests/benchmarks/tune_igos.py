@@ -20,7 +20,7 @@ import datetime
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from held_out import Case, cases, machine, read_records
 from judging import (
     TOLERANCE,
     Lines,
+    by_held_out,
     comparison,
     curve_rule,
     figure,
@@ -107,7 +108,7 @@ JUDGED = {"default": "igos++", "fast": "igos++ (fast)", "thorough": "igos++ (tho
 """Settings of ``--judge``, and what the tournament's lines call them."""
 
 
-def measured(case: Case, name: str, grid: int, adaptive: float | None) -> dict[str, Any]:
+def measured(case: Case, name: str, grid: int, adaptive: float | None, held_out: Sequence[str]) -> dict[str, Any]:
     """One setting on one scene."""
     before = case.replay.passes.forward, case.replay.passes.backward
     started = time.perf_counter()
@@ -126,6 +127,7 @@ def measured(case: Case, name: str, grid: int, adaptive: float | None) -> dict[s
         "pointing": None,
         "energy": None,
         **placed(heat, case.scene.mask),
+        **(by_held_out(heat, case, held_out, how) if held_out else {}),
         "forward": passes[0],
         "backward": passes[1],
         "seconds": seconds,
@@ -150,14 +152,16 @@ def tournament_records(directory: Path, scenes: int, weights: str) -> list[dict[
 
 
 def table(records: list[dict[str, Any]], names: list[str]) -> None:
-    columns = ("deletion", "insertion", "pointing", "energy", "forward", "backward")
-    print(f"| setting | n | {' | '.join(columns)} | trusted | ins − del | against the first |\n|{'---|' * 11}")
+    columns = ["deletion", "insertion", "pointing", "energy", "forward", "backward"]
+    columns += sorted({key for record in records for key in record if key.startswith(("gain_", "held_out"))})
+    print(f"| setting | n | {' | '.join(columns)} | trusted | ins − del | against the first |")
+    print(f"|{'---|' * (len(columns) + 5)}")
     by_setting = {name: {r["scene"]: r for r in records if r["setting"] == name} for name in names}
     first = by_setting[names[0]]
     for name, rows in by_setting.items():
         if not rows:
             continue
-        values = [[row[column] for row in rows.values() if row[column] is not None] for column in columns]
+        values = [[row[column] for row in rows.values() if row.get(column) is not None] for column in columns]
         cells = [f"{np.mean(of):.3f}" if of else "–" for of in values]
         trusted = sum(bool(row.get("trusted")) for row in rows.values())
         gain = bootstrap_ci([_gain(row) for row in rows.values()])
@@ -249,6 +253,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the judgement into results/adaptive.json")
     parser.add_argument("--cases", type=Path, help="stored images instead: a folder that photographs.py has written")
     parser.add_argument("--adaptive", nargs="?", type=float, const=TOLERANCE, help="areas within this, by few points")
+    parser.add_argument("--held-out", default="", help="baselines that judge too, with commas")
     parser.add_argument("--grid", type=int, default=32, help="cells a side on which all are scored")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -259,6 +264,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "settings.jsonl"
     records = read_records(path)
+    held_out = tuple(filter(None, arguments.held_out.split(",")))
     if arguments.lines is not None:
         records += tournament_records(arguments.lines, arguments.scenes, weights_digest(arguments.model))
     done = {(record["scene"], record["setting"]) for record in records}
@@ -280,7 +286,7 @@ def main() -> None:
             if (case.scene.index, name) in done:
                 continue
             facts = {"scene": case.scene.index, "kind": case.scene.kind, "setting": name}
-            records.append({**facts, **measured(case, name, arguments.grid, arguments.adaptive)})
+            records.append({**facts, **measured(case, name, arguments.grid, arguments.adaptive, held_out)})
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(records[-1]) + "\n")
     print(f"{machine()}; passed over: {dict(skipped)}")
