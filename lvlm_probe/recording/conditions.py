@@ -16,6 +16,7 @@ import torch
 from lvlm_probe.models.inputs import cache_in, input_device
 from lvlm_probe.models.tokenizers import Stops
 from lvlm_probe.models.wrappers import every_module
+from lvlm_probe.recording.row_inputs import image_token_mask
 
 
 def inferred_mask(model: Any, inputs: Mapping[str, torch.Tensor], stops: Stops) -> torch.Tensor | None:
@@ -29,6 +30,12 @@ def inferred_mask(model: Any, inputs: Mapping[str, torch.Tensor], stops: Stops) 
         return None
     real = inputs["input_ids"] != stops.pad
     return None if bool(real.all()) else real.long()
+
+
+def hides_image_tokens(inputs: Mapping[str, torch.Tensor], placeholders: Sequence[int]) -> bool:
+    """Whether the attention mask of a call has image tokens among what it leaves out as padding."""
+    mask, places = inputs.get("attention_mask"), image_token_mask(inputs, placeholders)
+    return mask is not None and places is not None and mask.shape == places.shape and bool((places & (mask == 0)).any())
 
 
 def other_conditions(model: Any, inputs: Mapping[str, torch.Tensor], kwargs: Mapping[str, Any]) -> list[str]:

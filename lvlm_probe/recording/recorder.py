@@ -52,6 +52,7 @@ from lvlm_probe.recording.conditions import (
     cached_images,
     compiles_itself,
     forced_because,
+    hides_image_tokens,
     inferred_mask,
     offloads_its_cache,
     other_conditions,
@@ -202,6 +203,11 @@ class GenerationRecorder:
         self.stops = stops_of(self.model, kwargs, self.beginning.shape[1])
         if self.anatomy.reads_prompt and (mask := inferred_mask(self.model, self._inputs, self.stops)) is not None:
             self._inputs["attention_mask"] = mask
+        if hides_image_tokens(self._inputs, self.anatomy.placeholders):
+            raise NotRecorded(
+                "the attention mask hides image tokens, and a replay passes all of them or none; hide a part of the "
+                "image by masked() or causal.knockout(); nothing is recorded"
+            )
         texts = {n: v for n, v in self._inputs.items() if not self.anatomy.is_pixel_name(n)}
         self._other_conditions = other_conditions(self.model, texts, kwargs)
         self._compiling = compiles_itself(self.model, setting, kwargs)

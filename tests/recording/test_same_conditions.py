@@ -669,3 +669,39 @@ def test_a_picture_that_cannot_be_encoded_leaves_the_answer(llava, tmp_path, mon
     with pytest.warns(probe.ProbeWarning, match="marked status='error'"):
         (trace,) = record(llava, tmp_path)
     assert trace.status == "error" and "no room" in trace.error and len(trace.token_ids) == 4
+
+
+# ------------------------------------------------------------------------------------- image tokens that are masked out
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_hidden_image_tokens_are_told_and_the_answer_is_the_users_own(llava, tmp_path, every):
+    """They ended as a trace of status "error", with the family's own text on tokens and features."""
+    model, processor = llava
+    with probe.attach(model, processor) as attached:
+        inputs = ask(llava)
+        places = (inputs["input_ids"] == model.config.image_token_id)[0].nonzero()[::every, 0]
+        mask = inputs["attention_mask"].clone()
+        mask[0, places] = 0
+        given = {**inputs, "attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+        expected = model.generate(**given)
+        with attached.record(tmp_path) as recording:
+            with pytest.warns(probe.ProbeWarning, match="the attention mask hides image tokens"):
+                assert torch.equal(model.generate(**given), expected)
+    assert recording.paths == [] and "causal.knockout" in recording.passed_over[0]
+
+
+def test_text_that_is_masked_out_is_no_part_of_the_prompt(llava, tmp_path):
+    """Positions are numbered without it, so a prompt that never had it gives the same."""
+
+    def hidden():
+        inputs = dict(ask(llava))
+        inputs["attention_mask"] = inputs["attention_mask"].clone()
+        inputs["attention_mask"][0, -2] = 0
+        return inputs
+
+    (trace,) = record(llava, tmp_path, hidden)
+    assert trace.status == "complete"
+    assert len(trace.input_ids) == hidden()["input_ids"].shape[1] - 1
+    replay = probe.replay(trace, *llava)
+    assert np.allclose(replay.original_log_probs.numpy(), trace.log_probs, atol=1e-3)
