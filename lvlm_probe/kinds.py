@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -22,6 +23,12 @@ from lvlm_probe.errors import ExplainError, ProbeError
 def is_whole(number: object) -> TypeGuard[Integral]:
     """Whether it is a whole number, of any library."""
     return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def indices_of(given: Iterable[Any], count: int) -> list[int] | None:
+    """Indices below ``count``, each once and ascending; ``None`` where there are none, or one is no such index."""
+    found = sorted({operator.index(one) if hasattr(one, "__index__") else -1 for one in given})
+    return found if found and found[0] >= 0 and found[-1] < count else None
 
 
 def plain_number(value: Any) -> Any:

@@ -30,7 +30,7 @@ import numpy as np
 from lvlm_probe.cards import answer_html, card
 from lvlm_probe.errors import SelectionError
 from lvlm_probe.files import record_of
-from lvlm_probe.kinds import naming_arguments
+from lvlm_probe.kinds import indices_of, naming_arguments
 from lvlm_probe.models.tokenizers import display_pieces, tokenizer_of
 from lvlm_probe.replaying.own_scores import Contrast, OwnScore, alternative_ids, stored_score
 from lvlm_probe.words import ALPHA, distinct_texts, group_words, phrase_spans, written_alike
@@ -448,8 +448,8 @@ def _span_indices(span: tuple[int, int], tokens: Sequence[str], words: Sequence[
 
 
 def _numbers(indices: Sequence[int], tokens: Sequence[str], words: Sequence[Word]) -> list[int]:
-    found = sorted({operator.index(index) if hasattr(index, "__index__") else -1 for index in indices})
-    if not found or found[0] < 0 or found[-1] >= len(tokens):
+    found = indices_of(indices, len(tokens))
+    if found is None:
         spans = ", ".join(f"{word.text.strip()!r} ({word.start}, {word.stop})" for word in words) or "none"
         raise SelectionError(
             f"token numbers are 0 to {len(tokens) - 1} for this answer; got {list(indices)}; the spans of its words: "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 from lvlm_probe.errors import ImageError, ReplayError
 from lvlm_probe.images import BLUR_LADDER
 from lvlm_probe.images.baselines import CLIP_KINDS, KINDS
+from lvlm_probe.kinds import indices_of
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.replaying.baselines import BaselineLike, Path, baseline_identity, described, draw, same_baseline
 from lvlm_probe.replaying.isolation import outside_modes, taking_turns
@@ -119,10 +119,10 @@ class Views:
 
     def wanted(self, steps: Sequence[int]) -> tuple[int, ...]:
         """Steps in order, each once. Raises ``ReplayError`` where the answer has no such token."""
-        found = tuple(sorted({operator.index(step) if hasattr(step, "__index__") else -1 for step in steps}))
-        if not found or found[0] < 0 or found[-1] >= self.columns:
+        found = indices_of(steps, self.columns)
+        if found is None:
             raise ReplayError(f"steps are tokens 0 to {len(self.token_ids) - 1} of the answer; got {list(steps)}")
-        return found
+        return tuple(found)
 
     @property
     def original_log_probs(self) -> torch.Tensor:
