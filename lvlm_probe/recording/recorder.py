@@ -486,7 +486,8 @@ class GenerationRecorder:
         images = mine.images or []
         trace_id = uuid.uuid4().hex[:16]
         self._images[trace_id] = images
-        self._padded |= {trace_id} if real is not None and not bool(real.all()) else set()
+        if real is not None and not bool(real.all()):
+            self._padded.add(trace_id)
         spans = self._spans(prompt_ids, positions, mine)
         return RowCapture(
             trace_id=trace_id,
