@@ -290,10 +290,19 @@ def csv_rows(path: Path, *, tabs: bool, empty: bool = False) -> Iterator[_Row]:
                 continue
             if any(cell.strip() for cell in cells):
                 row = _record(names, cells)
-                yield (
-                    number,
-                    {**dict.fromkeys(filter(None, names), ""), **row} if empty and isinstance(row, dict) else row,
-                )
+                if empty and isinstance(row, dict):
+                    row = {**dict.fromkeys(filter(None, names), ""), **row}
+                yield number, row
+
+
+def cell_text(value: Any) -> str | None:
+    """A cell as a text, ``None`` where a table says by null or NaN that nothing stands in it.
+
+    Whole numbers beside a missing one are read as 3.0.
+    """
+    if value is None or value != value:
+        return None
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _record(names: list[str], cells: list[str]) -> dict[str, Any] | BadRow:

@@ -41,7 +41,17 @@ from urllib.parse import unquote
 from lvlm_probe.errors import ProbeError, StudyError
 from lvlm_probe.files import found_within
 from lvlm_probe.importing.refusals import BadRow, reason_of, shortened
-from lvlm_probe.importing.row_files import FILES, TABLES, count_rows, kind_of, line_at, lines_of, parsed, rows_in
+from lvlm_probe.importing.row_files import (
+    FILES,
+    TABLES,
+    cell_text,
+    count_rows,
+    kind_of,
+    line_at,
+    lines_of,
+    parsed,
+    rows_in,
+)
 from lvlm_probe.importing.shapes import FIELDS, IDS, SHAPES, fields_of, is_request, keys_of
 from lvlm_probe.kinds import is_whole
 from lvlm_probe.trace.image_files import decode_image, open_image
@@ -333,8 +343,7 @@ def _of_cell(name: str, value: Any) -> Any:
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 return read(value.strip())
     if name in ("answer", "question", "prompt") and isinstance(value, int | float) and not isinstance(value, bool):
-        # Whole numbers beside a missing one are read as 3.0.
-        return None if value != value else str(int(value) if isinstance(value, float) and value.is_integer() else value)
+        return cell_text(value)
     return value
 
 

@@ -13,7 +13,7 @@ from lvlm_probe.errors import ImageError, StudyError
 from lvlm_probe.extras import require
 from lvlm_probe.files import found_within
 from lvlm_probe.importing.refusals import BadRow
-from lvlm_probe.importing.row_files import csv_rows, json_lines
+from lvlm_probe.importing.row_files import cell_text, csv_rows, json_lines
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -64,11 +64,10 @@ class Row(dict[str, Any]):
 
     def text(self, *names: str) -> str:
         """The same as text. Raises ``StudyError`` also where nothing stands in it: tables say so by null or NaN."""
-        value = self.column(*names)
-        if value is None or value != value:
+        text = cell_text(self.column(*names))
+        if text is None:
             raise StudyError(f"{self.where}: there is nothing in column {next(n for n in names if n in self)!r}")
-        # Whole numbers beside a missing one are read as 3.0.
-        return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+        return text
 
 
 def rows(source: str | Path, *, what: str, split: str | None = None, config: str | None = None) -> Iterator[Row]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lvlm_probe.errors import StudyError
+from lvlm_probe.importing.row_files import cell_text
 from lvlm_probe.study.datasets.files import Row, find_video, first_frame, folder, open_image, rows
 from lvlm_probe.study.datasets.open_ended import lettered, strip_choices, strip_instructions, true_choice
 from lvlm_probe.study.datasets.registry import Sample, register_dataset, replaced
@@ -124,7 +125,7 @@ def images(source: str, *, split: str | None = None, question: str = "Describe t
 
 def _nothing(value: Any) -> bool:
     """Whether a cell is empty; tables say so by null, by NaN or by no text."""
-    return value is None or value == "" or value != value
+    return cell_text(value) in (None, "")
 
 
 def _answer(row: Row, name: str, choices: Mapping[str, str]) -> str | tuple[str, ...] | None:
