@@ -675,9 +675,9 @@ class Replay(Views):
         return {**self._forcing.asked(), **fed}
 
     def masked_pass(self, mask: torch.Tensor, shortcut: Shortcut | None = None) -> torch.Tensor:
-        """log P(a_t) under one mask ``(1, image, row, col)``, ``(1, step)``, in one pass as it comes: nothing is done
-        about memory. What ``shortcut`` leaves out is NaN."""
-        return self._run(self.path.apply(mask), 1, shortcut)
+        """log P(a_t) under masks ``(batch, image, row, col)``, ``(batch, step)``, in one pass as it comes: nothing is
+        done about memory. What ``shortcut`` leaves out is NaN."""
+        return self._run(self.path.apply(mask), len(mask), shortcut)
 
     def capture(
         self,

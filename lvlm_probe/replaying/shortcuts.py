@@ -10,11 +10,12 @@ computes:
   while the shortcuts are ``caching``, and read from the model's own cache.
 
 None of this holds for every architecture (a beginning that attends both ways, positions that are numbered by what is
-fed, state that no cache hands on, layers in parallel), and names of families do not tell. So the first use on a model
-runs one image both ways, plainly and shortened, and compares the log-probabilities and their gradient to the mask.
-What differs is not used; the plain pass always remains. These passes are counted as the caller's. They ask for
-every other token of the answer's first half, whatever the caller wants first: with the last one there would be no later
-tokens to cut, and nothing to see of what cutting them does.
+fed, state that no cache hands on, or not to several rows, layers in parallel), and names of families do not tell. So
+the first use on a model runs one image both ways, plainly and shortened, and compares the log-probabilities and their
+gradient to the mask; a cache is read for two images at once as well. What differs is not used; the plain pass always
+remains. These passes are counted as the caller's. They ask for every other token of the answer's first half, whatever
+the caller wants first: with the last one there would be no later tokens to cut, and nothing to see of what cutting them
+does.
 """
 
 from __future__ import annotations
@@ -205,6 +206,10 @@ class Shortcuts:
         for way in self._ways(observed.get("narrow")):
             try:
                 mine, my_slope = _differentiated(view, self._shortcut(way, steps), steps)
+                if way.prefix:  # state that is handed to several rows has to be seen by several
+                    with torch.no_grad():
+                        both = view.masked_pass(_pattern(view).repeat(2, 1, 1, 1), self._shortcut(way, steps))
+                    mine = torch.cat([mine, both[:, list(steps)]])
             except Exception as error:
                 if ran_out(error):
                     raise

@@ -29,6 +29,8 @@ WITHOUT_CACHE = {
     "blip-2": "the picture stands in front of the prompt",
     "qwen3_5": "linear attention: the state of one row cannot be handed to several",
     "instructblip": "the question is read twice",
+    "unlimited_ocr": "the cache of one row hands on a state of its own that is not repeated for several",
+    "inkling_mm_model": "states of convolutions are not repeated for several rows",
 }
 WITH_CACHE = ("llava", "qwen2_5_vl", "internvl", "smolvlm")
 """One each of: plain, positions by pictures, and two of tiles."""
