@@ -194,7 +194,10 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
         inner_kwargs["device"] = torch.device("cpu") if place.type == _KIND else place
     if inner_kwargs.get("pin_memory"):
         inner_kwargs["pin_memory"] = False
-    out = function(*inner_args, **inner_kwargs)
+    if name == "histc" and not inner_args[0].is_floating_point():  # which a CPU does not have, and experts count by
+        out = function(inner_args[0].float(), *inner_args[1:], **inner_kwargs).to(inner_args[0].dtype)
+    else:
+        out = function(*inner_args, **inner_kwargs)
     if card is not None and card.operations is not None:
         card.operations[name] += 1
     return out if read_out or where is None else _wrapped(out, {id(item.inner): item for item in mine}, where, name)
@@ -245,7 +248,8 @@ def _wrapped(out: Any, given: dict[int, OnDevice], where: torch.device, name: st
         return outer
     if out.dtype == torch.float64 and _CARD is not None:
         _CARD.double(name)
-    return OnDevice(out, where)
+    # Nothing outside sees that values are to be conjugated or negated when they are read.
+    return OnDevice(out.resolve_conj().resolve_neg(), where)
 
 
 def _same_device(tensors: list[Tensor], name: str) -> None:

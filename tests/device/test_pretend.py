@@ -32,6 +32,25 @@ def test_random_numbers_come_from_a_generator_of_the_device() -> None:
         assert torch.equal(place.cpu(), torch.zeros(3).normal_(generator=torch.Generator().manual_seed(3)))
 
 
+def test_what_waits_to_be_conjugated_is() -> None:
+    """The gradient of a product of complex numbers, with which rotary embeddings turn (Llama 4)."""
+    slopes = []
+    for place in ("cpu", "cuda"):
+        with Card():
+            leaf = torch.tensor([[1.0, 2.0], [3.0, -1.0]], device=place).requires_grad_(True)
+            turned = torch.view_as_complex(leaf) * torch.view_as_complex(torch.tensor([0.6, 0.8], device=place))
+            (slope,) = torch.autograd.grad(torch.view_as_real(turned)[:, 0].sum(), leaf)
+            slopes.append(slope.cpu())
+    assert torch.equal(slopes[0], slopes[1])
+    assert torch.allclose(slopes[0], torch.tensor([0.6, -0.8]).expand(2, 2))  # of Re (x + iy)(0.6 + 0.8i)
+
+
+def test_whole_numbers_are_counted_in_bins() -> None:
+    with Card():
+        counts = torch.histc(torch.tensor([0, 2, 2, 3], device="cuda", dtype=torch.int32), bins=3, min=0, max=2)
+        assert counts.dtype == torch.int32 and counts.cpu().tolist() == [1, 0, 2]
+
+
 def test_waits_are_counted() -> None:
     with Card() as card:
         values = torch.arange(4.0).to("cuda")
