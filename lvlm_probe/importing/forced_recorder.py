@@ -23,7 +23,7 @@ from lvlm_probe.importing.retokenize import answer_tokens, checked_ids
 from lvlm_probe.importing.rows import AnswerRow, BadRow
 from lvlm_probe.models.families import family_of
 from lvlm_probe.models.prompts import PromptRule, chat_inputs, placed, prompt_rule
-from lvlm_probe.models.tokenizers import tokenizer_of
+from lvlm_probe.models.tokenizers import decoder_config, tokenizer_of, vocabulary_size
 from lvlm_probe.recording.log_probs import generators
 from lvlm_probe.recording.prompt_images import NotRecorded
 from lvlm_probe.recording.recorder import GenerationRecorder, RecordOptions, Target
@@ -192,24 +192,8 @@ def _as_handed_over(model: Any, inputs: Any) -> Any:
 
 def _positions(model: Any) -> int:
     """How many tokens the decoder was made for; no bound where its configuration does not say."""
-    found = getattr(_decoder_config(model), "max_position_embeddings", None)
+    found = getattr(decoder_config(model), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else sys.maxsize
-
-
-def _decoder_config(model: Any) -> Any:
-    config = getattr(model, "config", None)
-    with contextlib.suppress(AttributeError, TypeError, ValueError):  # another package's, or with several decoders
-        config = config.get_text_config(decoder=True)  # type: ignore[union-attr]
-    return config
-
-
-def _vocabulary(model: Any) -> int:
-    """How many tokens the decoder knows; no bound where it does not say."""
-    try:
-        return int(model.get_input_embeddings().weight.shape[0])
-    except (AttributeError, NotImplementedError):  # of a model whose encoder embeds images
-        found = getattr(_decoder_config(model), "vocab_size", None)
-        return found if isinstance(found, int) else sys.maxsize
 
 
 def _check_length(count: int, limit: int, what: str) -> None:
@@ -405,7 +389,7 @@ def _candidates(
     tokenizer = tokenizer_of(target.processor)
     if row.token_ids is not None:
         _check_length(len(row.token_ids), limit, "tokens of the answer")
-        return [checked_ids(tokenizer, row.token_ids, row.answer, _vocabulary(target.model))], []
+        return [checked_ids(tokenizer, row.token_ids, row.answer, vocabulary_size(target.model))], []
     assert row.answer is not None
     if tokenizer is not None and len(row.answer) > limit:  # a text of megabytes need not be tokenised to be too long
         longest = max(map(len, tokenizer.get_vocab()))

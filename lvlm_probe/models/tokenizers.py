@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,23 @@ def tokenizer_of(processor: object | None) -> Any:
         if callable(getattr(candidate, "decode", None)) and hasattr(candidate, "all_special_ids"):
             return candidate
     return None
+
+
+def decoder_config(model: Any) -> Any:
+    """The configuration of what says the words; the model's own where it has no part for that, or several."""
+    config = getattr(model, "config", None)
+    with contextlib.suppress(AttributeError, TypeError, ValueError):  # another package's, or with several decoders
+        config = config.get_text_config(decoder=True)  # type: ignore[union-attr]
+    return config
+
+
+def vocabulary_size(model: Any) -> int:
+    """How many tokens the decoder knows; no bound where the model does not say."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):  # of a model whose encoder embeds images
+        found = getattr(decoder_config(model), "vocab_size", None)
+        return found if isinstance(found, int) else sys.maxsize
 
 
 def display_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:

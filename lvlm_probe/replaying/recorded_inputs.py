@@ -18,6 +18,7 @@ from lvlm_probe.escaping import first_line
 from lvlm_probe.models.anatomy import Anatomy, examine
 from lvlm_probe.models.drivers import probed_model
 from lvlm_probe.models.exhaustion import does_not_fit, ran_out
+from lvlm_probe.models.tokenizers import vocabulary_size
 
 if TYPE_CHECKING:
     from lvlm_probe.trace.records import TraceLike
@@ -44,15 +45,13 @@ def check_inputs(trace: TraceLike, model: torch.nn.Module, processor: object | N
     prompt, answer = torch.tensor(trace.input_ids), torch.tensor(trace.token_ids)
     if not len(prompt) or not len(answer):
         raise _refusal(trace, f"the prompt has {len(prompt)} tokens and the answer {len(answer)}")
-    embedding = _embedding(model)
-    if embedding is not None:
-        # A placeholder of images may be any number: the model replaces it before it looks it up.
-        known = torch.tensor(anatomy.placeholders, dtype=prompt.dtype)
-        spared = torch.isin(prompt, known) if len(known) else (prompt < 0)
-        for name, ids in (("prompt", prompt[~spared]), ("answer", answer)):
-            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(embedding):
-                what = f"the {name} holds ids from {int(ids.min())} to {int(ids.max())}"
-                raise _refusal(trace, f"{what}, and the model's vocabulary has {len(embedding)}")
+    # A placeholder of images may be any number: the model replaces it before it looks it up.
+    known, size = torch.tensor(anatomy.placeholders, dtype=prompt.dtype), vocabulary_size(model)
+    spared = torch.isin(prompt, known) if len(known) else (prompt < 0)
+    for name, ids in (("prompt", prompt[~spared]), ("answer", answer)):
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            what = f"the {name} holds ids from {int(ids.min())} to {int(ids.max())}"
+            raise _refusal(trace, f"{what}, and the model's vocabulary has {size}")
     inputs = trace.model_kwargs
     for name, value in inputs.items():
         _check_numbers(trace, name, value, anatomy)
@@ -101,15 +100,6 @@ def refused_in_words(trace: TraceLike) -> Iterator[None]:
             what = f"what the model reads of {trace.path.name} does not fit into memory"
             raise does_not_fit(what, error, "record the answer with a smaller image") from error
         raise _refusal(trace, f"the model does not take it ({first_line(error, 200)})") from error
-
-
-def _embedding(model: torch.nn.Module) -> torch.Tensor | None:
-    """Rows of the vocabulary, ``(id, channel)``; None where the model does not say."""
-    try:
-        weight = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return weight if isinstance(weight, torch.Tensor) else None
 
 
 def _refusal(trace: TraceLike, what: str) -> ReplayError:

@@ -29,7 +29,7 @@ from lvlm_probe.errors import ExplainError
 from lvlm_probe.kinds import is_whole, naming_arguments
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.replica import duplicated
-from lvlm_probe.models.tokenizers import special_ids
+from lvlm_probe.models.tokenizers import decoder_config, special_ids, vocabulary_size
 from lvlm_probe.progress import Progress
 from lvlm_probe.replaying import replay as make_replay
 from lvlm_probe.replaying.isolation import outside_modes
@@ -177,7 +177,7 @@ def answers(
     if not heat.selection.indices:
         raise ExplainError(f"{heat.selection.label!r} is of no words of the answer, so no others can take their place")
     processor = subject.processor
-    known = cast(Any, subject.model).get_input_embeddings().weight.shape[0]
+    known = vocabulary_size(subject.model)
     if pool is not None and not all(is_whole(token) and 0 <= int(token) < known for token in pool):
         raise ExplainError(f"pool holds token ids, 0 to {known - 1}; got {list(pool)[:8]}")
     ids = _vocabulary(subject.model, processor) if pool is None else torch.as_tensor(list(pool), dtype=torch.long)
@@ -265,13 +265,12 @@ def _owned(model: torch.nn.Module, weights: Mapping[str, torch.nn.Parameter]) ->
 
 
 def _vocabulary(model: torch.nn.Module, processor: object | None) -> torch.Tensor:
-    hub: Any = model
-    head = hub.get_output_embeddings()
     tokenizer: Any = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         raise ExplainError("without a tokenizer special tokens cannot be told from words: give the processor, or pool=")
     special = special_ids(tokenizer)
-    size = min(len(tokenizer), int(head.weight.shape[0]))
+    said = getattr(decoder_config(model), "vocab_size", None)  # of more embeddings than that the rest is for images
+    size = min(len(tokenizer), vocabulary_size(model), said if isinstance(said, int) else len(tokenizer))
     return torch.tensor([index for index in range(size) if index not in special], dtype=torch.long)
 
 

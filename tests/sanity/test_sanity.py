@@ -363,6 +363,21 @@ def test_other_words_that_resemble_the_map_are_no_verdict() -> None:
         assert judged_answers(heat(values), [step])[0] == verdict
 
 
+def test_words_are_drawn_without_embeddings_to_count(replay, monkeypatch) -> None:
+    """BLIP and a plugin's wrapper hand out no embeddings, and have no LM head of their own."""
+
+    def none_here() -> None:
+        raise NotImplementedError("get_input_embeddings not auto-handled")
+
+    heat = probe.explain(replay, method="test gradient")
+    before = answers(replay, heat, draws=1)
+    monkeypatch.setattr(replay.model, "get_input_embeddings", none_here, raising=False)
+    monkeypatch.setattr(replay.model, "get_output_embeddings", lambda: None, raising=False)
+    assert answers(replay, heat, draws=1).heatmaps[0].selection.tokens == before.heatmaps[0].selection.tokens
+    with pytest.raises(probe.errors.ExplainError, match="pool holds token ids, 0 to"):
+        answers(replay, heat, draws=1, pool=[10**6])
+
+
 def test_a_check_goes_with_its_heatmap(replay, tmp_path) -> None:
     check = weights(replay, probe.explain(replay, method="test gradient"), stages=1, draws=1)
     record = json.loads(json.dumps(check.to_dict(), allow_nan=False))
