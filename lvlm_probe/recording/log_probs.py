@@ -35,6 +35,7 @@ class StepLogProbs:
         self._pending: torch.Tensor | None = None
         self._chosen: list[torch.Tensor] = []
         self._values: list[StepValues] = []
+        self._lengths: list[int | None] = []  # positions of each pass; None: embeddings
         self._fed: tuple[int, torch.Tensor] | None = None  # positions of the newest pass, and its last token ids
         self._early: tuple[list[int], StepValues] | None = None  # what ``chosen`` has read of it
 
@@ -82,6 +83,7 @@ class StepLogProbs:
     def _feed(self, ids: torch.Tensor | None) -> None:
         if self._pending is not None and ids is not None:
             self._take(ids[:, -1])
+        self._lengths.append(None if ids is None else ids.shape[1])
         self._fed = None if ids is None else (ids.shape[1], ids[:, -1])
 
     def _take(self, chosen: torch.Tensor) -> None:
@@ -129,12 +131,25 @@ class StepLogProbs:
         if self._pending is not None and len(self._values) == steps - 1 and len(self._pending) == len(generated):
             self._take(generated[:, -1])
         self._pending = None
-        if len(self._values) < steps:
+        if len(self._values) < steps or not _one_by_one(self._lengths):
             return None
         chosen = torch.stack(self._chosen[:steps], dim=1)
         if chosen.shape != generated.shape or not torch.equal(chosen, generated.to(chosen.device)):
             return None
         return StepValues(*(torch.stack(values, dim=1).cpu() for values in zip(*self._values[:steps], strict=True)))
+
+
+def _one_by_one(lengths: Sequence[int | None]) -> bool:
+    """Whether passes over so many positions are those of one step each: over the newest token, or over all so far anew.
+
+    A pass over guessed tokens may end with the token that the answer has there, although the guess was refused; and one
+    over embeddings, which a user's logits processor makes, says nothing of its tokens.
+    """
+    later = lengths[1:]
+    if None in later:
+        return False
+    anew = {length - step for step, length in enumerate(lengths) if length is not None}
+    return len(anew) <= 1 or all(length == 1 for length in later)
 
 
 def generators(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -145,7 +145,7 @@ class GenerationRecorder:
         self.cut_by: str | None = None  # who ended the generation from outside, as a part of a sentence
         self._watch, self._clips = target.watch, target.clips
         self._hooks = HookSet(on_error, scope=self)
-        self._log_probs: list[StepLogProbs] = []
+        self._log_probs: dict[torch.nn.Module, StepLogProbs] = {}  # by the module whose logits they read
         self._decoder_ids: torch.Tensor | None = None
         self._handed_over: torch.Tensor | None = None
         self._inner_stops: Stops | None = None
@@ -223,9 +223,9 @@ class GenerationRecorder:
             if hasattr(inner, "generate"):
                 self._hooks.shadow(inner, "generate", self._hand_over)
         for module in generators(self.model):
-            self._log_probs.append(StepLogProbs())
+            self._log_probs[module] = reader = StepLogProbs()
             graph = self._compiling or module._compiled_call_impl is not None
-            self._log_probs[-1].hang(module, self._hooks, compiled=graph, on_error=self._on_error)
+            reader.hang(module, self._hooks, compiled=graph, on_error=self._on_error)
         if self.options.points:
             self._points = PointTap(self.model, self.anatomy, self.options.points, self._hooks)
         if self.options.attention:
@@ -257,8 +257,10 @@ class GenerationRecorder:
         return ids
 
     def _hand_over(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Note what the model's own ``generate`` has the language model inside continue: it may edit the prompt."""
+        """Note what the model's own ``generate`` has the language model inside continue, as it may edit the prompt, and
+        read the logits of that one alone: what passes through the model around it is no step of the answer."""
         try:
+            self._log_probs = {m: reader for m, reader in self._log_probs.items() if m is original.__self__}  # type: ignore[attr-defined]
             ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
             if isinstance(ids, torch.Tensor) and ids.ndim == 2:
                 self._handed_over = ids.detach().clone()
@@ -324,14 +326,14 @@ class GenerationRecorder:
         self._hooks.remove()
         if self._tap is not None:
             self._tap.remove()
-        self._inputs, self._log_probs, self._points, self._tap = {}, [], None, None
+        self._inputs, self._log_probs, self._points, self._tap = {}, {}, None, None
 
     # ------------------------------------------------------------------ while it runs
 
     def chosen(self, step: int, ids: torch.Tensor) -> float | None:
         """log P of token number ``step`` of the answer, nats, now that it is chosen, the last of ``ids`` ``(1,
         position)``; ``None`` where it cannot be read before the end."""
-        values = (reader.chosen(step, ids) for reader in self._log_probs)
+        values = (reader.chosen(step, ids) for reader in self._log_probs.values())
         return next((value for value in values if value is not None), None)
 
     def attention_so_far(self, start: int, stop: int) -> np.ndarray | None:
@@ -378,12 +380,12 @@ class GenerationRecorder:
     def _answers(self, sequences: torch.Tensor) -> tuple[torch.Tensor, StepValues | None] | None:
         """The answers in what ``generate()`` returned, as ``answer_in``; of a prompt that it edited, what it made of it
         becomes the prompt."""
-        inner = self._handed_over
+        inner, readers = self._handed_over, list(self._log_probs.values())
         if inner is None or self._decoder_ids is not None or torch.equal(inner, self.beginning):
-            return answer_in(sequences, self.beginning, self._log_probs, alone=self._decoder_ids is None)
-        found = answer_in(sequences, inner, self._log_probs, alone=False)
+            return answer_in(sequences, self.beginning, readers, alone=self._decoder_ids is None)
+        found = answer_in(sequences, inner, readers, alone=False)
         if found is None:
-            return answer_in(sequences, self.beginning, self._log_probs, alone=True)
+            return answer_in(sequences, self.beginning, readers, alone=True)
         if len(inner) != len(self._inputs["input_ids"]):
             return None
         width = inner.shape[1]

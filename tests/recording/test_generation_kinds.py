@@ -97,6 +97,53 @@ def test_a_call_under_a_mask_is_what_a_replay_makes_of_it(name, tmp_path):
     assert abs(float(said) - trace.log_probs[0]) > 1e-3  # the picture matters
 
 
+def test_passes_over_guessed_tokens_that_end_as_the_answer_goes_on(tmp_path):
+    """A pass over a said token and two guesses of which none is right, and whose last is the token said there."""
+    built = build("idefics3", "pil")
+    picture = built.picture(seed=1)
+    lengths = []
+    handle = built.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    attached = probe.attach(built.model, built.processor)
+    inputs = built.inputs([picture], "How many red shapes are there in this picture?")
+    with attached.record(tmp_path, llr=False, boxes=False) as recording:
+        output = built.generate(inputs, 5, prompt_lookup_num_tokens=3)
+    handle.remove()
+    (trace,) = recording.traces
+    assert lengths[1:5] == [1, 1, 3, 1]  # as many passes as tokens
+    assert np.allclose(trace.log_probs, _by_one_pass(built, inputs, output), atol=1e-4)
+    assert trace.log_probs_source == "teacher_forced" and trace.attention is None
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("name", ["blip-2", "llava"])
+def test_a_logits_processor_that_asks_the_model_too(name, tokens, tmp_path):
+    """Contrastive decoding runs the model on another image after each step; those logits are none of the answer."""
+    built = build(name, "pil")
+    inputs, other = built.inputs([built.picture()]), built.inputs([built.picture(seed=5)])
+
+    def contrasted(_ids, scores):
+        with torch.no_grad():
+            return scores - 0.5 * built.model(**other).logits[:, -1]
+
+    attached = probe.attach(built.model, built.processor)
+    with attached.record(tmp_path, llr=False, boxes=False) as recording:
+        output = built.generate(inputs, tokens, logits_processor=[contrasted])
+    (trace,) = recording.traces
+    assert np.allclose(trace.log_probs, _by_one_pass(built, inputs, output), atol=1e-4)
+    assert trace.log_probs_source == "teacher_forced" and trace.attention is None
+
+
+def _by_one_pass(built, inputs, output):
+    """log P of an answer from one pass over it, as no probe computes it, ``(step,)``."""
+    ids, start = output.sequences, inputs["input_ids"].shape[1]
+    own = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logits = built.model(**own, input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return logits[0, start - 1 : -1].log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0].numpy()
+
+
 @pytest.mark.parametrize("name", ENCODER_DECODER)
 def test_an_encoder_decoder_answer_is_forced_through_the_decoder(name, tmp_path):
     built, picture, plain, _, trace = _recorded(name, tmp_path)
