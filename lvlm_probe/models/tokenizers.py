@@ -46,7 +46,7 @@ def vocabulary_size(model: Any) -> int:
 def display_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     """The text that each token adds; joined, they are the decoded answer.
 
-    A byte-level token that only begins a character adds nothing; the token that completes the character shows it.
+    A byte-level token that only begins a character adds nothing of it; the token that completes the character shows it.
     Without a tokenizer a piece is the id in angle brackets.
     """
     spelling = Spelling(tokenizer)
@@ -69,6 +69,8 @@ class Spelling:
         self._ids: list[int] = []
         # The window [start, shown) is context already displayed; decoding it again keeps spaces right.
         self._start, self._shown = 0, 0
+        # Tokens behind it end within a character: this much of their text is whole, up to this one of them.
+        self._whole, self._last = 0, 0
 
     def add(self, token: int) -> None:
         """One more token."""
@@ -76,20 +78,25 @@ class Spelling:
             self.pieces.append(f"<{int(token)}>")
             return
         end = len(self._ids)
-        if (settled := end - _WAITING) > self._shown:  # no character that began there is completed any more
-            self.pieces[settled - 1] = self._decoded(settled)
-            self._start, self._shown = self._shown, settled
+        if (settled := end - _WAITING) > max(self._shown, self._last):  # what began there is completed no more
+            self.pieces[settled - 1] = self._decoded(settled)[self._whole :]
+            self._begin(self._shown, settled)
         self._ids.append(int(token))
         text = self._decoded(end + 1)
-        whole = not text.endswith(_REPLACEMENT)
-        self.pieces.append(text if whole else "")
-        if whole:
-            self._start, self._shown = self._shown, end + 1
+        known = text.rstrip(_REPLACEMENT)
+        self.pieces.append(known[self._whole :])
+        if known == text:
+            self._begin(self._shown, end + 1)
+        elif len(known) > self._whole:  # a token may end a character and begin the next one
+            self._whole, self._last = len(known), end + 1
 
     def end(self) -> None:
         """There are no more tokens: what was begun is shown as it is."""
         if self._shown < len(self._ids):
-            self.pieces[-1] = self._decoded(len(self._ids))
+            self.pieces[-1] += self._decoded(len(self._ids))[self._whole :]
+
+    def _begin(self, start: int, shown: int) -> None:
+        self._start, self._shown, self._whole, self._last = start, shown, 0, 0
 
     def _decoded(self, end: int) -> str:
         """The text of the tokens before ``end`` that are not shown yet."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, GenerationConfig, PreTrainedTokenizerFast
 
 from lvlm_probe.models.tokenizers import Stops, display_pieces, special_flags, stops_of, tokenizer_of
@@ -30,6 +30,24 @@ def test_a_character_of_several_tokens_is_shown_by_the_last():
     pieces = display_pieces(tokenizer, ids)
     assert "".join(pieces) == "aé漢b"
     assert "�" not in "".join(pieces) and "" in pieces
+
+
+def test_tokens_that_end_a_character_and_begin_the_next_one():
+    """As byte-level vocabularies have them in scripts of three bytes a letter: no token in a row ends a character."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    text = "แมวสองตัว🙂 ok"
+    shown = "".join(
+        raw for raw, _ in pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    )
+    cut = [shown[:2], *(shown[at : at + 3] for at in range(2, len(shown), 3))]  # at bytes 2, 5, 8, ... of the letters
+    raw = Tokenizer(models.BPE({piece: i for i, piece in enumerate(dict.fromkeys([*letters, *cut]))}, []))
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    ids = tokenizer.convert_tokens_to_ids(cut)
+    assert tokenizer.decode(ids) == text
+    pieces = display_pieces(tokenizer, ids)
+    assert "".join(pieces) == text and pieces[:4] == ["", "แ", "ม", "ว"]
+    assert "".join(display_pieces(tokenizer, ids[:6])) == tokenizer.decode(ids[:6])  # cut off in a character
 
 
 def test_lone_bytes_are_shown_where_they_are_and_cost_no_more_than_their_number():
