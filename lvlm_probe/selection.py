@@ -33,7 +33,7 @@ from lvlm_probe.files import record_of
 from lvlm_probe.kinds import indices_of, naming_arguments
 from lvlm_probe.models.tokenizers import display_pieces, tokenizer_of
 from lvlm_probe.replaying.own_scores import Contrast, OwnScore, alternative_ids, stored_score
-from lvlm_probe.words import ALPHA, distinct_texts, group_words, phrase_spans, written_alike
+from lvlm_probe.words import ALPHA, distinct_texts, group_words, phrase_spans, tokens_at
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying.protocol import ReplayLike
@@ -411,26 +411,19 @@ def _answer_words(words: Sequence[Word]) -> str:
 
 
 def _find_words(wanted: Sequence[str], tokens: Sequence[str], special: np.ndarray, words: Sequence[Word]) -> list[int]:
-    # A special token reads as one space, as it does where words are told apart; accents are written in several ways.
-    pieces = [" " if is_special else written_alike(piece) for piece, is_special in zip(tokens, special, strict=True)]
-    starts = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(int)
+    # A special token reads as one space, as it does where words are told apart.
+    pieces = [" " if is_special else piece for piece, is_special in zip(tokens, special, strict=True)]
     answer = "".join(pieces)
-    found: set[int] = set()
+    spans: list[tuple[int, int]] = []
     for phrase in wanted:
-        matches = phrase_spans(written_alike(phrase), answer)
+        matches = phrase_spans(phrase, answer)
         if not matches:
             raise SelectionError(
                 f"{phrase!r} is not in the answer; its words are {_answer_words(words)}. To ask why it does not say "
                 f"so, name what it says in that place, and against={phrase!r}"
             )
-        for first, last in matches:
-            found.update(
-                index
-                for index in range(len(pieces))
-                # An empty piece inside the match is part of a character split over several tokens.
-                if starts[index] < last and (starts[index + 1] > first or (not pieces[index] and starts[index] > first))
-            )
-    return sorted(index for index in found if not special[index])
+        spans += matches
+    return [index for index in tokens_at(pieces, spans) if not special[index]]
 
 
 def _span_indices(span: tuple[int, int], tokens: Sequence[str], words: Sequence[Word]) -> list[int]:

@@ -13,6 +13,7 @@ full stop. The rules, on the characters of the joined answer:
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import re
@@ -28,7 +29,7 @@ _LETTER, _SIGN, _IDEOGRAPH, _SPACE = "letter", "sign", "ideograph", "space"
 _NO_CHARACTER = "\ufffd"
 """What bytes are decoded to that are no character."""
 _JOINS_LETTERS = frozenset("'’-‐‑")
-_JOINS_DIGITS = frozenset(".,:")
+_JOINS_DIGITS = frozenset(".,:٫٬")
 # Scripts written without spaces whose single characters carry meaning: iteration marks, kana, Han and its extensions.
 _IDEOGRAPHS = (
     (0x3005, 0x3007),
@@ -145,15 +146,45 @@ def phrase_spans(phrase: str, text: str) -> list[tuple[int, int]]:
     """``(start, stop)``, in characters, of a phrase in a text, as whole words and whatever its case, any run of white
     space between them; where it stands nowhere so, as parts of words with a hyphen or an apostrophe.
 
-    Both are taken as ``written_alike`` writes them.
+    Both are taken as ``written_alike`` writes them; a sign that this leaves out belongs to the one before it.
     """
-    if not phrase.strip():
+    said = written_alike(phrase).split()
+    if not said:
         return []
-    cut = _cuts(text)
-    body = r"\s+".join(map(re.escape, phrase.split()))
-    spans = [match.span() for match in re.finditer(body, text, re.IGNORECASE)]
+    alike: list[str] = []
+    origin: list[int] = []
+    # A letter goes with its accents, as these may stand in another order, or be one character with it.
+    starts = [at for at, char in enumerate(text) if at == 0 or not unicodedata.combining(char)]
+    for start, stop in itertools.pairwise([*starts, len(text)]):
+        alike.append(written_alike(text[start:stop]))
+        origin += [start] * len(alike[-1])
+    origin.append(len(text))
+    body = r"\s+".join(map(re.escape, said))
+    whole = "".join(alike)
+    cut = _cuts(whole)
+    spans = [match.span() for match in re.finditer(body, whole, re.IGNORECASE)]
     spans = [(start, stop) for start, stop in spans if "whole" not in (cut[start], cut[stop])]
-    return [(start, stop) for start, stop in spans if cut[start] is cut[stop] is None] or spans
+    spans = [(start, stop) for start, stop in spans if cut[start] is cut[stop] is None] or spans
+    return [(origin[start], origin[stop]) for start, stop in spans]
+
+
+def tokens_at(pieces: Sequence[str], spans: Iterable[tuple[int, int]]) -> list[int]:
+    """Tokens that hold characters ``[start, stop)`` of an answer, of one span or another, ascending.
+
+    Tokens that only begin the first character of a span, and show nothing of it themselves, are among them.
+
+    Args:
+        pieces: display texts of the tokens, ``(step,)``, whose concatenation is the answer.
+        spans: none of them empty.
+    """
+    ends = list(itertools.accumulate(map(len, pieces)))
+    found: set[int] = set()
+    for start, stop in spans:
+        shown = bisect.bisect_right(ends, start)  # the token that shows the first character
+        begin = ends[shown - 1] if shown else 0
+        first = bisect.bisect_left(ends, begin) + 1 if begin else 0
+        found.update(range(first, bisect.bisect_left(ends, stop) + 1))
+    return sorted(found)
 
 
 def written_alike(text: str) -> str:
@@ -177,7 +208,9 @@ def _cuts(text: str) -> list[Literal["whole", "part"] | None]:
         elif kinds[at - 1 : at + 1] != [_LETTER, _LETTER] or _unspaced(before) or _unspaced(char):
             found.append(None)
         else:
-            found.append("part" if before in _JOINS_LETTERS or char in _JOINS_LETTERS else "whole")
+            joint = at - (before in _JOINS_LETTERS)
+            thousands = text[joint] in "'’" and text[joint - 1].isdigit() and text[joint + 1 : joint + 2].isdigit()
+            found.append("part" if text[joint] in _JOINS_LETTERS and not thousands else "whole")
     return [*found, None]
 
 

@@ -107,6 +107,11 @@ def test_every_occurrence_of_a_word_and_no_part_of_a_longer_one() -> None:
         (["red", "中", "文"], "red", (0,)),
         (["Wait", "...", " what"], ".", (1,)),
         (["\U00020000\U00020001"], "\U00020001", (0,)),
+        (["", "", "猫", "", " 犬", "。"], "猫", (0, 1, 2)),  # the bytes that begin a character are a part of it
+        (["", "", "猫", "", " 犬", "。"], "犬", (3, 4)),
+        (["It", " is", "", "", "🙂", "!"], "is", (1,)),
+        (["❤", "\ufe0f", " is"], "❤", (0, 1)),
+        (["❤", "\ufe0f", " is"], "is", (2,)),
     ],
 )
 def test_a_phrase_stands_where_a_reader_sees_it(tokens: list[str], phrase: str, indices: tuple[int, ...]) -> None:
@@ -124,12 +129,22 @@ def test_no_phrase_reaches_into_a_number_or_across_a_special_token() -> None:
         with pytest.raises(SelectionError, match="is not in the answer"):
             select_tokens(replay, words=phrase)
     assert select_tokens(replay, words="re d").indices == (3, 5)
+    for number in ("1\u2019000", "1'000", "٣٫٥"):  # as Swiss and Arabic texts write them
+        replay = ToyReplay(torch.full((1, 2, 2), 0.25), original=[0.9], base=[0.1], tokens=[number])
+        with pytest.raises(SelectionError, match="is not in the answer"):
+            select_tokens(replay, words=number[0])
 
 
 def test_unspaced_scripts_match_inside_a_run() -> None:
     tokens = ["一只", "红", "色的", "猫"]
     replay = ToyReplay(torch.full((4, 2, 2), 0.25), original=[0.9] * 4, base=[0.1] * 4, tokens=tokens)
     assert select_tokens(replay, words="红色").indices == (1, 2)
+
+
+@pytest.mark.parametrize("sign", ["\ufe0f", " ", ""])
+def test_a_sign_that_shows_nothing_is_no_phrase(replay: ToyReplay, sign: str) -> None:
+    with pytest.raises(SelectionError, match="is not in the answer"):
+        select_tokens(replay, words=sign)
 
 
 def test_absent_word_lists_the_answers_words(replay: ToyReplay) -> None:

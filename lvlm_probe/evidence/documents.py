@@ -23,7 +23,7 @@ import torch
 
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.evidence.grounding import known_of, tokens_at
+from lvlm_probe.evidence.grounding import known_of
 from lvlm_probe.evidence.regions import Region, region, twice_the_area
 from lvlm_probe.explainers import explain
 from lvlm_probe.explainers.scores import even_masks
@@ -31,6 +31,7 @@ from lvlm_probe.files import in_the_way, json_ready, path_of, write_whole
 from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics import Score, evaluate
 from lvlm_probe.selection import select_tokens
+from lvlm_probe.words import tokens_at
 
 if TYPE_CHECKING:
     import os
@@ -153,10 +154,9 @@ def fields(trace: Trace) -> list[Field]:
     """The values of a recorded answer: of JSON in it every leaf by its path, else its words. No model is needed."""
     pieces = [str(piece) for piece in trace.tokens]
     text = "".join(pieces)
-    ends = np.cumsum([len(piece) for piece in pieces])
     found = []
     for name, start, stop in _leaves_in(text):
-        found.append((name, text[start:stop], tuple(tokens_at(ends, start, stop))))
+        found.append((name, text[start:stop], tuple(tokens_at(pieces, [(start, stop)]))))
     if not found:
         found = [("", word.text, tuple(range(word.start, word.stop))) for word in trace.words]
 

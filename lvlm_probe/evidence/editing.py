@@ -38,7 +38,7 @@ from lvlm_probe.models.tokenizers import display_pieces, special_flags, stops_of
 from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import outside_modes
-from lvlm_probe.words import Word, group_words, phrase_spans, written_alike
+from lvlm_probe.words import Word, group_words, phrase_spans
 
 if TYPE_CHECKING:
     from lvlm_probe.heatmap import Heatmap
@@ -329,7 +329,7 @@ class _Asking:
     def _fulfilled(self, answer: str) -> bool:
         if callable(self._until):
             return bool(self._until(answer))
-        return self._until is not None and bool(phrase_spans(written_alike(self._until), written_alike(answer)))
+        return self._until is not None and bool(phrase_spans(self._until, answer))
 
     def _said(self, inputs: Mapping[str, Any]) -> tuple[str, list[Word]]:
         """The greedy answer to these inputs, and its words."""

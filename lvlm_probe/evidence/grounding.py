@@ -41,6 +41,7 @@ from lvlm_probe.files import json_ready, record_of
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics.localization import boxes_to_mask, energy_in_region, iou, pointing_game
+from lvlm_probe.words import tokens_at
 
 if TYPE_CHECKING:
     from lvlm_probe.replaying import ReplayLike
@@ -214,7 +215,6 @@ def answer_boxes(trace: Trace, *, boxes: Convention | None = None, image: int = 
         raise ExplainError(f"image={image}, but the trace holds {len(trace.images)} image(s), counted from 0")
     pieces = [str(piece) for piece in trace.tokens]
     text = "".join(pieces)[:_LONGEST]
-    ends = np.cumsum([len(piece) for piece in pieces])
     size = trace.images[image].size
     family = str((trace.model.get("config") or {}).get("model_type", ""))  # type: ignore[union-attr]
     found = []
@@ -228,7 +228,7 @@ def answer_boxes(trace: Trace, *, boxes: Convention | None = None, image: int = 
             )
         numbers = one.numbers
         pixels = _in_pixels(numbers, convention, size, lambda: _model_size(trace, image))
-        tokens = sorted({k for start, stop in one.spans for k in tokens_at(ends, start, stop)})
+        tokens = tokens_at(pieces, one.spans)
         log_p, llr = known_of(trace, tokens)
         found.append(
             AnswerBox(
@@ -374,11 +374,6 @@ def _label(text: str, match: re.Match[str]) -> str:
         return str(json.loads(f'"{found[1]}"'))
     except ValueError:
         return found[1]
-
-
-def tokens_at(ends: np.ndarray, start: int, stop: int) -> range:
-    """Tokens that hold characters ``[start, stop)`` of the answer, whose tokens stop before ``ends``, ``(step,)``."""
-    return range(int(np.searchsorted(ends, start, side="right")), int(np.searchsorted(ends, stop, side="left")) + 1)
 
 
 def known_of(trace: Trace, tokens: Sequence[int]) -> tuple[float | None, float | None]:

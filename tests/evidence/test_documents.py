@@ -69,6 +69,12 @@ def test_every_leaf_of_a_json_answer_is_a_field_with_its_tokens(read: ToyReplay)
     assert total.llr == pytest.approx(2 * np.log(0.9 / 0.01))
 
 
+def test_a_value_has_the_bytes_that_begin_its_first_character() -> None:
+    said = SimpleNamespace(tokens=['{"', "a", '":"', "", "", "猫", '"}'], log_probs=np.arange(7.0), llr=None, words=[])
+    (field,) = fields(said)
+    assert (field.value, field.tokens, field.log_p) == ("猫", (3, 4, 5), 12.0)
+
+
 def _of(text: str) -> list[tuple[str, str]]:
     words = [SimpleNamespace(text=word, start=k, stop=k + 1) for k, word in enumerate(text.split())]
     tokens = text.split() if "{" not in text and "[" not in text else list(text)
