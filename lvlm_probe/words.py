@@ -161,7 +161,7 @@ def phrase_spans(phrase: str, text: str) -> list[tuple[int, int]]:
     origin.append(len(text))
     body = r"\s+".join(map(re.escape, said))
     whole = "".join(alike)
-    cut = _cuts(whole)
+    cut = word_cuts(whole)
     spans = [match.span() for match in re.finditer(body, whole, re.IGNORECASE)]
     spans = [(start, stop) for start, stop in spans if "whole" not in (cut[start], cut[stop])]
     spans = [(start, stop) for start, stop in spans if cut[start] is cut[stop] is None] or spans
@@ -192,8 +192,8 @@ def written_alike(text: str) -> str:
     return unicodedata.normalize("NFD", text.translate(_ALIKE))
 
 
-def _cuts(text: str) -> list[Literal["whole", "part"] | None]:
-    """What a cut in front of each character goes through, and one behind the last: ``(character + 1,)``.
+def word_cuts(text: str) -> list[Literal["whole", "part"] | None]:
+    """Return what a cut in front of each character goes through, and one behind the last: ``(character + 1,)``.
 
     ``"whole"``: letters of one word, digits of one number, a character and its marks, an emoji. ``"part"``: the sign
     that joins parts of one word (``well-known``). ``None``: nothing, as between words, signs, and letters of scripts

@@ -38,7 +38,7 @@ from lvlm_probe.progress import ProgressChoice, show_progress
 from lvlm_probe.replaying import Replay
 from lvlm_probe.replaying.isolation import taking_turns
 from lvlm_probe.trace import Trace
-from lvlm_probe.words import ALPHA
+from lvlm_probe.words import ALPHA, tokens_at
 
 Kind = Literal["thought", "call", "answer"]
 
@@ -228,7 +228,6 @@ def _split(pieces: Sequence[str], special: Sequence[bool]) -> list[tuple[str, in
         for piece, flag in zip(pieces, special, strict=True)
     ]
     text = "".join(shown)
-    token_at = np.repeat(np.arange(len(shown)), [len(piece) for piece in shown])
     found: list[tuple[str, int, int, Kind]] = []
     begin = 0
     for start, stop, kind in _sentences(text):
@@ -237,12 +236,11 @@ def _split(pieces: Sequence[str], special: Sequence[bool]) -> list[tuple[str, in
         last = start + len(inside.rstrip())
         if not any(sign.isalnum() for sign in inside):
             continue
-        tokens = token_at[first:last]
-        tokens = tokens[[not special[token] for token in tokens]]
-        tokens = tokens[tokens >= begin]  # a token that ends one step and begins the next belongs to the former
-        if len(tokens):
-            begin = int(tokens[-1]) + 1
-            found.append((inside.strip(), int(tokens[0]), begin, kind))
+        # A token that ends one step and begins the next belongs to the former.
+        tokens = [token for token in tokens_at(shown, [(first, last)]) if token >= begin and not special[token]]
+        if tokens:
+            begin = tokens[-1] + 1
+            found.append((inside.strip(), tokens[0], begin, kind))
     return found
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import torch
 
 from lvlm_probe.errors import ReplayError
+from lvlm_probe.models.tokenizers import display_pieces
+from lvlm_probe.words import word_cuts
 
 
 def reword(prompt: torch.Tensor, processor: object | None, question: str, text: str) -> tuple[int, int, torch.Tensor]:
@@ -65,16 +68,20 @@ def _tokenizer(processor: object | None) -> Any:
 
 
 def _span(ids: list[int], tokenizer: Any, question: str) -> tuple[int, int]:
-    """The last and shortest run of tokens that reads as ``question``; white space does not count."""
+    """The last and shortest run of tokens that reads as ``question`` and is no part of a longer word; white space does
+    not count."""
     wanted = _squeezed(question)
     pieces = {token: _squeezed(tokenizer.decode([token])) for token in set(ids)}
+    shown = display_pieces(tokenizer, ids)
+    ends = [0, *itertools.accumulate(map(len, shown))]
+    cuts = word_cuts("".join(shown))
     for start in range(len(ids) - 1, -1, -1):
         if not wanted or not _opens(wanted, pieces[ids[start]]):
             continue
         # No token stands for less than one byte, but there may be blank ones in between.
         for stop in range(start + 1, min(len(ids), start + 2 * len(question.encode())) + 1):
             text = _squeezed(tokenizer.decode(ids[start:stop]))
-            if text == wanted:
+            if text == wanted and "whole" not in (cuts[ends[start]], cuts[ends[stop]]):
                 return start, stop
             if not _opens(wanted, text):
                 break

@@ -84,6 +84,15 @@ def test_special_tokens_are_no_step_but_may_be_tags() -> None:
             causal.find_steps(said(nothing))
 
 
+def test_a_step_has_the_bytes_that_begin_its_first_character() -> None:
+    answer = said("See it.\n猫 sat.")
+    at = answer.tokens.index("猫")
+    answer.tokens[at:at] = ["", ""]
+    answer.special, answer.llr = np.zeros(len(answer.tokens), bool), np.arange(len(answer.tokens), dtype=np.float32)
+    step = list(causal.find_steps(answer))[-1]
+    assert (step.text, step.start, step.llr) == ("猫 sat.", at, sum(range(at, len(answer.tokens))))
+
+
 def test_the_step_where_the_image_comes_in() -> None:
     """Words that the image makes unlikely do not hide the one that comes from it."""
     answer = said("Who b c. Dor e f. Gus h.")

@@ -20,7 +20,7 @@ from lvlm_probe.explainers.attention_maps import (
     _replayed_rows,
     _without_sinks,
 )
-from lvlm_probe.replaying.rewording import reword
+from lvlm_probe.replaying.rewording import positions_of, reword
 
 
 def explain(what, method: str = "attention", **params: Any):
@@ -201,6 +201,16 @@ def test_questions_in_any_script_and_with_a_space_in_front():
             start, stop, ids = reword(prompt, tokenizer, question, "Describe the picture")
             new = tokenizer.decode([*prompt[:start].tolist(), *ids.tolist(), *prompt[stop:].tolist()])
             assert new == around.format("Describe the picture")
+
+
+def test_a_text_of_the_prompt_is_no_part_of_a_longer_word():
+    tokenizer, none = tiny_models.build_processor("llava").tokenizer, np.zeros(0, int)
+    prompt = torch.tensor(tokenizer("Is red or a covered 3.5 reddish thing left?")["input_ids"])
+    found = positions_of(prompt, none, tokenizer, "red")
+    assert tokenizer.decode(prompt[: int(found[-1]) + 1]) == "Is red"
+    for part in ("cover", "3", "eft", "dish"):
+        with pytest.raises(ReplayError, match="no run of tokens"):
+            positions_of(prompt, none, tokenizer, part)
 
 
 @pytest.mark.quick
