@@ -40,7 +40,8 @@ def encode_image(image: Image.Image) -> tuple[bytes, str]:
         try:
             with Image.open(io.BytesIO(data)) as stored:
                 same = stored.size == image.size and stored.mode == image.mode
-                if same and np.array_equal(np.asarray(stored), np.asarray(image)):
+                same = same and np.array_equal(np.asarray(stored), np.asarray(image))
+                if same and _colours(stored) == _colours(image):
                     return data, mime
         except OSError:
             pass  # the file has been replaced by something else since
@@ -49,12 +50,19 @@ def encode_image(image: Image.Image) -> tuple[bytes, str]:
     return buffer.getvalue(), "image/png"
 
 
+def _colours(image: Image.Image) -> Any:
+    """What the numbers of an image with a palette stand for; ``None`` of other images."""
+    return (image.getpalette("RGBA"), image.info.get("transparency")) if image.mode in ("P", "PA") else None
+
+
 def open_image(source: Any, *, fetch: bool = False) -> Image.Image:
     """Open an image as every road of this package shows it to a model: upright, 8 bit, RGB.
 
-    The camera's orientation (EXIF) is applied, as transformers' own loader does; 16-bit levels are scaled, not cut off;
-    of an animation or a file of several pages the first one is taken. What a model is not shown is said in a
-    ``ProbeWarning``: further frames, transparency (the colours below it count), and an image of one colour only.
+    The camera's orientation (EXIF) is applied, as transformers' own loader does; 16-bit levels are scaled, not cut off,
+    but those of no more than 255, which are 8-bit ones; of an animation or a file of several pages the first one is
+    taken, or of a PIL image the one it is at. What a model is not shown, or not as it may be meant, is said in a
+    ``ProbeWarning``: further frames, transparency (the colours below it count), levels that use less than a quarter of
+    their range, and an image of one colour only.
 
     Args:
         source: a path; the bytes of a file; a ``data:`` URI; bare base64; a PIL image; an array of uint8 or uint16,
@@ -146,10 +154,12 @@ def _reading(what: str, source: Path | io.BytesIO | None = None) -> Iterator[Non
 def _shown(image: Image.Image, what: str, *, keep: bool = False) -> Image.Image:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a photograph with previews
-        caution(f"{what} has {frames} frames or pages, and the first one is shown to the model")
+        at = image.tell()
+        shown = f"number {at}, counted from 0," if at else "the first one"
+        caution(f"{what} has {frames} frames or pages, and {shown} is shown to the model")
     turned = ImageOps.exif_transpose(image)
     if turned.mode in _DEEP:
-        turned = _eight_bit(turned)
+        turned = Image.fromarray(_eight_bit(np.asarray(turned), what))
     if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
         opacity = np.asarray(turned.convert("RGBA").getchannel("A"))
         if opacity.min() < 255:
@@ -172,24 +182,28 @@ def is_constant(image: Image.Image) -> bool:
     return all(low == high for low, high in (levels if isinstance(levels[0], tuple) else [levels]))
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit levels at 8 bit, by scale; numbers that are levels of 0 to 255, or shares of 1, already stay."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        highest = 1.0 if values.max() <= 1 else 255.0 if values.max() <= 255 else 65535.0
-    else:
-        highest = 255.0 if image.mode == "I" and values.max() <= 255 else 65535.0
-    if not np.isfinite(values).all() or values.min() < 0 or values.max() > highest:
+def _eight_bit(values: np.ndarray, what: str) -> np.ndarray:
+    """Levels of 16 bits at 8, by scale; numbers that are levels of 0 to 255, or shares of 1, already stay."""
+    levels = values.astype(np.float64)
+    most = levels.max(initial=0.0)
+    highest = 1.0 if values.dtype.kind == "f" and most <= 1 else 255.0 if most <= 255 else 65535.0
+    if not np.isfinite(levels).all() or levels.min(initial=0.0) < 0 or most > highest:
         raise ImageError(
-            f"an image of mode {image.mode!r} with values from {values.min():g} to {values.max():g} has no levels that "
-            f"are known; scale it to 0…255"
+            f"{what} has values of {values.dtype} from {levels.min():g} to {most:g}, which are no levels that are "
+            f"known; scale it to 0…255"
         )
-    return Image.fromarray(np.rint(values * (255 / highest)).astype(np.uint8))
+    if highest == 65535 and most <= highest / 4:
+        caution(
+            f"levels of {what} reach {most:g} of {highest:g}, so the model is shown a dark image; if they have 12 or "
+            "14 bits, scale them"
+        )
+    scaled: np.ndarray = np.rint(levels * (255 / highest)).astype(np.uint8)
+    return scaled
 
 
 def _of_array(values: np.ndarray) -> Image.Image:
     if values.dtype == np.uint16:
-        values = np.rint(values * (255 / 65535)).astype(np.uint8)
+        values = _eight_bit(values, "the array")
     if values.dtype != np.uint8 or values.ndim not in (2, 3) or values.size == 0:
         raise ImageError("it is neither uint8 nor uint16, or neither (row, col) nor (row, col, channel)")
     if values.ndim == 3 and values.shape[2] == 1:

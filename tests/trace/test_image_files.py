@@ -32,6 +32,17 @@ def test_a_file_that_changed_since_is_not(tmp_path):
     assert mime == "image/png"
 
 
+def test_colours_that_changed_since_are_kept(tmp_path):
+    """The numbers of the pixels are those of the file."""
+    path = tmp_path / "palette.png"
+    tiny_models.picture().quantize(8).save(path)
+    image = Image.open(path)
+    assert encode_image(image)[0] == path.read_bytes()
+    image.putpalette([255 - level for level in image.getpalette()])
+    stored = Image.open(io.BytesIO(encode_image(image)[0]))
+    assert np.array_equal(np.asarray(stored.convert("RGB")), np.asarray(image.convert("RGB")))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
 def test_pixels_survive(mode):
     image = tiny_models.picture().convert(mode)

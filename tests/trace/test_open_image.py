@@ -56,6 +56,23 @@ def test_16_bit_levels_are_scaled(kind):
     assert np.array_equal(np.asarray(open_image(levels.astype(np.uint16)))[..., 0], found)
 
 
+@pytest.mark.parametrize("kind", ["array", "PNG", "TIFF"])
+def test_16_bits_that_hold_fewer(kind):
+    """8-bit levels are those, as they are in 32 bits; of 12 or 14 nobody can tell, so that they are told."""
+    levels = np.asarray(PICTURE.convert("L")).astype(np.uint16)
+
+    def opened(values):
+        return np.asarray(open_image(values if kind == "array" else file_of(Image.fromarray(values), kind)))[..., 0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(opened(levels), levels)
+        assert np.array_equal(opened(levels * 257), levels)
+    for bits in (12, 14):
+        with pytest.warns(probe.ProbeWarning, match="shown a dark image"):
+            assert opened(levels << (bits - 8)).max() < 64
+
+
 def test_numbers_of_other_modes():
     shares = Image.fromarray(np.linspace(0, 1, 100, dtype=np.float32).reshape(10, 10))
     assert np.asarray(open_image(shares)).max() == 255
@@ -98,6 +115,10 @@ def test_what_is_not_shown_is_said():
     with pytest.warns(probe.ProbeWarning, match="3 frames"):
         first = open_image(file_of(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True))
     assert np.array_equal(np.asarray(first), np.asarray(frames[0]))
+    later = Image.open(io.BytesIO(file_of(frames[0], "TIFF", save_all=True, append_images=frames[1:])))
+    later.seek(2)
+    with pytest.warns(probe.ProbeWarning, match="number 2, counted from 0, is shown"):
+        assert np.array_equal(np.asarray(open_image(later)), np.asarray(frames[2]))
     with pytest.warns(probe.ProbeWarning, match="same colour"):
         open_image(Image.new("RGB", (8, 8), (9, 9, 9)))
 
