@@ -470,7 +470,8 @@ def check_box(box: AnswerBox, heat: Heatmap) -> BoxCheck:
         raise ExplainError(
             f"the box is in image {box.image} and the map of image {heat.image_index}, or of another size"
         )
-    region = [box.region]
+    left, top, right, bottom = box.region
+    region = [(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))]
     area = float(boxes_to_mask(region, heat.image_size).mean())
     return BoxCheck(
         box, energy_in_region(heat, region), area, iou(heat, region), pointing_game(heat, region)

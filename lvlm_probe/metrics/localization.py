@@ -59,10 +59,17 @@ def boxes_to_mask(boxes: Boxes, size: tuple[int, int]) -> np.ndarray:
         ``(row, col)`` bool, ``height × width``.
 
     Raises:
-        ExplainError: A box is not four finite numbers, is empty, or lies outside the image altogether.
+        ExplainError: A box is not four finite numbers, is empty, or lies outside the image altogether; or they look
+            like shares of the image, of which all would be its first pixel.
     """
     check_rules("boxes_to_mask", size=_size_rule(size))
     width, height = size
+    edges = np.asarray([edge for box in boxes for edge in (box if np.ndim(box) else ())])
+    if edges.dtype.kind == "f" and edges.size and edges.min() >= 0 and edges.max() <= 1 and (edges % 1).any():
+        raise ExplainError(
+            f"boxes are in pixels of the image, and {boxes[0]!r} looks like shares of it: multiply by its width and "
+            f"height, {width} and {height}"
+        )
     mask = np.zeros((height, width), dtype=bool)
     for box in boxes:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,7 @@ def _mask(heat: Heatmap | ClipHeatmap, record: Mapping[str, Any], size: tuple[in
         return resample(mask_by_map(heat, cells, record["kind"]).numpy(), size[::-1])
     if isinstance(boxes, list | tuple) and boxes:
         scale = [size[k % 2] / heat.image_size[k % 2] for k in range(4)]
-        inside = boxes_to_mask([[edge * by for edge, by in zip(box, scale, strict=True)] for box in boxes], size)
+        shown = [[edge * by for edge, by in zip(box, scale, strict=True)] for box in boxes]
+        inside = boxes_to_mask([[*map(math.floor, box[:2]), *map(math.ceil, box[2:])] for box in shown], size)
         return (inside == (record["kind"] == "keep")).astype(np.float32)
     return None

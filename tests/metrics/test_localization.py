@@ -199,6 +199,7 @@ def test_boxes_that_are_none() -> None:
         ([(0, 0, float("inf"), 2)], "left < right"),
         ([(0, 0, 3)], r"a box is \(left, top, right, bottom\)"),
         ([(50, 0, 60, 2)], "outside the image of 40 × 30"),
+        ([(0.25, 0.5, 0.75, 1.0), (0, 0, 0.5, 0.5)], r"looks like shares of it: .* 40 and 30"),
     ]:
         with pytest.raises(ExplainError, match=message):
             iou(heat, boxes)
