@@ -7,13 +7,14 @@ computed cannot be one of the two.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from lvlm_probe.models.inputs import cache_in, input_device
+from lvlm_probe.models.inputs import cache_in, input_device, list_inputs
 from lvlm_probe.models.tokenizers import Stops
 from lvlm_probe.models.wrappers import every_module
 from lvlm_probe.recording.row_inputs import image_token_mask
@@ -62,9 +63,35 @@ def other_conditions(model: Any, inputs: Mapping[str, torch.Tensor], kwargs: Map
         found.append("the cache was quantised")
     if held := _positions_in(cache):
         found.append(f"a key-value cache was given that held {held} positions already")
-    if kwargs.get("encoder_outputs") is not None:
-        found.append("encoder_outputs were given")
+    found += [f"{name} were given" for name in _MADE_BEFORE if kwargs.get(name) is not None]
+    found += [f"{name}={value!r} was given" for name, value in _options(model, kwargs).items()]
     return found
+
+
+_MADE_BEFORE = ("encoder_outputs", "mm_encoder_outputs", "decoder_inputs_embeds")
+"""What replays make themselves of pixels and tokens."""
+
+
+def _options(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``generate()`` that are no tensors and reach the model's own call (``vision_feature_layer=-1``)."""
+    from transformers import GenerationConfig, GenerationMixin
+
+    generation, lists = GenerationConfig(), list_inputs(model)
+    of_call = inspect.signature(type(model).forward).parameters.keys() - {"labels", "return_dict", "logits_to_keep"}
+    of_generation = {
+        *inspect.signature(GenerationMixin.generate).parameters,
+        *("tokenizer", "assistant_tokenizer", "trust_remote_code", "return_dict", "logits_to_keep"),
+    }
+
+    def reaches(name: str) -> bool:
+        return not hasattr(generation, name) and (name in of_call or name not in of_generation)
+
+    def is_option(value: Any) -> bool:
+        single = not isinstance(value, list | tuple)
+        return all(isinstance(one, int | float | str) for one in ([value] if single else value)) and value is not False
+
+    given = {name: value for name, value in kwargs.items() if name not in lists and is_option(value)}
+    return {name: value for name, value in given.items() if value not in ([], ()) and reaches(name)}
 
 
 def padded_behind(real: torch.Tensor | None) -> list[str]:

@@ -174,6 +174,11 @@ class GenerationRecorder:
         else:
             kwargs = {**positional(self.model, args), **kwargs}
         kwargs = named_inputs(self.model, kwargs, reads_prompt=self.anatomy.reads_prompt)
+        if kwargs.get("inputs_embeds") is not None:
+            raise NotRecorded(
+                "generate() was given inputs_embeds, and a replay makes embeddings of the prompt's tokens itself; give "
+                "input_ids alone, or record another call; nothing is recorded"
+            )
         setting = settings_of(self.model, kwargs)
         ids = self._prompt(kwargs, setting)
         # As they are now: a streamer gives control back to the user while the answer is generated.

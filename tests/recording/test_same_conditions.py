@@ -475,6 +475,26 @@ def test_other_conditions_than_a_replays_are_told_and_left_out(llava, tmp_path, 
     assert np.allclose(trace.llr, probe.replay(trace, *llava).llr.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize(("options", "told"), [({"vision_feature_layer": -1}, True), ({"use_cache": False}, False)])
+def test_an_option_of_the_models_own_call_is_another_condition(llava, tmp_path, options, told):
+    """It reaches the model beside the tensors, and no replay; settings of ``generate()`` are none."""
+    (trace,) = record(llava, tmp_path, **options)
+    assert any("vision_feature_layer=-1 was given" in note for note in trace.notes) == told
+    assert trace.log_probs_source == ("teacher_forced" if told else "generation")
+    assert np.allclose(trace.llr, probe.replay(trace, *llava).llr.numpy(), atol=1e-4)
+
+
+def test_embeddings_in_the_place_of_the_prompt_are_not_recorded(tmp_path):
+    """Beside token ids, which some families take them with, a replay would mix both."""
+    llava = tiny_models.build("qwen2_vl")
+    model, processor = llava
+    with probe.attach(model, processor) as p, p.record(tmp_path) as recording, pytest.warns(probe.ProbeWarning):
+        made = ask((model, processor), name="qwen2_vl")
+        embedded = model.get_input_embeddings()(made["input_ids"])
+        model.generate(**made, inputs_embeds=embedded, max_new_tokens=2)
+    assert not recording.paths and "inputs_embeds" in recording.passed_over[0]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_part_that_is_left_in_training_mode_counts_if_it_computes_otherwise(llava, tmp_path, dropout):
     model, _ = llava
