@@ -69,7 +69,9 @@ class _Command(typer.core.TyperCommand):
         params: list[Any] = super().get_params(ctx)
         for one in params:
             if one.param_type_name == "option" and one.metavar is None:
-                kind = type(next((value for value in (one.default, one.min, one.max) if value is not None), ""))
+                limits = getattr(one, "type", one)  # typer 0.29 has an option's limits beside its default
+                known = (one.default, getattr(limits, "min", None), getattr(limits, "max", None))
+                kind = type(next((value for value in known if value is not None), ""))
                 one.metavar = "" if one.is_flag else {int: "N", float: "X"}.get(kind)
         return params
 

@@ -31,7 +31,7 @@ def test_a_healthy_model_is_tried_and_every_method_runs() -> None:
     result = succeed("doctor", "demo", "--json").json
     found = named(result["findings"])
     assert result["ok"] and result["mend"] == []
-    assert found["torch"]["text"] == torch.__version__
+    assert found["torch"]["text"] == metadata.version("torch")  # torch itself may add what it was built for
     model, _ = probe.demo.load()
     assert show_bytes(sum(weight.nbytes for weight in model.parameters())) in found["memory"]["text"]
     assert "attention by sdpa" in found["memory"]["text"]
