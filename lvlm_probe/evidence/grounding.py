@@ -9,6 +9,7 @@ Families write coordinates in ways of their own, and relative to things of their
 | ``<|det|>[[x, y, x, y]]<|/det|>`` (DeepSeek-VL2) | x y x y | ``999`` |
 | ``"bbox_2d": [x, y, x, y]``, ``"point_2d": [x, y]`` (Qwen2.5-VL) | x y x y | ``model pixels`` |
 | the same (Qwen3-VL and later) | x y x y | ``1000`` |
+| ``"box_2d": [y, x, y, x]`` (Gemma) | y x y x | ``1000`` |
 | ``<loc_12><loc_40>…`` (Florence-2), the middles of a thousand bins | x y x y | ``bins`` |
 | the same, six or more that are no boxes: the corners of a quad or polygon, its box around it | x y x y … | ``bins`` |
 | ``<object><patch_index_0044><patch_index_0863></object>`` (Kosmos-2), two cells | x y x y | ``cells`` |
@@ -342,11 +343,13 @@ def _percent(text: str, _family: str) -> Iterator[_Found]:
 
 
 def _named(text: str, family: str) -> Iterator[_Found]:
-    """JSON of Qwen2.5-VL and its successors, which mean different things by one key."""
+    """JSON of Qwen2.5-VL and its successors, which mean different things by one key, and of Gemma."""
     convention = "model pixels" if "qwen2_5" in family else "1000" if _THOUSANDTHS_JSON.search(family) else None
     for key, pattern, groups in (("bbox_2d", _FOUR, (1, 2, 3, 4)), ("point_2d", _TWO, (1, 2))):
         for match in re.finditer(rf'"{key}"\s*:\s*{pattern}', text):
             yield _made(match, groups, _label(text, match), convention)
+    for match in re.finditer(rf'"box_2d"\s*:\s*{_FOUR}', text):  # of Google's models, whatever others make of it
+        yield _made(match, (1, 2, 3, 4), _label(text, match), "1000", swapped=True)
 
 
 def _plain(text: str, _family: str) -> Iterator[_Found]:
