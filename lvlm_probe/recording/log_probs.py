@@ -115,7 +115,7 @@ class StepLogProbs:
         if self._pending is None or len(self._values) != step or len(self._pending) != len(ids):
             return None
         if self._fed is None:  # embeddings, with which only the prompt is given
-            usual = step == 0
+            usual = step == 0 and len(self._lengths) == 1
         else:  # passes over guessed tokens are longer
             count, last = self._fed
             usual = count in (1, ids.shape[1] - 1) and torch.equal(last.to(ids.device), ids[:, -2])

@@ -128,10 +128,15 @@ def test_a_logits_processor_that_asks_the_model_too(name, tokens, tmp_path):
             return scores - 0.5 * built.model(**other).logits[:, -1]
 
     attached = probe.attach(built.model, built.processor)
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "logits_processor": [contrasted]}
+    options = {"record": {"llr": False, "boxes": False}, "by": "token", "do_sample": False}
+    said = list(attached.stream(**inputs, **settings, **options))
     with attached.record(tmp_path, llr=False, boxes=False) as recording:
         output = built.generate(inputs, tokens, logits_processor=[contrasted])
     (trace,) = recording.traces
     assert np.allclose(trace.log_probs, _by_one_pass(built, inputs, output), atol=1e-4)
+    shown = [(word.log_prob, value) for word, value in zip(said, trace.log_probs, strict=True)]
+    assert all(early is None or abs(early - value) < 1e-4 for early, value in shown)
     assert trace.log_probs_source == "teacher_forced" and trace.attention is None
 
 
