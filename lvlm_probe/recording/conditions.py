@@ -137,6 +137,15 @@ def compiles_itself(model: Any, setting: Callable[..., Any], kwargs: Mapping[str
     return fixed or setting("cache_implementation") in ("static", "sliding_window", "hybrid", "hybrid_chunked")
 
 
+def other_cache(setting: Callable[..., Any], kwargs: Mapping[str, Any]) -> str:
+    """Which cache of a ``generate()`` call may show the model other keys than a pass without one, as a part of a
+    sentence; empty of the usual one, which grows. Arguments as above."""
+    named, cache = setting("cache_implementation"), cache_in(kwargs)
+    if cache is not None and not type(cache).__name__.startswith(("DynamicCache", "EncoderDecoderCache")):
+        return f"the cache was a {type(cache).__name__}"
+    return "" if named is None or str(named).startswith("dynamic") else f"the cache was {named}"
+
+
 def offloads_its_cache(setting: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether keys and values of a ``generate()`` call live in main memory between its steps; arguments as above."""
     named = str(setting("cache_implementation") or "").startswith("offloaded")

@@ -55,6 +55,7 @@ from lvlm_probe.recording.conditions import (
     hides_image_tokens,
     inferred_mask,
     offloads_its_cache,
+    other_cache,
     other_conditions,
     padded_behind,
     without_image,
@@ -155,7 +156,8 @@ class GenerationRecorder:
         self._boxes = target.boxes
         self._inputs: dict[str, Any] = {}
         self._images: dict[str, list[Image.Image]] = {}
-        self._padded: set[str] = set()  # the traces whose prompt ran beside longer ones
+        self._cache = ""  # which, as a part of a sentence, where it is not the usual one
+        self._unlike: dict[str, str] = {}  # traces of a call that may have computed otherwise than a replay, and why
         self._other_conditions: list[str] = []
         self._compiling = self._offloading = False
         self.cautions: list[tuple[str, str]] = []
@@ -217,6 +219,7 @@ class GenerationRecorder:
         self._other_conditions = other_conditions(self.model, texts, kwargs)
         self._compiling = compiles_itself(self.model, setting, kwargs)
         self._offloading = offloads_its_cache(setting, kwargs)
+        self._cache = other_cache(setting, kwargs)
         beams = int(setting("num_beams", 1))
         if beams > 1:
             self.notes.append(
@@ -493,8 +496,8 @@ class GenerationRecorder:
         images = mine.images or []
         trace_id = uuid.uuid4().hex[:16]
         self._images[trace_id] = images
-        if real is not None and not bool(real.all()):
-            self._padded.add(trace_id)
+        if doubt := self._cache if real is None or bool(real.all()) else "the prompt was padded":
+            self._unlike[trace_id] = doubt
         spans = self._spans(prompt_ids, positions, mine)
         return RowCapture(
             trace_id=trace_id,
@@ -642,8 +645,8 @@ class GenerationRecorder:
             except ProbeError as error:
                 row.notes.append(f"no hidden states: {error}")
         if self.options.llr:
-            if row.trace_id in self._padded and row.log_probs_source == "generation":
-                self._settle(row, replay)
+            if row.trace_id in self._unlike and row.log_probs_source == "generation":
+                self._settle(row, replay, self._unlike[row.trace_id])
             replay = replay.over(self.options.baseline)
             llr = torch.as_tensor(row.log_probs) - replay.baseline_log_probs
             selected = ((llr > ALPHA) & ~replay.special).nonzero()[:, 0].tolist()
@@ -651,18 +654,21 @@ class GenerationRecorder:
             row.baseline_log_probs = replay.baseline_log_probs.numpy()
             row.baseline = dict(replay.baseline)
 
-    def _settle(self, row: RowCapture, replay: Replay) -> None:
-        """Take the log-probabilities of a pass without padding, where padding has changed them by more than rounding.
+    def _settle(self, row: RowCapture, replay: Replay, unlike: str) -> None:
+        """Take the log-probabilities of a pass as a replay runs it, where the call's own differ by more than rounding.
 
-        Most models mask it and number positions without it. Some number it all the same (Florence-2), or number the
-        answer behind it (Kosmos-2), and the other side of the ratio is a pass without.
+        Most models mask padding and number positions without it. Some number it all the same (Florence-2), or number
+        the answer behind it (Kosmos-2); and a cache of fixed size may show a model other keys (Gemma 4, unified).
+
+        Args:
+            unlike: what may have changed them, as a part of a sentence.
         """
         apart = (torch.as_tensor(row.log_probs) - replay.original_log_probs).abs()
         if bool((apart <= replay.rounding.clamp(min=FLOOR)).all()):
             return
         self.take_log_probs(row, replay)
         row.log_probs_source = "teacher_forced"
-        why = f"the prompt was padded, which moves this model's log-probabilities (by {float(apart.max()):.2g} nats)"
+        why = f"{unlike}, which moves this model's log-probabilities (by {float(apart.max()):.2g} nats)"
         row.notes += forced_because([why])
 
 

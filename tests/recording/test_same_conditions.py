@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from PIL import Image
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import lvlm_probe as probe
 from lvlm_probe.models.fingerprint import describe_model, fingerprint, same_fingerprint
@@ -482,6 +482,26 @@ def test_an_option_of_the_models_own_call_is_another_condition(llava, tmp_path, 
     assert any("vision_feature_layer=-1 was given" in note for note in trace.notes) == told
     assert trace.log_probs_source == ("teacher_forced" if told else "generation")
     assert np.allclose(trace.llr, probe.replay(trace, *llava).llr.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+@pytest.mark.parametrize("made", [True, False])
+def test_a_cache_of_fixed_size_is_another_condition_where_it_moves_log_probabilities(llava, tmp_path, moves, made):
+    """As it does in Gemma 4, unified, whose image tokens see each other; elsewhere the call's own are kept."""
+    model, _ = llava
+
+    def other_keys(_module, _args, kwargs):
+        if moves and type(kwargs.get("past_key_values")).__name__ == "StaticCache":
+            kwargs["inputs_embeds"] = 1.5 * kwargs["inputs_embeds"]
+        return _args, kwargs
+
+    handle = model.model.language_model.register_forward_pre_hook(other_keys, with_kwargs=True)
+    cache = {"past_key_values": StaticCache(model.config, max_cache_len=512)} if made else {}
+    (trace,) = record(llava, tmp_path, **(cache or {"cache_implementation": "static"}))
+    handle.remove()
+    assert np.allclose(trace.llr, probe.replay(trace, *llava).llr.numpy(), atol=1e-4)
+    assert any("the cache was " in note for note in trace.notes) == moves
+    assert trace.log_probs_source == ("teacher_forced" if moves else "generation")
 
 
 def test_embeddings_in_the_place_of_the_prompt_are_not_recorded(tmp_path):
