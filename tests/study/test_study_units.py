@@ -154,6 +154,17 @@ def test_the_filter_needs_every_models_answer() -> None:
         ("un caf\u00e9.", "cafe\u0301", (), True),  # one text, written in two ways
         ("की", "कि", (), False),  # another vowel, which is a mark
         ("a cat", "the cat", (), True),
+        ("It is 5 degrees", "-5", (), False),  # signs that make another number, name or grade
+        ("It is −5 degrees", "5", (), False),
+        ("minus 5", "-5", (), True),
+        ("3-5 cats", "5", (), True),
+        ("- 5 cats", "5", (), True),
+        ("C", "C++", (), False),
+        ("Grade: A-.", "A", (), False),
+        ("Grade: A-.", "A-", (), True),
+        ("A.", "A", (), True),  # an article that is the answer
+        ("It is \U0001f44d!", "\U0001f44d", (), True),
+        ("\U0001f44e", "\U0001f44d", (), False),
         ("anything", None, (), None),
         ("anything", "  ", (), None),
         ("a brown dog", ["puppy", "dog"], (), True),
