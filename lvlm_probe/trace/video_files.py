@@ -32,6 +32,8 @@ _FORMATS = (
     "yuv4mpegpipe"
 )
 _LOST = 0.01  # of the frames that the packets promise: what edit lists and hidden frames take away
+_UNEVEN = 0.5
+"""Seconds by which a frame may be shown earlier or later than its number says."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,14 @@ def _surveyed(av: Any, path: Path, shown: str) -> tuple[VideoFacts, _Packets]:
             f"{shown} is {whole:.1f} s long, and its video ends after {spanned:.1f} s: the rest was cut off, or is "
             "audio alone"
         )
+    if dated and 0 < fps < 1000:
+        shown_at = (np.sort(np.array(times)) - min(times)) * tick
+        apart = float(np.abs(shown_at - np.arange(count) / fps).max())
+        if apart > max(_UNEVEN, 2 / fps):
+            caution(
+                f"the frames of {shown} are not evenly spaced in time: the model and the trace take them at {fps:.3g} "
+                f"a second, which is up to {apart:.1f} s from when they are shown; save it anew at an even rate"
+            )
     with _opened(av, path) as (container, stream):
         first = next(container.decode(stream))
         high, wide = _upright(first).shape[:2]

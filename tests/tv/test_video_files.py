@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,26 @@ def test_what_is_not_shown_is_said(tmp_path: Path) -> None:
     with pytest.warns(ProbeWarning, match="the rest was cut off"):
         _, _, facts = read_video(path, evenly(2))
     assert 0 < facts.frames < 60
+
+
+@pytest.mark.parametrize("pause", [0, 5])
+def test_frames_that_are_not_evenly_spaced_are_told(tmp_path: Path, pause: int) -> None:
+    """As phones film in the dark: ten frames in a second, a pause of so many seconds, and ten frames more."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(20):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 10 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number + 10 * pause * (number >= 10), Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, _, facts = read_video(path, evenly(4))
+    assert facts.frames == 20
+    told = [str(one.message) for one in caught]
+    assert [("not evenly spaced" in one) for one in told] == [True] * bool(pause)
 
 
 def refused(path: Path, sampling: Any = None) -> str:
