@@ -15,7 +15,7 @@ import numpy as np
 
 from lvlm_probe.cards import in_one_line
 from lvlm_probe.errors import ExplainError
-from lvlm_probe.explainers.curve_points import MaskScores, curve_masks, known_scores, rank
+from lvlm_probe.explainers.curve_points import MaskScores, curve_masks, rank
 from lvlm_probe.explainers.explaining import scored_by
 from lvlm_probe.explainers.scores import Followed, even_masks, followed, too_narrow
 from lvlm_probe.files import record_of
@@ -132,8 +132,7 @@ def _searched(replay: ReplayLike, heat: Heatmap, keep: float, order: np.ndarray,
     kind: Followed = "own" if own is not None and own.followed == "own" else "prob"  # as evaluate does
     replay = over_baseline(replay, heat.provenance.get("baseline") or replay.baseline)
     replay, columns, before = scored_by(replay, heat.selection), heat.selection.columns, replay.passes.forward
-    known = known_scores(replay, columns, heat.image_index, "fast")
-    scores = MaskScores(replay, columns, image=heat.image_index, mode="fast", known=known)
+    scores = MaskScores(replay, columns, image=heat.image_index, mode="fast")
     original, baseline = followed(scores(even_masks([1.0, 0.0], shape)), kind, own).tolist()
     if why := too_narrow(original, baseline, score=kind):
         raise ExplainError(f"no share of the score can be told: {why}")

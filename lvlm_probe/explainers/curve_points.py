@@ -1,7 +1,8 @@
 """Points of deletion and insertion curves: which cells are gone at each, what the answer scores there, a quick gain.
 
 ``metrics.deletion_insertion`` draws whole curves of these; a method that goes on until its map is good enough asks for
-a few of the same points (``quick_areas``), and what it has scored on the way is not scored again by ``evaluate``.
+a few of the same points (``quick_areas``). Scores are not handed from one call to the next: the same mask beside other
+ones, or alone, rounds otherwise, and a call would give what depends on those before it.
 """
 
 from __future__ import annotations
@@ -70,8 +71,7 @@ class MaskScores:
 
     def __call__(self, masks: torch.Tensor) -> torch.Tensor:
         """``(batch, row, col)`` → ``(batch, token)`` float64 on the CPU, nats."""
-        shape = tuple(masks.shape[1:])
-        keys = [(shape, np.packbits(mask.numpy() > 0.5).tobytes()) for mask in masks]
+        keys = _keys(masks)
         new = {key: place for place, key in reversed(list(enumerate(keys))) if key not in self._known}
         if new:
             places = sorted(new.values())
@@ -84,21 +84,21 @@ class MaskScores:
             )
         return torch.stack([self._known[key] for key in keys])
 
+    def of_these(self, masks: torch.Tensor) -> Known:
+        """What has been scored of these masks, as ``known=`` of another."""
+        return {key: self._known[key] for key in _keys(masks) if key in self._known}
+
+
+def _keys(masks: torch.Tensor) -> list[tuple[tuple[int, ...], bytes]]:
+    shape = tuple(masks.shape[1:])
+    return [(shape, np.packbits(mask.numpy() > 0.5).tobytes()) for mask in masks]
+
 
 def facts_of(replay: ReplayLike) -> dict[Any, Any]:
     """What is known of this answer on its model, shared by all views of a replay; nothing, where its passes are looked
     into and may be changed, or where the baseline's description does not tell one image of the user's from another."""
     alone = isinstance(replay, Replay) and not replay.inside and baseline_identity(replay.baseline) != ("image", None)
     return cast(Replay, replay).kept.facts if alone else {}
-
-
-def known_scores(
-    replay: ReplayLike, indices: Sequence[int], image: int | Clip, mode: Literal["fast", "exact"]
-) -> Known:
-    """The masks of these tokens that explaining has scored over this very baseline."""
-    key = ("mask scores", baseline_identity(replay.baseline), tuple(indices), image, mode)
-    found: Known = facts_of(replay).setdefault(key, {})
-    return found
 
 
 def rank(values: np.ndarray, seen: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -164,9 +164,7 @@ def quick_areas(problem: Problem, values: torch.Tensor, seen: torch.Tensor) -> t
     by = curve_ends(original, baseline, ordered=own is not None)
     order = rank(values.numpy(), seen.numpy(), np.random.default_rng(0))
     masks = torch.cat([curve_masks(order, counts, tuple(values.shape), insert=insert) for insert in (False, True)])
-    scores = MaskScores(
-        replay, indices, image=problem.target, mode="fast", known=known_scores(replay, indices, problem.target, "fast")
-    )
+    scores = MaskScores(replay, indices, image=problem.target, mode="fast")
     met = followed(scores(masks) if len(masks) else torch.zeros(0, 1), kind, own)
     lost, given = met.numpy().reshape(2, -1)
     fractions = np.array([0, *(counts / cells), 1.0])

@@ -21,9 +21,9 @@ from lvlm_probe._moved import grouped
 from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.controls import center_values
-from lvlm_probe.explainers.curve_points import STEPS, Known, facts_of, known_scores
+from lvlm_probe.explainers.curve_points import STEPS, Known, facts_of
 from lvlm_probe.explainers.explaining import frame_of, scored_by
-from lvlm_probe.explainers.scores import CurveScore, Followed, check_rules, whole_rule
+from lvlm_probe.explainers.scores import CurveScore, Followed, check_rules, even_masks, whole_rule
 from lvlm_probe.files import record_of
 from lvlm_probe.heatmap import resample
 from lvlm_probe.images import CompositePath
@@ -468,15 +468,12 @@ def _check(curve: CurveRule, score: CurveScore, steps: int | None, chance: int) 
 def _known(
     shared: dict[Any, Known] | None, replay: ReplayLike, heat: Explained, mode: Literal["fast", "exact"]
 ) -> Known:
-    """What has been scored of these tokens: by explaining them, and in an earlier call over the same baseline."""
-    explained = known_scores(replay, heat.selection.columns, heat.target, mode)
+    """What has been scored of these tokens over the same baseline, by the calls that ``shared`` was handed to."""
     judge = baseline_identity(replay.baseline)
     if shared is None or judge == ("image", None):  # a description that does not tell one image from another
-        return dict(explained)
+        return {}
     key = (replay.trace_id, judge, heat.selection.columns, heat.selection.score, heat.target, mode)
-    found = shared.setdefault(key, {})
-    found.update(explained)
-    return found
+    return shared.setdefault(key, {})
 
 
 def _random_gains(
@@ -504,13 +501,16 @@ def _center_gain(
     image: int | Clip,
     mode: Literal["fast", "exact"],
 ) -> float:
-    """Insertion − deletion of the blob in the middle on the grid of ``seen``; once for all views of a replay."""
+    """Insertion − deletion of the blob in the middle on the grid of ``seen``; once for all views of a replay, and so
+    by passes of its own: of what ``scores`` has met, the two ends alone, which every call asks for first."""
     settings = dataclasses.replace(settings, tie_orders=1, sampling="adaptive", tolerance=_CENTER_TOLERANCE)
     facts = facts_of(replay)
     key = ("center", baseline_identity(replay.baseline), tuple(scores.indices), image, mode, seen.shape, settings)
     if key not in facts:
         values = center_values(seen.shape).numpy()
-        areas = _areas(curves(values, seen, scores, settings), settings)
+        ends = scores.of_these(even_masks([1.0, 0.0], seen.shape))
+        alone = MaskScores(replay, scores.indices, image=image, mode=mode, known=ends)
+        areas = _areas(curves(values, seen, alone, settings), settings)
         facts[key] = areas.insertion - areas.deletion
     return float(facts[key])
 

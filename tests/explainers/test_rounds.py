@@ -194,18 +194,6 @@ def test_refusals(settings: dict[str, Any], message: str) -> None:
         explain(ToyReplay(BOX), **settings)
 
 
-def test_what_explaining_has_scored_is_not_scored_again(recorded: Callable[[], probe.Replay]) -> None:
-    costs, gains = [], []
-    for preset in ("fast", "default"):
-        replay = recorded()
-        heat = explain(replay, preset=preset, enough=0.5, tokens=[len(replay.tokens) - 3])
-        before = replay.passes.forward
-        gains.append(evaluate(heat, replay).gain)
-        costs.append(replay.passes.forward - before)
-    assert gains[0] == pytest.approx(gains[1], abs=1e-5)
-    assert costs[0] - costs[1] == QUICK_PASSES
-
-
 def test_the_plan_says_a_range_that_holds_what_is_taken(recorded: Callable[[], probe.Replay]) -> None:
     replay = recorded()
     replay.llr  # noqa: B018 - a plan is of what comes after the words are chosen

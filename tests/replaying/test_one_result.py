@@ -132,6 +132,32 @@ def test_any_sequence_of_calls_gives_what_fresh_replays_give(recorded: Any, tmp_
             assert replay.baseline == baseline and replay.path is path and not replay.inside
 
 
+def test_a_score_does_not_depend_on_what_was_scored_before_it(recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model whose numbers differ with how many masks go at once, as those of any real one do in the last bits."""
+    heat, middle = (
+        probe.explain(probe.replay(*recorded), method=method, tokens="yellow", size=4)
+        for method in ("occlusion", "center")
+    )
+    plain = probe.Replay.log_probs
+
+    def rounded(replay: probe.Replay, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        found = plain(replay, mask, **options)
+        return found - 1e-4 * len(found)
+
+    monkeypatch.setattr(probe.Replay, "log_probs", rounded)
+    asked: dict[str, Callable[[probe.Replay], Any]] = {
+        "region": lambda replay: dataclasses.replace(probe.evidence.region(replay, heat), cells=None),
+        "explain": lambda replay: told(probe.explain(replay, tokens="yellow", budget=40, size=4)),
+        "evaluate": lambda replay: probe.evaluate(heat, replay).to_dict(),
+        "evaluate the middle": lambda replay: probe.evaluate(middle, replay).to_dict(),
+    }
+    fresh = {name: repr(call(probe.replay(*recorded))) for name, call in asked.items()}
+    for order in (list(asked), list(asked)[::-1]):
+        replay = probe.replay(*recorded)
+        for name in order:
+            assert repr(asked[name](replay)) == fresh[name], f"{name} in the order {order}"
+
+
 def test_explaining_strengthens_a_view_and_the_heatmap_names_it(replay: probe.Replay) -> None:
     own, log_probs = replay.baseline, replay.baseline_log_probs
     weak = replay.over("blur", strength=0.001)
