@@ -195,7 +195,7 @@ class Replay(Views):
     @property
     def input_ids(self) -> torch.Tensor:
         """Token ids of the prompt, ``(P,)`` int64."""
-        return self._prompt
+        return self._prompt.clone()
 
     @property
     def length(self) -> int:

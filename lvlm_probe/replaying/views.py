@@ -79,7 +79,6 @@ class Views:
 
     Attributes:
         trace, trace_id: what is replayed.
-        tokens, token_ids, special, words: the recorded answer, ``(T,)`` each but ``words``.
         path: how a mask reaches the images, over this view's baseline.
         passes: images sent through the model so far.
         kept: what all views share.
@@ -92,11 +91,31 @@ class Views:
 
     def __init__(self, trace: Any) -> None:
         self.trace, self.trace_id = trace, str(trace.trace_id)
-        self.tokens: list[str] = list(trace.tokens)
-        self.token_ids = torch.tensor(trace.token_ids).long()
-        self.special = torch.tensor(trace.special).bool()
-        self.words: list[Word] = group_words(self.tokens, self.special.tolist())
+        self._tokens = tuple(trace.tokens)
+        self._token_ids = torch.tensor(trace.token_ids).long()
+        self._special = torch.tensor(trace.special).bool()
+        self._words = tuple(group_words(self._tokens, self._special.tolist()))
         self.passes, self.kept = PassCounter(), Kept()
+
+    @property
+    def tokens(self) -> list[str]:
+        """The recorded answer's tokens as texts."""
+        return list(self._tokens)
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """Their numbers, ``(step,)`` int64."""
+        return self._token_ids.clone()
+
+    @property
+    def special(self) -> torch.Tensor:
+        """Which of them are special, ``(step,)`` bool."""
+        return self._special.clone()
+
+    @property
+    def words(self) -> list[Word]:
+        """The words of the recorded answer as spans of tokens."""
+        return list(self._words)
 
     @property
     def kept(self) -> Kept:
@@ -115,13 +134,13 @@ class Views:
     @property
     def columns(self) -> int:
         """Columns of log-probabilities: the answer's tokens, and a score of the user's own where there is one."""
-        return len(self.token_ids) + (self.own is not None)
+        return len(self._token_ids) + (self.own is not None)
 
     def wanted(self, steps: Sequence[int]) -> tuple[int, ...]:
         """Steps in order, each once. Raises ``ReplayError`` where the answer has no such token."""
         found = indices_of(steps, self.columns)
         if found is None:
-            raise ReplayError(f"steps are tokens 0 to {len(self.token_ids) - 1} of the answer; got {list(steps)}")
+            raise ReplayError(f"steps are tokens 0 to {len(self._token_ids) - 1} of the answer; got {list(steps)}")
         return tuple(found)
 
     @property
@@ -159,7 +178,7 @@ class Views:
         return list(self.path.image_sizes)
 
     def image(self, k: int = 0) -> Image.Image:
-        """Image ``k`` as the user gave it, RGB."""
+        """Image ``k`` as the user gave it, RGB; a copy."""
         return self.trace.images[k]
 
     def seen(self, k: int = 0, shape: tuple[int, int] | None = None) -> torch.Tensor:
@@ -170,12 +189,12 @@ class Views:
     def baseline(self) -> dict[str, Any]:
         """Description of the baseline image, plain JSON: ``kind``, its parameters, ``sha256`` of an image of the
         user's, and, once checked, ``mean_probability``. ``over`` takes it."""
-        return dict(self._baseline)
+        return copy.deepcopy(self._baseline)
 
     def baseline_image(self, k: int = 0) -> Image.Image | None:
         """Baseline of image ``k``; ``None`` when masks live in pixel-input space."""
         images = self.path.baseline_images
-        return images[k] if images else None
+        return images[k].copy() if images else None
 
     @property
     @outside_modes

@@ -72,8 +72,11 @@ def read_attention(file: SealedFile, row: str, header: RowHeader) -> AttentionRo
             what = f"axes {known[name].axes}, {axes} are expected"
             raise trace_error(file.path, f"{key}@axes", what, "record it again")
         if known[name].dtype == "bfloat16":
-            return file.tensor(key).float().numpy()
-        return file.array(key).astype(np.float32)
+            array = file.tensor(key).float().numpy()
+        else:
+            array = file.array(key).astype(np.float32)
+        array.flags.writeable = False  # cached, and shared by everyone who asks
+        return array
 
     weights = values(name, ("step", "layer", "head", last))
     mass = values(_TEXT_MASS, ("step", "layer", "head")) if _TEXT_MASS in known else None

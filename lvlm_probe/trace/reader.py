@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from lvlm_probe.trace import description
 from lvlm_probe.trace.parts import AttentionRows, check_pixels, decode, read_attention
 from lvlm_probe.trace.records import FIELDS, PointRecord
 from lvlm_probe.trace.schema import row_key
-from lvlm_probe.trace.stored import StoredAnswer
+from lvlm_probe.trace.stored import Images, Kept, StoredAnswer
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +74,7 @@ class Trace(StoredAnswer):
             values = file.tensor(key)
         return PointRecord(values, header.axes, header.layers, reduce, module, attrs)
 
-    @functools.cached_property
+    @Kept
     def attention(self) -> AttentionRows | None:
         """Attention of each answer token to the image tokens; None when it was not recorded (``notes`` say why)."""
         with self.reading() as file:
@@ -89,22 +88,22 @@ class Trace(StoredAnswer):
         with self.reading() as file:
             return {name: file.tensor(f"{base}/{name}") for name in names}
 
-    @functools.cached_property
+    @Kept
     def images(self) -> tuple[Image.Image, ...]:
-        """The original images, RGB."""
+        """The original images, RGB; each that is taken out is a copy."""
         check_pixels(self.path, f"{row_key(self.row)}/images", self.header.image_sizes, self.header.image_nbytes)
-        return tuple(self._image(index) for index in range(len(self.header.image_sizes)))
+        rest = range(1, len(self.header.image_sizes))
+        return Images([self._first_image, *map(self._image, rest)] if self.header.image_sizes else [])
 
     def _image(self, index: int) -> Image.Image:
         return decode(self.image_record(index), self.path, f"{row_key(self.row)}/images/{index:03d}")
 
     @property
     def image(self) -> Image.Image:
-        """The first original image, RGB. Raises ``ImageError`` when the trace holds none."""
-        known = self.__dict__.get("images")
-        return known[0] if known else self._first_image
+        """The first original image, RGB, a copy. Raises ``ImageError`` when the trace holds none."""
+        return self._first_image
 
-    @functools.cached_property
+    @Kept
     def _first_image(self) -> Image.Image:
         return self._image(0)
 

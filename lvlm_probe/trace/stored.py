@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Self, TypeVar, overload
 
 import numpy as np
+from PIL import Image
 
 from lvlm_probe.errors import ImageError, TraceError
 from lvlm_probe.files import State, path_of
@@ -19,6 +19,52 @@ from lvlm_probe.trace.records import FIELDS, JSON, MODEL_JSON, MODEL_TEXT, Image
 from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION, RowHeader, row_key, validate, validate_row
 from lvlm_probe.words import Word, group_words
 
+V = TypeVar("V")
+
+
+class Images(tuple[Image.Image, ...]):
+    """Images of which each is handed out as a copy, that its user may draw on."""
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        return type(self)(found) if isinstance(place, slice) else found.copy()
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return (image.copy() for image in super().__iter__())
+
+
+def _own(value: Any) -> Any:
+    """A copy of what is kept, for a user who may write into it; what nobody can write into as it is."""
+    if isinstance(value, dict):
+        return {key: _own(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return list(map(_own, value))
+    return value.copy() if isinstance(value, Image.Image) else value
+
+
+class Kept(Generic[V]):
+    """An attribute of an answer that is read from its file once; what was kept of it is nobody's to write into."""
+
+    def __init__(self, read: Callable[[Any], V]) -> None:
+        self._read, self.__doc__ = read, read.__doc__
+
+    def __set_name__(self, _of: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, answer: None, _of: type | None = None) -> Self: ...
+    @overload
+    def __get__(self, answer: object, _of: type | None = None) -> V: ...
+    def __get__(self, answer: Any, _of: type | None = None) -> Any:
+        if answer is None:
+            return self
+        known: dict[str, Any] = answer.kept
+        try:
+            found = known[self._name]
+        except KeyError:
+            found = known[self._name] = self._read(answer)
+        return _own(found)
+
 
 class StoredAnswer(TraceFields):
     """An answer and what belongs to it, as ``Trace`` reads it; see there."""
@@ -28,6 +74,7 @@ class StoredAnswer(TraceFields):
         self._asked_row = row
         self._known: tuple[Seal, State] | None = None
         self._closed = False
+        self.kept: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -38,9 +85,7 @@ class StoredAnswer(TraceFields):
     def close(self) -> None:
         """Forgets what was read; the trace cannot be read after this."""
         self._closed = True
-        for name in list(self.__dict__):
-            if isinstance(getattr(type(self), name, None), functools.cached_property):
-                del self.__dict__[name]
+        self.kept.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self._asked_row)
@@ -67,7 +112,7 @@ class StoredAnswer(TraceFields):
             self._known = file.seal, file.state
             yield file
 
-    @functools.cached_property
+    @Kept
     def _checked(self) -> tuple[int, RowHeader, int]:
         with self.reading() as file:
             rows = validate(file)
@@ -97,26 +142,26 @@ class StoredAnswer(TraceFields):
         """Bytes of this trace's data in the file."""
         return self.header.nbytes
 
-    @functools.cached_property
+    @Kept
     def created(self) -> str:
         """When recording began: ISO-8601, UTC."""
         with self.reading() as file:
             return file.text("/", "created", "")
 
-    @functools.cached_property
+    @Kept
     def writer(self) -> str:
         """Program and version that wrote the file."""
         with self.reading() as file:
             return file.text("/", "writer", "")
 
-    @functools.cached_property
+    @Kept
     def seconds(self) -> dict[str, JSON]:
         """Seconds that the recorded call took, by part."""
         with self.reading() as file:
             value = file.json("seconds") if file.has("seconds") else {}
         return value if isinstance(value, dict) else {}
 
-    @functools.cached_property
+    @Kept
     def model(self) -> dict[str, JSON]:
         """The model that answered: ids, class, dtype, fingerprint, config, versions."""
         model: dict[str, JSON] = {}
@@ -138,12 +183,12 @@ class StoredAnswer(TraceFields):
         with self.reading() as file:
             return read_image(file, f"{row_key(self.row)}/images/{index:03d}")
 
-    @functools.cached_property
+    @Kept
     def answer(self) -> str:
         """The answer as text, without special tokens."""
         return "".join(piece for piece, flag in zip(self.tokens, self.special, strict=True) if not flag)
 
-    @functools.cached_property
+    @Kept
     def words(self) -> list[Word]:
         """The words of the answer as spans of tokens."""
         return group_words(self.tokens, self.special.tolist())
@@ -157,7 +202,7 @@ class StoredAnswer(TraceFields):
             return self.log_probs - self.baseline_log_probs
 
 
-def _reading(name: str) -> functools.cached_property[Any]:
+def _reading(name: str) -> Kept[Any]:
     """The attribute of the table's row ``name``: read from the file when it is asked for, once."""
     field = FIELDS[name]
 
@@ -171,7 +216,7 @@ def _reading(name: str) -> functools.cached_property[Any]:
             return field.read(file, base, answer.header.sizes)
 
     read.__doc__ = field.sentence
-    attribute = functools.cached_property(read)
+    attribute = Kept(read)
     attribute.__set_name__(StoredAnswer, name)
     return attribute
 

@@ -34,6 +34,7 @@ from lvlm_probe.errors import ProbeError
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.trace import Trace, open_store, open_trace, write
 from lvlm_probe.trace.schema import FORMAT, FORMAT_VERSION
+from lvlm_probe.trace.stored import Kept
 
 __all__ = ["CAMPAIGNS", "damaged", "odd_json"]
 
@@ -41,7 +42,7 @@ ODD_NAME = "odd.h5"
 
 FIELDS = sorted(
     name for name in dir(Trace)
-    if not name.startswith("_") and isinstance(getattr(Trace, name), (property, functools.cached_property))
+    if not name.startswith("_") and isinstance(getattr(Trace, name), (property, Kept))
 )  # fmt: skip
 
 

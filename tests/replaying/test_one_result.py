@@ -399,3 +399,37 @@ def test_heatmaps_are_equal_to_the_bit_when_they_are_read_again(replay: probe.Re
     again = probe.Heatmap.read(heat.write(tmp_path / "map.h5"))
     np.testing.assert_array_equal(again.values, heat.values)
     assert probe.evaluate(again, replay, steps=3).to_dict() == probe.evaluate(heat, replay, steps=3).to_dict()
+
+
+def test_what_is_handed_out_may_be_written_into(recorded: Any) -> None:
+    """Drawn on, filled, emptied: neither the trace, nor a replay that was opened before or after, has changed."""
+
+    def asked(replay: probe.Replay) -> list[Any]:
+        whole, even = torch.ones(4, 4), torch.full((4, 4), 0.5)
+        told = [replay.log_probs(even, mode=mode).tolist() for mode in ("fast", "exact")]
+        told += [replay.over("mean").log_probs(even).tolist(), replay.scored(LENGTH).log_probs(whole).tolist()]
+        trace = replay.trace
+        texts = [trace.tokens, trace.notes, trace.meta, trace.model, trace.baseline, trace.processor_call, trace.words]
+        pixels = [image.tobytes() for image in (trace.image, *trace.images, trace.images[0])]
+        return [*told, replay.baseline, replay.llr.tolist(), probe.select_tokens(replay), repr(texts), pixels]
+
+    trace = probe.open_trace(recorded[0].path)
+    replay = probe.replay(trace, *recorded[1:])
+    before = asked(replay)
+    drawn_on = [trace.image, *trace.images, *trace.images[:1], replay.image(0), replay.baseline_image(0)]
+    for image in drawn_on:
+        image.paste((0, 0, 0), (0, 0, *image.size))
+    for values in (replay.token_ids, replay.special, replay.input_ids, replay.llr, *replay.likeliest):
+        values.zero_()
+    for text in (replay.tokens, replay.words, trace.tokens, trace.words, trace.notes):
+        text.clear()
+    for record in (replay.baseline, trace.baseline, trace.model, trace.meta, trace.processor_call):
+        record["kind"] = "drawn on"
+    trace.processor_call["kwargs"]["size"] = trace.model["config"]["vision_config"] = {}
+    for array in (trace.attention.values, trace.token_ids, trace.log_probs, trace.layout.patch_box):
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
+    assert asked(replay) == before and asked(probe.replay(trace, *recorded[1:])) == before
+
+
+LENGTH = probe.score(lambda given: given.log_probs.sum(-1), name="length")
