@@ -285,6 +285,26 @@ def test_nested_use_is_refused(llava):
     assert causal.points(llava, [FIRST])
 
 
+@pytest.mark.parametrize("number", [0, 3, -1, -3])
+def test_an_interrupt_before_or_after_the_trace_is_not_taken_for_a_trace_that_runs(llava, monkeypatch, number):
+    plain, calls = through_nnsight._marks, 2 * len(list(llava.model.modules()))
+    count = 0
+
+    def interrupted(module):
+        nonlocal count
+        count += 1
+        if count - 1 == number % calls:
+            raise KeyboardInterrupt
+        return plain(module)
+
+    expected = causal.points(llava, [FIRST])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(through_nnsight, "_marks", interrupted)
+        causal.points(llava, [FIRST])
+    found = causal.points(llava, [FIRST])
+    assert repr(found) == repr(expected)
+
+
 def test_inside_a_trace_of_the_users_own_it_is_refused(tmp_path):
     import nnsight
 

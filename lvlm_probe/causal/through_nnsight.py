@@ -69,16 +69,16 @@ def wrapped(model: torch.nn.Module) -> Iterator[dict[int, Any]]:
     with _LOCK:
         if _is_running(model):
             raise ExplainError(_NESTED)
-        _holder = threading.get_ident()
         before = [(module, _marks(module)) for module in model.modules()]
         try:
+            _holder = threading.get_ident()
             yield {id(envoy._module): envoy for envoy in nnsight.NNsight(model).modules()}
         finally:
+            _holder = None  # first: what is left on a replica by an interrupt here, its next pass does away with
             for module, marks in before:
                 for name in _marks(module):
                     del vars(module)[name]
                 vars(module).update(marks)
-            _holder = None
 
 
 def _marks(module: torch.nn.Module) -> dict[str, Any]:

@@ -401,6 +401,10 @@ class Replica:
                         self.look()
                 self._depth, self._holder = depth + 1, threading.get_ident()
                 yield self._copier.copies[self._live]
+            except BaseException:
+                if not depth:
+                    self._make_anew()
+                raise
             finally:
                 self._depth = depth
                 if not depth:
@@ -489,10 +493,14 @@ class Replica:
             if mine is not module:
                 vars(mine)["_parameters"] = module._parameters
 
+    def _make_anew(self) -> None:
+        """Fill all copies again before the next pass, so that nothing hangs on them whose removal was interrupted."""
+        self._copier.seen = {module: [] for module in self._copier.seen}
+
     def after_fork(self) -> None:
         """In a forked process: what other threads held is held by nobody."""
         self._depth = 0
-        self._copier.seen = {module: [] for module in self._copier.seen}  # what they have hung up is taken down
+        self._make_anew()
 
 
 _EVERY: weakref.WeakSet[Replica] = weakref.WeakSet()

@@ -297,6 +297,28 @@ def test_threads_take_turns(pair: Pair) -> None:
 
 
 @pytest.mark.skipif(not HAS_FORK, reason="no fork here")
+def test_an_interrupt_in_the_removal_of_a_hook_leaves_nothing_on_the_replica(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_hooks: HookSet) -> None:
+        raise KeyboardInterrupt
+
+    def hanging(own: nn.Module) -> list[Any]:
+        return [(path, sorted(vars(module)), list(module._forward_hooks)) for path, module in own.named_modules()]
+
+    replica = Replica(pair)
+    with replica.use() as own:
+        before = hanging(own)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HookSet, "remove", interrupted)
+        with replica.use() as own, HookSet() as hooks:
+            hooks.shadow(next(own.children()), "forward", lambda original, *args, **kwargs: None)
+            hooks.forward(own, lambda *_: None, name="left behind", fenced=False)
+    with replica.use() as own:
+        assert hanging(own) == before
+    assert replica.changes == 0
+
+
 def test_a_forked_process_waits_for_nobody(pair: Pair) -> None:
     """Another thread was in the middle of a pass, with a hook hung up."""
     replica = Replica(pair)
