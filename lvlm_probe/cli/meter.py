@@ -14,7 +14,7 @@ from lvlm_probe.cli.shared.models import load_model
 from lvlm_probe.cli.shared.options import BaselineOption, Json, Loading, OpenPage
 from lvlm_probe.cli.shared.rows import AnswerRows, failures, formats_help, tell_refused
 from lvlm_probe.cli.shared.servers import Served
-from lvlm_probe.cli.shared.terminal import bar, note, one_line, open_page, print_json, say, stored_path
+from lvlm_probe.cli.shared.terminal import bar, note, one_line, open_page, print_json, say, stop, stored_path
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import counted
 
@@ -113,7 +113,7 @@ def meter(
     total = min(_answers_in(source, rows) if answers else _size(source), limit or 2**62)
     if behind is not None and answers:
         _check_requests(total, served)
-    readings, unread = _measured(source, loaded, total, options)
+    readings, unread, stopped = _measured(source, loaded, total, options)
     write_csv(readings, table, unread=unread)
     write_page(readings, out, unread=unread, overwrite=overwrite)
     if open_it:
@@ -131,6 +131,11 @@ def meter(
         say("csv:  ", (stored_path(table), "bold"))
     for sentence in failed:
         note(sentence, kind="error")
+    if stopped:
+        raise stop(
+            f"stopped after {len(readings) + len(unread)} of {total}: the page and the csv have these, and the "
+            "same command with --overwrite measures all"
+        )
     if failed:
         raise typer.Exit(1)
 
@@ -157,19 +162,22 @@ def _check_requests(total: int, served: Served) -> None:
 
 def _measured(
     source: Path, loaded: tuple[Any, Any], total: int, options: Mapping[str, Any]
-) -> tuple[list[Reading], list[Unread]]:
-    """The answers that could be measured, the worst first, and the others; Ctrl-C leaves those so far."""
+) -> tuple[list[Reading], list[Unread], bool]:
+    """The answers that could be measured, the worst first, and the others; whether Ctrl-C has left those so far."""
     from lvlm_probe.importing.meter import Reading, Unread, measure, ranked
     from lvlm_probe.importing.refusals import by_kind
 
     found: list[Reading | Unread] = []
+    stopped = False
     try:
         with bar(f"measuring {source.name}") as advance:
             for one in measure(source, *loaded, **options):
                 found.append(one)
                 advance(len(found), max(total, len(found)))
     except KeyboardInterrupt:
-        note(f"stopped after {len(found)} of {total}; the page shows these")
+        if not found:
+            raise stop("stopped before the first answer was measured: the same command begins again") from None
+        stopped = True
     readings = ranked([one for one in found if isinstance(one, Reading)])
     unread = [one for one in found if isinstance(one, Unread)]
     tell_refused(
@@ -179,7 +187,7 @@ def _measured(
     )
     if not readings:
         raise ProbeError(f"none of the {len(found)} answers in {source} could be measured")
-    return readings, unread
+    return readings, unread, stopped
 
 
 def _limits(given: Sequence[str]) -> dict[str, float]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import csv
+import itertools
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +377,28 @@ def test_the_command(asked: Path, tmp_path: Path) -> None:
     assert [entry["source"] for entry in found["not_measured"]] == [probe.open_store(asked / "traces").files[1].name]
     assert found["answers"][0]["origin"] == "image" and found["worst_words"] == found["failed"] == []
     assert "Example:" in succeed("meter", "--help").out
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_ctrl_c_keeps_what_was_measured_and_is_no_success(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    from lvlm_probe.importing import meter
+
+    plain, page = meter.measure, tmp_path / "meter.html"
+
+    def interrupted(*args: Any, **options: Any) -> Iterator[Any]:
+        yield from itertools.islice(plain(*args, **options), done)
+        raise KeyboardInterrupt
+
+    command = ("meter", asked / "answers.jsonl", "--model", "demo", "--out", page)
+    with monkeypatch.context() as patch:
+        patch.setattr(meter, "measure", interrupted)
+        stopped = run(*command)
+    assert stopped.code == 130 and "the same command" in " ".join(stopped.err.split())
+    assert page.exists() is bool(done) and (not done or "--overwrite measures all" in " ".join(stopped.err.split()))
+    assert run(*command, *["--overwrite"] * done).code == 1  # one of its three rows is refused
+    assert len(data_of(page)["rows"]) == 2
 
 
 def test_answers_to_one_question_are_told_apart_by_their_images(asked: Path, tmp_path: Path) -> None:
