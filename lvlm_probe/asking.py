@@ -11,6 +11,7 @@ them.
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lvlm_probe.cards import answer_html, card, text_html
-from lvlm_probe.errors import ImageError
+from lvlm_probe.errors import ImageError, ReplayError
 from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import explain
 from lvlm_probe.heatmap import Heatmap, figure
@@ -126,6 +127,21 @@ class Answer:
         self.trace, self.replay = trace, replay
         self._folder = folder  # the trace goes with the answer
         self._explained: list[tuple[Heatmap | ClipHeatmap, Score | None]] = []
+
+    def __copy__(self) -> Answer:
+        """The answer on the same model; what either explains from now on is its own."""
+        other = object.__new__(type(self))
+        vars(other).update({**vars(self), "_explained": list(self._explained)})
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Answer:
+        return copy.copy(self)
+
+    def __reduce__(self) -> Any:
+        raise ReplayError(
+            "an answer holds its model and cannot be pickled or sent to another process: send its trace and what it "
+            "has explained (answer.trace, with out=… at ask, and answer.explained)"
+        )
 
     @property
     def text(self) -> str:

@@ -1,4 +1,5 @@
-"""Objects as a person sees them: in one line, where a field is an array of thousands, and as HTML in a notebook.
+"""Objects as a person sees them: in one line, where a field is an array of thousands, and as HTML in a notebook. And
+equal where they hold the same.
 
 Cards hold no script and nothing from elsewhere, every text on them is escaped, and words stand in the order of their
 script.
@@ -50,6 +51,31 @@ def _brief(value: Any) -> str:
 
 def _rest(value: Collection[Any]) -> list[str]:
     return [f"… ({len(value)} in all)"] if len(value) > _ITEMS else []
+
+
+def equal(one: Any, other: Any) -> bool:
+    """``__eq__`` of a dataclass: whether two are of one class and their fields hold the same, arrays by their values,
+    and what is no number beside what is none."""
+    if type(one) is not type(other):
+        return NotImplemented
+    fields = [item.name for item in dataclasses.fields(one) if item.compare]
+    return all(_same(getattr(one, name), getattr(other, name)) for name in fields)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if hasattr(one, "dtype") or hasattr(other, "dtype"):
+        if type(one) is not type(other) or (one.dtype, tuple(one.shape)) != (other.dtype, tuple(other.shape)):
+            return False
+        return bool(((one == other) | ((one != one) & (other != other))).all())
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, float) and isinstance(other, float) and math.isnan(one):
+        return math.isnan(other)
+    return bool(one == other)
 
 
 def text_html(text: str) -> str:

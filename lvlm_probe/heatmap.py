@@ -23,6 +23,7 @@ from PIL import Image, PngImagePlugin
 
 from lvlm_probe import drawing
 from lvlm_probe._moved import renamed
+from lvlm_probe.cards import equal
 from lvlm_probe.drawing import resample
 from lvlm_probe.errors import ExplainError, ImageError, ProbeError, TraceError
 from lvlm_probe.files import in_the_way, path_of, write_whole
@@ -51,6 +52,7 @@ class HeatGrid:
 
     axes: ClassVar[tuple[str, ...]]
     _of: ClassVar[str] = ""
+    __eq__ = equal
 
     values: np.ndarray | None
     image_size: tuple[int, int]
@@ -128,6 +130,9 @@ class HeatGrid:
 
     def __bool__(self) -> bool:
         return self.values is not None
+
+    def __hash__(self) -> int:
+        return hash((self.method, self.image_size, None if self.values is None else self.values.tobytes()))
 
     @property
     def target(self) -> int | Clip:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import html
 import html.parser
+import math
 import os
 import pickle
 import re
@@ -18,6 +20,7 @@ import torch
 from trace_samples import sample_capture
 
 import lvlm_probe as probe
+from lvlm_probe import causal
 from lvlm_probe.cards import answer_html, in_one_line
 from lvlm_probe.pages.shell import Page
 from lvlm_probe.trace import write
@@ -192,3 +195,65 @@ def test_what_is_no_page_shows_nothing_and_a_large_one_its_link(tmp_path: Path) 
     assert page._repr_html_() is None and Page(tmp_path)._repr_html_() is None
     page.write_text("x" * 9_000_000)
     assert "<iframe" not in page._repr_html_() and "a%20b%26c.html" in page._repr_html_()
+
+
+# --- equal ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(demo: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What verbs return, of one answer."""
+    scene, folder = probe.demo.scenes(1)[0], tmp_path_factory.mktemp("results")
+    answer = probe.ask(*demo, scene.image, scene.question, out=folder)
+    replay, trace = answer.replay, answer.trace
+    heat = answer.explain("yellow", method="occlusion", size=4, check=False)
+    nothing = probe.Heatmap(None, heat.image_size, reason="no words")
+    return {
+        "answer": answer,
+        "replay": replay,
+        "trace": trace,
+        "heatmap": heat,
+        "heatmap of nothing": nothing,
+        "score": probe.evaluate(heat, replay, steps=3, center=False),
+        "score of nothing": probe.evaluate(answer.explain("is", method="occlusion", size=2, check=False), replay),
+        "selection": heat.selection,
+        "plan": probe.plan(replay, method="rise", seconds=False),
+        "lens": causal.logit_lens(replay),
+        "effect": causal.knockout(replay, heat, top=0.3, draws=1),
+        "region": probe.evidence.region(replay, heat),
+        "check": probe.sanity.weights(replay, heat, stages=1, draws=1),
+        "attention": trace.attention,
+        "layout": trace.layout,
+        "edit": probe.edit(replay, heat),
+    }
+
+
+def test_what_is_copied_or_pickled_is_equal(results: dict[str, Any]) -> None:
+    for name, one in results.items():
+        if name in ("answer", "replay"):
+            with pytest.raises(probe.errors.ReplayError, match=r"cannot be pickled.*send its trace"):
+                pickle.dumps(one)
+            continue
+        for other in (copy.copy(one), copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+            assert other == one, name
+            assert one != results["trace" if name == "plan" else "plan"], name
+
+
+def test_what_holds_something_else_is_another(results: dict[str, Any]) -> None:
+    heat, score, layout = results["heatmap"], results["score"], results["layout"]
+    for other in (1 - heat.values, heat.values[:2], None):
+        assert dataclasses.replace(heat, values=other, seen=None, reason="none") != heat
+    assert len({heat, pickle.loads(pickle.dumps(heat)), results["heatmap of nothing"]}) == 2
+    assert math.isnan(score.center_gain) and dataclasses.replace(score, center_gain=0.5) != score
+    assert dataclasses.replace(layout, patch_box=layout.patch_box + 1) != layout
+    assert dataclasses.replace(layout, patch_box=None) != layout
+
+
+def test_a_copy_of_an_answer_explains_on_its_own(results: dict[str, Any]) -> None:
+    answer = results["answer"]
+    other, count = copy.deepcopy(answer), len(answer.explained)
+    assert other.explained == answer.explained and other.trace == answer.trace
+    other.explain("cross", method="center", check=False)
+    assert (len(answer.explained), len(other.explained)) == (count, count + 1)
+    mask = torch.full((3, 3), 0.5)
+    assert torch.equal(copy.deepcopy(results["replay"]).log_probs(mask), results["replay"].log_probs(mask))

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, cast
 
 import numpy as np
 
+from lvlm_probe.cards import equal
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import CurveScore
 from lvlm_probe.files import json_ready, record_of
@@ -79,6 +80,8 @@ class CausalEffect:
         windows: One per range of layers, for the smallest share.
         params, provenance: How it was measured, and on what.
     """
+
+    __eq__ = equal
 
     kind: Literal["knockout", "patch"]
     original: float

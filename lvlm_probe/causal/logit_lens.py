@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lvlm_probe.cards import in_one_line
+from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.causal.tokens import placed_tokens
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.kinds import is_whole, naming_arguments
@@ -52,7 +52,7 @@ class LogitLens:
         notes: sentences worth knowing.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     words: np.ndarray
     token_ids: np.ndarray

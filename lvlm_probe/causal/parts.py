@@ -26,7 +26,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from lvlm_probe.cards import in_one_line
+from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.causal.effects import Recorded
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, words_of
@@ -62,7 +62,7 @@ class PartShares(Recorded):
         trace_id: of the answer.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     parts: tuple[str, ...]
     shares: tuple[float, ...]
@@ -245,7 +245,7 @@ class Modalities(Recorded):
         trace_id: of the answer.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     words: tuple[str, ...]
     chosen: tuple[int, ...]

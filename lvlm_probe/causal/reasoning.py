@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from lvlm_probe.attention.cutting import attention_layers, cut_attention
-from lvlm_probe.cards import in_one_line
+from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.causal.effects import Recorded
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, words_of
@@ -103,7 +103,7 @@ class Steps(Recorded):
         passes: forward passes that took.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     steps: tuple[Step, ...]
     llr: tuple[float, ...]

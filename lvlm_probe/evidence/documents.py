@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from lvlm_probe.cards import in_one_line
+from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.evidence.grounding import known_of
 from lvlm_probe.evidence.regions import Region, region, twice_the_area
@@ -60,7 +60,7 @@ class Field:
         llr: their log-likelihood ratio against the baseline image, nats; ``None`` where not recorded.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     name: str
     value: str
@@ -91,7 +91,7 @@ class Place:
         without: of several pages, what the value's log P loses without each, ``(page,)`` nats.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     field: Field
     page: int

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from lvlm_probe.cards import in_one_line
+from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.evidence.regions import first_that
 from lvlm_probe.explainers.curve_points import curve_masks, rank
@@ -72,7 +72,7 @@ class Edit:
         mask: ``(row, col)`` of what the model saw, 1 = image; not part of ``to_dict``.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     kind: Literal["remove", "keep"]
     answer: str

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lvlm_probe.cards import in_one_line
+from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import explain
 from lvlm_probe.files import json_ready, record_of
@@ -98,7 +98,7 @@ class AnswerBox:
         fault: why it is no box in the image, as a sentence; ``None`` where it is one.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     kind: Literal["box", "point"]
     pixels: tuple[float, ...]
@@ -148,7 +148,7 @@ class BoxCheck:
         pointing: whether the map's highest value lies in it, 0 to 1.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     box: AnswerBox
     energy: float

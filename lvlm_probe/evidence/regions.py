@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lvlm_probe.cards import in_one_line
+from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.curve_points import MaskScores, curve_masks, rank
 from lvlm_probe.explainers.explaining import scored_by
@@ -49,7 +49,7 @@ class Region:
         cells: ``(row, col)`` bool; not part of ``to_dict``.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     keep: float
     kept: float

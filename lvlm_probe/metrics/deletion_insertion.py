@@ -40,7 +40,7 @@ import numpy as np
 import torch
 
 from lvlm_probe._moved import renamed
-from lvlm_probe.cards import in_one_line
+from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.curve_points import (
     STEPS,
@@ -94,7 +94,7 @@ class Curves:
             adaptive sampling leaves all points but the ends NaN.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     fractions: np.ndarray
     deletion: np.ndarray

@@ -18,7 +18,7 @@ import numpy as np
 
 from lvlm_probe import drawing
 from lvlm_probe._moved import grouped
-from lvlm_probe.cards import card, text_html
+from lvlm_probe.cards import card, equal, text_html
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.controls import center_values
 from lvlm_probe.explainers.curve_points import STEPS, Known, facts_of
@@ -114,6 +114,8 @@ class Score:
             ``deletion_insertion``).
         provenance: Trace id, method and tokens of the heatmap.
     """
+
+    __eq__ = equal
 
     deletion: float
     insertion: float

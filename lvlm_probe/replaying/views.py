@@ -97,6 +97,21 @@ class Views:
         self._words = tuple(group_words(self._tokens, self._special.tolist()))
         self.passes, self.kept = PassCounter(), Kept()
 
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A replay, which no call changes, on the same model."""
+        return copy.copy(self)
+
+    def __reduce__(self) -> Any:
+        raise ReplayError(
+            "a replay holds its model and cannot be pickled or sent to another process: send its trace, and replay it "
+            "there, probe.replay(trace, model, processor)"
+        )
+
     @property
     def tokens(self) -> list[str]:
         """The recorded answer's tokens as texts."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lvlm_probe.cards import equal
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers import resolve
 from lvlm_probe.extras import require
@@ -97,6 +98,8 @@ class SanityCheck:
         heatmaps: those of the steps, to be looked at; not part of ``to_dict``.
         stability: of ``seeds`` and ``prompts``: likeness over all pairs of heatmaps, the checked one among them.
     """
+
+    __eq__ = equal
 
     check: Check
     verdict: Verdict

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lvlm_probe.cards import equal
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.scores import too_narrow
 from lvlm_probe.files import json_ready, record_of
@@ -40,6 +41,8 @@ class Stability:
         missing: How many further ones had no values.
         heatmaps: The heatmaps compared; not part of ``to_dict``.
     """
+
+    __eq__ = equal
 
     n: int
     rank_correlation: float

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lvlm_probe.cards import in_one_line
+from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.errors import TraceError
 from lvlm_probe.files import causes
 from lvlm_probe.storage.reading import SealedFile
@@ -44,7 +44,7 @@ class AttentionRows:
     """Attention of the answer's tokens to the image tokens, inside the language model; or to the image's states,
     where they reach it by cross-attention and the prompt holds no image tokens."""
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     values: np.ndarray
     """``(step, layer, head, image_token)`` float32, the last axis the keys of cross-attention where there are no image

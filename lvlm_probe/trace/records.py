@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_type_hi
 
 import numpy as np
 
-from lvlm_probe.cards import in_one_line
+from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.storage.encoding import JSON
 from lvlm_probe.trace.clips import Clip, ClipList
 from lvlm_probe.trace.fields import Array, Field, Integer, Json, Text
@@ -39,7 +39,7 @@ _TRACE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 class Layout:
     """Where the image tokens are in the prompt, and which part of the image each stands for."""
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     image_positions: np.ndarray
     """``(image_token,)`` int64: positions in ``input_ids``."""
@@ -57,7 +57,7 @@ class Layout:
 class TraceFields:
     """The fields of a trace: one row of a batch, padding stripped. Log-probabilities are natural logarithms."""
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     trace_id: Annotated[
         str,
@@ -206,7 +206,7 @@ def is_recorded(name: str, value: Any) -> bool:
 class ImageRecord:
     """One image of the prompt, as an encoded file (the user's own, or PNG when it had to be encoded again)."""
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     data: bytes
     mime: str
@@ -223,7 +223,7 @@ class PointRecord:
     ``reduce`` says what was done over an axis (``"none"``, ``"head_mean"``, ...); ``module`` is the path pattern.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     values: np.ndarray | torch.Tensor
     axes: tuple[str, ...]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lvlm_probe.cards import in_one_line
+from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.explainers.explaining import Tokens, words_of
 from lvlm_probe.explainers.scores import check_finite, check_rules, whole_rule
@@ -45,7 +45,7 @@ class FrameShares:
         clip: the video.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     shares: tuple[float, ...]
     error: tuple[float, ...]
@@ -143,7 +143,7 @@ class Order:
         trace_id: of the answer.
     """
 
-    __repr__ = in_one_line
+    __repr__, __eq__ = in_one_line, equal
 
     llr: Mapping[str, float]
     text: str
