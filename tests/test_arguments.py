@@ -81,7 +81,7 @@ def answer(demo: Any, tmp_path_factory: Any) -> Any:
 
 
 OTHERS: list[tuple[Any, dict[str, Any], str]] = [
-    (probe.evaluate, {"mode": ["fast"]}, "mode is 'fast' or 'exact'; got a list"),
+    (probe.evaluate, {"mode": ["fast"]}, r"mode is 'fast' or 'exact'; got \['fast'\]"),
     (probe.evaluate, {"synergy": 3.5}, "synergy is True or False or a text; got a float"),
     (probe.explain, {"seed": 3.5}, "seed is a whole number; got a float"),
     (probe.explain, {"plan": "fast"}, r"plan is a plan, probe.plan\(replay\); got a str"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class _Growing(TextStreamer):
 
 
 def answer_growing(
-    turn: threading.Lock,
+    turn: AbstractContextManager[Any],
     model: Any,
     processor: Any,
     images: Sequence[Image.Image],

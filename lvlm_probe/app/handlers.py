@@ -108,8 +108,7 @@ class Handlers:
         return self.service.new_visitor()
 
     def on_scene(self, _shown: Any, click: Mapping[str, Any]) -> tuple[Image.Image | str | None, ...]:
-        number = str(click.get("scene", ""))
-        scene = self.scenes[int(number) % len(self.scenes) if number.isdecimal() else 0]
+        scene = self.scenes[(_whole(click.get("scene")) or 0) % len(self.scenes)]
         return scene.image, scene.question, *[None] * (self.service.limits.images - 1)
 
     def on_model(self, _shown: Any, model: str) -> Any:
@@ -132,10 +131,9 @@ class Handlers:
             stop.set()
 
     def on_word(self, shown: Any, click: Mapping[str, Any], now: _Open | None, method: str) -> tuple[Any, ...]:
-        number = str(click.get("word", ""))
-        if not number.isdecimal():
+        if (number := _whole(click.get("word"))) is None:
             raise ProbeError("that is no word of the answer")
-        return self.explained(shown, now, int(number), method)
+        return self.explained(shown, now, number, method)
 
     def on_whole(self, shown: Any, now: _Open | None, method: str) -> tuple[Any, ...]:
         return self.explained(shown, now, None, method)
@@ -172,12 +170,11 @@ class Handlers:
         return {"src": data_uri(shrink(now.image, SIDE)), "cells": MASK_CELLS}, "", "", None
 
     def on_painted(self, _shown: Any, click: Mapping[str, Any]) -> str:
-        mask = str(click.get("mask", ""))
-        return mask if len(mask) == MASK_CELLS * MASK_CELLS and set(mask) <= {"0", "1"} else ""
+        return _painted(click.get("mask"))
 
     def on_again(self, kind: Any, _shown: Any, now: _Open | None, mask: str) -> tuple[str, Image.Image]:
         opened = _opened(now)
-        cells = [one == "1" for one in mask] or [False] * MASK_CELLS**2
+        cells = [one == "1" for one in _painted(mask)] or [False] * MASK_CELLS**2
         region = np.array(cells).reshape(MASK_CELLS, MASK_CELLS)
         said, seen = self.service.say_again(opened.model, opened.trace, region, kind, image=opened.number)
         return f'<p dir="auto">{text_html(said)}</p>', shrink(seen, SIDE)
@@ -264,9 +261,21 @@ def _number(value: Any) -> int | None:
     """The number of a layer or head, ``None`` for all. Raises ``ProbeError`` for what is neither."""
     if value is None or value == "all":
         return None
-    if not str(value).isdecimal():
+    if (number := _whole(value)) is None:
         raise ProbeError(f"this is no number of a layer or a head: {str(value)[:40]!r}")
-    return int(value)
+    return number
+
+
+def _whole(value: Any) -> int | None:
+    """A number that counts something, of up to nine digits; ``None`` for what is none."""
+    text = str(value)
+    return int(text) if text.isdecimal() and len(text) < 10 else None
+
+
+def _painted(mask: Any) -> str:
+    """What is painted, a digit for each cell; empty for what is none of that."""
+    text = str(mask or "")
+    return text if len(text) == MASK_CELLS * MASK_CELLS and set(text) <= {"0", "1"} else ""
 
 
 def refusal(gr: Any, error: ProbeError) -> Any:

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 
 _REPLAYS = 8
 """Answers that are ready to be explained; one more, and the one that was asked for longest ago is opened anew."""
+_LAST_SECONDS = 10.0
+"""How long what runs on a model may take to its end when the app is closed."""
 _SECRET = re.compile(r"[0-9a-f]{32}")
 _CONTROLS = frozenset({"random", "center"})
 """Floors of tables, which explain nothing."""
@@ -101,6 +104,8 @@ class Service:
         self._boxes: dict[str, BoxCache] = {}  # of all answers of a model
         self._replays: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._written: collections.deque[Path] = collections.deque()
+        self._running: weakref.WeakSet[threading.Event] = weakref.WeakSet()  # what ends each answer that grows
+        self._closed = False
 
     # ------------------------------------------------------------------ visitors
 
@@ -170,12 +175,13 @@ class Service:
         if len(question) > self.limits.question:
             raise ProbeError(f"the question has {len(question)} characters, and {self.limits.question} is the most")
         if isinstance(model, Server):
-            with self.turn:
+            with self._a_turn():
                 found: Any = iter([model.ask(given, question, out=folder, max_tokens=self.limits.answer)])
         else:
-            boxes = self._boxes.setdefault(name, {})
-            options: dict[str, Any] = {"most": self.limits.answer, "boxes": boxes, "stop": stop or threading.Event()}
-            found = answer_growing(self.turn, model[0], model[1], given, question, folder, **options)
+            boxes, stop = self._boxes.setdefault(name, {}), stop or threading.Event()
+            self._running.add(stop)
+            options: dict[str, Any] = {"most": self.limits.answer, "boxes": boxes, "stop": stop}
+            found = answer_growing(self._a_turn(), model[0], model[1], given, question, folder, **options)
         for one in found:
             if isinstance(one, Trace):
                 if one.status == "error":
@@ -183,9 +189,17 @@ class Service:
                 self._keep_few(one.path)
             yield one
 
+    @contextlib.contextmanager
+    def _a_turn(self) -> Iterator[None]:
+        """``turn``, held in the block. Raises ``ProbeError`` where the app has been closed while one waited for it."""
+        with self.turn:
+            if self._closed:
+                raise ProbeError("the app has been closed: start it again")
+            yield
+
     def _model(self, name: str) -> Any:
-        if name not in self.models:
-            raise ProbeError(f"there is no model {name[:80]!r} here; there are {', '.join(self.models)}")
+        if not isinstance(name, str) or name not in self.models:
+            raise ProbeError(f"there is no model {str(name)[:80]!r} here; there are {', '.join(self.models)}")
         return self.models[name]
 
     def _keep_few(self, path: Path) -> None:
@@ -234,8 +248,8 @@ class Service:
             ProbeError: no such word, image or method, or the method cannot run on this model.
         """
         if method not in self.methods(name):
-            raise ProbeError(f"{name} cannot be explained by {method[:40]!r}; take one of {self.methods(name)}")
-        with self.turn:
+            raise ProbeError(f"{name} cannot be explained by {str(method)[:40]!r}; take one of {self.methods(name)}")
+        with self._a_turn():
             source = self.replay(name, trace)
             chosen = selection_of(source, word)
             label = "answer" if word is None else chosen.label
@@ -247,7 +261,7 @@ class Service:
         """Score a map by deletion and insertion; what was scored before is not scored again. Raises ``ProbeError``."""
         if (score := found.score()) is not None:
             return score
-        with self.turn:
+        with self._a_turn():
             more = {} if shown is None else {"shown": shown}
             return score_one(self.replay(name, trace), found, **more)
 
@@ -287,7 +301,7 @@ class Service:
         whole = images[image]
         shown = Image.fromarray(region if kind == "keep" else ~region).convert("L").resize(whole.size)
         seen = Image.composite(whole, make_baseline(whole).image, shown)
-        with self.turn:
+        with self._a_turn():
             if isinstance(model, Server):
                 with tempfile.TemporaryDirectory() as folder:
                     again = model.ask(
@@ -320,7 +334,7 @@ class Service:
         rows = trace.attention
         if rows is not None and (head is None or rows.reduce == "none"):
             return explain(trace, method="attention", tokens=chosen, image=image, **wanted)
-        with self.turn:
+        with self._a_turn():
             source = self.replay(name, trace)
             return explain(source, method="attention", tokens=chosen, image=image, progress=False, **wanted)
 
@@ -337,11 +351,16 @@ class Service:
             raise ProbeError(
                 f"{name} runs on a server, which shows nothing of its layers: serve the model itself, --model DIR_OR_ID"
             )
-        with self.turn:
+        with self._a_turn():
             return logit_lens(self.replay(name, trace), image=image)
 
     def close(self) -> None:
-        """Delete what is temporary."""
+        """End the answers that grow, and delete what is temporary. What is asked from now on is refused."""
+        self._closed = True
+        for stop in list(self._running):
+            stop.set()
+        if self.turn.acquire(timeout=_LAST_SECONDS):  # whoever runs would write into folders that are gone
+            self.turn.release()
         shutil.rmtree(self.scratch, ignore_errors=True)
         if self._temporary is not None:
             self._temporary.cleanup()

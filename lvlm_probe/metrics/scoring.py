@@ -317,6 +317,7 @@ def evaluate(
             hold, and the replay has another one: give it as ``baseline``, or evaluate on ``replay.over(image)``.
     """
     _check(curve, score, steps, chance)
+    one_of("mode", mode, "fast", "exact")
     settings = CurveSettings(**vars(curve), score=score, steps=steps or STEPS)
     check_answer(heat, replay)
     own = heat.selection.score

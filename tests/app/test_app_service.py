@@ -335,11 +335,66 @@ def test_a_damaged_answer_costs_nobody_else_theirs(demo: Any, scene: Any) -> Non
     service.close()
 
 
+def test_an_answer_that_grows_when_the_app_is_closed_leaves_nothing(demo: Any, scene: Any) -> None:
+    service = Service({"demo": demo})
+    growing = service.ask("demo", scene.image, scene.question, service.new_visitor())
+    next(growing)
+    service.close()
+    with contextlib.suppress(ProbeError):
+        list(growing)
+    assert not service.turn.locked() and not service.folder.exists() and not Path(service.scratch).exists()
+
+
+def test_who_waits_or_comes_when_the_app_is_closed_is_refused(
+    demo: Any, scene: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lvlm_probe.app.service._LAST_SECONDS", 0.01)
+    service, refused = Service({"demo": demo}), []
+    visitor = service.new_visitor()
+    before = asked(service, scene, visitor)
+
+    def wait() -> None:
+        try:
+            list(service.ask("demo", scene.image, scene.question, visitor))
+        except ProbeError as error:
+            refused.append(str(error))
+
+    with service.turn:  # as whoever runs on the model
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        service.close()
+    waiting.join()
+    wait()
+    assert len(refused) == 2 and all("has been closed" in told for told in refused)
+    with pytest.raises(ProbeError, match="has been closed"):
+        service.explain("demo", before, None, "input_gradient")
+    assert not service.folder.exists()
+
+
 class Refused(Exception):
     """Gradio's error, without Gradio."""
 
     def __init__(self, told: str, **_: Any) -> None:
         super().__init__(told)
+
+
+@pytest.mark.parametrize("sent", [None, -1, 2.5, "9" * 5000, {"a": 1}, [[1]], "\ud800", "../../etc/passwd"], ids=repr)
+def test_what_no_page_sends_is_named(service: Service, trace: Any, visitor: str, sent: Any) -> None:
+    on = Handlers(service, types.SimpleNamespace(skip=str, Error=Refused), probe.demo.scenes(1))
+    now = on.on_open(None, {"name": trace.path.name}, "demo", visitor)[0]
+    for asks in (
+        lambda: on.on_word(None, {"word": sent}, now, "center"),
+        lambda: on.explained(None, now, 1, sent),
+        lambda: on.on_model(None, sent),
+        lambda: list(on.on_ask(sent, probe.demo.scenes(1)[0].image, "What?", visitor)),
+        lambda: on.on_again("keep", None, now, sent),
+        lambda: on.on_attention(None, now, sent or "first", "all"),
+        lambda: on.on_image(None, now, sent),
+    ):
+        with pytest.raises((ProbeError, Refused)) as told:
+            asks()
+        assert "something unexpected" not in str(told.value)
+    assert on.on_painted(None, {"mask": sent}) == "" and on.on_scene(None, {"scene": sent})[1]
 
 
 @pytest.mark.parametrize("sent", [[], None, 3, {"name": []}], ids=repr)
