@@ -103,6 +103,9 @@ def examine(model: torch.nn.Module, processor: object | None = None) -> Anatomy:
     if family.unsupported is not None:
         raise AttachError(f"{name} cannot be probed: {family.unsupported}")
     if config is None or not callable(getattr(model, "generate", None)):
+        inner = getattr(model, "module", None)  # of DataParallel, and of those that wrap as it does
+        if callable(getattr(inner, "generate", None)):
+            raise AttachError(f"{name} wraps the model that generates: attach its `.module`")
         raise AttachError(
             f"{name} is not a Hugging Face generative model (no `config` or no `generate`); attach the object that "
             f"AutoModelForImageTextToText.from_pretrained(...) returns"

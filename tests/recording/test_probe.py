@@ -491,6 +491,11 @@ def test_compiled_wrapper_is_refused_with_the_way_out(llava):
         probe.attach(torch.compile(llava[0], backend="eager"))
 
 
+def test_a_wrapper_that_does_not_generate_names_what_does(llava):
+    with pytest.raises(probe.errors.AttachError, match=r"DataParallel wraps .* attach its `\.module`"):
+        probe.attach(torch.nn.DataParallel(llava[0]))
+
+
 def test_what_is_no_vision_language_model_is_refused():
     with pytest.raises(probe.errors.AttachError, match="not a Hugging Face generative model"):
         probe.attach(torch.nn.Linear(2, 2))
