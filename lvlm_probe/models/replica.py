@@ -401,7 +401,9 @@ class Replica:
                         self.look()
                 self._depth, self._holder = depth + 1, threading.get_ident()
                 yield self._copier.copies[self._live]
-            except BaseException:
+            except Exception:
+                raise
+            except BaseException:  # Ctrl-C, which may have come while hooks were being taken away
                 if not depth:
                     self._make_anew()
                 raise
