@@ -29,6 +29,7 @@ import torch
 from lvlm_probe.errors import ProbeError
 from lvlm_probe.escaping import writable
 from lvlm_probe.models.anatomy import reads_a_prompt
+from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.families import Family, family_of
 from lvlm_probe.models.tokenizers import display_pieces, special_ids, tokenizer_of
 from lvlm_probe.models.wrappers import generating_model
@@ -231,7 +232,9 @@ def chat_inputs(
         if videos:
             given |= {"videos": list(videos), **(sampling or {})}
         return processor(**given, text=text, return_tensors="pt")
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except Exception as error:  # of any kind: StopIteration where image tokens are missing
+        if isinstance(error, ProbeError) or ran_out(error):
+            raise
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         told = f" and {len(videos)} video(s)" if videos else ""
         raise ProbeError(

@@ -143,7 +143,7 @@ def test_a_token_is_where_pixels_move_it(name):
     seen: list[Tensor] = []
 
     def keep(_module, args, kwargs):
-        given = args[0] if args else kwargs["hidden_states"]
+        given = args[0] if args else next(iter(kwargs.values()))
         seen.append(given.detach().reshape(-1, given.shape[-1]))
 
     def run(mask: Tensor) -> Tensor:

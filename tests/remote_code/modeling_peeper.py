@@ -58,7 +58,8 @@ class PeeperForConversation(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, pictures=None,
-                use_cache=None, **kwargs):  # fmt: skip
+                use_cache=None, cache=None, **kwargs):  # fmt: skip
+        past_key_values = cache if past_key_values is None else past_key_values  # its name from transformers 5.24 on
         embeds = self.mind.model.embed_tokens(input_ids)
         started = past_key_values is not None and past_key_values.get_seq_length() > 0
         if pictures is not None and not started:
