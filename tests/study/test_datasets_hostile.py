@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from pathlib import Path
@@ -102,14 +101,12 @@ def test_boxes(folder: Path, boxes: Any) -> None:
 )
 def test_files_that_are_no_table(folder: Path, name: str, data: bytes) -> None:
     (folder / name).write_bytes(data)
-    limit = csv.field_size_limit()
     try:
         found = list(open_dataset("table", str(folder / name)))
     except StudyError as error:
         assert name in str(error)  # noqa: PT017
     else:
         assert not found
-    assert csv.field_size_limit() == limit
 
 
 @pytest.mark.parametrize(
