@@ -166,7 +166,7 @@ def test_every_command_knows_a_trace_with_a_video(recorded: Path, tmp_path: Path
     assert "ball_what-happens" in made["map"]
     with Image.open(made["picture"]) as strip:
         assert "clip" in strip.text["lvlm_probe"]
-    (found,) = find_maps([folder])
+    (found,) = find_maps([Path(made["map"])])
     heat = found.read()
     assert isinstance(heat, ClipHeatmap)
     assert heat.trace is not None
