@@ -105,7 +105,8 @@ def forced_because(conditions: Sequence[str]) -> list[str]:
         return []
     return [
         f"{' and '.join(conditions)}, unlike in a replay; log-probabilities come from one teacher-forced pass as a "
-        f"replay runs it, so that both sides of the log-likelihood ratio are computed alike"
+        "replay runs it, so that both sides of the log-likelihood ratio are computed alike; attention rows, where "
+        "there are some, are the call's own"
     ]
 
 
