@@ -218,22 +218,33 @@ class Recording:
 
     @outside_modes
     def _keep(self, recorder: GenerationRecorder, output: Any, faults: list[str], fault: Any) -> Path:
-        interrupted: KeyboardInterrupt | None = None
+        interrupted: list[BaseException] = []  # Ctrl-C, or what a handler of SIGTERM raises: it waits for the trace
+
+        def whole(step: Callable[[], Any]) -> Any:
+            """What a quick step gives, which is done again where the first interrupt comes in it."""
+            try:
+                return step()
+            except Exception:
+                raise
+            except BaseException as stop:
+                interrupted.append(stop)
+                return step()
+
         # Nothing here draws from the global random state, which is all threads' own: passes run in eval mode, noise has
         # generators of ours.
         with torch.no_grad(), without_autocast(self._attachment.model):
             capture = recorder.finish(output)
             try:
                 recorder.complete(capture)
-            except KeyboardInterrupt as stop:
-                interrupted = stop  # the answer is complete: keep it, without the scores that were being computed
-                self._note(capture, "the baseline pass was interrupted; replay gives the log-likelihood ratios")
             except Exception as error:
                 fault("teacher-forced pass", error)
+            except BaseException as stop:
+                interrupted.append(stop)  # the answer is complete: keep it, without the scores that were being computed
+                self._note(capture, "the baseline pass was interrupted; replay gives the log-likelihood ratios")
             for caution_ in recorder.cautions:
                 self.warn_once(*caution_)
             try:
-                capture.model = self._attachment.describe_model()
+                capture.model = whole(self._attachment.describe_model)
             except Exception as error:  # it costs the description, not the answer
                 capture.model, told = undescribed(self._attachment.model, error)
                 self._note(capture, told)
@@ -242,10 +253,10 @@ class Recording:
         if faults:
             for row in capture.rows:
                 row.status, row.error = "error", "; ".join(faults)
-        path = write(capture, self.directory)
+        path = whole(lambda: write(capture, self.directory))
         self.paths.append(path)
-        if interrupted is not None:
-            raise interrupted
+        if interrupted:
+            raise interrupted[0]
         return path
 
     def of(self, attachment: Attachment) -> bool:

@@ -103,14 +103,16 @@ def randomised(
                 parameter.copy_(_random_like(saved[-1][1], how, generator))
         yield weights
     finally:
-        interrupted = False
+        interrupted: BaseException | None = None
         while saved:
             try:
                 _put_back(saved)
-            except KeyboardInterrupt:  # an impatient second one: first put everything back
-                interrupted = True
-        if interrupted:
-            raise KeyboardInterrupt
+            except Exception:
+                raise
+            except BaseException as stop:  # an impatient second Ctrl-C, or SIGTERM: first put everything back
+                interrupted = stop
+        if interrupted is not None:
+            raise interrupted
 
 
 def _put_back(saved: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import sys
 import warnings
 
 import numpy as np
@@ -647,17 +648,30 @@ def test_interrupted_while_it_is_detached_it_is_detached_all_the_same(llava, mon
     probe.attach(model, processor).detach()
 
 
-def test_interrupt_in_the_baseline_pass_keeps_the_answer(llava, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])  # as a handler of SIGTERM raises it
+@pytest.mark.parametrize("where", ["the baseline pass", "the description", "the file"])
+def test_interrupt_behind_the_answer_keeps_it(llava, tmp_path, monkeypatch, where, error):
     model, processor = llava
+    owner, name = {
+        "the baseline pass": (GenerationRecorder, "complete"),
+        "the description": (Attachment, "describe_model"),
+        "the file": (sys.modules[Attachment.__module__], "write"),
+    }[where]
+    plain, calls = getattr(owner, name), []
 
-    def interrupted(self, capture):
-        raise KeyboardInterrupt
+    def interrupted(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == 1:
+            raise error
+        return plain(*args, **kwargs)
 
-    monkeypatch.setattr(GenerationRecorder, "complete", interrupted)
-    with probe.attach(model, processor) as p, p.record(tmp_path) as recording, pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(owner, name, interrupted)
+    with probe.attach(model, processor) as p, p.record(tmp_path) as recording, pytest.raises(error):
         generate(model, ask(model, processor))
     (trace,) = recording.traces
-    assert trace.llr is None and largest_difference(trace, model, processor) <= 1e-4
+    assert trace.status == "complete" and trace.model["fingerprint"] and not list(tmp_path.glob("*.part"))
+    assert (trace.llr is None) is (where == "the baseline pass")
+    assert largest_difference(trace, model, processor) <= 1e-4
 
 
 # --------------------------------------------------------------------------------------------------------------- points

@@ -184,7 +184,10 @@ def test_weights_come_back_after_any_error(recorded, error: type[BaseException])
     assert unchanged(model, before)
 
 
-def test_weights_come_back_when_interrupted_while_being_drawn_and_while_being_put_back(monkeypatch) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_weights_come_back_when_interrupted_while_being_drawn_and_while_being_put_back(
+    monkeypatch, error: type[BaseException]
+) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     before = bits(module)
     copy, calls = torch.nn.Parameter.copy_, []
@@ -192,11 +195,11 @@ def test_weights_come_back_when_interrupted_while_being_drawn_and_while_being_pu
     def interrupted(self, source):
         calls.append(1)
         if len(calls) in (3, 5, 6):  # the third tensor drawn; twice while putting back
-            raise KeyboardInterrupt
+            raise error
         return copy(self, source)
 
     monkeypatch.setattr(torch.nn.Parameter, "copy_", interrupted, raising=False)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error):
         with randomised(dict(module.named_parameters())):
             pytest.fail("it was interrupted before")
     assert len(calls) > 6
