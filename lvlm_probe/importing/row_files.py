@@ -9,6 +9,7 @@ next one is read. JSON may be one array, objects one after the other, or one obj
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import itertools
 import json
@@ -21,6 +22,7 @@ from typing import Any, BinaryIO
 from lvlm_probe.errors import StudyError
 from lvlm_probe.extras import require
 from lvlm_probe.importing.refusals import BadRow, shortened
+from lvlm_probe.process import lock
 
 FILES = {
     "jsonl": "JSON lines",
@@ -262,32 +264,48 @@ def _next_object(text: str, broken: int) -> int:
     return len(text) if found is None else found.end()
 
 
+_LIMIT = lock()
+
+
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    """Cells as long as a line in the block, as they are that hold an image as base64. The limit is one for all who read
+    csv in this process, so it is raised for a row at a time, and by one thread."""
+    with _LIMIT:
+        before = csv.field_size_limit()
+        csv.field_size_limit(max(before, LONGEST_LINE))
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
+
+
 def csv_rows(path: Path, *, tabs: bool, empty: bool = False) -> Iterator[_Row]:
     """The records below a header, by its names; with ``empty`` a cell without anything is ``""``, else left out.
 
-    Cells hold images as base64: the module's own limit is one for all users of it, and is raised for good. Raises
-    ``OSError``, and ``StudyError`` where there is no header.
+    Raises ``OSError``, and ``StudyError`` where there is no header.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))
     with path.open("r", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = file.readline(2**20)
         commas = "\t" if tabs else ";" if first.count(";") > first.count(",") else ","
         # Strict: a quote that is not closed would take the rows behind it for its text.
         records = csv.reader(itertools.chain([first], file), delimiter=commas, strict=True)
         try:
-            names = [name.strip() for name in next(records, [])]
+            with _long_cells():
+                names = [name.strip() for name in next(records, [])]
         except csv.Error as error:
             raise StudyError(f"the header of {path} cannot be read as csv: {error}") from error
         if not names:
             raise StudyError(f"{path} has no header: the first line names the columns")
         for number in itertools.count(2):
             try:
-                cells = next(records)
-            except StopIteration:
-                return
+                with _long_cells():
+                    cells = next(records, None)
             except csv.Error as error:
                 yield number, BadRow(f"it cannot be read as csv: {error}; is there a quote that is not closed?")
                 continue
+            if cells is None:
+                return
             if any(cell.strip() for cell in cells):
                 row = _record(names, cells)
                 if empty and isinstance(row, dict):
