@@ -65,7 +65,7 @@ def replay(name: str, *, images: int = 1, attention: str = "sdpa") -> Any:
 def answering(replay: Any, ids: Sequence[int]) -> Any:
     """A view of a replay in which the same prompt was answered by other tokens, which no trace has."""
     other = copy.copy(replay)
-    other.token_ids, other.tokens = torch.tensor(ids), [str(token) for token in ids]
+    other._token_ids, other._tokens = torch.tensor(ids), tuple(str(token) for token in ids)
     other._ask(other._prompt, other._sequence)
     return other
 
