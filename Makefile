@@ -25,7 +25,7 @@ above = test -x $1/bin/python || $(BIN)/python -m venv $1; \
 	> "$$($1/bin/python -c 'import site; print(site.getsitepackages()[0])')/above.pth"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real test quick campaign served families lint docs figures tournament study release-check clean
+.PHONY: help demo real test quick campaign oldest served families lint docs figures tournament study release-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -49,6 +49,13 @@ campaign: .venv/.installed-dev .venv-tv/.installed .venv-quantised/.installed .v
 	LVLM_PROBE_ZOO=runs/families $(BIN)/python -m pytest -q -n $(JOBS) tests/families/test_families.py
 	@PATH="$(CURDIR)/$(BIN):$$PATH" JOBS=$(JOBS) MARK=campaign .ci/checks ray device quantised multi_encoder template captum loggers tests
 	$(BIN)/python tests/campaigns/run.py
+
+oldest:  ## all tests under the lowest versions that pyproject.toml allows (torch 2.7 for CUDA: 7 GB, half an hour)
+	@$(call made,.venv-oldest)
+	.venv-oldest/bin/python -m pip install -q --disable-pip-version-check uv
+	.venv-oldest/bin/uv pip install -q --python .venv-oldest --resolution lowest-direct -e '.[dev]'
+	.venv-oldest/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not campaign" tests \
+		$(addprefix --ignore=tests/,app device families loggers quantised tv)
 
 # To try it:  make served SCENES=1 SERVED=runs/served.json   A second call goes on at the scene where the first was stopped.
 served: .venv/.installed-dev  ## a real vLLM server on the CPU against the model itself, for docs/served.md (3.5 GB, an hour)
