@@ -1,7 +1,7 @@
 """When to go on: rounds of iGOS++ until its map is good enough, more passes stop helping, or the budget is spent.
 
 The first round is what the settings say. After it the map's own score is taken at a few points of the deletion and the
-insertion curve (``quick_areas``; ``evaluate`` does not score them again), and so after every round:
+insertion curve (``quick_areas``), and so after every round:
 
 * what is missing to the gain of a perfect map ends it where it is little for the passes that the next round takes: no
   more than ``enough`` leaves, for a round as long as the first, and by the square of its length for a longer one, as
