@@ -31,6 +31,7 @@ from lvlm_probe.cards import answer_html, card
 from lvlm_probe.errors import SelectionError
 from lvlm_probe.files import record_of
 from lvlm_probe.kinds import indices_of, naming_arguments
+from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.tokenizers import display_pieces, tokenizer_of
 from lvlm_probe.replaying.own_scores import Contrast, OwnScore, alternative_ids, stored_score
 from lvlm_probe.words import ALPHA, distinct_texts, group_words, phrase_spans, tokens_at
@@ -185,6 +186,7 @@ class TokenSelection:
 
 
 @naming_arguments
+@told_out_of_memory
 def select_tokens(
     replay: ReplayLike | Trace,
     *,
