@@ -269,7 +269,10 @@ def _vocabulary(model: torch.nn.Module, processor: object | None) -> torch.Tenso
     if tokenizer is None:
         raise ExplainError("without a tokenizer special tokens cannot be told from words: give the processor, or pool=")
     special = special_ids(tokenizer)
-    said = getattr(decoder_config(model), "vocab_size", None)  # of more embeddings than that the rest is for images
+    hub: Any = model
+    head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
+    rows = getattr(head, "weight", None)  # fewer than embeddings, where some are for images
+    said = getattr(decoder_config(model), "vocab_size", None) if rows is None else rows.shape[0]
     size = min(len(tokenizer), vocabulary_size(model), said if isinstance(said, int) else len(tokenizer))
     return torch.tensor([index for index in range(size) if index not in special], dtype=torch.long)
 
