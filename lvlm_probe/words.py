@@ -224,8 +224,9 @@ def _units(text: str) -> list[int]:
     units: list[int] = []
     unit = -1
     previous = _SPACE
-    for kind in kinds:
-        if kind != _SPACE and (kind != previous or kind == _IDEOGRAPH):
+    for char, kind in zip(text, kinds, strict=True):
+        alone = kind == _IDEOGRAPH and not _belongs_to_the_one_before(char)
+        if kind != _SPACE and (kind != previous or alone):
             unit += 1
         units.append(-1 if kind == _SPACE else unit)
         previous = kind
@@ -240,8 +241,7 @@ def _kinds(text: str) -> list[str]:
             kind = _SPACE
         elif any(low <= ord(char) <= high for low, high in _IDEOGRAPHS):
             kind = _IDEOGRAPH
-        elif category[0] == "M" or category == "Cf":
-            # Accents, variation selectors and joiners belong to the character before them.
+        elif _belongs_to_the_one_before(char):
             alone = _SPACE if category == "Cf" else _LETTER
             kind = kinds[-1] if kinds and kinds[-1] != _SPACE else alone
         elif category[0] in "LN" or char == "_" or _is_inner(text, index):
@@ -250,6 +250,12 @@ def _kinds(text: str) -> list[str]:
             kind = _SIGN
         kinds.append(kind)
     return kinds
+
+
+def _belongs_to_the_one_before(char: str) -> bool:
+    """True for accents, the marks of kana, variation selectors and joiners."""
+    category = unicodedata.category(char)
+    return category[0] == "M" or category == "Cf"
 
 
 def _is_inner(text: str, index: int) -> bool:

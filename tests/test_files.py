@@ -137,6 +137,7 @@ def test_parts_of_every_kind_are_found_again(tmp_path: Path) -> None:
 
 def test_a_small_file_is_read_and_a_large_one_is_not(tmp_path: Path) -> None:
     write(tmp_path / "a", b"12345")
+    gc.collect()  # what other tests have left open
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         assert read_small(tmp_path / "a", limit=5) == b"12345"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessor
 
@@ -312,6 +312,7 @@ TEXTS = st.lists(
 
 @settings(max_examples=300)
 @given(TEXTS, st.booleans())
+@example(["漢", "\u0301", "b3"], False)
 def test_words_are_those_of_the_whole_answer(texts, cut):
     """However texts are cut into tokens, a word is given only when nothing behind it can change it."""
     pieces = [b"</s>"]
