@@ -23,6 +23,7 @@ from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.causal.tokens import placed_tokens
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.kinds import is_whole, naming_arguments
+from lvlm_probe.models.anatomy import lm_head
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.tokenizers import tokenizer_of, top_pieces
 from lvlm_probe.replaying import Replay
@@ -170,7 +171,7 @@ def _last_norm(model: nn.Module, decoder: str, outputs: dict[str, Tensor], last:
 
 
 def _head(model: Any) -> Any:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = lm_head(model)
     if head is None:
         raise ExplainError(f"{type(model).__name__} has no LM head that is a module of its own")
     return head

@@ -226,12 +226,16 @@ def _mergers(model: torch.nn.Module, encoders: Sequence[str]) -> tuple[str, ...]
     return ()
 
 
+def lm_head(model: Any) -> Any:
+    """The module that makes logits of the decoder's last states; ``None`` where the model hands out none."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
 def _beside(model: torch.nn.Module, decoder: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What stands beside the decoder in a model whose names say nothing: parts with a stack of layers are encoders,
     parts with other weights lead from them to the decoder.
     """
-    hub: Any = model
-    head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
+    head = lm_head(model)
     steps = decoder.split(".") if decoder else []
     for depth, step in enumerate(steps):
         above = ".".join(steps[:depth])

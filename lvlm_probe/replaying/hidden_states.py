@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lvlm_probe.errors import ExplainError, ReplayError
+from lvlm_probe.models.anatomy import lm_head
 from lvlm_probe.models.inputs import input_device
 from lvlm_probe.models.replica import Replica
 
@@ -53,8 +54,7 @@ def one_per_token(states: Tensor | None, replay: Replay) -> TypeGuard[Tensor]:
 
 def head_rows(model: nn.Module, ids: Tensor) -> Tensor:
     """Rows of the LM head for some token ids, ``(token, channel)`` on the CPU. Raises ``ExplainError`` without one."""
-    hub: Any = model
-    head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
+    head = lm_head(model)
     weight = getattr(head, "weight", None)
     if head is None or weight is None or weight.ndim != 2:
         raise ExplainError(f"{type(model).__name__} has no linear LM head whose rows could be read")

@@ -205,10 +205,11 @@ class Shortcuts:
         most, most_gradient = self._tolerance
         for way in self._ways(observed.get("narrow")):
             try:
-                mine, my_slope = _differentiated(view, self._shortcut(way, steps), steps)
+                shortcut = self._shortcut(way, steps)
+                mine, my_slope = _differentiated(view, shortcut, steps)
                 if way.prefix:  # state that is handed to several rows has to be seen by several
                     with torch.no_grad():
-                        both = view.masked_pass(_pattern(view).repeat(2, 1, 1, 1), self._shortcut(way, steps))
+                        both = view.masked_pass(_pattern(view).repeat(2, 1, 1, 1), shortcut)
                     mine = torch.cat([mine, both[:, list(steps)]])
             except Exception as error:
                 if ran_out(error):

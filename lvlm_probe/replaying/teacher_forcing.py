@@ -26,6 +26,7 @@ import torch
 
 from lvlm_probe.errors import ReplayError
 from lvlm_probe.hooks import HookSet
+from lvlm_probe.models.anatomy import lm_head
 from lvlm_probe.models.exhaustion import ran_out
 from lvlm_probe.models.inputs import cache_in, index_on, input_device, list_inputs
 from lvlm_probe.models.precision import epsilon_of
@@ -373,8 +374,7 @@ class TeacherForcing:
         ``logits_to_keep`` is for models whose head is not found: with it some drop all other positions before their
         last layers (Gemma 4), where whoever looks inside would miss them.
         """
-        hub: Any = model
-        head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
+        head = lm_head(model)
         span = steps[-1] - steps[0] + 1
         whole = self._score is not None and self._score.states
         states: list[torch.Tensor] = []

@@ -13,13 +13,13 @@ import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.kinds import naming_arguments
-from lvlm_probe.models.anatomy import examine, find_modules
+from lvlm_probe.models.anatomy import examine, find_modules, lm_head
 
 How = Literal["normal", "permute"]
 Weights = dict[str, torch.nn.Parameter]
@@ -136,8 +136,7 @@ def _random_like(values: torch.Tensor, how: How, generator: torch.Generator) -> 
 def _ordered(model: torch.nn.Module) -> list[tuple[str, str]]:
     """(block, module) pairs from the output to the input, of all modules that hold weights themselves."""
     anatomy = examine(model)
-    hub: Any = model
-    head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
+    head = lm_head(model)
 
     def part(path: str, module: torch.nn.Module) -> int:
         if module is head:

@@ -27,6 +27,7 @@ import torch
 
 from lvlm_probe.errors import ExplainError
 from lvlm_probe.kinds import is_whole, naming_arguments
+from lvlm_probe.models.anatomy import lm_head
 from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.models.replica import duplicated
 from lvlm_probe.models.tokenizers import decoder_config, special_ids, vocabulary_size
@@ -269,9 +270,7 @@ def _vocabulary(model: torch.nn.Module, processor: object | None) -> torch.Tenso
     if tokenizer is None:
         raise ExplainError("without a tokenizer special tokens cannot be told from words: give the processor, or pool=")
     special = special_ids(tokenizer)
-    hub: Any = model
-    head = hub.get_output_embeddings() if hasattr(hub, "get_output_embeddings") else None
-    rows = getattr(head, "weight", None)  # fewer than embeddings, where some are for images
+    rows = getattr(lm_head(model), "weight", None)  # fewer than embeddings, where some are for images
     said = getattr(decoder_config(model), "vocab_size", None) if rows is None else rows.shape[0]
     size = min(len(tokenizer), vocabulary_size(model), said if isinstance(said, int) else len(tokenizer))
     return torch.tensor([index for index in range(size) if index not in special], dtype=torch.long)
