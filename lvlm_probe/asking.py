@@ -11,7 +11,6 @@ them.
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from lvlm_probe.cards import answer_html, card, text_html
-from lvlm_probe.errors import ImageError, ReplayError
+from lvlm_probe.errors import ImageError
 from lvlm_probe.escaping import counted
 from lvlm_probe.explainers import explain
 from lvlm_probe.heatmap import Heatmap, figure
@@ -31,6 +30,7 @@ from lvlm_probe.models.exhaustion import told_out_of_memory
 from lvlm_probe.pages import report
 from lvlm_probe.recording.answering import record_answer
 from lvlm_probe.replaying import Replay, replay
+from lvlm_probe.replaying.views import OnItsModel
 from lvlm_probe.trace.image_files import open_image
 from lvlm_probe.trace.video_files import is_video_name
 from lvlm_probe.video import ClipHeatmap
@@ -115,13 +115,16 @@ def _videos(video: Any) -> list[Any]:
     return [video]
 
 
-class Answer:
+class Answer(OnItsModel):
     """An answer with all that explains it; what was explained is kept, with its score, for figures and reports.
 
     Attributes:
         trace: What was recorded.
         replay: The answer as a function of masks.
     """
+
+    _called = "an answer"
+    _instead = "its trace and what it has explained (answer.trace, with out=… at ask, and answer.explained)"
 
     def __init__(self, trace: Trace, replay: Replay, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
         self.trace, self.replay = trace, replay
@@ -130,18 +133,9 @@ class Answer:
 
     def __copy__(self) -> Answer:
         """The answer on the same model; what either explains from now on is its own."""
-        other = object.__new__(type(self))
-        vars(other).update({**vars(self), "_explained": list(self._explained)})
+        other = super().__copy__()
+        vars(other)["_explained"] = list(self._explained)
         return other
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Answer:
-        return copy.copy(self)
-
-    def __reduce__(self) -> Any:
-        raise ReplayError(
-            "an answer holds its model and cannot be pickled or sent to another process: send its trace and what it "
-            "has explained (answer.trace, with out=… at ask, and answer.explained)"
-        )
 
     @property
     def text(self) -> str:

@@ -41,7 +41,7 @@ from lvlm_probe.explainers import explain
 from lvlm_probe.files import json_ready, record_of
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.kinds import naming_arguments
-from lvlm_probe.metrics.localization import boxes_to_mask, energy_in_region, iou, pointing_game
+from lvlm_probe.metrics.localization import boxes_to_mask, energy_in_region, iou, pointing_game, whole_pixels
 from lvlm_probe.words import tokens_at
 
 if TYPE_CHECKING:
@@ -473,12 +473,9 @@ def check_box(box: AnswerBox, heat: Heatmap) -> BoxCheck:
         raise ExplainError(
             f"the box is in image {box.image} and the map of image {heat.image_index}, or of another size"
         )
-    left, top, right, bottom = box.region
-    region = [(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))]
-    area = float(boxes_to_mask(region, heat.image_size).mean())
-    return BoxCheck(
-        box, energy_in_region(heat, region), area, iou(heat, region), pointing_game(heat, region)
-    )  # fmt: skip
+    inside = boxes_to_mask([whole_pixels(box.region)], heat.image_size)
+    area = float(inside.mean())
+    return BoxCheck(box, energy_in_region(heat, inside), area, iou(heat, inside), pointing_game(heat, inside))
 
 
 @naming_arguments

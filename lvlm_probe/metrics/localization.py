@@ -46,6 +46,12 @@ class OfVideo(Protocol):
     def over_time(self) -> np.ndarray: ...
 
 
+def whole_pixels(box: Sequence[float]) -> tuple[int, int, int, int]:
+    """The pixels that a box touches, ``(left, top, right, bottom)``: its edges, moved outward."""
+    left, top, right, bottom = box
+    return math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+
+
 @naming_arguments
 def boxes_to_mask(boxes: Boxes, size: tuple[int, int]) -> np.ndarray:
     """The union of boxes as a mask.
@@ -79,8 +85,8 @@ def boxes_to_mask(boxes: Boxes, size: tuple[int, int]) -> np.ndarray:
         # Written so that NaN fails too.
         if not (left < right and top < bottom and math.isfinite(right - left) and math.isfinite(bottom - top)):
             raise ExplainError(f"a box is (left, top, right, bottom) with left < right and top < bottom; got {box!r}")
-        rows = slice(max(0, math.floor(top)), min(height, math.ceil(bottom)))
-        cols = slice(max(0, math.floor(left)), min(width, math.ceil(right)))
+        left, top, right, bottom = whole_pixels((left, top, right, bottom))
+        rows, cols = slice(max(0, top), min(height, bottom)), slice(max(0, left), min(width, right))
         if rows.start >= rows.stop or cols.start >= cols.stop:
             raise ExplainError(f"the box {box!r} lies outside the image of {width} × {height} pixels")
         mask[rows, cols] = True

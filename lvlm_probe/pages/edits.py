@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from lvlm_probe.errors import ProbeError
 from lvlm_probe.evidence.editing import mask_by_map
 from lvlm_probe.heatmap import Heatmap, resample
 from lvlm_probe.images import make_baseline
-from lvlm_probe.metrics.localization import boxes_to_mask
+from lvlm_probe.metrics.localization import boxes_to_mask, whole_pixels
 from lvlm_probe.pages.data_uris import data_uri, shrink
 from lvlm_probe.replaying.baselines import described
 
@@ -107,6 +106,6 @@ def _mask(heat: Heatmap | ClipHeatmap, record: Mapping[str, Any], size: tuple[in
     if isinstance(boxes, list | tuple) and boxes:
         scale = [size[k % 2] / heat.image_size[k % 2] for k in range(4)]
         shown = [[edge * by for edge, by in zip(box, scale, strict=True)] for box in boxes]
-        inside = boxes_to_mask([[*map(math.floor, box[:2]), *map(math.ceil, box[2:])] for box in shown], size)
+        inside = boxes_to_mask(list(map(whole_pixels, shown)), size)
         return (inside == (record["kind"] == "keep")).astype(np.float32)
     return None

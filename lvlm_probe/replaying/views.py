@@ -11,7 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
@@ -74,7 +74,27 @@ class Kept:
         return Kept(**{"paths": self.paths, "changes": self.changes, **known})
 
 
-class Views:
+class OnItsModel:
+    """What holds a model: a copy of it, deep or not, is on the same model, and it goes to no other process."""
+
+    _called: ClassVar[str]
+    _instead: ClassVar[str]
+
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return copy.copy(self)
+
+    def __reduce__(self) -> Any:
+        raise ReplayError(
+            f"{self._called} holds its model and cannot be pickled or sent to another process: send {self._instead}"
+        )
+
+
+class Views(OnItsModel):
     """A recorded answer, and views of it.
 
     Attributes:
@@ -85,6 +105,7 @@ class Views:
         own: a score that is one more column of log-probabilities.
     """
 
+    _called, _instead = "a replay", "its trace, and replay it there, probe.replay(trace, model, processor)"
     own: OwnScore | None = None
     path: Any
     _baseline: dict[str, Any]
@@ -96,21 +117,6 @@ class Views:
         self._special = torch.tensor(trace.special).bool()
         self._words = tuple(group_words(self._tokens, self._special.tolist()))
         self.passes, self.kept = PassCounter(), Kept()
-
-    def __copy__(self) -> Self:
-        other = object.__new__(type(self))
-        vars(other).update(vars(self))
-        return other
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A replay, which no call changes, on the same model."""
-        return copy.copy(self)
-
-    def __reduce__(self) -> Any:
-        raise ReplayError(
-            "a replay holds its model and cannot be pickled or sent to another process: send its trace, and replay it "
-            "there, probe.replay(trace, model, processor)"
-        )
 
     @property
     def tokens(self) -> list[str]:
