@@ -132,7 +132,8 @@ class HeatGrid:
         return self.values is not None
 
     def __hash__(self) -> int:
-        return hash((self.method, self.image_size, None if self.values is None else self.values.tobytes()))
+        values = None if self.values is None else (self.values + 0.0).tobytes()  # of −0, which equals it, 0
+        return hash((self.method, self.image_size, values))
 
     @property
     def target(self) -> int | Clip:

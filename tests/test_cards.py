@@ -244,6 +244,8 @@ def test_what_holds_something_else_is_another(results: dict[str, Any]) -> None:
     for other in (1 - heat.values, heat.values[:2], None):
         assert dataclasses.replace(heat, values=other, seen=None, reason="none") != heat
     assert len({heat, pickle.loads(pickle.dumps(heat)), results["heatmap of nothing"]}) == 2
+    zeros = dataclasses.replace(heat, values=np.zeros_like(heat.values), seen=None)
+    assert len({zeros, dataclasses.replace(zeros, values=-zeros.values)}) == 1  # 0 and −0 are one number
     assert math.isnan(score.center_gain) and dataclasses.replace(score, center_gain=0.5) != score
     assert dataclasses.replace(layout, patch_box=layout.patch_box + 1) != layout
     assert dataclasses.replace(layout, patch_box=None) != layout
