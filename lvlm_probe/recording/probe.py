@@ -221,7 +221,7 @@ class Recording:
         interrupted: list[BaseException] = []  # Ctrl-C, or what a handler of SIGTERM raises: it waits for the trace
 
         def whole(step: Callable[[], Any]) -> Any:
-            """What a quick step gives, which is done again where the first interrupt comes in it."""
+            """What a step gives, which is done again where the first interrupt comes in it."""
             try:
                 return step()
             except Exception:
@@ -230,10 +230,14 @@ class Recording:
                 interrupted.append(stop)
                 return step()
 
+        def warn() -> None:
+            for told in recorder.cautions:
+                self.warn_once(*told, stacklevel=6)
+
         # Nothing here draws from the global random state, which is all threads' own: passes run in eval mode, noise has
         # generators of ours.
         with torch.no_grad(), without_autocast(self._attachment.model):
-            capture = recorder.finish(output)
+            capture = whole(lambda: recorder.finish(output))
             try:
                 recorder.complete(capture)
             except Exception as error:
@@ -241,8 +245,7 @@ class Recording:
             except BaseException as stop:
                 interrupted.append(stop)  # the answer is complete: keep it, without the scores that were being computed
                 self._note(capture, "the baseline pass was interrupted; replay gives the log-likelihood ratios")
-            for caution_ in recorder.cautions:
-                self.warn_once(*caution_)
+            whole(warn)
             try:
                 capture.model = whole(self._attachment.describe_model)
             except Exception as error:  # it costs the description, not the answer

@@ -151,6 +151,7 @@ class GenerationRecorder:
         self._handed_over: torch.Tensor | None = None
         self._inner_stops: Stops | None = None
         self._tap: RowTap | None = None
+        self._attention: Rows | None = None
         self._points: PointTap | None = None
         self._on_error = on_error
         self._boxes = target.boxes
@@ -334,7 +335,7 @@ class GenerationRecorder:
         self._hooks.remove()
         if self._tap is not None:
             self._tap.remove()
-        self._inputs, self._log_probs, self._points, self._tap = {}, {}, None, None
+        self._inputs, self._log_probs, self._points, self._tap, self._attention = {}, {}, None, None, None
 
     # ------------------------------------------------------------------ while it runs
 
@@ -354,7 +355,8 @@ class GenerationRecorder:
     # ------------------------------------------------------------------ after the call
 
     def finish(self, output: Any) -> Capture:
-        """Turn what ``generate`` returned into a capture (further passes are ``complete``'s).
+        """Turn what ``generate`` returned into a capture (further passes are ``complete``'s). Where an interrupt ended
+        it, it may be called again.
 
         Raises:
             NotRecorded: the returned sequences do not continue the prompt.
@@ -405,16 +407,22 @@ class GenerationRecorder:
         return found
 
     def _collected(self) -> Rows | None:
-        tap, self._tap = self._tap, None
+        """Attention rows of the call; the same where it is asked again."""
+        tap = self._tap
         if tap is None:
-            return None
+            return self._attention
         try:
-            return tap.collect()
+            if self._attention is None:
+                self._attention = tap.collect()
         except Exception as error:
             self._on_error("attention", error)
-            return None
+        except BaseException:
+            self.notes.append("attention rows are not recorded: an interrupt came while they were collected")
+            raise
         finally:
             tap.remove()
+        self._tap = None
+        return self._attention
 
     def _rows(self, generated: torch.Tensor, values: StepValues | None, attention: Rows | None) -> list[RowCapture]:
         """One capture for each batch row that has an image and an answer.
@@ -480,7 +488,7 @@ class GenerationRecorder:
         places = image_token_mask(self._inputs, self.anatomy.placeholders)
         taken = ids < 0 if places is None else places[prompt_row]
         positions = (taken if real is None else taken[real]).nonzero()[:, 0].cpu()
-        notes = [*self.notes, *prompt_images.notes, *mine.notes]
+        notes = list(dict.fromkeys([*self.notes, *prompt_images.notes, *mine.notes]))
         if padded:
             notes.append(
                 "in its batch this row ran beside images that only fill it up, which this model sees; its "

@@ -6,6 +6,7 @@ import gc
 import pickle
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -672,6 +673,47 @@ def test_interrupt_behind_the_answer_keeps_it(llava, tmp_path, monkeypatch, wher
     assert trace.status == "complete" and trace.model["fingerprint"] and not list(tmp_path.glob("*.part"))
     assert (trace.llr is None) is (where == "the baseline pass")
     assert largest_difference(trace, model, processor) <= 1e-4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.4, 0.6, 0.8, 0.95])
+def test_interrupt_while_the_answer_is_taken_down_keeps_it(llava, tmp_path, monkeypatch, share):
+    model, processor = llava
+    plain, total, package = GenerationRecorder.finish, [], str(Path(probe.__file__).parent)
+
+    def counted(stop, self, output):
+        """``finish``, interrupted as its call number ``stop`` of a function of the package begins."""
+        left = [stop]
+
+        def watch(frame, event, _):
+            if event == "call" and frame.f_code.co_filename.startswith(package):
+                left[0] -= 1
+                if left[0] == -1:
+                    raise KeyboardInterrupt
+
+        sys.setprofile(watch)
+        try:
+            return plain(self, output)
+        finally:
+            sys.setprofile(None)
+            total.append(stop - left[0])
+
+    inputs = ask(model, processor)
+    with probe.attach(model, processor) as p:
+        monkeypatch.setattr(GenerationRecorder, "finish", lambda *args: counted(10**9, *args))
+        with p.record(tmp_path / "plain") as whole:
+            generate(model, inputs)
+        stops = iter([int(share * total[0]), 10**9])
+        monkeypatch.setattr(GenerationRecorder, "finish", lambda *args: counted(next(stops), *args))
+        with p.record(tmp_path / "interrupted") as recording, pytest.raises(KeyboardInterrupt):
+            generate(model, inputs)
+    (expected,), (trace,) = whole.traces, recording.traces
+    assert trace.status == "complete" and trace.tokens == expected.tokens and next(stops, None) is None
+    assert np.array_equal(trace.log_probs, expected.log_probs) and np.array_equal(trace.llr, expected.llr)
+    lost = [note for note in trace.notes if "an interrupt came" in note]
+    assert (trace.attention is None) is bool(lost) and len(set(trace.notes)) == len(trace.notes)
+    if not lost:
+        assert np.array_equal(trace.attention.values, expected.attention.values)
+    assert "forward" not in vars(model) and not model._forward_hooks
 
 
 # --------------------------------------------------------------------------------------------------------------- points
