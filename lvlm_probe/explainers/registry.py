@@ -29,17 +29,19 @@ import difflib
 import html
 import importlib
 import inspect
+import operator
 import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 
-from lvlm_probe.errors import ExplainError
+from lvlm_probe.errors import ExplainError, ProbeError
 from lvlm_probe.kinds import is_whole, plain_number, told_by_kind, wrong_kind
 from lvlm_probe.models.inputs import index_on
 from lvlm_probe.plugins import check_registration, load_plugins
@@ -425,7 +427,8 @@ def stands_for(name: str) -> frozenset[Stand]:
 
 
 def cost_of(method: str, problem: Problem, params: Mapping[str, Any]) -> Cost:
-    """What a registered method asks of the model with these parameters. Raises ``ExplainError`` for an unknown one.
+    """What a registered method asks of the model with these parameters. Raises ``ExplainError`` for an unknown one, and
+    for parameters from which no number of passes follows.
 
     Of a method that declares no cost the number of passes is not known.
     """
@@ -437,16 +440,31 @@ def cost_of(method: str, problem: Problem, params: Mapping[str, Any]) -> Cost:
         params = {name: plain_number(value) for name, value in params.items()}
         try:
             with told_by_kind(method, function, params):
-                return rule(problem, {**defaults, **params})
-        except ZeroDivisionError as error:
-            zeros = " and ".join(f"{name}=0" for name, value in params.items() if isinstance(value, int) and not value)
-            raise ExplainError(f"{method}: {zeros} is too little; give at least 1") from error
+                cost = rule(problem, {**defaults, **params})
+                _check_numbers(cost)
+                return cost
+        except (ZeroDivisionError, ValueError) as error:
+            numbers = {name: value for name, value in params.items() if isinstance(value, Real)}
+            low = " and ".join(f"{name}={value}" for name, value in numbers.items() if not value >= 1)
+            if isinstance(error, ProbeError) or not low:
+                raise
+            raise ExplainError(f"{method}: {low} is too little; give at least 1") from error
     if "gradients" in needs:
         kind: Kind = "relevance" if "attention" in needs else "activations" if "activations" in needs else "gradient"
         return Cost(kind)
     if "attention" in needs:
         return Cost("rollout")
     return Cost("hidden" if "activations" in needs else "forward" if "passes" in needs else None)
+
+
+def _check_numbers(cost: Cost) -> None:
+    """Raises ``ValueError`` or ``TypeError`` where a rule counted no number of masks, or names no question."""
+    for number, least in [*((group, 1) for group in cost.groups), (cost.forward, 0), (cost.backward, 0)]:
+        if number is not None and operator.index(number) < least:
+            raise ValueError(f"{number} masks")
+    for text in cost.general or ():
+        if not isinstance(text, str | None):
+            raise TypeError(f"{text!r} is no question")
 
 
 def _method(name: str) -> Method:

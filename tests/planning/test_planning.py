@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import gc
+import math
 import threading
 import weakref
 from pathlib import Path
@@ -331,6 +332,21 @@ def test_wrong_questions(replay: probe.Replay, recorded: tuple[Any, Any, Any]) -
     for method, name in (("rise", "batch"), ("occlusion", "stride"), ("integrated_gradients", "batch")):
         with pytest.raises(ExplainError, match=f"{method}: {name}=0 is too little"):
             probe.plan(replay, method=method, seconds=False, **{name: 0})
+    for method, params, why in (
+        ("rise", {"masks": 0}, "rise: masks=0 is too little"),
+        ("rise", {"masks": -3}, "rise: masks=-3 is too little"),
+        ("rise", {"batch": math.nan}, "rise: batch is a whole number; got batch=nan"),
+        ("integrated_gradients", {"steps": 8.0}, "integrated_gradients: steps is a whole number; got steps=8.0"),
+        ("occlusion", {"patch": math.inf}, "occlusion: patch is a whole number"),
+        ("iia", {"points": -1}, "iia: points=-1 is too little"),
+        ("relative_attention", {"general": 3}, "relative_attention: general is a text"),
+        ("igos++", {"preset": "thourough"}, "igos.. has no preset 'thourough'"),
+        ("igos++", {"budget": 3}, "a budget of 3 passes is less than"),
+        ("igos+", {"masks": 2}, "igos. has one mask"),
+        ("igos+", {"preset": ["paper"]}, "igos.: preset is a text"),
+    ):
+        with pytest.raises(ExplainError, match=why):
+            probe.plan(replay, method=method, seconds=False, **params)
     with pytest.raises(ExplainError, match="needs the recorded answer"):
         probe.plan(recorded[1])
     with pytest.raises(ExplainError, match="image=3"):

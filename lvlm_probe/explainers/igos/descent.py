@@ -61,9 +61,7 @@ _NATS_OF_A_WORD = 5.0
 
 
 def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
-    preset = PRESETS.get(str(params.get("preset")), PRESETS["default"])
-    known = {item.name for item in dataclasses.fields(preset)}
-    settings = dataclasses.replace(preset, **{key: value for key, value in params.items() if key in known})
+    settings = _chosen(**params)
     planned = rounds(settings)
     shape = problem.shape(settings.size)
     grids = [shape]
@@ -87,7 +85,7 @@ def _cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
 
 
 def _plus_cost(problem: Problem, params: Mapping[str, Any]) -> Cost:
-    return _cost(problem, {"preset": "paper", "refine": 0, **params, "masks": 1})
+    return _cost(problem, _one_mask(**params))
 
 
 @register("igos++", needs=("passes", "gradients"), cost=_cost, clips=True)
@@ -102,6 +100,13 @@ def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outco
     Raises:
         ExplainError: An unknown parameter or one out of range, or scores or gradients that are not finite.
     """
+    chosen = _chosen(preset, **settings)
+    with told_by_kind("igos++", IgosSettings, settings):
+        return Optimisation(problem, chosen, preset).run()
+
+
+def _chosen(preset: str = "default", **settings: Any) -> IgosSettings:
+    """A preset with other settings. Raises ``ExplainError`` as ``igos``."""
     if preset not in PRESETS:
         raise ExplainError(f"igos++ has no preset {preset!r}; there are {', '.join(map(repr, PRESETS))}")
     settings.pop("guided", None)  # what a heatmap says beside its settings, so that its params can be given again
@@ -114,7 +119,7 @@ def igos(problem: Problem, *, preset: str = "default", **settings: Any) -> Outco
                 f"igos++: a budget of {settings['budget']} passes is less than the {own} of the first round; "
                 f"a smaller one has fewer ig_steps (now {chosen.ig_steps}) or refine steps (now {chosen.refine})"
             )
-        return Optimisation(problem, chosen, preset).run()
+    return chosen
 
 
 @register("igos+", needs=("passes", "gradients"), cost=_plus_cost, clips=True)
@@ -131,9 +136,14 @@ def igos_plus(problem: Problem, *, preset: str = "paper", **settings: Any) -> Ou
     Raises:
         ExplainError: ``masks`` is given, and as for ``igos++``.
     """
+    return igos(problem, **_one_mask(preset, **settings))
+
+
+def _one_mask(preset: str, **settings: Any) -> dict[str, Any]:
+    """Parameters of ``igos`` for those of ``igos_plus``. Raises ``ExplainError`` as it."""
     if settings.get("masks", 1) != 1:
         raise ExplainError(f"igos+ has one mask; for masks={settings['masks']!r} use method='igos++'")
-    return igos(problem, preset=preset, **{"l2": 0.0, "refine": 0, **settings, "masks": 1})
+    return {"preset": preset, "l2": 0.0, "refine": 0, **settings, "masks": 1}
 
 
 def path_masks(
