@@ -44,7 +44,7 @@ _IDEOGRAPHS = (
 # Scripts written without spaces whose words have several letters: Thai, Lao, Tibetan, Burmese, Khmer.
 _UNSPACED = ((0x0E00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0xA9E0, 0xA9FF), (0xAA60, 0xAA7F))
 _ZERO_WIDTH_JOINER = "\u200d"
-_ALIKE = {ord("’"): "'", ord("‐"): "-", ord("‑"): "-", 0xFE0F: None}
+_ALIKE = {ord("’"): "'", ord("‐"): "-", ord("‑"): "-", ord("−"): "-", 0xFE0F: None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ def word_cuts(text: str) -> list[Literal["whole", "part"] | None]:
     """Return what a cut in front of each character goes through, and one behind the last: ``(character + 1,)``.
 
     ``"whole"``: letters of one word, digits of one number, a character and its marks, an emoji. ``"part"``: the sign
-    that joins parts of one word (``well-known``). ``None``: nothing, as between words, signs, and letters of scripts
+    that joins parts of one word (``well-known``), the minus of a number. ``None``: nothing, as between words, signs, and letters of scripts
     without spaces, whose words only a reader can tell.
     """
     kinds = _kinds(text)
@@ -205,6 +205,8 @@ def word_cuts(text: str) -> list[Literal["whole", "part"] | None]:
         marked = unicodedata.category(char)[0] == "M" or 0x1F3FB <= ord(char) <= 0x1F3FF  # an accent, a skin colour
         if marked or _ZERO_WIDTH_JOINER in (before, char):
             found.append("whole")
+        elif char.isdigit() and before in "-−" and not text[: at - 1][-1:].isalnum():
+            found.append("part")
         elif kinds[at - 1 : at + 1] != [_LETTER, _LETTER] or _unspaced(before) or _unspaced(char):
             found.append(None)
         else:

@@ -94,6 +94,11 @@ def test_every_occurrence_of_a_word_and_no_part_of_a_longer_one() -> None:
     [
         (["3", ".", "5", " or", " 3"], "3", (4,)),  # another number
         (["1", ",", "000", " at", " 12", ":", "30", " 30"], "30", (7,)),
+        (["From", " -", "5", " to", " 5"], "5", (4,)),  # the number itself before one below zero
+        (["−", "5", " or", " 5"], "5", (3,)),
+        ([" −", "5"], "-5", (0, 1)),
+        ([" -", "5"], "5", (1,)),
+        (["10", "-", "5"], "5", (2,)),
         ([" well", "-", "known", " well"], "well", (3,)),  # the word itself before a part of another
         ([" well", "-", "known"], "known", (2,)),
         (["the cat", "\u2019s"], "cat", (0,)),
