@@ -35,6 +35,7 @@ __all__ = [
     "build_processor",
     "inputs",
     "load_processor",
+    "loop",
     "picture",
     "save",
 ]
@@ -583,3 +584,30 @@ def inputs(
     given: Any = rows if name in ("gemma3", "idefics3", "mllama", "paligemma") else [im for row in rows for im in row]
     batch = processor(images=given, text=texts, return_tensors="pt", padding=True, padding_side="left")
     return batch.to(model.device)
+
+
+class _Again(torch.nn.Module):
+    """A layer once more in the same pass, with a cache of its own."""
+
+    def __init__(self, layer: torch.nn.Module, index: int) -> None:
+        super().__init__()
+        self.layer, self.index = layer, index
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        attention: Any = self.layer.self_attn
+        before, attention.layer_idx = attention.layer_idx, self.index
+        try:
+            return self.layer(*args, **kwargs)
+        finally:
+            attention.layer_idx = before
+
+
+def loop(model: Any, numbers: Sequence[int]) -> None:
+    """Have the decoder run layers that follow on each other twice in each pass, as Inkling 2 Loop does."""
+    decoder = model.get_decoder()
+    layers = list(decoder.layers)
+    more = [_Again(layers[number], len(layers) + k) for k, number in enumerate(numbers)]
+    stop = numbers[-1] + 1
+    decoder.layers = torch.nn.ModuleList([*layers[:stop], *more, *layers[stop:]])
+    decoder.config.num_hidden_layers = len(decoder.layers)
+    decoder.config.layer_types = ["full_attention"] * len(decoder.layers)

@@ -106,9 +106,28 @@ class Collection:
     held: int = 0
     on_device: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict)
     waiting: dict[int, _Waiting] = field(default_factory=dict)
+    repeated: set[int] = field(default_factory=set)
+    """Layers that run more than once in a pass (Inkling 2's loop): they have no one row per step, and give none."""
+    _ran: list[int] = field(default_factory=list)
     _joined: tuple[list[Tensor], Tensor] | None = None
     _moving: threading.RLock = field(default_factory=threading.RLock, repr=False)
     """Held while rows go from ``waiting`` to ``steps`` and on, by whoever moves them or looks from another thread."""
+
+    def repeats(self, layer: int) -> bool:
+        """Note that a layer runs. True: it has run in this pass before, which ends where the first layer runs again;
+        what it gave is dropped."""
+        if layer in self.repeated:
+            return True
+        if layer not in self._ran:
+            self._ran.append(layer)
+        elif layer == self._ran[0]:
+            self._ran = [layer]
+        elif not torch.is_grad_enabled():  # else it may be run again for a backward pass
+            self.repeated.add(layer)
+            with self._moving:
+                for kept in (self.waiting, self.steps, self.flushed):
+                    kept.pop(layer, None)  # type: ignore[attr-defined]
+        return layer in self.repeated
 
     def advance(self, layer: int, queries: int) -> None:
         """Count the positions of one more pass of a layer."""

@@ -133,10 +133,17 @@ def _attention_modules(decoder: nn.Module, prefix: str) -> Iterator[tuple[str, n
     for name, module in decoder.named_modules(prefix=prefix):
         if not any(part.isdecimal() for part in name.removeprefix(prefix).split(".")):
             continue
-        if not (dispatches(module) or _attends_itself(module)):
+        if not (dispatches(module) or _attends_itself(module)) or not _along_the_sequence(module):
             continue
         if text_class is type(None) or isinstance(getattr(module, "config", None), text_class):
             yield name, module  # else it is of another encoder that lives inside the decoder
+
+
+def _along_the_sequence(module: nn.Module) -> bool:
+    """Whether positions attend to positions. Where residuals are attention over what earlier layers gave (Inkling 2),
+    a module has states of layers, and neither the sequence's nor a mask of it."""
+    given = inspect.signature(type(module).forward).parameters
+    return any(re.search("hidden_states|mask|^x$", name) for name in given)
 
 
 def _attends_itself(module: nn.Module) -> bool:

@@ -210,7 +210,9 @@ class RowTap:
         missing: dict[str, str] = {}
         for number, layer in enumerate(self.layers):
             got = full[number][1].shape[1] if number in full else 0
-            if got != steps:
+            if number in armed.repeated:
+                missing[layer.module] = "runs more than once in a pass, so that no row is the one of a step"
+            elif got != steps:
                 missing[layer.module] = f"gave {got} of {steps} rows: its attention did not go through the interface"
                 full.pop(number, None)
         heads = {mass.shape[2] for _, mass in full.values()}
@@ -264,7 +266,7 @@ class RowTap:
     ) -> Any:
         """Read one attention call of the model and hand its result back as it is; never raises."""
         armed, number = self._armed, self._number.get(id(module))
-        if armed is None or number is None:
+        if armed is None or number is None or armed.repeats(number):
             return result
         try:
             if (  # one more step of ordinary decoding, as nearly all calls are

@@ -377,7 +377,7 @@ class GenerationRecorder:
             )
         self.stops = self._inner_stops or self.stops
         generated, values = found
-        if values is None and attention is not None:
+        if attention is not None and (values is None or attention.values.shape[1] != generated.shape[1]):
             # Assisted decoding, guidance: rows cannot be matched to tokens where passes and tokens are not one to one.
             attention = None
             self.notes.append("attention rows are not recorded: the model did not run one pass per answer token")

@@ -223,7 +223,8 @@ class Captured:
             causal=call.is_causal_for(module, implementation, query.shape[2]),
             sinks=implementation != "sdpa",
         )
-        self._positions[id(module)] = seen.start + seen.queries
+        if part not in ("decoder", "cross"):  # whose layers may attend in windows, one call each
+            self._positions[id(module)] = seen.start + seen.queries
         if self._keep:
             self.layers.append(seen)
         visit = self._visit

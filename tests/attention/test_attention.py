@@ -15,11 +15,13 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lvlm_probe.attention import RowTap, attention_rows
 from lvlm_probe.attention import collection as collection_module
 from lvlm_probe.attention import tap as tap_module
 from lvlm_probe.attention.dispatch import NAME, is_view
+from lvlm_probe.attention.layers import dispatches
 from lvlm_probe.errors import AttachError, ProbeError
 
 FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl", "gemma3")
@@ -572,6 +574,45 @@ def test_a_layer_that_goes_past_the_interface_is_missing_with_a_reason() -> None
     assert [kept.index for kept in rows.layers] == [0, 2]
     assert list(rows.missing) == ["model.language_model.layers.1.self_attn"]
     assert "0 of 1" in rows.missing["model.language_model.layers.1.self_attn"]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_layer_that_runs_twice_in_a_pass_gives_no_rows_and_the_others_their_own(name: str) -> None:
+    model, processor = tiny_models.build(name)
+    tiny_models.loop(model, [1])
+    inputs, columns, valid = batch_of(name, model, processor)
+    plain = generate(model, inputs)
+    with RowTap(model) as tap:
+        tap.arm(columns, valid=valid, heads="all", dtype=torch.float32)
+        assert same_output(plain, generate(model, inputs))
+        rows = tap.collect()
+    assert rows is not None and [layer.index for layer in rows.layers] == [0, 2]
+    want = eager_last_rows(model, inputs, columns) * valid[:, None, None, None]
+    torch.testing.assert_close(rows.values, want[:, :, [0, -1]], atol=1e-5, rtol=0)
+    assert list(rows.missing) == ["model.language_model.layers.1.self_attn"]
+    assert "runs more than once in a pass" in rows.missing["model.language_model.layers.1.self_attn"]
+
+
+class OverLayers(torch.nn.Module):
+    """Attention of each position over what layers have given there, as Inkling 2 has it in the place of residuals."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.is_causal = config, False
+
+    def forward(self, block_states: Tensor, partial_block_states: Tensor) -> Tensor:
+        states = torch.stack([block_states, partial_block_states], dim=-2)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        return attend(self, states[..., -1:, :], states, states, None)[0][:, 0]
+
+
+def test_attention_over_layers_is_none_along_the_sequence() -> None:
+    model, _ = tiny_models.build("llava")
+    before = [layer.module for layer in RowTap(model).layers]
+    for layer in model.get_decoder().layers:
+        layer.input = OverLayers(model.get_decoder().config)
+    assert dispatches(model.get_decoder().layers[0].input)
+    assert [layer.module for layer in RowTap(model).layers] == before
 
 
 def test_bad_arguments() -> None:

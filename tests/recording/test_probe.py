@@ -178,6 +178,14 @@ def test_passes_that_are_not_one_per_token_give_no_attention(llava, tmp_path):
     assert any("one pass per answer token" in note for note in trace.notes)
 
 
+def test_a_decoder_that_runs_all_its_layers_twice_gives_no_attention(llava, tmp_path):
+    model, processor = llava
+    tiny_models.loop(model, [0, 1, 2])
+    (trace,) = recorded(model, processor, ask, tmp_path).traces
+    assert trace.attention is None and trace.log_probs_source == "generation" and trace.llr is not None
+    assert any("one pass per answer token" in note for note in trace.notes)
+
+
 def test_streamer_sees_the_same_text(llava, tmp_path):
     model, processor = llava
 

@@ -93,6 +93,23 @@ def test_windows_of_an_encoder_are_told_apart():
     assert all(start + length == after for (start, length), (after, _) in itertools.pairwise(covered))
 
 
+def test_a_layer_that_runs_twice_is_seen_twice_from_the_first_position_on(tmp_path):
+    """A decoder's loop is no window: relevance goes through both runs, the later one first."""
+    model, processor = tiny_models.build("llava")
+    tiny_models.loop(model, [1])
+    with probe.attach(model, processor) as attached, attached.record(tmp_path, llr=False) as recording:
+        model.generate(
+            **tiny_models.inputs("llava", model, processor, [tiny_models.picture()], "Where?"), max_new_tokens=3
+        )
+    replay = probe.replay(recording.traces[0], model, processor)
+    seen = []
+    with replay.capture(attention=("decoder",), visit=lambda layer: seen.append((layer.layer.index, layer.start))):
+        replay.score_and_grad(ONE, lambda log_probs: log_probs.sum(1))
+    assert seen == [(2, 0), (1, 0), (1, 0), (0, 0)]
+    for method in ("rollout", "tmm", "relative_attention"):
+        assert probe.explain(replay, method=method, tokens=(0, 3)).values.std() > 0
+
+
 def test_weights_are_what_output_attentions_gives():
     """Not by way of our own spy: the model's public interface."""
     replay = inside.replay("llava")
