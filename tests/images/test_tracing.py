@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from image_processors import Fourier, MarginCropped, Odd, Untouched, Whitened, build, photograph
+from PIL import Image
 from torch.nn import functional as F
 
 from lvlm_probe.errors import ProcessorRefused
@@ -92,6 +93,18 @@ def test_padding_is_known_and_tiles_come_from_their_own_part() -> None:
     assert float(x[live].min()) >= 0
     assert float(x[live].max()) <= width
     assert float(y[live].max()) <= height
+
+
+@pytest.mark.parametrize("size", [(1, 7), (7, 1), (1, 40)])
+def test_the_margins_of_an_image_of_one_column_or_row_are_padding(size) -> None:
+    """Along it every element shows the same, so that margins could pass for copies of the image beside them."""
+    small = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    processor, _ = build("llava_next", **small, image_grid_pinpoints=[[112, 56], [56, 112]])
+    *_, live = expanded(trace(processor, [size]))
+    grey, other = (processor(images=[Image.new("RGB", size, (level,) * 3)], return_tensors="pt") for level in (90, 170))
+    moved = (grey["pixel_values"] - other["pixel_values"]).abs() > 0.01
+    assert moved.any() and not moved.all()
+    assert torch.equal(live, moved)
 
 
 def test_two_tensors_of_one_image() -> None:
