@@ -30,6 +30,10 @@ NOT_KEPT = ("images", "return_tensors", "device")
 OWN_CALL: ContextVar[bool] = ContextVar("lvlm_probe_own_call", default=False)
 """True while this package itself runs the user's image processor, so that a watcher on it can look away."""
 
+ARRAY = "lvlm_probe_array"
+"""In ``Image.info`` of a transparent image that a processor was given as an array: ``channels_first`` or
+``channels_last``. Processors lay arrays over their background otherwise than PIL images, by a level here and there."""
+
 _CACHED_SIZES = 4
 # Geometry depends on nothing but the processor, its settings and the images' sizes, and a session that records a
 # thousand images of one camera must trace once. The cache lives and dies with the user's processor object: weak keys,
@@ -62,7 +66,8 @@ class BlackBox:
 
     def __call__(self, images: Sequence[Image.Image], *, prompts: int = 1) -> dict[str, Tensor]:
         """The outputs for one prompt's images, or for ``prompts`` prompts with the same ones each."""
-        given: list[Any] = [list(images)] * prompts if self._nested else list(images) * prompts
+        shown = [_as_given(image) for image in images]
+        given: list[Any] = [shown] * prompts if self._nested else shown * prompts
         ours = OWN_CALL.set(True)
         try:
             out = self._present(images=given, return_tensors="pt", **self._kwargs)
@@ -81,6 +86,23 @@ class BlackBox:
             for key, value in named_outputs(self.call, out).items()
             if (tensor := self._tensor(key, value)) is not None
         }
+
+    def own_rgb(self, image: Image.Image) -> Image.Image:
+        """The image in the RGB that transformers' image processors make of it before all else.
+
+        Raises:
+            ImageError: this one has no such step, or none that gives 8-bit RGB.
+        """
+        step = getattr(self._present, "process_image", None)
+        try:
+            made = None if step is None else np.asarray(step(_as_given(image), do_convert_rgb=True))
+        except Exception as error:
+            if ran_out(error):
+                raise
+            raise ImageError(f"{self.name} does not convert {image.mode} to RGB by itself: {error}") from error
+        if made is None or made.dtype != np.uint8 or made.shape != (3, image.height, image.width):
+            raise ImageError(f"{self.name} does not convert {image.mode} to 8-bit RGB by itself")
+        return Image.fromarray(np.ascontiguousarray(made.transpose(1, 2, 0)))
 
     def _tensor(self, key: str, value: Any) -> Tensor | None:
         if isinstance(value, Tensor):
@@ -139,6 +161,13 @@ class BlackBox:
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=repr).encode()).hexdigest()
 
 
+def _as_given(image: Image.Image) -> Any:
+    order = image.info.get(ARRAY) if image.mode == "RGBA" else None  # conversions hand the note on
+    if order is None:
+        return image
+    return np.asarray(image).transpose(2, 0, 1) if order == "channels_first" else np.asarray(image)
+
+
 def _as_floats(image: Any, *_args: Any, **_kwargs: Any) -> Any:
     return image.float() if isinstance(image, Tensor) else np.asarray(image, dtype=np.float32)
 
@@ -189,8 +218,12 @@ def as_rgb(
         (_over_white, "laid over white"),
         (lambda image: ImageOps.exif_transpose(image).convert("RGB"), "turned upright (EXIF) and converted to RGB"),
         (lambda image: _over_white(ImageOps.exif_transpose(image)), "turned upright (EXIF) and laid over white"),
+        (processor.own_rgb, "laid over its own background"),
     ):
-        candidate = [convert(image) if odd else image for image, odd in zip(images, special, strict=True)]
+        try:
+            candidate = [convert(image) if odd else image for image, odd in zip(images, special, strict=True)]
+        except ImageError:  # there is no such conversion
+            continue
         out = processor(candidate)
         if out.keys() == truth.keys() and all(
             value.shape == out[key].shape and torch.equal(value, out[key]) for key, value in truth.items()

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from lvlm_probe.errors import ImageError
+from lvlm_probe.images.processor import ARRAY
 from lvlm_probe.trace.clips import MOST_FRAMES, MOST_PIXELS, Clip
 from lvlm_probe.trace.image_files import open_image
 
@@ -139,10 +140,14 @@ def _opened(value: Any) -> Image.Image | None:
     if isinstance(value, np.ndarray) and value.dtype == np.uint8:
         if value.ndim == 3 and {value.shape[0], value.shape[2]} <= {1, 3, 4}:
             return None  # rows or channels first: transformers guesses, and each of its processors otherwise
-        if value.ndim == 3 and value.shape[0] in (3, 4) and value.shape[2] not in (3, 4):
+        first = value.ndim == 3 and value.shape[0] in (3, 4) and value.shape[2] not in (3, 4)
+        if first:
             value = value.transpose(1, 2, 0)
         if value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (3, 4)):
-            return Image.fromarray(np.ascontiguousarray(value))
+            image = Image.fromarray(np.ascontiguousarray(value))
+            if image.mode == "RGBA":
+                image.info[ARRAY] = "channels_first" if first else "channels_last"
+            return image
     return None
 
 
@@ -158,8 +163,8 @@ def _kept_copy(image: Image.Image) -> Image.Image:
 
 
 def same_image(one: Image.Image, other: Image.Image) -> bool:
-    """Whether two images are equal in pixels, palette, transparency and which way up they are."""
-    if _turned(one) != _turned(other) or one.info.get("transparency") != other.info.get("transparency"):
+    """Whether two images are equal in pixels, palette, transparency, which way up they are and being an array."""
+    if _turned(one) != _turned(other) or any(one.info.get(k) != other.info.get(k) for k in ("transparency", ARRAY)):
         return False
     return one.getpalette() == other.getpalette() and one.tobytes() == other.tobytes()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 
 from lvlm_probe.errors import ImageError, MaskError, ProbeWarning, ProcessorRefused
 from lvlm_probe.images import BLUR_LADDER, ImagePath, PixelPath, make_baseline
+from lvlm_probe.recording.handed_images import hand_over
 
 
 class Counting:
@@ -324,6 +326,59 @@ def test_transparency_laid_over_white_is_noticed_and_nonsense_refused() -> None:
     assert np.array_equal(np.asarray(path.images[0]), np.asarray(over_white(image)))
     with pytest.raises(ProcessorRefused, match=r"AlphaSquared: no conversion to RGB .*convert\('RGB'\)"):
         ImagePath.from_processor(AlphaSquared(), [image])
+
+
+class OverStripes(OverWhite):
+    """A background of its own, as Inkling 2 has a chequered one, by the step that transformers' processors have."""
+
+    def process_image(self, image: Image.Image, *, do_convert_rgb: bool) -> torch.Tensor:
+        stripes = np.zeros((image.height, image.width, 4), np.uint8)
+        stripes[..., 3], stripes[::2, :, :3] = 255, 255
+        made = Image.alpha_composite(Image.fromarray(stripes), image.convert("RGBA")).convert("RGB")
+        return torch.from_numpy(np.array(made)).permute(2, 0, 1)
+
+    def __call__(self, *, images: list[Image.Image], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
+        rgb = [self.process_image(image, do_convert_rgb=True).permute(1, 2, 0).numpy() for image in images]
+        return super().__call__(images=[Image.fromarray(pixels) for pixels in rgb])
+
+
+def test_a_processors_own_background_is_asked_of_it() -> None:
+    image = photograph(64, 48).convert("RGBA")
+    image.putalpha(100)
+    path = ImagePath.from_processor(OverStripes(), [image])
+    shown = OverStripes().process_image(image, do_convert_rgb=True).permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(path.images[0]), shown)
+    with pytest.warns(ProbeWarning, match="laid over its own background"):
+        path.apply(torch.rand(1, 4, 4))
+
+
+class Truncating(OverWhite):
+    """Lays arrays over white otherwise than images, as transformers' processors by torchvision do, which cut off."""
+
+    def process_image(self, image: Image.Image | np.ndarray, *, do_convert_rgb: bool) -> np.ndarray:
+        if isinstance(image, Image.Image):
+            return np.array(over_white(image.convert("RGBA"))).transpose(2, 0, 1)
+        rgba = image if image.shape[0] == 4 else image.transpose(2, 0, 1)
+        share = rgba[3:].astype(np.float32) / 255
+        return (rgba[:3] * share + 255 * (1 - share)).astype(np.uint8)
+
+    def __call__(self, *, images: list[Any], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
+        rgb = [self.process_image(image, do_convert_rgb=True).transpose(1, 2, 0) for image in images]
+        return super().__call__(images=[Image.fromarray(np.ascontiguousarray(pixels)) for pixels in rgb])
+
+
+@pytest.mark.parametrize("order", ["channels_first", "channels_last"])
+def test_transparent_arrays_are_composed_as_the_processor_composes_arrays(order) -> None:
+    image = photograph(64, 48).convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    given = np.array(image).transpose(2, 0, 1) if order == "channels_first" else np.array(image)
+    fed = Truncating()(images=[given])
+    (handed,) = hand_over([given]).images or ()
+    path = ImagePath.from_processor(Truncating(), [handed])
+    assert all(torch.equal(path.inputs[key], value) for key, value in fed.items())
+    assert not np.array_equal(np.asarray(path.images[0]), np.asarray(over_white(image)))
+    again = ImagePath.from_processor(Truncating(), path.images)
+    assert all(torch.equal(again.inputs[key], value) for key, value in fed.items())
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
