@@ -196,8 +196,8 @@ def word_cuts(text: str) -> list[Literal["whole", "part"] | None]:
     """Return what a cut in front of each character goes through, and one behind the last: ``(character + 1,)``.
 
     ``"whole"``: letters of one word, digits of one number, a character and its marks, an emoji. ``"part"``: the sign
-    that joins parts of one word (``well-known``), the minus of a number. ``None``: nothing, as between words, signs, and letters of scripts
-    without spaces, whose words only a reader can tell.
+    that joins parts of one word (``well-known``), the minus of a number. ``None``: nothing, as between words, signs,
+    and letters of scripts without spaces, whose words only a reader can tell.
     """
     kinds = _kinds(text)
     found: list[Literal["whole", "part"] | None] = [None]
