@@ -142,8 +142,9 @@ def _attention_modules(decoder: nn.Module, prefix: str) -> Iterator[tuple[str, n
 def _along_the_sequence(module: nn.Module) -> bool:
     """Whether positions attend to positions. Where residuals are attention over what earlier layers gave (Inkling 2),
     a module has states of layers, and neither the sequence's nor a mask of it."""
-    given = inspect.signature(type(module).forward).parameters
-    return any(re.search("hidden_states|mask|^x$", name) for name in given)
+    given = inspect.signature(type(module).forward).parameters.values()
+    known = re.compile("hidden_states|mask|query|input|^x$")
+    return any(one.kind is one.VAR_KEYWORD or known.search(one.name) for one in given)
 
 
 def _attends_itself(module: nn.Module) -> bool:
