@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -37,18 +37,26 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_open_all)
 
 
+_KEEPING = lock()
+
+
 def of_the_last(known: OrderedDict[K, V], key: K, make: Callable[[], V], *, most: int) -> V:
     """The value of a key, made where it is none of the ``most`` that were asked for last; those are kept.
 
-    Threads may ask at once: each step here is whole, and another may have let go of a key after any of them.
+    Threads may ask at once, and two may make the same, of which one is kept. They take turns at the dictionary: within
+    a step of an ``OrderedDict`` keys are compared and values let go, which runs code of theirs, and another thread that
+    came in there has ended the process.
     """
-    value = known.get(key)
+    with _KEEPING:
+        value = known.get(key)
     if value is None:
-        value = known[key] = make()
-    with suppress(KeyError):
+        value = make()
+    dropped = []  # let go when others may come in: what its code waits for may wait for this
+    with _KEEPING:
+        value = known.setdefault(key, value)
         known.move_to_end(key)
         while len(known) > most:
-            known.popitem(last=False)
+            dropped.append(known.popitem(last=False))
     return value
 
 

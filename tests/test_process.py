@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -41,6 +43,50 @@ def test_what_was_asked_for_last_is_kept() -> None:
 
     assert [asked(key) for key in "abacab"] == ["A", "B", "A", "C", "A", "B"]
     assert "".join(made) == "abcb" and list(known) == ["a", "b"]
+
+
+_RACE = """
+import sys
+import threading
+from collections import OrderedDict
+
+from lvlm_probe.process import of_the_last
+
+class Key:
+    def __init__(self, number):
+        self.number = number
+
+    def __hash__(self):
+        return self.number % 3
+
+    def __eq__(self, other):
+        return self.number == other.number
+
+class Value(Key):
+    def __del__(self):
+        sum(range(20))
+
+known, wrong = OrderedDict(), []
+
+def work(start):
+    for number in range(start, start + 20000):
+        value = of_the_last(known, Key(number % 9), lambda: Value(number % 9), most=4)
+        if value.number != number % 9:
+            wrong.append(value)
+
+threading.excepthook = lambda args: wrong.append(args.exc_value)
+sys.setswitchinterval(1e-6)
+threads = [threading.Thread(target=work, args=(5 * number,)) for number in range(6)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+sys.exit(bool(wrong) or len(known) != 4)
+"""
+
+
+def test_threads_that_ask_at_once_do_not_end_the_process() -> None:
+    assert subprocess.run([sys.executable, "-c", _RACE], check=False).returncode == 0
 
 
 def test_warnings_are_not_heard_in_the_block_alone() -> None:
