@@ -129,10 +129,11 @@ class Collection:
                     kept.pop(layer, None)  # type: ignore[attr-defined]
         return layer in self.repeated
 
-    def advance(self, layer: int, queries: int) -> None:
-        """Count the positions of one more pass of a layer."""
+    def advance(self, layer: int, queries: int, keys: int) -> None:
+        """Count the positions of one more pass of a layer, which sees as many keys as there are queries where it begins
+        at the first position: without a cache each pass does."""
         # Layers that reuse another layer's keys may be handed fewer queries; all layers end at the same position.
-        self.seen[layer] += queries
+        self.seen[layer] = queries if queries == keys > 1 else self.seen[layer] + queries
         self.end = max(self.end, self.seen[layer])
 
     def wants(self, layer: int) -> bool:

@@ -304,7 +304,7 @@ class RowTap:
             raise ProbeError(f"the model was switched to {implementation!r}, which gives no attention weights")
         batch, _, queries, _ = query.shape
         keys, kind, device = key.shape[2], self.layers[number].kind, query.device
-        armed.advance(number, queries)
+        armed.advance(number, queries, keys)
         if kind == "cross" and armed.cross_keys not in (None, keys):
             raise ProbeError(f"cross-attention has {keys} keys where the encoder was given {armed.cross_keys} tokens")
         if armed.columns is not None and armed.columns.shape[0] != batch:

@@ -250,6 +250,21 @@ def test_sliding_window_rows_are_placed_by_absolute_position(implementation: str
     torch.testing.assert_close(rows.text_mass[:, 0], torch.zeros(2, 3, 4), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_rows_without_a_cache(name: str, implementation: str) -> None:
+    """Every pass is over all positions, and sees no others."""
+    model, processor = tiny_models.build(name, attn_implementation=implementation)
+    inputs, columns, valid = batch_of(name, model, processor)
+    with RowTap(model) as tap:
+        tap.arm(columns, valid=valid, heads="all", dtype=torch.float32)
+        generate(model, inputs, use_cache=False)
+        rows = tap.collect()
+    assert rows is not None and not rows.missing and tap.error is None
+    want = eager_last_rows(model, inputs, columns, use_cache=False) * valid[:, None, None, None]
+    torch.testing.assert_close(rows.values, want, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["llava_next", "qwen2_vl", "qwen3_vl", "internvl", "idefics3", "paligemma"])
 def test_more_families(name: str) -> None:
     model, processor = tiny_models.build(name)
