@@ -125,13 +125,17 @@ class StepLogProbs:
         self._early = ids[:, -1].tolist(), values
         return float(values.log_probs[0])
 
-    def result(self, generated: torch.Tensor) -> StepValues | None:
-        """The values of ``generated`` ``(batch, step)``; ``None`` unless every step was seen with its token."""
+    def result(self, generated: torch.Tensor, prompt: int | None = None) -> StepValues | None:
+        """The values of ``generated`` ``(batch, step)``; ``None`` unless every step was seen with its token.
+
+        Args:
+            prompt: how many positions it continues, where that is known.
+        """
         steps = generated.shape[1]
         if self._pending is not None and len(self._values) == steps - 1 and len(self._pending) == len(generated):
             self._take(generated[:, -1])
         self._pending = None
-        if len(self._values) < steps or not _one_by_one(self._lengths):
+        if len(self._values) < steps or not _one_by_one(self._lengths, prompt):
             return None
         chosen = torch.stack(self._chosen[:steps], dim=1)
         if chosen.shape != generated.shape or not torch.equal(chosen, generated.to(chosen.device)):
@@ -139,14 +143,15 @@ class StepLogProbs:
         return StepValues(*(torch.stack(values, dim=1).cpu() for values in zip(*self._values[:steps], strict=True)))
 
 
-def _one_by_one(lengths: Sequence[int | None]) -> bool:
+def _one_by_one(lengths: Sequence[int | None], prompt: int | None) -> bool:
     """Whether passes over so many positions are those of one step each: over the newest token, or over all so far anew.
 
-    A pass over guessed tokens may end with the token that the answer has there, although the guess was refused; and one
-    over embeddings, which a user's logits processor makes, says nothing of its tokens.
+    A pass over guessed tokens may end with the token that the answer has there, although the guess was refused, and the
+    first one may have guesses behind the prompt; and one over embeddings, which a user's logits processor makes, says
+    nothing of its tokens.
     """
-    later = lengths[1:]
-    if None in later:
+    first, *later = lengths
+    if None in later or (first is not None and prompt is not None and first > prompt):
         return False
     anew = {length - step for step, length in enumerate(lengths) if length is not None}
     return len(anew) <= 1 or all(length == 1 for length in later)
@@ -160,11 +165,11 @@ def generators(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [model, *inner]
 
 
-def _seen_by(readers: Sequence[StepLogProbs], generated: torch.Tensor) -> StepValues | None:
+def _seen_by(readers: Sequence[StepLogProbs], generated: torch.Tensor, prompt: int | None = None) -> StepValues | None:
     """``result`` of the first of ``readers`` that saw every step with its token; ``None`` if none did."""
     found = None
     for reader in readers:
-        values = reader.result(generated) if generated.shape[1] else None
+        values = reader.result(generated, prompt) if generated.shape[1] else None
         found = values if found is None else found
     return found
 
@@ -189,6 +194,6 @@ def answer_in(
         return None
     if torch.equal(sequences[:, : start.shape[1]], start.repeat_interleave(copies, 0).to(sequences.device)):
         generated = sequences[:, start.shape[1] :]
-        return generated, _seen_by(readers, generated)
+        return generated, _seen_by(readers, generated, start.shape[1])
     values = _seen_by(readers, sequences) if alone else None
     return None if values is None else (sequences, values)

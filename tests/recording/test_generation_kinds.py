@@ -116,6 +116,24 @@ def test_passes_over_guessed_tokens_that_end_as_the_answer_goes_on(tmp_path):
     assert trace.log_probs_source == "teacher_forced" and trace.attention is None
 
 
+def test_guesses_behind_the_prompt_in_the_first_pass(tmp_path):
+    """The last position of that pass is a refused guess's, and each later pass is over the newest token."""
+    built = build("gemma3", "pil")
+    lengths = []
+    handle = built.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    attached = probe.attach(built.model, built.processor)
+    inputs = built.inputs([built.picture(seed=5)])
+    with attached.record(tmp_path, llr=False, boxes=False) as recording:
+        output = built.generate(inputs, 4, prompt_lookup_num_tokens=2)
+    handle.remove()
+    (trace,) = recording.traces
+    assert lengths[:4] == [inputs["input_ids"].shape[1] + 2, 1, 1, 1]
+    assert np.allclose(trace.log_probs, _by_one_pass(built, inputs, output), atol=1e-4)
+    assert trace.log_probs_source == "teacher_forced" and trace.attention is None
+
+
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("name", ["blip-2", "llava"])
 def test_a_logits_processor_that_asks_the_model_too(name, tokens, tmp_path):
