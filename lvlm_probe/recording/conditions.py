@@ -190,8 +190,13 @@ def _only_cached(held: int, tokens: int) -> str:
     )
 
 
-def without_image(ids: torch.Tensor, image_token: int | None, kwargs: Mapping[str, Any]) -> str:
-    """The reason why a call without pixel inputs is not recorded."""
+def without_image(ids: torch.Tensor, image_token: int | None, kwargs: Mapping[str, Any], whole: str | None) -> str:
+    """The reason why a call without pixel inputs in floating point is not recorded; ``whole`` is one of grey levels."""
+    if whole is not None:
+        return (
+            f"{whole} was given to generate() in whole grey levels (torch.uint8), between which no mask can blend; "
+            "nothing is recorded. Let the processor rescale and normalise (no do_rescale=False)"
+        )
     held = _positions_in(cache_in(kwargs))
     tokens = int((ids == image_token).sum()) if image_token is not None else 0
     if held:

@@ -202,7 +202,8 @@ class GenerationRecorder:
                 "recorded"
             )
         if not any(self._inputs[name].is_floating_point() for name in pixels):
-            raise NotRecorded(without_image(ids, self.anatomy.image_token_id, kwargs))
+            whole = next((name for name in pixels if self._inputs[name].dtype == torch.uint8), None)
+            raise NotRecorded(without_image(ids, self.anatomy.image_token_id, kwargs, whole))
         if not self.anatomy.encodes_prompt and (reason := cached_images(ids, self.anatomy.image_token_id, kwargs)):
             raise NotRecorded(reason)
         if self.anatomy.encodes_prompt:

@@ -356,6 +356,24 @@ def test_text_only_prompt_warns_once_and_goes_on(llava, tmp_path):
     assert "no image" in reason
 
 
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_whole_grey_levels_are_told_to_be_no_inputs_for_masks(name, tmp_path):
+    """What processors give when told neither to rescale nor to normalise, and models take."""
+    model, processor = tiny_models.build(name)
+
+    def untouched():
+        text = ask(model, processor, name=name)
+        given = processor.image_processor(pictures(1), return_tensors="pt", do_rescale=False, do_normalize=False)
+        return {**text, "pixel_values": given["pixel_values"]}
+
+    assert untouched()["pixel_values"].dtype == torch.uint8
+    expected = model.generate(**untouched(), max_new_tokens=4, do_sample=False)
+    with probe.attach(model, processor) as p, p.record(tmp_path) as recording:
+        with pytest.warns(probe.ProbeWarning, match=r"pixel_values .* whole grey levels .* do_rescale=False"):
+            found = model.generate(**untouched(), max_new_tokens=4, do_sample=False)
+    assert torch.equal(expected, found) and not recording.paths and len(recording.passed_over) == 1
+
+
 # --------------------------------------------------------------------------------------------- where pictures come from
 
 
