@@ -58,10 +58,16 @@ class NotRegularFile(OSError):
 
 
 def path_of(path: object, what: str, error: type[ProbeError]) -> Path:
-    """A path as users give it. Raises ``error``, which says that ``what`` is one, where it is none."""
-    if not isinstance(path, str | os.PathLike):
-        raise error(f"{what} is named by its path; got a {type(path).__name__}")
-    return Path(path)
+    """A path as users give it, from the root: it stays what it is when the working directory changes.
+
+    Raises ``error``, which says that ``what`` is named by one, where it is none.
+    """
+    if not isinstance(path, str | os.PathLike) or path == "":
+        raise error(f"{what} is named by its path; got {'an empty text' if path == '' else f'a {type(path).__name__}'}")
+    try:
+        return Path(path).absolute()
+    except FileNotFoundError:  # the working directory is gone
+        return Path(path)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ import torch
 
 from lvlm_probe.errors import ProbeError, TraceError
 from lvlm_probe.escaping import writable
+from lvlm_probe.files import path_of
 from lvlm_probe.importing.forced_recorder import MORE_THAN_ROUNDING, difference, forced, said_by
 from lvlm_probe.importing.refusals import by_kind
 from lvlm_probe.importing.rows import FIELDS, AnswerRow, BadRow, Source, read_rows, reason_of
@@ -145,7 +146,10 @@ def import_answers(
         raise ProbeError(f"limit is a number of rows; got {limit}")
     options = RecordOptions(llr=llr, attention=attention, boxes=attention, baseline=baseline)
     asked = Source.of(source, columns=columns, format=format, requests=requests, images=images, fetch=fetch)
-    directory, read_as = Path(out), asked.recognised()  # a file that cannot be read is said before anything is written
+    directory = path_of(out, "the directory for traces", ProbeError)
+    read_as = asked.recognised()  # a file that cannot be read is said before anything is written
+    if (directory / REJECTED).exists() and os.path.samefile(directory / REJECTED, asked.path):
+        raise ProbeError(f"{asked.path} is written anew by an import into {directory}: give it another name first")
     total = asked.count()
     total = total if limit is None else min(total, limit)
     try:

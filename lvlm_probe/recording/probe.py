@@ -24,6 +24,7 @@ import torch
 from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import AttachError, ImageError, MaskError, ProbeError
 from lvlm_probe.escaping import counted
+from lvlm_probe.files import path_of
 from lvlm_probe.hooks import Call, HookSet, caution, shadow_of, within
 from lvlm_probe.images.clips import video_processor_of
 from lvlm_probe.images.processor import OWN_CALL
@@ -680,9 +681,6 @@ def _check_alone(model: torch.nn.Module) -> None:
 def _folder(path: Any) -> Path:
     """The directory that is named. Raises ``ProbeError`` for what names none, such as the inputs of a model."""
     try:
-        return Path(path)
-    except TypeError as error:
-        raise ProbeError(
-            f"the directory for traces is a path; got a {type(path).__name__} (inputs of the model go by "
-            f"name, **inputs)"
-        ) from error
+        return path_of(path, "the directory for traces", ProbeError)
+    except ProbeError as error:
+        raise ProbeError(f"{error} (inputs of the model go by name, **inputs)") from error

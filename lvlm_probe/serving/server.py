@@ -19,6 +19,7 @@ from PIL import features
 
 from lvlm_probe._version import versions_of
 from lvlm_probe.errors import ImageError, ModelMismatch, ProcessorRefused, ReplayError
+from lvlm_probe.files import path_of
 from lvlm_probe.images import Baseline, CompositePath, ImagePath, make_baseline
 from lvlm_probe.images.baselines import KINDS
 from lvlm_probe.kinds import naming_arguments
@@ -121,7 +122,7 @@ def connect(
         sleep=sleep,
     )
     card = _card(transport, model)
-    kept = None if journal is None else Path(journal)
+    kept = None if journal is None else path_of(journal, "the journal", ReplayError)
     return Server(transport, card, processor, journal=kept, roads=roads, tell=tell)
 
 

@@ -286,7 +286,7 @@ class _Reader:
 
         return Study(
             name=self.text(found, "name", self.path.stem),
-            out=out if out.is_absolute() else self.path.parent / out,
+            out=self.path.parent.absolute() / out,
             models=each("models", self.model),
             datasets=each("datasets", self.dataset),
             methods=each("methods", self.method),

@@ -241,6 +241,20 @@ def test_several_images_in_one_prompt(llava, tmp_path):
     assert largest_difference(trace, model, processor) <= 1e-4
 
 
+def test_a_change_of_the_working_directory_moves_no_trace(llava, tmp_path, monkeypatch):
+    model, processor = llava
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with probe.attach(model, processor) as p, p.record("run") as recording:
+        inputs = ask(model, processor)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        generate(model, inputs)
+    assert [path.parent for path in recording.paths] == [tmp_path / "run"]
+    assert not list((tmp_path / "elsewhere").iterdir())
+    with pytest.raises(probe.ProbeError, match="directory for traces is named by its path; got an empty text"):
+        probe.attach(model, processor).record("")
+
+
 def test_several_calls_make_several_traces(llava, tmp_path):
     model, processor = llava
     with probe.attach(model, processor) as p:

@@ -76,6 +76,29 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         trace.verify()
 
 
+def test_a_relative_path_stays_what_it_was_where_the_working_directory_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    relative = write(sample_capture(), "run")
+    trace, store = open_trace(relative), open_store("run")
+    packed = pickle.dumps(trace)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for one in (trace, store[-1], pickle.loads(packed)):
+        assert one.image.size == trace.image.size and one.answer
+    assert trace.explanations_dir == tmp_path / "run" / "explanations"
+    write(sample_capture(seed=1), tmp_path / "run")
+    store.refresh()
+    assert len(store) == 2
+
+
+def test_an_empty_text_names_no_file_and_no_directory() -> None:
+    for opens in (open_trace, open_store):
+        with pytest.raises(TraceError, match="named by its path; got an empty text"):
+            opens("")
+
+
 def test_derived_values(tmp_path: Path) -> None:
     capture = sample_capture(tokens=6)
     trace = open_trace(write(capture, tmp_path))
