@@ -57,8 +57,9 @@ _UNDRAWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\uf
 
 def drawable(text: str) -> str:
     """With the replacement character for what no font draws and no XML may hold: control characters, halves of
-    characters, what Unicode calls no characters."""
-    return _UNDRAWN.sub("\ufffd", text)
+    characters, what Unicode calls no characters. A byte order mark shows nothing and is left out: matplotlib cannot
+    write it to a PDF."""
+    return _UNDRAWN.sub("\ufffd", text.replace("\ufeff", ""))
 
 
 def first_line(error: BaseException, most: int = 500) -> str:

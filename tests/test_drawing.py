@@ -275,6 +275,14 @@ def test_an_svg_with_signs_that_xml_has_not_can_be_read(tmp_path) -> None:
     assert "re\ufffdd" in texts and "no map" in texts
 
 
+def test_a_pdf_leaves_out_byte_order_marks(tmp_path) -> None:
+    """They show nothing, stand in the vocabularies of most models, and matplotlib's PDF has no glyph of them."""
+    odd = "\ufeffred"
+    panels = [Panel(picture(30, 20), None, row=odd, col=odd, question=odd, answer=[(odd, True)], reason="\ufeff")]
+    for ending in drawing.FORMATS:
+        assert drawing.figure_bytes(drawing.figure(panels), f"a.{ending}", provenance="{}")
+
+
 def test_a_map_that_is_none_says_why(heats) -> None:
     panel = Panel(picture(30, 20), None, col="tam", reason="the answer has no words")
     drawn = drawing.figure([panel])

@@ -23,6 +23,7 @@ import torch
 
 from lvlm_probe.cards import equal, in_one_line
 from lvlm_probe.errors import ExplainError
+from lvlm_probe.escaping import drawable
 from lvlm_probe.evidence.grounding import known_of
 from lvlm_probe.evidence.regions import Region, region, twice_the_area
 from lvlm_probe.explainers import explain
@@ -350,6 +351,11 @@ def _whole(box: Sequence[float]) -> tuple[int, int, int, int]:
     return int(np.floor(left)), int(np.floor(top)), int(np.ceil(right)), int(np.ceil(bottom))
 
 
+def _xml(text: str) -> str:
+    """A text as XML may hold it."""
+    return html.escape(drawable(text))
+
+
 def _hocr(placed: _Placed, files: Sequence[str]) -> str:
     """hOCR 1.2: a page for each image, a word for each value, its confidence P(value) in per cent."""
     pages = []
@@ -360,12 +366,12 @@ def _hocr(placed: _Placed, files: Sequence[str]) -> str:
         for k, (place, here) in enumerate(mine):
             sure = "" if place.field.p is None else f"; x_wconf {round(100 * place.field.p)}"
             box = " ".join(map(str, _whole(here.box)))
-            name = f' data-name="{html.escape(place.field.name)}"' if place.field.name else ""
+            name = f' data-name="{_xml(place.field.name)}"' if place.field.name else ""
             words.append(
                 f'   <span class="ocrx_word" id="word_{number + 1}_{k + 1}" title="bbox {box}{sure}"{name}>'
-                f"{html.escape(place.field.value)}</span>"
+                f"{_xml(place.field.value)}</span>"
             )
-        image = html.escape(files[number])
+        image = _xml(files[number])
         pages.append(
             f'  <div class="ocr_page" id="page_{number + 1}" title="image &quot;{image}&quot;; '
             f'bbox 0 0 {width} {height}; ppageno {number}">\n' + "\n".join(words) + "\n  </div>"

@@ -12,6 +12,7 @@ import hashlib
 import html
 import itertools
 import json
+import os
 import re
 import urllib.parse
 from collections.abc import Iterable
@@ -22,12 +23,18 @@ from typing import Any
 
 from lvlm_probe._version import __version__
 from lvlm_probe.errors import ReportError
+from lvlm_probe.escaping import writable
 from lvlm_probe.files import in_the_way, write_whole
 
 _PLAIN_ROWS = 50
 _FRAMED = 8_000_000
 """Bytes of the largest page that a notebook gets as a whole."""
 _FRAME_HEIGHT = 760
+_OTHER_KINDS = (
+    ".pdf", ".png", ".jpg", ".jpeg", ".svg", ".tif", ".tiff", ".gif", ".webp", ".csv", ".tsv", ".json", ".jsonl",
+    ".yaml", ".yml", ".md", ".tex", ".h5", ".hdf5", ".npz", ".xlsx", ".parquet",
+)  # fmt: skip
+"""Endings of names that are of no page."""
 
 
 class Page(type(Path())):  # type: ignore[misc]
@@ -46,13 +53,14 @@ class Page(type(Path())):  # type: ignore[misc]
     def _repr_html_(self) -> str | None:
         if self.suffix.lower() not in (".html", ".htm") or not self.is_file():
             return None
-        link = f'<a href="{html.escape(urllib.parse.quote(self.as_posix()))}">{html.escape(self.name)}</a>'
+        name = html.escape(writable(self.name))
+        link = f'<a href="{html.escape(urllib.parse.quote(os.fsencode(self.as_posix())))}">{name}</a>'
         told = f"<p>{link}{': ' + html.escape(self.said) if self.said else ''}</p>"
         if self.stat().st_size > _FRAMED:
             return told
         text = html.escape(self.read_text(encoding="utf-8"))
         return (
-            f'{told}<iframe srcdoc="{text}" title="{html.escape(self.name)}" width="100%" height="{_FRAME_HEIGHT}" '
+            f'{told}<iframe srcdoc="{text}" title="{name}" width="100%" height="{_FRAME_HEIGHT}" '
             f'sandbox="allow-scripts allow-downloads" style="border:1px solid #8884"></iframe>'
         )
 
@@ -60,8 +68,11 @@ class Page(type(Path())):  # type: ignore[misc]
 def refuse_existing(path: Path, *, overwrite: bool | None) -> None:
     """Raise ``ReportError`` where a page cannot be written to ``path``: before the work rather than after it.
 
-    ``overwrite`` replaces any file, ``None`` only one that this package wrote.
+    ``overwrite`` replaces any file, ``None`` only one that this package wrote. A name that promises another kind of
+    file is refused too.
     """
+    if path.suffix.lower() in _OTHER_KINDS:
+        raise ReportError(f"a page is HTML, and {path.name} names another kind of file: call it {path.stem}.html")
     if path.is_dir():
         raise ReportError(
             f"cannot write the report: {path} is a folder; name a file in it, such as {path / 'report.html'}"

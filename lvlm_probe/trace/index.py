@@ -150,8 +150,8 @@ class Index:
             values = [[getattr(row, field) for field in _FIELDS] for row in rows]
             size, changed, set_at = state
             lines.append(json.dumps([name, size, changed, values, set_at], ensure_ascii=False) + "\n")
-        # A lone half of a surrogate pair has no UTF-8.
-        text = "".join(lines).encode("utf-8", "replace")
+        # A lone half of a surrogate pair has no UTF-8; it is read back as json reads bytes.
+        text = "".join(lines).encode("utf-8", "surrogatepass")
         with contextlib.suppress(OSError):
             write_whole(self.directory / INDEX_NAME, _head(text) + text)
 

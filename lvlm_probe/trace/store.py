@@ -14,7 +14,7 @@ import numpy as np
 
 from lvlm_probe.cards import card, text_html
 from lvlm_probe.errors import TraceError
-from lvlm_probe.escaping import counted
+from lvlm_probe.escaping import counted, writable
 from lvlm_probe.extras import require
 from lvlm_probe.files import DAY, causes, orphans, path_of, remove_orphans
 from lvlm_probe.kinds import naming_arguments
@@ -292,20 +292,20 @@ def _as_row(trace: Trace) -> dict[str, Any]:
         return found if found is not None and np.isfinite(found) else None
 
     return {
-        **{name: str(getattr(trace, name)) for name in ("trace_id", "created", "status", "answer")},
-        "model": str(trace.model.get("model_id") or trace.model.get("class") or ""),
-        "question": trace.question if trace.question is not None else trace.prompt,
+        **{name: writable(str(getattr(trace, name))) for name in ("trace_id", "created", "status", "answer")},
+        "model": writable(str(trace.model.get("model_id") or trace.model.get("class") or "")),
+        "question": writable(trace.question if trace.question is not None else trace.prompt),
         "images": [
             {"bytes": trace.image_record(number).data, "path": None} for number in range(len(trace.header.image_sizes))
         ],
         "words": [
             {
-                "text": word.text, "start": word.start, "stop": word.stop,
+                "text": writable(word.text), "start": word.start, "stop": word.stop,
                 "log_prob": total(trace.log_probs, word.start, word.stop), "llr": total(llr, word.start, word.stop),
             }
             for word in trace.words
         ],
-        "file": trace.path.name,
+        "file": writable(trace.path.name),
         "row": trace.row,
     }  # fmt: skip
 

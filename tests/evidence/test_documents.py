@@ -322,6 +322,11 @@ def test_hocr_is_xml_whatever_the_values_are(places: list[Any], tmp_path: Path) 
     words = [one for one in ElementTree.parse(page).iter() if one.get("class") == "ocrx_word"]
     assert [word.text for word in words] == ["<b>&\"' </span>", "12.40"]
     assert words[1].get("title", "").startswith("bbox ") and "x_wconf 81" in words[1].get("title", "")
+    odd = dataclasses.replace(
+        places[0], field=dataclasses.replace(places[0].field, name="a\x00", value="\x1b[1m\ud800")
+    )
+    other = export([odd], tmp_path / "odd.hocr", files=["a\x07.png"])
+    assert "\ufffd[1m\ufffd" in "".join(ElementTree.parse(other).getroot().itertext())
     with pytest.raises(ExplainError, match="exists"):
         export(places, page)
     export(places, page, overwrite=True)

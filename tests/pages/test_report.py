@@ -423,6 +423,8 @@ def test_refusals(tmp_path: Path) -> None:
         report(heats[0], scores={"deletion": 0.1}, out=tmp_path / "r.html")  # type: ignore[arg-type]
     with pytest.raises(ReportError, match="is a folder"):
         report(heats, out=tmp_path)
+    with pytest.raises(ReportError, match=r"a page is HTML, and r\.pdf names another kind of file: call it r\.html"):
+        report(heats, out=tmp_path / "r.pdf", overwrite=True)
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ReportError, match="cannot write"):
         report(heats, out=tmp_path / "file" / "r.html")
@@ -446,6 +448,14 @@ def test_existing_reports_are_kept_unless_told(tmp_path: Path) -> None:
         assert out.read_text() == text
     report(heats, out=out, overwrite=True)
     assert out.read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_a_page_whose_name_is_no_text_is_shown(tmp_path: Path) -> None:
+    """The names of a disk are bytes; Python has halves of surrogate pairs for those that are no UTF-8."""
+    page = report(samples.page(words=False)[0], out=tmp_path / "caf\udce9.html")
+    shown = page._repr_html_()
+    assert shown is not None and "caf%E9.html" in shown
+    shown.encode()
 
 
 def test_a_page_of_ours_is_replaced_so_that_a_cell_runs_again(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import datasets
 import numpy as np
 import pytest
+from trace_samples import sample_capture
 
 import lvlm_probe as probe
+from lvlm_probe.trace import write
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,15 @@ def test_every_trace_is_a_row(store, tmp_path):
             else:
                 assert word["llr"] == pytest.approx(float(trace.llr[own.start : own.stop].sum()), abs=1e-5)
     assert [store[0].llr is None, store[1].llr is None] == [False, True]
+
+
+def test_halves_of_characters_are_shown_as_escapes(tmp_path):
+    capture = sample_capture()
+    capture.rows[0].question, capture.rows[0].tokens[1] = "half \ud83d", " \udc80"
+    write(capture, tmp_path / "runs")
+    (row,) = probe.open_store(tmp_path / "runs").to_dataset(cache_dir=str(tmp_path / "cache"))
+    assert row["question"] == "half \\ud83d" and "\\udc80" in row["answer"]
+    assert "\\udc80" in [word["text"] for word in row["words"]]
 
 
 def test_a_file_that_cannot_be_read_is_said_or_left_out(store, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from trace_samples import sample_capture
 
 from lvlm_probe.errors import TraceError
-from lvlm_probe.trace import TraceSummary, open_store, write
+from lvlm_probe.trace import TraceSummary, open_store, open_trace, write
 from lvlm_probe.trace import index as index_module
 from lvlm_probe.trace.index import INDEX_NAME
 
@@ -60,6 +60,15 @@ def test_a_summary_says_what_the_trace_says(tmp_path: Path) -> None:
             assert summary.model == trace.model["model_id"]
             assert (summary.steps, summary.image_tokens) == (trace.header.steps, trace.header.image_tokens)
             assert summary.has_llr is (trace.llr is not None)
+
+
+def test_halves_of_characters_are_listed_as_they_are_in_the_trace(tmp_path: Path) -> None:
+    capture = sample_capture()
+    capture.rows[0].question, capture.rows[0].tokens[1] = "half \ud83d", "\udc80"
+    trace = open_trace(write(capture, tmp_path))
+    for _ in range(2):  # from the file, and from the index
+        (found,) = open_store(tmp_path).find()
+        assert (found.question, found.answer) == ("half \ud83d", trace.answer) and "\udc80" in found.answer
 
 
 def test_filters(tmp_path: Path) -> None:
