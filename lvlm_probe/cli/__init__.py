@@ -21,12 +21,14 @@ torch and transformers are imported inside the commands that need them, so that 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib
 import logging
 import os
 import pkgutil
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -36,6 +38,7 @@ import typer.core
 from lvlm_probe.cli.shared.options import spelled_out
 from lvlm_probe.cli.shared.terminal import guard_streams, note, safe, set_verbosity
 from lvlm_probe.errors import ProbeError
+from lvlm_probe.files import causes
 
 __all__ = ["app", "main"]
 
@@ -51,6 +54,12 @@ _ANYWHERE = {
     "--debug": logging.WARNING,
 }
 """Options of every command, which may stand anywhere on the line, and the level of logging that each asks for."""
+
+_WRITTEN = ("out", "page")
+"""Parameters of commands that name what is written."""
+
+_NARROWEST = 10
+"""Columns below which nothing can be read; a terminal that does not know its width says 0."""
 
 app = typer.Typer(
     name="lvlm-probe",
@@ -74,6 +83,41 @@ class _Command(typer.core.TyperCommand):
                 kind = type(next((value for value in known if value is not None), ""))
                 one.metavar = "" if one.is_flag else {int: "N", float: "X"}.get(kind)
         return params
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = list(args)
+        rest: list[str] = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:  # completion
+            _check_paths({one: ctx.params.get(one.name) for one in self.params}, words)
+        return rest
+
+
+def _check_paths(given: dict[Any, Any], words: list[str]) -> None:
+    """Look at the paths on a command line before anything is done.
+
+    Raises:
+        ProbeError: one is an empty text, as a shell makes of a variable that is not set; or a file that is to be
+            written is one that is to be read.
+    """
+    empty = "" in words or any(word.startswith("--") and word.endswith("=") for word in words)
+    here = "." in words or any(word.startswith("--") and word.endswith("=.") for word in words)
+    files: list[tuple[Any, Path]] = []
+    for one, value in given.items():
+        for path in value if isinstance(value, list | tuple) else [value]:
+            # Before typer 0.29 paths are texts here.
+            if not isinstance(path, Path) and getattr(getattr(one, "type", None), "name", "") != "path":
+                continue
+            if path is not None and empty and not here and Path(path) == Path():
+                raise ProbeError(f"{_named(one)} is an empty text: name a path (the working directory is .)")
+            if path is not None and os.path.isfile(path):
+                files.append((one, Path(path)))
+    for one, path in files:
+        if one.name in _WRITTEN and any(path.samefile(other) for by, other in files if by.name not in _WRITTEN):
+            raise ProbeError(f"{_named(one)} {path} is a file that this command reads: name another one")
+
+
+def _named(one: Any) -> str:
+    return str(one.opts[0] if one.param_type_name == "option" else one.metavar or one.name.upper())
 
 
 def _version(wanted: bool) -> None:
@@ -123,6 +167,8 @@ def main() -> None:
     arguments, debug, level = _taken_out(sys.argv[1:])
     set_verbosity(level)
     guard_streams()
+    if (columns := os.environ.get("COLUMNS", "")).isdigit() and int(columns) < _NARROWEST:
+        del os.environ["COLUMNS"]
     try:
         code = _run(arguments)
         sys.stdout.flush()
@@ -130,16 +176,24 @@ def main() -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
-        _forget_output()
+        _forget_output(sys.stdout, sys.stderr)
         raise SystemExit(1) from None
     except ProbeError as error:
         if debug:
             raise
         _end(str(error), 2)
+    except OSError as error:
+        if debug:
+            raise
+        if error.errno in (None, errno.ENOENT, errno.ENOTDIR):  # no fault of a disk's
+            _unexpected(error)
+        _forget_output(sys.stdout)
+        named = "" if error.filename is None else f"{error.filename}: "
+        _end(named + "; ".join(causes(error)), 2)
     except Exception as error:
         if debug:
             raise
-        _end(f"something unexpected happened, {type(error).__name__}: {error}. `--debug` shows where.", 3)
+        _unexpected(error)
 
 
 def _taken_out(given: list[str]) -> tuple[list[str], bool, int]:
@@ -194,14 +248,18 @@ def _without_server(error: Any) -> str:
     return f". {context.info_name} {why}. Commands that take a server: {', '.join(sorted(taking))}"
 
 
+def _unexpected(error: Exception) -> None:
+    _end(f"something unexpected happened, {type(error).__name__}: {error}. `--debug` shows where.", 3)
+
+
 def _end(sentence: str, code: int) -> None:
     with contextlib.suppress(OSError):  # standard error is closed: there is nobody to tell
         note(sentence, kind="error")
     raise SystemExit(code) from None
 
 
-def _forget_output() -> None:
+def _forget_output(*streams: Any) -> None:
     """The reader (head, less) has gone; without this, Python complains once more when it flushes at exit."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in streams:
         with contextlib.suppress(OSError, ValueError):  # a stream of a test has no descriptor
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -31,6 +31,7 @@ from lvlm_probe.cli.shared.options import (
     MaxNewTokens,
     OptionalModel,
     Row,
+    given,
 )
 from lvlm_probe.cli.shared.servers import Served
 from lvlm_probe.cli.shared.terminal import note, open_page, print_json, quoted_path, say, stop, stored_path
@@ -128,17 +129,25 @@ def explain(
     from lvlm_probe.cli.shared.maps import Explained, explain_replay
     from lvlm_probe.heatmap_store import FOLDER, MapSettings
 
+    if len(chosen := given(context, "words", "joint", "alpha")) > 1:
+        raise ProbeError(f"{chosen[0]} and {chosen[1]} both say which words are explained: give one of them")
+    if exact and not scores:
+        raise ProbeError("--exact says how maps are scored, and --no-scores that they are not: give either")
     if selecting.against and selecting.word_maps:
         raise ProbeError("--against makes a map for each side, and --word-maps one for each word: give either")
     behind = served.open(model=model, against=selecting.against)
     recipe = making.recipe() if behind is None else _on_server(behind, making, selecting, scores=scores)
     scores = scores and (behind is None or behind.gives == "passes")
     if trace is None:
+        if row is not None:
+            raise ProbeError("--row is of a trace, and none is given")
         directory = output_directory(out or Path("runs"))
         replay = _new_replay(model, behind, loading, asked, directory, baseline=baseline, max_new_tokens=max_new_tokens)
     else:
         if any(vars(asked).values()):
             raise ProbeError("a trace has its own image and question: give either TRACE, or --image and --question")
+        if given(context, "max_new_tokens"):
+            raise ProbeError("--max-new-tokens is of a new answer, and a trace has its own: give either")
         found = find_trace(trace, row)
         directory = output_directory(out) if out is not None else found.path.parent
         own_baseline = baseline_from(baseline, video=bool(found.clips))

@@ -31,6 +31,8 @@ def inspect(
     from lvlm_probe.heatmap_store import MapFile, is_map
 
     if path.is_dir():
+        if row is not None:
+            raise ProbeError(f"--row is of one file: name it, in {path}")
         _list_directory(path, last, as_json)
         return
     if path.suffix == ".h5" and path.is_file() and is_map(path):

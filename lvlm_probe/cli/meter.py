@@ -11,7 +11,7 @@ import typer
 
 from lvlm_probe.cli.shared.inputs import baseline_from
 from lvlm_probe.cli.shared.models import load_model
-from lvlm_probe.cli.shared.options import BaselineOption, Json, Loading, OpenPage
+from lvlm_probe.cli.shared.options import BaselineOption, Json, Loading, OpenPage, given
 from lvlm_probe.cli.shared.rows import AnswerRows, failures, formats_help, tell_refused
 from lvlm_probe.cli.shared.servers import Served
 from lvlm_probe.cli.shared.terminal import bar, note, one_line, open_page, print_json, say, stop, stored_path
@@ -35,6 +35,7 @@ _LIMIT = re.compile(rf"({'|'.join(_FAIL_ON)})(?:=(\d+(?:\.\d+)?) ?%)?")
 
 
 def meter(
+    context: typer.Context,
     source: Annotated[
         Path, typer.Argument(metavar="FILE|TRACE_DIR", help="Answers in one of the formats above, or traces.")
     ],
@@ -92,6 +93,7 @@ def meter(
     """
     from lvlm_probe.importing.meter import write_csv
     from lvlm_probe.pages.prior import write_page
+    from lvlm_probe.pages.shell import refuse_existing
 
     limits = _limits(fail_on or [])
     if not (source.is_file() or source.is_dir()):  # neither a pipe nor a device
@@ -101,7 +103,12 @@ def meter(
         raise ProbeError(
             f"{source} holds answers, which have to go through a model: add --model DIR_OR_ID or --server URL"
         )
+    if not answers and (named := given(context, *vars(rows))):
+        raise ProbeError(f"{named[0]} is of a file of answers, and {source} holds traces: leave it out")
     table = out.with_suffix(".csv")
+    refuse_existing(out, overwrite=True)
+    if table.exists() and any(one is not None and table.samefile(one) for one in (source, rows.requests)):
+        raise ProbeError(f"the csv beside the page would be {table}, which is read here: name another page with --out")
     for path in (out, table):
         if path.exists() and not overwrite:
             raise ProbeError(f"{path} exists; name another page with --out, or add --overwrite")
@@ -198,6 +205,8 @@ def _limits(given: Sequence[str]) -> dict[str, float]:
             raise ProbeError(
                 f"--fail-on {text!r}: name one of {', '.join(_FAIL_ON)}, and a share if you like: habit=20%"
             )
+        if match[1] in found:
+            raise ProbeError(f"--fail-on {text!r}: {match[1]} is given twice")
         found[match[1]] = float(match[2] or 0) / 100
     return found
 

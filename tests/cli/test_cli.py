@@ -21,7 +21,7 @@ from PIL import Image
 
 import lvlm_probe as probe
 from lvlm_probe import cli, heatmap_store, planning
-from lvlm_probe.cli.shared.inputs import parameters
+from lvlm_probe.cli.shared.inputs import columns_from, parameters
 from lvlm_probe.errors import ImageError, ProbeError
 from lvlm_probe.heatmap_store import MapFile
 from lvlm_probe.models.prompts import chat_inputs
@@ -385,6 +385,15 @@ def test_explain_with_a_picture_as_baseline(picture: Path, trace: Path, tmp_path
         (("--image-number", "4"), "image=4"),
         (("--image", "x.png"), "give either TRACE, or --image"),
         (("--alpha", "99"), None),
+        (("--words", "is", "--joint"), "--words and --joint both say"),
+        (("--words", "is", "--alpha", "2"), "--words and --alpha both say"),
+        (("--joint", "--alpha", "1"), "--joint and --alpha both say"),
+        (("--exact", "--no-scores"), "give either"),
+        (("--max-new-tokens", "128"), "--max-new-tokens is of a new answer"),
+        (("--budget", "40", "--param", "budget=50"), "--budget 40 and --param budget=50"),
+        (("--param", "size=9"), "size is given twice"),
+        (("--out", ""), "--out is an empty text"),
+        (("--image=",), "--image is an empty text"),
     ],
 )
 def test_explain_says_what_is_wrong(arguments: tuple[str, ...], said: str | None, trace: Path) -> None:
@@ -399,6 +408,58 @@ def test_explain_says_what_is_wrong(arguments: tuple[str, ...], said: str | None
 
 
 @pytest.mark.quick
+@pytest.mark.quick
+def test_a_variable_of_the_shell_that_is_not_set_names_no_trace(monkeypatch: pytest.MonkeyPatch, trace: Path) -> None:
+    monkeypatch.chdir(trace.parent)
+    assert "TRACE is an empty text" in run("inspect", "").err.replace("PATH", "TRACE")
+    assert run("inspect", ".").code == 0
+    assert "--row is of one file" in run("inspect", ".", "--row", "0").err
+    new = run("explain", "--model", "demo", "--image", "x.png", "--question", "Q", "--row", "0")
+    assert new.code == 2 and "--row is of a trace" in new.err
+
+
+@pytest.mark.quick
+def test_what_a_command_reads_is_not_written_over(tmp_path: Path, picture: Path) -> None:
+    """Also where the name of what is written is made from another one, and where a link leads to it."""
+    rows, link = tmp_path / "rows.csv", tmp_path / "link.html"
+    rows.write_text(f"image,question,answer\n{picture},What color is the circle?,red\n")
+    link.symlink_to(rows)
+    before = rows.read_text()
+    for arguments, said in (
+        (("meter", rows, "--model", "demo", "--out", tmp_path / "rows.html"), "the csv beside the page would be"),
+        (("meter", rows, "--model", "demo", "--out", link), "--out .* is a file that this command reads"),
+        (("study", "init", rows, "--model", "demo", "--out", rows), "--out .* is a file that this command reads"),
+        (("meter", rows, "--model", "demo", "--out", tmp_path / "page.csv"), "call it page.html"),
+    ):
+        result = run(*arguments, "--overwrite")
+        assert result.code == 2 and re.search(said, result.err), result
+    assert rows.read_text() == before and sorted(tmp_path.iterdir()) == [link, rows]
+
+
+@pytest.mark.quick
+def test_options_of_a_file_of_answers_do_not_go_with_traces(trace: Path, tmp_path: Path) -> None:
+    result = run("meter", trace, "--out", tmp_path / "m.html", "--format", "csv")
+    assert result.code == 2 and "--format is of a file of answers" in result.err
+    twice = run("meter", trace, "--out", tmp_path / "m.html", "--fail-on", "habit", "--fail-on", "habit=20%")
+    assert twice.code == 2 and "habit is given twice" in twice.err
+    with pytest.raises(ProbeError, match="answer is given twice"):
+        columns_from(["answer=a", "answer=b"])
+
+
+@pytest.mark.quick
+def test_a_terminal_that_does_not_know_its_width_is_told_all_the_same(trace: Path) -> None:
+    assert run("inspect", trace, columns=0).out == run("inspect", trace, columns=80).out != ""
+
+
+@pytest.mark.quick
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
+def test_a_disk_that_is_full_is_told_in_a_sentence(trace: Path) -> None:
+    command = [sys.executable, "-m", "lvlm_probe", "inspect", str(trace)]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2 and ended.stderr.startswith("error: the disk is full")
+
+
 def test_explain_without_anything_to_explain(tmp_path: Path) -> None:
     assert "give a trace file, or a new run" in run("explain", "--method", "igos++").err
     (tmp_path / "empty").mkdir()

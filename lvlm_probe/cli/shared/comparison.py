@@ -274,6 +274,9 @@ class _Work:
 
 def _refuse_finished(page: Path, *, overwrite: bool) -> None:
     """Raise ``ProbeError`` where a page is in the way; one that was stopped half-way is gone on with."""
+    from lvlm_probe.pages.shell import refuse_existing
+
+    refuse_existing(page, overwrite=True)  # a folder, or a name of no page
     results = page.with_suffix(".json")
     there = [file for file in (page, results) if file.exists()]
     if overwrite or not there:

@@ -60,7 +60,9 @@ class Making:
         that cannot be read."""
         from lvlm_probe.explainers import Recipe
 
-        params = parameters(self.param or []) | ({} if self.budget is None else {"budget": self.budget})
+        params = parameters(self.param or [])
+        if self.budget is not None and params.setdefault("budget", self.budget) != self.budget:
+            raise ProbeError(f"--budget {self.budget} and --param budget={params['budget']}: give one of them")
         return Recipe(self.method or usual, params, self.seed, self.search_dtype)
 
 
@@ -225,6 +227,8 @@ def parameters(pairs: Sequence[str]) -> dict[str, Any]:
             inner = inner.setdefault(part, {})
             if not isinstance(inner, dict):
                 raise ProbeError(f"--param {pair!r}: {part} is given as a value and as a mapping; give one of them")
+        if last in inner:
+            raise ProbeError(f"--param {pair!r}: {name} is given twice")
         try:
             inner[last] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -268,5 +272,7 @@ def columns_from(pairs: list[str] | None) -> dict[str, str]:
         name, sign, value = pair.partition("=")
         if not (sign and name and value):
             raise ProbeError(f"--column {pair!r}: write it as FIELD=NAME, e.g. --column answer=pred")
+        if name in found:
+            raise ProbeError(f"--column {pair!r}: {name} is given twice")
         found[name] = value
     return found

@@ -214,6 +214,13 @@ class Comparing:
     open_it: OpenPage = False
 
 
+def given(context: typer.Context, *names: str) -> list[str]:
+    """The options of these parameters that stand on the command line, as they are written there."""
+    written = {one.name: one.opts[0] for one in context.command.params}
+    said = {name: context.get_parameter_source(name) for name in names}
+    return [written[name] for name, source in said.items() if source is not None and source.name == "COMMANDLINE"]
+
+
 def spelled_out(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command that is given the fields of its groups of options, each as a parameter of its own."""
     signature = inspect.signature(command, eval_str=True)
