@@ -98,7 +98,7 @@ class Service:
             raise ProbeError("there is no model to serve: Service({name: (model, processor)})")
         self.models, self.limits = dict(models), limits
         self._temporary = None if store is not None else tempfile.TemporaryDirectory(prefix="lvlm_probe_app_")
-        self.folder = Path(self._temporary.name if self._temporary else store or "")
+        self.folder = Path(self._temporary.name if self._temporary else store or "").absolute()
         self.turn = threading.Lock()
         self.scratch = tempfile.mkdtemp(prefix="lvlm_probe_pages_")
         self._boxes: dict[str, BoxCache] = {}  # of all answers of a model
