@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -52,7 +52,7 @@ def of_the_last(known: OrderedDict[K, V], key: K, make: Callable[[], V], *, most
     if value is None:
         value = make()
     dropped = []  # let go when others may come in: what its code waits for may wait for this
-    with _KEEPING:
+    with _KEEPING, suppress(KeyError):  # who empties it takes no turns
         value = known.setdefault(key, value)
         known.move_to_end(key)
         while len(known) > most:
