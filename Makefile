@@ -1,7 +1,7 @@
 # Two commands:  make demo   and   make test.   Both make the environment they need, in .venv.
 # For every commit: make quick.   For a release: make campaign.
 
-PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 JOBS ?= 2
 OUT ?= runs/demo

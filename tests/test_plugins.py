@@ -84,8 +84,8 @@ def test_a_broken_plugin_warns_and_the_others_load(install: Install, source: str
     install("dist-good", "good", "good_plugin:register_all", source=REGISTERS)
     with pytest.warns(ProbeWarning, match="plugin 'broken' of dist-broken 1.2 is skipped") as caught:
         loaded = plugins.load_plugins()
-    assert len(caught) == 1
-    assert said in str(caught[0].message)
+    (ours,) = (one for one in caught if one.category is ProbeWarning)  # what others left open warns when it goes
+    assert said in str(ours.message)
     assert not loaded["broken"].loaded
     assert said in str(loaded["broken"].error)
     assert loaded["good"].loaded
