@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import random
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -154,7 +155,8 @@ def left_behind(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def run(calls: int, threads: int, seed: int, *, made: list[Subject] | None = None) -> Counts:
-    """Many calls of every kind from many threads, in four phases: no probe, attached, recording, masking.
+    """Many calls of every kind from many threads, in four phases: no probe, attached, recording, masking. Threads are
+    switched a thousand times as often as usual.
 
     Args:
         calls: how many in all, at least.
@@ -163,8 +165,10 @@ def run(calls: int, threads: int, seed: int, *, made: list[Subject] | None = Non
         made: what ``subjects`` gives; by default built here.
     """
     folder = Path(tempfile.mkdtemp())
+    usual = sys.getswitchinterval()
     try:
         found = subjects(folder) if made is None else made
+        sys.setswitchinterval(usual / 1000)
         before = [left_behind(subject.model) for subject in found]
         counts = Counts()
         rounds = -(-calls // (4 * threads))
@@ -176,6 +180,7 @@ def run(calls: int, threads: int, seed: int, *, made: list[Subject] | None = Non
                 counts.words["the model is not as it was"] += 1
         return counts
     finally:
+        sys.setswitchinterval(usual)
         shutil.rmtree(folder)
 
 
