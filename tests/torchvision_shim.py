@@ -2,12 +2,15 @@
 
 ``import torchvision`` registers shape functions for ``torchvision::nms`` and its kin and fails where the compiled
 library that declares them cannot be loaded. Image processors need none of these operators (resizing is torch's own), so
-declaring them is enough. Import this module before torchvision; operators that exist already are left alone.
+declaring them is enough. Import this module before torchvision. Where the library loads, as beside torch for CUDA, it
+declares them, and a second declaration would end the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from pathlib import Path
 
 import torch
 
@@ -19,7 +22,12 @@ _SCHEMAS = (
 
 def declare() -> torch.library.Library | None:
     """Declare the missing operators. The caller keeps the result alive: dropping it takes them away again."""
-    if importlib.util.find_spec("torchvision") is None:
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None:
+        return None
+    compiled = (file for file in Path(found.origin).parent.glob("_C.*") if file.suffix in (".so", ".pyd", ".dylib"))
+    with contextlib.suppress(OSError, StopIteration):  # it is for another build of torch
+        torch.ops.load_library(next(compiled))
         return None
     library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:
