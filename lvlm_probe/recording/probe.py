@@ -111,6 +111,7 @@ class Recording:
     @contextmanager
     def alone(self, feed: Feed | None = None) -> Iterator[Recording]:
         """Record what this thread generates in the block, in its context, and nothing of others."""
+        self._attachment.not_entered = None
         before = _OWN.set((self, feed))
         try:
             yield self
@@ -138,7 +139,7 @@ class Recording:
                 raise AttachError("a recording is running on this probe already; leave its `with` block first")
             if self._attachment.closed:
                 raise AttachError("the probe was detached; attach again to record")
-            self._attachment.recording = self
+            self._attachment.recording, self._attachment.not_entered = self, None
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -318,6 +319,7 @@ class Attachment(Target):
         self.hooks = HookSet()
         self.recording: Recording | None = None
         self._maskings: tuple[Masking, ...] = ()
+        self.not_entered: str | None = None  # a block that was made, and waits for its `with`
         self.closed = False
         self.lock = lock()
 
@@ -347,7 +349,7 @@ class Attachment(Target):
     def mask(self, masking: Masking) -> None:
         """Enter a ``masked`` block."""
         with self.lock:
-            self._maskings = (*self._maskings, masking)
+            self._maskings, self.not_entered = (*self._maskings, masking), None
 
     def unmask(self, masking: Masking) -> None:
         """Leave a block, which need not be the one entered last: threads leave theirs in any order."""
@@ -373,6 +375,13 @@ class Attachment(Target):
         try:
             if within(self):
                 return once(*args, **kwargs)
+            if recording is None and (made := self.not_entered) is not None:
+                self.not_entered = None
+                caution(
+                    f"{made} was called and does nothing yet: it is a block, so write `with probe.{made}:` and call "
+                    "generate() inside it",
+                    stacklevel=4,
+                )
             with Call(self):
                 return once(*args, **kwargs) if recording is None else recording.run(once, args, kwargs, feed)
         except Exception as error:
@@ -509,6 +518,7 @@ class Probe:
             question,
             dict(meta) if isinstance(meta, Mapping) else meta or {},
         )
+        self.attachment.not_entered = "record(…)"
         return Recording(self.attachment, directory, options, self)
 
     def stream(
@@ -548,6 +558,7 @@ class Probe:
             if path is None:
                 folder = tempfile.TemporaryDirectory(prefix="lvlm_probe_stream_")
             recording = self.record(folder.name if folder is not None else path or "", **(record or {}))
+            attachment.not_entered = None  # it is entered by the thread that generates
         elif record:
             raise ProbeError(f"record={dict(record)}: the recording that is running has its options; give a path too")
         settings, model = settings_here(input_device(attachment.model)), self.model
@@ -577,7 +588,6 @@ class Probe:
                 f"beam search ({beams} beams) goes back on words that it has said: num_beams=1, or record()"
             )
 
-    @contextmanager
     def masked(
         self,
         mask: torch.Tensor,
@@ -588,7 +598,7 @@ class Probe:
         baseline: str | Image.Image = "blur",
         mode: Literal["fast", "exact"] = "fast",
         space: Literal["image", "pixels"] = "image",
-    ) -> Iterator[None]:
+    ) -> contextlib.AbstractContextManager[None]:
         """Inside the block, ``model(**inputs)`` and ``model.generate(**inputs)`` see the masked image or video.
 
         Args:
@@ -609,7 +619,7 @@ class Probe:
         if not isinstance(mask, torch.Tensor) or not mask.is_floating_point():
             raise MaskError("a mask is a floating-point tensor with values in [0, 1]")
         if space == "picture":
-            warnings.warn("space='picture' is called 'image' now", DeprecationWarning, stacklevel=3)
+            warnings.warn("space='picture' is called 'image' now", DeprecationWarning, stacklevel=2)
             space = "image"
         if space not in ("image", "pixels"):
             raise MaskError(f"space is 'image' or 'pixels'; got {space!r}")
@@ -628,6 +638,13 @@ class Probe:
             mode=mode,
             space=space,
         )
+        self.attachment.not_entered = "masked(…)"
+        return self._masked(masking)
+
+    @contextmanager
+    def _masked(self, masking: Masking) -> Iterator[None]:
+        if self.attachment.closed:
+            raise AttachError("the probe was detached; attach again")
         self.attachment.mask(masking)
         try:
             yield

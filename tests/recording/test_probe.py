@@ -255,6 +255,25 @@ def test_a_change_of_the_working_directory_moves_no_trace(llava, tmp_path, monke
         probe.attach(model, processor).record("")
 
 
+@pytest.mark.parametrize("name", ["record", "masked"])
+def test_a_block_that_is_not_entered_is_told_once(llava, tmp_path, name):
+    model, processor = llava
+    with probe.attach(model, processor) as p:
+        inputs, given = ask(model, processor), {"record": tmp_path / "run", "masked": torch.zeros(4, 4)}[name]
+        plain = generate(model, inputs)
+        block = getattr(p, name)(given)
+        with pytest.warns(probe.ProbeWarning, match=rf"{name}\(…\) was called and does nothing yet") as said:
+            assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), plain)
+        assert [warning.filename for warning in said] == [__file__]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.generate(**inputs, max_new_tokens=6, do_sample=False)
+            with block:
+                model.generate(**inputs, max_new_tokens=6, do_sample=False)
+            model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert len(list(tmp_path.rglob("*.h5"))) == (name == "record")
+
+
 def test_several_calls_make_several_traces(llava, tmp_path):
     model, processor = llava
     with probe.attach(model, processor) as p:
