@@ -146,6 +146,8 @@ def _reading(what: str, source: Path | io.BytesIO | None = None) -> Iterator[Non
         raise
     except Exception as error:
         cure = "give a PNG, JPEG or WebP file"
+        if isinstance(error, Image.DecompressionBombError):
+            cure = "make it smaller"
         if source is not None and _is_heic(source):
             cure = "it is HEIC, as phones write it: pip install 'lvlm-probe[heic]', or save it as JPEG"
         raise ImageError(f"{what} is not an image that can be read ({error}); {cure}") from error
@@ -205,7 +207,10 @@ def _of_array(values: np.ndarray) -> Image.Image:
     if values.dtype == np.uint16:
         values = _eight_bit(values, "the array")
     if values.dtype != np.uint8 or values.ndim not in (2, 3) or values.size == 0:
-        raise ImageError("it is neither uint8 nor uint16, or neither (row, col) nor (row, col, channel)")
+        raise ImageError(
+            f"an array of {values.dtype} and shape {values.shape} is no image: give uint8 or uint16, (row, col) or "
+            "(row, col, channel); shares of 1 are levels as (array * 255).astype('uint8')"
+        )
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim == 3 and values.shape[2] not in (2, 3, 4):
@@ -246,7 +251,8 @@ def _fetched(url: str, allowed: bool) -> bytes:
 
 def _is_heic(source: Path | io.BytesIO) -> bool:
     try:
-        head = source.getvalue()[:12] if isinstance(source, io.BytesIO) else source.open("rb").read(12)
+        with io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else source.open("rb") as file:
+            head = file.read(12)
     except OSError:
         return False
     return head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import gc
 import importlib.util
 import io
+import struct
 import threading
 import warnings
+import zlib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -25,6 +28,13 @@ def file_of(image: Image.Image, kind: str, **options) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def enormous() -> bytes:
+    """A PNG of a few bytes that says it has 20,000 × 20,000 pixels."""
+    data = file_of(Image.new("L", (1, 1)), "PNG")
+    header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
 
 
 def oriented(number: int) -> bytes:
@@ -193,15 +203,27 @@ def test_the_source_is_left_alone_and_a_file_of_the_users_is_kept_as_it_is(tmp_p
         ("data:image/png,abc", "not base64"),
         ("data:image/png;base64,////", "is not an image"),
         (3, "got a int"),
-        (np.zeros((2, 2), np.float64), "uint8 nor uint16"),
+        (np.zeros((2, 2), np.float64), r"float64 and shape \(2, 2\) is no image: give uint8 .* \(array \* 255\)"),
         (np.zeros((3, 8, 8), np.uint8), "8 channels; the channel comes last"),
         (np.zeros((0, 8), np.uint8), "uint8"),
+        pytest.param(enormous(), r"exceeds limit.*; make it smaller", id="enormous"),
     ],
 )
 def test_what_is_no_image(source, said):
     with pytest.raises(probe.errors.ImageError, match=said) as error:
         open_image(source)
     assert len(str(error.value)) < 500
+
+
+def test_a_file_that_is_no_image_is_closed(tmp_path):
+    path = tmp_path / "photo.png"
+    path.write_text("none")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(probe.errors.ImageError, match="give a PNG"):
+            open_image(path)
+        gc.collect()
+    assert not [one for one in said if one.category is ResourceWarning]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pillow_heif") is not None, reason="pillow-heif is installed")
