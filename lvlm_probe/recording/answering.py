@@ -98,7 +98,7 @@ def record_answer(
             model.generate(**inputs, **{"do_sample": False, **generate})  # type: ignore[operator]
         if not recording.paths:
             why = recording.faults or recording.passed_over or ["the model saw no image"]
-            raise ProbeError("nothing was recorded: " + "; ".join(why))
+            raise ProbeError("nothing was recorded: " + "; ".join(why)) from recording.lost_by
         trace = recording.traces[-1]
         if trace.status == "error":
             raise ProbeError(f"the recording of {trace.path.name} is faulty: {trace.error}")

@@ -90,6 +90,7 @@ class Recording:
         paths: the files written so far, oldest first.
         faults: what went wrong inside hooks, as sentences; the user's generation was not affected.
         passed_over: why calls are not recorded that there is nothing to record of, as sentences, each once.
+        lost_by: the error that cost the last trace that could not be written.
     """
 
     def __init__(self, attachment: Attachment, directory: Path, options: RecordOptions, probe: Probe) -> None:
@@ -97,6 +98,7 @@ class Recording:
         self.paths: list[Path] = []
         self.faults: list[str] = []
         self.passed_over: list[str] = []
+        self.lost_by: Exception | None = None
         self._attachment = attachment
         self._probe: Probe | None = probe  # dropping the last reference to it detaches, which is not yet
         self._options = options
@@ -208,6 +210,7 @@ class Recording:
         except Exception as error:
             _log.debug("recording failed", exc_info=True)
             fault("finish", error, "but there is no trace of it")
+            self.lost_by = _without_frames(error)
         finally:
             recorder.abort()
             self.faults += faults
@@ -287,6 +290,15 @@ class Recording:
             self._warned.add(kind)
         if new:
             caution(sentence, stacklevel=stacklevel)
+
+
+def _without_frames(error: Exception) -> Exception:
+    """An error, and those behind it, without the frames and the tensors in them."""
+    one: BaseException | None = error
+    while one is not None:
+        one.__traceback__ = None
+        one = one.__cause__ or one.__context__
+    return error
 
 
 class _Once:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -201,7 +202,8 @@ def test_a_unit_that_fails_is_kept_with_its_reason(tmp_path: Path) -> None:
         "settings: {grid: 8, steps: 4}\n"
         "filter: {minimum_drop: 0}\n",
     )
-    run_study(study)
+    told: list[int] = []
+    assert run_study(study, tell=lambda now: told.append(now.failed))["failed"] == told[-1] == 1
     results = collect(study)
     failed = {record["sample"]: record["reason"] for record in results.answers if record["status"] == "failed"}
     assert set(failed) == {"c"}
@@ -217,6 +219,27 @@ def test_a_unit_that_fails_is_kept_with_its_reason(tmp_path: Path) -> None:
     Image.new("RGB", (112, 112)).save(tmp_path / "c.png")
     run_study(study, retry_failed=True)
     assert {record["status"] for record in collect(study).answers if record["picture"] != "unreadable"} == {"done"}
+
+
+@pytest.mark.parametrize("kind", ["answers", "maps"])
+def test_a_disk_that_is_full_ends_the_study_and_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The record of a failure is small, and often finds room where the trace or the map did not."""
+    study = study_in(tmp_path, TWO)
+    rename = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target).suffix == ".h5" and kind in Path(target).parts[-3:]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(StudyError, match=r"the disk is full .* the same command goes on"):
+            run_study(study)
+    assert not [one for one in study.out.rglob("*.json") if '"failed"' in one.read_text()]
+    assert "failed" not in run_study(study)
 
 
 def test_export_and_state(finished: Study, tmp_path: Path) -> None:

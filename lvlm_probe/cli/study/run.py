@@ -111,7 +111,7 @@ class _Lines:
             self._advance = None
             self._kind = kind
             if kind == "maps":
-                self._write(f"all {half} answers are there; maps are made of those that the filter keeps")
+                self._write(f"all {half} samples were asked; maps are made of those that the filter keeps")
         if self._advance is None and told.made and done < half:
             self._first(told, half - done, half)
         if self._advance is None and done < half and (told.made or not told.kind):

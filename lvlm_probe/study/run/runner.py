@@ -6,6 +6,7 @@ is kept at once: a study may be killed at any time and goes on where it was.
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 from collections import Counter
@@ -17,6 +18,7 @@ import torch
 
 from lvlm_probe import demo
 from lvlm_probe.errors import ReplayError, StudyError
+from lvlm_probe.files import causes
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.models.fingerprint import fingerprint
 from lvlm_probe.models.loading import load
@@ -30,6 +32,8 @@ from lvlm_probe.study.run.word_maps import add_words
 from lvlm_probe.study.spec import ModelSpec, Study
 
 _log = logging.getLogger("lvlm_probe")
+
+_NOT_THE_UNITS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 
 class _NoModel(StudyError):
@@ -66,12 +70,13 @@ class Worker:
 
     Attributes:
         seconds: What all units took that were made so far, models not loaded.
+        failed: Of those that were made so far, how many failed.
     """
 
     def __init__(self, study: Study, *, retry_failed: bool = False) -> None:
         self.study = study
         self.retry_failed = retry_failed
-        self.seconds = 0.0
+        self.seconds, self.failed = 0.0, 0
         self.answers = Records(study.out / "answers")
         self.maps = Records(study.out / "maps")
         self._models = Records(study.out / "models")
@@ -251,14 +256,18 @@ class Worker:
         work: Callable[[], dict[str, Any]],
         finished: dict[str, Any] | None = None,
     ) -> None:
-        """Do a unit and keep what came of it. A failure is a result; only the user's own stop is not. Where word maps
-        were to be added to a ``finished`` record, what it says stays."""
+        """Do a unit and keep what came of it. A failure is a result; the user's own stop is not, nor is a disk that is
+        full, which ends the study. Where word maps were to be added to a ``finished`` record, what it says stays."""
         try:
             made = {"status": "done", **work()}
         except _NoModel:
             raise
         except Exception as error:
+            if (disk := _disk_of(error)) is not None:
+                told = "; ".join(causes(disk))
+                raise StudyError(f"{self.study.out}: {told}; the same command goes on then") from error
             _log.debug("unit %s failed", key, exc_info=True)
+            self.failed += 1
             made = {"status": "failed", "error": type(error).__name__, "reason": _first_line(error)}
             if finished is not None:
                 made = {**finished, "words": [], "words_failed": f"{made['error']}: {made['reason']}"}
@@ -312,10 +321,10 @@ def run_study(
         tell: Called after every sample.
 
     Returns:
-        counts: ``answers`` and ``maps`` made in this run, and ``finished`` answers found.
+        counts: ``answers`` and ``maps`` made in this run, ``finished`` answers found, and ``failed`` units, if any.
 
     Raises:
-        StudyError: a model or a data set cannot be opened. Units that are finished stay.
+        StudyError: a model or a data set cannot be opened, or the disk is full. Units that are finished stay.
     """
     if not (0 <= shard[0] < shard[1]):
         raise StudyError(f"shard i/n is 0/n to {shard[1] - 1}/n; got {shard[0]}/{shard[1]}")
@@ -329,7 +338,7 @@ def run_study(
         nonlocal done
         done += 1
         if tell is not None:
-            tell(Told(done, steps, counts["failed"], what, kind, made, worker.seconds - before))
+            tell(Told(done, steps, worker.failed, what, kind, made, worker.seconds - before))
 
     for name in study.models:
         for dataset, found in samples.items():
@@ -347,6 +356,8 @@ def run_study(
                 counts["maps"] += maps
                 advance("maps", f"maps for {name}, {dataset} {sample.id}", maps, before)
     worker.release()
+    if worker.failed:
+        counts["failed"] = worker.failed
     return counts
 
 
@@ -363,6 +374,15 @@ def _load(study: Study, spec: ModelSpec) -> tuple[Any, Any]:
     else:
         options["device"] = spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return load(demo.path() if spec.source == "demo" else study.located(spec.source), **options)
+
+
+def _disk_of(error: BaseException | None) -> OSError | None:
+    """The error of a disk, or of this process's open files, that stands behind one; no unit can help it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NOT_THE_UNITS:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _first_line(error: BaseException) -> str:
