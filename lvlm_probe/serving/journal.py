@@ -120,9 +120,14 @@ class Journal:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
                 self._file = os.open(self.path, flags, 0o666)
                 if os.fstat(self._file).st_size:
-                    os.write(self._file, b"\n")  # ends a line that a kill cut in two
-            os.write(self._file, json.dumps(record).encode() + b"\n")
+                    os.write(self._file, b"\n")  # ends a line that a kill or a full disk cut in two
+            line = memoryview(json.dumps(record).encode() + b"\n")
+            while line:  # a disk that fills up takes a part first, and refuses the rest
+                line = line[os.write(self._file, line) :]
         except OSError as error:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
             raise ReplayError(
                 f"{self.path} cannot be written: {'; '.join(causes(error))}; name another file, connect(…, journal=…)"
             ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import email.utils
+import errno
 import json
 import os
 import signal
@@ -427,6 +428,25 @@ def test_a_journal_of_a_stranger_is_read_as_such(tmp_path: Path) -> None:
     planted.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(probe.errors.ReplayError, match="cannot be written"):
         Journal(planted).put("g", {0: -1.0})
+
+
+def test_what_follows_a_full_disk_is_on_a_line_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up takes the beginning of a line."""
+    journal, written = Journal(tmp_path / FILE), os.write
+    journal.put("a", {0: -1.0})
+
+    def full(descriptor: int, data: Any) -> int:
+        if len(data) < 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(descriptor, bytes(data)[: len(data) // 2])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(probe.errors.ReplayError, match="the disk is full"):
+            journal.put("b", {0: -2.0})
+    journal.put("c", {0: -3.0})
+    again = Journal(tmp_path / FILE)
+    assert [again.get(key) for key in "abc"] == [{0: -1.0}, None, {0: -3.0}]
 
 
 def test_what_a_journal_gave_stays_as_it_is_when_another_thread_adds_to_it() -> None:
