@@ -891,7 +891,7 @@ def test_options_that_are_none_are_said_before_there_is_an_answer(llava, tmp_pat
         with pytest.raises(probe.ProbeError, match=said):
             p.stream(tmp_path, record=options, **ask(model, processor))
         for verb in (p.record, p.stream):
-            with pytest.raises(probe.ProbeError, match=r"a path; got a BatchFeature \(inputs of the model go by name"):
+            with pytest.raises(probe.ProbeError, match=r"path; got a BatchFeature \(inputs of the model go by name"):
                 verb(ask(model, processor))
 
 
