@@ -36,7 +36,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
@@ -444,7 +443,7 @@ def cost_of(method: str, problem: Problem, params: Mapping[str, Any]) -> Cost:
                 _check_numbers(cost)
                 return cost
         except (ZeroDivisionError, ValueError) as error:
-            numbers = {name: value for name, value in params.items() if isinstance(value, Real)}
+            numbers = {name: value for name, value in params.items() if isinstance(value, int | float)}
             low = " and ".join(f"{name}={value}" for name, value in numbers.items() if not value >= 1)
             if isinstance(error, ProbeError) or not low:
                 raise
