@@ -78,7 +78,7 @@ def ask(
             array ``(frame, row, col, channel)`` of uint8; one may also be a list of images.
         num_frames, fps: how many frames of a video the processor samples, in all or in a second; by default as it does
             by itself, or of a file 16, where it would take all.
-        out: folder to keep the trace in; by default one that goes with the answer.
+        out: folder to keep the trace in; by default one that goes when nothing that was made of the answer is left.
         fetch: ask the network for images given as URLs.
         prompt: how the question is put, instead: a text with ``{question}`` and, where the processor wants image tokens
             written out, ``{images}``, as in ``"Question: {question} Answer:"``.
@@ -128,7 +128,7 @@ class Answer(OnItsModel):
 
     def __init__(self, trace: Trace, replay: Replay, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
         self.trace, self.replay = trace, replay
-        self._folder = folder  # the trace goes with the answer
+        trace.holds = folder
         self._explained: list[tuple[Heatmap | ClipHeatmap, Score | None]] = []
 
     def __copy__(self) -> Answer:

@@ -64,13 +64,24 @@ def test_a_figure_alone_explains_the_answer(demo, scene, tmp_path):
     assert len(answer.explained) == 1
 
 
-def test_the_trace_goes_with_the_answer(demo, scene):
+def test_the_trace_goes_with_the_last_of_what_was_made_of_the_answer(demo, scene, tmp_path):
+    """Nobody keeps the answer of which a line wants the map, the trace or the replay alone."""
     answer = ask(*demo, scene.image, scene.question, max_new_tokens=4)
     path = Path(answer.trace.path)
-    assert path.is_file()
-    del answer
-    gc.collect()
-    assert not path.exists()
+    for name, used in (
+        ("replay", lambda replay: probe.explain(replay, method="center")),
+        ("trace", lambda trace: trace.attention),
+        ("heat", lambda heat: heat.figure(tmp_path / "f.png", dpi=40)),
+    ):
+        left = answer.explain(method="center", check=False) if name == "heat" else getattr(answer, name)
+        del answer
+        gc.collect()
+        assert used(left) is not None
+        del left
+        gc.collect()
+        assert not path.exists(), name
+        answer = ask(*demo, scene.image, scene.question, max_new_tokens=4)
+        path = Path(answer.trace.path)
 
 
 def test_another_template_several_images_and_paths(tmp_path):

@@ -552,7 +552,7 @@ class Probe:
 
         Args:
             path: directory for the trace; by default that of the recording that is running, or else a temporary one
-                that goes with the stream.
+                that goes with the stream and its trace.
             by: ``"word"``, or ``"token"`` for every token, special ones included.
             record: options of ``record``, where ``path`` is not that of a running recording.
             **generate: arguments of ``model.generate``, for one prompt.

@@ -145,6 +145,7 @@ class Feed:
     def kept(self, path: Path) -> None:
         """Say where the trace is."""
         self.trace = open_trace(path)
+        self.trace.holds = self._folder
 
     def attention(self, start: int, stop: int) -> np.ndarray | None:
         """``StreamedWord.attention`` of these tokens."""

@@ -75,6 +75,7 @@ class StoredAnswer(TraceFields):
         self._known: tuple[Seal, State] | None = None
         self._closed = False
         self.kept: dict[str, Any] = {}
+        self.holds: object = None  # a temporary folder that the file lies in, which goes when nobody holds it any more
 
     def __enter__(self) -> Self:
         return self
