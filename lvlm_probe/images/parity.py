@@ -16,7 +16,9 @@ from lvlm_probe.images.positions import Geometry
 WARN_LEVELS = 2.0
 """Mean error in 1/255 levels above which the fast path is warned about."""
 REFUSE_LEVELS = 8.0
-"""... and above which it is not the processor's function any more."""
+"""... and above which it is not the processor's function any more, unless it is on images without edges."""
+SHARP_LEVELS = 24.0
+"""... up to which sharp images of few pixels differ then: black and white noise of 8 x 8, enlarged, by some 14."""
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,40 @@ def test_processors_that_masks_cannot_go_through_are_refused(processor, reason) 
     assert "ttach" in str(refused.value)
 
 
+def noise(width: int, height: int) -> Image.Image:
+    """Black and white noise: nothing is sharper."""
+    drawn = np.random.default_rng(0).random((height, width)) > 0.5
+    return Image.fromarray((drawn * 255).astype(np.uint8)).convert("RGB")
+
+
+@pytest.mark.parametrize("size", [(8, 8), (60, 3)], ids=str)
+def test_sharp_images_of_few_pixels_are_no_other_processor(size) -> None:
+    """Enlarging them overshoots, which is clipped: the fast path is further off than where a processor is refused."""
+    processor, _ = build("clip", size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96})
+    path = ImagePath.from_processor(processor, [noise(*size)])
+    with pytest.warns(ProbeWarning, match="levels off in the mean; use mode='exact'"):
+        assert path.report.mean_error > 8
+    mask = torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(0))
+    composite = composite_by_hand(path.images[0], path.baseline_images[0], mask[0])
+    real = processor(images=[composite], return_tensors="pt")["pixel_values"]
+    assert float((path.apply(mask, mode="exact")["pixel_values"] - real).abs().max()) < 0.02
+
+
+class Thresholded(Untouched):
+    def __call__(self, *, images: list[Image.Image], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
+        out = super().__call__(images=images)
+        values = out["pixel_values"]
+        near = (values - values.mean()).abs() < 0.2
+        out["pixel_values"] = torch.where(near, values, (values > 0.5).float())
+        return out
+
+
+@pytest.mark.parametrize("processor", [Stretched(), Thresholded()], ids=lambda one: type(one).__name__)
+def test_a_sharp_image_excuses_no_processor_that_masks_cannot_go_through(processor) -> None:
+    with pytest.raises(ProcessorRefused, match=r"off in the mean|could not be located|own statistics"):
+        ImagePath.from_processor(processor, [noise(16, 16)]).apply(torch.rand(1, 4, 4))
+
+
 def test_geometry_that_depends_on_the_picture_is_refused() -> None:
     image = photograph(96, 64)
     image.paste((0, 0, 0), (0, 0, 24, 64))
