@@ -19,14 +19,15 @@ encoder."""
 
 
 def in_order(images: np.ndarray, fallback: np.ndarray) -> np.ndarray:
-    """The image of every token, ``(token,)``: one without pixels goes with the token in front of it.
+    """The image of every token, ``(token,)``: one without pixels (a newline, a mark where an image begins) belongs to
+    the image that the prompt says, or goes with the token in front of it.
 
     Args:
         images: as in ``Places``.
-        fallback: what to keep where no token has pixels.
+        fallback: by the prompt; it counts where it says of each token with pixels what these do, or none has some.
     """
     placed = np.flatnonzero(images >= 0)
-    if len(placed) == 0:
+    if np.array_equal(fallback[placed], images[placed]):
         return fallback
     before = np.searchsorted(placed, np.arange(len(images)), side="right") - 1
     result: np.ndarray = images[placed[before.clip(min=0)]].astype(np.int64)

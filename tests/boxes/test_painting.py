@@ -61,6 +61,14 @@ def test_grid_boxes_by_hand():
     assert in_order(found.images, np.zeros(19, int)).tolist() == [0] * 10 + [1] * 9
 
 
+def test_a_mark_where_an_image_begins_belongs_to_that_image():
+    """HunYuanVL: each image's tokens begin and end with one that has no pixels."""
+    found = np.array([-1, 0, 0, -1, -1, 1, 1, -1])
+    assert in_order(found, np.array([0, 0, 0, 0, 1, 1, 1, 1])).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    # Where the prompt is read otherwise than the pixels are, these are right.
+    assert in_order(found, np.array([0, 0, 1, 1, 1, 1, 1, 1])).tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+
+
 def test_boxes_of_tokens_that_share_pixels():
     """Every token the mean of 2 × 2 of 3 × 3 elements: those in the middle belong to all four."""
     found = places(torch.nn.Sequential(torch.nn.AvgPool2d(2, 1), torch.nn.Conv2d(1, 5, 1)))
