@@ -190,7 +190,9 @@ def _only_cached(held: int, tokens: int) -> str:
     )
 
 
-def without_image(ids: torch.Tensor, image_token: int | None, kwargs: Mapping[str, Any], whole: str | None) -> str:
+def without_image(
+    ids: torch.Tensor, image_token: int | None, kwargs: Mapping[str, Any], whole: str | None = None
+) -> str:
     """The reason why a call without pixel inputs in floating point is not recorded; ``whole`` is one of grey levels."""
     if whole is not None:
         return (
