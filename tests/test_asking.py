@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import re
 from pathlib import Path
@@ -72,8 +73,10 @@ def test_the_trace_goes_with_the_last_of_what_was_made_of_the_answer(demo, scene
         ("replay", lambda replay: probe.explain(replay, method="center")),
         ("trace", lambda trace: trace.attention),
         ("heat", lambda heat: heat.figure(tmp_path / "f.png", dpi=40)),
+        ("copy", lambda heat: heat.figure(tmp_path / "g.png", dpi=40)),
     ):
-        left = answer.explain(method="center", check=False) if name == "heat" else getattr(answer, name)
+        left = answer.explain(method="center", check=False) if name in ("heat", "copy") else getattr(answer, name)
+        left = copy.deepcopy(left) if name == "copy" else left
         del answer
         gc.collect()
         assert used(left) is not None

@@ -458,9 +458,10 @@ def cost_of(method: str, problem: Problem, params: Mapping[str, Any]) -> Cost:
 
 def _check_numbers(cost: Cost) -> None:
     """Raises ``ValueError`` or ``TypeError`` where a rule counted no number of masks, or names no question."""
-    for number, least in [*((group, 1) for group in cost.groups), (cost.forward, 0), (cost.backward, 0)]:
-        if number is not None and operator.index(number) < least:
-            raise ValueError(f"{number} masks")
+    if any(operator.index(group) < 1 for group in cost.groups):
+        raise ValueError(f"masks at once: {cost.groups}")
+    if not all(number is None or number >= 0 for number in (cost.forward, cost.backward)):
+        raise ValueError(f"images: {cost.forward} forward, {cost.backward} backward")
     for text in cost.general or ():
         if not isinstance(text, str | None):
             raise TypeError(f"{text!r} is no question")

@@ -91,6 +91,14 @@ class StoredAnswer(TraceFields):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self._asked_row)
 
+    def __copy__(self) -> Self:
+        made = type(self)(self.path, self._asked_row)
+        made.holds = self.holds
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self.__copy__()
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, StoredAnswer):
             return NotImplemented
