@@ -321,7 +321,7 @@ def run_study(
         tell: Called after every sample.
 
     Returns:
-        counts: ``answers`` and ``maps`` made in this run, ``finished`` answers found, and ``failed`` units, if any.
+        counts: ``answers`` and ``maps`` made in this run, and ``finished`` answers found.
 
     Raises:
         StudyError: a model or a data set cannot be opened, or the disk is full. Units that are finished stay.
@@ -356,8 +356,6 @@ def run_study(
                 counts["maps"] += maps
                 advance("maps", f"maps for {name}, {dataset} {sample.id}", maps, before)
     worker.release()
-    if worker.failed:
-        counts["failed"] = worker.failed
     return counts
 
 
