@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import tempfile
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -113,7 +114,7 @@ class Recording:
     @contextmanager
     def alone(self, feed: Feed | None = None) -> Iterator[Recording]:
         """Record what this thread generates in the block, in its context, and nothing of others."""
-        self._attachment.not_entered = None
+        self._attachment.made.block = None
         before = _OWN.set((self, feed))
         try:
             yield self
@@ -141,7 +142,7 @@ class Recording:
                 raise AttachError("a recording is running on this probe already; leave its `with` block first")
             if self._attachment.closed:
                 raise AttachError("the probe was detached; attach again to record")
-            self._attachment.recording, self._attachment.not_entered = self, None
+            self._attachment.recording, self._attachment.made.block = self, None
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -301,6 +302,12 @@ def _without_frames(error: Exception) -> Exception:
     return error
 
 
+class _Made(threading.local):
+    """A block that this thread has made, and that waits for its `with`."""
+
+    block: str | None = None
+
+
 class _Once:
     """The user's ``generate``, and what came of it: of all that happens around it, only that is the user's."""
 
@@ -331,7 +338,7 @@ class Attachment(Target):
         self.hooks = HookSet()
         self.recording: Recording | None = None
         self._maskings: tuple[Masking, ...] = ()
-        self.not_entered: str | None = None  # a block that was made, and waits for its `with`
+        self.made = _Made()
         self.closed = False
         self.lock = lock()
 
@@ -361,7 +368,7 @@ class Attachment(Target):
     def mask(self, masking: Masking) -> None:
         """Enter a ``masked`` block."""
         with self.lock:
-            self._maskings, self.not_entered = (*self._maskings, masking), None
+            self._maskings, self.made.block = (*self._maskings, masking), None
 
     def unmask(self, masking: Masking) -> None:
         """Leave a block, which need not be the one entered last: threads leave theirs in any order."""
@@ -387,8 +394,8 @@ class Attachment(Target):
         try:
             if within(self):
                 return once(*args, **kwargs)
-            if recording is None and (made := self.not_entered) is not None:
-                self.not_entered = None
+            if recording is None and (made := self.made.block) is not None:
+                self.made.block = None
                 caution(
                     f"{made} was called and does nothing yet: it is a block, so write `with probe.{made}:` and call "
                     "generate() inside it",
@@ -530,7 +537,7 @@ class Probe:
             question,
             dict(meta) if isinstance(meta, Mapping) else meta or {},
         )
-        self.attachment.not_entered = "record(…)"
+        self.attachment.made.block = "record(…)"
         return Recording(self.attachment, directory, options, self)
 
     def stream(
@@ -570,7 +577,7 @@ class Probe:
             if path is None:
                 folder = tempfile.TemporaryDirectory(prefix="lvlm_probe_stream_")
             recording = self.record(folder.name if folder is not None else path or "", **(record or {}))
-            attachment.not_entered = None  # it is entered by the thread that generates
+            attachment.made.block = None  # it is entered by the thread that generates
         elif record:
             raise ProbeError(f"record={dict(record)}: the recording that is running has its options; give a path too")
         settings, model = settings_here(input_device(attachment.model)), self.model
@@ -650,7 +657,7 @@ class Probe:
             mode=mode,
             space=space,
         )
-        self.attachment.not_entered = "masked(…)"
+        self.attachment.made.block = "masked(…)"
         return self._masked(masking)
 
     @contextmanager

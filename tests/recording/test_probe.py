@@ -6,6 +6,7 @@ import gc
 import pickle
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,10 @@ def test_a_block_that_is_not_entered_is_told_once(llava, tmp_path, name):
         inputs, given = ask(model, processor), {"record": tmp_path / "run", "masked": torch.zeros(4, 4)}[name]
         plain = generate(model, inputs)
         block = getattr(p, name)(given)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with ThreadPoolExecutor(1) as other:  # which has made none
+                assert torch.equal(other.submit(generate, model, inputs).result(), plain)
         with pytest.warns(probe.ProbeWarning, match=rf"{name}\(…\) was called and does nothing yet") as said:
             assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), plain)
         assert [warning.filename for warning in said] == [__file__]
