@@ -158,6 +158,7 @@ class GenerationRecorder:
         self._inputs: dict[str, Any] = {}
         self._images: dict[str, list[Image.Image]] = {}
         self._cache = ""  # which, as a part of a sentence, where it is not the usual one
+        self._repeated = ""  # what generate() repeated, as a part of a sentence, where a model may do so wrongly
         self._unlike: dict[str, str] = {}  # traces of a call that may have computed otherwise than a replay, and why
         self._other_conditions: list[str] = []
         self._compiling = self._offloading = False
@@ -435,6 +436,9 @@ class GenerationRecorder:
         """
         prompts = len(self._inputs["input_ids"])
         copies = len(generated) // prompts
+        pixels = [value for name, value in self._inputs.items() if self.anatomy.is_pixel_name(name)]
+        if copies > 1 and any(len(value) != prompts for value in pixels):  # Fuyu's patches get into another order
+            self._repeated = "pixel inputs of all prompts in a row were repeated for several answers to each"
         finder = ImageFinder(
             self.processor,
             self._watch,
@@ -505,7 +509,8 @@ class GenerationRecorder:
         images = mine.images or []
         trace_id = uuid.uuid4().hex[:16]
         self._images[trace_id] = images
-        if doubt := self._cache if real is None or bool(real.all()) else "the prompt was padded":
+        doubt = self._cache if real is None or bool(real.all()) else "the prompt was padded"
+        if doubt := doubt or self._repeated:
             self._unlike[trace_id] = doubt
         spans = self._spans(prompt_ids, positions, mine)
         return RowCapture(

@@ -50,3 +50,18 @@ def test_both_sides_of_a_ratio_are_of_the_prompt_without_padding(tmp_path: Path,
     assert any("the prompt was padded, which moves" in note for note in short.notes) is moved
     replay = probe.replay(short, built.model, built.processor)
     np.testing.assert_allclose(np.asarray(short.llr), replay.llr.numpy(), atol=2e-4)
+
+
+@pytest.mark.parametrize(("name", "moved"), [("fuyu", True), ("qwen3_vl", False)])
+def test_several_answers_to_an_image_are_scored_by_that_image(tmp_path: Path, name: str, moved: bool) -> None:
+    """transformers repeats Fuyu's patches one by one, so that its answers are to other images."""
+    built = build(name, "torchvision")
+    with probe.attach(built.model, built.processor) as attached, attached.record(tmp_path) as recording:
+        inputs = built.inputs([built.picture()])
+        built.model.generate(**inputs, max_new_tokens=4, do_sample=True, num_return_sequences=2)
+    assert len(recording.traces) == 2
+    for trace in recording.traces:
+        assert trace.log_probs_source == ("teacher_forced" if moved else "generation")
+        assert any("were repeated for several answers" in note for note in trace.notes) is moved
+        replay = probe.replay(trace, built.model, built.processor)
+        np.testing.assert_allclose(np.asarray(trace.llr), replay.llr.numpy(), atol=2e-4)
