@@ -24,6 +24,8 @@ A message says what happened, where, and what to do about it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 __all__ = [
     "AttachError",
     "ExplainError",
@@ -111,3 +113,12 @@ class PluginError(ProbeError):
 
 class ProbeWarning(UserWarning):
     """Something was not recorded or not as good as it could be; the user's own run goes on untouched."""
+
+
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it came from, the first cause last."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from types import TracebackType
 
+from lvlm_probe.errors import chain_of
 from lvlm_probe.escaping import first_line
 
 EXTRAS = ("torchvision", "timm", "num2words")
@@ -59,22 +60,13 @@ def missing_library(error: BaseException) -> Missing | None:
     Returns:
         the library, or ``None`` where the error is about something else.
     """
-    chain = list(_chain(error))
+    chain = list(chain_of(error))
     for link in reversed(chain):  # what happened first says most
         if found := _declared(link) or _not_found(link):
             return found
     if any(isinstance(link, ImportError) for link in chain):
         return _broken(chain[-1])
     return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it came from, the first cause last."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _declared(error: BaseException) -> Missing | None:

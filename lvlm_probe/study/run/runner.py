@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lvlm_probe import demo
-from lvlm_probe.errors import ReplayError, StudyError
+from lvlm_probe.errors import ReplayError, StudyError, chain_of
 from lvlm_probe.files import causes
 from lvlm_probe.heatmap import Heatmap
 from lvlm_probe.models.fingerprint import fingerprint
@@ -374,13 +374,10 @@ def _load(study: Study, spec: ModelSpec) -> tuple[Any, Any]:
     return load(demo.path() if spec.source == "demo" else study.located(spec.source), **options)
 
 
-def _disk_of(error: BaseException | None) -> OSError | None:
+def _disk_of(error: Exception) -> OSError | None:
     """The error of a disk, or of this process's open files, that stands behind one; no unit can help it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _NOT_THE_UNITS:
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+    behind = (one for one in chain_of(error) if isinstance(one, OSError))
+    return next((one for one in behind if one.errno in _NOT_THE_UNITS), None)
 
 
 def _first_line(error: BaseException) -> str:
