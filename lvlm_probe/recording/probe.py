@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lvlm_probe.cards import card, text_html
-from lvlm_probe.errors import AttachError, ImageError, MaskError, ProbeError
+from lvlm_probe.errors import AttachError, ImageError, MaskError, ProbeError, chain_of
 from lvlm_probe.escaping import counted
 from lvlm_probe.files import path_of
 from lvlm_probe.hooks import Call, HookSet, caution, shadow_of, within
@@ -211,7 +211,9 @@ class Recording:
         except Exception as error:
             _log.debug("recording failed", exc_info=True)
             fault("finish", error, "but there is no trace of it")
-            self.lost_by = _without_frames(error)
+            for one in chain_of(error):
+                one.__traceback__ = None  # its frames hold tensors
+            self.lost_by = error
         finally:
             recorder.abort()
             self.faults += faults
@@ -291,15 +293,6 @@ class Recording:
             self._warned.add(kind)
         if new:
             caution(sentence, stacklevel=stacklevel)
-
-
-def _without_frames(error: Exception) -> Exception:
-    """An error, and those behind it, without the frames and the tensors in them."""
-    one: BaseException | None = error
-    while one is not None:
-        one.__traceback__ = None
-        one = one.__cause__ or one.__context__
-    return error
 
 
 class _Made(threading.local):
@@ -642,8 +635,6 @@ class Probe:
             space = "image"
         if space not in ("image", "pixels"):
             raise MaskError(f"space is 'image' or 'pixels'; got {space!r}")
-        if self.attachment.closed:
-            raise AttachError("the probe was detached; attach again")
         masking = Masking(
             self.processor,
             self.attachment.watch,

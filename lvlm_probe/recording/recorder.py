@@ -157,8 +157,7 @@ class GenerationRecorder:
         self._boxes = target.boxes
         self._inputs: dict[str, Any] = {}
         self._images: dict[str, list[Image.Image]] = {}
-        self._cache = ""  # which, as a part of a sentence, where it is not the usual one
-        self._repeated = ""  # what generate() repeated, as a part of a sentence, where a model may do so wrongly
+        self._doubt = ""  # why the call may have computed otherwise than a replay, as a part of a sentence
         self._unlike: dict[str, str] = {}  # traces of a call that may have computed otherwise than a replay, and why
         self._other_conditions: list[str] = []
         self._compiling = self._offloading = False
@@ -222,7 +221,7 @@ class GenerationRecorder:
         self._other_conditions = other_conditions(self.model, texts, kwargs)
         self._compiling = compiles_itself(self.model, setting, kwargs)
         self._offloading = offloads_its_cache(setting, kwargs)
-        self._cache = other_cache(setting, kwargs)
+        self._doubt = other_cache(setting, kwargs)
         beams = int(setting("num_beams", 1))
         if beams > 1:
             self.notes.append(
@@ -438,7 +437,9 @@ class GenerationRecorder:
         copies = len(generated) // prompts
         pixels = [value for name, value in self._inputs.items() if self.anatomy.is_pixel_name(name)]
         if copies > 1 and any(len(value) != prompts for value in pixels):  # Fuyu's patches get into another order
-            self._repeated = "pixel inputs of all prompts in a row were repeated for several answers to each"
+            self._doubt = (
+                self._doubt or "pixel inputs of all prompts in a row were repeated for several answers to each"
+            )
         finder = ImageFinder(
             self.processor,
             self._watch,
@@ -509,8 +510,7 @@ class GenerationRecorder:
         images = mine.images or []
         trace_id = uuid.uuid4().hex[:16]
         self._images[trace_id] = images
-        doubt = self._cache if real is None or bool(real.all()) else "the prompt was padded"
-        if doubt := doubt or self._repeated:
+        if doubt := self._doubt if real is None or bool(real.all()) else "the prompt was padded":
             self._unlike[trace_id] = doubt
         spans = self._spans(prompt_ids, positions, mine)
         return RowCapture(
