@@ -31,6 +31,7 @@ from lvlm_probe.explainers.scores import even_masks
 from lvlm_probe.files import in_the_way, json_ready, path_of, write_whole
 from lvlm_probe.kinds import naming_arguments
 from lvlm_probe.metrics import Score, evaluate
+from lvlm_probe.metrics.localization import whole_pixels
 from lvlm_probe.selection import select_tokens
 from lvlm_probe.words import tokens_at
 
@@ -345,12 +346,6 @@ def export(
 _Placed = Sequence[tuple[Place, Region]]
 
 
-def _whole(box: Sequence[float]) -> tuple[int, int, int, int]:
-    """A box that holds it, in whole pixels."""
-    left, top, right, bottom = box
-    return int(np.floor(left)), int(np.floor(top)), int(np.ceil(right)), int(np.ceil(bottom))
-
-
 def _xml(text: str) -> str:
     """A text as XML may hold it."""
     return html.escape(drawable(text))
@@ -365,7 +360,7 @@ def _hocr(placed: _Placed, files: Sequence[str]) -> str:
         words = []
         for k, (place, here) in enumerate(mine):
             sure = "" if place.field.p is None else f"; x_wconf {round(100 * place.field.p)}"
-            box = " ".join(map(str, _whole(here.box)))
+            box = " ".join(map(str, whole_pixels(here.box)))
             name = f' data-name="{_xml(place.field.name)}"' if place.field.name else ""
             words.append(
                 f'   <span class="ocrx_word" id="word_{number + 1}_{k + 1}" title="bbox {box}{sure}"{name}>'
@@ -395,7 +390,7 @@ def _w3c(placed: _Placed, files: Sequence[str]) -> dict[str, Any]:
     """A W3C annotation page (2017): of each value a body, and a target with its box and its outline."""
     items = []
     for number, (place, here) in enumerate(placed):
-        left, top, right, bottom = _whole(here.box)
+        left, top, right, bottom = whole_pixels(here.box)
         width, height = here.image_size
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">'
         body = [{"type": "TextualBody", "purpose": "transcribing", "value": place.field.value}]

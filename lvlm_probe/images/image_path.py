@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,7 +28,7 @@ from lvlm_probe.images.parity import (
 )
 from lvlm_probe.images.positions import Geometry
 from lvlm_probe.images.processor import BlackBox, as_rgb, compare_reference
-from lvlm_probe.images.tracing import check_same_layout
+from lvlm_probe.images.tracing import check_same_layout, pattern
 from lvlm_probe.images.whitening import Whitening
 from lvlm_probe.trace.clips import Clip
 
@@ -403,7 +402,10 @@ class ImagePath(MaskedImages):
         resampling that makes the difference on sharp ones of few pixels, whose overshoot is clipped."""
         if self._whitening is not None:
             return False
-        across, down = ([_ramp(size, axis) for size in self.image_sizes] for axis in (0, 1))
+        across, down = (
+            [Image.fromarray(pattern(size, axis, "ramp")).convert("RGB") for size in self.image_sizes]
+            for axis in (0, 1)
+        )
         rows, cols = (max(1, min(9, min(size[axis] for size in self.image_sizes) // 2)) for axis in (1, 0))
         mask = torch.rand(1, self.n_images, rows, cols, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
         ends = self._processor(across), self._processor(down)
@@ -423,13 +425,6 @@ class _ValueOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         return grad, None
-
-
-def _ramp(size: tuple[int, int], axis: int) -> Image.Image:
-    """Grey levels that rise along one axis, 0 to the right and 1 downwards."""
-    levels = np.linspace(40, 216, size[axis]).round().astype(np.uint8)
-    plane = np.broadcast_to(levels[None, :] if axis == 0 else levels[:, None], (size[1], size[0]))
-    return Image.fromarray(np.ascontiguousarray(plane)).convert("RGB")
 
 
 def _pairs(baselines: Sequence[Any], images: Sequence[Image.Image]) -> list[tuple[Any, Image.Image]]:

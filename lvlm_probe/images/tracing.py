@@ -98,7 +98,7 @@ def trace_geometry(
         for bit in range((len(sizes) - 1).bit_length())
     ]
     waves = [
-        levels(probe([_pattern(size, axis, kind) for size in sizes]))
+        levels(probe([pattern(size, axis, kind) for size in sizes]))
         for axis in (0, 1)
         for kind in ("ramp", "cos", "sin")
     ]
@@ -153,7 +153,7 @@ def _period(extent: Tensor) -> Tensor:
     return (extent / 16).clamp(min=32.0)
 
 
-def _pattern(size: tuple[int, int], axis: int, kind: str) -> np.ndarray:
+def pattern(size: tuple[int, int], axis: int, kind: str) -> np.ndarray:
     """A grey probe image that varies along one axis (0: x, 1: y), uint8 ``(height, width)``."""
     extent = float(size[axis])
     centre = np.arange(size[axis]) + 0.5
