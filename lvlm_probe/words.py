@@ -205,7 +205,7 @@ def word_cuts(text: str) -> list[Literal["whole", "part"] | None]:
         marked = unicodedata.category(char)[0] == "M" or 0x1F3FB <= ord(char) <= 0x1F3FF  # an accent, a skin colour
         if marked or _ZERO_WIDTH_JOINER in (before, char):
             found.append("whole")
-        elif char.isdigit() and before in "-−" and not text[: at - 1][-1:].isalnum():
+        elif char.isdigit() and before in "-−" and (at < 2 or not text[at - 2].isalnum()):
             found.append("part")
         elif kinds[at - 1 : at + 1] != [_LETTER, _LETTER] or _unspaced(before) or _unspaced(char):
             found.append(None)

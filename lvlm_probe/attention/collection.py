@@ -108,7 +108,8 @@ class Collection:
     waiting: dict[int, _Waiting] = field(default_factory=dict)
     repeated: set[int] = field(default_factory=set)
     """Layers that run more than once in a pass (Inkling 2's loop): they have no one row per step, and give none."""
-    _ran: list[int] = field(default_factory=list)
+    _ran: dict[int, None] = field(default_factory=dict)
+    """Layers that have run in this pass, in order."""
     _joined: tuple[list[Tensor], Tensor] | None = None
     _moving: threading.RLock = field(default_factory=threading.RLock, repr=False)
     """Held while rows go from ``waiting`` to ``steps`` and on, by whoever moves them or looks from another thread."""
@@ -119,9 +120,9 @@ class Collection:
         if layer in self.repeated:
             return True
         if layer not in self._ran:
-            self._ran.append(layer)
-        elif layer == self._ran[0]:
-            self._ran = [layer]
+            self._ran[layer] = None
+        elif layer == next(iter(self._ran)):
+            self._ran = {layer: None}
         elif not torch.is_grad_enabled():  # else it may be run again for a backward pass
             self.repeated.add(layer)
             with self._moving:
