@@ -408,7 +408,6 @@ def test_explain_says_what_is_wrong(arguments: tuple[str, ...], said: str | None
 
 
 @pytest.mark.quick
-@pytest.mark.quick
 def test_a_variable_of_the_shell_that_is_not_set_names_no_trace(monkeypatch: pytest.MonkeyPatch, trace: Path) -> None:
     monkeypatch.chdir(trace.parent)
     assert "TRACE is an empty text" in run("inspect", "").err.replace("PATH", "TRACE")
@@ -460,6 +459,7 @@ def test_a_disk_that_is_full_is_told_in_a_sentence(trace: Path) -> None:
     assert ended.returncode == 2 and ended.stderr.startswith("error: the disk is full")
 
 
+@pytest.mark.quick
 def test_explain_without_anything_to_explain(tmp_path: Path) -> None:
     assert "give a trace file, or a new run" in run("explain", "--method", "igos++").err
     (tmp_path / "empty").mkdir()

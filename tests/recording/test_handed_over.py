@@ -132,7 +132,7 @@ def test_tensors_that_changed_show_no_picture(llava, tmp_path, change):
 
     with pytest.warns(probe.ProbeWarning, match="changed after the call") as caught:
         (trace,) = recorded(llava, tmp_path, lambda: ask(llava), changed)
-    assert [one.category for one in caught].count(probe.ProbeWarning) == 1
+    assert len(caught) == 1
     assert not trace.images and any("changed after the call" in note for note in trace.notes)
     assert probe.verify(trace, *llava).within(1e-4)
 
@@ -327,7 +327,7 @@ def test_inputs_of_before_attach_say_so_once(llava, tmp_path):
         with pytest.warns(probe.ProbeWarning, match="made nothing since attach") as caught:
             generate(model, before)
             generate(model, before)
-    assert [one.category for one in caught].count(probe.ProbeWarning) == 1
+    assert len(caught) == 1
     assert all("made nothing since attach" in trace.notes[0] for trace in recording.traces)
 
 
